@@ -1,0 +1,20 @@
+"""One thread (shared cores), no network, quiet libraries."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("tritter", deadline=None, max_examples=20, derandomize=True)
+settings.load_profile("tritter")
+
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()

@@ -1,0 +1,58 @@
+"""The model card: README.md of a checkpoint folder, readable on the hub and by a person."""
+
+from tritter.checkpoint.record import Lineage
+from tritter.families import Config, family_of
+
+
+def model_card(lineage: Lineage, config: Config) -> str:
+    """Return the card's Markdown: what the model is, how it grew, what it scored."""
+    family = family_of(config)
+    size = family.dimensions(config)
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [tritter]",
+        "---",
+        "",
+        f"# {family.architecture}, {family.count_parameters(config):,} parameters",
+        "",
+        f"{size.num_hidden_layers} layers, hidden size {size.hidden_size}, FFN "
+        f"{size.intermediate_size}, {size.num_attention_heads} attention heads "
+        f"({size.num_key_value_heads} key/value). Made with Tritter; `tritter.json` holds the "
+        "lineage.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")',
+        "```",
+        "",
+    ]
+    lines += _history(lineage) + _scores(lineage)
+    lines += [f"Model hash `{lineage.model_hash}`", ""]
+    return "\n".join(lines)
+
+
+def _history(lineage: Lineage) -> list[str]:
+    if not lineage.expansion_history:
+        return ["Not expanded: this is the start of its chain.", ""]
+    lines = ["| expansion | kind | step-0 error | steps after | source of each layer |"]
+    lines += ["|---|---|---|---|---|"]
+    for record in lineage.expansion_history:
+        error = "not measured" if record.step0_error is None else f"{record.step0_error:.1e}"
+        layers = " ".join(map(str, record.layer_sources))
+        lines.append(
+            f"| {record.method} | {record.expansion_type} | {error} | "
+            f"{record.continued_training_steps} | {layers} |"
+        )
+    return [*lines, ""]
+
+
+def _scores(lineage: Lineage) -> list[str]:
+    if not lineage.benchmark_scores:
+        return []
+    lines = ["| domain | loss (nats per token) |", "|---|---|"]
+    lines += [f"| {name} | {score:.4f} |" for name, score in lineage.benchmark_scores.items()]
+    return [*lines, ""]

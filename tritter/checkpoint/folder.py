@@ -1,0 +1,102 @@
+"""Write and read checkpoint folders: model, tokenizer, model card and tritter.json as one."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from tritter.checkpoint.card import model_card
+from tritter.checkpoint.record import Lineage
+from tritter.errors import TritterError
+from tritter.families import Config
+from tritter.storage import (
+    atomic_folder,
+    file_digest,
+    merkle_hash,
+    write_tensors,
+    write_text_atomic,
+)
+
+LINEAGE_NAME = "tritter.json"
+CARD_NAME = "README.md"
+
+
+def write_checkpoint(
+    target: Path,
+    *,
+    config: Config,
+    tensors: Iterable[tuple[str, Tensor]],
+    lineage: Lineage,
+    write_extras: Callable[[Path], None],
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> Lineage:
+    """Write a checkpoint folder whole, or not at all.
+
+    Args:
+        tensors: (name on disk, tensor), streamed.
+        lineage: where it comes from; its hashes and digests are filled in from what is written.
+            A lineage without a base hash starts a chain.
+        write_extras: adds tokenizer files to the folder it is given.
+
+    Returns:
+        The lineage as written.
+
+    Raises:
+        RequestError: `target` exists and `overwrite` is off, or its place cannot be written.
+        TritterError: the disk refused a write.
+    """
+    with atomic_folder(target, overwrite=overwrite) as folder:
+        tensor_digests = write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
+        (folder / "config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+        write_extras(folder)
+        model_hash = merkle_hash(tensor_digests)
+        complete = replace(
+            lineage,
+            model_hash=model_hash,
+            base_model_hash=lineage.base_model_hash or model_hash,
+            tensor_digests=tensor_digests,
+        )
+        (folder / CARD_NAME).write_text(model_card(complete, config), encoding="utf-8")
+        complete = replace(complete, file_digests=_file_digests(folder))
+        _dump(folder / LINEAGE_NAME, complete)
+    return complete
+
+
+def write_lineage(folder: Path, lineage: Lineage, config: Config) -> None:
+    """Replace a checkpoint's record and card without touching its tensors."""
+    write_text_atomic(folder / CARD_NAME, model_card(lineage, config))
+    digests = {**lineage.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
+    _dump(folder / LINEAGE_NAME, replace(lineage, file_digests=digests))
+
+
+def read_lineage(folder: Path) -> Lineage | None:
+    """Return a folder's lineage, or None for a plain Hugging Face folder.
+
+    Raises:
+        TritterError: tritter.json is unreadable or comes from a newer format.
+    """
+    path = folder / LINEAGE_NAME
+    if not path.exists():
+        return None
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TritterError(f"{path} cannot be read: {error}") from error
+    if not isinstance(plain, dict):
+        raise TritterError(f"{path} is not a lineage.")
+    return Lineage.from_dict(plain, origin=str(path))
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    """Digest everything that the tensor digests do not cover."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: file_digest(path) for path in files if path.suffix != ".safetensors"}
+
+
+def _dump(path: Path, lineage: Lineage) -> None:
+    write_text_atomic(path, json.dumps(lineage.to_dict(), indent=1) + "\n")

@@ -1,0 +1,103 @@
+"""What a checkpoint knows of itself: parents, expansions, cost, scores. Plain, versioned data."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from tritter.errors import TritterError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpansionRecord:
+    """One expansion, and what the training after it made of it.
+
+    Args:
+        timestamp: UTC, ISO 8601.
+        expansion_type: depth, width, moe, growth or experts.
+        method: the option's name, such as `llama_pro`.
+        options: the method's options as given.
+        seed: what random fills and choices were drawn from.
+        source_config: config.json before.
+        target_config: config.json after.
+        layer_sources: the source layer of every target layer.
+        map_digest: SHA-256 of the parameter map; the map itself follows from the entries above.
+        claims_exact: the method claims to preserve the function.
+        step0_error: measured max |Δ logits| / std(logits) of the whole expansion, when measured.
+        continued_training_steps: optimiser steps taken after it, once gated.
+        performance_delta: domain → relative change of the loss per byte, once gated.
+    """
+
+    timestamp: str
+    expansion_type: str
+    method: str
+    options: Mapping[str, Any]
+    seed: int
+    source_config: Mapping[str, Any]
+    target_config: Mapping[str, Any]
+    layer_sources: tuple[int, ...]
+    map_digest: str
+    claims_exact: bool
+    step0_error: float | None = None
+    continued_training_steps: int = 0
+    performance_delta: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """The content of tritter.json.
+
+    Args:
+        model_hash: Merkle hash over the tensors.
+        parent_hash: the model hash of the checkpoint that this one was made from.
+        parent_path: where the parent lay, relative to this folder; a hint, the hash decides.
+        base_model_hash: the model hash at the start of the chain.
+        tensor_digests: tensor name → SHA-256.
+        file_digests: file name → SHA-256 of everything else in the folder.
+        expansion_history: every expansion since the base, oldest first.
+        step: optimiser steps of the last training.
+        epoch: passes over its new data that the last training completed.
+        best_loss: lowest mean loss over the new domains' validation documents, nats per token.
+        benchmark_scores: domain or task → score.
+        training_config: what the last training was told, with data sources and their hashes.
+    """
+
+    model_hash: str
+    base_model_hash: str
+    tensor_digests: Mapping[str, str]
+    file_digests: Mapping[str, str]
+    parent_hash: str | None = None
+    parent_path: str | None = None
+    expansion_history: tuple[ExpansionRecord, ...] = ()
+    step: int = 0
+    epoch: int = 0
+    best_loss: float | None = None
+    benchmark_scores: Mapping[str, float] = field(default_factory=dict)
+    training_config: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any], *, origin: str) -> "Lineage":
+        """Rebuild a lineage.
+
+        Raises:
+            TritterError: it comes from a newer format, or entries are missing or unknown.
+        """
+        version = plain.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise TritterError(
+                f"{origin}: format_version {version!r}; this Tritter reads up to {FORMAT_VERSION}."
+            )
+        try:
+            history = tuple(
+                ExpansionRecord(**{**record, "layer_sources": tuple(record["layer_sources"])})
+                for record in plain.get("expansion_history", ())
+            )
+            return cls(**{**plain, "expansion_history": history})
+        except (TypeError, KeyError) as error:
+            known = ", ".join(entry.name for entry in fields(cls))
+            raise TritterError(f"{origin} is not a lineage ({error}); it has: {known}.") from error

@@ -1,0 +1,24 @@
+"""Errors that a person reads: the key, the value, what is allowed and a nearest match."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TritterError(ValueError):
+    """Something failed while it was being done (exit code 1)."""
+
+
+class RequestError(TritterError):
+    """The request itself is wrong; nothing was written (exit code 2)."""
+
+
+def nearest(value: str, allowed: Iterable[str]) -> str | None:
+    """Return the allowed word that is most like `value`, or None when none is close."""
+    matches = get_close_matches(str(value), [str(word) for word in allowed], n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def did_you_mean(value: str, allowed: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" (with its leading space), or nothing when no word is close."""
+    match = nearest(value, allowed)
+    return f" Did you mean '{match}'?" if match else ""

@@ -1,0 +1,21 @@
+"""The parameter map: how each tensor of an expanded model follows from the source's tensors.
+
+Everything that lives on parameters (weights, gradients, moments, importances) goes through the
+same map; `axis_map` says how one space grows, `tensor_map` what that means for one tensor,
+`apply` moves values.
+"""
+
+from tritter.parameter_map.apply import Quantity, carried, map_tensor
+from tritter.parameter_map.axis_map import AxisMap
+from tritter.parameter_map.tensor_map import AxisFactor, Fill, ParameterMap, TensorMap
+
+__all__ = [
+    "AxisFactor",
+    "AxisMap",
+    "Fill",
+    "ParameterMap",
+    "Quantity",
+    "TensorMap",
+    "carried",
+    "map_tensor",
+]

@@ -1,0 +1,28 @@
+"""Content hashes: per tensor, over a whole model, per file."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def tensor_digest(name: str, tensor: Tensor) -> str:
+    """SHA-256 over name, dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def merkle_hash(tensor_digests: Mapping[str, str]) -> str:
+    """SHA-256 over the sorted tensor digests: independent of sharding and order."""
+    lines = "\n".join(f"{name} {tensor_digests[name]}" for name in sorted(tensor_digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
