@@ -1,0 +1,255 @@
+import logging
+import shutil
+
+import pytest
+import torch
+
+from tritter.data import corpus as corpus_module
+from tritter.data import stdlib
+from tritter.data.corpus import build_corpus, stdlib_corpus
+from tritter.data.documents import Document
+from tritter.data.stdlib import StdlibText
+from tritter.errors import RequestError
+
+OLD, NEW = (
+    tuple(Document(f"{name}/{index}", f"{name} says: " + str(index**9) * 9) for index in range(20))
+    for name in ("the old — é", "the new")
+)
+FILES = ("tokens.safetensors", "corpus.json", "tokenizer.json", "checksums.json")
+
+
+def build(cache_dir, **changes):
+    options = {
+        "origin": "made by hand",
+        "vocab_size": 280,
+        "validation_fraction": 0.2,
+        "max_validation_tokens_per_document": 50,
+        "seed": 0,
+        "cache_dir": cache_dir,
+    }
+    domains = changes.pop("domains", {"prose": OLD, "code": NEW})
+    return build_corpus(domains, **(options | changes))
+
+
+def assert_same(one, other):
+    assert one.digest == other.digest and one.sources == other.sources
+    assert one.tokenizer.to_str() == other.tokenizer.to_str()
+    assert list(one.domains) == list(other.domains)
+    for name in one.domains:
+        for side in ("train", "validation"):
+            left, right = getattr(one.domains[name], side), getattr(other.domains[name], side)
+            assert left.identifiers == right.identifiers
+            for part in ("tokens", "offsets", "num_bytes"):
+                a, b = getattr(left, part), getattr(right, part)
+                assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.fixture
+def making(monkeypatch):
+    """Counts how often a corpus was made rather than loaded."""
+    calls = []
+    make = corpus_module._make
+
+    def counted(*args, **options):
+        calls.append(1)
+        return make(*args, **options)
+
+    monkeypatch.setattr(corpus_module, "_make", counted)
+    return calls
+
+
+def test_what_a_corpus_holds(tmp_path):
+    corpus = build(tmp_path)
+    for name, documents in (("prose", OLD), ("code", NEW)):
+        domain, source = corpus.domains[name], corpus.sources[name]
+        texts = {document.identifier: document.text for document in documents}
+        assert not set(domain.train.identifiers) & set(domain.validation.identifiers)
+        assert set(domain.train.identifiers) | set(domain.validation.identifiers) == set(texts)
+        assert len(domain.validation) == 4
+        assert int(domain.validation.offsets.diff().max()) <= 50
+        for index, identifier in enumerate(domain.train.identifiers):
+            tokens = domain.train.document(index).tolist()
+            assert corpus.tokenizer.decode(tokens) == texts[identifier]
+        assert source.num_documents == 20 and source.origin == "made by hand"
+        assert source.num_bytes == sum(len(text.encode()) for text in texts.values())
+
+
+def test_the_tokenizer_never_sees_validation_or_other_domains(tmp_path):
+    corpus = build(tmp_path, tokenizer_domains=["prose"])
+    held_out = set(corpus.domains["prose"].validation.identifiers)
+    altered = [
+        Document(name, f"zzzz {name}" * 50) if name in held_out else Document(name, text)
+        for name, text in ((each.identifier, each.text) for each in OLD)
+    ]
+    domains = {
+        "prose": altered,
+        "code": [Document(each.identifier, each.text[::-1]) for each in NEW],
+    }
+    other = build(tmp_path, domains=domains, tokenizer_domains=["prose"])
+    assert other.digest != corpus.digest
+    assert other.tokenizer.to_str() == corpus.tokenizer.to_str()
+
+
+def test_the_second_time_it_is_loaded_and_the_same(tmp_path, making):
+    first, second = build(tmp_path), build(tmp_path)
+    assert len(making) == 1
+    assert_same(first, second)
+    folder = tmp_path / "corpora" / first.digest
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert [path.name for path in folder.parent.iterdir()] == [first.digest]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 281},
+        {"seed": 1},
+        {"validation_fraction": 0.3},
+        {"max_validation_tokens_per_document": 51},
+        {"origin": "elsewhere"},
+        {"tokenizer_domains": ["code"]},
+        {"domains": {"prose": OLD[:-1], "code": NEW}},
+    ],
+)
+def test_whatever_makes_a_corpus_is_in_its_name(tmp_path, making, change):
+    assert build(tmp_path).digest != build(tmp_path, **change).digest
+    assert len(making) == 2
+
+
+def damage_truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_flipped(path):
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+
+
+def damage_emptied(path):
+    path.write_bytes(b"")
+
+
+def damage_removed(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "damage", [damage_truncated, damage_flipped, damage_emptied, damage_removed]
+)
+def test_a_damaged_entry_is_set_aside_and_made_again(tmp_path, making, caplog, name, damage):
+    first = build(tmp_path)
+    folder = tmp_path / "corpora" / first.digest
+    damage(folder / name)
+    with caplog.at_level(logging.WARNING):
+        second = build(tmp_path)
+    assert len(making) == 2
+    assert_same(first, second)
+    assert len(caplog.records) == 1 and "damaged" in caplog.text
+    assert len(list(folder.parent.glob("*.broken-*"))) == 1
+    assert_same(build(tmp_path), first)
+    assert len(making) == 2
+
+
+def test_an_empty_folder_and_a_file_in_its_place_are_not_trusted(tmp_path, making):
+    first = build(tmp_path)
+    folder = tmp_path / "corpora" / first.digest
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert_same(build(tmp_path), first)
+    shutil.rmtree(folder)
+    folder.write_text("not a folder")
+    assert_same(build(tmp_path), first)
+    assert len(making) == 3
+
+
+def test_an_entry_under_the_name_of_another_is_not_trusted(tmp_path, making):
+    first, second = build(tmp_path), build(tmp_path, seed=1)
+    corpora = tmp_path / "corpora"
+    shutil.rmtree(corpora / first.digest)
+    shutil.copytree(corpora / second.digest, corpora / first.digest)
+    assert_same(build(tmp_path), first)
+    assert len(making) == 3
+
+
+def test_a_lost_race_is_no_error(tmp_path, monkeypatch):
+    make = corpus_module._make
+
+    def slow(*args, **options):
+        monkeypatch.setattr(corpus_module, "_make", make)
+        build(tmp_path)  # another process, meanwhile
+        return make(*args, **options)
+
+    monkeypatch.setattr(corpus_module, "_make", slow)
+    mine = build(tmp_path)
+    assert_same(mine, build(tmp_path))
+    assert [path.name for path in (tmp_path / "corpora").iterdir()] == [mine.digest]
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_any_work(tmp_path, making):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match=r"cache_dir: .*cannot be written.*cache_dir=PATH"):
+        build(tmp_path / "file")
+    assert not making
+
+
+def test_wrong_requests_are_refused(tmp_path):
+    with pytest.raises(RequestError, match=r"no domain 'cod'.*Did you mean 'code'"):
+        build(tmp_path, tokenizer_domains=["cod"])
+    with pytest.raises(RequestError, match="at least one domain"):
+        build(tmp_path, domains={})
+    with pytest.raises(RequestError, match=r"data\.vocab_size"):
+        build(tmp_path, vocab_size=10)
+    assert not list((tmp_path / "corpora").glob("*"))
+
+
+def from_stdlib(cache_dir, **changes):
+    options = {"vocab_size": 280, "validation_fraction": 0.2, "seed": 0}
+    options |= {"max_validation_tokens_per_document": 50, "cache_dir": cache_dir}
+    return stdlib_corpus(**(options | changes))
+
+
+@pytest.fixture
+def gathering(monkeypatch):
+    """A small library, and a count of how often it was read."""
+    calls = []
+
+    def gather():
+        calls.append(1)
+        return StdlibText(prose=OLD, code=NEW, skipped=())
+
+    monkeypatch.setattr(stdlib, "gather", gather)
+    monkeypatch.setattr(stdlib, "stdlib_fingerprint", lambda: "one installation")
+    return calls
+
+
+def test_the_library_is_read_once(tmp_path, gathering, monkeypatch):
+    first, second = from_stdlib(tmp_path), from_stdlib(tmp_path)
+    assert len(gathering) == 1
+    assert_same(first, second)
+    assert list(first.domains) == ["prose", "code"]
+    assert first.sources["code"].origin.startswith("python 3.")
+    from_stdlib(tmp_path, seed=1)
+    assert len(gathering) == 2
+    monkeypatch.setattr(stdlib, "stdlib_fingerprint", lambda: "another installation")
+    assert_same(from_stdlib(tmp_path), first)
+    assert len(gathering) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"../../somewhere", b"0" * 64, b"x\ny"])
+def test_a_damaged_note_costs_only_another_reading(tmp_path, gathering, content):
+    first = from_stdlib(tmp_path)
+    (note,) = (tmp_path / "corpora" / "stdlib").iterdir()
+    note.write_bytes(content)
+    assert_same(from_stdlib(tmp_path), first)
+    assert len(gathering) == 2
+    assert_same(from_stdlib(tmp_path), first)
+    assert len(gathering) == 2
+
+
+def test_a_damaged_entry_behind_a_note_is_made_again(tmp_path, gathering):
+    first = from_stdlib(tmp_path)
+    damage_flipped(tmp_path / "corpora" / first.digest / "tokens.safetensors")
+    assert_same(from_stdlib(tmp_path), first)
+    assert len(gathering) == 2

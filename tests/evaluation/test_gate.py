@@ -1,0 +1,126 @@
+import json
+import math
+
+import pytest
+import torch
+
+from tritter.evaluation.gate import (
+    Check,
+    decide,
+    new_capability_check,
+    preservation_check,
+    retention_check,
+    training_check,
+)
+from tritter.evaluation.jump import Jump
+
+BEFORE = torch.tensor([100.0, 210.0, 90.0, 160.0, 120.0, 80.0])
+NOISE = torch.tensor([0.01, -0.01, 0.02, -0.02, 0.005, -0.005])
+
+
+@pytest.mark.parametrize(
+    ("rise", "noise", "verdict"),
+    [(0.01, 0.3, "passed"), (-0.1, 1, "passed"), (0.05, 1, "undecided"), (0.12, 1, "failed")],
+)
+def test_retention(make_losses, rise, noise, verdict):
+    after = make_losses(BEFORE * (1 + rise + noise * NOISE))
+    check = retention_check("prose", make_losses(BEFORE), after, bound=0.05, confidence=0.95)
+    assert check.verdict == verdict
+    assert check.value == pytest.approx(rise, abs=0.01)
+    assert check.lower < check.value < check.upper
+    assert (check.documents_needed is not None) == (verdict == "undecided")
+
+
+@pytest.mark.parametrize(
+    ("rise", "verdict"),
+    [(-0.2, "passed"), (-0.001, "undecided"), (0.005, "undecided"), (0.05, "failed")],
+)
+def test_new_capability(make_losses, rise, verdict):
+    after = make_losses(BEFORE * (1 + rise + NOISE))
+    check = new_capability_check("code", make_losses(BEFORE), after, confidence=0.95)
+    assert check.verdict == verdict and check.bound == 0.0
+
+
+def test_an_unchanged_model_has_learned_nothing_new(make_losses):
+    losses = make_losses(BEFORE)
+    assert new_capability_check("code", losses, losses, confidence=0.95).verdict == "failed"
+    assert retention_check("prose", losses, losses, bound=0, confidence=0.95).verdict == "passed"
+
+
+def test_undecided_names_more_documents_than_there_were(make_losses):
+    after = make_losses(BEFORE * (1.045 + NOISE))
+    check = retention_check("prose", make_losses(BEFORE), after, bound=0.05, confidence=0.95)
+    assert check.verdict == "undecided" and check.documents_needed > check.n == 6
+    assert f"about {check.documents_needed} documents would decide" in check.detail
+    # The same documents over and over: as many as were asked for do decide.
+    times = math.ceil(check.documents_needed / 6)
+    before, after = make_losses(BEFORE.repeat(times)), make_losses(after.nats.repeat(times))
+    again = retention_check("prose", before, after, bound=0.05, confidence=0.95)
+    assert again.verdict == "passed"
+
+
+def test_one_document_leaves_it_undecided(make_losses):
+    one = make_losses(BEFORE[:1])
+    check = retention_check("prose", one, one, bound=0.05, confidence=0.95)
+    assert check.verdict == "undecided" and check.documents_needed is None
+    assert check.to_dict()["interval"] == [None, None]
+
+
+def test_a_loss_that_is_not_finite_fails_and_is_never_undecided(make_losses):
+    before, after = (
+        make_losses(BEFORE),
+        make_losses(BEFORE.clone().index_fill(0, torch.tensor(1), math.nan)),
+    )
+    for check in (
+        retention_check("prose", before, after, bound=0.05, confidence=0.95),
+        new_capability_check("code", before, after, confidence=0.95),
+    ):
+        assert check.verdict == "failed" and "not finite on 1 of 6" in check.detail
+        json.dumps(check.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("relative", "claims_exact", "verdict"),
+    [
+        (3e-6, True, "passed"),
+        (2e-4, True, "failed"),
+        (math.nan, True, "failed"),
+        (0.4, False, "reported"),
+        (math.inf, False, "failed"),
+    ],
+)
+def test_preservation(relative, claims_exact, verdict):
+    check = preservation_check(Jump(0.1, relative), claims_exact=claims_exact)
+    assert check.verdict == verdict
+    assert (check.bound is None) == (not claims_exact)
+    assert check.to_dict()["interval"] is None
+
+
+def test_training():
+    assert training_check(0, aborted_reason=None).verdict == "passed"
+    check = training_check(3, aborted_reason="loss not finite at step 17")
+    assert check.verdict == "failed" and check.detail == "loss not finite at step 17"
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "status"),
+    [
+        ([], "kept"),
+        (["passed", "reported"], "kept"),
+        (["passed", "undecided"], "undecided"),
+        (["undecided", "failed", "passed"], "rolled_back"),
+    ],
+)
+def test_decision(verdicts, status):
+    checks = [Check("retention", "prose", verdict, "") for verdict in verdicts]
+    assert decide(checks, enabled=True) == status
+    assert decide(checks, enabled=False) == "kept"
+
+
+def test_record_holds_the_contract(make_losses):
+    after = make_losses(BEFORE * (0.8 + NOISE))
+    record = new_capability_check("code", make_losses(BEFORE), after, confidence=0.95).to_dict()
+    assert {"check", "value", "bound", "interval", "verdict"} <= set(record)
+    assert record["check"] == "new_capability" and record["subject"] == "code"
+    assert record["interval"][0] < record["value"] < record["interval"][1]
+    json.dumps(record, allow_nan=False)

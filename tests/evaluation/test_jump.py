@@ -1,0 +1,51 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tritter.errors import TritterError
+from tritter.evaluation.jump import logit_jump
+
+INPUT_IDS = torch.tensor([[0, 1, 2], [3, 4, 5]])
+
+
+def test_jump_by_hand(bigram, table):
+    moved = table.clone()
+    moved[4, 2] += 0.25
+    moved[6, 0] += 9.0  # a row that no token here reads
+    jump = logit_jump(bigram(table), bigram(moved), INPUT_IDS)
+    assert jump.max_absolute == pytest.approx(0.25)
+    assert jump.relative_to_std == pytest.approx(0.25 / float(table[INPUT_IDS].std()))
+
+
+def test_same_function_does_not_jump_even_in_training_mode(bigram, table):
+    before, after = bigram(table).train(), bigram(table.clone()).train()
+    assert logit_jump(before, after, INPUT_IDS).to_dict() == {
+        "max_absolute": 0.0,
+        "relative_to_std": 0.0,
+    }
+    assert before.training and after.dropout.training
+
+
+def test_broken_model_jumps_to_no_number(bigram, table):
+    jump = logit_jump(bigram(table), bigram(torch.full_like(table, math.nan)), INPUT_IDS)
+    assert math.isnan(jump.relative_to_std) and jump.to_dict()["max_absolute"] is None
+
+
+def test_autocast_around_it_does_not_blur_the_comparison(table):
+    class Head(torch.nn.Linear):
+        def forward(self, input_ids, use_cache=False):
+            return SimpleNamespace(logits=super().forward(table[input_ids]))
+
+    torch.manual_seed(0)
+    head, moved = Head(7, 7), Head(7, 7)
+    moved.load_state_dict({k: v + 1e-6 for k, v in head.state_dict().items()})
+    with torch.autocast("cpu", torch.bfloat16):
+        jump = logit_jump(head, moved, INPUT_IDS)
+    assert 0 < jump.max_absolute < 1e-4
+
+
+def test_other_vocabulary_is_refused(bigram, table):
+    with pytest.raises(TritterError, match="vocabulary"):
+        logit_jump(bigram(table), bigram(torch.zeros(7, 8)), INPUT_IDS)

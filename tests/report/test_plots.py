@@ -1,0 +1,81 @@
+import math
+
+import matplotlib.image
+import pytest
+
+from tritter.report.plots import plot_run, read_curves
+
+HEADER = "epoch,eval/code/loss,forgetting/l2sp/loss,step,train/loss\n"
+
+
+@pytest.fixture
+def metrics_csv(tmp_path):
+    path = tmp_path / "metrics.csv"
+    lines = [f"0,,{0.01 * step},{step},{3 + math.exp(-step / 20):.4f}\n" for step in range(60)]
+    path.write_text(HEADER + "".join(lines) + "0,3.42,,59,\n")
+    return path
+
+
+def pixels_of(path):
+    return matplotlib.image.imread(path)[..., :3]
+
+
+def test_draws_three_plots_with_something_in_them(summary_with_control, metrics_csv, tmp_path):
+    written = plot_run(summary_with_control, metrics_csv, tmp_path / "new" / "plots")
+    assert [path.name for path in written] == [
+        "domains.png",
+        "training.png",
+        "retention_and_gain.png",
+    ]
+    for path in written:
+        pixels = pixels_of(path)
+        assert pixels.shape[0] > 400 and pixels.shape[1] > 600
+        is_coloured = (pixels.max(axis=-1) - pixels.min(axis=-1)) > 0.3
+        assert 200 < is_coloured.sum() < 0.2 * is_coloured.size
+
+
+def test_plots_depend_on_the_numbers(summary, tmp_path):
+    first = plot_run(summary, None, tmp_path / "a")
+    summary["attempts"][0]["final"]["prose"]["loss"] = 3.9
+    second = plot_run(summary, None, tmp_path / "b")
+    assert first[0].read_bytes() != second[0].read_bytes()
+    assert first[1].read_bytes() == second[1].read_bytes(), "the paired changes are the same"
+
+
+def test_curves_are_read_between_the_blanks(metrics_csv):
+    curves = {curve.name: curve for curve in read_curves(metrics_csv)}
+    assert set(curves) == {"eval/code/loss", "forgetting/l2sp/loss", "train/loss"}
+    assert curves["eval/code/loss"].steps == (59,) and curves["eval/code/loss"].values == (3.42,)
+    assert len(curves["train/loss"].steps) == 60 and curves["train/loss"].values[0] == 4.0
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", HEADER, HEADER + "0,,,,\n", "step,train/loss\n5,nan\n"]
+)
+def test_missing_empty_or_broken_metrics_never_fail_a_run(summary, tmp_path, content):
+    path = tmp_path / "metrics.csv"
+    if content is not None:
+        path.write_text(content)
+    names = [file.name for file in plot_run(summary, path, tmp_path)]
+    assert {"domains.png", "retention_and_gain.png"} <= set(names)
+
+
+def test_rolled_back_run_without_numbers_draws_what_it_has(rolled_back, tmp_path):
+    names = [path.name for path in plot_run(rolled_back, None, tmp_path)]
+    assert names == ["domains.png"], "no gain is known, so there is no point to draw"
+
+
+def test_nothing_known_draws_nothing(summary, tmp_path):
+    summary["baseline"] = {}
+    summary["attempts"] = []
+    summary["gate"] = []
+    assert plot_run(summary, None, tmp_path) == []
+
+
+def test_many_domains_each_get_a_panel(summary, tmp_path):
+    for scores in (summary["baseline"], summary["expanded"], summary["attempts"][0]["final"]):
+        scores["poems"] = scores["prose"]
+    narrow = pixels_of(plot_run(summary, None, tmp_path)[0])
+    summary["domains"]["old"] = ["prose", "poems"]
+    wide = pixels_of(plot_run(summary, None, tmp_path)[0])
+    assert wide.shape[1] > narrow.shape[1]

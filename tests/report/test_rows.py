@@ -1,0 +1,37 @@
+import pytest
+
+from tritter.report.rows import domain_rows
+
+
+def test_a_row_joins_the_stages_and_the_check_of_its_domain(summary):
+    prose, code = domain_rows(summary)
+    assert (prose.domain, prose.role, code.domain, code.role) == ("prose", "old", "code", "new")
+    assert (prose.before.loss, prose.expanded.loss, prose.trained.loss) == (3.59, 3.5901, 3.627)
+    assert prose.change.value == 0.0102 and prose.change.half_width == pytest.approx(0.0034)
+    assert (prose.bound, prose.verdict, code.bound) == (0.05, "passed", 0.0)
+
+
+def test_control_rows_come_last_and_were_never_expanded(summary_with_control):
+    rows = domain_rows(summary_with_control)
+    assert [row.is_control for row in rows] == [False, False, True, True]
+    assert rows[2].expanded is None and rows[2].trained.loss == 3.69
+    assert rows[2].before == rows[0].before
+
+
+def test_after_a_rollback_the_rows_show_what_was_refused(rolled_back):
+    prose, code = domain_rows(rolled_back)
+    assert rolled_back["final"]["prose"]["loss"] == 3.59
+    assert prose.trained.loss == 7.1 and prose.verdict == "failed"
+    assert code.trained.loss is None and code.change.value is None
+
+
+def test_without_checks_the_change_is_the_ratio_per_byte(summary):
+    summary["attempts"][0]["gate"] = []
+    prose, _ = domain_rows(summary)
+    assert prose.change.value == pytest.approx(1.22 / 1.208 - 1)
+    assert prose.change.half_width is None and prose.verdict is None
+
+
+def test_an_attempt_that_broke_off_has_rows_without_scores(summary):
+    summary["attempts"] = [{"expansion": ["width"], "gate": [], "status": "rolled_back"}]
+    assert all(row.trained.loss is None for row in domain_rows(summary))

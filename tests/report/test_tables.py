@@ -1,0 +1,132 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from tritter.report.tables import print_summary
+from tritter.report.wording import Signs, count_text, stages
+
+
+def printed(summary, *, encoding="utf-8", folder=None, width=80):
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding)
+    print_summary(summary, console=Console(file=file, width=width), folder=folder)
+    file.flush()
+    return raw.getvalue().decode(encoding)
+
+
+def line_of(text, *starts):
+    words = [line.replace("|", " ").split() for line in text.splitlines()]
+    return next(line for line in words if line[: len(starts)] == list(starts))
+
+
+def test_table_holds_the_numbers(summary):
+    text = printed(summary)
+    assert line_of(text, "prose") == [
+        "prose", "old", "3.590", "3.590", "3.627", "+1.02", "±", "0.34", "passed",
+    ]  # fmt: skip
+    assert line_of(text, "code") == [
+        "code", "new", "4.591", "4.588", "3.420", "-25.50", "±", "0.70", "passed",
+    ]  # fmt: skip
+    assert line_of(text, "baseline") == ["baseline", "28.1", "1.23", "T"]
+    assert line_of(text, "expand") == ["expand", "0.6", "-"]
+    assert line_of(text, "total") == ["total", "46.0", "3.13", "T"]
+    assert line_of(text, "status") == ["status", "kept"]
+    assert "170 k → 532 k (3.12 times)" in text
+    assert "2.1e-06" in text and "3.4e-07" in text
+    assert "one-sided 95% bounds" in text
+    assert "control" not in text
+
+
+def test_control_has_its_own_rows(summary_with_control):
+    text = printed(summary_with_control)
+    rows = text[text.index("control:") :]
+    assert line_of(rows, "prose") == [
+        "prose", "old", "3.590", "-", "3.690", "+2.60", "±", "0.50", "passed",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_fits_80_columns_on_any_terminal(summary_with_control, encoding):
+    summary_with_control["domains"]["old"] = ["a_very_long_domain_näme"]
+    for scores in ("baseline", "expanded"):
+        scored = summary_with_control[scores]
+        scored["a_very_long_domain_näme"] = scored["prose"]
+    text = printed(summary_with_control, encoding=encoding)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    assert "a_very_long_.." in text
+    rows = [line for line in text.splitlines() if line.startswith("a_very_long_..")]
+    assert len(rows) == 2 and all("old" in row and "3.590" in row for row in rows)
+    assert text.isascii() == (encoding == "ascii")
+
+
+def test_narrow_ascii_terminal_loses_no_digit(summary_with_control):
+    text = printed(summary_with_control, encoding="ascii", width=44)
+    assert max(map(len, text.splitlines())) <= 44
+    cells = [line.split("|") for line in text[: text.index("Cost")].splitlines() if "|" in line]
+    columns = ["".join(line[index].strip() for line in cells) for index in range(7)]
+    for index, digits in ((2, "4.591"), (3, "4.588"), (4, "3.420"), (5, "-25.50")):
+        assert digits in columns[index]
+
+
+def test_ascii_terminal_gets_words_for_signs_and_samples_as_they_are(summary):
+    text = printed(summary, encoding="ascii")
+    assert "+1.02 +/- 0.34" in text and "170 k -> 532 k" in text
+    assert r"of the \xb1" in text
+    assert "[red]x[/red] returns" in text, "a sample is text, not markup"
+
+
+def test_rollback_shows_what_was_refused_and_why(rolled_back):
+    text = printed(rolled_back)
+    assert "rolled back: the checkpoint is the baseline" in text
+    assert line_of(text, "prose")[4:] == ["7.100", "+99.00", "±", "9.00", "failed"]
+    assert line_of(text, "code")[4:] == ["-", "-", "failed"]
+    assert line_of(text, "attempts")[1] == "2;"
+    assert line_of(text, "failed", "new_capability") == [
+        "failed", "new_capability", "of", "code:", "not", "finite",
+    ]  # fmt: skip
+
+
+def test_undecided_says_how_many_documents(summary):
+    summary["status"] = "undecided"
+    check = summary["attempts"][0]["gate"][0]
+    check |= {"verdict": "undecided", "detail": "about 812 documents would decide"}
+    text = printed(summary)
+    assert "undecided: the grown checkpoint stays" in text
+    assert "812 documents" in text
+
+
+def test_checkpoint_path_is_one_line_to_copy(summary, tmp_path):
+    folder = tmp_path / ("long" * 30)
+    assert str(folder / "checkpoint") in printed(summary, folder=folder)
+
+
+def test_colours_are_only_an_extra(summary):
+    plain = printed(summary)
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=True, color_system="standard")
+    print_summary(summary, console=console)
+    assert "\x1b[32mpassed" in file.getvalue() and "\x1b" not in plain
+
+
+def test_bare_summary_of_a_run_that_broke_early_still_prints(summary):
+    for key in ("expanded", "attempts", "jump", "samples", "parameters", "gate", "seconds"):
+        del summary[key]
+    assert line_of(printed(summary), "prose")[:5] == ["prose", "old", "3.590", "-", "3.627"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (999, "999"), (999.7, "1 k"), (170_432, "170 k"), (3.4e12, "3.4 T"), (None, "-")],
+)
+def test_counts(value, text):
+    assert count_text(value) == text
+
+
+def test_stages_keep_their_order_and_end_with_the_total():
+    assert stages({"a": 1, "total": 3}, {"a": 1, "b": 2, "total": 3}) == ("a", "b", "total")
+    assert stages({}, {}) == ()
+
+
+def test_control_characters_of_a_sample_never_reach_the_terminal():
+    assert Signs.for_encoding("utf-8").printable("a\x1b[2Jb") == r"a\x1b[2Jb"

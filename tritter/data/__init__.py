@@ -1,0 +1,1 @@
+"""Corpora, their tokens, and the packed batches that remember where they stand."""

@@ -1,0 +1,162 @@
+"""Endless batches for training: new sequences in their own order, and an exact share of old."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritter.data.replay import ReplayBuffer
+from tritter.data.sequences import SequenceStream
+from tritter.errors import RequestError, TritterError
+
+__all__ = ["BatchStream", "ExactShare", "ReplaySource", "SequenceStream"]
+
+FORMAT_VERSION = 1
+ENDLESS = 2**40  # batches: more than any run asks for
+
+
+class ExactShare:
+    """How many sequences of each batch are replayed, so that no rounding ever accumulates."""
+
+    def __init__(self, fraction: float) -> None:
+        """Take a share from 0 up to, not including, 1.
+
+        Raises:
+            RequestError: the share is outside of that.
+        """
+        if not (math.isfinite(fraction) and 0 <= fraction < 1):
+            raise RequestError(
+                f"forgetting.replay.fraction={fraction}: must be at least 0 and below 1, "
+                f"for example 0.25."
+            )
+        # The decimal that was asked for: 0.1 as a binary float is a little more than a tenth.
+        self.fraction = Fraction(str(fraction))
+
+    def count(self, batch_index: int, batch_size: int) -> int:
+        """Return the number for one batch; the first n sum to floor(n · batch_size · fraction)."""
+        before = math.floor(batch_index * batch_size * self.fraction)
+        return math.floor((batch_index + 1) * batch_size * self.fraction) - before
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaySource:
+    """Where old sequences come from, and their share of all sequences."""
+
+    buffer: ReplayBuffer
+    share: ExactShare
+
+
+class BatchStream:
+    """An endless loader of batches {"input_ids": int64 [B, T], "is_replay": bool [B]}.
+
+    New sequences come in the order of their stream whatever is replayed: a run with replay sees
+    a prefix of what the run without it sees. The old ones of a batch stand after its new ones.
+    All iterators share one place, which moves before a batch is handed out (a trainer that has
+    enough never asks again), and not before the first is asked for.
+
+    The batches never end, yet the loader has a length: without one Lightning fetches a batch
+    ahead and saves a place that training has not reached, so that a resumed run skips a batch.
+    """
+
+    def __init__(
+        self,
+        new: SequenceStream,
+        *,
+        batch_size: int,
+        replay: ReplaySource | None = None,
+        num_batches: int = ENDLESS,
+    ) -> None:
+        """Batch a stream.
+
+        Args:
+            new: the new sequences.
+            batch_size: sequences of a batch, new and old together.
+            replay: the old sequences.
+            num_batches: the length to report, for progress bars: what the run will ask for.
+
+        Raises:
+            RequestError: the batch is empty, or old sequences have another length than new ones.
+        """
+        if batch_size < 1:
+            raise RequestError(f"data.batch_size={batch_size}: must be at least 1.")
+        if replay is not None and replay.buffer.sequence_length != new.sequence_length:
+            raise RequestError(
+                f"data.sequence_length={new.sequence_length}: the replayed sequences have "
+                f"{replay.buffer.sequence_length} tokens; both must be packed alike."
+            )
+        self._new = new
+        self._batch_size = batch_size
+        self._replay = replay
+        self._num_batches = num_batches
+        self._batch_index = 0
+
+    def with_replay(self, buffer: ReplayBuffer, fraction: float) -> "BatchStream":
+        """Return a loader over the same stream in which a share of each batch is replayed.
+
+        Raises:
+            RequestError: something is replayed already, or the share is not in [0, 1).
+        """
+        if self._replay is not None:
+            raise RequestError("forgetting: only one method can mix old data into the batches.")
+        replay = ReplaySource(buffer, ExactShare(fraction))
+        return BatchStream(
+            self._new,
+            batch_size=self._batch_size,
+            replay=replay,
+            num_batches=self._num_batches,
+        )
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield self._next_batch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the new and the replayed sequences, in plain containers."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "batch_index": self._batch_index,
+            "new": self._new.state_dict(),
+            "replay": None if self._replay is None else self._replay.buffer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved place.
+
+        Raises:
+            TritterError: it was saved in another format, with other data, or with replay where
+                there is none now (or the reverse).
+        """
+        if state["format_version"] != FORMAT_VERSION:
+            raise TritterError(
+                f"data position has format_version={state['format_version']}; "
+                f"this version of Tritter reads {FORMAT_VERSION}."
+            )
+        if (state["replay"] is None) != (self._replay is None):
+            raise TritterError(
+                "data position was saved with other replay settings (with replay against "
+                "without); resume with the forgetting methods of that run."
+            )
+        self._new.load_state_dict(state["new"])
+        if self._replay is not None:
+            self._replay.buffer.load_state_dict(state["replay"])
+        self._batch_index = int(state["batch_index"])
+
+    def _next_batch(self) -> dict[str, Tensor]:
+        # The one place that knows a whole batch: sharding by rank takes its rows from here.
+        num_replayed = 0
+        if self._replay is not None:
+            num_replayed = self._replay.share.count(self._batch_index, self._batch_size)
+        num_new = self._batch_size - num_replayed
+        sequences = [self._new.next_sequences(num_new)]
+        if self._replay is not None:
+            sequences.append(self._replay.buffer.sample(num_replayed))
+        self._batch_index += 1
+        is_replay = torch.arange(self._batch_size) >= num_new
+        return {"input_ids": torch.cat(sequences), "is_replay": is_replay}

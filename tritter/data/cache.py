@@ -1,0 +1,180 @@
+"""A cache of folders that appear whole or not at all, and are trusted only after a check."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tritter.errors import RequestError, TritterError
+
+logger = logging.getLogger(__name__)
+
+_TENSORS, _METADATA, _TOKENIZER = "tokens.safetensors", "corpus.json", "tokenizer.json"
+_FILES = (_TENSORS, _METADATA, _TOKENIZER)
+_CHECKSUMS = "checksums.json"
+
+
+class BrokenEntryError(TritterError):
+    """A folder of the cache is not what was once written there."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheEntry:
+    """What one folder of the cache holds."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, Any]
+    tokenizer: Tokenizer
+
+
+def read_entry(folder: Path) -> CacheEntry | None:
+    """Return what a folder holds, or None when there is no such folder.
+
+    Raises:
+        BrokenEntryError: a file is missing, unreadable or not what its checksum says.
+    """
+    if not folder.exists():
+        return None
+    try:
+        checksums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        for name in _FILES:
+            if checksums[name] != _file_digest(folder / name):
+                raise BrokenEntryError(f"{name} does not match its checksum")
+        return CacheEntry(
+            tensors=load_file(folder / _TENSORS),
+            metadata=json.loads((folder / _METADATA).read_text(encoding="utf-8")),
+            tokenizer=Tokenizer.from_file(str(folder / _TOKENIZER)),
+        )
+    except BrokenEntryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise BrokenEntryError(f"{type(error).__name__}: {error}") from error
+
+
+def write_entry(folder: Path, entry: CacheEntry) -> None:
+    """Write a folder beside its place and move it there whole.
+
+    When another process was first, its folder stays: both hold the same by their name.
+
+    Raises:
+        RequestError: the cache cannot be written.
+    """
+    with _write_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
+        try:
+            temporary.mkdir()
+            _write_files(temporary, entry)
+            if not folder.exists():
+                _move(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def set_aside(path: Path, *, reason: str) -> None:
+    """Move what cannot be trusted out of the way, and say so in one line.
+
+    Raises:
+        RequestError: the cache cannot be written.
+    """
+    aside = path.with_name(f"{path.name}.broken-{uuid4().hex[:8]}")
+    logger.warning(
+        "cache entry %s is damaged (%s); moved to %s and built again", path, reason, aside.name
+    )
+    # Another process may have moved the same entry already.
+    with _write_errors(path.parent), suppress(FileNotFoundError):
+        path.rename(aside)
+
+
+def read_note(path: Path) -> str | None:
+    """Return the one line of a small file, or None when it is not there or not readable."""
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def write_note(path: Path, line: str) -> None:
+    """Write a small file whole.
+
+    Raises:
+        RequestError: the cache cannot be written.
+    """
+    with _write_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+        temporary.write_text(line + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def require_writable(folder: Path) -> None:
+    """Find out whether a folder of the cache can be written, before any work is done for it.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    with _write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{uuid4().hex[:8]}"
+        probe.touch()
+        probe.unlink()
+
+
+@contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(
+            f"cache_dir: {folder} cannot be written ({error.strerror or error}). "
+            f"Name a folder that can be: cache_dir=PATH."
+        ) from error
+
+
+def _write_files(folder: Path, entry: CacheEntry) -> None:
+    save_file(dict(entry.tensors), folder / _TENSORS, metadata={"format": "pt"})
+    (folder / _METADATA).write_text(_json(entry.metadata), encoding="utf-8")
+    entry.tokenizer.save(str(folder / _TOKENIZER))
+    checksums = {name: _file_digest(folder / name) for name in _FILES}
+    (folder / _CHECKSUMS).write_text(_json(checksums), encoding="utf-8")
+    for path in (*(folder / name for name in _FILES), folder / _CHECKSUMS, folder):
+        _sync(path)
+
+
+def _move(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():  # not a lost race
+            raise
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folder
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file_digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=True) + "\n"

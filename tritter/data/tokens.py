@@ -1,0 +1,145 @@
+"""Documents as tokens that still know their documents and bytes, and the packing of them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Encoding, Tokenizer
+from torch import Tensor
+
+from tritter.data.documents import Document
+from tritter.errors import RequestError
+
+MINIMUM_DOCUMENT_TOKENS = 4  # a character may take four bytes, and each a token
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenisedDocuments:
+    """Tokens of n documents, one after the other, without an end of text between them.
+
+    Attributes:
+        tokens: int32 [num_tokens].
+        offsets: int64 [n + 1]; document i is `tokens[offsets[i]:offsets[i + 1]]`.
+        num_bytes: int64 [n], UTF-8 bytes of the text that the tokens stand for.
+        identifiers: the documents' names.
+    """
+
+    tokens: Tensor
+    offsets: Tensor
+    num_bytes: Tensor
+    identifiers: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.identifiers)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all documents together."""
+        return self.tokens.numel()
+
+    def document(self, index: int) -> Tensor:
+        """Return the tokens of one document, int32 [its number of tokens]."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def tokenise(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    *,
+    max_tokens_per_document: int | None = None,
+) -> TokenisedDocuments:
+    """Tokenise documents; a longer one keeps its beginning, cut between two characters.
+
+    Special tokens are never added, and a text that spells one is read as plain text.
+
+    Raises:
+        RequestError: `max_tokens_per_document` is too small for one character.
+    """
+    limit = max_tokens_per_document
+    if limit is not None and limit < MINIMUM_DOCUMENT_TOKENS:
+        raise RequestError(
+            f"data.max_validation_tokens_per_document={limit}: must be at least "
+            f"{MINIMUM_DOCUMENT_TOKENS} (one character may take that many tokens), or null."
+        )
+    pieces: list[np.ndarray] = []
+    num_bytes: list[int] = []
+    # The fast one leaves out the offsets, which only a cut needs.
+    encode = tokenizer.encode_batch_fast if limit is None else tokenizer.encode_batch
+    with _specials_as_text(tokenizer):
+        encodings = encode([document.text for document in documents], add_special_tokens=False)
+    for document, encoding in zip(documents, encodings, strict=True):
+        num_kept = _num_kept(encoding, limit=limit)
+        pieces.append(np.asarray(encoding.ids[:num_kept], dtype=np.int32))
+        num_bytes.append(_num_bytes(document.text, encoding, num_kept=num_kept))
+    return _joined(pieces, num_bytes, tuple(each.identifier for each in documents))
+
+
+def pack(documents: TokenisedDocuments, *, sequence_length: int, end_of_text_id: int) -> Tensor:
+    """Lay documents end to end, each closed by an end of text, and cut into full sequences.
+
+    Returns int32 [num_sequences, sequence_length]; the rest that fills no sequence is dropped.
+
+    Raises:
+        RequestError: `sequence_length` is below 2, or there is not one full sequence.
+    """
+    available = documents.num_tokens + len(documents)
+    if sequence_length < 2:
+        raise RequestError(
+            f"data.sequence_length={sequence_length}: must be at least 2, since each token is "
+            f"predicted from those before it."
+        )
+    if available < sequence_length:
+        raise RequestError(
+            f"data.sequence_length={sequence_length}: the {len(documents)} documents hold "
+            f"{available} tokens, not one full sequence. Give more text, or at most {available}."
+        )
+    lengths = documents.offsets.diff()
+    ends_before = torch.arange(len(documents)).repeat_interleave(lengths)
+    stream = torch.full((available,), end_of_text_id, dtype=torch.int32)
+    stream[torch.arange(documents.num_tokens) + ends_before] = documents.tokens
+    num_sequences = available // sequence_length
+    return stream[: num_sequences * sequence_length].view(num_sequences, sequence_length)
+
+
+@contextmanager
+def _specials_as_text(tokenizer: Tokenizer) -> Iterator[None]:
+    before = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = True
+    try:
+        yield
+    finally:
+        tokenizer.encode_special_tokens = before
+
+
+def _num_kept(encoding: Encoding, *, limit: int | None) -> int:
+    num_tokens = len(encoding)
+    if limit is None or num_tokens <= limit:
+        return num_tokens
+    # A byte-level token may hold a part of a character; its neighbours then share its offsets.
+    offsets, kept = encoding.offsets, limit
+    while kept and offsets[kept][0] < offsets[kept - 1][1]:
+        kept -= 1
+    return kept
+
+
+def _num_bytes(text: str, encoding: Encoding, *, num_kept: int) -> int:
+    if num_kept < len(encoding):
+        text = text[: encoding.offsets[num_kept - 1][1]] if num_kept else ""
+    return len(text.encode())
+
+
+def _joined(
+    pieces: Sequence[np.ndarray], num_bytes: Sequence[int], identifiers: tuple[str, ...]
+) -> TokenisedDocuments:
+    offsets = np.cumsum([0, *(len(piece) for piece in pieces)], dtype=np.int64)
+    flat = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+    return TokenisedDocuments(
+        tokens=torch.from_numpy(flat),
+        offsets=torch.from_numpy(offsets),
+        num_bytes=torch.tensor(num_bytes, dtype=torch.int64),
+        identifiers=identifiers,
+    )

@@ -1,0 +1,58 @@
+"""Paired comparison of two models on the same documents."""
+
+import torch
+
+from tritter.errors import TritterError
+from tritter.evaluation.estimate import Estimate, ratio_of_sums
+from tritter.evaluation.losses import DocumentLosses
+
+
+def relative_change(before: DocumentLosses, after: DocumentLosses) -> Estimate:
+    """Estimate the relative change of mean cross-entropy per byte, paired by document.
+
+    Both models scored the same bytes, so the ratio of losses per byte is the ratio of summed nats.
+    Documents are the clusters: tokens of one document succeed or fail together, and errors per
+    token would be several times too small.
+
+    Returns:
+        0.01 for a loss that rose by one per cent; n - 1 degrees of freedom.
+
+    Raises:
+        TritterError: the two did not score the same bytes of the same documents, or a loss is not
+            a positive number.
+    """
+    _check_paired(before, after)
+    total = before.nats.sum()
+    if not (torch.isfinite(total) and total > 0 and torch.isfinite(after.nats).all()):
+        raise TritterError(
+            f"evaluation: a relative change needs finite losses above zero, "
+            f"got {float(total):g} nats before and {float(after.nats.sum()):g} after"
+        )
+    ratio = ratio_of_sums(after.nats, before.nats)
+    return Estimate(
+        ratio.value - 1,
+        ratio.standard_error,
+        n=ratio.n,
+        degrees_of_freedom=ratio.degrees_of_freedom,
+    )
+
+
+def _check_paired(before: DocumentLosses, after: DocumentLosses) -> None:
+    if len(before) != len(after):
+        raise TritterError(
+            f"evaluation: {len(before)} documents were scored before and {len(after)} after; "
+            "a paired comparison needs the same documents"
+        )
+    for first, second in zip(before.identifiers, after.identifiers, strict=True):
+        if first != second:
+            raise TritterError(
+                f"evaluation: document {first!r} before stands against {second!r} after; "
+                "a paired comparison needs the same documents in the same order"
+            )
+    if not torch.equal(before.num_bytes, after.num_bytes):
+        index = int((before.num_bytes != after.num_bytes).nonzero()[0])
+        raise TritterError(
+            f"evaluation: document {before.identifiers[index]!r} has "
+            f"{int(before.num_bytes[index])} bytes before and {int(after.num_bytes[index])} after; "
+            "both must score the same text"
+        )

@@ -1,0 +1,219 @@
+"""Plots of a finished run, from summary.json and metrics.csv alone."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from tritter.report.rows import Change, DomainRow, Score, domain_rows
+
+_DPI = 150
+# Okabe and Ito: told apart by colour-blind readers, and in grey by their markers.
+_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+_CYCLE = (_BLUE, _ORANGE, _GREEN, _PURPLE, "#56B4E9", "#E69F00")
+_STAGES = ("before", "after\nexpansion", "after\ntraining")
+_SMOOTHED_FROM_POINTS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One metric over the steps at which it was logged."""
+
+    name: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+def plot_run(summary: Mapping[str, Any], metrics_csv: Path | None, folder: Path) -> list[Path]:
+    """Draw what the run has data for and return the files written (PNG, 150 dpi).
+
+    Args:
+        summary: the contents of summary.json.
+        metrics_csv: Lightning's CSV with a `step` column and blanks; may be missing or empty.
+        folder: created when it does not exist.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = domain_rows(summary)
+    figures = {
+        "domains.png": _domains_figure(rows),
+        "training.png": _training_figure(read_curves(metrics_csv) if metrics_csv else ()),
+        "retention_and_gain.png": _tradeoff_figure(rows),
+    }
+    written = []
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.savefig(folder / name, dpi=_DPI)
+            written.append(folder / name)
+    return written
+
+
+def read_curves(metrics_csv: Path) -> tuple[Curve, ...]:
+    """Read every loss of a metrics.csv; a missing or empty file has none."""
+    if not metrics_csv.is_file():
+        return ()
+    with metrics_csv.open(newline="") as lines:
+        table = [row for row in csv.DictReader(lines) if row.get("step")]
+    names = [name for name in (table[0] if table else {}) if name and name.endswith("/loss")]
+    curves = (_curve(name, table) for name in names)
+    return tuple(curve for curve in curves if curve.steps)
+
+
+def _curve(name: str, table: Sequence[Mapping[str, str]]) -> Curve:
+    points = [(int(float(row["step"])), float(row[name])) for row in table if row.get(name)]
+    return Curve(name, tuple(step for step, _ in points), tuple(value for _, value in points))
+
+
+def _domains_figure(rows: Sequence[DomainRow]) -> Figure | None:
+    """One panel per domain, each on its own scale: a rise of 1 % must be seen."""
+    domains = [row for row in rows if not row.is_control and row.before.loss is not None]
+    if not domains:
+        return None
+    figure, panels = _figure(columns=len(domains), width=1.2 + 3.2 * len(domains), height=3.6)
+    for row, axes in zip(domains, panels, strict=True):
+        _draw_stages(axes, (row.before, row.expanded, row.trained), label="grown", color=_BLUE)
+        for control in rows:
+            if control.is_control and control.domain == row.domain:
+                scores = (control.before, None, control.trained)
+                _draw_stages(axes, scores, label="control, not grown", color=_ORANGE)
+        axes.set_title(f"{row.domain} ({row.role}): {_percent(row.change)}", fontsize=10)
+        axes.set_xticks(range(len(_STAGES)), _STAGES)
+        axes.set_xlim(-0.35, 2.35)
+        axes.margins(y=0.15)
+    panels[0].set_ylabel("validation loss [nats per token]")
+    if any(row.is_control for row in rows):
+        panels[-1].legend(frameon=False, fontsize=8)
+    note = "bars: one standard error over documents; the changes above are paired and surer"
+    figure.supxlabel(note, fontsize=7, color=_GREY)
+    return figure
+
+
+def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, label: str, color: str) -> None:
+    known = [
+        (position, score.loss, score.standard_error or 0.0)
+        for position, score in enumerate(scores)
+        if score is not None and score.loss is not None
+    ]
+    is_control = color == _ORANGE
+    axes.errorbar(
+        # Side by side, so that the bars of run and control do not hide each other.
+        [position + 0.06 * is_control for position, _, _ in known],
+        [loss for _, loss, _ in known],
+        yerr=[error for _, _, error in known],
+        color=color,
+        marker="s" if is_control else "o",
+        linestyle="--" if is_control else "-",
+        capsize=3,
+        label=label,
+    )
+
+
+def _training_figure(curves: Sequence[Curve]) -> Figure | None:
+    """Model losses above; penalties of forgetting methods, which have their own unit, below."""
+    losses = [curve for curve in curves if not curve.name.startswith("forgetting/")]
+    penalties = [curve for curve in curves if curve.name.startswith("forgetting/")]
+    groups = [group for group in (losses, penalties) if group]
+    if not groups:
+        return None
+    figure, panels = _figure(rows=len(groups), width=6.4, height=0.8 + 2.8 * len(groups))
+    for group, axes in zip(groups, panels, strict=True):
+        for index, curve in enumerate(group):
+            _draw_curve(axes, curve, color=_CYCLE[index % len(_CYCLE)])
+        axes.set_ylabel("penalty" if group is penalties else "loss [nats per token]")
+        axes.legend(frameon=False, fontsize=8)
+    panels[-1].set_xlabel("training step")
+    return figure
+
+
+def _draw_curve(axes: Axes, curve: Curve, *, color: str) -> None:
+    if len(curve.values) < _SMOOTHED_FROM_POINTS:
+        axes.plot(curve.steps, curve.values, "o-", color=color, markersize=3, label=curve.name)
+        return
+    axes.plot(curve.steps, curve.values, color=color, alpha=0.25, linewidth=0.8)
+    window = len(curve.values) // 20
+    label = f"{curve.name} (mean of {window} points)"
+    mean = _running_mean(curve.values, window)
+    first = window // 2  # centred: a trailing mean would lag behind a falling loss
+    axes.plot(curve.steps[first : first + len(mean)], mean, color=color, label=label)
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    return [sum(values[stop - window : stop]) / window for stop in range(window, len(values) + 1)]
+
+
+def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
+    """Loss of the old domains against gain on the new ones: right and low is good."""
+    pairs = [
+        (old, new)
+        for old in rows
+        for new in rows
+        if (old.role, new.role) == ("old", "new") and old.is_control == new.is_control
+        if old.change.value is not None and new.change.value is not None
+    ]
+    if not pairs:
+        return None
+    figure, (axes,) = _figure(width=5.6, height=4.2)
+    for old, new in pairs:
+        _draw_pair(axes, old, new)
+    for bound in sorted({old.bound for old, _ in pairs if old.bound is not None}):
+        axes.axhline(100 * bound, color=_GREY, linestyle="--", linewidth=1)
+        axes.annotate(
+            f"allowed {100 * bound:+.3g} %",
+            xy=(0.99, 100 * bound),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=_GREY,
+        )
+    axes.axhline(0, color=_GREY, linewidth=0.6)
+    axes.axvline(0, color=_GREY, linewidth=0.6)
+    axes.margins(0.2)
+    axes.set_xlabel("gain: fall of the loss on the new domain [% per byte]")
+    axes.set_ylabel("forgetting: rise of the loss\non the old domain [% per byte]")
+    figure.legend(loc="outside upper center", frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_pair(axes: Axes, old: DomainRow, new: DomainRow) -> None:
+    assert old.change.value is not None and new.change.value is not None
+    kind = "control, not grown" if old.is_control else "grown"
+    axes.errorbar(
+        -100 * new.change.value,
+        100 * old.change.value,
+        xerr=100 * (new.change.half_width or 0.0),
+        yerr=100 * (old.change.half_width or 0.0),
+        color=_ORANGE if old.is_control else _BLUE,
+        marker="s" if old.is_control else "o",
+        linestyle="none",
+        capsize=3,
+        label=f"{kind}: {old.domain} against {new.domain}",
+    )
+
+
+def _figure(
+    *, rows: int = 1, columns: int = 1, width: float, height: float
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of our own (no pyplot, so nothing global) and its panels in reading order."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = [
+        axes for line in figure.subplots(rows, columns, squeeze=False).tolist() for axes in line
+    ]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+    return figure, panels
+
+
+def _percent(change: Change) -> str:
+    if change.value is None:
+        return "change unknown"
+    half_width = change.half_width
+    error = "" if half_width is None else f" ± {100 * half_width:.2f}"
+    return f"{100 * change.value:+.2f}{error} %"

@@ -1,0 +1,133 @@
+"""Rows of a run's result, read from its summary.json; table and plots show the same ones."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Role = Literal["old", "new"]
+_CHECK_OF_ROLE: dict[Role, str] = {"old": "retention", "new": "new_capability"}
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Nats per token and per byte of one domain at one stage; None where not known."""
+
+    loss: float | None
+    loss_per_byte: float | None
+    standard_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Relative change per byte from before to after training, with its one-sided bounds."""
+
+    value: float | None
+    lower: float | None
+    upper: float | None
+
+    @property
+    def half_width(self) -> float | None:
+        """Return half the distance of the two bounds."""
+        if self.lower is None or self.upper is None:
+            return None
+        return (self.upper - self.lower) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class DomainRow:
+    """One domain of one trained model: the last attempt, or the un-grown control."""
+
+    domain: str
+    role: Role
+    is_control: bool
+    before: Score
+    expanded: Score | None
+    trained: Score
+    change: Change
+    bound: float | None
+    verdict: str | None
+
+
+def last_attempt(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the last attempt scored, also when it was rolled back afterwards."""
+    attempts: Sequence[Mapping[str, Any]] = summary.get("attempts") or []
+    return attempts[-1] if attempts else summary
+
+
+def domain_rows(summary: Mapping[str, Any]) -> tuple[DomainRow, ...]:
+    """Return one row per domain, the old ones first, then the same for the control if there is one.
+
+    The scores after training are those of the last attempt: after a rollback the summary's own
+    `final` repeats the baseline, and a person wants to see what was refused.
+    """
+    attempt = last_attempt(summary)
+    rows = _rows(summary, attempt, expanded=attempt.get("expanded") or summary.get("expanded"))
+    if control := summary.get("control"):
+        rows += _rows(summary, control, expanded=None)
+    return rows
+
+
+def checks(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return the gate's checks of an attempt, a control or a summary."""
+    return record.get("gate") or []
+
+
+def _rows(
+    summary: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    *,
+    expanded: Mapping[str, Any] | None,
+) -> tuple[DomainRow, ...]:
+    domains = summary.get("domains") or {}
+    roles: tuple[Role, ...] = ("old", "new")
+    return tuple(
+        _row(name, role, summary=summary, trained=trained, expanded=expanded)
+        for role in roles
+        for name in domains.get(role, [])
+    )
+
+
+def _row(
+    domain: str,
+    role: Role,
+    *,
+    summary: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    expanded: Mapping[str, Any] | None,
+) -> DomainRow:
+    before = _score(summary.get("baseline"), domain)
+    after = _score(trained.get("final"), domain)
+    check = next(
+        (
+            check
+            for check in checks(trained)
+            if check["check"] == _CHECK_OF_ROLE[role] and check.get("subject") == domain
+        ),
+        {},
+    )
+    return DomainRow(
+        domain=domain,
+        role=role,
+        is_control=trained is summary.get("control"),
+        before=before,
+        expanded=None if expanded is None else _score(expanded, domain),
+        trained=after,
+        change=_change(check, before=before, after=after),
+        bound=check.get("bound"),
+        verdict=check.get("verdict"),
+    )
+
+
+def _score(scores: Mapping[str, Any] | None, domain: str) -> Score:
+    record = (scores or {}).get(domain, {})
+    return Score(record.get("loss"), record.get("loss_per_byte"), record.get("standard_error"))
+
+
+def _change(check: Mapping[str, Any], *, before: Score, after: Score) -> Change:
+    """Take the gate's paired change; without a check the plain ratio, which has no bounds."""
+    if check:
+        lower, upper = check.get("interval") or (None, None)
+        return Change(check.get("value"), lower, upper)
+    if not before.loss_per_byte or after.loss_per_byte is None:
+        return Change(None, None, None)
+    return Change(after.loss_per_byte / before.loss_per_byte - 1, None, None)

@@ -1,0 +1,205 @@
+"""The table at the end of a run, from summary.json alone."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tritter.report.rows import DomainRow, checks, domain_rows, last_attempt
+from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
+
+_STYLES = {
+    "passed": "green",
+    "kept": "bold green",
+    "failed": "bold red",
+    "rolled_back": "bold red",
+    "undecided": "yellow",
+    "reported": "cyan",
+}
+_STATUS_WORDS = {
+    "kept": "kept",
+    "rolled_back": "rolled back: the checkpoint is the baseline",
+    "undecided": "undecided: the grown checkpoint stays",
+}
+_SAMPLE_CHARACTERS = 400
+_DOMAIN_CHARACTERS = 14
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryLine:
+    """A label and what it says."""
+
+    label: str
+    text: str
+    style: str = ""
+
+
+def print_summary(
+    summary: Mapping[str, Any], *, console: Console, folder: Path | None = None
+) -> None:
+    """Print a finished run: its verdict, the losses per domain, what it cost, and a sample.
+
+    Args:
+        summary: the contents of summary.json.
+        folder: the run folder; with it the checkpoint is named by a path that can be copied.
+    """
+    signs = Signs.for_encoding(console.encoding)
+    for table in (result_table(summary, signs=signs), stage_table(summary)):
+        console.print()
+        console.print(table)
+    console.print()
+    console.print(_grid(summary_lines(summary, signs=signs)))
+    if checkpoint := summary.get("checkpoint"):
+        path = str(checkpoint if folder is None else folder / checkpoint)
+        # Never broken into lines: a person copies it.
+        console.print(Text(f"{'checkpoint':<12}{signs.printable(path)}"), soft_wrap=True)
+    for sample in summary.get("samples") or []:
+        console.print()
+        console.print(_grid(_sample_lines(sample, signs=signs)))
+
+
+def result_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
+    """Return one row per domain: nats per token at each stage, change per byte, verdict."""
+    table = _table("Loss in nats per token; change in % per byte")
+    _add_columns(table, "domain", "role", justify="left")
+    _add_columns(table, "before", "expanded", "trained", "change", justify="right")
+    _add_columns(table, "verdict", justify="left")
+    is_control = False
+    for row in domain_rows(summary):
+        if row.is_control and not is_control:
+            table.add_section()
+            table.add_row("control:")
+            is_control = True
+        table.add_row(*_cells(row, signs=signs))
+    table.caption = _caption(summary, signs=signs)
+    return table
+
+
+def stage_table(summary: Mapping[str, Any]) -> Table:
+    """Return seconds and FLOPs of each stage."""
+    seconds, flops = summary.get("seconds") or {}, summary.get("flops") or {}
+    table = _table("Cost")
+    _add_columns(table, "stage", justify="left")
+    _add_columns(table, "seconds", "FLOPs", justify="right")
+    for name in stages(seconds, flops):
+        if name == "total":
+            table.add_section()
+        took = seconds.get(name)
+        table.add_row(
+            name,
+            MISSING if took is None else f"{took:.1f}",
+            count_text(flops.get(name)),
+        )
+    return table
+
+
+def summary_lines(summary: Mapping[str, Any], *, signs: Signs) -> list[SummaryLine]:
+    """Return what stands below the tables: status and reasons, jump, parameters."""
+    attempt = last_attempt(summary)
+    status = str(summary["status"])
+    lines = [
+        SummaryLine("status", _STATUS_WORDS.get(status, status), style=_STYLES.get(status, ""))
+    ]
+    if (number := len(summary.get("attempts") or [])) > 1:
+        lines.append(SummaryLine("attempts", f"{number}; the table shows the last"))
+    lines += [_reason(check, signs=signs) for check in checks(attempt) if _needs_words(check)]
+    if (jump := _jump_text(summary)) is not None:
+        lines.append(SummaryLine("jump", jump))
+    lines.append(SummaryLine("parameters", _parameters_text(summary, signs=signs)))
+    return lines
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        caption_style="dim",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+
+
+def _add_columns(table: Table, *names: str, justify: Literal["left", "right"]) -> None:
+    for name in names:
+        # Folded where the terminal is narrow: an ellipsis would hide digits, and is not ASCII.
+        table.add_column(name, justify=justify, overflow="fold")
+
+
+def _cells(row: DomainRow, *, signs: Signs) -> list[str | Text]:
+    verdict = row.verdict or MISSING
+    return [
+        Text(signs.shortened(row.domain, _DOMAIN_CHARACTERS)),
+        row.role,
+        score_text(row.before),
+        score_text(row.expanded),
+        score_text(row.trained),
+        change_text(row.change, signs=signs),
+        Text(verdict, style=_STYLES.get(verdict, "")),
+    ]
+
+
+def _caption(summary: Mapping[str, Any], *, signs: Signs) -> str:
+    confidence = next(
+        (check["confidence"] for check in checks(last_attempt(summary)) if check.get("confidence")),
+        None,
+    )
+    lines = ["change: before to trained"]
+    if confidence is not None:
+        lines[0] += f", paired, {signs.plus_minus} to one-sided {confidence:.0%} bounds"
+    if summary.get("control"):
+        lines.append("control: trained alike, not grown")
+    return "\n".join(lines)
+
+
+def _needs_words(check: Mapping[str, Any]) -> bool:
+    return check["verdict"] in ("failed", "undecided")
+
+
+def _reason(check: Mapping[str, Any], *, signs: Signs) -> SummaryLine:
+    what = f"{check['check']} of {check.get('subject')}: {check.get('detail')}"
+    verdict = str(check["verdict"])
+    return SummaryLine(verdict, signs.printable(what), style=_STYLES[verdict])
+
+
+def _jump_text(summary: Mapping[str, Any]) -> str | None:
+    jump = summary.get("jump")
+    if not jump or jump.get("max_absolute") is None or jump.get("relative_to_std") is None:
+        return None
+    return (
+        f"logits moved by up to {jump['max_absolute']:.1e} when expanded, "
+        f"{jump['relative_to_std']:.1e} of their deviation"
+    )
+
+
+def _parameters_text(summary: Mapping[str, Any], *, signs: Signs) -> str:
+    parameters = summary.get("parameters") or {}
+    before, after = parameters.get("baseline"), parameters.get("final")
+    text = f"{count_text(before)} {signs.arrow} {count_text(after)}"
+    return f"{text} ({after / before:.2f} times)" if before and after else text
+
+
+def _sample_lines(sample: Mapping[str, Any], *, signs: Signs) -> list[SummaryLine]:
+    lines = []
+    for name in ("prompt", "before", "after"):
+        words = " ".join(str(sample.get(name) or "").split())
+        text = signs.shortened(words, _SAMPLE_CHARACTERS)
+        lines.append(SummaryLine(name, text or MISSING))
+    return lines
+
+
+def _grid(lines: Iterable[SummaryLine]) -> Table:
+    """Set labels beside their text, which wraps within its own column."""
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(width=11, overflow="fold")
+    grid.add_column(overflow="fold")
+    for line in lines:
+        grid.add_row(line.label, Text(line.text, style=line.style))
+    return grid

@@ -1,0 +1,65 @@
+"""Numbers and signs as a person reads them, on any terminal."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tritter.report.rows import Change, Score
+
+MISSING = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """The few signs beyond ASCII, or what stands for them."""
+
+    plus_minus: str
+    arrow: str
+    encoding: str
+
+    @classmethod
+    def for_encoding(cls, encoding: str) -> "Signs":
+        """Choose the signs that a terminal of this encoding can print."""
+        if encoding.lower().startswith("utf"):
+            return cls("±", "→", encoding)
+        return cls("+/-", "->", encoding)
+
+    def printable(self, text: str) -> str:
+        """Replace what the terminal cannot print, and control characters, by their escapes."""
+        safe = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+        return safe.encode(self.encoding, "backslashreplace").decode(self.encoding)
+
+    def shortened(self, text: str, num_characters: int) -> str:
+        """Return printable text, cut with two dots: Rich's own ellipsis is not ASCII."""
+        text = self.printable(text)
+        return text if len(text) <= num_characters else text[: num_characters - 2] + ".."
+
+
+def score_text(score: Score | None) -> str:
+    """Return nats per token with three decimals."""
+    return MISSING if score is None or score.loss is None else f"{score.loss:.3f}"
+
+
+def change_text(change: Change, *, signs: Signs) -> str:
+    """Return a change in per cent with its half-width."""
+    if change.value is None:
+        return MISSING
+    value = f"{100 * change.value:+.2f}"
+    half_width = change.half_width
+    return value if half_width is None else f"{value} {signs.plus_minus} {100 * half_width:.2f}"
+
+
+def count_text(value: float | None) -> str:
+    """Return a count with three digits and its unit: 1.23 M, 45.6 G."""
+    if value is None:
+        return MISSING
+    for unit in ("", " k", " M", " G", " T", " P"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} E"
+
+
+def stages(*totals: Mapping[str, float]) -> tuple[str, ...]:
+    """Return the stages named in any of the mappings, in order of first appearance, total last."""
+    names = dict.fromkeys(name for total in totals for name in total)
+    return (*(name for name in names if name != "total"), *(["total"] if "total" in names else []))
