@@ -1,0 +1,78 @@
+"""A command line run in this process, with a pipeline that only takes notes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tritter.config import RunConfig
+from tritter.config.composition import Composer, composer
+from tritter.config.entry import main
+from tritter.errors import TritterError
+
+
+@dataclass(frozen=True)
+class FakeOutcome:
+    status: str
+    metric: float
+    summary_path: Path
+
+
+@dataclass
+class FakePipeline:
+    """Records what it is given; seed 1 fails as ours, seed 2 as a bug, seed 3 is rolled back."""
+
+    configs: list[RunConfig] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+
+    def __call__(self, config: RunConfig, *, run_folder: Path) -> FakeOutcome:
+        self.configs.append(config)
+        self.folders.append(run_folder)
+        if config.seed == 1:
+            raise TritterError("the loss was not finite 10 times in a row")
+        if config.seed == 2:
+            raise KeyError("a bug")
+        status = "rolled_back" if config.seed == 3 else "kept"
+        return FakeOutcome(status, 0.25, run_folder / "summary.json")
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+    written: list[str]
+
+
+@pytest.fixture
+def pipeline() -> FakePipeline:
+    return FakePipeline()
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pipeline: FakePipeline,
+) -> Callable[..., Result]:
+    """Run words as a command line in an empty folder; returns code, output and what was written."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_words(*words: str) -> Result:
+        try:
+            code = main(pipeline, arguments=words)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+        return Result(code, captured.out, captured.err, written)
+
+    return run_words
+
+
+@pytest.fixture(scope="session")
+def composing() -> Iterator[Composer]:
+    with composer() as one:
+        yield one

@@ -1,0 +1,215 @@
+"""Runs and sweeps from the command line to the exit code, with a pipeline that takes notes."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.config.conftest import FakePipeline, Result
+from tritter.config.jobs import read_status
+from tritter.config.run_folder import write_run_file
+
+Run = Callable[..., Result]
+
+
+def test_a_run(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
+    result = run("training.max_steps=7", "gate=strict")
+    assert result.code == 0
+    assert pipeline.configs[0].training.max_steps == 7
+    (folder,) = pipeline.folders
+    assert folder.parent == tmp_path / "outputs/runs"
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    status = read_status(folder)
+    assert (status["status"], status["metric"], status["exit_code"]) == ("kept", 0.25, 0)
+    assert status["overrides"] == ["training.max_steps=7", "gate=strict"]
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        (["expansion=llama-pro"], ["expansion=llama_pro"]),
+        (["expansion=[llama-pro,width]"], ["expansion=[llama_pro,width]"]),
+        (["training.max-steps=5"], ["training.max_steps=5"]),
+        (
+            ["forgetting=l2sp", "forgetting.l2sp.l2sp-lambda=3"],
+            ["forgetting=l2sp", "forgetting.l2sp.l2sp_lambda=3"],
+        ),
+        (["trainer.precision=bf16_mixed"], ["trainer.precision=bf16-mixed"]),
+        (["experiment=small-deep-wide"], ["experiment=small_deep_wide"]),
+        (["+seed=4"], ["seed=4"]),
+        (["training.max_steps=5.0"], ["training.max_steps=5"]),
+    ],
+)
+def test_both_spellings_are_the_same(
+    run: Run, pipeline: FakePipeline, words: list[str], same: list[str]
+) -> None:
+    assert run(*words).code == run(*same).code == 0
+    assert pipeline.configs[0] == pipeline.configs[1]
+
+
+def test_exit_codes(run: Run) -> None:
+    assert run("seed=3").code == 0
+    assert run("seed=3", "gate=strict").code == 3
+    failed = run("seed=1")
+    assert failed.code == 1
+    assert "error: the loss was not finite" in failed.err
+    assert "Traceback" not in failed.err
+    assert "resume=" in failed.err
+    bug = run("seed=2")
+    assert bug.code == 1
+    assert "KeyError" in bug.err
+
+
+def test_the_same_command_goes_on(run: Run, pipeline: FakePipeline) -> None:
+    assert run("seed=1", "hydra.run.dir=here").code == 1
+    assert run("seed=1", "hydra.run.dir=here", "logger=csv", "trainer.progress=off").code == 1
+    assert len(pipeline.folders) == 2
+    assert pipeline.folders[0] == pipeline.folders[1]
+
+
+def test_a_finished_run_is_not_run_again(run: Run, pipeline: FakePipeline) -> None:
+    before = run("hydra.run.dir=here").written
+    result = run("hydra.run.dir=here")
+    assert (result.code, len(pipeline.configs)) == (0, 1)
+    assert "nothing to do" in result.out
+    assert "summary.json" in result.out
+    assert result.written == before
+
+
+def test_another_configuration_is_refused(run: Run, tmp_path: Path) -> None:
+    run("hydra.run.dir=here")
+    before = (tmp_path / "here/.hydra/config.yaml").read_bytes()
+    result = run("hydra.run.dir=here", "training.max_steps=7", "expansion=dus")
+    assert result.code == 2
+    assert "training.max_steps: 250 → 7" in result.err
+    assert "expansion.methods: [width] → [dus]" in result.err
+    assert (tmp_path / "here/.hydra/config.yaml").read_bytes() == before
+
+
+def test_output_that_exists_is_not_touched(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("dear")
+    (tmp_path / "file").write_text("dear")
+    for name in ("thesis", "file", "file/below"):
+        result = run(f"hydra.run.dir={name}")
+        assert result.code == 2
+        assert "hydra.run.dir = " in result.err
+        assert result.written == ["file", "thesis", "thesis/chapter.txt"]
+
+
+def test_an_unreadable_run_file_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    for text in ("", "[]", '{"format_version": 99, "fingerprint": {}}'):
+        (tmp_path / "here/run.json").write_text(text)
+        result = run("hydra.run.dir=here")
+        assert result.code == 2
+        assert "run.json" in result.err
+
+
+def test_resume_finds_the_last_run(run: Run, pipeline: FakePipeline) -> None:
+    run("seed=0")
+    run("seed=1")
+    assert run("seed=1", "resume=latest").code == 1
+    assert pipeline.folders[2] == pipeline.folders[1] != pipeline.folders[0]
+    assert run(f"resume={pipeline.folders[0]}").code == 0
+    assert len(pipeline.folders) == 3
+    refused = run("seed=5", "resume=latest")
+    assert refused.code == 2
+    assert "seed: 1 → 5" in refused.err
+
+
+def test_a_sweep(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
+    result = run("-m", "forgetting=replay,[l2sp,replay]", "seed=0,1,2,3", "training=quick")
+    assert result.code == 1
+    assert len(pipeline.configs) == 8
+    assert [len(config.forgetting) for config in pipeline.configs] == [1] * 4 + [2] * 4
+    assert [folder.name for folder in pipeline.folders] == [str(n) for n in range(8)]
+    sweep = pipeline.folders[0].parent
+    assert sweep.parent == tmp_path / "outputs/sweeps"
+    assert {folder.parent for folder in pipeline.folders} == {sweep}
+    statuses = [read_status(sweep / str(number))["status"] for number in range(4)]
+    assert statuses == ["kept", "failed", "failed", "rolled_back"]
+    assert "KeyError" in read_status(sweep / "2")["error"]
+    for word in ("rolled_back", "failed", "training=quick", "seed=3"):
+        assert word in result.out
+
+
+def test_a_sweep_over_keys_of_swept_methods(run: Run, pipeline: FakePipeline) -> None:
+    words = ("forgetting=l2sp,[replay,l2sp]", "forgetting.l2sp.l2sp-lambda=1,3")
+    assert run("-m", *words).code == 0
+    lambdas = [config.forgetting[-1].l2sp_lambda for config in pipeline.configs]
+    assert lambdas == [1.0, 3.0, 1.0, 3.0]
+
+
+def test_a_sweep_with_a_strict_gate(run: Run) -> None:
+    assert run("-m", "seed=0,3").code == 0
+    assert run("-m", "seed=0,3", "gate=strict").code == 3
+    assert run("-m", "seed=0,4", "gate=strict").code == 0
+
+
+def test_a_sweep_goes_on_in_its_folder(run: Run, pipeline: FakePipeline) -> None:
+    run("-m", "seed=0,1", "hydra.sweep.dir=here")
+    result = run("-m", "seed=0,1", "hydra.sweep.dir=here")
+    assert [config.seed for config in pipeline.configs] == [0, 1, 1]
+    assert result.code == 1
+    refused = run("-m", "seed=0,2", "hydra.sweep.dir=here")
+    assert refused.code == 2
+    assert "job 1 (seed=2)" in refused.err
+    assert "seed: 1 → 2" in refused.err
+
+
+def test_the_shipped_ablation(run: Run, pipeline: FakePipeline) -> None:
+    assert run("-m", "experiment=ablation").code == 0
+    pairs = {
+        (tuple(m.name for m in c.expansion), tuple(m.name for m in c.forgetting))
+        for c in pipeline.configs
+    }
+    assert len(pipeline.configs) == len(pairs) == 12
+
+
+def test_cfg_shows_and_runs_nothing(run: Run, pipeline: FakePipeline) -> None:
+    result = run("--cfg", "job", "-p", "training", "training=quick")
+    assert (result.code, pipeline.configs, result.written) == (0, [], [])
+    assert "max_steps: 40" in result.out
+
+
+def test_arguments_of_the_process_are_restored(run: Run) -> None:
+    import sys
+
+    before = list(sys.argv)
+    run("seed=0")
+    assert sys.argv == before
+
+
+def test_an_interrupted_run_exits_130(
+    run: Run, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: FakePipeline, config: object, *, run_folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakePipeline, "__call__", stop)
+    result = run("hydra.run.dir=here")
+    assert result.code == 130
+    assert "goes on" in result.err
+    assert json.loads(Path("here/run.json").read_text())["status"] == "running"
+
+
+def test_a_metric_that_is_not_finite_is_stored_as_null(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tests.config.conftest as conftest
+
+    def outcome(self: FakePipeline, config: object, *, run_folder: Path) -> object:
+        return conftest.FakeOutcome("undecided", math.nan, run_folder / "summary.json")
+
+    monkeypatch.setattr(FakePipeline, "__call__", outcome)
+    assert run("hydra.run.dir=here").code == 0
+    assert read_status(Path("here"))["metric"] is None
+
+
+def test_run_file_is_written_whole(run: Run, pipeline: FakePipeline) -> None:
+    run("hydra.run.dir=here")
+    write_run_file(Path("here"), pipeline.configs[0], status="running")
+    assert [p.name for p in Path("here").iterdir() if p.name.startswith(".run")] == []

@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from tritter.config.composition import Composer
+from tritter.config.fingerprint import changed_keys, fingerprint
+
+WITHOUT_EFFECT = [
+    "resume=x",
+    "cache_dir=/x",
+    "logger=csv",
+    "logger.project=x",
+    "trainer.progress=off",
+]
+WITH_EFFECT = {
+    "seed=1": ["seed"],
+    "control=true": ["control"],
+    "model.hidden_size=32": ["model.hidden_size"],
+    "training=quick": ["training.max_steps"],
+    "trainer.precision=32-true": ["trainer.precision"],
+    "evaluation.batch_size=3": ["evaluation.batch_size"],
+    "gate.strict=true": ["gate.strict"],
+    "expansion.width.noise=0.1": ["expansion.width.noise"],
+    "forgetting=[]": ["forgetting.methods", "forgetting.replay.fraction"],
+}
+
+
+@pytest.mark.parametrize("override", WITHOUT_EFFECT)
+def test_keys_that_do_not_count(composing: Composer, override: str) -> None:
+    base, other = (composing.compose(words).config for words in ([], [override]))
+    assert base != other
+    assert fingerprint(base) == fingerprint(other)
+
+
+@pytest.mark.parametrize("override", WITH_EFFECT)
+def test_keys_that_count(composing: Composer, override: str) -> None:
+    base, other = (fingerprint(composing.compose(words).config) for words in ([], [override]))
+    assert changed_keys(base, other) == WITH_EFFECT[override]
+
+
+def test_order_of_methods_counts(composing: Composer) -> None:
+    one, two = (
+        fingerprint(composing.compose([f"expansion=[{names}]"]).config)
+        for names in ("dus,width", "width,dus")
+    )
+    assert changed_keys(one, two) == ["expansion.methods"]
+
+
+def test_it_survives_json(composing: Composer) -> None:
+    words = ["expansion=llama_pro", "expansion.llama_pro.positions=[0,2]", "logger.tags=[a]"]
+    print_of_run = fingerprint(composing.compose(words).config)
+    assert json.loads(json.dumps(print_of_run)) == print_of_run

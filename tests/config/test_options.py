@@ -1,0 +1,95 @@
+"""Every shipped option file composes, and the keys of the interface are the frozen list."""
+
+import dataclasses
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from tritter.config.composition import Composer
+from tritter.config.folder import config_folder
+from tritter.config.help import description, help_text
+from tritter.config.run_folder import RUNS_FOLDER
+from tritter.config.schema import FORGETTING_OPTIONS, METHOD_GROUPS, SECTIONS
+from tritter.config.validation import METHODS, known_keys
+from tritter.expansion import EXPANSIONS
+
+OPTION_FILES = sorted(config_folder().glob("*/*.yaml"))
+NAMES = [f"{path.parent.name}={path.stem}" for path in OPTION_FILES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_composes(composing: Composer, name: str) -> None:
+    composing.compose([name])
+
+
+@pytest.mark.parametrize("path", OPTION_FILES, ids=NAMES)
+def test_every_option_says_what_it_is(path: Path) -> None:
+    assert len(description(path)) > 3
+    assert f"    {path.stem} " in help_text() or f"    {path.stem}\n" in help_text()
+
+
+def test_every_group_and_method_has_options() -> None:
+    groups = {path.parent.name for path in OPTION_FILES}
+    assert groups == {*SECTIONS, *METHOD_GROUPS, "experiment"}
+    for group, registry in METHODS.items():
+        files = {path.stem for path in OPTION_FILES if path.parent.name == group}
+        assert files == {"none", *registry}
+
+
+def test_keys_are_the_frozen_interface() -> None:
+    frozen = (Path(__file__).parent / "keys.txt").read_text().splitlines()
+    assert list(known_keys()) == frozen, "a change of the interface: is it meant?"
+
+
+@pytest.mark.parametrize("group", METHOD_GROUPS)
+def test_option_files_state_the_defaults_of_the_records(composing: Composer, group: str) -> None:
+    for name, record_type in METHODS[group].items():
+        (record,) = getattr(composing.compose([f"{group}={name}"]).config, group)
+        assert record == record_type()
+
+
+def test_the_default_job(composing: Composer) -> None:
+    config = composing.compose([]).config
+    assert config.expansion == (EXPANSIONS["width"](),)
+    assert config.forgetting == (FORGETTING_OPTIONS["replay"](),)
+    assert (config.seed, config.control, config.resume) == (0, False, None)
+    assert (config.model.hidden_size, config.model.num_hidden_layers) == (64, 3)
+    assert (config.pretraining.max_steps, config.training.max_steps) == (600, 250)
+
+
+def test_hydras_folders_are_those_that_resume_looks_in(composing: Composer) -> None:
+    hydra = composing.compose([]).hydra
+    assert Path(hydra.run.dir).parent == RUNS_FOLDER
+    assert hydra.job.chdir is False
+
+
+@pytest.mark.parametrize(
+    ("expansion", "forgetting"),
+    list(product(["none", "[]", "dus", "[width,llama_pro]"], ["none", "[l2sp,replay]", "replay"])),
+)
+def test_lists_compose_in_their_order(composing: Composer, expansion: str, forgetting: str) -> None:
+    config = composing.compose([f"expansion={expansion}", f"forgetting={forgetting}"]).config
+    for text, methods in ((expansion, config.expansion), (forgetting, config.forgetting)):
+        expected = [word for word in text.strip("[]").split(",") if word not in ("", "none")]
+        assert [method.name for method in methods] == expected
+
+
+def test_order_is_as_written(composing: Composer) -> None:
+    for names in (["dus", "width"], ["width", "dus"]):
+        config = composing.compose([f"expansion=[{','.join(names)}]"]).config
+        assert [method.name for method in config.expansion] == names
+
+
+def test_records_are_frozen(composing: Composer) -> None:
+    config = composing.compose([]).config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 3  # type: ignore[misc]
+
+
+def test_cache_folder(composing: Composer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITTER_CACHE", str(tmp_path))
+    assert composing.compose([]).config.cache_dir == tmp_path
+    assert composing.compose(["cache_dir=/x"]).config.cache_dir == Path("/x")
+    monkeypatch.delenv("TRITTER_CACHE")
+    assert composing.compose([]).config.cache_dir == Path.home() / ".cache/tritter"

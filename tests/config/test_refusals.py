@@ -1,0 +1,199 @@
+"""Whatever is wrong with a request: exit 2, one message with key and remedy, nothing written."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.config.conftest import FakePipeline, Result
+from tritter.config import composition
+from tritter.config.folder import config_folder
+
+ROOT = config_folder().parent
+
+# words of the command line → what the message has to contain
+REFUSALS: dict[str, tuple[str, ...]] = {
+    "training.max_stps=3": ("training.max_stps = 3", "Did you mean training.max_steps?"),
+    "learning_rate=3": ("learning_rate = 3", "Did you mean training.learning_rate?"),
+    "optimizr.weight_decay=1": ("Did you mean optimizer.weight_decay?",),
+    "+training.foo=3": ("training.foo = 3", "no such key", "max_steps"),
+    "training.max_steps=many": ("training.max_steps = many", "a whole number at least 1"),
+    "training.max_steps=2.5": ("training.max_steps = 2.5",),
+    "training.max_steps=true": ("training.max_steps = true",),
+    "training.max_steps=0": ("training.max_steps = 0",),
+    "training.max_steps=": ("training.max_steps = (empty)",),
+    "training.max_steps.foo=3": ("training.max_steps",),
+    "training.learning_rate=nan": ("training.learning_rate = nan", "above 0"),
+    "training.learning_rate=inf": ("training.learning_rate = inf",),
+    "training.schedule=cosin": ("constant, cosine, wsd", "Did you mean cosine?"),
+    "training.schedule=wsd training.decay_ratio=1": ("training.decay_ratio", "0.95"),
+    "gate.strict=1": ("gate.strict = 1", "true or false"),
+    "gate=strict gate.enabled=false": ("gate.strict", "gate=strict or gate=off"),
+    "forgetting.replay.fraction=1": ("forgetting.replay.fraction = 1", "below 1"),
+    "forgetting.replay.fraction=0": ("forgetting.replay.fraction = 0.0", "leave replay out"),
+    "trainer.precision=bf16-mixd": ("trainer.precision = bf16-mixd", "Did you mean bf16-mixed?"),
+    "trainer.precision=16-mixed": ("trainer.precision = 16-mixed", "bf16-mixed"),
+    "trainer.devices=2": ("trainer.devices = 2", "allowed is 1"),
+    "model=tinny": ("model = tinny", "small, tiny", "Did you mean tiny?"),
+    "+model=tiny": ("+model = tiny", "Did you mean model=tiny?"),
+    "model={hidden_size:3}": ("model = {hidden_size:3}", "tiny"),
+    "model.hidden_size=100 model.num_attention_heads=8": ("hidden_size = 100", "96 or 104"),
+    "model.num_attention_heads=4 model.num_key_value_heads=3": ("nearest: 3 or 6",),
+    "model.hidden_size=12": ("model.hidden_size = 12", "nearest: 8 or 16"),
+    "data.sequence_length=1024": ("data.sequence_length = 1024", "max_position_embeddings = 512"),
+    "data.source=stdlb": ("data.source = stdlb", "stdlib"),
+    "expansion=dsu": ("expansion = dsu", "dus, llama_pro, none, width", "Did you mean dus?"),
+    "expansion=[width,dsu]": ("expansion = dsu", "Did you mean dus?"),
+    "expansion=[dus,dus]": ("expansion = [dus,dus]", "[dus]"),
+    "forgetting=[none,replay]": ("forgetting = [none,replay]", "none stands alone"),
+    "forgetting=ewc": ("forgetting = ewc", "l2sp, none, replay"),
+    "forgetting.l2sp.l2sp_lambda=3": ("not selected", "forgetting=[replay,l2sp]"),
+    "expansion.llama_pro=3": ("expansion.llama_pro = 3", "expansion=[width,llama_pro]"),
+    "expansion=width expansion.width.int=fresh": ("Did you mean expansion.width.init?",),
+    "expansion.width.hidden_size=48": ("expansion.width.hidden_size = 48", "at least 64"),
+    "expansion.width.hidden_size=90": ("expansion.width.hidden_size = 90", "nearest: 88 or 92"),
+    "expansion=dus expansion.dus.target_layers=5": (
+        "expansion.dus.target_layers = 5",
+        "nearest: 4",
+    ),
+    "seed=-1": ("seed = -1", "at least 0"),
+    "seed=[1": ("seed = [1", "can't be read"),
+    "seed=${nowhere}": ("nowhere", "seed"),
+    "seed=1,2": ("seed = 1,2", "add -m"),
+    "forgetting=l2sp,replay": ("add -m", "forgetting=[l2sp,replay]"),
+    "foo": ("'foo'", "KEY=VALUE"),
+    "--lr=3": ("--lr=3", "--help"),
+    "~model": ("model = null", "choose an option"),
+    "~nothing": ("nothing",),
+    "experiment=nothing": ("experiment = nothing", "ablation"),
+    "hydra/launcher=nothing": ("hydra/launcher = nothing", "basic"),
+    "hydra.run.dri=x": ("hydra.run.dri = x", "Did you mean hydra.run.dir?"),
+    "resume=latest": ("resume = latest", "no run below"),
+    "resume=elsewhere": ("resume = elsewhere", "latest"),
+    "resume=latest hydra.run.dir=x": ("resume = latest", "hydra.run.dir"),
+    "-m seed=0,1 training.max_stps=3": ("job 0", "Did you mean training.max_steps?"),
+    "-m model=tiny,tinny": ("job 1 (model=tinny)", "Did you mean tiny?"),
+    "-m expansion.width.hidden_size=128,90": ("job 1", "88 or 92"),
+    "-m training.learning_rate=interval(0,1)": ("interval(0,1)", "range(START,STOP)"),
+    "-m resume=latest seed=0,1": ("resume = latest", "hydra.sweep.dir"),
+    "-m hydra.sweep.subdir=x seed=0,1": ("hydra.sweep.subdir = x",),
+    "-m hydra.verbose=true,false": ("hydra.verbose = true,false", "one value"),
+    "-m --cfg job seed=0,1": ("-m with --cfg",),
+}
+
+
+@pytest.mark.parametrize("command", REFUSALS)
+def test_refused(run: Callable[..., Result], pipeline: FakePipeline, command: str) -> None:
+    result = run(*command.split(" "))
+    assert result.code == 2
+    assert result.err.startswith("error: ")
+    assert "Traceback" not in result.err
+    assert result.out == ""
+    for part in REFUSALS[command]:
+        assert part in result.err
+    assert result.written == []
+    assert pipeline.configs == []
+
+
+def test_the_same_words_without_the_mistake_run(run: Callable[..., Result]) -> None:
+    result = run(
+        "training.max_steps=3", "training.learning_rate=1", "expansion.width.hidden_size=96"
+    )
+    assert result.code == 0
+
+
+def test_all_mistakes_are_told_at_once(run: Callable[..., Result]) -> None:
+    result = run("training.max_stps=3", "gate.strict=1", "expansion.width.init=frsh")
+    assert "3 things are wrong" in result.err
+
+
+@pytest.fixture
+def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of conf/ whose experiments a test may write."""
+    import shutil
+
+    folder = tmp_path.parent / f"{tmp_path.name}-conf"
+    shutil.copytree(config_folder(), folder)
+    monkeypatch.setattr(composition, "config_folder", lambda: folder)
+    return folder / "experiment"
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        ("training: {max_stps: 3}", ("training.max_stps = 3", "experiment/x.yaml", "max_steps")),
+        ("training: {max_steps: many}", ("training.max_steps = many", "experiment/x.yaml")),
+        ("trianing: {max_steps: 3}", ("trianing.max_steps", "training.max_steps")),
+        ("forgetting: {l2sp: {l2sp_lambda: 3}}", ("not selected", "experiment/x.yaml")),
+        ("forgetting: {replay: {fractoin: 0.1}}", ("forgetting.replay.fraction?",)),
+        ("defaults:\n  - override /expansion: dsu", ("expansion = dsu", "dus", "experiment/x")),
+        ("training: {max_steps: 3", ("line", "YAML")),
+        ("logger: {wandb: on}", ("logger.wandb", "off, offline, online")),
+    ],
+)
+def test_mistakes_in_an_experiment_file(
+    run: Callable[..., Result], experiments: Path, body: str, parts: tuple[str, ...]
+) -> None:
+    (experiments / "x.yaml").write_text(f"# @package _global_\n# A trial\n{body}\n")
+    for words in (["experiment=x"], ["-m", "experiment=x", "seed=0,1"]):
+        result = run(*words)
+        assert result.code == 2
+        for part in parts:
+            assert part in result.err
+        assert result.written == []
+
+
+def test_an_experiment_without_mistakes_composes(experiments: Path) -> None:
+    text = "# @package _global_\ntraining: {max_steps: 3}\nlogger: {wandb: off}\n"
+    (experiments / "x.yaml").write_text(text)
+    config = composition.load_config(["experiment=x"])
+    assert (config.training.max_steps, config.logger.wandb) == (3, "off")
+
+
+@pytest.mark.parametrize(
+    "words", [["training.max_stps=3"], ["-m", "seed=0,1", "expansion=dsu"], ["resume=latest"]]
+)
+def test_the_program_itself_refuses(tmp_path: Path, words: list[str]) -> None:
+    done = _program(words, tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_quick_and_needs_no_torch(tmp_path: Path) -> None:
+    done = _program(["--help"], tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.count("python train.py") >= 3
+    for word in ("llama_pro", "replay", "outputs/runs", "Exit codes"):
+        assert word in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    code = "import sys, train; train.main(train.pipeline, arguments=['-h']); print(*sys.modules)"
+    imported = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    modules = set(imported.stdout.splitlines()[-1].split())
+    assert not {"torch", "hydra", "lightning", "transformers"} & modules
+
+
+def test_refusals_import_no_training_library() -> None:
+    code = "import sys, train; train.main(train.pipeline, arguments=['x=1']); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert not {"lightning", "transformers", "wandb"} & modules
+
+
+def _program(words: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )

@@ -1,0 +1,22 @@
+"""Grow a language model on real text, check it, and keep it or roll it back."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tritter.config.entry import main
+
+if TYPE_CHECKING:
+    from tritter.config import RunConfig
+    from tritter.config.jobs import Outcome
+
+
+def pipeline(config: "RunConfig", *, run_folder: Path) -> "Outcome":
+    """Run the stages; imported here so that help and refusals don't wait for Lightning."""
+    from tritter.pipeline import run_pipeline
+
+    return run_pipeline(config, run_folder=run_folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main(pipeline))

@@ -1,0 +1,263 @@
+"""From overrides to plain values through Hydra's composition, with its errors in our words."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.default_element import ResultDefault
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from tritter.config.folder import config_folder
+from tritter.config.overrides import forced, parse
+from tritter.config.problems import Origin, describe, nearest_key, raise_problems, show
+from tritter.config.schema import METHOD_GROUPS, RunConfig
+from tritter.config.validation import known_keys, validate
+from tritter.errors import RequestError, nearest
+
+CONFIG_NAME = "config"
+VERSION_BASE = "1.3"
+Selection = dict[str, list[str]]
+
+_HYDRA_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+_HYDRA_NOISE = re.compile(r"To append|object_type|reference_type|Config search path|provider=")
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """One composed and validated job, and Hydra's own settings for it."""
+
+    config: RunConfig
+    hydra: DictConfig
+
+
+class Composer:
+    """Composes jobs over the option files; made by `composer()`."""
+
+    def __init__(self, loader: ConfigLoader) -> None:
+        self.loader = loader
+
+    @cached_property
+    def options(self) -> Mapping[str, Sequence[str]]:
+        """Group → its options; Hydra's own groups are left out."""
+        groups = [group for group in self.loader.list_groups("") if group != "hydra"]
+        return {group: self.loader.get_group_options(group) for group in groups}
+
+    def compose(self, overrides: Sequence[str], *, job_number: int | None = None) -> Composition:
+        """Compose one job and validate it.
+
+        Raises:
+            RequestError: whatever is wrong with it, in the words of the contract.
+        """
+        parsed = parse(overrides)
+        lines = [forced(override, self.options) for override in parsed]
+        with self._explained(parsed):
+            composed = compose(CONFIG_NAME, overrides=lines, return_hydra_config=True)
+            files = self.loader.compute_defaults_list(CONFIG_NAME, lines, RunMode.RUN).defaults
+            raw = _own_values(composed)
+        sources = composed.hydra.runtime.config_sources
+        folders = [Path(source.path) for source in sources if source.schema == "file"]
+        origins = _Origins(parsed, files, folders)
+        _check_selection(raw, _selection(files), origins)
+        config = validate(raw, origin=origins)
+        if job_number is not None:
+            with open_dict(composed):
+                composed.hydra.job.num = job_number
+                composed.hydra.job.id = str(job_number)
+        return Composition(config, composed.hydra)
+
+    def hydra_settings(self, overrides: Sequence[str]) -> DictConfig:
+        """Compose without validation and return Hydra's own settings.
+
+        Raises:
+            RequestError: the options can't be put together.
+        """
+        parsed = parse(overrides)
+        lines = [forced(override, self.options) for override in parsed]
+        with self._explained(parsed):
+            return compose(CONFIG_NAME, overrides=lines, return_hydra_config=True).hydra
+
+    @contextmanager
+    def _explained(self, overrides: Sequence[Override]) -> Iterator[None]:
+        try:
+            yield
+        except _HYDRA_ERRORS as error:
+            raise RequestError(self._explain(error, overrides)) from error
+
+    def _explain(self, error: Exception, overrides: Sequence[Override]) -> str:
+        if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+            return self._explain_missing_option(error, error.missing_cfg_file, overrides)
+        text = str(error).strip()
+        merged = re.search(r"Could not override '(hydra.+?)'", text)
+        if merged:
+            return self._explain_hydra_key(merged.group(1), overrides)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            mark = error.problem_mark
+            return f"{mark.name}, line {mark.line + 1} is no YAML: {error.problem}."
+        cause = str(error.__cause__ or "")
+        lines = [line.strip().replace("++", "") for line in f"{text}\n{cause}".splitlines()]
+        said = [line for line in dict.fromkeys(lines) if line and not _HYDRA_NOISE.match(line)]
+        return "the options can't be put together: " + "; ".join(said)
+
+    def _explain_missing_option(
+        self, error: MissingConfigException, path: str, overrides: Sequence[Override]
+    ) -> str:
+        known = [group for group in self.options if path.startswith(f"{group}/")]
+        group = known[0] if known else path.rpartition("/")[0]
+        options = error.options or self.loader.get_group_options(group)
+        option = path[len(group) + 1 :]
+        is_typed = any(override.key_or_group == group for override in overrides)
+        experiment = None if is_typed else _value_of("experiment", overrides)
+        return describe(
+            group,
+            option,
+            reason=f"there is no such option; allowed is {', '.join(options) or 'none here'}",
+            nearest=nearest(option, options),
+            origin=f"experiment/{experiment}.yaml" if experiment else None,
+        )
+
+    def _explain_hydra_key(self, key: str, overrides: Sequence[Override]) -> str:
+        base = compose(CONFIG_NAME, return_hydra_config=True)
+        keys = [f"hydra.{key}" for key in _flat_keys(OmegaConf.to_container(base.hydra))]
+        reason = "Hydra has no such setting (python train.py --hydra-help)"
+        value = _value_of(key, overrides)
+        return describe(key, value, reason=reason, nearest=nearest_key(key, keys))
+
+
+@contextmanager
+def composer() -> Iterator[Composer]:
+    """Yield a Composer over `conf/`; Hydra's global state is as before afterwards."""
+    with no_running_hydra():
+        folder = str(config_folder())
+        with initialize_config_dir(folder, job_name="train", version_base=VERSION_BASE):
+            yield Composer(GlobalHydra.instance().config_loader())
+
+
+@contextmanager
+def no_running_hydra() -> Iterator[None]:
+    """Set aside a Hydra that is running already (we may be called from one), and bring it back."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def load_config(overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the RunConfig of a command line, without running anything.
+
+    Raises:
+        RequestError: whatever is wrong with it.
+    """
+    with composer() as composing:
+        return composing.compose(overrides).config
+
+
+def plain_config(config: DictConfig) -> dict[str, Any]:
+    """Return a job's config as plain values, interpolations resolved."""
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _own_values(composed: DictConfig) -> dict[str, Any]:
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    return plain_config(own)
+
+
+class _Origins:
+    """Tells which option file a dotted key came from; None for the command line."""
+
+    def __init__(
+        self,
+        overrides: Sequence[Override],
+        files: Sequence[ResultDefault],
+        folders: Sequence[Path],
+    ) -> None:
+        self._command_line = [override.key_or_group for override in overrides]
+        self._files = files
+        self._folders = folders
+
+    def __call__(self, key: str) -> str | None:
+        if any(f"{key}.".startswith(f"{typed}.") for typed in self._command_line):
+            return None
+        if any(typed.startswith(f"{key}.") for typed in self._command_line):
+            return None  # a key below a value was set, which replaced the value
+        for file in reversed(self._files):
+            package, path = file.package or "", file.config_path
+            if path and (not package or key.startswith(f"{package}.")):
+                inner = key[len(package) :].lstrip(".")
+                if any(_holds(folder / f"{path}.yaml", inner) for folder in self._folders):
+                    return f"{path}.yaml"
+        return None
+
+
+def _holds(path: Path, key: str) -> bool:
+    """True when the file sets the key, be it to null."""
+    if not path.is_file():
+        return False
+    node: object = OmegaConf.to_container(OmegaConf.load(path))
+    for name in key.split("."):
+        if not isinstance(node, Mapping) or name not in node:
+            return False
+        node = node[name]
+    return True
+
+
+def _check_selection(raw: Mapping[str, Any], selected: Selection, origins: Origin) -> None:
+    """Refuse what Hydra lets pass in the ordered lists.
+
+    A method that stands twice is merged into one, and a file may hold the body of a method that
+    no list selects, which would then be selected without a word.
+
+    Raises:
+        RequestError: names the key, and the list that would select it.
+    """
+    problems = []
+    for group in METHOD_GROUPS:
+        names = selected[group]
+        if len(set(names)) < len(names):
+            reason = f"each once, as in {show(list(dict.fromkeys(names)))}"
+            problems.append(describe(group, names, reason=f"a method stands twice; {reason}"))
+        known = {key.split(".")[1] for key in known_keys() if key.startswith(f"{group}.")}
+        for name in known & set(raw.get(group) or ()) - set(names):
+            wanted = [*(other for other in names if other != "none"), name]
+            reason = f"{name} is not selected; select it with {group}={show(wanted)}"
+            body = raw[group][name]
+            keys = list(body) if isinstance(body, Mapping) else []
+            for dotted in [f"{group}.{name}.{key}" for key in keys] or [f"{group}.{name}"]:
+                value = body[dotted.rpartition(".")[2]] if keys else body
+                problems.append(describe(dotted, value, reason=reason, origin=origins(dotted)))
+    raise_problems(problems)
+
+
+def _selection(files: Sequence[ResultDefault]) -> Selection:
+    """Return the options that the defaults lists select for each ordered group."""
+    paths = [(file.config_path or "").partition("/") for file in files]
+    return {
+        group: [option for first, _, option in paths if first == group] for group in METHOD_GROUPS
+    }
+
+
+def _flat_keys(tree: object, prefix: str = "") -> list[str]:
+    if not isinstance(tree, Mapping) or not tree:
+        return [prefix]
+    start = f"{prefix}." if prefix else ""
+    return [key for name in tree for key in _flat_keys(tree[name], f"{start}{name}")]
+
+
+def _value_of(key: str, overrides: Sequence[Override]) -> object:
+    lines = [o.input_line or "" for o in overrides if o.key_or_group == key]
+    return lines[-1].partition("=")[2] if lines else None

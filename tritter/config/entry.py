@@ -1,0 +1,129 @@
+"""The program behind `python train.py`: help, refusals, one run or a sweep, and the exit code.
+
+Hydra makes folders before it calls anybody, and its errors exit 1 with its own words. So every
+job is composed and validated here first, and Hydra is only started on a request that is right.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tritter.config.help import help_text
+from tritter.errors import RequestError, TritterError
+
+if TYPE_CHECKING:
+    from tritter.config.jobs import Pipeline
+    from tritter.config.plan import CommandLine, Plan
+
+EXIT_INTERRUPTED = 130
+
+
+def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code (0, 1, 2 or 3 as in `--help`).
+
+    Args:
+        pipeline: `tritter.pipeline.run_pipeline`, or something that imports it when called.
+        arguments: the words of the command line; default: those of the process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words, pipeline)
+    except RequestError as error:
+        print(f"error: {error}\nNothing was written.", file=sys.stderr)
+        return 2
+    except TritterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. The same command with the same folder goes on (--help).", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(words: list[str], pipeline: "Pipeline") -> int:
+    if {"-h", "--help"} & set(words):
+        print(help_text())
+        return 0
+    # Hydra and the checks of targets take half a second to import, which --help does not need
+    from tritter.config.plan import make_plan, read_command_line
+
+    command = read_command_line(words)
+    if command.hydra_flags:
+        return _show(command, pipeline)
+    plan = make_plan(command)
+    if plan.sweep_folder is not None:
+        return _run_sweep(plan, plan.sweep_folder, pipeline)
+    return _run_one(plan, pipeline)
+
+
+def _show(command: "CommandLine", pipeline: "Pipeline") -> int:
+    """Let Hydra answer --cfg, --info and the like, on a command line that is right."""
+    from tritter.config.plan import make_plan
+
+    if command.is_multirun:
+        raise RequestError(f"-m with {command.hydra_flags[0]}: show one job at a time, without -m.")
+    plan = make_plan(command)
+    _start_hydra([*command.hydra_flags, *plan.overrides], pipeline)
+    return 0
+
+
+def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
+    from tritter.config.jobs import read_status
+    from tritter.config.overrides import quoted
+    from tritter.config.run_folder import RunState
+
+    job = plan.jobs[0]
+    if job.state is RunState.FINISHED:
+        summary = read_status(job.folder).get("summary") or job.folder / "summary.json"
+        print(f"This run is finished; nothing to do. Its summary: {summary}")
+        return 0
+    _start_hydra([*plan.overrides, f"hydra.run.dir={quoted(str(job.folder))}"], pipeline)
+    status = read_status(job.folder)
+    if status.get("error"):
+        print(f"error: {status['error']}", file=sys.stderr)
+        print(f"The run so far: {job.folder} (resume={job.folder} goes on)", file=sys.stderr)
+    return int(status["exit_code"])
+
+
+def _run_sweep(plan: "Plan", folder: Path, pipeline: "Pipeline") -> int:
+    from tritter.config.overrides import quoted
+    from tritter.config.sweep_table import print_sweep, sweep_rows
+
+    pinned = f"hydra.sweep.dir={quoted(str(folder))}"
+    _start_hydra(["--multirun", *plan.overrides, pinned], pipeline)
+    rows = sweep_rows(plan.jobs, folder)
+    print_sweep(rows, folder)
+    codes = {row.exit_code for row in rows}
+    if codes & {1, 2}:
+        return 1
+    return 3 if 3 in codes else 0
+
+
+def _start_hydra(arguments: Sequence[str], pipeline: "Pipeline") -> None:
+    import hydra
+    from omegaconf import DictConfig
+
+    from tritter.config.composition import CONFIG_NAME, VERSION_BASE, no_running_hydra
+    from tritter.config.folder import config_folder
+    from tritter.config.jobs import run_job
+
+    def train(cfg: DictConfig) -> float:
+        return run_job(cfg, pipeline)
+
+    decorate = hydra.main(
+        config_path=str(config_folder()), config_name=CONFIG_NAME, version_base=VERSION_BASE
+    )
+    with no_running_hydra(), _process_arguments(arguments):
+        decorate(train)()
+
+
+@contextmanager
+def _process_arguments(arguments: Sequence[str]) -> Iterator[None]:
+    """Show Hydra, which reads them from the process, these arguments."""
+    before = sys.argv
+    sys.argv = [before[0] if before else "train.py", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,155 @@
+"""The words of a command line: the two spellings of a name, sweeps, and the jobs they make."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import (
+    IntervalSweep,
+    Override,
+    OverrideType,
+    Quote,
+    QuotedString,
+    ValueType,
+)
+from hydra.errors import OverrideParseException
+
+from tritter.config.problems import describe, raise_problems
+from tritter.errors import RequestError
+
+Options = Mapping[str, Sequence[str]]
+
+
+def normalise(override: str, options: Options) -> str:
+    """Write one override with underscores where the config has them.
+
+    Args:
+        override: as typed, `forgetting.l2sp.l2sp-lambda=3` or `expansion=llama-pro`.
+        options: group → names of its options.
+    """
+    key, equals, value = override.partition("=")
+    if key.lstrip("+~").startswith("hydra"):
+        return override
+    key = key.replace("-", "_")
+    known = options.get(key.lstrip("+~"))
+    if known is not None:
+        value = re.sub(r"[\w-]+", lambda match: _option_spelling(match.group(), known), value)
+    return key + equals + value
+
+
+def _option_spelling(word: str, known: Sequence[str]) -> str:
+    spelling = word.replace("-", "_")
+    return spelling if word not in known and spelling in known else word
+
+
+def quoted(value: str) -> str:
+    """Return a text as an override's value, whatever characters it holds."""
+    return QuotedString(value, Quote.single).with_quotes()
+
+
+def parse(overrides: Sequence[str], *, loader: ConfigLoader | None = None) -> list[Override]:
+    """Parse overrides.
+
+    Raises:
+        RequestError: names every word that is no override.
+    """
+    parser = OverridesParser.create(config_loader=loader)
+    parsed: list[Override] = []
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            parsed += parser.parse_overrides([override])
+        except OverrideParseException as error:
+            problems.append(_parse_problem(override, error))
+    raise_problems(problems)
+    return parsed
+
+
+def _parse_problem(override: str, error: OverrideParseException) -> str:
+    if "=" not in override:
+        return f"'{override}' is no setting; settings are written KEY=VALUE (see --help)."
+    key, _, value = override.partition("=")
+    reason = str(error.message).splitlines()[0].rstrip(".")
+    advice = "put quotes around a value with special characters: 'KEY=\"VALUE\"'"
+    return describe(key, value, reason=f"the value can't be read ({reason}); {advice}")
+
+
+def check_command_line(overrides: Sequence[Override], options: Options) -> None:
+    """Refuse what composes into something else than was meant.
+
+    Raises:
+        RequestError: a group that is added, not chosen, or given something that is no option.
+    """
+    problems = []
+    for override in overrides:
+        group, known = override.key_or_group, options.get(override.key_or_group)
+        if override.is_hydra_override() and override.is_sweep_override():
+            reason = "Hydra's own settings can't be swept; allowed is one value"
+            problems.append(
+                describe(group, (override.input_line or "=")[len(group) + 1 :], reason=reason)
+            )
+        if known is None or override.is_delete():
+            continue
+        value = override.input_line.partition("=")[2] if override.input_line else ""
+        allowed = f"one of {', '.join(known)}"
+        if override.type in (OverrideType.ADD, OverrideType.FORCE_ADD):
+            reason = f"a group is chosen without +; allowed is {allowed}"
+            problems.append(describe(f"+{group}", value, reason=reason, nearest=f"{group}={value}"))
+        elif not override.is_sweep_override() and not isinstance(override.value(), str | list):
+            reason = f"{group} takes the name of an option, {allowed}; single keys as {group}.KEY"
+            problems.append(describe(group, value, reason=reason))
+    raise_problems(problems)
+
+
+def refuse_sweeps(overrides: Sequence[Override]) -> None:
+    """Refuse sweeps where one run was asked for.
+
+    Raises:
+        RequestError: names each sweep and the two ways to mean it.
+    """
+    problems = []
+    for override in overrides:
+        if override.is_sweep_override():
+            key, _, value = (override.input_line or "").partition("=")
+            reason = f"several values are several runs: add -m (or write a list, {key}=[{value}])"
+            if override.value_type is not ValueType.SIMPLE_CHOICE_SWEEP:
+                reason = "a sweep is several runs: add -m"
+            problems.append(describe(key, value, reason=reason))
+    raise_problems(problems)
+
+
+def first_value(override: Override) -> str:
+    """Return the override of one job: of a sweep, with its first value."""
+    if not override.is_sweep_override():
+        return override.input_line or ""
+    key = override.get_key_element()
+    if override.is_discrete_sweep():
+        return f"{key}={next(override.sweep_string_iterator(), '')}"
+    interval = override.value()
+    assert isinstance(interval, IntervalSweep), "Hydra has choices, ranges and intervals"
+    return f"{key}={interval.start}"
+
+
+def forced(override: Override, options: Options) -> str:
+    """Return the override so that Hydra sets any key and leaves the judgement to our schema."""
+    line = override.input_line or ""
+    is_ours = not override.is_hydra_override() and override.key_or_group not in options
+    if is_ours and not override.is_delete() and override.package is None:
+        return "++" + line.lstrip("+")
+    return line
+
+
+def split_sweep(overrides: Sequence[Override]) -> list[list[str]]:
+    """Return the overrides of each job of Hydra's basic sweeper, in its order.
+
+    Raises:
+        RequestError: a sweep that has no list of values.
+    """
+    for override in overrides:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            key, _, value = (override.input_line or "").partition("=")
+            reason = "the basic sweeper tries listed values; allowed is A,B or range(START,STOP)"
+            raise RequestError(describe(key, value, reason=reason))
+    return BasicSweeper.split_arguments(list(overrides), None)[0]

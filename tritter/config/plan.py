@@ -1,0 +1,191 @@
+"""What a command line asks for, job by job, checked whole before anything is written."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from hydra.types import RunMode
+
+from tritter.config.composition import Composer, composer
+from tritter.config.overrides import (
+    check_command_line,
+    first_value,
+    forced,
+    normalise,
+    parse,
+    quoted,
+    refuse_sweeps,
+    split_sweep,
+)
+from tritter.config.run_folder import RunState, check_run_folder, find_run
+from tritter.config.schema import RunConfig
+from tritter.errors import RequestError
+
+_BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """The words after `python train.py`, sorted.
+
+    Args:
+        overrides: GROUP=OPTION and KEY=VALUE words, as typed.
+        is_multirun: -m was given.
+        hydra_flags: flags that Hydra answers by itself (--cfg, --info, --hydra-help, --version).
+    """
+
+    overrides: tuple[str, ...]
+    is_multirun: bool = False
+    hydra_flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run that is about to start: its overrides, its record, its folder and what is in it."""
+
+    overrides: tuple[str, ...]
+    config: RunConfig
+    folder: Path
+    state: RunState
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The checked jobs of a command line.
+
+    Args:
+        overrides: those of the command line, spelled as the config spells them, for Hydra.
+        jobs: one of a run; all of a sweep whose sweeper lists them; none when the sweeper
+            decides as it goes, in which case each job is checked when it starts.
+        sweep_folder: None for a single run.
+    """
+
+    overrides: tuple[str, ...]
+    jobs: tuple[Job, ...]
+    sweep_folder: Path | None = None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message} (see --help).")
+
+
+def read_command_line(arguments: Sequence[str]) -> CommandLine:
+    """Sort the words of a command line.
+
+    Raises:
+        RequestError: a flag that there is not.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
+    parser.add_argument("-p", "--package")
+    parser.add_argument("-i", "--info", nargs="?", const="all")
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--hydra-help", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    known = parser.parse_intermixed_args(list(arguments))
+    flags = [f"--{name}" for name in ("resolve", "version") if getattr(known, name)]
+    flags += ["--hydra-help"] if known.hydra_help else []
+    for name in ("cfg", "package", "info"):
+        if getattr(known, name) is not None:
+            flags += [f"--{name}", getattr(known, name)]
+    return CommandLine(
+        overrides=tuple(known.overrides),
+        is_multirun=known.multirun,
+        hydra_flags=tuple(flags),
+    )
+
+
+def make_plan(command: CommandLine) -> Plan:
+    """Compose, validate and place every job; writes nothing.
+
+    Raises:
+        RequestError: whatever is wrong, with the command or with any of its jobs.
+    """
+    with composer() as composing:
+        overrides = [normalise(word, composing.options) for word in command.overrides]
+        parsed = parse(overrides, loader=composing.loader)
+        check_command_line(parsed, composing.options)
+        if not command.is_multirun:
+            refuse_sweeps(parsed)
+            return _plan_run(composing, overrides)
+        sample = [first_value(override) for override in parsed]
+        return _plan_sweep(composing, overrides, sample)
+
+
+def _words_for_hydra(composing: Composer, overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return checked overrides so that Hydra takes them as we did.
+
+    Hydra minds a + too many, and composes a sweep's config without the sweep first, in which
+    the keys of swept methods have no place.
+    """
+    parsed = parse(overrides, loader=composing.loader)
+    return tuple(forced(override, composing.options) for override in parsed)
+
+
+def _plan_run(composing: Composer, overrides: list[str]) -> Plan:
+    composed = composing.compose(overrides)
+    if composed.hydra.mode == RunMode.MULTIRUN:
+        return _plan_sweep(composing, overrides, overrides)
+    config = composed.config
+    folder = Path(composed.hydra.run.dir).absolute()
+    if config.resume is not None:
+        if any(word.lstrip("+").startswith("hydra.run.dir=") for word in overrides):
+            raise RequestError(
+                f"resume = {config.resume}: it chooses the folder, and so does hydra.run.dir; "
+                "give one of them."
+            )
+        folder = find_run(config.resume)
+    state = check_run_folder(folder, config)
+    job = Job(tuple(overrides), config, folder, state)
+    return Plan(_words_for_hydra(composing, overrides), (job,))
+
+
+def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) -> Plan:
+    """Plan a sweep; `sample` is a job of it, which may lack the sweeper's own parameters."""
+    hydra = composing.hydra_settings(sample)
+    sweep_folder = Path(hydra.sweep.dir).absolute()
+    words_for_hydra = _words_for_hydra(composing, overrides)
+    if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
+        _refuse_resume(composing.compose(sample).config)
+        return Plan(words_for_hydra, (), sweep_folder)
+    parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
+    typed = parse([*parameters, *overrides], loader=composing.loader)
+    shared = [o.input_line or "" for o in typed if o.is_hydra_override()]
+    # Hydra's time resolver would give every job a sweep folder of its own
+    shared.append(f"hydra.sweep.dir={quoted(str(sweep_folder))}")
+    task = [override for override in typed if not override.is_hydra_override()]
+    jobs = [
+        _plan_job(composing, words, shared, number=number)
+        for number, words in enumerate(split_sweep(task))
+    ]
+    if len({job.folder for job in jobs}) < len(jobs):
+        raise RequestError(
+            f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share one folder; "
+            "allowed is what differs from job to job, as ${hydra.job.num}."
+        )
+    return Plan(words_for_hydra, tuple(jobs), sweep_folder)
+
+
+def _refuse_resume(config: RunConfig) -> None:
+    if config.resume is not None:
+        raise RequestError(
+            f"resume = {config.resume}: a sweep goes on when it is given its own folder again "
+            "(hydra.sweep.dir=FOLDER); resume is for single runs."
+        )
+
+
+def _plan_job(composing: Composer, words: list[str], shared: list[str], *, number: int) -> Job:
+    try:
+        composed = composing.compose([*shared, *words], job_number=number)
+        _refuse_resume(composed.config)
+        sweep = composed.hydra.sweep
+        folder = (Path(sweep.dir) / str(sweep.subdir)).absolute()
+        state = check_run_folder(folder, composed.config)
+    except RequestError as error:
+        raise RequestError(f"job {number} ({' '.join(words)}): {error}") from error
+    return Job(tuple(words), composed.config, folder, state)

@@ -1,0 +1,62 @@
+"""What is wrong with a request, said the same way everywhere: key, value, allowed, nearest."""
+
+from collections.abc import Callable, Collection
+from difflib import get_close_matches
+
+from tritter.errors import RequestError
+
+Origin = Callable[[str], str | None]
+
+
+def show(value: object) -> str:
+    """Return a value as a person would type it on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(show(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{show(item)}" for key, item in value.items()) + "}"
+    return str(value) if value != "" else "(empty)"
+
+
+def nearest_key(key: str, known: Collection[str]) -> str | None:
+    """Return the known dotted key that `key` most likely means.
+
+    The same last word counts most (`learning_rate` → `training.learning_rate`), then a similar
+    word in the same place, then a similar key anywhere.
+    """
+    section, _, leaf = key.rpartition(".")
+    same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
+    if same_leaf:
+        by_length = sorted(same_leaf, key=lambda other: (len(other), other))
+        return (get_close_matches(key, by_length, n=1, cutoff=0.0) or by_length)[0]
+    siblings = {o.rpartition(".")[2]: o for o in known if o.rpartition(".")[0] == section}
+    matches = get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+    if matches:
+        return siblings[matches[0]]
+    matches = get_close_matches(key, known, n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def describe(
+    key: str,
+    value: object,
+    *,
+    reason: str,
+    nearest: str | None = None,
+    origin: str | None = None,
+) -> str:
+    """Return one problem as one line."""
+    where = f" (in {origin})" if origin else ""
+    suggestion = f" Did you mean {nearest}?" if nearest else ""
+    return f"{key} = {show(value)}{where}: {reason}.{suggestion}"
+
+
+def raise_problems(problems: Collection[str]) -> None:
+    """Raise one RequestError that lists all problems, or return when there are none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise RequestError(next(iter(problems)))
+    lines = "\n".join(f"  {problem}" for problem in problems)
+    raise RequestError(f"{len(problems)} things are wrong with the request:\n{lines}")

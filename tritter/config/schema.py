@@ -1,0 +1,195 @@
+"""The validated record of a run: one frozen dataclass per config group.
+
+The defaults live in `conf/`, nowhere else; field metadata says what a value may be:
+`choices`, or limits `minimum`, `maximum` (inclusive), `above`, `below` (exclusive).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from tritter.expansion import ExpansionSpec
+
+
+def bounded(
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Return a required number field with these limits in its metadata."""
+    limits = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
+    return field(metadata={name: limit for name, limit in limits.items() if limit is not None})
+
+
+def chosen(choices: Sequence[str]) -> Any:
+    """Return a required text field that takes one of `choices`."""
+    return field(metadata={"choices": tuple(choices)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The base model's architecture, in the names of Hugging Face configs."""
+
+    model_type: str = chosen(("llama",))
+    hidden_size: int = bounded(minimum=1)
+    intermediate_size: int = bounded(minimum=1)
+    num_hidden_layers: int = bounded(minimum=1)
+    num_attention_heads: int = bounded(minimum=1)
+    num_key_value_heads: int = bounded(minimum=1)
+    tie_word_embeddings: bool
+    rms_norm_eps: float = bounded(above=0)
+    rope_theta: float = bounded(above=0)
+    max_position_embeddings: int = bounded(minimum=2)
+    initializer_range: float = bounded(above=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """The text of the old and the new domain, and how it becomes batches."""
+
+    source: str = chosen(("stdlib",))
+    # 256 bytes and the end-of-text token are the least that byte-level BPE holds
+    vocab_size: int = bounded(minimum=257, maximum=1_000_000)
+    sequence_length: int = bounded(minimum=2)
+    batch_size: int = bounded(minimum=1)
+    validation_fraction: float = bounded(above=0, below=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """One training: of the base (`pretraining`) or of the grown model (`training`)."""
+
+    learning_rate: float = bounded(above=0)
+    warmup_ratio: float = bounded(minimum=0, below=1)
+    max_steps: int = bounded(minimum=1)
+    schedule: str = chosen(("constant", "cosine", "wsd"))
+    decay_ratio: float = bounded(above=0, maximum=1)
+    minimum_ratio: float = bounded(minimum=0, maximum=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateConfig:
+    """When a grown model is kept."""
+
+    enabled: bool
+    strict: bool
+    retention: float = bounded(minimum=0)
+    confidence: float = bounded(above=0.5, below=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """The optimiser and everything of it but the learning rate."""
+
+    name: str = chosen(("adamw",))
+    beta1: float = bounded(minimum=0, below=1)
+    beta2: float = bounded(minimum=0, below=1)
+    eps: float = bounded(above=0)
+    weight_decay: float = bounded(minimum=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerConfig:
+    """What Lightning's Trainer is given."""
+
+    accelerator: str = chosen(("cpu", "gpu", "auto"))
+    devices: int = bounded(minimum=1)
+    precision: str = chosen(("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"))
+    gradient_clip_val: float | None = bounded(above=0)
+    log_every_n_steps: int = bounded(minimum=1)
+    max_non_finite_steps: int = bounded(minimum=0)
+    progress: str = chosen(("auto", "on", "off"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggerConfig:
+    """Where metrics go besides metrics.csv, which is always written."""
+
+    wandb: str = chosen(("off", "offline", "online"))
+    project: str
+    group: str | None
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """How domains are scored and sampled."""
+
+    max_tokens_per_document: int = bounded(minimum=2)
+    batch_size: int = bounded(minimum=1)
+    sample_tokens: int = bounded(minimum=0)
+
+
+@dataclass(frozen=True, slots=True)
+class L2SPOptions:
+    """L2-SP (Li et al. 2018, arXiv 1802.01483): weight of the pull towards the start."""
+
+    name: ClassVar[str] = "l2sp"
+    l2sp_lambda: float = field(default=1.0, metadata={"minimum": 0})
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayOptions:
+    """Replay: the exact share of each batch that comes from the old domain."""
+
+    name: ClassVar[str] = "replay"
+    fraction: float = field(default=0.25, metadata={"minimum": 0, "below": 1})
+
+
+ForgettingOptions = L2SPOptions | ReplayOptions
+FORGETTING_OPTIONS: dict[str, type[ForgettingOptions]] = {
+    options.name: options for options in (L2SPOptions, ReplayOptions)
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything a run is asked to do; `expansion` and `forgetting` are ordered.
+
+    `expansion` holds records of `tritter.expansion.EXPANSIONS`; they are not imported here,
+    because that would import torch.
+    """
+
+    seed: int
+    control: bool
+    cache_dir: Path
+    resume: str | None
+    model: ModelConfig
+    data: DataConfig
+    expansion: "tuple[ExpansionSpec, ...]"
+    forgetting: tuple[ForgettingOptions, ...]
+    pretraining: TrainingConfig
+    training: TrainingConfig
+    gate: GateConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    evaluation: EvaluationConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootValues:
+    """The keys of the root that belong to no group, as they stand in config.yaml."""
+
+    seed: int = bounded(minimum=0, maximum=2**32 - 1)
+    control: bool
+    cache_dir: str | None
+    resume: str | None
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "pretraining": TrainingConfig,
+    "training": TrainingConfig,
+    "gate": GateConfig,
+    "optimizer": OptimizerConfig,
+    "trainer": TrainerConfig,
+    "logger": LoggerConfig,
+    "evaluation": EvaluationConfig,
+}
+METHOD_GROUPS = ("expansion", "forgetting")

@@ -1,0 +1,66 @@
+"""The table at the end of a sweep: one line per job."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tritter.config.jobs import STATUS_FILE, read_status
+from tritter.config.plan import Job
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """What became of one job."""
+
+    name: str
+    overrides: tuple[str, ...]
+    status: str
+    metric: float | None
+    exit_code: int
+
+
+def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
+    """Read the status of every job: of the planned ones, else of those found below `folder`."""
+    folders = [job.folder for job in jobs] or sorted(
+        (path.parent for path in folder.rglob(STATUS_FILE)), key=_by_number
+    )
+    planned = {job.folder: job.overrides for job in jobs}
+    rows = []
+    for place in folders:
+        status = read_status(place)
+        rows.append(
+            SweepRow(
+                name=str(place.relative_to(folder)),
+                overrides=planned.get(place, tuple(status.get("overrides", ()))),
+                status=str(status["status"]),
+                metric=status.get("metric"),
+                exit_code=int(status["exit_code"]),
+            )
+        )
+    return tuple(rows)
+
+
+def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
+    """Print the table; overrides that all jobs share stand in its title."""
+    shared = (
+        set(rows[0].overrides).intersection(*(row.overrides for row in rows)) if rows else set()
+    )
+    shared = shared if len(rows) > 1 else set()
+    table = Table(title=" ".join(sorted(shared)) or None)
+    for name in ("job", "overrides", "status"):
+        table.add_column(name, overflow="fold")
+    table.add_column("metric", justify="right")
+    for row in rows:
+        own = " ".join(word for word in row.overrides if word not in shared)
+        metric = "-" if row.metric is None else f"{row.metric:.4f}"
+        table.add_row(row.name, own, row.status, metric)
+    console = Console()
+    console.print(table, markup=False)
+    console.print(f"Each job's summary and status: {folder}/JOB/", markup=False, soft_wrap=True)
+
+
+def _by_number(path: Path) -> tuple[int, str]:
+    return (int(path.name) if path.name.isdigit() else -1, str(path))

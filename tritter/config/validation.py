@@ -1,0 +1,216 @@
+"""The judgement on a composed config: one RunConfig, or one error that lists all that is wrong."""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tritter.config.problems import Origin, raise_problems
+from tritter.config.reading import Reader, field_keys
+from tritter.config.schema import (
+    FORGETTING_OPTIONS,
+    METHOD_GROUPS,
+    SECTIONS,
+    ModelConfig,
+    ReplayOptions,
+    RootValues,
+    RunConfig,
+    TrainingConfig,
+)
+from tritter.errors import RequestError, nearest
+from tritter.expansion import EXPANSIONS, ExpansionSpec, target_config
+from tritter.families import Config, llama_config
+
+METHODS: dict[str, dict[str, type]] = {
+    "expansion": dict(EXPANSIONS),
+    "forgetting": dict(FORGETTING_OPTIONS),
+}
+
+
+def known_keys() -> tuple[str, ...]:
+    """Return every dotted key of a config, the bodies of all methods included, sorted."""
+    keys = [*field_keys(RootValues, "")]
+    for name, record_type in SECTIONS.items():
+        keys += field_keys(record_type, name)
+    for group, registry in METHODS.items():
+        for name, record_type in registry.items():
+            keys += field_keys(record_type, f"{group}.{name}")
+    return tuple(sorted(keys))
+
+
+def validate(raw: Mapping[str, Any], *, origin: Origin | None = None) -> RunConfig:
+    """Return the record of a composed config, given as plain values.
+
+    Args:
+        raw: nested plain values, interpolations resolved, without the `hydra` node.
+        origin: tells which file a dotted key came from, for the messages.
+
+    Raises:
+        RequestError: lists every problem with key, value, what is allowed and the nearest match.
+    """
+    reader = Reader(known_keys(), origin=origin)
+    root = {name: value for name, value in raw.items() if name not in (*SECTIONS, *METHOD_GROUPS)}
+    values = reader.read(RootValues, root, prefix="")
+    sections: dict[str, Any] = {
+        name: reader.read(record_type, raw.get(name), prefix=name)
+        for name, record_type in SECTIONS.items()
+    }
+    methods: dict[str, Any] = {
+        group: _read_methods(reader, group, raw.get(group)) for group in METHOD_GROUPS
+    }
+    raise_problems(reader.problems)
+    config = RunConfig(
+        seed=values.seed,
+        control=values.control,
+        cache_dir=_cache_folder(values.cache_dir),
+        resume=values.resume,
+        **sections,
+        **methods,
+    )
+    raise_problems(_disagreements(config))
+    return config
+
+
+def source_config(config: RunConfig) -> Config:
+    """Return the base model's config.json, as the family's builder writes it."""
+    model = config.model
+    return llama_config(
+        vocab_size=config.data.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        tie_word_embeddings=model.tie_word_embeddings,
+        rms_norm_eps=model.rms_norm_eps,
+        rope_theta=model.rope_theta,
+        max_position_embeddings=model.max_position_embeddings,
+        initializer_range=model.initializer_range,
+    )
+
+
+def _read_methods(reader: Reader, group: str, raw: object) -> tuple[Any, ...]:
+    """Read the bodies of an ordered group; `none`, an empty list and no group mean no method."""
+    registry = METHODS[group]
+    if raw is None:
+        return ()
+    if not isinstance(raw, Mapping):
+        reader.report(group, raw, reason=f"choose among none, {', '.join(registry)}, or a list")
+        return ()
+    names = [str(name) for name in raw]
+    if "none" in names:
+        if len(names) > 1:
+            reader.report(group, names, reason="none stands alone; leave it out of the list")
+        for key in raw["none"] or ():
+            reader.report_unknown(f"{group}.none.{key}", raw["none"][key])
+        return ()
+    records = []
+    for name in names:
+        if name in registry:
+            records.append(reader.read(registry[name], raw[name], prefix=f"{group}.{name}"))
+        else:
+            reader.report(
+                f"{group}.{name}",
+                raw[name],
+                reason=f"there is no such method; there are {', '.join(registry)}",
+                nearest=nearest(name, registry),
+            )
+    return tuple(records)
+
+
+def _cache_folder(value: str | None) -> Path:
+    folder = value or os.environ.get("TRITTER_CACHE") or "~/.cache/tritter"
+    return Path(folder).expanduser().absolute()
+
+
+def _disagreements(config: RunConfig) -> list[str]:
+    """Return what is wrong between keys that are right one by one."""
+    problems = _model_problems(config.model)
+    model, data = config.model, config.data
+    if data.sequence_length > model.max_position_embeddings:
+        problems.append(
+            f"data.sequence_length = {data.sequence_length}: the model has positions for "
+            f"model.max_position_embeddings = {model.max_position_embeddings}; allowed is at most "
+            "that."
+        )
+    problems += _schedule_problems("pretraining", config.pretraining)
+    problems += _schedule_problems("training", config.training)
+    if config.gate.strict and not config.gate.enabled:
+        problems.append(
+            "gate.strict = true with gate.enabled = false: a gate that is off can't refuse; "
+            "use gate=strict or gate=off."
+        )
+    if config.trainer.precision == "16-mixed" and config.trainer.accelerator == "cpu":
+        problems.append(
+            "trainer.precision = 16-mixed: float16 needs a GPU; on trainer=cpu use bf16-mixed or "
+            "32-true."
+        )
+    if config.trainer.devices > 1:
+        problems.append(
+            f"trainer.devices = {config.trainer.devices}: training over several devices is not "
+            "built yet; allowed is 1."
+        )
+    problems += _replay_problems(config)
+    if not problems:
+        problems += _expansion_problems(source_config(config), config.expansion)
+    return problems
+
+
+def _model_problems(model: ModelConfig) -> list[str]:
+    problems = [
+        f"model.{key} = {value}: it has to be a multiple of model.{divisor_key} = {divisor}; "
+        f"nearest: {_nearest_multiples(value, divisor)}."
+        for key, value, divisor_key, divisor in (
+            ("hidden_size", model.hidden_size, "num_attention_heads", model.num_attention_heads),
+            (
+                "num_attention_heads",
+                model.num_attention_heads,
+                "num_key_value_heads",
+                model.num_key_value_heads,
+            ),
+        )
+        if value % divisor
+    ]
+    pairs = 2 * model.num_attention_heads
+    if not problems and model.hidden_size % pairs:
+        problems.append(
+            f"model.hidden_size = {model.hidden_size}: rotary positions turn pairs, so each of the "
+            f"{model.num_attention_heads} heads needs an even width; nearest: "
+            f"{_nearest_multiples(model.hidden_size, pairs)}."
+        )
+    return problems
+
+
+def _nearest_multiples(value: int, divisor: int) -> str:
+    below, above = value // divisor * divisor, -(-value // divisor) * divisor
+    return f"{below} or {above}" if below else str(above)
+
+
+def _schedule_problems(prefix: str, training: TrainingConfig) -> list[str]:
+    if training.schedule != "wsd" or training.warmup_ratio + training.decay_ratio <= 1:
+        return []
+    return [
+        f"{prefix}.decay_ratio = {training.decay_ratio}: with {prefix}.warmup_ratio = "
+        f"{training.warmup_ratio} more than all steps are spoken for; allowed is at most "
+        f"{1 - training.warmup_ratio:g}."
+    ]
+
+
+def _replay_problems(config: RunConfig) -> list[str]:
+    sequences = config.training.max_steps * config.data.batch_size
+    return [
+        f"forgetting.replay.fraction = {options.fraction}: of the {sequences} sequences that are "
+        f"trained on not one would be replayed; use at least {1 / sequences:.2g}, or leave replay "
+        "out."
+        for options in config.forgetting
+        if isinstance(options, ReplayOptions) and math.floor(sequences * options.fraction) < 1
+    ]
+
+
+def _expansion_problems(source: Config, specs: tuple[ExpansionSpec, ...]) -> list[str]:
+    try:
+        target_config(source, specs)
+    except RequestError as error:
+        return [str(error)]
+    return []

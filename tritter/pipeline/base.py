@@ -1,0 +1,166 @@
+"""The base model: trained once on the old domains, cached by the hash of what made it."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritter.checkpoint import Lineage, read_lineage, write_checkpoint
+from tritter.data.cache import require_writable, set_aside
+from tritter.data.tokenizer import END_OF_TEXT
+from tritter.errors import RequestError, TritterError
+from tritter.families import Config, family_of, llama_config
+from tritter.models import named_tensors, new_model, save_tokenizer
+from tritter.pipeline.context import RunContext, content_key, schedule_of
+from tritter.storage.hashing import merkle_hash, tensor_digest
+from tritter.storage.tensors import TensorFolder
+from tritter.training import BaseModule, fit
+
+FORMAT_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+def base_config(context: RunContext) -> Config:
+    """Return the config.json of the base model that the run describes."""
+    model = context.config.model
+    return llama_config(
+        vocab_size=context.corpus.tokenizer.get_vocab_size(),
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        tie_word_embeddings=model.tie_word_embeddings,
+        rms_norm_eps=model.rms_norm_eps,
+        rope_theta=model.rope_theta,
+        max_position_embeddings=model.max_position_embeddings,
+        initializer_range=model.initializer_range,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base model in the cache, and the seconds that this run spent on training it."""
+
+    folder: Path
+    seconds: float
+
+
+def obtain_base(context: RunContext) -> Base:
+    """Train the base model, or find it in the cache.
+
+    Raises:
+        RequestError: the cache cannot be written.
+        TritterError: the training of the base was broken off.
+    """
+    made_from = _made_from(context)
+    folder = context.config.cache_dir / "bases" / content_key(made_from)
+    if _is_intact(folder):
+        context.say("baseline", f"base model from the cache ({folder.name[:12]})")
+        return Base(folder, seconds=0.0)
+    require_writable(folder.parent)
+    return Base(folder, seconds=_train_base(context, folder, made_from))
+
+
+def _made_from(context: RunContext) -> dict[str, Any]:
+    """Return everything that determines the base's weights."""
+    config = context.config
+    trainer = asdict(config.trainer)
+    return {
+        "format_version": FORMAT_VERSION,
+        "torch": torch.__version__,
+        "model": base_config(context),
+        "corpus": context.corpus.digest,
+        "domains": list(context.old_domains),
+        "data": asdict(config.data),
+        "pretraining": asdict(config.pretraining),
+        "optimizer": asdict(config.optimizer),
+        "trainer": {key: trainer[key] for key in ("accelerator", "precision", "gradient_clip_val")},
+        "seed": config.seed,
+    }
+
+
+def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any]) -> float:
+    """Train a base into the cache and return the seconds it took."""
+    config = base_config(context)
+    parameters = family_of(config).count_parameters(config)
+    pretraining = context.config.pretraining
+    context.say(
+        "baseline",
+        f"training a base of {parameters:,} parameters on {', '.join(context.old_domains)} for "
+        f"{pretraining.max_steps} steps (cached for the next run)",
+    )
+    module = BaseModule(
+        new_model(config, seed=context.seed("initialisation")),
+        schedule=schedule_of(pretraining),
+        optimiser=context.optimiser_settings,
+    )
+    batches = context.batches(
+        context.old_domains, purpose="pretraining", max_steps=pretraining.max_steps
+    )
+    flops_per_token = 3 * context.flops_per_token(config)
+    result = fit(
+        module,
+        batches,
+        settings=context.trainer_settings,
+        folder=context.folder / "pretraining",
+        label="pretraining",
+        flops_per_token=flops_per_token,
+        console=context.console,
+    )
+    if result.stopped_because is not None:
+        raise TritterError(
+            f"pretraining was broken off: {result.stopped_because}. Nothing was cached; lower "
+            f"pretraining.learning_rate ({pretraining.learning_rate})."
+        )
+    lineage = Lineage(
+        model_hash="",
+        base_model_hash="",
+        tensor_digests={},
+        file_digests={},
+        step=result.steps,
+        training_config={
+            "stage": "pretraining",
+            "flops": result.num_tokens * flops_per_token,
+            "made_from": dict(made_from),
+        },
+    )
+    if folder.exists():  # another run was faster
+        return result.seconds
+    write_checkpoint(
+        folder,
+        config=config,
+        tensors=named_tensors(module.model, config),
+        lineage=lineage,
+        write_extras=lambda path: save_tokenizer(
+            context.corpus.tokenizer, path, end_of_text=END_OF_TEXT
+        ),
+    )
+    return result.seconds
+
+
+def _is_intact(folder: Path) -> bool:
+    """Check a cached base against its own hashes; put a damaged one aside.
+
+    Raises:
+        RequestError: the cache cannot be written.
+    """
+    if not folder.exists():
+        return False
+    try:
+        lineage = read_lineage(folder)
+        tensors = TensorFolder.open(folder)
+        digests = {name: tensor_digest(name, tensors.get(name)) for name in tensors.files}
+        if lineage is not None and merkle_hash(digests) == lineage.model_hash:
+            return True
+        reason = "it is not what its lineage says"
+    except RequestError:
+        raise
+    except TritterError as error:
+        reason = str(error)
+    set_aside(folder, reason=reason)
+    return False

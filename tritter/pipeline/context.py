@@ -1,0 +1,197 @@
+"""What every stage of a run has at hand: the config, the folder, the text, a console."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from tritter.config.schema import RunConfig, TrainingConfig
+from tritter.data.batches import BatchStream, SequenceStream
+from tritter.data.corpus import Corpus, stdlib_corpus
+from tritter.data.sequences import derived_seed
+from tritter.data.tokenizer import END_OF_TEXT
+from tritter.data.tokens import pack
+from tritter.evaluation.losses import DocumentLosses, document_losses, domain_score
+from tritter.families import Config, family_of
+from tritter.pipeline.ledger import Ledger, StageResult
+from tritter.storage.atomic import write_text_atomic
+from tritter.training import OptimiserSettings, Schedule, TrainerSettings
+
+Scores = dict[str, DocumentLosses]
+
+OLD_DOMAINS = ("prose",)
+NEW_DOMAINS = ("code",)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run: asked for by `config`, living in `folder`."""
+
+    config: RunConfig
+    folder: Path
+    console: Console
+    ledger: Ledger
+    old_domains: tuple[str, ...] = field(default=OLD_DOMAINS)
+    new_domains: tuple[str, ...] = field(default=NEW_DOMAINS)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        data, evaluation = self.config.data, self.config.evaluation
+        return stdlib_corpus(
+            vocab_size=data.vocab_size,
+            validation_fraction=data.validation_fraction,
+            max_validation_tokens_per_document=evaluation.max_tokens_per_document,
+            seed=self.config.seed,
+            cache_dir=self.config.cache_dir,
+        )
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return (*self.old_domains, *self.new_domains)
+
+    @property
+    def end_of_text_id(self) -> int:
+        token_id = self.corpus.tokenizer.token_to_id(END_OF_TEXT)
+        assert token_id is not None
+        return token_id
+
+    @cached_property
+    def device(self) -> torch.device:
+        wants_gpu = self.config.trainer.accelerator in ("gpu", "auto")
+        return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
+
+    @property
+    def trainer_settings(self) -> TrainerSettings:
+        trainer = self.config.trainer
+        return TrainerSettings(
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            precision=trainer.precision,
+            gradient_clip_val=trainer.gradient_clip_val,
+            log_every_n_steps=trainer.log_every_n_steps,
+            max_non_finite_steps=trainer.max_non_finite_steps,
+            progress=trainer.progress,
+        )
+
+    @property
+    def optimiser_settings(self) -> OptimiserSettings:
+        optimizer = self.config.optimizer
+        return OptimiserSettings(
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+
+    def seed(self, *purpose: str) -> int:
+        """Return the seed of one purpose: data order, growth and replay have their own."""
+        return derived_seed(self.config.seed, *purpose)
+
+    def stage(self, key: str, work: Callable[[], StageResult], *, label: str) -> StageResult:
+        """Do a stage, or take what the ledger has of it.
+
+        Args:
+            key: of the ledger's entry.
+            label: what reports call it; time that `work` does not account for counts here.
+        """
+        done = self.ledger.get(key)
+        if done is not None:
+            self.say(label, "done before; going on from there")
+            return done
+        since = time.perf_counter()
+        result = work()
+        elapsed = time.perf_counter() - since - sum(result.seconds.values())
+        seconds = {**result.seconds, label: elapsed}
+        result = StageResult(found=result.found, flops=result.flops, seconds=seconds)
+        self.ledger.record(key, result)
+        return result
+
+    def say(self, label: str, text: str) -> None:
+        """Print one line of what goes on."""
+        self.console.print(f"{label:<11}{text}", highlight=False, markup=False, soft_wrap=True)
+
+    def training_sequences(self, domains: Sequence[str]) -> Tensor:
+        """Return packed training sequences [N, T] of some domains."""
+        packed = [
+            pack(
+                self.corpus.domains[name].train,
+                sequence_length=self.config.data.sequence_length,
+                end_of_text_id=self.end_of_text_id,
+            )
+            for name in domains
+        ]
+        return torch.cat(packed)
+
+    def batches(self, domains: Sequence[str], *, purpose: str, max_steps: int) -> BatchStream:
+        """Return endless batches of some domains in an order of their own."""
+        stream = SequenceStream(self.training_sequences(domains), seed=self.seed("order", purpose))
+        batch_size = self.config.data.batch_size
+        return BatchStream(stream, batch_size=batch_size, num_batches=max_steps)
+
+    def score(self, model: nn.Module, name: str) -> Scores:
+        """Score a model on every domain's validation documents and keep the result in a file."""
+        model.to(self.device)
+        scores = {
+            domain: document_losses(
+                model,
+                self.corpus.domains[domain].validation,
+                sequence_length=self.config.data.sequence_length,
+                end_of_text_id=self.end_of_text_id,
+                batch_size=self.config.evaluation.batch_size,
+            )
+            for domain in self.domains
+        }
+        model.to("cpu")
+        plain = {domain: losses.to_dict() for domain, losses in scores.items()}
+        write_text_atomic(self.folder / "scores" / f"{name}.json", json.dumps(plain))
+        text = ", ".join(f"{domain} {_mean(losses):.3f}" for domain, losses in scores.items())
+        self.say("", f"loss, nats per token: {text}")
+        return scores
+
+    def read_scores(self, name: str) -> Scores:
+        """Return the scores that `score` kept under a name."""
+        plain = json.loads((self.folder / "scores" / f"{name}.json").read_text(encoding="utf-8"))
+        return {domain: DocumentLosses.from_dict(record) for domain, record in plain.items()}
+
+    def scoring_flops(self, config: Config) -> float:
+        """Count the FLOPs of one scoring of all domains."""
+        tokens = sum(self.corpus.domains[name].validation.num_tokens for name in self.domains)
+        return float(tokens * self.flops_per_token(config))
+
+    def flops_per_token(self, config: Config) -> int:
+        """Count the forward FLOPs of a token; training costs three times as much."""
+        length = self.config.data.sequence_length
+        return family_of(config).forward_flops_per_token(config, context_length=length)
+
+
+def schedule_of(training: TrainingConfig) -> Schedule:
+    """Return the schedule that a training's config describes."""
+    return Schedule(
+        learning_rate=training.learning_rate,
+        max_steps=training.max_steps,
+        warmup_ratio=training.warmup_ratio,
+        shape=training.schedule,
+        decay_ratio=training.decay_ratio,
+        minimum_ratio=training.minimum_ratio,
+    )
+
+
+def score_records(scores: Mapping[str, DocumentLosses]) -> dict[str, dict[str, float | int | None]]:
+    """Return domain → record, as in summary.json."""
+    return {domain: domain_score(losses).to_dict() for domain, losses in scores.items()}
+
+
+def content_key(content: Mapping[str, object]) -> str:
+    """SHA-256 of plain data, the name of what it made."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _mean(losses: DocumentLosses) -> float:
+    return domain_score(losses).loss

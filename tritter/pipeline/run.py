@@ -1,0 +1,223 @@
+"""One run from its config to a summary, a table and a checkpoint that was kept or rolled back."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+
+from tritter.config.schema import RunConfig
+from tritter.evaluation.gate import Status, decide
+from tritter.expansion import EXPANSIONS
+from tritter.pipeline import stages
+from tritter.pipeline.context import RunContext, score_records
+from tritter.pipeline.ledger import Ledger, StageResult
+from tritter.pipeline.metrics import evaluation_metrics, wandb_logger, write_metrics
+from tritter.pipeline.stages import Arm
+from tritter.report.plots import plot_run
+from tritter.report.tables import print_summary
+from tritter.storage.atomic import write_text_atomic
+
+ATTEMPT = "attempt_1"
+CONTROL = Arm("control", (), is_control=True)
+SUMMARY_NAME = "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended.
+
+    Args:
+        status: kept, rolled_back or undecided.
+        metric: mean loss over old and new domains of what was kept, nats per byte; what a
+            sweeper minimises.
+        summary_path: where summary.json lies.
+    """
+
+    status: Status
+    metric: float
+    summary_path: Path
+
+
+def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
+    """Run all stages that the ledger does not have yet and leave the contract's files.
+
+    Raises:
+        RequestError: the request turned out to be wrong (cache not writable).
+        TritterError: a stage failed; the ledger keeps what is done.
+    """
+    context = RunContext(
+        config=config,
+        folder=run_folder,
+        console=Console(),
+        ledger=Ledger(run_folder),
+    )
+    attempt = Arm(ATTEMPT, config.expansion)
+    _announce(context)
+    context.stage("baseline", lambda: stages.baseline(context), label="baseline")
+    _run_arm(context, attempt)
+    if config.control:
+        context.say("control", "the un-grown base, trained in the same way")
+        _run_arm(context, CONTROL)
+    gate = context.stage("gate", lambda: _gate(context, attempt), label="gate")
+    status = gate.found["status"]
+    context.stage("publish", lambda: _publish(context, attempt, status), label="publish")
+    summary = _summary(context, attempt, status)
+    path = run_folder / SUMMARY_NAME
+    write_text_atomic(path, json.dumps(summary, indent=1) + "\n")
+    metrics_csv = write_metrics(context, ATTEMPT)
+    plots = plot_run(summary, metrics_csv, run_folder / "plots")
+    print_summary(summary, console=context.console, folder=run_folder)
+    _print_next(context, plots)
+    return Outcome(status=status, metric=_metric(summary), summary_path=path)
+
+
+def _run_arm(context: RunContext, arm: Arm) -> None:
+    key, label = arm.name, arm.label
+    context.stage(f"{key}.expand", lambda: stages.expansion(context, arm), label=label("expand"))
+    with _loggers(context, arm) as loggers:
+        context.stage(
+            f"{key}.fit",
+            lambda: stages.training(context, arm, loggers=loggers),
+            label=label("fit"),
+        )
+        context.stage(
+            f"{key}.evaluate", lambda: stages.evaluation(context, arm), label=label("evaluate")
+        )
+        for logger in loggers:
+            logger.log_metrics(evaluation_metrics(context, key))
+
+
+@contextmanager
+def _loggers(context: RunContext, arm: Arm) -> Iterator[list[Logger]]:
+    """Open W&B for the attempt, unless it was fitted before, and close it whatever happens."""
+    is_open = not arm.is_control and context.ledger.get(f"{arm.name}.fit") is None
+    logger = wandb_logger(context) if is_open else None
+    try:
+        yield [] if logger is None else [logger]
+    finally:
+        if logger is not None:
+            logger.experiment.finish()
+
+
+def _gate(context: RunContext, attempt: Arm) -> StageResult:
+    checks = stages.checks(context, attempt)
+    status = decide(checks, enabled=context.config.gate.enabled)
+    return StageResult(found={"status": status, "checks": [check.to_dict() for check in checks]})
+
+
+def _publish(context: RunContext, attempt: Arm, status: Status) -> StageResult:
+    lineage = stages.publish(context, attempt, keep=status != "rolled_back")
+    return StageResult(
+        found={
+            "model_hash": lineage.model_hash,
+            "parent_hash": lineage.parent_hash,
+            "base_model_hash": lineage.base_model_hash,
+            "expansions": [record.method for record in lineage.expansion_history],
+        }
+    )
+
+
+def _summary(context: RunContext, attempt: Arm, status: Status) -> dict[str, Any]:
+    """Assemble summary.json from the ledger and the scores on disk."""
+    found = {
+        name: result.found
+        for name in ("baseline", f"{ATTEMPT}.expand", f"{ATTEMPT}.evaluate", "publish")
+        if (result := context.ledger.get(name)) is not None
+    }
+    before = score_records(context.read_scores("baseline"))
+    expanded = _expanded_scores(context, attempt)
+    gate = context.ledger.get("gate")
+    assert gate is not None
+    outcome = _arm_record(context, attempt, gate)
+    grown = found[f"{ATTEMPT}.expand"]
+    is_kept = status != "rolled_back"
+    summary: dict[str, Any] = {
+        "format_version": 1,
+        "status": status,
+        "domains": {"old": list(context.old_domains), "new": list(context.new_domains)},
+        "expansion": [spec.name for spec in attempt.specs],
+        "forgetting": [options.name for options in context.config.forgetting],
+        "seed": context.config.seed,
+        "baseline": before,
+        "expanded": expanded,
+        "final": outcome["final"] if is_kept else before,
+        "gate": outcome["gate"],
+        "attempts": [{**outcome, "expanded": expanded, "jump": grown.get("jump")}],
+        "jump": grown.get("jump"),
+        "flops": context.ledger.flops(),
+        "seconds": context.ledger.seconds(),
+        "parameters": {
+            "baseline": found["baseline"]["parameters"],
+            "final": grown["parameters"] if is_kept else found["baseline"]["parameters"],
+        },
+        "checkpoint": "checkpoint",
+        "lineage": found["publish"],
+        "samples": found[f"{ATTEMPT}.evaluate"]["samples"],
+    }
+    if context.config.control:
+        gate = _gate(context, CONTROL)
+        summary["control"] = _arm_record(context, CONTROL, gate)
+    return summary
+
+
+def _arm_record(context: RunContext, arm: Arm, gate: StageResult) -> dict[str, Any]:
+    fitted = context.ledger.get(f"{arm.name}.fit")
+    grown = context.ledger.get(f"{arm.name}.expand")
+    assert fitted is not None and grown is not None
+    return {
+        "expansion": [spec.name for spec in arm.specs],
+        "status": gate.found["status"],
+        "final": score_records(context.read_scores(f"{arm.name}-trained")),
+        "gate": gate.found["checks"],
+        "steps": fitted.found["steps"],
+        "refused_steps": fitted.found["refused_steps"],
+        "update_norms": fitted.found["update_norms"],
+        "parameters": grown.found["parameters"],
+        "notes": grown.found["notes"],
+        "flops": sum(fitted.flops.values()),
+        "seconds": sum(fitted.seconds.values()),
+    }
+
+
+def _expanded_scores(context: RunContext, arm: Arm) -> dict[str, Any]:
+    name = f"{arm.name}-expanded" if arm.specs else "baseline"
+    return score_records(context.read_scores(name))
+
+
+def _metric(summary: dict[str, Any]) -> float:
+    losses = [record["loss_per_byte"] for record in summary["final"].values()]
+    return float(sum(losses) / len(losses))
+
+
+def _announce(context: RunContext) -> None:
+    config = context.config
+    expansion = ", ".join(spec.name for spec in config.expansion) or "none"
+    forgetting = ", ".join(options.name for options in config.forgetting) or "none"
+    context.say("tritter", f"expansion={expansion}  forgetting={forgetting}  seed={config.seed}")
+    context.say("run", str(context.folder))
+    parts = [
+        f"{source.name} ({source.num_documents} documents, {source.num_bytes / 1e6:.1f} MB)"
+        for source in context.corpus.sources.values()
+    ]
+    origin = next(iter(context.corpus.sources.values())).origin
+    context.say("data", f"{', '.join(parts)}; {origin}")
+
+
+def _print_next(context: RunContext, plots: list[Path]) -> None:
+    for plot in plots:
+        context.say("plot", str(plot))
+    context.say("summary", str(context.folder / SUMMARY_NAME))
+    used = {spec.name for spec in context.config.expansion}
+    other = next((name for name in EXPANSIONS if name not in used), "none")
+    context.console.print("\nNext:", highlight=False)
+    for command in (
+        f"python train.py expansion={other}",
+        "python train.py control=true                  # beside the un-grown base",
+        "python train.py -m expansion=none,dus,llama_pro,width forgetting=none,replay",
+    ):
+        context.console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,19 @@
+"""Training: LightningModules, the protocol of forgetting methods, one fit per stage."""
+
+from tritter.training.fit import FitResult, TrainerSettings, fit
+from tritter.training.forgetting_method import ForgettingMethod, Task
+from tritter.training.module import BaseModule, ExpandedModule
+from tritter.training.optimiser import OptimiserSettings
+from tritter.training.schedule import Schedule
+
+__all__ = [
+    "BaseModule",
+    "ExpandedModule",
+    "FitResult",
+    "ForgettingMethod",
+    "OptimiserSettings",
+    "Schedule",
+    "Task",
+    "TrainerSettings",
+    "fit",
+]

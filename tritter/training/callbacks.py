@@ -1,0 +1,192 @@
+"""Callbacks of every training: methods against forgetting, refused steps, speed, progress."""
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from tritter.training.forgetting_method import Task
+from tritter.training.module import ExpandedModule
+
+
+class ForgettingCallback(Callback):
+    """Drive the methods of an ExpandedModule."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for method in _expanded(pl_module).methods:
+            method.begin_task(_expanded(pl_module).model, self._task)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        module = _expanded(pl_module)
+        module.apply_methods_to_gradients()
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for method in module.methods:
+                value = method.logged_loss(module.model)
+                if value is not None:
+                    pl_module.log(f"forgetting/{method.name}/loss", value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class FiniteGuard(Callback):
+    """Refuse steps whose loss or gradient is not finite; stop after too many in a row.
+
+    A refused step has its gradients taken away, so that neither weights nor moments move.
+
+    Args:
+        max_consecutive: refused steps in a row after which the training ends.
+    """
+
+    def __init__(self, *, max_consecutive: int) -> None:
+        self._max_consecutive = max_consecutive
+        self._consecutive = 0
+        self.refused_steps = 0
+        self.stopped_because: str | None = None
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        loss = trainer.callback_metrics.get("train/loss")
+        if bool(torch.isfinite(norm)) and (loss is None or bool(torch.isfinite(loss))):
+            self._consecutive = 0
+            return
+        optimizer.zero_grad(set_to_none=True)
+        self.refused_steps += 1
+        self._consecutive += 1
+        if self._consecutive > self._max_consecutive:
+            self._stop(trainer, norm, loss)
+
+    def _stop(self, trainer: Trainer, norm: Tensor, loss: Tensor | None) -> None:
+        shown = "unknown" if loss is None else f"{float(loss):.4g}"
+        self.stopped_because = (
+            f"{self._consecutive} steps in a row were not finite (at step "
+            f"{trainer.global_step}: loss {shown}, gradient norm {float(norm):.4g})"
+        )
+        trainer.should_stop = True
+
+
+class Performance(Callback):
+    """Log tokens per second, seconds per step and peak memory."""
+
+    def __init__(self, *, flops_per_token: int) -> None:
+        self._flops_per_token = flops_per_token
+        self._tokens = 0
+        self._steps = 0
+        self._since = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._tokens += batch["input_ids"].numel()
+        self._steps += 1
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        seconds = time.perf_counter() - self._since
+        pl_module.log_dict(
+            {
+                "performance/tokens_per_second": self._tokens / seconds,
+                "performance/step_seconds": seconds / self._steps,
+                "performance/flops": float(self._tokens * self._flops_per_token) / seconds,
+                "performance/peak_memory_bytes": float(peak_memory_bytes()),
+            }
+        )
+        self._tokens, self._steps, self._since = 0, 0, time.perf_counter()
+
+
+class StepProgress(Callback):
+    """One bar with loss, speed and the time left; a line now and then where there is no terminal.
+
+    Args:
+        label: what is being trained.
+        max_steps: steps in all.
+        mode: `on`, `off`, or `auto` (a bar on a terminal, lines elsewhere).
+        console: where to write.
+    """
+
+    def __init__(self, *, label: str, max_steps: int, mode: str, console: Console) -> None:
+        self._max_steps = max_steps
+        self._label = label
+        self._mode = mode
+        self._console = console
+        self._use_bar = mode == "on" or (mode == "auto" and console.is_terminal)
+        self._use_lines = mode == "auto" and not console.is_terminal
+        self._since = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:>4.0f}/{task.total:.0f}  {task.fields[note]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.perf_counter()
+        if self._use_bar:
+            self._bar.start()
+            self._bar.add_task(self._label, total=self._max_steps, note="")
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        step = trainer.global_step
+        every = max(1, self._max_steps // 5) if self._use_lines else 5
+        if not (self._use_bar or self._use_lines) or (step % every and step != self._max_steps):
+            return
+        elapsed = time.perf_counter() - self._since
+        rate = step * batch["input_ids"].numel() / elapsed
+        loss = trainer.callback_metrics.get("train/loss", torch.tensor(float("nan")))
+        note = f"loss {float(loss):.3f}  {rate / 1000:.1f}k tokens/s"
+        if self._use_bar:
+            self._bar.update(self._bar.task_ids[0], completed=step, note=note)
+        else:
+            left = elapsed / step * (self._max_steps - step)
+            self._console.print(
+                f"  {self._label}: step {step}/{self._max_steps}  {note}  {left:.0f} s left",
+                highlight=False,
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._use_bar:
+            self._bar.stop()
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak of this process: of the accelerator where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _expanded(module: LightningModule) -> ExpandedModule:
+    assert isinstance(module, ExpandedModule)
+    return module

@@ -1,0 +1,90 @@
+"""LightningModules around stock transformers models."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from tritter.training.forgetting_method import ForgettingMethod
+from tritter.training.optimiser import OptimiserSettings, build_optimiser
+from tritter.training.schedule import Schedule
+
+
+class BaseModule(LightningModule):
+    """Next-token training of a causal language model.
+
+    Args:
+        model: a stock transformers model.
+        schedule: learning rate over the steps.
+        optimiser: everything else of the optimiser.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, schedule: Schedule, optimiser: OptimiserSettings
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.schedule = schedule
+        self.optimiser_settings = optimiser
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        """Return the mean next-token loss of a batch, nats per token."""
+        loss = self.task_loss(batch)
+        self.log("train/loss", loss.detach())
+        return loss
+
+    def task_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        input_ids = batch["input_ids"]  # [B, T]
+        return self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+
+    def configure_optimizers(self) -> Any:
+        optimiser = build_optimiser(
+            self.named_parameters(),
+            self.optimiser_settings,
+            learning_rate=self.schedule.learning_rate,
+        )
+        scheduler = LambdaLR(optimiser, self.schedule.factor)
+        return {
+            "optimizer": optimiser,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "learning_rate"},
+        }
+
+
+class ExpandedModule(BaseModule):
+    """Continued training of a grown model, with methods that keep it from forgetting.
+
+    Args:
+        methods: in the order in which they were asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        schedule: Schedule,
+        optimiser: OptimiserSettings,
+        methods: Sequence[ForgettingMethod] = (),
+    ) -> None:
+        super().__init__(model, schedule=schedule, optimiser=optimiser)
+        self.methods = tuple(methods)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        """Return the loss of the task and of the methods; each is logged on its own."""
+        loss = super().training_step(batch, batch_index)
+        for method in self.methods:
+            extra = method.extra_loss(self.model, batch)
+            if extra is not None:
+                self.log(f"forgetting/{method.name}/loss", extra.detach())
+                loss = loss + extra
+        return loss
+
+    def apply_methods_to_gradients(self) -> None:
+        """Let every method read the task's gradients before any method changes them."""
+        with torch.no_grad():
+            for method in self.methods:
+                method.observe_gradients(self.model)
+            for method in self.methods:
+                method.add_to_gradients(self.model)

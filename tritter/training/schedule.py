@@ -1,0 +1,52 @@
+"""Learning-rate schedules as plain functions of the step."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Warm-up, then constant, cosine or warmup-stable-decay.
+
+    Args:
+        learning_rate: the peak.
+        max_steps: optimiser steps of the whole training.
+        warmup_ratio: share of the steps over which the rate rises linearly to its peak.
+        shape: `constant`, `cosine`, or `wsd` (arXiv 2404.06395: constant, then a linear decay).
+        decay_ratio: share of the steps that decay, for `wsd`.
+        minimum_ratio: what is left of the peak at the end of `cosine` and `wsd`.
+    """
+
+    learning_rate: float
+    max_steps: int
+    warmup_ratio: float = 0.05
+    shape: str = "cosine"
+    decay_ratio: float = 0.2
+    minimum_ratio: float = 0.0
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup_ratio * self.max_steps)
+
+    def factor(self, step: int) -> float:
+        """Return the share of the peak rate that step `step` (from 0) uses."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        match self.shape:
+            case "constant":
+                return 1.0
+            case "cosine":
+                return self._cosine(step)
+            case "wsd":
+                return self._decay(step)
+        raise ValueError(f"training.schedule = '{self.shape}': constant, cosine or wsd.")
+
+    def _cosine(self, step: int) -> float:
+        progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
+        wave = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        return self.minimum_ratio + (1 - self.minimum_ratio) * wave
+
+    def _decay(self, step: int) -> float:
+        decay_steps = max(1, round(self.decay_ratio * self.max_steps))
+        left = min(1.0, max(0.0, (self.max_steps - step) / decay_steps))
+        return self.minimum_ratio + (1 - self.minimum_ratio) * left
