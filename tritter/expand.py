@@ -16,7 +16,8 @@ from tritter.expansion import ExpansionSpec, ExpansionStep, build_steps
 from tritter.families import Config, Family, family_of
 from tritter.models import read_config
 from tritter.parameter_map import carried, map_tensor
-from tritter.storage import TensorFolder, merkle_hash, tensor_digest
+from tritter.storage.hashing import file_digest, merkle_hash, tensor_digest
+from tritter.storage.tensors import TensorFolder
 
 Read = Callable[[str], Tensor]
 Progress = Callable[[int, int], None]
@@ -87,6 +88,8 @@ def expand(
     matched = family.match(tensors.files, config)
     _check_shapes(family, config, tensors)
     parent = read_lineage(source)
+    if parent is not None:
+        _check_files(source, parent)
     digests: dict[str, str] = {}
     disk_names = {tensor.name: disk_name for disk_name, tensor in matched.items()}
 
@@ -200,6 +203,19 @@ def _check_shapes(family: Family, config: Config, tensors: TensorFolder) -> None
                 f"{tensors.folder}: {disk_name} has shape {found}, but config.json asks for "
                 f"{expected}."
             )
+
+
+def _check_files(source: Path, lineage: Lineage) -> None:
+    """Refuse a source whose config or tokenizer is not the one that its lineage speaks of."""
+    changed = [
+        name
+        for name in ("config.json", *TOKENIZER_FILES)
+        if name in lineage.file_digests
+        and (source / name).is_file()
+        and file_digest(source / name) != lineage.file_digests[name]
+    ]
+    if changed:
+        raise TritterError(f"{source} was changed since its lineage was written: {changed}.")
 
 
 def _hash_source(tensors: TensorFolder, disk_names: Iterable[str], digests: dict[str, str]) -> str:

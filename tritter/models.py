@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -21,20 +23,36 @@ from transformers.utils import logging as transformers_logging
 from tritter.errors import TritterError
 from tritter.families import Config, family_of
 
+# What the libraries behind this door raise when a file is damaged or hostile.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    StrictDataclassError,
+    SafetensorError,
+)
+
 
 def read_config(folder: Path) -> Config:
     """Return the content of a folder's config.json with all defaults written out.
 
     Raises:
-        TritterError: there is none, or it is not a config that transformers knows.
+        RequestError: a family that there is no table for; names those there are.
+        TritterError: there is none, or it is not a config that transformers accepts.
     """
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise TritterError(f"{folder} holds no config.json.")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise TritterError(f"{folder / 'config.json'} is not a usable config: {error}") from error
-    return config.to_dict()
+    with _refused_as(f"{path} is not a usable config"):
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(plain, dict):
+            raise TritterError(f"{path} is not a usable config: no JSON object.")
+        family_of(plain)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -58,18 +76,15 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
     Raises:
         TritterError: transformers cannot load it, or a tensor is missing or left over.
     """
-    try:
-        with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise TritterError(f"{folder} cannot be loaded as a model: {error}") from error
+    with _refused_as(f"{folder} cannot be loaded as a model"), _quiet():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     wrong = {key: value for key, value in report.items() if value}
     if wrong:
         raise TritterError(f"{folder} does not fit its config.json: {wrong}")
@@ -96,9 +111,30 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, end_of_text: str) -> N
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a folder's tokenizer; never runs code from the folder."""
-    with _quiet():
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    """Load a folder's tokenizer; never runs code from the folder.
+
+    Raises:
+        TritterError: there is none, or it is damaged.
+    """
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+    # The tokenizers library raises Exception itself, so nothing narrower catches it.
+    except Exception as error:
+        raise TritterError(f"{folder} holds no usable tokenizer: {error!r}") from error
+
+
+@contextmanager
+def _refused_as(what: str) -> Iterator[None]:
+    """Turn what libraries raise over a damaged file into one line that names the file."""
+    try:
+        yield
+    except TritterError:
+        raise
+    except _DAMAGE as error:
+        raise TritterError(f"{what}: {error}") from error
 
 
 @contextmanager

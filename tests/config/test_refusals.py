@@ -197,3 +197,15 @@ def _program(words: list[str], folder: Path) -> "subprocess.CompletedProcess[str
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
+
+
+def test_a_gpu_that_is_not_there_is_refused(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    for words in (["trainer=gpu"], ["-m", "trainer=cpu,gpu"]):
+        result = run(*words)
+        assert result.code == 2
+        assert "trainer.accelerator" in result.err and "auto" in result.err
+        assert result.written == []

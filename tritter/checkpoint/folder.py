@@ -11,13 +11,9 @@ from tritter.checkpoint.card import model_card
 from tritter.checkpoint.record import Lineage
 from tritter.errors import TritterError
 from tritter.families import Config
-from tritter.storage import (
-    atomic_folder,
-    file_digest,
-    merkle_hash,
-    write_tensors,
-    write_text_atomic,
-)
+from tritter.storage.atomic import atomic_folder, write_text_atomic
+from tritter.storage.hashing import file_digest, merkle_hash
+from tritter.storage.tensors import write_tensors
 
 LINEAGE_NAME = "tritter.json"
 CARD_NAME = "README.md"
@@ -85,7 +81,7 @@ def read_lineage(folder: Path) -> Lineage | None:
         return None
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TritterError(f"{path} cannot be read: {error}") from error
     if not isinstance(plain, dict):
         raise TritterError(f"{path} is not a lineage.")

@@ -140,6 +140,7 @@ def _plan_run(composing: Composer, overrides: list[str]) -> Plan:
                 "give one of them."
             )
         folder = find_run(config.resume)
+    _check_device(config)
     state = check_run_folder(folder, config)
     job = Job(tuple(overrides), config, folder, state)
     return Plan(_words_for_hydra(composing, overrides), (job,))
@@ -179,10 +180,22 @@ def _refuse_resume(config: RunConfig) -> None:
         )
 
 
+def _check_device(config: RunConfig) -> None:
+    import torch
+
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if config.trainer.accelerator == "gpu" and not has_gpu:
+        raise RequestError(
+            "trainer.accelerator = 'gpu': torch finds no GPU on this machine; allowed is cpu, or "
+            "auto (trainer=cpu, trainer=auto)."
+        )
+
+
 def _plan_job(composing: Composer, words: list[str], shared: list[str], *, number: int) -> Job:
     try:
         composed = composing.compose([*shared, *words], job_number=number)
         _refuse_resume(composed.config)
+        _check_device(composed.config)
         sweep = composed.hydra.sweep
         folder = (Path(sweep.dir) / str(sweep.subdir)).absolute()
         state = check_run_folder(folder, composed.config)

@@ -9,6 +9,7 @@ from typing import Any
 from tritter.config.fingerprint import describe_changes, fingerprint
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError, did_you_mean
+from tritter.storage.atomic import write_text_atomic
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
@@ -67,13 +68,7 @@ def write_run_file(folder: Path, config: RunConfig, *, status: str) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def find_run(resume: str) -> Path:

@@ -129,7 +129,7 @@ class L2SPOptions:
     """L2-SP (Li et al. 2018, arXiv 1802.01483): weight of the pull towards the start."""
 
     name: ClassVar[str] = "l2sp"
-    l2sp_lambda: float = field(default=1.0, metadata={"minimum": 0})
+    l2sp_lambda: float = field(default=0.03, metadata={"minimum": 0})
 
 
 @dataclass(frozen=True, slots=True)

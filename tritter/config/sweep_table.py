@@ -1,5 +1,6 @@
 """The table at the end of a sweep: one line per job."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ class SweepRow:
     name: str
     overrides: tuple[str, ...]
     status: str
+    changes: dict[str, float]
     metric: float | None
     exit_code: int
 
@@ -36,6 +38,7 @@ def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
                 name=str(place.relative_to(folder)),
                 overrides=planned.get(place, tuple(status.get("overrides", ()))),
                 status=str(status["status"]),
+                changes=_changes(status.get("summary")),
                 metric=status.get("metric"),
                 exit_code=int(status["exit_code"]),
             )
@@ -52,14 +55,32 @@ def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
     table = Table(title=" ".join(sorted(shared)) or None)
     for name in ("job", "overrides", "status"):
         table.add_column(name, overflow="fold")
-    table.add_column("metric", justify="right")
+    domains = list(dict.fromkeys(domain for row in rows for domain in row.changes))
+    for name in (*domains, "metric"):
+        table.add_column(name, justify="right")
     for row in rows:
         own = " ".join(word for word in row.overrides if word not in shared)
         metric = "-" if row.metric is None else f"{row.metric:.4f}"
-        table.add_row(row.name, own, row.status, metric)
+        changes = [f"{row.changes[d]:+.1%}" if d in row.changes else "-" for d in domains]
+        table.add_row(row.name, own, row.status, *changes, metric)
     console = Console()
     console.print(table, markup=False)
+    if domains:
+        console.print("Change of the loss per byte by what was trained, kept or not.")
     console.print(f"Each job's summary and status: {folder}/JOB/", markup=False, soft_wrap=True)
+
+
+def _changes(summary: str | None) -> dict[str, float]:
+    """Return domain → relative change of the loss per byte that the last attempt's gate saw."""
+    if summary is None or not Path(summary).exists():
+        return {}
+    attempts = json.loads(Path(summary).read_text(encoding="utf-8"))["attempts"]
+    asked = ("retention", "new_capability")
+    return {
+        check["subject"]: check["value"]
+        for check in attempts[-1]["gate"]
+        if check["check"] in asked and check["value"] is not None
+    }
 
 
 def _by_number(path: Path) -> tuple[int, str]:

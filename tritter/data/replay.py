@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tritter.data.sequences import SequenceStream, derived_seed
+from tritter.data.sequences import SequenceStream
+from tritter.seeds import derived_seed
 
 
 class ReplayBuffer:

@@ -1,13 +1,13 @@
 """An endless stream of sequences whose order is a function of a seed, and whose place is saved."""
 
 from collections.abc import Mapping
-from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tritter.errors import RequestError, TritterError
+from tritter.seeds import derived_seed
 
 
 class SequenceStream:
@@ -81,9 +81,3 @@ class SequenceStream:
         self._epoch, self._position = epoch, position
         generator = torch.Generator().manual_seed(derived_seed(self._seed, "epoch", epoch))
         self._order = torch.randperm(len(self), generator=generator)
-
-
-def derived_seed(seed: int, *purpose: str | int) -> int:
-    """Return a seed of 63 bits for one purpose, unrelated to those for any other purpose."""
-    words = "\0".join(str(word) for word in (seed, *purpose))
-    return int.from_bytes(sha256(words.encode()).digest()[:8], "little") >> 1

@@ -7,10 +7,9 @@ whole. In both the RMSNorm sees a root mean square that shrank by √(k·d/D) (k
 coordinates among D), so its gain is scaled by that and eps by k·d/D.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, Literal
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from tritter.errors import RequestError
 from tritter.families import Axis, Config, Dimensions, Family, LogicalTensor, Port
 from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
+from tritter.seeds import derived_seed
 
 UNEQUAL_RATIO = 9.0  # shares .9/.1 for two copies; clones of equal share never diverge
 
@@ -69,8 +69,8 @@ class Width:
         old = family.dimensions(config)
         new = self._target_dimensions(old)
         _check_not_smaller(old, new)
-        _check_hidden_size(family, new)
         _check_heads(old, new, heads_are_copied=self.heads_are_copied)
+        self._check_hidden_size(family, old, new)
         ratio = residual_map(old.hidden_size, new.hidden_size, init=self.init)
         return {
             **config,
@@ -119,6 +119,22 @@ class Width:
         ]
         kept = [] if old.num_attention_heads != new.num_attention_heads else ["head counts stay"]
         return ("; ".join(grown + kept),)
+
+    def _check_hidden_size(self, family: Family, old: Dimensions, new: Dimensions) -> None:
+        heads = new.num_attention_heads
+        if not family.heads_divide_hidden or new.hidden_size % heads == 0:
+            return
+        multiples = (new.hidden_size // heads * heads, -(-new.hidden_size // heads) * heads)
+        nearest = " or ".join(
+            str(size)
+            for size in multiples
+            if size >= old.hidden_size
+            and replace(self, hidden_size=size)._target_dimensions(old) != old
+        )
+        raise RequestError(
+            f"expansion.width.hidden_size = {new.hidden_size}: {family.model_type} accepts only "
+            f"multiples of its {heads} attention heads; nearest: {nearest}."
+        )
 
     def _target_dimensions(self, old: Dimensions) -> Dimensions:
         is_default = all(
@@ -274,12 +290,6 @@ def split_shares(source: Tensor, old_size: int, *, equal: bool) -> Tensor:
     return weight / total[source]
 
 
-def derived_seed(seed: int, *parts: str) -> int:
-    """Return a seed of its own for each purpose and tensor, whatever the order of calls."""
-    digest = hashlib.sha256("\0".join([str(seed), *parts]).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
 def _fill(
     tensor: LogicalTensor,
     shape: tuple[int, ...],
@@ -326,24 +336,19 @@ def _check_not_smaller(old: Dimensions, new: Dimensions) -> None:
         )
 
 
-def _check_hidden_size(family: Family, new: Dimensions) -> None:
-    heads = new.num_attention_heads
-    if family.heads_divide_hidden and new.hidden_size % heads:
-        below, above = new.hidden_size // heads * heads, -(-new.hidden_size // heads) * heads
-        raise RequestError(
-            f"expansion.width.hidden_size = {new.hidden_size}: {family.model_type} accepts only "
-            f"multiples of its {heads} attention heads; nearest: {below} or {above}."
-        )
-
-
 def _check_heads(old: Dimensions, new: Dimensions, *, heads_are_copied: bool) -> None:
     heads, kv_heads = new.num_attention_heads, new.num_key_value_heads
     old_group = old.num_attention_heads // old.num_key_value_heads
     if heads % kv_heads:
-        below, above = heads // kv_heads * kv_heads, -(-heads // kv_heads) * kv_heads
+        multiples = (heads // kv_heads * kv_heads, -(-heads // kv_heads) * kv_heads)
+        nearest = " or ".join(
+            str(count)
+            for count in multiples
+            if count >= old.num_attention_heads and replace(new, num_attention_heads=count) != old
+        )
         raise RequestError(
             f"expansion.width.num_attention_heads = {heads} is not a multiple of "
-            f"num_key_value_heads = {kv_heads}; nearest: {max(below, kv_heads)} or {above}."
+            f"num_key_value_heads = {kv_heads}; nearest: {nearest}."
         )
     group = heads // kv_heads
     if heads_are_copied and group != old_group:

@@ -75,8 +75,8 @@ class AxisMap:
     @classmethod
     def padded(cls, old_size: int, new_size: int) -> "AxisMap":
         """Keep the old block in front and add new coordinates behind it."""
-        source = torch.full((new_size,), NO_SOURCE, dtype=torch.int64)
-        source[:old_size] = torch.arange(old_size)
+        source = torch.arange(new_size)
+        source[old_size:] = NO_SOURCE
         kept = (source >= 0).double()
         return cls(old_size=old_size, source=source, scale=kept, share=kept.clone())
 

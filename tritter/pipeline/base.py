@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from tritter.checkpoint import Lineage, read_lineage, write_checkpoint
+from tritter.config.validation import source_config
 from tritter.data.cache import require_writable, set_aside
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.errors import RequestError, TritterError
-from tritter.families import Config, family_of, llama_config
+from tritter.families import Config, family_of
 from tritter.models import named_tensors, new_model, save_tokenizer
 from tritter.pipeline.context import RunContext, content_key, schedule_of
 from tritter.storage.hashing import merkle_hash, tensor_digest
@@ -26,20 +27,8 @@ logger = logging.getLogger(__name__)
 
 def base_config(context: RunContext) -> Config:
     """Return the config.json of the base model that the run describes."""
-    model = context.config.model
-    return llama_config(
-        vocab_size=context.corpus.tokenizer.get_vocab_size(),
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        tie_word_embeddings=model.tie_word_embeddings,
-        rms_norm_eps=model.rms_norm_eps,
-        rope_theta=model.rope_theta,
-        max_position_embeddings=model.max_position_embeddings,
-        initializer_range=model.initializer_range,
-    )
+    vocab_size = context.corpus.tokenizer.get_vocab_size()
+    return {**source_config(context.config), "vocab_size": vocab_size}
 
 
 @dataclass(frozen=True, slots=True)

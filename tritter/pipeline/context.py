@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tritter.config.schema import RunConfig, TrainingConfig
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.corpus import Corpus, stdlib_corpus
-from tritter.data.sequences import derived_seed
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.data.tokens import pack
 from tritter.evaluation.losses import DocumentLosses, document_losses, domain_score
 from tritter.families import Config, family_of
 from tritter.pipeline.ledger import Ledger, StageResult
+from tritter.seeds import derived_seed
 from tritter.storage.atomic import write_text_atomic
 from tritter.training import OptimiserSettings, Schedule, TrainerSettings
 

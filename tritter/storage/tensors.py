@@ -70,6 +70,9 @@ def write_tensors(
 
     One shard gives `model.safetensors`; several give numbered files and an index, as
     transformers reads them. At most one shard is held in memory.
+
+    Raises:
+        TritterError: the disk refused a write.
     """
     digests: dict[str, str] = {}
     shards: list[list[str]] = []
@@ -78,7 +81,7 @@ def write_tensors(
 
     def flush() -> None:
         nonlocal pending, pending_bytes
-        save_file(pending, _part(folder, len(shards)), metadata={"format": "pt"})
+        _save(pending, _part(folder, len(shards)))
         shards.append(list(pending))
         pending, pending_bytes = {}, 0
 
@@ -93,6 +96,13 @@ def write_tensors(
     flush()
     _name_shards(folder, shards, total_bytes)
     return digests
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise TritterError(f"{path} could not be written ({error}).") from error
 
 
 def _part(folder: Path, position: int) -> Path:
@@ -116,7 +126,7 @@ def _read_index(folder: Path, index: Path) -> dict[str, str]:
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(name): str(file) for name, file in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TritterError(f"{index} is not a safetensors index ({error!r}).") from error
     held: dict[str, set[str]] = {}
     for file in sorted(set(pairs.values())):

@@ -106,7 +106,7 @@ def fit(
             gradient_clip_val=settings.gradient_clip_val,
             max_steps=max_steps,
             max_epochs=-1,
-            log_every_n_steps=settings.log_every_n_steps,
+            log_every_n_steps=min(settings.log_every_n_steps, max_steps),
             callbacks=[*callbacks, tokens_seen],
             logger=[CSVLogger(folder, name="", version=""), *loggers],
             enable_checkpointing=False,

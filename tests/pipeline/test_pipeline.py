@@ -1,0 +1,286 @@
+"""The main job end to end on a small scale: what it leaves, keeps, rolls back and resumes."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import oracle
+from tritter.checkpoint import read_lineage
+from tritter.errors import RequestError, TritterError
+from tritter.pipeline import Outcome, stages
+from tritter.training import BaseModule
+
+Run = Callable[..., Outcome]
+EXPANSIONS = ["none", "dus", "llama_pro", "width", "[width,llama_pro]", "[dus,width]"]
+
+
+@pytest.fixture(scope="module")
+def default_run(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("default") / "run"
+    run_job(folder, "control=true")
+    return folder
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_summary_holds_what_the_contract_names(default_run: Path) -> None:
+    summary = summary_of(default_run)
+    assert summary["status"] in ("kept", "rolled_back", "undecided")
+    for stage in ("baseline", "expanded", "final"):
+        for domain in ("prose", "code"):
+            record = summary[stage][domain]
+            assert record["loss"] > record["loss_per_byte"] > 0
+            assert record["standard_error"] > 0 and record["n"] > 50
+    for check in summary["gate"]:
+        assert {"check", "value", "bound", "interval", "verdict"} <= set(check)
+    assert {c["check"] for c in summary["gate"]} == {
+        "training", "preservation", "retention", "new_capability",
+    }  # fmt: skip
+    assert summary["attempts"][0]["gate"] == summary["gate"]
+    for cost in (summary["flops"], summary["seconds"]):
+        assert cost["total"] == pytest.approx(sum(v for k, v in cost.items() if k != "total"))
+        assert {"baseline", "expand", "fit", "evaluate", "total"} <= set(cost)
+    assert summary["parameters"]["final"] > summary["parameters"]["baseline"]
+    assert summary["control"]["parameters"] == summary["parameters"]["baseline"]
+    assert summary["control"]["final"]["code"]["loss"] < summary["baseline"]["code"]["loss"]
+    assert summary["lineage"]["expansions"] == ["width"]
+    assert [sample["domain"] for sample in summary["samples"]] == ["prose", "code"]
+
+
+def test_checkpoint_is_a_stock_model_with_a_lineage(default_run: Path) -> None:
+    summary = summary_of(default_run)
+    folder = default_run / summary["checkpoint"]
+    model = oracle.stock(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoded = tokenizer("def main():", return_tensors="pt").input_ids
+    assert model.generate(encoded, max_new_tokens=4, do_sample=False).shape[1] > 4
+    assert sum(p.numel() for p in model.parameters()) == summary["parameters"]["final"]
+    lineage = read_lineage(folder)
+    assert lineage is not None
+    record = lineage.expansion_history[-1]
+    assert record.method == "width" and record.continued_training_steps == 30
+    assert set(record.performance_delta) == {"prose", "code"}
+    assert record.step0_error is not None and record.step0_error < 1e-4
+    assert lineage.training_config["old"]["prose"]["sha256"]
+    parent = read_lineage((folder / str(lineage.parent_path)).resolve())
+    assert parent is not None and parent.model_hash == lineage.parent_hash
+    grandparent = read_lineage(default_run / "baseline")
+    assert grandparent is not None and grandparent.model_hash == parent.parent_hash
+    assert lineage.base_model_hash == grandparent.model_hash
+
+
+def test_retention_is_the_paired_change_per_byte(default_run: Path) -> None:
+    """The gate's number, from the per-document losses on disk by another path."""
+    scores = {
+        name: json.loads((default_run / "scores" / f"{name}.json").read_text())["prose"]
+        for name in ("baseline", "attempt_1-trained")
+    }
+    before, after = (sum(scores[name]["nats"]) for name in scores)
+    check = next(c for c in summary_of(default_run)["gate"] if c["check"] == "retention")
+    assert check["value"] == pytest.approx(after / before - 1, rel=1e-9)
+    assert check["interval"][0] < check["value"] < check["interval"][1]
+
+
+def test_metrics_and_plots_are_left(default_run: Path) -> None:
+    rows = list(csv.DictReader((default_run / "metrics.csv").open()))
+    assert {"step", "train/loss", "eval/prose/loss", "performance/step_seconds"} <= set(rows[0])
+    last = summary_of(default_run)["attempts"][0]["final"]["code"]["loss"]
+    assert float(rows[-1]["eval/code/loss"]) == pytest.approx(last)
+    plots = sorted(path.name for path in (default_run / "plots").iterdir())
+    assert plots == ["domains.png", "retention_and_gain.png", "training.png"]
+
+
+@pytest.mark.parametrize("forgetting", ["none", "[l2sp,replay]"])
+@pytest.mark.parametrize("expansion", EXPANSIONS)
+def test_every_expansion_with_methods(
+    run_job: Run, tmp_path: Path, expansion: str, forgetting: str
+) -> None:
+    """Composes, trains, saves and loads in stock transformers with the model's own logits."""
+    outcome = run_job(
+        tmp_path / "run",
+        f"expansion={expansion}",
+        f"forgetting={forgetting}",
+        "training.max_steps=3",
+    )
+    summary = summary_of(tmp_path / "run")
+    names = [] if expansion == "none" else expansion.strip("[]").split(",")
+    assert summary["expansion"] == names
+    exact = all(name in ("width", "llama_pro") for name in names)
+    if names:
+        verdict = next(c for c in summary["gate"] if c["check"] == "preservation")["verdict"]
+        assert verdict == ("passed" if exact else "reported")
+    else:
+        assert summary["jump"] is None and summary["expanded"] == summary["baseline"]
+    trained = oracle.stock(tmp_path / "run/attempt_1/trained")
+    if outcome.status != "rolled_back":
+        kept = oracle.stock(tmp_path / "run/checkpoint")
+        ids = oracle.tokens(trained.config.vocab_size)
+        assert torch.equal(oracle.logits(kept, ids), oracle.logits(trained, ids))
+
+
+def test_learning_rate_one_is_rolled_back(run_job: Run, tmp_path: Path) -> None:
+    outcome = run_job(tmp_path / "run", "training.learning_rate=1")
+    summary = summary_of(tmp_path / "run")
+    assert outcome.status == summary["status"] == "rolled_back"
+    assert any(c["verdict"] == "failed" for c in summary["gate"])
+    assert summary["final"] == summary["baseline"]
+    assert summary["attempts"][0]["final"] != summary["baseline"]
+    assert summary["parameters"]["final"] == summary["parameters"]["baseline"]
+    kept, base = read_lineage(tmp_path / "run/checkpoint"), read_lineage(tmp_path / "run/baseline")
+    assert kept is not None and base is not None
+    assert kept.model_hash == base.model_hash and kept.expansion_history == ()
+    ids = oracle.tokens(summary_vocab(tmp_path / "run/baseline"))
+    before, after = (
+        oracle.stock(tmp_path / "run/baseline"),
+        oracle.stock(tmp_path / "run/checkpoint"),
+    )
+    assert torch.equal(oracle.logits(before, ids), oracle.logits(after, ids))
+
+
+def summary_vocab(folder: Path) -> int:
+    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+
+
+def test_shuffled_labels_are_rolled_back(
+    run_job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shuffled(self: BaseModule, batch: dict[str, Tensor]) -> Tensor:
+        ids = batch["input_ids"]
+        order = torch.randperm(
+            ids.shape[1], generator=torch.Generator().manual_seed(int(ids.sum()))
+        )
+        return self.model(input_ids=ids, labels=ids[:, order], use_cache=False).loss
+
+    from tritter.pipeline import base
+
+    context_free = base.fit  # the base itself must be trained on true labels
+
+    def fit_base(*arguments: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(BaseModule, "task_loss", TRUE_LOSS)
+            return context_free(*arguments, **options)
+
+    monkeypatch.setattr(base, "fit", fit_base)
+    monkeypatch.setattr(BaseModule, "task_loss", shuffled)
+    outcome = run_job(
+        tmp_path / "run", "forgetting=none", "training.max_steps=60", "training.learning_rate=0.01",
+        "pretraining.max_steps=200",
+    )  # fmt: skip
+    summary = summary_of(tmp_path / "run")
+    assert outcome.status == "rolled_back"
+    failed = {c["check"] for c in summary["gate"] if c["verdict"] == "failed"}
+    assert "retention" in failed
+
+
+TRUE_LOSS = BaseModule.task_loss
+
+
+def test_too_few_documents_are_undecided_with_the_number_needed(
+    run_job: Run, tmp_path: Path
+) -> None:
+    outcome = run_job(
+        tmp_path / "run", "data.validation_fraction=0.005", "training.max_steps=2"
+    )  # fmt: skip
+    summary = summary_of(tmp_path / "run")
+    assert outcome.status == "undecided"
+    open_checks = [c for c in summary["gate"] if c["verdict"] == "undecided"]
+    assert open_checks and all(c["n"] < 5 for c in open_checks)
+    assert any(c["documents_needed"] and c["documents_needed"] > c["n"] for c in open_checks)
+    assert read_lineage(tmp_path / "run/checkpoint").expansion_history  # type: ignore[union-attr]
+
+
+def test_gate_off_keeps_what_fails(run_job: Run, tmp_path: Path) -> None:
+    outcome = run_job(tmp_path / "run", "training.learning_rate=1", "gate='off'")
+    assert outcome.status == "kept"
+    assert any(c["verdict"] == "failed" for c in summary_of(tmp_path / "run")["gate"])
+
+
+def test_a_base_that_explodes_is_not_cached(run_job: Run, tmp_path: Path) -> None:
+    with pytest.raises(TritterError, match=r"pretraining was broken off.*learning_rate"):
+        run_job(
+            tmp_path / "run", "pretraining.learning_rate=1e30", "trainer.gradient_clip_val=null",
+            "trainer.max_non_finite_steps=2", cache_dir=tmp_path / "cache",
+        )  # fmt: skip
+    bases = tmp_path / "cache" / "bases"
+    assert not bases.exists() or not any(bases.iterdir())
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("before", ["expansion", "training", "evaluation", "publish"])
+def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
+    run_job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise Stopped
+
+    run_job(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(stages, before, stop)
+        run_job(tmp_path / "parts")
+    done = json.loads((tmp_path / "parts/ledger.json").read_text())["stages"]
+    assert "baseline" in done and "publish" not in done
+    run_job(tmp_path / "parts")
+    whole, parts = (read_lineage(tmp_path / name / "checkpoint") for name in ("whole", "parts"))
+    assert whole is not None and parts is not None
+    assert whole.model_hash == parts.model_hash
+    first, second = summary_of(tmp_path / "whole"), summary_of(tmp_path / "parts")
+    assert first["final"] == second["final"] and first["gate"] == second["gate"]
+
+
+def test_new_blocks_only_moves_nothing_else(run_job: Run, tmp_path: Path) -> None:
+    run_job(tmp_path / "run", "expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true")
+    before = oracle.stock(tmp_path / "run/attempt_1/expanded")
+    after = dict(oracle.stock(tmp_path / "run/attempt_1/trained").named_parameters())
+    new_layers = {2, 4}  # 0 1 1 2 2
+    moved = {n for n, p in before.named_parameters() if not torch.equal(p, after[n])}
+    assert moved
+    assert {int(name.split(".")[2]) for name in moved} == new_layers
+
+
+def test_a_damaged_base_in_the_cache_is_made_again(
+    run_job: Run, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = tmp_path / "cache"
+    run_job(tmp_path / "first", "training.max_steps=2", cache_dir=own)
+    base = next((own / "bases").iterdir())
+    weights = base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    run_job(tmp_path / "second", "training.max_steps=2", cache_dir=own)
+    assert "is damaged" in caplog.text
+    first, second = (summary_of(tmp_path / name)["final"] for name in ("first", "second"))
+    assert first == second
+    shutil.rmtree(base)
+    base.mkdir()
+    run_job(tmp_path / "third", "training.max_steps=2", cache_dir=own)
+    assert summary_of(tmp_path / "third")["final"] == first
+
+
+def test_a_cache_that_cannot_be_written_is_named(run_job: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="cache_dir"):
+        run_job(tmp_path / "run", cache_dir=tmp_path / "file" / "cache")
+
+
+def test_dus_reports_its_jump(run_job: Run, tmp_path: Path) -> None:
+    run_job(tmp_path / "run", "expansion=dus", "training.max_steps=2")
+    summary = summary_of(tmp_path / "run")
+    assert summary["jump"]["relative_to_std"] > 1e-3
+    assert summary["expanded"]["prose"]["loss"] != summary["baseline"]["prose"]["loss"]
+    note = summary["attempts"][0]["notes"]
+    assert note == ["dus: layers from 0 1 1 2"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint") is not None
