@@ -10,11 +10,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
 from hypothesis import settings
+from transformers.utils import logging as transformers_logging
 
 torch.set_num_threads(1)
 settings.register_profile("tritter", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("tritter")
-
-from transformers.utils import logging as transformers_logging
-
 transformers_logging.disable_progress_bar()

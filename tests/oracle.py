@@ -1,4 +1,4 @@
-"""Independent oracles: stock transformers models, float64 throughout where an identity is tested."""
+"""Independent oracles: stock transformers models, in float64 where an identity is tested."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tritter.checkpoint import ExpansionRecord, Lineage, read_lineage, write_checkpoint
+from tritter.checkpoint import ExpansionRecord, Lineage, Source, write_checkpoint
 from tritter.errors import RequestError, TritterError
 from tritter.expansion import ExpansionSpec, ExpansionStep, build_steps
-from tritter.families import Config, Family, family_of
+from tritter.families import Config, Family
 from tritter.models import read_config
 from tritter.parameter_map import carried, map_tensor
-from tritter.storage.hashing import file_digest, merkle_hash, tensor_digest
-from tritter.storage.tensors import TensorFolder
 
 Read = Callable[[str], Tensor]
 Progress = Callable[[int, int], None]
@@ -81,52 +79,19 @@ def expand(
     """
     if not specs:
         raise RequestError("expand needs at least one expansion.")
-    config = read_config(source)
-    family = family_of(config)
-    steps = build_steps(config, specs, seed=seed)
-    tensors = TensorFolder.open(source)
-    matched = family.match(tensors.files, config)
-    _check_shapes(family, config, tensors)
-    parent = read_lineage(source)
-    if parent is not None:
-        _check_files(source, parent)
-    digests: dict[str, str] = {}
-    disk_names = {tensor.name: disk_name for disk_name, tensor in matched.items()}
-
-    def read_source(name: str) -> Tensor:
-        disk_name = disk_names[name]
-        tensor = tensors.get(disk_name)
-        if disk_name not in digests:
-            digests[disk_name] = tensor_digest(disk_name, tensor)
-        return tensor
-
+    opened = Source.open(source, read_config(source))
+    steps = build_steps(opened.config, specs, seed=seed)
     target_config = steps[-1].target_config
-    stream = _stream(family, target_config, mapped_reader(read_source, steps), progress)
-    parent_hash = parent.model_hash if parent else _hash_source(tensors, matched, digests)
-    lineage = Lineage(
-        model_hash="",
-        parent_hash=parent_hash,
-        parent_path=os.path.relpath(source, destination),
-        base_model_hash=parent.base_model_hash if parent else parent_hash,
-        tensor_digests={},
-        file_digests={},
-        expansion_history=(
-            *(parent.expansion_history if parent else ()),
-            *(_record(step, seed=seed + position) for position, step in enumerate(steps)),
-        ),
-        training_config=parent.training_config if parent else {},
-    )
+    lineage = _child_lineage(opened, steps, destination, seed=seed)
 
     def write_extras(folder: Path) -> None:
-        if parent is not None and merkle_hash(digests) != parent.model_hash:
-            changed = [n for n, d in digests.items() if parent.tensor_digests.get(n) != d]
-            raise TritterError(f"{source} was changed since its lineage was written: {changed}.")
+        opened.check_unchanged()
         copy_tokenizer(source, folder)
 
     written = write_checkpoint(
         destination,
         config=target_config,
-        tensors=stream,
+        tensors=_stream(opened.family, target_config, mapped_reader(opened.read, steps), progress),
         lineage=lineage,
         write_extras=write_extras,
         max_shard_bytes=max_shard_bytes,
@@ -135,8 +100,8 @@ def expand(
     return Expanded(
         folder=destination,
         steps=steps,
-        parameters_before=family.count_parameters(config),
-        parameters_after=family.count_parameters(target_config),
+        parameters_before=opened.family.count_parameters(opened.config),
+        parameters_after=opened.family.count_parameters(target_config),
         lineage=written,
     )
 
@@ -195,33 +160,24 @@ def _stream(
             progress(position + 1, len(expected))
 
 
-def _check_shapes(family: Family, config: Config, tensors: TensorFolder) -> None:
-    for disk_name, tensor in family.match(tensors.files, config).items():
-        expected, found = family.shape(tensor, config), tensors.shape(disk_name)
-        if expected != found:
-            raise TritterError(
-                f"{tensors.folder}: {disk_name} has shape {found}, but config.json asks for "
-                f"{expected}."
-            )
-
-
-def _check_files(source: Path, lineage: Lineage) -> None:
-    """Refuse a source whose config or tokenizer is not the one that its lineage speaks of."""
-    changed = [
-        name
-        for name in ("config.json", *TOKENIZER_FILES)
-        if name in lineage.file_digests
-        and (source / name).is_file()
-        and file_digest(source / name) != lineage.file_digests[name]
-    ]
-    if changed:
-        raise TritterError(f"{source} was changed since its lineage was written: {changed}.")
-
-
-def _hash_source(tensors: TensorFolder, disk_names: Iterable[str], digests: dict[str, str]) -> str:
-    """Hash a source that has no lineage, keeping its digests; the hash starts the chain."""
-    digests |= {name: tensor_digest(name, tensors.get(name)) for name in disk_names}
-    return merkle_hash(digests)
+def _child_lineage(
+    source: Source, steps: Sequence[ExpansionStep], destination: Path, *, seed: int
+) -> Lineage:
+    parent = source.lineage
+    parent_hash = source.model_hash()
+    return Lineage(
+        model_hash="",
+        parent_hash=parent_hash,
+        parent_path=os.path.relpath(source.folder, destination),
+        base_model_hash=parent.base_model_hash if parent else parent_hash,
+        tensor_digests={},
+        file_digests={},
+        expansion_history=(
+            *(parent.expansion_history if parent else ()),
+            *(_record(step, seed=seed + position) for position, step in enumerate(steps)),
+        ),
+        training_config=parent.training_config if parent else {},
+    )
 
 
 def _record(step: ExpansionStep, *, seed: int) -> ExpansionRecord:

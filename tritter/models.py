@@ -52,7 +52,10 @@ def read_config(folder: Path) -> Config:
         if not isinstance(plain, dict):
             raise TritterError(f"{path} is not a usable config: no JSON object.")
         family_of(plain)
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    # Where the folder lies on this machine is no part of the model; stock saves leave it out too.
+    config.pop("_name_or_path", None)
+    return config
 
 
 def write_config(folder: Path, config: Config) -> None:

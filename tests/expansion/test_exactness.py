@@ -19,17 +19,15 @@ from tritter.parameter_map import Quantity, TensorMap, map_tensor
 
 EXACT: dict[str, list[ExpansionSpec]] = {
     "fresh doubled": [Width()],
-    "fresh 1.5×": [Width(hidden_size=36)],
+    "fresh 1.5x": [Width(hidden_size=36)],
     "net2net doubled": [Width(init="net2net")],
     "net2net doubled, equal shares": [Width(init="net2net", shares="equal")],
-    "net2net 2.5×, remainder padded": [Width(init="net2net", hidden_size=60)],
+    "net2net 2.5x, remainder padded": [Width(init="net2net", hidden_size=60)],
     "hidden size alone": [
-        Width(
-            hidden_size=48, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2
-        )
+        Width(hidden_size=48, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2)
     ],
     "fresh FFN": [Width(intermediate_size=57)],
-    "net2net FFN 3.25×": [Width(intermediate_size=130, init="net2net")],
+    "net2net FFN 3.25x": [Width(intermediate_size=130, init="net2net")],
     "fresh query heads": [Width(num_attention_heads=6, num_key_value_heads=2)],
     "fresh key/value heads": [Width(num_attention_heads=6, num_key_value_heads=3)],
     "copied heads": [Width(num_attention_heads=6, num_key_value_heads=3, init="net2net")],

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests import oracle
 from tritter.checkpoint import read_lineage
 from tritter.errors import RequestError, TritterError
-from tritter.pipeline import Outcome, stages
+from tritter.pipeline import Outcome, stages, verdict
 from tritter.training import BaseModule
 
 Run = Callable[..., Outcome]
@@ -219,7 +219,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("before", ["expansion", "training", "evaluation", "publish"])
+@pytest.mark.parametrize("before", ["expansion", "training", "evaluation", "checks", "publish"])
 def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     run_job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
@@ -228,7 +228,7 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
 
     run_job(tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(stages, before, stop)
+        patch.setattr(stages if hasattr(stages, before) else verdict, before, stop)
         run_job(tmp_path / "parts")
     done = json.loads((tmp_path / "parts/ledger.json").read_text())["stages"]
     assert "baseline" in done and "publish" not in done

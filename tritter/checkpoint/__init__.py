@@ -2,11 +2,13 @@
 
 from tritter.checkpoint.folder import read_lineage, write_checkpoint, write_lineage
 from tritter.checkpoint.record import FORMAT_VERSION, ExpansionRecord, Lineage
+from tritter.checkpoint.source import Source
 
 __all__ = [
     "FORMAT_VERSION",
     "ExpansionRecord",
     "Lineage",
+    "Source",
     "read_lineage",
     "write_checkpoint",
     "write_lineage",

@@ -177,7 +177,7 @@ class _Spaces:
 
     def factor(self, axis: Axis) -> AxisFactor | None:
         """Return the factors along one axis, or None where nothing changes."""
-        if axis.space == "vocab":
+        if axis.space in ("vocab", "head_dim"):
             return None
         axis_map = self.axis_map(axis.space)
         match axis.port:
@@ -185,6 +185,9 @@ class _Spaces:
                 factor = AxisFactor.writes(axis_map)
             case Port.WRITE_NONLINEAR:
                 factor = AxisFactor.writes_nonlinear(axis_map)
+            case Port.ABSORBED:
+                scale = rms_ratio(self.residual)
+                factor = AxisFactor.writes_into_norm(axis_map, scale=scale)
             case Port.READ:
                 factor = AxisFactor.reads(axis_map)
             case Port.GAIN:

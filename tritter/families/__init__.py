@@ -10,8 +10,9 @@ from tritter.families.family import (
     find_family,
 )
 from tritter.families.llama import LLAMA, llama_config
+from tritter.families.qwen3 import QWEN3
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, QWEN3)}
 
 
 def family_of(config: Config) -> Family:
@@ -26,6 +27,7 @@ def family_of(config: Config) -> Family:
 __all__ = [
     "FAMILIES",
     "LLAMA",
+    "QWEN3",
     "Axis",
     "Config",
     "Dimensions",

@@ -21,8 +21,9 @@ class Port(Enum):
 
     WRITE = "write"  # a linear producer: any scale
     WRITE_NONLINEAR = "write through a nonlinearity"  # FFN gate, q, k: scale 1 forced
+    ABSORBED = "write into a norm"  # q and k before a norm per head, which shares the model's eps
     READ = "read"  # a consumer
-    GAIN = "gain"  # a norm: reads the residual stream and writes the axis's space diagonally
+    GAIN = "gain"  # a norm: reads one space and writes the axis's space diagonally
 
 
 @dataclass(frozen=True, slots=True)

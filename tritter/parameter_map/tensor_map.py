@@ -38,6 +38,17 @@ class AxisFactor:
         return cls(axis_map.source, kept, axis_map.scale * axis_map.share)
 
     @classmethod
+    def writes_into_norm(cls, axis_map: AxisMap, *, scale: float) -> "AxisFactor":
+        """A producer whose scale the norm behind it takes out again.
+
+        Args:
+            scale: what the producer is multiplied with, so that it meets the norm's new eps as
+                it met the old one.
+        """
+        kept = (axis_map.source >= 0).double()
+        return cls(axis_map.source, kept * scale, axis_map.scale * axis_map.share / scale)
+
+    @classmethod
     def reads(cls, axis_map: AxisMap) -> "AxisFactor":
         """A consumer: weights by s, gradients by p."""
         return cls(axis_map.source, axis_map.share, axis_map.scale)

@@ -13,11 +13,11 @@ from rich.console import Console
 from tritter.config.schema import RunConfig
 from tritter.evaluation.gate import Status, decide
 from tritter.expansion import EXPANSIONS
-from tritter.pipeline import stages
+from tritter.pipeline import stages, verdict
+from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext, score_records
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.metrics import evaluation_metrics, wandb_logger, write_metrics
-from tritter.pipeline.stages import Arm
 from tritter.report.plots import plot_run
 from tritter.report.tables import print_summary
 from tritter.storage.atomic import write_text_atomic
@@ -105,13 +105,13 @@ def _loggers(context: RunContext, arm: Arm) -> Iterator[list[Logger]]:
 
 
 def _gate(context: RunContext, attempt: Arm) -> StageResult:
-    checks = stages.checks(context, attempt)
+    checks = verdict.checks(context, attempt)
     status = decide(checks, enabled=context.config.gate.enabled)
     return StageResult(found={"status": status, "checks": [check.to_dict() for check in checks]})
 
 
 def _publish(context: RunContext, attempt: Arm, status: Status) -> StageResult:
-    lineage = stages.publish(context, attempt, keep=status != "rolled_back")
+    lineage = verdict.publish(context, attempt, keep=status != "rolled_back")
     return StageResult(
         found={
             "model_hash": lineage.model_hash,
@@ -213,11 +213,13 @@ def _print_next(context: RunContext, plots: list[Path]) -> None:
         context.say("plot", str(plot))
     context.say("summary", str(context.folder / SUMMARY_NAME))
     used = {spec.name for spec in context.config.expansion}
-    other = next((name for name in EXPANSIONS if name not in used), "none")
-    context.console.print("\nNext:", highlight=False)
-    for command in (
+    other = next(name for name in [*EXPANSIONS, "none"] if name not in used)
+    commands = [
         f"python train.py expansion={other}",
-        "python train.py control=true                  # beside the un-grown base",
         "python train.py -m expansion=none,dus,llama_pro,width forgetting=none,replay",
-    ):
+    ]
+    if not context.config.control:
+        commands.insert(1, "python train.py control=true   # beside the un-grown base")
+    context.console.print("\nNext:", highlight=False)
+    for command in commands:
         context.console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,53 +11,23 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from tritter.checkpoint import Lineage, read_lineage, write_checkpoint, write_lineage
-from tritter.evaluation.gate import (
-    Check,
-    new_capability_check,
-    preservation_check,
-    retention_check,
-    training_check,
-)
+from tritter.checkpoint import read_lineage, write_checkpoint, write_lineage
 from tritter.evaluation.jump import Jump, logit_jump
 from tritter.evaluation.samples import sample_text
-from tritter.evaluation.statistics import relative_change
 from tritter.expand import carried_masks, copy_tokenizer, expand
-from tritter.expansion import ExpansionSpec, build_steps
+from tritter.expansion import build_steps
 from tritter.families import family_of
 from tritter.forgetting import build_methods
 from tritter.models import load_model, named_tensors, read_config
+from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
-from tritter.pipeline.context import RunContext, Scores, schedule_of
+from tritter.pipeline.context import RunContext, schedule_of
 from tritter.pipeline.ledger import StageResult
 from tritter.storage.atomic import atomic_folder
 from tritter.training import ExpandedModule, FitResult, Task, fit
 
 JUMP_SEQUENCES = 8
 SAMPLE_PROMPT_TOKENS = 24
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One way of continuing from the baseline: the expansion asked for, or none as the control.
-
-    Args:
-        name: of the arm's folder, scores and stages.
-        specs: its expansions in order.
-        is_control: it stands beside the attempt, for comparison.
-    """
-
-    name: str
-    specs: tuple[ExpansionSpec, ...]
-    is_control: bool = False
-
-    @property
-    def claims_exact(self) -> bool:
-        return all(spec.is_exact for spec in self.specs)
-
-    def label(self, stage: str) -> str:
-        """Return what reports call a stage of this arm: everything of the control is one."""
-        return "control" if self.is_control else stage
 
 
 def baseline(context: RunContext) -> StageResult:
@@ -120,12 +90,11 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     start = start_folder(context, arm)
     config = read_config(start)
     settings = context.config.training
+    carried = _carried(context, arm)
     model = load_model(start)
-    steps = build_steps(
-        read_config(context.folder / "baseline"), arm.specs, seed=context.seed("expansion")
-    )
     if any(spec.new_blocks_only for spec in arm.specs):
-        _freeze_old(model, {t.disk_name for t in _new_tensors(config, steps)})
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not bool(carried[name].any()))
     methods = build_methods(context.config.forgetting)
     module = ExpandedModule(
         model,
@@ -133,22 +102,20 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         optimiser=context.optimiser_settings,
         methods=methods,
     )
-    names = " and ".join(method.name for method in methods) or "nothing"
-    context.say(
-        "train",
-        f"{settings.max_steps} steps on {', '.join(context.new_domains)}, protected by {names}",
-    )
-    family = family_of(config)
+    protection = " and ".join(method.name for method in methods) or "nothing"
+    domains = ", ".join(context.new_domains)
+    context.say("train", f"{settings.max_steps} steps on {domains}, protected by {protection}")
+    flops_per_token = 3 * context.flops_per_token(config)
     result = fit(
         module,
         context.batches(context.new_domains, purpose="training", max_steps=settings.max_steps),
         settings=context.trainer_settings,
         folder=context.folder / arm.name,
         label="training",
-        flops_per_token=3 * context.flops_per_token(config),
+        flops_per_token=flops_per_token,
         console=context.console,
         task=Task(
-            carried=carried_masks(family, read_config(context.folder / "baseline"), steps),
+            carried=carried,
             old_sequences=context.training_sequences(context.old_domains),
             seed=context.seed("forgetting"),
         ),
@@ -164,14 +131,15 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             "stopped_because": result.stopped_because,
             "update_norms": result.update_norms,
         },
-        flops={arm.label("fit"): float(result.num_tokens * 3 * context.flops_per_token(config))},
+        flops={arm.label("fit"): float(result.num_tokens * flops_per_token)},
     )
 
 
 def evaluation(context: RunContext, arm: Arm) -> StageResult:
     """Score the trained model, and let both models say something."""
     trained = load_model(context.folder / arm.name / "trained")
-    context.say("evaluate", f"{arm.name.replace('_', ' ')} on {', '.join(context.domains)}")
+    who = "the control" if arm.is_control else "the trained model"
+    context.say("evaluate", f"{who} on {', '.join(context.domains)}")
     context.score(trained, f"{arm.name}-trained")
     config = read_config(context.folder / arm.name / "trained")
     samples = []
@@ -181,55 +149,6 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     return StageResult(
         found={"samples": samples}, flops={arm.label("evaluate"): context.scoring_flops(config)}
     )
-
-
-def checks(context: RunContext, arm: Arm) -> list[Check]:
-    """Hold an arm against the gate's questions."""
-    gate = context.config.gate
-    before, after = context.read_scores("baseline"), context.read_scores(f"{arm.name}-trained")
-    fitted = context.ledger.get(f"{arm.name}.fit")
-    expanded = context.ledger.get(f"{arm.name}.expand")
-    assert fitted is not None and expanded is not None
-    made = [
-        training_check(
-            fitted.found["refused_steps"], aborted_reason=fitted.found["stopped_because"]
-        )
-    ]
-    if (jump := expanded.found.get("jump")) is not None:
-        made.append(preservation_check(_jump(jump), claims_exact=arm.claims_exact))
-    for domain in context.old_domains:
-        made.append(
-            retention_check(
-                domain,
-                before[domain],
-                after[domain],
-                bound=gate.retention,
-                confidence=gate.confidence,
-            )
-        )
-    for domain in context.new_domains:
-        made.append(
-            new_capability_check(domain, before[domain], after[domain], confidence=gate.confidence)
-        )
-    return made
-
-
-def publish(context: RunContext, arm: Arm, *, keep: bool) -> Lineage:
-    """Put what was kept at `checkpoint/`: the trained model, or after a rollback the baseline."""
-    source = context.folder / arm.name / "trained" if keep else context.folder / "baseline"
-    target = context.folder / "checkpoint"
-    lineage = read_lineage(source)
-    assert lineage is not None
-    if keep:
-        before = context.read_scores("baseline")
-        after = context.read_scores(f"{arm.name}-trained")
-        lineage = _completed(context, arm, lineage, before, after)
-    with atomic_folder(target, overwrite=True) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
-        write_lineage(temporary, lineage, read_config(source))
-    written = read_lineage(target)
-    assert written is not None
-    return written
 
 
 def start_folder(context: RunContext, arm: Arm) -> Path:
@@ -271,26 +190,6 @@ def _training_config(context: RunContext) -> dict[str, Any]:
     }
 
 
-def _completed(
-    context: RunContext, arm: Arm, lineage: Lineage, before: Scores, after: Scores
-) -> Lineage:
-    """Return a lineage whose newest expansion records say what the training made of them."""
-    delta = {d: relative_change(before[d], after[d]).value for d in context.domains}
-    history = list(lineage.expansion_history)
-    for position in range(len(history) - len(arm.specs), len(history)):
-        history[position] = replace(
-            history[position], continued_training_steps=lineage.step, performance_delta=delta
-        )
-    loss = {d: float(a.nats.sum() / a.num_tokens.sum()) for d, a in after.items()}
-    return replace(
-        lineage,
-        expansion_history=tuple(history),
-        benchmark_scores=loss,
-        best_loss=sum(loss[d] for d in context.new_domains) / len(context.new_domains),
-        parent_path=f"../{arm.name}/expanded" if arm.specs else "../baseline",
-    )
-
-
 def _record_jump(folder: Path, jump: Jump, *, num_new: int) -> None:
     """Write the measured error of the whole expansion into its newest records."""
     lineage = read_lineage(folder)
@@ -299,12 +198,6 @@ def _record_jump(folder: Path, jump: Jump, *, num_new: int) -> None:
     old, new = lineage.expansion_history[:-num_new], lineage.expansion_history[-num_new:]
     history = (*old, *(replace(record, step0_error=error) for record in new))
     write_lineage(folder, replace(lineage, expansion_history=history), read_config(folder))
-
-
-def _jump(plain: dict[str, Any]) -> Jump:
-    nan = float("nan")
-    values = {key: nan if value is None else value for key, value in plain.items()}
-    return Jump(**values)
 
 
 def _jump_tokens(context: RunContext) -> Tensor:
@@ -324,18 +217,11 @@ def _parameters(folder: Path) -> int:
     return family_of(config).count_parameters(config)
 
 
-def _new_tensors(config: Any, steps: Any) -> list[Any]:
-    fresh = {
-        name
-        for name, tensor_map in steps[-1].parameter_map.tensors.items()
-        if tensor_map.state == "fresh"
-    }
-    return [t for t in family_of(config).logical_tensors(config) if t.name in fresh]
-
-
-def _freeze_old(model: torch.nn.Module, new_names: set[str]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in new_names)
+def _carried(context: RunContext, arm: Arm) -> dict[str, Tensor]:
+    """Return, by parameter name, which entries hold what the baseline knew."""
+    config = read_config(context.folder / "baseline")
+    steps = build_steps(config, arm.specs, seed=context.seed("expansion"))
+    return carried_masks(family_of(config), config, steps)
 
 
 def _sample(context: RunContext, domain: str, before: Any, after: Any) -> dict[str, str]:

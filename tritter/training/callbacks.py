@@ -78,6 +78,23 @@ class FiniteGuard(Callback):
         trainer.should_stop = True
 
 
+class TokenCount(Callback):
+    """Count the tokens that were trained on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self.count += batch["input_ids"].numel()
+
+
 class Performance(Callback):
     """Log tokens per second, seconds per step and peak memory."""
 

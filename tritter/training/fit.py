@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from tritter.data.batches import BatchStream
 from tritter.training.callbacks import (
@@ -19,6 +19,7 @@ from tritter.training.callbacks import (
     ForgettingCallback,
     Performance,
     StepProgress,
+    TokenCount,
 )
 from tritter.training.forgetting_method import Task
 from tritter.training.module import BaseModule, ExpandedModule
@@ -87,7 +88,8 @@ def fit(
     """
     max_steps = module.schedule.max_steps
     guard = FiniteGuard(max_consecutive=settings.max_non_finite_steps)
-    callbacks: list[Callback] = [Performance(flops_per_token=flops_per_token)]
+    tokens = TokenCount()
+    callbacks: list[Callback] = [tokens, Performance(flops_per_token=flops_per_token)]
     if isinstance(module, ExpandedModule) and task is not None:
         for method in module.methods:
             batches = method.mix(batches, task)
@@ -97,59 +99,59 @@ def fit(
         StepProgress(label=label, max_steps=max_steps, mode=settings.progress, console=console),
     ]
     before = _snapshot(module.model)
-    tokens_seen = _TokenCount()
+    since = time.perf_counter()
     with _quiet_lightning():
-        trainer = Trainer(
-            accelerator=settings.accelerator,
-            devices=settings.devices,
-            precision=settings.precision,  # type: ignore[arg-type]
-            gradient_clip_val=settings.gradient_clip_val,
-            max_steps=max_steps,
-            max_epochs=-1,
-            log_every_n_steps=min(settings.log_every_n_steps, max_steps),
-            callbacks=[*callbacks, tokens_seen],
-            logger=[CSVLogger(folder, name="", version=""), *loggers],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+        all_loggers = [CSVLogger(folder, name="", version=""), *loggers]
+        trainer = _trainer(settings, callbacks, max_steps, loggers=all_loggers)
         module.train()
-        since = time.perf_counter()
         trainer.fit(module, train_dataloaders=batches)
-        seconds = time.perf_counter() - since
     module.model.to("cpu")
     return FitResult(
         steps=trainer.global_step,
-        num_tokens=tokens_seen.count,
-        seconds=seconds,
+        num_tokens=tokens.count,
+        seconds=time.perf_counter() - since,
         refused_steps=guard.refused_steps,
         stopped_because=guard.stopped_because,
         update_norms=_update_norms(before, module.model),
     )
 
 
-class _TokenCount(Callback):
-    def __init__(self) -> None:
-        self.count = 0
+def _trainer(
+    settings: TrainerSettings,
+    callbacks: list[Callback],
+    max_steps: int,
+    *,
+    loggers: list[Logger],
+) -> Trainer:
+    return Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        precision=settings.precision,  # type: ignore[arg-type]
+        gradient_clip_val=settings.gradient_clip_val,
+        max_steps=max_steps,
+        max_epochs=-1,
+        log_every_n_steps=min(settings.log_every_n_steps, max_steps),
+        callbacks=callbacks,
+        logger=loggers,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-        self.count += batch["input_ids"].numel()
 
-
-def _snapshot(model: nn.Module) -> dict[str, object]:
+def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
 
 
-def _update_norms(before: dict[str, object], model: nn.Module) -> dict[str, float]:
+def _update_norms(before: dict[str, Tensor], model: nn.Module) -> dict[str, float]:
     moved: dict[str, float] = {}
     size: dict[str, float] = {}
     for name, parameter in model.named_parameters():
-        old = before[name]
-        part = _part(name)
-        change = (parameter.detach().cpu() - old).double().norm().item()  # type: ignore[operator]
+        part, old = _part(name), before[name]
+        change = (parameter.detach().cpu() - old).double().norm().item()
         moved[part] = moved.get(part, 0.0) + change**2
-        size[part] = size.get(part, 0.0) + old.double().norm().item() ** 2  # type: ignore[attr-defined]
+        size[part] = size.get(part, 0.0) + old.double().norm().item() ** 2
     return {part: (moved[part] / max(size[part], 1e-30)) ** 0.5 for part in moved}
 
 

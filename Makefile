@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint types test test-slow demo bench
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## create .venv and install Tritter into it; repeated when versions change
+
+lint: setup ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## mypy on tritter/ and train.py
+	$(BIN)/mypy
+
+test: setup ## the quick tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: setup ## the tests that train for minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+demo: setup ## the main job: grow a small model on this Python's own text
+	$(BIN)/python train.py
+
+bench: setup ## every expansion with every protection on the main job: 12 runs, one table
+	$(BIN)/python train.py -m experiment=ablation
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    "Tritter needs Python 3.11 or newer; try: make PYTHON=python3.12 setup")'
+	@echo 'Installing Tritter and its packages into $(VENV), which takes some minutes the first time.'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check \
+	    -c constraints.txt -e '.[dev]'
+	@touch $@

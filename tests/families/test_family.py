@@ -1,0 +1,147 @@
+"""The Llama table against stock transformers: names, shapes, counts, FLOPs; and what is refused."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from tests import oracle
+from tritter.errors import RequestError, TritterError
+from tritter.families import FAMILIES, LLAMA, Config, Port, family_of, llama_config
+
+VARIANTS = [
+    {"tie_word_embeddings": tied, "attention_bias": attention, "mlp_bias": mlp}
+    for tied, attention, mlp in product([False, True], repeat=3)
+]
+
+
+def _plain(model: LlamaForCausalLM) -> Config:
+    return model.config.to_dict()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_names_shapes_and_counts_are_those_of_the_stock_model(variant: dict[str, bool]) -> None:
+    model = oracle.tiny_llama(**variant)
+    config = _plain(model)
+    shapes = {t.disk_name: LLAMA.shape(t, config) for t in LLAMA.logical_tensors(config)}
+    # named_parameters gives a tied head once, as the files do.
+    assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert LLAMA.count_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+def test_head_dim_need_not_be_hidden_size_over_heads() -> None:
+    model = oracle.tiny_llama(head_dim=10)
+    config = _plain(model)
+    assert LLAMA.dimensions(config).query_size == 40
+    assert LLAMA.dimensions(config).key_value_size == 20
+    assert LLAMA.count_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:1] + VARIANTS[-1:], ids=str)
+def test_every_axis_lives_in_a_space_and_logical_names_are_unique(
+    variant: dict[str, bool],
+) -> None:
+    config = _plain(oracle.tiny_llama(**variant))
+    tensors = LLAMA.logical_tensors(config)
+    assert len({tensor.name for tensor in tensors}) == len(tensors)
+    for tensor in tensors:
+        assert "{layer}" not in tensor.name + tensor.disk_name
+        sizes = tuple(LLAMA.space_size(axis.space, config) for axis in tensor.axes)
+        assert sizes == LLAMA.shape(tensor, config)
+        is_norm = [axis.port is Port.GAIN for axis in tensor.axes]
+        assert not any(is_norm) or len(is_norm) == 1
+    spaces = {axis.space for tensor in tensors for axis in tensor.axes}
+    assert {"vocab", "residual", "layers.2.ffn", "head_input"} <= spaces
+    assert "layers.3.ffn" not in spaces
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_flops_agree_with_torchs_counter(tied: bool) -> None:
+    """The counter sees full attention; half the context on average means twice the length."""
+    model = oracle.tiny_llama(tie_word_embeddings=tied, attn_implementation="eager")
+    length = 20
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=oracle.tokens(batch=1, length=length))
+    ours = LLAMA.forward_flops_per_token(_plain(model), context_length=2 * length)
+    assert ours * length == counter.get_total_flops()
+
+
+def test_missing_sizes_get_the_defaults_of_transformers() -> None:
+    config: Config = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 97,
+        "num_key_value_heads": None,
+        "head_dim": None,
+    }
+    stock = LlamaConfig(**config)
+    dimensions = LLAMA.dimensions(config)
+    assert dimensions.num_key_value_heads == stock.num_key_value_heads == 4
+    assert dimensions.head_dim == stock.head_dim == 6
+
+
+@pytest.mark.parametrize("value", [None, 0, -4, 2.5, "24", True])
+def test_a_size_that_is_no_whole_number_is_refused(value: object) -> None:
+    config = {**_plain(oracle.tiny_llama()), "hidden_size": value}
+    with pytest.raises(RequestError, match="hidden_size = "):
+        LLAMA.dimensions(config)
+
+
+def test_a_checkpoint_is_matched_in_full() -> None:
+    model = oracle.tiny_llama()
+    config, names = _plain(model), set(dict(model.named_parameters()))
+    matched = LLAMA.match(names, config)
+    assert set(matched) == names
+    assert matched["model.layers.1.mlp.up_proj.weight"].name == "layers.1.ffn.up"
+    with pytest.raises(TritterError, match=r"1 tensors are missing: lm_head\.weight"):
+        LLAMA.match(names - {"lm_head.weight"}, config)
+    with pytest.raises(
+        TritterError, match=r"llama does not have: model\.layers\.0\.extra"
+    ) as error:
+        LLAMA.match({*names, "model.layers.0.extra"}, config)
+    assert "missing" not in str(error.value)
+
+
+def test_many_wrong_names_are_counted_and_five_are_shown() -> None:
+    config = _plain(oracle.tiny_llama())
+    with pytest.raises(TritterError, match=r"30 tensors are missing: .*\(25 more\)"):
+        LLAMA.match([], config)
+
+
+def test_a_redundant_tied_head_is_allowed_and_not_counted() -> None:
+    config = _plain(oracle.tiny_llama(tie_word_embeddings=True))
+    names = {tensor.disk_name for tensor in LLAMA.logical_tensors(config)}
+    assert "lm_head.weight" not in names
+    assert set(LLAMA.match({*names, "lm_head.weight"}, config)) == names
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "lama", None])
+def test_an_unknown_family_is_refused_with_the_list(model_type: object) -> None:
+    with pytest.raises(RequestError) as error:
+        family_of({"model_type": model_type})
+    assert f"'{model_type}'" in str(error.value)
+    assert ", ".join(sorted(FAMILIES)) in str(error.value)
+    assert ("Did you mean 'llama'?" in str(error.value)) == (model_type == "lama")
+
+
+def test_llama_config_is_what_transformers_makes_of_it() -> None:
+    config = llama_config(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        max_position_embeddings=64,
+        initializer_range=0.03,
+    )
+    options = {key: value for key, value in config.items() if key != "model_type"}
+    stock = AutoConfig.for_model("llama", **options).to_dict()
+    assert {key: stock[key] for key in config} == config

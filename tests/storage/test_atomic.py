@@ -1,0 +1,127 @@
+"""Folders and files appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from tritter.errors import RequestError, TritterError
+from tritter.storage.atomic import atomic_folder, write_text_atomic
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): path.read_text() if path.is_file() else ""
+        for path in folder.rglob("*")
+    }
+
+
+def test_the_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "er" / "target"
+    with atomic_folder(target) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a.txt").write_text("a")
+        assert not target.exists()
+        assert folder.parent == target.parent
+    assert _contents(target) == {"inner": "", "inner/a.txt": "a"}
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+def test_an_exception_inside_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "target") as folder:
+        (folder / "half.txt").write_text("half")
+        raise KeyError("stop")
+    assert _contents(tmp_path) == {}
+
+
+def test_a_disk_error_inside_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(TritterError, match=r"target could not be written.*No space left") as error,
+        atomic_folder(tmp_path / "target"),
+    ):
+        raise OSError(28, "No space left on device")
+    assert "Nothing was changed" in str(error.value)
+    assert _contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("is_file", [False, True], ids=["folder", "file"])
+def test_what_exists_is_refused_before_the_block_runs(tmp_path: Path, is_file: bool) -> None:
+    target = tmp_path / "target"
+    if is_file:
+        target.write_text("mine")
+    else:
+        target.mkdir()
+        (target / "mine.txt").write_text("mine")
+    before = _contents(tmp_path)
+    with pytest.raises(RequestError, match="exists already"), atomic_folder(target):
+        pytest.fail("the block ran")
+    assert _contents(tmp_path) == before
+
+
+def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with atomic_folder(target) as folder:
+        (folder / "old.txt").write_text("old")
+    with atomic_folder(target, overwrite=True) as folder:
+        (folder / "new.txt").write_text("new")
+        assert _contents(target) == {"old.txt": "old"}
+    assert _contents(tmp_path) == {"target": "", "target/new.txt": "new"}
+
+
+def test_overwrite_keeps_the_old_folder_when_the_block_fails(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with atomic_folder(target) as folder:
+        (folder / "old.txt").write_text("old")
+    before = _contents(tmp_path)
+    with pytest.raises(RuntimeError), atomic_folder(target, overwrite=True) as folder:
+        (folder / "new.txt").write_text("new")
+        raise RuntimeError("stop")
+    assert _contents(tmp_path) == before
+
+
+def test_overwrite_puts_the_old_folder_back_when_the_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    with atomic_folder(target) as folder:
+        (folder / "old.txt").write_text("old")
+    replace, calls = Path.replace, []
+
+    def second_call_fails(self: Path, other: Path) -> Path:
+        calls.append(self)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        return replace(self, other)
+
+    monkeypatch.setattr(Path, "replace", second_call_fails)
+    with pytest.raises(TritterError, match="Input/output"), atomic_folder(target, overwrite=True):
+        pass
+    assert len(calls) == 3
+    assert _contents(target) == {"old.txt": "old"}
+
+
+def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with (
+        pytest.raises(RequestError, match="cannot be written"),
+        atomic_folder(tmp_path / "file" / "sub" / "target"),
+    ):
+        pytest.fail("the block ran")
+    assert _contents(tmp_path) == {"file": "mine"}
+
+
+def test_text_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "note.txt"
+    write_text_atomic(path, "eins\n")
+    write_text_atomic(path, "zwei ±\n")
+    assert path.read_text(encoding="utf-8") == "zwei ±\n"
+    assert [entry.name for entry in path.parent.iterdir()] == ["note.txt"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_text_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "note.txt"
+    write_text_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text_atomic(path, "new \ud800")
+    assert _contents(tmp_path) == {"note.txt": "old"}

@@ -1,0 +1,197 @@
+"""Safetensors folders out and in: stock transformers reads them; damage is refused by name."""
+
+import json
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests import oracle
+from tritter.errors import TritterError
+from tritter.storage.hashing import merkle_hash, tensor_digest
+from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder, write_tensors
+
+TENSORS = {f"layer.{index}": torch.full((10, 10), float(index)) for index in range(5)}
+
+
+def _written(folder: Path, *, max_shard_bytes: int) -> dict[str, str]:
+    folder.mkdir()
+    return write_tensors(folder, TENSORS.items(), max_shard_bytes=max_shard_bytes)
+
+
+@pytest.mark.parametrize(
+    ("max_shard_bytes", "shards"), [(10**9, 1), (2000, 1), (1999, 2), (800, 3), (400, 5), (1, 5)]
+)
+def test_round_trip_at_every_shard_size(tmp_path: Path, max_shard_bytes: int, shards: int) -> None:
+    digests = _written(tmp_path / "out", max_shard_bytes=max_shard_bytes)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    expected = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    assert names == ([SINGLE_NAME] if shards == 1 else [*expected, INDEX_NAME])
+    folder = TensorFolder.open(tmp_path / "out")
+    assert set(folder.files) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(folder.get(name), tensor)
+        assert folder.shape(name) == (10, 10)
+        assert digests[name] == tensor_digest(name, tensor)
+
+
+def test_the_hash_does_not_depend_on_sharding_or_order(tmp_path: Path) -> None:
+    whole = _written(tmp_path / "whole", max_shard_bytes=10**9)
+    sharded = _written(tmp_path / "sharded", max_shard_bytes=500)
+    (tmp_path / "reversed").mkdir()
+    turned = write_tensors(tmp_path / "reversed", reversed(TENSORS.items()), max_shard_bytes=900)
+    assert merkle_hash(whole) == merkle_hash(sharded) == merkle_hash(turned)
+
+
+def test_stock_transformers_reads_the_shards_and_we_read_its_own(tmp_path: Path) -> None:
+    model = oracle.tiny_llama()
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    theirs = TensorFolder.open(tmp_path / "theirs")
+    assert len(set(theirs.files.values())) > 2
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    write_tensors(ours, ((n, theirs.get(n)) for n in theirs.files), max_shard_bytes=15_000)
+    index = json.loads((ours / INDEX_NAME).read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+    (ours / "config.json").write_text((tmp_path / "theirs" / "config.json").read_text())
+    loaded = oracle.stock(ours).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+def test_at_most_one_shard_is_held(tmp_path: Path) -> None:
+    """When the fifth tensor is asked for, the first four lie in files already."""
+    files_seen = []
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in TENSORS.items():
+            files_seen.append(len(list(tmp_path.iterdir())))
+            yield name, tensor
+
+    write_tensors(tmp_path, stream(), max_shard_bytes=400)
+    assert files_seen == [0, 0, 1, 2, 3]
+
+
+def test_strided_and_bfloat16_tensors_are_written(tmp_path: Path) -> None:
+    strided, halved = torch.randn(3, 5).T, torch.randn(4).bfloat16()
+    write_tensors(tmp_path, [("strided", strided), ("halved", halved)])
+    folder = TensorFolder.open(tmp_path)
+    assert torch.equal(folder.get("strided"), strided)
+    assert torch.equal(folder.get("halved"), halved)
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "model-00002-of-00005.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _corrupt_header(folder: Path) -> None:
+    path = folder / "model-00002-of-00005.safetensors"
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+def _empty(folder: Path) -> None:
+    (folder / "model-00002-of-00005.safetensors").write_bytes(b"")
+
+
+def _lose_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00005.safetensors").unlink()
+
+
+def _promise(folder: Path, name: str, file: str) -> None:
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"][name] = file
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (_truncate, "model-00002-of-00005.safetensors cannot be read"),
+    "corrupt header": (_corrupt_header, "model-00002-of-00005.safetensors cannot be read"),
+    "empty": (_empty, "model-00002-of-00005.safetensors cannot be read"),
+    "lost": (_lose_shard, "model-00002-of-00005.safetensors cannot be read"),
+    "outside": (
+        lambda folder: _promise(folder, "layer.1", "../stolen.safetensors"),
+        "points outside its folder: '../stolen.safetensors'",
+    ),
+    "absolute": (
+        lambda folder: _promise(folder, "layer.1", "/etc/passwd"),
+        "points outside its folder: '/etc/passwd'",
+    ),
+    "the folder above": (lambda folder: _promise(folder, "layer.1", ".."), "cannot be read"),
+    "promised tensor": (
+        lambda folder: _promise(folder, "layer.9", "model-00001-of-00005.safetensors"),
+        "lacks the tensor 'layer.9'",
+    ),
+    "no JSON": (lambda folder: (folder / INDEX_NAME).write_text("{"), "not a safetensors index"),
+    "not UTF-8": (
+        lambda folder: (folder / INDEX_NAME).write_bytes(b"\xff\xfe"),
+        "not a safetensors index",
+    ),
+    "no map": (lambda folder: (folder / INDEX_NAME).write_text("{}"), "not a safetensors index"),
+    "a list": (lambda folder: (folder / INDEX_NAME).write_text("[]"), "not a safetensors index"),
+    "map is a list": (
+        lambda folder: (folder / INDEX_NAME).write_text('{"weight_map": ["a"]}'),
+        "not a safetensors index",
+    ),
+    "nested without end": (
+        lambda folder: (folder / INDEX_NAME).write_text("[" * 200_000),
+        "not a safetensors index",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_damage_is_refused_and_named(
+    tmp_path: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    _written(tmp_path / "out", max_shard_bytes=400)
+    save_file({"layer.1": torch.ones(1)}, tmp_path / "stolen.safetensors")
+    TensorFolder.open(tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(TritterError) as error:
+        TensorFolder.open(tmp_path / "out")
+    assert said in str(error.value)
+
+
+def test_damage_after_opening_is_refused_when_read(tmp_path: Path) -> None:
+    _written(tmp_path / "out", max_shard_bytes=400)
+    folder = TensorFolder.open(tmp_path / "out")
+    _truncate(tmp_path / "out")
+    assert torch.equal(folder.get("layer.0"), TENSORS["layer.0"])
+    with pytest.raises(TritterError, match=r"model-00002-of-00005\.safetensors cannot be read"):
+        folder.get("layer.1")
+
+
+def test_pickles_are_never_read(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(TritterError, match=r"pytorch_model.bin hold pickles, which are never read"):
+        TensorFolder.open(tmp_path)
+
+
+def test_an_empty_or_missing_folder_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(TritterError, match=r"holds no model\.safetensors and no model"):
+            TensorFolder.open(folder)
+
+
+@contextmanager
+def file_size_limit(limit_bytes: int) -> Iterator[None]:
+    """Let the kernel refuse longer files, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_refuses_the_write_is_told(tmp_path: Path) -> None:
+    with (
+        file_size_limit(500),
+        pytest.raises(TritterError, match=r"part-00000\.safetensors could not be written"),
+    ):
+        write_tensors(tmp_path, TENSORS.items())

@@ -1,0 +1,255 @@
+"""The house: which room may import which, which library belongs where, and how long code may be."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "tritter"
+PROGRAM = "train"
+
+# Small modules that every room may import, and that import no room.
+OPEN = {"errors", "seeds"}
+
+# Room → rooms that it may import besides; what is missing is refused.
+_CORE = {"parameter_map", "families", "storage", "expansion", "checkpoint", "models", "data"}
+_TRAINING = _CORE | {"training"}
+_BELOW_PIPELINE = _TRAINING | {"config", "expand", "evaluation", "forgetting"}
+ARROWS: dict[str, set[str]] = {
+    "parameter_map": set(),
+    "storage": set(),
+    "data": set(),
+    "families": {"parameter_map"},
+    "models": {"families"},
+    "expansion": {"families", "parameter_map"},
+    "checkpoint": {"storage", "families", "parameter_map"},
+    "config": {"families", "expansion", "storage"},
+    "expand": _CORE | {"config"},
+    "evaluation": {"data", "models", "families", "checkpoint"},
+    "training": {"storage", "checkpoint", "models", "families", "parameter_map", "data"},
+    "forgetting": _TRAINING,
+    "report": {"checkpoint", "evaluation"},
+    "pipeline": _BELOW_PIPELINE | {"report"},
+    PROGRAM: {"config", "pipeline", "report"},
+}
+
+# Library → where it may be imported: rooms, or single modules.
+LIBRARIES: dict[str, set[str]] = {
+    "lightning": {"data", "training", "forgetting", "pipeline"},
+    "hydra": {"config", PROGRAM},
+    "omegaconf": {"config", PROGRAM},
+    "transformers": {"models", "families"},
+    "wandb": {"tritter.pipeline.metrics"},
+}
+LAZY_LIBRARIES = {"wandb"}  # slow to import, and not needed where the logger is off
+TORCH_ONLY_ROOMS = {"parameter_map"}  # the first chapter: the standard library and torch
+
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """One import statement's target; `is_lazy` when it stands inside a function."""
+
+    module: str
+    line: int
+    is_lazy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One file of the house."""
+
+    name: str
+    source: str
+
+    @property
+    def room(self) -> str:
+        return self.name.split(".")[1] if "." in self.name else self.name
+
+    @property
+    def imports(self) -> tuple[Import, ...]:
+        return tuple(_imports(ast.parse(self.source), is_lazy=False))
+
+
+def _imports(node: ast.AST, *, is_lazy: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(alias.name, child.lineno, is_lazy)
+        elif isinstance(child, ast.ImportFrom):
+            # A relative import would hide its target from this test, and from a reader.
+            module = "." * child.level + (child.module or "")
+            for alias in child.names:
+                yield Import(f"{module}.{alias.name}", child.lineno, is_lazy)
+        else:
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+            yield from _imports(child, is_lazy=is_lazy or inside)
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _house() -> list[Module]:
+    files = [*sorted((ROOT / PACKAGE).rglob("*.py")), ROOT / f"{PROGRAM}.py"]
+    return [Module(_name(path), path.read_text(encoding="utf-8")) for path in files]
+
+
+def arrow_violations(module: Module) -> list[str]:
+    """Return the imports of rooms that stand below, and relative imports."""
+    found = []
+    for entry in module.imports:
+        where = f"{module.name}:{entry.line}"
+        if entry.module.startswith("."):
+            found.append(f"{where} imports {entry.module} relatively")
+        parts = entry.module.split(".")
+        if parts[0] == PROGRAM:
+            found.append(f"{where} imports the program")
+        if parts[0] != PACKAGE or module.name == PACKAGE:
+            continue
+        room = parts[1] if len(parts) > 1 else PACKAGE
+        if room not in OPEN | {"__version__", module.room} | ARROWS.get(module.room, set()):
+            found.append(f"{where} imports {entry.module}; {module.room} may not use {room}")
+    return found
+
+
+def library_violations(module: Module) -> list[str]:
+    """Return the imports of libraries that belong elsewhere, or should wait for a call."""
+    found = []
+    for entry in module.imports:
+        where = f"{module.name}:{entry.line}"
+        library = entry.module.split(".")[0]
+        allowed = LIBRARIES.get(library)
+        if allowed is not None and not {module.room, module.name} & allowed:
+            found.append(f"{where} imports {library}, which belongs to {sorted(allowed)}")
+        if library in LAZY_LIBRARIES and not entry.is_lazy:
+            found.append(f"{where} imports {library} at its top; import it where it is used")
+        if module.room in TORCH_ONLY_ROOMS and library not in {PACKAGE, "torch", *_STANDARD}:
+            found.append(f"{where} imports {library}; {module.room} has torch alone")
+    return found
+
+
+_STANDARD = {"collections", "dataclasses", "enum", "hashlib", "json", "math", "typing"}
+
+
+def length_violations(module: Module) -> list[str]:
+    """Return files and functions that are too long to be read at once."""
+    lines = module.source.count("\n")
+    found = [f"{module.name} has {lines} lines"] if lines > MAX_FILE_LINES else []
+    for node in ast.walk(ast.parse(module.source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                found.append(f"{module.name}.{node.name} has {length} lines")
+    return found
+
+
+def circle(modules: list[Module]) -> list[str]:
+    """Return the modules of an import circle, or nothing; lazy imports count as well."""
+    names = {module.name for module in modules}
+    graph = {
+        module.name: {
+            target
+            for entry in module.imports
+            if (target := _own_module(entry.module, names)) not in (None, module.name)
+        }
+        for module in modules
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def _own_module(target: str, names: set[str]) -> str | None:
+    """Return the module that an import of a module, or of a name in one, reads."""
+    return next((name for name in (target, target.rpartition(".")[0]) if name in names), None)
+
+
+HOUSE = _house()
+
+
+def test_the_house_is_found():
+    assert {"tritter.parameter_map.apply", "tritter.pipeline.run", "train"} <= {
+        module.name for module in HOUSE
+    }
+
+
+def test_every_room_stands_in_the_table():
+    rooms = {module.room for module in HOUSE} - {PACKAGE}
+    assert rooms == OPEN | set(ARROWS)
+
+
+def test_the_table_itself_has_no_circle():
+    TopologicalSorter(ARROWS).prepare()
+
+
+@pytest.mark.parametrize("module", HOUSE, ids=lambda module: module.name)
+def test_arrows_libraries_and_lengths(module):
+    assert not [
+        *arrow_violations(module),
+        *library_violations(module),
+        *length_violations(module),
+    ]
+
+
+def test_no_circles():
+    assert not circle(HOUSE)
+
+
+def test_no_rooms_for_odds_and_ends():
+    assert not [m.name for m in HOUSE if FORBIDDEN_NAMES & set(m.name.split("."))]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "word"),
+    [
+        ("tritter.families.llama", "from tritter.training import fit", "may not use training"),
+        ("tritter.data.x", "def f():\n    from tritter.models import load_model", "models"),
+        ("tritter.data.x", "from tritter import storage", "may not use storage"),
+        ("tritter.data.x", "from . import cache", "relatively"),
+        ("tritter.report.x", "import train", "imports the program"),
+    ],
+)
+def test_a_wrong_arrow_is_seen(name, source, word):
+    assert word in " ".join(arrow_violations(Module(name, source)))
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "word"),
+    [
+        ("tritter.families.llama", "import lightning.pytorch as pl", "belongs to"),
+        ("tritter.training.x", "def f():\n    from omegaconf import OmegaConf", "omegaconf"),
+        ("tritter.pipeline.metrics", "import wandb", "at its top"),
+        ("tritter.pipeline.run", "def f():\n    import wandb", "belongs to"),
+        ("tritter.parameter_map.x", "import numpy as np", "torch alone"),
+    ],
+)
+def test_a_misplaced_library_is_seen(name, source, word):
+    assert word in " ".join(library_violations(Module(name, source)))
+
+
+def test_what_is_allowed_is_not_seen():
+    module = Module(
+        "tritter.pipeline.metrics",
+        "from tritter.errors import TritterError\nfrom tritter.training import fit\n"
+        "from lightning import Trainer\ndef f():\n    import wandb\n",
+    )
+    assert not [*arrow_violations(module), *library_violations(module)]
+
+
+def test_a_circle_and_a_long_function_are_seen():
+    first = Module("tritter.data.a", "from tritter.data.b import x")
+    second = Module("tritter.data.b", "def f():\n    import tritter.data.a")
+    assert {"tritter.data.a", "tritter.data.b"} == set(circle([first, second]))
+    long = Module("tritter.data.a", "def f():\n" + "    x = 1\n" * MAX_FILE_LINES)
+    assert len(length_violations(long)) == 2

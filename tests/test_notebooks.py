@@ -1,0 +1,103 @@
+"""Every notebook runs from top to bottom, here on made-up runs and without Jupyter."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def _cells(notebook: Path) -> list[dict[str, Any]]:
+    return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+
+
+def _score(loss_per_byte: float) -> dict[str, float | int]:
+    return {"loss": 3 * loss_per_byte, "loss_per_byte": loss_per_byte, "standard_error": 0.01}
+
+
+def _check(name: str, domain: str, value: float | None) -> dict[str, Any]:
+    interval = None if value is None else [value - 0.004, value + 0.004]
+    return {"check": name, "subject": domain, "value": value, "interval": interval} | {
+        "bound": 0.05,
+        "confidence": 0.95,
+        "verdict": "passed",
+    }
+
+
+def _summary(*, expansion: list[str], rise: float | None, change_of_new: float) -> dict[str, Any]:
+    before = {"prose": _score(1.2), "code": _score(1.5)}
+    after = {"prose": _score(1.2 * (1 + (rise or 0))), "code": _score(1.5 * (1 + change_of_new))}
+    gate = [_check("retention", "prose", rise), _check("new_capability", "code", change_of_new)]
+    return {
+        "status": "kept",
+        "domains": {"old": ["prose"], "new": ["code"]},
+        "expansion": expansion,
+        "forgetting": [],
+        "seed": 0,
+        "baseline": before,
+        "expanded": before,
+        "final": after,
+        "gate": gate,
+        "attempts": [{"final": after, "gate": gate}],
+    }
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> Path:
+    """A sweep of two runs, one of which broke, seen from the notebooks' folder."""
+    for number, (expansion, rise) in enumerate([(["width"], 0.013), ([], None)]):
+        folder = tmp_path / "outputs" / "sweeps" / "earlier" / str(number)
+        folder.mkdir(parents=True)
+        summary = _summary(expansion=expansion, rise=rise, change_of_new=-0.25)
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    return tmp_path
+
+
+def _run(notebook: Path) -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(_cells(notebook)):
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"])
+            exec(compile(source, f"{notebook.name}[{number}]", "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture(autouse=True)
+def no_window():
+    """Draw without a display, and forget the figures."""
+    backend = matplotlib.get_backend()
+    matplotlib.use("agg")
+    yield
+    matplotlib.pyplot.close("all")
+    matplotlib.use(backend)
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
+def test_no_notebook_keeps_outputs(notebook):
+    assert not [cell for cell in _cells(notebook) if cell.get("outputs")]
+
+
+def test_compare_runs_lists_and_plots_every_run(runs, capsys):
+    namespace = _run(next(path for path in NOTEBOOKS if path.name == "compare_runs.ipynb"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "sweeps/earlier/0", "sweeps/earlier/1"]
+    assert "+1.30" in lines[1] and "-25.00" in lines[1] and "width" in lines[1]
+    assert "nan" in lines[2] and "none" in lines[2]
+    texts = [text.get_text() for text in namespace["axes"].texts]
+    assert texts == ["width | none | seed 0", "none | none | seed 0"]
+
+
+def test_compare_runs_says_when_there_is_nothing(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    with pytest.raises(AssertionError, match=r"no summary\.json"):
+        _run(next(path for path in NOTEBOOKS if path.name == "compare_runs.ipynb"))

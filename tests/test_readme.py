@@ -1,0 +1,300 @@
+"""Nothing documented may rot: commands, snippets, names, paths and links of all Markdown files."""
+
+import ast
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
+from tritter.config.composition import composer
+from tritter.config.help import help_text
+from tritter.config.plan import CommandLine, make_plan, read_command_line
+from tritter.config.run_folder import RUNS_FOLDER, write_run_file
+from tritter.config.validation import known_keys
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+FOLDERS = (".", "docs", "experiments", "outputs")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_CODE = re.compile(r"`([^`\n]+)`")
+_LANGUAGES = {"bash", "python", "text"}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One Markdown file, taken apart."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.relative_to(ROOT).as_posix()
+
+    @property
+    def text(self) -> str:
+        return self.path.read_text(encoding="utf-8")
+
+    @property
+    def prose(self) -> str:
+        return _FENCE.sub("", self.text)
+
+    def blocks(self, language: str) -> list[str]:
+        return [body for found, body in _FENCE.findall(self.text) if found == language]
+
+    @property
+    def commands(self) -> Iterator[str]:
+        """Yield shell commands, continued lines joined; in prose, code that starts like one."""
+        for block in self.blocks("bash"):
+            yield from filter(None, map(str.strip, block.replace("\\\n", " ").splitlines()))
+        for code in _CODE.findall(self.prose):
+            if re.match(r"(python|make|source|pip|tritter|[A-Z_]+=\S+) ", code) and "…" not in code:
+                yield code
+
+    @property
+    def table_entries(self) -> Iterator[tuple[str, str]]:
+        """Yield (header, code) for everything in code style in the first column of a table."""
+        header = ""
+        for line in self.prose.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if not line.startswith("|"):
+                header = ""
+            elif not header:
+                header = cells[0]
+            else:
+                for code in _CODE.findall(cells[0]):
+                    yield header, code
+
+
+HOUSE = [Document(path) for path in DOCUMENTS]
+COMMANDS = list(dict.fromkeys(command for doc in HOUSE for command in doc.commands))
+
+
+# Commands
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty folder to run in, with an unfinished run of each configuration that is resumed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRITTER_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def check_train(words: list[str]) -> None:
+    """Compose and validate a command line of train.py; refusals are raised."""
+    if "--help" in words:
+        assert "Examples" in help_text()
+        return
+    command = read_command_line(words)
+    _leave_unfinished_run(command)
+    plan = make_plan(command)
+    assert plan.jobs
+    assert (len(plan.jobs) > 1) == command.is_multirun
+
+
+def _leave_unfinished_run(command: CommandLine) -> None:
+    """Put the run there that the command resumes: of the same configuration, and started."""
+    resumed = [word for word in command.overrides if word.startswith("resume=")]
+    if not resumed:
+        return
+    value = resumed[0].partition("=")[2]
+    rest = [word for word in command.overrides if word not in resumed]
+    with composer() as composing:
+        config = composing.compose(rest).config
+    write_run_file(
+        RUNS_FOLDER / "earlier" if value == "latest" else Path(value), config, status="running"
+    )
+
+
+def check_make(words: list[str]) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert words and set(words) <= targets
+
+
+def check_source(words: list[str]) -> None:
+    assert words == [".venv/bin/activate"]
+
+
+def check_pytest(words: list[str]) -> None:
+    assert words
+    assert all((ROOT / word).exists() for word in words)
+
+
+def check_pre_commit(words: list[str]) -> None:
+    assert words == ["install"]
+    entries = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {entry["id"] for entry in entries} == {"ruff-check", "ruff-format", "mypy"}
+
+
+KINDS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
+    ("python", "train.py"): check_train,
+    ("make",): check_make,
+    ("source",): check_source,
+    (".venv/bin/python", "-m", "pytest"): check_pytest,
+    (".venv/bin/pre-commit",): check_pre_commit,
+}
+
+
+def check_command(command: str) -> None:
+    """Check one documented command.
+
+    Raises:
+        LookupError: there is no check for a command of this kind.
+    """
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
+        words = words[1:]
+    for start, check in KINDS.items():
+        if tuple(words[: len(start)]) == start:
+            return check(words[len(start) :])
+    raise LookupError(f"no test knows what to do with: {command}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, place):
+    check_command(command)
+    assert not (place / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("python train.py expansoin=dus", ValueError),
+        ("python train.py expansion=dsu", ValueError),
+        ("python train.py expansion=none,dus", ValueError),
+        ("python train.py --helpp", ValueError),
+        ("make tests", AssertionError),
+        (".venv/bin/python -m pytest tests/nowhere", AssertionError),
+        ("tritter expand --method dus", LookupError),
+        ("curl https://example.org", LookupError),
+    ],
+)
+def test_a_command_that_rots_is_seen(command, error, place):
+    with pytest.raises(error):
+        check_command(command)
+
+
+def test_the_commands_are_found():
+    assert {"make demo", "make test", "python train.py resume=latest"} <= set(COMMANDS)
+
+
+def test_ci_runs_the_readme_test_command():
+    first_block = Document(README).blocks("bash")[0].split("\n")
+    test_command = next(line for line in first_block if "test" in line)
+    assert test_command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_every_block_is_of_a_kind_that_is_checked():
+    languages = {
+        (document.name, language)
+        for document in HOUSE
+        for language, _ in _FENCE.findall(document.text)
+    }
+    assert not [found for found in languages if found[1] not in _LANGUAGES]
+
+
+# Snippets
+
+
+@pytest.mark.parametrize(
+    "document", [d for d in HOUSE if d.blocks("python")], ids=lambda document: document.name
+)
+def test_snippets_run_in_order(document, place):
+    saved(tiny_llama(), place / "base")
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for number, source in enumerate(document.blocks("python")):
+        exec(compile(source, f"{document.name}[{number}]", "exec"), namespace)
+
+
+def test_the_readme_snippet_keeps_the_function(place):
+    saved(tiny_llama(), place / "base")
+    exec(Document(README).blocks("python")[0], {"__name__": "__main__"})
+    assert relative_difference(stock(place / "base"), stock(place / "grown"), tokens()) < 1e-4
+
+
+# Names
+
+
+def _literals() -> set[str]:
+    """Return every string and every record's field in the sources; f-strings hold <>."""
+    found: set[str] = set()
+    for path in (ROOT / "tritter").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Constant(value=str(text)):
+                    found.add(text)
+                case ast.JoinedStr(values=parts):
+                    texts = (getattr(part, "value", "") for part in parts)
+                    found.add("".join(t if isinstance(t, str) else "<>" for t in texts))
+                case ast.AnnAssign(target=ast.Name(id=name)):
+                    found.add(name)
+    return found
+
+
+def _codes(pattern: str) -> list[tuple[str, str]]:
+    return [
+        (document.name, code)
+        for document in HOUSE
+        for code in _CODE.findall(document.prose)
+        if re.fullmatch(pattern, code)
+    ]
+
+
+@pytest.mark.parametrize("header", ["key", "metric"])
+def test_keys_and_metrics_of_tables_occur_in_the_code(header):
+    run = Document(ROOT / "docs" / "run.md")
+    names = [code for found, code in run.table_entries if found == header]
+    literals = _literals()
+    assert len(names) >= 7
+    assert not [name for name in names if re.sub(r"<[^>]*>", "<>", name) not in literals]
+
+
+def test_config_keys_exist():
+    groups = "|".join(sorted({key.partition(".")[0] for key in known_keys() if "." in key}))
+    codes = _codes(rf"(?:{groups})(?:\.[a-z_0-9]+)+")
+    codes = [(name, code) for name, code in codes if not code.endswith((".py", ".md"))]
+    keys = known_keys()
+    assert len(codes) >= 20
+    assert not [
+        found for found in codes if not any(f"{key}.".startswith(f"{found[1]}.") for key in keys)
+    ]
+
+
+def test_options_of_the_readme_are_all_there_are():
+    document = Document(README)
+    for line in document.prose.splitlines():
+        row = re.match(r"\| `(\w+)` \| (`\w+`(?: `\w+`)*) \|", line)
+        if row and (ROOT / "conf" / row[1]).is_dir():
+            options = {path.stem for path in (ROOT / "conf" / row[1]).glob("*.yaml")}
+            assert set(_CODE.findall(row[2])) == options, row[1]
+
+
+def test_paths_exist():
+    codes = _codes(r"(?:tritter|tests|conf|docs|notebooks|\.ci)/[\w./-]*")
+    assert len(codes) >= 15
+    real = [(name, code) for name, code in codes if "NAME" not in code]
+    assert not [(name, code) for name, code in real if not (ROOT / code).exists()]
+
+
+@pytest.mark.parametrize("document", HOUSE, ids=lambda document: document.name)
+def test_links_lead_somewhere(document):
+    for link in _LINK.findall(document.text):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.path.parent / path).resolve() if path else document.path
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(Document(target)), link
+
+
+def _anchors(document: Document) -> set[str]:
+    """Return the anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -1,0 +1,95 @@
+"""The end of a run: the gate's checks, and the checkpoint that follows from them."""
+
+import shutil
+from dataclasses import replace
+from typing import Any
+
+from tritter.checkpoint import Lineage, read_lineage, write_lineage
+from tritter.evaluation.gate import (
+    Check,
+    new_capability_check,
+    preservation_check,
+    retention_check,
+    training_check,
+)
+from tritter.evaluation.jump import Jump
+from tritter.evaluation.statistics import relative_change
+from tritter.models import read_config
+from tritter.pipeline.arm import Arm
+from tritter.pipeline.context import RunContext, Scores
+from tritter.storage.atomic import atomic_folder
+
+
+def checks(context: RunContext, arm: Arm) -> list[Check]:
+    """Hold an arm against the gate's questions."""
+    gate = context.config.gate
+    before, after = context.read_scores("baseline"), context.read_scores(f"{arm.name}-trained")
+    fitted = context.ledger.get(f"{arm.name}.fit")
+    expanded = context.ledger.get(f"{arm.name}.expand")
+    assert fitted is not None and expanded is not None
+    made = [
+        training_check(
+            fitted.found["refused_steps"], aborted_reason=fitted.found["stopped_because"]
+        )
+    ]
+    if (jump := expanded.found.get("jump")) is not None:
+        made.append(preservation_check(_jump(jump), claims_exact=arm.claims_exact))
+    for domain in context.old_domains:
+        made.append(
+            retention_check(
+                domain,
+                before[domain],
+                after[domain],
+                bound=gate.retention,
+                confidence=gate.confidence,
+            )
+        )
+    for domain in context.new_domains:
+        made.append(
+            new_capability_check(domain, before[domain], after[domain], confidence=gate.confidence)
+        )
+    return made
+
+
+def publish(context: RunContext, arm: Arm, *, keep: bool) -> Lineage:
+    """Put what was kept at `checkpoint/`: the trained model, or after a rollback the baseline."""
+    source = context.folder / arm.name / "trained" if keep else context.folder / "baseline"
+    target = context.folder / "checkpoint"
+    lineage = read_lineage(source)
+    assert lineage is not None
+    if keep:
+        before = context.read_scores("baseline")
+        after = context.read_scores(f"{arm.name}-trained")
+        lineage = _completed(context, arm, lineage, before, after)
+    with atomic_folder(target, overwrite=True) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        write_lineage(temporary, lineage, read_config(source))
+    written = read_lineage(target)
+    assert written is not None
+    return written
+
+
+def _completed(
+    context: RunContext, arm: Arm, lineage: Lineage, before: Scores, after: Scores
+) -> Lineage:
+    """Return a lineage whose newest expansion records say what the training made of them."""
+    delta = {d: relative_change(before[d], after[d]).value for d in context.domains}
+    history = list(lineage.expansion_history)
+    for position in range(len(history) - len(arm.specs), len(history)):
+        history[position] = replace(
+            history[position], continued_training_steps=lineage.step, performance_delta=delta
+        )
+    loss = {d: float(a.nats.sum() / a.num_tokens.sum()) for d, a in after.items()}
+    return replace(
+        lineage,
+        expansion_history=tuple(history),
+        benchmark_scores=loss,
+        best_loss=sum(loss[d] for d in context.new_domains) / len(context.new_domains),
+        parent_path=f"../{arm.name}/expanded" if arm.specs else "../baseline",
+    )
+
+
+def _jump(plain: dict[str, Any]) -> Jump:
+    nan = float("nan")
+    values = {key: nan if value is None else value for key, value in plain.items()}
+    return Jump(**values)
