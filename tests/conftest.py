@@ -8,6 +8,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import pytest
 import torch
 from hypothesis import settings
 from transformers.utils import logging as transformers_logging
@@ -16,3 +17,9 @@ torch.set_num_threads(1)
 settings.register_profile("tritter", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("tritter")
 transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Let no test depend on which tests ran before it."""
+    torch.manual_seed(0)

@@ -1,8 +1,9 @@
 """The one door to transformers: configs, models and tokenizers, built or loaded."""
 
 import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tritter.errors import TritterError
+from tritter.errors import RequestError, TritterError
 from tritter.families import Config, family_of
 
 # What the libraries behind this door raise when a file is damaged or hostile.
@@ -152,3 +153,55 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def config_of(model: nn.Module) -> Config:
+    """Return the config of a live Hugging Face model, as `read_config` gives it.
+
+    Raises:
+        RequestError: the model has none.
+    """
+    held = getattr(model, "config", None)
+    if not hasattr(held, "to_dict"):
+        raise RequestError(f"{type(model).__name__} has no Hugging Face config.")
+    config = held.to_dict()
+    config.pop("_name_or_path", None)
+    return config
+
+
+def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a model of a config that holds these tensors (by name on disk), dtypes kept."""
+    model = new_model(config, seed=0)
+    for name, parameter in list(model.named_parameters()):
+        module = model.get_submodule(name.rpartition(".")[0])
+        setattr(module, name.rpartition(".")[2], nn.Parameter(tensors[name].to(parameter.device)))
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def locate(checkpoint: str) -> Path:
+    """Return the folder of a checkpoint: a folder as it is, a hub id downloaded.
+
+    Of a hub id only configs, tokenizer files and safetensors are fetched; nothing is executed.
+
+    Raises:
+        RequestError: neither a folder nor a hub id that can be reached.
+    """
+    folder = Path(checkpoint).expanduser()
+    if folder.exists():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+        raise RequestError(
+            f"checkpoint = {checkpoint}: no such folder, and no hub id (owner/name)."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(checkpoint, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise RequestError(
+            f"checkpoint = {checkpoint}: no such folder, and the hub does not give it "
+            f"({type(error).__name__}: {error})."
+        ) from error

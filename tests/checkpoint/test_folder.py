@@ -22,6 +22,7 @@ from tritter.expansion import Dus, LlamaPro, Width
 from tritter.models import named_tensors, save_tokenizer
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
+from tritter.storage.writer import TensorEntry, TensorStream
 
 EMPTY = Lineage(model_hash="", base_model_hash="", tensor_digests={}, file_digests={})
 
@@ -43,8 +44,8 @@ def _write(model: LlamaForCausalLM, target: Path, *, lineage: Lineage = EMPTY) -
     return write_checkpoint(
         target,
         config=config,
-        tensors=named_tensors(model, config),
-        lineage=lineage,
+        tensors=TensorStream.of(named_tensors(model, config)),
+        lineage=lambda: lineage,
         write_extras=add_tokenizer,
     )
 
@@ -97,12 +98,14 @@ def test_a_failing_tensor_stream_leaves_nothing(model: LlamaForCausalLM, tmp_pat
         yield "model.norm.weight", torch.ones(24)
         raise TritterError("stop")
 
+    names = ("model.norm.weight", "lm_head.weight")
+    entries = tuple(TensorEntry(name, torch.float32, (24,)) for name in names)
     with pytest.raises(TritterError, match="stop"):
         write_checkpoint(
             tmp_path / "out",
             config=model.config.to_dict(),
-            tensors=stream(),
-            lineage=EMPTY,
+            tensors=TensorStream(entries, stream()),
+            lineage=lambda: EMPTY,
             write_extras=add_tokenizer,
         )
     assert list(tmp_path.iterdir()) == []
@@ -219,7 +222,7 @@ def _flip_one_bit(folder: Path) -> str:
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(bytes(content))
-    return "model.norm.weight"
+    return "lm_head.weight"
 
 
 def _raise_eps(folder: Path) -> str:

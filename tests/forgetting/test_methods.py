@@ -53,7 +53,7 @@ def test_l2sp_gradient_is_that_of_its_penalty() -> None:
 
 
 def distance(model: nn.Module, start: dict[str, torch.Tensor]) -> float:
-    return sum(float((p - start[n]).square().sum()) for n, p in model.named_parameters())
+    return sum(float((p.detach() - start[n]).square().sum()) for n, p in model.named_parameters())
 
 
 def test_l2sp_holds_the_model_near_its_start(tmp_path: Path) -> None:

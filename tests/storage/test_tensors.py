@@ -2,26 +2,29 @@
 
 import json
 import resource
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests import oracle
 from tritter.errors import TritterError
+from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import merkle_hash, tensor_digest
-from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder, write_tensors
+from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder
+from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
 
 TENSORS = {f"layer.{index}": torch.full((10, 10), float(index)) for index in range(5)}
 
 
 def _written(folder: Path, *, max_shard_bytes: int) -> dict[str, str]:
     folder.mkdir()
-    return write_tensors(folder, TENSORS.items(), max_shard_bytes=max_shard_bytes)
+    return write_tensors(folder, TensorStream.of(TENSORS.items()), max_shard_bytes=max_shard_bytes)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,9 @@ def test_the_hash_does_not_depend_on_sharding_or_order(tmp_path: Path) -> None:
     whole = _written(tmp_path / "whole", max_shard_bytes=10**9)
     sharded = _written(tmp_path / "sharded", max_shard_bytes=500)
     (tmp_path / "reversed").mkdir()
-    turned = write_tensors(tmp_path / "reversed", reversed(TENSORS.items()), max_shard_bytes=900)
+    turned = write_tensors(
+        tmp_path / "reversed", TensorStream.of(reversed(TENSORS.items())), max_shard_bytes=900
+    )
     assert merkle_hash(whole) == merkle_hash(sharded) == merkle_hash(turned)
 
 
@@ -55,7 +60,9 @@ def test_stock_transformers_reads_the_shards_and_we_read_its_own(tmp_path: Path)
     assert len(set(theirs.files.values())) > 2
     ours = tmp_path / "ours"
     ours.mkdir()
-    write_tensors(ours, ((n, theirs.get(n)) for n in theirs.files), max_shard_bytes=15_000)
+    write_tensors(
+        ours, TensorStream.of((n, theirs.get(n)) for n in theirs.files), max_shard_bytes=15_000
+    )
     index = json.loads((ours / INDEX_NAME).read_text())
     assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
     (ours / "config.json").write_text((tmp_path / "theirs" / "config.json").read_text())
@@ -63,22 +70,48 @@ def test_stock_transformers_reads_the_shards_and_we_read_its_own(tmp_path: Path)
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
 
 
-def test_at_most_one_shard_is_held(tmp_path: Path) -> None:
-    """When the fifth tensor is asked for, the first four lie in files already."""
-    files_seen = []
+def test_at_most_two_tensors_are_held(tmp_path: Path) -> None:
+    """While one is made, one may still be hashed; what came before is gone, shard or not."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
 
-    def stream() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in TENSORS.items():
-            files_seen.append(len(list(tmp_path.iterdir())))
-            yield name, tensor
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        nonlocal most
+        for index in range(6):
+            tensor = torch.full((100, 100), float(index))
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield f"layer.{index}", tensor
+            del tensor
 
-    write_tensors(tmp_path, stream(), max_shard_bytes=400)
-    assert files_seen == [0, 0, 1, 2, 3]
+    entries = tuple(TensorEntry(f"layer.{i}", torch.float32, (100, 100)) for i in range(6))
+    write_tensors(tmp_path, TensorStream(entries, tensors()))
+    assert most <= 3
+
+
+def test_mixed_types_are_read_by_safetensors(tmp_path: Path) -> None:
+    held = {
+        "odd": torch.ones(3, dtype=torch.bfloat16),
+        "wide": torch.randn(5, dtype=torch.float64),
+        "flag": torch.tensor([True, False, True]),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.5),
+    }
+    write_tensors(tmp_path, TensorStream.of(held.items()))
+    loaded = load_file(tmp_path / SINGLE_NAME)
+    assert set(loaded) == set(held)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in held.items())
+
+
+def test_what_comes_must_have_been_announced(tmp_path: Path) -> None:
+    entries = (TensorEntry("a", torch.float32, (2,)),)
+    with pytest.raises(AssertionError, match="announced"):
+        write_tensors(tmp_path, TensorStream(entries, [("a", torch.zeros(3))]))
 
 
 def test_strided_and_bfloat16_tensors_are_written(tmp_path: Path) -> None:
     strided, halved = torch.randn(3, 5).T, torch.randn(4).bfloat16()
-    write_tensors(tmp_path, [("strided", strided), ("halved", halved)])
+    write_tensors(tmp_path, TensorStream.of([("strided", strided), ("halved", halved)]))
     folder = TensorFolder.open(tmp_path)
     assert torch.equal(folder.get("strided"), strided)
     assert torch.equal(folder.get("halved"), halved)
@@ -192,6 +225,8 @@ def file_size_limit(limit_bytes: int) -> Iterator[None]:
 def test_a_disk_that_refuses_the_write_is_told(tmp_path: Path) -> None:
     with (
         file_size_limit(500),
-        pytest.raises(TritterError, match=r"part-00000\.safetensors could not be written"),
+        pytest.raises(TritterError, match="could not be written"),
+        atomic_folder(tmp_path / "out") as folder,
     ):
-        write_tensors(tmp_path, TENSORS.items())
+        write_tensors(folder, TensorStream.of(TENSORS.items()))
+    assert list(tmp_path.iterdir()) == []

@@ -1,11 +1,9 @@
 """Write and read checkpoint folders: model, tokenizer, model card and tritter.json as one."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from tritter.checkpoint.card import model_card
 from tritter.checkpoint.record import Lineage
@@ -13,7 +11,7 @@ from tritter.errors import TritterError
 from tritter.families import Config
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest, merkle_hash
-from tritter.storage.tensors import write_tensors
+from tritter.storage.writer import TensorStream, write_tensors
 
 LINEAGE_NAME = "tritter.json"
 CARD_NAME = "README.md"
@@ -23,8 +21,8 @@ def write_checkpoint(
     target: Path,
     *,
     config: Config,
-    tensors: Iterable[tuple[str, Tensor]],
-    lineage: Lineage,
+    tensors: TensorStream,
+    lineage: Callable[[], Lineage],
     write_extras: Callable[[Path], None],
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
@@ -32,9 +30,9 @@ def write_checkpoint(
     """Write a checkpoint folder whole, or not at all.
 
     Args:
-        tensors: (name on disk, tensor), streamed.
-        lineage: where it comes from; its hashes and digests are filled in from what is written.
-            A lineage without a base hash starts a chain.
+        tensors: by name on disk, streamed.
+        lineage: asked once the tensors are written where they come from; hashes and digests of
+            the answer are filled in from what was written. One without a base hash starts a chain.
         write_extras: adds tokenizer files to the folder it is given.
 
     Returns:
@@ -51,14 +49,15 @@ def write_checkpoint(
         )
         write_extras(folder)
         model_hash = merkle_hash(tensor_digests)
+        stated = lineage()
         complete = replace(
-            lineage,
+            stated,
             model_hash=model_hash,
-            base_model_hash=lineage.base_model_hash or model_hash,
+            base_model_hash=stated.base_model_hash or model_hash,
             tensor_digests=tensor_digests,
         )
         (folder / CARD_NAME).write_text(model_card(complete, config), encoding="utf-8")
-        complete = replace(complete, file_digests=_file_digests(folder))
+        complete = replace(complete, file_digests=file_digests(folder))
         _dump(folder / LINEAGE_NAME, complete)
     return complete
 
@@ -88,10 +87,15 @@ def read_lineage(folder: Path) -> Lineage | None:
     return Lineage.from_dict(plain, origin=str(path))
 
 
-def _file_digests(folder: Path) -> dict[str, str]:
-    """Digest everything that the tensor digests do not cover."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return {path.name: file_digest(path) for path in files if path.suffix != ".safetensors"}
+def file_digests(folder: Path) -> dict[str, str]:
+    """Digest everything that neither tensor digests nor the lineage itself cover."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {
+        name: file_digest(path)
+        for name, path in names.items()
+        if name != LINEAGE_NAME and not (path.parent == folder and path.suffix == ".safetensors")
+    }
 
 
 def _dump(path: Path, lineage: Lineage) -> None:

@@ -52,6 +52,8 @@ class Lineage:
         model_hash: Merkle hash over the tensors.
         parent_hash: the model hash of the checkpoint that this one was made from.
         parent_path: where the parent lay, relative to this folder; a hint, the hash decides.
+        parent_tensor_digests: tensor name → SHA-256 of a parent that keeps no lineage itself.
+        parent_file_digests: the same of the files beside its tensors.
         base_model_hash: the model hash at the start of the chain.
         tensor_digests: tensor name → SHA-256.
         file_digests: file name → SHA-256 of everything else in the folder.
@@ -69,6 +71,8 @@ class Lineage:
     file_digests: Mapping[str, str]
     parent_hash: str | None = None
     parent_path: str | None = None
+    parent_tensor_digests: Mapping[str, str] | None = None
+    parent_file_digests: Mapping[str, str] | None = None
     expansion_history: tuple[ExpansionRecord, ...] = ()
     step: int = 0
     epoch: int = 0

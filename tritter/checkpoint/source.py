@@ -9,7 +9,7 @@ from tritter.checkpoint.folder import CARD_NAME, read_lineage
 from tritter.checkpoint.record import Lineage
 from tritter.errors import TritterError
 from tritter.families import Config, Family, LogicalTensor, family_of
-from tritter.storage.hashing import file_digest, merkle_hash, tensor_digest
+from tritter.storage.hashing import DigestQueue, file_digest
 from tritter.storage.tensors import TensorFolder
 
 
@@ -20,7 +20,7 @@ class Source:
     Args:
         lineage: what the folder says of itself; None for a plain Hugging Face folder.
         logical: logical name → tensor.
-        digests: name on disk → SHA-256, of what was read so far.
+        digests: of what was read so far, computed aside.
     """
 
     folder: Path
@@ -29,7 +29,7 @@ class Source:
     tensors: TensorFolder
     lineage: Lineage | None
     logical: dict[str, LogicalTensor]
-    digests: dict[str, str] = field(default_factory=dict)
+    digests: DigestQueue = field(default_factory=DigestQueue)
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> "Source":
@@ -59,31 +59,30 @@ class Source:
         """Read one tensor by its logical name."""
         disk_name = self.logical[name].disk_name
         tensor = self.tensors.get(disk_name)
-        if disk_name not in self.digests:
-            self.digests[disk_name] = tensor_digest(disk_name, tensor)
+        self.digests.add(disk_name, tensor)
         return tensor
 
-    def model_hash(self) -> str:
-        """Return the hash that the lineage states; of a plain folder, compute it now."""
-        if self.lineage is not None:
-            return self.lineage.model_hash
-        for name in self.logical:
-            self.read(name)
-        return merkle_hash(self.digests)
+    def disk_name(self, name: str) -> str:
+        return self.logical[name].disk_name
 
-    def check_unchanged(self) -> None:
-        """Hold what was read against the lineage, once everything was read.
+    def read_digests(self) -> dict[str, str]:
+        """Return name on disk → SHA-256 of every tensor, reading those not read so far.
 
         Raises:
             TritterError: names the tensors that changed since the lineage was written.
         """
-        if self.lineage is None or merkle_hash(self.digests) == self.lineage.model_hash:
-            return
-        recorded = self.lineage.tensor_digests
-        changed = [name for name, digest in self.digests.items() if recorded.get(name) != digest]
-        raise TritterError(
-            f"{self.folder} was changed since its lineage was written: {', '.join(changed)}."
-        )
+        digests = self.digests.results()
+        for name, tensor in self.logical.items():
+            if tensor.disk_name not in digests:
+                self.read(name)
+        digests = self.digests.results()
+        recorded = digests if self.lineage is None else self.lineage.tensor_digests
+        changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
+        if changed:
+            raise TritterError(
+                f"{self.folder} was changed since its lineage was written: {', '.join(changed)}."
+            )
+        return digests
 
 
 def _check_files(folder: Path, lineage: Lineage) -> None:

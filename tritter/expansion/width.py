@@ -3,8 +3,10 @@
 `fresh` keeps the old model as a block and gives everything beside it new directions: producers
 write zero, consumers are random at natural scale. `net2net` (arXiv 1511.05641) copies neurons and
 heads and splits what consumers read between the copies; the residual stream is repeated as a
-whole. In both the RMSNorm sees a root mean square that shrank by √(k·d/D) (k copies of d
-coordinates among D), so its gain is scaled by that and eps by k·d/D.
+whole. `zero_pad` copies neurons and heads and pads the residual stream as `fresh` does. In all of
+them the RMSNorm sees a root mean square that shrank by √(k·d/D) (k copies of d coordinates among
+D), so its gain is scaled by that and eps by k·d/D. Norms per head behind q and k share that eps,
+so q and k are scaled with it.
 """
 
 import math
@@ -36,9 +38,10 @@ class Width:
         num_key_value_heads: as above.
         head_strategy: `fresh` adds new heads with zero output columns, `copy` clones whole
             key/value groups. Default: what `init` implies.
-        init: `fresh` (new random directions beside the old block) or `net2net` (copies).
-        shares: of the copies of a neuron or head under net2net: `unequal` (.9/.1, they diverge)
-            or `equal` (they stay equal for ever without noise).
+        init: `fresh` (new random directions beside the old block), `net2net` (copies) or
+            `zero_pad` (copied neurons and heads, new directions in the residual stream).
+        shares: of the copies of a neuron or head: `unequal` (.9/.1, they diverge) or `equal`
+            (they stay equal for ever without noise).
         noise: relative noise on second copies; breaks exactness by as much.
     """
 
@@ -49,7 +52,7 @@ class Width:
     num_attention_heads: int | None = field(default=None, metadata={"minimum": 1})
     num_key_value_heads: int | None = field(default=None, metadata={"minimum": 1})
     head_strategy: str | None = field(default=None, metadata={"choices": ("fresh", "copy")})
-    init: str = field(default="fresh", metadata={"choices": ("fresh", "net2net")})
+    init: str = field(default="fresh", metadata={"choices": ("fresh", "net2net", "zero_pad")})
     shares: str = field(default="unequal", metadata={"choices": ("unequal", "equal")})
     noise: float = field(default=0.0, metadata={"minimum": 0.0})
 
@@ -63,11 +66,12 @@ class Width:
 
     @property
     def heads_are_copied(self) -> bool:
-        return (self.head_strategy or {"fresh": "fresh", "net2net": "copy"}[self.init]) == "copy"
+        return (self.head_strategy or ("fresh" if self.init == "fresh" else "copy")) == "copy"
 
     def target_config(self, family: Family, config: Config) -> Config:
         old = family.dimensions(config)
         new = self._target_dimensions(old)
+        self._check_noise()
         _check_not_smaller(old, new)
         _check_heads(old, new, heads_are_copied=self.heads_are_copied)
         self._check_hidden_size(family, old, new)
@@ -81,6 +85,13 @@ class Width:
             "head_dim": new.head_dim,
             "rms_norm_eps": float(config["rms_norm_eps"]) * rms_ratio(ratio) ** 2,  # type: ignore[arg-type]
         }
+
+    def _check_noise(self) -> None:
+        if self.noise and self.init == "fresh" and not self.heads_are_copied:
+            raise RequestError(
+                f"expansion.width.noise = {self.noise} goes on copies, and init=fresh makes none; "
+                "use init=net2net or init=zero_pad, or noise=0."
+            )
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
@@ -234,9 +245,9 @@ class _Spaces:
 
 def residual_map(old_size: int, new_size: int, *, init: str) -> AxisMap:
     """Return the map of the residual stream: one block and new directions, or whole repeats."""
-    if init == "fresh":
-        return AxisMap.padded(old_size, new_size)
-    return AxisMap.tiled(old_size, new_size)
+    if init == "net2net":
+        return AxisMap.tiled(old_size, new_size)
+    return AxisMap.padded(old_size, new_size)
 
 
 def rms_ratio(residual: AxisMap) -> float:

@@ -18,6 +18,7 @@ from tritter.models import named_tensors, new_model, save_tokenizer
 from tritter.pipeline.context import RunContext, content_key, schedule_of
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
+from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, fit
 
 FORMAT_VERSION = 1
@@ -123,8 +124,8 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
     write_checkpoint(
         folder,
         config=config,
-        tensors=named_tensors(module.model, config),
-        lineage=lineage,
+        tensors=TensorStream.of(named_tensors(module.model, config)),
+        lineage=lambda: lineage,
         write_extras=lambda path: save_tokenizer(
             context.corpus.tokenizer, path, end_of_text=END_OF_TEXT
         ),

@@ -24,6 +24,7 @@ from tritter.pipeline.base import obtain_base
 from tritter.pipeline.context import RunContext, schedule_of
 from tritter.pipeline.ledger import StageResult
 from tritter.storage.atomic import atomic_folder
+from tritter.storage.writer import TensorStream
 from tritter.training import ExpandedModule, FitResult, Task, fit
 
 JUMP_SEQUENCES = 8
@@ -166,8 +167,8 @@ def _write_trained(
     write_checkpoint(
         target,
         config=config,
-        tensors=named_tensors(module.model, config),
-        lineage=replace(
+        tensors=TensorStream.of(named_tensors(module.model, config)),
+        lineage=lambda: replace(
             parent,
             parent_hash=parent.model_hash,
             parent_path=os.path.relpath(start, target),

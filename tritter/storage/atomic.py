@@ -1,6 +1,8 @@
 """Files and folders that appear whole or not at all: temporary sibling, fsync, rename."""
 
+import ctypes
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -8,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tritter.errors import RequestError, TritterError
+
+_AT_FDCWD = -100  # from fcntl.h
+_RENAME_EXCHANGE = 2  # from linux/fs.h
 
 
 @contextmanager
@@ -25,7 +30,8 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise RequestError(f"{target} exists already; nothing was overwritten. Choose another.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        _remove_leftovers(target)
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
     except OSError as error:
         raise RequestError(f"{target} cannot be written: {error.strerror or error}.") from error
     try:
@@ -59,19 +65,57 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def _replace_folder(new: Path, target: Path) -> None:
-    """Put `new` at `target`; a folder cannot be renamed onto one that is not empty."""
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        target.replace(old / "replaced")
+    """Put `new` at `target`; a folder cannot be renamed onto one that is not empty.
+
+    Where the system can exchange two names in one step, a kill leaves the old folder or the new
+    one. Elsewhere there is a moment at which the old one has moved aside and lies in a hidden
+    folder beside `target`.
+    """
+    if not target.exists():
+        new.replace(target)
+    elif not _exchange(new, target):
+        old = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        target.replace(old / target.name)
         try:
             new.replace(target)
         except OSError:
-            (old / "replaced").replace(target)
+            (old / target.name).replace(target)
             raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        new.replace(target)
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
     _sync_folder(target.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (Linux renameat2); return False where that cannot be done."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = (os.fsencode(first.absolute()), os.fsencode(second.absolute()))
+    return renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.{os.getpid()}."
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary folders of processes that were killed while writing `target`."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.")
+    for path in target.parent.iterdir():
+        match = pattern.match(path.name)
+        if match and path.is_dir() and not _is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _sync_tree(folder: Path) -> None:

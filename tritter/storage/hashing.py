@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,3 +27,27 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class DigestQueue:
+    """Digests of tensors, computed in a worker thread while the caller goes on.
+
+    At most one tensor waits, so that a queue never holds more than two.
+    """
+
+    def __init__(self) -> None:
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._digests: dict[str, Future[str]] = {}
+        self._last: Future[str] | None = None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Hash a tensor, unless one of its name was added before."""
+        if name in self._digests:
+            return
+        if self._last is not None:
+            self._last.result()
+        self._last = self._digests[name] = self._worker.submit(tensor_digest, name, tensor)
+
+    def results(self) -> dict[str, str]:
+        """Wait for what was added and return name → digest."""
+        return {name: digest.result() for name, digest in self._digests.items()}

@@ -1,19 +1,27 @@
-"""Safetensors folders: read one tensor at a time, write shards of a bounded size."""
+"""Safetensors folders, read one tensor at a time."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tritter.errors import TritterError
-from tritter.storage.hashing import tensor_digest
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,68 +66,22 @@ class TensorFolder:
         except (SafetensorError, OSError) as error:
             raise TritterError(f"{path} cannot be read ({error}).") from error
 
+    def torch_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of one tensor.
+
+        Raises:
+            TritterError: a type that models are not made of.
+        """
+        with safe_open(self.folder / self.files[name], framework="pt") as file:
+            written = str(file.get_slice(name).get_dtype())
+        for dtype, known in DTYPE_NAMES.items():
+            if known == written and dtype.is_floating_point:
+                return dtype
+        raise TritterError(f"{self.folder / self.files[name]}: {name} is of type {written}.")
+
     def shape(self, name: str) -> tuple[int, ...]:
         with safe_open(self.folder / self.files[name], framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
-
-
-def write_tensors(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, max_shard_bytes: int = 5 * 10**9
-) -> dict[str, str]:
-    """Write tensors as they come, in shards of bounded size, and return their digests.
-
-    One shard gives `model.safetensors`; several give numbered files and an index, as
-    transformers reads them. At most one shard is held in memory.
-
-    Raises:
-        TritterError: the disk refused a write.
-    """
-    digests: dict[str, str] = {}
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
-
-    def flush() -> None:
-        nonlocal pending, pending_bytes
-        _save(pending, _part(folder, len(shards)))
-        shards.append(list(pending))
-        pending, pending_bytes = {}, 0
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > max_shard_bytes:
-            flush()
-        pending[name] = tensor.contiguous()
-        digests[name] = tensor_digest(name, tensor)
-        pending_bytes += size
-        total_bytes += size
-    flush()
-    _name_shards(folder, shards, total_bytes)
-    return digests
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise TritterError(f"{path} could not be written ({error}).") from error
-
-
-def _part(folder: Path, position: int) -> Path:
-    return folder / f"part-{position:05d}.safetensors"
-
-
-def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
-    if len(shards) == 1:
-        _part(folder, 0).rename(folder / SINGLE_NAME)
-        return
-    weight_map: dict[str, str] = {}
-    for position, names in enumerate(shards):
-        final = f"model-{position + 1:05d}-of-{len(shards):05d}.safetensors"
-        _part(folder, position).rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_index(folder: Path, index: Path) -> dict[str, str]:

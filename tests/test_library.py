@@ -1,0 +1,80 @@
+"""Expansion of live models by the literature's names."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests import oracle
+from tritter.errors import RequestError
+from tritter.expansion import LlamaPro, Width
+from tritter.library import (
+    ModelExpander,
+    copied_axis,
+    depth_upscale,
+    expand_linear,
+    width_upscale,
+)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_width_upscale_keeps_the_function_and_its_argument(tied: bool) -> None:
+    model = oracle.tiny_llama(tie_word_embeddings=tied)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for init in ("fresh", "net2net", "zero_pad"):
+        wider = width_upscale(model, 48, new_intermediate_size=90, init=init).eval()
+        assert wider.config.hidden_size == 48 and wider.config.intermediate_size == 90
+        assert oracle.relative_difference(model, wider, oracle.tokens()) < 1e-4
+        assert (wider.lm_head.weight is wider.model.embed_tokens.weight) is tied
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_depth_upscale_takes_solars_layers() -> None:
+    model = oracle.tiny_llama(num_hidden_layers=4)
+    deeper = depth_upscale(model, 6)
+    assert deeper.config.num_hidden_layers == 6
+    for target, source in enumerate((0, 1, 2, 1, 2, 3)):
+        ours = deeper.model.layers[target].state_dict()
+        theirs = model.model.layers[source].state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(RequestError, match="drop_layers"):
+        depth_upscale(model, 6, removal_layers=3)
+
+
+def test_a_bfloat16_model_stays_one_and_trains_on() -> None:
+    model = oracle.tiny_llama().to(torch.bfloat16).train()
+    grown = ModelExpander([LlamaPro(), Width()]).expand(model)
+    assert grown.training
+    assert {p.dtype for p in grown.parameters()} == {torch.bfloat16}
+    oracle.gradients(grown, oracle.tokens())
+
+
+def test_a_model_of_another_kind_is_refused() -> None:
+    with pytest.raises(RequestError, match="no Hugging Face config"):
+        ModelExpander([Width()]).expand(nn.Linear(2, 2))
+
+
+def test_two_chained_linears_compute_the_same() -> None:
+    first, second = nn.Linear(6, 10).double(), nn.Linear(10, 4).double()
+    hidden = copied_axis(10, 25, seed=3)
+    same_in, same_out = copied_axis(6, 6, seed=0), copied_axis(4, 4, seed=0)
+    wide_first = expand_linear(first, 6, 25, input_map=same_in, output_map=hidden)
+    wide_second = expand_linear(second, 25, 4, input_map=hidden, output_map=same_out)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    before = second(torch.tanh(first(x)))
+    torch.testing.assert_close(wide_second(torch.tanh(wide_first(x))), before)
+
+
+def test_one_linear_maps_copies_to_copies() -> None:
+    linear = nn.Linear(5, 3)
+    inputs, outputs = copied_axis(5, 8, seed=1), copied_axis(3, 7, seed=2)
+    wide = expand_linear(linear, 8, 7, input_map=inputs, output_map=outputs)
+    x = torch.randn(4, 5)
+    torch.testing.assert_close(wide(x[:, inputs.source]), linear(x)[:, outputs.source])
+    assert expand_linear(nn.Linear(5, 3, bias=False), 8, 7).bias is None
+
+
+def test_a_linear_does_not_shrink_and_maps_must_fit() -> None:
+    with pytest.raises(RequestError, match="fewer"):
+        expand_linear(nn.Linear(5, 3), 4, 3)
+    with pytest.raises(ValueError, match="from 9 to 9"):
+        expand_linear(nn.Linear(5, 3), 5, 3, input_map=copied_axis(9, 9, seed=0))

@@ -1,0 +1,93 @@
+"""From a parameter count to a shape: the target of one method that comes nearest."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tritter.errors import RequestError
+from tritter.expansion.depth import Dus, LlamaPro
+from tritter.expansion.specification import ExpansionSpec, target_config
+from tritter.expansion.width import Width
+from tritter.families import Config, family_of
+
+TOLERANCE = 0.1
+_MAX_GROWTH = 64  # times the source, where the search for a shape gives up
+
+
+def reach_parameters(
+    config: Config, specs: Sequence[ExpansionSpec], target: int
+) -> tuple[ExpansionSpec, ...]:
+    """Return `specs` with the one open target set to the shape nearest to `target` parameters.
+
+    Depth methods choose the number of layers, width the hidden size (the FFN and, where the
+    proportion is whole, the heads follow).
+
+    Raises:
+        RequestError: several methods leave it open what is to grow, the method's own target is
+            given too, or the nearest shape is more than 10 % off.
+    """
+    if len(specs) != 1:
+        names = ", ".join(spec.name for spec in specs)
+        raise RequestError(
+            f"target_params with the methods {names}: it is open which of them is to reach it; "
+            "use it with one method, or give each method its own target."
+        )
+    (spec,) = specs
+    candidates = [
+        (candidate, _parameters(config, candidate))
+        for candidate in _candidates(config, spec)
+        if _is_possible(config, candidate)
+    ]
+    if not candidates:
+        raise RequestError(f"target_params: {spec.name} has no shape to offer for this model.")
+    best, count = min(candidates, key=lambda pair: abs(pair[1] - target))
+    if abs(count - target) > TOLERANCE * target:
+        raise RequestError(
+            f"target_params = {target:,}: {spec.name} comes no nearer than {count:,} "
+            f"({_describe(best)}), more than 10 % off; it offers {_range(candidates)}."
+        )
+    return (best,)
+
+
+def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
+    dimensions = family_of(config).dimensions(config)
+    layers, hidden = dimensions.num_hidden_layers, dimensions.hidden_size
+    match spec:
+        case Dus(target_layers=None, drop_layers=None):
+            for count in range(layers + 1, 2 * layers + 1):
+                yield replace(spec, target_layers=count)
+        case LlamaPro(target_layers=None, positions=None):
+            for count in range(layers + 1, _MAX_GROWTH * layers + 1):
+                yield replace(spec, target_layers=count)
+        case Width(hidden_size=None):
+            step = dimensions.num_attention_heads
+            for size in range(hidden + step, _MAX_GROWTH * hidden + 1, step):
+                yield replace(spec, hidden_size=size)
+        case _:
+            raise RequestError(
+                f"target_params and a target of {spec.name}'s own ({_describe(spec)}) are both "
+                "given; give one of them."
+            )
+
+
+def _is_possible(config: Config, spec: ExpansionSpec) -> bool:
+    try:
+        target_config(config, [spec])
+    except RequestError:
+        return False
+    return True
+
+
+def _parameters(config: Config, spec: ExpansionSpec) -> int:
+    return family_of(config).count_parameters(target_config(config, [spec]))
+
+
+def _describe(spec: Any) -> str:
+    names = ("target_layers", "drop_layers", "positions", "hidden_size")
+    values = {name: getattr(spec, name, None) for name in names}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def _range(candidates: Sequence[tuple[ExpansionSpec, int]]) -> str:
+    counts = sorted(count for _, count in candidates)
+    return f"{counts[0]:,} to {counts[-1]:,} parameters in {len(counts)} steps"
