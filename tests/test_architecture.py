@@ -34,6 +34,8 @@ ARROWS: dict[str, set[str]] = {
     "forgetting": _TRAINING,
     "report": {"checkpoint", "evaluation"},
     "pipeline": _BELOW_PIPELINE | {"report"},
+    "library": _CORE | {"expand"},
+    "cli": _BELOW_PIPELINE | {"report", "pipeline"},
     PROGRAM: {"config", "pipeline", "report"},
 }
 

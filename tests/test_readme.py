@@ -5,17 +5,24 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
+from tritter.cli import main
 from tritter.config.composition import composer
 from tritter.config.help import help_text
 from tritter.config.plan import CommandLine, make_plan, read_command_line
 from tritter.config.run_folder import RUNS_FOLDER, write_run_file
 from tritter.config.validation import known_keys
+from tritter.data.documents import Document as TextDocument
+from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.expand import expand
+from tritter.expansion import Width
+from tritter.models import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -113,6 +120,35 @@ def _leave_unfinished_run(command: CommandLine) -> None:
     )
 
 
+def check_tritter(words: list[str]) -> None:
+    """Run a command on tiny models in the places that it names; alone, look for its help.
+
+    Raises:
+        ValueError: it exits with another code than 0.
+    """
+    if words[0] == "train" and "--help" not in words:
+        return check_train(words[1:])
+    if len(words) == 1:  # prose that speaks of the command
+        words = [*words, "--help"]
+    if "--help" not in words:
+        _leave_checkpoints(words)
+    code = main(words)
+    if code:
+        raise ValueError(f"exit code {code}")
+    return None
+
+
+def _leave_checkpoints(words: list[str]) -> None:
+    """Put a tiny model at every checkpoint that is read; one called base-… was grown from it."""
+    base = saved(tiny_llama(vocab_size=300, max_position_embeddings=512), Path("base"))
+    tokenizer = train_tokenizer([TextDocument("d", "the class is one\n")], vocab_size=300)
+    save_tokenizer(tokenizer, base, end_of_text=END_OF_TEXT)
+    read = [word for option, word in pairwise(words) if option in CHECKPOINTS]
+    for name in read:
+        if name.startswith("base-"):
+            expand(base, Path(name), [Width()])
+
+
 def check_make(words: list[str]) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert words and set(words) <= targets
@@ -133,8 +169,10 @@ def check_pre_commit(words: list[str]) -> None:
     assert {entry["id"] for entry in entries} == {"ruff-check", "ruff-format", "mypy"}
 
 
+CHECKPOINTS = ("--checkpoint", "history", "inspect")  # the words that name one which is read
 KINDS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("python", "train.py"): check_train,
+    ("tritter",): check_tritter,
     ("make",): check_make,
     ("source",): check_source,
     (".venv/bin/python", "-m", "pytest"): check_pytest,
@@ -172,7 +210,11 @@ def test_command(command, place):
         ("python train.py --helpp", ValueError),
         ("make tests", AssertionError),
         (".venv/bin/python -m pytest tests/nowhere", AssertionError),
-        ("tritter expand --method dus", LookupError),
+        ("tritter expand --method dus", ValueError),
+        ("tritter expand --checkpoint base --method moe", ValueError),
+        ("tritter inspect elsewhere", ValueError),
+        ("tritter expnd", ValueError),
+        ("tritter train expansion=dsu", ValueError),
         ("curl https://example.org", LookupError),
     ],
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from tritter.checkpoint import ExpansionRecord, Lineage, Source, write_checkpoint
 from tritter.checkpoint.folder import file_digests
 from tritter.checkpoint.state import read_state, write_state
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec, ExpansionStep, build_steps
 from tritter.families import Config, Family, family_of
 from tritter.models import read_config
@@ -115,10 +115,10 @@ def expand(
         progress: called with (tensors written, tensors in all).
 
     Raises:
-        RequestError: no spec, unknown family, targets that cannot be had, or a destination that
-            exists; nothing is written.
-        TritterError: the source is damaged, does not fit its config, or was changed since its
-            lineage was written.
+        RequestError: no spec, unknown family, targets that cannot be had, a destination that
+            exists, a source that was changed since its lineage was written or that holds values
+            that are not finite; nothing is written.
+        TritterError: the source is damaged or does not fit its config.
     """
     plan = plan_expansion(source, specs, seed=seed)
     opened = Source.open(source, plan.config)
@@ -238,11 +238,15 @@ def _stream(
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        read = mapped_reader(read_wide, plan.steps)
+        read_mapped = mapped_reader(read_wide, plan.steps)
+        read_copied = mapped_reader(source.read, plan.steps)
         for position, tensor in enumerate(targets):
+            read = read_copied if _is_copied(tensor.name, plan.steps) else read_mapped
             value = read(tensor.name).to(dtypes[tensor.name])
-            if not bool(torch.isfinite(value).all()):
-                raise TritterError(f"{tensor.disk_name} holds values that are not finite.")
+            if not _is_finite(value):
+                raise RequestError(
+                    f"{source.folder}: {tensor.disk_name} would hold values that are not finite."
+                )
             yield tensor.disk_name, value
             if progress is not None:
                 progress(position + 1, len(targets))
@@ -255,6 +259,21 @@ def _origin(name: str, steps: Sequence[ExpansionStep]) -> str:
     for step in reversed(steps):
         name = step.parameter_map.tensors[name].source
     return name
+
+
+def _is_copied(name: str, steps: Sequence[ExpansionStep]) -> bool:
+    """Return whether no map on the way of a target tensor computes anything."""
+    for step in reversed(steps):
+        tensor_map = step.parameter_map.tensors[name]
+        if tensor_map.noise or any(axis is not None for axis in tensor_map.axes):
+            return False
+        name = tensor_map.source
+    return True
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The extremes of a tensor with a NaN are NaN; this is 20 times quicker than isfinite in bf16.
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def _child_lineage(

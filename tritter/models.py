@@ -162,7 +162,7 @@ def config_of(model: nn.Module) -> Config:
         RequestError: the model has none.
     """
     held = getattr(model, "config", None)
-    if not hasattr(held, "to_dict"):
+    if held is None or not hasattr(held, "to_dict"):
         raise RequestError(f"{type(model).__name__} has no Hugging Face config.")
     config = held.to_dict()
     config.pop("_name_or_path", None)

@@ -20,7 +20,7 @@ WITH_EFFECT = {
     "trainer.precision=bf16-mixed": ["trainer.precision"],
     "evaluation.batch_size=3": ["evaluation.batch_size"],
     "gate.strict=true": ["gate.strict"],
-    "expansion.width.noise=0.1": ["expansion.width.noise"],
+    "expansion.width.shares=equal": ["expansion.width.shares"],
     "forgetting=[]": ["forgetting.methods", "forgetting.replay.fraction"],
 }
 

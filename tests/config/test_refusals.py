@@ -49,7 +49,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "expansion=[width,dsu]": ("expansion = dsu", "Did you mean dus?"),
     "expansion=[dus,dus]": ("expansion = [dus,dus]", "[dus]"),
     "forgetting=[none,replay]": ("forgetting = [none,replay]", "none stands alone"),
-    "forgetting=ewc": ("forgetting = ewc", "l2sp, none, replay"),
+    "forgetting=gem": ("forgetting = gem", "ewc, l2sp, none, replay"),
     "forgetting.l2sp.l2sp_lambda=3": ("not selected", "forgetting=[replay,l2sp]"),
     "expansion.llama_pro=3": ("expansion.llama_pro = 3", "expansion=[width,llama_pro]"),
     "expansion=width expansion.width.int=fresh": ("Did you mean expansion.width.init?",),

@@ -130,8 +130,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
     ),
     "not a number": (
         _weights(**{"model.norm.weight": NAN}),
-        TritterError,
-        ["model.norm.weight holds values that are not finite"],
+        RequestError,
+        ["model.norm.weight would hold values that are not finite"],
     ),
     "truncated": (_half, TritterError, ["model.safetensors cannot be read"]),
     "garbage": (

@@ -1,20 +1,23 @@
 """Write and read checkpoint folders: model, tokenizer, model card and tritter.json as one."""
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tritter.checkpoint.card import model_card
 from tritter.checkpoint.record import Lineage
 from tritter.errors import TritterError
 from tritter.families import Config
 from tritter.storage.atomic import atomic_folder, write_text_atomic
-from tritter.storage.hashing import file_digest, merkle_hash
+from tritter.storage.hashing import file_digest, header_digest, merkle_hash
 from tritter.storage.writer import TensorStream, write_tensors
 
 LINEAGE_NAME = "tritter.json"
 CARD_NAME = "README.md"
+HEADER_MARK = "#header"
 
 
 def write_checkpoint(
@@ -59,7 +62,9 @@ def write_checkpoint(
         (folder / CARD_NAME).write_text(model_card(complete, config), encoding="utf-8")
         complete = replace(complete, file_digests=file_digests(folder))
         _dump(folder / LINEAGE_NAME, complete)
-    return complete
+    written = read_lineage(target)
+    assert written is not None
+    return written
 
 
 def write_lineage(folder: Path, lineage: Lineage, config: Config) -> None:
@@ -88,15 +93,26 @@ def read_lineage(folder: Path) -> Lineage | None:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Digest everything that neither tensor digests nor the lineage itself cover."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path for path in files}
-    return {
-        name: file_digest(path)
-        for name, path in names.items()
-        if name != LINEAGE_NAME and not (path.parent == folder and path.suffix == ".safetensors")
-    }
+    """Digest everything that neither tensor digests nor the lineage itself cover.
+
+    Of the model's own safetensors that is the header, named with `HEADER_MARK` behind.
+    """
+    digests: dict[str, str] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if path.parent == folder and path.suffix == ".safetensors":
+            digests[name + HEADER_MARK] = header_digest(path)
+        elif name != LINEAGE_NAME:
+            digests[name] = file_digest(path)
+    return digests
+
+
+def record_text(plain: Mapping[str, Any]) -> str:
+    """Return the one text that a record has on disk, its own digest included."""
+    rest = {key: value for key, value in plain.items() if key != "record_digest"}
+    digest = hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+    return json.dumps({**rest, "record_digest": digest}, indent=1) + "\n"
 
 
 def _dump(path: Path, lineage: Lineage) -> None:
-    write_text_atomic(path, json.dumps(lineage.to_dict(), indent=1) + "\n")
+    write_text_atomic(path, record_text(json.loads(json.dumps(lineage.to_dict()))))

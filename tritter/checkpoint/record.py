@@ -63,6 +63,7 @@ class Lineage:
         best_loss: lowest mean loss over the new domains' validation documents, nats per token.
         benchmark_scores: domain or task → score.
         training_config: what the last training was told, with data sources and their hashes.
+        record_digest: SHA-256 of everything else in the record, filled in when it is written.
     """
 
     model_hash: str
@@ -80,6 +81,7 @@ class Lineage:
     benchmark_scores: Mapping[str, float] = field(default_factory=dict)
     training_config: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    record_digest: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,6 +98,16 @@ class Lineage:
             raise TritterError(
                 f"{origin}: format_version {version!r}; this Tritter reads up to {FORMAT_VERSION}."
             )
+        wrong = [
+            key for key, kind in _KINDS.items() if not isinstance(plain.get(key, kind()), kind)
+        ]
+        wrong += [
+            key
+            for key, kind in _OPTIONAL_KINDS.items()
+            if plain.get(key) is not None and not isinstance(plain[key], kind)
+        ]
+        if wrong:
+            raise TritterError(f"{origin} is not a lineage: {', '.join(wrong)} of another type.")
         try:
             history = tuple(
                 ExpansionRecord(**{**record, "layer_sources": tuple(record["layer_sources"])})
@@ -105,3 +117,24 @@ class Lineage:
         except (TypeError, KeyError) as error:
             known = ", ".join(entry.name for entry in fields(cls))
             raise TritterError(f"{origin} is not a lineage ({error}); it has: {known}.") from error
+
+
+_KINDS: dict[str, Any] = {
+    "model_hash": str,
+    "base_model_hash": str,
+    "tensor_digests": dict,
+    "file_digests": dict,
+    "expansion_history": list,
+    "benchmark_scores": dict,
+    "training_config": dict,
+    "step": int,
+    "epoch": int,
+}
+_OPTIONAL_KINDS: dict[str, Any] = {
+    "parent_hash": str,
+    "parent_path": str,
+    "parent_tensor_digests": dict,
+    "parent_file_digests": dict,
+    "best_loss": (int, float),
+    "record_digest": str,
+}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritter.checkpoint.folder import CARD_NAME, read_lineage
 from tritter.checkpoint.record import Lineage
-from tritter.errors import TritterError
+from tritter.errors import RequestError, TritterError
 from tritter.families import Config, Family, LogicalTensor, family_of
 from tritter.storage.hashing import DigestQueue, file_digest
 from tritter.storage.tensors import TensorFolder
@@ -69,7 +69,7 @@ class Source:
         """Return name on disk → SHA-256 of every tensor, reading those not read so far.
 
         Raises:
-            TritterError: names the tensors that changed since the lineage was written.
+            RequestError: names the tensors that changed since the lineage was written.
         """
         digests = self.digests.results()
         for name, tensor in self.logical.items():
@@ -79,7 +79,7 @@ class Source:
         recorded = digests if self.lineage is None else self.lineage.tensor_digests
         changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
         if changed:
-            raise TritterError(
+            raise RequestError(
                 f"{self.folder} was changed since its lineage was written: {', '.join(changed)}."
             )
         return digests

@@ -125,6 +125,18 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class EWCOptions:
+    """EWC (Kirkpatrick et al. 2017, arXiv 1612.00796) and how its Fisher is estimated."""
+
+    name: ClassVar[str] = "ewc"
+    ewc_lambda: float = field(default=1e4, metadata={"minimum": 0})
+    normalise: str = field(default="none", metadata={"choices": ("none", "mean")})
+    estimator: str = field(default="empirical", metadata={"choices": ("empirical", "true")})
+    num_sequences: int = field(default=256, metadata={"minimum": 1})
+    carry: str = field(default="diagonal", metadata={"choices": ("diagonal", "penalty_preserving")})
+
+
+@dataclass(frozen=True, slots=True)
 class L2SPOptions:
     """L2-SP (Li et al. 2018, arXiv 1802.01483): weight of the pull towards the start."""
 
@@ -140,9 +152,9 @@ class ReplayOptions:
     fraction: float = field(default=0.25, metadata={"minimum": 0, "below": 1})
 
 
-ForgettingOptions = L2SPOptions | ReplayOptions
+ForgettingOptions = EWCOptions | L2SPOptions | ReplayOptions
 FORGETTING_OPTIONS: dict[str, type[ForgettingOptions]] = {
-    options.name: options for options in (L2SPOptions, ReplayOptions)
+    options.name: options for options in (EWCOptions, L2SPOptions, ReplayOptions)
 }
 
 

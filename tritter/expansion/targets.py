@@ -33,18 +33,20 @@ def reach_parameters(
             "use it with one method, or give each method its own target."
         )
     (spec,) = specs
-    candidates = [
-        (candidate, _parameters(config, candidate))
-        for candidate in _candidates(config, spec)
-        if _is_possible(config, candidate)
-    ]
+    candidates: list[tuple[ExpansionSpec, int]] = []
+    for candidate in _candidates(config, spec):
+        if _is_possible(config, candidate):
+            candidates.append((candidate, _parameters(config, candidate)))
+            if candidates[-1][1] > target:  # they come in growing order
+                break
     if not candidates:
         raise RequestError(f"target_params: {spec.name} has no shape to offer for this model.")
     best, count = min(candidates, key=lambda pair: abs(pair[1] - target))
     if abs(count - target) > TOLERANCE * target:
         raise RequestError(
             f"target_params = {target:,}: {spec.name} comes no nearer than {count:,} "
-            f"({_describe(best)}), more than 10 % off; it offers {_range(candidates)}."
+            f"({_describe(best)}), more than 10 % off; its smallest step gives "
+            f"{candidates[0][1]:,}."
         )
     return (best,)
 
@@ -86,8 +88,3 @@ def _describe(spec: Any) -> str:
     names = ("target_layers", "drop_layers", "positions", "hidden_size")
     values = {name: getattr(spec, name, None) for name in names}
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
-
-
-def _range(candidates: Sequence[tuple[ExpansionSpec, int]]) -> str:
-    counts = sorted(count for _, count in candidates)
-    return f"{counts[0]:,} to {counts[-1]:,} parameters in {len(counts)} steps"

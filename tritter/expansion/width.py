@@ -295,11 +295,11 @@ def split_shares(source: Tensor, old_size: int, *, equal: bool) -> Tensor:
     Unequal shares fall by a factor of nine from copy to copy (.9/.1 for two), so that no two
     copies of a source have the same.
     """
-    seen = [0] * old_size
-    weight = torch.empty(len(source), dtype=torch.float64)
-    for position, index in enumerate(source.tolist()):
-        weight[position] = 1.0 if equal else UNEQUAL_RATIO ** -seen[index]
-        seen[index] += 1
+    in_order, order = torch.sort(source, stable=True)
+    copy = torch.empty_like(source)
+    copy[order] = torch.arange(len(source)) - torch.searchsorted(in_order, in_order)
+    weight = torch.full((len(source),), 1.0 if equal else UNEQUAL_RATIO, dtype=torch.float64)
+    weight = weight.pow(-copy)
     total = torch.zeros(old_size, dtype=torch.float64).index_add_(0, source, weight)
     return weight / total[source]
 

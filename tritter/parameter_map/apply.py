@@ -15,6 +15,7 @@ class Quantity(Enum):
     GRADIENT = "gradient"  # Adam's first moment as well
     SQUARED_GRADIENT = "squared_gradient"  # Adam's second moment, diagonal Fisher
     PATH_INTEGRAL = "path_integral"  # gradient × step, synaptic intelligence's ω
+    PENALTY = "penalty"  # a Fisher that is to price the same move of the function the same
 
     def factor(self, axis: AxisFactor) -> Tensor:
         """Return the float64 [N] factors of this quantity along one axis."""
@@ -27,6 +28,9 @@ class Quantity(Enum):
                 return axis.gradient.square()
             case Quantity.PATH_INTEGRAL:
                 return axis.weight * axis.gradient
+            case Quantity.PENALTY:
+                # share / weight², where share = weight · gradient adds up to 1 over the copies
+                return torch.where(axis.weight != 0, axis.gradient / axis.weight, 0.0)
 
 
 def map_tensor(
@@ -46,12 +50,12 @@ def map_tensor(
         return torch.zeros_like(mapped) if tensor_map.state == "fresh" else mapped
     if tensor_map.is_zeroed:
         return torch.zeros_like(mapped)
-    has_source = _select(tensor_map, torch.ones(source.shape, dtype=torch.bool))
     if tensor_map.noise:
         mapped = _with_noise(mapped, tensor_map, source)
-    if not bool(has_source.all()):
-        mapped = _filled(mapped, has_source.to(mapped.device), tensor_map.fill)
-    return mapped
+    if all(axis is None or bool((axis.index >= 0).all()) for axis in axes):
+        return mapped
+    has_source = _select(tensor_map, torch.ones(source.shape, dtype=torch.bool))
+    return _filled(mapped, has_source.to(mapped.device), tensor_map.fill)
 
 
 def carried(tensor_map: TensorMap, source_mask: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ STATE_KINDS: dict[str, StateKind] = {
     # Zeros would give new entries updates several times too large under an old step count
     "exp_avg_sq": StateKind(Quantity.SQUARED_GRADIENT, "mean"),
     "fisher": StateKind(Quantity.SQUARED_GRADIENT, "zero"),
+    "fisher_penalty": StateKind(Quantity.PENALTY, "zero"),
     "path_integral": StateKind(Quantity.PATH_INTEGRAL, "zero"),
     "anchor": StateKind(Quantity.WEIGHT, "as_weights"),
     "ema": StateKind(Quantity.WEIGHT, "as_weights"),

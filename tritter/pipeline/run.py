@@ -59,6 +59,8 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     attempt = Arm(ATTEMPT, config.expansion)
     _announce(context)
     context.stage("baseline", lambda: stages.baseline(context), label="baseline")
+    if stages.needs_importance(context):
+        context.stage("importance", lambda: stages.importance(context), label="importance")
     _run_arm(context, attempt)
     if config.control:
         context.say("control", "the un-grown base, trained in the same way")

@@ -12,12 +12,21 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from tritter.checkpoint import read_lineage, write_checkpoint, write_lineage
+from tritter.checkpoint.state import read_state, state_tensors, write_state
+from tritter.config.schema import EWCOptions
 from tritter.evaluation.jump import Jump, logit_jump
 from tritter.evaluation.samples import sample_text
-from tritter.expand import carried_masks, copy_tokenizer, expand
+from tritter.expand import (
+    carried_masks,
+    copy_tokenizer,
+    expand,
+    plan_expansion,
+    state_stream,
+)
 from tritter.expansion import build_steps
 from tritter.families import family_of
 from tritter.forgetting import build_methods
+from tritter.forgetting.fisher import diagonal_fisher
 from tritter.models import load_model, named_tensors, read_config
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
@@ -52,6 +61,30 @@ def baseline(context: RunContext) -> StageResult:
         },
         seconds={"pretraining": base.seconds},
     )
+
+
+def importance(context: RunContext) -> StageResult:
+    """Estimate, at the baseline's weights, how much each weight matters to the old domains."""
+    options = _ewc_options(context)
+    assert options is not None
+    folder = context.folder / "baseline"
+    model = load_model(folder).to(context.device)
+    sequences = context.training_sequences(context.old_domains)
+    order = torch.Generator().manual_seed(context.seed("fisher"))
+    chosen = sequences[torch.randperm(len(sequences), generator=order)[: options.num_sequences]]
+    context.say("importance", f"Fisher of {len(chosen)} sequences of {_names(context.old_domains)}")
+    fisher = diagonal_fisher(
+        model,
+        chosen,
+        estimator="true" if options.estimator == "true" else "empirical",
+        seed=context.seed("fisher", "labels"),
+    )
+    pairs = [(name, value.cpu()) for name, value in fisher.items()]
+    with atomic_folder(context.folder / "importance", overwrite=True) as temporary:
+        write_state(temporary, {"fisher": TensorStream.of(pairs)}, step=0)
+    # The gradients of a training step, and no update
+    flops = 3 * context.flops_per_token(read_config(folder)) * chosen.numel()
+    return StageResult(found={"sequences": len(chosen)}, flops={"importance": float(flops)})
 
 
 def expansion(context: RunContext, arm: Arm) -> StageResult:
@@ -104,7 +137,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         methods=methods,
     )
     protection = " and ".join(method.name for method in methods) or "nothing"
-    domains = ", ".join(context.new_domains)
+    domains = _names(context.new_domains)
     context.say("train", f"{settings.max_steps} steps on {domains}, protected by {protection}")
     flops_per_token = 3 * context.flops_per_token(config)
     result = fit(
@@ -119,6 +152,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             carried=carried,
             old_sequences=context.training_sequences(context.old_domains),
             seed=context.seed("forgetting"),
+            importance=_importance(context, arm),
         ),
         loggers=loggers,
     )
@@ -140,7 +174,7 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     """Score the trained model, and let both models say something."""
     trained = load_model(context.folder / arm.name / "trained")
     who = "the control" if arm.is_control else "the trained model"
-    context.say("evaluate", f"{who} on {', '.join(context.domains)}")
+    context.say("evaluate", f"{who} on {_names(context.domains)}")
     context.score(trained, f"{arm.name}-trained")
     config = read_config(context.folder / arm.name / "trained")
     samples = []
@@ -216,6 +250,34 @@ def _layer_note(sources: tuple[int, ...], name: str) -> str:
 def _parameters(folder: Path) -> int:
     config = read_config(folder)
     return family_of(config).count_parameters(config)
+
+
+def needs_importance(context: RunContext) -> bool:
+    """Say whether a method of the run needs the importance stage."""
+    return _ewc_options(context) is not None
+
+
+def _ewc_options(context: RunContext) -> EWCOptions | None:
+    return next((o for o in context.config.forgetting if isinstance(o, EWCOptions)), None)
+
+
+def _importance(context: RunContext, arm: Arm) -> dict[str, dict[str, Tensor]]:
+    """Return the importances that the baseline's stage left, carried through the arm's maps."""
+    options, state = _ewc_options(context), read_state(context.folder / "importance")
+    if options is None or state is None:
+        return {}
+    baseline_folder = context.folder / "baseline"
+    fisher = state.kinds["fisher"]
+    if not arm.specs:
+        return {"fisher": state_tensors(fisher)}
+    plan = plan_expansion(baseline_folder, arm.specs, seed=context.seed("expansion"))
+    kind = "fisher_penalty" if options.carry == "penalty_preserving" else "fisher"
+    family = family_of(plan.config)
+    return {"fisher": dict(state_stream(family, plan, kind, fisher, moments="carry").tensors)}
+
+
+def _names(domains: Sequence[str]) -> str:
+    return ", ".join(domains)
 
 
 def _carried(context: RunContext, arm: Arm) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from tritter.errors import RequestError, TritterError
 
 _AT_FDCWD = -100  # from fcntl.h
 _RENAME_EXCHANGE = 2  # from linux/fs.h
+_ASIDE = "old-"  # mkdtemp's own characters hold no hyphen
 
 
 @contextmanager
@@ -26,11 +27,11 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             cannot be written.
         TritterError: the disk refused a write on the way (full, read-only).
     """
-    if target.exists() and not overwrite:
-        raise RequestError(f"{target} exists already; nothing was overwritten. Choose another.")
+    _refuse_existing(target, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
+        _refuse_existing(target, overwrite=overwrite)  # what had been moved aside stands again
         temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
     except OSError as error:
         raise RequestError(f"{target} cannot be written: {error.strerror or error}.") from error
@@ -38,7 +39,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         _sync_tree(temporary)
-        _replace_folder(temporary, target)
+        _replace_folder(temporary, target, overwrite=overwrite)
     except OSError as error:
         raise TritterError(
             f"{target} could not be written: {error}. Nothing was changed."
@@ -64,25 +65,32 @@ def write_text_atomic(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _replace_folder(new: Path, target: Path) -> None:
+def _refuse_existing(target: Path, *, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise RequestError(f"{target} exists already; nothing was overwritten. Choose another.")
+
+
+def _replace_folder(new: Path, target: Path, *, overwrite: bool) -> None:
     """Put `new` at `target`; a folder cannot be renamed onto one that is not empty.
+
+    What came to stand there since it was looked for is therefore left alone without `overwrite`.
 
     Where the system can exchange two names in one step, a kill leaves the old folder or the new
     one. Elsewhere there is a moment at which the old one has moved aside and lies in a hidden
-    folder beside `target`.
+    folder beside `target`, from where the next writer puts it back.
     """
-    if not target.exists():
+    if not (overwrite and target.exists()):
         new.replace(target)
     elif not _exchange(new, target):
-        old = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        old = Path(tempfile.mkdtemp(prefix=_prefix(target) + _ASIDE, dir=target.parent))
         target.replace(old / target.name)
         try:
             new.replace(target)
         except OSError:
             (old / target.name).replace(target)
+            old.rmdir()
             raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     _sync_folder(target.parent)
 
 
@@ -100,11 +108,16 @@ def _prefix(target: Path) -> str:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove temporary folders of processes that were killed while writing `target`."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.")
-    for path in target.parent.iterdir():
+    """Remove temporary folders of processes that were killed while writing `target`.
+
+    A folder that one of them had moved aside and not replaced yet is put back first.
+    """
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.({_ASIDE})?")
+    for path in sorted(target.parent.iterdir()):
         match = pattern.match(path.name)
         if match and path.is_dir() and not _is_alive(int(match[1])):
+            if match[2] and (path / target.name).exists() and not target.exists():
+                (path / target.name).replace(target)
             shutil.rmtree(path, ignore_errors=True)
 
 

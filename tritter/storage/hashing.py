@@ -29,6 +29,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def header_digest(path: Path) -> str:
+    """SHA-256 of a safetensors file's header, which names and places its tensors."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
+
+
 class DigestQueue:
     """Digests of tensors, computed in a worker thread while the caller goes on.
 

@@ -4,6 +4,7 @@ The format puts all names, dtypes, shapes and offsets into a header before the d
 states them first. safetensors' own writer takes whole dictionaries, hence the few lines here.
 """
 
+import ctypes
 import json
 import struct
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from tritter.storage.hashing import DigestQueue
 from tritter.storage.tensors import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
 
 _HEADER_ALIGNMENT = 8
+_BYTES_UNTIL_TRIM = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ def write_tensors(
     names = _shard_names(len(shards))
     digests = DigestQueue()
     pending = iter(stream.tensors)
+    written = 0
     for entries, file_name in zip(shards, names, strict=True):
         with _ShardWriter(folder / file_name, entries) as writer:
             for entry in entries:
@@ -75,10 +78,26 @@ def write_tensors(
                 _check(entry, name, tensor)
                 digests.add(name, tensor)
                 writer.write(name, tensor)
+                written += entry.num_bytes
+                if written >= _BYTES_UNTIL_TRIM:
+                    _give_back_freed_memory()
+                    written = 0
     assert next(pending, None) is None, "more tensors came than were announced"
     if len(shards) > 1:
         _write_index(folder, shards, names)
     return digests.results()
+
+
+def _give_back_freed_memory() -> None:
+    """Return freed pages to the system.
+
+    glibc keeps what tensors leave behind in pieces that the next ones do not fit into, so that
+    memory would grow with the model after all (480 MB for a source of 0.5 GB, 850 MB for 1.5 GB;
+    so 340 and 350 MB). Other allocators have no such call.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class _ShardWriter:

@@ -5,7 +5,7 @@ of their own: the LightningModule holds them as a list, and one callback drives 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,11 +23,15 @@ class Task:
             else came with the expansion and is free.
         old_sequences: int [N, T], packed training sequences of the old domains.
         seed: of the method's own randomness.
+        importance: kind (`fisher`) → parameter name → importance of each entry for the old
+            domains, carried through the expansion; zero where an entry is new. A parameter that
+            is absent has none. Holds what the methods of the run need.
     """
 
     carried: Mapping[str, Tensor]
     old_sequences: Tensor
     seed: int
+    importance: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 class ForgettingMethod:
@@ -38,6 +42,7 @@ class ForgettingMethod:
     """
 
     name = "method"
+    needs: tuple[str, ...] = ()  # kinds of importance that the task has to bring
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Prepare for a training of `model`, whose weights are those after the expansion."""

@@ -1,0 +1,126 @@
+"""`tritter history`: the chain as table, tree and JSON, and exit code 3 when it does not hold."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+from tritter.checkpoint import read_lineage, write_lineage
+from tritter.models import read_config
+
+
+@pytest.fixture
+def chain(run: Run, place: Path) -> Path:
+    """base → wide → deep, in the current folder."""
+    assert run("expand --checkpoint base --output wide --method width").code == 0
+    assert run("expand --checkpoint wide --output deep --method llama-pro,dus").code == 0
+    return place
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def test_table_and_tree(run: Run, chain: Path) -> None:
+    result = run("history deep")
+    assert result.code == 0
+    lines = [" ".join(line.split()) for line in result.out.splitlines()]
+    lineage = read_lineage(chain / "deep")
+    assert lineage is not None
+    day = lineage.expansion_history[-1].timestamp[:10]
+    assert lines[0] == "checkpoint made by size steps after hash when"
+    assert any(line.startswith("base plain folder 28.4 k - ") for line in lines)
+    assert any(
+        line.startswith("deep llama-pro, dus") and f"0 {lineage.model_hash[:12]} {day}" in line
+        for line in lines
+    )
+    assert lines[-3:] == ["base (plain folder)", "└── wide (width)", "└── deep (llama-pro, dus)"]
+
+
+def test_an_intact_chain(run: Run, chain: Path) -> None:
+    result = run("history deep --verify")
+    assert result.code == 0
+    assert "3 checkpoints: 3 intact, 0 changed, 0 not checked" in result.out
+    content = run("history deep --verify --json").json
+    assert content["verified"] and content["intact"]
+    assert [link["state"] for link in content["chain"]] == ["intact"] * 3
+    assert [link["methods"] for link in content["chain"]] == [[], ["width"], ["llama_pro", "dus"]]
+
+
+@pytest.mark.parametrize("name", ["base", "wide", "deep"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_every_changed_byte_is_named_with_exit_code_3(
+    run: Run, chain: Path, name: str, file: str
+) -> None:
+    _flip(chain / name / file)
+    result = run("history deep --verify")
+    assert result.code == 3
+    named = [line for line in result.out.splitlines() if line.startswith(f"{name}/{file}")]
+    assert len(named) == 1
+    assert named[0].endswith(": changed")
+    assert (".weight: " in named[0]) == (file == "model.safetensors")
+    assert "2 intact, 1 changed" in result.out
+    content = run("history deep --verify --json")
+    assert content.code == 3
+    (link,) = [link for link in content.json["chain"] if link["changes"]]
+    assert link["changes"][0]["file"] == file
+    assert run("history deep").code == 0  # nothing was asked to be checked
+
+
+def test_a_parent_that_is_gone_is_not_checked(run: Run, chain: Path) -> None:
+    shutil.rmtree(chain / "base")
+    result = run("history deep --verify")
+    assert result.code == 0
+    assert "not there" in result.out
+    assert "3 checkpoints: 2 intact, 0 changed, 1 not checked" in result.out
+
+
+def test_a_plain_folder_has_nothing_to_check(run: Run, place: Path) -> None:
+    result = run("history base --verify")
+    assert result.code == 0
+    assert "0 intact, 0 changed, 1 not checked" in result.out
+
+
+def test_the_newest_checkpoint_tells_the_steps_after(run: Run, chain: Path) -> None:
+    shutil.copytree(chain / "deep", chain / "trained")
+    lineage = read_lineage(chain / "deep")
+    assert lineage is not None
+    width, *others = lineage.expansion_history
+    records = (width, *(replace(record, continued_training_steps=40) for record in others))
+    trained = replace(
+        lineage,
+        model_hash="f" * 64,
+        parent_hash=lineage.model_hash,
+        parent_path="../deep",
+        expansion_history=records,
+        step=40,
+    )
+    write_lineage(chain / "trained", trained, read_config(chain / "deep"))
+    content = run("history trained --json").json
+    assert [link["made_by"] for link in content["chain"]] == [
+        "plain folder",
+        "width",
+        "llama-pro, dus",
+        "training of 40 steps",
+    ]
+    steps = [link["continued_training_steps"] for link in content["chain"]]
+    assert steps == [None, 0, 40, None]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_no_checkpoint(run: Run, place: Path, name: str) -> None:
+    result = run(f"history {name}")
+    assert result.code == 2
+    assert "Traceback" not in result.err
+
+
+def test_an_unreadable_record(run: Run, chain: Path) -> None:
+    (chain / "deep" / "tritter.json").write_text("{")
+    assert run("history deep").code == 2
+    checked = run("history deep --verify")
+    assert checked.code == 3
+    assert "deep/tritter.json" in checked.out

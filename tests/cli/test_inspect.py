@@ -1,0 +1,150 @@
+"""`tritter inspect`: numbers by hand, and the map of the last expansion as it was recorded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.cli.conftest import Run
+
+
+def _rows(run: Run, folder: str) -> dict[tuple[str, str], dict[str, object]]:
+    rows = run(f"inspect {folder} --json").json["last_map"]["rows"]
+    return {(row.pop("kind"), row.pop("layers")): row for row in rows}
+
+
+def test_a_plain_folder(run: Run, place: Path) -> None:
+    content = run("inspect base --json").json
+    assert content["family"] == "llama"
+    assert content["shapes"] == {
+        "num_hidden_layers": 3,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "vocab_size": 300,
+    }
+    assert content["parameters"]["parts"] == {
+        "embedding": 300 * 24,
+        "attention": 3 * (2 * 24 * 24 + 2 * 12 * 24),
+        "FFN": 3 * 3 * 40 * 24,
+        "norms": 7 * 24,
+        "output head": 300 * 24,
+    }
+    assert content["parameters"]["total"] == sum(content["parameters"]["parts"].values())
+    assert content["dtypes"] == {"float32": 30}
+    assert not content["is_tied"]
+    assert content["lineage"] is None and content["last_map"] is None
+    text = run("inspect base").out
+    assert "none: a plain Hugging Face folder" in text
+    assert "untied" in text
+
+
+def test_dtypes_are_those_on_disk(run: Run, place: Path) -> None:
+    path = place / "base" / "model.safetensors"
+    tensors = load_file(path)
+    tensors = {name: t if "norm" in name else t.bfloat16() for name, t in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert run("inspect base --json").json["dtypes"] == {"bfloat16": 23, "float32": 7}
+    assert "bfloat16 (23 tensors), float32 (7 tensors)" in run("inspect base").out
+
+
+def test_the_map_of_fresh_width(run: Run, place: Path) -> None:
+    """24 → 96 keeps one block of four: c = 1/2 for every gain, gradients by 1/c."""
+    words = "--method width --hidden-size 96 --intermediate-size 40 --num-heads 4 --num-kv-heads 2"
+    assert run(f"expand --checkpoint base {words}").code == 0
+    rows = _rows(run, "base-width")
+    gain = {"source_shape": [24], "target_shape": [96], "weight": "0.5", "gradient": "2"}
+    gain |= {"fill": "mean", "state": "carry"}
+    assert rows["attention_norm", "0-2"] == rows["final_norm", ""] == gain
+    assert rows["ffn.gate", "0-2"]["fill"] == "random 0.1"  # 1/√96
+    assert rows["ffn.down", "0-2"]["fill"] == "zero"
+    assert rows["ffn.down", "0-2"]["target_shape"] == [96, 40]
+
+
+def test_the_map_of_net2net(run: Run, place: Path) -> None:
+    """FFN and heads doubled in shares .9/.1; the residual stream stays."""
+    words = "--hidden-size 24 --intermediate-size 80 --num-heads 8 --num-kv-heads 4"
+    done = run(f"expand --checkpoint base --method width --width-init net2net {words} --noise 0.01")
+    assert done.code == 0, done.err
+    rows = _rows(run, "base-width")
+    factors = {name: (row["weight"], row["gradient"]) for (name, _), row in rows.items()}
+    assert factors["ffn.down"] == factors["attention.o"] == ("0.1, 0.9", "1")
+    assert factors["ffn.up"] == factors["ffn.gate"] == factors["attention.q"] == ("1", "0.1, 0.9")
+    assert factors["embed"] == factors["ffn_norm"] == ("1", "1")
+    assert rows["ffn.up", "0-2"]["fill"] == "noise 0.01 on copies"
+
+
+def test_the_map_of_new_blocks(run: Run, place: Path) -> None:
+    assert run("expand --checkpoint base --method width,llama-pro").code == 0
+    rows = _rows(run, "base-width-llama-pro")
+    old, new = rows["ffn.down", "0-1, 3"], rows["ffn.down", "2, 4"]
+    assert (old["weight"], old["state"]) == ("1", "carry")
+    assert (new["weight"], new["state"]) == ("0", "fresh")
+    text = run("inspect base-width-llama-pro").out
+    assert "0 1 1 2 2" in text
+    assert "width, llama-pro" in text
+    assert "as recorded" in text
+
+
+def test_qwen3_heads_have_norms(run: Run, sources: Path, tmp_path: Path) -> None:
+    assert run(f"expand --checkpoint {sources / 'qwen3'} --output {tmp_path / 'w'} --method width")
+    rows = _rows(run, str(tmp_path / "w"))
+    assert rows["attention.q_norm", "0-2"]["weight"] == "1"
+    assert rows["attention.q", "0-2"]["weight"] == "0.7071"  # √(d/D): q/k norms share eps
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "differs from the recorded"),
+        ({"options": {"init": "net2net"}}, "differs from the recorded"),
+        ({"method": "moe"}, "this Tritter has no method 'moe'"),
+        ({"options": {"bogus": 1}}, "cannot be rebuilt"),
+        ({"options": {"init": "bogus"}}, "differs from the recorded"),
+    ],
+)
+def test_a_record_that_does_not_give_the_map_is_seen(
+    run: Run, place: Path, changes: dict[str, object], said: str
+) -> None:
+    assert run("expand --checkpoint base --method width").code == 0
+    path = place / "base-width" / "tritter.json"
+    content = json.loads(path.read_text())
+    content["expansion_history"][-1] |= changes
+    path.write_text(json.dumps(content))
+    result = run("inspect base-width")
+    assert result.code == 0
+    assert said in result.out
+
+
+def test_scores_and_training(run: Run, place: Path) -> None:
+    assert run("expand --checkpoint base --method width").code == 0
+    path = place / "base-width" / "tritter.json"
+    content = json.loads(path.read_text()) | {"benchmark_scores": {"prose": 3.75}, "step": 40}
+    content["expansion_history"][-1] |= {
+        "step0_error": 3e-6,
+        "continued_training_steps": 40,
+        "performance_delta": {"prose": 0.0181},
+    }
+    path.write_text(json.dumps(content))
+    text = " ".join(run("inspect base-width").out.split())
+    for words in (
+        "loss prose 3.7500 nats per token",
+        "step-0 error 3.0e-06",
+        "steps after 40",
+        "loss per byte prose +1.81 %",
+        "trained 40 steps",
+    ):
+        assert words in text
+
+
+def test_what_is_no_checkpoint(run: Run, place: Path) -> None:
+    (place / "base" / "model.safetensors").unlink()
+    shutil.copytree(place / "base", place / "b")
+    for name in ("nowhere", "b"):
+        result = run(f"inspect {name}")
+        assert (result.code, result.out) == (2, "")
+        assert name in result.err

@@ -1,0 +1,146 @@
+"""The words of the command line: help, spelling, usage errors, and the way on to train.py."""
+
+import dataclasses
+import importlib
+import os
+import re
+import resource
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+from tritter.cli import main
+from tritter.cli.request import METHOD_OPTIONS, spelled
+from tritter.config.help import help_text
+from tritter.expansion import EXPANSIONS, Width
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("expand", "history", "inspect", "generate", "train")
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize("words", ["--help", "expand --help", "train --help", "expand --hepl"])
+def test_help_and_usage_errors_take_less_than_a_second_and_no_torch(words: str) -> None:
+    program = (
+        "import sys; from tritter.cli import main; code = main(sys.argv[1:]); "
+        "assert not {'torch', 'transformers', 'hydra'} & set(sys.modules); sys.exit(code)"
+    )
+    before = _cpu_seconds()
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words.split()], capture_output=True, text=True, check=False
+    )
+    assert _cpu_seconds() - before < 1
+    assert done.returncode == (2 if "hepl" in words else 0), done.stderr
+
+
+def test_help_lists_the_commands(run: Run) -> None:
+    for words in ("--help", "-h", ""):
+        result = run(words)
+        assert result.code == 0
+        for command in COMMANDS:
+            assert re.search(rf"^\W*{command} ", result.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(run: Run, command: str) -> None:
+    assert run(f"{command} --help").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("expnd", "Did you mean 'expand'?"),
+        ("expand --checkpoint base --method dus --hiden-size 3", "Did you mean --hidden-size?"),
+        ("expand --checkpoint base --method dus --num_hads 3", "Did you mean --num-heads?"),
+        ("expand --method dus", "Missing option '--checkpoint'"),
+        ("expand --checkpoint base", "Missing option '--method'"),
+        ("expand --checkpoint base --method dus --target-layers four", "'--target-layers'"),
+        ("expand --checkpoint base --method dus --target-layers 0", "'--target-layers'"),
+        ("expand --checkpoint base --method dus --target-params 7X", "such as 7B, 350M"),
+        ("expand --checkpoint base --method dus --max-shard-size 0", "such as 5GB, 500MB"),
+        ("expand --checkpoint base --method llama-pro --positions 1,x", "such as 3,7,11"),
+        ("history", "Missing argument 'DIR'"),
+        ("inspect a b", "unexpected extra argument"),
+        ("generate --checkpoint base", "Missing option '--prompt'"),
+        ("generate --checkpoint base --prompt x --temperature -1", "'--temperature'"),
+    ],
+)
+def test_usage_errors_exit_2_in_one_message(run: Run, words: str, said: str) -> None:
+    result = run(words)
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert said in result.err
+    assert "--help` lists what there is." in result.err
+
+
+def test_the_options_offered_are_those_that_the_methods_have() -> None:
+    taken = {(m, field) for takers in METHOD_OPTIONS.values() for m, field in takers.items()}
+    fields = {
+        (method, field.name)
+        for method, spec in EXPANSIONS.items()
+        for field in dataclasses.fields(spec)
+    }
+    # How a checkpoint is trained later is no matter of its expansion
+    assert fields - taken == {("llama_pro", "new_blocks_only")}
+    assert taken <= fields
+
+
+def test_help_names_every_method_and_choice(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = run("expand --help").out
+    for method in EXPANSIONS:
+        assert spelled(method) in text
+    for field in dataclasses.fields(Width):
+        if choices := field.metadata.get("choices"):
+            assert "|".join(map(spelled, choices)) in text
+    for option in METHOD_OPTIONS:
+        assert f"--{spelled(option)} " in text
+
+
+# train
+
+
+def test_train_is_the_program_behind_train_py(run: Run) -> None:
+    assert run("train --help").out.strip() == help_text().strip()
+    assert run("train -h").out.strip() == help_text().strip()
+    result = run("train expansion=dsu")
+    assert result.code == 2
+    assert "dsu" in result.err
+    assert run("train --cfg job").code == 0
+
+
+@pytest.mark.parametrize("words", ["--checkpoint base", "--checkpoint=base --steps 10"])
+def test_train_of_a_checkpoint_says_that_it_is_not_built(run: Run, words: str) -> None:
+    result = run(f"train {words}")
+    assert result.code == 2
+    assert "continued training of a checkpoint is not built yet" in result.err
+    assert "--checkpoint" not in run("train --help").out
+
+
+def test_the_console_script_points_here() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["tritter"].partition(":")
+    assert getattr(importlib.import_module(module), function) is main
+
+
+def test_a_terminal_that_knows_ascii_alone_is_enough(place: Path) -> None:
+    program = "import sys; from tritter.cli import main; sys.exit(main(sys.argv[1:]))"
+    for words in ("expand --help", "expand --checkpoint base --method width", "inspect base-width"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words.split()],
+            capture_output=True,
+            check=False,
+            env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.isascii()
+        assert b"\\u" not in done.stdout

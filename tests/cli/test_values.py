@@ -1,0 +1,48 @@
+"""Numbers as people write them."""
+
+import pytest
+import typer
+
+from tritter.cli.values import byte_count, layer_list, parameter_count
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("7B", 7 * 10**9),
+        ("1.5b", 15 * 10**8),
+        ("350M", 350 * 10**6),
+        ("213k", 213_000),
+        ("7e9", 7 * 10**9),
+        ("7_000_000", 7_000_000),
+        ("0.3G", 3 * 10**8),
+        ("12", 12),
+    ],
+)
+def test_counts(text: str, count: int) -> None:
+    assert parameter_count(text) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("4GiB", 2**32), ("20 kB", 20_000), ("7", 7)],
+)
+def test_bytes(text: str, count: int) -> None:
+    assert byte_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "B", "7X", "-7B", "0", "0.1", "7 B B", "1e999", "nan", "٣B"])
+def test_what_is_no_number_is_refused(text: str) -> None:
+    for read in (parameter_count, byte_count):
+        if not (read is byte_count and text == "7 B B"):
+            with pytest.raises(typer.BadParameter):
+                read(text)
+
+
+def test_layers() -> None:
+    assert layer_list(None) is None
+    assert layer_list("3,7, 11") == (3, 7, 11)
+    assert layer_list("[0]") == (0,)
+    for text in ("", "1,", "a", "-1", "1.5"):
+        with pytest.raises(typer.BadParameter):
+            layer_list(text)

@@ -1,0 +1,166 @@
+"""EWC: its penalty by another path, and what an expansion makes of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import oracle
+from tests.training.test_fit import module_of, run, task
+from tritter.errors import TritterError
+from tritter.expand import expand, plan_expansion
+from tritter.expansion import Dus, LlamaPro, Width
+from tritter.families import LLAMA
+from tritter.forgetting import EWC
+from tritter.forgetting.fisher import diagonal_fisher
+from tritter.parameter_map.carry import carry
+from tritter.training import Task
+
+
+def task_with(model: nn.Module, fisher: dict[str, Tensor]) -> Task:
+    plain = task(model)
+    return Task(
+        carried=plain.carried,
+        old_sequences=plain.old_sequences,
+        seed=0,
+        importance={"fisher": fisher},
+    )
+
+
+@pytest.mark.parametrize("normalise", ["none", "mean"])
+def test_gradient_is_that_of_half_lambda_fisher_times_square(normalise: str) -> None:
+    model = oracle.tiny_llama()
+    fisher = diagonal_fisher(model, oracle.tokens(batch=4))
+    method = EWC(ewc_lambda=50.0, normalise=normalise)
+    method.begin_task(model, task_with(model, fisher))
+    anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    mean = torch.cat([value.flatten() for value in fisher.values()]).mean()
+    scale = 1.0 if normalise == "none" else float(mean)
+    loss = sum(
+        25.0 * (fisher[n] / scale * (p - anchor[n]) ** 2).sum() for n, p in model.named_parameters()
+    )
+    expected = torch.autograd.grad(loss, list(model.parameters()))  # type: ignore[arg-type]
+    assert method.logged_loss(model) == pytest.approx(float(loss.detach()), rel=1e-4)  # type: ignore[union-attr]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    method.add_to_gradients(model)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_without_fisher_it_refuses(tmp_path: Path) -> None:
+    with pytest.raises(TritterError, match="no Fisher"):
+        run(module_of(EWC(ewc_lambda=1.0)), tmp_path)
+
+
+def test_a_fisher_of_zeros_cannot_be_normalised() -> None:
+    model = oracle.tiny_llama()
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(TritterError, match="zero everywhere"):
+        EWC(ewc_lambda=1.0, normalise="mean").begin_task(model, task_with(model, zeros))
+
+
+def doubled_ffn(folder: Path, shares: str) -> tuple[nn.Module, nn.Module, list[Tensor], Tensor]:
+    """Return model, widened model, the two Fishers of a down projection, and the copies."""
+    model = oracle.tiny_llama()
+    source = oracle.saved(model, folder / "source")
+    specs = [Width(init="net2net", intermediate_size=80, shares=shares)]
+    result = expand(source, folder / "result", specs)
+    name = "layers.1.ffn.down"
+    tensor_map = plan_expansion(source, specs).steps[0].parameter_map.tensors[name]
+    axis = tensor_map.axes[1]
+    assert axis is not None
+    fisher = diagonal_fisher(model, oracle.tokens(batch=4))["model.layers.1.mlp.down_proj.weight"]
+    mapped = [carry(tensor_map, fisher, kind) for kind in ("fisher", "fisher_penalty")]
+    return model, oracle.stock(result.folder), [fisher, *mapped], axis.index
+
+
+@pytest.mark.parametrize("shares", ["equal", "unequal"])
+def test_the_same_move_of_the_function_costs_the_same_or_less(tmp_path: Path, shares: str) -> None:
+    """Moving a neuron's output by the same factor, in the old model and in all its copies.
+
+    `penalty_preserving` prices it the same; the mapped diagonal has lost what stands between
+    copies: half of it at equal shares, 0.18 at .9/.1.
+    """
+    model, wide, (fisher, diagonal, preserving), index = doubled_ffn(tmp_path, shares)
+    name = "model.layers.1.mlp.down_proj.weight"
+    old, new = model.get_parameter(name).detach(), wide.get_parameter(name).detach()
+    step = 0.1 * torch.randn(24, 40)
+    price = float((fisher * (old * step) ** 2).sum())
+    wide_step = new * step[:, index]
+    assert float((preserving * wide_step**2).sum()) == pytest.approx(price, rel=1e-4)
+    left = {"equal": 0.5, "unequal": 0.9**2 + 0.1**2}[shares]
+    assert float((diagonal * wide_step**2).sum()) == pytest.approx(left * price, rel=1e-4)
+
+
+def test_the_mapped_fisher_is_that_of_the_expanded_model(tmp_path: Path) -> None:
+    """For an exact width the grown model's own Fisher, estimated anew, is the mapped one."""
+    model = oracle.tiny_llama(tie_word_embeddings=True)
+    source = oracle.saved(model, tmp_path / "source")
+    specs = [Width(init="net2net"), LlamaPro()]
+    result = expand(source, tmp_path / "result", specs)
+    sequences = oracle.tokens(batch=6)
+    fisher = diagonal_fisher(model, sequences)
+    own = diagonal_fisher(oracle.stock(result.folder), sequences)
+    plan = plan_expansion(source, specs)
+    values = {t.name: fisher[t.disk_name] for t in LLAMA.logical_tensors(plan.config)}
+    for step in plan.steps:
+        maps = step.parameter_map.tensors
+        values = {
+            n: carry(m, values[m.source], "fisher") for n, m in maps.items()
+            if m.source in values and m.state == "carry"
+        }  # fmt: skip
+    compared = 0
+    for tensor in LLAMA.logical_tensors(plan.target_config):
+        if tensor.name in values:
+            theirs = own[tensor.disk_name]
+            assert float((values[tensor.name] - theirs).norm() / theirs.norm()) < 1e-3, tensor.name
+            compared += theirs.numel()
+    assert compared > 40_000
+
+
+def test_new_parameters_are_free_and_copies_are_held(tmp_path: Path) -> None:
+    source = oracle.saved(oracle.tiny_llama(), tmp_path / "source")
+    (step,) = plan_expansion(source, [Width(hidden_size=36, intermediate_size=50)]).steps
+    fisher = carry(step.parameter_map.tensors["layers.0.ffn.gate"], torch.ones(40, 24), "fisher")
+    assert bool((fisher[:40, :24] > 0).all())
+    assert not bool(fisher[40:].any()) and not bool(fisher[:, 24:].any())
+    (step,) = plan_expansion(source, [Dus()]).steps
+    tensors = step.parameter_map.tensors
+    assert step.parameter_map.layer_sources == (0, 1, 1, 2)
+    for layer in range(4):
+        kept = carry(tensors[f"layers.{layer}.ffn.gate"], torch.ones(40, 24), "fisher")
+        assert bool((kept == 1).all())
+
+
+def test_it_holds_what_matters(tmp_path: Path) -> None:
+    """The Fisher-weighted distance shrinks with λ while the plain distance need not."""
+    moved = {}
+    for strength in (0.0, 1e5):
+        module = module_of(EWC(ewc_lambda=strength))
+        fisher = diagonal_fisher(module.model, oracle.tokens(batch=8))
+        start = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+        from rich.console import Console
+
+        from tests.training.test_fit import SETTINGS, batches
+        from tritter.training import fit
+
+        fit(
+            module,
+            batches(),
+            settings=SETTINGS,
+            folder=tmp_path / str(strength),
+            label="test",
+            flops_per_token=1,
+            console=Console(quiet=True),
+            task=task_with(module.model, fisher),
+        )
+        moved[strength] = sum(
+            float((fisher[n] * (p.detach() - start[n]) ** 2).sum())
+            for n, p in module.model.named_parameters()
+        )
+    assert moved[1e5] < 0.5 * moved[0.0]

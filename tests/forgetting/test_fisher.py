@@ -1,0 +1,74 @@
+"""The Fisher against a loop over examples, and against its definition by another path."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import oracle
+from tritter.forgetting.fisher import diagonal_fisher
+
+
+def looped(model: nn.Module, sequences: Tensor) -> dict[str, Tensor]:
+    """One backward pass per sequence, squared, averaged."""
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for sequence in sequences:
+        for name, gradient in oracle.gradients(model, sequence.unsqueeze(0)).items():
+            total[name] += gradient.square()
+    return {name: value / len(sequences) for name, value in total.items()}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_equals_the_loop(tied: bool, batch_size: int) -> None:
+    model = oracle.tiny_llama(tie_word_embeddings=tied, attention_bias=True)
+    sequences = oracle.tokens(batch=10)
+    fisher = diagonal_fisher(model, sequences, batch_size=batch_size)
+    slow = looped(model, sequences)
+    assert set(fisher) == set(slow)
+    for name, value in slow.items():
+        assert float((fisher[name] - value).norm() / value.norm()) < 1e-5, name
+
+
+def test_squaring_the_batch_mean_is_too_small_by_about_the_batch() -> None:
+    """Negative control: the estimator that is often written."""
+    model = oracle.tiny_llama()
+    sequences = oracle.tokens(batch=16)
+    fisher = diagonal_fisher(model, sequences)
+    wrong = {name: g.square() for name, g in oracle.gradients(model, sequences).items()}
+    ratio = sum(float(v.sum()) for v in fisher.values()) / sum(
+        float(v.sum()) for v in wrong.values()
+    )
+    assert 4 < ratio < 32
+
+
+def test_true_fisher_is_the_expectation_over_the_models_own_labels() -> None:
+    """Two positions, five tokens: the expectation is summed in full."""
+    model = oracle.tiny_llama(
+        vocab_size=5,
+        hidden_size=8,
+        num_attention_heads=2,
+        head_dim=4,
+        num_hidden_layers=1,
+        num_key_value_heads=2,
+        intermediate_size=8,
+    )
+    sequence = torch.tensor([[3, 1]])
+    chances = oracle.logits(model, sequence)[0, 0].softmax(dim=-1)
+    expected = 0.0
+    for token, chance in enumerate(chances.tolist()):
+        gradient = oracle.gradients(model, torch.tensor([[3, token]]))
+        expected += chance * float(gradient["lm_head.weight"].square().sum())
+    many = sequence.repeat(4000, 1)
+    fisher = diagonal_fisher(model, many, batch_size=500, estimator="true", seed=1)
+    assert float(fisher["lm_head.weight"].sum()) == pytest.approx(expected, rel=0.05)
+    empirical = diagonal_fisher(model, sequence)
+    assert float(empirical["lm_head.weight"].sum()) != pytest.approx(expected, rel=0.05)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = oracle.tiny_llama().train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    diagonal_fisher(model, oracle.tokens(batch=2))
+    assert model.training
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,262 @@
+"""The chain of checkpoints behind one: found by hash, and hashed again when asked."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from tritter.checkpoint.folder import (
+    HEADER_MARK,
+    LINEAGE_NAME,
+    read_lineage,
+    record_text,
+)
+from tritter.checkpoint.record import ExpansionRecord, Lineage
+from tritter.errors import RequestError, TritterError
+from tritter.storage.hashing import file_digest, header_digest, merkle_hash, tensor_digest
+from tritter.storage.tensors import TensorFolder
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One checkpoint of a chain.
+
+    Args:
+        folder: where it lies; None when it was not found.
+        model_hash: what it has to have; None for a plain folder that nobody speaks of.
+        lineage: what it says of itself; None for a plain folder, or one that was not found.
+        problem: why its tritter.json says nothing.
+        made_by: the expansions that made it out of its parent, oldest first; none when it was
+            trained, or starts the chain.
+        tensor_digests: tensor name → SHA-256 that it has to have, where known.
+        file_digests: file name → the same, of everything but tensors.
+    """
+
+    folder: Path | None
+    model_hash: str | None
+    lineage: Lineage | None = None
+    problem: str | None = None
+    made_by: tuple[ExpansionRecord, ...] = ()
+    tensor_digests: Mapping[str, str] | None = None
+    file_digests: Mapping[str, str] | None = None
+
+    @property
+    def can_be_checked(self) -> bool:
+        return self.folder is not None and (self.model_hash or self.problem) is not None
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Count the parameters from the files' headers; None where they cannot be read."""
+        if self.folder is None:
+            return None
+        try:
+            tensors = TensorFolder.open(self.folder)
+            return sum(prod(tensors.shape(name)) for name in tensors.files)
+        except TritterError:
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing in a folder that is not as it was written.
+
+    Args:
+        file: name in the folder; empty when it is not known which.
+        tensor: its name, when it is a tensor.
+        what: changed, missing, added, or why it cannot be read.
+    """
+
+    file: str
+    tensor: str | None
+    what: str
+
+
+def read_chain(folder: Path) -> tuple[Link, ...]:
+    """Return the checkpoints from the start of the chain to `folder`, oldest first.
+
+    A parent is looked for where its child says it lay, then beside the child; its hash decides.
+    The chain ends at a parent that is not found, which is the first link then.
+
+    Raises:
+        RequestError: there is no such folder, or no checkpoint in it.
+    """
+    if not folder.is_dir():
+        raise RequestError(f"{folder} is not a folder.")
+    if not any((folder / name).exists() for name in (LINEAGE_NAME, "config.json")):
+        raise RequestError(f"{folder} holds no checkpoint: no config.json and no {LINEAGE_NAME}.")
+    links = [_link(folder)]
+    seen = {links[0].model_hash}
+    while (child := links[-1]).lineage is not None and child.lineage.parent_hash is not None:
+        parent = _parent(child)
+        links[-1] = _made_from(child, parent)
+        if parent.model_hash in seen:
+            break
+        seen.add(parent.model_hash)
+        links.append(parent)
+    return tuple(reversed(links))
+
+
+def verify(link: Link, *, progress: Progress | None = None) -> tuple[Change, ...]:
+    """Hash a checkpoint's tensors and files again and return what is not as it was written.
+
+    Args:
+        link: one that `can_be_checked`.
+        progress: called with (tensors hashed, tensors in all).
+    """
+    assert link.folder is not None
+    tensors = tuple(_tensor_changes(link.folder, link, progress))
+    explained = {change.file for change in tensors}  # whose header says no more than that
+    files = _file_changes(link.folder, link.file_digests or {})
+    return (
+        *_record_changes(link),
+        *tensors,
+        *(change for change in files if change.file not in explained),
+    )
+
+
+def _link(folder: Path) -> Link:
+    try:
+        lineage = read_lineage(folder)
+    except TritterError as error:
+        return Link(folder=folder, model_hash=None, problem=str(error))
+    if lineage is None:
+        return Link(folder=folder, model_hash=None)
+    return Link(
+        folder=folder,
+        model_hash=lineage.model_hash,
+        lineage=lineage,
+        tensor_digests=lineage.tensor_digests,
+        file_digests=lineage.file_digests,
+    )
+
+
+def _made_from(child: Link, parent: Link) -> Link:
+    """Return the child with the expansions that it has and its parent has not."""
+    assert child.lineage is not None
+    history = child.lineage.expansion_history
+    if parent.lineage is not None:
+        own = history[len(parent.lineage.expansion_history) :]
+    elif child.lineage.parent_hash == child.lineage.base_model_hash:
+        own = history  # what stands at the start has no expansions behind it
+    else:
+        # Its parent would say how many are its own; one is, unless it was trained.
+        own = () if child.lineage.step else history[-1:]
+    return Link(
+        folder=child.folder,
+        model_hash=child.model_hash,
+        lineage=child.lineage,
+        made_by=own,
+        tensor_digests=child.tensor_digests,
+        file_digests=child.file_digests,
+    )
+
+
+def _parent(child: Link) -> Link:
+    assert child.lineage is not None and child.folder is not None
+    lineage, wanted = child.lineage, child.lineage.parent_hash
+    hinted = (child.folder / lineage.parent_path).resolve() if lineage.parent_path else None
+    for folder in _candidates(child.folder, hinted):
+        link = _link(folder)
+        if link.lineage is not None and wanted in _hashes(link.lineage):
+            return link
+    for folder in _candidates(child.folder, hinted):
+        if _is_plain_parent(folder, lineage, is_hinted=folder == hinted):
+            return Link(
+                folder=folder,
+                model_hash=wanted,
+                tensor_digests=lineage.parent_tensor_digests,
+                file_digests=lineage.parent_file_digests,
+            )
+    if hinted is not None and hinted.is_dir() and (link := _link(hinted)).problem:
+        return link
+    return Link(folder=None, model_hash=wanted)
+
+
+def _candidates(folder: Path, hinted: Path | None) -> Iterator[Path]:
+    """Yield the folders in which a parent may lie, the hint first."""
+    if hinted is not None and hinted.is_dir():
+        yield hinted
+    try:
+        beside = sorted(path for path in folder.resolve().parent.iterdir() if path.is_dir())
+    except OSError:
+        return
+    for path in beside:
+        # Hidden ones are being written, or were left behind by a kill
+        if path != folder.resolve() and not path.name.startswith("."):
+            yield path
+
+
+def _hashes(lineage: Lineage) -> set[str]:
+    """Return the hash that a lineage states, and the one that follows from its digests."""
+    return {lineage.model_hash, merkle_hash(lineage.tensor_digests)}
+
+
+def _is_plain_parent(folder: Path, child: Lineage, *, is_hinted: bool) -> bool:
+    """True for a folder without lineage that has to be the parent that the child describes.
+
+    Its tensors would tell, but hashing them is what `verify` is for: beside the child, a config
+    of the recorded digest is enough.
+    """
+    config = folder / "config.json"
+    if (folder / LINEAGE_NAME).exists() or not config.is_file():
+        return False
+    recorded = (child.parent_file_digests or {}).get("config.json")
+    return is_hinted or (recorded is not None and file_digest(config) == recorded)
+
+
+def _record_changes(link: Link) -> Iterator[Change]:
+    if link.problem is not None:
+        yield Change(LINEAGE_NAME, None, link.problem)
+    lineage = link.lineage
+    if lineage is not None and merkle_hash(lineage.tensor_digests) != lineage.model_hash:
+        yield Change(LINEAGE_NAME, None, "its hash does not follow from its tensors' digests")
+    if lineage is not None and link.folder is not None and lineage.record_digest is not None:
+        text = (link.folder / LINEAGE_NAME).read_text(encoding="utf-8")
+        if text != record_text(json.loads(text)):
+            yield Change(LINEAGE_NAME, None, "changed")
+
+
+def _tensor_changes(folder: Path, link: Link, progress: Progress | None) -> Iterator[Change]:
+    try:
+        tensors = TensorFolder.open(folder)
+    except TritterError as error:
+        yield Change("", None, str(error))
+        return
+    found: dict[str, str] = {}
+    for position, (name, file) in enumerate(tensors.files.items()):
+        try:
+            found[name] = tensor_digest(name, tensors.get(name))
+        except TritterError as error:
+            yield Change(file, name, str(error))
+            found[name] = ""
+        if progress is not None:
+            progress(position + 1, len(tensors.files))
+    if link.tensor_digests is None:
+        if link.model_hash is not None and merkle_hash(found) != link.model_hash:
+            yield Change("", None, f"the tensors' hash is not {link.model_hash}")
+        return
+    for name, digest in link.tensor_digests.items():
+        if name not in found:
+            yield Change("", name, "missing")
+        elif found[name] and found[name] != digest:
+            yield Change(tensors.files[name], name, "changed")
+    if link.lineage is not None:  # a plain folder may hold a tied head twice
+        for name in found.keys() - link.tensor_digests.keys():
+            yield Change(tensors.files[name], name, "added")
+
+
+def _file_changes(folder: Path, recorded: Mapping[str, str]) -> Iterator[Change]:
+    for name, digest in recorded.items():
+        file = name.removesuffix(HEADER_MARK)
+        path = folder / file
+        hashed = header_digest if name.endswith(HEADER_MARK) else file_digest
+        try:
+            if not path.is_file():
+                yield Change(file, None, "missing")
+            elif hashed(path) != digest:
+                yield Change(file, None, "changed")
+        except OSError as error:
+            yield Change(name, None, f"cannot be read ({error.strerror})")

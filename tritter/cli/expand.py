@@ -1,0 +1,224 @@
+"""`tritter expand`: read the request, show what comes of it, write it."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+
+from tritter.checkpoint import Source
+from tritter.cli.output import (
+    DTYPES,
+    SHAPES,
+    new_console,
+    new_table,
+    print_command,
+    print_json,
+    print_lines,
+    shapes_of,
+    short,
+    shown_path,
+)
+from tritter.cli.request import (
+    choice,
+    damage_is_a_wrong_request,
+    in_options,
+    method_names,
+    specs_of,
+    spelled,
+)
+from tritter.errors import RequestError
+from tritter.expand import Expanded, Plan, Progress, expand, plan_expansion
+from tritter.expansion import ExpansionSpec, ExpansionStep
+from tritter.expansion.targets import reach_parameters
+from tritter.models import locate, read_config
+from tritter.parameter_map.carry import POLICIES
+from tritter.report.wording import count_text
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandRequest:
+    """The words of the command, numbers read.
+
+    Args:
+        given: every option that was given, by name; those of the methods are picked from it.
+        target_params: a number of parameters to come near to.
+    """
+
+    checkpoint: str
+    output: Path | None
+    methods: tuple[str, ...]
+    given: Mapping[str, Any]
+    target_params: int | None
+    moments: str
+    seed: int
+    dtype: str | None
+    max_shard_bytes: int
+
+
+def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_json: bool) -> int:
+    """Carry the request out, or only plan it, and print what came of it.
+
+    Raises:
+        RequestError: the source, an option or the destination cannot be had; nothing is written.
+        TritterError: writing failed, or a tensor turned out damaged while it was read.
+    """
+    methods = method_names(request.methods)
+    specs = specs_of(methods, request.given)
+    moments = choice("moments", request.moments, POLICIES)
+    dtype = None if request.dtype is None else DTYPES[choice("dtype", request.dtype, list(DTYPES))]
+    with damage_is_a_wrong_request():
+        folder = locate(request.checkpoint)
+        source = Source.open(folder, read_config(folder))
+    destination = request.output or _default_output(request.checkpoint, folder, methods)
+    if destination.exists() and not overwrite:
+        raise RequestError(
+            f"{destination} exists already; choose another --output, or add --overwrite."
+        )
+    with in_options():
+        if request.target_params is not None:
+            specs = reach_parameters(source.config, specs, request.target_params)
+        result: Plan | Expanded
+        if dry_run:
+            result = plan_expansion(folder, specs, seed=request.seed)
+        else:
+            with _progress_bar(is_shown=not as_json) as progress:
+                result = expand(
+                    folder,
+                    destination,
+                    specs,
+                    seed=request.seed,
+                    dtype=dtype,
+                    max_shard_bytes=request.max_shard_bytes,
+                    overwrite=overwrite,
+                    moments=moments,
+                    progress=progress,
+                )
+    if as_json:
+        print_json(_as_json(result, folder, destination, request))
+    else:
+        _print(result, folder, destination, request)
+    return 0
+
+
+def _default_output(checkpoint: str, folder: Path, methods: Sequence[str]) -> Path:
+    """Return SRC-METHOD: beside a folder, and here for a model from the hub."""
+    ending = "-".join(map(spelled, methods))
+    if Path(checkpoint).is_dir():
+        place = folder if folder.name not in ("", "..") else folder.resolve()
+        return place.with_name(f"{place.name}-{ending}")
+    return Path(f"{checkpoint.rstrip('/').rpartition('/')[2]}-{ending}")
+
+
+@contextmanager
+def _progress_bar(*, is_shown: bool) -> Iterator[Progress | None]:
+    """Yield what shows tensors written and the time left, on a terminal."""
+    console = Console(stderr=True)
+    if not is_shown or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("tensors"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with ProgressBar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("tensors", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _as_json(
+    result: Plan | Expanded, source: Path, destination: Path, request: ExpandRequest
+) -> dict[str, Any]:
+    first, last = result.steps[0], result.steps[-1]
+    lineage = result.lineage if isinstance(result, Expanded) else None
+    return {
+        "source": str(source),
+        "destination": str(destination),
+        "written": lineage is not None,
+        "shapes": {
+            "before": shapes_of(first.source_config),
+            "after": shapes_of(last.target_config),
+        },
+        "parameters": {"before": result.parameters_before, "after": result.parameters_after},
+        "dtype": request.dtype,
+        "seed": request.seed,
+        "steps": [
+            {
+                "method": step.spec.name,
+                "expansion_type": step.spec.expansion_type,
+                "options": step.options,
+                "layer_sources": list(step.parameter_map.layer_sources),
+                "is_exact": step.spec.is_exact,
+                "notes": list(step.notes),
+                "map_digest": step.parameter_map.digest(),
+            }
+            for step in result.steps
+        ],
+        "model_hash": lineage.model_hash if lineage else None,
+        "parent_hash": lineage.parent_hash if lineage else None,
+    }
+
+
+def _print(
+    result: Plan | Expanded, source: Path, destination: Path, request: ExpandRequest
+) -> None:
+    console = new_console()
+    _print_shapes(console, result)
+    lines: list[tuple[str, str]] = []
+    for position, step in enumerate(result.steps):
+        lines += _step_lines(step, is_first=position == 0)
+    lines.append(("exact", _exactness([step.spec for step in result.steps])))
+    if request.dtype is not None:
+        lines.append(("dtype", spelled(request.dtype)))
+    if isinstance(result, Expanded):
+        lines.append(("hash", short(result.lineage.model_hash)))
+    console.print()
+    print_lines(console, lines)
+    console.print()
+    here = shlex.quote(shown_path(destination))
+    if isinstance(result, Expanded):
+        print_command(console, "written", shown_path(destination))
+        print_command(console, "next   ", f"tritter inspect {here}")
+    else:
+        print_command(console, "dry run", f"nothing was written; it would go to {here}")
+
+
+def _print_shapes(console: Console, result: Plan | Expanded) -> None:
+    before = shapes_of(result.steps[0].source_config)
+    after = shapes_of(result.steps[-1].target_config)
+    table = new_table("", "before", "after", "", numbers=("before", "after"))
+    for name, label in SHAPES.items():
+        grown = f"{after[name] / before[name]:.3g} times" if before[name] != after[name] else ""
+        style = "bold" if grown else "dim"
+        table.add_row(label, str(before[name]), str(after[name]), grown, style=style)
+    table.add_section()
+    table.add_row(
+        "parameters",
+        count_text(result.parameters_before),
+        count_text(result.parameters_after),
+        f"{result.parameters_after / result.parameters_before:.3g} times",
+        style="bold",
+    )
+    console.print(table)
+
+
+def _step_lines(step: ExpansionStep, *, is_first: bool) -> list[tuple[str, str]]:
+    """Say what one expansion does: its notes, where layers come from, the map's digest."""
+    texts = list(step.notes)
+    if step.spec.expansion_type == "depth":
+        texts.append(f"layers from {' '.join(map(str, step.parameter_map.layer_sources))}")
+    texts.append(f"map {short(step.parameter_map.digest())}")
+    labels = [spelled(step.spec.name), *[""] * (len(texts) - 1)]
+    return list(zip(labels, texts, strict=True))
+
+
+def _exactness(specs: Sequence[ExpansionSpec]) -> str:
+    lossy = [spelled(spec.name) for spec in specs if not spec.is_exact]
+    if not lossy:
+        return "yes: the model computes what it computed before"
+    return (
+        f"no: {', '.join(lossy)} changes what the model computes; measure the jump on your own "
+        "text, and train on"
+    )

@@ -1,0 +1,122 @@
+"""`tritter generate`: a checkpoint continues a text, through stock transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritter.cli.output import DTYPES, new_console, print_json, signs_of
+from tritter.cli.request import damage_is_a_wrong_request
+from tritter.errors import RequestError
+from tritter.families import Config
+from tritter.models import load_model, load_tokenizer, locate, read_config
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def run_generate(
+    checkpoint: str,
+    *,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """Print the prompt and its continuation.
+
+    Raises:
+        RequestError: the checkpoint cannot be loaded, has no tokenizer, or has no room for the
+            prompt and the new tokens.
+    """
+    with damage_is_a_wrong_request():
+        folder = locate(checkpoint)
+        config = read_config(folder)
+        _check_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
+        input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        _check_room(config, num_tokens=input_ids.shape[-1], max_new_tokens=max_new_tokens)
+        model = load_model(folder, dtype=DTYPES.get(str(config.get("dtype")), torch.float32))
+    new_ids = continuation(
+        model,
+        input_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    text = tokenizer.decode(new_ids, skip_special_tokens=True)
+    if as_json:
+        print_json(_as_json(prompt, text, new_ids, temperature=temperature, seed=seed))
+    else:
+        console = new_console()
+        # What a model writes may hold control characters; line breaks and tabs are text.
+        signs = signs_of(console)
+        safe = "".join(s if s in "\n\t" else signs.printable(s) for s in prompt + text)
+        console.print(safe, soft_wrap=True)
+    return 0
+
+
+def continuation(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    pad_token_id: int | None,
+) -> list[int]:
+    """Return the new tokens only; greedy at temperature 0, else drawn from `seed`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert isinstance(model, nn.Module)
+    model.to(device).eval()
+    # What generation_config.json adds to a temperature is switched off: the options say it all.
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+    input_ids = input_ids.to(device)
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        output = model.generate(  # type: ignore[operator]
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_token_id,
+            top_k=None,
+            top_p=None,
+            **sampling,
+        )
+    return [int(token) for token in output[0, input_ids.shape[-1] :]]
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise RequestError(
+            f"{folder} holds no tokenizer ({', '.join(_TOKENIZERS)}); generate needs one."
+        )
+
+
+def _check_room(config: Config, *, num_tokens: int, max_new_tokens: int) -> None:
+    if num_tokens == 0:
+        raise RequestError("--prompt = (empty): give the model at least one token to continue.")
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and num_tokens + max_new_tokens > positions:
+        room = positions - num_tokens
+        allowed = f"at most {room}" if room > 0 else "a shorter --prompt"
+        raise RequestError(
+            f"--max-new-tokens = {max_new_tokens}: the prompt has {num_tokens} tokens and the "
+            f"model reads {positions}; {allowed}."
+        )
+
+
+def _as_json(
+    prompt: str, text: str, new_ids: list[int], *, temperature: float, seed: int
+) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "text": text,
+        "num_new_tokens": len(new_ids),
+        "temperature": temperature,
+        "seed": seed,
+    }

@@ -1,0 +1,188 @@
+"""`tritter history`: the chain of checkpoints as a table and a tree, and whether it holds."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from tritter.checkpoint.history import Change, Link, read_chain, verify
+from tritter.cli.output import (
+    new_console,
+    new_table,
+    print_json,
+    short,
+    shown_path,
+    signs_of,
+)
+from tritter.cli.request import spelled
+from tritter.errors import RequestError
+from tritter.report.wording import count_text
+
+EXIT_NO = 3
+NOT_THERE = "not there: not checked"
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A checkpoint of the chain, and what a check of it found (None: it was not checked)."""
+
+    link: Link
+    changes: tuple[Change, ...] | None
+
+    @property
+    def state(self) -> str:
+        if self.changes is None:
+            return "not checked"
+        return "changed" if self.changes else "intact"
+
+
+def run_history(folder: Path, *, verify: bool, as_json: bool) -> int:
+    """Print the chain that ends at `folder`; return 3 when a check found a change.
+
+    Raises:
+        RequestError: there is no checkpoint, or its lineage cannot be read (unless it is to be
+            verified: then that is a change).
+    """
+    chain = read_chain(folder)
+    if not verify and chain[-1].problem:
+        raise RequestError(chain[-1].problem)
+    rows = _checked(chain, verify=verify, is_quiet=as_json)
+    is_intact = not any(row.changes for row in rows)
+    if as_json:
+        newest = chain[-1]
+        print_json(
+            {
+                "folder": str(folder),
+                "verified": verify,
+                "intact": is_intact if verify else None,
+                "chain": [_row_json(row, newest) for row in rows],
+            }
+        )
+    else:
+        _print(rows, is_verified=verify)
+    return 0 if is_intact else EXIT_NO
+
+
+def _checked(chain: Sequence[Link], *, verify: bool, is_quiet: bool) -> list[Checked]:
+    console = Console(stderr=True)
+    is_shown = verify and console.is_terminal and not is_quiet
+    with console.status("hashing") if is_shown else nullcontext():
+        return [Checked(link, _changes(link) if verify else None) for link in chain]
+
+
+def _changes(link: Link) -> tuple[Change, ...] | None:
+    return verify(link) if link.can_be_checked else None
+
+
+def made_by(link: Link) -> str:
+    """Say in a few words what made a checkpoint."""
+    lineage = link.lineage
+    if link.problem:
+        return "its tritter.json cannot be read"
+    if lineage is None:
+        return "plain folder" if link.folder else NOT_THERE
+    if link.made_by:
+        return ", ".join(spelled(record.method) for record in link.made_by)
+    steps = f" of {lineage.step} steps" if lineage.step else ""
+    if lineage.parent_hash is None:
+        return f"pretraining{steps}" if steps else "start"
+    return f"training{steps}"
+
+
+def steps_after(link: Link, newest: Link) -> int | None:
+    """Return the training after a checkpoint's expansions, as its newest descendant knows it."""
+    if link.lineage is None or not link.made_by:
+        return None
+    last = len(link.lineage.expansion_history) - 1
+    records = newest.lineage.expansion_history if newest.lineage else ()
+    record = records[last] if last < len(records) else link.made_by[-1]
+    return record.continued_training_steps
+
+
+def _day(link: Link) -> str:
+    return link.made_by[-1].timestamp.partition("T")[0] if link.made_by else ""
+
+
+def _row_json(row: Checked, newest: Link) -> dict[str, Any]:
+    link = row.link
+    return {
+        "folder": str(link.folder) if link.folder else None,
+        "model_hash": link.model_hash,
+        "parent_hash": link.lineage.parent_hash if link.lineage else None,
+        "made_by": made_by(link),
+        "methods": [record.method for record in link.made_by],
+        "parameters": link.num_parameters,
+        "continued_training_steps": steps_after(link, newest),
+        "timestamp": link.made_by[-1].timestamp if link.made_by else None,
+        "state": row.state,
+        "changes": [
+            {"file": change.file or None, "tensor": change.tensor, "what": change.what}
+            for change in row.changes or ()
+        ],
+    }
+
+
+def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
+    console = new_console()
+    newest = rows[-1].link
+    checks = ("check",) if is_verified else ()
+    table = new_table(
+        "checkpoint", "made by", "size", "steps after", "hash", "when", *checks,
+        numbers=("size", "steps after"), wrapped=("checkpoint", "made by", "steps after"),
+    )  # fmt: skip
+    for row in rows:
+        steps = steps_after(row.link, newest)
+        cells = [
+            _name(row.link),
+            made_by(row.link),
+            count_text(row.link.num_parameters),
+            "-" if steps is None else str(steps),
+            short(row.link.model_hash),
+            _day(row.link),
+            *([row.state] if is_verified else []),
+        ]
+        table.add_row(*(signs_of(console).printable(cell) for cell in cells))
+    console.print(table)
+    console.print()
+    console.print(_tree(rows, console), soft_wrap=True)
+    if is_verified:
+        _print_verdict(rows, console)
+
+
+def _name(link: Link) -> str:
+    return link.folder.resolve().name if link.folder else f"({short(link.model_hash)})"
+
+
+def _tree(rows: Sequence[Checked], console: Console) -> Tree:
+    """Return the chain as a tree: what a checkpoint is made of stands above it."""
+    signs = signs_of(console)
+
+    def label(link: Link) -> Text:
+        place = shown_path(link.folder) if link.folder else _name(link)
+        return Text(signs.printable(f"{place}  ({made_by(link)})"))
+
+    tree = branch = Tree(label(rows[0].link))
+    for row in rows[1:]:
+        branch = branch.add(label(row.link))
+    return tree
+
+
+def _print_verdict(rows: Sequence[Checked], console: Console) -> None:
+    signs = signs_of(console)
+    console.print()
+    for row in rows:
+        for change in row.changes or ():
+            place = shown_path(row.link.folder) if row.link.folder else ""
+            words = [f"{place}/{change.file}" if change.file else place, change.tensor or ""]
+            text = f"{' '.join(filter(None, words))}: {change.what}"
+            console.print(Text(signs.printable(text), style="red"), soft_wrap=True)
+    unchecked = sum(row.changes is None for row in rows)
+    changed = sum(bool(row.changes) for row in rows)
+    intact = len(rows) - unchecked - changed
+    parts = [f"{intact} intact", f"{changed} changed", f"{unchecked} not checked"]
+    console.print(f"{len(rows)} checkpoints: {', '.join(parts)}")

@@ -1,0 +1,216 @@
+"""`tritter inspect`: what a checkpoint is, and how its last expansion made it."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from tritter.checkpoint import ExpansionRecord, Source
+from tritter.cli.map_table import MapRow, map_rows, rebuilt_map
+from tritter.cli.output import (
+    SHAPES,
+    new_console,
+    new_table,
+    print_json,
+    print_lines,
+    shapes_of,
+    short,
+    signs_of,
+)
+from tritter.cli.request import damage_is_a_wrong_request, spelled
+from tritter.errors import TritterError
+from tritter.models import read_config
+from tritter.report.wording import count_text
+
+_PARTS = ("embedding", "attention", "FFN", "norms", "output head")
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedMap:
+    """The map of an expansion, rebuilt from its record.
+
+    Args:
+        digest: of the map as rebuilt; None when it could not be.
+        problem: why it could not be rebuilt, or that it is not the one that was recorded.
+    """
+
+    digest: str | None
+    rows: tuple[MapRow, ...]
+    problem: str | None
+
+    @classmethod
+    def of(cls, record: ExpansionRecord) -> "RecordedMap":
+        try:
+            rebuilt = rebuilt_map(record)
+            rows = map_rows(rebuilt, dict(record.source_config), dict(record.target_config))
+        except (TritterError, KeyError) as error:
+            return cls(None, (), f"cannot be rebuilt: {error}")
+        digest = rebuilt.digest()
+        differs = digest != record.map_digest
+        problem = f"differs from the recorded {short(record.map_digest)}" if differs else None
+        return cls(digest, rows, problem)
+
+
+def run_inspect(folder: Path, *, as_json: bool) -> int:
+    """Print what a checkpoint is.
+
+    Raises:
+        RequestError: there is no checkpoint, or it is damaged.
+    """
+    with damage_is_a_wrong_request():
+        source = Source.open(folder, read_config(folder))
+        dtypes = Counter(str(source.tensors.torch_dtype(t.disk_name)) for t in _tensors(source))
+    lineage = source.lineage
+    last = lineage.expansion_history[-1] if lineage and lineage.expansion_history else None
+    last_map = RecordedMap.of(last) if last else None
+    if as_json:
+        print_json(_as_json(source, dtypes, last_map))
+    else:
+        _print(source, dtypes, last, last_map)
+    return 0
+
+
+def parameters_of_parts(source: Source) -> dict[str, int]:
+    """Count the parameters of each part; a tied head counts with the embedding."""
+    counts = dict.fromkeys(_PARTS, 0)
+    for tensor in _tensors(source):
+        size = prod(source.family.shape(tensor, source.config))
+        counts[_part(tensor.name)] += size
+    return {part: count for part, count in counts.items() if count}
+
+
+def _tensors(source: Source) -> list[Any]:
+    return list(source.logical.values())
+
+
+def _part(logical_name: str) -> str:
+    if "norm" in logical_name:
+        return "norms"
+    kinds = {"embed": "embedding", "head": "output head"}
+    kind = logical_name.split(".")[2] if logical_name.startswith("layers.") else logical_name
+    return kinds.get(kind, "FFN" if kind == "ffn" else "attention")
+
+
+def _as_json(
+    source: Source, dtypes: Mapping[str, int], last_map: RecordedMap | None
+) -> dict[str, Any]:
+    lineage = source.lineage
+    return {
+        "folder": str(source.folder),
+        "family": source.family.model_type,
+        "architecture": source.family.architecture,
+        "shapes": shapes_of(source.config),
+        "parameters": {
+            "total": source.family.count_parameters(source.config),
+            "parts": parameters_of_parts(source),
+        },
+        "dtypes": {name.removeprefix("torch."): count for name, count in dtypes.items()},
+        "is_tied": bool(source.config.get("tie_word_embeddings")),
+        "lineage": None
+        if lineage is None
+        else {
+            key: value
+            for key, value in lineage.to_dict().items()
+            if not key.endswith("_digests") and key != "training_config"
+        },
+        "last_map": None
+        if last_map is None
+        else {
+            "digest": last_map.digest,
+            "problem": last_map.problem,
+            "rows": [asdict(row) for row in last_map.rows],
+        },
+    }
+
+
+def _print(
+    source: Source,
+    dtypes: Mapping[str, int],
+    last: ExpansionRecord | None,
+    last_map: RecordedMap | None,
+) -> None:
+    console = new_console()
+    _print_model(console, source, dtypes)
+    lineage = source.lineage
+    lines = []
+    if lineage is None:
+        lines.append(("lineage", "none: a plain Hugging Face folder"))
+    else:
+        methods = [spelled(record.method) for record in lineage.expansion_history]
+        lines.append(("hash", short(lineage.model_hash)))
+        lines.append(("parent", short(lineage.parent_hash)))
+        lines.append(("expansions", ", ".join(methods) or "none"))
+        if lineage.step:
+            lines.append(("trained", f"{lineage.step} steps"))
+        for name, score in lineage.benchmark_scores.items():
+            lines.append((f"loss {name}", f"{score:.4f} nats per token"))
+    console.print()
+    print_lines(console, lines)
+    if last is not None and last_map is not None:
+        _print_expansion(console, last, last_map)
+
+
+def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) -> None:
+    table = new_table("shape", "", numbers=("",))
+    for name, size in shapes_of(source.config).items():
+        table.add_row(SHAPES[name], str(size))
+    parts = new_table("parameters", "", " ", numbers=("", " "))
+    total = source.family.count_parameters(source.config)
+    for part, count in parameters_of_parts(source).items():
+        parts.add_row(part, count_text(count), f"{100 * count / total:.1f} %")
+    parts.add_section()
+    parts.add_row("all", count_text(total), f"{total:,}")
+    console.print(table)
+    console.print()
+    console.print(parts)
+    console.print()
+    words = [name.removeprefix("torch.") for name in sorted(dtypes)]
+    kinds = words if len(words) == 1 else [f"{w} ({dtypes[f'torch.{w}']} tensors)" for w in words]
+    tie = "tied to the embedding" if source.config.get("tie_word_embeddings") else "untied"
+    lines = [("family", f"{source.family.model_type} ({source.family.architecture})")]
+    lines += [("on disk", ", ".join(kinds)), ("output head", tie)]
+    print_lines(console, lines)
+
+
+def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMap) -> None:
+    error = record.step0_error
+    delta = [f"{name} {100 * change:+.2f} %" for name, change in record.performance_delta.items()]
+    lines = [
+        ("last expansion", f"{spelled(record.method)} ({record.timestamp}, seed {record.seed})"),
+        ("layers from", " ".join(map(str, record.layer_sources))),
+        ("exact", "yes, by its method" if record.claims_exact else "no"),
+        ("step-0 error", "not measured" if error is None else f"{error:.1e}"),
+        ("steps after", str(record.continued_training_steps)),
+    ]
+    if delta:
+        lines.append(("loss per byte", ", ".join(delta)))
+    lines.append(("map", last.problem or f"{short(last.digest)}, as recorded"))
+    console.print()
+    print_lines(console, lines)
+    if last.rows:
+        console.print()
+        _print_map(console, last)
+
+
+def _print_map(console: Console, last: RecordedMap) -> None:
+    arrow = signs_of(console).arrow
+    headers = ("tensor", "layers", "shape", "weight", "gradient", "fill", "state")
+    table = new_table(*headers, wrapped=("tensor", "shape", "fill"))
+    for row in last.rows:
+        before, after = (
+            "x".join(map(str, shape)) for shape in (row.source_shape, row.target_shape)
+        )
+        shape = after if before == after else f"{before} {arrow} {after}"
+        cells = (row.kind, row.layers, shape, row.weight, row.gradient, row.fill, row.state)
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+    console.print()
+    console.print(
+        "weight, gradient: factors where an entry has a source; fill: what stands where it has "
+        "none, random with its standard deviation; state: whether moments follow"
+    )

@@ -1,0 +1,160 @@
+"""The commands, their words and their exit codes; what each does stands in its own file.
+
+Nothing here imports torch: `tritter --help` and refused words answer at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from tritter.cli import options
+from tritter.errors import RequestError, TritterError
+
+app = typer.Typer(
+    name="tritter",
+    help="Grow language models: exact expansion of Hugging Face checkpoints, and their lineage.",
+    epilog="Exit codes: 0 done, 1 failed, 2 the request is wrong and nothing was written, "
+    "3 a check said no. Options may be spelled with - or _.",
+    add_completion=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
+)
+
+
+class PassedOn(TyperCommand):
+    """A command whose words, --help included, belong to another program."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong request, 3 no.
+
+    Args:
+        arguments: the words of the command line; default: those of the process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        command = typer.main.get_command(app)
+        return command.main(words, prog_name="tritter", standalone_mode=False) or 0
+    except RequestError as error:
+        print(f"error: {error}\nNothing was written.", file=sys.stderr)
+        return 2
+    except TritterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except typer.TyperException as error:
+        print(f"error: {_usage_error(error)}", file=sys.stderr)
+        return error.exit_code
+
+
+def _usage_error(error: typer.TyperException) -> str:
+    """Return what is wrong with the words, and where the right ones are listed."""
+    possibilities = getattr(error, "possibilities", None)
+    message = error.message if possibilities else error.format_message()
+    near = f". Did you mean {possibilities[0]}?" if possibilities else ""
+    context = getattr(error, "ctx", None)
+    place = context.command_path if context is not None else "tritter"
+    return f"{message}{near}\n`{place} --help` lists what there is."
+
+
+@app.command()
+def expand(
+    context: typer.Context,
+    checkpoint: options.Checkpoint,
+    method: options.Method,
+    output: options.Output = None,
+    target_params: options.TargetParams = None,
+    target_layers: options.TargetLayers = None,
+    drop_layers: options.DropLayers = None,
+    identity_init: options.IdentityInit = None,
+    positions: options.Positions = None,
+    hidden_size: options.HiddenSize = None,
+    intermediate_size: options.IntermediateSize = None,
+    num_heads: options.NumHeads = None,
+    num_kv_heads: options.NumKvHeads = None,
+    head_strategy: options.HeadStrategy = None,
+    width_init: options.WidthInit = None,
+    shares: options.Shares = None,
+    noise: options.Noise = None,
+    moments: options.Moments = "carry",
+    seed: options.Seed = 0,
+    dtype: options.DType = None,
+    max_shard_size: options.MaxShardSize = 5 * 10**9,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> int:
+    """Make a checkpoint deeper or wider, and write the result as a new checkpoint.
+
+    tritter expand --checkpoint base --method width --hidden-size 512
+    """
+    from tritter.cli.expand import ExpandRequest, run_expand
+
+    request = ExpandRequest(
+        checkpoint=checkpoint,
+        output=output,
+        methods=tuple(method),
+        given={name: value for name, value in context.params.items() if value is not None},
+        target_params=target_params,
+        moments=moments,
+        seed=seed,
+        dtype=dtype,
+        max_shard_bytes=max_shard_size,
+    )
+    return run_expand(request, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
+
+
+@app.command()
+def history(
+    folder: options.Folder, verify: options.Verify = False, as_json: options.AsJson = False
+) -> int:
+    """Show the chain of checkpoints that led to one, and check it against its hashes."""
+    from tritter.cli.history import run_history
+
+    return run_history(folder, verify=verify, as_json=as_json)
+
+
+@app.command(name="inspect")
+def inspect_checkpoint(folder: options.Folder, as_json: options.AsJson = False) -> int:
+    """Show a checkpoint's shapes and parameters, and the map of its last expansion."""
+    from tritter.cli.inspect import run_inspect
+
+    return run_inspect(folder, as_json=as_json)
+
+
+@app.command()
+def generate(
+    checkpoint: options.Checkpoint,
+    prompt: options.Prompt,
+    max_new_tokens: options.MaxNewTokens = 50,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
+) -> int:
+    """Continue a text with a checkpoint, through stock transformers."""
+    from tritter.cli.generate import run_generate
+
+    return run_generate(
+        checkpoint,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        as_json=as_json,
+    )
+
+
+@app.command(cls=PassedOn, add_help_option=False)
+def train(context: typer.Context) -> int:
+    """Grow and train a model on real text; the same program as train.py."""
+    from tritter.cli.train import run_train
+
+    return run_train(context.args)

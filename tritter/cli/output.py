@@ -1,0 +1,107 @@
+"""What all commands print with: tables that survive a pipe, or one JSON object."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tritter.families import Config, family_of
+from tritter.report.wording import Signs
+
+HASH_CHARACTERS = 12
+# config.json's word → what a person calls it, in the order shown.
+SHAPES = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden size",
+    "intermediate_size": "FFN",
+    "num_attention_heads": "attention heads",
+    "num_key_value_heads": "key/value heads",
+    "head_dim": "head size",
+    "vocab_size": "vocabulary",
+}
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def shapes_of(config: Config) -> dict[str, int]:
+    """Return the sizes of a model by config.json's words."""
+    dimensions = family_of(config).dimensions(config)
+    return {name: int(getattr(dimensions, name)) for name in SHAPES}
+
+
+def short(digest: str | None) -> str:
+    """Return the start of a hash, enough to tell checkpoints apart."""
+    return digest[:HASH_CHARACTERS] if digest else "-"
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print one JSON object."""
+    print(json.dumps(content, indent=2, allow_nan=False))
+
+
+def new_console() -> Console:
+    """Return a console for standard output; nothing is coloured or marked up by chance."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def signs_of(console: Console) -> Signs:
+    return Signs.for_encoding(console.encoding)
+
+
+def new_table(*headers: str, numbers: Sequence[str] = (), wrapped: Sequence[str] = ()) -> Table:
+    """Return an empty table.
+
+    Args:
+        numbers: headers of columns that are set to the right.
+        wrapped: headers of columns that give way when the terminal is narrow.
+    """
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        header_style="bold",
+    )
+    for header in headers:
+        table.add_column(
+            header,
+            justify="right" if header in numbers else "left",
+            overflow="fold",
+            no_wrap=header not in wrapped,
+        )
+    return table
+
+
+def print_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
+    """Print labels and what they say, wrapped beside the label; a label may be empty."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    signs = signs_of(console)
+    for label, text in lines:
+        shown = signs.printable(text.replace("→", signs.arrow))
+        grid.add_row(Text(label, style="bold"), Text(shown))
+    console.print(grid)
+
+
+def print_command(console: Console, label: str, command: str) -> None:
+    """Print something to be copied: never broken into lines."""
+    console.print(Text(f"{label}  {signs_of(console).printable(command)}"), soft_wrap=True)
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as it is best typed: relative when it lies below the current folder."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(path)

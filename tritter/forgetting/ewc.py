@@ -1,0 +1,74 @@
+"""EWC (Kirkpatrick et al. 2017, arXiv 1612.00796): hold each weight as firmly as it mattered.
+
+½ λ Σ F (θ − θ*)², where F is the diagonal Fisher of the old domains at the old weights, carried
+through the expansion by the parameter map. λ multiplies the raw per-sequence Fisher of the mean
+token loss, with the ½ that the original has and many copies drop; `normalise=mean` divides F by
+its mean first, so that one λ means the same for models of different size.
+
+When to use: the old data may be looked at once, before the training, and not during it. What the
+expansion added has no Fisher and is free. Cost: one pass over some old sequences, two copies of
+the weights, one pass over them per step.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritter.errors import TritterError
+from tritter.forgetting.quadratic import add_penalty_gradient, penalty
+from tritter.training import ForgettingMethod, Task
+
+
+class EWC(ForgettingMethod):
+    """Elastic weight consolidation.
+
+    Args:
+        ewc_lambda: λ.
+        normalise: `none` or `mean`.
+    """
+
+    name = "ewc"
+    needs = ("fisher",)
+
+    def __init__(self, *, ewc_lambda: float, normalise: str = "none") -> None:
+        self.ewc_lambda = ewc_lambda
+        self.normalise = normalise
+        self._anchor: dict[str, Tensor] = {}
+        self._fisher: dict[str, Tensor] = {}
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        fisher = task.importance.get("fisher")
+        if fisher is None:
+            raise TritterError("forgetting=ewc was given no Fisher information of the old domains.")
+        scale = mean_importance(fisher) if self.normalise == "mean" else 1.0
+        for name, parameter in model.named_parameters():
+            if name in fisher:
+                self._anchor[name] = parameter.detach().clone()
+                self._fisher[name] = fisher[name].to(parameter) / scale
+
+    def add_to_gradients(self, model: nn.Module) -> None:
+        add_penalty_gradient(
+            model, anchor=self._anchor, importance=self._fisher, strength=self.ewc_lambda
+        )
+
+    def logged_loss(self, model: nn.Module) -> float:
+        return penalty(
+            model, anchor=self._anchor, importance=self._fisher, strength=self.ewc_lambda
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"anchor": self._anchor, "fisher": self._fisher}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._anchor, self._fisher = dict(state["anchor"]), dict(state["fisher"])
+
+
+def mean_importance(importance: Mapping[str, Tensor]) -> float:
+    """Return the mean over all entries of all parameters, in float64."""
+    total = sum(float(value.sum(dtype=torch.float64)) for value in importance.values())
+    mean = total / sum(value.numel() for value in importance.values())
+    if not mean > 0:
+        raise TritterError("the Fisher information is zero everywhere; it cannot be normalised.")
+    return mean
