@@ -324,3 +324,25 @@ def test_an_existing_output_is_kept_unless_it_is_to_be_replaced(run: Run, place:
     assert snapshot(place) == before
     assert run("expand --checkpoint base --method width --overwrite").code == 0
     assert not (place / "base-width" / "mine.txt").exists()
+
+
+def test_the_step_0_error_is_measured_and_recorded(run: Run, place: Path) -> None:
+    result = run("expand --checkpoint base --method width --json --output wide")
+    error = json.loads(result.out)["step0_error"]
+    assert 0 < error < 1e-4
+    (record,) = read_lineage(place / "wide").expansion_history  # type: ignore[union-attr]
+    assert record.step0_error == error
+    assert run("history wide --verify").code == 0
+    result = run("expand --checkpoint base --method dus --output deep")
+    assert "of the logits' deviation on random tokens" in result.out
+    (record,) = read_lineage(place / "deep").expansion_history  # type: ignore[union-attr]
+    assert record.step0_error is not None and record.step0_error > 1e-3
+    result = run("expand --checkpoint base --method dus --output raw --no-measure")
+    assert "not measured" in result.out
+
+
+def test_a_broken_promise_exits_3(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tritter.cli.measure.EXACT_JUMP", 1e-12)
+    result = run("expand --checkpoint base --method width")
+    assert result.code == 3
+    assert "claims to keep the function" in result.err

@@ -1,6 +1,11 @@
 """Checkpoint folders: what stock transformers loads, plus the lineage in tritter.json."""
 
-from tritter.checkpoint.folder import read_lineage, write_checkpoint, write_lineage
+from tritter.checkpoint.folder import (
+    read_lineage,
+    record_step0_error,
+    write_checkpoint,
+    write_lineage,
+)
 from tritter.checkpoint.record import FORMAT_VERSION, ExpansionRecord, Lineage
 from tritter.checkpoint.source import Source
 
@@ -10,6 +15,7 @@ __all__ = [
     "Lineage",
     "Source",
     "read_lineage",
+    "record_step0_error",
     "write_checkpoint",
     "write_lineage",
 ]

@@ -74,6 +74,19 @@ def write_lineage(folder: Path, lineage: Lineage, config: Config) -> None:
     _dump(folder / LINEAGE_NAME, replace(lineage, file_digests=digests))
 
 
+def record_step0_error(folder: Path, error: float | None, config: Config, *, num_new: int) -> None:
+    """Write the measured error of a whole expansion into its `num_new` newest records.
+
+    Args:
+        error: max |Δ logits| / std(logits); None when it is not finite.
+    """
+    lineage = read_lineage(folder)
+    assert lineage is not None
+    old, new = lineage.expansion_history[:-num_new], lineage.expansion_history[-num_new:]
+    history = (*old, *(replace(record, step0_error=error) for record in new))
+    write_lineage(folder, replace(lineage, expansion_history=history), config)
+
+
 def read_lineage(folder: Path) -> Lineage | None:
     """Return a folder's lineage, or None for a plain Hugging Face folder.
 

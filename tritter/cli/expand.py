@@ -1,6 +1,7 @@
 """`tritter expand`: read the request, show what comes of it, write it."""
 
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 
 from tritter.checkpoint import Source
+from tritter.cli.measure import Measurement, measure
 from tritter.cli.output import (
     DTYPES,
+    EXIT_NO,
     SHAPES,
     new_console,
     new_table,
@@ -59,6 +62,7 @@ class ExpandRequest:
     seed: int
     dtype: str | None
     max_shard_bytes: int
+    is_measured: bool | None
 
 
 def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_json: bool) -> int:
@@ -99,10 +103,21 @@ def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_jso
                     moments=moments,
                     progress=progress,
                 )
+    measured = None
+    if isinstance(result, Expanded):
+        measured = measure(folder, result, is_wanted=request.is_measured)
     if as_json:
-        print_json(_as_json(result, folder, destination, request))
+        plain = _as_json(result, folder, destination, request)
+        print_json({**plain, "step0_error": measured.error if measured else None})
     else:
-        _print(result, folder, destination, request)
+        _print(result, folder, destination, request, measured)
+    if measured is not None and measured.is_broken:
+        print(
+            "error: the method claims to keep the function, and the result does not; please "
+            "report this with the output of `tritter inspect`.",
+            file=sys.stderr,
+        )
+        return EXIT_NO
     return 0
 
 
@@ -162,7 +177,11 @@ def _as_json(
 
 
 def _print(
-    result: Plan | Expanded, source: Path, destination: Path, request: ExpandRequest
+    result: Plan | Expanded,
+    source: Path,
+    destination: Path,
+    request: ExpandRequest,
+    measured: Measurement | None,
 ) -> None:
     console = new_console()
     _print_shapes(console, result)
@@ -170,6 +189,8 @@ def _print(
     for position, step in enumerate(result.steps):
         lines += _step_lines(step, is_first=position == 0)
     lines.append(("exact", _exactness([step.spec for step in result.steps])))
+    if measured is not None:
+        lines.append(("step 0", measured.text))
     if request.dtype is not None:
         lines.append(("dtype", spelled(request.dtype)))
     if isinstance(result, Expanded):

@@ -12,6 +12,7 @@ from rich.tree import Tree
 
 from tritter.checkpoint.history import Change, Link, read_chain, verify
 from tritter.cli.output import (
+    EXIT_NO,
     new_console,
     new_table,
     print_json,
@@ -23,7 +24,6 @@ from tritter.cli.request import spelled
 from tritter.errors import RequestError
 from tritter.report.wording import count_text
 
-EXIT_NO = 3
 NOT_THERE = "not there: not checked"
 
 

@@ -88,6 +88,7 @@ def expand(
     seed: options.Seed = 0,
     dtype: options.DType = None,
     max_shard_size: options.MaxShardSize = 5 * 10**9,
+    measure: options.Measure = None,
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
@@ -108,6 +109,7 @@ def expand(
         seed=seed,
         dtype=dtype,
         max_shard_bytes=max_shard_size,
+        is_measured=measure,
     )
     return run_expand(request, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
 

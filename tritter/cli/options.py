@@ -183,6 +183,16 @@ MaxShardSize = Annotated[
         rich_help_panel=_WRITING,
     ),
 ]
+Measure = Annotated[
+    bool | None,
+    typer.Option(
+        "--measure/--no-measure",
+        metavar=" ",
+        help="Compare source and result in stock models and record the step-0 error.  "
+        "Default: where both fit into 8 GB.",
+        rich_help_panel=_WRITING,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(

@@ -15,6 +15,7 @@ from tritter.families import Config, family_of
 from tritter.report.wording import Signs
 
 HASH_CHARACTERS = 12
+EXIT_NO = 3  # a check said no
 # config.json's word → what a person calls it, in the order shown.
 SHAPES = {
     "num_hidden_layers": "layers",

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from tritter.checkpoint import read_lineage, write_checkpoint, write_lineage
+from tritter.checkpoint import read_lineage, record_step0_error, write_checkpoint
 from tritter.checkpoint.state import read_state, state_tensors, write_state
 from tritter.config.schema import EWCOptions
-from tritter.evaluation.jump import Jump, logit_jump
+from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.samples import sample_text
 from tritter.expand import (
     carried_masks,
@@ -106,9 +106,10 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
         context.say("", note)
     before, after = load_model(source), load_model(folder)
     jump = logit_jump(before, after, _jump_tokens(context))
-    _record_jump(folder, jump, num_new=len(arm.specs))
-    context.score(after, f"{arm.name}-expanded")
     config = read_config(folder)
+    error = jump.to_dict()["relative_to_std"]
+    record_step0_error(folder, error, config, num_new=len(arm.specs))
+    context.score(after, f"{arm.name}-expanded")
     return StageResult(
         found={
             "parameters": result.parameters_after,
@@ -223,16 +224,6 @@ def _training_config(context: RunContext) -> dict[str, Any]:
         "new": {n: asdict(context.corpus.sources[n]) for n in context.new_domains},
         "seed": context.config.seed,
     }
-
-
-def _record_jump(folder: Path, jump: Jump, *, num_new: int) -> None:
-    """Write the measured error of the whole expansion into its newest records."""
-    lineage = read_lineage(folder)
-    assert lineage is not None
-    error = jump.to_dict()["relative_to_std"]
-    old, new = lineage.expansion_history[:-num_new], lineage.expansion_history[-num_new:]
-    history = (*old, *(replace(record, step0_error=error) for record in new))
-    write_lineage(folder, replace(lineage, expansion_history=history), read_config(folder))
 
 
 def _jump_tokens(context: RunContext) -> Tensor:
