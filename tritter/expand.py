@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tritter.checkpoint import ExpansionRecord, Lineage, Source, write_checkpoint
-from tritter.checkpoint.folder import file_digests
 from tritter.checkpoint.state import read_state, write_state
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec, ExpansionStep, build_steps
@@ -20,7 +19,7 @@ from tritter.families import Config, Family, family_of
 from tritter.models import read_config
 from tritter.parameter_map import TensorMap, carried, map_tensor
 from tritter.parameter_map.carry import Policy, carry, starts_anew
-from tritter.storage.hashing import merkle_hash
+from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorEntry, TensorStream
 
@@ -287,7 +286,7 @@ def _child_lineage(
         parent_hash=parent_hash,
         parent_path=os.path.relpath(source.folder, destination),
         parent_tensor_digests=None if parent else digests,
-        parent_file_digests=None if parent else file_digests(source.folder),
+        parent_file_digests=None if parent else _known_digests(source.folder),
         base_model_hash=parent.base_model_hash if parent else parent_hash,
         tensor_digests={},
         file_digests={},
@@ -297,6 +296,12 @@ def _child_lineage(
         ),
         training_config=parent.training_config if parent else {},
     )
+
+
+def _known_digests(folder: Path) -> dict[str, str]:
+    """Digest the files that a plain Hugging Face folder needs, and no other it may hold."""
+    names = [name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()]
+    return {name: file_digest(folder / name) for name in names}
 
 
 def _record(step: ExpansionStep, *, seed: int) -> ExpansionRecord:

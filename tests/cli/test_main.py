@@ -15,7 +15,6 @@ import pytest
 from tests.cli.conftest import Run
 from tritter.cli import main
 from tritter.cli.request import METHOD_OPTIONS, spelled
-from tritter.config.help import help_text
 from tritter.expansion import EXPANSIONS, Width
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,26 +103,6 @@ def test_help_names_every_method_and_choice(run: Run, monkeypatch: pytest.Monkey
             assert "|".join(map(spelled, choices)) in text
     for option in METHOD_OPTIONS:
         assert f"--{spelled(option)} " in text
-
-
-# train
-
-
-def test_train_is_the_program_behind_train_py(run: Run) -> None:
-    assert run("train --help").out.strip() == help_text().strip()
-    assert run("train -h").out.strip() == help_text().strip()
-    result = run("train expansion=dsu")
-    assert result.code == 2
-    assert "dsu" in result.err
-    assert run("train --cfg job").code == 0
-
-
-@pytest.mark.parametrize("words", ["--checkpoint base", "--checkpoint=base --steps 10"])
-def test_train_of_a_checkpoint_says_that_it_is_not_built(run: Run, words: str) -> None:
-    result = run(f"train {words}")
-    assert result.code == 2
-    assert "continued training of a checkpoint is not built yet" in result.err
-    assert "--checkpoint" not in run("train --help").out
 
 
 def test_the_console_script_points_here() -> None:

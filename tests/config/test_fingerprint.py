@@ -11,6 +11,7 @@ WITHOUT_EFFECT = [
     "logger=csv",
     "logger.project=x",
     "trainer.progress=off",
+    "trainer=ddp",
 ]
 WITH_EFFECT = {
     "seed=1": ["seed"],

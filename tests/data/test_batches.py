@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritter.data.batches import BatchStream, ExactShare, SequenceStream
+from tritter.data.ranks import Rank
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import RequestError, TritterError
 
@@ -174,3 +175,26 @@ def test_without_a_length_lightning_would_skip_a_batch(tmp_path):
     fit(first, steps=3, loader=Unsized()).save_checkpoint(tmp_path / "at3.ckpt")
     fit(second, steps=6, path=tmp_path / "at3.ckpt", loader=Unsized())
     assert first.seen + second.seen != rows(batches(fraction=0.25), 6)
+
+
+@pytest.mark.parametrize("fraction", [None, 0.3])
+def test_ranks_share_the_rows_of_one_and_are_at_its_place(monkeypatch, fraction):
+    whole = batches(fraction=fraction)
+    parts = [batches(fraction=fraction) for _ in range(2)]
+    for batch in islice(iter(whole), 30):
+        halves = []
+        for index, part in enumerate(parts):
+            monkeypatch.setattr(
+                "tritter.data.batches.this_rank", lambda index=index: Rank(index, 2)
+            )
+            halves.append(next(iter(part)))
+        monkeypatch.undo()
+        for name, rows_of_all in batch.items():
+            assert torch.equal(torch.stack([h[name] for h in halves], 1).flatten(0, 1), rows_of_all)
+        assert parts[0].state_dict() == parts[1].state_dict() == whole.state_dict()
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr("tritter.data.batches.this_rank", lambda: Rank(0, 3))
+    with pytest.raises(RequestError, match=r"data\.batch_size=4: .*trainer\.devices=3"):
+        next(iter(batches()))

@@ -253,3 +253,23 @@ def test_a_damaged_entry_behind_a_note_is_made_again(tmp_path, gathering):
     damage_flipped(tmp_path / "corpora" / first.digest / "tokens.safetensors")
     assert_same(from_stdlib(tmp_path), first)
     assert len(gathering) == 2
+
+
+def test_a_tokenizer_that_is_given_is_kept(tmp_path, making, tokenizer):
+    corpus = build(tmp_path, tokenizer=tokenizer)
+    assert corpus.tokenizer.to_str() == tokenizer.to_str()
+    assert corpus.digest != build(tmp_path).digest
+    assert_same(corpus, build(tmp_path, tokenizer=tokenizer, vocab_size=999))
+    assert len(making) == 2
+
+
+def test_domains_may_have_origins_of_their_own(tmp_path):
+    corpus = build(tmp_path, origin={"prose": "a book", "code": "made by hand"})
+    assert [corpus.sources[name].origin for name in ("prose", "code")] == ["a book", "made by hand"]
+    same = build(tmp_path, origin={"prose": "made by hand", "code": "made by hand"})
+    assert same.digest == build(tmp_path).digest
+
+
+def test_a_domain_that_is_too_small_is_named(tmp_path):
+    with pytest.raises(RequestError, match=r"validation_fraction.*Domain code"):
+        build(tmp_path, domains={"prose": OLD, "code": NEW[:1]})

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import oracle
 from tritter.checkpoint import read_lineage
+from tritter.checkpoint.state import read_state, state_tensors
 from tritter.errors import RequestError, TritterError
 from tritter.pipeline import Outcome, stages, verdict
 from tritter.training import BaseModule
@@ -255,7 +256,7 @@ def test_a_damaged_base_in_the_cache_is_made_again(
 ) -> None:
     own = tmp_path / "cache"
     run_job(tmp_path / "first", "training.max_steps=2", cache_dir=own)
-    base = next((own / "bases").iterdir())
+    base = next(path for path in (own / "bases").iterdir() if path.is_dir())
     weights = base / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -284,3 +285,19 @@ def test_dus_reports_its_jump(run_job: Run, tmp_path: Path) -> None:
     note = summary["attempts"][0]["notes"]
     assert note == ["dus: layers from 0 1 1 2"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint") is not None
+
+
+def test_the_base_keeps_the_path_of_its_training_and_the_expansion_carries_it(
+    default_run: Path,
+) -> None:
+    """ω of synaptic intelligence, recorded where the base was trained, follows the map."""
+    for folder in ("baseline", "attempt_1/expanded"):
+        state = read_state(default_run / folder)
+        assert state is not None and set(state.kinds) == {"path_integral"}
+        omega = state_tensors(state.kinds["path_integral"])
+        shapes = {
+            name: p.shape for name, p in oracle.stock(default_run / folder).named_parameters()
+        }
+        assert {name: value.shape for name, value in omega.items()} == shapes
+        assert sum(float(value.sum()) for value in omega.values()) > 0.1
+    assert read_state(default_run / "attempt_1/trained") is None

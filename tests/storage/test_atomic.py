@@ -128,13 +128,16 @@ def test_overwrite_exchanges_in_one_step_where_the_system_can(
 def test_leftovers_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
     finished = subprocess.Popen(["true"])
     finished.wait()
-    (tmp_path / f".target.{finished.pid}.abc").mkdir()
-    (tmp_path / f".target.{os.getppid()}.abc").mkdir()
+    (tmp_path / f".target.{atomic._host()}-{finished.pid}.abc").mkdir()
+    (tmp_path / f".target.{atomic._host()}-{os.getppid()}.abc").mkdir()
     (tmp_path / ".target.notes").mkdir()
+    (tmp_path / f".target.elsewhere-{finished.pid}.abc").mkdir()
     with atomic_folder(tmp_path / "target"):
         pass
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == sorted(["target", ".target.notes", f".target.{os.getppid()}.abc"])
+    living = f".target.{atomic._host()}-{os.getppid()}.abc"
+    other_host = f".target.elsewhere-{finished.pid}.abc"
+    assert names == sorted(["target", ".target.notes", living, other_host])
 
 
 def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:

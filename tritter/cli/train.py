@@ -1,30 +1,104 @@
-"""`tritter train`: without a checkpoint, the program behind train.py."""
+"""`tritter train`: the program behind train.py, and the training of a checkpoint that exists."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from tritter.errors import RequestError
+from tritter.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
+    from tritter.cli.continued import TrainRequest
     from tritter.config import RunConfig
     from tritter.config.jobs import Outcome
 
+HELP = """
+Training a checkpoint
+  tritter train --checkpoint DIR [--mode continue] [--steps N] [--ewc-lambda L]
+                [--data PATH] [--old-data PATH] [--output DIR] [GROUP=OPTION ...] [KEY=VALUE ...]
+
+  --checkpoint DIR   a Llama or Qwen3 folder (or hub id), ours or not: model=hf, expansion=none
+  --mode continue    train on; the only mode
+  --steps N          training.max_steps
+  --ewc-lambda L     forgetting=ewc with this lambda (without it: forgetting=replay)
+  --data PATH        new text: file, folder or glob of .txt, .jsonl, .parquet; may be repeated
+  --old-data PATH    old text, in the same forms; by default what the checkpoint recorded
+  --output DIR       folder of the run, with the result in DIR/checkpoint; default: DIR-continued"""
+
+_VALUED = ("checkpoint", "mode", "steps", "ewc-lambda", "data", "old-data", "output")
+
 
 def run_train(words: Sequence[str]) -> int:
-    """Hand the words on and return the exit code.
+    """Run a command line of `tritter train` and return the exit code.
 
     Raises:
-        RequestError: a checkpoint is to be trained on, which is not built yet.
+        RequestError: the options that go with `--checkpoint` are wrong.
     """
-    if any(word.partition("=")[0] == "--checkpoint" for word in words):
-        raise RequestError(
-            "tritter train --checkpoint: continued training of a checkpoint is not built yet. "
-            "Without --checkpoint, train pretrains a base, grows it and trains it on (--help)."
-        )
     from tritter.config.entry import main
 
-    return main(_pipeline, arguments=words)
+    given = {_option(word) for word in words}
+    is_help = bool({"-h", "--help"} & set(words))
+    if is_help or not given & set(_VALUED):
+        code = main(_pipeline, arguments=words)
+        if is_help:
+            print(HELP)
+        return code
+    if "checkpoint" not in given:
+        named = next(word for word in words if _option(word) in _VALUED)
+        raise RequestError(
+            f"{named.partition('=')[0]} goes with --checkpoint DIR, the model to train on; without "
+            "a checkpoint everything is set by KEY=VALUE (--help)."
+        )
+    from tritter.cli.continued import continuation
+
+    planned = continuation(_read(words))
+    for note in planned.notes:
+        print(note)
+    return main(_pipeline, arguments=planned.words)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message} (see tritter train --help).")
+
+
+def _read(words: Sequence[str]) -> "TrainRequest":
+    from tritter.cli.continued import TrainRequest
+
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for name in _VALUED:
+        is_list = name in ("data", "old-data")
+        parser.add_argument(f"--{name}", action="append" if is_list else "store")
+    parser.add_argument("overrides", nargs="*")
+    known, unknown = parser.parse_known_intermixed_args([_dashed(word) for word in words])
+    if unknown:
+        near = did_you_mean(unknown[0].partition("=")[0], [f"--{name}" for name in _VALUED])
+        raise RequestError(
+            f"{unknown[0]}: tritter train --checkpoint has no such option.{near} (see --help)"
+        )
+    if known.mode not in (None, "continue"):
+        raise RequestError(f"--mode = {known.mode}: allowed is continue.")
+    return TrainRequest(
+        checkpoint=known.checkpoint,
+        steps=known.steps,
+        ewc_lambda=known.ewc_lambda,
+        data=tuple(known.data or ()),
+        old_data=tuple(known.old_data or ()),
+        output=None if known.output is None else Path(known.output),
+        overrides=tuple(known.overrides),
+    )
+
+
+def _option(word: str) -> str:
+    """Return the name of an option, in dashes; of any other word, nothing."""
+    return _dashed(word).partition("=")[0][2:] if word.startswith("--") else ""
+
+
+def _dashed(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def _pipeline(config: "RunConfig", *, run_folder: Path) -> "Outcome":

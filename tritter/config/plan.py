@@ -152,7 +152,7 @@ def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) ->
     sweep_folder = Path(hydra.sweep.dir).absolute()
     words_for_hydra = _words_for_hydra(composing, overrides)
     if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
-        _refuse_resume(composing.compose(sample).config)
+        _check_sweepable(composing.compose(sample).config)
         return Plan(words_for_hydra, (), sweep_folder)
     parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
     typed = parse([*parameters, *overrides], loader=composing.loader)
@@ -172,11 +172,17 @@ def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) ->
     return Plan(words_for_hydra, tuple(jobs), sweep_folder)
 
 
-def _refuse_resume(config: RunConfig) -> None:
+def _check_sweepable(config: RunConfig) -> None:
     if config.resume is not None:
         raise RequestError(
             f"resume = {config.resume}: a sweep goes on when it is given its own folder again "
             "(hydra.sweep.dir=FOLDER); resume is for single runs."
+        )
+    if config.trainer.strategy == "ddp":
+        raise RequestError(
+            "trainer.strategy = ddp: a sweep's launcher may run its jobs side by side, and their "
+            "processes would meet on the same devices; leave -m out, or sweep with trainer=cpu or "
+            "trainer=gpu."
         )
 
 
@@ -189,12 +195,18 @@ def _check_device(config: RunConfig) -> None:
             "trainer.accelerator = 'gpu': torch finds no GPU on this machine; allowed is cpu, or "
             "auto (trainer=cpu, trainer=auto)."
         )
+    found, devices = torch.cuda.device_count(), config.trainer.devices
+    if config.trainer.accelerator == "gpu" and devices > max(1, found):
+        raise RequestError(
+            f"trainer.devices = {devices}: torch finds {found} GPUs on this machine; allowed is at "
+            "most that."
+        )
 
 
 def _plan_job(composing: Composer, words: list[str], shared: list[str], *, number: int) -> Job:
     try:
         composed = composing.compose([*shared, *words], job_number=number)
-        _refuse_resume(composed.config)
+        _check_sweepable(composed.config)
         _check_device(composed.config)
         sweep = composed.hydra.sweep
         folder = (Path(sweep.dir) / str(sweep.subdir)).absolute()

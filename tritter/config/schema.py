@@ -48,8 +48,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointModelConfig:
+    """A checkpoint that stands in for a base of our own, with its own tokenizer.
+
+    Args:
+        path: a folder, absolute once validated, or a hub id.
+    """
+
+    model_type: str = chosen(("hf",))
+    path: str
+
+
+# Domain → absolute paths (files, folders, globs) and built-in texts, in plain containers: they
+# are part of the fingerprint, which is JSON.
+TextSources = dict[str, list[str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """The text of the old and the new domain, and how it becomes batches."""
+    """How text becomes batches, and the text itself: here that of the Python installation."""
 
     source: str = chosen(("stdlib",))
     # 256 bytes and the end-of-text token are the least that byte-level BPE holds
@@ -57,6 +74,32 @@ class DataConfig:
     sequence_length: int = bounded(minimum=2)
     batch_size: int = bounded(minimum=1)
     validation_fraction: float = bounded(above=0, below=1)
+
+    @property
+    def old_sources(self) -> TextSources:
+        return {"prose": ["stdlib:prose"]}
+
+    @property
+    def new_sources(self) -> TextSources:
+        return {"code": ["stdlib:code"]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextDataConfig(DataConfig):
+    """Text of one's own; `old` may be empty where a checkpoint is trained on."""
+
+    source: str = chosen(("text",))
+    text_field: str
+    old: TextSources
+    new: TextSources
+
+    @property
+    def old_sources(self) -> TextSources:
+        return self.old
+
+    @property
+    def new_sources(self) -> TextSources:
+        return self.new
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +141,12 @@ class TrainerConfig:
 
     accelerator: str = chosen(("cpu", "gpu", "auto"))
     devices: int = bounded(minimum=1)
+    strategy: str = chosen(("auto", "ddp"))
     precision: str = chosen(("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"))
     gradient_clip_val: float | None = bounded(above=0)
     log_every_n_steps: int = bounded(minimum=1)
     max_non_finite_steps: int = bounded(minimum=0)
+    save_every_n_steps: int = bounded(minimum=0)
     progress: str = chosen(("auto", "on", "off"))
 
 
@@ -129,7 +174,7 @@ class EWCOptions:
     """EWC (Kirkpatrick et al. 2017, arXiv 1612.00796) and how its Fisher is estimated."""
 
     name: ClassVar[str] = "ewc"
-    ewc_lambda: float = field(default=1e4, metadata={"minimum": 0})
+    ewc_lambda: float = field(default=3e4, metadata={"minimum": 0})
     normalise: str = field(default="none", metadata={"choices": ("none", "mean")})
     estimator: str = field(default="empirical", metadata={"choices": ("empirical", "true")})
     num_sequences: int = field(default=256, metadata={"minimum": 1})
@@ -170,7 +215,7 @@ class RunConfig:
     control: bool
     cache_dir: Path
     resume: str | None
-    model: ModelConfig
+    model: ModelConfig | CheckpointModelConfig
     data: DataConfig
     expansion: "tuple[ExpansionSpec, ...]"
     forgetting: tuple[ForgettingOptions, ...]
@@ -193,9 +238,27 @@ class RootValues:
     resume: str | None
 
 
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "data": DataConfig,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextDataValues(DataConfig):
+    """The keys of `data=text` but for its paths, which take several forms."""
+
+    source: str = chosen(("text",))
+    text_field: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variants:
+    """A section whose options have different keys, told apart by one that they share."""
+
+    key: str
+    records: dict[str, type]
+
+
+SECTIONS: dict[str, type | Variants] = {
+    "model": Variants(
+        key="model_type", records={"llama": ModelConfig, "hf": CheckpointModelConfig}
+    ),
+    "data": Variants(key="source", records={"stdlib": DataConfig, "text": TextDataConfig}),
     "pretraining": TrainingConfig,
     "training": TrainingConfig,
     "gate": GateConfig,

@@ -6,21 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tritter.config.problems import Origin, raise_problems
+from tritter.config.checkpoint_folder import checkpoint_config
+from tritter.config.problems import Origin, describe, raise_problems
 from tritter.config.reading import Reader, field_keys
 from tritter.config.schema import (
     FORGETTING_OPTIONS,
     METHOD_GROUPS,
     SECTIONS,
+    CheckpointModelConfig,
     ModelConfig,
     ReplayOptions,
     RootValues,
     RunConfig,
     TrainingConfig,
+    Variants,
 )
+from tritter.config.sections import read_section
 from tritter.errors import RequestError, nearest
 from tritter.expansion import EXPANSIONS, ExpansionSpec, target_config
 from tritter.families import Config, llama_config
+
+# Methods that work without old text.
+_NO_OLD_TEXT = {"l2sp"}
 
 METHODS: dict[str, dict[str, type]] = {
     "expansion": dict(EXPANSIONS),
@@ -31,8 +38,9 @@ METHODS: dict[str, dict[str, type]] = {
 def known_keys() -> tuple[str, ...]:
     """Return every dotted key of a config, the bodies of all methods included, sorted."""
     keys = [*field_keys(RootValues, "")]
-    for name, record_type in SECTIONS.items():
-        keys += field_keys(record_type, name)
+    for name, section in SECTIONS.items():
+        records = section.records.values() if isinstance(section, Variants) else (section,)
+        keys += dict.fromkeys(key for record in records for key in field_keys(record, name))
     for group, registry in METHODS.items():
         for name, record_type in registry.items():
             keys += field_keys(record_type, f"{group}.{name}")
@@ -53,8 +61,8 @@ def validate(raw: Mapping[str, Any], *, origin: Origin | None = None) -> RunConf
     root = {name: value for name, value in raw.items() if name not in (*SECTIONS, *METHOD_GROUPS)}
     values = reader.read(RootValues, root, prefix="")
     sections: dict[str, Any] = {
-        name: reader.read(record_type, raw.get(name), prefix=name)
-        for name, record_type in SECTIONS.items()
+        name: read_section(reader, name, section, raw.get(name))
+        for name, section in SECTIONS.items()
     }
     methods: dict[str, Any] = {
         group: _read_methods(reader, group, raw.get(group)) for group in METHOD_GROUPS
@@ -75,6 +83,7 @@ def validate(raw: Mapping[str, Any], *, origin: Origin | None = None) -> RunConf
 def source_config(config: RunConfig) -> Config:
     """Return the base model's config.json, as the family's builder writes it."""
     model = config.model
+    assert isinstance(model, ModelConfig), "a checkpoint has a config.json of its own"
     return llama_config(
         vocab_size=config.data.vocab_size,
         hidden_size=model.hidden_size,
@@ -88,6 +97,23 @@ def source_config(config: RunConfig) -> Config:
         max_position_embeddings=model.max_position_embeddings,
         initializer_range=model.initializer_range,
     )
+
+
+def known_config(config: RunConfig) -> Config | None:
+    """Return the config.json that a run starts from, as far as it is at hand; None for a hub id.
+
+    Raises:
+        RequestError: the checkpoint at `model.path` can't be trained on.
+    """
+    if isinstance(config.model, CheckpointModelConfig):
+        return checkpoint_config(config.model.path)
+    return source_config(config)
+
+
+def start_problems(config: RunConfig, source: Config) -> list[str]:
+    """Return why a run can't start from a model of this config.json."""
+    problems = _length_problems(config, source)
+    return problems or _expansion_problems(source, config.expansion)
 
 
 def _read_methods(reader: Reader, group: str, raw: object) -> tuple[Any, ...]:
@@ -126,14 +152,10 @@ def _cache_folder(value: str | None) -> Path:
 
 def _disagreements(config: RunConfig) -> list[str]:
     """Return what is wrong between keys that are right one by one."""
-    problems = _model_problems(config.model)
-    model, data = config.model, config.data
-    if data.sequence_length > model.max_position_embeddings:
-        problems.append(
-            f"data.sequence_length = {data.sequence_length}: the model has positions for "
-            f"model.max_position_embeddings = {model.max_position_embeddings}; allowed is at most "
-            "that."
-        )
+    problems: list[str] = []
+    if isinstance(config.model, ModelConfig):
+        problems += _model_problems(config.model)
+    problems += _data_problems(config)
     problems += _schedule_problems("pretraining", config.pretraining)
     problems += _schedule_problems("training", config.training)
     if config.gate.strict and not config.gate.enabled:
@@ -146,15 +168,76 @@ def _disagreements(config: RunConfig) -> list[str]:
             "trainer.precision = 16-mixed: float16 needs a GPU; on trainer=cpu use bf16-mixed or "
             "32-true."
         )
-    if config.trainer.devices > 1:
-        problems.append(
-            f"trainer.devices = {config.trainer.devices}: training over several devices is not "
-            "built yet; allowed is 1."
-        )
+    problems += _device_problems(config)
     problems += _replay_problems(config)
-    if not problems:
-        problems += _expansion_problems(source_config(config), config.expansion)
+    if problems:
+        return problems
+    try:
+        source = known_config(config)
+    except RequestError as error:
+        return [str(error)]
+    return [] if source is None else start_problems(config, source)
+
+
+def _device_problems(config: RunConfig) -> list[str]:
+    trainer, batch_size = config.trainer, config.data.batch_size
+    if trainer.strategy != "ddp":
+        if trainer.devices == 1:
+            return []
+        return [
+            f"trainer.devices = {trainer.devices}: several devices train together with "
+            "trainer=ddp; else allowed is 1."
+        ]
+    problems = []
+    if trainer.devices == 1:
+        problems.append(
+            "trainer.devices = 1: trainer=ddp is for 2 or more; for one device use trainer=cpu or "
+            "trainer=gpu."
+        )
+    if trainer.accelerator == "auto":
+        problems.append(
+            "trainer.accelerator = auto: trainer=ddp has to be told which devices; allowed are cpu "
+            "and gpu."
+        )
+    if batch_size % trainer.devices:
+        problems.append(
+            f"data.batch_size = {batch_size}: each of trainer.devices = {trainer.devices} takes an "
+            f"equal part; nearest: {_nearest_multiples(batch_size, trainer.devices)}."
+        )
     return problems
+
+
+def _data_problems(config: RunConfig) -> list[str]:
+    old, new = config.data.old_sources, config.data.new_sources
+    problems = [
+        describe(f"data.new.{name}", new[name], reason="an old domain has that name already")
+        for name in new
+        if name in old
+    ]
+    if old:
+        return problems
+    if isinstance(config.model, ModelConfig):
+        reason = "the base is pretrained on old text; name it, or start from a checkpoint: model=hf"
+        return [*problems, describe("data.old", None, reason=reason)]
+    needing = [options.name for options in config.forgetting if options.name not in _NO_OLD_TEXT]
+    if needing:
+        reason = (
+            f"{' and '.join(needing)} against forgetting needs old text; name it, or choose "
+            "forgetting=none"
+        )
+        problems.append(describe("data.old", None, reason=reason))
+    return problems
+
+
+def _length_problems(config: RunConfig, source: Config) -> list[str]:
+    length, limit = config.data.sequence_length, source.get("max_position_embeddings")
+    if not isinstance(limit, int) or length <= limit:
+        return []
+    where = "model" if isinstance(config.model, ModelConfig) else "config.json"
+    return [
+        f"data.sequence_length = {length}: the model has positions for "
+        f"{where}.max_position_embeddings = {limit}; allowed is at most that."
+    ]
 
 
 def _model_problems(model: ModelConfig) -> list[str]:

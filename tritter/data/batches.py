@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritter.data.ranks import this_rank
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sequences import SequenceStream
 from tritter.errors import RequestError, TritterError
@@ -55,6 +56,8 @@ class BatchStream:
 
     New sequences come in the order of their stream whatever is replayed: a run with replay sees
     a prefix of what the run without it sees. The old ones of a batch stand after its new ones.
+    Of several processes that train together each draws the whole batch and takes every n-th row,
+    so that together they see what one process sees, and all are at the same place.
     All iterators share one place, which moves before a batch is handed out (a trainer that has
     enough never asks again), and not before the first is asked for.
 
@@ -149,7 +152,12 @@ class BatchStream:
         self._batch_index = int(state["batch_index"])
 
     def _next_batch(self) -> dict[str, Tensor]:
-        # The one place that knows a whole batch: sharding by rank takes its rows from here.
+        rank = this_rank()
+        if self._batch_size % rank.count:
+            raise RequestError(
+                f"data.batch_size={self._batch_size}: must be a multiple of trainer.devices="
+                f"{rank.count}."
+            )
         num_replayed = 0
         if self._replay is not None:
             num_replayed = self._replay.share.count(self._batch_index, self._batch_size)
@@ -159,4 +167,5 @@ class BatchStream:
             sequences.append(self._replay.buffer.sample(num_replayed))
         self._batch_index += 1
         is_replay = torch.arange(self._batch_size) >= num_new
-        return {"input_ids": torch.cat(sequences), "is_replay": is_replay}
+        whole = {"input_ids": torch.cat(sequences), "is_replay": is_replay}
+        return {name: rows[rank.index :: rank.count] for name, rows in whole.items()}

@@ -64,13 +64,14 @@ class _Options:
 def build_corpus(
     domain_documents: Mapping[str, Sequence[Document]],
     *,
-    origin: str,
+    origin: str | Mapping[str, str],
     vocab_size: int,
     validation_fraction: float,
     max_validation_tokens_per_document: int,
     seed: int,
     cache_dir: Path,
     tokenizer_domains: Sequence[str] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Corpus:
     """Split, train a tokenizer on the train sides, tokenise; or load what did so before.
 
@@ -79,37 +80,42 @@ def build_corpus(
 
     Args:
         domain_documents: the documents of each domain.
-        origin: where they came from, in words, for the record.
+        origin: where they came from, in words, for the record; of all, or domain by domain.
         vocab_size: size of the byte-level vocabulary.
         validation_fraction: share of the documents, per domain, that validate.
         max_validation_tokens_per_document: longer validation documents keep their beginning.
         seed: of the split.
         cache_dir: folder of all caches.
         tokenizer_domains: domains that the tokenizer is trained on; by default all.
+        tokenizer: of a model that exists; none is trained then, and `vocab_size` is its own.
 
     Raises:
         RequestError: an option is out of range, a domain is too small or unknown, or the cache
             cannot be written.
     """
+    origins = dict.fromkeys(domain_documents, origin) if isinstance(origin, str) else origin
     options = _Options(
-        origin=origin,
-        vocab_size=vocab_size,
+        origin="; ".join(dict.fromkeys(origins[name] for name in domain_documents)),
+        vocab_size=vocab_size if tokenizer is None else tokenizer.get_vocab_size(),
         validation_fraction=validation_fraction,
         max_validation_tokens_per_document=max_validation_tokens_per_document,
         seed=seed,
         tokenizer_domains=_checked_domains(tokenizer_domains, domain_documents),
     )
     sources = {
-        name: _summary(name, documents, origin=origin)
+        name: _summary(name, documents, origin=origins[name])
         for name, documents in domain_documents.items()
     }
-    digest = _digest({"options": asdict(options), "sources": _plain_sources(sources)})
+    made_from = {"options": asdict(options), "sources": _plain_sources(sources)}
+    digest = _digest(made_from | _tokenizer_entry(tokenizer))
     folder = _corpora(cache_dir) / digest
     cached = _load(folder)
     if cached is not None:
         return cached
     cache.require_writable(folder.parent)
-    corpus = _make(domain_documents, options=options, sources=sources, digest=digest)
+    corpus = _make(
+        domain_documents, options=options, sources=sources, digest=digest, tokenizer=tokenizer
+    )
     cache.write_entry(folder, _to_entry(corpus))
     return corpus
 
@@ -121,6 +127,7 @@ def stdlib_corpus(
     max_validation_tokens_per_document: int,
     seed: int,
     cache_dir: Path,
+    tokenizer: Tokenizer | None = None,
 ) -> Corpus:
     """Return the embedded corpus: domains `prose` (documentation) and `code` (sources).
 
@@ -136,6 +143,7 @@ def stdlib_corpus(
         "validation_fraction": validation_fraction,
         "max_validation_tokens_per_document": max_validation_tokens_per_document,
         "seed": seed,
+        **_tokenizer_entry(tokenizer),
     }
     note = _corpora(cache_dir) / "stdlib" / _digest(asked)
     known = cache.read_note(note)
@@ -153,6 +161,7 @@ def stdlib_corpus(
         max_validation_tokens_per_document=max_validation_tokens_per_document,
         seed=seed,
         cache_dir=cache_dir,
+        tokenizer=tokenizer,
     )
     cache.write_note(note, corpus.digest)
     return corpus
@@ -198,21 +207,37 @@ def _make(
     options: _Options,
     sources: Mapping[str, SourceSummary],
     digest: str,
+    tokenizer: Tokenizer | None,
 ) -> Corpus:
     splits = {
-        name: split_documents(
-            documents, validation_fraction=options.validation_fraction, seed=options.seed
-        )
+        name: _split(name, documents, options=options)
         for name, documents in domain_documents.items()
     }
-    training = [each for name in options.tokenizer_domains for each in splits[name].train]
-    tokenizer = train_tokenizer(training, vocab_size=options.vocab_size)
+    if tokenizer is None:
+        training = [each for name in options.tokenizer_domains for each in splits[name].train]
+        tokenizer = train_tokenizer(training, vocab_size=options.vocab_size)
     limit = options.max_validation_tokens_per_document
     domains = {
         name: _domain(name, split, tokenizer=tokenizer, max_validation_tokens=limit)
         for name, split in splits.items()
     }
     return Corpus(tokenizer=tokenizer, domains=domains, digest=digest, sources=dict(sources))
+
+
+def _split(name: str, documents: Sequence[Document], *, options: _Options) -> Split:
+    try:
+        return split_documents(
+            documents, validation_fraction=options.validation_fraction, seed=options.seed
+        )
+    except RequestError as error:
+        raise RequestError(f"{error} (Domain {name}.)") from error
+
+
+def _tokenizer_entry(tokenizer: Tokenizer | None) -> dict[str, str]:
+    """Return what a tokenizer adds to what a corpus is made from; nothing when one is trained."""
+    if tokenizer is None:
+        return {}
+    return {"tokenizer": sha256(tokenizer.to_str().encode()).hexdigest()}
 
 
 def _domain(name: str, split: Split, *, tokenizer: Tokenizer, max_validation_tokens: int) -> Domain:

@@ -6,9 +6,6 @@ new data keeps its order: a run with replay sees a prefix of what a run without 
 share of the steps.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from tritter.data.batches import BatchStream
 from tritter.data.replay import ReplayBuffer
 from tritter.training import ForgettingMethod, Task
@@ -25,15 +22,8 @@ class Replay(ForgettingMethod):
 
     def __init__(self, *, fraction: float) -> None:
         self.fraction = fraction
-        self._buffer: ReplayBuffer | None = None
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
-        self._buffer = ReplayBuffer.from_sequences(task.old_sequences, seed=task.seed)
-        return batches.with_replay(self._buffer, self.fraction)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"buffer": self._buffer.state_dict()} if self._buffer else {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self._buffer and "buffer" in state:
-            self._buffer.load_state_dict(state["buffer"])
+        # The place in the buffer is part of the batches' place, which checkpoints keep
+        buffer = ReplayBuffer.from_sequences(task.old_sequences, seed=task.seed)
+        return batches.with_replay(buffer, self.fraction)

@@ -1,27 +1,32 @@
 """The base model: trained once on the old domains, cached by the hash of what made it."""
 
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from tritter.checkpoint import Lineage, read_lineage, write_checkpoint
+from tritter.checkpoint.state import STATE_FOLDER
+from tritter.config.schema import DataConfig
 from tritter.config.validation import source_config
 from tritter.data.cache import require_writable, set_aside
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.errors import RequestError, TritterError
 from tritter.families import Config, family_of
+from tritter.forgetting.path_integral import PathIntegral
 from tritter.models import named_tensors, new_model, save_tokenizer
 from tritter.pipeline.context import RunContext, content_key, schedule_of
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
-from tritter.training import BaseModule, fit
+from tritter.training import BaseModule, FitResult, discard_saved, fit
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +65,27 @@ def _made_from(context: RunContext) -> dict[str, Any]:
     """Return everything that determines the base's weights."""
     config = context.config
     trainer = asdict(config.trainer)
+    # Several processes add up in another order; one alone keeps the name that it always had
+    devices = {"devices": trainer["devices"]} if trainer["devices"] > 1 else {}
     return {
         "format_version": FORMAT_VERSION,
         "torch": torch.__version__,
         "model": base_config(context),
         "corpus": context.corpus.digest,
         "domains": list(context.old_domains),
-        "data": asdict(config.data),
+        "data": _text_options(config.data),
         "pretraining": asdict(config.pretraining),
         "optimizer": asdict(config.optimizer),
-        "trainer": {key: trainer[key] for key in ("accelerator", "precision", "gradient_clip_val")},
+        "trainer": {key: trainer[key] for key in ("accelerator", "precision", "gradient_clip_val")}
+        | devices,
         "seed": config.seed,
     }
+
+
+def _text_options(data: DataConfig) -> dict[str, Any]:
+    """Return the options of the text; which text it is stands in the corpus's digest."""
+    where = ("old", "new", "text_field")
+    return {key: value for key, value in asdict(data).items() if key not in where}
 
 
 def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any]) -> float:
@@ -92,22 +106,44 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
     batches = context.batches(
         context.old_domains, purpose="pretraining", max_steps=pretraining.max_steps
     )
-    flops_per_token = 3 * context.flops_per_token(config)
+    recorded = context.folder / "pretraining" / "path_integral"
     result = fit(
         module,
         batches,
         settings=context.trainer_settings,
         folder=context.folder / "pretraining",
         label="pretraining",
-        flops_per_token=flops_per_token,
+        flops_per_token=3 * context.flops_per_token(config),
         console=context.console,
+        observers=[PathIntegral(recorded)],
     )
     if result.stopped_because is not None:
         raise TritterError(
             f"pretraining was broken off: {result.stopped_because}. Nothing was cached; lower "
             f"pretraining.learning_rate ({pretraining.learning_rate})."
         )
-    lineage = Lineage(
+    lineage = _base_lineage(context, result, made_from)
+
+    def write_extras(place: Path) -> None:
+        save_tokenizer(context.corpus.tokenizer, place, end_of_text=END_OF_TEXT)
+        shutil.copytree(recorded / STATE_FOLDER, place / STATE_FOLDER)
+
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.exists():  # else another run was faster
+            write_checkpoint(
+                folder,
+                config=config,
+                tensors=TensorStream.of(named_tensors(module.model, config)),
+                lineage=lambda: lineage,
+                write_extras=write_extras,
+            )
+    discard_saved(context.folder / "pretraining")
+    return result.seconds
+
+
+def _base_lineage(context: RunContext, result: FitResult, made_from: Mapping[str, Any]) -> Lineage:
+    flops_per_token = 3 * context.flops_per_token(base_config(context))
+    return Lineage(
         model_hash="",
         base_model_hash="",
         tensor_digests={},
@@ -116,21 +152,11 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         training_config={
             "stage": "pretraining",
             "flops": result.num_tokens * flops_per_token,
+            "old": context.source_records(context.old_domains),
+            **context.split_record(),
             "made_from": dict(made_from),
         },
     )
-    if folder.exists():  # another run was faster
-        return result.seconds
-    write_checkpoint(
-        folder,
-        config=config,
-        tensors=TensorStream.of(named_tensors(module.model, config)),
-        lineage=lambda: lineage,
-        write_extras=lambda path: save_tokenizer(
-            context.corpus.tokenizer, path, end_of_text=END_OF_TEXT
-        ),
-    )
-    return result.seconds
 
 
 def _is_intact(folder: Path) -> bool:

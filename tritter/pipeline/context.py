@@ -4,30 +4,37 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from tritter.config.schema import RunConfig, TrainingConfig
+from tritter.config.schema import (
+    CheckpointModelConfig,
+    RunConfig,
+    TextDataConfig,
+    TrainingConfig,
+)
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.data.corpus import Corpus, stdlib_corpus
+from tritter.data.corpus import Corpus
+from tritter.data.pretrained import PretrainedTokenizer, read_tokenizer
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.data.tokens import pack
+from tritter.errors import RequestError
 from tritter.evaluation.losses import DocumentLosses, document_losses, domain_score
 from tritter.families import Config, family_of
+from tritter.models import locate, read_config
+from tritter.pipeline.corpora import run_corpus
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.seeds import derived_seed
 from tritter.storage.atomic import write_text_atomic
 from tritter.training import OptimiserSettings, Schedule, TrainerSettings
 
 Scores = dict[str, DocumentLosses]
-
-OLD_DOMAINS = ("prose",)
-NEW_DOMAINS = ("code",)
 
 
 @dataclass(frozen=True)
@@ -38,19 +45,35 @@ class RunContext:
     folder: Path
     console: Console
     ledger: Ledger
-    old_domains: tuple[str, ...] = field(default=OLD_DOMAINS)
-    new_domains: tuple[str, ...] = field(default=NEW_DOMAINS)
+
+    @property
+    def old_domains(self) -> tuple[str, ...]:
+        return tuple(self.config.data.old_sources)
+
+    @property
+    def new_domains(self) -> tuple[str, ...]:
+        return tuple(self.config.data.new_sources)
+
+    @cached_property
+    def given(self) -> Path | None:
+        """The checkpoint that the run starts from; None when it pretrains a base."""
+        model = self.config.model
+        if not isinstance(model, CheckpointModelConfig):
+            return None
+        is_copied = self.ledger.get("baseline") is not None
+        return self.folder / "baseline" if is_copied else locate(model.path)
+
+    @cached_property
+    def given_tokenizer(self) -> PretrainedTokenizer | None:
+        if self.given is None:
+            return None
+        vocab_size = family_of(config := read_config(self.given)).dimensions(config).vocab_size
+        return read_tokenizer(self.given, vocab_size=vocab_size)
 
     @cached_property
     def corpus(self) -> Corpus:
-        data, evaluation = self.config.data, self.config.evaluation
-        return stdlib_corpus(
-            vocab_size=data.vocab_size,
-            validation_fraction=data.validation_fraction,
-            max_validation_tokens_per_document=evaluation.max_tokens_per_document,
-            seed=self.config.seed,
-            cache_dir=self.config.cache_dir,
-        )
+        given = self.given_tokenizer
+        return run_corpus(self.config, tokenizer=given.tokenizer if given else None)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -58,7 +81,9 @@ class RunContext:
 
     @property
     def end_of_text_id(self) -> int:
-        token_id = self.corpus.tokenizer.token_to_id(END_OF_TEXT)
+        given = self.given_tokenizer
+        end_of_text = given.end_of_text if given else END_OF_TEXT
+        token_id = self.corpus.tokenizer.token_to_id(end_of_text)
         assert token_id is not None
         return token_id
 
@@ -73,10 +98,12 @@ class RunContext:
         return TrainerSettings(
             accelerator=trainer.accelerator,
             devices=trainer.devices,
+            strategy=trainer.strategy,
             precision=trainer.precision,
             gradient_clip_val=trainer.gradient_clip_val,
             log_every_n_steps=trainer.log_every_n_steps,
             max_non_finite_steps=trainer.max_non_finite_steps,
+            save_every_n_steps=trainer.save_every_n_steps,
             progress=trainer.progress,
         )
 
@@ -127,7 +154,39 @@ class RunContext:
             )
             for name in domains
         ]
-        return torch.cat(packed)
+        no_sequences = torch.empty(0, self.config.data.sequence_length, dtype=torch.int32)
+        return torch.cat(packed) if packed else no_sequences
+
+    def check_text(self) -> None:
+        """Refuse a domain that is too small to train on, before anything is trained.
+
+        Raises:
+            RequestError: names the domain.
+        """
+        for name in self.domains:
+            try:
+                self.training_sequences([name])
+            except RequestError as error:
+                raise RequestError(f"{error} (Domain {name}.)") from error
+
+    def source_records(self, domains: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return what a checkpoint records of some domains' text: hash, and where it lay."""
+        data = self.config.data
+        paths = {**data.old_sources, **data.new_sources}
+        field = {"text_field": data.text_field} if isinstance(data, TextDataConfig) else {}
+        return {
+            name: {**asdict(self.corpus.sources[name]), "paths": paths[name], **field}
+            for name in domains
+        }
+
+    def split_record(self) -> dict[str, Any]:
+        """Return what decides which part of its text a checkpoint has been trained on."""
+        data = self.config.data
+        options = {
+            "validation_fraction": data.validation_fraction,
+            "sequence_length": data.sequence_length,
+        }
+        return {"data": options, "seed": self.config.seed}
 
     def batches(self, domains: Sequence[str], *, purpose: str, max_steps: int) -> BatchStream:
         """Return endless batches of some domains in an order of their own."""

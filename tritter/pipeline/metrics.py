@@ -3,12 +3,14 @@
 import csv
 import io
 from pathlib import Path
+from uuid import uuid4
 
 from lightning.pytorch.loggers import WandbLogger
 
 from tritter.config.fingerprint import fingerprint
 from tritter.pipeline.context import RunContext, score_records
 from tritter.storage.atomic import write_text_atomic
+from tritter.training import read_metrics
 
 
 def evaluation_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
@@ -19,9 +21,7 @@ def evaluation_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
 
 def write_metrics(context: RunContext, arm_name: str) -> Path:
     """Write the run's metrics.csv: what the training logged, then the scores at its end."""
-    logged = context.folder / arm_name / "metrics.csv"
-    with logged.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_metrics(context.folder / arm_name)
     steps = context.ledger.get(f"{arm_name}.fit")
     assert steps is not None
     last: dict[str, object] = {"step": steps.found["steps"]}
@@ -57,8 +57,17 @@ def wandb_logger(context: RunContext) -> WandbLogger | None:
             *(f"forgetting:{name}" for name in methods),
         ],
         dir=context.folder,
+        id=_run_id(context.folder / "wandb_id"),
+        resume="allow",
         mode="offline" if settings.wandb == "offline" else "online",
         config=fingerprint(config),
         settings=wandb.Settings(silent=True),
     )
     return WandbLogger(experiment=run, log_model=False)
+
+
+def _run_id(path: Path) -> str:
+    """Return the id of the run in W&B, the same when it is resumed."""
+    if not path.exists():
+        write_text_atomic(path, uuid4().hex[:8])
+    return path.read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """One run from its config to a summary, a table and a checkpoint that was kept or rolled back."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
-from tritter.config.schema import RunConfig
+from tritter.config.schema import RunConfig, TextDataConfig
+from tritter.errors import RequestError
 from tritter.evaluation.gate import Status, decide
 from tritter.expansion import EXPANSIONS
 from tritter.pipeline import stages, verdict
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext, score_records
+from tritter.pipeline.given import check_given
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.metrics import evaluation_metrics, wandb_logger, write_metrics
 from tritter.report.plots import plot_run
@@ -57,7 +60,9 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         ledger=Ledger(run_folder),
     )
     attempt = Arm(ATTEMPT, config.expansion)
+    check_given(context)
     _announce(context)
+    _check_text(context)
     context.stage("baseline", lambda: stages.baseline(context), label="baseline")
     if stages.needs_importance(context):
         context.stage("importance", lambda: stages.importance(context), label="importance")
@@ -206,22 +211,52 @@ def _announce(context: RunContext) -> None:
         f"{source.name} ({source.num_documents} documents, {source.num_bytes / 1e6:.1f} MB)"
         for source in context.corpus.sources.values()
     ]
-    origin = next(iter(context.corpus.sources.values())).origin
-    context.say("data", f"{', '.join(parts)}; {origin}")
+    origins = dict.fromkeys(source.origin for source in context.corpus.sources.values())
+    context.say("data", f"{', '.join(parts)}; {', '.join(origins)}")
+    if not context.old_domains:
+        context.say("", "no old text (data.old): forgetting is not measured, and not gated")
+
+
+def _check_text(context: RunContext) -> None:
+    """Refuse text that can't be trained on, or that is not what the run began with.
+
+    Raises:
+        RequestError: says which.
+    """
+    context.check_text()
+    begun = context.ledger.get("baseline")
+    if begun is not None and begun.found.get("corpus") not in (None, context.corpus.digest):
+        raise RequestError(
+            f"data: the text has changed since the run in {context.folder} began; put it back, "
+            "or begin another run."
+        )
 
 
 def _print_next(context: RunContext, plots: list[Path]) -> None:
     for plot in plots:
         context.say("plot", str(plot))
     context.say("summary", str(context.folder / SUMMARY_NAME))
-    used = {spec.name for spec in context.config.expansion}
-    other = next(name for name in [*EXPANSIONS, "none"] if name not in used)
-    commands = [
-        f"python train.py expansion={other}",
-        "python train.py -m expansion=none,dus,llama_pro,width forgetting=none,replay",
-    ]
-    if not context.config.control:
-        commands.insert(1, "python train.py control=true   # beside the un-grown base")
+    commands = _next_commands(context)
     context.console.print("\nNext:", highlight=False)
     for command in commands:
         context.console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _next_commands(context: RunContext) -> list[str]:
+    config = context.config
+    if context.given is not None:
+        folder = shlex.quote(str(context.folder / "checkpoint"))
+        return [f"tritter history {folder} --verify", f"tritter inspect {folder}"]
+    used = {spec.name for spec in config.expansion}
+    other = next(name for name in [*EXPANSIONS, "none"] if name not in used)
+    text = ""
+    if isinstance(config.data, TextDataConfig):
+        text = " data=text data.old=... data.new=..."
+    commands = [
+        f"python train.py{text} expansion={other}",
+        f"python train.py{text} -m expansion=none,dus,llama_pro,width forgetting=none,replay",
+    ]
+    if not config.control:
+        comment = "   # beside the un-grown base"
+        commands.insert(1, f"python train.py{text} control=true{comment}")
+    return commands

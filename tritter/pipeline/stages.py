@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from tritter.checkpoint import read_lineage, record_step0_error, write_checkpoint
+from tritter.checkpoint import Lineage, read_lineage, record_step0_error, write_checkpoint
 from tritter.checkpoint.state import read_state, state_tensors, write_state
 from tritter.config.schema import EWCOptions
 from tritter.evaluation.jump import logit_jump
@@ -31,10 +31,11 @@ from tritter.models import load_model, named_tensors, read_config
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
 from tritter.pipeline.context import RunContext, schedule_of
+from tritter.pipeline.given import copy_given
 from tritter.pipeline.ledger import StageResult
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.writer import TensorStream
-from tritter.training import ExpandedModule, FitResult, Task, fit
+from tritter.training import ExpandedModule, FitResult, Task, discard_saved, fit
 
 JUMP_SEQUENCES = 8
 SAMPLE_PROMPT_TOKENS = 24
@@ -42,10 +43,16 @@ SAMPLE_PROMPT_TOKENS = 24
 
 def baseline(context: RunContext) -> StageResult:
     """Get the base model into the run folder and score it."""
-    base = obtain_base(context)
     folder = context.folder / "baseline"
-    with atomic_folder(folder, overwrite=True) as temporary:
-        shutil.copytree(base.folder, temporary, dirs_exist_ok=True)
+    seconds = {}
+    if context.given is not None:
+        context.say("baseline", f"the checkpoint {context.given}; pretraining does not apply")
+        copy_given(context, folder)
+    else:
+        base = obtain_base(context)
+        seconds["pretraining"] = base.seconds
+        with atomic_folder(folder, overwrite=True) as temporary:
+            shutil.copytree(base.folder, temporary, dirs_exist_ok=True)
     config = read_config(folder)
     context.score(load_model(folder), "baseline")
     lineage = read_lineage(folder)
@@ -54,13 +61,17 @@ def baseline(context: RunContext) -> StageResult:
         found={
             "parameters": family_of(config).count_parameters(config),
             "model_hash": lineage.model_hash,
+            "corpus": context.corpus.digest,
         },
-        flops={
-            "pretraining": lineage.training_config["flops"],
-            "baseline": context.scoring_flops(config),
-        },
-        seconds={"pretraining": base.seconds},
+        flops={**_pretraining_flops(lineage), "baseline": context.scoring_flops(config)},
+        seconds=seconds,
     )
+
+
+def _pretraining_flops(lineage: Lineage) -> dict[str, float]:
+    """Return what the base's pretraining cost, where its lineage states it."""
+    stated = lineage.training_config.get("flops")
+    return {} if stated is None else {"pretraining": float(stated)}
 
 
 def importance(context: RunContext) -> StageResult:
@@ -92,7 +103,15 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     source, folder = context.folder / "baseline", context.folder / arm.name / "expanded"
     if not arm.specs:
         return StageResult(found={"parameters": _parameters(source), "notes": []})
-    result = expand(source, folder, arm.specs, seed=context.seed("expansion"), overwrite=True)
+    # In float32 whatever the source is stored in: an exact map is exact only before rounding
+    result = expand(
+        source,
+        folder,
+        arm.specs,
+        seed=context.seed("expansion"),
+        dtype=torch.float32,
+        overwrite=True,
+    )
     notes = [f"{step.spec.name}: {note}" for step in result.steps for note in step.notes]
     notes += [
         _layer_note(step.parameter_map.layer_sources, step.spec.name) for step in result.steps
@@ -160,6 +179,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     if result.stopped_because is not None:
         context.say("", f"training was broken off: {result.stopped_because}")
     _write_trained(context, arm, module, result, start)
+    discard_saved(context.folder / arm.name)
     return StageResult(
         found={
             "steps": result.steps,
@@ -198,7 +218,8 @@ def _write_trained(
     parent = read_lineage(start)
     assert parent is not None
     target = context.folder / arm.name / "trained"
-    config = read_config(start)
+    # Trained in float32 whatever the start was stored in; rounding back would lose small updates.
+    config = {**read_config(start), "dtype": "float32"}
     write_checkpoint(
         target,
         config=config,
@@ -220,9 +241,9 @@ def _training_config(context: RunContext) -> dict[str, Any]:
         "stage": "continued training",
         "training": asdict(context.config.training),
         "forgetting": [{"name": o.name, **asdict(o)} for o in context.config.forgetting],
-        "old": {n: asdict(context.corpus.sources[n]) for n in context.old_domains},
-        "new": {n: asdict(context.corpus.sources[n]) for n in context.new_domains},
-        "seed": context.config.seed,
+        "old": context.source_records(context.old_domains),
+        "new": context.source_records(context.new_domains),
+        **context.split_record(),
     }
 
 

@@ -1,7 +1,9 @@
 """Files and folders that appear whole or not at all: temporary sibling, fsync, rename."""
 
 import ctypes
+import hashlib
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -104,7 +106,12 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _prefix(target: Path) -> str:
-    return f".{target.name}.{os.getpid()}."
+    return f".{target.name}.{_host()}-{os.getpid()}."
+
+
+def _host() -> str:
+    """Name this machine, whose process numbers say nothing about another's on a shared disk."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -112,7 +119,7 @@ def _remove_leftovers(target: Path) -> None:
 
     A folder that one of them had moved aside and not replaced yet is put back first.
     """
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.({_ASIDE})?")
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.{_host()}-(\d+)\.({_ASIDE})?")
     for path in sorted(target.parent.iterdir()):
         match = pattern.match(path.name)
         if match and path.is_dir() and not _is_alive(int(match[1])):

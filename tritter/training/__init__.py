@@ -1,6 +1,6 @@
 """Training: LightningModules, the protocol of forgetting methods, one fit per stage."""
 
-from tritter.training.fit import FitResult, TrainerSettings, fit
+from tritter.training.fitting import FitResult, TrainerSettings, discard_saved, fit, read_metrics
 from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import BaseModule, ExpandedModule
 from tritter.training.optimiser import OptimiserSettings
@@ -15,5 +15,7 @@ __all__ = [
     "Schedule",
     "Task",
     "TrainerSettings",
+    "discard_saved",
     "fit",
+    "read_metrics",
 ]

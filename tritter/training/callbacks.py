@@ -2,27 +2,38 @@
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, distributed
 
-from tritter.training.forgetting_method import Task
+from tritter.data.ranks import this_rank
+from tritter.errors import TritterError
+from tritter.seeds import derived_seed
+from tritter.training.checkpoint_io import random_state, restore_random_state
+from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import ExpandedModule
 
 
 class ForgettingCallback(Callback):
-    """Drive the methods of an ExpandedModule."""
+    """Drive the methods of an ExpandedModule, and keep their state in checkpoints."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, methods: Sequence[ForgettingMethod], task: Task) -> None:
+        self._methods = tuple(methods)
         self._task = task
+        self._restored: Mapping[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for method in _expanded(pl_module).methods:
-            method.begin_task(_expanded(pl_module).model, self._task)
+        for method in self._methods:
+            if self._restored is None:
+                method.begin_task(_expanded(pl_module).model, self._task)
+            else:  # a resumed training is the same task: what began it lies behind
+                method.load_state_dict(self._restored[method.name])
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
@@ -36,13 +47,18 @@ class ForgettingCallback(Callback):
                     pl_module.log(f"forgetting/{method.name}/loss", value)
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {method.name: method.state_dict() for method in self._methods}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning loads callbacks before on_fit_start, where methods find the model on its device
+        self._restored = state_dict
 
 
 class FiniteGuard(Callback):
     """Refuse steps whose loss or gradient is not finite; stop after too many in a row.
 
-    A refused step has its gradients taken away, so that neither weights nor moments move.
+    A refused step has its gradients taken away, so that neither weights nor moments move. Of
+    several processes all refuse it, or none.
 
     Args:
         max_consecutive: refused steps in a row after which the training ends.
@@ -54,13 +70,17 @@ class FiniteGuard(Callback):
         self.refused_steps = 0
         self.stopped_because: str | None = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.stopped_because = None
+
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         loss = trainer.callback_metrics.get("train/loss")
-        if bool(torch.isfinite(norm)) and (loss is None or bool(torch.isfinite(loss))):
+        is_finite = bool(torch.isfinite(norm)) and (loss is None or bool(torch.isfinite(loss)))
+        if trainer.strategy.reduce_boolean_decision(is_finite):
             self._consecutive = 0
             return
         optimizer.zero_grad(set_to_none=True)
@@ -68,6 +88,18 @@ class FiniteGuard(Callback):
         self._consecutive += 1
         if self._consecutive > self._max_consecutive:
             self._stop(trainer, norm, loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "consecutive": self._consecutive,
+            "refused_steps": self.refused_steps,
+            "stopped_because": self.stopped_because,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._consecutive = int(state_dict["consecutive"])
+        self.refused_steps = int(state_dict["refused_steps"])
+        self.stopped_because = state_dict["stopped_because"]
 
     def _stop(self, trainer: Trainer, norm: Tensor, loss: Tensor | None) -> None:
         shown = "unknown" if loss is None else f"{float(loss):.4g}"
@@ -79,7 +111,7 @@ class FiniteGuard(Callback):
 
 
 class TokenCount(Callback):
-    """Count the tokens that were trained on."""
+    """Count the tokens that were trained on, by all processes."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -92,7 +124,78 @@ class TokenCount(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.count += batch["input_ids"].numel()
+        self.count += batch["input_ids"].numel() * trainer.world_size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = int(state_dict["count"])
+
+
+class RandomState(Callback):
+    """Keep the global random state of every process in checkpoints, and go on from it.
+
+    It is set before the first batch, not earlier: making the loader's iterator draws from it.
+    """
+
+    def __init__(self) -> None:
+        self._restored: Mapping[str, Any] | None = None
+        self._has_begun = False
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._has_begun:
+            return
+        self._has_begun = True
+        if self._restored is not None:
+            restore_random_state(self._restored)
+            self._restored = None
+        elif trainer.global_rank:  # else all processes would drop out the same units
+            torch.manual_seed(derived_seed(torch.initial_seed(), "rank", trainer.global_rank))
+
+    def state_dict(self) -> dict[str, Any]:
+        rank, own = this_rank(), random_state()
+        states = [own] * rank.count
+        if rank.count > 1:
+            distributed.all_gather_object(states, own)
+        return {"ranks": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        rank, states = this_rank(), state_dict["ranks"]
+        if len(states) != rank.count:
+            raise TritterError(
+                f"trainer.devices = {rank.count}: the saved state is of {len(states)} processes; "
+                f"go on with trainer.devices={len(states)}."
+            )
+        self._restored = states[rank.index]
+
+
+class SaveState(Callback):
+    """Save what the training needs to go on, every so many steps, in one place.
+
+    Stands last among the callbacks, so that it sees what all others did in the step.
+
+    Args:
+        path: of the checkpoint folder, which is replaced whole.
+        every_n_steps: 0 saves nothing.
+    """
+
+    def __init__(self, path: Path, *, every_n_steps: int) -> None:
+        self._path = path
+        self._every_n_steps = every_n_steps
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._every_n_steps and trainer.global_step % self._every_n_steps == 0:
+            trainer.save_checkpoint(self._path, weights_only=False)
 
 
 class Performance(Callback):
@@ -115,7 +218,7 @@ class Performance(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._tokens += batch["input_ids"].numel()
+        self._tokens += batch["input_ids"].numel() * trainer.world_size
         self._steps += 1
         if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
@@ -149,18 +252,24 @@ class StepProgress(Callback):
         self._use_bar = mode == "on" or (mode == "auto" and console.is_terminal)
         self._use_lines = mode == "auto" and not console.is_terminal
         self._since = 0.0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:>4.0f}/{task.total:.0f}  {task.fields[note]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            transient=True,
-        )
+        self._first = 0
+        self._bar: Progress | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A console holds locks; a process that is spawned makes one of its own
+        return {**self.__dict__, "_console": self._console.quiet}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._console = Console(quiet=state["_console"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.perf_counter()
+        self._first = trainer.global_step
+        self._use_bar = self._use_bar and trainer.is_global_zero
+        self._use_lines = self._use_lines and trainer.is_global_zero
         if self._use_bar:
+            self._bar = _progress_bar(self._console)
             self._bar.start()
             self._bar.add_task(self._label, total=self._max_steps, note="")
 
@@ -177,21 +286,33 @@ class StepProgress(Callback):
         if not (self._use_bar or self._use_lines) or (step % every and step != self._max_steps):
             return
         elapsed = time.perf_counter() - self._since
-        rate = step * batch["input_ids"].numel() / elapsed
+        tokens = (step - self._first) * batch["input_ids"].numel() * trainer.world_size
+        rate = tokens / elapsed
         loss = trainer.callback_metrics.get("train/loss", torch.tensor(float("nan")))
         note = f"loss {float(loss):.3f}  {rate / 1000:.1f}k tokens/s"
-        if self._use_bar:
+        if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note)
         else:
-            left = elapsed / step * (self._max_steps - step)
+            left = elapsed / (step - self._first) * (self._max_steps - step)
             self._console.print(
                 f"  {self._label}: step {step}/{self._max_steps}  {note}  {left:.0f} s left",
                 highlight=False,
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._use_bar:
+        if self._bar is not None:
             self._bar.stop()
+
+
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:>4.0f}/{task.total:.0f}  {task.fields[note]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+    )
 
 
 def peak_memory_bytes() -> int:

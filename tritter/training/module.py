@@ -33,7 +33,7 @@ class BaseModule(LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the mean next-token loss of a batch, nats per token."""
         loss = self.task_loss(batch)
-        self.log("train/loss", loss.detach())
+        self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
 
     def task_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -46,7 +46,8 @@ class BaseModule(LightningModule):
             self.optimiser_settings,
             learning_rate=self.schedule.learning_rate,
         )
-        scheduler = LambdaLR(optimiser, self.schedule.factor)
+        # A plain function, which the scheduler's state leaves out; the step is all there is to save
+        scheduler = LambdaLR(optimiser, lambda step: self.schedule.factor(step))
         return {
             "optimizer": optimiser,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "learning_rate"},
@@ -77,7 +78,7 @@ class ExpandedModule(BaseModule):
         for method in self.methods:
             extra = method.extra_loss(self.model, batch)
             if extra is not None:
-                self.log(f"forgetting/{method.name}/loss", extra.detach())
+                self.log(f"forgetting/{method.name}/loss", extra.detach(), sync_dist=True)
                 loss = loss + extra
         return loss
 

@@ -1,0 +1,263 @@
+"""Peak memory and time of an expansion, beside `cp` of the same bytes.
+
+    python experiments/benchmarks/streaming.py --megabytes 500 2000
+
+writes synthetic bf16 Llamas of these sizes (same layer, more of them), expands each in a process
+of its own, and prints a row per size and method. Everything it writes is deleted.
+
+Memory is sampled from outside in /proc/PID/status every two milliseconds. `RssAnon` is what the
+process allocated; pages of the source that safetensors maps (`RssFile`) are the page cache's and
+can be dropped at any time, yet `ru_maxrss` and VmHWM count them, so both are shown.
+"""
+
+import argparse
+import csv
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = ("dus", "width")
+SAMPLE_SECONDS = 0.002
+MEGABYTE = 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One expansion. Megabytes of 10⁶ bytes; medians over the repeats, memory the largest."""
+
+    method: str
+    source_mb: int
+    result_mb: int
+    expand_seconds: float
+    cp_source_seconds: float
+    cp_result_seconds: float
+    sha256_seconds: float
+    idle_anonymous_mb: int
+    peak_anonymous_mb: int
+    peak_resident_mb: int
+
+    @property
+    def growth_mb(self) -> int:
+        """Allocated by the expansion itself, on top of Python, torch and transformers."""
+        return self.peak_anonymous_mb - self.idle_anonymous_mb
+
+
+def write_source(folder: Path, *, megabytes: int, hidden_size: int) -> None:
+    """Write a Llama with random bf16 weights and as many layers as fit, in several shards."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tritter.families import LLAMA, Config, llama_config
+
+    def config_of(layers: int) -> Config:
+        return llama_config(
+            vocab_size=8192,
+            hidden_size=hidden_size,
+            intermediate_size=hidden_size * 11 // 4,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden_size // 64,
+            num_key_value_heads=hidden_size // 128,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-6,
+            rope_theta=1e4,
+            max_position_embeddings=256,
+            initializer_range=0.02,
+        )
+
+    one, two = (2 * LLAMA.count_parameters(config_of(layers)) for layers in (1, 2))
+    layers = max(2, (megabytes * MEGABYTE - one) // (two - one) + 1)
+    config: Config = {**config_of(layers), "dtype": "bfloat16"}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    tensors = LLAMA.logical_tensors(config)
+    shard_count = max(2, megabytes // 250)
+    bounds = [len(tensors) * part // shard_count for part in range(shard_count + 1)]
+    weight_map: dict[str, str] = {}
+    for begin, end in pairwise(bounds):
+        name = f"model-{begin:05d}.safetensors"
+        shard = {
+            tensor.disk_name: torch.empty(LLAMA.shape(tensor, config), dtype=torch.bfloat16)
+            for tensor in tensors[begin:end]
+        }
+        for value in shard.values():
+            value.normal_(std=0.02, generator=generator)
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def run_expansion(source: Path, destination: Path, method: str) -> None:
+    """Expand in this process, after telling the parent that everything is imported."""
+    from tritter.expand import expand, plan_expansion
+    from tritter.expansion import Dus, ExpansionSpec, Width
+
+    intermediate_size = json.loads((source / "config.json").read_text())["intermediate_size"]
+    spec: ExpansionSpec = Dus()
+    if method == "width":
+        spec = Width(intermediate_size=intermediate_size * 3 // 2, init="net2net")
+    plan_expansion(source, [spec])  # transformers imports some of itself at first use
+    print("ready", flush=True)
+    sys.stdin.readline()
+    started = time.perf_counter()
+    expand(source, destination, [spec], max_shard_bytes=500 * MEGABYTE)
+    print(time.perf_counter() - started, flush=True)
+    sys.stdin.readline()
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    seconds: float
+    idle_anonymous_mb: int
+    peak_anonymous_mb: int
+    peak_resident_mb: int
+
+
+def measure(source: Path, destination: Path, method: str) -> Measured:
+    """Run one expansion in a child and sample its memory until it says that it is done."""
+    command = [sys.executable, __file__, "--child", str(source), str(destination), method]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        if child.stdout.readline().strip() != "ready":
+            raise RuntimeError("the expansion did not start")
+        idle = peak = _status(child.pid)["RssAnon"]
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        while not select.select([child.stdout], [], [], SAMPLE_SECONDS)[0]:
+            peak = max(peak, _status(child.pid)["RssAnon"])
+        answer = child.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{method} failed")
+        resident = _status(child.pid)["VmHWM"]
+        child.stdin.write("bye\n")
+        child.stdin.flush()
+    return Measured(float(answer), idle, peak, resident)
+
+
+def _status(process: int) -> dict[str, int]:
+    """Return /proc's memory figures of a process in megabytes."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    pairs = (line.split(":") for line in lines if line.endswith(" kB"))
+    return {key: int(value.split()[0]) * 1024 // MEGABYTE for key, value in pairs}
+
+
+def copy_seconds(source: Path, destination: Path) -> float:
+    """Return how long `cp -r` takes until the bytes are on the disk."""
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(destination)], check=True)
+    for path in destination.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    shutil.rmtree(destination)
+    return seconds
+
+
+def hash_seconds(*folders: Path) -> float:
+    """Return how long SHA-256 over all files takes in one thread."""
+    import hashlib
+
+    started = time.perf_counter()
+    for path in (path for folder in folders for path in folder.iterdir()):
+        with path.open("rb") as file:
+            hashlib.file_digest(file, "sha256")
+    return time.perf_counter() - started
+
+
+def benchmark(
+    megabytes: Sequence[int],
+    *,
+    place: Path,
+    methods: Sequence[str] = METHODS,
+    repeats: int = 1,
+    hidden_size: int = 1024,
+) -> Iterator[Row]:
+    """Measure each size and method; the runs that are compared follow each other directly."""
+    for size in megabytes:
+        source, result = place / f"source{size}", place / "result"
+        write_source(source, megabytes=size, hidden_size=hidden_size)
+        for method in methods:
+            runs: list[Measured] = []
+            copies: list[tuple[float, float, float]] = []
+            for _ in range(repeats):
+                runs.append(measure(source, result, method))
+                copies.append(
+                    (
+                        copy_seconds(source, place / "copy"),
+                        copy_seconds(result, place / "copy"),
+                        hash_seconds(source, result),
+                    )
+                )
+                result_bytes = _bytes(result)
+                shutil.rmtree(result)
+            cp_source, cp_result, sha256 = map(_median, zip(*copies, strict=True))
+            yield Row(
+                method=method,
+                source_mb=_bytes(source) // MEGABYTE,
+                result_mb=result_bytes // MEGABYTE,
+                expand_seconds=_median([run.seconds for run in runs]),
+                cp_source_seconds=cp_source,
+                cp_result_seconds=cp_result,
+                sha256_seconds=sha256,
+                idle_anonymous_mb=max(run.idle_anonymous_mb for run in runs),
+                peak_anonymous_mb=max(run.peak_anonymous_mb for run in runs),
+                peak_resident_mb=max(run.peak_resident_mb for run in runs),
+            )
+        shutil.rmtree(source)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _median(values: Sequence[float]) -> float:
+    return round(sorted(values)[len(values) // 2], 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[500, 2000])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--output", type=Path, help="CSV file for the rows")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        source, destination, method = options.child
+        run_expansion(Path(source), Path(destination), method)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="tritter-streaming-") as place:
+        for row in benchmark(
+            options.megabytes,
+            repeats=options.repeats,
+            hidden_size=options.hidden_size,
+            place=Path(place),
+        ):
+            rows.append({**asdict(row), "growth_mb": row.growth_mb})
+            print(json.dumps(rows[-1]), flush=True)
+    if options.output is not None:
+        with options.output.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

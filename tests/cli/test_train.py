@@ -1,0 +1,343 @@
+"""`tritter train`: the words of train.py, and a checkpoint that is trained on."""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Run, snapshot
+from tests.pipeline.conftest import SMALL
+from tritter.checkpoint import read_lineage
+from tritter.cli import continued, main
+from tritter.cli import train as train_module
+from tritter.cli.continued import TrainRequest, continuation, recorded_text
+from tritter.cli.train import HELP
+from tritter.config import RunConfig
+from tritter.config.composition import load_config
+from tritter.config.help import help_text
+from tritter.config.schema import CheckpointModelConfig, EWCOptions, TextDataConfig
+from tritter.expand import expand
+from tritter.expansion import Width
+
+QUICK = "data.sequence_length=32 data.batch_size=4 logger=csv trainer.progress=off "
+QUICK += "evaluation.sample_tokens=0 evaluation.max_tokens_per_document=48"
+WORDS = "the model grows a layer where data asks for one and keeps what it knew"
+
+
+def write_texts(folder: Path, start: str) -> None:
+    folder.mkdir(parents=True)
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"{start} {number} {WORDS} {number**5} {WORDS}\n" * 5)
+
+
+@pytest.fixture
+def texts(place: Path) -> Path:
+    """The current folder, with a plain `base`, and texts at `old` and `data/pretraining`."""
+    write_texts(place / "old", "of old")
+    write_texts(place / "data/pretraining", "and now")
+    return place
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """What the pipeline is given, which does nothing else."""
+    given: list[RunConfig] = []
+
+    def pipeline(config: RunConfig, *, run_folder: Path) -> Any:
+        given.append(config)
+
+        class Outcome:
+            status, metric, summary_path = "kept", 0.5, run_folder / "summary.json"
+
+        return Outcome()
+
+    monkeypatch.setattr(train_module, "_pipeline", pipeline)
+    return given
+
+
+def data_of(config: RunConfig) -> TextDataConfig:
+    assert isinstance(config.data, TextDataConfig)
+    return config.data
+
+
+def test_without_a_checkpoint_it_is_the_program_behind_train_py(run: Run) -> None:
+    for flag in ("--help", "-h", "--checkpoint base --help"):
+        assert run(f"train {flag}").out.strip() == f"{help_text()}\n{HELP}".strip()
+    result = run("train expansion=dsu")
+    assert result.code == 2
+    assert "dsu" in result.err
+    assert run("train --cfg job").code == 0
+
+
+def test_help_names_every_option() -> None:
+    for option in train_module._VALUED:
+        assert f"--{option} " in HELP
+    assert max(map(len, HELP.splitlines())) <= 100
+
+
+def test_what_the_options_mean(run: Run, texts: Path, configs: list[RunConfig]) -> None:
+    result = run(
+        "train --checkpoint base --mode continue --steps 7 --ewc_lambda 1000 --output there "
+        "--data data/pretraining --old-data old --data old/0.txt data.sequence_length=32"
+    )
+    assert result.code == 0, result.err
+    (config,) = configs
+    assert config.model == CheckpointModelConfig(model_type="hf", path=str(texts / "base"))
+    assert (config.expansion, config.training.max_steps) == ((), 7)
+    assert config.forgetting == (EWCOptions(ewc_lambda=1000),)
+    assert data_of(config).new == {"new": [f"{texts}/data/pretraining", f"{texts}/old/0.txt"]}
+    assert data_of(config).old == {"old": [f"{texts}/old"]}
+    assert (texts / "there/run.json").exists()
+
+
+def test_typed_keys_win(run: Run, texts: Path, configs: list[RunConfig]) -> None:
+    result = run(
+        "train --checkpoint=base --ewc-lambda=5 --data=old data.old=old data.new={x:data} "
+        "expansion=width forgetting=[replay,ewc] training.max_steps=3 data.text_field=body "
+        "data.sequence_length=32 hydra.run.dir=elsewhere"
+    )
+    assert result.code == 0, result.err
+    (config,) = configs
+    assert [options.name for options in config.forgetting] == ["replay", "ewc"]
+    assert config.forgetting[1] == EWCOptions(ewc_lambda=5)
+    assert [spec.name for spec in config.expansion] == ["width"]
+    assert data_of(config).new == {"x": [f"{texts}/data"]}
+    assert (data_of(config).text_field, config.training.max_steps) == ("body", 3)
+    assert (texts / "elsewhere/run.json").exists()
+
+
+def test_the_default_output_lies_beside_the_checkpoint(
+    run: Run, texts: Path, configs: list[RunConfig]
+) -> None:
+    words = "--data old forgetting=none data.sequence_length=32"
+    assert run(f"train --checkpoint ./base/ {words}").code == 0
+    assert (texts / "base-continued/run.json").exists()
+    again = run(f"train --checkpoint base {words}")
+    assert (again.code, len(configs)) == (0, 1)
+    assert "nothing to do" in again.out
+    other = run(f"train --checkpoint base {words} --steps 3")
+    assert other.code == 2
+    assert "--output = " in other.err and "training.max_steps: 200 → 3" in other.err
+
+
+def test_places_with_spaces_and_signs(run: Run, texts: Path, configs: list[RunConfig]) -> None:
+    odd = texts / "it's, {odd}: [a=b]"
+    odd.mkdir()
+    shutil.move(texts / "base", odd / "base")
+    shutil.move(texts / "old", odd / "old")
+    code = main([
+        "train", "--checkpoint", str(odd / "base"), "--data", str(odd / "old/0.txt"),
+        "--old-data", str(odd / "old"), "data.sequence_length=32",
+    ])  # fmt: skip
+    assert code == 0
+    assert data_of(configs[0]).old == {"old": [str(odd / "old")]}
+    assert (odd / "base-continued/run.json").exists()
+
+
+REFUSALS = {
+    "--checkpoint base": ("--data is missing",),
+    "--steps 10": ("--steps goes with --checkpoint",),
+    "--checkpoint base --data old": ("--old-data = null", "replay against forgetting needs"),
+    "--checkpoint base --data old --ewc-lambda 3": ("--old-data = null", "ewc against"),
+    "--checkpoint base --data old --ewc-lambda x": ("--ewc-lambda = x",),
+    "--checkpoint base --data old forgetting=none --steps 0": ("--steps = 0", "at least 1"),
+    "--checkpoint base --data old --mode grow": ("--mode = grow", "continue"),
+    "--checkpoint base --data old --setps 3": ("--setps", "Did you mean '--steps'?"),
+    "--checkpoint base --data old -m": ("-m",),
+    "--checkpoint base --data": ("--data", "expected one argument"),
+    "--checkpoint": ("--checkpoint", "expected one argument"),
+    "--checkpoint bsae --data old": ("--checkpoint = bsae", "Did you mean 'base'?"),
+    "--checkpoint old --data old": ("--checkpoint = ", "config.json"),
+    "--checkpoint base --data odl": ("--data = ", "Did you mean 'old'?"),
+    "--checkpoint base --data old --old-data base": ("--old-data = ", "found .json"),
+    "--checkpoint base --data old forgetting=none": (
+        "data.sequence_length = 128", "max_position_embeddings = 64",
+    ),
+    "--checkpoint base --data old forgetting=none seed=1,2": ("seed = 1,2",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", REFUSALS)
+def test_refused(run: Run, texts: Path, configs: list[RunConfig], words: str) -> None:
+    before = snapshot(texts)
+    result = run(f"train {words}")
+    assert result.code == 2
+    assert result.err.startswith("error: ")
+    assert "Traceback" not in result.err
+    for part in REFUSALS[words]:
+        assert part in result.err
+    assert (snapshot(texts), configs) == (before, [])
+
+
+# What the checkpoint recorded
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `run`, a small run on `texts`; its cache lies beside."""
+    place = tmp_path_factory.mktemp("trained")
+    write_texts(place / "texts/old", "of old")
+    write_texts(place / "texts/new", "and now")
+    from tritter.pipeline import run_pipeline
+
+    words = [
+        *SMALL, *QUICK.split(), "data=text", f"data.old={{past:{place}/texts/old}}",
+        f"data.new={place}/texts/new", "data.vocab_size=280", "training.max_steps=3", "seed=5",
+        "pretraining.max_steps=5", f"cache_dir={place}/cache", "gate='off'",
+        "data.validation_fraction=0.3",
+    ]  # fmt: skip
+    (place / "run").mkdir()
+    run_pipeline(load_config(words), run_folder=place / "run")
+    return place
+
+
+@pytest.fixture
+def grown(trained: Path, texts: Path) -> Path:
+    """The current folder, with `grown`, the result of a run."""
+    shutil.copytree(trained / "run/checkpoint", texts / "grown")
+    return texts
+
+
+def test_the_specifications_example(run: Run, grown: Path, trained: Path) -> None:
+    result = run(
+        "train --checkpoint ./grown --mode continue --steps 3 --ewc-lambda 1000 "
+        f"--data ./data/pretraining cache_dir={trained}/cache {QUICK} gate='off'"
+    )
+    assert result.code == 0, result.err
+    assert "Old text as the checkpoint recorded it, with its split: past." in result.out
+    summary = json.loads((grown / "grown-continued/summary.json").read_text())
+    assert summary["domains"] == {"old": ["past"], "new": ["new"]}
+    assert (summary["forgetting"], summary["seed"]) == (["ewc"], 5)
+    before, after = (read_lineage(grown / name) for name in ("grown", "grown-continued/checkpoint"))
+    assert before is not None and after is not None
+    assert after.parent_hash == before.model_hash
+    assert after.expansion_history[0].method == "width"
+    assert run("history grown-continued/checkpoint --verify").code == 0
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "baseline", "attempt_1/expanded"])
+def test_every_checkpoint_of_a_run_knows_its_old_text(
+    run: Run, texts: Path, trained: Path, configs: list[RunConfig], name: str
+) -> None:
+    result = run(f"train --checkpoint {trained}/run/{name} --data old --output there {QUICK}")
+    assert result.code == 0, result.err
+    assert data_of(configs[0]).old == {"past": [f"{trained}/texts/old"]}
+    # What was held out stays held out
+    assert (configs[0].seed, configs[0].data.validation_fraction) == (5, 0.3)
+
+
+def test_the_split_is_that_of_the_recorded_training(trained: Path, texts: Path) -> None:
+    request = TrainRequest(checkpoint=str(trained / "run/checkpoint"), data=("old",))
+    words = continuation(request).words
+    assert "data.sequence_length=32" in words and "seed=5" in words
+    typed = TrainRequest(checkpoint=request.checkpoint, data=("old",), overrides=("seed=9",))
+    assert [w for w in continuation(typed).words if w.startswith("seed")] == ["seed=9"]
+
+
+def edit_record(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "tritter.json"
+    record = json.loads(path.read_text())
+    change(record["training_config"])
+    path.write_text(json.dumps(record))
+
+
+def move_text(told: dict[str, Any]) -> None:
+    told["old"]["past"]["paths"] = ["/nowhere/at/all"]
+
+
+def change_text(told: dict[str, Any]) -> None:
+    told["old"]["past"]["sha256"] = "0" * 64
+
+
+def forget_place(told: dict[str, Any]) -> None:
+    del told["old"]["past"]["paths"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (move_text, "no such file or folder"),
+        (change_text, "has changed since"),
+        (forget_place, "does not say where it lay"),
+    ],
+)
+def test_recorded_text_that_is_not_what_it_was(
+    run: Run, grown: Path, configs: list[RunConfig], change: Any, reason: str
+) -> None:
+    edit_record(grown / "grown", change)
+    refused = run("train --checkpoint grown --data data/pretraining")
+    assert refused.code == 2
+    for part in ("--old-data = null", "The recorded old text past can't be used", reason):
+        assert part in refused.err
+    alone = run("train --checkpoint grown --data data/pretraining forgetting=none")
+    assert alone.code == 0, alone.err
+    assert reason in alone.out
+    named = run("train --checkpoint grown --data data/pretraining --old-data old --output there")
+    assert named.code == 0
+    assert data_of(configs[-1]).old == {"old": [f"{grown}/old"]}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"old": {"prose": {"origin": "python 3.11.2 standard library", "sha256": "x"}}},
+        {"old": {"prose": {"paths": ["stdlib:prose"]}}},
+        {"made_from": {"data": {"source": "stdlib", "validation_fraction": 0.2}, "seed": 0}},
+    ],
+)
+def test_text_of_the_installation_is_always_at_hand(place: Path, told: dict[str, Any]) -> None:
+    expand(place / "base", place / "grown", [Width()])
+    edit_record(place / "grown", lambda record: record.update(told))
+    recorded = recorded_text(place / "grown")
+    assert (recorded.sources, recorded.missing) == ({"prose": ["stdlib:prose"]}, ())
+    assert len(recorded.notes) == ("3.11.2" in str(told))
+
+
+@pytest.mark.parametrize("told", [{}, {"old": []}, {"old": {"x": 3}}, {"made_from": 3, "data": 1}])
+def test_a_record_that_says_nothing(place: Path, told: dict[str, Any]) -> None:
+    expand(place / "base", place / "grown", [Width()])
+    edit_record(place / "grown", lambda record: record.update(told))
+    assert recorded_text(place / "grown") == continued.Recorded()
+
+
+# What is documented
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTED = [
+    line.removeprefix("$ ")
+    for name in ("README.md", "docs/run.md", "docs/cli.md")
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+    if line.startswith("$ ")
+]
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(DOCUMENTED))
+def test_documented_commands_are_accepted(
+    run: Run, grown: Path, configs: list[RunConfig], command: str
+) -> None:
+    """Commands with files that only a person has; `tests/test_readme.py` checks all others."""
+    shutil.move(grown / "old", grown / "articles")
+    (grown / "notes.jsonl").write_text('{"text": "a"}\n')
+    config = json.loads((grown / "base/config.json").read_text())
+    (grown / "base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    words = shlex.split(command)
+    assert words[:2] in (["python", "train.py"], ["tritter", "train"])
+    assert main(["train", *words[2:]]) == 0
+    assert len(configs) == 1
+
+
+def test_the_specifications_example_is_documented() -> None:
+    assert (
+        "tritter train --checkpoint ./grown --mode continue --steps 100 --ewc-lambda 1000 "
+        "--data ./data/pretraining"
+    ) in DOCUMENTED
+
+
+def test_every_key_that_options_set_has_its_option() -> None:
+    options = set(re.findall(r"--[a-z-]+", HELP))
+    assert set(continued._OPTION_OF_KEY.values()) <= options

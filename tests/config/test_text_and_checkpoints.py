@@ -1,0 +1,207 @@
+"""`data=text` and `model=hf`: what they compose to, and what is refused before anything runs."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.config.conftest import FakePipeline, Result
+from tritter.config.fingerprint import changed_keys, fingerprint
+from tritter.config.schema import CheckpointModelConfig, TextDataConfig
+from tritter.config.text_files import find_text_files
+
+Run = Callable[..., Result]
+TEXT = ("data=text", "data.old=old", "data.new=new")
+SHAPES = {
+    "model_type": "llama",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder beside the empty one that commands run in, with texts and a checkpoint's files."""
+    place = tmp_path.parent / f"{tmp_path.name}-texts"
+    for name in ("old/deep/a.txt", "old/b.jsonl", "old/.hidden/c.txt", "old/d.md", "new/e.txt.gz"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("text\n")
+    write_checkpoint(place / "base")
+    return place
+
+
+def write_checkpoint(folder: Path, **changes: Any) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SHAPES | changes))
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).write_text("")
+
+
+@pytest.fixture
+def run_there(run: Run, place: Path) -> Run:
+    """Run words in which @ stands for the folder of the texts."""
+    return lambda *words: run(*(word.replace("@", f"{place}/") for word in words))
+
+
+def data_of(pipeline: FakePipeline) -> TextDataConfig:
+    data = pipeline.configs[-1].data
+    assert isinstance(data, TextDataConfig)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("words", "old", "new"),
+    [
+        (["data.old=@old", "data.new=@new"], {"old": ["old"]}, {"new": ["new"]}),
+        (["data.old=[@old/b.jsonl,@old/deep]", "data.new=@new/*.gz"],
+         {"old": ["old/b.jsonl", "old/deep"]}, {"new": ["new/*.gz"]}),
+        (["data.old={prose:@old,news:[@new]}", "data.new={code:@old/**/*.txt}"],
+         {"prose": ["old"], "news": ["new"]}, {"code": ["old/**/*.txt"]}),
+        (["data.old=stdlib:prose", "data.new=@new"], {"old": ["stdlib:prose"]}, {"new": ["new"]}),
+    ],
+)  # fmt: skip
+def test_paths_in_every_form(
+    run_there: Run, place: Path, pipeline: FakePipeline, words: list[str], old: Any, new: Any
+) -> None:
+    result = run_there("data=text", *words)
+    assert result.code == 0, result.err
+
+    def placed(sources: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {
+            name: [path if ":" in path else f"{place}/{path}" for path in paths]
+            for name, paths in sources.items()
+        }
+
+    assert data_of(pipeline).old == placed(old)
+    assert data_of(pipeline).new == placed(new)
+
+
+def test_a_folder_means_what_is_below_it_and_not_hidden(place: Path) -> None:
+    found = find_text_files("data.old", [f"{place}/old", f"{place}/old/b.jsonl", "stdlib:prose"])
+    assert [str(path.relative_to(place)) for path in found] == ["old/b.jsonl", "old/deep/a.txt"]
+
+
+def test_relative_paths_are_those_of_the_place_where_the_run_began(
+    run: Run, place: Path, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    assert run(*TEXT, "data.old=./old/../old").code == 0
+    assert data_of(pipeline).old == {"old": [f"{place}/old"]}
+
+
+def test_the_fingerprint_survives_json_and_sees_paths(
+    run_there: Run, pipeline: FakePipeline
+) -> None:
+    run_there("data=text", "data.old=@old", "data.new=@new")
+    run_there("data=text", "data.old=[@old,@new]", "data.new=@new")
+    first, second = (fingerprint(config) for config in pipeline.configs)
+    assert json.loads(json.dumps(first)) == first
+    assert changed_keys(first, second) == ["data.old.old"]
+
+
+def test_a_checkpoint(run_there: Run, place: Path, pipeline: FakePipeline) -> None:
+    result = run_there("model=hf", "model.path=@base", "data.sequence_length=64")
+    assert result.code == 0, result.err
+    assert pipeline.configs[0].model == CheckpointModelConfig(
+        model_type="hf", path=str(place / "base")
+    )
+
+
+def test_of_a_hub_id_the_rest_is_seen_when_it_is_there(run: Run, pipeline: FakePipeline) -> None:
+    assert run("model=hf", "model.path=owner/name").code == 0
+    assert pipeline.configs[0].model == CheckpointModelConfig(model_type="hf", path="owner/name")
+
+
+def test_without_old_text_methods_that_need_none_run(run_there: Run) -> None:
+    words = ("model=hf", "model.path=@base", "data=text", "data.new=@new", "data.sequence_length=9")
+    for forgetting in ("none", "l2sp"):
+        assert run_there(*words, f"forgetting={forgetting}").code == 0
+
+
+HF = "model=hf model.path=@base data.sequence_length=64"
+REFUSALS: dict[str, tuple[str, ...]] = {
+    "data=text data.old=@old": ("data.new = null", "data.new=PATH"),
+    "data=text data.new=@new": ("data.old = null", "model=hf"),
+    "data=text data.old=@odl data.new=@new": ("no such file or folder", "Did you mean 'old'?"),
+    "data=text data.old=@x/y data.new=@new": ("no such file or folder", "is no folder either"),
+    "data=text data.old=@old/d.md data.new=@new": ("d.md", ".parquet", "found .md (1)"),
+    "data=text data.old=@base data.new=@new": ("found .json (2), .safetensors (1)",),
+    "data=text data.old=@old/*.pdf data.new=@new": ("*.pdf", "the glob matches no file"),
+    "data=text data.old=@old/*.md data.new=@new": ("found .md (1)",),
+    "data=text data.old=3 data.new=@new": ("data.old = 3", "a path, a list of paths"),
+    "data=text data.old=[] data.new=@new": ("data.old = []", "empty"),
+    "data=text data.old={prose:{a:b}} data.new=@new": ("data.old.prose", "a path"),
+    "data=text data.old={a/b:@old} data.new=@new": ("data.old = a/b", "letters"),
+    "data=text data.old={x:@old} data.new={x:@new}": ("data.new.x", "already"),
+    "data=text data.old=stdlib:prosa data.new=@new": ("stdlib:code", "Did you mean stdlib:prose?"),
+    "data=text data.old=@old data.new=@new data.text_feild=a": ("Did you mean data.text_field?",),
+    "data.old=@old": ("data.old", "source stdlib has no such key, only text has"),
+    "data.source=text": ("data.text_field is missing",),
+    "model=hf": ("model.path = null", "model.path=DIR"),
+    "model=hf model.path=@bsae": ("model.path", "no hub id", "Did you mean 'base'?"),
+    "model=hf model.path=@old/b.jsonl": ("it is a file",),
+    "model=hf model.path=@old": ("holds no config.json",),
+    "model.path=@base": ("model.path", "model_type llama has no such key, only hf has"),
+    f"{HF} model.hidden_size=64": ("model.hidden_size", "only llama has"),
+    "model=hf model.path=@base": ("data.sequence_length = 128", "max_position_embeddings = 64"),
+    f"{HF} expansion.width.hidden_size=25": ("expansion.width.hidden_size = 25",),
+    f"{HF} expansion=dus expansion.dus.target_layers=9": ("expansion.dus.target_layers = 9",),
+    f"{HF} data=text data.new=@new": ("data.old = null", "replay against forgetting needs old"),
+    f"{HF} data=text data.new=@new forgetting=[l2sp,ewc]": ("ewc against forgetting needs",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", REFUSALS)
+def test_refused(run_there: Run, pipeline: FakePipeline, command: str) -> None:
+    result = run_there(*command.split(" "))
+    assert result.code == 2
+    for part in REFUSALS[command]:
+        assert part in result.err
+    assert "Traceback" not in result.err
+    assert (result.written, pipeline.configs) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "removed", "parts"),
+    [
+        ({"model_type": "llma"}, (), ("llma", "Did you mean 'llama'?")),
+        ({"model_type": "gpt2"}, (), ("gpt2", "llama, qwen3")),
+        ({"num_hidden_layers": 0}, (), ("num_hidden_layers = 0",)),
+        ({}, ("tokenizer.json",), ("no tokenizer.json", "save_pretrained")),
+        ({}, ("model.safetensors",), ("holds no safetensors",)),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_trained_on(
+    run_there: Run, place: Path, changes: dict[str, Any], removed: tuple[str, ...], parts: Any
+) -> None:
+    shutil.rmtree(place / "base")
+    write_checkpoint(place / "base", **changes)
+    for name in removed:
+        (place / "base" / name).unlink()
+    result = run_there(*HF.split())
+    assert (result.code, result.written) == (2, [])
+    for part in (*parts, "model.path = "):
+        assert part in result.err
+
+
+def test_pickles_are_refused_by_name(run_there: Run, place: Path) -> None:
+    (place / "base/model.safetensors").rename(place / "base/pytorch_model.bin")
+    result = run_there(*HF.split())
+    assert result.code == 2
+    assert "pytorch_model.bin may run code" in result.err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": 3}', "\udcff"])
+def test_damaged_configs_are_refused(run_there: Run, place: Path, text: str) -> None:
+    (place / "base/config.json").write_bytes(text.encode(errors="surrogateescape"))
+    result = run_there(*HF.split())
+    assert (result.code, result.written) == (2, [])
+    assert "model.path = " in result.err

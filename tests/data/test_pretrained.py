@@ -1,0 +1,80 @@
+"""The tokenizer of a checkpoint: read as it is, without the settings of its last use."""
+
+import json
+
+import pytest
+
+from tritter.data.pretrained import read_tokenizer
+from tritter.data.tokenizer import END_OF_TEXT
+from tritter.errors import RequestError
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    state(tmp_path, "tokenizer_config.json", eos_token=END_OF_TEXT)
+    return tmp_path
+
+
+def state(folder, name, **content):
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_it_is_read(folder, tokenizer):
+    found = read_tokenizer(folder, vocab_size=300)
+    assert found.end_of_text == END_OF_TEXT
+    assert found.tokenizer.to_str() == tokenizer.to_str()
+
+
+def test_truncation_and_padding_are_left_out(folder, tokenizer):
+    text = "the model grows " * 20
+    whole = tokenizer.encode(text).ids
+    limited = type(tokenizer).from_str(tokenizer.to_str())
+    limited.enable_truncation(5)
+    limited.enable_padding(length=400)
+    limited.save(str(folder / "tokenizer.json"))
+    assert read_tokenizer(folder, vocab_size=300).tokenizer.encode(text).ids == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"eos_token": {"content": END_OF_TEXT}}),
+        ("special_tokens_map.json", {"eos_token": END_OF_TEXT}),
+        ("generation_config.json", {"eos_token_id": [0, 5]}),
+        ("config.json", {"eos_token_id": 0}),
+    ],
+)
+def test_where_the_end_of_text_is_stated(folder, name, content):
+    state(folder, "tokenizer_config.json")
+    state(folder, name, **content)
+    assert read_tokenizer(folder, vocab_size=300).end_of_text == END_OF_TEXT
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"eos_token": None}, {"eos_token": "<unknown>"}, {"eos_token_id": 0}],
+)
+def test_no_end_of_text_is_refused(folder, content):
+    state(folder, "tokenizer_config.json", **content)
+    with pytest.raises(RequestError, match="eos_token"):
+        read_tokenizer(folder, vocab_size=300)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder, tokenizer):
+    assert tokenizer.get_vocab_size() == 300
+    read_tokenizer(folder, vocab_size=320)  # padded embeddings are common
+    with pytest.raises(RequestError, match=r"tokens up to 299, but .* for 299"):
+        read_tokenizer(folder, vocab_size=299)
+
+
+def test_damaged_files_are_refused(folder):
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(RequestError, match=r"tokenizer_config.json can't be read"):
+        read_tokenizer(folder, vocab_size=300)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(RequestError, match="no usable tokenizer"):
+        read_tokenizer(folder, vocab_size=300)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(RequestError, match=r"holds no tokenizer.json"):
+        read_tokenizer(folder, vocab_size=300)

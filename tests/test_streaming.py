@@ -1,0 +1,103 @@
+"""Checkpoints go through tensor by tensor: in shards of any size, in memory that does not grow."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from experiments.benchmarks.streaming import Row, benchmark
+from tests import oracle
+from tests.oracle_qwen3 import tiny_qwen3
+from tritter.expand import expand
+from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width
+
+MODELS = {"llama": oracle.tiny_llama, "qwen3": tiny_qwen3}
+
+
+# Shards
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_sharded_in_sharded_out(tmp_path: Path, family: str, tied: bool) -> None:
+    model = MODELS[family](tie_word_embeddings=tied)
+    whole = oracle.saved(model, tmp_path / "whole")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    specs: list[ExpansionSpec] = [Width(), LlamaPro()]
+    hashes, parents = set(), set()
+    for source in (whole, tmp_path / "sharded"):
+        for limit in (15_000, 100_000, 10**9):
+            folder = tmp_path / f"{source.name}-{limit}"
+            result = expand(source, folder, specs, max_shard_bytes=limit)
+            hashes.add(result.lineage.model_hash)
+            parents.add(result.lineage.parent_hash)
+            _check_shards(folder, limit)
+            assert oracle.relative_difference(model, oracle.stock(folder), oracle.tokens()) < 1e-4
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
+    assert (len(hashes), len(parents)) == (1, 1)
+
+
+def _check_shards(folder: Path, limit: int) -> None:
+    """Hold the index against what the files hold, byte by byte."""
+    held: dict[str, str] = {}
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            sizes = [tensor.nbytes for tensor in map(file.get_tensor, names)]
+        assert sum(sizes) <= limit or len(sizes) == 1
+        held |= dict.fromkeys(names, path.name)
+        total += sum(sizes)
+    index = folder / "model.safetensors.index.json"
+    if len(set(held.values())) == 1:
+        assert set(held.values()) == {"model.safetensors"}
+        assert not index.exists()
+        return
+    plain = json.loads(index.read_text(encoding="utf-8"))
+    assert plain["weight_map"] == held
+    assert plain["metadata"]["total_size"] == total
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_shards_of_a_sharded_result_go_in_again(tmp_path: Path, family: str) -> None:
+    model: PreTrainedModel = MODELS[family]()
+    source = oracle.saved(model, tmp_path / "source")
+    first = expand(source, tmp_path / "first", [Width()], max_shard_bytes=20_000)
+    again = expand(first.folder, tmp_path / "again", [Dus(identity_init=True)])
+    at_once = expand(source, tmp_path / "at_once", [Width(), Dus(identity_init=True)])
+    assert again.lineage.model_hash == at_once.lineage.model_hash
+    assert again.lineage.parent_hash == first.lineage.model_hash
+    assert again.lineage.base_model_hash == at_once.lineage.base_model_hash
+
+
+# Memory
+
+
+def _assert_equal_peaks(rows: Sequence[Row]) -> None:
+    """The larger source takes the same memory, within 15 %, and far less than itself."""
+    small, large = rows
+    assert large.method == small.method
+    assert large.source_mb > 3 * small.source_mb
+    assert large.peak_anonymous_mb < 1.15 * small.peak_anonymous_mb, rows
+    assert large.growth_mb - small.growth_mb < 0.4 * (large.source_mb - small.source_mb), rows
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
+    rows = list(benchmark([20, 80], methods=["dus"], hidden_size=256, place=tmp_path))
+    _assert_equal_peaks(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("method", ["dus", "width"])
+def test_half_a_gigabyte_and_two_take_the_same_memory(tmp_path: Path, method: str) -> None:
+    """Anonymous memory, sampled from outside; mapped pages of the source are not counted."""
+    rows = list(benchmark([500, 2000], methods=[method], place=tmp_path))
+    _assert_equal_peaks(rows)
+    assert rows[1].growth_mb < 0.2 * rows[1].source_mb
+    assert list(tmp_path.iterdir()) == []

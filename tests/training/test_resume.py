@@ -1,0 +1,183 @@
+"""Resume inside a stage: bitwise what an uninterrupted training gives, wherever it was killed."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+from rich.console import Console
+from torch import nn
+
+from tests import oracle
+from tests.training.test_fit import SETTINGS, task
+from tritter.data.batches import BatchStream, SequenceStream
+from tritter.errors import TritterError
+from tritter.forgetting import EWC, L2SP, Replay
+from tritter.forgetting.fisher import diagonal_fisher
+from tritter.training import (
+    ExpandedModule,
+    FitResult,
+    ForgettingMethod,
+    OptimiserSettings,
+    Schedule,
+    Task,
+    fit,
+    fitting,
+    read_metrics,
+)
+from tritter.training.checkpoint_io import SafetensorsCheckpointIO, decode, encode
+
+STEPS = 25  # of 4 sequences out of 40: epochs of the data end at steps 10 and 20
+Methods = Callable[[], Sequence[ForgettingMethod]]
+METHODS: dict[str, Methods] = {
+    "none": tuple,
+    "l2sp and replay": lambda: (L2SP(l2sp_lambda=0.1), Replay(fraction=0.3)),
+    "ewc": lambda: (EWC(ewc_lambda=1e3),),
+}
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    """Stop in the middle of a step: after its batch was drawn, before its update."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:  # type: ignore[no-untyped-def]
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+def train(
+    folder: Path,
+    methods: Methods,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    kill_at: int | None = None,
+) -> tuple[nn.Module, FitResult]:
+    """Train a model with dropout, so that the random state counts; perhaps be killed."""
+    torch.manual_seed(7)
+    model = oracle.tiny_llama(initializer_range=0.05, attention_dropout=0.2)
+    plain = task(model)
+    fisher = diagonal_fisher(model, oracle.tokens(batch=4))
+    sequences = oracle.tokens(batch=40, length=16, seed=5).int()
+    batches = BatchStream(SequenceStream(sequences, seed=0), batch_size=4, num_batches=STEPS)
+    # A resumed process begins with another random state, which must not matter
+    torch.manual_seed(999 if (folder / "saved").exists() else 11)
+    module = ExpandedModule(
+        model,
+        schedule=Schedule(learning_rate=1e-2, max_steps=STEPS),
+        optimiser=OptimiserSettings(),
+        methods=methods(),
+    )
+    if kill_at is not None:
+        whole = fitting._trainer
+
+        def with_killer(settings, callbacks, max_steps, *, loggers):  # type: ignore[no-untyped-def]
+            return whole(settings, [KillAt(kill_at), *callbacks], max_steps, loggers=loggers)
+
+        monkeypatch.setattr(fitting, "_trainer", with_killer)
+    try:
+        result = fit(
+            module,
+            batches,
+            settings=replace(SETTINGS, save_every_n_steps=5),
+            folder=folder,
+            label="test",
+            flops_per_token=1,
+            console=Console(quiet=True),
+            task=Task(
+                carried=plain.carried,
+                old_sequences=plain.old_sequences,
+                seed=0,
+                importance={"fisher": fisher},
+            ),
+        )
+    finally:
+        monkeypatch.undo()
+    return model, result
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kills", [(3,), (7,), (9, 10), (10, 12, 21), (24,)], ids=str)
+def test_bitwise_as_if_never_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kills: tuple[int, ...]
+) -> None:
+    methods = METHODS[name]
+    whole, expected = train(tmp_path / "whole", methods, monkeypatch)
+    for step in kills:
+        with pytest.raises(Killed):
+            train(tmp_path / "parts", methods, monkeypatch, kill_at=step)
+    parts, result = train(tmp_path / "parts", methods, monkeypatch)
+    for parameter_name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, parts.get_parameter(parameter_name)), parameter_name
+    assert replace(result, seconds=0.0) == replace(expected, seconds=0.0)
+    rows, before = read_metrics(tmp_path / "parts"), read_metrics(tmp_path / "whole")
+    losses = [[(row["step"], row["train/loss"]) for row in r if row["train/loss"]]
+              for r in (rows, before)]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+def test_without_saved_state_it_starts_again_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", METHODS["none"], monkeypatch, kill_at=3)
+    assert not (tmp_path / "parts" / "saved").exists()
+
+
+def test_a_saved_state_holds_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", METHODS["l2sp and replay"], monkeypatch, kill_at=12)
+    files = sorted(path.name for path in (tmp_path / "parts" / "saved").iterdir())
+    assert files == ["checkpoint.json", "tensors.safetensors"]
+    content = SafetensorsCheckpointIO().load_checkpoint(tmp_path / "parts" / "saved")
+    assert content["global_step"] == 10
+    assert set(content["callbacks"]) >= {"ForgettingCallback", "RandomState", "FiniteGuard"}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "newer", "empty"])
+def test_a_damaged_saved_state_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, METHODS["none"], monkeypatch, kill_at=7)
+    if damage == "truncated":
+        path = tmp_path / "saved" / "tensors.safetensors"
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        text = json.dumps({"format_version": 99}) if damage == "newer" else ""
+        (tmp_path / "saved" / "checkpoint.json").write_text(text)
+    with pytest.raises(TritterError, match="format_version 99" if damage == "newer" else "damaged"):
+        train(tmp_path, METHODS["none"], monkeypatch)
+
+
+def test_codec_keeps_what_it_is_given() -> None:
+    given = {
+        "numbers": [1, 2.5, True, None, float("inf")],
+        "keys": {0: "zero", 1: {"deep": (1, (2, "x"))}, "1": "text", (1, 2): []},
+        "tensors": {
+            "half": torch.ones(2, dtype=torch.bfloat16),
+            "scalar": torch.tensor(3),
+            "view": torch.arange(6).view(2, 3).T,
+            "empty": torch.zeros(0),
+            "shared": [torch.ones(2)] * 2,
+        },
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(encode(given, tensors, place="it"))
+    back = decode(json.loads(text), tensors)
+    assert back["numbers"] == given["numbers"] and back["keys"] == given["keys"]
+    assert list(back["keys"]) == list(given["keys"])  # type: ignore[arg-type]
+    for name, tensor in given["tensors"].items():  # type: ignore[union-attr]
+        other = back["tensors"][name]
+        if isinstance(tensor, torch.Tensor):
+            assert other.dtype == tensor.dtype and torch.equal(other, tensor)
+    with pytest.raises(TypeError, match=r"it\.where\.1 is a set"):
+        encode({"where": [0, {1}]}, {}, place="it")

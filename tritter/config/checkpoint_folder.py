@@ -1,0 +1,72 @@
+"""What can be known of a checkpoint folder from its file names and config.json alone."""
+
+import json
+import re
+from pathlib import Path
+
+from tritter.config.problems import describe
+from tritter.errors import RequestError, did_you_mean
+from tritter.families import Config, family_of
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def checkpoint_place(path: str, *, key: str = "model.path") -> str:
+    """Return the absolute path of a checkpoint folder; a hub id stays as it is.
+
+    Raises:
+        RequestError: neither a folder nor the form of a hub id.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if folder.exists():
+        raise RequestError(describe(key, path, reason="it is a file; a checkpoint is a folder"))
+    if not _HUB_ID.fullmatch(path):
+        near = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        reason = f"no such folder, and no hub id (owner/name).{did_you_mean(folder.name, near)}"
+        raise RequestError(describe(key, path, reason=reason.removesuffix(".")))
+    return path
+
+
+def checkpoint_config(path: str, *, key: str = "model.path") -> Config | None:
+    """Return the config.json of a checkpoint folder that can be trained on; None for a hub id.
+
+    Raises:
+        RequestError: no usable config.json, an unknown family, weights that are not in
+            safetensors, or no tokenizer.json.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+
+    def refused(reason: str) -> RequestError:
+        return RequestError(describe(key, path, reason=reason))
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise refused("the folder holds no config.json") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise refused(f"its config.json can't be read ({error})") from error
+    if not isinstance(config, dict):
+        raise refused("its config.json is no JSON object")
+    try:
+        family_of(config).dimensions(config)
+    except RequestError as error:
+        raise refused(str(error).rstrip(".")) from error
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for kind in _PICKLES for file in folder.glob(kind))
+        reason = "it holds no safetensors"
+        if pickles:
+            reason += f", and {', '.join(pickles)} may run code when loaded; save it with "
+            reason += "save_pretrained of transformers first"
+        raise refused(reason)
+    if not (folder / "tokenizer.json").is_file():
+        raise refused(
+            "it holds no tokenizer.json; save its tokenizer there with save_pretrained of "
+            "transformers"
+        )
+    # Transformers fills in what a file leaves out; for shapes and targets this is all of it
+    return {"rms_norm_eps": 1e-6, **config}

@@ -1,0 +1,108 @@
+"""The base that is given: a checkpoint, ours or not, instead of one that is trained here."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from tritter.checkpoint import Lineage, Source, write_checkpoint
+from tritter.config.checkpoint_folder import checkpoint_config
+from tritter.config.problems import raise_problems
+from tritter.config.schema import CheckpointModelConfig
+from tritter.config.validation import start_problems
+from tritter.errors import RequestError, TritterError
+from tritter.expand import copy_tokenizer
+from tritter.families import Config
+from tritter.models import locate, read_config
+from tritter.pipeline.context import RunContext
+from tritter.storage.writer import TensorEntry, TensorStream
+
+
+def check_given(context: RunContext) -> None:
+    """Refuse a checkpoint that the run can't start from, before anything is made of it.
+
+    Raises:
+        RequestError: what `checkpoint_config` refuses, a config that transformers doesn't take,
+            or targets that its shapes don't allow.
+    """
+    if context.given is None:
+        return
+    checkpoint_config(str(context.given))
+    with _wrong_request():
+        config = read_config(context.given)
+    raise_problems(start_problems(context.config, config))
+
+
+def copy_given(context: RunContext, target: Path) -> Lineage:
+    """Write the given checkpoint to `target`, tensors unchanged, as the start of the run.
+
+    One with a lineage goes on in it; a plain Hugging Face folder becomes the root of a chain.
+
+    Returns:
+        The lineage as written.
+
+    Raises:
+        RequestError: the checkpoint is damaged, does not fit its config, or was changed since
+            its lineage was written.
+    """
+    model = context.config.model
+    assert isinstance(model, CheckpointModelConfig)
+    folder = locate(model.path)
+    with _wrong_request():
+        config = read_config(folder)
+        source = Source.open(folder, config)
+        return write_checkpoint(
+            target,
+            config=config,
+            tensors=_tensors(source, config),
+            lineage=lambda: _lineage(source, target, path=model.path),
+            write_extras=lambda path: copy_tokenizer(folder, path),
+            overwrite=True,
+        )
+
+
+def _tensors(source: Source, config: Config) -> TensorStream:
+    tensors = source.family.logical_tensors(config)
+    entries = tuple(
+        TensorEntry(
+            source.disk_name(tensor.name),
+            source.tensors.torch_dtype(source.disk_name(tensor.name)),
+            source.family.shape(tensor, config),
+        )
+        for tensor in tensors
+    )
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        for tensor in tensors:
+            yield source.disk_name(tensor.name), source.read(tensor.name)
+
+    return TensorStream(entries, read())
+
+
+def _lineage(source: Source, target: Path, *, path: str) -> Lineage:
+    source.read_digests()  # refuses tensors that are not what the lineage says
+    held = source.lineage
+    if held is None:
+        return Lineage(
+            model_hash="",
+            base_model_hash="",
+            tensor_digests={},
+            file_digests={},
+            training_config={"stage": "given", "path": path},
+        )
+    if held.parent_path is None:
+        return held
+    parent = (source.folder / held.parent_path).resolve()
+    return replace(held, parent_path=os.path.relpath(parent, target.resolve()))
+
+
+@contextmanager
+def _wrong_request() -> Iterator[None]:
+    """Refuse a checkpoint that can't be opened as what it is: the wrong thing to ask for."""
+    try:
+        yield
+    except TritterError as error:
+        raise RequestError(f"model.path: {error}") from error

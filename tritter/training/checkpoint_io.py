@@ -1,0 +1,127 @@
+"""Lightning checkpoints as folders of safetensors and JSON: nothing is pickled, nothing unpickled.
+
+Tensors go into one safetensors file, everything else into JSON, in which a tensor is a reference.
+Dictionaries are lists of pairs, so that keys may be whole numbers; tuples are marked.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import CheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tritter.errors import TritterError
+from tritter.storage.atomic import atomic_folder
+
+FORMAT_VERSION = 1
+_TENSORS, _REST = "tensors.safetensors", "checkpoint.json"
+
+
+class SafetensorsCheckpointIO(CheckpointIO):
+    """Write each checkpoint whole, or not at all; read it without running anything."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint folder in place of the one before.
+
+        Raises:
+            TypeError: it holds something that is neither plain data nor a tensor; names the place.
+            TritterError: the disk refused a write.
+        """
+        tensors: dict[str, Tensor] = {}
+        plain = encode(checkpoint, tensors, place="checkpoint")
+        with atomic_folder(Path(path), overwrite=True) as folder:
+            save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
+            text = json.dumps({"format_version": FORMAT_VERSION, "content": plain})
+            (folder / _REST).write_text(text, encoding="utf-8")
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint folder.
+
+        Raises:
+            TritterError: it is damaged, or of a newer format.
+        """
+        folder = Path(path)
+        try:
+            head = json.loads((folder / _REST).read_text(encoding="utf-8"))
+            version = head["format_version"]
+            if version != FORMAT_VERSION:
+                raise TritterError(
+                    f"{folder}: format_version {version!r}; this Tritter reads {FORMAT_VERSION}."
+                )
+            tensors = load_file(folder / _TENSORS, device="cpu")
+            return decode(head["content"], tensors)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            if isinstance(error, TritterError):
+                raise
+            raise TritterError(f"{folder} is a damaged training checkpoint ({error!r}).") from error
+
+    def remove_checkpoint(self, path: Any) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def encode(value: Any, tensors: dict[str, Tensor], *, place: str) -> Any:
+    """Return JSON for nested plain data; tensors move to `tensors`, named by their place.
+
+    Raises:
+        TypeError: something is neither plain nor a tensor; names the place.
+    """
+    if isinstance(value, Tensor):
+        tensors[place] = value.detach().cpu().contiguous().clone()
+        return {"tensor": place}
+    if isinstance(value, Mapping):
+        pairs = [
+            [encode(key, tensors, place=f"{place}.key"), _child(value[key], tensors, place, key)]
+            for key in value
+        ]
+        return {"pairs": pairs}
+    if isinstance(value, (list, tuple)):
+        items = [_child(item, tensors, place, index) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"{place} is a {type(value).__name__}; a checkpoint holds tensors, text, numbers, lists "
+        "and dictionaries"
+    )
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return what `encode` was given."""
+    if isinstance(value, list):
+        return [decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "tuple" in value:
+        return tuple(decode(item, tensors) for item in value["tuple"])
+    return {decode(key, tensors): decode(item, tensors) for key, item in value["pairs"]}
+
+
+def _child(value: Any, tensors: dict[str, Tensor], place: str, name: Any) -> Any:
+    return encode(value, tensors, place=f"{place}.{name}")
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of torch's global generators, the GPU's that is in use included."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Set torch's global generators to what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
