@@ -50,7 +50,8 @@ def wandb_logger(context: RunContext) -> WandbLogger | None:
     run = wandb.init(
         project=settings.project,
         name=f"{'+'.join(names)} {'+'.join(methods)} seed {config.seed}",
-        group=settings.group,
+        # The jobs of a sweep lie in one folder, whose name lets W&B compare them
+        group=settings.group or context.folder.parent.name,
         tags=[
             *settings.tags,
             *(f"expansion:{name}" for name in names),
