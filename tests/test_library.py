@@ -78,3 +78,12 @@ def test_a_linear_does_not_shrink_and_maps_must_fit() -> None:
         expand_linear(nn.Linear(5, 3), 4, 3)
     with pytest.raises(ValueError, match="from 9 to 9"):
         expand_linear(nn.Linear(5, 3), 5, 3, input_map=copied_axis(9, 9, seed=0))
+
+
+def test_the_package_hands_out_the_names_of_the_literature() -> None:
+    import tritter
+
+    for name in tritter.__all__:
+        assert getattr(tritter, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'deepen'"):
+        tritter.deepen  # noqa: B018

@@ -1,9 +1,31 @@
 """Tritter grows language models: expansion, protected continued training, checked lineage."""
 
 import os
+from importlib import import_module
+from typing import Any
 
 # Spinning OpenMP threads cost a factor of ten when cores are shared; the policy is read once,
 # when torch is first imported, so it has to stand here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
+
+# Name → module that has it, imported when it is first asked for: `tritter --help` needs no torch.
+_EXPORTS = {
+    "Dus": "tritter.expansion",
+    "ElasticWeightConsolidation": "tritter.forgetting.ewc",
+    "ExpansionRecord": "tritter.checkpoint",
+    "LlamaPro": "tritter.expansion",
+    "ModelExpander": "tritter.library",
+    "Width": "tritter.expansion",
+    "depth_upscale": "tritter.library",
+    "expand_linear": "tritter.library",
+    "width_upscale": "tritter.library",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'tritter' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)

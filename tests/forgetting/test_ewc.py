@@ -13,6 +13,7 @@ from tritter.expand import expand, plan_expansion
 from tritter.expansion import Dus, LlamaPro, Width
 from tritter.families import LLAMA
 from tritter.forgetting import EWC
+from tritter.forgetting.ewc import ElasticWeightConsolidation
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.parameter_map.carry import carry
 from tritter.training import Task
@@ -164,3 +165,27 @@ def test_it_holds_what_matters(tmp_path: Path) -> None:
             for n, p in module.model.named_parameters()
         )
     assert moved[1e5] < 0.5 * moved[0.0]
+
+
+def test_the_class_for_loops_of_ones_own() -> None:
+    """The same Fisher and penalty as the method, with a graph; batches need not be equal."""
+    model = oracle.tiny_llama()
+    sequences = oracle.tokens(batch=5)
+    loader = [{"input_ids": batch} for batch in sequences.split(3)]
+    ewc = ElasticWeightConsolidation(model, loader, 20.0)
+    for name, value in diagonal_fisher(model, sequences).items():
+        torch.testing.assert_close(ewc.fisher[name], value)
+    assert float(ewc.penalty().detach()) == 0.0
+    method = EWC(ewc_lambda=20.0)
+    method.begin_task(model, task_with(model, ewc.fisher))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    penalty = ewc.penalty()
+    assert float(penalty.detach()) == pytest.approx(method.logged_loss(model), rel=1e-4)
+    penalty.backward()
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    expected = 20.0 * ewc.fisher["model.layers.0.mlp.up_proj.weight"] * 0.1
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-3, atol=1e-8)
+    with pytest.raises(TritterError, match="no sequence"):
+        ElasticWeightConsolidation(model, [])

@@ -10,13 +10,14 @@ expansion added has no Fisher and is free. Cost: one pass over some old sequence
 the weights, one pass over them per step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tritter.errors import TritterError
+from tritter.forgetting.fisher import diagonal_fisher
 from tritter.forgetting.quadratic import add_penalty_gradient, penalty
 from tritter.training import ForgettingMethod, Task
 
@@ -72,3 +73,41 @@ def mean_importance(importance: Mapping[str, Tensor]) -> float:
     if not mean > 0:
         raise TritterError("the Fisher information is zero everywhere; it cannot be normalised.")
     return mean
+
+
+class ElasticWeightConsolidation:
+    """EWC for a training loop of one's own; in Tritter's, `EWC` does the same without a graph.
+
+    Args:
+        model: a causal language model at the weights to be held.
+        dataloader: yields batches of old data, `{"input_ids": integers [B, T]}`.
+        lambda_ewc: λ.
+
+    Raises:
+        TritterError: the loader yields nothing.
+    """
+
+    def __init__(
+        self, model: nn.Module, dataloader: Iterable[Mapping[str, Tensor]], lambda_ewc: float = 1e3
+    ) -> None:
+        self.model = model
+        self.lambda_ewc = lambda_ewc
+        total: dict[str, Tensor] = {}
+        count = 0
+        for batch in dataloader:
+            sequences = batch["input_ids"]
+            for name, value in diagonal_fisher(model, sequences).items():
+                total[name] = total.get(name, torch.zeros_like(value)) + value * len(sequences)
+            count += len(sequences)
+        if not count:
+            raise TritterError("ElasticWeightConsolidation: the dataloader yields no sequence.")
+        self.fisher = {name: value / count for name, value in total.items()}
+        self.optimal_params = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def penalty(self) -> Tensor:
+        """Return ½ λ Σ F (θ − θ*)², a scalar to add to the loss."""
+        terms = [
+            (self.fisher[name] * (parameter - self.optimal_params[name]).square()).sum()
+            for name, parameter in self.model.named_parameters()
+        ]
+        return 0.5 * self.lambda_ewc * torch.stack(terms).sum()
