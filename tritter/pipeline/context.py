@@ -94,28 +94,13 @@ class RunContext:
 
     @property
     def trainer_settings(self) -> TrainerSettings:
-        trainer = self.config.trainer
-        return TrainerSettings(
-            accelerator=trainer.accelerator,
-            devices=trainer.devices,
-            strategy=trainer.strategy,
-            precision=trainer.precision,
-            gradient_clip_val=trainer.gradient_clip_val,
-            log_every_n_steps=trainer.log_every_n_steps,
-            max_non_finite_steps=trainer.max_non_finite_steps,
-            save_every_n_steps=trainer.save_every_n_steps,
-            progress=trainer.progress,
-        )
+        return TrainerSettings(**asdict(self.config.trainer))
 
     @property
     def optimiser_settings(self) -> OptimiserSettings:
-        optimizer = self.config.optimizer
-        return OptimiserSettings(
-            beta1=optimizer.beta1,
-            beta2=optimizer.beta2,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
+        values = asdict(self.config.optimizer)
+        del values["name"]  # AdamW is the only one
+        return OptimiserSettings(**values)
 
     def seed(self, *purpose: str) -> int:
         """Return the seed of one purpose: data order, growth and replay have their own."""
