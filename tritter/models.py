@@ -59,12 +59,6 @@ def read_config(folder: Path) -> Config:
     return config
 
 
-def write_config(folder: Path, config: Config) -> None:
-    """Write config.json."""
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
 def new_model(config: Config, *, seed: int) -> nn.Module:
     """Return a model with freshly drawn float32 weights; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):

@@ -1,5 +1,7 @@
 """ω of synaptic intelligence: by hand, against the fall of the loss, and through a resume."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,31 @@ def test_it_changes_nothing_of_the_training(tmp_path: Path) -> None:
     )
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, watched.get_parameter(name))
+
+
+def test_it_is_written_also_when_nothing_was_left_to_train(tmp_path: Path) -> None:
+    """Killed after the last step: the resumed training takes none, and ω is the same."""
+    omegas = []
+    for _ in range(2):
+        module = BaseModule(
+            oracle.tiny_llama(initializer_range=0.05),
+            schedule=Schedule(learning_rate=1e-2, max_steps=8),
+            optimiser=OptimiserSettings(),
+        )
+        result = fit(
+            module,
+            batches(),
+            settings=replace(SETTINGS, save_every_n_steps=4),
+            folder=tmp_path,
+            label="test",
+            flops_per_token=1,
+            console=Console(quiet=True),
+            observers=[PathIntegral(tmp_path / "importance")],
+        )
+        state = read_state(tmp_path / "importance")
+        assert result.steps == 8 and state is not None and state.step == 8
+        omegas.append(state_tensors(state.kinds["path_integral"]))
+        shutil.rmtree(tmp_path / "importance")
+    first, second = omegas
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)

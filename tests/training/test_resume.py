@@ -181,3 +181,23 @@ def test_codec_keeps_what_it_is_given() -> None:
             assert other.dtype == tensor.dtype and torch.equal(other, tensor)
     with pytest.raises(TypeError, match=r"it\.where\.1 is a set"):
         encode({"where": [0, {1}]}, {}, place="it")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_killed_after_the_last_step_and_before_the_result_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The saved state is that of the last step: nothing is left to train, and nothing is lost."""
+    whole, expected = train(tmp_path, METHODS[name], monkeypatch)
+    rows = read_metrics(tmp_path)
+    again, result = train(tmp_path, METHODS[name], monkeypatch)
+    for parameter_name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(parameter_name)), parameter_name
+    assert replace(result, seconds=0.0) == replace(expected, seconds=0.0)
+    assert read_metrics(tmp_path) == rows
+
+
+def test_a_part_without_rows_takes_none_away(tmp_path: Path) -> None:
+    (tmp_path / "metrics.0.csv").write_text("step,train/loss\n1,3.0\n3,2.0\n")
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n")
+    assert [row["step"] for row in read_metrics(tmp_path)] == ["1", "3"]

@@ -84,16 +84,6 @@ def gather(root: Path | None = None) -> StdlibText:
     return StdlibText(prose=tuple(prose), code=tuple(code), skipped=tuple(skipped))
 
 
-def prose_documents() -> tuple[Document, ...]:
-    """Return the documentation: docstrings module by module, and the topics of pydoc."""
-    return gather().prose
-
-
-def code_documents() -> tuple[Document, ...]:
-    """Return the sources without docstrings and comments, one document per file."""
-    return gather().code
-
-
 def stdlib_root() -> Path:
     """Return the folder of the running Python's standard library."""
     return Path(sysconfig.get_path("stdlib")).resolve()

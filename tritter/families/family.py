@@ -151,9 +151,6 @@ class Family:
         dimensions = self.dimensions(config)
         return tuple(getattr(dimensions, self._size_key(axis.space)) for axis in tensor.axes)
 
-    def space_size(self, space: str, config: Config) -> int:
-        return int(getattr(self.dimensions(config), self._size_key(space)))
-
     def match(self, disk_names: Iterable[str], config: Config) -> dict[str, LogicalTensor]:
         """Return disk name → logical tensor for all tensors of a checkpoint.
 

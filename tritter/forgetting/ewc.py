@@ -31,7 +31,6 @@ class EWC(ForgettingMethod):
     """
 
     name = "ewc"
-    needs = ("fisher",)
 
     def __init__(self, *, ewc_lambda: float, normalise: str = "none") -> None:
         self.ewc_lambda = ewc_lambda

@@ -158,14 +158,21 @@ def set_metrics_aside(folder: Path) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, str]]:
-    """Return the rows of all parts; where parts overlap, the later one counts."""
+    """Return the rows of all parts; where parts overlap, the later one counts.
+
+    A part may be empty or absent: one that was killed before it logged, or that had nothing left
+    to train.
+    """
     rows: list[dict[str, str]] = []
     parts = sorted(folder.glob("metrics.*.csv"), key=lambda path: int(path.suffixes[0][1:]))
     for path in [*parts, folder / METRICS_NAME]:
+        if not path.exists():
+            continue
         with path.open(encoding="utf-8", newline="") as file:
             part = list(csv.DictReader(file))
-        first = min((int(row["step"]) for row in part), default=0)
-        rows = [row for row in rows if int(row["step"]) < first] + part
+        if part:
+            first = min(int(row["step"]) for row in part)
+            rows = [row for row in rows if int(row["step"]) < first] + part
     return rows
 
 

@@ -42,7 +42,6 @@ class ForgettingMethod:
     """
 
     name = "method"
-    needs: tuple[str, ...] = ()  # kinds of importance that the task has to bring
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Prepare for a training of `model`, whose weights are those after the expansion."""
