@@ -19,7 +19,7 @@ types: setup ## mypy on tritter/ and train.py
 	$(BIN)/mypy
 
 test: setup ## the quick tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: setup ## the tests that train for minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama import modeling_llama
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
@@ -57,27 +58,41 @@ def tokens(vocab_size: int = 97, *, batch: int = 3, length: int = 17, seed: int 
     return torch.randint(0, vocab_size, (batch, length), generator=generator)
 
 
+class _WideCasts(TorchFunctionMode):
+    """Let no cast to float32 narrow a float64 tensor."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype in (torch.float64, torch.int64):
+            if func is Tensor.float:
+                return args[0].double()
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def float64_casts() -> Iterator[None]:
-    """Lift the float32 that stock Llama casts to (norm, rotary) to float64."""
-    norm, rotary = modeling_llama.LlamaRMSNorm.forward, modeling_llama.LlamaRotaryEmbedding.forward
+    """Lift the float32 that stock classes cast to to float64: norms, rotary, router, softmax.
 
-    def norm_forward(self: Any, hidden: Tensor) -> Tensor:
-        mean_square = hidden.pow(2).mean(-1, keepdim=True)
-        return self.weight * hidden * torch.rsqrt(mean_square + self.variance_epsilon)
+    Of Gemma's embedding scale, which it rounds to float32 once and for all, the exact value is
+    taken.
+    """
+    embedding = Gemma3TextScaledWordEmbedding
+    kept = embedding.forward
 
-    def rotary_forward(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angle = position_ids[..., None].double() * self.inv_freq.double()
-        angle = torch.cat([angle, angle], dim=-1)
-        return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
+    def scaled(self: Any, input_ids: Tensor) -> Tensor:
+        return nn.Embedding.forward(self, input_ids) * self.scalar_embed_scale
 
-    modeling_llama.LlamaRMSNorm.forward = norm_forward
-    modeling_llama.LlamaRotaryEmbedding.forward = rotary_forward
+    embedding.forward = scaled
     try:
-        yield
+        with _WideCasts():
+            yield
     finally:
-        modeling_llama.LlamaRMSNorm.forward = norm
-        modeling_llama.LlamaRotaryEmbedding.forward = rotary
+        embedding.forward = kept
 
 
 def logits(model: nn.Module, input_ids: Tensor) -> Tensor:

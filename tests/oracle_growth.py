@@ -4,18 +4,18 @@ Nothing of `tritter.expand` or of the storage stands between, so a test over man
 and a map can be spoiled on purpose before it is applied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from tests import oracle
-from tests.oracle_qwen3 import float64_casts
+from tests.oracle_families import stock_of
 from tritter.expansion import ExpansionStep
-from tritter.families import Config, family_of
-from tritter.parameter_map import Quantity, carried, map_tensor
+from tritter.families import Config, family_of, layout, pack_all, unpack_all
+from tritter.parameter_map import Quantity, TensorMap, carried, map_tensor, mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Errors:
 
     Args:
         logits: max |Δ logits| in float64.
-        gradients: by parameter, max |gradient − mapped gradient| over the largest gradient of
-            the tensor, where entries carry a history.
+        gradients: by name on disk, max |gradient − mapped gradient| over the largest gradient
+            of the tensor, where entries carry a history.
         compared: how many gradient entries that were.
     """
 
@@ -45,26 +45,27 @@ def config_of(model: PreTrainedModel) -> Config:
 def stock_model(config: Config, *, dtype: torch.dtype) -> PreTrainedModel:
     """Return a stock model of `config` with whatever weights."""
     options = {key: value for key, value in config.items() if key != "model_type"}
-    built = AutoConfig.for_model(str(config["model_type"]), **options)
-    return AutoModelForCausalLM.from_config(built, dtype=dtype).eval()
+    return stock_of(AutoConfig.for_model(str(config["model_type"]), **options), dtype=dtype)
 
 
 def logical_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return a stock model's tensors by logical name; ties once."""
-    config, state = config_of(model), model.state_dict()
-    return {t.name: state[t.disk_name].detach() for t in family_of(config).logical_tensors(config)}
+    """Return a stock model's tensors by logical name; ties once, experts one by one."""
+    config = config_of(model)
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    return unpack_all(family_of(config), config, state)
 
 
 def grown(model: PreTrainedModel, steps: Sequence[ExpansionStep]) -> PreTrainedModel:
     """Return the stock model that `steps` make of `model`, in its dtype."""
     values = logical_state(model)
     for step in steps:
-        maps = step.parameter_map.tensors
-        values = {name: map_tensor(maps[name], values[maps[name].source]) for name in maps}
+        values = {name: mapped(m, values.__getitem__) for name, m in maps_of(step).items()}
     target = steps[-1].target_config
-    names = {t.name: t.disk_name for t in family_of(target).logical_tensors(target)}
+    family = family_of(target)
     result = stock_model(target, dtype=next(model.parameters()).dtype)
-    state = {names[name]: value for name, value in values.items()}
+    expected = {stored.name for stored in layout(family, target, "live")}
+    state = pack_all(family, target, values)
+    assert state.keys() == expected
     missing, unexpected = result.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if target.get("tie_word_embeddings") else set()
     assert not unexpected
@@ -72,16 +73,18 @@ def grown(model: PreTrainedModel, steps: Sequence[ExpansionStep]) -> PreTrainedM
     return result
 
 
+def maps_of(step: ExpansionStep) -> Mapping[str, TensorMap]:
+    return step.parameter_map.tensors
+
+
 def mapped_gradients(
     steps: Sequence[ExpansionStep], gradient: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return disk name → (mapped gradient, mask of the entries that carry a history)."""
-    source, target = steps[0].source_config, steps[-1].target_config
-    family = family_of(source)
-    values = {t.name: gradient[t.disk_name] for t in family.logical_tensors(source)}
+    """Return logical name → (mapped gradient, mask of the entries that carry a history)."""
+    values = gradient
     masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in values.items()}
     for step in steps:
-        maps = step.parameter_map.tensors
+        maps = maps_of(step)
         values = {
             name: map_tensor(tensor_map, values[tensor_map.source], quantity=Quantity.GRADIENT)
             for name, tensor_map in maps.items()
@@ -89,21 +92,27 @@ def mapped_gradients(
         masks = {
             name: carried(tensor_map, masks[tensor_map.source]) for name, tensor_map in maps.items()
         }
-    names = {t.name: t.disk_name for t in family.logical_tensors(target)}
-    return {names[name]: (values[name], masks[name]) for name in values}
+    return {name: (values[name], masks[name]) for name in values}
+
+
+def logical_gradients(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
+    config = config_of(model)
+    return unpack_all(family_of(config), config, oracle.gradients(model, input_ids))
 
 
 def errors(model: PreTrainedModel, steps: Sequence[ExpansionStep]) -> Errors:
     """Grow a float64 model and hold logits and gradients against the maps' promises."""
     ids = oracle.tokens(model.config.vocab_size)
     result = grown(model, steps)
-    with float64_casts():
+    with oracle.float64_casts():
         difference = (oracle.logits(model, ids) - oracle.logits(result, ids)).abs().max()
-        before, after = oracle.gradients(model, ids), oracle.gradients(result, ids)
+        before, after = logical_gradients(model, ids), logical_gradients(result, ids)
+    target = steps[-1].target_config
+    names = {t.name: t.disk_name for t in family_of(target).logical_tensors(target)}
     found, compared = {}, 0
-    for name, (mapped, mask) in mapped_gradients(steps, before).items():
+    for name, (expected, mask) in mapped_gradients(steps, before).items():
         compared += int(mask.sum())
         if bool(mask.any()):
             scale = after[name].abs().max().clamp(min=1e-6)
-            found[name] = float((after[name] - mapped)[mask].abs().max() / scale)
+            found[names[name]] = float((after[name] - expected)[mask].abs().max() / scale)
     return Errors(float(difference), found, compared)

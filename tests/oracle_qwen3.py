@@ -1,15 +1,9 @@
-"""Independent oracle of Qwen3: the stock model, in float64 where an identity is tested."""
+"""Independent oracle of Qwen3: the stock model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.models.llama import modeling_llama
-from transformers.models.qwen3 import modeling_qwen3
-
-from tests import oracle
 
 
 def tiny_qwen3(**changes: Any) -> Qwen3ForCausalLM:
@@ -39,17 +33,3 @@ def tiny_qwen3(**changes: Any) -> Qwen3ForCausalLM:
                 noise = torch.randn(parameter.shape)
                 parameter.copy_(0.3 * noise if "bias" in name else 1 + 0.3 * noise)
     return model.eval()
-
-
-@contextmanager
-def float64_casts() -> Iterator[None]:
-    """Lift the float32 that stock Llama and Qwen3 cast to (norms, rotary) to float64."""
-    norm, rotary = modeling_qwen3.Qwen3RMSNorm, modeling_qwen3.Qwen3RotaryEmbedding
-    kept = norm.forward, rotary.forward
-    with oracle.float64_casts():
-        norm.forward = modeling_llama.LlamaRMSNorm.forward
-        rotary.forward = modeling_llama.LlamaRotaryEmbedding.forward
-        try:
-            yield
-        finally:
-            norm.forward, rotary.forward = kept

@@ -16,24 +16,29 @@ PROGRAM = "train"
 OPEN = {"errors", "seeds"}
 
 # Room → rooms that it may import besides; what is missing is refused.
-_CORE = {"parameter_map", "families", "storage", "expansion", "checkpoint", "models", "data"}
+_MODELS = {"parameter_map", "families", "routing", "models"}
+_CORE = _MODELS | {"storage", "expansion", "checkpoint", "data"}
 _TRAINING = _CORE | {"training"}
-_BELOW_PIPELINE = _TRAINING | {"config", "expand", "evaluation", "forgetting"}
+_BELOW_PIPELINE = _TRAINING | {"config", "expand", "planning", "evaluation", "forgetting"}
+_BELOW_PIPELINE |= {"adaptation"}
 ARROWS: dict[str, set[str]] = {
     "parameter_map": set(),
     "storage": set(),
     "data": set(),
     "families": {"parameter_map"},
-    "models": {"families"},
+    "routing": set(),
+    "models": {"families", "routing"},
     "expansion": {"families", "parameter_map"},
     "checkpoint": {"storage", "families", "parameter_map"},
-    "config": {"families", "expansion", "storage"},
+    "config": {"families", "expansion", "planning", "storage"},
     "expand": _CORE | {"config"},
     "evaluation": {"data", "models", "families", "checkpoint"},
-    "training": {"storage", "checkpoint", "models", "families", "parameter_map", "data"},
+    "training": {"storage", "checkpoint", "models", "families", "routing", "parameter_map", "data"},
     "forgetting": _TRAINING,
+    "adaptation": _TRAINING | {"library", "expand", "config"},
     "report": {"checkpoint", "evaluation"},
     "pipeline": _BELOW_PIPELINE | {"report"},
+    "planning": {"families", "expansion", "parameter_map"},
     "library": _CORE | {"expand"},
     "cli": _BELOW_PIPELINE | {"report", "pipeline"},
     PROGRAM: {"config", "pipeline", "report"},
@@ -48,7 +53,7 @@ LIBRARIES: dict[str, set[str]] = {
     "wandb": {"tritter.pipeline.metrics"},
 }
 LAZY_LIBRARIES = {"wandb"}  # slow to import, and not needed where the logger is off
-TORCH_ONLY_ROOMS = {"parameter_map"}  # the first chapter: the standard library and torch
+TORCH_ONLY_ROOMS = {"parameter_map", "routing"}  # the standard library and torch
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_FILE_LINES = 400
@@ -139,7 +144,8 @@ def library_violations(module: Module) -> list[str]:
     return found
 
 
-_STANDARD = {"collections", "dataclasses", "enum", "hashlib", "json", "math", "typing"}
+_STANDARD = {"collections", "contextlib", "dataclasses", "enum", "hashlib", "json", "math"}
+_STANDARD |= {"pathlib", "re", "types", "typing"}
 
 
 def length_violations(module: Module) -> list[str]:

@@ -1,16 +1,24 @@
 """The benchmarks run, and their README says how (memory and time: tests/test_streaming.py)."""
 
 import csv
+import importlib
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from experiments.benchmarks import fisher, precision, streaming
+from experiments.benchmarks import expand_speed, fisher, precision, streaming
+from tritter.data.corpus import Corpus, build_corpus
+from tritter.data.documents import Document
+from tritter.training import RoutingSettings
 
 FOLDER = Path(streaming.__file__).parent
+COMPUTE_SAVED = "2026-11-20_compute_saved"
+WIDTH_MOMENTS = "2026-11-20_width_moments"
+LIGO = "2026-11-20_ligo"
 COMMANDS = re.findall(r"^python .*$", (FOLDER / "README.md").read_text("utf-8"), re.MULTILINE)
 
 
@@ -37,14 +45,38 @@ def test_fisher_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.Mon
     assert float(row["fisher_over_plain"]) > 0
 
 
-def _columns(name: str) -> set[str]:
-    with (FOLDER / name).open(encoding="utf-8", newline="") as file:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_expand_speed_measures_every_contender(tmp_path: Path) -> None:
+    rows = list(
+        expand_speed.benchmark(megabytes=5, place=tmp_path, cases=["dus"], rounds=1, mergekit=None)
+    )
+    assert [row.contender for row in rows] == ["cp", "tritter", "tritter without hashing"]
+    assert rows[0].over_cp == 1
+    assert all(row.seconds > 0 and row.anonymous_mb > row.own_mb for row in rows[1:])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("layer_sources", "expected"),
+    [
+        ([0, 1, 2], [[0, 3]]),
+        ([0, 1, 2, 1, 2, 3], [[0, 3], [1, 4]]),
+        ([0, 0, 1], [[0, 1], [0, 2]]),
+    ],
+)
+def test_runs_of_neighbouring_layers(layer_sources: list[int], expected: list[list[int]]) -> None:
+    assert expand_speed.spans(layer_sources) == expected
+
+
+def _columns(name: str, *, folder: Path = FOLDER) -> set[str]:
+    with (folder / name).open(encoding="utf-8", newline="") as file:
         return set(next(csv.reader(file)))
 
 
 def test_the_shipped_rows_have_the_columns_of_today() -> None:
     fields = set(streaming.Row.__dataclass_fields__) | {"growth_mb"}
     assert _columns("streaming.csv") == fields
+    assert _columns("expand_speed.csv") == set(expand_speed.Row.__dataclass_fields__)
     assert _columns("fisher.csv") == set(fisher.Row.__dataclass_fields__)
     assert _columns("precision.csv") == {"run", *precision.Row.__dataclass_fields__, "ratio"}
 
@@ -62,3 +94,165 @@ def test_all_scripts_are_documented() -> None:
     assert {Path(shlex.split(command)[1]).name for command in COMMANDS} == {
         path.name for path in FOLDER.glob("*.py")
     }
+
+
+def _small_corpus(seed: int, cache: Path) -> Corpus:
+    texts = [f"text number {number} of a small corpus, for one step\n" * 30 for number in range(9)]
+    documents = [Document(str(number), text) for number, text in enumerate(texts)]
+    return build_corpus(
+        {"prose": documents, "code": documents[::-1]},
+        origin="a test",
+        vocab_size=300,
+        validation_fraction=0.3,
+        max_validation_tokens_per_document=512,
+        seed=seed,
+        cache_dir=cache,
+    )
+
+
+def test_width_moments_arms_run_and_copies_can_stay_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = importlib.import_module(f"experiments.{WIDTH_MOMENTS}.width_moments")
+    monkeypatch.setattr(sys.modules["width_arms"], "corpus_of", _small_corpus)
+    small = {"batch_size": 4, "sequence_length": 16, "validation_sequences": 4}
+    sizes = experiment.Sizes(base_steps=3, cache=tmp_path, **small)
+
+    def losses(growth: str, **options: str) -> list[float]:
+        arm = experiment.Arm(
+            part="test", growth=growth, learning_rate=1e-3, steps=2, seed=0, **options
+        )
+        (row, *_) = experiment.run(arm, sizes)
+        assert set(row) == _columns("results.csv", folder=FOLDER.parent / WIDTH_MOMENTS)
+        return [row["loss_0"], row["loss_last"]]
+
+    ungrown = losses("ungrown")
+    assert losses("net2net", factor="weight") == pytest.approx(ungrown, abs=2e-4)
+    assert losses("net2net")[0] == pytest.approx(ungrown[0], abs=2e-4)
+    assert losses("net2net")[1] < losses("net2net", factor="share")[1] - 1e-3
+    assert abs(losses("random_padding", policy="zero", domain="code")[0] - ungrown[0]) > 1e-3
+
+
+def test_compute_saved_runs_and_is_summarised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = f"experiments.{COMPUTE_SAVED}"
+    experiment = importlib.import_module(f"{folder}.compute_saved")
+    summary = importlib.import_module(f"{folder}.summarise")
+    monkeypatch.setattr(experiment, "RATES", (3e-3,))
+    arms_module = sys.modules["compute_arms"]
+    monkeypatch.setattr(arms_module, "SEQUENCE_LENGTH", 16)
+    monkeypatch.setattr(
+        arms_module,
+        "stdlib_corpus",
+        lambda *, seed, cache_dir, **_: _small_corpus(seed, cache_dir),
+    )
+    sizes = "--layers 1 --steps 10 --eval-every 5 --eval-sequences 4 --batch-size 2"
+    places = ["--output", str(tmp_path), "--cache-dir", str(tmp_path)]
+    for what, seed in (("tune", "3"), ("run", "0")):
+        words = ["compute_saved.py", what, "--seeds", seed, *sizes.split(), *places]
+        monkeypatch.setattr(sys, "argv", words)
+        experiment.main()
+    curves = summary.read_curves(tmp_path / "curves.csv")
+    arms = {(curve.arm, curve.grown_at) for curve in curves}
+    paths = experiment.growth_paths(experiment.Size())
+    assert arms == {(name, at) for name in paths for at in (3, 6)} | {("small", 0), ("scratch", 0)}
+    small = next(curve for curve in curves if curve.arm == "small")
+    for curve in curves:
+        if curve.grown_at:  # the small model's FLOPs are counted once, up to the growth
+            before = small.flops[small.steps.index(curve.grown_at)]
+            assert curve.flops[-1] == pytest.approx(before + curve.own_flops[-1], rel=1e-4)
+    summary.main(tmp_path)
+    for name in ("tuning.csv", "curves.csv", "results.csv", "wsd.csv"):
+        with (tmp_path / name).open(encoding="utf-8", newline="") as file:
+            assert set(next(csv.reader(file))) == _columns(
+                name, folder=FOLDER.parent / COMPUTE_SAVED
+            )
+
+
+def test_routers_of_an_arm_are_balanced_in_it_and_in_its_branches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importlib.import_module(f"experiments.{COMPUTE_SAVED}.compute_saved")
+    arms = sys.modules["compute_arms"]
+    monkeypatch.setattr(arms, "SEQUENCE_LENGTH", 16)
+    monkeypatch.setattr(
+        arms, "stdlib_corpus", lambda *, seed, cache_dir, **_: _small_corpus(seed, cache_dir)
+    )
+    data = arms.Seed(0, arms.Size(layers=1, eval_sequences=4), cache_dir=tmp_path)
+    small = data.new(data.config, rate=1e-3, name="small")
+    assert small.routers is None
+    specs = arms.growth_paths(data.size)["moe"].specs
+
+    def router(*, auxiliary_loss: float, z_loss: float) -> torch.Tensor:
+        chosen = RoutingSettings(auxiliary_loss=auxiliary_loss, z_loss=z_loss)
+        monkeypatch.setattr(arms, "RoutingSettings", lambda: chosen)
+        branch = small.grown(specs, rate=1e-3, seed=0).decayed(2, batch_size=2)
+        assert len(branch.routers.records) == 1
+        names = dict(branch.model.named_parameters())
+        return names["model.layers.0.mlp.gate.weight"]
+
+    plain = router(auxiliary_loss=0.0, z_loss=0.0)
+    assert not torch.equal(router(auxiliary_loss=1.0, z_loss=0.0), plain)
+    assert not torch.equal(router(auxiliary_loss=0.0, z_loss=1.0), plain)
+
+
+def test_a_saving_is_read_off_between_the_points() -> None:
+    summary = importlib.import_module(f"experiments.{COMPUTE_SAVED}.summarise")
+    assert summary.crossing(2.5, [0.0, 10.0, 20.0], [4.0, 3.0, 2.0]) == 15.0
+    assert summary.crossing(1.0, [0.0, 10.0], [4.0, 3.0]) is None
+    assert summary.interpolated(15.0, [0.0, 10.0, 20.0], [4.0, 3.0, 2.0]) == 2.5
+    assert summary.spread([0.3, 0.4, 0.5]) == "40 ± 10"
+
+
+def test_ligo_starts_at_the_expansion_and_is_compared_at_equal_flops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = importlib.import_module(f"experiments.{LIGO}.ligo")
+    summary = importlib.import_module(f"experiments.{LIGO}.summarise")
+    harness = sys.modules["compute_arms"]
+    monkeypatch.setattr(harness, "SEQUENCE_LENGTH", 16)
+    monkeypatch.setattr(
+        harness, "stdlib_corpus", lambda *, seed, cache_dir, **_: _small_corpus(seed, cache_dir)
+    )
+    monkeypatch.setattr(experiment, "OPERATOR_RATES", (1e-3, 3e-3, 9e-3))
+    lengths = experiment.Lengths(
+        base_steps=3,
+        tuning_base_steps=3,
+        operator_steps=2,
+        steps=6,
+        tuning_steps=1,
+        evaluated=(0, 6),
+    )
+    places = ["--hidden-size", "32", "--output", str(tmp_path), "--cache-dir", str(tmp_path)]
+    for what, seed in (("tune", "3"), ("run", "0")):
+        monkeypatch.setattr(sys, "argv", ["ligo.py", what, "--seeds", seed, *places])
+        experiment.main(lengths)
+    for name in ("tuning.csv", "results.csv"):
+        with (tmp_path / name).open(encoding="utf-8", newline="") as file:
+            assert set(next(csv.reader(file))) == _columns(name, folder=FOLDER.parent / LIGO)
+    points = summary.read_points(tmp_path / "results.csv")
+    first = {(p.target, p.arm): p.loss for p in points if p.equivalent_steps == 0}
+    for target, arm in (("width", "fresh"), ("depth", "llama_pro"), ("both", "fresh_llama_pro")):
+        assert first[target, "ligo_exact"] == pytest.approx(first[target, arm], abs=1e-5)
+        assert first[target, "ligo_paper"] != pytest.approx(first[target, arm], abs=1e-5)
+    trained = [p for p in points if p.arm.startswith("ligo") and p.step == 0]
+    assert all(p.equivalent_steps > lengths.operator_steps for p in trained)
+    assert all(p.loss != first[p.target, p.arm] for p in trained)
+    (row,) = [row for row in summary.table(points) if row[:2] == ("width", "net2net")]
+    assert row[3] == f"{first['width', 'net2net']:.3f} ± nan"
+
+
+def test_a_step_on_the_operators_lowers_the_loss_of_the_grown_model() -> None:
+    experiment = importlib.import_module(f"experiments.{LIGO}.ligo")
+    config = sys.modules["compute_arms"].small_config(experiment.Size(), vocab_size=64)
+    small = experiment.new_model(config, seed=0)
+    batch = torch.arange(64).view(2, 32)
+    for growth in experiment.growths():
+        if growth.init:
+            operators = experiment.Operators(small, growth.specs, init=growth.init, seed=1)
+            losses = experiment.train_operators(operators, [batch] * 8, rate=1e-2)
+            assert losses[-1] < losses[0] - 1e-4
+            folded = operators.folded()
+            after = float(folded(input_ids=batch, labels=batch).loss.detach())
+            assert after < losses[0]

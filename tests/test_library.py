@@ -5,12 +5,14 @@ import torch
 from torch import nn
 
 from tests import oracle
+from tests.oracle_families import OWN, tiny
 from tritter.errors import RequestError
 from tritter.expansion import LlamaPro, Width
 from tritter.library import (
     ModelExpander,
     copied_axis,
     depth_upscale,
+    expand_attention_heads,
     expand_linear,
     width_upscale,
 )
@@ -51,6 +53,73 @@ def test_a_bfloat16_model_stays_one_and_trains_on() -> None:
 def test_a_model_of_another_kind_is_refused() -> None:
     with pytest.raises(RequestError, match="no Hugging Face config"):
         ModelExpander([Width()]).expand(nn.Linear(2, 2))
+
+
+HEADS = {  # strategy → options, query and key/value heads from 4 in 2 groups
+    "fresh": ({}, 12, 6),
+    "fresh, larger groups": ({"new_num_kv_heads": 4}, 12, 4),
+    "copy": ({"strategy": "copy"}, 12, 6),
+    "gqa": ({"strategy": "gqa"}, 12, 2),
+    "gqa, equal shares": ({"strategy": "gqa", "shares": "equal", "new_num_kv_heads": 4}, 12, 4),
+}
+
+
+def _attended(attention: nn.Module, rotary: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(x.shape[1])[None]
+    kinds = [attention.layer_type] if "Gemma" in type(attention).__name__ else []
+    turned = rotary(x, positions, *kinds)
+    mask = torch.full((1, 1, x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype).triu(1)
+    return attention(x, turned, attention_mask=mask)[0]
+
+
+@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("case", HEADS)
+def test_an_attention_with_more_heads_computes_the_same(family: str, case: str) -> None:
+    options, heads, kv_heads = HEADS[case]
+    model = tiny(family)
+    old = model.model.layers[1].self_attn
+    before = {name: value.clone() for name, value in old.state_dict().items()}
+    new = expand_attention_heads(old, 12, **options)
+    assert type(new) is type(old)
+    assert new.q_proj.weight.shape == (heads * 6, 24)
+    assert new.k_proj.weight.shape == (kv_heads * 6, 24)
+    assert old.config.num_attention_heads == 4 and new.config.num_attention_heads == heads
+    x = torch.randn(2, 9, 24)
+    with torch.no_grad():
+        expected = _attended(old, model.model.rotary_emb, x)
+        torch.testing.assert_close(_attended(new, model.model.rotary_emb, x), expected)
+    assert all(torch.equal(value, before[name]) for name, value in old.state_dict().items())
+
+
+def test_split_heads_are_half_the_size_and_not_the_same() -> None:
+    attention = tiny("qwen3", head_dim=8).model.layers[0].self_attn
+    new = expand_attention_heads(attention, 8, "split")
+    assert new.head_dim == 4 and new.q_norm.weight.shape == (4,)
+    assert new.q_proj.weight.shape == attention.q_proj.weight.shape
+    wider = width_upscale(tiny("llama", head_dim=8), head_strategy="split")
+    assert (wider.config.num_attention_heads, wider.config.head_dim) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"new_num_heads": 6, "new_num_kv_heads": 4}, "num_attention_heads = 6.*nearest: 4 or 8"),
+        ({"new_num_heads": 7, "strategy": "gqa"}, "num_attention_heads = 7.*nearest: 6 or 8"),
+        ({"new_num_heads": 5, "strategy": "copy"}, "num_attention_heads = 5.*nearest: 6"),
+        ({"new_num_heads": 8, "strategy": "split"}, "head_dim 6 is no multiple of 4"),
+    ],
+)
+def test_heads_that_cannot_be_had_are_refused(options: dict[str, object], said: str) -> None:
+    attention = tiny("mistral").model.layers[0].self_attn
+    with pytest.raises(RequestError, match=said):
+        expand_attention_heads(attention, **options)
+
+
+def test_what_is_no_attention_is_refused() -> None:
+    model = tiny("llama")
+    for module, said in ((nn.Linear(2, 2), "no Hugging Face config"), (model, "no layer_idx")):
+        with pytest.raises(RequestError, match=said):
+            expand_attention_heads(module, 8)
 
 
 def test_two_chained_linears_compute_the_same() -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
@@ -139,7 +140,10 @@ def check_tritter(words: list[str]) -> None:
 
 
 def _leave_checkpoints(words: list[str]) -> None:
-    """Put a tiny model at every checkpoint that is read; one called base-… was grown from it."""
+    """Put a tiny model at every checkpoint that is read; one called base-… was grown from it.
+
+    One called ….ckpt is a training's of the base.
+    """
     base = saved(tiny_llama(vocab_size=300, max_position_embeddings=512), Path("base"))
     tokenizer = train_tokenizer([TextDocument("d", "the class is one\n")], vocab_size=300)
     save_tokenizer(tokenizer, base, end_of_text=END_OF_TEXT)
@@ -147,6 +151,9 @@ def _leave_checkpoints(words: list[str]) -> None:
     for name in read:
         if name.startswith("base-"):
             expand(base, Path(name), [Width()])
+        if name.endswith(".ckpt"):
+            weights = {f"model.{key}": value for key, value in stock(base).state_dict().items()}
+            torch.save({"state_dict": weights}, name)
 
 
 def check_make(words: list[str]) -> None:
@@ -211,7 +218,7 @@ def test_command(command, place):
         ("make tests", AssertionError),
         (".venv/bin/python -m pytest tests/nowhere", AssertionError),
         ("tritter expand --method dus", ValueError),
-        ("tritter expand --checkpoint base --method moe", ValueError),
+        ("tritter expand --checkpoint base --method mow", ValueError),
         ("tritter inspect elsewhere", ValueError),
         ("tritter expnd", ValueError),
         ("tritter train expansion=dsu", ValueError),

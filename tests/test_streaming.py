@@ -9,13 +9,16 @@ import pytest
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from experiments.benchmarks.streaming import Row, benchmark
+from experiments.benchmarks.streaming import MEGABYTE, Row, benchmark, measure, write_source
 from tests import oracle
+from tests.oracle_families import SPARSE, tiny
 from tests.oracle_qwen3 import tiny_qwen3
 from tritter.expand import expand
-from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width
+from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Moe, Width
+from tritter.families import LayoutKind
 
 MODELS = {"llama": oracle.tiny_llama, "qwen3": tiny_qwen3}
+LAYOUTS: tuple[LayoutKind, ...] = ("hub", "live")
 
 
 # Shards
@@ -74,6 +77,45 @@ def test_shards_of_a_sharded_result_go_in_again(tmp_path: Path, family: str) -> 
     assert again.lineage.base_model_hash == at_once.lineage.base_model_hash
 
 
+# Experts
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_experts_in_shards_of_either_layout(tmp_path: Path, family: str) -> None:
+    """One tensor for each matrix of an expert, or one for a layer's: the values are the same."""
+    model = tiny(family)
+    source = oracle.saved(model, tmp_path / "source")
+    specs: list[ExpansionSpec] = [Moe(noise=0.0, num_experts=4), LlamaPro()]
+    at_once = expand(source, tmp_path / "at_once", specs)
+    for first in LAYOUTS:
+        for limit in (15_000, 10**9):
+            between = tmp_path / f"{first}{limit}"
+            expand(source, between, specs[:1], expert_layout=first, max_shard_bytes=limit)
+            _check_shards(between, limit)
+            for second in LAYOUTS:
+                folder = tmp_path / f"{between.name}-{second}"
+                result = expand(between, folder, specs[1:], expert_layout=second)
+                if second == "hub":
+                    assert result.lineage.model_hash == at_once.lineage.model_hash
+                error = oracle.relative_difference(model, oracle.stock(folder), oracle.tokens())
+                assert error < 1e-4
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_sharded_experts_of_stock_transformers(tmp_path: Path, family: str) -> None:
+    model = tiny(family)
+    whole = oracle.saved(model, tmp_path / "whole")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    specs: list[ExpansionSpec] = [LlamaPro(), Dus(identity_init=True)]
+    hashes = {
+        expand(source, tmp_path / f"{source.name}-out", specs).lineage.model_hash
+        for source in (whole, tmp_path / "sharded")
+    }
+    assert len(hashes) == 1
+    after = oracle.stock(tmp_path / "sharded-out")
+    assert oracle.relative_difference(model, after, oracle.tokens()) < 1e-4
+
+
 # Memory
 
 
@@ -94,7 +136,35 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("method", ["dus", "width"])
+@pytest.mark.parametrize("method", ["moe", "moe_fused"])
+def test_memory_does_not_grow_with_the_layers_made_sparse(tmp_path: Path, method: str) -> None:
+    rows = list(benchmark([20, 80], methods=[method], hidden_size=256, place=tmp_path))
+    _assert_equal_peaks(rows)
+    assert all(row.result_mb > 2 * row.source_mb for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("method", ["dus", "dus_fused"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_go_through_one_by_one(tmp_path: Path, layout: LayoutKind, method: str) -> None:
+    """Of a layer whose experts share a tensor, no more than that tensor is held."""
+    peaks = []
+    for megabytes in (20, 80):
+        place = tmp_path / str(megabytes)
+        place.mkdir()
+        write_source(place / "dense", megabytes=megabytes, hidden_size=256)
+        expand(place / "dense", place / "sparse", [Moe(num_experts=4)], expert_layout=layout)
+        peaks.append(measure(place / "sparse", place / "result", method))
+    source_bytes = sum(path.stat().st_size for path in (tmp_path / "80" / "sparse").iterdir())
+    small, large = (peak.peak_anonymous_mb for peak in peaks)
+    assert large < 1.15 * small
+    assert source_bytes > 150 * MEGABYTE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("method", ["dus", "width", "moe"])
 def test_half_a_gigabyte_and_two_take_the_same_memory(tmp_path: Path, method: str) -> None:
     """Anonymous memory, sampled from outside; mapped pages of the source are not counted."""
     rows = list(benchmark([500, 2000], methods=[method], place=tmp_path))

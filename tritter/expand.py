@@ -5,26 +5,26 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tritter.checkpoint import ExpansionRecord, Lineage, Source, write_checkpoint
-from tritter.checkpoint.state import read_state, write_state
+from tritter.checkpoint.state import State, read_state, write_state
 from tritter.errors import RequestError
-from tritter.expansion import ExpansionSpec, ExpansionStep, build_steps
-from tritter.families import Config, Family, family_of
+from tritter.expansion import ExpansionSpec, ExpansionStep, build_steps, closed_experts
+from tritter.families import Config, LayoutKind, StoredTensor, family_of, layout, pack_all
 from tritter.models import read_config
-from tritter.parameter_map import TensorMap, carried, map_tensor
-from tritter.parameter_map.carry import Policy, carry, starts_anew
+from tritter.parameter_map import TensorMap, carried, mapped
+from tritter.parameter_map.carry import STATE_KINDS, Policy, carry, starts_anew
+from tritter.routing import AddedExperts
 from tritter.storage.hashing import file_digest, merkle_hash
-from tritter.storage.tensors import TensorFolder
+from tritter.storage.tensors import TensorFolder, is_finite
 from tritter.storage.writer import TensorEntry, TensorStream
 
 Read = Callable[[str], Tensor]
-Move = Callable[[TensorMap, Tensor], Tensor]
+Move = Callable[[TensorMap, Read], Tensor]
 Progress = Callable[[int, int], None]
 
 TOKENIZER_FILES = (
@@ -49,12 +49,14 @@ class Plan:
         steps: the expansions in order, with their maps.
         parameters_before: counted from shapes, ties once.
         parameters_after: the same of the result.
+        added_experts: those of the result that are not open yet, if any.
     """
 
     config: Config
     steps: tuple[ExpansionStep, ...]
     parameters_before: int
     parameters_after: int
+    added_experts: AddedExperts | None = None
 
     @property
     def target_config(self) -> Config:
@@ -73,19 +75,19 @@ class Expanded:
 
 
 def plan_expansion(source: Path, specs: Sequence[ExpansionSpec], *, seed: int = 0) -> Plan:
-    """Resolve `specs` against the checkpoint at `source`; reads its config alone.
+    """Resolve `specs` against the checkpoint at `source`; reads no tensor.
 
     Raises:
-        RequestError: no spec, unknown family, or targets that cannot be had.
+        RequestError: no spec, unknown family, targets that cannot be had, or more experts for a
+            source whose last ones are not open yet.
         TritterError: the source has no usable config.
     """
     if not specs:
         raise RequestError("expand needs at least one expansion.")
     config = read_config(source)
-    family = family_of(config)
     steps = build_steps(config, specs, seed=seed)
-    before, after = map(family.count_parameters, (config, steps[-1].target_config))
-    return Plan(config, steps, before, after)
+    before, after = map(_count_parameters, (config, steps[-1].target_config))
+    return Plan(config, steps, before, after, added_experts(AddedExperts.read(source), steps))
 
 
 def expand(
@@ -96,6 +98,7 @@ def expand(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     moments: Policy = "carry",
+    expert_layout: LayoutKind = "hub",
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -111,6 +114,8 @@ def expand(
         dtype: of the result; by default each tensor keeps its own. Maps are applied in float32
             (float64 for float64) and rounded once.
         moments: `carry`, `zero` or `reset_new`; see `tritter.parameter_map.carry`.
+        expert_layout: `hub`, a tensor for each matrix of each expert, which every reader knows;
+            or `live`, the experts of a layer in one tensor, as transformers holds them.
         progress: called with (tensors written, tensors in all).
 
     Raises:
@@ -121,7 +126,7 @@ def expand(
     """
     plan = plan_expansion(source, specs, seed=seed)
     opened = Source.open(source, plan.config)
-    state = read_state(source)
+    state = read_state(source)  # so that damage is seen before anything is written
     target_config = plan.target_config
     if dtype is not None:
         target_config = {**target_config, "dtype": str(dtype).removeprefix("torch.")}
@@ -129,17 +134,16 @@ def expand(
     def write_extras(folder: Path) -> None:
         copy_tokenizer(source, folder)
         if state is not None:
-            kinds = {
-                kind: state_stream(opened.family, plan, kind, tensors, moments=moments)
-                for kind, tensors in state.kinds.items()
-            }
+            kinds = _state_streams(plan, state, moments=moments)
             write_state(folder, kinds, step=state.step, max_shard_bytes=max_shard_bytes)
+        if plan.added_experts is not None:
+            plan.added_experts.write(folder)
 
     written = write_checkpoint(
         destination,
         config=target_config,
-        tensors=_stream(opened, plan, dtype=dtype, progress=progress),
-        lineage=lambda: _child_lineage(opened, plan.steps, destination, seed=seed),
+        tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
+        lineage=lambda: _child_lineage(opened, plan, destination, seed=seed),
         write_extras=write_extras,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
@@ -150,24 +154,23 @@ def expand(
 def mapped_reader(read: Read, steps: Sequence[ExpansionStep]) -> Read:
     """Return a reader of the expanded model's logical tensors on top of one of the source's."""
     for step in steps:
-        read = _through(read, step, map_tensor)
+        read = _through(read, step, mapped)
     return read
 
 
-def carried_masks(
-    family: Family, source_config: Config, steps: Sequence[ExpansionStep]
-) -> dict[str, Tensor]:
-    """Return, by name on disk, which entries of the expanded model carry old knowledge on."""
+def carried_masks(source_config: Config, steps: Sequence[ExpansionStep]) -> dict[str, Tensor]:
+    """Return, by parameter name in memory, which entries of the result carry old knowledge on."""
+    family = family_of(source_config)
     shapes = {t.name: family.shape(t, source_config) for t in family.logical_tensors(source_config)}
     masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
     config = source_config
     for step in steps:
         masks = {
-            name: carried(tensor_map, masks[tensor_map.source])
+            name: carried(tensor_map, masks[tensor_map.source] if tensor_map.source else None)
             for name, tensor_map in step.parameter_map.tensors.items()
         }
         config = step.target_config
-    return {tensor.disk_name: masks[tensor.name] for tensor in family.logical_tensors(config)}
+    return pack_all(family_of(config), config, masks)
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:
@@ -177,32 +180,31 @@ def copy_tokenizer(source: Path, destination: Path) -> None:
             shutil.copyfile(source / name, destination / name)
 
 
-def state_stream(
-    family: Family, plan: Plan, kind: str, tensors: TensorFolder, *, moments: Policy
-) -> TensorStream:
-    """Return one kind of state of the expanded model; parameters that start anew are absent."""
-    disk_names = {t.name: t.disk_name for t in family.logical_tensors(plan.config)}
-    config = plan.target_config
+def state_stream(plan: Plan, kind: str, tensors: TensorFolder, *, moments: Policy) -> TensorStream:
+    """Return one kind of state of the expanded model, by name on disk.
+
+    Parameters that start anew are absent, not zero.
+    """
+    source_family, config = family_of(plan.config), plan.target_config
+    disk_names = {t.name: t.disk_name for t in source_family.logical_tensors(plan.config)}
 
     def has_state(name: str) -> bool:
         for step in reversed(plan.steps):
             tensor_map = step.parameter_map.tensors[name]
-            if starts_anew(tensor_map, kind, policy=moments):
+            if tensor_map.source is None or starts_anew(tensor_map, kind, policy=moments):
                 return False
             name = tensor_map.source
         return disk_names[name] in tensors.files
 
-    def read(name: str) -> Tensor:
-        return tensors.get(disk_names[name])
-
-    reader: Read = read
+    reader: Read = lambda name: tensors.get(disk_names[name])  # noqa: E731
     for step in plan.steps:
-        reader = _through(reader, step, partial(carry, kind=kind, policy=moments))
+        reader = _through(reader, step, _state_move(kind, moments))
+    family = family_of(config)
     targets = [t for t in family.logical_tensors(config) if has_state(t.name)]
     entries = tuple(
         TensorEntry(
             t.disk_name,
-            tensors.torch_dtype(disk_names[_origin(t.name, plan.steps)]),
+            tensors.torch_dtype(disk_names[_origin(t.name, plan.steps) or ""]),
             family.shape(t, config),
         )
         for t in targets
@@ -210,27 +212,41 @@ def state_stream(
     return TensorStream(entries, ((t.disk_name, reader(t.name)) for t in targets))
 
 
+def _state_streams(plan: Plan, state: State, *, moments: Policy) -> dict[str, TensorStream]:
+    return {
+        kind: state_stream(plan, kind, tensors, moments=moments)
+        for kind, tensors in state.kinds.items()
+    }
+
+
+def _state_move(kind: str, moments: Policy) -> Move:
+    if STATE_KINDS[kind].new_entries == "as_weights":
+        return mapped
+
+    def move(tensor_map: TensorMap, read: Read) -> Tensor:
+        assert tensor_map.source is not None, "what has no source starts anew"
+        return carry(tensor_map, read(tensor_map.source), kind, policy=moments)
+
+    return move
+
+
 def _through(read: Read, step: ExpansionStep, move: Move) -> Read:
     tensors = step.parameter_map.tensors
-
-    def read_mapped(name: str) -> Tensor:
-        return move(tensors[name], read(tensors[name].source))
-
-    return read_mapped
+    return lambda name: move(tensors[name], read)
 
 
 def _stream(
-    source: Source, plan: Plan, *, dtype: torch.dtype | None, progress: Progress | None
+    source: Source,
+    plan: Plan,
+    *,
+    dtype: torch.dtype | None,
+    kind: LayoutKind,
+    progress: Progress | None,
 ) -> TensorStream:
-    family, config = source.family, plan.target_config
-    targets = family.logical_tensors(config)
-    dtypes = {
-        t.name: dtype or source.tensors.torch_dtype(source.disk_name(_origin(t.name, plan.steps)))
-        for t in targets
-    }
-    entries = tuple(
-        TensorEntry(t.disk_name, dtypes[t.name], family.shape(t, config)) for t in targets
-    )
+    config = plan.target_config
+    targets = layout(family_of(config), config, kind)
+    dtypes = {t.name: dtype or _dtype_of(t, source, plan.steps) for t in targets}
+    entries = tuple(TensorEntry(t.name, dtypes[t.name], t.shape) for t in targets)
 
     def read_wide(name: str) -> Tensor:
         tensor = source.read(name)
@@ -238,46 +254,74 @@ def _stream(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         read_mapped = mapped_reader(read_wide, plan.steps)
-        read_copied = mapped_reader(source.read, plan.steps)
-        for position, tensor in enumerate(targets):
-            read = read_copied if _is_copied(tensor.name, plan.steps) else read_mapped
-            value = read(tensor.name).to(dtypes[tensor.name])
-            if not _is_finite(value):
+
+        for position, target in enumerate(targets):
+
+            def read(name: str, dtype: torch.dtype = dtypes[target.name]) -> Tensor:
+                origin = _verbatim_origin(name, plan.steps)
+                value = read_mapped(name) if origin is None else source.read(origin)
+                return value.to(dtype)
+
+            value = target.pack(read)
+            if not is_finite(value):
                 raise RequestError(
-                    f"{source.folder}: {tensor.disk_name} would hold values that are not finite."
+                    f"{source.folder}: {target.name} would hold values that are not finite."
                 )
-            yield tensor.disk_name, value
+            yield target.name, value
             if progress is not None:
                 progress(position + 1, len(targets))
 
     return TensorStream(entries, tensors())
 
 
-def _origin(name: str, steps: Sequence[ExpansionStep]) -> str:
-    """Return the logical tensor of the source that a target tensor stems from."""
+def _dtype_of(target: StoredTensor, source: Source, steps: Sequence[ExpansionStep]) -> torch.dtype:
+    """Return the dtype of what a target stems from; of the embedding, if it stems from nothing."""
+    origin = _origin(target.parts[0].tensor.name, steps)
+    return source.dtype("embed" if origin is None else origin)
+
+
+def _origin(name: str, steps: Sequence[ExpansionStep]) -> str | None:
+    """Return the logical tensor of the source that a target tensor stems from, if any."""
     for step in reversed(steps):
-        name = step.parameter_map.tensors[name].source
+        source = step.parameter_map.tensors[name].source
+        if source is None:
+            return None
+        name = source
     return name
 
 
-def _is_copied(name: str, steps: Sequence[ExpansionStep]) -> bool:
-    """Return whether no map on the way of a target tensor computes anything."""
+def _verbatim_origin(name: str, steps: Sequence[ExpansionStep]) -> str | None:
+    """Return the tensor of the source that a target tensor is, when no map computes anything."""
     for step in reversed(steps):
         tensor_map = step.parameter_map.tensors[name]
-        if tensor_map.noise or any(axis is not None for axis in tensor_map.axes):
-            return False
+        if not tensor_map.is_verbatim:
+            return None
+        assert tensor_map.source is not None
         name = tensor_map.source
-    return True
+    return name
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # The extremes of a tensor with a NaN are NaN; this is 20 times quicker than isfinite in bf16.
-    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+def _count_parameters(config: Config) -> int:
+    return family_of(config).count_parameters(config)
 
 
-def _child_lineage(
-    source: Source, steps: Sequence[ExpansionStep], destination: Path, *, seed: int
-) -> Lineage:
+def added_experts(held: AddedExperts | None, steps: Sequence[ExpansionStep]) -> AddedExperts | None:
+    """Return the experts of the result that are not open yet, if any.
+
+    Args:
+        held: those of the source.
+
+    Raises:
+        RequestError: experts are added while the last ones are not open yet.
+    """
+    if held is None or held.is_settled:
+        appended = closed_experts(steps)
+        return AddedExperts(experts=appended) if appended else None
+    closed_experts(steps, held=held.experts)
+    return held
+
+
+def _child_lineage(source: Source, plan: Plan, destination: Path, *, seed: int) -> Lineage:
     parent = source.lineage
     digests = source.read_digests()
     parent_hash = merkle_hash(digests)
@@ -292,8 +336,9 @@ def _child_lineage(
         file_digests={},
         expansion_history=(
             *(parent.expansion_history if parent else ()),
-            *(_record(step, seed=seed + position) for position, step in enumerate(steps)),
+            *(_record(step, seed=seed + position) for position, step in enumerate(plan.steps)),
         ),
+        stock_loadable="yes" if plan.added_experts is None else "after adaptation",
         training_config=parent.training_config if parent else {},
     )
 

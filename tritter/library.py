@@ -5,17 +5,19 @@ CPU and leaves the one it was given as it was.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from tritter.errors import RequestError
-from tritter.expand import mapped_reader
+from tritter.expand import added_experts, mapped_reader
 from tritter.expansion import Dus, ExpansionSpec, ExpansionStep, Width, build_steps
-from tritter.expansion.width import copied_sources, split_shares
+from tritter.expansion.heads import copied_sources, split_shares
 from tritter.families import Config, family_of
 from tritter.models import config_of, model_with_tensors, named_tensors
 from tritter.parameter_map import AxisFactor, AxisMap, TensorMap, map_tensor
+from tritter.routing import AddedExperts
 
 
 class ModelExpander:
@@ -51,8 +53,12 @@ class ModelExpander:
         held = dict(named_tensors(model, config))
         read = mapped_reader(lambda name: held[disk_names[name]], steps)
         target = steps[-1].target_config
-        tensors = {t.disk_name: read(t.name) for t in family.logical_tensors(target)}
-        return model_with_tensors(target, tensors).train(model.training)
+        tensors = {t.disk_name: read(t.name) for t in family_of(target).logical_tensors(target)}
+        grown = model_with_tensors(target, tensors).train(model.training)
+        added = added_experts(AddedExperts.of(model), steps)
+        if added is not None:
+            added.apply(grown)
+        return grown
 
 
 def depth_upscale(
@@ -84,19 +90,21 @@ def width_upscale(
     new_intermediate_size: int | None = None,
     new_num_heads: int | None = None,
     new_num_kv_heads: int | None = None,
+    head_strategy: str | None = None,
     init: str = "fresh",
     shares: str = "unequal",
     seed: int = 0,
 ) -> nn.Module:
-    """Return a wider model that computes the same.
+    """Return a wider model; it computes the same but for `aki` and `split`.
 
     Args:
         new_hidden_size: Default: doubled when no other target is given.
         new_intermediate_size: Default: follows the hidden size by ratio.
         new_num_heads: Default: follows where the proportion is whole, else stays.
         new_num_kv_heads: as above.
-        init: `fresh`, `net2net` or `zero_pad`.
-        shares: `unequal` or `equal`, of the copies under net2net and zero_pad.
+        head_strategy: `fresh`, `copy`, `gqa` or `split`. Default: what `init` implies.
+        init: `fresh`, `net2net`, `zero_pad` or `aki`.
+        shares: `unequal` or `equal`, of the copies of neurons and heads.
         seed: of random fills and choices.
 
     Raises:
@@ -107,10 +115,82 @@ def width_upscale(
         intermediate_size=new_intermediate_size,
         num_attention_heads=new_num_heads,
         num_key_value_heads=new_num_kv_heads,
+        head_strategy=head_strategy,
         init=init,
         shares=shares,
     )
     return ModelExpander([spec], seed=seed).expand(model)
+
+
+def expand_attention_heads(
+    attention: nn.Module,
+    new_num_heads: int,
+    strategy: str = "fresh",
+    *,
+    new_num_kv_heads: int | None = None,
+    shares: str = "unequal",
+    seed: int = 0,
+) -> nn.Module:
+    """Return an attention module with more heads, its output projection included.
+
+    Input and output keep their sizes. It computes the same, but for `split`, which also halves
+    the size of a head, so that the new module wants rotary positions of that size.
+
+    Args:
+        attention: of a model of a supported family, such as `model.model.layers[0].self_attn`.
+        strategy: `fresh`, `copy`, `gqa` or `split`.
+        new_num_kv_heads: Default: as many as keep the size of a group where that is whole; under
+            `gqa` they stay.
+        shares: `unequal` or `equal`, of the copies under copy and gqa.
+        seed: of random fills.
+
+    Raises:
+        RequestError: no attention module of a supported family, or head counts that cannot be
+            had; names the nearest.
+    """
+    config = config_of(attention)
+    family = family_of(config)
+    layer = getattr(attention, "layer_idx", None)
+    if layer is None:
+        raise RequestError(f"{type(attention).__name__} has no layer_idx; it is no attention.")
+    old = family.dimensions(config)
+    kv_heads = new_num_kv_heads
+    if kv_heads is None and strategy in ("fresh", "copy"):
+        followed, rest = divmod(new_num_heads * old.num_key_value_heads, old.num_attention_heads)
+        kv_heads = None if rest else followed
+    spec = Width(
+        num_attention_heads=new_num_heads,
+        num_key_value_heads=kv_heads,
+        head_strategy=strategy,
+        shares=shares,
+    )
+    (step,) = build_steps(family.with_layers(config, [layer]), [spec], seed=seed)
+    return _rebuilt_attention(attention, step)
+
+
+def _rebuilt_attention(attention: nn.Module, step: ExpansionStep) -> nn.Module:
+    """Return a module of the same class with a step's head counts and mapped tensors."""
+    family = family_of(step.source_config)
+    config = deepcopy(attention.config)
+    for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+        key = family.sizes[name]
+        setattr(config, key, step.target_config[key])
+    new = type(attention)(config, attention.layer_idx).train(attention.training)
+    held = dict(attention.named_parameters())
+    prefix = "model.layers.0.self_attn."
+    for tensor in family.logical_tensors(step.target_config):
+        if not tensor.disk_name.startswith(prefix):
+            continue
+        name = tensor.disk_name.removeprefix(prefix)
+        if name not in held:
+            raise RequestError(
+                f"{type(attention).__name__} has no {name}; it is no attention of "
+                f"{family.model_type}."
+            )
+        value = map_tensor(step.parameter_map.tensors[tensor.name], held[name].detach())
+        module, _, attribute = name.rpartition(".")
+        setattr(new.get_submodule(module), attribute, nn.Parameter(value))
+    return new
 
 
 def expand_linear(

@@ -16,13 +16,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
 from tritter.errors import RequestError, TritterError
-from tritter.families import Config, family_of
+from tritter.families import FAMILIES, Config, family_of, layout, match, pack_all, unpack_all
+from tritter.routing import AddedExperts
 
 # What the libraries behind this door raise when a file is damaged or hostile.
 _DAMAGE = (
@@ -65,11 +67,14 @@ def new_model(config: Config, *, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         options = {key: value for key, value in config.items() if key != "model_type"}
         built = AutoConfig.for_model(str(config["model_type"]), **options)
-        return AutoModelForCausalLM.from_config(built, dtype=torch.float32)
+        return _with_expert_kernel(AutoModelForCausalLM.from_config(built, dtype=torch.float32))
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load a causal language model from safetensors; never runs code from the folder.
+
+    Experts that are being added get the router offset that the folder's state says, so that the
+    model computes what it should where stock classes alone would not.
 
     Raises:
         TritterError: transformers cannot load it, or a tensor is missing or left over.
@@ -86,15 +91,40 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
     wrong = {key: value for key, value in report.items() if value}
     if wrong:
         raise TritterError(f"{folder} does not fit its config.json: {wrong}")
-    return model
+    added = AddedExperts.read(folder)
+    if added is not None and not added.is_settled:
+        with _refused_as(f"{folder} cannot be loaded as a model"):
+            added.apply(model)
+    return _with_expert_kernel(model)
 
 
 def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name on disk, tensor) of a live model, in the family's order; ties once."""
+    """Yield (name on disk, tensor) of a live model, in the family's order; ties once.
+
+    Experts that share a tensor in memory come one by one, as views.
+
+    Raises:
+        TritterError: the model holds a tensor that its family has not, or lacks one.
+    """
     state = model.state_dict()
-    matched = family_of(config).match(state, config)
-    for name in matched:
-        yield name, state[name].detach()
+    for stored in match(family_of(config), config, state):
+        for tensor, value in stored.unpack(state[stored.name].detach()):
+            yield tensor.disk_name, value
+
+
+def live_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return name in memory → tensor, for values (of a state, a mask) by name on disk."""
+    family = family_of(config)
+    logical = family.logical_tensors(config)
+    held = {t.name: tensors[t.disk_name] for t in logical if t.disk_name in tensors}
+    return pack_all(family, config, held)
+
+
+def disk_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return name on disk → tensor, for values by name in memory."""
+    family = family_of(config)
+    held = unpack_all(family, config, tensors)
+    return {t.disk_name: held[t.name] for t in family.logical_tensors(config) if t.name in held}
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, end_of_text: str) -> None:
@@ -122,6 +152,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # The tokenizers library raises Exception itself, so nothing narrower catches it.
     except Exception as error:
         raise TritterError(f"{folder} holds no usable tokenizer: {error!r}") from error
+
+
+def _with_expert_kernel(model: PreTrainedModel) -> PreTrainedModel:
+    """Let experts compute one after the other where the default kernel refuses them.
+
+    `grouped_mm` wants rows of whole 16 bytes, in bf16 as well, and knows no float64; elsewhere it
+    is as quick as the loop or quicker (measured on a CPU too). `batched_mm` copies an expert's
+    weights for every token and is never taken.
+    """
+    family = FAMILIES.get(model.config.model_type)
+    if family is None or not family.has_experts:
+        return model
+    dimensions = family.dimensions(config_of(model))
+    is_aligned = dimensions.hidden_size % 8 == 0 and dimensions.expert_size % 8 == 0
+    if not is_aligned or model.dtype == torch.float64:
+        model.set_experts_implementation("eager")
+    return model
 
 
 @contextmanager
@@ -166,9 +213,13 @@ def config_of(model: nn.Module) -> Config:
 def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Return a model of a config that holds these tensors (by name on disk), dtypes kept."""
     model = new_model(config, seed=0)
-    for name, parameter in list(model.named_parameters()):
-        module = model.get_submodule(name.rpartition(".")[0])
-        setattr(module, name.rpartition(".")[2], nn.Parameter(tensors[name].to(parameter.device)))
+    family = family_of(config)
+    disk_names = {t.name: t.disk_name for t in family.logical_tensors(config)}
+    for stored in layout(family, config, "live"):
+        value = stored.pack(lambda name: tensors[disk_names[name]])
+        module, _, attribute = stored.name.rpartition(".")
+        parameter = model.get_parameter(stored.name)
+        setattr(model.get_submodule(module), attribute, nn.Parameter(value.to(parameter.device)))
     model.tie_weights()  # type: ignore[operator]
     return model
 

@@ -99,19 +99,28 @@ def write_source(folder: Path, *, megabytes: int, hidden_size: int) -> None:
 
 
 def run_expansion(source: Path, destination: Path, method: str) -> None:
-    """Expand in this process, after telling the parent that everything is imported."""
+    """Expand in this process, after telling the parent that everything is imported.
+
+    Args:
+        method: dus, width or moe; moe and dus of a model with experts also with `_fused` behind,
+            which writes the experts of a layer as one tensor.
+    """
     from tritter.expand import expand, plan_expansion
-    from tritter.expansion import Dus, ExpansionSpec, Width
+    from tritter.expansion import Dus, ExpansionSpec, Moe, Width
+    from tritter.families import LayoutKind
 
     intermediate_size = json.loads((source / "config.json").read_text())["intermediate_size"]
     spec: ExpansionSpec = Dus()
+    kind: LayoutKind = "live" if method.endswith("_fused") else "hub"
+    if method.startswith("moe"):
+        spec = Moe(num_experts=4)
     if method == "width":
         spec = Width(intermediate_size=intermediate_size * 3 // 2, init="net2net")
     plan_expansion(source, [spec])  # transformers imports some of itself at first use
     print("ready", flush=True)
     sys.stdin.readline()
     started = time.perf_counter()
-    expand(source, destination, [spec], max_shard_bytes=500 * MEGABYTE)
+    expand(source, destination, [spec], expert_layout=kind, max_shard_bytes=500 * MEGABYTE)
     print(time.perf_counter() - started, flush=True)
     sys.stdin.readline()
 
@@ -119,6 +128,7 @@ def run_expansion(source: Path, destination: Path, method: str) -> None:
 @dataclass(frozen=True, slots=True)
 class Measured:
     seconds: float
+    cpu_seconds: float
     idle_anonymous_mb: int
     peak_anonymous_mb: int
     peak_resident_mb: int
@@ -126,7 +136,11 @@ class Measured:
 
 def measure(source: Path, destination: Path, method: str) -> Measured:
     """Run one expansion in a child and sample its memory until it says that it is done."""
-    command = [sys.executable, __file__, "--child", str(source), str(destination), method]
+    return sampled([sys.executable, __file__, "--child", str(source), str(destination), method])
+
+
+def sampled(command: Sequence[str]) -> Measured:
+    """Run a child that says when it is ready, begins when told to, and says how long it took."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -134,19 +148,20 @@ def measure(source: Path, destination: Path, method: str) -> Measured:
         assert child.stdin is not None
         assert child.stdout is not None
         if child.stdout.readline().strip() != "ready":
-            raise RuntimeError("the expansion did not start")
+            raise RuntimeError(f"{command} did not start")
         idle = peak = _status(child.pid)["RssAnon"]
+        cpu_before = _cpu_seconds(child.pid)
         child.stdin.write("go\n")
         child.stdin.flush()
         while not select.select([child.stdout], [], [], SAMPLE_SECONDS)[0]:
             peak = max(peak, _status(child.pid)["RssAnon"])
         answer = child.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{method} failed")
-        resident = _status(child.pid)["VmHWM"]
+            raise RuntimeError(f"{command} failed")
+        resident, cpu = _status(child.pid)["VmHWM"], _cpu_seconds(child.pid) - cpu_before
         child.stdin.write("bye\n")
         child.stdin.flush()
-    return Measured(float(answer), idle, peak, resident)
+    return Measured(float(answer), cpu, idle, peak, resident)
 
 
 def _status(process: int) -> dict[str, int]:
@@ -156,16 +171,26 @@ def _status(process: int) -> dict[str, int]:
     return {key: int(value.split()[0]) * 1024 // MEGABYTE for key, value in pairs}
 
 
+def _cpu_seconds(process: int) -> float:
+    """Return the processor time of a process so far, the kernel's on its behalf included."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def copy_seconds(source: Path, destination: Path) -> float:
     """Return how long `cp -r` takes until the bytes are on the disk."""
     started = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(destination)], check=True)
-    for path in destination.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    wait_for_disk(destination)
     seconds = time.perf_counter() - started
     shutil.rmtree(destination)
     return seconds
+
+
+def wait_for_disk(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def hash_seconds(*folders: Path) -> float:

@@ -26,6 +26,9 @@ TOKENS = tokens(VOCABULARY)
         "--method width",
         "--method llama-pro --positions 0,2",
         "--method dus --identity-init",
+        "--method stack --identity-init",
+        "--method stack --identity-init --partial --target-layers 7",
+        "--method interpolate --identity-init --target-layers 8",
         "--method width --width-init net2net --intermediate-size 57",
         "--method width --width-init zero-pad --hidden-size 32 --num-heads 8 --num-kv-heads 4",
         "--method width,llama-pro",
@@ -157,7 +160,10 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--method dsu", ["--method = dsu", "dus, llama-pro, width", "Did you mean 'dus'?"]),
+        (
+            "--method dsu",
+            ["--method = dsu", "dus, stack, interpolate, llama-pro, width", "Did you mean 'dus'?"],
+        ),
         ("--method width,", ["--method = (empty)"]),
         (
             "--method width --drop-layers 3",
@@ -168,6 +174,15 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
             ["2 things", "--hidden-size = 48", "--noise = 0.1", "width does"],
         ),
         ("--method dus,llama-pro --target-layers 4", ["dus and llama-pro would both take it"]),
+        (
+            "--method dus,stack,interpolate --identity-init",
+            ["dus, stack and interpolate would all take it"],
+        ),
+        ("--method dus --partial", ["--partial", "dus does not take it; stack does"]),
+        (
+            "--method llama-pro --identity-init",
+            ["llama-pro does not take it; dus, stack and interpolate do"],
+        ),
         ("--method dus,dus --drop-layers 1", ["dus and dus would both take it"]),
         (
             "--method width --width-init net2nt",
@@ -180,6 +195,12 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
         ("--method width --noise inf", ["--noise"]),
         ("--method dus --target-layers 3", ["--target-layers = 3", "nearest: 4"]),
         ("--method dus --target-layers 4 --drop-layers 2", ["--drop-layers = 2 contradicts"]),
+        (
+            "--method stack --target-layers 7",
+            ["--target-layers = 7", "nearest: 6 or 9", "With --partial", "first 1 layer"],
+        ),
+        ("--method stack --partial --target-layers 3", ["--target-layers = 3", "at least 4"]),
+        ("--method interpolate --target-layers 3", ["--target-layers = 3", "at least 4"]),
         ("--method llama-pro --positions 3", ["--positions = [3]", "from 0 to 2"]),
         ("--method llama-pro --target-layers 2", ["--target-layers = 2", "at least 4"]),
         (
@@ -337,6 +358,10 @@ def test_the_step_0_error_is_measured_and_recorded(run: Run, place: Path) -> Non
     assert "of the logits' deviation on random tokens" in result.out
     (record,) = read_lineage(place / "deep").expansion_history  # type: ignore[union-attr]
     assert record.step0_error is not None and record.step0_error > 1e-3
+    for words in ("stack", "interpolate --target-layers 7"):
+        assert run(f"expand --checkpoint base --method {words} --output jump --overwrite").code == 0
+        (record,) = read_lineage(place / "jump").expansion_history  # type: ignore[union-attr]
+        assert record.step0_error is not None and record.step0_error > 1e-3
     result = run("expand --checkpoint base --method dus --output raw --no-measure")
     assert "not measured" in result.out
 

@@ -102,7 +102,7 @@ def test_qwen3_heads_have_norms(run: Run, sources: Path, tmp_path: Path) -> None
     [
         ({"seed": 1}, "differs from the recorded"),
         ({"options": {"init": "net2net"}}, "differs from the recorded"),
-        ({"method": "moe"}, "this Tritter has no method 'moe'"),
+        ({"method": "mow"}, "this Tritter has no method 'mow'"),
         ({"options": {"bogus": 1}}, "cannot be rebuilt"),
         ({"options": {"init": "bogus"}}, "differs from the recorded"),
     ],

@@ -50,7 +50,12 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "model.hidden_size=12": ("model.hidden_size = 12", "nearest: 8 or 16"),
     "data.sequence_length=1024": ("data.sequence_length = 1024", "max_position_embeddings = 512"),
     "data.source=stdlb": ("data.source = stdlb", "stdlib"),
-    "expansion=dsu": ("expansion = dsu", "dus, llama_pro, none, width", "Did you mean dus?"),
+    "expansion=dsu": (
+        "expansion = dsu",
+        "dus, interpolate",
+        "none, stack, width",
+        "Did you mean dus?",
+    ),
     "expansion=[width,dsu]": ("expansion = dsu", "Did you mean dus?"),
     "expansion=[dus,dus]": ("expansion = [dus,dus]", "[dus]"),
     "forgetting=[none,replay]": ("forgetting = [none,replay]", "none stands alone"),
@@ -60,6 +65,15 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "expansion=width expansion.width.int=fresh": ("Did you mean expansion.width.init?",),
     "expansion.width.hidden_size=48": ("expansion.width.hidden_size = 48", "at least 64"),
     "expansion.width.hidden_size=90": ("expansion.width.hidden_size = 90", "nearest: 88 or 92"),
+    "expansion=stack expansion.stack.target_layers=7": (
+        "expansion.stack.target_layers = 7",
+        "nearest: 6 or 9",
+        "expansion.stack.partial",
+    ),
+    "expansion=interpolate expansion.interpolate.target_layers=3": (
+        "expansion.interpolate.target_layers = 3",
+        "at least 4",
+    ),
     "expansion=dus expansion.dus.target_layers=5": (
         "expansion.dus.target_layers = 5",
         "nearest: 4",

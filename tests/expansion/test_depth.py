@@ -1,21 +1,22 @@
-"""Which layer each target layer copies, under every depth rule, and what is refused."""
+"""The depth methods: what they refuse, what their maps hold, what the result is made of."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests import oracle
 from tritter.errors import RequestError
 from tritter.expand import expand
-from tritter.expansion import Dus, ExpansionSpec, LlamaPro, build_steps
-from tritter.expansion.depth import (
-    block_insertion_sources,
-    depth_upscale_sources,
-    repeated_layers,
+from tritter.expansion import (
+    Dus,
+    ExpansionSpec,
+    Interpolate,
+    LlamaPro,
+    Stack,
+    build_steps,
+    target_config,
 )
 from tritter.families import LLAMA, Config
 from tritter.models import new_model
@@ -33,47 +34,6 @@ def _config(layers: int, *, is_tied: bool = False) -> Config:
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": is_tied,
     }
-
-
-def test_solar_takes_layers_0_to_23_and_8_to_31() -> None:
-    assert depth_upscale_sources(32, target_layers=48) == (*range(24), *range(8, 32))
-    assert depth_upscale_sources(32, drop_layers=8) == (*range(24), *range(8, 32))
-    assert depth_upscale_sources(32) == (*range(24), *range(8, 32))
-
-
-@pytest.mark.parametrize(
-    ("layers", "target", "sources"),
-    [
-        (1, 2, (0, 0)),
-        (2, 4, (0, 1, 0, 1)),
-        (3, 4, (0, 1, 1, 2)),  # the default base: one layer dropped
-        (4, 6, (0, 1, 2, 1, 2, 3)),
-        (5, 8, (0, 1, 2, 3, 1, 2, 3, 4)),
-        (8, 12, (0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7)),
-    ],
-)
-def test_dus_default(layers: int, target: int, sources: tuple[int, ...]) -> None:
-    assert depth_upscale_sources(layers) == sources
-    assert len(sources) == target
-    assert Dus().target_config(LLAMA, _config(layers))["num_hidden_layers"] == target
-
-
-def test_24_to_48_drops_nothing() -> None:
-    assert depth_upscale_sources(24, target_layers=48) == (*range(24), *range(24))
-    assert depth_upscale_sources(24, target_layers=48, drop_layers=0) == (*range(24), *range(24))
-
-
-@given(layers=st.integers(1, 40), data=st.data())
-def test_every_even_target_up_to_twice_the_layers_is_two_overlapping_runs(
-    layers: int, data: st.DataObject
-) -> None:
-    target = data.draw(st.integers(layers // 2 + 1, layers)) * 2
-    sources = depth_upscale_sources(layers, target_layers=target)
-    half = target // 2
-    assert sources[:half] == tuple(range(half))
-    assert sources[half:] == tuple(range(layers - half, layers))
-    assert set(sources) == set(range(layers))
-    assert depth_upscale_sources(layers, drop_layers=layers - half) == sources
 
 
 @pytest.mark.parametrize(
@@ -103,26 +63,63 @@ def test_dus_refuses_with_what_would_work(
 
 
 @pytest.mark.parametrize(
-    ("layers", "target", "sources"),
+    ("layers", "spec", "said"),
     [
-        (2, None, (0, 1, 1)),
-        (4, None, (0, 1, 1, 2, 3, 3)),
-        (3, None, (0, 1, 1, 2, 2)),
-        (4, 5, (0, 1, 2, 3, 3)),
-        (4, 8, (0, 0, 1, 1, 2, 2, 3, 3)),
-        (2, 6, (0, 0, 0, 1, 1, 1)),
-        (32, 40, tuple(sorted([*range(32), 3, 7, 11, 15, 19, 23, 27, 31]))),
+        (4, Stack(target_layers=10), ["target_layers = 10", "nearest: 8 or 12", "first 2 layers"]),
+        (4, Stack(target_layers=6), ["whole copies of the 4", "nearest: 8.", "stack.partial"]),
+        (4, Stack(target_layers=5), ["nearest: 8.", "first 1 layer."]),
+        (4, Stack(target_layers=4), ["has 4 layers already", "at least 8."]),
+        (4, Stack(target_layers=2), ["at least 8."]),
+        (4, Stack(target_layers=4, partial=True), ["at least 5."]),
+        (4, Interpolate(target_layers=4), ["has 4 layers already", "at least 5."]),
+        (4, Interpolate(target_layers=2), ["at least 5."]),
     ],
+    ids=str,
 )
-def test_llama_pro_spreads_evenly(
-    layers: int, target: int | None, sources: tuple[int, ...]
+def test_stack_and_interpolate_refuse_with_what_would_work(
+    layers: int, spec: Stack | Interpolate, said: list[str]
 ) -> None:
-    assert block_insertion_sources(layers, target_layers=target) == sources
+    with pytest.raises(RequestError) as error:
+        spec.target_config(LLAMA, _config(layers))
+    assert f"expansion.{spec.name}.target_layers = {spec.target_layers}" in str(error.value)
+    for words in said:
+        assert words in str(error.value)
 
 
-def test_llama_pro_at_positions() -> None:
-    assert block_insertion_sources(4, positions=(3, 0, 0)) == (0, 0, 0, 1, 2, 3, 3)
-    assert block_insertion_sources(4, positions=(1,), target_layers=5) == (0, 1, 1, 2, 3)
+@pytest.mark.parametrize(
+    ("layers", "spec", "target"),
+    [
+        (3, Stack(), 6),
+        (3, Stack(target_layers=9), 9),
+        (3, Stack(target_layers=7, partial=True), 7),
+        (3, Stack(partial=True), 6),
+        (3, Interpolate(), 5),
+        (4, Interpolate(), 6),
+        (4, Interpolate(target_layers=21), 21),
+        (1, Interpolate(), 2),
+        (3, Dus(), 4),
+        (3, LlamaPro(), 5),
+    ],
+    ids=str,
+)
+def test_layers_afterwards(layers: int, spec: ExpansionSpec, target: int) -> None:
+    assert target_config(_config(layers), [spec])["num_hidden_layers"] == target
+
+
+@pytest.mark.parametrize(
+    ("layers", "spec", "notes"),
+    [
+        (3, Stack(), ()),
+        (3, Stack(partial=True), ()),
+        (3, Stack(target_layers=7, partial=True), ("the last copy is partial: 1 of 3 layers",)),
+        (3, Interpolate(), ("1.5 times 3 layers are 4.5, rounded up to 5",)),
+        (3, Interpolate(target_layers=5), ()),
+        (4, Interpolate(), ()),
+    ],
+    ids=str,
+)
+def test_what_was_decided_is_said(layers: int, spec: ExpansionSpec, notes: tuple[str]) -> None:
+    assert build_steps(_config(layers), [spec], seed=0)[0].notes == notes
 
 
 @pytest.mark.parametrize(
@@ -144,27 +141,29 @@ def test_llama_pro_refuses_with_what_would_work(options: dict[str, object], said
 
 
 @pytest.mark.parametrize(
-    ("sources", "repeated"),
+    ("spec", "copies"),
     [
-        ((0, 1, 2), set()),
-        ((0, 1, 1, 2), {2}),
-        ((0, 1, 2, 1, 2, 3), {3, 4}),
-        ((0, 0, 0), {1, 2}),
-        ((), set()),
+        (Dus(identity_init=True), {3, 4}),  # 0 1 2 1 2 3
+        (Stack(identity_init=True), {4, 5, 6, 7}),
+        (Stack(target_layers=6, partial=True, identity_init=True), {4, 5}),
+        (Interpolate(identity_init=True), {1, 4}),  # 0 0 1 2 2 3
+        (Interpolate(target_layers=9, identity_init=True), {1, 3, 4, 6, 8}),  # 0 0 1 1 1 2 2 3 3
+        (LlamaPro(), {2, 5}),  # 0 1 1 2 3 3
     ],
+    ids=str,
 )
-def test_repeated_layers_are_the_later_copies(sources: tuple[int, ...], repeated: set[int]) -> None:
-    assert repeated_layers(sources) == repeated
-
-
-def test_identity_copies_are_zeroed_where_they_write_the_residual_and_start_fresh() -> None:
-    """4 → 6 by dus is 0 1 2 1 2 3: target layers 3 and 4 are the copies."""
-    tensors = build_steps(_config(4), [Dus(identity_init=True)], seed=0)[0].parameter_map.tensors
+def test_identity_copies_are_zeroed_where_they_write_the_residual_and_start_fresh(
+    spec: ExpansionSpec, copies: set[int]
+) -> None:
+    (step,) = build_steps(_config(4), [spec], seed=0)
+    assert spec.is_exact
+    tensors = step.parameter_map.tensors
     writers = {"attention.o", "ffn.down"}
     zeroed = {name for name, tensor in tensors.items() if tensor.is_zeroed}
-    assert zeroed == {f"layers.{layer}.{kind}" for layer in (3, 4) for kind in writers}
-    fresh = {name.split(".")[1] for name, tensor in tensors.items() if tensor.state == "fresh"}
-    assert fresh == {"3", "4"}
+    assert zeroed == {f"layers.{layer}.{kind}" for layer in copies for kind in writers}
+    fresh = {name for name, tensor in tensors.items() if tensor.state == "fresh"}
+    in_copies = {f"layers.{layer}" for layer in copies}
+    assert fresh == {name for name in tensors if ".".join(name.split(".")[:2]) in in_copies}
 
 
 def test_identity_zeroes_biases_too() -> None:
@@ -175,13 +174,19 @@ def test_identity_zeroes_biases_too() -> None:
     assert zeroed == {f"layers.2.{kind}" for kind in kinds}
 
 
-def test_plain_dus_zeroes_nothing_and_carries_all_state() -> None:
-    tensors = build_steps(_config(4), [Dus()], seed=0)[0].parameter_map.tensors
+@pytest.mark.parametrize(
+    "spec", [Dus(), Stack(), Interpolate()], ids=["dus", "stack", "interpolate"]
+)
+def test_plain_copies_zero_nothing_and_carry_all_state(spec: ExpansionSpec) -> None:
+    tensors = build_steps(_config(4), [spec], seed=0)[0].parameter_map.tensors
+    assert not spec.is_exact
     assert not any(tensor.is_zeroed for tensor in tensors.values())
     assert {tensor.state for tensor in tensors.values()} == {"carry"}
 
 
-@pytest.mark.parametrize("spec", [Dus(), LlamaPro()], ids=["dus", "llama_pro"])
+@pytest.mark.parametrize(
+    "spec", [Dus(), Stack(), Interpolate(), LlamaPro()], ids=lambda spec: spec.name
+)
 def test_embeddings_norm_and_head_are_carried(spec: ExpansionSpec) -> None:
     tensors = build_steps(_config(4), [spec], seed=0)[0].parameter_map.tensors
     for name in ("embed", "final_norm", "head"):
@@ -190,19 +195,43 @@ def test_embeddings_norm_and_head_are_carried(spec: ExpansionSpec) -> None:
         assert tensors[name].state == "carry"
 
 
-def test_weights_come_from_the_recorded_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("spec", "sources"),
+    [
+        (Dus(), (0, 1, 2, 1, 2, 3)),
+        (Stack(), (0, 1, 2, 3, 0, 1, 2, 3)),
+        (Stack(target_layers=10, partial=True), (0, 1, 2, 3, 0, 1, 2, 3, 0, 1)),
+        (Interpolate(), (0, 0, 1, 2, 2, 3)),
+        (Interpolate(target_layers=9), (0, 0, 1, 1, 1, 2, 2, 3, 3)),
+    ],
+    ids=str,
+)
+def test_weights_come_from_the_recorded_layers(
+    tmp_path: Path, spec: ExpansionSpec, sources: tuple[int, ...]
+) -> None:
     """Stock models on both sides; no map of ours in between."""
     model = oracle.tiny_llama(num_hidden_layers=4)
-    result = expand(oracle.saved(model, tmp_path / "source"), tmp_path / "result", [Dus()])
-    sources = (0, 1, 2, 1, 2, 3)
+    result = expand(oracle.saved(model, tmp_path / "source"), tmp_path / "result", [spec])
     assert result.lineage.expansion_history[-1].layer_sources == sources
     after = oracle.stock(result.folder)
+    assert len(after.model.layers) == len(sources)
     for target, source in enumerate(sources):
         new = after.model.layers[target].state_dict()
         for name, old in model.model.layers[source].state_dict().items():
             assert torch.equal(new[name], old), f"{target} {name}"
     assert torch.equal(after.model.norm.weight, model.model.norm.weight)
     assert torch.equal(after.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("spec", [Dus(), Stack(), Interpolate()], ids=lambda spec: spec.name)
+def test_without_identities_the_function_changes_and_the_record_says_so(
+    tmp_path: Path, spec: ExpansionSpec
+) -> None:
+    model = oracle.tiny_llama()
+    result = expand(oracle.saved(model, tmp_path / "source"), tmp_path / "result", [spec])
+    assert not result.lineage.expansion_history[-1].claims_exact
+    jump = oracle.relative_difference(model, oracle.stock(result.folder), oracle.tokens())
+    assert jump > 1e-2
 
 
 def test_layer_sources_are_shown_in_the_card(tmp_path: Path) -> None:
@@ -224,7 +253,18 @@ def test_lists_with_one_entry_per_layer_follow_their_source_layer() -> None:
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    "spec", [Dus(), Dus(target_layers=8), LlamaPro(), LlamaPro(positions=(0, 0, 0))], ids=str
+    "spec",
+    [
+        Dus(),
+        Dus(target_layers=8),
+        Stack(),
+        Stack(target_layers=5, partial=True),
+        Interpolate(),
+        Interpolate(target_layers=11),
+        LlamaPro(),
+        LlamaPro(positions=(0, 0, 0)),
+    ],
+    ids=str,
 )
 def test_parameter_count_as_predicted(spec: ExpansionSpec, is_tied: bool) -> None:
     target = spec.target_config(LLAMA, _config(4, is_tied=is_tied))

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from tests import oracle
 from tritter.errors import RequestError
 from tritter.expand import expand, mapped_reader
-from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width, build_steps
+from tritter.expansion import (
+    Dus,
+    ExpansionSpec,
+    Interpolate,
+    LlamaPro,
+    Stack,
+    Width,
+    build_steps,
+)
 from tritter.families import LLAMA
 from tritter.models import read_config
 from tritter.parameter_map import Quantity, TensorMap, map_tensor
@@ -31,11 +39,21 @@ EXACT: dict[str, list[ExpansionSpec]] = {
     "fresh query heads": [Width(num_attention_heads=6, num_key_value_heads=2)],
     "fresh key/value heads": [Width(num_attention_heads=6, num_key_value_heads=3)],
     "copied heads": [Width(num_attention_heads=6, num_key_value_heads=3, init="net2net")],
+    "query heads copied in their groups": [Width(num_attention_heads=6, head_strategy="gqa")],
+    "gqa, more groups as well": [
+        Width(num_attention_heads=12, num_key_value_heads=4, head_strategy="gqa", init="net2net")
+    ],
     "llama_pro": [LlamaPro()],
     "llama_pro at positions": [LlamaPro(positions=(0, 0, 2))],
     "dus, identity": [Dus(identity_init=True)],
+    "stack, identity": [Stack(identity_init=True)],
+    "partial stack, identity": [Stack(target_layers=7, partial=True, identity_init=True)],
+    "interpolate, identity": [Interpolate(identity_init=True)],
+    "interpolate to 7, identity": [Interpolate(target_layers=7, identity_init=True)],
     "width then depth": [Width(init="net2net"), LlamaPro()],
     "depth then width": [Dus(identity_init=True), Width(hidden_size=36)],
+    "width then stack": [Width(), Stack(identity_init=True)],
+    "interpolate then width": [Interpolate(identity_init=True), Width(init="net2net")],
 }
 
 
@@ -194,7 +212,7 @@ def test_gradient_of_the_expanded_model_is_the_mapped_gradient(
 
 def test_unequal_residual_shares_would_break_the_gradient_identity() -> None:
     """The residual stream is tiled with equal shares for this reason; see AxisMap.tiled."""
-    from tritter.expansion.width import residual_map
+    from tritter.expansion.spaces import residual_map
 
     residual = residual_map(24, 60, init="net2net")
     shares = residual.share[residual.source >= 0]
@@ -205,7 +223,15 @@ def test_unequal_residual_shares_would_break_the_gradient_identity() -> None:
 def test_every_new_parameter_gets_a_gradient_within_two_steps(tmp_path: Path) -> None:
     model = oracle.tiny_llama(rms_norm_eps=1e-6)
     source = oracle.saved(model, tmp_path / "source")
-    for position, spec in enumerate([Width(), Width(init="net2net"), LlamaPro()]):
+    specs: list[ExpansionSpec] = [
+        Width(),
+        Width(init="net2net"),
+        LlamaPro(),
+        Dus(identity_init=True),
+        Stack(identity_init=True),
+        Interpolate(target_layers=7, identity_init=True),
+    ]
+    for position, spec in enumerate(specs):
         result = expand(source, tmp_path / f"result{position}", [spec])
         grown = oracle.stock(result.folder)
         optimiser = torch.optim.AdamW(grown.parameters(), lr=1e-3, weight_decay=0.0)

@@ -14,7 +14,6 @@ from tests.storage.test_tensors import file_size_limit
 from tritter.errors import RequestError, TritterError
 from tritter.expand import carried_masks, expand
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width, build_steps
-from tritter.families import LLAMA
 from tritter.models import read_config
 
 
@@ -256,7 +255,7 @@ def test_carried_masks_mark_the_old_block_through_two_expansions(source: Path) -
     config = read_config(source)
     steps = build_steps(config, [Width(), LlamaPro()], seed=0)
     assert steps[-1].parameter_map.layer_sources == (0, 1, 1, 2, 2)
-    masks = carried_masks(LLAMA, config, steps)
+    masks = carried_masks(config, steps)
     assert masks["model.norm.weight"].tolist() == [True] * 24 + [False] * 24
     assert masks["model.embed_tokens.weight"].sum() == 97 * 24
     for layer, has_history in enumerate([True, True, False, True, False]):

@@ -13,8 +13,18 @@ import torch
 from transformers import PreTrainedModel
 
 from tests import oracle, oracle_growth
+from tests.oracle_families import OWN, tiny
 from tests.oracle_qwen3 import tiny_qwen3
-from tritter.expansion import ExpansionSpec, ExpansionStep, LlamaPro, Width, build_steps
+from tritter.expansion import (
+    Dus,
+    ExpansionSpec,
+    ExpansionStep,
+    Interpolate,
+    LlamaPro,
+    Stack,
+    Width,
+    build_steps,
+)
 from tritter.families import LogicalTensor, Port, family_of
 from tritter.parameter_map import AxisFactor, AxisMap, TensorMap
 
@@ -85,6 +95,41 @@ def test_one_permuted_index_is_seen(family: str, name: str, position: int) -> No
         assert oracle_growth.errors(model, [_permuted(step, name, position)]).logits > SEEN
 
 
+OWN_TENSOR_AXES = [
+    ("gemma3_text", "embed", 1),
+    ("gemma3_text", "layers.0.attention.q", 0),
+    ("gemma3_text", "layers.0.attention.o", 0),
+    ("gemma3_text", "layers.1.attention_output_norm", 0),
+    ("gemma3_text", "layers.1.ffn.down", 0),
+    ("gemma3_text", "layers.2.ffn_output_norm", 0),
+    ("gemma3_text", "final_norm", 0),
+    ("qwen2", "layers.0.attention.q_bias", 0),
+    ("qwen2", "layers.0.attention.v_bias", 0),
+    ("mixtral", "layers.0.router", 1),
+    ("mixtral", "layers.0.experts.1.gate", 0),
+    ("mixtral", "layers.0.experts.1.gate", 1),
+    ("mixtral", "layers.1.experts.3.up", 0),
+    ("mixtral", "layers.1.experts.0.down", 0),
+    ("mixtral", "layers.2.experts.2.down", 1),
+    ("qwen2_moe", "layers.1.ffn.down", 1),
+    ("qwen2_moe", "layers.0.shared_expert.gate", 0),
+    ("qwen2_moe", "layers.0.shared_expert.down", 1),
+    ("qwen2_moe", "layers.2.shared_expert_gate", 1),
+    ("qwen3_moe", "layers.1.router", 1),
+    ("qwen3_moe", "layers.1.experts.2.down", 1),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "position"), OWN_TENSOR_AXES)
+def test_one_permuted_index_of_what_only_this_family_has_is_seen(
+    family: str, name: str, position: int
+) -> None:
+    model = tiny(family).double()
+    for init in ("fresh", "net2net"):
+        step = _step(model, Width(init=init))
+        assert oracle_growth.errors(model, [_permuted(step, name, position)]).logits > SEEN
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_wrong_source_layer_is_seen(family: str) -> None:
     model = FAMILIES[family]().double()
@@ -100,13 +145,53 @@ def test_a_wrong_source_layer_is_seen(family: str) -> None:
     assert found.worst_gradient > SEEN
 
 
-# A forgotten eps
+# A copy that is no identity, or takes the place of its original
+
+IDENTITIES: list[ExpansionSpec] = [
+    Dus(target_layers=4, identity_init=True),
+    Stack(identity_init=True),
+    Stack(target_layers=5, partial=True, identity_init=True),
+    Interpolate(target_layers=4, identity_init=True),
+    LlamaPro(positions=(1,)),
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["attention.o", "ffn.down", "attention.o_bias"])
+@pytest.mark.parametrize("spec", IDENTITIES, ids=str)
+def test_one_output_that_is_not_zeroed_is_seen(family: str, spec: ExpansionSpec, kind: str) -> None:
+    model = FAMILIES[family](attention_bias=True).double()
+    step = _step(model, spec)
+    maps = step.parameter_map.tensors
+    (name, *_) = [name for name in maps if name.endswith(kind) and maps[name].is_zeroed]
+    forgotten = {name: replace(maps[name], is_zeroed=False)}
+    assert oracle_growth.errors(model, [step]).logits < IDENTITY
+    assert oracle_growth.errors(model, [_with_maps(step, forgotten)]).logits > SEEN
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_original_and_copy_in_each_others_place_are_seen_by_their_gradients(family: str) -> None:
+    """Beside each other it makes no difference to the function which of the two is zero."""
+    model = FAMILIES[family]().double()
+    step = _step(model, Interpolate(target_layers=6, identity_init=True))
+    maps = step.parameter_map.tensors
+    swapped = {
+        name: replace(tensor_map, is_zeroed=not tensor_map.is_zeroed)
+        for name, tensor_map in maps.items()
+        if name.endswith(("attention.o", "ffn.down"))
+    }
+    found = oracle_growth.errors(model, [_with_maps(step, swapped)])
+    assert found.logits < IDENTITY
+    assert found.worst_gradient > SEEN
+
+
+# A forgotten eps
+
+
+@pytest.mark.parametrize("family", OWN)
 @pytest.mark.parametrize("init", ["fresh", "net2net", "zero_pad"])
 def test_an_eps_that_stays_is_seen(family: str, init: str) -> None:
-    model = FAMILIES[family](rms_norm_eps=1e-3).double()
+    model = tiny(family, rms_norm_eps=1e-3).double()
     step = _step(model, Width(hidden_size=60, init=init))
     stays = replace(step, target_config={**step.target_config, "rms_norm_eps": 1e-3})
     assert oracle_growth.errors(model, [step]).logits < IDENTITY
@@ -159,7 +244,57 @@ def test_the_float64_level_sees_them_at_either_eps(
     assert oracle_growth.errors(model, [wrong]).logits > 1e3 * IDENTITY
 
 
+# Gemma's offset and embedding scale
+
+
+@pytest.mark.parametrize("init", ["fresh", "net2net"])
+def test_gains_that_forget_the_offset_are_seen(init: str) -> None:
+    model = tiny("gemma3_text").double()
+    step = _step(model, Width(init=init, hidden_size=60))
+    maps = step.parameter_map.tensors
+    gains = {name: replace(m, offset=0.0) for name, m in maps.items() if m.offset}
+    assert len(gains) == 4 * 3 + 1
+    assert oracle_growth.errors(model, [step]).logits < IDENTITY
+    for name, changed in gains.items():
+        spoiled = _with_maps(step, {name: changed})
+        assert oracle_growth.errors(model, [spoiled]).logits > SEEN, name
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "is_tied"),
+    [("embed", 1, False), ("embed", 1, True), ("final_norm", 0, True)],
+)
+def test_an_embedding_scale_that_is_not_made_up_for_is_seen(
+    name: str, position: int, is_tied: bool
+) -> None:
+    """Without √(d/D) on the embedding, or with a tied head √(D/d) on the last gain."""
+    model = tiny("gemma3_text", tie_word_embeddings=is_tied).double()
+    step = _step(model, Width(hidden_size=60))
+    tensor_map = step.parameter_map.tensors[name]
+    axis = tensor_map.axes[position]
+    assert axis is not None
+    factor = (60 / 24) ** (0.5 if name == "embed" else -0.5)
+    forgetful = replace(axis, weight=axis.weight * factor)
+    spoiled = _with_maps(step, {name: _with_axis(tensor_map, position, forgetful)})
+    assert oracle_growth.errors(model, [step]).logits < IDENTITY
+    assert oracle_growth.errors(model, [spoiled]).logits > 1e-2
+
+
 # A scale where none may stand
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("scale", [0.9, 1.1])
+def test_a_scaled_router_is_seen(family: str, scale: float) -> None:
+    """Its rows are offsets in the log domain: the experts stay, their weights change."""
+    model = tiny(family).double()
+    step = _step(model, Width(init="net2net"))
+    name = "layers.1.router" if family == "qwen3_moe" else "layers.0.router"
+    tensor_map = step.parameter_map.tensors[name]
+    axis = tensor_map.axes[1]
+    assert axis is not None
+    scaled = _with_axis(tensor_map, 1, replace(axis, weight=axis.weight * scale))
+    assert oracle_growth.errors(model, [_with_maps(step, {name: scaled})]).logits > SEEN
 
 
 def _scaled_neurons(step: ExpansionStep, *, gate: Callable[[AxisMap], AxisFactor]) -> ExpansionStep:
@@ -225,7 +360,7 @@ def _rewired(
             if axis_map is None:
                 continue
             match axis.port:
-                case Port.WRITE:
+                case Port.WRITE | Port.WRITE_SCALED:
                     factor = AxisFactor.writes(axis_map)
                 case Port.WRITE_NONLINEAR | Port.ABSORBED:
                     factor = AxisFactor.writes_nonlinear(axis_map)

@@ -3,7 +3,15 @@
 import pytest
 
 from tritter.errors import RequestError
-from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width, target_config
+from tritter.expansion import (
+    Dus,
+    ExpansionSpec,
+    Interpolate,
+    LlamaPro,
+    Stack,
+    Width,
+    target_config,
+)
 from tritter.expansion.targets import reach_parameters
 from tritter.families import LLAMA, Config, llama_config
 
@@ -46,6 +54,24 @@ def test_llama_pro_picks_a_layer_count() -> None:
     assert abs(count - 2e9) < 30e6
 
 
+def test_stack_takes_whole_copies_unless_told_otherwise() -> None:
+    found, _ = reached(Stack(identity_init=True), 3_700_000_000)
+    assert found == Stack(target_layers=72, identity_init=True)
+    found, count = reached(Stack(partial=True), 3_100_000_000)
+    assert isinstance(found, Stack) and found.target_layers is not None and found.partial
+    assert found.target_layers % 24
+    assert abs(count - 3.1e9) < 30e6
+    with pytest.raises(RequestError, match="more than 10 % off"):
+        reached(Stack(), 3_100_000_000)
+
+
+def test_interpolate_picks_any_layer_count() -> None:
+    found, count = reached(Interpolate(), 4_000_000_000)
+    assert isinstance(found, Interpolate) and found.target_layers is not None
+    assert found.target_layers > 48
+    assert abs(count - 4e9) < 30e6
+
+
 def test_what_cannot_be_reached_is_refused_with_the_nearest() -> None:
     with pytest.raises(RequestError, match=r"no nearer than 2,\d+,\d+,\d+ \(target_layers 48\)"):
         reach_parameters(config(), [Dus()], 7_000_000_000)
@@ -54,5 +80,8 @@ def test_what_cannot_be_reached_is_refused_with_the_nearest() -> None:
 def test_it_must_be_open_and_clear_what_grows() -> None:
     with pytest.raises(RequestError, match="dus, width"):
         reach_parameters(config(), [Dus(), Width()], 7_000_000_000)
+    for spec in (Stack(target_layers=48), Interpolate(target_layers=30)):
+        with pytest.raises(RequestError, match=f"{spec.name}'s own"):
+            reach_parameters(config(), [spec], 7_000_000_000)
     with pytest.raises(RequestError, match="hidden_size 4096"):
         reach_parameters(config(), [Width(hidden_size=4096)], 7_000_000_000)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tritter.errors import RequestError
 from tritter.expansion import Width, build_steps
-from tritter.expansion.width import split_shares
-from tritter.families import LLAMA, Config
+from tritter.expansion.heads import split_shares
+from tritter.families import FAMILIES, LLAMA, Config
 from tritter.models import new_model
 
 KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -98,11 +98,16 @@ def test_nothing_else_of_the_config_changes() -> None:
         ),
         (
             Width(num_attention_heads=6, init="net2net"),
-            ["head_strategy=copy", "groups of 2", "must be 4 (or use head_strategy=fresh)"],
+            [
+                "head_strategy=copy",
+                "groups of 2",
+                "must be 4 (or use head_strategy=gqa",
+                "or fresh)",
+            ],
         ),
         (
             Width(num_attention_heads=8, head_strategy="copy"),
-            ["head_strategy=copy", "must be 4 (or use head_strategy=fresh)"],
+            ["head_strategy=copy", "must be 4 (or use head_strategy=gqa", "or fresh)"],
         ),
     ],
 )
@@ -149,6 +154,15 @@ def test_the_note_says_what_grows_and_which_heads_stay(spec: Width, note: str) -
     assert build_steps(_config(), [spec], seed=0)[0].notes == (note,)
 
 
+def test_the_note_says_where_moments_are_a_mean() -> None:
+    spread = Width(num_key_value_heads=4, head_strategy="gqa")
+    sizes, moments = build_steps(_config(), [spread], seed=0)[0].notes
+    assert sizes == "num_key_value_heads 2 → 4"
+    assert "moments of k and v carry the mean" in moments
+    whole = Width(num_attention_heads=8, head_strategy="gqa")
+    assert build_steps(_config(), [whole], seed=0)[0].notes == ("num_attention_heads 4 → 8",)
+
+
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     "spec", [Width(), Width(hidden_size=32), Width(num_attention_heads=6)], ids=str
@@ -166,3 +180,95 @@ def test_shares_by_hand() -> None:
     torch.testing.assert_close(split_shares(source, 3, equal=False), expected)
     expected = torch.tensor([1 / 3, 0.5, 1.0, 1 / 3, 0.5, 1 / 3], dtype=torch.float64)
     torch.testing.assert_close(split_shares(source, 3, equal=True), expected)
+
+
+# Other families
+
+
+def _of_family(model_type: str, **changes: object) -> Config:
+    sizes = {
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    return {**_config(), **sizes, "model_type": model_type, **changes}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "spec", "sizes"),
+    [
+        ("mixtral", Width(), {"intermediate_size": 80}),
+        ("mixtral", Width(intermediate_size=57), {"intermediate_size": 57, "hidden_size": 24}),
+        (
+            "qwen2_moe",
+            Width(),
+            {
+                "moe_intermediate_size": 24,
+                "intermediate_size": 80,
+                "shared_expert_intermediate_size": 40,
+            },
+        ),
+        (  # 18/12 of all: the target is an expert's size
+            "qwen2_moe",
+            Width(intermediate_size=18),
+            {
+                "moe_intermediate_size": 18,
+                "intermediate_size": 60,
+                "shared_expert_intermediate_size": 30,
+                "hidden_size": 24,
+            },
+        ),
+        (
+            "qwen3_moe",
+            Width(hidden_size=37),
+            {"moe_intermediate_size": 18, "intermediate_size": 62, "num_attention_heads": 4},
+        ),
+    ],
+)
+def test_experts_grow_by_their_own_keys_and_the_rest_by_ratio(
+    model_type: str, spec: Width, sizes: dict[str, int]
+) -> None:
+    config = _of_family(model_type)
+    target = spec.target_config(FAMILIES[model_type], config)
+    assert {key: target[key] for key in sizes} == sizes
+    for key in ("num_experts", "num_local_experts", "num_experts_per_tok"):
+        assert target[key] == config[key]
+
+
+def test_an_experts_size_is_what_must_not_shrink_and_what_the_note_names() -> None:
+    config = _of_family("qwen3_moe")
+    with pytest.raises(RequestError, match=r"intermediate_size = 11 .* the model's 12; .* 12"):
+        Width(intermediate_size=11).target_config(FAMILIES["qwen3_moe"], config)
+    (step,) = build_steps(config, [Width(intermediate_size=24)], seed=0)
+    assert step.notes == (
+        "intermediate_size 40 → 80; moe_intermediate_size 12 → 24; head counts stay",
+    )
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("stated", [None, 10])
+def test_the_size_of_a_head_is_stated_where_it_would_be_derived(
+    model_type: str, stated: int | None
+) -> None:
+    config = _of_family(model_type, head_dim=stated)
+    target = Width(hidden_size=48).target_config(FAMILIES[model_type], config)
+    assert target["head_dim"] == (stated or 6)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_odd_hidden_sizes_are_refused_where_the_class_refuses_them(model_type: str) -> None:
+    config = _of_family(model_type)
+    family = FAMILIES[model_type]
+    if not family.heads_divide_hidden:
+        assert Width(hidden_size=25).target_config(family, config)["hidden_size"] == 25
+        return
+    with pytest.raises(RequestError, match=rf"{model_type} accepts only .*nearest: 28\."):
+        Width(hidden_size=25).target_config(family, config)
+
+
+def test_what_gemma_scales_scores_by_stays() -> None:
+    config = _of_family("gemma3_text", query_pre_attn_scalar=9)
+    target = Width().target_config(FAMILIES["gemma3_text"], config)
+    assert target["query_pre_attn_scalar"] == 9

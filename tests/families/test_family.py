@@ -1,15 +1,18 @@
-"""The Llama table against stock transformers: names, shapes, counts, FLOPs; and what is refused."""
+"""The tables against stock transformers: names, shapes, counts, FLOPs; and what is refused."""
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from tests import oracle
+from tests.oracle_families import HEADS_DIVIDE_HIDDEN, OWN, SPARSE, tiny
 from tritter.errors import RequestError, TritterError
-from tritter.families import FAMILIES, LLAMA, Config, Port, family_of, llama_config
+from tritter.families import FAMILIES, LLAMA, Config, Port, family_of, layout, llama_config, match
 
 VARIANTS = [
     {"tie_word_embeddings": tied, "attention_bias": attention, "mlp_bias": mlp}
@@ -17,7 +20,7 @@ VARIANTS = [
 ]
 
 
-def _plain(model: LlamaForCausalLM) -> Config:
+def _plain(model: PreTrainedModel) -> Config:
     return model.config.to_dict()
 
 
@@ -29,6 +32,73 @@ def test_names_shapes_and_counts_are_those_of_the_stock_model(variant: dict[str,
     # named_parameters gives a tied head once, as the files do.
     assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert LLAMA.count_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+# Family → keys of its config that add or remove tensors, beside the tie
+FLAGS: dict[str, list[dict[str, object]]] = {
+    "qwen3": [{"attention_bias": True}],
+    "gemma3_text": [{"attention_bias": True}],
+    "qwen2_moe": [{"qkv_bias": False}, {"mlp_only_layers": [], "decoder_sparse_step": 2}],
+    "qwen3_moe": [{"attention_bias": True}, {"mlp_only_layers": [0], "decoder_sparse_step": 1}],
+}
+CASES = [
+    pytest.param(family, {"tie_word_embeddings": tied, **flags}, id=f"{family}-{tied}-{flags}")
+    for family in OWN
+    for tied in (False, True)
+    for flags in ({}, *FLAGS.get(family, []))
+]
+
+
+def test_every_table_has_its_oracle() -> None:
+    assert set(OWN) == set(FAMILIES)
+    assert {f for f in OWN if FAMILIES[f].heads_divide_hidden} == set(HEADS_DIVIDE_HIDDEN)
+    assert {f for f in OWN if FAMILIES[f].has_experts} == set(SPARSE)
+
+
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_names_in_memory_and_on_disk_are_those_of_the_stock_class(
+    tmp_path: Path, family: str, options: dict[str, object]
+) -> None:
+    model, table = tiny(family, **options), FAMILIES[family]
+    config = _plain(model)
+    live = {stored.name: stored.shape for stored in layout(table, config, "live")}
+    assert live == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert saved == {stored.name: stored.shape for stored in layout(table, config, "hub")}
+    assert table.count_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("is_odd", [False, True])
+def test_the_class_refuses_what_the_table_says_it_refuses(family: str, is_odd: bool) -> None:
+    """Llama and Gemma 3 want a hidden size that the head count divides; the others do not ask."""
+    if not (is_odd and FAMILIES[family].heads_divide_hidden):
+        assert tiny(family, hidden_size=23 if is_odd else 24).config.hidden_size in (23, 24)
+        return
+    with pytest.raises(Exception, match="is not a multiple of the number of attention"):
+        tiny(family, hidden_size=23)
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_what_a_block_adds_to_the_stream(family: str) -> None:
+    """With these tensors silent a model computes its embeddings' logits."""
+    model, table = tiny(family), FAMILIES[family]
+    config = _plain(model)
+    silent = {
+        stored.name: -table.norm_offset if part.tensor.axes[0].port is Port.GAIN else 0.0
+        for stored in layout(table, config, "live")
+        for part in stored.parts
+        if table.branch_output(part.tensor)
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in silent:
+                parameter.fill_(silent[name])
+        ids = oracle.tokens()
+        embedded = model.model.norm(model.model.embed_tokens(ids))
+        torch.testing.assert_close(model(input_ids=ids).logits, model.lm_head(embedded))
 
 
 def test_head_dim_need_not_be_hidden_size_over_heads() -> None:
@@ -55,14 +125,15 @@ def test_every_axis_lives_in_a_space_and_logical_names_are_unique(
     assert "layers.3.ffn" not in spaces
 
 
+@pytest.mark.parametrize("family", OWN)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_flops_agree_with_torchs_counter(tied: bool) -> None:
+def test_flops_agree_with_torchs_counter(family: str, tied: bool) -> None:
     """The counter sees full attention; half the context on average means twice the length."""
-    model = oracle.tiny_llama(tie_word_embeddings=tied, attn_implementation="eager")
+    model = tiny(family, tie_word_embeddings=tied, attn_implementation="eager")
     length = 20
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=oracle.tokens(batch=1, length=length))
-    ours = LLAMA.forward_flops_per_token(_plain(model), context_length=2 * length)
+    ours = FAMILIES[family].forward_flops_per_token(_plain(model), context_length=2 * length)
     assert ours * length == counter.get_total_flops()
 
 
@@ -92,29 +163,29 @@ def test_a_size_that_is_no_whole_number_is_refused(value: object) -> None:
 def test_a_checkpoint_is_matched_in_full() -> None:
     model = oracle.tiny_llama()
     config, names = _plain(model), set(dict(model.named_parameters()))
-    matched = LLAMA.match(names, config)
+    matched = {stored.name: stored.parts[0].tensor for stored in match(LLAMA, config, names)}
     assert set(matched) == names
     assert matched["model.layers.1.mlp.up_proj.weight"].name == "layers.1.ffn.up"
     with pytest.raises(TritterError, match=r"1 tensors are missing: lm_head\.weight"):
-        LLAMA.match(names - {"lm_head.weight"}, config)
+        match(LLAMA, config, names - {"lm_head.weight"})
     with pytest.raises(
         TritterError, match=r"llama does not have: model\.layers\.0\.extra"
     ) as error:
-        LLAMA.match({*names, "model.layers.0.extra"}, config)
+        match(LLAMA, config, {*names, "model.layers.0.extra"})
     assert "missing" not in str(error.value)
 
 
 def test_many_wrong_names_are_counted_and_five_are_shown() -> None:
     config = _plain(oracle.tiny_llama())
     with pytest.raises(TritterError, match=r"30 tensors are missing: .*\(25 more\)"):
-        LLAMA.match([], config)
+        match(LLAMA, config, [])
 
 
 def test_a_redundant_tied_head_is_allowed_and_not_counted() -> None:
     config = _plain(oracle.tiny_llama(tie_word_embeddings=True))
     names = {tensor.disk_name for tensor in LLAMA.logical_tensors(config)}
     assert "lm_head.weight" not in names
-    assert set(LLAMA.match({*names, "lm_head.weight"}, config)) == names
+    assert {s.name for s in match(LLAMA, config, {*names, "lm_head.weight"})} == names
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "lama", None])

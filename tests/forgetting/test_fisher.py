@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tritter.forgetting.fisher import diagonal_fisher
+from tests.oracle_families import SPARSE, tiny
+from tritter.forgetting.fisher import diagonal_fisher, has_experts
 
 
 def looped(model: nn.Module, sequences: Tensor) -> dict[str, Tensor]:
@@ -72,3 +73,44 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.training
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
+    sparse = tiny("qwen3_moe").train()
+    diagonal_fisher(sparse, oracle.tokens(batch=2))
+    assert sparse.training
+    assert all(p.grad is None and p.requires_grad for p in sparse.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", SPARSE)
+def test_experts_are_taken_sequence_by_sequence(family: str, tied: bool) -> None:
+    """Routing depends on the data, which vmap cannot follow."""
+    model = tiny(family, tie_word_embeddings=tied)
+    assert has_experts(model)
+    sequences = oracle.tokens(batch=6)
+    fisher = diagonal_fisher(model, sequences, batch_size=4)
+    slow = looped(model, sequences)
+    assert set(fisher) == set(slow)
+    for name, value in slow.items():
+        assert float((fisher[name] - value).norm() / value.norm()) < 1e-5, name
+
+
+def test_an_expert_without_tokens_has_none() -> None:
+    model = tiny("mixtral", num_local_experts=8, num_experts_per_tok=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight[5] = 0.0
+        model.model.layers[0].mlp.gate.weight[:5] = torch.randn(5, 24) * 9
+    fisher = diagonal_fisher(model, oracle.tokens(batch=1, length=5))
+    experts = fisher["model.layers.0.mlp.experts.down_proj"].flatten(1).sum(dim=1)
+    assert 0 < int((experts == 0).sum()) < 8
+    assert all(value.isfinite().all() for value in fisher.values())
+
+
+@pytest.mark.parametrize("estimator", ["empirical", "true"])
+def test_the_two_ways_agree(estimator: str) -> None:
+    """A dense model, looked at in both."""
+    model = oracle.tiny_llama()
+    sequences = oracle.tokens(batch=4)
+    at_once = diagonal_fisher(model, sequences, estimator=estimator)  # type: ignore[arg-type]
+    model.config.model_type = "mixtral"
+    looped_over = diagonal_fisher(model, sequences, estimator=estimator)  # type: ignore[arg-type]
+    for name, value in at_once.items():
+        assert float((looped_over[name] - value).norm() / value.norm()) < 1e-5, name

@@ -11,7 +11,6 @@ from tests.training.test_fit import SCHEDULE, batches, module_of, run, task
 from tritter.config.schema import FORGETTING_OPTIONS, L2SPOptions, ReplayOptions
 from tritter.expand import carried_masks
 from tritter.expansion import LlamaPro, Width, build_steps
-from tritter.families import LLAMA
 from tritter.forgetting import L2SP, METHODS, Replay, build_methods
 from tritter.models import read_config
 
@@ -70,7 +69,7 @@ def test_what_an_expansion_added_is_free(tmp_path: Path) -> None:
     model = oracle.tiny_llama(tie_word_embeddings=True)
     config = read_config(oracle.saved(model, tmp_path / "source"))
     steps = build_steps(config, [Width(hidden_size=48, intermediate_size=60), LlamaPro()], seed=0)
-    masks = carried_masks(LLAMA, config, steps)
+    masks = carried_masks(config, steps)
     assert steps[1].parameter_map.layer_sources == (0, 1, 1, 2, 2)
     gate = masks["model.layers.0.mlp.gate_proj.weight"]
     assert gate.shape == (60, 48)

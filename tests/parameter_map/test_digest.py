@@ -5,7 +5,15 @@ import sys
 
 import pytest
 
-from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width, build_steps
+from tritter.expansion import (
+    Dus,
+    ExpansionSpec,
+    Interpolate,
+    LlamaPro,
+    Stack,
+    Width,
+    build_steps,
+)
 from tritter.families import Config, llama_config
 
 SCRIPT = """
@@ -36,7 +44,9 @@ def digest(spec: ExpansionSpec, *, seed: int = 0) -> str:
 
 
 @pytest.mark.parametrize(
-    "spec", [Width(), Width(init="net2net"), Dus(), LlamaPro()], ids=lambda spec: spec.name
+    "spec",
+    [Width(), Width(init="net2net"), Dus(), Stack(), Interpolate(), LlamaPro()],
+    ids=lambda spec: spec.name,
 )
 def test_the_same_request_has_the_same_digest(spec: ExpansionSpec) -> None:
     assert digest(spec) == digest(spec)
@@ -55,6 +65,10 @@ def test_every_decision_changes_the_digest() -> None:
         digest(Width(), seed=1),
         digest(Dus()),
         digest(Dus(identity_init=True)),
+        digest(Stack()),
+        digest(Stack(identity_init=True)),
+        digest(Interpolate()),
+        digest(Interpolate(identity_init=True)),
         digest(LlamaPro()),
         digest(LlamaPro(positions=(0, 0))),
     ]

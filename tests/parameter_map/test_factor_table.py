@@ -17,6 +17,7 @@ and its gradient is that p = 1/2 as well: both roles agree.
 A block is (rows that are first copies, rows that are second copies) × (columns, the same).
 """
 
+import re
 from collections.abc import Iterator
 from itertools import product
 from math import sqrt
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tritter.expansion import Width, build_steps
-from tritter.families import LLAMA, Config
+from tritter.families import LLAMA, Config, family_of
 from tritter.parameter_map import ParameterMap, Quantity, map_tensor
 
 Block = list[list[float]]
@@ -286,3 +287,131 @@ def test_copied_heads_meet_copies_of_their_key_value_head() -> None:
 def _index(tensors: object, name: str, axis: int) -> list[int]:
     factor = tensors[name].axes[axis]  # type: ignore[index]
     return factor.index.tolist()
+
+
+# What other families have besides: same numbers, worked out as above.
+#
+# Gemma: norms have the gain 1 + w, on which their factors act; the embedding is multiplied with
+# √(hidden size) by the model, so it writes with σ = √(d/D) = √½ and its gradient takes 1/σ; with
+# a tied head, which reads the embedding with that σ, the final norm writes p = 1/(k·σ) = √½ in
+# place of ½. Copies of everything doubled: σ·p = √½ and s/σ = ½·√2 = √½.
+# q and k write into a norm that shares eps: weight c, gradient p·s/c, and c = 1 for whole copies.
+ROOT = sqrt(0.5)
+ONCE: Block = [[1.0]]
+GEMMA_DOUBLED: dict[str, tuple[Block, Block]] = {
+    **{kind: NET2NET_DOUBLED[kind] for kind in NET2NET_DOUBLED if not kind.endswith("bias")},
+    "embed": ([[ROOT, ROOT]], [[ROOT, ROOT]]),
+    "attention.q_norm": (ONCE, ONCE),
+    "attention.k_norm": (ONCE, ONCE),
+    "attention_output_norm": ([[1.0], [1.0]], [[0.5], [0.5]]),
+    "ffn_output_norm": ([[1.0], [1.0]], [[0.5], [0.5]]),
+}
+GEMMA_TIED: dict[str, tuple[Block, Block]] = {"final_norm": ([[ROOT], [ROOT]], [[ROOT], [ROOT]])}
+
+# Experts: router and shared gate read the stream and write where no scale may be; each expert is
+# an FFN with neurons of its own.
+EXPERTS_DOUBLED: dict[str, tuple[Block, Block]] = {
+    "router": ([[0.5, 0.5]], [[1.0, 1.0]]),
+    "shared_expert_gate": ([[0.5, 0.5]], [[1.0, 1.0]]),
+    **{f"experts.{kind}": NET2NET_DOUBLED[f"ffn.{kind}"] for kind in ("gate", "up", "down")},
+    **{f"shared_expert.{kind}": NET2NET_DOUBLED[f"ffn.{kind}"] for kind in ("gate", "up", "down")},
+}
+
+# fresh, everything doubled, old block: k = 1, c = √½, σ = √½; (weight, gradient). With a tied
+# head the final norm makes up for the √½ that the head's columns lost: √½·√2 = 1.
+GEMMA_FRESH: dict[str, tuple[float, float]] = {
+    "embed": (ROOT, 1 / ROOT),
+    "attention.q": (ROOT, 1 / ROOT),
+    "attention.k": (ROOT, 1 / ROOT),
+    "attention_norm": (ROOT, 1 / ROOT),
+    "attention_output_norm": (ROOT, 1 / ROOT),
+    "ffn_norm": (ROOT, 1 / ROOT),
+    "ffn_output_norm": (ROOT, 1 / ROOT),
+    "final_norm": (ROOT, 1 / ROOT),
+}
+
+
+def _of_family(model_type: str, *, is_tied: bool) -> Config:
+    sizes = {"num_experts": 3, "moe_intermediate_size": 10, "shared_expert_intermediate_size": 14}
+    config = {**_config(is_tied=is_tied), "model_type": model_type, "attention_bias": False}
+    return {**config, **sizes, "num_experts_per_tok": 2, "head_dim": 6}
+
+
+def _factors(spec: Width, config: Config) -> Iterator[tuple[str, Tensor, dict[Quantity, Tensor]]]:
+    """Yield kind, a tensor of ones, and what becomes of them, offsets taken out."""
+    family = family_of(config)
+    maps = build_steps(config, [spec], seed=0)[0].parameter_map.tensors
+    for tensor in family.logical_tensors(config):
+        tensor_map = maps[tensor.name]
+        ones = torch.ones(family.shape(tensor, config), dtype=torch.float64)
+        weight = map_tensor(tensor_map, ones - tensor_map.offset) + tensor_map.offset
+        rest = {
+            quantity: map_tensor(tensor_map, ones, quantity=quantity)
+            for quantity in Quantity
+            if quantity is not Quantity.WEIGHT
+        }
+        kind = re.sub(r"experts\.\d+\.", "experts.", _kind(tensor.name))
+        yield kind, ones, {Quantity.WEIGHT: weight, **rest}
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen2_moe"])
+def test_other_families_doubled_have_the_factors_of_the_table(
+    model_type: str, is_tied: bool
+) -> None:
+    own = GEMMA_DOUBLED if model_type == "gemma3_text" else NET2NET_DOUBLED | EXPERTS_DOUBLED
+    tied = GEMMA_TIED if model_type == "gemma3_text" else TIED
+    table, seen = own | (tied if is_tied else UNTIED), set()
+    for kind, _, found in _factors(Width(init="net2net"), _of_family(model_type, is_tied=is_tied)):
+        seen.add(kind)
+        weight, gradient = table[kind]
+        expected_weight = _spread(weight, tuple(found[Quantity.WEIGHT].shape))
+        expected_gradient = _spread(gradient, tuple(expected_weight.shape))
+        for quantity, expected in (
+            (Quantity.WEIGHT, expected_weight),
+            (Quantity.GRADIENT, expected_gradient),
+            (Quantity.SQUARED_GRADIENT, expected_gradient**2),
+            (Quantity.PATH_INTEGRAL, expected_weight * expected_gradient),
+        ):
+            torch.testing.assert_close(
+                found[quantity], expected, rtol=1e-12, atol=1e-15, msg=f"{kind}, {quantity}"
+            )
+    if model_type == "gemma3_text":
+        assert seen == set(table)
+    else:
+        assert set(EXPERTS_DOUBLED) <= seen
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_gemma_fresh_scales_embedding_queries_keys_and_gains(is_tied: bool) -> None:
+    for kind, ones, found in _factors(Width(), _of_family("gemma3_text", is_tied=is_tied)):
+        weight, gradient = GEMMA_FRESH.get(kind, (1.0, 1.0))
+        if kind == "final_norm" and is_tied:
+            weight, gradient = 1.0, 1.0
+        old = tuple(slice(0, length) for length in ones.shape)
+        for quantity, factor in (
+            (Quantity.WEIGHT, weight),
+            (Quantity.GRADIENT, gradient),
+            (Quantity.SQUARED_GRADIENT, gradient**2),
+            (Quantity.PATH_INTEGRAL, 1.0),
+        ):
+            block = found[quantity][old]
+            torch.testing.assert_close(block, torch.full_like(block, factor), msg=kind)
+        if kind.endswith("norm") and kind not in ("attention.q_norm", "attention.k_norm"):
+            filled = found[Quantity.WEIGHT][24:]  # the mean of the old effective gains
+            torch.testing.assert_close(filled, torch.full_like(filled, weight), msg=kind)
+
+
+def test_each_expert_has_neurons_of_its_own() -> None:
+    config = _of_family("qwen2_moe", is_tied=False)
+    tensors = build_steps(config, [Width(init="net2net")], seed=0)[0].parameter_map.tensors
+    for expert in range(3):
+        stem = f"layers.0.experts.{expert}."
+        gate, up, down = (
+            _index(tensors, stem + kind, axis)
+            for kind, axis in (("gate", 0), ("up", 0), ("down", 1))
+        )
+        assert gate == up == down
+    copied = [_index(tensors, f"layers.0.experts.{e}.gate", 0)[10:] for e in range(3)]
+    assert len({tuple(indices) for indices in copied}) == 3
+    assert tensors["layers.0.router"].axes[0] is None

@@ -20,7 +20,9 @@ from tritter.pipeline import Outcome, stages, verdict
 from tritter.training import BaseModule
 
 Run = Callable[..., Outcome]
-EXPANSIONS = ["none", "dus", "llama_pro", "width", "[width,llama_pro]", "[dus,width]"]
+EXPANSIONS = [
+    "none", "dus", "stack", "interpolate", "llama_pro", "width", "[width,llama_pro]", "[dus,width]",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from tritter.checkpoint.state import read_state, state_tensors, write_state
 from tritter.errors import TritterError
 from tritter.expand import expand, plan_expansion
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width
-from tritter.families import LLAMA
 from tritter.parameter_map.carry import STATE_KINDS
 from tritter.storage.writer import TensorStream
 from tritter.training.transplant import transplant_optimiser
@@ -50,7 +49,6 @@ def transplanted(
         old,
         own,
         new,
-        family=LLAMA,
         configs=[plan.config, *(step.target_config for step in plan.steps)],
         parameter_maps=[step.parameter_map for step in plan.steps],
         policy=policy,  # type: ignore[arg-type]
@@ -124,9 +122,7 @@ def test_another_optimiser_is_refused(tmp_path: Path) -> None:
     oracle.gradients(model, oracle.tokens())
     sgd.step()
     with pytest.raises(TritterError, match="moments of Adam"):
-        transplant_optimiser(
-            sgd, model, sgd, model, family=LLAMA, configs=[config], parameter_maps=[]
-        )
+        transplant_optimiser(sgd, model, sgd, model, configs=[config], parameter_maps=[])
 
 
 def test_state_on_files_follows_as_on_a_live_optimiser(tmp_path: Path) -> None:

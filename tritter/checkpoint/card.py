@@ -6,9 +6,42 @@ from tritter.families import Config, family_of
 
 def model_card(lineage: Lineage, config: Config) -> str:
     """Return the card's Markdown: what the model is, how it grew, what it scored."""
+    lines = _introduction(config, "Made with Tritter; `tritter.json` holds the lineage.")
+    lines += _history(lineage) + _scores(lineage)
+    lines += [f"Model hash `{lineage.model_hash}`", ""]
+    return "\n".join(lines)
+
+
+def export_card(
+    config: Config, *, origin: str, origin_hash: str, model_hash: str, lineage: Lineage | None
+) -> str:
+    """Return the card of an exported folder, which keeps no other record of where it comes from.
+
+    Args:
+        origin: name of the checkpoint that was exported.
+        origin_hash: its model hash, or the SHA-256 of its file.
+        model_hash: Merkle hash over the exported tensors.
+        lineage: what the checkpoint said of itself, if anything.
+    """
+    dtype = config["dtype"]
+    lines = _introduction(config, f"Exported with Tritter: all tensors in {dtype}.")
+    if lineage is not None:
+        lines += _history(lineage) + _scores(lineage)
+    lines += [
+        "| | hash |",
+        "|---|---|",
+        f"| these tensors | `{model_hash}` |",
+        f"| made from | `{origin_hash}` ({origin}) |",
+    ]
+    if lineage is not None:
+        lines.append(f"| start of its chain | `{lineage.base_model_hash}` |")
+    return "\n".join([*lines, ""])
+
+
+def _introduction(config: Config, origin: str) -> list[str]:
     family = family_of(config)
     size = family.dimensions(config)
-    lines = [
+    return [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
@@ -19,8 +52,7 @@ def model_card(lineage: Lineage, config: Config) -> str:
         "",
         f"{size.num_hidden_layers} layers, hidden size {size.hidden_size}, FFN "
         f"{size.intermediate_size}, {size.num_attention_heads} attention heads "
-        f"({size.num_key_value_heads} key/value). Made with Tritter; `tritter.json` holds the "
-        "lineage.",
+        f"({size.num_key_value_heads} key/value). {origin}",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -30,14 +62,18 @@ def model_card(lineage: Lineage, config: Config) -> str:
         "```",
         "",
     ]
-    lines += _history(lineage) + _scores(lineage)
-    lines += [f"Model hash `{lineage.model_hash}`", ""]
-    return "\n".join(lines)
 
 
 def _history(lineage: Lineage) -> list[str]:
     if not lineage.expansion_history:
         return ["Not expanded: this is the start of its chain.", ""]
+    warning = []
+    if lineage.stock_loadable != "yes":
+        warning = [
+            "Appended experts are not wholly open yet: Tritter computes the right function, the "
+            "classes above another one until further training has opened them.",
+            "",
+        ]
     lines = ["| expansion | kind | step-0 error | steps after | source of each layer |"]
     lines += ["|---|---|---|---|---|"]
     for record in lineage.expansion_history:
@@ -47,7 +83,7 @@ def _history(lineage: Lineage) -> list[str]:
             f"| {record.method} | {record.expansion_type} | {error} | "
             f"{record.continued_training_steps} | {layers} |"
         )
-    return [*lines, ""]
+    return [*warning, *lines, ""]
 
 
 def _scores(lineage: Lineage) -> list[str]:

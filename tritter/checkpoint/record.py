@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from tritter.errors import TritterError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: stock_loadable
+StockLoadable = Literal["yes", "after adaptation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,8 @@ class Lineage:
         best_loss: lowest mean loss over the new domains' validation documents, nats per token.
         benchmark_scores: domain or task → score.
         training_config: what the last training was told, with data sources and their hashes.
+        stock_loadable: `yes`, or `after adaptation` while appended experts are not wholly open:
+            until then stock classes load the tensors and compute something else.
         record_digest: SHA-256 of everything else in the record, filled in when it is written.
     """
 
@@ -80,6 +83,7 @@ class Lineage:
     best_loss: float | None = None
     benchmark_scores: Mapping[str, float] = field(default_factory=dict)
     training_config: Mapping[str, Any] = field(default_factory=dict)
+    stock_loadable: StockLoadable = "yes"
     format_version: int = FORMAT_VERSION
     record_digest: str | None = None
 
@@ -113,7 +117,8 @@ class Lineage:
                 ExpansionRecord(**{**record, "layer_sources": tuple(record["layer_sources"])})
                 for record in plain.get("expansion_history", ())
             )
-            return cls(**{**plain, "expansion_history": history})
+            current = {"expansion_history": history, "format_version": FORMAT_VERSION}
+            return cls(**{**plain, **current})
         except (TypeError, KeyError) as error:
             known = ", ".join(entry.name for entry in fields(cls))
             raise TritterError(f"{origin} is not a lineage ({error}); it has: {known}.") from error
@@ -127,6 +132,7 @@ _KINDS: dict[str, Any] = {
     "expansion_history": list,
     "benchmark_scores": dict,
     "training_config": dict,
+    "stock_loadable": str,
     "step": int,
     "epoch": int,
 }

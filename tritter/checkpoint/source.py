@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tritter.checkpoint.folder import CARD_NAME, read_lineage
 from tritter.checkpoint.record import Lineage
 from tritter.errors import RequestError, TritterError
-from tritter.families import Config, Family, LogicalTensor, family_of
+from tritter.families import Config, Family, StoredTensor, family_of, match
 from tritter.storage.hashing import DigestQueue, file_digest
 from tritter.storage.tensors import TensorFolder
 
@@ -19,7 +20,8 @@ class Source:
 
     Args:
         lineage: what the folder says of itself; None for a plain Hugging Face folder.
-        logical: logical name → tensor.
+        stored: the tensors as they lie in the files.
+        places: logical name → (stored tensor, number of its part).
         digests: of what was read so far, computed aside.
     """
 
@@ -28,7 +30,8 @@ class Source:
     family: Family
     tensors: TensorFolder
     lineage: Lineage | None
-    logical: dict[str, LogicalTensor]
+    stored: tuple[StoredTensor, ...]
+    places: dict[str, tuple[StoredTensor, int]]
     digests: DigestQueue = field(default_factory=DigestQueue)
 
     @classmethod
@@ -42,28 +45,41 @@ class Source:
         """
         family = family_of(config)
         tensors = TensorFolder.open(folder)
-        matched = family.match(tensors.files, config)
-        for disk_name, tensor in matched.items():
-            expected, found = family.shape(tensor, config), tensors.shape(disk_name)
-            if expected != found:
+        stored = match(family, config, tensors.files)
+        for tensor in stored:
+            found = tensors.shape(tensor.name)
+            if tensor.shape != found:
                 raise TritterError(
-                    f"{folder}: {disk_name} has shape {found}, but config.json asks for {expected}."
+                    f"{folder}: {tensor.name} has shape {found}, but config.json asks for "
+                    f"{tensor.shape}."
                 )
+        _check_ties(folder, tensors, family, config)
         lineage = read_lineage(folder)
         if lineage is not None:
             _check_files(folder, lineage)
-        logical = {tensor.name: tensor for tensor in matched.values()}
-        return cls(folder, config, family, tensors, lineage, logical)
+        places = {
+            part.tensor.name: (tensor, number)
+            for tensor in stored
+            for number, part in enumerate(tensor.parts)
+        }
+        return cls(folder, config, family, tensors, lineage, stored, places)
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor by its logical name."""
-        disk_name = self.logical[name].disk_name
-        tensor = self.tensors.get(disk_name)
-        self.digests.add(disk_name, tensor)
+        """Read one tensor by its logical name; of experts that share one, its part alone."""
+        stored, number = self.places[name]
+        if stored.is_whole:
+            return self.read_stored(stored.name)
+        return self.tensors.get(stored.name, index=stored.parts[number].index)
+
+    def read_stored(self, name: str) -> Tensor:
+        """Read one tensor by its name in the files."""
+        tensor = self.tensors.get(name)
+        self.digests.add(name, tensor)
         return tensor
 
-    def disk_name(self, name: str) -> str:
-        return self.logical[name].disk_name
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor by its logical name."""
+        return self.tensors.torch_dtype(self.places[name][0].name)
 
     def read_digests(self) -> dict[str, str]:
         """Return name on disk → SHA-256 of every tensor, reading those not read so far.
@@ -72,9 +88,9 @@ class Source:
             RequestError: names the tensors that changed since the lineage was written.
         """
         digests = self.digests.results()
-        for name, tensor in self.logical.items():
-            if tensor.disk_name not in digests:
-                self.read(name)
+        for tensor in self.stored:
+            if tensor.name not in digests:
+                self.read_stored(tensor.name)
         digests = self.digests.results()
         recorded = digests if self.lineage is None else self.lineage.tensor_digests
         changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
@@ -83,6 +99,22 @@ class Source:
                 f"{self.folder} was changed since its lineage was written: {', '.join(changed)}."
             )
         return digests
+
+
+def _check_ties(folder: Path, tensors: TensorFolder, family: Family, config: Config) -> None:
+    """Refuse a head that config.json ties to the embedding, and that is another in the files.
+
+    transformers cuts such a tie when it loads the folder; leaving the head out would change the
+    function in silence.
+    """
+    embedding = family.tensors[0].disk_name
+    for name in sorted(family.tied_names(config) & set(tensors.files)):
+        if not torch.equal(tensors.get(name), tensors.get(embedding)):
+            raise TritterError(
+                f"{folder}: {name} differs from {embedding}, although config.json ties them. Say "
+                "which it is: set tie_word_embeddings to false there to keep both, or take "
+                f"{name} out of the files."
+            )
 
 
 def _check_files(folder: Path, lineage: Lineage) -> None:

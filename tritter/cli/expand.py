@@ -2,17 +2,20 @@
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 
 from tritter.checkpoint import Source
+from tritter.cli.domain import (
+    DomainOptions,
+    check_domain_options,
+    print_domain,
+    train_domain,
+)
 from tritter.cli.measure import Measurement, measure
 from tritter.cli.output import (
     DTYPES,
@@ -23,6 +26,7 @@ from tritter.cli.output import (
     print_command,
     print_json,
     print_lines,
+    progress_bar,
     shapes_of,
     short,
     shown_path,
@@ -36,12 +40,14 @@ from tritter.cli.request import (
     spelled,
 )
 from tritter.errors import RequestError
-from tritter.expand import Expanded, Plan, Progress, expand, plan_expansion
+from tritter.expand import Expanded, Plan, expand, plan_expansion
 from tritter.expansion import ExpansionSpec, ExpansionStep
 from tritter.expansion.targets import reach_parameters
 from tritter.models import locate, read_config
 from tritter.parameter_map.carry import POLICIES
 from tritter.report.wording import count_text
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,7 @@ class ExpandRequest:
     Args:
         given: every option that was given, by name; those of the methods are picked from it.
         target_params: a number of parameters to come near to.
+        domain: what appended experts are to be trained on.
     """
 
     checkpoint: str
@@ -63,6 +70,33 @@ class ExpandRequest:
     dtype: str | None
     max_shard_bytes: int
     is_measured: bool | None
+    domain: DomainOptions
+
+    @classmethod
+    def of(cls, words: Mapping[str, Any]) -> "ExpandRequest":
+        """Sort the words of the command."""
+        return cls(
+            checkpoint=words["checkpoint"],
+            output=words["output"],
+            methods=tuple(words["method"]),
+            given={name: value for name, value in words.items() if value is not None},
+            target_params=words["target_params"],
+            moments=words["moments"],
+            seed=words["seed"],
+            dtype=words["dtype"],
+            max_shard_bytes=words["max_shard_size"],
+            is_measured=words["measure"],
+            domain=DomainOptions.of(words),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the source lies, where the result goes, and by which expansions."""
+
+    source: Path
+    destination: Path
+    specs: tuple[ExpansionSpec, ...]
 
 
 def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_json: bool) -> int:
@@ -72,10 +106,54 @@ def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_jso
         RequestError: the source, an option or the destination cannot be had; nothing is written.
         TritterError: writing failed, or a tensor turned out damaged while it was read.
     """
-    methods = method_names(request.methods)
-    specs = specs_of(methods, request.given)
+    place = _place(request, overwrite=overwrite)
     moments = choice("moments", request.moments, POLICIES)
     dtype = None if request.dtype is None else DTYPES[choice("dtype", request.dtype, list(DTYPES))]
+    if request.domain.is_given and not dry_run:
+        return _run_domain(request, place, overwrite=overwrite, as_json=as_json)
+    result: Plan | Expanded
+    with in_options():
+        if dry_run:
+            result = plan_expansion(place.source, place.specs, seed=request.seed)
+        else:
+            with progress_bar(is_shown=not as_json) as progress:
+                result = expand(
+                    place.source,
+                    place.destination,
+                    place.specs,
+                    seed=request.seed,
+                    dtype=dtype,
+                    max_shard_bytes=request.max_shard_bytes,
+                    overwrite=overwrite,
+                    moments=moments,
+                    progress=progress,
+                )
+    measured = None
+    if isinstance(result, Expanded):
+        measured = measure(place.source, result, is_wanted=request.is_measured)
+    if as_json:
+        plain = _as_json(result, place.source, place.destination, request)
+        print_json({**plain, "step0_error": measured.error if measured else None})
+    else:
+        _print(result, place.source, place.destination, request, measured)
+    if measured is not None and measured.is_broken:
+        print(
+            "error: the method claims to keep the function, and the result does not; please "
+            "report this with the output of `tritter inspect`.",
+            file=sys.stderr,
+        )
+        return EXIT_NO
+    return 0
+
+
+def _place(request: ExpandRequest, *, overwrite: bool) -> _Place:
+    """Resolve source, destination and expansions; writes nothing.
+
+    Raises:
+        RequestError: one of them can't be had.
+    """
+    methods = method_names(request.methods)
+    specs = specs_of(methods, request.given)
     with damage_is_a_wrong_request():
         folder = locate(request.checkpoint)
         source = Source.open(folder, read_config(folder))
@@ -87,37 +165,49 @@ def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_jso
     with in_options():
         if request.target_params is not None:
             specs = reach_parameters(source.config, specs, request.target_params)
-        result: Plan | Expanded
-        if dry_run:
-            result = plan_expansion(folder, specs, seed=request.seed)
-        else:
-            with _progress_bar(is_shown=not as_json) as progress:
-                result = expand(
-                    folder,
-                    destination,
-                    specs,
-                    seed=request.seed,
-                    dtype=dtype,
-                    max_shard_bytes=request.max_shard_bytes,
-                    overwrite=overwrite,
-                    moments=moments,
-                    progress=progress,
-                )
-    measured = None
-    if isinstance(result, Expanded):
-        measured = measure(folder, result, is_wanted=request.is_measured)
+    check_domain_options(request.domain, specs, _unsupported(request))
+    return _Place(folder, destination, specs)
+
+
+def _unsupported(request: ExpandRequest) -> dict[str, Any]:
+    """Return the options that were given and that a training can't honour."""
+    given = {
+        "dtype": request.dtype,
+        "measure": request.is_measured,
+        "moments": _unless(request.moments, "carry"),
+        "max_shard_size": _unless(request.max_shard_bytes, DEFAULT_SHARD_BYTES),
+    }
+    return {option: value for option, value in given.items() if value is not None}
+
+
+def _unless(value: Any, default: Any) -> Any:
+    return None if value == default else value
+
+
+def _run_domain(request: ExpandRequest, place: _Place, *, overwrite: bool, as_json: bool) -> int:
+    """Expand, train the new experts on the domain, and print what came of it."""
+    console = Console(quiet=True) if as_json else new_console()
+    made = train_domain(
+        request.domain,
+        place.source,
+        place.destination,
+        place.specs,
+        seed=request.seed,
+        console=console,
+        overwrite=overwrite,
+    )
+    plan, error = made.plan, made.lineage.expansion_history[-1].step0_error
+    result = Expanded(
+        place.destination, plan.steps, plan.parameters_before, plan.parameters_after, made.lineage
+    )
     if as_json:
-        plain = _as_json(result, folder, destination, request)
-        print_json({**plain, "step0_error": measured.error if measured else None})
-    else:
-        _print(result, folder, destination, request, measured)
-    if measured is not None and measured.is_broken:
-        print(
-            "error: the method claims to keep the function, and the result does not; please "
-            "report this with the output of `tritter inspect`.",
-            file=sys.stderr,
-        )
-        return EXIT_NO
+        plain = _as_json(result, place.source, place.destination, request)
+        print_json({**plain, "step0_error": error, "experts": made.experts, "scores": made.scores})
+        return 0
+    text = "not finite" if error is None else f"{error:.1e} of the logits' deviation on its text"
+    measured = Measurement(error, False, text)
+    _print(result, place.source, place.destination, request, measured)
+    print_domain(console, made.experts, made.scores)
     return 0
 
 
@@ -128,19 +218,6 @@ def _default_output(checkpoint: str, folder: Path, methods: Sequence[str]) -> Pa
         place = folder if folder.name not in ("", "..") else folder.resolve()
         return place.with_name(f"{place.name}-{ending}")
     return Path(f"{checkpoint.rstrip('/').rpartition('/')[2]}-{ending}")
-
-
-@contextmanager
-def _progress_bar(*, is_shown: bool) -> Iterator[Progress | None]:
-    """Yield what shows tensors written and the time left, on a terminal."""
-    console = Console(stderr=True)
-    if not is_shown or not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("tensors"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with ProgressBar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("tensors", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _as_json(
@@ -188,7 +265,9 @@ def _print(
     lines: list[tuple[str, str]] = []
     for position, step in enumerate(result.steps):
         lines += _step_lines(step, is_first=position == 0)
-    lines.append(("exact", _exactness([step.spec for step in result.steps])))
+    exactness = _exactness([step.spec for step in result.steps])
+    since = " at step 0, before the new experts were trained" if request.domain.is_given else ""
+    lines.append(("exact", exactness + since))
     if measured is not None:
         lines.append(("step 0", measured.text))
     if request.dtype is not None:
@@ -210,10 +289,11 @@ def _print_shapes(console: Console, result: Plan | Expanded) -> None:
     before = shapes_of(result.steps[0].source_config)
     after = shapes_of(result.steps[-1].target_config)
     table = new_table("", "before", "after", "", numbers=("before", "after"))
-    for name, label in SHAPES.items():
-        grown = f"{after[name] / before[name]:.3g} times" if before[name] != after[name] else ""
-        style = "bold" if grown else "dim"
-        table.add_row(label, str(before[name]), str(after[name]), grown, style=style)
+    for name in (name for name in SHAPES if name in after):
+        old, new = before.get(name), after[name]
+        grown = f"{new / old:.3g} times" if old is not None and old != new else ""
+        style = "dim" if old == new else "bold"
+        table.add_row(SHAPES[name], "-" if old is None else str(old), str(new), grown, style=style)
     table.add_section()
     table.add_row(
         "parameters",

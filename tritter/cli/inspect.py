@@ -27,7 +27,14 @@ from tritter.errors import TritterError
 from tritter.models import read_config
 from tritter.report.wording import count_text
 
-_PARTS = ("embedding", "attention", "FFN", "norms", "output head")
+_PARTS = ("embedding", "attention", "FFN", "router", "experts", "norms", "output head")
+_FFN_PARTS = {
+    "ffn": "FFN",
+    "router": "router",
+    "experts": "experts",
+    "shared_expert": "experts",
+    "shared_expert_gate": "router",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,7 @@ def run_inspect(folder: Path, *, as_json: bool) -> int:
     """
     with damage_is_a_wrong_request():
         source = Source.open(folder, read_config(folder))
-        dtypes = Counter(str(source.tensors.torch_dtype(t.disk_name)) for t in _tensors(source))
+        dtypes = Counter(str(source.tensors.torch_dtype(t.name)) for t in source.stored)
     lineage = source.lineage
     last = lineage.expansion_history[-1] if lineage and lineage.expansion_history else None
     last_map = RecordedMap.of(last) if last else None
@@ -78,14 +85,10 @@ def run_inspect(folder: Path, *, as_json: bool) -> int:
 def parameters_of_parts(source: Source) -> dict[str, int]:
     """Count the parameters of each part; a tied head counts with the embedding."""
     counts = dict.fromkeys(_PARTS, 0)
-    for tensor in _tensors(source):
+    for tensor in source.family.logical_tensors(source.config):
         size = prod(source.family.shape(tensor, source.config))
         counts[_part(tensor.name)] += size
     return {part: count for part, count in counts.items() if count}
-
-
-def _tensors(source: Source) -> list[Any]:
-    return list(source.logical.values())
 
 
 def _part(logical_name: str) -> str:
@@ -93,7 +96,7 @@ def _part(logical_name: str) -> str:
         return "norms"
     kinds = {"embed": "embedding", "head": "output head"}
     kind = logical_name.split(".")[2] if logical_name.startswith("layers.") else logical_name
-    return kinds.get(kind, "FFN" if kind == "ffn" else "attention")
+    return kinds.get(kind, _FFN_PARTS.get(kind, "attention"))
 
 
 def _as_json(
@@ -145,6 +148,8 @@ def _print(
         lines.append(("hash", short(lineage.model_hash)))
         lines.append(("parent", short(lineage.parent_hash)))
         lines.append(("expansions", ", ".join(methods) or "none"))
+        if lineage.stock_loadable != "yes":
+            lines.append(("stock classes", f"exact {lineage.stock_loadable}, not yet"))
         if lineage.step:
             lines.append(("trained", f"{lineage.step} steps"))
         for name, score in lineage.benchmark_scores.items():

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from tritter.cli import options
+from tritter.cli import domain_options, options, plan_options
 from tritter.errors import RequestError, TritterError
 
 app = typer.Typer(
@@ -75,6 +75,7 @@ def expand(
     target_layers: options.TargetLayers = None,
     drop_layers: options.DropLayers = None,
     identity_init: options.IdentityInit = None,
+    partial: options.Partial = None,
     positions: options.Positions = None,
     hidden_size: options.HiddenSize = None,
     intermediate_size: options.IntermediateSize = None,
@@ -83,7 +84,21 @@ def expand(
     head_strategy: options.HeadStrategy = None,
     width_init: options.WidthInit = None,
     shares: options.Shares = None,
+    num_experts: options.NumExperts = None,
+    experts_per_token: options.ExpertsPerToken = None,
+    reinit_fraction: options.ReinitFraction = None,
+    granularity: options.Granularity = None,
+    sparse_layers: options.SparseLayers = None,
+    addition: options.Addition = None,
+    expert_init: options.ExpertInit = None,
+    clone_from: options.CloneFrom = None,
     noise: options.Noise = None,
+    domain: domain_options.Domain = None,
+    domain_data: domain_options.DomainData = None,
+    old_data: domain_options.OldData = None,
+    steps: domain_options.DomainSteps = None,
+    learning_rate: domain_options.LearningRate = None,
+    teacher: domain_options.Teacher = None,
     moments: options.Moments = "carry",
     seed: options.Seed = 0,
     dtype: options.DType = None,
@@ -93,24 +108,13 @@ def expand(
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> int:
-    """Make a checkpoint deeper or wider, and write the result as a new checkpoint.
+    """Make a checkpoint deeper, wider or sparse, and write the result as a new checkpoint.
 
     tritter expand --checkpoint base --method width --hidden-size 512
     """
     from tritter.cli.expand import ExpandRequest, run_expand
 
-    request = ExpandRequest(
-        checkpoint=checkpoint,
-        output=output,
-        methods=tuple(method),
-        given={name: value for name, value in context.params.items() if value is not None},
-        target_params=target_params,
-        moments=moments,
-        seed=seed,
-        dtype=dtype,
-        max_shard_bytes=max_shard_size,
-        is_measured=measure,
-    )
+    request = ExpandRequest.of(context.params)
     return run_expand(request, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
 
 
@@ -133,6 +137,42 @@ def inspect_checkpoint(folder: options.Folder, as_json: options.AsJson = False) 
 
 
 @app.command()
+def export(
+    checkpoint: options.ExportSource,
+    output: options.ExportOutput,
+    format: options.Format = "hf",
+    dtype: options.ExportDType = None,
+    expert_layout: options.ExpertLayout = None,
+    max_shard_size: options.MaxShardSize = 5 * 10**9,
+    config: options.ConfigOf = None,
+    prefix: options.Prefix = None,
+    no_state: options.NoState = False,
+    drop_new_experts: options.DropNewExperts = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> int:
+    """Write a checkpoint as a plain folder that any Hugging Face reader loads.
+
+    tritter export --checkpoint grown --output grown-hf
+    """
+    from tritter.cli.export import ExportRequest, run_export
+
+    request = ExportRequest(
+        checkpoint=checkpoint,
+        output=output,
+        format=format,
+        dtype=dtype,
+        expert_layout=expert_layout,
+        max_shard_bytes=max_shard_size,
+        config=config,
+        prefix=prefix,
+        is_without_state=no_state,
+        is_without_new_experts=drop_new_experts,
+    )
+    return run_export(request, overwrite=overwrite, as_json=as_json)
+
+
+@app.command()
 def generate(
     checkpoint: options.Checkpoint,
     prompt: options.Prompt,
@@ -152,6 +192,53 @@ def generate(
         seed=seed,
         as_json=as_json,
     )
+
+
+@app.command()
+def plan(
+    source: plan_options.Source = None,
+    target: plan_options.Target = None,
+    gpu_hours: plan_options.GpuHours = None,
+    strategy: plan_options.Strategy = "auto",
+    device_flops: plan_options.DeviceFlops = 312 * 10**12,
+    mfu: plan_options.Mfu = 0.4,
+    tokens_per_parameter: plan_options.TokensPerParameter = 20.0,
+    precision: plan_options.Precision = "bf16-mixed",
+    optimizer: plan_options.Optimizer = "adamw",
+    freeze_attention: plan_options.FreezeAttention = False,
+    batch_size: plan_options.BatchSize = 1,
+    sequence_length: plan_options.SequenceLength = 2048,
+    gradient_checkpointing: plan_options.GradientCheckpointing = False,
+    guide: plan_options.Guide = False,
+    as_json: options.AsJson = False,
+) -> int:
+    """Plan the expansions from one size to another: shapes, tokens, GPU-hours, memory.
+
+    tritter plan --source 3B --target 10B --gpu-hours 5000
+    """
+    from tritter.cli.plan import print_guide, run_plan
+    from tritter.cli.plan_request import PlanRequest
+
+    if guide:
+        return print_guide(as_json=as_json)
+    request = PlanRequest(
+        source=source,
+        target=target,
+        gpu_hours=gpu_hours,
+        strategy=strategy,
+        device_flops=device_flops,
+        mfu=mfu,
+        tokens_per_parameter=tokens_per_parameter,
+        setup={
+            "precision": precision,
+            "optimiser": optimizer,
+            "is_attention_frozen": freeze_attention,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "is_checkpointed": gradient_checkpointing,
+        },
+    )
+    return run_plan(request, as_json=as_json)
 
 
 @app.command(cls=PassedOn, add_help_option=False)

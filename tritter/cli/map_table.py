@@ -62,8 +62,10 @@ def rebuilt_map(record: ExpansionRecord) -> ParameterMap:
 
 def map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tuple[MapRow, ...]:
     """Return the rows of a map's table, in the order of a forward pass, layers joined."""
-    family = family_of(source)
-    sources = {tensor.name: tensor for tensor in family.logical_tensors(source)}
+    family, source_family = family_of(target), family_of(source)
+    sources = {
+        t.name: source_family.shape(t, source) for t in source_family.logical_tensors(source)
+    }
     layers: dict[MapRow, list[int]] = {}
     for tensor in family.logical_tensors(target):
         tensor_map = parameter_map.tensors[tensor.name]
@@ -71,7 +73,7 @@ def map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tup
         row = MapRow(
             kind=kind,
             layers="",
-            source_shape=family.shape(sources[tensor_map.source], source),
+            source_shape=sources[tensor_map.source] if tensor_map.source else (),
             target_shape=family.shape(tensor, target),
             weight="0" if tensor_map.is_zeroed else _factors(tensor_map, "weight"),
             gradient=_factors(tensor_map, "gradient"),
@@ -86,7 +88,9 @@ def map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tup
 
 def _kind(name: str) -> tuple[str, int | None]:
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-    return (match[2], int(match[1])) if match else (name, None)
+    if not match:
+        return name, None
+    return re.sub(r"^experts\.\d+\.", "experts.", match[2]), int(match[1])
 
 
 def _with_layers(row: MapRow, layers: Sequence[int]) -> MapRow:
@@ -97,7 +101,7 @@ def _with_layers(row: MapRow, layers: Sequence[int]) -> MapRow:
 def _ranges(numbers: Iterable[int]) -> str:
     """Return `0, 2-4` for 0, 2, 3, 4."""
     runs: list[list[int]] = []
-    for number in sorted(numbers):
+    for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:
@@ -120,7 +124,9 @@ def _factors(tensor_map: TensorMap, quantity: str) -> str:
 
 def _fill(tensor_map: TensorMap) -> str:
     """Return what new entries hold, and what is added to copies."""
-    has_gaps = any(axis is not None and bool((axis.index < 0).any()) for axis in tensor_map.axes)
+    has_gaps = tensor_map.source is None or any(
+        axis is not None and bool((axis.index < 0).any()) for axis in tensor_map.axes
+    )
     parts = []
     if has_gaps:
         fill = tensor_map.fill

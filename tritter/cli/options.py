@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
-from tritter.cli.values import byte_count, layer_list, parameter_count
+from tritter.cli.values import byte_count, expert_list, layer_list, parameter_count
 
-_DEPTH = "Depth (dus, llama-pro)"
+_DEPTH = "Depth (dus, stack, interpolate, llama-pro)"
 _WIDTH = "Width (width)"
+_EXPERTS = "Experts (moe)"
 _WRITING = "Writing"
+_CKPT = "Of a .ckpt"
 
 
 AsJson = Annotated[
@@ -29,7 +31,8 @@ Method = Annotated[
     list[str],
     typer.Option(
         "--method",
-        help="dus, llama-pro or width; several, joined by commas, in their order.",
+        help="dus, stack, interpolate, llama-pro, width, moe or moe-add; several, joined by "
+        "commas, in their order.",
         metavar="METHOD,..",
     ),
 ]
@@ -67,7 +70,16 @@ IdentityInit = Annotated[
     typer.Option(
         "--identity-init",
         metavar=" ",
-        help="dus: copies start as identities, which makes it exact.",
+        help="dus, stack, interpolate: copies start as identities, which makes them exact.",
+        rich_help_panel=_DEPTH,
+    ),
+]
+Partial = Annotated[
+    bool | None,
+    typer.Option(
+        "--partial",
+        metavar=" ",
+        help="stack: the last copy may hold its first layers only.",
         rich_help_panel=_DEPTH,
     ),
 ]
@@ -97,7 +109,7 @@ IntermediateSize = Annotated[
         "--intermediate-size",
         min=1,
         metavar="N",
-        help="Default: follows the hidden size by ratio.",
+        help="Of the FFN, or of each expert. Default: follows the hidden size by ratio.",
         rich_help_panel=_WIDTH,
     ),
 ]
@@ -121,8 +133,8 @@ HeadStrategy = Annotated[
     str | None,
     typer.Option(
         "--head-strategy",
-        help="How heads are added. Default: what --width-init implies.",
-        metavar="fresh|copy",
+        help="How heads are added; split is not exact. Default: what --width-init implies.",
+        metavar="fresh|copy|gqa|split",
         rich_help_panel=_WIDTH,
     ),
 ]
@@ -130,8 +142,9 @@ WidthInit = Annotated[
     str | None,
     typer.Option(
         "--width-init",
-        help="What new units hold: random directions, or copies. Default: fresh.",
-        metavar="fresh|net2net|zero-pad",
+        help="What new units hold: random directions, copies, or (aki, not exact) those of the "
+        "layer above. Default: fresh.",
+        metavar="fresh|net2net|zero-pad|aki",
         rich_help_panel=_WIDTH,
     ),
 ]
@@ -150,8 +163,90 @@ Noise = Annotated[
         "--noise",
         min=0,
         metavar="X",
-        help="Relative noise on copies; above 0 the result is not exact. Default: 0.",
-        rich_help_panel=_WIDTH,
+        help="Relative noise on copies; above 0 the result is not exact. Default: 0 of width, "
+        "0.01 of experts.",
+        rich_help_panel=_WRITING,
+    ),
+]
+NumExperts = Annotated[
+    int | None,
+    typer.Option(
+        "--num-experts",
+        min=1,
+        metavar="N",
+        help="moe: experts of a layer, in all. Default: 8 copies of the FFN. moe-add: how many "
+        "are added. Default: 4.",
+        rich_help_panel=_EXPERTS,
+    ),
+]
+ExpertsPerToken = Annotated[
+    int | None,
+    typer.Option(
+        "--experts-per-token",
+        min=1,
+        metavar="K",
+        help="Experts that a token is routed to. Default: 2 copies' worth.",
+        rich_help_panel=_EXPERTS,
+    ),
+]
+ReinitFraction = Annotated[
+    float | None,
+    typer.Option(
+        "--reinit-fraction",
+        min=0,
+        metavar="R",
+        help="Share of each expert's neurons drawn anew; above 0 the result is not exact. "
+        "Default: 0.",
+        rich_help_panel=_EXPERTS,
+    ),
+]
+Granularity = Annotated[
+    int | None,
+    typer.Option(
+        "--granularity",
+        min=1,
+        metavar="G",
+        help="Pieces that each copy of the FFN is cut into. Default: 1.",
+        rich_help_panel=_EXPERTS,
+    ),
+]
+SparseLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--sparse-layers",
+        callback=layer_list,
+        help="Layers that get experts, such as 1,3. Default: all.",
+        metavar="LAYER,..",
+        rich_help_panel=_EXPERTS,
+    ),
+]
+Addition = Annotated[
+    str | None,
+    typer.Option(
+        "--addition",
+        help="moe-add: append any number, closed at first; or replicate all, exact in stock "
+        "transformers. Default: append.",
+        metavar="append|replicate",
+        rich_help_panel=_EXPERTS,
+    ),
+]
+ExpertInit = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-init",
+        help="What appended experts hold. Default: clone.",
+        metavar="clone|mean|random|best|distill",
+        rich_help_panel=_EXPERTS,
+    ),
+]
+CloneFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--clone-from",
+        callback=expert_list,
+        help="The expert that is cloned, or one per layer with experts. Default: 0.",
+        metavar="EXPERT,..",
+        rich_help_panel=_EXPERTS,
     ),
 ]
 Moments = Annotated[
@@ -203,6 +298,75 @@ Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite", metavar=" ", help="Replace what is at DST.", rich_help_panel=_WRITING
+    ),
+]
+
+# export
+
+ExportSource = Annotated[
+    str,
+    typer.Option(
+        "--checkpoint",
+        help="Folder or hub id of the model, or a .ckpt of Lightning.",
+        metavar="SRC",
+    ),
+]
+ExportOutput = Annotated[Path, typer.Option("--output", help="New folder.", metavar="DST")]
+Format = Annotated[
+    str,
+    typer.Option("--format", help="hf: a plain folder of Hugging Face transformers.", metavar="hf"),
+]
+ExportDType = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Of all tensors. Default: bfloat16; of a .ckpt, its own.",
+        metavar="float32|bfloat16|float16|float64",
+    ),
+]
+ExpertLayout = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-layout",
+        help="Each matrix of an expert on its own, or the experts of a layer in one tensor. "
+        "Default: hub.",
+        metavar="hub|fused",
+    ),
+]
+ConfigOf = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help="What a .ckpt holds: a config.json, or a folder (or hub id) with one and a tokenizer.",
+        metavar="PATH",
+        rich_help_panel=_CKPT,
+    ),
+]
+Prefix = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix",
+        help="What stands before the model's names, such as student.; the rest is left out. "
+        "Default: found, and nothing is left out.",
+        metavar="PREFIX",
+        rich_help_panel=_CKPT,
+    ),
+]
+DropNewExperts = Annotated[
+    bool,
+    typer.Option(
+        "--drop-new-experts",
+        metavar=" ",
+        help="Of a folder: leave out appended experts that are not wholly open yet.",
+    ),
+]
+NoState = Annotated[
+    bool,
+    typer.Option(
+        "--no-state",
+        metavar=" ",
+        help="Leave the optimiser's moments out.",
+        rich_help_panel=_CKPT,
     ),
 ]
 

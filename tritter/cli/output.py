@@ -1,13 +1,15 @@
 """What all commands print with: tables that survive a pipe, or one JSON object."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +27,10 @@ SHAPES = {
     "num_key_value_heads": "key/value heads",
     "head_dim": "head size",
     "vocab_size": "vocabulary",
+    "num_experts": "experts a layer",
+    "experts_per_token": "experts a token",
+    "expert_size": "expert",
+    "shared_expert_size": "shared expert",
 }
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -35,9 +41,10 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def shapes_of(config: Config) -> dict[str, int]:
-    """Return the sizes of a model by config.json's words."""
+    """Return the sizes of a model by config.json's words; what it does not have is left out."""
     dimensions = family_of(config).dimensions(config)
-    return {name: int(getattr(dimensions, name)) for name in SHAPES}
+    sizes = {name: int(getattr(dimensions, name)) for name in SHAPES}
+    return {name: size for name, size in sizes.items() if size}
 
 
 def short(digest: str | None) -> str:
@@ -98,6 +105,19 @@ def print_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
 def print_command(console: Console, label: str, command: str) -> None:
     """Print something to be copied: never broken into lines."""
     console.print(Text(f"{label}  {signs_of(console).printable(command)}"), soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(*, is_shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield what shows tensors written, of how many, and the time left, on a terminal."""
+    console = Console(stderr=True)
+    if not is_shown or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("tensors"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("tensors", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def shown_path(path: Path) -> str:

@@ -15,9 +15,10 @@ Name = TypeVar("Name", bound=str)
 
 # Option → the methods that take it, and what it is called there.
 METHOD_OPTIONS: dict[str, dict[str, str]] = {
-    "target_layers": {"dus": "target_layers", "llama_pro": "target_layers"},
+    "target_layers": dict.fromkeys(("dus", "stack", "interpolate", "llama_pro"), "target_layers"),
     "drop_layers": {"dus": "drop_layers"},
-    "identity_init": {"dus": "identity_init"},
+    "identity_init": dict.fromkeys(("dus", "stack", "interpolate"), "identity_init"),
+    "partial": {"stack": "partial"},
     "positions": {"llama_pro": "positions"},
     "hidden_size": {"width": "hidden_size"},
     "intermediate_size": {"width": "intermediate_size"},
@@ -26,7 +27,16 @@ METHOD_OPTIONS: dict[str, dict[str, str]] = {
     "head_strategy": {"width": "head_strategy"},
     "width_init": {"width": "init"},
     "shares": {"width": "shares"},
-    "noise": {"width": "noise"},
+    "num_experts": dict.fromkeys(("moe", "moe_add"), "num_experts"),
+    "experts_per_token": {"moe": "experts_per_token"},
+    "reinit_fraction": {"moe": "reinit_fraction"},
+    "granularity": {"moe": "granularity"},
+    "sparse_layers": {"moe": "layers"},
+    "addition": {"moe_add": "addition"},
+    "expert_init": {"moe_add": "init"},
+    "clone_from": {"moe_add": "clone_from"},
+    "teacher": {"moe_add": "teacher"},
+    "noise": dict.fromkeys(("width", "moe", "moe_add"), "noise"),
 }
 
 
@@ -118,17 +128,22 @@ def _misplaced(option: str, value: Any, *, methods: Sequence[str], taking: Seque
     key = f"--{spelled(option)}"
     if taking:
         reason = (
-            f"{' and '.join(map(spelled, taking))} would both take it; expand in two commands "
-            "to say which"
+            f"{_listed(taking)} would {'both' if len(taking) == 2 else 'all'} take it; expand in "
+            "commands of their own to say which"
         )
     else:
-        names = " and ".join(map(spelled, METHOD_OPTIONS[option]))
-        is_single = len(METHOD_OPTIONS[option]) == 1
+        takers = list(METHOD_OPTIONS[option])
         reason = (
-            f"--method {','.join(map(spelled, methods))} does not take it; {names} "
-            f"{'does' if is_single else 'do'}"
+            f"--method {','.join(map(spelled, methods))} does not take it; {_listed(takers)} "
+            f"{'does' if len(takers) == 1 else 'do'}"
         )
     return describe(key, value, reason=reason)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return `dus, stack and llama-pro` for these names."""
+    *others, last = map(spelled, names)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _read(reader: Reader, name: str, values: Mapping[str, Any]) -> Any:
@@ -144,4 +159,4 @@ def _with_options(text: str) -> str:
         for method, field in takers.items()
     }
     text = re.sub(r"expansion\.\w+\.\w+", lambda key: by_field.get(key[0], key[0]), text)
-    return re.sub(r"^(checkpoint|target_params)\b", lambda key: f"--{spelled(key[0])}", text)
+    return re.sub(r"^(checkpoint|target_params|dtype)\b", lambda key: f"--{spelled(key[0])}", text)

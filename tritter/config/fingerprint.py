@@ -24,6 +24,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"seed": config.seed, "control": config.control}
     for section in SECTIONS:
+        if section == "pipeline" and config.pipeline.target_params is None:
+            continue  # one round, as every run had before there were more
         without = _WITHOUT_EFFECT.get(section, ())
         if without is not None:
             values = asdict(getattr(config, section))

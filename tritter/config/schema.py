@@ -125,6 +125,20 @@ class GateConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineConfig:
+    """How often a run expands: once, or round after round until it has a size.
+
+    Args:
+        target_params: the size; a count, in words such as 2M until it is read.
+        strategy: as in `tritter plan`; None: `auto` among the methods of `expansion`.
+    """
+
+    target_params: int | None = bounded(minimum=1)
+    max_rounds: int | None = bounded(minimum=1)
+    strategy: str | None = chosen(("auto", "depth_first", "width_first", "balanced"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
     """The optimiser and everything of it but the learning rate."""
 
@@ -167,6 +181,35 @@ class EvaluationConfig:
     max_tokens_per_document: int = bounded(minimum=2)
     batch_size: int = bounded(minimum=1)
     sample_tokens: int = bounded(minimum=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingConfig:
+    """What a training asks of the routers of a model with experts."""
+
+    auxiliary_loss: float = field(default=0.01, metadata={"minimum": 0})
+    z_loss: float = field(default=1e-3, metadata={"minimum": 0})
+    bias_update_rate: float = field(default=0.0, metadata={"minimum": 0, "below": 1})
+    hold_old: float = field(default=0.0, metadata={"minimum": 0})
+    capacity_factor: float = field(default=1.25, metadata={"above": 0})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptationConfig:
+    """The two trainings that open appended experts: of the routers, then of the experts."""
+
+    router_update: str = field(
+        default="fine_tune", metadata={"choices": ("fine_tune", "retrain", "frozen")}
+    )
+    router_epochs: int = field(default=3, metadata={"minimum": 1})
+    router_max_steps: int | None = field(default=100, metadata={"minimum": 1})
+    router_learning_rate: float = field(default=3e-3, metadata={"above": 0})
+    encouragement: float = field(default=0.1, metadata={"minimum": 0})
+    anneal_steps: int | None = field(default=None, metadata={"minimum": 1})
+    freeze_base: bool = True
+    unfreeze_after: int | None = field(default=None, metadata={"minimum": 1})
+    distill_steps: int = field(default=100, metadata={"minimum": 1})
+    distill_temperature: float = field(default=2.0, metadata={"above": 0})
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +265,13 @@ class RunConfig:
     pretraining: TrainingConfig
     training: TrainingConfig
     gate: GateConfig
+    pipeline: PipelineConfig
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     logger: LoggerConfig
     evaluation: EvaluationConfig
+    routing: RoutingConfig
+    adaptation: AdaptationConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,9 +308,12 @@ SECTIONS: dict[str, type | Variants] = {
     "pretraining": TrainingConfig,
     "training": TrainingConfig,
     "gate": GateConfig,
+    "pipeline": PipelineConfig,
     "optimizer": OptimizerConfig,
     "trainer": TrainerConfig,
     "logger": LoggerConfig,
     "evaluation": EvaluationConfig,
+    "routing": RoutingConfig,
+    "adaptation": AdaptationConfig,
 }
 METHOD_GROUPS = ("expansion", "forgetting")

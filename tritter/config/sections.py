@@ -5,9 +5,11 @@ from dataclasses import asdict
 from typing import Any
 
 from tritter.config.checkpoint_folder import checkpoint_place
+from tritter.config.counts import parse_count
 from tritter.config.reading import Reader, field_keys, join
 from tritter.config.schema import (
     CheckpointModelConfig,
+    PipelineConfig,
     TextDataConfig,
     TextDataValues,
     Variants,
@@ -19,7 +21,7 @@ from tritter.errors import RequestError, nearest
 def read_section(reader: Reader, name: str, section: type | Variants, raw: object) -> Any:
     """Return the record of a section, or None when there were problems (now reported)."""
     if not isinstance(section, Variants):
-        return reader.read(section, raw, prefix=name)
+        return reader.read(section, _with_counts(section, raw), prefix=name)
     if not isinstance(raw, Mapping):
         reader.report(name, raw, reason="it holds keys; choose an option of it")
         return None
@@ -40,6 +42,15 @@ def read_section(reader: Reader, name: str, section: type | Variants, raw: objec
             return _read_checkpoint(reader, taken)
         case record:
             return reader.read(record, taken, prefix=name)
+
+
+def _with_counts(section: type, raw: object) -> object:
+    """Return a section in which a number of parameters that is written as 2M is a number."""
+    if section is not PipelineConfig or not isinstance(raw, Mapping):
+        return raw
+    count = raw.get("target_params")
+    read = parse_count(count) if isinstance(count, str) else None
+    return raw if read is None else {**raw, "target_params": read}
 
 
 def _only_of(

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tritter.config.checkpoint_folder import checkpoint_config
+from tritter.config.experts import expert_problems
 from tritter.config.problems import Origin, describe, raise_problems
 from tritter.config.reading import Reader, field_keys
+from tritter.config.rounds import pipeline_problems, planned_rounds
 from tritter.config.schema import (
     FORGETTING_OPTIONS,
     METHOD_GROUPS,
@@ -23,7 +25,7 @@ from tritter.config.schema import (
 )
 from tritter.config.sections import read_section
 from tritter.errors import RequestError, nearest
-from tritter.expansion import EXPANSIONS, ExpansionSpec, target_config
+from tritter.expansion import EXPANSIONS, target_config
 from tritter.families import Config, llama_config
 
 # Methods that work without old text.
@@ -112,8 +114,8 @@ def known_config(config: RunConfig) -> Config | None:
 
 def start_problems(config: RunConfig, source: Config) -> list[str]:
     """Return why a run can't start from a model of this config.json."""
-    problems = _length_problems(config, source)
-    return problems or _expansion_problems(source, config.expansion)
+    problems = _length_problems(config, source) or _expansion_problems(config, source)
+    return problems or expert_problems(config, source)
 
 
 def _read_methods(reader: Reader, group: str, raw: object) -> tuple[Any, ...]:
@@ -170,6 +172,7 @@ def _disagreements(config: RunConfig) -> list[str]:
         )
     problems += _device_problems(config)
     problems += _replay_problems(config)
+    problems += pipeline_problems(config)
     if problems:
         return problems
     try:
@@ -291,9 +294,12 @@ def _replay_problems(config: RunConfig) -> list[str]:
     ]
 
 
-def _expansion_problems(source: Config, specs: tuple[ExpansionSpec, ...]) -> list[str]:
+def _expansion_problems(config: RunConfig, source: Config) -> list[str]:
     try:
-        target_config(source, specs)
+        if config.pipeline.target_params is not None:
+            planned_rounds(config, source)
+        else:
+            target_config(source, config.expansion)
     except RequestError as error:
         return [str(error)]
     return []

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from tritter.expansion.depth import Dus, LlamaPro
+from tritter.expansion.depth import Dus, Interpolate, LlamaPro, Stack
+from tritter.expansion.moe import Moe
+from tritter.expansion.moe_add import MoeAdd, closed_experts
 from tritter.expansion.specification import (
     ExpansionSpec,
     ExpansionStep,
@@ -11,15 +13,22 @@ from tritter.expansion.specification import (
 )
 from tritter.expansion.width import Width
 
-EXPANSIONS: dict[str, type[Any]] = {spec.name: spec for spec in (Dus, LlamaPro, Width)}
+EXPANSIONS: dict[str, type[Any]] = {
+    spec.name: spec for spec in (Dus, Stack, Interpolate, LlamaPro, Width, Moe, MoeAdd)
+}
 
 __all__ = [
     "EXPANSIONS",
     "Dus",
     "ExpansionSpec",
     "ExpansionStep",
+    "Interpolate",
     "LlamaPro",
+    "Moe",
+    "MoeAdd",
+    "Stack",
     "Width",
     "build_steps",
+    "closed_experts",
     "target_config",
 ]

@@ -64,10 +64,9 @@ def target_config(source_config: Config, specs: Sequence[ExpansionSpec]) -> Conf
     Raises:
         RequestError: unknown family, or targets that cannot be had.
     """
-    family = family_of(source_config)
     config = source_config
     for spec in specs:
-        config = spec.target_config(family, config)
+        config = spec.target_config(family_of(config), config)
     return config
 
 
@@ -79,10 +78,10 @@ def build_steps(
     Raises:
         RequestError: unknown family, or targets that cannot be had.
     """
-    family = family_of(source_config)
     steps: list[ExpansionStep] = []
     source = source_config
     for position, spec in enumerate(specs):
+        family = family_of(source)  # an expansion into experts changes it on the way
         target = spec.target_config(family, source)
         parameter_map = spec.parameter_map(family, source, target, seed=seed + position)
         notes = spec.notes(family, source, target)

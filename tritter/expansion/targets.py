@@ -5,13 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 from tritter.errors import RequestError
-from tritter.expansion.depth import Dus, LlamaPro
+from tritter.expansion.depth import Dus, Interpolate, LlamaPro, Stack
+from tritter.expansion.moe import Moe
+from tritter.expansion.moe_add import MoeAdd, sparse_layers
+from tritter.expansion.partners import partner_of
 from tritter.expansion.specification import ExpansionSpec, target_config
 from tritter.expansion.width import Width
 from tritter.families import Config, family_of
 
 TOLERANCE = 0.1
 _MAX_GROWTH = 64  # times the source, where the search for a shape gives up
+_MAX_EXPERTS = 1024  # copies of an FFN, likewise
 
 
 def reach_parameters(
@@ -20,7 +24,7 @@ def reach_parameters(
     """Return `specs` with the one open target set to the shape nearest to `target` parameters.
 
     Depth methods choose the number of layers, width the hidden size (the FFN and, where the
-    proportion is whole, the heads follow).
+    proportion is whole, the heads follow), moe and moe_add the number of experts.
 
     Raises:
         RequestError: several methods leave it open what is to grow, the method's own target is
@@ -58,13 +62,28 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
         case Dus(target_layers=None, drop_layers=None):
             for count in range(layers + 1, 2 * layers + 1):
                 yield replace(spec, target_layers=count)
-        case LlamaPro(target_layers=None, positions=None):
+        case Stack(target_layers=None):
+            step = 1 if spec.partial else layers
+            for count in range(layers + step, _MAX_GROWTH * layers + 1, step):
+                yield replace(spec, target_layers=count)
+        case Interpolate(target_layers=None) | LlamaPro(target_layers=None, positions=None):
             for count in range(layers + 1, _MAX_GROWTH * layers + 1):
                 yield replace(spec, target_layers=count)
         case Width(hidden_size=None):
             step = dimensions.num_attention_heads
             for size in range(hidden + step, _MAX_GROWTH * hidden + 1, step):
                 yield replace(spec, hidden_size=size)
+        case Moe(num_experts=None):
+            partner_of(family_of(config))
+            pieces = spec.granularity
+            for count in range(2 * pieces, _MAX_EXPERTS * pieces + 1, pieces):
+                yield replace(spec, num_experts=count)
+        case MoeAdd(num_experts=None, addition="append"):
+            sparse_layers(family_of(config), config)
+            for count in range(1, _MAX_GROWTH * max(dimensions.num_experts, 1) + 1):
+                yield replace(spec, num_experts=count)
+        case MoeAdd(num_experts=None):
+            yield spec
         case _:
             raise RequestError(
                 f"target_params and a target of {spec.name}'s own ({_describe(spec)}) are both "
@@ -81,10 +100,11 @@ def _is_possible(config: Config, spec: ExpansionSpec) -> bool:
 
 
 def _parameters(config: Config, spec: ExpansionSpec) -> int:
-    return family_of(config).count_parameters(target_config(config, [spec]))
+    target = target_config(config, [spec])
+    return family_of(target).count_parameters(target)
 
 
 def _describe(spec: Any) -> str:
-    names = ("target_layers", "drop_layers", "positions", "hidden_size")
+    names = ("target_layers", "drop_layers", "positions", "hidden_size", "num_experts")
     values = {name: getattr(spec, name, None) for name in names}
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)

@@ -1,18 +1,31 @@
 """Family tables: one data file per architecture, and what can be counted from its shapes."""
 
+from tritter.families.dimensions import Config, Dimensions
 from tritter.families.family import (
     Axis,
-    Config,
-    Dimensions,
     Family,
     LogicalTensor,
     Port,
     find_family,
 )
+from tritter.families.gemma3 import GEMMA3_TEXT
+from tritter.families.layout import (
+    LayoutKind,
+    StoredTensor,
+    layout,
+    match,
+    pack_all,
+    unpack_all,
+)
 from tritter.families.llama import LLAMA, llama_config
-from tritter.families.qwen3 import QWEN3
+from tritter.families.mistral import MISTRAL, MIXTRAL
+from tritter.families.qwen2 import QWEN2, QWEN2_MOE
+from tritter.families.qwen3 import QWEN3, QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3_TEXT, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+}
 
 
 def family_of(config: Config) -> Family:
@@ -26,14 +39,27 @@ def family_of(config: Config) -> Family:
 
 __all__ = [
     "FAMILIES",
+    "GEMMA3_TEXT",
     "LLAMA",
+    "MISTRAL",
+    "MIXTRAL",
+    "QWEN2",
+    "QWEN2_MOE",
     "QWEN3",
+    "QWEN3_MOE",
     "Axis",
     "Config",
     "Dimensions",
     "Family",
+    "LayoutKind",
     "LogicalTensor",
     "Port",
+    "StoredTensor",
     "family_of",
+    "find_family",
+    "layout",
     "llama_config",
+    "match",
+    "pack_all",
+    "unpack_all",
 ]

@@ -1,26 +1,30 @@
 """What a family table says: logical tensors, the spaces of their axes, ports, names on disk.
 
-A *logical* tensor has one name in every family (`layers.3.ffn.gate`); its axes live in named
-spaces (`residual`, `layers.3.ffn`), and each axis has a port, which says what an expansion may do
-to it there. Templates hold `{layer}`; a space whose name holds it exists once per layer.
+A *logical* tensor has one name in every family (`layers.3.ffn.gate`, `layers.3.experts.7.down`);
+its axes live in named spaces (`residual`, `layers.3.ffn`), and each axis has a port, which says
+what an expansion may do to it there. Templates hold `{layer}` and `{expert}`; a space whose name
+holds them exists once per layer, or per expert.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from typing import Literal
 
-from tritter.errors import RequestError, TritterError, did_you_mean
+from tritter.errors import RequestError, did_you_mean
+from tritter.families.dimensions import DENSE_SIZES, Config, Dimensions, read_dimensions
 
-Config = dict[str, object]
+LayerKind = Literal["all", "dense", "sparse"]
 
 
 class Port(Enum):
     """How a tensor touches the space of one of its axes."""
 
     WRITE = "write"  # a linear producer: any scale
-    WRITE_NONLINEAR = "write through a nonlinearity"  # FFN gate, q, k: scale 1 forced
+    WRITE_SCALED = "write, then scaled"  # an embedding that the model multiplies by √hidden_size
+    WRITE_NONLINEAR = "write through a nonlinearity"  # FFN gate, router, q, k: scale 1 forced
     ABSORBED = "write into a norm"  # q and k before a norm per head, which shares the model's eps
     READ = "read"  # a consumer
     GAIN = "gain"  # a norm: reads one space and writes the axis's space diagonally
@@ -35,6 +39,21 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
+class Fused:
+    """Where an expert's matrix lies in the tensor that transformers holds in memory.
+
+    Args:
+        name: of the tensor, which has one slice per expert along its first dimension.
+        block: which part of the slice's rows it is.
+        num_blocks: how many parts of equal size stand one below the other.
+    """
+
+    name: str
+    block: int = 0
+    num_blocks: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class LogicalTensor:
     """One tensor of a family.
 
@@ -44,6 +63,10 @@ class LogicalTensor:
         axes: one per dimension, in the order on disk.
         only_if: config key that must be true for the tensor to exist; empty: always.
         unless: config key that must be false for the tensor to exist; empty: always.
+        layers: the kind of layer that has it: with a dense FFN, with experts, or both.
+        live_name: name in the model's memory; empty: as on disk.
+        fused: where it lies in memory when the experts of a layer share one tensor there.
+        expert: which expert it belongs to, once written out.
     """
 
     name: str
@@ -51,40 +74,35 @@ class LogicalTensor:
     axes: tuple[Axis, ...]
     only_if: str = ""
     unless: str = ""
+    layers: LayerKind = "all"
+    live_name: str = ""
+    fused: Fused | None = None
+    expert: int | None = None
+
+    @property
+    def is_per_expert(self) -> bool:
+        return self.fused is not None
 
     def for_layer(self, layer: int) -> "LogicalTensor":
-        axes = tuple(Axis(axis.space.format(layer=layer), axis.port) for axis in self.axes)
-        return replace(
-            self,
-            name=self.name.format(layer=layer),
-            disk_name=self.disk_name.format(layer=layer),
-            axes=axes,
-        )
+        return self._filled("{layer}", str(layer))
+
+    def for_expert(self, expert: int) -> "LogicalTensor":
+        return replace(self._filled("{expert}", str(expert)), expert=expert)
 
     def exists(self, config: Config) -> bool:
         wanted = not self.only_if or bool(config.get(self.only_if))
         return wanted and not (self.unless and bool(config.get(self.unless)))
 
-
-@dataclass(frozen=True, slots=True)
-class Dimensions:
-    """The sizes that a dense decoder's config states."""
-
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-
-    @property
-    def query_size(self) -> int:
-        return self.num_attention_heads * self.head_dim
-
-    @property
-    def key_value_size(self) -> int:
-        return self.num_key_value_heads * self.head_dim
+    def _filled(self, mark: str, text: str) -> "LogicalTensor":
+        fused = self.fused
+        return replace(
+            self,
+            name=self.name.replace(mark, text),
+            disk_name=self.disk_name.replace(mark, text),
+            live_name=self.live_name.replace(mark, text),
+            axes=tuple(Axis(axis.space.replace(mark, text), axis.port) for axis in self.axes),
+            fused=None if fused is None else replace(fused, name=fused.name.replace(mark, text)),
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,11 @@ class Family:
         tensors: templates of all logical tensors, in forward order.
         heads_divide_hidden: the config class refuses a hidden size that the head count does
             not divide.
+        sizes: attribute of `Dimensions` → config key that states it.
         per_layer_config_keys: config lists with one entry per layer.
+        sparse_layers: which layers have experts; `pattern`: as `mlp_only_layers` and
+            `decoder_sparse_step` say.
+        norm_offset: what a norm adds to its weight to get its gain.
     """
 
     model_type: str
@@ -106,7 +128,14 @@ class Family:
     spaces: Mapping[str, str]
     tensors: tuple[LogicalTensor, ...]
     heads_divide_hidden: bool
+    sizes: Mapping[str, str] = field(default_factory=lambda: DENSE_SIZES)
     per_layer_config_keys: tuple[str, ...] = ()
+    sparse_layers: Literal["none", "all", "pattern"] = "none"
+    norm_offset: float = 0.0
+
+    @property
+    def has_experts(self) -> bool:
+        return self.sparse_layers != "none"
 
     def dimensions(self, config: Config) -> Dimensions:
         """Read the sizes from a config, with the defaults that transformers would derive.
@@ -114,98 +143,110 @@ class Family:
         Raises:
             RequestError: a size is missing or no positive whole number.
         """
+        return read_dimensions(config, self.sizes)
 
-        def size(key: str, default: int | None = None) -> int:
-            value = config.get(key)
-            value = default if value is None else value
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise RequestError(f"config.json: {key} = {value!r}; a whole number ≥ 1 is needed.")
-            return value
-
-        heads = size("num_attention_heads")
-        hidden_size = size("hidden_size")
-        return Dimensions(
-            num_hidden_layers=size("num_hidden_layers"),
-            hidden_size=hidden_size,
-            intermediate_size=size("intermediate_size"),
-            num_attention_heads=heads,
-            num_key_value_heads=size("num_key_value_heads", heads),
-            head_dim=size("head_dim", hidden_size // heads),
-            vocab_size=size("vocab_size"),
-        )
+    def is_sparse(self, config: Config, layer: int) -> bool:
+        """Return whether a layer has experts in place of one FFN."""
+        if self.sparse_layers != "pattern":
+            return self.has_experts
+        dense = config.get("mlp_only_layers")
+        step = config.get("decoder_sparse_step", 1)
+        assert isinstance(step, int)
+        is_exempt = isinstance(dense, list | tuple) and layer in dense
+        return not is_exempt and (layer + 1) % step == 0
 
     def logical_tensors(self, config: Config) -> tuple[LogicalTensor, ...]:
-        """Return every tensor that a model of this config has, layers written out."""
+        """Return every tensor that a model of this config has, layers and experts written out."""
         before, per_layer, after = self._sections
+        dimensions = self.dimensions(config)
         tensors = list(before)
-        for layer in range(self.dimensions(config).num_hidden_layers):
-            tensors += [template.for_layer(layer) for template in per_layer]
+        for layer in range(dimensions.num_hidden_layers):
+            kind = "sparse" if self.is_sparse(config, layer) else "dense"
+            templates = [t.for_layer(layer) for t in per_layer if t.layers in ("all", kind)]
+            tensors += _with_experts(templates, dimensions.num_experts)
         tensors += after
         return tuple(tensor for tensor in tensors if tensor.exists(config))
 
-    def layer_tensors(self, config: Config) -> tuple[LogicalTensor, ...]:
-        """Return the templates of one layer's tensors that exist under this config."""
-        return tuple(tensor for tensor in self._sections[1] if tensor.exists(config))
+    def with_layers(self, config: Config, layer_sources: Sequence[int]) -> Config:
+        """Return the config of a model whose layer t is a copy of layer `layer_sources[t]`.
+
+        Whatever the config states per layer follows: kinds of attention, which layers have
+        experts.
+        """
+        deeper: Config = {**config, "num_hidden_layers": len(layer_sources)}
+        for key in self.per_layer_config_keys:
+            values = config.get(key)
+            if isinstance(values, list):
+                deeper[key] = [values[source] for source in layer_sources]
+        if self.sparse_layers == "pattern":
+            dense = [t for t, s in enumerate(layer_sources) if not self.is_sparse(config, s)]
+            deeper |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+        return deeper
 
     def shape(self, tensor: LogicalTensor, config: Config) -> tuple[int, ...]:
         dimensions = self.dimensions(config)
-        return tuple(getattr(dimensions, self._size_key(axis.space)) for axis in tensor.axes)
+        return tuple(getattr(dimensions, self._size_name(axis.space)) for axis in tensor.axes)
 
-    def match(self, disk_names: Iterable[str], config: Config) -> dict[str, LogicalTensor]:
-        """Return disk name → logical tensor for all tensors of a checkpoint.
+    def branch_output(self, tensor: LogicalTensor) -> bool:
+        """Return whether a tensor writes what a block adds to the residual stream.
 
-        Raises:
-            TritterError: a name has no place in the family's table, or one is missing.
+        True of the output projections of attention, FFN and experts and of their biases, or of
+        the norms that stand behind them: with all of them zero (a norm's gain zero, that is) a
+        block is the identity.
         """
-        expected = {tensor.disk_name: tensor for tensor in self.logical_tensors(config)}
-        names = set(disk_names) - self._tied_names(config)
-        extra, missing = sorted(names - set(expected)), sorted(set(expected) - names)
-        if extra or missing:
-            parts = []
-            if extra:
-                parts.append(
-                    f"{len(extra)} tensors that {self.model_type} does not have: {_some(extra)}"
-                )
-            if missing:
-                parts.append(f"{len(missing)} tensors are missing: {_some(missing)}")
-            raise TritterError("The checkpoint does not fit its config.json: " + "; ".join(parts))
-        return expected
+        output = tensor.axes[0]
+        is_written = output.port in (Port.WRITE, Port.GAIN) and output.space == "residual"
+        return is_written and tensor.name.startswith("layers.")
 
     def count_parameters(self, config: Config) -> int:
         """Count the parameters from shapes; a tied head counts once."""
-        total = 0
-        for tensor in self.logical_tensors(config):
-            size = 1
-            for length in self.shape(tensor, config):
-                size *= length
-            total += size
-        return total
+        return sum(size for _, size in self._sizes_of_tensors(config))
+
+    def count_active_parameters(self, config: Config) -> int:
+        """Count the parameters that one token meets: of the experts, those it is routed to."""
+        return round(
+            sum(size * self._active_share(t, config) for t, size in self._sizes_of_tensors(config))
+        )
 
     def forward_flops_per_token(self, config: Config, *, context_length: int) -> int:
         """Count multiply-adds (2 FLOPs each) of one token's forward pass.
 
-        Matrix products, the output head and attention over half the context on average; norms,
-        rotary embedding and softmax are left out. A training step costs three times as much.
+        Matrix products, the output head and attention over half the context on average; of the
+        experts, those that a token is routed to. Norms, rotary embedding and softmax are left
+        out. A training step costs three times as much.
         """
         dimensions = self.dimensions(config)
-        matrices = 0
-        for tensor in self.logical_tensors(config):
-            shape = self.shape(tensor, config)
+        matrices = 0.0
+        for tensor, size in self._sizes_of_tensors(config):
             is_lookup = Axis("vocab", Port.READ) in tensor.axes
-            if len(shape) == 2 and not is_lookup:
-                matrices += shape[0] * shape[1]
+            if len(tensor.axes) == 2 and not is_lookup:
+                matrices += size * self._active_share(tensor, config)
         if config.get("tie_word_embeddings"):
             matrices += dimensions.vocab_size * dimensions.hidden_size
         attention = dimensions.num_hidden_layers * dimensions.query_size * context_length
-        return 2 * matrices + 2 * attention
+        return 2 * round(matrices) + 2 * attention
 
-    def _size_key(self, space: str) -> str:
-        return self.spaces[re.sub(r"\.\d+\.", ".{layer}.", space)]
-
-    def _tied_names(self, config: Config) -> set[str]:
-        """Names that a file may hold although the tie makes them redundant."""
+    def tied_names(self, config: Config) -> set[str]:
+        """Return names that a file may hold although the tie makes them redundant."""
         tied = (t for t in self.tensors if t.unless and not t.exists(config))
         return {tensor.disk_name for tensor in tied}
+
+    def _sizes_of_tensors(self, config: Config) -> Iterator[tuple[LogicalTensor, int]]:
+        for tensor in self.logical_tensors(config):
+            size = 1
+            for length in self.shape(tensor, config):
+                size *= length
+            yield tensor, size
+
+    def _active_share(self, tensor: LogicalTensor, config: Config) -> float:
+        if not tensor.is_per_expert:
+            return 1.0
+        dimensions = self.dimensions(config)
+        return dimensions.experts_per_token / dimensions.num_experts
+
+    def _size_name(self, space: str) -> str:
+        template = re.sub(r"^layers\.\d+\.", "layers.{layer}.", space)
+        return self.spaces[re.sub(r"\.experts\.\d+\.", ".experts.{expert}.", template)]
 
     @cached_property
     def _sections(self) -> tuple[list[LogicalTensor], list[LogicalTensor], list[LogicalTensor]]:
@@ -214,6 +255,16 @@ class Family:
         last = len(is_layer) - is_layer[::-1].index(True)
         tensors = list(self.tensors)
         return tensors[:first], tensors[first:last], tensors[last:]
+
+
+def is_stream(space: str) -> bool:
+    """Return whether a space is the residual stream, or a branch's output on the way to it."""
+    return space == "residual" or is_branch_output(space)
+
+
+def is_branch_output(space: str) -> bool:
+    """Return whether a norm stands between a space and the residual stream."""
+    return space.endswith((".attention_output", ".ffn_output"))
 
 
 def find_family(families: Mapping[str, Family], model_type: str) -> Family:
@@ -230,6 +281,13 @@ def find_family(families: Mapping[str, Family], model_type: str) -> Family:
     return families[model_type]
 
 
-def _some(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"
+def _with_experts(templates: Sequence[LogicalTensor], num_experts: int) -> list[LogicalTensor]:
+    """Write the templates of experts out, expert by expert, at the place of the first one."""
+    per_expert = [template for template in templates if template.is_per_expert]
+    written: list[LogicalTensor] = []
+    for template in templates:
+        if not template.is_per_expert:
+            written.append(template)
+        elif template is per_expert[0]:
+            written += [t.for_expert(expert) for expert in range(num_experts) for t in per_expert]
+    return written

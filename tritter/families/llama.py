@@ -1,7 +1,14 @@
 """Llama: the plain dense decoder."""
 
-from tritter.families.decoder import DECODER_SPACES, decoder_tensors
-from tritter.families.family import Config, Family
+from tritter.families.decoder import (
+    DECODER_SPACES,
+    attention,
+    decoder_tensors,
+    dense_ffn,
+    ffn_norm,
+)
+from tritter.families.dimensions import Config
+from tritter.families.family import Family
 
 LLAMA = Family(
     model_type="llama",
@@ -9,7 +16,9 @@ LLAMA = Family(
     heads_divide_hidden=True,
     spaces=DECODER_SPACES,
     tensors=decoder_tensors(
-        queries_are_normed=False, attention_bias="attention_bias", mlp_bias="mlp_bias"
+        *attention(biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(bias_key="mlp_bias"),
     ),
 )
 

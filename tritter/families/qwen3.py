@@ -1,13 +1,42 @@
-"""Qwen3: Llama's block with an RMSNorm per head behind q and k."""
+"""Qwen3: a norm per head on queries and keys, heads of any size, kinds of layers; and its MoE."""
 
-from tritter.families.decoder import DECODER_SPACES, decoder_tensors
+from tritter.families.decoder import (
+    DECODER_SPACES,
+    EXPERT_SIZES,
+    EXPERT_SPACES,
+    attention,
+    decoder_tensors,
+    dense_ffn,
+    experts,
+    ffn_norm,
+)
 from tritter.families.family import Family
 
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     heads_divide_hidden=False,
-    per_layer_config_keys=("layer_types",),
     spaces=DECODER_SPACES,
-    tensors=decoder_tensors(queries_are_normed=True, attention_bias="attention_bias"),
+    tensors=decoder_tensors(
+        *attention(has_query_norm=True, biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(),
+    ),
+    per_layer_config_keys=("layer_types",),
+)
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    heads_divide_hidden=False,
+    spaces=EXPERT_SPACES,
+    tensors=decoder_tensors(
+        *attention(has_query_norm=True, biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(layers="dense"),
+        *experts(module="mlp", gate="gate_proj", up="up_proj", down="down_proj", layers="sparse"),
+    ),
+    sizes={**EXPERT_SIZES, "num_experts": "num_local_experts"},
+    per_layer_config_keys=("layer_types",),
+    sparse_layers="pattern",
 )

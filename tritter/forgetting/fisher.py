@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tritter.families import FAMILIES
+
 Estimator = Literal["empirical", "true"]
 Progress = Callable[[int, int], None]
+Parameters = Mapping[str, Tensor]
 
 
 def diagonal_fisher(
@@ -33,7 +36,8 @@ def diagonal_fisher(
         model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V]; its modules' own
             randomness (dropout) is off while it is looked at.
         sequences: integers [N, T].
-        batch_size: sequences whose gradients are held at a time; the result does not depend on it.
+        batch_size: sequences whose gradients are held at a time (a model with experts takes one
+            after the other); the result does not depend on it.
         estimator: `empirical` or `true`.
         seed: of the labels that `true` draws.
         progress: called with (sequences done, sequences in all).
@@ -44,7 +48,7 @@ def diagonal_fisher(
     """
     parameters = {name: p.detach().float() for name, p in model.named_parameters()}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    per_sequence = vmap(grad(_sequence_loss, argnums=1), in_dims=(None, None, 0, 0))
+    squares = _looped_squares if has_experts(model) else _vectorised_squares
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
     model.eval()
@@ -53,10 +57,8 @@ def diagonal_fisher(
         for batch in sequences.split(batch_size):
             input_ids = batch.long().to(next(iter(parameters.values())).device)
             labels = _labels(model, input_ids, estimator, generator)
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
-                gradients = per_sequence(model, parameters, input_ids, labels)
-            for name, gradient in gradients.items():
-                total[name] += gradient.square().sum(dim=0)
+            for name, square in squares(model, parameters, input_ids, labels).items():
+                total[name] += square
             done += len(batch)
             if progress is not None:
                 progress(done, len(sequences))
@@ -65,8 +67,40 @@ def diagonal_fisher(
     return {name: value / len(sequences) for name, value in total.items()}
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Return whether tokens choose experts: then what is computed depends on the data."""
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    return family is not None and family.has_experts
+
+
+def _vectorised_squares(
+    model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """Return the sum of the squared per-sequence gradients, all sequences at once."""
+    per_sequence = vmap(grad(_sequence_loss, argnums=1), in_dims=(None, None, 0, 0))
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
+        gradients = per_sequence(model, parameters, input_ids, labels)
+    return {name: gradient.square().sum(dim=0) for name, gradient in gradients.items()}
+
+
+def _looped_squares(
+    model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """Return the same, sequence after sequence: routing has no batching rule."""
+    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for sequence, wanted in zip(input_ids, labels, strict=True):
+        with torch.enable_grad():
+            loss = _sequence_loss(model, leaves, sequence, wanted)
+        # An expert that no token chose has no gradient
+        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        for name, gradient in zip(leaves, gradients, strict=True):
+            total[name] += gradient.square()
+    return total
+
+
 def _sequence_loss(
-    model: nn.Module, parameters: Mapping[str, Tensor], input_ids: Tensor, labels: Tensor
+    model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
 ) -> Tensor:
     """Mean next-token loss of one sequence; input_ids [T], labels [T - 1]."""
     arguments = {"input_ids": input_ids.unsqueeze(0), "use_cache": False}

@@ -5,7 +5,7 @@ same map; `axis_map` says how one space grows, `tensor_map` what that means for 
 `apply` moves values.
 """
 
-from tritter.parameter_map.apply import Quantity, carried, map_tensor
+from tritter.parameter_map.apply import Quantity, carried, map_tensor, mapped
 from tritter.parameter_map.axis_map import AxisMap
 from tritter.parameter_map.tensor_map import AxisFactor, Fill, ParameterMap, TensorMap
 
@@ -18,4 +18,5 @@ __all__ = [
     "TensorMap",
     "carried",
     "map_tensor",
+    "mapped",
 ]

@@ -1,11 +1,15 @@
 """Move values through a tensor map: weights, and all that lives on them."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 
 import torch
 from torch import Tensor
 
 from tritter.parameter_map.tensor_map import AxisFactor, Fill, TensorMap
+
+Read = Callable[[str], Tensor]
 
 
 class Quantity(Enum):
@@ -25,7 +29,7 @@ class Quantity(Enum):
             case Quantity.GRADIENT:
                 return axis.gradient
             case Quantity.SQUARED_GRADIENT:
-                return axis.gradient.square()
+                return axis.gradient.square() if axis.squared is None else axis.squared
             case Quantity.PATH_INTEGRAL:
                 return axis.weight * axis.gradient
             case Quantity.PENALTY:
@@ -33,40 +37,86 @@ class Quantity(Enum):
                 return torch.where(axis.weight != 0, axis.gradient / axis.weight, 0.0)
 
 
+def mapped(tensor_map: TensorMap, read: Read, *, quantity: Quantity = Quantity.WEIGHT) -> Tensor:
+    """Return the target tensor, its sources read by logical name.
+
+    Quantities other than weights know nothing of fills; of a blend they take the mean as well.
+    """
+    source = None if tensor_map.source is None else read(tensor_map.source)
+    if source is not None and tensor_map.blend:
+        total = source.to(_compute_dtype(source))
+        for name in tensor_map.blend:
+            total = total + read(name)
+        source = (total / (1 + len(tensor_map.blend))).to(source.dtype)
+    donor_map = tensor_map.fill.donor
+    donor = None
+    if donor_map is not None and quantity is Quantity.WEIGHT:
+        donor = mapped(donor_map, read)
+    return map_tensor(tensor_map, source, quantity=quantity, donor=donor)
+
+
 def map_tensor(
-    tensor_map: TensorMap, source: Tensor, *, quantity: Quantity = Quantity.WEIGHT
+    tensor_map: TensorMap,
+    source: Tensor | None,
+    *,
+    quantity: Quantity = Quantity.WEIGHT,
+    donor: Tensor | None = None,
 ) -> Tensor:
-    """Return the target tensor for `source`.
+    """Return the target tensor for `source`; None where the map has no source.
 
     Weights get their fills; every other quantity is zero where a coordinate has no source, and
     everywhere when the map's state is `fresh`. Factors are applied in float32, or float64 for a
     float64 source, on the source's device; the result has the source's dtype.
+
+    Args:
+        donor: what a fill of kind `copy` takes its values from, in the target's shape.
     """
+    if source is None:
+        created = torch.zeros(tensor_map.shape)
+        if quantity is not Quantity.WEIGHT:
+            return created
+        return _filled(created, torch.zeros(tensor_map.shape, dtype=torch.bool), tensor_map.fill)
     axes = tensor_map.axes or (None,) * source.ndim
     if len(axes) != source.ndim:
         raise ValueError(f"a map of {len(axes)} axes met a tensor of shape {tuple(source.shape)}")
-    mapped = _gather(source, axes, quantity)
     if quantity is not Quantity.WEIGHT:
-        return torch.zeros_like(mapped) if tensor_map.state == "fresh" else mapped
+        gathered = _gather(source, axes, quantity)
+        return torch.zeros_like(gathered) if tensor_map.state == "fresh" else gathered
+    if tensor_map.offset:
+        return _with_offset(tensor_map, source, donor)
+    values = _gather(source, axes, quantity)
     if tensor_map.is_zeroed:
-        return torch.zeros_like(mapped)
+        return torch.zeros_like(values)
     if tensor_map.noise:
-        mapped = _with_noise(mapped, tensor_map, source)
+        values = _with_noise(values, tensor_map, source)
     if all(axis is None or bool((axis.index >= 0).all()) for axis in axes):
-        return mapped
-    has_source = _select(tensor_map, torch.ones(source.shape, dtype=torch.bool))
-    return _filled(mapped, has_source.to(mapped.device), tensor_map.fill)
+        return values
+    has_source = _sourced(axes)
+    return _filled(values, has_source.to(values.device), tensor_map.fill, like=source, donor=donor)
 
 
-def carried(tensor_map: TensorMap, source_mask: Tensor) -> Tensor:
+def _with_offset(tensor_map: TensorMap, source: Tensor, donor: Tensor | None) -> Tensor:
+    """Let the map act on the sum of weight and offset, which is what the model uses."""
+    offset = tensor_map.offset
+    effective = map_tensor(
+        replace(tensor_map, offset=0.0),
+        source.to(_compute_dtype(source)) + offset,
+        donor=None if donor is None else donor + offset,
+    )
+    return (effective - offset).to(source.dtype)
+
+
+def carried(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
     """Return which entries of the target carry on what `source_mask` marks in the source.
 
     New coordinates, zeroed copies and tensors whose state is fresh carry nothing: penalties that
     hold old knowledge leave them free. Maps in a row are followed by applying this in a row.
 
     Args:
-        source_mask: bool, the source tensor's shape.
+        source_mask: bool, the source tensor's shape; None where the map has no source.
     """
+    if source_mask is None:
+        return torch.zeros(tensor_map.shape, dtype=torch.bool)
     mask = _select(tensor_map, source_mask)
     if tensor_map.is_zeroed or tensor_map.state == "fresh":
         return torch.zeros_like(mask)
@@ -86,44 +136,114 @@ def _select(tensor_map: TensorMap, source_mask: Tensor) -> Tensor:
     return mask
 
 
-def _gather(source: Tensor, axes: tuple[AxisFactor | None, ...], quantity: Quantity) -> Tensor:
-    compute_dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
+def _sourced(axes: Sequence[AxisFactor | None]) -> Tensor:
+    """Return which entries of the target have a source, in a shape that broadcasts to its own."""
+    mask = torch.ones((1,) * len(axes), dtype=torch.bool)
+    for dimension, axis in enumerate(axes):
+        if axis is not None:
+            shape = [1] * len(axes)
+            shape[dimension] = -1
+            mask = mask & (axis.index >= 0).view(shape)
+    return mask
+
+
+def _compute_dtype(source: Tensor) -> torch.dtype:
+    return torch.float64 if source.dtype == torch.float64 else torch.float32
+
+
+def _gather(
+    source: Tensor,
+    axes: tuple[AxisFactor | None, ...],
+    quantity: Quantity,
+) -> Tensor:
+    compute_dtype = _compute_dtype(source)
     values = source
     for dimension, axis in enumerate(axes):
         if axis is None:
             continue
-        index = axis.index.clamp(min=0).to(source.device)
-        values = values.index_select(dimension, index)
+        values = _taken(values, dimension, axis.index.to(source.device))
         factor = quantity.factor(axis)
         if bool((factor == 1).all()):
             continue
         shape = [1] * source.ndim
         shape[dimension] = -1
         factor = factor.to(device=source.device, dtype=compute_dtype).view(shape)
-        values = values.to(compute_dtype) * factor
+        wide = values.to(compute_dtype)
+        values = wide * factor if wide is source else wide.mul_(factor)
     return values.to(source.dtype) if values is not source else source.clone()
 
 
-def _filled(mapped: Tensor, has_source: Tensor, fill: Fill) -> Tensor:
+def _taken(values: Tensor, dimension: int, index: Tensor) -> Tensor:
+    """Return `values` at an index along one dimension, zero or anything where it is negative.
+
+    What the index leaves in place, which is most of it, is copied in one piece.
+    """
+    new_size, old_size = index.numel(), values.shape[dimension]
+    size = min(new_size, old_size)
+    moved = (index[:size] != torch.arange(size, device=index.device)).nonzero()
+    kept = int(moved[0]) if moved.numel() else size
+    if kept == new_size == old_size:
+        return values
+    shape = list(values.shape)
+    shape[dimension] = new_size
+    taken = values.new_empty(shape)
+    taken.narrow(dimension, 0, kept).copy_(values.narrow(dimension, 0, kept))
+    rest, place = index[kept:], taken.narrow(dimension, kept, new_size - kept)
+    if bool((rest < 0).all()):
+        place.zero_()
+    else:
+        place.copy_(values.index_select(dimension, rest.clamp(min=0)))
+    return taken
+
+
+def _filled(
+    values: Tensor,
+    has_source: Tensor,
+    fill: Fill,
+    *,
+    like: Tensor | None = None,
+    donor: Tensor | None = None,
+) -> Tensor:
+    """Fill the entries without a source; `like` is the source, whose spread `matched` takes."""
     match fill.kind:
         case "zero":
-            return torch.where(has_source, mapped, torch.zeros_like(mapped))
+            return values.masked_fill_(~has_source, 0)
         case "mean":
-            mean = mapped[has_source].double().mean().to(mapped.dtype)
-            return torch.where(has_source, mapped, mean)
+            mean = values[has_source.expand(values.shape)].double().mean().to(values.dtype)
+            return torch.where(has_source, values, torch.where(mean == 0, 1, mean))
+        case "row_mean":
+            assert like is not None, "a mean of rows needs a source"
+            row = like.to(values.device).double().mean(dim=0).to(values.dtype)
+            return torch.where(has_source, values, row)
         case "random":
-            generator = torch.Generator().manual_seed(fill.seed)
-            noise = torch.randn(mapped.shape, generator=generator) * fill.std
-            return torch.where(has_source, mapped, noise.to(mapped))
+            rows = values[:: fill.repeat]
+            drawn = _drawn(rows, fill.seed, std=fill.std)
+            if fill.repeat > 1:
+                drawn = drawn.repeat_interleave(fill.repeat, dim=0)
+            return torch.where(has_source, values, drawn)
+        case "matched":
+            assert like is not None, "a matched fill needs a source"
+            wide = fill.scale * like.double()
+            drawn = _drawn(values, fill.seed, std=float(wide.std()), mean=float(wide.mean()))
+            return torch.where(has_source, values, drawn)
+        case "copy":
+            assert donor is not None, "a fill that copies needs a donor"
+            return torch.where(has_source, values, donor.to(values))
 
 
-def _with_noise(mapped: Tensor, tensor_map: TensorMap, source: Tensor) -> Tensor:
-    is_copy = torch.zeros((), dtype=torch.bool)
-    for dimension, axis in enumerate(tensor_map.axes):
-        size = mapped.shape[dimension]
+def _drawn(values: Tensor, seed: int, *, std: float, mean: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(values.shape, generator=generator).mul_(std)
+    return (drawn.add_(mean) if mean else drawn).to(values)
+
+
+def _with_noise(values: Tensor, tensor_map: TensorMap, source: Tensor) -> Tensor:
+    is_copy = torch.tensor(tensor_map.is_copy)
+    axes = tensor_map.axes or (None,) * source.ndim
+    for dimension, axis in enumerate(axes):
+        size = values.shape[dimension]
         here = torch.zeros(size, dtype=torch.bool) if axis is None else axis.is_duplicate
         is_copy = is_copy.unsqueeze(-1) | here
-    generator = torch.Generator().manual_seed(tensor_map.noise_seed)
     std = tensor_map.noise * float(source.double().std())
-    noise = torch.randn(mapped.shape, generator=generator) * std
-    return torch.where(is_copy.to(mapped.device), mapped + noise.to(mapped), mapped)
+    noise = _drawn(values, tensor_map.noise_seed, std=std)
+    return torch.where(is_copy.to(values.device), values + noise, values)

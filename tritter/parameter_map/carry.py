@@ -44,7 +44,8 @@ def starts_anew(tensor_map: TensorMap, kind: str, *, policy: Policy = "carry") -
     """Return whether the target has no state of this kind: it is absent, not zero."""
     if STATE_KINDS[kind].new_entries == "as_weights":
         return False
-    return tensor_map.state == "fresh" or (kind in MOMENTS and policy == "zero")
+    is_reset = policy == "zero" or (policy == "reset_new" and tensor_map.is_copy)
+    return tensor_map.state == "fresh" or (kind in MOMENTS and is_reset)
 
 
 def carry(tensor_map: TensorMap, source: Tensor, kind: str, *, policy: Policy = "carry") -> Tensor:

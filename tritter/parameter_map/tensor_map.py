@@ -20,11 +20,15 @@ class AxisFactor:
         index: int64 [N], the source coordinate of each new one, -1 where it is new.
         weight: float64 [N], factor on weights, anchors, averages.
         gradient: float64 [N], factor on gradients; squared for second moments and Fisher.
+        squared: float64 [N], factor on squared gradients where it is not the square: a new
+            coordinate that sees some of the tokens takes a share of the variance, which is more
+            than the share squared.
     """
 
     index: Tensor
     weight: Tensor
     gradient: Tensor
+    squared: Tensor | None = None
 
     @classmethod
     def writes(cls, axis_map: AxisMap) -> "AxisFactor":
@@ -64,6 +68,12 @@ class AxisFactor:
         return cls(output.source, output.scale * rms_ratio, output.share / rms_ratio)
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What determines the factor."""
+        parts = (self.index, self.weight, self.gradient)
+        return parts if self.squared is None else (*parts, self.squared)
+
+    @property
     def is_identity(self) -> bool:
         return bool(
             (self.index == torch.arange(self.index.numel())).all()
@@ -87,48 +97,101 @@ class Fill:
     """What stands in coordinates without a source.
 
     Args:
-        kind: `zero`, `random` (normal, mean 0, `std`) or `mean` (of the carried values).
+        kind: `zero`; `random` (normal, mean 0, `std`); `matched` (normal with the mean and
+            deviation of the source's values); `mean` (of the carried values, or 1 where they
+            are all zero: behind zero weights a gain of zero would never move); `row_mean` (the
+            mean of the source's rows); or `copy`, what `donor` makes of another tensor.
         std: standard deviation of `random`.
-        seed: seed of `random`; each tensor has its own.
+        seed: seed of `random` and `matched`; each tensor has its own.
+        scale: factor on what `matched` draws, as on the source's values.
+        repeat: rows in a row that share one draw of `random` (router rows of a group).
+        donor: a map from another tensor to the whole target; where it has no source either, its
+            own fill counts.
     """
 
-    kind: Literal["zero", "random", "mean"] = "zero"
+    kind: Literal["zero", "random", "matched", "mean", "row_mean", "copy"] = "zero"
     std: float = 0.0
     seed: int = 0
+    scale: float = 1.0
+    repeat: int = 1
+    donor: "TensorMap | None" = None
+
+    def description(self) -> list[object]:
+        """Return plain data that determines the fill."""
+        plain: list[object] = [self.kind, self.std, self.seed]
+        if self.scale != 1 or self.repeat != 1:
+            plain += [self.scale, self.repeat]
+        return plain if self.donor is None else [*plain, self.donor.description()]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorMap:
-    """How one target tensor follows from one source tensor.
+    """How one target tensor follows from one source tensor, or from several.
 
     Args:
-        source: logical name in the source model.
+        source: logical name in the source model; None for a tensor that has no source at all and
+            is made of its fill.
         axes: one factor per dimension; None keeps the dimension as it is.
         fill: for coordinates without a source.
-        is_zeroed: keep the shape, not the values (the output projections of an identity block).
+        shape: of a target without a source.
+        blend: further sources; the mean of all stands in for the one.
+        is_zeroed: keep the shape, not the values (the output projections of an identity block);
+            with the offset they are zero.
         state: `carry` lets moments and importances follow; `fresh` starts them anew.
-        noise: standard deviation, relative to the source's, added to second copies.
+        noise: standard deviation, relative to the source's, added to further copies.
         noise_seed: seed of that noise.
+        is_copy: the whole tensor is a further copy of one that stands elsewhere.
+        offset: what the model adds to the weight before it uses it, on which the factors act
+            (Gemma's norms: 1).
     """
 
-    source: str
+    source: str | None
     axes: tuple[AxisFactor | None, ...] = ()
     fill: Fill = Fill()
+    shape: tuple[int, ...] = ()
+    blend: tuple[str, ...] = ()
     is_zeroed: bool = False
     state: Literal["carry", "fresh"] = "carry"
     noise: float = 0.0
     noise_seed: int = 0
+    is_copy: bool = False
+    offset: float = 0.0
+
+    @classmethod
+    def created(cls, shape: tuple[int, ...], fill: Fill) -> "TensorMap":
+        """Return the map of a tensor that the source has not."""
+        return cls(source=None, shape=shape, fill=fill, state="fresh")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Logical names that the weights are made of, donors included."""
+        own = () if self.source is None else (self.source, *self.blend)
+        return own if self.fill.donor is None else (*own, *self.fill.donor.sources)
+
+    @property
+    def is_verbatim(self) -> bool:
+        """The weights are the source's, bit for bit."""
+        is_computed = self.noise or self.blend or self.is_zeroed or self.source is None
+        return not is_computed and all(axis is None for axis in self.axes)
 
     def description(self) -> list[object]:
         """Return plain data that determines the map, tensors as their SHA-256."""
         axes = [
-            None
-            if axis is None
-            else [_tensor_digest(axis.index, axis.weight, axis.gradient), axis.index.numel()]
+            None if axis is None else [_tensor_digest(*axis.parts), axis.index.numel()]
             for axis in self.axes
         ]
-        fill = [self.fill.kind, self.fill.std, self.fill.seed]
-        return [self.source, axes, fill, self.is_zeroed, self.state, self.noise, self.noise_seed]
+        noise = [self.noise, self.noise_seed]
+        fill = self.fill.description()
+        plain: list[object] = [self.source, axes, fill, self.is_zeroed, self.state, *noise]
+        # What few maps have is left out where it is absent, so that old digests stay what they are
+        rare = {
+            "shape": self.shape,
+            "blend": self.blend,
+            "is_copy": self.is_copy,
+            "offset": self.offset,
+        }
+        given = {name: value for name, value in rare.items() if value}
+        return [*plain, given] if given else plain
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""An arm of a run: one way of continuing from the baseline."""
+"""An arm of a run: one way of continuing from the baseline, or from what a round before it kept."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,42 @@ from tritter.expansion import ExpansionSpec
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way of continuing from the baseline: the expansion asked for, or none as the control.
+    """One way of continuing: the expansion asked for, or none as the control.
 
     Args:
         name: of the arm's folder, scores and stages.
         specs: its expansions in order.
         is_control: it stands beside the attempt, for comparison.
+        follows: the round whose result it starts from; None: it starts from the baseline.
+        is_round: it is one of the rounds of a run that grows to a size.
+        num_trainings: how many times the training's steps it is trained for.
     """
 
     name: str
     specs: tuple[ExpansionSpec, ...]
     is_control: bool = False
+    follows: str | None = None
+    is_round: bool = False
+    num_trainings: int = 1
+
+    @property
+    def start(self) -> str:
+        """Where the checkpoint lies that it starts from, relative to the run folder."""
+        return f"{self.follows}/trained" if self.follows else "baseline"
+
+    @property
+    def start_scores(self) -> str:
+        """The name of that checkpoint's scores."""
+        return f"{self.follows}-trained" if self.follows else "baseline"
+
+    @property
+    def purpose(self) -> tuple[str, ...]:
+        """What sets its seeds apart from those of the rounds before it."""
+        return (self.name,) if self.follows else ()
+
+    def key(self, stage: str) -> str:
+        """Return the ledger's name of a stage that a run without rounds has once."""
+        return f"{self.name}.{stage}" if self.is_round else stage
 
     @property
     def claims_exact(self) -> bool:

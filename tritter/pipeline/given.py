@@ -6,18 +6,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from tritter.checkpoint import Lineage, Source, write_checkpoint
 from tritter.config.checkpoint_folder import checkpoint_config
 from tritter.config.problems import raise_problems
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import start_problems
 from tritter.errors import RequestError, TritterError
-from tritter.expand import copy_tokenizer
-from tritter.families import Config
+from tritter.expand import copy_tokenizer, plan_expansion
 from tritter.models import locate, read_config
+from tritter.pipeline import experts
+from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.routing import carry_added_experts
 from tritter.storage.writer import TensorEntry, TensorStream
 
 
@@ -34,6 +34,10 @@ def check_given(context: RunContext) -> None:
     with _wrong_request():
         config = read_config(context.given)
     raise_problems(start_problems(context.config, config))
+    if context.config.expansion and context.config.pipeline.target_params is None:
+        # Which expert is cloned may be chosen by data later; for what is checked here it is one
+        arm = experts.with_choice(Arm("given", context.config.expansion), [0])
+        plan_expansion(context.given, arm.specs)
 
 
 def copy_given(context: RunContext, target: Path) -> Lineage:
@@ -57,29 +61,24 @@ def copy_given(context: RunContext, target: Path) -> Lineage:
         return write_checkpoint(
             target,
             config=config,
-            tensors=_tensors(source, config),
+            tensors=_tensors(source),
             lineage=lambda: _lineage(source, target, path=model.path),
-            write_extras=lambda path: copy_tokenizer(folder, path),
+            write_extras=lambda path: _copy_extras(folder, path),
             overwrite=True,
         )
 
 
-def _tensors(source: Source, config: Config) -> TensorStream:
-    tensors = source.family.logical_tensors(config)
+def _copy_extras(folder: Path, target: Path) -> None:
+    copy_tokenizer(folder, target)
+    carry_added_experts(folder, target)
+
+
+def _tensors(source: Source) -> TensorStream:
     entries = tuple(
-        TensorEntry(
-            source.disk_name(tensor.name),
-            source.tensors.torch_dtype(source.disk_name(tensor.name)),
-            source.family.shape(tensor, config),
-        )
-        for tensor in tensors
+        TensorEntry(stored.name, source.tensors.torch_dtype(stored.name), stored.shape)
+        for stored in source.stored
     )
-
-    def read() -> Iterator[tuple[str, Tensor]]:
-        for tensor in tensors:
-            yield source.disk_name(tensor.name), source.read(tensor.name)
-
-    return TensorStream(entries, read())
+    return TensorStream(entries, ((e.name, source.read_stored(e.name)) for e in entries))
 
 
 def _lineage(source: Source, target: Path, *, path: str) -> Lineage:

@@ -2,9 +2,10 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,22 @@ from tritter.config.schema import RunConfig, TextDataConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status, decide
 from tritter.expansion import EXPANSIONS
-from tritter.pipeline import stages, verdict
+from tritter.pipeline import adaptation, experts, stages, verdict
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext, score_records
 from tritter.pipeline.given import check_given
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.metrics import evaluation_metrics, wandb_logger, write_metrics
+from tritter.pipeline.rounds import (
+    kept_parameters,
+    planned_arms,
+    round_status,
+    target_record,
+)
 from tritter.report.plots import plot_run
 from tritter.report.tables import print_summary
 from tritter.storage.atomic import write_text_atomic
 
-ATTEMPT = "attempt_1"
 CONTROL = Arm("control", (), is_control=True)
 SUMMARY_NAME = "summary.json"
 
@@ -59,33 +65,86 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         console=Console(),
         ledger=Ledger(run_folder),
     )
-    attempt = Arm(ATTEMPT, config.expansion)
     check_given(context)
     _announce(context)
     _check_text(context)
-    context.stage("baseline", lambda: stages.baseline(context), label="baseline")
-    if stages.needs_importance(context):
-        context.stage("importance", lambda: stages.importance(context), label="importance")
-    _run_arm(context, attempt)
+    run_baseline(context)
+    arms = _run_rounds(context)
+    control = replace(CONTROL, num_trainings=len(arms))
     if config.control:
         context.say("control", "the un-grown base, trained in the same way")
-        _run_arm(context, CONTROL)
-    gate = context.stage("gate", lambda: _gate(context, attempt), label="gate")
-    status = gate.found["status"]
-    context.stage("publish", lambda: _publish(context, attempt, status), label="publish")
-    summary = _summary(context, attempt, status)
+        run_arm(context, control)
+    status = round_status(context, arms[-1]) if arms[-1].is_round else None
+    status = status or _gate_stage(context, arms[-1])
+    context.stage("publish", lambda: _publish(context, arms[-1], status), label="publish")
+    summary = _summary(context, arms, control)
     path = run_folder / SUMMARY_NAME
     write_text_atomic(path, json.dumps(summary, indent=1) + "\n")
-    metrics_csv = write_metrics(context, ATTEMPT)
+    metrics_csv = write_metrics(context, arms[-1].name)
     plots = plot_run(summary, metrics_csv, run_folder / "plots")
     print_summary(summary, console=context.console, folder=run_folder)
     _print_next(context, plots)
     return Outcome(status=status, metric=_metric(summary), summary_path=path)
 
 
-def _run_arm(context: RunContext, arm: Arm) -> None:
+def _run_rounds(context: RunContext) -> list[Arm]:
+    """Run round after round until the last, or one that is rolled back; return those that ran.
+
+    A run that does not grow to a size has one, whose gate comes after the control.
+    """
+    planned = planned_arms(context)
+    run: list[Arm] = []
+    for arm in planned:
+        run.append(arm)
+        _run_importance(context, arm)
+        run_arm(context, arm)
+        if not arm.is_round:
+            break
+        status = _gate_stage(context, arm)
+        context.say("gate", f"{arm.name}: {status}")
+        if status == "rolled_back":
+            break
+        if arm is not planned[-1]:
+            context.stage(arm.key("keep"), partial(_keep, context, arm), label="publish")
+    return run
+
+
+def _run_importance(context: RunContext, arm: Arm) -> None:
+    if stages.needs_importance(context):
+        key = f"{arm.follows}.importance" if arm.follows else "importance"
+        context.stage(key, lambda: stages.importance(context, arm), label="importance")
+
+
+def _gate_stage(context: RunContext, arm: Arm) -> Status:
+    gate = context.stage(arm.key("gate"), lambda: _gate(context, arm), label="gate")
+    status: Status = gate.found["status"]
+    return status
+
+
+def _keep(context: RunContext, arm: Arm) -> StageResult:
+    return StageResult(found={"model_hash": verdict.complete(context, arm).model_hash})
+
+
+def run_baseline(context: RunContext) -> None:
+    """Get the model that the run starts from."""
+    context.stage("baseline", lambda: stages.baseline(context), label="baseline")
+
+
+def run_arm(context: RunContext, arm: Arm) -> Arm:
+    """Expand, train and score one arm; return it with what was chosen by its data."""
     key, label = arm.name, arm.label
+    if experts.chooses(arm):
+        chosen = context.stage(
+            f"{key}.choose", partial(adaptation.choice, context, arm), label="choose"
+        )
+        arm = experts.with_choice(arm, chosen.found["clone_from"])
     context.stage(f"{key}.expand", lambda: stages.expansion(context, arm), label=label("expand"))
+    if experts.teacher_of(arm) is not None:
+        context.stage(
+            f"{key}.distill", lambda: adaptation.distillation(context, arm), label="distill"
+        )
+    if experts.router_steps(context, arm):
+        context.stage(f"{key}.adapt", lambda: stages.adaptation(context, arm), label=label("adapt"))
     with _loggers(context, arm) as loggers:
         context.stage(
             f"{key}.fit",
@@ -97,6 +156,7 @@ def _run_arm(context: RunContext, arm: Arm) -> None:
         )
         for logger in loggers:
             logger.log_metrics(evaluation_metrics(context, key))
+    return arm
 
 
 @contextmanager
@@ -129,47 +189,61 @@ def _publish(context: RunContext, attempt: Arm, status: Status) -> StageResult:
     )
 
 
-def _summary(context: RunContext, attempt: Arm, status: Status) -> dict[str, Any]:
-    """Assemble summary.json from the ledger and the scores on disk."""
-    found = {
-        name: result.found
-        for name in ("baseline", f"{ATTEMPT}.expand", f"{ATTEMPT}.evaluate", "publish")
-        if (result := context.ledger.get(name)) is not None
-    }
-    before = score_records(context.read_scores("baseline"))
-    expanded = _expanded_scores(context, attempt)
-    gate = context.ledger.get("gate")
-    assert gate is not None
-    outcome = _arm_record(context, attempt, gate)
-    grown = found[f"{ATTEMPT}.expand"]
+def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str, Any]:
+    """Assemble summary.json from the ledger and the scores on disk; the last arm stands in front.
+
+    Args:
+        arms: the rounds that ran; of a run that does not grow to a size the one attempt.
+    """
+    last = arms[-1]
+    records = [_attempt_record(context, arm) for arm in arms]
+    attempt, status = records[-1], records[-1]["status"]
+    baseline, published = context.ledger.get("baseline"), context.ledger.get("publish")
+    evaluated = context.ledger.get(f"{last.name}.evaluate")
+    assert baseline is not None and published is not None and evaluated is not None
     is_kept = status != "rolled_back"
     summary: dict[str, Any] = {
         "format_version": 1,
         "status": status,
         "domains": {"old": list(context.old_domains), "new": list(context.new_domains)},
-        "expansion": [spec.name for spec in attempt.specs],
+        "expansion": [spec.name for arm in arms for spec in arm.specs],
         "forgetting": [options.name for options in context.config.forgetting],
         "seed": context.config.seed,
-        "baseline": before,
-        "expanded": expanded,
-        "final": outcome["final"] if is_kept else before,
-        "gate": outcome["gate"],
-        "attempts": [{**outcome, "expanded": expanded, "jump": grown.get("jump")}],
-        "jump": grown.get("jump"),
+        "baseline": _scores(context, "baseline"),
+        "expanded": attempt["expanded"],
+        "final": attempt["final"] if is_kept else _scores(context, last.start_scores),
+        "gate": attempt["gate"],
+        "attempts": [attempt],
+        "jump": attempt["jump"],
         "flops": context.ledger.flops(),
         "seconds": context.ledger.seconds(),
         "parameters": {
-            "baseline": found["baseline"]["parameters"],
-            "final": grown["parameters"] if is_kept else found["baseline"]["parameters"],
+            "baseline": baseline.found["parameters"],
+            "final": kept_parameters(context, last),
         },
         "checkpoint": "checkpoint",
-        "lineage": found["publish"],
-        "samples": found[f"{ATTEMPT}.evaluate"]["samples"],
+        "lineage": published.found,
+        "samples": evaluated.found["samples"],
     }
+    if (used := experts.summary_record(context, last)) is not None:
+        summary["experts"] = used
+    if last.is_round:
+        summary |= {"rounds": records, "target": target_record(context, last)}
     if context.config.control:
-        gate = _gate(context, CONTROL)
-        summary["control"] = _arm_record(context, CONTROL, gate)
+        summary["control"] = _arm_record(context, control, _gate(context, control))
     return summary
+
+
+def _attempt_record(context: RunContext, arm: Arm) -> dict[str, Any]:
+    gate, grown = context.ledger.get(arm.key("gate")), context.ledger.get(f"{arm.name}.expand")
+    assert gate is not None and grown is not None
+    start = {"baseline": _scores(context, arm.start_scores)} if arm.follows else {}
+    return {
+        **_arm_record(context, arm, gate),
+        "expanded": _scores(context, f"{arm.name}-expanded" if arm.specs else arm.start_scores),
+        "jump": grown.found.get("jump"),
+        **start,
+    }
 
 
 def _arm_record(context: RunContext, arm: Arm, gate: StageResult) -> dict[str, Any]:
@@ -179,7 +253,7 @@ def _arm_record(context: RunContext, arm: Arm, gate: StageResult) -> dict[str, A
     return {
         "expansion": [spec.name for spec in arm.specs],
         "status": gate.found["status"],
-        "final": score_records(context.read_scores(f"{arm.name}-trained")),
+        "final": _scores(context, f"{arm.name}-trained"),
         "gate": gate.found["checks"],
         "steps": fitted.found["steps"],
         "refused_steps": fitted.found["refused_steps"],
@@ -191,8 +265,7 @@ def _arm_record(context: RunContext, arm: Arm, gate: StageResult) -> dict[str, A
     }
 
 
-def _expanded_scores(context: RunContext, arm: Arm) -> dict[str, Any]:
-    name = f"{arm.name}-expanded" if arm.specs else "baseline"
+def _scores(context: RunContext, name: str) -> dict[str, Any]:
     return score_records(context.read_scores(name))
 
 

@@ -1,9 +1,8 @@
 """What the stages do; each reads what earlier ones left on disk, so a run can stop between."""
 
-import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from tritter.checkpoint import Lineage, read_lineage, record_step0_error, write_checkpoint
+from tritter.adaptation import redraw_rows
+from tritter.checkpoint import Lineage, read_lineage, record_step0_error
 from tritter.checkpoint.state import read_state, state_tensors, write_state
 from tritter.config.schema import EWCOptions
 from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.samples import sample_text
 from tritter.expand import (
     carried_masks,
-    copy_tokenizer,
     expand,
     plan_expansion,
     state_stream,
@@ -27,12 +26,14 @@ from tritter.expansion import build_steps
 from tritter.families import family_of
 from tritter.forgetting import build_methods
 from tritter.forgetting.fisher import diagonal_fisher
-from tritter.models import load_model, named_tensors, read_config
+from tritter.models import disk_tensors, live_tensors, load_model, read_config
+from tritter.pipeline import experts
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
 from tritter.pipeline.context import RunContext, schedule_of
 from tritter.pipeline.given import copy_given
 from tritter.pipeline.ledger import StageResult
+from tritter.pipeline.trained import recorded_options, write_trained
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.writer import TensorStream
 from tritter.training import ExpandedModule, FitResult, Task, discard_saved, fit
@@ -74,33 +75,34 @@ def _pretraining_flops(lineage: Lineage) -> dict[str, float]:
     return {} if stated is None else {"pretraining": float(stated)}
 
 
-def importance(context: RunContext) -> StageResult:
-    """Estimate, at the baseline's weights, how much each weight matters to the old domains."""
+def importance(context: RunContext, arm: Arm) -> StageResult:
+    """Estimate, at the weights an arm starts from, how much each matters to the old domains."""
     options = _ewc_options(context)
     assert options is not None
-    folder = context.folder / "baseline"
+    folder = context.folder / arm.start
     model = load_model(folder).to(context.device)
     sequences = context.training_sequences(context.old_domains)
-    order = torch.Generator().manual_seed(context.seed("fisher"))
+    order = torch.Generator().manual_seed(context.seed("fisher", *arm.purpose))
     chosen = sequences[torch.randperm(len(sequences), generator=order)[: options.num_sequences]]
     context.say("importance", f"Fisher of {len(chosen)} sequences of {_names(context.old_domains)}")
     fisher = diagonal_fisher(
         model,
         chosen,
         estimator="true" if options.estimator == "true" else "empirical",
-        seed=context.seed("fisher", "labels"),
+        seed=context.seed("fisher", "labels", *arm.purpose),
     )
-    pairs = [(name, value.cpu()) for name, value in fisher.items()]
-    with atomic_folder(context.folder / "importance", overwrite=True) as temporary:
-        write_state(temporary, {"fisher": TensorStream.of(pairs)}, step=0)
+    config = read_config(folder)
+    held = disk_tensors(config, {name: value.cpu() for name, value in fisher.items()})
+    with atomic_folder(_importance_folder(context, arm), overwrite=True) as temporary:
+        write_state(temporary, {"fisher": TensorStream.of(held.items())}, step=0)
     # The gradients of a training step, and no update
-    flops = 3 * context.flops_per_token(read_config(folder)) * chosen.numel()
+    flops = 3 * context.flops_per_token(config) * chosen.numel()
     return StageResult(found={"sequences": len(chosen)}, flops={"importance": float(flops)})
 
 
 def expansion(context: RunContext, arm: Arm) -> StageResult:
-    """Expand the baseline, measure the jump and score the result."""
-    source, folder = context.folder / "baseline", context.folder / arm.name / "expanded"
+    """Expand what the arm starts from, measure the jump and score the result."""
+    source, folder = context.folder / arm.start, context.folder / arm.name / "expanded"
     if not arm.specs:
         return StageResult(found={"parameters": _parameters(source), "notes": []})
     # In float32 whatever the source is stored in: an exact map is exact only before rounding
@@ -108,7 +110,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
         source,
         folder,
         arm.specs,
-        seed=context.seed("expansion"),
+        seed=context.seed("expansion", *arm.purpose),
         dtype=torch.float32,
         overwrite=True,
     )
@@ -139,56 +141,133 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     )
 
 
+def adaptation(context: RunContext, arm: Arm) -> StageResult:
+    """Train the routers alone to send the new domains to the experts that were appended."""
+    start, folder = experts.before_routers(context, arm), context.folder / arm.name / "router"
+    options, steps = context.config.adaptation, experts.router_steps(context, arm)
+    added = experts.appended(context, arm)
+    assert added is not None
+    model = load_model(start)
+    if options.router_update == "retrain":
+        redraw_rows(model, added.experts, seed=context.seed("router", *arm.purpose))
+    context.say("adapt", f"{steps} steps of the routers on {_names(context.new_domains)}")
+    with experts.ready_for_routers(context, arm, model) as setup:
+        module = ExpandedModule(
+            model,
+            schedule=experts.router_schedule(context, arm),
+            optimiser=replace(context.optimiser_settings, weight_decay=0.0),
+            methods=build_methods(context.config.forgetting),
+            routing=setup.routing,
+        )
+        result = _fit(context, arm, module, setup, folder=folder, label="router")
+    target = context.folder / arm.name / "adapted"
+    write_trained(
+        context,
+        module.model,
+        start=start,
+        target=target,
+        steps=result.steps,
+        stage="router adaptation",
+        added=experts.opened(context, arm, result.steps),
+        options=recorded_options(start, is_adapted=True),
+    )
+    discard_saved(folder)
+    flops = result.num_tokens * 3 * context.flops_per_token(read_config(start))
+    return StageResult(found=_fit_found(result), flops={arm.label("adapt"): float(flops)})
+
+
 def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> StageResult:
     """Continue on the new domains under the methods against forgetting."""
-    start = start_folder(context, arm)
-    config = read_config(start)
+    start = experts.start_folder(context, arm)
     settings = context.config.training
-    carried = _carried(context, arm)
+    settings = replace(settings, max_steps=settings.max_steps * arm.num_trainings)
     model = load_model(start)
     if any(spec.new_blocks_only for spec in arm.specs):
+        carried = _carried(context, arm)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not bool(carried[name].any()))
     methods = build_methods(context.config.forgetting)
-    module = ExpandedModule(
-        model,
-        schedule=schedule_of(settings),
-        optimiser=context.optimiser_settings,
-        methods=methods,
-    )
     protection = " and ".join(method.name for method in methods) or "nothing"
     domains = _names(context.new_domains)
     context.say("train", f"{settings.max_steps} steps on {domains}, protected by {protection}")
-    flops_per_token = 3 * context.flops_per_token(config)
-    result = fit(
-        module,
-        context.batches(context.new_domains, purpose="training", max_steps=settings.max_steps),
-        settings=context.trainer_settings,
-        folder=context.folder / arm.name,
-        label="training",
-        flops_per_token=flops_per_token,
-        console=context.console,
-        task=Task(
-            carried=carried,
-            old_sequences=context.training_sequences(context.old_domains),
-            seed=context.seed("forgetting"),
-            importance=_importance(context, arm),
-        ),
-        loggers=loggers,
-    )
+    with experts.ready_for_training(context, arm, model) as setup:
+        module = ExpandedModule(
+            model,
+            schedule=schedule_of(settings),
+            optimiser=context.optimiser_settings,
+            methods=methods,
+            routing=setup.routing,
+        )
+        folder = context.folder / arm.name
+        result = _fit(context, arm, module, setup, folder=folder, label="training", loggers=loggers)
     if result.stopped_because is not None:
         context.say("", f"training was broken off: {result.stopped_because}")
-    _write_trained(context, arm, module, result, start)
-    discard_saved(context.folder / arm.name)
-    return StageResult(
-        found={
-            "steps": result.steps,
-            "refused_steps": result.refused_steps,
-            "stopped_because": result.stopped_because,
-            "update_norms": result.update_norms,
-        },
-        flops={arm.label("fit"): float(result.num_tokens * flops_per_token)},
+    if context.config.routing.bias_update_rate and setup.routing is not None:
+        context.say("", "with the selection bias, which is not saved:")
+        context.score(model, f"{arm.name}-biased")
+    steps = experts.router_steps(context, arm) + result.steps
+    write_trained(
+        context,
+        model,
+        start=start,
+        target=context.folder / arm.name / "trained",
+        steps=steps,
+        stage="continued training",
+        added=experts.opened(context, arm, steps),
+        options=recorded_options(start, is_adapted=bool(experts.appended(context, arm))),
     )
+    discard_saved(context.folder / arm.name)
+    flops = result.num_tokens * 3 * context.flops_per_token(read_config(start))
+    adapted = context.ledger.get(f"{arm.name}.adapt")
+    found = _fit_found(result)
+    if adapted is not None:
+        found["refused_steps"] += adapted.found["refused_steps"]
+        found["stopped_because"] = adapted.found["stopped_because"] or result.stopped_because
+    return StageResult(found=found, flops={arm.label("fit"): float(flops)})
+
+
+def _fit(
+    context: RunContext,
+    arm: Arm,
+    module: ExpandedModule,
+    setup: experts.Setup,
+    *,
+    folder: Path,
+    label: str,
+    loggers: Sequence[Logger] = (),
+) -> FitResult:
+    """Train an arm's module on the new domains."""
+    max_steps = module.schedule.max_steps
+    importance = _importance(context, arm)
+    config = read_config(experts.expanded_folder(context, arm))
+    return fit(
+        module,
+        context.batches(
+            context.new_domains, purpose="-".join((label, *arm.purpose)), max_steps=max_steps
+        ),
+        settings=context.trainer_settings,
+        folder=folder,
+        label=label,
+        flops_per_token=3 * context.flops_per_token(config),
+        console=context.console,
+        task=Task(
+            carried=setup.follow(_carried(context, arm)),
+            old_sequences=context.training_sequences(context.old_domains),
+            seed=context.seed("forgetting", *arm.purpose),
+            importance={kind: setup.follow(values) for kind, values in importance.items()},
+        ),
+        loggers=loggers,
+        controls=setup.controls,
+    )
+
+
+def _fit_found(result: FitResult) -> dict[str, Any]:
+    return {
+        "steps": result.steps,
+        "refused_steps": result.refused_steps,
+        "stopped_because": result.stopped_because,
+        "update_norms": result.update_norms,
+    }
 
 
 def evaluation(context: RunContext, arm: Arm) -> StageResult:
@@ -200,51 +279,12 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     config = read_config(context.folder / arm.name / "trained")
     samples = []
     if not arm.is_control and context.config.evaluation.sample_tokens:
-        before = load_model(context.folder / "baseline")
+        before = load_model(context.folder / arm.start)
         samples = [_sample(context, domain, before, trained) for domain in context.domains]
     return StageResult(
-        found={"samples": samples}, flops={arm.label("evaluate"): context.scoring_flops(config)}
+        found={"samples": samples, "experts": experts.usage(context, trained)},
+        flops={arm.label("evaluate"): context.scoring_flops(config)},
     )
-
-
-def start_folder(context: RunContext, arm: Arm) -> Path:
-    """Return the checkpoint that an arm's training starts from."""
-    return context.folder / arm.name / "expanded" if arm.specs else context.folder / "baseline"
-
-
-def _write_trained(
-    context: RunContext, arm: Arm, module: ExpandedModule, result: FitResult, start: Path
-) -> None:
-    parent = read_lineage(start)
-    assert parent is not None
-    target = context.folder / arm.name / "trained"
-    # Trained in float32 whatever the start was stored in; rounding back would lose small updates.
-    config = {**read_config(start), "dtype": "float32"}
-    write_checkpoint(
-        target,
-        config=config,
-        tensors=TensorStream.of(named_tensors(module.model, config)),
-        lineage=lambda: replace(
-            parent,
-            parent_hash=parent.model_hash,
-            parent_path=os.path.relpath(start, target),
-            step=result.steps,
-            training_config=_training_config(context),
-        ),
-        write_extras=lambda folder: copy_tokenizer(start, folder),
-        overwrite=True,
-    )
-
-
-def _training_config(context: RunContext) -> dict[str, Any]:
-    return {
-        "stage": "continued training",
-        "training": asdict(context.config.training),
-        "forgetting": [{"name": o.name, **asdict(o)} for o in context.config.forgetting],
-        "old": context.source_records(context.old_domains),
-        "new": context.source_records(context.new_domains),
-        **context.split_record(),
-    }
 
 
 def _jump_tokens(context: RunContext) -> Tensor:
@@ -273,19 +313,24 @@ def _ewc_options(context: RunContext) -> EWCOptions | None:
     return next((o for o in context.config.forgetting if isinstance(o, EWCOptions)), None)
 
 
+def _importance_folder(context: RunContext, arm: Arm) -> Path:
+    return context.folder / (f"{arm.follows}/importance" if arm.follows else "importance")
+
+
 def _importance(context: RunContext, arm: Arm) -> dict[str, dict[str, Tensor]]:
-    """Return the importances that the baseline's stage left, carried through the arm's maps."""
-    options, state = _ewc_options(context), read_state(context.folder / "importance")
+    """Return the importances that the arm's stage left, carried through the arm's maps."""
+    options, state = _ewc_options(context), read_state(_importance_folder(context, arm))
     if options is None or state is None:
         return {}
-    baseline_folder = context.folder / "baseline"
+    baseline_folder = context.folder / arm.start
     fisher = state.kinds["fisher"]
     if not arm.specs:
-        return {"fisher": state_tensors(fisher)}
-    plan = plan_expansion(baseline_folder, arm.specs, seed=context.seed("expansion"))
+        config = read_config(baseline_folder)
+        return {"fisher": live_tensors(config, state_tensors(fisher))}
+    plan = plan_expansion(baseline_folder, arm.specs, seed=context.seed("expansion", *arm.purpose))
     kind = "fisher_penalty" if options.carry == "penalty_preserving" else "fisher"
-    family = family_of(plan.config)
-    return {"fisher": dict(state_stream(family, plan, kind, fisher, moments="carry").tensors)}
+    carried = dict(state_stream(plan, kind, fisher, moments="carry").tensors)
+    return {"fisher": live_tensors(plan.target_config, carried)}
 
 
 def _names(domains: Sequence[str]) -> str:
@@ -293,10 +338,10 @@ def _names(domains: Sequence[str]) -> str:
 
 
 def _carried(context: RunContext, arm: Arm) -> dict[str, Tensor]:
-    """Return, by parameter name, which entries hold what the baseline knew."""
-    config = read_config(context.folder / "baseline")
-    steps = build_steps(config, arm.specs, seed=context.seed("expansion"))
-    return carried_masks(family_of(config), config, steps)
+    """Return, by parameter name, which entries hold what was known before the expansion."""
+    config = read_config(context.folder / arm.start)
+    steps = build_steps(config, arm.specs, seed=context.seed("expansion", *arm.purpose))
+    return carried_masks(config, steps)
 
 
 def _sample(context: RunContext, domain: str, before: Any, after: Any) -> dict[str, str]:

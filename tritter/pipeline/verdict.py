@@ -16,14 +16,16 @@ from tritter.evaluation.jump import Jump
 from tritter.evaluation.statistics import relative_change
 from tritter.models import read_config
 from tritter.pipeline.arm import Arm
-from tritter.pipeline.context import RunContext, Scores
+from tritter.pipeline.context import RunContext
+from tritter.pipeline.experts import start_folder
 from tritter.storage.atomic import atomic_folder
 
 
 def checks(context: RunContext, arm: Arm) -> list[Check]:
     """Hold an arm against the gate's questions."""
     gate = context.config.gate
-    before, after = context.read_scores("baseline"), context.read_scores(f"{arm.name}-trained")
+    before = context.read_scores(arm.start_scores)
+    after = context.read_scores(f"{arm.name}-trained")
     fitted = context.ledger.get(f"{arm.name}.fit")
     expanded = context.ledger.get(f"{arm.name}.expand")
     assert fitted is not None and expanded is not None
@@ -51,16 +53,26 @@ def checks(context: RunContext, arm: Arm) -> list[Check]:
     return made
 
 
+def complete(context: RunContext, arm: Arm) -> Lineage:
+    """Write into a kept round's own folder what its training made of it: the next starts there."""
+    folder = context.folder / arm.name / "trained"
+    lineage = read_lineage(folder)
+    assert lineage is not None
+    completed = replace(_completed(context, arm, lineage), parent_path=lineage.parent_path)
+    write_lineage(folder, completed, read_config(folder))
+    return completed
+
+
 def publish(context: RunContext, arm: Arm, *, keep: bool) -> Lineage:
-    """Put what was kept at `checkpoint/`: the trained model, or after a rollback the baseline."""
-    source = context.folder / arm.name / "trained" if keep else context.folder / "baseline"
+    """Put what was kept at `checkpoint/`: the trained model, or after a rollback its start."""
+    source = context.folder / (f"{arm.name}/trained" if keep else arm.start)
     target = context.folder / "checkpoint"
     lineage = read_lineage(source)
     assert lineage is not None
     if keep:
-        before = context.read_scores("baseline")
-        after = context.read_scores(f"{arm.name}-trained")
-        lineage = _completed(context, arm, lineage, before, after)
+        lineage = _completed(context, arm, lineage)
+    elif arm.follows:
+        lineage = replace(lineage, parent_path=f"../{arm.follows}/expanded")
     with atomic_folder(target, overwrite=True) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         write_lineage(temporary, lineage, read_config(source))
@@ -69,10 +81,10 @@ def publish(context: RunContext, arm: Arm, *, keep: bool) -> Lineage:
     return written
 
 
-def _completed(
-    context: RunContext, arm: Arm, lineage: Lineage, before: Scores, after: Scores
-) -> Lineage:
+def _completed(context: RunContext, arm: Arm, lineage: Lineage) -> Lineage:
     """Return a lineage whose newest expansion records say what the training made of them."""
+    before = context.read_scores(arm.start_scores)
+    after = context.read_scores(f"{arm.name}-trained")
     delta = {d: relative_change(before[d], after[d]).value for d in context.domains}
     history = list(lineage.expansion_history)
     for position in range(len(history) - len(arm.specs), len(history)):
@@ -85,7 +97,7 @@ def _completed(
         expansion_history=tuple(history),
         benchmark_scores=loss,
         best_loss=sum(loss[d] for d in context.new_domains) / len(context.new_domains),
-        parent_path=f"../{arm.name}/expanded" if arm.specs else "../baseline",
+        parent_path=f"../{start_folder(context, arm).relative_to(context.folder)}",
     )
 
 

@@ -95,7 +95,8 @@ def _row(
     trained: Mapping[str, Any],
     expanded: Mapping[str, Any] | None,
 ) -> DomainRow:
-    before = _score(summary.get("baseline"), domain)
+    # A round of several states what it started from
+    before = _score(trained.get("baseline") or summary.get("baseline"), domain)
     after = _score(trained.get("final"), domain)
     check = next(
         (

@@ -1,6 +1,6 @@
 """The table at the end of a run, from summary.json alone."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tritter.report.experts import bias_text, expert_table
 from tritter.report.rows import DomainRow, checks, domain_rows, last_attempt
 from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
 
@@ -49,7 +50,10 @@ def print_summary(
         folder: the run folder; with it the checkpoint is named by a path that can be copied.
     """
     signs = Signs.for_encoding(console.encoding)
-    for table in (result_table(summary, signs=signs), stage_table(summary)):
+    tables = [result_table(summary, signs=signs), stage_table(summary)]
+    if experts := summary.get("experts"):
+        tables.insert(1, expert_table(experts))
+    for table in tables:
         console.print()
         console.print(table)
     console.print()
@@ -102,16 +106,34 @@ def summary_lines(summary: Mapping[str, Any], *, signs: Signs) -> list[SummaryLi
     """Return what stands below the tables: status and reasons, jump, parameters."""
     attempt = last_attempt(summary)
     status = str(summary["status"])
-    lines = [
-        SummaryLine("status", _STATUS_WORDS.get(status, status), style=_STYLES.get(status, ""))
-    ]
+    words = _STATUS_WORDS.get(status, status)
+    if status == "rolled_back" and len(summary.get("rounds") or []) > 1:
+        words = "rolled back: the checkpoint is that of the round before"
+    lines = [SummaryLine("status", words, style=_STYLES.get(status, ""))]
+    if rounds := summary.get("rounds"):
+        lines.append(SummaryLine("rounds", _rounds_text(summary, rounds)))
     if (number := len(summary.get("attempts") or [])) > 1:
         lines.append(SummaryLine("attempts", f"{number}; the table shows the last"))
     lines += [_reason(check, signs=signs) for check in checks(attempt) if _needs_words(check)]
     if (jump := _jump_text(summary)) is not None:
         lines.append(SummaryLine("jump", jump))
     lines.append(SummaryLine("parameters", _parameters_text(summary, signs=signs)))
+    if (text := bias_text(summary.get("experts") or {})) is not None:
+        lines.append(SummaryLine("bias", text))
     return lines
+
+
+def _rounds_text(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
+    target = summary["target"]
+    done = ", ".join(
+        f"{count_text(record['parameters'])} {record['status'].replace('_', ' ')}"
+        for record in rounds
+    )
+    reached = "reached" if target["reaches_target"] else "not reached"
+    return (
+        f"{len(rounds)} of {len(target['planned'])} planned: {done}; target "
+        f"{count_text(target['target_params'])} {reached}. The table shows the last"
+    )
 
 
 def _table(title: str) -> Table:

@@ -1,4 +1,4 @@
-"""Safetensors folders, written tensor by tensor: memory holds two tensors, never a shard.
+"""Safetensors folders, written tensor by tensor: memory holds three tensors, never a shard.
 
 The format puts all names, dtypes, shapes and offsets into a header before the data, so a stream
 states them first. safetensors' own writer takes whole dictionaries, hence the few lines here.
@@ -8,6 +8,7 @@ import ctypes
 import json
 import struct
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -61,7 +62,7 @@ def write_tensors(
     """Write a stream in shards of bounded size and return the digest of every tensor.
 
     One shard gives `model.safetensors`; several give numbered files and an index, as
-    transformers reads them. A worker thread hashes a tensor while the next one is made.
+    transformers reads them. Two worker threads hash and write a tensor while the next is made.
 
     Raises:
         OSError: the disk refused a write.
@@ -77,7 +78,7 @@ def write_tensors(
                 name, tensor = next(pending)
                 _check(entry, name, tensor)
                 digests.add(name, tensor)
-                writer.write(name, tensor)
+                writer.add(name, tensor)
                 written += entry.num_bytes
                 if written >= _BYTES_UNTIL_TRIM:
                     _give_back_freed_memory()
@@ -124,12 +125,25 @@ class _ShardWriter:
     def __enter__(self) -> "_ShardWriter":
         self._file = self._path.open("wb")
         self._file.write(self._start)
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._last: Future[None] | None = None
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, *raised: object) -> None:
+        try:
+            if self._last is not None and raised[0] is None:
+                self._last.result()
+        finally:
+            self._worker.shutdown()
+            self._file.close()
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Have a tensor written; waits for the one before, so that no two are held."""
+        if self._last is not None:
+            self._last.result()
+        self._last = self._worker.submit(self._write, name, tensor)
+
+    def _write(self, name: str, tensor: Tensor) -> None:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         self._file.seek(len(self._start) + self._begin[name])
         self._file.write(flat.view(torch.uint8).numpy().data)

@@ -4,6 +4,7 @@ from tritter.training.fitting import FitResult, TrainerSettings, discard_saved, 
 from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import BaseModule, ExpandedModule
 from tritter.training.optimiser import OptimiserSettings
+from tritter.training.routing import OldRouting, RoutingObjective, RoutingSettings
 from tritter.training.schedule import Schedule
 
 __all__ = [
@@ -11,7 +12,10 @@ __all__ = [
     "ExpandedModule",
     "FitResult",
     "ForgettingMethod",
+    "OldRouting",
     "OptimiserSettings",
+    "RoutingObjective",
+    "RoutingSettings",
     "Schedule",
     "Task",
     "TrainerSettings",

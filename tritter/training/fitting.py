@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 from lightning import Callback, Trainer
@@ -34,6 +35,7 @@ from tritter.training.processes import (
     WorkerStrategy,
     worker_processes,
 )
+from tritter.training.routing_callbacks import RoutingCallback
 
 SAVED_NAME = "saved"  # what a killed training goes on from
 METRICS_NAME = "metrics.csv"
@@ -96,6 +98,7 @@ def fit(
     task: Task | None = None,
     loggers: Sequence[Logger] = (),
     observers: Sequence[Callback] = (),
+    controls: Sequence[Callback] = (),
 ) -> FitResult:
     """Train `module` for the steps of its schedule, from where a killed training left off.
 
@@ -110,17 +113,18 @@ def fit(
         loggers: besides the CSV; with several processes they get its rows when the fit has ended.
         observers: callbacks that read the gradients of the task before any method changes them.
             With several processes they stay behind: what they found, rank 0 writes to a file.
+        controls: callbacks that set what the model may do before each batch, as a function of
+            the step alone.
 
     Raises:
         TritterError: what the training would go on from is damaged, or a process was killed.
     """
     guard = FiniteGuard(max_consecutive=settings.max_non_finite_steps)
     tokens = TokenCount()
-    callbacks = [*observers, tokens, Performance(flops_per_token=flops_per_token)]
+    callbacks = [*observers, *controls, tokens, Performance(flops_per_token=flops_per_token)]
+    callbacks += _callbacks_of(module, task)
     if isinstance(module, ExpandedModule) and task is not None:
-        for method in module.methods:
-            batches = method.mix(batches, task)
-        callbacks.append(ForgettingCallback(module.methods, task))
+        batches = reduce(lambda mixed, method: method.mix(mixed, task), module.methods, batches)
     max_steps, mode = module.schedule.max_steps, settings.progress
     callbacks += [
         guard,
@@ -142,6 +146,16 @@ def fit(
         stopped_because=guard.stopped_because,
         update_norms=_update_norms(before, module.model),
     )
+
+
+def _callbacks_of(module: BaseModule, task: Task | None) -> list[Callback]:
+    """Return what drives a module's routers and its methods against forgetting."""
+    callbacks: list[Callback] = []
+    if module.routing is not None:
+        callbacks.append(RoutingCallback(module.routing))
+    if isinstance(module, ExpandedModule) and task is not None:
+        callbacks.append(ForgettingCallback(module.methods, task))
+    return callbacks
 
 
 def discard_saved(folder: Path) -> None:
@@ -207,7 +221,8 @@ def _fit_in_processes(
     loggers: Sequence[Logger] = (),
 ) -> int:
     """Do the same in processes of their own; the weights and what was counted come back."""
-    counts = {type(c).__name__: c for c in callbacks if isinstance(c, FiniteGuard | TokenCount)}
+    kinds = FiniteGuard | TokenCount | RoutingCallback
+    counts = {type(c).__name__: c for c in callbacks if isinstance(c, kinds)}
     returned = Returned(folder / RETURNED_NAME, counts)
     with worker_processes():
         _fit(module, batches, settings, [*callbacks, returned], folder=folder)

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.optimiser import OptimiserSettings, build_optimiser
+from tritter.training.routing import RoutingObjective
 from tritter.training.schedule import Schedule
 
 
@@ -20,25 +21,44 @@ class BaseModule(LightningModule):
         model: a stock transformers model.
         schedule: learning rate over the steps.
         optimiser: everything else of the optimiser.
+        routing: terms of the loss for the routers of a model with experts.
     """
 
     def __init__(
-        self, model: nn.Module, *, schedule: Schedule, optimiser: OptimiserSettings
+        self,
+        model: nn.Module,
+        *,
+        schedule: Schedule,
+        optimiser: OptimiserSettings,
+        routing: RoutingObjective | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.schedule = schedule
         self.optimiser_settings = optimiser
+        self.routing = routing
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the mean next-token loss of a batch, nats per token."""
         loss = self.task_loss(batch)
         self.log("train/loss", loss.detach(), sync_dist=True)
-        return loss
+        return loss if self.routing is None else loss + self._routing_loss(self.routing, batch)
 
     def task_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         input_ids = batch["input_ids"]  # [B, T]
         return self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+
+    def _routing_loss(self, routing: RoutingObjective, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the routers add to the loss of the batch; each term is logged."""
+        terms = routing.terms(batch)
+        loss = routing.weighted(terms)
+        divergence = routing.divergence(self.model, self.global_step)
+        if divergence is not None:
+            terms["old_divergence"] = divergence
+            loss = loss + routing.settings.hold_old * divergence
+        for name, value in terms.items():
+            self.log(f"routing/{name}", value.detach(), sync_dist=True)
+        return loss
 
     def configure_optimizers(self) -> Any:
         optimiser = build_optimiser(
@@ -68,8 +88,9 @@ class ExpandedModule(BaseModule):
         schedule: Schedule,
         optimiser: OptimiserSettings,
         methods: Sequence[ForgettingMethod] = (),
+        routing: RoutingObjective | None = None,
     ) -> None:
-        super().__init__(model, schedule=schedule, optimiser=optimiser)
+        super().__init__(model, schedule=schedule, optimiser=optimiser, routing=routing)
         self.methods = tuple(methods)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:

@@ -1,12 +1,12 @@
 """Carry a live optimiser's moments over to the optimiser of an expanded model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tritter.errors import TritterError
-from tritter.families import Config, Family
+from tritter.families import Config, StoredTensor, family_of, layout
 from tritter.parameter_map import ParameterMap, TensorMap
 from tritter.parameter_map.carry import MOMENTS, Policy, carry, starts_anew
 
@@ -19,7 +19,6 @@ def transplant_optimiser(
     new: torch.optim.Optimizer,
     new_model: nn.Module,
     *,
-    family: Family,
     configs: Sequence[Config],
     parameter_maps: Sequence[ParameterMap],
     policy: Policy = "carry",
@@ -27,7 +26,8 @@ def transplant_optimiser(
     """Give `new` (Adam or AdamW over `new_model`) the moments of `old`, mapped.
 
     A parameter whose state starts anew gets none: the optimiser makes it at its first step, with
-    a step count of its own.
+    a step count of its own. Where experts share a parameter, and a step count with it, those that
+    start anew get zero for the first moment and the mean of the others for the second.
 
     Args:
         configs: the config before each map, and the one after the last.
@@ -36,38 +36,60 @@ def transplant_optimiser(
     Raises:
         TritterError: the old optimiser does not hold Adam's moments.
     """
-    state = _moments_by_name(old, old_model, family, configs[0])
+    state = _moments_by_name(old, old_model, configs[0])
     for parameter_map in parameter_maps:
         state = {
             name: {kind: _carried(tensor_map, state, kind, policy) for kind in (*MOMENTS, "step")}
             for name, tensor_map in parameter_map.tensors.items()
             if tensor_map.source in state and not starts_anew(tensor_map, MOMENTS[0], policy=policy)
         }
-    parameters = dict(new_model.named_parameters())
-    for tensor in family.logical_tensors(configs[-1]):
-        if tensor.name in state:
-            new.state[parameters[tensor.disk_name]].update(state[tensor.name])
+    for stored in layout(family_of(configs[-1]), configs[-1], "live"):
+        held = [p.tensor.name for p in stored.parts if p.tensor.name in state]
+        if held:
+            parameter = new_model.get_parameter(stored.name)
+            new.state[parameter].update(_packed(stored, held, state))
+
+
+def _packed(
+    stored: StoredTensor, held: Sequence[str], state: Mapping[str, Moments]
+) -> dict[str, Tensor]:
+    first, second = MOMENTS
+    example = state[held[0]]
+    mean = torch.stack([state[name][second].double().mean() for name in held]).mean()
+    absent = {first: torch.zeros((), dtype=example[first].dtype), second: mean.to(example[second])}
+
+    def moment(kind: str) -> Tensor:
+        return stored.pack(lambda name: state[name][kind] if name in state else absent[kind])
+
+    return {first: moment(first), second: moment(second), "step": example["step"].clone()}
 
 
 def _moments_by_name(
-    optimiser: torch.optim.Optimizer, model: nn.Module, family: Family, config: Config
+    optimiser: torch.optim.Optimizer, model: nn.Module, config: Config
 ) -> dict[str, Moments]:
-    parameters = dict(model.named_parameters())
     found: dict[str, Moments] = {}
-    for tensor in family.logical_tensors(config):
-        held = optimiser.state.get(parameters[tensor.disk_name])
+    for stored in layout(family_of(config), config, "live"):
+        held = optimiser.state.get(model.get_parameter(stored.name))
         if not held:
             continue
         missing = {*MOMENTS, "step"} - set(held)
         if missing:
             raise TritterError(
                 f"{type(optimiser).__name__} holds no {', '.join(sorted(missing))} for "
-                f"{tensor.disk_name}; the moments of Adam and AdamW can be carried."
+                f"{stored.name}; the moments of Adam and AdamW can be carried."
             )
-        found[tensor.name] = {kind: held[kind] for kind in (*MOMENTS, "step")}
+        parts = {kind: _by_name(stored, held[kind]) for kind in MOMENTS}
+        for part in stored.parts:
+            name = part.tensor.name
+            found[name] = {kind: parts[kind][name] for kind in MOMENTS} | {"step": held["step"]}
     return found
 
 
+def _by_name(stored: StoredTensor, value: Tensor) -> dict[str, Tensor]:
+    return {tensor.name: part for tensor, part in stored.unpack(value)}
+
+
 def _carried(tensor_map: TensorMap, state: dict[str, Moments], kind: str, policy: Policy) -> Tensor:
+    assert tensor_map.source is not None
     source = state[tensor_map.source][kind]
     return source.clone() if kind == "step" else carry(tensor_map, source, kind, policy=policy)

@@ -1,0 +1,296 @@
+"""Compute to a loss: a small model grown and trained on, beside from scratch, beside itself.
+
+    python experiments/2026-11-20_compute_saved/compute_saved.py tune --seeds 3
+    python experiments/2026-11-20_compute_saved/compute_saved.py run --seeds 0 1 2
+
+`tune` finds the learning rate of every arm on a seed that is not reported (tuning.csv); `run`
+trains all arms of each seed at them and writes one row per measured loss (curves.csv).
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import copy
+import csv
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER)]
+
+from compute_arms import GrowthPath, Seed, Size, Training, growth_paths  # noqa: E402
+
+from tritter.expansion import ExpansionSpec, target_config  # noqa: E402
+from tritter.seeds import derived_seed  # noqa: E402
+
+DECAY_RATIO = 0.2
+GROWN_AT = (0.3, 0.6)  # shares of the from-scratch steps
+MAX_COMPUTE = 1.15  # of from-scratch: where a grown arm that never gets there is given up
+RATES = (3e-3, 6e-3, 1.2e-2)
+TUNING_TOLERANCE = 0.015  # nats; near the rate that diverges, a lower one is safer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One loss; FLOPs of training (forward × 3) up to there.
+
+    `step` counts all batches seen, the small model's included; `flops` likewise, and
+    `flops_after_growth` without them. `kind`: `average`, along a trunk, or `decayed`.
+    """
+
+    seed: int
+    arm: str
+    target: str
+    grown_at: int
+    rate: float
+    kind: str
+    step: int
+    flops: float
+    flops_after_growth: float
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """Loss of one arm at one rate, on the seed that tunes."""
+
+    seed: int
+    arm: str
+    target: str
+    rate: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """What training from scratch reached: loss of the average, and what it cost."""
+
+    loss: float
+    flops: float
+
+
+class Table:
+    """A CSV that grows row by row, so that a run that is stopped has written what it knows."""
+
+    def __init__(self, path: Path, kind: type) -> None:
+        self.path, self.names = path, [field.name for field in fields(kind)]
+        if not path.exists():
+            with path.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(self.names)
+
+    def add(self, row: Row | Tuned) -> None:
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self.names, lineterminator="\n")
+            writer.writerow(
+                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One training that is followed, and where its rows go."""
+
+    name: str
+    target: str
+    training: Training
+    data: Seed
+    table: Table
+
+    def follow(self, until: int) -> float:
+        """Train to a step, measure along the way, and return the last loss."""
+        training, size, loss = self.training, self.data.size, float("nan")
+        while training.step < until:
+            left = size.eval_every - training.step % size.eval_every
+            training.stable(min(left, until - training.step), batch_size=size.batch_size)
+            loss = self.record(training, "average")
+        return loss
+
+    def decay(self, steps: int) -> float:
+        """Measure what the arm would be if it decayed now."""
+        branch = self.training.decayed(steps, batch_size=self.data.size.batch_size)
+        return self.record(branch, "decayed")
+
+    def record(self, training: Training, kind: str) -> float:
+        model = training.average if kind == "average" else training.model
+        loss = self.data.loss(model)
+        self.table.add(
+            Row(
+                seed=self.data.seed,
+                arm=self.name,
+                target=self.target,
+                grown_at=training.born,
+                rate=training.rate,
+                kind=kind,
+                step=training.step,
+                flops=training.flops,
+                flops_after_growth=training.own_flops,
+                loss=loss,
+                seconds=training.seconds,
+            )
+        )
+        return loss
+
+
+def run(
+    data: Seed, table: Table, rates: dict[str, float], *, paths: Mapping[str, GrowthPath]
+) -> None:
+    """Train every arm of one seed."""
+    size = data.size
+    growing_steps = [round(share * size.steps) for share in GROWN_AT]
+    small = Arm(
+        name="small",
+        target="",
+        training=data.new(data.config, rate=rates["small"], name="small"),
+        data=data,
+        table=table,
+    )
+    snapshots = {}
+    for step in growing_steps:
+        small.follow(step)
+        snapshots[step] = copy.deepcopy(small.training)
+    goals = {}
+    for name, specs in {path.target: path.specs for path in paths.values()}.items():
+        goals[name] = from_scratch(data, table, name, specs, rate=rates[f"scratch_{name}"])
+    for step in growing_steps:
+        for name, path in paths.items():
+            training = snapshots[step].grown(
+                path.specs, rate=rates[name], seed=derived_seed(data.seed, "expansion")
+            )
+            arm = Arm(name=name, target=path.target, training=training, data=data, table=table)
+            to_goal(arm, goals[path.target], is_late=step == growing_steps[-1])
+    control(small, sorted(goal.flops for goal in goals.values()))
+
+
+def from_scratch(
+    data: Seed, table: Table, name: str, specs: Sequence[ExpansionSpec], *, rate: float
+) -> Goal:
+    """Train a target from scratch, trunk and decayed branch."""
+    size = data.size
+    training = data.new(target_config(data.config, specs), rate=rate, name=name)
+    arm = Arm(name="scratch", target=name, training=training, data=data, table=table)
+    decay_steps = round(DECAY_RATIO * size.steps)
+    arm.follow(size.steps - decay_steps)
+    arm.decay(decay_steps)
+    loss = arm.follow(size.steps)
+    return Goal(loss=loss, flops=training.flops)
+
+
+def to_goal(arm: Arm, goal: Goal, *, is_late: bool) -> None:
+    """Train a grown arm until it is as good as from scratch; a late one also decays, as WSD does.
+
+    The branch ends at the tokens of from-scratch.
+    """
+    size, loss = arm.data.size, float("inf")
+    arm.record(arm.training, "average")
+    decay_steps = round(DECAY_RATIO * size.steps)
+    branch_at = size.steps - decay_steps if is_late else 0
+    while arm.training.step < branch_at or (
+        loss > goal.loss and arm.training.flops < MAX_COMPUTE * goal.flops
+    ):
+        step = arm.training.step
+        until = step + size.eval_every
+        loss = arm.follow(min(until, branch_at) if step < branch_at else until)
+        if arm.training.step == branch_at:
+            arm.decay(decay_steps)
+
+
+def control(small: Arm, budgets: Sequence[float]) -> None:
+    """Leave the small model alone up to each target's FLOPs, and decay it there."""
+    training = small.training
+    per_step = training.flops_per_token * small.data.size.batch_tokens
+    for budget in budgets:
+        steps = round(budget / per_step)
+        decay_steps = round(DECAY_RATIO * steps)
+        small.follow(steps - decay_steps)
+        small.decay(decay_steps)
+    small.follow(round(budgets[-1] / per_step))
+
+
+def tune(data: Seed, table: Table, *, paths: Mapping[str, GrowthPath]) -> None:
+    """Measure every arm at several rates over half the steps, wider where an end is best."""
+    size = data.size
+    configs = {"small": data.config}
+    for path in paths.values():
+        configs[f"scratch_{path.target}"] = target_config(data.config, path.specs)
+    best: dict[str, float] = {}
+
+    def measured(arm: str, rate: float) -> float:
+        if arm in configs:
+            training = data.new(configs[arm], rate=rate, name=arm.removeprefix("scratch_"))
+        else:
+            training = start.grown(paths[arm].specs, rate=rate, seed=data.seed)
+        training.stable(size.steps // 2 - training.step, batch_size=size.batch_size)
+        loss = data.loss(training.average)
+        target = paths[arm].target if arm in paths else arm.partition("scratch_")[2]
+        table.add(Tuned(seed=data.seed, arm=arm, target=target, rate=rate, loss=loss))
+        return loss
+
+    def best_rate(arm: str) -> float:
+        losses = {rate: measured(arm, rate) for rate in RATES}
+        while (rate := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)):
+            if len(losses) > len(RATES):
+                break
+            beyond = rate * 2 if rate == max(losses) else rate / 2
+            losses[beyond] = measured(arm, beyond)
+        return rate
+
+    for arm in configs:
+        best[arm] = best_rate(arm)
+    start = data.new(data.config, rate=best["small"], name="small")
+    start.stable(round(GROWN_AT[0] * size.steps), batch_size=size.batch_size)
+    for arm in paths:
+        best[arm] = best_rate(arm)
+
+
+def read_rates(path: Path) -> dict[str, float]:
+    """Return each arm's rate: the lowest whose loss is the best, but for what one seed can tell."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: (row["arm"], float(row["rate"])))
+    losses: dict[str, dict[float, float]] = {}
+    for (arm, rate), group in groupby(rows, key=lambda row: (row["arm"], float(row["rate"]))):
+        losses.setdefault(arm, {})[rate] = statistics.mean(float(row["loss"]) for row in group)
+    return {
+        arm: min(rate for rate in found if found[rate] <= min(found.values()) + TUNING_TOLERANCE)
+        for arm, found in losses.items()
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("tune", "run"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    names = list(growth_paths(Size()))
+    parser.add_argument("--paths", nargs="+", choices=names, default=names, help="default: all")
+    for field in fields(Size):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the tables")
+    parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "tritter")
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = arguments()
+    size = Size(**{field.name: getattr(asked, field.name) for field in fields(Size)})
+    torch.set_num_threads(1)  # so that equal seeds give equal rows
+    tuning = asked.output / "tuning.csv"
+    paths = {name: path for name, path in growth_paths(size).items() if name in asked.paths}
+    for seed in asked.seeds:
+        data = Seed(seed, size, cache_dir=asked.cache_dir)
+        if asked.what == "tune":
+            tune(data, Table(tuning, Tuned), paths=paths)
+        else:
+            curves = Table(asked.output / "curves.csv", Row)
+            run(data, curves, read_rates(tuning), paths=paths)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""How fast an expansion writes, beside `cp` of its result and beside mergekit's passthrough.
+
+    python experiments/benchmarks/expand_speed.py --mergekit /path/to/python-with-mergekit
+
+writes a synthetic bf16 Llama, expands it in processes of their own and prints a row per case and
+contender. In each round all contenders of a case follow each other, and ratios are taken within
+the round: what else runs on the machine then hits them alike. Every time ends when the bytes are
+on the disk, and begins after the imports. mergekit is asked for the layers that `dus` takes, and
+has to come to the same tensors.
+"""
+
+import argparse
+import csv
+import json
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from experiments.benchmarks.streaming import (  # noqa: E402
+    MEGABYTE,
+    Measured,
+    copy_seconds,
+    sampled,
+    wait_for_disk,
+    write_source,
+)
+
+SHARD_BYTES = 500 * MEGABYTE
+CASES = ("dus", "ffn", "width")  # layers · FFN × 1.5 by copies · hidden size × 1.5, fresh
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender of one case: medians over the rounds, memory the largest.
+
+    Args:
+        cpu_seconds: processor time, which other jobs on the machine change least.
+        over_cp: seconds over those of `cp` of the result in the same round; lowest and highest
+            beside it.
+        own_mb: anonymous memory beyond what its imports take.
+        anonymous_mb: all of it.
+    """
+
+    case: str
+    contender: str
+    result_mb: int
+    seconds: float
+    cpu_seconds: float
+    over_cp: float
+    over_cp_lowest: float
+    over_cp_highest: float
+    own_mb: int
+    anonymous_mb: int
+    rounds: int
+
+
+# What runs in the children
+
+
+def run_tritter(source: Path, destination: Path, case: str, *, is_hashed: bool) -> None:
+    from tritter.expand import expand, plan_expansion
+    from tritter.expansion import Dus, ExpansionSpec, Width
+    from tritter.storage import hashing
+
+    config = json.loads((source / "config.json").read_text())
+    specs: dict[str, ExpansionSpec] = {
+        "dus": Dus(),
+        "ffn": Width(intermediate_size=config["intermediate_size"] * 3 // 2, init="net2net"),
+        "width": Width(hidden_size=config["hidden_size"] * 3 // 2),
+    }
+    plan_expansion(source, [specs[case]])  # transformers imports some of itself at first use
+    if not is_hashed:
+        hashing.tensor_digest = lambda name, tensor: 64 * "0"
+    with _timed():
+        expand(source, destination, [specs[case]], max_shard_bytes=SHARD_BYTES)
+
+
+def run_mergekit(source: Path, destination: Path, layer_sources: Sequence[int]) -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    sources = [{"model": str(source), "layer_range": span} for span in spans(layer_sources)]
+    merge = MergeConfiguration.model_validate(
+        {
+            "merge_method": "passthrough",
+            "dtype": "bfloat16",
+            "slices": [{"sources": [entry]} for entry in sources],
+        }
+    )
+    options = MergeOptions(out_shard_size=SHARD_BYTES, copy_tokenizer=False, quiet=True)
+    with _timed():
+        run_merge(merge, str(destination), options)
+        wait_for_disk(destination)
+
+
+class _timed:
+    """Tell the parent that everything is imported, wait for its word, and say how long it took."""
+
+    def __enter__(self) -> None:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        self._started = time.perf_counter()
+
+    def __exit__(self, *raised: object) -> None:
+        if raised[0] is None:
+            print(time.perf_counter() - self._started, flush=True)
+            sys.stdin.readline()
+
+
+def spans(layer_sources: Sequence[int]) -> list[list[int]]:
+    """Return the runs of neighbouring layers as [first, behind the last]."""
+    cuts = [at for at, (a, b) in enumerate(pairwise(layer_sources), start=1) if b != a + 1]
+    bounds = [0, *cuts, len(layer_sources)]
+    return [[layer_sources[a], layer_sources[b - 1] + 1] for a, b in pairwise(bounds)]
+
+
+# The parent
+
+
+def benchmark(
+    *, megabytes: int, place: Path, cases: Sequence[str], rounds: int, mergekit: str | None
+) -> Iterator[Row]:
+    """Measure each case, contenders in turn."""
+    source, result = place / "source", place / "result"
+    write_source(source, megabytes=megabytes, hidden_size=1024 if megabytes >= 100 else 256)
+    for case in cases:
+        contenders = ["tritter", "tritter without hashing"]
+        if case == "dus" and mergekit is not None:
+            contenders.append("mergekit")
+            check_same(source, place, mergekit=mergekit)
+        runs: dict[str, list[Measured]] = {name: [] for name in ("cp", *contenders)}
+        for number in range(rounds):
+            for at in range(len(contenders)):
+                name = contenders[(at + number) % len(contenders)]
+                runs[name].append(sampled(_command(name, source, result, case, mergekit)))
+                if at < len(contenders) - 1:
+                    shutil.rmtree(result)
+            result_mb = sum(path.stat().st_size for path in result.iterdir()) // MEGABYTE
+            runs["cp"].append(_copy(result, place / "copy"))
+            shutil.rmtree(result)
+        yield from _rows(case, runs, result_mb)
+    shutil.rmtree(source)
+
+
+def check_same(source: Path, place: Path, *, mergekit: str) -> None:
+    """Refuse to compare programs that come to different tensors."""
+    from tritter.storage.hashing import tensor_digest
+    from tritter.storage.tensors import TensorFolder
+
+    digests = []
+    for name in ("tritter", "mergekit"):
+        sampled(_command(name, source, place / name, "dus", mergekit))
+        held = TensorFolder.open(place / name)
+        digests.append({key: tensor_digest(key, held.get(key)) for key in held.files})
+        shutil.rmtree(place / name)
+    if digests[0] != digests[1]:
+        raise RuntimeError("mergekit and Tritter wrote different tensors")
+
+
+def _command(
+    contender: str, source: Path, result: Path, case: str, mergekit: str | None
+) -> list[str]:
+    program = sys.executable
+    what = case
+    if contender == "mergekit":
+        from tritter.expand import plan_expansion
+        from tritter.expansion import Dus
+
+        assert mergekit is not None
+        program = mergekit
+        (step,) = plan_expansion(source, [Dus()]).steps
+        what = json.dumps(list(step.parameter_map.layer_sources))
+    return [program, __file__, "--child", contender, str(source), str(result), what]
+
+
+def _copy(result: Path, copy: Path) -> Measured:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = copy_seconds(result, copy)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Measured(seconds, cpu, 0, 0, 0)
+
+
+def _rows(case: str, runs: dict[str, list[Measured]], result_mb: int) -> Iterator[Row]:
+    copies = [run.seconds for run in runs["cp"]]
+    for name, measured in runs.items():
+        ratios = [run.seconds / copy for run, copy in zip(measured, copies, strict=True)]
+        yield Row(
+            case=case,
+            contender=name,
+            result_mb=result_mb,
+            seconds=round(statistics.median(run.seconds for run in measured), 2),
+            cpu_seconds=round(statistics.median(run.cpu_seconds for run in measured), 2),
+            over_cp=round(statistics.median(ratios), 2),
+            over_cp_lowest=round(min(ratios), 2),
+            over_cp_highest=round(max(ratios), 2),
+            own_mb=max(run.peak_anonymous_mb - run.idle_anonymous_mb for run in measured),
+            anonymous_mb=max(run.peak_anonymous_mb for run in measured),
+            rounds=len(measured),
+        )
+
+
+def _run_child(contender: str, source: Path, result: Path, what: str) -> None:
+    if contender == "mergekit":
+        run_mergekit(source, result, json.loads(what))
+    else:
+        run_tritter(source, result, what, is_hashed=contender == "tritter")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--mergekit", help="Python in whose environment mergekit is installed")
+    parser.add_argument("--output", type=Path, help="CSV file for the rows")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        contender, source, result, what = options.child
+        _run_child(contender, Path(source), Path(result), what)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="tritter-speed-") as place:
+        for row in benchmark(
+            megabytes=options.megabytes,
+            place=Path(place),
+            cases=options.cases,
+            rounds=options.rounds,
+            mergekit=options.mergekit,
+        ):
+            rows.append(asdict(row))
+            print(json.dumps(rows[-1]), flush=True)
+    if options.output is not None:
+        with options.output.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""A folder opened for reading: ties that its files cut."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import oracle
+from tritter.checkpoint import Source
+from tritter.errors import TritterError
+from tritter.expand import expand
+from tritter.expansion import LlamaPro
+from tritter.models import read_config
+
+
+def _with_head(folder: Path, *, change: float) -> Path:
+    """Save a tied model whose file holds a head all the same."""
+    oracle.saved(oracle.tiny_llama(tie_word_embeddings=True), folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[0, 0] += change
+    save_file({**tensors, "lm_head.weight": head}, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_redundant_head_is_left_out(tmp_path: Path) -> None:
+    folder = _with_head(tmp_path / "tied", change=0.0)
+    source = Source.open(folder, read_config(folder))
+    assert "head" not in source.places
+
+
+def test_a_head_that_the_files_untie_is_refused(tmp_path: Path) -> None:
+    """Stock transformers uses both, so leaving one out would change the function in silence."""
+    folder = _with_head(tmp_path / "cut", change=1.0)
+    stock = oracle.stock(folder)
+    assert not torch.equal(stock.lm_head.weight, stock.model.embed_tokens.weight)
+    with pytest.raises(TritterError, match=r"lm_head\.weight differs .* tie_word_embeddings"):
+        expand(folder, tmp_path / "grown", [LlamaPro()])
+    assert not (tmp_path / "grown").exists()

@@ -1,0 +1,132 @@
+"""`tritter expand --method moe-add --domain-data`: one folder, trained, with its record."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.conftest import VOCABULARY, Run, snapshot
+from tests.cli.test_train import write_texts
+from tests.oracle import logits, saved, stock, tokens
+from tests.routing.models import tiny_moe
+from tritter.adaptation.separate import shared_names
+from tritter.checkpoint import read_lineage
+from tritter.data.documents import Document
+from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.models import load_model, save_tokenizer
+from tritter.routing import stock_obstacle
+
+ADD = "expand --checkpoint base --method moe-add --num-experts 2"
+TRAIN = f"{ADD} --domain code --domain-data data/code --steps 3 --learning-rate 1e-3"
+TEXT = "the model grows a layer where data asks for one and keeps what it knew\n"
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A plain folder with experts and a tokenizer; text at `data/code` and `old`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRITTER_CACHE", str(tmp_path / "cache"))
+    folder = saved(tiny_moe("mixtral", vocab_size=VOCABULARY), tmp_path / "base")
+    tokenizer = train_tokenizer([Document("d", TEXT * 20)], vocab_size=VOCABULARY)
+    save_tokenizer(tokenizer, folder, end_of_text=END_OF_TEXT)
+    write_texts(tmp_path / "data/code", "and now")
+    write_texts(tmp_path / "old", "of old")
+    return folder
+
+
+def test_experts_are_added_and_trained_in_one_go(run: Run, base: Path) -> None:
+    """The command of the specification."""
+    result = run(TRAIN)
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in base.parent.iterdir()) == [
+        "base", "base-moe-add", "data", "old",
+    ]  # fmt: skip
+    text = " ".join(result.out.split())
+    assert "exact yes: the model computes what it computed before at step 0" in text
+    assert "open to all tokens" in text and "Experts: % of a domain's assignments" in text
+    folder = base.with_name("base-moe-add")
+    assert stock_obstacle(folder) is None
+    model, before = load_model(folder), load_model(base)
+    assert torch.equal(logits(stock(folder), tokens()), logits(model, tokens()))
+    for name in shared_names(model):
+        assert torch.equal(model.get_parameter(name)[:4], before.get_parameter(name))
+    lineage = read_lineage(folder)
+    assert lineage is not None and lineage.stock_loadable == "yes"
+    record = lineage.expansion_history[-1]
+    assert record.method == "moe_add" and record.continued_training_steps > 3
+    assert set(record.performance_delta) == {"code"} and record.step0_error == 0
+    new = lineage.training_config["new"]["code"]
+    assert new["num_documents"] == 12 and len(new["sha256"]) == 64
+    assert new["paths"] == [str(base.parent / "data/code")]
+    assert lineage.parent_path == "../base"
+    history = run("history base-moe-add --verify")
+    assert history.code == 0 and "2 intact" in history.out
+
+
+def test_old_text_is_mixed_in_and_the_best_expert_cloned(run: Run, base: Path) -> None:
+    result = run(f"{TRAIN} --old-data old --expert-init best --output grown --json")
+    assert result.code == 0, result.err
+    plain = result.json
+    assert set(plain["experts"]["usage"]) == set(plain["scores"]["after"]) == {"old", "code"}
+    assert plain["experts"]["new"] == [4, 5] and plain["step0_error"] == 0
+    chosen = plain["steps"][0]["options"]
+    assert chosen["init"] == "best" and len(chosen["clone_from"]) == 3
+    lineage = read_lineage(Path("grown"))
+    assert lineage is not None and plain["model_hash"] == lineage.model_hash
+    record = lineage.expansion_history[-1]
+    assert plain["steps"][0]["map_digest"] == record.map_digest
+    assert lineage.training_config["old"]["old"]["num_documents"] == 12
+
+
+def test_a_teacher_is_learnt_from(run: Run, base: Path) -> None:
+    result = run(f"{TRAIN} --expert-init distill --teacher base --output grown --json")
+    assert result.code == 0, result.err
+    assert result.json["steps"][0]["options"]["teacher"] == "base"
+
+
+REFUSED = {
+    f"{ADD} --domain code": "--domain-data is missing",
+    f"{ADD} --steps 3": "--domain-data is missing",
+    f"{ADD} --domain-data nowhere": "nowhere: there is no such file",
+    f"{ADD} --domain-data data/empty": "the folder holds no file",
+    f"{ADD} --domain-data data/code --dtype bfloat16": "--dtype = bfloat16: not with --domain-data",
+    f"{ADD} --domain-data data/code --moments zero": "--moments = zero: not with --domain-data",
+    f"{TRAIN} --old-data old --domain old": "--domain = old: that is what the old text",
+    f"{ADD} --expert-init best": "--expert-init = best: domain data chooses the expert",
+    f"{ADD} --expert-init distill --teacher base": "--expert-init = distill: new experts learn",
+    f"{TRAIN} --expert-init distill": "--teacher = null: init=distill learns from a teacher",
+    f"{TRAIN} --expert-init distill --teacher x": "--teacher = x: no such folder",
+    "expand --checkpoint base --method moe-add --addition replicate --domain-data data/code":
+        "appends no experts",
+    "expand --checkpoint base --method width --domain-data data/code":
+        "--method width appends no experts",
+    f"{TRAIN} --learning-rate 0": "--learning-rate = 0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_done_is_refused_and_nothing_written(
+    run: Run, base: Path, words: str
+) -> None:
+    (base.parent / "data/empty").mkdir()
+    before = snapshot(base.parent)
+    result = run(words)
+    assert result.code == 2, result.out
+    assert REFUSED[words] in " ".join(result.err.split())
+    assert snapshot(base.parent) == before
+
+
+def test_without_a_tokenizer_nothing_is_written(run: Run, base: Path) -> None:
+    (base / "tokenizer.json").unlink()
+    before = snapshot(base.parent)
+    result = run(TRAIN)
+    assert result.code == 2 and "tokenizer.json" in result.err
+    assert snapshot(base.parent) == before
+
+
+def test_text_that_is_too_short_is_refused(run: Run, base: Path) -> None:
+    Path("data/short.txt").write_text("too short\n")
+    before = snapshot(base.parent)
+    result = run(f"{ADD} --domain-data data/short.txt")
+    assert result.code == 2, result.out
+    assert snapshot(base.parent) == before

@@ -1,0 +1,106 @@
+"""`tritter expand --method moe`: options reach the experts, and refusals speak of options."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.cli.conftest import VOCABULARY, Run
+from tests.oracle import relative_difference, stock, tokens
+from tritter.models import load_model
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--method moe --noise 0",
+        "--method moe --num-experts 4 --experts-per-token 1 --noise 0",
+        "--method moe --granularity 2 --num-experts 8 --noise 0",
+        "--method width,moe --hidden-size 32 --intermediate-size 48 --num-experts 4",
+    ],
+)
+def test_a_dense_model_becomes_a_sparse_one(
+    run: Run, sources: Path, tmp_path: Path, words: str
+) -> None:
+    result = run(f"expand --checkpoint {sources / 'llama'} --output {tmp_path / 'grown'} {words}")
+    assert result.code == 0, result.err
+    before, after = stock(sources / "llama"), stock(tmp_path / "grown")
+    assert after.config.model_type == "mixtral"
+    is_exact = "--noise 0" in words
+    difference = relative_difference(before, after, tokens(VOCABULARY))
+    assert difference < (1e-4 if is_exact else 0.5)
+    text = " ".join(result.out.split())
+    assert f"exact {'yes' if is_exact else 'no'}" in text
+    assert f"experts a layer - {after.config.num_local_experts}" in text
+    assert "llama → mixtral" in text and "parameters are active for a token" in text
+    assert AutoTokenizer.from_pretrained(tmp_path / "grown")("the")["input_ids"]
+
+
+def test_some_layers_and_every_option(run: Run, sources: Path, tmp_path: Path) -> None:
+    words = (
+        "--num-experts 6 --experts-per-token 4 --noise 0.02 --reinit-fraction 0.5 --granularity 2 "
+        "--sparse-layers 0,2"
+    )
+    line = f"expand --checkpoint {sources / 'qwen3'} --method moe {words} --json"
+    refused = run(f"{line} --dry-run")
+    assert refused.code == 2
+    assert "--granularity = 2 does not divide the FFN's 37 neurons; nearest: 1" in refused.err
+    line = line.replace("--granularity 2 ", "")
+    content = run(f"{line} --output {tmp_path / 'grown'}").json
+    (step,) = content["steps"]
+    assert step["options"] == {
+        "num_experts": 6,
+        "experts_per_token": 4,
+        "noise": 0.02,
+        "reinit_fraction": 0.5,
+        "granularity": 1,
+        "layers": [0, 2],
+    }
+    assert not step["is_exact"]
+    model = load_model(tmp_path / "grown")
+    assert [hasattr(layer.mlp, "experts") for layer in model.model.layers] == [True, False, True]
+    shown = run(f"inspect {tmp_path / 'grown'}")
+    assert shown.code == 0
+    text = " ".join(shown.out.split())
+    assert "experts" in text and "router" in text
+    assert run(f"history {tmp_path / 'grown'} --verify").code == 0
+
+
+def test_target_params_chooses_the_experts(run: Run, place: Path) -> None:
+    line = "expand --checkpoint base --method moe --noise 0 --dry-run --json"
+    count = run(f"{line} --num-experts 5").json["parameters"]["after"]
+    content = run(f"{line} --target-params {count + 50}").json
+    assert content["steps"][0]["options"]["num_experts"] == 5
+
+
+def test_the_experts_of_a_result_go_on(run: Run, place: Path) -> None:
+    assert run("expand --checkpoint base --method moe --num-experts 4 --noise 0").code == 0
+    assert run("expand --checkpoint base-moe --method llama-pro").code == 0
+    before, after = stock(place / "base"), stock(place / "base-moe-llama-pro")
+    assert relative_difference(before, after, tokens(VOCABULARY)) < 1e-4
+    generated = run("generate --checkpoint base-moe-llama-pro --prompt the --max-new-tokens 3")
+    assert generated.code == 0
+    assert torch.equal(
+        stock(place / "base-moe").model.layers[0].mlp.gate.weight,
+        after.model.layers[0].mlp.gate.weight,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--method moe --num-experts 2 --experts-per-token 3", "--experts-per-token = 3: a token"),
+        ("--method moe --num-experts 1", "--num-experts = 1"),
+        ("--method moe --reinit-fraction 1", "--reinit-fraction = 1.0"),
+        ("--method moe --sparse-layers 1", "--sparse-layers leaves layers 0, 2 dense"),
+        ("--method width --num-experts 4", "--method width does not take it; moe"),
+        ("--method width,moe --noise 0.1", "--noise = 0.1: width and moe would both take it"),
+        ("--method moe,moe", "mixtral has experts already"),
+    ],
+)
+def test_refusals_speak_of_options(run: Run, place: Path, words: str, said: str) -> None:
+    result = run(f"expand --checkpoint base {words}")
+    assert result.code == 2
+    assert said in " ".join(result.err.split())
+    assert [path.name for path in place.iterdir()] == ["base"]

@@ -1,0 +1,143 @@
+"""`tritter plan`: what it prints, that its commands carry it out, and what it refuses."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run, snapshot
+from tritter.cli import main
+from tritter.families.presets import PRESETS
+from tritter.models import load_model
+
+
+def test_a_preset_is_named_and_every_step_shown(run: Run, place: Path) -> None:
+    before = snapshot(place)
+    result = run("plan --source 3B --target 10B --gpu-hours 20000 --strategy balanced")
+    assert result.code == 0
+    assert "tritter_3b: 28 layers of 3072" in result.out
+    assert result.out.count("tritter expand --checkpoint") == 3
+    assert "20,000 GPU-hours reach the target" in result.out
+    assert "predictions of a published scaling law" in " ".join(result.out.split())
+    assert snapshot(place) == before
+
+
+def test_json_says_the_same(run: Run, place: Path) -> None:
+    content = run("plan --source 3B --target 10B --gpu-hours 5000 --json").json
+    assert content["source"]["name"] == "tritter_3b"
+    assert content["strategy"] in content["alternatives"]
+    assert content["needed_gpu_hours"] == content["steps"][-1]["total_gpu_hours"]
+    assert not content["reaches_target"]
+    assert 3.1e9 < content["reached_parameters"] < 10e9
+    assert content["reached_instead"]["parameters"] == content["reached_parameters"]
+    for step in content["steps"]:
+        memory = step["memory_bytes"]
+        assert memory["parameters"] == 4 * step["parameters"]  # bf16-mixed keeps float32
+        assert memory["total_estimate"] == sum(memory.values()) - memory["total_estimate"]
+    assert content["assumptions"]["mfu"] == 0.4
+
+
+@pytest.mark.parametrize("strategy", ["depth-first", "width_first", "balanced", "auto"])
+def test_the_printed_commands_carry_the_plan_out(run: Run, place: Path, strategy: str) -> None:
+    line = f"plan --source base --target 120k --gpu-hours 1 --strategy {strategy} --json"
+    content = run(line).json
+    assert len(content["steps"]) >= 3
+    folder = Path("base")
+    for step in content["steps"]:
+        words = shlex.split(step["command"])
+        assert words[:4] == ["tritter", "expand", "--checkpoint", str(folder)]
+        assert main([*words[1:], "--no-measure"]) == 0
+        folder = Path(words[-1])
+        parameters = load_model(folder).parameters()
+        assert sum(parameter.numel() for parameter in parameters) == step["parameters"]
+    assert content["steps"][-1]["parameters"] == pytest.approx(120_000, rel=0.1)
+
+
+def test_a_folder_with_blanks_is_quoted(run: Run, place: Path) -> None:
+    (place / "base").rename(place / "my base")
+    result = run("plan --target 60k --gpu-hours 1 --json --source", "my base")
+    words = shlex.split(result.json["steps"][0]["command"])
+    assert words[3] == "my base" and main([*words[1:], "--no-measure"]) == 0
+
+
+def test_presets_by_name_at_both_ends(run: Run, place: Path) -> None:
+    content = run("plan --source tritter-7b --target tritter_10b --gpu-hours 1e6 --json").json
+    assert content["target_parameters"] == 10_731_524_096
+    assert content["source"]["parameters"] == 7_241_732_096
+
+
+def test_memory_follows_the_options(run: Run, place: Path) -> None:
+    line = "plan --source 1B --target 1.5B --gpu-hours 100 --json "
+    plain = run(line).json["source"]["memory_bytes"]
+    recipe = run(
+        line + "--precision bf16-true --optimizer adamw8bit --freeze-attention --batch-size 1 "
+        "--sequence-length 512 --gradient-checkpointing"
+    ).json["source"]["memory_bytes"]
+    assert recipe["parameters"] * 2 == plain["parameters"]
+    assert all(recipe[part] < plain[part] for part in plain)
+
+
+def test_a_faster_device_takes_fewer_hours(run: Run, place: Path) -> None:
+    line = "plan --source 3B --target 7B --gpu-hours 100 --strategy balanced --json "
+    slow = run(line).json["needed_gpu_hours"]
+    fast = run(line + "--device-flops 624T --mfu 0.8").json["needed_gpu_hours"]
+    assert fast == pytest.approx(slow / 4)
+    fewer = run(line + "--tokens-per-parameter 5").json["needed_gpu_hours"]
+    assert fewer == pytest.approx(slow / 4)
+
+
+def test_a_size_beyond_the_laws_range_is_said_to_be(run: Run, place: Path) -> None:
+    small = run("plan --source base --target 60k --gpu-hours 1").out
+    large = run("plan --source 3B --target 7B --gpu-hours 1").out
+    assert "smaller than any" in " ".join(small.split())
+    assert "smaller than any" not in " ".join(large.split())
+
+
+def test_the_guide(run: Run, place: Path) -> None:
+    text = run("plan --guide").out
+    assert "46.7 G" in text and "13.8B" in text
+    rows = run("plan --guide --json").json["rows"]
+    assert [row["target_parameters"] for row in rows][2] == 10_731_524_096
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        ("--source 7B --target 3B --gpu-hours 1", ["--target = 3,000,000,000", "only grows"]),
+        ("--source tritter_8b --target 10B --gpu-hours 1", ["--source = tritter_8b", *PRESETS]),
+        ("--source tritter_7c --target 10B --gpu-hours 1", ["Did you mean 'tritter_7b'"]),
+        ("--source bas --target 60k --gpu-hours 1", ["--source = bas", "Did you mean 'base'"]),
+        ("--source nowhere/at/all --target 60k --gpu-hours 1", ["--source = nowhere/at/all"]),
+        ("--source 3B --target huge --gpu-hours 1", ["--target = huge"]),
+        ("--source 3B --target 10B --gpu-hours 0", ["--gpu-hours = 0"]),
+        ("--source 3B --target 10B --gpu-hours -1", ["--gpu-hours = -1"]),
+        ("--source 3B --target 10B --gpu-hours nan", ["--gpu-hours = nan"]),
+        ("--source 3B --target 10B --gpu-hours 1 --mfu 0", ["--mfu = 0"]),
+        ("--source 3B --target 10B --gpu-hours 1 --mfu 1.5", ["--mfu = 1.5"]),
+        ("--source 3B --target 10B --gpu-hours 1 --device-flops fast", ["312T"]),
+        (
+            "--source 3B --target 10B --gpu-hours 1 --strategy balance",
+            ["--strategy = balance", "Did you mean 'balanced'"],
+        ),
+        (
+            "--source 3B --target 10B --gpu-hours 1 --optimizer adam8bit",
+            ["--optimizer = adam8bit", "Did you mean 'adamw8bit'"],
+        ),
+        ("--source 3B --target 10B --gpu-hours 1 --precision bf16", ["--precision = bf16"]),
+        ("--source 3B --target 10B --gpu-hours 1 --batch-size 0", ["--batch-size = 0"]),
+        ("--source 3B --gpu-hours 1", ["--target", "--guide"]),
+        ("", ["--source and --target and --gpu-hours"]),
+        ("--source 1k --target 10B --gpu-hours 1", ["--source = 1,000", "checkpoint folder"]),
+        ("--source base --target 29500 --gpu-hours 1", ["--target = 29,500", "within 10 %"]),
+    ],
+)
+def test_what_is_refused_is_refused_by_name(
+    run: Run, place: Path, words: str, messages: list[str]
+) -> None:
+    before = snapshot(place)
+    result = run(f"plan {words}")
+    assert result.code == 2, result.out
+    assert not result.out
+    said = " ".join(result.err.split())
+    assert not [message for message in messages if message not in said], said
+    assert snapshot(place) == before

@@ -1,0 +1,175 @@
+"""Depth in every family, against stock models: what layers are made of, which are identities.
+
+Per-layer patterns are mixed on purpose: kinds of attention, layers with experts and without.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tests import oracle
+from tritter.expand import expand
+from tritter.expansion import Dus, ExpansionSpec, Interpolate, LlamaPro, Stack, Width
+from tritter.families import family_of
+from tritter.models import read_config
+
+_SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-3,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_SLIDING: dict[str, Any] = {
+    "sliding_window": 4,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+}
+# Widths of experts are multiples of 4: torch's grouped product wants rows of 16 bytes.
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {"use_sliding_window": True, **_SLIDING},
+    "qwen3": {"use_sliding_window": True, "attention_bias": True, **_SLIDING},
+    "gemma3_text": {"query_pre_attn_scalar": 6, **_SLIDING},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "shared_expert_intermediate_size": 12,
+        "decoder_sparse_step": 2,
+        "use_sliding_window": True,
+        **_EXPERTS,
+        **_SLIDING,
+    },
+    "qwen3_moe": {"mlp_only_layers": [0], "norm_topk_prob": True, **_EXPERTS},
+}
+RULES: list[ExpansionSpec] = [
+    Dus(),
+    Stack(target_layers=7, partial=True),
+    Interpolate(target_layers=8),
+]
+IDENTITIES: list[ExpansionSpec] = [
+    Dus(identity_init=True),
+    Stack(target_layers=7, partial=True, identity_init=True),
+    Interpolate(target_layers=8, identity_init=True),
+    LlamaPro(positions=(0, 1)),
+]
+
+
+def tiny(family: str) -> PreTrainedModel:
+    """A stock model with random weights, gains and biases."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**_SHAPE, **SHAPES[family]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                around = 0.0 if "bias" in name or family == "gemma3_text" else 1.0
+                parameter.copy_(around + 0.3 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def _kinds(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """Return by layer which attention it has, and which FFN."""
+    types = getattr(model.config, "layer_types", None) or ["full"] * len(model.model.layers)
+    ffns = [type(layer.mlp).__name__ for layer in model.model.layers]
+    return list(zip(types, ffns, strict=True))
+
+
+@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("spec", RULES, ids=lambda spec: spec.name)
+def test_every_layer_is_its_source_layer(tmp_path: Path, family: str, spec: ExpansionSpec) -> None:
+    model = tiny(family)
+    result = expand(oracle.saved(model, tmp_path / "source"), tmp_path / "result", [spec])
+    after = oracle.stock(result.folder)
+    sources = result.lineage.expansion_history[-1].layer_sources
+    assert len(after.model.layers) == len(sources) > 3
+    assert [_kinds(model)[source] for source in sources] == _kinds(after)
+    for target, source in enumerate(sources):
+        new = after.model.layers[target].state_dict()
+        old = model.model.layers[source].state_dict()
+        assert new.keys() == old.keys()
+        assert all(torch.equal(new[name], old[name]) for name in old), f"{target} from {source}"
+    assert torch.equal(after.model.norm.weight, model.model.norm.weight)
+    assert oracle.relative_difference(model, after, oracle.tokens()) > 1e-3
+
+
+@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("spec", IDENTITIES, ids=lambda spec: spec.name)
+def test_identity_copies_add_nothing(tmp_path: Path, family: str, spec: ExpansionSpec) -> None:
+    """Not even rounding differs: an identity adds zeros, behind a norm of its own as well."""
+    model = tiny(family)
+    result = expand(oracle.saved(model, tmp_path / "source"), tmp_path / "result", [spec])
+    after = oracle.stock(result.folder)
+    assert result.lineage.expansion_history[-1].claims_exact
+    assert oracle.relative_difference(model, after, oracle.tokens()) < 1e-6
+    config = read_config(result.folder)
+    expected = family_of(config).count_parameters(config)
+    assert sum(p.numel() for p in after.parameters()) == expected == result.parameters_after
+
+
+def test_behind_an_output_norm_an_identity_opens_as_slowly_as_elsewhere(tmp_path: Path) -> None:
+    """A norm scales what a projection writes to full size at once, were it not its gain that is 0.
+
+    With zeroed projections instead the first step moved the logits by 0.86 of their deviation.
+    """
+    moved = {}
+    for name, specs in {"grown": [LlamaPro()], "plain": []}.items():
+        model = tiny("gemma3_text")
+        if specs:
+            source = oracle.saved(model, tmp_path / "source")
+            model = oracle.stock(expand(source, tmp_path / name, specs).folder)
+        before = oracle.logits(model, oracle.tokens())
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
+        oracle.gradients(model, oracle.tokens(batch=16, length=32))
+        optimiser.step()
+        moved[name] = float((oracle.logits(model, oracle.tokens()) - before).abs().max())
+    assert moved["grown"] < 3 * moved["plain"], moved
+
+
+@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("first", ["depth", "width"])
+def test_depth_and_width_in_either_order(tmp_path: Path, family: str, first: str) -> None:
+    model = tiny(family)
+    specs: list[ExpansionSpec] = [Interpolate(identity_init=True), Width(init="net2net")]
+    if first == "width":
+        specs = [Width(), Stack(identity_init=True)]
+    result = expand(oracle.saved(model, tmp_path / "source"), tmp_path / "result", specs)
+    after = oracle.stock(result.folder)
+    assert oracle.relative_difference(model, after, oracle.tokens()) < 1e-4
+
+
+@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("is_widened", [False, True], ids=["alone", "after width"])
+def test_every_parameter_of_an_identity_gets_a_gradient_within_two_steps(
+    tmp_path: Path, family: str, is_widened: bool
+) -> None:
+    """After a fresh width the copies write nothing to the new directions, norm or not."""
+    source = oracle.saved(tiny(family), tmp_path / "source")
+    specs = [*([Width()] if is_widened else []), Stack(identity_init=True)]
+    result = expand(source, tmp_path / "result", specs)
+    grown = oracle.stock(result.folder)
+    optimiser = torch.optim.AdamW(grown.parameters(), lr=1e-3, weight_decay=0.0)
+    names = [name for name, _ in grown.named_parameters() if name.startswith("model.layers.")]
+    touched = {name: torch.zeros(0) for name in names}
+    for step in range(3):
+        gradients = oracle.gradients(grown, oracle.tokens(batch=16, length=32, seed=step))
+        touched = {
+            name: gradients[name].ne(0) if step == 0 else touched[name] | gradients[name].ne(0)
+            for name in names
+        }
+        optimiser.step()
+    assert any(name.startswith("model.layers.5.") for name in names)
+    dead = {name: int((~mask).sum()) for name, mask in touched.items() if not bool(mask.all())}
+    assert not dead

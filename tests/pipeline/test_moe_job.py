@@ -1,0 +1,250 @@
+"""The main job with experts: dense to sparse, then experts for a new domain, opened and checked."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import oracle
+from tests.pipeline.conftest import SMALL
+from tritter.adaptation.separate import shared_names
+from tritter.checkpoint import read_lineage
+from tritter.config.composition import load_config
+from tritter.errors import RequestError
+from tritter.models import load_model
+from tritter.pipeline import Outcome, run_pipeline, stages
+from tritter.routing import AddedExperts, stock_obstacle
+
+Run = Callable[..., Outcome]
+QUICK = ("training.max_steps=6", "adaptation.router_max_steps=5", "trainer.save_every_n_steps=2")
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def sparse(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that made a dense base sparse."""
+    folder = tmp_path_factory.mktemp("sparse") / "run"
+    run_job(
+        folder, "expansion=moe", "expansion.moe.num_experts=4", "gate='off'",
+        "routing.bias_update_rate=0.001",
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def add(sparse: Path, cache: Path) -> Run:
+    """Return what adds two experts to that model, for code."""
+
+    def run(folder: Path, *overrides: str) -> Outcome:
+        folder.mkdir(parents=True, exist_ok=True)
+        small = [word for word in SMALL if not word.startswith("model.")]
+        words = [
+            *small, *QUICK, f"cache_dir={cache}", "gate='off'", "model=hf",
+            f"model.path={sparse / 'checkpoint'}", "expansion=moe_add",
+            "expansion.moe_add.num_experts=2", *overrides,
+        ]  # fmt: skip
+        return run_pipeline(load_config(words), run_folder=folder)
+
+    return run
+
+
+def test_a_dense_base_becomes_sparse(sparse: Path) -> None:
+    summary = summary_of(sparse)
+    experts = summary["experts"]
+    assert (experts["number"], experts["experts_per_token"]) == (4, 2)
+    for loads in experts["usage"].values():
+        assert len(loads) == 3 and all(sum(load) == pytest.approx(1) for load in loads)
+    assert set(experts["usage"]) == {"prose", "code"}
+    for domain, losses in experts["selection_bias"].items():
+        assert losses["without"] == summary["attempts"][0]["final"][domain]["loss"]
+        assert losses["with"] == pytest.approx(losses["without"], abs=0.5)
+        assert losses["with"] != losses["without"]
+    header = (sparse / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"routing/auxiliary_loss", "routing/z_loss", "routing/entropy", "routing/max_load",
+            "routing/dropped_fraction"} <= set(header)  # fmt: skip
+    lineage = read_lineage(sparse / "checkpoint")
+    assert lineage is not None
+    assert lineage.training_config["routing"]["bias_update_rate"] == 0.001
+    assert "adaptation" not in lineage.training_config
+
+
+OPTIONS = {
+    "cloned": (),
+    "best, held, balanced by a bias": (
+        "expansion.moe_add.init=best", "routing.hold_old=0.1", "routing.bias_update_rate=0.001",
+        "adaptation.router_update=retrain", "'forgetting=[ewc,l2sp,replay]'",
+        "forgetting.ewc.num_sequences=4",
+    ),
+    "random, opened without a router stage": (
+        "expansion.moe_add.init=random", "adaptation.router_update=frozen",
+        "adaptation.router_max_steps=100",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_new_experts_are_trained_and_the_base_stays(add: Run, tmp_path: Path, case: str) -> None:
+    add(tmp_path / "run", *(word.strip("'") for word in OPTIONS[case]))
+    attempt, summary = tmp_path / "run/attempt_1", summary_of(tmp_path / "run")
+    preservation = next(c for c in summary["gate"] if c["check"] == "preservation")
+    assert preservation["verdict"] == "passed"
+    before, trained = load_model(attempt / "expanded"), load_model(attempt / "trained")
+    names = shared_names(before)
+    moved = {n for n, p in before.named_parameters() if differs(p, trained.get_parameter(n))}
+    routers = {n for n, _ in before.named_parameters() if n.endswith("mlp.gate.weight")}
+    assert moved == {*names, *(() if "without" in case else routers)}
+    for name in names:
+        assert torch.equal(before.get_parameter(name)[:4], trained.get_parameter(name)[:4])
+    assert AddedExperts.read(attempt / "expanded") is not None
+    assert AddedExperts.read(attempt / "trained") is None
+    assert stock_obstacle(attempt / "trained") is None
+    ids = oracle.tokens(trained.config.vocab_size)
+    stock = oracle.stock(tmp_path / "run/checkpoint")
+    assert torch.equal(oracle.logits(stock, ids), oracle.logits(trained, ids))
+    lineage = read_lineage(tmp_path / "run/checkpoint")
+    assert lineage is not None and lineage.stock_loadable == "yes"
+    record, steps = lineage.expansion_history[-1], 6 if "without" in case else 11
+    assert record.method == "moe_add" and record.continued_training_steps == steps
+    assert lineage.training_config["new"]["code"]["sha256"]
+    assert (record.options["clone_from"] is not None) is ("best" in case)
+    assert summary["experts"]["new"] == [4, 5] and summary["experts"]["is_open"]
+
+
+def differs(first: Tensor, second: Tensor) -> bool:
+    return not torch.equal(first, second)
+
+
+def test_new_experts_learn_from_a_teacher_and_the_base_is_unfrozen(
+    add: Run, sparse: Path, tmp_path: Path
+) -> None:
+    add(
+        tmp_path / "run", "expansion.moe_add.init=distill",
+        f"expansion.moe_add.teacher={sparse / 'baseline'}", "adaptation.distill_steps=4",
+        "adaptation.unfreeze_after=3", "adaptation.anneal_steps=100",
+    )  # fmt: skip
+    attempt = tmp_path / "run/attempt_1"
+    expanded, distilled, trained = (
+        load_model(attempt / name) for name in ("expanded", "distilled", "trained")
+    )
+    ids = oracle.tokens(expanded.config.vocab_size)
+    assert torch.equal(oracle.logits(expanded, ids), oracle.logits(distilled, ids))
+    name = shared_names(expanded)[0]
+    whole, taught = (model.get_parameter(name) for model in (expanded, distilled))
+    assert torch.equal(whole[:4], taught[:4]) and differs(whole[4:], taught[4:])
+    assert differs(whole[:4], trained.get_parameter(name)[:4])
+    added = AddedExperts.read(tmp_path / "run/checkpoint")
+    assert added is not None and added.step == 11
+    assert added.offset == pytest.approx(-20 * (1 - 11 / 100))
+    lineage = read_lineage(tmp_path / "run/checkpoint")
+    assert lineage is not None and lineage.stock_loadable == "after adaptation"
+    assert not summary_of(tmp_path / "run")["experts"]["is_open"]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("before", ["adaptation", "training", "evaluation"])
+def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
+    add: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(stages, before, stop)
+        add(tmp_path / "parts")
+    add(tmp_path / "parts")
+    add(tmp_path / "whole")
+    whole, parts = (read_lineage(tmp_path / name / "checkpoint") for name in ("whole", "parts"))
+    assert whole is not None and parts is not None and whole.model_hash == parts.model_hash
+
+
+def test_half_open_experts_are_opened_by_the_next_run(
+    add: Run, cache: Path, tmp_path: Path
+) -> None:
+    add(tmp_path / "first", "adaptation.anneal_steps=14")
+    place = tmp_path / "first/checkpoint"
+    assert stock_obstacle(place) is not None
+    words = [
+        *(word for word in SMALL if not word.startswith("model.")), *QUICK, f"cache_dir={cache}",
+        "gate='off'", "model=hf", f"model.path={place}", "expansion=none",
+    ]  # fmt: skip
+    folder = tmp_path / "second"
+    folder.mkdir()
+    run_pipeline(load_config(words), run_folder=folder)
+    assert not (folder / "attempt_1/adapted").exists()  # the routers had their turn
+    assert stock_obstacle(folder / "checkpoint") is None
+    before, after = load_model(place), load_model(folder / "checkpoint")
+    moved = {n for n, p in before.named_parameters() if differs(p, after.get_parameter(n))}
+    assert moved == set(shared_names(before))
+
+
+@pytest.mark.slow
+def test_new_experts_carry_the_domain_and_the_old_one_stays(cache: Path, tmp_path: Path) -> None:
+    """A model that knows prose gets experts for code: they take code more than prose."""
+    small = [
+        *(w for w in SMALL if "max_steps" not in w and "sequence_length" not in w),
+        "data.sequence_length=64", f"cache_dir={cache}",
+    ]  # fmt: skip
+    for name in ("base", "grown"):
+        (tmp_path / name).mkdir()
+    base = load_config(
+        [
+            *small, "pretraining.max_steps=400", "training.max_steps=150", "expansion=moe",
+            "expansion.moe.num_experts=4", "data=text", "data.old=stdlib:prose", "gate='off'",
+            "data.new={again:stdlib:prose}", "forgetting=none",
+        ]
+    )  # fmt: skip
+    run_pipeline(base, run_folder=tmp_path / "base")
+    small = [word for word in small if not word.startswith("model.")]
+    grown = load_config(
+        [
+            *small, "model=hf", f"model.path={tmp_path / 'base/checkpoint'}", "expansion=moe_add",
+            "expansion.moe_add.num_experts=2", "training.max_steps=150", "routing.hold_old=0.1",
+        ]
+    )  # fmt: skip
+    run_pipeline(grown, run_folder=tmp_path / "grown")
+    summary = summary_of(tmp_path / "grown")
+    share = {d: new_share(summary["experts"], d) for d in ("prose", "code")}
+    assert share["code"] > share["prose"] + 0.05
+    assert summary["status"] == "kept"
+    verdicts = {(c["check"], c["subject"]): c["verdict"] for c in summary["gate"]}
+    assert verdicts["retention", "prose"] == verdicts["new_capability", "code"] == "passed"
+
+
+def new_share(experts: dict[str, Any], domain: str) -> float:
+    layers = experts["usage"][domain]
+    return sum(sum(load[expert] for expert in experts["new"]) for load in layers) / len(layers)
+
+
+REFUSED = {
+    "routing.z_loss=0.1": "routing.z_loss = 0.1: the model is dense",
+    "adaptation.encouragement=1": "adaptation.encouragement = 1.0: no experts are being appended",
+    "expansion=moe routing.hold_old=1": "hold_old = 1.0: the model that the run starts from is",
+    "expansion=[moe,moe_add] expansion.moe_add.init=best": "init = best: the experts that moe",
+    "expansion=[moe,moe_add] expansion.moe_add.init=distill": "teacher = null",
+    "expansion=[moe,moe_add] expansion.moe_add.teacher=x": "teacher = x: init=distill learns",
+    "expansion=[moe,moe_add] expansion.moe_add.init=distill expansion.moe_add.teacher=x":
+        "teacher = x: no such folder",
+    "expansion=[moe,moe_add,width]": "freeze_base = true: what width added",
+    "expansion=[moe,moe_add] adaptation.unfreeze_after=30": "unfreeze_after = 30: the training has",
+    "expansion=[moe,moe_add] adaptation.unfreeze_after=3 adaptation.freeze_base=false":
+        "nothing is frozen",
+    "expansion=[moe,moe_add] adaptation.router_update=frozen adaptation.encouragement=1":
+        "there is no router stage",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_would_have_no_effect_is_refused(words: str) -> None:
+    with pytest.raises(RequestError) as refusal:
+        load_config([*SMALL, *words.split()])
+    assert REFUSED[words] in str(refusal.value)

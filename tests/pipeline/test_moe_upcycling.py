@@ -1,0 +1,61 @@
+"""The main job with experts in place of FFNs: its jump, its methods, what it leaves."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import oracle
+from tritter.pipeline import Outcome
+
+Run = Callable[..., Outcome]
+
+
+def moved(folder: Path, part: str) -> float:
+    """Return how far the training took the tensors of a part, relative to their size."""
+    before = load_file(folder / "attempt_1/expanded/model.safetensors")
+    after = load_file(folder / "attempt_1/trained/model.safetensors")
+    names = [name for name in before if part in name]
+    assert names
+    distance = sum(float((after[name] - before[name]).square().sum()) for name in names)
+    return (distance / sum(float(before[name].square().sum()) for name in names)) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def plain(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    run_job(folder, "expansion=moe", "forgetting=none", "expansion.moe.num_experts=4")
+    return folder
+
+
+def test_a_sparse_model_comes_out_and_its_jump_is_reported(plain: Path) -> None:
+    summary = json.loads((plain / "summary.json").read_text())
+    assert summary["parameters"]["final"] > 1.5 * summary["parameters"]["baseline"]
+    (check,) = [check for check in summary["gate"] if check["check"] == "preservation"]
+    assert check["verdict"] == "reported"
+    assert 0 < check["value"] < 0.1
+    loss, after = (summary[stage]["code"]["loss"] for stage in ("baseline", "final"))
+    assert after < loss
+    model = oracle.stock(plain / "attempt_1/trained")
+    assert model.config.model_type == "mixtral"
+    assert sum(p.numel() for p in model.parameters()) == summary["parameters"]["final"]
+
+
+def test_ewc_holds_the_copies_as_it_held_the_ffn(run_job: Run, plain: Path, tmp_path: Path) -> None:
+    """The base's Fisher reaches the experts, and leaves the router free."""
+    options = ("expansion=moe", "expansion.moe.num_experts=4", "forgetting=ewc")
+    run_job(tmp_path, *options, "forgetting.ewc.ewc_lambda=1e9")
+    for part in ("experts.0.w1", "experts.3.w2", "self_attn.v_proj"):
+        assert moved(tmp_path, part) < 0.5 * moved(plain, part)
+    assert moved(tmp_path, "block_sparse_moe.gate") > 0.5 * moved(plain, "block_sparse_moe.gate")
+
+
+def test_without_noise_it_is_held_to_exactness(run_job: Run, tmp_path: Path) -> None:
+    options = ("expansion=[llama_pro,moe]", "expansion.moe.noise=0", "forgetting=[l2sp,replay]")
+    run_job(tmp_path, *options, "expansion.moe.experts_per_token=1")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (check,) = [check for check in summary["gate"] if check["check"] == "preservation"]
+    assert check["verdict"] == "passed"
+    assert check["bound"] is not None and check["value"] < check["bound"]

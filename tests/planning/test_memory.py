@@ -1,0 +1,153 @@
+"""Memory held against real trainings: bytes of tensors, and what autograd keeps."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from tests.oracle import tiny_llama, tokens
+from tritter.errors import RequestError
+from tritter.planning import TrainingSetup, training_memory
+from tritter.planning.memory import saved_bytes
+
+DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+
+
+def held_bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("precision", DTYPES)
+def test_parameters_gradients_and_adamw_to_the_byte(
+    precision: str, is_tied: bool, is_frozen: bool
+) -> None:
+    model = tiny_llama(tie_word_embeddings=is_tied).to(DTYPES[precision])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (is_frozen and "self_attn" in name))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimiser.step()
+    setup = TrainingSetup(precision=precision, is_attention_frozen=is_frozen)
+    memory = training_memory(model.config.to_dict(), setup)
+    assert memory.parameters_bytes == held_bytes(list(model.parameters()))
+    assert memory.gradients_bytes == held_bytes([p.grad for p in trained if p.grad is not None])
+    states = [value for state in optimiser.state.values() for value in state.values()]
+    assert memory.optimiser_bytes == held_bytes(states)
+    total = memory.parameters_bytes + memory.gradients_bytes + memory.optimiser_bytes
+    assert memory.states_bytes == total
+    assert memory.total_bytes == total + memory.activations_bytes
+
+
+def test_experts_are_counted_as_they_lie_in_memory() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, head_dim=4,
+        )
+    )  # fmt: skip
+    optimiser = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    memory = training_memory(model.config.to_dict(), TrainingSetup(precision="32-true"))
+    states = [value for state in optimiser.state.values() for value in state.values()]
+    assert memory.optimiser_bytes == held_bytes(states)
+    assert memory.parameters_bytes == held_bytes(list(model.parameters()))
+
+
+def test_eight_bit_states_by_hand() -> None:
+    """Blocks of 256 with a float32 scale each; tensors under 4096 numbers stay in float32."""
+    config = tiny_llama(vocab_size=300, hidden_size=24, intermediate_size=200).config.to_dict()
+    memory = training_memory(config, TrainingSetup(optimiser="adamw8bit"))
+    embedding = 300 * 24  # twice: the head is not tied
+    ffn = 200 * 24
+    attention = 2 * 24 * 24 + 2 * 12 * 24
+    large = 2 * (2 * (embedding + 4 * 29)) + 3 * 3 * (2 * (ffn + 4 * 19))
+    small = 3 * 8 * (attention + 2 * 24) + 8 * 24
+    assert memory.optimiser_bytes == large + small
+
+
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, vocab_size=500, tie_word_embeddings=False,
+        )
+    ),
+    "large vocabulary": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=4, vocab_size=4000, tie_word_embeddings=True,
+        )
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, vocab_size=300,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_autograd_keeps(name: str, precision: str) -> None:
+    """Every tensor that a real forward pass saves, each storage once, parameters left out."""
+    model = MODELS[name]().to(DTYPES.get(precision, torch.float32))
+    ids = tokens(model.config.vocab_size, batch=2, length=128)
+    setup = TrainingSetup(precision=precision, batch_size=2, sequence_length=128)
+    kept = kept_bytes(model, ids, is_autocast=precision.endswith("mixed"))
+    assert saved_bytes(model.config.to_dict(), setup) == pytest.approx(kept, rel=0.1)
+
+
+def kept_bytes(model: nn.Module, ids: Tensor, *, is_autocast: bool) -> int:
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Any] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=is_autocast),
+    ):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    return sum(kept.values())
+
+
+def test_checkpointing_and_less_text_take_less() -> None:
+    config = tiny_llama().config.to_dict()
+    plain = training_memory(config, TrainingSetup())
+    for cheaper in (
+        TrainingSetup(is_checkpointed=True),
+        TrainingSetup(sequence_length=1024),
+        TrainingSetup(precision="bf16-true"),
+        TrainingSetup(is_attention_frozen=True),
+    ):
+        assert training_memory(config, cheaper).total_bytes < plain.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "bf16"}, r"precision = bf16: allowed is one of 32-true.*Did you mean"),
+        ({"optimiser": "adam8bit"}, r"optimizer = adam8bit.*Did you mean 'adamw8bit'"),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"sequence_length": -1}, "sequence_length = -1"),
+    ],
+)
+def test_a_setup_that_is_none_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        TrainingSetup(**options)

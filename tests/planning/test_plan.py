@@ -1,0 +1,218 @@
+"""Plans: they end, reach what they say, cost what a formula by hand costs, and refuse the rest."""
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tritter
+from tests.oracle import tiny_llama
+from tritter.errors import RequestError
+from tritter.expansion import LlamaPro, Width
+from tritter.families import Config, family_of
+from tritter.families.presets import PRESETS, aspect_ratio_at
+from tritter.planning import (
+    CHINCHILLA,
+    Assumptions,
+    Device,
+    GrowthMethods,
+    GrowthPlan,
+    TrainingSetup,
+    named_shape,
+    plan_expansion_path,
+    plan_growth,
+)
+from tritter.planning.shapes import aspect_ratio, count_parameters
+
+SMALL: Config = tiny_llama().config.to_dict()
+STRATEGIES = ("depth_first", "width_first", "balanced", "auto")
+# What the specification's paths ask for, as (source, target) in billions.
+PATHS = [(3, 7), (7, 10), (3, 10), (7, 14), (0.125, 14)]
+
+
+def planned(source: float, target: float, strategy: str, *, hours: float = 1e9) -> GrowthPlan:
+    shape = named_shape(int(source * 1e9))
+    return plan_growth(shape.config, int(target * 1e9), gpu_hours=hours, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("source", "target"), PATHS)
+def test_a_plan_reaches_its_target_by_steps_that_follow(
+    source: float, target: float, strategy: str
+) -> None:
+    plan = planned(source, target, strategy)
+    assert abs(plan.steps[-1].target_parameters / (target * 1e9) - 1) <= 0.1
+    assert plan.steps[0].source_config == plan.source_config
+    for before, after in pairwise(plan.steps):
+        assert after.source_config == before.target_config
+    for step in plan.steps:
+        family = family_of(step.target_config)
+        assert step.target_parameters == family.count_parameters(step.target_config)
+        assert 1 < step.target_parameters / step.source_parameters < 2.1
+    assert plan.reaches_target and plan.reached is None
+    assert plan.reached_parameters == plan.steps[-1].target_parameters
+
+
+def test_the_specifications_example_takes_three_steps() -> None:
+    assert len(planned(3, 10, "balanced").steps) == 3
+
+
+def test_strategies_do_what_they_are_called() -> None:
+    deeper, wider = planned(3, 10, "depth_first"), planned(3, 10, "width_first")
+    assert {step.method for step in deeper.steps} == {"dus"}
+    assert {step.method for step in wider.steps} == {"width"}
+    turned = planned(0.125, 14, "width_first").steps
+    assert turned[0].method == "width" and turned[-1].method == "dus"
+
+
+@pytest.mark.parametrize(("source", "target"), [(3, 10), (7, 14)])
+def test_balanced_ends_nearer_to_the_presets_proportions(source: float, target: float) -> None:
+    def miss(strategy: str) -> float:
+        last = planned(source, target, strategy).steps[-1]
+        wanted = aspect_ratio_at(last.target_parameters)
+        return abs(math.log(aspect_ratio(last.target_config) / wanted))
+
+    assert miss("balanced") <= min(miss("depth_first"), miss("width_first")) + 0.15
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    growth=st.floats(1.3, 60),
+    strategy=st.sampled_from(STRATEGIES),
+    heads=st.sampled_from([(4, 1), (4, 2), (4, 4), (6, 3), (8, 1)]),
+    layers=st.integers(1, 9),
+)
+def test_planning_always_ends(
+    growth: float, strategy: str, heads: tuple[int, int], layers: int
+) -> None:
+    """It plans or refuses by name, from any small shape to any size."""
+    source: Config = {
+        **SMALL, "num_hidden_layers": layers, "hidden_size": 8 * heads[0], "head_dim": 8,
+        "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
+    }  # fmt: skip
+    target = int(growth * count_parameters(source))
+    try:
+        plan = plan_growth(source, target, gpu_hours=1, strategy=strategy)
+    except RequestError as error:
+        assert "within 10 %" in str(error)
+        return
+    assert len(plan.steps) <= 64
+    assert abs(plan.steps[-1].target_parameters / target - 1) <= 0.1
+
+
+def test_tokens_and_hours_by_hand() -> None:
+    device = Device(flops_per_second=1e15, mfu=0.5)
+    assumptions = Assumptions(
+        device=device, tokens_per_parameter=10, setup=TrainingSetup(sequence_length=1024)
+    )
+    source = PRESETS["tritter_7b"].config()
+    plan = plan_growth(
+        source, 10_700_000_000, gpu_hours=1e6, strategy="depth_first", assumptions=assumptions
+    )
+    (step,) = plan.steps
+    layers, d, f, kv, vocabulary = 48, 4096, 14336, 1024, 32_000
+    matrices = layers * (2 * d * d + 2 * d * kv + 3 * d * f) + vocabulary * d
+    per_token = 3 * (2 * matrices + 2 * layers * d * 1024)
+    tokens = 10 * (10_731_524_096 - 7_241_732_096)
+    assert step.num_tokens == tokens
+    assert step.gpu_hours == pytest.approx(tokens * per_token / 0.5e15 / 3600)
+    assert plan.spare_gpu_hours == pytest.approx(1e6 - step.gpu_hours)
+    scratch = 10 * 10_731_524_096 * per_token / 0.5e15 / 3600
+    assert plan.from_scratch_gpu_hours == pytest.approx(scratch)
+    assert per_token / (6 * 10_731_524_096) == pytest.approx(1, abs=0.1)  # the usual 6 N D
+
+
+def test_a_budget_too_small_says_what_it_reaches() -> None:
+    whole = planned(3, 10, "balanced")
+    first, second = whole.steps[:2]
+    plan = planned(3, 10, "balanced", hours=first.gpu_hours + second.gpu_hours / 2)
+    assert [step.is_affordable for step in plan.steps] == [True, False, False]
+    assert not plan.reaches_target
+    assert plan.needed_gpu_hours == whole.needed_gpu_hours
+    assert plan.reached is not None and plan.reached.is_affordable
+    assert first.target_parameters < plan.reached_parameters < second.target_parameters
+    assert plan.reached.total_gpu_hours <= plan.gpu_hours
+    nothing = planned(3, 10, "balanced", hours=0.001)
+    assert nothing.reached is None and nothing.reached_parameters == nothing.source_parameters
+    assert not any(step.is_affordable for step in nothing.steps)
+
+
+def test_auto_takes_the_least_predicted_loss() -> None:
+    for source, target in ((3, 10), (7, 14)):
+        plan = planned(source, target, "auto", hours=3000)
+        assert set(plan.alternatives) == {"balanced", "depth_first", "width_first"}
+        least = min(plan.alternatives.values())
+        assert plan.predicted_loss == plan.alternatives[plan.strategy] <= least + 0.002
+
+
+def test_losses_fall_and_a_larger_budget_never_predicts_a_larger_one() -> None:
+    plan = planned(3, 10, "balanced")
+    source = CHINCHILLA.loss(plan.source_parameters, 20 * plan.source_parameters)
+    losses = [source, *(step.predicted_loss for step in plan.steps)]
+    assert losses == sorted(losses, reverse=True)
+    spent = [planned(3, 10, "balanced", hours=h).predicted_loss for h in (1, 1e3, 1e4, 1e5)]
+    assert spent == sorted(spent, reverse=True)
+
+
+def test_methods_with_options_of_their_own_keep_them() -> None:
+    methods = GrowthMethods(depth=LlamaPro(), width=Width(init="net2net", shares="equal"))
+    source = PRESETS["tritter_3b"].config()
+    plan = plan_growth(source, 10**10, gpu_hours=1, strategy="balanced", methods=methods)
+    assert {step.method for step in plan.steps} == {"llama_pro", "width"}
+    specs = [step.spec for step in plan.steps if isinstance(step.spec, Width)]
+    assert specs and all((spec.init, spec.shares) == ("net2net", "equal") for spec in specs)
+
+
+def test_the_names_of_the_specification() -> None:
+    steps = tritter.plan_expansion_path(3e9, 10e9, 5000.0, "balanced")
+    assert steps and all(isinstance(step, tritter.ExpansionStep) for step in steps)
+    assert steps == plan_expansion_path(PRESETS["tritter_3b"].config(), 10**10, 5000, "balanced")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "hours", "strategy", "message"),
+    [
+        (7e9, 3e9, 1, "auto", r"target = 3,000,000,000 parameters: the source has 7,241,732,096"),
+        (3e9, 1e10, 0, "auto", "gpu_hours = 0"),
+        (3e9, 1e10, -5, "auto", "gpu_hours = -5"),
+        (3e9, 1e10, math.nan, "auto", "gpu_hours = nan"),
+        (3e9, 1e10, 1, "depth", r"strategy = depth: allowed is one of auto, .*Did you mean"),
+        (1e3, 1e10, 1, "auto", r"source = 1,000 parameters.*come no nearer"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_name(
+    source: float, target: float, hours: float, strategy: str, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        plan_expansion_path(source, target, hours, strategy)
+
+
+@pytest.mark.parametrize("mfu", [0, -0.1, 1.01, math.nan])
+def test_a_utilisation_beyond_its_limits_is_refused(mfu: float) -> None:
+    with pytest.raises(RequestError, match="mfu = "):
+        Device(mfu=mfu)
+
+
+def test_other_values_beyond_their_limits_are_refused() -> None:
+    with pytest.raises(RequestError, match="device_flops = 0"):
+        Device(flops_per_second=0)
+    with pytest.raises(RequestError, match="tokens_per_parameter = -1"):
+        Assumptions(tokens_per_parameter=-1)
+    with pytest.raises(RequestError, match=r"strategy = balanced: no method that grows width"):
+        plan_growth(
+            SMALL, 10**6, gpu_hours=1, strategy="balanced", methods=GrowthMethods(depth=LlamaPro())
+        )
+
+
+def test_a_target_just_above_the_source_still_takes_a_step() -> None:
+    (step,) = planned(3, 3.1, "depth_first").steps
+    assert step.target_parameters == pytest.approx(3.1e9, rel=0.1)
+
+
+def test_a_count_without_a_preset_is_one_with_other_layers() -> None:
+    assert named_shape(3_000_000_000).name == "tritter_3b"
+    other = named_shape(5_000_000_000)
+    assert other.name != "tritter_3b" and "layers" in other.name
+    assert other.parameters == pytest.approx(5e9, rel=0.02)

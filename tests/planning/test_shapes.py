@@ -1,0 +1,104 @@
+"""Shapes within reach of one expansion: real ones, in growing order, found by count."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen3MoeConfig
+
+from tests.oracle import tiny_llama
+from tritter.errors import RequestError
+from tritter.expansion import Dus, LlamaPro, Width, target_config
+from tritter.families import FAMILIES, Config, family_of
+from tritter.families.presets import PRESETS
+from tritter.planning.shapes import (
+    WIDTH_GRIDS,
+    GrowthMethods,
+    WidthGrid,
+    count_parameters,
+    depth_specs,
+    nearest_shape,
+    reached,
+    width_specs,
+)
+
+SMALL: Config = tiny_llama().config.to_dict()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_counting_two_layers_counts_them_all(name: str) -> None:
+    config = PRESETS[name].config()
+    assert count_parameters(config) == family_of(config).count_parameters(config)
+
+
+def test_layers_that_are_not_alike_are_counted_one_by_one() -> None:
+    config: Config = Qwen3MoeConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=4, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=8, mlp_only_layers=[0],
+    ).to_dict()  # fmt: skip
+    assert count_parameters(config) == FAMILIES["qwen3_moe"].count_parameters(config)
+
+
+@pytest.mark.parametrize("grid", WIDTH_GRIDS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_wider_shapes_are_real_ones(name: str, grid: WidthGrid) -> None:
+    config = PRESETS[name].config()
+    old = family_of(config).dimensions(config)
+    shapes = [reached(config, spec) for spec in width_specs(config, Width(), grid=grid)]
+    assert shapes
+    for shape in shapes:
+        new = family_of(shape.config).dimensions(shape.config)
+        assert old.hidden_size < new.hidden_size <= 2 * old.hidden_size
+        assert new.hidden_size % new.num_attention_heads == 0
+        assert new.head_dim == old.head_dim
+        assert new.intermediate_size % 256 == 0
+        ratio = old.intermediate_size / old.hidden_size
+        assert new.intermediate_size / new.hidden_size == pytest.approx(ratio, rel=0.07)
+        if grid != "fine":
+            growth = new.hidden_size / old.hidden_size
+            assert new.num_attention_heads == old.num_attention_heads * growth
+            assert new.num_key_value_heads == old.num_key_value_heads * growth
+    assert [s.parameters for s in shapes] == sorted(s.parameters for s in shapes)
+
+
+def test_depth_takes_what_the_method_takes() -> None:
+    """From 3 layers SOLAR's rule reaches 4 and 6, and identity blocks every count."""
+    config = {**SMALL, "num_hidden_layers": 3}
+    assert [s.target_layers for s in depth_specs(config, Dus())] == [4, 6]  # type: ignore[attr-defined]
+    deeper = depth_specs(config, LlamaPro())
+    assert [s.target_layers for s in deeper] == [4, 5, 6]  # type: ignore[attr-defined]
+    slender = depth_specs(config, LlamaPro(), least_aspect_ratio=24 / 5)
+    assert [s.target_layers for s in slender] == [4, 5]  # type: ignore[attr-defined]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(1.01, 2.5))
+def test_the_nearest_shape_is_that_of_a_plain_search(growth: float) -> None:
+    config = PRESETS["tritter_350m"].config()
+    specs = width_specs(config, Width(), grid="proportional")
+    wanted = growth * count_parameters(config)
+    counts = [count_parameters(target_config(config, [spec])) for spec in specs]
+    found = nearest_shape(config, specs, wanted)
+    assert found is not None
+    best = min(counts, key=lambda count: max(count / wanted, wanted / count))
+    assert found.parameters == best
+
+
+def test_methods_are_sorted_by_direction() -> None:
+    width, depth = Width(init="net2net"), LlamaPro()
+    assert GrowthMethods.of([width, depth]) == GrowthMethods(depth=depth, width=width)
+    assert GrowthMethods.of([]) == GrowthMethods(depth=Dus(), width=Width())
+    assert GrowthMethods.of([depth]) == GrowthMethods(depth=depth)
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ([Dus(), LlamaPro()], "dus, llama_pro: both grow depth"),
+        ([Width(hidden_size=64)], r"expansion\.width\.hidden_size = 64: the plan chooses"),
+        ([Dus(target_layers=6)], r"expansion\.dus\.target_layers = 6"),
+    ],
+)
+def test_methods_that_cannot_be_planned_are_refused(specs: list, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        GrowthMethods.of(specs)

@@ -1,0 +1,211 @@
+"""Export: a plain Hugging Face folder of one dtype, which any reader of such folders loads.
+
+Nothing of ours stays in it but the model card, which says what the weights were made from. Tensors
+go through one by one; nothing is loaded as a model.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tritter.checkpoint.card import export_card
+from tritter.checkpoint.folder import CARD_NAME
+from tritter.checkpoint.record import Lineage
+from tritter.checkpoint.source import Source
+from tritter.checkpoint.state import write_state
+from tritter.errors import RequestError
+from tritter.families import Config, LayoutKind, StoredTensor, family_of, layout
+from tritter.storage.atomic import atomic_folder
+from tritter.storage.hashing import merkle_hash
+from tritter.storage.tensors import is_finite
+from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """An optimiser's state, by kind and by name on disk.
+
+    Args:
+        step: optimiser steps behind it.
+        kinds: kind, as `tritter.parameter_map.carry` names it → name on disk → tensor.
+    """
+
+    step: int
+    kinds: Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A model that can be read tensor by tensor, wherever it lies.
+
+    Args:
+        name: what the card calls it.
+        config: its config.json.
+        read: logical name → tensor.
+        dtype: logical name → dtype.
+        finish: called once all is read; returns a hash of the origin, and raises when the origin
+            is not what its own record says.
+        lineage: what it says of itself, if anything.
+        moments: what a training can go on from; written only where an origin brings it.
+    """
+
+    name: str
+    config: Config
+    read: Callable[[str], Tensor]
+    dtype: Callable[[str], torch.dtype]
+    finish: Callable[[], str]
+    lineage: Lineage | None = None
+    moments: Moments | None = None
+
+    @classmethod
+    def of(cls, source: Source) -> "Weights":
+        """Return the weights of an opened checkpoint folder, checked against its lineage."""
+        return cls(
+            name=source.folder.resolve().name,
+            config=source.config,
+            read=source.read,
+            dtype=source.dtype,
+            finish=lambda: merkle_hash(source.read_digests()),
+            lineage=source.lineage,
+        )
+
+    def without_experts(self, first: int) -> "Weights":
+        """Return the same model without the experts from number `first` on, in every layer."""
+        key = family_of(self.config).sizes["num_experts"]
+
+        def read(name: str) -> Tensor:
+            value = self.read(name)
+            return value[:first].contiguous() if name.endswith(".router") else value
+
+        lineage = self.lineage and replace(self.lineage, stock_loadable="yes")
+        return replace(self, config={**self.config, key: first}, read=read, lineage=lineage)
+
+    @property
+    def widest_dtype(self) -> torch.dtype:
+        """The dtype that holds every tensor without rounding."""
+        dtype, *others = {self.dtype(t.name) for t in _logical_tensors(self.config)}
+        for other in others:
+            dtype = torch.promote_types(dtype, other)
+        return dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What an export wrote.
+
+    Args:
+        origin_hash: of what was exported.
+        model_hash: Merkle hash over the written tensors.
+        num_bytes: of the written tensors.
+        num_files: that they are in.
+    """
+
+    folder: Path
+    config: Config
+    origin_hash: str
+    model_hash: str
+    num_bytes: int
+    num_files: int
+
+
+def export_model(
+    weights: Weights,
+    destination: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    expert_layout: LayoutKind = "hub",
+    write_extras: Callable[[Path], None],
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write a plain folder whole, or not at all.
+
+    Args:
+        dtype: of every tensor.
+        expert_layout: `hub`, a tensor for each matrix of each expert; or `live`, the experts of a
+            layer in one tensor, as transformers holds them.
+        write_extras: adds tokenizer files to the folder it is given.
+        progress: called with (tensors written, tensors in all).
+
+    Raises:
+        RequestError: `destination` exists and `overwrite` is off; a tensor holds values that are
+            not finite, or that `dtype` cannot hold; the origin was changed since its lineage was
+            written.
+        TritterError: the origin is damaged, or the disk refused a write.
+    """
+    config = {
+        **weights.config,
+        "architectures": [family_of(weights.config).architecture],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    stored = layout(family_of(config), config, expert_layout)
+    stream = _stream(weights, stored, dtype=dtype, progress=progress)
+    with atomic_folder(destination, overwrite=overwrite) as folder:
+        digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        write_extras(folder)
+        if weights.moments is not None:
+            _write_moments(folder, weights.moments, max_shard_bytes=max_shard_bytes)
+        origin_hash, model_hash = weights.finish(), merkle_hash(digests)
+        card = export_card(
+            config,
+            origin=weights.name,
+            origin_hash=origin_hash,
+            model_hash=model_hash,
+            lineage=weights.lineage,
+        )
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    return Exported(
+        folder=destination,
+        config=config,
+        origin_hash=origin_hash,
+        model_hash=model_hash,
+        num_bytes=sum(entry.num_bytes for entry in stream.entries),
+        num_files=len(list(destination.glob("*.safetensors"))),
+    )
+
+
+def _stream(
+    weights: Weights,
+    stored: tuple[StoredTensor, ...],
+    *,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None,
+) -> TensorStream:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for position, tensor in enumerate(stored):
+            value = tensor.pack(lambda name: _rounded(weights, name, dtype))
+            yield tensor.name, value
+            if progress is not None:
+                progress(position + 1, len(stored))
+
+    entries = tuple(TensorEntry(tensor.name, dtype, tensor.shape) for tensor in stored)
+    return TensorStream(entries, tensors())
+
+
+def _rounded(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
+    value = weights.read(name)
+    rounded = value.to(dtype)
+    if is_finite(rounded):
+        return rounded
+    if not is_finite(value):
+        raise RequestError(f"{weights.name}: {name} holds values that are not finite.")
+    raise RequestError(
+        f"dtype = {str(dtype).removeprefix('torch.')}: {weights.name} holds {name}, whose largest "
+        f"value is {float(value.abs().max()):.3g}; allowed is bfloat16 or float32."
+    )
+
+
+def _write_moments(folder: Path, moments: Moments, *, max_shard_bytes: int) -> None:
+    kinds = {kind: TensorStream.of(held.items()) for kind, held in moments.kinds.items()}
+    write_state(folder, kinds, step=moments.step, max_shard_bytes=max_shard_bytes)
+
+
+def _logical_tensors(config: Config) -> tuple:
+    return family_of(config).logical_tensors(config)

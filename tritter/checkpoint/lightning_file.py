@@ -1,0 +1,220 @@
+"""A training checkpoint of Lightning (.ckpt), read without running anything that it holds.
+
+Such a file is a pickle. It is opened with torch's restricted unpickler, which knows tensors and
+plain data and nothing else: a file that asks for more is refused, and what it asks for is named.
+Tensors are mapped from the file, so that memory does not grow with the model.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from tritter.checkpoint.export import Moments, Weights
+from tritter.checkpoint.moment_order import MomentsLeftOut, named_moments
+from tritter.errors import RequestError, TritterError, did_you_mean
+from tritter.families import Config, Family, StoredTensor, family_of, match
+from tritter.storage.hashing import file_digest
+
+# What torch.compile, FSDP and activation checkpointing put between the names of modules.
+_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Rotary frequencies follow from the config; old versions of transformers saved them.
+_DERIVED = re.compile(r"rotary_emb\.(?:original_)?inv_freq$")
+
+
+@dataclass(frozen=True, slots=True)
+class LightningFile:
+    """What was found in a .ckpt.
+
+    Args:
+        weights: the model, with moments where their owners are known.
+        left_out: the tensors that `prefix` does not stand before, in words; empty: none.
+        why_no_moments: empty: they were found.
+    """
+
+    weights: Weights
+    left_out: str
+    why_no_moments: str
+
+
+def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None) -> LightningFile:
+    """Read a .ckpt of Lightning, or a saved state dict, as a model of this config.
+
+    Args:
+        prefix: what stands before the model's own names, such as `model.`; tensors that it does
+            not stand before are left out. By default it is found, and every tensor has to have
+            its place in the family's table.
+
+    Raises:
+        RequestError: `prefix` fits no tensor, or several models are in the file.
+        TritterError: the file is no checkpoint, holds objects that would have to be run to be
+            read, or tensors that are left over, missing or of another shape.
+    """
+    content = _load(path)
+    tensors = _state_dict(path, content)
+    family = family_of(config)
+    anchor = family.logical_tensors(config)[0].disk_name
+    chosen = _prefix(path, tensors, anchor, given=prefix)
+    left_out = why_no_moments = ""
+    if prefix is not None and (others := [n for n in tensors if not n.startswith(chosen)]):
+        left_out = f"{len(others)} tensors outside '{prefix}' were left out: {_some(others)}"
+        tensors = {name: value for name, value in tensors.items() if name.startswith(chosen)}
+    stored = _matched(path, family, config, tensors, chosen)
+    _check_ties(path, family, config, tensors, chosen)
+    values = _logical_values(stored, tensors, chosen)
+    try:
+        moments = named_moments(content, tensors, stored=stored, prefix=chosen)
+    except MomentsLeftOut as reason:
+        moments = None
+        why_no_moments = f"the optimiser's state was left out: {reason}"
+    return LightningFile(_weights(path, config, values, moments), left_out, why_no_moments)
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of torch before 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise TritterError(f"{path} cannot be read ({error.strerror or error}).") from error
+    # A hostile or cut-off pickle makes the unpickler raise whatever its bytes lead it to
+    except Exception as error:
+        raise TritterError(_why_not(path, error)) from error
+    if not isinstance(content, Mapping):
+        raise TritterError(f"{path} is not a checkpoint: it holds a {type(content).__name__}.")
+    return content
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    """Say why a file cannot be opened; torch's own words advise to run what it holds."""
+    try:
+        objects = get_unsafe_globals_in_checkpoint(path)
+    # As above: this reads the same bytes, and runs nothing either
+    except Exception:
+        objects = re.findall(r"GLOBAL (\S+)", str(error))
+    if not objects:
+        what = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
+        reason = what[1] if what else str(error).partition("\n")[0]
+        return f"{path} is not a checkpoint, or a damaged one ({reason.strip() or 'it is empty'})."
+    return (
+        f"{path} holds objects beside tensors and plain data, which would have to be run to be "
+        f"read: {_some(sorted(set(objects)))}. Nothing was run. Where the file can be trusted, "
+        "load it and save its state_dict alone: torch.save(checkpoint['state_dict'], PATH)."
+    )
+
+
+def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a model by name: Lightning's `state_dict`, or the whole content."""
+    held = content.get("state_dict", content)
+    if not isinstance(held, Mapping) or not held:
+        raise TritterError(f"{path} holds no state_dict.")
+    wrong = [str(name) for name, value in held.items() if not _is_dense(name, value)]
+    if wrong:
+        raise TritterError(
+            f"{path} holds no state_dict: there are {_some(sorted(wrong))} beside tensors of "
+            "numbers."
+        )
+    named = {_WRAPPERS.sub("", name): value for name, value in held.items()}
+    return {name: value for name, value in named.items() if not _DERIVED.search(name)}
+
+
+def _is_dense(name: object, value: object) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_quantized
+    )
+
+
+def _prefix(path: Path, tensors: Mapping[str, Tensor], anchor: str, *, given: str | None) -> str:
+    """Return what stands before the model's names, from where its embedding is found."""
+    found = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
+    found = [prefix for prefix in found if not prefix or prefix.endswith(".")]
+    if given is not None:
+        wanted = given if not given or given.endswith(".") else given + "."
+        if wanted in found:
+            return wanted
+        raise RequestError(
+            f"--prefix = {given}: {path} holds no {wanted}{anchor}; there are "
+            f"{', '.join(map(repr, found)) or 'no embeddings at all'}.{did_you_mean(wanted, found)}"
+        )
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RequestError(
+            f"{path} holds {len(found)} models, under {', '.join(map(repr, found))}; --prefix says "
+            "which is meant."
+        )
+    raise TritterError(
+        f"{path} holds no tensor whose name ends in {anchor}; it holds {_some(list(tensors))}."
+    )
+
+
+def _matched(
+    path: Path, family: Family, config: Config, tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[StoredTensor, ...]:
+    elsewhere = [name for name in tensors if not name.startswith(prefix)]
+    names = [name.removeprefix(prefix) for name in tensors if name not in elsewhere]
+    try:
+        stored = match(family, config, [*names, *elsewhere])
+    except TritterError as error:
+        hint = f" (--prefix {prefix} leaves out what stands elsewhere)" if elsewhere else ""
+        raise TritterError(f"{path}: {error}{hint}") from error
+    for tensor in stored:
+        found = tuple(tensors[prefix + tensor.name].shape)
+        if found != tensor.shape:
+            raise TritterError(
+                f"{path}: {tensor.name} has shape {found}, but the config asks for {tensor.shape}."
+            )
+        if not tensors[prefix + tensor.name].is_floating_point():
+            dtype = tensors[prefix + tensor.name].dtype
+            raise TritterError(f"{path}: {tensor.name} is of type {dtype}.")
+    return stored
+
+
+def _check_ties(
+    path: Path, family: Family, config: Config, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    embedding = tensors[prefix + family.logical_tensors(config)[0].disk_name]
+    for name in family.tied_names(config):
+        tied = tensors.get(prefix + name)
+        if tied is not None and not torch.equal(tied, embedding):
+            raise TritterError(
+                f"{path}: {name} differs from the embedding, but the config ties the two "
+                "(tie_word_embeddings = true)."
+            )
+
+
+def _logical_values(
+    stored: tuple[StoredTensor, ...], tensors: Mapping[str, Tensor], prefix: str
+) -> dict[str, Tensor]:
+    return {
+        part.name: value
+        for tensor in stored
+        for part, value in tensor.unpack(tensors[prefix + tensor.name].detach())
+    }
+
+
+def _weights(
+    path: Path, config: Config, values: Mapping[str, Tensor], moments: Moments | None
+) -> Weights:
+    return Weights(
+        name=path.name,
+        config=config,
+        read=values.__getitem__,
+        dtype=lambda name: values[name].dtype,
+        finish=lambda: file_digest(path),
+        moments=moments,
+    )
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"

@@ -1,0 +1,234 @@
+"""`tritter export`: a checkpoint, or a .ckpt of Lightning, as a plain stock folder."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritter.checkpoint import Source
+from tritter.checkpoint.export import Exported, Weights, export_model
+from tritter.checkpoint.lightning_file import read_lightning_file
+from tritter.cli.output import (
+    DTYPES,
+    new_console,
+    print_command,
+    print_json,
+    print_lines,
+    progress_bar,
+    short,
+    shown_path,
+)
+from tritter.cli.request import choice, damage_is_a_wrong_request, in_options
+from tritter.errors import RequestError
+from tritter.expand import copy_tokenizer
+from tritter.families import Config, LayoutKind, family_of
+from tritter.models import locate, read_config
+from tritter.report.wording import count_text
+from tritter.routing import AddedExperts, stock_obstacle
+
+FORMATS = ("hf",)
+LAYOUTS: dict[str, LayoutKind] = {"hub": "hub", "fused": "live"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """The words of the command, numbers read.
+
+    Args:
+        dtype: None: bfloat16 for a folder, a file's own for a file.
+        expert_layout: None: as on the hub.
+        config: of a file: a folder or hub id with config.json, or that file.
+        prefix: of a file: what stands before the model's own names.
+        is_without_state: of a file: leave the optimiser's moments out.
+        is_without_new_experts: of a folder: leave out appended experts that are not open yet.
+    """
+
+    checkpoint: str
+    output: Path
+    format: str
+    dtype: str | None
+    expert_layout: str | None
+    max_shard_bytes: int
+    config: str | None
+    prefix: str | None
+    is_without_state: bool
+    is_without_new_experts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What is to be exported, where its tokenizer lies, and what there is to say about it."""
+
+    weights: Weights
+    copy_extras: Callable[[Path], None]
+    notes: tuple[str, ...] = ()
+
+
+def run_export(request: ExportRequest, *, overwrite: bool, as_json: bool) -> int:
+    """Write the folder and print what it holds.
+
+    Raises:
+        RequestError: the checkpoint, an option or the destination cannot be had; nothing is
+            written.
+        TritterError: writing failed, or a tensor turned out damaged while it was read.
+    """
+    choice("format", request.format, FORMATS)
+    dtype = None if request.dtype is None else DTYPES[choice("dtype", request.dtype, list(DTYPES))]
+    is_file = Path(request.checkpoint).expanduser().is_file()
+    _check_place(request, overwrite=overwrite)
+    with damage_is_a_wrong_request():
+        origin = _file(request) if is_file else _folder(request)
+    layout = _layout(request.expert_layout, origin.weights.config)
+    if dtype is None:
+        dtype = origin.weights.widest_dtype if is_file else torch.bfloat16
+    with in_options(), progress_bar(is_shown=not as_json) as progress:
+        exported = export_model(
+            origin.weights,
+            request.output,
+            dtype=dtype,
+            expert_layout=layout,
+            write_extras=origin.copy_extras,
+            max_shard_bytes=request.max_shard_bytes,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json(_as_json(request, origin, exported))
+    else:
+        _print(origin, exported)
+    return 0
+
+
+def _folder(request: ExportRequest) -> _Origin:
+    misplaced = {
+        "--config": request.config,
+        "--prefix": request.prefix,
+        "--no-state": request.is_without_state or None,
+    }
+    given = [option for option, value in misplaced.items() if value is not None]
+    if given:
+        raise RequestError(
+            f"{', '.join(given)}: --checkpoint {request.checkpoint} is no file; a folder has a "
+            "config and names of its own, and its state/ is never exported."
+        )
+    folder = locate(request.checkpoint)
+    source = Source.open(folder, read_config(folder))
+    weights = Weights.of(source)
+    is_download = not Path(request.checkpoint).expanduser().exists()
+    if is_download:  # which lies under its commit's name
+        weights = replace(weights, name=request.checkpoint)
+    obstacle, notes = stock_obstacle(folder), tuple[str, ...]()
+    if request.is_without_new_experts:
+        weights, notes = _without_new_experts(weights, folder)
+    elif obstacle is not None:
+        raise RequestError(
+            f"{folder}: {obstacle}. Train the model until the offset is 0, or leave them out with "
+            "--drop-new-experts."
+        )
+    return _Origin(weights, lambda destination: copy_tokenizer(folder, destination), notes)
+
+
+def _without_new_experts(weights: Weights, folder: Path) -> tuple[Weights, tuple[str, ...]]:
+    added = AddedExperts.read(folder)
+    if added is None or added.is_settled:
+        raise RequestError(
+            f"--drop-new-experts: {folder} has no appended experts that are not wholly open."
+        )
+    note = f"without the {len(added.experts)} appended experts of each layer"
+    return weights.without_experts(added.num_settled_experts), (note,)
+
+
+def _file(request: ExportRequest) -> _Origin:
+    path = Path(request.checkpoint).expanduser()
+    if request.is_without_new_experts:
+        raise RequestError(f"--drop-new-experts: {path.name} is a file; a folder's state says it.")
+    if request.config is None:
+        raise RequestError(
+            f"--config is missing: {path.name} does not say what its model is; a config.json, or "
+            "a folder that holds one, does."
+        )
+    folder = _config_folder(request.config)
+    found = read_lightning_file(path, read_config(folder), prefix=request.prefix)
+    weights, notes = found.weights, (found.left_out, found.why_no_moments)
+    if request.is_without_state:
+        weights, notes = replace(weights, moments=None), (found.left_out, "")
+    has_tokenizer = not Path(request.config).expanduser().is_file()
+
+    def copy_extras(destination: Path) -> None:
+        if has_tokenizer:
+            copy_tokenizer(folder, destination)
+
+    return _Origin(weights, copy_extras, tuple(note for note in notes if note))
+
+
+def _config_folder(config: str) -> Path:
+    path = Path(config).expanduser()
+    if not path.is_file():
+        return locate(config)
+    if path.name != "config.json":
+        raise RequestError(f"--config = {config}: allowed is a config.json, or a folder with one.")
+    return path.parent
+
+
+def _check_place(request: ExportRequest, *, overwrite: bool) -> None:
+    if request.output.exists() and not overwrite:
+        raise RequestError(
+            f"{request.output} exists already; choose another --output, or add --overwrite."
+        )
+    source, output = Path(request.checkpoint).expanduser().resolve(), request.output.resolve()
+    if source.exists() and (output.is_relative_to(source) or source.is_relative_to(output)):
+        raise RequestError(
+            f"--output = {request.output}: an export stands beside the checkpoint, neither in it "
+            "nor in its place."
+        )
+
+
+def _layout(word: str | None, config: Config) -> LayoutKind:
+    if word is None:
+        return "hub"
+    if not family_of(config).has_experts:
+        raise RequestError(
+            f"--expert-layout = {word}: a {config['model_type']} model has no experts."
+        )
+    return LAYOUTS[choice("expert-layout", word, list(LAYOUTS))]
+
+
+def _as_json(request: ExportRequest, origin: _Origin, exported: Exported) -> dict[str, Any]:
+    moments = origin.weights.moments
+    return {
+        "source": request.checkpoint,
+        "destination": str(exported.folder),
+        "format": request.format,
+        "dtype": exported.config["dtype"],
+        "parameters": family_of(exported.config).count_parameters(exported.config),
+        "bytes": exported.num_bytes,
+        "files": exported.num_files,
+        "source_hash": exported.origin_hash,
+        "model_hash": exported.model_hash,
+        "state": {"step": moments.step, "kinds": sorted(moments.kinds)} if moments else None,
+        "notes": list(origin.notes),
+    }
+
+
+def _print(origin: _Origin, exported: Exported) -> None:
+    console = new_console()
+    family, moments = family_of(exported.config), origin.weights.moments
+    parameters = count_text(family.count_parameters(exported.config))
+    files = "1 file" if exported.num_files == 1 else f"{exported.num_files} files"
+    lines = [
+        ("model", f"{family.architecture}, {parameters} parameters"),
+        ("dtype", str(exported.config["dtype"])),
+        ("size", f"{count_text(exported.num_bytes)}B in {files}"),
+    ]
+    if moments is not None:
+        lines.append(("state", f"{', '.join(sorted(moments.kinds))} after {moments.step} steps"))
+    lines += [("note", note) for note in origin.notes]
+    lines += [("from", short(exported.origin_hash)), ("hash", short(exported.model_hash))]
+    print_lines(console, lines)
+    console.print()
+    print_command(console, "written", shown_path(exported.folder))
+    here = shlex.quote(shown_path(exported.folder))
+    print_command(console, "next   ", f"tritter inspect {here}")

@@ -1,0 +1,149 @@
+"""From the words of `tritter plan` to sizes, and from its steps to commands."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from tritter.cli.output import shown_path
+from tritter.cli.request import METHOD_OPTIONS, spelled
+from tritter.cli.values import parameter_count
+from tritter.errors import RequestError, TritterError, did_you_mean
+from tritter.expansion import ExpansionSpec
+from tritter.families.presets import PRESETS, find_preset
+from tritter.models import locate, read_config
+from tritter.planning import GrowthPlan, NamedShape, named_shape, preset_shape
+from tritter.planning.shapes import count_parameters
+from tritter.report.wording import count_text
+
+_OPTIONS = (
+    "source|target|gpu_hours|strategy|device_flops|mfu|tokens_per_parameter|optimizer|precision|"
+    "batch_size|sequence_length"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """The words of the command, numbers read; None where an option was left out.
+
+    Args:
+        source: a count, a preset, a folder or a hub id.
+        target: a count or a preset.
+        setup: the options of `TrainingSetup`.
+    """
+
+    source: str | None
+    target: str | None
+    gpu_hours: float | None
+    strategy: str
+    device_flops: float
+    mfu: float
+    tokens_per_parameter: float
+    setup: Mapping[str, Any]
+
+
+def expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterator[str]:
+    """Yield the `tritter expand` command of each step, each reading what the one before wrote.
+
+    Args:
+        text: the source as it was typed.
+        source: what it means; without a checkpoint, the commands read a folder of its name.
+    """
+    name = _folder_name(source.name if _is_place(text) else source.name.split()[0])
+    checkpoint = text if _is_place(text) else name
+    for step in plan.steps:
+        output = f"{name}-{_compact(step.target_parameters)}"
+        words = ["tritter", "expand", "--checkpoint", checkpoint]
+        words += ["--method", spelled(step.method), *_spec_options(step.spec), "--output", output]
+        yield shlex.join(words)
+        checkpoint = output
+
+
+def _spec_options(spec: ExpansionSpec) -> list[str]:
+    """Return the options that stand for what differs from a method's defaults."""
+    words: list[str] = []
+    by_field = {
+        takers[spec.name]: option
+        for option, takers in METHOD_OPTIONS.items()
+        if spec.name in takers
+    }
+    for field in fields(spec):  # type: ignore[arg-type]
+        value = getattr(spec, field.name)
+        if value != field.default:
+            words.append(f"--{spelled(by_field[field.name])}")
+            words += [] if value is True else [str(value)]
+    return words
+
+
+def _is_place(source: str) -> bool:
+    return Path(source).is_dir() or "/" in source
+
+
+def read_source(text: str) -> NamedShape:
+    """Return the shape that `--source` means.
+
+    Raises:
+        RequestError: it is no checkpoint, preset or count.
+    """
+    if _is_place(text):
+        try:
+            folder = locate(text)
+            config = read_config(folder)
+        except TritterError as error:
+            raise RequestError(re.sub(r"^checkpoint\b", "source", str(error))) from error
+        return NamedShape(shown_path(folder), config, count_parameters(config))
+    if _spelled_preset(text) in PRESETS:
+        return preset_shape(find_preset(text))
+    return named_shape(_count("source", text))
+
+
+def read_target(text: str) -> int:
+    """Return the count that `--target` means.
+
+    Raises:
+        RequestError: it is no preset or count.
+    """
+    if _spelled_preset(text) in PRESETS:
+        return preset_shape(find_preset(text)).parameters
+    return _count("target", text)
+
+
+def _spelled_preset(text: str) -> str:
+    return text.lower().replace("-", "_")
+
+
+def _count(option: str, text: str) -> int:
+    try:
+        return parameter_count(text)
+    except typer.BadParameter as error:
+        near = [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()]
+        known = [*PRESETS, *(near if option == "source" else [])]
+        places = ", a checkpoint folder" if option == "source" else ""
+        raise RequestError(
+            f"{option} = {text}: give a count of parameters such as 3B{places} or a preset: "
+            f"{', '.join(PRESETS)}.{did_you_mean(_spelled_preset(text), known)}"
+        ) from error
+
+
+@contextmanager
+def in_plan_options() -> Iterator[None]:
+    """Let refusals name the options that were typed."""
+    try:
+        yield
+    except RequestError as error:
+        text = re.sub(rf"^({_OPTIONS})(?= = )", lambda key: f"--{spelled(key[0])}", str(error))
+        raise RequestError(text) from error
+
+
+def _folder_name(name: str) -> str:
+    return Path(name).resolve().name
+
+
+def _compact(count: int) -> str:
+    """Return a count as a part of a folder's name: 4.42B, 213k."""
+    return count_text(count).replace(" ", "").replace("G", "B")

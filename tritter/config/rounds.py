@@ -1,0 +1,54 @@
+"""The rounds of a run that grows to a size: their shapes, planned before anything is written."""
+
+import re
+
+from tritter.config.schema import RunConfig
+from tritter.errors import RequestError
+from tritter.families import Config
+from tritter.planning import GrowthMethods, Shape
+from tritter.planning.strategy import AUTO, PathRequest, find_best_path
+
+
+def planned_rounds(config: RunConfig, source: Config) -> tuple[Shape, ...]:
+    """Return the shape after each round, no more of them than `pipeline.max_rounds`.
+
+    The methods of `expansion` are those that may be used, their options kept and their sizes
+    chosen; without any, `dus` and `width`.
+
+    Args:
+        source: config.json of the base.
+
+    Raises:
+        RequestError: a method has sizes of its own or none to plan, the strategy lacks a method,
+            or the target can't be reached.
+    """
+    pipeline = config.pipeline
+    assert pipeline.target_params is not None
+    try:
+        request = PathRequest(
+            source=source,
+            target_parameters=pipeline.target_params,
+            strategy=pipeline.strategy or AUTO,
+            methods=GrowthMethods.of(config.expansion),
+        )
+        return find_best_path(request)[: pipeline.max_rounds]
+    except RequestError as error:
+        raise RequestError(_with_keys(str(error))) from error
+
+
+def pipeline_problems(config: RunConfig) -> list[str]:
+    """Return what is set about rounds that a run of one round would not look at."""
+    pipeline = config.pipeline
+    if pipeline.target_params is not None:
+        return []
+    return [
+        f"pipeline.{key} = {value}: without pipeline.target_params a run has one round, and "
+        "expansion says what it does; give a target, or leave this out."
+        for key, value in (("max_rounds", pipeline.max_rounds), ("strategy", pipeline.strategy))
+        if value is not None
+    ]
+
+
+def _with_keys(text: str) -> str:
+    text = re.sub(r"^target = ", "pipeline.target_params = ", text)
+    return re.sub(r"^strategy = ", "pipeline.strategy = ", text)

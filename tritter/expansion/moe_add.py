@@ -1,0 +1,303 @@
+"""More experts in a model that has some: appended behind a closed door, or all of them twice.
+
+`append` adds any number of experts. Their logits get an offset of −∞, so that no token meets them
+and the function is kept whatever they hold; the training that follows raises the offset to 0. A
+stock class knows no offset: until then the folder is exact in Tritter alone. `replicate` doubles
+the experts and the experts per token: each token meets both copies of what it met before, at half
+the weight each (a softmax over twice the experts, or its top part renormalised), which stock
+classes compute as well.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from tritter.errors import RequestError
+from tritter.expansion.specification import ExpansionStep
+from tritter.families import Config, Family, LogicalTensor, family_of
+from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
+from tritter.seeds import derived_seed
+
+DEFAULT_APPENDED = 4
+DEFAULT_NOISE = 0.01
+INITS = ("clone", "mean", "random", "best", "distill")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeAdd:
+    """More experts in every layer that has experts.
+
+    Args:
+        num_experts: how many are added. Default: 4 for append; replicate adds as many as there
+            are.
+        addition: `append`, exact in Tritter, with a router offset that starts at −∞; or
+            `replicate`, twice the experts and twice as many per token, exact in stock classes.
+        init: of appended experts and their router rows: `clone` of one expert, `mean` of all,
+            `random` with the spread of what is there, `best`: a clone of the expert of each layer
+            that domain data moves most, or `distill`: clones, which are to be trained to answer
+            as `teacher` does before any token meets them.
+        clone_from: the expert that is cloned: one index, or one for each layer that has experts.
+            Default: 0; under `best` what the data chose.
+        teacher: under `distill` a folder or hub id of a model with the same vocabulary.
+        noise: on new copies of experts, relative to their deviation; without it copies stay
+            equal.
+    """
+
+    name: ClassVar[str] = "moe_add"
+    expansion_type: ClassVar[str] = "moe"
+    num_experts: int | None = field(default=None, metadata={"minimum": 1})
+    addition: str = field(default="append", metadata={"choices": ("append", "replicate")})
+    init: str = field(default="clone", metadata={"choices": INITS})
+    clone_from: tuple[int, ...] | None = field(default=None, metadata={"minimum": 0})
+    teacher: str | None = None
+    noise: float = field(default=DEFAULT_NOISE, metadata={"minimum": 0.0})
+
+    @property
+    def is_append(self) -> bool:
+        return self.addition == "append"
+
+    @property
+    def is_chosen_by_data(self) -> bool:
+        """True while only domain data can say which experts are cloned."""
+        return self.init == "best" and self.clone_from is None
+
+    @property
+    def is_exact(self) -> bool:
+        """True of append whatever the new experts hold: no token meets them at step 0."""
+        return self.is_append or self.noise == 0
+
+    @property
+    def new_blocks_only(self) -> bool:
+        return False
+
+    def target_config(self, family: Family, config: Config) -> Config:
+        layers = sparse_layers(family, config)
+        size = family.dimensions(config)
+        self._check_options()
+        self._check_clone_from(size.num_experts, layers)
+        num_experts, experts_per_token = (
+            family.sizes["num_experts"],
+            family.sizes["experts_per_token"],
+        )
+        if self.is_append:
+            added = self.num_experts or DEFAULT_APPENDED
+            return {**config, num_experts: size.num_experts + added}
+        if self.num_experts not in (None, size.num_experts):
+            raise RequestError(
+                f"expansion.moe_add.num_experts = {self.num_experts}: addition=replicate doubles "
+                f"the {size.num_experts} experts, so it adds {size.num_experts}; addition=append "
+                "adds any number."
+            )
+        return {
+            **config,
+            num_experts: 2 * size.num_experts,
+            experts_per_token: 2 * size.experts_per_token,
+        }
+
+    def parameter_map(
+        self, family: Family, source: Config, target: Config, *, seed: int
+    ) -> ParameterMap:
+        if self.is_chosen_by_data:
+            raise RequestError(
+                "expansion.moe_add.init = best: domain data chooses the expert, so it works in a "
+                "run of train.py, and with --domain-data; or use clone with clone_from."
+            )
+        layers = sparse_layers(family, source)
+        chosen = self.clone_from or (0,)
+        sources = dict(
+            zip(layers, chosen if len(chosen) > 1 else chosen * len(layers), strict=True)
+        )
+        old, new = (family.dimensions(config).num_experts for config in (source, target))
+        tensors: dict[str, TensorMap] = {}
+        for tensor in family.logical_tensors(target):
+            name = tensor.name
+            if tensor.expert is not None and self.is_append and tensor.expert >= old:
+                shape = family.shape(tensor, source)
+                tensors[name] = self._appended(tensor, sources[_layer(name)], old, shape, seed=seed)
+            elif tensor.expert is not None and not self.is_append:
+                rows = family.shape(tensor, source)[0]
+                tensors[name] = self._replicated(tensor, old, rows, seed=seed)
+            elif name.endswith(".router"):
+                tensors[name] = self._router(name, sources[_layer(name)], old, new, seed=seed)
+            else:
+                tensors[name] = TensorMap(source=name)
+        num_layers = family.dimensions(source).num_hidden_layers
+        return ParameterMap(tensors=tensors, layer_sources=tuple(range(num_layers)))
+
+    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
+        old, new = family.dimensions(source), family.dimensions(target)
+        before, after = (family.count_active_parameters(config) for config in (source, target))
+        grown = f"experts {old.num_experts} → {new.num_experts}"
+        if self.is_append:
+            return (
+                f"{grown}, still {new.experts_per_token} per token ({after:,} active parameters)",
+                "the new ones are closed by a router offset of -inf, which lies in state/; stock "
+                "transformers computes the same only once training has raised it to 0",
+            )
+        per_token = f"{old.experts_per_token} → {new.experts_per_token} per token"
+        return (f"{grown}, {per_token} (active parameters {before:,} → {after:,})",)
+
+    def _check_options(self) -> None:
+        if not self.is_append and (self.init != "clone" or self.clone_from is not None):
+            key, value = (
+                ("init", self.init)
+                if self.init != "clone"
+                else ("clone_from", list(self.clone_from or ()))
+            )
+            raise RequestError(
+                f"expansion.moe_add.{key} = {value}: addition=replicate clones every expert; "
+                "addition=append takes it."
+            )
+        if (self.init == "distill") != (self.teacher is not None):
+            raise RequestError(
+                f"expansion.moe_add.teacher = {self.teacher or 'null'}: init=distill learns from a "
+                f"teacher, a folder or hub id, and no other init has one (init = {self.init})."
+            )
+        if self.init in ("mean", "random") and self.clone_from is not None:
+            raise RequestError(
+                f"expansion.moe_add.clone_from = {list(self.clone_from)}: init={self.init} clones "
+                "none; use init=clone."
+            )
+        if self.init == "random" and self.noise not in (0, DEFAULT_NOISE):
+            raise RequestError(
+                f"expansion.moe_add.noise = {self.noise} goes on copies, and init=random makes "
+                "none; use init=clone or init=mean."
+            )
+
+    def _check_clone_from(self, num_experts: int, layers: Sequence[int]) -> None:
+        if self.clone_from is None:
+            return
+        key = f"expansion.moe_add.clone_from = {list(self.clone_from)}"
+        if len(self.clone_from) not in (1, len(layers)):
+            raise RequestError(
+                f"{key}: allowed is one expert, or one for each of the {len(layers)} layers that "
+                "have experts."
+            )
+        wrong = [expert for expert in self.clone_from if not 0 <= expert < num_experts]
+        if wrong:
+            raise RequestError(
+                f"{key}: there is no expert {wrong[0]}; allowed are 0 to {num_experts - 1}."
+            )
+
+    def _appended(
+        self,
+        tensor: LogicalTensor,
+        source: int,
+        num_old: int,
+        shape: tuple[int, ...],
+        *,
+        seed: int,
+    ) -> TensorMap:
+        """Return the map of a new expert's matrix; its state starts anew, whatever it holds."""
+        if self.init == "random":
+            axes: list[AxisFactor | None] = [None] * len(shape)
+            axes[0] = _without_source(shape[0])
+            fill = Fill("matched", seed=derived_seed(seed, "fill", tensor.name))
+            return TensorMap(_of_expert(tensor, 0), tuple(axes), fill=fill, state="fresh")
+        blend = tuple(_of_expert(tensor, e) for e in range(1, num_old))
+        is_mean = self.init == "mean"
+        return TensorMap(
+            source=_of_expert(tensor, 0 if is_mean else source),
+            blend=blend if is_mean else (),
+            state="fresh",
+            noise=self.noise,
+            noise_seed=derived_seed(seed, "noise", tensor.name),
+            is_copy=True,
+        )
+
+    def _replicated(
+        self, tensor: LogicalTensor, num_old: int, rows: int, *, seed: int
+    ) -> TensorMap:
+        """Return the map of one of two copies; each gets half of the gradient."""
+        assert tensor.expert is not None
+        ones = torch.ones(rows, dtype=torch.float64)
+        is_copy = tensor.expert >= num_old
+        return TensorMap(
+            source=_of_expert(tensor, tensor.expert % num_old),
+            axes=(AxisFactor(torch.arange(rows), ones, ones / 2), None),
+            noise=self.noise if is_copy else 0.0,
+            noise_seed=derived_seed(seed, "noise", tensor.name),
+            is_copy=is_copy,
+        )
+
+    def _router(
+        self, name: str, source: int, num_old: int, num_new: int, *, seed: int
+    ) -> TensorMap:
+        if not self.is_append:
+            share = torch.full((num_new,), 0.5, dtype=torch.float64)
+            routes = AxisMap.copied(num_old, torch.arange(num_new) % num_old, share)
+            return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None))
+        routes = AxisMap.padded(num_old, num_new)
+        match self.init:
+            case "clone" | "best" | "distill":
+                index = torch.where(routes.source >= 0, routes.source, source)
+                ones = torch.ones(num_new, dtype=torch.float64)
+                donor = TensorMap(name, (AxisFactor(index, ones, ones), None))
+                fill = Fill("copy", donor=donor)
+            case "mean":
+                fill = Fill("row_mean")
+            case _:
+                fill = Fill("matched", seed=derived_seed(seed, "fill", name))
+        return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None), fill=fill)
+
+
+def closed_experts(
+    steps: Sequence[ExpansionStep], *, held: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """Return the experts that no token meets yet, or not wholly, after the expansions.
+
+    Args:
+        held: those that the source has.
+
+    Raises:
+        RequestError: experts are added to a model whose last ones are not open yet.
+    """
+    closed = held
+    for step in steps:
+        if not isinstance(step.spec, MoeAdd):
+            continue
+        if closed:
+            raise RequestError(
+                f"expansion.moe_add: the router offset of experts {closed[0]} to {closed[-1]}, "
+                "which were appended before, is not 0 yet; train the model until it is, then add "
+                "more."
+            )
+        if step.spec.is_append:
+            old, new = (
+                family_of(config).dimensions(config).num_experts
+                for config in (step.source_config, step.target_config)
+            )
+            closed = tuple(range(old, new))
+    return closed
+
+
+def sparse_layers(family: Family, config: Config) -> tuple[int, ...]:
+    """Return the layers that have experts.
+
+    Raises:
+        RequestError: there are none.
+    """
+    layers = range(family.dimensions(config).num_hidden_layers)
+    sparse = tuple(layer for layer in layers if family.is_sparse(config, layer))
+    if not sparse:
+        raise RequestError(
+            f"expansion.moe_add: a {family.model_type} model without experts has none to add to; "
+            "use moe first (expansion=[moe,moe_add], or --method moe,moe-add)."
+        )
+    return sparse
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1])
+
+
+def _of_expert(tensor: LogicalTensor, expert: int) -> str:
+    """Return the name of the same matrix of another expert."""
+    return tensor.name.replace(f".experts.{tensor.expert}.", f".experts.{expert}.")
+
+
+def _without_source(size: int) -> AxisFactor:
+    nothing = torch.zeros(size, dtype=torch.float64)
+    return AxisFactor(torch.full((size,), -1), nothing, nothing.clone())

@@ -1,0 +1,88 @@
+"""The sizes that a decoder's config states, whatever its family calls them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tritter.errors import RequestError
+
+Config = dict[str, object]
+
+DENSE_SIZES: Mapping[str, str] = {
+    name: name
+    for name in (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Dimensions:
+    """Sizes of a decoder; those of experts are 0 where it has none.
+
+    Args:
+        intermediate_size: of a dense FFN; where every layer has experts, of an expert.
+        num_experts: routed experts of a layer.
+        experts_per_token: experts that a token is routed to, k.
+        expert_size: intermediate size of a routed expert.
+        shared_expert_size: intermediate size of the expert that every token meets.
+    """
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    shared_expert_size: int = 0
+
+    @property
+    def query_size(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def single(self) -> int:
+        """The size of a space of one coordinate, such as the shared expert's gate."""
+        return 1
+
+
+def read_dimensions(config: Config, sizes: Mapping[str, str]) -> Dimensions:
+    """Read the sizes from a config, with the defaults that transformers would derive.
+
+    Args:
+        sizes: attribute of `Dimensions` → config key.
+
+    Raises:
+        RequestError: a size is missing or no positive whole number.
+    """
+
+    def size(name: str, default: int | None = None) -> int:
+        key = sizes[name]
+        value = config.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise RequestError(f"config.json: {key} = {value!r}; a whole number ≥ 1 is needed.")
+        return value
+
+    heads, hidden_size = size("num_attention_heads"), size("hidden_size")
+    derived = {"num_key_value_heads": heads, "head_dim": hidden_size // heads}
+    values = {name: size(name, derived.get(name)) for name in sizes}
+    if values.get("experts_per_token", 0) > values.get("num_experts", 0):
+        raise RequestError(
+            f"config.json: {sizes['experts_per_token']} = {values['experts_per_token']}; allowed "
+            f"is at most {sizes['num_experts']} = {values['num_experts']}."
+        )
+    return Dimensions(**values)

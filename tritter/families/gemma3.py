@@ -1,0 +1,27 @@
+"""Gemma 3 (text): norms of gain 1 + w, also behind attention and FFN; embeddings times √hidden."""
+
+from tritter.families.decoder import (
+    DECODER_SPACES,
+    attention,
+    decoder_tensors,
+    dense_ffn,
+    ffn_norm,
+)
+from tritter.families.family import Family, Port
+
+GEMMA3_TEXT = Family(
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    heads_divide_hidden=True,
+    spaces=DECODER_SPACES,
+    tensors=decoder_tensors(
+        *attention(
+            has_query_norm=True, has_output_norm=True, biases="qkvo", bias_key="attention_bias"
+        ),
+        ffn_norm("pre_feedforward_layernorm"),
+        *dense_ffn(has_output_norm=True),
+        embedding_port=Port.WRITE_SCALED,
+    ),
+    per_layer_config_keys=("layer_types",),
+    norm_offset=1.0,
+)

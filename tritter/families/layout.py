@@ -1,0 +1,157 @@
+"""Where logical tensors lie: on disk as the hub keeps them, or in a model's memory.
+
+On disk every expert's matrix is a tensor of its own; in memory, and in files that were saved from
+there, the experts of a layer share one tensor. Dense families lie alike in both places.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tritter.errors import TritterError
+from tritter.families.dimensions import Config
+from tritter.families.family import Family, Fused, LogicalTensor
+
+LayoutKind = Literal["hub", "live"]
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One logical tensor within a stored one.
+
+    Args:
+        index: its place there; empty when it is the whole.
+    """
+
+    tensor: LogicalTensor
+    index: tuple[int | slice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as it is stored: one logical tensor, or all matrices of a layer's experts.
+
+    Args:
+        name: on disk, or in the model's memory.
+        shape: of the whole.
+        parts: what it holds.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.parts[0].index
+
+    def pack(self, read: Read) -> Tensor:
+        """Return the stored tensor, its parts read by logical name."""
+        if self.is_whole:
+            return read(self.parts[0].tensor.name)
+        stored: Tensor | None = None
+        for part in self.parts:
+            value = read(part.tensor.name)
+            if stored is None:
+                stored = torch.empty(self.shape, dtype=value.dtype, device=value.device)
+            stored[part.index] = value
+        assert stored is not None
+        return stored
+
+    def unpack(self, stored: Tensor) -> Iterator[tuple[LogicalTensor, Tensor]]:
+        """Yield what the stored tensor holds, as views."""
+        for part in self.parts:
+            yield part.tensor, stored[part.index] if part.index else stored
+
+
+def layout(family: Family, config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
+    """Return all stored tensors of a model, in forward order."""
+    places: dict[str, list[Part]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    num_experts = family.dimensions(config).num_experts
+    for tensor in family.logical_tensors(config):
+        shape = family.shape(tensor, config)
+        part, name = Part(tensor), tensor.disk_name
+        if kind == "live" and tensor.fused is not None:
+            part, name = _place_in(tensor.fused, tensor, shape), tensor.fused.name
+            shape = (num_experts, tensor.fused.num_blocks * shape[0], *shape[1:])
+        elif kind == "live":
+            name = tensor.live_name or name
+        places.setdefault(name, []).append(part)
+        shapes[name] = shape
+    return tuple(StoredTensor(name, shapes[name], tuple(parts)) for name, parts in places.items())
+
+
+def match(family: Family, config: Config, names: Iterable[str]) -> tuple[StoredTensor, ...]:
+    """Return the layout that a checkpoint's tensors have.
+
+    Args:
+        names: of all tensors that the checkpoint holds.
+
+    Raises:
+        TritterError: a name has no place in the family's table, or one is missing.
+    """
+    held = set(names) - family.tied_names(config)
+    expected = layout(family, config, "hub")
+    if family.has_experts and held != {stored.name for stored in expected}:
+        live = layout(family, config, "live")
+        if len(held & {s.name for s in live}) > len(held & {s.name for s in expected}):
+            expected = live
+    _check_names(family, held, {stored.name for stored in expected})
+    return expected
+
+
+def pack_all(family: Family, config: Config, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return name in memory → tensor, for values by logical name.
+
+    A stored tensor none of whose parts has a value is absent; parts without a value are zero.
+    """
+    packed = {}
+    for stored in layout(family, config, "live"):
+        held = [part for part in stored.parts if part.tensor.name in values]
+        if not held:
+            continue
+        packed[stored.name] = stored.pack(_or_zero(values, like=values[held[0].tensor.name]))
+    return packed
+
+
+def unpack_all(family: Family, config: Config, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return logical name → tensor, for values by name in memory; absent ones stay absent."""
+    return {
+        tensor.name: value
+        for stored in layout(family, config, "live")
+        if stored.name in values
+        for tensor, value in stored.unpack(values[stored.name])
+    }
+
+
+def _or_zero(values: Mapping[str, Tensor], *, like: Tensor) -> Read:
+    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    return lambda name: values.get(name, zero)
+
+
+def _place_in(fused: Fused, tensor: LogicalTensor, shape: tuple[int, ...]) -> Part:
+    """Return an expert's matrix as a part of the tensor that its layer's experts share."""
+    assert tensor.expert is not None
+    rows = slice(fused.block * shape[0], (fused.block + 1) * shape[0])
+    return Part(tensor, (tensor.expert, rows))
+
+
+def _check_names(family: Family, held: set[str], expected: set[str]) -> None:
+    extra, missing = sorted(held - expected), sorted(expected - held)
+    parts = []
+    if extra:
+        parts.append(f"{len(extra)} tensors that {family.model_type} does not have: {_some(extra)}")
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing: {_some(missing)}")
+    if parts:
+        raise TritterError("The checkpoint does not fit its config.json: " + "; ".join(parts))
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"

@@ -1,0 +1,179 @@
+"""Experts for a domain in one go: expand, adapt routers, train new experts, write one folder.
+
+The stages are those of the main job, in a working folder beside the destination that is gone at
+the end. What is written is one checkpoint whose parent is the source.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tritter.checkpoint import Lineage, read_lineage, write_lineage
+from tritter.config.composition import load_config
+from tritter.config.overrides import quoted
+from tritter.config.schema import RunConfig, TextSources
+from tritter.errors import RequestError
+from tritter.expand import TOKENIZER_FILES, Plan, plan_expansion
+from tritter.expansion import ExpansionSpec, ExpansionStep, MoeAdd
+from tritter.models import read_config
+from tritter.pipeline import experts, verdict
+from tritter.pipeline.arm import Arm
+from tritter.pipeline.context import RunContext, score_records
+from tritter.pipeline.given import check_given
+from tritter.pipeline.ledger import Ledger
+from tritter.pipeline.run import run_arm, run_baseline
+from tritter.storage.atomic import atomic_folder
+from tritter.storage.hashing import file_digest
+
+ARM = "adapted"
+MAX_SEQUENCE_LENGTH = 256
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainTask:
+    """What new experts are to learn.
+
+    Args:
+        new: domain → paths of its text.
+        old: domain → paths of old text; a quarter of what is trained on is drawn from it.
+        steps: of the training of the new experts; the routers have their own.
+        learning_rate: its peak.
+        seed: of everything that is drawn.
+    """
+
+    new: TextSources
+    old: TextSources
+    steps: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainExpansion:
+    """What came of it.
+
+    Args:
+        plan: the expansions, with their maps.
+        lineage: of the checkpoint as written.
+        scores: `before` and `after` → domain → record, as in summary.json.
+        experts: use of the experts by domain, as in summary.json.
+    """
+
+    plan: Plan
+    lineage: Lineage
+    scores: dict[str, dict[str, Any]]
+    experts: dict[str, Any]
+
+
+def expand_for_domain(
+    source: Path,
+    destination: Path,
+    specs: Sequence[ExpansionSpec],
+    task: DomainTask,
+    *,
+    console: Console,
+    overwrite: bool = False,
+) -> DomainExpansion:
+    """Add experts to a checkpoint and train them on a domain.
+
+    Raises:
+        RequestError: the checkpoint, its tokenizer, the text or a target can't be had; nothing is
+            written.
+        TritterError: a stage failed; nothing is left.
+    """
+    if destination.exists() and not overwrite:
+        raise RequestError(f"{destination} exists already.")
+    place = next(folder for folder in destination.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=place) as name:
+        folder = Path(name)
+        config = replace(_config(source, task, folder), expansion=tuple(specs))
+        context = RunContext(config=config, folder=folder, console=console, ledger=Ledger(folder))
+        arm = Arm(ARM, config.expansion)
+        check_given(context)
+        context.check_text()
+        run_baseline(context)
+        arm = run_arm(context, arm)
+        verdict.publish(context, arm, keep=True)
+        with atomic_folder(destination, overwrite=overwrite) as temporary:
+            shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
+            _adopt(temporary, context, source=source, destination=destination)
+        lineage, used = read_lineage(destination), experts.summary_record(context, arm)
+        assert lineage is not None and used is not None
+        plan = plan_expansion(source, arm.specs, seed=context.seed("expansion"))
+        return DomainExpansion(
+            plan=replace(plan, steps=tuple(map(partial(_told, used, task), plan.steps))),
+            lineage=lineage,
+            scores={
+                "before": score_records(context.read_scores("baseline")),
+                "after": score_records(context.read_scores(f"{ARM}-trained")),
+            },
+            experts=used,
+        )
+
+
+def _told(used: Mapping[str, Any], task: DomainTask, step: ExpansionStep) -> ExpansionStep:
+    """Return a step that says what became of its experts, in place of what was to be done."""
+    if not isinstance(step.spec, MoeAdd):
+        return step
+    domains = " and ".join(task.new)
+    trained = f"on {domains}: {used['router_steps']} steps of the routers, {task.steps} of the "
+    return replace(step, notes=(step.notes[0], trained + "new experts; open to all tokens"))
+
+
+def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
+    """Return the run that the task is; caches lie in its folder."""
+    positions = read_config(source).get("max_position_embeddings")
+    limit = positions if isinstance(positions, int) else MAX_SEQUENCE_LENGTH
+    words = {
+        "model": "hf",
+        "model.path": quoted(str(source.resolve())),
+        "expansion": "none",
+        "data": "text",
+        "data.new": _value(task.new),
+        "data.old": _value(task.old) if task.old else "null",
+        "data.sequence_length": min(limit, MAX_SEQUENCE_LENGTH),
+        "data.batch_size": BATCH_SIZE,
+        "forgetting": "replay" if task.old else "none",
+        "gate": "'off'",
+        "logger": "csv",
+        "training.max_steps": task.steps,
+        "training.learning_rate": task.learning_rate,
+        "evaluation.sample_tokens": 0,
+        "seed": task.seed,
+        "cache_dir": quoted(str(folder / "cache")),
+    }
+    return load_config([f"{key}={value}" for key, value in words.items()])
+
+
+def _value(sources: TextSources) -> str:
+    parts = [f"{name}:[{','.join(map(quoted, paths))}]" for name, paths in sources.items()]
+    return "{" + ",".join(parts) + "}"
+
+
+def _adopt(folder: Path, context: RunContext, *, source: Path, destination: Path) -> None:
+    """Let a checkpoint be the child of the source, in place of folders that will be gone."""
+    lineage, held = read_lineage(folder), read_lineage(source)
+    root = read_lineage(context.folder / "baseline")
+    assert lineage is not None and root is not None
+    digests: dict[str, Any] = {}
+    if held is None:
+        names = [name for name in ("config.json", *TOKENIZER_FILES) if (source / name).is_file()]
+        digests = {
+            "parent_tensor_digests": root.tensor_digests,
+            "parent_file_digests": {name: file_digest(source / name) for name in names},
+        }
+    adopted = replace(
+        lineage,
+        parent_hash=root.model_hash,
+        parent_path=os.path.relpath(source.resolve(), destination.resolve()),
+        **digests,
+    )
+    write_lineage(folder, adopted, read_config(folder))

@@ -1,0 +1,33 @@
+"""Ways from one size to another: shapes that exist, what they cost, what a budget reaches."""
+
+from tritter.planning.cost import Device
+from tritter.planning.memory import TrainingMemory, TrainingSetup, training_memory
+from tritter.planning.named_size import NamedShape, named_shape, preset_shape
+from tritter.planning.plan import (
+    Assumptions,
+    ExpansionStep,
+    GrowthPlan,
+    plan_expansion_path,
+    plan_growth,
+)
+from tritter.planning.scaling_law import CHINCHILLA, ScalingLaw
+from tritter.planning.shapes import GrowthMethods, Shape
+
+__all__ = [
+    "CHINCHILLA",
+    "Assumptions",
+    "Device",
+    "ExpansionStep",
+    "GrowthMethods",
+    "GrowthPlan",
+    "NamedShape",
+    "ScalingLaw",
+    "Shape",
+    "TrainingMemory",
+    "TrainingSetup",
+    "named_shape",
+    "plan_expansion_path",
+    "plan_growth",
+    "preset_shape",
+    "training_memory",
+]

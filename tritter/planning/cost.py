@@ -1,0 +1,54 @@
+"""What training costs: FLOPs from shapes, GPU-hours from a device's speed."""
+
+from dataclasses import dataclass
+
+from tritter.errors import RequestError
+from tritter.families import Config, family_of
+
+A100_BF16_FLOPS = 312e12  # dense, per second, as NVIDIA states it
+DEFAULT_MFU = 0.4
+TRAINING_PASSES = 3  # a backward pass costs two forward passes
+_SECONDS_PER_HOUR = 3600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """The hardware that GPU-hours are of.
+
+    Args:
+        flops_per_second: peak of one device in the precision trained in.
+        mfu: model FLOPs utilisation, the share of the peak that training reaches.
+
+    Raises:
+        RequestError: no device has such a speed.
+    """
+
+    flops_per_second: float = A100_BF16_FLOPS
+    mfu: float = DEFAULT_MFU
+
+    def __post_init__(self) -> None:
+        if not 0 < self.flops_per_second < float("inf"):
+            raise RequestError(
+                f"device_flops = {self.flops_per_second:g}: FLOPs per second of one device, above "
+                f"0, such as {A100_BF16_FLOPS:g} (A100, bf16)."
+            )
+        if not 0 < self.mfu <= 1:
+            raise RequestError(
+                f"mfu = {self.mfu:g}: the share of the device's peak that training reaches, above "
+                f"0 and at most 1, such as {DEFAULT_MFU}."
+            )
+
+    def hours(self, flops: float) -> float:
+        """Return the GPU-hours that so many FLOPs take."""
+        return flops / (self.flops_per_second * self.mfu) / _SECONDS_PER_HOUR
+
+    def flops(self, hours: float) -> float:
+        """Return the FLOPs that so many GPU-hours pay for."""
+        return hours * _SECONDS_PER_HOUR * self.flops_per_second * self.mfu
+
+
+def training_flops_per_token(config: Config, *, sequence_length: int) -> int:
+    """Return the FLOPs of one token's training step, attention and output head included."""
+    family = family_of(config)
+    forward = family.forward_flops_per_token(config, context_length=sequence_length)
+    return TRAINING_PASSES * forward

@@ -1,0 +1,343 @@
+"""A plan: the steps to a size, what each costs, and what the budget pays for."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from tritter.errors import RequestError
+from tritter.expansion import ExpansionSpec
+from tritter.families import Config
+from tritter.planning.cost import Device, training_flops_per_token
+from tritter.planning.memory import TrainingMemory, TrainingSetup, training_memory
+from tritter.planning.named_size import named_shape
+from tritter.planning.scaling_law import CHINCHILLA, ScalingLaw
+from tritter.planning.shapes import (
+    GrowthMethods,
+    Shape,
+    count_parameters,
+    reached,
+    specs_like,
+)
+from tritter.planning.strategy import (
+    AUTO,
+    PathRequest,
+    check_strategy,
+    find_path,
+    lopsidedness,
+    strategies_of,
+)
+
+TOKENS_PER_PARAMETER = 20.0  # compute-optimal after Hoffmann et al. 2022, table 3
+_LAW_RESOLUTION = 0.002  # nats; below it the law does not tell two plans apart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assumptions:
+    """What a plan takes for granted.
+
+    Args:
+        device: the hardware that GPU-hours are of.
+        tokens_per_parameter: tokens that a parameter is due; the source's have had theirs, so a
+            step trains for so many tokens per parameter that it adds.
+        setup: how models are trained, for memory and for the length of sequences.
+        law: what predicts losses.
+
+    Raises:
+        RequestError: a value that is not allowed.
+    """
+
+    device: Device = field(default_factory=Device)
+    tokens_per_parameter: float = TOKENS_PER_PARAMETER
+    setup: TrainingSetup = field(default_factory=TrainingSetup)
+    law: ScalingLaw = CHINCHILLA
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tokens_per_parameter < float("inf"):
+            raise RequestError(
+                f"tokens_per_parameter = {self.tokens_per_parameter:g}: a number above 0, such as "
+                f"{TOKENS_PER_PARAMETER:g}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpansionStep:
+    """One expansion and the training after it.
+
+    Args:
+        spec: the expansion, its sizes filled in.
+        source_parameters: counted from shapes, as `target_parameters` is.
+        num_tokens: of the training after the expansion.
+        gpu_hours: that this training takes.
+        total_gpu_hours: of this step and all before it.
+        is_affordable: the budget covers `total_gpu_hours`.
+        predicted_loss: nats per token after the training, by the scaling law.
+        memory: of this training, on one device.
+    """
+
+    spec: ExpansionSpec
+    source_config: Config
+    target_config: Config
+    source_parameters: int
+    target_parameters: int
+    num_tokens: float
+    gpu_hours: float
+    total_gpu_hours: float
+    is_affordable: bool
+    predicted_loss: float
+    memory: TrainingMemory
+
+    @property
+    def method(self) -> str:
+        return self.spec.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Point:
+    """Where a plan starts, in the words of the steps that follow."""
+
+    target_config: Config
+    target_parameters: int
+    total_gpu_hours: float
+    predicted_loss: float
+    memory: TrainingMemory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowthPlan:
+    """The way from a model to a size.
+
+    Args:
+        strategy: the one that was followed; under `auto` the one that was chosen.
+        steps: all steps to the target, also those that the budget does not cover.
+        gpu_hours: the budget.
+        spare_gpu_hours: what is left of it after the last affordable step.
+        reached: the largest shape that the spare hours pay for, in place of the first step that
+            they do not; None when every step is affordable, or none is left.
+        predicted_loss: nats per token when the whole budget is spent.
+        from_scratch_gpu_hours: of the target's shape trained from scratch, for as many tokens per
+            parameter.
+        alternatives: strategy → predicted loss, of all that `auto` compared.
+    """
+
+    strategy: str
+    source_config: Config
+    source_parameters: int
+    target_parameters: int
+    steps: tuple[ExpansionStep, ...]
+    gpu_hours: float
+    spare_gpu_hours: float
+    reached: ExpansionStep | None
+    predicted_loss: float
+    from_scratch_gpu_hours: float
+    source_memory: TrainingMemory
+    alternatives: dict[str, float]
+
+    @property
+    def reaches_target(self) -> bool:
+        return self.steps[-1].is_affordable
+
+    @property
+    def reached_parameters(self) -> int:
+        """What the budget does reach; the source's count when it pays for no step."""
+        if self.reached is not None:
+            return self.reached.target_parameters
+        affordable = [step.target_parameters for step in self.steps if step.is_affordable]
+        return affordable[-1] if affordable else self.source_parameters
+
+    @property
+    def needed_gpu_hours(self) -> float:
+        return self.steps[-1].total_gpu_hours
+
+
+def plan_growth(
+    source: Config,
+    target_parameters: int,
+    *,
+    gpu_hours: float,
+    strategy: str = AUTO,
+    methods: GrowthMethods | None = None,
+    assumptions: Assumptions | None = None,
+) -> GrowthPlan:
+    """Plan the expansions from a model to a number of parameters.
+
+    Args:
+        source: config.json of the model that there is.
+        target_parameters: the nearest shape within 10 % is meant.
+        gpu_hours: the budget.
+        strategy: `depth_first`, `width_first`, `balanced`, or `auto`: the one of least predicted
+            loss once the budget is spent; where the law sees no difference, the one whose shape is
+            nearest to the presets' proportions.
+        methods: the expansions that may be used; default: `dus` and `width`.
+
+    Raises:
+        RequestError: the target is not larger than the source or can't be reached, the budget is
+            not above 0, there is no such strategy, or it has no method.
+    """
+    methods = methods or GrowthMethods.of(())
+    assumptions = assumptions or Assumptions()
+    check_strategy(strategy, methods)
+    if not 0 < gpu_hours < float("inf"):
+        raise RequestError(f"gpu_hours = {gpu_hours:g}: a budget is above 0.")
+    plans: list[GrowthPlan] = []
+    refusals: list[RequestError] = []
+    for name in strategies_of(strategy, methods):
+        request = PathRequest(
+            source=source, target_parameters=target_parameters, strategy=name, methods=methods
+        )
+        try:
+            plans.append(_priced(request, find_path(request), gpu_hours, assumptions))
+        except RequestError as error:
+            refusals.append(error)
+    if not plans:
+        raise refusals[0]
+    return _best(plans, is_compared=strategy == AUTO)
+
+
+def plan_expansion_path(
+    source_params: int | float | Config,
+    target_params: int | float,
+    available_compute: float,
+    strategy: str = AUTO,
+    *,
+    assumptions: Assumptions | None = None,
+) -> list[ExpansionStep]:
+    """Return the expansions from one size to another, with what each costs.
+
+    Args:
+        source_params: a number of parameters (the nearest shape is meant), or a config.json.
+        target_params: a number of parameters.
+        available_compute: the budget in GPU-hours; steps beyond it are marked.
+        strategy: as in `plan_growth`.
+
+    Raises:
+        RequestError: as in `plan_growth`.
+    """
+    source = (
+        source_params if isinstance(source_params, dict) else named_shape(int(source_params)).config
+    )
+    plan = plan_growth(
+        source,
+        int(target_params),
+        gpu_hours=available_compute,
+        strategy=strategy,
+        assumptions=assumptions,
+    )
+    return list(plan.steps)
+
+
+def _priced(
+    request: PathRequest, shapes: Sequence[Shape], gpu_hours: float, assumptions: Assumptions
+) -> GrowthPlan:
+    """Say what a path costs, and what of it the budget pays for."""
+    start = _start(request.source, assumptions)
+    steps: list[ExpansionStep] = []
+    for shape in shapes:
+        steps.append(_step(steps[-1] if steps else start, shape, gpu_hours, assumptions))
+    num_affordable = sum(step.is_affordable for step in steps)
+    last = steps[num_affordable - 1] if num_affordable else start
+    spare = gpu_hours - last.total_gpu_hours
+    missing = steps[num_affordable:]
+    end = steps[-1]
+    from_scratch = assumptions.tokens_per_parameter * end.target_parameters
+    return GrowthPlan(
+        strategy=request.strategy,
+        source_config=request.source,
+        source_parameters=start.target_parameters,
+        target_parameters=request.target_parameters,
+        steps=tuple(steps),
+        gpu_hours=gpu_hours,
+        spare_gpu_hours=spare,
+        reached=_reached(last, missing[0], request, gpu_hours, assumptions) if missing else None,
+        predicted_loss=assumptions.law.loss_after_growth(
+            last.predicted_loss,
+            parameters=last.target_parameters,
+            tokens=assumptions.device.flops(spare)
+            / _flops_per_token(last.target_config, assumptions),
+        ),
+        from_scratch_gpu_hours=_hours_for(end.target_config, from_scratch, assumptions),
+        source_memory=start.memory,
+        alternatives={},
+    )
+
+
+def _start(source: Config, assumptions: Assumptions) -> _Point:
+    parameters = count_parameters(source)
+    return _Point(
+        target_config=source,
+        target_parameters=parameters,
+        total_gpu_hours=0.0,
+        predicted_loss=assumptions.law.loss(
+            parameters, assumptions.tokens_per_parameter * parameters
+        ),
+        memory=training_memory(source, assumptions.setup),
+    )
+
+
+def _step(
+    before: _Point | ExpansionStep, shape: Shape, gpu_hours: float, assumptions: Assumptions
+) -> ExpansionStep:
+    num_tokens = _due_tokens(before, shape, assumptions)
+    hours = _hours_for(shape.config, num_tokens, assumptions)
+    total = before.total_gpu_hours + hours
+    return ExpansionStep(
+        spec=shape.spec,
+        source_config=before.target_config,
+        target_config=shape.config,
+        source_parameters=before.target_parameters,
+        target_parameters=shape.parameters,
+        num_tokens=num_tokens,
+        gpu_hours=hours,
+        total_gpu_hours=total,
+        is_affordable=total <= gpu_hours,
+        predicted_loss=assumptions.law.loss_after_growth(
+            before.predicted_loss, parameters=shape.parameters, tokens=num_tokens
+        ),
+        memory=training_memory(shape.config, assumptions.setup),
+    )
+
+
+def _reached(
+    before: _Point | ExpansionStep,
+    missed: ExpansionStep,
+    request: PathRequest,
+    gpu_hours: float,
+    assumptions: Assumptions,
+) -> ExpansionStep | None:
+    """Return the largest smaller step of the missed one's kind that the budget pays for."""
+    specs = specs_like(before.target_config, missed.spec, request.methods)
+
+    def hours(spec: ExpansionSpec) -> float:
+        shape = reached(before.target_config, spec)
+        return _hours_for(shape.config, _due_tokens(before, shape, assumptions), assumptions)
+
+    place = bisect_right(specs, gpu_hours - before.total_gpu_hours, key=hours)
+    if not place:
+        return None
+    shape = reached(before.target_config, specs[place - 1])
+    return _step(before, shape, gpu_hours, assumptions)
+
+
+def _due_tokens(before: _Point | ExpansionStep, shape: Shape, assumptions: Assumptions) -> float:
+    return assumptions.tokens_per_parameter * (shape.parameters - before.target_parameters)
+
+
+def _hours_for(config: Config, num_tokens: float, assumptions: Assumptions) -> float:
+    return assumptions.device.hours(num_tokens * _flops_per_token(config, assumptions))
+
+
+def _flops_per_token(config: Config, assumptions: Assumptions) -> int:
+    return training_flops_per_token(config, sequence_length=assumptions.setup.sequence_length)
+
+
+def _best(plans: Sequence[GrowthPlan], *, is_compared: bool) -> GrowthPlan:
+    """Return the plan of least predicted loss; where they are level, the best proportioned."""
+    least = min(plan.predicted_loss for plan in plans)
+    level = [plan for plan in plans if plan.predicted_loss <= least + _LAW_RESOLUTION]
+    best = min(level, key=lambda plan: _lopsidedness(plan))
+    losses = {plan.strategy: plan.predicted_loss for plan in plans}
+    return replace(best, alternatives=losses if is_compared else {})
+
+
+def _lopsidedness(plan: GrowthPlan) -> float:
+    last = plan.steps[-1]
+    return lopsidedness(Shape(last.spec, last.target_config, last.target_parameters))

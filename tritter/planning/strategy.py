@@ -1,0 +1,224 @@
+"""Which shape comes next on the way to a size: deeper, wider, or whatever keeps the proportions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+from tritter.errors import RequestError, did_you_mean
+from tritter.families import Config
+from tritter.families.presets import aspect_ratio_at
+from tritter.planning.shapes import (
+    WIDTH_GRIDS,
+    GrowthMethods,
+    Shape,
+    aspect_ratio,
+    count_parameters,
+    depth_specs,
+    nearest_shape,
+    width_specs,
+)
+
+AUTO = "auto"
+STRATEGIES = ("depth_first", "width_first", "balanced")
+TOLERANCE = 0.1
+MAX_STEP_GROWTH = 1.6  # parameters after a step over those before: 3 B to 10 B are three steps
+MAX_STEPS = 64
+# depth_first and width_first go this far from the presets' and the source's proportions.
+_MOST_LOPSIDED = 4.0
+_LEAST_STEP_GROWTH = 1.02
+# A shape is near enough to a waypoint, or to the target, within this factor; of such shapes the
+# rounder and the better proportioned are taken.
+_WAYPOINT_SLACK, _TARGET_SLACK = 1.25, 1.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathRequest:
+    """From where to how many parameters, how, and with which expansions."""
+
+    source: Config
+    target_parameters: int
+    strategy: str
+    methods: GrowthMethods
+
+
+def find_path(request: PathRequest) -> tuple[Shape, ...]:
+    """Return the shapes from the source, exclusive, to the target.
+
+    Each step grows the parameters by about the same factor, at most 1.6, where the methods have
+    such shapes.
+
+    Raises:
+        RequestError: the target is not larger than the source, or no shape within 10 % of it is
+            reached; names the nearest.
+    """
+    config, target = request.source, request.target_parameters
+    parameters = count_parameters(config)
+    if target <= parameters:
+        raise RequestError(
+            f"target = {target:,} parameters: the source has {parameters:,} already; an expansion "
+            "only grows."
+        )
+    shapes: list[Shape] = []
+    while not shapes or (parameters < target / (1 + TOLERANCE) and len(shapes) < MAX_STEPS):
+        steps_left = math.ceil(math.log(target / parameters) / math.log(MAX_STEP_GROWTH) - 1e-9)
+        waypoint = parameters * (target / parameters) ** (1 / steps_left)
+        shape = _next_shape(request, config, waypoint, is_last=steps_left == 1)
+        if shape is None:
+            break
+        shapes.append(shape)
+        config, parameters = shape.config, shape.parameters
+    if not shapes or abs(parameters / target - 1) > TOLERANCE:
+        _refuse(request, shapes)
+    return tuple(shapes)
+
+
+def find_best_path(request: PathRequest) -> tuple[Shape, ...]:
+    """Return the path of a strategy, under `auto` the one whose last shape is best proportioned.
+
+    Raises:
+        RequestError: there is no such strategy, it has no method, or the target can't be reached.
+    """
+    check_strategy(request.strategy, request.methods)
+    paths: list[tuple[Shape, ...]] = []
+    refusals: list[RequestError] = []
+    for name in strategies_of(request.strategy, request.methods):
+        try:
+            paths.append(find_path(replace(request, strategy=name)))
+        except RequestError as error:
+            refusals.append(error)
+    if not paths:
+        raise refusals[0]
+    return min(paths, key=lambda shapes: lopsidedness(shapes[-1]))
+
+
+def check_strategy(strategy: str, methods: GrowthMethods) -> None:
+    """Refuse a strategy that there is not, or that has no method.
+
+    Raises:
+        RequestError: says which.
+    """
+    allowed = (AUTO, *STRATEGIES)
+    if strategy not in allowed:
+        raise RequestError(
+            f"strategy = {strategy}: allowed is one of {', '.join(allowed)}."
+            f"{did_you_mean(strategy, allowed)}"
+        )
+    needed = {"depth_first": ("depth",), "width_first": ("width",), "balanced": ("depth", "width")}
+    for direction in needed.get(strategy, ()):
+        if getattr(methods, direction) is None:
+            example = "dus" if direction == "depth" else "width"
+            raise RequestError(
+                f"strategy = {strategy}: no method that grows {direction} is given; add one, such "
+                f"as {example}."
+            )
+
+
+def strategies_of(strategy: str, methods: GrowthMethods) -> Sequence[str]:
+    """Return the strategies that a name stands for, the better proportioned first."""
+    if strategy != AUTO:
+        return (strategy,)
+    if methods.depth is None:
+        return ("width_first",)
+    return ("depth_first",) if methods.width is None else ("balanced", "depth_first", "width_first")
+
+
+def _next_shape(
+    request: PathRequest, config: Config, waypoint: float, *, is_last: bool
+) -> Shape | None:
+    """Return the next shape, larger than `config` and not beyond the target, if there is one."""
+    usual = (aspect_ratio_at(request.target_parameters), aspect_ratio(request.source))
+    least, most = count_parameters(config), request.target_parameters * (1 + TOLERANCE)
+
+    def usable(shape: Shape | None) -> Shape | None:
+        fits = shape is not None and least * _LEAST_STEP_GROWTH < shape.parameters <= most
+        return shape if fits else None
+
+    slack = _TARGET_SLACK if is_last else _WAYPOINT_SLACK
+
+    def deeper(slenderest: float) -> Shape | None:
+        return usable(_deeper(config, request.methods, waypoint, slenderest))
+
+    def wider(squattest: float) -> Shape | None:
+        return usable(_wider(config, request.methods, waypoint, squattest, slack=slack))
+
+    match request.strategy:
+        case "depth_first":
+            turn = min(usual) / _MOST_LOPSIDED if request.methods.width else 0.0
+            return deeper(turn) or wider(math.inf)
+        case "width_first":
+            turn = max(usual) * _MOST_LOPSIDED if request.methods.depth else math.inf
+            return wider(turn) or deeper(0.0)
+    both = [shape for shape in (deeper(0.0), wider(math.inf)) if shape is not None]
+    return _best_proportioned(both, waypoint, slack=slack)
+
+
+def _deeper(
+    config: Config, methods: GrowthMethods, waypoint: float, slenderest: float
+) -> Shape | None:
+    if methods.depth is None:
+        return None
+    specs = depth_specs(config, methods.depth, least_aspect_ratio=slenderest)
+    return nearest_shape(config, specs, waypoint)
+
+
+def _wider(
+    config: Config,
+    methods: GrowthMethods,
+    waypoint: float,
+    squattest: float,
+    *,
+    slack: float = _TARGET_SLACK,
+) -> Shape | None:
+    """Return a wider shape: the roundest one that is near enough, else the nearest."""
+    if methods.width is None:
+        return None
+    found: list[Shape] = []
+    for grid in WIDTH_GRIDS:
+        specs = width_specs(config, methods.width, grid=grid, most_aspect_ratio=squattest)
+        shape = nearest_shape(config, specs, waypoint)
+        if shape is not None:
+            found.append(shape)
+            if _miss(shape, waypoint) <= math.log(slack):
+                return shape
+    return min(found, key=lambda shape: _miss(shape, waypoint), default=None)
+
+
+def _best_proportioned(shapes: list[Shape], waypoint: float, *, slack: float) -> Shape | None:
+    """Return the shape nearest to the presets' proportions of those that are near the waypoint."""
+    if not shapes:
+        return None
+    near = [shape for shape in shapes if _miss(shape, waypoint) <= math.log(slack)]
+    if not near:
+        return min(shapes, key=lambda shape: _miss(shape, waypoint))
+    return min(near, key=lopsidedness)
+
+
+def lopsidedness(shape: Shape) -> float:
+    """Return how far a shape's proportions are from the presets' at its size, as |log ratio|."""
+    return abs(math.log(shape.aspect_ratio / aspect_ratio_at(shape.parameters)))
+
+
+def _miss(shape: Shape, parameters: float) -> float:
+    return abs(math.log(shape.parameters / parameters))
+
+
+def _refuse(request: PathRequest, shapes: list[Shape]) -> NoReturn:
+    """Raise what names the nearest size on the way to a target that is not reached."""
+    methods = [spec.name for spec in (request.methods.depth, request.methods.width) if spec]
+    target, config = request.target_parameters, request.source
+    nearest = [shapes[-1].parameters] if shapes else []
+    before = shapes[-2].config if len(shapes) > 1 else config
+    for start in (before, shapes[-1].config if shapes else config):
+        for shape in (
+            _deeper(start, request.methods, target, 0.0),
+            _wider(start, request.methods, target, math.inf),
+        ):
+            nearest += [shape.parameters] if shape is not None else []
+    found = min(nearest, key=lambda count: abs(count - target), default=None)
+    ending = "there is no larger shape" if found is None else f"the nearest has {found:,}"
+    raise RequestError(
+        f"target = {target:,} parameters: {' and '.join(methods)} ({request.strategy}) "
+        f"{'reach' if len(methods) > 1 else 'reaches'} no shape within 10 % of it from "
+        f"{count_parameters(config):,}; {ending}."
+    )
