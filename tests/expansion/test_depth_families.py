@@ -8,51 +8,32 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tests import oracle
+from tests import oracle, oracle_families
 from tritter.expand import expand
 from tritter.expansion import Dus, ExpansionSpec, Interpolate, LlamaPro, Stack, Width
 from tritter.families import family_of
 from tritter.models import read_config
 
-_SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-3,
-    "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 _SLIDING: dict[str, Any] = {
     "sliding_window": 4,
     "layer_types": ["full_attention", "sliding_attention", "full_attention"],
 }
-# Widths of experts are multiples of 4: torch's grouped product wants rows of 16 bytes.
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 4},
     "qwen2": {"use_sliding_window": True, **_SLIDING},
     "qwen3": {"use_sliding_window": True, "attention_bias": True, **_SLIDING},
     "gemma3_text": {"query_pre_attn_scalar": 6, **_SLIDING},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {},
     "qwen2_moe": {
-        "shared_expert_intermediate_size": 12,
         "decoder_sparse_step": 2,
+        "mlp_only_layers": [],
         "use_sliding_window": True,
-        **_EXPERTS,
         **_SLIDING,
     },
-    "qwen3_moe": {"mlp_only_layers": [0], "norm_topk_prob": True, **_EXPERTS},
+    "qwen3_moe": {"mlp_only_layers": [0], "decoder_sparse_step": 1},
 }
 RULES: list[ExpansionSpec] = [
     Dus(),
@@ -69,15 +50,7 @@ IDENTITIES: list[ExpansionSpec] = [
 
 def tiny(family: str) -> PreTrainedModel:
     """A stock model with random weights, gains and biases."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**_SHAPE, **SHAPES[family]})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                around = 0.0 if "bias" in name or family == "gemma3_text" else 1.0
-                parameter.copy_(around + 0.3 * torch.randn(parameter.shape))
-    return model.eval()
+    return oracle_families.tiny(family, **SHAPES[family])
 
 
 def _kinds(model: PreTrainedModel) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ of the experts' weights in every forward pass.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,18 +143,19 @@ def _unite(module: nn.Module, attribute: str) -> None:
 
 def _join_while_computing(module: nn.Module, attributes: Sequence[str]) -> None:
     """Let a module find the whole under its old name during its forward pass."""
-
-    def put_together(module: nn.Module, arguments: Any) -> None:
-        for attribute in attributes:
-            parts = (module.get_parameter(attribute + ending) for ending in (BASE, NEW))
-            setattr(module, attribute, torch.cat(tuple(parts)))
-
-    def forget(module: nn.Module, arguments: Any, output: Any) -> None:
-        for attribute in attributes:
-            module.__dict__.pop(attribute, None)
-
     handles: list[RemovableHandle] = [
-        module.register_forward_pre_hook(put_together),
-        module.register_forward_hook(forget, always_call=True),
+        module.register_forward_pre_hook(partial(_put_together, tuple(attributes))),
+        module.register_forward_hook(partial(_forget, tuple(attributes)), always_call=True),
     ]
     module.__dict__[_HANDLES] = handles
+
+
+def _put_together(attributes: Sequence[str], module: nn.Module, arguments: Any) -> None:
+    for attribute in attributes:
+        parts = (module.get_parameter(attribute + ending) for ending in (BASE, NEW))
+        setattr(module, attribute, torch.cat(tuple(parts)))
+
+
+def _forget(attributes: Sequence[str], module: nn.Module, arguments: Any, output: Any) -> None:
+    for attribute in attributes:
+        module.__dict__.pop(attribute, None)

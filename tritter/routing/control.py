@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -246,7 +245,8 @@ def _attach(layer: int, router: nn.Module) -> None:
     router.register_buffer(_OFFSET, zeros, persistent=False)
     router.register_buffer(_BIAS, zeros.clone(), persistent=False)
     setattr(router, _RECORDER, _Recorder(layer))
-    router.forward = MethodType(_forward, router)
+    # A partial, because processes that are spawned are sent the model, and can't be sent a method
+    router.forward = partial(_forward, router)
 
 
 def _forward(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
