@@ -145,7 +145,7 @@ def library_violations(module: Module) -> list[str]:
 
 
 _STANDARD = {"collections", "contextlib", "dataclasses", "enum", "hashlib", "json", "math"}
-_STANDARD |= {"pathlib", "re", "types", "typing"}
+_STANDARD |= {"functools", "pathlib", "re", "types", "typing"}
 
 
 def length_violations(module: Module) -> list[str]:

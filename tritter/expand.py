@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -188,13 +189,15 @@ def state_stream(plan: Plan, kind: str, tensors: TensorFolder, *, moments: Polic
     source_family, config = family_of(plan.config), plan.target_config
     disk_names = {t.name: t.disk_name for t in source_family.logical_tensors(plan.config)}
 
-    def has_state(name: str) -> bool:
-        for step in reversed(plan.steps):
-            tensor_map = step.parameter_map.tensors[name]
-            if tensor_map.source is None or starts_anew(tensor_map, kind, policy=moments):
-                return False
-            name = tensor_map.source
-        return disk_names[name] in tensors.files
+    def has_state(name: str, steps: Sequence[ExpansionStep] = plan.steps) -> bool:
+        if not steps:
+            return disk_names[name] in tensors.files
+        tensor_map = steps[-1].parameter_map.tensors[name]
+        if tensor_map.source is None or starts_anew(tensor_map, kind, policy=moments):
+            return False
+        is_as_weights = STATE_KINDS[kind].new_entries == "as_weights"
+        needed = tensor_map.sources if is_as_weights else (tensor_map.source,)
+        return all(has_state(source, steps[:-1]) for source in needed)
 
     reader: Read = lambda name: tensors.get(disk_names[name])  # noqa: E731
     for step in plan.steps:
@@ -204,7 +207,7 @@ def state_stream(plan: Plan, kind: str, tensors: TensorFolder, *, moments: Polic
     entries = tuple(
         TensorEntry(
             t.disk_name,
-            tensors.torch_dtype(disk_names[_origin(t.name, plan.steps) or ""]),
+            tensors.torch_dtype(disk_names[origin_of(t.name, plan.steps) or ""]),
             family.shape(t, config),
         )
         for t in targets
@@ -275,12 +278,15 @@ def _stream(
 
 
 def _dtype_of(target: StoredTensor, source: Source, steps: Sequence[ExpansionStep]) -> torch.dtype:
-    """Return the dtype of what a target stems from; of the embedding, if it stems from nothing."""
-    origin = _origin(target.parts[0].tensor.name, steps)
-    return source.dtype("embed" if origin is None else origin)
+    """Return the dtype of what a target stems from; of the embedding, if it stems from nothing.
+
+    Experts that share a tensor get the one that holds all of them without rounding.
+    """
+    origins = (origin_of(part.tensor.name, steps) or "embed" for part in target.parts)
+    return reduce(torch.promote_types, map(source.dtype, origins))
 
 
-def _origin(name: str, steps: Sequence[ExpansionStep]) -> str | None:
+def origin_of(name: str, steps: Sequence[ExpansionStep]) -> str | None:
     """Return the logical tensor of the source that a target tensor stems from, if any."""
     for step in reversed(steps):
         source = step.parameter_map.tensors[name].source

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.errors import RequestError
-from tritter.expand import added_experts, mapped_reader
+from tritter.expand import added_experts, mapped_reader, origin_of
 from tritter.expansion import Dus, ExpansionSpec, ExpansionStep, Width, build_steps
 from tritter.expansion.heads import copied_sources, split_shares
 from tritter.families import Config, family_of
@@ -51,7 +51,17 @@ class ModelExpander:
         steps = self.steps(config)
         disk_names = {t.name: t.disk_name for t in family.logical_tensors(config)}
         held = dict(named_tensors(model, config))
-        read = mapped_reader(lambda name: held[disk_names[name]], steps)
+
+        def read_wide(name: str) -> Tensor:
+            tensor = held[disk_names[name]]
+            return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+        read_mapped = mapped_reader(read_wide, steps)
+
+        def read(name: str) -> Tensor:
+            origin = origin_of(name, steps) or "embed"  # whose dtype a tensor gets that has none
+            return read_mapped(name).to(held[disk_names[origin]])
+
         target = steps[-1].target_config
         tensors = {t.disk_name: read(t.name) for t in family_of(target).logical_tensors(target)}
         grown = model_with_tensors(target, tensors).train(model.training)

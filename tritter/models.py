@@ -49,7 +49,8 @@ def read_config(folder: Path) -> Config:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise TritterError(f"{folder} holds no config.json.")
+        lacks = "holds no config.json" if folder.is_dir() else "is not a folder"
+        raise TritterError(f"{folder} {lacks}.")
     with _refused_as(f"{path} is not a usable config"):
         plain = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(plain, dict):
@@ -221,7 +222,8 @@ def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Modu
         parameter = model.get_parameter(stored.name)
         setattr(model.get_submodule(module), attribute, nn.Parameter(value.to(parameter.device)))
     model.tie_weights()  # type: ignore[operator]
-    return model
+    assert isinstance(model, PreTrainedModel)
+    return _with_expert_kernel(model)
 
 
 def locate(checkpoint: str) -> Path:

@@ -1,5 +1,7 @@
 """Experts taken apart and joined: same function and names, frozen bits, none in the optimiser."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -135,3 +137,10 @@ def test_what_needed_a_gradient_needs_it_again() -> None:
         assert [n for n, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
         raise ZeroDivisionError
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+
+
+def test_apart_it_can_be_sent_to_a_process() -> None:
+    model = tiny_moe("mixtral")
+    with separate_experts(model, 2):
+        sent = pickle.loads(pickle.dumps(model))
+        assert torch.equal(oracle.logits(sent, TOKENS), oracle.logits(model, TOKENS))

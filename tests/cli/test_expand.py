@@ -79,7 +79,32 @@ def test_on_a_terminal_a_bar_shows_what_is_left(
 
 def test_a_lossy_method_says_that_its_jump_is_to_be_measured(run: Run, place: Path) -> None:
     result = run("expand --checkpoint base --method dus --dry-run")
-    assert "exact  no: dus changes what the model computes; measure the jump" in result.out
+    said = " ".join(result.out.split())
+    assert "no: dus (exact with --identity-init) changes what the model computes" in said
+    assert "measure the jump on your own text" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("--width-init net2net --noise 0.1", " (exact with --noise 0)"),
+        ("--width-init aki", " (exact with --width-init fresh)"),
+        ("--width-init aki --noise 0.1", ""),
+    ],
+)
+def test_what_alone_would_make_a_lossy_method_exact_is_named(
+    run: Run, place: Path, words: str, remedy: str
+) -> None:
+    result = run(f"expand --checkpoint base --method width --dry-run {words}")
+    assert f"no: width{remedy} changes what" in " ".join(result.out.split())
+
+
+def test_a_dry_run_looks_past_an_output_that_exists(run: Run, place: Path) -> None:
+    (place / "base-width").mkdir()
+    result = run("expand --checkpoint base --method width --dry-run")
+    assert result.code == 0
+    assert "exists already and needs --overwrite" in " ".join(result.out.split())
+    assert list((place / "base-width").iterdir()) == []
 
 
 def test_the_current_folder_is_a_source(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -335,6 +336,21 @@ def test_moments_of_old_experts_are_carried_and_new_ones_start_anew(tmp_path: Pa
     assert AddedExperts.read(result.folder) is not None
 
 
+def test_an_average_that_not_all_experts_have_is_no_mean_of_them(tmp_path: Path) -> None:
+    source = oracle.saved(tiny_moe("mixtral"), tmp_path / "source")
+    opened = Source.open(source, read_config(source))
+    stem = "model.layers.0.block_sparse_moe.experts."
+    held = [(t.name, opened.tensors.get(t.name)) for t in opened.stored]
+    without = [(name, value) for name, value in held if name != f"{stem}2.w1.weight"]
+    write_state(source, {"ema": TensorStream.of(without)}, step=7)
+    result = expand(source, tmp_path / "result", [MoeAdd(num_experts=1, init="mean"), LlamaPro()])
+    state = read_state(result.folder)
+    assert state is not None
+    absent = {f"{stem}{expert}.w1.weight" for expert in (2, 4)}
+    of_layer = set(Source.open(result.folder, read_config(result.folder)).tensors.files)
+    assert {name for name in of_layer if stem in name} - set(state.kinds["ema"].files) == absent
+
+
 def test_nothing_of_new_experts_counts_as_old_knowledge(tmp_path: Path) -> None:
     source = oracle.saved(tiny_moe("mixtral"), tmp_path / "source")
     config = read_config(source)
@@ -376,6 +392,21 @@ def test_fused_files_say_the_same(tmp_path: Path) -> None:
     )
 
 
+def test_experts_that_share_a_tensor_are_not_rounded_to_the_first_one(tmp_path: Path) -> None:
+    expand(oracle.saved(tiny_moe("mixtral"), tmp_path / "plain"), tmp_path / "source", [Stack()])
+    file = tmp_path / "source/model.safetensors"
+    tensors = load_file(file)
+    first = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    tensors[first] = tensors[first].bfloat16()
+    save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "source/tritter.json").unlink()
+    live = expand(tmp_path / "source", tmp_path / "live", [LlamaPro()], expert_layout="live")
+    stored = load_file(live.folder / "model.safetensors")["model.layers.0.mlp.experts.gate_up_proj"]
+    assert stored.dtype == torch.float32
+    other = tensors["model.layers.0.block_sparse_moe.experts.1.w1.weight"]
+    assert torch.equal(stored[1, : len(other)], other)
+
+
 # refusals
 
 
@@ -384,6 +415,7 @@ BAD: list[tuple[MoeAdd, str]] = [
     (MoeAdd(clone_from=(0, 1)), "one for each of the 3 layers"),
     (MoeAdd(clone_from=(0,), init="mean"), "init=mean clones none"),
     (MoeAdd(init="random", noise=0.5), "init=random makes none"),
+    (MoeAdd(init="distill", teacher="x", num_experts=1), "allowed is at least 2"),
     (MoeAdd(addition="replicate", num_experts=3), "doubles the 4 experts, so it adds 4"),
     (MoeAdd(addition="replicate", init="mean"), "expansion.moe_add.init = mean"),
     (MoeAdd(addition="replicate", clone_from=(1,)), "addition=replicate clones every expert"),

@@ -24,11 +24,14 @@ FAMILIES = list(PARTNERS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_live_models_and_files_grow_alike(tmp_path: Path, family: str) -> None:
-    model = tiny(family)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_live_models_and_files_grow_alike(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    model = tiny(family).to(dtype)
     source = oracle.saved(model, tmp_path / "source")
-    specs: list[ExpansionSpec] = [Moe(num_experts=4, reinit_fraction=0.5), LlamaPro()]
-    on_files = load_model(expand(source, tmp_path / "result", specs, seed=3).folder)
+    specs: list[ExpansionSpec] = [
+        Width(hidden_size=48), Moe(num_experts=4, reinit_fraction=0.5), LlamaPro()
+    ]  # fmt: skip
+    on_files = load_model(expand(source, tmp_path / "result", specs, seed=3).folder, dtype=dtype)
     live = ModelExpander(specs, seed=3).expand(model)
     assert type(live) is type(on_files)
     expected = dict(named_tensors(on_files, config_of(on_files)))

@@ -13,7 +13,7 @@ from tritter.expansion import (
     target_config,
 )
 from tritter.expansion.targets import reach_parameters
-from tritter.families import LLAMA, Config, llama_config
+from tritter.families import LLAMA, Config, family_of, llama_config
 
 
 def config(**changes: object) -> Config:
@@ -75,6 +75,12 @@ def test_interpolate_picks_any_layer_count() -> None:
 def test_what_cannot_be_reached_is_refused_with_the_nearest() -> None:
     with pytest.raises(RequestError, match=r"no nearer than 2,\d+,\d+,\d+ \(target_layers 48\)"):
         reach_parameters(config(), [Dus()], 7_000_000_000)
+
+
+def test_a_target_that_is_not_above_the_model_is_refused_as_that() -> None:
+    for target in (1_000_000, family_of(config()).count_parameters(config())):
+        with pytest.raises(RequestError, match="already; an expansion only grows"):
+            reach_parameters(config(), [Width()], target)
 
 
 def test_it_must_be_open_and_clear_what_grows() -> None:

@@ -214,3 +214,10 @@ def test_llama_config_is_what_transformers_makes_of_it() -> None:
     options = {key: value for key, value in config.items() if key != "model_type"}
     stock = AutoConfig.for_model("llama", **options).to_dict()
     assert {key: stock[key] for key in config} == config
+
+
+@pytest.mark.parametrize("step", [0, -1, "two", None])
+def test_a_pattern_of_sparse_layers_that_is_none_is_refused(step: object) -> None:
+    config = {**_plain(tiny("qwen3_moe")), "decoder_sparse_step": step}
+    with pytest.raises(RequestError, match="decoder_sparse_step"):
+        family_of(config).count_parameters(config)

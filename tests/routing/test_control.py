@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -233,3 +234,13 @@ def test_offsets_that_cannot_be(experts: list[int], value: float, word: str) -> 
     with pytest.raises(RequestError, match=word):
         routing.set_offset(experts, value)
     assert all(routing.offset(layer).abs().sum() == 0 for layer in routing.layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_process_that_is_spawned_gets_the_same_model(family: str) -> None:
+    model = tiny_moe(family)
+    _routed(model).set_offset([1], -2.0)
+    sent = pickle.loads(pickle.dumps(model))
+    assert torch.equal(_outputs(sent)[0], _outputs(model)[0])
+    _routed(sent).set_offset([1], -math.inf)
+    assert not torch.equal(_outputs(sent)[0], _outputs(model)[0])

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from tritter.routing import (
+    expert_counts,
     load_balancing_loss,
     new_expert_mass,
     router_z_loss,
@@ -113,3 +114,14 @@ def test_bfloat16_logits_are_computed_in_float32() -> None:
         new_expert_mass(logits, [0]),
     ):
         assert value.dtype == torch.float32
+
+
+def test_the_mean_over_processes_is_the_balance_of_the_whole_batch() -> None:
+    logits = _logits()[:10]
+    selected = _selected(logits)
+    whole, counts = load_balancing_loss(logits, selected), expert_counts(selected, EXPERTS)
+    halves = list(zip(logits.chunk(2), selected.chunk(2), strict=True))
+    own = sum(load_balancing_loss(*half) for half in halves) / 2
+    shared = sum(load_balancing_loss(*half, counts=counts) for half in halves) / 2
+    torch.testing.assert_close(shared, whole)
+    assert abs(own - whole) > 1e-3

@@ -16,6 +16,7 @@ from tests.routing.models import tiny_moe
 from tests.training.test_fit import SETTINGS
 from tests.training.test_resume import KillAt, Killed
 from tritter.data.batches import BatchStream, SequenceStream
+from tritter.data.replay import ReplayBuffer
 from tritter.errors import TritterError
 from tritter.routing import AddedExperts, Routing, routing_divergence
 from tritter.training import (
@@ -26,8 +27,10 @@ from tritter.training import (
     RoutingObjective,
     RoutingSettings,
     Schedule,
+    TrainerSettings,
     fit,
     fitting,
+    processes,
 )
 from tritter.training.routing_callbacks import ExpertOpening, Unfreezing
 
@@ -57,6 +60,8 @@ def run(
     learning_rate: float = 1e-2,
     controls: Sequence[Callback] = (),
     save_every_n_steps: int = 0,
+    trainer: TrainerSettings = SETTINGS,
+    replayed: float = 0.0,
 ) -> FitResult:
     module = BaseModule(
         model,
@@ -64,10 +69,13 @@ def run(
         optimiser=OptimiserSettings(),
         routing=RoutingObjective(model, settings, old=old),
     )
+    batches = BatchStream(SequenceStream(SEQUENCES, seed=0), batch_size=4, num_batches=steps)
+    if replayed:
+        batches = batches.with_replay(ReplayBuffer.from_sequences(SEQUENCES, seed=1), replayed)
     return fit(
         module,
-        BatchStream(SequenceStream(SEQUENCES, seed=0), batch_size=4, num_batches=steps),
-        settings=replace(SETTINGS, save_every_n_steps=save_every_n_steps),
+        batches,
+        settings=replace(trainer, save_every_n_steps=save_every_n_steps),
         folder=folder,
         label="test",
         flops_per_token=1,
@@ -137,6 +145,17 @@ def test_the_loss_is_that_of_the_task_plus_the_weighted_terms() -> None:
     expected = 0.5 * terms["auxiliary_loss"] + 0.25 * terms["z_loss"] - 2 * new
     torch.testing.assert_close(objective.weighted(terms), expected)
     assert not any(record.logits.requires_grad for record in objective.records)
+
+
+def test_a_batch_that_is_all_replayed_encourages_nothing() -> None:
+    model = tiny_moe("mixtral")
+    settings = RoutingSettings(encouragement=2.0, new_experts=(2, 3))
+    objective = RoutingObjective(model, settings)
+    batch = {"input_ids": SEQUENCES[:1].long(), "is_replay": torch.tensor([True])}
+    with objective.routing.recording():
+        model(input_ids=batch["input_ids"])
+        terms = objective.terms(batch)
+    assert terms["new_expert_mass"] == 0 and objective.weighted(terms).isfinite()
 
 
 def divergence(model: nn.Module, old: OldRouting) -> Tensor:
@@ -253,3 +272,43 @@ def _kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return whole(settings, [KillAt(step), *callbacks], max_steps, loggers=loggers)
 
     monkeypatch.setattr(fitting, "_trainer", with_killer)
+
+
+@pytest.mark.skipif(processes.start_method("cpu") != "fork", reason="spawning takes seconds")
+def test_two_processes_give_the_weights_and_the_routing_of_one(tmp_path: Path) -> None:
+    """The balance is that of the whole batch, and the opened experts come back open."""
+    settings = RoutingSettings(bias_update_rate=0.01, encouragement=0.1, new_experts=(3,))
+    models = {}
+    for strategy, devices in (("auto", 1), ("ddp", 2)):
+        model = tiny_moe("mixtral", initializer_range=0.05)
+        run(
+            model,
+            tmp_path / strategy,
+            settings=settings,
+            steps=6,
+            learning_rate=1e-3,
+            replayed=0.75,  # so that the second process holds nothing new
+            controls=(ExpertOpening(AddedExperts(experts=(3,)), anneal_steps=12),),
+            trainer=replace(SETTINGS, strategy=strategy, devices=devices),
+        )
+        models[strategy] = model
+    one, two = models.values()
+    for name, parameter in one.named_parameters():
+        assert (two.get_parameter(name) - parameter).abs().max() < 1e-5, name
+    first, second = Routing.of(one), Routing.of(two)
+    assert first is not None and second is not None
+    assert float(second.offset(0)[3]) == -10
+    for layer in first.layers:
+        assert torch.equal(first.selection_bias(layer), second.selection_bias(layer))
+        assert torch.equal(first.offset(layer), second.offset(layer))
+
+
+def test_a_stock_balance_loss_is_not_added_to_ours(tmp_path: Path) -> None:
+    def trained(*, adds_its_own: bool) -> nn.Module:
+        model = tiny_moe("mixtral", output_router_logits=adds_its_own, router_aux_loss_coef=10.0)
+        run(model, tmp_path / str(adds_its_own), steps=3)
+        return model
+
+    plain, stock = trained(adds_its_own=False), trained(adds_its_own=True)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, stock.get_parameter(name)), name

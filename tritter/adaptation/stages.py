@@ -224,7 +224,10 @@ def descend(
 
 
 def _loss(model: nn.Module, input_ids: Tensor) -> Tensor:
-    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    # With router logits in its output a stock model adds a balance loss of its own
+    loss = model(
+        input_ids=input_ids, labels=input_ids, use_cache=False, output_router_logits=False
+    ).loss
     assert isinstance(loss, Tensor)
     return loss
 

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,15 @@ from tritter.parameter_map.carry import POLICIES
 from tritter.report.wording import count_text
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+
+# Field, the value that leaves the function alone, and the words that ask for it.
+_EXACT_CHOICES: tuple[tuple[str, Any, str], ...] = (
+    ("noise", 0.0, "--noise 0"),
+    ("identity_init", True, "--identity-init"),
+    ("reinit_fraction", 0.0, "--reinit-fraction 0"),
+    ("init", "fresh", "--width-init fresh"),
+    ("head_strategy", "copy", "--head-strategy copy"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +115,7 @@ def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_jso
         RequestError: the source, an option or the destination cannot be had; nothing is written.
         TritterError: writing failed, or a tensor turned out damaged while it was read.
     """
-    place = _place(request, overwrite=overwrite)
+    place = _place(request, may_exist=overwrite or dry_run)
     moments = choice("moments", request.moments, POLICIES)
     dtype = None if request.dtype is None else DTYPES[choice("dtype", request.dtype, list(DTYPES))]
     if request.domain.is_given and not dry_run:
@@ -146,7 +155,7 @@ def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_jso
     return 0
 
 
-def _place(request: ExpandRequest, *, overwrite: bool) -> _Place:
+def _place(request: ExpandRequest, *, may_exist: bool) -> _Place:
     """Resolve source, destination and expansions; writes nothing.
 
     Raises:
@@ -158,7 +167,7 @@ def _place(request: ExpandRequest, *, overwrite: bool) -> _Place:
         folder = locate(request.checkpoint)
         source = Source.open(folder, read_config(folder))
     destination = request.output or _default_output(request.checkpoint, folder, methods)
-    if destination.exists() and not overwrite:
+    if destination.exists() and not may_exist:
         raise RequestError(
             f"{destination} exists already; choose another --output, or add --overwrite."
         )
@@ -282,7 +291,8 @@ def _print(
         print_command(console, "written", shown_path(destination))
         print_command(console, "next   ", f"tritter inspect {here}")
     else:
-        print_command(console, "dry run", f"nothing was written; it would go to {here}")
+        taken = ", which exists already and needs --overwrite" if destination.exists() else ""
+        print_command(console, "dry run", f"nothing was written; it would go to {here}{taken}")
 
 
 def _print_shapes(console: Console, result: Plan | Expanded) -> None:
@@ -316,10 +326,19 @@ def _step_lines(step: ExpansionStep, *, is_first: bool) -> list[tuple[str, str]]
 
 
 def _exactness(specs: Sequence[ExpansionSpec]) -> str:
-    lossy = [spelled(spec.name) for spec in specs if not spec.is_exact]
+    lossy = [spec for spec in specs if not spec.is_exact]
     if not lossy:
         return "yes: the model computes what it computed before"
+    named = ", ".join(spelled(spec.name) + _made_exact_by(spec) for spec in lossy)
     return (
-        f"no: {', '.join(lossy)} changes what the model computes; measure the jump on your own "
-        "text, and train on"
+        f"no: {named} changes what the model computes; measure the jump on your own text, and "
+        "train on"
     )
+
+
+def _made_exact_by(spec: Any) -> str:
+    """Name the one option, if there is one, that alone would make a method exact."""
+    for option, value, words in _EXACT_CHOICES:
+        if hasattr(spec, option) and replace(spec, **{option: value}).is_exact:
+            return f" (exact with {words})"
+    return ""

@@ -34,6 +34,7 @@ from tritter.planning import (
     plan_growth,
 )
 from tritter.planning.guide import size_guide
+from tritter.planning.plan import LAW_RESOLUTION
 from tritter.planning.scaling_law import SMALLEST_MODEL
 from tritter.report.wording import count_text
 
@@ -141,7 +142,13 @@ def _heading(plan: GrowthPlan, source: NamedShape) -> list[tuple[str, str]]:
     ]
     if plan.alternatives:
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in plan.alternatives.items())
-        lines.append(("", f"chosen by predicted loss once the budget is spent: {losses}"))
+        lines.append(
+            (
+                "",
+                f"chosen by predicted loss once the budget is spent: {losses}; within "
+                f"{LAW_RESOLUTION:g} the best proportioned",
+            )
+        )
     return lines
 
 

@@ -68,13 +68,19 @@ def _hold_problems(config: RunConfig, *, has_experts: bool) -> list[str]:
 def _init_problems(config: RunConfig, source: Config, *, has_experts: bool) -> list[str]:
     """Return why new experts can't begin as was asked for."""
     problems = []
-    for spec in config.expansion:
+    for position, spec in enumerate(config.expansion):
         if not isinstance(spec, MoeAdd):
             continue
         if spec.is_chosen_by_data and not has_experts:
             problems.append(
                 "expansion.moe_add.init = best: the experts that moe makes of one FFN are alike; "
                 "use clone, or add experts to a model that has some."
+            )
+        before = [s.name for s in config.expansion[:position] if s.expansion_type == "depth"]
+        if spec.is_chosen_by_data and before:
+            problems.append(
+                "expansion.moe_add.init = best: the experts are chosen layer by layer in the model "
+                f"that the run starts from; let moe_add come before {' and '.join(before)}."
             )
         if spec.teacher is not None:
             problems += _teacher_problems(spec.teacher, source)

@@ -83,6 +83,12 @@ class MoeAdd:
         )
         if self.is_append:
             added = self.num_experts or DEFAULT_APPENDED
+            if self.init == "distill" and added < size.experts_per_token:
+                raise RequestError(
+                    f"expansion.moe_add.num_experts = {added}: init=distill sends every token to "
+                    f"{size.experts_per_token} of the new experts; allowed is at least "
+                    f"{size.experts_per_token}."
+                )
             return {**config, num_experts: size.num_experts + added}
         if self.num_experts not in (None, size.num_experts):
             raise RequestError(

@@ -27,8 +27,9 @@ def reach_parameters(
     proportion is whole, the heads follow), moe and moe_add the number of experts.
 
     Raises:
-        RequestError: several methods leave it open what is to grow, the method's own target is
-            given too, or the nearest shape is more than 10 % off.
+        RequestError: several methods leave it open what is to grow, the target is not above the
+            model's size, the method's own target is given too, or the nearest shape is more than
+            10 % off.
     """
     if len(specs) != 1:
         names = ", ".join(spec.name for spec in specs)
@@ -37,6 +38,12 @@ def reach_parameters(
             "use it with one method, or give each method its own target."
         )
     (spec,) = specs
+    source = family_of(config).count_parameters(config)
+    if target <= source:
+        raise RequestError(
+            f"target_params = {target:,}: the model has {source:,} already; an expansion only "
+            "grows."
+        )
     candidates: list[tuple[ExpansionSpec, int]] = []
     for candidate in _candidates(config, spec):
         if _is_possible(config, candidate):

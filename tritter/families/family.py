@@ -146,12 +146,19 @@ class Family:
         return read_dimensions(config, self.sizes)
 
     def is_sparse(self, config: Config, layer: int) -> bool:
-        """Return whether a layer has experts in place of one FFN."""
+        """Return whether a layer has experts in place of one FFN.
+
+        Raises:
+            RequestError: the config's pattern is none.
+        """
         if self.sparse_layers != "pattern":
             return self.has_experts
         dense = config.get("mlp_only_layers")
         step = config.get("decoder_sparse_step", 1)
-        assert isinstance(step, int)
+        if not isinstance(step, int) or step < 1:
+            raise RequestError(
+                f"config.json: decoder_sparse_step = {step!r}; a whole number ≥ 1 is needed."
+            )
         is_exempt = isinstance(dense, list | tuple) and layer in dense
         return not is_exempt and (layer + 1) % step == 0
 

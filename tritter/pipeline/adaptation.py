@@ -39,6 +39,7 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
         added.experts,
         islice(batches, options.distill_steps),
         temperature=options.distill_temperature,
+        auxiliary_loss=context.config.routing.auxiliary_loss,
         learning_rate=context.config.training.learning_rate,
         weight_decay=context.config.optimizer.weight_decay,
     )

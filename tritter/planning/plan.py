@@ -28,7 +28,7 @@ from tritter.planning.strategy import (
 )
 
 TOKENS_PER_PARAMETER = 20.0  # compute-optimal after Hoffmann et al. 2022, table 3
-_LAW_RESOLUTION = 0.002  # nats; below it the law does not tell two plans apart
+LAW_RESOLUTION = 0.002  # nats; below it the law does not tell two plans apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,7 +332,7 @@ def _flops_per_token(config: Config, assumptions: Assumptions) -> int:
 def _best(plans: Sequence[GrowthPlan], *, is_compared: bool) -> GrowthPlan:
     """Return the plan of least predicted loss; where they are level, the best proportioned."""
     least = min(plan.predicted_loss for plan in plans)
-    level = [plan for plan in plans if plan.predicted_loss <= least + _LAW_RESOLUTION]
+    level = [plan for plan in plans if plan.predicted_loss <= least + LAW_RESOLUTION]
     best = min(level, key=lambda plan: _lopsidedness(plan))
     losses = {plan.strategy: plan.predicted_loss for plan in plans}
     return replace(best, alternatives=losses if is_compared else {})

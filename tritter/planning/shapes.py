@@ -11,6 +11,7 @@ from tritter.expansion import Dus, ExpansionSpec, Width, target_config
 from tritter.families import Config, Dimensions, family_of
 
 _LARGEST_MULTIPLE = 256  # FFN sizes stay multiples of what they were multiples of, up to this
+_FINEST_ROUNDING = 8  # an FFN is rounded to multiples of an eighth of itself at most
 _COARSEST_STEP = 1 / 6  # of the hidden size; coarser ones would miss too many sizes
 _FINE_STEP = 1 / 16  # of the hidden size
 _SIZES = (
@@ -225,5 +226,8 @@ def _ffn_size(sizes: Dimensions, hidden_size: int) -> int | None:
     if sizes.num_experts:
         return None
     old = sizes.intermediate_size
+    wanted = old * hidden_size / sizes.hidden_size
     multiple = math.gcd(old, _LARGEST_MULTIPLE)
-    return max(old, round(old * hidden_size / sizes.hidden_size / multiple) * multiple)
+    while multiple > 1 and multiple > wanted / _FINEST_ROUNDING:
+        multiple //= 2  # else the proportion would drift from step to step
+    return max(old, round(wanted / multiple) * multiple)

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def load_balancing_loss(logits: Tensor, selected: Tensor) -> Tensor:
+def load_balancing_loss(
+    logits: Tensor, selected: Tensor, *, counts: Tensor | None = None
+) -> Tensor:
     """Return E · Σ f_e · P_e: the price of an unequal load (arXiv 2101.03961, eq. 4-6).
 
     f_e is the number of tokens sent to expert e over N, P_e the mean of its probability; even
@@ -23,11 +25,14 @@ def load_balancing_loss(logits: Tensor, selected: Tensor) -> Tensor:
     Args:
         logits: [N, E].
         selected: int64 [N, k], the experts that the tokens were sent to.
+        counts: int64 [E], the load of a batch that these tokens are a part of, as processes that
+            train together have it: the mean of their losses is then that of the whole batch.
     """
     num_experts = logits.shape[-1]
     probabilities = _wide(logits).softmax(dim=-1)
-    counts = torch.bincount(selected.flatten(), minlength=num_experts)
-    load = counts.to(probabilities.dtype) / len(logits)
+    if counts is None:
+        counts = torch.bincount(selected.flatten(), minlength=num_experts)
+    load = counts.to(probabilities.dtype) * selected.shape[-1] / counts.sum()
     return num_experts * (load * probabilities.mean(dim=0)).sum()
 
 
@@ -56,15 +61,18 @@ def routing_divergence(old_probabilities: Tensor, logits: Tensor) -> Tensor:
     return (torch.xlogy(old, old) - old * log_new).sum(dim=-1).mean()
 
 
-def new_expert_mass(logits: Tensor, experts: Sequence[int]) -> Tensor:
+def new_expert_mass(
+    logits: Tensor, experts: Sequence[int], *, weights: Tensor | None = None
+) -> Tensor:
     """Return the mean probability that the router gives to some experts together, from 0 to 1.
 
     Args:
         logits: [N, E].
         experts: their indices.
+        weights: [N], of the tokens in the mean; equal ones of 1/N by default.
     """
-    probabilities = _wide(logits).softmax(dim=-1)
-    return probabilities[:, list(experts)].sum(dim=-1).mean()
+    mass = _wide(logits).softmax(dim=-1)[:, list(experts)].sum(dim=-1)
+    return mass.mean() if weights is None else (weights.to(mass.dtype) * mass).sum()
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -46,7 +46,9 @@ class BaseModule(LightningModule):
 
     def task_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         input_ids = batch["input_ids"]  # [B, T]
-        return self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        # With router logits in its output a stock model adds a balance loss of its own
+        options = {} if self.routing is None else {"output_router_logits": False}
+        return self.model(input_ids=input_ids, labels=input_ids, use_cache=False, **options).loss
 
     def _routing_loss(self, routing: RoutingObjective, batch: Mapping[str, Tensor]) -> Tensor:
         """Return what the routers add to the loss of the batch; each term is logged."""

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from tritter.data.ranks import this_rank
 from tritter.errors import TritterError
 from tritter.routing import (
     Record,
     Routing,
+    expert_counts,
     load_balancing_loss,
     new_expert_mass,
     router_z_loss,
@@ -107,25 +109,33 @@ class RoutingObjective:
         self.routing = routing
         self.settings = settings
         self.records: tuple[Record, ...] = ()
+        self.counts: tuple[Tensor, ...] = ()  # [E] of each layer, of all processes together
         self._old = old
 
     def terms(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the terms of the forward pass that was recorded last, without their weights.
 
-        Also keeps what was decided, without its graph, as `records`.
+        Also keeps what was decided, without its graph, as `records`, and the load as `counts`.
 
         Args:
             batch: what the pass was of; new experts are not encouraged on what is replayed of it.
         """
         records = self.routing.recorded()
         self.records = tuple(map(_without_graph, records))
+        counts = [expert_counts(r.selected, self.routing.num_experts) for r in records]
+        self.counts = tuple(_summed(torch.stack(counts)))
         terms = {
-            "auxiliary_loss": _mean([load_balancing_loss(r.logits, r.selected) for r in records]),
+            "auxiliary_loss": _mean(
+                [
+                    load_balancing_loss(r.logits, r.selected, counts=counts)
+                    for r, counts in zip(records, self.counts, strict=True)
+                ]
+            ),
             "z_loss": _mean([router_z_loss(r.logits) for r in records]),
         }
         if self.settings.new_experts:
-            experts, rows = self.settings.new_experts, _new_tokens(batch)
-            masses = [new_expert_mass(r.logits[rows], experts) for r in records]
+            experts, weights = self.settings.new_experts, _weights_of_new(batch)
+            masses = [new_expert_mass(r.logits, experts, weights=weights) for r in records]
             terms["new_expert_mass"] = _mean(masses)
         return terms
 
@@ -158,12 +168,24 @@ class RoutingObjective:
         )
 
 
-def _new_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return bool [N·T], which tokens of a batch are not replayed."""
+def _weights_of_new(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return [N·T], by which the tokens of a batch count that are not replayed.
+
+    All alike, and in all processes: one may hold none of them, and a small batch none at all.
+    """
     input_ids, is_replay = batch["input_ids"], batch.get("is_replay")
-    if is_replay is None:
-        return torch.ones(input_ids.numel(), dtype=torch.bool, device=input_ids.device)
-    return (~is_replay).repeat_interleave(input_ids.shape[1])
+    is_new = torch.ones(len(input_ids), device=input_ids.device)
+    if is_replay is not None:
+        is_new = is_new.masked_fill(is_replay, 0)
+    count = _summed(is_new.sum()) * input_ids.shape[1] / this_rank().count
+    return (is_new / count.clamp(min=1e-6)).repeat_interleave(input_ids.shape[1])
+
+
+def _summed(counts: Tensor) -> Tensor:
+    """Return counts of all processes together, in place."""
+    if this_rank().count > 1:
+        distributed.all_reduce(counts)
+    return counts
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

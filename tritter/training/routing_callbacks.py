@@ -4,15 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor, distributed, nn
+from torch import nn
 
-from tritter.data.ranks import this_rank
-from tritter.routing import (
-    AddedExperts,
-    bias_update,
-    expert_counts,
-    routing_statistics,
-)
+from tritter.routing import AddedExperts, bias_update, routing_statistics
 from tritter.training.routing import RoutingObjective
 
 
@@ -46,18 +40,15 @@ class RoutingCallback(Callback):
         self._objective.routing.stop_recording()
 
     def state_dict(self) -> dict[str, Any]:
-        # Offsets follow from the step, so that only the bias has to be kept
-        return {"selection_bias": self._objective.routing.state_dict()["selection_bias"]}
+        # Offsets as well: with several processes they come back to the first one by this state
+        return {"routing": self._objective.routing.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        routing = self._objective.routing
-        for layer in routing.layers:
-            routing.set_selection_bias(layer, state_dict["selection_bias"][str(layer)])
+        self._objective.routing.load_state_dict(state_dict["routing"])
 
     def _move_bias(self) -> None:
         routing, rate = self._objective.routing, self._objective.settings.bias_update_rate
-        for record in self._objective.records:
-            load = _summed(expert_counts(record.selected, routing.num_experts))
+        for record, load in zip(self._objective.records, self._objective.counts, strict=True):
             bias = routing.selection_bias(record.layer)
             routing.set_selection_bias(record.layer, bias_update(bias, load, rate=rate))
 
@@ -122,13 +113,6 @@ class Unfreezing(Callback):
     def _set(self, step: int) -> None:
         for parameter in self._parameters:
             parameter.requires_grad_(step >= self._after_steps)
-
-
-def _summed(counts: Tensor) -> Tensor:
-    """Return counts of all processes together."""
-    if this_rank().count > 1:
-        distributed.all_reduce(counts)
-    return counts
 
 
 def _model(module: LightningModule) -> nn.Module:
