@@ -100,9 +100,10 @@ def test_what_is_no_json_object_is_refused(folder: Path, content: bytes) -> None
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(TritterError, match=r"holds no config\.json"):
-            read_config(folder)
+    with pytest.raises(TritterError, match=r"holds no config\.json"):
+        read_config(tmp_path)
+    with pytest.raises(TritterError, match=r"nowhere is not a folder"):
+        read_config(tmp_path / "nowhere")
 
 
 def test_new_model_follows_its_seed_and_leaves_the_global_one_alone(folder: Path) -> None:

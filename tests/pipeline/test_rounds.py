@@ -136,7 +136,7 @@ def test_a_round_that_is_rolled_back_stops_the_loop(
 ) -> None:
     fail_round(monkeypatch, "round_2")
     outcome = run_job(
-        tmp_path / "run", "pipeline.target_params=150k", "training.max_steps=10",
+        tmp_path / "run", "pipeline.target_params=250k", "training.max_steps=10",
         "gate.retention=9", "gate.confidence=0.501",
     )  # fmt: skip
     summary = summary_of(tmp_path / "run")

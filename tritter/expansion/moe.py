@@ -168,6 +168,7 @@ class _Copies:
     partner: Family
     target: Config
     size: int
+    _factors: dict[tuple[int, bool], AxisFactor] = field(default_factory=dict, repr=False)
 
     @property
     def share(self) -> float:
@@ -207,22 +208,11 @@ class _Copies:
         return TensorMap.created(shape, fill)
 
     def _expert(self, tensor: LogicalTensor, expert: int, *, seed: int) -> TensorMap:
-        pieces = self.options.granularity
-        copy, piece = divmod(expert, pieces)
+        copy, piece = divmod(expert, self.options.granularity)
         stem, part = tensor.name.rsplit(".", 1)
-        index = torch.arange(piece * self.size, (piece + 1) * self.size)
-        index[self._redrawn(seed=derived_seed(seed, "redrawn", stem))] = -1
-        # The k weights are split over the pieces, so what they write is as many times as large
         is_down = part == "down"
-        scale = float(pieces) if is_down else 1.0
-        kept = (index >= 0).double()
-        chosen = self.options.chosen_experts / pieces
-        factor = AxisFactor(
-            index,
-            weight=kept * scale,
-            gradient=kept * self.share / scale,
-            squared=kept * self.share / chosen / scale**2,
-        )
+        factor = self._factor(piece, stem, is_down=is_down, seed=seed)
+        scale = self._scale(is_down=is_down)
         fill = Fill(kind="matched", scale=scale, seed=derived_seed(seed, "fill", tensor.name))
         return TensorMap(
             source=re.sub(r"experts\.\d+", "ffn", tensor.name),
@@ -235,6 +225,37 @@ class _Copies:
             noise_seed=derived_seed(seed, "noise", tensor.name),
             is_copy=copy > 0,
         )
+
+    def _scale(self, *, is_down: bool) -> float:
+        """Return what the weights are multiplied with.
+
+        The k weights of a token are split over the pieces, so what these write is as many times
+        as large.
+        """
+        return float(self.options.granularity) if is_down else 1.0
+
+    def _factor(self, piece: int, stem: str, *, is_down: bool, seed: int) -> AxisFactor:
+        """Return the factors along an expert's neurons.
+
+        The same for all copies where nothing is redrawn: kept for each, they would take more
+        memory than the largest tensor.
+        """
+        if (piece, is_down) in self._factors:
+            return self._factors[piece, is_down]
+        index = torch.arange(piece * self.size, (piece + 1) * self.size)
+        index[self._redrawn(seed=derived_seed(seed, "redrawn", stem))] = -1
+        scale = self._scale(is_down=is_down)
+        kept = (index >= 0).double()
+        chosen = self.options.chosen_experts / self.options.granularity
+        factor = AxisFactor(
+            index,
+            weight=kept * scale,
+            gradient=kept * self.share / scale,
+            squared=kept * self.share / chosen / scale**2,
+        )
+        if not self.options.reinit_fraction:
+            self._factors[piece, is_down] = factor
+        return factor
 
     def _redrawn(self, *, seed: int) -> Tensor:
         """Return which neurons of an expert are drawn anew, the same for gate, up and down."""
