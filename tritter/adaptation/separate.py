@@ -66,14 +66,6 @@ class SeparateExperts:
         for name in self.names:
             _unite(*_place(self.model, name))
 
-    def base_parameters(self) -> tuple[nn.Parameter, ...]:
-        """Return the parameters of the base: all but the new experts and the routers."""
-        return tuple(
-            parameter
-            for name, parameter in self.model.named_parameters()
-            if not name.endswith(NEW) and not is_router(name)
-        )
-
     def follow(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return values by parameter name for the parts in place of the whole."""
         followed = dict(values)

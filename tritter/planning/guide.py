@@ -6,8 +6,8 @@ that comes nearest, and every note says where the guide's own figure would need 
 
 from dataclasses import dataclass
 
-from tritter.expansion import Dus, ExpansionSpec, Width, target_config
-from tritter.families import LLAMA, MIXTRAL, Config, family_of, llama_config
+from tritter.expansion import Dus, ExpansionSpec, Moe, Width, target_config
+from tritter.families import Config, family_of, llama_config
 from tritter.families.presets import PRESETS, VOCABULARY
 from tritter.planning.shapes import count_parameters
 
@@ -131,8 +131,8 @@ def _width_7b() -> GuideRow:
 
 def _experts_7b() -> GuideRow:
     source = PRESETS["tritter_7b"].config()
-    target = _with_experts(source, num_experts=8, experts_per_token=2)
-    active = _active_parameters(target)
+    target = _grown(source, Moe(num_experts=8, experts_per_token=2))
+    active = family_of(target).count_active_parameters(target)
     return GuideRow(
         source="7B",
         target="70B",
@@ -162,25 +162,6 @@ def _llama(*, layers: int, hidden_size: int, intermediate_size: int, heads: int)
         max_position_embeddings=4096,
         initializer_range=0.02,
     )
-
-
-def _with_experts(config: Config, *, num_experts: int, experts_per_token: int) -> Config:
-    assert family_of(config) is LLAMA
-    return {
-        **config,
-        "model_type": MIXTRAL.model_type,
-        "architectures": [MIXTRAL.architecture],
-        "num_local_experts": num_experts,
-        "num_experts_per_tok": experts_per_token,
-    }
-
-
-def _active_parameters(config: Config) -> int:
-    """Count the parameters that one token meets."""
-    sizes = family_of(config).dimensions(config)
-    idle = sizes.num_experts - sizes.experts_per_token
-    expert = 3 * sizes.hidden_size * sizes.expert_size
-    return count_parameters(config) - sizes.num_hidden_layers * idle * expert
 
 
 def _grown(config: Config, spec: ExpansionSpec) -> Config:
