@@ -1,6 +1,5 @@
 """The one door to transformers: configs, models and tokenizers, built or loaded."""
 
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from tritter.errors import RequestError, TritterError
 from tritter.families import FAMILIES, Config, family_of, layout, match, pack_all, unpack_all
 from tritter.routing import AddedExperts
+from tritter.storage.reading import read_object, require_file
 
 # What the libraries behind this door raise when a file is damaged or hostile.
 _DAMAGE = (
@@ -40,6 +40,10 @@ _DAMAGE = (
 )
 
 
+# Of these transformers may read any by itself.
+_SMALL_FILES = {".json", ".jinja", ".model", ".txt"}
+
+
 def read_config(folder: Path) -> Config:
     """Return the content of a folder's config.json with all defaults written out.
 
@@ -48,13 +52,14 @@ def read_config(folder: Path) -> Config:
         TritterError: there is none, or it is not a config that transformers accepts.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         lacks = "holds no config.json" if folder.is_dir() else "is not a folder"
         raise TritterError(f"{folder} {lacks}.")
     with _refused_as(f"{path} is not a usable config"):
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(plain, dict):
-            raise TritterError(f"{path} is not a usable config: no JSON object.")
+        try:
+            plain = read_object(path)
+        except TritterError as error:
+            raise TritterError(f"{path} is not a usable config: {error}") from error
         family_of(plain)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     # Where the folder lies on this machine is no part of the model; stock saves leave it out too.
@@ -80,6 +85,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
     Raises:
         TritterError: transformers cannot load it, or a tensor is missing or left over.
     """
+    _check_small_files(folder)
     with _refused_as(f"{folder} cannot be loaded as a model"), _quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -145,6 +151,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         TritterError: there is none, or it is damaged.
     """
+    _check_small_files(folder)
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(
@@ -153,6 +160,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # The tokenizers library raises Exception itself, so nothing narrower catches it.
     except Exception as error:
         raise TritterError(f"{folder} holds no usable tokenizer: {error!r}") from error
+
+
+def _check_small_files(folder: Path) -> None:
+    """Refuse a folder in which transformers would open what is no file, or a huge one.
+
+    Raises:
+        TritterError: names it.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in _SMALL_FILES:
+            require_file(path)
 
 
 def _with_expert_kernel(model: PreTrainedModel) -> PreTrainedModel:

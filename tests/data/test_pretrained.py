@@ -70,7 +70,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tokenizer):
 
 def test_damaged_files_are_refused(folder):
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(RequestError, match=r"tokenizer_config.json can't be read"):
+    with pytest.raises(RequestError, match=r"tokenizer_config.json cannot be read"):
         read_tokenizer(folder, vocab_size=300)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(RequestError, match="no usable tokenizer"):

@@ -13,6 +13,7 @@ from tritter.errors import TritterError
 from tritter.families import Config
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
+from tritter.storage.reading import read_json
 from tritter.storage.writer import TensorStream, write_tensors
 
 LINEAGE_NAME = "tritter.json"
@@ -96,10 +97,7 @@ def read_lineage(folder: Path) -> Lineage | None:
     path = folder / LINEAGE_NAME
     if not path.exists():
         return None
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TritterError(f"{path} cannot be read: {error}") from error
+    plain = read_json(path)
     if not isinstance(plain, dict):
         raise TritterError(f"{path} is not a lineage.")
     return Lineage.from_dict(plain, origin=str(path))

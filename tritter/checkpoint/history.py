@@ -15,6 +15,7 @@ from tritter.checkpoint.folder import (
 from tritter.checkpoint.record import ExpansionRecord, Lineage
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash, tensor_digest
+from tritter.storage.reading import read_text
 from tritter.storage.tensors import TensorFolder
 
 Progress = Callable[[int, int], None]
@@ -214,7 +215,7 @@ def _record_changes(link: Link) -> Iterator[Change]:
     if lineage is not None and merkle_hash(lineage.tensor_digests) != lineage.model_hash:
         yield Change(LINEAGE_NAME, None, "its hash does not follow from its tensors' digests")
     if lineage is not None and link.folder is not None and lineage.record_digest is not None:
-        text = (link.folder / LINEAGE_NAME).read_text(encoding="utf-8")
+        text = read_text(link.folder / LINEAGE_NAME)
         if text != record_text(json.loads(text)):
             yield Change(LINEAGE_NAME, None, "changed")
 
@@ -258,5 +259,5 @@ def _file_changes(folder: Path, recorded: Mapping[str, str]) -> Iterator[Change]
                 yield Change(file, None, "missing")
             elif hashed(path) != digest:
                 yield Change(file, None, "changed")
-        except OSError as error:
-            yield Change(name, None, f"cannot be read ({error.strerror})")
+        except TritterError as error:
+            yield Change(name, None, str(error))

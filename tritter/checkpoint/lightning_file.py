@@ -20,6 +20,7 @@ from tritter.checkpoint.moment_order import MomentsLeftOut, named_moments
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.families import Config, Family, StoredTensor, family_of, match
 from tritter.storage.hashing import file_digest
+from tritter.storage.reading import require_file
 
 # What torch.compile, FSDP and activation checkpointing put between the names of modules.
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -76,6 +77,7 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
 
 
 def _load(path: Path) -> Mapping[str, Any]:
+    require_file(path, is_read_whole=False)
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tritter.errors import TritterError
 from tritter.parameter_map.carry import STATE_KINDS
+from tritter.storage.reading import read_object
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream, write_tensors
 
@@ -61,9 +62,11 @@ def read_state(folder: Path) -> State | None:
     if not path.exists():
         return None
     try:
-        head = json.loads(path.read_text(encoding="utf-8"))
+        head = read_object(path)
         version, step, kinds = head["format_version"], int(head["step"]), list(head["kinds"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except TritterError as error:
+        raise TritterError(f"{path} is damaged: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise TritterError(f"{path} is damaged ({error!r}).") from error
     if version != FORMAT_VERSION:
         raise TritterError(

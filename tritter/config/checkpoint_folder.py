@@ -1,12 +1,12 @@
 """What can be known of a checkpoint folder from its file names and config.json alone."""
 
-import json
 import re
 from pathlib import Path
 
 from tritter.config.problems import describe
-from tritter.errors import RequestError, did_you_mean
+from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.families import Config, family_of
+from tritter.storage.reading import read_object
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -44,14 +44,12 @@ def checkpoint_config(path: str, *, key: str = "model.path") -> Config | None:
     def refused(reason: str) -> RequestError:
         return RequestError(describe(key, path, reason=reason))
 
+    if not (folder / "config.json").exists():
+        raise refused("the folder holds no config.json")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise refused("the folder holds no config.json") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise refused(f"its config.json can't be read ({error})") from error
-    if not isinstance(config, dict):
-        raise refused("its config.json is no JSON object")
+        config = read_object(folder / "config.json")
+    except TritterError as error:
+        raise refused(str(error).rstrip(".")) from error
     try:
         family_of(config).dimensions(config)
     except RequestError as error:

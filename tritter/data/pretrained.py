@@ -1,6 +1,5 @@
 """The tokenizer of a checkpoint that exists, and the token that ends a text for it."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from tritter.errors import RequestError
+from tritter.errors import RequestError, TritterError
+from tritter.storage.reading import read_json, require_file
 
 _STATED_IN = ("tokenizer_config.json", "special_tokens_map.json")
 _NUMBERED_IN = ("generation_config.json", "config.json")
@@ -39,6 +39,7 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
     if not path.is_file():
         raise RequestError(f"{folder} holds no tokenizer.json.")
     try:
+        require_file(path)
         tokenizer = Tokenizer.from_file(str(path))
     # The library raises Exception itself, so nothing narrower catches it.
     except Exception as error:
@@ -77,10 +78,10 @@ def _stated(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} can't be read: {error}") from error
+    try:
+        content = read_json(path)
+    except TritterError as error:
+        raise RequestError(str(error)) from error
     return content if isinstance(content, dict) else {}

@@ -13,6 +13,7 @@ from torch import nn
 
 from tritter.errors import RequestError, TritterError
 from tritter.routing.control import Routing
+from tritter.storage.reading import read_object
 
 FORMAT_VERSION = 1
 LOWEST_OFFSET = -20.0  # e⁻²⁰: the smallest weight from which an expert is raised
@@ -112,10 +113,10 @@ class AddedExperts:
         if not path.exists():
             return None
         try:
-            plain = json.loads(path.read_text(encoding="utf-8"))
+            plain = read_object(path)
             version = plain["format_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TritterError(f"{path} is damaged ({error!r}).") from error
+        except (TritterError, KeyError) as error:
+            raise TritterError(f"{path} is damaged ({error}).") from error
         if version != FORMAT_VERSION:
             raise TritterError(
                 f"{path}: format_version {version!r}; this Tritter reads {FORMAT_VERSION}."

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tritter.errors import TritterError
+from tritter.storage.reading import MAX_HEADER_BYTES, open_file
+
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
     """SHA-256 over name, dtype, shape and bytes."""
@@ -25,15 +28,22 @@ def merkle_hash(tensor_digests: Mapping[str, str]) -> str:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def header_digest(path: Path) -> str:
-    """SHA-256 of a safetensors file's header, which names and places its tensors."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
+    """SHA-256 of a safetensors file's header, which names and places its tensors.
+
+    Raises:
+        TritterError: the file cannot be read, or no header is as long as it says.
+    """
+    with open_file(path) as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if length > MAX_HEADER_BYTES:
+            raise TritterError(f"{path} cannot be read: it states a header of {length} bytes.")
+        return hashlib.sha256(start + file.read(length)).hexdigest()
 
 
 class DigestQueue:

@@ -1,6 +1,5 @@
 """Safetensors folders, read one tensor at a time."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tritter.errors import TritterError
+from tritter.storage.reading import read_json, require_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -94,9 +94,11 @@ def is_finite(tensor: Tensor) -> bool:
 
 def _read_index(folder: Path, index: Path) -> dict[str, str]:
     try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = read_json(index)["weight_map"]
         pairs = {str(name): str(file) for name, file in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except TritterError as error:
+        raise TritterError(f"{index} is not a safetensors index: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise TritterError(f"{index} is not a safetensors index ({error!r}).") from error
     held: dict[str, set[str]] = {}
     for file in sorted(set(pairs.values())):
@@ -110,6 +112,7 @@ def _read_index(folder: Path, index: Path) -> dict[str, str]:
 
 
 def _names_in(path: Path) -> list[str]:
+    require_file(path, is_read_whole=False)
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())

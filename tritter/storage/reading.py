@@ -1,0 +1,175 @@
+"""Files that somebody else may have written, read without trust: regular files of bounded size.
+
+A checkpoint folder comes from anywhere. A pipe in it would never end, a device may do anything, a
+link to the zero device or a file that was blown up would fill memory. So whatever is read whole
+goes through here, and a file that a library opens by itself is looked at here first.
+"""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from tritter.errors import TritterError
+
+# File name → bytes up to which it is read; the largest real ones are a tenth of that.
+_MAX_BYTES = {
+    "config.json": 4 * 2**20,
+    "state.json": 2**20,
+    "router.json": 2**20,
+    "tritter.json": 64 * 2**20,
+    "model.safetensors.index.json": 64 * 2**20,
+    "tokenizer.json": 256 * 2**20,
+    "vocab.json": 64 * 2**20,
+    "merges.txt": 64 * 2**20,
+    "tokenizer.model": 64 * 2**20,
+}
+_MAX_BYTES_OF_OTHERS = 16 * 2**20
+MAX_HEADER_BYTES = 100_000_000  # of safetensors, as its own reader has it
+_MAX_DEPTH = 32  # of lists in lists
+_MAX_NUMBER = 10**100  # far below what no float holds; tokenizers write 10³⁰ for "no limit"
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def max_bytes(path: Path) -> int:
+    """Return how large a file of this name may be to be read whole."""
+    return _MAX_BYTES.get(path.name, _MAX_BYTES_OF_OTHERS)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BufferedReader]:
+    """Open a regular file for reading; never waits for a pipe and never touches a device.
+
+    Raises:
+        TritterError: there is none, it is something else than a regular file, or the system does
+            not let it be read; also while the block reads from it.
+    """
+    try:
+        # Opening a device can do things by itself, so its kind is looked at before, and again
+        # afterwards: what is opened is what counts
+        _require_regular(path, path.stat().st_mode)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            _require_regular(path, os.fstat(descriptor).st_mode)
+            yield file
+    except (OSError, ValueError) as error:
+        if isinstance(error, TritterError):
+            raise
+        raise TritterError(f"{path} cannot be read: {_reason(error)}.") from error
+
+
+def require_file(path: Path, *, is_read_whole: bool = True) -> None:
+    """Refuse what a library should not be given to open.
+
+    Args:
+        is_read_whole: its size is limited too.
+
+    Raises:
+        TritterError: as `open_file`, or it is too large.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+    if is_read_whole and size > max_bytes(path):
+        raise _too_large(path)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a small file.
+
+    Raises:
+        TritterError: as `open_file`; it is too large for its name, or not UTF-8.
+    """
+    limit = max_bytes(path)
+    with open_file(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise _too_large(path)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TritterError(f"{path} cannot be read: it is not UTF-8 text.") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return what a small JSON file holds.
+
+    Raises:
+        TritterError: as `read_text`; it is no JSON, is nested too deeply, or holds numbers or text
+            that nothing after this could handle.
+    """
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+        _check_values(content)
+    except RecursionError as error:
+        raise TritterError(f"{path} cannot be read: it is nested too deeply.") from error
+    except ValueError as error:
+        raise TritterError(f"{path} cannot be read: {_reason(error)}.") from error
+    return content
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a small file holds.
+
+    Raises:
+        TritterError: as `read_json`, or it is another kind of value.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise TritterError(f"{path} cannot be read: it holds no JSON object.")
+    return content
+
+
+def _check_values(content: object) -> None:
+    """Refuse values that pass as JSON and break what is done with them.
+
+    Raises:
+        ValueError: says which.
+    """
+    waiting: list[tuple[object, int]] = [(content, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, dict | list):
+            if depth > _MAX_DEPTH:
+                raise ValueError("it is nested too deeply")
+            waiting += [(item, depth + 1) for item in value]
+            if isinstance(value, dict):
+                waiting += [(item, depth + 1) for item in value.values()]
+        elif isinstance(value, str):
+            if not value.isascii():
+                value.encode()  # halves of a pair of surrogates are no text
+        elif isinstance(value, int) and abs(value) > _MAX_NUMBER:
+            raise ValueError(f"it holds a number of {int(math.log10(abs(value))) + 1} digits")
+
+
+def _require_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise TritterError(f"{path} cannot be read: it is {kind}, not a file.")
+
+
+def _too_large(path: Path) -> TritterError:
+    limit = max_bytes(path) // 2**20
+    return TritterError(f"{path} cannot be read: it is larger than {limit} MiB.")
+
+
+def _reason(error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, UnicodeEncodeError):
+        return "it holds half of a character (a lone surrogate)"
+    return str(error)
