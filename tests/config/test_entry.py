@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,15 +185,16 @@ def test_arguments_of_the_process_are_restored(run: Run) -> None:
     assert sys.argv == before
 
 
-def test_an_interrupted_run_exits_130(
-    run: Run, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_says_with_what_signal(
+    run: Run, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
     def stop(self: FakePipeline, config: object, *, run_folder: Path) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(FakePipeline, "__call__", stop)
     result = run("hydra.run.dir=here")
-    assert result.code == 130
+    assert result.code == code
     assert "goes on" in result.err
     assert json.loads(Path("here/run.json").read_text())["status"] == "running"
 

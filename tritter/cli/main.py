@@ -12,12 +12,14 @@ from typer.core import TyperCommand
 
 from tritter.cli import domain_options, options, plan_options
 from tritter.errors import RequestError, TritterError
+from tritter.stopping import Stopped, stopping
 
 app = typer.Typer(
     name="tritter",
     help="Grow language models: exact expansion of Hugging Face checkpoints, and their lineage.",
     epilog="Exit codes: 0 done, 1 failed, 2 the request is wrong and nothing was written, "
-    "3 a check said no. Options may be spelled with - or _.",
+    "3 a check said no, 130 and 143 stopped by Ctrl-C or SIGTERM. Options may be spelled with - or "
+    "_.",
     add_completion=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
@@ -37,22 +39,33 @@ class PassedOn(TyperCommand):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong request, 3 no.
 
+    After Ctrl-C it is 130, after SIGTERM 143.
+
     Args:
         arguments: the words of the command line; default: those of the process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        command = typer.main.get_command(app)
-        return command.main(words, prog_name="tritter", standalone_mode=False) or 0
+        with stopping():
+            command = typer.main.get_command(app)
+            return command.main(words, prog_name="tritter", standalone_mode=False) or 0
     except RequestError as error:
         print(f"error: {error}\nNothing was written.", file=sys.stderr)
         return 2
     except TritterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join([f"error: {error}", *_notes(error)]), file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(f"\nStopped. {' '.join(_notes(stop)) or 'Nothing was written.'}", file=sys.stderr)
+        return stop.exit_code
     except typer.TyperException as error:
         print(f"error: {_usage_error(error)}", file=sys.stderr)
         return error.exit_code
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Return what a command had to add to an error: that something was written after all."""
+    return getattr(error, "__notes__", [])
 
 
 def _usage_error(error: typer.TyperException) -> str:

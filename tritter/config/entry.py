@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 
 from tritter.config.help import help_text
 from tritter.errors import RequestError, TritterError
+from tritter.stopping import Stopped, stopping
 
 if TYPE_CHECKING:
     from tritter.config.jobs import Pipeline
     from tritter.config.plan import CommandLine, Plan
 
-EXIT_INTERRUPTED = 130
-
 
 def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code (0, 1, 2 or 3 as in `--help`).
+
+    After Ctrl-C it is 130, after SIGTERM 143.
 
     Args:
         pipeline: `tritter.pipeline.run_pipeline`, or something that imports it when called.
@@ -29,16 +30,17 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(words, pipeline)
+        with stopping():
+            return _run(words, pipeline)
     except RequestError as error:
         print(f"error: {error}\nNothing was written.", file=sys.stderr)
         return 2
     except TritterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except Stopped as stop:
         print("\nStopped. The same command with the same folder goes on (--help).", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return stop.exit_code
 
 
 def _run(words: list[str], pipeline: "Pipeline") -> int:

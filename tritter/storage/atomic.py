@@ -8,10 +8,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tritter.errors import RequestError, TritterError
+from tritter.stopping import Stopped
 
 _AT_FDCWD = -100  # from fcntl.h
 _RENAME_EXCHANGE = 2  # from linux/fs.h
@@ -30,24 +31,24 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         TritterError: the disk refused a write on the way (full, read-only).
     """
     _refuse_existing(target, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        _refuse_existing(target, overwrite=overwrite)  # what had been moved aside stands again
-        temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-    except OSError as error:
-        raise RequestError(f"{target} cannot be written: {error.strerror or error}.") from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        _sync_tree(temporary)
-        _replace_folder(temporary, target, overwrite=overwrite)
-    except OSError as error:
-        raise TritterError(
-            f"{target} could not be written: {error}. Nothing was changed."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _parents_of(target):
+        try:
+            _remove_leftovers(target)
+            _refuse_existing(target, overwrite=overwrite)  # what had been moved aside stands again
+            temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        except OSError as error:
+            raise _unwritable(target, error) from error
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            _sync_tree(temporary)
+            _replace_folder(temporary, target, overwrite=overwrite)
+        except OSError as error:
+            raise TritterError(
+                f"{target} could not be written: {error}. Nothing was changed."
+            ) from error
+        finally:
+            _remove(temporary)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -65,6 +66,26 @@ def write_text_atomic(path: Path, text: str) -> None:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _parents_of(target: Path) -> Iterator[None]:
+    """Make the folders above `target`; those that are empty when the block ends go again."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(target, error) from error
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # it is not empty, or was never made
+                folder.rmdir()
+
+
+def _unwritable(target: Path, error: OSError) -> RequestError:
+    return RequestError(f"{target} cannot be written: {error.strerror or error}.")
 
 
 def _refuse_existing(target: Path, *, overwrite: bool) -> None:
@@ -88,12 +109,21 @@ def _replace_folder(new: Path, target: Path, *, overwrite: bool) -> None:
         target.replace(old / target.name)
         try:
             new.replace(target)
-        except OSError:
+        except BaseException:
             (old / target.name).replace(target)
             old.rmdir()
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     _sync_folder(target.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, also when somebody stops the process meanwhile: that happens once."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except Stopped:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _exchange(first: Path, second: Path) -> bool:
