@@ -41,6 +41,17 @@ def test_a_run(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
         (["trainer.precision=bf16_mixed"], ["trainer.precision=bf16-mixed"]),
         (["experiment=small-deep-wide"], ["experiment=small_deep_wide"]),
         (["+seed=4"], ["seed=4"]),
+        (["+experiment=small_deep_wide"], ["experiment=small_deep_wide"]),
+        (["experiment=null"], []),
+        (["~experiment"], []),
+        (["logger=null"], ["logger=csv"]),
+        (["~logger"], ["logger=csv"]),
+        (["logger=off"], ["logger=csv"]),
+        (["~forgetting"], ["forgetting=none"]),
+        (["forgetting=null"], ["forgetting=none"]),
+        (["expansion=null"], ["expansion=none"]),
+        (["~gate"], ["gate=off"]),
+        (["gate=none"], ["gate=off"]),
         (["training.max_steps=5.0"], ["training.max_steps=5"]),
     ],
 )
@@ -49,6 +60,22 @@ def test_both_spellings_are_the_same(
 ) -> None:
     assert run(*words).code == run(*same).code == 0
     assert pipeline.configs[0] == pipeline.configs[1]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "hydra.output_subdir=.hydra",
+        "hydra/launcher=basic",
+        "hydra.verbose=[tritter]",
+        "hydra.job_logging.root.level=DEBUG",
+        "hydra.job.config.override_dirname.kv_sep=-",
+    ],
+)
+def test_settings_of_hydra_that_leave_a_run_whole(run: Run, word: str) -> None:
+    result = run(word)
+    assert result.code == 0
+    assert all(path.startswith("outputs") for path in result.written)
 
 
 def test_exit_codes(run: Run) -> None:

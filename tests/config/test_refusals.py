@@ -11,6 +11,7 @@ import pytest
 from tests.config.conftest import FakePipeline, Result
 from tritter.config import composition
 from tritter.config.folder import config_folder
+from tritter.config.hydra_settings import ALLOWED
 
 ROOT = config_folder().parent
 
@@ -100,6 +101,35 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "-m resume=latest seed=0,1": ("resume = latest", "hydra.sweep.dir"),
     "-m hydra.sweep.subdir=x seed=0,1": ("hydra.sweep.subdir = x",),
     "-m hydra.verbose=true,false": ("hydra.verbose = true,false", "one value"),
+    "~forgetting=replay": ("~forgetting = replay", "forgetting=[A,B]"),
+    "+experiment=nothing": ("experiment = nothing", "ablation"),
+    "hydra.output_subdir=null": ("hydra.output_subdir = null", ".hydra", "hydra.run.dir"),
+    "hydra.output_subdir=../../x": ("hydra.output_subdir = ../../x", ".hydra"),
+    "hydra.launcher._target_=os.system": ("hydra.launcher._target_ = os.system", "installed"),
+    "-m hydra.sweeper._target_=a.B seed=0,3": ("hydra.sweeper._target_ = a.B", "hydra/sweeper"),
+    "-m +hydra.launcher.jobs=3 seed=0,3": ("hydra.launcher.jobs = 3", "BasicLauncher"),
+    "-m +hydra.sweeper.prams.a=3": ("hydra.sweeper.prams", "Did you mean hydra.sweeper.params?"),
+    "-m hydra.launcher=null seed=0,3": ("hydra.launcher._target_ = null", "installed"),
+    "~hydra/launcher": ("hydra/launcher = null", "name of an option"),
+    "-m hydra.sweeper.max_batch_size=0": ("hydra.sweeper.max_batch_size = 0", "at least 1"),
+    "hydra.job_logging.handlers.file.filename=/tmp/a.log": ("filename = /tmp/a.log", "file"),
+    "hydra.job_logging.handlers.file.class=a.B": ("class = a.B",),
+    "hydra/job_logging=none": ("hydra/job_logging = none",),
+    "hydra/hydra_logging=disabled": ("hydra/hydra_logging = disabled",),
+    "hydra.job_logging.root.level=LOUD": ("hydra.job_logging.root.level = LOUD", "DEBUG"),
+    "+hydra.callbacks.x._target_=os.system": ("hydra.callbacks.x._target_ = os.system",),
+    "hydra.searchpath=[/tmp]": ("hydra.searchpath = [/tmp]", "conf/"),
+    "hydra.job.name=../x": ("hydra.job.name = ../x",),
+    "hydra.job.chdir=true": ("hydra.job.chdir = true",),
+    "+hydra.job.env_set.A=3": ("hydra.job.env_set.A = 3", "environment"),
+    "hydra.runtime.output_dir=/tmp/x": ("hydra.runtime.output_dir = /tmp/x", "fills it in"),
+    "hydra.help.app_name=x": ("hydra.help.app_name = x",),
+    "hydra.verbose=3": ("hydra.verbose = 3", "true, false"),
+    "hydra.run.dir=": ("hydra.run.dir = (empty)", "a folder"),
+    "-m hydra.mode=RUN seed=0,3": ("hydra.mode = RUN", "-m"),
+    "-m hydra.sweep.subdir=../x${hydra.job.num} seed=0,3": ("hydra.sweep.subdir = ../x0",),
+    "-m hydra.sweep.subdir=/tmp/x${hydra.job.num} seed=0,3": ("hydra.sweep.subdir = /tmp/x0",),
+    "-m hydra.sweep.subdir=. seed=0": ("hydra.sweep.subdir = .",),
     "-m --cfg job seed=0,1": ("-m with --cfg",),
 }
 
@@ -115,6 +145,18 @@ def test_refused(run: Callable[..., Result], pipeline: FakePipeline, command: st
         assert part in result.err
     assert result.written == []
     assert pipeline.configs == []
+
+
+def test_every_allowed_setting_of_hydra_exists_and_is_documented() -> None:
+    from omegaconf import OmegaConf
+
+    with composition.composer() as composing:
+        settings = composing.hydra_settings([])
+    documented = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
+    for key in ALLOWED:
+        section, _, name = key.rpartition(".")
+        assert name in (OmegaConf.select(settings, section) if section else settings)
+        assert f"`hydra.{key}" in documented or f"`hydra/{key}`" in documented, key
 
 
 def test_the_same_words_without_the_mistake_run(run: Callable[..., Result]) -> None:
@@ -143,6 +185,8 @@ def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("body", "parts"),
     [
+        ("hydra: {output_subdir: conf}", ("hydra.output_subdir = conf", "experiment/x.yaml")),
+        ("hydra: {launcher: {_target_: os.system}}", ("hydra.launcher._target_ = os.system",)),
         ("training: {max_stps: 3}", ("training.max_stps = 3", "experiment/x.yaml", "max_steps")),
         ("training: {max_steps: many}", ("training.max_steps = many", "experiment/x.yaml")),
         ("trianing: {max_steps: 3}", ("trianing.max_steps", "training.max_steps")),

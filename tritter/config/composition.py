@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.config.folder import config_folder
+from tritter.config.hydra_settings import hydra_problems
 from tritter.config.overrides import forced, parse
 from tritter.config.problems import Origin, describe, nearest_key, raise_problems, show
 from tritter.config.schema import METHOD_GROUPS, RunConfig
@@ -66,9 +67,11 @@ class Composer:
             composed = compose(CONFIG_NAME, overrides=lines, return_hydra_config=True)
             files = self.loader.compute_defaults_list(CONFIG_NAME, lines, RunMode.RUN).defaults
             raw = _own_values(composed)
-        sources = composed.hydra.runtime.config_sources
-        folders = [Path(source.path) for source in sources if source.schema == "file"]
-        origins = _Origins(parsed, files, folders)
+            origins = _Origins(parsed, files, _option_folders(composed.hydra))
+            problems = list(
+                hydra_problems(composed.hydra, self._plain_hydra, parsed, origin=origins)
+            )
+        raise_problems(problems)
         _check_selection(raw, _selection(files), origins)
         config = validate(raw, origin=origins)
         if job_number is not None:
@@ -86,7 +89,18 @@ class Composer:
         parsed = parse(overrides)
         lines = [forced(override, self.options) for override in parsed]
         with self._explained(parsed):
-            return compose(CONFIG_NAME, overrides=lines, return_hydra_config=True).hydra
+            composed = compose(CONFIG_NAME, overrides=lines, return_hydra_config=True)
+            files = self.loader.compute_defaults_list(CONFIG_NAME, lines, RunMode.RUN).defaults
+            hydra = composed.hydra
+            origins = _Origins(parsed, files, _option_folders(hydra))
+            problems = list(hydra_problems(hydra, self._plain_hydra, parsed, origin=origins))
+        raise_problems(problems)
+        return hydra
+
+    @cached_property
+    def _plain_hydra(self) -> DictConfig:
+        """Hydra's own settings of a job without overrides."""
+        return compose(CONFIG_NAME, return_hydra_config=True).hydra
 
     @contextmanager
     def _explained(self, overrides: Sequence[Override]) -> Iterator[None]:
@@ -128,8 +142,7 @@ class Composer:
         )
 
     def _explain_hydra_key(self, key: str, overrides: Sequence[Override]) -> str:
-        base = compose(CONFIG_NAME, return_hydra_config=True)
-        keys = [f"hydra.{key}" for key in _flat_keys(OmegaConf.to_container(base.hydra))]
+        keys = [f"hydra.{key}" for key in _flat_keys(OmegaConf.to_container(self._plain_hydra))]
         reason = "Hydra has no such setting (python train.py --hydra-help)"
         value = _value_of(key, overrides)
         return describe(key, value, reason=reason, nearest=nearest_key(key, keys))
@@ -170,6 +183,11 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _option_folders(hydra: DictConfig) -> list[Path]:
+    sources = hydra.runtime.config_sources
+    return [Path(source.path) for source in sources if source.schema == "file"]
 
 
 def _own_values(composed: DictConfig) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from tritter.errors import RequestError
 
 Options = Mapping[str, Sequence[str]]
 
+_NOTHING = ("null", "none", "off")
+
 
 def normalise(override: str, options: Options) -> str:
     """Write one override with underscores where the config has them.
@@ -33,10 +35,24 @@ def normalise(override: str, options: Options) -> str:
     if key.lstrip("+~").startswith("hydra"):
         return override
     key = key.replace("-", "_")
-    known = options.get(key.lstrip("+~"))
-    if known is not None:
-        value = re.sub(r"[\w-]+", lambda match: _option_spelling(match.group(), known), value)
+    group = key.lstrip("+~")
+    known = options.get(group)
+    if known is None:
+        return key + equals + value
+    nothing = _option_of_nothing(known)
+    if nothing is not None and (override == f"~{group}" or value in _NOTHING):
+        return f"{group}={nothing}"
+    if group == "experiment":
+        if value == "null":
+            return "~experiment"  # no option of this group stands for none
+        key = key.lstrip("+")  # how Hydra's own examples choose one
+    value = re.sub(r"[\w-]+", lambda match: _option_spelling(match.group(), known), value)
     return key + equals + value
+
+
+def _option_of_nothing(known: Sequence[str]) -> str | None:
+    """Return the option that stands for no choice of a group; None where a choice is needed."""
+    return next((name for name in ("none", "off", "csv") if name in known), None)
 
 
 def _option_spelling(word: str, known: Sequence[str]) -> str:
@@ -90,7 +106,15 @@ def check_command_line(overrides: Sequence[Override], options: Options) -> None:
             problems.append(
                 describe(group, (override.input_line or "=")[len(group) + 1 :], reason=reason)
             )
-        if known is None or override.is_delete():
+        if override.is_hydra_override() and "/" in group and override.value() is None:
+            reason = "it takes the name of an option; leave it out for the usual one"
+            problems.append(describe(group, None, reason=reason))
+        if known is None:
+            continue
+        if override.is_delete():
+            if (deleted := override.value()) is not None:
+                reason = f"~{group} takes no value; name what stays: {group}=[A,B]"
+                problems.append(describe(f"~{group}", deleted, reason=reason))
             continue
         value = override.input_line.partition("=")[2] if override.input_line else ""
         allowed = f"one of {', '.join(known)}"

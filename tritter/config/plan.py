@@ -1,6 +1,7 @@
 """What a command line asks for, job by job, checked whole before anything is written."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,10 +150,14 @@ def _plan_run(composing: Composer, overrides: list[str]) -> Plan:
 def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) -> Plan:
     """Plan a sweep; `sample` is a job of it, which may lack the sweeper's own parameters."""
     hydra = composing.hydra_settings(sample)
+    if hydra.mode == RunMode.RUN:
+        raise RequestError("hydra.mode = RUN: -m asks for a sweep; give one of them.")
     sweep_folder = Path(hydra.sweep.dir).absolute()
     words_for_hydra = _words_for_hydra(composing, overrides)
     if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
-        _check_sweepable(composing.compose(sample).config)
+        composed = composing.compose(sample, job_number=0)
+        _check_sweepable(composed.config)
+        _job_folder(sweep_folder, str(composed.hydra.sweep.subdir))
         return Plan(words_for_hydra, (), sweep_folder)
     parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
     typed = parse([*parameters, *overrides], loader=composing.loader)
@@ -209,8 +214,25 @@ def _plan_job(composing: Composer, words: list[str], shared: list[str], *, numbe
         _check_sweepable(composed.config)
         _check_device(composed.config)
         sweep = composed.hydra.sweep
-        folder = (Path(sweep.dir) / str(sweep.subdir)).absolute()
+        folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))
         state = check_run_folder(folder, composed.config)
     except RequestError as error:
         raise RequestError(f"job {number} ({' '.join(words)}): {error}") from error
     return Job(tuple(words), composed.config, folder, state)
+
+
+def _job_folder(sweep_folder: Path, name: str) -> Path:
+    """Return a job's folder.
+
+    Raises:
+        RequestError: it is not below the sweep's.
+    """
+    sweep_folder = Path(os.path.normpath(sweep_folder))
+    folder = Path(os.path.normpath(sweep_folder / name))
+    if sweep_folder not in folder.parents:
+        raise RequestError(
+            f"hydra.sweep.subdir = {name}: a job's folder lies below that of its sweep "
+            "(hydra.sweep.dir); allowed is a name that differs from job to job, as "
+            "${hydra.job.num}."
+        )
+    return folder
