@@ -1,5 +1,6 @@
 """EWC: its penalty by another path, and what an expansion makes of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.training.test_fit import module_of, run, task
 from tritter.errors import TritterError
-from tritter.expand import expand, plan_expansion
+from tritter.expand import Plan, carried_masks, expand, plan_expansion
 from tritter.expansion import Dus, LlamaPro, Width
 from tritter.families import LLAMA
 from tritter.forgetting import EWC
-from tritter.forgetting.ewc import ElasticWeightConsolidation
+from tritter.forgetting.ewc import ElasticWeightConsolidation, mean_importance
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.parameter_map.carry import carry
 from tritter.training import Task
@@ -65,6 +66,54 @@ def test_a_fisher_of_zeros_cannot_be_normalised() -> None:
         EWC(ewc_lambda=1.0, normalise="mean").begin_task(model, task_with(model, zeros))
 
 
+def carried_fisher(plan: Plan, fisher: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return logical name → the Fisher carried through the plan; what starts anew is absent."""
+    values = {t.name: fisher[t.disk_name] for t in LLAMA.logical_tensors(plan.config)}
+    for step in plan.steps:
+        maps = step.parameter_map.tensors
+        values = {
+            n: carry(m, values[m.source], "fisher") for n, m in maps.items()
+            if m.source in values and m.state == "carry"
+        }  # fmt: skip
+    return values
+
+
+def pulls(model: nn.Module, task: Task) -> dict[str, Tensor]:
+    """Return what EWC adds to the gradients after every weight moved by the same distance."""
+    method = EWC(ewc_lambda=3.0, normalise="mean")
+    method.begin_task(model, task)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+            parameter.grad = torch.zeros_like(parameter)
+    method.add_to_gradients(model)
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("states_mean", [False, True])
+def test_what_an_expansion_adds_does_not_dilute_the_mean(tmp_path: Path, states_mean: bool) -> None:
+    """The same λ pulls a weight of the grown model as it pulled it in the model before."""
+    model = oracle.tiny_llama()
+    source = oracle.saved(model, tmp_path / "source")
+    specs = [Width(init="fresh", intermediate_size=150)]
+    wide = oracle.stock(expand(source, tmp_path / "wide", specs).folder)
+    fisher = diagonal_fisher(model, oracle.tokens(batch=4))
+    plan = plan_expansion(source, specs)
+    values = carried_fisher(plan, fisher)
+    named = {t.disk_name: values[t.name] for t in LLAMA.logical_tensors(plan.target_config)}
+    before = pulls(model, task_with(model, fisher))
+    told = replace(task_with(wide, named), carried=carried_masks(plan.config, plan.steps))
+    if states_mean:
+        told = replace(told, mean_importance={"fisher": mean_importance(fisher)})
+    compared = 0
+    for name, pull in pulls(wide, told).items():
+        kept = pull[told.carried[name]].view_as(before[name])
+        torch.testing.assert_close(kept, before[name], rtol=1e-4, atol=1e-8)
+        assert not bool(pull[~told.carried[name]].any())
+        compared += kept.numel()
+    assert compared == sum(p.numel() for p in model.parameters())
+
+
 def doubled_ffn(folder: Path, shares: str) -> tuple[nn.Module, nn.Module, list[Tensor], Tensor]:
     """Return model, widened model, the two Fishers of a down projection, and the copies."""
     model = oracle.tiny_llama()
@@ -108,13 +157,7 @@ def test_the_mapped_fisher_is_that_of_the_expanded_model(tmp_path: Path) -> None
     fisher = diagonal_fisher(model, sequences)
     own = diagonal_fisher(oracle.stock(result.folder), sequences)
     plan = plan_expansion(source, specs)
-    values = {t.name: fisher[t.disk_name] for t in LLAMA.logical_tensors(plan.config)}
-    for step in plan.steps:
-        maps = step.parameter_map.tensors
-        values = {
-            n: carry(m, values[m.source], "fisher") for n, m in maps.items()
-            if m.source in values and m.state == "carry"
-        }  # fmt: skip
+    values = carried_fisher(plan, fisher)
     compared = 0
     for tensor in LLAMA.logical_tensors(plan.target_config):
         if tensor.name in values:

@@ -3,7 +3,8 @@
 ½ λ Σ F (θ − θ*)², where F is the diagonal Fisher of the old domains at the old weights, carried
 through the expansion by the parameter map. λ multiplies the raw per-sequence Fisher of the mean
 token loss, with the ½ that the original has and many copies drop; `normalise=mean` divides F by
-its mean first, so that one λ means the same for models of different size.
+its mean in the model before the expansion, so that one λ means the same for models of different
+size, and for a model and what it grows into.
 
 When to use: the old data may be looked at once, before the training, and not during it. What the
 expansion added has no Fisher and is free. Cost: one pass over some old sequences, two copies of
@@ -42,7 +43,10 @@ class EWC(ForgettingMethod):
         fisher = task.importance.get("fisher")
         if fisher is None:
             raise TritterError("forgetting=ewc was given no Fisher information of the old domains.")
-        scale = mean_importance(fisher) if self.normalise == "mean" else 1.0
+        scale = 1.0
+        if self.normalise == "mean":
+            stated = task.mean_importance.get("fisher")
+            scale = mean_importance(fisher, carried=task.carried) if stated is None else stated
         for name, parameter in model.named_parameters():
             if name in fisher:
                 self._anchor[name] = parameter.detach().clone()
@@ -65,13 +69,23 @@ class EWC(ForgettingMethod):
         self._anchor, self._fisher = dict(state["anchor"]), dict(state["fisher"])
 
 
-def mean_importance(importance: Mapping[str, Tensor]) -> float:
-    """Return the mean over all entries of all parameters, in float64."""
-    total = sum(float(value.sum(dtype=torch.float64)) for value in importance.values())
-    mean = total / sum(value.numel() for value in importance.values())
-    if not mean > 0:
+def mean_importance(
+    importance: Mapping[str, Tensor], *, carried: Mapping[str, Tensor] | None = None
+) -> float:
+    """Return the mean over all entries of all parameters, in float64.
+
+    Args:
+        carried: parameter name → bool mask of the entries to count. What an expansion added is
+            zero and would dilute the mean.
+
+    Raises:
+        TritterError: all of them are zero.
+    """
+    held = importance if carried is None else {n: v[carried[n]] for n, v in importance.items()}
+    total = sum(float(value.sum(dtype=torch.float64)) for value in held.values())
+    if not total > 0:
         raise TritterError("the Fisher information is zero everywhere; it cannot be normalised.")
-    return mean
+    return total / sum(value.numel() for value in held.values())
 
 
 class ElasticWeightConsolidation:

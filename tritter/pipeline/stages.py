@@ -1,8 +1,8 @@
 """What the stages do; each reads what earlier ones left on disk, so a run can stop between."""
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tritter.expand import (
 from tritter.expansion import build_steps
 from tritter.families import family_of
 from tritter.forgetting import build_methods
+from tritter.forgetting.ewc import mean_importance
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.models import disk_tensors, live_tensors, load_model, read_config
 from tritter.pipeline import experts
@@ -254,7 +255,8 @@ def _fit(
             carried=setup.follow(_carried(context, arm)),
             old_sequences=context.training_sequences(context.old_domains),
             seed=context.seed("forgetting", *arm.purpose),
-            importance={kind: setup.follow(values) for kind, values in importance.items()},
+            importance={k: setup.follow(values) for k, values in importance.values.items()},
+            mean_importance=importance.means,
         ),
         loggers=loggers,
         controls=setup.controls,
@@ -317,20 +319,31 @@ def _importance_folder(context: RunContext, arm: Arm) -> Path:
     return context.folder / (f"{arm.follows}/importance" if arm.follows else "importance")
 
 
-def _importance(context: RunContext, arm: Arm) -> dict[str, dict[str, Tensor]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Importance:
+    """What `Task` is told of importances, by kind, and their means before the expansion."""
+
+    values: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
+    means: Mapping[str, float] = field(default_factory=dict)
+
+
+def _importance(context: RunContext, arm: Arm) -> _Importance:
     """Return the importances that the arm's stage left, carried through the arm's maps."""
     options, state = _ewc_options(context), read_state(_importance_folder(context, arm))
     if options is None or state is None:
-        return {}
+        return _Importance()
     baseline_folder = context.folder / arm.start
     fisher = state.kinds["fisher"]
+    means = {}
+    if options.normalise == "mean":
+        means["fisher"] = mean_importance(state_tensors(fisher))
     if not arm.specs:
         config = read_config(baseline_folder)
-        return {"fisher": live_tensors(config, state_tensors(fisher))}
+        return _Importance({"fisher": live_tensors(config, state_tensors(fisher))}, means)
     plan = plan_expansion(baseline_folder, arm.specs, seed=context.seed("expansion", *arm.purpose))
     kind = "fisher_penalty" if options.carry == "penalty_preserving" else "fisher"
     carried = dict(state_stream(plan, kind, fisher, moments="carry").tensors)
-    return {"fisher": live_tensors(plan.target_config, carried)}
+    return _Importance({"fisher": live_tensors(plan.target_config, carried)}, means)
 
 
 def _names(domains: Sequence[str]) -> str:

@@ -26,12 +26,16 @@ class Task:
         importance: kind (`fisher`) → parameter name → importance of each entry for the old
             domains, carried through the expansion; zero where an entry is new. A parameter that
             is absent has none. Holds what the methods of the run need.
+        mean_importance: kind → its mean over the entries of the model before the expansion, which
+            neither copies nor new entries move. Where it is not stated, the mean over the carried
+            entries stands for it.
     """
 
     carried: Mapping[str, Tensor]
     old_sequences: Tensor
     seed: int
     importance: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    mean_importance: Mapping[str, float] = field(default_factory=dict)
 
 
 class ForgettingMethod:
