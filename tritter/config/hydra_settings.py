@@ -113,13 +113,14 @@ def _plugin_problems(composed: DictConfig) -> Iterator[str]:
             reason = f"choose an installed one with hydra/{name}=NAME, or leave it out"
             yield describe(f"hydra.{name}._target_", target, reason=reason)
             continue
-        parameters = [p for p in inspect.signature(known[target]).parameters if p != "self"]
+        plugin = known[str(target)]
+        parameters = list(inspect.signature(plugin).parameters)
         for key in settings:
             if key not in ("_target_", *parameters):
-                reason = f"{str(target).rpartition('.')[2]} has {', '.join(parameters) or 'no settings'}"
+                reason = f"{plugin.__name__} has {', '.join(parameters) or 'no settings'}"
                 near = nearest(str(key), parameters)
                 yield describe(
-                    f"hydra.{name}.{key}",
+                    f"hydra.{name}.{key!s}",
                     settings[key],
                     reason=reason,
                     nearest=f"hydra.{name}.{near}" if near else None,
