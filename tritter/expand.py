@@ -1,18 +1,25 @@
 """Expand a checkpoint folder: source → maps → destination, one tensor in memory at a time."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tritter.checkpoint import ExpansionRecord, Lineage, Source, write_checkpoint
+from tritter.checkpoint import (
+    ExpansionRecord,
+    Lineage,
+    Source,
+    read_lineage,
+    write_checkpoint,
+)
+from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.checkpoint.state import State, read_state, write_state
+from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec, ExpansionStep, build_steps, closed_experts
 from tritter.families import Config, LayoutKind, StoredTensor, family_of, layout, pack_all
@@ -27,18 +34,6 @@ from tritter.storage.writer import TensorEntry, TensorStream
 Read = Callable[[str], Tensor]
 Move = Callable[[TensorMap, Read], Tensor]
 Progress = Callable[[int, int], None]
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +69,13 @@ class Expanded:
     parameters_after: int
     lineage: Lineage
 
+    @classmethod
+    def of(cls, folder: Path, plan: Plan) -> "Expanded":
+        """Return what a plan made at `folder`."""
+        lineage = read_lineage(folder)
+        assert lineage is not None
+        return cls(folder, plan.steps, plan.parameters_before, plan.parameters_after, lineage)
+
 
 def plan_expansion(source: Path, specs: Sequence[ExpansionSpec], *, seed: int = 0) -> Plan:
     """Resolve `specs` against the checkpoint at `source`; reads no tensor.
@@ -103,6 +105,7 @@ def expand(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     progress: Progress | None = None,
+    before_placing: Callable[["Expanded"], None] | None = None,
 ) -> Expanded:
     """Apply `specs` in order to the checkpoint at `source` and write the result.
 
@@ -117,30 +120,25 @@ def expand(
         moments: `carry`, `zero` or `reset_new`; see `tritter.parameter_map.carry`.
         expert_layout: `hub`, a tensor for each matrix of each expert, which every reader knows;
             or `live`, the experts of a layer in one tensor, as transformers holds them.
+        overwrite: replace a checkpoint that stands at `destination`; nothing else is replaced.
         progress: called with (tensors written, tensors in all).
+        before_placing: called with the result in a temporary folder, while what stands at
+            `destination` still does; may write into its record, or raise.
 
     Raises:
-        RequestError: no spec, unknown family, targets that cannot be had, a destination that
-            exists, a source that was changed since its lineage was written or that holds values
-            that are not finite; nothing is written.
+        RequestError: no spec, unknown family, targets that cannot be had, no place for a result,
+            a source that was changed since its lineage was written or that holds values that are
+            not finite; nothing is written.
         TritterError: the source is damaged or does not fit its config.
     """
+    check_output(destination, sources=[source], overwrite=overwrite)
     plan = plan_expansion(source, specs, seed=seed)
     opened = Source.open(source, plan.config)
-    state = read_state(source)  # so that damage is seen before anything is written
+    write_extras = _extras_writer(plan, source, moments, max_shard_bytes)
     target_config = plan.target_config
     if dtype is not None:
         target_config = {**target_config, "dtype": str(dtype).removeprefix("torch.")}
-
-    def write_extras(folder: Path) -> None:
-        copy_tokenizer(source, folder)
-        if state is not None:
-            kinds = _state_streams(plan, state, moments=moments)
-            write_state(folder, kinds, step=state.step, max_shard_bytes=max_shard_bytes)
-        if plan.added_experts is not None:
-            plan.added_experts.write(folder)
-
-    written = write_checkpoint(
+    write_checkpoint(
         destination,
         config=target_config,
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
@@ -148,8 +146,10 @@ def expand(
         write_extras=write_extras,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
+        check=partial(check_replaceable, sources=[source]),
+        before_placing=before_placing and (lambda place: before_placing(Expanded.of(place, plan))),
     )
-    return Expanded(destination, plan.steps, plan.parameters_before, plan.parameters_after, written)
+    return Expanded.of(destination, plan)
 
 
 def mapped_reader(read: Read, steps: Sequence[ExpansionStep]) -> Read:
@@ -172,13 +172,6 @@ def carried_masks(source_config: Config, steps: Sequence[ExpansionStep]) -> dict
         }
         config = step.target_config
     return pack_all(family_of(config), config, masks)
-
-
-def copy_tokenizer(source: Path, destination: Path) -> None:
-    """Copy tokenizer and generation files that stand beside a model."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
 
 
 def state_stream(plan: Plan, kind: str, tensors: TensorFolder, *, moments: Policy) -> TensorStream:
@@ -213,6 +206,27 @@ def state_stream(plan: Plan, kind: str, tensors: TensorFolder, *, moments: Polic
         for t in targets
     )
     return TensorStream(entries, ((t.disk_name, reader(t.name)) for t in targets))
+
+
+def _extras_writer(
+    plan: Plan, source: Path, moments: Policy, max_shard_bytes: int
+) -> Callable[[Path], None]:
+    """Return what writes all but the model into its folder; reads no tensor before.
+
+    Raises:
+        TritterError: the state beside the source is damaged.
+    """
+    state = read_state(source)
+
+    def write(folder: Path) -> None:
+        copy_tokenizer(source, folder)
+        if state is not None:
+            kinds = _state_streams(plan, state, moments=moments)
+            write_state(folder, kinds, step=state.step, max_shard_bytes=max_shard_bytes)
+        if plan.added_experts is not None:
+            plan.added_experts.write(folder)
+
+    return write
 
 
 def _state_streams(plan: Plan, state: State, *, moments: Policy) -> dict[str, TensorStream]:

@@ -25,8 +25,9 @@ from tests.oracle_qwen3 import tiny_qwen3
 from tests.storage.test_tensors import file_size_limit
 from tritter.checkpoint import Source, read_lineage
 from tritter.checkpoint.export import Exported, Weights, export_model
+from tritter.checkpoint.tokenizer_files import copy_tokenizer
 from tritter.errors import RequestError, TritterError
-from tritter.expand import copy_tokenizer, expand
+from tritter.expand import expand
 from tritter.expansion import LlamaPro, Width
 from tritter.models import read_config
 from tritter.storage.hashing import merkle_hash, tensor_digest
@@ -235,8 +236,13 @@ def test_what_stands_there_stays(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="exists already"):
         export(base, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    with pytest.raises(RequestError, match=r"more than a checkpoint.*: mine"):
+        export(base, tmp_path / "out", overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    (tmp_path / "out" / "mine").unlink()
+    (tmp_path / "out").rmdir()
+    export(base, tmp_path / "out")
     export(base, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mine").exists()
     with file_size_limit(10_000), pytest.raises(TritterError, match="could not be written"):
         export(base, tmp_path / "out", overwrite=True)
     assert stock(tmp_path / "out")

@@ -103,7 +103,10 @@ def test_a_dry_run_looks_past_an_output_that_exists(run: Run, place: Path) -> No
     (place / "base-width").mkdir()
     result = run("expand --checkpoint base --method width --dry-run")
     assert result.code == 0
-    assert "exists already and needs --overwrite" in " ".join(result.out.split())
+    assert "refused base-width exists already; choose" in " ".join(result.out.split())
+    result = run("expand --checkpoint base --method width --dry-run --overwrite")
+    assert "refused base-width holds no checkpoint" in " ".join(result.out.split())
+    assert "refused" not in run("expand --checkpoint base --method dus --dry-run").out
     assert list((place / "base-width").iterdir()) == []
 
 
@@ -367,9 +370,15 @@ def test_an_existing_output_is_kept_unless_it_is_to_be_replaced(run: Run, place:
     assert refused.code == 2
     assert "base-width exists already" in refused.err
     assert "--overwrite" in refused.err
+    refused = run("expand --checkpoint base --method width --overwrite")
+    assert refused.code == 2
+    assert "base-width holds more than a checkpoint, and is not replaced: mine.txt" in refused.err
     assert snapshot(place) == before
-    assert run("expand --checkpoint base --method width --overwrite").code == 0
-    assert not (place / "base-width" / "mine.txt").exists()
+    (place / "base-width" / "mine.txt").unlink()
+    (place / "base-width").rmdir()
+    assert run("expand --checkpoint base --method width").code == 0
+    assert run("expand --checkpoint base --method width --seed 1 --overwrite").code == 0
+    assert read_lineage(place / "base-width").expansion_history[0].seed == 1  # type: ignore[union-attr]
 
 
 def test_the_step_0_error_is_measured_and_recorded(run: Run, place: Path) -> None:

@@ -7,6 +7,7 @@ go through one by one; nothing is loaded as a model.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tritter.checkpoint.card import export_card
 from tritter.checkpoint.folder import CARD_NAME
+from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.checkpoint.record import Lineage
 from tritter.checkpoint.source import Source
 from tritter.checkpoint.state import write_state
@@ -51,6 +53,7 @@ class Weights:
             is not what its own record says.
         lineage: what it says of itself, if anything.
         moments: what a training can go on from; written only where an origin brings it.
+        places: folders and files that all this is read from, where nothing may be written.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Weights:
     finish: Callable[[], str]
     lineage: Lineage | None = None
     moments: Moments | None = None
+    places: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, source: Source) -> "Weights":
@@ -71,6 +75,7 @@ class Weights:
             dtype=source.dtype,
             finish=lambda: merkle_hash(source.read_digests()),
             lineage=source.lineage,
+            places=(source.folder,),
         )
 
     def without_experts(self, first: int) -> "Weights":
@@ -133,11 +138,12 @@ def export_model(
         progress: called with (tensors written, tensors in all).
 
     Raises:
-        RequestError: `destination` exists and `overwrite` is off; a tensor holds values that are
-            not finite, or that `dtype` cannot hold; the origin was changed since its lineage was
-            written.
+        RequestError: `destination` is no place for a result (`check_output`); a tensor holds
+            values that are not finite, or that `dtype` cannot hold; the origin was changed since
+            its lineage was written.
         TritterError: the origin is damaged, or the disk refused a write.
     """
+    check_output(destination, sources=weights.places, overwrite=overwrite)
     config = {
         **weights.config,
         "architectures": [family_of(weights.config).architecture],
@@ -145,7 +151,8 @@ def export_model(
     }
     stored = layout(family_of(config), config, expert_layout)
     stream = _stream(weights, stored, dtype=dtype, progress=progress)
-    with atomic_folder(destination, overwrite=overwrite) as folder:
+    check = partial(check_replaceable, sources=weights.places)
+    with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
         digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")

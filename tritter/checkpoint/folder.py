@@ -30,6 +30,8 @@ def write_checkpoint(
     write_extras: Callable[[Path], None],
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+    before_placing: Callable[[Path], None] | None = None,
 ) -> Lineage:
     """Write a checkpoint folder whole, or not at all.
 
@@ -38,15 +40,19 @@ def write_checkpoint(
         lineage: asked once the tensors are written where they come from; hashes and digests of
             the answer are filled in from what was written. One without a base hash starts a chain.
         write_extras: adds tokenizer files to the folder it is given.
+        check: raises when a folder that stands at `target` may not be replaced.
+        before_placing: called with the finished folder while the old one still stands; may look
+            at it, write into its record, and raise.
 
     Returns:
         The lineage as written.
 
     Raises:
-        RequestError: `target` exists and `overwrite` is off, or its place cannot be written.
+        RequestError: `target` exists and `overwrite` is off, or may not be replaced, or its place
+            cannot be written.
         TritterError: the disk refused a write.
     """
-    with atomic_folder(target, overwrite=overwrite) as folder:
+    with atomic_folder(target, overwrite=overwrite, check=check) as folder:
         tensor_digests = write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
         (folder / "config.json").write_text(
             json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
@@ -63,6 +69,8 @@ def write_checkpoint(
         (folder / CARD_NAME).write_text(model_card(complete, config), encoding="utf-8")
         complete = replace(complete, file_digests=file_digests(folder))
         _dump(folder / LINEAGE_NAME, complete)
+        if before_placing is not None:
+            before_placing(folder)
     written = read_lineage(target)
     assert written is not None
     return written

@@ -214,6 +214,7 @@ def _weights(
         dtype=lambda name: values[name].dtype,
         finish=lambda: file_digest(path),
         moments=moments,
+        places=(path,),
     )
 
 

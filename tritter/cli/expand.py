@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from tritter.checkpoint import Source
+from tritter.checkpoint.place import check_output
 from tritter.cli.domain import (
     DomainOptions,
     check_domain_options,
@@ -27,6 +28,7 @@ from tritter.cli.output import (
     print_json,
     print_lines,
     progress_bar,
+    says_if_written,
     shapes_of,
     short,
     shown_path,
@@ -101,11 +103,16 @@ class ExpandRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the source lies, where the result goes, and by which expansions."""
+    """Where the source lies, where the result goes, and by which expansions.
+
+    Args:
+        obstacle: of a dry run: why the result could not go there as things are; empty: it could.
+    """
 
     source: Path
     destination: Path
     specs: tuple[ExpansionSpec, ...]
+    obstacle: str
 
 
 def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_json: bool) -> int:
@@ -115,13 +122,20 @@ def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_jso
         RequestError: the source, an option or the destination cannot be had; nothing is written.
         TritterError: writing failed, or a tensor turned out damaged while it was read.
     """
-    place = _place(request, may_exist=overwrite or dry_run)
+    place = _place(request, dry_run=dry_run, overwrite=overwrite)
     moments = choice("moments", request.moments, POLICIES)
     dtype = None if request.dtype is None else DTYPES[choice("dtype", request.dtype, list(DTYPES))]
     if request.domain.is_given and not dry_run:
         return _run_domain(request, place, overwrite=overwrite, as_json=as_json)
     result: Plan | Expanded
-    with in_options():
+    measured: Measurement | None = None
+
+    def look(made: Expanded) -> None:
+        nonlocal measured
+        with damage_is_a_wrong_request():
+            measured = measure(place.source, made, is_wanted=request.is_measured)
+
+    with in_options(), says_if_written(place.destination):
         if dry_run:
             result = plan_expansion(place.source, place.specs, seed=request.seed)
         else:
@@ -136,15 +150,13 @@ def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_jso
                     overwrite=overwrite,
                     moments=moments,
                     progress=progress,
+                    before_placing=look,
                 )
-    measured = None
-    if isinstance(result, Expanded):
-        measured = measure(place.source, result, is_wanted=request.is_measured)
     if as_json:
         plain = _as_json(result, place.source, place.destination, request)
         print_json({**plain, "step0_error": measured.error if measured else None})
     else:
-        _print(result, place.source, place.destination, request, measured)
+        _print(result, place, request, measured)
     if measured is not None and measured.is_broken:
         print(
             "error: the method claims to keep the function, and the result does not; please "
@@ -155,7 +167,7 @@ def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_jso
     return 0
 
 
-def _place(request: ExpandRequest, *, may_exist: bool) -> _Place:
+def _place(request: ExpandRequest, *, dry_run: bool, overwrite: bool) -> _Place:
     """Resolve source, destination and expansions; writes nothing.
 
     Raises:
@@ -167,15 +179,18 @@ def _place(request: ExpandRequest, *, may_exist: bool) -> _Place:
         folder = locate(request.checkpoint)
         source = Source.open(folder, read_config(folder))
     destination = request.output or _default_output(request.checkpoint, folder, methods)
-    if destination.exists() and not may_exist:
-        raise RequestError(
-            f"{destination} exists already; choose another --output, or add --overwrite."
-        )
+    obstacle = ""
+    try:
+        check_output(destination, sources=[folder], overwrite=overwrite)
+    except RequestError as error:
+        if not dry_run:
+            raise
+        obstacle = str(error)
     with in_options():
         if request.target_params is not None:
             specs = reach_parameters(source.config, specs, request.target_params)
     check_domain_options(request.domain, specs, _unsupported(request))
-    return _Place(folder, destination, specs)
+    return _Place(folder, destination, specs, obstacle)
 
 
 def _unsupported(request: ExpandRequest) -> dict[str, Any]:
@@ -215,7 +230,7 @@ def _run_domain(request: ExpandRequest, place: _Place, *, overwrite: bool, as_js
         return 0
     text = "not finite" if error is None else f"{error:.1e} of the logits' deviation on its text"
     measured = Measurement(error, False, text)
-    _print(result, place.source, place.destination, request, measured)
+    _print(result, place, request, measured)
     print_domain(console, made.experts, made.scores)
     return 0
 
@@ -264,8 +279,7 @@ def _as_json(
 
 def _print(
     result: Plan | Expanded,
-    source: Path,
-    destination: Path,
+    place: _Place,
     request: ExpandRequest,
     measured: Measurement | None,
 ) -> None:
@@ -286,13 +300,14 @@ def _print(
     console.print()
     print_lines(console, lines)
     console.print()
-    here = shlex.quote(shown_path(destination))
+    here = shlex.quote(shown_path(place.destination))
     if isinstance(result, Expanded):
-        print_command(console, "written", shown_path(destination))
+        print_command(console, "written", shown_path(place.destination))
         print_command(console, "next   ", f"tritter inspect {here}")
     else:
-        taken = ", which exists already and needs --overwrite" if destination.exists() else ""
-        print_command(console, "dry run", f"nothing was written; it would go to {here}{taken}")
+        print_command(console, "dry run", f"nothing was written; it would go to {here}")
+        if place.obstacle:
+            print_command(console, "refused", place.obstacle)
 
 
 def _print_shapes(console: Console, result: Plan | Expanded) -> None:

@@ -11,6 +11,8 @@ import torch
 from tritter.checkpoint import Source
 from tritter.checkpoint.export import Exported, Weights, export_model
 from tritter.checkpoint.lightning_file import read_lightning_file
+from tritter.checkpoint.place import check_output
+from tritter.checkpoint.tokenizer_files import copy_tokenizer
 from tritter.cli.output import (
     DTYPES,
     new_console,
@@ -18,12 +20,12 @@ from tritter.cli.output import (
     print_json,
     print_lines,
     progress_bar,
+    says_if_written,
     short,
     shown_path,
 )
 from tritter.cli.request import choice, damage_is_a_wrong_request, in_options
 from tritter.errors import RequestError
-from tritter.expand import copy_tokenizer
 from tritter.families import Config, LayoutKind, family_of
 from tritter.models import locate, read_config
 from tritter.report.wording import count_text
@@ -78,13 +80,14 @@ def run_export(request: ExportRequest, *, overwrite: bool, as_json: bool) -> int
     choice("format", request.format, FORMATS)
     dtype = None if request.dtype is None else DTYPES[choice("dtype", request.dtype, list(DTYPES))]
     is_file = Path(request.checkpoint).expanduser().is_file()
-    _check_place(request, overwrite=overwrite)
+    check_output(request.output, sources=_places(request), overwrite=overwrite)
     with damage_is_a_wrong_request():
         origin = _file(request) if is_file else _folder(request)
     layout = _layout(request.expert_layout, origin.weights.config)
     if dtype is None:
         dtype = origin.weights.widest_dtype if is_file else torch.bfloat16
-    with in_options(), progress_bar(is_shown=not as_json) as progress:
+    written = says_if_written(request.output)
+    with in_options(), written, progress_bar(is_shown=not as_json) as progress:
         exported = export_model(
             origin.weights,
             request.output,
@@ -152,7 +155,8 @@ def _file(request: ExportRequest) -> _Origin:
         )
     folder = _config_folder(request.config)
     found = read_lightning_file(path, read_config(folder), prefix=request.prefix)
-    weights, notes = found.weights, (found.left_out, found.why_no_moments)
+    weights = replace(found.weights, places=(path, folder))
+    notes = (found.left_out, found.why_no_moments)
     if request.is_without_state:
         weights, notes = replace(weights, moments=None), (found.left_out, "")
     has_tokenizer = not Path(request.config).expanduser().is_file()
@@ -173,17 +177,10 @@ def _config_folder(config: str) -> Path:
     return path.parent
 
 
-def _check_place(request: ExportRequest, *, overwrite: bool) -> None:
-    if request.output.exists() and not overwrite:
-        raise RequestError(
-            f"{request.output} exists already; choose another --output, or add --overwrite."
-        )
-    source, output = Path(request.checkpoint).expanduser().resolve(), request.output.resolve()
-    if source.exists() and (output.is_relative_to(source) or source.is_relative_to(output)):
-        raise RequestError(
-            f"--output = {request.output}: an export stands beside the checkpoint, neither in it "
-            "nor in its place."
-        )
+def _places(request: ExportRequest) -> list[Path]:
+    """Return the folders and files that were named to be read; a hub id is none."""
+    named = (request.checkpoint, request.config)
+    return [Path(word).expanduser() for word in named if word is not None]
 
 
 def _layout(word: str | None, config: Config) -> LayoutKind:

@@ -34,7 +34,11 @@ def measure(source: Path, result: Expanded, *, is_wanted: bool | None) -> Measur
     """Compare source and result on random tokens and write the error into the record.
 
     Args:
+        result: in a folder that does not stand at its place yet.
         is_wanted: None measures models that fit into `MAX_BYTES`.
+
+    Raises:
+        TritterError: transformers can't load one of them.
     """
     num_bytes = 4 * (result.parameters_before + result.parameters_after)
     if is_wanted is False:

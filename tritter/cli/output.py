@@ -13,8 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from tritter.errors import TritterError
 from tritter.families import Config, family_of
 from tritter.report.wording import Signs
+from tritter.stopping import Stopped
 
 HASH_CHARACTERS = 12
 EXIT_NO = 3  # a check said no
@@ -118,6 +120,29 @@ def progress_bar(*, is_shown: bool) -> Iterator[Callable[[int, int], None] | Non
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("tensors", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def says_if_written(target: Path) -> Iterator[None]:
+    """Add to what ends the block early that something stands at `target` now, if it does.
+
+    Folders appear whole or not at all, so all there is to say is whether this one did.
+    """
+    before = _identity(target)
+    try:
+        yield
+    except (Stopped, TritterError) as error:
+        if _identity(target) not in (before, None):
+            error.add_note(f"{shown_path(target)} was written all the same, and is whole.")
+        raise
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.lstat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def shown_path(path: Path) -> str:

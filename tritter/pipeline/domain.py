@@ -16,11 +16,12 @@ from typing import Any
 from rich.console import Console
 
 from tritter.checkpoint import Lineage, read_lineage, write_lineage
+from tritter.checkpoint.place import check_output, check_replaceable
+from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
 from tritter.config.composition import load_config
 from tritter.config.overrides import quoted
 from tritter.config.schema import RunConfig, TextSources
-from tritter.errors import RequestError
-from tritter.expand import TOKENIZER_FILES, Plan, plan_expansion
+from tritter.expand import Plan, plan_expansion
 from tritter.expansion import ExpansionSpec, ExpansionStep, MoeAdd
 from tritter.models import read_config
 from tritter.pipeline import experts, verdict
@@ -85,12 +86,12 @@ def expand_for_domain(
     """Add experts to a checkpoint and train them on a domain.
 
     Raises:
-        RequestError: the checkpoint, its tokenizer, the text or a target can't be had; nothing is
-            written.
+        RequestError: the checkpoint, its tokenizer, the text or a target can't be had, or the
+            destination is no place for a result; nothing is written.
         TritterError: a stage failed; nothing is left.
     """
-    if destination.exists() and not overwrite:
-        raise RequestError(f"{destination} exists already.")
+    sources = [source, *_teachers(specs)]
+    check_output(destination, sources=sources, overwrite=overwrite)
     place = next(folder for folder in destination.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=place) as name:
         folder = Path(name)
@@ -102,21 +103,27 @@ def expand_for_domain(
         run_baseline(context)
         arm = run_arm(context, arm)
         verdict.publish(context, arm, keep=True)
-        with atomic_folder(destination, overwrite=overwrite) as temporary:
+        used = experts.summary_record(context, arm)
+        assert used is not None
+        plan = plan_expansion(source, arm.specs, seed=context.seed("expansion"))
+        plan = replace(plan, steps=tuple(map(partial(_told, used, task), plan.steps)))
+        scores = {
+            "before": score_records(context.read_scores("baseline")),
+            "after": score_records(context.read_scores(f"{ARM}-trained")),
+        }
+        check = partial(check_replaceable, sources=sources)
+        with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
             shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
             _adopt(temporary, context, source=source, destination=destination)
-        lineage, used = read_lineage(destination), experts.summary_record(context, arm)
-        assert lineage is not None and used is not None
-        plan = plan_expansion(source, arm.specs, seed=context.seed("expansion"))
-        return DomainExpansion(
-            plan=replace(plan, steps=tuple(map(partial(_told, used, task), plan.steps))),
-            lineage=lineage,
-            scores={
-                "before": score_records(context.read_scores("baseline")),
-                "after": score_records(context.read_scores(f"{ARM}-trained")),
-            },
-            experts=used,
-        )
+            lineage = read_lineage(temporary)
+        assert lineage is not None
+        return DomainExpansion(plan=plan, lineage=lineage, scores=scores, experts=used)
+
+
+def _teachers(specs: Sequence[ExpansionSpec]) -> list[Path]:
+    """Return the folders that new experts learn from."""
+    named = (spec.teacher for spec in specs if isinstance(spec, MoeAdd) and spec.teacher)
+    return [Path(teacher).expanduser() for teacher in named]
 
 
 def _told(used: Mapping[str, Any], task: DomainTask, step: ExpansionStep) -> ExpansionStep:

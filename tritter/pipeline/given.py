@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from tritter.checkpoint import Lineage, Source, write_checkpoint
+from tritter.checkpoint.tokenizer_files import copy_tokenizer
 from tritter.config.checkpoint_folder import checkpoint_config
 from tritter.config.problems import raise_problems
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import start_problems
 from tritter.errors import RequestError, TritterError
-from tritter.expand import copy_tokenizer, plan_expansion
+from tritter.expand import plan_expansion
 from tritter.models import locate, read_config
 from tritter.pipeline import experts
 from tritter.pipeline.arm import Arm

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from tritter.checkpoint import read_lineage, write_checkpoint
-from tritter.expand import copy_tokenizer
+from tritter.checkpoint.tokenizer_files import copy_tokenizer
 from tritter.families import family_of
 from tritter.models import named_tensors, read_config
 from tritter.pipeline.context import RunContext

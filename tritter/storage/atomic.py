@@ -6,13 +6,15 @@ import os
 import platform
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped
+from tritter.storage.reading import kind_of
 
 _AT_FDCWD = -100  # from fcntl.h
 _RENAME_EXCHANGE = 2  # from linux/fs.h
@@ -20,21 +22,31 @@ _ASIDE = "old-"  # mkdtemp's own characters hold no hyphen
 
 
 @contextmanager
-def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    target: Path, *, overwrite: bool = False, check: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder beside `target` that becomes `target` when the block ends well.
 
-    When the block raises, the temporary folder goes and what stood at `target` stays.
+    When the block raises, the temporary folder goes and what stood at `target` stays. Only a real
+    folder is ever replaced.
+
+    Args:
+        check: called with a folder that is to be replaced; raises when it may not be. It is asked
+            at the end, too, of what has been moved away and is about to be deleted.
 
     Raises:
-        RequestError: something stands at `target` already and `overwrite` is off, or the place
-            cannot be written.
+        RequestError: something stands at `target` already and `overwrite` is off, or it may not
+            be replaced, or the place cannot be written.
         TritterError: the disk refused a write on the way (full, read-only).
     """
-    _refuse_existing(target, overwrite=overwrite)
+    check = check or _accept
+    if target.name in ("", ".."):  # other spellings of a folder, which has a name
+        target = target.resolve()
+    _refuse(target, overwrite=overwrite, check=check)
     with _parents_of(target):
         try:
             _remove_leftovers(target)
-            _refuse_existing(target, overwrite=overwrite)  # what had been moved aside stands again
+            _refuse(target, overwrite=overwrite, check=check)  # what was moved aside stands again
             temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         except OSError as error:
             raise _unwritable(target, error) from error
@@ -42,7 +54,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield temporary
             temporary.chmod(0o755)
             _sync_tree(temporary)
-            _replace_folder(temporary, target, overwrite=overwrite)
+            _replace_folder(temporary, target, overwrite=overwrite, check=check)
         except OSError as error:
             raise TritterError(
                 f"{target} could not be written: {error}. Nothing was changed."
@@ -84,16 +96,46 @@ def _parents_of(target: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _unwritable(target: Path, error: OSError) -> RequestError:
-    return RequestError(f"{target} cannot be written: {error.strerror or error}.")
+def _unwritable(target: Path, error: OSError | ValueError) -> RequestError:
+    reason = getattr(error, "strerror", None) or error
+    return RequestError(f"{target} cannot be written: {reason}.")
 
 
-def _refuse_existing(target: Path, *, overwrite: bool) -> None:
-    if target.exists() and not overwrite:
-        raise RequestError(f"{target} exists already; nothing was overwritten. Choose another.")
+def refuse_standing(target: Path, *, overwrite: bool) -> None:
+    """Refuse a place where something stands that will not be replaced; opens and follows nothing.
+
+    Raises:
+        RequestError: `overwrite` is off, or it is no real folder; or no file can be called so.
+    """
+    try:
+        mode = target.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        raise _unwritable(target, error) from error
+    if not overwrite:
+        what = "" if stat.S_ISDIR(mode) else f" and is {kind_of(mode)}"
+        way = ", or replace it (--overwrite)" if stat.S_ISDIR(mode) else ""
+        raise RequestError(f"{target} exists already{what}; choose another place{way}.")
+    if not stat.S_ISDIR(mode):
+        raise RequestError(
+            f"{target} is {kind_of(mode)}; only a folder is ever replaced. Choose another place."
+        )
 
 
-def _replace_folder(new: Path, target: Path, *, overwrite: bool) -> None:
+def _refuse(target: Path, *, overwrite: bool, check: Callable[[Path], None]) -> None:
+    refuse_standing(target, overwrite=overwrite)
+    if overwrite and os.path.lexists(target):
+        check(target)
+
+
+def _accept(folder: Path) -> None:
+    """Let any folder be replaced."""
+
+
+def _replace_folder(
+    new: Path, target: Path, *, overwrite: bool, check: Callable[[Path], None]
+) -> None:
     """Put `new` at `target`; a folder cannot be renamed onto one that is not empty.
 
     What came to stand there since it was looked for is therefore left alone without `overwrite`.
@@ -102,12 +144,23 @@ def _replace_folder(new: Path, target: Path, *, overwrite: bool) -> None:
     one. Elsewhere there is a moment at which the old one has moved aside and lies in a hidden
     folder beside `target`, from where the next writer puts it back.
     """
-    if not (overwrite and target.exists()):
+    if not (overwrite and os.path.lexists(target)):
         new.replace(target)
-    elif not _exchange(new, target):
+        _sync_folder(target.parent)
+        return
+    _refuse(target, overwrite=True, check=check)
+    if _exchange(new, target):
+        try:
+            _check_moved(new, target, check)
+        except BaseException:
+            if not _exchange(new, target):
+                new.replace(target)
+            raise
+    else:
         old = Path(tempfile.mkdtemp(prefix=_prefix(target) + _ASIDE, dir=target.parent))
         target.replace(old / target.name)
         try:
+            _check_moved(old / target.name, target, check)
             new.replace(target)
         except BaseException:
             (old / target.name).replace(target)
@@ -115,6 +168,14 @@ def _replace_folder(new: Path, target: Path, *, overwrite: bool) -> None:
             raise
         _remove(old)
     _sync_folder(target.parent)
+
+
+def _check_moved(old: Path, target: Path, check: Callable[[Path], None]) -> None:
+    """Look once more at what stood at `target` until now: nothing else is ever deleted."""
+    try:
+        _refuse(old, overwrite=True, check=check)
+    except RequestError as error:
+        raise RequestError(str(error).replace(str(old), str(target))) from error
 
 
 def _remove(folder: Path) -> None:
@@ -152,8 +213,9 @@ def _remove_leftovers(target: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.{_host()}-(\d+)\.({_ASIDE})?")
     for path in sorted(target.parent.iterdir()):
         match = pattern.match(path.name)
-        if match and path.is_dir() and not _is_alive(int(match[1])):
-            if match[2] and (path / target.name).exists() and not target.exists():
+        is_ours = match and path.is_dir() and not path.is_symlink()
+        if match and is_ours and not _is_alive(int(match[1])):
+            if match[2] and (path / target.name).exists() and not os.path.lexists(target):
                 (path / target.name).replace(target)
             shutil.rmtree(path, ignore_errors=True)
 

@@ -35,12 +35,19 @@ _MAX_DEPTH = 32  # of lists in lists
 _MAX_NUMBER = 10**100  # far below what no float holds; tokenizers write 10³⁰ for "no limit"
 
 _KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def kind_of(mode: int) -> str:
+    """Say what a file's mode makes of it: a file, a folder, a pipe."""
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
 def max_bytes(path: Path) -> int:
@@ -156,8 +163,7 @@ def _check_values(content: object) -> None:
 
 def _require_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise TritterError(f"{path} cannot be read: it is {kind}, not a file.")
+        raise TritterError(f"{path} cannot be read: it is {kind_of(mode)}, not a file.")
 
 
 def _too_large(path: Path) -> TritterError:

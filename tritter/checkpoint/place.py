@@ -1,0 +1,155 @@
+"""Where a checkpoint may be written, and what may be replaced there: a checkpoint, nothing else.
+
+Every command and library function that writes where a person says so asks here, before anything is
+read at length, moved or deleted.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, LINEAGE_NAME, read_lineage
+from tritter.checkpoint.state import STATE_FOLDER
+from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
+from tritter.errors import RequestError, TritterError
+from tritter.parameter_map.carry import STATE_KINDS
+from tritter.storage.atomic import refuse_standing
+from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME
+
+_PLAIN_NAMES = {"config.json", CARD_NAME, SINGLE_NAME, INDEX_NAME, *TOKENIZER_FILES}
+_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+_STATE_FILE = re.compile(
+    rf"{STATE_FOLDER}/(state\.json|router\.json|(?:{'|'.join(map(re.escape, STATE_KINDS))})/"
+    rf"({re.escape(SINGLE_NAME)}|{re.escape(INDEX_NAME)}|{_SHARD.pattern}))"
+)
+_MAX_SHOWN = 4
+
+
+def check_output(target: Path, *, sources: Sequence[Path] = (), overwrite: bool) -> None:
+    """Refuse a place where a checkpoint may not be written.
+
+    Args:
+        sources: folders and files that it is made from.
+
+    Raises:
+        RequestError: it is a source, lies in one or holds one; something stands there and
+            `overwrite` is off, or something else than a checkpoint stands there.
+    """
+    refuse_standing(target, overwrite=overwrite)
+    for source in sources:
+        if _is_within(target, source):
+            raise RequestError(
+                f"{target} is {source}, which the result is made from, or lies in it; a result "
+                "stands beside its source, neither in it nor in its place."
+            )
+        if _is_within(source, target):
+            raise _holds_source(target, source)
+    if overwrite and os.path.lexists(target):
+        check_replaceable(target, sources=sources)
+
+
+def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
+    """Refuse to replace a folder that is or holds anything but one checkpoint.
+
+    Opens nothing but its tritter.json, and follows no link.
+
+    Raises:
+        RequestError: says what else is there.
+    """
+    for source in sources:
+        if _is_within(source, folder):
+            raise _holds_source(folder, source)
+    try:
+        listed = _listed(folder)
+        strays = sorted(_strays(folder, listed))
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be read: {error.strerror or error}.") from error
+    if strays:
+        shown = ", ".join(strays[:_MAX_SHOWN])
+        more = f" and {len(strays) - _MAX_SHOWN} more" if len(strays) > _MAX_SHOWN else ""
+        raise RequestError(
+            f"{folder} holds more than a checkpoint, and is not replaced: {shown}{more}. Choose "
+            "another place, or move them away."
+        )
+    if listed is None and not _has_weights(folder):
+        raise RequestError(
+            f"{folder} holds no checkpoint (config.json and {SINGLE_NAME}), and nothing else is "
+            "replaced. Choose another place."
+        )
+
+
+def _holds_source(target: Path, source: Path) -> RequestError:
+    return RequestError(
+        f"{target} holds {source}, which the result is made from; a result stands beside its "
+        "source, neither in it nor in its place."
+    )
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Say whether a path is a folder or lies in it, however the two are spelled."""
+    try:
+        wanted = folder.stat()
+        place = path.resolve()
+    except (OSError, ValueError, RuntimeError):  # what is not there holds nothing
+        return False
+    for above in (place, *place.parents):
+        try:
+            if os.path.samestat(above.stat(), wanted):
+                return True
+        except OSError:  # it is yet to be made
+            continue
+    return False
+
+
+def _listed(folder: Path) -> set[str] | None:
+    """Return the files that a folder's tritter.json speaks of; None where there is none."""
+    record = folder / LINEAGE_NAME
+    if not record.is_file() or record.is_symlink():
+        return None
+    try:
+        lineage = read_lineage(folder)
+    except TritterError as error:
+        raise RequestError(
+            f"{folder} is not replaced: what else than a checkpoint it may hold is not known. "
+            f"{error}"
+        ) from error
+    assert lineage is not None
+    named = (name.removesuffix(HEADER_MARK) for name in lineage.file_digests)
+    return {*named, LINEAGE_NAME, CARD_NAME, "config.json"}
+
+
+def _strays(folder: Path, listed: set[str] | None, above: str = "") -> Iterator[str]:
+    """Yield what is no file of the checkpoint; of a folder that has no business there its name."""
+    for entry in os.scandir(folder):
+        name = above + entry.name
+        mode = entry.stat(follow_symlinks=False).st_mode
+        if stat.S_ISREG(mode):
+            if not _is_expected(name, listed):
+                yield name
+        elif stat.S_ISDIR(mode) and _is_expected_folder(name, listed):
+            yield from _strays(folder / entry.name, listed, f"{name}/")
+        else:
+            yield f"{name}/" if stat.S_ISDIR(mode) else name
+
+
+def _is_expected(name: str, listed: set[str] | None) -> bool:
+    if _STATE_FILE.fullmatch(name):
+        return True
+    if listed is not None:
+        return name in listed
+    return name in _PLAIN_NAMES or _SHARD.fullmatch(name) is not None
+
+
+def _is_expected_folder(name: str, listed: set[str] | None) -> bool:
+    kinds = {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
+    if name == STATE_FOLDER or name in kinds:
+        return True
+    return any(file.startswith(f"{name}/") for file in listed or ())
+
+
+def _has_weights(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    has_shards = INDEX_NAME in names and any(_SHARD.fullmatch(name) for name in names)
+    return "config.json" in names and (SINGLE_NAME in names or has_shards)
