@@ -12,9 +12,9 @@ class RequestError(TritterError):
     """The request itself is wrong; nothing was written (exit code 2)."""
 
 
-def nearest(value: str, allowed: Iterable[str]) -> str | None:
+def nearest(value: str, allowed: Iterable[str], *, cutoff: float = 0.5) -> str | None:
     """Return the allowed word that is most like `value`, or None when none is close."""
-    matches = get_close_matches(str(value), [str(word) for word in allowed], n=1, cutoff=0.5)
+    matches = get_close_matches(str(value), [str(word) for word in allowed], n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 

@@ -19,23 +19,38 @@ def show(value: object) -> str:
     return str(value) if value != "" else "(empty)"
 
 
-def nearest_key(key: str, known: Collection[str]) -> str | None:
+def nearest_key(key: str, known: Collection[str], *, first: Collection[str] = ()) -> str | None:
     """Return the known dotted key that `key` most likely means.
 
     The same last word counts most (`learning_rate` → `training.learning_rate`), then a similar
-    word in the same place, then a similar key anywhere.
+    word in the same place, then what the word is short for (`lr`), then a similar key anywhere.
+    Each is looked for among `first`, then in the section of `key` and below it, then anywhere.
     """
     section, _, leaf = key.rpartition(".")
-    same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
-    if same_leaf:
-        by_length = sorted(same_leaf, key=lambda other: (len(other), other))
-        return (get_close_matches(key, by_length, n=1, cutoff=0.0) or by_length)[0]
-    siblings = {o.rpartition(".")[2]: o for o in known if o.rpartition(".")[0] == section}
+    by_length = sorted(known, key=lambda other: (len(other), other))
+    inside = [other for other in by_length if section and other.startswith(f"{section}.")]
+    leaves = {other: other.rpartition(".")[2] for other in by_length}
+    ordered = ([other for other in by_length if other in first], inside, by_length)
+    for places in ordered:
+        same_leaf = [other for other in places if leaves[other] == leaf]
+        if same_leaf:
+            return (get_close_matches(key, same_leaf, n=1, cutoff=0.0) or same_leaf)[0]
+    siblings = {leaves[o]: o for o in by_length if o.rpartition(".")[0] == section}
     matches = get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     if matches:
         return siblings[matches[0]]
-    matches = get_close_matches(key, known, n=1, cutoff=0.5)
+    for places in ordered:
+        longer = [other for other in places if _is_short_for(leaf, leaves[other])]
+        if longer:
+            return longer[0]
+    matches = get_close_matches(key, by_length, n=1, cutoff=0.5)
     return matches[0] if matches else None
+
+
+def _is_short_for(word: str, name: str) -> bool:
+    """Say whether a word is made of initials of a name, or of some of its words."""
+    words = name.split("_")
+    return word == "".join(part[:1] for part in words) or set(word.split("_")) < set(words)
 
 
 def describe(

@@ -11,6 +11,7 @@ from tritter.errors import RequestError, nearest
 
 _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _PLURALS = {int: "whole numbers", float: "numbers", bool: "booleans", str: "words"}
+_KEYLESS_GROUPS = ("experiment",)  # what they choose sets keys of other groups
 
 
 class _WrongValue(Exception):
@@ -41,11 +42,16 @@ class Reader:
             for name in value:
                 self.report_unknown(join(key, str(name)), value[name])
             return
-        section, _, _ = key.rpartition(".")
+        section, _, leaf = key.rpartition(".")
         names = child_names(self._known_keys, section)
+        near = None
+        if not section:
+            names = sorted([*names, *_KEYLESS_GROUPS])
+            near = nearest(leaf, names, cutoff=0.7)
         place = f"{section} has" if section else "the root has"
         reason = f"there is no such key; {place} {', '.join(names)}" if names else "no such key"
-        self.report(key, value, reason=reason, nearest=nearest_key(key, self._known_keys))
+        near = near or nearest_key(key, self._known_keys)
+        self.report(key, value, reason=reason, nearest=near)
 
     def read(self, record_type: type, raw: object, *, prefix: str) -> Any:
         """Return a `record_type` from `raw`, or None when there were problems (now reported)."""

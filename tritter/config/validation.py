@@ -8,7 +8,7 @@ from typing import Any
 
 from tritter.config.checkpoint_folder import checkpoint_config
 from tritter.config.experts import expert_problems
-from tritter.config.problems import Origin, describe, raise_problems
+from tritter.config.problems import Origin, describe, nearest_key, raise_problems
 from tritter.config.reading import Reader, field_keys
 from tritter.config.rounds import pipeline_problems, planned_rounds
 from tritter.config.schema import (
@@ -138,13 +138,24 @@ def _read_methods(reader: Reader, group: str, raw: object) -> tuple[Any, ...]:
         if name in registry:
             records.append(reader.read(registry[name], raw[name], prefix=f"{group}.{name}"))
         else:
-            reader.report(
-                f"{group}.{name}",
-                raw[name],
-                reason=f"there is no such method; there are {', '.join(registry)}",
-                nearest=nearest(name, registry),
-            )
+            _report_no_method(reader, group, name, raw)
     return tuple(records)
+
+
+def _report_no_method(reader: Reader, group: str, name: str, raw: Mapping[str, Any]) -> None:
+    """Report what stands where methods stand: a misspelt one, or a method's key without it."""
+    registry = METHODS[group]
+    key, value = f"{group}.{name}", raw[name]
+    near = nearest(name, registry)
+    if near is not None or isinstance(value, Mapping):
+        reason = f"there is no such method; there are {', '.join(registry)}"
+        reader.report(key, value, reason=reason, nearest=near)
+        return
+    bodies = [key for key in known_keys() if key.startswith(f"{group}.")]
+    chosen = [key for key in bodies if key.split(".")[1] in raw]
+    near = nearest_key(key, bodies, first=chosen)
+    reason = f"a key stands below its method, {group}.METHOD.{name}"
+    reader.report(key, value, reason=f"{reason}; methods are {', '.join(registry)}", nearest=near)
 
 
 def _cache_folder(value: str | None) -> Path:
