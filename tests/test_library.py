@@ -1,5 +1,8 @@
 """Expansion of live models by the literature's names."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -156,3 +159,13 @@ def test_the_package_hands_out_the_names_of_the_literature() -> None:
         assert getattr(tritter, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'deepen'"):
         tritter.deepen  # noqa: B018
+
+
+def test_the_package_lists_what_it_hands_out_before_anything_is_imported() -> None:
+    program = (
+        "import sys, tritter; names = dir(tritter); assert 'torch' not in sys.modules; "
+        "assert {*tritter.__all__, '__version__'} <= {*names}; "
+        "assert 'import_module' not in names and len(names) == len({*names})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()

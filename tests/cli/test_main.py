@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import tritter
 from tests.cli.conftest import Run
 from tritter.cli import main
 from tritter.cli.request import METHOD_OPTIONS, spelled
@@ -38,6 +39,20 @@ def test_help_and_usage_errors_take_less_than_a_second_and_no_torch(words: str) 
     )
     assert _cpu_seconds() - before < 1
     assert done.returncode == (2 if "hepl" in words else 0), done.stderr
+
+
+@pytest.mark.parametrize("words", ["--version", "train --version", "train seed=3 --version"])
+def test_the_version(run: Run, words: str) -> None:
+    result = run(words)
+    assert (result.code, result.out) == (0, f"tritter {tritter.__version__}\n")
+
+
+@pytest.mark.parametrize("program", [["-m", "tritter"], [str(ROOT / "train.py")]])
+def test_programs_that_python_starts(program: list[str]) -> None:
+    said = subprocess.run(
+        [sys.executable, *program, "--version"], capture_output=True, text=True, check=False
+    )
+    assert (said.returncode, said.stdout) == (0, f"tritter {tritter.__version__}\n"), said.stderr
 
 
 def test_help_lists_the_commands(run: Run) -> None:

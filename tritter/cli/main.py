@@ -5,11 +5,12 @@ Nothing here imports torch: `tritter --help` and refused words answer at once.
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from tritter import __version__
 from tritter.cli import domain_options, options, plan_options
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
@@ -76,6 +77,22 @@ def _usage_error(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     place = context.command_path if context is not None else "tritter"
     return f"{message}{near}\n`{place} --help` lists what there is."
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"tritter {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def everything(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 @app.command()

@@ -38,7 +38,7 @@ def run_train(words: Sequence[str]) -> int:
 
     given = {_option(word) for word in words}
     is_help = bool({"-h", "--help"} & set(words))
-    if is_help or not given & set(_VALUED):
+    if is_help or "--version" in words or not given & set(_VALUED):
         code = main(_pipeline, arguments=words)
         if is_help:
             print(HELP)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tritter import __version__
 from tritter.config.help import help_text
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
@@ -46,6 +47,9 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
 def _run(words: list[str], pipeline: "Pipeline") -> int:
     if {"-h", "--help"} & set(words):
         print(help_text())
+        return 0
+    if "--version" in words:
+        print(f"tritter {__version__}")
         return 0
     # Hydra and the checks of targets take half a second to import, which --help does not need
     from tritter.config.plan import make_plan, read_command_line

@@ -39,6 +39,7 @@ Results
 Flags
   -m, --multirun   every combination of the listed values     --cfg job|hydra|all   show, don't run
   -h, --help       this text                                  --hydra-help          Hydra's own
+  --version        the version of Tritter
 
 Exit codes
   0 finished, whatever the gate said    1 failed    2 the request is wrong, nothing was written

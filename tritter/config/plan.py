@@ -34,7 +34,7 @@ class CommandLine:
     Args:
         overrides: GROUP=OPTION and KEY=VALUE words, as typed.
         is_multirun: -m was given.
-        hydra_flags: flags that Hydra answers by itself (--cfg, --info, --hydra-help, --version).
+        hydra_flags: flags that Hydra answers by itself (--cfg, --info, --hydra-help).
     """
 
     overrides: tuple[str, ...]
@@ -86,10 +86,9 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     parser.add_argument("-i", "--info", nargs="?", const="all")
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("--hydra-help", action="store_true")
-    parser.add_argument("--version", action="store_true")
     parser.add_argument("overrides", nargs="*")
     known = parser.parse_intermixed_args(list(arguments))
-    flags = [f"--{name}" for name in ("resolve", "version") if getattr(known, name)]
+    flags = ["--resolve"] if known.resolve else []
     flags += ["--hydra-help"] if known.hydra_help else []
     for name in ("cfg", "package", "info"):
         if getattr(known, name) is not None:
