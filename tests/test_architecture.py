@@ -41,6 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "planning": {"families", "expansion", "parameter_map"},
     "library": _CORE | {"expand"},
     "cli": _BELOW_PIPELINE | {"report", "pipeline"},
+    "__main__": {"cli"},
     PROGRAM: {"config", "pipeline", "report"},
 }
 
