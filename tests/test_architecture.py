@@ -30,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "models": {"families", "routing", "storage"},
     "expansion": {"families", "parameter_map"},
     "checkpoint": {"storage", "families", "parameter_map"},
-    "config": {"families", "expansion", "planning", "storage"},
+    "config": {"families", "expansion", "planning", "storage", "data"},
     "expand": _CORE | {"config"},
     "evaluation": {"data", "models", "families", "checkpoint"},
     "training": {"storage", "checkpoint", "models", "families", "routing", "parameter_map", "data"},

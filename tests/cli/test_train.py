@@ -154,7 +154,12 @@ REFUSALS = {
     "--checkpoint bsae --data old": ("--checkpoint = bsae", "Did you mean 'base'?"),
     "--checkpoint old --data old": ("--checkpoint = ", "config.json"),
     "--checkpoint base --data odl": ("--data = ", "Did you mean 'old'?"),
-    "--checkpoint base --data old --old-data base": ("--old-data = ", "found .json"),
+    "--checkpoint base --data old --old-data base/model.safetensors": (
+        "--old-data = ", "found .safetensors 1",
+    ),
+    "--checkpoint base --data old --old-data base data.sequence_length=32": (
+        "--old-data: ", "config.json holds an object",
+    ),
     "--checkpoint base --data old forgetting=none": (
         "data.sequence_length = 128", "max_position_embeddings = 64",
     ),

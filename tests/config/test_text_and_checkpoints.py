@@ -1,5 +1,6 @@
 """`data=text` and `model=hf`: what they compose to, and what is refused before anything runs."""
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -31,9 +32,10 @@ SHAPES = {
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder beside the empty one that commands run in, with texts and a checkpoint's files."""
     place = tmp_path.parent / f"{tmp_path.name}-texts"
-    for name in ("old/deep/a.txt", "old/b.jsonl", "old/.hidden/c.txt", "old/d.md", "new/e.txt.gz"):
+    for name in ("old/deep/a.txt", "old/b.jsonl", "old/.hidden/c.txt", "old/d.csv", "new/e.txt.gz"):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text("text\n")
+        (place / name).write_text('"text"\n')
+    (place / "new/e.txt.gz").write_bytes(gzip.compress(b"text\n"))
     write_checkpoint(place / "base")
     return place
 
@@ -132,10 +134,19 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.new=@new": ("data.old = null", "model=hf"),
     "data=text data.old=@odl data.new=@new": ("no such file or folder", "Did you mean 'old'?"),
     "data=text data.old=@x/y data.new=@new": ("no such file or folder", "is no folder either"),
-    "data=text data.old=@old/d.md data.new=@new": ("d.md", ".parquet", "found .md (1)"),
-    "data=text data.old=@base data.new=@new": ("found .json (2), .safetensors (1)",),
+    "data=text data.old=@old/d.csv data.new=@new": ("d.csv", ".parquet", "found .csv 1"),
+    "data=text data.old=@base/*s data.new=@new": ("found .safetensors 1",),
+    "data=text data.old=@base/c* data.new=@new": ("config.json holds an object; allowed is an",),
     "data=text data.old=@old/*.pdf data.new=@new": ("*.pdf", "the glob matches no file"),
-    "data=text data.old=@old/*.md data.new=@new": ("found .md (1)",),
+    "data=text data.old=@old/*.csv data.new=@new": ("found .csv 1",),
+    "data=text data.old=@old/**x data.new=@new": ("data.old = ", "it can't be looked at (Invalid"),
+    "data=text data.old='~nosuchuser/a' data.new=@new": ("~nosuchuser/a: that is no path",),
+    f"data=text data.old=@{'a' * 300} data.new=@new": ("data.old = ", "it can't be looked at"),
+    "data=text data.old=[@odl,@old/d.csv] data.new={x:@old/*.pdf,y:@nwe}": (
+        "4 things are wrong", "data.old = ", "data.new.x = ", "data.new.y = ",
+        "Did you mean 'old'?", "found .csv 1", "the glob matches no file", "Did you mean 'new'?",
+    ),
+    "data=text data.old=@old data.new={}": ("data.new = null", "data.new=PATH"),
     "data=text data.old=3 data.new=@new": ("data.old = 3", "a path, a list of paths"),
     "data=text data.old=[] data.new=@new": ("data.old = []", "empty"),
     "data=text data.old={prose:{a:b}} data.new=@new": ("data.old.prose", "a path"),

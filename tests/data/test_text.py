@@ -2,13 +2,12 @@
 
 import gzip
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from tritter.data.readers import TextFileError
 from tritter.data.text import CUT_FROM_BYTES, PIECE_CHARACTERS, cut, read_documents
-from tritter.errors import RequestError
 
 TEXTS = ["déjà vu\n\nagain\n", "猫\r\n\r\nneko", 'a "quoted" line']
 
@@ -93,51 +92,26 @@ def test_pieces_are_the_text_whatever_it_is_made_of(text):
     assert all(len(piece) <= 200 for piece in pieces)
 
 
-REFUSED = {
-    "a.txt": (b"caf\xe9", ("a.txt is no UTF-8", "byte 3 is 0xe9", "iconv")),
-    "b.txt": (b" \n\n ", ("b.txt hold no text",)),
-    "c.jsonl": (b'{"text": "a"}\n{"text": \n', ("c.jsonl, line 2 is no JSON",)),
-    "d.jsonl": (b"[1]\n", ("d.jsonl, line 1 is no JSON object",)),
-    "e.jsonl": (b'{"id": 1, "content": "a"}', ("data.text_field = text", "id, content",
-                                                "Did you mean data.text_field=content?")),
-    "f.jsonl": (b'{"id": 1}', ("it has id.",)),
-    "g.jsonl": (b'{"text": null}', ("line 1", "holds NoneType, no text")),
-    "h.txt.gz": (b"no gzip", ("h.txt.gz can't be read",)),
-    "i.txt.gz": (gzip.compress(b"abc" * 999)[:-9], ("i.txt.gz can't be read",)),
-}  # fmt: skip
+def test_what_is_wrong_is_listed_whole(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"id": 1}\n[1]\n')
+    with pytest.raises(TextFileError) as caught:
+        read(tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "gone.md")
+    assert [
+        line.split(str(tmp_path))[1][:20].split(" is")[0] for line in caught.value.problems
+    ] == [
+        "/a.txt",
+        "/b.jsonl, line 2 has",
+        "/b.jsonl, line 3",
+        "/gone.md cannot be r",
+    ]
+    assert str(caught.value).startswith("4 things are wrong with the text:\n  data.new: ")
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_with_file_and_reason(tmp_path, name):
-    content, parts = REFUSED[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(RequestError) as caught:
-        read(tmp_path / name)
-    for part in (*parts, "data.new"):
-        assert part in str(caught.value)
-
-
-def test_a_file_that_is_gone_is_refused(tmp_path):
-    with pytest.raises(RequestError, match=r"gone.txt can't be read"):
-        read(tmp_path / "gone.txt")
-
-
-def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(RequestError, match=r"pip install 'tritter\[data\]'"):
-        read(tmp_path / "a.parquet")
-
-
-def test_parquet(tmp_path):
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "a.parquet"
-    parquet.write_table(arrow.table({"text": TEXTS, "id": [1, 2, 3]}), path)
-    assert [document.text for document in read(path)] == TEXTS
-    with pytest.raises(RequestError, match=r"no such field; it has text, id. Did you mean .*text"):
-        read(path, field="body")
-    with pytest.raises(RequestError, match=r"row 1 .* holds int"):
-        read(path, field="id")
-    path.write_bytes(b"no parquet")
-    with pytest.raises(RequestError, match="no parquet file"):
-        read(path)
+def test_blank_files_hold_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b" \n\n ")
+    (tmp_path / "b.txt").write_bytes(b"")
+    with pytest.raises(TextFileError, match=r"data.new: .*a.txt, .*b.txt hold no text"):
+        read(tmp_path / "a.txt", tmp_path / "b.txt")
+    (tmp_path / "c.md").write_text("text")
+    assert len(read(*(tmp_path / name for name in ("a.txt", "b.txt", "c.md")))) == 1

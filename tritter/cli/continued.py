@@ -10,8 +10,9 @@ from tritter.checkpoint import read_lineage
 from tritter.config.checkpoint_folder import checkpoint_config, checkpoint_place
 from tritter.config.overrides import quoted
 from tritter.config.plan import CommandLine, make_plan
+from tritter.config.problems import raise_problems
 from tritter.config.schema import TextSources
-from tritter.config.text_files import BUILT_IN_TEXTS, text_sources
+from tritter.config.text_files import BUILT_IN_TEXTS, read_sources
 from tritter.data.documents import documents_digest
 from tritter.data.stdlib import stdlib_origin
 from tritter.errors import RequestError, TritterError
@@ -87,8 +88,12 @@ def continuation(request: TrainRequest) -> Continuation:
     typed = {word.partition("=")[0].lstrip("+").replace("-", "_") for word in request.overrides}
     if not request.data and not _is_typed("data.new", typed):
         raise RequestError("--data is missing: name the text to train on, --data PATH.")
-    new = text_sources("--data", list(request.data) or None, default_name="new")
-    old = text_sources("--old-data", list(request.old_data) or None, default_name="old")
+    problems: list[str] = []
+    new = read_sources("--data", list(request.data) or None, default_name="new", problems=problems)
+    old = read_sources(
+        "--old-data", list(request.old_data) or None, default_name="old", problems=problems
+    )
+    raise_problems(problems)
     recorded = Recorded()
     if not old and not _is_typed("data.old", typed):
         recorded = recorded_text(Path(place))
@@ -157,7 +162,7 @@ def _check(words: Sequence[str], recorded: Recorded) -> None:
         make_plan(CommandLine(tuple(words)))
     except RequestError as error:
         keys = "|".join(map(re.escape, _OPTION_OF_KEY))
-        pattern = rf"^(\s*)({keys})(?= = )"
+        pattern = rf"^(\s*)({keys})(?= = |: /)"
         text = re.sub(
             pattern, lambda m: m[1] + _OPTION_OF_KEY[m[2]], str(error), flags=re.MULTILINE
         )
@@ -229,7 +234,7 @@ def _problem(paths: Sequence[str], source: Mapping[str, Any]) -> str | None:
     try:
         text_field = str(source.get("text_field", "text"))
         documents = source_documents(paths, key="recorded", text_field=text_field)
-    except RequestError as error:
+    except TritterError as error:
         return str(error).removesuffix(".")
     if documents_digest(documents) != source.get("sha256"):
         return f"{', '.join(paths)} has changed since"

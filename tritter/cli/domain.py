@@ -10,8 +10,11 @@ from rich.console import Console
 
 from tritter.cli.output import new_table
 from tritter.cli.request import in_options, spelled
+from tritter.config.problems import raise_problems
 from tritter.config.schema import TextSources
-from tritter.config.text_files import text_sources
+from tritter.config.text_contents import TextRequest, check_contents
+from tritter.config.text_files import read_sources
+from tritter.data.records import DEFAULT_FIELD
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec
 from tritter.report.experts import expert_table
@@ -75,7 +78,8 @@ def check_domain_options(
         unsupported: option → value, of those that were given and that a training can't honour.
 
     Raises:
-        RequestError: no text, no experts to train on it, or an option that does not go with it.
+        RequestError: no text or none that can be read, no experts to train on it, or an option
+            that does not go with it.
     """
     if not options.is_given:
         if any(getattr(spec, "teacher", None) for spec in specs):
@@ -95,7 +99,13 @@ def check_domain_options(
             f"--{spelled(option)} = {value}: not with --domain-data, which trains the model and "
             "writes it in float32; `tritter export` converts it."
         )
-    domain_text(options)
+    text = domain_text(options)
+    asked = {"--domain-data": text.new, "--old-data": text.old}
+    check_contents(
+        TextRequest(key, tuple(paths), DEFAULT_FIELD)
+        for key, sources in asked.items()
+        for paths in sources.values()
+    )
 
 
 def domain_text(options: DomainOptions) -> DomainText:
@@ -110,8 +120,12 @@ def domain_text(options: DomainOptions) -> DomainText:
             "--domain-data PATH."
         )
     name = options.domain or DEFAULT_DOMAIN
-    new = text_sources("--domain-data", list(options.data), default_name=name)
-    old = text_sources("--old-data", list(options.old_data) or None, default_name="old")
+    problems: list[str] = []
+    new = read_sources("--domain-data", list(options.data), default_name=name, problems=problems)
+    old = read_sources(
+        "--old-data", list(options.old_data) or None, default_name="old", problems=problems
+    )
+    raise_problems(problems)
     if name in old:
         raise RequestError(f"--domain = {name}: that is what the old text is called.")
     return DomainText(new, old)

@@ -21,7 +21,7 @@ Training a checkpoint
   --mode continue    train on; the only mode
   --steps N          training.max_steps
   --ewc-lambda L     forgetting=ewc with this lambda (without it: forgetting=replay)
-  --data PATH        new text: file, folder or glob of .txt, .jsonl, .parquet; may be repeated
+  --data PATH        new text: file, folder or glob of .txt, .jsonl and the like; may be repeated
   --old-data PATH    old text, in the same forms; by default what the checkpoint recorded
   --output DIR       folder of the run, with the result in DIR/checkpoint; default: DIR-continued"""
 

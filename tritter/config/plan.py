@@ -22,6 +22,7 @@ from tritter.config.overrides import (
 )
 from tritter.config.run_folder import RunState, check_run_folder, find_run
 from tritter.config.schema import RunConfig
+from tritter.config.text_contents import check_contents, text_requests
 from tritter.errors import RequestError
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -112,9 +113,18 @@ def make_plan(command: CommandLine) -> Plan:
         check_command_line(parsed, composing.options)
         if not command.is_multirun:
             refuse_sweeps(parsed)
-            return _plan_run(composing, overrides)
-        sample = [first_value(override) for override in parsed]
-        return _plan_sweep(composing, overrides, sample)
+            plan = _plan_run(composing, overrides)
+        else:
+            sample = [first_value(override) for override in parsed]
+            plan = _plan_sweep(composing, overrides, sample)
+    _check_contents(plan)
+    return plan
+
+
+def _check_contents(plan: Plan) -> None:
+    """Look into the text files of all jobs that are still to be done, each once."""
+    todo = [job.config for job in plan.jobs if job.state is not RunState.FINISHED]
+    check_contents(request for config in todo for request in text_requests(config.data))
 
 
 def _words_for_hydra(composing: Composer, overrides: Sequence[str]) -> tuple[str, ...]:

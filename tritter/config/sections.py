@@ -14,7 +14,7 @@ from tritter.config.schema import (
     TextDataValues,
     Variants,
 )
-from tritter.config.text_files import text_sources
+from tritter.config.text_files import read_sources
 from tritter.errors import RequestError, nearest
 
 
@@ -75,16 +75,15 @@ def _only_of(
 def _read_text(reader: Reader, raw: dict[str, Any]) -> TextDataConfig | None:
     paths = {name: raw.pop(name, None) for name in ("old", "new")}
     values = reader.read(TextDataValues, raw, prefix="data")
-    sources: dict[str, Any] = {}
-    for name, value in paths.items():
-        try:
-            sources[name] = text_sources(f"data.{name}", value, default_name=name)
-        except RequestError as error:
-            reader.problems.append(str(error))
-    if "new" in sources and not sources["new"]:
+    count = len(reader.problems)
+    sources: dict[str, Any] = {
+        name: read_sources(f"data.{name}", value, default_name=name, problems=reader.problems)
+        for name, value in paths.items()
+    }
+    if paths["new"] in (None, {}):
         reason = "name the text to train on: files, folders or globs, data.new=PATH"
         reader.report("data.new", None, reason=reason)
-    if values is None or len(sources) < len(paths):
+    if values is None or len(reader.problems) > count:
         return None
     return TextDataConfig(**asdict(values), **sources)
 

@@ -1,28 +1,21 @@
-"""Text of one's own: documents from .txt, .jsonl and .parquet files, and .gz of the first two.
+"""Text of one's own: documents from the texts that the readers find in files.
 
-A record of .jsonl or .parquet is a document, and so is a .txt file, unless it is over a megabyte
-or its domain has too few documents: then it is cut at blank lines, because a gate needs enough
-documents to tell a change from chance.
+A record of .jsonl, .json or .parquet is a document, and so is a .txt, .md or .rst file, unless it
+is over a megabyte or its domain has too few documents: then it is cut at blank lines, because a
+gate needs enough documents to tell a change from chance.
 """
 
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from tritter.data.documents import Document
-from tritter.errors import RequestError
+from tritter.data.readers import Reading, TextFileError, is_one_text
 
 CUT_FROM_BYTES = 1_000_000
 PIECE_CHARACTERS = 20_000
-ENOUGH_DOCUMENTS = 20  # with fewer in a domain, every long .txt is cut
-# What other people call the field that holds a document.
-COMMON_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "completion")
+ENOUGH_DOCUMENTS = 20  # with fewer in a domain, every long file of one text is cut
 _BLANK_LINES = re.compile(r"(?<=\n)[ \t\r]*\n(?:[ \t\r]*\n)*")
 
 
@@ -34,14 +27,16 @@ def read_documents(files: Sequence[Path], *, key: str, text_field: str) -> tuple
 
     Args:
         key: the configuration's key that named the files, for messages.
-        text_field: of .jsonl and .parquet.
+        text_field: of records in .jsonl, .json and .parquet.
 
     Raises:
-        RequestError: a file can't be read, decoded or parsed, lacks the field, or all are blank;
-            names file, line and what was found.
+        TextFileError: files can't be read, decoded or parsed, or lack the field; lists all of it,
+            with file, line and what was found. Or all are blank.
     """
-    reading = _Reading(key=key, text_field=text_field)
+    reading = Reading(key=key, text_field=text_field)
     texts = {path: tuple(reading.texts(path)) for path in files}
+    if reading.problems:
+        raise TextFileError(reading.problems)
     is_scarce = sum(map(len, texts.values())) < ENOUGH_DOCUMENTS
     documents = [
         _document(path, piece)
@@ -51,7 +46,7 @@ def read_documents(files: Sequence[Path], *, key: str, text_field: str) -> tuple
         if piece.strip()
     ]
     if not documents:
-        raise RequestError(f"{key}: {_some(files)} hold no text.")
+        raise TextFileError([no_text(key, files)])
     return tuple(documents)
 
 
@@ -69,92 +64,15 @@ def cut(text: str, *, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     yield text[start:]
 
 
-class _Reading:
-    def __init__(self, *, key: str, text_field: str) -> None:
-        self._key = key
-        self._field = text_field
-
-    def texts(self, path: Path) -> Iterator[str]:
-        name = path.name.lower()
-        try:
-            if name.endswith(".parquet"):
-                yield from self._parquet(path)
-            elif name.removesuffix(".gz").endswith(".jsonl"):
-                yield from self._lines(path)
-            else:
-                yield self._decoded(path)
-        except (OSError, EOFError, zlib.error) as error:
-            raise RequestError(f"{self._key}: {path} can't be read ({error}).") from error
-
-    def _decoded(self, path: Path) -> str:
-        content = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
-            content = gzip.decompress(content)
-        try:
-            return content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RequestError(
-                f"{self._key}: {path} is no UTF-8 (byte {error.start} is "
-                f"0x{content[error.start]:02x}); convert it, for example with "
-                f"iconv -f ENCODING -t UTF-8."
-            ) from error
-
-    def _lines(self, path: Path) -> Iterator[str]:
-        for number, line in enumerate(self._decoded(path).split("\n"), start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise RequestError(f"{self._key}: {where} is no JSON ({error}).") from error
-            if not isinstance(record, dict):
-                raise RequestError(f"{self._key}: {where} is no JSON object.")
-            if self._field not in record:
-                raise self._missing(where, record)
-            yield self._text(where, record[self._field])
-
-    def _parquet(self, path: Path) -> Iterator[str]:
-        try:
-            arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-        except ImportError as error:
-            raise RequestError(
-                f"{self._key}: {path} needs pyarrow to be read: pip install 'tritter[data]'."
-            ) from error
-        try:
-            with parquet.ParquetFile(path) as file:
-                if self._field not in file.schema_arrow.names:
-                    raise self._missing(str(path), file.schema_arrow.names)
-                row = 0
-                for batch in file.iter_batches(columns=[self._field]):
-                    for value in batch.column(0).to_pylist():
-                        row += 1
-                        yield self._text(f"{path}, row {row}", value)
-        except arrow.ArrowException as error:
-            raise RequestError(f"{self._key}: {path} is no parquet file ({error}).") from error
-
-    def _missing(self, where: str, found: Iterable[str]) -> RequestError:
-        names = list(found)
-        likely = next((name for name in COMMON_FIELDS if name in names), None)
-        advice = f" Did you mean data.text_field={likely}?" if likely else ""
-        return RequestError(
-            f"data.text_field = {self._field}: {where} ({self._key}) has no such field; it has "
-            f"{', '.join(names) or 'none'}.{advice}"
-        )
-
-    def _text(self, where: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise RequestError(
-                f"data.text_field = {self._field}: {where} ({self._key}) holds "
-                f"{type(value).__name__}, no text."
-            )
-        # JSON may spell an unpaired surrogate, which no UTF-8 file can hold.
-        return value.encode("utf-8", errors="replace").decode("utf-8")
+def no_text(key: str, files: Sequence[Path]) -> str:
+    """Return the line that says that files are all blank."""
+    shown = ", ".join(map(str, files[:3]))
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return f"{key}: {shown}{more} hold{'' if len(files) > 1 else 's'} no text."
 
 
 def _pieces(path: Path, text: str, *, is_scarce: bool) -> Iterator[str]:
-    is_whole_file = path.name.lower().removesuffix(".gz").endswith(".txt")
-    if is_whole_file and (is_scarce or len(text.encode()) > CUT_FROM_BYTES):
+    if is_one_text(path) and (is_scarce or len(text.encode()) > CUT_FROM_BYTES):
         return cut(text)
     return iter((text,))
 
@@ -170,8 +88,3 @@ def _cut_position(text: str, start: int, end: int) -> int:
 
 def _document(path: Path, text: str) -> Document:
     return Document(f"{path.name}:{sha256(text.encode()).hexdigest()[:16]}", text)
-
-
-def _some(files: Sequence[Path]) -> str:
-    shown = ", ".join(map(str, files[:3]))
-    return shown if len(files) <= 3 else f"{shown} and {len(files) - 3} more"

@@ -28,7 +28,7 @@ from tritter.errors import RequestError
 from tritter.evaluation.losses import DocumentLosses, document_losses, domain_score
 from tritter.families import Config, family_of
 from tritter.models import locate, read_config
-from tritter.pipeline.corpora import run_corpus
+from tritter.pipeline.corpora import run_corpus, text_notes
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.seeds import derived_seed
 from tritter.storage.atomic import write_text_atomic
@@ -74,6 +74,11 @@ class RunContext:
     def corpus(self) -> Corpus:
         given = self.given_tokenizer
         return run_corpus(self.config, tokenizer=given.tokenizer if given else None)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of what the run is made from, a sentence each."""
+        return text_notes(self.config.data)
 
     @property
     def domains(self) -> tuple[str, ...]:

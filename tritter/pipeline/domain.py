@@ -100,6 +100,8 @@ def expand_for_domain(
         arm = Arm(ARM, config.expansion)
         check_given(context)
         context.check_text()
+        for note in context.notes:
+            context.say("data", note)
         run_baseline(context)
         arm = run_arm(context, arm)
         verdict.publish(context, arm, keep=True)

@@ -224,6 +224,7 @@ def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str
         "checkpoint": "checkpoint",
         "lineage": published.found,
         "samples": evaluated.found["samples"],
+        "notes": list(context.notes),
     }
     if (used := experts.summary_record(context, last)) is not None:
         summary["experts"] = used
@@ -286,6 +287,8 @@ def _announce(context: RunContext) -> None:
     ]
     origins = dict.fromkeys(source.origin for source in context.corpus.sources.values())
     context.say("data", f"{', '.join(parts)}; {', '.join(origins)}")
+    for note in context.notes:
+        context.say("", note)
     if not context.old_domains:
         context.say("", "no old text (data.old): forgetting is not measured, and not gated")
 

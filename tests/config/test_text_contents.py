@@ -1,0 +1,238 @@
+"""What text files hold is looked at before anything is written, and folders say what they skip."""
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.config.conftest import FakePipeline, Result
+from tritter.config import text_contents
+from tritter.config.text_contents import TextRequest, check_contents
+from tritter.config.text_files import FoundTexts, find_texts
+from tritter.errors import RequestError
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder of texts beside the empty one that commands run in."""
+    place = tmp_path.parent / f"{tmp_path.name}-texts"
+    (place / "old").mkdir(parents=True)
+    (place / "new").mkdir()
+    (place / "old/a.txt").write_text("text")
+    (place / "new/b.jsonl").write_text('{"text": "text"}\n')
+    return place
+
+
+@pytest.fixture
+def run_there(run: Run, place: Path) -> Run:
+    """Run data=text with words in which @ stands for the folder of the texts."""
+    return lambda *words: run("data=text", *(word.replace("@", f"{place}/") for word in words))
+
+
+def found(place: Path, *names: str) -> FoundTexts:
+    return find_texts("data.new", [str(place / name) for name in names])
+
+
+def names(texts: FoundTexts, place: Path) -> list[str]:
+    return [str(path.relative_to(place)) for path in texts.files]
+
+
+def check(*paths: Path, max_bytes: int = 2**20) -> None:
+    request = TextRequest("data.new", tuple(map(str, paths)), "text")
+    check_contents([request], max_bytes=max_bytes)
+
+
+def test_everything_that_is_wrong_is_listed_before_anything_is_written(
+    run_there: Run, place: Path, pipeline: FakePipeline
+) -> None:
+    (place / "old/c.md").write_bytes(b"caf\xe9")
+    (place / "old/d.json").write_text('["a", 3]')
+    (place / "new/b.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n[\n')
+    (place / "new/e.txt.gz").write_bytes(b"no gzip")
+    (place / "new/f.txt").write_text("café", encoding="utf-16")
+    result = run_there("data.old={prose:@old,python:stdlib:prose}", "data.new=@new")
+    assert (result.code, result.written, pipeline.configs) == (2, [], [])
+    heads = [
+        "data.old.prose: @/old/c.md is no UTF-8 (byte 3 is 0xe9)",
+        "data.old.prose: @/old/d.json, record 2 is no JSON object",
+        "data.new: @/new/b.jsonl, line 2 has no field text",
+        "data.new: @/new/b.jsonl, line 3 is no JSON",
+        "data.new: @/new/e.txt.gz cannot be read",
+        "data.new: @/new/f.txt is no UTF-8 but UTF-16",
+    ]
+    lines = result.err.replace(str(place), "@").splitlines()
+    assert lines[0] == "error: 6 things are wrong with the text:"
+    for line, head in zip(lines[1:-1], heads, strict=True):
+        assert line.startswith(f"  {head}")
+    assert lines[-1] == "Nothing was written."
+
+
+def test_a_sweep_looks_into_each_file_once(
+    run_there: Run, place: Path, pipeline: FakePipeline
+) -> None:
+    (place / "old/a.txt").write_bytes(b"caf\xe9")
+    result = run_there("-m", "data.old=@old", "data.new=@new", "seed=0,1,2")
+    assert (result.code, result.written, pipeline.configs) == (2, [], [])
+    assert result.err.count("is no UTF-8") == 1
+
+
+def test_a_run_that_is_finished_needs_its_text_no_more(run_there: Run, place: Path) -> None:
+    words = ("data.old=@old", "data.new=@new", "hydra.run.dir=here")
+    assert run_there(*words).code == 0
+    (place / "old/a.txt").write_bytes(b"caf\xe9")
+    assert "nothing to do" in run_there(*words).out
+
+
+def test_blank_text_is_none(run_there: Run, place: Path) -> None:
+    (place / "old/a.txt").write_text(" \n")
+    result = run_there("data.old=@old", "data.new=@new")
+    assert (result.code, result.written) == (2, [])
+    assert f"data.old: {place}/old/a.txt holds no text." in result.err
+    assert run_there("data.old=[@old,stdlib:prose]", "data.new=@new").code == 0
+
+
+def test_what_lies_beyond_the_limit_is_left_for_later(
+    run_there: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "old/long.txt").write_bytes(b"a" * 1000 + b"\xe9")
+    (place / "old/short.txt").write_bytes(b"\xe9")
+    with pytest.raises(RequestError) as caught:
+        check(place / "old", max_bytes=500)
+    assert str(caught.value).startswith(f"data.new: {place}/old/short.txt is no UTF-8")
+    (place / "old/short.txt").unlink()
+    check(place / "old", max_bytes=500)
+    monkeypatch.setattr(text_contents.check_contents, "__kwdefaults__", {"max_bytes": 500})
+    assert run_there("data.old=@old", "data.new=@new").code == 0
+
+
+def test_unpacked_bytes_count(place: Path) -> None:
+    (place / "a.jsonl.gz").write_bytes(gzip.compress(b'"a"\n' * 1000 + b"3\n"))
+    check(place / "a.jsonl.gz", max_bytes=3000)
+    with pytest.raises(RequestError, match="line 1001"):
+        check(place / "a.jsonl.gz", max_bytes=5000)
+
+
+def test_a_folder_of_mixed_files_says_what_it_skipped(place: Path) -> None:
+    for number in range(30):
+        (place / f"old/{number}.md").write_text("text")
+        (place / f"old/{number}.rst").write_text("text")
+    for name in ("x.pdf", "y.PDF", "z.csv", "README", ".hidden.pdf"):
+        (place / "old" / name).touch()
+    os.mkfifo(place / "old/pipe.txt")
+    (place / "old/away").symlink_to("nowhere")
+    texts = found(place, "old")
+    assert len(texts.files) == 61
+    kinds = ".pdf 2, .csv 1, link to nothing 1, no ending 1, pipe 1"
+    assert texts.note("articles") == f"articles: 61 files read; skipped 6 ({kinds})"
+    assert found(place, "old/a.txt").note("articles") is None
+    (place / "old/zoo").mkdir()
+    (place / "old/zoo.txt").touch()
+    note = found(place, "old/a*", "old/zo*", "old/[5-9].*").note("x")
+    assert note == "x: 12 files read; skipped 2 (folder 1, link to nothing 1)"
+
+
+def test_links_are_followed(place: Path) -> None:
+    (place / "elsewhere/deep").mkdir(parents=True)
+    (place / "elsewhere/deep/c.txt").write_text("text")
+    (place / "blobs").mkdir()
+    (place / "blobs/0123").write_text('"text"')
+    (place / "old/blob.jsonl").symlink_to("../blobs/0123")
+    (place / "old/folder").symlink_to(place / "elsewhere")
+    (place / "old/twice").symlink_to(place / "elsewhere/deep")
+    assert names(found(place, "old"), place) == [
+        "old/a.txt", "old/blob.jsonl", "old/folder/deep/c.txt"
+    ]  # fmt: skip
+    assert names(found(place, "old/blob.jsonl"), place) == ["old/blob.jsonl"]
+    check(place / "old", place / "old/blob.jsonl")
+
+
+def test_a_link_may_be_named_by_its_own_name(
+    run_there: Run, place: Path, pipeline: FakePipeline
+) -> None:
+    (place / "blob").write_text('"text"')
+    (place / "c.jsonl").symlink_to("blob")
+    assert run_there("data.old=@old", "data.new=@c.jsonl").code == 0
+    assert pipeline.configs[0].data.new_sources == {"new": [str(place / "c.jsonl")]}
+
+
+@pytest.mark.parametrize("target", [".", "..", "../../old", "folder"])
+def test_a_loop_of_links_is_refused(place: Path, target: str) -> None:
+    (place / "old/deep").mkdir()
+    (place / "old/deep/folder").symlink_to(target)
+    if target == "folder":  # a link to itself is no folder
+        assert found(place, "old").note("x") == "x: 1 file read; skipped 1 (link to nothing 1)"
+        return
+    with pytest.raises(RequestError, match=r"old/deep/folder: the link leads back to a folder"):
+        found(place, "old")
+
+
+def test_many_links_to_one_folder_are_no_work(place: Path) -> None:
+    for number in range(20):
+        (place / f"old/{number}").mkdir()
+        for name in ("a", "b"):
+            (place / f"old/{number}/{name}").symlink_to(f"../{number + 1}")
+    (place / "old/20").mkdir()
+    (place / "old/20/c.txt").touch()
+    assert names(found(place, "old"), place) == ["old/20/c.txt", "old/a.txt"]
+
+
+def test_a_link_to_nothing_that_would_be_text_is_refused(place: Path) -> None:
+    (place / "old/gone.txt").symlink_to("nowhere")
+    with pytest.raises(RequestError, match=r"gone.txt: the link leads to no file"):
+        found(place, "old")
+    with pytest.raises(RequestError, match=r"found link to nothing 1"):
+        found(place, "old/gone.txt")
+
+
+def test_special_files_are_not_opened(run_there: Run, place: Path) -> None:
+    os.mkfifo(place / "pipe.txt")
+    (place / "zero.txt").symlink_to("/dev/zero")
+    result = run_there("data.old=@pipe.txt", "data.new=@zero.txt")
+    assert (result.code, result.written) == (2, [])
+    assert "found pipe 1" in result.err and "found device 1" in result.err
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "old/closed").mkdir()
+    listed = Path.iterdir
+
+    def iterdir(folder: Path) -> object:
+        if folder.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(RequestError, match=r"old/closed: the folder can't be listed \(Permission"):
+        found(place, "old")
+
+
+def test_files_that_vanish_are_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = (place / "old/a.txt", place / "old/b.txt")
+    monkeypatch.setattr(text_contents, "find_text_files", lambda key, paths: gone)
+    gone[0].unlink()
+    with pytest.raises(RequestError, match=r"a.txt cannot be read: there is no") as caught:
+        check(place / "old")
+    assert "b.txt cannot be read" in str(caught.value)
+
+
+def test_a_deep_folder_and_a_long_name(place: Path) -> None:
+    deep = place / "old" / "/".join("d" * 200 for _ in range(10))
+    deep.mkdir(parents=True)
+    (deep / f"{'n' * 250}.txt").write_text("text")
+    assert len(found(place, "old").files) == 2
+    check(place / "old")
+
+
+def test_forms_of_records_are_read_by_a_run(run_there: Run, place: Path) -> None:
+    (place / "new/c.json").write_text(json.dumps([{"question": "Why?", "answer": "So."}]))
+    assert run_there("data.old=@old", "data.new=@new").code == 0
+    result = run_there("data.old=@old", "data.new=@new", "data.text_field=body")
+    assert result.code == 2
+    assert "has no field body (data.text_field = body); it has question, answer" in result.err

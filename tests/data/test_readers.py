@@ -1,0 +1,290 @@
+"""Files into texts: what each kind of file may hold, and everything else refused at its place."""
+
+import gzip
+import io
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tritter.data import readers
+from tritter.data.readers import Reading, SpentError, TextFileError, is_one_text, text_suffix
+
+ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\n"}]
+RECORDS: list[tuple[object, str]] = [
+    ("plain", "plain"),
+    ({"text": "field", "prompt": "not", "completion": "this"}, "field"),
+    (ALPACA, "Add.\n\n1 and 2\n\n3"),
+    (ALPACA | {"input": ""}, "Add.\n\n3"),
+    (ALPACA | {"input": None, "id": 7}, "Add.\n\n3"),
+    ({"instruction": "Add.", "context": "1 and 2", "response": "3"}, "Add.\n\n1 and 2\n\n3"),
+    ({"prompt": "Once", "completion": "upon"}, "Once\n\nupon"),
+    ({"question": "Why?", "answer": "So."}, "Why?\n\nSo."),
+    ({"messages": CHAT}, "user: Hi\n\nassistant: Hello\n"),
+    ({"text": "a\ud800b"}, "a?b"),
+]
+WRONG: list[tuple[str, str]] = [
+    ("[1]", "is no JSON object and no text, but a list; allowed is"),
+    ("3", "but a number"),
+    ("null", "but null"),
+    ("{", "is no JSON (Expecting property name"),
+    ('{"text": NaN}', "is no JSON (NaN is no number"),
+    ('{"text": null}', "data.text_field = text: holds null, no text"),
+    ('{"text": ["a"]}', "holds a list, no text"),
+    ('{"text": "a", "text": "b"}', "the field text stands there twice"),
+    ('{"id": 1, "content": "a"}', "it has id, content. Did you mean data.text_field=content?"),
+    ("{}", "has no field text (data.text_field = text); it has none."),
+    ('{"instruction": "a", "output": 3}', "output: holds a number, no text"),
+    ('{"instruction": "a", "input": 3, "output": "b"}', "input: holds a number"),
+    ('{"messages": {}}', "messages: holds an object; allowed is a list of messages"),
+    ('{"messages": [{"role": "user"}]}', "messages: number 1 is no message"),
+    ('{"messages": [{"role": "user", "content": []}]}', "number 1, content: holds a list"),
+    ('{"n": ' + "9" * 5000 + "}", "is no JSON (Exceeds the limit"),
+    ("[" * 100_000, "is nested too deeply"),
+    ('{"' + "k" * 100_000 + '": 1}', "it has " + "k" * 40 + "..."),
+    ('{"\\u001b[2J\\n": 1}', r"it has \x1b[2J\n."),
+]
+
+
+def texts_of(path: Path, *, field: str = "text") -> list[str]:
+    reading = Reading(key="data.new", text_field=field)
+    found = list(reading.texts(path))
+    if reading.problems:
+        raise TextFileError(reading.problems)
+    return found
+
+
+def problem(path: Path, *, field: str = "text") -> str:
+    with pytest.raises(TextFileError) as caught:
+        texts_of(path, field=field)
+    (line,) = caught.value.problems
+    assert line.startswith(f"data.new: {path}")
+    assert len(line) < 1000 and "\n" not in line
+    return line
+
+
+def packed(path: Path, content: bytes) -> Path:
+    path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".rst", ".TXT"])
+def test_a_file_of_one_text(tmp_path: Path, suffix: str, ending: str) -> None:
+    path = packed(tmp_path / f"a.b{suffix}{ending}", "# Zwölf\r\n\r\n猫\n".encode())
+    assert texts_of(path) == ["# Zwölf\r\n\r\n猫\n"]
+    assert is_one_text(path)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".json.gz"])
+def test_records_of_every_form(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a{ending}"
+    records = [record for record, _ in RECORDS]
+    is_array = ".json" in path.suffixes
+    content = json.dumps(records) if is_array else "\r\n\n".join(map(json.dumps, records))
+    packed(path, f"\ufeff{content}\n".encode())
+    assert texts_of(path) == [text for _, text in RECORDS]
+    assert not is_one_text(path)
+
+
+def test_forms_are_for_the_field_that_was_not_chosen(tmp_path: Path) -> None:
+    path = packed(tmp_path / "a.jsonl", json.dumps(ALPACA).encode())
+    assert texts_of(path, field="output") == ["3"]
+    assert "has no field body (data.text_field = body); it has instruction" in problem(
+        path, field="body"
+    )
+
+
+@pytest.mark.parametrize(("record", "said"), WRONG)
+def test_a_wrong_record_is_named_and_the_others_are_read(
+    tmp_path: Path, record: str, said: str
+) -> None:
+    path = packed(tmp_path / "a.jsonl", f'"one"\n{record}\n"three"\n'.encode())
+    assert f"{path}, line 2 " in problem(path)
+    assert said in problem(path)
+    reading = Reading(key="data.new", text_field="text")
+    assert list(reading.texts(path)) == ["one", "three"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('["a", 3]', "a.json, record 2 is no JSON object and no text, but a number"),
+        ('{"text": "a"}', "holds an object; allowed is an array of records or of texts"),
+        ("", "holds no array"),
+        ('["a"', "is no JSON (Expecting ',' or ']'"),
+        ('["a",]', "is no JSON (Expecting value"),
+        ('["a" "b"]', "is no JSON (Expecting ',' or ']'"),
+        ('["a"] x', "something stands after its array, at 6"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_wrong_array(tmp_path: Path, content: str, said: str) -> None:
+    assert said in problem(packed(tmp_path / "a.json", content.encode()))
+
+
+def test_an_empty_array_holds_no_text(tmp_path: Path) -> None:
+    assert texts_of(packed(tmp_path / "a.json", b" [ ] \n")) == []
+
+
+@pytest.mark.parametrize(
+    ("encoding", "named"),
+    [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"),
+     ("utf-32", "UTF-32"), ("utf-32-be", "UTF-32BE")],
+)  # fmt: skip
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".md.gz"])
+def test_another_encoding_is_named(tmp_path: Path, encoding: str, named: str, ending: str) -> None:
+    path = packed(tmp_path / f"a{ending}", '["text"]\n'.encode(encoding))
+    assert f"is no UTF-8 but {named}, by its first bytes; convert it" in problem(path)
+    assert f"iconv -f {named} -t UTF-8" in problem(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"caf\xe9", "is no UTF-8 (byte 3 is 0xe9)"),
+        ("a.jsonl", b'"a"\n"\xe9"\n', "line 2 is no UTF-8 (byte 1 is 0xe9)"),
+        ("a.txt", b"\xed\xa0\x80", "is no UTF-8"),
+        ("a.txt", b"text\0", "holds a byte 0, at 4"),
+        ("a.txt", bytes(5000), "holds a byte 0, at 0"),
+        ("a.txt.gz", b"no gzip", "Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"abc" * 999)[:-9], "ended before"),
+        ("a.jsonl.gz", gzip.compress(b'"abc"\n' * 999)[:30] + b"\xff" * 30, "a.jsonl.gz cannot"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert said in problem(path)
+
+
+def test_no_more_than_a_few_lines_of_one_file(tmp_path: Path) -> None:
+    path = packed(tmp_path / "a.jsonl", b"3\n" * 1000)
+    with pytest.raises(TextFileError) as caught:
+        texts_of(path)
+    assert len(caught.value.problems) == 11
+    assert caught.value.problems[-1] == f"data.new: {path} has 990 more such places."
+    many = TextFileError([f"line {number}" for number in range(1000)])
+    assert "1000 things are wrong" in str(many) and str(many).endswith("  and 900 more")
+
+
+def bomb(size: int) -> bytes:
+    """Return a gzip file of `size` letters, made in pieces."""
+    file = io.BytesIO()
+    with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=9) as writer:
+        for _ in range(size // 2**20):
+            writer.write(b"a" * 2**20)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz"])
+def test_what_unpacks_to_too_much_is_refused_on_the_way(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "FREE_EXPANSION_BYTES", 2**20)
+    (tmp_path / name).write_bytes(bomb(8 * 2**20))
+    assert "unpacks to more than 1 MB, 200 times what it is" in problem(tmp_path / name)
+
+
+def test_free_expansion_is_not_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(bomb(8 * 2**20))
+    assert len(texts_of(tmp_path / "a.txt.gz")[0]) == 8 * 2**20
+
+
+def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(readers, "MAX_TEXT_BYTES", 5000)
+    monkeypatch.setattr(readers, "MAX_ARRAY_BYTES", 5000)
+    long = json.dumps("a" * 6000)
+    path = packed(tmp_path / "a.jsonl", f'"one"\n{long}\n"three"\n'.encode())
+    assert f"{path}, line 2 is longer than 0 MB" in problem(path)
+    assert list(Reading(key="k", text_field="text").texts(path)) == ["one", "three"]
+    for name in ("a.txt", "a.json"):
+        assert "is larger than 0 MB" in problem(packed(tmp_path / name, f"[{long}]".encode()))
+
+
+def test_reading_ends_with_what_was_to_be_read(tmp_path: Path) -> None:
+    path = packed(tmp_path / "a.jsonl", b'"a"\n' * 1000)
+    reading = Reading(key="data.new", text_field="text", max_bytes=100)
+    with pytest.raises(SpentError):
+        list(reading.texts(path))
+    assert reading.num_bytes <= 104
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (os.mkfifo, "it is a pipe, not a file"),
+        (_socket, "it is a socket, not a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is a device, not a file"),
+        (lambda path: path.mkdir(), "it is a folder, not a file"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+        (lambda path: None, "there is no such file"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json.gz", ".md"])
+def test_only_files_are_opened(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path], None],
+    said: str,
+    suffix: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket may not be long
+    path = Path(f"a{suffix}")
+    make(path)
+    assert said in problem(path)
+
+
+def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+    path = packed(tmp_path / "a.jsonl", b'"a"\n' * 3)
+    reading = Reading(key="data.new", text_field="text")
+    texts = reading.texts(path)
+    next(texts)
+    with path.open("a") as file:
+        file.write('"b"\n')
+    list(texts)
+    assert reading.problems == [f"data.new: {path} changed while it was read."]
+
+
+def test_parquet_without_pyarrow_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").touch()
+    assert "needs pyarrow to be read: pip install 'tritter[data]'" in problem(
+        tmp_path / "a.parquet"
+    )
+
+
+def test_parquet(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table({"text": ["déjà", "猫"], "id": [1, 2]}), path)
+    assert texts_of(path) == ["déjà", "猫"]
+    assert "has no field body" in problem(path, field="body")
+    with pytest.raises(TextFileError, match=r"row 1 .*holds a number"):
+        texts_of(path, field="id")
+    parquet.write_table(arrow.table({name: [text] for name, text in ALPACA.items()}), path)
+    assert texts_of(path) == ["Add.\n\n1 and 2\n\n3"]
+    parquet.write_table(arrow.table({"messages": [CHAT]}), path)
+    assert texts_of(path) == ["user: Hi\n\nassistant: Hello\n"]
+    path.write_bytes(b"no parquet")
+    assert "no parquet file" in problem(path)
+
+
+def test_other_endings_are_none() -> None:
+    assert text_suffix(Path("a.JSONL.gz")) == ".jsonl.gz"
+    for name in ("a.csv", "a.parquet.gz", "txt", "a.gz", "a"):
+        assert text_suffix(Path(name)) == ""

@@ -1,0 +1,87 @@
+"""What the text files of a request hold, looked at before anything is written."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritter.config.schema import DataConfig, TextDataConfig, TextSources
+from tritter.config.text_files import BUILT_IN_TEXTS, find_text_files
+from tritter.data.readers import Reading, SpentError, TextFileError
+from tritter.data.text import no_text
+from tritter.errors import RequestError
+
+# Of all files together, unpacked; what is beyond is looked at when it is read for the run.
+CHECKED_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TextRequest:
+    """The files of one domain, and how they are asked for.
+
+    Args:
+        key: that named them, for messages.
+        paths: as `find_text_files` takes them.
+        text_field: of their records.
+    """
+
+    key: str
+    paths: tuple[str, ...]
+    text_field: str
+
+
+def text_requests(data: DataConfig) -> tuple[TextRequest, ...]:
+    """Return what a configuration asks for, domain by domain; built-in text needs no look."""
+    if not isinstance(data, TextDataConfig):
+        return ()
+    return tuple(
+        TextRequest(text_key(data, name), tuple(paths), data.text_field)
+        for sources in (data.old, data.new)
+        for name, paths in sources.items()
+    )
+
+
+def text_key(data: DataConfig, name: str) -> str:
+    """Return the key that named the text of a domain, as a person wrote it."""
+    is_old = name in data.old_sources
+    side = "old" if is_old else "new"
+    sources: TextSources = data.old_sources if is_old else data.new_sources
+    return f"data.{side}" if list(sources) == [side] else f"data.{side}.{name}"
+
+
+def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_BYTES) -> None:
+    """Read what was asked for, small files first, until so many bytes were read.
+
+    Raises:
+        RequestError: files can't be read as what they are, or hold no text; lists all of it.
+    """
+    asked = {request: find_text_files(request.key, request.paths) for request in requests}
+    files = [(request, path) for request, found in asked.items() for path in found]
+    problems: dict[tuple[TextRequest, Path], list[str]] = {}
+    blank: set[tuple[TextRequest, Path]] = set()
+    for request, path in sorted(files, key=lambda file: _size(file[1])):
+        reading = Reading(key=request.key, text_field=request.text_field, max_bytes=max_bytes)
+        problems[request, path] = reading.problems
+        try:
+            # All texts are looked at, though one would do to know that there is one
+            if not sum(bool(text.strip()) for text in reading.texts(path)):
+                blank.add((request, path))
+        except SpentError:
+            break
+        max_bytes -= reading.num_bytes
+    found = [line for file in files for line in problems.get(file, ())]
+    found += [
+        no_text(request.key, paths)
+        for request, paths in asked.items()
+        if paths
+        and not set(BUILT_IN_TEXTS) & set(request.paths)
+        and all((request, path) in blank and not problems[request, path] for path in paths)
+    ]
+    if found:
+        raise RequestError(str(TextFileError(found)))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # it is gone by now, which reading it will tell
+        return 0

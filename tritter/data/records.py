@@ -1,0 +1,203 @@
+"""A record of JSON or parquet into one text: its field, or an instruction's parts joined."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+DEFAULT_FIELD = "text"
+# What other people call the field that holds a text.
+COMMON_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "completion")
+# Forms of instruction records: for each part the names it goes by, and whether it has to be there.
+_FORMS: tuple[tuple[tuple[tuple[str, ...], bool], ...], ...] = (
+    ((("instruction",), True), (("input", "context"), False), (("output", "response"), True)),
+    ((("prompt",), True), (("completion", "response"), True)),
+    ((("question",), True), (("answer",), True)),
+)
+_MESSAGES = "messages"
+FORM_FIELDS = {_MESSAGES} | {name for form in _FORMS for names, _ in form for name in names}
+_MAX_NAMES, _MAX_NAME_LENGTH, _MAX_MESSAGE = 12, 40, 200
+_BLANKS = " \t\r\n"
+
+
+class WrongRecordError(Exception):
+    """What is wrong with a record or a file, in words that follow its place."""
+
+
+def text_of(record: object, *, field: str) -> str:
+    """Return a record's text.
+
+    A record is a text itself, or holds it in `field`. With the default field a record that lacks
+    it may be an instruction: its parts (instruction, input, output; prompt, completion; question,
+    answer) are joined by a blank line, and so are messages, each as `role: content`.
+
+    Raises:
+        WrongRecordError: it holds something else.
+    """
+    if isinstance(record, str):
+        return _encodable(record)
+    if not isinstance(record, Mapping):
+        raise WrongRecordError(
+            f"is no JSON object and no text, but {_kind(record)}; allowed is "
+            '{"text": "..."}, an instruction, or "..."'
+        )
+    if field in record:
+        return _encodable(_as_text(record[field], f"data.text_field = {field}:"))
+    parts = _parts(record) if field == DEFAULT_FIELD else None
+    if parts is None:
+        raise missing_field(field, list(record))
+    return _encodable("\n\n".join(part for part in parts if part))
+
+
+def missing_field(field: str, found: Sequence[Any]) -> WrongRecordError:
+    """Return that there is no such field, what there is, and which may have been meant."""
+    likely = next((name for name in COMMON_FIELDS if name in found), None)
+    advice = f". Did you mean data.text_field={likely}?" if likely else ""
+    names = [shown(name) for name in found[:_MAX_NAMES]]
+    names += ["..."] if len(found) > _MAX_NAMES else []
+    return WrongRecordError(
+        f"has no field {shown(field)} (data.text_field = {shown(field)}); it has "
+        f"{', '.join(names) or 'none'}{advice}"
+    )
+
+
+def parse(text: str) -> Any:
+    """Return what a line of JSON means.
+
+    Raises:
+        WrongRecordError: it is none, names a field twice, holds NaN, or is nested too deeply.
+    """
+    try:
+        return _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise _no_json(error) from error
+
+
+def array_elements(text: str) -> Iterator[Any]:
+    """Yield the elements of a JSON array, one after another.
+
+    Raises:
+        WrongRecordError: it is no array, or no JSON from some place on.
+    """
+    position = _after_blanks(text, 0)
+    if text[position : position + 1] != "[":
+        found = "an object" if text[position : position + 1] == "{" else "no array"
+        raise WrongRecordError(
+            f"holds {found}; allowed is an array of records or of texts (a record a line is .jsonl)"
+        )
+    position = _after_blanks(text, position + 1)
+    is_closed = text[position : position + 1] == "]"
+    try:
+        while not is_closed:
+            value, position = _DECODER.raw_decode(text, position)
+            yield value
+            position = _after_blanks(text, position)
+            sign = text[position : position + 1]
+            is_closed = sign == "]"
+            if sign not in ("]", ","):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            if not is_closed:
+                position = _after_blanks(text, position + 1)
+    except (ValueError, RecursionError) as error:
+        raise _no_json(error) from error
+    end = _after_blanks(text, position + 1)
+    if end < len(text):
+        raise WrongRecordError(f"is no JSON (something stands after its array, at {end})")
+
+
+def shown(name: object) -> str:
+    """Return a name of a field for a message: in one line, and not too long."""
+    text = repr(name)[1:-1] if isinstance(name, str) else repr(name)
+    return text if len(text) <= _MAX_NAME_LENGTH else f"{text[:_MAX_NAME_LENGTH]}..."
+
+
+def _parts(record: Mapping[str, Any]) -> list[str] | None:
+    """Return the parts of an instruction, or None where the record is none."""
+    if _MESSAGES in record:
+        return _messages(record[_MESSAGES])
+    for form in _FORMS:
+        held = [next((name for name in names if name in record), None) for names, _ in form]
+        if all(
+            name is not None or not is_needed
+            for name, (_, is_needed) in zip(held, form, strict=True)
+        ):
+            return [
+                ""
+                if name is None or (record[name] is None and not is_needed)
+                else _as_text(record[name], f"{name}:")
+                for name, (_, is_needed) in zip(held, form, strict=True)
+            ]
+    return None
+
+
+def _messages(messages: object) -> list[str]:
+    if not isinstance(messages, list):
+        raise WrongRecordError(f"messages: holds {_kind(messages)}; allowed is a list of messages")
+    parts = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise WrongRecordError(
+                f"messages: number {number} is no message; allowed is "
+                '{"role": "...", "content": "..."}'
+            )
+        role, content = (
+            _as_text(message[name], f"messages: number {number}, {name}:")
+            for name in ("role", "content")
+        )
+        parts.append(f"{role}: {content}")
+    return parts
+
+
+def _as_text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise WrongRecordError(f"{where} holds {_kind(value)}, no text")
+    return value
+
+
+def _encodable(text: str) -> str:
+    # JSON may spell an unpaired surrogate, which no UTF-8 file can hold.
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _kind(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a text"
+        case list():
+            return "a list"
+        case Mapping():
+            return "an object"
+    return type(value).__name__
+
+
+def _after_blanks(text: str, position: int) -> int:
+    while position < len(text) and text[position] in _BLANKS:
+        position += 1
+    return position
+
+
+def _no_json(error: ValueError | RecursionError) -> WrongRecordError:
+    if isinstance(error, RecursionError):
+        return WrongRecordError("is nested too deeply")
+    return WrongRecordError(f"is no JSON ({str(error)[:_MAX_MESSAGE]})")
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in record:
+            raise ValueError(f"the field {shown(name)} stands there twice")
+        record[name] = value
+    return record
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
