@@ -184,7 +184,7 @@ def state_stream(plan: Plan, kind: str, tensors: TensorFolder, *, moments: Polic
 
     def has_state(name: str, steps: Sequence[ExpansionStep] = plan.steps) -> bool:
         if not steps:
-            return disk_names[name] in tensors.files
+            return disk_names[name] in tensors.headers
         tensor_map = steps[-1].parameter_map.tensors[name]
         if tensor_map.source is None or starts_anew(tensor_map, kind, policy=moments):
             return False

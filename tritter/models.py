@@ -24,7 +24,9 @@ from transformers.utils import logging as transformers_logging
 from tritter.errors import RequestError, TritterError
 from tritter.families import FAMILIES, Config, family_of, layout, match, pack_all, unpack_all
 from tritter.routing import AddedExperts
+from tritter.storage.links import check_links
 from tritter.storage.reading import read_object, require_file
+from tritter.storage.tensors import SINGLE_NAME, TensorFolder
 
 # What the libraries behind this door raise when a file is damaged or hostile.
 _DAMAGE = (
@@ -51,6 +53,7 @@ def read_config(folder: Path) -> Config:
         RequestError: a family that there is no table for; names those there are.
         TritterError: there is none, or it is not a config that transformers accepts.
     """
+    check_links(folder)
     path = folder / "config.json"
     if not path.exists():
         lacks = "holds no config.json" if folder.is_dir() else "is not a folder"
@@ -61,6 +64,7 @@ def read_config(folder: Path) -> Config:
         except TritterError as error:
             raise TritterError(f"{path} is not a usable config: {error}") from error
         family_of(plain)
+        _refuse_other_weights(folder, plain)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     # Where the folder lies on this machine is no part of the model; stock saves leave it out too.
     config.pop("_name_or_path", None)
@@ -86,6 +90,9 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
         TritterError: transformers cannot load it, or a tensor is missing or left over.
     """
     _check_small_files(folder)
+    if (folder / "config.json").exists():
+        _refuse_other_weights(folder, read_object(folder / "config.json"))
+    TensorFolder.open(folder)  # one reader decides for all commands what is taken
     with _refused_as(f"{folder} cannot be loaded as a model"), _quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -162,12 +169,32 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise TritterError(f"{folder} holds no usable tokenizer: {error!r}") from error
 
 
+def _refuse_other_weights(folder: Path, config: Mapping[str, object]) -> None:
+    """Refuse a folder in which transformers would take other weights than `TensorFolder`.
+
+    Raises:
+        TritterError: says which.
+    """
+    named = config.get("transformers_weights")
+    if named is not None:
+        raise TritterError(
+            f"{folder}: config.json names a file of weights itself (transformers_weights = "
+            f"{named!r}); take that out and call the file {SINGLE_NAME}."
+        )
+    if (folder / "adapter_config.json").exists():
+        raise TritterError(
+            f"{folder} holds an adapter (adapter_config.json) beside the model, which peft adds on "
+            "loading; merge it into the weights, or take it out."
+        )
+
+
 def _check_small_files(folder: Path) -> None:
-    """Refuse a folder in which transformers would open what is no file, or a huge one.
+    """Refuse a folder in which transformers would open what is no file of it, or a huge one.
 
     Raises:
         TritterError: names it.
     """
+    check_links(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in _SMALL_FILES:
             require_file(path)

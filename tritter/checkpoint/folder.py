@@ -13,6 +13,7 @@ from tritter.errors import TritterError
 from tritter.families import Config
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
+from tritter.storage.links import check_links
 from tritter.storage.reading import read_json
 from tritter.storage.writer import TensorStream, write_tensors
 
@@ -100,8 +101,10 @@ def read_lineage(folder: Path) -> Lineage | None:
     """Return a folder's lineage, or None for a plain Hugging Face folder.
 
     Raises:
-        TritterError: tritter.json is unreadable or comes from a newer format.
+        TritterError: tritter.json is unreadable or comes from a newer format, or a link leads out
+            of the folder.
     """
+    check_links(folder)
     path = folder / LINEAGE_NAME
     if not path.exists():
         return None

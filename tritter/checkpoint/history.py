@@ -15,6 +15,7 @@ from tritter.checkpoint.folder import (
 from tritter.checkpoint.record import ExpansionRecord, Lineage
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash, tensor_digest
+from tritter.storage.links import check_inside, check_links
 from tritter.storage.reading import read_text
 from tritter.storage.tensors import TensorFolder
 
@@ -88,6 +89,10 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
         raise RequestError(f"{folder} is not a folder.")
     if not any((folder / name).exists() for name in (LINEAGE_NAME, "config.json")):
         raise RequestError(f"{folder} holds no checkpoint: no config.json and no {LINEAGE_NAME}.")
+    try:
+        check_links(folder)
+    except TritterError as error:
+        raise RequestError(str(error)) from error
     links = [_link(folder)]
     seen = {links[0].model_hash}
     while (child := links[-1]).lineage is not None and child.lineage.parent_hash is not None:
@@ -205,7 +210,11 @@ def _is_plain_parent(folder: Path, child: Lineage, *, is_hinted: bool) -> bool:
     if (folder / LINEAGE_NAME).exists() or not config.is_file():
         return False
     recorded = (child.parent_file_digests or {}).get("config.json")
-    return is_hinted or (recorded is not None and file_digest(config) == recorded)
+    try:
+        check_links(folder)
+        return is_hinted or (recorded is not None and file_digest(config) == recorded)
+    except TritterError:  # whatever it is, nothing is taken from it
+        return False
 
 
 def _record_changes(link: Link) -> Iterator[Change]:
@@ -255,6 +264,7 @@ def _file_changes(folder: Path, recorded: Mapping[str, str]) -> Iterator[Change]
         path = folder / file
         hashed = header_digest if name.endswith(HEADER_MARK) else file_digest
         try:
+            check_inside(folder, file)
             if not path.is_file():
                 yield Change(file, None, "missing")
             elif hashed(path) != digest:

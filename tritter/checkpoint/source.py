@@ -8,9 +8,11 @@ from torch import Tensor
 
 from tritter.checkpoint.folder import CARD_NAME, read_lineage
 from tritter.checkpoint.record import Lineage
+from tritter.checkpoint.tokenizer_files import check_tokenizer_files
 from tritter.errors import RequestError, TritterError
 from tritter.families import Config, Family, StoredTensor, family_of, match
 from tritter.storage.hashing import DigestQueue, file_digest
+from tritter.storage.links import check_inside
 from tritter.storage.tensors import TensorFolder
 
 
@@ -54,6 +56,7 @@ class Source:
                     f"{tensor.shape}."
                 )
         _check_ties(folder, tensors, family, config)
+        check_tokenizer_files(folder)
         lineage = read_lineage(folder)
         if lineage is not None:
             _check_files(folder, lineage)
@@ -122,11 +125,12 @@ def _check_files(folder: Path, lineage: Lineage) -> None:
 
     The card may be edited; `history --verify` names every change.
     """
-    changed = [
-        name
-        for name, digest in lineage.file_digests.items()
-        if name != CARD_NAME and (folder / name).is_file() and file_digest(folder / name) != digest
-    ]
+    changed = []
+    for name, digest in lineage.file_digests.items():
+        check_inside(folder, name)
+        path = folder / name
+        if name != CARD_NAME and path.is_file() and file_digest(path) != digest:
+            changed.append(name)
     if changed:
         raise TritterError(
             f"{folder} was changed since its lineage was written: {', '.join(changed)}."

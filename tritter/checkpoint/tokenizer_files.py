@@ -1,7 +1,11 @@
 """The files beside a model's tensors that travel along: tokenizer and generation settings."""
 
+import os
 import shutil
 from pathlib import Path
+
+from tritter.storage.links import check_links
+from tritter.storage.reading import require_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -17,7 +21,23 @@ TOKENIZER_FILES = (
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:
-    """Copy tokenizer and generation files that stand beside a model."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+    """Copy tokenizer and generation files that stand beside a model.
+
+    Raises:
+        TritterError: what `check_tokenizer_files` refuses.
+    """
+    for path in check_tokenizer_files(source):
+        shutil.copyfile(path, destination / path.name)
+
+
+def check_tokenizer_files(source: Path) -> list[Path]:
+    """Return the files that there are to copy.
+
+    Raises:
+        TritterError: one is a link that leads out of the folder, or no file, or too large.
+    """
+    check_links(source)
+    paths = [source / name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
+    for path in paths:
+        require_file(path)
+    return paths

@@ -10,6 +10,7 @@ from tritter.evaluation.gate import EXACT_JUMP
 from tritter.evaluation.jump import logit_jump
 from tritter.expand import Expanded
 from tritter.models import load_model, read_config
+from tritter.storage.tensors import TensorFolder
 
 MAX_BYTES = 8 * 10**9  # of both models in float32, beyond which nothing is measured by itself
 BATCH, LENGTH = 4, 64
@@ -52,9 +53,10 @@ def measure(source: Path, result: Expanded, *, is_wanted: bool | None) -> Measur
     jump = logit_jump(load_model(source), load_model(result.folder), tokens)
     error = jump.to_dict()["relative_to_std"]
     record_step0_error(result.folder, error, config, num_new=len(result.steps))
-    is_rounded = str(config.get("dtype")) in ("bfloat16", "float16")
+    dtypes = {header.dtype for header in TensorFolder.open(result.folder).headers.values()}
+    rounded = [name for name in ("bfloat16", "float16") if getattr(torch, name) in dtypes]
     claims_exact = all(step.spec.is_exact for step in result.steps)
-    is_broken = claims_exact and not is_rounded and not jump.relative_to_std < EXACT_JUMP
-    note = f", rounding to {config['dtype']} included" if is_rounded else ""
+    is_broken = claims_exact and not rounded and not jump.relative_to_std < EXACT_JUMP
+    note = f", rounding to {' and '.join(rounded)} included" if rounded else ""
     text = f"{jump.relative_to_std:.1e} of the logits' deviation on random tokens{note}"
     return Measurement(error, is_broken, text)

@@ -6,6 +6,7 @@ from pathlib import Path
 from tritter.config.problems import describe
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.families import Config, family_of
+from tritter.storage.links import check_links
 from tritter.storage.reading import read_object
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,6 +45,10 @@ def checkpoint_config(path: str, *, key: str = "model.path") -> Config | None:
     def refused(reason: str) -> RequestError:
         return RequestError(describe(key, path, reason=reason))
 
+    try:
+        check_links(folder)
+    except TritterError as error:
+        raise refused(str(error).rstrip(".")) from error
     if not (folder / "config.json").exists():
         raise refused("the folder holds no config.json")
     try:

@@ -1,5 +1,8 @@
 """Safetensors folders, read one tensor at a time."""
 
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tritter.errors import TritterError
-from tritter.storage.reading import read_json, require_file
+from tritter.storage.links import check_links
+from tritter.storage.reading import read_object, require_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -22,36 +26,59 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_RANK_FILE = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says of one tensor.
+
+    Args:
+        file: name of the file in its folder.
+    """
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFolder:
-    """The tensors of a Hugging Face folder, read lazily.
+    """The tensors of a Hugging Face folder, read lazily; the same ones that transformers takes.
 
     Args:
         folder: where the files lie.
-        files: tensor name → file name.
+        headers: by name of the tensor.
     """
 
     folder: Path
-    files: dict[str, str]
+    headers: Mapping[str, Header]
 
     @classmethod
     def open(cls, folder: Path) -> "TensorFolder":
-        """Read the index, or the one file's header.
+        """Read the headers: of the single file, or else of the files that the index names.
+
+        Transformers goes by the same order, and takes whatever lies in a file that it opens.
 
         Raises:
-            TritterError: no safetensors, an unreadable file, an index that points outside the
-                folder, or a shard that lacks what the index promises.
+            TritterError: no safetensors, an unreadable file, a link or an index that leads out of
+                the folder, a shard that lacks what the index promises, a tensor in two shards,
+                or one of a type that models are not made of.
         """
-        index = folder / INDEX_NAME
-        if index.exists():
-            return cls(folder, _read_index(folder, index))
-        if not (folder / SINGLE_NAME).exists():
-            pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
-            hint = f" ({', '.join(pickles)} hold pickles, which are never read)" if pickles else ""
-            raise TritterError(f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}{hint}.")
-        return cls(folder, dict.fromkeys(_names_in(folder / SINGLE_NAME), SINGLE_NAME))
+        check_links(folder)
+        _refuse_rank_files(folder)
+        if os.path.lexists(folder / SINGLE_NAME):
+            return cls(folder, _headers_in(folder, SINGLE_NAME))
+        if os.path.lexists(folder / INDEX_NAME):
+            return cls(folder, _indexed_headers(folder))
+        pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
+        hint = f" ({', '.join(pickles)} hold pickles, which are never read)" if pickles else ""
+        raise TritterError(f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}{hint}.")
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Tensor name → file name."""
+        return {name: header.file for name, header in self.headers.items()}
 
     def get(self, name: str, *, index: tuple[int | slice, ...] = ()) -> Tensor:
         """Read one tensor, or what `index` selects of it.
@@ -59,7 +86,7 @@ class TensorFolder:
         Raises:
             TritterError: the file is damaged.
         """
-        path = self.folder / self.files[name]
+        path = self.folder / self.headers[name].file
         try:
             with safe_open(path, framework="pt") as file:
                 if index:
@@ -69,21 +96,10 @@ class TensorFolder:
             raise TritterError(f"{path} cannot be read ({error}).") from error
 
     def torch_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of one tensor.
-
-        Raises:
-            TritterError: a type that models are not made of.
-        """
-        with safe_open(self.folder / self.files[name], framework="pt") as file:
-            written = str(file.get_slice(name).get_dtype())
-        for dtype, known in DTYPE_NAMES.items():
-            if known == written and dtype.is_floating_point:
-                return dtype
-        raise TritterError(f"{self.folder / self.files[name]}: {name} is of type {written}.")
+        return self.headers[name].dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with safe_open(self.folder / self.files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self.headers[name].shape
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -92,29 +108,75 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
-def _read_index(folder: Path, index: Path) -> dict[str, str]:
+def _refuse_rank_files(folder: Path) -> None:
+    """Refuse what torch.distributed left of a model: transformers takes it before anything else."""
+    ranks = sorted(path.name for path in folder.glob("shard-*.safetensors"))
+    if any(_RANK_FILE.fullmatch(name) for name in ranks):
+        raise TritterError(
+            f"{folder} holds parts of a distributed checkpoint ({ranks[0]}), which are not read; "
+            f"save the whole model as {SINGLE_NAME} in a folder of its own."
+        )
+
+
+def _indexed_headers(folder: Path) -> dict[str, Header]:
+    """Return what lies in the files of an index."""
+    named = _read_index(folder / INDEX_NAME)
+    headers: dict[str, Header] = {}
+    for file in sorted(set(named.values())):
+        for name, header in _headers_in(folder, file).items():
+            if name in headers:
+                raise TritterError(
+                    f"{folder}: the tensor '{name}' lies in {headers[name].file} and in {file}; "
+                    "take it out of one of them."
+                )
+            headers[name] = header
+    for name, file in named.items():
+        if name not in headers or headers[name].file != file:
+            raise TritterError(f"{folder / file} lacks the tensor '{name}' that the index names.")
+    return headers
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return tensor name → file name.
+
+    Raises:
+        TritterError: it is no index that transformers could read.
+    """
     try:
-        files = read_json(index)["weight_map"]
-        pairs = {str(name): str(file) for name, file in files.items()}
+        content = read_object(index)
     except TritterError as error:
         raise TritterError(f"{index} is not a safetensors index: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise TritterError(f"{index} is not a safetensors index ({error!r}).") from error
-    held: dict[str, set[str]] = {}
-    for file in sorted(set(pairs.values())):
-        if Path(file).name != file:
+    files, metadata = content.get("weight_map"), content.get("metadata")
+    if not isinstance(files, dict) or not isinstance(metadata, dict):
+        raise TritterError(
+            f"{index} is not a safetensors index: it needs an object 'weight_map' (tensor → file) "
+            "and an object 'metadata'."
+        )
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file:
             raise TritterError(f"{index} points outside its folder: '{file}'.")
-        held[file] = set(_names_in(folder / file))
-    for name, file in pairs.items():
-        if name not in held[file]:
-            raise TritterError(f"{folder / file} lacks the tensor '{name}' that the index names.")
-    return pairs
+    return files
 
 
-def _names_in(path: Path) -> list[str]:
+def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
+    path = folder / file_name
     require_file(path, is_read_whole=False)
+    headers = {}
     try:
         with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+            names = file.keys()
+            for name in names:
+                part = file.get_slice(name)
+                dtype = _dtype(path, name, str(part.get_dtype()))
+                headers[name] = Header(file_name, dtype, tuple(part.get_shape()))
     except (SafetensorError, OSError) as error:
         raise TritterError(f"{path} cannot be read ({error}).") from error
+    return headers
+
+
+def _dtype(path: Path, name: str, written: str) -> torch.dtype:
+    for dtype, known in DTYPE_NAMES.items():
+        if known == written and dtype.is_floating_point:
+            return dtype
+    allowed = ", ".join(known for dtype, known in DTYPE_NAMES.items() if dtype.is_floating_point)
+    raise TritterError(f"{path}: {name} is of type {written}; weights are of {allowed}.")
