@@ -165,6 +165,11 @@ def check_source(words: list[str]) -> None:
     assert words == [".venv/bin/activate"]
 
 
+def check_module(words: list[str]) -> None:
+    """`python -m tritter` is the command without words: help."""
+    assert main(words) == 0
+
+
 def check_pytest(words: list[str]) -> None:
     assert words
     assert all((ROOT / word).exists() for word in words)
@@ -180,6 +185,7 @@ CHECKPOINTS = ("--checkpoint", "history", "inspect")  # the words that name one 
 KINDS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("python", "train.py"): check_train,
     ("tritter",): check_tritter,
+    ("python", "-m", "tritter"): check_module,
     ("make",): check_make,
     ("source",): check_source,
     (".venv/bin/python", "-m", "pytest"): check_pytest,
