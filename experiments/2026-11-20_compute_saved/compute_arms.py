@@ -19,7 +19,7 @@ from tritter.data.sequences import SequenceStream
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.data.tokens import pack
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Moe, Width
-from tritter.families import Config, family_of
+from tritter.families import Config, family_of, training_flops
 from tritter.library import ModelExpander
 from tritter.models import config_of, new_model
 from tritter.seeds import derived_seed
@@ -113,8 +113,7 @@ class Training:
         self.seconds = 0.0
         config = config_of(model)
         family = family_of(config)
-        forward = family.forward_flops_per_token(config, context_length=SEQUENCE_LENGTH)
-        self.flops_per_token = 3 * forward
+        self.flops_per_token = training_flops(family, config).per_token(SEQUENCE_LENGTH)
         self.routers: RoutingObjective | None = None
         if family.has_experts:
             self.routers = RoutingObjective(model, RoutingSettings())

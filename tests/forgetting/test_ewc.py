@@ -199,7 +199,6 @@ def test_it_holds_what_matters(tmp_path: Path) -> None:
             settings=SETTINGS,
             folder=tmp_path / str(strength),
             label="test",
-            flops_per_token=1,
             console=Console(quiet=True),
             task=task_with(module.model, fisher),
         )

@@ -49,7 +49,6 @@ def trained(
         settings=SETTINGS,
         folder=folder,
         label="test",
-        flops_per_token=1,
         console=Console(quiet=True),
         observers=[PathIntegral(folder / "importance")],
     )
@@ -83,7 +82,6 @@ def test_it_changes_nothing_of_the_training(tmp_path: Path) -> None:
         settings=SETTINGS,
         folder=tmp_path / "plain",
         label="test",
-        flops_per_token=1,
         console=Console(quiet=True),
     )
     for name, parameter in model.named_parameters():
@@ -105,7 +103,6 @@ def test_it_is_written_also_when_nothing_was_left_to_train(tmp_path: Path) -> No
             settings=replace(SETTINGS, save_every_n_steps=4),
             folder=tmp_path,
             label="test",
-            flops_per_token=1,
             console=Console(quiet=True),
             observers=[PathIntegral(tmp_path / "importance")],
         )

@@ -163,7 +163,6 @@ def train(
             settings=settings,
             folder=folder,
             label="test",
-            flops_per_token=1,
             console=Console(quiet=True),
             task=replace(task(model), importance={"fisher": fisher}),
             loggers=loggers,

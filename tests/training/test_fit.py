@@ -46,7 +46,6 @@ def run(module: BaseModule, folder: Path, *, settings: TrainerSettings = SETTING
         settings=settings,
         folder=folder,
         label="test",
-        flops_per_token=1,
         console=Console(quiet=True),
         task=task(module.model) if isinstance(module, ExpandedModule) else None,
     )

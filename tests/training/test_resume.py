@@ -90,7 +90,6 @@ def train(
             settings=replace(SETTINGS, save_every_n_steps=5),
             folder=folder,
             label="test",
-            flops_per_token=1,
             console=Console(quiet=True),
             task=Task(
                 carried=plain.carried,

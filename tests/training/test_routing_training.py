@@ -78,7 +78,6 @@ def run(
         settings=replace(trainer, save_every_n_steps=save_every_n_steps),
         folder=folder,
         label="test",
-        flops_per_token=1,
         console=Console(quiet=True),
         controls=controls,
     )

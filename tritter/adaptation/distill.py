@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tritter.adaptation.separate import NEW, separate_experts
+from tritter.adaptation.separate import separate_experts
 from tritter.adaptation.stages import Batch, checked_experts, descend, epochs_of
 from tritter.adaptation.trainable import only_trainable
 from tritter.errors import RequestError
 from tritter.models import config_of
 from tritter.routing import Routing
 from tritter.training import OptimiserSettings, RoutingObjective, RoutingSettings
+from tritter.training.compute import NEW
 
 
 def distill_experts(

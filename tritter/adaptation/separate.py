@@ -20,8 +20,8 @@ from tritter.errors import RequestError
 from tritter.families import FAMILIES, layout
 from tritter.models import config_of
 from tritter.routing import Routing
+from tritter.training.compute import BASE, NEW
 
-BASE, NEW = "_base", "_new"  # what the names of the parts end in
 _HANDLES = "separate_experts_handles"
 
 

@@ -13,12 +13,13 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
-from tritter.adaptation.separate import NEW, is_router, separate_experts
+from tritter.adaptation.separate import is_router, separate_experts
 from tritter.adaptation.trainable import only_trainable
 from tritter.errors import RequestError, TritterError
 from tritter.routing import AddedExperts, Routing
 from tritter.seeds import derived_seed
 from tritter.training import OptimiserSettings, RoutingObjective, RoutingSettings
+from tritter.training.compute import NEW
 from tritter.training.optimiser import build_optimiser
 
 Batch = Mapping[str, Tensor]

@@ -163,6 +163,11 @@ def domain_score(losses: DocumentLosses) -> DomainScore:
     )
 
 
+def window_lengths(documents: TokenisedDocuments, *, sequence_length: int) -> list[int]:
+    """Return how many tokens each pass over a window reads when documents are scored."""
+    return [window.length for window in _cut(documents, sequence_length=sequence_length)]
+
+
 def _cut(documents: TokenisedDocuments, *, sequence_length: int) -> list[_Window]:
     offsets = documents.offsets.tolist()
     return [

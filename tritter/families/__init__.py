@@ -8,6 +8,7 @@ from tritter.families.family import (
     Port,
     find_family,
 )
+from tritter.families.flops import Flops, backward_flops, forward_flops, training_flops
 from tritter.families.gemma3 import GEMMA3_TEXT
 from tritter.families.layout import (
     LayoutKind,
@@ -51,15 +52,19 @@ __all__ = [
     "Config",
     "Dimensions",
     "Family",
+    "Flops",
     "LayoutKind",
     "LogicalTensor",
     "Port",
     "StoredTensor",
+    "backward_flops",
     "family_of",
     "find_family",
+    "forward_flops",
     "layout",
     "llama_config",
     "match",
     "pack_all",
+    "training_flops",
     "unpack_all",
 ]

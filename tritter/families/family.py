@@ -120,6 +120,8 @@ class Family:
         per_layer_config_keys: config lists with one entry per layer.
         sparse_layers: which layers have experts; `pattern`: as `mlp_only_layers` and
             `decoder_sparse_step` say.
+        windows: which layers attend to the last `sliding_window` tokens only, where the config
+            states so many: `none`, `all`, or those that `layer_types` names.
         norm_offset: what a norm adds to its weight to get its gain.
     """
 
@@ -131,6 +133,7 @@ class Family:
     sizes: Mapping[str, str] = field(default_factory=lambda: DENSE_SIZES)
     per_layer_config_keys: tuple[str, ...] = ()
     sparse_layers: Literal["none", "all", "pattern"] = "none"
+    windows: Literal["none", "all", "layer_types"] = "none"
     norm_offset: float = 0.0
 
     @property
@@ -215,23 +218,17 @@ class Family:
             sum(size * self._active_share(t, config) for t, size in self._sizes_of_tensors(config))
         )
 
-    def forward_flops_per_token(self, config: Config, *, context_length: int) -> int:
-        """Count multiply-adds (2 FLOPs each) of one token's forward pass.
-
-        Matrix products, the output head and attention over half the context on average; of the
-        experts, those that a token is routed to. Norms, rotary embedding and softmax are left
-        out. A training step costs three times as much.
-        """
-        dimensions = self.dimensions(config)
-        matrices = 0.0
-        for tensor, size in self._sizes_of_tensors(config):
-            is_lookup = Axis("vocab", Port.READ) in tensor.axes
-            if len(tensor.axes) == 2 and not is_lookup:
-                matrices += size * self._active_share(tensor, config)
-        if config.get("tie_word_embeddings"):
-            matrices += dimensions.vocab_size * dimensions.hidden_size
-        attention = dimensions.num_hidden_layers * dimensions.query_size * context_length
-        return 2 * round(matrices) + 2 * attention
+    def attention_window(self, config: Config, layer: int) -> int | None:
+        """Return how many tokens a layer's attention goes back, the own included; None: to all."""
+        if self.windows == "none" or config.get("use_sliding_window") is False:
+            return None
+        kinds = config.get("layer_types")
+        if self.windows == "layer_types" and not (
+            isinstance(kinds, list) and kinds[layer] == "sliding_attention"
+        ):
+            return None
+        window = config.get("sliding_window")
+        return window if isinstance(window, int) and window > 0 else None
 
     def tied_names(self, config: Config) -> set[str]:
         """Return names that a file may hold although the tie makes them redundant."""

@@ -23,5 +23,6 @@ GEMMA3_TEXT = Family(
         embedding_port=Port.WRITE_SCALED,
     ),
     per_layer_config_keys=("layer_types",),
+    windows="layer_types",
     norm_offset=1.0,
 )

@@ -18,6 +18,7 @@ MISTRAL = Family(
     heads_divide_hidden=False,
     spaces=DECODER_SPACES,
     tensors=decoder_tensors(*attention(), ffn_norm(), *dense_ffn()),
+    windows="all",
 )
 
 MIXTRAL = Family(
@@ -36,4 +37,5 @@ MIXTRAL = Family(
         "expert_size": "intermediate_size",
     },
     sparse_layers="all",
+    windows="all",
 )

@@ -20,6 +20,7 @@ QWEN2 = Family(
     spaces=DECODER_SPACES,
     tensors=decoder_tensors(*attention(biases="qkv"), ffn_norm(), *dense_ffn()),
     per_layer_config_keys=("layer_types",),
+    windows="layer_types",
 )
 
 QWEN2_MOE = Family(
@@ -40,5 +41,6 @@ QWEN2_MOE = Family(
         "shared_expert_size": "shared_expert_intermediate_size",
     },
     per_layer_config_keys=("layer_types",),
+    windows="layer_types",
     sparse_layers="pattern",
 )

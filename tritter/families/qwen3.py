@@ -23,6 +23,7 @@ QWEN3 = Family(
         *dense_ffn(),
     ),
     per_layer_config_keys=("layer_types",),
+    windows="layer_types",
 )
 
 QWEN3_MOE = Family(
@@ -38,5 +39,6 @@ QWEN3_MOE = Family(
     ),
     sizes={**EXPERT_SIZES, "num_experts": "num_local_experts"},
     per_layer_config_keys=("layer_types",),
+    windows="all",
     sparse_layers="pattern",
 )

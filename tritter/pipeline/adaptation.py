@@ -3,6 +3,7 @@
 from itertools import islice
 
 from tritter.adaptation import best_experts, distill_experts
+from tritter.families import family_of, forward_flops, training_flops
 from tritter.models import load_model, locate, read_config
 from tritter.pipeline import experts
 from tritter.pipeline.arm import Arm
@@ -17,8 +18,14 @@ def choice(context: RunContext, arm: Arm) -> StageResult:
     sequences = experts.spread(context, context.new_domains, experts.UTILITY_SEQUENCES)
     chosen = best_experts(load_model(folder).to(context.device), sequences)
     context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
-    flops = 3 * context.flops_per_token(read_config(folder)) * sequences.numel()
-    return StageResult(found={"clone_from": list(chosen)}, flops={"choose": float(flops)})
+    config = read_config(folder)
+    flops = training_flops(
+        family_of(config), config, is_trained=lambda tensor: tensor.is_per_expert
+    )
+    return StageResult(
+        found={"clone_from": list(chosen)},
+        flops={"choose": len(sequences) * flops.of(sequences.shape[1])},
+    )
 
 
 def distillation(context: RunContext, arm: Arm) -> StageResult:
@@ -53,8 +60,12 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
         added=added,
         options=recorded_options(start, is_adapted=True),
     )
-    config = context.config.data
-    tokens = options.distill_steps * config.batch_size * config.sequence_length
-    per_token = 3 * context.flops_per_token(read_config(start))
-    per_token += context.flops_per_token(read_config(teacher_folder))
-    return StageResult(flops={arm.label("distill"): float(tokens * per_token)})
+    data, config, taught_by = context.config.data, read_config(start), read_config(teacher_folder)
+    flops = forward_flops(family_of(taught_by), taught_by) + training_flops(
+        family_of(config),
+        config,
+        is_trained=lambda tensor: tensor.expert in added.experts,
+        routed_to=added.experts,
+    )
+    sequences = options.distill_steps * data.batch_size
+    return StageResult(flops={arm.label("distill"): sequences * flops.of(data.sequence_length)})

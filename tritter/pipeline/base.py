@@ -26,7 +26,7 @@ from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, FitResult, discard_saved, fit
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,6 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         settings=context.trainer_settings,
         folder=context.folder / "pretraining",
         label="pretraining",
-        flops_per_token=3 * context.flops_per_token(config),
         console=context.console,
         observers=[PathIntegral(recorded)],
     )
@@ -142,7 +141,6 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
 
 
 def _base_lineage(context: RunContext, result: FitResult, made_from: Mapping[str, Any]) -> Lineage:
-    flops_per_token = 3 * context.flops_per_token(base_config(context))
     return Lineage(
         model_hash="",
         base_model_hash="",
@@ -151,7 +149,7 @@ def _base_lineage(context: RunContext, result: FitResult, made_from: Mapping[str
         step=result.steps,
         training_config={
             "stage": "pretraining",
-            "flops": result.num_tokens * flops_per_token,
+            "flops": result.flops,
             "old": context.source_records(context.old_domains),
             **context.split_record(),
             "made_from": dict(made_from),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,8 +26,13 @@ from tritter.data.pretrained import PretrainedTokenizer, read_tokenizer
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.data.tokens import pack
 from tritter.errors import RequestError
-from tritter.evaluation.losses import DocumentLosses, document_losses, domain_score
-from tritter.families import Config, family_of
+from tritter.evaluation.losses import (
+    DocumentLosses,
+    document_losses,
+    domain_score,
+    window_lengths,
+)
+from tritter.families import Config, family_of, forward_flops
 from tritter.models import locate, read_config
 from tritter.pipeline.corpora import run_corpus, text_notes
 from tritter.pipeline.ledger import Ledger, StageResult
@@ -210,14 +216,17 @@ class RunContext:
         return {domain: DocumentLosses.from_dict(record) for domain, record in plain.items()}
 
     def scoring_flops(self, config: Config) -> float:
-        """Count the FLOPs of one scoring of all domains."""
-        tokens = sum(self.corpus.domains[name].validation.num_tokens for name in self.domains)
-        return float(tokens * self.flops_per_token(config))
-
-    def flops_per_token(self, config: Config) -> int:
-        """Count the forward FLOPs of a token; training costs three times as much."""
+        """Count the FLOPs of one scoring of all domains; padding is not counted."""
         length = self.config.data.sequence_length
-        return family_of(config).forward_flops_per_token(config, context_length=length)
+        lengths = Counter(
+            window
+            for name in self.domains
+            for window in window_lengths(
+                self.corpus.domains[name].validation, sequence_length=length
+            )
+        )
+        flops = forward_flops(family_of(config), config)
+        return sum(count * flops.of(window) for window, count in lengths.items())
 
 
 def schedule_of(training: TrainingConfig) -> Schedule:

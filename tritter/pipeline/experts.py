@@ -12,14 +12,15 @@ from lightning import Callback
 from torch import Tensor, nn
 
 from tritter.adaptation import SeparateExperts, is_router, only_trainable, separate_experts
-from tritter.adaptation.separate import NEW
 from tritter.evaluation.inference import evaluating
 from tritter.expansion import MoeAdd
+from tritter.families import Config, family_of, forward_flops
 from tritter.models import load_model
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext, score_records
 from tritter.routing import AddedExperts, Routing, expert_counts
 from tritter.training import OldRouting, RoutingObjective, RoutingSettings, Schedule
+from tritter.training.compute import NEW
 from tritter.training.routing_callbacks import ExpertOpening, Unfreezing
 
 USAGE_SEQUENCES = 64
@@ -190,6 +191,16 @@ def usage(context: RunContext, model: nn.Module) -> dict[str, Any] | None:
         "layers": list(routing.layers),
         "usage": loads,
     }
+
+
+def usage_flops(context: RunContext, config: Config) -> float:
+    """Count the FLOPs of what `usage` looks at; none for a dense model."""
+    family = family_of(config)
+    if not family.has_experts:
+        return 0.0
+    looked = [spread(context, [domain], USAGE_SEQUENCES) for domain in context.domains]
+    flops = forward_flops(family, config).of(context.config.data.sequence_length)
+    return sum(map(len, looked)) * flops
 
 
 def summary_record(context: RunContext, arm: Arm) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from tritter.config.schema import RunConfig, TextDataConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status, decide
 from tritter.expansion import EXPANSIONS
-from tritter.pipeline import adaptation, experts, stages, verdict
+from tritter.pipeline import adaptation, experts, importance, stages, verdict
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext, score_records
 from tritter.pipeline.given import check_given
@@ -110,9 +110,9 @@ def _run_rounds(context: RunContext) -> list[Arm]:
 
 
 def _run_importance(context: RunContext, arm: Arm) -> None:
-    if stages.needs_importance(context):
+    if importance.is_needed(context):
         key = f"{arm.follows}.importance" if arm.follows else "importance"
-        context.stage(key, lambda: stages.importance(context, arm), label="importance")
+        context.stage(key, lambda: importance.estimate(context, arm), label="importance")
 
 
 def _gate_stage(context: RunContext, arm: Arm) -> Status:

@@ -1,8 +1,8 @@
 """What the stages do; each reads what earlier ones left on disk, so a run can stop between."""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,14 @@ from torch import Tensor
 
 from tritter.adaptation import redraw_rows
 from tritter.checkpoint import Lineage, read_lineage, record_step0_error
-from tritter.checkpoint.state import read_state, state_tensors, write_state
-from tritter.config.schema import EWCOptions
 from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.samples import sample_text
-from tritter.expand import (
-    carried_masks,
-    expand,
-    plan_expansion,
-    state_stream,
-)
+from tritter.expand import carried_masks, expand
 from tritter.expansion import build_steps
-from tritter.families import family_of
+from tritter.families import Flops, family_of, forward_flops
 from tritter.forgetting import build_methods
-from tritter.forgetting.ewc import mean_importance
-from tritter.forgetting.fisher import diagonal_fisher
-from tritter.models import disk_tensors, live_tensors, load_model, read_config
-from tritter.pipeline import experts
+from tritter.models import config_of, load_model, read_config
+from tritter.pipeline import experts, importance
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
 from tritter.pipeline.context import RunContext, schedule_of
@@ -36,7 +27,6 @@ from tritter.pipeline.given import copy_given
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.trained import recorded_options, write_trained
 from tritter.storage.atomic import atomic_folder
-from tritter.storage.writer import TensorStream
 from tritter.training import ExpandedModule, FitResult, Task, discard_saved, fit
 
 JUMP_SEQUENCES = 8
@@ -76,31 +66,6 @@ def _pretraining_flops(lineage: Lineage) -> dict[str, float]:
     return {} if stated is None else {"pretraining": float(stated)}
 
 
-def importance(context: RunContext, arm: Arm) -> StageResult:
-    """Estimate, at the weights an arm starts from, how much each matters to the old domains."""
-    options = _ewc_options(context)
-    assert options is not None
-    folder = context.folder / arm.start
-    model = load_model(folder).to(context.device)
-    sequences = context.training_sequences(context.old_domains)
-    order = torch.Generator().manual_seed(context.seed("fisher", *arm.purpose))
-    chosen = sequences[torch.randperm(len(sequences), generator=order)[: options.num_sequences]]
-    context.say("importance", f"Fisher of {len(chosen)} sequences of {_names(context.old_domains)}")
-    fisher = diagonal_fisher(
-        model,
-        chosen,
-        estimator="true" if options.estimator == "true" else "empirical",
-        seed=context.seed("fisher", "labels", *arm.purpose),
-    )
-    config = read_config(folder)
-    held = disk_tensors(config, {name: value.cpu() for name, value in fisher.items()})
-    with atomic_folder(_importance_folder(context, arm), overwrite=True) as temporary:
-        write_state(temporary, {"fisher": TensorStream.of(held.items())}, step=0)
-    # The gradients of a training step, and no update
-    flops = 3 * context.flops_per_token(config) * chosen.numel()
-    return StageResult(found={"sequences": len(chosen)}, flops={"importance": float(flops)})
-
-
 def expansion(context: RunContext, arm: Arm) -> StageResult:
     """Expand what the arm starts from, measure the jump and score the result."""
     source, folder = context.folder / arm.start, context.folder / arm.name / "expanded"
@@ -126,8 +91,8 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     )
     for note in filter(None, notes):
         context.say("", note)
-    before, after = load_model(source), load_model(folder)
-    jump = logit_jump(before, after, _jump_tokens(context))
+    before, after, tokens = load_model(source), load_model(folder), _jump_tokens(context)
+    jump = logit_jump(before, after, tokens)
     config = read_config(folder)
     error = jump.to_dict()["relative_to_std"]
     record_step0_error(folder, error, config, num_new=len(arm.specs))
@@ -138,7 +103,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
             "notes": [note for note in notes if note],
             "jump": jump.to_dict(),
         },
-        flops={"expand": context.scoring_flops(config)},
+        flops={"expand": context.scoring_flops(config) + _jump_flops(source, folder, tokens)},
     )
 
 
@@ -173,8 +138,7 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
         options=recorded_options(start, is_adapted=True),
     )
     discard_saved(folder)
-    flops = result.num_tokens * 3 * context.flops_per_token(read_config(start))
-    return StageResult(found=_fit_found(result), flops={arm.label("adapt"): float(flops)})
+    return StageResult(found=_fit_found(result), flops={arm.label("adapt"): result.flops})
 
 
 def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> StageResult:
@@ -201,11 +165,13 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         )
         folder = context.folder / arm.name
         result = _fit(context, arm, module, setup, folder=folder, label="training", loggers=loggers)
+    flops = result.flops
     if result.stopped_because is not None:
         context.say("", f"training was broken off: {result.stopped_because}")
     if context.config.routing.bias_update_rate and setup.routing is not None:
         context.say("", "with the selection bias, which is not saved:")
         context.score(model, f"{arm.name}-biased")
+        flops += context.scoring_flops(read_config(start))
     steps = experts.router_steps(context, arm) + result.steps
     write_trained(
         context,
@@ -218,13 +184,12 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         options=recorded_options(start, is_adapted=bool(experts.appended(context, arm))),
     )
     discard_saved(context.folder / arm.name)
-    flops = result.num_tokens * 3 * context.flops_per_token(read_config(start))
     adapted = context.ledger.get(f"{arm.name}.adapt")
     found = _fit_found(result)
     if adapted is not None:
         found["refused_steps"] += adapted.found["refused_steps"]
         found["stopped_because"] = adapted.found["stopped_because"] or result.stopped_because
-    return StageResult(found=found, flops={arm.label("fit"): float(flops)})
+    return StageResult(found=found, flops={arm.label("fit"): flops})
 
 
 def _fit(
@@ -239,8 +204,7 @@ def _fit(
 ) -> FitResult:
     """Train an arm's module on the new domains."""
     max_steps = module.schedule.max_steps
-    importance = _importance(context, arm)
-    config = read_config(experts.expanded_folder(context, arm))
+    known = importance.carried_importance(context, arm)
     return fit(
         module,
         context.batches(
@@ -249,14 +213,13 @@ def _fit(
         settings=context.trainer_settings,
         folder=folder,
         label=label,
-        flops_per_token=3 * context.flops_per_token(config),
         console=context.console,
         task=Task(
             carried=setup.follow(_carried(context, arm)),
             old_sequences=context.training_sequences(context.old_domains),
             seed=context.seed("forgetting", *arm.purpose),
-            importance={k: setup.follow(values) for k, values in importance.values.items()},
-            mean_importance=importance.means,
+            importance={k: setup.follow(values) for k, values in known.values.items()},
+            mean_importance=known.means,
         ),
         loggers=loggers,
         controls=setup.controls,
@@ -279,13 +242,17 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     context.say("evaluate", f"{who} on {_names(context.domains)}")
     context.score(trained, f"{arm.name}-trained")
     config = read_config(context.folder / arm.name / "trained")
-    samples = []
+    samples, flops = [], context.scoring_flops(config) + experts.usage_flops(context, config)
     if not arm.is_control and context.config.evaluation.sample_tokens:
         before = load_model(context.folder / arm.start)
         samples = [_sample(context, domain, before, trained) for domain in context.domains]
+        flops += sum(sample.flops for sample in samples)
     return StageResult(
-        found={"samples": samples, "experts": experts.usage(context, trained)},
-        flops={arm.label("evaluate"): context.scoring_flops(config)},
+        found={
+            "samples": [sample.texts for sample in samples],
+            "experts": experts.usage(context, trained),
+        },
+        flops={arm.label("evaluate"): flops},
     )
 
 
@@ -293,6 +260,16 @@ def _jump_tokens(context: RunContext) -> Tensor:
     """Return real text of every domain, int64 [B, T]."""
     per_domain = [context.training_sequences([name])[:JUMP_SEQUENCES] for name in context.domains]
     return torch.cat(per_domain).long()
+
+
+def _jump_flops(before: Path, after: Path, tokens: Tensor) -> float:
+    configs = map(read_config, (before, after))
+    return sum(_flops_of(forward_flops(family_of(c), c), tokens) for c in configs)
+
+
+def _flops_of(flops: Flops, sequences: Tensor) -> float:
+    """Return the FLOPs of a pass over sequences [N, T]."""
+    return len(sequences) * flops.of(sequences.shape[1])
 
 
 def _layer_note(sources: tuple[int, ...], name: str) -> str:
@@ -306,46 +283,6 @@ def _parameters(folder: Path) -> int:
     return family_of(config).count_parameters(config)
 
 
-def needs_importance(context: RunContext) -> bool:
-    """Say whether a method of the run needs the importance stage."""
-    return _ewc_options(context) is not None
-
-
-def _ewc_options(context: RunContext) -> EWCOptions | None:
-    return next((o for o in context.config.forgetting if isinstance(o, EWCOptions)), None)
-
-
-def _importance_folder(context: RunContext, arm: Arm) -> Path:
-    return context.folder / (f"{arm.follows}/importance" if arm.follows else "importance")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Importance:
-    """What `Task` is told of importances, by kind, and their means before the expansion."""
-
-    values: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
-    means: Mapping[str, float] = field(default_factory=dict)
-
-
-def _importance(context: RunContext, arm: Arm) -> _Importance:
-    """Return the importances that the arm's stage left, carried through the arm's maps."""
-    options, state = _ewc_options(context), read_state(_importance_folder(context, arm))
-    if options is None or state is None:
-        return _Importance()
-    baseline_folder = context.folder / arm.start
-    fisher = state.kinds["fisher"]
-    means = {}
-    if options.normalise == "mean":
-        means["fisher"] = mean_importance(state_tensors(fisher))
-    if not arm.specs:
-        config = read_config(baseline_folder)
-        return _Importance({"fisher": live_tensors(config, state_tensors(fisher))}, means)
-    plan = plan_expansion(baseline_folder, arm.specs, seed=context.seed("expansion", *arm.purpose))
-    kind = "fisher_penalty" if options.carry == "penalty_preserving" else "fisher"
-    carried = dict(state_stream(plan, kind, fisher, moments="carry").tensors)
-    return _Importance({"fisher": live_tensors(plan.target_config, carried)}, means)
-
-
 def _names(domains: Sequence[str]) -> str:
     return ", ".join(domains)
 
@@ -357,24 +294,30 @@ def _carried(context: RunContext, arm: Arm) -> dict[str, Tensor]:
     return carried_masks(config, steps)
 
 
-def _sample(context: RunContext, domain: str, before: Any, after: Any) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """What two models say to one prompt, as in summary.json, and the FLOPs of it."""
+
+    texts: dict[str, str]
+    flops: float
+
+
+def _sample(context: RunContext, domain: str, before: Any, after: Any) -> _Sample:
     document = context.corpus.domains[domain].validation.document(0)
     # Documents begin with headings and imports, which show less than what comes after them.
     prompt = document[SAMPLE_PROMPT_TOKENS:][:SAMPLE_PROMPT_TOKENS].tolist()
-    tokenizer = context.corpus.tokenizer
-
-    def continued(model: Any) -> str:
+    tokenizer, max_new = context.corpus.tokenizer, context.config.evaluation.sample_tokens
+    texts, flops = {}, 0.0
+    for name, model in (("before", before), ("after", after)):
         tokens = sample_text(
             model,
             prompt_ids=prompt,
-            max_new_tokens=context.config.evaluation.sample_tokens,
+            max_new_tokens=max_new,
             end_of_text_id=context.end_of_text_id,
         )
-        return str(tokenizer.decode(tokens))
-
-    return {
-        "domain": domain,
-        "prompt": str(tokenizer.decode(prompt)),
-        "before": continued(before),
-        "after": continued(after),
-    }
+        texts[name] = str(tokenizer.decode(tokens))
+        # End of text, the prompt and what was said; the last token is not read any more
+        config, said = config_of(model), min(len(tokens), max_new - 1)
+        flops += forward_flops(family_of(config), config).of(1 + len(prompt) + said)
+    record = {"domain": domain, "prompt": str(tokenizer.decode(prompt)), **texts}
+    return _Sample(record, flops)

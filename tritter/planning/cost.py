@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from tritter.errors import RequestError
-from tritter.families import Config, family_of
+from tritter.families import Config, family_of, training_flops
+from tritter.planning.memory import TrainingSetup, is_attention
 
 A100_BF16_FLOPS = 312e12  # dense, per second, as NVIDIA states it
 DEFAULT_MFU = 0.4
-TRAINING_PASSES = 3  # a backward pass costs two forward passes
 _SECONDS_PER_HOUR = 3600
 
 
@@ -47,8 +47,11 @@ class Device:
         return hours * _SECONDS_PER_HOUR * self.flops_per_second * self.mfu
 
 
-def training_flops_per_token(config: Config, *, sequence_length: int) -> int:
-    """Return the FLOPs of one token's training step, attention and output head included."""
-    family = family_of(config)
-    forward = family.forward_flops_per_token(config, context_length=sequence_length)
-    return TRAINING_PASSES * forward
+def training_flops_per_token(config: Config, setup: TrainingSetup) -> float:
+    """Return the mean FLOPs of a token in a training step: matrices, output head, attention."""
+    flops = training_flops(
+        family_of(config),
+        config,
+        is_trained=lambda tensor: not (setup.is_attention_frozen and is_attention(tensor)),
+    )
+    return flops.per_token(setup.sequence_length)

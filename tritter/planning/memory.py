@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tritter.errors import RequestError, did_you_mean
-from tritter.families import Config, Family, StoredTensor, family_of, layout
+from tritter.families import Config, Family, LogicalTensor, StoredTensor, family_of, layout
 
 # Lightning's name of a precision → bytes of a parameter, its gradient and each plain moment, and
 # bytes of an activation. Autocast keeps parameters in float32 and computes with halved copies.
@@ -103,7 +103,8 @@ def training_memory(config: Config, setup: TrainingSetup) -> TrainingMemory:
     """
     family = family_of(config)
     stored = layout(family, config, "live")
-    trained = [t for t in stored if not (setup.is_attention_frozen and is_attention(t))]
+    is_frozen = setup.is_attention_frozen
+    trained = [t for t in stored if not (is_frozen and is_attention(t.parts[0].tensor))]
     parameter_bytes, _ = _BYTES[setup.precision]
     return TrainingMemory(
         parameters_bytes=parameter_bytes * _count(stored),
@@ -113,9 +114,9 @@ def training_memory(config: Config, setup: TrainingSetup) -> TrainingMemory:
     )
 
 
-def is_attention(stored: StoredTensor) -> bool:
+def is_attention(tensor: LogicalTensor) -> bool:
     """Return whether a tensor is a projection of attention, or a norm within it."""
-    return ".attention." in stored.parts[0].tensor.name
+    return ".attention." in tensor.name
 
 
 def _count(stored: Sequence[StoredTensor]) -> int:

@@ -252,7 +252,7 @@ def _priced(
             last.predicted_loss,
             parameters=last.target_parameters,
             tokens=assumptions.device.flops(spare)
-            / _flops_per_token(last.target_config, assumptions),
+            / training_flops_per_token(last.target_config, assumptions.setup),
         ),
         from_scratch_gpu_hours=_hours_for(end.target_config, from_scratch, assumptions),
         source_memory=start.memory,
@@ -322,11 +322,8 @@ def _due_tokens(before: _Point | ExpansionStep, shape: Shape, assumptions: Assum
 
 
 def _hours_for(config: Config, num_tokens: float, assumptions: Assumptions) -> float:
-    return assumptions.device.hours(num_tokens * _flops_per_token(config, assumptions))
-
-
-def _flops_per_token(config: Config, assumptions: Assumptions) -> int:
-    return training_flops_per_token(config, sequence_length=assumptions.setup.sequence_length)
+    flops = num_tokens * training_flops_per_token(config, assumptions.setup)
+    return assumptions.device.hours(flops)
 
 
 def _best(plans: Sequence[GrowthPlan], *, is_compared: bool) -> GrowthPlan:

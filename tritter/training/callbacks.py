@@ -16,8 +16,9 @@ from tritter.data.ranks import this_rank
 from tritter.errors import TritterError
 from tritter.seeds import derived_seed
 from tritter.training.checkpoint_io import random_state, restore_random_state
+from tritter.training.compute import StepFlops
 from tritter.training.forgetting_method import ForgettingMethod, Task
-from tritter.training.module import ExpandedModule
+from tritter.training.module import BaseModule, ExpandedModule
 
 
 class ForgettingCallback(Callback):
@@ -110,11 +111,13 @@ class FiniteGuard(Callback):
         trainer.should_stop = True
 
 
-class TokenCount(Callback):
-    """Count the tokens that were trained on, by all processes."""
+class WorkCount(Callback):
+    """Count the tokens that were trained on, and the FLOPs of it, by all processes."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.tokens = 0
+        self.flops = 0.0
+        self._step = StepFlops()
 
     def on_train_batch_end(
         self,
@@ -124,13 +127,17 @@ class TokenCount(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.count += batch["input_ids"].numel() * trainer.world_size
+        assert isinstance(pl_module, BaseModule)
+        num_sequences, length = batch["input_ids"].shape
+        num_sequences *= trainer.world_size
+        self.tokens += num_sequences * length
+        self.flops += self._step.of(pl_module, num_sequences=num_sequences, length=length)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
+        return {"tokens": self.tokens, "flops": self.flops}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.count = int(state_dict["count"])
+        self.tokens, self.flops = int(state_dict["tokens"]), float(state_dict["flops"])
 
 
 class RandomState(Callback):
@@ -199,16 +206,18 @@ class SaveState(Callback):
 
 
 class Performance(Callback):
-    """Log tokens per second, seconds per step and peak memory."""
+    """Log tokens and FLOPs per second, seconds per step and peak memory.
 
-    def __init__(self, *, flops_per_token: int) -> None:
-        self._flops_per_token = flops_per_token
-        self._tokens = 0
-        self._steps = 0
-        self._since = time.perf_counter()
+    Args:
+        work: counts them; stands before this callback.
+    """
+
+    def __init__(self, work: WorkCount) -> None:
+        self._work = work
+        self._begin()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since = time.perf_counter()
+        self._begin()
 
     def on_train_batch_end(
         self,
@@ -218,20 +227,23 @@ class Performance(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._tokens += batch["input_ids"].numel() * trainer.world_size
         self._steps += 1
         if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         seconds = time.perf_counter() - self._since
         pl_module.log_dict(
             {
-                "performance/tokens_per_second": self._tokens / seconds,
+                "performance/tokens_per_second": (self._work.tokens - self._tokens) / seconds,
                 "performance/step_seconds": seconds / self._steps,
-                "performance/flops": float(self._tokens * self._flops_per_token) / seconds,
+                "performance/flops": (self._work.flops - self._flops) / seconds,
                 "performance/peak_memory_bytes": float(peak_memory_bytes()),
             }
         )
-        self._tokens, self._steps, self._since = 0, 0, time.perf_counter()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tokens, self._flops = self._work.tokens, self._work.flops
+        self._steps, self._since = 0, time.perf_counter()
 
 
 class StepProgress(Callback):

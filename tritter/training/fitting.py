@@ -24,7 +24,7 @@ from tritter.training.callbacks import (
     RandomState,
     SaveState,
     StepProgress,
-    TokenCount,
+    WorkCount,
 )
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.forgetting_method import Task
@@ -71,6 +71,8 @@ class FitResult:
     Args:
         steps: optimiser steps taken, refused ones included.
         num_tokens: tokens seen, by all processes.
+        flops: model FLOPs of all steps, and of a look at the routing that they hold; what is
+            counted stands in `tritter.families.flops`.
         seconds: wall time of the fit.
         refused_steps: steps with a loss or gradient that was not finite.
         stopped_because: why it ended early; None when it ran to its end.
@@ -80,6 +82,7 @@ class FitResult:
 
     steps: int
     num_tokens: int
+    flops: float
     seconds: float
     refused_steps: int
     stopped_because: str | None
@@ -93,7 +96,6 @@ def fit(
     settings: TrainerSettings,
     folder: Path,
     label: str,
-    flops_per_token: int,
     console: Console,
     task: Task | None = None,
     loggers: Sequence[Logger] = (),
@@ -108,7 +110,6 @@ def fit(
     Args:
         folder: where `metrics.csv` of this stage is written.
         label: what the progress bar calls it.
-        flops_per_token: of a training step, for the performance metrics.
         task: what methods against forgetting are told; needed by an ExpandedModule.
         loggers: besides the CSV; with several processes they get its rows when the fit has ended.
         observers: callbacks that read the gradients of the task before any method changes them.
@@ -120,8 +121,8 @@ def fit(
         TritterError: what the training would go on from is damaged, or a process was killed.
     """
     guard = FiniteGuard(max_consecutive=settings.max_non_finite_steps)
-    tokens = TokenCount()
-    callbacks = [*observers, *controls, tokens, Performance(flops_per_token=flops_per_token)]
+    work = WorkCount()
+    callbacks = [*observers, *controls, work, Performance(work)]
     callbacks += _callbacks_of(module, task)
     if isinstance(module, ExpandedModule) and task is not None:
         batches = reduce(lambda mixed, method: method.mix(mixed, task), module.methods, batches)
@@ -140,7 +141,8 @@ def fit(
     module.model.to("cpu")
     return FitResult(
         steps=steps,
-        num_tokens=tokens.count,
+        num_tokens=work.tokens,
+        flops=work.flops + (module.routing.looked_flops if module.routing else 0.0),
         seconds=time.perf_counter() - since,
         refused_steps=guard.refused_steps,
         stopped_because=guard.stopped_because,
@@ -221,7 +223,7 @@ def _fit_in_processes(
     loggers: Sequence[Logger] = (),
 ) -> int:
     """Do the same in processes of their own; the weights and what was counted come back."""
-    kinds = FiniteGuard | TokenCount | RoutingCallback
+    kinds = FiniteGuard | WorkCount | RoutingCallback
     counts = {type(c).__name__: c for c in callbacks if isinstance(c, kinds)}
     returned = Returned(folder / RETURNED_NAME, counts)
     with worker_processes():

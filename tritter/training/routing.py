@@ -15,6 +15,8 @@ from torch import Tensor, distributed, nn
 
 from tritter.data.ranks import this_rank
 from tritter.errors import TritterError
+from tritter.families import family_of, forward_flops
+from tritter.models import config_of
 from tritter.routing import (
     Record,
     Routing,
@@ -58,11 +60,13 @@ class OldRouting:
         sequences: int [N, T].
         probabilities: one [N, T, E] for each layer that has experts.
         batch_size: sequences that each step is held against.
+        flops: that the look took.
     """
 
     sequences: Tensor
     probabilities: tuple[Tensor, ...]
     batch_size: int
+    flops: float
 
     @classmethod
     def of(cls, model: nn.Module, sequences: Tensor, *, batch_size: int) -> "OldRouting":
@@ -80,7 +84,9 @@ class OldRouting:
                 model(input_ids=batch.long().to(_device(model)), use_cache=False)
                 for held, record in zip(seen, routing.recorded(), strict=True):
                     held.append(record.probabilities.view(*batch.shape, -1).cpu())
-        return cls(sequences, tuple(torch.cat(held) for held in seen), batch_size)
+        config = config_of(model)
+        flops = len(sequences) * forward_flops(family_of(config), config).of(sequences.shape[1])
+        return cls(sequences, tuple(torch.cat(held) for held in seen), batch_size, flops)
 
     def rows(self, step: int) -> Tensor:
         """Return which sequences a step is held against: all in turn."""
@@ -148,12 +154,24 @@ class RoutingObjective:
             loss = loss - settings.encouragement * terms["new_expert_mass"]
         return loss
 
+    @property
+    def held_batch(self) -> torch.Size | None:
+        """The shape [N, T] of the old text that each step is held against; None: none is."""
+        if self._old is None or not self.settings.hold_old:
+            return None
+        return self._old.sequences[self._old.rows(0)].shape
+
+    @property
+    def looked_flops(self) -> float:
+        """The FLOPs of the look at the old routing, before any step."""
+        return 0.0 if self._old is None else self._old.flops
+
     def divergence(self, model: nn.Module, step: int) -> Tensor | None:
         """Return how far old text is from its old routing, nats per token; None if not asked for.
 
         It costs a forward and a backward pass over some old sequences.
         """
-        if self._old is None or not self.settings.hold_old:
+        if self._old is None or self.held_batch is None:
             return None
         rows = self._old.rows(step)
         device = _device(model)

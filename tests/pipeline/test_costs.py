@@ -1,0 +1,130 @@
+"""Whole runs beside torch's counter: no pass of any stage is left out, none is charged twice.
+
+The models compute attention and experts eagerly here and attention is counted as the square that
+they compute; batches of one leave no padding. Then the two have to agree to the last FLOP.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+import tritter.families.flops as counting
+from tests.pipeline.conftest import SMALL
+from tests.pipeline.test_given import FAST, texts
+from tritter import models
+from tritter.config.composition import load_config
+from tritter.families import family_of, training_flops
+from tritter.models import read_config
+from tritter.pipeline import run_pipeline
+
+QUICK = (*FAST, "data=text", "forgetting=replay", "evaluation.batch_size=1", "gate='off'")
+SMALL_MODEL = tuple(word for word in SMALL if word.startswith("model."))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Where a few texts lie, in the words of a run."""
+    place = tmp_path_factory.mktemp("texts")
+    for name, seed in (("old", 0), ("new", 1)):
+        (place / name).mkdir()
+        for number, text in enumerate(texts(seed)):
+            (place / f"{name}/{number}.txt").write_text(text)
+    return f"data.old={place}/old", f"data.new={place}/new"
+
+
+@pytest.fixture
+def as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let stock models compute what is counted, and count what they compute."""
+    stock = models._with_expert_kernel
+
+    def eager(model: PreTrainedModel) -> PreTrainedModel:
+        model = stock(model)
+        model.set_attn_implementation("eager")
+        if family_of(model.config.to_dict()).has_experts:
+            model.set_experts_implementation("eager")
+        return model
+
+    monkeypatch.setattr(models, "_with_expert_kernel", eager)
+    monkeypatch.setattr(counting, "num_keys", lambda length, window=None: length**2)
+
+
+def run(folder: Path, *words: str) -> tuple[dict[str, Any], int]:
+    """Return a run's summary, and the FLOPs that torch counted meanwhile."""
+    folder.mkdir()
+    config = load_config([*words, f"cache_dir={folder}/cache"])
+    with FlopCounterMode(display=False) as counter:
+        outcome = run_pipeline(config, run_folder=folder)
+    return json.loads(outcome.summary_path.read_text()), counter.get_total_flops()
+
+
+@pytest.mark.usefixtures("as_computed")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("expansion=width", "forgetting=ewc", "forgetting.ewc.estimator='true'", "control=true"),
+        ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true", "forgetting=replay"),
+        ("expansion=moe", "expansion.moe.num_experts=4", "forgetting=[ewc,replay]",
+         "routing.bias_update_rate=0.001"),
+    ],
+    ids=["width", "new blocks", "experts"],
+)  # fmt: skip
+def test_every_pass_of_a_run_is_counted(
+    tmp_path: Path, places: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    asked = (*QUICK, *SMALL_MODEL, *places, *words, "evaluation.sample_tokens=0")
+    summary, counted = run(tmp_path / "run", *asked)
+    assert summary["flops"]["total"] == counted
+
+
+@pytest.mark.usefixtures("as_computed")
+def test_every_pass_of_appended_experts_is_counted(tmp_path: Path, places: tuple[str, ...]) -> None:
+    """Choice, teacher, routers, held routing; with a base that is trained too.
+
+    A base that is held apart has no gradient of its weights by right, and one in fact: the parts
+    are put together for each pass.
+    """
+    words = (*QUICK, *places, "evaluation.sample_tokens=0")
+    run(tmp_path / "sparse", *words, *SMALL_MODEL, "expansion=moe", "expansion.moe.num_experts=4")
+    given = ("model=hf", f"model.path={tmp_path}/sparse/checkpoint", "expansion=moe_add")
+    added = (
+        "expansion.moe_add.num_experts=2", "expansion.moe_add.init=distill",
+        f"expansion.moe_add.teacher={tmp_path}/sparse/checkpoint", "adaptation.distill_steps=3",
+        "adaptation.router_max_steps=3", "adaptation.freeze_base=false", "routing.hold_old=1.0",
+    )  # fmt: skip
+    summary, counted = run(tmp_path / "run", *words, *given, *added)
+    assert {"distill", "adapt", "fit"} <= set(summary["flops"])
+    assert summary["flops"]["total"] == counted
+    best = ("expansion.moe_add.init=best", "adaptation.router_max_steps=2")
+    kept = ("expansion.moe_add.num_experts=2", "adaptation.freeze_base=false")
+    summary, counted = run(tmp_path / "best", *words, *given, *kept, *best)
+    assert summary["flops"]["choose"] > 0
+    assert summary["flops"]["total"] == counted
+
+
+def test_a_sample_reads_each_token_once(tmp_path: Path, places: tuple[str, ...]) -> None:
+    """Stock models read the whole prefix again for each word, which is recomputation."""
+    words = [*QUICK, *SMALL_MODEL, *places, "expansion=none"]
+    long, _ = run(tmp_path / "long", *words, "evaluation.sample_tokens=5")
+    none, _ = run(tmp_path / "none", *words, "evaluation.sample_tokens=0")
+    told = long["flops"]["evaluate"] - none["flops"]["evaluate"]
+    config = read_config(tmp_path / "long/checkpoint")
+    forward = counting.forward_flops(family_of(config), config)
+    # Two domains, two models; 1 + 24 + up to 4 of 5 tokens
+    assert 4 * forward.of(25) <= told <= 4 * forward.of(29)
+
+
+def test_new_blocks_alone_cost_what_their_gradients_do(
+    tmp_path: Path, places: tuple[str, ...]
+) -> None:
+    words = ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true")
+    summary, _ = run(tmp_path / "run", *QUICK, *SMALL_MODEL, *places, *words)
+    config = read_config(tmp_path / "run/attempt_1/trained")
+    family, new = family_of(config), ("layers.2.", "layers.4.")
+    some = training_flops(family, config, is_trained=lambda t: t.name.startswith(new))
+    sequences = 4 * 8  # steps · batch
+    assert summary["flops"]["fit"] == sequences * some.of(64)
+    assert some.of(64) < 0.8 * training_flops(family, config).of(64)

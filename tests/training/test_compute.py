@@ -1,0 +1,111 @@
+"""FLOPs of real training steps: what is trained in them, and what is looked at besides."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.oracle_families import OWN, SPARSE, tiny
+from tests.training.test_routing_training import SEQUENCES, UNHELD, run
+from tritter.adaptation import is_router, only_trainable, separate_experts
+from tritter.families import FAMILIES, Flops, backward_flops, forward_flops, training_flops
+from tritter.training import (
+    BaseModule,
+    OldRouting,
+    OptimiserSettings,
+    RoutingObjective,
+    RoutingSettings,
+    Schedule,
+)
+from tritter.training.compute import StepFlops, trained_tensors
+from tritter.training.routing_callbacks import Unfreezing
+
+LENGTH = 16
+HELD = RoutingSettings(auxiliary_loss=0.01, z_loss=1e-3, hold_old=1.0)
+
+
+def square(flops: Flops) -> float:
+    """Return what eager attention makes of a count: every token meets every key."""
+    return flops.matrices * LENGTH + sum(flops.attention.values()) * LENGTH**2
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_holding_old_routing_costs_a_second_pass_in_every_step(family: str) -> None:
+    model = tiny(family, attn_implementation="eager")
+    old = OldRouting.of(model, SEQUENCES[:10], batch_size=2)
+    routing = RoutingObjective(model, HELD, old=old)
+    module = BaseModule(
+        model,
+        schedule=Schedule(learning_rate=1e-3, max_steps=4),
+        optimiser=OptimiserSettings(),
+        routing=routing,
+    )
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    with routing.routing.recording(), FlopCounterMode(display=False) as counter:
+        module.training_step({"input_ids": SEQUENCES[:3].long()}, 0).backward()
+    config, table = model.config.to_dict(), FAMILIES[family]
+    of_batch = training_flops(table, config)
+    of_routing = forward_flops(table, config) + backward_flops(table, config, loss_at="routers")
+    assert counter.get_total_flops() == 3 * square(of_batch) + 2 * square(of_routing)
+    ours = StepFlops().of(module, num_sequences=3, length=LENGTH)
+    assert ours == 3 * of_batch.of(LENGTH) + 2 * of_routing.of(LENGTH)
+    module.routing = RoutingObjective(model, UNHELD)
+    without = StepFlops().of(module, num_sequences=3, length=LENGTH)
+    assert without == 3 * of_batch.of(LENGTH)
+
+
+def test_the_look_at_old_routing_and_what_is_held_are_in_the_cost_of_a_fit(tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    config, table = model.config.to_dict(), FAMILIES["mixtral"]
+    forward = forward_flops(table, config)
+    old = OldRouting.of(model, SEQUENCES[:10], batch_size=2)
+    assert old.flops == 10 * forward.of(LENGTH)
+    held = run(model, tmp_path / "held", settings=HELD, old=old, steps=3)
+    plain = run(tiny("mixtral"), tmp_path / "plain", steps=3)
+    assert plain.flops == 3 * 4 * 3 * forward.of(LENGTH)
+    again = forward + backward_flops(table, config, loss_at="routers")
+    assert held.flops == plain.flops + old.flops + 3 * 2 * again.of(LENGTH)
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_trained_tensors_are_told_by_their_parameters(family: str) -> None:
+    model = tiny(family)
+    config = model.config.to_dict()
+    held = {tensor.name: tensor for tensor in FAMILIES[family].logical_tensors(config)}
+    assert trained_tensors(model) == set(held)
+    with only_trainable(model, lambda name: "layers.1." in name):
+        assert trained_tensors(model) == {name for name in held if name.startswith("layers.1.")}
+    if family not in SPARSE:
+        return
+    with only_trainable(model, is_router):
+        assert trained_tensors(model) == {name for name in held if name.endswith(".router")}
+    with separate_experts(model, 3), only_trainable(model, lambda name: name.endswith("_new")):
+        assert trained_tensors(model) == {n for n, tensor in held.items() if tensor.expert == 3}
+
+
+def test_what_is_held_until_a_step_costs_nothing_until_then(tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    config, table = model.config.to_dict(), FAMILIES["mixtral"]
+    with separate_experts(model, 2):
+        base = [p for name, p in model.named_parameters() if not name.endswith("_new")]
+        controls = [Unfreezing(base, after_steps=2)]
+        result = run(model, tmp_path, steps=5, controls=controls)
+    first = training_flops(table, config, is_trained=lambda t: t.expert in (2, 3)).of(LENGTH)
+    rest = training_flops(table, config).of(LENGTH)
+    assert first < rest
+    assert result.flops == 4 * (2 * first + 3 * rest)
+
+
+def test_the_metric_is_the_count_over_the_time(tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    result = run(model, tmp_path, steps=4)  # two rows of two steps
+    with (tmp_path / "metrics.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["performance/flops"]]
+    spent = [
+        float(row["performance/flops"]) * 2 * float(row["performance/step_seconds"]) for row in rows
+    ]
+    assert len(spent) == 2
+    assert spent == pytest.approx([result.flops / 2] * 2)
+    assert torch.isfinite(torch.tensor(spent)).all()

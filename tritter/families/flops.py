@@ -1,0 +1,247 @@
+"""What a pass through a model costs in model FLOPs, counted from shapes.
+
+Counted are matrix products and attention, 2 FLOPs a multiply-add: each token meets every matrix
+once (of the experts, those that it is routed to), and attends to itself and to the tokens before
+it, in a window where its layer has one. Norms, rotary positions, softmax, the lookup of embeddings
+and the optimiser are left out, and so is whatever a kernel computes twice or throws away.
+
+A backward pass computes a gradient of the weights for a matrix that is trained, and one of its
+input where something that is trained lies below it. With everything trained that is twice the
+forward pass.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tritter.families.dimensions import Config
+from tritter.families.family import Family, LogicalTensor
+
+Loss = Literal["head", "routers"]
+IsTrained = Callable[[LogicalTensor], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """FLOPs of a pass over a sequence, for any length of it.
+
+    Args:
+        matrices: of each token.
+        attention: of each token and key, by the window that the keys lie in; None: there is none.
+    """
+
+    matrices: float = 0.0
+    attention: Mapping[int | None, int] = field(default_factory=dict)
+
+    def of(self, length: int) -> float:
+        """Return the FLOPs of one sequence of so many tokens."""
+        keys = sum(flops * num_keys(length, window) for window, flops in self.attention.items())
+        return length * self.matrices + keys
+
+    def per_token(self, length: int) -> float:
+        """Return the mean over the tokens of a sequence of so many."""
+        return self.of(length) / length
+
+    def __add__(self, other: "Flops") -> "Flops":
+        windows = {**self.attention, **other.attention}
+        return Flops(
+            self.matrices + other.matrices,
+            {w: self.attention.get(w, 0) + other.attention.get(w, 0) for w in windows},
+        )
+
+
+def num_keys(length: int, window: int | None = None) -> int:
+    """Return how many keys the tokens of a sequence attend to, all together.
+
+    The token at place t, from 0, attends to t + 1 keys, or to `window` of them.
+    """
+    full = length if window is None else min(length, window)
+    return full * (full + 1) // 2 + (length - full) * full
+
+
+def everything(tensor: LogicalTensor) -> bool:
+    """Return that a tensor is trained, as all are."""
+    return True
+
+
+def forward_flops(
+    family: Family, config: Config, *, routed_to: Collection[int] | None = None
+) -> Flops:
+    """Count a forward pass, output head included.
+
+    Args:
+        routed_to: the experts that share the tokens evenly. Default: all.
+    """
+    return _Walk(family, config, everything, routed_to).sum(lambda product: product.forward)
+
+
+def backward_flops(
+    family: Family,
+    config: Config,
+    *,
+    is_trained: IsTrained = everything,
+    loss_at: Loss = "head",
+    routed_to: Collection[int] | None = None,
+) -> Flops:
+    """Count the backward pass of a loss.
+
+    Args:
+        is_trained: says so of a tensor.
+        loss_at: `head`, a loss of the logits; or `routers`, one of what routers say, whose
+            gradient passes through nothing that stands above the last of them.
+        routed_to: as for `forward_flops`.
+    """
+    walk = _Walk(family, config, is_trained, routed_to)
+    if loss_at == "head":
+        return walk.sum(lambda product: product.backward)
+    return walk.sum(lambda product: product.backward * product.is_below_router)
+
+
+def training_flops(
+    family: Family,
+    config: Config,
+    *,
+    is_trained: IsTrained = everything,
+    routed_to: Collection[int] | None = None,
+) -> Flops:
+    """Count a forward and a backward pass; arguments as for `backward_flops`."""
+    forward = forward_flops(family, config, routed_to=routed_to)
+    return forward + backward_flops(family, config, is_trained=is_trained, routed_to=routed_to)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Product:
+    """Products of the forward pass that are alike, and those that their gradients take.
+
+    Args:
+        size: multiply-adds of one, for each token; in attention for each token and key.
+        forward: how many of them the forward pass has.
+        backward: how many the backward pass has.
+        is_below_router: a router's decision depends on it.
+        is_routed: each token meets a share of it.
+        is_attention: its size is that of a key.
+        window: that the keys lie in.
+    """
+
+    size: int
+    forward: int = 1
+    backward: int
+    is_below_router: bool
+    is_routed: bool = False
+    is_attention: bool = False
+    window: int | None = None
+
+
+class _Walk:
+    """The products of a model from the embedding up, with what needs a gradient on the way."""
+
+    def __init__(
+        self,
+        family: Family,
+        config: Config,
+        is_trained: IsTrained,
+        routed_to: Collection[int] | None,
+    ) -> None:
+        self._sizes = family.dimensions(config)
+        self._experts = range(self._sizes.num_experts) if routed_to is None else routed_to
+        self._held: dict[str, int] = {}  # name → size
+        self._trained: set[str] = set()
+        for tensor in family.logical_tensors(config):
+            self._held[tensor.name] = math.prod(family.shape(tensor, config))
+            if is_trained(tensor):
+                self._trained.add(tensor.name)
+        layers = range(self._sizes.num_hidden_layers)
+        sparse = [layer for layer in layers if family.is_sparse(config, layer)]
+        self._last_sparse = f"layers.{sparse[-1]}." if sparse else ""
+        self._is_below_router = bool(sparse)
+        self._products: list[_Product] = []
+        stream = "embed" in self._trained
+        for layer in layers:
+            window = family.attention_window(config, layer)
+            stream = self._attention(f"layers.{layer}.", stream, window)
+            stream = self._ffn(f"layers.{layer}.", stream)
+        head = "head" if "head" in self._held else "embed"
+        self._matrix(head, self._needs(stream, "final_norm"))
+
+    def sum(self, times: Callable[[_Product], int]) -> Flops:
+        """Add the products up, each taken so many times."""
+        whole = routed = 0
+        attention: dict[int | None, int] = {}
+        for product in self._products:
+            flops = 2 * product.size * times(product)
+            if product.is_attention:
+                attention[product.window] = attention.get(product.window, 0) + flops
+            elif product.is_routed:
+                routed += flops
+            else:
+                whole += flops
+        share = self._sizes.experts_per_token * routed / max(1, len(self._experts))
+        return Flops(whole + share, attention)
+
+    def _attention(self, layer: str, stream: bool, window: int | None) -> bool:
+        """Add the products of a layer's attention; return whether the stream needs a gradient."""
+        read, part = self._needs(stream, layer + "attention_norm"), layer + "attention."
+        query, key, value = (
+            self._matrix(part + name, read, part + name + "_bias", part + name + "_norm")
+            for name in ("q", "k", "v")
+        )
+        weights = query or key
+        self._products.append(
+            _Product(
+                size=self._sizes.query_size,
+                forward=2,  # queries and keys, weights and values
+                backward=query + key + weights + value,
+                is_below_router=self._is_below_router,
+                is_attention=True,
+                window=window,
+            )
+        )
+        added = self._matrix(
+            part + "o", weights or value, part + "o_bias", layer + "attention_output_norm"
+        )
+        return stream or added
+
+    def _ffn(self, layer: str, stream: bool) -> bool:
+        """Add the products of a layer's FFN or experts; return as `_attention` does."""
+        read = self._needs(stream, layer + "ffn_norm")
+        if layer + "router" not in self._held:
+            added = self._swiglu(layer + "ffn", read, layer + "ffn_output_norm")
+            return stream or added
+        added = self._matrix(layer + "router", read)
+        self._is_below_router &= layer != self._last_sparse
+        for expert in self._experts:
+            added |= self._swiglu(f"{layer}experts.{expert}", read, is_routed=True)
+        if layer + "shared_expert.gate" in self._held:
+            added |= self._swiglu(layer + "shared_expert", read)
+            added |= self._matrix(layer + "shared_expert_gate", read)
+        return stream or added
+
+    def _swiglu(self, name: str, read: bool, *behind: str, is_routed: bool = False) -> bool:
+        gate, up, down = (f"{name}.{part}" for part in ("gate", "up", "down"))
+        inner = self._matrix(gate, read, gate + "_bias", is_routed=is_routed)
+        inner |= self._matrix(up, read, up + "_bias", is_routed=is_routed)
+        return self._matrix(down, inner, down + "_bias", *behind, is_routed=is_routed)
+
+    def _matrix(self, name: str, read: bool, *behind: str, is_routed: bool = False) -> bool:
+        """Add the product with a matrix.
+
+        Args:
+            read: its input needs a gradient.
+            behind: vectors that its output meets.
+
+        Returns:
+            Whether what comes out needs a gradient.
+        """
+        self._products.append(
+            _Product(
+                size=self._held[name],
+                backward=read + (name in self._trained),
+                is_below_router=self._is_below_router,
+                is_routed=is_routed,
+            )
+        )
+        return self._needs(read, name, *behind)
+
+    def _needs(self, stream: bool, *names: str) -> bool:
+        return stream or not self._trained.isdisjoint(names)
