@@ -114,7 +114,7 @@ def test_tokens_and_hours_by_hand() -> None:
     (step,) = plan.steps
     layers, d, f, kv, vocabulary = 48, 4096, 14336, 1024, 32_000
     matrices = layers * (2 * d * d + 2 * d * kv + 3 * d * f) + vocabulary * d
-    per_token = 3 * (2 * matrices + 2 * layers * d * 1024)
+    per_token = 3 * (2 * matrices + 2 * layers * d * (1024 + 1))
     tokens = 10 * (10_731_524_096 - 7_241_732_096)
     assert step.num_tokens == tokens
     assert step.gpu_hours == pytest.approx(tokens * per_token / 0.5e15 / 3600)
@@ -122,6 +122,29 @@ def test_tokens_and_hours_by_hand() -> None:
     scratch = 10 * 10_731_524_096 * per_token / 0.5e15 / 3600
     assert plan.from_scratch_gpu_hours == pytest.approx(scratch)
     assert per_token / (6 * 10_731_524_096) == pytest.approx(1, abs=0.1)  # the usual 6 N D
+
+
+def test_hours_know_windows_and_what_is_frozen() -> None:
+    source = {**PRESETS["tritter_7b"].config(), "model_type": "mistral"}
+    hours = {}
+    for window, is_frozen in ((None, False), (256, False), (None, True)):
+        setup = TrainingSetup(sequence_length=8192, is_attention_frozen=is_frozen)
+        assumptions = Assumptions(setup=setup)
+        plan = plan_growth(
+            {**source, "sliding_window": window}, 10_700_000_000,
+            gpu_hours=1e6, strategy="depth_first", assumptions=assumptions,
+        )  # fmt: skip
+        hours[window, is_frozen] = plan.steps[0].gpu_hours
+    layers, d, f, kv, vocabulary, length = 48, 4096, 14336, 1024, 32_000, 8192
+    projections = layers * (2 * d * d + 2 * d * kv)
+    matrices = projections + layers * 3 * d * f + vocabulary * d
+    full = 2 * matrices + 2 * layers * d * (length + 1)
+    keys = sum(min(place + 1, 256) for place in range(length)) / length
+    windowed = 2 * matrices + 4 * layers * d * keys
+    whole = hours[None, False]
+    assert hours[256, False] / whole == pytest.approx(windowed / full)
+    # Gradients of its weights are saved; those that pass through it are needed below
+    assert hours[None, True] / whole == pytest.approx((3 * full - 2 * projections) / (3 * full))
 
 
 def test_a_budget_too_small_says_what_it_reaches() -> None:
