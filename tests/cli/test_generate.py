@@ -81,3 +81,26 @@ def test_a_damaged_model_is_refused(run: Run, place: Path) -> None:
     result = run("generate --checkpoint base --prompt hello")
     assert result.code == 2
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_weights_that_are_not_finite_are_named(run: Run, place: Path, temperature: str) -> None:
+    model = stock(place / "base")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(place / "base")
+    result = run(f"generate --checkpoint base --prompt hello --temperature {temperature}")
+    assert result.code == 2
+    assert "model.norm.weight holds values that are not finite" in result.err
+    assert result.out == ""
+
+
+def test_weights_that_overflow_are_told(run: Run, place: Path) -> None:
+    model = stock(place / "base")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+        model.model.norm.weight.fill_(3e38)
+    model.save_pretrained(place / "base")
+    result = run("generate --checkpoint base --prompt hello --temperature 1")
+    assert result.code == 1
+    assert "not finite" in result.err and "Traceback" not in result.err

@@ -147,6 +147,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "-m hydra.sweep.subdir=../x${hydra.job.num} seed=0,3": ("hydra.sweep.subdir = ../x0",),
     "-m hydra.sweep.subdir=/tmp/x${hydra.job.num} seed=0,3": ("hydra.sweep.subdir = /tmp/x0",),
     "-m hydra.sweep.subdir=. seed=0": ("hydra.sweep.subdir = .",),
+    "experiment=ablation": ("hydra.sweeper.params", "expansion, forgetting", "add -m"),
     "-m --cfg job seed=0,1": ("-m with --cfg",),
 }
 

@@ -1,6 +1,9 @@
+from collections.abc import Callable
+
+import pytest
 import torch
 
-from tritter.evaluation.samples import sample_text
+from tritter.evaluation.samples import prompt_in_words, sample_text
 
 
 def successor_table(*pairs: tuple[int, int]) -> torch.Tensor:
@@ -28,3 +31,22 @@ def test_same_words_each_time_whatever_the_global_seed(summing, table):
         torch.manual_seed(seed)
         runs.append(sample_text(model, prompt_ids=[3], max_new_tokens=8, end_of_text_id=0))
     assert runs[0] == runs[1]
+
+
+def _decode(ids: list[int]) -> str:
+    """Tokens 0–9 begin a word, those from 10 on go on in one; the first loses its space."""
+    return "".join(f" w{i}" if i < 10 else f"x{i}" for i in ids).lstrip()
+
+
+@pytest.mark.parametrize("decode", [_decode, lambda ids: " " + _decode(ids)])
+def test_a_prompt_begins_and_ends_with_whole_words(decode: Callable[[list[int]], str]) -> None:
+    document = [1, 11, 2, 12, 13, 3, 4, 14, 5, 15, 16, 6]
+    prompt = prompt_in_words(document, decode, skipped_tokens=3, max_tokens=5)
+    assert prompt == [3, 4, 14]
+    assert prompt_in_words(document, decode, skipped_tokens=5, max_tokens=3) == [3, 4, 14]
+
+
+@pytest.mark.parametrize("document", [[], [1], [1, 11], [11, 12, 13, 14, 15, 16]])
+def test_a_prompt_of_a_document_without_words_or_room(document: list[int]) -> None:
+    prompt = prompt_in_words(document, _decode, skipped_tokens=24, max_tokens=24)
+    assert prompt == document[len(document) // 2 :]

@@ -138,6 +138,9 @@ def test_learning_rate_one_is_rolled_back(run_job: Run, tmp_path: Path) -> None:
     assert any(c["verdict"] == "failed" for c in summary["gate"])
     assert summary["final"] == summary["baseline"]
     assert summary["attempts"][0]["final"] != summary["baseline"]
+    # What a sweeper minimises is that of what was trained: every base would have the same
+    trained = [score["loss_per_byte"] for score in summary["attempts"][0]["final"].values()]
+    assert outcome.metric == pytest.approx(sum(trained) / len(trained))
     assert summary["parameters"]["final"] == summary["parameters"]["baseline"]
     kept, base = read_lineage(tmp_path / "run/checkpoint"), read_lineage(tmp_path / "run/baseline")
     assert kept is not None and base is not None

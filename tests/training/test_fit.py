@@ -190,3 +190,16 @@ def test_schedules_warm_up_and_end_where_they_say(shape: str) -> None:
         assert factors[79] == 1.0 and factors[90] == pytest.approx(0.55)
     if shape == "cosine":
         assert factors[55] == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "ratio", "expected"),
+    [(200, 0.05, 10), (600, 0.05, 30), (40, 0.05, 5), (20, 0.0, 0), (8, 0.05, 2), (3, 0.05, 0)],
+)
+def test_a_short_training_warms_up_for_some_steps(
+    max_steps: int, ratio: float, expected: int
+) -> None:
+    schedule = Schedule(learning_rate=1.0, max_steps=max_steps, warmup_ratio=ratio)
+    assert schedule.warmup_steps == expected
+    rising = [schedule.factor(step) for step in range(expected)]
+    assert rising == sorted(rising) and all(factor <= 1 for factor in rising)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tritter.cli.output import DTYPES, new_console, print_json, signs_of
 from tritter.cli.request import damage_is_a_wrong_request
-from tritter.errors import RequestError
+from tritter.errors import RequestError, TritterError
 from tritter.families import Config
 from tritter.models import load_model, load_tokenizer, locate, read_config
 
@@ -28,7 +28,8 @@ def run_generate(
 
     Raises:
         RequestError: the checkpoint cannot be loaded, has no tokenizer, or has no room for the
-            prompt and the new tokens.
+            prompt and the new tokens, or its weights are not finite.
+        TritterError: what it computes from them is not finite.
     """
     with damage_is_a_wrong_request():
         folder = locate(checkpoint)
@@ -38,6 +39,7 @@ def run_generate(
         input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         _check_room(config, num_tokens=input_ids.shape[-1], max_new_tokens=max_new_tokens)
         model = load_model(folder, dtype=DTYPES.get(str(config.get("dtype")), torch.float32))
+        _check_finite(model, folder)
     new_ids = continuation(
         model,
         input_ids,
@@ -76,6 +78,13 @@ def continuation(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature}
     input_ids = input_ids.to(device)
+    with torch.inference_mode():
+        logits = model(input_ids=input_ids, use_cache=False).logits[:, -1]
+    if not logits.isfinite().all():
+        raise TritterError(
+            "the model's logits for the prompt are not finite, although its weights are: it "
+            f"overflows in {logits.dtype}. There is nothing to generate from."
+        )
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         output = model.generate(  # type: ignore[operator]
@@ -88,6 +97,21 @@ def continuation(
             **sampling,
         )
     return [int(token) for token in output[0, input_ids.shape[-1] :]]
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    """Refuse weights from which nothing but noise can come.
+
+    Raises:
+        RequestError: names the tensors.
+    """
+    broken = [n for n, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise RequestError(
+            f"{folder}: {broken[0]}{more} holds values that are not finite (NaN or infinity), so "
+            "the model can't say anything; take the checkpoint before it."
+        )
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -17,7 +17,7 @@ Training a checkpoint
   tritter train --checkpoint DIR [--mode continue] [--steps N] [--ewc-lambda L]
                 [--data PATH] [--old-data PATH] [--output DIR] [GROUP=OPTION ...] [KEY=VALUE ...]
 
-  --checkpoint DIR   a Llama or Qwen3 folder (or hub id), ours or not: model=hf, expansion=none
+  --checkpoint DIR   a folder or hub id of a known family, ours or not: model=hf, expansion=none
   --mode continue    train on; the only mode
   --steps N          training.max_steps
   --ewc-lambda L     forgetting=ewc with this lambda (without it: forgetting=replay)

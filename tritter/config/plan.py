@@ -113,7 +113,7 @@ def make_plan(command: CommandLine) -> Plan:
         check_command_line(parsed, composing.options)
         if not command.is_multirun:
             refuse_sweeps(parsed)
-            plan = _plan_run(composing, overrides)
+            plan = _plan_run(composing, overrides, is_shown=bool(command.hydra_flags))
         else:
             sample = [first_value(override) for override in parsed]
             plan = _plan_sweep(composing, overrides, sample)
@@ -137,10 +137,16 @@ def _words_for_hydra(composing: Composer, overrides: Sequence[str]) -> tuple[str
     return tuple(forced(override, composing.options) for override in parsed)
 
 
-def _plan_run(composing: Composer, overrides: list[str]) -> Plan:
+def _plan_run(composing: Composer, overrides: list[str], *, is_shown: bool) -> Plan:
     composed = composing.compose(overrides)
     if composed.hydra.mode == RunMode.MULTIRUN:
         return _plan_sweep(composing, overrides, overrides)
+    if not is_shown and (swept := composed.hydra.sweeper.get("params")):
+        names = ", ".join(map(str, swept))
+        raise RequestError(
+            f"hydra.sweeper.params names values of {names} for a sweep, and this is a single run: "
+            "add -m."
+        )
     config = composed.config
     folder = Path(composed.hydra.run.dir).absolute()
     if config.resume is not None:

@@ -66,7 +66,11 @@ def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
     console = Console()
     console.print(table, markup=False)
     if domains:
-        console.print("Change of the loss per byte by what was trained, kept or not.")
+        console.print(
+            "By what was trained, kept or not: change of the loss per byte, and metric, its mean "
+            "over all domains, which a sweeper minimises.",
+            highlight=False,
+        )
     console.print(f"Each job's summary and status: {folder}/JOB/", markup=False, soft_wrap=True)
 
 

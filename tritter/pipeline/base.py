@@ -67,8 +67,13 @@ def _made_from(context: RunContext) -> dict[str, Any]:
     trainer = asdict(config.trainer)
     # Several processes add up in another order; one alone keeps the name that it always had
     devices = {"devices": trainer["devices"]} if trainer["devices"] > 1 else {}
+    schedule = schedule_of(config.pretraining)
+    # Only a short training warms up for longer than its share; others keep the name they had
+    is_lengthened = schedule.warmup_steps != schedule.asked_warmup_steps
+    warmup = {"warmup_steps": schedule.warmup_steps} if is_lengthened else {}
     return {
         "format_version": FORMAT_VERSION,
+        **warmup,
         "torch": torch.__version__,
         "model": base_config(context),
         "corpus": context.corpus.digest,

@@ -1,6 +1,7 @@
 """One run from its config to a summary, a table and a checkpoint that was kept or rolled back."""
 
 import json
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,8 +43,8 @@ class Outcome:
 
     Args:
         status: kept, rolled_back or undecided.
-        metric: mean loss over old and new domains of what was kept, nats per byte; what a
-            sweeper minimises.
+        metric: mean loss over old and new domains of what was trained last, kept or not, nats
+            per byte; what a sweeper minimises. Not a number when the training broke the model.
         summary_path: where summary.json lies.
     """
 
@@ -271,8 +272,10 @@ def _scores(context: RunContext, name: str) -> dict[str, Any]:
 
 
 def _metric(summary: dict[str, Any]) -> float:
-    losses = [record["loss_per_byte"] for record in summary["final"].values()]
-    return float(sum(losses) / len(losses))
+    # Of what was kept, all runs that are rolled back would have the number of their base
+    trained = summary["attempts"][-1]["final"]
+    losses = [record["loss_per_byte"] for record in trained.values()]
+    return math.nan if None in losses else float(sum(losses) / len(losses))
 
 
 def _announce(context: RunContext) -> None:

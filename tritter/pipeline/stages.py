@@ -13,7 +13,7 @@ from torch import Tensor
 from tritter.adaptation import redraw_rows
 from tritter.checkpoint import Lineage, read_lineage, record_step0_error
 from tritter.evaluation.jump import logit_jump
-from tritter.evaluation.samples import sample_text
+from tritter.evaluation.samples import prompt_in_words, sample_text
 from tritter.expand import carried_masks, expand
 from tritter.expansion import build_steps
 from tritter.families import Flops, family_of, forward_flops
@@ -305,8 +305,13 @@ class _Sample:
 def _sample(context: RunContext, domain: str, before: Any, after: Any) -> _Sample:
     document = context.corpus.domains[domain].validation.document(0)
     # Documents begin with headings and imports, which show less than what comes after them.
-    prompt = document[SAMPLE_PROMPT_TOKENS:][:SAMPLE_PROMPT_TOKENS].tolist()
     tokenizer, max_new = context.corpus.tokenizer, context.config.evaluation.sample_tokens
+    prompt = prompt_in_words(
+        document[: 4 * SAMPLE_PROMPT_TOKENS].tolist(),
+        tokenizer.decode,
+        skipped_tokens=SAMPLE_PROMPT_TOKENS,
+        max_tokens=SAMPLE_PROMPT_TOKENS,
+    )
     texts, flops = {}, 0.0
     for name, model in (("before", before), ("after", after)):
         tokens = sample_text(

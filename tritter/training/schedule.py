@@ -3,6 +3,10 @@
 import math
 from dataclasses import dataclass
 
+# A share of a short training rounds to no step or one: the first update would be at full rate,
+# while Adam's second moments rest on a single gradient.
+MINIMUM_WARMUP_STEPS = 5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
@@ -11,7 +15,8 @@ class Schedule:
     Args:
         learning_rate: the peak.
         max_steps: optimiser steps of the whole training.
-        warmup_ratio: share of the steps over which the rate rises linearly to its peak.
+        warmup_ratio: share of the steps over which the rate rises linearly to its peak; above 0
+            at least `MINIMUM_WARMUP_STEPS`, or a quarter of a training too short for them.
         shape: `constant`, `cosine`, or `wsd` (arXiv 2404.06395: constant, then a linear decay).
         decay_ratio: share of the steps that decay, for `wsd`.
         minimum_ratio: what is left of the peak at the end of `cosine` and `wsd`.
@@ -26,6 +31,13 @@ class Schedule:
 
     @property
     def warmup_steps(self) -> int:
+        if not self.warmup_ratio:
+            return 0
+        return max(self.asked_warmup_steps, min(MINIMUM_WARMUP_STEPS, self.max_steps // 4))
+
+    @property
+    def asked_warmup_steps(self) -> int:
+        """Steps of the warm-up by the ratio alone."""
         return round(self.warmup_ratio * self.max_steps)
 
     def factor(self, step: int) -> float:
