@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -22,7 +23,16 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tritter.errors import RequestError, TritterError
-from tritter.families import FAMILIES, Config, family_of, layout, match, pack_all, unpack_all
+from tritter.families import (
+    FAMILIES,
+    Config,
+    Family,
+    family_of,
+    layout,
+    match,
+    pack_all,
+    unpack_all,
+)
 from tritter.routing import AddedExperts
 from tritter.storage.links import check_links
 from tritter.storage.reading import read_object, require_file
@@ -75,8 +85,7 @@ def new_model(config: Config, *, seed: int) -> nn.Module:
     """Return a model with freshly drawn float32 weights; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        options = {key: value for key, value in config.items() if key != "model_type"}
-        built = AutoConfig.for_model(str(config["model_type"]), **options)
+        built = _stock_class_config(config)
         return _with_expert_kernel(AutoModelForCausalLM.from_config(built, dtype=torch.float32))
 
 
@@ -254,6 +263,70 @@ def config_of(model: nn.Module) -> Config:
     config = held.to_dict()
     config.pop("_name_or_path", None)
     return config
+
+
+def check_loadable(config: Config) -> None:
+    """Refuse a config from which transformers would not build the model of its family's table.
+
+    One layer of each kind is built, without memory for its tensors.
+
+    Raises:
+        RequestError: says what transformers made of it.
+    """
+    family = family_of(config)
+    shallow = family.with_layers(config, _layers_of_each_kind(family, config))
+    try:
+        with torch.device("meta"), _quiet():
+            _stock_class_config(config)
+            model = AutoModelForCausalLM.from_config(_stock_class_config(shallow))
+            found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    # The border to classes that trust their config: they raise whatever its values lead them to
+    except Exception as error:
+        raise RequestError(
+            f"config.json: transformers can't build this model: {_blamed(config, error)}."
+        ) from error
+    expected = {stored.name: stored.shape for stored in layout(family, shallow, "live")}
+    tied = family.tied_names(shallow)
+    wrong = sorted(
+        name
+        for name in (found.keys() | expected.keys()) - tied
+        if found.get(name) != expected.get(name)
+    )
+    if wrong:
+        raise RequestError(
+            f"config.json: transformers builds another model from it: {wrong[0]} would be of shape "
+            f"{found.get(wrong[0])}, not {expected.get(wrong[0])}."
+        )
+
+
+def _stock_class_config(config: Config) -> PreTrainedConfig:
+    options = {key: value for key, value in config.items() if key != "model_type"}
+    return AutoConfig.for_model(str(config["model_type"]), **options)
+
+
+def _layers_of_each_kind(family: Family, config: Config) -> list[int]:
+    """Return the first layer of every kind that a config tells apart."""
+    kinds: dict[tuple[object, ...], int] = {}
+    stated = [config.get(key) for key in family.per_layer_config_keys]
+    for layer in range(family.dimensions(config).num_hidden_layers):
+        own = [str(values[layer]) for values in stated if isinstance(values, list)]
+        kinds.setdefault((family.is_sparse(config, layer), *own), layer)
+    return list(kinds.values())
+
+
+def _blamed(config: Config, error: Exception) -> str:
+    """Name the values of a config that an error speaks of, or say what it says."""
+    if isinstance(error, KeyError) and error.args:
+        for key, value in config.items():
+            nested = value.items() if isinstance(value, dict) else [("", value)]
+            for inner, held in nested:
+                if held == error.args[0]:
+                    name = f"{key}.{inner}" if inner else key
+                    return f"{name} = {held} is not known to it"
+    pad, size = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
+        return f"pad_token_id = {pad} is no token of a vocabulary of {size}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -287,6 +287,7 @@ def test_the_old_output_stands_until_the_new_one_was_measured(
     monkeypatch.setattr("tritter.cli.measure.logit_jump", fails)
     result = run("expand --checkpoint base --method width --output old --overwrite")
     assert result.code == 2
+    assert "cannot be measured" in result.err
     assert snapshot(place) == before
     assert sorted(path.name for path in place.iterdir()) == ["base", "old"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from tritter.checkpoint import record_step0_error
+from tritter.errors import TritterError
 from tritter.evaluation.gate import EXACT_JUMP
 from tritter.evaluation.jump import logit_jump
 from tritter.expand import Expanded
@@ -39,7 +40,7 @@ def measure(source: Path, result: Expanded, *, is_wanted: bool | None) -> Measur
         is_wanted: None measures models that fit into `MAX_BYTES`.
 
     Raises:
-        TritterError: transformers can't load one of them.
+        TritterError: transformers can't load one of them, or it computes nothing.
     """
     num_bytes = 4 * (result.parameters_before + result.parameters_after)
     if is_wanted is False:
@@ -50,7 +51,15 @@ def measure(source: Path, result: Expanded, *, is_wanted: bool | None) -> Measur
     generator = torch.Generator().manual_seed(0)
     vocab_size = int(str(config["vocab_size"]))
     tokens = torch.randint(0, vocab_size, (BATCH, LENGTH), generator=generator)
-    jump = logit_jump(load_model(source), load_model(result.folder), tokens)
+    models = load_model(source), load_model(result.folder)
+    try:
+        jump = logit_jump(*models, tokens)
+    # The border to classes that trust their config: a value of it may break them in any way
+    except Exception as raised:
+        raise TritterError(
+            f"{source} cannot be measured: its model fails on tokens ({raised!r}); --no-measure "
+            "expands it all the same."
+        ) from raised
     error = jump.to_dict()["relative_to_std"]
     record_step0_error(result.folder, error, config, num_new=len(result.steps))
     dtypes = {header.dtype for header in TensorFolder.open(result.folder).headers.values()}

@@ -1,0 +1,104 @@
+"""What transformers could not build is refused before anything is written."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Run, snapshot
+from tritter.errors import RequestError, TritterError
+from tritter.models import check_loadable, read_config
+
+UNBUILDABLE: dict[str, tuple[dict[str, Any], str]] = {
+    "activation": ({"hidden_act": "nosuch"}, "hidden_act = nosuch is not known"),
+    "padding": ({"pad_token_id": 300}, "pad_token_id = 300 is no token of a vocabulary of 300"),
+    "padding below": ({"pad_token_id": -301}, "pad_token_id = -301"),
+    "rotary kind": (
+        {"rope_parameters": {"rope_type": "nosuch", "rope_theta": 1e4}},
+        "rope_parameters.rope_type = nosuch is not known",
+    ),
+    "rotary values": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+        "Missing required keys in `rope_parameters`",
+    ),
+    "type": ({"dtype": "int8"}, "int8"),
+    "flag": ({"attention_bias": "yes"}, "attention_bias"),
+}
+
+
+def _configure(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(("values", "said"), UNBUILDABLE.values(), ids=UNBUILDABLE.keys())
+@pytest.mark.parametrize(
+    "words",
+    [
+        "expand --checkpoint base --method width --no-measure",
+        "expand --checkpoint base --method width,llama-pro --output old --overwrite",
+        "expand --checkpoint base --method dus --dry-run",
+        "export --checkpoint base --output out",
+    ],
+)
+def test_what_transformers_cannot_build_is_not_written(
+    run: Run, place: Path, words: str, values: dict[str, Any], said: str
+) -> None:
+    assert run("expand --checkpoint base --method dus --output old --no-measure").code == 0
+    _configure(place / "base", **values)
+    before = snapshot(place)
+    result = run(words)
+    assert (result.code, result.out) == (2, "")
+    assert said in result.err
+    assert result.err.endswith("Nothing was written.\n")
+    assert snapshot(place) == before
+    assert sorted(path.name for path in place.iterdir()) == ["base", "old"]
+
+
+def test_what_only_measuring_finds_is_not_written_either(run: Run, place: Path) -> None:
+    """Such a config loads, and fails when the model is used."""
+    assert run("expand --checkpoint base --method dus --output old --no-measure").code == 0
+    _configure(place / "base", return_dict=False)
+    before = snapshot(place)
+    result = run("expand --checkpoint base --method width --output old --overwrite")
+    assert result.code == 2
+    assert "cannot be measured" in result.err
+    assert snapshot(place) == before
+
+
+def test_something_written_after_all_is_said(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tritter.storage import atomic
+
+    remove = atomic._remove
+
+    def fails(folder: Path) -> None:
+        remove(folder)
+        raise TritterError("the disk is gone")
+
+    monkeypatch.setattr(atomic, "_remove", fails)
+    result = run("expand --checkpoint base --method dus --output out --no-measure")
+    assert result.code == 1
+    assert result.err == ("error: the disk is gone\nout was written all the same, and is whole.\n")
+    assert (place / "out" / "tritter.json").exists()
+
+
+def test_large_models_are_looked_at_without_memory_or_time(place: Path) -> None:
+    large = {
+        "num_hidden_layers": 500,
+        "hidden_size": 16_384,
+        "intermediate_size": 65_536,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 500_000,
+    }
+    config = {**read_config(place / "base"), **large}
+    start = time.process_time()
+    check_loadable(config)
+    assert time.process_time() - start < 5
+    with pytest.raises(RequestError, match="hidden_act = nosuch"):
+        check_loadable({**config, "hidden_act": "nosuch"})
