@@ -18,12 +18,12 @@ from tritter.config.composition import composer
 from tritter.config.help import help_text
 from tritter.config.plan import CommandLine, make_plan, read_command_line
 from tritter.config.run_folder import RUNS_FOLDER, write_run_file
-from tritter.config.validation import known_keys
+from tritter.config.validation import known_keys, source_config
 from tritter.data.documents import Document as TextDocument
 from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
 from tritter.expand import expand
 from tritter.expansion import Width
-from tritter.models import save_tokenizer
+from tritter.models import new_model, save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -144,7 +144,10 @@ def _leave_checkpoints(words: list[str]) -> None:
 
     One called ….ckpt is a training's of the base.
     """
-    base = saved(tiny_llama(vocab_size=300, max_position_embeddings=512), Path("base"))
+    # What the documents call base: that of a first run, so that their sizes fit it
+    with composer() as composing:
+        config = source_config(composing.compose([]).config)
+    base = saved(new_model(config, seed=0), Path("base"))
     tokenizer = train_tokenizer([TextDocument("d", "the class is one\n")], vocab_size=300)
     save_tokenizer(tokenizer, base, end_of_text=END_OF_TEXT)
     read = [word for option, word in pairwise(words) if option in CHECKPOINTS]

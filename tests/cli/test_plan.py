@@ -141,3 +141,13 @@ def test_what_is_refused_is_refused_by_name(
     said = " ".join(result.err.split())
     assert not [message for message in messages if message not in said], said
     assert snapshot(place) == before
+
+
+def test_what_the_commands_need_is_told(run: Run, place: Path) -> None:
+    preset = run("plan --source 3B --target 10B --gpu-hours 20000 --json").json["notes"]
+    assert "tritter_3b is a shape, not a checkpoint" in preset[0]
+    assert "Each result is to be trained before the next step" in preset[1]
+    (only,) = run("plan --source base --target 40k --gpu-hours 1 --json").json["notes"]
+    assert only.startswith("The result is to be trained: tritter train --checkpoint base-")
+    shown = run("plan --source 3B --target 4B --gpu-hours 1e4").out
+    assert "tritter_3b is a shape" in shown

@@ -16,6 +16,7 @@ from tritter.cli.output import (
 )
 from tritter.cli.plan_request import (
     PlanRequest,
+    command_notes,
     expand_commands,
     in_plan_options,
     read_source,
@@ -71,10 +72,11 @@ def run_plan(request: PlanRequest, *, as_json: bool) -> int:
             assumptions=assumptions,
         )
     commands = list(expand_commands(plan, request.source, source))
+    notes = list(command_notes(commands))
     if as_json:
-        print_json(_as_json(plan, source, commands, assumptions))
+        print_json(_as_json(plan, source, commands, assumptions) | {"notes": notes})
     else:
-        _print(plan, source, commands, assumptions)
+        _print(plan, source, commands, notes, assumptions)
     return 0
 
 
@@ -116,7 +118,11 @@ def _bytes(value: int) -> str:
 
 
 def _print(
-    plan: GrowthPlan, source: NamedShape, commands: list[str], assumptions: Assumptions
+    plan: GrowthPlan,
+    source: NamedShape,
+    commands: list[str],
+    notes: list[str],
+    assumptions: Assumptions,
 ) -> None:
     console = new_console()
     print_lines(console, _heading(plan, source))
@@ -127,9 +133,11 @@ def _print(
     console.print()
     print_lines(console, _verdict(plan, assumptions))
     console.print()
-    console.print("Carry it out, and train each result before the next step:", highlight=False)
+    console.print("Carry it out:")
     for number, command in enumerate(commands, start=1):
         print_command(console, f"{number:<2}", command)
+    for note in notes:
+        console.print(note, soft_wrap=True)
 
 
 def _heading(plan: GrowthPlan, source: NamedShape) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -62,6 +62,23 @@ def expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterator
         words += ["--method", spelled(step.method), *_spec_options(step.spec), "--output", output]
         yield shlex.join(words)
         checkpoint = output
+
+
+def command_notes(commands: Sequence[str]) -> Iterator[str]:
+    """Yield what a person has to supply for the commands of a plan, a sentence each."""
+    words = shlex.split(commands[0])
+    source, result = words[words.index("--checkpoint") + 1], words[-1]
+    if not _is_place(source):
+        yield f"{source} is a shape, not a checkpoint: put a folder or hub id in its place."
+    train = shlex.join(["tritter", "train", "--checkpoint", result, "--data", "TEXT"])
+    told = f"{train} leaves it in {shlex.quote(f'{result}-continued/checkpoint')}"
+    if len(commands) == 1:
+        yield f"The result is to be trained: {told}."
+    else:
+        yield (
+            f"Each result is to be trained before the next step: {told}, and that is then the "
+            "next step's --checkpoint."
+        )
 
 
 def _spec_options(spec: ExpansionSpec) -> list[str]:
