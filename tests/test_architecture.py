@@ -13,7 +13,7 @@ PACKAGE = "tritter"
 PROGRAM = "train"
 
 # Small modules that every room may import, and that import no room.
-OPEN = {"errors", "seeds", "stopping"}
+OPEN = {"errors", "limits", "seeds", "stopping"}
 
 # Room → rooms that it may import besides; what is missing is refused.
 _MODELS = {"parameter_map", "families", "routing", "models"}

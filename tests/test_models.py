@@ -95,7 +95,7 @@ def test_an_unusable_config_is_refused(
 )
 def test_what_is_no_json_object_is_refused(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(TritterError, match=r"config\.json is not a usable config"):
+    with pytest.raises(TritterError, match=r"config\.json cannot be read"):
         read_config(folder)
 
 

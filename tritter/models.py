@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,11 +21,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError, TritterError, brief
 from tritter.families import (
     FAMILIES,
     Config,
     Family,
+    check_config,
     family_of,
     layout,
     match,
@@ -38,20 +38,16 @@ from tritter.storage.links import check_links
 from tritter.storage.reading import read_object, require_file
 from tritter.storage.tensors import SINGLE_NAME, TensorFolder
 
-# What the libraries behind this door raise when a file is damaged or hostile.
-_DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    StrictDataclassError,
-    SafetensorError,
+_LONGEST_REASON = 300
+_NAMING_CODE = (
+    "auto_map",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
 )
-
-
 # Of these transformers may read any by itself.
 _SMALL_FILES = {".json", ".jinja", ".model", ".txt"}
 
@@ -61,24 +57,37 @@ def read_config(folder: Path) -> Config:
 
     Raises:
         RequestError: a family that there is no table for; names those there are.
-        TritterError: there is none, or it is not a config that transformers accepts.
+        TritterError: there is none, it is not a config that transformers accepts, or its sizes
+            are beyond all limits.
+    """
+    config = _stock_config(folder).to_dict()
+    # Where the folder lies on this machine is no part of the model; stock saves leave it out too.
+    config.pop("_name_or_path", None)
+    return config
+
+
+def _stock_config(folder: Path) -> PreTrainedConfig:
+    """Return transformers' own record of a folder's config.json, once that was found sane.
+
+    Whatever in it names code (a class beside the model, a kernel from the hub) is left out: the
+    classes and kernels are always transformers' own.
     """
     check_links(folder)
     path = folder / "config.json"
     if not path.exists():
         lacks = "holds no config.json" if folder.is_dir() else "is not a folder"
         raise TritterError(f"{folder} {lacks}.")
-    with _refused_as(f"{path} is not a usable config"):
-        try:
-            plain = read_object(path)
-        except TritterError as error:
-            raise TritterError(f"{path} is not a usable config: {error}") from error
-        family_of(plain)
-        _refuse_other_weights(folder, plain)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-    # Where the folder lies on this machine is no part of the model; stock saves leave it out too.
-    config.pop("_name_or_path", None)
-    return config
+    plain = read_object(path)
+    family = family_of(plain)
+    _refuse_other_weights(folder, plain)
+    try:
+        check_config(family, plain)
+    except RequestError as error:
+        reason = str(error).removeprefix("config.json: ")
+        raise TritterError(f"{path} is not a usable config: {reason}") from error
+    own = {key: value for key, value in plain.items() if key not in _NAMING_CODE}
+    with _refused_as(f"{path} is not a usable config"), _quiet():
+        return CONFIG_MAPPING[str(plain["model_type"])].from_dict(own)
 
 
 def new_model(config: Config, *, seed: int) -> nn.Module:
@@ -99,12 +108,12 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
         TritterError: transformers cannot load it, or a tensor is missing or left over.
     """
     _check_small_files(folder)
-    if (folder / "config.json").exists():
-        _refuse_other_weights(folder, read_object(folder / "config.json"))
+    config = _stock_config(folder)
     TensorFolder.open(folder)  # one reader decides for all commands what is taken
     with _refused_as(f"{folder} cannot be loaded as a model"), _quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -188,7 +197,7 @@ def _refuse_other_weights(folder: Path, config: Mapping[str, object]) -> None:
     if named is not None:
         raise TritterError(
             f"{folder}: config.json names a file of weights itself (transformers_weights = "
-            f"{named!r}); take that out and call the file {SINGLE_NAME}."
+            f"{brief(named)}); take that out and call the file {SINGLE_NAME}."
         )
     if (folder / "adapter_config.json").exists():
         raise TritterError(
@@ -233,8 +242,16 @@ def _refused_as(what: str) -> Iterator[None]:
         yield
     except TritterError:
         raise
-    except _DAMAGE as error:
-        raise TritterError(f"{what}: {error}") from error
+    # The border to libraries that build what a file says: packages that are not installed, bad
+    # ranges, endless nesting and failed assertions come out of them as whatever they happen to be
+    except Exception as error:
+        raise TritterError(f"{what}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    """Return what a library said, without its advice on further lines."""
+    text = " ".join(str(error).split())
+    return text[:_LONGEST_REASON] or type(error).__name__
 
 
 @contextmanager

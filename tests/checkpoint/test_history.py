@@ -99,7 +99,7 @@ def test_training_makes_a_link_without_expansions(place: Path) -> None:
     wide = read_lineage(place / "wide")
     assert wide is not None
     trained = replace(
-        wide, model_hash="t" * 64, parent_hash=wide.model_hash, parent_path="../wide", step=9
+        wide, model_hash="7" * 64, parent_hash=wide.model_hash, parent_path="../wide", step=9
     )
     write_lineage(place / "trained", trained, read_config(place / "wide"))
     assert [len(link.made_by) for link in read_chain(place / "trained")] == [0, 2, 0]

@@ -1,10 +1,11 @@
 """What a checkpoint knows of itself: parents, expansions, cost, scores. Plain, versioned data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from tritter.errors import TritterError
+from tritter.checkpoint.typed import read_record
+from tritter.errors import TritterError, brief
 
 FORMAT_VERSION = 2  # 2: stock_loadable
 StockLoadable = Literal["yes", "after adaptation"]
@@ -95,52 +96,14 @@ class Lineage:
         """Rebuild a lineage.
 
         Raises:
-            TritterError: it comes from a newer format, or entries are missing or unknown.
+            TritterError: it comes from a newer format, or an entry is missing, unknown, of
+                another type or out of range.
         """
         version = plain.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise TritterError(
-                f"{origin}: format_version {version!r}; this Tritter reads up to {FORMAT_VERSION}."
+                f"{origin}: format_version {brief(version)}; this Tritter reads up to "
+                f"{FORMAT_VERSION}."
             )
-        wrong = [
-            key for key, kind in _KINDS.items() if not isinstance(plain.get(key, kind()), kind)
-        ]
-        wrong += [
-            key
-            for key, kind in _OPTIONAL_KINDS.items()
-            if plain.get(key) is not None and not isinstance(plain[key], kind)
-        ]
-        if wrong:
-            raise TritterError(f"{origin} is not a lineage: {', '.join(wrong)} of another type.")
-        try:
-            history = tuple(
-                ExpansionRecord(**{**record, "layer_sources": tuple(record["layer_sources"])})
-                for record in plain.get("expansion_history", ())
-            )
-            current = {"expansion_history": history, "format_version": FORMAT_VERSION}
-            return cls(**{**plain, **current})
-        except (TypeError, KeyError) as error:
-            known = ", ".join(entry.name for entry in fields(cls))
-            raise TritterError(f"{origin} is not a lineage ({error}); it has: {known}.") from error
-
-
-_KINDS: dict[str, Any] = {
-    "model_hash": str,
-    "base_model_hash": str,
-    "tensor_digests": dict,
-    "file_digests": dict,
-    "expansion_history": list,
-    "benchmark_scores": dict,
-    "training_config": dict,
-    "stock_loadable": str,
-    "step": int,
-    "epoch": int,
-}
-_OPTIONAL_KINDS: dict[str, Any] = {
-    "parent_hash": str,
-    "parent_path": str,
-    "parent_tensor_digests": dict,
-    "parent_file_digests": dict,
-    "best_loss": (int, float),
-    "record_digest": str,
-}
+        read: Lineage = read_record(cls, plain, origin=origin)
+        return replace(read, format_version=FORMAT_VERSION)

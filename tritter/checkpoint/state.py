@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tritter.errors import TritterError
+from tritter.errors import TritterError, brief
+from tritter.limits import MAX_COUNT
 from tritter.parameter_map.carry import STATE_KINDS
 from tritter.storage.reading import read_object
 from tritter.storage.tensors import TensorFolder
@@ -63,18 +64,25 @@ def read_state(folder: Path) -> State | None:
         return None
     try:
         head = read_object(path)
-        version, step, kinds = head["format_version"], int(head["step"]), list(head["kinds"])
+        version, step, kinds = head["format_version"], head["step"], head["kinds"]
     except TritterError as error:
         raise TritterError(f"{path} is damaged: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise TritterError(f"{path} is damaged ({error!r}).") from error
     if version != FORMAT_VERSION:
         raise TritterError(
-            f"{path}: format_version {version!r}; this Tritter reads {FORMAT_VERSION}."
+            f"{path}: format_version {brief(version)}; this Tritter reads {FORMAT_VERSION}."
         )
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= MAX_COUNT:
+        raise TritterError(
+            f"{path} is damaged: step = {brief(step)}; allowed is a whole number from 0 to "
+            f"{MAX_COUNT}."
+        )
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise TritterError(f"{path} is damaged: kinds = {brief(kinds)}; allowed are names.")
     unknown = [kind for kind in kinds if kind not in STATE_KINDS]
     if unknown:
-        raise TritterError(f"{path} names kinds that are not known: {', '.join(unknown)}.")
+        raise TritterError(f"{path} names kinds that are not known: {brief(unknown)}.")
     return State(step, {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in kinds})
 
 

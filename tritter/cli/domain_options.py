@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from tritter.limits import MAX_COUNT
+
 _PANEL = "New experts on a domain (moe-add)"
 
 Domain = Annotated[
@@ -39,6 +41,7 @@ DomainSteps = Annotated[
     typer.Option(
         "--steps",
         min=1,
+        max=MAX_COUNT,
         metavar="N",
         help="With --domain-data: steps of the new experts' training. Default: 200.",
         rich_help_panel=_PANEL,

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from tritter import __version__
-from tritter.cli import domain_options, options, plan_options
+from tritter.cli import domain_options, export_options, options, plan_options
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
 
@@ -168,16 +168,16 @@ def inspect_checkpoint(folder: options.Folder, as_json: options.AsJson = False) 
 
 @app.command()
 def export(
-    checkpoint: options.ExportSource,
-    output: options.ExportOutput,
-    format: options.Format = "hf",
-    dtype: options.ExportDType = None,
-    expert_layout: options.ExpertLayout = None,
+    checkpoint: export_options.ExportSource,
+    output: export_options.ExportOutput,
+    format: export_options.Format = "hf",
+    dtype: export_options.ExportDType = None,
+    expert_layout: export_options.ExpertLayout = None,
     max_shard_size: options.MaxShardSize = 5 * 10**9,
-    config: options.ConfigOf = None,
-    prefix: options.Prefix = None,
-    no_state: options.NoState = False,
-    drop_new_experts: options.DropNewExperts = False,
+    config: export_options.ConfigOf = None,
+    prefix: export_options.Prefix = None,
+    no_state: export_options.NoState = False,
+    drop_new_experts: export_options.DropNewExperts = False,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tritter.checkpoint import ExpansionRecord
 from tritter.errors import TritterError
 from tritter.expansion import EXPANSIONS
-from tritter.families import Config, family_of
+from tritter.families import Config, check_config, family_of
 from tritter.parameter_map import ParameterMap, TensorMap
 
 _MOST_VALUES = 3
@@ -54,9 +54,13 @@ def rebuilt_map(record: ExpansionRecord) -> ParameterMap:
     source: Config = dict(record.source_config)
     target: Config = dict(record.target_config)
     try:
+        for config in (source, target):
+            check_config(family_of(config), config)
         spec = spec_type(**options)
         return spec.parameter_map(family_of(source), source, target, seed=record.seed)
-    except (TypeError, ValueError, KeyError) as error:
+    # Options and configs stand in a file that anybody may have written, and whatever does not fit
+    # comes out of the map's arithmetic as whatever it happens to be
+    except Exception as error:
         raise TritterError(f"its record does not describe a map ({error})") from error
 
 

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from tritter.cli.values import byte_count, expert_list, layer_list, parameter_count
+from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_NEW_TOKENS, MAX_SEED, MAX_WIDTH
 
 _DEPTH = "Depth (dus, stack, interpolate, llama-pro)"
 _WIDTH = "Width (width)"
 _EXPERTS = "Experts (moe)"
 _WRITING = "Writing"
-_CKPT = "Of a .ckpt"
 
 
 AsJson = Annotated[
@@ -22,7 +22,10 @@ Checkpoint = Annotated[
 ]
 Folder = Annotated[Path, typer.Argument(help="A checkpoint folder.", metavar="DIR")]
 Seed = Annotated[
-    int, typer.Option("--seed", min=0, metavar="N", help="What random choices are drawn from.")
+    int,
+    typer.Option(
+        "--seed", min=0, max=MAX_SEED, metavar="N", help="What random choices are drawn from."
+    ),
 ]
 
 # expand
@@ -52,7 +55,12 @@ TargetParams = Annotated[
 TargetLayers = Annotated[
     int | None,
     typer.Option(
-        "--target-layers", min=1, metavar="N", help="Layers afterwards.", rich_help_panel=_DEPTH
+        "--target-layers",
+        min=1,
+        max=MAX_LAYERS,
+        metavar="N",
+        help="Layers afterwards.",
+        rich_help_panel=_DEPTH,
     ),
 ]
 DropLayers = Annotated[
@@ -60,6 +68,7 @@ DropLayers = Annotated[
     typer.Option(
         "--drop-layers",
         min=0,
+        max=MAX_LAYERS,
         metavar="N",
         help="dus: layers that each of its two copies of the stack loses.",
         rich_help_panel=_DEPTH,
@@ -98,6 +107,7 @@ HiddenSize = Annotated[
     typer.Option(
         "--hidden-size",
         min=1,
+        max=MAX_WIDTH,
         metavar="N",
         help="Default: doubled, when no other target is given.",
         rich_help_panel=_WIDTH,
@@ -108,6 +118,7 @@ IntermediateSize = Annotated[
     typer.Option(
         "--intermediate-size",
         min=1,
+        max=MAX_WIDTH,
         metavar="N",
         help="Of the FFN, or of each expert. Default: follows the hidden size by ratio.",
         rich_help_panel=_WIDTH,
@@ -118,6 +129,7 @@ NumHeads = Annotated[
     typer.Option(
         "--num-heads",
         min=1,
+        max=MAX_WIDTH,
         metavar="N",
         help="Default: follows the hidden size where that gives whole numbers.",
         rich_help_panel=_WIDTH,
@@ -126,7 +138,12 @@ NumHeads = Annotated[
 NumKvHeads = Annotated[
     int | None,
     typer.Option(
-        "--num-kv-heads", min=1, metavar="N", help="As --num-heads.", rich_help_panel=_WIDTH
+        "--num-kv-heads",
+        min=1,
+        max=MAX_WIDTH,
+        metavar="N",
+        help="As --num-heads.",
+        rich_help_panel=_WIDTH,
     ),
 ]
 HeadStrategy = Annotated[
@@ -173,6 +190,7 @@ NumExperts = Annotated[
     typer.Option(
         "--num-experts",
         min=1,
+        max=MAX_EXPERTS,
         metavar="N",
         help="moe: experts of a layer, in all. Default: 8 copies of the FFN. moe-add: how many "
         "are added. Default: 4.",
@@ -184,6 +202,7 @@ ExpertsPerToken = Annotated[
     typer.Option(
         "--experts-per-token",
         min=1,
+        max=MAX_EXPERTS,
         metavar="K",
         help="Experts that a token is routed to. Default: 2 copies' worth.",
         rich_help_panel=_EXPERTS,
@@ -205,6 +224,7 @@ Granularity = Annotated[
     typer.Option(
         "--granularity",
         min=1,
+        max=MAX_EXPERTS,
         metavar="G",
         help="Pieces that each copy of the FFN is cut into. Default: 1.",
         rich_help_panel=_EXPERTS,
@@ -301,75 +321,6 @@ Overwrite = Annotated[
     ),
 ]
 
-# export
-
-ExportSource = Annotated[
-    str,
-    typer.Option(
-        "--checkpoint",
-        help="Folder or hub id of the model, or a .ckpt of Lightning.",
-        metavar="SRC",
-    ),
-]
-ExportOutput = Annotated[Path, typer.Option("--output", help="New folder.", metavar="DST")]
-Format = Annotated[
-    str,
-    typer.Option("--format", help="hf: a plain folder of Hugging Face transformers.", metavar="hf"),
-]
-ExportDType = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        help="Of all tensors. Default: bfloat16; of a .ckpt, its own.",
-        metavar="float32|bfloat16|float16|float64",
-    ),
-]
-ExpertLayout = Annotated[
-    str | None,
-    typer.Option(
-        "--expert-layout",
-        help="Each matrix of an expert on its own, or the experts of a layer in one tensor. "
-        "Default: hub.",
-        metavar="hub|fused",
-    ),
-]
-ConfigOf = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        help="What a .ckpt holds: a config.json, or a folder (or hub id) with one and a tokenizer.",
-        metavar="PATH",
-        rich_help_panel=_CKPT,
-    ),
-]
-Prefix = Annotated[
-    str | None,
-    typer.Option(
-        "--prefix",
-        help="What stands before the model's names, such as student.; the rest is left out. "
-        "Default: found, and nothing is left out.",
-        metavar="PREFIX",
-        rich_help_panel=_CKPT,
-    ),
-]
-DropNewExperts = Annotated[
-    bool,
-    typer.Option(
-        "--drop-new-experts",
-        metavar=" ",
-        help="Of a folder: leave out appended experts that are not wholly open yet.",
-    ),
-]
-NoState = Annotated[
-    bool,
-    typer.Option(
-        "--no-state",
-        metavar=" ",
-        help="Leave the optimiser's moments out.",
-        rich_help_panel=_CKPT,
-    ),
-]
-
 # history
 
 Verify = Annotated[
@@ -383,7 +334,14 @@ Verify = Annotated[
 
 Prompt = Annotated[str, typer.Option("--prompt", help="What is to be continued.", metavar="TEXT")]
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, metavar="N", help="At most so many tokens more.")
+    int,
+    typer.Option(
+        "--max-new-tokens",
+        min=1,
+        max=MAX_NEW_TOKENS,
+        metavar="N",
+        help="At most so many tokens more.",
+    ),
 ]
 Temperature = Annotated[
     float,

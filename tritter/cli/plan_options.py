@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from tritter.cli.values import flops_rate
+from tritter.limits import MAX_COUNT
 
 _COST = "Cost"
 _MEMORY = "Memory"
@@ -91,6 +92,8 @@ BatchSize = Annotated[
     typer.Option(
         "--batch-size",
         metavar="N",
+        min=1,
+        max=MAX_COUNT,
         help="Sequences on the GPU at once.",
         rich_help_panel=_MEMORY,
     ),
@@ -98,7 +101,12 @@ BatchSize = Annotated[
 SequenceLength = Annotated[
     int,
     typer.Option(
-        "--sequence-length", metavar="N", help="Tokens of a sequence.", rich_help_panel=_MEMORY
+        "--sequence-length",
+        min=1,
+        max=MAX_COUNT,
+        metavar="N",
+        help="Tokens of a sequence.",
+        rich_help_panel=_MEMORY,
     ),
 ]
 GradientCheckpointing = Annotated[

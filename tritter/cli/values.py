@@ -5,7 +5,10 @@ import re
 import typer
 
 from tritter.config.counts import COUNT_UNITS, parse_count
+from tritter.errors import brief
+from tritter.limits import MAX_BYTES, MAX_LAYERS, MAX_PARAMETERS
 
+_MAX_FLOPS = 10**24  # a second, of one device
 _BYTE_UNITS = {
     "": 1,
     "b": 1,
@@ -20,7 +23,8 @@ def parameter_count(text: str) -> int:
     Raises:
         typer.BadParameter: it is none.
     """
-    return _scaled(str(text), COUNT_UNITS, example="a count above 0, such as 7B, 350M or 7e9")
+    example = "a count above 0, such as 7B, 350M or 7e9"
+    return _scaled(str(text), COUNT_UNITS, example=example, limit=MAX_PARAMETERS)
 
 
 def flops_rate(text: str) -> int:
@@ -30,7 +34,7 @@ def flops_rate(text: str) -> int:
         typer.BadParameter: it is none.
     """
     example = "FLOPs per second above 0, such as 312T or 9.89e14"
-    return _scaled(str(text), COUNT_UNITS, example=example)
+    return _scaled(str(text), COUNT_UNITS, example=example, limit=_MAX_FLOPS)
 
 
 def byte_count(text: str) -> int:
@@ -39,7 +43,8 @@ def byte_count(text: str) -> int:
     Raises:
         typer.BadParameter: it is none.
     """
-    return _scaled(str(text), _BYTE_UNITS, example="a size above 0, such as 5GB, 500MB or 4GiB")
+    example = "a size above 0, such as 5GB, 500MB or 4GiB"
+    return _scaled(str(text), _BYTE_UNITS, example=example, limit=MAX_BYTES)
 
 
 def layer_list(text: str | None) -> tuple[int, ...] | None:
@@ -64,13 +69,17 @@ def _indices(text: str | None, *, example: str) -> tuple[int, ...] | None:
     if text is None:
         return None
     words = [word.strip() for word in text.strip("[]").split(",")]
-    if not all(re.fullmatch("[0-9]+", word) for word in words):
-        raise typer.BadParameter(f"'{text}' is no {example}.")
+    if not all(re.fullmatch("[0-9]{1,9}", word) for word in words):
+        raise typer.BadParameter(f"{brief(text)} is no {example}.")
+    if len(words) > MAX_LAYERS:
+        raise typer.BadParameter(f"{len(words)} numbers; allowed are at most {MAX_LAYERS:,}.")
     return tuple(map(int, words))
 
 
-def _scaled(text: str, units: dict[str, int], *, example: str) -> int:
+def _scaled(text: str, units: dict[str, int], *, example: str, limit: int) -> int:
     value = parse_count(text, units)
     if value is None:
-        raise typer.BadParameter(f"'{text}' is not {example}.")
+        raise typer.BadParameter(f"{brief(text)} is not {example}.")
+    if value > limit:
+        raise typer.BadParameter(f"{brief(text)} is above {limit:.0e}, the most that is allowed.")
     return value

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tritter.config.problems import describe
 from tritter.errors import RequestError, TritterError, did_you_mean
-from tritter.families import Config, family_of
+from tritter.families import Config, check_config, family_of
 from tritter.storage.links import check_links
 from tritter.storage.reading import read_object
 
@@ -56,7 +56,7 @@ def checkpoint_config(path: str, *, key: str = "model.path") -> Config | None:
     except TritterError as error:
         raise refused(str(error).rstrip(".")) from error
     try:
-        family_of(config).dimensions(config)
+        check_config(family_of(config), config)
     except RequestError as error:
         raise refused(str(error).rstrip(".")) from error
     if not any(folder.glob("*.safetensors")):

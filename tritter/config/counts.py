@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from decimal import Decimal
 
 COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*([a-z]*)", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"([0-9][0-9_]{0,30}(?:\.[0-9]{1,30})?(?:e[0-9]{1,2})?)\s*([a-z]*)", re.IGNORECASE
+)
 
 
 def parse_count(text: str, units: Mapping[str, int] = COUNT_UNITS) -> int | None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import sys
 import types
 from collections.abc import Collection, Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tritter.config.problems import Origin, describe, nearest_key
 from tritter.errors import RequestError, nearest
+from tritter.limits import MAX_COUNT
 
 _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _PLURALS = {int: "whole numbers", float: "numbers", bool: "booleans", str: "words"}
@@ -128,7 +130,13 @@ def allowed(hint: object, metadata: Mapping[str, Any]) -> str:
         item = get_args(kind)[0]
         return f"a list of {_PLURALS[item]}{_limits(metadata)}, as in [a,b]{ending}"
     hint_for_text = " (quote what looks like a number)" if kind is str else ""
-    return f"{_KIND_NAMES[kind]}{_limits(metadata)}{hint_for_text}{ending}"
+    limits = _limits(_with_largest_count(kind, metadata))
+    return f"{_KIND_NAMES[kind]}{limits}{hint_for_text}{ending}"
+
+
+def _with_largest_count(kind: type, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Let whole numbers that state no limit of their own end at the largest count."""
+    return {"maximum": MAX_COUNT, **metadata} if kind is int else metadata
 
 
 def _limits(metadata: Mapping[str, Any]) -> str:
@@ -159,7 +167,7 @@ def _convert(value: object, hint: object, metadata: Mapping[str, Any]) -> object
         return _choose(value, metadata["choices"])
     converted = _scalar(value, kind)
     if isinstance(converted, int | float) and not isinstance(converted, bool):
-        _check_limits(converted, metadata)
+        _check_limits(converted, _with_largest_count(kind, metadata))
     return converted
 
 
@@ -184,7 +192,8 @@ def _scalar(value: object, kind: type) -> object:
             raise _WrongValue
         return int(value)
     if kind is float and isinstance(value, int | float):
-        if not math.isfinite(value):
+        # Whole numbers may be larger than any float
+        if abs(value) > sys.float_info.max or not math.isfinite(value):
             raise _WrongValue
         return float(value)
     if kind is str and isinstance(value, str) and value:

@@ -9,6 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tritter.limits import (
+    MAX_LAYERS,
+    MAX_PARAMETERS,
+    MAX_POSITIONS,
+    MAX_SEED,
+    MAX_WIDTH,
+)
+
 if TYPE_CHECKING:
     from tritter.expansion import ExpansionSpec
 
@@ -35,15 +43,15 @@ class ModelConfig:
     """The base model's architecture, in the names of Hugging Face configs."""
 
     model_type: str = chosen(("llama",))
-    hidden_size: int = bounded(minimum=1)
-    intermediate_size: int = bounded(minimum=1)
-    num_hidden_layers: int = bounded(minimum=1)
-    num_attention_heads: int = bounded(minimum=1)
-    num_key_value_heads: int = bounded(minimum=1)
+    hidden_size: int = bounded(minimum=1, maximum=MAX_WIDTH)
+    intermediate_size: int = bounded(minimum=1, maximum=MAX_WIDTH)
+    num_hidden_layers: int = bounded(minimum=1, maximum=MAX_LAYERS)
+    num_attention_heads: int = bounded(minimum=1, maximum=MAX_WIDTH)
+    num_key_value_heads: int = bounded(minimum=1, maximum=MAX_WIDTH)
     tie_word_embeddings: bool
     rms_norm_eps: float = bounded(above=0)
     rope_theta: float = bounded(above=0)
-    max_position_embeddings: int = bounded(minimum=2)
+    max_position_embeddings: int = bounded(minimum=2, maximum=MAX_POSITIONS)
     initializer_range: float = bounded(above=0)
 
 
@@ -133,7 +141,7 @@ class PipelineConfig:
         strategy: as in `tritter plan`; None: `auto` among the methods of `expansion`.
     """
 
-    target_params: int | None = bounded(minimum=1)
+    target_params: int | None = bounded(minimum=1, maximum=MAX_PARAMETERS)
     max_rounds: int | None = bounded(minimum=1)
     strategy: str | None = chosen(("auto", "depth_first", "width_first", "balanced"))
 
@@ -278,7 +286,7 @@ class RunConfig:
 class RootValues:
     """The keys of the root that belong to no group, as they stand in config.yaml."""
 
-    seed: int = bounded(minimum=0, maximum=2**32 - 1)
+    seed: int = bounded(minimum=0, maximum=MAX_SEED)
     control: bool
     cache_dir: str | None
     resume: str | None

@@ -26,7 +26,8 @@ from tritter.config.schema import (
 from tritter.config.sections import read_section
 from tritter.errors import RequestError, nearest
 from tritter.expansion import EXPANSIONS, target_config
-from tritter.families import Config, llama_config
+from tritter.families import Config, check_size, family_of, llama_config
+from tritter.limits import MAX_BATCH_TOKENS
 
 # Methods that work without old text.
 _NO_OLD_TEXT = {"l2sp"}
@@ -165,7 +166,7 @@ def _cache_folder(value: str | None) -> Path:
 
 def _disagreements(config: RunConfig) -> list[str]:
     """Return what is wrong between keys that are right one by one."""
-    problems: list[str] = []
+    problems = _batch_problems(config)
     if isinstance(config.model, ModelConfig):
         problems += _model_problems(config.model)
     problems += _data_problems(config)
@@ -188,9 +189,21 @@ def _disagreements(config: RunConfig) -> list[str]:
         return problems
     try:
         source = known_config(config)
+        if source is not None:
+            check_size(family_of(source), source)
     except RequestError as error:
-        return [str(error)]
+        return [str(error).replace("config.json: ", "model: ")]
     return [] if source is None else start_problems(config, source)
+
+
+def _batch_problems(config: RunConfig) -> list[str]:
+    size, length = config.data.batch_size, config.data.sequence_length
+    if size * length <= MAX_BATCH_TOKENS:
+        return []
+    return [
+        f"data.batch_size = {size}: with data.sequence_length = {length} a batch has "
+        f"{size * length:,} tokens; allowed is at most {MAX_BATCH_TOKENS:,}."
+    ]
 
 
 def _device_problems(config: RunConfig) -> list[str]:

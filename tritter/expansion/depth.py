@@ -18,6 +18,7 @@ from tritter.expansion.layers import (
     stack_sources,
 )
 from tritter.families import Config, Family
+from tritter.limits import MAX_LAYERS
 from tritter.parameter_map import ParameterMap
 
 
@@ -73,8 +74,8 @@ class Dus(CopiedLayers):
     """
 
     name: ClassVar[str] = "dus"
-    target_layers: int | None = field(default=None, metadata={"minimum": 2})
-    drop_layers: int | None = field(default=None, metadata={"minimum": 0})
+    target_layers: int | None = field(default=None, metadata={"minimum": 2, "maximum": MAX_LAYERS})
+    drop_layers: int | None = field(default=None, metadata={"minimum": 0, "maximum": MAX_LAYERS})
     identity_init: bool = False
 
     @property
@@ -100,7 +101,7 @@ class Stack(CopiedLayers):
     """
 
     name: ClassVar[str] = "stack"
-    target_layers: int | None = field(default=None, metadata={"minimum": 2})
+    target_layers: int | None = field(default=None, metadata={"minimum": 2, "maximum": MAX_LAYERS})
     partial: bool = False
     identity_init: bool = False
 
@@ -130,7 +131,7 @@ class Interpolate(CopiedLayers):
     """
 
     name: ClassVar[str] = "interpolate"
-    target_layers: int | None = field(default=None, metadata={"minimum": 2})
+    target_layers: int | None = field(default=None, metadata={"minimum": 2, "maximum": MAX_LAYERS})
     identity_init: bool = False
 
     @property
@@ -164,8 +165,10 @@ class LlamaPro(CopiedLayers):
     """
 
     name: ClassVar[str] = "llama_pro"
-    target_layers: int | None = field(default=None, metadata={"minimum": 2})
-    positions: tuple[int, ...] | None = field(default=None, metadata={"minimum": 0})
+    target_layers: int | None = field(default=None, metadata={"minimum": 2, "maximum": MAX_LAYERS})
+    positions: tuple[int, ...] | None = field(
+        default=None, metadata={"minimum": 0, "maximum": MAX_LAYERS}
+    )
     new_blocks_only: bool = False
 
     @property

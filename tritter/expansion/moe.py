@@ -22,9 +22,11 @@ from torch import Tensor
 from tritter.errors import RequestError
 from tritter.expansion.partners import ExpertSizes, partner_config, partner_of
 from tritter.families import Config, Family, LogicalTensor
+from tritter.limits import MAX_EXPERTS, MAX_LAYERS
 from tritter.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
 from tritter.seeds import derived_seed
 
+_COUNT = {"minimum": 1, "maximum": MAX_EXPERTS}
 DEFAULT_COPIES, DEFAULT_COPIES_PER_TOKEN = 8, 2
 
 
@@ -46,12 +48,14 @@ class Moe:
 
     name: ClassVar[str] = "moe"
     expansion_type: ClassVar[str] = "moe"
-    num_experts: int | None = field(default=None, metadata={"minimum": 2})
-    experts_per_token: int | None = field(default=None, metadata={"minimum": 1})
+    num_experts: int | None = field(default=None, metadata={"minimum": 2, "maximum": MAX_EXPERTS})
+    experts_per_token: int | None = field(default=None, metadata=_COUNT)
     noise: float = field(default=0.01, metadata={"minimum": 0.0})
     reinit_fraction: float = field(default=0.0, metadata={"minimum": 0.0, "below": 1.0})
-    granularity: int = field(default=1, metadata={"minimum": 1})
-    layers: tuple[int, ...] | None = field(default=None, metadata={"minimum": 0})
+    granularity: int = field(default=1, metadata=_COUNT)
+    layers: tuple[int, ...] | None = field(
+        default=None, metadata={"minimum": 0, "maximum": MAX_LAYERS}
+    )
 
     @property
     def is_exact(self) -> bool:
@@ -143,7 +147,7 @@ class Moe:
                 f"expansion.moe.layers = {list(self.layers)}: name at least one layer from 0 to "
                 f"{layers - 1} that is to get experts."
             )
-        return tuple(layer for layer in range(layers) if layer not in self.layers)
+        return tuple(sorted(set(range(layers)) - set(self.layers)))
 
     def _check_counts(self) -> None:
         total, chosen, pieces = self.total_experts, self.chosen_experts, self.granularity

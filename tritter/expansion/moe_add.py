@@ -17,6 +17,7 @@ import torch
 from tritter.errors import RequestError
 from tritter.expansion.specification import ExpansionStep
 from tritter.families import Config, Family, LogicalTensor, family_of
+from tritter.limits import MAX_EXPERTS
 from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.seeds import derived_seed
 
@@ -47,10 +48,12 @@ class MoeAdd:
 
     name: ClassVar[str] = "moe_add"
     expansion_type: ClassVar[str] = "moe"
-    num_experts: int | None = field(default=None, metadata={"minimum": 1})
+    num_experts: int | None = field(default=None, metadata={"minimum": 1, "maximum": MAX_EXPERTS})
     addition: str = field(default="append", metadata={"choices": ("append", "replicate")})
     init: str = field(default="clone", metadata={"choices": INITS})
-    clone_from: tuple[int, ...] | None = field(default=None, metadata={"minimum": 0})
+    clone_from: tuple[int, ...] | None = field(
+        default=None, metadata={"minimum": 0, "maximum": MAX_EXPERTS}
+    )
     teacher: str | None = None
     noise: float = field(default=DEFAULT_NOISE, metadata={"minimum": 0.0})
 

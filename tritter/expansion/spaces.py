@@ -17,6 +17,8 @@ from tritter.seeds import derived_seed
 _UNITS = ("ffn", "shared_ffn", "query")
 _KEPT = ("vocab", "routes", "shared_gate")
 
+_REPEATING = ("net2net", "aki")  # these repeat the residual stream as a whole
+
 
 @dataclass(frozen=True, slots=True)
 class Spaces:
@@ -112,7 +114,7 @@ class Spaces:
 
 def residual_map(old_size: int, new_size: int, *, init: str) -> AxisMap:
     """Return the map of the residual stream: one block and new directions, or whole repeats."""
-    if init in ("net2net", "aki"):
+    if init in _REPEATING:
         return AxisMap.tiled(old_size, new_size)
     return AxisMap.padded(old_size, new_size)
 
@@ -120,6 +122,12 @@ def residual_map(old_size: int, new_size: int, *, init: str) -> AxisMap:
 def rms_ratio(residual: AxisMap) -> float:
     """Return the grown stream's root mean square over the old one's: √(k·d/D)."""
     return math.sqrt(residual.num_copies * residual.old_size / residual.new_size)
+
+
+def planned_rms_ratio(old_size: int, new_size: int, *, init: str) -> float:
+    """Return `rms_ratio` of the `residual_map` of these sizes, without building it."""
+    copies = new_size // old_size if init in _REPEATING else 1
+    return math.sqrt(copies * old_size / new_size)
 
 
 def width_fill(

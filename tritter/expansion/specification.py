@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
-from tritter.families import Config, Family, family_of
+from tritter.errors import RequestError
+from tritter.families import Config, Family, check_size, family_of
 from tritter.parameter_map import ParameterMap
 
 
@@ -66,8 +67,19 @@ def target_config(source_config: Config, specs: Sequence[ExpansionSpec]) -> Conf
     """
     config = source_config
     for spec in specs:
-        config = spec.target_config(family_of(config), config)
+        config = _checked_target(spec, config)
     return config
+
+
+def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
+    """Return the config after an expansion, whose sizes no limit forbids."""
+    target = spec.target_config(family_of(config), config)
+    try:
+        check_size(family_of(target), target)
+    except RequestError as error:
+        reason = str(error).removeprefix("config.json: ")
+        raise RequestError(f"expansion.{spec.name}: of the result, {reason}") from error
+    return target
 
 
 def build_steps(
@@ -82,7 +94,7 @@ def build_steps(
     source = source_config
     for position, spec in enumerate(specs):
         family = family_of(source)  # an expansion into experts changes it on the way
-        target = spec.target_config(family, source)
+        target = _checked_target(spec, source)
         parameter_map = spec.parameter_map(family, source, target, seed=seed + position)
         notes = spec.notes(family, source, target)
         steps.append(ExpansionStep(spec, source, target, parameter_map, notes))

@@ -12,10 +12,12 @@ from tritter.expansion.partners import partner_of
 from tritter.expansion.specification import ExpansionSpec, target_config
 from tritter.expansion.width import Width
 from tritter.families import Config, family_of
+from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
 
 TOLERANCE = 0.1
 _MAX_GROWTH = 64  # times the source, where the search for a shape gives up
-_MAX_EXPERTS = 1024  # copies of an FFN, likewise
+_MAX_COPIES = 1024  # of an FFN, likewise
+_MAX_WIDTHS = 2**14  # hidden sizes that are looked at; beyond 10 B parameters they get coarser
 
 
 def reach_parameters(
@@ -67,27 +69,28 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
     layers, hidden = dimensions.num_hidden_layers, dimensions.hidden_size
     match spec:
         case Dus(target_layers=None, drop_layers=None):
-            for count in range(layers + 1, 2 * layers + 1):
+            for count in range(layers + 1, min(2 * layers, MAX_LAYERS) + 1):
                 yield replace(spec, target_layers=count)
         case Stack(target_layers=None):
             step = 1 if spec.partial else layers
-            for count in range(layers + step, _MAX_GROWTH * layers + 1, step):
+            for count in range(layers + step, _most(layers, MAX_LAYERS) + 1, step):
                 yield replace(spec, target_layers=count)
         case Interpolate(target_layers=None) | LlamaPro(target_layers=None, positions=None):
-            for count in range(layers + 1, _MAX_GROWTH * layers + 1):
+            for count in range(layers + 1, _most(layers, MAX_LAYERS) + 1):
                 yield replace(spec, target_layers=count)
         case Width(hidden_size=None):
-            step = dimensions.num_attention_heads
-            for size in range(hidden + step, _MAX_GROWTH * hidden + 1, step):
+            heads, most = dimensions.num_attention_heads, _most(hidden, MAX_WIDTH)
+            step = heads * max(1, (most - hidden) // (heads * _MAX_WIDTHS))
+            for size in range(hidden + step, most + 1, step):
                 yield replace(spec, hidden_size=size)
         case Moe(num_experts=None):
             partner_of(family_of(config))
             pieces = spec.granularity
-            for count in range(2 * pieces, _MAX_EXPERTS * pieces + 1, pieces):
+            for count in range(2 * pieces, _most(pieces, MAX_EXPERTS, _MAX_COPIES) + 1, pieces):
                 yield replace(spec, num_experts=count)
         case MoeAdd(num_experts=None, addition="append"):
             sparse_layers(family_of(config), config)
-            for count in range(1, _MAX_GROWTH * max(dimensions.num_experts, 1) + 1):
+            for count in range(1, _most(max(dimensions.num_experts, 1), MAX_EXPERTS) + 1):
                 yield replace(spec, num_experts=count)
         case MoeAdd(num_experts=None):
             yield spec
@@ -96,6 +99,10 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
                 f"target_params and a target of {spec.name}'s own ({_describe(spec)}) are both "
                 "given; give one of them."
             )
+
+
+def _most(size: int, limit: int, growth: int = _MAX_GROWTH) -> int:
+    return min(growth * size, limit)
 
 
 def _is_possible(config: Config, spec: ExpansionSpec) -> bool:

@@ -25,15 +25,17 @@ from tritter.expansion.heads import (
 from tritter.expansion.spaces import (
     Spaces,
     first_copies,
+    planned_rms_ratio,
     residual_map,
-    rms_ratio,
     tensors_above,
     width_fill,
 )
 from tritter.families import Config, Dimensions, Family, LogicalTensor, Port
+from tritter.limits import MAX_WIDTH
 from tritter.parameter_map import Fill, ParameterMap, TensorMap
 from tritter.seeds import derived_seed
 
+_SIZE = {"minimum": 1, "maximum": MAX_WIDTH}
 INITS = ("fresh", "net2net", "zero_pad", "aki")
 _GROWING = (
     "hidden_size",
@@ -70,10 +72,10 @@ class Width:
 
     name: ClassVar[str] = "width"
     expansion_type: ClassVar[str] = "width"
-    hidden_size: int | None = field(default=None, metadata={"minimum": 1})
-    intermediate_size: int | None = field(default=None, metadata={"minimum": 1})
-    num_attention_heads: int | None = field(default=None, metadata={"minimum": 1})
-    num_key_value_heads: int | None = field(default=None, metadata={"minimum": 1})
+    hidden_size: int | None = field(default=None, metadata=_SIZE)
+    intermediate_size: int | None = field(default=None, metadata=_SIZE)
+    num_attention_heads: int | None = field(default=None, metadata=_SIZE)
+    num_key_value_heads: int | None = field(default=None, metadata=_SIZE)
     head_strategy: str | None = field(default=None, metadata={"choices": STRATEGIES})
     init: str = field(default="fresh", metadata={"choices": INITS})
     shares: str = field(default="unequal", metadata={"choices": ("unequal", "equal")})
@@ -100,7 +102,7 @@ class Width:
         _check_not_smaller(old, new)
         check_heads(old, new, strategy=self.strategy)
         self._check_hidden_size(family, old, new)
-        ratio = rms_ratio(residual_map(old.hidden_size, new.hidden_size, init=self.init))
+        ratio = planned_rms_ratio(old.hidden_size, new.hidden_size, init=self.init)
         return {
             **config,
             **{key: getattr(new, name) for name, key in family.sizes.items() if name in _GROWING},

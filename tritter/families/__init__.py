@@ -1,5 +1,6 @@
 """Family tables: one data file per architecture, and what can be counted from its shapes."""
 
+from tritter.families.checks import check_config, check_size
 from tritter.families.dimensions import Config, Dimensions
 from tritter.families.family import (
     Axis,
@@ -58,6 +59,8 @@ __all__ = [
     "Port",
     "StoredTensor",
     "backward_flops",
+    "check_config",
+    "check_size",
     "family_of",
     "find_family",
     "forward_flops",

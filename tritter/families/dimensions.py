@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tritter.errors import RequestError
+from tritter.errors import RequestError, brief
+from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH
 
 Config = dict[str, object]
 
@@ -18,6 +19,13 @@ DENSE_SIZES: Mapping[str, str] = {
         "head_dim",
         "vocab_size",
     )
+}
+
+_LIMITS: Mapping[str, int] = {
+    "num_hidden_layers": MAX_LAYERS,
+    "vocab_size": MAX_VOCABULARY,
+    "num_experts": MAX_EXPERTS,
+    "experts_per_token": MAX_EXPERTS,
 }
 
 
@@ -66,7 +74,7 @@ def read_dimensions(config: Config, sizes: Mapping[str, str]) -> Dimensions:
         sizes: attribute of `Dimensions` → config key.
 
     Raises:
-        RequestError: a size is missing or no positive whole number.
+        RequestError: a size is missing, no positive whole number, or above its limit.
     """
 
     def size(name: str, default: int | None = None) -> int:
@@ -74,7 +82,14 @@ def read_dimensions(config: Config, sizes: Mapping[str, str]) -> Dimensions:
         value = config.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise RequestError(f"config.json: {key} = {value!r}; a whole number ≥ 1 is needed.")
+            raise RequestError(
+                f"config.json: {key} = {brief(value)}; a whole number ≥ 1 is needed."
+            )
+        limit = _LIMITS.get(name, MAX_WIDTH)
+        if value > limit:
+            raise RequestError(
+                f"config.json: {key} = {brief(value)}; allowed is at most {limit:,}."
+            )
         return value
 
     heads, hidden_size = size("num_attention_heads"), size("hidden_size")
@@ -85,4 +100,10 @@ def read_dimensions(config: Config, sizes: Mapping[str, str]) -> Dimensions:
             f"config.json: {sizes['experts_per_token']} = {values['experts_per_token']}; allowed "
             f"is at most {sizes['num_experts']} = {values['num_experts']}."
         )
-    return Dimensions(**values)
+    read = Dimensions(**values)
+    if max(read.query_size, read.key_value_size) > MAX_WIDTH:
+        raise RequestError(
+            f"config.json: {max(heads, read.num_key_value_heads)} heads of head_dim = "
+            f"{read.head_dim} are wider than {MAX_WIDTH:,} together, which is allowed at most."
+        )
+    return read

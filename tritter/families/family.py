@@ -7,13 +7,15 @@ holds them exists once per layer, or per expert.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from math import prod
 from typing import Literal
 
-from tritter.errors import RequestError, did_you_mean
+from tritter.errors import RequestError, brief, did_you_mean
 from tritter.families.dimensions import DENSE_SIZES, Config, Dimensions, read_dimensions
 
 LayerKind = Literal["all", "dense", "sparse"]
@@ -156,22 +158,32 @@ class Family:
         """
         if self.sparse_layers != "pattern":
             return self.has_experts
-        dense = config.get("mlp_only_layers")
-        step = config.get("decoder_sparse_step", 1)
+        return self.layer_kinds(config)[layer] == "sparse"
+
+    def layer_kinds(self, config: Config) -> list[Literal["dense", "sparse"]]:
+        """Return of every layer whether it has experts (sparse) or one FFN (dense).
+
+        Raises:
+            RequestError: the config's pattern is none.
+        """
+        layers = range(self.dimensions(config).num_hidden_layers)
+        if self.sparse_layers != "pattern":
+            return ["sparse" if self.has_experts else "dense" for _ in layers]
+        exempt, step = config.get("mlp_only_layers"), config.get("decoder_sparse_step", 1)
         if not isinstance(step, int) or step < 1:
             raise RequestError(
-                f"config.json: decoder_sparse_step = {step!r}; a whole number ≥ 1 is needed."
+                f"config.json: decoder_sparse_step = {brief(step)}; a whole number ≥ 1 is needed."
             )
-        is_exempt = isinstance(dense, list | tuple) and layer in dense
-        return not is_exempt and (layer + 1) % step == 0
+        listed = exempt if isinstance(exempt, list | tuple) else ()
+        dense = {layer for layer in listed if isinstance(layer, int)}
+        return ["dense" if layer in dense or (layer + 1) % step else "sparse" for layer in layers]
 
     def logical_tensors(self, config: Config) -> tuple[LogicalTensor, ...]:
         """Return every tensor that a model of this config has, layers and experts written out."""
         before, per_layer, after = self._sections
         dimensions = self.dimensions(config)
         tensors = list(before)
-        for layer in range(dimensions.num_hidden_layers):
-            kind = "sparse" if self.is_sparse(config, layer) else "dense"
+        for layer, kind in enumerate(self.layer_kinds(config)):
             templates = [t.for_layer(layer) for t in per_layer if t.layers in ("all", kind)]
             tensors += _with_experts(templates, dimensions.num_experts)
         tensors += after
@@ -189,12 +201,15 @@ class Family:
             if isinstance(values, list):
                 deeper[key] = [values[source] for source in layer_sources]
         if self.sparse_layers == "pattern":
-            dense = [t for t, s in enumerate(layer_sources) if not self.is_sparse(config, s)]
+            kinds = self.layer_kinds(config)
+            dense = [t for t, s in enumerate(layer_sources) if kinds[s] == "dense"]
             deeper |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
         return deeper
 
     def shape(self, tensor: LogicalTensor, config: Config) -> tuple[int, ...]:
-        dimensions = self.dimensions(config)
+        return self._shape(tensor, self.dimensions(config))
+
+    def _shape(self, tensor: LogicalTensor, dimensions: Dimensions) -> tuple[int, ...]:
         return tuple(getattr(dimensions, self._size_name(axis.space)) for axis in tensor.axes)
 
     def branch_output(self, tensor: LogicalTensor) -> bool:
@@ -235,12 +250,24 @@ class Family:
         tied = (t for t in self.tensors if t.unless and not t.exists(config))
         return {tensor.disk_name for tensor in tied}
 
+    def count_tensors(self, config: Config) -> int:
+        """Count the tensors on disk, without naming them."""
+        return sum(times for _, times in self._multiplicities(config))
+
     def _sizes_of_tensors(self, config: Config) -> Iterator[tuple[LogicalTensor, int]]:
-        for tensor in self.logical_tensors(config):
-            size = 1
-            for length in self.shape(tensor, config):
-                size *= length
-            yield tensor, size
+        """Yield the templates of the tensors, and how many parameters all that follow one have."""
+        dimensions = self.dimensions(config)
+        for template, times in self._multiplicities(config):
+            yield template, times * prod(self._shape(template, dimensions))
+
+    def _multiplicities(self, config: Config) -> Iterator[tuple[LogicalTensor, int]]:
+        """Yield the templates of the tensors that a model has, and how many follow each."""
+        kinds, num_experts = Counter(self.layer_kinds(config)), self.dimensions(config).num_experts
+        for template in self.tensors:
+            if template.exists(config):
+                layers = sum(kinds[k] for k in kinds if template.layers in ("all", k))
+                in_layers = layers if "{layer}" in template.name else 1
+                yield template, in_layers * (num_experts if template.is_per_expert else 1)
 
     def _active_share(self, tensor: LogicalTensor, config: Config) -> float:
         if not tensor.is_per_expert:

@@ -9,9 +9,11 @@ from typing import Any, Literal
 from tritter.errors import RequestError
 from tritter.expansion import Dus, ExpansionSpec, Width, target_config
 from tritter.families import Config, Dimensions, family_of
+from tritter.limits import MAX_LAYERS, MAX_WIDTH
 
 _LARGEST_MULTIPLE = 256  # FFN sizes stay multiples of what they were multiples of, up to this
 _FINEST_ROUNDING = 8  # an FFN is rounded to multiples of an eighth of itself at most
+_MOST_SIZES = 128  # looked at in one direction, or up to three times as many
 _COARSEST_STEP = 1 / 6  # of the hidden size; coarser ones would miss too many sizes
 _FINE_STEP = 1 / 16  # of the hidden size
 _SIZES = (
@@ -118,7 +120,8 @@ def depth_specs(
         least_aspect_ratio: hidden size per layer that must be left.
     """
     sizes = family_of(config).dimensions(config)
-    layers = range(sizes.num_hidden_layers + 1, 2 * sizes.num_hidden_layers + 1)
+    most = min(2 * sizes.num_hidden_layers, MAX_LAYERS)
+    layers = _thinned(range(sizes.num_hidden_layers + 1, most + 1))
     specs = [
         _with_sizes(method, target_layers=count)
         for count in layers
@@ -143,6 +146,7 @@ def width_specs(
     sizes = family_of(config).dimensions(config)
     hidden, unit = sizes.hidden_size, _unit(sizes, grid)
     heads = sizes.num_attention_heads if grid == "fine" else None
+    most = min(2 * hidden, MAX_WIDTH)
     specs = [
         _with_sizes(
             method,
@@ -151,7 +155,7 @@ def width_specs(
             num_attention_heads=heads,
             num_key_value_heads=heads and sizes.num_key_value_heads,
         )
-        for size in range((hidden // unit + 1) * unit, 2 * hidden + 1, unit)
+        for size in _thinned(range((hidden // unit + 1) * unit, most + 1, unit))
         if size / sizes.num_hidden_layers <= most_aspect_ratio
     ]
     return [spec for spec in specs if _is_possible(config, spec)]
@@ -164,6 +168,11 @@ def specs_like(config: Config, spec: ExpansionSpec, methods: GrowthMethods) -> l
         return depth_specs(config, methods.depth)
     assert methods.width is not None
     return width_specs(config, methods.width, grid="fine")
+
+
+def _thinned(sizes: range) -> range:
+    """Return every size or, of thousands, an odd part of them: methods may want even ones."""
+    return sizes[:: len(sizes) // _MOST_SIZES // 2 * 2 + 1]
 
 
 def nearest_shape(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError, TritterError, brief
 from tritter.routing.control import Routing
 from tritter.storage.reading import read_object
 
@@ -119,7 +119,7 @@ class AddedExperts:
             raise TritterError(f"{path} is damaged ({error}).") from error
         if version != FORMAT_VERSION:
             raise TritterError(
-                f"{path}: format_version {version!r}; this Tritter reads {FORMAT_VERSION}."
+                f"{path}: format_version {brief(version)}; this Tritter reads {FORMAT_VERSION}."
             )
         try:
             return _from_plain(plain)

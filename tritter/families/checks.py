@@ -1,0 +1,126 @@
+"""A config.json held against what its family needs and what a machine bears, before it is used.
+
+transformers builds what a config says: a name for each of a billion labels, an entry for each of
+a million layers. So nothing is handed to it that has not been here.
+"""
+
+import math
+from collections.abc import Mapping
+
+from tritter.errors import RequestError, brief
+from tritter.families.dimensions import Config
+from tritter.families.family import Family
+from tritter.limits import (
+    MAX_LABELS,
+    MAX_LAYERS,
+    MAX_PARAMETERS,
+    MAX_POSITIONS,
+    MAX_TENSORS,
+)
+
+_MAX_INTEGER = 2**63 - 1  # what a tensor's index holds
+_MAX_TEXT = 2**16
+# Of the keys that are read here or decide how long something gets: type, and limit of numbers.
+_COUNTS: Mapping[str, int] = {
+    "num_labels": MAX_LABELS,
+    "max_position_embeddings": MAX_POSITIONS,
+    "max_window_layers": MAX_LAYERS,
+    "sliding_window": MAX_POSITIONS,
+}
+_LISTS: Mapping[str, int] = {"id2label": MAX_LABELS, "label2id": MAX_LABELS}
+_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "qkv_bias")
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Other weights than the tensors of the table, or other code than transformers' own.
+_REFUSED: Mapping[str, str] = {
+    "quantization_config": "quantised weights are not read; save the model without quantisation",
+    "per_layer_config": "layers of different sizes are not read",
+}
+
+
+def check_config(family: Family, config: Config) -> None:
+    """Refuse a config that is too large, or whose values are of another kind than is read.
+
+    Raises:
+        RequestError: names the key, the value and what is allowed.
+    """
+    for key, value in config.items():
+        _check_value(key, value)
+    _check_epsilon(config)
+    _check_lists(family, config)
+    check_size(family, config)
+
+
+def check_size(family: Family, config: Config) -> None:
+    """Refuse a model that is too large to be listed; counts, and lists nothing.
+
+    Raises:
+        RequestError: names the size, and what is allowed.
+    """
+    family.dimensions(config)
+    tensors, parameters = family.count_tensors(config), family.count_parameters(config)
+    if tensors > MAX_TENSORS:
+        raise RequestError(
+            f"config.json: its layers and experts make {tensors:,} tensors; allowed is at most "
+            f"{MAX_TENSORS:,}."
+        )
+    if parameters > MAX_PARAMETERS:
+        raise RequestError(
+            f"config.json: its sizes make {parameters:,} parameters; allowed is at most "
+            f"{MAX_PARAMETERS:,}."
+        )
+
+
+def _check_value(key: str, value: object) -> None:
+    def refuse(allowed: str) -> None:
+        raise RequestError(f"config.json: {key[:60]} = {brief(value)}; {allowed}.")
+
+    if key in _REFUSED and value:
+        refuse(_REFUSED[key])
+    if key in _COUNTS and value is not None:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _COUNTS[key]:
+            refuse(f"allowed is a whole number from 0 to {_COUNTS[key]:,}")
+    elif key in _FLAGS and not isinstance(value, bool | None):
+        refuse("allowed is true or false")
+    elif key in _DTYPE_KEYS and value is not None:
+        if not isinstance(value, str) or value.removeprefix("torch.") not in _DTYPES:
+            refuse(f"allowed is one of {', '.join(_DTYPES)}")
+    elif key in _LISTS and value is not None:
+        if not isinstance(value, dict) or len(value) > _LISTS[key]:
+            refuse(f"allowed is an object of at most {_LISTS[key]:,} entries")
+    elif isinstance(value, int) and abs(value) > _MAX_INTEGER:
+        refuse("no whole number is that large")
+    elif isinstance(value, str) and len(value) > _MAX_TEXT:
+        refuse(f"allowed is text of at most {_MAX_TEXT:,} characters")
+
+
+def _check_epsilon(config: Config) -> None:
+    value = config.get("rms_norm_eps")
+    if value is None:
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:  # type: ignore[operator]
+        raise RequestError(
+            f"config.json: rms_norm_eps = {brief(value)}; allowed is a number from 0 on."
+        )
+
+
+def _check_lists(family: Family, config: Config) -> None:
+    layers = family.dimensions(config).num_hidden_layers
+    for key in family.per_layer_config_keys:
+        values = config.get(key)
+        if values is None:
+            continue
+        if not isinstance(values, list | tuple) or len(values) != layers:
+            raise RequestError(
+                f"config.json: {key} = {brief(values)}; allowed is a list of num_hidden_layers = "
+                f"{layers} entries."
+            )
+    exempt = config.get("mlp_only_layers")
+    if exempt is None:
+        return
+    is_list = isinstance(exempt, list | tuple) and len(exempt) <= layers
+    if not is_list or not all(isinstance(layer, int) for layer in exempt):  # type: ignore[attr-defined]
+        raise RequestError(
+            f"config.json: mlp_only_layers = {brief(exempt)}; allowed is a list of layers."
+        )
