@@ -27,6 +27,7 @@ from tritter.families import (
     Config,
     Family,
     check_config,
+    check_values,
     family_of,
     layout,
     match,
@@ -80,14 +81,12 @@ def _stock_config(folder: Path) -> PreTrainedConfig:
     plain = read_object(path)
     family = family_of(plain)
     _refuse_other_weights(folder, plain)
-    try:
-        check_config(family, plain)
-    except RequestError as error:
-        reason = str(error).removeprefix("config.json: ")
-        raise TritterError(f"{path} is not a usable config: {reason}") from error
     own = {key: value for key, value in plain.items() if key not in _NAMING_CODE}
     with _refused_as(f"{path} is not a usable config"), _quiet():
-        return CONFIG_MAPPING[str(plain["model_type"])].from_dict(own)
+        check_values(family, plain)
+        config = CONFIG_MAPPING[str(plain["model_type"])].from_dict(own)
+        check_config(family, config.to_dict())  # with the defaults of what the file leaves out
+        return config
 
 
 def new_model(config: Config, *, seed: int) -> nn.Module:
@@ -240,6 +239,9 @@ def _refused_as(what: str) -> Iterator[None]:
     """Turn what libraries raise over a damaged file into one line that names the file."""
     try:
         yield
+    except RequestError as error:
+        reason = str(error).removeprefix("config.json: ")
+        raise TritterError(f"{what}: {reason}") from error
     except TritterError:
         raise
     # The border to libraries that build what a file says: packages that are not installed, bad

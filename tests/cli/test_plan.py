@@ -124,7 +124,10 @@ def test_the_guide(run: Run, place: Path) -> None:
             ["--optimizer = adam8bit", "Did you mean 'adamw8bit'"],
         ),
         ("--source 3B --target 10B --gpu-hours 1 --precision bf16", ["--precision = bf16"]),
-        ("--source 3B --target 10B --gpu-hours 1 --batch-size 0", ["--batch-size = 0"]),
+        (
+            "--source 3B --target 10B --gpu-hours 1 --batch-size 0",
+            ["--batch-size", "0 is not in the range"],
+        ),
         ("--source 3B --gpu-hours 1", ["--target", "--guide"]),
         ("", ["--source and --target and --gpu-hours"]),
         ("--source 1k --target 10B --gpu-hours 1", ["--source = 1,000", "checkpoint folder"]),

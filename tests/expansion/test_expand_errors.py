@@ -75,7 +75,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
         TritterError,
         ["holds no config.json"],
     ),
-    "config is no JSON": (_bytes("config.json", b"{"), TritterError, ["config.json", "not a us"]),
+    "config is no JSON": (
+        _bytes("config.json", b"{"),
+        TritterError,
+        ["config.json", "cannot be read"],
+    ),
     "unknown family": (
         _configured(model_type="gpt2"),
         RequestError,
@@ -111,7 +115,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
         TritterError,
         ["config.json", "hidden_size", "large"],
     ),
-    "negative size": (_configured(hidden_size=-24), RequestError, ["hidden_size = -24"]),
+    "negative size": (_configured(hidden_size=-24), TritterError, ["hidden_size = -24"]),
     "no heads": (
         _configured(num_attention_heads=0, head_dim=...),
         TritterError,

@@ -1,6 +1,6 @@
 """Family tables: one data file per architecture, and what can be counted from its shapes."""
 
-from tritter.families.checks import check_config, check_size
+from tritter.families.checks import check_config, check_size, check_values
 from tritter.families.dimensions import Config, Dimensions
 from tritter.families.family import (
     Axis,
@@ -61,6 +61,7 @@ __all__ = [
     "backward_flops",
     "check_config",
     "check_size",
+    "check_values",
     "family_of",
     "find_family",
     "forward_flops",

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 
 from tritter.errors import RequestError, brief
-from tritter.families.dimensions import Config
+from tritter.families.dimensions import Config, require_size
 from tritter.families.family import Family
 from tritter.limits import (
     MAX_LABELS,
@@ -38,15 +38,27 @@ _REFUSED: Mapping[str, str] = {
 }
 
 
-def check_config(family: Family, config: Config) -> None:
-    """Refuse a config that is too large, or whose values are of another kind than is read.
+def check_values(family: Family, config: Config) -> None:
+    """Refuse single values that are too large, or of another kind than is read; keys may be missing.
 
     Raises:
         RequestError: names the key, the value and what is allowed.
     """
     for key, value in config.items():
         _check_value(key, value)
+    for name, key in family.sizes.items():
+        if config.get(key) is not None:
+            require_size(name, key, config[key])
     _check_epsilon(config)
+
+
+def check_config(family: Family, config: Config) -> None:
+    """Refuse a config that is too large as a whole, that lacks a size, or has a wrong value.
+
+    Raises:
+        RequestError: names the key, the value and what is allowed.
+    """
+    check_values(family, config)
     _check_lists(family, config)
     check_size(family, config)
 

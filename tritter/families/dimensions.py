@@ -67,6 +67,24 @@ class Dimensions:
         return 1
 
 
+def require_size(name: str, key: str, value: object) -> int:
+    """Return a size that a config states.
+
+    Args:
+        name: attribute of `Dimensions`.
+        key: what the config calls it.
+
+    Raises:
+        RequestError: it is no positive whole number, or above its limit.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RequestError(f"config.json: {key} = {brief(value)}; a whole number ≥ 1 is needed.")
+    limit = _LIMITS.get(name, MAX_WIDTH)
+    if value > limit:
+        raise RequestError(f"config.json: {key} = {brief(value)}; allowed is at most {limit:,}.")
+    return value
+
+
 def read_dimensions(config: Config, sizes: Mapping[str, str]) -> Dimensions:
     """Read the sizes from a config, with the defaults that transformers would derive.
 
@@ -78,19 +96,8 @@ def read_dimensions(config: Config, sizes: Mapping[str, str]) -> Dimensions:
     """
 
     def size(name: str, default: int | None = None) -> int:
-        key = sizes[name]
-        value = config.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise RequestError(
-                f"config.json: {key} = {brief(value)}; a whole number ≥ 1 is needed."
-            )
-        limit = _LIMITS.get(name, MAX_WIDTH)
-        if value > limit:
-            raise RequestError(
-                f"config.json: {key} = {brief(value)}; allowed is at most {limit:,}."
-            )
-        return value
+        value = config.get(sizes[name])
+        return require_size(name, sizes[name], default if value is None else value)
 
     heads, hidden_size = size("num_attention_heads"), size("hidden_size")
     derived = {"num_key_value_heads": heads, "head_dim": hidden_size // heads}
