@@ -39,7 +39,7 @@ _REFUSED: Mapping[str, str] = {
 
 
 def check_values(family: Family, config: Config) -> None:
-    """Refuse single values that are too large, or of another kind than is read; keys may be missing.
+    """Refuse single values that are too large or of another kind; keys may be missing.
 
     Raises:
         RequestError: names the key, the value and what is allowed.
