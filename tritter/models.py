@@ -327,9 +327,9 @@ def _layers_of_each_kind(family: Family, config: Config) -> list[int]:
     """Return the first layer of every kind that a config tells apart."""
     kinds: dict[tuple[object, ...], int] = {}
     stated = [config.get(key) for key in family.per_layer_config_keys]
-    for layer in range(family.dimensions(config).num_hidden_layers):
+    for layer, kind in enumerate(family.layer_kinds(config)):
         own = [str(values[layer]) for values in stated if isinstance(values, list)]
-        kinds.setdefault((family.is_sparse(config, layer), *own), layer)
+        kinds.setdefault((kind, *own), layer)
     return list(kinds.values())
 
 

@@ -288,8 +288,8 @@ def sparse_layers(family: Family, config: Config) -> tuple[int, ...]:
     Raises:
         RequestError: there are none.
     """
-    layers = range(family.dimensions(config).num_hidden_layers)
-    sparse = tuple(layer for layer in layers if family.is_sparse(config, layer))
+    kinds = family.layer_kinds(config)
+    sparse = tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
     if not sparse:
         raise RequestError(
             f"expansion.moe_add: a {family.model_type} model without experts has none to add to; "

@@ -151,8 +151,8 @@ class _Walk:
             self._held[tensor.name] = math.prod(family.shape(tensor, config))
             if is_trained(tensor):
                 self._trained.add(tensor.name)
-        layers = range(self._sizes.num_hidden_layers)
-        sparse = [layer for layer in layers if family.is_sparse(config, layer)]
+        kinds = family.layer_kinds(config)
+        sparse = [layer for layer, kind in enumerate(kinds) if kind == "sparse"]
         self._last_sparse = f"layers.{sparse[-1]}." if sparse else ""
         self._is_below_router = bool(sparse)
         self._products: list[_Product] = []
