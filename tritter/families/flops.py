@@ -157,7 +157,7 @@ class _Walk:
         self._is_below_router = bool(sparse)
         self._products: list[_Product] = []
         stream = "embed" in self._trained
-        for layer in layers:
+        for layer in range(len(kinds)):
             window = family.attention_window(config, layer)
             stream = self._attention(f"layers.{layer}.", stream, window)
             stream = self._ffn(f"layers.{layer}.", stream)
