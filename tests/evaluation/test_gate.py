@@ -1,3 +1,4 @@
+import importlib
 import json
 import math
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 
 from tritter.evaluation.gate import (
+    MIN_DOCUMENTS,
     Check,
     decide,
     new_capability_check,
@@ -14,13 +16,15 @@ from tritter.evaluation.gate import (
 )
 from tritter.evaluation.jump import Jump
 
-BEFORE = torch.tensor([100.0, 210.0, 90.0, 160.0, 120.0, 80.0])
-NOISE = torch.tensor([0.01, -0.01, 0.02, -0.02, 0.005, -0.005])
+SIX = torch.tensor([100.0, 210.0, 90.0, 160.0, 120.0, 80.0])
+# Thirty-six documents, no two alike
+BEFORE = SIX.repeat(6) + torch.arange(36)
+NOISE = torch.tensor([0.01, -0.01, 0.02, -0.02, 0.005, -0.005]).repeat(6)
 
 
 @pytest.mark.parametrize(
     ("rise", "noise", "verdict"),
-    [(0.01, 0.3, "passed"), (-0.1, 1, "passed"), (0.05, 1, "undecided"), (0.12, 1, "failed")],
+    [(0.01, 0.3, "passed"), (-0.1, 1, "passed"), (0.05, 1, "undecided"), (0.07, 1, "failed")],
 )
 def test_retention(make_losses, rise, noise, verdict):
     after = make_losses(BEFORE * (1 + rise + noise * NOISE))
@@ -48,22 +52,87 @@ def test_an_unchanged_model_has_learned_nothing_new(make_losses):
 
 
 def test_undecided_names_more_documents_than_there_were(make_losses):
-    after = make_losses(BEFORE * (1.045 + NOISE))
+    after = make_losses(BEFORE * (1.049 + NOISE))
     check = retention_check("prose", make_losses(BEFORE), after, bound=0.05, confidence=0.95)
-    assert check.verdict == "undecided" and check.documents_needed > check.n == 6
+    assert check.verdict == "undecided" and check.documents_needed > check.n == 36
     assert f"about {check.documents_needed} documents would decide" in check.detail
     # The same documents over and over: as many as were asked for do decide.
-    times = math.ceil(check.documents_needed / 6)
+    times = math.ceil(check.documents_needed / 36)
     before, after = make_losses(BEFORE.repeat(times)), make_losses(after.nats.repeat(times))
     again = retention_check("prose", before, after, bound=0.05, confidence=0.95)
     assert again.verdict == "passed"
 
 
-def test_one_document_leaves_it_undecided(make_losses):
+@pytest.mark.parametrize("n", [1, 2, 10, MIN_DOCUMENTS - 1])
+def test_below_thirty_documents_nothing_is_decided(make_losses, n):
+    before = make_losses(BEFORE[:n])
+    harmless, ruined = make_losses(before.nats * 1.001), make_losses(before.nats * (2 + NOISE[:n]))
+    for check in (
+        retention_check("prose", before, harmless, bound=0.05, confidence=0.95),
+        retention_check("prose", before, ruined, bound=0.05, confidence=0.95),
+        new_capability_check("code", before, make_losses(before.nats / 2), confidence=0.95),
+        new_capability_check("code", before, ruined, confidence=0.95),
+    ):
+        assert check.verdict == "undecided" and check.documents_needed >= MIN_DOCUMENTS
+        assert f"on {n} documents, fewer than the 30 that a bound needs; about" in check.detail
+        json.dumps(check.to_dict(), allow_nan=False)
+
+
+def test_thirty_documents_are_enough(make_losses):
+    before = make_losses(BEFORE[:MIN_DOCUMENTS])
+    after = make_losses(before.nats * (1.01 + 0.1 * NOISE[:MIN_DOCUMENTS]))
+    check = retention_check("prose", before, after, bound=0.05, confidence=0.95)
+    assert check.verdict == "passed" and check.documents_needed is None
+
+
+def test_few_documents_that_would_not_decide_ask_for_more_than_thirty(make_losses):
+    after = make_losses(SIX * (1.049 + NOISE[:6]))
+    check = retention_check("prose", make_losses(SIX), after, bound=0.05, confidence=0.95)
+    assert check.documents_needed > MIN_DOCUMENTS
+
+
+def test_one_document_has_no_bounds(make_losses):
     one = make_losses(BEFORE[:1])
     check = retention_check("prose", one, one, bound=0.05, confidence=0.95)
-    assert check.verdict == "undecided" and check.documents_needed is None
     assert check.to_dict()["interval"] == [None, None]
+
+
+def test_documents_that_carry_the_change_are_named(make_losses):
+    before = make_losses(BEFORE)
+    after = before.nats * (1.01 + NOISE)
+    after[4] *= 1.6
+    check = retention_check("prose", before, make_losses(after), bound=0.05, confidence=0.95)
+    assert check.verdict == "undecided"
+    assert check.detail.endswith("; half of the spread comes from one document: 'd4'")
+    after = before.nats * (1.01 + NOISE)
+    calm = retention_check("prose", before, make_losses(after), bound=0.05, confidence=0.95)
+    assert "spread" not in calm.detail
+
+
+def test_an_unknown_bound_is_said_in_words(make_losses):
+    before = make_losses(BEFORE)
+    after = before.nats * 1.01
+    after[4] *= 1.6
+    check = retention_check("prose", before, make_losses(after), bound=0.05, confidence=0.95)
+    assert check.verdict == "undecided" and check.to_dict()["interval"][1] is None
+    assert "and unknown, allowed" in check.detail and "inf" not in check.detail
+    assert "no number of documents is known" in check.detail
+
+
+@pytest.mark.parametrize(("n", "at_most"), [(2, 0.0), (10, 0.0), (60, 0.05)])
+def test_rare_large_damage_does_not_pass(make_losses, n, at_most):
+    """A tenth of the documents +60 %, the rest +1 %: 6.9 % in all, where 5 % are allowed."""
+    experiment = importlib.import_module("experiments.2026-11-20_gate_coverage.gate_coverage")
+    (damage,) = (damage for damage in experiment.DAMAGES if damage.name == "rare")
+    sample = damage.sample(300, n, torch.Generator().manual_seed(1))
+    passed = sum(
+        retention_check(
+            "prose", make_losses(before), make_losses(after), bound=0.05, confidence=0.95
+        ).verdict
+        == "passed"
+        for before, after in zip(sample.before, sample.after, strict=True)
+    )
+    assert passed / 300 <= at_most
 
 
 def test_a_loss_that_is_not_finite_fails_and_is_never_undecided(make_losses):
@@ -75,7 +144,7 @@ def test_a_loss_that_is_not_finite_fails_and_is_never_undecided(make_losses):
         retention_check("prose", before, after, bound=0.05, confidence=0.95),
         new_capability_check("code", before, after, confidence=0.95),
     ):
-        assert check.verdict == "failed" and "not finite on 1 of 6" in check.detail
+        assert check.verdict == "failed" and "not finite on 1 of 36" in check.detail
         json.dumps(check.to_dict(), allow_nan=False)
 
 

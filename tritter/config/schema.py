@@ -129,7 +129,7 @@ class GateConfig:
     enabled: bool
     strict: bool
     retention: float = bounded(minimum=0)
-    confidence: float = bounded(above=0.5, below=1)
+    confidence: float = bounded(above=0.5, maximum=0.999)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,23 +1,29 @@
 """The gate: checks on a grown model, and what follows from them.
 
 Every check can end undecided: too few documents are a reason to say how many would do, and never a
-reason to pass or to fail.
+reason to pass or to fail. Damage that is rare does not show in few documents, so below
+`MIN_DOCUMENTS` no bound is trusted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from tritter.evaluation.estimate import Estimate, finite_or_none
+from tritter.evaluation.estimate import finite_or_none
 from tritter.evaluation.jump import Jump
 from tritter.evaluation.losses import DocumentLosses
-from tritter.evaluation.statistics import relative_change
+from tritter.evaluation.statistics import carrying_documents, relative_change
 
 Verdict = Literal["passed", "failed", "undecided", "reported"]
 Status = Literal["kept", "rolled_back", "undecided"]
 
+# A tenth of all documents shows in at least one of 30 with a probability of 96 %
+MIN_DOCUMENTS = 30
+# Documents, as a part of all, that may not make half of the spread without being named
+_FEW = 0.05
+_MOST_NAMES = 3
 # What loading an exact expansion in the stock classes may cost in float32, in units of std(logits).
 EXACT_JUMP = 1e-4
 
@@ -31,9 +37,10 @@ class Check:
         subject: the domain, or what else was looked at.
         value: the measured number; None when there is none (a loss that is not finite).
         bound: what it was held against; None when it is only reported.
-        lower, upper: one-sided bounds, each at `confidence`.
+        lower, upper: one-sided bounds, each at `confidence`; infinite where none is known.
         n: documents behind the value.
-        documents_needed: documents in all that would decide; only of an undecided check.
+        documents_needed: documents in all that would decide, at least `MIN_DOCUMENTS`; only of an
+            undecided check.
     """
 
     name: str
@@ -71,18 +78,14 @@ def retention_check(
     """Ask whether the loss on an old domain rose by no more than `bound`, per byte.
 
     Passed when the one-sided upper bound of the rise is at most `bound`, failed when the lower
-    bound is above it.
+    bound is above it; undecided below `MIN_DOCUMENTS`.
     """
-    if (count := _num_non_finite(after)) > 0:
-        return _broken("retention", domain, after, num_non_finite=count, bound=bound)
-    change = relative_change(before, after)
-    verdict: Verdict = "undecided"
-    if change.upper(confidence) <= bound:
-        verdict = "passed"
-    elif change.lower(confidence) > bound:
-        verdict = "failed"
+
+    def verdict(lower: float, upper: float) -> Verdict:
+        return "passed" if upper <= bound else "failed" if lower > bound else "undecided"
+
     return _change_check(
-        "retention", domain, change, verdict=verdict, bound=bound, confidence=confidence
+        "retention", domain, before, after, verdict=verdict, bound=bound, confidence=confidence
     )
 
 
@@ -92,18 +95,14 @@ def new_capability_check(
     """Ask whether the loss on a new domain fell, per byte.
 
     Passed when the one-sided upper bound of the change is below zero, failed when the lower bound
-    is not.
+    is not; undecided below `MIN_DOCUMENTS`.
     """
-    if (count := _num_non_finite(after)) > 0:
-        return _broken("new_capability", domain, after, num_non_finite=count, bound=0.0)
-    change = relative_change(before, after)
-    verdict: Verdict = "undecided"
-    if change.upper(confidence) < 0:
-        verdict = "passed"
-    elif change.lower(confidence) >= 0:
-        verdict = "failed"
+
+    def verdict(lower: float, upper: float) -> Verdict:
+        return "passed" if upper < 0 else "failed" if lower >= 0 else "undecided"
+
     return _change_check(
-        "new_capability", domain, change, verdict=verdict, bound=0.0, confidence=confidence
+        "new_capability", domain, before, after, verdict=verdict, bound=0.0, confidence=confidence
     )
 
 
@@ -143,17 +142,33 @@ def decide(checks: Iterable[Check], *, enabled: bool) -> Status:
 
 
 def _change_check(
-    name: str, domain: str, change: Estimate, *, verdict: Verdict, bound: float, confidence: float
+    name: str,
+    domain: str,
+    before: DocumentLosses,
+    after: DocumentLosses,
+    *,
+    verdict: Callable[[float, float], Verdict],
+    bound: float,
+    confidence: float,
 ) -> Check:
-    needed = None
-    if verdict == "undecided":
-        needed = change.documents_to_decide(bound, confidence)
+    if (count := _num_non_finite(after)) > 0:
+        return _broken(name, domain, after, num_non_finite=count, bound=bound)
+    change = relative_change(before, after)
     lower, upper = change.lower(confidence), change.upper(confidence)
-    detail = (
-        f"loss per byte {change.value:+.2%} on {change.n} documents, one-sided {confidence:.0%} "
-        f"bounds {lower:+.2%} and {upper:+.2%}, allowed {bound:+.2%}"
+    is_enough = change.n >= MIN_DOCUMENTS
+    answer: Verdict = verdict(lower, upper) if is_enough else "undecided"
+    needed = None
+    if answer == "undecided":
+        needed = change.documents_to_decide(bound, confidence)
+    if not is_enough:
+        needed = max(MIN_DOCUMENTS, needed or 0)
+    detail = f"loss per byte {change.value:+.2%} on {change.n} documents, " + (
+        f"one-sided {confidence:.0%} bounds {_bound_text(lower)} and {_bound_text(upper)}, "
+        f"allowed {bound:+.2%}"
+        if is_enough
+        else f"fewer than the {MIN_DOCUMENTS} that a bound needs"
     )
-    if verdict == "undecided":
+    if answer == "undecided":
         detail += "; " + (
             f"about {needed} documents would decide"
             if needed
@@ -162,8 +177,8 @@ def _change_check(
     return Check(
         name,
         domain,
-        verdict,
-        detail,
+        answer,
+        detail + _carried_by(carrying_documents(before, after), n=change.n),
         value=change.value,
         bound=bound,
         lower=lower,
@@ -172,6 +187,20 @@ def _change_check(
         n=change.n,
         documents_needed=needed,
     )
+
+
+def _bound_text(value: float) -> str:
+    return f"{value:+.2%}" if finite_or_none(value) is not None else "unknown"
+
+
+def _carried_by(names: Sequence[str], *, n: int) -> str:
+    """Name the documents that make half of the spread, where they are few."""
+    if n < MIN_DOCUMENTS or not names or len(names) > _FEW * n:
+        return ""
+    shown = ", ".join(repr(name) for name in names[:_MOST_NAMES])
+    more = ", …" if len(names) > _MOST_NAMES else ""
+    number = "one document" if len(names) == 1 else f"{len(names)} documents"
+    return f"; half of the spread comes from {number}: {shown}{more}"
 
 
 def _num_non_finite(losses: DocumentLosses) -> int:

@@ -1,9 +1,11 @@
 """Paired comparison of two models on the same documents."""
 
+from dataclasses import replace
+
 import torch
 
 from tritter.errors import TritterError
-from tritter.evaluation.estimate import Estimate, ratio_of_sums
+from tritter.evaluation.estimate import Estimate, bounded_ratio
 from tritter.evaluation.losses import DocumentLosses
 
 
@@ -15,7 +17,7 @@ def relative_change(before: DocumentLosses, after: DocumentLosses) -> Estimate:
     token would be several times too small.
 
     Returns:
-        0.01 for a loss that rose by one per cent; n - 1 degrees of freedom.
+        0.01 for a loss that rose by one per cent.
 
     Raises:
         TritterError: the two did not score the same bytes of the same documents, or a loss is not
@@ -28,13 +30,23 @@ def relative_change(before: DocumentLosses, after: DocumentLosses) -> Estimate:
             f"evaluation: a relative change needs finite losses above zero, "
             f"got {float(total):g} nats before and {float(after.nats.sum()):g} after"
         )
-    ratio = ratio_of_sums(after.nats, before.nats)
-    return Estimate(
-        ratio.value - 1,
-        ratio.standard_error,
-        n=ratio.n,
-        degrees_of_freedom=ratio.degrees_of_freedom,
-    )
+    ratio = bounded_ratio(after.nats, before.nats)
+    return replace(ratio, value=ratio.value - 1)
+
+
+def carrying_documents(before: DocumentLosses, after: DocumentLosses) -> tuple[str, ...]:
+    """Return the fewest documents whose changes make up half of the spread, the largest first.
+
+    The spread is the sum of squares behind the standard error; where few documents make it, the
+    bounds rest on what those few happened to be.
+    """
+    ratio = after.nats.sum() / before.nats.sum()
+    squares = (after.nats - ratio * before.nats).square()
+    if not squares.sum() > 0:
+        return ()
+    largest = squares.sort(descending=True)
+    number = int((largest.values.cumsum(0) < squares.sum() / 2).sum()) + 1
+    return tuple(before.identifiers[index] for index in largest.indices[:number].tolist())
 
 
 def _check_paired(before: DocumentLosses, after: DocumentLosses) -> None:

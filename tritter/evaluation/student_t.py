@@ -1,4 +1,4 @@
-"""Student's t distribution: the two functions that the gate needs, without scipy."""
+"""Student's t and the normal distribution, without scipy: for powers, and for means over seeds."""
 
 import math
 from functools import lru_cache

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tritter.report.rows import Change, DomainRow, Score, domain_rows
+from tritter.report.wording import change_text
 
 _DPI = 150
 # Okabe and Ito: told apart by colour-blind readers, and in grey by their markers.
@@ -186,8 +187,9 @@ def _draw_pair(axes: Axes, old: DomainRow, new: DomainRow) -> None:
     axes.errorbar(
         -100 * new.change.value,
         100 * old.change.value,
-        xerr=100 * (new.change.half_width or 0.0),
-        yerr=100 * (old.change.half_width or 0.0),
+        # The gain is the fall: its lower error is the change's upper one
+        xerr=_errors(new.change.above, new.change.below),
+        yerr=_errors(old.change.below, old.change.above),
         color=_ORANGE if old.is_control else _BLUE,
         marker="s" if old.is_control else "o",
         linestyle="none",
@@ -211,9 +213,10 @@ def _figure(
     return figure, panels
 
 
+def _errors(below: float | None, above: float | None) -> list[list[float]]:
+    """Return what matplotlib takes for two sides; an unknown side has no bar."""
+    return [[100 * (below or 0.0)], [100 * (above or 0.0)]]
+
+
 def _percent(change: Change) -> str:
-    if change.value is None:
-        return "change unknown"
-    half_width = change.half_width
-    error = "" if half_width is None else f" ± {100 * half_width:.2f}"
-    return f"{100 * change.value:+.2f}{error} %"
+    return "change unknown" if change.value is None else f"{change_text(change)} %"

@@ -19,18 +19,24 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Relative change per byte from before to after training, with its one-sided bounds."""
+    """Relative change per byte from before to after training, with its one-sided bounds.
+
+    A bound is None where it is not known: a few documents carry the change.
+    """
 
     value: float | None
     lower: float | None
     upper: float | None
 
     @property
-    def half_width(self) -> float | None:
-        """Return half the distance of the two bounds."""
-        if self.lower is None or self.upper is None:
-            return None
-        return (self.upper - self.lower) / 2
+    def below(self) -> float | None:
+        """Return how far the lower bound lies from the value."""
+        return None if self.value is None or self.lower is None else self.value - self.lower
+
+    @property
+    def above(self) -> float | None:
+        """Return how far the upper bound lies from the value; not as far as the lower one."""
+        return None if self.value is None or self.upper is None else self.upper - self.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ _STATUS_WORDS = {
     "undecided": "undecided: the grown checkpoint stays",
 }
 _SAMPLE_CHARACTERS = 400
-_DOMAIN_CHARACTERS = 14
+_DOMAIN_CHARACTERS = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def result_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
             table.add_row("control:")
             is_control = True
         table.add_row(*_cells(row, signs=signs))
-    table.caption = _caption(summary, signs=signs)
+    table.caption = _caption(summary)
     return table
 
 
@@ -146,6 +146,7 @@ def _table(title: str) -> Table:
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
+        collapse_padding=True,
     )
 
 
@@ -163,19 +164,19 @@ def _cells(row: DomainRow, *, signs: Signs) -> list[str | Text]:
         score_text(row.before),
         score_text(row.expanded),
         score_text(row.trained),
-        change_text(row.change, signs=signs),
+        Text(change_text(row.change)),
         Text(verdict, style=_STYLES.get(verdict, "")),
     ]
 
 
-def _caption(summary: Mapping[str, Any], *, signs: Signs) -> str:
+def _caption(summary: Mapping[str, Any]) -> str:
     confidence = next(
         (check["confidence"] for check in checks(last_attempt(summary)) if check.get("confidence")),
         None,
     )
     lines = ["change: before to trained"]
     if confidence is not None:
-        lines[0] += f", paired, {signs.plus_minus} to one-sided {confidence:.0%} bounds"
+        lines[0] += f", paired, with one-sided {confidence:.0%} bounds"
     if summary.get("control"):
         lines.append("control: trained alike, not grown")
     return "\n".join(lines)

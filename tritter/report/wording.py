@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from tritter.report.rows import Change, Score
 
 MISSING = "-"
+UNKNOWN = "?"
 
 
 @dataclass(frozen=True, slots=True)
 class Signs:
     """The few signs beyond ASCII, or what stands for them."""
 
-    plus_minus: str
     arrow: str
     encoding: str
 
@@ -20,8 +20,8 @@ class Signs:
     def for_encoding(cls, encoding: str) -> "Signs":
         """Choose the signs that a terminal of this encoding can print."""
         if encoding.lower().startswith("utf"):
-            return cls("±", "→", encoding)
-        return cls("+/-", "->", encoding)
+            return cls("→", encoding)
+        return cls("->", encoding)
 
     def printable(self, text: str) -> str:
         """Replace what the terminal cannot print, and control characters, by their escapes."""
@@ -39,13 +39,17 @@ def score_text(score: Score | None) -> str:
     return MISSING if score is None or score.loss is None else f"{score.loss:.3f}"
 
 
-def change_text(change: Change, *, signs: Signs) -> str:
-    """Return a change in per cent with its half-width."""
+def change_text(change: Change) -> str:
+    """Return a change in per cent with its bounds."""
     if change.value is None:
         return MISSING
-    value = f"{100 * change.value:+.2f}"
-    half_width = change.half_width
-    return value if half_width is None else f"{value} {signs.plus_minus} {100 * half_width:.2f}"
+    value, lower, upper = map(_percent, (change.value, change.lower, change.upper))
+    has_bounds = change.lower is not None or change.upper is not None
+    return f"{value} [{lower}, {upper}]" if has_bounds else value
+
+
+def _percent(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{100 * value:+.2f}"
 
 
 def count_text(value: float | None) -> str:
