@@ -362,6 +362,8 @@ def _child_lineage(source: Source, plan: Plan, destination: Path, *, seed: int) 
         ),
         stock_loadable="yes" if plan.added_experts is None else "after adaptation",
         training_config=parent.training_config if parent else {},
+        split=parent.split if parent else None,
+        domains=parent.domains if parent else {},
     )
 
 

@@ -13,14 +13,18 @@ import pytest
 from tests.cli.conftest import Run, snapshot
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoint import read_lineage
+from tritter.checkpoint.history import learned_text
+from tritter.checkpoint.learned import Learned
 from tritter.cli import continued, main
 from tritter.cli import train as train_module
-from tritter.cli.continued import TrainRequest, continuation, recorded_text
+from tritter.cli.continued import TrainRequest, continuation
 from tritter.cli.train import HELP
 from tritter.config import RunConfig
 from tritter.config.composition import load_config
 from tritter.config.help import help_text
 from tritter.config.schema import CheckpointModelConfig, EWCOptions, TextDataConfig
+from tritter.config.text_resolution import run_text
+from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import Width
 
@@ -38,8 +42,8 @@ def write_texts(folder: Path, start: str) -> None:
 @pytest.fixture
 def texts(place: Path) -> Path:
     """The current folder, with a plain `base`, and texts at `old` and `data/pretraining`."""
-    write_texts(place / "old", "of old")
-    write_texts(place / "data/pretraining", "and now")
+    write_texts(place / "old", "of older days")
+    write_texts(place / "data/pretraining", "once more")
     return place
 
 
@@ -214,9 +218,10 @@ def test_the_specifications_example(run: Run, grown: Path, trained: Path) -> Non
         f"--data ./data/pretraining cache_dir={trained}/cache {QUICK} gate='off'"
     )
     assert result.code == 0, result.err
-    assert "Old text as the checkpoint recorded it, with its split: past." in result.out
+    assert "Old text as the checkpoint recorded it, with its split: past, new." in result.out
     summary = json.loads((grown / "grown-continued/summary.json").read_text())
-    assert summary["domains"] == {"old": ["past"], "new": ["new"]}
+    assert summary["domains"] == {"old": ["past", "new"], "new": ["new_2"]}
+    assert "The new new is called new_2" in result.out
     assert (summary["forgetting"], summary["seed"]) == (["ewc"], 5)
     before, after = (read_lineage(grown / name) for name in ("grown", "grown-continued/checkpoint"))
     assert before is not None and after is not None
@@ -229,38 +234,72 @@ def test_the_specifications_example(run: Run, grown: Path, trained: Path) -> Non
 def test_every_checkpoint_of_a_run_knows_its_old_text(
     run: Run, texts: Path, trained: Path, configs: list[RunConfig], name: str
 ) -> None:
-    result = run(f"train --checkpoint {trained}/run/{name} --data old --output there {QUICK}")
+    result = run(f"train --checkpoint {trained}/run/{name} --data data --output there {QUICK}")
     assert result.code == 0, result.err
-    assert data_of(configs[0]).old == {"past": [f"{trained}/texts/old"]}
+    text = configs[0].text
+    past = {domain.name: domain.paths for domain in text.domains if domain.is_old}
+    assert past["past"] == (f"{trained}/texts/old",)
+    # What was learned is old from then on
+    assert text.old == (("past", "new") if name == "checkpoint" else ("past",))
+    assert text.new == (("new_2",) if name == "checkpoint" else ("new",))
     # What was held out stays held out
-    assert (configs[0].seed, configs[0].data.validation_fraction) == (5, 0.3)
+    assert (text.split.seed, text.split.validation_fraction) == (5, 0.3)
+    assert configs[0].seed == 5
 
 
-def test_the_split_is_that_of_the_recorded_training(trained: Path, texts: Path) -> None:
+def test_the_settings_are_those_of_the_recorded_training(trained: Path, texts: Path) -> None:
     request = TrainRequest(checkpoint=str(trained / "run/checkpoint"), data=("old",))
-    words = continuation(request).words
+    words = continuation(request)
     assert "data.sequence_length=32" in words and "seed=5" in words
-    typed = TrainRequest(checkpoint=request.checkpoint, data=("old",), overrides=("seed=9",))
-    assert [w for w in continuation(typed).words if w.startswith("seed")] == ["seed=9"]
+    typed = TrainRequest(checkpoint=request.checkpoint, data=("old",), overrides=("seed=5",))
+    assert [w for w in continuation(typed) if w.startswith("seed")] == ["seed=5"]
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("seed=9", "seed = 9: the checkpoint's text was split with seed 5"),
+        ("++seed=9", "text that was held out would be trained on"),
+        ("data.validation_fraction=0.2", "the checkpoint's lineage holds out 0.3"),
+        ("data.validation-fraction=0.31", "data.validation_fraction = 0.31"),
+    ],
+)
+@pytest.mark.parametrize("old", ["", "--old-data old"])
+def test_another_split_is_refused(
+    run: Run, trained: Path, texts: Path, configs: list[RunConfig], word: str, reason: str, old: str
+) -> None:
+    before = snapshot(texts)
+    result = run(f"train --checkpoint {trained}/run/checkpoint --data data {old} {word}")
+    assert result.code == 2 and reason in result.err
+    assert (snapshot(texts), configs) == (before, [])
+
+
+def test_another_seed_orders_the_data_and_leaves_the_split(trained: Path, texts: Path) -> None:
+    words = ["model=hf", f"model.path={trained}/run/checkpoint", "data=text", "data.new=old"]
+    config = load_config([*words, "data.sequence_length=32", "seed=9"])
+    assert (config.seed, config.text.split.seed) == (9, 5)
+    assert any("lineage's seed 5; seed=9 orders" in note for note in config.text.notes)
+    with pytest.raises(RequestError, match=r"data\.validation_fraction = 0.4"):
+        load_config([*words, "data.validation_fraction=0.4"])
 
 
 def edit_record(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = folder / "tritter.json"
     record = json.loads(path.read_text())
-    change(record["training_config"])
+    change(record)
     path.write_text(json.dumps(record))
 
 
-def move_text(told: dict[str, Any]) -> None:
-    told["old"]["past"]["paths"] = ["/nowhere/at/all"]
+def move_text(record: dict[str, Any]) -> None:
+    record["domains"]["past"]["paths"] = ["/nowhere/at/all"]
 
 
-def change_text(told: dict[str, Any]) -> None:
-    told["old"]["past"]["sha256"] = "0" * 64
+def change_text(record: dict[str, Any]) -> None:
+    record["domains"]["past"]["sha256"] = "0" * 64
 
 
-def forget_place(told: dict[str, Any]) -> None:
-    del told["old"]["past"]["paths"]
+def forget_place(record: dict[str, Any]) -> None:
+    del record["domains"]["past"]["paths"]
 
 
 @pytest.mark.parametrize(
@@ -275,16 +314,30 @@ def test_recorded_text_that_is_not_what_it_was(
     run: Run, grown: Path, configs: list[RunConfig], change: Any, reason: str
 ) -> None:
     edit_record(grown / "grown", change)
-    refused = run("train --checkpoint grown --data data/pretraining")
-    assert refused.code == 2
-    for part in ("--old-data = null", "The recorded old text past can't be used", reason):
-        assert part in refused.err
-    alone = run("train --checkpoint grown --data data/pretraining forgetting=none")
+    for words in ("", "forgetting=none"):  # whatever would become of the old text
+        refused = run(f"train --checkpoint grown --data data/pretraining {words}")
+        assert refused.code == 2
+        for part in ("--old-data = null", "past can't be used", reason):
+            assert part in refused.err
+    nothing = "forgetting=none data.old={}"
+    alone = run(f"train --checkpoint grown --data data/pretraining {nothing}")
     assert alone.code == 0, alone.err
-    assert reason in alone.out
+    assert configs[-1].text.old == ()
+    assert "Nothing protects past, new, which the checkpoint learned." in configs[-1].text.notes
     named = run("train --checkpoint grown --data data/pretraining --old-data old --output there")
     assert named.code == 0
     assert data_of(configs[-1]).old == {"old": [f"{grown}/old"]}
+    # Under its name other text stands for it from then on
+    words = "data.old={past:old} --output again"
+    again = run(f"train --checkpoint grown --data data/pretraining {words}")
+    assert again.code == 0, again.err
+    assert configs[-1].text.old == ("past",)
+    assert "Nothing protects new, which the checkpoint learned." in configs[-1].text.notes
+
+
+def as_format_2(record: dict[str, Any], told: dict[str, Any]) -> None:
+    del record["split"], record["domains"]
+    record |= {"format_version": 2, "training_config": told}
 
 
 @pytest.mark.parametrize(
@@ -297,17 +350,22 @@ def test_recorded_text_that_is_not_what_it_was(
 )
 def test_text_of_the_installation_is_always_at_hand(place: Path, told: dict[str, Any]) -> None:
     expand(place / "base", place / "grown", [Width()])
-    edit_record(place / "grown", lambda record: record.update(told))
-    recorded = recorded_text(place / "grown")
-    assert (recorded.sources, recorded.missing) == ({"prose": ["stdlib:prose"]}, ())
-    assert len(recorded.notes) == ("3.11.2" in str(told))
+    edit_record(place / "grown", lambda record: as_format_2(record, told))
+    text = run_text(
+        CheckpointModelConfig(model_type="hf", path=str(place / "grown")),
+        load_config().data,
+        seed=3,
+    )
+    assert (text.old, text.new) == (("prose",), ("code",))
+    assert text.split.seed == (0 if "made_from" in told else 3)
+    assert any("3.11.2" in note for note in text.notes) == ("3.11.2" in str(told))
 
 
 @pytest.mark.parametrize("told", [{}, {"old": []}, {"old": {"x": 3}}, {"made_from": 3, "data": 1}])
 def test_a_record_that_says_nothing(place: Path, told: dict[str, Any]) -> None:
     expand(place / "base", place / "grown", [Width()])
-    edit_record(place / "grown", lambda record: record.update(told))
-    assert recorded_text(place / "grown") == continued.Recorded()
+    edit_record(place / "grown", lambda record: as_format_2(record, told))
+    assert learned_text(place / "grown") == Learned()
 
 
 # What is documented

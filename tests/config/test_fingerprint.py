@@ -22,7 +22,11 @@ WITH_EFFECT = {
     "evaluation.batch_size=3": ["evaluation.batch_size"],
     "gate.strict=true": ["gate.strict"],
     "expansion.width.shares=equal": ["expansion.width.shares"],
-    "forgetting=[]": ["forgetting.methods", "forgetting.replay.fraction"],
+    "forgetting=[]": [
+        "forgetting.methods",
+        "forgetting.replay.fraction",
+        "forgetting.replay.weights",
+    ],
 }
 
 

@@ -1,80 +1,84 @@
+"""Documents follow from texts alone: how they are cut, named, told apart and ordered."""
+
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.data.documents import Document, documents_digest, split_documents
+from tritter.data.documents import (
+    PIECE_CHARACTERS,
+    Document,
+    cut,
+    distinct,
+    documents_digest,
+    documents_of,
+    pieces,
+    text_key,
+)
 from tritter.errors import RequestError
 
-
-def named(count: int) -> list[Document]:
-    return [Document(f"doc{index}", f"text {index}") for index in range(count)]
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=30)
 
 
-def ids(documents) -> list[str]:
-    return [document.identifier for document in documents]
+@given(st.lists(TEXTS, max_size=8), st.randoms())
+def test_order_copies_and_neighbours_change_nothing(texts, source):
+    documents = documents_of(texts)
+    shuffled = [*texts, *texts[:3]]
+    source.shuffle(shuffled)
+    assert documents_of(shuffled) == documents
+    more = documents_of([*texts, "another text altogether"])
+    assert set(more) - set(documents) <= {*documents_of(["another text altogether"])}
+    assert all(document.text.strip() == document.text != "" for document in documents)
 
 
-@given(st.integers(3, 60), st.integers(0, 5))
-def test_every_document_is_on_one_side_in_its_order(count, seed):
-    split = split_documents(named(count), validation_fraction=0.3, seed=seed)
-    assert len(split.validation) == round(0.3 * count)
-    assert sorted(ids(split.train) + ids(split.validation)) == sorted(ids(named(count)))
-    order = {document.identifier: place for place, document in enumerate(named(count))}
-    for side in (split.train, split.validation):
-        assert [order[name] for name in ids(side)] == sorted(order[name] for name in ids(side))
+@given(TEXTS)
+def test_blank_around_and_line_ends_make_no_other_text(text):
+    other = "\n\n  " + text.replace("\n", "\r\n") + "\r\n"
+    assert text_key(other) == text_key(text)
+    assert documents_of([other, text]) in (documents_of([text]), documents_of([other]))
 
 
-def test_split_depends_on_seed_and_not_on_order():
-    one = split_documents(named(50), validation_fraction=0.2, seed=1)
-    again = split_documents(reversed(named(50)), validation_fraction=0.2, seed=1)
-    other = split_documents(named(50), validation_fraction=0.2, seed=2)
-    assert set(one.validation) == set(again.validation)
-    assert set(one.validation) != set(other.validation)
+def long_text(size: int) -> str:
+    paragraphs = [f"paragraph {number} " + "word " * (number % 90) for number in range(size // 100)]
+    return "\n\n".join(paragraphs)
 
 
-@given(st.integers(0, 1000))
-def test_another_document_moves_at_most_one(number):
-    before = split_documents(named(40), validation_fraction=0.25, seed=3)
-    more = [Document(f"new{number}", "something else"), *named(40)]
-    after = split_documents(more, validation_fraction=0.25, seed=3)
-    assert len(set(before.validation) - set(after.validation)) <= 1
+def test_a_long_text_is_cut_at_blank_lines_by_its_own_size_alone():
+    text = long_text(600_000)
+    alone = documents_of([text])
+    assert len(alone) > 10
+    assert all(PIECE_CHARACTERS / 2 < len(each.text) <= 2 * PIECE_CHARACTERS for each in alone)
+    beside = documents_of([f"short {number}" for number in range(50)] + [text])
+    assert set(alone) < set(beside)
+    # What a piece says is what it is when it is met alone
+    assert all(list(pieces(each.text)) == [each.text] for each in alone)
+    assert documents_of([each.text for each in alone]) == alone
+    assert set(documents_of([text.replace("\n", "\r\n")])) == set(alone)
 
 
-def test_no_text_stands_on_both_sides():
+@pytest.mark.parametrize("text", ["a\n" * 500, "a " * 500, "a" * 1000, "", "é" * 1000])
+def test_pieces_are_the_text_whatever_it_is_made_of(text):
+    found = list(cut(text, size=20))
+    assert "".join(found) == text
+    assert all(20 <= len(piece) <= 40 for piece in found[:-1])
+
+
+def test_of_equal_documents_the_first_is_kept_and_blank_ones_are_dropped():
     copies = [Document(f"copy{index}", f"text {index % 10}") for index in range(40)]
-    split = split_documents(copies, validation_fraction=0.5, seed=0)
-    assert len(split.train) + len(split.validation) == 10
-    assert not {each.text for each in split.train} & {each.text for each in split.validation}
-    assert set(ids(split.train + split.validation)) == {f"copy{index}" for index in range(10)}
-
-
-def test_blank_documents_are_dropped():
-    split = split_documents([*named(4), Document("blank", " \n")], validation_fraction=0.5, seed=0)
-    assert "blank" not in ids(split.train + split.validation)
-
-
-@pytest.mark.parametrize("count, fraction", [(0, 0.5), (1, 0.5), (3, 0.1), (3, 0.9)])
-def test_an_empty_side_is_refused(count, fraction):
-    with pytest.raises(RequestError, match=r"data\.validation_fraction.*each side"):
-        split_documents(named(count), validation_fraction=fraction, seed=0)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_a_fraction_out_of_range_is_refused(fraction):
-    with pytest.raises(RequestError, match=r"data\.validation_fraction"):
-        split_documents(named(9), validation_fraction=fraction, seed=0)
+    found = distinct([*copies, Document("blank", " \n")])
+    assert found == copies[:10]
 
 
 def test_one_name_for_two_texts_is_refused():
     with pytest.raises(RequestError, match="'a'"):
-        split_documents([Document("a", "x"), Document("a", "y")], validation_fraction=0.5, seed=0)
+        distinct([Document("a", "x"), Document("a", "y")])
 
 
-def test_digest_sees_text_name_order_and_borders():
-    a, b = Document("a", "xy"), Document("b", "z")
-    digests = {
-        documents_digest(each)
-        for each in ([a, b], [b, a], [a], [Document("ax", "y"), b], [Document("a", "x"), b])
-    }
+def test_digest_covers_identifiers_texts_and_order():
+    a, b = Document("a", "bc"), Document("ab", "c")
+    digests = {documents_digest(each) for each in ([a], [b], [a, b], [b, a], [])}
     assert len(digests) == 5
     assert documents_digest([a, b]) == documents_digest([a, b])
+    texts = [str(random.Random(3).random()), "x", "y"]
+    assert documents_digest(documents_of(texts)) == documents_digest(documents_of(texts[::-1]))

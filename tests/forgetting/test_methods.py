@@ -83,7 +83,7 @@ def test_what_an_expansion_added_is_free(tmp_path: Path) -> None:
 def test_replay_holds_its_share_and_leaves_the_new_order_alone() -> None:
     own = task(oracle.tiny_llama())
     mixed, plain = iter(Replay(fraction=0.3).mix(batches(), own)), iter(batches())
-    old_rows = {tuple(row.tolist()) for row in own.old_sequences}
+    old_rows = {tuple(row.tolist()) for row in own.old_sequences["old"]}
     new_seen: list[list[int]] = []
     replayed = 0
     for step in range(1, 21):

@@ -86,7 +86,10 @@ def lineage_of(folder: Path) -> Lineage:
 def test_a_base_is_trained_on_text_of_ones_own(run: Run, library: Path, tmp_path: Path) -> None:
     summary = run(*TEXT_MODEL, *text_words(library))
     assert summary["domains"] == {"old": ["old"], "new": ["new"]}
-    assert summary["baseline"]["old"]["n"] == summary["final"]["new"]["n"] == 4
+    for name in ("old", "new"):
+        counts = summary["data"][name]
+        assert summary["final"][name]["n"] == counts["validation"] > 0
+        assert counts["documents"] == counts["train"] + counts["validation"] == 20
     told = lineage_of(tmp_path / "run/checkpoint").training_config
     assert told["old"]["old"]["paths"] == [f"{library}/old"]
     assert told["old"]["old"]["num_documents"] == 20
@@ -171,7 +174,7 @@ def test_its_own_tokenizer_and_end_of_text_are_used(
     assert context.end_of_text_id == 290
     documents = context.corpus.domains["old"].train
     assert int(documents.offsets.diff().min()) > 7  # no truncation of the tokenizer's last use
-    sequences = context.training_sequences(["old"])
+    sequences = context.training_sequences(["old"])["old"]
     assert int((sequences == 290).sum()) >= len(documents) - 1
     assert context.corpus.tokenizer.id_to_token(0) == END_OF_TEXT and not (sequences == 0).any()
 
@@ -261,7 +264,7 @@ def test_a_checkpoint_of_ours_that_was_changed_is_refused(
 def test_text_that_fills_no_sequence_is_refused_before_anything_is_trained(
     run: Run, library: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "few.jsonl").write_text('{"body": "a"}\n{"body": "b"}\n{"body": "c"}\n')
+    (tmp_path / "few.jsonl").write_text("".join(f'{{"body": "{n}"}}\n' for n in range(12)))
     words = ["data=text", f"data.old={library}/old", f"data.new={tmp_path}/few.jsonl"]
     with pytest.raises(RequestError, match=r"sequence_length.*Domain new"):
         run(*TEXT_MODEL, *words, "data.text_field=body")

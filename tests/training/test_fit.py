@@ -36,7 +36,7 @@ def batches(seed: int = 0) -> BatchStream:
 def task(model: nn.Module) -> Task:
     carried = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
     old = oracle.tokens(batch=20, length=16, seed=6).int()
-    return Task(carried=carried, old_sequences=old, seed=0)
+    return Task(carried=carried, old_sequences={"old": old}, seed=0)
 
 
 def run(module: BaseModule, folder: Path, *, settings: TrainerSettings = SETTINGS) -> FitResult:

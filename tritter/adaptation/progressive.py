@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tritter.adaptation.stages import adapt_router, check_router_update, train_new_experts
 from tritter.config.text_files import find_text_files
-from tritter.data.text import read_documents
+from tritter.data.documents import documents_of
+from tritter.data.text import read_texts
 from tritter.data.tokens import pack, tokenise
 from tritter.errors import RequestError
 from tritter.expansion import MoeAdd
@@ -101,7 +102,8 @@ class ProgressiveMoE:
                 "ProgressiveMoE(tokenizer)."
             )
         files = find_text_files("domain_data_path", [str(Path(path).expanduser().resolve())])
-        documents = read_documents(files, key="domain_data_path", text_field="text")
+        found = read_texts(files, key="domain_data_path", text_field="text")
+        documents = documents_of(text for _, texts in found for text in texts)
         limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         sequences = pack(
             tokenise(documents, self.tokenizer),

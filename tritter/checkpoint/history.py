@@ -12,6 +12,7 @@ from tritter.checkpoint.folder import (
     read_lineage,
     record_text,
 )
+from tritter.checkpoint.learned import Learned, with_domains
 from tritter.checkpoint.record import ExpansionRecord, Lineage
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash, tensor_digest
@@ -103,6 +104,26 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
         seen.add(parent.model_hash)
         links.append(parent)
     return tuple(reversed(links))
+
+
+def learned_text(folder: Path) -> Learned:
+    """Return what a checkpoint folder's lineage learned.
+
+    Format 2 recorded the last training alone: of such a lineage the ancestors are asked too, as
+    far as their folders are found.
+
+    Raises:
+        TritterError: tritter.json can't be read.
+    """
+    lineage = read_lineage(folder)
+    if lineage is None:
+        return Learned()
+    domains = dict(lineage.domains)
+    if lineage.split is not None and lineage.split.rule == "ranked":
+        for link in reversed(read_chain(folder)[:-1]):
+            if link.lineage is not None:
+                domains = with_domains(domains, link.lineage.domains)
+    return Learned(lineage.split, domains)
 
 
 def verify(link: Link, *, progress: Progress | None = None) -> tuple[Change, ...]:

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from tritter.checkpoint.learned import LearnedDomain, TextSplit, learned_from, split_to_plain
 from tritter.checkpoint.typed import read_record
 from tritter.errors import TritterError, brief
 
-FORMAT_VERSION = 2  # 2: stock_loadable
+FORMAT_VERSION = 3  # 2: stock_loadable; 3: split and domains
 StockLoadable = Literal["yes", "after adaptation"]
 
 
@@ -65,6 +66,8 @@ class Lineage:
         best_loss: lowest mean loss over the new domains' validation documents, nats per token.
         benchmark_scores: domain or task → score.
         training_config: what the last training was told, with data sources and their hashes.
+        split: how texts are held out, the same in all trainings; None before the first one.
+        domains: name → every domain that this checkpoint or an ancestor learned, oldest first.
         stock_loadable: `yes`, or `after adaptation` while appended experts are not wholly open:
             until then stock classes load the tensors and compute something else.
         record_digest: SHA-256 of everything else in the record, filled in when it is written.
@@ -84,12 +87,15 @@ class Lineage:
     best_loss: float | None = None
     benchmark_scores: Mapping[str, float] = field(default_factory=dict)
     training_config: Mapping[str, Any] = field(default_factory=dict)
+    split: TextSplit | None = None
+    domains: Mapping[str, LearnedDomain] = field(default_factory=dict)
     stock_loadable: StockLoadable = "yes"
     format_version: int = FORMAT_VERSION
     record_digest: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        split = None if self.split is None else split_to_plain(self.split)
+        return {**asdict(self), "split": split}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any], *, origin: str) -> "Lineage":
@@ -105,5 +111,12 @@ class Lineage:
                 f"{origin}: format_version {brief(version)}; this Tritter reads up to "
                 f"{FORMAT_VERSION}."
             )
-        read: Lineage = read_record(cls, plain, origin=origin)
-        return replace(read, format_version=FORMAT_VERSION)
+        rest = {name: value for name, value in plain.items() if name not in ("split", "domains")}
+        read: Lineage = read_record(cls, rest, origin=origin)
+        learned = learned_from(plain, origin=origin)
+        return replace(
+            read,
+            split=learned.split,
+            domains=learned.domains,
+            format_version=FORMAT_VERSION,
+        )

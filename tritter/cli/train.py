@@ -22,7 +22,7 @@ Training a checkpoint
   --steps N          training.max_steps
   --ewc-lambda L     forgetting=ewc with this lambda (without it: forgetting=replay)
   --data PATH        new text: file, folder or glob of .txt, .jsonl and the like; may be repeated
-  --old-data PATH    old text, in the same forms; by default what the checkpoint recorded
+  --old-data PATH    old text, in the same forms; by default all that the checkpoint learned
   --output DIR       folder of the run, with the result in DIR/checkpoint; default: DIR-continued"""
 
 _VALUED = ("checkpoint", "mode", "steps", "ewc-lambda", "data", "old-data", "output")
@@ -51,10 +51,7 @@ def run_train(words: Sequence[str]) -> int:
         )
     from tritter.cli.continued import continuation
 
-    planned = continuation(_read(words))
-    for note in planned.notes:
-        print(note)
-    return main(_pipeline, arguments=planned.words)
+    return main(_pipeline, arguments=continuation(_read(words)))
 
 
 class _Parser(argparse.ArgumentParser):

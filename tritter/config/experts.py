@@ -60,7 +60,7 @@ def _hold_problems(config: RunConfig, *, has_experts: bool) -> list[str]:
             f"{key}: the model that the run starts from is dense, so there is no old routing to "
             "hold; allowed is 0."
         )
-    if not config.data.old_sources:
+    if not config.text.old:
         problems.append(f"{key}: it needs old text, data.old; or leave it at 0.")
     return problems
 

@@ -129,6 +129,9 @@ def allowed(hint: object, metadata: Mapping[str, Any]) -> str:
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
         return f"a list of {_PLURALS[item]}{_limits(metadata)}, as in [a,b]{ending}"
+    if get_origin(kind) is Mapping:
+        item = get_args(kind)[1]
+        return f"a mapping of names to {_PLURALS[item]}{_limits(metadata)}, as in {{a:1}}{ending}"
     hint_for_text = " (quote what looks like a number)" if kind is str else ""
     limits = _limits(_with_largest_count(kind, metadata))
     return f"{_KIND_NAMES[kind]}{limits}{hint_for_text}{ending}"
@@ -163,6 +166,10 @@ def _convert(value: object, hint: object, metadata: Mapping[str, Any]) -> object
         if not isinstance(value, list | tuple):
             raise _WrongValue
         return tuple(_convert(item, get_args(kind)[0], metadata) for item in value)
+    if get_origin(kind) is Mapping:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise _WrongValue
+        return {name: _convert(item, get_args(kind)[1], metadata) for name, item in value.items()}
     if "choices" in metadata:
         return _choose(value, metadata["choices"])
     converted = _scalar(value, kind)

@@ -4,7 +4,7 @@ The defaults live in `conf/`, nowhere else; field metadata says what a value may
 `choices`, or limits `minimum`, `maximum` (inclusive), `above`, `below` (exclusive).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +18,7 @@ from tritter.limits import (
 )
 
 if TYPE_CHECKING:
+    from tritter.config.run_text import RunText
     from tritter.expansion import ExpansionSpec
 
 
@@ -74,14 +75,18 @@ TextSources = dict[str, list[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """How text becomes batches, and the text itself: here that of the Python installation."""
+    """How text becomes batches, and the text itself: here that of the Python installation.
+
+    Args:
+        validation_fraction: None: that of the checkpoint's lineage, or a fifth of a new one.
+    """
 
     source: str = chosen(("stdlib",))
     # 256 bytes and the end-of-text token are the least that byte-level BPE holds
     vocab_size: int = bounded(minimum=257, maximum=1_000_000)
     sequence_length: int = bounded(minimum=2)
     batch_size: int = bounded(minimum=1)
-    validation_fraction: float = bounded(above=0, below=1)
+    validation_fraction: float | None = bounded(above=0, below=1)
 
     @property
     def old_sources(self) -> TextSources:
@@ -94,16 +99,20 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextDataConfig(DataConfig):
-    """Text of one's own; `old` may be empty where a checkpoint is trained on."""
+    """Text of one's own.
+
+    Args:
+        old: None: what the checkpoint learned, if anything; empty: nothing.
+    """
 
     source: str = chosen(("text",))
     text_field: str
-    old: TextSources
+    old: TextSources | None
     new: TextSources
 
     @property
     def old_sources(self) -> TextSources:
-        return self.old
+        return self.old or {}
 
     @property
     def new_sources(self) -> TextSources:
@@ -242,10 +251,15 @@ class L2SPOptions:
 
 @dataclass(frozen=True, slots=True)
 class ReplayOptions:
-    """Replay: the exact share of each batch that comes from the old domain."""
+    """Replay: the exact share of each batch that comes from the old domains.
+
+    Args:
+        weights: old domain → its weight among them; 1 where it is not named.
+    """
 
     name: ClassVar[str] = "replay"
     fraction: float = field(default=0.25, metadata={"minimum": 0, "below": 1})
+    weights: Mapping[str, float] | None = field(default=None, metadata={"minimum": 0})
 
 
 ForgettingOptions = EWCOptions | L2SPOptions | ReplayOptions
@@ -258,6 +272,8 @@ FORGETTING_OPTIONS: dict[str, type[ForgettingOptions]] = {
 class RunConfig:
     """Everything a run is asked to do; `expansion` and `forgetting` are ordered.
 
+    `text` is worked out from `model`, `data` and what the checkpoint at `model.path` learned.
+
     `expansion` holds records of `tritter.expansion.EXPANSIONS`; they are not imported here,
     because that would import torch.
     """
@@ -268,6 +284,7 @@ class RunConfig:
     resume: str | None
     model: ModelConfig | CheckpointModelConfig
     data: DataConfig
+    text: "RunText"
     expansion: "tuple[ExpansionSpec, ...]"
     forgetting: tuple[ForgettingOptions, ...]
     pretraining: TrainingConfig

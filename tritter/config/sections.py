@@ -80,6 +80,8 @@ def _read_text(reader: Reader, raw: dict[str, Any]) -> TextDataConfig | None:
         name: read_sources(f"data.{name}", value, default_name=name, problems=reader.problems)
         for name, value in paths.items()
     }
+    if paths["old"] is None:
+        sources["old"] = None
     if paths["new"] in (None, {}):
         reason = "name the text to train on: files, folders or globs, data.new=PATH"
         reader.report("data.new", None, reason=reason)

@@ -34,13 +34,13 @@ def text_requests(data: DataConfig) -> tuple[TextRequest, ...]:
     if not isinstance(data, TextDataConfig):
         return ()
     return tuple(
-        TextRequest(text_key(data, name), tuple(paths), data.text_field)
-        for sources in (data.old, data.new)
+        TextRequest(domain_key(data, name), tuple(paths), data.text_field)
+        for sources in (data.old_sources, data.new_sources)
         for name, paths in sources.items()
     )
 
 
-def text_key(data: DataConfig, name: str) -> str:
+def domain_key(data: DataConfig, name: str) -> str:
     """Return the key that named the text of a domain, as a person wrote it."""
     is_old = name in data.old_sources
     side = "old" if is_old else "new"

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from tritter.config.schema import (
     ReplayOptions,
     RootValues,
     RunConfig,
+    TextDataConfig,
     TrainingConfig,
     Variants,
 )
 from tritter.config.sections import read_section
+from tritter.config.text_resolution import run_text
 from tritter.errors import RequestError, nearest
 from tritter.expansion import EXPANSIONS, target_config
 from tritter.families import Config, check_size, family_of, llama_config
@@ -71,8 +73,10 @@ def validate(raw: Mapping[str, Any], *, origin: Origin | None = None) -> RunConf
         group: _read_methods(reader, group, raw.get(group)) for group in METHOD_GROUPS
     }
     raise_problems(reader.problems)
+    text = run_text(sections["model"], sections["data"], seed=values.seed)
     config = RunConfig(
         seed=values.seed,
+        text=text,
         control=values.control,
         cache_dir=_cache_folder(values.cache_dir),
         resume=values.resume,
@@ -241,18 +245,19 @@ def _data_problems(config: RunConfig) -> list[str]:
         for name in new
         if name in old
     ]
-    if old:
+    if config.text.old:
         return problems
     if isinstance(config.model, ModelConfig):
         reason = "the base is pretrained on old text; name it, or start from a checkpoint: model=hf"
         return [*problems, describe("data.old", None, reason=reason)]
+    typed = config.data.old if isinstance(config.data, TextDataConfig) else None
     needing = [options.name for options in config.forgetting if options.name not in _NO_OLD_TEXT]
     if needing:
         reason = (
             f"{' and '.join(needing)} against forgetting needs old text; name it, or choose "
             "forgetting=none"
         )
-        problems.append(describe("data.old", None, reason=reason))
+        problems.append(describe("data.old", typed, reason=reason))
     return problems
 
 
@@ -309,13 +314,36 @@ def _schedule_problems(prefix: str, training: TrainingConfig) -> list[str]:
 
 def _replay_problems(config: RunConfig) -> list[str]:
     sequences = config.training.max_steps * config.data.batch_size
-    return [
+    replays = [options for options in config.forgetting if isinstance(options, ReplayOptions)]
+    problems = [
         f"forgetting.replay.fraction = {options.fraction}: of the {sequences} sequences that are "
         f"trained on not one would be replayed; use at least {1 / sequences:.2g}, or leave replay "
         "out."
-        for options in config.forgetting
-        if isinstance(options, ReplayOptions) and math.floor(sequences * options.fraction) < 1
+        for options in replays
+        if math.floor(sequences * options.fraction) < 1
     ]
+    for options in replays:
+        problems += _weight_problems(options.weights or {}, config.text.old)
+    return problems
+
+
+def _weight_problems(weights: Mapping[str, float], old: Sequence[str]) -> list[str]:
+    key = "forgetting.replay.weights"
+    known = ", ".join(old) or "none"
+    problems = [
+        describe(
+            f"{key}.{name}",
+            weight,
+            reason=f"there is no such old domain; there are {known}",
+            nearest=nearest(name, old),
+        )
+        for name, weight in weights.items()
+        if name not in old
+    ]
+    if not problems and old and not any(weights.get(name, 1) for name in old):
+        reason = "every old domain has the weight 0; leave replay out instead"
+        problems.append(describe(key, dict(weights), reason=reason))
+    return problems
 
 
 def _expansion_problems(config: RunConfig, source: Config) -> list[str]:

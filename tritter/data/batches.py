@@ -16,7 +16,7 @@ from tritter.errors import RequestError, TritterError
 
 __all__ = ["BatchStream", "ExactShare", "ReplaySource", "SequenceStream"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: what is replayed has a place by domain
 ENDLESS = 2**40  # batches: more than any run asks for
 
 

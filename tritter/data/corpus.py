@@ -12,12 +12,21 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tritter.data import cache, stdlib
-from tritter.data.documents import Document, Split, documents_digest, split_documents
+from tritter.data.documents import Document, documents_digest, documents_of
+from tritter.data.split import (
+    DomainCounts,
+    DomainDocuments,
+    Earlier,
+    Parted,
+    Side,
+    SplitRule,
+    part_documents,
+)
 from tritter.data.tokenizer import train_tokenizer
 from tritter.data.tokens import TokenisedDocuments, tokenise
 from tritter.errors import RequestError, did_you_mean
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the side of a text follows from the text
 _SIDES = ("train", "validation")
 
 
@@ -43,26 +52,32 @@ class Domain:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Corpus:
-    """Domains under one tokenizer; `digest` names what made them (texts, options, versions)."""
+    """Domains under one tokenizer.
+
+    Args:
+        digest: names what made them (texts, their sides, options, versions).
+        counts: domain → how its documents were parted.
+        exceptions: text key → side, of every text whose side is not that of the threshold.
+    """
 
     tokenizer: Tokenizer
     domains: Mapping[str, Domain]
     digest: str
     sources: Mapping[str, SourceSummary]
+    counts: Mapping[str, DomainCounts]
+    exceptions: Mapping[str, Side]
 
 
 @dataclass(frozen=True, slots=True)
 class _Options:
     origin: str
     vocab_size: int
-    validation_fraction: float
     max_validation_tokens_per_document: int
-    seed: int
     tokenizer_domains: tuple[str, ...]
 
 
 def build_corpus(
-    domain_documents: Mapping[str, Sequence[Document]],
+    domain_documents: Mapping[str, Sequence[Document] | DomainDocuments],
     *,
     origin: str | Mapping[str, str],
     vocab_size: int,
@@ -72,6 +87,7 @@ def build_corpus(
     cache_dir: Path,
     tokenizer_domains: Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
+    earlier: Earlier | None = None,
 ) -> Corpus:
     """Split, train a tokenizer on the train sides, tokenise; or load what did so before.
 
@@ -79,7 +95,7 @@ def build_corpus(
     warning and made again.
 
     Args:
-        domain_documents: the documents of each domain.
+        domain_documents: the documents of each domain, old domains first.
         origin: where they came from, in words, for the record; of all, or domain by domain.
         vocab_size: size of the byte-level vocabulary.
         validation_fraction: share of the documents, per domain, that validate.
@@ -88,34 +104,34 @@ def build_corpus(
         cache_dir: folder of all caches.
         tokenizer_domains: domains that the tokenizer is trained on; by default all.
         tokenizer: of a model that exists; none is trained then, and `vocab_size` is its own.
+        earlier: what earlier trainings did with texts.
 
     Raises:
         RequestError: an option is out of range, a domain is too small or unknown, or the cache
             cannot be written.
     """
-    origins = dict.fromkeys(domain_documents, origin) if isinstance(origin, str) else origin
-    options = _Options(
-        origin="; ".join(dict.fromkeys(origins[name] for name in domain_documents)),
-        vocab_size=vocab_size if tokenizer is None else tokenizer.get_vocab_size(),
-        validation_fraction=validation_fraction,
-        max_validation_tokens_per_document=max_validation_tokens_per_document,
-        seed=seed,
-        tokenizer_domains=_checked_domains(tokenizer_domains, domain_documents),
-    )
-    sources = {
-        name: _summary(name, documents, origin=origins[name])
-        for name, documents in domain_documents.items()
+    domains = {
+        name: given if isinstance(given, DomainDocuments) else DomainDocuments(given)
+        for name, given in domain_documents.items()
     }
-    made_from = {"options": asdict(options), "sources": _plain_sources(sources)}
+    origins = dict.fromkeys(domains, origin) if isinstance(origin, str) else origin
+    options = _Options(
+        origin="; ".join(dict.fromkeys(origins[name] for name in domains)),
+        vocab_size=vocab_size if tokenizer is None else tokenizer.get_vocab_size(),
+        max_validation_tokens_per_document=max_validation_tokens_per_document,
+        tokenizer_domains=_checked_domains(tokenizer_domains, domains),
+    )
+    sources = {n: _summary(n, d.documents, origin=origins[n]) for n, d in domains.items()}
+    rule = SplitRule(rule="threshold", seed=seed, validation_fraction=validation_fraction)
+    parted = part_documents(domains, rule=rule, earlier=earlier or Earlier())
+    made_from: dict[str, Any] = {"options": asdict(options), "sources": _plain_sources(sources)}
+    made_from["sides"] = _sides_digest(parted)
     digest = _digest(made_from | _tokenizer_entry(tokenizer))
     folder = _corpora(cache_dir) / digest
-    cached = _load(folder)
-    if cached is not None:
+    if (cached := _load(folder)) is not None:
         return cached
     cache.require_writable(folder.parent)
-    corpus = _make(
-        domain_documents, options=options, sources=sources, digest=digest, tokenizer=tokenizer
-    )
+    corpus = _make(parted, options=options, sources=sources, digest=digest, tokenizer=tokenizer)
     cache.write_entry(folder, _to_entry(corpus))
     return corpus
 
@@ -138,6 +154,7 @@ def stdlib_corpus(
         RequestError: as `build_corpus`, or the library has no sources.
     """
     asked = {
+        "format_version": FORMAT_VERSION,
         "library": stdlib.stdlib_fingerprint(),
         "vocab_size": vocab_size,
         "validation_fraction": validation_fraction,
@@ -154,7 +171,7 @@ def stdlib_corpus(
             return cached
     text = stdlib.gather()
     corpus = build_corpus(
-        {"prose": text.prose, "code": text.code},
+        {name: stdlib_documents(text, name) for name in ("prose", "code")},
         origin=stdlib.stdlib_origin(),
         vocab_size=vocab_size,
         validation_fraction=validation_fraction,
@@ -165,6 +182,11 @@ def stdlib_corpus(
     )
     cache.write_note(note, corpus.digest)
     return corpus
+
+
+def stdlib_documents(text: stdlib.StdlibText, name: str) -> tuple[Document, ...]:
+    """Return the documents of one domain of the embedded corpus."""
+    return documents_of(each.text for each in (text.prose if name == "prose" else text.code))
 
 
 def _corpora(cache_dir: Path) -> Path:
@@ -202,35 +224,43 @@ def _digest(made_from: Mapping[str, Any]) -> str:
 
 
 def _make(
-    domain_documents: Mapping[str, Sequence[Document]],
+    parted: Parted,
     *,
     options: _Options,
     sources: Mapping[str, SourceSummary],
     digest: str,
     tokenizer: Tokenizer | None,
 ) -> Corpus:
-    splits = {
-        name: _split(name, documents, options=options)
-        for name, documents in domain_documents.items()
-    }
+    splits = parted.domains
     if tokenizer is None:
         training = [each for name in options.tokenizer_domains for each in splits[name].train]
         tokenizer = train_tokenizer(training, vocab_size=options.vocab_size)
     limit = options.max_validation_tokens_per_document
     domains = {
-        name: _domain(name, split, tokenizer=tokenizer, max_validation_tokens=limit)
+        name: Domain(
+            name=name,
+            train=tokenise(split.train, tokenizer),
+            validation=tokenise(split.validation, tokenizer, max_tokens_per_document=limit),
+        )
         for name, split in splits.items()
     }
-    return Corpus(tokenizer=tokenizer, domains=domains, digest=digest, sources=dict(sources))
+    return Corpus(
+        tokenizer=tokenizer,
+        domains=domains,
+        digest=digest,
+        sources=dict(sources),
+        counts={name: split.counts for name, split in splits.items()},
+        exceptions=dict(parted.exceptions),
+    )
 
 
-def _split(name: str, documents: Sequence[Document], *, options: _Options) -> Split:
-    try:
-        return split_documents(
-            documents, validation_fraction=options.validation_fraction, seed=options.seed
-        )
-    except RequestError as error:
-        raise RequestError(f"{error} (Domain {name}.)") from error
+def _sides_digest(parted: Parted) -> str:
+    """Return a hash of which document of which domain is on which side."""
+    digest = sha256(json.dumps(sorted(parted.exceptions.items())).encode())
+    for name, split in parted.domains.items():
+        for side in (split.train, split.validation):
+            digest.update(f"{name}\0{documents_digest(side)}".encode())
+    return digest.hexdigest()
 
 
 def _tokenizer_entry(tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -238,16 +268,6 @@ def _tokenizer_entry(tokenizer: Tokenizer | None) -> dict[str, str]:
     if tokenizer is None:
         return {}
     return {"tokenizer": sha256(tokenizer.to_str().encode()).hexdigest()}
-
-
-def _domain(name: str, split: Split, *, tokenizer: Tokenizer, max_validation_tokens: int) -> Domain:
-    return Domain(
-        name=name,
-        train=tokenise(split.train, tokenizer),
-        validation=tokenise(
-            split.validation, tokenizer, max_tokens_per_document=max_validation_tokens
-        ),
-    )
 
 
 def _load(folder: Path) -> Corpus | None:
@@ -274,6 +294,8 @@ def _to_entry(corpus: Corpus) -> cache.CacheEntry:
         "digest": corpus.digest,
         "identifiers": identifiers,
         "sources": _plain_sources(corpus.sources),
+        "counts": {name: asdict(counts) for name, counts in corpus.counts.items()},
+        "exceptions": dict(corpus.exceptions),
     }
     return cache.CacheEntry(tensors=tensors, metadata=metadata, tokenizer=corpus.tokenizer)
 
@@ -291,7 +313,14 @@ def _from_entry(entry: cache.CacheEntry, *, digest: str) -> Corpus:
         name: SourceSummary(**{key: source[key] for key in names})
         for name, source in metadata["sources"].items()
     }
-    return Corpus(tokenizer=entry.tokenizer, domains=domains, digest=digest, sources=sources)
+    return Corpus(
+        tokenizer=entry.tokenizer,
+        domains=domains,
+        digest=digest,
+        sources=sources,
+        counts={name: DomainCounts(**counts) for name, counts in metadata["counts"].items()},
+        exceptions=metadata["exceptions"],
+    )
 
 
 def _side(entry: cache.CacheEntry, name: str, side: str) -> TokenisedDocuments:

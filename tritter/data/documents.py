@@ -1,11 +1,14 @@
-"""Documents, and a split of them into training and validation that leaks nothing."""
+"""Documents: texts cut by their own size alone, and told apart by what they say."""
 
-import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
 from tritter.errors import RequestError
+
+PIECE_CHARACTERS = 20_000
+_BLANK_LINES = re.compile(r"(?<=\n)[ \t\r]*\n(?:[ \t\r]*\n)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,47 +19,45 @@ class Document:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """The two sides of a split, each in the order in which the documents came."""
+def text_key(text: str) -> str:
+    """Return what tells a text from others: SHA-256 (hex) of its words, whatever blank is between.
 
-    train: tuple[Document, ...]
-    validation: tuple[Document, ...]
-
-
-def split_documents(
-    documents: Iterable[Document], *, validation_fraction: float, seed: int
-) -> Split:
-    """Split whole documents by the hash of (seed, identifier).
-
-    The `round(validation_fraction * n)` documents with the smallest hashes validate, so another
-    document leaves all others where they were, but for at most one at the border. Blank
-    documents are dropped; of documents with the same text only the first is kept, so that no
-    text stands on both sides.
-
-    Raises:
-        RequestError: two different texts share an identifier, the fraction is not between 0
-            and 1, or one side would be empty.
+    So a file and a record of the same text are one, with any line ends around or within.
     """
-    if not (math.isfinite(validation_fraction) and 0 < validation_fraction < 1):
-        raise RequestError(
-            f"data.validation_fraction={validation_fraction}: must lie between 0 and 1 "
-            f"(both excluded), for example 0.1."
-        )
-    distinct = _distinct(documents)
-    num_validation = round(validation_fraction * len(distinct))
-    if not 0 < num_validation < len(distinct):
-        raise RequestError(
-            f"data.validation_fraction={validation_fraction}: of {len(distinct)} distinct "
-            f"documents {num_validation} would validate and {len(distinct) - num_validation} "
-            f"train; each side needs at least one. Give more documents or another fraction."
-        )
-    ranked = sorted(distinct, key=lambda document: _rank(document, seed=seed))
-    chosen = {document.identifier for document in ranked[:num_validation]}
-    return Split(
-        train=tuple(each for each in distinct if each.identifier not in chosen),
-        validation=tuple(each for each in distinct if each.identifier in chosen),
-    )
+    return sha256(" ".join(text.split()).encode()).hexdigest()
+
+
+def documents_of(texts: Iterable[str]) -> tuple[Document, ...]:
+    """Return texts as documents, a long one as its `pieces`, each different text once.
+
+    Names and order follow from the texts alone: neither what the files are called, nor in which
+    order they come, nor what else there is makes a difference to any of them.
+    """
+    by_key: dict[str, str] = {}
+    for piece in (piece for text in texts for piece in pieces(text)):
+        key = text_key(piece)
+        by_key[key] = min(by_key.get(key, piece), piece)
+    return tuple(Document(key, by_key[key]) for key in sorted(by_key))
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Yield a text without the blank around it, cut when it is long; nothing of a blank one."""
+    whole = text.replace("\r\n", "\n").strip()
+    yield from (piece for piece in map(str.strip, cut(whole)) if piece)
+
+
+def cut(text: str, *, size: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Cut a text at blank lines into pieces of about `size` characters, which together are it.
+
+    Where no blank line comes within two sizes it is cut at a line's end, and without that at a
+    blank.
+    """
+    start = 0
+    while len(text) - start > 2 * size:
+        end = _cut_position(text, start + size, start + 2 * size)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def documents_digest(documents: Sequence[Document]) -> str:
@@ -69,7 +70,12 @@ def documents_digest(documents: Sequence[Document]) -> str:
     return digest.hexdigest()
 
 
-def _distinct(documents: Iterable[Document]) -> list[Document]:
+def distinct(documents: Iterable[Document]) -> list[Document]:
+    """Return the documents that are not blank, of those with the same text the first.
+
+    Raises:
+        RequestError: two different texts share an identifier.
+    """
     by_text: dict[str, Document] = {}
     for document in documents:
         if document.text.strip():
@@ -85,5 +91,10 @@ def _distinct(documents: Iterable[Document]) -> list[Document]:
     return list(by_text.values())
 
 
-def _rank(document: Document, *, seed: int) -> bytes:
-    return sha256(f"{seed}\0{document.identifier}".encode()).digest()
+def _cut_position(text: str, start: int, end: int) -> int:
+    if (blank := _BLANK_LINES.search(text, start, end)) is not None:
+        return blank.end()
+    for sign in ("\n", " "):
+        if (position := text.find(sign, start, end)) >= 0:
+            return position + 1
+    return end

@@ -1,10 +1,12 @@
 """Replay: a fixed share of every batch comes from the old domains.
 
 When to use: whenever old data is at hand; at our scale a quarter costs a few per cent of the
-gain and keeps the old domain (compare arXiv 2403.08763). The share is exact over time, and the
-new data keeps its order: a run with replay sees a prefix of what a run without it sees. Cost: a
-share of the steps.
+gain and keeps the old domain (compare arXiv 2403.08763). The share is exact over time, and so is
+that of each old domain among them; the new data keeps its order: a run with replay sees a prefix
+of what a run without it sees. Cost: a share of the steps.
 """
+
+from collections.abc import Mapping
 
 from tritter.data.batches import BatchStream
 from tritter.data.replay import ReplayBuffer
@@ -16,14 +18,16 @@ class Replay(ForgettingMethod):
 
     Args:
         fraction: share of all sequences that are old, 0 ≤ fraction < 1.
+        weights: old domain → its weight among them; 1 where it is not named.
     """
 
     name = "replay"
 
-    def __init__(self, *, fraction: float) -> None:
+    def __init__(self, *, fraction: float, weights: Mapping[str, float] | None = None) -> None:
         self.fraction = fraction
+        self.weights = weights
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         # The place in the buffer is part of the batches' place, which checkpoints keep
-        buffer = ReplayBuffer.from_sequences(task.old_sequences, seed=task.seed)
+        buffer = ReplayBuffer.of_domains(task.old_sequences, seed=task.seed, weights=self.weights)
         return batches.with_replay(buffer, self.fraction)

@@ -26,7 +26,7 @@ from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, FitResult, discard_saved, fit
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4  # 4: the side of a text follows from the text
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _made_from(context: RunContext) -> dict[str, Any]:
 
 def _text_options(data: DataConfig) -> dict[str, Any]:
     """Return the options of the text; which text it is stands in the corpus's digest."""
-    where = ("old", "new", "text_field")
+    where = ("old", "new", "text_field", "validation_fraction")
     return {key: value for key, value in asdict(data).items() if key not in where}
 
 
@@ -159,6 +159,8 @@ def _base_lineage(context: RunContext, result: FitResult, made_from: Mapping[str
             **context.split_record(),
             "made_from": dict(made_from),
         },
+        split=context.split,
+        domains=context.learned(context.old_domains),
     )
 
 

@@ -4,8 +4,8 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from tritter.config.schema import (
-    CheckpointModelConfig,
-    RunConfig,
-    TextDataConfig,
-    TrainingConfig,
-)
+from tritter.checkpoint.learned import LearnedDomain, TextSplit
+from tritter.config.run_text import RunText
+from tritter.config.schema import CheckpointModelConfig, RunConfig, TrainingConfig
+from tritter.config.text_resolution import run_text
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.corpus import Corpus
 from tritter.data.pretrained import PretrainedTokenizer, read_tokenizer
+from tritter.data.split import DomainCounts
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.data.tokens import pack
 from tritter.errors import RequestError
@@ -54,11 +53,11 @@ class RunContext:
 
     @property
     def old_domains(self) -> tuple[str, ...]:
-        return tuple(self.config.data.old_sources)
+        return self.text.old
 
     @property
     def new_domains(self) -> tuple[str, ...]:
-        return tuple(self.config.data.new_sources)
+        return self.text.new
 
     @cached_property
     def given(self) -> Path | None:
@@ -70,6 +69,15 @@ class RunContext:
         return self.folder / "baseline" if is_copied else locate(model.path)
 
     @cached_property
+    def text(self) -> RunText:
+        """The run's text; what a checkpoint from the hub learned is known once it is here."""
+        config = self.config
+        if self.given is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
+            return config.text
+        here = CheckpointModelConfig(model_type="hf", path=str(self.given))
+        return run_text(here, config.data, seed=config.seed)
+
+    @cached_property
     def given_tokenizer(self) -> PretrainedTokenizer | None:
         if self.given is None:
             return None
@@ -79,12 +87,13 @@ class RunContext:
     @cached_property
     def corpus(self) -> Corpus:
         given = self.given_tokenizer
-        return run_corpus(self.config, tokenizer=given.tokenizer if given else None)
+        return run_corpus(self.config, self.text, tokenizer=given.tokenizer if given else None)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of what the run is made from, a sentence each."""
-        return text_notes(self.config.data)
+        moved = _moved(self.corpus.counts.values())
+        return (*text_notes(self.text), *self.text.notes, *moved)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -140,18 +149,29 @@ class RunContext:
         """Print one line of what goes on."""
         self.console.print(f"{label:<11}{text}", highlight=False, markup=False, soft_wrap=True)
 
-    def training_sequences(self, domains: Sequence[str]) -> Tensor:
-        """Return packed training sequences [N, T] of some domains."""
-        packed = [
-            pack(
+    def training_sequences(self, domains: Sequence[str]) -> dict[str, Tensor]:
+        """Return, by domain, packed training sequences [N, T]."""
+        return {
+            name: pack(
                 self.corpus.domains[name].train,
                 sequence_length=self.config.data.sequence_length,
                 end_of_text_id=self.end_of_text_id,
             )
             for name in domains
-        ]
-        no_sequences = torch.empty(0, self.config.data.sequence_length, dtype=torch.int32)
-        return torch.cat(packed) if packed else no_sequences
+        }
+
+    def drawn_equally(self, domains: Sequence[str], count: int, *purpose: str) -> Tensor:
+        """Return `count` training sequences [N, T] at random, of each domain as many.
+
+        Fewer where a domain has not as many.
+        """
+        chosen = []
+        for position, (name, sequences) in enumerate(self.training_sequences(domains).items()):
+            # The remainder goes to the first ones
+            share = count // len(domains) + (position < count % len(domains))
+            order = torch.Generator().manual_seed(self.seed(*purpose, name))
+            chosen.append(sequences[torch.randperm(len(sequences), generator=order)[:share]])
+        return torch.cat(chosen)
 
     def check_text(self) -> None:
         """Refuse a domain that is too small to train on, before anything is trained.
@@ -167,26 +187,47 @@ class RunContext:
 
     def source_records(self, domains: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return what a checkpoint records of some domains' text: hash, and where it lay."""
-        data = self.config.data
-        paths = {**data.old_sources, **data.new_sources}
-        field = {"text_field": data.text_field} if isinstance(data, TextDataConfig) else {}
+        places = {domain.name: domain for domain in self.text.domains}
         return {
-            name: {**asdict(self.corpus.sources[name]), "paths": paths[name], **field}
+            name: {
+                **asdict(self.corpus.sources[name]),
+                "paths": list(places[name].paths),
+                "text_field": places[name].text_field,
+            }
             for name in domains
         }
 
     def split_record(self) -> dict[str, Any]:
-        """Return what decides which part of its text a checkpoint has been trained on."""
-        data = self.config.data
-        options = {
-            "validation_fraction": data.validation_fraction,
-            "sequence_length": data.sequence_length,
+        """Return what a further training is to take over besides the split."""
+        return {
+            "data": {"sequence_length": self.config.data.sequence_length},
+            "seed": self.config.seed,
         }
-        return {"data": options, "seed": self.config.seed}
+
+    @property
+    def split(self) -> TextSplit:
+        """How texts are held out from here on in the lineage."""
+        return replace(self.text.split, exceptions=self.corpus.exceptions)
+
+    def learned(self, domains: Sequence[str]) -> dict[str, LearnedDomain]:
+        """Return what the lineage has learned once some domains of the run are trained on."""
+        places = {domain.name: domain for domain in self.text.domains}
+        records = {}
+        for name in domains:
+            source = asdict(self.corpus.sources[name])
+            del source["name"]
+            records[name] = LearnedDomain(
+                **source,
+                paths=places[name].paths,
+                text_field=places[name].text_field,
+                read_under=places[name].ranked or (self.text.split.as_rule,),
+            )
+        return {**self.text.learned, **records}
 
     def batches(self, domains: Sequence[str], *, purpose: str, max_steps: int) -> BatchStream:
         """Return endless batches of some domains in an order of their own."""
-        stream = SequenceStream(self.training_sequences(domains), seed=self.seed("order", purpose))
+        sequences = torch.cat(list(self.training_sequences(domains).values()))
+        stream = SequenceStream(sequences, seed=self.seed("order", purpose))
         batch_size = self.config.data.batch_size
         return BatchStream(stream, batch_size=batch_size, num_batches=max_steps)
 
@@ -253,3 +294,14 @@ def content_key(content: Mapping[str, object]) -> str:
 
 def _mean(losses: DocumentLosses) -> float:
     return domain_score(losses).loss
+
+
+def _moved(counts: Collection[DomainCounts]) -> Iterator[str]:
+    """Say what earlier trainings, or an old domain, did with documents of the run's domains."""
+    reasons = {
+        "learned before, so that they don't validate": sum(c.learned_before for c in counts),
+        "held out before, so that they are not trained on": sum(c.held_out_before for c in counts),
+        "both, so that they are left out": sum(c.left_out for c in counts),
+    }
+    if said := [f"{count} {reason}" for reason, count in reasons.items() if count]:
+        yield f"Documents that were met before: {'; '.join(said)}."

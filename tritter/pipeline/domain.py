@@ -44,7 +44,8 @@ class DomainTask:
 
     Args:
         new: domain → paths of its text.
-        old: domain → paths of old text; a quarter of what is trained on is drawn from it.
+        old: domain → paths of old text, of which a quarter of what is trained on is drawn; when
+            empty it is what the checkpoint learned before, if anything.
         steps: of the training of the new experts; the routers have their own.
         learning_rate: its peak.
         seed: of everything that is drawn.
@@ -150,7 +151,7 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
         "data.old": _value(task.old) if task.old else "null",
         "data.sequence_length": min(limit, MAX_SEQUENCE_LENGTH),
         "data.batch_size": BATCH_SIZE,
-        "forgetting": "replay" if task.old else "none",
+        "forgetting": "none",
         "gate": "'off'",
         "logger": "csv",
         "training.max_steps": task.steps,
@@ -159,6 +160,11 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
         "seed": task.seed,
         "cache_dir": quoted(str(folder / "cache")),
     }
+    config = load_config([f"{key}={value}" for key, value in words.items()])
+    # Old text is what was named, else what the source learned
+    if not config.text.old:
+        return config
+    words["forgetting"] = "replay"
     return load_config([f"{key}={value}" for key, value in words.items()])
 
 

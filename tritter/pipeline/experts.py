@@ -91,7 +91,7 @@ def with_choice(arm: Arm, clone_from: Sequence[int]) -> Arm:
 
 def spread(context: RunContext, domains: Sequence[str], count: int) -> Tensor:
     """Return at most so many training sequences [N, T], evenly spread over some domains' text."""
-    sequences = context.training_sequences(domains)
+    sequences = torch.cat(list(context.training_sequences(domains).values()))
     return sequences[:: max(1, len(sequences) // count)][:count]
 
 
@@ -279,9 +279,7 @@ def _objective(
 
 def _old_routing(context: RunContext, arm: Arm) -> OldRouting:
     """Look at where the arm's model sends old text before any of its trainings."""
-    sequences = context.training_sequences(context.old_domains)
-    order = torch.Generator().manual_seed(context.seed("hold_old", *arm.purpose))
-    chosen = sequences[torch.randperm(len(sequences), generator=order)[:HELD_SEQUENCES]]
+    chosen = context.drawn_equally(context.old_domains, HELD_SEQUENCES, "hold_old", *arm.purpose)
     model = load_model(expanded_folder(context, arm)).to(context.device)
     batch_size = max(1, context.config.data.batch_size // 4)
     return OldRouting.of(model, chosen, batch_size=batch_size)

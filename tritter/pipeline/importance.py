@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tritter.checkpoint.state import read_state, state_tensors, write_state
@@ -27,9 +26,9 @@ def estimate(context: RunContext, arm: Arm) -> StageResult:
     assert options is not None
     folder = context.folder / arm.start
     model = load_model(folder).to(context.device)
-    sequences = context.training_sequences(context.old_domains)
-    order = torch.Generator().manual_seed(context.seed("fisher", *arm.purpose))
-    chosen = sequences[torch.randperm(len(sequences), generator=order)[: options.num_sequences]]
+    chosen = context.drawn_equally(
+        context.old_domains, options.num_sequences, "fisher", *arm.purpose
+    )
     domains = ", ".join(context.old_domains)
     context.say("importance", f"Fisher of {len(chosen)} sequences of {domains}")
     fisher = diagonal_fisher(

@@ -5,7 +5,7 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,7 @@ def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str
         "format_version": 1,
         "status": status,
         "domains": {"old": list(context.old_domains), "new": list(context.new_domains)},
+        "data": {name: asdict(counts) for name, counts in context.corpus.counts.items()},
         "expansion": [spec.name for arm in arms for spec in arm.specs],
         "forgetting": [options.name for options in context.config.forgetting],
         "seed": context.config.seed,

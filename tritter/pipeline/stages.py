@@ -258,8 +258,8 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
 
 def _jump_tokens(context: RunContext) -> Tensor:
     """Return real text of every domain, int64 [B, T]."""
-    per_domain = [context.training_sequences([name])[:JUMP_SEQUENCES] for name in context.domains]
-    return torch.cat(per_domain).long()
+    sequences = context.training_sequences(context.domains).values()
+    return torch.cat([each[:JUMP_SEQUENCES] for each in sequences]).long()
 
 
 def _jump_flops(before: Path, after: Path, tokens: Tensor) -> float:

@@ -57,6 +57,8 @@ def write_trained(
             parent_path=os.path.relpath(start, target),
             step=steps,
             training_config=_training_config(context, stage, options),
+            split=context.split,
+            domains=context.learned(context.domains),
             stock_loadable="yes" if is_settled else "after adaptation",
         ),
         write_extras=write_extras,

@@ -21,7 +21,7 @@ class Task:
     Args:
         carried: parameter name → bool mask of the entries that hold old knowledge; everything
             else came with the expansion and is free.
-        old_sequences: int [N, T], packed training sequences of the old domains.
+        old_sequences: old domain → int [N, T], its packed training sequences.
         seed: of the method's own randomness.
         importance: kind (`fisher`) → parameter name → importance of each entry for the old
             domains, carried through the expansion; zero where an entry is new. A parameter that
@@ -32,7 +32,7 @@ class Task:
     """
 
     carried: Mapping[str, Tensor]
-    old_sequences: Tensor
+    old_sequences: Mapping[str, Tensor]
     seed: int
     importance: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     mean_importance: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,51 @@
+"""The text of a run as a record: what is old, what is new, and the split that both come under."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tritter.checkpoint.learned import LearnedDomain, TextSplit
+from tritter.data.split import SplitRule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainText:
+    """One domain of a run: where its text lies, and how it is read.
+
+    Args:
+        key: what named it, for messages.
+        ranked: the splits by rank that earlier trainings read it under, if any.
+    """
+
+    name: str
+    key: str
+    is_old: bool
+    paths: tuple[str, ...]
+    text_field: str
+    ranked: tuple[SplitRule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunText:
+    """All text of a run.
+
+    Args:
+        split: of the lineage, or the one that begins here.
+        domains: old ones first.
+        learned: name → what the checkpoint learned before.
+        history: learned domains that were split by rank and are not among `domains`.
+        notes: what is worth telling, a sentence each.
+    """
+
+    split: TextSplit
+    domains: tuple[DomainText, ...] = ()
+    learned: Mapping[str, LearnedDomain] = field(default_factory=dict)
+    history: tuple[DomainText, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def old(self) -> tuple[str, ...]:
+        return tuple(domain.name for domain in self.domains if domain.is_old)
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        return tuple(domain.name for domain in self.domains if not domain.is_old)

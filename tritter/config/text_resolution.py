@@ -1,0 +1,230 @@
+"""The text of a run: what is old, what is new, and the split that both come under.
+
+A checkpoint of ours says what it learned: all of that is old from then on, and its split goes on.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+from tritter.checkpoint.history import learned_text
+from tritter.checkpoint.learned import BUILT_IN, Learned, LearnedDomain, TextSplit, told_apart
+from tritter.config.problems import describe
+from tritter.config.run_text import DomainText, RunText
+from tritter.config.schema import (
+    CheckpointModelConfig,
+    DataConfig,
+    ModelConfig,
+    TextDataConfig,
+    TextSources,
+)
+from tritter.config.sources import source_documents
+from tritter.config.text_contents import domain_key
+from tritter.data.documents import documents_digest
+from tritter.data.readers import TextFileError
+from tritter.data.stdlib import stdlib_origin
+from tritter.errors import RequestError, TritterError
+
+DEFAULT_FRACTION = 0.2  # of a split that begins; a lineage's own goes on
+_BUILT_IN_PATHS = frozenset(BUILT_IN.values())
+
+
+def run_text(model: ModelConfig | CheckpointModelConfig, data: DataConfig, *, seed: int) -> RunText:
+    """Return what a run's text is, given the checkpoint that it starts from.
+
+    Args:
+        seed: of the run; the split's own where a split begins.
+
+    Raises:
+        RequestError: the lineage can't be read, its split would be left, or text that it learned
+            is not at hand and `data.old` names none.
+    """
+    learned = _learned(model)
+    notes: list[str] = []
+    split = _split(learned, data, seed=seed, notes=notes)
+    domains = _Domains(learned, data, notes).resolved()
+    rest = [name for name in learned.domains if name not in {each.name for each in domains}]
+    if rest:
+        notes.append(f"Nothing protects {', '.join(rest)}, which the checkpoint learned.")
+    if unsplit := [name for name, domain in learned.domains.items() if not domain.read_under]:
+        notes.append(f"What was held out of {', '.join(unsplit)} is not recorded.")
+    history = [
+        _recorded(name, learned.domains[name]) for name in rest if learned.domains[name].ranked
+    ]
+    at_hand = [each for each in history if _problem(learned.domains[each.name]) is None]
+    if unknown := [each.name for each in history if each not in at_hand]:
+        notes.append(
+            f"What was held out of {', '.join(unknown)} can't be told any more: its split was by "
+            "rank, and its text is not at hand."
+        )
+    return RunText(
+        split=split,
+        domains=domains,
+        learned=learned.domains,
+        history=tuple(at_hand),
+        notes=tuple(notes),
+    )
+
+
+def _learned(model: ModelConfig | CheckpointModelConfig) -> Learned:
+    if not isinstance(model, CheckpointModelConfig) or not Path(model.path).is_dir():
+        return Learned()
+    try:
+        return learned_text(Path(model.path))
+    except TritterError as error:
+        raise RequestError(f"model.path: {error}") from error
+
+
+def _split(learned: Learned, data: DataConfig, *, seed: int, notes: list[str]) -> TextSplit:
+    asked, held = data.validation_fraction, learned.split
+    if held is None:
+        fraction = DEFAULT_FRACTION if asked is None else asked
+        return TextSplit(rule="threshold", seed=seed, validation_fraction=fraction)
+    if asked is not None and asked != held.validation_fraction:
+        reason = (
+            f"the checkpoint's lineage holds out {held.validation_fraction}; with another share "
+            "text that was held out would be trained on, or validate after it was trained on. "
+            "Leave it out"
+        )
+        raise RequestError(describe("data.validation_fraction", asked, reason=reason))
+    if seed != held.seed:
+        notes.append(
+            f"The split goes on with the lineage's seed {held.seed}; seed={seed} orders the data."
+        )
+    return TextSplit(
+        rule="threshold",
+        seed=held.seed,
+        validation_fraction=held.validation_fraction,
+        exceptions=held.exceptions,
+    )
+
+
+class _Domains:
+    """The domains of a run, worked out from what was typed and what the checkpoint learned."""
+
+    def __init__(self, learned: Learned, data: DataConfig, notes: list[str]) -> None:
+        self._learned = learned.domains
+        self._data = data
+        self._notes = notes
+        self._is_text = isinstance(data, TextDataConfig)
+        self._text_field = data.text_field if isinstance(data, TextDataConfig) else "text"
+
+    def resolved(self) -> tuple[DomainText, ...]:
+        """Return old domains, then new ones.
+
+        Raises:
+            RequestError: learned text is not at hand, and no old text was typed.
+        """
+        new = self._typed(self._data.new_sources, is_old=False)
+        again = {domain.name for domain in new}
+        is_typed = isinstance(self._data, TextDataConfig) and self._data.old is not None
+        old = [] if is_typed else self._all_learned(without=again)
+        named = {domain.name for domain in old}
+        for domain in self._typed(self._data.old_sources, is_old=True):
+            if domain.name in again:
+                self._notes.append(f"{domain.name} is trained on again, so it is not old.")
+            elif domain.name not in named:
+                old.append(domain)
+        return (*old, *new)
+
+    def _typed(self, sources: TextSources, *, is_old: bool) -> list[DomainText]:
+        typed: dict[str, DomainText] = {}
+        for name, paths in sources.items():
+            known = self._known_as(name, tuple(paths), is_old=is_old)
+            if known is None or known in typed:
+                others = {} if is_old else {**self._learned, **self._data.old_sources}
+                known = told_apart(name, {**others, **typed})
+            if known != name and known not in self._learned:
+                self._notes.append(
+                    f"The new {name} is called {known}: the checkpoint learned another {name}."
+                )
+            held = self._learned.get(known)
+            typed[known] = DomainText(
+                name=known,
+                key=domain_key(self._data, name),
+                is_old=is_old,
+                paths=tuple(paths),
+                text_field=self._text_field,
+                ranked=held.ranked if held else (),
+            )
+        return list(typed.values())
+
+    def _known_as(self, name: str, paths: tuple[str, ...], *, is_old: bool) -> str | None:
+        """Return the learned domain that a typed one is: of the same text, else the same place."""
+        if not self._learned:
+            return None
+        if set(paths) <= _BUILT_IN_PATHS:
+            return next((n for n, d in self._learned.items() if set(d.paths) == set(paths)), None)
+        digests: dict[bool, str] = {}
+        for known, domain in self._learned.items():
+            is_ranked = bool(domain.ranked)
+            if is_ranked not in digests:
+                # What can't be read is told with all that is wrong with the files
+                with suppress(TextFileError):
+                    digests[is_ranked] = _digest(paths, self._text_field, is_ranked=is_ranked)
+            if domain.sha256 == digests.get(is_ranked):
+                return known
+        same_place = (n for n, d in self._learned.items() if d.paths == paths)
+        is_named = is_old and name in self._learned
+        found = next(same_place, name if is_named else None)
+        if found is not None:
+            self._notes.append(self._changed(found))
+        return found
+
+    def _changed(self, name: str) -> str:
+        note = f"The text of {name} has changed since the checkpoint learned it"
+        if self._learned[name].ranked:
+            note += "; its split was by rank, so some documents may have changed sides"
+        return f"{note}."
+
+    def _all_learned(self, *, without: set[str]) -> list[DomainText]:
+        domains = {n: d for n, d in self._learned.items() if n not in without}
+        problems = {name: _problem(domain) for name, domain in domains.items()}
+        wrong = [f"{name} can't be used: {why}" for name, why in problems.items() if why]
+        if wrong:
+            key = "data.old" if self._is_text else "data"
+            advice = "name what is to be kept, data.old=PATHS, or nothing, data.old={}"
+            if not self._is_text:
+                advice = f"with data=text {advice}"
+            reason = f"of the text that the checkpoint learned {'; '.join(wrong)}; {advice}"
+            value = None if self._is_text else self._data.source
+            raise RequestError(describe(key, value, reason=reason))
+        if domains:
+            self._notes.append(
+                f"Old text as the checkpoint recorded it, with its split: {', '.join(domains)}."
+            )
+        for name, domain in domains.items():
+            is_built_in = set(domain.paths) <= _BUILT_IN_PATHS
+            if is_built_in and domain.origin not in ("", stdlib_origin()):
+                self._notes.append(
+                    f"Its {name} was that of {domain.origin}; here it is that of {stdlib_origin()}."
+                )
+        return [_recorded(name, domain) for name, domain in domains.items()]
+
+
+def _recorded(name: str, domain: LearnedDomain) -> DomainText:
+    return DomainText(
+        name=name,
+        key=f"data.old.{name}",
+        is_old=True,
+        paths=domain.paths,
+        text_field=domain.text_field,
+        ranked=domain.ranked,
+    )
+
+
+def _problem(domain: LearnedDomain) -> str | None:
+    """Return why a recorded domain does not hold what it held; None when it does."""
+    if not domain.paths:
+        return "the record does not say where it lay"
+    if set(domain.paths) <= _BUILT_IN_PATHS:
+        return None
+    try:
+        digest = _digest(domain.paths, domain.text_field, is_ranked=bool(domain.ranked))
+    except TritterError as error:
+        return str(error).removesuffix(".")
+    return None if digest == domain.sha256 else f"{', '.join(domain.paths)} has changed since"
+
+
+def _digest(paths: tuple[str, ...], text_field: str, *, is_ranked: bool) -> str:
+    documents = source_documents(paths, key="data", text_field=text_field, is_ranked=is_ranked)
+    return documents_digest(documents)
