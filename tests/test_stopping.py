@@ -83,6 +83,29 @@ def test_a_command_that_is_stopped_says_so_and_leaves_no_trace(
     assert sorted(place.rglob("*")) == paths
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "expand --checkpoint base --method width --output new",
+        "export --checkpoint base --output new",
+    ],
+)
+def test_a_command_that_is_stopped_too_late_says_what_stands(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    """While it prints what it wrote."""
+
+    def stop(*words: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("tritter.cli.expand._print", stop)
+    monkeypatch.setattr("tritter.cli.export._print", stop)
+    result = run(words)
+    assert result.code == 143
+    assert result.err == "\nStopped. new was written all the same, and is whole.\n"
+    assert run("inspect new").code == 0
+
+
 def _signal_at_tensor(monkeypatch: pytest.MonkeyPatch, at: int, number: signal.Signals) -> None:
     """Let the process signal itself when the `at`-th tensor was checked."""
     from tritter import expand

@@ -123,10 +123,18 @@ def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_jso
         TritterError: writing failed, or a tensor turned out damaged while it was read.
     """
     place = _place(request, dry_run=dry_run, overwrite=overwrite)
+    with says_if_written(place.destination):
+        if request.domain.is_given and not dry_run:
+            return _run_domain(request, place, overwrite=overwrite, as_json=as_json)
+        return _run_map(request, place, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
+
+
+def _run_map(
+    request: ExpandRequest, place: _Place, *, dry_run: bool, overwrite: bool, as_json: bool
+) -> int:
+    """Expand, or only plan it, and print what came of it."""
     moments = choice("moments", request.moments, POLICIES)
     dtype = None if request.dtype is None else DTYPES[choice("dtype", request.dtype, list(DTYPES))]
-    if request.domain.is_given and not dry_run:
-        return _run_domain(request, place, overwrite=overwrite, as_json=as_json)
     result: Plan | Expanded
     measured: Measurement | None = None
 
@@ -135,7 +143,7 @@ def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_jso
         with damage_is_a_wrong_request():
             measured = measure(place.source, made, is_wanted=request.is_measured)
 
-    with in_options(), says_if_written(place.destination):
+    with in_options():
         if dry_run:
             result = plan_expansion(place.source, place.specs, seed=request.seed)
         else:

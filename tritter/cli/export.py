@@ -87,22 +87,22 @@ def run_export(request: ExportRequest, *, overwrite: bool, as_json: bool) -> int
     layout = _layout(request.expert_layout, origin.weights.config)
     if dtype is None:
         dtype = origin.weights.widest_dtype if is_file else torch.bfloat16
-    written = says_if_written(request.output)
-    with in_options(), written, progress_bar(is_shown=not as_json) as progress:
-        exported = export_model(
-            origin.weights,
-            request.output,
-            dtype=dtype,
-            expert_layout=layout,
-            write_extras=origin.copy_extras,
-            max_shard_bytes=request.max_shard_bytes,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if as_json:
-        print_json(_as_json(request, origin, exported))
-    else:
-        _print(origin, exported)
+    with says_if_written(request.output):
+        with in_options(), progress_bar(is_shown=not as_json) as progress:
+            exported = export_model(
+                origin.weights,
+                request.output,
+                dtype=dtype,
+                expert_layout=layout,
+                write_extras=origin.copy_extras,
+                max_shard_bytes=request.max_shard_bytes,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        if as_json:
+            print_json(_as_json(request, origin, exported))
+        else:
+            _print(origin, exported)
     return 0
 
 
