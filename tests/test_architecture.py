@@ -17,7 +17,7 @@ OPEN = {"errors", "limits", "seeds", "stopping"}
 
 # Room → rooms that it may import besides; what is missing is refused.
 _MODELS = {"parameter_map", "families", "routing", "models"}
-_CORE = _MODELS | {"storage", "expansion", "checkpoint", "data"}
+_CORE = _MODELS | {"loadable", "storage", "expansion", "checkpoint", "data"}
 _TRAINING = _CORE | {"training"}
 _BELOW_PIPELINE = _TRAINING | {"config", "expand", "planning", "evaluation", "forgetting"}
 _BELOW_PIPELINE |= {"adaptation"}
@@ -28,6 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "families": {"parameter_map"},
     "routing": {"storage"},
     "models": {"families", "routing", "storage"},
+    "loadable": {"families", "models", "storage"},
     "expansion": {"families", "parameter_map"},
     "checkpoint": {"storage", "families", "parameter_map", "data"},
     "config": {"families", "expansion", "planning", "storage", "data", "checkpoint"},
@@ -50,7 +51,7 @@ LIBRARIES: dict[str, set[str]] = {
     "lightning": {"data", "training", "forgetting", "pipeline"},
     "hydra": {"config", PROGRAM},
     "omegaconf": {"config", PROGRAM},
-    "transformers": {"models", "families"},
+    "transformers": {"models", "loadable", "families"},
     "wandb": {"tritter.pipeline.metrics"},
 }
 LAZY_LIBRARIES = {"wandb"}  # slow to import, and not needed where the logger is off

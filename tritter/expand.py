@@ -23,7 +23,8 @@ from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec, ExpansionStep, build_steps, closed_experts
 from tritter.families import Config, LayoutKind, StoredTensor, family_of, layout, pack_all
-from tritter.models import check_loadable, read_config
+from tritter.loadable import check_loadable
+from tritter.models import read_config
 from tritter.parameter_map import TensorMap, carried, mapped
 from tritter.parameter_map.carry import STATE_KINDS, Policy, carry, starts_anew
 from tritter.routing import AddedExperts
@@ -84,13 +85,13 @@ def plan_expansion(source: Path, specs: Sequence[ExpansionSpec], *, seed: int = 
         RequestError: no spec, unknown family, targets that cannot be had, a config that
             transformers can't build the result from, or more experts for a source whose last ones
             are not open yet.
-        TritterError: the source has no usable config.
+        TritterError: the source has no usable config or generation settings.
     """
     if not specs:
         raise RequestError("expand needs at least one expansion.")
     config = read_config(source)
     steps = build_steps(config, specs, seed=seed)
-    check_loadable(steps[-1].target_config)
+    check_loadable(steps[-1].target_config, folder=source)
     before, after = map(_count_parameters, (config, steps[-1].target_config))
     return Plan(config, steps, before, after, added_experts(AddedExperts.read(source), steps))
 

@@ -25,7 +25,6 @@ from tritter.errors import RequestError, TritterError, brief
 from tritter.families import (
     FAMILIES,
     Config,
-    Family,
     check_config,
     check_values,
     family_of,
@@ -82,7 +81,7 @@ def _stock_config(folder: Path) -> PreTrainedConfig:
     family = family_of(plain)
     _refuse_other_weights(folder, plain)
     own = {key: value for key, value in plain.items() if key not in _NAMING_CODE}
-    with _refused_as(f"{path} is not a usable config"), _quiet():
+    with refused_as(f"{path} is not a usable config"), quiet():
         check_values(family, plain)
         config = CONFIG_MAPPING[str(plain["model_type"])].from_dict(own)
         check_config(family, config.to_dict())  # with the defaults of what the file leaves out
@@ -93,7 +92,7 @@ def new_model(config: Config, *, seed: int) -> nn.Module:
     """Return a model with freshly drawn float32 weights; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = _stock_class_config(config)
+        built = stock_config_of(config)
         return _with_expert_kernel(AutoModelForCausalLM.from_config(built, dtype=torch.float32))
 
 
@@ -109,7 +108,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
     _check_small_files(folder)
     config = _stock_config(folder)
     TensorFolder.open(folder)  # one reader decides for all commands what is taken
-    with _refused_as(f"{folder} cannot be loaded as a model"), _quiet():
+    with refused_as(f"{folder} cannot be loaded as a model"), quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -124,7 +123,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
         raise TritterError(f"{folder} does not fit its config.json: {wrong}")
     added = AddedExperts.read(folder)
     if added is not None and not added.is_settled:
-        with _refused_as(f"{folder} cannot be loaded as a model"):
+        with refused_as(f"{folder} cannot be loaded as a model"):
             added.apply(model)
     return _with_expert_kernel(model)
 
@@ -177,7 +176,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     _check_small_files(folder)
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
@@ -235,7 +234,7 @@ def _with_expert_kernel(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def _refused_as(what: str) -> Iterator[None]:
+def refused_as(what: str) -> Iterator[None]:
     """Turn what libraries raise over a damaged file into one line that names the file."""
     try:
         yield
@@ -257,7 +256,7 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' progress bars and notices of success off the screen."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -284,68 +283,10 @@ def config_of(model: nn.Module) -> Config:
     return config
 
 
-def check_loadable(config: Config) -> None:
-    """Refuse a config from which transformers would not build the model of its family's table.
-
-    One layer of each kind is built, without memory for its tensors.
-
-    Raises:
-        RequestError: says what transformers made of it.
-    """
-    family = family_of(config)
-    shallow = family.with_layers(config, _layers_of_each_kind(family, config))
-    try:
-        with torch.device("meta"), _quiet():
-            _stock_class_config(config)
-            model = AutoModelForCausalLM.from_config(_stock_class_config(shallow))
-            found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    # The border to classes that trust their config: they raise whatever its values lead them to
-    except Exception as error:
-        raise RequestError(
-            f"config.json: transformers can't build this model: {_blamed(config, error)}."
-        ) from error
-    expected = {stored.name: stored.shape for stored in layout(family, shallow, "live")}
-    tied = family.tied_names(shallow)
-    wrong = sorted(
-        name
-        for name in (found.keys() | expected.keys()) - tied
-        if found.get(name) != expected.get(name)
-    )
-    if wrong:
-        raise RequestError(
-            f"config.json: transformers builds another model from it: {wrong[0]} would be of shape "
-            f"{found.get(wrong[0])}, not {expected.get(wrong[0])}."
-        )
-
-
-def _stock_class_config(config: Config) -> PreTrainedConfig:
+def stock_config_of(config: Config) -> PreTrainedConfig:
+    """Return transformers' own record of a config."""
     options = {key: value for key, value in config.items() if key != "model_type"}
     return AutoConfig.for_model(str(config["model_type"]), **options)
-
-
-def _layers_of_each_kind(family: Family, config: Config) -> list[int]:
-    """Return the first layer of every kind that a config tells apart."""
-    kinds: dict[tuple[object, ...], int] = {}
-    stated = [config.get(key) for key in family.per_layer_config_keys]
-    for layer, kind in enumerate(family.layer_kinds(config)):
-        own = [str(values[layer]) for values in stated if isinstance(values, list)]
-        kinds.setdefault((kind, *own), layer)
-    return list(kinds.values())
-
-
-def _blamed(config: Config, error: Exception) -> str:
-    """Name the values of a config that an error speaks of, or say what it says."""
-    if isinstance(error, KeyError) and error.args:
-        for key, value in config.items():
-            nested = value.items() if isinstance(value, dict) else [("", value)]
-            for inner, held in nested:
-                if held == error.args[0]:
-                    name = f"{key}.{inner}" if inner else key
-                    return f"{name} = {held} is not known to it"
-    pad, size = config.get("pad_token_id"), config.get("vocab_size")
-    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
-        return f"pad_token_id = {pad} is no token of a vocabulary of {size}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -9,7 +9,8 @@ import pytest
 
 from tests.cli.conftest import Run, snapshot
 from tritter.errors import RequestError, TritterError
-from tritter.models import check_loadable, read_config
+from tritter.loadable import check_loadable
+from tritter.models import read_config
 
 UNBUILDABLE: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "nosuch"}, "hidden_act = nosuch is not known"),
@@ -57,6 +58,27 @@ def test_what_transformers_cannot_build_is_not_written(
     assert sorted(path.name for path in place.iterdir()) == ["base", "old"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("generation_config.json", "{"),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", '{"max_new_tokens": -5}'),
+        ("generation_config.json", '{"watermarking_config": 3}'),
+        ("tokenizer_config.json", "{"),
+        ("special_tokens_map.json", "3"),
+    ],
+)
+def test_damaged_settings_do_not_travel(run: Run, place: Path, name: str, text: str) -> None:
+    (place / "base" / name).write_text(text)
+    before = snapshot(place)
+    for words in ("expand --method dus --no-measure", "expand --method dus --dry-run", "export"):
+        result = run(f"{words} --checkpoint base --output out")
+        assert result.code == 2
+        assert name in result.err
+    assert snapshot(place) == before
+
+
 def test_what_only_measuring_finds_is_not_written_either(run: Run, place: Path) -> None:
     """Such a config loads, and fails when the model is used."""
     assert run("expand --checkpoint base --method dus --output old --no-measure").code == 0
@@ -98,7 +120,7 @@ def test_large_models_are_looked_at_without_memory_or_time(place: Path) -> None:
     }
     config = {**read_config(place / "base"), **large}
     start = time.process_time()
-    check_loadable(config)
+    check_loadable(config, folder=place / "base")
     assert time.process_time() - start < 5
     with pytest.raises(RequestError, match="hidden_act = nosuch"):
-        check_loadable({**config, "hidden_act": "nosuch"})
+        check_loadable({**config, "hidden_act": "nosuch"}, folder=place / "base")

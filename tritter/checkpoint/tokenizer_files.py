@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from tritter.storage.links import check_links
-from tritter.storage.reading import require_file
+from tritter.storage.reading import read_object, require_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -18,6 +18,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:
@@ -34,10 +35,14 @@ def check_tokenizer_files(source: Path) -> list[Path]:
     """Return the files that there are to copy.
 
     Raises:
-        TritterError: one is a link that leads out of the folder, or no file, or too large.
+        TritterError: one is a link that leads out of the folder, or no file, or too large, or
+            settings that are no JSON object.
     """
     check_links(source)
     paths = [source / name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
     for path in paths:
-        require_file(path)
+        if path.name in _SETTINGS:
+            read_object(path)
+        else:
+            require_file(path)
     return paths

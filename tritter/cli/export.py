@@ -27,7 +27,8 @@ from tritter.cli.output import (
 from tritter.cli.request import choice, damage_is_a_wrong_request, in_options
 from tritter.errors import RequestError
 from tritter.families import Config, LayoutKind, family_of
-from tritter.models import check_loadable, locate, read_config
+from tritter.loadable import check_loadable
+from tritter.models import locate, read_config
 from tritter.report.wording import count_text
 from tritter.routing import AddedExperts, stock_obstacle
 
@@ -83,7 +84,7 @@ def run_export(request: ExportRequest, *, overwrite: bool, as_json: bool) -> int
     check_output(request.output, sources=_places(request), overwrite=overwrite)
     with damage_is_a_wrong_request():
         origin = _file(request) if is_file else _folder(request)
-        check_loadable(origin.weights.config)
+        check_loadable(origin.weights.config, folder=origin.weights.places[-1])
     layout = _layout(request.expert_layout, origin.weights.config)
     if dtype is None:
         dtype = origin.weights.widest_dtype if is_file else torch.bfloat16
