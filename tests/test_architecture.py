@@ -13,7 +13,7 @@ PACKAGE = "tritter"
 PROGRAM = "train"
 
 # Small modules that every room may import, and that import no room.
-OPEN = {"errors", "limits", "seeds", "stopping"}
+OPEN = {"errors", "limits", "seeds", "stopping", "terminal"}
 
 # Room → rooms that it may import besides; what is missing is refused.
 _MODELS = {"parameter_map", "families", "routing", "models"}
@@ -263,3 +263,20 @@ def test_a_circle_and_a_long_function_are_seen():
     assert {"tritter.data.a", "tritter.data.b"} == set(circle([first, second]))
     long = Module("tritter.data.a", "def f():\n" + "    x = 1\n" * MAX_FILE_LINES)
     assert len(length_violations(long)) == 2
+
+
+def test_what_is_printed_goes_through_the_terminals_border():
+    """Rich's own console and a bare print would let what steers a terminal through."""
+    found = [
+        f"{module.name}:{entry.line}"
+        for module in HOUSE
+        for entry in module.imports
+        if entry.module == "rich.console.Console" and module.name != "tritter.terminal"
+    ]
+    allowed = {"tritter.terminal", "tritter.cli.output"}  # the latter prints JSON, which is ASCII
+    for module in HOUSE:
+        for node in ast.walk(ast.parse(module.source)):
+            is_print = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+            if is_print and module.name not in allowed:
+                found.append(f"{module.name}:{node.lineno}")
+    assert not found

@@ -1,7 +1,12 @@
 """The model card: README.md of a checkpoint folder, readable on the hub and by a person."""
 
+import re
+
 from tritter.checkpoint.record import Lineage
 from tritter.families import Config, family_of
+from tritter.terminal import harmless
+
+_LONGEST_CELL = 200
 
 
 def model_card(lineage: Lineage, config: Config) -> str:
@@ -31,7 +36,7 @@ def export_card(
         "| | hash |",
         "|---|---|",
         f"| these tensors | `{model_hash}` |",
-        f"| made from | `{origin_hash}` ({origin}) |",
+        f"| made from | `{origin_hash}` ({_cell(origin)}) |",
     ]
     if lineage is not None:
         lines.append(f"| start of its chain | `{lineage.base_model_hash}` |")
@@ -80,7 +85,7 @@ def _history(lineage: Lineage) -> list[str]:
         error = "not measured" if record.step0_error is None else f"{record.step0_error:.1e}"
         layers = " ".join(map(str, record.layer_sources))
         lines.append(
-            f"| {record.method} | {record.expansion_type} | {error} | "
+            f"| {_cell(record.method)} | {_cell(record.expansion_type)} | {error} | "
             f"{record.continued_training_steps} | {layers} |"
         )
     return [*warning, *lines, ""]
@@ -90,5 +95,13 @@ def _scores(lineage: Lineage) -> list[str]:
     if not lineage.benchmark_scores:
         return []
     lines = ["| domain | loss (nats per token) |", "|---|---|"]
-    lines += [f"| {name} | {score:.4f} |" for name, score in lineage.benchmark_scores.items()]
+    lines += [
+        f"| {_cell(name)} | {score:.4f} |" for name, score in lineage.benchmark_scores.items()
+    ]
     return [*lines, ""]
+
+
+def _cell(name: str) -> str:
+    """Return a name as text of a Markdown table: no markup, no HTML, no line of its own."""
+    text = " ".join(harmless(name).split())[:_LONGEST_CELL]
+    return re.sub(r"[\\`*\[\]|]", r"\\\g<0>", text).replace("<", "&lt;")

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from tritter.cli.output import new_table
 from tritter.cli.request import in_options, spelled
 from tritter.config.problems import raise_problems
@@ -18,6 +16,7 @@ from tritter.data.records import DEFAULT_FIELD
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec
 from tritter.report.experts import expert_table
+from tritter.terminal import Console
 
 if TYPE_CHECKING:
     from tritter.pipeline.domain import DomainExpansion

@@ -1,13 +1,10 @@
 """`tritter expand`: read the request, show what comes of it, write it."""
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from tritter.checkpoint import Source
 from tritter.checkpoint.place import check_output
@@ -48,6 +45,7 @@ from tritter.expansion.targets import reach_parameters
 from tritter.models import locate, read_config
 from tritter.parameter_map.carry import POLICIES
 from tritter.report.wording import count_text
+from tritter.terminal import Console, say
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -166,10 +164,10 @@ def _run_map(
     else:
         _print(result, place, request, measured)
     if measured is not None and measured.is_broken:
-        print(
+        say(
             "error: the method claims to keep the function, and the result does not; please "
             "report this with the output of `tritter inspect`.",
-            file=sys.stderr,
+            is_error=True,
         )
         return EXIT_NO
     return 0

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritter.cli.output import DTYPES, new_console, print_json, signs_of
+from tritter.cli.output import DTYPES, new_console, print_json
 from tritter.cli.request import damage_is_a_wrong_request
 from tritter.errors import RequestError, TritterError
 from tritter.families import Config
@@ -52,11 +52,7 @@ def run_generate(
     if as_json:
         print_json(_as_json(prompt, text, new_ids, temperature=temperature, seed=seed))
     else:
-        console = new_console()
-        # What a model writes may hold control characters; line breaks and tabs are text.
-        signs = signs_of(console)
-        safe = "".join(s if s in "\n\t" else signs.printable(s) for s in prompt + text)
-        console.print(safe, soft_wrap=True)
+        new_console().print(prompt + text, soft_wrap=True)
     return 0
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
@@ -23,6 +22,7 @@ from tritter.cli.output import (
 from tritter.cli.request import spelled
 from tritter.errors import RequestError
 from tritter.report.wording import count_text
+from tritter.terminal import Console
 
 NOT_THERE = "not there: not checked"
 

@@ -7,7 +7,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from tritter.checkpoint import ExpansionRecord, Source
@@ -26,6 +25,7 @@ from tritter.cli.request import damage_is_a_wrong_request, spelled
 from tritter.errors import TritterError
 from tritter.models import read_config
 from tritter.report.wording import count_text
+from tritter.terminal import Console
 
 _PARTS = ("embedding", "attention", "FFN", "router", "experts", "norms", "output head")
 _FFN_PARTS = {

@@ -14,6 +14,7 @@ from tritter import __version__
 from tritter.cli import domain_options, export_options, options, plan_options
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
+from tritter.terminal import say
 
 app = typer.Typer(
     name="tritter",
@@ -51,16 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = typer.main.get_command(app)
             return command.main(words, prog_name="tritter", standalone_mode=False) or 0
     except RequestError as error:
-        print(f"error: {error}\nNothing was written.", file=sys.stderr)
+        say(f"error: {error}\nNothing was written.", is_error=True)
         return 2
     except TritterError as error:
-        print("\n".join([f"error: {error}", *_notes(error)]), file=sys.stderr)
+        say("\n".join([f"error: {error}", *_notes(error)]), is_error=True)
         return 1
     except Stopped as stop:
-        print(f"\nStopped. {' '.join(_notes(stop)) or 'Nothing was written.'}", file=sys.stderr)
+        say(f"\nStopped. {' '.join(_notes(stop)) or 'Nothing was written.'}", is_error=True)
         return stop.exit_code
     except typer.TyperException as error:
-        print(f"error: {_usage_error(error)}", file=sys.stderr)
+        say(f"error: {_usage_error(error)}", is_error=True)
         return error.exit_code
 
 
@@ -81,7 +82,7 @@ def _usage_error(error: typer.TyperException) -> str:
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        print(f"tritter {__version__}")
+        say(f"tritter {__version__}")
         raise typer.Exit
 
 

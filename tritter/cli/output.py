@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +16,7 @@ from tritter.errors import TritterError
 from tritter.families import Config, family_of
 from tritter.report.wording import Signs
 from tritter.stopping import Stopped
+from tritter.terminal import Console
 
 HASH_CHARACTERS = 12
 EXIT_NO = 3  # a check said no

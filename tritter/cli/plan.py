@@ -3,8 +3,6 @@
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-
 from tritter.cli.output import (
     new_console,
     new_table,
@@ -38,6 +36,7 @@ from tritter.planning.guide import size_guide
 from tritter.planning.plan import LAW_RESOLUTION
 from tritter.planning.scaling_law import SMALLEST_MODEL
 from tritter.report.wording import count_text
+from tritter.terminal import Console
 
 
 def run_plan(request: PlanRequest, *, as_json: bool) -> int:

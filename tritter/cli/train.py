@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tritter.errors import RequestError, did_you_mean
+from tritter.terminal import say
 
 if TYPE_CHECKING:
     from tritter.cli.continued import TrainRequest
@@ -41,7 +42,7 @@ def run_train(words: Sequence[str]) -> int:
     if is_help or "--version" in words or not given & set(_VALUED):
         code = main(_pipeline, arguments=words)
         if is_help:
-            print(HELP)
+            say(HELP)
         return code
     if "checkpoint" not in given:
         named = next(word for word in words if _option(word) in _VALUED)

@@ -14,6 +14,7 @@ from tritter import __version__
 from tritter.config.help import help_text
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
+from tritter.terminal import say
 
 if TYPE_CHECKING:
     from tritter.config.jobs import Pipeline
@@ -34,22 +35,22 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
         with stopping():
             return _run(words, pipeline)
     except RequestError as error:
-        print(f"error: {error}\nNothing was written.", file=sys.stderr)
+        say(f"error: {error}\nNothing was written.", is_error=True)
         return 2
     except TritterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", is_error=True)
         return 1
     except Stopped as stop:
-        print("\nStopped. The same command with the same folder goes on (--help).", file=sys.stderr)
+        say("\nStopped. The same command with the same folder goes on (--help).", is_error=True)
         return stop.exit_code
 
 
 def _run(words: list[str], pipeline: "Pipeline") -> int:
     if {"-h", "--help"} & set(words):
-        print(help_text())
+        say(help_text())
         return 0
     if "--version" in words:
-        print(f"tritter {__version__}")
+        say(f"tritter {__version__}")
         return 0
     # Hydra and the checks of targets take half a second to import, which --help does not need
     from tritter.config.plan import make_plan, read_command_line
@@ -82,13 +83,13 @@ def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
     job = plan.jobs[0]
     if job.state is RunState.FINISHED:
         summary = read_status(job.folder).get("summary") or job.folder / "summary.json"
-        print(f"This run is finished; nothing to do. Its summary: {summary}")
+        say(f"This run is finished; nothing to do. Its summary: {summary}")
         return 0
     _start_hydra([*plan.overrides, f"hydra.run.dir={quoted(str(job.folder))}"], pipeline)
     status = read_status(job.folder)
     if status.get("error"):
-        print(f"error: {status['error']}", file=sys.stderr)
-        print(f"The run so far: {job.folder} (resume={job.folder} goes on)", file=sys.stderr)
+        say(f"error: {status['error']}", is_error=True)
+        say(f"The run so far: {job.folder} (resume={job.folder} goes on)", is_error=True)
     return int(status["exit_code"])
 
 

@@ -16,6 +16,7 @@ from tritter.config.run_folder import RunState, check_run_folder, write_json, wr
 from tritter.config.schema import RunConfig
 from tritter.config.validation import validate
 from tritter.errors import RequestError, TritterError
+from tritter.terminal import say
 
 FORMAT_VERSION = 1
 STATUS_FILE = "status.json"
@@ -57,7 +58,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline) -> float:
     words = [str(word).removeprefix("++") for word in hydra.overrides.task]
     is_sweep = hydra.mode == RunMode.MULTIRUN
     if is_sweep:
-        print(f"\njob {hydra.job.num}: {' '.join(words)}", flush=True)
+        say(f"\njob {hydra.job.num}: {' '.join(words)}")
     try:
         config = validate(plain_config(cfg))
         if check_run_folder(folder, config) is RunState.FINISHED:
@@ -71,7 +72,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline) -> float:
         code = EXIT_REQUEST if isinstance(error, RequestError) else EXIT_FAILED
         _write_status(folder, words, status="failed", exit_code=code, error=str(error))
         if is_sweep:
-            print(f"job {hydra.job.num} failed: {error}", flush=True)
+            say(f"job {hydra.job.num} failed: {error}")
         return math.nan
     except Exception as error:
         # The job's border: whatever a library raised, the other jobs of a sweep go on.

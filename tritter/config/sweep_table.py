@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from tritter.config.jobs import STATUS_FILE, read_status
 from tritter.config.plan import Job
+from tritter.terminal import Console
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from tritter.checkpoint.learned import LearnedDomain, TextSplit
@@ -37,6 +36,7 @@ from tritter.pipeline.corpora import run_corpus, text_notes
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.seeds import derived_seed
 from tritter.storage.atomic import write_text_atomic
+from tritter.terminal import Console
 from tritter.training import OptimiserSettings, Schedule, TrainerSettings
 
 Scores = dict[str, DocumentLosses]

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tritter.checkpoint import Lineage, read_lineage, write_lineage
 from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
@@ -32,6 +30,7 @@ from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import run_arm, run_baseline
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import file_digest
+from tritter.terminal import Console
 
 ARM = "adapted"
 MAX_SEQUENCE_LENGTH = 256

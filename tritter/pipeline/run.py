@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
-from rich.console import Console
 
 from tritter.config.schema import RunConfig, TextDataConfig
 from tritter.errors import RequestError
@@ -32,6 +31,7 @@ from tritter.pipeline.rounds import (
 from tritter.report.plots import plot_run
 from tritter.report.tables import print_summary
 from tritter.storage.atomic import write_text_atomic
+from tritter.terminal import Console
 
 CONTROL = Arm("control", (), is_control=True)
 SUMMARY_NAME = "summary.json"

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tritter.report.experts import bias_text, expert_table
 from tritter.report.rows import DomainRow, checks, domain_rows, last_attempt
 from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
+from tritter.terminal import Console
 
 _STYLES = {
     "passed": "green",

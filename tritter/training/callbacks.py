@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed
 
 from tritter.data.ranks import this_rank
 from tritter.errors import TritterError
 from tritter.seeds import derived_seed
+from tritter.terminal import Console
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.compute import StepFlops
 from tritter.training.forgetting_method import ForgettingMethod, Task

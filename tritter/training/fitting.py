@@ -13,10 +13,10 @@ from pathlib import Path
 
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
-from rich.console import Console
 from torch import Tensor, nn
 
 from tritter.data.batches import BatchStream
+from tritter.terminal import Console
 from tritter.training.callbacks import (
     FiniteGuard,
     ForgettingCallback,

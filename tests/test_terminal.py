@@ -1,0 +1,115 @@
+"""Nothing that is printed steers the terminal, wherever it comes from."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+from safetensors.torch import load_file, save_file
+
+from tests.cli.conftest import Run, place, run, sources  # noqa: F401
+from tritter.checkpoint import read_lineage
+from tritter.checkpoint.card import export_card, model_card
+from tritter.checkpoint.folder import write_lineage
+from tritter.models import read_config
+from tritter.terminal import Console, harmless, say
+
+CLEAR, TITLE, BIDI, C1 = "\x1b[2J", "\x1b]0;owned\x07", "\u202etxt.exe", "\x9b31m"
+HOSTILE = f"a{CLEAR}b{TITLE}c{BIDI}d{C1}\x08\r\x7f\ud800"
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def test_what_steers_becomes_visible() -> None:
+    assert harmless("plain ä 日本\n\tx") == "plain ä 日本\n\tx"
+    shown = harmless(HOSTILE)
+    assert r"\x1b[2J" in shown and r"\u202e" in shown and r"\x9b" in shown and r"\ud800" in shown
+    assert not STEERING.search(shown)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_lines_tables_and_progress(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    monkeypatch.setattr("sys.stderr", stream)
+    say(HOSTILE, is_error=True)
+    console = Console(file=stream, width=200, markup=False)
+    console.print(HOSTILE, "日本")
+    table = Table(title=HOSTILE)
+    table.add_column(HOSTILE)
+    table.add_row(HOSTILE)
+    table.add_row(Text(HOSTILE))
+    console.print(table)
+    with Progress(TextColumn("{task.description}"), console=console) as bar:
+        bar.update(bar.add_task(HOSTILE, total=1), completed=1)
+    stream.flush()
+    text = raw.getvalue().decode(encoding)
+    assert r"\x1b[2J" in text
+    assert not STEERING.search(text)
+
+
+COMMANDS = [
+    "inspect {}",
+    "history {}",
+    "generate --checkpoint {} --prompt a",
+    "expand --checkpoint {} --method width",
+    "expand --checkpoint base --method {}",
+    "expand --checkpoint base --method width --head-strategy {}",
+    "export --checkpoint {} --output out",
+    "plan --source {} --target 10B --gpu-hours 1",
+    "train --checkpoint {}",
+    "train seed={}",
+    "{}",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_arguments(run: Run, place: Path, command: str) -> None:  # noqa: F811
+    result = run("", *(word.format("x" + CLEAR + BIDI) for word in command.split()))
+    assert result.code == 2
+    assert not STEERING.search(result.err + result.out)
+
+
+def test_names_of_tensors_and_folders(run: Run, place: Path) -> None:  # noqa: F811
+    tensors = load_file(place / "base" / "model.safetensors")
+    tensors[f"model{CLEAR}.weight"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, place / "base" / "model.safetensors")
+    hostile = (place / "base").rename(place / f"b{CLEAR}{BIDI}")
+    for command in ("inspect", "history"):
+        result = run(command, str(hostile))
+        assert not STEERING.search(result.err + result.out)
+    result = run("expand --method width --checkpoint", str(hostile))
+    assert result.code == 2 and "\\x1b" in result.err
+    assert not STEERING.search(result.err + result.out)
+
+
+def _grown(run: Run) -> Path:  # noqa: F811
+    assert run("expand --checkpoint base --method width --output grown --no-measure").code == 0
+    return Path("grown")
+
+
+def test_fields_of_a_lineage_and_the_card_made_of_them(run: Run, place: Path) -> None:  # noqa: F811
+    folder = _grown(run)
+    lineage = read_lineage(folder)
+    assert lineage is not None
+    config = read_config(folder)
+    plain = lineage.to_dict()
+    name = f"m{CLEAR}|</td><script>x</script>\n# Title\n[a](http://b)"
+    plain["expansion_history"][0].update(method=name, expansion_type=name, timestamp=name)
+    plain["benchmark_scores"] = {name: 1.0}
+    hostile = type(lineage).from_dict(json.loads(json.dumps(plain)), origin="here")
+    write_lineage(folder, hostile, config)
+    for words in (["inspect"], ["history"], ["history", "--verify"]):
+        result = run("", *words, str(folder))
+        assert result.out and not STEERING.search(result.err + result.out)
+    hashes = {"origin_hash": "a", "model_hash": "b"}
+    dtype = {"dtype": "float32"}
+    for card in (
+        model_card(hostile, config),
+        export_card({**config, **dtype}, origin=name, lineage=hostile, **hashes),
+    ):
+        assert not STEERING.search(card)
+        assert "<script>" not in card and "\n# Title" not in card and "[a](" not in card
