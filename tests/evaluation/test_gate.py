@@ -74,7 +74,7 @@ def test_below_thirty_documents_nothing_is_decided(make_losses, n):
         new_capability_check("code", before, ruined, confidence=0.95),
     ):
         assert check.verdict == "undecided" and check.documents_needed >= MIN_DOCUMENTS
-        assert f"on {n} documents, fewer than the 30 that a bound needs; about" in check.detail
+        assert f"on {n} documents, fewer than the 30 that a verdict needs; about" in check.detail
         json.dumps(check.to_dict(), allow_nan=False)
 
 

@@ -166,7 +166,7 @@ def _change_check(
         f"one-sided {confidence:.0%} bounds {_bound_text(lower)} and {_bound_text(upper)}, "
         f"allowed {bound:+.2%}"
         if is_enough
-        else f"fewer than the {MIN_DOCUMENTS} that a bound needs"
+        else f"fewer than the {MIN_DOCUMENTS} that a verdict needs"
     )
     if answer == "undecided":
         detail += "; " + (
