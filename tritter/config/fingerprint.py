@@ -10,7 +10,7 @@ from tritter.config.schema import METHOD_GROUPS, SECTIONS, RunConfig
 # What may differ between the parts of one run: where it is, who watches, and how.
 _WITHOUT_EFFECT = {
     "logger": None,
-    "trainer": ("devices", "strategy", "progress", "save_every_n_steps"),
+    "trainer": ("devices", "strategy", "progress", "save_every_n_steps", "check_memory"),
 }
 _ABSENT = "(absent)"
 
@@ -18,9 +18,9 @@ _ABSENT = "(absent)"
 def fingerprint(config: RunConfig) -> dict[str, Any]:
     """Return, as plain JSON values, everything of a config that determines the result.
 
-    `resume`, `cache_dir`, `logger` and, of `trainer`, `devices`, `strategy`, `progress` and
-    `save_every_n_steps` are left out. The methods of an ordered group stand beside the list of
-    their names.
+    `resume`, `cache_dir`, `logger` and, of `trainer`, `devices`, `strategy`, `progress`,
+    `save_every_n_steps` and `check_memory` are left out. The methods of an ordered group stand
+    beside the list of their names.
     """
     result: dict[str, Any] = {"seed": config.seed, "control": config.control}
     for section in SECTIONS:

@@ -10,6 +10,7 @@ from typing import NoReturn
 from hydra.types import RunMode
 
 from tritter.config.composition import Composer, composer
+from tritter.config.memory import memory_problems
 from tritter.config.overrides import (
     check_command_line,
     first_value,
@@ -20,9 +21,11 @@ from tritter.config.overrides import (
     refuse_sweeps,
     split_sweep,
 )
+from tritter.config.problems import raise_problems
 from tritter.config.run_folder import RunState, check_run_folder, find_run
 from tritter.config.schema import RunConfig
 from tritter.config.text_contents import check_contents, text_requests
+from tritter.config.validation import known_config
 from tritter.errors import RequestError
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -117,14 +120,22 @@ def make_plan(command: CommandLine) -> Plan:
         else:
             sample = [first_value(override) for override in parsed]
             plan = _plan_sweep(composing, overrides, sample)
-    _check_contents(plan)
+    if not command.hydra_flags:  # else nothing is run
+        _check_means(plan)
     return plan
 
 
-def _check_contents(plan: Plan) -> None:
-    """Look into the text files of all jobs that are still to be done, each once."""
-    todo = [job.config for job in plan.jobs if job.state is not RunState.FINISHED]
-    check_contents(request for config in todo for request in text_requests(config.data))
+def _check_means(plan: Plan) -> None:
+    """Refuse jobs that the machine can't hold, and text that can't be read; each file once."""
+    todo = [(n, job) for n, job in enumerate(plan.jobs) if job.state is not RunState.FINISHED]
+    problems = []
+    for number, job in todo:
+        source = known_config(job.config)  # of a hub id the shapes are known later
+        where = "" if plan.sweep_folder is None else f"job {number} ({' '.join(job.overrides)}): "
+        if source is not None:
+            problems += [where + problem for problem in memory_problems(job.config, source)]
+    raise_problems(problems)
+    check_contents(request for _, job in todo for request in text_requests(job.config.data))
 
 
 def _words_for_hydra(composing: Composer, overrides: Sequence[str]) -> tuple[str, ...]:

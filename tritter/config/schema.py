@@ -179,6 +179,7 @@ class TrainerConfig:
     max_non_finite_steps: int = bounded(minimum=0)
     save_every_n_steps: int = bounded(minimum=0)
     progress: str = chosen(("auto", "on", "off"))
+    check_memory: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

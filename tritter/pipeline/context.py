@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from tritter.checkpoint.learned import LearnedDomain, TextSplit
+from tritter.config.memory import memory_notes
 from tritter.config.run_text import RunText
 from tritter.config.schema import CheckpointModelConfig, RunConfig, TrainingConfig
 from tritter.config.text_resolution import run_text
+from tritter.config.validation import known_config
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.corpus import Corpus
 from tritter.data.pretrained import PretrainedTokenizer, read_tokenizer
@@ -92,8 +94,11 @@ class RunContext:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of what the run is made from, a sentence each."""
+        source = known_config(self.config) if self.given is None else read_config(self.given)
+        assert source is not None  # only that of a hub id is not known, and it is given
+        memory = memory_notes(self.config, source)
         moved = _moved(self.corpus.counts.values())
-        return (*text_notes(self.text), *self.text.notes, *moved)
+        return (*text_notes(self.text), *self.text.notes, *moved, *memory)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -114,7 +119,9 @@ class RunContext:
 
     @property
     def trainer_settings(self) -> TrainerSettings:
-        return TrainerSettings(**asdict(self.config.trainer))
+        values = asdict(self.config.trainer)
+        del values["check_memory"]  # that was done before
+        return TrainerSettings(**values)
 
     @property
     def optimiser_settings(self) -> OptimiserSettings:

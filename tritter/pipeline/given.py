@@ -9,6 +9,7 @@ from pathlib import Path
 from tritter.checkpoint import Lineage, Source, write_checkpoint
 from tritter.checkpoint.tokenizer_files import copy_tokenizer
 from tritter.config.checkpoint_folder import checkpoint_config
+from tritter.config.memory import memory_problems
 from tritter.config.problems import raise_problems
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import start_problems
@@ -35,6 +36,7 @@ def check_given(context: RunContext) -> None:
     with _wrong_request():
         config = read_config(context.given)
     raise_problems(start_problems(context.config, config))
+    raise_problems(memory_problems(context.config, config))
     if context.config.expansion and context.config.pipeline.target_params is None:
         # Which expert is cloned may be chosen by data later; for what is checked here it is one
         arm = experts.with_choice(Arm("given", context.config.expansion), [0])

@@ -1,6 +1,7 @@
 """One stage, one Trainer: fit a module on batches under the run's settings."""
 
 import csv
+import gc
 import logging
 import shutil
 import time
@@ -133,6 +134,7 @@ def fit(
         RandomState(),
         SaveState(folder / SAVED_NAME, every_n_steps=settings.save_every_n_steps),
     ]
+    _release_earlier()
     before = _snapshot(module.model)
     since = time.perf_counter()
     module.train()
@@ -268,6 +270,11 @@ def _trainer(
         use_distributed_sampler=False,
         plugins=[WorkerCheckpointIO() if is_ddp else SafetensorsCheckpointIO()],
     )
+
+
+def _release_earlier() -> None:
+    """Free an earlier training: its trainer, module and callbacks hold each other, moments too."""
+    gc.collect()
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,203 @@
+"""A run that can't fit into memory is refused first; what is counted, and what is said."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.config.conftest import FakePipeline, Result
+from tritter.config import RunConfig, memory
+from tritter.config.composition import load_config
+from tritter.config.memory import HeldMemory, memory_notes, memory_problems, trainings
+from tritter.config.validation import source_config
+from tritter.families import family_of
+
+Run = Callable[..., Result]
+GB = 10**9
+
+
+@pytest.fixture
+def has(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the machine have so many bytes."""
+    return lambda size: monkeypatch.setattr(memory, "machine_memory", lambda: size)
+
+
+def held(*words: str) -> dict[str, HeldMemory]:
+    config = load_config([*words])
+    return {each.model: each for each in trainings(config, source_config(config))}
+
+
+def problems(config: RunConfig) -> str:
+    return " ".join(memory_problems(config, source_config(config)))
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
+    run: Run, pipeline: FakePipeline, has: Callable[[int], None]
+) -> None:
+    has(8 * GB)
+    result = run("model=tritter_14b")
+    assert (result.code, result.written, pipeline.configs) == (2, [], [])
+    assert "trainer.check_memory = true: training the grown model of 5" in result.err
+    assert "this machine has 8.0 GB; at most about " in result.err
+    assert "trainer.check_memory=false tries it all the same" in result.err
+    assert run("model=tritter_14b", "trainer.check_memory=false").code == 0
+    assert run("model=tritter_14b", "--cfg", "job").code == 0
+    assert run("model=tiny").code == 0
+
+
+def test_all_jobs_of_a_sweep_are_looked_at_first(
+    run: Run, pipeline: FakePipeline, has: Callable[[int], None]
+) -> None:
+    has(8 * GB)
+    result = run("-m", "model=tiny,tritter_7b,tritter_14b")
+    assert (result.code, result.written, pipeline.configs) == (2, [], [])
+    assert "job 2 (model=tritter_14b): trainer.check_memory = true" in result.err
+    assert "job 1 (model=tritter_7b): trainer.check_memory = true" in result.err
+
+
+def test_a_finished_run_is_not_looked_at(run: Run, has: Callable[[int], None]) -> None:
+    assert run("hydra.run.dir=here").code == 0
+    has(1)
+    assert "nothing to do" in run("hydra.run.dir=here").out
+    assert run().code == 2
+
+
+def test_what_a_training_holds_by_hand() -> None:
+    """In float32: weights, gradients and two moments are 16 bytes; a step counter each tensor."""
+    found = held("model=tiny", "trainer=cpu", "expansion=llama_pro", "forgetting=[ewc,l2sp]",
+                 "control=true")  # fmt: skip
+    assert list(found) == ["the base", "the grown model", "the control"]
+    base, grown = found["the base"], found["the grown model"]
+    for each in found.values():
+        assert 0 <= each.states - 16 * each.parameters < 1000
+        assert (each.start, each.processes) == (4 * each.parameters, 1)
+        assert each.activations > 0
+    assert base.copies == 12 * base.parameters  # ω, and gradients and weights before each step
+    assert grown.copies == 16 * grown.parameters  # an anchor and importances, for each method
+    assert grown.parameters > base.parameters == found["the control"].parameters
+
+
+def test_methods_without_copies_hold_none() -> None:
+    assert held("forgetting=replay")["the grown model"].copies == 0
+
+
+def test_half_precision_halves() -> None:
+    words = ("model=tiny", "forgetting=ewc", "expansion=none")
+    whole = held(*words, "trainer.precision=32-true")["the model"]
+    half = held(*words, "trainer.precision=bf16-true")["the model"]
+    assert half.copies * 2 == whole.copies
+    assert half.start == whole.start  # it is taken before the training converts anything
+    assert half.states == pytest.approx(whole.states / 2, rel=0.01)
+
+
+def test_only_new_blocks_have_gradients_and_moments() -> None:
+    words = ("model=tiny", "trainer=cpu", "expansion=llama_pro")
+    grown = held(*words, "expansion.llama_pro.new_blocks_only=true")["the grown model"]
+    base = held(*words)["the base"]
+    new = grown.parameters - base.parameters
+    assert grown.states == 4 * grown.parameters + 12 * new
+
+
+def test_of_rounds_the_largest_counts() -> None:
+    found = held("model=tiny", "pipeline.target_params=700k")
+    assert found["the grown model"].parameters == pytest.approx(700_000, rel=0.1)
+    words = ("model=tiny", "pipeline.target_params=400k", "expansion=llama_pro", "trainer=cpu")
+    grown = held(*words, "expansion.llama_pro.new_blocks_only=true")["the grown model"]
+    assert 4 * grown.parameters < grown.states < held(*words)["the grown model"].states
+
+
+def test_each_process_holds_all(has: Callable[[int], None]) -> None:
+    config = load_config(["model=tiny", "trainer=ddp", "trainer.devices=4", "expansion=none",
+                          "forgetting=replay"])  # fmt: skip
+    base, one = trainings(config, source_config(config))
+    assert (one.processes, one.start) == (4, base.start)
+    needed = 4 * base.device + base.start
+    has(needed)
+    assert not problems(config)
+    has(needed - 1)
+    assert "each of 4 processes holds its own" in problems(config)
+    assert "with trainer.strategy=auto trainer.devices=1 it fits" in problems(config)
+
+
+def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -> None:
+    config = load_config(["model=tritter_350m", "expansion=none", "forgetting=[ewc,replay]",
+                          "trainer=cpu"])  # fmt: skip
+    base, _ = trainings(config, source_config(config))
+    has(base.device + base.start + 10**6)
+    assert not problems(config)
+    has(base.device + base.start - 10**6)
+    said = problems(config)
+    assert "'forgetting=" not in said  # the base would not fit either
+    assert "with trainer.precision=bf16-true it fits" in said
+    assert "with model=tritter_125m it fits" in said
+    config = load_config(["model=tritter_350m", "expansion=width", "forgetting=[ewc,replay]",
+                          "trainer=cpu"])  # fmt: skip
+    grown = list(trainings(config, source_config(config)))[1]
+    has(grown.states + grown.start)
+    assert "with 'forgetting=[replay]' it fits" in problems(config)
+
+
+def test_activations_are_a_note(has: Callable[[int], None]) -> None:
+    config = load_config(["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"])
+    base, model = trainings(config, source_config(config))
+    has(base.device + base.start)
+    assert not problems(config)
+    (note,) = memory_notes(config, source_config(config))
+    assert note.startswith("memory: training the base may take ")
+    assert "with activations (estimated), and this machine has " in note
+    has(base.device + base.start + max(base.activations, model.activations))
+    assert memory_notes(config, source_config(config)) == ()
+    has(0)
+    assert memory_problems(replace(config, trainer=replace(config.trainer, check_memory=False)),
+                           source_config(config)) == []  # fmt: skip
+
+
+def test_where_the_system_does_not_tell_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "machine_memory", lambda: None)
+    config = load_config(["model=tritter_14b"])
+    assert memory_problems(config, source_config(config)) == []
+    assert memory_notes(config, source_config(config)) == ()
+
+
+def test_on_a_gpu_its_memory_counts(
+    monkeypatch: pytest.MonkeyPatch, has: Callable[[int], None]
+) -> None:
+    config = load_config(["model=tiny", "expansion=none", "trainer=gpu"])
+    base, _ = trainings(config, source_config(config))
+    size = SimpleNamespace(total_memory=base.device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: size)
+    has(base.start)
+    assert not problems(config)
+    size.total_memory -= 1
+    assert "and the GPU has" in problems(config)
+    size.total_memory += 1
+    has(base.start - 1)
+    assert "and this machine has" in problems(config)
+
+
+def test_a_checkpoint_is_looked_at_too(
+    run: Run, tmp_path: Path, has: Callable[[int], None]
+) -> None:
+    place = tmp_path.parent / f"{tmp_path.name}-base"
+    place.mkdir()
+    shapes: dict[str, Any] = source_config(load_config(["model=tritter_1b"]))
+    (place / "config.json").write_text(json.dumps(shapes))
+    for name in ("model.safetensors", "tokenizer.json"):
+        (place / name).write_text("")
+    has(8 * GB)
+    words = ("model=hf", f"model.path={place}", "expansion=none")
+    result = run(*words)
+    assert (result.code, result.written) == (2, [])
+    count = family_of(shapes).count_parameters(shapes)
+    assert f"training the model of {count / 1e6:.1f}M parameters" in result.err
+    has(80 * GB)
+    assert run(*words).code == 0

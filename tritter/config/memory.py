@@ -1,0 +1,266 @@
+"""Whether a run fits into memory: what each of its trainings holds at once, against what there is.
+
+What is refused for is exact, and no more than what surely lies there at the same time: parameters,
+gradients, the optimiser's state, and the copies that the start and the methods against forgetting
+keep. Activations are an estimate, so they only lead to a note.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from tritter.config.rounds import planned_rounds
+from tritter.config.schema import EWCOptions, L2SPOptions, ModelConfig, RunConfig
+from tritter.errors import RequestError
+from tritter.expansion import target_config
+from tritter.families import Config, family_of
+from tritter.families.presets import PRESETS
+from tritter.planning import TrainingSetup, training_memory
+from tritter.planning.machine import machine_memory
+
+_FLOAT32 = 4
+_QUADRATIC = EWCOptions | L2SPOptions  # each keeps the old weights and an importance of each
+_FEWER_BYTES = "bf16-true"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldMemory:
+    """What one training holds at once, in bytes.
+
+    Args:
+        model: which one is trained, in words.
+        parameters: of the model.
+        states: parameters, gradients and optimiser states, exact.
+        copies: of weights and gradients, where the model is: of the methods against forgetting,
+            and of what is recorded of a base's training; exact.
+        start: the weights before the training, in the machine's memory.
+        activations: estimated.
+        processes: that hold all of it but `start`, each.
+    """
+
+    model: str
+    parameters: int
+    states: int
+    copies: int
+    start: int
+    activations: int
+    processes: int = 1
+
+    @property
+    def device(self) -> int:
+        """Of one process, where the model is."""
+        return self.states + self.copies
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where something is held: its name, its bytes, and how many are to be held there."""
+
+    name: str
+    limit: int | None
+    needed: int
+    with_activations: int
+
+
+def memory_problems(config: RunConfig, source: Config) -> list[str]:
+    """Return why a run can't fit, or nothing when it can or is not to be asked.
+
+    Args:
+        source: config.json of what the run starts from.
+    """
+    if not config.trainer.check_memory:
+        return []
+    worst = _worst(config, source)
+    if worst is None:
+        return []
+    held, place = worst
+    assert place.limit is not None
+    fitting = held.parameters * place.limit // place.needed
+    advice = [f"at most about {_count(fitting)} parameters fit", *_what_fits(config, source)]
+    each = f"; each of {held.processes} processes holds its own" if held.processes > 1 else ""
+    return [
+        f"trainer.check_memory = true: training {held.model} of {_count(held.parameters)} "
+        f"parameters takes {_size(place.needed)} before any activation (weights, gradients and "
+        f"optimiser {_size(held.states)}, copies {_size(held.copies + held.start)}{each}), and "
+        f"{place.name} has {_size(place.limit)}; {'; '.join(advice)}; "
+        "trainer.check_memory=false tries it all the same."
+    ]
+
+
+def memory_notes(config: RunConfig, source: Config) -> tuple[str, ...]:
+    """Say where a run may not fit once activations, which are estimated, are added."""
+    found = [
+        (held, place)
+        for held in trainings(config, source)
+        for place in _places(config, held)
+        if place.limit is not None and place.with_activations > place.limit
+    ]
+    if not found:
+        return ()
+    held, place = max(found, key=lambda each: each[1].with_activations)
+    assert place.limit is not None
+    return (
+        f"memory: training {held.model} may take {_size(place.with_activations)} with activations "
+        f"(estimated), and {place.name} has {_size(place.limit)}; a smaller data.batch_size or "
+        "data.sequence_length takes less",
+    )
+
+
+def trainings(config: RunConfig, source: Config) -> Iterator[HeldMemory]:
+    """Yield what each training of a run holds: of the base, of what grew, of the control."""
+    if isinstance(config.model, ModelConfig):
+        yield _held(config, source, model="the base", is_base=True)
+    for grown, trained in _grown(config, source):
+        yield _held(config, grown, model="the grown model", trained=trained)
+    if not config.expansion and config.pipeline.target_params is None:
+        yield _held(config, source, model="the model")
+    if config.control:
+        yield _held(config, source, model="the control")
+
+
+def _grown(config: RunConfig, source: Config) -> Iterator[tuple[Config, int | None]]:
+    """Yield what is trained after an expansion, and how many parameters are; None: all."""
+    if config.pipeline.target_params is not None:
+        before = source
+        for shape in planned_rounds(config, source):
+            new = _parameters(shape.config) - _parameters(before)
+            yield shape.config, new if shape.spec.new_blocks_only else None
+            before = shape.config
+    elif config.expansion:
+        yield target_config(source, config.expansion), _trained(config, source)
+
+
+def _trained(config: RunConfig, source: Config) -> int | None:
+    """Return how many parameters are trained where new blocks alone are; else None: all."""
+    specs = config.expansion
+    if not any(spec.new_blocks_only for spec in specs):
+        return None
+    layers = [
+        family_of(grown).dimensions(grown).num_hidden_layers
+        for grown in (target_config(source, specs[:number]) for number in range(len(specs) + 1))
+    ]
+    new = sum(layers[n + 1] - layers[n] for n, spec in enumerate(specs) if spec.new_blocks_only)
+    grown = target_config(source, specs)
+    without = family_of(grown).with_layers(grown, tuple(range(layers[-1] - new)))
+    return _parameters(grown) - _parameters(without)
+
+
+def _held(
+    config: RunConfig,
+    model_config: Config,
+    *,
+    model: str,
+    is_base: bool = False,
+    trained: int | None = None,
+) -> HeldMemory:
+    trainer = config.trainer
+    processes = trainer.devices if trainer.strategy == "ddp" else 1
+    setup = TrainingSetup(
+        precision=trainer.precision,
+        batch_size=max(1, config.data.batch_size // processes),
+        sequence_length=config.data.sequence_length,
+    )
+    memory = training_memory(model_config, setup)
+    count = _parameters(model_config)
+    of_one = memory.parameters_bytes // count
+    states = memory.states_bytes
+    if trained is not None:
+        states = memory.parameters_bytes + 3 * of_one * trained
+    methods = [options for options in config.forgetting if isinstance(options, _QUADRATIC)]
+    copies = 0 if is_base else len(methods) * 2 * memory.parameters_bytes
+    if is_base:  # the path integral, and gradients and weights from before each step
+        copies = _FLOAT32 * count + 2 * memory.parameters_bytes
+    return HeldMemory(
+        model=model,
+        parameters=count,
+        states=states,
+        copies=copies,
+        start=_FLOAT32 * count,
+        activations=memory.activations_bytes,
+        processes=processes,
+    )
+
+
+def _parameters(config: Config) -> int:
+    return family_of(config).count_parameters(config)
+
+
+def _worst(config: RunConfig, source: Config) -> tuple[HeldMemory, Place] | None:
+    """Return the training that is furthest above a limit, and where; None when all fit."""
+    over = [
+        (held, place)
+        for held in trainings(config, source)
+        for place in _places(config, held)
+        if place.limit is not None and place.needed > place.limit
+    ]
+    return max(over, key=lambda each: each[1].needed, default=None)
+
+
+def _places(config: RunConfig, held: HeldMemory) -> Iterator[Place]:
+    machine, gpu = machine_memory(), _gpu_memory(config)
+    if gpu is None:
+        needed = held.processes * held.device + held.start
+        with_activations = needed + held.processes * held.activations
+        yield Place("this machine", machine, needed, with_activations)
+        return
+    yield Place("the GPU", gpu, held.device, held.device + held.activations)
+    yield Place("this machine", machine, held.start, held.start)
+
+
+def _gpu_memory(config: RunConfig) -> int | None:
+    """Return the bytes of the smallest GPU that is used; None when none is."""
+    import torch
+
+    if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        return None
+    devices = range(min(config.trainer.devices, torch.cuda.device_count()))
+    return min(int(torch.cuda.get_device_properties(n).total_memory) for n in devices)
+
+
+def _what_fits(config: RunConfig, source: Config) -> Iterator[str]:
+    """Yield changes of the run, each of which alone lets it fit."""
+    trainer = config.trainer
+    others = tuple(o for o in config.forgetting if not isinstance(o, _QUADRATIC))
+    names = ",".join(options.name for options in others) or "none"
+    one = replace(trainer, strategy="auto", devices=1)
+    fewer = replace(trainer, precision=_FEWER_BYTES)
+    for words, changed in (
+        ("trainer.strategy=auto trainer.devices=1", replace(config, trainer=one)),
+        (f"'forgetting=[{names}]'", replace(config, forgetting=others)),
+        (f"trainer.precision={_FEWER_BYTES}", replace(config, trainer=fewer)),
+    ):
+        if changed != config and _worst(changed, source) is None:
+            yield f"with {words} it fits"
+    if isinstance(config.model, ModelConfig):
+        fitting = (name for name, smaller in _presets(config, source) if _fits(config, smaller))
+        yield from (f"with model={name} it fits" for name in islice(fitting, 1))
+
+
+def _presets(config: RunConfig, source: Config) -> Iterator[tuple[str, Config]]:
+    """Yield the presets that are smaller than a model, the largest first."""
+    count = _parameters(source)
+    for preset in sorted(PRESETS.values(), key=lambda each: -each.nominal_parameters):
+        smaller = preset.config(vocab_size=config.data.vocab_size)
+        if _parameters(smaller) < count:
+            yield preset.name, smaller
+
+
+def _fits(config: RunConfig, source: Config) -> bool:
+    try:
+        return _worst(config, source) is None
+    except RequestError:  # the sizes that are asked for can't be had from this one
+        return False
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes:,} bytes"
+
+
+def _count(parameters: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if parameters >= size:
+            return f"{parameters / size:,.1f}{unit}"
+    return str(parameters)
