@@ -22,6 +22,7 @@ from tritter.models import config_of, load_model, read_config
 from tritter.pipeline import experts, importance
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
+from tritter.pipeline.baseline_scores import score_baseline
 from tritter.pipeline.context import RunContext, schedule_of
 from tritter.pipeline.given import copy_given
 from tritter.pipeline.ledger import StageResult
@@ -46,7 +47,7 @@ def baseline(context: RunContext) -> StageResult:
         with atomic_folder(folder, overwrite=True) as temporary:
             shutil.copytree(base.folder, temporary, dirs_exist_ok=True)
     config = read_config(folder)
-    context.score(load_model(folder), "baseline")
+    score_baseline(context, folder)
     lineage = read_lineage(folder)
     assert lineage is not None
     return StageResult(

@@ -1,0 +1,102 @@
+"""The baseline's scores, kept in the cache: the jobs of a sweep that start alike score it once."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritter.checkpoint import read_lineage
+from tritter.data.cache import require_writable
+from tritter.data.tokens import TokenisedDocuments
+from tritter.errors import TritterError
+from tritter.evaluation.losses import DocumentLosses, domain_score
+from tritter.models import load_model, read_config
+from tritter.pipeline.context import RunContext, content_key
+from tritter.storage.atomic import write_text_atomic
+from tritter.storage.hashing import tensor_digest
+from tritter.storage.reading import read_object
+
+FORMAT_VERSION = 1
+NAME = "baseline"
+
+logger = logging.getLogger(__name__)
+
+
+def score_baseline(context: RunContext, folder: Path) -> None:
+    """Put the scores of the run's base into the run folder, from the cache where it has them.
+
+    Raises:
+        RequestError: the cache cannot be written.
+    """
+    made_from = _made_from(context, folder)
+    place = context.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
+    target = context.folder / "scores" / f"{NAME}.json"
+    scores = _intact_scores(place)
+    if scores is not None:
+        write_text_atomic(target, json.dumps(scores))
+        losses = {name: DocumentLosses.from_dict(record) for name, record in scores.items()}
+        told = ", ".join(f"{name} {domain_score(held).loss:.3f}" for name, held in losses.items())
+        context.say("", f"loss, nats per token: {told} (scored before)")
+        return
+    require_writable(place.parent)
+    context.score(load_model(folder), NAME)
+    scores = json.loads(target.read_text(encoding="utf-8"))
+    content = {
+        "format_version": FORMAT_VERSION,
+        "made_from": made_from,
+        "sha256": _digest(scores),
+        "scores": scores,
+    }
+    write_text_atomic(place, json.dumps(content))
+
+
+def _made_from(context: RunContext, folder: Path) -> dict[str, Any]:
+    """Return everything that determines the scores, to the last bit."""
+    lineage = read_lineage(folder)
+    assert lineage is not None
+    is_gpu = context.device.type == "cuda"
+    return {
+        "format_version": FORMAT_VERSION,
+        "torch": torch.__version__,
+        "model": lineage.model_hash,
+        "config": dict(read_config(folder)),
+        "text": {
+            name: _text_digest(context.corpus.domains[name].validation) for name in context.domains
+        },
+        "end_of_text": context.end_of_text_id,
+        "sequence_length": context.config.data.sequence_length,
+        "batch_size": context.config.evaluation.batch_size,
+        "device": torch.cuda.get_device_name(context.device) if is_gpu else "cpu",
+        "threads": None if is_gpu else torch.get_num_threads(),
+    }
+
+
+def _text_digest(documents: TokenisedDocuments) -> str:
+    """Hash the documents that are scored, in their order, as they were cut into tokens."""
+    parts = {"tokens": documents.tokens, "offsets": documents.offsets, "bytes": documents.num_bytes}
+    digests = {name: tensor_digest(name, tensor) for name, tensor in parts.items()}
+    return content_key({**digests, "identifiers": list(documents.identifiers)})
+
+
+def _intact_scores(place: Path) -> dict[str, Any] | None:
+    """Return what the cache holds; None where it holds nothing, or not what it once held."""
+    if not place.exists():
+        return None
+    try:
+        content = read_object(place)
+    except TritterError as error:
+        logger.warning("%s is scored anew: %s", place, error)
+        return None
+    scores = content.get("scores")
+    if not isinstance(scores, dict) or content.get("sha256") != _digest(scores):
+        logger.warning("%s is scored anew: it is not what was once written there", place)
+        return None
+    return scores
+
+
+def _digest(scores: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(scores, sort_keys=True).encode()).hexdigest()
