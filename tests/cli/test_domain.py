@@ -116,6 +116,31 @@ def test_what_cannot_be_done_is_refused_and_nothing_written(
     assert snapshot(base.parent) == before
 
 
+def test_text_that_cannot_be_read_is_listed_and_nothing_written(run: Run, base: Path) -> None:
+    (base.parent / "old/bad.txt").write_bytes(b"caf\xe9")
+    (base.parent / "data/code/bad.jsonl").write_text("3\n")
+    before = snapshot(base.parent)
+    result = run(f"{TRAIN} --old-data old")
+    assert result.code == 2
+    assert "2 things are wrong with the text:" in result.err
+    lines = " ".join(result.err.split())
+    assert f"--domain-data: {base.parent}/data/code/bad.jsonl, line 1 is no JSON object" in lines
+    assert f"--old-data: {base.parent}/old/bad.txt is no UTF-8" in lines
+    assert snapshot(base.parent) == before
+
+
+def test_what_cannot_fit_is_refused_in_words_of_this_command(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tritter.config.memory.machine_memory", lambda: 1000)
+    before = snapshot(base.parent)
+    result = run(TRAIN)
+    assert result.code == 2
+    assert result.err.startswith("error: training the grown model of ")
+    assert "trainer." not in result.err and "at most about " in result.err
+    assert snapshot(base.parent) == before
+
+
 def test_without_a_tokenizer_nothing_is_written(run: Run, base: Path) -> None:
     (base / "tokenizer.json").unlink()
     before = snapshot(base.parent)

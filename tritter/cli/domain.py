@@ -12,6 +12,7 @@ from tritter.config.problems import raise_problems
 from tritter.config.schema import TextSources
 from tritter.config.text_contents import TextRequest, check_contents
 from tritter.config.text_files import read_sources
+from tritter.data.readers import TextFileError
 from tritter.data.records import DEFAULT_FIELD
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec
@@ -31,6 +32,9 @@ _OPTION_OF_KEY = {
     "training.max_steps": "--steps",
     "training.learning_rate": "--learning-rate",
 }
+_ADVICE = re.compile(
+    r"^trainer\.check_memory = true: |; with [^;]* it fits|; trainer\.check_memory=false [^;.]*"
+)
 _KEYS = re.compile("|".join(map(re.escape, _OPTION_OF_KEY)))
 
 
@@ -165,8 +169,15 @@ def train_domain(
             return expand_for_domain(
                 source, destination, specs, task, console=console, overwrite=overwrite
             )
+    except TextFileError as error:
+        raise TextFileError([_in_words(problem) for problem in error.problems]) from error
     except RequestError as error:
-        raise RequestError(_KEYS.sub(lambda key: _OPTION_OF_KEY[key[0]], str(error))) from error
+        raise RequestError(_in_words(str(error))) from error
+
+
+def _in_words(problem: str) -> str:
+    """Return a problem in the names of the options, without advice that they can't express."""
+    return _KEYS.sub(lambda key: _OPTION_OF_KEY[key[0]], _ADVICE.sub("", problem))
 
 
 def print_domain(console: Console, experts: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
