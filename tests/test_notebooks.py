@@ -89,11 +89,30 @@ def test_no_notebook_keeps_outputs(notebook):
 def test_compare_runs_lists_and_plots_every_run(runs, capsys):
     namespace = _run(next(path for path in NOTEBOOKS if path.name == "compare_runs.ipynb"))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["run", "sweeps/earlier/0", "sweeps/earlier/1"]
+    assert [line.split()[1] for line in lines[:3]] == [
+        "run",
+        "sweeps/earlier/0",
+        "sweeps/earlier/1",
+    ]
     assert "+1.30" in lines[1] and "-25.00" in lines[1] and "width" in lines[1]
     assert "nan" in lines[2] and "none" in lines[2]
-    texts = [text.get_text() for text in namespace["axes"].texts]
-    assert texts == ["width | none | seed 0", "none | none | seed 0"]
+    assert "1 has no place in the plot" in lines[3]
+    axes = namespace["axes"]
+    assert [text.get_text() for text in axes.texts] == ["0"]
+    assert axes.get_legend_handles_labels()[1] == ["allowed +5 %", "width | none"]
+
+
+def test_runs_that_differ_in_their_seed_share_a_label(tmp_path, monkeypatch):
+    for seed in range(3):
+        folder = tmp_path / "outputs" / str(seed)
+        folder.mkdir(parents=True)
+        summary = _summary(expansion=["width"], rise=0.01, change_of_new=-0.2) | {"seed": seed}
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    axes = _run(NOTEBOOKS[0])["axes"]
+    assert [text.get_text() for text in axes.texts] == ["0", "1", "2"]
+    assert axes.get_legend_handles_labels()[1].count("width | none") == 1
 
 
 def test_compare_runs_says_when_there_is_nothing(tmp_path, monkeypatch):
