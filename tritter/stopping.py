@@ -17,11 +17,18 @@ class Stopped(BaseException):
 
     Args:
         signal_number: SIGINT for Ctrl-C, SIGTERM as schedulers send it.
+        where: what was being done, and where it goes on: "at step 3 of …"; None: nothing that
+            would go on.
+
+    Attributes:
+        advice: lines that say how to go on.
     """
 
-    def __init__(self, signal_number: int) -> None:
+    def __init__(self, signal_number: int, *, where: str | None = None) -> None:
         super().__init__(signal.Signals(signal_number).name)
         self.signal_number = signal_number
+        self.where = where
+        self.advice: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
         given.append(config)
 
         class Outcome:
-            status, metric, summary_path = "kept", 0.5, run_folder / "summary.json"
+            status, metric, leaves = "kept", 0.5, ("summary.json",)
 
+        (run_folder / "summary.json").write_text("{}")
         return Outcome()
 
     monkeypatch.setattr(train_module, "_pipeline", pipeline)
@@ -113,6 +115,18 @@ def test_typed_keys_win(run: Run, texts: Path, configs: list[RunConfig]) -> None
     assert data_of(config).new == {"x": [f"{texts}/data"]}
     assert (data_of(config).text_field, config.training.max_steps) == ("body", 3)
     assert (texts / "elsewhere/run.json").exists()
+
+
+def test_a_continued_checkpoint_is_gone_on_with_by_resume_alone(
+    run: Run, texts: Path, configs: list[RunConfig]
+) -> None:
+    words = "--data old forgetting=none data.sequence_length=32"
+    assert run(f"train --checkpoint base {words}").code == 0
+    (texts / "base-continued/summary.json").unlink()
+    assert run("train resume=base-continued").code == 0
+    assert configs[1] == replace(configs[0], resume="base-continued")
+    refused = run("train --checkpoint base --data old resume=base-continued")
+    assert refused.code == 2 and "tritter train resume=base-continued\n" in refused.err
 
 
 def test_the_default_output_lies_beside_the_checkpoint(

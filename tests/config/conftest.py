@@ -17,6 +17,7 @@ class FakeOutcome:
     status: str
     metric: float
     summary_path: Path
+    leaves: tuple[str, ...] = ("summary.json",)
 
 
 @dataclass
@@ -33,6 +34,7 @@ class FakePipeline:
             raise TritterError("the loss was not finite 10 times in a row")
         if config.seed == 2:
             raise KeyError("a bug")
+        (run_folder / "summary.json").write_text("{}")
         status = "rolled_back" if config.seed == 3 else "kept"
         return FakeOutcome(status, 0.25, run_folder / "summary.json")
 

@@ -214,7 +214,7 @@ def test_arguments_of_the_process_are_restored(run: Run) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_stopped_says_with_what_signal(
-    run: Run, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     def stop(self: FakePipeline, config: object, *, run_folder: Path) -> None:
         os.kill(os.getpid(), number)
@@ -222,7 +222,7 @@ def test_a_run_that_is_stopped_says_with_what_signal(
     monkeypatch.setattr(FakePipeline, "__call__", stop)
     result = run("hydra.run.dir=here")
     assert result.code == code
-    assert "goes on" in result.err
+    assert "Go on with:\n  " in result.err and f"train.py resume={tmp_path}/here\n" in result.err
     assert json.loads(Path("here/run.json").read_text())["status"] == "running"
 
 

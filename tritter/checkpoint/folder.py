@@ -1,11 +1,9 @@
 """Write and read checkpoint folders: model, tokenizer, model card and tritter.json as one."""
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tritter.checkpoint.card import model_card
 from tritter.checkpoint.record import Lineage
@@ -15,6 +13,7 @@ from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
 from tritter.storage.links import check_links
 from tritter.storage.reading import read_json
+from tritter.storage.records import record_text
 from tritter.storage.writer import TensorStream, write_tensors
 
 LINEAGE_NAME = "tritter.json"
@@ -127,13 +126,6 @@ def file_digests(folder: Path) -> dict[str, str]:
         elif name != LINEAGE_NAME:
             digests[name] = file_digest(path)
     return digests
-
-
-def record_text(plain: Mapping[str, Any]) -> str:
-    """Return the one text that a record has on disk, its own digest included."""
-    rest = {key: value for key, value in plain.items() if key != "record_digest"}
-    digest = hashlib.sha256(json.dumps(rest).encode()).hexdigest()
-    return json.dumps({**rest, "record_digest": digest}, indent=1) + "\n"
 
 
 def _dump(path: Path, lineage: Lineage) -> None:

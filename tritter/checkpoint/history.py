@@ -10,7 +10,6 @@ from tritter.checkpoint.folder import (
     HEADER_MARK,
     LINEAGE_NAME,
     read_lineage,
-    record_text,
 )
 from tritter.checkpoint.learned import Learned, with_domains
 from tritter.checkpoint.record import ExpansionRecord, Lineage
@@ -18,6 +17,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash, tensor_digest
 from tritter.storage.links import check_inside, check_links
 from tritter.storage.reading import read_text
+from tritter.storage.records import record_text
 from tritter.storage.tensors import TensorFolder
 
 Progress = Callable[[int, int], None]
@@ -94,7 +94,7 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
         check_links(folder)
     except TritterError as error:
         raise RequestError(str(error)) from error
-    links = [_link(folder)]
+    links = [link_of(folder)]
     seen = {links[0].model_hash}
     while (child := links[-1]).lineage is not None and child.lineage.parent_hash is not None:
         parent = _parent(child)
@@ -144,7 +144,8 @@ def verify(link: Link, *, progress: Progress | None = None) -> tuple[Change, ...
     )
 
 
-def _link(folder: Path) -> Link:
+def link_of(folder: Path) -> Link:
+    """Return a checkpoint as a link by itself: without its parent, and what it was made from."""
     try:
         lineage = read_lineage(folder)
     except TritterError as error:
@@ -186,7 +187,7 @@ def _parent(child: Link) -> Link:
     lineage, wanted = child.lineage, child.lineage.parent_hash
     hinted = (child.folder / lineage.parent_path).resolve() if lineage.parent_path else None
     for folder in _candidates(child.folder, hinted):
-        link = _link(folder)
+        link = link_of(folder)
         if link.lineage is not None and wanted in _hashes(link.lineage):
             return link
     for folder in _candidates(child.folder, hinted):
@@ -197,7 +198,7 @@ def _parent(child: Link) -> Link:
                 tensor_digests=lineage.parent_tensor_digests,
                 file_digests=lineage.parent_file_digests,
             )
-    if hinted is not None and hinted.is_dir() and (link := _link(hinted)).problem:
+    if hinted is not None and hinted.is_dir() and (link := link_of(hinted)).problem:
         return link
     return Link(folder=None, model_hash=wanted)
 

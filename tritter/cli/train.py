@@ -1,6 +1,7 @@
 """`tritter train`: the program behind train.py, and the training of a checkpoint that exists."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -49,6 +50,12 @@ def run_train(words: Sequence[str]) -> int:
         raise RequestError(
             f"{named.partition('=')[0]} goes with --checkpoint DIR, the model to train on; without "
             "a checkpoint everything is set by KEY=VALUE (--help)."
+        )
+    resumed = next((w for w in words if w.lstrip("+").startswith("resume=")), None)
+    if resumed is not None:
+        raise RequestError(
+            f"{resumed}: a run is gone on with by itself, with its own checkpoint and text: "
+            f"{shlex.join(['tritter', 'train', resumed])}"
         )
     from tritter.cli.continued import continuation
 

@@ -41,7 +41,8 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
         say(f"error: {error}", is_error=True)
         return 1
     except Stopped as stop:
-        say("\nStopped. The same command with the same folder goes on (--help).", is_error=True)
+        where = f" {stop.where}" if stop.where else ""
+        say("\n".join(["", f"Stopped{where}.", *stop.advice]), is_error=True)
         return stop.exit_code
 
 
@@ -59,8 +60,10 @@ def _run(words: list[str], pipeline: "Pipeline") -> int:
     if command.hydra_flags:
         return _show(command, pipeline)
     plan = make_plan(command)
+    for note in plan.notes:
+        say(note)
     if plan.sweep_folder is not None:
-        return _run_sweep(plan, plan.sweep_folder, pipeline)
+        return _run_sweep(plan, plan.sweep_folder, pipeline, typed=words)
     return _run_one(plan, pipeline)
 
 
@@ -78,27 +81,40 @@ def _show(command: "CommandLine", pipeline: "Pipeline") -> int:
 def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
     from tritter.config.jobs import read_status
     from tritter.config.overrides import quoted
-    from tritter.config.run_folder import RunState
+    from tritter.config.program import resume_command
+    from tritter.config.run_folder import SUMMARY_FILE, RunState
 
     job = plan.jobs[0]
     if job.state is RunState.FINISHED:
-        summary = read_status(job.folder).get("summary") or job.folder / "summary.json"
-        say(f"This run is finished; nothing to do. Its summary: {summary}")
+        say(f"This run is finished; nothing to do. Its summary: {job.folder / SUMMARY_FILE}")
         return 0
-    _start_hydra([*plan.overrides, f"hydra.run.dir={quoted(str(job.folder))}"], pipeline)
+    words = [*plan.overrides, f"hydra.run.dir={quoted(str(job.folder))}"]
+    goes_on = f"Go on with:\n  {resume_command(job.folder)}"
+    try:
+        _start_hydra(words, pipeline, overrides=job.overrides)
+    except Stopped as stop:
+        stop.advice = (goes_on,)
+        raise
     status = read_status(job.folder)
-    if status.get("error"):
+    if status["error"] is not None:
         say(f"error: {status['error']}", is_error=True)
-        say(f"The run so far: {job.folder} (resume={job.folder} goes on)", is_error=True)
+        say(f"The run so far: {job.folder}\n{goes_on}", is_error=True)
     return int(status["exit_code"])
 
 
-def _run_sweep(plan: "Plan", folder: Path, pipeline: "Pipeline") -> int:
-    from tritter.config.overrides import quoted
+def _run_sweep(plan: "Plan", folder: Path, pipeline: "Pipeline", *, typed: Sequence[str]) -> int:
+    from tritter.config.overrides import as_value, quoted
+    from tritter.config.program import command
     from tritter.config.sweep_table import print_sweep, sweep_rows
 
     pinned = f"hydra.sweep.dir={quoted(str(folder))}"
-    _start_hydra(["--multirun", *plan.overrides, pinned], pipeline)
+    try:
+        _start_hydra(["--multirun", *plan.overrides, pinned], pipeline)
+    except Stopped as stop:
+        own = [word for word in typed if not word.lstrip("+").startswith("hydra.sweep.dir=")]
+        again = command([*own, f"hydra.sweep.dir={as_value(str(folder))}"])
+        stop.advice = (f"Go on with the sweep:\n  {again}",)
+        raise
     rows = sweep_rows(plan.jobs, folder)
     print_sweep(rows, folder)
     codes = {row.exit_code for row in rows}
@@ -107,7 +123,9 @@ def _run_sweep(plan: "Plan", folder: Path, pipeline: "Pipeline") -> int:
     return 3 if 3 in codes else 0
 
 
-def _start_hydra(arguments: Sequence[str], pipeline: "Pipeline") -> None:
+def _start_hydra(
+    arguments: Sequence[str], pipeline: "Pipeline", *, overrides: Sequence[str] | None = None
+) -> None:
     import hydra
     from omegaconf import DictConfig
 
@@ -116,7 +134,7 @@ def _start_hydra(arguments: Sequence[str], pipeline: "Pipeline") -> None:
     from tritter.config.jobs import run_job
 
     def train(cfg: DictConfig) -> float:
-        return run_job(cfg, pipeline)
+        return run_job(cfg, pipeline, overrides=overrides)
 
     decorate = hydra.main(
         config_path=str(config_folder()), config_name=CONFIG_NAME, version_base=VERSION_BASE

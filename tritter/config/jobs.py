@@ -1,10 +1,10 @@
 """One job as Hydra starts it: folder, pipeline, and what became of it in `status.json`."""
 
-import json
 import math
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol
 
 from hydra.core.hydra_config import HydraConfig
@@ -12,14 +12,33 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tritter.config.composition import plain_config
-from tritter.config.run_folder import RunState, check_run_folder, write_json, write_run_file
+from tritter.config.resume import recorded_words
+from tritter.config.run_folder import (
+    SUMMARY_FILE,
+    RunState,
+    check_run_folder,
+    write_json,
+    write_run_file,
+)
 from tritter.config.schema import RunConfig
 from tritter.config.validation import validate
 from tritter.errors import RequestError, TritterError
+from tritter.stopping import Stopped
+from tritter.storage.records import read_record
 from tritter.terminal import say
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: a digest of the whole
 STATUS_FILE = "status.json"
+
+_ENDS = ("kept", "rolled_back", "undecided")
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "status": str,
+    "exit_code": int,
+    "overrides": list,
+    "metric": (int, float, NoneType),
+    "summary": (str, NoneType),
+    "error": (str, NoneType),
+}
 
 EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_NOT_KEPT = 0, 1, 2, 3
 
@@ -38,7 +57,9 @@ class Outcome(Protocol):
         ...
 
     @property
-    def summary_path(self) -> Path: ...
+    def leaves(self) -> tuple[str, ...]:
+        """What a finished run leaves, relative to its folder: by it a run is known as finished."""
+        ...
 
 
 class Pipeline(Protocol):
@@ -47,11 +68,19 @@ class Pipeline(Protocol):
     def __call__(self, config: RunConfig, *, run_folder: Path) -> Outcome: ...
 
 
-def run_job(cfg: DictConfig, pipeline: Pipeline) -> float:
+def run_job(
+    cfg: DictConfig, pipeline: Pipeline, *, overrides: Sequence[str] | None = None
+) -> float:
     """Run one composed job in the folder that Hydra made for it and return the sweeper's metric.
 
     A failure goes to the job's `status.json`. In a sweep the other jobs go on, and the failed
     one counts as NaN; in a single run an error that is not ours is raised again.
+
+    Args:
+        overrides: what the run records of its command line; None: the job's own overrides.
+
+    Raises:
+        Stopped: by a signal, after the status was written; in a sweep no other job follows.
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
@@ -62,12 +91,17 @@ def run_job(cfg: DictConfig, pipeline: Pipeline) -> float:
     try:
         config = validate(plain_config(cfg))
         if check_run_folder(folder, config) is RunState.FINISHED:
-            metric = read_status(folder).get("metric")
-            return math.nan if metric is None else float(metric)
-        write_run_file(folder, config, status="running")
+            status = read_status(folder)
+            if status["status"] in _ENDS:
+                return math.nan if status["metric"] is None else float(status["metric"])
+        recorded = recorded_words(words if overrides is None else overrides)
+        write_run_file(folder, config, status="running", overrides=recorded)
         _write_status(folder, words, status="running", exit_code=EXIT_FAILED)
         outcome = pipeline(config, run_folder=folder)
-        write_run_file(folder, config, status="finished")
+    except Stopped as stop:
+        where = None if stop.where is None else f"stopped {stop.where}"
+        _write_status(folder, words, status="interrupted", exit_code=stop.exit_code, error=where)
+        raise
     except TritterError as error:
         code = EXIT_REQUEST if isinstance(error, RequestError) else EXIT_FAILED
         _write_status(folder, words, status="failed", exit_code=code, error=str(error))
@@ -89,18 +123,27 @@ def run_job(cfg: DictConfig, pipeline: Pipeline) -> float:
         status=outcome.status,
         exit_code=EXIT_NOT_KEPT if is_refused else EXIT_DONE,
         metric=outcome.metric,
-        summary=str(outcome.summary_path),
+        summary=str(folder / SUMMARY_FILE),
     )
+    write_run_file(folder, config, status="finished", leaves=outcome.leaves)
     return outcome.metric
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """Return what `status.json` says of a job; of one that never came to write it, that."""
+    """Return what `status.json` says of a job; of one that left none, or a damaged one, that."""
+    empty: dict[str, Any] = {"overrides": [], "metric": None, "summary": None}
+    path = folder / STATUS_FILE
+    if not path.exists():
+        error = f"it left no {STATUS_FILE}"
+        return {**empty, "status": "not run", "exit_code": EXIT_FAILED, "error": error}
     try:
-        status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {"status": "not run", "exit_code": EXIT_FAILED, "error": "it left no status.json"}
-    return dict(status)
+        status = read_record(path, format_version=FORMAT_VERSION)
+        wrong = [key for key, kind in _KINDS.items() if not isinstance(status.get(key), kind)]
+        if wrong:
+            raise TritterError(f"{path}: {', '.join(wrong)} missing or of another type.")
+    except TritterError as error:
+        return {**empty, "status": "unknown", "exit_code": EXIT_FAILED, "error": str(error)}
+    return status
 
 
 def _write_status(

@@ -65,6 +65,16 @@ def quoted(value: str) -> str:
     return QuotedString(value, Quote.single).with_quotes()
 
 
+def as_value(text: str) -> str:
+    """Return a text as an override's value, in quotes only where it would be read otherwise."""
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([f"key={text}"])
+        is_read = not parsed.is_sweep_override() and parsed.value() == text
+    except OverrideParseException:
+        is_read = False
+    return text if is_read else quoted(text)
+
+
 def parse(overrides: Sequence[str], *, loader: ConfigLoader | None = None) -> list[Override]:
     """Parse overrides.
 

@@ -22,11 +22,12 @@ from tritter.config.overrides import (
     split_sweep,
 )
 from tritter.config.problems import raise_problems
-from tritter.config.run_folder import RunState, check_run_folder, find_run
+from tritter.config.resume import Resumption, resumption
+from tritter.config.run_folder import RunState, check_run_folder
 from tritter.config.schema import RunConfig
 from tritter.config.text_contents import check_contents, text_requests
 from tritter.config.validation import known_config
-from tritter.errors import RequestError
+from tritter.errors import RequestError, TritterError
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -65,11 +66,13 @@ class Plan:
         jobs: one of a run; all of a sweep whose sweeper lists them; none when the sweeper
             decides as it goes, in which case each job is checked when it starts.
         sweep_folder: None for a single run.
+        notes: what to tell before it starts, a line each.
     """
 
     overrides: tuple[str, ...]
     jobs: tuple[Job, ...]
     sweep_folder: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,11 +115,14 @@ def make_plan(command: CommandLine) -> Plan:
     """
     with composer() as composing:
         overrides = [normalise(word, composing.options) for word in command.overrides]
+        resumed = None if command.is_multirun else resumption(composing, overrides)
+        if resumed is not None:
+            overrides = list(resumed.overrides)
         parsed = parse(overrides, loader=composing.loader)
         check_command_line(parsed, composing.options)
         if not command.is_multirun:
             refuse_sweeps(parsed)
-            plan = _plan_run(composing, overrides, is_shown=bool(command.hydra_flags))
+            plan = _plan_run(composing, overrides, resumed, is_shown=bool(command.hydra_flags))
         else:
             sample = [first_value(override) for override in parsed]
             plan = _plan_sweep(composing, overrides, sample)
@@ -148,7 +154,9 @@ def _words_for_hydra(composing: Composer, overrides: Sequence[str]) -> tuple[str
     return tuple(forced(override, composing.options) for override in parsed)
 
 
-def _plan_run(composing: Composer, overrides: list[str], *, is_shown: bool) -> Plan:
+def _plan_run(
+    composing: Composer, overrides: list[str], resumed: Resumption | None, *, is_shown: bool
+) -> Plan:
     composed = composing.compose(overrides)
     if composed.hydra.mode == RunMode.MULTIRUN:
         return _plan_sweep(composing, overrides, overrides)
@@ -159,18 +167,16 @@ def _plan_run(composing: Composer, overrides: list[str], *, is_shown: bool) -> P
             "add -m."
         )
     config = composed.config
-    folder = Path(composed.hydra.run.dir).absolute()
-    if config.resume is not None:
-        if any(word.lstrip("+").startswith("hydra.run.dir=") for word in overrides):
-            raise RequestError(
-                f"resume = {config.resume}: it chooses the folder, and so does hydra.run.dir; "
-                "give one of them."
-            )
-        folder = find_run(config.resume)
+    folder = resumed.folder if resumed else Path(composed.hydra.run.dir).absolute()
+    if config.resume is not None and resumed is None:
+        raise RequestError(
+            f"resume = {config.resume}: it stands in an option file; it is for the command line."
+        )
     _check_device(config)
     state = check_run_folder(folder, config)
     job = Job(tuple(overrides), config, folder, state)
-    return Plan(_words_for_hydra(composing, overrides), (job,))
+    notes = resumed.notes if resumed else ()
+    return Plan(_words_for_hydra(composing, overrides), (job,), notes=notes)
 
 
 def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) -> Plan:
@@ -242,8 +248,8 @@ def _plan_job(composing: Composer, words: list[str], shared: list[str], *, numbe
         sweep = composed.hydra.sweep
         folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))
         state = check_run_folder(folder, composed.config)
-    except RequestError as error:
-        raise RequestError(f"job {number} ({' '.join(words)}): {error}") from error
+    except TritterError as error:
+        raise type(error)(f"job {number} ({' '.join(words)}): {error}") from error
     return Job(tuple(words), composed.config, folder, state)
 
 

@@ -2,17 +2,24 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from tritter.checkpoint.left import digests_of, find_damage, read_left
 from tritter.config.fingerprint import describe_changes, fingerprint
+from tritter.config.program import command, program_words, resume_command
 from tritter.config.schema import RunConfig
-from tritter.errors import RequestError, did_you_mean
+from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.storage.atomic import write_text_atomic
+from tritter.storage.reading import read_object
+from tritter.storage.records import read_record, record_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: overrides, what was left, a digest of the whole
 RUN_FILE = "run.json"
+SUMMARY_FILE = "summary.json"
 RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the time
 
 _MADE_BY_HYDRA = {".hydra", "train.log"}  # they are there before the run file is
@@ -27,15 +34,37 @@ class RunState(Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """What the run file says of a run.
+
+    Args:
+        fingerprint: of its configuration.
+        status: running or finished.
+        program: how it was called.
+        overrides: of its command line, but for the folder.
+        left: of a finished run: place → digest of what it leaves.
+    """
+
+    fingerprint: Mapping[str, Any]
+    status: str
+    program: str
+    overrides: tuple[str, ...]
+    left: Mapping[str, str]
+
+
 def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     """Say whether `config` starts in `folder`, goes on there, or has finished there.
+
+    A run that says it is finished, and of whose things one is gone, goes on.
 
     Raises:
         RequestError: the folder holds something else, or a run of another configuration (lists
             the keys that changed), or can't be a folder at all.
+        TritterError: what a finished run left was changed; names files and tensors.
     """
     _check_place(folder)
-    if not (folder / RUN_FILE).exists():
+    if not os.path.lexists(folder / RUN_FILE):
         if folder.exists() and any(path.name not in _MADE_BY_HYDRA for path in folder.iterdir()):
             raise RequestError(
                 f"hydra.run.dir = {folder}: output exists and is no run of Tritter (it has no "
@@ -43,71 +72,164 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
                 "an earlier run of the same configuration."
             )
         return RunState.NEW
-    run = _read_run_file(folder)
-    changes = describe_changes(run["fingerprint"], fingerprint(config))
+    run = read_run(folder)
+    changes = describe_changes(run.fingerprint, fingerprint(config))
     if changes:
         raise RequestError(
             f"hydra.run.dir = {folder}: it holds a run of another configuration (there → now):\n"
             + "\n".join(f"  {change}" for change in changes)
-            + "\nUse the old values, or another folder."
+            + f"\nLeave them out to go on with it: {resume_command(folder)}\n"
+            "Or give another folder as hydra.run.dir to start another run."
         )
-    return RunState.FINISHED if run["status"] == "finished" else RunState.STARTED
+    if run.status != "finished":
+        return RunState.STARTED
+    return RunState.FINISHED if _is_whole(folder, run) else RunState.STARTED
 
 
-def write_run_file(folder: Path, config: RunConfig, *, status: str) -> None:
-    """Record in `folder`, atomically, whose run it is; `status` is running or finished."""
+def _is_whole(folder: Path, run: RunRecord) -> bool:
+    """Say whether what a finished run left is all there.
+
+    Raises:
+        TritterError: something is there and was changed.
+    """
+    damages = find_damage(folder, run.left)
+    changed = [damage for damage in damages if not damage.is_gone]
+    if changed:
+        places = dict.fromkeys(str(folder / damage.place) for damage in changed)
+        raise TritterError(
+            "the run is finished, and what it left is not as it was left:\n"
+            + "\n".join(f"  {damage.what}" for damage in changed)
+            + f"\nDelete {' and '.join(places)}, and it is made again by: "
+            + resume_command(folder)
+        )
+    return not damages and SUMMARY_FILE in run.left
+
+
+def write_run_file(
+    folder: Path,
+    config: RunConfig,
+    *,
+    status: str,
+    overrides: Sequence[str] = (),
+    leaves: Sequence[str] = (),
+) -> None:
+    """Record in `folder`, atomically, whose run it is.
+
+    Args:
+        status: running or finished.
+        overrides: of the command line; those of a run that is gone on with stay.
+        leaves: what a finished run leaves, relative to its folder.
+    """
     assert status in _STATUSES
     folder.mkdir(parents=True, exist_ok=True)
+    held = read_run(folder) if (folder / RUN_FILE).exists() else None
     content = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint(config),
         "status": status,
+        "program": held.program if held else " ".join(program_words()),
+        "overrides": list(held.overrides if held else overrides),
+        "left": digests_of(folder, leaves),
     }
     write_json(folder / RUN_FILE, content)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON record, with its digest, whole or not at all."""
+    write_text_atomic(path, record_text(json.loads(json.dumps(content))))
 
 
-def find_run(resume: str) -> Path:
-    """Return the folder that `resume` (latest, or a folder) means.
+def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
+    """Return the folder that `resume` (latest, or a folder) means, and what to tell of others.
 
     Raises:
         RequestError: there is no such run; names what there is.
     """
-    runs = sorted(RUNS_FOLDER.glob(f"*/{RUN_FILE}"), key=lambda p: (p.stat().st_mtime_ns, str(p)))
-    names = [str(path.parent) for path in runs]
+    runs = sorted(RUNS_FOLDER.glob(f"*/{RUN_FILE}"), key=_time, reverse=True)
+    folders = [path.parent.absolute() for path in runs]
     if resume == "latest":
-        if not names:
-            raise RequestError(
-                f"resume = latest: there is no run below {RUNS_FOLDER.absolute()}; allowed is the "
-                "folder of a run, or nothing to start a new one."
-            )
-        return Path(names[-1]).absolute()
+        return _latest(folders)
     folder = Path(resume).expanduser().absolute()
-    if not (folder / RUN_FILE).is_file():
+    if not os.path.lexists(folder / RUN_FILE):
+        known = ["latest", *(str(place.relative_to(Path.cwd())) for place in folders)]
         raise RequestError(
             f"resume = {resume}: that folder holds no run ({RUN_FILE} is missing); allowed is "
-            f"latest, or the folder of a run.{did_you_mean(resume, ['latest', *names])}"
+            f"latest, or the folder of a run.{did_you_mean(resume, known)}"
         )
-    return folder
+    return folder, ()
 
 
-def _read_run_file(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> RunRecord:
+    """Return what a folder's run file says.
+
+    Raises:
+        RequestError: it can't be read, was changed, or is of another format.
+    """
     path = folder / RUN_FILE
+    advice = f"start in another folder, as {command(['hydra.run.dir=NEW'])}"
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path} can't be read ({error}); use another hydra.run.dir.") from error
-    is_ours = isinstance(run, dict) and isinstance(run.get("fingerprint"), dict)
-    if not is_ours or run.get("format_version") != FORMAT_VERSION:
-        raise RequestError(
-            f"{path} is not of format {FORMAT_VERSION}, which this version reads; use another "
-            "hydra.run.dir."
+        found = read_object(path).get("format_version")
+        if found != FORMAT_VERSION:
+            raise RequestError(
+                f"{path}: the run is of format {found!r}; this Tritter goes on with those of "
+                f"format {FORMAT_VERSION}. Its checkpoints can be used all the same; to run it "
+                f"again, {advice}."
+            )
+        plain = read_record(path, format_version=FORMAT_VERSION)
+        return _record(plain)
+    except (ValueError, KeyError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{path} can't be gone by ({error}); {advice}.") from error
+
+
+def _record(plain: Mapping[str, Any]) -> RunRecord:
+    """Rebuild a record.
+
+    Raises:
+        ValueError: something is missing or of another type.
+    """
+    overrides = plain.get("overrides")
+    kinds = {"fingerprint": dict, "status": str, "program": str, "overrides": list, "left": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(plain.get(key), kind)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} missing or of another type")
+    assert isinstance(overrides, list)
+    if not all(isinstance(word, str) and word.isprintable() for word in overrides):
+        raise ValueError("an override is no printable text")
+    if plain["status"] not in _STATUSES:
+        raise ValueError(f"a run is {' or '.join(_STATUSES)}")
+    return RunRecord(
+        fingerprint=plain["fingerprint"],
+        status=plain["status"],
+        program=plain["program"],
+        overrides=tuple(overrides),
+        left=read_left(plain["left"]),
+    )
+
+
+def _latest(folders: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
+    """Return the first folder that holds a run which can be gone on with."""
+    skipped: list[str] = []
+    for folder in folders:
+        try:
+            read_run(folder)
+            return folder, tuple(skipped)
+        except RequestError as error:
+            skipped.append(f"resume     not {folder}: {error}")
+    raise RequestError(
+        "\n".join(
+            [
+                f"resume = latest: there is no run below {RUNS_FOLDER.absolute()}; allowed is the "
+                "folder of a run, or nothing to start a new one.",
+                *skipped,
+            ]
         )
-    return {"fingerprint": run["fingerprint"], "status": run.get("status")}
+    )
+
+
+def _time(path: Path) -> tuple[int, str]:
+    return path.lstat().st_mtime_ns, str(path)
 
 
 def _check_place(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """The table at the end of a sweep: one line per job."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ from rich.table import Table
 
 from tritter.config.jobs import STATUS_FILE, read_status
 from tritter.config.plan import Job
+from tritter.config.run_folder import SUMMARY_FILE
+from tritter.storage.reading import read_object
 from tritter.terminal import Console
 
 
@@ -36,11 +37,11 @@ def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
         rows.append(
             SweepRow(
                 name=str(place.relative_to(folder)),
-                overrides=planned.get(place, tuple(status.get("overrides", ()))),
-                status=str(status["status"]),
-                changes=_changes(status.get("summary")),
-                metric=status.get("metric"),
-                exit_code=int(status["exit_code"]),
+                overrides=planned.get(place, tuple(map(str, status["overrides"]))),
+                status=status["status"],
+                changes=_changes(place / SUMMARY_FILE),
+                metric=status["metric"],
+                exit_code=status["exit_code"],
             )
         )
     return tuple(rows)
@@ -74,17 +75,17 @@ def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
     console.print(f"Each job's summary and status: {folder}/JOB/", markup=False, soft_wrap=True)
 
 
-def _changes(summary: str | None) -> dict[str, float]:
+def _changes(summary: Path) -> dict[str, float]:
     """Return domain → relative change of the loss per byte that the last attempt's gate saw."""
-    if summary is None or not Path(summary).exists():
-        return {}
-    attempts = json.loads(Path(summary).read_text(encoding="utf-8"))["attempts"]
     asked = ("retention", "new_capability")
-    return {
-        check["subject"]: check["value"]
-        for check in attempts[-1]["gate"]
-        if check["check"] in asked and check["value"] is not None
-    }
+    try:
+        return {
+            str(check["subject"]): float(check["value"])
+            for check in read_object(summary)["attempts"][-1]["gate"]
+            if check["check"] in asked and check["value"] is not None
+        }
+    except (ValueError, LookupError, TypeError):  # a job without a summary, or with another's
+        return {}
 
 
 def _by_number(path: Path) -> tuple[int, str]:

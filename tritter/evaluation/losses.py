@@ -55,19 +55,28 @@ class DocumentLosses:
         """Read what `to_dict` wrote.
 
         Raises:
-            TritterError: the record has another format version.
+            TritterError: the record has another format version, or is none.
         """
+        if not isinstance(record, dict):
+            raise TritterError("document losses are no record. Score the model again.")
         if record.get("format_version") != FORMAT_VERSION:
             raise TritterError(
                 f"document losses have format_version={record.get('format_version')!r}; "
                 f"this program reads {FORMAT_VERSION}. Score the model again."
             )
-        return cls(
-            identifiers=tuple(record["identifiers"]),
-            nats=torch.tensor(record["nats"], dtype=torch.float64),
-            num_tokens=torch.tensor(record["num_tokens"], dtype=torch.int64),
-            num_bytes=torch.tensor(record["num_bytes"], dtype=torch.int64),
-        )
+        try:
+            read = cls(
+                identifiers=tuple(str(name) for name in record["identifiers"]),
+                nats=torch.tensor(record["nats"], dtype=torch.float64),
+                num_tokens=torch.tensor(record["num_tokens"], dtype=torch.int64),
+                num_bytes=torch.tensor(record["num_bytes"], dtype=torch.int64),
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TritterError(f"document losses are damaged ({error!r}).") from error
+        columns = (read.nats, read.num_tokens, read.num_bytes)
+        if any(column.shape != (len(read),) for column in columns):
+            raise TritterError("document losses are damaged: as many numbers as documents belong.")
+        return read
 
 
 @dataclass(frozen=True, slots=True)

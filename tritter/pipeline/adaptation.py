@@ -68,4 +68,7 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
         routed_to=added.experts,
     )
     sequences = options.distill_steps * data.batch_size
-    return StageResult(flops={arm.label("distill"): sequences * flops.of(data.sequence_length)})
+    return StageResult(
+        flops={arm.label("distill"): sequences * flops.of(data.sequence_length)},
+        leaves=(f"{arm.name}/distilled",),
+    )

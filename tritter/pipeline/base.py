@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from tritter.checkpoint import Lineage, read_lineage, write_checkpoint
+from tritter.checkpoint import Lineage, write_checkpoint
+from tritter.checkpoint.left import checkpoint_changes
 from tritter.checkpoint.state import STATE_FOLDER
 from tritter.config.schema import DataConfig
 from tritter.config.validation import source_config
 from tritter.data.cache import require_writable, set_aside
 from tritter.data.tokenizer import END_OF_TEXT
-from tritter.errors import RequestError, TritterError
+from tritter.errors import TritterError
 from tritter.families import Config, family_of
 from tritter.forgetting.path_integral import PathIntegral
 from tritter.models import named_tensors, new_model, save_tokenizer
 from tritter.pipeline.context import RunContext, content_key, schedule_of
-from tritter.storage.hashing import merkle_hash, tensor_digest
-from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, FitResult, discard_saved, fit
 
@@ -172,16 +171,7 @@ def _is_intact(folder: Path) -> bool:
     """
     if not folder.exists():
         return False
-    try:
-        lineage = read_lineage(folder)
-        tensors = TensorFolder.open(folder)
-        digests = {name: tensor_digest(name, tensors.get(name)) for name in tensors.files}
-        if lineage is not None and merkle_hash(digests) == lineage.model_hash:
-            return True
-        reason = "it is not what its lineage says"
-    except RequestError:
-        raise
-    except TritterError as error:
-        reason = str(error)
-    set_aside(folder, reason=reason)
-    return False
+    problem = next(checkpoint_changes(folder), None)
+    if problem is not None:
+        set_aside(folder, reason=problem)
+    return problem is None

@@ -25,7 +25,7 @@ from tritter.data.pretrained import PretrainedTokenizer, read_tokenizer
 from tritter.data.split import DomainCounts
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.data.tokens import pack
-from tritter.errors import RequestError
+from tritter.errors import RequestError, TritterError
 from tritter.evaluation.losses import (
     DocumentLosses,
     document_losses,
@@ -37,11 +37,14 @@ from tritter.models import locate, read_config
 from tritter.pipeline.corpora import run_corpus, text_notes
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.seeds import derived_seed
+from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
+from tritter.storage.reading import read_object
 from tritter.terminal import Console
 from tritter.training import OptimiserSettings, Schedule, TrainerSettings
 
 Scores = dict[str, DocumentLosses]
+MAX_SCORE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -145,10 +148,14 @@ class RunContext:
             self.say(label, "done before; going on from there")
             return done
         since = time.perf_counter()
-        result = work()
+        try:
+            result = work()
+        except Stopped as stopped:
+            stopped.where = stopped.where or f"during {key}, which starts again"
+            raise
         elapsed = time.perf_counter() - since - sum(result.seconds.values())
         seconds = {**result.seconds, label: elapsed}
-        result = StageResult(found=result.found, flops=result.flops, seconds=seconds)
+        result = replace(result, seconds=seconds)
         self.ledger.record(key, result)
         return result
 
@@ -253,15 +260,19 @@ class RunContext:
         }
         model.to("cpu")
         plain = {domain: losses.to_dict() for domain, losses in scores.items()}
-        write_text_atomic(self.folder / "scores" / f"{name}.json", json.dumps(plain))
+        write_text_atomic(self.folder / score_file(name), json.dumps(plain))
         text = ", ".join(f"{domain} {_mean(losses):.3f}" for domain, losses in scores.items())
         self.say("", f"loss, nats per token: {text}")
         return scores
 
     def read_scores(self, name: str) -> Scores:
         """Return the scores that `score` kept under a name."""
-        plain = json.loads((self.folder / "scores" / f"{name}.json").read_text(encoding="utf-8"))
-        return {domain: DocumentLosses.from_dict(record) for domain, record in plain.items()}
+        path = self.folder / score_file(name)
+        plain = read_object(path, limit_bytes=MAX_SCORE_BYTES)
+        try:
+            return {domain: DocumentLosses.from_dict(plain[domain]) for domain in self.domains}
+        except (KeyError, TritterError) as error:
+            raise TritterError(f"{path} holds no scores of this run: {error}.") from error
 
     def scoring_flops(self, config: Config) -> float:
         """Count the FLOPs of one scoring of all domains; padding is not counted."""
@@ -275,6 +286,11 @@ class RunContext:
         )
         flops = forward_flops(family_of(config), config)
         return sum(count * flops.of(window) for window, count in lengths.items())
+
+
+def score_file(name: str) -> str:
+    """Return where the scores of one name lie, relative to the run's folder."""
+    return f"scores/{name}.json"
 
 
 def schedule_of(training: TrainingConfig) -> Schedule:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import Tensor
 
@@ -39,7 +38,7 @@ def estimate(context: RunContext, arm: Arm) -> StageResult:
     )
     config = read_config(folder)
     held = disk_tensors(config, {name: value.cpu() for name, value in fisher.items()})
-    with atomic_folder(_folder(context, arm), overwrite=True) as temporary:
+    with atomic_folder(context.folder / _folder(arm), overwrite=True) as temporary:
         write_state(temporary, {"fisher": TensorStream.of(held.items())}, step=0)
     # The gradients of a training step, and no update; true labels take a pass of their own
     flops = training_flops(family_of(config), config)
@@ -48,6 +47,7 @@ def estimate(context: RunContext, arm: Arm) -> StageResult:
     return StageResult(
         found={"sequences": len(chosen)},
         flops={"importance": len(chosen) * flops.of(chosen.shape[1])},
+        leaves=(_folder(arm),),
     )
 
 
@@ -60,8 +60,8 @@ def _ewc_options(context: RunContext) -> EWCOptions | None:
     return next((o for o in context.config.forgetting if isinstance(o, EWCOptions)), None)
 
 
-def _folder(context: RunContext, arm: Arm) -> Path:
-    return context.folder / (f"{arm.follows}/importance" if arm.follows else "importance")
+def _folder(arm: Arm) -> str:
+    return f"{arm.follows}/importance" if arm.follows else "importance"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +74,7 @@ class Importance:
 
 def carried_importance(context: RunContext, arm: Arm) -> Importance:
     """Return the importances that the arm's stage left, carried through the arm's maps."""
-    options, state = _ewc_options(context), read_state(_folder(context, arm))
+    options, state = _ewc_options(context), read_state(context.folder / _folder(arm))
     if options is None or state is None:
         return Importance()
     baseline_folder = context.folder / arm.start

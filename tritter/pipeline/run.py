@@ -46,11 +46,13 @@ class Outcome:
         metric: mean loss over old and new domains of what was trained last, kept or not, nats
             per byte; what a sweeper minimises. Not a number when the training broke the model.
         summary_path: where summary.json lies.
+        leaves: by what the run is known as finished, relative to its folder.
     """
 
     status: Status
     metric: float
     summary_path: Path
+    leaves: tuple[str, ...]
 
 
 def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
@@ -66,6 +68,8 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         console=Console(),
         ledger=Ledger(run_folder),
     )
+    for gone in context.ledger.check_left():
+        context.say("run", gone)
     check_given(context)
     _announce(context)
     _check_text(context)
@@ -85,7 +89,8 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     plots = plot_run(summary, metrics_csv, run_folder / "plots")
     print_summary(summary, console=context.console, folder=run_folder)
     _print_next(context, plots)
-    return Outcome(status=status, metric=_metric(summary), summary_path=path)
+    leaves = (SUMMARY_NAME, "checkpoint", "scores")
+    return Outcome(status=status, metric=_metric(summary), summary_path=path, leaves=leaves)
 
 
 def _run_rounds(context: RunContext) -> list[Arm]:
@@ -186,7 +191,8 @@ def _publish(context: RunContext, attempt: Arm, status: Status) -> StageResult:
             "parent_hash": lineage.parent_hash,
             "base_model_hash": lineage.base_model_hash,
             "expansions": [record.method for record in lineage.expansion_history],
-        }
+        },
+        leaves=("checkpoint",),
     )
 
 

@@ -23,12 +23,12 @@ from tritter.pipeline import experts, importance
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
 from tritter.pipeline.baseline_scores import score_baseline
-from tritter.pipeline.context import RunContext, schedule_of
+from tritter.pipeline.context import RunContext, schedule_of, score_file
 from tritter.pipeline.given import copy_given
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.trained import recorded_options, write_trained
 from tritter.storage.atomic import atomic_folder
-from tritter.training import ExpandedModule, FitResult, Task, discard_saved, fit
+from tritter.training import ExpandedModule, FitResult, Task, discard_saved, fit, metrics_files
 
 JUMP_SEQUENCES = 8
 SAMPLE_PROMPT_TOKENS = 24
@@ -58,6 +58,7 @@ def baseline(context: RunContext) -> StageResult:
         },
         flops={**_pretraining_flops(lineage), "baseline": context.scoring_flops(config)},
         seconds=seconds,
+        leaves=("baseline", score_file("baseline")),
     )
 
 
@@ -105,6 +106,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
             "jump": jump.to_dict(),
         },
         flops={"expand": context.scoring_flops(config) + _jump_flops(source, folder, tokens)},
+        leaves=(f"{arm.name}/expanded", score_file(f"{arm.name}-expanded")),
     )
 
 
@@ -139,7 +141,11 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
         options=recorded_options(start, is_adapted=True),
     )
     discard_saved(folder)
-    return StageResult(found=_fit_found(result), flops={arm.label("adapt"): result.flops})
+    return StageResult(
+        found=_fit_found(result),
+        flops={arm.label("adapt"): result.flops},
+        leaves=(f"{arm.name}/adapted",),
+    )
 
 
 def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> StageResult:
@@ -190,7 +196,12 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     if adapted is not None:
         found["refused_steps"] += adapted.found["refused_steps"]
         found["stopped_because"] = adapted.found["stopped_because"] or result.stopped_because
-    return StageResult(found=found, flops={arm.label("fit"): flops})
+    metrics = [path.relative_to(context.folder).as_posix() for path in metrics_files(folder)]
+    return StageResult(
+        found=found,
+        flops={arm.label("fit"): flops},
+        leaves=(f"{arm.name}/trained", *metrics),
+    )
 
 
 def _fit(
@@ -254,6 +265,7 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
             "experts": experts.usage(context, trained),
         },
         flops={arm.label("evaluate"): flops},
+        leaves=(score_file(f"{arm.name}-trained"),),
     )
 
 

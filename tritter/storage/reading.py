@@ -24,6 +24,8 @@ _MAX_BYTES = {
     "router.json": 2**20,
     "tritter.json": 64 * 2**20,
     "model.safetensors.index.json": 64 * 2**20,
+    "ledger.json": 64 * 2**20,
+    "checkpoint.json": 256 * 2**20,
     "tokenizer.json": 256 * 2**20,
     "vocab.json": 64 * 2**20,
     "merges.txt": 64 * 2**20,
@@ -31,7 +33,7 @@ _MAX_BYTES = {
 }
 _MAX_BYTES_OF_OTHERS = 16 * 2**20
 MAX_HEADER_BYTES = 100_000_000  # of safetensors, as its own reader has it
-_MAX_DEPTH = 32  # of lists in lists
+_MAX_DEPTH = 64  # of lists in lists; a saved training nests 22 deep
 _MAX_NUMBER = 10**100  # far below what no float holds; tokenizers write 10³⁰ for "no limit"
 
 _KINDS = {
@@ -89,34 +91,37 @@ def require_file(path: Path, *, is_read_whole: bool = True) -> None:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
     if is_read_whole and size > max_bytes(path):
-        raise _too_large(path)
+        raise _too_large(path, max_bytes(path))
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, limit_bytes: int | None = None) -> str:
     """Return the text of a small file.
+
+    Args:
+        limit_bytes: of a file whose name does not say how large it may be.
 
     Raises:
         TritterError: as `open_file`; it is too large for its name, or not UTF-8.
     """
-    limit = max_bytes(path)
+    limit = max_bytes(path) if limit_bytes is None else limit_bytes
     with open_file(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise _too_large(path)
+        raise _too_large(path, limit)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TritterError(f"{path} cannot be read: it is not UTF-8 text.") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, limit_bytes: int | None = None) -> Any:
     """Return what a small JSON file holds.
 
     Raises:
         TritterError: as `read_text`; it is no JSON, is nested too deeply, or holds numbers or text
             that nothing after this could handle.
     """
-    text = read_text(path)
+    text = read_text(path, limit_bytes=limit_bytes)
     try:
         content = json.loads(text)
         _check_values(content)
@@ -127,13 +132,13 @@ def read_json(path: Path) -> Any:
     return content
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, *, limit_bytes: int | None = None) -> dict[str, Any]:
     """Return the JSON object that a small file holds.
 
     Raises:
         TritterError: as `read_json`, or it is another kind of value.
     """
-    content = read_json(path)
+    content = read_json(path, limit_bytes=limit_bytes)
     if not isinstance(content, dict):
         raise TritterError(f"{path} cannot be read: it holds no JSON object.")
     return content
@@ -166,8 +171,8 @@ def _require_regular(path: Path, mode: int) -> None:
         raise TritterError(f"{path} cannot be read: it is {kind_of(mode)}, not a file.")
 
 
-def _too_large(path: Path) -> TritterError:
-    limit = max_bytes(path) // 2**20
+def _too_large(path: Path, limit_bytes: int) -> TritterError:
+    limit = limit_bytes // 2**20
     return TritterError(f"{path} cannot be read: it is larger than {limit} MiB.")
 
 

@@ -1,7 +1,8 @@
 """Training: LightningModules, the protocol of forgetting methods, one fit per stage."""
 
-from tritter.training.fitting import FitResult, TrainerSettings, discard_saved, fit, read_metrics
+from tritter.training.fitting import FitResult, TrainerSettings, discard_saved, fit
 from tritter.training.forgetting_method import ForgettingMethod, Task
+from tritter.training.metrics import metrics_files, read_metrics
 from tritter.training.module import BaseModule, ExpandedModule
 from tritter.training.optimiser import OptimiserSettings
 from tritter.training.routing import OldRouting, RoutingObjective, RoutingSettings
@@ -21,5 +22,6 @@ __all__ = [
     "TrainerSettings",
     "discard_saved",
     "fit",
+    "metrics_files",
     "read_metrics",
 ]

@@ -1,5 +1,6 @@
 """Callbacks of every training: methods against forgetting, refused steps, speed, progress."""
 
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.compute import StepFlops
 from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import BaseModule, ExpandedModule
+from tritter.training.stop_request import StopRequest
 
 
 class ForgettingCallback(Callback):
@@ -180,18 +182,25 @@ class RandomState(Callback):
 
 
 class SaveState(Callback):
-    """Save what the training needs to go on, every so many steps, in one place.
+    """Save what the training needs to go on, every so many steps and when it is asked to stop.
 
-    Stands last among the callbacks, so that it sees what all others did in the step.
+    Stands last among the callbacks, so that it sees what all others did in the step. Of several
+    processes all stop at the same step.
 
     Args:
         path: of the checkpoint folder, which is replaced whole.
-        every_n_steps: 0 saves nothing.
+        every_n_steps: 0 saves only when the training is asked to stop.
+        stop: whether it is.
     """
 
-    def __init__(self, path: Path, *, every_n_steps: int) -> None:
+    def __init__(self, path: Path, *, every_n_steps: int, stop: StopRequest) -> None:
         self._path = path
         self._every_n_steps = every_n_steps
+        self._stop = stop
+        self.has_trained = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop.listen()
 
     def on_train_batch_end(
         self,
@@ -201,8 +210,14 @@ class SaveState(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self._every_n_steps and trainer.global_step % self._every_n_steps == 0:
+        self.has_trained = True
+        is_due = self._every_n_steps and trainer.global_step % self._every_n_steps == 0
+        stops = trainer.strategy.reduce_boolean_decision(self._stop.is_asked, all=False)
+        if is_due or stops:
             trainer.save_checkpoint(self._path, weights_only=False)
+        if stops:
+            self._stop.note(signal.SIGTERM)  # another process was asked
+            trainer.should_stop = True
 
 
 class Performance(Callback):

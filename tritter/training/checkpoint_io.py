@@ -1,10 +1,10 @@
 """Lightning checkpoints as folders of safetensors and JSON: nothing is pickled, nothing unpickled.
 
 Tensors go into one safetensors file, everything else into JSON, in which a tensor is a reference.
-Dictionaries are lists of pairs, so that keys may be whole numbers; tuples are marked.
+Dictionaries are lists of pairs, so that keys may be whole numbers; tuples are marked. The JSON
+holds the digest of the tensors' file and one of itself, which are checked before either is used.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder
+from tritter.storage.hashing import file_digest
+from tritter.storage.records import read_record, record_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: digests
 _TENSORS, _REST = "tensors.safetensors", "checkpoint.json"
 
 
@@ -39,8 +41,12 @@ class SafetensorsCheckpointIO(CheckpointIO):
         plain = encode(checkpoint, tensors, place="checkpoint")
         with atomic_folder(Path(path), overwrite=True) as folder:
             save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
-            text = json.dumps({"format_version": FORMAT_VERSION, "content": plain})
-            (folder / _REST).write_text(text, encoding="utf-8")
+            record = {
+                "format_version": FORMAT_VERSION,
+                "tensors_sha256": file_digest(folder / _TENSORS),
+                "content": plain,
+            }
+            (folder / _REST).write_text(record_text(record), encoding="utf-8")
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -52,18 +58,19 @@ class SafetensorsCheckpointIO(CheckpointIO):
         """
         folder = Path(path)
         try:
-            head = json.loads((folder / _REST).read_text(encoding="utf-8"))
-            version = head["format_version"]
-            if version != FORMAT_VERSION:
-                raise TritterError(
-                    f"{folder}: format_version {version!r}; this Tritter reads {FORMAT_VERSION}."
-                )
+            head = read_record(folder / _REST, format_version=FORMAT_VERSION)
+            if file_digest(folder / _TENSORS) != head["tensors_sha256"]:
+                raise TritterError(f"{folder / _TENSORS} was changed since it was written.")
             tensors = load_file(folder / _TENSORS, device="cpu")
-            return decode(head["content"], tensors)
+            content = decode(head["content"], tensors)
+            if not isinstance(content, dict):
+                raise ValueError("it holds no mapping")
+            return content
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            if isinstance(error, TritterError):
-                raise
-            raise TritterError(f"{folder} is a damaged training checkpoint ({error!r}).") from error
+            raise TritterError(
+                f"the saved state {folder} is damaged: {error}\n"
+                f"Delete {folder}, and this training starts again from its beginning."
+            ) from error
 
     def remove_checkpoint(self, path: Any) -> None:
         shutil.rmtree(path, ignore_errors=True)

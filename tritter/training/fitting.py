@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 from lightning import Callback, Trainer
@@ -17,6 +17,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor, nn
 
 from tritter.data.batches import BatchStream
+from tritter.errors import TritterError
+from tritter.stopping import Stopped
 from tritter.terminal import Console
 from tritter.training.callbacks import (
     FiniteGuard,
@@ -29,6 +31,7 @@ from tritter.training.callbacks import (
 )
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.forgetting_method import Task
+from tritter.training.metrics import METRICS_NAME, set_metrics_aside
 from tritter.training.module import BaseModule, ExpandedModule
 from tritter.training.processes import (
     Returned,
@@ -37,9 +40,9 @@ from tritter.training.processes import (
     worker_processes,
 )
 from tritter.training.routing_callbacks import RoutingCallback
+from tritter.training.stop_request import StopRequest
 
 SAVED_NAME = "saved"  # what a killed training goes on from
-METRICS_NAME = "metrics.csv"
 RETURNED_NAME = "returned"  # what worker processes leave for the one that started them
 
 
@@ -120,26 +123,24 @@ def fit(
 
     Raises:
         TritterError: what the training would go on from is damaged, or a process was killed.
+        Stopped: by a signal; its state was saved at the end of the step, unless one came twice.
     """
-    guard = FiniteGuard(max_consecutive=settings.max_non_finite_steps)
-    work = WorkCount()
+    guard, work = FiniteGuard(max_consecutive=settings.max_non_finite_steps), WorkCount()
     callbacks = [*observers, *controls, work, Performance(work)]
     callbacks += _callbacks_of(module, task)
-    if isinstance(module, ExpandedModule) and task is not None:
-        batches = reduce(lambda mixed, method: method.mix(mixed, task), module.methods, batches)
-    max_steps, mode = module.schedule.max_steps, settings.progress
+    max_steps, mode, stop = module.schedule.max_steps, settings.progress, StopRequest()
     callbacks += [
         guard,
         StepProgress(label=label, max_steps=max_steps, mode=mode, console=console),
         RandomState(),
-        SaveState(folder / SAVED_NAME, every_n_steps=settings.save_every_n_steps),
+        SaveState(folder / SAVED_NAME, every_n_steps=settings.save_every_n_steps, stop=stop),
     ]
     _release_earlier()
-    before = _snapshot(module.model)
-    since = time.perf_counter()
-    module.train()
-    run = _fit_in_processes if settings.strategy == "ddp" else _fit
-    steps = run(module, batches, settings, callbacks, folder=folder, loggers=loggers)
+    before, since = _snapshot(module.model), time.perf_counter()
+    with _told(stop, label):
+        mixed = _mixed(module, batches, task)
+        steps = _run(module, mixed, settings, callbacks, folder=folder, loggers=loggers, stop=stop)
+    _end_if_asked(stop, f"at step {steps} of {max_steps} of the {label}, which goes on from there")
     module.model.to("cpu")
     return FitResult(
         steps=steps,
@@ -150,6 +151,38 @@ def fit(
         stopped_because=guard.stopped_because,
         update_norms=_update_norms(before, module.model),
     )
+
+
+def _mixed(module: BaseModule, batches: BatchStream, task: Task | None) -> BatchStream:
+    """Return batches as the methods against forgetting mix them."""
+    if not isinstance(module, ExpandedModule) or task is None:
+        return batches
+    return reduce(lambda mixed, method: method.mix(mixed, task), module.methods, batches)
+
+
+def _end_if_asked(stop: StopRequest, where: str) -> None:
+    if stop.signal_number is not None:
+        raise Stopped(stop.signal_number, where=where)
+
+
+@contextmanager
+def _told(stop: StopRequest, label: str) -> Iterator[None]:
+    """Take signals inside; say of an end without a saved step where the training goes on.
+
+    Raises:
+        Stopped: a second signal came, or the first before there was anything to save.
+    """
+    where = f"during the {label}, which goes on from the last state it saved"
+    try:
+        with stop.listening():
+            yield
+    except Stopped as stopped:
+        stopped.where = where
+        raise
+    except TritterError as error:
+        if stop.signal_number is None:
+            raise
+        raise Stopped(stop.signal_number, where=where) from error  # workers that hardly began
 
 
 def _callbacks_of(module: BaseModule, task: Task | None) -> list[Callback]:
@@ -167,31 +200,19 @@ def discard_saved(folder: Path) -> None:
     shutil.rmtree(folder / SAVED_NAME, ignore_errors=True)
 
 
-def set_metrics_aside(folder: Path) -> None:
-    """Keep the metrics of the part that was killed, as `metrics.0.csv`, `metrics.1.csv`, …"""
-    current = folder / METRICS_NAME
-    if current.exists():
-        number = len(list(folder.glob("metrics.*.csv")))
-        current.rename(folder / f"metrics.{number}.csv")
-
-
-def read_metrics(folder: Path) -> list[dict[str, str]]:
-    """Return the rows of all parts; where parts overlap, the later one counts.
-
-    A part may be empty or absent: one that was killed before it logged, or that had nothing left
-    to train.
-    """
-    rows: list[dict[str, str]] = []
-    parts = sorted(folder.glob("metrics.*.csv"), key=lambda path: int(path.suffixes[0][1:]))
-    for path in [*parts, folder / METRICS_NAME]:
-        if not path.exists():
-            continue
-        with path.open(encoding="utf-8", newline="") as file:
-            part = list(csv.DictReader(file))
-        if part:
-            first = min(int(row["step"]) for row in part)
-            rows = [row for row in rows if int(row["step"]) < first] + part
-    return rows
+def _run(
+    module: BaseModule,
+    batches: BatchStream,
+    settings: TrainerSettings,
+    callbacks: list[Callback],
+    *,
+    folder: Path,
+    loggers: Sequence[Logger],
+    stop: StopRequest,
+) -> int:
+    module.train()
+    run = partial(_fit_in_processes, stop=stop) if settings.strategy == "ddp" else _fit
+    return run(module, batches, settings, callbacks, folder=folder, loggers=loggers)
 
 
 def _fit(
@@ -211,8 +232,29 @@ def _fit(
     all_loggers = [CSVLogger(folder, name="", version=""), *loggers]
     with _quiet_lightning():
         trainer = _trainer(settings, callbacks, module.schedule.max_steps, loggers=all_loggers)
-        trainer.fit(module, train_dataloaders=batches, ckpt_path=start)
+        with _taken_up(saved, callbacks):
+            trainer.fit(module, train_dataloaders=batches, ckpt_path=start)
     return trainer.global_step
+
+
+@contextmanager
+def _taken_up(saved: Path, callbacks: Sequence[Callback]) -> Iterator[None]:
+    """Say of a training that ends before its first step that it is the saved state's doing.
+
+    Raises:
+        TritterError: the state is whole, and not that of this training.
+    """
+    is_resumed = saved.exists()
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        has_trained = any(isinstance(one, SaveState) and one.has_trained for one in callbacks)
+        if isinstance(error, TritterError) or has_trained or not is_resumed:
+            raise
+        raise TritterError(
+            f"the training can't go on from the saved state {saved}: {error}\n"
+            f"Delete {saved}, and it starts again from its beginning."
+        ) from error
 
 
 def _fit_in_processes(
@@ -222,12 +264,13 @@ def _fit_in_processes(
     callbacks: list[Callback],
     *,
     folder: Path,
+    stop: StopRequest,
     loggers: Sequence[Logger] = (),
 ) -> int:
     """Do the same in processes of their own; the weights and what was counted come back."""
     kinds = FiniteGuard | WorkCount | RoutingCallback
     counts = {type(c).__name__: c for c in callbacks if isinstance(c, kinds)}
-    returned = Returned(folder / RETURNED_NAME, counts)
+    returned = Returned(folder / RETURNED_NAME, counts, stop)
     with worker_processes():
         _fit(module, batches, settings, [*callbacks, returned], folder=folder)
     _forward_metrics(folder, loggers)

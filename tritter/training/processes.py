@@ -29,6 +29,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from tritter.errors import RequestError, TritterError
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.stop_request import StopRequest
 
 _PORT = "MASTER_PORT"
 
@@ -74,16 +75,19 @@ class Returned(Callback):
     Args:
         path: of the folder, which `take` removes.
         callbacks: name → callback; its `state_dict` has to hold all that is asked of it.
+        stop: what the processes were asked; they may be so without the one that started them.
     """
 
-    def __init__(self, path: Path, callbacks: Mapping[str, Callback]) -> None:
+    def __init__(self, path: Path, callbacks: Mapping[str, Callback], stop: StopRequest) -> None:
         self._path = path
         self._callbacks = dict(callbacks)
+        self._stop = stop
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             content: dict[str, Any] = {
                 "steps": trainer.global_step,
+                "stopped_by": self._stop.signal_number,
                 "callbacks": {name: one.state_dict() for name, one in self._callbacks.items()},
             }
             SafetensorsCheckpointIO().save_checkpoint(content, self._path)
@@ -94,6 +98,8 @@ class Returned(Callback):
         shutil.rmtree(self._path)
         for name, callback in self._callbacks.items():
             callback.load_state_dict(content["callbacks"][name])
+        if content["stopped_by"] is not None:
+            self._stop.note(content["stopped_by"])
         return int(content["steps"])
 
 

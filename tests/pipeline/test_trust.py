@@ -1,0 +1,238 @@
+"""What a run finds in its folder is held against digests before it is used, or it is refused."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.tiny import FIXTURES, TINY
+from tritter.checkpoint import read_lineage
+from tritter.config.entry import main
+from tritter.pipeline import run_pipeline, stages
+
+FLIPS_PER_FILE = 3
+# Never read again: the run's own log and what is rewritten when it goes on
+UNREAD = ("README.md",)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], cache: Path) -> Run:
+    """Run the tiny job through the program, in a folder."""
+
+    def run_words(folder: Path, *words: str) -> Ended:
+        job = [*TINY, f"cache_dir={cache}", f"hydra.run.dir={folder}", *words]
+        code = main(run_pipeline, arguments=job)
+        captured = capsys.readouterr()
+        return Ended(code, captured.out, captured.err)
+
+    return run_words
+
+
+@pytest.fixture
+def unfinished(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was killed after its last saved state, before its result was written."""
+
+    def kill(*arguments: object, **options: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(stages, "write_trained", kill)
+        run(tmp_path / "unfinished")
+    assert (tmp_path / "unfinished/attempt_1/saved").is_dir()
+    return tmp_path / "unfinished"
+
+
+def result(folder: Path) -> tuple[str, object, object]:
+    """Return what has to be as if nothing had happened: weights, scores, verdict."""
+    lineage = read_lineage(folder / "checkpoint")
+    assert lineage is not None
+    summary = json.loads((folder / "summary.json").read_text())
+    return lineage.model_hash, summary["final"], summary["gate"]
+
+
+def flip_a_bit(path: Path, draw: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def flip_each(run: Run, unfinished: Path, place: Path, names: list[str], seed: int) -> list[str]:
+    """Flip one bit in each file, go on, and return the files that were refused by name."""
+    whole = place / "whole"
+    shutil.copytree(unfinished, whole)
+    assert run(whole).code == 0
+    expected, refused, draw = result(whole), [], random.Random(seed)
+    for name in names:
+        folder = place / "flipped"
+        shutil.copytree(unfinished, folder)
+        flip_a_bit(folder / name, draw)
+        ended = run(folder)
+        if ended.code == 0:
+            assert result(folder) == expected, name
+        else:
+            assert ended.code in (1, 2) and str(folder / name) in ended.err, (name, ended)
+            assert "Traceback" not in ended.err and not (folder / "checkpoint").exists()
+            refused.append(name)
+        shutil.rmtree(folder)
+    return refused
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+USED = [
+    "baseline/model.safetensors",
+    "baseline/config.json",
+    "baseline/tokenizer.json",
+    "baseline/state/path_integral/model.safetensors",
+    "baseline/tritter.json",
+    "importance/state/fisher/model.safetensors",
+    "attempt_1/expanded/model.safetensors",
+    "attempt_1/saved/tensors.safetensors",
+    "attempt_1/saved/checkpoint.json",
+    "scores/baseline.json",
+    "ledger.json",
+    "run.json",
+]
+
+
+def test_a_flipped_bit_in_what_is_used_is_refused_by_name(
+    run: Run, unfinished: Path, tmp_path: Path
+) -> None:
+    assert set(USED) <= set(files_of(unfinished))
+    assert flip_each(run, unfinished, tmp_path, USED, seed=0) == USED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(FLIPS_PER_FILE))
+def test_a_flipped_bit_in_any_file_is_refused_or_changes_nothing(
+    run: Run, unfinished: Path, tmp_path: Path, seed: int
+) -> None:
+    names = files_of(unfinished)
+    refused = flip_each(run, unfinished, tmp_path, names, seed)
+    print(f"{len(names)} files, refused {len(refused)}: {refused}")
+    assert set(USED) <= set(refused)
+
+
+@pytest.fixture
+def trained(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was killed when it was trained and not yet scored."""
+
+    def kill(*arguments: object, **options: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(stages, "evaluation", kill)
+        run(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+def test_a_flipped_bit_in_a_trained_model_is_not_published(run: Run, trained: Path) -> None:
+    path = trained / "attempt_1/trained/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    ended = run(trained)
+    assert ended.code == 1 and not (trained / "checkpoint").exists()
+    assert f"{path}, tensor " in ended.err and "changed" in ended.err
+    assert f"Delete {path.parent}, and the run makes it again" in ended.err
+    shutil.rmtree(path.parent)
+    again = run(trained)
+    assert again.code == 0
+    assert f"{path.parent} is gone: attempt_1.fit is done again" in again.out
+
+
+@pytest.mark.parametrize("name", ["config.json", "tritter.json"])
+def test_an_edited_record_is_told(run: Run, trained: Path, name: str) -> None:
+    edits = {
+        "config.json": ('"attention_bias": false', '"attention_bias": true'),
+        "tritter.json": ('"step": 6', '"step": 7'),
+    }
+    for folder in ("baseline", "attempt_1/trained"):
+        path = trained / folder / name
+        before = path.read_text()
+        path.write_text(before.replace(*edits[name]))
+        assert path.read_text() != before
+        ended = run(trained)
+        assert ended.code == 1 and str(path) in ended.err
+        path.write_text(before)
+    assert run(trained).code == 0
+
+
+def test_another_checkpoint_with_a_record_of_its_own_is_told(run: Run, trained: Path) -> None:
+    shutil.rmtree(trained / "attempt_1/trained")
+    shutil.copytree(trained / "attempt_1/expanded", trained / "attempt_1/trained")
+    ended = run(trained)
+    assert ended.code == 1 and "is another checkpoint" in ended.err
+
+
+def test_what_is_made_again_leaves_what_follows_as_it_is(run: Run, tmp_path: Path) -> None:
+    assert run(tmp_path / "run").code == 0
+    before = result(tmp_path / "run")
+    (tmp_path / "run/scores/baseline.json").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoint")
+    ended = run(tmp_path / "run")
+    assert ended.code == 0 and result(tmp_path / "run") == before
+    assert "baseline is done again" in ended.out and "publish is done again" in ended.out
+    assert "fit        done before" in ended.out
+    assert "nothing to do" in run(tmp_path / "run").out
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint/model.safetensors", "summary.json", "scores/attempt_1-trained.json"]
+)
+def test_a_finished_run_is_believed_when_what_it_names_is_whole(
+    run: Run, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "run"
+    assert run(folder).code == 0
+    before, path = result(folder), folder / name
+    flip_a_bit(path, random.Random(0))
+    ended = run(folder)
+    assert ended.code == 1 and str(path) in ended.err
+    place = path.parent if name.startswith("checkpoint") else path
+    assert f"Delete {place}, and it is made again by: " in ended.err
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    assert run(folder).code == 0
+    assert result(folder) == before
+    assert "nothing to do" in run(folder).out
+
+
+@pytest.mark.parametrize("name", ["unfinished", "finished"])
+def test_a_run_of_format_1_is_refused_by_its_version(run: Run, tmp_path: Path, name: str) -> None:
+    shutil.copytree(FIXTURES / name, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    ended = run(tmp_path / "run")
+    assert ended.code == 2 and "format 1" in ended.err and "format 2" in ended.err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_log_may_go_and_a_damaged_one_is_told(run: Run, trained: Path) -> None:
+    log = trained / "attempt_1/metrics.csv"
+    before = log.read_text()
+    log.write_text(before + "x,y\n")
+    ended = run(trained)
+    assert ended.code == 1 and str(log) in ended.err
+    log.unlink()
+    assert run(trained).code == 0

@@ -1,0 +1,36 @@
+"""The command as a person typed it, and the one that goes on with a run: words for a shell."""
+
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tritter.config.overrides import as_value
+
+
+def program_words() -> tuple[str, ...]:
+    """Return how this program was called, so that it can be called again from the same place."""
+    called = sys.argv[0] if sys.argv else ""
+    name = Path(called).name
+    if name == "tritter":
+        return ("tritter", "train")
+    if name == "__main__.py" and Path(called).parent.name == "tritter":
+        return (_python(), "-m", "tritter", "train")
+    return (_python(), called if name == "train.py" else "train.py")
+
+
+def command(words: Sequence[str]) -> str:
+    """Return a command line with these words, quoted for a shell."""
+    return shlex.join([*program_words(), *words])
+
+
+def resume_command(folder: Path) -> str:
+    """Return the command that goes on with the run in a folder."""
+    return command([f"resume={as_value(str(folder))}"])
+
+
+def _python() -> str:
+    found = shutil.which("python")
+    is_this = found is not None and Path(found).parent == Path(sys.executable).parent
+    return "python" if is_this else sys.executable
