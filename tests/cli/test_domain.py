@@ -155,3 +155,23 @@ def test_text_that_is_too_short_is_refused(run: Run, base: Path) -> None:
     result = run(f"{ADD} --domain-data data/short.txt")
     assert result.code == 2, result.out
     assert snapshot(base.parent) == before
+
+
+def test_what_the_source_learned_is_old_and_its_split_goes_on(run: Run, base: Path) -> None:
+    assert run(TRAIN).code == 0
+    again = "--checkpoint base-moe-add --method moe-add --num-experts 1 --output again --steps 3"
+    result = run(f"expand {again} --domain code --domain-data old --seed 4")
+    assert result.code == 0, result.err
+    said = " ".join(result.out.split())
+    assert "Old text as the checkpoint recorded it, with its split: code." in said
+    assert "The new code is called code_2: the checkpoint learned another code." in said
+    before, after = (
+        read_lineage(base.with_name("base-moe-add")),
+        read_lineage(base.with_name("again")),
+    )
+    assert before is not None and after is not None and after.split is not None
+    assert list(before.domains) == ["code"] and list(after.domains) == ["code", "code_2"]
+    assert after.split == before.split and after.split.seed == 0
+    told = after.training_config
+    assert (list(told["old"]), list(told["new"])) == (["code"], ["code_2"])
+    assert [method["name"] for method in told["forgetting"]] == ["replay"]

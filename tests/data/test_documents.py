@@ -64,6 +64,12 @@ def test_pieces_are_the_text_whatever_it_is_made_of(text):
     assert all(20 <= len(piece) <= 40 for piece in found[:-1])
 
 
+def test_a_document_is_named_by_what_it_says():
+    text = "\n  It begins like this, on two\n lines, and goes on for a while\n"
+    (document,) = documents_of([text])
+    assert document.identifier == f"{text_key(text)[:16]} It begins like this, on two lines, and"
+
+
 def test_of_equal_documents_the_first_is_kept_and_blank_ones_are_dropped():
     copies = [Document(f"copy{index}", f"text {index % 10}") for index in range(40)]
     found = distinct([*copies, Document("blank", " \n")])

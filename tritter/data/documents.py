@@ -8,6 +8,7 @@ from hashlib import sha256
 from tritter.errors import RequestError
 
 PIECE_CHARACTERS = 20_000
+NAME_CHARACTERS = 40
 _BLANK_LINES = re.compile(r"(?<=\n)[ \t\r]*\n(?:[ \t\r]*\n)*")
 
 
@@ -37,7 +38,12 @@ def documents_of(texts: Iterable[str]) -> tuple[Document, ...]:
     for piece in (piece for text in texts for piece in pieces(text)):
         key = text_key(piece)
         by_key[key] = min(by_key.get(key, piece), piece)
-    return tuple(Document(key, by_key[key]) for key in sorted(by_key))
+    return tuple(Document(_named(key, by_key[key]), by_key[key]) for key in sorted(by_key))
+
+
+def _named(key: str, text: str) -> str:
+    """Return a name that tells a text from others, and by which a person finds it."""
+    return f"{key[:16]} {' '.join(text[:NAME_CHARACTERS].split())}"
 
 
 def pieces(text: str) -> Iterator[str]:
