@@ -302,6 +302,13 @@ def test_a_checkpoint_of_format_1_goes_on_with_its_split(format_1: Path, tmp_pat
     assert [rule.rule for rule in lineage.domains["old"].read_under] == ["ranked"]
     assert [rule.rule for rule in lineage.domains["new_2"].read_under] == ["threshold"]
     assert (lineage.split.rule, lineage.split.seed) == ("threshold", 0)
+    # Its text changed, every text keeps its side
+    changed = write_files(tmp_path / "changed", [*old[3:], *texts("fifth")], start="y")
+    named = [f"data.old={{old:{changed}}}", f"data.new={tmp_path}/third"]
+    later = fed(context_of(tmp_path, *continued(checkpoint, *named)))
+    assert later.train.keys() == {"old", "new_2"}
+    assert not later.held_out & (before.learned | now.learned)
+    assert not later.learned & (before.held_out | now.held_out)
     # Its text gone, what it held out is still known
     shutil.rmtree(format_1 / "text")
     again = write_files(tmp_path / "again", [*texts("fourth"), *old], start="x")

@@ -21,6 +21,7 @@ from tritter.config.sources import source_documents
 from tritter.config.text_contents import domain_key
 from tritter.data.documents import documents_digest
 from tritter.data.readers import TextFileError
+from tritter.data.split import SplitRule
 from tritter.data.stdlib import stdlib_origin
 from tritter.errors import RequestError, TritterError
 
@@ -103,6 +104,8 @@ class _Domains:
 
     def __init__(self, learned: Learned, data: DataConfig, notes: list[str]) -> None:
         self._learned = learned.domains
+        self._are_sides_recorded = learned.split is not None and learned.split.rule == "threshold"
+        self._other_text: set[str] = set()
         self._data = data
         self._notes = notes
         self._is_text = isinstance(data, TextDataConfig)
@@ -137,14 +140,13 @@ class _Domains:
                 self._notes.append(
                     f"The new {name} is called {known}: the checkpoint learned another {name}."
                 )
-            held = self._learned.get(known)
             typed[known] = DomainText(
                 name=known,
                 key=domain_key(self._data, name),
                 is_old=is_old,
                 paths=tuple(paths),
                 text_field=self._text_field,
-                ranked=held.ranked if held else (),
+                ranked=self._ranked(known),
             )
         return list(typed.values())
 
@@ -167,12 +169,23 @@ class _Domains:
         is_named = is_old and name in self._learned
         found = next(same_place, name if is_named else None)
         if found is not None:
+            self._other_text.add(found)
             self._notes.append(self._changed(found))
         return found
 
+    def _ranked(self, name: str) -> tuple[SplitRule, ...]:
+        """Return the splits by rank that a domain goes on with.
+
+        Of changed text a rank may be another: once a lineage records the sides, they decide.
+        """
+        held = self._learned.get(name)
+        if held is None or (name in self._other_text and self._are_sides_recorded):
+            return ()
+        return held.ranked
+
     def _changed(self, name: str) -> str:
         note = f"The text of {name} has changed since the checkpoint learned it"
-        if self._learned[name].ranked:
+        if self._ranked(name):
             note += "; its split was by rank, so some documents may have changed sides"
         return f"{note}."
 
