@@ -24,7 +24,6 @@ MIN_DOCUMENTS = 30
 # Documents, as a part of all, that may not make half of the spread without being named
 _FEW = 0.05
 _MOST_NAMES = 3
-_NAME_CHARACTERS = 12  # of a digest
 # What loading an exact expansion in the stock classes may cost in float32, in units of std(logits).
 EXACT_JUMP = 1e-4
 
@@ -198,7 +197,7 @@ def _carried_by(names: Sequence[str], *, n: int) -> str:
     """Name the documents that make half of the spread, where they are few."""
     if n < MIN_DOCUMENTS or not names or len(names) > _FEW * n:
         return ""
-    shown = ", ".join(repr(name[:_NAME_CHARACTERS]) for name in names[:_MOST_NAMES])
+    shown = ", ".join(repr(name) for name in names[:_MOST_NAMES])
     more = ", .." if len(names) > _MOST_NAMES else ""
     number = "one document" if len(names) == 1 else f"{len(names)} documents"
     return f"; half of the spread comes from {number}: {shown}{more}"
