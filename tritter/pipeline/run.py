@@ -2,8 +2,7 @@
 
 import json
 import math
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,10 +11,10 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from tritter.config.schema import RunConfig, TextDataConfig
+from tritter.config.jobs import read_status
+from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status, decide
-from tritter.expansion import EXPANSIONS
 from tritter.pipeline import adaptation, experts, importance, stages, verdict
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext, score_records
@@ -28,6 +27,7 @@ from tritter.pipeline.rounds import (
     round_status,
     target_record,
 )
+from tritter.pipeline.suggestions import next_commands
 from tritter.report.plots import plot_run
 from tritter.report.tables import print_summary
 from tritter.storage.atomic import write_text_atomic
@@ -88,7 +88,7 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     metrics_csv = write_metrics(context, arms[-1].name)
     plots = plot_run(summary, metrics_csv, run_folder / "plots")
     print_summary(summary, console=context.console, folder=run_folder)
-    _print_next(context, plots)
+    _print_next(context, summary, plots)
     leaves = (SUMMARY_NAME, "checkpoint", "scores")
     return Outcome(status=status, metric=_metric(summary), summary_path=path, leaves=leaves)
 
@@ -318,31 +318,12 @@ def _check_text(context: RunContext) -> None:
         )
 
 
-def _print_next(context: RunContext, plots: list[Path]) -> None:
+def _print_next(context: RunContext, summary: Mapping[str, Any], plots: list[Path]) -> None:
     for plot in plots:
         context.say("plot", str(plot))
     context.say("summary", str(context.folder / SUMMARY_NAME))
-    commands = _next_commands(context)
+    words = read_status(context.folder).get("overrides", ())
+    commands = next_commands(context.config, summary, words=words, folder=context.folder)
     context.console.print("\nNext:", highlight=False)
     for command in commands:
         context.console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _next_commands(context: RunContext) -> list[str]:
-    config = context.config
-    if context.given is not None:
-        folder = shlex.quote(str(context.folder / "checkpoint"))
-        return [f"tritter history {folder} --verify", f"tritter inspect {folder}"]
-    used = {spec.name for spec in config.expansion}
-    other = next(name for name in [*EXPANSIONS, "none"] if name not in used)
-    text = ""
-    if isinstance(config.data, TextDataConfig):
-        text = " data=text data.old=... data.new=..."
-    commands = [
-        f"python train.py{text} expansion={other}",
-        f"python train.py{text} -m expansion=none,dus,llama_pro,width forgetting=none,replay",
-    ]
-    if not config.control:
-        comment = "   # beside the un-grown base"
-        commands.insert(1, f"python train.py{text} control=true{comment}")
-    return commands

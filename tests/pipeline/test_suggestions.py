@@ -1,0 +1,71 @@
+"""What a run suggests when it has ended: what suits the verdict, and can be pasted."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tritter.config.composition import load_config
+from tritter.pipeline.suggestions import next_commands
+
+FOLDER = Path("outputs/runs/a b")
+
+
+def check(name: str, verdict: str, **more: Any) -> dict[str, Any]:
+    return {"check": name, "subject": "prose", "verdict": verdict, **more}
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Return what is suggested for a verdict, and see that each command would be accepted."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def suggested(status: str, *checks: dict[str, Any], words: tuple[str, ...] = ()) -> list[str]:
+        config = load_config(words)
+        summary = {"status": status, "gate": list(checks)}
+        lines = next_commands(config, summary, words=words, folder=FOLDER)
+        for line in lines:
+            program, _, rest = line.partition("train.py ")
+            if rest:
+                assert "python" in program
+                load_config(shlex.split(rest, comments=True))
+        return lines
+
+    return suggested
+
+
+def test_kept(commands: Callable[..., list[str]]) -> None:
+    lines = commands("kept", words=("expansion=[width,llama_pro]", "+seed=3", "resume=latest"))
+    assert "'expansion=[width,llama_pro]' +seed=3 control=true" in lines[0]
+    assert "seed=4" in lines[1] and "seed=3" not in lines[1]
+    assert "expansion=dus" in lines[2] and "llama_pro" not in lines[2]
+    assert lines[-2].startswith("tritter generate --checkpoint 'outputs/runs/a b/checkpoint'")
+    assert not any("resume" in line for line in lines)
+
+
+def test_rolled_back(commands: Callable[..., list[str]]) -> None:
+    failed = check("retention", "failed")
+    lines = commands("rolled_back", failed, words=("training.max_steps=50",))
+    assert all("training.max_steps=50" in line for line in lines[:3])
+    assert "forgetting.replay.fraction=0.5" in lines[0]
+    assert "'forgetting=[l2sp,replay]'" in lines[1]
+    assert "training.learning_rate=0.0015" in lines[2]
+    assert not any("generate" in line for line in lines)
+    assert "forgetting=replay" in commands("rolled_back", failed, words=("forgetting=none",))[0]
+    broken = commands("rolled_back", check("training", "failed"))
+    assert "training.learning_rate=0.0015" in broken[0]
+    slow = commands("rolled_back", check("new_capability", "failed"))
+    assert "training.max_steps=400" in slow[0]
+
+
+def test_undecided(commands: Callable[..., list[str]]) -> None:
+    few = check("retention", "undecided", n=50, documents_needed=100)
+    assert "data.validation_fraction=0.4" in commands("undecided", few)[0]
+    many = check("retention", "undecided", n=50, documents_needed=5000)
+    assert not any("fraction" in line for line in commands("undecided", many))
+    assert (
+        "training.max_steps=400" in commands("undecided", check("new_capability", "undecided"))[0]
+    )

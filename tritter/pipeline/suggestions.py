@@ -1,0 +1,106 @@
+"""What to do next, by how a run ended: commands to paste, which keep what was typed."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tritter.config.program import command
+from tritter.config.schema import CheckpointModelConfig, ReplayOptions, RunConfig
+from tritter.config.text_resolution import DEFAULT_FRACTION
+from tritter.expansion import EXPANSIONS
+
+_LARGEST_FRACTION = 0.5  # of replayed or of validation text: beyond it the other half suffers
+
+
+def next_commands(
+    config: RunConfig, summary: Mapping[str, Any], *, words: Sequence[str], folder: Path
+) -> list[str]:
+    """Return commands that suit the verdict, each with a comment why.
+
+    Args:
+        summary: the contents of summary.json.
+        words: the overrides that were typed, as Hydra reads them.
+        folder: of the run.
+    """
+    advice = {"kept": _after_kept, "rolled_back": _after_rollback, "undecided": _undecided}
+    changes = advice[str(summary["status"])](config, summary)
+    typed = [word for word in words if word.partition("=")[0].lstrip("+") != "resume"]
+    lines = [f"{_changed(typed, change)}   # {why}" for change, why in changes]
+    checkpoint = shlex.quote(str(folder / "checkpoint"))
+    if summary["status"] != "rolled_back":
+        lines.append(f"tritter generate --checkpoint {checkpoint} --prompt TEXT")
+    return [*lines, f"tritter history {checkpoint} --verify"]
+
+
+Advice = Iterator[tuple[dict[str, str], str]]
+
+
+def _after_kept(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
+    if not config.control and config.expansion:
+        yield {"control": "true"}, "the base that does not grow beside it"
+    if not isinstance(config.model, CheckpointModelConfig):
+        yield {"seed": str(config.seed + 1)}, "whether it holds with another seed"
+        used = {spec.name for spec in config.expansion}
+        # A model without experts has none to add to
+        other = next(n for n in [*EXPANSIONS, "none"] if n not in used and n != "moe_add")
+        yield {"expansion": other}, "another expansion"
+
+
+def _after_rollback(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
+    failed = {check["check"] for check in summary["gate"] if check["verdict"] == "failed"}
+    if "retention" in failed:
+        yield from _stronger_protection(config)
+    if "new_capability" in failed:
+        yield {"training.max_steps": str(2 * config.training.max_steps)}, "more steps"
+    if failed & {"retention", "training"}:
+        yield {"training.learning_rate": f"{config.training.learning_rate / 2:g}"}, "smaller steps"
+
+
+def _stronger_protection(config: RunConfig) -> Advice:
+    names = [options.name for options in config.forgetting]
+    replay = next((o for o in config.forgetting if isinstance(o, ReplayOptions)), None)
+    if replay is None:
+        yield {"forgetting": _listed([*names, "replay"])}, "old text mixed in"
+    elif replay.fraction < _LARGEST_FRACTION:
+        fraction = min(_LARGEST_FRACTION, 2 * replay.fraction)
+        yield {"forgetting.replay.fraction": f"{fraction:g}"}, "more old text mixed in"
+    if "l2sp" not in names:
+        protected = ["l2sp", *names] if names else ["l2sp", "replay"]
+        yield {"forgetting": _listed(protected)}, "the old weights held as well"
+
+
+def _undecided(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
+    undecided = [check for check in summary["gate"] if check["verdict"] == "undecided"]
+    if any(check["check"] == "new_capability" for check in undecided):
+        yield {"training.max_steps": str(2 * config.training.max_steps)}, "more steps"
+    needs = [
+        (check["documents_needed"] / check["n"], check)
+        for check in undecided
+        if check.get("documents_needed") and check.get("n")
+    ]
+    if not needs or isinstance(config.model, CheckpointModelConfig):
+        return  # a checkpoint keeps the split that its lineage records
+    factor, check = max(needs, key=lambda need: need[0])
+    fraction = factor * (config.data.validation_fraction or DEFAULT_FRACTION)
+    if factor > 1 and fraction <= _LARGEST_FRACTION:
+        told = f"{check['documents_needed']} documents of {check['subject']} to decide on"
+        yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, told
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"[{','.join(names)}]"
+
+
+def _changed(words: Sequence[str], change: Mapping[str, str]) -> str:
+    """Return the command with some keys changed; an option of another method goes with it."""
+    kept = [
+        word
+        for word in words
+        if not any(
+            word.lstrip("+~").partition("=")[0] == key
+            or (key == "expansion" and word.lstrip("+~").startswith("expansion."))
+            for key in change
+        )
+    ]
+    return command([*kept, *(f"{key}={value}" for key, value in change.items())])
