@@ -318,6 +318,20 @@ def test_a_checkpoint_of_format_1_goes_on_with_its_split(format_1: Path, tmp_pat
     assert not later.learned & (before.held_out | now.held_out)
 
 
+def test_other_text_in_place_of_that_of_format_1(format_1: Path, tmp_path: Path) -> None:
+    """The text that was ranked is at hand still, and says what may not change sides."""
+    before = by_rank(format_1)
+    old = [path.read_text() for path in sorted((format_1 / "text/old").iterdir())]
+    other = write_files(tmp_path / "other", [*old[3:], *texts("fifth")], start="y")
+    words = continued(format_1 / "finished/checkpoint", f"data.old={other}")
+    third = write_files(tmp_path / "third", texts("third"))
+    context = context_of(tmp_path, *words, f"data.new={third}")
+    assert context.old_domains == ("old",)
+    now = fed(context)
+    assert not now.held_out & before.learned and not now.learned & before.held_out
+    assert now.learned & before.learned and now.held_out & before.held_out
+
+
 def test_text_of_format_1_that_was_moved_is_known_again(format_1: Path, tmp_path: Path) -> None:
     before = by_rank(format_1)
     (format_1 / "text").rename(tmp_path / "moved")

@@ -32,7 +32,7 @@ class RunText:
         split: of the lineage, or the one that begins here.
         domains: old ones first.
         learned: name → what the checkpoint learned before.
-        history: learned domains that were split by rank and are not among `domains`.
+        history: learned domains that were split by rank, where `domains` has other text or none.
         notes: what is worth telling, a sentence each.
     """
 

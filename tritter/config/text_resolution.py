@@ -42,17 +42,17 @@ def run_text(model: ModelConfig | CheckpointModelConfig, data: DataConfig, *, se
     learned = _learned(model)
     notes: list[str] = []
     split = _split(learned, data, seed=seed, notes=notes)
-    domains = _Domains(learned, data, notes).resolved()
+    resolution = _Domains(learned, data, notes)
+    domains = resolution.resolved()
     rest = [name for name in learned.domains if name not in {each.name for each in domains}]
     if rest:
         notes.append(f"Nothing protects {', '.join(rest)}, which the checkpoint learned.")
     if unsplit := [name for name, domain in learned.domains.items() if not domain.read_under]:
         notes.append(f"What was held out of {', '.join(unsplit)} is not recorded.")
-    history = [
-        _recorded(name, learned.domains[name]) for name in rest if learned.domains[name].ranked
-    ]
-    at_hand = [each for each in history if _problem(learned.domains[each.name]) is None]
-    if unknown := [each.name for each in history if each not in at_hand]:
+    ranked = [n for n in (*rest, *resolution.other_text) if learned.domains[n].ranked]
+    at_hand = [name for name in ranked if _problem(learned.domains[name]) is None]
+    unknown = [name for name in ranked if name not in at_hand]
+    if unknown and not resolution.are_sides_recorded:
         notes.append(
             f"What was held out of {', '.join(unknown)} can't be told any more: its split was by "
             "rank, and its text is not at hand."
@@ -61,7 +61,7 @@ def run_text(model: ModelConfig | CheckpointModelConfig, data: DataConfig, *, se
         split=split,
         domains=domains,
         learned=learned.domains,
-        history=tuple(at_hand),
+        history=tuple(_recorded(name, learned.domains[name]) for name in at_hand),
         notes=tuple(notes),
     )
 
@@ -104,8 +104,8 @@ class _Domains:
 
     def __init__(self, learned: Learned, data: DataConfig, notes: list[str]) -> None:
         self._learned = learned.domains
-        self._are_sides_recorded = learned.split is not None and learned.split.rule == "threshold"
-        self._other_text: set[str] = set()
+        self.are_sides_recorded = learned.split is not None and learned.split.rule == "threshold"
+        self.other_text: dict[str, None] = {}  # learned domains for which other text stands
         self._data = data
         self._notes = notes
         self._is_text = isinstance(data, TextDataConfig)
@@ -169,17 +169,20 @@ class _Domains:
         is_named = is_old and name in self._learned
         found = next(same_place, name if is_named else None)
         if found is not None:
-            self._other_text.add(found)
+            self.other_text[found] = None
             self._notes.append(self._changed(found))
         return found
 
     def _ranked(self, name: str) -> tuple[SplitRule, ...]:
         """Return the splits by rank that a domain goes on with.
 
-        Of changed text a rank may be another: once a lineage records the sides, they decide.
+        Of other text a rank may be another: where sides are recorded, or the text that was
+        ranked is at hand, these decide.
         """
         held = self._learned.get(name)
-        if held is None or (name in self._other_text and self._are_sides_recorded):
+        if held is None:
+            return ()
+        if name in self.other_text and (self.are_sides_recorded or _problem(held) is None):
             return ()
         return held.ranked
 

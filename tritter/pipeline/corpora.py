@@ -39,9 +39,9 @@ def run_corpus(config: RunConfig, text: RunText, *, tokenizer: Tokenizer | None)
             cache_dir=config.cache_dir,
             tokenizer=tokenizer,
         )
-    documents = _all_documents((*text.domains, *text.history))
+    history = _all_documents(text.history)
     return build_corpus(
-        {domain.name: documents[domain.name] for domain in text.domains},
+        _all_documents(text.domains),
         origin={domain.name: _origin(domain.paths) for domain in text.domains},
         vocab_size=config.data.vocab_size,
         validation_fraction=split.validation_fraction,
@@ -49,7 +49,7 @@ def run_corpus(config: RunConfig, text: RunText, *, tokenizer: Tokenizer | None)
         seed=split.seed,
         cache_dir=config.cache_dir,
         tokenizer=tokenizer,
-        earlier=Earlier(split.exceptions, tuple(documents[domain.name] for domain in text.history)),
+        earlier=Earlier(split.exceptions, tuple(history.values())),
     )
 
 
