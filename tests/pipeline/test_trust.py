@@ -228,6 +228,16 @@ def test_a_run_of_format_1_is_refused_by_its_version(run: Run, tmp_path: Path, n
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
+def test_a_damaged_log_is_told_before_the_training_goes_on(run: Run, unfinished: Path) -> None:
+    log = unfinished / "attempt_1/metrics.csv"
+    log.write_text(log.read_text() + "x,y\n")
+    ended = run(unfinished)
+    assert ended.code == 1 and str(log) in ended.err
+    assert not (unfinished / "attempt_1/trained").exists()
+    log.unlink()
+    assert run(unfinished).code == 0
+
+
 def test_a_log_may_go_and_a_damaged_one_is_told(run: Run, trained: Path) -> None:
     log = trained / "attempt_1/metrics.csv"
     before = log.read_text()

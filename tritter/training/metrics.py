@@ -12,7 +12,12 @@ MAX_METRICS_BYTES = 2**30
 
 
 def set_metrics_aside(folder: Path) -> None:
-    """Keep the metrics of the part that was killed, as `metrics.0.csv`, `metrics.1.csv`, …"""
+    """Keep the metrics of the part that was killed, as `metrics.0.csv`, `metrics.1.csv`, …
+
+    Raises:
+        TritterError: a part is damaged; better told now than when the training has ended.
+    """
+    read_metrics(folder)
     current = folder / METRICS_NAME
     if current.exists():
         number = len(list(folder.glob("metrics.*.csv")))
