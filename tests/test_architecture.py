@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "report": {"checkpoint", "evaluation"},
     "pipeline": _BELOW_PIPELINE | {"report"},
     "planning": {"families", "expansion", "parameter_map"},
-    "library": _CORE | {"expand"},
+    "library": _CORE | {"config", "expand"},
     "cli": _BELOW_PIPELINE | {"report", "pipeline"},
     "__main__": {"cli"},
     PROGRAM: {"config", "pipeline", "report"},

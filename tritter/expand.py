@@ -20,6 +20,7 @@ from tritter.checkpoint import (
 from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.checkpoint.state import State, read_state, write_state
 from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
+from tritter.config.specs import checked_specs
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec, ExpansionStep, build_steps, closed_experts
 from tritter.families import Config, LayoutKind, StoredTensor, family_of, layout, pack_all
@@ -29,6 +30,7 @@ from tritter.parameter_map import TensorMap, carried, mapped
 from tritter.parameter_map.carry import STATE_KINDS, Policy, carry, starts_anew
 from tritter.routing import AddedExperts
 from tritter.storage.hashing import file_digest, merkle_hash
+from tritter.storage.names import named_path
 from tritter.storage.tensors import TensorFolder, is_finite
 from tritter.storage.writer import TensorEntry, TensorStream
 
@@ -78,7 +80,9 @@ class Expanded:
         return cls(folder, plan.steps, plan.parameters_before, plan.parameters_after, lineage)
 
 
-def plan_expansion(source: Path, specs: Sequence[ExpansionSpec], *, seed: int = 0) -> Plan:
+def plan_expansion(
+    source: str | os.PathLike[str], specs: Sequence[ExpansionSpec], *, seed: int = 0
+) -> Plan:
     """Resolve `specs` against the checkpoint at `source`; reads no tensor.
 
     Raises:
@@ -87,8 +91,8 @@ def plan_expansion(source: Path, specs: Sequence[ExpansionSpec], *, seed: int = 
             are not open yet.
         TritterError: the source has no usable config or generation settings.
     """
-    if not specs:
-        raise RequestError("expand needs at least one expansion.")
+    specs = checked_specs(specs)
+    source = named_path(source, key="source")
     config = read_config(source)
     steps = build_steps(config, specs, seed=seed)
     check_loadable(steps[-1].target_config, folder=source)
@@ -97,8 +101,8 @@ def plan_expansion(source: Path, specs: Sequence[ExpansionSpec], *, seed: int = 
 
 
 def expand(
-    source: Path,
-    destination: Path,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
     specs: Sequence[ExpansionSpec],
     *,
     seed: int = 0,
@@ -134,6 +138,8 @@ def expand(
             not finite; nothing is written.
         TritterError: the source is damaged or does not fit its config.
     """
+    source = named_path(source, key="source")
+    destination = named_path(destination, key="destination")
     check_output(destination, sources=[source], overwrite=overwrite)
     plan = plan_expansion(source, specs, seed=seed)
     opened = Source.open(source, plan.config)

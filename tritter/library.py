@@ -10,6 +10,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from tritter.config.specs import checked_specs
 from tritter.errors import RequestError
 from tritter.expand import added_experts, mapped_reader, origin_of
 from tritter.expansion import Dus, ExpansionSpec, ExpansionStep, Width, build_steps
@@ -29,7 +30,7 @@ class ModelExpander:
     """
 
     def __init__(self, specs: Sequence[ExpansionSpec], *, seed: int = 0) -> None:
-        self.specs = tuple(specs)
+        self.specs = checked_specs(specs)
         self.seed = seed
 
     def steps(self, config: Config) -> tuple[ExpansionStep, ...]:

@@ -35,6 +35,7 @@ from tritter.families import (
 )
 from tritter.routing import AddedExperts
 from tritter.storage.links import check_links
+from tritter.storage.names import named_path
 from tritter.storage.reading import read_object, require_file
 from tritter.storage.tensors import SINGLE_NAME, TensorFolder
 
@@ -312,7 +313,7 @@ def locate(checkpoint: str) -> Path:
     Raises:
         RequestError: neither a folder nor a hub id that can be reached.
     """
-    folder = Path(checkpoint).expanduser()
+    folder = named_path(checkpoint, key="checkpoint")
     if folder.exists():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):

@@ -14,6 +14,7 @@ from tritter.config.problems import raise_problems
 from tritter.config.schema import RunConfig, TextSources
 from tritter.config.text_files import read_sources
 from tritter.errors import RequestError, TritterError
+from tritter.storage.names import named_path
 
 # Keys that options set, by the names under which a person gave them.
 _OPTION_OF_KEY = {
@@ -154,7 +155,7 @@ def _value(sources: TextSources) -> str | None:
 
 def _default_output(checkpoint: str) -> Path:
     """Return DIR-continued beside a folder; of a hub id, in the current one."""
-    folder = Path(checkpoint).expanduser()
+    folder = named_path(checkpoint, key="--checkpoint")
     if folder.is_dir():
         place = folder.resolve()
         return place.with_name(f"{place.name}-continued")

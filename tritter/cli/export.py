@@ -31,6 +31,7 @@ from tritter.loadable import check_loadable
 from tritter.models import locate, read_config
 from tritter.report.wording import count_text
 from tritter.routing import AddedExperts, stock_obstacle
+from tritter.storage.names import named_path
 
 FORMATS = ("hf",)
 LAYOUTS: dict[str, LayoutKind] = {"hub": "hub", "fused": "live"}
@@ -80,7 +81,7 @@ def run_export(request: ExportRequest, *, overwrite: bool, as_json: bool) -> int
     """
     choice("format", request.format, FORMATS)
     dtype = None if request.dtype is None else DTYPES[choice("dtype", request.dtype, list(DTYPES))]
-    is_file = Path(request.checkpoint).expanduser().is_file()
+    is_file = named_path(request.checkpoint, key="--checkpoint").is_file()
     check_output(request.output, sources=_places(request), overwrite=overwrite)
     with damage_is_a_wrong_request():
         origin = _file(request) if is_file else _folder(request)
@@ -122,7 +123,7 @@ def _folder(request: ExportRequest) -> _Origin:
     folder = locate(request.checkpoint)
     source = Source.open(folder, read_config(folder))
     weights = Weights.of(source)
-    is_download = not Path(request.checkpoint).expanduser().exists()
+    is_download = not named_path(request.checkpoint, key="--checkpoint").exists()
     if is_download:  # which lies under its commit's name
         weights = replace(weights, name=request.checkpoint)
     obstacle, notes = stock_obstacle(folder), tuple[str, ...]()
@@ -147,7 +148,7 @@ def _without_new_experts(weights: Weights, folder: Path) -> tuple[Weights, tuple
 
 
 def _file(request: ExportRequest) -> _Origin:
-    path = Path(request.checkpoint).expanduser()
+    path = named_path(request.checkpoint, key="--checkpoint")
     if request.is_without_new_experts:
         raise RequestError(f"--drop-new-experts: {path.name} is a file; a folder's state says it.")
     if request.config is None:
@@ -161,7 +162,7 @@ def _file(request: ExportRequest) -> _Origin:
     notes = (found.left_out, found.why_no_moments)
     if request.is_without_state:
         weights, notes = replace(weights, moments=None), (found.left_out, "")
-    has_tokenizer = not Path(request.config).expanduser().is_file()
+    has_tokenizer = not named_path(request.config, key="--config").is_file()
 
     def copy_extras(destination: Path) -> None:
         if has_tokenizer:
@@ -171,7 +172,7 @@ def _file(request: ExportRequest) -> _Origin:
 
 
 def _config_folder(config: str) -> Path:
-    path = Path(config).expanduser()
+    path = named_path(config, key="--config")
     if not path.is_file():
         return locate(config)
     if path.name != "config.json":
@@ -182,7 +183,7 @@ def _config_folder(config: str) -> Path:
 def _places(request: ExportRequest) -> list[Path]:
     """Return the folders and files that were named to be read; a hub id is none."""
     named = (request.checkpoint, request.config)
-    return [Path(word).expanduser() for word in named if word is not None]
+    return [named_path(word, key="--checkpoint") for word in named if word is not None]
 
 
 def _layout(word: str | None, config: Config) -> LayoutKind:

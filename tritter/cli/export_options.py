@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from tritter.cli.values import place
+
 _CKPT = "Of a .ckpt"
 
 ExportSource = Annotated[
@@ -15,7 +17,9 @@ ExportSource = Annotated[
         metavar="SRC",
     ),
 ]
-ExportOutput = Annotated[Path, typer.Option("--output", help="New folder.", metavar="DST")]
+ExportOutput = Annotated[
+    Path, typer.Option("--output", help="New folder.", metavar="DST", parser=place)
+]
 Format = Annotated[
     str,
     typer.Option("--format", help="hf: a plain folder of Hugging Face transformers.", metavar="hf"),

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from tritter import __version__
 from tritter.cli import domain_options, export_options, options, plan_options
+from tritter.config.words import UNFORESEEN, check_words, said
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import say
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
+        check_words(words)
         with stopping():
             command = typer.main.get_command(app)
             return command.main(words, prog_name="tritter", standalone_mode=False) or 0
@@ -56,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except TritterError as error:
         say("\n".join([f"error: {error}", *_notes(error)]), is_error=True)
+        return 1
+    # What the system refuses on the way (a full disk, a name too long, no memory) is no fault of
+    # the program, and needs no traceback
+    except UNFORESEEN as error:
+        say(f"error: {said(error)}", is_error=True)
         return 1
     except Stopped as stop:
         say(f"\nStopped. {' '.join(_notes(stop)) or 'Nothing was written.'}", is_error=True)

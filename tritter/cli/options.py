@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tritter.cli.values import byte_count, expert_list, layer_list, parameter_count
+from tritter.cli.values import byte_count, expert_list, layer_list, parameter_count, place
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_NEW_TOKENS, MAX_SEED, MAX_WIDTH
 
 _DEPTH = "Depth (dus, stack, interpolate, llama-pro)"
@@ -20,7 +20,7 @@ AsJson = Annotated[
 Checkpoint = Annotated[
     str, typer.Option("--checkpoint", help="Folder or hub id of the model.", metavar="SRC")
 ]
-Folder = Annotated[Path, typer.Argument(help="A checkpoint folder.", metavar="DIR")]
+Folder = Annotated[Path, typer.Argument(help="A checkpoint folder.", metavar="DIR", parser=place)]
 Seed = Annotated[
     int,
     typer.Option(
@@ -41,7 +41,7 @@ Method = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", help="New folder. Default: SRC-METHOD.", metavar="DST"),
+    typer.Option("--output", help="New folder. Default: SRC-METHOD.", metavar="DST", parser=place),
 ]
 TargetParams = Annotated[
     int | None,

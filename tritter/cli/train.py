@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tritter.errors import RequestError, did_you_mean
+from tritter.storage.names import named_path
 from tritter.terminal import say
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _read(words: Sequence[str]) -> "TrainRequest":
         ewc_lambda=known.ewc_lambda,
         data=tuple(known.data or ()),
         old_data=tuple(known.old_data or ()),
-        output=None if known.output is None else Path(known.output),
+        output=None if known.output is None else named_path(known.output, key="--output"),
         overrides=tuple(known.overrides),
     )
 

@@ -1,12 +1,14 @@
 """Numbers as people write them: 7B parameters, 5GB, 3,7,11."""
 
 import re
+from pathlib import Path
 
 import typer
 
 from tritter.config.counts import COUNT_UNITS, parse_count
-from tritter.errors import brief
+from tritter.errors import RequestError, brief
 from tritter.limits import MAX_BYTES, MAX_LAYERS, MAX_PARAMETERS
+from tritter.storage.names import named_path
 
 _MAX_FLOPS = 10**24  # a second, of one device
 _BYTE_UNITS = {
@@ -45,6 +47,18 @@ def byte_count(text: str) -> int:
     """
     example = "a size above 0, such as 5GB, 500MB or 4GiB"
     return _scaled(str(text), _BYTE_UNITS, example=example, limit=MAX_BYTES)
+
+
+def place(text: str) -> Path:
+    """Return a path as it was typed, `~` opened.
+
+    Raises:
+        typer.BadParameter: no file could have that name.
+    """
+    try:
+        return named_path(str(text), key="path")
+    except RequestError as error:
+        raise typer.BadParameter(str(error).removeprefix("path = ")) from error
 
 
 def layer_list(text: str | None) -> tuple[int, ...] | None:

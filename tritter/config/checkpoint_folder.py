@@ -7,6 +7,7 @@ from tritter.config.problems import describe
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.families import Config, check_config, family_of
 from tritter.storage.links import check_links
+from tritter.storage.names import named_path
 from tritter.storage.reading import read_object
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -19,7 +20,7 @@ def checkpoint_place(path: str, *, key: str = "model.path") -> str:
     Raises:
         RequestError: neither a folder nor the form of a hub id.
     """
-    folder = Path(path).expanduser()
+    folder = named_path(path, key=key)
     if folder.is_dir():
         return str(folder.resolve())
     if folder.exists():

@@ -31,7 +31,19 @@ CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
 Selection = dict[str, list[str]]
 
-_HYDRA_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+# Values of kinds that Hydra does not expect come out of it as whatever they lead it to
+_HYDRA_ERRORS = (
+    HydraException,
+    OmegaConfBaseException,
+    yaml.YAMLError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    RecursionError,
+    OverflowError,
+)
 _HYDRA_NOISE = re.compile(r"To append|object_type|reference_type|Config search path|provider=")
 
 

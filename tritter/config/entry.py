@@ -4,6 +4,7 @@ Hydra makes folders before it calls anybody, and its errors exit 1 with its own 
 job is composed and validated here first, and Hydra is only started on a request that is right.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tritter import __version__
 from tritter.config.help import help_text
+from tritter.config.words import UNFORESEEN, check_words, said
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import say
@@ -32,6 +34,7 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        check_words(words)
         with stopping():
             return _run(words, pipeline)
     except RequestError as error:
@@ -39,6 +42,11 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
         return 2
     except TritterError as error:
         say(f"error: {error}", is_error=True)
+        return 1
+    # What the system refuses on the way (a full disk, a name too long, no memory) is no fault of
+    # the program, and needs no traceback
+    except UNFORESEEN as error:
+        say(f"error: {said(error)}", is_error=True)
         return 1
     except Stopped as stop:
         where = f" {stop.where}" if stop.where else ""
@@ -88,6 +96,7 @@ def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
     if job.state is RunState.FINISHED:
         say(f"This run is finished; nothing to do. Its summary: {job.folder / SUMMARY_FILE}")
         return 0
+    _require_writable(job.folder, key="hydra.run.dir")
     words = [*plan.overrides, f"hydra.run.dir={quoted(str(job.folder))}"]
     goes_on = f"Go on with:\n  {resume_command(job.folder)}"
     try:
@@ -102,11 +111,29 @@ def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
     return int(status["exit_code"])
 
 
+def _require_writable(folder: Path, *, key: str) -> None:
+    """Make the folder, as Hydra would do with a traceback where it can't.
+
+    Raises:
+        RequestError: the system does not allow it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise RequestError(
+            f"{key} = {folder}: no folder can be made there ({error.strerror})."
+        ) from error
+    if not is_writable:
+        raise RequestError(f"{key} = {folder}: nothing can be written there.")
+
+
 def _run_sweep(plan: "Plan", folder: Path, pipeline: "Pipeline", *, typed: Sequence[str]) -> int:
     from tritter.config.overrides import as_value, quoted
     from tritter.config.program import command
     from tritter.config.sweep_table import print_sweep, sweep_rows
 
+    _require_writable(folder, key="hydra.sweep.dir")
     pinned = f"hydra.sweep.dir={quoted(str(folder))}"
     try:
         _start_hydra(["--multirun", *plan.overrides, pinned], pipeline)

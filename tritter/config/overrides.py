@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import (
 from hydra.errors import OverrideParseException
 
 from tritter.config.problems import describe, raise_problems
-from tritter.errors import RequestError
+from tritter.errors import RequestError, brief
 
 Options = Mapping[str, Sequence[str]]
 
@@ -88,16 +88,18 @@ def parse(overrides: Sequence[str], *, loader: ConfigLoader | None = None) -> li
         try:
             parsed += parser.parse_overrides([override])
         except OverrideParseException as error:
-            problems.append(_parse_problem(override, error))
+            problems.append(_parse_problem(override, str(error.message)))
+        except (ValueError, RecursionError, OverflowError) as error:  # Python's, of huge values
+            problems.append(_parse_problem(override, str(error)))
     raise_problems(problems)
     return parsed
 
 
-def _parse_problem(override: str, error: OverrideParseException) -> str:
+def _parse_problem(override: str, message: str) -> str:
     if "=" not in override:
-        return f"'{override}' is no setting; settings are written KEY=VALUE (see --help)."
+        return f"{brief(override)} is no setting; settings are written KEY=VALUE (see --help)."
     key, _, value = override.partition("=")
-    reason = str(error.message).splitlines()[0].rstrip(".")
+    reason = (message.splitlines() or ["it is too large"])[0].rstrip(".")
     advice = "put quotes around a value with special characters: 'KEY=\"VALUE\"'"
     return describe(key, value, reason=f"the value can't be read ({reason}); {advice}")
 

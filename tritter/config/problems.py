@@ -3,8 +3,9 @@
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
 
-from tritter.errors import RequestError
+from tritter.errors import RequestError, brief
 
+_LONGEST_VALUE = 500
 Origin = Callable[[str], str | None]
 
 
@@ -16,7 +17,13 @@ def show(value: object) -> str:
         return "[" + ",".join(show(item) for item in value) + "]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{show(item)}" for key, item in value.items()) + "}"
-    return str(value) if value != "" else "(empty)"
+    try:
+        text = str(value)
+    except ValueError:  # numbers of thousands of digits have no text
+        return brief(value)
+    if len(text) > _LONGEST_VALUE:
+        return f"{text[:_LONGEST_VALUE]}… ({len(text)} characters)"
+    return text if text else "(empty)"
 
 
 def nearest_key(key: str, known: Collection[str], *, first: Collection[str] = ()) -> str | None:

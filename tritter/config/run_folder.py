@@ -14,6 +14,7 @@ from tritter.config.program import command, program_words, resume_command
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.storage.atomic import write_text_atomic
+from tritter.storage.names import named_path
 from tritter.storage.reading import read_object
 from tritter.storage.records import read_record, record_text
 
@@ -149,7 +150,7 @@ def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
     folders = [path.parent.absolute() for path in runs]
     if resume == "latest":
         return _latest(folders)
-    folder = Path(resume).expanduser().absolute()
+    folder = named_path(resume, key="resume").absolute()
     if not os.path.lexists(folder / RUN_FILE):
         known = ["latest", *(str(place.relative_to(Path.cwd())) for place in folders)]
         raise RequestError(

@@ -30,6 +30,7 @@ from tritter.errors import RequestError, nearest
 from tritter.expansion import EXPANSIONS, target_config
 from tritter.families import Config, check_size, family_of, llama_config
 from tritter.limits import MAX_BATCH_TOKENS
+from tritter.storage.names import named_path
 
 # Methods that work without old text.
 _NO_OLD_TEXT = {"l2sp"}
@@ -165,7 +166,7 @@ def _report_no_method(reader: Reader, group: str, name: str, raw: Mapping[str, A
 
 def _cache_folder(value: str | None) -> Path:
     folder = value or os.environ.get("TRITTER_CACHE") or "~/.cache/tritter"
-    return Path(folder).expanduser().absolute()
+    return named_path(folder, key="cache_dir").absolute()
 
 
 def _disagreements(config: RunConfig) -> list[str]:

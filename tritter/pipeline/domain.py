@@ -30,6 +30,7 @@ from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import run_arm, run_baseline
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import file_digest
+from tritter.storage.names import named_path
 from tritter.terminal import Console
 
 ARM = "adapted"
@@ -125,7 +126,7 @@ def expand_for_domain(
 def _teachers(specs: Sequence[ExpansionSpec]) -> list[Path]:
     """Return the folders that new experts learn from."""
     named = (spec.teacher for spec in specs if isinstance(spec, MoeAdd) and spec.teacher)
-    return [Path(teacher).expanduser() for teacher in named]
+    return [named_path(teacher, key="expansion.moe_add.teacher") for teacher in named]
 
 
 def _told(used: Mapping[str, Any], task: DomainTask, step: ExpansionStep) -> ExpansionStep:
