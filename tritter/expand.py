@@ -230,19 +230,27 @@ def _extras_writer(
     def write(folder: Path) -> None:
         copy_tokenizer(source, folder)
         if state is not None:
-            kinds = _state_streams(plan, state, moments=moments)
-            write_state(folder, kinds, step=state.step, max_shard_bytes=max_shard_bytes)
+            write_state(
+                folder,
+                {k: state_stream(plan, k, t, moments=moments) for k, t in state.kinds.items()},
+                step=state.step,
+                other_steps=_carried_steps(plan, state),
+                max_shard_bytes=max_shard_bytes,
+            )
         if plan.added_experts is not None:
             plan.added_experts.write(folder)
 
     return write
 
 
-def _state_streams(plan: Plan, state: State, *, moments: Policy) -> dict[str, TensorStream]:
-    return {
-        kind: state_stream(plan, kind, tensors, moments=moments)
-        for kind, tensors in state.kinds.items()
-    }
+def _carried_steps(plan: Plan, state: State) -> dict[str, int]:
+    """Return the steps of parameters that are not those of most, by name on disk."""
+    source, target = family_of(plan.config), family_of(plan.target_config)
+    names = {t.name: t.disk_name for t in source.logical_tensors(plan.config)}
+    targets = target.logical_tensors(plan.target_config)
+    origins = {t.disk_name: names.get(origin_of(t.name, plan.steps) or "") for t in targets}
+    others = state.other_steps
+    return {name: others[o] for name, o in origins.items() if o is not None and o in others}
 
 
 def _state_move(kind: str, moments: Policy) -> Move:

@@ -19,7 +19,7 @@ from tritter.errors import RequestError
 from tritter.models import config_of
 from tritter.routing import Routing
 from tritter.training import OptimiserSettings, RoutingObjective, RoutingSettings
-from tritter.training.compute import NEW
+from tritter.training.parameters import NEW
 
 
 def distill_experts(

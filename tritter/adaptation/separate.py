@@ -20,7 +20,7 @@ from tritter.errors import RequestError
 from tritter.families import FAMILIES, layout
 from tritter.models import config_of
 from tritter.routing import Routing
-from tritter.training.compute import BASE, NEW
+from tritter.training.parameters import BASE, NEW
 
 _HANDLES = "separate_experts_handles"
 

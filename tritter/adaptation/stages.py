@@ -19,8 +19,8 @@ from tritter.errors import RequestError, TritterError
 from tritter.routing import AddedExperts, Routing
 from tritter.seeds import derived_seed
 from tritter.training import OptimiserSettings, RoutingObjective, RoutingSettings
-from tritter.training.compute import NEW
 from tritter.training.optimiser import build_optimiser
+from tritter.training.parameters import NEW
 
 Batch = Mapping[str, Tensor]
 BatchLoss = Callable[[nn.Module, Tensor], Tensor]

@@ -5,8 +5,8 @@ One subfolder of safetensors for each kind (`exp_avg`, `fisher`, …), tensors n
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -16,9 +16,9 @@ from tritter.limits import MAX_COUNT
 from tritter.parameter_map.carry import STATE_KINDS
 from tritter.storage.reading import read_object
 from tritter.storage.tensors import TensorFolder
-from tritter.storage.writer import TensorStream, write_tensors
+from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # written where parameters differ in their steps; else 1, which is the same
 STATE_FOLDER = "state"
 _HEAD = "state.json"
 
@@ -30,14 +30,26 @@ class State:
     Args:
         step: optimiser steps behind it.
         kinds: kind → its tensors.
+        other_steps: name on disk → steps, of parameters that have another number of them behind
+            them: an optimiser counts for each parameter, and what is new begins later.
     """
 
     step: int
     kinds: Mapping[str, TensorFolder]
+    other_steps: Mapping[str, int] = field(default_factory=dict)
+
+    def step_of(self, name: str) -> int:
+        """Return the optimiser steps behind one parameter, by name on disk."""
+        return self.other_steps.get(name, self.step)
 
 
 def write_state(
-    folder: Path, kinds: Mapping[str, TensorStream], *, step: int, max_shard_bytes: int = 5 * 10**9
+    folder: Path,
+    kinds: Mapping[str, TensorStream],
+    *,
+    step: int,
+    other_steps: Mapping[str, int] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write `folder/state`; meant for a checkpoint folder that is still being made."""
     place = folder / STATE_FOLDER
@@ -49,7 +61,9 @@ def write_state(
             (place / kind).mkdir()
             write_tensors(place / kind, stream, max_shard_bytes=max_shard_bytes)
             written.append(kind)
-    head = {"format_version": FORMAT_VERSION, "step": step, "kinds": written}
+    head = {"format_version": 1, "step": step, "kinds": written}
+    if other_steps:
+        head |= {"format_version": FORMAT_VERSION, "other_steps": dict(other_steps)}
     (place / _HEAD).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
 
 
@@ -65,25 +79,56 @@ def read_state(folder: Path) -> State | None:
     try:
         head = read_object(path)
         version, step, kinds = head["format_version"], head["step"], head["kinds"]
+        others = head.get("other_steps", {})
     except TritterError as error:
         raise TritterError(f"{path} is damaged: {error}") from error
     except KeyError as error:
         raise TritterError(f"{path} is damaged ({error!r}).") from error
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise TritterError(
-            f"{path}: format_version {brief(version)}; this Tritter reads {FORMAT_VERSION}."
+            f"{path}: format_version {brief(version)}; this Tritter reads 1 and {FORMAT_VERSION}."
         )
-    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= MAX_COUNT:
-        raise TritterError(
-            f"{path} is damaged: step = {brief(step)}; allowed is a whole number from 0 to "
-            f"{MAX_COUNT}."
-        )
+    if not isinstance(others, dict):
+        raise TritterError(f"{path} is damaged: other_steps = {brief(others)}; allowed is a table.")
+    for steps in (step, *others.values()):
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps <= MAX_COUNT:
+            raise TritterError(
+                f"{path} is damaged: step = {brief(steps)}; allowed is a whole number from 0 to "
+                f"{MAX_COUNT}."
+            )
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         raise TritterError(f"{path} is damaged: kinds = {brief(kinds)}; allowed are names.")
     unknown = [kind for kind in kinds if kind not in STATE_KINDS]
     if unknown:
         raise TritterError(f"{path} names kinds that are not known: {brief(unknown)}.")
-    return State(step, {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in kinds})
+    opened = {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in kinds}
+    return State(step, opened, others)
+
+
+def copy_states(
+    states: Sequence[State],
+    folder: Path,
+    *,
+    is_kept: Callable[[str, str], bool] = lambda kind, name: True,
+) -> None:
+    """Write states beside a model as one, tensor by tensor; steps are those of the last.
+
+    Args:
+        is_kept: says of a kind and a name on disk whether it goes along.
+    """
+    kinds = {}
+    for state in states:
+        for kind, tensors in state.kinds.items():
+            kinds[kind] = _stream(tensors, [name for name in tensors.files if is_kept(kind, name)])
+    last = states[-1]
+    write_state(folder, kinds, step=last.step, other_steps=last.other_steps)
+
+
+def _stream(tensors: TensorFolder, names: Sequence[str]) -> TensorStream:
+    entries = tuple(
+        TensorEntry(name, tensors.torch_dtype(name), tensors.shape(name)) for name in names
+    )
+    return TensorStream(entries, ((name, tensors.get(name)) for name in names))
 
 
 def state_tensors(folder: TensorFolder) -> dict[str, Tensor]:

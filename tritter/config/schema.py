@@ -164,6 +164,7 @@ class OptimizerConfig:
     beta2: float = bounded(minimum=0, below=1)
     eps: float = bounded(above=0)
     weight_decay: float = bounded(minimum=0)
+    carry: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

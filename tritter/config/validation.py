@@ -8,6 +8,7 @@ from typing import Any
 
 from tritter.config.checkpoint_folder import checkpoint_config
 from tritter.config.experts import expert_problems
+from tritter.config.moments import carry_problems
 from tritter.config.problems import Origin, describe, nearest_key, raise_problems
 from tritter.config.reading import Reader, field_keys
 from tritter.config.rounds import pipeline_problems, planned_rounds
@@ -190,6 +191,7 @@ def _disagreements(config: RunConfig) -> list[str]:
     problems += _device_problems(config)
     problems += _replay_problems(config)
     problems += pipeline_problems(config)
+    problems += carry_problems(config)
     if problems:
         return problems
     try:

@@ -5,7 +5,7 @@ from itertools import islice
 from tritter.adaptation import best_experts, distill_experts
 from tritter.families import family_of, forward_flops, training_flops
 from tritter.models import load_model, locate, read_config
-from tritter.pipeline import experts
+from tritter.pipeline import experts, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult
@@ -59,6 +59,9 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
         stage="distillation of new experts",
         added=added,
         options=recorded_options(start, is_adapted=True),
+        write_moments=moments.passed_on(
+            context, start, is_trained=lambda tensor: tensor.expert in added.experts
+        ),
     )
     data, config, taught_by = context.config.data, read_config(start), read_config(teacher_folder)
     flops = forward_flops(family_of(taught_by), taught_by) + training_flops(

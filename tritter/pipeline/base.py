@@ -1,7 +1,6 @@
 """The base model: trained once on the old domains, cached by the hash of what made it."""
 
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from filelock import FileLock
 
 from tritter.checkpoint import Lineage, write_checkpoint
 from tritter.checkpoint.left import checkpoint_changes
-from tritter.checkpoint.state import STATE_FOLDER
+from tritter.checkpoint.state import copy_states, read_state
 from tritter.config.schema import DataConfig
 from tritter.config.validation import source_config
 from tritter.data.cache import require_writable, set_aside
@@ -21,6 +20,7 @@ from tritter.errors import TritterError
 from tritter.families import Config, family_of
 from tritter.forgetting.path_integral import PathIntegral
 from tritter.models import named_tensors, new_model, save_tokenizer
+from tritter.pipeline import moments
 from tritter.pipeline.context import RunContext, content_key, schedule_of
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, FitResult, discard_saved, fit
@@ -70,6 +70,9 @@ def _made_from(context: RunContext) -> dict[str, Any]:
     # Only a short training warms up for longer than its share; others keep the name they had
     is_lengthened = schedule.warmup_steps != schedule.asked_warmup_steps
     warmup = {"warmup_steps": schedule.warmup_steps} if is_lengthened else {}
+    optimizer = asdict(config.optimizer)
+    if not optimizer["carry"]:  # one that leaves its moments is another entry
+        del optimizer["carry"]
     return {
         "format_version": FORMAT_VERSION,
         **warmup,
@@ -79,7 +82,7 @@ def _made_from(context: RunContext) -> dict[str, Any]:
         "domains": list(context.old_domains),
         "data": _text_options(config.data),
         "pretraining": asdict(config.pretraining),
-        "optimizer": asdict(config.optimizer),
+        "optimizer": optimizer,
         "trainer": {key: trainer[key] for key in ("accelerator", "precision", "gradient_clip_val")}
         | devices,
         "seed": config.seed,
@@ -110,15 +113,16 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
     batches = context.batches(
         context.old_domains, purpose="pretraining", max_steps=pretraining.max_steps
     )
-    recorded = context.folder / "pretraining" / "path_integral"
+    working = context.folder / "pretraining"
+    recorded = working / "path_integral"
     result = fit(
         module,
         batches,
         settings=context.trainer_settings,
-        folder=context.folder / "pretraining",
+        folder=working,
         label="pretraining",
         console=context.console,
-        observers=[PathIntegral(recorded)],
+        observers=[PathIntegral(recorded), *moments.keepers(context, working)],
     )
     if result.stopped_because is not None:
         raise TritterError(
@@ -129,7 +133,8 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
 
     def write_extras(place: Path) -> None:
         save_tokenizer(context.corpus.tokenizer, place, end_of_text=END_OF_TEXT)
-        shutil.copytree(recorded / STATE_FOLDER, place / STATE_FOLDER)
+        states = read_state(recorded), moments.read_left(context, working)
+        copy_states([state for state in states if state is not None], place)
 
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not folder.exists():  # else another run was faster
@@ -140,7 +145,8 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
                 lineage=lambda: lineage,
                 write_extras=write_extras,
             )
-    discard_saved(context.folder / "pretraining")
+    discard_saved(working)
+    moments.discard_left(working)
     return result.seconds
 
 

@@ -129,7 +129,7 @@ class RunContext:
     @property
     def optimiser_settings(self) -> OptimiserSettings:
         values = asdict(self.config.optimizer)
-        del values["name"]  # AdamW is the only one
+        del values["name"], values["carry"]  # AdamW is the only one, and no setting of its own
         return OptimiserSettings(**values)
 
     def seed(self, *purpose: str) -> int:

@@ -20,7 +20,7 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext, score_records
 from tritter.routing import AddedExperts, Routing, expert_counts
 from tritter.training import OldRouting, RoutingObjective, RoutingSettings, Schedule
-from tritter.training.compute import NEW
+from tritter.training.parameters import NEW
 from tritter.training.routing_callbacks import ExpertOpening, Unfreezing
 
 USAGE_SEQUENCES = 64

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from tritter.checkpoint import Lineage, Source, write_checkpoint
+from tritter.checkpoint.state import State, copy_states, read_state
 from tritter.checkpoint.tokenizer_files import copy_tokenizer
 from tritter.config.checkpoint_folder import checkpoint_config
 from tritter.config.memory import memory_problems
+from tritter.config.moments import given_problems
 from tritter.config.problems import raise_problems
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import start_problems
@@ -37,6 +39,8 @@ def check_given(context: RunContext) -> None:
         config = read_config(context.given)
     raise_problems(start_problems(context.config, config))
     raise_problems(memory_problems(context.config, config))
+    if context.config.optimizer.carry:
+        raise_problems(given_problems(context.given))
     if context.config.expansion and context.config.pipeline.target_params is None:
         # Which expert is cloned may be chosen by data later; for what is checked here it is one
         arm = experts.with_choice(Arm("given", context.config.expansion), [0])
@@ -60,19 +64,21 @@ def copy_given(context: RunContext, target: Path) -> Lineage:
     folder = locate(model.path)
     with _wrong_request():
         config = read_config(folder)
-        source = Source.open(folder, config)
+        source, state = Source.open(folder, config), read_state(folder)
         return write_checkpoint(
             target,
             config=config,
             tensors=_tensors(source),
             lineage=lambda: _lineage(source, target, path=model.path),
-            write_extras=lambda path: _copy_extras(folder, path),
+            write_extras=lambda path: _copy_extras(folder, path, state),
             overwrite=True,
         )
 
 
-def _copy_extras(folder: Path, target: Path) -> None:
+def _copy_extras(folder: Path, target: Path, state: State | None) -> None:
     copy_tokenizer(folder, target)
+    if state is not None:
+        copy_states([state], target)
     carry_added_experts(folder, target)
 
 

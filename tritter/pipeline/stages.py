@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from tritter.adaptation import redraw_rows
 from tritter.checkpoint import Lineage, read_lineage, record_step0_error
@@ -19,7 +19,7 @@ from tritter.expansion import build_steps
 from tritter.families import Flops, family_of, forward_flops
 from tritter.forgetting import build_methods
 from tritter.models import config_of, load_model, read_config
-from tritter.pipeline import experts, importance
+from tritter.pipeline import experts, importance, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
 from tritter.pipeline.baseline_scores import score_baseline
@@ -80,6 +80,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
         arm.specs,
         seed=context.seed("expansion", *arm.purpose),
         dtype=torch.float32,
+        moments="carry" if context.config.optimizer.carry else "zero",
         overwrite=True,
     )
     notes = [f"{step.spec.name}: {note}" for step in result.steps for note in step.notes]
@@ -139,6 +140,9 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
         stage="router adaptation",
         added=experts.opened(context, arm, result.steps),
         options=recorded_options(start, is_adapted=True),
+        write_moments=moments.passed_on(
+            context, start, is_trained=lambda tensor: tensor.name.endswith(".router")
+        ),
     )
     discard_saved(folder)
     return StageResult(
@@ -154,10 +158,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     settings = context.config.training
     settings = replace(settings, max_steps=settings.max_steps * arm.num_trainings)
     model = load_model(start)
-    if any(spec.new_blocks_only for spec in arm.specs):
-        carried = _carried(context, arm)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not bool(carried[name].any()))
+    _freeze(context, arm, model)
     methods = build_methods(context.config.forgetting)
     protection = " and ".join(method.name for method in methods) or "nothing"
     domains = _names(context.new_domains)
@@ -169,6 +170,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             optimiser=context.optimiser_settings,
             methods=methods,
             routing=setup.routing,
+            moments=moments.carried(context, start, model),
         )
         folder = context.folder / arm.name
         result = _fit(context, arm, module, setup, folder=folder, label="training", loggers=loggers)
@@ -189,8 +191,10 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         stage="continued training",
         added=experts.opened(context, arm, steps),
         options=recorded_options(start, is_adapted=bool(experts.appended(context, arm))),
+        write_moments=moments.left(context, folder),
     )
-    discard_saved(context.folder / arm.name)
+    discard_saved(folder)
+    moments.discard_left(folder)
     adapted = context.ledger.get(f"{arm.name}.adapt")
     found = _fit_found(result)
     if adapted is not None:
@@ -202,6 +206,14 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         flops={arm.label("fit"): flops},
         leaves=(f"{arm.name}/trained", *metrics),
     )
+
+
+def _freeze(context: RunContext, arm: Arm, model: nn.Module) -> None:
+    """Hold all that is old, where an expansion asks for its new blocks alone to be trained."""
+    if any(spec.new_blocks_only for spec in arm.specs):
+        carried = _carried(context, arm)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not bool(carried[name].any()))
 
 
 def _fit(
@@ -234,6 +246,8 @@ def _fit(
             mean_importance=known.means,
         ),
         loggers=loggers,
+        # What starts from moments leaves its own; the stages of routers do neither
+        observers=moments.keepers(context, folder) if module.moments else (),
         controls=setup.controls,
     )
 

@@ -13,6 +13,7 @@ from tritter.checkpoint.tokenizer_files import copy_tokenizer
 from tritter.families import family_of
 from tritter.models import named_tensors, read_config
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.moments import WriteState
 from tritter.routing import AddedExperts
 from tritter.storage.writer import TensorStream
 
@@ -27,6 +28,7 @@ def write_trained(
     stage: str,
     added: AddedExperts | None = None,
     options: Sequence[str] = (),
+    write_moments: WriteState | None = None,
 ) -> None:
     """Write a trained model as the child of the checkpoint that its training started from.
 
@@ -35,6 +37,7 @@ def write_trained(
         stage: what the training is called in the record.
         added: appended experts, and how far they are open by now; settled ones are forgotten.
         options: sections of the configuration that are recorded besides `training`.
+        write_moments: writes those of the optimiser beside the model.
     """
     parent = read_lineage(start)
     assert parent is not None
@@ -46,6 +49,8 @@ def write_trained(
         copy_tokenizer(start, folder)
         if added is not None and not is_settled:
             added.write(folder)
+        if write_moments is not None:
+            write_moments(folder)
 
     write_checkpoint(
         target,

@@ -20,7 +20,7 @@ from tritter.errors import TritterError
 # File name → bytes up to which it is read; the largest real ones are a tenth of that.
 _MAX_BYTES = {
     "config.json": 4 * 2**20,
-    "state.json": 2**20,
+    "state.json": 16 * 2**20,
     "router.json": 2**20,
     "tritter.json": 64 * 2**20,
     "model.safetensors.index.json": 64 * 2**20,

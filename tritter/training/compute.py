@@ -8,13 +8,11 @@ from tritter.families import (
     backward_flops,
     family_of,
     forward_flops,
-    layout,
     training_flops,
 )
 from tritter.models import config_of
 from tritter.training.module import BaseModule
-
-BASE, NEW = "_base", "_new"  # what the two parts of a parameter end in whose experts stand apart
+from tritter.training.parameters import live_layout
 
 
 class StepFlops:
@@ -59,16 +57,9 @@ def _flops_of(model: nn.Module) -> tuple[Flops, Flops]:
 
 def trained_tensors(model: nn.Module) -> frozenset[str]:
     """Return the logical names of what needs a gradient in a live model."""
-    config, parameters = config_of(model), dict(model.named_parameters())
-    trained = set()
-    for stored in layout(family_of(config), config, "live"):
-        for part in stored.parts:
-            parameter = parameters.get(stored.name)
-            if parameter is None:
-                assert part.tensor.expert is not None
-                num_base = len(parameters[stored.name + BASE])
-                end = BASE if part.tensor.expert < num_base else NEW
-                parameter = parameters[stored.name + end]
-            if parameter.requires_grad:
-                trained.add(part.tensor.name)
-    return frozenset(trained)
+    return frozenset(
+        part.tensor.name
+        for stored in live_layout(model)
+        if model.get_parameter(stored.name).requires_grad
+        for part in stored.parts
+    )

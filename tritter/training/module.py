@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tritter.training.forgetting_method import ForgettingMethod
+from tritter.training.moments import start_from
 from tritter.training.optimiser import OptimiserSettings, build_optimiser
 from tritter.training.routing import RoutingObjective
 from tritter.training.schedule import Schedule
+from tritter.training.transplant import Moments
 
 
 class BaseModule(LightningModule):
@@ -22,6 +24,8 @@ class BaseModule(LightningModule):
         schedule: learning rate over the steps.
         optimiser: everything else of the optimiser.
         routing: terms of the loss for the routers of a model with experts.
+        moments: of Adam, that the optimiser starts from, by the model's parameter names; those
+            of a training that is resumed take their place.
     """
 
     def __init__(
@@ -31,12 +35,14 @@ class BaseModule(LightningModule):
         schedule: Schedule,
         optimiser: OptimiserSettings,
         routing: RoutingObjective | None = None,
+        moments: Mapping[str, Moments] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.schedule = schedule
         self.optimiser_settings = optimiser
         self.routing = routing
+        self.moments = moments or {}
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the mean next-token loss of a batch, nats per token."""
@@ -68,6 +74,7 @@ class BaseModule(LightningModule):
             self.optimiser_settings,
             learning_rate=self.schedule.learning_rate,
         )
+        start_from(optimiser, self.model, self.moments)
         # A plain function, which the scheduler's state leaves out; the step is all there is to save
         scheduler = LambdaLR(optimiser, lambda step: self.schedule.factor(step))
         return {
@@ -91,8 +98,11 @@ class ExpandedModule(BaseModule):
         optimiser: OptimiserSettings,
         methods: Sequence[ForgettingMethod] = (),
         routing: RoutingObjective | None = None,
+        moments: Mapping[str, Moments] | None = None,
     ) -> None:
-        super().__init__(model, schedule=schedule, optimiser=optimiser, routing=routing)
+        super().__init__(
+            model, schedule=schedule, optimiser=optimiser, routing=routing, moments=moments
+        )
         self.methods = tuple(methods)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:

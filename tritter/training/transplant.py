@@ -9,6 +9,7 @@ from tritter.errors import TritterError
 from tritter.families import Config, StoredTensor, family_of, layout
 from tritter.parameter_map import ParameterMap, TensorMap
 from tritter.parameter_map.carry import MOMENTS, Policy, carry, starts_anew
+from tritter.training.parameters import live_layout
 
 Moments = dict[str, Tensor]
 
@@ -36,7 +37,7 @@ def transplant_optimiser(
     Raises:
         TritterError: the old optimiser does not hold Adam's moments.
     """
-    state = _moments_by_name(old, old_model, configs[0])
+    state = moments_by_name(old, old_model)
     for parameter_map in parameter_maps:
         state = {
             name: {kind: _carried(tensor_map, state, kind, policy) for kind in (*MOMENTS, "step")}
@@ -44,16 +45,19 @@ def transplant_optimiser(
             if tensor_map.source in state and not starts_anew(tensor_map, MOMENTS[0], policy=policy)
         }
     for stored in layout(family_of(configs[-1]), configs[-1], "live"):
-        held = [p.tensor.name for p in stored.parts if p.tensor.name in state]
-        if held:
+        if any(part.tensor.name in state for part in stored.parts):
             parameter = new_model.get_parameter(stored.name)
-            new.state[parameter].update(_packed(stored, held, state))
+            new.state[parameter].update(packed_moments(stored, state))
 
 
-def _packed(
-    stored: StoredTensor, held: Sequence[str], state: Mapping[str, Moments]
-) -> dict[str, Tensor]:
+def packed_moments(stored: StoredTensor, state: Mapping[str, Moments]) -> Moments:
+    """Return the state of one parameter, of what it holds by logical name.
+
+    Some of its parts may have none yet: zero and the mean of the others stand in. Where parts
+    differ in their steps, the most that one has had counts.
+    """
     first, second = MOMENTS
+    held = [part.tensor.name for part in stored.parts if part.tensor.name in state]
     example = state[held[0]]
     mean = torch.stack([state[name][second].double().mean() for name in held]).mean()
     absent = {first: torch.zeros((), dtype=example[first].dtype), second: mean.to(example[second])}
@@ -61,14 +65,18 @@ def _packed(
     def moment(kind: str) -> Tensor:
         return stored.pack(lambda name: state[name][kind] if name in state else absent[kind])
 
-    return {first: moment(first), second: moment(second), "step": example["step"].clone()}
+    step = torch.stack([state[name]["step"] for name in held]).max()
+    return {first: moment(first), second: moment(second), "step": step}
 
 
-def _moments_by_name(
-    optimiser: torch.optim.Optimizer, model: nn.Module, config: Config
-) -> dict[str, Moments]:
+def moments_by_name(optimiser: torch.optim.Optimizer, model: nn.Module) -> dict[str, Moments]:
+    """Return what an Adam holds of a live model, by logical name; the rest is absent.
+
+    Raises:
+        TritterError: it holds something else than Adam's moments.
+    """
     found: dict[str, Moments] = {}
-    for stored in layout(family_of(config), config, "live"):
+    for stored in live_layout(model):
         held = optimiser.state.get(model.get_parameter(stored.name))
         if not held:
             continue
