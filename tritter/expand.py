@@ -230,13 +230,9 @@ def _extras_writer(
     def write(folder: Path) -> None:
         copy_tokenizer(source, folder)
         if state is not None:
-            write_state(
-                folder,
-                {k: state_stream(plan, k, t, moments=moments) for k, t in state.kinds.items()},
-                step=state.step,
-                other_steps=_carried_steps(plan, state),
-                max_shard_bytes=max_shard_bytes,
-            )
+            kinds = {k: state_stream(plan, k, t, moments=moments) for k, t in state.kinds.items()}
+            steps, size = _carried_steps(plan, state), max_shard_bytes
+            write_state(folder, kinds, step=state.step, other_steps=steps, max_shard_bytes=size)
         if plan.added_experts is not None:
             plan.added_experts.write(folder)
 
@@ -245,12 +241,10 @@ def _extras_writer(
 
 def _carried_steps(plan: Plan, state: State) -> dict[str, int]:
     """Return the steps of parameters that are not those of most, by name on disk."""
-    source, target = family_of(plan.config), family_of(plan.target_config)
-    names = {t.name: t.disk_name for t in source.logical_tensors(plan.config)}
-    targets = target.logical_tensors(plan.target_config)
-    origins = {t.disk_name: names.get(origin_of(t.name, plan.steps) or "") for t in targets}
-    others = state.other_steps
-    return {name: others[o] for name, o in origins.items() if o is not None and o in others}
+    names = {t.name: t.disk_name for t in family_of(plan.config).logical_tensors(plan.config)}
+    targets = family_of(plan.target_config).logical_tensors(plan.target_config)
+    origins = {t.disk_name: names.get(origin_of(t.name, plan.steps) or "", "") for t in targets}
+    return {n: state.other_steps[o] for n, o in origins.items() if o in state.other_steps}
 
 
 def _state_move(kind: str, moments: Policy) -> Move:
