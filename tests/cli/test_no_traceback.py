@@ -121,7 +121,7 @@ READERS += (
     "export --checkpoint base --output o",
 )
 READERS += (
-    "plan --source ./base --target 10B --gpu-hours 1",
+    "plan --source ./base --target 200k --gpu-hours 1",
     "train --checkpoint base --data base",
 )
 
