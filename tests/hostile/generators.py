@@ -1,0 +1,310 @@
+"""The generators: each draws a case of its kind from a seeded generator and sets up its sandbox."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.hostile import values
+from tests.hostile.case import Case
+from tests.hostile.sandbox import Sandbox, special
+from tests.hostile.templates import ROOT, SMALL_RUN, run_words
+
+Generator = Callable[[random.Random, Sandbox], Case]
+
+_CHECKPOINTS = ("base", "grown", "grown", "sparse")
+_KEYS = (ROOT / "tests/config/keys.txt").read_text().split()
+
+
+def folders(rng: random.Random, sandbox: Sandbox) -> Case:
+    """A checkpoint folder in which files are damaged, missing, special, or too many."""
+    folder = sandbox.take(rng.choice(_CHECKPOINTS), "source")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    story = []
+    for _ in range(rng.choice((1, 1, 2))):
+        path = rng.choice(files)
+        story.append(_damage_file(rng, path, sandbox))
+    return _read_by(rng, "; ".join(story))
+
+
+def tensors(rng: random.Random, sandbox: Sandbox) -> Case:
+    """Tensors that are not those of the config: types, shapes, names, values, indexes."""
+    folder = sandbox.take(rng.choice(_CHECKPOINTS), "source")
+    path = folder / "model.safetensors"
+    held = load_file(path)
+    name = rng.choice(sorted(held))
+    kind = rng.randrange(8)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(held, path.name)}
+    if kind == 0:
+        dtype = rng.choice((torch.int64, torch.int8, torch.bool, torch.float16, torch.float64))
+        held = {key: value.to(dtype) for key, value in held.items() if rng.random() < 0.9}
+    elif kind == 1:
+        held[name] = held[name].new_full(held[name].shape, rng.choice((float("nan"), float("inf"))))
+    elif kind == 2:
+        held[name] = held[name].new_zeros(rng.choice(((0,), (), (3, 1, 2), (1, 1), (2**16,))))
+    elif kind == 3:
+        held[values.word(rng).replace("\ud800", "?")] = held.pop(name)
+    elif kind == 4:
+        held["model.extra" + rng.choice(values.ESCAPES)] = torch.ones(2)
+    elif kind == 5:
+        index["weight_map"][name] = rng.choice(
+            ("../outside/secret.txt", "/etc/hostname", "x" * 300, "nowhere.safetensors", "", "\x00")
+        )
+    elif kind == 6:
+        index = values.mutated_json(rng, index)
+    if kind in (5, 6, 7):
+        place = folder / "model.safetensors.index.json"
+        place.write_bytes(values.json_bytes(index))
+        if rng.random() < 0.5:
+            path.rename(folder / "model-00001-of-00001.safetensors")
+    else:
+        save_file(held, path, metadata={"format": "pt"})
+    return _read_by(rng, f"tensors, kind {kind}, {name}")
+
+
+def records(rng: random.Random, sandbox: Sandbox) -> Case:
+    """Entries of config.json, tritter.json, state.json and the tokenizer's files, changed."""
+    folder = sandbox.take(rng.choice(_CHECKPOINTS), "source")
+    names = ["config.json", "config.json", "tritter.json", "tritter.json", "state/state.json"]
+    names += ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    path = folder / rng.choice([name for name in names if (folder / name).is_file()])
+    plain = json.loads(path.read_text())
+    for _ in range(rng.choice((1, 1, 1, 3))):
+        plain = values.mutated_json(rng, plain)
+    if path.name == "tritter.json" and isinstance(plain, dict) and rng.random() < 0.5:
+        plain["record_digest"] = None  # so that what is wrong is read, not only noticed
+    path.write_bytes(values.json_bytes(plain))
+    return _read_by(rng, f"{path.name} changed")
+
+
+def places(rng: random.Random, sandbox: Sandbox) -> Case:
+    """Outputs at places that hold something: other files, the source, links, special files."""
+    source = sandbox.take("grown", "source")
+    target = sandbox.inside / "target"
+    (sandbox.inside / "notes").mkdir()
+    (sandbox.inside / "notes/thesis.txt").write_text("years of work")
+    kind = rng.randrange(12)
+    output = "target"
+    if kind == 0:
+        output = rng.choice(("source", "source/.", "source/../source", ".", "..", "./source/", "/"))
+    elif kind == 1:
+        output = rng.choice(("source/deep", "source/state", "source/state/deep/er"))
+    elif kind == 2:
+        target.write_text("a plain file")
+    elif kind in (3, 4):
+        special(target, rng.choice(("fifo", "zero", "loop", "sparse")))
+    elif kind == 5:
+        special(target, "link", target=rng.choice((source, sandbox.outside, Path("notes"))))
+    elif kind == 6:
+        output = "notes"
+    elif kind == 7:
+        sandbox.take("base", "target")
+        (target / rng.choice(("thesis.txt", ".hidden", "data.bin"))).write_text("years of work")
+    elif kind == 8:
+        sandbox.take("base", "target")
+        (target / "deep").mkdir()
+        (target / "deep/thesis.txt").write_text("years of work")
+    elif kind == 9:
+        output = values.word(rng)
+    elif kind == 10:
+        output = rng.choice(("notes/thesis.txt", "notes/thesis.txt/deep", "x" * 256, "a\x00b"))
+    else:
+        sandbox.take("base", "target")
+        special(target / "extra", rng.choice(("fifo", "link", "folder")), target=source)
+    words = rng.choice(
+        (
+            ["expand", "--checkpoint", "source", "--method", "llama-pro", "--no-measure"],
+            ["expand", "--checkpoint", "source", "--method", "dus", "--measure"],
+            ["export", "--checkpoint", "source"],
+        )
+    )
+    words += ["--output", output, *(["--overwrite"] if rng.random() < 0.7 else [])]
+    is_replaceable = kind == 11 and not (target / "extra").exists()
+    may_change = ("inside/target",) if is_replaceable else ()
+    return Case(f"output kind {kind}", "tritter", tuple(words), may_change)
+
+
+def commands(rng: random.Random, sandbox: Sandbox) -> Case:
+    """Command lines whose options hold what nobody should type."""
+    import typer
+
+    from tritter.cli.main import app
+
+    sandbox.take("grown", "source")
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    name = rng.choice(sorted(set(known) - {"train"}))
+    words = [name, *_NEEDED[name]]
+    options = [option for p in known[name].params for option in p.opts if option[:2] == "--"]
+    for _ in range(rng.randint(1, 3)):
+        words.append(rng.choice([*options, "--" + values.word(rng)]))
+        if rng.random() < 0.85:
+            words.append(values.number(rng) if rng.random() < 0.5 else values.word(rng))
+    if rng.random() < 0.2:
+        words[rng.randrange(len(words))] = values.word(rng)
+    return Case("options", "tritter", tuple(words), ("inside/out", "inside/source-llama-pro"))
+
+
+def overrides(rng: random.Random, sandbox: Sandbox) -> Case:
+    """Settings of train.py: every key with every kind of value, and words that are none."""
+    words = []
+    for _ in range(rng.choice((1, 1, 2))):
+        key = rng.choice([*_KEYS, *_KEYS, *_GROUPS, *_GROUPS, *_HYDRA])
+        group, _, rest = key.partition(".")
+        if group in ("expansion", "forgetting") and rest and rng.random() < 0.9:
+            words.append(f"{group}={rest.partition('.')[0]}")  # else the key is refused unread
+        sign = rng.choice(("", "", "", "", "", "", "+", "++", "~"))
+        value = values.number(rng) if rng.random() < 0.7 else values.word(rng)
+        words.append(f"{sign}{key}={value}" if rng.random() < 0.9 else sign + key)
+    if rng.random() < 0.1:
+        words.append(values.word(rng))
+    if rng.random() < 0.1:
+        words.append("-m")
+    return Case("overrides", "train.py --dry", tuple(words), ("inside/outputs",))
+
+
+def runs(rng: random.Random, sandbox: Sandbox) -> Case:
+    """Run folders in which something was changed, resumed."""
+    folder = sandbox.take(rng.choice(("finished", "unfinished", "unfinished")), "run")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    path = rng.choice(files)
+    if path.suffix == ".json" and rng.random() < 0.6:
+        plain = values.mutated_json(rng, json.loads(path.read_text()))
+        path.write_bytes(values.json_bytes(plain))
+        story = f"{path.relative_to(folder)} changed"
+    else:
+        story = _damage_file(rng, path, sandbox)
+    words = [*run_words(str(sandbox.templates / "texts")), "trainer.save_every_n_steps=0"]
+    words += [f"cache_dir={sandbox.templates / 'cache'}", "hydra.run.dir=run"]
+    if "unfinished" in (folder / "run.json").as_posix() or (folder / "attempt_1/saved").exists():
+        words.append("training.max_steps=200")
+    if rng.random() < 0.4:
+        words = ["resume=run"]
+    return Case(story, "train.py", tuple(words), ("inside/run",))
+
+
+def texts(rng: random.Random, sandbox: Sandbox) -> Case:
+    """Data files: damaged, of other kinds, special, in every form that data.old and new take."""
+    folder = sandbox.take("texts")
+    name = rng.choice(_TEXT_NAMES)
+    new = folder / name
+    kind = rng.randrange(6)
+    if kind == 0:
+        content = (folder / "new.jsonl").read_bytes()
+        new.write_bytes(values.mutated_bytes(rng, content))
+    elif kind == 1:
+        new.write_bytes(
+            values.json_bytes([values.json_value(rng) for _ in range(rng.randint(0, 9))])
+        )
+    elif kind == 2:
+        rows = [values.json_bytes(values.json_value(rng)) for _ in range(40)]
+        new.write_bytes(b"\n".join(rows))
+    elif kind == 3:
+        special(new, rng.choice(("fifo", "zero", "sparse", "folder", "loop")))
+    elif kind == 4:
+        special(new, "link", target=sandbox.outside / "secret.txt")
+    else:
+        shutil.copy(folder / "new.jsonl", new)
+        text = values.json_bytes({"text": values.json_value(rng), "messages": []})
+        new.write_bytes(new.read_bytes() + text + b"\n")
+    value = rng.choice((f"texts/{name}", "texts", "texts/*", f"[texts/new.jsonl,texts/{name}]"))
+    if "\x1b" in value:
+        value = f"'{value}'"
+    side, other = rng.choice((("old", "new"), ("new", "old")))
+    words = [*SMALL_RUN, f"data.{side}={value}", f"data.{other}=stdlib:prose"]
+    if rng.random() < 0.7:
+        words[-1] = f"data.{other}=texts/" + ("new.jsonl" if other == "new" else "old")
+    words += ["evaluation.sample_tokens=0", "cache_dir=cache", "hydra.run.dir=run"]
+    return Case(f"{name!r}, kind {kind}", "train.py", tuple(words), ("inside/run", "inside/cache"))
+
+
+def continued(rng: random.Random, sandbox: Sandbox) -> Case:
+    """`tritter train --checkpoint` on folders whose record or files were changed."""
+    folder = sandbox.take("finished", "run") / "checkpoint"
+    path = folder / rng.choice(("tritter.json", "tritter.json", "config.json", "tokenizer.json"))
+    plain = json.loads(path.read_text())
+    if isinstance(plain.get("training_config"), dict) and rng.random() < 0.6:
+        plain["training_config"] = values.mutated_json(rng, plain["training_config"])
+    else:
+        plain = values.mutated_json(rng, plain)
+    if path.name == "tritter.json" and isinstance(plain, dict) and rng.random() < 0.6:
+        plain["record_digest"] = None
+    path.write_bytes(values.json_bytes(plain))
+    sandbox.take("texts")
+    words = ["train", "--checkpoint", "run/checkpoint", "--data", "texts/new.jsonl", "--steps", "4"]
+    words += ["trainer.progress=off", "logger=csv", "data.batch_size=2", "cache_dir=cache"]
+    words += ["evaluation.sample_tokens=0", "gate=off"]
+    if rng.random() < 0.3:
+        words += [rng.choice(("--old-data", "--output", "--ewc-lambda")), values.word(rng)]
+    free = ("inside/run/checkpoint-continued", "inside/cache")
+    return Case(f"{path.name} changed", "tritter", tuple(words), free)
+
+
+GENERATORS: dict[str, tuple[Generator, int]] = {
+    "folders": (folders, 450),
+    "tensors": (tensors, 250),
+    "records": (records, 450),
+    "places": (places, 200),
+    "commands": (commands, 350),
+    "overrides": (overrides, 400),
+    "runs": (runs, 80),
+    "texts": (texts, 120),
+    "continued": (continued, 60),
+}
+"""Kind of input → its generator, and how many cases of it a run makes."""
+
+_NEEDED = {
+    "expand": ("--checkpoint", "source", "--method", "llama-pro", "--output", "out"),
+    "export": ("--checkpoint", "source", "--output", "out"),
+    "history": ("source",),
+    "inspect": ("source",),
+    "generate": ("--checkpoint", "source", "--prompt", "the", "--max-new-tokens", "2"),
+    "plan": ("--source", "125M", "--target", "350M", "--gpu-hours", "10"),
+}
+_GROUPS = (*sorted({key.partition(".")[0] for key in _KEYS}), "model", "experiment")
+_TEXT_NAMES = (
+    *("a.txt", "a.md", "a.rst", "a.json", "a.jsonl", "a.parquet", "a.txt.gz", "a.jsonl.gz"),
+    *("a.json.gz", "a.csv", "a", "a\x1b[31m.txt", "a" * 250 + ".txt", ".txt"),
+)
+_HYDRA = (
+    *("hydra.run.dir", "hydra.sweep.dir", "hydra.output_subdir", "hydra.launcher._target_"),
+    *("hydra.job.name", "hydra.sweeper._target_", "hydra.callbacks.x._target_", "hydra.verbose"),
+    *("hydra.job_logging.handlers.file._target_", "hydra.run", "hydra", "hydra.searchpath"),
+)
+
+
+def _read_by(rng: random.Random, story: str) -> Case:
+    """Return a case in which one of the commands reads `source`."""
+    checkpoint = ("--checkpoint", "source")
+    words = rng.choice(
+        (
+            ("expand", *checkpoint, "--method", "width", "--output", "out", "--no-measure"),
+            ("expand", *checkpoint, "--method", "llama-pro", "--output", "out", "--measure"),
+            ("export", *checkpoint, "--output", "out"),
+            ("history", "source", "--verify"),
+            ("inspect", "source"),
+            ("generate", *checkpoint, "--prompt", "the", "--max-new-tokens", "2"),
+            ("plan", "--source", "source", "--target", "1M", "--gpu-hours", "1"),
+        )
+    )
+    return Case(story, "tritter", words, ("inside/out",))
+
+
+def _damage_file(rng: random.Random, path: Path, sandbox: Sandbox) -> str:
+    """Change, remove or replace one file; return what was done."""
+    kind = rng.random()
+    name = path.relative_to(sandbox.inside)
+    if kind < 0.6 and path.is_file() and not path.is_symlink():
+        path.write_bytes(values.mutated_bytes(rng, path.read_bytes()))
+        return f"{name} damaged"
+    if path.exists() or path.is_symlink():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if kind < 0.7:
+        return f"{name} removed"
+    what = rng.choice(("fifo", "zero", "sparse", "folder", "loop", "link", "link"))
+    secret = rng.choice((sandbox.outside / "secret.txt", Path("../../outside/secret.txt")))
+    special(path, what, target=secret)
+    return f"{name} is a {what}"

@@ -1,0 +1,108 @@
+"""What the cases start from: small real checkpoints, runs and texts, made once."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tests import oracle
+from tests.oracle_families import tiny
+from tritter.checkpoint import read_lineage, write_checkpoint
+from tritter.checkpoint.state import write_state
+from tritter.data.documents import Document
+from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.expand import copy_tokenizer, expand
+from tritter.expansion import LlamaPro, Width
+from tritter.models import load_model, named_tensors, read_config, save_tokenizer
+from tritter.storage.writer import TensorStream
+
+ROOT = Path(__file__).parents[2]
+SENTENCE = "the model grows a layer where data asks for one and keeps what it knew\n"
+SMALL_RUN = (
+    *("model.hidden_size=16", "model.intermediate_size=24", "model.num_hidden_layers=2"),
+    *("model.num_attention_heads=2", "model.num_key_value_heads=1", "data=text"),
+    *("data.vocab_size=280", "data.sequence_length=32", "data.batch_size=2"),
+    *("pretraining.max_steps=2", "training.max_steps=2", "trainer.progress=off", "logger=csv"),
+    *("evaluation.max_tokens_per_document=32", "evaluation.sample_tokens=2", "gate=off"),
+)
+
+
+def make_templates(folder: Path) -> None:
+    """Write `base`, `grown`, `sparse`, `texts`, `finished`, `unfinished` and `cache`."""
+    folder.mkdir(parents=True)
+    _make_texts(folder / "texts")
+    tokenizer = train_tokenizer([Document("d", SENTENCE * 20)], vocab_size=300)
+    for name, family in {"base": "llama", "sparse": "mixtral"}.items():
+        oracle.saved(tiny(family, vocab_size=300), folder / name)
+        save_tokenizer(tokenizer, folder / name, end_of_text=END_OF_TEXT)
+    expand(folder / "base", folder / "first", [Width(hidden_size=28, intermediate_size=48)])
+    _add_state(folder / "first", folder / "second")
+    expand(folder / "second", folder / "grown", [LlamaPro(positions=[1])])
+    shutil.rmtree(folder / "first")
+    _run(folder, "finished")
+    _kill_while_training(folder, "unfinished")
+
+
+def run_words(texts: str) -> list[str]:
+    """Return the words of the small run on texts that lie in a folder."""
+    return [*SMALL_RUN, f"data.old={texts}/old", f"data.new={texts}/new.jsonl"]
+
+
+def _make_texts(folder: Path) -> None:
+    (folder / "old").mkdir(parents=True)
+    for number in range(40):
+        (folder / f"old/{number}.txt").write_text(f"{number} " + SENTENCE * 3)
+    lines = [f'{{"text": "{number} {SENTENCE.strip()[::-1]}"}}' for number in range(40)]
+    (folder / "new.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _add_state(source: Path, target: Path) -> None:
+    """Write a checkpoint again with moments and a Fisher beside it."""
+    config, lineage = read_config(source), read_lineage(source)
+    assert lineage is not None
+    tensors = dict(named_tensors(load_model(source), config))
+
+    def write_extras(folder: Path) -> None:
+        copy_tokenizer(source, folder)
+        values = {name: torch.full_like(value, 1e-3) for name, value in tensors.items()}
+        kinds = {kind: TensorStream.of(values.items()) for kind in ("exp_avg", "exp_avg_sq")}
+        write_state(folder, {**kinds, "fisher": TensorStream.of(values.items())}, step=3)
+
+    write_checkpoint(
+        target,
+        config=config,
+        tensors=TensorStream.of(tensors.items()),
+        lineage=lambda: lineage,
+        write_extras=write_extras,
+    )
+
+
+def _start(folder: Path, name: str, *more: str) -> "subprocess.Popen[bytes]":
+    words = [*run_words("texts"), f"cache_dir={folder / 'cache'}", f"hydra.run.dir={name}", *more]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def _run(folder: Path, name: str) -> None:
+    process = _start(folder, name)
+    assert process.wait(timeout=120) == 0
+
+
+def _kill_while_training(folder: Path, name: str) -> None:
+    process = _start(folder, name, "training.max_steps=200", "trainer.save_every_n_steps=1")
+    since = time.monotonic()
+    while not (folder / name / "attempt_1/saved").exists() and time.monotonic() - since < 120:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
