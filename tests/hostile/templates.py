@@ -55,9 +55,9 @@ def run_words(texts: str) -> list[str]:
 
 def _make_texts(folder: Path) -> None:
     (folder / "old").mkdir(parents=True)
-    for number in range(40):
+    for number in range(60):
         (folder / f"old/{number}.txt").write_text(f"{number} " + SENTENCE * 3)
-    lines = [f'{{"text": "{number} {SENTENCE.strip()[::-1]}"}}' for number in range(40)]
+    lines = [f'{{"text": "{number} {SENTENCE.strip()[::-1]}"}}' for number in range(60)]
     (folder / "new.jsonl").write_text("\n".join(lines) + "\n")
 
 
