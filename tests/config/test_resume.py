@@ -177,3 +177,27 @@ def test_it_is_for_the_command_line_alone(run: Run) -> None:
     assert both.code == 2 and "hydra.run.dir" in both.err
     assert run("-m", "resume=one", "seed=1,2").code == 2
     assert run("resume=two").code == 2
+
+
+@pytest.mark.parametrize("place", [".hydra/config.yaml", "train.log", "attempt_1", "scores/x.json"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
+def test_a_run_folder_that_leads_elsewhere_is_refused(
+    run: Run, tmp_path: Path, place: str, kind: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "thesis").write_text("years of work")
+    folder = tmp_path / "run"
+    assert run("seed=1", f"hydra.run.dir={folder}").code == 1
+    path = folder / place
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(outside / ("thesis" if kind == "link" else "new"))
+    result = run("seed=1", f"hydra.run.dir={folder}")
+    assert result.code == 2
+    assert path.name in result.err and "hydra.run.dir" in result.err
+    assert [p.name for p in outside.iterdir()] == ["thesis"]
+    assert (outside / "thesis").read_text() == "years of work"

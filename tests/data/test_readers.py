@@ -153,8 +153,8 @@ def test_another_encoding_is_named(tmp_path: Path, encoding: str, named: str, en
         ("a.txt", b"text\0", "holds a byte 0, at 4"),
         ("a.txt", bytes(5000), "holds a byte 0, at 0"),
         ("a.txt.gz", b"no gzip", "Not a gzipped file"),
-        ("a.txt.gz", gzip.compress(b"abc" * 999)[:-9], "ended before"),
-        ("a.jsonl.gz", gzip.compress(b'"abc"\n' * 999)[:30] + b"\xff" * 30, "a.jsonl.gz cannot"),
+        ("a.txt.gz", gzip.compress(b"abc" * 999, mtime=0)[:-9], "ended before"),
+        ("a.jsonl.gz", gzip.compress(b'"a"\n' * 999, mtime=0)[:30] + b"\xff" * 30, "cannot"),
     ],
 )
 def test_damaged_files(tmp_path: Path, name: str, content: bytes, said: str) -> None:

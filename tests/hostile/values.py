@@ -100,7 +100,7 @@ def mutated_bytes(rng: random.Random, content: bytes) -> bytes:
     if kind == 5:  # a header that claims to be endless
         return struct.pack("<Q", rng.choice((2**62, 2**40, 10**9, 0))) + content[8:]
     if kind == 6:
-        return gzip.compress(content)
+        return gzip.compress(content, mtime=0)
     if kind == 7:
         return content.decode("latin-1").encode("utf-16")
     if kind == 8:

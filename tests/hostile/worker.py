@@ -65,6 +65,7 @@ class _Kept:
     status = "kept"
     metric = 1.0
     summary_path = Path("summary.json")
+    leaves = ()
 
 
 def _note_taking(config: Any, *, run_folder: Path) -> _Kept:

@@ -14,6 +14,7 @@ from tritter.config.program import command, program_words, resume_command
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.storage.atomic import write_text_atomic
+from tritter.storage.links import check_tree
 from tritter.storage.names import named_path
 from tritter.storage.reading import read_object
 from tritter.storage.records import read_record, record_text
@@ -65,13 +66,19 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
         TritterError: what a finished run left was changed; names files and tensors.
     """
     _check_place(folder)
-    if not os.path.lexists(folder / RUN_FILE):
-        if folder.exists() and any(path.name not in _MADE_BY_HYDRA for path in folder.iterdir()):
-            raise RequestError(
-                f"hydra.run.dir = {folder}: output exists and is no run of Tritter (it has no "
-                f"{RUN_FILE}); nothing was touched. Allowed is a new or empty folder, or one of "
-                "an earlier run of the same configuration."
-            )
+    is_run = os.path.lexists(folder / RUN_FILE)
+    others = (path for path in folder.iterdir() if path.name not in _MADE_BY_HYDRA)
+    if not is_run and folder.exists() and any(others):
+        raise RequestError(
+            f"hydra.run.dir = {folder}: output exists and is no run of Tritter (it has no "
+            f"{RUN_FILE}); nothing was touched. Allowed is a new or empty folder, or one of "
+            "an earlier run of the same configuration."
+        )
+    try:
+        check_tree(folder)  # what is written below it has to stay there
+    except TritterError as error:
+        raise RequestError(f"hydra.run.dir = {folder}: {error}") from error
+    if not is_run:
         return RunState.NEW
     run = read_run(folder)
     changes = describe_changes(run.fingerprint, fingerprint(config))

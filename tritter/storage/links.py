@@ -1,14 +1,16 @@
-"""Links within a checkpoint folder: they may not lead out of it.
+"""Links within a checkpoint or run folder: they may not lead out of it.
 
 A folder from elsewhere could name any file of this machine in that way, and what is read is copied
-into results.
+into results; what a run writes would land there.
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from tritter.errors import TritterError
+from tritter.storage.reading import kind_of
 
 # Folders inside a checkpoint in which something is read, by us or by transformers.
 _INNER_FOLDERS = ("state", "additional_chat_templates")
@@ -26,6 +28,23 @@ def check_links(folder: Path) -> None:
     for path in _entries(folder):
         if path.is_symlink():
             check_inside(folder, str(path.relative_to(folder)))
+
+
+def check_tree(folder: Path) -> None:
+    """Refuse a folder with a link that leads out of it, or with what is neither file nor folder.
+
+    Looks at names alone: a pipe or a device is not opened.
+
+    Raises:
+        TritterError: names it.
+    """
+    for above, folders, files in os.walk(folder):
+        for path in (Path(above, name) for name in (*folders, *files)):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                check_inside(folder, str(path.relative_to(folder)))
+            elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise TritterError(f"{path} is {kind_of(mode)}, not a file.")
 
 
 def check_inside(folder: Path, name: str) -> None:
