@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,19 @@ def test_what_is_no_checkpoint_is_told(tmp_path: Path, name: str) -> None:
     with pytest.raises(TritterError, match=r"run\.ckpt (is not a|holds no|holds obj|cannot be r)"):
         convert(tmp_path / "run.ckpt", tiny_llama(), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.ckpt"]
+
+
+def test_an_archive_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": tiny_llama().state_dict()}, tmp_path / "plain.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.ckpt") as plain,
+        zipfile.ZipFile(tmp_path / "run.ckpt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry) + bytes(10**6))
+    with pytest.raises(TritterError, match=r"run\.ckpt is a packed archive .* unpack to 10"):
+        convert(tmp_path / "run.ckpt", tiny_llama(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_saved_folder_is_the_better_way_and_gives_the_same(tmp_path: Path) -> None:

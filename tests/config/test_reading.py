@@ -11,11 +11,13 @@ class Thing:
     rate: float = field(default=0.1, metadata={"above": 0, "below": 1})
     is_on: bool = False
     mode: str = field(default="a", metadata={"choices": ("a-b", "off")})
+    kind: str = field(default="true", metadata={"choices": ("x", "true")})
     label: str | None = None
     places: tuple[int, ...] | None = field(default=None, metadata={"minimum": 0})
 
 
-GOOD = {"count": 2, "rate": 0.5, "is_on": True, "mode": "off", "label": "x", "places": [0, 3]}
+GOOD: dict[str, object] = {"count": 2, "rate": 0.5, "is_on": True, "mode": "off"}
+GOOD |= {"kind": "x", "label": "x", "places": [0, 3]}
 KEYS = tuple(f"thing.{name}" for name in GOOD)
 
 
@@ -25,7 +27,7 @@ def read(**changes: object) -> tuple[Thing | None, list[str]]:
 
 
 def test_good_values_become_a_record() -> None:
-    assert read()[0] == Thing(2, 0.5, True, "off", "x", (0, 3))
+    assert read()[0] == Thing(2, 0.5, True, "off", "x", "x", (0, 3))
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,7 @@ def test_good_values_become_a_record() -> None:
         ({"places": None}, ("places", None)),
         ({"mode": "a_b"}, ("mode", "a-b")),
         ({"mode": False}, ("mode", "off")),  # YAML 1.1 reads `off` so
+        ({"kind": True}, ("kind", "true")),
         ({"label": None}, ("label", None)),
     ],
 )

@@ -216,3 +216,13 @@ def test_damaged_configs_are_refused(run_there: Run, place: Path, text: str) -> 
     result = run_there(*HF.split())
     assert (result.code, result.written) == (2, [])
     assert "model.path = " in result.err
+
+
+@pytest.mark.parametrize("folder", ["@base", "@base/run", "@base/../base/run", "@link/deep/run"])
+def test_no_run_lies_in_the_checkpoint_that_it_starts_from(
+    run_there: Run, place: Path, folder: str
+) -> None:
+    (place / "link").symlink_to(place / "base")
+    result = run_there(*HF.split(), f"hydra.run.dir={folder}")
+    assert (result.code, result.written) == (2, [])
+    assert "in the checkpoint that the run starts from" in result.err

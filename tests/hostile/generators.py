@@ -205,7 +205,7 @@ def texts(rng: random.Random, sandbox: Sandbox) -> Case:
     elif kind == 3:
         special(new, rng.choice(("fifo", "zero", "sparse", "folder", "loop")))
     elif kind == 4:
-        special(new, "link", target=sandbox.outside / "secret.txt")
+        special(new, "link", target=rng.choice((sandbox.templates / "texts/old/1.txt", Path("no"))))
     else:
         shutil.copy(folder / "new.jsonl", new)
         text = values.json_bytes({"text": values.json_value(rng), "messages": []})

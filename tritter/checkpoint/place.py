@@ -39,12 +39,12 @@ def check_output(target: Path, *, sources: Sequence[Path] = (), overwrite: bool)
     """
     refuse_standing(target, overwrite=overwrite)
     for source in sources:
-        if _is_within(target, source):
+        if is_within(target, source):
             raise RequestError(
                 f"{target} is {source}, which the result is made from, or lies in it; a result "
                 "stands beside its source, neither in it nor in its place."
             )
-        if _is_within(source, target):
+        if is_within(source, target):
             raise _holds_source(target, source)
     if overwrite and os.path.lexists(target):
         check_replaceable(target, sources=sources)
@@ -59,7 +59,7 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
         RequestError: says what else is there.
     """
     for source in sources:
-        if _is_within(source, folder):
+        if is_within(source, folder):
             raise _holds_source(folder, source)
     try:
         listed = _listed(folder)
@@ -87,7 +87,7 @@ def _holds_source(target: Path, source: Path) -> RequestError:
     )
 
 
-def _is_within(path: Path, folder: Path) -> bool:
+def is_within(path: Path, folder: Path) -> bool:
     """Say whether a path is a folder or lies in it, however the two are spelled."""
     try:
         wanted = folder.stat()

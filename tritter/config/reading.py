@@ -179,9 +179,11 @@ def _convert(value: object, hint: object, metadata: Mapping[str, Any]) -> object
 
 
 def _choose(value: object, choices: tuple[str, ...]) -> str:
-    # YAML 1.1 reads a bare on or off as a boolean
+    # YAML reads a bare on, off or true as a boolean
     if isinstance(value, bool) and "off" in choices:
         value = "on" if value else "off"
+    elif value is True and "true" in choices:
+        value = "true"
     by_spelling = {choice.replace("-", "_"): choice for choice in choices}
     spelling = str(value).replace("-", "_")
     if not isinstance(value, str) or spelling not in by_spelling:

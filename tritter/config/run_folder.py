@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tritter.checkpoint.left import digests_of, find_damage, read_left
+from tritter.checkpoint.place import is_within
 from tritter.config.fingerprint import describe_changes, fingerprint
 from tritter.config.program import command, program_words, resume_command
-from tritter.config.schema import RunConfig
+from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.links import check_tree
@@ -65,7 +66,7 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
             the keys that changed), or can't be a folder at all.
         TritterError: what a finished run left was changed; names files and tensors.
     """
-    _check_place(folder)
+    _check_place(folder, config)
     is_run = os.path.lexists(folder / RUN_FILE)
     others = (path for path in folder.iterdir() if path.name not in _MADE_BY_HYDRA)
     if not is_run and folder.exists() and any(others):
@@ -240,8 +241,14 @@ def _time(path: Path) -> tuple[int, str]:
     return path.lstat().st_mtime_ns, str(path)
 
 
-def _check_place(folder: Path) -> None:
-    """Refuse a path that can't become a folder, before anything tries."""
+def _check_place(folder: Path, config: RunConfig) -> None:
+    """Refuse a path that can't become a folder, or lies in the checkpoint that is trained on."""
+    model = config.model
+    if isinstance(model, CheckpointModelConfig) and is_within(folder, Path(model.path)):
+        raise RequestError(
+            f"hydra.run.dir = {folder}: it lies in the checkpoint that the run starts from, "
+            f"{model.path}; a run stands beside it."
+        )
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -15,7 +15,7 @@ from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
 from tritter.evaluation.losses import DocumentLosses, domain_score
 from tritter.models import load_model, read_config
-from tritter.pipeline.context import RunContext, content_key
+from tritter.pipeline.context import MAX_SCORE_BYTES, RunContext, content_key
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hashing import tensor_digest
 from tritter.storage.reading import read_object
@@ -87,7 +87,7 @@ def _intact_scores(place: Path) -> dict[str, Any] | None:
     if not place.exists():
         return None
     try:
-        content = read_object(place)
+        content = read_object(place, limit_bytes=MAX_SCORE_BYTES)
     except TritterError as error:
         logger.warning("%s is scored anew: %s", place, error)
         return None

@@ -92,7 +92,7 @@ class TensorFolder:
                 if index:
                     return file.get_slice(name)[index]
                 return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:
             raise TritterError(f"{path} cannot be read ({error}).") from error
 
     def torch_dtype(self, name: str) -> torch.dtype:
@@ -169,7 +169,7 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
                 part = file.get_slice(name)
                 dtype = _dtype(path, name, str(part.get_dtype()))
                 headers[name] = Header(file_name, dtype, tuple(part.get_shape()))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise TritterError(f"{path} cannot be read ({error}).") from error
     return headers
 
