@@ -164,7 +164,7 @@ def test_what_the_source_learned_is_old_and_its_split_goes_on(run: Run, base: Pa
     assert result.code == 0, result.err
     said = " ".join(result.out.split())
     assert "Old text as the checkpoint recorded it, with its split: code." in said
-    assert "The new code is called code_2: the checkpoint learned another code." in said
+    assert "The domain code is called code_2: another code was learned before." in said
     before, after = (
         read_lineage(base.with_name("base-moe-add")),
         read_lineage(base.with_name("again")),

@@ -235,7 +235,7 @@ def test_the_specifications_example(run: Run, grown: Path, trained: Path) -> Non
     assert "Old text as the checkpoint recorded it, with its split: past, new." in result.out
     summary = json.loads((grown / "grown-continued/summary.json").read_text())
     assert summary["domains"] == {"old": ["past", "new"], "new": ["new_2"]}
-    assert "The new new is called new_2" in result.out
+    assert "The domain new is called new_2" in result.out
     assert (summary["forgetting"], summary["seed"]) == (["ewc"], 5)
     before, after = (read_lineage(grown / name) for name in ("grown", "grown-continued/checkpoint"))
     assert before is not None and after is not None

@@ -201,3 +201,14 @@ def test_a_run_folder_that_leads_elsewhere_is_refused(
     assert path.name in result.err and "hydra.run.dir" in result.err
     assert [p.name for p in outside.iterdir()] == ["thesis"]
     assert (outside / "thesis").read_text() == "years of work"
+
+
+def test_links_of_wandb_to_its_own_logs_are_its_own(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run("seed=1", f"hydra.run.dir={folder}").code == 1
+    (folder / "wandb/offline-run/logs").mkdir(parents=True)
+    (folder / "wandb/offline-run/logs/debug-core.log").symlink_to(tmp_path / "cache.log")
+    assert run("seed=1", f"hydra.run.dir={folder}").code == 1
+    (folder / "wandb").rename(tmp_path / "elsewhere")
+    (folder / "wandb").symlink_to(tmp_path / "elsewhere")
+    assert run("seed=1", f"hydra.run.dir={folder}").code == 2

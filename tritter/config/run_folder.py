@@ -26,6 +26,7 @@ SUMMARY_FILE = "summary.json"
 RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the time
 
 _MADE_BY_HYDRA = {".hydra", "train.log"}  # they are there before the run file is
+_LOGGER_FOLDERS = {"wandb"}  # W&B links to logs in its own cache
 _STATUSES = ("running", "finished")
 
 
@@ -76,7 +77,8 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
             "an earlier run of the same configuration."
         )
     try:
-        check_tree(folder)  # what is written below it has to stay there
+        # What is written below it has to stay there
+        check_tree(folder, passed_over=_LOGGER_FOLDERS)
     except TritterError as error:
         raise RequestError(f"hydra.run.dir = {folder}: {error}") from error
     if not is_run:

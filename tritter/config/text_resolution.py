@@ -138,7 +138,7 @@ class _Domains:
                 known = told_apart(name, {**others, **typed})
             if known != name and known not in self._learned:
                 self._notes.append(
-                    f"The new {name} is called {known}: the checkpoint learned another {name}."
+                    f"The domain {name} is called {known}: another {name} was learned before."
                 )
             typed[known] = DomainText(
                 name=known,

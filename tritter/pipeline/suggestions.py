@@ -72,7 +72,7 @@ def _stronger_protection(config: RunConfig) -> Advice:
 
 def _undecided(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
     undecided = [check for check in summary["gate"] if check["verdict"] == "undecided"]
-    if any(check["check"] == "new_capability" for check in undecided):
+    if any(check["check"] == "new_capability" and not _is_below(check) for check in undecided):
         yield {"training.max_steps": str(2 * config.training.max_steps)}, "more steps"
     needs = [
         (check["documents_needed"] / check["n"], check)
@@ -86,6 +86,12 @@ def _undecided(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
     if factor > 1 and fraction <= _LARGEST_FRACTION:
         told = f"{check['documents_needed']} documents of {check['subject']} to decide on"
         yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, told
+
+
+def _is_below(check: Mapping[str, Any]) -> bool:
+    """Say whether the whole interval lies below the bound, and only documents are missing."""
+    upper = (check.get("interval") or [None, None])[1]
+    return upper is not None and upper < check["bound"]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ into results; what a run writes would land there.
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from tritter.errors import TritterError
@@ -30,15 +30,21 @@ def check_links(folder: Path) -> None:
             check_inside(folder, str(path.relative_to(folder)))
 
 
-def check_tree(folder: Path) -> None:
+def check_tree(folder: Path, *, passed_over: Container[str] = ()) -> None:
     """Refuse a folder with a link that leads out of it, or with what is neither file nor folder.
 
     Looks at names alone: a pipe or a device is not opened.
+
+    Args:
+        passed_over: folders directly in it whose contents belong to somebody else.
 
     Raises:
         TritterError: names it.
     """
     for above, folders, files in os.walk(folder):
+        if Path(above).parent == folder and Path(above).name in passed_over:
+            folders.clear()
+            continue
         for path in (Path(above, name) for name in (*folders, *files)):
             mode = path.lstat().st_mode
             if stat.S_ISLNK(mode):
