@@ -126,7 +126,7 @@ def test_the_guide(run: Run, place: Path) -> None:
         ("--source 3B --target 10B --gpu-hours 1 --precision bf16", ["--precision = bf16"]),
         (
             "--source 3B --target 10B --gpu-hours 1 --batch-size 0",
-            ["--batch-size", "0 is not in the range"],
+            ["--batch-size", "greater than or equal to 1"],
         ),
         ("--source 3B --gpu-hours 1", ["--target", "--guide"]),
         ("", ["--source and --target and --gpu-hours"]),

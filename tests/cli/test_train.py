@@ -402,6 +402,8 @@ def test_documented_commands_are_accepted(
     (grown / "notes.jsonl").write_text('{"text": "a"}\n')
     config = json.loads((grown / "base/config.json").read_text())
     (grown / "base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    with_moments = ROOT / "tests/fixtures/format_1/with_moments"
+    shutil.copytree(with_moments, grown / "outputs/runs/first/checkpoint")
     words = shlex.split(command)
     assert words[:2] in (["python", "train.py"], ["tritter", "train"])
     assert main(["train", *words[2:]]) == 0

@@ -30,7 +30,8 @@ def tensor_bytes() -> int:
     """Return the bytes of all tensors alive, each storage once."""
     storages = {}
     for each in gc.get_objects():
-        if type(each) in (torch.Tensor, torch.nn.Parameter):
+        is_tensor = type(each) in (torch.Tensor, torch.nn.Parameter)
+        if is_tensor and each.layout == torch.strided:  # other tests may have left other ones
             storage = each.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
