@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.storage.hashing import file_digest, merkle_hash, tensor_digest
+from tritter.errors import TritterError
+from tritter.storage.hashing import bounded_digest, file_digest, merkle_hash, tensor_digest
 
 
 def test_tensor_digest_by_another_path() -> None:
@@ -70,3 +71,13 @@ def test_merkle_hash_by_hand_and_its_sensitivity() -> None:
 def test_file_digest(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert file_digest(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors", "vocab.json"])
+def test_a_file_that_was_blown_up_is_refused_and_not_hashed(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(TritterError, match=name):
+        bounded_digest(tmp_path / name)
+    (tmp_path / name).write_bytes(b"\x02" + bytes(7) + b"{}")
+    assert bounded_digest(tmp_path / name) == file_digest(tmp_path / name)

@@ -14,7 +14,7 @@ from tritter.checkpoint.folder import (
 from tritter.checkpoint.learned import Learned, with_domains
 from tritter.checkpoint.record import ExpansionRecord, Lineage
 from tritter.errors import RequestError, TritterError
-from tritter.storage.hashing import file_digest, header_digest, merkle_hash, tensor_digest
+from tritter.storage.hashing import bounded_digest, header_digest, merkle_hash, tensor_digest
 from tritter.storage.links import check_inside, check_links
 from tritter.storage.reading import read_text
 from tritter.storage.records import record_text
@@ -234,7 +234,7 @@ def _is_plain_parent(folder: Path, child: Lineage, *, is_hinted: bool) -> bool:
     recorded = (child.parent_file_digests or {}).get("config.json")
     try:
         check_links(folder)
-        return is_hinted or (recorded is not None and file_digest(config) == recorded)
+        return is_hinted or (recorded is not None and bounded_digest(config) == recorded)
     except TritterError:  # whatever it is, nothing is taken from it
         return False
 
@@ -284,7 +284,7 @@ def _file_changes(folder: Path, recorded: Mapping[str, str]) -> Iterator[Change]
     for name, digest in recorded.items():
         file = name.removesuffix(HEADER_MARK)
         path = folder / file
-        hashed = header_digest if name.endswith(HEADER_MARK) else file_digest
+        hashed = header_digest if name.endswith(HEADER_MARK) else bounded_digest
         try:
             check_inside(folder, file)
             if not path.is_file():

@@ -11,7 +11,7 @@ from tritter.checkpoint.record import Lineage
 from tritter.checkpoint.tokenizer_files import check_tokenizer_files
 from tritter.errors import RequestError, TritterError
 from tritter.families import Config, Family, StoredTensor, family_of, match
-from tritter.storage.hashing import DigestQueue, file_digest
+from tritter.storage.hashing import DigestQueue, bounded_digest
 from tritter.storage.links import check_inside
 from tritter.storage.tensors import TensorFolder
 
@@ -129,7 +129,7 @@ def _check_files(folder: Path, lineage: Lineage) -> None:
     for name, digest in lineage.file_digests.items():
         check_inside(folder, name)
         path = folder / name
-        if name != CARD_NAME and path.is_file() and file_digest(path) != digest:
+        if name != CARD_NAME and path.is_file() and bounded_digest(path) != digest:
             changed.append(name)
     if changed:
         raise TritterError(

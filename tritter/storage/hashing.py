@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritter.errors import TritterError
-from tritter.storage.reading import MAX_HEADER_BYTES, open_file
+from tritter.storage.reading import MAX_HEADER_BYTES, open_file, require_file
 
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
@@ -32,6 +32,20 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def bounded_digest(path: Path) -> str:
+    """SHA-256 of a file of a checkpoint folder, which may come from anywhere.
+
+    Raises:
+        TritterError: it is larger than any file of its name, or tensors without a header: hashing
+            it could take hours and say nothing.
+    """
+    if path.suffix == ".safetensors":
+        header_digest(path)
+    else:
+        require_file(path)
+    return file_digest(path)
+
+
 def header_digest(path: Path) -> str:
     """SHA-256 of a safetensors file's header, which names and places its tensors.
 
@@ -41,7 +55,7 @@ def header_digest(path: Path) -> str:
     with open_file(path) as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
-        if length > MAX_HEADER_BYTES:
+        if not 0 < length <= MAX_HEADER_BYTES:
             raise TritterError(f"{path} cannot be read: it states a header of {length} bytes.")
         return hashlib.sha256(start + file.read(length)).hexdigest()
 
