@@ -129,6 +129,10 @@ def test_the_guide(run: Run, place: Path) -> None:
             ["--batch-size", "greater than or equal to 1"],
         ),
         ("--source 3B --gpu-hours 1", ["--target", "--guide"]),
+        (
+            "--source 125M --target 350M --gpu-hours 1 --tokens-per-parameter 1e50",
+            ["--tokens-per-parameter = 1e+50", "at most 1e+06"],
+        ),
         ("", ["--source and --target and --gpu-hours"]),
         ("--source 1k --target 10B --gpu-hours 1", ["--source = 1,000", "checkpoint folder"]),
         ("--source base --target 29500 --gpu-hours 1", ["--target = 29,500", "within 10 %"]),

@@ -26,7 +26,7 @@ def read_section(reader: Reader, name: str, section: type | Variants, raw: objec
         reader.report(name, raw, reason="it holds keys; choose an option of it")
         return None
     key, choice = join(name, section.key), raw.get(section.key)
-    if choice not in section.records:
+    if not isinstance(choice, str) or choice not in section.records:
         reader.report(
             key,
             choice,

@@ -27,6 +27,7 @@ from tritter.planning.strategy import (
     strategies_of,
 )
 
+MAX_TOKENS_PER_PARAMETER = 1e6  # far beyond, no predicted loss differs from the limit it tends to
 TOKENS_PER_PARAMETER = 20.0  # compute-optimal after Hoffmann et al. 2022, table 3
 LAW_RESOLUTION = 0.002  # nats; below it the law does not tell two plans apart
 
@@ -52,10 +53,10 @@ class Assumptions:
     law: ScalingLaw = CHINCHILLA
 
     def __post_init__(self) -> None:
-        if not 0 < self.tokens_per_parameter < float("inf"):
+        if not 0 < self.tokens_per_parameter <= MAX_TOKENS_PER_PARAMETER:
             raise RequestError(
-                f"tokens_per_parameter = {self.tokens_per_parameter:g}: a number above 0, such as "
-                f"{TOKENS_PER_PARAMETER:g}."
+                f"tokens_per_parameter = {self.tokens_per_parameter:g}: a number above 0 and at "
+                f"most {MAX_TOKENS_PER_PARAMETER:g}, such as {TOKENS_PER_PARAMETER:g}."
             )
 
 
