@@ -199,8 +199,8 @@ def test_new_experts_carry_the_domain_and_the_old_one_stays(cache: Path, tmp_pat
     base = load_config(
         [
             *small, "pretraining.max_steps=400", "training.max_steps=150", "expansion=moe",
-            "expansion.moe.num_experts=4", "data=text", "data.old=stdlib:prose", "gate='off'",
-            "data.new={again:stdlib:prose}", "forgetting=none",
+            "expansion.moe.num_experts=4", "data=text", "data.old={prose:stdlib:prose}",
+            "data.new={again:stdlib:prose}", "forgetting=none", "gate='off'",
         ]
     )  # fmt: skip
     run_pipeline(base, run_folder=tmp_path / "base")
