@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tritter.data import readers
-from tritter.data.readers import Reading, SpentError, TextFileError, is_one_text, text_suffix
+from tritter.data.readers import Reading, SpentError, TextFileError, text_suffix
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\n"}]
@@ -78,7 +78,6 @@ def packed(path: Path, content: bytes) -> Path:
 def test_a_file_of_one_text(tmp_path: Path, suffix: str, ending: str) -> None:
     path = packed(tmp_path / f"a.b{suffix}{ending}", "# Zwölf\r\n\r\n猫\n".encode())
     assert texts_of(path) == ["# Zwölf\r\n\r\n猫\n"]
-    assert is_one_text(path)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".json.gz"])
@@ -89,7 +88,6 @@ def test_records_of_every_form(tmp_path: Path, ending: str) -> None:
     content = json.dumps(records) if is_array else "\r\n\n".join(map(json.dumps, records))
     packed(path, f"\ufeff{content}\n".encode())
     assert texts_of(path) == [text for _, text in RECORDS]
-    assert not is_one_text(path)
 
 
 def test_forms_are_for_the_field_that_was_not_chosen(tmp_path: Path) -> None:

@@ -130,11 +130,6 @@ def text_suffix(path: Path) -> str:
     return next((suffix for suffix in READERS if name.endswith(suffix)), "")
 
 
-def is_one_text(path: Path) -> bool:
-    """Say whether a file is one text as a whole, and not records."""
-    return READERS.get(text_suffix(path)) is _whole
-
-
 class _Stream:
     """A file's bytes, unpacked, counted and limited."""
 
