@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from tritter.config.entry import main
 
 if TYPE_CHECKING:
-    from tritter.config import RunConfig
     from tritter.config.jobs import Outcome
+    from tritter.config.schema import RunConfig
 
 
 def pipeline(config: "RunConfig", *, run_folder: Path) -> "Outcome":

@@ -13,7 +13,7 @@ import torch
 from experiments.benchmarks import expand_speed, fisher, precision, streaming
 from tritter.data.corpus import Corpus, build_corpus
 from tritter.data.documents import Document
-from tritter.training import RoutingSettings
+from tritter.moe_routing import RoutingSettings
 
 FOLDER = Path(streaming.__file__).parent
 COMPUTE_SAVED = "2026-11-20_compute_saved"

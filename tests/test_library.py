@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from tests import oracle
-from tests.oracle_families import OWN, tiny
+from tests.oracle.families import OWN, tiny
 from tritter.errors import RequestError
-from tritter.expansion import LlamaPro, Width
-from tritter.library import (
+from tritter.expand.live import (
     ModelExpander,
     copied_axis,
     depth_upscale,
@@ -19,6 +18,7 @@ from tritter.library import (
     expand_linear,
     width_upscale,
 )
+from tritter.expansion import Dus, ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, Width
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -43,6 +43,29 @@ def test_depth_upscale_takes_solars_layers() -> None:
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     with pytest.raises(RequestError, match="drop_layers"):
         depth_upscale(model, 6, removal_layers=3)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [Dus(), Stack(), LlamaPro(), Interpolate(), Width(intermediate_size=90), Moe()],
+    ids=repr,
+)
+def test_no_weight_of_a_grown_model_stands_elsewhere_as_well(spec: ExpansionSpec) -> None:
+    """Training one of them trains neither another layer nor the model that it came from."""
+    model = oracle.tiny_llama(num_hidden_layers=4)
+    grown = ModelExpander([spec]).expand(model)
+    parameters = [*model.parameters(), *grown.parameters()]
+    assert len({p.untyped_storage().data_ptr() for p in parameters}) == len(parameters)
+
+
+def test_no_weight_of_grown_attention_is_the_old_ones() -> None:
+    attention = (
+        tiny("qwen3", num_attention_heads=4, num_key_value_heads=2).model.layers[0].self_attn
+    )
+    for strategy in ("copy", "gqa"):
+        grown = expand_attention_heads(attention, 12, strategy)
+        parameters = [*attention.parameters(), *grown.parameters()]
+        assert len({p.untyped_storage().data_ptr() for p in parameters}) == len(parameters)
 
 
 def test_a_bfloat16_model_stays_one_and_trains_on() -> None:

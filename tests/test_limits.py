@@ -1,6 +1,5 @@
 """Sizes beyond all limits are refused at every door, at once, before anything is built."""
 
-import dataclasses
 import json
 import resource
 import time
@@ -13,14 +12,15 @@ import pytest
 from tests import oracle
 from tests.cli.conftest import Run, place, run, sources  # noqa: F401
 from tritter.config.composition import load_config
-from tritter.config.reading import _convert, _WrongValue
-from tritter.config.schema import FORGETTING_OPTIONS, SECTIONS, RootValues, Variants
-from tritter.errors import RequestError, TritterError
+from tritter.config.schema import SECTIONS, RootValues, StdlibDataConfig, TextDataConfig, Variants
+from tritter.errors import Problem, RequestError, TritterError
 from tritter.expansion import EXPANSIONS, Dus, Moe, MoeAdd, Stack, Width, build_steps
 from tritter.expansion.targets import reach_parameters
 from tritter.families import FAMILIES, check_config, family_of, llama_config
+from tritter.forgetting import EWC, L2SP, Replay
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_TENSORS, MAX_VOCABULARY, MAX_WIDTH
 from tritter.models import load_model, read_config
+from tritter.options import read_options
 
 BYTES, SECONDS = 400 * 2**20, 5.0
 
@@ -127,7 +127,7 @@ def test_every_stock_config_passes() -> None:
 
 
 def oracle_config(model_type: str) -> dict[str, Any]:
-    from tests.oracle_families import tiny
+    from tests.oracle.families import tiny
 
     return dict(tiny(model_type).config.to_dict())
 
@@ -245,21 +245,21 @@ def test_keys_of_a_run(words: list[str]) -> None:
 
 
 def _records() -> Iterator[type]:
-    yield RootValues
+    yield from (RootValues, StdlibDataConfig, TextDataConfig)
     for section in SECTIONS.values():
         yield from section.records.values() if isinstance(section, Variants) else (section,)
-    yield from FORGETTING_OPTIONS.values()
+    yield from (EWC.Options, L2SP.Options, Replay.Options)
     yield from EXPANSIONS.values()
 
 
 @pytest.mark.parametrize("record", _records(), ids=lambda record: record.__name__)
 def test_every_whole_number_has_an_upper_limit(record: type) -> None:
-    hints = get_type_hints(record)
-    for field in dataclasses.fields(record):
-        if "int" in str(hints[field.name]):
-            value: object = [10**30] if "tuple" in str(hints[field.name]) else 10**30
-            with pytest.raises(_WrongValue):
-                _convert(value, hints[field.name], field.metadata)
+    hints = get_type_hints(record, include_extras=True)
+    numbers = [name for name, hint in hints.items() if "int" in str(hint)]
+    values = {name: [10**30] if "tuple" in str(hints[name]) else 10**30 for name in numbers}
+    problems: list[Problem] = []
+    read_options(record, values, prefix="x", problems=problems)
+    assert {f"x.{name}" for name in numbers} <= {p.key for p in problems if "at most" in p.reason}
 
 
 def test_experts_that_are_added_are_counted_with_those_there_are() -> None:

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,10 +15,12 @@ import yaml
 
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
 from tritter.cli import main
+from tritter.config.command_line import CommandLine, read_command_line
 from tritter.config.composition import composer
 from tritter.config.help import help_text
-from tritter.config.plan import CommandLine, make_plan, read_command_line
+from tritter.config.plan import make_plan
 from tritter.config.run_folder import RUNS_FOLDER, write_run_file
+from tritter.config.trainer_arguments import trainer_parameters
 from tritter.config.validation import known_keys, source_config
 from tritter.data.documents import Document as TextDocument
 from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
@@ -178,18 +181,35 @@ def check_pytest(words: list[str]) -> None:
     assert all((ROOT / word).exists() for word in words)
 
 
+def check_golden(words: list[str]) -> None:
+    """What it writes, and that it is the same, tests/training/test_golden.py sees."""
+    from tests.training import test_golden
+
+    assert not words and test_golden.CURVE.is_file()
+
+
 def check_pre_commit(words: list[str]) -> None:
     assert words == ["install"]
     entries = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     assert {entry["id"] for entry in entries} == {"ruff-check", "ruff-format", "mypy"}
 
 
+def check_install(words: list[str]) -> None:
+    (extra,) = re.findall(r"^tritter\[(\w+)\]$", words[0])
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert extra in declared["project"]["optional-dependencies"]
+
+
 CHECKPOINTS = ("--checkpoint", "history", "inspect")  # the words that name one which is read
+
+
 KINDS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("python", "train.py"): check_train,
     ("tritter",): check_tritter,
     ("python", "-m", "tritter"): check_module,
+    ("python", "-m", "tests.training.test_golden"): check_golden,
     ("make",): check_make,
+    ("pip", "install"): check_install,
     ("source",): check_source,
     (".venv/bin/python", "-m", "pytest"): check_pytest,
     (".venv/bin/pre-commit",): check_pre_commit,
@@ -253,6 +273,7 @@ def test_every_block_is_of_a_kind_that_is_checked():
     languages = {
         (document.name, language)
         for document in HOUSE
+        if document.name != "docs/extending.md"  # whose examples tests/config/test_outside.py runs
         for language, _ in _FENCE.findall(document.text)
     }
     assert not [found for found in languages if found[1] not in _LANGUAGES]
@@ -318,7 +339,8 @@ def test_config_keys_exist():
     groups = "|".join(sorted({key.partition(".")[0] for key in known_keys() if "." in key}))
     codes = _codes(rf"(?:{groups})(?:\.[a-z_0-9]+)+")
     codes = [(name, code) for name, code in codes if not code.endswith((".py", ".md"))]
-    keys = known_keys()
+    further = (*trainer_parameters(), "optimizer.betas")
+    keys = (*known_keys(), *(name if "." in name else f"trainer.{name}" for name in further))
     assert len(codes) >= 20
     assert not [
         found for found in codes if not any(f"{key}.".startswith(f"{found[1]}.") for key in keys)
@@ -339,6 +361,17 @@ def test_paths_exist():
     assert len(codes) >= 15
     real = [(name, code) for name, code in codes if "NAME" not in code]
     assert not [(name, code) for name, code in real if not (ROOT / code).exists()]
+
+
+def test_the_way_of_a_run_names_what_is_there():
+    text = (ROOT / "docs/way_of_a_run.md").read_text(encoding="utf-8")
+    turns = re.findall(r"`(tritter/[\w/]+\.py)` `([\w.]+)`", text)
+    assert len(turns) >= 30
+    for path, name in turns:
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        kinds = ast.FunctionDef | ast.ClassDef
+        there = {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
+        assert set(name.split(".")) <= there, (path, name)
 
 
 @pytest.mark.parametrize("document", HOUSE, ids=lambda document: document.name)

@@ -108,11 +108,11 @@ def test_a_command_that_is_stopped_too_late_says_what_stands(
 
 def _signal_at_tensor(monkeypatch: pytest.MonkeyPatch, at: int, number: signal.Signals) -> None:
     """Let the process signal itself when the `at`-th tensor was checked."""
-    from tritter import expand
     from tritter.checkpoint import export
+    from tritter.expand import folder
 
     seen = 0
-    is_finite = expand.is_finite
+    is_finite = folder.is_finite
 
     def signalling(tensor: object) -> bool:
         nonlocal seen
@@ -121,5 +121,5 @@ def _signal_at_tensor(monkeypatch: pytest.MonkeyPatch, at: int, number: signal.S
         seen += 1
         return is_finite(tensor)
 
-    monkeypatch.setattr(expand, "is_finite", signalling)
+    monkeypatch.setattr(folder, "is_finite", signalling)
     monkeypatch.setattr(export, "is_finite", signalling)

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from experiments.benchmarks.streaming import MEGABYTE, Row, benchmark, measure, write_source
 from tests import oracle
-from tests.oracle_families import SPARSE, tiny
-from tests.oracle_qwen3 import tiny_qwen3
+from tests.oracle.families import SPARSE, tiny
+from tests.oracle.qwen3 import tiny_qwen3
 from tritter.expand import expand
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.families import LayoutKind

@@ -1,7 +1,47 @@
 """Errors that a person reads: the key, the value, what is allowed and a nearest match."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
+from enum import Enum
+
+_LONGEST_VALUE = 500
+
+
+class Unsaid(Enum):
+    """Stands where a problem is about no value."""
+
+    VALUE = "value"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with a request; as text, one line.
+
+    Args:
+        key: dotted, as it is set; empty where none is to blame.
+        reason: what is allowed, or why the value can't be; without a full stop.
+        nearest: what was probably meant.
+        origin: the file that the value stands in; None for the command line.
+        job: which job of a sweep it is about.
+    """
+
+    key: str
+    value: object = Unsaid.VALUE
+    reason: str = ""
+    nearest: str | None = None
+    origin: str | None = None
+    job: str | None = None
+
+    def __str__(self) -> str:
+        job = f"{self.job}: " if self.job else ""
+        if not self.key:
+            return f"{job}{self.reason}"
+        value = "" if self.value is Unsaid.VALUE else f" = {show(self.value)}"
+        where = f" (in {self.origin})" if self.origin else ""
+        stop = "" if self.reason.endswith((".", "?")) else "."
+        suggestion = f" Did you mean {self.nearest}?" if self.nearest else ""
+        return f"{job}{self.key}{value}{where}: {self.reason}{stop}{suggestion}"
 
 
 class TritterError(ValueError):
@@ -9,7 +49,45 @@ class TritterError(ValueError):
 
 
 class RequestError(TritterError):
-    """The request itself is wrong; nothing was written (exit code 2)."""
+    """The request itself is wrong; nothing was written (exit code 2).
+
+    Args:
+        said: what is wrong: a problem, or a text.
+        problems: each thing alone, where `said` is a list of several.
+    """
+
+    def __init__(self, said: "Problem | str", *, problems: Iterable[Problem] = ()) -> None:
+        super().__init__(str(said))
+        alone = said if isinstance(said, Problem) else Problem("", reason=said)
+        self.problems = tuple(problems) or (alone,)
+
+
+def raise_problems(problems: Collection[Problem]) -> None:
+    """Raise one RequestError that lists all problems, or return when there are none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise RequestError(next(iter(problems)))
+    lines = "\n".join(f"  {problem}" for problem in problems)
+    text = f"{len(problems)} things are wrong with the request:\n{lines}"
+    raise RequestError(text, problems=problems)
+
+
+def show(value: object) -> str:
+    """Return a value as a person would type it on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(show(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{show(item)}" for key, item in value.items()) + "}"
+    try:
+        text = str(value)
+    except ValueError:  # numbers of thousands of digits have no text
+        return brief(value)
+    if len(text) > _LONGEST_VALUE:
+        return f"{text[:_LONGEST_VALUE]}… ({len(text)} characters)"
+    return text if text else "(empty)"
 
 
 def brief(value: object, *, num_characters: int = 120) -> str:
@@ -22,9 +100,16 @@ def brief(value: object, *, num_characters: int = 120) -> str:
 
 
 def nearest(value: str, allowed: Iterable[str], *, cutoff: float = 0.5) -> str | None:
-    """Return the allowed word that is most like `value`, or None when none is close."""
-    matches = get_close_matches(str(value), [str(word) for word in allowed], n=1, cutoff=cutoff)
-    return matches[0] if matches else None
+    """Return the allowed word that is most like `value`, or that it is short for; else None."""
+    words = [str(word) for word in allowed]
+    matches = get_close_matches(str(value), words, n=1, cutoff=cutoff)
+    return next(iter([*matches, *(w for w in words if is_short_for(str(value), w))]), None)
+
+
+def is_short_for(word: str, name: str) -> bool:
+    """Say whether a word is made of initials of a name, or of some of its words."""
+    words = name.split("_")
+    return word == "".join(part[:1] for part in words) or set(word.split("_")) < set(words)
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:

@@ -6,8 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tritter.errors import RequestError, TritterError
-from tritter.families import Config, Family, family_of, layout
-from tritter.models import quiet, refused_as, stock_config_of
+from tritter.families import Config, Family, family_of, layout, on_disk
+from tritter.families.config_file import refused_as
+from tritter.models import quiet, stock_config_of
 from tritter.storage.reading import read_object
 
 
@@ -23,7 +24,7 @@ def check_loadable(config: Config, *, folder: Path) -> None:
         RequestError: says what transformers made of it.
     """
     _check_generation_settings(folder)
-    family = family_of(config)
+    family, config = family_of(config), on_disk(config)
     shallow = family.with_layers(config, _layers_of_each_kind(family, config))
     try:
         with torch.device("meta"), quiet():

@@ -1,6 +1,5 @@
-"""The one door to transformers: configs, models and tokenizers, built or loaded."""
+"""Where transformers is used: configs, models and tokenizers, built or loaded."""
 
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,42 +18,40 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from tritter.errors import RequestError, TritterError, brief
+from tritter.errors import RequestError, TritterError
 from tritter.families import (
     FAMILIES,
     Config,
+    StoredTensor,
     check_config,
-    check_values,
     family_of,
     layout,
     match,
+    on_disk,
     pack_all,
+    padded_shapes,
     unpack_all,
+    with_ffn_sizes,
+    with_live_sizes,
 )
-from tritter.routing import AddedExperts
+from tritter.families.config_file import refused_as, sane_config
+from tritter.stock_routers import AddedExperts
 from tritter.storage.links import check_links
-from tritter.storage.names import named_path
-from tritter.storage.reading import read_object, require_file
-from tritter.storage.tensors import SINGLE_NAME, TensorFolder
+from tritter.storage.padding import stripped
+from tritter.storage.reading import require_file
+from tritter.storage.tensors import TensorFolder
 
-_LONGEST_REASON = 300
-_NAMING_CODE = (
-    "auto_map",
-    "attn_implementation",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "experts_implementation",
-    "_experts_implementation",
-    "_experts_implementation_internal",
-)
 # Of these transformers may read any by itself.
 _SMALL_FILES = {".json", ".jinja", ".model", ".txt"}
 
 
 def read_config(folder: Path) -> Config:
     """Return the content of a folder's config.json with all defaults written out.
+
+    Where its layers' FFNs differ in width, `ffn_sizes` says so.
 
     Raises:
         RequestError: a family that there is no table for; names those there are.
@@ -64,7 +61,7 @@ def read_config(folder: Path) -> Config:
     config = _stock_config(folder).to_dict()
     # Where the folder lies on this machine is no part of the model; stock saves leave it out too.
     config.pop("_name_or_path", None)
-    return config
+    return with_live_sizes(family_of(config), config, folder)
 
 
 def _stock_config(folder: Path) -> PreTrainedConfig:
@@ -73,18 +70,9 @@ def _stock_config(folder: Path) -> PreTrainedConfig:
     Whatever in it names code (a class beside the model, a kernel from the hub) is left out: the
     classes and kernels are always transformers' own.
     """
-    check_links(folder)
-    path = folder / "config.json"
-    if not path.exists():
-        lacks = "holds no config.json" if folder.is_dir() else "is not a folder"
-        raise TritterError(f"{folder} {lacks}.")
-    plain = read_object(path)
-    family = family_of(plain)
-    _refuse_other_weights(folder, plain)
-    own = {key: value for key, value in plain.items() if key not in _NAMING_CODE}
-    with refused_as(f"{path} is not a usable config"), quiet():
-        check_values(family, plain)
-        config = CONFIG_MAPPING[str(plain["model_type"])].from_dict(own)
+    family, own = sane_config(folder)
+    with refused_as(f"{folder / 'config.json'} is not a usable config"), quiet():
+        config = CONFIG_MAPPING[family.model_type].from_dict(own)
         check_config(family, config.to_dict())  # with the defaults of what the file leaves out
         return config
 
@@ -94,17 +82,23 @@ def new_model(config: Config, *, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = stock_config_of(config)
-        return _with_expert_kernel(AutoModelForCausalLM.from_config(built, dtype=torch.float32))
+        model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
+    for stored in _narrower(config):
+        value = model.get_parameter(stored.name).detach()
+        set_parameter(model, stored.name, value[tuple(map(slice, stored.shape))].clone())
+    return _with_expert_kernel(model)
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load a causal language model from safetensors; never runs code from the folder.
 
     Experts that are being added get the router offset that the folder's state says, so that the
-    model computes what it should where stock classes alone would not.
+    model computes what it should where stock classes alone would not. FFNs that are padded on disk
+    get the width that they have.
 
     Raises:
-        TritterError: transformers cannot load it, or a tensor is missing or left over.
+        TritterError: transformers cannot load it, a tensor is missing or left over, or what should
+            be padding is none.
     """
     _check_small_files(folder)
     config = _stock_config(folder)
@@ -122,6 +116,10 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
     wrong = {key: value for key, value in report.items() if value}
     if wrong:
         raise TritterError(f"{folder} does not fit its config.json: {wrong}")
+    for stored in _narrower(read_config(folder)):
+        value = model.get_parameter(stored.name).detach()
+        live = stripped(value, stored.shape, name=f"{folder}: {stored.name}")
+        set_parameter(model, stored.name, live.clone())
     added = AddedExperts.read(folder)
     if added is not None and not added.is_settled:
         with refused_as(f"{folder} cannot be loaded as a model"):
@@ -137,7 +135,11 @@ def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tenso
     Raises:
         TritterError: the model holds a tensor that its family has not, or lacks one.
     """
-    state = model.state_dict()
+    yield from stored_tensors(model.state_dict(), config)
+
+
+def stored_tensors(state: Mapping[str, Tensor], config: Config) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name on disk, tensor) of a live model's state dict; see `named_tensors`."""
     for stored in match(family_of(config), config, state):
         for tensor, value in stored.unpack(state[stored.name].detach()):
             yield tensor.disk_name, value
@@ -148,13 +150,13 @@ def live_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     family = family_of(config)
     logical = family.logical_tensors(config)
     held = {t.name: tensors[t.disk_name] for t in logical if t.disk_name in tensors}
-    return pack_all(family, config, held)
+    return pack_all(layout(family, config, "live"), held)
 
 
 def disk_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return name on disk → tensor, for values by name in memory."""
     family = family_of(config)
-    held = unpack_all(family, config, tensors)
+    held = unpack_all(layout(family, config, "live"), tensors)
     return {t.disk_name: held[t.name] for t in family.logical_tensors(config) if t.name in held}
 
 
@@ -184,25 +186,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # The tokenizers library raises Exception itself, so nothing narrower catches it.
     except Exception as error:
         raise TritterError(f"{folder} holds no usable tokenizer: {error!r}") from error
-
-
-def _refuse_other_weights(folder: Path, config: Mapping[str, object]) -> None:
-    """Refuse a folder in which transformers would take other weights than `TensorFolder`.
-
-    Raises:
-        TritterError: says which.
-    """
-    named = config.get("transformers_weights")
-    if named is not None:
-        raise TritterError(
-            f"{folder}: config.json names a file of weights itself (transformers_weights = "
-            f"{brief(named)}); take that out and call the file {SINGLE_NAME}."
-        )
-    if (folder / "adapter_config.json").exists():
-        raise TritterError(
-            f"{folder} holds an adapter (adapter_config.json) beside the model, which peft adds on "
-            "loading; merge it into the weights, or take it out."
-        )
 
 
 def _check_small_files(folder: Path) -> None:
@@ -235,28 +218,6 @@ def _with_expert_kernel(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def refused_as(what: str) -> Iterator[None]:
-    """Turn what libraries raise over a damaged file into one line that names the file."""
-    try:
-        yield
-    except RequestError as error:
-        reason = str(error).removeprefix("config.json: ")
-        raise TritterError(f"{what}: {reason}") from error
-    except TritterError:
-        raise
-    # The border to libraries that build what a file says: packages that are not installed, bad
-    # ranges, endless nesting and failed assertions come out of them as whatever they happen to be
-    except Exception as error:
-        raise TritterError(f"{what}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    """Return what a library said, without its advice on further lines."""
-    text = " ".join(str(error).split())
-    return text[:_LONGEST_REASON] or type(error).__name__
-
-
-@contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' progress bars and notices of success off the screen."""
     verbosity = transformers_logging.get_verbosity()
@@ -273,6 +234,8 @@ def quiet() -> Iterator[None]:
 def config_of(model: nn.Module) -> Config:
     """Return the config of a live Hugging Face model, as `read_config` gives it.
 
+    How wide its FFNs are, their weights say.
+
     Raises:
         RequestError: the model has none.
     """
@@ -281,12 +244,20 @@ def config_of(model: nn.Module) -> Config:
         raise RequestError(f"{type(model).__name__} has no Hugging Face config.")
     config = held.to_dict()
     config.pop("_name_or_path", None)
-    return config
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None or family.has_experts:
+        return config
+    parameters = dict(model.named_parameters())
+    (up,) = (tensor for tensor in family.tensors if tensor.kind == "ffn.up")
+    names = [up.for_layer(n).disk_name for n in range(held.num_hidden_layers)]
+    if not all(name in parameters for name in names):  # a part of a model
+        return config
+    return with_ffn_sizes(config, [parameters[name].shape[0] for name in names])
 
 
 def stock_config_of(config: Config) -> PreTrainedConfig:
     """Return transformers' own record of a config."""
-    options = {key: value for key, value in config.items() if key != "model_type"}
+    options = {key: value for key, value in on_disk(config).items() if key != "model_type"}
     return AutoConfig.for_model(str(config["model_type"]), **options)
 
 
@@ -297,37 +268,30 @@ def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Modu
     disk_names = {t.name: t.disk_name for t in family.logical_tensors(config)}
     for stored in layout(family, config, "live"):
         value = stored.pack(lambda name: tensors[disk_names[name]])
-        module, _, attribute = stored.name.rpartition(".")
-        parameter = model.get_parameter(stored.name)
-        setattr(model.get_submodule(module), attribute, nn.Parameter(value.to(parameter.device)))
+        set_parameter(model, stored.name, value.to(model.get_parameter(stored.name).device))
     model.tie_weights()  # type: ignore[operator]
     assert isinstance(model, PreTrainedModel)
     return _with_expert_kernel(model)
 
 
-def locate(checkpoint: str) -> Path:
-    """Return the folder of a checkpoint: a folder as it is, a hub id downloaded.
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a value of any shape in a parameter's place; a linear layer's own sizes follow."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    requires_grad = model.get_parameter(name).requires_grad
+    setattr(module, attribute, nn.Parameter(value, requires_grad=requires_grad))
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
 
-    Of a hub id only configs, tokenizer files and safetensors are fetched; nothing is executed.
 
-    Raises:
-        RequestError: neither a folder nor a hub id that can be reached.
-    """
-    folder = named_path(checkpoint, key="checkpoint")
-    if folder.exists():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
-        raise RequestError(
-            f"checkpoint = {checkpoint}: no such folder, and no hub id (owner/name)."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _narrower(config: Config) -> Iterator[StoredTensor]:
+    """Yield what has another shape in memory than stock classes give it."""
+    family = family_of(config)
+    shapes = padded_shapes(family, config)
+    return (stored for stored in layout(family, config, "live") if stored.name in shapes)
 
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(checkpoint, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise RequestError(
-            f"checkpoint = {checkpoint}: no such folder, and the hub does not give it "
-            f"({type(error).__name__}: {error})."
-        ) from error
+
+def weightless_model(config: Config) -> nn.Module:
+    """Return the stock model of a config, its weights never drawn; for what its modules are."""
+    with torch.random.fork_rng(devices=[]), no_init_weights():
+        return AutoModelForCausalLM.from_config(stock_config_of(config), dtype=torch.float32)

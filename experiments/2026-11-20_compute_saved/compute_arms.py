@@ -18,13 +18,13 @@ from tritter.data.corpus import Corpus, stdlib_corpus
 from tritter.data.sequences import SequenceStream
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.data.tokens import pack
+from tritter.expand.live import ModelExpander
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.families import Config, family_of, training_flops
-from tritter.library import ModelExpander
 from tritter.models import config_of, new_model
+from tritter.moe_routing import RoutingObjective, RoutingSettings
 from tritter.seeds import derived_seed
-from tritter.training import RoutingObjective, RoutingSettings
-from tritter.training.optimiser import OptimiserSettings, build_optimiser
+from tritter.training.optimizer import OptimizerSettings, build_optimizer
 from tritter.training.schedule import Schedule
 
 SEQUENCE_LENGTH = 128
@@ -90,7 +90,7 @@ def small_config(size: Size, *, vocab_size: int) -> Config:
 
 
 class Training:
-    """A model in training: weights, optimiser, place in the data, running average, FLOPs.
+    """A model in training: weights, optimizer, place in the data, running average, FLOPs.
 
     Routers, where there are some, are balanced as in a run of train.py.
     """
@@ -119,8 +119,8 @@ class Training:
             self.routers = RoutingObjective(model, RoutingSettings())
             self.routers.routing.start_recording()
         self.own_flops = 0.0
-        self.optimiser = build_optimiser(
-            model.named_parameters(), OptimiserSettings(), learning_rate=rate
+        self.optimizer = build_optimizer(
+            model.named_parameters(), OptimizerSettings(), learning_rate=rate
         )
 
     @property
@@ -128,16 +128,16 @@ class Training:
         return self.flops_before + self.own_flops
 
     def advance(self, factors: Iterator[float] | Sequence[float], *, batch_size: int) -> None:
-        """Take one optimiser step for every factor of the rate."""
+        """Take one optimizer step for every factor of the rate."""
         since = time.perf_counter()
         for factor in factors:
             batch = self.stream.next_sequences(batch_size)  # [B, T]
-            for group in self.optimiser.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * factor
             self._loss(batch).backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             self.step += 1
             self.own_flops += batch.numel() * self.flops_per_token
             self._average()
@@ -161,7 +161,7 @@ class Training:
         return branch
 
     def grown(self, specs: Sequence[ExpansionSpec], *, rate: float, seed: int) -> "Training":
-        """Return the training of the expanded model, with new optimiser state and warm-up."""
+        """Return the training of the expanded model, with new optimizer state and warm-up."""
         model = ModelExpander(specs, seed=seed).expand(self.model)
         return Training(
             model,

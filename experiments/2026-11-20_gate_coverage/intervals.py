@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from tritter.evaluation.bootstrap import studentised_errors
-from tritter.evaluation.student_t import student_t_quantile
 
 # Each cuts what is left at least in half, or converges quadratically
 _ROOT_STEPS = 60
@@ -29,7 +29,7 @@ class Bounds:
 def student_t(before_Sn: Tensor, after_Sn: Tensor, *, confidence: float) -> Bounds:
     """Value ± t · jackknife error: what the gate used at first."""
     value, error = _value_and_error(before_Sn, after_Sn)
-    margin = student_t_quantile(confidence, before_Sn.shape[1] - 1) * error
+    margin = float(stdtrit(before_Sn.shape[1] - 1, confidence)) * error
     return Bounds(value - margin - 1, value + margin - 1)
 
 
@@ -52,7 +52,7 @@ def empirical_likelihood(before_Sn: Tensor, after_Sn: Tensor, *, confidence: flo
     """
     ratios_Sn = after_Sn / before_Sn
     value, _ = _value_and_error(before_Sn, after_Sn)
-    limit = student_t_quantile(confidence, before_Sn.shape[1] - 1) ** 2
+    limit = float(stdtrit(before_Sn.shape[1] - 1, confidence)) ** 2
 
     def bound(outside: Tensor) -> Tensor:
         inside = value.clone()

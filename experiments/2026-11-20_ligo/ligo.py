@@ -5,7 +5,7 @@
 
 `tune` tries rates for the operators on a seed that is not reported (tuning.csv); `run` trains all
 arms of each seed at the best of them (results.csv). All arms of a seed grow one base, which has
-trained on the same data, and go on with new optimiser state and warm-up. Operators see the batches
+trained on the same data, and go on with new optimizer state and warm-up. Operators see the batches
 that the other arms train on at the same place; their FLOPs are counted in full.
 """
 
@@ -39,7 +39,7 @@ from operators import Init, Operators  # noqa: E402
 from tritter.expansion import ExpansionSpec, LlamaPro, Stack, Width  # noqa: E402
 from tritter.models import new_model  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
-from tritter.training.optimiser import OptimiserSettings, build_optimiser  # noqa: E402
+from tritter.training.optimizer import OptimizerSettings, build_optimizer  # noqa: E402
 
 RATE = 3e-3
 OPERATOR_RATES = (1e-3, 3e-3, 1e-2)
@@ -192,23 +192,23 @@ def train_operators(operators: Operators, batches: Iterable[Tensor], *, rate: fl
     Warm-up, then a linear decay to zero: what counts is where the operators end.
     """
     parameters = operators.parameters()
-    optimiser = build_optimiser(
+    optimizer = build_optimizer(
         ((str(index), parameter) for index, parameter in enumerate(parameters)),
-        OptimiserSettings(weight_decay=0.0),
+        OptimizerSettings(weight_decay=0.0),
         learning_rate=rate,
     )
     shell = new_model(operators.target_config, seed=0).train().requires_grad_(False)
     batches, losses = list(batches), []
     for step, batch in enumerate(batches):
         factor = min(1.0, (step + 1) / OPERATOR_WARMUP_STEPS) * (1 - step / len(batches))
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate * factor
         inputs = {"input_ids": batch, "labels": batch, "use_cache": False}
         loss = functional_call(shell, operators.weights(), kwargs=inputs).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses
 

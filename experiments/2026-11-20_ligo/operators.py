@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tritter.expansion import ExpansionSpec, ExpansionStep
+from tritter.expand.live import ModelExpander
+from tritter.expansion import ExpansionSpec, ResolvedExpansion
 from tritter.families import Axis, Port, family_of
-from tritter.library import ModelExpander
 from tritter.models import config_of, model_with_tensors, named_tensors
 from tritter.parameter_map import AxisFactor, map_tensor
 
@@ -92,7 +92,7 @@ class Operators:
                 total += 6.0 * mix.shape[0] * math.prod(shape)
         return total
 
-    def _add_matrices(self, step: ExpansionStep) -> None:
+    def _add_matrices(self, step: ResolvedExpansion) -> None:
         for name, tensor in self.logical.items():
             tensor_map = step.parameter_map.tensors[name]
             pairs = list(
@@ -131,7 +131,7 @@ class Operators:
         rows = torch.rand(new_size - old_size, old_size, generator=self.generator)
         return torch.cat([torch.eye(old_size), rows / rows.sum(dim=1, keepdim=True)])
 
-    def _add_mixes(self, step: ExpansionStep) -> None:
+    def _add_mixes(self, step: ResolvedExpansion) -> None:
         layers = 1 + max(step.parameter_map.layer_sources)
         new_layers = len(step.parameter_map.layer_sources)
         for name, tensor_map in step.parameter_map.tensors.items():
@@ -173,19 +173,19 @@ def _shared_space(axis: Axis) -> str:
     """
     if _is_stream(axis):
         return "residual"
-    is_output = axis.space.endswith("query") and axis.port is Port.READ
-    return axis.space + "_output" * is_output
+    is_output = axis.space.kind == "query" and axis.port is Port.READ
+    return axis.space.name + "_output" * is_output
 
 
 def _own_space(axis: Axis, value: Tensor) -> str:
     """Return a key that axes share when they have space, side and starting values in common."""
-    space = "residual" if _is_stream(axis) else axis.space
+    space = "residual" if _is_stream(axis) else axis.space.name
     side = {Port.READ: "read", Port.GAIN: "gain"}.get(axis.port, "write")
     return f"{space} {side} {value.sum():.6f}"
 
 
 def _is_stream(axis: Axis) -> bool:
-    return axis.space == "residual" or axis.space.endswith("_input")
+    return axis.space.size == "hidden_size"
 
 
 def _carried_factor(factor: AxisFactor | None) -> float:

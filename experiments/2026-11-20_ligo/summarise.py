@@ -6,15 +6,13 @@ seeds, to the arm without operators whose mean is lowest at the same place.
 
 import csv
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parents[1]))
+from scipy.special import stdtrit
 
-from tritter.evaluation.student_t import student_t_quantile  # noqa: E402
+FOLDER = Path(__file__).resolve().parent
 
 PLACES = (0, 50, 100, 250, 500)
 MINUS = "\N{MINUS SIGN}"
@@ -74,7 +72,7 @@ def at_equal_steps(points: Sequence[Point], place: int) -> Losses:
 def interval(values: Sequence[float]) -> float:
     if len(values) < 2:
         return float("nan")
-    quantile = student_t_quantile(0.975, len(values) - 1)
+    quantile = stdtrit(len(values) - 1, 0.975)
     return quantile * statistics.stdev(values) / len(values) ** 0.5
 
 

@@ -11,10 +11,9 @@ sys.path.append(str(FOLDER))
 
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from scipy.special import stdtrit  # noqa: E402
 from width_arms import EVALUATED_STEPS, Arm, Sizes  # noqa: E402
 from width_moments import PARTS, key_of, read  # noqa: E402
-
-from tritter.evaluation.student_t import student_t_quantile  # noqa: E402
 
 SEEDS = (0, 1, 2)
 TOKENS_PER_STEP = Sizes().batch_size * Sizes().sequence_length
@@ -66,7 +65,7 @@ def paired(case: Case, reference: Case, column: str) -> str:
     if len(changes) < 2:
         return ", ".join(f"{change:+.4f}" for change in changes)
     error = statistics.stdev(changes) / len(changes) ** 0.5
-    half = student_t_quantile(0.975, len(changes) - 1) * error
+    half = stdtrit(len(changes) - 1, 0.975) * error
     return f"{statistics.mean(changes):+.4f} [{statistics.mean(changes) - half:+.4f}, " + (
         f"{statistics.mean(changes) + half:+.4f}]"
     )

@@ -1,6 +1,6 @@
 """One arm of the experiment: a trained base, its width doubled, trained on.
 
-Every arm of a seed starts from one base with its optimiser and sees the same batches.
+Every arm of a seed starts from one base with its optimizer and sees the same batches.
 """
 
 import os
@@ -26,15 +26,16 @@ from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
 from tritter.data.replay import ReplayBuffer  # noqa: E402
 from tritter.data.tokenizer import END_OF_TEXT  # noqa: E402
 from tritter.data.tokens import pack  # noqa: E402
+from tritter.expand import Change  # noqa: E402
+from tritter.expand.live import ModelExpander  # noqa: E402
 from tritter.expansion import Width  # noqa: E402
 from tritter.families import Config, family_of  # noqa: E402
-from tritter.library import ModelExpander  # noqa: E402
 from tritter.models import config_of, model_with_tensors, named_tensors, new_model  # noqa: E402
 from tritter.parameter_map import AxisFactor, ParameterMap, map_tensor  # noqa: E402
 from tritter.parameter_map.apply import carried  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
-from tritter.training.optimiser import OptimiserSettings, build_optimiser  # noqa: E402
-from tritter.training.transplant import transplant_optimiser  # noqa: E402
+from tritter.training.moments import carried_moments, start_from  # noqa: E402
+from tritter.training.optimizer import OptimizerSettings, build_optimizer  # noqa: E402
 
 EVALUATED_STEPS = (0, 10, 25, 50, 100, 175, 250)
 BASE_RATE = 3e-3
@@ -86,16 +87,16 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A trained model, its optimiser and the place in its data."""
+    """A trained model, its optimizer and the place in its data."""
 
     model: nn.Module
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     place: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """A model after growth, with what carries its optimiser's state over."""
+    """A model after growth, with what carries its optimizer's state over."""
 
     model: nn.Module
     configs: tuple[Config, ...]
@@ -155,26 +156,26 @@ def batches_of(arm: Arm, base: Base, sizes: Sizes) -> BatchStream:
     return BatchStream(order, batch_size=sizes.batch_size).with_replay(replayed, 0.25)
 
 
-def optimiser_of(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    settings = OptimiserSettings()
-    return build_optimiser(model.named_parameters(), settings, learning_rate=learning_rate)
+def optimizer_of(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    settings = OptimizerSettings()
+    return build_optimizer(model.named_parameters(), settings, learning_rate=learning_rate)
 
 
 def base_of(seed: int, sizes: Sizes) -> Base:
     """Load the base of a seed, or train it: constant rate, so that its moments are in use."""
     model = new_model(base_config(), seed=derived_seed(seed, "model"))
-    optimiser = optimiser_of(model, BASE_RATE)
+    optimizer = optimizer_of(model, BASE_RATE)
     path = sizes.cache / f"base_{seed}_{sizes.base_steps}.pt"
     if not path.is_file():
         batches = prose_batches(seed, sizes)
-        train(model, optimiser, batches, steps=sizes.base_steps, rewarm_steps=30)
+        train(model, optimizer, batches, steps=sizes.base_steps, rewarm_steps=30)
         path.parent.mkdir(parents=True, exist_ok=True)
-        parts = (model.state_dict(), optimiser.state_dict(), batches.state_dict())
-        torch.save(dict(zip(("model", "optimiser", "place"), parts, strict=True)), path)
+        parts = (model.state_dict(), optimizer.state_dict(), batches.state_dict())
+        torch.save(dict(zip(("model", "optimizer", "place"), parts, strict=True)), path)
     held = torch.load(path, weights_only=True)
     model.load_state_dict(held["model"])
-    optimiser.load_state_dict(held["optimiser"])
-    return Base(model, optimiser, held["place"])
+    optimizer.load_state_dict(held["optimizer"])
+    return Base(model, optimizer, held["place"])
 
 
 def grow(model: nn.Module, spec: Width, *, seed: int) -> Grown:
@@ -214,29 +215,29 @@ def plainly_padded(model: nn.Module, grown: Grown, *, seed: int) -> nn.Module:
     return model_with_tensors(unscaled, held)
 
 
-def optimiser_after(
+def optimizer_after(
     base: Base, grown: Grown, *, policy: str, learning_rate: float
 ) -> torch.optim.Optimizer:
-    optimiser = optimiser_of(grown.model, learning_rate)
+    optimizer = optimizer_of(grown.model, learning_rate)
     if not grown.maps and policy == "carry":
-        optimiser.load_state_dict(base.optimiser.state_dict())
-        for group in optimiser.param_groups:
+        optimizer.load_state_dict(base.optimizer.state_dict())
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate
     elif policy != "zero":
-        transplant_optimiser(
-            base.optimiser,
+        change = Change.of(grown.maps[0], *grown.configs)
+        moments = carried_moments(
+            base.optimizer,
             base.model,
-            optimiser,
-            grown.model,
-            configs=grown.configs,
-            parameter_maps=grown.maps,
+            change,
+            places=change.after,
             policy=policy.removesuffix(ZERO_SECOND),  # type: ignore[arg-type]
         )
+        start_from(optimizer, grown.model, moments)
     if policy.endswith(ZERO_SECOND):
         # With β₁ 0.9 and β₂ 0.95 no update gets larger than 1.10 times a settled one
-        for state in optimiser.state.values():
+        for state in optimizer.state.values():
             state["exp_avg_sq"] *= state["exp_avg"] != 0
-    return optimiser
+    return optimizer
 
 
 def update_factors(grown: Grown, kind: str) -> dict[nn.Parameter, Tensor]:
@@ -267,7 +268,7 @@ def _along(axis: AxisFactor, kind: str) -> Tensor:
 
 def train(
     model: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     batches: Iterable[Mapping[str, Tensor]],
     *,
     steps: int,
@@ -275,15 +276,15 @@ def train(
     factors: Mapping[nn.Parameter, Tensor] | None = None,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
-    """Train at the optimiser's rate, after a linear warm-up; return the loss of every batch."""
-    rates = [group["lr"] for group in optimiser.param_groups]
+    """Train at the optimizer's rate, after a linear warm-up; return the loss of every batch."""
+    rates = [group["lr"] for group in optimizer.param_groups]
     losses = []
     model.train()
     for step, batch in zip(range(1, steps + 1), batches, strict=False):
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(1.0, step / rewarm_steps) if rewarm_steps else rate
         losses.append(backward(model, batch["input_ids"]))
-        scaled_step(optimiser, factors or {})
+        scaled_step(optimizer, factors or {})
         after_step(step)
     return losses
 
@@ -296,10 +297,10 @@ def backward(model: nn.Module, input_ids: Tensor) -> float:
 
 
 @torch.no_grad()
-def scaled_step(optimiser: torch.optim.Optimizer, factors: Mapping[nn.Parameter, Tensor]) -> None:
+def scaled_step(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, Tensor]) -> None:
     """Take a step, weight decay included, and keep the given part of each entry's move."""
     before = {parameter: parameter.clone() for parameter in factors}
-    optimiser.step()
+    optimizer.step()
     for parameter, factor in factors.items():
         parameter.copy_(torch.lerp(before[parameter], parameter, factor))
 
@@ -319,7 +320,7 @@ def run(arm: Arm, sizes: Sizes) -> list[dict[str, object]]:
     since = time.perf_counter()
     base = base_of(arm.seed, sizes)
     grown = grown_as(arm.growth, base.model, seed=arm.seed)
-    optimiser = optimiser_after(base, grown, policy=arm.policy, learning_rate=arm.learning_rate)
+    optimizer = optimizer_after(base, grown, policy=arm.policy, learning_rate=arm.learning_rate)
     domains = ("prose",) if arm.domain == "prose" else ("code", "prose")
     held_out = {
         name: sequences(name, "validation", seed=arm.seed, sizes=sizes)[
@@ -337,7 +338,7 @@ def run(arm: Arm, sizes: Sizes) -> list[dict[str, object]]:
     evaluate(0)
     losses = train(
         grown.model,
-        optimiser,
+        optimizer,
         batches_of(arm, base, sizes),
         steps=arm.steps,
         rewarm_steps=arm.rewarm_steps,

@@ -3,7 +3,7 @@
     python experiments/2026-11-20_width_moments/width_moments.py
 
 Rows that results.csv has already are not computed again. The part `step` writes function_step.csv:
-how far one step of the optimiser moves the function, beside the step of the base itself.
+how far one step of the optimizer moves the function, beside the step of the base itself.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from width_arms import (  # noqa: E402
     base_of,
     grow,
     grown_as,
-    optimiser_after,
+    optimizer_after,
     prose_batches,
     run,
     scaled_step,
@@ -125,7 +125,7 @@ def init_arms(seeds: Sequence[int]) -> Iterator[Arm]:
 
 
 def domain_arms(seeds: Sequence[int]) -> Iterator[Arm]:
-    """Yield question B on code with replay: a new optimiser, warmed up, as the default job has."""
+    """Yield question B on code with replay: a new optimizer, warmed up, as the default job has."""
     growths = ("fresh", "net2net", "random_padding", "ungrown")
     for seed, growth in product(seeds, growths):
         yield _arm(
@@ -185,7 +185,7 @@ def function_steps(seed: int, sizes: Sizes) -> Iterator[FunctionStep]:
         base = base_of(seed, sizes)
         before, loss = logits(base.model, probe), backward(base.model, batch)
         own = grown_as("ungrown", base.model, seed=seed)
-        optimiser_after(base, own, policy="carry", learning_rate=rate).step()
+        optimizer_after(base, own, policy="carry", learning_rate=rate).step()
         own_move = (logits(base.model, probe) - before).norm()
         own_change = backward(base.model, batch) - loss
         for (growth, spec), factor in product(STEP_WIDTHS.items(), ("none", "share", "weight")):
@@ -193,9 +193,9 @@ def function_steps(seed: int, sizes: Sizes) -> Iterator[FunctionStep]:
                 continue  # no copies: every share is 1
             base = base_of(seed, sizes)
             grown = grow(base.model, spec, seed=seed)
-            optimiser = optimiser_after(base, grown, policy="carry", learning_rate=rate)
+            optimizer = optimizer_after(base, grown, policy="carry", learning_rate=rate)
             loss = backward(grown.model, batch)
-            scaled_step(optimiser, update_factors(grown, factor))
+            scaled_step(optimizer, update_factors(grown, factor))
             move = (logits(grown.model, probe) - before).norm()
             change = backward(grown.model, batch) - loss
             yield FunctionStep(

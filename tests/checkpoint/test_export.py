@@ -19,13 +19,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from tests.checkpoint.test_folder import add_tokenizer
+from tests.checkpoint.test_folder import Words
 from tests.oracle import logits, relative_difference, saved, stock, tiny_llama, tokens
-from tests.oracle_qwen3 import tiny_qwen3
+from tests.oracle.qwen3 import tiny_qwen3
 from tests.storage.test_tensors import file_size_limit
 from tritter.checkpoint import Source, read_lineage
 from tritter.checkpoint.export import Exported, Weights, export_model
-from tritter.checkpoint.tokenizer_files import copy_tokenizer
+from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.errors import RequestError, TritterError
 from tritter.expand import expand
 from tritter.expansion import LlamaPro, Width
@@ -43,7 +43,7 @@ def export(folder: Path, destination: Path, **options: Any) -> Exported:
     return export_model(
         weights_of(folder),
         destination,
-        write_extras=lambda made: copy_tokenizer(folder, made),
+        artifacts=[TokenizerFiles(folder)],
         **options,
     )
 
@@ -86,7 +86,7 @@ def test_the_default_is_bfloat16_and_every_tensor_has_it(tmp_path: Path) -> None
 
 def test_of_a_grown_checkpoint_only_the_card_tells(tmp_path: Path) -> None:
     base = saved(tiny_llama(), tmp_path / "base")
-    add_tokenizer(base)
+    Words().write(base)
     (base / "generation_config.json").write_text('{"eos_token_id": 0}')
     grown = expand(base, tmp_path / "grown", [Width(), LlamaPro()]).folder
     (grown / "state").mkdir()
@@ -138,7 +138,7 @@ def test_tensors_are_read_one_by_one(tmp_path: Path) -> None:
     export_model(
         replace(weights, read=read),
         tmp_path / "out",
-        write_extras=lambda folder: None,
+        artifacts=(),
         progress=lambda done, total: order.append(f"{done}/{total} written"),
     )
     total = len(held(tmp_path / "out"))

@@ -27,11 +27,12 @@ from tritter.storage.writer import TensorEntry, TensorStream
 EMPTY = Lineage(model_hash="", base_model_hash="", tensor_digests={}, file_digests={})
 
 
-def add_tokenizer(folder: Path) -> None:
-    words = {"<|endoftext|>": 0, "a": 1, "b": 2}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    save_tokenizer(tokenizer, folder, end_of_text="<|endoftext|>")
+class Words:
+    def write(self, folder: Path) -> None:
+        words = {"<|endoftext|>": 0, "a": 1, "b": 2}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        save_tokenizer(tokenizer, folder, end_of_text="<|endoftext|>")
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def _write(model: LlamaForCausalLM, target: Path, *, lineage: Lineage = EMPTY) -
         config=config,
         tensors=TensorStream.of(named_tensors(model, config)),
         lineage=lambda: lineage,
-        write_extras=add_tokenizer,
+        artifacts=[Words()],
     )
 
 
@@ -115,7 +116,7 @@ def test_a_failing_tensor_stream_leaves_nothing(model: LlamaForCausalLM, tmp_pat
             config=model.config.to_dict(),
             tensors=TensorStream(entries, stream()),
             lineage=lambda: EMPTY,
-            write_extras=add_tokenizer,
+            artifacts=[Words()],
         )
     assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import oracle
 from tritter.checkpoint import read_lineage, write_lineage
-from tritter.checkpoint.history import Change, Link, read_chain, verify
+from tritter.checkpoint.history import Difference, Link, read_chain, verify
 from tritter.errors import RequestError, TritterError
 from tritter.expand import expand
 from tritter.expansion import Dus, LlamaPro, Width
@@ -126,7 +126,7 @@ def test_what_is_no_checkpoint_is_refused(place: Path, name: str) -> None:
 # The check
 
 
-def _changes(place: Path) -> dict[str, list[Change]]:
+def _changes(place: Path) -> dict[str, list[Difference]]:
     links = read_chain(place / "deep")
     assert all(link.can_be_checked and link.folder for link in links)
     found = {link.folder.name: list(verify(link)) for link in links if link.folder}
@@ -147,7 +147,7 @@ def test_sharding_does_not_matter(place: Path) -> None:
 @pytest.mark.parametrize("name", ["base", "wide", "deep"])
 def test_a_changed_tensor_is_named(place: Path, name: str) -> None:
     _change_tensor(place / name)
-    assert _changes(place) == {name: [Change("model.safetensors", GAIN, "changed")]}
+    assert _changes(place) == {name: [Difference("model.safetensors", GAIN, "changed")]}
 
 
 @pytest.mark.parametrize("name", ["base", "wide", "deep"])
@@ -165,10 +165,10 @@ def test_a_changed_byte_in_the_data_is_named(place: Path, name: str) -> None:
 def test_a_changed_or_missing_file_is_named(place: Path, name: str, file: str) -> None:
     path = place / name / file
     path.write_bytes(path.read_bytes() + b" ")
-    assert _changes(place) == {name: [Change(file, None, "changed")]}
+    assert _changes(place) == {name: [Difference(file, None, "changed")]}
     path.unlink()
     if (name, file) != ("base", "config.json"):  # without it there is no checkpoint to find
-        assert _changes(place) == {name: [Change(file, None, "missing")]}
+        assert _changes(place) == {name: [Difference(file, None, "missing")]}
 
 
 def test_changes_of_tensors_in_number_and_kind(place: Path) -> None:

@@ -22,24 +22,24 @@ from tritter.errors import RequestError, TritterError
 from tritter.expand import expand
 from tritter.expansion import Width
 from tritter.models import config_of, disk_tensors
-from tritter.training.optimiser import OptimiserSettings, build_optimiser
+from tritter.training.optimizer import OptimizerSettings, build_optimizer
 
-Optimise = Callable[[nn.Module], Any]
+Optimize = Callable[[nn.Module], Any]
 
 
 class Wrapped(lightning.LightningModule):
     """What people write around a Hugging Face model."""
 
-    def __init__(self, model: nn.Module, optimise: Optimise) -> None:
+    def __init__(self, model: nn.Module, optimize: Optimize) -> None:
         super().__init__()
         self.model = model
-        self.optimise = optimise
+        self.optimize = optimize
 
     def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
         return self.model(input_ids=batch, labels=batch).loss
 
     def configure_optimizers(self) -> Any:
-        return self.optimise(self)
+        return self.optimize(self)
 
 
 def adamw(module: nn.Module) -> Any:
@@ -47,12 +47,12 @@ def adamw(module: nn.Module) -> Any:
 
 
 def two_groups(module: nn.Module) -> Any:
-    return build_optimiser(module.named_parameters(), OptimiserSettings(), learning_rate=1e-2)
+    return build_optimizer(module.named_parameters(), OptimizerSettings(), learning_rate=1e-2)
 
 
-def trained(path: Path, model: nn.Module, optimise: Optimise = adamw) -> Wrapped:
+def trained(path: Path, model: nn.Module, optimize: Optimize = adamw) -> Wrapped:
     """Train three steps and save as Lightning does."""
-    module = Wrapped(model, optimise)
+    module = Wrapped(model, optimize)
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=3,
@@ -70,29 +70,29 @@ def trained(path: Path, model: nn.Module, optimise: Optimise = adamw) -> Wrapped
 def convert(path: Path, model: nn.Module, destination: Path, **options: Any) -> tuple[str, ...]:
     found = read_lightning_file(path, config_of(model), **options)
     dtype = found.weights.widest_dtype
-    export_model(found.weights, destination, dtype=dtype, write_extras=lambda folder: None)
+    export_model(found.weights, destination, dtype=dtype, artifacts=())
     return tuple(filter(None, (found.left_out, found.why_no_moments)))
 
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("optimise", [adamw, two_groups])
+@pytest.mark.parametrize("optimize", [adamw, two_groups])
 def test_the_model_and_whose_moments_are_whose(
-    tmp_path: Path, is_tied: bool, optimise: Optimise
+    tmp_path: Path, is_tied: bool, optimize: Optimize
 ) -> None:
     model = tiny_llama(tie_word_embeddings=is_tied)
-    module = trained(tmp_path / "run.ckpt", model, optimise)
+    module = trained(tmp_path / "run.ckpt", model, optimize)
     assert convert(tmp_path / "run.ckpt", model, tmp_path / "out") == ()
     assert torch.equal(logits(stock(tmp_path / "out"), tokens()), logits(model, tokens()))
     state = read_state(tmp_path / "out")
     assert state is not None
     assert state.step == 3
-    optimiser = module.optimizers()
+    optimizer = module.optimizers()
     parameters = dict(model.named_parameters())
     for kind in ("exp_avg", "exp_avg_sq"):
         found = state_tensors(state.kinds[kind])
         assert set(found) == set(parameters)
         for name, moment in found.items():
-            assert torch.equal(moment, optimiser.state[parameters[name]][kind]), name
+            assert torch.equal(moment, optimizer.state[parameters[name]][kind]), name
     grown = expand(tmp_path / "out", tmp_path / "grown", [Width()])
     assert read_state(grown.folder) is not None
 
@@ -104,8 +104,8 @@ def test_experts_that_share_a_tensor_in_memory(tmp_path: Path) -> None:
     assert torch.equal(logits(stock(tmp_path / "out"), tokens()), logits(model, tokens()))
     state = read_state(tmp_path / "out")
     assert state is not None
-    optimiser = module.optimizers()
-    live = {name: optimiser.state[p]["exp_avg"] for name, p in model.named_parameters()}
+    optimizer = module.optimizers()
+    live = {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
     expected = disk_tensors(config_of(model), live)
     found = state_tensors(state.kinds["exp_avg"])
     assert found.keys() == expected.keys()
@@ -124,11 +124,12 @@ def test_experts_that_share_a_tensor_in_memory(tmp_path: Path) -> None:
 def test_names_are_found_behind_any_prefix(tmp_path: Path, rename: Callable[[str], str]) -> None:
     model = tiny_llama()
     named = {rename(name): value for name, value in model.state_dict().items()}
-    torch.save({"state_dict": named}, tmp_path / "run.ckpt")
+    # What a module of ours says beside its weights
+    torch.save({"state_dict": named | {"_extra_state": {"journal": []}}}, tmp_path / "run.ckpt")
     torch.save(named, tmp_path / "weights.pt")
     for name in ("run.ckpt", "weights.pt"):
         (note,) = convert(tmp_path / name, model, tmp_path / f"{name}-out")
-        assert note == "the optimiser's state was left out: the file holds none"
+        assert note == "the optimizer's state was left out: the file holds none"
         assert torch.equal(
             logits(stock(tmp_path / f"{name}-out"), tokens()), logits(model, tokens())
         )
@@ -219,7 +220,7 @@ def _backwards(module: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("optimise", "reason"),
+    ("optimize", "reason"),
     [
         (lambda module: torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9), "not Adam's"),
         (_frozen, "its groups of 29 parameters are neither all 30 of the model nor its 23 matr"),
@@ -228,19 +229,19 @@ def _backwards(module: nn.Module) -> Any:
     ],
 )
 def test_moments_without_certain_owners_are_left_out(
-    tmp_path: Path, optimise: Optimise, reason: str
+    tmp_path: Path, optimize: Optimize, reason: str
 ) -> None:
     model = tiny_llama()
-    trained(tmp_path / "run.ckpt", model, optimise)
+    trained(tmp_path / "run.ckpt", model, optimize)
     (note,) = convert(tmp_path / "run.ckpt", model, tmp_path / "out")
-    assert note.startswith("the optimiser's state was left out: ")
+    assert note.startswith("the optimizer's state was left out: ")
     assert reason in note
     assert not (tmp_path / "out" / "state").exists()
     assert torch.equal(logits(stock(tmp_path / "out"), tokens()), logits(model, tokens()))
 
 
 STATES: dict[str, tuple[Callable[[list[Any]], object], str]] = {
-    "two": (lambda states: states.append(states[0]), "2 optimisers"),
+    "two": (lambda states: states.append(states[0]), "2 optimizers"),
     "no groups": (lambda states: states[0].pop("param_groups"), "not laid out"),
     "no positions": (lambda s: s[0]["param_groups"][0].update(params=["a"]), "not laid out"),
     "state of text": (lambda states: states[0]["state"].update({0: "x"}), "not laid out"),

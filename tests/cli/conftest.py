@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests import oracle
-from tests.oracle_qwen3 import tiny_qwen3
+from tests.oracle.qwen3 import tiny_qwen3
 from tritter.cli import main
 from tritter.data.documents import Document
 from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer

@@ -190,7 +190,11 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
     [
         (
             "--method dsu",
-            ["--method = dsu", "dus, stack, interpolate, llama-pro, width", "Did you mean 'dus'?"],
+            [
+                "--method = dsu",
+                "dus, interpolate, llama-pro, moe, moe-add, stack, width",
+                "Did you mean 'dus'?",
+            ],
         ),
         ("--method width,", ["--method = (empty)"]),
         (
@@ -209,7 +213,7 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
         ("--method dus --partial", ["--partial", "dus does not take it; stack does"]),
         (
             "--method llama-pro --identity-init",
-            ["llama-pro does not take it; dus, stack and interpolate do"],
+            ["llama-pro does not take it; dus, interpolate and stack do"],
         ),
         ("--method dus,dus --drop-layers 1", ["dus and dus would both take it"]),
         (
@@ -219,7 +223,7 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
         ("--method width --shares same", ["--shares = same", "unequal, equal"]),
         ("--method width --hidden-size 12", ["--hidden-size = 12", "smaller", "at least 24"]),
         ("--method width --hidden-size 25", ["--hidden-size = 25", "nearest: 28"]),
-        ("--method width --noise nan", ["'--noise'"]),
+        ("--method width --noise nan", ["--noise = nan"]),
         ("--method width --noise inf", ["--noise"]),
         ("--method dus --target-layers 3", ["--target-layers = 3", "nearest: 4"]),
         ("--method dus --target-layers 4 --drop-layers 2", ["--drop-layers = 2 contradicts"]),

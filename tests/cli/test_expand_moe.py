@@ -92,7 +92,7 @@ def test_the_experts_of_a_result_go_on(run: Run, place: Path) -> None:
     [
         ("--method moe --num-experts 2 --experts-per-token 3", "--experts-per-token = 3: a token"),
         ("--method moe --num-experts 1", "--num-experts = 1"),
-        ("--method moe --reinit-fraction 1", "--reinit-fraction = 1.0"),
+        ("--method moe --reinit-fraction 1", "--reinit-fraction = 1:"),
         ("--method moe --sparse-layers 1", "--sparse-layers leaves layers 0, 2 dense"),
         ("--method width --num-experts 4", "--method width does not take it; moe"),
         ("--method width,moe --noise 0.1", "--noise = 0.1: width and moe would both take it"),

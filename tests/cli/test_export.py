@@ -99,7 +99,7 @@ def test_what_is_left_out_is_told(run: Run, place: Path) -> None:
     result = run("export --checkpoint run.ckpt --config base --output out")
     assert result.code == 0
     said = " ".join(result.out.split())
-    assert "note the optimiser's state was left out: the file holds none" in said
+    assert "note the optimizer's state was left out: the file holds none" in said
 
 
 # Refusals

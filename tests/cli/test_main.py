@@ -9,14 +9,18 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import tritter
 from tests.cli.conftest import Run
 from tritter.cli import main
-from tritter.cli.request import METHOD_OPTIONS, spelled
-from tritter.expansion import EXPANSIONS, Width
+from tritter.cli.method_options import method_options
+from tritter.cli.values import spelled
+from tritter.expansion import EXPANSIONS
+from tritter.expansion.heads import STRATEGIES
+from tritter.expansion.width import Init, Shares
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("expand", "history", "inspect", "generate", "train")
@@ -76,11 +80,8 @@ def test_each_command_has_help(run: Run, command: str) -> None:
         ("expand --checkpoint base --method dus --num_hads 3", "Did you mean --num-heads?"),
         ("expand --method dus", "Missing option '--checkpoint'"),
         ("expand --checkpoint base", "Missing option '--method'"),
-        ("expand --checkpoint base --method dus --target-layers four", "'--target-layers'"),
-        ("expand --checkpoint base --method dus --target-layers 0", "'--target-layers'"),
         ("expand --checkpoint base --method dus --target-params 7X", "such as 7B, 350M"),
         ("expand --checkpoint base --method dus --max-shard-size 0", "such as 5GB, 500MB"),
-        ("expand --checkpoint base --method llama-pro --positions 1,x", "such as 3,7,11"),
         ("history", "Missing argument 'DIR'"),
         ("inspect a b", "unexpected extra argument"),
         ("generate --checkpoint base", "Missing option '--prompt'"),
@@ -96,8 +97,28 @@ def test_usage_errors_exit_2_in_one_message(run: Run, words: str, said: str) -> 
     assert "--help` lists what there is." in result.err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("dus --target-layers four", "--target-layers = four: allowed is a whole number at least"),
+        ("dus --target-layers 0", "--target-layers = 0: allowed is a whole number at least 2"),
+        ("width --noise much", "--noise = much: allowed is a number at least 0"),
+        ("llama-pro --positions 1,x", "--positions = [1,x]: allowed is a list of whole numbers"),
+        ("llama-pro --positions 1,", "--positions = "),
+        ("llama-pro --positions -1", "--positions = [-1]"),
+        ("moe --sparse-layers 1.5", "--sparse-layers = [1.5]"),
+    ],
+)
+def test_a_method_judges_its_values_before_a_model_is_opened(
+    run: Run, words: str, said: str
+) -> None:
+    result = run(f"expand --checkpoint nowhere --method {words}")
+    assert (result.code, result.out) == (2, "")
+    assert said in result.err
+
+
 def test_the_options_offered_are_those_that_the_methods_have() -> None:
-    taken = {(m, field) for takers in METHOD_OPTIONS.values() for m, field in takers.items()}
+    taken = {(m, field) for takers in method_options().values() for m, field in takers.items()}
     fields = {
         (method, field.name)
         for method, spec in EXPANSIONS.items()
@@ -113,10 +134,9 @@ def test_help_names_every_method_and_choice(run: Run, monkeypatch: pytest.Monkey
     text = run("expand --help").out
     for method in EXPANSIONS:
         assert spelled(method) in text
-    for field in dataclasses.fields(Width):
-        if choices := field.metadata.get("choices"):
-            assert "|".join(map(spelled, choices)) in text
-    for option in METHOD_OPTIONS:
+    for word in (*get_args(Init), *get_args(Shares), *STRATEGIES):
+        assert word in text
+    for option in method_options():
         assert f"--{spelled(option)} " in text
 
 

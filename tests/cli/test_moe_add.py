@@ -8,10 +8,10 @@ import torch
 
 from tests.cli.conftest import Run, snapshot
 from tests.oracle import logits, relative_difference, saved, stock, tokens
-from tests.routing.models import num_experts, tiny_moe
+from tests.stock_routers.models import num_experts, tiny_moe
 from tritter.checkpoint import read_lineage
 from tritter.models import load_model
-from tritter.routing import AddedExperts, stock_obstacle
+from tritter.stock_routers import AddedExperts, stock_obstacle
 
 ADD = "expand --checkpoint base --method moe-add"
 
@@ -54,7 +54,7 @@ def test_replicate_is_stock_loadable(run: Run, base: Path) -> None:
     ("words", "told"),
     [
         ("--clone-from 4", "--clone-from"),
-        ("--clone-from x", "no expert"),
+        ("--clone-from x", "--clone-from = [x]: allowed is a list of whole numbers"),
         ("--expert-init mean --clone-from 1", "--clone-from"),
         ("--expert-init best-of", "--expert-init"),
         ("--addition twice", "--addition"),

@@ -79,8 +79,8 @@ KEYS = [
     "experiment", "model.hidden_size", "model.path", "data.new", "data.old", "data.batch_size",
     "training.max_steps", "training.schedule", "training.learning_rate", "expansion.dus",
     "expansion.width.hidden_size", "forgetting.ewc.ewc_lambda", "gate.retention", "logger",
-    "logger.tags", "trainer.devices", "pipeline.target_params", "hydra.run.dir", "hydra.job.name",
-    "evaluation.batch_size", "nothing", "a.b.c",
+    "logger.wandb.tags", "trainer.devices", "pipeline.target_params", "hydra.run.dir",
+    "hydra.job.name", "evaluation.batch_size", "nothing", "a.b.c",
 ]  # fmt: skip
 
 

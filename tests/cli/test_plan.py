@@ -117,7 +117,7 @@ def test_the_guide(run: Run, place: Path) -> None:
         ("--source 3B --target 10B --gpu-hours 1 --device-flops fast", ["312T"]),
         (
             "--source 3B --target 10B --gpu-hours 1 --strategy balance",
-            ["--strategy = balance", "Did you mean 'balanced'"],
+            ["--strategy = balance", "Did you mean balanced?"],
         ),
         (
             "--source 3B --target 10B --gpu-hours 1 --optimizer adam8bit",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Run, snapshot
+from tests.config.test_outside import write_examples
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.history import learned_text
@@ -20,14 +21,14 @@ from tritter.cli import continued, main
 from tritter.cli import train as train_module
 from tritter.cli.continued import TrainRequest, continuation
 from tritter.cli.train import HELP
-from tritter.config import RunConfig
 from tritter.config.composition import load_config
 from tritter.config.help import help_text
-from tritter.config.schema import CheckpointModelConfig, EWCOptions, TextDataConfig
+from tritter.config.schema import CheckpointModelConfig, RunConfig, TextDataConfig
 from tritter.config.text_resolution import run_text
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import Width
+from tritter.forgetting.ewc import EWCOptions
 
 QUICK = "data.sequence_length=32 data.batch_size=4 logger=csv trainer.progress=off "
 QUICK += "evaluation.sample_tokens=0 evaluation.max_tokens_per_document=48"
@@ -86,6 +87,20 @@ def test_help_names_every_option() -> None:
     assert max(map(len, HELP.splitlines())) <= 100
 
 
+def test_a_checkpoint_is_trained_with_a_method_from_outside(
+    run: Run, texts: Path, configs: list[RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_examples(texts / "site", conf=texts / "conf")
+    monkeypatch.syspath_prepend(texts / "site")
+    line = "train --checkpoint base --data data/pretraining --config-dir conf forgetting=damp"
+    assert "Damp: every gradient" in run(f"{line} --help").out
+    result = run(f"{line} forgetting.damp.share=0.25 data.sequence_length=32")
+    assert result.code == 0, result.err
+    (one,) = configs[0].forgetting
+    assert (one.name, one.plain()) == ("damp", {"share": 0.25})
+    assert run(f"{line} --config-dir nowhere").code == 2
+
+
 def test_what_the_options_mean(run: Run, texts: Path, configs: list[RunConfig]) -> None:
     result = run(
         "train --checkpoint base --mode continue --steps 7 --ewc_lambda 1000 --output there "
@@ -95,7 +110,7 @@ def test_what_the_options_mean(run: Run, texts: Path, configs: list[RunConfig]) 
     (config,) = configs
     assert config.model == CheckpointModelConfig(model_type="hf", path=str(texts / "base"))
     assert (config.expansion, config.training.max_steps) == ((), 7)
-    assert config.forgetting == (EWCOptions(ewc_lambda=1000),)
+    assert [one.options for one in config.forgetting] == [EWCOptions(ewc_lambda=1000)]
     assert data_of(config).new == {"new": [f"{texts}/data/pretraining", f"{texts}/old/0.txt"]}
     assert data_of(config).old == {"old": [f"{texts}/old"]}
     assert (texts / "there/run.json").exists()
@@ -110,7 +125,7 @@ def test_typed_keys_win(run: Run, texts: Path, configs: list[RunConfig]) -> None
     assert result.code == 0, result.err
     (config,) = configs
     assert [options.name for options in config.forgetting] == ["replay", "ewc"]
-    assert config.forgetting[1] == EWCOptions(ewc_lambda=5)
+    assert config.forgetting[1].options == EWCOptions(ewc_lambda=5)
     assert [spec.name for spec in config.expansion] == ["width"]
     assert data_of(config).new == {"x": [f"{texts}/data"]}
     assert (data_of(config).text_field, config.training.max_steps) == ("body", 3)

@@ -3,7 +3,7 @@
 import pytest
 import typer
 
-from tritter.cli.values import byte_count, layer_list, parameter_count
+from tritter.cli.values import byte_count, parameter_count
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,3 @@ def test_what_is_no_number_is_refused(text: str) -> None:
         if not (read is byte_count and text == "7 B B"):
             with pytest.raises(typer.BadParameter):
                 read(text)
-
-
-def test_layers() -> None:
-    assert layer_list(None) is None
-    assert layer_list("3,7, 11") == (3, 7, 11)
-    assert layer_list("[0]") == (0,)
-    for text in ("", "1,", "a", "-1", "1.5"):
-        with pytest.raises(typer.BadParameter):
-            layer_list(text)

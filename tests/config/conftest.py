@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tritter.config import RunConfig
 from tritter.config.composition import Composer, composer
 from tritter.config.entry import main
+from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
 
 

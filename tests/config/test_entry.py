@@ -168,7 +168,7 @@ def test_a_sweep(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
 def test_a_sweep_over_keys_of_swept_methods(run: Run, pipeline: FakePipeline) -> None:
     words = ("forgetting=l2sp,[replay,l2sp]", "forgetting.l2sp.l2sp-lambda=1,3")
     assert run("-m", *words).code == 0
-    lambdas = [config.forgetting[-1].l2sp_lambda for config in pipeline.configs]
+    lambdas = [config.forgetting[-1].options.l2sp_lambda for config in pipeline.configs]
     assert lambdas == [1.0, 3.0, 1.0, 3.0]
 
 

@@ -9,7 +9,8 @@ WITHOUT_EFFECT = [
     "resume=x",
     "cache_dir=/x",
     "logger=csv",
-    "logger.project=x",
+    "logger.wandb.project=x",
+    "trainer.profiler=simple",
     "trainer.progress=off",
     "trainer=ddp",
 ]
@@ -52,6 +53,6 @@ def test_order_of_methods_counts(composing: Composer) -> None:
 
 
 def test_it_survives_json(composing: Composer) -> None:
-    words = ["expansion=llama_pro", "expansion.llama_pro.positions=[0,2]", "logger.tags=[a]"]
+    words = ["expansion=llama_pro", "expansion.llama_pro.positions=[0,2]", "logger.wandb.tags=[a]"]
     print_of_run = fingerprint(composing.compose(words).config)
     assert json.loads(json.dumps(print_of_run)) == print_of_run

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.config import RunConfig, memory
+from tritter.config import memory
 from tritter.config.composition import load_config
 from tritter.config.memory import HeldMemory, memory_notes, memory_problems, trainings
+from tritter.config.schema import RunConfig
 from tritter.config.validation import source_config
 from tritter.families import family_of
 
@@ -33,7 +34,7 @@ def held(*words: str) -> dict[str, HeldMemory]:
 
 
 def problems(config: RunConfig) -> str:
-    return " ".join(memory_problems(config, source_config(config)))
+    return " ".join(map(str, memory_problems(config, source_config(config))))
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
@@ -77,7 +78,7 @@ def test_what_a_training_holds_by_hand() -> None:
         assert 0 <= each.states - 16 * each.parameters < 1000
         assert (each.start, each.processes) == (4 * each.parameters, 1)
         assert each.activations > 0
-    assert base.copies == 12 * base.parameters  # ω, and gradients and weights before each step
+    assert base.copies == 0
     assert grown.copies == 16 * grown.parameters  # an anchor and importances, for each method
     assert grown.parameters > base.parameters == found["the control"].parameters
 
@@ -100,7 +101,7 @@ def test_only_new_blocks_have_gradients_and_moments() -> None:
     grown = held(*words, "expansion.llama_pro.new_blocks_only=true")["the grown model"]
     base = held(*words)["the base"]
     new = grown.parameters - base.parameters
-    assert grown.states == 4 * grown.parameters + 12 * new
+    assert 0 <= grown.states - 4 * grown.parameters - 12 * new < 1000
 
 
 def test_of_rounds_the_largest_counts() -> None:
@@ -127,8 +128,8 @@ def test_each_process_holds_all(has: Callable[[int], None]) -> None:
 def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -> None:
     config = load_config(["model=tritter_350m", "expansion=none", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
-    base, _ = trainings(config, source_config(config))
-    has(base.device + base.start + 10**6)
+    base, model = trainings(config, source_config(config))
+    has(model.device + model.start)
     assert not problems(config)
     has(base.device + base.start - 10**6)
     said = problems(config)

@@ -1,19 +1,23 @@
-from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 
+from tritter.config import renamed
 from tritter.config.reading import Reader
+from tritter.errors import Problem, RequestError, raise_problems
+from tritter.options import Text, options
 
 
-@dataclass(frozen=True, slots=True)
+@options
 class Thing:
-    count: int = field(default=1, metadata={"minimum": 1, "maximum": 9})
-    rate: float = field(default=0.1, metadata={"above": 0, "below": 1})
+    count: Annotated[int, Field(ge=1, le=9)] = 1
+    rate: Annotated[float, Field(gt=0, lt=1)]
     is_on: bool = False
-    mode: str = field(default="a", metadata={"choices": ("a-b", "off")})
-    kind: str = field(default="true", metadata={"choices": ("x", "true")})
-    label: str | None = None
-    places: tuple[int, ...] | None = field(default=None, metadata={"minimum": 0})
+    mode: Literal["a-b", "off"] = "off"
+    kind: Literal["x", "true"] = "true"
+    label: Text | None = None
+    places: tuple[Annotated[int, Field(ge=0)], ...] | None = None
 
 
 GOOD: dict[str, object] = {"count": 2, "rate": 0.5, "is_on": True, "mode": "off"}
@@ -21,13 +25,15 @@ GOOD |= {"kind": "x", "label": "x", "places": [0, 3]}
 KEYS = tuple(f"thing.{name}" for name in GOOD)
 
 
-def read(**changes: object) -> tuple[Thing | None, list[str]]:
-    reader = Reader(KEYS)
+def read(**changes: object) -> tuple[Thing | None, list[Problem]]:
+    reader = Reader(lambda: KEYS)
     return reader.read(Thing, GOOD | changes, prefix="thing"), reader.problems
 
 
 def test_good_values_become_a_record() -> None:
-    assert read()[0] == Thing(2, 0.5, True, "off", "x", "x", (0, 3))
+    assert read()[0] == Thing(
+        count=2, rate=0.5, is_on=True, mode="off", kind="x", label="x", places=(0, 3)
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,6 +64,9 @@ def test_equal_spellings_are_accepted(change: dict, expected: tuple[str, object]
         {"count": 10},
         {"count": None},
         {"count": float("inf")},
+        {"count": 10**5000},
+        {"count": object()},
+        {"label": "\ud800"},
         {"rate": float("nan")},
         {"rate": 0},
         {"rate": 1.0},
@@ -78,18 +87,53 @@ def test_wrong_values_are_named(change: dict) -> None:
     (key,) = change
     assert record is None
     assert len(problems) == 1
-    assert problems[0].startswith(f"thing.{key} = ")
-    assert "allowed is" in problems[0]
+    assert (problems[0].key, problems[0].value) == (f"thing.{key}", change[key])
+    assert str(problems[0]).startswith(f"thing.{key} = ")
+    assert problems[0].reason.startswith("allowed is ")
 
 
 def test_all_problems_are_reported_at_once() -> None:
     _, problems = read(count="x", rate="y", cuont=3)
     assert len(problems) == 3
-    assert any("Did you mean thing.count?" in problem for problem in problems)
+    assert {problem.key: problem.nearest for problem in problems}["thing.cuont"] == "thing.count"
 
 
 def test_a_missing_key_is_a_problem() -> None:
-    reader = Reader(KEYS)
+    reader = Reader(lambda: KEYS)
     raw = {name: value for name, value in GOOD.items() if name != "rate"}
     assert reader.read(Thing, raw, prefix="thing") is None
-    assert "thing.rate is missing" in reader.problems[0]
+    assert str(reader.problems[0]).startswith("thing.rate: it is missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("count", "a whole number at least 1 and at most 9"),
+        ("rate", "a number above 0 and below 1"),
+        ("is_on", "true or false"),
+        ("mode", "one of a-b, off"),
+        ("label", "text (quote what looks like a number), or null"),
+        ("places", "a list of whole numbers at least 0, as in [a,b], or null"),
+    ],
+)
+def test_what_is_allowed_is_said_in_words(name: str, expected: str) -> None:
+    _, (problem,) = read(**{name: [["x"]]})
+    assert problem.reason == f"allowed is {expected}"
+
+
+def test_a_renamed_key_is_refused_with_its_new_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renamed, "RENAMED", {"thing.size": "thing.count", "old": "thing"})
+    _, (problem,) = read(size=3)
+    assert str(problem) == "thing.size = 3: it is called thing.count now."
+    reader = Reader(lambda: KEYS)
+    reader.report_unknown("old", {"rate": 1, "mode": "off"})
+    assert [problem.key for problem in reader.problems] == ["old.rate", "old.mode"]
+    assert "it is called thing.rate now" in str(reader.problems[0])
+
+
+def test_refusals_hold_their_problems() -> None:
+    _, problems = read(count="x", rate="y")
+    with pytest.raises(RequestError) as caught:
+        raise_problems(problems)
+    assert [problem.key for problem in caught.value.problems] == ["thing.count", "thing.rate"]
+    assert str(caught.value).startswith("2 things are wrong with the request:\n  thing.count = x")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.config import composition
-from tritter.config.folder import config_folder
+from tritter.conf_folder import config_folder
+from tritter.config import composition, folders
 from tritter.config.hydra_settings import ALLOWED
 
 ROOT = config_folder().parent
@@ -35,6 +35,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "steps=3": ("Did you mean training.max_steps?",),
     "optimizer.wd=1": ("Did you mean optimizer.weight_decay?",),
     "data.bs=4": ("Did you mean data.batch_size?",),
+    "routing.z_loss=0.1": ("routing.z_loss = 0.1", "it is called moe_routing.z_loss now"),
+    "routing=default": ("routing = default", "it is called moe_routing now"),
     "learning_rate=3": ("learning_rate = 3", "Did you mean training.learning_rate?"),
     "optimizr.weight_decay=1": ("Did you mean optimizer.weight_decay?",),
     "+training.foo=3": ("training.foo = 3", "no such key", "max_steps"),
@@ -111,7 +113,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "resume=latest": ("resume = latest", "no run below"),
     "resume=elsewhere": ("resume = elsewhere", "latest"),
     "resume=latest hydra.run.dir=x": ("resume = latest", "hydra.run.dir"),
-    "-m seed=0,1 training.max_stps=3": ("job 0", "Did you mean training.max_steps?"),
+    "-m seed=0,1 training.max_stps=3": ("error: training.max_stps = 3", "training.max_steps?"),
     "-m model=tiny,tinny": ("job 1 (model=tinny)", "Did you mean tiny?"),
     "-m expansion.width.hidden_size=128,90": ("job 1", "88 or 92"),
     "-m training.learning_rate=interval(0,1)": ("interval(0,1)", "range(START,STOP)"),
@@ -190,6 +192,22 @@ def test_all_mistakes_are_told_at_once(run: Callable[..., Result]) -> None:
     assert "3 things are wrong" in result.err
 
 
+def test_every_job_of_a_sweep_is_told_of(run: Callable[..., Result]) -> None:
+    result = run("-m", "training.learning_rate=-1,2e-4,-3", "training.max_stps=3")
+    assert "3 things are wrong" in result.err
+    assert "\n  training.max_stps = 3" in result.err  # of all jobs, once
+    assert "\n  job 0 (training.learning_rate=-1 training.max_stps=3): training" in result.err
+    assert "\n  job 2 (training.learning_rate=-3 training.max_stps=3): training" in result.err
+
+
+def test_a_wrong_section_hides_no_rule_that_does_not_read_it(run: Callable[..., Result]) -> None:
+    words = ["trainer.precision=bf16-mixd", "trainer.devices=2", "data.sequence_length=1024"]
+    result = run(*words, "gate.enabled=false", "gate.strict=true")
+    assert "3 things are wrong" in result.err  # trainer.devices is not judged
+    for key in ("trainer.precision", "data.sequence_length", "gate.strict"):
+        assert f"\n  {key} = " in result.err
+
+
 @pytest.fixture
 def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of conf/ whose experiments a test may write."""
@@ -197,6 +215,7 @@ def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     folder = tmp_path.parent / f"{tmp_path.name}-conf"
     shutil.copytree(config_folder(), folder)
+    monkeypatch.setattr(folders, "config_folder", lambda: folder)
     monkeypatch.setattr(composition, "config_folder", lambda: folder)
     return folder / "experiment"
 
@@ -213,7 +232,7 @@ def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("forgetting: {replay: {fractoin: 0.1}}", ("forgetting.replay.fraction?",)),
         ("defaults:\n  - override /expansion: dsu", ("expansion = dsu", "dus", "experiment/x")),
         ("training: {max_steps: 3", ("line", "YAML")),
-        ("logger: {wandb: on}", ("logger.wandb", "off, offline, online")),
+        ("logger: {wandb: {mode: on}}", ("logger.wandb.mode", "off, offline, online")),
     ],
 )
 def test_mistakes_in_an_experiment_file(
@@ -229,10 +248,10 @@ def test_mistakes_in_an_experiment_file(
 
 
 def test_an_experiment_without_mistakes_composes(experiments: Path) -> None:
-    text = "# @package _global_\ntraining: {max_steps: 3}\nlogger: {wandb: off}\n"
+    text = "# @package _global_\ntraining: {max_steps: 3}\nlogger: {wandb: {mode: off}}\n"
     (experiments / "x.yaml").write_text(text)
     config = composition.load_config(["experiment=x"])
-    assert (config.training.max_steps, config.logger.wandb) == (3, "off")
+    assert (config.training.max_steps, config.logger.wandb) == (3, None)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ HOSTILE = [
     "hydra/launcher=submitit_local",
     "hydra.searchpath=[file:///tmp/conf]",
     "++hydra.job_logging.handlers.x.class=os.system",
-    "logger.project=${oc.env:HOME}",
+    "logger.wandb.project=${oc.env:HOME}",
     "--config-dir=/tmp/conf",
 ]
 

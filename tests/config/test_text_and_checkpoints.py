@@ -155,7 +155,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.old=stdlib:prosa data.new=@new": ("stdlib:code", "Did you mean stdlib:prose?"),
     "data=text data.old=@old data.new=@new data.text_feild=a": ("Did you mean data.text_field?",),
     "data.old=@old": ("data.old", "source stdlib has no such key, only text has"),
-    "data.source=text": ("data.text_field is missing",),
+    "data.source=text": ("data.source = text", "choose it with data=text"),
     "model=hf": ("model.path = null", "model.path=DIR"),
     "model=hf model.path=@bsae": ("model.path", "no hub id", "Did you mean 'base'?"),
     "model=hf model.path=@old/b.jsonl": ("it is a file",),

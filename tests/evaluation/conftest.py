@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.data.tokens import TokenisedDocuments
-from tritter.evaluation.losses import DocumentLosses
+from tritter.evaluation.paired_scores import PairedScores
 
 
 class Bigram(nn.Module):
@@ -47,11 +47,21 @@ def _documents(*documents: list[int], names: tuple[str, ...] | None = None) -> T
     )
 
 
-def _losses(nats: Tensor, *, num_bytes: Tensor | None = None) -> DocumentLosses:
+def _losses(nats: Tensor, *, num_bytes: Tensor | None = None) -> PairedScores:
     num_bytes = torch.full((len(nats),), 100) if num_bytes is None else num_bytes
-    return DocumentLosses(
-        tuple(f"d{index}" for index in range(len(nats))), nats.double(), num_bytes // 2, num_bytes
+    return PairedScores(
+        tuple(f"d{index}" for index in range(len(nats))),
+        nats.double(),
+        {"tokens": num_bytes // 2, "bytes": num_bytes},
+        unit="nats",
     )
+
+
+def _answers(right: Tensor, *, chance: float = 0.25) -> PairedScores:
+    """Right answers, one question an item unless an item has more."""
+    ones = torch.ones(len(right), dtype=torch.int64)
+    names = tuple(f"q{index}" for index in range(len(right)))
+    return PairedScores(names, right.double(), {"answers": ones}, unit="accuracy", chance=chance)
 
 
 @pytest.fixture
@@ -60,8 +70,13 @@ def make_documents() -> Callable[..., TokenisedDocuments]:
 
 
 @pytest.fixture
-def make_losses() -> Callable[..., DocumentLosses]:
+def make_losses() -> Callable[..., PairedScores]:
     return _losses
+
+
+@pytest.fixture
+def make_answers() -> Callable[..., PairedScores]:
+    return _answers
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def test_undecided_names_more_documents_than_there_were(make_losses):
     assert f"about {check.documents_needed} documents would decide" in check.detail
     # The same documents over and over: as many as were asked for do decide.
     times = math.ceil(check.documents_needed / 36)
-    before, after = make_losses(BEFORE.repeat(times)), make_losses(after.nats.repeat(times))
+    before, after = make_losses(BEFORE.repeat(times)), make_losses(after.values.repeat(times))
     again = retention_check("prose", before, after, bound=0.05, confidence=0.95)
     assert again.verdict == "passed"
 
@@ -66,11 +66,14 @@ def test_undecided_names_more_documents_than_there_were(make_losses):
 @pytest.mark.parametrize("n", [1, 2, 10, MIN_DOCUMENTS - 1])
 def test_below_thirty_documents_nothing_is_decided(make_losses, n):
     before = make_losses(BEFORE[:n])
-    harmless, ruined = make_losses(before.nats * 1.001), make_losses(before.nats * (2 + NOISE[:n]))
+    harmless, ruined = (
+        make_losses(before.values * 1.001),
+        make_losses(before.values * (2 + NOISE[:n])),
+    )
     for check in (
         retention_check("prose", before, harmless, bound=0.05, confidence=0.95),
         retention_check("prose", before, ruined, bound=0.05, confidence=0.95),
-        new_capability_check("code", before, make_losses(before.nats / 2), confidence=0.95),
+        new_capability_check("code", before, make_losses(before.values / 2), confidence=0.95),
         new_capability_check("code", before, ruined, confidence=0.95),
     ):
         assert check.verdict == "undecided" and check.documents_needed >= MIN_DOCUMENTS
@@ -80,7 +83,7 @@ def test_below_thirty_documents_nothing_is_decided(make_losses, n):
 
 def test_thirty_documents_are_enough(make_losses):
     before = make_losses(BEFORE[:MIN_DOCUMENTS])
-    after = make_losses(before.nats * (1.01 + 0.1 * NOISE[:MIN_DOCUMENTS]))
+    after = make_losses(before.values * (1.01 + 0.1 * NOISE[:MIN_DOCUMENTS]))
     check = retention_check("prose", before, after, bound=0.05, confidence=0.95)
     assert check.verdict == "passed" and check.documents_needed is None
 
@@ -99,19 +102,19 @@ def test_one_document_has_no_bounds(make_losses):
 
 def test_documents_that_carry_the_change_are_named(make_losses):
     before = make_losses(BEFORE)
-    after = before.nats * (1.01 + NOISE)
+    after = before.values * (1.01 + NOISE)
     after[4] *= 1.6
     check = retention_check("prose", before, make_losses(after), bound=0.05, confidence=0.95)
     assert check.verdict == "undecided"
     assert check.detail.endswith("; half of the spread comes from one document: 'd4'")
-    after = before.nats * (1.01 + NOISE)
+    after = before.values * (1.01 + NOISE)
     calm = retention_check("prose", before, make_losses(after), bound=0.05, confidence=0.95)
     assert "spread" not in calm.detail
 
 
 def test_an_unknown_bound_is_said_in_words(make_losses):
     before = make_losses(BEFORE)
-    after = before.nats * 1.01
+    after = before.values * 1.01
     after[4] *= 1.6
     check = retention_check("prose", before, make_losses(after), bound=0.05, confidence=0.95)
     assert check.verdict == "undecided" and check.to_dict()["interval"][1] is None

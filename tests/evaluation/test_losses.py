@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tritter.errors import TritterError
-from tritter.evaluation.losses import DocumentLosses, document_losses, domain_score
+from tritter.evaluation.losses import document_losses
+from tritter.evaluation.paired_scores import PairedScores
 
 EOT = 0
 
@@ -26,11 +27,11 @@ def test_two_documents_by_hand(bigram, make_documents):
     losses = score(bigram(probabilities.log()), documents)
     first = -math.log(3 / 4 * 1 / 2 * 1 / 4)
     second = -math.log(1 / 8)
-    assert losses.nats.tolist() == pytest.approx([first, second], abs=1e-6)
-    result = domain_score(losses)
-    assert result.loss == pytest.approx((first + second) / 4, abs=1e-6)
-    assert result.loss_per_byte == pytest.approx((first + second) / 8, abs=1e-6)
-    assert result.n == 2
+    assert losses.values.tolist() == pytest.approx([first, second], abs=1e-6)
+    record = losses.record()
+    assert record["loss"] == losses.mean() == pytest.approx((first + second) / 4, abs=1e-6)
+    assert record["loss_per_byte"] == pytest.approx((first + second) / 8, abs=1e-6)
+    assert record["n"] == 2
 
 
 def test_every_token_counts_once_across_windows(bigram, table, documents):
@@ -43,19 +44,20 @@ def test_every_token_counts_once_across_windows(bigram, table, documents):
         expected.append(-sum(float(log_probabilities[a, b]) for a, b in pairs))
     for sequence_length in (1, 2, 4, 5, 64):
         losses = score(bigram(table), documents, sequence_length=sequence_length)
-        assert losses.nats.tolist() == pytest.approx(expected, abs=1e-5)
+        assert losses.values.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_batch_size_does_not_matter(summing, table, documents):
     reference = score(summing(table), documents, batch_size=1)
     for batch_size in (2, 5, 100):
         losses = score(summing(table), documents, batch_size=batch_size)
-        torch.testing.assert_close(losses.nats, reference.nats, atol=1e-5, rtol=0)
+        torch.testing.assert_close(losses.values, reference.values, atol=1e-5, rtol=0)
 
 
 def test_padding_would_matter_if_it_counted(summing, table, documents, monkeypatch):
     """Negative control: with padded targets that count, the batch size shows."""
-    monkeypatch.setattr("tritter.evaluation.losses._IGNORED", EOT)
+    monkeypatch.setattr("tritter.data.windows.IGNORED", EOT)
+    monkeypatch.setattr("tritter.evaluation.losses.IGNORED", EOT)
     monkeypatch.setattr(
         "tritter.evaluation.losses.cross_entropy",
         lambda logits, targets, **_: torch.nn.functional.cross_entropy(
@@ -64,7 +66,7 @@ def test_padding_would_matter_if_it_counted(summing, table, documents, monkeypat
     )
     alone = score(summing(table), documents, batch_size=1)
     together = score(summing(table), documents, batch_size=100)
-    assert (alone.nats - together.nats).abs().max() > 0.1
+    assert (alone.values - together.values).abs().max() > 0.1
 
 
 def test_order_of_documents_does_not_matter(summing, table, make_documents):
@@ -73,7 +75,7 @@ def test_order_of_documents_does_not_matter(summing, table, make_documents):
     losses = score(summing(table), make_documents(*lists, names=names))
     back = score(summing(table), make_documents(*lists[::-1], names=names[::-1]))
     assert back.identifiers == ("c", "b", "a")
-    torch.testing.assert_close(back.nats.flip(0), losses.nats, atol=1e-5, rtol=0)
+    torch.testing.assert_close(back.values.flip(0), losses.values, atol=1e-5, rtol=0)
 
 
 def test_batches_are_hardly_padded(bigram, table, documents):
@@ -90,9 +92,9 @@ def test_model_is_scored_in_eval_and_left_as_it_was(bigram, table, documents):
     frozen = score(model, documents)
     assert model.training and not model.dropout.training
     model.dropout.train()
-    assert torch.equal(score(model, documents).nats, frozen.nats)
+    assert torch.equal(score(model, documents).values, frozen.values)
     assert model.dropout.training
-    assert not frozen.nats.is_inference() and not frozen.nats.requires_grad
+    assert not frozen.values.is_inference() and not frozen.values.requires_grad
 
 
 def test_modes_come_back_after_an_error(bigram, table, make_documents):
@@ -107,7 +109,10 @@ def test_empty_documents_are_left_out_and_nothing_to_score_is_an_error(
 ):
     losses = score(bigram(table), make_documents([1], [], [2, 3]))
     assert losses.identifiers == ("d0", "d2")
-    assert losses.num_tokens.tolist() == [1, 2] and losses.num_bytes.tolist() == [2, 4]
+    assert losses.weights["tokens"].tolist() == [1, 2] and losses.weights["bytes"].tolist() == [
+        2,
+        4,
+    ]
     with pytest.raises(TritterError, match="no token"):
         score(bigram(table), make_documents([], []))
 
@@ -134,20 +139,22 @@ def test_autocast_changes_the_forward_pass_only_a_little(table, make_documents):
     documents = make_documents([1, 2, 3, 4, 5])
     exact = score(model, documents)
     rounded = score(model, documents, autocast_dtype=torch.bfloat16)
-    assert model.dtype == torch.bfloat16 and rounded.nats.dtype == torch.float64
-    torch.testing.assert_close(rounded.nats, exact.nats, atol=0.05, rtol=0)
+    assert model.dtype == torch.bfloat16 and rounded.values.dtype == torch.float64
+    torch.testing.assert_close(rounded.values, exact.values, atol=0.05, rtol=0)
 
 
 def test_record_survives_json(make_losses):
     losses = make_losses(torch.tensor([1.5, 1 / 3]))
-    copy = DocumentLosses.from_dict(json.loads(json.dumps(losses.to_dict())))
+    copy = PairedScores.from_dict(json.loads(json.dumps(losses.to_dict())))
     assert copy.identifiers == losses.identifiers
-    assert torch.equal(copy.nats, losses.nats) and torch.equal(copy.num_bytes, losses.num_bytes)
+    assert torch.equal(copy.values, losses.values) and torch.equal(
+        copy.weights["bytes"], losses.weights["bytes"]
+    )
     with pytest.raises(TritterError, match="format_version"):
-        DocumentLosses.from_dict(losses.to_dict() | {"format_version": 99})
+        PairedScores.from_dict(losses.to_dict() | {"format_version": 99})
 
 
 def test_score_of_a_broken_model_is_valid_json(make_losses):
-    record = domain_score(make_losses(torch.tensor([1.0, math.nan]))).to_dict()
+    record = make_losses(torch.tensor([1.0, math.nan])).record()
     assert record["loss"] is None and record["n"] == 2
     json.dumps(record, allow_nan=False)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import oracle, oracle_growth
-from tests.oracle_families import OWN, tiny
+from tests import oracle
+from tests.oracle import growth as oracle_growth
+from tests.oracle.families import OWN, tiny
 from tritter.checkpoint.state import read_state, write_state
 from tritter.expand import expand
 from tritter.expansion import Width, build_steps
@@ -92,7 +93,7 @@ def test_layers_of_the_same_kind_give_to_each_other() -> None:
     """Qwen2-MoE with a dense layer 1: experts of layer 0 take from layer 2, its FFN has none."""
     model = tiny("qwen2_moe")
     config = oracle_growth.config_of(model)
-    above = tensors_above([t.name for t in family_of(config).logical_tensors(config)])
+    above = tensors_above(family_of(config).logical_tensors(config))
     assert above["layers.0.experts.3.gate"] == "layers.2.experts.3.gate"
     assert above["layers.0.attention.q"] == "layers.1.attention.q"
     assert "layers.1.ffn.gate" not in above

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests import oracle, oracle_families
+from tests import oracle
+from tests.oracle import families as oracle_families
 from tritter.expand import expand
 from tritter.expansion import Dus, ExpansionSpec, Interpolate, LlamaPro, Stack, Width
 from tritter.families import family_of
@@ -104,9 +105,9 @@ def test_behind_an_output_norm_an_identity_opens_as_slowly_as_elsewhere(tmp_path
             source = oracle.saved(model, tmp_path / "source")
             model = oracle.stock(expand(source, tmp_path / name, specs).folder)
         before = oracle.logits(model, oracle.tokens())
-        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
         oracle.gradients(model, oracle.tokens(batch=16, length=32))
-        optimiser.step()
+        optimizer.step()
         moved[name] = float((oracle.logits(model, oracle.tokens()) - before).abs().max())
     assert moved["grown"] < 3 * moved["plain"], moved
 
@@ -133,7 +134,7 @@ def test_every_parameter_of_an_identity_gets_a_gradient_within_two_steps(
     specs = [*([Width()] if is_widened else []), Stack(identity_init=True)]
     result = expand(source, tmp_path / "result", specs)
     grown = oracle.stock(result.folder)
-    optimiser = torch.optim.AdamW(grown.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-3, weight_decay=0.0)
     names = [name for name, _ in grown.named_parameters() if name.startswith("model.layers.")]
     touched = {name: torch.zeros(0) for name in names}
     for step in range(3):
@@ -142,7 +143,7 @@ def test_every_parameter_of_an_identity_gets_a_gradient_within_two_steps(
             name: gradients[name].ne(0) if step == 0 else touched[name] | gradients[name].ne(0)
             for name in names
         }
-        optimiser.step()
+        optimizer.step()
     assert any(name.startswith("model.layers.5.") for name in names)
     dead = {name: int((~mask).sum()) for name, mask in touched.items() if not bool(mask.all())}
     assert not dead

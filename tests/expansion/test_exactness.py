@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tritter.errors import RequestError
-from tritter.expand import expand, mapped_reader
+from tritter.expand import expand
 from tritter.expansion import (
     Dus,
     ExpansionSpec,
@@ -20,10 +20,11 @@ from tritter.expansion import (
     Stack,
     Width,
     build_steps,
+    composed,
 )
 from tritter.families import LLAMA
 from tritter.models import read_config
-from tritter.parameter_map import Quantity, TensorMap, map_tensor
+from tritter.parameter_map import Quantity, TensorMap, map_tensor, mapped
 
 EXACT: dict[str, list[ExpansionSpec]] = {
     "fresh doubled": [Width()],
@@ -201,8 +202,8 @@ def test_gradient_of_the_expanded_model_is_the_mapped_gradient(
         before = oracle.gradients(oracle.stock(source, torch.float64), oracle.tokens())
         after = oracle.gradients(oracle.stock(result.folder, torch.float64), oracle.tokens())
     compared = 0
-    for name, (mapped, mask) in _mapped_gradients(source, specs, before).items():
-        difference = (after[name] - mapped)[mask].abs()
+    for name, (expected, mask) in _mapped_gradients(source, specs, before).items():
+        difference = (after[name] - expected)[mask].abs()
         if difference.numel():
             scale = after[name].abs().max().clamp(min=1e-6)
             assert float(difference.max() / scale) < 1e-9, name
@@ -210,11 +211,11 @@ def test_gradient_of_the_expanded_model_is_the_mapped_gradient(
     assert compared >= sum(value.numel() for value in before.values())
 
 
-def test_unequal_residual_shares_would_break_the_gradient_identity() -> None:
-    """The residual stream is tiled with equal shares for this reason; see AxisMap.tiled."""
+def test_copies_of_the_residual_stream_share_equally() -> None:
+    """Unequal shares would break the gradient identity above; see AxisMap.tiled."""
     from tritter.expansion.spaces import residual_map
 
-    residual = residual_map(24, 60, init="net2net")
+    residual = residual_map(24, 60, is_repeated=True)
     shares = residual.share[residual.source >= 0]
     assert float(shares.max() - shares.min()) == 0.0
     assert residual.num_copies == 2
@@ -234,7 +235,7 @@ def test_every_new_parameter_gets_a_gradient_within_two_steps(tmp_path: Path) ->
     for position, spec in enumerate(specs):
         result = expand(source, tmp_path / f"result{position}", [spec])
         grown = oracle.stock(result.folder)
-        optimiser = torch.optim.AdamW(grown.parameters(), lr=1e-3, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-3, weight_decay=0.0)
         touched = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in grown.named_parameters()}
         for step in range(3):
             batch = oracle.tokens(batch=16, length=32, seed=step)
@@ -243,7 +244,7 @@ def test_every_new_parameter_gets_a_gradient_within_two_steps(tmp_path: Path) ->
             batch[2, :] = torch.arange(32) + 64
             for name, gradient in oracle.gradients(grown, batch).items():
                 touched[name] |= gradient != 0
-            optimiser.step()
+            optimizer.step()
         rows = touched.pop("model.embed_tokens.weight")
         assert bool(rows[:97].any(dim=1).all())
         for name, mask in touched.items():
@@ -261,10 +262,10 @@ def test_unequal_clones_diverge_and_equal_ones_do_not(tmp_path: Path) -> None:
         copies = index.tensors["layers.0.ffn.gate"].axes[0]
         assert copies is not None
         grown = oracle.stock(result.folder)
-        optimiser = torch.optim.AdamW(grown.parameters(), lr=3e-3)
+        optimizer = torch.optim.AdamW(grown.parameters(), lr=3e-3)
         for step in range(60):
             oracle.gradients(grown, oracle.tokens(seed=step))
-            optimiser.step()
+            optimizer.step()
         gate = grown.model.layers[0].mlp.gate_proj.weight.detach()
         first = gate[:40][copies.index[40:]]
         gaps[shares] = float((gate[40:] - first).norm() / first.norm())
@@ -272,14 +273,15 @@ def test_unequal_clones_diverge_and_equal_ones_do_not(tmp_path: Path) -> None:
     assert gaps["unequal"] > 0.02
 
 
-def test_reader_of_maps_in_a_row_needs_no_model() -> None:
+def test_maps_in_a_row_need_no_model() -> None:
     config = LLAMA_CONFIG
     steps = build_steps(config, [Width(), LlamaPro()], seed=0)
     shapes = {t.name: LLAMA.shape(t, config) for t in LLAMA.logical_tensors(config)}
-    read = mapped_reader(lambda name: torch.ones(shapes[name]), steps)
+    maps = composed(steps, config).tensors
     target = steps[-1].target_config
     for tensor in LLAMA.logical_tensors(target):
-        assert tuple(read(tensor.name).shape) == LLAMA.shape(tensor, target)
+        value = mapped(maps[tensor.name], lambda name: torch.ones(shapes[name]))
+        assert tuple(value.shape) == LLAMA.shape(tensor, target)
 
 
 LLAMA_CONFIG: dict[str, object] = {

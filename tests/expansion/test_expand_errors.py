@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import oracle
+from tests.oracle.growth import masks_of
 from tests.storage.test_tensors import file_size_limit
 from tritter.errors import RequestError, TritterError
-from tritter.expand import carried_masks, expand
+from tritter.expand import expand
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width, build_steps
 from tritter.models import read_config
 
@@ -259,7 +260,7 @@ def test_carried_masks_mark_the_old_block_through_two_expansions(source: Path) -
     config = read_config(source)
     steps = build_steps(config, [Width(), LlamaPro()], seed=0)
     assert steps[-1].parameter_map.layer_sources == (0, 1, 1, 2, 2)
-    masks = carried_masks(config, steps)
+    masks = masks_of(config, steps)
     assert masks["model.norm.weight"].tolist() == [True] * 24 + [False] * 24
     assert masks["model.embed_tokens.weight"].sum() == 97 * 24
     for layer, has_history in enumerate([True, True, False, True, False]):

@@ -14,9 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from tests import oracle, oracle_growth
-from tests.oracle_families import HEADS_DIVIDE_HIDDEN, OWN, SPARSE, tiny
-from tests.oracle_qwen3 import tiny_qwen3
+from tests import oracle
+from tests.oracle import growth as oracle_growth
+from tests.oracle.families import HEADS_DIVIDE_HIDDEN, OWN, SPARSE, tiny
+from tests.oracle.qwen3 import tiny_qwen3
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import (

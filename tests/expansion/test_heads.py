@@ -6,11 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests import oracle, oracle_growth
-from tests.oracle_families import DENSE, OWN, tiny
+from tests import oracle
+from tests.oracle import growth as oracle_growth
+from tests.oracle.families import DENSE, OWN, tiny
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec, LlamaPro, Width, build_steps
-from tritter.expansion.heads import check_heads, copied_heads, head_maps, split_heads
+from tritter.expansion.head_maps import copied_heads, head_maps, split_heads
+from tritter.expansion.heads import check_heads
 from tritter.families import Config, Dimensions, family_of
 from tritter.parameter_map import Quantity, map_tensor
 
@@ -316,10 +318,10 @@ def test_clones_of_query_heads_diverge_by_unequal_shares_only(shares: str, parts
     model = tiny("llama", initializer_range=0.1, num_hidden_layers=1)
     spec = Width(num_attention_heads=8, head_strategy="gqa", shares=shares)
     grown = oracle_growth.grown(model, build_steps(oracle_growth.config_of(model), [spec], seed=0))
-    optimiser = torch.optim.AdamW(grown.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-3)
     for number in range(200):
         oracle.gradients(grown, oracle.tokens(batch=4, seed=number % 20))
-        optimiser.step()
+        optimizer.step()
     queries = oracle_growth.logical_state(grown)["layers.0.attention.q"].view(2, 2, 2 * 6, 24)
     gap = float((queries[:, 1] - queries[:, 0]).norm() / queries[:, 0].norm())
     assert gap > 0.15 if parts else gap < 1e-6
@@ -348,13 +350,13 @@ def test_every_parameter_gets_a_gradient_within_two_steps(
     specs = NEW_PARAMETERS[case]
     model = tiny(family, rms_norm_eps=1e-6, head_dim=8, tie_word_embeddings=tied, vocab_size=31)
     grown = oracle_growth.grown(model, build_steps(oracle_growth.config_of(model), specs, seed=0))
-    optimiser = torch.optim.AdamW(grown.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-3, weight_decay=0.0)
     touched = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in grown.named_parameters()}
     for step in range(3):  # the third sees what two steps have made of the zeros
         batch = oracle.tokens(31, batch=8, length=24, seed=step)
         for name, gradient in oracle.gradients(grown, batch).items():
             touched[name] |= gradient != 0
-        optimiser.step()
+        optimizer.step()
     dead = {name: int((~mask).sum()) for name, mask in touched.items() if not bool(mask.all())}
     assert not dead
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from tests import oracle, oracle_growth
-from tests.oracle_families import tiny
-from tests.oracle_moe import PARTNERS, expert_gap, identity_error, steps_of, upcycled
+from tests import oracle
+from tests.oracle import growth as oracle_growth
+from tests.oracle.families import tiny
+from tests.oracle.moe import PARTNERS, expert_gap, identity_error, steps_of, upcycled
 from tritter.expand import expand
 from tritter.expansion import (
     Dus,

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tests import oracle
-from tests.routing.models import FAMILIES, num_experts, tiny_moe
+from tests.oracle.growth import masks_of
+from tests.stock_routers.models import FAMILIES, num_experts, tiny_moe
 from tritter.checkpoint import Source, read_lineage
 from tritter.checkpoint.history import read_chain, verify
 from tritter.checkpoint.state import read_state, write_state
 from tritter.cli.map_table import rebuilt_map
 from tritter.errors import RequestError, TritterError
-from tritter.expand import Expanded, carried_masks, expand, plan_expansion
+from tritter.expand import Expanded, expand, plan_expansion
+from tritter.expand.live import ModelExpander
 from tritter.expansion import (
     EXPANSIONS,
     ExpansionSpec,
@@ -34,10 +36,9 @@ from tritter.expansion import (
 )
 from tritter.expansion.targets import reach_parameters
 from tritter.families import family_of
-from tritter.library import ModelExpander
 from tritter.models import disk_tensors, load_model, read_config
 from tritter.parameter_map.carry import MOMENTS, carry, starts_anew
-from tritter.routing import AddedExperts, Routing
+from tritter.stock_routers import AddedExperts, Routing
 from tritter.storage.writer import TensorStream
 
 CLONES = [(2,), None]
@@ -356,7 +357,7 @@ def test_nothing_of_new_experts_counts_as_old_knowledge(tmp_path: Path) -> None:
     config = read_config(source)
     for spec in (MoeAdd(num_experts=2), MoeAdd(num_experts=2, init="random")):
         steps = build_steps(config, [spec], seed=0)
-        masks = carried_masks(config, steps)
+        masks = masks_of(config, steps)
         for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
             mask = masks[f"model.layers.1.mlp.{name}"]
             assert mask[:4].all() and not mask[4:].any()

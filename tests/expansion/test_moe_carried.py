@@ -8,16 +8,16 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from tests import oracle
-from tests.oracle_families import tiny
-from tests.oracle_moe import PARTNERS, by_logical_name
+from tests.oracle.families import tiny
+from tests.oracle.moe import PARTNERS, by_logical_name
 from tritter import ModelExpander
 from tritter.checkpoint.state import read_state, state_tensors, write_state
-from tritter.expand import carried_masks, expand, plan_expansion
+from tritter.expand import expand, plan_expansion
 from tritter.expansion import ExpansionSpec, LlamaPro, Moe, Width
 from tritter.models import config_of, live_tensors, load_model, named_tensors, new_model
 from tritter.parameter_map.carry import Policy
 from tritter.storage.writer import TensorStream
-from tritter.training.transplant import transplant_optimiser
+from tritter.training.moments import carried_moments, start_from
 
 FOUR = Moe(num_experts=4)  # of which a token takes 2
 FAMILIES = list(PARTNERS)
@@ -81,16 +81,16 @@ def test_a_bf16_source_stays_bf16_and_as_near(tmp_path: Path) -> None:
             assert oracle.relative_difference(before, after, oracle.tokens()) < 1e-4
 
 
-# Optimiser state and importances
+# Optimizer state and importances
 
 
 def with_moments(model: PreTrainedModel, *, steps: int = 3) -> torch.optim.AdamW:
-    """Return an optimiser that saw some batches and, at rate 0, moved nothing."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95))
+    """Return an optimizer that saw some batches and, at rate 0, moved nothing."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95))
     for step in range(steps):
         oracle.gradients(model, oracle.tokens(seed=step))
-        optimiser.step()
-    return optimiser
+        optimizer.step()
+    return optimizer
 
 
 def transplanted(
@@ -103,20 +103,13 @@ def transplanted(
     plan = plan_expansion(source, specs)
     new = load_model(expand(source, folder / "result", specs).folder)
     own = torch.optim.AdamW(new.parameters(), lr=1e-3, betas=(0.9, 0.95))
-    transplant_optimiser(
-        old,
-        model,
-        own,
-        new,
-        configs=[plan.config, *(step.target_config for step in plan.steps)],
-        parameter_maps=[step.parameter_map for step in plan.steps],
-        policy=policy,
-    )
+    change = plan.change
+    start_from(own, new, carried_moments(old, model, change, places=change.after, policy=policy))
     oracle.gradients(new, oracle.tokens())
     seconds = []
-    for held, optimiser in ((model, old), (new, own)):
-        state = {n: p for n, p in held.named_parameters() if p in optimiser.state}
-        kept = {name: optimiser.state[p]["exp_avg_sq"].clone() for name, p in state.items()}
+    for held, optimizer in ((model, old), (new, own)):
+        state = {n: p for n, p in held.named_parameters() if p in optimizer.state}
+        kept = {name: optimizer.state[p]["exp_avg_sq"].clone() for name, p in state.items()}
         seconds.append(by_logical_name(held, kept))
     own.step()
     assert all(p.isfinite().all() for p in new.parameters())
@@ -191,7 +184,7 @@ def test_what_carries_the_old_knowledge(tmp_path: Path, family: str) -> None:
     source = oracle.saved(tiny(family), tmp_path / "source")
     spec = Moe(num_experts=4, reinit_fraction=0.5)
     plan = plan_expansion(source, [spec])
-    masks = carried_masks(plan.config, plan.steps)
+    masks = plan.change.masks()
     new = new_model(plan.target_config, seed=0)
     assert masks.keys() == dict(new.named_parameters()).keys()
     assert not bool(masks["model.layers.0.mlp.gate.weight"].any())

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests import oracle, oracle_growth
-from tests.oracle_families import tiny
+from tests import oracle
+from tests.oracle import growth as oracle_growth
+from tests.oracle.families import tiny
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import Moe, build_steps, target_config

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from tests import oracle, oracle_growth
-from tests.oracle_families import tiny
-from tests.oracle_moe import (
+from tests import oracle
+from tests.oracle import growth as oracle_growth
+from tests.oracle.families import tiny
+from tests.oracle.moe import (
     PARTNERS,
     balance_gradients,
     by_logical_name,

@@ -12,15 +12,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests import oracle, oracle_growth
-from tests.oracle_families import OWN, tiny
-from tests.oracle_qwen3 import tiny_qwen3
+from tests import oracle
+from tests.oracle import growth as oracle_growth
+from tests.oracle.families import OWN, tiny
+from tests.oracle.qwen3 import tiny_qwen3
 from tritter.expansion import (
     Dus,
     ExpansionSpec,
-    ExpansionStep,
     Interpolate,
     LlamaPro,
+    ResolvedExpansion,
     Stack,
     Width,
     build_steps,
@@ -35,11 +36,11 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
 SEEN, IDENTITY, GRADIENT = 1e-4, 1e-10, 1e-9
 
 
-def _step(model: PreTrainedModel, spec: ExpansionSpec) -> ExpansionStep:
+def _step(model: PreTrainedModel, spec: ExpansionSpec) -> ResolvedExpansion:
     return build_steps(oracle_growth.config_of(model), [spec], seed=0)[0]
 
 
-def _with_maps(step: ExpansionStep, changed: Mapping[str, TensorMap]) -> ExpansionStep:
+def _with_maps(step: ResolvedExpansion, changed: Mapping[str, TensorMap]) -> ResolvedExpansion:
     tensors = {**step.parameter_map.tensors, **changed}
     assert tensors.keys() == step.parameter_map.tensors.keys()
     return replace(step, parameter_map=replace(step.parameter_map, tensors=tensors))
@@ -51,7 +52,7 @@ def _with_axis(tensor_map: TensorMap, position: int, factor: AxisFactor) -> Tens
     return replace(tensor_map, axes=tuple(axes))
 
 
-def _permuted(step: ExpansionStep, name: str, position: int) -> ExpansionStep:
+def _permuted(step: ResolvedExpansion, name: str, position: int) -> ResolvedExpansion:
     """Let one axis of one tensor copy its neighbours' sources."""
     tensor_map = step.parameter_map.tensors[name]
     axis = tensor_map.axes[position]
@@ -297,7 +298,9 @@ def test_a_scaled_router_is_seen(family: str, scale: float) -> None:
     assert oracle_growth.errors(model, [_with_maps(step, {name: scaled})]).logits > SEEN
 
 
-def _scaled_neurons(step: ExpansionStep, *, gate: Callable[[AxisMap], AxisFactor]) -> ExpansionStep:
+def _scaled_neurons(
+    step: ResolvedExpansion, *, gate: Callable[[AxisMap], AxisFactor]
+) -> ResolvedExpansion:
     """Write the copied neurons of layer 0 with p = 1.5 and read them back, the gate as given."""
     shares = torch.tensor([0.9, 0.1], dtype=torch.float64).repeat_interleave(40)
     neurons = AxisMap.copied(40, [*range(40), *range(40)], shares).rebalanced(scale=1.5)
@@ -347,9 +350,9 @@ def test_a_gate_gradient_without_the_scale_is_seen() -> None:
 
 def _rewired(
     model: PreTrainedModel,
-    step: ExpansionStep,
+    step: ResolvedExpansion,
     maps: Callable[[LogicalTensor, int], AxisMap | None],
-) -> ExpansionStep:
+) -> ResolvedExpansion:
     """Rebuild the factors of every axis for which `maps` names another axis map."""
     config = step.source_config
     changed = {}
@@ -376,8 +379,7 @@ def _rewired(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unequal_residual_shares_keep_the_function_and_break_the_gradient(family: str) -> None:
     model = FAMILIES[family]().double()
-    config = oracle_growth.config_of(model)
-    size, spaces = int(model.config.hidden_size), family_of(config).spaces
+    size = int(model.config.hidden_size)
     step = _step(model, Width(init="net2net"))
 
     def residual(first: float) -> Callable[[LogicalTensor, int], AxisMap | None]:
@@ -385,9 +387,7 @@ def test_unequal_residual_shares_keep_the_function_and_break_the_gradient(family
         stream = AxisMap.copied(size, [*range(size), *range(size)], shares)
 
         def choose(tensor: LogicalTensor, position: int) -> AxisMap | None:
-            space = tensor.axes[position].space
-            kinds = {key.format(layer=n): kind for key, kind in spaces.items() for n in range(3)}
-            return stream if kinds[space] == "hidden_size" else None
+            return stream if tensor.axes[position].space.size == "hidden_size" else None
 
         return choose
 
@@ -425,7 +425,7 @@ CLONES = {
 }
 
 
-def _with_shares(step: ExpansionStep, first: float) -> ExpansionStep:
+def _with_shares(step: ResolvedExpansion, first: float) -> ResolvedExpansion:
     """Give the copies of every neuron of layer 0 the shares `first` and 1 − `first`."""
     shares = torch.tensor([first, 1 - first], dtype=torch.float64).repeat_interleave(40)
     source = step.parameter_map.tensors["layers.0.ffn.gate"].axes[0]
@@ -436,7 +436,7 @@ def _with_shares(step: ExpansionStep, first: float) -> ExpansionStep:
     return _with_maps(step, {name: down})
 
 
-def _gaps(model: PreTrainedModel, step: ExpansionStep) -> dict[str, float]:
+def _gaps(model: PreTrainedModel, step: ResolvedExpansion) -> dict[str, float]:
     """Return by space |second copy − first copy| / |first copy|."""
     state, found = oracle_growth.logical_state(model), {}
     for space, (name, dimension) in CLONES.items():
@@ -449,12 +449,12 @@ def _gaps(model: PreTrainedModel, step: ExpansionStep) -> dict[str, float]:
     return found
 
 
-def _gaps_after_training(step: ExpansionStep, model: PreTrainedModel) -> dict[str, float]:
+def _gaps_after_training(step: ResolvedExpansion, model: PreTrainedModel) -> dict[str, float]:
     grown = oracle_growth.grown(model, [step])
-    optimiser = torch.optim.AdamW(grown.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-3)
     for number in range(300):
         oracle.gradients(grown, oracle.tokens(batch=4, seed=number % 20))
-        optimiser.step()
+        optimizer.step()
     return _gaps(grown, step)
 
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tests import oracle
-from tests.oracle_families import OWN, SPARSE, tiny
+from tests.oracle.families import OWN, SPARSE, tiny
 from tritter.expand import expand
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width
 from tritter.models import read_config

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tritter.errors import RequestError
 from tritter.expansion import Width, build_steps
-from tritter.expansion.heads import split_shares
+from tritter.expansion.head_maps import split_shares
 from tritter.families import FAMILIES, LLAMA, Config
 from tritter.models import new_model
 

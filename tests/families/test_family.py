@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from tests import oracle
-from tests.oracle_families import HEADS_DIVIDE_HIDDEN, OWN, SPARSE, tiny
+from tests.oracle.families import HEADS_DIVIDE_HIDDEN, OWN, SPARSE, tiny
 from tritter.errors import RequestError, TritterError
 from tritter.families import FAMILIES, LLAMA, Config, Port, family_of, layout, llama_config, match
 
@@ -119,9 +119,22 @@ def test_every_axis_lives_in_a_space_and_logical_names_are_unique(
         assert "{layer}" not in tensor.name + tensor.disk_name
         is_norm = [axis.port is Port.GAIN for axis in tensor.axes]
         assert not any(is_norm) or len(is_norm) == 1
-    spaces = {axis.space for tensor in tensors for axis in tensor.axes}
+    spaces = {axis.space.name for tensor in tensors for axis in tensor.axes}
     assert {"vocab", "residual", "layers.2.ffn", "head_input"} <= spaces
     assert "layers.3.ffn" not in spaces
+
+
+def test_a_tensor_knows_its_kind_its_layer_and_its_expert() -> None:
+    config = _plain(tiny("qwen2_moe"))
+    known = {t.name: t for t in family_of(config).logical_tensors(config)}
+    places = {name: (t.kind, t.layer, t.expert) for name, t in known.items()}
+    assert len(set(places.values())) == len(places)
+    assert places["embed"] == ("embed", None, None)
+    assert places["layers.1.ffn.gate"] == ("ffn.gate", 1, None)
+    assert places["layers.2.experts.3.down"] == ("experts.down", 2, 3)
+    assert places["layers.0.shared_expert.up"] == ("shared_expert.up", 0, None)
+    spaces = [axis.space for axis in known["layers.2.experts.3.down"].axes]
+    assert [space.name for space in spaces] == ["residual", "layers.2.experts.3.ffn"]
 
 
 def test_missing_sizes_get_the_defaults_of_transformers() -> None:

@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from tests import oracle
-from tests.oracle_families import OWN, SPARSE, tiny
-from tritter.adaptation import separate_experts
+from tests.oracle.families import OWN, SPARSE, tiny
 from tritter.families import (
     FAMILIES,
     Config,
@@ -27,7 +26,8 @@ from tritter.families import (
     training_flops,
 )
 from tritter.families.flops import num_keys
-from tritter.routing import Routing
+from tritter.moe_routing import separate_experts
+from tritter.stock_routers import Routing
 
 LENGTH = 20
 IDS = oracle.tokens(batch=1, length=LENGTH)

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests import oracle, oracle_growth
-from tests.oracle_families import DENSE, SPARSE, tiny
+from tests import oracle
+from tests.oracle import growth as oracle_growth
+from tests.oracle.families import DENSE, SPARSE, tiny
 from tritter.checkpoint.source import Source
 from tritter.errors import TritterError
 from tritter.expand import expand
@@ -65,12 +66,12 @@ def test_packing_is_undone_by_unpacking(family: str) -> None:
     model = tiny(family)
     config = oracle_growth.config_of(model)
     table = family_of(config)
-    values = unpack_all(table, config, model.state_dict())
+    values = unpack_all(layout(table, config, "live"), model.state_dict())
     assert set(values) == {tensor.name for tensor in table.logical_tensors(config)}
-    again = pack_all(table, config, values)
+    again = pack_all(layout(table, config, "live"), values)
     assert all(torch.equal(again[name], model.state_dict()[name]) for name in again)
     one = "layers.2.experts.1.down" if family == "qwen2_moe" else "layers.1.experts.1.down"
-    (alone,) = pack_all(table, config, {one: values[one]}).values()
+    (alone,) = pack_all(layout(table, config, "live"), {one: values[one]}).values()
     assert torch.equal(alone[1], values[one])
     assert not bool(alone[0].any()) and not bool(alone[2:].any())
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tritter.conf_folder import config_folder
 from tritter.config.composition import load_config
-from tritter.config.folder import config_folder
 from tritter.config.validation import source_config
 from tritter.errors import RequestError
 from tritter.families import LLAMA
@@ -16,7 +16,6 @@ from tritter.families.presets import (
     Preset,
     aspect_ratio_at,
     find_preset,
-    nearest_preset,
 )
 
 ALL = list(PRESETS.values())
@@ -45,11 +44,6 @@ def test_published_shapes_have_their_published_counts() -> None:
     assert LLAMA.count_parameters(PRESETS["tritter_10b"].config()) == 10_731_524_096
 
 
-def test_presets_and_option_files_are_the_same_set() -> None:
-    files = {path.stem for path in (config_folder() / "model").glob("tritter_*.yaml")}
-    assert files == set(PRESETS)
-
-
 @pytest.mark.parametrize("preset", ALL, ids=list(PRESETS))
 def test_an_option_file_composes_to_its_preset(preset: Preset, tmp_path: Path) -> None:
     config = load_config([f"model={preset.name}", f"cache_dir={tmp_path}"])
@@ -63,14 +57,6 @@ def test_an_option_file_states_its_count(preset: Preset) -> None:
     size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
     assert f"({size} parameters" in path.read_text().splitlines()[0]
     assert yaml.safe_load(path.read_text())["num_hidden_layers"] == preset.num_hidden_layers
-
-
-def test_the_nearest_preset_is_nearest_by_ratio() -> None:
-    assert nearest_preset(3e9).name == "tritter_3b"
-    assert nearest_preset(1).name == "tritter_125m"
-    assert nearest_preset(1e12).name == "tritter_14b"
-    # 600 M is nearer to 1 B by ratio (1.67) than to 350 M (1.71), by difference it is the other way
-    assert nearest_preset(6e8).name == "tritter_1b"
 
 
 def test_a_name_is_found_in_any_spelling() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.oracle_families import SPARSE, tiny
+from tests.oracle.families import SPARSE, tiny
 from tritter.forgetting.fisher import diagonal_fisher, has_experts
 
 

@@ -7,22 +7,22 @@ import torch
 from torch import nn
 
 from tests import oracle
+from tests.oracle.growth import masks_of
 from tests.training.test_fit import SCHEDULE, batches, module_of, run, task
-from tritter.config.schema import FORGETTING_OPTIONS, L2SPOptions, ReplayOptions
-from tritter.expand import carried_masks
+from tritter.config.selection import Selected
 from tritter.expansion import LlamaPro, Width, build_steps
-from tritter.forgetting import L2SP, METHODS, Replay, build_methods
+from tritter.forgetting import L2SP, Replay, build_methods
 from tritter.models import read_config
 
 
-def test_every_option_has_a_method_and_every_method_an_option() -> None:
-    assert set(FORGETTING_OPTIONS) == set(METHODS)
-
-
 def test_options_become_methods_in_the_order_asked_for() -> None:
-    methods = build_methods([L2SPOptions(l2sp_lambda=3.0), ReplayOptions(fraction=0.5)])
+    chosen = [
+        Selected(L2SP, L2SP.Options(l2sp_lambda=3.0)),
+        Selected(Replay, Replay.Options(fraction=0.5)),
+    ]
+    methods = build_methods(chosen)
     assert [method.name for method in methods] == ["l2sp", "replay"]
-    assert isinstance(methods[0], L2SP) and methods[0].l2sp_lambda == 3.0
+    assert isinstance(methods[0], L2SP) and methods[0].strength == 3.0
 
 
 def test_l2sp_gradient_is_that_of_its_penalty() -> None:
@@ -69,7 +69,7 @@ def test_what_an_expansion_added_is_free(tmp_path: Path) -> None:
     model = oracle.tiny_llama(tie_word_embeddings=True)
     config = read_config(oracle.saved(model, tmp_path / "source"))
     steps = build_steps(config, [Width(hidden_size=48, intermediate_size=60), LlamaPro()], seed=0)
-    masks = carried_masks(config, steps)
+    masks = masks_of(config, steps)
     assert steps[1].parameter_map.layer_sources == (0, 1, 1, 2, 2)
     gate = masks["model.layers.0.mlp.gate_proj.weight"]
     assert gate.shape == (60, 48)

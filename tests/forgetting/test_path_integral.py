@@ -14,7 +14,7 @@ from tests.training.test_fit import SETTINGS, batches
 from tritter.checkpoint.state import read_state, state_tensors
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.forgetting.path_integral import PathIntegral, add_to_path
-from tritter.training import BaseModule, OptimiserSettings, Schedule, fit
+from tritter.training import BaseModule, OptimizerSettings, Schedule, fit
 
 
 def test_one_step_by_hand() -> None:
@@ -43,7 +43,7 @@ def trained(
         BaseModule(
             model,
             schedule=Schedule(learning_rate=learning_rate, max_steps=steps, shape="constant"),
-            optimiser=OptimiserSettings(weight_decay=0.0),
+            optimizer=OptimizerSettings(weight_decay=0.0),
         ),
         loader,
         settings=SETTINGS,
@@ -74,7 +74,7 @@ def test_it_changes_nothing_of_the_training(tmp_path: Path) -> None:
     module = BaseModule(
         model,
         schedule=Schedule(learning_rate=1e-2, max_steps=8, shape="constant"),
-        optimiser=OptimiserSettings(weight_decay=0.0),
+        optimizer=OptimizerSettings(weight_decay=0.0),
     )
     fit(
         module,
@@ -95,7 +95,7 @@ def test_it_is_written_also_when_nothing_was_left_to_train(tmp_path: Path) -> No
         module = BaseModule(
             oracle.tiny_llama(initializer_range=0.05),
             schedule=Schedule(learning_rate=1e-2, max_steps=8),
-            optimiser=OptimiserSettings(),
+            optimizer=OptimizerSettings(),
         )
         result = fit(
             module,

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from tests import oracle
-from tests.oracle_families import tiny
+from tests.oracle.families import tiny
 from tritter.checkpoint import read_lineage, write_checkpoint
 from tritter.checkpoint.state import write_state
+from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.data.documents import Document
 from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
-from tritter.expand import copy_tokenizer, expand
+from tritter.expand import expand
 from tritter.expansion import LlamaPro, Width
 from tritter.models import load_model, named_tensors, read_config, save_tokenizer
 from tritter.storage.writer import TensorStream
@@ -67,18 +68,18 @@ def _add_state(source: Path, target: Path) -> None:
     assert lineage is not None
     tensors = dict(named_tensors(load_model(source), config))
 
-    def write_extras(folder: Path) -> None:
-        copy_tokenizer(source, folder)
-        values = {name: torch.full_like(value, 1e-3) for name, value in tensors.items()}
-        kinds = {kind: TensorStream.of(values.items()) for kind in ("exp_avg", "exp_avg_sq")}
-        write_state(folder, {**kinds, "fisher": TensorStream.of(values.items())}, step=3)
+    class Moments:
+        def write(self, folder: Path) -> None:
+            values = {name: torch.full_like(value, 1e-3) for name, value in tensors.items()}
+            kinds = {kind: TensorStream.of(values.items()) for kind in ("exp_avg", "exp_avg_sq")}
+            write_state(folder, {**kinds, "fisher": TensorStream.of(values.items())}, step=3)
 
     write_checkpoint(
         target,
         config=config,
         tensors=TensorStream.of(tensors.items()),
         lineage=lambda: lineage,
-        write_extras=write_extras,
+        artifacts=[TokenizerFiles(source), Moments()],
     )
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests import oracle
 from tests.pipeline.test_costs import QUICK, SMALL_MODEL
 from tests.pipeline.test_given import texts
-from tests.routing.models import tiny_moe
+from tests.stock_routers.models import tiny_moe
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.history import read_chain, verify
 from tritter.checkpoint.state import read_state, state_tensors
@@ -136,12 +136,12 @@ def test_a_base_that_leaves_moments_is_an_entry_of_its_own(carried: Path, place:
     kept = {"optimizer.carry": [], "plain": []}
     for base in bases:
         state, lineage = read_state(base), read_lineage(base)
-        assert state is not None and lineage is not None and "path_integral" in state.kinds
+        assert lineage is not None
         made_from = lineage.training_config["made_from"]["optimizer"]
         kept["optimizer.carry" if "carry" in made_from else "plain"].append(state)
     (with_moments,) = kept["optimizer.carry"]
-    assert set(MOMENTS) < set(with_moments.kinds) and with_moments.step == 4
-    assert all(set(state.kinds) == {"path_integral"} for state in kept["plain"])
+    assert set(with_moments.kinds) == set(MOMENTS) and with_moments.step == 4
+    assert kept["plain"] and not any(kept["plain"])
 
 
 def test_growth_control_and_rounds_carry_through_their_maps(

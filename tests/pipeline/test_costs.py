@@ -77,7 +77,7 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], int]:
         ("expansion=width", "forgetting=ewc", "forgetting.ewc.estimator='true'", "control=true"),
         ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true", "forgetting=replay"),
         ("expansion=moe", "expansion.moe.num_experts=4", "forgetting=[ewc,replay]",
-         "routing.bias_update_rate=0.001"),
+         "moe_routing.bias_update_rate=0.001"),
     ],
     ids=["width", "new blocks", "experts"],
 )  # fmt: skip
@@ -102,7 +102,7 @@ def test_every_pass_of_appended_experts_is_counted(tmp_path: Path, places: tuple
     added = (
         "expansion.moe_add.num_experts=2", "expansion.moe_add.init=distill",
         f"expansion.moe_add.teacher={tmp_path}/sparse/checkpoint", "adaptation.distill_steps=3",
-        "adaptation.router_max_steps=3", "adaptation.freeze_base=false", "routing.hold_old=1.0",
+        "adaptation.router_max_steps=3", "adaptation.freeze_base=false", "moe_routing.hold_old=1.0",
     )  # fmt: skip
     summary, counted = run(tmp_path / "run", *words, *given, *added)
     assert {"distill", "adapt", "fit"} <= set(summary["flops"])

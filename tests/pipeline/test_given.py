@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.oracle_qwen3 import tiny_qwen3
+from tests.oracle.qwen3 import tiny_qwen3
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoint import Lineage, read_lineage
 from tritter.checkpoint.history import read_chain, verify

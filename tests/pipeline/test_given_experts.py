@@ -8,7 +8,7 @@ import pytest
 
 from tests import oracle
 from tests.pipeline.test_given import FAST, texts
-from tests.routing.models import tiny_moe
+from tests.stock_routers.models import tiny_moe
 from tritter.checkpoint.history import read_chain, verify
 from tritter.config.composition import load_config
 from tritter.data.documents import Document
@@ -18,7 +18,7 @@ from tritter.expand import expand
 from tritter.expansion import MoeAdd
 from tritter.models import save_tokenizer
 from tritter.pipeline import run_pipeline
-from tritter.routing import AddedExperts
+from tritter.stock_routers import AddedExperts
 
 
 @pytest.fixture(scope="module")

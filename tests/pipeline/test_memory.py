@@ -44,10 +44,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     before, found = tensor_bytes(), list[int]()
     update: Callable[..., Any] = FiniteGuard.on_before_optimizer_step
 
-    def measure(self: Any, trainer: Any, *others: Any) -> Any:
+    def measure(self: Any, trainer: Any, module: Any, *others: Any) -> Any:
         if trainer.global_step == 1:  # gradients and moments are there
+            gradients = [parameter.grad for parameter in module.parameters()]  # seen from Python
             found.append(tensor_bytes() - before)
-        return update(self, trainer, *others)
+            del gradients
+        return update(self, trainer, module, *others)
 
     monkeypatch.setattr(FiniteGuard, "on_before_optimizer_step", measure)
     yield found

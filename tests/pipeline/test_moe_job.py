@@ -11,13 +11,14 @@ from torch import Tensor
 
 from tests import oracle
 from tests.pipeline.conftest import SMALL
-from tritter.adaptation.separate import shared_names
 from tritter.checkpoint import read_lineage
 from tritter.config.composition import load_config
 from tritter.errors import RequestError
 from tritter.models import load_model
+from tritter.moe_routing import DistillationModule
+from tritter.moe_routing.separate import shared_names
 from tritter.pipeline import Outcome, run_pipeline, stages
-from tritter.routing import AddedExperts, stock_obstacle
+from tritter.stock_routers import AddedExperts, stock_obstacle
 
 Run = Callable[..., Outcome]
 QUICK = ("training.max_steps=6", "adaptation.router_max_steps=5", "trainer.save_every_n_steps=2")
@@ -33,7 +34,7 @@ def sparse(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sparse") / "run"
     run_job(
         folder, "expansion=moe", "expansion.moe.num_experts=4", "gate='off'",
-        "routing.bias_update_rate=0.001",
+        "moe_routing.bias_update_rate=0.001",
     )  # fmt: skip
     return folder
 
@@ -57,7 +58,7 @@ def add(sparse: Path, cache: Path) -> Run:
 
 def test_a_dense_base_becomes_sparse(sparse: Path) -> None:
     summary = summary_of(sparse)
-    experts = summary["experts"]
+    experts = summary["moe"]
     assert (experts["number"], experts["experts_per_token"]) == (4, 2)
     for loads in experts["usage"].values():
         assert len(loads) == 3 and all(sum(load) == pytest.approx(1) for load in loads)
@@ -71,14 +72,15 @@ def test_a_dense_base_becomes_sparse(sparse: Path) -> None:
             "routing/dropped_fraction"} <= set(header)  # fmt: skip
     lineage = read_lineage(sparse / "checkpoint")
     assert lineage is not None
-    assert lineage.training_config["routing"]["bias_update_rate"] == 0.001
+    assert lineage.training_config["moe_routing"]["bias_update_rate"] == 0.001
     assert "adaptation" not in lineage.training_config
 
 
 OPTIONS = {
     "cloned": (),
     "best, held, balanced by a bias": (
-        "expansion.moe_add.init=best", "routing.hold_old=0.1", "routing.bias_update_rate=0.001",
+        "expansion.moe_add.init=best", "moe_routing.hold_old=0.1",
+        "moe_routing.bias_update_rate=0.001",
         "adaptation.router_update=retrain", "'forgetting=[ewc,l2sp,replay]'",
         "forgetting.ewc.num_sequences=4",
     ),
@@ -114,7 +116,7 @@ def test_new_experts_are_trained_and_the_base_stays(add: Run, tmp_path: Path, ca
     assert record.method == "moe_add" and record.continued_training_steps == steps
     assert lineage.training_config["new"]["code"]["sha256"]
     assert (record.options["clone_from"] is not None) is ("best" in case)
-    assert summary["experts"]["new"] == [4, 5] and summary["experts"]["is_open"]
+    assert summary["moe"]["new"] == [4, 5] and summary["moe"]["is_open"]
 
 
 def differs(first: Tensor, second: Tensor) -> bool:
@@ -144,7 +146,7 @@ def test_new_experts_learn_from_a_teacher_and_the_base_is_unfrozen(
     assert added.offset == pytest.approx(-20 * (1 - 11 / 100))
     lineage = read_lineage(tmp_path / "run/checkpoint")
     assert lineage is not None and lineage.stock_loadable == "after adaptation"
-    assert not summary_of(tmp_path / "run")["experts"]["is_open"]
+    assert not summary_of(tmp_path / "run")["moe"]["is_open"]
 
 
 class Stopped(Exception):
@@ -165,6 +167,41 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     add(tmp_path / "whole")
     whole, parts = (read_lineage(tmp_path / name / "checkpoint") for name in ("whole", "parts"))
     assert whole is not None and parts is not None and whole.model_hash == parts.model_hash
+
+
+def test_a_run_killed_while_a_teacher_teaches_goes_on_amid_the_stage(
+    add: Run, sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "expansion.moe_add.init=distill", f"expansion.moe_add.teacher={sparse / 'baseline'}",
+        "adaptation.distill_steps=5",
+    )  # fmt: skip
+    taught, steps = DistillationModule.task_loss, []
+
+    def until(step: int | None) -> Callable[..., Tensor]:
+        def task_loss(module: DistillationModule, batch: dict[str, Tensor]) -> Tensor:
+            steps.append(module.global_step)
+            if module.global_step == step:
+                raise Stopped
+            return taught(module, batch)
+
+        return task_loss
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(stages, "adaptation", stop)  # what comes after it is no matter here
+    for folder, kill_at in (("whole", None), ("parts", 3), ("parts", None)):
+        monkeypatch.setattr(DistillationModule, "task_loss", until(kill_at))
+        with pytest.raises(Stopped):
+            add(tmp_path / folder, *words)
+    assert steps == [0, 1, 2, 3, 4, 0, 1, 2, 3, 2, 3, 4]
+    whole, parts = (
+        read_lineage(tmp_path / name / "attempt_1/distilled") for name in ("whole", "parts")
+    )
+    assert whole is not None and parts is not None and whole.model_hash == parts.model_hash
+    attempt = tmp_path / "parts/attempt_1"
+    assert (attempt / "distill/metrics.csv").is_file() and not (attempt / "distill/saved").exists()
 
 
 def test_half_open_experts_are_opened_by_the_next_run(
@@ -208,12 +245,12 @@ def test_new_experts_carry_the_domain_and_the_old_one_stays(cache: Path, tmp_pat
     grown = load_config(
         [
             *small, "model=hf", f"model.path={tmp_path / 'base/checkpoint'}", "expansion=moe_add",
-            "expansion.moe_add.num_experts=2", "training.max_steps=150", "routing.hold_old=0.1",
+            "expansion.moe_add.num_experts=2", "training.max_steps=150", "moe_routing.hold_old=0.1",
         ]
     )  # fmt: skip
     run_pipeline(grown, run_folder=tmp_path / "grown")
     summary = summary_of(tmp_path / "grown")
-    share = {d: new_share(summary["experts"], d) for d in ("prose", "code")}
+    share = {d: new_share(summary["moe"], d) for d in ("prose", "code")}
     assert share["code"] > share["prose"] + 0.05
     assert summary["status"] == "kept"
     verdicts = {(c["check"], c["subject"]): c["verdict"] for c in summary["gate"]}
@@ -226,9 +263,9 @@ def new_share(experts: dict[str, Any], domain: str) -> float:
 
 
 REFUSED = {
-    "routing.z_loss=0.1": "routing.z_loss = 0.1: the model is dense",
+    "moe_routing.z_loss=0.1": "moe_routing.z_loss = 0.1: the model is dense",
     "adaptation.encouragement=1": "adaptation.encouragement = 1.0: no experts are being appended",
-    "expansion=moe routing.hold_old=1": "hold_old = 1.0: the model that the run starts from is",
+    "expansion=moe moe_routing.hold_old=1": "hold_old = 1.0: the model that the run starts from is",
     "expansion=[moe,moe_add] expansion.moe_add.init=best": "init = best: the experts that moe",
     "expansion=[moe,moe_add] expansion.moe_add.init=distill": "teacher = null",
     "expansion=[moe,moe_add] expansion.moe_add.teacher=x": "teacher = x: init=distill learns",

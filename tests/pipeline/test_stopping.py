@@ -30,7 +30,7 @@ During = Callable[[Callback], contextlib.AbstractContextManager[None]]
 
 
 class SignalAt(Callback):
-    """Send this process signals just before an optimiser step, as somebody outside would."""
+    """Send this process signals just before an optimizer step, as somebody outside would."""
 
     def __init__(self, step: int, *numbers: int, rank: int | None = None) -> None:
         self.step, self.numbers, self.rank = step, numbers, rank
@@ -61,7 +61,7 @@ def run(capsys: pytest.CaptureFixture[str], cache: Path) -> Run:
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> During:
     """Put a callback first in every training inside."""
-    whole = fitting._trainer
+    whole = fitting.build_trainer
 
     @contextlib.contextmanager
     def put(callback: Callback) -> Iterator[None]:
@@ -69,7 +69,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> During:
             return whole(settings, [callback, *callbacks], max_steps, loggers=loggers)
 
         with monkeypatch.context() as patch:
-            patch.setattr(fitting, "_trainer", trainer)
+            patch.setattr(fitting, "build_trainer", trainer)
             yield
 
     return put

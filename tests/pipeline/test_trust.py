@@ -13,6 +13,7 @@ from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoint import read_lineage
 from tritter.config.entry import main
 from tritter.pipeline import run_pipeline, stages
+from tritter.pipeline.trained import TrainedWriter
 
 FLIPS_PER_FILE = 3
 # Never read again: the run's own log and what is rewritten when it goes on
@@ -56,7 +57,7 @@ def unfinished(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stages, "write_trained", kill)
+        patch.setattr(TrainedWriter, "__call__", kill)
         run(tmp_path / "unfinished")
     assert (tmp_path / "unfinished/attempt_1/saved").is_dir()
     return tmp_path / "unfinished"
@@ -105,7 +106,6 @@ USED = [
     "baseline/model.safetensors",
     "baseline/config.json",
     "baseline/tokenizer.json",
-    "baseline/state/path_integral/model.safetensors",
     "baseline/tritter.json",
     "importance/state/fisher/model.safetensors",
     "attempt_1/expanded/model.safetensors",

@@ -29,16 +29,16 @@ def test_parameters_gradients_and_adamw_to_the_byte(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (is_frozen and "self_attn" in name))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained)
+    optimizer = torch.optim.AdamW(trained)
     model(input_ids=tokens(), labels=tokens()).loss.backward()
-    optimiser.step()
+    optimizer.step()
     setup = TrainingSetup(precision=precision, is_attention_frozen=is_frozen)
     memory = training_memory(model.config.to_dict(), setup)
     assert memory.parameters_bytes == held_bytes(list(model.parameters()))
     assert memory.gradients_bytes == held_bytes([p.grad for p in trained if p.grad is not None])
-    states = [value for state in optimiser.state.values() for value in state.values()]
-    assert memory.optimiser_bytes == held_bytes(states)
-    total = memory.parameters_bytes + memory.gradients_bytes + memory.optimiser_bytes
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert memory.optimizer_bytes == held_bytes(states)
+    total = memory.parameters_bytes + memory.gradients_bytes + memory.optimizer_bytes
     assert memory.states_bytes == total
     assert memory.total_bytes == total + memory.activations_bytes
 
@@ -52,26 +52,26 @@ def test_experts_are_counted_as_they_lie_in_memory() -> None:
             num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, head_dim=4,
         )
     )  # fmt: skip
-    optimiser = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
+    optimizer.step()
     memory = training_memory(model.config.to_dict(), TrainingSetup(precision="32-true"))
-    states = [value for state in optimiser.state.values() for value in state.values()]
-    assert memory.optimiser_bytes == held_bytes(states)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert memory.optimizer_bytes == held_bytes(states)
     assert memory.parameters_bytes == held_bytes(list(model.parameters()))
 
 
 def test_eight_bit_states_by_hand() -> None:
     """Blocks of 256 with a float32 scale each; tensors under 4096 numbers stay in float32."""
     config = tiny_llama(vocab_size=300, hidden_size=24, intermediate_size=200).config.to_dict()
-    memory = training_memory(config, TrainingSetup(optimiser="adamw8bit"))
+    memory = training_memory(config, TrainingSetup(optimizer="adamw8bit"))
     embedding = 300 * 24  # twice: the head is not tied
     ffn = 200 * 24
     attention = 2 * 24 * 24 + 2 * 12 * 24
     large = 2 * (2 * (embedding + 4 * 29)) + 3 * 3 * (2 * (ffn + 4 * 19))
     small = 3 * 8 * (attention + 2 * 24) + 8 * 24
-    assert memory.optimiser_bytes == large + small
+    assert memory.optimizer_bytes == large + small
 
 
 MODELS = {
@@ -143,7 +143,7 @@ def test_checkpointing_and_less_text_take_less() -> None:
     ("options", "message"),
     [
         ({"precision": "bf16"}, r"precision = bf16: allowed is one of 32-true.*Did you mean"),
-        ({"optimiser": "adam8bit"}, r"optimizer = adam8bit.*Did you mean 'adamw8bit'"),
+        ({"optimizer": "adam8bit"}, r"optimizer = adam8bit.*Did you mean 'adamw8bit'"),
         ({"batch_size": 0}, "batch_size = 0"),
         ({"sequence_length": -1}, "sequence_length = -1"),
     ],

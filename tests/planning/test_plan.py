@@ -24,7 +24,8 @@ from tritter.planning import (
     plan_expansion_path,
     plan_growth,
 )
-from tritter.planning.shapes import aspect_ratio, count_parameters
+from tritter.planning.memory import count_parameters
+from tritter.planning.shapes import aspect_ratio
 
 SMALL: Config = tiny_llama().config.to_dict()
 STRATEGIES = ("depth_first", "width_first", "balanced", "auto")

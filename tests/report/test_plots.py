@@ -20,10 +20,11 @@ def pixels_of(path):
     return matplotlib.image.imread(path)[..., :3]
 
 
-def test_draws_three_plots_with_something_in_them(summary_with_control, metrics_csv, tmp_path):
+def test_draws_plots_with_something_in_them(summary_with_control, metrics_csv, tmp_path):
     written = plot_run(summary_with_control, metrics_csv, tmp_path / "new" / "plots")
     assert [path.name for path in written] == [
         "domains.png",
+        "forgetting.png",
         "training.png",
         "retention_and_gain.png",
     ]
@@ -40,6 +41,17 @@ def test_plots_depend_on_the_numbers(summary, tmp_path):
     second = plot_run(summary, None, tmp_path / "b")
     assert first[0].read_bytes() != second[0].read_bytes()
     assert first[1].read_bytes() == second[1].read_bytes(), "the paired changes are the same"
+
+
+def test_each_domain_has_its_curve_where_it_was_evaluated_on_the_way(summary, tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("eval/code/loss,eval/prose/loss,step\n3.4,3.1,0\n3.0,3.3,50\n")
+    first = plot_run(summary, path, tmp_path / "a")
+    assert "forgetting.png" in {file.name for file in first}
+    path.write_text("eval/code/loss,eval/prose/loss,step\n3.4,3.1,0\n3.0,3.2,50\n")
+    plot_run(summary, path, tmp_path / "b")
+    name = "forgetting.png"
+    assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "b" / name).read_bytes()
 
 
 def test_curves_are_read_between_the_blanks(metrics_csv):

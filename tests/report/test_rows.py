@@ -1,6 +1,7 @@
 import pytest
 
 from tritter.report.rows import domain_rows
+from tritter.report.wording import change_text, score_text
 
 
 def test_a_row_joins_the_stages_and_the_check_of_its_domain(summary):
@@ -43,3 +44,13 @@ def test_a_bound_that_is_not_known_leaves_the_other(summary):
     summary["attempts"][0]["gate"][0]["interval"] = [0.0, None]
     prose, _ = domain_rows(summary)
     assert prose.change.below == pytest.approx(0.0102) and prose.change.above is None
+
+
+def test_an_accuracy_changes_in_points(summary):
+    task = {"accuracy": 0.62, "standard_error": 0.02, "n": 400}
+    summary["domains"]["old"].append("arithmetic")
+    summary["baseline"]["arithmetic"] = task
+    summary["attempts"][0]["final"]["arithmetic"] = task | {"accuracy": 0.6}
+    row = next(row for row in domain_rows(summary) if row.domain == "arithmetic")
+    assert (score_text(row.before), score_text(row.expanded)) == ("62.0%", "-")
+    assert change_text(row.change) == "-2.0 points"

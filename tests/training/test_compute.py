@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.oracle_families import OWN, SPARSE, tiny
-from tests.training.test_routing_training import SEQUENCES, UNHELD, run
-from tritter.adaptation import is_router, only_trainable, separate_experts
+from tests.moe_routing.test_objective import SEQUENCES, UNHELD, run
+from tests.oracle.families import OWN, SPARSE, tiny
 from tritter.families import FAMILIES, Flops, backward_flops, forward_flops, training_flops
-from tritter.training import (
-    BaseModule,
+from tritter.moe_routing import (
     OldRouting,
-    OptimiserSettings,
     RoutingObjective,
     RoutingSettings,
-    Schedule,
+    is_router,
+    only_trainable,
+    separate_experts,
 )
-from tritter.training.compute import StepFlops, trained_tensors
-from tritter.training.routing_callbacks import Unfreezing
+from tritter.moe_routing.opening import Unfreezing
+from tritter.training import BaseModule, OptimizerSettings, Schedule
+from tritter.training.compute import trained_tensors
 
 LENGTH = 16
 HELD = RoutingSettings(auxiliary_loss=0.01, z_loss=1e-3, hold_old=1.0)
@@ -39,8 +39,8 @@ def test_holding_old_routing_costs_a_second_pass_in_every_step(family: str) -> N
     module = BaseModule(
         model,
         schedule=Schedule(learning_rate=1e-3, max_steps=4),
-        optimiser=OptimiserSettings(),
-        routing=routing,
+        optimizer=OptimizerSettings(),
+        side_losses=[routing],
     )
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     with routing.routing.recording(), FlopCounterMode(display=False) as counter:
@@ -49,10 +49,10 @@ def test_holding_old_routing_costs_a_second_pass_in_every_step(family: str) -> N
     of_batch = training_flops(table, config)
     of_routing = forward_flops(table, config) + backward_flops(table, config, loss_at="routers")
     assert counter.get_total_flops() == 3 * square(of_batch) + 2 * square(of_routing)
-    ours = StepFlops().of(module, num_sequences=3, length=LENGTH)
+    ours = module.step_flops(num_sequences=3, length=LENGTH)
     assert ours == 3 * of_batch.of(LENGTH) + 2 * of_routing.of(LENGTH)
-    module.routing = RoutingObjective(model, UNHELD)
-    without = StepFlops().of(module, num_sequences=3, length=LENGTH)
+    module.side_losses = (RoutingObjective(model, UNHELD),)
+    without = module.step_flops(num_sequences=3, length=LENGTH)
     assert without == 3 * of_batch.of(LENGTH)
 
 

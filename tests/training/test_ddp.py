@@ -23,17 +23,21 @@ from torch import Tensor, distributed, nn
 
 from tests import oracle
 from tests.training.test_fit import SETTINGS, task
+from tests.training.written import Written
 from tritter.data.batches import BatchStream, SequenceStream
+from tritter.data.datamodule import EvaluationText
 from tritter.errors import TritterError
 from tritter.forgetting import EWC, L2SP, Replay
 from tritter.forgetting.fisher import diagonal_fisher
+from tritter.targets import NamedTarget
 from tritter.training import (
     ExpandedModule,
     FitResult,
     ForgettingMethod,
-    OptimiserSettings,
+    OptimizerSettings,
     Schedule,
     TrainerSettings,
+    WriteResult,
     fit,
     fitting,
     processes,
@@ -137,7 +141,11 @@ def train(
     dropout: float = 0.0,
     module_type: type[ExpandedModule] = ExpandedModule,
     loggers: Sequence[Any] = (),
+    write_result: WriteResult | None = None,
+    evaluation: EvaluationText | None = None,
+    theirs: Sequence[NamedTarget] = (),
 ) -> tuple[nn.Module, FitResult]:
+    """Train; the model that is returned is read from what the processes wrote."""
     torch.manual_seed(7)
     model = oracle.tiny_llama(initializer_range=0.05, attention_dropout=dropout)
     fisher = diagonal_fisher(model, oracle.tokens(batch=4))
@@ -147,16 +155,17 @@ def train(
     module = module_type(
         model,
         schedule=Schedule(learning_rate=1e-3, max_steps=STEPS),
-        optimiser=OptimiserSettings(),
+        optimizer=OptimizerSettings(),
         methods=METHODS[methods](),
     )
-    whole = fitting._trainer
+    whole = fitting.build_trainer
 
     def watched(settings, callbacks, max_steps, *, loggers):  # type: ignore[no-untyped-def]
         return whole(settings, [*watching, *callbacks], max_steps, loggers=loggers)
 
+    written = Written(folder.with_name(f"{folder.name}-written"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "_trainer", watched)
+        patch.setattr(fitting, "build_trainer", watched)
         result = fit(
             module,
             BatchStream(SequenceStream(sequences, seed=0), batch_size=4, num_batches=STEPS),
@@ -164,9 +173,14 @@ def train(
             folder=folder,
             label="test",
             console=Console(quiet=True),
-            task=replace(task(model), importance={"fisher": fisher}),
+            task=replace(task(model), state={"fisher": fisher}),
             loggers=loggers,
+            write_result=write_result or written,
+            evaluation=evaluation,
+            theirs=theirs,
         )
+    if write_result is None:
+        written.read_into(model)
     return model, result
 
 

@@ -17,7 +17,7 @@ from tritter.training import (
     ExpandedModule,
     FitResult,
     ForgettingMethod,
-    OptimiserSettings,
+    OptimizerSettings,
     Schedule,
     Task,
     TrainerSettings,
@@ -55,7 +55,7 @@ def module_of(*methods: ForgettingMethod, schedule: Schedule = SCHEDULE) -> Expa
     return ExpandedModule(
         oracle.tiny_llama(initializer_range=0.05),
         schedule=schedule,
-        optimiser=OptimiserSettings(),
+        optimizer=OptimizerSettings(),
         methods=methods,
     )
 
@@ -64,7 +64,7 @@ def test_loss_falls_every_part_moves_and_tokens_are_counted(tmp_path: Path) -> N
     module = BaseModule(
         oracle.tiny_llama(initializer_range=0.05),
         schedule=replace(SCHEDULE, max_steps=60),
-        optimiser=OptimiserSettings(),
+        optimizer=OptimizerSettings(),
     )
     result = run(module, tmp_path)
     assert result.steps == 60
@@ -163,7 +163,7 @@ def test_each_method_logs_its_loss(tmp_path: Path) -> None:
     assert any(row["forgetting/witness/loss"] == "0.5" for row in rows)
 
 
-def test_a_frozen_parameter_is_not_in_the_optimiser(tmp_path: Path) -> None:
+def test_a_frozen_parameter_is_not_in_the_optimizer(tmp_path: Path) -> None:
     module = module_of()
     frozen = module.model.get_parameter("model.layers.0.mlp.up_proj.weight")
     frozen.requires_grad_(False)

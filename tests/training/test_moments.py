@@ -9,10 +9,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.oracle_families import tiny
+from tests.oracle.families import tiny
 from tests.training.test_fit import SETTINGS
 from tests.training.test_resume import KillAt, Killed
-from tritter.adaptation import only_trainable, separate_experts
 from tritter.checkpoint.state import State, copy_states, read_state, state_tensors, write_state
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import TritterError
@@ -20,12 +19,13 @@ from tritter.expand import expand
 from tritter.expansion import ExpansionSpec, LlamaPro, MoeAdd, Width
 from tritter.families import family_of
 from tritter.models import load_model, named_tensors
+from tritter.moe_routing import only_trainable, separate_experts
 from tritter.parameter_map.carry import MOMENTS, carry, starts_anew
 from tritter.storage.writer import TensorStream
-from tritter.training import BaseModule, OptimiserSettings, Schedule, TrainerSettings, fit, fitting
+from tritter.training import BaseModule, OptimizerSettings, Schedule, TrainerSettings, fit, fitting
 from tritter.training.moments import MomentKeeper, moments_of
 
-RATE, SETTINGS_OF_ADAM = 1e-3, OptimiserSettings()
+RATE, SETTINGS_OF_ADAM = 1e-3, OptimizerSettings()
 PLAIN = replace(SETTINGS, gradient_clip_val=None)
 SEQUENCES = oracle.tokens(vocab_size=97, batch=40, length=16, seed=5).int()
 
@@ -46,7 +46,7 @@ def train(
         schedule=Schedule(
             learning_rate=RATE, max_steps=num_batches, shape="constant", warmup_ratio=0.0
         ),
-        optimiser=SETTINGS_OF_ADAM,
+        optimizer=SETTINGS_OF_ADAM,
         moments=None if state is None else moments_of(state, model),
     )
     fit(
@@ -257,13 +257,13 @@ def test_a_killed_training_goes_on_with_them_bit_by_bit(
         )
 
     whole, expected = run("whole")
-    make = fitting._trainer
+    make = fitting.build_trainer
 
     def with_killer(settings, callbacks, max_steps, *, loggers):  # type: ignore[no-untyped-def]
         return make(settings, [KillAt(kill_at), *callbacks], max_steps, loggers=loggers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "_trainer", with_killer)
+        patch.setattr(fitting, "build_trainer", with_killer)
         with pytest.raises(Killed):
             run("parts")
     assert (tmp_path / "parts/saved").exists()

@@ -21,7 +21,7 @@ from tritter.training import (
     ExpandedModule,
     FitResult,
     ForgettingMethod,
-    OptimiserSettings,
+    OptimizerSettings,
     Schedule,
     Task,
     fit,
@@ -73,16 +73,16 @@ def train(
     module = ExpandedModule(
         model,
         schedule=Schedule(learning_rate=1e-2, max_steps=STEPS),
-        optimiser=OptimiserSettings(),
+        optimizer=OptimizerSettings(),
         methods=methods(),
     )
     if kill_at is not None:
-        whole = fitting._trainer
+        whole = fitting.build_trainer
 
         def with_killer(settings, callbacks, max_steps, *, loggers):  # type: ignore[no-untyped-def]
             return whole(settings, [KillAt(kill_at), *callbacks], max_steps, loggers=loggers)
 
-        monkeypatch.setattr(fitting, "_trainer", with_killer)
+        monkeypatch.setattr(fitting, "build_trainer", with_killer)
     try:
         result = fit(
             module,
@@ -95,7 +95,7 @@ def train(
                 carried=plain.carried,
                 old_sequences=plain.old_sequences,
                 seed=0,
-                importance={"fisher": fisher},
+                state={"fisher": fisher},
             ),
         )
     finally:
@@ -126,9 +126,13 @@ def test_bitwise_as_if_never_killed(
 def test_without_saved_state_it_starts_again_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole, _ = train(tmp_path / "whole", METHODS["none"], monkeypatch)
     with pytest.raises(Killed):
         train(tmp_path / "parts", METHODS["none"], monkeypatch, kill_at=3)
     assert not (tmp_path / "parts" / "saved").exists()
+    parts, _ = train(tmp_path / "parts", METHODS["none"], monkeypatch)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, parts.get_parameter(name)), name
 
 
 def test_a_saved_state_holds_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import re
 
 from tritter.checkpoint.record import Lineage
-from tritter.families import Config, family_of
+from tritter.families import Config, family_of, ffn_sizes
 from tritter.terminal import harmless
 
 _LONGEST_CELL = 200
@@ -45,7 +45,8 @@ def export_card(
 
 def _introduction(config: Config, origin: str) -> list[str]:
     family = family_of(config)
-    size = family.dimensions(config)
+    size, ffns = family.dimensions(config), ffn_sizes(config)
+    ffn = f"{min(ffns)} to {max(ffns)}" if ffns else size.intermediate_size
     return [
         "---",
         "library_name: transformers",
@@ -56,7 +57,7 @@ def _introduction(config: Config, origin: str) -> list[str]:
         f"# {family.architecture}, {family.count_parameters(config):,} parameters",
         "",
         f"{size.num_hidden_layers} layers, hidden size {size.hidden_size}, FFN "
-        f"{size.intermediate_size}, {size.num_attention_heads} attention heads "
+        f"{ffn}, {size.num_attention_heads} attention heads "
         f"({size.num_key_value_heads} key/value). {origin}",
         "",
         "```python",

@@ -4,8 +4,7 @@ Nothing of ours stays in it but the model card, which says what the weights were
 go through one by one; nothing is loaded as a model.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,25 +13,34 @@ import torch
 from torch import Tensor
 
 from tritter.checkpoint.card import export_card
-from tritter.checkpoint.folder import CARD_NAME
+from tritter.checkpoint.folder import CARD_NAME, Artifact, write_config
 from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.checkpoint.record import Lineage
 from tritter.checkpoint.source import Source
 from tritter.checkpoint.state import write_state
 from tritter.errors import RequestError
-from tritter.families import Config, LayoutKind, StoredTensor, family_of, layout
+from tritter.families import (
+    Config,
+    LayoutKind,
+    StoredTensor,
+    family_of,
+    layout,
+    on_disk,
+    padded_shapes,
+)
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import merkle_hash
+from tritter.storage.padding import padded
 from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """An optimiser's state, by kind and by name on disk.
+    """An optimizer's state, by kind and by name on disk.
 
     Args:
-        step: optimiser steps behind it.
+        step: optimizer steps behind it.
         kinds: kind, as `tritter.parameter_map.carry` names it → name on disk → tensor.
     """
 
@@ -81,10 +89,11 @@ class Weights:
     def without_experts(self, first: int) -> "Weights":
         """Return the same model without the experts from number `first` on, in every layer."""
         key = family_of(self.config).sizes["num_experts"]
+        routers = {t.name for t in _logical_tensors(self.config) if t.kind == "router"}
 
         def read(name: str) -> Tensor:
             value = self.read(name)
-            return value[:first].contiguous() if name.endswith(".router") else value
+            return value[:first].contiguous() if name in routers else value
 
         lineage = self.lineage and replace(self.lineage, stock_loadable="yes")
         return replace(self, config={**self.config, key: first}, read=read, lineage=lineage)
@@ -123,7 +132,7 @@ def export_model(
     *,
     dtype: torch.dtype = torch.bfloat16,
     expert_layout: LayoutKind = "hub",
-    write_extras: Callable[[Path], None],
+    artifacts: Iterable[Artifact],
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -134,7 +143,7 @@ def export_model(
         dtype: of every tensor.
         expert_layout: `hub`, a tensor for each matrix of each expert; or `live`, the experts of a
             layer in one tensor, as transformers holds them.
-        write_extras: adds tokenizer files to the folder it is given.
+        artifacts: what stands beside the model.
         progress: called with (tensors written, tensors in all).
 
     Raises:
@@ -149,28 +158,25 @@ def export_model(
         "architectures": [family_of(weights.config).architecture],
         "dtype": str(dtype).removeprefix("torch."),
     }
-    stored = layout(family_of(config), config, expert_layout)
-    stream = _stream(weights, stored, dtype=dtype, progress=progress)
+    family, stock = family_of(config), on_disk(config)
+    stored = layout(family, config, expert_layout)
+    unpadded = _stream(weights, stored, dtype=dtype, progress=progress)
+    stream = padded(unpadded, padded_shapes(family, config))
     check = partial(check_replaceable, sources=weights.places)
     with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
         digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
-        write_extras(folder)
+        write_config(folder, stock)
+        for artifact in artifacts:
+            artifact.write(folder)
         if weights.moments is not None:
             _write_moments(folder, weights.moments, max_shard_bytes=max_shard_bytes)
         origin_hash, model_hash = weights.finish(), merkle_hash(digests)
-        card = export_card(
-            config,
-            origin=weights.name,
-            origin_hash=origin_hash,
-            model_hash=model_hash,
-            lineage=weights.lineage,
-        )
+        hashes = {"origin_hash": origin_hash, "model_hash": model_hash}
+        card = export_card(stock, origin=weights.name, lineage=weights.lineage, **hashes)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
     return Exported(
         folder=destination,
-        config=config,
+        config=stock,
         origin_hash=origin_hash,
         model_hash=model_hash,
         num_bytes=sum(entry.num_bytes for entry in stream.entries),

@@ -1,24 +1,32 @@
 """Write and read checkpoint folders: model, tokenizer, model card and tritter.json as one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from tritter.checkpoint.card import model_card
 from tritter.checkpoint.record import Lineage
 from tritter.errors import TritterError
-from tritter.families import Config
+from tritter.families import Config, family_of, ffn_sizes, on_disk, padded_shapes
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
 from tritter.storage.links import check_links
+from tritter.storage.padding import padded
 from tritter.storage.reading import read_json
-from tritter.storage.records import record_text
+from tritter.storage.records import LINEAGE_NAME, record_text
 from tritter.storage.writer import TensorStream, write_tensors
 
-LINEAGE_NAME = "tritter.json"
 CARD_NAME = "README.md"
 HEADER_MARK = "#header"
+
+
+class Artifact(Protocol):
+    """Tokenizer files, state, experts that are not open yet: one piece, as it is to stand there."""
+
+    def write(self, folder: Path) -> None:
+        """Write it into a checkpoint folder that is still being made."""
 
 
 def write_checkpoint(
@@ -27,7 +35,7 @@ def write_checkpoint(
     config: Config,
     tensors: TensorStream,
     lineage: Callable[[], Lineage],
-    write_extras: Callable[[Path], None],
+    artifacts: Iterable[Artifact],
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
@@ -35,11 +43,13 @@ def write_checkpoint(
 ) -> Lineage:
     """Write a checkpoint folder whole, or not at all.
 
+    FFNs that are narrower than the widest are padded on disk, beside a stock config.json.
+
     Args:
         tensors: by name on disk, streamed.
         lineage: asked once the tensors are written where they come from; hashes and digests of
             the answer are filled in from what was written. One without a base hash starts a chain.
-        write_extras: adds tokenizer files to the folder it is given.
+        artifacts: what stands beside the model.
         check: raises when a folder that stands at `target` may not be replaced.
         before_placing: called with the finished folder while the old one still stands; may look
             at it, write into its record, and raise.
@@ -52,12 +62,12 @@ def write_checkpoint(
             cannot be written.
         TritterError: the disk refused a write.
     """
+    stream = padded(tensors, padded_shapes(family_of(config), config))
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
-        tensor_digests = write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
-        (folder / "config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
-        write_extras(folder)
+        tensor_digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
+        write_config(folder, config)
+        for artifact in artifacts:
+            artifact.write(folder)
         model_hash = merkle_hash(tensor_digests)
         stated = lineage()
         complete = replace(
@@ -65,6 +75,7 @@ def write_checkpoint(
             model_hash=model_hash,
             base_model_hash=stated.base_model_hash or model_hash,
             tensor_digests=tensor_digests,
+            ffn_sizes=ffn_sizes(config),
         )
         (folder / CARD_NAME).write_text(model_card(complete, config), encoding="utf-8")
         complete = replace(complete, file_digests=file_digests(folder))
@@ -74,6 +85,12 @@ def write_checkpoint(
     written = read_lineage(target)
     assert written is not None
     return written
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write config.json as stock classes read it."""
+    text = json.dumps(on_disk(config), indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def write_lineage(folder: Path, lineage: Lineage, config: Config) -> None:

@@ -8,16 +8,17 @@ from pathlib import Path
 
 from tritter.checkpoint.folder import (
     HEADER_MARK,
-    LINEAGE_NAME,
     read_lineage,
 )
 from tritter.checkpoint.learned import Learned, with_domains
 from tritter.checkpoint.record import ExpansionRecord, Lineage
 from tritter.errors import RequestError, TritterError
+from tritter.families import family_of
+from tritter.families.config_file import read_config_file
 from tritter.storage.hashing import bounded_digest, header_digest, merkle_hash, tensor_digest
 from tritter.storage.links import check_inside, check_links
 from tritter.storage.reading import read_text
-from tritter.storage.records import record_text
+from tritter.storage.records import LINEAGE_NAME, record_text
 from tritter.storage.tensors import TensorFolder
 
 Progress = Callable[[int, int], None]
@@ -52,6 +53,17 @@ class Link:
 
     @property
     def num_parameters(self) -> int | None:
+        """Count the parameters, without what pads them on disk; None where that can't be read."""
+        if self.folder is None or self.lineage is None or not self.lineage.ffn_sizes:
+            return self.num_parameters_on_disk
+        try:
+            config = read_config_file(self.folder)
+            return family_of(config).count_parameters(config)
+        except TritterError:
+            return None
+
+    @property
+    def num_parameters_on_disk(self) -> int | None:
         """Count the parameters from the files' headers; None where they cannot be read."""
         if self.folder is None:
             return None
@@ -63,7 +75,7 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Difference:
     """One thing in a folder that is not as it was written.
 
     Args:
@@ -126,7 +138,7 @@ def learned_text(folder: Path) -> Learned:
     return Learned(lineage.split, domains)
 
 
-def verify(link: Link, *, progress: Progress | None = None) -> tuple[Change, ...]:
+def verify(link: Link, *, progress: Progress | None = None) -> tuple[Difference, ...]:
     """Hash a checkpoint's tensors and files again and return what is not as it was written.
 
     Args:
@@ -239,48 +251,48 @@ def _is_plain_parent(folder: Path, child: Lineage, *, is_hinted: bool) -> bool:
         return False
 
 
-def _record_changes(link: Link) -> Iterator[Change]:
+def _record_changes(link: Link) -> Iterator[Difference]:
     if link.problem is not None:
-        yield Change(LINEAGE_NAME, None, link.problem)
+        yield Difference(LINEAGE_NAME, None, link.problem)
     lineage = link.lineage
     if lineage is not None and merkle_hash(lineage.tensor_digests) != lineage.model_hash:
-        yield Change(LINEAGE_NAME, None, "its hash does not follow from its tensors' digests")
+        yield Difference(LINEAGE_NAME, None, "its hash does not follow from its tensors' digests")
     if lineage is not None and link.folder is not None and lineage.record_digest is not None:
         text = read_text(link.folder / LINEAGE_NAME)
         if text != record_text(json.loads(text)):
-            yield Change(LINEAGE_NAME, None, "changed")
+            yield Difference(LINEAGE_NAME, None, "changed")
 
 
-def _tensor_changes(folder: Path, link: Link, progress: Progress | None) -> Iterator[Change]:
+def _tensor_changes(folder: Path, link: Link, progress: Progress | None) -> Iterator[Difference]:
     try:
         tensors = TensorFolder.open(folder)
     except TritterError as error:
-        yield Change("", None, str(error))
+        yield Difference("", None, str(error))
         return
     found: dict[str, str] = {}
     for position, (name, file) in enumerate(tensors.files.items()):
         try:
             found[name] = tensor_digest(name, tensors.get(name))
         except TritterError as error:
-            yield Change(file, name, str(error))
+            yield Difference(file, name, str(error))
             found[name] = ""
         if progress is not None:
             progress(position + 1, len(tensors.files))
     if link.tensor_digests is None:
         if link.model_hash is not None and merkle_hash(found) != link.model_hash:
-            yield Change("", None, f"the tensors' hash is not {link.model_hash}")
+            yield Difference("", None, f"the tensors' hash is not {link.model_hash}")
         return
     for name, digest in link.tensor_digests.items():
         if name not in found:
-            yield Change("", name, "missing")
+            yield Difference("", name, "missing")
         elif found[name] and found[name] != digest:
-            yield Change(tensors.files[name], name, "changed")
+            yield Difference(tensors.files[name], name, "changed")
     if link.lineage is not None:  # a plain folder may hold a tied head twice
         for name in found.keys() - link.tensor_digests.keys():
-            yield Change(tensors.files[name], name, "added")
+            yield Difference(tensors.files[name], name, "added")
 
 
-def _file_changes(folder: Path, recorded: Mapping[str, str]) -> Iterator[Change]:
+def _file_changes(folder: Path, recorded: Mapping[str, str]) -> Iterator[Difference]:
     for name, digest in recorded.items():
         file = name.removesuffix(HEADER_MARK)
         path = folder / file
@@ -288,8 +300,8 @@ def _file_changes(folder: Path, recorded: Mapping[str, str]) -> Iterator[Change]
         try:
             check_inside(folder, file)
             if not path.is_file():
-                yield Change(file, None, "missing")
+                yield Difference(file, None, "missing")
             elif hashed(path) != digest:
-                yield Change(file, None, "changed")
+                yield Difference(file, None, "changed")
         except TritterError as error:
-            yield Change(name, None, str(error))
+            yield Difference(name, None, str(error))

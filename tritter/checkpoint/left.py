@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, LINEAGE_NAME, read_lineage
+from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, read_lineage
 from tritter.checkpoint.history import link_of, verify
 from tritter.checkpoint.record import Lineage
 from tritter.errors import TritterError
 from tritter.storage.hashing import file_digest
+from tritter.storage.records import LINEAGE_NAME
 
 
 @dataclass(frozen=True, slots=True)

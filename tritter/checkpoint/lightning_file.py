@@ -74,7 +74,7 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
         moments = named_moments(content, tensors, stored=stored, prefix=chosen)
     except MomentsLeftOut as reason:
         moments = None
-        why_no_moments = f"the optimiser's state was left out: {reason}"
+        why_no_moments = f"the optimizer's state was left out: {reason}"
     return LightningFile(_weights(path, config, values, moments), left_out, why_no_moments)
 
 
@@ -136,6 +136,8 @@ def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     held = content.get("state_dict", content)
     if not isinstance(held, Mapping) or not held:
         raise TritterError(f"{path} holds no state_dict.")
+    # What a module says of itself beside its tensors, under the name that torch gives to it
+    held = {n: value for n, value in held.items() if not str(n).endswith("_extra_state")}
     wrong = [str(name) for name, value in held.items() if not _is_dense(name, value)]
     if wrong:
         raise TritterError(

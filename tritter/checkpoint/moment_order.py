@@ -1,4 +1,4 @@
-"""Whose moments are whose: an optimiser's state keeps no names, only positions.
+"""Whose moments are whose: an optimizer's state keeps no names, only positions.
 
 Positions are given names only where one order explains all of them: that of the model's own
 parameters, in one group, or in two with matrices in one and vectors in the other, as decay and no
@@ -17,7 +17,7 @@ from tritter.storage.tensors import is_finite
 
 
 class MomentsLeftOut(Exception):
-    """The optimiser's state cannot be used; says why."""
+    """The optimizer's state cannot be used; says why."""
 
 
 def named_moments(
@@ -38,7 +38,7 @@ def named_moments(
     Raises:
         MomentsLeftOut: there are none, they are not Adam's, or their owners are not certain.
     """
-    groups, state = _one_optimiser(content)
+    groups, state = _one_optimizer(content)
     owners = _owners(groups, tensors, {prefix + tensor.name for tensor in stored})
     by_name = {
         name: state[position]
@@ -62,7 +62,7 @@ def named_moments(
     return Moments(steps.pop(), kinds)
 
 
-def _one_optimiser(
+def _one_optimizer(
     content: Mapping[str, Any],
 ) -> tuple[list[list[int]], Mapping[Any, Mapping[str, Any]]]:
     """Return the positions in each group, and position → state."""
@@ -70,14 +70,14 @@ def _one_optimiser(
     if not isinstance(states, Sequence) or states in ([], [{}]):
         raise MomentsLeftOut("the file holds none")
     if len(states) > 1:
-        raise MomentsLeftOut(f"the file holds {len(states)} optimisers")
+        raise MomentsLeftOut(f"the file holds {len(states)} optimizers")
     try:
         groups = [[int(at) for at in group["params"]] for group in states[0]["param_groups"]]
         state = dict(states[0]["state"])
     except (KeyError, TypeError, ValueError) as error:
-        raise MomentsLeftOut("it is not laid out as torch's optimisers are") from error
+        raise MomentsLeftOut("it is not laid out as torch's optimizers are") from error
     if not all(isinstance(held, Mapping) for held in state.values()):
-        raise MomentsLeftOut("it is not laid out as torch's optimisers are")
+        raise MomentsLeftOut("it is not laid out as torch's optimizers are")
     return groups, state
 
 

@@ -10,20 +10,18 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, LINEAGE_NAME, read_lineage
+from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, read_lineage
 from tritter.checkpoint.state import STATE_FOLDER
 from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
 from tritter.errors import RequestError, TritterError
 from tritter.parameter_map.carry import STATE_KINDS
 from tritter.storage.atomic import refuse_standing
+from tritter.storage.records import LINEAGE_NAME
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME
 
 _PLAIN_NAMES = {"config.json", CARD_NAME, SINGLE_NAME, INDEX_NAME, *TOKENIZER_FILES}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-_STATE_FILE = re.compile(
-    rf"{STATE_FOLDER}/(state\.json|router\.json|(?:{'|'.join(map(re.escape, STATE_KINDS))})/"
-    rf"({re.escape(SINGLE_NAME)}|{re.escape(INDEX_NAME)}|{_SHARD.pattern}))"
-)
+_STATE_FILES = {f"{STATE_FOLDER}/state.json", f"{STATE_FOLDER}/router.json"}
 _MAX_SHOWN = 4
 
 
@@ -135,18 +133,24 @@ def _strays(folder: Path, listed: set[str] | None, above: str = "") -> Iterator[
 
 
 def _is_expected(name: str, listed: set[str] | None) -> bool:
-    if _STATE_FILE.fullmatch(name):
+    if name in _STATE_FILES:
         return True
+    folder, _, file = name.rpartition("/")
+    if folder in _state_folders():
+        return file in (SINGLE_NAME, INDEX_NAME) or _SHARD.fullmatch(file) is not None
     if listed is not None:
         return name in listed
     return name in _PLAIN_NAMES or _SHARD.fullmatch(name) is not None
 
 
 def _is_expected_folder(name: str, listed: set[str] | None) -> bool:
-    kinds = {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
-    if name == STATE_FOLDER or name in kinds:
+    if name == STATE_FOLDER or name in _state_folders():
         return True
     return any(file.startswith(f"{name}/") for file in listed or ())
+
+
+def _state_folders() -> set[str]:
+    return {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
 
 
 def _has_weights(folder: Path) -> bool:

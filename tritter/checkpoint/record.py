@@ -8,7 +8,7 @@ from tritter.checkpoint.learned import LearnedDomain, TextSplit, learned_from, s
 from tritter.checkpoint.typed import read_record
 from tritter.errors import TritterError, brief
 
-FORMAT_VERSION = 3  # 2: stock_loadable; 3: split and domains
+FORMAT_VERSION = 4  # 2: stock_loadable; 3: split and domains; 4: ffn_sizes
 StockLoadable = Literal["yes", "after adaptation"]
 
 
@@ -28,7 +28,7 @@ class ExpansionRecord:
         map_digest: SHA-256 of the parameter map; the map itself follows from the entries above.
         claims_exact: the method claims to preserve the function.
         step0_error: measured max |Δ logits| / std(logits) of the whole expansion, when measured.
-        continued_training_steps: optimiser steps taken after it, once gated.
+        continued_training_steps: optimizer steps taken after it, once gated.
         performance_delta: domain → relative change of the loss per byte, once gated.
     """
 
@@ -61,7 +61,7 @@ class Lineage:
         tensor_digests: tensor name → SHA-256.
         file_digests: file name → SHA-256 of everything else in the folder.
         expansion_history: every expansion since the base, oldest first.
-        step: optimiser steps of the last training.
+        step: optimizer steps of the last training.
         epoch: passes over its new data that the last training completed.
         best_loss: lowest mean loss over the new domains' validation documents, nats per token.
         benchmark_scores: domain or task → score.
@@ -70,6 +70,7 @@ class Lineage:
         domains: name → every domain that this checkpoint or an ancestor learned, oldest first.
         stock_loadable: `yes`, or `after adaptation` while appended experts are not wholly open:
             until then stock classes load the tensors and compute something else.
+        ffn_sizes: width of each layer's FFN where they differ; the files are padded to the widest.
         record_digest: SHA-256 of everything else in the record, filled in when it is written.
     """
 
@@ -90,6 +91,7 @@ class Lineage:
     split: TextSplit | None = None
     domains: Mapping[str, LearnedDomain] = field(default_factory=dict)
     stock_loadable: StockLoadable = "yes"
+    ffn_sizes: tuple[int, ...] = ()
     format_version: int = FORMAT_VERSION
     record_digest: str | None = None
 

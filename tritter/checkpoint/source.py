@@ -1,19 +1,24 @@
 """A checkpoint opened for reading: matched to its family, hashed while it is read."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tritter.checkpoint.folder import CARD_NAME, read_lineage
 from tritter.checkpoint.record import Lineage
 from tritter.checkpoint.tokenizer_files import check_tokenizer_files
 from tritter.errors import RequestError, TritterError
-from tritter.families import Config, Family, StoredTensor, family_of, match
+from tritter.families import Config, Family, StoredTensor, family_of, match, padded_shapes
 from tritter.storage.hashing import DigestQueue, bounded_digest
 from tritter.storage.links import check_inside
+from tritter.storage.padding import stripped
 from tritter.storage.tensors import TensorFolder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,7 @@ class Source:
         lineage: what the folder says of itself; None for a plain Hugging Face folder.
         stored: the tensors as they lie in the files.
         places: logical name → (stored tensor, number of its part).
+        live_shapes: name in the files → shape, of tensors that are padded there.
         digests: of what was read so far, computed aside.
     """
 
@@ -34,10 +40,11 @@ class Source:
     lineage: Lineage | None
     stored: tuple[StoredTensor, ...]
     places: dict[str, tuple[StoredTensor, int]]
+    live_shapes: dict[str, tuple[int, ...]]
     digests: DigestQueue = field(default_factory=DigestQueue)
 
     @classmethod
-    def open(cls, folder: Path, config: Config) -> "Source":
+    def open(cls, folder: Path, config: Config) -> Source:
         """Open a folder and hold its tensors against its config.
 
         Raises:
@@ -48,12 +55,12 @@ class Source:
         family = family_of(config)
         tensors = TensorFolder.open(folder)
         stored = match(family, config, tensors.files)
+        on_disk = padded_shapes(family, config)
         for tensor in stored:
-            found = tensors.shape(tensor.name)
-            if tensor.shape != found:
+            found, wanted = tensors.shape(tensor.name), on_disk.get(tensor.name, tensor.shape)
+            if wanted != found:
                 raise TritterError(
-                    f"{folder}: {tensor.name} has shape {found}, but config.json asks for "
-                    f"{tensor.shape}."
+                    f"{folder}: {tensor.name} has shape {found}, but config.json asks for {wanted}."
                 )
         _check_ties(folder, tensors, family, config)
         check_tokenizer_files(folder)
@@ -65,7 +72,8 @@ class Source:
             for tensor in stored
             for number, part in enumerate(tensor.parts)
         }
-        return cls(folder, config, family, tensors, lineage, stored, places)
+        live = {tensor.name: tensor.shape for tensor in stored if tensor.name in on_disk}
+        return cls(folder, config, family, tensors, lineage, stored, places, live)
 
     def read(self, name: str) -> Tensor:
         """Read one tensor by its logical name; of experts that share one, its part alone."""
@@ -75,9 +83,15 @@ class Source:
         return self.tensors.get(stored.name, index=stored.parts[number].index)
 
     def read_stored(self, name: str) -> Tensor:
-        """Read one tensor by its name in the files."""
+        """Read one tensor by its name in the files, without its padding there.
+
+        Raises:
+            TritterError: the file is damaged, or what should be padding is none.
+        """
         tensor = self.tensors.get(name)
         self.digests.add(name, tensor)
+        if name in self.live_shapes:
+            tensor = stripped(tensor, self.live_shapes[name], name=f"{self.folder}: {name}")
         return tensor
 
     def dtype(self, name: str) -> torch.dtype:
@@ -112,7 +126,7 @@ def _check_ties(folder: Path, tensors: TensorFolder, family: Family, config: Con
     """
     embedding = family.tensors[0].disk_name
     for name in sorted(family.tied_names(config) & set(tensors.files)):
-        if not torch.equal(tensors.get(name), tensors.get(embedding)):
+        if not tensors.get(name).equal(tensors.get(embedding)):
             raise TritterError(
                 f"{folder}: {name} differs from {embedding}, although config.json ties them. Say "
                 "which it is: set tie_word_embeddings to false there to keep both, or take "

@@ -1,19 +1,23 @@
 """The `state/` folder of a checkpoint: what a training can go on from, by kind and parameter.
 
 One subfolder of safetensors for each kind (`exp_avg`, `fisher`, …), tensors named as on disk, and
-`state.json` with the step. A parameter that is absent from a kind has no state yet.
+`state.json` with the step. A parameter that is absent from a kind has no state yet. A kind that is
+not Tritter's own states its rule there, so that it follows an expansion by any command, whoever
+left it: what registered it isn't asked for.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from tritter.errors import TritterError, brief
 from tritter.limits import MAX_COUNT
-from tritter.parameter_map.carry import STATE_KINDS
+from tritter.parameter_map import Quantity
+from tritter.parameter_map.carry import OURS, STATE_KINDS, StateKind, is_kind_name
 from tritter.storage.reading import read_object
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
@@ -28,19 +32,25 @@ class State:
     """State on disk, read lazily.
 
     Args:
-        step: optimiser steps behind it.
+        step: optimizer steps behind it.
         kinds: kind → its tensors.
         other_steps: name on disk → steps, of parameters that have another number of them behind
-            them: an optimiser counts for each parameter, and what is new begins later.
+            them: an optimizer counts for each parameter, and what is new begins later.
+        rules: kind → how it follows a map.
     """
 
     step: int
     kinds: Mapping[str, TensorFolder]
     other_steps: Mapping[str, int] = field(default_factory=dict)
+    rules: Mapping[str, StateKind] = field(default_factory=dict)
 
     def step_of(self, name: str) -> int:
-        """Return the optimiser steps behind one parameter, by name on disk."""
+        """Return the optimizer steps behind one parameter, by name on disk."""
         return self.other_steps.get(name, self.step)
+
+    def write(self, folder: Path) -> None:
+        """Write it beside another model as it is, tensor by tensor."""
+        copy_states([self], folder)
 
 
 def write_state(
@@ -49,19 +59,26 @@ def write_state(
     *,
     step: int,
     other_steps: Mapping[str, int] | None = None,
+    rules: Mapping[str, StateKind] = STATE_KINDS,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write `folder/state`; meant for a checkpoint folder that is still being made."""
+    """Write `folder/state`; meant for a checkpoint folder that is still being made.
+
+    Args:
+        rules: of kinds that nobody need have registered: those of the state that this stems from.
+    """
     place = folder / STATE_FOLDER
     place.mkdir()
     written = []
     for kind, stream in kinds.items():
-        assert kind in STATE_KINDS, kind
+        assert kind in rules, kind
         if stream.entries:
             (place / kind).mkdir()
             write_tensors(place / kind, stream, max_shard_bytes=max_shard_bytes)
             written.append(kind)
-    head = {"format_version": 1, "step": step, "kinds": written}
+    head: dict[str, Any] = {"format_version": 1, "step": step, "kinds": written}
+    if stated := {kind: rules[kind].to_dict() for kind in written if kind not in OURS}:
+        head["rules"] = stated
     if other_steps:
         head |= {"format_version": FORMAT_VERSION, "other_steps": dict(other_steps)}
     (place / _HEAD).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
@@ -79,7 +96,7 @@ def read_state(folder: Path) -> State | None:
     try:
         head = read_object(path)
         version, step, kinds = head["format_version"], head["step"], head["kinds"]
-        others = head.get("other_steps", {})
+        others, rules = head.get("other_steps", {}), head.get("rules", {})
     except TritterError as error:
         raise TritterError(f"{path} is damaged: {error}") from error
     except KeyError as error:
@@ -98,11 +115,33 @@ def read_state(folder: Path) -> State | None:
             )
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         raise TritterError(f"{path} is damaged: kinds = {brief(kinds)}; allowed are names.")
-    unknown = [kind for kind in kinds if kind not in STATE_KINDS]
-    if unknown:
-        raise TritterError(f"{path} names kinds that are not known: {brief(unknown)}.")
+    if not isinstance(rules, dict):
+        raise TritterError(f"{path} is damaged: rules = {brief(rules)}; allowed is a table.")
+    known = {kind: _rule(path, kind, rules.get(kind)) for kind in kinds}
     opened = {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in kinds}
-    return State(step, opened, others)
+    return State(step, opened, others, known)
+
+
+def _rule(path: Path, kind: str, stated: object) -> StateKind:
+    """Return how a kind of state follows a map: as registered, or else as the file states."""
+    registered = STATE_KINDS.get(kind)
+    if not is_kind_name(kind) or stated is None:
+        if registered is None:
+            raise TritterError(
+                f"{path} names a kind that is not known, and states no rule for it: {brief(kind)}."
+            )
+        return registered
+    try:
+        rule = StateKind.from_dict(stated)
+    except (LookupError, TypeError, ValueError) as error:
+        allowed = ", ".join(quantity.value for quantity in Quantity)
+        raise TritterError(
+            f"{path} is damaged: the rule of {brief(kind)} is {brief(stated)}; allowed are "
+            f"quantity ({allowed}) and new_entries (zero, mean, as_weights)."
+        ) from error
+    if registered not in (None, rule):
+        raise TritterError(f"{path}: the rule of {kind} is another than the one registered for it.")
+    return rule
 
 
 def copy_states(
@@ -111,17 +150,20 @@ def copy_states(
     *,
     is_kept: Callable[[str, str], bool] = lambda kind, name: True,
 ) -> None:
-    """Write states beside a model as one, tensor by tensor; steps are those of the last.
+    """Write states beside a model as one, tensor by tensor; steps are those of the last. Of no
+    state nothing is written.
 
     Args:
         is_kept: says of a kind and a name on disk whether it goes along.
     """
+    if not states:
+        return
     kinds = {}
     for state in states:
         for kind, tensors in state.kinds.items():
             kinds[kind] = _stream(tensors, [name for name in tensors.files if is_kept(kind, name)])
-    last = states[-1]
-    write_state(folder, kinds, step=last.step, other_steps=last.other_steps)
+    last, rules = states[-1], {k: rule for state in states for k, rule in state.rules.items()}
+    write_state(folder, kinds, step=last.step, other_steps=last.other_steps, rules=rules)
 
 
 def _stream(tensors: TensorFolder, names: Sequence[str]) -> TensorStream:
@@ -133,4 +175,23 @@ def _stream(tensors: TensorFolder, names: Sequence[str]) -> TensorStream:
 
 def state_tensors(folder: TensorFolder) -> dict[str, Tensor]:
     """Read all tensors of one kind."""
-    return {name: folder.get(name) for name in folder.files}
+    return dict(LazyTensors(folder))
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensors(Mapping[str, Tensor]):
+    """The tensors of one kind by name on disk, each read whenever it is asked for."""
+
+    folder: TensorFolder
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.folder.get(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.folder.headers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.folder.headers)
+
+    def __len__(self) -> int:
+        return len(self.folder.headers)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from tritter.storage.links import check_links
@@ -21,14 +22,24 @@ TOKENIZER_FILES = (
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
-def copy_tokenizer(source: Path, destination: Path) -> None:
-    """Copy tokenizer and generation files that stand beside a model.
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """Tokenizer and generation files, as they stand beside a model in `source`."""
 
-    Raises:
-        TritterError: what `check_tokenizer_files` refuses.
-    """
-    for path in check_tokenizer_files(source):
-        shutil.copyfile(path, destination / path.name)
+    source: Path
+
+    @classmethod
+    def read(cls, folder: Path) -> "TokenizerFiles":
+        return cls(folder)
+
+    def write(self, folder: Path) -> None:
+        """Copy them.
+
+        Raises:
+            TritterError: what `check_tokenizer_files` refuses.
+        """
+        for path in check_tokenizer_files(self.source):
+            shutil.copyfile(path, folder / path.name)
 
 
 def check_tokenizer_files(source: Path) -> list[Path]:

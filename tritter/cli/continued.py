@@ -8,12 +8,12 @@ from typing import Any
 
 from tritter.checkpoint import read_lineage
 from tritter.config.checkpoint_folder import checkpoint_config, checkpoint_place
+from tritter.config.command_line import CommandLine
 from tritter.config.overrides import quoted
-from tritter.config.plan import CommandLine, make_plan
-from tritter.config.problems import raise_problems
+from tritter.config.plan import make_plan
 from tritter.config.schema import RunConfig, TextSources
 from tritter.config.text_files import read_sources
-from tritter.errors import RequestError, TritterError
+from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.storage.names import named_path
 
 # Keys that options set, by the names under which a person gave them.
@@ -60,7 +60,7 @@ def continuation(request: TrainRequest) -> tuple[str, ...]:
     typed = {word.partition("=")[0].lstrip("+").replace("-", "_") for word in request.overrides}
     if not request.data and not _is_typed("data.new", typed):
         raise RequestError("--data is missing: name the text to train on, --data PATH.")
-    problems: list[str] = []
+    problems: list[Problem] = []
     new = read_sources("--data", list(request.data) or None, default_name="new", problems=problems)
     old = read_sources(
         "--old-data", list(request.old_data) or None, default_name="old", problems=problems

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritter.cli.output import new_table
-from tritter.cli.request import in_options, spelled
-from tritter.config.problems import raise_problems
+from tritter.cli.request import in_options
+from tritter.cli.values import spelled
 from tritter.config.schema import TextSources
 from tritter.config.text_contents import TextRequest, check_contents
 from tritter.config.text_files import read_sources
 from tritter.data.readers import TextFileError
 from tritter.data.records import DEFAULT_FIELD
-from tritter.errors import RequestError
+from tritter.errors import Problem, RequestError, raise_problems
 from tritter.expansion import ExpansionSpec
-from tritter.report.experts import expert_table
+from tritter.report.moe import expert_table
 from tritter.terminal import Console
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def domain_text(options: DomainOptions) -> DomainText:
             "--domain-data PATH."
         )
     name = options.domain or DEFAULT_DOMAIN
-    problems: list[str] = []
+    problems: list[Problem] = []
     new = read_sources("--domain-data", list(options.data), default_name=name, problems=problems)
     old = read_sources(
         "--old-data", list(options.old_data) or None, default_name="old", problems=problems

@@ -56,13 +56,3 @@ LearningRate = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
-Teacher = Annotated[
-    str | None,
-    typer.Option(
-        "--teacher",
-        metavar="SRC",
-        help="With --domain-data and --expert-init distill: a model with the same tokenizer that "
-        "the new experts learn from before they are opened.",
-        rich_help_panel=_PANEL,
-    ),
-]

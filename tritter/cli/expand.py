@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tritter.checkpoint import Source
 from tritter.checkpoint.place import check_output
 from tritter.cli.domain import (
@@ -16,7 +18,6 @@ from tritter.cli.domain import (
 )
 from tritter.cli.measure import Measurement, measure
 from tritter.cli.output import (
-    DTYPES,
     EXIT_NO,
     SHAPES,
     new_console,
@@ -36,15 +37,18 @@ from tritter.cli.request import (
     in_options,
     method_names,
     specs_of,
-    spelled,
 )
+from tritter.cli.values import spelled
 from tritter.errors import RequestError
-from tritter.expand import Expanded, Plan, expand, plan_expansion
-from tritter.expansion import ExpansionSpec, ExpansionStep
+from tritter.expand import Expanded, PlannedExpansion, expand, plan_expansion
+from tritter.expansion import ExpansionSpec, ResolvedExpansion
 from tritter.expansion.targets import reach_parameters
-from tritter.models import locate, read_config
+from tritter.families import Config, family_of, on_disk
+from tritter.models import read_config
 from tritter.parameter_map.carry import POLICIES
 from tritter.report.wording import count_text
+from tritter.storage.hub import locate
+from tritter.storage.tensors import WEIGHT_DTYPES
 from tritter.terminal import Console, say
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -64,7 +68,7 @@ class ExpandRequest:
     """The words of the command, numbers read.
 
     Args:
-        given: every option that was given, by name; those of the methods are picked from it.
+        given: option of the methods → what was typed; of a flag True.
         target_params: a number of parameters to come near to.
         domain: what appended experts are to be trained on.
     """
@@ -82,13 +86,13 @@ class ExpandRequest:
     domain: DomainOptions
 
     @classmethod
-    def of(cls, words: Mapping[str, Any]) -> "ExpandRequest":
+    def of(cls, words: Mapping[str, Any], given: Mapping[str, Any]) -> "ExpandRequest":
         """Sort the words of the command."""
         return cls(
             checkpoint=words["checkpoint"],
             output=words["output"],
             methods=tuple(words["method"]),
-            given={name: value for name, value in words.items() if value is not None},
+            given=given,
             target_params=words["target_params"],
             moments=words["moments"],
             seed=words["seed"],
@@ -132,8 +136,10 @@ def _run_map(
 ) -> int:
     """Expand, or only plan it, and print what came of it."""
     moments = choice("moments", request.moments, POLICIES)
-    dtype = None if request.dtype is None else DTYPES[choice("dtype", request.dtype, list(DTYPES))]
-    result: Plan | Expanded
+    dtype = None
+    if request.dtype is not None:
+        dtype = getattr(torch, choice("dtype", request.dtype, WEIGHT_DTYPES))
+    result: PlannedExpansion | Expanded
     measured: Measurement | None = None
 
     def look(made: Expanded) -> None:
@@ -251,7 +257,7 @@ def _default_output(checkpoint: str, folder: Path, methods: Sequence[str]) -> Pa
 
 
 def _as_json(
-    result: Plan | Expanded, source: Path, destination: Path, request: ExpandRequest
+    result: PlannedExpansion | Expanded, source: Path, destination: Path, request: ExpandRequest
 ) -> dict[str, Any]:
     first, last = result.steps[0], result.steps[-1]
     lineage = result.lineage if isinstance(result, Expanded) else None
@@ -264,6 +270,10 @@ def _as_json(
             "after": shapes_of(last.target_config),
         },
         "parameters": {"before": result.parameters_before, "after": result.parameters_after},
+        "parameters_on_disk": {
+            "before": _on_disk(first.source_config),
+            "after": _on_disk(last.target_config),
+        },
         "dtype": request.dtype,
         "seed": request.seed,
         "steps": [
@@ -283,8 +293,12 @@ def _as_json(
     }
 
 
+def _on_disk(config: Config) -> int:
+    return family_of(config).count_parameters(on_disk(config))
+
+
 def _print(
-    result: Plan | Expanded,
+    result: PlannedExpansion | Expanded,
     place: _Place,
     request: ExpandRequest,
     measured: Measurement | None,
@@ -316,7 +330,7 @@ def _print(
             print_command(console, "refused", place.obstacle)
 
 
-def _print_shapes(console: Console, result: Plan | Expanded) -> None:
+def _print_shapes(console: Console, result: PlannedExpansion | Expanded) -> None:
     before = shapes_of(result.steps[0].source_config)
     after = shapes_of(result.steps[-1].target_config)
     table = new_table("", "before", "after", "", numbers=("before", "after"))
@@ -336,7 +350,7 @@ def _print_shapes(console: Console, result: Plan | Expanded) -> None:
     console.print(table)
 
 
-def _step_lines(step: ExpansionStep, *, is_first: bool) -> list[tuple[str, str]]:
+def _step_lines(step: ResolvedExpansion, *, is_first: bool) -> list[tuple[str, str]]:
     """Say what one expansion does: its notes, where layers come from, the map's digest."""
     texts = list(step.notes)
     if step.spec.expansion_type == "depth":

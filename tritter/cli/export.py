@@ -1,7 +1,7 @@
 """`tritter export`: a checkpoint, or a .ckpt of Lightning, as a plain stock folder."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ import torch
 
 from tritter.checkpoint import Source
 from tritter.checkpoint.export import Exported, Weights, export_model
+from tritter.checkpoint.folder import Artifact
 from tritter.checkpoint.lightning_file import read_lightning_file
 from tritter.checkpoint.place import check_output
-from tritter.checkpoint.tokenizer_files import copy_tokenizer
+from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.cli.output import (
-    DTYPES,
     new_console,
     print_command,
     print_json,
@@ -28,10 +28,12 @@ from tritter.cli.request import choice, damage_is_a_wrong_request, in_options
 from tritter.errors import RequestError
 from tritter.families import Config, LayoutKind, family_of
 from tritter.loadable import check_loadable
-from tritter.models import locate, read_config
+from tritter.models import read_config
 from tritter.report.wording import count_text
-from tritter.routing import AddedExperts, stock_obstacle
+from tritter.stock_routers import AddedExperts, stock_obstacle
+from tritter.storage.hub import locate
 from tritter.storage.names import named_path
+from tritter.storage.tensors import WEIGHT_DTYPES
 
 FORMATS = ("hf",)
 LAYOUTS: dict[str, LayoutKind] = {"hub": "hub", "fused": "live"}
@@ -46,7 +48,7 @@ class ExportRequest:
         expert_layout: None: as on the hub.
         config: of a file: a folder or hub id with config.json, or that file.
         prefix: of a file: what stands before the model's own names.
-        is_without_state: of a file: leave the optimiser's moments out.
+        is_without_state: of a file: leave the optimizer's moments out.
         is_without_new_experts: of a folder: leave out appended experts that are not open yet.
     """
 
@@ -64,10 +66,10 @@ class ExportRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """What is to be exported, where its tokenizer lies, and what there is to say about it."""
+    """What is to be exported, what goes along, and what there is to say about it."""
 
     weights: Weights
-    copy_extras: Callable[[Path], None]
+    artifacts: Sequence[Artifact]
     notes: tuple[str, ...] = ()
 
 
@@ -80,7 +82,9 @@ def run_export(request: ExportRequest, *, overwrite: bool, as_json: bool) -> int
         TritterError: writing failed, or a tensor turned out damaged while it was read.
     """
     choice("format", request.format, FORMATS)
-    dtype = None if request.dtype is None else DTYPES[choice("dtype", request.dtype, list(DTYPES))]
+    dtype = None
+    if request.dtype is not None:
+        dtype = getattr(torch, choice("dtype", request.dtype, WEIGHT_DTYPES))
     is_file = named_path(request.checkpoint, key="--checkpoint").is_file()
     check_output(request.output, sources=_places(request), overwrite=overwrite)
     with damage_is_a_wrong_request():
@@ -96,7 +100,7 @@ def run_export(request: ExportRequest, *, overwrite: bool, as_json: bool) -> int
                 request.output,
                 dtype=dtype,
                 expert_layout=layout,
-                write_extras=origin.copy_extras,
+                artifacts=origin.artifacts,
                 max_shard_bytes=request.max_shard_bytes,
                 overwrite=overwrite,
                 progress=progress,
@@ -134,7 +138,7 @@ def _folder(request: ExportRequest) -> _Origin:
             f"{folder}: {obstacle}. Train the model until the offset is 0, or leave them out with "
             "--drop-new-experts."
         )
-    return _Origin(weights, lambda destination: copy_tokenizer(folder, destination), notes)
+    return _Origin(weights, [TokenizerFiles(folder)], notes)
 
 
 def _without_new_experts(weights: Weights, folder: Path) -> tuple[Weights, tuple[str, ...]]:
@@ -164,11 +168,8 @@ def _file(request: ExportRequest) -> _Origin:
         weights, notes = replace(weights, moments=None), (found.left_out, "")
     has_tokenizer = not named_path(request.config, key="--config").is_file()
 
-    def copy_extras(destination: Path) -> None:
-        if has_tokenizer:
-            copy_tokenizer(folder, destination)
-
-    return _Origin(weights, copy_extras, tuple(note for note in notes if note))
+    beside = [TokenizerFiles(folder)] if has_tokenizer else []
+    return _Origin(weights, beside, tuple(note for note in notes if note))
 
 
 def _config_folder(config: str) -> Path:

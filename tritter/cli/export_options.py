@@ -73,7 +73,7 @@ NoState = Annotated[
     typer.Option(
         "--no-state",
         metavar=" ",
-        help="Leave the optimiser's moments out.",
+        help="Leave the optimizer's moments out.",
         rich_help_panel=_CKPT,
     ),
 ]

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritter.cli.output import DTYPES, new_console, print_json
+from tritter.cli.output import new_console, print_json
 from tritter.cli.request import damage_is_a_wrong_request
 from tritter.errors import RequestError, TritterError
 from tritter.families import Config
-from tritter.models import load_model, load_tokenizer, locate, read_config
+from tritter.models import load_model, load_tokenizer, read_config
+from tritter.storage.hub import locate
+from tritter.storage.tensors import WEIGHT_DTYPES
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -38,7 +40,7 @@ def run_generate(
         tokenizer = load_tokenizer(folder)
         input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         _check_room(config, num_tokens=input_ids.shape[-1], max_new_tokens=max_new_tokens)
-        model = load_model(folder, dtype=DTYPES.get(str(config.get("dtype")), torch.float32))
+        model = load_model(folder, dtype=_dtype(config))
         _check_finite(model, folder)
     new_ids = continuation(
         model,
@@ -108,6 +110,12 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
             f"{folder}: {broken[0]}{more} holds values that are not finite (NaN or infinity), so "
             "the model can't say anything; take the checkpoint before it."
         )
+
+
+def _dtype(config: Config) -> torch.dtype:
+    word = config.get("dtype")
+    dtype: torch.dtype = getattr(torch, str(word)) if word in WEIGHT_DTYPES else torch.float32
+    return dtype
 
 
 def _check_tokenizer(folder: Path) -> None:

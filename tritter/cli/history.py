@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
-from tritter.checkpoint.history import Change, Link, read_chain, verify
+from tritter.checkpoint.history import Difference, Link, read_chain, verify
 from tritter.cli.output import (
     EXIT_NO,
     new_console,
@@ -19,7 +19,7 @@ from tritter.cli.output import (
     shown_path,
     signs_of,
 )
-from tritter.cli.request import spelled
+from tritter.cli.values import spelled
 from tritter.errors import RequestError
 from tritter.report.wording import count_text
 from tritter.terminal import Console
@@ -32,7 +32,7 @@ class Checked:
     """A checkpoint of the chain, and what a check of it found (None: it was not checked)."""
 
     link: Link
-    changes: tuple[Change, ...] | None
+    changes: tuple[Difference, ...] | None
 
     @property
     def state(self) -> str:
@@ -75,7 +75,7 @@ def _checked(chain: Sequence[Link], *, verify: bool, is_quiet: bool) -> list[Che
         return [Checked(link, _changes(link) if verify else None) for link in chain]
 
 
-def _changes(link: Link) -> tuple[Change, ...] | None:
+def _changes(link: Link) -> tuple[Difference, ...] | None:
     return verify(link) if link.can_be_checked else None
 
 
@@ -117,6 +117,7 @@ def _row_json(row: Checked, newest: Link) -> dict[str, Any]:
         "made_by": made_by(link),
         "methods": [record.method for record in link.made_by],
         "parameters": link.num_parameters,
+        "parameters_on_disk": link.num_parameters_on_disk,
         "continued_training_steps": steps_after(link, newest),
         "timestamp": link.made_by[-1].timestamp if link.made_by else None,
         "state": row.state,

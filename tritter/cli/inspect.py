@@ -21,19 +21,24 @@ from tritter.cli.output import (
     short,
     signs_of,
 )
-from tritter.cli.request import damage_is_a_wrong_request, spelled
+from tritter.cli.request import damage_is_a_wrong_request
+from tritter.cli.values import spelled
 from tritter.errors import TritterError
-from tritter.models import read_config
+from tritter.families import LogicalTensor, ffn_sizes, on_disk
+from tritter.families.config_file import read_config_file
 from tritter.report.wording import count_text
 from tritter.terminal import Console
 
 _PARTS = ("embedding", "attention", "FFN", "router", "experts", "norms", "output head")
-_FFN_PARTS = {
+_PART_OF = {
+    "embed": "embedding",
+    "attention": "attention",
     "ffn": "FFN",
     "router": "router",
     "experts": "experts",
     "shared_expert": "experts",
     "shared_expert_gate": "router",
+    "head": "output head",
 }
 
 
@@ -70,8 +75,8 @@ def run_inspect(folder: Path, *, as_json: bool) -> int:
         RequestError: there is no checkpoint, or it is damaged.
     """
     with damage_is_a_wrong_request():
-        source = Source.open(folder, read_config(folder))
-        dtypes = Counter(str(source.tensors.torch_dtype(t.name)) for t in source.stored)
+        source = Source.open(folder, read_config_file(folder))
+        dtypes = Counter(source.tensors.headers[t.name].dtype for t in source.stored)
     lineage = source.lineage
     last = lineage.expansion_history[-1] if lineage and lineage.expansion_history else None
     last_map = RecordedMap.of(last) if last else None
@@ -87,16 +92,12 @@ def parameters_of_parts(source: Source) -> dict[str, int]:
     counts = dict.fromkeys(_PARTS, 0)
     for tensor in source.family.logical_tensors(source.config):
         size = prod(source.family.shape(tensor, source.config))
-        counts[_part(tensor.name)] += size
+        counts[_part(tensor)] += size
     return {part: count for part, count in counts.items() if count}
 
 
-def _part(logical_name: str) -> str:
-    if "norm" in logical_name:
-        return "norms"
-    kinds = {"embed": "embedding", "head": "output head"}
-    kind = logical_name.split(".")[2] if logical_name.startswith("layers.") else logical_name
-    return kinds.get(kind, _FFN_PARTS.get(kind, "attention"))
+def _part(tensor: LogicalTensor) -> str:
+    return "norms" if tensor.is_norm else _PART_OF[tensor.kind.partition(".")[0]]
 
 
 def _as_json(
@@ -112,7 +113,9 @@ def _as_json(
             "total": source.family.count_parameters(source.config),
             "parts": parameters_of_parts(source),
         },
-        "dtypes": {name.removeprefix("torch."): count for name, count in dtypes.items()},
+        "parameters_on_disk": source.family.count_parameters(on_disk(source.config)),
+        "ffn_sizes": list(ffn_sizes(source.config)),
+        "dtypes": dict(dtypes),
         "is_tied": bool(source.config.get("tie_word_embeddings")),
         "lineage": None
         if lineage is None
@@ -174,11 +177,17 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
     console.print()
     console.print(parts)
     console.print()
-    words = [name.removeprefix("torch.") for name in sorted(dtypes)]
-    kinds = words if len(words) == 1 else [f"{w} ({dtypes[f'torch.{w}']} tensors)" for w in words]
+    words = sorted(dtypes)
+    kinds = words if len(words) == 1 else [f"{w} ({dtypes[w]} tensors)" for w in words]
     tie = "tied to the embedding" if source.config.get("tie_word_embeddings") else "untied"
     lines = [("family", f"{source.family.model_type} ({source.family.architecture})")]
     lines += [("on disk", ", ".join(kinds)), ("output head", tie)]
+    if sizes := ffn_sizes(source.config):
+        padded = count_text(source.family.count_parameters(on_disk(source.config)))
+        lines += [
+            ("FFN of each layer", " ".join(map(str, sizes))),
+            ("padded", f"on disk to the widest: {padded} parameters"),
+        ]
     print_lines(console, lines)
 
 

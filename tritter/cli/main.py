@@ -8,17 +8,30 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from tritter import __version__
 from tritter.cli import domain_options, export_options, options, plan_options
+from tritter.cli.method_options import MethodCommand
 from tritter.config.words import UNFORESEEN, check_words, said
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import say
 
+
+class Commands(TyperGroup):
+    """All commands. Typer asks pydantic, half a second, what a --help is that was not given."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
+
+
 app = typer.Typer(
     name="tritter",
+    cls=Commands,
     help="Grow language models: exact expansion of Hugging Face checkpoints, and their lineage.",
     epilog="Exit codes: 0 done, 1 failed, 2 the request is wrong and nothing was written, "
     "3 a check said no, 130 and 143 stopped by Ctrl-C or SIGTERM. Options may be spelled with - or "
@@ -103,40 +116,18 @@ def everything(
     """Take the options that stand before a command."""
 
 
-@app.command()
+@app.command(cls=MethodCommand)
 def expand(
     context: typer.Context,
     checkpoint: options.Checkpoint,
     method: options.Method,
     output: options.Output = None,
     target_params: options.TargetParams = None,
-    target_layers: options.TargetLayers = None,
-    drop_layers: options.DropLayers = None,
-    identity_init: options.IdentityInit = None,
-    partial: options.Partial = None,
-    positions: options.Positions = None,
-    hidden_size: options.HiddenSize = None,
-    intermediate_size: options.IntermediateSize = None,
-    num_heads: options.NumHeads = None,
-    num_kv_heads: options.NumKvHeads = None,
-    head_strategy: options.HeadStrategy = None,
-    width_init: options.WidthInit = None,
-    shares: options.Shares = None,
-    num_experts: options.NumExperts = None,
-    experts_per_token: options.ExpertsPerToken = None,
-    reinit_fraction: options.ReinitFraction = None,
-    granularity: options.Granularity = None,
-    sparse_layers: options.SparseLayers = None,
-    addition: options.Addition = None,
-    expert_init: options.ExpertInit = None,
-    clone_from: options.CloneFrom = None,
-    noise: options.Noise = None,
     domain: domain_options.Domain = None,
     domain_data: domain_options.DomainData = None,
     old_data: domain_options.OldData = None,
     steps: domain_options.DomainSteps = None,
     learning_rate: domain_options.LearningRate = None,
-    teacher: domain_options.Teacher = None,
     moments: options.Moments = "carry",
     seed: options.Seed = 0,
     dtype: options.DType = None,
@@ -152,7 +143,7 @@ def expand(
     """
     from tritter.cli.expand import ExpandRequest, run_expand
 
-    request = ExpandRequest.of(context.params)
+    request = ExpandRequest.of(context.params, context.obj)
     return run_expand(request, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
 
 
@@ -269,7 +260,7 @@ def plan(
         tokens_per_parameter=tokens_per_parameter,
         setup={
             "precision": precision,
-            "optimiser": optimizer,
+            "optimizer": optimizer,
             "is_attention_frozen": freeze_attention,
             "batch_size": batch_size,
             "sequence_length": sequence_length,

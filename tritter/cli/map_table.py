@@ -1,6 +1,5 @@
 """The map of a recorded expansion, rebuilt from its record and read as a table."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ class MapRow:
     """Tensors of one kind that one expansion treats alike.
 
     Args:
-        kind: logical name without its layer.
+        kind: of a logical tensor.
         layers: target layers, such as `0, 2-4`; empty for a tensor outside the layers.
         source_shape: shape before.
         target_shape: shape after.
@@ -73,28 +72,20 @@ def map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tup
     layers: dict[MapRow, list[int]] = {}
     for tensor in family.logical_tensors(target):
         tensor_map = parameter_map.tensors[tensor.name]
-        kind, layer = _kind(tensor.name)
         row = MapRow(
-            kind=kind,
+            kind=tensor.kind,
             layers="",
-            source_shape=sources[tensor_map.source] if tensor_map.source else (),
+            source_shape=sources[tensor_map.origin] if tensor_map.origin else (),
             target_shape=family.shape(tensor, target),
             weight="0" if tensor_map.is_zeroed else _factors(tensor_map, "weight"),
             gradient=_factors(tensor_map, "gradient"),
             fill=_fill(tensor_map),
             state=tensor_map.state,
         )
-        layers.setdefault(row, []).extend([] if layer is None else [layer])
+        layers.setdefault(row, []).extend([] if tensor.layer is None else [tensor.layer])
     kinds = list(dict.fromkeys(row.kind for row in layers))
     ordered = sorted(layers, key=lambda row: kinds.index(row.kind))
     return tuple(_with_layers(row, layers[row]) for row in ordered)
-
-
-def _kind(name: str) -> tuple[str, int | None]:
-    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-    if not match:
-        return name, None
-    return re.sub(r"^experts\.\d+\.", "experts.", match[2]), int(match[1])
 
 
 def _with_layers(row: MapRow, layers: Sequence[int]) -> MapRow:

@@ -63,7 +63,7 @@ def measure(source: Path, result: Expanded, *, is_wanted: bool | None) -> Measur
     error = jump.to_dict()["relative_to_std"]
     record_step0_error(result.folder, error, config, num_new=len(result.steps))
     dtypes = {header.dtype for header in TensorFolder.open(result.folder).headers.values()}
-    rounded = [name for name in ("bfloat16", "float16") if getattr(torch, name) in dtypes]
+    rounded = [name for name in ("bfloat16", "float16") if name in dtypes]
     claims_exact = all(step.spec.is_exact for step in result.steps)
     is_broken = claims_exact and not rounded and not jump.relative_to_std < EXACT_JUMP
     note = f", rounding to {' and '.join(rounded)} included" if rounded else ""

@@ -20,7 +20,7 @@ from tritter.cli.plan_request import (
     read_source,
     read_target,
 )
-from tritter.cli.request import spelled
+from tritter.cli.values import spelled
 from tritter.errors import RequestError
 from tritter.planning import (
     Assumptions,
@@ -180,7 +180,7 @@ def _print_steps(console: Console, plan: GrowthPlan) -> None:
 
 
 def _print_memory(console: Console, plan: GrowthPlan, setup: TrainingSetup) -> None:
-    numbers = ("parameters", "gradients", "optimiser", "activations", "in total")
+    numbers = ("parameters", "gradients", "optimizer", "activations", "in total")
     table = new_table("memory", *numbers, numbers=numbers)
     rows = [(plan.source_parameters, plan.source_memory)]
     rows += [(step.target_parameters, step.memory) for step in plan.steps]
@@ -189,7 +189,7 @@ def _print_memory(console: Console, plan: GrowthPlan, setup: TrainingSetup) -> N
             count_text(parameters),
             _bytes(memory.parameters_bytes),
             _bytes(memory.gradients_bytes),
-            _bytes(memory.optimiser_bytes),
+            _bytes(memory.optimizer_bytes),
             f"~{_bytes(memory.activations_bytes)}",
             f"~{_bytes(memory.total_bytes)}",
         )
@@ -197,7 +197,7 @@ def _print_memory(console: Console, plan: GrowthPlan, setup: TrainingSetup) -> N
     frozen = ", attention frozen" if setup.is_attention_frozen else ""
     again = ", activations computed again" if setup.is_checkpointed else ""
     console.print(
-        f"training in {setup.precision} with {setup.optimiser}{frozen}, {setup.batch_size} x "
+        f"training in {setup.precision} with {setup.optimizer}{frozen}, {setup.batch_size} x "
         f"{setup.sequence_length} tokens at once{again}",
         highlight=False,
     )
@@ -303,7 +303,7 @@ def _memory_json(memory: TrainingMemory) -> dict[str, int]:
     return {
         "parameters": memory.parameters_bytes,
         "gradients": memory.gradients_bytes,
-        "optimiser": memory.optimiser_bytes,
+        "optimiser": memory.optimizer_bytes,
         "activations_estimate": memory.activations_bytes,
         "total_estimate": memory.total_bytes,
     }

@@ -10,16 +10,17 @@ from typing import Any
 
 import typer
 
+from tritter.cli.method_options import method_options
 from tritter.cli.output import shown_path
-from tritter.cli.request import METHOD_OPTIONS, spelled
-from tritter.cli.values import parameter_count
+from tritter.cli.values import parameter_count, spelled
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.expansion import ExpansionSpec
+from tritter.families.config_file import read_config_file
 from tritter.families.presets import PRESETS, find_preset
-from tritter.models import locate, read_config
 from tritter.planning import GrowthPlan, NamedShape, named_shape, preset_shape
-from tritter.planning.shapes import count_parameters
+from tritter.planning.memory import count_parameters
 from tritter.report.wording import count_text
+from tritter.storage.hub import locate
 
 _OPTIONS = (
     "source|target|gpu_hours|strategy|device_flops|mfu|tokens_per_parameter|optimizer|precision|"
@@ -86,7 +87,7 @@ def _spec_options(spec: ExpansionSpec) -> list[str]:
     words: list[str] = []
     by_field = {
         takers[spec.name]: option
-        for option, takers in METHOD_OPTIONS.items()
+        for option, takers in method_options().items()
         if spec.name in takers
     }
     for field in fields(spec):  # type: ignore[arg-type]
@@ -110,7 +111,7 @@ def read_source(text: str) -> NamedShape:
     if _is_place(text):
         try:
             folder = locate(text)
-            config = read_config(folder)
+            config = read_config_file(folder)
         except TritterError as error:
             raise RequestError(re.sub(r"^checkpoint\b", "source", str(error))) from error
         return NamedShape(shown_path(folder), config, count_parameters(config))

@@ -12,13 +12,14 @@ from tritter.terminal import say
 
 if TYPE_CHECKING:
     from tritter.cli.continued import TrainRequest
-    from tritter.config import RunConfig
     from tritter.config.jobs import Outcome
+    from tritter.config.schema import RunConfig
 
 HELP = """
 Training a checkpoint
   tritter train --checkpoint DIR [--mode continue] [--steps N] [--ewc-lambda L]
-                [--data PATH] [--old-data PATH] [--output DIR] [GROUP=OPTION ...] [KEY=VALUE ...]
+                [--data PATH] [--old-data PATH] [--output DIR] [--config-dir DIR]
+                [GROUP=OPTION ...] [KEY=VALUE ...]
 
   --checkpoint DIR   a folder or hub id of a known family, ours or not: model=hf, expansion=none
   --mode continue    train on; the only mode
@@ -26,7 +27,8 @@ Training a checkpoint
   --ewc-lambda L     forgetting=ewc with this lambda (without it: forgetting=replay)
   --data PATH        new text: file, folder or glob of .txt, .jsonl and the like; may be repeated
   --old-data PATH    old text, in the same forms; by default all that the checkpoint learned
-  --output DIR       folder of the run, with the result in DIR/checkpoint; default: DIR-continued"""
+  --output DIR       folder of the run, with the result in DIR/checkpoint; default: DIR-continued
+  --config-dir DIR   options of yours (docs/extending.md)"""
 
 _VALUED = ("checkpoint", "mode", "steps", "ewc-lambda", "data", "old-data", "output")
 
@@ -38,14 +40,16 @@ def run_train(words: Sequence[str]) -> int:
         RequestError: the options that go with `--checkpoint` are wrong.
     """
     from tritter.config.entry import main
+    from tritter.config.folders import composing_from, front_of
 
     given = {_option(word) for word in words}
-    is_help = bool({"-h", "--help"} & set(words))
-    if is_help or "--version" in words or not given & set(_VALUED):
-        code = main(_pipeline, arguments=words)
-        if is_help:
-            say(HELP)
+    if {"-h", "--help"} & set(words):
+        asked = _parsed(words)
+        code = main(_pipeline, arguments=[*_outside(asked), *asked.overrides, "--help"])
+        say(HELP)
         return code
+    if "--version" in words or not given & set(_VALUED):
+        return main(_pipeline, arguments=words)
     if "checkpoint" not in given:
         named = next(word for word in words if _option(word) in _VALUED)
         raise RequestError(
@@ -60,7 +64,10 @@ def run_train(words: Sequence[str]) -> int:
         )
     from tritter.cli.continued import continuation
 
-    return main(_pipeline, arguments=continuation(_read(words)))
+    asked = _parsed(words)
+    with composing_from(front_of(asked.config_dir, asked.config_name)):
+        continued = continuation(_request(asked))
+    return main(_pipeline, arguments=[*_outside(asked), *continued])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,10 +75,11 @@ class _Parser(argparse.ArgumentParser):
         raise RequestError(f"{message} (see tritter train --help).")
 
 
-def _read(words: Sequence[str]) -> "TrainRequest":
-    from tritter.cli.continued import TrainRequest
-
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-cd", "--config-dir", action="append", default=[])
+    parser.add_argument("-cn", "--config-name")
     for name in _VALUED:
         is_list = name in ("data", "old-data")
         parser.add_argument(f"--{name}", action="append" if is_list else "store")
@@ -84,6 +92,18 @@ def _read(words: Sequence[str]) -> "TrainRequest":
         )
     if known.mode not in (None, "continue"):
         raise RequestError(f"--mode = {known.mode}: allowed is continue.")
+    return known
+
+
+def _outside(known: argparse.Namespace) -> list[str]:
+    """Return the words that say where options of a person's own are."""
+    words = [f"--config-dir={folder}" for folder in known.config_dir]
+    return words if known.config_name is None else [*words, f"--config-name={known.config_name}"]
+
+
+def _request(known: argparse.Namespace) -> "TrainRequest":
+    from tritter.cli.continued import TrainRequest
+
     return TrainRequest(
         checkpoint=known.checkpoint,
         steps=known.steps,

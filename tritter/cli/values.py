@@ -1,13 +1,12 @@
-"""Numbers as people write them: 7B parameters, 5GB, 3,7,11."""
+"""Words and numbers as people write them: moe-add, 7B parameters, 5GB."""
 
-import re
 from pathlib import Path
 
 import typer
 
 from tritter.config.counts import COUNT_UNITS, parse_count
 from tritter.errors import RequestError, brief
-from tritter.limits import MAX_BYTES, MAX_LAYERS, MAX_PARAMETERS
+from tritter.limits import MAX_BYTES, MAX_PARAMETERS
 from tritter.storage.names import named_path
 
 _MAX_FLOPS = 10**24  # a second, of one device
@@ -17,6 +16,11 @@ _BYTE_UNITS = {
     **{f"{unit}b": 1000**power for power, unit in enumerate("kmgt", start=1)},
     **{f"{unit}ib": 1024**power for power, unit in enumerate("kmgt", start=1)},
 }
+
+
+def spelled(name: str) -> str:
+    """Return a name as the command line writes it: dashes for underscores."""
+    return name.replace("_", "-")
 
 
 def parameter_count(text: str) -> int:
@@ -59,35 +63,6 @@ def place(text: str) -> Path:
         return named_path(str(text), key="path")
     except RequestError as error:
         raise typer.BadParameter(str(error).removeprefix("path = ")) from error
-
-
-def layer_list(text: str | None) -> tuple[int, ...] | None:
-    """Return layer numbers separated by commas; None when the option was not given.
-
-    Raises:
-        typer.BadParameter: one is no whole number.
-    """
-    return _indices(text, example="list of layers, such as 3,7,11")
-
-
-def expert_list(text: str | None) -> tuple[int, ...] | None:
-    """Return numbers of experts separated by commas; None when the option was not given.
-
-    Raises:
-        typer.BadParameter: one is no whole number.
-    """
-    return _indices(text, example="expert, such as 3, or list of them, such as 3,0,5")
-
-
-def _indices(text: str | None, *, example: str) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    words = [word.strip() for word in text.strip("[]").split(",")]
-    if not all(re.fullmatch("[0-9]{1,9}", word) for word in words):
-        raise typer.BadParameter(f"{brief(text)} is no {example}.")
-    if len(words) > MAX_LAYERS:
-        raise typer.BadParameter(f"{len(words)} numbers; allowed are at most {MAX_LAYERS:,}.")
-    return tuple(map(int, words))
 
 
 def _scaled(text: str, units: dict[str, int], *, example: str, limit: int) -> int:

@@ -1,5 +1,1 @@
 """What a run is asked to do: schema, validation, and the way from the command line to a record."""
-
-from tritter.config.schema import RunConfig
-
-__all__ = ["RunConfig"]

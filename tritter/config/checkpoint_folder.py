@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-from tritter.config.problems import describe
-from tritter.errors import RequestError, TritterError, did_you_mean
+from tritter.errors import Problem, RequestError, TritterError, did_you_mean
 from tritter.families import Config, check_config, family_of
 from tritter.storage.links import check_links
 from tritter.storage.names import named_path
@@ -24,11 +23,11 @@ def checkpoint_place(path: str, *, key: str = "model.path") -> str:
     if folder.is_dir():
         return str(folder.resolve())
     if folder.exists():
-        raise RequestError(describe(key, path, reason="it is a file; a checkpoint is a folder"))
+        raise RequestError(Problem(key, path, reason="it is a file; a checkpoint is a folder"))
     if not _HUB_ID.fullmatch(path):
         near = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
         reason = f"no such folder, and no hub id (owner/name).{did_you_mean(folder.name, near)}"
-        raise RequestError(describe(key, path, reason=reason.removesuffix(".")))
+        raise RequestError(Problem(key, path, reason=reason.removesuffix(".")))
     return path
 
 
@@ -44,7 +43,7 @@ def checkpoint_config(path: str, *, key: str = "model.path") -> Config | None:
         return None
 
     def refused(reason: str) -> RequestError:
-        return RequestError(describe(key, path, reason=reason))
+        return RequestError(Problem(key, path, reason=reason))
 
     try:
         check_links(folder)

@@ -11,23 +11,28 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from tritter.config.folder import config_folder
+from tritter.conf_folder import config_folder
+from tritter.config.folders import front, option_files, option_folders
 from tritter.config.hydra_settings import hydra_problems
 from tritter.config.overrides import forced, parse
-from tritter.config.problems import Origin, describe, nearest_key, raise_problems, show
-from tritter.config.schema import METHOD_GROUPS, RunConfig
-from tritter.config.validation import known_keys, validate
-from tritter.errors import RequestError, nearest
+from tritter.config.reading import Origin
+from tritter.config.schema import OPEN_GROUPS, RunConfig
+from tritter.config.selection import METHOD_GROUPS, method_names, nesting_problems
+from tritter.config.suggestions import nearest_key
+from tritter.config.validation import validate
+from tritter.errors import Problem, RequestError, nearest, raise_problems, show
 
-CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
 Selection = dict[str, list[str]]
 
@@ -64,8 +69,7 @@ class Composer:
     @cached_property
     def options(self) -> Mapping[str, Sequence[str]]:
         """Group → its options; Hydra's own groups are left out."""
-        groups = [group for group in self.loader.list_groups("") if group != "hydra"]
-        return {group: self.loader.get_group_options(group) for group in groups}
+        return {group: list(files) for group, files in option_files().items()}
 
     def compose(self, overrides: Sequence[str], *, job_number: int | None = None) -> Composition:
         """Compose one job and validate it.
@@ -76,16 +80,15 @@ class Composer:
         parsed = parse(overrides)
         lines = [forced(override, self.options) for override in parsed]
         with self._explained(parsed):
-            composed = compose(CONFIG_NAME, overrides=lines, return_hydra_config=True)
-            files = self.loader.compute_defaults_list(CONFIG_NAME, lines, RunMode.RUN).defaults
+            composed = compose(front().config_name, overrides=lines, return_hydra_config=True)
+            files = self._files(lines)
             raw = _own_values(composed)
             origins = _Origins(parsed, files, _option_folders(composed.hydra))
             problems = list(
                 hydra_problems(composed.hydra, self._plain_hydra, parsed, origin=origins)
             )
-        raise_problems(problems)
-        _check_selection(raw, _selection(files), origins)
-        config = validate(raw, origin=origins)
+        problems += _selection_problems(raw, _selection(files), origins)
+        config = validate(raw, origin=origins, found=problems)
         if job_number is not None:
             with open_dict(composed):
                 composed.hydra.job.num = job_number
@@ -101,18 +104,23 @@ class Composer:
         parsed = parse(overrides)
         lines = [forced(override, self.options) for override in parsed]
         with self._explained(parsed):
-            composed = compose(CONFIG_NAME, overrides=lines, return_hydra_config=True)
-            files = self.loader.compute_defaults_list(CONFIG_NAME, lines, RunMode.RUN).defaults
+            composed = compose(front().config_name, overrides=lines, return_hydra_config=True)
+            files = self._files(lines)
             hydra = composed.hydra
             origins = _Origins(parsed, files, _option_folders(hydra))
             problems = list(hydra_problems(hydra, self._plain_hydra, parsed, origin=origins))
         raise_problems(problems)
         return hydra
 
+    def _files(self, lines: list[str]) -> Sequence[ResultDefault]:
+        """Return the option files that a job is composed of."""
+        name = front().config_name
+        return self.loader.compute_defaults_list(name, lines, RunMode.RUN).defaults
+
     @cached_property
     def _plain_hydra(self) -> DictConfig:
         """Hydra's own settings of a job without overrides."""
-        return compose(CONFIG_NAME, return_hydra_config=True).hydra
+        return compose(front().config_name, return_hydra_config=True).hydra
 
     @contextmanager
     def _explained(self, overrides: Sequence[Override]) -> Iterator[None]:
@@ -121,7 +129,7 @@ class Composer:
         except _HYDRA_ERRORS as error:
             raise RequestError(self._explain(error, overrides)) from error
 
-    def _explain(self, error: Exception, overrides: Sequence[Override]) -> str:
+    def _explain(self, error: Exception, overrides: Sequence[Override]) -> Problem | str:
         if isinstance(error, MissingConfigException) and error.missing_cfg_file:
             return self._explain_missing_option(error, error.missing_cfg_file, overrides)
         text = str(error).strip()
@@ -138,14 +146,14 @@ class Composer:
 
     def _explain_missing_option(
         self, error: MissingConfigException, path: str, overrides: Sequence[Override]
-    ) -> str:
+    ) -> Problem:
         known = [group for group in self.options if path.startswith(f"{group}/")]
         group = known[0] if known else path.rpartition("/")[0]
         options = error.options or self.loader.get_group_options(group)
         option = path[len(group) + 1 :]
         is_typed = any(override.key_or_group == group for override in overrides)
         experiment = None if is_typed else _value_of("experiment", overrides)
-        return describe(
+        return Problem(
             group,
             option,
             reason=f"there is no such option; allowed is {', '.join(options) or 'none here'}",
@@ -153,16 +161,29 @@ class Composer:
             origin=f"experiment/{experiment}.yaml" if experiment else None,
         )
 
-    def _explain_hydra_key(self, key: str, overrides: Sequence[Override]) -> str:
+    def _explain_hydra_key(self, key: str, overrides: Sequence[Override]) -> Problem:
         keys = [f"hydra.{key}" for key in _flat_keys(OmegaConf.to_container(self._plain_hydra))]
         reason = "Hydra has no such setting (python train.py --hydra-help)"
         value = _value_of(key, overrides)
-        return describe(key, value, reason=reason, nearest=nearest_key(key, keys))
+        return Problem(key, value, reason=reason, nearest=nearest_key(key, keys))
+
+
+class OutsideFolders(SearchPathPlugin):
+    """Lets Hydra find the options of installed packages and of `--config-dir`."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        _, *outside = option_folders().items()
+        for provider, folder in outside:
+            search_path.append(provider, f"file://{folder}")
+
+
+Plugins.instance().register(OutsideFolders)
 
 
 @contextmanager
 def composer() -> Iterator[Composer]:
     """Yield a Composer over `conf/`; Hydra's global state is as before afterwards."""
+    raise_problems(nesting_problems())
     with no_running_hydra():
         folder = str(config_folder())
         with initialize_config_dir(folder, job_name="train", version_base=VERSION_BASE):
@@ -246,38 +267,38 @@ def _holds(path: Path, key: str) -> bool:
     return True
 
 
-def _check_selection(raw: Mapping[str, Any], selected: Selection, origins: Origin) -> None:
-    """Refuse what Hydra lets pass in the ordered lists.
+def _selection_problems(
+    raw: Mapping[str, Any], selected: Selection, origins: Origin
+) -> list[Problem]:
+    """Return what Hydra lets pass in the ordered lists, and take it out of `raw`.
 
     A method that stands twice is merged into one, and a file may hold the body of a method that
     no list selects, which would then be selected without a word.
-
-    Raises:
-        RequestError: names the key, and the list that would select it.
     """
     problems = []
-    for group in METHOD_GROUPS:
-        names = selected[group]
+    for group, names in selected.items():
         if len(set(names)) < len(names):
             reason = f"each once, as in {show(list(dict.fromkeys(names)))}"
-            problems.append(describe(group, names, reason=f"a method stands twice; {reason}"))
-        known = {key.split(".")[1] for key in known_keys() if key.startswith(f"{group}.")}
-        for name in known & set(raw.get(group) or ()) - set(names):
+            problems.append(Problem(group, names, reason=f"one stands twice; {reason}"))
+    for group in METHOD_GROUPS:
+        names = selected[group]
+        for name in set(method_names(group)) & set(raw.get(group) or ()) - set(names):
             wanted = [*(other for other in names if other != "none"), name]
             reason = f"{name} is not selected; select it with {group}={show(wanted)}"
-            body = raw[group][name]
+            body = raw[group].pop(name)
             keys = list(body) if isinstance(body, Mapping) else []
             for dotted in [f"{group}.{name}.{key}" for key in keys] or [f"{group}.{name}"]:
                 value = body[dotted.rpartition(".")[2]] if keys else body
-                problems.append(describe(dotted, value, reason=reason, origin=origins(dotted)))
-    raise_problems(problems)
+                problems.append(Problem(dotted, value, reason=reason, origin=origins(dotted)))
+    return problems
 
 
 def _selection(files: Sequence[ResultDefault]) -> Selection:
     """Return the options that the defaults lists select for each ordered group."""
     paths = [(file.config_path or "").partition("/") for file in files]
     return {
-        group: [option for first, _, option in paths if first == group] for group in METHOD_GROUPS
+        group: [option for first, _, option in paths if first == group]
+        for group in (*METHOD_GROUPS, *OPEN_GROUPS)
     }
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritter import __version__
+from tritter.conf_folder import config_folder
+from tritter.config.command_line import CommandLine, read_command_line
+from tritter.config.folders import Front, composing_from, front, front_of
 from tritter.config.help import help_text
 from tritter.config.words import UNFORESEEN, check_words, said
 from tritter.errors import RequestError, TritterError
@@ -20,7 +23,7 @@ from tritter.terminal import say
 
 if TYPE_CHECKING:
     from tritter.config.jobs import Pipeline
-    from tritter.config.plan import CommandLine, Plan
+    from tritter.config.plan import Plan
 
 
 def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int:
@@ -55,16 +58,25 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
 
 
 def _run(words: list[str], pipeline: "Pipeline") -> int:
-    if {"-h", "--help"} & set(words):
-        say(help_text())
-        return 0
-    if "--version" in words:
+    command = read_command_line(words)
+    if command.is_version:
         say(f"tritter {__version__}")
         return 0
-    # Hydra and the checks of targets take half a second to import, which --help does not need
-    from tritter.config.plan import make_plan, read_command_line
+    with composing_from(front_of(command.config_folders, command.config_name)):
+        if command.is_help:
+            say(help_text(command.overrides))
+            return 0
+        # Hydra and the checks of targets take half a second to import, which --help does not need
+        from tritter.config.resume import recorded_front
 
-    command = read_command_line(words)
+        recorded = None if command.is_multirun else recorded_front(command.overrides)
+        with composing_from(recorded if recorded and front() == Front() else front()):
+            return _act(command, pipeline, words)
+
+
+def _act(command: CommandLine, pipeline: "Pipeline", words: list[str]) -> int:
+    from tritter.config.plan import make_plan
+
     if command.hydra_flags:
         return _show(command, pipeline)
     plan = make_plan(command)
@@ -75,7 +87,7 @@ def _run(words: list[str], pipeline: "Pipeline") -> int:
     return _run_one(plan, pipeline)
 
 
-def _show(command: "CommandLine", pipeline: "Pipeline") -> int:
+def _show(command: CommandLine, pipeline: "Pipeline") -> int:
     """Let Hydra answer --cfg, --info and the like, on a command line that is right."""
     from tritter.config.plan import make_plan
 
@@ -156,15 +168,14 @@ def _start_hydra(
     import hydra
     from omegaconf import DictConfig
 
-    from tritter.config.composition import CONFIG_NAME, VERSION_BASE, no_running_hydra
-    from tritter.config.folder import config_folder
+    from tritter.config.composition import VERSION_BASE, no_running_hydra
     from tritter.config.jobs import run_job
 
     def train(cfg: DictConfig) -> float:
         return run_job(cfg, pipeline, overrides=overrides)
 
     decorate = hydra.main(
-        config_path=str(config_folder()), config_name=CONFIG_NAME, version_base=VERSION_BASE
+        config_path=str(config_folder()), config_name=front().config_name, version_base=VERSION_BASE
     )
     with no_running_hydra(), _process_arguments(arguments):
         decorate(train)()

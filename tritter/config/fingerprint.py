@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from tritter.config.problems import show
-from tritter.config.schema import METHOD_GROUPS, SECTIONS, RunConfig
+from tritter.config.schema import SECTIONS, RunConfig
+from tritter.config.trainer_arguments import WITHOUT_EFFECT as NO_EFFECT
+from tritter.errors import show
+from tritter.targets import TARGET, identity, imported
 
 # What may differ between the parts of one run: where it is, who watches, and how.
 _WITHOUT_EFFECT = {
-    "logger": None,
     "trainer": ("devices", "strategy", "progress", "save_every_n_steps", "check_memory"),
 }
 _ABSENT = "(absent)"
@@ -19,8 +20,10 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     """Return, as plain JSON values, everything of a config that determines the result.
 
     `resume`, `cache_dir`, `logger` and, of `trainer`, `devices`, `strategy`, `progress`,
-    `save_every_n_steps` and `check_memory` are left out. The methods of an ordered group stand
-    beside the list of their names.
+    `save_every_n_steps`, `check_memory` and arguments that only watch are left out. The methods
+    of an ordered group stand beside the list of their names; of a class from outside (a source,
+    method, callback or optimizer) also its dotted name and the SHA-256 of its file. Of ours the
+    version of Tritter tells, or every edit of a comment would keep runs from going on.
     """
     result: dict[str, Any] = {"seed": config.seed, "control": config.control}
     for section in SECTIONS:
@@ -30,11 +33,40 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         if without is not None:
             values = asdict(getattr(config, section))
             result[section] = {key: values[key] for key in values if key not in without}
-    for group in METHOD_GROUPS:
-        methods = getattr(config, group)
-        bodies = {method.name: _plain(asdict(method)) for method in methods}
-        result[group] = {"methods": [method.name for method in methods], **bodies}
+    result["data"] |= identity(type(config.data))
+    result["trainer"] |= effective_arguments(config)
+    result["optimizer"] = optimizer_record(config)
+    if config.callbacks:
+        result["callbacks"] = {
+            one.name: {**one.body, **identity(imported(one.body[TARGET]))}
+            for one in config.callbacks
+        }
+    methods = {
+        "expansion": [(spec.name, type(spec), spec) for spec in config.expansion],
+        "forgetting": [(one.name, one.kind, one.options) for one in config.forgetting],
+    }
+    for group, chosen in methods.items():
+        bodies = {n: {**_plain(asdict(options)), **identity(k)} for n, k, options in chosen}
+        result[group] = {"methods": [name for name, _, _ in chosen], **bodies}
     return result
+
+
+def effective_arguments(config: RunConfig) -> dict[str, Any]:
+    """Return the further arguments of the Trainer that determine what is trained."""
+    arguments = config.trainer_arguments
+    return {name: arguments[name] for name in arguments if name not in NO_EFFECT}
+
+
+def optimizer_record(config: RunConfig) -> dict[str, Any]:
+    """Return the optimizer's class and all its keys side by side."""
+    optimizer = config.optimizer
+    return {
+        "target": optimizer.target,
+        "weight_decay": optimizer.weight_decay,
+        "carry": optimizer.carry,
+        **optimizer.arguments,
+        **identity(imported(optimizer.target)),
+    }
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

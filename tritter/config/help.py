@@ -1,9 +1,12 @@
 """What `python train.py --help` prints; reads the option files' first lines, composes nothing."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
-from tritter.config.folder import config_folder
+from tritter.conf_folder import config_folder
+from tritter.config.folders import Options, option_files
+from tritter.errors import RequestError, did_you_mean
 
 _WIDTH = 96
 
@@ -29,6 +32,7 @@ _TAIL = """\
 Keys
   Every key of an option can be set: training.max_steps=400, expansion.width.hidden_size=128.
   At the root: seed, control, cache_dir, resume (latest, or the folder of a run).
+  GROUP=OPTION --help lists the keys of an option, with their defaults.
   --cfg job prints all keys and values of a command line and runs nothing.
 
 Results
@@ -39,26 +43,52 @@ Results
 Flags
   -m, --multirun   every combination of the listed values     --cfg job|hydra|all   show, don't run
   -h, --help       this text                                  --hydra-help          Hydra's own
-  --version        the version of Tritter
+  --version        the version of Tritter                     --config-dir DIR      options of yours
+  --config-name F  begin with F.yaml instead of config.yaml   (docs/extending.md)
 
 Exit codes
   0 finished, whatever the gate said    1 failed    2 the request is wrong, nothing was written
   3 gate=strict and the grown model was not kept"""
 
 
-def help_text() -> str:
-    """Return the help, with every group's options and what they are."""
-    folder = config_folder()
-    defaults = _defaults(folder)
+def help_text(words: Sequence[str] = ()) -> str:
+    """Return the help: of the options that are chosen, else every group's options.
+
+    Raises:
+        RequestError: there is no such option.
+    """
+    files = option_files()
+    chosen = [word.lstrip("+").partition("=") for word in words]
+    asked = [(group, name) for group, _, name in chosen if group.replace("-", "_") in files]
+    if asked:
+        return "\n\n".join(_of_group(group, names, files) for group, names in asked)
+    defaults = _defaults(config_folder())
     blocks = [_HEAD]
-    for group, default in defaults.items():
+    for group in dict.fromkeys([*defaults, *files]):
+        default = defaults.get(group, "null")
         lines = [f"  {group}" + (f" (default: {default})" if default != "null" else " (none set)")]
-        options = sorted((folder / group).glob("*.yaml"))
-        width = max(len(path.stem) for path in options)
-        for path in options:
-            lines += _entry(path.stem, description(path), name_width=width)
+        width = max(len(name) for name in files[group])
+        for name, path in files[group].items():
+            lines += _entry(name, description(path), name_width=width)
         blocks.append("\n".join(lines))
     return "\n\n".join([blocks[0] + "\n" + blocks[1], *blocks[2:], _TAIL])
+
+
+def _of_group(group: str, names: str, files: Options) -> str:
+    """Return the keys of options, as their files state and explain them."""
+    group, told = group.replace("-", "_"), []
+    for name in names.strip("[]").split(","):
+        path = files[group].get(name.strip().replace("-", "_"))
+        if path is None:
+            near = did_you_mean(name, files[group])
+            raise RequestError(
+                f"{group} = {name}: there is no such option; there are "
+                f"{', '.join(files[group])}.{near}"
+            )
+        lines = path.read_text(encoding="utf-8").splitlines()
+        body = [line for line in lines if not line.startswith("#") and "_target_:" not in line]
+        told.append(f"{group}={path.stem}: {description(path)}\n" + "\n".join(body))
+    return "\n\n".join(told)
 
 
 def description(path: Path) -> str:
@@ -69,6 +99,12 @@ def description(path: Path) -> str:
         if not line.startswith("# @"):
             return line.lstrip("# ").strip()
     return ""
+
+
+def comments(path: Path) -> dict[str, str]:
+    """Return key → the comment behind it in an option file."""
+    split = (line.partition(" # ") for line in path.read_text(encoding="utf-8").splitlines())
+    return {line.partition(":")[0].strip(): told.strip() for line, _, told in split if told}
 
 
 def _defaults(folder: Path) -> dict[str, str]:

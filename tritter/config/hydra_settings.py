@@ -15,8 +15,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
-from tritter.config.problems import Origin, describe
-from tritter.errors import nearest
+from tritter.config.reading import Origin
+from tritter.errors import Problem, nearest
 
 # Setting, or the section of settings → why it is sound.
 ALLOWED = {
@@ -57,7 +57,7 @@ def hydra_problems(
     overrides: Sequence[Override],
     *,
     origin: Origin,
-) -> Iterator[str]:
+) -> Iterator[Problem]:
     """Yield what is wrong with Hydra's own settings of a composed job.
 
     Args:
@@ -73,7 +73,7 @@ def hydra_problems(
 
 def _refusals(
     composed: DictConfig, default: DictConfig, overrides: Sequence[Override], *, origin: Origin
-) -> Iterator[str]:
+) -> Iterator[Problem]:
     settings, usual = (_leaves(OmegaConf.to_container(c)) for c in (composed, default))
     changed = {key for key in {*settings, *usual} if settings.get(key) != usual.get(key)}
     typed = {
@@ -93,15 +93,15 @@ def _refusals(
             yield _refusal(name, key, settings.get(key), origin=origin(name))
 
 
-def _refusal(name: str, key: str, value: object, *, origin: str | None = None) -> str:
+def _refusal(name: str, key: str, value: object, *, origin: str | None = None) -> Problem:
     reason = next((_REASONS[k] for k in _REASONS if _is_below(key, [k])), "it is not for a run")
     allowed = ", ".join(f"hydra.{name}" for name in ALLOWED)
-    return describe(
+    return Problem(
         name, value, reason=f"{reason}; of Hydra's settings allowed are {allowed}", origin=origin
     )
 
 
-def _plugin_problems(composed: DictConfig) -> Iterator[str]:
+def _plugin_problems(composed: DictConfig) -> Iterator[Problem]:
     """Yield what Hydra would say of launcher and sweeper only after it has made folders."""
     for name, kind in _PLUGINS.items():
         node = composed[name]
@@ -111,7 +111,7 @@ def _plugin_problems(composed: DictConfig) -> Iterator[str]:
         target = settings.get("_target_")
         if target not in known:
             reason = f"choose an installed one with hydra/{name}=NAME, or leave it out"
-            yield describe(f"hydra.{name}._target_", target, reason=reason)
+            yield Problem(f"hydra.{name}._target_", target, reason=reason)
             continue
         plugin = known[str(target)]
         parameters = list(inspect.signature(plugin).parameters)
@@ -119,7 +119,7 @@ def _plugin_problems(composed: DictConfig) -> Iterator[str]:
             if key not in ("_target_", *parameters):
                 reason = f"{plugin.__name__} has {', '.join(parameters) or 'no settings'}"
                 near = nearest(str(key), parameters)
-                yield describe(
+                yield Problem(
                     f"hydra.{name}.{key!s}",
                     settings[key],
                     reason=reason,
@@ -127,21 +127,21 @@ def _plugin_problems(composed: DictConfig) -> Iterator[str]:
                 )
 
 
-def _value_problems(composed: DictConfig) -> Iterator[str]:
+def _value_problems(composed: DictConfig) -> Iterator[Problem]:
     """Yield values of allowed settings that Hydra takes and fails on later."""
     for key in ("run.dir", "sweep.dir"):
         if not OmegaConf.select(composed, key):
-            yield describe(f"hydra.{key}", "", reason="name a folder, or leave it out")
+            yield Problem(f"hydra.{key}", "", reason="name a folder, or leave it out")
     verbose = composed.verbose
     if not isinstance(verbose, bool | str) and not OmegaConf.is_list(verbose):
         reason = "allowed is true, false, or names of loggers"
         shown = OmegaConf.to_container(verbose) if OmegaConf.is_config(verbose) else verbose
-        yield describe("hydra.verbose", shown, reason=reason)
+        yield Problem("hydra.verbose", shown, reason=reason)
     for key in ("hydra_logging", "job_logging"):
         level = OmegaConf.select(composed, f"{key}.root.level")
         if not isinstance(level, str) or level not in _LEVELS:
             reason = f"allowed is one of {', '.join(_LEVELS)}"
-            yield describe(
+            yield Problem(
                 f"hydra.{key}.root.level",
                 level,
                 reason=reason,
@@ -150,7 +150,7 @@ def _value_problems(composed: DictConfig) -> Iterator[str]:
     batch = composed.sweeper.get("max_batch_size") if composed.sweeper else None
     if isinstance(batch, int) and batch < 1:
         reason = "allowed is a whole number at least 1, or null"
-        yield describe("hydra.sweeper.max_batch_size", batch, reason=reason)
+        yield Problem("hydra.sweeper.max_batch_size", batch, reason=reason)
 
 
 def _is_allowed(key: str) -> bool:

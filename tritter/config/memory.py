@@ -1,17 +1,20 @@
 """Whether a run fits into memory: what each of its trainings holds at once, against what there is.
 
 What is refused for is exact, and no more than what surely lies there at the same time: parameters,
-gradients, the optimiser's state, and the copies that the start and the methods against forgetting
+gradients, the optimizer's state, and the copies that the start and the methods against forgetting
 keep. Activations are an estimate, so they only lead to a note.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Literal
 
+from tritter.config.optimizers import kept_per_parameter
 from tritter.config.rounds import planned_rounds
-from tritter.config.schema import EWCOptions, L2SPOptions, ModelConfig, RunConfig
-from tritter.errors import RequestError
+from tritter.config.schema import ModelConfig, RunConfig
+from tritter.config.selection import Selected
+from tritter.errors import Problem, RequestError
 from tritter.expansion import target_config
 from tritter.families import Config, family_of
 from tritter.families.presets import PRESETS
@@ -19,8 +22,7 @@ from tritter.planning import TrainingSetup, training_memory
 from tritter.planning.machine import machine_memory
 
 _FLOAT32 = 4
-_QUADRATIC = EWCOptions | L2SPOptions  # each keeps the old weights and an importance of each
-_FEWER_BYTES = "bf16-true"
+_FEWER_BYTES: Literal["bf16-true"] = "bf16-true"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +32,9 @@ class HeldMemory:
     Args:
         model: which one is trained, in words.
         parameters: of the model.
-        states: parameters, gradients and optimiser states, exact.
-        copies: of weights and gradients, where the model is: of the methods against forgetting,
-            and of what is recorded of a base's training; exact.
+        states: parameters, gradients and optimizer states, exact.
+        copies: of weights and gradients that methods against forgetting hold, where the model is;
+            exact.
         start: the weights before the training, in the machine's memory.
         activations: estimated.
         processes: that hold all of it but `start`, each.
@@ -62,7 +64,7 @@ class Place:
     with_activations: int
 
 
-def memory_problems(config: RunConfig, source: Config) -> list[str]:
+def memory_problems(config: RunConfig, source: Config) -> list[Problem]:
     """Return why a run can't fit, or nothing when it can or is not to be asked.
 
     Args:
@@ -78,13 +80,14 @@ def memory_problems(config: RunConfig, source: Config) -> list[str]:
     fitting = held.parameters * place.limit // place.needed
     advice = [f"at most about {_count(fitting)} parameters fit", *_what_fits(config, source)]
     each = f"; each of {held.processes} processes holds its own" if held.processes > 1 else ""
-    return [
-        f"trainer.check_memory = true: training {held.model} of {_count(held.parameters)} "
-        f"parameters takes {_size(place.needed)} before any activation (weights, gradients and "
-        f"optimiser {_size(held.states)}, copies {_size(held.copies + held.start)}{each}), and "
+    reason = (
+        f"training {held.model} of {_count(held.parameters)} parameters takes "
+        f"{_size(place.needed)} before any activation (weights, gradients and optimizer "
+        f"{_size(held.states)}, copies {_size(held.copies + held.start)}{each}), and "
         f"{place.name} has {_size(place.limit)}; {'; '.join(advice)}; "
-        "trainer.check_memory=false tries it all the same."
-    ]
+        "trainer.check_memory=false tries it all the same"
+    )
+    return [Problem("trainer.check_memory", True, reason=reason)]
 
 
 def memory_notes(config: RunConfig, source: Config) -> tuple[str, ...]:
@@ -156,6 +159,7 @@ def _held(
     trainer = config.trainer
     processes = trainer.devices if trainer.strategy == "ddp" else 1
     setup = TrainingSetup(
+        optimizer="adamw8bit" if "8bit" in config.optimizer.target else "adamw",
         precision=trainer.precision,
         batch_size=max(1, config.data.batch_size // processes),
         sequence_length=config.data.sequence_length,
@@ -163,13 +167,14 @@ def _held(
     memory = training_memory(model_config, setup)
     count = _parameters(model_config)
     of_one = memory.parameters_bytes // count
-    states = memory.states_bytes
+    moments = memory.optimizer_bytes
+    if setup.optimizer == "adamw" and (kept := kept_per_parameter(config.optimizer)) != 2:
+        moments = round(kept * memory.parameters_bytes)  # others keep fewer than Adam, or more
+    states = memory.parameters_bytes + memory.gradients_bytes + moments
     if trained is not None:
-        states = memory.parameters_bytes + 3 * of_one * trained
-    methods = [options for options in config.forgetting if isinstance(options, _QUADRATIC)]
-    copies = 0 if is_base else len(methods) * 2 * memory.parameters_bytes
-    if is_base:  # the path integral, and gradients and weights from before each step
-        copies = _FLOAT32 * count + 2 * memory.parameters_bytes
+        states = memory.parameters_bytes + of_one * trained + moments * trained // count
+    held = sum(_copies(one) for one in config.forgetting)
+    copies = 0 if is_base else held * memory.parameters_bytes
     return HeldMemory(
         model=model,
         parameters=count,
@@ -179,6 +184,11 @@ def _held(
         activations=memory.activations_bytes,
         processes=processes,
     )
+
+
+def _copies(one: Selected) -> int:
+    """Return how many tensors as large as the model a method holds."""
+    return int(one.kind.needs(one.options).copies)
 
 
 def _parameters(config: Config) -> int:
@@ -220,8 +230,8 @@ def _gpu_memory(config: RunConfig) -> int | None:
 def _what_fits(config: RunConfig, source: Config) -> Iterator[str]:
     """Yield changes of the run, each of which alone lets it fit."""
     trainer = config.trainer
-    others = tuple(o for o in config.forgetting if not isinstance(o, _QUADRATIC))
-    names = ",".join(options.name for options in others) or "none"
+    others = tuple(one for one in config.forgetting if not _copies(one))
+    names = ",".join(one.name for one in others) or "none"
     one = replace(trainer, strategy="auto", devices=1)
     fewer = replace(trainer, precision=_FEWER_BYTES)
     for words, changed in (

@@ -16,8 +16,7 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import OverrideParseException
 
-from tritter.config.problems import describe, raise_problems
-from tritter.errors import RequestError, brief
+from tritter.errors import Problem, RequestError, brief, raise_problems
 
 Options = Mapping[str, Sequence[str]]
 
@@ -83,7 +82,7 @@ def parse(overrides: Sequence[str], *, loader: ConfigLoader | None = None) -> li
     """
     parser = OverridesParser.create(config_loader=loader)
     parsed: list[Override] = []
-    problems: list[str] = []
+    problems: list[Problem] = []
     for override in overrides:
         try:
             parsed += parser.parse_overrides([override])
@@ -95,13 +94,14 @@ def parse(overrides: Sequence[str], *, loader: ConfigLoader | None = None) -> li
     return parsed
 
 
-def _parse_problem(override: str, message: str) -> str:
+def _parse_problem(override: str, message: str) -> Problem:
     if "=" not in override:
-        return f"{brief(override)} is no setting; settings are written KEY=VALUE (see --help)."
+        text = f"{brief(override)} is no setting; settings are written KEY=VALUE (see --help)."
+        return Problem("", reason=text)
     key, _, value = override.partition("=")
     reason = (message.splitlines() or ["it is too large"])[0].rstrip(".")
     advice = "put quotes around a value with special characters: 'KEY=\"VALUE\"'"
-    return describe(key, value, reason=f"the value can't be read ({reason}); {advice}")
+    return Problem(key, value, reason=f"the value can't be read ({reason}); {advice}")
 
 
 def check_command_line(overrides: Sequence[Override], options: Options) -> None:
@@ -116,26 +116,26 @@ def check_command_line(overrides: Sequence[Override], options: Options) -> None:
         if override.is_hydra_override() and override.is_sweep_override():
             reason = "Hydra's own settings can't be swept; allowed is one value"
             problems.append(
-                describe(group, (override.input_line or "=")[len(group) + 1 :], reason=reason)
+                Problem(group, (override.input_line or "=")[len(group) + 1 :], reason=reason)
             )
         if override.is_hydra_override() and "/" in group and override.value() is None:
             reason = "it takes the name of an option; leave it out for the usual one"
-            problems.append(describe(group, None, reason=reason))
+            problems.append(Problem(group, None, reason=reason))
         if known is None:
             continue
         if override.is_delete():
             if (deleted := override.value()) is not None:
                 reason = f"~{group} takes no value; name what stays: {group}=[A,B]"
-                problems.append(describe(f"~{group}", deleted, reason=reason))
+                problems.append(Problem(f"~{group}", deleted, reason=reason))
             continue
         value = override.input_line.partition("=")[2] if override.input_line else ""
         allowed = f"one of {', '.join(known)}"
         if override.type in (OverrideType.ADD, OverrideType.FORCE_ADD):
             reason = f"a group is chosen without +; allowed is {allowed}"
-            problems.append(describe(f"+{group}", value, reason=reason, nearest=f"{group}={value}"))
+            problems.append(Problem(f"+{group}", value, reason=reason, nearest=f"{group}={value}"))
         elif not override.is_sweep_override() and not isinstance(override.value(), str | list):
             reason = f"{group} takes the name of an option, {allowed}; single keys as {group}.KEY"
-            problems.append(describe(group, value, reason=reason))
+            problems.append(Problem(group, value, reason=reason))
     raise_problems(problems)
 
 
@@ -152,7 +152,7 @@ def refuse_sweeps(overrides: Sequence[Override]) -> None:
             reason = f"several values are several runs: add -m (or write a list, {key}=[{value}])"
             if override.value_type is not ValueType.SIMPLE_CHOICE_SWEEP:
                 reason = "a sweep is several runs: add -m"
-            problems.append(describe(key, value, reason=reason))
+            problems.append(Problem(key, value, reason=reason))
     raise_problems(problems)
 
 
@@ -187,5 +187,5 @@ def split_sweep(overrides: Sequence[Override]) -> list[list[str]]:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             key, _, value = (override.input_line or "").partition("=")
             reason = "the basic sweeper tries listed values; allowed is A,B or range(START,STOP)"
-            raise RequestError(describe(key, value, reason=reason))
+            raise RequestError(Problem(key, value, reason=reason))
     return BasicSweeper.split_arguments(list(overrides), None)[0]

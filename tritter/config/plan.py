@@ -1,14 +1,14 @@
 """What a command line asks for, job by job, checked whole before anything is written."""
 
-import argparse
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 from hydra.types import RunMode
 
+from tritter.config.command_line import CommandLine
 from tritter.config.composition import Composer, composer
 from tritter.config.memory import memory_problems
 from tritter.config.overrides import (
@@ -21,30 +21,14 @@ from tritter.config.overrides import (
     refuse_sweeps,
     split_sweep,
 )
-from tritter.config.problems import raise_problems
 from tritter.config.resume import Resumption, resumption
 from tritter.config.run_folder import RunState, check_run_folder
 from tritter.config.schema import RunConfig
 from tritter.config.text_contents import check_contents, text_requests
 from tritter.config.validation import known_config
-from tritter.errors import RequestError, TritterError
+from tritter.errors import Problem, RequestError, TritterError, raise_problems
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-
-
-@dataclass(frozen=True, slots=True)
-class CommandLine:
-    """The words after `python train.py`, sorted.
-
-    Args:
-        overrides: GROUP=OPTION and KEY=VALUE words, as typed.
-        is_multirun: -m was given.
-        hydra_flags: flags that Hydra answers by itself (--cfg, --info, --hydra-help).
-    """
-
-    overrides: tuple[str, ...]
-    is_multirun: bool = False
-    hydra_flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,38 +59,6 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message} (see --help).")
-
-
-def read_command_line(arguments: Sequence[str]) -> CommandLine:
-    """Sort the words of a command line.
-
-    Raises:
-        RequestError: a flag that there is not.
-    """
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-m", "--multirun", action="store_true")
-    parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
-    parser.add_argument("-p", "--package")
-    parser.add_argument("-i", "--info", nargs="?", const="all")
-    parser.add_argument("--resolve", action="store_true")
-    parser.add_argument("--hydra-help", action="store_true")
-    parser.add_argument("overrides", nargs="*")
-    known = parser.parse_intermixed_args(list(arguments))
-    flags = ["--resolve"] if known.resolve else []
-    flags += ["--hydra-help"] if known.hydra_help else []
-    for name in ("cfg", "package", "info"):
-        if getattr(known, name) is not None:
-            flags += [f"--{name}", getattr(known, name)]
-    return CommandLine(
-        overrides=tuple(known.overrides),
-        is_multirun=known.multirun,
-        hydra_flags=tuple(flags),
-    )
-
-
 def make_plan(command: CommandLine) -> Plan:
     """Compose, validate and place every job; writes nothing.
 
@@ -134,13 +86,12 @@ def make_plan(command: CommandLine) -> Plan:
 def _check_means(plan: Plan) -> None:
     """Refuse jobs that the machine can't hold, and text that can't be read; each file once."""
     todo = [(n, job) for n, job in enumerate(plan.jobs) if job.state is not RunState.FINISHED]
-    problems = []
+    found: dict[str | None, Sequence[Problem]] = {}
     for number, job in todo:
         source = known_config(job.config)  # of a hub id the shapes are known later
-        where = "" if plan.sweep_folder is None else f"job {number} ({' '.join(job.overrides)}): "
-        if source is not None:
-            problems += [where + problem for problem in memory_problems(job.config, source)]
-    raise_problems(problems)
+        name = None if plan.sweep_folder is None else _job_name(number, job.overrides)
+        found[name] = () if source is None else memory_problems(job.config, source)
+    _raise_of_jobs(found)
     check_contents(request for _, job in todo for request in text_requests(job.config.data))
 
 
@@ -197,10 +148,18 @@ def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) ->
     # Hydra's time resolver would give every job a sweep folder of its own
     shared.append(f"hydra.sweep.dir={quoted(str(sweep_folder))}")
     task = [override for override in typed if not override.is_hydra_override()]
-    jobs = [
-        _plan_job(composing, words, shared, number=number)
-        for number, words in enumerate(split_sweep(task))
-    ]
+    jobs: list[Job] = []
+    found: dict[str | None, Sequence[Problem]] = {}
+    for number, words in enumerate(split_sweep(task)):
+        name = _job_name(number, words)
+        found[name] = ()
+        try:
+            jobs.append(_plan_job(composing, words, shared, number=number))
+        except RequestError as error:
+            found[name] = error.problems
+        except TritterError as error:
+            raise type(error)(f"{name}: {error}") from error
+    _raise_of_jobs(found)
     if len({job.folder for job in jobs}) < len(jobs):
         raise RequestError(
             f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share one folder; "
@@ -241,16 +200,32 @@ def _check_device(config: RunConfig) -> None:
 
 
 def _plan_job(composing: Composer, words: list[str], shared: list[str], *, number: int) -> Job:
-    try:
-        composed = composing.compose([*shared, *words], job_number=number)
-        _check_sweepable(composed.config)
-        _check_device(composed.config)
-        sweep = composed.hydra.sweep
-        folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))
-        state = check_run_folder(folder, composed.config)
-    except TritterError as error:
-        raise type(error)(f"job {number} ({' '.join(words)}): {error}") from error
-    return Job(tuple(words), composed.config, folder, state)
+    composed = composing.compose([*shared, *words], job_number=number)
+    _check_sweepable(composed.config)
+    _check_device(composed.config)
+    sweep = composed.hydra.sweep
+    folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))
+    return Job(tuple(words), composed.config, folder, check_run_folder(folder, composed.config))
+
+
+def _job_name(number: int, words: Sequence[str]) -> str:
+    return f"job {number} ({' '.join(words)})"
+
+
+def _raise_of_jobs(found: Mapping[str | None, Sequence[Problem]]) -> None:
+    """Refuse what is wrong with jobs; what is wrong with all of them is said once.
+
+    Args:
+        found: name of each job, None for a single run → its problems.
+    """
+    jobs_of = Counter(said for problems in found.values() for said in {*map(str, problems)})
+    said_once: dict[str, Problem] = {}
+    for name, problems in found.items():
+        for problem in problems:
+            of = None if jobs_of[str(problem)] == len(found) else name
+            one = replace(problem, job=of)
+            said_once.setdefault(str(one), one)
+    raise_problems(said_once.values())
 
 
 def _job_folder(sweep_folder: Path, name: str) -> Path:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Override
 
+from tritter.checkpoint.place import is_within
 from tritter.config.composition import Composer
+from tritter.config.folders import Front, front_of
 from tritter.config.overrides import as_value, parse
 from tritter.config.program import command
 from tritter.config.run_folder import find_run, read_run
-from tritter.errors import RequestError
+from tritter.errors import Problem, RequestError
 
 _NOT_REPLAYED = ("_target_", "${")  # classes by name; the environment and other resolvers
 
@@ -65,6 +67,32 @@ def resumption(composing: Composer, overrides: Sequence[str]) -> Resumption | No
     added = [o.input_line or "" for o in typed if o.key_or_group != "resume"]
     told = f"resume     {folder}{': ' if kept else ''}{' '.join(kept)}"
     return Resumption(folder, (*kept, *added, *_resume_word(asked)), (*notes, told))
+
+
+def recorded_front(words: Sequence[str]) -> Front | None:
+    """Return where the options of the run came from that `resume=` among some words means.
+
+    Raises:
+        RequestError: its folders are gone, or lie in the run's own.
+    """
+    asked = [word for word in words if word.lstrip("+").startswith("resume=")]
+    value = parse(asked)[-1].value() if asked else None
+    if value is None or isinstance(value, list | dict):
+        return None
+    try:
+        folder, _ = find_run(str(value))
+        run = read_run(folder)
+    except RequestError:  # told when the run is looked for
+        return None
+    inside = [place for place in run.config_folders if is_within(Path(place), folder)]
+    gone = [place for place in run.config_folders if not Path(place).is_dir()]
+    if inside or gone:
+        reason = "what names code is not taken from a run's folder" if inside else "it is not there"
+        reason += "; name the folder of its options with --config-dir"
+        raise RequestError(
+            Problem("resume", value, reason=f"its --config-dir was {(inside or gone)[0]}, {reason}")
+        )
+    return front_of(run.config_folders, run.config_name)
 
 
 def recorded_words(overrides: Sequence[str]) -> tuple[str, ...]:

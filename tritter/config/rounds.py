@@ -1,12 +1,14 @@
 """The rounds of a run that grows to a size: their shapes, planned before anything is written."""
 
-import re
+from dataclasses import replace
 
 from tritter.config.schema import RunConfig
-from tritter.errors import RequestError
+from tritter.errors import Problem, RequestError
 from tritter.families import Config
 from tritter.planning import GrowthMethods, Shape
 from tritter.planning.strategy import AUTO, PathRequest, find_best_path
+
+_KEYS = {"target": "pipeline.target_params", "strategy": "pipeline.strategy"}  # of the planner
 
 
 def planned_rounds(config: RunConfig, source: Config) -> tuple[Shape, ...]:
@@ -33,22 +35,23 @@ def planned_rounds(config: RunConfig, source: Config) -> tuple[Shape, ...]:
         )
         return find_best_path(request)[: pipeline.max_rounds]
     except RequestError as error:
-        raise RequestError(_with_keys(str(error))) from error
+        (problem,) = error.problems
+        key = _KEYS.get(problem.key, problem.key)
+        raise RequestError(replace(problem, key=key)) from error
 
 
-def pipeline_problems(config: RunConfig) -> list[str]:
+def pipeline_problems(config: RunConfig) -> list[Problem]:
     """Return what is set about rounds that a run of one round would not look at."""
     pipeline = config.pipeline
     if pipeline.target_params is not None:
         return []
     return [
-        f"pipeline.{key} = {value}: without pipeline.target_params a run has one round, and "
-        "expansion says what it does; give a target, or leave this out."
+        Problem(
+            f"pipeline.{key}",
+            value,
+            reason="without pipeline.target_params a run has one round, and expansion says what "
+            "it does; give a target, or leave this out",
+        )
         for key, value in (("max_rounds", pipeline.max_rounds), ("strategy", pipeline.strategy))
         if value is not None
     ]
-
-
-def _with_keys(text: str) -> str:
-    text = re.sub(r"^target = ", "pipeline.target_params = ", text)
-    return re.sub(r"^strategy = ", "pipeline.strategy = ", text)

@@ -11,6 +11,7 @@ from typing import Any
 from tritter.checkpoint.left import digests_of, find_damage, read_left
 from tritter.checkpoint.place import is_within
 from tritter.config.fingerprint import describe_changes, fingerprint
+from tritter.config.folders import front
 from tritter.config.program import command, program_words, resume_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.errors import RequestError, TritterError, did_you_mean
@@ -48,6 +49,8 @@ class RunRecord:
         program: how it was called.
         overrides: of its command line, but for the folder.
         left: of a finished run: place → digest of what it leaves.
+        config_folders: of --config-dir.
+        config_name: of --config-name.
     """
 
     fingerprint: Mapping[str, Any]
@@ -55,6 +58,8 @@ class RunRecord:
     program: str
     overrides: tuple[str, ...]
     left: Mapping[str, str]
+    config_folders: tuple[str, ...] = ()
+    config_name: str | None = None
 
 
 def check_run_folder(folder: Path, config: RunConfig) -> RunState:
@@ -141,6 +146,8 @@ def write_run_file(
         "program": held.program if held else " ".join(program_words()),
         "overrides": list(held.overrides if held else overrides),
         "left": digests_of(folder, leaves),
+        "config_folders": list(held.config_folders if held else map(str, front().folders)),
+        "config_name": held.config_name if held else front().config_name,
     }
     write_json(folder / RUN_FILE, content)
 
@@ -216,7 +223,16 @@ def _record(plain: Mapping[str, Any]) -> RunRecord:
         program=plain["program"],
         overrides=tuple(overrides),
         left=read_left(plain["left"]),
+        config_folders=_words(plain.get("config_folders", [])),
+        config_name=plain.get("config_name") and str(plain["config_name"]),
     )
+
+
+def _words(value: object) -> tuple[str, ...]:
+    words = value if isinstance(value, list) else [None]
+    if not all(isinstance(word, str) and word.isprintable() for word in words):
+        raise ValueError("config_folders is no list of paths")
+    return tuple(words)
 
 
 def _latest(folders: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:

@@ -1,6 +1,6 @@
 """The text of a run as a record: what is old, what is new, and the split that both come under."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tritter.checkpoint.learned import LearnedDomain, TextSplit
@@ -13,6 +13,7 @@ class DomainText:
 
     Args:
         key: what named it, for messages.
+        texts: yields its texts, where no path says where they lie.
         ranked: the splits by rank that earlier trainings read it under, if any.
     """
 
@@ -21,6 +22,7 @@ class DomainText:
     is_old: bool
     paths: tuple[str, ...]
     text_field: str
+    texts: Callable[[], Iterable[str]] | None = None
     ranked: tuple[SplitRule, ...] = ()
 
 

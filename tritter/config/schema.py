@@ -1,62 +1,50 @@
 """The validated record of a run: one frozen dataclass per config group.
 
-The defaults live in `conf/`, nowhere else; field metadata says what a value may be:
-`choices`, or limits `minimum`, `maximum` (inclusive), `above`, `below` (exclusive).
+The defaults live in `conf/`, nowhere else; a field's type says what a value may be.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from tritter.limits import (
+    MAX_COUNT,
     MAX_LAYERS,
     MAX_PARAMETERS,
     MAX_POSITIONS,
     MAX_SEED,
     MAX_WIDTH,
 )
+from tritter.options import Count, Text, WholeNumber, options
+from tritter.targets import NamedTarget
 
 if TYPE_CHECKING:
     from tritter.config.run_text import RunText
+    from tritter.config.selection import Selected
     from tritter.expansion import ExpansionSpec
 
 
-def bounded(
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """Return a required number field with these limits in its metadata."""
-    limits = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
-    return field(metadata={name: limit for name, limit in limits.items() if limit is not None})
-
-
-def chosen(choices: Sequence[str]) -> Any:
-    """Return a required text field that takes one of `choices`."""
-    return field(metadata={"choices": tuple(choices)})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class ModelConfig:
     """The base model's architecture, in the names of Hugging Face configs."""
 
-    model_type: str = chosen(("llama",))
-    hidden_size: int = bounded(minimum=1, maximum=MAX_WIDTH)
-    intermediate_size: int = bounded(minimum=1, maximum=MAX_WIDTH)
-    num_hidden_layers: int = bounded(minimum=1, maximum=MAX_LAYERS)
-    num_attention_heads: int = bounded(minimum=1, maximum=MAX_WIDTH)
-    num_key_value_heads: int = bounded(minimum=1, maximum=MAX_WIDTH)
+    model_type: Literal["llama"]
+    hidden_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    intermediate_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    num_attention_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    num_key_value_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
     tie_word_embeddings: bool
-    rms_norm_eps: float = bounded(above=0)
-    rope_theta: float = bounded(above=0)
-    max_position_embeddings: int = bounded(minimum=2, maximum=MAX_POSITIONS)
-    initializer_range: float = bounded(above=0)
+    rms_norm_eps: Annotated[float, Field(gt=0)]
+    rope_theta: Annotated[float, Field(gt=0)]
+    max_position_embeddings: Annotated[int, Field(ge=2, le=MAX_POSITIONS)]
+    initializer_range: Annotated[float, Field(gt=0)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class CheckpointModelConfig:
     """A checkpoint that stands in for a base of our own, with its own tokenizer.
 
@@ -64,8 +52,8 @@ class CheckpointModelConfig:
         path: a folder, absolute once validated, or a hub id.
     """
 
-    model_type: str = chosen(("hf",))
-    path: str
+    model_type: Literal["hf"]
+    path: Text
 
 
 # Domain → absolute paths (files, folders, globs) and built-in texts, in plain containers: they
@@ -73,20 +61,48 @@ class CheckpointModelConfig:
 TextSources = dict[str, list[str]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class DataConfig:
-    """How text becomes batches, and the text itself: here that of the Python installation.
+    """How text becomes batches; each option of `data` names a class made from this one.
+
+    A class from outside says which domains there are, and yields the texts of each.
 
     Args:
         validation_fraction: None: that of the checkpoint's lineage, or a fifth of a new one.
     """
 
-    source: str = chosen(("stdlib",))
+    old_domains: ClassVar[tuple[str, ...]] = ()
+    new_domains: ClassVar[tuple[str, ...]] = ()
     # 256 bytes and the end-of-text token are the least that byte-level BPE holds
-    vocab_size: int = bounded(minimum=257, maximum=1_000_000)
-    sequence_length: int = bounded(minimum=2)
-    batch_size: int = bounded(minimum=1)
-    validation_fraction: float | None = bounded(above=0, below=1)
+    vocab_size: Annotated[int, Field(ge=257, le=1_000_000)]
+    sequence_length: Annotated[int, Field(ge=2, le=MAX_COUNT)]
+    batch_size: Count
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None
+
+    def texts(self, domain: str) -> Iterable[str]:
+        """Yield the texts of a domain, where `sources` don't say where they lie."""
+        raise NotImplementedError(f"{type(self).__name__} has to yield the texts of {domain}")
+
+    @property
+    def old_sources(self) -> TextSources:
+        """Old domain → where its text lies; nowhere: `texts` yields it."""
+        return {name: [] for name in self.old_domains}
+
+    @property
+    def new_sources(self) -> TextSources:
+        return {name: [] for name in self.new_domains}
+
+    @property
+    def is_old_named(self) -> bool:
+        """False: all that a checkpoint learned is old besides."""
+        return True
+
+
+@options
+class StdlibDataConfig(DataConfig):
+    """The text of the Python installation."""
+
+    source: Literal["stdlib"]
 
     @property
     def old_sources(self) -> TextSources:
@@ -96,8 +112,12 @@ class DataConfig:
     def new_sources(self) -> TextSources:
         return {"code": ["stdlib:code"]}
 
+    @property
+    def is_old_named(self) -> bool:
+        return False
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@options
 class TextDataConfig(DataConfig):
     """Text of one's own.
 
@@ -105,8 +125,8 @@ class TextDataConfig(DataConfig):
         old: None: what the checkpoint learned, if anything; empty: nothing.
     """
 
-    source: str = chosen(("text",))
-    text_field: str
+    source: Literal["text"]
+    text_field: Text
     old: TextSources | None
     new: TextSources
 
@@ -118,30 +138,34 @@ class TextDataConfig(DataConfig):
     def new_sources(self) -> TextSources:
         return self.new
 
+    @property
+    def is_old_named(self) -> bool:
+        return self.old is not None
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@options
 class TrainingConfig:
     """One training: of the base (`pretraining`) or of the grown model (`training`)."""
 
-    learning_rate: float = bounded(above=0)
-    warmup_ratio: float = bounded(minimum=0, below=1)
-    max_steps: int = bounded(minimum=1)
-    schedule: str = chosen(("constant", "cosine", "wsd"))
-    decay_ratio: float = bounded(above=0, maximum=1)
-    minimum_ratio: float = bounded(minimum=0, maximum=1)
+    learning_rate: Annotated[float, Field(gt=0)]
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)]
+    max_steps: Count
+    schedule: Literal["constant", "cosine", "wsd"]
+    decay_ratio: Annotated[float, Field(gt=0, le=1)]
+    minimum_ratio: Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class GateConfig:
     """When a grown model is kept."""
 
     enabled: bool
     strict: bool
-    retention: float = bounded(minimum=0)
-    confidence: float = bounded(above=0.5, maximum=0.999)
+    retention: Annotated[float, Field(ge=0)]
+    confidence: Annotated[float, Field(gt=0.5, le=0.999)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class PipelineConfig:
     """How often a run expands: once, or round after round until it has a size.
 
@@ -150,124 +174,113 @@ class PipelineConfig:
         strategy: as in `tritter plan`; None: `auto` among the methods of `expansion`.
     """
 
-    target_params: int | None = bounded(minimum=1, maximum=MAX_PARAMETERS)
-    max_rounds: int | None = bounded(minimum=1)
-    strategy: str | None = chosen(("auto", "depth_first", "width_first", "balanced"))
+    target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)] | None
+    max_rounds: Count | None
+    strategy: Literal["auto", "depth_first", "width_first", "balanced"] | None
+
+
+@options
+class OptimizerValues:
+    """The keys of `optimizer` that are no arguments of its class.
+
+    Args:
+        name: of a class of torch's or bitsandbytes'; None where `_target_` names one.
+        weight_decay: on matrices; None: the default of the class.
+    """
+
+    name: Text | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    carry: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
-    """The optimiser and everything of it but the learning rate."""
+    """The optimizer and everything of it but the learning rate.
 
-    name: str = chosen(("adamw",))
-    beta1: float = bounded(minimum=0, below=1)
-    beta2: float = bounded(minimum=0, below=1)
-    eps: float = bounded(above=0)
-    weight_decay: float = bounded(minimum=0)
+    Args:
+        target: dotted name of its class.
+        arguments: those of the class besides `weight_decay`.
+    """
+
+    target: str
+    weight_decay: float | None
     carry: bool
+    arguments: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class TrainerConfig:
     """What Lightning's Trainer is given."""
 
-    accelerator: str = chosen(("cpu", "gpu", "auto"))
-    devices: int = bounded(minimum=1)
-    strategy: str = chosen(("auto", "ddp"))
-    precision: str = chosen(("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"))
-    gradient_clip_val: float | None = bounded(above=0)
-    log_every_n_steps: int = bounded(minimum=1)
-    max_non_finite_steps: int = bounded(minimum=0)
-    save_every_n_steps: int = bounded(minimum=0)
-    progress: str = chosen(("auto", "on", "off"))
+    accelerator: Literal["cpu", "gpu", "auto"]
+    devices: Count
+    strategy: Literal["auto", "ddp"]
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"]
+    gradient_clip_val: Annotated[float, Field(gt=0)] | None
+    log_every_n_steps: Count
+    max_non_finite_steps: WholeNumber
+    save_every_n_steps: WholeNumber
+    progress: Literal["auto", "on", "off"]
     check_memory: bool
+
+
+@options
+class WandbConfig:
+    """The run in Weights & Biases."""
+
+    mode: Literal["off", "offline", "online"]
+    project: Text
+    group: Text | None
+    tags: tuple[Text, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggerConfig:
-    """Where metrics go besides metrics.csv, which is always written."""
+    """Where metrics go besides metrics.csv, which is always written.
 
-    wandb: str = chosen(("off", "offline", "online"))
-    project: str
-    group: str | None
-    tags: tuple[str, ...]
+    Args:
+        wandb: None: not there.
+    """
+
+    wandb: WandbConfig | None
+    others: tuple[NamedTarget, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class EvaluationConfig:
     """How domains are scored and sampled."""
 
-    max_tokens_per_document: int = bounded(minimum=2)
-    batch_size: int = bounded(minimum=1)
-    sample_tokens: int = bounded(minimum=0)
+    max_tokens_per_document: Annotated[int, Field(ge=2, le=MAX_COUNT)]
+    batch_size: Count
+    sample_tokens: WholeNumber
+    every_n_steps: WholeNumber = 50
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoutingConfig:
+@options
+class MoeRoutingConfig:
     """What a training asks of the routers of a model with experts."""
 
-    auxiliary_loss: float = field(default=0.01, metadata={"minimum": 0})
-    z_loss: float = field(default=1e-3, metadata={"minimum": 0})
-    bias_update_rate: float = field(default=0.0, metadata={"minimum": 0, "below": 1})
-    hold_old: float = field(default=0.0, metadata={"minimum": 0})
-    capacity_factor: float = field(default=1.25, metadata={"above": 0})
+    auxiliary_loss: Annotated[float, Field(ge=0)] = 0.01
+    z_loss: Annotated[float, Field(ge=0)] = 1e-3
+    bias_update_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    hold_old: Annotated[float, Field(ge=0)] = 0.0
+    capacity_factor: Annotated[float, Field(gt=0)] = 1.25
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class AdaptationConfig:
     """The two trainings that open appended experts: of the routers, then of the experts."""
 
-    router_update: str = field(
-        default="fine_tune", metadata={"choices": ("fine_tune", "retrain", "frozen")}
-    )
-    router_epochs: int = field(default=3, metadata={"minimum": 1})
-    router_max_steps: int | None = field(default=100, metadata={"minimum": 1})
-    router_learning_rate: float = field(default=3e-3, metadata={"above": 0})
-    encouragement: float = field(default=0.1, metadata={"minimum": 0})
-    anneal_steps: int | None = field(default=None, metadata={"minimum": 1})
+    router_update: Literal["fine_tune", "retrain", "frozen"] = "fine_tune"
+    router_epochs: Count = 3
+    router_max_steps: Count | None = 100
+    router_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    encouragement: Annotated[float, Field(ge=0)] = 0.1
+    anneal_steps: Count | None = None
     freeze_base: bool = True
-    unfreeze_after: int | None = field(default=None, metadata={"minimum": 1})
-    distill_steps: int = field(default=100, metadata={"minimum": 1})
-    distill_temperature: float = field(default=2.0, metadata={"above": 0})
-
-
-@dataclass(frozen=True, slots=True)
-class EWCOptions:
-    """EWC (Kirkpatrick et al. 2017, arXiv 1612.00796) and how its Fisher is estimated."""
-
-    name: ClassVar[str] = "ewc"
-    ewc_lambda: float = field(default=3e4, metadata={"minimum": 0})
-    normalise: str = field(default="none", metadata={"choices": ("none", "mean")})
-    estimator: str = field(default="empirical", metadata={"choices": ("empirical", "true")})
-    num_sequences: int = field(default=256, metadata={"minimum": 1})
-    carry: str = field(default="diagonal", metadata={"choices": ("diagonal", "penalty_preserving")})
-
-
-@dataclass(frozen=True, slots=True)
-class L2SPOptions:
-    """L2-SP (Li et al. 2018, arXiv 1802.01483): weight of the pull towards the start."""
-
-    name: ClassVar[str] = "l2sp"
-    l2sp_lambda: float = field(default=0.03, metadata={"minimum": 0})
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayOptions:
-    """Replay: the exact share of each batch that comes from the old domains.
-
-    Args:
-        weights: old domain → its weight among them; 1 where it is not named.
-    """
-
-    name: ClassVar[str] = "replay"
-    fraction: float = field(default=0.25, metadata={"minimum": 0, "below": 1})
-    weights: Mapping[str, float] | None = field(default=None, metadata={"minimum": 0})
-
-
-ForgettingOptions = EWCOptions | L2SPOptions | ReplayOptions
-FORGETTING_OPTIONS: dict[str, type[ForgettingOptions]] = {
-    options.name: options for options in (EWCOptions, L2SPOptions, ReplayOptions)
-}
+    unfreeze_after: Count | None = None
+    distill_steps: Count = 100
+    distill_temperature: Annotated[float, Field(gt=0)] = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,47 +289,40 @@ class RunConfig:
 
     `text` is worked out from `model`, `data` and what the checkpoint at `model.path` learned.
 
-    `expansion` holds records of `tritter.expansion.EXPANSIONS`; they are not imported here,
-    because that would import torch.
+    `expansion` holds the records that its options name, which are no import of this room's.
     """
 
     seed: int
     control: bool
     cache_dir: Path
-    resume: str | None
+    resume: Text | None
     model: ModelConfig | CheckpointModelConfig
     data: DataConfig
     text: "RunText"
     expansion: "tuple[ExpansionSpec, ...]"
-    forgetting: tuple[ForgettingOptions, ...]
+    forgetting: "tuple[Selected, ...]"
     pretraining: TrainingConfig
     training: TrainingConfig
     gate: GateConfig
     pipeline: PipelineConfig
     optimizer: OptimizerConfig
     trainer: TrainerConfig
+    trainer_arguments: Mapping[str, Any]
+    callbacks: tuple[NamedTarget, ...]
     logger: LoggerConfig
     evaluation: EvaluationConfig
-    routing: RoutingConfig
+    moe_routing: MoeRoutingConfig
     adaptation: AdaptationConfig
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class RootValues:
     """The keys of the root that belong to no group, as they stand in config.yaml."""
 
-    seed: int = bounded(minimum=0, maximum=MAX_SEED)
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     control: bool
-    cache_dir: str | None
-    resume: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextDataValues(DataConfig):
-    """The keys of `data=text` but for its paths, which take several forms."""
-
-    source: str = chosen(("text",))
-    text_field: str
+    cache_dir: Text | None
+    resume: Text | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,16 +337,14 @@ SECTIONS: dict[str, type | Variants] = {
     "model": Variants(
         key="model_type", records={"llama": ModelConfig, "hf": CheckpointModelConfig}
     ),
-    "data": Variants(key="source", records={"stdlib": DataConfig, "text": TextDataConfig}),
+    "data": DataConfig,
     "pretraining": TrainingConfig,
     "training": TrainingConfig,
     "gate": GateConfig,
     "pipeline": PipelineConfig,
-    "optimizer": OptimizerConfig,
     "trainer": TrainerConfig,
-    "logger": LoggerConfig,
     "evaluation": EvaluationConfig,
-    "routing": RoutingConfig,
+    "moe_routing": MoeRoutingConfig,
     "adaptation": AdaptationConfig,
 }
-METHOD_GROUPS = ("expansion", "forgetting")
+OPEN_GROUPS = ("optimizer", "callbacks", "logger")  # hold arguments of classes of others

@@ -1,25 +1,30 @@
-"""Sections of a config into records; `model` and `data` have options with keys of their own."""
+"""Sections of a config into records; options of `model` and `data` have keys of their own."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tritter.config.checkpoint_folder import checkpoint_place
 from tritter.config.counts import parse_count
-from tritter.config.reading import Reader, field_keys, join
+from tritter.config.folders import body_of, option_files
+from tritter.config.reading import Reader
 from tritter.config.schema import (
     CheckpointModelConfig,
+    DataConfig,
     PipelineConfig,
     TextDataConfig,
-    TextDataValues,
     Variants,
 )
 from tritter.config.text_files import read_sources
-from tritter.errors import RequestError, nearest
+from tritter.errors import Problem, RequestError, nearest
+from tritter.options import choices, field_keys, is_options, join
+from tritter.targets import TARGET, dotted, resolve
 
 
 def read_section(reader: Reader, name: str, section: type | Variants, raw: object) -> Any:
     """Return the record of a section, or None when there were problems (now reported)."""
+    if section is DataConfig:
+        return _read_data(reader, raw)
     if not isinstance(section, Variants):
         return reader.read(section, _with_counts(section, raw), prefix=name)
     if not isinstance(raw, Mapping):
@@ -34,14 +39,17 @@ def read_section(reader: Reader, name: str, section: type | Variants, raw: objec
             nearest=nearest(str(choice), section.records),
         )
         return None
-    taken = _only_of(reader, name, section, raw)
-    match section.records[choice]:
-        case record if record is TextDataConfig:
-            return _read_text(reader, taken)
-        case record if record is CheckpointModelConfig:
-            return _read_checkpoint(reader, taken)
-        case record:
-            return reader.read(record, taken, prefix=name)
+    keys = {option: field_keys(record, "") for option, record in section.records.items()}
+    taken = _only_of(reader, name, keys, raw, choice=f"{section.key} {choice}", own=keys[choice])
+    if section.records[choice] is CheckpointModelConfig:
+        return _read_checkpoint(reader, taken)
+    return reader.read(section.records[choice], taken, prefix=name)
+
+
+def data_keys() -> dict[str, tuple[str, ...]]:
+    """Return the options of `data`, and the keys that each states."""
+    files = option_files().get("data", {})
+    return {n: tuple(key for key in body_of(p) if key != TARGET) for n, p in files.items()}
 
 
 def _with_counts(section: type, raw: object) -> object:
@@ -54,27 +62,78 @@ def _with_counts(section: type, raw: object) -> object:
 
 
 def _only_of(
-    reader: Reader, name: str, section: Variants, raw: Mapping[str, Any]
+    reader: Reader,
+    name: str,
+    keys: Mapping[str, Collection[str]],
+    raw: Mapping[str, Any],
+    *,
+    choice: str,
+    own: Collection[str],
 ) -> dict[str, Any]:
-    """Return a section without the keys of its other variants, which are reported."""
-    choice = raw[section.key]
-    own = {*field_keys(section.records[choice], name)}
+    """Return a section without the keys of its other options, which are reported.
+
+    Args:
+        keys: option → its keys.
+        choice: in words.
+        own: keys of the choice.
+    """
     taken = dict(raw)
     for key in raw:
-        others = [
-            other
-            for other, record in section.records.items()
-            if join(name, key) in field_keys(record, name)
-        ]
-        if others and join(name, key) not in own:
-            reason = f"{section.key} {choice} has no such key, only {' and '.join(others)} has"
+        others = [option for option, theirs in keys.items() if key in theirs]
+        if others and key not in own:
+            reason = f"{choice} has no such key, only {' and '.join(others)} has"
             reader.report(join(name, key), taken.pop(key), reason=reason)
     return taken
 
 
+def _read_data(reader: Reader, raw: object) -> DataConfig | None:
+    if not isinstance(raw, Mapping):
+        reader.report("data", raw, reason="it holds keys; choose an option of it")
+        return None
+    try:
+        kind = _data_class(raw)
+    except RequestError as error:
+        reader.add(error.problems)
+        return None
+    own, choice = field_keys(kind, ""), f"source {raw.get('source')}"
+    if "source" not in own:
+        choice = dotted(kind)
+    taken = _only_of(reader, "data", data_keys(), raw, choice=choice, own=own)
+    del taken[TARGET]
+    if kind is TextDataConfig:
+        return _read_text(reader, taken)
+    record: DataConfig | None = reader.read(kind, taken, prefix="data")
+    return record
+
+
+def _data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
+    """Return the class that an option of `data` names.
+
+    Raises:
+        RequestError: it is none of ours nor made from `DataConfig`, or `source` says another one.
+    """
+    key = f"data.{TARGET}"
+    kind: type[DataConfig] = resolve(key, raw.get(TARGET), base=dotted(DataConfig))
+    if not is_options(kind) or "__dataclass_fields__" not in vars(kind):
+        reason = "it is no record of options (see tritter.options.options)"
+        raise RequestError(Problem(key, raw[TARGET], reason=reason))
+    said = raw.get("source")
+    if "source" in field_keys(kind, "") and said not in choices(kind, "source"):
+        names = list(data_keys())
+        reason = f"allowed is one of {', '.join(names)}"
+        if said in names:
+            reason = f"{said} has other keys; choose it with data={said}"
+        raise RequestError(
+            Problem("data.source", said, reason=reason, nearest=nearest(str(said), names))
+        )
+    return kind
+
+
 def _read_text(reader: Reader, raw: dict[str, Any]) -> TextDataConfig | None:
-    paths = {name: raw.pop(name, None) for name in ("old", "new")}
-    values = reader.read(TextDataValues, raw, prefix="data")
+    paths = {name: raw.get(name) for name in ("old", "new")}
+    values: TextDataConfig | None = reader.read(
+        TextDataConfig, {**raw, "old": None, "new": {}}, prefix="data"
+    )
     count = len(reader.problems)
     sources: dict[str, Any] = {
         name: read_sources(f"data.{name}", value, default_name=name, problems=reader.problems)
@@ -87,7 +146,7 @@ def _read_text(reader: Reader, raw: dict[str, Any]) -> TextDataConfig | None:
         reader.report("data.new", None, reason=reason)
     if values is None or len(reader.problems) > count:
         return None
-    return TextDataConfig(**asdict(values), **sources)
+    return replace(values, **sources)
 
 
 def _read_checkpoint(reader: Reader, raw: dict[str, Any]) -> CheckpointModelConfig | None:
@@ -100,5 +159,5 @@ def _read_checkpoint(reader: Reader, raw: dict[str, Any]) -> CheckpointModelConf
         if values is not None:
             return CheckpointModelConfig(model_type="hf", path=checkpoint_place(values.path))
     except RequestError as error:
-        reader.problems.append(str(error))
+        reader.problems += error.problems
     return None

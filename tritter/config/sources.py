@@ -1,17 +1,23 @@
-"""The documents that paths and built-in texts mean."""
+"""The documents that paths, built-in texts and sources from outside mean."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 from tritter.config.text_files import BUILT_IN_TEXTS, find_text_files
 from tritter.data.documents import Document, documents_of
 from tritter.data.ranked import RANKED_SUFFIXES, ranked_documents
+from tritter.data.readers import TextFileError
 from tritter.data.stdlib import StdlibText, gather
 from tritter.data.text import read_texts
 
 
 def source_documents(
-    paths: Sequence[str], *, key: str, text_field: str, is_ranked: bool = False
+    paths: Sequence[str],
+    *,
+    key: str,
+    text_field: str,
+    is_ranked: bool = False,
+    texts: Callable[[], Iterable[str]] | None = None,
 ) -> tuple[Document, ...]:
     """Return all documents that paths and built-in texts mean.
 
@@ -19,10 +25,14 @@ def source_documents(
         key: the configuration's key that named them, for messages.
         text_field: of records.
         is_ranked: read them as format 2 did, which counts where a split by rank goes on.
+        texts: yields them in place of paths.
 
     Raises:
+        TextFileError: what a source from outside raised, or that it yields something else.
         RequestError: a path means no text file, or a file can't be read as what it is.
     """
+    if texts is not None:
+        return documents_of(_own(texts, key))
     built_in = [each for path in BUILT_IN_TEXTS if path in paths for each in _built_in(path)]
     files = find_text_files(key, paths)
     if is_ranked:
@@ -30,8 +40,19 @@ def source_documents(
     found = read_texts(files, key=key, text_field=text_field) if files else ()
     if is_ranked:
         return (*built_in, *ranked_documents(found))
-    texts = [text for _, texts in found for text in texts]
-    return documents_of([*(document.text for document in built_in), *texts])
+    read = [text for _, of_file in found for text in of_file]
+    return documents_of([*(document.text for document in built_in), *read])
+
+
+def _own(texts: Callable[[], Iterable[str]], key: str) -> list[str]:
+    try:
+        found = list(texts())
+    except Exception as error:  # whatever a class of somebody else raises
+        told = " ".join(str(error).split())
+        raise TextFileError([f"{key}: {type(error).__name__}: {told}"]) from error
+    if wrong := [text for text in found if not isinstance(text, str)]:
+        raise TextFileError([f"{key}: a {type(wrong[0]).__name__} stands among its texts"])
+    return found
 
 
 def _built_in(path: str) -> tuple[Document, ...]:

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tritter.config.problems import describe
 from tritter.config.schema import TextSources
 from tritter.data.readers import TEXT_SUFFIXES, text_suffix
 from tritter.data.records import shown
-from tritter.errors import RequestError, did_you_mean, nearest
+from tritter.errors import Problem, RequestError, did_you_mean, nearest
 
 BUILT_IN_TEXTS = ("stdlib:prose", "stdlib:code")  # the Python installation's own
 _Identity = tuple[int, int]  # device and number of a folder
@@ -48,7 +47,9 @@ class FoundTexts:
         return f"{name}: {read} read; skipped {num_skipped} ({_counted(self.skipped)})"
 
 
-def read_sources(key: str, value: object, *, default_name: str, problems: list[str]) -> TextSources:
+def read_sources(
+    key: str, value: object, *, default_name: str, problems: list[Problem]
+) -> TextSources:
     """Return domain → absolute paths of a value as it stands in a config.
 
     Args:
@@ -64,13 +65,13 @@ def read_sources(key: str, value: object, *, default_name: str, problems: list[s
     for name, paths in named.items():
         if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
             reason = "a domain is named with letters, digits, - and _"
-            problems.append(describe(key, name, reason=reason))
+            problems.append(Problem(key, name, reason=reason))
             continue
         place = f"{key}.{name}" if isinstance(value, Mapping) else key
         try:
             words = _paths(place, paths)
         except RequestError as error:
-            problems.append(str(error))
+            problems += error.problems
             continue
         sources[name] = []
         for word in words:
@@ -78,7 +79,7 @@ def read_sources(key: str, value: object, *, default_name: str, problems: list[s
                 sources[name].append(_absolute(place, word))
                 find_texts(place, sources[name][-1:])
             except RequestError as error:
-                problems.append(str(error))
+                problems += error.problems
     return sources
 
 
@@ -112,7 +113,7 @@ def find_texts(key: str, paths: Iterable[str]) -> FoundTexts:
             if isinstance(error, RequestError):
                 raise
             raise RequestError(
-                describe(key, path, reason=f"it can't be looked at ({error})")
+                Problem(key, path, reason=f"it can't be looked at ({error})")
             ) from error
         files.update(dict.fromkeys(found.files))
         skipped.update(found.skipped)
@@ -123,9 +124,9 @@ def _paths(key: str, value: object) -> list[str]:
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, Sequence) or not all(isinstance(p, str) and p for p in paths):
         reason = "allowed is a path, a list of paths, or a mapping of domain names to paths"
-        raise RequestError(describe(key, value, reason=reason))
+        raise RequestError(Problem(key, value, reason=reason))
     if not paths:
-        raise RequestError(describe(key, value, reason="the list is empty; name a path"))
+        raise RequestError(Problem(key, value, reason="the list is empty; name a path"))
     return list(paths)
 
 
@@ -134,7 +135,7 @@ def _absolute(key: str, path: str) -> str:
         if path not in BUILT_IN_TEXTS:
             reason = f"the built-in texts are {', '.join(BUILT_IN_TEXTS)}"
             near = nearest(path, BUILT_IN_TEXTS)
-            raise RequestError(describe(key, path, reason=reason, nearest=near))
+            raise RequestError(Problem(key, path, reason=reason, nearest=near))
         return path
     try:
         place = Path(path).expanduser()
@@ -142,7 +143,7 @@ def _absolute(key: str, path: str) -> str:
         is_name = place.name not in ("", "..")
         return str(place.parent.resolve() / place.name if is_name else place.resolve())
     except (OSError, ValueError, RuntimeError) as error:
-        raise RequestError(describe(key, path, reason=f"that is no path ({error})")) from error
+        raise RequestError(Problem(key, path, reason=f"that is no path ({error})")) from error
 
 
 def _found(key: str, path: str) -> FoundTexts:
@@ -152,27 +153,27 @@ def _found(key: str, path: str) -> FoundTexts:
     if os.path.lexists(place):
         if _kind(place) is None and text_suffix(place):
             return FoundTexts((place,))
-        raise RequestError(describe(key, path, reason=_not_read([place])))
+        raise RequestError(Problem(key, path, reason=_not_read([place])))
     if _GLOB_SIGNS & set(path):
         matches = sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
         return _known(key, path, matches, where="the glob")
     beside = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
     where = "" if place.parent.is_dir() else f"; {place.parent} is no folder either"
     reason = f"there is no such file or folder{where}.{did_you_mean(place.name, beside)}"
-    raise RequestError(describe(key, path, reason=reason.removesuffix(".")))
+    raise RequestError(Problem(key, path, reason=reason.removesuffix(".")))
 
 
 def _known(key: str, path: str, found: Sequence[Path], *, where: str) -> FoundTexts:
     named = [place for place in found if text_suffix(place)]
     broken = [place for place in named if _kind(place) == _BROKEN_LINK]
     if broken:
-        raise RequestError(describe(key, str(broken[0]), reason="the link leads to no file"))
+        raise RequestError(Problem(key, str(broken[0]), reason="the link leads to no file"))
     known = [place for place in named if _kind(place) is None]
     if known:
         taken = set(known)
         return FoundTexts(tuple(known), _kinds(place for place in found if place not in taken))
     nothing = f"{where} holds no file" if where == "the folder" else f"{where} matches no file"
-    raise RequestError(describe(key, path, reason=_not_read(found) if found else nothing))
+    raise RequestError(Problem(key, path, reason=_not_read(found) if found else nothing))
 
 
 def _below(key: str, folder: Path) -> list[Path]:
@@ -190,13 +191,13 @@ def _below(key: str, folder: Path) -> list[Path]:
             own = _identity(place)
             if own in above:
                 reason = "the link leads back to a folder that it stands in; remove it"
-                raise RequestError(describe(key, str(place), reason=reason))
+                raise RequestError(Problem(key, str(place), reason=reason))
             if own in seen:
                 continue
             entries = sorted(place.iterdir())
         except OSError as error:
             reason = f"the folder can't be listed ({error.strerror})"
-            raise RequestError(describe(key, str(place), reason=reason)) from error
+            raise RequestError(Problem(key, str(place), reason=reason)) from error
         seen.add(own)
         for entry in entries:
             if entry.name.startswith("."):

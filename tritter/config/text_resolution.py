@@ -3,12 +3,13 @@
 A checkpoint of ours says what it learned: all of that is old from then on, and its split goes on.
 """
 
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from tritter.checkpoint.history import learned_text
 from tritter.checkpoint.learned import BUILT_IN, Learned, LearnedDomain, TextSplit, told_apart
-from tritter.config.problems import describe
 from tritter.config.run_text import DomainText, RunText
 from tritter.config.schema import (
     CheckpointModelConfig,
@@ -23,9 +24,10 @@ from tritter.data.documents import documents_digest
 from tritter.data.readers import TextFileError
 from tritter.data.split import SplitRule
 from tritter.data.stdlib import stdlib_origin
-from tritter.errors import RequestError, TritterError
+from tritter.errors import Problem, RequestError, TritterError
 
 DEFAULT_FRACTION = 0.2  # of a split that begins; a lineage's own goes on
+Texts = Callable[[], Iterable[str]] | None
 _BUILT_IN_PATHS = frozenset(BUILT_IN.values())
 
 
@@ -86,7 +88,7 @@ def _split(learned: Learned, data: DataConfig, *, seed: int, notes: list[str]) -
             "text that was held out would be trained on, or validate after it was trained on. "
             "Leave it out"
         )
-        raise RequestError(describe("data.validation_fraction", asked, reason=reason))
+        raise RequestError(Problem("data.validation_fraction", asked, reason=reason))
     if seed != held.seed:
         notes.append(
             f"The split goes on with the lineage's seed {held.seed}; seed={seed} orders the data."
@@ -119,8 +121,7 @@ class _Domains:
         """
         new = self._typed(self._data.new_sources, is_old=False)
         again = {domain.name for domain in new}
-        is_typed = isinstance(self._data, TextDataConfig) and self._data.old is not None
-        old = [] if is_typed else self._all_learned(without=again)
+        old = [] if self._data.is_old_named else self._all_learned(without=again)
         named = {domain.name for domain in old}
         for domain in self._typed(self._data.old_sources, is_old=True):
             if domain.name in again:
@@ -132,7 +133,8 @@ class _Domains:
     def _typed(self, sources: TextSources, *, is_old: bool) -> list[DomainText]:
         typed: dict[str, DomainText] = {}
         for name, paths in sources.items():
-            known = self._known_as(name, tuple(paths), is_old=is_old)
+            texts = None if paths else partial(self._data.texts, name)
+            known = self._known_as(name, tuple(paths), texts, is_old=is_old)
             if known is None or known in typed:
                 others = {} if is_old else {**self._learned, **self._data.old_sources}
                 known = told_apart(name, {**others, **typed})
@@ -146,15 +148,18 @@ class _Domains:
                 is_old=is_old,
                 paths=tuple(paths),
                 text_field=self._text_field,
-                ranked=self._ranked(known),
+                texts=texts,
+                ranked=self._ranked(known) if paths else (),
             )
         return list(typed.values())
 
-    def _known_as(self, name: str, paths: tuple[str, ...], *, is_old: bool) -> str | None:
+    def _known_as(
+        self, name: str, paths: tuple[str, ...], texts: Texts, *, is_old: bool
+    ) -> str | None:
         """Return the learned domain that a typed one is: of the same text, else the same place."""
         if not self._learned:
             return None
-        if set(paths) <= _BUILT_IN_PATHS:
+        if texts is None and set(paths) <= _BUILT_IN_PATHS:
             return next((n for n, d in self._learned.items() if set(d.paths) == set(paths)), None)
         digests: dict[bool, str] = {}
         for known, domain in self._learned.items():
@@ -162,10 +167,12 @@ class _Domains:
             if is_ranked not in digests:
                 # What can't be read is told with all that is wrong with the files
                 with suppress(TextFileError):
-                    digests[is_ranked] = _digest(paths, self._text_field, is_ranked=is_ranked)
+                    digests[is_ranked] = _digest(
+                        paths, self._text_field, is_ranked=is_ranked, texts=texts
+                    )
             if domain.sha256 == digests.get(is_ranked):
                 return known
-        same_place = (n for n, d in self._learned.items() if d.paths == paths)
+        same_place = (n for n, d in self._learned.items() if paths and d.paths == paths)
         is_named = is_old and name in self._learned
         found = next(same_place, name if is_named else None)
         if found is not None:
@@ -202,8 +209,8 @@ class _Domains:
             if not self._is_text:
                 advice = f"with data=text {advice}"
             reason = f"of the text that the checkpoint learned {'; '.join(wrong)}; {advice}"
-            value = None if self._is_text else self._data.source
-            raise RequestError(describe(key, value, reason=reason))
+            value = None if self._is_text else "stdlib"
+            raise RequestError(Problem(key, value, reason=reason))
         if domains:
             self._notes.append(
                 f"Old text as the checkpoint recorded it, with its split: {', '.join(domains)}."
@@ -241,6 +248,10 @@ def _problem(domain: LearnedDomain) -> str | None:
     return None if digest == domain.sha256 else f"{', '.join(domain.paths)} has changed since"
 
 
-def _digest(paths: tuple[str, ...], text_field: str, *, is_ranked: bool) -> str:
-    documents = source_documents(paths, key="data", text_field=text_field, is_ranked=is_ranked)
+def _digest(
+    paths: tuple[str, ...], text_field: str, *, is_ranked: bool, texts: Texts = None
+) -> str:
+    documents = source_documents(
+        paths, key="data", text_field=text_field, is_ranked=is_ranked, texts=texts
+    )
     return documents_digest(documents)

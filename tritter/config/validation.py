@@ -2,44 +2,48 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from tritter.config.callbacks import (
+    asking_problems,
+    averaging_problems,
+    monitor_problems,
+    read_callbacks,
+)
 from tritter.config.checkpoint_folder import checkpoint_config
-from tritter.config.experts import expert_problems
+from tritter.config.loggers import read_loggers
+from tritter.config.moe import expert_problems
 from tritter.config.moments import carry_problems
-from tritter.config.problems import Origin, describe, nearest_key, raise_problems
-from tritter.config.reading import Reader, field_keys
+from tritter.config.optimizers import read_optimizer
+from tritter.config.reading import Origin, Reader
 from tritter.config.rounds import pipeline_problems, planned_rounds
 from tritter.config.schema import (
-    FORGETTING_OPTIONS,
-    METHOD_GROUPS,
+    OPEN_GROUPS,
     SECTIONS,
     CheckpointModelConfig,
     ModelConfig,
-    ReplayOptions,
+    OptimizerValues,
     RootValues,
     RunConfig,
     TextDataConfig,
     TrainingConfig,
     Variants,
+    WandbConfig,
 )
-from tritter.config.sections import read_section
+from tritter.config.sections import data_keys, read_section
+from tritter.config.selection import METHOD_GROUPS, method_keys, read_methods
 from tritter.config.text_resolution import run_text
-from tritter.errors import RequestError, nearest
-from tritter.expansion import EXPANSIONS, target_config
+from tritter.config.trainer_arguments import OWN_OF_TRAINER, argument_problems, split_trainer
+from tritter.errors import Problem, RequestError, nearest, raise_problems
+from tritter.expansion import target_config
 from tritter.families import Config, check_size, family_of, llama_config
 from tritter.limits import MAX_BATCH_TOKENS
+from tritter.options import field_keys
 from tritter.storage.names import named_path
-
-# Methods that work without old text.
-_NO_OLD_TEXT = {"l2sp"}
-
-METHODS: dict[str, dict[str, type]] = {
-    "expansion": dict(EXPANSIONS),
-    "forgetting": dict(FORGETTING_OPTIONS),
-}
 
 
 def known_keys() -> tuple[str, ...]:
@@ -48,45 +52,97 @@ def known_keys() -> tuple[str, ...]:
     for name, section in SECTIONS.items():
         records = section.records.values() if isinstance(section, Variants) else (section,)
         keys += dict.fromkeys(key for record in records for key in field_keys(record, name))
-    for group, registry in METHODS.items():
-        for name, record_type in registry.items():
-            keys += field_keys(record_type, f"{group}.{name}")
-    return tuple(sorted(keys))
+    keys += {f"data.{key}" for own in data_keys().values() for key in own} - {*keys}
+    keys += [*field_keys(OptimizerValues, "optimizer"), *field_keys(WandbConfig, "logger.wandb")]
+    return tuple(sorted([*keys, *method_keys()]))
 
 
-def validate(raw: Mapping[str, Any], *, origin: Origin | None = None) -> RunConfig:
+Rule = Callable[[RunConfig], Sequence[Problem]]
+
+
+class _Unread(Exception):
+    """A rule asks for a section that could not be read."""
+
+
+class _Sound:
+    """What could be read of a config, for rules; who asks for anything else gets `_Unread`."""
+
+    def __init__(self, values: Mapping[str, Any], unread: set[str]) -> None:
+        self._values, self._unread = values, unread
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._values.get(name)
+        section = "trainer" if name == "trainer_arguments" else name
+        if value is None or section in self._unread:
+            raise _Unread(name)
+        return value
+
+
+def validate(
+    raw: Mapping[str, Any], *, origin: Origin | None = None, found: Sequence[Problem] = ()
+) -> RunConfig:
     """Return the record of a composed config, given as plain values.
+
+    Sections are read one by one; then every rule across them is asked that reads none which is
+    wrong by itself, and of these last whether a run can start.
 
     Args:
         raw: nested plain values, interpolations resolved, without the `hydra` node.
         origin: tells which file a dotted key came from, for the messages.
+        found: what is known to be wrong already.
 
     Raises:
         RequestError: lists every problem with key, value, what is allowed and the nearest match.
     """
-    reader = Reader(known_keys(), origin=origin)
-    root = {name: value for name, value in raw.items() if name not in (*SECTIONS, *METHOD_GROUPS)}
-    values = reader.read(RootValues, root, prefix="")
-    sections: dict[str, Any] = {
-        name: read_section(reader, name, section, raw.get(name))
+    reader = Reader(known_keys, origin=origin)
+    reader.problems += found
+    values, unread = _read(reader, raw), set[str]()
+    sound = cast(RunConfig, _Sound(values, unread))
+
+    def text_problems(config: RunConfig) -> list[Problem]:
+        values["text"] = run_text(config.model, config.data, seed=config.seed)
+        return []
+
+    for rules in ((text_problems,), _RULES, (_begin_problems,)):
+        unread |= {problem.key.partition(".")[0] for problem in reader.problems}
+        reader.problems += [problem for rule in rules for problem in _found(rule, sound)]
+    raise_problems(reader.problems)
+    return RunConfig(**values)
+
+
+def _found(rule: Rule, config: RunConfig) -> Sequence[Problem]:
+    """Return what a rule finds; nothing where it reads a section that is wrong by itself."""
+    try:
+        return rule(config)
+    except _Unread:
+        return ()
+    except RequestError as error:
+        return error.problems
+
+
+def _read(reader: Reader, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a RunConfig but for its text; what is wrong goes to the reader."""
+    groups = (*SECTIONS, *METHOD_GROUPS, *OPEN_GROUPS)
+    root = reader.read(RootValues, {n: v for n, v in raw.items() if n not in groups}, prefix="")
+    trainer, further = split_trainer(raw.get("trainer"))
+    reader.add(argument_problems(further, own=OWN_OF_TRAINER))
+    values: dict[str, Any] = {
+        name: read_section(reader, name, section, trainer if name == "trainer" else raw.get(name))
         for name, section in SECTIONS.items()
     }
-    methods: dict[str, Any] = {
-        group: _read_methods(reader, group, raw.get(group)) for group in METHOD_GROUPS
-    }
-    raise_problems(reader.problems)
-    text = run_text(sections["model"], sections["data"], seed=values.seed)
-    config = RunConfig(
-        seed=values.seed,
-        text=text,
-        control=values.control,
-        cache_dir=_cache_folder(values.cache_dir),
-        resume=values.resume,
-        **sections,
-        **methods,
-    )
-    raise_problems(_disagreements(config))
-    return config
+    values["callbacks"] = read_callbacks(reader, raw.get("callbacks"))
+    values["logger"] = read_loggers(reader, raw.get("logger"))
+    values["optimizer"] = read_optimizer(reader, raw.get("optimizer"))
+    expansion = read_methods(reader, "expansion", raw.get("expansion"))
+    values["expansion"] = tuple(selected.options for selected in expansion)
+    values["forgetting"] = read_methods(reader, "forgetting", raw.get("forgetting"))
+    values["trainer_arguments"] = further
+    values |= {field.name: getattr(root, field.name, None) for field in fields(RootValues)}
+    try:
+        values["cache_dir"] = _cache_folder(values["cache_dir"])
+    except RequestError as error:
+        reader.problems += error.problems
+    return values
 
 
 def source_config(config: RunConfig) -> Config:
@@ -119,50 +175,10 @@ def known_config(config: RunConfig) -> Config | None:
     return source_config(config)
 
 
-def start_problems(config: RunConfig, source: Config) -> list[str]:
+def start_problems(config: RunConfig, source: Config) -> list[Problem]:
     """Return why a run can't start from a model of this config.json."""
     problems = _length_problems(config, source) or _expansion_problems(config, source)
     return problems or expert_problems(config, source)
-
-
-def _read_methods(reader: Reader, group: str, raw: object) -> tuple[Any, ...]:
-    """Read the bodies of an ordered group; `none`, an empty list and no group mean no method."""
-    registry = METHODS[group]
-    if raw is None:
-        return ()
-    if not isinstance(raw, Mapping):
-        reader.report(group, raw, reason=f"choose among none, {', '.join(registry)}, or a list")
-        return ()
-    names = [str(name) for name in raw]
-    if "none" in names:
-        if len(names) > 1:
-            reader.report(group, names, reason="none stands alone; leave it out of the list")
-        for key in raw["none"] or ():
-            reader.report_unknown(f"{group}.none.{key}", raw["none"][key])
-        return ()
-    records = []
-    for name in names:
-        if name in registry:
-            records.append(reader.read(registry[name], raw[name], prefix=f"{group}.{name}"))
-        else:
-            _report_no_method(reader, group, name, raw)
-    return tuple(records)
-
-
-def _report_no_method(reader: Reader, group: str, name: str, raw: Mapping[str, Any]) -> None:
-    """Report what stands where methods stand: a misspelt one, or a method's key without it."""
-    registry = METHODS[group]
-    key, value = f"{group}.{name}", raw[name]
-    near = nearest(name, registry)
-    if near is not None or isinstance(value, Mapping):
-        reason = f"there is no such method; there are {', '.join(registry)}"
-        reader.report(key, value, reason=reason, nearest=near)
-        return
-    bodies = [key for key in known_keys() if key.startswith(f"{group}.")]
-    chosen = [key for key in bodies if key.split(".")[1] in raw]
-    near = nearest_key(key, bodies, first=chosen)
-    reason = f"a key stands below its method, {group}.METHOD.{name}"
-    reader.report(key, value, reason=f"{reason}; methods are {', '.join(registry)}", nearest=near)
 
 
 def _cache_folder(value: str | None) -> Path:
@@ -170,81 +186,66 @@ def _cache_folder(value: str | None) -> Path:
     return named_path(folder, key="cache_dir").absolute()
 
 
-def _disagreements(config: RunConfig) -> list[str]:
-    """Return what is wrong between keys that are right one by one."""
-    problems = _batch_problems(config)
-    if isinstance(config.model, ModelConfig):
-        problems += _model_problems(config.model)
-    problems += _data_problems(config)
-    problems += _schedule_problems("pretraining", config.pretraining)
-    problems += _schedule_problems("training", config.training)
-    if config.gate.strict and not config.gate.enabled:
-        problems.append(
-            "gate.strict = true with gate.enabled = false: a gate that is off can't refuse; "
-            "use gate=strict or gate=off."
-        )
-    if config.trainer.precision == "16-mixed" and config.trainer.accelerator == "cpu":
-        problems.append(
-            "trainer.precision = 16-mixed: float16 needs a GPU; on trainer=cpu use bf16-mixed or "
-            "32-true."
-        )
-    problems += _device_problems(config)
-    problems += _replay_problems(config)
-    problems += pipeline_problems(config)
-    problems += carry_problems(config)
-    if problems:
-        return problems
-    try:
-        source = known_config(config)
-        if source is not None:
-            check_size(family_of(source), source)
-    except RequestError as error:
-        return [str(error).replace("config.json: ", "model: ")]
-    return [] if source is None else start_problems(config, source)
+def _begin_problems(config: RunConfig) -> list[Problem]:
+    source = known_config(config)
+    if source is None:
+        return []
+    check_size(family_of(source), source)
+    return start_problems(config, source)
 
 
-def _batch_problems(config: RunConfig) -> list[str]:
+def _gate_problems(config: RunConfig) -> list[Problem]:
+    if not config.gate.strict or config.gate.enabled:
+        return []
+    reason = "with gate.enabled = false a gate can't refuse; use gate=strict or gate=off"
+    return [Problem("gate.strict", True, reason=reason)]
+
+
+def _batch_problems(config: RunConfig) -> list[Problem]:
     size, length = config.data.batch_size, config.data.sequence_length
     if size * length <= MAX_BATCH_TOKENS:
         return []
-    return [
-        f"data.batch_size = {size}: with data.sequence_length = {length} a batch has "
-        f"{size * length:,} tokens; allowed is at most {MAX_BATCH_TOKENS:,}."
-    ]
+    reason = (
+        f"with data.sequence_length = {length} a batch has {size * length:,} tokens; allowed is "
+        f"at most {MAX_BATCH_TOKENS:,}"
+    )
+    return [Problem("data.batch_size", size, reason=reason)]
 
 
-def _device_problems(config: RunConfig) -> list[str]:
+def _precision_problems(config: RunConfig) -> list[Problem]:
+    if config.trainer.precision != "16-mixed" or config.trainer.accelerator != "cpu":
+        return []
+    reason = "float16 needs a GPU; on trainer=cpu use bf16-mixed or 32-true"
+    return [Problem("trainer.precision", "16-mixed", reason=reason)]
+
+
+def _device_problems(config: RunConfig) -> list[Problem]:
     trainer, batch_size = config.trainer, config.data.batch_size
     if trainer.strategy != "ddp":
         if trainer.devices == 1:
             return []
-        return [
-            f"trainer.devices = {trainer.devices}: several devices train together with "
-            "trainer=ddp; else allowed is 1."
-        ]
+        reason = "several devices train together with trainer=ddp; else allowed is 1"
+        return [Problem("trainer.devices", trainer.devices, reason=reason)]
     problems = []
     if trainer.devices == 1:
-        problems.append(
-            "trainer.devices = 1: trainer=ddp is for 2 or more; for one device use trainer=cpu or "
-            "trainer=gpu."
-        )
+        reason = "trainer=ddp is for 2 or more; for one device use trainer=cpu or trainer=gpu"
+        problems.append(Problem("trainer.devices", 1, reason=reason))
     if trainer.accelerator == "auto":
-        problems.append(
-            "trainer.accelerator = auto: trainer=ddp has to be told which devices; allowed are cpu "
-            "and gpu."
-        )
+        reason = "trainer=ddp has to be told which devices; allowed are cpu and gpu"
+        problems.append(Problem("trainer.accelerator", "auto", reason=reason))
     if batch_size % trainer.devices:
-        problems.append(
-            f"data.batch_size = {batch_size}: each of trainer.devices = {trainer.devices} takes an "
-            f"equal part; nearest: {_nearest_multiples(batch_size, trainer.devices)}."
+        reason = (
+            f"each of trainer.devices = {trainer.devices} takes an equal part; nearest: "
+            f"{_nearest_multiples(batch_size, trainer.devices)}"
         )
+        problems.append(Problem("data.batch_size", batch_size, reason=reason))
     return problems
 
 
-def _data_problems(config: RunConfig) -> list[str]:
+def _data_problems(config: RunConfig) -> list[Problem]:
     old, new = config.data.old_sources, config.data.new_sources
     problems = [
-        describe(f"data.new.{name}", new[name], reason="an old domain has that name already")
+        Problem(f"data.new.{name}", new[name], reason="an old domain has that name already")
         for name in new
         if name in old
     ]
@@ -252,33 +253,41 @@ def _data_problems(config: RunConfig) -> list[str]:
         return problems
     if isinstance(config.model, ModelConfig):
         reason = "the base is pretrained on old text; name it, or start from a checkpoint: model=hf"
-        return [*problems, describe("data.old", None, reason=reason)]
+        return [*problems, Problem("data.old", None, reason=reason)]
     typed = config.data.old if isinstance(config.data, TextDataConfig) else None
-    needing = [options.name for options in config.forgetting if options.name not in _NO_OLD_TEXT]
+    needing = [one.name for one in config.forgetting if one.kind.needs(one.options).old_text]
     if needing:
         reason = (
             f"{' and '.join(needing)} against forgetting needs old text; name it, or choose "
             "forgetting=none"
         )
-        problems.append(describe("data.old", typed, reason=reason))
+        problems.append(Problem("data.old", typed, reason=reason))
     return problems
 
 
-def _length_problems(config: RunConfig, source: Config) -> list[str]:
+def _length_problems(config: RunConfig, source: Config) -> list[Problem]:
     length, limit = config.data.sequence_length, source.get("max_position_embeddings")
     if not isinstance(limit, int) or length <= limit:
         return []
     where = "model" if isinstance(config.model, ModelConfig) else "config.json"
-    return [
-        f"data.sequence_length = {length}: the model has positions for "
-        f"{where}.max_position_embeddings = {limit}; allowed is at most that."
-    ]
+    reason = (
+        f"the model has positions for {where}.max_position_embeddings = {limit}; allowed is at "
+        "most that"
+    )
+    return [Problem("data.sequence_length", length, reason=reason)]
 
 
-def _model_problems(model: ModelConfig) -> list[str]:
+def _model_problems(config: RunConfig) -> list[Problem]:
+    model = config.model
+    if not isinstance(model, ModelConfig):
+        return []
     problems = [
-        f"model.{key} = {value}: it has to be a multiple of model.{divisor_key} = {divisor}; "
-        f"nearest: {_nearest_multiples(value, divisor)}."
+        Problem(
+            f"model.{key}",
+            value,
+            reason=f"it has to be a multiple of model.{divisor_key} = {divisor}; nearest: "
+            f"{_nearest_multiples(value, divisor)}",
+        )
         for key, value, divisor_key, divisor in (
             ("hidden_size", model.hidden_size, "num_attention_heads", model.num_attention_heads),
             (
@@ -292,11 +301,11 @@ def _model_problems(model: ModelConfig) -> list[str]:
     ]
     pairs = 2 * model.num_attention_heads
     if not problems and model.hidden_size % pairs:
-        problems.append(
-            f"model.hidden_size = {model.hidden_size}: rotary positions turn pairs, so each of the "
-            f"{model.num_attention_heads} heads needs an even width; nearest: "
-            f"{_nearest_multiples(model.hidden_size, pairs)}."
+        reason = (
+            f"rotary positions turn pairs, so each of the {model.num_attention_heads} heads needs "
+            f"an even width; nearest: {_nearest_multiples(model.hidden_size, pairs)}"
         )
+        problems.append(Problem("model.hidden_size", model.hidden_size, reason=reason))
     return problems
 
 
@@ -305,23 +314,28 @@ def _nearest_multiples(value: int, divisor: int) -> str:
     return f"{below} or {above}" if below else str(above)
 
 
-def _schedule_problems(prefix: str, training: TrainingConfig) -> list[str]:
+def _schedule_problems(config: RunConfig, prefix: str) -> list[Problem]:
+    training: TrainingConfig = getattr(config, prefix)
     if training.schedule != "wsd" or training.warmup_ratio + training.decay_ratio <= 1:
         return []
-    return [
-        f"{prefix}.decay_ratio = {training.decay_ratio}: with {prefix}.warmup_ratio = "
-        f"{training.warmup_ratio} more than all steps are spoken for; allowed is at most "
-        f"{1 - training.warmup_ratio:g}."
-    ]
+    reason = (
+        f"with {prefix}.warmup_ratio = {training.warmup_ratio} more than all steps are spoken "
+        f"for; allowed is at most {1 - training.warmup_ratio:g}"
+    )
+    return [Problem(f"{prefix}.decay_ratio", training.decay_ratio, reason=reason)]
 
 
-def _replay_problems(config: RunConfig) -> list[str]:
-    sequences = config.training.max_steps * config.data.batch_size
-    replays = [options for options in config.forgetting if isinstance(options, ReplayOptions)]
+def _replay_problems(config: RunConfig) -> list[Problem]:
+    gathered = config.trainer_arguments.get("accumulate_grad_batches", 1)
+    sequences = config.training.max_steps * gathered * config.data.batch_size
+    replays = [one.options for one in config.forgetting if one.name == "replay"]
     problems = [
-        f"forgetting.replay.fraction = {options.fraction}: of the {sequences} sequences that are "
-        f"trained on not one would be replayed; use at least {1 / sequences:.2g}, or leave replay "
-        "out."
+        Problem(
+            "forgetting.replay.fraction",
+            options.fraction,
+            reason=f"of the {sequences} sequences that are trained on not one would be replayed; "
+            f"use at least {1 / sequences:.2g}, or leave replay out",
+        )
         for options in replays
         if math.floor(sequences * options.fraction) < 1
     ]
@@ -330,11 +344,11 @@ def _replay_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _weight_problems(weights: Mapping[str, float], old: Sequence[str]) -> list[str]:
+def _weight_problems(weights: Mapping[str, float], old: Sequence[str]) -> list[Problem]:
     key = "forgetting.replay.weights"
     known = ", ".join(old) or "none"
     problems = [
-        describe(
+        Problem(
             f"{key}.{name}",
             weight,
             reason=f"there is no such old domain; there are {known}",
@@ -345,16 +359,34 @@ def _weight_problems(weights: Mapping[str, float], old: Sequence[str]) -> list[s
     ]
     if not problems and old and not any(weights.get(name, 1) for name in old):
         reason = "every old domain has the weight 0; leave replay out instead"
-        problems.append(describe(key, dict(weights), reason=reason))
+        problems.append(Problem(key, dict(weights), reason=reason))
     return problems
 
 
-def _expansion_problems(config: RunConfig, source: Config) -> list[str]:
+def _expansion_problems(config: RunConfig, source: Config) -> list[Problem]:
     try:
         if config.pipeline.target_params is not None:
             planned_rounds(config, source)
         else:
             target_config(source, config.expansion)
     except RequestError as error:
-        return [str(error)]
+        return list(error.problems)
     return []
+
+
+_RULES: tuple[Rule, ...] = (
+    _batch_problems,
+    _model_problems,
+    _data_problems,
+    partial(_schedule_problems, prefix="pretraining"),
+    partial(_schedule_problems, prefix="training"),
+    _gate_problems,
+    _precision_problems,
+    _device_problems,
+    _replay_problems,
+    pipeline_problems,
+    carry_problems,
+    asking_problems,
+    averaging_problems,
+    monitor_problems,
+)

@@ -2,12 +2,9 @@
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,6 +15,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tritter.errors import RequestError, TritterError
+from tritter.storage.atomic import atomic_folder, write_text_atomic
+from tritter.storage.hashing import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def read_entry(folder: Path) -> CacheEntry | None:
     try:
         checksums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
         for name in _FILES:
-            if checksums[name] != _file_digest(folder / name):
+            if checksums[name] != file_digest(folder / name):
                 raise BrokenEntryError(f"{name} does not match its checksum")
         return CacheEntry(
             tensors=load_file(folder / _TENSORS),
@@ -71,16 +70,12 @@ def write_entry(folder: Path, entry: CacheEntry) -> None:
     Raises:
         RequestError: the cache cannot be written.
     """
-    with _write_errors(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
-        try:
-            temporary.mkdir()
+    try:
+        with atomic_folder(folder) as temporary:
             _write_files(temporary, entry)
-            if not folder.exists():
-                _move(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    except TritterError as error:
+        if not folder.exists():
+            raise _unwritable(folder.parent, error) from error
 
 
 def set_aside(path: Path, *, reason: str) -> None:
@@ -114,9 +109,7 @@ def write_note(path: Path, line: str) -> None:
     """
     with _write_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
-        temporary.write_text(line + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_text_atomic(path, line + "\n")
 
 
 def require_writable(folder: Path) -> None:
@@ -136,44 +129,24 @@ def require_writable(folder: Path) -> None:
 def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise RequestError(
-            f"cache_dir: {folder} cannot be written ({error.strerror or error}). "
-            f"Name a folder that can be: cache_dir=PATH."
-        ) from error
+    except (OSError, TritterError) as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: Exception) -> RequestError:
+    reason = getattr(error, "strerror", None) or error
+    return RequestError(
+        f"cache_dir: {folder} cannot be written ({reason}). "
+        "Name a folder that can be: cache_dir=PATH."
+    )
 
 
 def _write_files(folder: Path, entry: CacheEntry) -> None:
     save_file(dict(entry.tensors), folder / _TENSORS, metadata={"format": "pt"})
     (folder / _METADATA).write_text(_json(entry.metadata), encoding="utf-8")
     entry.tokenizer.save(str(folder / _TOKENIZER))
-    checksums = {name: _file_digest(folder / name) for name in _FILES}
+    checksums = {name: file_digest(folder / name) for name in _FILES}
     (folder / _CHECKSUMS).write_text(_json(checksums), encoding="utf-8")
-    for path in (*(folder / name for name in _FILES), folder / _CHECKSUMS, folder):
-        _sync(path)
-
-
-def _move(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.exists():  # not a lost race
-            raise
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folder
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _file_digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
 
 
 def _json(value: object) -> str:

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from tritter.evaluation.bootstrap import studentised_errors
-from tritter.evaluation.student_t import normal_quantile
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Estimate:
         standard_error: of the value.
         n: independent documents behind it.
         errors: float64 [R], sorted: errors in units of their own standard error that samples like
-            this one make. Empty where nothing is known of them.
+            this one make, or their quantiles. Empty where nothing is known of them.
     """
 
     value: float
@@ -64,11 +64,11 @@ class Estimate:
         margin = (self.upper if is_below else self.lower)(confidence) - self.value
         if not math.isfinite(margin) or distance == 0:
             return None
-        z, root = normal_quantile(confidence), math.sqrt(self.n)
+        z, root = NormalDist().inv_cdf(confidence), math.sqrt(self.n)
         deviation = self.standard_error * root
         excess = max(0.0, abs(margin) - z * self.standard_error) * root
         # distance · x² = (z(confidence) + z(power)) · deviation · x + excess · root, with x = √n
-        linear = (z + normal_quantile(power)) * deviation
+        linear = (z + NormalDist().inv_cdf(power)) * deviation
         x = (linear + math.sqrt(linear**2 + 4 * distance * excess * root)) / (2 * distance)
         return max(2, math.ceil(x**2))
 

@@ -11,10 +11,15 @@ from typing import Any, Literal
 
 import torch
 
-from tritter.evaluation.estimate import finite_or_none
+from tritter.evaluation.estimate import Estimate, finite_or_none
 from tritter.evaluation.jump import Jump
-from tritter.evaluation.losses import DocumentLosses
-from tritter.evaluation.statistics import carrying_documents, relative_change
+from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import (
+    above_chance,
+    carrying_items,
+    drop_in_points,
+    relative_harm,
+)
 
 Verdict = Literal["passed", "failed", "undecided", "reported"]
 Status = Literal["kept", "rolled_back", "undecided"]
@@ -35,11 +40,12 @@ class Check:
     Attributes:
         name: retention, new_capability, preservation or training.
         subject: the domain, or what else was looked at.
-        value: the measured number; None when there is none (a loss that is not finite).
+        value: the measured number, positive where the model became worse; None when there is
+            none (a loss that is not finite).
         bound: what it was held against; None when it is only reported.
         lower, upper: one-sided bounds, each at `confidence`; infinite where none is known.
-        n: documents behind the value.
-        documents_needed: documents in all that would decide, at least `MIN_DOCUMENTS`; only of an
+        n: documents or items behind the value.
+        documents_needed: how many in all would decide, at least `MIN_DOCUMENTS`; only of an
             undecided check.
     """
 
@@ -73,36 +79,52 @@ class Check:
 
 
 def retention_check(
-    domain: str, before: DocumentLosses, after: DocumentLosses, *, bound: float, confidence: float
+    subject: str, before: PairedScores, after: PairedScores, *, bound: float, confidence: float
 ) -> Check:
-    """Ask whether the loss on an old domain rose by no more than `bound`, per byte.
+    """Ask whether no more than a part `bound` of an old domain or task was lost.
 
-    Passed when the one-sided upper bound of the rise is at most `bound`, failed when the lower
-    bound is above it; undecided below `MIN_DOCUMENTS`.
+    A domain loses by a rise of its loss per byte, a task by a drop of its accuracy above chance.
+    Passed when the one-sided upper bound of the harm is at most `bound`, failed when the lower
+    bound is above it; undecided below `MIN_DOCUMENTS`. Reported where the accuracy was not surely
+    above chance before: there is nothing to lose.
     """
 
     def verdict(lower: float, upper: float) -> Verdict:
         return "passed" if upper <= bound else "failed" if lower > bound else "undecided"
 
-    return _change_check(
-        "retention", domain, before, after, verdict=verdict, bound=bound, confidence=confidence
+    if before.unit == "accuracy" and not above_chance(before).lower(confidence) > 0:
+        detail = f"accuracy {before.mean():.1%} before is not surely above chance"
+        return Check("retention", subject, "reported", detail, n=len(before))
+    return _harm_check(
+        "retention",
+        subject,
+        _Comparison(before, after, relative_harm, "{:+.2%} of what is above chance"),
+        verdict=verdict,
+        bound=bound,
+        confidence=confidence,
     )
 
 
 def new_capability_check(
-    domain: str, before: DocumentLosses, after: DocumentLosses, *, confidence: float
+    subject: str, before: PairedScores, after: PairedScores, *, confidence: float
 ) -> Check:
-    """Ask whether the loss on a new domain fell, per byte.
+    """Ask whether the loss on a new domain fell, per byte, or the accuracy of a new task rose.
 
-    Passed when the one-sided upper bound of the change is below zero, failed when the lower bound
-    is not; undecided below `MIN_DOCUMENTS`.
+    Passed when the one-sided upper bound of the harm is below zero, failed when the lower bound
+    is not; undecided below `MIN_DOCUMENTS`. An accuracy may start at chance, so points count.
     """
 
     def verdict(lower: float, upper: float) -> Verdict:
         return "passed" if upper < 0 else "failed" if lower >= 0 else "undecided"
 
-    return _change_check(
-        "new_capability", domain, before, after, verdict=verdict, bound=0.0, confidence=confidence
+    estimate = relative_harm if before.unit == "nats" else drop_in_points
+    return _harm_check(
+        "new_capability",
+        subject,
+        _Comparison(before, after, estimate, "{:+.2%} points"),
+        verdict=verdict,
+        bound=0.0,
+        confidence=confidence,
     )
 
 
@@ -141,28 +163,49 @@ def decide(checks: Iterable[Check], *, enabled: bool) -> Status:
     return "kept"
 
 
-def _change_check(
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """Two models' scores, how the harm between them is estimated, and how a drop is said."""
+
+    before: PairedScores
+    after: PairedScores
+    estimate: Callable[[PairedScores, PairedScores], Estimate]
+    drop: str
+
+    @property
+    def items(self) -> str:
+        return "documents" if self.before.unit == "nats" else "items"
+
+    def text(self, harm: float) -> str:
+        if self.before.unit == "nats":
+            return f"loss per byte {harm:+.2%}"
+        means = f"accuracy {self.before.mean():.1%} to {self.after.mean():.1%}"
+        return f"{means}, a drop of {self.drop.format(harm)}"
+
+
+def _harm_check(
     name: str,
-    domain: str,
-    before: DocumentLosses,
-    after: DocumentLosses,
+    subject: str,
+    compared: _Comparison,
     *,
     verdict: Callable[[float, float], Verdict],
     bound: float,
     confidence: float,
 ) -> Check:
-    if (count := _num_non_finite(after)) > 0:
-        return _broken(name, domain, after, num_non_finite=count, bound=bound)
-    change = relative_change(before, after)
-    lower, upper = change.lower(confidence), change.upper(confidence)
-    is_enough = change.n >= MIN_DOCUMENTS
+    before, after, items = compared.before, compared.after, compared.items
+    if not_finite := int((~torch.isfinite(after.values)).sum()):
+        detail = f"the loss is not finite on {not_finite} of {len(after)} documents"
+        return Check(name, subject, "failed", detail, bound=bound, n=len(after))
+    harm = compared.estimate(before, after)
+    lower, upper = harm.lower(confidence), harm.upper(confidence)
+    is_enough = harm.n >= MIN_DOCUMENTS
     answer: Verdict = verdict(lower, upper) if is_enough else "undecided"
     needed = None
     if answer == "undecided":
-        needed = change.documents_to_decide(bound, confidence)
+        needed = harm.documents_to_decide(bound, confidence)
     if not is_enough:
         needed = max(MIN_DOCUMENTS, needed or 0)
-    detail = f"loss per byte {change.value:+.2%} on {change.n} documents, " + (
+    detail = f"{compared.text(harm.value)} on {harm.n} {items}, " + (
         f"one-sided {confidence:.0%} bounds {_bound_text(lower)} and {_bound_text(upper)}, "
         f"allowed {bound:+.2%}"
         if is_enough
@@ -170,21 +213,21 @@ def _change_check(
     )
     if answer == "undecided":
         detail += "; " + (
-            f"about {needed} documents would decide"
-            if needed
-            else "no number of documents is known"
+            f"about {needed} {items} would decide" if needed else f"no number of {items} is known"
         )
+    if before.unit == "nats":
+        detail += _carried_by(carrying_items(before, after), n=harm.n)
     return Check(
         name,
-        domain,
+        subject,
         answer,
-        detail + _carried_by(carrying_documents(before, after), n=change.n),
-        value=change.value,
+        detail,
+        value=harm.value,
         bound=bound,
         lower=lower,
         upper=upper,
         confidence=confidence,
-        n=change.n,
+        n=harm.n,
         documents_needed=needed,
     )
 
@@ -201,14 +244,3 @@ def _carried_by(names: Sequence[str], *, n: int) -> str:
     more = ", .." if len(names) > _MOST_NAMES else ""
     number = "one document" if len(names) == 1 else f"{len(names)} documents"
     return f"; half of the spread comes from {number}: {shown}{more}"
-
-
-def _num_non_finite(losses: DocumentLosses) -> int:
-    return int((~torch.isfinite(losses.nats)).sum())
-
-
-def _broken(
-    name: str, domain: str, after: DocumentLosses, *, num_non_finite: int, bound: float
-) -> Check:
-    detail = f"the loss is not finite on {num_non_finite} of {len(after)} documents"
-    return Check(name, domain, "failed", detail, bound=bound, n=len(after))

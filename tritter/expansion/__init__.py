@@ -7,8 +7,10 @@ from tritter.expansion.moe import Moe
 from tritter.expansion.moe_add import MoeAdd, closed_experts
 from tritter.expansion.specification import (
     ExpansionSpec,
-    ExpansionStep,
+    ResolvedExpansion,
     build_steps,
+    checked_specs,
+    composed,
     target_config,
 )
 from tritter.expansion.width import Width
@@ -21,14 +23,16 @@ __all__ = [
     "EXPANSIONS",
     "Dus",
     "ExpansionSpec",
-    "ExpansionStep",
     "Interpolate",
     "LlamaPro",
     "Moe",
     "MoeAdd",
+    "ResolvedExpansion",
     "Stack",
     "Width",
     "build_steps",
+    "checked_specs",
     "closed_experts",
+    "composed",
     "target_config",
 ]

@@ -6,20 +6,23 @@ residual stream, they keep it.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
 
 from tritter.expansion.layers import (
     block_insertion_sources,
     depth_upscale_sources,
     interpolation_sources,
-    layer_map,
     repeated_layers,
     stack_sources,
 )
 from tritter.families import Config, Family
 from tritter.limits import MAX_LAYERS
-from tritter.parameter_map import ParameterMap
+from tritter.options import options
+
+if TYPE_CHECKING:
+    from tritter.parameter_map import ParameterMap
 
 
 class CopiedLayers(ABC):
@@ -39,7 +42,7 @@ class CopiedLayers(ABC):
     @property
     @abstractmethod
     def is_exact(self) -> bool:
-        """True when copies begin as identities, whose optimiser state starts anew."""
+        """True when copies begin as identities, whose optimizer state starts anew."""
 
     @property
     def new_blocks_only(self) -> bool:
@@ -51,7 +54,9 @@ class CopiedLayers(ABC):
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
+    ) -> "ParameterMap":
+        from tritter.expansion.layer_map import layer_map  # a plan needs no maps, nor torch
+
         sources = self.layer_sources(family.dimensions(source).num_hidden_layers)
         identities = repeated_layers(sources) if self.is_exact else frozenset()
         return layer_map(family, target, sources, identities=identities, seed=seed)
@@ -60,7 +65,7 @@ class CopiedLayers(ABC):
         return ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class Dus(CopiedLayers):
     """Depth up-scaling as in SOLAR (arXiv 2312.15166): two overlapping copies of the stack.
 
@@ -74,8 +79,8 @@ class Dus(CopiedLayers):
     """
 
     name: ClassVar[str] = "dus"
-    target_layers: int | None = field(default=None, metadata={"minimum": 2, "maximum": MAX_LAYERS})
-    drop_layers: int | None = field(default=None, metadata={"minimum": 0, "maximum": MAX_LAYERS})
+    target_layers: Annotated[int, Field(ge=2, le=MAX_LAYERS)] | None = None
+    drop_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)] | None = None
     identity_init: bool = False
 
     @property
@@ -88,7 +93,7 @@ class Dus(CopiedLayers):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class Stack(CopiedLayers):
     """Depthwise stacking (G_stack of arXiv 2405.15319): whole copies of the stack.
 
@@ -101,7 +106,7 @@ class Stack(CopiedLayers):
     """
 
     name: ClassVar[str] = "stack"
-    target_layers: int | None = field(default=None, metadata={"minimum": 2, "maximum": MAX_LAYERS})
+    target_layers: Annotated[int, Field(ge=2, le=MAX_LAYERS)] | None = None
     partial: bool = False
     identity_init: bool = False
 
@@ -118,7 +123,7 @@ class Stack(CopiedLayers):
         return (f"the last copy is partial: {rest} of {layers} layers",) if rest else ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class Interpolate(CopiedLayers):
     """Copies between the layers, each directly behind its own (interpolation, arXiv 2405.15319).
 
@@ -131,7 +136,7 @@ class Interpolate(CopiedLayers):
     """
 
     name: ClassVar[str] = "interpolate"
-    target_layers: int | None = field(default=None, metadata={"minimum": 2, "maximum": MAX_LAYERS})
+    target_layers: Annotated[int, Field(ge=2, le=MAX_LAYERS)] | None = None
     identity_init: bool = False
 
     @property
@@ -149,12 +154,12 @@ class Interpolate(CopiedLayers):
         return (f"1.5 times {layers} layers are {1.5 * layers:g}, rounded up to {rounded}",)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class LlamaPro(CopiedLayers):
     """Block expansion as in LLaMA Pro (arXiv 2401.02415): identity copies between the layers.
 
     A new block is a copy of the block below with attention output and FFN down projection zero,
-    so the function is preserved; its optimiser state starts anew.
+    so the function is preserved; its optimizer state starts anew.
 
     Args:
         target_layers: layers afterwards. Default: n + ⌈n/2⌉, or n + the number of positions.
@@ -165,10 +170,8 @@ class LlamaPro(CopiedLayers):
     """
 
     name: ClassVar[str] = "llama_pro"
-    target_layers: int | None = field(default=None, metadata={"minimum": 2, "maximum": MAX_LAYERS})
-    positions: tuple[int, ...] | None = field(
-        default=None, metadata={"minimum": 0, "maximum": MAX_LAYERS}
-    )
+    target_layers: Annotated[int, Field(ge=2, le=MAX_LAYERS)] | None = None
+    positions: tuple[Annotated[int, Field(ge=0, le=MAX_LAYERS)], ...] | None = None
     new_blocks_only: bool = False
 
     @property

@@ -1,20 +1,13 @@
-"""Which layer each target layer copies, under every depth rule, and the map that follows.
+"""Which layer each target layer copies, under every depth rule.
 
 A rule returns a list of source layers, one per target layer. The first occurrence of a layer is
 the layer itself; every further one is a copy.
 """
 
 import math
-import re
 from collections.abc import Sequence
 
 from tritter.errors import RequestError
-from tritter.families import Config, Family, Port
-from tritter.families.family import is_branch_output
-from tritter.parameter_map import ParameterMap, TensorMap
-from tritter.seeds import derived_seed
-
-_SILENT_NOISE = 0.01
 
 
 def depth_upscale_sources(
@@ -127,48 +120,6 @@ def repeated_layers(sources: Sequence[int]) -> frozenset[int]:
     """Return the target layers that are further copies of a layer that stands already."""
     first = {source: target for target, source in reversed(list(enumerate(sources)))}
     return frozenset(target for target, source in enumerate(sources) if first[source] != target)
-
-
-def layer_map(
-    family: Family,
-    target: Config,
-    layer_sources: Sequence[int],
-    *,
-    identities: frozenset[int],
-    seed: int,
-) -> ParameterMap:
-    """Return the map that gives each target layer the tensors of its source layer.
-
-    Args:
-        target: the config afterwards; each layer's pattern is that of its source layer.
-        identities: target layers whose writes to the residual stream become zero, and whose
-            moments and importances start anew.
-        seed: of the noise behind silent norms.
-    """
-    tensors: dict[str, TensorMap] = {}
-    for tensor in family.logical_tensors(target):
-        in_layer = re.fullmatch(r"layers\.(\d+)\.(.+)", tensor.name)
-        if in_layer is None:
-            tensors[tensor.name] = TensorMap(source=tensor.name)
-            continue
-        layer, kind = int(in_layer[1]), in_layer[2]
-        is_identity = layer in identities
-        is_zeroed = is_identity and family.branch_output(tensor)
-        output = tensor.axes[0]
-        is_norm = output.port is Port.GAIN
-        # A row that writes nothing to a gain of zero would stay so: rows that an expansion before
-        # this one left zero are among what is copied. Silent as the norm is, noise costs nothing.
-        is_silenced = output.port is Port.WRITE and is_branch_output(output.space)
-        tensors[tensor.name] = TensorMap(
-            source=f"layers.{layer_sources[layer]}.{kind}",
-            is_zeroed=is_zeroed,
-            offset=family.norm_offset if is_zeroed and is_norm else 0.0,
-            state="fresh" if is_identity else "carry",
-            is_copy=is_identity and is_silenced,
-            noise=_SILENT_NOISE if is_identity and is_silenced else 0.0,
-            noise_seed=derived_seed(seed, "noise", tensor.name) if is_silenced else 0,
-        )
-    return ParameterMap(tensors=tensors, layer_sources=tuple(layer_sources))
 
 
 def _default_target(layers: int) -> int:

@@ -11,26 +11,23 @@ which a token takes k, gets 1/C of the gradient and, since its tokens are k/C of
 each, 1/(C·k) of the gradient's variance (measured with 8 and 2: 0.051–0.059 for 0.0625).
 """
 
-import math
-import re
-from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
 from tritter.errors import RequestError
 from tritter.expansion.partners import ExpertSizes, partner_config, partner_of
-from tritter.families import Config, Family, LogicalTensor
+from tritter.families import Config, Family, ffn_sizes
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS
-from tritter.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
-from tritter.seeds import derived_seed
+from tritter.options import options
 
-_COUNT = {"minimum": 1, "maximum": MAX_EXPERTS}
+if TYPE_CHECKING:
+    from tritter.parameter_map import ParameterMap
+
 DEFAULT_COPIES, DEFAULT_COPIES_PER_TOKEN = 8, 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class Moe:
     """Copy each FFN into experts behind a new router.
 
@@ -48,14 +45,12 @@ class Moe:
 
     name: ClassVar[str] = "moe"
     expansion_type: ClassVar[str] = "moe"
-    num_experts: int | None = field(default=None, metadata={"minimum": 2, "maximum": MAX_EXPERTS})
-    experts_per_token: int | None = field(default=None, metadata=_COUNT)
-    noise: float = field(default=0.01, metadata={"minimum": 0.0})
-    reinit_fraction: float = field(default=0.0, metadata={"minimum": 0.0, "below": 1.0})
-    granularity: int = field(default=1, metadata=_COUNT)
-    layers: tuple[int, ...] | None = field(
-        default=None, metadata={"minimum": 0, "maximum": MAX_LAYERS}
-    )
+    num_experts: Annotated[int, Field(ge=2, le=MAX_EXPERTS)] | None = None
+    experts_per_token: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
+    noise: Annotated[float, Field(ge=0)] = 0.01
+    reinit_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    granularity: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] = 1
+    layers: tuple[Annotated[int, Field(ge=0, le=MAX_LAYERS)], ...] | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -76,6 +71,12 @@ class Moe:
     def target_config(self, family: Family, config: Config) -> Config:
         partner_of(family)
         dimensions = family.dimensions(config)
+        if widths := ffn_sizes(config):
+            raise RequestError(
+                f"expansion.moe: the FFNs of this model are {min(widths)} to {max(widths)} wide, "
+                "and experts have one width in all layers; export --format hf pads them to the "
+                "widest, and what it writes can be expanded."
+            )
         self._check_counts()
         size, rest = divmod(dimensions.intermediate_size, self.granularity)
         if rest:
@@ -94,15 +95,19 @@ class Moe:
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
-        partner = partner_of(family)
-        copies = _Copies(self, partner, target, size=partner.dimensions(target).expert_size)
-        tensors = {
-            tensor.name: copies.tensor_map(tensor, seed=seed)
-            for tensor in partner.logical_tensors(target)
-        }
-        layers = family.dimensions(source).num_hidden_layers
-        return ParameterMap(tensors=tensors, layer_sources=tuple(range(layers)))
+    ) -> "ParameterMap":
+        from tritter.expansion.moe_map import Copies  # a plan needs no maps, nor torch
+
+        copies = Copies(
+            partner_of(family),
+            target,
+            num_experts=self.total_experts,
+            experts_per_token=self.chosen_experts,
+            granularity=self.granularity,
+            noise=self.noise,
+            reinit_fraction=self.reinit_fraction,
+        )
+        return copies.parameter_map(seed=seed)
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         partner = partner_of(family)
@@ -158,114 +163,6 @@ class Moe:
                 f"expansion.moe.experts_per_token = {chosen}: a token cannot take more than the "
                 f"{total} experts of a layer; allowed is at most {total}."
             )
-
-
-@dataclass(frozen=True, slots=True)
-class _Copies:
-    """The maps of one upcycling.
-
-    Args:
-        size: neurons of one expert.
-    """
-
-    options: Moe
-    partner: Family
-    target: Config
-    size: int
-    _factors: dict[tuple[int, bool], AxisFactor] = field(default_factory=dict, repr=False)
-
-    @property
-    def share(self) -> float:
-        """What a copy gets of the dense gradient when the router is balanced."""
-        return self.options.granularity / self.options.total_experts
-
-    @property
-    def has_shared_expert(self) -> bool:
-        return self.partner.dimensions(self.target).shared_expert_size > 0
-
-    def tensor_map(self, tensor: LogicalTensor, *, seed: int) -> TensorMap:
-        if tensor.expert is not None:
-            return self._expert(tensor, tensor.expert, seed=seed)
-        in_layer = re.fullmatch(r"(layers\.\d+\.)(.+)", tensor.name)
-        part = in_layer[2] if in_layer else tensor.name
-        if part == "router":
-            return self._router(tensor, seed=seed)
-        shape = self.partner.shape(tensor, self.target)
-        if part == "shared_expert_gate":
-            return TensorMap.created(shape, Fill())  # a sigmoid of zero: one half
-        source = tensor.name.replace("shared_expert.", "ffn.")
-        if part == "shared_expert.down":
-            one = torch.ones(shape[0], dtype=torch.float64)
-            doubled = AxisFactor(torch.arange(shape[0]), weight=2 * one, gradient=one / 2)
-            return TensorMap(source=source, axes=(doubled, None))
-        return TensorMap(source=source)
-
-    def _router(self, tensor: LogicalTensor, *, seed: int) -> TensorMap:
-        """Draw the rows so that the logits have about unit scale, whatever the hidden size."""
-        shape = self.partner.shape(tensor, self.target)
-        fill = Fill(
-            kind="random",
-            std=1 / math.sqrt(shape[1]),
-            seed=derived_seed(seed, "fill", tensor.name),
-            repeat=self.options.granularity,
-        )
-        return TensorMap.created(shape, fill)
-
-    def _expert(self, tensor: LogicalTensor, expert: int, *, seed: int) -> TensorMap:
-        copy, piece = divmod(expert, self.options.granularity)
-        stem, part = tensor.name.rsplit(".", 1)
-        is_down = part == "down"
-        factor = self._factor(piece, stem, is_down=is_down, seed=seed)
-        scale = self._scale(is_down=is_down)
-        fill = Fill(kind="matched", scale=scale, seed=derived_seed(seed, "fill", tensor.name))
-        return TensorMap(
-            source=re.sub(r"experts\.\d+", "ffn", tensor.name),
-            axes=(None, factor) if is_down else (factor, None),
-            fill=fill if self.options.reinit_fraction else Fill(),
-            is_zeroed=is_down and self.has_shared_expert,
-            # Behind silent outputs there is no gradient that dense moments could stand for
-            state="fresh" if self.has_shared_expert else "carry",
-            noise=scale * self.options.noise if copy else 0.0,
-            noise_seed=derived_seed(seed, "noise", tensor.name),
-            is_copy=copy > 0,
-        )
-
-    def _scale(self, *, is_down: bool) -> float:
-        """Return what the weights are multiplied with.
-
-        The k weights of a token are split over the pieces, so what these write is as many times
-        as large.
-        """
-        return float(self.options.granularity) if is_down else 1.0
-
-    def _factor(self, piece: int, stem: str, *, is_down: bool, seed: int) -> AxisFactor:
-        """Return the factors along an expert's neurons.
-
-        The same for all copies where nothing is redrawn: kept for each, they would take more
-        memory than the largest tensor.
-        """
-        if (piece, is_down) in self._factors:
-            return self._factors[piece, is_down]
-        index = torch.arange(piece * self.size, (piece + 1) * self.size)
-        index[self._redrawn(seed=derived_seed(seed, "redrawn", stem))] = -1
-        scale = self._scale(is_down=is_down)
-        kept = (index >= 0).double()
-        chosen = self.options.chosen_experts / self.options.granularity
-        factor = AxisFactor(
-            index,
-            weight=kept * scale,
-            gradient=kept * self.share / scale,
-            squared=kept * self.share / chosen / scale**2,
-        )
-        if not self.options.reinit_fraction:
-            self._factors[piece, is_down] = factor
-        return factor
-
-    def _redrawn(self, *, seed: int) -> Tensor:
-        """Return which neurons of an expert are drawn anew, the same for gate, up and down."""
-        generator = torch.Generator().manual_seed(seed)
-        count = round(self.options.reinit_fraction * self.size)
-        return torch.randperm(self.size, generator=generator)[:count]
 
 
 def _check_count(name: str, value: int, *, at_least: int, multiple_of: int) -> None:

@@ -1,4 +1,4 @@
-"""More experts in a model that has some: appended behind a closed door, or all of them twice.
+"""More experts in a model that has some: appended and closed at first, or all of them twice.
 
 `append` adds any number of experts. Their logits get an offset of −∞, so that no token meets them
 and the function is kept whatever they hold; the training that follows raises the offset to 0. A
@@ -9,24 +9,24 @@ classes compute as well.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
+from pydantic import Field
 
 from tritter.errors import RequestError
-from tritter.expansion.specification import ExpansionStep
-from tritter.families import Config, Family, LogicalTensor, family_of
+from tritter.expansion.specification import ResolvedExpansion
+from tritter.families import Config, Family, family_of
 from tritter.limits import MAX_EXPERTS
-from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
-from tritter.seeds import derived_seed
+from tritter.options import Text, options
+
+if TYPE_CHECKING:
+    from tritter.parameter_map import ParameterMap
 
 DEFAULT_APPENDED = 4
 DEFAULT_NOISE = 0.01
-INITS = ("clone", "mean", "random", "best", "distill")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class MoeAdd:
     """More experts in every layer that has experts.
 
@@ -48,14 +48,12 @@ class MoeAdd:
 
     name: ClassVar[str] = "moe_add"
     expansion_type: ClassVar[str] = "moe"
-    num_experts: int | None = field(default=None, metadata={"minimum": 1, "maximum": MAX_EXPERTS})
-    addition: str = field(default="append", metadata={"choices": ("append", "replicate")})
-    init: str = field(default="clone", metadata={"choices": INITS})
-    clone_from: tuple[int, ...] | None = field(
-        default=None, metadata={"minimum": 0, "maximum": MAX_EXPERTS}
-    )
-    teacher: str | None = None
-    noise: float = field(default=DEFAULT_NOISE, metadata={"minimum": 0.0})
+    num_experts: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
+    addition: Literal["append", "replicate"] = "append"
+    init: Literal["clone", "mean", "random", "best", "distill"] = "clone"
+    clone_from: tuple[Annotated[int, Field(ge=0, le=MAX_EXPERTS)], ...] | None = None
+    teacher: Text | None = None
+    noise: Annotated[float, Field(ge=0)] = DEFAULT_NOISE
 
     @property
     def is_append(self) -> bool:
@@ -107,33 +105,24 @@ class MoeAdd:
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
+    ) -> "ParameterMap":
         if self.is_chosen_by_data:
             raise RequestError(
                 "expansion.moe_add.init = best: domain data chooses the expert, so it works in a "
                 "run of train.py, and with --domain-data; or use clone with clone_from."
             )
-        layers = sparse_layers(family, source)
-        chosen = self.clone_from or (0,)
-        sources = dict(
-            zip(layers, chosen if len(chosen) > 1 else chosen * len(layers), strict=True)
+        from tritter.expansion.moe_add_map import Addition  # a plan needs no maps, nor torch
+
+        layers, chosen = sparse_layers(family, source), self.clone_from or (0,)
+        experts = chosen if len(chosen) > 1 else chosen * len(layers)
+        addition = Addition(
+            is_append=self.is_append,
+            init=self.init,
+            cloned=dict(zip(layers, experts, strict=True)),
+            noise=self.noise,
+            seed=seed,
         )
-        old, new = (family.dimensions(config).num_experts for config in (source, target))
-        tensors: dict[str, TensorMap] = {}
-        for tensor in family.logical_tensors(target):
-            name = tensor.name
-            if tensor.expert is not None and self.is_append and tensor.expert >= old:
-                shape = family.shape(tensor, source)
-                tensors[name] = self._appended(tensor, sources[_layer(name)], old, shape, seed=seed)
-            elif tensor.expert is not None and not self.is_append:
-                rows = family.shape(tensor, source)[0]
-                tensors[name] = self._replicated(tensor, old, rows, seed=seed)
-            elif name.endswith(".router"):
-                tensors[name] = self._router(name, sources[_layer(name)], old, new, seed=seed)
-            else:
-                tensors[name] = TensorMap(source=name)
-        num_layers = family.dimensions(source).num_hidden_layers
-        return ParameterMap(tensors=tensors, layer_sources=tuple(range(num_layers)))
+        return addition.parameter_map(family, source, target)
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         old, new = family.dimensions(source), family.dimensions(target)
@@ -190,70 +179,9 @@ class MoeAdd:
                 f"{key}: there is no expert {wrong[0]}; allowed are 0 to {num_experts - 1}."
             )
 
-    def _appended(
-        self,
-        tensor: LogicalTensor,
-        source: int,
-        num_old: int,
-        shape: tuple[int, ...],
-        *,
-        seed: int,
-    ) -> TensorMap:
-        """Return the map of a new expert's matrix; its state starts anew, whatever it holds."""
-        if self.init == "random":
-            axes: list[AxisFactor | None] = [None] * len(shape)
-            axes[0] = _without_source(shape[0])
-            fill = Fill("matched", seed=derived_seed(seed, "fill", tensor.name))
-            return TensorMap(_of_expert(tensor, 0), tuple(axes), fill=fill, state="fresh")
-        blend = tuple(_of_expert(tensor, e) for e in range(1, num_old))
-        is_mean = self.init == "mean"
-        return TensorMap(
-            source=_of_expert(tensor, 0 if is_mean else source),
-            blend=blend if is_mean else (),
-            state="fresh",
-            noise=self.noise,
-            noise_seed=derived_seed(seed, "noise", tensor.name),
-            is_copy=True,
-        )
-
-    def _replicated(
-        self, tensor: LogicalTensor, num_old: int, rows: int, *, seed: int
-    ) -> TensorMap:
-        """Return the map of one of two copies; each gets half of the gradient."""
-        assert tensor.expert is not None
-        ones = torch.ones(rows, dtype=torch.float64)
-        is_copy = tensor.expert >= num_old
-        return TensorMap(
-            source=_of_expert(tensor, tensor.expert % num_old),
-            axes=(AxisFactor(torch.arange(rows), ones, ones / 2), None),
-            noise=self.noise if is_copy else 0.0,
-            noise_seed=derived_seed(seed, "noise", tensor.name),
-            is_copy=is_copy,
-        )
-
-    def _router(
-        self, name: str, source: int, num_old: int, num_new: int, *, seed: int
-    ) -> TensorMap:
-        if not self.is_append:
-            share = torch.full((num_new,), 0.5, dtype=torch.float64)
-            routes = AxisMap.copied(num_old, torch.arange(num_new) % num_old, share)
-            return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None))
-        routes = AxisMap.padded(num_old, num_new)
-        match self.init:
-            case "clone" | "best" | "distill":
-                index = torch.where(routes.source >= 0, routes.source, source)
-                ones = torch.ones(num_new, dtype=torch.float64)
-                donor = TensorMap(name, (AxisFactor(index, ones, ones), None))
-                fill = Fill("copy", donor=donor)
-            case "mean":
-                fill = Fill("row_mean")
-            case _:
-                fill = Fill("matched", seed=derived_seed(seed, "fill", name))
-        return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None), fill=fill)
-
 
 def closed_experts(
-    steps: Sequence[ExpansionStep], *, held: tuple[int, ...] = ()
+    steps: Sequence[ResolvedExpansion], *, held: tuple[int, ...] = ()
 ) -> tuple[int, ...]:
     """Return the experts that no token meets yet, or not wholly, after the expansions.
 
@@ -296,17 +224,3 @@ def sparse_layers(family: Family, config: Config) -> tuple[int, ...]:
             "use moe first (expansion=[moe,moe_add], or --method moe,moe-add)."
         )
     return sparse
-
-
-def _layer(name: str) -> int:
-    return int(name.split(".")[1])
-
-
-def _of_expert(tensor: LogicalTensor, expert: int) -> str:
-    """Return the name of the same matrix of another expert."""
-    return tensor.name.replace(f".experts.{tensor.expert}.", f".experts.{expert}.")
-
-
-def _without_source(size: int) -> AxisFactor:
-    nothing = torch.zeros(size, dtype=torch.float64)
-    return AxisFactor(torch.full((size,), -1), nothing, nothing.clone())

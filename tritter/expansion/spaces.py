@@ -1,23 +1,20 @@
 """How the spaces of a model grow in width: their maps, the factors of every axis, the fills."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from tritter.expansion.heads import HeadMaps, copied_sources, split_shares
-from tritter.families import Axis, LogicalTensor, Port
-from tritter.families.family import is_stream
+from tritter.expansion.head_maps import HeadMaps, copied_sources, split_shares
+from tritter.families import Axis, LogicalTensor, Port, Space
 from tritter.parameter_map import AxisFactor, AxisMap, Fill
 from tritter.seeds import derived_seed
 
 # Spaces of units that are computed from the stream and read back into it
 _UNITS = ("ffn", "shared_ffn", "query")
 _KEPT = ("vocab", "routes", "shared_gate")
-
-_REPEATING = ("net2net", "aki")  # these repeat the residual stream as a whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +39,7 @@ class Spaces:
     units_are_copied: bool
     equal_shares: bool
     seed: int
-    _units: dict[str, AxisMap] = field(default_factory=dict, repr=False)
+    _units: dict[Space, AxisMap] = field(default_factory=dict, repr=False)
 
     def factors(
         self, tensor: LogicalTensor, old_shape: Sequence[int], new_shape: Sequence[int]
@@ -52,10 +49,9 @@ class Spaces:
         return tuple(self._factor(axis, old, new) for axis, old, new in sizes)
 
     def _factor(self, axis: Axis, old_size: int, new_size: int) -> AxisFactor | None:
-        kind = _kind(axis.space)
-        if kind in _KEPT:
+        if axis.space.kind in _KEPT:
             return None
-        if kind == "head_dim":
+        if axis.space.kind == "head_dim":
             return self.heads.per_head
         axis_map = self._axis_map(axis.space, old_size, new_size)
         match axis.port:
@@ -73,8 +69,8 @@ class Spaces:
                 factor = AxisFactor.gain(axis_map, rms_ratio=rms_ratio(self.residual))
         return None if factor.is_identity and axis_map.is_identity else factor
 
-    def _axis_map(self, space: str, old_size: int, new_size: int) -> AxisMap:
-        match _kind(space):
+    def _axis_map(self, space: Space, old_size: int, new_size: int) -> AxisMap:
+        match space.kind:
             case "query":
                 return self.heads.query
             case "key_value":
@@ -88,7 +84,7 @@ class Spaces:
             case "attention_input" | "ffn_input":
                 return self.residual
             case _:
-                assert is_stream(space), f"width does not know the space {space}"
+                assert space.is_stream, f"width does not know the space {space.name}"
                 return self.residual
 
     @property
@@ -103,18 +99,18 @@ class Spaces:
         scale = 1 / (self.residual.num_copies * self.embedding_scale)
         return self.residual.rebalanced(scale=scale)
 
-    def _neurons(self, space: str, old_size: int, new_size: int) -> AxisMap:
+    def _neurons(self, space: Space, old_size: int, new_size: int) -> AxisMap:
         if not self.units_are_copied:
             return AxisMap.padded(old_size, new_size)
-        seed = derived_seed(self.seed, "copies", space)
+        seed = derived_seed(self.seed, "copies", space.name)
         source = copied_sources(old_size, new_size, seed=seed)
         share = split_shares(source, old_size, equal=self.equal_shares)
         return AxisMap.copied(old_size, source, share)
 
 
-def residual_map(old_size: int, new_size: int, *, init: str) -> AxisMap:
+def residual_map(old_size: int, new_size: int, *, is_repeated: bool) -> AxisMap:
     """Return the map of the residual stream: one block and new directions, or whole repeats."""
-    if init in _REPEATING:
+    if is_repeated:
         return AxisMap.tiled(old_size, new_size)
     return AxisMap.padded(old_size, new_size)
 
@@ -122,12 +118,6 @@ def residual_map(old_size: int, new_size: int, *, init: str) -> AxisMap:
 def rms_ratio(residual: AxisMap) -> float:
     """Return the grown stream's root mean square over the old one's: √(k·d/D)."""
     return math.sqrt(residual.num_copies * residual.old_size / residual.new_size)
-
-
-def planned_rms_ratio(old_size: int, new_size: int, *, init: str) -> float:
-    """Return `rms_ratio` of the `residual_map` of these sizes, without building it."""
-    copies = new_size // old_size if init in _REPEATING else 1
-    return math.sqrt(copies * old_size / new_size)
 
 
 def width_fill(
@@ -143,7 +133,7 @@ def width_fill(
     and heads are computed at random and read by nobody. So one side of each is always zero, the
     function is kept, and the other side gives the zero one a gradient.
     """
-    if tensor.axes[0].port is Port.GAIN:
+    if tensor.is_norm:
         return Fill(kind="mean")
     kinds = {_fill_kind(axis) for axis, factor in zip(tensor.axes, factors, strict=True) if factor}
     if "random" not in kinds or "zero" in kinds or len(shape) != 2:
@@ -162,26 +152,18 @@ def first_copies(factor: AxisFactor) -> AxisFactor:
     )
 
 
-def tensors_above(names: Sequence[str]) -> dict[str, str]:
+def tensors_above(tensors: Sequence[LogicalTensor]) -> dict[str, str]:
     """Return for each tensor of a layer the same one of the next layer up that has it."""
     above: dict[str, str] = {}
-    nearest: dict[str, str] = {}
-    for name in _of_layers(reversed(names)):
-        within_layer = name.split(".", 2)[2]
+    nearest: dict[tuple[str, int | None], str] = {}
+    for tensor in reversed([tensor for tensor in tensors if tensor.layer is not None]):
+        within_layer = tensor.kind, tensor.expert
         if within_layer in nearest:
-            above[name] = nearest[within_layer]
-        nearest[within_layer] = name
+            above[tensor.name] = nearest[within_layer]
+        nearest[within_layer] = tensor.name
     return above
 
 
-def _of_layers(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.startswith("layers.")]
-
-
-def _kind(space: str) -> str:
-    return space.rsplit(".", 1)[-1]
-
-
 def _fill_kind(axis: Axis) -> Literal["zero", "random"]:
-    reads_new_unit = axis.port is Port.READ and _kind(axis.space) in _UNITS
-    return "zero" if is_stream(axis.space) or reads_new_unit else "random"
+    reads_new_unit = axis.port is Port.READ and axis.space.kind in _UNITS
+    return "zero" if axis.space.is_stream or reads_new_unit else "random"

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol
+from functools import reduce
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from tritter.errors import RequestError
+from tritter.errors import RequestError, brief, raise_problems
 from tritter.families import Config, Family, check_size, family_of
-from tritter.parameter_map import ParameterMap
+from tritter.options import checked, is_options
+
+if TYPE_CHECKING:
+    from tritter.parameter_map import ParameterMap
 
 
 class ExpansionSpec(Protocol):
@@ -35,7 +39,7 @@ class ExpansionSpec(Protocol):
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
+    ) -> "ParameterMap":
         """Return the map from the source's tensors to the target's."""
         ...
 
@@ -45,13 +49,13 @@ class ExpansionSpec(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ExpansionStep:
+class ResolvedExpansion:
     """One expansion, resolved against the model that it meets."""
 
     spec: ExpansionSpec
     source_config: Config
     target_config: Config
-    parameter_map: ParameterMap
+    parameter_map: "ParameterMap"
     notes: tuple[str, ...]
 
     @property
@@ -82,21 +86,56 @@ def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
     return target
 
 
+def checked_specs(specs: object) -> tuple[ExpansionSpec, ...]:
+    """Return expansions as a program handed them over, once their options are right.
+
+    Raises:
+        RequestError: there is none, something else is among them, or an option is wrong.
+    """
+    if not isinstance(specs, list | tuple):
+        raise RequestError(
+            f"specs = {brief(specs)}: give a list of expansions, such as [Width(), LlamaPro()]."
+        )
+    if not specs:
+        raise RequestError("expand needs at least one expansion.")
+    for spec in specs:
+        if not is_options(type(spec)) or not hasattr(spec, "target_config"):
+            raise RequestError(
+                f"specs: {brief(spec)} is no expansion; those of Tritter are Dus(), Stack(), "
+                "Interpolate(), LlamaPro(), Width(), Moe() and MoeAdd()."
+            )
+    raise_problems([p for spec in specs for p in checked(spec, prefix=f"expansion.{spec.name}")])
+    return tuple(specs)
+
+
 def build_steps(
     source_config: Config, specs: Sequence[ExpansionSpec], *, seed: int
-) -> tuple[ExpansionStep, ...]:
+) -> tuple[ResolvedExpansion, ...]:
     """Resolve `specs` one after the other against a model of `source_config`.
 
     Raises:
         RequestError: unknown family, or targets that cannot be had.
     """
-    steps: list[ExpansionStep] = []
+    steps: list[ResolvedExpansion] = []
     source = source_config
     for position, spec in enumerate(specs):
         family = family_of(source)  # an expansion into experts changes it on the way
         target = _checked_target(spec, source)
         parameter_map = spec.parameter_map(family, source, target, seed=seed + position)
         notes = spec.notes(family, source, target)
-        steps.append(ExpansionStep(spec, source, target, parameter_map, notes))
+        steps.append(ResolvedExpansion(spec, source, target, parameter_map, notes))
         source = target
     return tuple(steps)
+
+
+def composed(steps: Sequence[ResolvedExpansion], source_config: Config) -> "ParameterMap":
+    """Return the map of all steps in a row; of none, the one that leaves all as it is."""
+    from tritter.parameter_map import ParameterMap
+
+    if steps:
+        return reduce(ParameterMap.then, (step.parameter_map for step in steps))
+    family = family_of(source_config)
+    return ParameterMap.identity(
+        (tensor.name for tensor in family.logical_tensors(source_config)),
+        num_layers=family.dimensions(source_config).num_hidden_layers,
+    )

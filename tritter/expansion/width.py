@@ -10,33 +10,30 @@ so q and k are scaled with it. `aki` (arXiv 2110.07143) reads as `net2net` does,
 second copies compute comes from the layer above, so the function changes.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, cast
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
+
+from pydantic import Field
 
 from tritter.errors import RequestError
-from tritter.expansion.heads import (
-    STRATEGIES,
-    Strategy,
-    check_heads,
-    head_maps,
-    head_targets,
-    spreads_groups,
+from tritter.expansion.heads import Strategy, check_heads, head_targets, spreads_groups
+from tritter.families import (
+    Config,
+    Dimensions,
+    Family,
+    ffn_sizes,
+    with_ffn_sizes,
 )
-from tritter.expansion.spaces import (
-    Spaces,
-    first_copies,
-    planned_rms_ratio,
-    residual_map,
-    tensors_above,
-    width_fill,
-)
-from tritter.families import Config, Dimensions, Family, LogicalTensor, Port
 from tritter.limits import MAX_WIDTH
-from tritter.parameter_map import Fill, ParameterMap, TensorMap
-from tritter.seeds import derived_seed
+from tritter.options import options
 
-_SIZE = {"minimum": 1, "maximum": MAX_WIDTH}
-INITS = ("fresh", "net2net", "zero_pad", "aki")
+if TYPE_CHECKING:
+    from tritter.parameter_map import ParameterMap
+
+Init = Literal["fresh", "net2net", "zero_pad", "aki"]
+Shares = Literal["unequal", "equal"]
+_REPEATING = ("net2net", "aki")  # these repeat the residual stream as a whole
 _GROWING = (
     "hidden_size",
     "intermediate_size",
@@ -48,14 +45,15 @@ _GROWING = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@options
 class Width:
     """Wider layers: hidden size, FFN, heads, each alone or together.
 
     Args:
         hidden_size: Default: doubled when no other target is given, else unchanged.
-        intermediate_size: of the FFN; in a model of experts, of each expert, and whatever else is
-            an FFN there follows by ratio. Default: follows the hidden size by ratio.
+        intermediate_size: of the FFN (of the widest, where layers differ); in a model of experts,
+            of each expert, and whatever else is an FFN there follows by ratio. Default: follows
+            the hidden size by ratio.
         num_attention_heads: Default: follows the hidden size where the proportion is a whole
             number for query and key/value heads, else unchanged.
         num_key_value_heads: as above; under `gqa` unchanged.
@@ -72,14 +70,14 @@ class Width:
 
     name: ClassVar[str] = "width"
     expansion_type: ClassVar[str] = "width"
-    hidden_size: int | None = field(default=None, metadata=_SIZE)
-    intermediate_size: int | None = field(default=None, metadata=_SIZE)
-    num_attention_heads: int | None = field(default=None, metadata=_SIZE)
-    num_key_value_heads: int | None = field(default=None, metadata=_SIZE)
-    head_strategy: str | None = field(default=None, metadata={"choices": STRATEGIES})
-    init: str = field(default="fresh", metadata={"choices": INITS})
-    shares: str = field(default="unequal", metadata={"choices": ("unequal", "equal")})
-    noise: float = field(default=0.0, metadata={"minimum": 0.0})
+    hidden_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | None = None
+    intermediate_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | None = None
+    num_attention_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | None = None
+    num_key_value_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | None = None
+    head_strategy: Strategy | None = None
+    init: Init = "fresh"
+    shares: Shares = "unequal"
+    noise: Annotated[float, Field(ge=0)] = 0.0
 
     @property
     def is_exact(self) -> bool:
@@ -99,31 +97,36 @@ class Width:
         old = family.dimensions(config)
         new = self._target_dimensions(old)
         self._check_noise()
+        self._check_layers(config)
         _check_not_smaller(old, new)
         check_heads(old, new, strategy=self.strategy)
         self._check_hidden_size(family, old, new)
         ratio = planned_rms_ratio(old.hidden_size, new.hidden_size, init=self.init)
-        return {
+        target: Config = {
             **config,
             **{key: getattr(new, name) for name, key in family.sizes.items() if name in _GROWING},
             "rms_norm_eps": float(config["rms_norm_eps"]) * ratio**2,  # type: ignore[arg-type]
         }
+        widest, grown = old.intermediate_size, new.intermediate_size
+        sizes = [round(size * grown / widest) for size in ffn_sizes(config)]
+        return with_ffn_sizes(target, sizes) if sizes else target
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
-        spaces = self._spaces(family, source, target, seed=seed)
-        logical = family.logical_tensors(source)
-        maps = {
-            tensor.name: self._tensor_map(tensor, spaces, family, source, target, seed=seed)
-            for tensor in logical
-        }
-        if self.init == "aki":
-            # Norms stand between a stream that is written and readers that stay the layer's own
-            above = tensors_above([t.name for t in logical if t.axes[0].port is not Port.GAIN])
-            maps |= {name: _from_above(maps[name], donor) for name, donor in above.items()}
-        layers = family.dimensions(source).num_hidden_layers
-        return ParameterMap(tensors=maps, layer_sources=tuple(range(layers)))
+    ) -> "ParameterMap":
+        from tritter.expansion.width_map import width_map  # a plan needs no maps, nor torch
+
+        return width_map(
+            family,
+            source,
+            target,
+            init=self.init,
+            strategy=self.strategy,
+            is_repeated=self.init in _REPEATING,
+            equal_shares=self.shares == "equal",
+            noise=self.noise,
+            seed=seed,
+        )
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         old, new = family.dimensions(source), family.dimensions(target)
@@ -134,54 +137,26 @@ class Width:
         }
         counts = ("num_attention_heads", "num_key_value_heads")
         kept = all(getattr(old, name) == getattr(new, name) for name in counts)
-        sizes = "; ".join([*grown.values(), *(["head counts stay"] if kept else [])])
+        said = ["head counts stay"] if kept else []
+        if ffn_sizes(target):
+            said.append("FFNs that are narrower than the widest follow by ratio")
+        sizes = "; ".join([*grown.values(), *said])
         if self.strategy == "split" or not spreads_groups(old, new):
             return (sizes,)
         return sizes, "a key/value head serves fewer queries: moments of k and v carry the mean"
-
-    def _spaces(self, family: Family, source: Config, target: Config, *, seed: int) -> Spaces:
-        old, new = family.dimensions(source), family.dimensions(target)
-        equal_shares = self.shares == "equal"
-        is_scaled = any(a.port is Port.WRITE_SCALED for t in family.tensors for a in t.axes)
-        return Spaces(
-            residual=residual_map(old.hidden_size, new.hidden_size, init=self.init),
-            heads=head_maps(old, new, strategy=self.strategy, equal_shares=equal_shares),
-            is_tied=bool(source.get("tie_word_embeddings")),
-            embedding_scale=(old.hidden_size / new.hidden_size) ** 0.5 if is_scaled else 1.0,
-            units_are_copied=self.init != "fresh",
-            equal_shares=equal_shares,
-            seed=seed,
-        )
-
-    def _tensor_map(
-        self,
-        tensor: LogicalTensor,
-        spaces: Spaces,
-        family: Family,
-        source: Config,
-        target: Config,
-        *,
-        seed: int,
-    ) -> TensorMap:
-        shape = family.shape(tensor, target)
-        factors = spaces.factors(tensor, family.shape(tensor, source), shape)
-        is_scaled_gain = tensor.axes[0].port is Port.GAIN and any(
-            factor is not None and bool((factor.weight != 1).any()) for factor in factors
-        )
-        return TensorMap(
-            source=tensor.name,
-            axes=factors,
-            fill=width_fill(tensor, shape, factors, seed=seed),
-            noise=self.noise,
-            noise_seed=derived_seed(seed, "noise", tensor.name),
-            offset=family.norm_offset if is_scaled_gain else 0.0,
-        )
 
     def _check_noise(self) -> None:
         if self.noise and self.init == "fresh" and self.strategy in ("fresh", "split"):
             raise RequestError(
                 f"expansion.width.noise = {self.noise} goes on copies, and init=fresh makes none; "
                 "use init=net2net or init=zero_pad, or noise=0."
+            )
+
+    def _check_layers(self, config: Config) -> None:
+        if self.init == "aki" and ffn_sizes(config):
+            raise RequestError(
+                "expansion.width.init = aki: neurons come from the layer above, and here the FFNs "
+                "of the layers differ in width; use fresh, net2net or zero_pad."
             )
 
     def _check_hidden_size(self, family: Family, old: Dimensions, new: Dimensions) -> None:
@@ -233,13 +208,10 @@ def ffn_size(dimensions: Dimensions) -> int:
     return dimensions.expert_size or dimensions.intermediate_size
 
 
-def _from_above(tensor_map: TensorMap, donor: str) -> TensorMap:
-    """Let what second copies compute come from the layer above; their state starts anew."""
-    output, *inputs = tensor_map.axes
-    if output is None or not bool(output.is_duplicate.any()):
-        return tensor_map
-    fill = Fill(kind="copy", donor=replace(tensor_map, source=donor))
-    return replace(tensor_map, axes=(first_copies(output), *inputs), fill=fill)
+def planned_rms_ratio(old_size: int, new_size: int, *, init: str) -> float:
+    """Return the grown stream's root mean square over the old one's, √(k·d/D)."""
+    copies = new_size // old_size if init in _REPEATING else 1
+    return math.sqrt(copies * old_size / new_size)
 
 
 def _check_not_smaller(old: Dimensions, new: Dimensions) -> None:

@@ -6,10 +6,12 @@ a million layers. So nothing is handed to it that has not been here.
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
-from tritter.errors import RequestError, brief
+from tritter.errors import RequestError, TritterError, brief
 from tritter.families.dimensions import Config, require_size
 from tritter.families.family import Family
+from tritter.families.layer_sizes import FFN_SIZES, check_ffn_sizes
 from tritter.limits import (
     MAX_LABELS,
     MAX_LAYERS,
@@ -17,6 +19,8 @@ from tritter.limits import (
     MAX_POSITIONS,
     MAX_TENSORS,
 )
+from tritter.storage.reading import read_object
+from tritter.storage.records import LINEAGE_NAME
 
 _MAX_INTEGER = 2**63 - 1  # what a tensor's index holds
 _MAX_TEXT = 2**16
@@ -83,6 +87,30 @@ def check_size(family: Family, config: Config) -> None:
         )
 
 
+def with_live_sizes(family: Family, config: Config, folder: Path) -> Config:
+    """Return the config of a folder's config.json with the widths that its tritter.json states.
+
+    Raises:
+        RequestError: config.json states them itself.
+        TritterError: tritter.json can't be read, or its widths are none of this model.
+    """
+    if FFN_SIZES in config:
+        raise RequestError(
+            f"config.json: {FFN_SIZES} = {brief(config[FFN_SIZES])}; the widths of single layers "
+            f"stand in {LINEAGE_NAME}, beside a model that is padded to the widest."
+        )
+    path = folder / LINEAGE_NAME
+    sizes = read_object(path).get(FFN_SIZES) if path.exists() else None
+    if not sizes:
+        return config
+    live = {**config, FFN_SIZES: sizes}
+    try:
+        _check_ffn_sizes(family, live)
+    except RequestError as error:
+        raise TritterError(f"{path}: {error}") from error
+    return live
+
+
 def _check_value(key: str, value: object) -> None:
     def refuse(allowed: str) -> None:
         raise RequestError(f"config.json: {key[:60]} = {brief(value)}; {allowed}.")
@@ -117,6 +145,17 @@ def _check_epsilon(config: Config) -> None:
         )
 
 
+def _check_ffn_sizes(family: Family, config: Config) -> None:
+    if FFN_SIZES not in config:
+        return
+    if family.has_experts:
+        raise RequestError(
+            f"{FFN_SIZES}: in {family.model_type} the experts of a layer share one tensor in "
+            "memory, and all layers one width; allowed are families without experts."
+        )
+    check_ffn_sizes(config)
+
+
 def _check_lists(family: Family, config: Config) -> None:
     layers = family.dimensions(config).num_hidden_layers
     for key in family.per_layer_config_keys:
@@ -128,6 +167,7 @@ def _check_lists(family: Family, config: Config) -> None:
                 f"config.json: {key} = {brief(values)}; allowed is a list of num_hidden_layers = "
                 f"{layers} entries."
             )
+    _check_ffn_sizes(family, config)
     exempt = config.get("mlp_only_layers")
     if exempt is None:
         return

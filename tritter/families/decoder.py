@@ -7,37 +7,21 @@ all; a family's table states what it has besides.
 from typing import Literal
 
 from tritter.families.dimensions import DENSE_SIZES
-from tritter.families.family import Axis, Fused, LogicalTensor, Port
+from tritter.families.logical import Axis, Fused, LogicalTensor, Port, Space
 
-_LAYER = "layers.{layer}."
-_EXPERT = _LAYER + "experts.{expert}."
-_RESIDUAL = Axis("residual", Port.WRITE)
-_ATTENTION_INPUT, _ATTENTION_OUTPUT = _LAYER + "attention_input", _LAYER + "attention_output"
-_FFN_INPUT, _FFN_OUTPUT = _LAYER + "ffn_input", _LAYER + "ffn_output"
-_QUERY, _KEY_VALUE = _LAYER + "query", _LAYER + "key_value"
-_FFN, _EXPERT_FFN, _SHARED_FFN = _LAYER + "ffn", _EXPERT + "ffn", _LAYER + "shared_ffn"
-_ROUTES, _SHARED_GATE = _LAYER + "routes", _LAYER + "shared_gate"
+_LAYER = "model.layers.{layer}."
+_VOCABULARY = Space("vocab", "vocab_size", "model")
+_RESIDUAL = Axis(Space("residual", "hidden_size", "model"), Port.WRITE)
+_ATTENTION_INPUT = Space("attention_input", "hidden_size")
+_ATTENTION_OUTPUT = Space("attention_output", "hidden_size")
+_FFN_INPUT, _FFN_OUTPUT = Space("ffn_input", "hidden_size"), Space("ffn_output", "hidden_size")
+_HEAD_INPUT = Space("head_input", "hidden_size", "model")
+_HEAD_DIM = Space("head_dim", "head_dim", "model")
+_QUERY, _KEY_VALUE = Space("query", "query_size"), Space("key_value", "key_value_size")
+_FFN, _EXPERT_FFN = Space("ffn", "intermediate_size"), Space("ffn", "expert_size", "expert")
+_SHARED_FFN = Space("shared_ffn", "shared_expert_size")
+_ROUTES, _SHARED_GATE = Space("routes", "num_experts"), Space("shared_gate", "single")
 
-DECODER_SPACES = {
-    "vocab": "vocab_size",
-    "residual": "hidden_size",
-    _ATTENTION_INPUT: "hidden_size",
-    _QUERY: "query_size",
-    _KEY_VALUE: "key_value_size",
-    "head_dim": "head_dim",
-    _ATTENTION_OUTPUT: "hidden_size",
-    _FFN_INPUT: "hidden_size",
-    _FFN: "intermediate_size",
-    _FFN_OUTPUT: "hidden_size",
-    "head_input": "hidden_size",
-}
-EXPERT_SPACES = {
-    **DECODER_SPACES,
-    _ROUTES: "num_experts",
-    _EXPERT_FFN: "expert_size",
-    _SHARED_FFN: "shared_expert_size",
-    _SHARED_GATE: "single",
-}
 EXPERT_SIZES = {
     **DENSE_SIZES,
     "experts_per_token": "num_experts_per_tok",
@@ -55,15 +39,21 @@ def decoder_tensors(
     Args:
         embedding_port: how the embedding writes the residual stream.
     """
-    residual = Axis("residual", embedding_port)
+    residual = Axis(_RESIDUAL.space, embedding_port)
     return (
-        LogicalTensor("embed", "model.embed_tokens.weight", (Axis("vocab", Port.READ), residual)),
-        *layer,
-        LogicalTensor("final_norm", "model.norm.weight", (Axis("head_input", Port.GAIN),)),
         LogicalTensor(
-            "head",
-            "lm_head.weight",
-            (Axis("vocab", Port.WRITE), Axis("head_input", Port.READ)),
+            kind="embed",
+            disk_name="model.embed_tokens.weight",
+            axes=(Axis(_VOCABULARY, Port.READ), residual),
+        ),
+        *layer,
+        LogicalTensor(
+            kind="final_norm", disk_name="model.norm.weight", axes=(Axis(_HEAD_INPUT, Port.GAIN),)
+        ),
+        LogicalTensor(
+            kind="head",
+            disk_name="lm_head.weight",
+            axes=(Axis(_VOCABULARY, Port.WRITE), Axis(_HEAD_INPUT, Port.READ)),
             unless="tie_word_embeddings",
         ),
     )
@@ -96,15 +86,15 @@ def attention(
     ]  # fmt: skip
     if has_query_norm:
         tensors += [
-            _norm("attention.q_norm", "self_attn.q_norm", "head_dim"),
-            _norm("attention.k_norm", "self_attn.k_norm", "head_dim"),
+            _norm("attention.q_norm", "self_attn.q_norm", _HEAD_DIM),
+            _norm("attention.k_norm", "self_attn.k_norm", _HEAD_DIM),
         ]
     of_output: Biases = "qkvo" if biases == "qkvo" else "none"
     tensors += _linear(
         "attention.o", "self_attn.o_proj", output, Axis(_QUERY, Port.READ), of_output, bias_key
     )
     if has_output_norm:
-        tensors.append(_norm("attention_output_norm", "post_attention_layernorm", "residual"))
+        tensors.append(_norm("attention_output_norm", "post_attention_layernorm", _RESIDUAL.space))
     return tuple(tensors)
 
 
@@ -137,7 +127,7 @@ def dense_ffn(
     )  # fmt: skip
     if not has_output_norm:
         return tensors
-    return (*tensors, _norm("ffn_output_norm", "post_feedforward_layernorm", "residual"))
+    return (*tensors, _norm("ffn_output_norm", "post_feedforward_layernorm", _RESIDUAL.space))
 
 
 def experts(
@@ -151,25 +141,25 @@ def experts(
         layers: `sparse` where other layers have one FFN instead.
     """
     read = Axis(_FFN_INPUT, Port.READ)
-    live = "model." + _LAYER + "mlp."
-    stem = "model." + _LAYER + module + "."
+    live, stem = _LAYER + "mlp.", _LAYER + module + "."
 
-    def matrix(part: str, disk_name: str, axes: tuple[Axis, Axis], fused: Fused) -> LogicalTensor:
+    def matrix(kind: str, disk_name: str, axes: tuple[Axis, Axis], fused: Fused) -> LogicalTensor:
         name = f"{stem}experts.{{expert}}.{disk_name}.weight"
-        return LogicalTensor(_EXPERT + part, name, axes, layers=layers, fused=fused)
+        return LogicalTensor(kind=kind, disk_name=name, axes=axes, layers=layers, fused=fused)
 
     gate_up = live + "experts.gate_up_proj"
     return (
         LogicalTensor(
-            _LAYER + "router",
-            stem + "gate.weight",
-            (Axis(_ROUTES, Port.WRITE_NONLINEAR), read),
+            kind="router",
+            disk_name=stem + "gate.weight",
+            axes=(Axis(_ROUTES, Port.WRITE_NONLINEAR), read),
             layers=layers,
             live_name=live + "gate.weight",
         ),
-        matrix("gate", gate, (Axis(_EXPERT_FFN, Port.WRITE_NONLINEAR), read), Fused(gate_up, 0, 2)),
-        matrix("up", up, (Axis(_EXPERT_FFN, Port.WRITE), read), Fused(gate_up, 1, 2)),
-        matrix("down", down, (_RESIDUAL, Axis(_EXPERT_FFN, Port.READ)),
+        matrix("experts.gate", gate, (Axis(_EXPERT_FFN, Port.WRITE_NONLINEAR), read),
+               Fused(gate_up, 0, 2)),
+        matrix("experts.up", up, (Axis(_EXPERT_FFN, Port.WRITE), read), Fused(gate_up, 1, 2)),
+        matrix("experts.down", down, (_RESIDUAL, Axis(_EXPERT_FFN, Port.READ)),
                Fused(live + "experts.down_proj")),
     )  # fmt: skip
 
@@ -190,7 +180,7 @@ def shared_expert() -> tuple[LogicalTensor, ...]:
 
 
 def _linear(
-    name: str,
+    kind: str,
     disk_name: str,
     output: Axis,
     read: Axis,
@@ -198,16 +188,21 @@ def _linear(
     bias_key: str = "",
     layers: Literal["all", "dense", "sparse"] = "all",
 ) -> tuple[LogicalTensor, ...]:
-    disk_name = "model." + _LAYER + disk_name
-    weight = LogicalTensor(_LAYER + name, disk_name + ".weight", (output, read), layers=layers)
+    stem = _LAYER + disk_name
+    weight = LogicalTensor(
+        kind=kind, disk_name=stem + ".weight", axes=(output, read), layers=layers
+    )
     if biases == "none":
         return (weight,)
-    bias = LogicalTensor(
-        _LAYER + name + "_bias", disk_name + ".bias", (output,), only_if=bias_key, layers=layers
+    return weight, LogicalTensor(
+        kind=kind + "_bias",
+        disk_name=stem + ".bias",
+        axes=(output,),
+        layers=layers,
+        only_if=bias_key,
     )
-    return weight, bias
 
 
-def _norm(name: str, disk_name: str, space: str) -> LogicalTensor:
-    disk_name = "model." + _LAYER + disk_name + ".weight"
-    return LogicalTensor(_LAYER + name, disk_name, (Axis(space, Port.GAIN),))
+def _norm(kind: str, disk_name: str, space: Space) -> LogicalTensor:
+    axes, disk_name = (Axis(space, Port.GAIN),), f"{_LAYER}{disk_name}.weight"
+    return LogicalTensor(kind=kind, disk_name=disk_name, axes=axes, layers="all")

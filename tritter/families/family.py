@@ -1,110 +1,16 @@
-"""What a family table says: logical tensors, the spaces of their axes, ports, names on disk.
+"""What a family's table says, written out for a config: tensors, their shapes, their number."""
 
-A *logical* tensor has one name in every family (`layers.3.ffn.gate`, `layers.3.experts.7.down`);
-its axes live in named spaces (`residual`, `layers.3.ffn`), and each axis has a port, which says
-what an expansion may do to it there. Templates hold `{layer}` and `{expert}`; a space whose name
-holds them exists once per layer, or per expert.
-"""
-
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from functools import cached_property
 from math import prod
 from typing import Literal
 
 from tritter.errors import RequestError, brief, did_you_mean
 from tritter.families.dimensions import DENSE_SIZES, Config, Dimensions, read_dimensions
-
-LayerKind = Literal["all", "dense", "sparse"]
-
-
-class Port(Enum):
-    """How a tensor touches the space of one of its axes."""
-
-    WRITE = "write"  # a linear producer: any scale
-    WRITE_SCALED = "write, then scaled"  # an embedding that the model multiplies by √hidden_size
-    WRITE_NONLINEAR = "write through a nonlinearity"  # FFN gate, router, q, k: scale 1 forced
-    ABSORBED = "write into a norm"  # q and k before a norm per head, which shares the model's eps
-    READ = "read"  # a consumer
-    GAIN = "gain"  # a norm: reads one space and writes the axis's space diagonally
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """One dimension of a logical tensor: its space and its port."""
-
-    space: str
-    port: Port
-
-
-@dataclass(frozen=True, slots=True)
-class Fused:
-    """Where an expert's matrix lies in the tensor that transformers holds in memory.
-
-    Args:
-        name: of the tensor, which has one slice per expert along its first dimension.
-        block: which part of the slice's rows it is.
-        num_blocks: how many parts of equal size stand one below the other.
-    """
-
-    name: str
-    block: int = 0
-    num_blocks: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class LogicalTensor:
-    """One tensor of a family.
-
-    Args:
-        name: logical name.
-        disk_name: name in the safetensors files of Hugging Face checkpoints.
-        axes: one per dimension, in the order on disk.
-        only_if: config key that must be true for the tensor to exist; empty: always.
-        unless: config key that must be false for the tensor to exist; empty: always.
-        layers: the kind of layer that has it: with a dense FFN, with experts, or both.
-        live_name: name in the model's memory; empty: as on disk.
-        fused: where it lies in memory when the experts of a layer share one tensor there.
-        expert: which expert it belongs to, once written out.
-    """
-
-    name: str
-    disk_name: str
-    axes: tuple[Axis, ...]
-    only_if: str = ""
-    unless: str = ""
-    layers: LayerKind = "all"
-    live_name: str = ""
-    fused: Fused | None = None
-    expert: int | None = None
-
-    @property
-    def is_per_expert(self) -> bool:
-        return self.fused is not None
-
-    def for_layer(self, layer: int) -> "LogicalTensor":
-        return self._filled("{layer}", str(layer))
-
-    def for_expert(self, expert: int) -> "LogicalTensor":
-        return replace(self._filled("{expert}", str(expert)), expert=expert)
-
-    def exists(self, config: Config) -> bool:
-        wanted = not self.only_if or bool(config.get(self.only_if))
-        return wanted and not (self.unless and bool(config.get(self.unless)))
-
-    def _filled(self, mark: str, text: str) -> "LogicalTensor":
-        fused = self.fused
-        return replace(
-            self,
-            name=self.name.replace(mark, text),
-            disk_name=self.disk_name.replace(mark, text),
-            live_name=self.live_name.replace(mark, text),
-            axes=tuple(Axis(axis.space.replace(mark, text), axis.port) for axis in self.axes),
-            fused=None if fused is None else replace(fused, name=fused.name.replace(mark, text)),
-        )
+from tritter.families.layer_sizes import FFN_SIZES, ffn_sizes, with_ffn_sizes
+from tritter.families.logical import LogicalTensor, Port
 
 
 @dataclass(frozen=True)
@@ -114,8 +20,7 @@ class Family:
     Args:
         model_type: the `model_type` of its config.json.
         architecture: the class in config.json's `architectures`.
-        spaces: space template → attribute of `Dimensions` that is its size.
-        tensors: templates of all logical tensors, in forward order.
+        tensors: all logical tensors, one for all layers and experts, in forward order.
         heads_divide_hidden: the config class refuses a hidden size that the head count does
             not divide.
         sizes: attribute of `Dimensions` → config key that states it.
@@ -129,7 +34,6 @@ class Family:
 
     model_type: str
     architecture: str
-    spaces: Mapping[str, str]
     tensors: tuple[LogicalTensor, ...]
     heads_divide_hidden: bool
     sizes: Mapping[str, str] = field(default_factory=lambda: DENSE_SIZES)
@@ -142,13 +46,19 @@ class Family:
     def has_experts(self) -> bool:
         return self.sparse_layers != "none"
 
-    def dimensions(self, config: Config) -> Dimensions:
+    def dimensions(self, config: Config, *, layer: int | None = None) -> Dimensions:
         """Read the sizes from a config, with the defaults that transformers would derive.
+
+        Args:
+            layer: whose sizes are wanted; without it the FFN's is that of the widest.
 
         Raises:
             RequestError: a size is missing or no positive whole number.
         """
-        return read_dimensions(config, self.sizes)
+        sizes, stated = read_dimensions(config, self.sizes), config.get(FFN_SIZES)
+        if layer is None or not isinstance(stated, list | tuple):
+            return sizes
+        return replace(sizes, intermediate_size=stated[layer])
 
     def is_sparse(self, config: Config, layer: int) -> bool:
         """Return whether a layer has experts in place of one FFN.
@@ -193,13 +103,15 @@ class Family:
         """Return the config of a model whose layer t is a copy of layer `layer_sources[t]`.
 
         Whatever the config states per layer follows: kinds of attention, which layers have
-        experts.
+        experts, widths of FFNs.
         """
         deeper: Config = {**config, "num_hidden_layers": len(layer_sources)}
         for key in self.per_layer_config_keys:
             values = config.get(key)
             if isinstance(values, list):
                 deeper[key] = [values[source] for source in layer_sources]
+        if sizes := ffn_sizes(config):
+            deeper = with_ffn_sizes(deeper, [sizes[source] for source in layer_sources])
         if self.sparse_layers == "pattern":
             kinds = self.layer_kinds(config)
             dense = [t for t, s in enumerate(layer_sources) if kinds[s] == "dense"]
@@ -207,10 +119,10 @@ class Family:
         return deeper
 
     def shape(self, tensor: LogicalTensor, config: Config) -> tuple[int, ...]:
-        return self._shape(tensor, self.dimensions(config))
+        return self._shape(tensor, self.dimensions(config, layer=tensor.layer))
 
     def _shape(self, tensor: LogicalTensor, dimensions: Dimensions) -> tuple[int, ...]:
-        return tuple(getattr(dimensions, self._size_name(axis.space)) for axis in tensor.axes)
+        return tuple(getattr(dimensions, axis.space.size) for axis in tensor.axes)
 
     def branch_output(self, tensor: LogicalTensor) -> bool:
         """Return whether a tensor writes what a block adds to the residual stream.
@@ -220,8 +132,8 @@ class Family:
         block is the identity.
         """
         output = tensor.axes[0]
-        is_written = output.port in (Port.WRITE, Port.GAIN) and output.space == "residual"
-        return is_written and tensor.name.startswith("layers.")
+        is_written = output.port in (Port.WRITE, Port.GAIN) and output.space.kind == "residual"
+        return is_written and tensor.layer is not None
 
     def count_parameters(self, config: Config) -> int:
         """Count the parameters from shapes; a tied head counts once."""
@@ -252,22 +164,34 @@ class Family:
 
     def count_tensors(self, config: Config) -> int:
         """Count the tensors on disk, without naming them."""
-        return sum(times for _, times in self._multiplicities(config))
+        return sum(times for _, times, _ in self._multiplicities(config))
 
     def _sizes_of_tensors(self, config: Config) -> Iterator[tuple[LogicalTensor, int]]:
         """Yield the templates of the tensors, and how many parameters all that follow one have."""
-        dimensions = self.dimensions(config)
-        for template, times in self._multiplicities(config):
+        for template, times, dimensions in self._multiplicities(config):
             yield template, times * prod(self._shape(template, dimensions))
 
-    def _multiplicities(self, config: Config) -> Iterator[tuple[LogicalTensor, int]]:
-        """Yield the templates of the tensors that a model has, and how many follow each."""
-        kinds, num_experts = Counter(self.layer_kinds(config)), self.dimensions(config).num_experts
+    def _multiplicities(self, config: Config) -> Iterator[tuple[LogicalTensor, int, Dimensions]]:
+        """Yield the templates of the tensors that a model has, how many follow each, and sizes.
+
+        A template comes once for each width that its layers' FFNs have.
+        """
+        same = self.dimensions(config)
+        kinds = self.layer_kinds(config)
+        widths = ffn_sizes(config) or [same.intermediate_size] * len(kinds)
+        layers = [
+            (kind, times, replace(same, intermediate_size=width))
+            for (kind, width), times in Counter(zip(kinds, widths, strict=True)).items()
+        ]
         for template in self.tensors:
-            if template.exists(config):
-                layers = sum(kinds[k] for k in kinds if template.layers in ("all", k))
-                in_layers = layers if "{layer}" in template.name else 1
-                yield template, in_layers * (num_experts if template.is_per_expert else 1)
+            if not template.exists(config):
+                continue
+            if not template.is_per_layer:
+                yield template, 1, same
+            for kind, times, dimensions in layers:
+                if template.layers in ("all", kind):
+                    experts = same.num_experts if template.is_per_expert else 1
+                    yield template, times * experts, dimensions
 
     def _active_share(self, tensor: LogicalTensor, config: Config) -> float:
         if not tensor.is_per_expert:
@@ -275,27 +199,13 @@ class Family:
         dimensions = self.dimensions(config)
         return dimensions.experts_per_token / dimensions.num_experts
 
-    def _size_name(self, space: str) -> str:
-        template = re.sub(r"^layers\.\d+\.", "layers.{layer}.", space)
-        return self.spaces[re.sub(r"\.experts\.\d+\.", ".experts.{expert}.", template)]
-
     @cached_property
     def _sections(self) -> tuple[list[LogicalTensor], list[LogicalTensor], list[LogicalTensor]]:
-        is_layer = ["{layer}" in tensor.name for tensor in self.tensors]
+        is_layer = [tensor.is_per_layer for tensor in self.tensors]
         first = is_layer.index(True)
         last = len(is_layer) - is_layer[::-1].index(True)
         tensors = list(self.tensors)
         return tensors[:first], tensors[first:last], tensors[last:]
-
-
-def is_stream(space: str) -> bool:
-    """Return whether a space is the residual stream, or a branch's output on the way to it."""
-    return space == "residual" or is_branch_output(space)
-
-
-def is_branch_output(space: str) -> bool:
-    """Return whether a norm stands between a space and the residual stream."""
-    return space.endswith((".attention_output", ".ffn_output"))
 
 
 def find_family(families: Mapping[str, Family], model_type: str) -> Family:

@@ -3,7 +3,7 @@
 Counted are matrix products and attention, 2 FLOPs a multiply-add: each token meets every matrix
 once (of the experts, those that it is routed to), and attends to itself and to the tokens before
 it, in a window where its layer has one. Norms, rotary positions, softmax, the lookup of embeddings
-and the optimiser are left out, and so is whatever a kernel computes twice or throws away.
+and the optimizer are left out, and so is whatever a kernel computes twice or throws away.
 
 A backward pass computes a gradient of the weights for a matrix that is trained, and one of its
 input where something that is trained lies below it. With everything trained that is twice the
@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tritter.families.dimensions import Config
-from tritter.families.family import Family, LogicalTensor
+from tritter.families.family import Family
+from tritter.families.logical import LogicalTensor
 
 Loss = Literal["head", "routers"]
 IsTrained = Callable[[LogicalTensor], bool]

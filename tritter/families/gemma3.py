@@ -1,19 +1,18 @@
 """Gemma 3 (text): norms of gain 1 + w, also behind attention and FFN; embeddings times √hidden."""
 
 from tritter.families.decoder import (
-    DECODER_SPACES,
     attention,
     decoder_tensors,
     dense_ffn,
     ffn_norm,
 )
-from tritter.families.family import Family, Port
+from tritter.families.family import Family
+from tritter.families.logical import Port
 
 GEMMA3_TEXT = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     heads_divide_hidden=True,
-    spaces=DECODER_SPACES,
     tensors=decoder_tensors(
         *attention(
             has_query_norm=True, has_output_norm=True, biases="qkvo", bias_key="attention_bias"

@@ -4,19 +4,23 @@ On disk every expert's matrix is a tensor of its own; in memory, and in files th
 there, the experts of a layer share one tensor. Dense families lie alike in both places.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from tritter.errors import TritterError
 from tritter.families.dimensions import Config
-from tritter.families.family import Family, Fused, LogicalTensor
+from tritter.families.family import Family
+from tritter.families.layer_sizes import FFN_SIZES, on_disk
+from tritter.families.logical import Fused, LogicalTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LayoutKind = Literal["hub", "live"]
-Read = Callable[[str], Tensor]
+Read = Callable[[str], "Tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,10 @@ class StoredTensor:
     parts: tuple[Part, ...]
 
     @property
+    def layer(self) -> int | None:
+        return self.parts[0].tensor.layer
+
+    @property
     def is_whole(self) -> bool:
         return not self.parts[0].index
 
@@ -57,7 +65,7 @@ class StoredTensor:
         for part in self.parts:
             value = read(part.tensor.name)
             if stored is None:
-                stored = torch.empty(self.shape, dtype=value.dtype, device=value.device)
+                stored = value.new_empty(self.shape)
             stored[part.index] = value
         assert stored is not None
         return stored
@@ -86,6 +94,15 @@ def layout(family: Family, config: Config, kind: LayoutKind) -> tuple[StoredTens
     return tuple(StoredTensor(name, shapes[name], tuple(parts)) for name, parts in places.items())
 
 
+def padded_shapes(family: Family, config: Config) -> dict[str, tuple[int, ...]]:
+    """Return name → shape on disk of the tensors that are padded there; most models have none."""
+    if FFN_SIZES not in config:
+        return {}
+    live = {tensor.name: tensor.shape for tensor in layout(family, config, "hub")}
+    stock = layout(family, on_disk(config), "hub")
+    return {tensor.name: tensor.shape for tensor in stock if tensor.shape != live[tensor.name]}
+
+
 def match(family: Family, config: Config, names: Iterable[str]) -> tuple[StoredTensor, ...]:
     """Return the layout that a checkpoint's tensors have.
 
@@ -105,32 +122,31 @@ def match(family: Family, config: Config, names: Iterable[str]) -> tuple[StoredT
     return expected
 
 
-def pack_all(family: Family, config: Config, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return name in memory → tensor, for values by logical name.
+def pack_all(places: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return stored name → tensor, for values by logical name.
 
     A stored tensor none of whose parts has a value is absent; parts without a value are zero.
     """
     packed = {}
-    for stored in layout(family, config, "live"):
+    for stored in places:
         held = [part for part in stored.parts if part.tensor.name in values]
-        if not held:
-            continue
-        packed[stored.name] = stored.pack(_or_zero(values, like=values[held[0].tensor.name]))
+        if held:
+            packed[stored.name] = stored.pack(_or_zero(values, like=values[held[0].tensor.name]))
     return packed
 
 
-def unpack_all(family: Family, config: Config, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return logical name → tensor, for values by name in memory; absent ones stay absent."""
+def unpack_all(places: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return logical name → tensor, for values by stored name; absent ones stay absent."""
     return {
         tensor.name: value
-        for stored in layout(family, config, "live")
+        for stored in places
         if stored.name in values
         for tensor, value in stored.unpack(values[stored.name])
     }
 
 
 def _or_zero(values: Mapping[str, Tensor], *, like: Tensor) -> Read:
-    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    zero = like.new_zeros(())
     return lambda name: values.get(name, zero)
 
 

@@ -1,7 +1,6 @@
 """Llama: the plain dense decoder."""
 
 from tritter.families.decoder import (
-    DECODER_SPACES,
     attention,
     decoder_tensors,
     dense_ffn,
@@ -14,7 +13,6 @@ LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     heads_divide_hidden=True,
-    spaces=DECODER_SPACES,
     tensors=decoder_tensors(
         *attention(biases="qkvo", bias_key="attention_bias"),
         ffn_norm(),

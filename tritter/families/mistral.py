@@ -1,9 +1,7 @@
 """Mistral: Llama's tensors without biases, heads of any size; and Mixtral, its MoE."""
 
 from tritter.families.decoder import (
-    DECODER_SPACES,
     EXPERT_SIZES,
-    EXPERT_SPACES,
     attention,
     decoder_tensors,
     dense_ffn,
@@ -16,7 +14,6 @@ MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     heads_divide_hidden=False,
-    spaces=DECODER_SPACES,
     tensors=decoder_tensors(*attention(), ffn_norm(), *dense_ffn()),
     windows="all",
 )
@@ -25,7 +22,6 @@ MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     heads_divide_hidden=False,
-    spaces=EXPERT_SPACES,
     tensors=decoder_tensors(
         *attention(),
         ffn_norm(),

@@ -1,17 +1,21 @@
 """Size presets: shapes of Llama from 125 million to 14 billion parameters.
 
-All but the smallest two and the 10 B are the shapes of published models with this vocabulary in
-place of their own; `conf/model/tritter_*.yaml` holds the same numbers, and a test compares them.
+They are the options `conf/model/tritter_*.yaml`, whose first lines say what models they are like.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
+from pathlib import Path
 
+import yaml
+
+from tritter.conf_folder import config_folder
 from tritter.errors import RequestError, did_you_mean
 from tritter.families.dimensions import Config
 from tritter.families.llama import llama_config
 
+_UNITS = {"m": 10**6, "b": 10**9}
 VOCABULARY = 32_000  # what the parameter counts in the presets' names are for
 
 
@@ -22,7 +26,6 @@ class Preset:
     Args:
         name: `tritter_` and the rounded count of parameters.
         nominal_parameters: the count that the name stands for, within 10 % of the true one.
-        like: the published model that has this shape, or nothing.
     """
 
     name: str
@@ -35,7 +38,8 @@ class Preset:
     tie_word_embeddings: bool
     max_position_embeddings: int
     rope_theta: float
-    like: str = ""
+    rms_norm_eps: float
+    initializer_range: float
 
     @property
     def aspect_ratio(self) -> float:
@@ -52,107 +56,31 @@ class Preset:
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
             tie_word_embeddings=self.tie_word_embeddings,
-            rms_norm_eps=1e-5,
+            rms_norm_eps=self.rms_norm_eps,
             rope_theta=self.rope_theta,
             max_position_embeddings=self.max_position_embeddings,
-            initializer_range=0.02,
+            initializer_range=self.initializer_range,
         )
 
 
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            name="tritter_125m",
-            nominal_parameters=125_000_000,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=14,
-            num_attention_heads=12,
-            num_key_value_heads=12,
-            tie_word_embeddings=True,
-            max_position_embeddings=2048,
-            rope_theta=10_000.0,
-        ),
-        Preset(
-            name="tritter_350m",
-            nominal_parameters=350_000_000,
-            hidden_size=1024,
-            intermediate_size=2816,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            num_key_value_heads=16,
-            tie_word_embeddings=True,
-            max_position_embeddings=2048,
-            rope_theta=10_000.0,
-        ),
-        Preset(
-            name="tritter_1b",
-            nominal_parameters=1_000_000_000,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            tie_word_embeddings=True,
-            max_position_embeddings=4096,
-            rope_theta=500_000.0,
-            like="Llama 3.2 1B",
-        ),
-        Preset(
-            name="tritter_3b",
-            nominal_parameters=3_000_000_000,
-            hidden_size=3072,
-            intermediate_size=8192,
-            num_hidden_layers=28,
-            num_attention_heads=24,
-            num_key_value_heads=8,
-            tie_word_embeddings=False,
-            max_position_embeddings=4096,
-            rope_theta=500_000.0,
-            like="Llama 3.2 3B",
-        ),
-        Preset(
-            name="tritter_7b",
-            nominal_parameters=7_000_000_000,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            tie_word_embeddings=False,
-            max_position_embeddings=4096,
-            rope_theta=500_000.0,
-            like="Mistral 7B",
-        ),
-        Preset(
-            name="tritter_10b",
-            nominal_parameters=10_000_000_000,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=48,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            tie_word_embeddings=False,
-            max_position_embeddings=4096,
-            rope_theta=500_000.0,
-            like="SOLAR 10.7B",
-        ),
-        Preset(
-            name="tritter_14b",
-            nominal_parameters=14_000_000_000,
-            hidden_size=5120,
-            intermediate_size=17408,
-            num_hidden_layers=40,
-            num_attention_heads=40,
-            num_key_value_heads=8,
-            tie_word_embeddings=False,
-            max_position_embeddings=4096,
-            rope_theta=500_000.0,
-            like="Qwen3 14B",
-        ),
+def _read(path: Path) -> Preset:
+    size = path.stem.removeprefix("tritter_")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    wanted = [field.name for field in fields(Preset) if field.name in values]
+    return Preset(
+        name=path.stem,
+        nominal_parameters=int(size[:-1]) * _UNITS[size[-1]],
+        **{name: values[name] for name in wanted},
     )
-}
+
+
+def _read_all() -> dict[str, Preset]:
+    presets = map(_read, (config_folder() / "model").glob("tritter_*.yaml"))
+    by_size = sorted(presets, key=lambda preset: preset.nominal_parameters)
+    return {preset.name: preset for preset in by_size}
+
+
+PRESETS = _read_all()
 
 
 def find_preset(name: str) -> Preset:
@@ -169,19 +97,12 @@ def find_preset(name: str) -> Preset:
     )
 
 
-def nearest_preset(parameters: float) -> Preset:
-    """Return the preset whose nominal size is nearest, by ratio."""
-    return min(
-        PRESETS.values(), key=lambda p: abs(math.log(p.nominal_parameters / max(parameters, 1)))
-    )
-
-
 def aspect_ratio_at(parameters: float) -> float:
     """Return the presets' hidden size per layer at a size, interpolated in its logarithm.
 
     Below the smallest and above the largest preset it is theirs.
     """
-    presets = sorted(PRESETS.values(), key=lambda preset: preset.nominal_parameters)
+    presets = list(PRESETS.values())
     position = math.log(max(parameters, 1))
     for left, right in pairwise(presets):
         start, end = math.log(left.nominal_parameters), math.log(right.nominal_parameters)

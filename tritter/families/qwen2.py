@@ -1,9 +1,7 @@
 """Qwen2: biases on q, k and v, always; and its MoE, with an expert that every token meets."""
 
 from tritter.families.decoder import (
-    DECODER_SPACES,
     EXPERT_SIZES,
-    EXPERT_SPACES,
     attention,
     decoder_tensors,
     dense_ffn,
@@ -17,7 +15,6 @@ QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     heads_divide_hidden=False,
-    spaces=DECODER_SPACES,
     tensors=decoder_tensors(*attention(biases="qkv"), ffn_norm(), *dense_ffn()),
     per_layer_config_keys=("layer_types",),
     windows="layer_types",
@@ -27,7 +24,6 @@ QWEN2_MOE = Family(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     heads_divide_hidden=False,
-    spaces=EXPERT_SPACES,
     tensors=decoder_tensors(
         *attention(biases="qkv", bias_key="qkv_bias"),
         ffn_norm(),

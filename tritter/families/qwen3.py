@@ -1,9 +1,7 @@
 """Qwen3: a norm per head on queries and keys, heads of any size, kinds of layers; and its MoE."""
 
 from tritter.families.decoder import (
-    DECODER_SPACES,
     EXPERT_SIZES,
-    EXPERT_SPACES,
     attention,
     decoder_tensors,
     dense_ffn,
@@ -16,7 +14,6 @@ QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     heads_divide_hidden=False,
-    spaces=DECODER_SPACES,
     tensors=decoder_tensors(
         *attention(has_query_norm=True, biases="qkvo", bias_key="attention_bias"),
         ffn_norm(),
@@ -30,7 +27,6 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     heads_divide_hidden=False,
-    spaces=EXPERT_SPACES,
     tensors=decoder_tensors(
         *attention(has_query_norm=True, biases="qkvo", bias_key="attention_bias"),
         ffn_norm(),

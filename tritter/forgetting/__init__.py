@@ -1,8 +1,8 @@
 """Methods against forgetting: a plain function each, and the method that applies it."""
 
-from tritter.forgetting.build import METHODS, build_methods
+from tritter.forgetting.build import build_methods, needs_of
 from tritter.forgetting.ewc import EWC
 from tritter.forgetting.l2sp import L2SP
 from tritter.forgetting.replay import Replay
 
-__all__ = ["EWC", "L2SP", "METHODS", "Replay", "build_methods"]
+__all__ = ["EWC", "L2SP", "Replay", "build_methods", "needs_of"]

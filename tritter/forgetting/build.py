@@ -1,38 +1,36 @@
-"""From validated options to methods."""
+"""From the methods that a config selects to methods."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Protocol
 
-from tritter.forgetting.ewc import EWC
-from tritter.forgetting.l2sp import L2SP
-from tritter.forgetting.replay import Replay
-from tritter.training import ForgettingMethod
-
-METHODS: Mapping[str, Callable[..., ForgettingMethod]] = {
-    method.name: method for method in (EWC, L2SP, Replay)
-}
+from tritter.training import ForgettingMethod, Needs
 
 
-class NamedOptions(Protocol):
-    """A dataclass of options whose `name` is the method's."""
+class Chosen(Protocol):
+    """A method's class, and what is asked of it."""
 
     @property
-    def name(self) -> str: ...
+    def kind(self) -> type[ForgettingMethod]:
+        """The class, which takes its options by their names."""
+        ...
+
+    @property
+    def options(self) -> Any:
+        """A record of the class's `Options`."""
+        ...
 
 
-def build_methods(options: Sequence[NamedOptions]) -> tuple[ForgettingMethod, ...]:
-    """Build the methods in the order asked for.
-
-    Fields of the options are the method's arguments; what it does not take is meant for the
-    stage that prepares what the method needs.
-    """
-    return tuple(_built(entry) for entry in options)
+def build_methods(chosen: Sequence[Chosen]) -> tuple[ForgettingMethod, ...]:
+    """Build the methods in the order asked for; fields of the options are their arguments."""
+    return tuple(_built(one) for one in chosen)
 
 
-def _built(options: NamedOptions) -> ForgettingMethod:
-    assert is_dataclass(options) and not isinstance(options, type)
-    method = METHODS[options.name]
-    taken = inspect.signature(method).parameters
-    return method(**{key: value for key, value in asdict(options).items() if key in taken})
+def needs_of(chosen: Sequence[Chosen]) -> tuple[Needs, ...]:
+    """Return what each method needs, in the order asked for."""
+    return tuple(one.kind.needs(one.options) for one in chosen)
+
+
+def _built(one: Chosen) -> ForgettingMethod:
+    arguments = {f.name: getattr(one.options, f.name) for f in fields(one.options)}
+    return one.kind(**arguments)

@@ -12,80 +12,109 @@ the weights, one pass over them per step.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from tritter.errors import TritterError
-from tritter.forgetting.fisher import diagonal_fisher
-from tritter.forgetting.quadratic import add_penalty_gradient, penalty
-from tritter.training import ForgettingMethod, Task
+from tritter.families import family_of, forward_flops, training_flops
+from tritter.forgetting.fisher import Estimator, diagonal_fisher
+from tritter.forgetting.quadratic import QuadraticPenalty
+from tritter.options import Count, options
+from tritter.training import Needs, Preparation, Prepared, Task
+
+_KINDS = {"diagonal": "fisher", "penalty_preserving": "fisher_penalty"}
 
 
-class EWC(ForgettingMethod):
+@options
+class EWCOptions:
+    """How firm the pull is, and how its Fisher is estimated."""
+
+    ewc_lambda: Annotated[float, Field(ge=0)] = 3e4
+    normalise: Literal["none", "mean"] = "none"
+    estimator: Literal["empirical", "true"] = "empirical"
+    num_sequences: Count = 256
+    carry: Literal["diagonal", "penalty_preserving"] = "diagonal"
+
+
+class EWC(QuadraticPenalty):
     """Elastic weight consolidation.
 
     Args:
         ewc_lambda: λ.
         normalise: `none` or `mean`.
+        estimator: `empirical` or `true`, see `fisher`.
+        num_sequences: that the Fisher is averaged over.
+        carry: through an expansion, `diagonal` or `penalty_preserving`.
     """
 
     name = "ewc"
+    Options = EWCOptions
+    importance_key = "fisher"
 
-    def __init__(self, *, ewc_lambda: float, normalise: str = "none") -> None:
-        self.ewc_lambda = ewc_lambda
+    def __init__(
+        self,
+        *,
+        ewc_lambda: float,
+        normalise: str = "none",
+        estimator: Estimator = "empirical",
+        num_sequences: int = 256,
+        carry: str = "diagonal",
+    ) -> None:
+        super().__init__(ewc_lambda)
         self.normalise = normalise
-        self._anchor: dict[str, Tensor] = {}
-        self._fisher: dict[str, Tensor] = {}
+        self.estimator = estimator
+        self.num_sequences = num_sequences
+        self.kind = _KINDS[carry]
+
+    @classmethod
+    def needs(cls, options: Any) -> Needs:
+        return Needs(old_text=True, prepares=(_KINDS[options.carry],), copies=2)
+
+    def prepare(self, given: Preparation) -> Prepared:
+        chosen = given.draw(self.num_sequences, "fisher")
+        given.say(f"Fisher of {len(chosen)} sequences of {', '.join(given.domains)}")
+        fisher = diagonal_fisher(
+            given.model, chosen, estimator=self.estimator, seed=given.seed("fisher", "labels")
+        )
+        # The gradients of a training step, and no update; true labels take a pass of their own
+        from tritter.models import config_of  # transformers, which a refusal does not wait for
+
+        config = config_of(given.model)
+        flops = training_flops(family_of(config), config)
+        if self.estimator == "true":
+            flops += forward_flops(family_of(config), config)
+        return Prepared(
+            state={self.kind: fisher},
+            flops=len(chosen) * flops.of(chosen.shape[1]),
+            found={"sequences": len(chosen)},
+        )
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        fisher = task.importance.get("fisher")
+        fisher = task.state.get(self.kind)
         if fisher is None:
             raise TritterError("forgetting=ewc was given no Fisher information of the old domains.")
-        scale = 1.0
-        if self.normalise == "mean":
-            stated = task.mean_importance.get("fisher")
-            scale = mean_importance(fisher, carried=task.carried) if stated is None else stated
-        for name, parameter in model.named_parameters():
-            if name in fisher:
-                self._anchor[name] = parameter.detach().clone()
-                self._fisher[name] = fisher[name].to(parameter) / scale
-
-    def add_to_gradients(self, model: nn.Module) -> None:
-        add_penalty_gradient(
-            model, anchor=self._anchor, importance=self._fisher, strength=self.ewc_lambda
-        )
-
-    def logged_loss(self, model: nn.Module) -> float:
-        return penalty(
-            model, anchor=self._anchor, importance=self._fisher, strength=self.ewc_lambda
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"anchor": self._anchor, "fisher": self._fisher}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._anchor, self._fisher = dict(state["anchor"]), dict(state["fisher"])
+        self.hold(model, fisher)
+        if self.normalise == "mean":  # before the expansion: copies and new entries don't move it
+            scale = mean_importance(task.state_before[self.kind])
+            self.importance = {name: value / scale for name, value in self.importance.items()}
 
 
-def mean_importance(
-    importance: Mapping[str, Tensor], *, carried: Mapping[str, Tensor] | None = None
-) -> float:
+def mean_importance(importance: Mapping[str, Tensor]) -> float:
     """Return the mean over all entries of all parameters, in float64.
-
-    Args:
-        carried: parameter name → bool mask of the entries to count. What an expansion added is
-            zero and would dilute the mean.
 
     Raises:
         TritterError: all of them are zero.
     """
-    held = importance if carried is None else {n: v[carried[n]] for n, v in importance.items()}
-    total = sum(float(value.sum(dtype=torch.float64)) for value in held.values())
+    total, count = 0.0, 0
+    for value in importance.values():
+        total += float(value.sum(dtype=torch.float64))
+        count += value.numel()
     if not total > 0:
         raise TritterError("the Fisher information is zero everywhere; it cannot be normalised.")
-    return total / sum(value.numel() for value in held.values())
+    return total / count
 
 
 class ElasticWeightConsolidation:

@@ -5,16 +5,27 @@ every importance-weighted penalty, which it equals with all importances one. Wha
 added is free: it has no past to return to. Cost: one copy of the weights.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from torch import Tensor, nn
+from pydantic import Field
+from torch import nn
 
-from tritter.forgetting.quadratic import add_penalty_gradient, penalty
-from tritter.training import ForgettingMethod, Task
+from tritter.forgetting.quadratic import QuadraticPenalty
+from tritter.options import options
+from tritter.training import Needs, Task
+
+if TYPE_CHECKING:
+    from tritter.expand import Change
 
 
-class L2SP(ForgettingMethod):
+@options
+class L2SPOptions:
+    """How firm the pull towards the start is."""
+
+    l2sp_lambda: Annotated[float, Field(ge=0)] = 0.03
+
+
+class L2SP(QuadraticPenalty):
     """½ λ Σ (θ − θ*)² over all entries that carry old knowledge.
 
     Args:
@@ -22,35 +33,18 @@ class L2SP(ForgettingMethod):
     """
 
     name = "l2sp"
+    Options = L2SPOptions
 
     def __init__(self, *, l2sp_lambda: float) -> None:
-        self.l2sp_lambda = l2sp_lambda
-        self._anchor: dict[str, Tensor] = {}
-        self._importance: dict[str, Tensor] = {}
+        super().__init__(l2sp_lambda)
+
+    @classmethod
+    def needs(cls, options: Any) -> Needs:
+        return Needs(carried=True, copies=2)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        for name, parameter in model.named_parameters():
-            self._anchor[name] = parameter.detach().clone()
-            self._importance[name] = task.carried[name].to(parameter)
+        self.hold(model, task.carried)
 
-    def add_to_gradients(self, model: nn.Module) -> None:
-        add_penalty_gradient(
-            model,
-            anchor=self._anchor,
-            importance=self._importance,
-            strength=self.l2sp_lambda,
-        )
-
-    def logged_loss(self, model: nn.Module) -> float:
-        return penalty(
-            model,
-            anchor=self._anchor,
-            importance=self._importance,
-            strength=self.l2sp_lambda,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"anchor": self._anchor, "importance": self._importance}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._anchor, self._importance = dict(state["anchor"]), dict(state["importance"])
+    def parameters_changed(self, change: "Change") -> None:
+        super().parameters_changed(change)
+        self.importance = {name: (held != 0).to(held) for name, held in self.importance.items()}

@@ -1,8 +1,8 @@
 """The path integral of synaptic intelligence (Zenke et al. 2017, arXiv 1703.04200), recorded.
 
 ω = Σ −g·Δθ over the steps of a training: how much of the fall of the loss each weight did. It
-needs the path, so it is recorded while a base is trained, which costs two copies of the weights
-and one pass over them per step, and is kept beside the base for the methods that want it.
+needs the path, so it is recorded while a base is trained for a run whose methods ask for it, which
+costs two copies of the weights and one pass over them per step, and is kept beside the base.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from tritter.checkpoint.state import write_state
+from tritter.expand import Change
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.writer import TensorStream
 
@@ -74,6 +75,14 @@ class PathIntegral(Callback):
         batch_idx: int,
     ) -> None:
         add_to_path(self.path_integral, _model(pl_module), self._before)
+        self._before = {}
+
+    def parameters_changed(self, change: Change) -> None:
+        """Follow a change of the live model; what is new has done nothing yet."""
+        followed = change.state("path_integral", self.path_integral)
+        device = next(iter(self.path_integral.values())).device
+        new = {s.name: torch.zeros(s.shape) for s in change.after if s.name not in followed}
+        self.path_integral = {name: value.to(device) for name, value in (followed | new).items()}
         self._before = {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,10 +7,26 @@ of what a run without it sees. Cost: a share of the steps.
 """
 
 from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from tritter.data.batches import BatchStream
 from tritter.data.replay import ReplayBuffer
-from tritter.training import ForgettingMethod, Task
+from tritter.options import options
+from tritter.training import ForgettingMethod, Needs, Task
+
+
+@options
+class ReplayOptions:
+    """The exact share of each batch that comes from the old domains.
+
+    Args:
+        weights: old domain → its weight among them; 1 where it is not named.
+    """
+
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    weights: Mapping[str, Annotated[float, Field(ge=0)]] | None = None
 
 
 class Replay(ForgettingMethod):
@@ -22,10 +38,15 @@ class Replay(ForgettingMethod):
     """
 
     name = "replay"
+    Options = ReplayOptions
 
     def __init__(self, *, fraction: float, weights: Mapping[str, float] | None = None) -> None:
         self.fraction = fraction
         self.weights = weights
+
+    @classmethod
+    def needs(cls, options: Any) -> Needs:
+        return Needs(old_text=True)
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         # The place in the buffer is part of the batches' place, which checkpoints keep

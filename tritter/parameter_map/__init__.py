@@ -5,7 +5,14 @@ same map; `axis_map` says how one space grows, `tensor_map` what that means for 
 `apply` moves values.
 """
 
-from tritter.parameter_map.apply import Quantity, carried, map_tensor, mapped
+from tritter.parameter_map.apply import (
+    Quantity,
+    carried,
+    carried_mask,
+    map_tensor,
+    mapped,
+    rounded_weight,
+)
 from tritter.parameter_map.axis_map import AxisMap
 from tritter.parameter_map.tensor_map import AxisFactor, Fill, ParameterMap, TensorMap
 
@@ -17,6 +24,8 @@ __all__ = [
     "Quantity",
     "TensorMap",
     "carried",
+    "carried_mask",
     "map_tensor",
     "mapped",
+    "rounded_weight",
 ]

@@ -42,17 +42,35 @@ def mapped(tensor_map: TensorMap, read: Read, *, quantity: Quantity = Quantity.W
 
     Quantities other than weights know nothing of fills; of a blend they take the mean as well.
     """
-    source = None if tensor_map.source is None else read(tensor_map.source)
+
+    def value_of(source: str | TensorMap) -> Tensor:
+        return read(source) if isinstance(source, str) else mapped(source, read, quantity=quantity)
+
+    source = None if tensor_map.source is None else value_of(tensor_map.source)
     if source is not None and tensor_map.blend:
         total = source.to(_compute_dtype(source))
-        for name in tensor_map.blend:
-            total = total + read(name)
+        for other in tensor_map.blend:
+            total = total + value_of(other)
         source = (total / (1 + len(tensor_map.blend))).to(source.dtype)
     donor_map = tensor_map.fill.donor
     donor = None
     if donor_map is not None and quantity is Quantity.WEIGHT:
         donor = mapped(donor_map, read)
     return map_tensor(tensor_map, source, quantity=quantity, donor=donor)
+
+
+def rounded_weight(tensor_map: TensorMap, read: Read, dtype: torch.dtype) -> Tensor:
+    """Return the target's weights, computed in float32 or wider and rounded once, at the end.
+
+    What no map touches keeps its bits.
+    """
+
+    def read_wide(name: str) -> Tensor:
+        tensor = read(name)
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+    origin = tensor_map.origin if tensor_map.is_verbatim else None
+    return (mapped(tensor_map, read_wide) if origin is None else read(origin)).to(dtype)
 
 
 def map_tensor(
@@ -121,6 +139,15 @@ def carried(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
     if tensor_map.is_zeroed or tensor_map.state == "fresh":
         return torch.zeros_like(mask)
     return mask
+
+
+def carried_mask(tensor_map: TensorMap, read: Read) -> Tensor:
+    """Return `carried` of a whole chain, the masks of the first model read by logical name."""
+    before = tensor_map.source
+    if before is None:
+        return carried(tensor_map, None)
+    mask = read(before) if isinstance(before, str) else carried_mask(before, read)
+    return carried(tensor_map, mask)
 
 
 def _select(tensor_map: TensorMap, source_mask: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class AxisMap:
         share: float64 [N], s(j): what consumers read, relative to the source.
 
     Raises:
-        ValueError: C·E is not the identity, or a source lies outside the old space.
+        ValueError: C·E is not the identity, or a source is neither -1 nor in the old space.
     """
 
     old_size: int
@@ -36,8 +36,12 @@ class AxisMap:
     share: Tensor
 
     def __post_init__(self) -> None:
-        if self.source.numel() and int(self.source.max()) >= self.old_size:
-            raise ValueError(f"a source lies outside the old space of {self.old_size} coordinates")
+        is_inside = (self.source >= NO_SOURCE) & (self.source < self.old_size)
+        if not bool(is_inside.all()):
+            raise ValueError(
+                f"source {int(self.source[~is_inside][0])} lies outside the old space of "
+                f"{self.old_size} coordinates; {NO_SOURCE} is allowed for a new one"
+            )
         kept = self.source >= 0
         total = torch.zeros(self.old_size, dtype=torch.float64)
         total.index_add_(0, self.source[kept], (self.scale * self.share)[kept])

@@ -1,74 +1,133 @@
 """What lives on parameters beside the weights, carried through an expansion."""
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tritter.errors import TritterError
 from tritter.parameter_map.apply import Quantity, map_tensor
 from tritter.parameter_map.tensor_map import TensorMap
 
 Policy = Literal["carry", "zero", "reset_new"]
 POLICIES: tuple[Policy, ...] = ("carry", "zero", "reset_new")
 
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,59}")  # it names a folder
+
 
 @dataclass(frozen=True, slots=True)
 class StateKind:
-    """One kind of state: how it maps, and what stands where a coordinate is new.
+    """The rule of one kind of state: how it maps, and what stands where a coordinate is new.
 
     Args:
         quantity: decides the factors.
         new_entries: `zero`; `mean` of the carried entries; or `as_weights`, what the expansion
             writes into the weights there.
+        is_moment: it is Adam's, and follows a policy.
     """
 
     quantity: Quantity
     new_entries: Literal["zero", "mean", "as_weights"]
+    is_moment: bool = False
+
+    @property
+    def is_as_weights(self) -> bool:
+        return self.new_entries == "as_weights"
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the rule as a checkpoint states it."""
+        return {"quantity": self.quantity.value, "new_entries": self.new_entries}
+
+    @classmethod
+    def from_dict(cls, plain: Any) -> "StateKind":
+        """Return the rule that a checkpoint states.
+
+        Raises:
+            LookupError, TypeError, ValueError: it is none.
+        """
+        quantity, new_entries = Quantity(plain["quantity"]), plain["new_entries"]
+        if new_entries not in ("zero", "mean", "as_weights"):
+            raise ValueError(new_entries)
+        return cls(quantity, new_entries)
 
 
-STATE_KINDS: dict[str, StateKind] = {
-    "exp_avg": StateKind(Quantity.GRADIENT, "zero"),
-    # Zeros would give new entries updates several times too large under an old step count
-    "exp_avg_sq": StateKind(Quantity.SQUARED_GRADIENT, "mean"),
-    "fisher": StateKind(Quantity.SQUARED_GRADIENT, "zero"),
-    "fisher_penalty": StateKind(Quantity.PENALTY, "zero"),
-    "path_integral": StateKind(Quantity.PATH_INTEGRAL, "zero"),
-    "anchor": StateKind(Quantity.WEIGHT, "as_weights"),
-    "ema": StateKind(Quantity.WEIGHT, "as_weights"),
-}
-MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_KINDS: dict[str, StateKind] = {}
 
 
-def starts_anew(tensor_map: TensorMap, kind: str, *, policy: Policy = "carry") -> bool:
+def register(kind: str, rule: StateKind) -> None:
+    """Make a kind of state known: from then on it follows every map by its rule.
+
+    Meant for the module of the method that leaves it. Registering the same again does nothing.
+
+    Args:
+        kind: lower-case letters, digits and `_`.
+
+    Raises:
+        TritterError: the name is of another form, or has another rule already.
+    """
+    if not is_kind_name(kind):
+        raise TritterError(
+            f"{kind!r} names no kind of state; allowed are lower-case letters, digits and _."
+        )
+    if STATE_KINDS.setdefault(kind, rule) != rule:
+        raise TritterError(f"the kind of state {kind} is registered with another rule already.")
+
+
+def is_kind_name(name: str) -> bool:
+    """Say whether a kind of state, and the folder that holds it, may have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
+register("exp_avg", StateKind(Quantity.GRADIENT, "zero", is_moment=True))
+# Zeros would give new entries updates several times too large under an old step count
+register("exp_avg_sq", StateKind(Quantity.SQUARED_GRADIENT, "mean", is_moment=True))
+register("fisher", StateKind(Quantity.SQUARED_GRADIENT, "zero"))
+register("fisher_penalty", StateKind(Quantity.PENALTY, "zero"))
+register("path_integral", StateKind(Quantity.PATH_INTEGRAL, "zero"))
+register("anchor", StateKind(Quantity.WEIGHT, "as_weights"))
+register("ema", StateKind(Quantity.WEIGHT, "as_weights"))
+MOMENTS = tuple(kind for kind, rule in STATE_KINDS.items() if rule.is_moment)
+OURS = frozenset(STATE_KINDS)  # what every Tritter knows
+
+
+def starts_anew(tensor_map: TensorMap, kind: str | StateKind, *, policy: Policy = "carry") -> bool:
     """Return whether the target has no state of this kind: it is absent, not zero."""
-    if STATE_KINDS[kind].new_entries == "as_weights":
+    rule = _rule(kind)
+    if rule.is_as_weights:
         return False
     is_reset = policy == "zero" or (policy == "reset_new" and tensor_map.is_copy)
-    return tensor_map.state == "fresh" or (kind in MOMENTS and is_reset)
+    return tensor_map.state == "fresh" or (rule.is_moment and is_reset)
 
 
-def carry(tensor_map: TensorMap, source: Tensor, kind: str, *, policy: Policy = "carry") -> Tensor:
+def carry(
+    tensor_map: TensorMap, source: Tensor, kind: str | StateKind, *, policy: Policy = "carry"
+) -> Tensor:
     """Return the target's state for the source's; meant where state does not start anew.
 
     Args:
-        kind: a key of `STATE_KINDS`.
+        kind: a registered one, or a rule.
         policy: of Adam's moments; other kinds are always carried. `carry` maps them exactly,
             copies included; `zero` starts all anew; `reset_new` carries the first copy of each
             coordinate and treats further copies as new (asymmetric, as in arXiv 2602.02472).
     """
-    state = STATE_KINDS[kind]
-    mapped = map_tensor(tensor_map, source, quantity=state.quantity)
-    if state.new_entries == "as_weights":
+    rule = _rule(kind)
+    mapped = map_tensor(tensor_map, source, quantity=rule.quantity)
+    if rule.is_as_weights:
         return mapped
-    copies = kind in MOMENTS and policy == "reset_new"
+    copies = rule.is_moment and policy == "reset_new"
     is_new = _new_entries(tensor_map, mapped.shape, copies=copies).to(mapped.device)
     if not bool(is_new.any()):
         return mapped
     value = torch.zeros((), dtype=mapped.dtype, device=mapped.device)
-    if state.new_entries == "mean" and not bool(is_new.all()):
+    if rule.new_entries == "mean" and not bool(is_new.all()):
         value = mapped[~is_new].double().mean().to(mapped.dtype)
     return torch.where(is_new, value, mapped)
+
+
+def _rule(kind: str | StateKind) -> StateKind:
+    return kind if isinstance(kind, StateKind) else STATE_KINDS[kind]
 
 
 def _new_entries(tensor_map: TensorMap, shape: torch.Size, *, copies: bool) -> Tensor:

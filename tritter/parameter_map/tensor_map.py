@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -129,8 +129,8 @@ class TensorMap:
     """How one target tensor follows from one source tensor, or from several.
 
     Args:
-        source: logical name in the source model; None for a tensor that has no source at all and
-            is made of its fill.
+        source: logical name in the source model; the map that makes it, where maps follow one
+            another; None for a tensor that has no source at all and is made of its fill.
         axes: one factor per dimension; None keeps the dimension as it is.
         fill: for coordinates without a source.
         shape: of a target without a source.
@@ -145,11 +145,11 @@ class TensorMap:
             (Gemma's norms: 1).
     """
 
-    source: str | None
+    source: "str | TensorMap | None"
     axes: tuple[AxisFactor | None, ...] = ()
     fill: Fill = Fill()
     shape: tuple[int, ...] = ()
-    blend: tuple[str, ...] = ()
+    blend: "tuple[str | TensorMap, ...]" = ()
     is_zeroed: bool = False
     state: Literal["carry", "fresh"] = "carry"
     noise: float = 0.0
@@ -163,16 +163,54 @@ class TensorMap:
         return cls(source=None, shape=shape, fill=fill, state="fresh")
 
     @property
+    def origin(self) -> str | None:
+        """The tensor of the first model that the target stems from, if any."""
+        return self.source.origin if isinstance(self.source, TensorMap) else self.source
+
+    @property
     def sources(self) -> tuple[str, ...]:
-        """Logical names that the weights are made of, donors included."""
+        """Logical names in the first model that the weights are made of, donors included."""
         own = () if self.source is None else (self.source, *self.blend)
-        return own if self.fill.donor is None else (*own, *self.fill.donor.sources)
+        parts = own if self.fill.donor is None else (*own, self.fill.donor)
+        names = ((part,) if isinstance(part, str) else part.sources for part in parts)
+        return tuple(name for each in names for name in each)
 
     @property
     def is_verbatim(self) -> bool:
-        """The weights are the source's, bit for bit."""
+        """The weights are those of `origin`, bit for bit."""
+        before = self.source
+        return self._keeps_weights and (not isinstance(before, TensorMap) or before.is_verbatim)
+
+    def after(self, maps: "Mapping[str, TensorMap]") -> "TensorMap":
+        """Return this map behind those that make its source model, as one from their own source.
+
+        The parts are kept and applied in turn: fills, noise and mean moments are taken of what
+        each of them sees, so no product of factors could stand for two of them.
+        """
+
+        def behind(source: "str | TensorMap") -> "str | TensorMap":
+            found = maps[source] if isinstance(source, str) else source.after(maps)
+            return found.source if found._is_nothing and found.source is not None else found
+
+        if self._is_nothing and isinstance(self.source, str):
+            return maps[self.source]
+        donor = self.fill.donor
+        return replace(
+            self,
+            source=None if self.source is None else behind(self.source),
+            blend=tuple(map(behind, self.blend)),
+            fill=self.fill if donor is None else replace(self.fill, donor=donor.after(maps)),
+        )
+
+    @property
+    def _keeps_weights(self) -> bool:
         is_computed = self.noise or self.blend or self.is_zeroed or self.source is None
         return not is_computed and all(axis is None for axis in self.axes)
+
+    @property
+    def _is_nothing(self) -> bool:
+        """What it makes of its source is the source, with its state."""
+        return self._keeps_weights and self.state == "carry" and not self.is_copy
 
     def description(self) -> list[object]:
         """Return plain data that determines the map, tensors as their SHA-256."""
@@ -182,11 +220,12 @@ class TensorMap:
         ]
         noise = [self.noise, self.noise_seed]
         fill = self.fill.description()
-        plain: list[object] = [self.source, axes, fill, self.is_zeroed, self.state, *noise]
+        source, *blend = map(_described, (self.source, *self.blend))
+        plain: list[object] = [source, axes, fill, self.is_zeroed, self.state, *noise]
         # What few maps have is left out where it is absent, so that old digests stay what they are
         rare = {
             "shape": self.shape,
-            "blend": self.blend,
+            "blend": blend,
             "is_copy": self.is_copy,
             "offset": self.offset,
         }
@@ -196,7 +235,9 @@ class TensorMap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParameterMap:
-    """One expansion: every logical tensor of the target, and the layer that each layer copies.
+    """Every logical tensor of the target, and the layer that each layer copies.
+
+    One expansion, or several that follow one another: `first.then(second)`.
 
     Args:
         tensors: target logical name → its map, in the target's order.
@@ -206,11 +247,27 @@ class ParameterMap:
     tensors: Mapping[str, TensorMap]
     layer_sources: tuple[int, ...]
 
+    @classmethod
+    def identity(cls, names: Iterable[str], *, num_layers: int) -> "ParameterMap":
+        """Return the map that leaves all tensors as they are."""
+        return cls({name: TensorMap(source=name) for name in names}, tuple(range(num_layers)))
+
+    def then(self, other: "ParameterMap") -> "ParameterMap":
+        """Return the map that does this one's work and then the other's."""
+        return ParameterMap(
+            {name: tensor_map.after(self.tensors) for name, tensor_map in other.tensors.items()},
+            tuple(self.layer_sources[layer] for layer in other.layer_sources),
+        )
+
     def digest(self) -> str:
         """SHA-256 over maps, fills and seeds: equal digests, equal expansions."""
         plain = {name: tensor_map.description() for name, tensor_map in self.tensors.items()}
         text = json.dumps([plain, self.layer_sources], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _described(source: str | TensorMap | None) -> object:
+    return source.description() if isinstance(source, TensorMap) else source
 
 
 def _tensor_digest(*tensors: Tensor) -> str:

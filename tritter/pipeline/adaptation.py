@@ -1,21 +1,22 @@
 """Stages of appended experts before they are opened: which to clone, what a teacher says."""
 
-from itertools import islice
-
-from tritter.adaptation import best_experts, distill_experts
-from tritter.families import family_of, forward_flops, training_flops
-from tritter.models import load_model, locate, read_config
-from tritter.pipeline import experts, moments
+from tritter.families import family_of, training_flops
+from tritter.models import load_model, read_config
+from tritter.moe_routing import DistillationModule, best_experts, only_new_experts
+from tritter.pipeline import moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult
-from tritter.pipeline.trained import recorded_options, write_trained
+from tritter.pipeline.stages import fit_found
+from tritter.pipeline.trained import TrainedWriter, accept, child_of, recorded_options
+from tritter.storage.hub import locate
+from tritter.training import Schedule, discard_saved, fit
 
 
 def choice(context: RunContext, arm: Arm) -> StageResult:
     """Choose the expert of each layer that the new domains' text moves most."""
     folder = context.folder / arm.start
-    sequences = experts.spread(context, context.new_domains, experts.UTILITY_SEQUENCES)
+    sequences = moe.spread(context, context.new_domains, moe.UTILITY_SEQUENCES)
     chosen = best_experts(load_model(folder).to(context.device), sequences)
     context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
     config = read_config(folder)
@@ -29,49 +30,52 @@ def choice(context: RunContext, arm: Arm) -> StageResult:
 
 
 def distillation(context: RunContext, arm: Arm) -> StageResult:
-    """Let the new experts learn from the teacher on the new domains, behind their closed door."""
-    options, place = context.config.adaptation, experts.teacher_of(arm)
-    start = experts.expanded_folder(context, arm)
-    added = experts.appended(context, arm)
+    """Let the new experts learn from the teacher on the new domains, while no token meets them."""
+    options, place = context.config.adaptation, moe.teacher_of(arm)
+    start = moe.expanded_folder(context, arm)
+    added = moe.appended(context, arm)
     assert place is not None and added is not None
-    teacher_folder = locate(place)
-    model = load_model(start).to(context.device)
-    context.say("distill", f"{options.distill_steps} steps of the new experts, after {place}")
-    batches = context.batches(
-        context.new_domains, purpose="distill", max_steps=options.distill_steps
-    )
-    distill_experts(
-        model,
-        load_model(teacher_folder),
-        added.experts,
-        islice(batches, options.distill_steps),
-        temperature=options.distill_temperature,
-        auxiliary_loss=context.config.routing.auxiliary_loss,
-        learning_rate=context.config.training.learning_rate,
-        weight_decay=context.config.optimizer.weight_decay,
-    )
-    write_trained(
-        context,
-        model.to("cpu"),
+    model, folder = load_model(start), context.folder / arm.name / "distill"
+    target, steps = context.folder / arm.name / "distilled", options.distill_steps
+    write = TrainedWriter(
         start=start,
-        target=context.folder / arm.name / "distilled",
-        steps=options.distill_steps,
-        stage="distillation of new experts",
+        target=target,
+        lineage=child_of(
+            context,
+            start,
+            target,
+            stage="distillation of new experts",
+            options=recorded_options(start, is_adapted=True),
+        ),
         added=added,
-        options=recorded_options(start, is_adapted=True),
-        write_moments=moments.passed_on(
+        moments=moments.passed_on(
             context, start, is_trained=lambda tensor: tensor.expert in added.experts
         ),
     )
-    data, config, taught_by = context.config.data, read_config(start), read_config(teacher_folder)
-    flops = forward_flops(family_of(taught_by), taught_by) + training_flops(
-        family_of(config),
-        config,
-        is_trained=lambda tensor: tensor.expert in added.experts,
-        routed_to=added.experts,
-    )
-    sequences = options.distill_steps * data.batch_size
+    context.say("distill", f"{steps} steps of the new experts, after {place}")
+    with only_new_experts(model, added.experts):
+        module = DistillationModule(
+            model,
+            load_model(locate(place)),
+            new_experts=added.experts,
+            temperature=options.distill_temperature,
+            auxiliary_loss=context.config.moe_routing.auxiliary_loss,
+            schedule=Schedule.constant(context.config.training.learning_rate, max_steps=steps),
+            optimizer=context.optimizer_settings,
+        )
+        result = fit(
+            module,
+            context.batches(context.new_domains, purpose="distill", max_steps=steps),
+            settings=context.trainer_settings,
+            folder=folder,
+            label="distill",
+            console=context.console,
+            write_result=write,
+        )
+    accept(target)
+    discard_saved(folder)
     return StageResult(
-        flops={arm.label("distill"): sequences * flops.of(data.sequence_length)},
+        found=fit_found(result),
+        flops={arm.label("distill"): result.flops},
         leaves=(f"{arm.name}/distilled",),
     )

@@ -2,16 +2,19 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from tokenizers import Tokenizer
+from torch import nn
 
 from tritter.checkpoint import Lineage, write_checkpoint
 from tritter.checkpoint.left import checkpoint_changes
 from tritter.checkpoint.state import copy_states, read_state
+from tritter.config.fingerprint import effective_arguments, optimizer_record
 from tritter.config.schema import DataConfig
 from tritter.config.validation import source_config
 from tritter.data.cache import require_writable, set_aside
@@ -20,8 +23,10 @@ from tritter.errors import TritterError
 from tritter.families import Config, family_of
 from tritter.forgetting.path_integral import PathIntegral
 from tritter.models import named_tensors, new_model, save_tokenizer
-from tritter.pipeline import moments
+from tritter.pipeline import importance, moments
 from tritter.pipeline.context import RunContext, content_key, schedule_of
+from tritter.pipeline.loggers import open_loggers
+from tritter.pipeline.trained import accept
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, FitResult, discard_saved, fit
 
@@ -70,12 +75,14 @@ def _made_from(context: RunContext) -> dict[str, Any]:
     # Only a short training warms up for longer than its share; others keep the name they had
     is_lengthened = schedule.warmup_steps != schedule.asked_warmup_steps
     warmup = {"warmup_steps": schedule.warmup_steps} if is_lengthened else {}
-    optimizer = asdict(config.optimizer)
+    optimizer = optimizer_record(config)
     if not optimizer["carry"]:  # one that leaves its moments is another entry
         del optimizer["carry"]
+    recorded = {importance.RECORDED: True} if importance.is_recorded(context) else {}
     return {
         "format_version": FORMAT_VERSION,
         **warmup,
+        **recorded,
         "torch": torch.__version__,
         "model": base_config(context),
         "corpus": context.corpus.digest,
@@ -84,7 +91,8 @@ def _made_from(context: RunContext) -> dict[str, Any]:
         "pretraining": asdict(config.pretraining),
         "optimizer": optimizer,
         "trainer": {key: trainer[key] for key in ("accelerator", "precision", "gradient_clip_val")}
-        | devices,
+        | devices
+        | effective_arguments(config),
         "seed": config.seed,
     }
 
@@ -108,58 +116,92 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
     module = BaseModule(
         new_model(config, seed=context.seed("initialisation")),
         schedule=schedule_of(pretraining),
-        optimiser=context.optimiser_settings,
+        optimizer=context.optimizer_settings,
     )
     batches = context.batches(
         context.old_domains, purpose="pretraining", max_steps=pretraining.max_steps
     )
     working = context.folder / "pretraining"
     recorded = working / "path_integral"
-    result = fit(
-        module,
-        batches,
-        settings=context.trainer_settings,
-        folder=working,
-        label="pretraining",
-        console=context.console,
-        observers=[PathIntegral(recorded), *moments.keepers(context, working)],
+    write = BaseWriter(
+        folder=folder,
+        config=config,
+        lineage=_base_lineage(context, made_from),
+        tokenizer=context.corpus.tokenizer,
+        states=(recorded, *moments.left_in(context, working)),
     )
-    if result.stopped_because is not None:
-        raise TritterError(
-            f"pretraining was broken off: {result.stopped_because}. Nothing was cached; lower "
-            f"pretraining.learning_rate ({pretraining.learning_rate})."
+    recorders = [PathIntegral(recorded)] if importance.is_recorded(context) else []
+    with open_loggers(context, "pretraining") as loggers:
+        result = fit(
+            module,
+            batches,
+            settings=context.trainer_settings,
+            folder=working,
+            label="pretraining",
+            console=context.console,
+            loggers=loggers,
+            observers=[*recorders, *moments.keepers(context, working)],
+            write_result=write,
         )
-    lineage = _base_lineage(context, result, made_from)
-
-    def write_extras(place: Path) -> None:
-        save_tokenizer(context.corpus.tokenizer, place, end_of_text=END_OF_TEXT)
-        states = read_state(recorded), moments.read_left(context, working)
-        copy_states([state for state in states if state is not None], place)
-
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if not folder.exists():  # else another run was faster
-            write_checkpoint(
-                folder,
-                config=config,
-                tensors=TensorStream.of(named_tensors(module.model, config)),
-                lineage=lambda: lineage,
-                write_extras=write_extras,
-            )
+        _check_whole(context, result)
+    accept(folder)
     discard_saved(working)
     moments.discard_left(working)
     return result.seconds
 
 
-def _base_lineage(context: RunContext, result: FitResult, made_from: Mapping[str, Any]) -> Lineage:
+def _check_whole(context: RunContext, result: FitResult) -> None:
+    if result.stopped_because is not None:
+        raise TritterError(
+            f"pretraining was broken off: {result.stopped_because}. Nothing was cached; lower "
+            f"pretraining.learning_rate ({context.config.pretraining.learning_rate})."
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseWriter:
+    """Writes a base into the cache, unless its training was broken off or another run was faster.
+
+    Args:
+        lineage: all but the steps and their FLOPs.
+        states: folders whose `state/` goes along.
+    """
+
+    folder: Path
+    config: Config
+    lineage: Lineage
+    tokenizer: Tokenizer
+    states: tuple[Path, ...]
+
+    def __call__(self, model: nn.Module, result: FitResult) -> None:
+        if result.stopped_because is not None:
+            return
+        told = {"stage": "pretraining", "flops": result.flops, **self.lineage.training_config}
+        lineage = replace(self.lineage, step=result.steps, training_config=told)
+        with FileLock(self.folder.with_name(f"{self.folder.name}.lock")):
+            if not self.folder.exists():
+                write_checkpoint(
+                    self.folder,
+                    config=self.config,
+                    tensors=TensorStream.of(named_tensors(model, self.config)),
+                    lineage=lambda: lineage,
+                    artifacts=[self],
+                )
+
+    def write(self, folder: Path) -> None:
+        """Write what stands beside the model."""
+        save_tokenizer(self.tokenizer, folder, end_of_text=END_OF_TEXT)
+        states = map(read_state, self.states)
+        copy_states([state for state in states if state is not None], folder)
+
+
+def _base_lineage(context: RunContext, made_from: Mapping[str, Any]) -> Lineage:
     return Lineage(
         model_hash="",
         base_model_hash="",
         tensor_digests={},
         file_digests={},
-        step=result.steps,
         training_config={
-            "stage": "pretraining",
-            "flops": result.flops,
             "old": context.source_records(context.old_domains),
             **context.split_record(),
             "made_from": dict(made_from),

@@ -13,7 +13,7 @@ from tritter.checkpoint import read_lineage
 from tritter.data.cache import require_writable
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
-from tritter.evaluation.losses import DocumentLosses, domain_score
+from tritter.evaluation.paired_scores import PairedScores
 from tritter.models import load_model, read_config
 from tritter.pipeline.context import MAX_SCORE_BYTES, RunContext, content_key
 from tritter.storage.atomic import write_text_atomic
@@ -38,8 +38,8 @@ def score_baseline(context: RunContext, folder: Path) -> None:
     scores = _intact_scores(place)
     if scores is not None:
         write_text_atomic(target, json.dumps(scores))
-        losses = {name: DocumentLosses.from_dict(record) for name, record in scores.items()}
-        told = ", ".join(f"{name} {domain_score(held).loss:.3f}" for name, held in losses.items())
+        means = {name: PairedScores.from_dict(held).mean() for name, held in scores.items()}
+        told = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
         context.say("", f"loss, nats per token: {told} (scored before)")
         return
     require_writable(place.parent)

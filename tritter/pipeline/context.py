@@ -5,7 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,30 +21,31 @@ from tritter.config.text_resolution import run_text
 from tritter.config.validation import known_config
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.corpus import Corpus
+from tritter.data.datamodule import EvaluationText
 from tritter.data.pretrained import PretrainedTokenizer, read_tokenizer
 from tritter.data.split import DomainCounts
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.data.tokens import pack
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.losses import (
-    DocumentLosses,
-    document_losses,
-    domain_score,
-    window_lengths,
-)
+from tritter.evaluation.losses import document_losses, window_lengths
+from tritter.evaluation.paired_scores import PairedScores
+from tritter.expand import PlannedExpansion, planned
 from tritter.families import Config, family_of, forward_flops
-from tritter.models import locate, read_config
+from tritter.models import read_config
+from tritter.pipeline.arm import Arm
 from tritter.pipeline.corpora import run_corpus, text_notes
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
+from tritter.storage.hub import locate
 from tritter.storage.reading import read_object
 from tritter.terminal import Console
-from tritter.training import OptimiserSettings, Schedule, TrainerSettings
+from tritter.training import OptimizerSettings, Schedule, TrainerSettings
 
-Scores = dict[str, DocumentLosses]
+Scores = dict[str, PairedScores]
 MAX_SCORE_BYTES = 2**30
+EVALUATED_TOKENS = 4096  # of a domain, each time: 3 % of the default training, all together
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class RunContext:
     folder: Path
     console: Console
     ledger: Ledger
+    _planned: dict[Arm, PlannedExpansion] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def old_domains(self) -> tuple[str, ...]:
@@ -124,13 +128,14 @@ class RunContext:
     def trainer_settings(self) -> TrainerSettings:
         values = asdict(self.config.trainer)
         del values["check_memory"]  # that was done before
-        return TrainerSettings(**values)
+        return TrainerSettings(**values, arguments=self.config.trainer_arguments)
 
     @property
-    def optimiser_settings(self) -> OptimiserSettings:
-        values = asdict(self.config.optimizer)
-        del values["name"], values["carry"]  # AdamW is the only one, and no setting of its own
-        return OptimiserSettings(**values)
+    def optimizer_settings(self) -> OptimizerSettings:
+        options = self.config.optimizer
+        return OptimizerSettings(
+            target=options.target, weight_decay=options.weight_decay, arguments=options.arguments
+        )
 
     def seed(self, *purpose: str) -> int:
         """Return the seed of one purpose: data order, growth and replay have their own."""
@@ -158,6 +163,13 @@ class RunContext:
         result = replace(result, seconds=seconds)
         self.ledger.record(key, result)
         return result
+
+    def planned(self, arm: Arm) -> PlannedExpansion:
+        """Return what an arm's expansions make of where it starts; its map is built once."""
+        if arm not in self._planned:
+            seed = self.seed("expansion", *arm.purpose)
+            self._planned[arm] = planned(self.folder / arm.start, arm.specs, seed=seed)
+        return self._planned[arm]
 
     def say(self, label: str, text: str) -> None:
         """Print one line of what goes on."""
@@ -243,7 +255,24 @@ class RunContext:
         sequences = torch.cat(list(self.training_sequences(domains).values()))
         stream = SequenceStream(sequences, seed=self.seed("order", purpose))
         batch_size = self.config.data.batch_size
-        return BatchStream(stream, batch_size=batch_size, num_batches=max_steps)
+        num_batches = max_steps * self.trainer_settings.accumulate_grad_batches
+        return BatchStream(stream, batch_size=batch_size, num_batches=num_batches)
+
+    @cached_property
+    def evaluation_text(self) -> EvaluationText | None:
+        """What trainings are evaluated on on their way; None where that is switched off."""
+        options = self.config.evaluation
+        if not options.every_n_steps:
+            return None
+        return EvaluationText.of(
+            {name: self.corpus.domains[name].validation for name in self.domains},
+            every_n_steps=options.every_n_steps,
+            max_tokens=EVALUATED_TOKENS,
+            sequence_length=self.config.data.sequence_length,
+            end_of_text_id=self.end_of_text_id,
+            batch_size=options.batch_size,
+            seed=self.config.seed,
+        )
 
     def score(self, model: nn.Module, name: str) -> Scores:
         """Score a model on every domain's validation documents and keep the result in a file."""
@@ -261,7 +290,7 @@ class RunContext:
         model.to("cpu")
         plain = {domain: losses.to_dict() for domain, losses in scores.items()}
         write_text_atomic(self.folder / score_file(name), json.dumps(plain))
-        text = ", ".join(f"{domain} {_mean(losses):.3f}" for domain, losses in scores.items())
+        text = ", ".join(f"{domain} {losses.mean():.3f}" for domain, losses in scores.items())
         self.say("", f"loss, nats per token: {text}")
         return scores
 
@@ -270,7 +299,7 @@ class RunContext:
         path = self.folder / score_file(name)
         plain = read_object(path, limit_bytes=MAX_SCORE_BYTES)
         try:
-            return {domain: DocumentLosses.from_dict(plain[domain]) for domain in self.domains}
+            return {domain: PairedScores.from_dict(plain[domain]) for domain in self.domains}
         except (KeyError, TritterError) as error:
             raise TritterError(f"{path} holds no scores of this run: {error}.") from error
 
@@ -305,18 +334,14 @@ def schedule_of(training: TrainingConfig) -> Schedule:
     )
 
 
-def score_records(scores: Mapping[str, DocumentLosses]) -> dict[str, dict[str, float | int | None]]:
+def score_records(scores: Mapping[str, PairedScores]) -> dict[str, dict[str, float | int | None]]:
     """Return domain → record, as in summary.json."""
-    return {domain: domain_score(losses).to_dict() for domain, losses in scores.items()}
+    return {name: held.record() for name, held in scores.items()}
 
 
 def content_key(content: Mapping[str, object]) -> str:
     """SHA-256 of plain data, the name of what it made."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _mean(losses: DocumentLosses) -> float:
-    return domain_score(losses).loss
 
 
 def _moved(counts: Collection[DomainCounts]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The text of a run: the Python installation's own, files, or both, under one tokenizer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 
@@ -12,6 +12,7 @@ from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
 from tritter.data.readers import TextFileError
 from tritter.data.split import DomainDocuments, Earlier
 from tritter.data.stdlib import stdlib_origin
+from tritter.targets import dotted
 
 FILES_ORIGIN = "text files"
 _STDLIB_DOMAINS = [("prose", ("stdlib:prose",)), ("code", ("stdlib:code",))]
@@ -42,7 +43,7 @@ def run_corpus(config: RunConfig, text: RunText, *, tokenizer: Tokenizer | None)
     history = _all_documents(text.history)
     return build_corpus(
         _all_documents(text.domains),
-        origin={domain.name: _origin(domain.paths) for domain in text.domains},
+        origin={domain.name: _origin(domain, config) for domain in text.domains},
         vocab_size=config.data.vocab_size,
         validation_fraction=split.validation_fraction,
         max_validation_tokens_per_document=limit,
@@ -78,6 +79,7 @@ def _all_documents(domains: Iterable[DomainText]) -> dict[str, DomainDocuments]:
                 key=domain.key,
                 text_field=domain.text_field,
                 is_ranked=bool(domain.ranked),
+                texts=domain.texts,
             )
             documents[domain.name] = DomainDocuments(found, domain.ranked)
         except TextFileError as error:
@@ -94,7 +96,9 @@ def _is_stdlib(text: RunText) -> bool:
     return is_plain and places == _STDLIB_DOMAINS and not any(d.ranked for d in text.domains)
 
 
-def _origin(paths: Sequence[str]) -> str:
-    built_in = [path for path in paths if path in BUILT_IN_TEXTS]
+def _origin(domain: DomainText, config: RunConfig) -> str:
+    if domain.texts is not None:
+        return dotted(type(config.data))
+    built_in = [path for path in domain.paths if path in BUILT_IN_TEXTS]
     origins = [stdlib_origin()] if built_in else []
-    return " and ".join([*origins, *([FILES_ORIGIN] if len(built_in) < len(paths) else [])])
+    return " and ".join([*origins, *([FILES_ORIGIN] if len(built_in) < len(domain.paths) else [])])

@@ -19,10 +19,10 @@ from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
 from tritter.config.composition import load_config
 from tritter.config.overrides import quoted
 from tritter.config.schema import RunConfig, TextSources
-from tritter.expand import Plan, plan_expansion
-from tritter.expansion import ExpansionSpec, ExpansionStep, MoeAdd
+from tritter.expand import PlannedExpansion
+from tritter.expansion import ExpansionSpec, MoeAdd, ResolvedExpansion
 from tritter.models import read_config
-from tritter.pipeline import experts, verdict
+from tritter.pipeline import moe, verdict
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext, score_records
 from tritter.pipeline.given import check_given
@@ -69,7 +69,7 @@ class DomainExpansion:
         experts: use of the experts by domain, as in summary.json.
     """
 
-    plan: Plan
+    plan: PlannedExpansion
     lineage: Lineage
     scores: dict[str, dict[str, Any]]
     experts: dict[str, Any]
@@ -106,9 +106,9 @@ def expand_for_domain(
         run_baseline(context)
         arm = run_arm(context, arm)
         verdict.publish(context, arm, keep=True)
-        used = experts.summary_record(context, arm)
+        used = moe.summary_record(context, arm)
         assert used is not None
-        plan = plan_expansion(source, arm.specs, seed=context.seed("expansion"))
+        plan = context.planned(arm)
         plan = replace(plan, steps=tuple(map(partial(_told, used, task), plan.steps)))
         scores = {
             "before": score_records(context.read_scores("baseline")),
@@ -129,7 +129,7 @@ def _teachers(specs: Sequence[ExpansionSpec]) -> list[Path]:
     return [named_path(teacher, key="expansion.moe_add.teacher") for teacher in named]
 
 
-def _told(used: Mapping[str, Any], task: DomainTask, step: ExpansionStep) -> ExpansionStep:
+def _told(used: Mapping[str, Any], task: DomainTask, step: ResolvedExpansion) -> ResolvedExpansion:
     """Return a step that says what became of its experts, in place of what was to be done."""
     if not isinstance(step.spec, MoeAdd):
         return step
@@ -157,6 +157,7 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
         "training.max_steps": task.steps,
         "training.learning_rate": task.learning_rate,
         "evaluation.sample_tokens": 0,
+        "evaluation.every_n_steps": 0,
         "seed": task.seed,
         "cache_dir": quoted(str(folder / "cache")),
     }

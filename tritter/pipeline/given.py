@@ -7,21 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from tritter.checkpoint import Lineage, Source, write_checkpoint
-from tritter.checkpoint.state import State, copy_states, read_state
-from tritter.checkpoint.tokenizer_files import copy_tokenizer
+from tritter.checkpoint.artifacts import read_artifacts
 from tritter.config.checkpoint_folder import checkpoint_config
 from tritter.config.memory import memory_problems
 from tritter.config.moments import given_problems
-from tritter.config.problems import raise_problems
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import start_problems
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError, TritterError, raise_problems
 from tritter.expand import plan_expansion
-from tritter.models import locate, read_config
-from tritter.pipeline import experts
+from tritter.models import read_config
+from tritter.pipeline import moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.routing import carry_added_experts
+from tritter.storage.hub import locate
 from tritter.storage.writer import TensorEntry, TensorStream
 
 
@@ -43,7 +41,7 @@ def check_given(context: RunContext) -> None:
         raise_problems(given_problems(context.given))
     if context.config.expansion and context.config.pipeline.target_params is None:
         # Which expert is cloned may be chosen by data later; for what is checked here it is one
-        arm = experts.with_choice(Arm("given", context.config.expansion), [0])
+        arm = moe.with_choice(Arm("given", context.config.expansion), [0])
         plan_expansion(context.given, arm.specs)
 
 
@@ -64,22 +62,15 @@ def copy_given(context: RunContext, target: Path) -> Lineage:
     folder = locate(model.path)
     with _wrong_request():
         config = read_config(folder)
-        source, state = Source.open(folder, config), read_state(folder)
+        source, artifacts = Source.open(folder, config), read_artifacts(folder)
         return write_checkpoint(
             target,
             config=config,
             tensors=_tensors(source),
             lineage=lambda: _lineage(source, target, path=model.path),
-            write_extras=lambda path: _copy_extras(folder, path, state),
+            artifacts=artifacts,
             overwrite=True,
         )
-
-
-def _copy_extras(folder: Path, target: Path, state: State | None) -> None:
-    copy_tokenizer(folder, target)
-    if state is not None:
-        copy_states([state], target)
-    carry_added_experts(folder, target)
 
 
 def _tensors(source: Source) -> TensorStream:

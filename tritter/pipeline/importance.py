@@ -1,91 +1,153 @@
-"""The importance of a model's weights for the old domains: estimated, kept, carried to its arms."""
+"""What methods against forgetting need from before an expansion: made once, kept, carried on.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+Asked of the methods themselves, and made for none that does not ask: state that a method prepares
+at the weights that an arm starts from, state that an earlier training left beside them, masks of
+what carries old knowledge, a teacher.
+"""
 
-from torch import Tensor
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
-from tritter.checkpoint.state import read_state, state_tensors, write_state
-from tritter.config.schema import EWCOptions
-from tritter.expand import plan_expansion, state_stream
-from tritter.families import family_of, forward_flops, training_flops
-from tritter.forgetting.ewc import mean_importance
-from tritter.forgetting.fisher import diagonal_fisher
+from torch import Tensor, nn
+
+from tritter.checkpoint.state import LazyTensors, read_state, write_state
+from tritter.errors import RequestError
+from tritter.expand import state_stream
+from tritter.forgetting import build_methods, needs_of
 from tritter.models import disk_tensors, live_tensors, load_model, read_config
+from tritter.parameter_map.carry import StateKind
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult
 from tritter.storage.atomic import atomic_folder
+from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
+from tritter.training import Needs, Preparation, Task
 
-
-def estimate(context: RunContext, arm: Arm) -> StageResult:
-    """Estimate, at the weights an arm starts from, how much each matters to the old domains."""
-    options = _ewc_options(context)
-    assert options is not None
-    folder = context.folder / arm.start
-    model = load_model(folder).to(context.device)
-    chosen = context.drawn_equally(
-        context.old_domains, options.num_sequences, "fisher", *arm.purpose
-    )
-    domains = ", ".join(context.old_domains)
-    context.say("importance", f"Fisher of {len(chosen)} sequences of {domains}")
-    fisher = diagonal_fisher(
-        model,
-        chosen,
-        estimator="true" if options.estimator == "true" else "empirical",
-        seed=context.seed("fisher", "labels", *arm.purpose),
-    )
-    config = read_config(folder)
-    held = disk_tensors(config, {name: value.cpu() for name, value in fisher.items()})
-    with atomic_folder(context.folder / _folder(arm), overwrite=True) as temporary:
-        write_state(temporary, {"fisher": TensorStream.of(held.items())}, step=0)
-    # The gradients of a training step, and no update; true labels take a pass of their own
-    flops = training_flops(family_of(config), config)
-    if options.estimator == "true":
-        flops += forward_flops(family_of(config), config)
-    return StageResult(
-        found={"sequences": len(chosen)},
-        flops={"importance": len(chosen) * flops.of(chosen.shape[1])},
-        leaves=(_folder(arm),),
-    )
+Values = Mapping[str, Tensor]
+Ruled = tuple[TensorFolder, StateKind]
+RECORDED = "path_integral"  # while a base is trained; it can't be had afterwards
 
 
 def is_needed(context: RunContext) -> bool:
-    """Say whether a method of the run needs the importance stage."""
-    return _ewc_options(context) is not None
+    """Say whether a method of the run prepares anything."""
+    return any(needs.prepares for needs in _needs(context))
 
 
-def _ewc_options(context: RunContext) -> EWCOptions | None:
-    return next((o for o in context.config.forgetting if isinstance(o, EWCOptions)), None)
+def is_recorded(context: RunContext) -> bool:
+    """Say whether a method of the run needs the path of the base's training."""
+    return any(RECORDED in needs.state for needs in _needs(context))
+
+
+def prepare(context: RunContext, arm: Arm) -> StageResult:
+    """Let methods look at the weights that an arm starts from, and keep what they make of it."""
+    folder = context.folder / arm.start
+    config, model = read_config(folder), load_model(folder).to(context.device)
+    beside = read_state(folder)
+    kinds: dict[str, TensorStream] = {}
+    found: dict[str, Any] = {}
+    flops = 0.0
+    methods = build_methods(context.config.forgetting)
+    for method, needs in zip(methods, _needs(context), strict=True):
+        if not needs.prepares:
+            continue
+        state = {
+            kind: live_tensors(config, LazyTensors(held))
+            for kind, held in (beside.kinds if beside else {}).items()
+            if kind in needs.state
+        }
+        prepared = method.prepare(_preparation(context, arm, model, state))
+        for kind in needs.prepares:
+            values = {name: value.cpu() for name, value in prepared.state[kind].items()}
+            kinds[kind] = TensorStream.of(disk_tensors(config, values).items())
+        found |= prepared.found
+        flops += prepared.flops
+    with atomic_folder(context.folder / _folder(arm), overwrite=True) as temporary:
+        write_state(temporary, kinds, step=0)
+    return StageResult(found=found, flops={"importance": flops}, leaves=(_folder(arm),))
+
+
+def _preparation(
+    context: RunContext, arm: Arm, model: nn.Module, state: Mapping[str, Values]
+) -> Preparation:
+    def draw(count: int, *words: str) -> Tensor:
+        return context.drawn_equally(context.old_domains, count, *words, *arm.purpose)
+
+    return Preparation(
+        model=model,
+        domains=context.old_domains,
+        draw=draw,
+        seed=lambda *words: context.seed(*words, *arm.purpose),
+        state=state,
+        say=partial(context.say, "importance"),
+    )
+
+
+def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -> Task:
+    """Return what the methods of an arm's training are told.
+
+    Args:
+        follow: takes values by parameter name to the names that are trained.
+    """
+    needs, states = _needs(context), dict(_states(context, arm))
+    has_old, has_masks, has_teacher = (
+        any(getattr(each, name) for each in needs) for name in ("old_text", "carried", "teacher")
+    )
+    return Task(
+        seed=context.seed("forgetting", *arm.purpose),
+        old_sequences=context.training_sequences(context.old_domains) if has_old else {},
+        carried=follow(context.planned(arm).change.masks()) if has_masks else {},
+        state={kind: follow(values) for kind, values in _through(context, arm, states)},
+        state_before={kind: LazyTensors(held) for kind, (held, _) in states.items()},
+        teacher=_teacher(context, arm) if has_teacher else None,
+    )
+
+
+def _needs(context: RunContext) -> tuple[Needs, ...]:
+    """Return what each method needs.
+
+    Raises:
+        RequestError: two prepare the same kind, or leave it: one would stand for both.
+    """
+    needs = needs_of(context.config.forgetting)
+    for what in ("prepares", "leaves"):
+        counts = Counter(kind for each in needs for kind in getattr(each, what))
+        if twice := [kind for kind, count in counts.items() if count > 1]:
+            names = [options.name for options in context.config.forgetting]
+            raise RequestError(
+                f"forgetting = {', '.join(names)}: more than one of them {what} "
+                f"{', '.join(twice)}; leave one out."
+            )
+    return needs
 
 
 def _folder(arm: Arm) -> str:
     return f"{arm.follows}/importance" if arm.follows else "importance"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Importance:
-    """What `Task` is told of importances, by kind, and their means before the expansion."""
+def _states(context: RunContext, arm: Arm) -> Iterator[tuple[str, Ruled]]:
+    """Yield each kind of state that the arm's methods need, as it was before the expansion."""
+    needs = _needs(context)
+    prepared = {kind for each in needs for kind in each.prepares}
+    beside = {kind for each in needs for kind in each.state} - prepared
+    for folder, kinds in ((_folder(arm), prepared), (arm.start, beside)):
+        state = read_state(context.folder / folder) if kinds else None
+        if state is not None:
+            held = sorted(kinds & state.kinds.keys())
+            yield from ((kind, (state.kinds[kind], state.rules[kind])) for kind in held)
 
-    values: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
-    means: Mapping[str, float] = field(default_factory=dict)
+
+def _through(
+    context: RunContext, arm: Arm, states: Mapping[str, Ruled]
+) -> Iterator[tuple[str, Values]]:
+    """Yield each kind as the arm's maps carry it, by parameter name."""
+    planned = context.planned(arm)
+    for kind, (held, rule) in states.items():
+        values = dict(state_stream(planned, rule, held).tensors)
+        yield kind, live_tensors(planned.target_config, values)
 
 
-def carried_importance(context: RunContext, arm: Arm) -> Importance:
-    """Return the importances that the arm's stage left, carried through the arm's maps."""
-    options, state = _ewc_options(context), read_state(context.folder / _folder(arm))
-    if options is None or state is None:
-        return Importance()
-    baseline_folder = context.folder / arm.start
-    fisher = state.kinds["fisher"]
-    means = {}
-    if options.normalise == "mean":
-        means["fisher"] = mean_importance(state_tensors(fisher))
-    if not arm.specs:
-        config = read_config(baseline_folder)
-        return Importance({"fisher": live_tensors(config, state_tensors(fisher))}, means)
-    plan = plan_expansion(baseline_folder, arm.specs, seed=context.seed("expansion", *arm.purpose))
-    kind = "fisher_penalty" if options.carry == "penalty_preserving" else "fisher"
-    carried = dict(state_stream(plan, kind, fisher, moments="carry").tensors)
-    return Importance({"fisher": live_tensors(plan.target_config, carried)}, means)
+def _teacher(context: RunContext, arm: Arm) -> nn.Module:
+    return load_model(context.folder / arm.start).eval().requires_grad_(False)

@@ -2,21 +2,24 @@
 
 import csv
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from lightning.pytorch.loggers import WandbLogger
 
 from tritter.config.fingerprint import fingerprint
 from tritter.pipeline.context import RunContext, score_records
+from tritter.report.rows import domain_rows
 from tritter.storage.atomic import write_text_atomic
 from tritter.training import read_metrics
 
 
-def evaluation_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
-    """Return `eval/<domain>/loss` of a trained arm."""
+def score_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
+    """Return `score/<domain>/loss` of a trained arm, over all validation documents."""
     scores = score_records(context.read_scores(f"{arm_name}-trained"))
-    return {f"eval/{domain}/loss": float(record["loss"] or 0) for domain, record in scores.items()}
+    return {f"score/{domain}/loss": float(record["loss"] or 0) for domain, record in scores.items()}
 
 
 def write_metrics(context: RunContext, arm_name: str) -> Path:
@@ -25,7 +28,7 @@ def write_metrics(context: RunContext, arm_name: str) -> Path:
     steps = context.ledger.get(f"{arm_name}.fit")
     assert steps is not None
     last: dict[str, object] = {"step": steps.found["steps"]}
-    rows.append({k: str(v) for k, v in (last | evaluation_metrics(context, arm_name)).items()})
+    rows.append({k: str(v) for k, v in (last | score_metrics(context, arm_name)).items()})
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=columns, restval="", lineterminator="\n")
@@ -36,35 +39,90 @@ def write_metrics(context: RunContext, arm_name: str) -> Path:
     return path
 
 
-def wandb_logger(context: RunContext) -> WandbLogger | None:
-    """Return a W&B logger with group and tags, offline unless asked otherwise; None when off."""
-    settings = context.config.logger
-    if settings.wandb == "off":
+def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what stands beside a run in W&B's tables, from summary.json."""
+    jump = summary.get("jump") or {}
+    values: dict[str, Any] = {
+        "status": summary["status"],
+        "parameters/before": summary["parameters"]["baseline"],
+        "parameters/after": summary["parameters"]["final"],
+        "jump/relative_to_std": jump.get("relative_to_std"),
+        "flops": summary["flops"]["total"],
+    }
+    for row in domain_rows(summary):
+        name = f"control/{row.domain}" if row.is_control else row.domain
+        values |= {
+            f"{name}/before": row.before.loss,
+            f"{name}/expanded": None if row.expanded is None else row.expanded.loss,
+            f"{name}/trained": row.trained.loss,
+            f"{name}/change": row.change.value,
+            f"{name}/verdict": row.verdict,
+        }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def tell_wandb(context: RunContext, summary: Mapping[str, Any], plots: Sequence[Path]) -> None:
+    """Put summary, samples and plots of a finished run beside its metrics, where W&B is used."""
+    logger = wandb_logger(context)
+    if logger is None:
+        return
+    import wandb
+
+    run = logger.experiment
+    samples = [list(sample.values()) for sample in summary["samples"]]
+    told: dict[str, Any] = {f"plots/{plot.stem}": wandb.Image(str(plot)) for plot in plots}
+    if samples:
+        told["samples"] = wandb.Table(columns=list(summary["samples"][0]), data=samples)
+    run.log(told)
+    run.summary.update(wandb_summary(summary))
+    run.finish()
+
+
+def run_name(context: RunContext, part: str | None = None) -> str:
+    """Return what loggers call a run, or a part that stands beside it."""
+    config, seed = context.config, f"seed {context.config.seed}"
+    if part == "pretraining":
+        return f"{part} {seed}"
+    grown = part or "+".join(_names(config.expansion))
+    return f"{grown} {'+'.join(_names(config.forgetting))} {seed}"
+
+
+def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | None:
+    """Return a W&B logger with group and tags, offline unless asked otherwise; None when off.
+
+    Args:
+        part: control or pretraining, which are runs of their own; None: the run itself.
+    """
+    settings = context.config.logger.wandb
+    if settings is None:
         return None
     import wandb
 
     config = context.config
-    names = [spec.name for spec in config.expansion] or ["none"]
-    methods = [options.name for options in config.forgetting] or ["none"]
     # Made here and not by Lightning, which passes an option that wandb warns of on every run.
     run = wandb.init(
         project=settings.project,
-        name=f"{'+'.join(names)} {'+'.join(methods)} seed {config.seed}",
+        name=run_name(context, part),
+        job_type=part or "run",
         # The jobs of a sweep lie in one folder, whose name lets W&B compare them
         group=settings.group or context.folder.parent.name,
         tags=[
             *settings.tags,
-            *(f"expansion:{name}" for name in names),
-            *(f"forgetting:{name}" for name in methods),
+            *(f"expansion:{name}" for name in _names(config.expansion)),
+            *(f"forgetting:{name}" for name in _names(config.forgetting)),
         ],
         dir=context.folder,
-        id=_run_id(context.folder / "wandb_id"),
+        id=_run_id(context.folder / ("wandb_id" if part is None else f"wandb_id.{part}")),
         resume="allow",
-        mode="offline" if settings.wandb == "offline" else "online",
+        mode="offline" if settings.mode == "offline" else "online",
         config=fingerprint(config),
         settings=wandb.Settings(silent=True),
     )
     return WandbLogger(experiment=run, log_model=False)
+
+
+def _names(options: Sequence[Any]) -> list[str]:
+    return [one.name for one in options] or ["none"]
 
 
 def _run_id(path: Path) -> str:

@@ -2,23 +2,23 @@
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightning import Callback
 from torch import nn
 
-from tritter.checkpoint.state import State, copy_states, read_state
+from tritter.checkpoint.folder import Artifact
+from tritter.checkpoint.state import copy_states, read_state
 from tritter.errors import RequestError
 from tritter.families import LogicalTensor, family_of
 from tritter.models import read_config
 from tritter.parameter_map.carry import MOMENTS
 from tritter.pipeline.context import RunContext
-from tritter.training.moments import MomentKeeper, moments_of
-from tritter.training.transplant import Moments
+from tritter.training.fitting import LEFT_NAME
+from tritter.training.moments import MomentKeeper, Moments, moments_of
 
 _FOLDER = "moments"
-
-WriteState = Callable[[Path], None]
 
 
 def keepers(context: RunContext, folder: Path) -> tuple[Callback, ...]:
@@ -52,36 +52,56 @@ def carried(context: RunContext, start: Path, model: nn.Module) -> Mapping[str, 
     return found
 
 
-def read_left(context: RunContext, folder: Path) -> State | None:
-    """Return the moments that a training left in its folder, if it was to leave any."""
-    return read_state(folder / _FOLDER) if context.config.optimizer.carry else None
+def left_in(context: RunContext, folder: Path) -> tuple[Path, ...]:
+    """Return where a training leaves its moments, if it is to leave any."""
+    return (folder / _FOLDER,) if context.config.optimizer.carry else ()
 
 
-def left(context: RunContext, folder: Path) -> WriteState | None:
-    """Return what writes the moments that a training left in its folder beside its model."""
-    state = read_left(context, folder)
-    return None if state is None else lambda target: copy_states([state], target)
+@dataclass(frozen=True, slots=True)
+class LeftState:
+    """Writes the state that a training left in its folder, moments and others, beside its model."""
+
+    folder: Path
+
+    def write(self, folder: Path) -> None:
+        states = (read_state(self.folder / name) for name in (LEFT_NAME, _FOLDER))
+        copy_states([state for state in states if state is not None], folder)
+
+
+@dataclass(frozen=True, slots=True)
+class PassedOn:
+    """Writes the moments of a checkpoint beside a model of which a stage trained a part."""
+
+    start: Path
+    trained: frozenset[str]
+
+    def write(self, folder: Path) -> None:
+        state = read_state(self.start)
+        assert state is not None
+        copy_states([state], folder, is_kept=self._is_kept)
+
+    def _is_kept(self, kind: str, name: str) -> bool:
+        return kind in MOMENTS and name not in self.trained
+
+
+def left(folder: Path) -> Artifact:
+    """Return what writes the state that a training leaves in its folder beside its model."""
+    return LeftState(folder)
 
 
 def passed_on(
     context: RunContext, start: Path, *, is_trained: Callable[[LogicalTensor], bool]
-) -> WriteState | None:
+) -> Artifact | None:
     """Return what writes a checkpoint's moments beside a model of which a stage trained a part.
 
     Routers and new experts have moments of their own in the stages before the training, so those
     of a part that was trained are dropped: it begins anew there.
     """
-    state = read_state(start)
-    if not context.config.optimizer.carry or state is None:
+    if not context.config.optimizer.carry or read_state(start) is None:
         return None
     config = read_config(start)
     tensors = family_of(config).logical_tensors(config)
-    trained = {tensor.disk_name for tensor in tensors if is_trained(tensor)}
-
-    def is_kept(kind: str, name: str) -> bool:
-        return kind in MOMENTS and name not in trained
-
-    return lambda target: copy_states([state], target, is_kept=is_kept)
+    return PassedOn(start, frozenset(t.disk_name for t in tensors if is_trained(t)))
 
 
 def discard_left(folder: Path) -> None:

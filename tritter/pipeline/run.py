@@ -15,14 +15,16 @@ from tritter.config.jobs import read_status
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status, decide
-from tritter.pipeline import adaptation, experts, importance, stages, verdict
+from tritter.families import Config, family_of, on_disk
+from tritter.models import read_config
+from tritter.pipeline import adaptation, importance, moe, stages, verdict
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext, score_records
 from tritter.pipeline.given import check_given
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.metrics import evaluation_metrics, wandb_logger, write_metrics
+from tritter.pipeline.loggers import open_loggers
+from tritter.pipeline.metrics import score_metrics, tell_wandb, write_metrics
 from tritter.pipeline.rounds import (
-    kept_parameters,
     planned_arms,
     round_status,
     target_record,
@@ -87,6 +89,7 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     write_text_atomic(path, json.dumps(summary, indent=1) + "\n")
     metrics_csv = write_metrics(context, arms[-1].name)
     plots = plot_run(summary, metrics_csv, run_folder / "plots")
+    tell_wandb(context, summary, plots)
     print_summary(summary, console=context.console, folder=run_folder)
     _print_next(context, summary, plots)
     leaves = (SUMMARY_NAME, "checkpoint", "scores")
@@ -118,7 +121,7 @@ def _run_rounds(context: RunContext) -> list[Arm]:
 def _run_importance(context: RunContext, arm: Arm) -> None:
     if importance.is_needed(context):
         key = f"{arm.follows}.importance" if arm.follows else "importance"
-        context.stage(key, lambda: importance.estimate(context, arm), label="importance")
+        context.stage(key, lambda: importance.prepare(context, arm), label="importance")
 
 
 def _gate_stage(context: RunContext, arm: Arm) -> Status:
@@ -139,17 +142,17 @@ def run_baseline(context: RunContext) -> None:
 def run_arm(context: RunContext, arm: Arm) -> Arm:
     """Expand, train and score one arm; return it with what was chosen by its data."""
     key, label = arm.name, arm.label
-    if experts.chooses(arm):
+    if moe.chooses(arm):
         chosen = context.stage(
             f"{key}.choose", partial(adaptation.choice, context, arm), label="choose"
         )
-        arm = experts.with_choice(arm, chosen.found["clone_from"])
+        arm = moe.with_choice(arm, chosen.found["clone_from"])
     context.stage(f"{key}.expand", lambda: stages.expansion(context, arm), label=label("expand"))
-    if experts.teacher_of(arm) is not None:
+    if moe.teacher_of(arm) is not None:
         context.stage(
             f"{key}.distill", lambda: adaptation.distillation(context, arm), label="distill"
         )
-    if experts.router_steps(context, arm):
+    if moe.router_steps(context, arm):
         context.stage(f"{key}.adapt", lambda: stages.adaptation(context, arm), label=label("adapt"))
     with _loggers(context, arm) as loggers:
         context.stage(
@@ -161,20 +164,18 @@ def run_arm(context: RunContext, arm: Arm) -> Arm:
             f"{key}.evaluate", lambda: stages.evaluation(context, arm), label=label("evaluate")
         )
         for logger in loggers:
-            logger.log_metrics(evaluation_metrics(context, key))
+            logger.log_metrics(score_metrics(context, key))
     return arm
 
 
 @contextmanager
 def _loggers(context: RunContext, arm: Arm) -> Iterator[list[Logger]]:
-    """Open W&B for the attempt, unless it was fitted before, and close it whatever happens."""
-    is_open = not arm.is_control and context.ledger.get(f"{arm.name}.fit") is None
-    logger = wandb_logger(context) if is_open else None
-    try:
-        yield [] if logger is None else [logger]
-    finally:
-        if logger is not None:
-            logger.experiment.finish()
+    """Open the loggers for an arm, unless it was fitted before."""
+    if context.ledger.get(f"{arm.name}.fit") is not None:
+        yield []
+        return
+    with open_loggers(context, "control" if arm.is_control else None) as loggers:
+        yield loggers
 
 
 def _gate(context: RunContext, attempt: Arm) -> StageResult:
@@ -196,6 +197,10 @@ def _publish(context: RunContext, attempt: Arm, status: Status) -> StageResult:
     )
 
 
+def _parameters(config: Config) -> int:
+    return family_of(config).count_parameters(config)
+
+
 def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str, Any]:
     """Assemble summary.json from the ledger and the scores on disk; the last arm stands in front.
 
@@ -205,9 +210,11 @@ def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str
     last = arms[-1]
     records = [_attempt_record(context, arm) for arm in arms]
     attempt, status = records[-1], records[-1]["status"]
-    baseline, published = context.ledger.get("baseline"), context.ledger.get("publish")
+    published = context.ledger.get("publish")
     evaluated = context.ledger.get(f"{last.name}.evaluate")
-    assert baseline is not None and published is not None and evaluated is not None
+    assert published is not None and evaluated is not None
+    places = {"baseline": "baseline", "final": "checkpoint"}
+    sizes = {name: read_config(context.folder / place) for name, place in places.items()}
     is_kept = status != "rolled_back"
     summary: dict[str, Any] = {
         "format_version": 1,
@@ -225,17 +232,15 @@ def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str
         "jump": attempt["jump"],
         "flops": context.ledger.flops(),
         "seconds": context.ledger.seconds(),
-        "parameters": {
-            "baseline": baseline.found["parameters"],
-            "final": kept_parameters(context, last),
-        },
+        "parameters": {name: _parameters(config) for name, config in sizes.items()},
+        "parameters_on_disk": {name: _parameters(on_disk(c)) for name, c in sizes.items()},
         "checkpoint": "checkpoint",
         "lineage": published.found,
         "samples": evaluated.found["samples"],
         "notes": list(context.notes),
     }
-    if (used := experts.summary_record(context, last)) is not None:
-        summary["experts"] = used
+    if (used := moe.summary_record(context, last)) is not None:
+        summary["moe"] = used
     if last.is_round:
         summary |= {"rounds": records, "target": target_record(context, last)}
     if context.config.control:
@@ -265,6 +270,7 @@ def _arm_record(context: RunContext, arm: Arm, gate: StageResult) -> dict[str, A
         "final": _scores(context, f"{arm.name}-trained"),
         "gate": gate.found["checks"],
         "steps": fitted.found["steps"],
+        "ended_early": fitted.found.get("ended_early"),
         "refused_steps": fitted.found["refused_steps"],
         "update_norms": fitted.found["update_norms"],
         "parameters": grown.found["parameters"],

@@ -10,28 +10,43 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
-from tritter.adaptation import redraw_rows
 from tritter.checkpoint import Lineage, read_lineage, record_step0_error
+from tritter.data.datamodule import EvaluationText
 from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.samples import prompt_in_words, sample_text
-from tritter.expand import carried_masks, expand
-from tritter.expansion import build_steps
+from tritter.expand import expand
 from tritter.families import Flops, family_of, forward_flops
 from tritter.forgetting import build_methods
 from tritter.models import config_of, load_model, read_config
-from tritter.pipeline import experts, importance, moments
+from tritter.moe_routing import redraw_rows
+from tritter.pipeline import importance, moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
 from tritter.pipeline.baseline_scores import score_baseline
 from tritter.pipeline.context import RunContext, schedule_of, score_file
 from tritter.pipeline.given import copy_given
 from tritter.pipeline.ledger import StageResult
-from tritter.pipeline.trained import recorded_options, write_trained
+from tritter.pipeline.trained import (
+    TrainedWriter,
+    accept,
+    arm_writer,
+    child_of,
+    recorded_options,
+    with_routing,
+)
 from tritter.storage.atomic import atomic_folder
-from tritter.training import ExpandedModule, FitResult, Task, discard_saved, fit, metrics_files
+from tritter.training import (
+    ExpandedModule,
+    FitResult,
+    WriteResult,
+    discard_saved,
+    fit,
+    metrics_files,
+)
 
 JUMP_SEQUENCES = 8
 SAMPLE_PROMPT_TOKENS = 24
+_EARLIER = ("adapt", "distill")  # trainings of an arm before the one that its checks are of
 
 
 def baseline(context: RunContext) -> StageResult:
@@ -77,8 +92,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     result = expand(
         source,
         folder,
-        arm.specs,
-        seed=context.seed("expansion", *arm.purpose),
+        context.planned(arm),
         dtype=torch.float32,
         moments="carry" if context.config.optimizer.carry else "zero",
         overwrite=True,
@@ -113,40 +127,46 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
 
 def adaptation(context: RunContext, arm: Arm) -> StageResult:
     """Train the routers alone to send the new domains to the experts that were appended."""
-    start, folder = experts.before_routers(context, arm), context.folder / arm.name / "router"
-    options, steps = context.config.adaptation, experts.router_steps(context, arm)
-    added = experts.appended(context, arm)
+    start, folder = moe.before_routers(context, arm), context.folder / arm.name / "router"
+    options, steps = context.config.adaptation, moe.router_steps(context, arm)
+    added = moe.appended(context, arm)
     assert added is not None
     model = load_model(start)
     if options.router_update == "retrain":
         redraw_rows(model, added.experts, seed=context.seed("router", *arm.purpose))
-    context.say("adapt", f"{steps} steps of the routers on {_names(context.new_domains)}")
-    with experts.ready_for_routers(context, arm, model) as setup:
-        module = ExpandedModule(
-            model,
-            schedule=experts.router_schedule(context, arm),
-            optimiser=replace(context.optimiser_settings, weight_decay=0.0),
-            methods=build_methods(context.config.forgetting),
-            routing=setup.routing,
-        )
-        result = _fit(context, arm, module, setup, folder=folder, label="router")
     target = context.folder / arm.name / "adapted"
-    write_trained(
-        context,
-        module.model,
+    write = TrainedWriter(
         start=start,
         target=target,
-        steps=result.steps,
-        stage="router adaptation",
-        added=experts.opened(context, arm, result.steps),
-        options=recorded_options(start, is_adapted=True),
-        write_moments=moments.passed_on(
-            context, start, is_trained=lambda tensor: tensor.name.endswith(".router")
+        lineage=child_of(
+            context,
+            start,
+            target,
+            stage="router adaptation",
+            options=recorded_options(start, is_adapted=True),
+        ),
+        added=added,
+        anneal_steps=moe.anneal_steps(context, arm, added),
+        moments=moments.passed_on(
+            context, start, is_trained=lambda tensor: tensor.kind == "router"
         ),
     )
+    context.say("adapt", f"{steps} steps of the routers on {_names(context.new_domains)}")
+    with moe.ready_for_routers(context, arm, model) as setup:
+        module = ExpandedModule(
+            model,
+            schedule=moe.router_schedule(context, arm),
+            optimizer=replace(context.optimizer_settings, weight_decay=0.0),
+            methods=build_methods(context.config.forgetting),
+            side_losses=setup.side_losses,
+        )
+        result = _fit(
+            context, arm, module, setup, folder=folder, label="router", write_result=write
+        )
+    accept(target)
     discard_saved(folder)
     return StageResult(
-        found=_fit_found(result),
+        found=fit_found(result),
         flops={arm.label("adapt"): result.flops},
         leaves=(f"{arm.name}/adapted",),
     )
@@ -154,7 +174,7 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
 
 def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> StageResult:
     """Continue on the new domains under the methods against forgetting."""
-    start = experts.start_folder(context, arm)
+    start = moe.start_folder(context, arm)
     settings = context.config.training
     settings = replace(settings, max_steps=settings.max_steps * arm.num_trainings)
     model = load_model(start)
@@ -163,55 +183,65 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     protection = " and ".join(method.name for method in methods) or "nothing"
     domains = _names(context.new_domains)
     context.say("train", f"{settings.max_steps} steps on {domains}, protected by {protection}")
-    with experts.ready_for_training(context, arm, model) as setup:
+    with moe.ready_for_training(context, arm, model) as setup:
         module = ExpandedModule(
             model,
             schedule=schedule_of(settings),
-            optimiser=context.optimiser_settings,
+            optimizer=context.optimizer_settings,
             methods=methods,
-            routing=setup.routing,
+            side_losses=setup.side_losses,
             moments=moments.carried(context, start, model),
         )
         folder = context.folder / arm.name
-        result = _fit(context, arm, module, setup, folder=folder, label="training", loggers=loggers)
+        write = arm_writer(context, arm, is_routed=bool(setup.side_losses))
+        result = _fit(
+            context,
+            arm,
+            module,
+            setup,
+            folder=folder,
+            label="training",
+            loggers=loggers,
+            write_result=write,
+            evaluation=context.evaluation_text,
+        )
+    accept(write.target)
     flops = result.flops
     if result.stopped_because is not None:
         context.say("", f"training was broken off: {result.stopped_because}")
-    if context.config.routing.bias_update_rate and setup.routing is not None:
+    if result.ended_early is not None:
+        context.say("", f"training ended early, at step {result.steps}: {result.ended_early}")
+    if write.routing_state is not None:
         context.say("", "with the selection bias, which is not saved:")
-        context.score(model, f"{arm.name}-biased")
+        context.score(with_routing(write.target, write.routing_state), f"{arm.name}-biased")
         flops += context.scoring_flops(read_config(start))
-    steps = experts.router_steps(context, arm) + result.steps
-    write_trained(
-        context,
-        model,
-        start=start,
-        target=context.folder / arm.name / "trained",
-        steps=steps,
-        stage="continued training",
-        added=experts.opened(context, arm, steps),
-        options=recorded_options(start, is_adapted=bool(experts.appended(context, arm))),
-        write_moments=moments.left(context, folder),
-    )
+        shutil.rmtree(write.routing_state)
     discard_saved(folder)
     moments.discard_left(folder)
-    adapted = context.ledger.get(f"{arm.name}.adapt")
-    found = _fit_found(result)
-    if adapted is not None:
-        found["refused_steps"] += adapted.found["refused_steps"]
-        found["stopped_because"] = adapted.found["stopped_because"] or result.stopped_because
+    found = fit_found(result)
+    for earlier in filter(None, (context.ledger.get(f"{arm.name}.{s}") for s in _EARLIER)):
+        found["refused_steps"] += earlier.found["refused_steps"]
+        found["stopped_because"] = earlier.found["stopped_because"] or found["stopped_because"]
     metrics = [path.relative_to(context.folder).as_posix() for path in metrics_files(folder)]
     return StageResult(
         found=found,
-        flops={arm.label("fit"): flops},
+        flops=_fit_flops(arm, flops, result.evaluation_flops),
         leaves=(f"{arm.name}/trained", *metrics),
     )
+
+
+def _fit_flops(arm: Arm, training: float, evaluations: float) -> dict[str, float]:
+    """Return FLOPs by what reports call them; all of the control's are one."""
+    labels = arm.label("fit"), arm.label("validation")
+    if labels[0] == labels[1] or not evaluations:
+        return {labels[0]: training + evaluations}
+    return {labels[0]: training, labels[1]: evaluations}
 
 
 def _freeze(context: RunContext, arm: Arm, model: nn.Module) -> None:
     """Hold all that is old, where an expansion asks for its new blocks alone to be trained."""
     if any(spec.new_blocks_only for spec in arm.specs):
-        carried = _carried(context, arm)
+        carried = context.planned(arm).change.masks()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not bool(carried[name].any()))
 
@@ -220,15 +250,16 @@ def _fit(
     context: RunContext,
     arm: Arm,
     module: ExpandedModule,
-    setup: experts.Setup,
+    setup: moe.Setup,
     *,
     folder: Path,
     label: str,
+    write_result: WriteResult,
+    evaluation: EvaluationText | None = None,
     loggers: Sequence[Logger] = (),
 ) -> FitResult:
     """Train an arm's module on the new domains."""
     max_steps = module.schedule.max_steps
-    known = importance.carried_importance(context, arm)
     return fit(
         module,
         context.batches(
@@ -238,27 +269,21 @@ def _fit(
         folder=folder,
         label=label,
         console=context.console,
-        task=Task(
-            carried=setup.follow(_carried(context, arm)),
-            old_sequences=context.training_sequences(context.old_domains),
-            seed=context.seed("forgetting", *arm.purpose),
-            importance={k: setup.follow(values) for k, values in known.values.items()},
-            mean_importance=known.means,
-        ),
+        task=importance.task(context, arm, follow=setup.follow),
         loggers=loggers,
         # What starts from moments leaves its own; the stages of routers do neither
         observers=moments.keepers(context, folder) if module.moments else (),
         controls=setup.controls,
+        theirs=context.config.callbacks if label == "training" else (),
+        write_result=write_result,
+        evaluation=evaluation,
     )
 
 
-def _fit_found(result: FitResult) -> dict[str, Any]:
-    return {
-        "steps": result.steps,
-        "refused_steps": result.refused_steps,
-        "stopped_because": result.stopped_because,
-        "update_norms": result.update_norms,
-    }
+def fit_found(result: FitResult) -> dict[str, Any]:
+    """Return what the ledger keeps of a training."""
+    taken = ("steps", "refused_steps", "stopped_because", "ended_early", "update_norms")
+    return {name: getattr(result, name) for name in taken}
 
 
 def evaluation(context: RunContext, arm: Arm) -> StageResult:
@@ -268,7 +293,7 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     context.say("evaluate", f"{who} on {_names(context.domains)}")
     context.score(trained, f"{arm.name}-trained")
     config = read_config(context.folder / arm.name / "trained")
-    samples, flops = [], context.scoring_flops(config) + experts.usage_flops(context, config)
+    samples, flops = [], context.scoring_flops(config) + moe.usage_flops(context, config)
     if not arm.is_control and context.config.evaluation.sample_tokens:
         before = load_model(context.folder / arm.start)
         samples = [_sample(context, domain, before, trained) for domain in context.domains]
@@ -276,7 +301,7 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     return StageResult(
         found={
             "samples": [sample.texts for sample in samples],
-            "experts": experts.usage(context, trained),
+            "moe": moe.usage(context, trained),
         },
         flops={arm.label("evaluate"): flops},
         leaves=(score_file(f"{arm.name}-trained"),),
@@ -312,13 +337,6 @@ def _parameters(folder: Path) -> int:
 
 def _names(domains: Sequence[str]) -> str:
     return ", ".join(domains)
-
-
-def _carried(context: RunContext, arm: Arm) -> dict[str, Tensor]:
-    """Return, by parameter name, which entries hold what was known before the expansion."""
-    config = read_config(context.folder / arm.start)
-    steps = build_steps(config, arm.specs, seed=context.seed("expansion", *arm.purpose))
-    return carried_masks(config, steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tritter.config.program import command
-from tritter.config.schema import CheckpointModelConfig, ReplayOptions, RunConfig
+from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.text_resolution import DEFAULT_FRACTION
 from tritter.expansion import EXPANSIONS
 
@@ -59,7 +59,7 @@ def _after_rollback(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
 
 def _stronger_protection(config: RunConfig) -> Advice:
     names = [options.name for options in config.forgetting]
-    replay = next((o for o in config.forgetting if isinstance(o, ReplayOptions)), None)
+    replay = next((one.options for one in config.forgetting if one.name == "replay"), None)
     if replay is None:
         yield {"forgetting": _listed([*names, "replay"])}, "old text mixed in"
     elif replay.fraction < _LARGEST_FRACTION:

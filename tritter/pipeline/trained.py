@@ -2,80 +2,163 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tritter.checkpoint import read_lineage, write_checkpoint
-from tritter.checkpoint.tokenizer_files import copy_tokenizer
-from tritter.families import family_of
-from tritter.models import named_tensors, read_config
+from tritter.checkpoint import Lineage, read_lineage, write_checkpoint
+from tritter.checkpoint.folder import Artifact
+from tritter.checkpoint.left import checkpoint_changes
+from tritter.checkpoint.tokenizer_files import TokenizerFiles
+from tritter.errors import TritterError
+from tritter.families import Config, family_of
+from tritter.models import (
+    config_of,
+    load_model,
+    read_config,
+    stored_tensors,
+    weightless_model,
+)
+from tritter.pipeline import moe, moments
+from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.moments import WriteState
-from tritter.routing import AddedExperts
+from tritter.stock_routers import AddedExperts, Routing
 from tritter.storage.writer import TensorStream
+from tritter.training import FitResult
+from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.parameters import whole_state
 
 
-def write_trained(
-    context: RunContext,
-    model: nn.Module,
-    *,
-    start: Path,
-    target: Path,
-    steps: int,
-    stage: str,
-    added: AddedExperts | None = None,
-    options: Sequence[str] = (),
-    write_moments: WriteState | None = None,
-) -> None:
-    """Write a trained model as the child of the checkpoint that its training started from.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedWriter:
+    """Writes a trained model as the child of the checkpoint that its training started from.
+
+    A record, which goes to the process that trains.
 
     Args:
-        steps: optimiser steps since the last expansion.
+        lineage: of the child, all but the steps and what follows from them.
+        steps_before: optimizer steps since the last expansion, before this training.
+        added: appended experts as the expansion left them; settled ones are forgotten.
+        anneal_steps: after how many steps they are open; None: this training opens them no further.
+        moments: those of the optimizer.
+        routing_state: where the routers' biases, which no checkpoint holds, are left.
+    """
+
+    start: Path
+    target: Path
+    lineage: Lineage
+    steps_before: int = 0
+    added: AddedExperts | None = None
+    anneal_steps: int | None = None
+    moments: Artifact | None = None
+    routing_state: Path | None = None
+
+    def __call__(self, model: nn.Module, result: FitResult) -> None:
+        """Write `model` as this training left it."""
+        steps, added = self.steps_before + result.steps, self.added
+        if added is not None and self.anneal_steps is not None:
+            added = added.at(added.step + steps, anneal_steps=self.anneal_steps)
+        is_settled = added is None or added.is_settled
+        # In float32 whatever the start was stored in; rounding back would lose small updates
+        config = {**_followed(read_config(self.start), model), "dtype": "float32"}
+
+        beside = (TokenizerFiles(self.start), None if is_settled else added, self.moments)
+        write_checkpoint(
+            self.target,
+            config=config,
+            tensors=TensorStream.of(stored_tensors(whole_state(model), config)),
+            lineage=lambda: replace(
+                self.lineage,
+                step=steps,
+                stock_loadable="yes" if is_settled else "after adaptation",
+            ),
+            artifacts=filter(None, beside),
+            overwrite=True,
+        )
+        if self.routing_state is not None:
+            state = Routing.attached(model)
+            assert state is not None
+            SafetensorsCheckpointIO().save_checkpoint(state.state_dict(), self.routing_state)
+
+
+def _followed(config: Config, model: nn.Module) -> Config:
+    """Return the config of a training's start, with what has changed of the live model since."""
+    before, after = config_of(weightless_model(config)), config_of(model)
+    changed = {key: value for key, value in after.items() if before.get(key) != value}
+    return {key: config[key] for key in config if key in after or key not in before} | changed
+
+
+def child_of(
+    context: RunContext, start: Path, target: Path, *, stage: str, options: Sequence[str] = ()
+) -> Lineage:
+    """Return the lineage of what a training of `start` leaves at `target`, but for its steps.
+
+    Args:
         stage: what the training is called in the record.
-        added: appended experts, and how far they are open by now; settled ones are forgotten.
         options: sections of the configuration that are recorded besides `training`.
-        write_moments: writes those of the optimiser beside the model.
     """
     parent = read_lineage(start)
     assert parent is not None
-    is_settled = added is None or added.is_settled
-    # Trained in float32 whatever the start was stored in; rounding back would lose small updates.
-    config = {**read_config(start), "dtype": "float32"}
-
-    def write_extras(folder: Path) -> None:
-        copy_tokenizer(start, folder)
-        if added is not None and not is_settled:
-            added.write(folder)
-        if write_moments is not None:
-            write_moments(folder)
-
-    write_checkpoint(
-        target,
-        config=config,
-        tensors=TensorStream.of(named_tensors(model, config)),
-        lineage=lambda: replace(
-            parent,
-            parent_hash=parent.model_hash,
-            parent_path=os.path.relpath(start, target),
-            step=steps,
-            training_config=_training_config(context, stage, options),
-            split=context.split,
-            domains=context.learned(context.domains),
-            stock_loadable="yes" if is_settled else "after adaptation",
-        ),
-        write_extras=write_extras,
-        overwrite=True,
+    return replace(
+        parent,
+        parent_hash=parent.model_hash,
+        parent_path=os.path.relpath(start, target),
+        training_config=_training_config(context, stage, options),
+        split=context.split,
+        domains=context.learned(context.domains),
     )
+
+
+def arm_writer(context: RunContext, arm: Arm, *, is_routed: bool) -> TrainedWriter:
+    """Return what writes an arm when it is trained."""
+    start, folder = moe.start_folder(context, arm), context.folder / arm.name
+    target, added = folder / "trained", moe.appended(context, arm)
+    has_bias = is_routed and context.config.moe_routing.bias_update_rate
+    return TrainedWriter(
+        start=start,
+        target=target,
+        lineage=child_of(
+            context,
+            start,
+            target,
+            stage="continued training",
+            options=recorded_options(start, is_adapted=added is not None),
+        ),
+        steps_before=moe.router_steps(context, arm),
+        added=added,
+        anneal_steps=None if added is None else moe.anneal_steps(context, arm, added),
+        moments=moments.left(folder),
+        routing_state=folder / "routing" if has_bias else None,
+    )
+
+
+def accept(folder: Path) -> None:
+    """Take what a training left for whole: its digests are those of its record.
+
+    Raises:
+        TritterError: they are not.
+    """
+    problem = next(checkpoint_changes(folder), None)
+    if problem is not None:
+        raise TritterError(f"what was trained is not as it was written: {problem}")
+
+
+def with_routing(folder: Path, routing_state: Path) -> nn.Module:
+    """Load a trained model with its routers' biases."""
+    model = load_model(folder)
+    routing = Routing.of(model)
+    assert routing is not None
+    routing.load_state_dict(SafetensorsCheckpointIO().load_checkpoint(routing_state))
+    return model
 
 
 def recorded_options(folder: Path, *, is_adapted: bool) -> tuple[str, ...]:
     """Return the sections that say how the experts of a checkpoint were trained, if it has any."""
     if not family_of(read_config(folder)).has_experts:
         return ()
-    return ("routing", "adaptation") if is_adapted else ("routing",)
+    return ("moe_routing", "adaptation") if is_adapted else ("moe_routing",)
 
 
 def _training_config(context: RunContext, stage: str, options: Sequence[str]) -> dict[str, Any]:
@@ -83,7 +166,7 @@ def _training_config(context: RunContext, stage: str, options: Sequence[str]) ->
         "stage": stage,
         "training": asdict(context.config.training),
         **{name: asdict(getattr(context.config, name)) for name in options},
-        "forgetting": [{"name": o.name, **asdict(o)} for o in context.config.forgetting],
+        "forgetting": [{"name": one.name, **one.plain()} for one in context.config.forgetting],
         "old": context.source_records(context.old_domains),
         "new": context.source_records(context.new_domains),
         **context.split_record(),

@@ -13,11 +13,11 @@ from tritter.evaluation.gate import (
     training_check,
 )
 from tritter.evaluation.jump import Jump
-from tritter.evaluation.statistics import relative_change
+from tritter.evaluation.statistics import performance_delta
 from tritter.models import read_config
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.experts import start_folder
+from tritter.pipeline.moe import start_folder
 from tritter.storage.atomic import atomic_folder
 
 
@@ -85,18 +85,18 @@ def _completed(context: RunContext, arm: Arm, lineage: Lineage) -> Lineage:
     """Return a lineage whose newest expansion records say what the training made of them."""
     before = context.read_scores(arm.start_scores)
     after = context.read_scores(f"{arm.name}-trained")
-    delta = {d: relative_change(before[d], after[d]).value for d in context.domains}
+    delta = {d: performance_delta(before[d], after[d]) for d in context.domains}
     history = list(lineage.expansion_history)
     for position in range(len(history) - len(arm.specs), len(history)):
         history[position] = replace(
             history[position], continued_training_steps=lineage.step, performance_delta=delta
         )
-    loss = {d: float(a.nats.sum() / a.num_tokens.sum()) for d, a in after.items()}
+    means = {name: scores.mean() for name, scores in after.items()}
     return replace(
         lineage,
         expansion_history=tuple(history),
-        benchmark_scores=loss,
-        best_loss=sum(loss[d] for d in context.new_domains) / len(context.new_domains),
+        benchmark_scores=means,
+        best_loss=sum(means[d] for d in context.new_domains) / len(context.new_domains),
         parent_path=f"../{start_folder(context, arm).relative_to(context.folder)}",
     )
 

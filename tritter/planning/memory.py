@@ -1,16 +1,24 @@
 """The memory that training takes: what is counted from shapes, and what can only be estimated.
 
-Parameters, gradients and optimiser states are exact, byte by byte; a test holds them against a
+Parameters, gradients and optimizer states are exact, byte by byte; a test holds them against a
 real AdamW. Activations are an estimate of what stock transformers save for the backward pass with
 a fused attention kernel. What a GPU needs besides (CUDA's own context, fragmentation) is not in.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tritter.errors import RequestError, did_you_mean
-from tritter.families import Config, Family, LogicalTensor, StoredTensor, family_of, layout
+from tritter.families import (
+    Config,
+    Family,
+    LogicalTensor,
+    StoredTensor,
+    family_of,
+    ffn_sizes,
+    layout,
+)
 
 # Lightning's name of a precision → bytes of a parameter, its gradient and each plain moment, and
 # bytes of an activation. Autocast keeps parameters in float32 and computes with halved copies.
@@ -22,7 +30,7 @@ _BYTES = {
     "64-true": (8, 8),
 }
 PRECISIONS = tuple(_BYTES)
-OPTIMISERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit")
 _STEP_BYTES = 4  # torch keeps each tensor's step counter in float32
 # bitsandbytes: 8-bit moments in blocks with one float32 scale each; small tensors stay in float32.
 _BLOCK_SIZE = 256
@@ -37,8 +45,8 @@ class TrainingSetup:
 
     Args:
         precision: Lightning's name.
-        optimiser: `adamw` or `adamw8bit` (bitsandbytes).
-        is_attention_frozen: attention has no gradients and no optimiser state.
+        optimizer: `adamw` or `adamw8bit` (bitsandbytes).
+        is_attention_frozen: attention has no gradients and no optimizer state.
         batch_size: sequences on the device at once.
         sequence_length: tokens of a sequence.
         is_checkpointed: activations of a layer are computed again in the backward pass.
@@ -48,7 +56,7 @@ class TrainingSetup:
     """
 
     precision: str = "bf16-mixed"
-    optimiser: str = "adamw"
+    optimizer: str = "adamw"
     is_attention_frozen: bool = False
     batch_size: int = 1
     sequence_length: int = 2048
@@ -57,7 +65,7 @@ class TrainingSetup:
     def __post_init__(self) -> None:
         for key, value, allowed in (
             ("precision", self.precision, PRECISIONS),
-            ("optimizer", self.optimiser, OPTIMISERS),
+            ("optimizer", self.optimizer, OPTIMIZERS),
         ):
             if value not in allowed:
                 raise RequestError(
@@ -82,13 +90,13 @@ class TrainingMemory:
 
     parameters_bytes: int
     gradients_bytes: int
-    optimiser_bytes: int
+    optimizer_bytes: int
     activations_bytes: int
 
     @property
     def states_bytes(self) -> int:
-        """Parameters, gradients and optimiser states."""
-        return self.parameters_bytes + self.gradients_bytes + self.optimiser_bytes
+        """Parameters, gradients and optimizer states."""
+        return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -101,30 +109,57 @@ def training_memory(config: Config, setup: TrainingSetup) -> TrainingMemory:
     Raises:
         RequestError: unknown family.
     """
-    family = family_of(config)
-    stored = layout(family, config, "live")
-    is_frozen = setup.is_attention_frozen
-    trained = [t for t in stored if not (is_frozen and is_attention(t.parts[0].tensor))]
     parameter_bytes, _ = _BYTES[setup.precision]
+
+    def trained(config: Config) -> list[StoredTensor]:
+        is_frozen = setup.is_attention_frozen
+        stored = layout(family_of(config), config, "live")
+        return [t for t in stored if not (is_frozen and is_attention(t.parts[0].tensor))]
+
+    def optimizer_bytes(config: Config) -> int:
+        return sum(_optimizer_bytes(math.prod(t.shape), setup) for t in trained(config))
+
     return TrainingMemory(
-        parameters_bytes=parameter_bytes * _count(stored),
-        gradients_bytes=parameter_bytes * _count(trained),
-        optimiser_bytes=sum(_optimiser_bytes(math.prod(t.shape), setup) for t in trained),
+        parameters_bytes=parameter_bytes * count_parameters(config),
+        gradients_bytes=parameter_bytes * over_layers(config, lambda c: _count(trained(c))),
+        optimizer_bytes=over_layers(config, optimizer_bytes),
         activations_bytes=_activations_bytes(config, setup),
     )
 
 
+def count_parameters(config: Config) -> int:
+    """Count a model's parameters from shapes, one layer of each kind written out."""
+    return over_layers(config, lambda few: family_of(few).count_parameters(few))
+
+
+def over_layers(config: Config, measure: Callable[[Config], int]) -> int:
+    """Return what adds up over layers, measured where there is one of each kind.
+
+    Args:
+        measure: of a config of the first layer, and of that layer and one more.
+    """
+    family = family_of(config)
+    kinds = family.layer_kinds(config)
+    alike = list(zip(kinds, ffn_sizes(config) or [0] * len(kinds), strict=True))
+    one = measure(family.with_layers(config, [0]))
+    each = {
+        kind: measure(family.with_layers(config, [0, alike.index(kind)])) - one
+        for kind in set(alike)
+    }
+    return one + sum(each[kind] for kind in alike[1:])
+
+
 def is_attention(tensor: LogicalTensor) -> bool:
     """Return whether a tensor is a projection of attention, or a norm within it."""
-    return ".attention." in tensor.name
+    return tensor.kind.startswith("attention.")
 
 
 def _count(stored: Sequence[StoredTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in stored)
 
 
-def _optimiser_bytes(size: int, setup: TrainingSetup) -> int:
-    if setup.optimiser == "adamw":
+def _optimizer_bytes(size: int, setup: TrainingSetup) -> int:
+    if setup.optimizer == "adamw":
         parameter_bytes, _ = _BYTES[setup.precision]
         return _MOMENTS * parameter_bytes * size + _STEP_BYTES
     if size < _SMALLEST_8BIT_TENSOR:
@@ -163,24 +198,18 @@ def _activations_bytes(config: Config, setup: TrainingSetup) -> int:
 
 def _layer_bytes(family: Family, config: Config, layer: int, setup: TrainingSetup) -> int:
     """Return the bytes that one layer keeps per token."""
-    sizes = family.dimensions(config)
+    sizes = family.dimensions(config, layer=layer)
     parameter_bytes, width = _BYTES[setup.precision]
     ffn_units = sizes.intermediate_size
     if family.is_sparse(config, layer):
         ffn_units = sizes.experts_per_token * sizes.expert_size + sizes.shared_expert_size
-    normed = sum(
-        {"q_norm": sizes.query_size, "k_norm": sizes.key_value_size}.get(part, sizes.hidden_size)
-        for part in _norms_of_layer(family)
-    )
+    per_head = {"attention.q_norm": sizes.query_size, "attention.k_norm": sizes.key_value_size}
+    norms = [t for t in family.tensors if t.is_per_layer and t.is_norm]
+    normed = sum(per_head.get(norm.kind, sizes.hidden_size) for norm in norms)
     attention = 2 * (sizes.query_size + sizes.key_value_size)
     products = 2 * sizes.hidden_size + attention + 4 * ffn_units
     statistics = sizes.num_attention_heads * _FLOAT32
     return normed * (_FLOAT32 + parameter_bytes) + products * width + statistics
-
-
-def _norms_of_layer(family: Family) -> list[str]:
-    names = [t.name for t in family.tensors if "{layer}" in t.name and len(t.axes) == 1]
-    return [name.rpartition(".")[2] for name in names if name.endswith("norm")]
 
 
 def _autocast_bytes(family: Family, config: Config, setup: TrainingSetup) -> int:
@@ -188,10 +217,13 @@ def _autocast_bytes(family: Family, config: Config, setup: TrainingSetup) -> int
     if not setup.precision.endswith("-mixed"):
         return 0
     _, width = _BYTES[setup.precision]
-    stored = layout(family, config, "live")
     is_tied = bool(config.get("tie_word_embeddings"))
-    multiplied = [t for t in stored if len(t.shape) > 1 and (is_tied or not _is_embedding(t))]
-    return width * _count(multiplied)
+
+    def multiplied(config: Config) -> int:
+        stored = layout(family, config, "live")
+        return _count([t for t in stored if len(t.shape) > 1 and (is_tied or not _is_embedding(t))])
+
+    return width * over_layers(config, multiplied)
 
 
 def _is_embedding(stored: StoredTensor) -> bool:

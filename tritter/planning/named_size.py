@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tritter.errors import RequestError
 from tritter.families import Config, family_of
 from tritter.families.presets import PRESETS, Preset
-from tritter.planning.shapes import count_parameters
+from tritter.planning.memory import count_parameters
 
 TOLERANCE = 0.1
 

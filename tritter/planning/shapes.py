@@ -10,6 +10,7 @@ from tritter.errors import RequestError
 from tritter.expansion import Dus, ExpansionSpec, Width, target_config
 from tritter.families import Config, Dimensions, family_of
 from tritter.limits import MAX_LAYERS, MAX_WIDTH
+from tritter.planning.memory import count_parameters
 
 _LARGEST_MULTIPLE = 256  # FFN sizes stay multiples of what they were multiples of, up to this
 _FINEST_ROUNDING = 8  # an FFN is rounded to multiples of an eighth of itself at most
@@ -100,15 +101,6 @@ def aspect_ratio(config: Config) -> float:
     """Return a model's hidden size per layer."""
     sizes = family_of(config).dimensions(config)
     return sizes.hidden_size / sizes.num_hidden_layers
-
-
-def count_parameters(config: Config) -> int:
-    """Count a model's parameters from shapes; where all layers are alike, from two of them."""
-    family = family_of(config)
-    if family.sparse_layers == "pattern":
-        return family.count_parameters(config)
-    one, two = (family.count_parameters(family.with_layers(config, [0] * n)) for n in (1, 2))
-    return one + (family.dimensions(config).num_hidden_layers - 1) * (two - one)
 
 
 def depth_specs(

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from tritter.errors import RequestError, did_you_mean
+from tritter.errors import Problem, RequestError, nearest
 from tritter.families import Config
 from tritter.families.presets import aspect_ratio_at
+from tritter.planning.memory import count_parameters
 from tritter.planning.shapes import (
     WIDTH_GRIDS,
     GrowthMethods,
     Shape,
     aspect_ratio,
-    count_parameters,
     depth_specs,
     nearest_shape,
     width_specs,
@@ -55,10 +55,8 @@ def find_path(request: PathRequest) -> tuple[Shape, ...]:
     config, target = request.source, request.target_parameters
     parameters = count_parameters(config)
     if target <= parameters:
-        raise RequestError(
-            f"target = {target:,} parameters: the source has {parameters:,} already; an expansion "
-            "only grows."
-        )
+        reason = f"the source has {parameters:,} already; an expansion only grows"
+        raise RequestError(Problem("target", f"{target:,} parameters", reason=reason))
     shapes: list[Shape] = []
     while not shapes or (parameters < target / (1 + TOLERANCE) and len(shapes) < MAX_STEPS):
         steps_left = math.ceil(math.log(target / parameters) / math.log(MAX_STEP_GROWTH) - 1e-9)
@@ -100,18 +98,15 @@ def check_strategy(strategy: str, methods: GrowthMethods) -> None:
     """
     allowed = (AUTO, *STRATEGIES)
     if strategy not in allowed:
-        raise RequestError(
-            f"strategy = {strategy}: allowed is one of {', '.join(allowed)}."
-            f"{did_you_mean(strategy, allowed)}"
-        )
+        reason = f"allowed is one of {', '.join(allowed)}"
+        near = nearest(strategy, allowed)
+        raise RequestError(Problem("strategy", strategy, reason=reason, nearest=near))
     needed = {"depth_first": ("depth",), "width_first": ("width",), "balanced": ("depth", "width")}
     for direction in needed.get(strategy, ()):
         if getattr(methods, direction) is None:
             example = "dus" if direction == "depth" else "width"
-            raise RequestError(
-                f"strategy = {strategy}: no method that grows {direction} is given; add one, such "
-                f"as {example}."
-            )
+            reason = f"no method that grows {direction} is given; add one, such as {example}"
+            raise RequestError(Problem("strategy", strategy, reason=reason))
 
 
 def strategies_of(strategy: str, methods: GrowthMethods) -> Sequence[str]:
@@ -217,8 +212,9 @@ def _refuse(request: PathRequest, shapes: list[Shape]) -> NoReturn:
             nearest += [shape.parameters] if shape is not None else []
     found = min(nearest, key=lambda count: abs(count - target), default=None)
     ending = "there is no larger shape" if found is None else f"the nearest has {found:,}"
-    raise RequestError(
-        f"target = {target:,} parameters: {' and '.join(methods)} ({request.strategy}) "
-        f"{'reach' if len(methods) > 1 else 'reaches'} no shape within 10 % of it from "
-        f"{count_parameters(config):,}; {ending}."
+    verb = "reach" if len(methods) > 1 else "reaches"
+    reason = (
+        f"{' and '.join(methods)} ({request.strategy}) {verb} no shape within 10 % of it from "
+        f"{count_parameters(config):,}; {ending}"
     )
+    raise RequestError(Problem("target", f"{target:,} parameters", reason=reason))

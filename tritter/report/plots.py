@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tritter.report.rows import Change, DomainRow, Score, domain_rows
+from tritter.report.rows import DomainRow, Score, ScoreChange, domain_rows
 from tritter.report.wording import change_text
 
 _DPI = 150
@@ -40,9 +40,11 @@ def plot_run(summary: Mapping[str, Any], metrics_csv: Path | None, folder: Path)
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = domain_rows(summary)
+    curves = read_curves(metrics_csv) if metrics_csv else ()
     figures = {
         "domains.png": _domains_figure(rows),
-        "training.png": _training_figure(read_curves(metrics_csv) if metrics_csv else ()),
+        "forgetting.png": _forgetting_figure(rows, curves),
+        "training.png": _training_figure(curves),
         "retention_and_gain.png": _tradeoff_figure(rows),
     }
     written = []
@@ -113,9 +115,45 @@ def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, label: str, colo
     )
 
 
+def _forgetting_figure(rows: Sequence[DomainRow], curves: Sequence[Curve]) -> Figure | None:
+    """One panel per domain: what it came from, the expansion, its loss while it is trained."""
+    known = {curve.name: curve for curve in curves}
+    shown = [
+        (row, known[name])
+        for row in rows
+        if not row.is_control and (name := f"eval/{row.domain}/loss") in known
+    ]
+    if not shown:
+        return None
+    figure, panels = _figure(columns=len(shown), width=1.2 + 3.2 * len(shown), height=3.6)
+    for (row, curve), axes in zip(shown, panels, strict=True):
+        color = _ORANGE if row.role == "old" else _BLUE
+        axes.plot(curve.steps, curve.values, "o-", color=color, markersize=3)
+        axes.axhline(curve.values[0], color=_GREY, linestyle=":", linewidth=1)
+        axes.set_title(f"{row.domain} ({row.role})", fontsize=10)
+        axes.set_xlabel("training step")
+        axes.margins(y=0.15)
+        if row.expanded is not None:
+            axes.axvline(0, color=_PURPLE, linestyle="--", linewidth=1)
+            axes.annotate(
+                "expanded",
+                xy=(0, 1),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                ha="right",
+                va="top",
+                fontsize=8,
+                color=_PURPLE,
+            )
+    panels[0].set_ylabel("loss on the way [nats per token]")
+    note = "always the same part of the validation text; dotted: at the first step"
+    figure.supxlabel(note, fontsize=7, color=_GREY)
+    return figure
+
+
 def _training_figure(curves: Sequence[Curve]) -> Figure | None:
     """Model losses above; penalties of forgetting methods, which have their own unit, below."""
-    losses = [curve for curve in curves if not curve.name.startswith("forgetting/")]
+    losses = [curve for curve in curves if curve.name.startswith("train/")]
     penalties = [curve for curve in curves if curve.name.startswith("forgetting/")]
     groups = [group for group in (losses, penalties) if group]
     if not groups:
@@ -218,5 +256,5 @@ def _errors(below: float | None, above: float | None) -> list[list[float]]:
     return [[100 * (below or 0.0)], [100 * (above or 0.0)]]
 
 
-def _percent(change: Change) -> str:
+def _percent(change: ScoreChange) -> str:
     return "change unknown" if change.value is None else f"{change_text(change)} %"

@@ -10,23 +10,29 @@ _CHECK_OF_ROLE: dict[Role, str] = {"old": "retention", "new": "new_capability"}
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Nats per token and per byte of one domain at one stage; None where not known."""
+    """One domain or task at one stage: nats per token and per byte, or the part of right answers.
+
+    None where not known, or of the other kind.
+    """
 
     loss: float | None
     loss_per_byte: float | None
     standard_error: float | None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """Relative change per byte from before to after training, with its one-sided bounds.
+class ScoreChange:
+    """Change from before to after training: of a loss relative, per byte; of an accuracy in points.
 
-    A bound is None where it is not known: a few documents carry the change.
+    Only a loss has one-sided bounds here: those of an accuracy are about what was lost of it, and
+    stand in the check's detail. A bound is None where it is not known: a few documents carry it.
     """
 
     value: float | None
     lower: float | None
     upper: float | None
+    in_points: bool = False
 
     @property
     def below(self) -> float | None:
@@ -49,7 +55,7 @@ class DomainRow:
     before: Score
     expanded: Score | None
     trained: Score
-    change: Change
+    change: ScoreChange
     bound: float | None
     verdict: str | None
 
@@ -127,14 +133,17 @@ def _row(
 
 def _score(scores: Mapping[str, Any] | None, domain: str) -> Score:
     record = (scores or {}).get(domain, {})
-    return Score(record.get("loss"), record.get("loss_per_byte"), record.get("standard_error"))
+    names = ("loss", "loss_per_byte", "standard_error", "accuracy")
+    return Score(**{name: record.get(name) for name in names})
 
 
-def _change(check: Mapping[str, Any], *, before: Score, after: Score) -> Change:
+def _change(check: Mapping[str, Any], *, before: Score, after: Score) -> ScoreChange:
     """Take the gate's paired change; without a check the plain ratio, which has no bounds."""
+    if before.accuracy is not None and after.accuracy is not None:
+        return ScoreChange(after.accuracy - before.accuracy, None, None, in_points=True)
     if check:
         lower, upper = check.get("interval") or (None, None)
-        return Change(check.get("value"), lower, upper)
+        return ScoreChange(check.get("value"), lower, upper)
     if not before.loss_per_byte or after.loss_per_byte is None:
-        return Change(None, None, None)
-    return Change(after.loss_per_byte / before.loss_per_byte - 1, None, None)
+        return ScoreChange(None, None, None)
+    return ScoreChange(after.loss_per_byte / before.loss_per_byte - 1, None, None)

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tritter.report.experts import bias_text, expert_table
+from tritter.report.moe import bias_text, expert_table
 from tritter.report.rows import DomainRow, checks, domain_rows, last_attempt
 from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
 from tritter.terminal import Console
@@ -51,7 +51,7 @@ def print_summary(
     """
     signs = Signs.for_encoding(console.encoding)
     tables = [result_table(summary, signs=signs), stage_table(summary)]
-    if experts := summary.get("experts"):
+    if experts := summary.get("moe"):
         tables.insert(1, expert_table(experts))
     for table in tables:
         console.print()
@@ -118,7 +118,7 @@ def summary_lines(summary: Mapping[str, Any], *, signs: Signs) -> list[SummaryLi
     if (jump := _jump_text(summary)) is not None:
         lines.append(SummaryLine("jump", jump))
     lines.append(SummaryLine("parameters", _parameters_text(summary, signs=signs)))
-    if (text := bias_text(summary.get("experts") or {})) is not None:
+    if (text := bias_text(summary.get("moe") or {})) is not None:
         lines.append(SummaryLine("bias", text))
     return lines
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tritter.report.rows import Change, Score
+from tritter.report.rows import Score, ScoreChange
 
 MISSING = "-"
 UNKNOWN = "?"
@@ -35,14 +35,18 @@ class Signs:
 
 
 def score_text(score: Score | None) -> str:
-    """Return nats per token with three decimals."""
+    """Return nats per token with three decimals, or right answers in per cent."""
+    if score is not None and score.accuracy is not None:
+        return f"{score.accuracy:.1%}"
     return MISSING if score is None or score.loss is None else f"{score.loss:.3f}"
 
 
-def change_text(change: Change) -> str:
-    """Return a change in per cent with its bounds."""
+def change_text(change: ScoreChange) -> str:
+    """Return a change in per cent with its bounds, or in points."""
     if change.value is None:
         return MISSING
+    if change.in_points:
+        return f"{100 * change.value:+.1f} points"
     value, lower, upper = map(_percent, (change.value, change.lower, change.upper))
     has_bounds = change.lower is not None or change.upper is not None
     return f"{value} [{lower}, {upper}]" if has_bounds else value

@@ -1,23 +1,33 @@
 """Content hashes: per tensor, over a whole model, per file."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tritter.errors import TritterError
 from tritter.storage.reading import MAX_HEADER_BYTES, open_file, require_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
     """SHA-256 over name, dtype, shape and bytes."""
     digest = hashlib.sha256(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data)
+    digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's values as they lie in memory, in row-major order."""
+    import torch  # a lineage is read without it
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def merkle_hash(tensor_digests: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from tritter.errors import TritterError
 from tritter.storage.reading import read_object, read_text
 
+LINEAGE_NAME = "tritter.json"
 _DIGEST = "record_digest"
 
 

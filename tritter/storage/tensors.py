@@ -1,31 +1,38 @@
 """Safetensors folders, read one tensor at a time."""
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from tritter.errors import TritterError
 from tritter.storage.links import check_links
 from tritter.storage.reading import read_object, require_file
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+# torch's word → that of safetensors; weights are of the first four
+WRITTEN_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
+WEIGHT_DTYPES = tuple(WRITTEN_DTYPES)[:4]
 _RANK_FILE = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
@@ -35,10 +42,11 @@ class Header:
 
     Args:
         file: name of the file in its folder.
+        dtype: as torch calls it.
     """
 
     file: str
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
 
 
@@ -55,7 +63,7 @@ class TensorFolder:
     headers: Mapping[str, Header]
 
     @classmethod
-    def open(cls, folder: Path) -> "TensorFolder":
+    def open(cls, folder: Path) -> TensorFolder:
         """Read the headers: of the single file, or else of the files that the index names.
 
         Transformers goes by the same order, and takes whatever lies in a file that it opens.
@@ -96,7 +104,10 @@ class TensorFolder:
             raise TritterError(f"{path} cannot be read ({error}).") from error
 
     def torch_dtype(self, name: str) -> torch.dtype:
-        return self.headers[name].dtype
+        import torch  # headers are read without it
+
+        found: torch.dtype = getattr(torch, self.headers[name].dtype)
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.headers[name].shape
@@ -105,7 +116,8 @@ class TensorFolder:
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a tensor of numbers holds neither infinities nor NaN."""
     # The extremes of a tensor with a NaN are NaN; this is 20 times quicker than isfinite in bf16.
-    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() & high.isfinite())
 
 
 def _refuse_rank_files(folder: Path) -> None:
@@ -163,7 +175,7 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
     require_file(path, is_read_whole=False)
     headers = {}
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             names = file.keys()
             for name in names:
                 part = file.get_slice(name)
@@ -174,9 +186,9 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
     return headers
 
 
-def _dtype(path: Path, name: str, written: str) -> torch.dtype:
-    for dtype, known in DTYPE_NAMES.items():
-        if known == written and dtype.is_floating_point:
+def _dtype(path: Path, name: str, written: str) -> str:
+    for dtype in WEIGHT_DTYPES:
+        if WRITTEN_DTYPES[dtype] == written:
             return dtype
-    allowed = ", ".join(known for dtype, known in DTYPE_NAMES.items() if dtype.is_floating_point)
+    allowed = ", ".join(WRITTEN_DTYPES[dtype] for dtype in WEIGHT_DTYPES)
     raise TritterError(f"{path}: {name} is of type {written}; weights are of {allowed}.")

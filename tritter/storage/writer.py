@@ -4,6 +4,8 @@ The format puts all names, dtypes, shapes and offsets into a header before the d
 states them first. safetensors' own writer takes whole dictionaries, hence the few lines here.
 """
 
+from __future__ import annotations
+
 import ctypes
 import json
 import struct
@@ -12,12 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from tritter.storage.hashing import DigestQueue, bytes_of
+from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, WRITTEN_DTYPES
 
-from tritter.storage.hashing import DigestQueue
-from tritter.storage.tensors import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _HEADER_ALIGNMENT = 8
 _BYTES_UNTIL_TRIM = 32 * 2**20
@@ -49,7 +53,7 @@ class TensorStream:
     tensors: Iterable[tuple[str, Tensor]]
 
     @classmethod
-    def of(cls, pairs: Iterable[tuple[str, Tensor]]) -> "TensorStream":
+    def of(cls, pairs: Iterable[tuple[str, Tensor]]) -> TensorStream:
         """Announce tensors that are in memory already."""
         held = list(pairs)
         entries = tuple(TensorEntry(name, t.dtype, tuple(t.shape)) for name, t in held)
@@ -111,7 +115,7 @@ class _ShardWriter:
         for entry in order:
             end = position + entry.num_bytes
             header[entry.name] = {
-                "dtype": DTYPE_NAMES[entry.dtype],
+                "dtype": WRITTEN_DTYPES[str(entry.dtype).removeprefix("torch.")],
                 "shape": list(entry.shape),
                 "data_offsets": [position, end],
             }
@@ -122,7 +126,7 @@ class _ShardWriter:
         self._start = struct.pack("<Q", len(text)) + text
         self._path = path
 
-    def __enter__(self) -> "_ShardWriter":
+    def __enter__(self) -> _ShardWriter:
         self._file = self._path.open("wb")
         self._file.write(self._start)
         self._worker = ThreadPoolExecutor(max_workers=1)
@@ -144,9 +148,8 @@ class _ShardWriter:
         self._last = self._worker.submit(self._write, name, tensor)
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
         self._file.seek(len(self._start) + self._begin[name])
-        self._file.write(flat.view(torch.uint8).numpy().data)
+        self._file.write(bytes_of(tensor))
 
 
 def _split(entries: Sequence[TensorEntry], max_shard_bytes: int) -> list[list[TensorEntry]]:

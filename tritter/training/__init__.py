@@ -1,27 +1,64 @@
-"""Training: LightningModules, the protocol of forgetting methods, one fit per stage."""
+"""Training: LightningModules, the protocol of forgetting methods, one fit per stage.
 
-from tritter.training.fitting import FitResult, TrainerSettings, discard_saved, fit
-from tritter.training.forgetting_method import ForgettingMethod, Task
+What takes Lightning is imported when it is first asked for: a refusal of a method's options, which
+only needs the protocol, doesn't wait for it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tritter.training.forgetting_method import (
+    ForgettingMethod,
+    Needs,
+    NoOptions,
+    Preparation,
+    Prepared,
+    Task,
+)
 from tritter.training.metrics import metrics_files, read_metrics
-from tritter.training.module import BaseModule, ExpandedModule
-from tritter.training.optimiser import OptimiserSettings
-from tritter.training.routing import OldRouting, RoutingObjective, RoutingSettings
+from tritter.training.optimizer import OptimizerSettings
 from tritter.training.schedule import Schedule
 
+if TYPE_CHECKING:
+    from tritter.training.fitting import discard_saved, fit
+    from tritter.training.module import BaseModule, ExpandedModule
+    from tritter.training.result import FitResult, WriteResult
+    from tritter.training.side_loss import SideLoss
+    from tritter.training.trainer import TrainerSettings
+
+_WITH_LIGHTNING = {
+    "BaseModule": "module",
+    "ExpandedModule": "module",
+    "FitResult": "result",
+    "SideLoss": "side_loss",
+    "TrainerSettings": "trainer",
+    "WriteResult": "result",
+    "discard_saved": "fitting",
+    "fit": "fitting",
+}
 __all__ = [
     "BaseModule",
     "ExpandedModule",
     "FitResult",
     "ForgettingMethod",
-    "OldRouting",
-    "OptimiserSettings",
-    "RoutingObjective",
-    "RoutingSettings",
+    "Needs",
+    "NoOptions",
+    "OptimizerSettings",
+    "Preparation",
+    "Prepared",
     "Schedule",
+    "SideLoss",
     "Task",
     "TrainerSettings",
+    "WriteResult",
     "discard_saved",
     "fit",
     "metrics_files",
     "read_metrics",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_LIGHTNING:
+        raise AttributeError(f"module 'tritter.training' has no attribute {name!r}")
+    return getattr(import_module(f"tritter.training.{_WITH_LIGHTNING[name]}"), name)

@@ -1,6 +1,5 @@
 """Callbacks of every training: methods against forgetting, refused steps, speed, progress."""
 
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,38 +11,61 @@ from lightning import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed
 
+from tritter.checkpoint.state import write_state
 from tritter.data.ranks import this_rank
 from tritter.errors import TritterError
+from tritter.expand import Change
 from tritter.seeds import derived_seed
+from tritter.storage.atomic import atomic_folder
+from tritter.storage.writer import TensorStream
 from tritter.terminal import Console
 from tritter.training.checkpoint_io import random_state, restore_random_state
-from tritter.training.compute import StepFlops
 from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import BaseModule, ExpandedModule
-from tritter.training.stop_request import StopRequest
+from tritter.training.parameters import disk_values
+
+
+def ends_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Say whether a batch is the last of those whose gradients are gathered for one step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 class ForgettingCallback(Callback):
-    """Drive the methods of an ExpandedModule, and keep their state in checkpoints."""
+    """Drive the methods of an ExpandedModule, and keep their state in checkpoints.
 
-    def __init__(self, methods: Sequence[ForgettingMethod], task: Task) -> None:
+    Args:
+        folder: where rank 0 leaves, as its `state/`, what the methods leave for the next training;
+            replaced whole.
+    """
+
+    def __init__(self, methods: Sequence[ForgettingMethod], task: Task, folder: Path) -> None:
         self._methods = tuple(methods)
         self._task = task
+        self._folder = folder
         self._restored: Mapping[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._task.teacher is not None:
+            self._task.teacher.to(pl_module.device)
         for method in self._methods:
-            if self._restored is None:
-                method.begin_task(_expanded(pl_module).model, self._task)
-            else:  # a resumed training is the same task: what began it lies behind
+            method.begin_task(_expanded(pl_module).model, self._task)
+            if self._restored is not None:  # it goes on: what began it was of earlier weights
                 method.load_state_dict(self._restored[method.name])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = _expanded(pl_module).model
+        left = {k: v for method in self._methods for k, v in method.end_task(model).items()}
+        if left and trainer.is_global_zero:
+            kinds = {kind: TensorStream.of(disk_values(model, left[kind])) for kind in left}
+            with atomic_folder(self._folder, overwrite=True) as temporary:
+                write_state(temporary, kinds, step=trainer.global_step)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
         module = _expanded(pl_module)
         module.apply_methods_to_gradients()
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if _is_logged(trainer):
             for method in module.methods:
                 value = method.logged_loss(module.model)
                 if value is not None:
@@ -81,6 +103,9 @@ class FiniteGuard(Callback):
     ) -> None:
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if _is_logged(trainer):
+            rate = float(optimizer.param_groups[0]["lr"])
+            pl_module.log_dict({"train/gradient_norm": norm, "train/learning_rate": rate})
         loss = trainer.callback_metrics.get("train/loss")
         is_finite = bool(torch.isfinite(norm)) and (loss is None or bool(torch.isfinite(loss)))
         if trainer.strategy.reduce_boolean_decision(is_finite):
@@ -119,7 +144,7 @@ class WorkCount(Callback):
     def __init__(self) -> None:
         self.tokens = 0
         self.flops = 0.0
-        self._step = StepFlops()
+        self._step: tuple[object, float] = (None, 0.0)  # what a step was of, and its FLOPs
 
     def on_train_batch_end(
         self,
@@ -133,7 +158,15 @@ class WorkCount(Callback):
         num_sequences, length = batch["input_ids"].shape
         num_sequences *= trainer.world_size
         self.tokens += num_sequences * length
-        self.flops += self._step.of(pl_module, num_sequences=num_sequences, length=length)
+        flags = tuple(parameter.requires_grad for parameter in pl_module.model.parameters())
+        if self._step[0] != (key := (flags, num_sequences, length)):
+            flops = pl_module.step_flops(num_sequences=num_sequences, length=length)
+            self._step = (key, flops)
+        self.flops += self._step[1]
+
+    def parameters_changed(self, change: Change) -> None:
+        """Count the next step anew."""
+        self._step = (None, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "flops": self.flops}
@@ -181,47 +214,10 @@ class RandomState(Callback):
         self._restored = states[rank.index]
 
 
-class SaveState(Callback):
-    """Save what the training needs to go on, every so many steps and when it is asked to stop.
-
-    Stands last among the callbacks, so that it sees what all others did in the step. Of several
-    processes all stop at the same step.
-
-    Args:
-        path: of the checkpoint folder, which is replaced whole.
-        every_n_steps: 0 saves only when the training is asked to stop.
-        stop: whether it is.
-    """
-
-    def __init__(self, path: Path, *, every_n_steps: int, stop: StopRequest) -> None:
-        self._path = path
-        self._every_n_steps = every_n_steps
-        self._stop = stop
-        self.has_trained = False
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop.listen()
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        self.has_trained = True
-        is_due = self._every_n_steps and trainer.global_step % self._every_n_steps == 0
-        stops = trainer.strategy.reduce_boolean_decision(self._stop.is_asked, all=False)
-        if is_due or stops:
-            trainer.save_checkpoint(self._path, weights_only=False)
-        if stops:
-            self._stop.note(signal.SIGTERM)  # another process was asked
-            trainer.should_stop = True
-
-
 class Performance(Callback):
     """Log tokens and FLOPs per second, seconds per step and peak memory.
+
+    Evaluations on the way are left out of the time.
 
     Args:
         work: counts them; stands before this callback.
@@ -229,7 +225,14 @@ class Performance(Callback):
 
     def __init__(self, work: WorkCount) -> None:
         self._work = work
+        self._paused = 0.0
         self._begin()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since += time.perf_counter() - self._paused
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin()
@@ -242,6 +245,8 @@ class Performance(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        if not ends_step(trainer, batch_idx):
+            return
         self._steps += 1
         if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
@@ -310,10 +315,12 @@ class StepProgress(Callback):
     ) -> None:
         step = trainer.global_step
         every = max(1, self._max_steps // 5) if self._use_lines else 5
-        if not (self._use_bar or self._use_lines) or (step % every and step != self._max_steps):
+        is_due = ends_step(trainer, batch_idx) and (not step % every or step == self._max_steps)
+        if not (is_due and (self._use_bar or self._use_lines)):
             return
         elapsed = time.perf_counter() - self._since
-        tokens = (step - self._first) * batch["input_ids"].numel() * trainer.world_size
+        batches = (step - self._first) * trainer.accumulate_grad_batches
+        tokens = batches * batch["input_ids"].numel() * trainer.world_size
         rate = tokens / elapsed
         loss = trainer.callback_metrics.get("train/loss", torch.tensor(float("nan")))
         note = f"loss {float(loss):.3f}  {rate / 1000:.1f}k tokens/s"
@@ -350,6 +357,11 @@ def peak_memory_bytes() -> int:
 
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _is_logged(trainer: Trainer) -> bool:
+    """Return whether the step that is about to be taken is logged."""
+    return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
 
 def _expanded(module: LightningModule) -> ExpandedModule:

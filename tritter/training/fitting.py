@@ -2,100 +2,54 @@
 
 import csv
 import gc
-import logging
 import shutil
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial, reduce
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
-from lightning import Callback, Trainer
+from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
-from torch import Tensor, nn
 
 from tritter.data.batches import BatchStream
+from tritter.data.datamodule import Batches, EvaluationText, TextModule
 from tritter.errors import TritterError
 from tritter.stopping import Stopped
+from tritter.targets import NamedTarget
 from tritter.terminal import Console
 from tritter.training.callbacks import (
     FiniteGuard,
     ForgettingCallback,
     Performance,
     RandomState,
-    SaveState,
     StepProgress,
     WorkCount,
 )
-from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.forgetting_method import Task
 from tritter.training.metrics import METRICS_NAME, set_metrics_aside
 from tritter.training.module import BaseModule, ExpandedModule
-from tritter.training.processes import (
-    Returned,
-    WorkerCheckpointIO,
-    WorkerStrategy,
-    worker_processes,
-)
-from tritter.training.routing_callbacks import RoutingCallback
+from tritter.training.processes import worker_processes
+from tritter.training.result import Conclusion, FitResult, WriteResult
+from tritter.training.save_state import EndOfTraining, SaveState
 from tritter.training.stop_request import StopRequest
+from tritter.training.their_callbacks import TheirCallbacks
+from tritter.training.trainer import (
+    TrainerSettings,
+    build_trainer,
+    quiet_lightning,
+    torch_settings_kept,
+)
+from tritter.training.validation import Validation
 
 SAVED_NAME = "saved"  # what a killed training goes on from
-RETURNED_NAME = "returned"  # what worker processes leave for the one that started them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerSettings:
-    """What Lightning's Trainer is given, in its own words.
-
-    Args:
-        strategy: `auto`, one process; or `ddp`, one for each of `devices`.
-        max_non_finite_steps: refused steps in a row that are borne.
-        save_every_n_steps: steps between two states that a killed run goes on from; 0: none.
-        progress: `auto`, `on` or `off`.
-    """
-
-    accelerator: str = "cpu"
-    devices: int = 1
-    strategy: str = "auto"
-    precision: str = "bf16-mixed"
-    gradient_clip_val: float | None = 1.0
-    log_every_n_steps: int = 10
-    max_non_finite_steps: int = 10
-    save_every_n_steps: int = 50
-    progress: str = "auto"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitResult:
-    """What a training did.
-
-    Args:
-        steps: optimiser steps taken, refused ones included.
-        num_tokens: tokens seen, by all processes.
-        flops: model FLOPs of all steps, and of a look at the routing that they hold; what is
-            counted stands in `tritter.families.flops`.
-        seconds: wall time of the fit.
-        refused_steps: steps with a loss or gradient that was not finite.
-        stopped_because: why it ended early; None when it ran to its end.
-        update_norms: top-level part of the model → norm of (weights after − before) relative to
-            the norm before; shows what moved.
-    """
-
-    steps: int
-    num_tokens: int
-    flops: float
-    seconds: float
-    refused_steps: int
-    stopped_because: str | None
-    update_norms: dict[str, float]
+LEFT_NAME = "left"  # what methods against forgetting leave for the next training
 
 
 def fit(
     module: BaseModule,
-    batches: BatchStream,
+    batches: Batches,
     *,
     settings: TrainerSettings,
     folder: Path,
@@ -105,11 +59,15 @@ def fit(
     loggers: Sequence[Logger] = (),
     observers: Sequence[Callback] = (),
     controls: Sequence[Callback] = (),
+    theirs: Sequence[NamedTarget] = (),
+    write_result: WriteResult | None = None,
+    evaluation: EvaluationText | None = None,
 ) -> FitResult:
     """Train `module` for the steps of its schedule, from where a killed training left off.
 
-    What it left is in `folder`; `discard_saved` removes it once the result is safe. With several
-    processes only the fit runs in them: `module` comes back trained, the methods as they were.
+    What it left is in `folder`; `discard_saved` removes it once the result is safe. The result is
+    written where it was trained: with several processes only the fit runs in them, and `module`
+    and the methods stay in this one as they were.
 
     Args:
         folder: where `metrics.csv` of this stage is written.
@@ -117,52 +75,51 @@ def fit(
         task: what methods against forgetting are told; needed by an ExpandedModule.
         loggers: besides the CSV; with several processes they get its rows when the fit has ended.
         observers: callbacks that read the gradients of the task before any method changes them.
-            With several processes they stay behind: what they found, rank 0 writes to a file.
-        controls: callbacks that set what the model may do before each batch, as a function of
-            the step alone.
+        controls: callbacks that set what the model may do in a batch, by the step alone.
+        theirs: callbacks that the run is asked for, which stand behind all of ours.
+        write_result: writes what the training leaves, unless it is asked to stop.
+        evaluation: text on which `eval/<domain>/loss` is measured on the way.
 
     Raises:
-        TritterError: what the training would go on from is damaged, or a process was killed.
+        TritterError: what the training would go on from is damaged, or a process was killed, or
+            the result could not be written.
         Stopped: by a signal; its state was saved at the end of the step, unless one came twice.
     """
     guard, work = FiniteGuard(max_consecutive=settings.max_non_finite_steps), WorkCount()
-    callbacks = [*observers, *controls, work, Performance(work)]
-    callbacks += _callbacks_of(module, task)
     max_steps, mode, stop = module.schedule.max_steps, settings.progress, StopRequest()
-    callbacks += [
-        guard,
-        StepProgress(label=label, max_steps=max_steps, mode=mode, console=console),
-        RandomState(),
-        SaveState(folder / SAVED_NAME, every_n_steps=settings.save_every_n_steps, stop=stop),
-    ]
-    _release_earlier()
-    before, since = _snapshot(module.model), time.perf_counter()
-    with _told(stop, label):
-        mixed = _mixed(module, batches, task)
-        steps = _run(module, mixed, settings, callbacks, folder=folder, loggers=loggers, stop=stop)
-    _end_if_asked(stop, f"at step {steps} of {max_steps} of the {label}, which goes on from there")
-    module.model.to("cpu")
-    return FitResult(
-        steps=steps,
-        num_tokens=work.tokens,
-        flops=work.flops + (module.routing.looked_flops if module.routing else 0.0),
-        seconds=time.perf_counter() - since,
-        refused_steps=guard.refused_steps,
-        stopped_because=guard.stopped_because,
-        update_norms=_update_norms(before, module.model),
+    bar = StepProgress(label=label, max_steps=max_steps, mode=mode, console=console)
+    saved, every = folder / SAVED_NAME, settings.save_every_n_steps
+    saving = SaveState(saved, every_n_steps=every, stop=stop, guard=guard)
+    validation = None if evaluation is None else Validation(evaluation, stop=stop)
+    conclusion = Conclusion(
+        guard=guard, work=work, validation=validation, saving=saving, stop=stop, write=write_result
     )
+    callbacks = [EndOfTraining(), *observers, *controls, work, Performance(work)]
+    ours = [guard, bar, RandomState(), conclusion, validation]
+    callbacks += [*_callbacks_of(module, task, folder), *filter(None, ours)]
+    module.their_callbacks = TheirCallbacks(options=theirs, folder=folder, last=saving)
+    _release_earlier()
+    since = time.perf_counter()
+    with _told(stop, label):
+        data = TextModule(_mixed(module, batches, task), evaluation)
+        _run(module, data, settings, callbacks, folder=folder, loggers=loggers)
+    result = conclusion.result
+    assert result is not None
+    _end_if_asked(stop, f"at step {result.steps} of {max_steps} of the {label}")
+    return replace(result, seconds=time.perf_counter() - since)
 
 
-def _mixed(module: BaseModule, batches: BatchStream, task: Task | None) -> BatchStream:
+def _mixed(module: BaseModule, batches: Batches, task: Task | None) -> Batches:
     """Return batches as the methods against forgetting mix them."""
     if not isinstance(module, ExpandedModule) or task is None:
         return batches
+    assert isinstance(batches, BatchStream)
     return reduce(lambda mixed, method: method.mix(mixed, task), module.methods, batches)
 
 
 def _end_if_asked(stop: StopRequest, where: str) -> None:
     if stop.signal_number is not None:
-        raise Stopped(stop.signal_number, where=where)
+        raise Stopped(stop.signal_number, where=f"{where}, which goes on from there")
 
 
 @contextmanager
@@ -185,60 +142,62 @@ def _told(stop: StopRequest, label: str) -> Iterator[None]:
         raise Stopped(stop.signal_number, where=where) from error  # workers that hardly began
 
 
-def _callbacks_of(module: BaseModule, task: Task | None) -> list[Callback]:
-    """Return what drives a module's routers and its methods against forgetting."""
-    callbacks: list[Callback] = []
-    if module.routing is not None:
-        callbacks.append(RoutingCallback(module.routing))
+def _callbacks_of(module: BaseModule, task: Task | None, folder: Path) -> list[Callback]:
+    """Return what drives a module's side losses and its methods against forgetting."""
+    callbacks = [callback for side in module.side_losses for callback in side.callbacks()]
     if isinstance(module, ExpandedModule) and task is not None:
-        callbacks.append(ForgettingCallback(module.methods, task))
+        callbacks.append(ForgettingCallback(module.methods, task, folder / LEFT_NAME))
     return callbacks
 
 
 def discard_saved(folder: Path) -> None:
     """Remove what a training would go on from, after its result was written elsewhere."""
-    shutil.rmtree(folder / SAVED_NAME, ignore_errors=True)
+    for name in (SAVED_NAME, LEFT_NAME):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _run(
     module: BaseModule,
-    batches: BatchStream,
+    data: TextModule,
     settings: TrainerSettings,
     callbacks: list[Callback],
     *,
     folder: Path,
     loggers: Sequence[Logger],
-    stop: StopRequest,
-) -> int:
+) -> None:
+    """Run the fit here, or in processes of its own, whose loggers get their rows at its end."""
     module.train()
-    run = partial(_fit_in_processes, stop=stop) if settings.strategy == "ddp" else _fit
-    return run(module, batches, settings, callbacks, folder=folder, loggers=loggers)
+    if settings.strategy != "ddp":
+        _fit(module, data, settings, callbacks, folder=folder, loggers=loggers)
+        return
+    with worker_processes():
+        _fit(module, data, settings, callbacks, folder=folder)
+    _forward_metrics(folder, loggers)
 
 
 def _fit(
     module: BaseModule,
-    batches: BatchStream,
+    data: TextModule,
     settings: TrainerSettings,
     callbacks: list[Callback],
     *,
     folder: Path,
     loggers: Sequence[Logger] = (),
-) -> int:
-    """Run one Trainer, from the saved state if there is one, and return its steps."""
+) -> None:
+    """Run one Trainer, from the saved state if there is one."""
     saved = folder / SAVED_NAME
     start = str(saved) if saved.exists() else None
     if start is not None:
         set_metrics_aside(folder)
     all_loggers = [CSVLogger(folder, name="", version=""), *loggers]
-    with _quiet_lightning():
-        trainer = _trainer(settings, callbacks, module.schedule.max_steps, loggers=all_loggers)
-        with _taken_up(saved, callbacks):
-            trainer.fit(module, train_dataloaders=batches, ckpt_path=start)
-    return trainer.global_step
+    with quiet_lightning(), torch_settings_kept():
+        trainer = build_trainer(settings, callbacks, module.schedule.max_steps, loggers=all_loggers)
+        with _taken_up(saved, module):
+            trainer.fit(module, datamodule=data, ckpt_path=start)
 
 
 @contextmanager
-def _taken_up(saved: Path, callbacks: Sequence[Callback]) -> Iterator[None]:
+def _taken_up(saved: Path, module: BaseModule) -> Iterator[None]:
     """Say of a training that ends before its first step that it is the saved state's doing.
 
     Raises:
@@ -248,33 +207,15 @@ def _taken_up(saved: Path, callbacks: Sequence[Callback]) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        has_trained = any(isinstance(one, SaveState) and one.has_trained for one in callbacks)
-        if isinstance(error, TritterError) or has_trained or not is_resumed:
+        assert module.their_callbacks is not None
+        saving = module.their_callbacks.last
+        assert isinstance(saving, SaveState)
+        if isinstance(error, TritterError) or saving.has_trained or not is_resumed:
             raise
         raise TritterError(
             f"the training can't go on from the saved state {saved}: {error}\n"
             f"Delete {saved}, and it starts again from its beginning."
         ) from error
-
-
-def _fit_in_processes(
-    module: BaseModule,
-    batches: BatchStream,
-    settings: TrainerSettings,
-    callbacks: list[Callback],
-    *,
-    folder: Path,
-    stop: StopRequest,
-    loggers: Sequence[Logger] = (),
-) -> int:
-    """Do the same in processes of their own; the weights and what was counted come back."""
-    kinds = FiniteGuard | WorkCount | RoutingCallback
-    counts = {type(c).__name__: c for c in callbacks if isinstance(c, kinds)}
-    returned = Returned(folder / RETURNED_NAME, counts, stop)
-    with worker_processes():
-        _fit(module, batches, settings, [*callbacks, returned], folder=folder)
-    _forward_metrics(folder, loggers)
-    return returned.take()
 
 
 def _forward_metrics(folder: Path, loggers: Sequence[Logger]) -> None:
@@ -288,70 +229,6 @@ def _forward_metrics(folder: Path, loggers: Sequence[Logger]) -> None:
                 logger.log_metrics(values, step=int(row["step"]))
 
 
-def _trainer(
-    settings: TrainerSettings,
-    callbacks: list[Callback],
-    max_steps: int,
-    *,
-    loggers: list[Logger],
-) -> Trainer:
-    is_ddp = settings.strategy == "ddp"
-    return Trainer(
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        strategy=WorkerStrategy(settings.accelerator) if is_ddp else "auto",
-        precision=settings.precision,  # type: ignore[arg-type]
-        gradient_clip_val=settings.gradient_clip_val,
-        max_steps=max_steps,
-        max_epochs=-1,
-        log_every_n_steps=min(settings.log_every_n_steps, max_steps),
-        callbacks=callbacks,
-        logger=loggers,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        plugins=[WorkerCheckpointIO() if is_ddp else SafetensorsCheckpointIO()],
-    )
-
-
 def _release_earlier() -> None:
     """Free an earlier training: its trainer, module and callbacks hold each other, moments too."""
     gc.collect()
-
-
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
-
-
-def _update_norms(before: dict[str, Tensor], model: nn.Module) -> dict[str, float]:
-    moved: dict[str, float] = {}
-    size: dict[str, float] = {}
-    for name, parameter in model.named_parameters():
-        part, old = _part(name), before[name]
-        change = (parameter.detach().cpu() - old).double().norm().item()
-        moved[part] = moved.get(part, 0.0) + change**2
-        size[part] = size.get(part, 0.0) + old.double().norm().item() ** 2
-    return {part: (moved[part] / max(size[part], 1e-30)) ** 0.5 for part in moved}
-
-
-def _part(name: str) -> str:
-    """Return layer number, or the module's name for what stands outside the layers."""
-    pieces = name.split(".")
-    if "layers" in pieces:
-        return "layers." + pieces[pieces.index("layers") + 1]
-    return pieces[-2]
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's notices of what devices it found, and advice that does not apply, away."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,41 +1,116 @@
-"""What a method against forgetting may do during a training, and when it is asked.
+"""What a method against forgetting needs, may do during a training, and leaves; and when.
 
 A Lightning callback alone can neither change a batch nor add a loss, so methods have a protocol
-of their own: the LightningModule holds them as a list, and one callback drives them.
+of their own: the LightningModule holds them as a list, and one callback drives them. What is made
+for them before the training (an importance, masks, a teacher) is made only when one needs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from tritter.data.batches import BatchStream
-from tritter.parameter_map import ParameterMap
+from tritter.options import options
+
+if TYPE_CHECKING:
+    from tritter.expand import Change
+
+Values = Mapping[str, Tensor]  # by parameter name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a method asks for, as far as its options tell; what none asks for is not made.
+
+    Kinds are those of `tritter.parameter_map.carry`, where a method registers its own: all of
+    them follow an expansion by their rule.
+
+    Args:
+        old_text: it can't do without text of the old domains.
+        prepares: kinds of state that its `prepare` makes.
+        state: kinds that it takes from what lies beside the model that it starts from, if they
+            do. `path_integral` is recorded while a base is trained.
+        leaves: kinds that its `end_task` returns.
+        carried: masks of the entries that hold old knowledge.
+        teacher: the model from before the expansion.
+        copies: tensors as large as the model that it holds during a training.
+    """
+
+    old_text: bool = False
+    prepares: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+    carried: bool = False
+    teacher: bool = False
+    copies: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Preparation:
+    """What a method may look at once, before the expansion.
+
+    Args:
+        model: at the weights that the expansion starts from, on the device of the run; several
+            methods look at it, none changes it.
+        domains: the old ones.
+        draw: number of sequences and words that set the draw apart → int [N, T], of each old
+            domain as many; fewer where there are no more.
+        seed: words → seed of the method's own randomness.
+        state: kind → values, of what lies beside the model and the method asked for.
+        say: prints a line.
+    """
+
+    model: nn.Module
+    domains: tuple[str, ...]
+    draw: Callable[..., Tensor]
+    seed: Callable[..., int]
+    state: Mapping[str, Values]
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prepared:
+    """What a method has made of it.
+
+    Args:
+        state: kind → values; a parameter that is absent has none.
+        flops: that it took.
+        found: plain data for the run's ledger.
+    """
+
+    state: Mapping[str, Values]
+    flops: float = 0.0
+    found: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
-    """What a method is told when a training begins.
+    """What a method is told when a training begins: of all this what the run's methods need.
 
     Args:
+        seed: of the method's own randomness.
+        old_sequences: old domain → int [N, T], its packed training sequences.
         carried: parameter name → bool mask of the entries that hold old knowledge; everything
             else came with the expansion and is free.
-        old_sequences: old domain → int [N, T], its packed training sequences.
-        seed: of the method's own randomness.
-        importance: kind (`fisher`) → parameter name → importance of each entry for the old
-            domains, carried through the expansion; zero where an entry is new. A parameter that
-            is absent has none. Holds what the methods of the run need.
-        mean_importance: kind → its mean over the entries of the model before the expansion, which
-            neither copies nor new entries move. Where it is not stated, the mean over the carried
-            entries stands for it.
+        state: kind → parameter name → what was prepared or lay beside the model before the
+            expansion, carried through it. What starts anew is absent.
+        state_before: kind → name on disk → the same, before the expansion.
+        teacher: the model before the expansion, frozen, where the trained one is.
     """
 
-    carried: Mapping[str, Tensor]
-    old_sequences: Mapping[str, Tensor]
     seed: int
-    importance: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    mean_importance: Mapping[str, float] = field(default_factory=dict)
+    old_sequences: Mapping[str, Tensor] = field(default_factory=dict)
+    carried: Values = field(default_factory=dict)
+    state: Mapping[str, Values] = field(default_factory=dict)
+    state_before: Mapping[str, Values] = field(default_factory=dict)
+    teacher: nn.Module | None = None
+
+
+@options
+class NoOptions:
+    """Of a method that has none."""
 
 
 class ForgettingMethod:
@@ -46,9 +121,23 @@ class ForgettingMethod:
     """
 
     name = "method"
+    Options: ClassVar[type[Any]] = NoOptions  # whose fields are the arguments of the method
+
+    @classmethod
+    def needs(cls, options: Any) -> Needs:
+        """Return what a method of these options needs; asked before anything is built."""
+        return Needs()
+
+    def prepare(self, given: Preparation) -> Prepared:
+        """Make the kinds of state that `needs` says it prepares."""
+        raise NotImplementedError(f"{self.name} prepares nothing")
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        """Prepare for a training of `model`, whose weights are those after the expansion."""
+        """Begin a training of `model`, whose weights are those after the expansion.
+
+        Of a resumed training they are those that it goes on from: what was read off the first
+        ones belongs into `state_dict`, which is given back after this.
+        """
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         """Return the batches to train on; what is new keeps its order."""
@@ -68,8 +157,15 @@ class ForgettingMethod:
         """Return the penalty's present value, logged as `forgetting/<name>/loss`."""
         return None
 
-    def parameters_changed(self, parameter_map: ParameterMap) -> None:
-        """Follow an expansion of the live model."""
+    def parameters_changed(self, change: "Change") -> None:
+        """Follow a change of the live model; see `Change.state` and `Change.masks`."""
+
+    def end_task(self, model: nn.Module) -> Mapping[str, Values]:
+        """Return, by kind, what the next training finds beside the trained model.
+
+        Asked in every process; what the first one returns is kept.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs, in plain containers and tensors."""

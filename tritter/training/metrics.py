@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 from tritter.errors import TritterError
@@ -35,6 +36,8 @@ def metrics_files(folder: Path) -> tuple[Path, ...]:
 def read_metrics(folder: Path) -> list[dict[str, str]]:
     """Return the rows of all parts; where parts overlap, the later one counts.
 
+    What was evaluated at the step that a part goes on from stands in the part before.
+
     A part may be empty or absent: one that was killed before it logged, or that had nothing left
     to train.
 
@@ -46,8 +49,18 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
         part = _metrics_part(path)
         if part:
             first = min(int(row["step"]) for row in part)
-            rows = [row for row in rows if int(row["step"]) < first] + part
+            has_own = any(_is_evaluation(row, first) for row in part)
+            rows = [
+                row
+                for row in rows
+                if int(row["step"]) < first or (_is_evaluation(row, first) and not has_own)
+            ] + part
     return rows
+
+
+def _is_evaluation(row: Mapping[str, str], step: int) -> bool:
+    is_evaluated = any(value for name, value in row.items() if name.startswith("eval/"))
+    return is_evaluated and int(row["step"]) == step
 
 
 def _metrics_part(path: Path) -> list[dict[str, str]]:

@@ -4,16 +4,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from tritter.data.windows import IGNORED
+from tritter.evaluation.losses import nats_per_row
+from tritter.training.compute import flops_of_sequence
 from tritter.training.forgetting_method import ForgettingMethod
-from tritter.training.moments import start_from
-from tritter.training.optimiser import OptimiserSettings, build_optimiser
-from tritter.training.routing import RoutingObjective
+from tritter.training.moments import Moments, start_from
+from tritter.training.optimizer import OptimizerSettings, build_optimizer
+from tritter.training.reshape import Entry, replay
 from tritter.training.schedule import Schedule
-from tritter.training.transplant import Moments
+from tritter.training.side_loss import SideLoss
+from tritter.training.their_callbacks import TheirCallbacks
 
 
 class BaseModule(LightningModule):
@@ -22,10 +26,13 @@ class BaseModule(LightningModule):
     Args:
         model: a stock transformers model.
         schedule: learning rate over the steps.
-        optimiser: everything else of the optimiser.
-        routing: terms of the loss for the routers of a model with experts.
-        moments: of Adam, that the optimiser starts from, by the model's parameter names; those
+        optimizer: everything else of the optimizer.
+        side_losses: what is added to the loss of the task.
+        moments: of Adam, that the optimizer starts from, by the model's parameter names; those
             of a training that is resumed take their place.
+
+    Attributes:
+        journal: what changed the model during the training; `tritter.training.surgery` writes it.
     """
 
     def __init__(
@@ -33,52 +40,94 @@ class BaseModule(LightningModule):
         model: nn.Module,
         *,
         schedule: Schedule,
-        optimiser: OptimiserSettings,
-        routing: RoutingObjective | None = None,
+        optimizer: OptimizerSettings,
+        side_losses: Sequence[SideLoss] = (),
         moments: Mapping[str, Moments] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.schedule = schedule
-        self.optimiser_settings = optimiser
-        self.routing = routing
+        self.optimizer_settings = optimizer
+        self.side_losses = tuple(side_losses)
         self.moments = moments or {}
+        self.journal: list[Entry] = []
+        self.their_callbacks: TheirCallbacks | None = None  # set for the time of a fit
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return what stands behind Tritter's own callbacks, built in the process that trains."""
+        return [] if self.their_callbacks is None else self.their_callbacks.build()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the mean next-token loss of a batch, nats per token."""
         loss = self.task_loss(batch)
         self.log("train/loss", loss.detach(), sync_dist=True)
-        return loss if self.routing is None else loss + self._routing_loss(self.routing, batch)
+        for side in self.side_losses:
+            extra, terms = side.loss(self.model, batch, step=self.global_step)
+            self.log_dict({n: term.detach() for n, term in terms.items()}, sync_dist=True)
+            loss = loss + extra
+        return loss
 
     def task_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         input_ids = batch["input_ids"]  # [B, T]
-        # With router logits in its output a stock model adds a balance loss of its own
-        options = {} if self.routing is None else {"output_router_logits": False}
+        options = {k: v for side in self.side_losses for k, v in side.forward_options.items()}
         return self.model(input_ids=input_ids, labels=input_ids, use_cache=False, **options).loss
 
-    def _routing_loss(self, routing: RoutingObjective, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return what the routers add to the loss of the batch; each term is logged."""
-        terms = routing.terms(batch)
-        loss = routing.weighted(terms)
-        divergence = routing.divergence(self.model, self.global_step)
-        if divergence is not None:
-            terms["old_divergence"] = divergence
-            loss = loss + routing.settings.hold_old * divergence
-        for name, value in terms.items():
-            self.log(f"routing/{name}", value.detach(), sync_dist=True)
-        return loss
+    def on_validation_epoch_start(self) -> None:
+        domains = self.trainer.datamodule.evaluation.domains  # type: ignore[attr-defined]
+        self._evaluated = {
+            domain: torch.zeros(2, dtype=torch.float64, device=self.device) for domain in domains
+        }
 
-    def configure_optimizers(self) -> Any:
-        optimiser = build_optimiser(
+    def validation_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
+        """Add up nats and tokens of a domain's windows."""
+        targets = batch["targets"]  # [B, T]
+        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+        nats = nats_per_row(logits, targets).sum()
+        self._evaluated[batch["domain"]] += torch.stack([nats, (targets != IGNORED).sum()])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean next-token loss of each domain, nats per token, over all processes."""
+        for domain, own in self._evaluated.items():
+            nats, tokens = self.trainer.strategy.reduce(own, reduce_op="sum").tolist()
+            self.log(f"eval/{domain}/loss", nats / tokens)
+        self.log("step", float(self.global_step))  # Lightning's own count is one step behind
+
+    def step_flops(self, *, num_sequences: int, length: int) -> float:
+        """Count the model FLOPs of a step, with what needs a gradient now.
+
+        Args:
+            num_sequences: of the batch, of all processes together.
+            length: tokens of a sequence.
+        """
+        flops = num_sequences * flops_of_sequence(self.model).of(length)
+        return flops + sum(side.step_flops(self.model) for side in self.side_losses)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the journal, which stands in every checkpoint beside the weights."""
+        return {"journal": [dict(entry) for entry in self.journal]}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Make the shapes of a journal; torch calls this before it loads the weights."""
+        journal = [dict(entry) for entry in state["journal"]]
+        if len(journal) > len(self.journal):
+            replay(self.model, journal)
+            self.journal, self.moments = journal, {}
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """Return an optimizer that has not taken a step over what is trained now."""
+        return build_optimizer(
             self.named_parameters(),
-            self.optimiser_settings,
+            self.optimizer_settings,
             learning_rate=self.schedule.learning_rate,
         )
-        start_from(optimiser, self.model, self.moments)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.new_optimizer()
+        start_from(optimizer, self.model, self.moments)
         # A plain function, which the scheduler's state leaves out; the step is all there is to save
-        scheduler = LambdaLR(optimiser, lambda step: self.schedule.factor(step))
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step))
         return {
-            "optimizer": optimiser,
+            "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "learning_rate"},
         }
 
@@ -95,13 +144,17 @@ class ExpandedModule(BaseModule):
         model: nn.Module,
         *,
         schedule: Schedule,
-        optimiser: OptimiserSettings,
+        optimizer: OptimizerSettings,
         methods: Sequence[ForgettingMethod] = (),
-        routing: RoutingObjective | None = None,
+        side_losses: Sequence[SideLoss] = (),
         moments: Mapping[str, Moments] | None = None,
     ) -> None:
         super().__init__(
-            model, schedule=schedule, optimiser=optimiser, routing=routing, moments=moments
+            model,
+            schedule=schedule,
+            optimizer=optimizer,
+            side_losses=side_losses,
+            moments=moments,
         )
         self.methods = tuple(methods)
 

@@ -6,7 +6,7 @@ its own; what is frozen has none and leaves none.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,12 +15,16 @@ from torch import Tensor, nn
 
 from tritter.checkpoint.state import State, write_state
 from tritter.errors import TritterError
-from tritter.parameter_map.carry import MOMENTS
+from tritter.expand import Change
+from tritter.families import StoredTensor
+from tritter.parameter_map.carry import MOMENTS, STATE_KINDS, Policy
+from tritter.parameter_map.follow import followed, has_state
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorStream
 from tritter.training.parameters import live_layout
-from tritter.training.transplant import Moments, moments_by_name, packed_moments
+
+Moments = dict[str, Tensor]
 
 
 def moments_of(state: State, model: nn.Module) -> dict[str, Moments]:
@@ -66,18 +70,106 @@ def _moment(state: State, kind: str, name: str, shape: torch.Size) -> Tensor:
 
 
 def start_from(
-    optimiser: torch.optim.Optimizer, model: nn.Module, moments: Mapping[str, Moments]
+    optimizer: torch.optim.Optimizer, model: nn.Module, moments: Mapping[str, Moments]
 ) -> None:
     """Let an Adam go on from moments, by parameter name; the others begin anew."""
-    held = {parameter for group in optimiser.param_groups for parameter in group["params"]}
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, values in moments.items():
         parameter = model.get_parameter(name)
         assert parameter in held, f"{name} is frozen"
-        # A copy: the optimiser changes it in place
-        optimiser.state[parameter] = {
+        # A copy: the optimizer changes it in place
+        optimizer.state[parameter] = {
             **{kind: values[kind].to(parameter, copy=True) for kind in MOMENTS},
             "step": values["step"].to(torch.float32, copy=True),
         }
+
+
+def moments_by_name(
+    optimizer: torch.optim.Optimizer, model: nn.Module, places: Iterable[StoredTensor]
+) -> dict[str, Moments]:
+    """Return what an Adam holds of a live model, by logical name; the rest is absent.
+
+    Args:
+        places: the parameters that are asked about.
+
+    Raises:
+        TritterError: it holds something else than Adam's moments.
+    """
+    found: dict[str, Moments] = {}
+    for stored in places:
+        held = optimizer.state.get(model.get_parameter(stored.name))
+        if not held:
+            continue
+        missing = {*MOMENTS, "step"} - set(held)
+        if missing:
+            raise TritterError(
+                f"{type(optimizer).__name__} holds no {', '.join(sorted(missing))} for "
+                f"{stored.name}; the moments of Adam and AdamW can be carried."
+            )
+        for part in stored.parts:
+            own = {kind: held[kind][part.index] if part.index else held[kind] for kind in MOMENTS}
+            found[part.tensor.name] = own | {"step": held["step"]}
+    return found
+
+
+def carried_moments(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    change: Change,
+    *,
+    places: Iterable[StoredTensor],
+    policy: Policy = "carry",
+) -> dict[str, Moments]:
+    """Return what becomes of an Adam's moments by a change, by the new parameters' names.
+
+    A parameter whose state starts anew has none: the optimizer makes it at its first step, with a
+    step count of its own.
+
+    Args:
+        optimizer: over `model`, which is as it was before the change.
+        places: the parameters after the change that are asked about.
+
+    Raises:
+        TritterError: the optimizer does not hold Adam's moments.
+    """
+    held = moments_by_name(optimizer, model, change.before)
+    moved: dict[str, Moments] = {}
+
+    def moved_kind(name: str, kind: str) -> Tensor:
+        return followed(
+            change.tensors[name], STATE_KINDS[kind], lambda n: held[n][kind], policy=policy
+        )
+
+    found = {}
+    for stored in places:
+        for name in (part.tensor.name for part in stored.parts):
+            tensor_map = change.tensors[name]
+            rule = STATE_KINDS[MOMENTS[0]]
+            if has_state(tensor_map, rule, held.__contains__, policy=policy):
+                step = held[tensor_map.origin or ""]["step"].clone()
+                moved[name] = {kind: moved_kind(name, kind) for kind in MOMENTS} | {"step": step}
+        if any(part.tensor.name in moved for part in stored.parts):
+            found[stored.name] = packed_moments(stored, moved)
+    return found
+
+
+def packed_moments(stored: StoredTensor, state: Mapping[str, Moments]) -> Moments:
+    """Return the state of one parameter, of what it holds by logical name.
+
+    Some of its parts may have none yet: zero and the mean of the others stand in. Where parts
+    differ in their steps, the most that one has had counts.
+    """
+    first, second = MOMENTS
+    held = [part.tensor.name for part in stored.parts if part.tensor.name in state]
+    example = state[held[0]]
+    mean = torch.stack([state[name][second].double().mean() for name in held]).mean()
+    absent = {first: torch.zeros((), dtype=example[first].dtype), second: mean.to(example[second])}
+
+    def moment(kind: str) -> Tensor:
+        return stored.pack(lambda name: state[name][kind] if name in state else absent[kind])
+
+    step = torch.stack([state[name]["step"] for name in held]).max()
+    return {first: moment(first), second: moment(second), "step": step}
 
 
 class MomentKeeper(Callback):
@@ -95,13 +187,16 @@ class MomentKeeper(Callback):
             return
         model = pl_module.model
         assert isinstance(model, nn.Module)
-        optimiser = trainer.optimizers[0]
+        optimizer = trainer.optimizers[0]
         disk_names = {
             part.tensor.name: part.tensor.disk_name
             for stored in live_layout(model)
             for part in stored.parts
         }
-        held = {disk_names[n]: m for n, m in moments_by_name(optimiser, model).items()}
+        held = {
+            disk_names[n]: m
+            for n, m in moments_by_name(optimizer, model, live_layout(model)).items()
+        }
         steps = {name: int(moments["step"]) for name, moments in held.items()}
         # Of most parameters: what differs is told one by one
         step = Counter(steps.values()).most_common(1)[0][0] if steps else 0

@@ -1,8 +1,10 @@
 """The parameters of a live model, experts that stand apart included, as its family knows them."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tritter.families import StoredTensor, family_of, layout
 from tritter.families.layout import Part
@@ -24,6 +26,14 @@ def live_layout(model: nn.Module) -> tuple[StoredTensor, ...]:
     return tuple(places)
 
 
+def disk_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name on disk, value) for values by name of a live model's parameters."""
+    for stored in live_layout(model):
+        if stored.name in values:
+            for tensor, value in stored.unpack(values[stored.name].detach().cpu()):
+                yield tensor.disk_name, value
+
+
 def _part_of(stored: StoredTensor, ending: str, first: int, end: int | None) -> StoredTensor:
     """Return the parameter that holds the experts from `first` on, up to `end`."""
     parts = []
@@ -35,3 +45,11 @@ def _part_of(stored: StoredTensor, ending: str, first: int, end: int | None) -> 
     num_experts = (end or stored.shape[0]) - first
     shape = (num_experts, *stored.shape[1:])
     return replace(stored, name=stored.name + ending, shape=shape, parts=tuple(parts))
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a live model's state dict, in which no experts stand apart."""
+    state = model.state_dict()
+    for name in [name.removesuffix(BASE) for name in state if name.endswith(BASE)]:
+        state[name] = torch.cat([state.pop(name + BASE), state.pop(name + NEW)])
+    return state

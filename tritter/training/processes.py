@@ -1,35 +1,36 @@
 """A fit in several processes (DDP), and what of it comes back to the one that started them.
 
-Only the fit runs in them: each computes its rows of every batch, all hold the same weights. The
-weights come back through the checkpoint io, what callbacks counted through a folder that rank 0
-writes when the fit ends.
+Only the fit runs in them: each computes its rows of every batch, all hold the same weights. Rank 0
+writes what is trained; to the one that started it come a record of what was done, and failures,
+as data.
 """
 
 import logging
 import multiprocessing
 import multiprocessing.connection
 import os
-import re
-import shutil
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import (
+    _MultiProcessingLauncher,
+    _WorkerOutput,
+)
 from torch.multiprocessing import get_sharing_strategy, set_sharing_strategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from tritter.errors import RequestError, TritterError
-from tritter.training.checkpoint_io import SafetensorsCheckpointIO
-from tritter.training.stop_request import StopRequest
+from tritter.training.result import Conclusion
 
 _PORT = "MASTER_PORT"
 
@@ -53,6 +54,9 @@ class WorkerStrategy(DDPStrategy):
             torch.set_num_threads(1)
         super().setup_environment()
 
+    def _configure_launcher(self) -> None:
+        self._launcher = _Launcher(self, start_method=self.method)
+
 
 def start_method(accelerator: str) -> Literal["fork", "spawn"]:
     """Return `fork` where it is safe, which is quicker: on Linux without a GPU; else `spawn`."""
@@ -60,47 +64,75 @@ def start_method(accelerator: str) -> Literal["fork", "spawn"]:
     return "fork" if accelerator == "cpu" and is_safe else "spawn"
 
 
-class WorkerCheckpointIO(SafetensorsCheckpointIO):
-    """The same, for a fit whose trained weights Lightning hands over in a temporary folder."""
-
-    def remove_checkpoint(self, path: Any) -> None:
-        super().remove_checkpoint(path)
-        with suppress(OSError):
-            Path(path).parent.rmdir()  # which Lightning makes and forgets
-
-
-class Returned(Callback):
-    """Let rank 0 write what callbacks hold at the end of a fit, for the process that started it.
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """An error of a process as data, for the process that started it.
 
     Args:
-        path: of the folder, which `take` removes.
-        callbacks: name → callback; its `state_dict` has to hold all that is asked of it.
-        stop: what the processes were asked; they may be so without the one that started them.
+        kind: name of its class, of ours or OSError.
+        key: what of the request it speaks of, where it says so.
+        text: what it says.
     """
 
-    def __init__(self, path: Path, callbacks: Mapping[str, Callback], stop: StopRequest) -> None:
-        self._path = path
-        self._callbacks = dict(callbacks)
-        self._stop = stop
+    kind: str
+    key: str | None
+    text: str
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            content: dict[str, Any] = {
-                "steps": trainer.global_step,
-                "stopped_by": self._stop.signal_number,
-                "callbacks": {name: one.state_dict() for name, one in self._callbacks.items()},
-            }
-            SafetensorsCheckpointIO().save_checkpoint(content, self._path)
+    @classmethod
+    def of(cls, error: TritterError | OSError) -> "_Failure":
+        kinds = (kind.__name__ for kind in type(error).__mro__ if kind in _KINDS)
+        return cls(next(kinds), getattr(error, "key", None), str(error))
 
-    def take(self) -> int:
-        """Give the callbacks of this process what they hold in rank 0; return the steps."""
-        content = SafetensorsCheckpointIO().load_checkpoint(self._path)
-        shutil.rmtree(self._path)
-        for name, callback in self._callbacks.items():
-            callback.load_state_dict(content["callbacks"][name])
-        if content["stopped_by"] is not None:
-            self._stop.note(content["stopped_by"])
-        return int(content["steps"])
+    def error(self) -> TritterError:
+        if self.kind == OSError.__name__:
+            return TritterError(f"the training was refused by the system: {self.text}.")
+        error = RequestError if self.kind == RequestError.__name__ else TritterError
+        return error(self.text)
+
+
+_KINDS = (RequestError, TritterError, OSError)
+
+
+class _Launcher(_MultiProcessingLauncher):
+    """Starts the processes; brings back what was concluded and what failed, and no weights.
+
+    Lightning would load the weights into the module of the process that started the others, where
+    a new parameter is dropped in silence and a grown one does not fit.
+    """
+
+    def launch(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        self._failures = multiprocessing.get_context(self._start_method).SimpleQueue()
+        try:
+            return super().launch(function, *args, **options)
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            if self._failures.empty():
+                raise
+            raise self._failures.get().error() from error
+
+    def _wrapping_function(self, process_idx: int, *args: Any) -> None:
+        try:
+            super()._wrapping_function(process_idx, *args)
+        except (TritterError, OSError) as error:
+            self._failures.put(_Failure.of(error))
+            raise
+
+    def _collect_rank_zero_results(self, trainer: Trainer, results: Any) -> _WorkerOutput | None:
+        if not trainer.is_global_zero:
+            return None
+        best = getattr(trainer.checkpoint_callback, "best_model_path", None)
+        return _WorkerOutput(best, None, trainer.state, results, self.get_extra_results(trainer))
+
+    def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
+        extra = super().get_extra_results(trainer)
+        return {**extra, "conclusion": _conclusion(trainer).given()}
+
+    def update_main_process_results(self, trainer: Trainer, extra: dict[str, Any]) -> None:
+        super().update_main_process_results(trainer, extra)
+        _conclusion(trainer).take(extra["conclusion"])
+
+
+def _conclusion(trainer: Trainer) -> Conclusion:
+    return next(one for one in trainer.callbacks if isinstance(one, Conclusion))  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -108,7 +140,7 @@ def worker_processes() -> Iterator[None]:
     """Let processes be started within, and tell their ends in our words.
 
     Raises:
-        TritterError: a process raised one, or was killed.
+        TritterError: a process was killed.
     """
     port, sharing = os.environ.get(_PORT), get_sharing_strategy()
     set_sharing_strategy("file_system")  # the other one spends an open file on every tensor
@@ -119,8 +151,6 @@ def worker_processes() -> Iterator[None]:
             f"training process {error.error_index} ended unexpectedly ({error.signal_name or error}"
             "); the same command goes on from the last saved state."
         ) from error
-    except ProcessRaisedException as error:
-        raise _own_error(str(error)) or error from error
     finally:
         set_sharing_strategy(sharing)
         os.environ.pop(_PORT, None)  # the next fit looks for a free one
@@ -144,12 +174,3 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _own_error(trace: str) -> TritterError | None:
-    """Return the error of ours that a process ended with; None if it was another's."""
-    found = re.search(r"^tritter\.errors\.(\w+): (.*)\Z", trace, flags=re.MULTILINE | re.DOTALL)
-    if found is None:
-        return None
-    kind = RequestError if found[1] == RequestError.__name__ else TritterError
-    return kind(found[2].strip())

@@ -14,7 +14,7 @@ class Schedule:
 
     Args:
         learning_rate: the peak.
-        max_steps: optimiser steps of the whole training.
+        max_steps: optimizer steps of the whole training.
         warmup_ratio: share of the steps over which the rate rises linearly to its peak; above 0
             at least `MINIMUM_WARMUP_STEPS`, or a quarter of a training too short for them.
         shape: `constant`, `cosine`, or `wsd` (arXiv 2404.06395: constant, then a linear decay).
@@ -28,6 +28,13 @@ class Schedule:
     shape: str = "cosine"
     decay_ratio: float = 0.2
     minimum_ratio: float = 0.0
+
+    @classmethod
+    def constant(cls, learning_rate: float, *, max_steps: int) -> "Schedule":
+        """Return one rate from the first step to the last."""
+        return cls(
+            learning_rate=learning_rate, max_steps=max_steps, warmup_ratio=0.0, shape="constant"
+        )
 
     @property
     def warmup_steps(self) -> int:

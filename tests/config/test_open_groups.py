@@ -1,0 +1,209 @@
+"""`trainer`, `callbacks`, `logger`, `optimizer`: whatever their classes take, and what a run can't
+bear."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+
+from tritter.config.composition import Composer, composer
+from tritter.config.memory import trainings
+from tritter.config.optimizers import kept_per_parameter
+from tritter.config.schema import RunConfig
+from tritter.config.trainer_arguments import REFUSED, trainer_parameters
+from tritter.config.validation import known_config
+from tritter.errors import RequestError
+
+CONF = Path(__file__).parents[2] / "conf"
+_composers: list[Composer] = []  # one for all: making it takes longer than composing
+
+
+@pytest.fixture(scope="module", autouse=True)
+def composing() -> Iterator[None]:
+    with composer() as made:
+        _composers.append(made)
+        yield
+    _composers.clear()
+
+
+def load(*words: str) -> RunConfig:
+    return _composers[0].compose(["logger=csv", *words]).config
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(RequestError) as caught:
+        load(*words)
+    return str(caught.value)
+
+
+def test_the_arguments_that_are_read_from_source_are_those_of_the_signature() -> None:
+    assert trainer_parameters() == tuple(inspect.signature(Trainer).parameters)
+    assert set(REFUSED) <= set(trainer_parameters())
+
+
+def test_further_arguments_of_the_trainer_come_with_the_run() -> None:
+    words = ("trainer.accumulate_grad_batches=4", "trainer.profiler=simple")
+    config = load(*words, "trainer.limit_val_batches=0.5")
+    assert config.trainer_arguments == {
+        "accumulate_grad_batches": 4,
+        "profiler": "simple",
+        "limit_val_batches": 0.5,
+    }
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_resume_can_not_bear_is_refused_with_the_reason(name: str) -> None:
+    assert REFUSED[name] in refusal(f"trainer.{name}=1")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("trainer.acumulate_grad_batches=2", "Did you mean trainer.accumulate_grad_batches?"),
+        ("trainer.accumulate_grad_batches=0", "a whole number at least 1"),
+        ("trainer.limit_val_batches=1.5", "1.5"),
+        ("trainer.deterministic=maybe", "trainer.deterministic = maybe"),
+        ("trainer.profiler=simpel", "Did you mean simple?"),
+        ("optimizer.beta1=0.5", "it is called optimizer.betas now"),
+        ("optimizer.betas=[0.9,1.5]", "optimizer.betas = [0.9,1.5]: Invalid beta parameter"),
+        ("optimizer.beta=[0.9,0.5]", "Did you mean optimizer.betas?"),
+        ("optimizer.name=nadan", "Did you mean NAdam?"),
+        ("optimizer.lr=1", "say training.learning_rate"),
+        ("optimizer._target_=torch.optim.NAdam", "set optimizer.name=null"),
+        ("logger.project=x", "it is called logger.wandb.project now"),
+        ("logger.wandb=off", "it is called logger.wandb.mode now"),
+        ("callbacks.early_stopping.patience=3", "select it with callbacks=[early_stopping]"),
+        ("callbacks.x._target_=nowhere.Y", "there is no module nowhere"),
+        ("callbacks.x._target_=torch.optim.Adamm", "torch.optim has no Adamm"),
+        ("callbacks.x._target_=torch.optim.Adam", "no subclass of lightning.pytorch"),
+        ("callbacks.t._target_=lightning.pytorch.callbacks.Timer", "say training.max_steps"),
+    ],
+)
+def test_what_is_wrong_is_told(word: str, said: str) -> None:
+    assert said in refusal(word)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("early_stopping", "early_stopping.mode=mn"), "`mode` can be min, max, got mn"),
+        (
+            ("early_stopping", "early_stopping.patiense=3"),
+            "Did you mean callbacks.early_stopping.patience?",
+        ),
+        (("ema", "ema.decy=0.5"), "Did you mean callbacks.ema.decay?"),
+        (("model_checkpoint", "model_checkpoint.dirpath=/tmp/x"), "below the folder"),
+        (("lr_monitor,lr_monitor", "lr_monitor.log_momentum=true"), "stands twice"),
+    ],
+)
+def test_callbacks_are_judged_by_their_classes(words: tuple[str, str], said: str) -> None:
+    names, key = words
+    assert said in refusal(f"callbacks=[{names}]", f"callbacks.{key}")
+
+
+def test_two_that_save_their_state_under_one_name_are_refused() -> None:
+    target = "lightning.pytorch.callbacks.EarlyStopping"
+    body = f"callbacks.other={{_target_: {target}, monitor: train/loss}}"
+    assert "as callbacks.early_stopping does" in refusal("callbacks=[early_stopping]", body)
+
+
+@pytest.mark.parametrize(
+    ("names", "word", "said"),
+    [
+        ("early_stopping", "early_stopping.monitor=train/los", "Did you mean train/loss?"),
+        ("early_stopping", "early_stopping.monitor=eval/cod/loss", "Did you mean eval/code/loss?"),
+        ("early_stopping", "early_stopping.monitor=forgetting/l2sp/loss", "forgetting/ewc/loss"),
+        ("early_stopping", "early_stopping.monitor=step", "no training logs it"),
+        ("model_checkpoint", "model_checkpoint.monitor=eval/los", "no training logs it"),
+    ],
+)
+def test_a_metric_that_never_comes_is_not_waited_for(names: str, word: str, said: str) -> None:
+    words = (f"callbacks=[{names}]", "forgetting=[ewc,replay]")
+    assert said in refusal(*words, f"callbacks.{word}")
+    stranger = "callbacks.own={_target_: tests.training.test_their_callbacks.StopAt, batch: 1}"
+    load(*words, f"callbacks.{word}", stranger)  # which may log it
+
+
+def test_frozen_weights_are_not_averaged() -> None:
+    words = ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true")
+    assert "old weights are frozen" in refusal("callbacks=ema", *words)
+    load("callbacks=ema", "expansion=llama_pro")
+
+
+def test_who_stops_early_has_to_be_asked() -> None:
+    said = refusal("callbacks=early_stopping", "evaluation.every_n_steps=0")
+    assert "evaluation.every_n_steps = 0" in said
+
+
+def test_callbacks_keep_their_order_and_null_switches_one_off() -> None:
+    config = load("callbacks=[lr_monitor,ema]")
+    assert [one.name for one in config.callbacks] == ["lr_monitor", "ema"]
+    config = load("callbacks=[lr_monitor,ema]", "callbacks.ema=null")
+    assert [one.name for one in config.callbacks] == ["lr_monitor"]
+    assert load().callbacks == ()
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "callbacks").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_callback_is_right(path: Path) -> None:
+    load(f"callbacks={path.stem}")
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "optimizer").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_optimizer_is_right_or_says_what_it_needs(path: Path) -> None:
+    if "8bit" in path.stem:
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError:
+            assert "tritter[8bit]" in refusal(f"optimizer={path.stem}")
+            return
+    config = load(f"optimizer={path.stem}")
+    assert config.optimizer.target.rpartition(".")[2].casefold() == path.stem.replace("_", "")
+
+
+def test_an_optimizer_by_name_and_by_target() -> None:
+    by_name = load("optimizer.name=NAdam").optimizer
+    words = ("optimizer.name=null", "optimizer._target_=torch.optim.NAdam")
+    assert load(*words).optimizer == by_name
+    assert by_name.target == "torch.optim.nadam.NAdam"
+
+
+def test_only_moments_of_adam_are_carried() -> None:
+    assert "SGD has other state" in refusal("optimizer=sgd", "optimizer.carry=true")
+    said = refusal("optimizer.amsgrad=true", "optimizer.carry=true")
+    assert "optimizer.amsgrad = true there is a third moment" in said
+    assert load("optimizer.carry=true").optimizer.carry
+
+
+def test_memory_counts_what_an_optimizer_keeps() -> None:
+    kept = {"adamw": 2, "sgd": 1}
+    states = {}
+    for name, count in kept.items():
+        config = load(f"optimizer={name}")
+        assert kept_per_parameter(config.optimizer) == count
+        source = known_config(config)
+        assert source is not None
+        states[name] = next(trainings(config, source))
+    parameters = states["adamw"].parameters
+    difference = states["adamw"].states - states["sgd"].states
+    assert 0 <= difference - 4 * parameters < 1000  # a step count for each tensor
+
+
+def test_nothing_is_imported_from_lightning_where_nothing_asks_for_it() -> None:
+    """The dry construction is for what is asked for besides."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from tritter.config.composition import load_config; "
+        "load_config(['logger=csv']); print('lightning' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False"
+
+
+def test_what_is_tried_sets_nothing_for_the_process() -> None:
+    load("trainer.deterministic=true")
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -1,0 +1,212 @@
+"""A package of somebody else's: the examples of docs/extending.md, found in both ways."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.config.conftest import Result
+from tritter.conf_folder import config_folder
+from tritter.storage.reading import read_object
+
+ROOT = config_folder().parent
+SMALL = [
+    *("pretraining.max_steps=2", "training.max_steps=2", "data.sequence_length=32"),
+    *("data.batch_size=4", "data.vocab_size=300", "evaluation.sample_tokens=0", "logger=csv"),
+    *("gate=off", "evaluation.max_tokens_per_document=64"),
+]
+
+
+def write_examples(folder: Path, *, conf: Path) -> None:
+    """Write the files that the page shows."""
+    text = (ROOT / "docs/extending.md").read_text()
+    for name, body in re.findall(r"```\w+ file=(\S+)\n(.*?)```", text, re.DOTALL):
+        inner = Path(name)
+        place = conf / inner.relative_to("conf") if inner.parts[0] == "conf" else folder / inner
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(body)
+    (folder / "mine/__init__.py").touch()
+
+
+def install(folder: Path) -> None:
+    """Leave what an installer leaves of a package with an entry point."""
+    record = folder / "mine-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (record / "entry_points.txt").write_text("[tritter.config]\nmine = mine:conf\n")
+
+
+@pytest.fixture(params=["--config-dir", "entry point"])
+def outside(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[str]]:
+    """The folder of the package, and the words that let its options be found."""
+    folder = tmp_path / "site"
+    if request.param == "--config-dir":
+        write_examples(folder, conf=tmp_path / "conf")
+        return folder, ["--config-dir", str(tmp_path / "conf")]
+    write_examples(folder, conf=folder / "mine/conf")
+    install(folder)
+    return folder, []
+
+
+def train(outside: tuple[Path, list[str]], *words: str) -> "subprocess.CompletedProcess[str]":
+    folder, found_by = outside
+    place = folder.parent
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *found_by, *words],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+        | {"TRITTER_CACHE": str(place / "cache")},
+        check=False,
+    )
+
+
+def test_it_stands_in_the_help(outside: tuple[Path, list[str]]) -> None:
+    said = train(outside, "--help").stdout
+    assert re.search(r"    damp +Damp: every gradient", said)
+    assert re.search(r"    one_more +The last layer once more", said)
+    assert re.search(r"    letters +Made-up letters", said)
+    assert re.search(r"    loss_log +Writes step and loss", said)
+    said = train(outside, "forgetting=damp", "--help").stdout
+    assert "share: 0.5 # of each gradient that is taken away" in said
+    assert "_target_" not in said
+
+
+def test_an_installed_expansion_is_a_method_of_the_command(tmp_path: Path) -> None:
+    folder = tmp_path / "site"
+    write_examples(folder, conf=folder / "mine/conf")
+    install(folder)
+
+    def expand(*words: str) -> "subprocess.CompletedProcess[str]":
+        paths = os.pathsep.join([str(folder), str(ROOT)])
+        return subprocess.run(
+            [sys.executable, "-m", "tritter", "expand", *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": paths},
+            check=False,
+        )
+
+    assert re.search(r"--times +VALUE +one-more: ", expand("--help").stdout)
+    refused = expand("--checkpoint", "nowhere", "--method", "one-more", "--times", "9")
+    assert refused.returncode == 2
+    assert "--times = 9: allowed is" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["forgetting=dampp"], ["forgetting = dampp", "Did you mean damp?"]),
+        (["forgetting=damp", "forgetting.damp.shre=1"], ["Did you mean forgetting.damp.share?"]),
+        (["forgetting=damp", "forgetting.damp.share=1"], ["allowed is a number", "below 1"]),
+        (["expansion=one-more", "expansion.one_more.times=9"], ["at most 8"]),
+        (
+            ["-m", "expansion=one_more,[width,one_more]", "expansion.one_more.times=x"],
+            ["expansion.one_more.times = x"],
+        ),
+        (
+            ["forgetting=damp", "forgetting.damp._target_=mine.forgetting.Damq"],
+            ["forgetting.damp._target_ = mine.forgetting.Damq", "Did you mean Damp?"],
+        ),
+        (["forgetting=damp", "forgetting.damp._target_=os.system"], ["no subclass of"]),
+        (["forgetting=damp", "forgetting.damp._target_=nowhere.A"], ["there is no module nowhere"]),
+        (["data=lettres"], ["Did you mean letters?"]),
+        (["data=letters", "data.num_text=20"], ["Did you mean data.num_texts?"]),
+        (["data=letters", "data.num_texts=9"], ["data.num_texts = 9", "at least 10"]),
+        (["data=letters", "data.old=x"], ["mine.sources.Letters has no such key, only text has"]),
+        (["data.num_texts=20"], ["source stdlib has no such key, only letters has"]),
+        (["data=letters", "data._target_=mine.forgetting.Damp"], ["it is no subclass of"]),
+        (["callbacks=loss_logg"], ["Did you mean loss_log?"]),
+        (
+            ["callbacks=loss_log", "callbacks.loss_log.pth=x"],
+            ["Did you mean callbacks.loss_log.path?"],
+        ),
+        (["callbacks=loss_log", "callbacks.loss_log.every_n_steps=0"], ["every_n_steps is at"]),
+        (["callbacks.loss_log.path=x"], ["select it with callbacks=[loss_log]"]),
+        (
+            ["callbacks=loss_log", "callbacks.loss_log._target_=mine.callbacks.LossLug"],
+            ["callbacks.loss_log._target_ = mine.callbacks.LossLug", "Did you mean LossLog?"],
+        ),
+    ],
+)
+def test_its_options_are_judged_like_ours(
+    outside: tuple[Path, list[str]],
+    words: list[str],
+    parts: list[str],
+    run: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, found_by = outside
+    monkeypatch.syspath_prepend(str(folder))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        monkeypatch.delitem(sys.modules, name)
+    result = run(*found_by, *words)
+    assert result.code == 2, result
+    for part in parts:
+        assert part in result.err
+    assert not (folder.parent / "outputs").exists()
+
+
+def test_a_run_with_it_goes_on_only_with_the_same_class(tmp_path: Path) -> None:
+    write_examples(folder := tmp_path / "site", conf=tmp_path / "conf")
+    outside = folder, ["--config-dir", str(tmp_path / "conf")]
+    run = folder.parent / "run"
+    words = ("callbacks=loss_log", "callbacks.loss_log.every_n_steps=1", f"hydra.run.dir={run}")
+    words = (*words, "data=letters", "expansion=one_more", "forgetting=[replay,damp]")
+    done = train(outside, *words, *SMALL)
+    assert done.returncode == 0, done.stderr
+    lines = (folder.parent / "losses.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "2"]
+    summary = read_object(run / "summary.json")
+    assert summary["forgetting"] == ["replay", "damp"]
+    assert summary["parameters"]["final"] > summary["parameters"]["baseline"]
+    held = read_object(run / "run.json")["fingerprint"]
+    assert held["forgetting"]["damp"]["_target_"] == "mine.forgetting.Damp"
+    assert len(held["expansion"]["one_more"]["sha256"]) == 64
+    assert "_target_" not in held["forgetting"]["replay"]
+    assert held["data"]["_target_"] == "mine.sources.Letters"
+    assert (held["data"]["num_texts"], len(held["data"]["sha256"])) == (200, 64)
+    learned = read_object(run / "checkpoint/tritter.json")["domains"]
+    assert learned["recipes"]["origin"] == "mine.sources.Letters"
+    assert learned["letters"]["num_documents"] == 200
+    # Without the source nothing says where its text lies
+    said = train(outside, "model=hf", f"model.path={run}/checkpoint").stderr
+    assert "letters can't be used: the record does not say where it lay" in said
+    logs = held["callbacks"]["loss_log"]
+    assert logs["_target_"] == "mine.callbacks.LossLog"
+    assert (logs["every_n_steps"], len(logs["sha256"])) == (1, 64)
+    outside = folder, []  # the run says itself where its options lay
+    assert "This run is finished" in train(outside, f"resume={run}").stdout
+    with (folder / "mine/forgetting.py").open("a") as file:
+        file.write("\n# another class by now\n")
+    done = train(outside, f"resume={run}")
+    assert done.returncode == 2
+    assert "forgetting.damp.sha256" in done.stderr
+
+
+def test_what_stands_twice_or_elsewhere_is_refused(tmp_path: Path) -> None:
+    write_examples(tmp_path / "site", conf=tmp_path / "conf")
+    outside = tmp_path / "site", ["--config-dir", str(tmp_path / "conf")]
+    mine = tmp_path / "conf/forgetting/damp.yaml"
+    mine.with_name("other.yaml").write_text(mine.read_text())
+    assert "forgetting=other" in train(outside, "seed=1").stderr
+    mine.with_name("other.yaml").rename(mine.with_name("ewc.yaml"))
+    done = train(outside, "seed=1")
+    assert done.returncode == 2
+    assert "has this option already" in done.stderr
+    assert "no such folder" in train((tmp_path / "site", ["-cd", "nowhere"])).stderr
+
+
+def test_a_config_of_ones_own_composes(tmp_path: Path) -> None:
+    write_examples(tmp_path / "site", conf=tmp_path / "conf")
+    outside = tmp_path / "site", ["--config-dir", str(tmp_path / "conf")]
+    said = train(outside, "--config-name", "my_run", "--cfg", "job").stdout
+    assert "_target_: mine.forgetting.Damp" in said
+    assert "max_steps: 20" in said

@@ -1,0 +1,137 @@
+"""A method that Tritter does not know, through a run, its end in mid-step, and the run after it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import oracle
+from tests.pipeline.outside_method import Options, Outside
+from tests.pipeline.tiny import TINY
+from tritter.checkpoint import read_lineage
+from tritter.checkpoint.history import read_chain, verify
+from tritter.checkpoint.state import read_state, state_tensors
+from tritter.config.composition import load_config
+from tritter.config.selection import Selected
+from tritter.errors import RequestError
+from tritter.expand import Change
+from tritter.models import load_model
+from tritter.pipeline import importance, run_pipeline
+from tritter.training import processes
+
+CASES = {
+    "dus": ("expansion=dus",),
+    "width": ("expansion=width", "expansion.width.init=net2net"),
+    "moe": ("expansion=moe", "expansion.moe.num_experts=2"),
+}
+TRAINERS = {"one process": "trainer=cpu", "two processes": "trainer=ddp"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(folder: Path, cache: Path, *words: str, given: Path | None = None) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    base = [word for word in TINY if given is None or not word.startswith("model.")]
+    start = [] if given is None else ["model=hf", f"model.path={given}"]
+    own = ["forgetting=none", "evaluation.sample_tokens=0", f"cache_dir={cache}"]
+    config = load_config([*base, *start, *own, *words])
+    config = replace(config, forgetting=(Selected(Outside, Options()),))
+    return json.loads(run_pipeline(config, run_folder=folder).summary_path.read_text())
+
+
+def state_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    state = read_state(folder)
+    assert state is not None
+    return state_tensors(state.kinds[kind])
+
+
+def hash_of(folder: Path) -> str:
+    lineage = read_lineage(folder)
+    assert lineage is not None
+    return lineage.model_hash
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_it_leaves_is_taken_up_by_the_next_training(
+    tmp_path: Path, cache: Path, case: str
+) -> None:
+    summary = run(tmp_path / "first", cache, *CASES[case])
+    assert summary["forgetting"] == ["outside"] and summary["flops"]["importance"] == 7.0
+    for folder in ("first/baseline", "first/attempt_1/expanded"):
+        path = state_of(tmp_path / folder, "path_integral")
+        stock = dict(oracle.stock(tmp_path / folder).named_parameters())
+        shapes = {name: stock[name].shape for name in path if name in stock}
+        assert {name: value.shape for name, value in path.items() if name in stock} == shapes
+        assert sum(float(value.sum()) for value in path.values()) > 0.01
+    kept = tmp_path / "first/checkpoint"
+    left = state_of(kept, "omega")
+    assert load_model(kept).num_parameters() == summary["parameters"]["final"]  # no teacher in it
+    assert sum(float(value.sum()) for value in left.values()) > 0
+    assert "omega" in json.loads((kept / "state/state.json").read_text())["rules"]
+    assert not any(verify(link) for link in read_chain(kept))
+
+    after = run(tmp_path / "next", cache, "expansion=llama_pro", given=kept)
+    assert after["forgetting"] == ["outside"]
+    added_up = state_of(tmp_path / "next/importance", "omega")
+    assert added_up.keys() >= left.keys()  # routers, which began anew, have one now
+    assert all(bool((added_up[name] >= left[name]).all()) for name in left)
+    assert any(bool((added_up[name] > left[name]).any()) for name in left)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_killed_in_mid_step_it_ends_with_the_same_bits(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
+) -> None:
+    if trainer == "two processes" and processes.start_method("cpu") != "fork":
+        pytest.skip("spawning takes seconds for each training")
+    words = (*CASES["width"], TRAINERS[trainer])
+    run(tmp_path / "whole", cache, *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(Outside, "dies_at", 6)
+        with pytest.raises(Exception, match=r"Killed|^$"):
+            run(tmp_path / "parts", cache, *words)
+    assert (tmp_path / "parts/attempt_1/saved").exists()
+    run(tmp_path / "parts", cache, *words)
+    whole, parts = tmp_path / "whole/checkpoint", tmp_path / "parts/checkpoint"
+    assert hash_of(whole) == hash_of(parts)
+    assert not {"left", "saved"} & {path.name for path in (tmp_path / "parts/attempt_1").iterdir()}
+    left, again = state_of(whole, "omega"), state_of(parts, "omega")
+    assert left.keys() == again.keys()
+    assert all(torch.equal(left[name], again[name]) for name in left)
+
+
+def test_two_methods_that_prepare_one_kind_are_refused(tmp_path: Path, cache: Path) -> None:
+    config = load_config([*TINY, "forgetting=none", f"cache_dir={cache}"])
+    config = replace(config, forgetting=(Selected(Outside, Options()),) * 2)
+    with pytest.raises(RequestError, match=r"more than one of them prepares omega"):
+        run_pipeline(config, run_folder=tmp_path)
+    assert not (tmp_path / "baseline").exists()
+
+
+def test_what_it_does_not_need_is_not_made(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default job: no masks, no path of the base's training, nothing prepared."""
+
+    def refused(*args: Any) -> Any:
+        raise AssertionError("nobody asked for it")
+
+    with monkeypatch.context() as patch:
+        for place, name in (
+            (Change, "masks"), (importance, "_teacher"), (importance, "state_stream"),
+        ):  # fmt: skip
+            patch.setattr(place, name, refused)
+        (tmp_path / "plain").mkdir()
+        config = load_config([*TINY, "forgetting=replay", f"cache_dir={cache}", "expansion=width"])
+        run_pipeline(config, run_folder=tmp_path / "plain")
+    for folder in ("baseline", "attempt_1/expanded", "checkpoint"):
+        assert read_state(tmp_path / "plain" / folder) is None
+    run(tmp_path / "asking", cache, "expansion=none")
+    plain, asking = (tmp_path / name / "baseline" for name in ("plain", "asking"))
+    assert hash_of(plain) == hash_of(asking) and read_state(asking) is not None

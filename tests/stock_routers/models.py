@@ -1,0 +1,29 @@
+"""Small stock models with experts, of each family that has them."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tests.oracle.families import tiny
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {
+        "shared_expert_intermediate_size": 12,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+    },
+    "qwen3_moe": {"mlp_only_layers": [0], "decoder_sparse_step": 1},
+}
+
+
+def tiny_moe(family: str, **changes: Any) -> PreTrainedModel:
+    """Return a stock model with random weights and gains, its experts computed one by one."""
+    return tiny(family, **{**FAMILIES[family], **changes})
+
+
+def num_experts(model: PreTrainedModel) -> int:
+    experts = {m.num_experts for m in model.modules() if type(m).__name__.endswith("TopKRouter")}
+    (count,) = experts
+    return int(count)

@@ -1,0 +1,152 @@
+"""Evaluations on the way: the same text each time, and the weights of a training without."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+
+from tests import oracle
+from tests.training.test_ddp import ONE, STEPS, TWO, KillAt, train, weights
+from tritter.data.datamodule import EvaluationText
+from tritter.data.tokens import TokenisedDocuments
+from tritter.evaluation.losses import document_losses
+from tritter.targets import NamedTarget
+from tritter.training import TrainerSettings, processes, read_metrics
+
+pytestmark = pytest.mark.skipif(
+    processes.start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
+)
+EVERY = 6  # of 20 steps
+NAMES = ("eval/old/loss", "eval/new/loss")
+
+
+def documents(seed: int) -> TokenisedDocuments:
+    """Return 9 documents of 10 to 26 tokens."""
+    lengths = torch.arange(9) * 2 + 10
+    tokens = oracle.tokens(batch=1, length=int(lengths.sum()), seed=seed).flatten().int()
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    return TokenisedDocuments(tokens, offsets, lengths, tuple(map(str, range(9))))
+
+
+DOMAINS = {"old": documents(1), "new": documents(2)}
+
+
+def text(max_tokens: int = 10**6, *, batch_size: int = 4, seed: int = 0) -> EvaluationText:
+    return EvaluationText.of(
+        DOMAINS,
+        every_n_steps=EVERY,
+        max_tokens=max_tokens,
+        sequence_length=16,
+        end_of_text_id=0,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    rows = read_metrics(folder)
+    return {n: [(int(r["step"]), float(r[n])) for r in rows if r.get(n)] for n in NAMES}
+
+
+@pytest.mark.parametrize("settings", [ONE, TWO], ids=["one", "two"])
+def test_the_weights_are_those_of_a_training_without(tmp_path: Path, settings) -> None:  # type: ignore[no-untyped-def]
+    without, _ = train(tmp_path / "without", settings, dropout=0.2)
+    evaluated, result = train(tmp_path / "with", settings, dropout=0.2, evaluation=text())
+    assert weights(evaluated) == weights(without)
+    steps = [step for step, _ in curves(tmp_path / "with")["eval/old/loss"]]
+    assert steps == [0, 6, 12, 18, STEPS]
+    assert result.evaluation_flops > 0
+
+
+@pytest.mark.parametrize("kill_at", [3, 7, 13])
+def test_a_killed_training_has_the_same_curves_and_weights(tmp_path: Path, kill_at: int) -> None:
+    whole, expected = train(tmp_path / "whole", ONE, dropout=0.2, evaluation=text())
+    settings = replace(ONE, save_every_n_steps=6 if kill_at == 7 else 5)
+    with pytest.raises(KeyError):
+        train(tmp_path / "parts", settings, KillAt(kill_at), dropout=0.2, evaluation=text())
+    parts, result = train(tmp_path / "parts", settings, dropout=0.2, evaluation=text())
+    assert weights(parts) == weights(whole)
+    assert curves(tmp_path / "parts") == curves(tmp_path / "whole")
+    assert replace(result, seconds=0.0) == replace(expected, seconds=0.0)
+
+
+def test_the_last_evaluation_is_what_scoring_the_same_text_says(tmp_path: Path) -> None:
+    model, _ = train(tmp_path / "one", ONE, evaluation=text())
+    train(tmp_path / "two", TWO, evaluation=text(batch_size=3))
+    for domain, each in DOMAINS.items():
+        scores = document_losses(model, each, sequence_length=16, end_of_text_id=0, batch_size=2)
+        loss = float(scores.values.sum() / scores.weights["tokens"].sum())
+        name = f"eval/{domain}/loss"
+        one, two = (dict(curves(tmp_path / folder)[name]) for folder in ("one", "two"))
+        assert one[STEPS] == pytest.approx(loss, rel=1e-6)
+        # Before the first step the weights are the same, after it they differ in rounding
+        assert two[0] == pytest.approx(one[0], rel=1e-6)
+        assert two == pytest.approx(one, rel=1e-5)
+
+
+class Watch(Callback):
+    """What other people's callbacks meet."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float, bool]] = []
+
+    def on_validation_end(self, trainer, pl_module) -> None:  # type: ignore[no-untyped-def]
+        loss = float(trainer.callback_metrics["eval/new/loss"])
+        self.seen.append((trainer.global_step, loss, pl_module.training))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+        assert pl_module.training and all(module.training for module in pl_module.modules())
+
+
+def test_callbacks_meet_lightnings_own_loop(tmp_path: Path) -> None:
+    watch = Watch()
+    train(tmp_path, ONE, watch, evaluation=text())
+    logged = curves(tmp_path)["eval/new/loss"]
+    assert [step for step, _, _ in watch.seen] == [step for step, _ in logged]
+    losses = [loss for _, loss, _ in watch.seen]
+    assert losses == pytest.approx([loss for _, loss in logged])
+
+
+@pytest.mark.parametrize("kill_at", [None, 8])
+@pytest.mark.parametrize("settings", [ONE, TWO], ids=["one", "two"])
+def test_early_stopping_goes_by_what_is_evaluated(
+    tmp_path: Path, settings: TrainerSettings, kill_at: int | None
+) -> None:
+    """The loss on random text rises; its patience is counted on through a resume."""
+    target = "lightning.pytorch.callbacks.EarlyStopping"
+    body = {"_target_": target, "monitor": "eval/new/loss", "patience": 2}
+    stopping = [NamedTarget(name="stopping", body=body)]
+    settings = replace(settings, save_every_n_steps=EVERY)
+    if kill_at is not None:
+        with pytest.raises(Exception, match="killed"):
+            train(tmp_path / "run", settings, KillAt(kill_at), evaluation=text(), theirs=stopping)
+    _, result = train(tmp_path / "run", settings, evaluation=text(), theirs=stopping)
+    assert result.steps == 12 and "EarlyStopping" in str(result.ended_early)
+    assert [step for step, _ in curves(tmp_path / "run")["eval/new/loss"]] == [0, 6, 12]
+
+
+def test_the_part_is_drawn_by_its_seed_and_no_larger_than_asked() -> None:
+    small, same, other = text(60), text(60), text(60, seed=1)
+    assert small.lengths == same.lengths and all(
+        torch.equal(a["targets"], b["targets"])
+        for a, b in zip(small.batches, same.batches, strict=True)
+    )
+    tokens = [
+        sum(int((b["targets"] != -100).sum()) for b in small.batches if b["domain"] == domain)
+        for domain in DOMAINS
+    ]
+    assert max(tokens) <= 60 and min(tokens) > 30 and sum(tokens) == sum(small.lengths)
+    assert [b["targets"].tolist() for b in small.batches] != [
+        b["targets"].tolist() for b in other.batches
+    ]
+    assert text(1).lengths  # one window is always taken
+
+
+def test_the_row_of_a_step_has_rate_and_gradient_norm(tmp_path: Path) -> None:
+    train(tmp_path, ONE)
+    rows = [row for row in read_metrics(tmp_path) if row.get("train/loss")]
+    rates = [float(row["train/learning_rate"]) for row in rows]
+    assert len(rates) == STEPS // 2 and max(rates) == pytest.approx(1e-3) and min(rates) > 0
+    assert all(float(row["train/gradient_norm"]) > 0 for row in rows)

@@ -1,0 +1,38 @@
+"""What a training leaves, written where it was trained and read where it was asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tritter.stock_routers import Routing
+from tritter.training import FitResult
+from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+
+
+@dataclass(frozen=True)
+class Written:
+    """Writes a model's tensors, and what its routers hold besides, into a folder."""
+
+    path: Path
+
+    def __call__(self, model: nn.Module, result: FitResult) -> None:
+        routing = Routing.attached(model)
+        content = {
+            "model": dict(model.state_dict()),
+            "routing": None if routing is None else routing.state_dict(),
+        }
+        SafetensorsCheckpointIO().save_checkpoint(content, self.path)
+
+    def read(self) -> dict[str, Any]:
+        return SafetensorsCheckpointIO().load_checkpoint(self.path)
+
+    def read_into(self, model: nn.Module) -> None:
+        """Give a model what was written."""
+        content = self.read()
+        model.load_state_dict(content["model"])
+        if content["routing"] is not None:
+            routing = Routing.of(model)
+            assert routing is not None
+            routing.load_state_dict(content["routing"])

@@ -1,0 +1,150 @@
+"""The ordered groups: which methods a config selects, each a class of its own with its options."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tritter.config.folders import body_of, option_files
+from tritter.config.reading import Reader
+from tritter.config.suggestions import nearest_key
+from tritter.errors import Problem, RequestError, nearest
+from tritter.options import is_options
+from tritter.targets import TARGET, resolve
+
+# Group → what its classes have to be subclasses of, by name: importing it is left to a selection.
+METHOD_GROUPS: Mapping[str, str | None] = {
+    "expansion": None,
+    "forgetting": "tritter.training.forgetting_method.ForgettingMethod",
+}
+# What an expansion has, which is a record of its options and no subclass of anything.
+_EXPANSION = (
+    *("name", "expansion_type", "is_exact", "new_blocks_only"),
+    *("target_config", "parameter_map", "notes"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """One method of a run: the class that an option names, and what is asked of it."""
+
+    kind: type[Any]
+    options: Any
+
+    @property
+    def name(self) -> str:
+        return self.kind.name
+
+    def plain(self) -> dict[str, Any]:
+        """Return the options as plain values."""
+        return {field.name: getattr(self.options, field.name) for field in fields(self.options)}
+
+
+def method_names(group: str) -> list[str]:
+    """Return the options of an ordered group, but for `none`."""
+    return [name for name in option_files().get(group, {}) if name != "none"]
+
+
+def method_keys() -> list[str]:
+    """Return the dotted keys of all methods, as their files state them."""
+    files = option_files()
+    return [
+        f"{group}.{name}.{key}"
+        for group in METHOD_GROUPS
+        for name, path in files.get(group, {}).items()
+        for key in _own_body(name, body_of(path))
+        if key != TARGET
+    ]
+
+
+def read_methods(reader: Reader, group: str, raw: object) -> tuple[Selected, ...]:
+    """Read the bodies of an ordered group; `none`, an empty list and no group mean no method."""
+    if raw is None:
+        return ()
+    if not isinstance(raw, Mapping):
+        there_are = ", ".join(method_names(group))
+        reader.report(group, raw, reason=f"choose among none, {there_are}, or a list")
+        return ()
+    names = [str(name) for name in raw]
+    if "none" in names:
+        if len(names) > 1:
+            reader.report(group, names, reason="none stands alone; leave it out of the list")
+        for key in raw["none"] or ():
+            reader.report_unknown(f"{group}.none.{key}", raw["none"][key])
+        return ()
+    selected = []
+    for name in names:
+        if name not in method_names(group):
+            _report_no_method(reader, group, name, raw)
+        elif (one := _selected(reader, group, name, raw[name])) is not None:
+            selected.append(one)
+    return tuple(selected)
+
+
+def _selected(reader: Reader, group: str, name: str, raw: object) -> Selected | None:
+    key = f"{group}.{name}"
+    if not isinstance(raw, Mapping):
+        reader.report(key, raw, reason="it holds keys; choose an option of it")
+        return None
+    try:
+        kind = resolve(f"{key}.{TARGET}", raw.get(TARGET), base=METHOD_GROUPS[group])
+        record = kind if group == "expansion" else getattr(kind, "Options", None)
+        if (reason := _unfit(group, name, kind, record)) is not None:
+            raise RequestError(Problem(f"{key}.{TARGET}", raw[TARGET], reason=reason))
+    except RequestError as error:
+        reader.problems += error.problems
+        return None
+    assert isinstance(record, type), "judged before"
+    body = {word: value for word, value in raw.items() if word != TARGET}
+    options = reader.read(record, body, prefix=key)
+    return None if options is None else Selected(kind, options)
+
+
+def _unfit(group: str, name: str, kind: Any, record: Any) -> str | None:
+    """Return why a class can't be a method of a group; None when it can."""
+    if group == "expansion" and isinstance(kind, type):
+        missing = [each for each in _EXPANSION if not hasattr(kind, each)]
+        if missing:
+            return f"it is no expansion: it has no {', '.join(missing)}"
+    if not isinstance(record, type) or not is_options(record):
+        where = "it is" if group == "expansion" else "its Options are"
+        return f"{where} no record of options (see tritter.options.options)"
+    if kind.name != name:
+        return f"the class calls itself {kind.name}, and its option {name}; let them be the same"
+    return None
+
+
+def _own_body(name: str, body: Mapping[str, object]) -> Mapping[str, object]:
+    """Return what an option of an ordered group nests under its own name."""
+    own = body.get(name)
+    return own if isinstance(own, Mapping) else {}
+
+
+def nesting_problems() -> list[Problem]:
+    """Return which option files of the ordered groups hold something else than their own body."""
+    files = option_files()
+    return [
+        Problem(
+            f"{group}={name}",
+            list(body_of(path)),
+            reason=f"{path} nests its keys under {name}, its own name, and nothing else",
+        )
+        for group in METHOD_GROUPS
+        for name, path in files.get(group, {}).items()
+        if list(body_of(path)) != [name]
+    ]
+
+
+def _report_no_method(reader: Reader, group: str, name: str, raw: Mapping[str, Any]) -> None:
+    """Report what stands where methods stand: a misspelt one, or a method's key without it."""
+    names = method_names(group)
+    key, value = f"{group}.{name}", raw[name]
+    near = nearest(name, names)
+    if near is not None or isinstance(value, Mapping):
+        reason = f"there is no such method; there are {', '.join(names)}"
+        reader.report(key, value, reason=reason, nearest=near)
+        return
+    bodies = [body for body in method_keys() if body.startswith(f"{group}.")]
+    chosen = [body for body in bodies if body.split(".")[1] in raw]
+    near = nearest_key(key, bodies, first=chosen)
+    reason = f"a key stands below its method, {group}.METHOD.{name}"
+    reader.report(key, value, reason=f"{reason}; methods are {', '.join(names)}", nearest=near)

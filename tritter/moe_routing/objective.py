@@ -1,0 +1,318 @@
+"""What the training of a model with experts asks of its routers, as terms of the loss.
+
+Balance (Switch), small logits (z), tokens for experts that are new, and old tokens where they
+were. All terms are taken from raw logits and averaged over the layers that have experts.
+
+Shapes: N sequences of T tokens, E experts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, distributed, nn
+
+from tritter.data.ranks import this_rank
+from tritter.errors import TritterError
+from tritter.families import backward_flops, family_of, forward_flops
+from tritter.models import config_of
+from tritter.moe_routing.losses import (
+    load_balancing_loss,
+    new_expert_mass,
+    router_z_loss,
+    routing_divergence,
+)
+from tritter.moe_routing.statistics import bias_update, expert_counts, routing_statistics
+from tritter.stock_routers import Record, Routing
+from tritter.training import SideLoss
+from tritter.training.callbacks import ends_step
+from tritter.training.compute import trained_tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingSettings:
+    """Weights of the terms; zero leaves a term out.
+
+    Args:
+        auxiliary_loss: of the load balancing loss (arXiv 2101.03961, eq. 4-6).
+        z_loss: of the router z-loss (arXiv 2202.08906, eq. 5).
+        bias_update_rate: step of the selection bias of balancing without a loss (arXiv
+            2408.15664), in probability; the bias is gone when the model is saved.
+        hold_old: of the divergence from the old routing of old text, which `OldRouting` holds.
+        capacity_factor: of the dropped fraction that is logged; nothing is dropped.
+        encouragement: of the probability of `new_experts`, which is subtracted from the loss.
+        new_experts: whose probability that is.
+    """
+
+    auxiliary_loss: float = 0.01
+    z_loss: float = 1e-3
+    bias_update_rate: float = 0.0
+    hold_old: float = 0.0
+    capacity_factor: float = 1.25
+    encouragement: float = 0.0
+    new_experts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OldRouting:
+    """Where routers sent old text before a training.
+
+    Args:
+        sequences: int [N, T].
+        probabilities: one [N, T, E] for each layer that has experts.
+        batch_size: sequences that each step is held against.
+        flops: that the look took.
+    """
+
+    sequences: Tensor
+    probabilities: tuple[Tensor, ...]
+    batch_size: int
+    flops: float
+
+    @classmethod
+    def of(cls, model: nn.Module, sequences: Tensor, *, batch_size: int) -> "OldRouting":
+        """Look at a model before it is trained; it is in evaluation mode meanwhile.
+
+        Raises:
+            TritterError: the model has no experts, or there is no sequence.
+        """
+        routing = Routing.of(model)
+        if routing is None or not len(sequences):
+            raise TritterError("moe_routing.hold_old needs a model with experts, and old text.")
+        seen: list[list[Tensor]] = [[] for _ in routing.layers]
+        with routing.recording(), torch.no_grad(), _evaluating(model):
+            for batch in sequences.split(max(1, batch_size)):
+                model(input_ids=batch.long().to(_device(model)), use_cache=False)
+                for held, record in zip(seen, routing.recorded(), strict=True):
+                    held.append(record.probabilities.view(*batch.shape, -1).cpu())
+        config = config_of(model)
+        flops = len(sequences) * forward_flops(family_of(config), config).of(sequences.shape[1])
+        return cls(sequences, tuple(torch.cat(held) for held in seen), batch_size, flops)
+
+    def rows(self, step: int) -> Tensor:
+        """Return which sequences a step is held against: all in turn."""
+        return torch.arange(step * self.batch_size, (step + 1) * self.batch_size) % len(
+            self.sequences
+        )
+
+
+class RoutingObjective(SideLoss):
+    """The routing terms of one training, and what its last step decided.
+
+    Args:
+        model: has experts; its routers are attached to, see `tritter.stock_routers.Routing`.
+        old: what `hold_old` is measured against.
+
+    Raises:
+        TritterError: the model has no experts.
+    """
+
+    # With router logits in its output a stock model adds a balance loss of its own
+    forward_options: Mapping[str, bool] = {"output_router_logits": False}
+
+    def __init__(
+        self, model: nn.Module, settings: RoutingSettings, *, old: OldRouting | None = None
+    ) -> None:
+        routing = Routing.of(model)
+        if routing is None:
+            raise TritterError("routing: the model has no experts.")
+        self.routing = routing
+        self.settings = settings
+        self.records: tuple[Record, ...] = ()
+        self.counts: tuple[Tensor, ...] = ()  # [E] of each layer, of all processes together
+        self.flops = 0.0 if old is None else old.flops  # of the look at the old routing
+        self._held = old if settings.hold_old else None
+
+    def terms(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the terms of the forward pass that was recorded last, without their weights.
+
+        Also keeps what was decided, without its graph, as `records`, and the load as `counts`.
+
+        Args:
+            batch: what the pass was of; new experts are not encouraged on what is replayed of it.
+        """
+        records = self.routing.recorded()
+        self.records = tuple(map(_without_graph, records))
+        counts = [expert_counts(r.selected, self.routing.num_experts) for r in records]
+        self.counts = tuple(_summed(torch.stack(counts)))
+        terms = {
+            "auxiliary_loss": _mean(
+                [
+                    load_balancing_loss(r.logits, r.selected, counts=counts)
+                    for r, counts in zip(records, self.counts, strict=True)
+                ]
+            ),
+            "z_loss": _mean([router_z_loss(r.logits) for r in records]),
+        }
+        if self.settings.new_experts:
+            experts, weights = self.settings.new_experts, _weights_of_new(batch)
+            masses = [new_expert_mass(r.logits, experts, weights=weights) for r in records]
+            terms["new_expert_mass"] = _mean(masses)
+        return terms
+
+    def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Return what `terms` adds to the loss."""
+        settings = self.settings
+        loss = settings.auxiliary_loss * terms["auxiliary_loss"]
+        loss = loss + settings.z_loss * terms["z_loss"]
+        if "new_expert_mass" in terms:
+            loss = loss - settings.encouragement * terms["new_expert_mass"]
+        return loss
+
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], *, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = self.terms(batch)
+        loss = self.weighted(terms)
+        divergence = self.divergence(model, step)
+        if divergence is not None:
+            terms["old_divergence"] = divergence
+            loss = loss + self.settings.hold_old * divergence
+        return loss, {f"routing/{name}": value for name, value in terms.items()}
+
+    def step_flops(self, model: nn.Module) -> float:
+        if self._held is None:
+            return 0.0
+        config, trained = config_of(model), trained_tensors(model)
+        family = family_of(config)
+        flops = forward_flops(family, config) + backward_flops(
+            family, config, is_trained=lambda tensor: tensor.name in trained, loss_at="routers"
+        )
+        # Each process looks at the same old text, which is counted once
+        num_sequences, length = self._held.sequences[self._held.rows(0)].shape
+        return num_sequences * flops.of(length)
+
+    def callbacks(self) -> tuple[Callback, ...]:
+        return (RoutingCallback(self),)
+
+    def divergence(self, model: nn.Module, step: int) -> Tensor | None:
+        """Return how far old text is from its old routing, nats per token; None if not asked for.
+
+        It costs a forward and a backward pass over some old sequences.
+        """
+        if self._held is None:
+            return None
+        rows = self._held.rows(step)
+        device = _device(model)
+        model(input_ids=self._held.sequences[rows].long().to(device), use_cache=False)
+        return _mean(
+            [
+                routing_divergence(old[rows].flatten(0, 1).to(device), record.logits)
+                for old, record in zip(
+                    self._held.probabilities, self.routing.recorded(), strict=True
+                )
+            ]
+        )
+
+
+class RoutingCallback(Callback):
+    """Record what the routers decide, log how even it is, and move the selection bias.
+
+    Args:
+        objective: that of the module which is trained.
+    """
+
+    def __init__(self, objective: RoutingObjective) -> None:
+        self._objective = objective
+        self._counts: list[tuple[Tensor, ...]] = []  # of the step's batches so far
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._objective.routing.start_recording()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._counts.append(self._objective.counts)
+        if not ends_step(trainer, batch_idx):
+            return
+        if self._objective.settings.bias_update_rate:
+            self._move_bias()
+        self._counts.clear()
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log_dict(self._statistics())
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._objective.routing.stop_recording()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, error: Any) -> None:
+        self._objective.routing.stop_recording()  # Lightning tears no callback down then
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"routing": self._objective.routing.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._objective.routing.load_state_dict(state_dict["routing"])
+
+    def _move_bias(self) -> None:
+        routing, rate = self._objective.routing, self._objective.settings.bias_update_rate
+        loads = [sum(counts) for counts in zip(*self._counts, strict=True)]
+        for record, load in zip(self._objective.records, loads, strict=True):
+            bias = routing.selection_bias(record.layer)
+            routing.set_selection_bias(record.layer, bias_update(bias, load, rate=rate))
+
+    def _statistics(self) -> dict[str, float]:
+        """Return means over the layers, of this process's part of the batch."""
+        layers = routing_statistics(
+            self._objective.records, capacity_factor=self._objective.settings.capacity_factor
+        )
+        return {
+            "routing/entropy": sum(layer.entropy for layer in layers) / len(layers),
+            "routing/max_load": sum(layer.max_load for layer in layers) / len(layers),
+            "routing/dropped_fraction": sum(layer.dropped_fraction for layer in layers)
+            / len(layers),
+        }
+
+
+def _weights_of_new(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return [N·T], by which the tokens of a batch count that are not replayed.
+
+    All alike, and in all processes: one may hold none of them, and a small batch none at all.
+    """
+    input_ids, is_replay = batch["input_ids"], batch.get("is_replay")
+    is_new = torch.ones(len(input_ids), device=input_ids.device)
+    if is_replay is not None:
+        is_new = is_new.masked_fill(is_replay, 0)
+    count = _summed(is_new.sum()) * input_ids.shape[1] / this_rank().count
+    return (is_new / count.clamp(min=1e-6)).repeat_interleave(input_ids.shape[1])
+
+
+def _summed(counts: Tensor) -> Tensor:
+    """Return counts of all processes together, in place."""
+    if this_rank().count > 1:
+        distributed.all_reduce(counts)
+    return counts
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean()
+
+
+def _without_graph(record: Record) -> Record:
+    return replace(
+        record,
+        own_logits=record.own_logits.detach(),
+        logits=record.logits.detach(),
+        probabilities=record.probabilities.detach(),
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,54 @@
+"""Where a run's metrics go besides metrics.csv: opened for a training, closed whatever happens."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from tritter.pipeline.context import RunContext
+from tritter.pipeline.metrics import run_name, wandb_logger
+from tritter.targets import TARGET, NamedTarget, built, imported
+
+
+@contextmanager
+def open_loggers(context: RunContext, part: str | None = None) -> Iterator[list[Logger]]:
+    """Yield W&B where it is asked for, and the others in the order in which they were.
+
+    Args:
+        part: control or pretraining, each beside the run in the same group; None: the run itself.
+    """
+    loggers: list[Logger] = []
+    with ExitStack() as opened:
+        if (wandb := wandb_logger(context, part)) is not None:
+            loggers.append(wandb)
+            opened.push(partial(_close, wandb))
+        for named in context.config.logger.others:
+            loggers.append(logger := _built(named, context, part))
+            opened.push(partial(_close, logger))
+        yield loggers
+
+
+def _close(logger: Logger, error: type[BaseException] | None, *_: object) -> None:
+    logger.finalize("success" if error is None else "failed")
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish(exit_code=int(error is not None))
+
+
+def _built(named: NamedTarget, context: RunContext, part: str | None) -> Logger:
+    """Build a logger that writes below the run folder, unless it is told another place.
+
+    One that names its runs is told the part's name; of others each part has a folder.
+    """
+    body = dict(named.body)
+    takes = inspect.signature(imported(body[TARGET])).parameters
+    has_names = "run_name" in takes
+    if "save_dir" in takes:
+        folder = context.folder / (body.get("save_dir") or named.name)
+        body["save_dir"] = str(folder if part is None or has_names else folder / part)
+    if has_names:
+        body["run_name"] = body.get("run_name") or run_name(context, part)
+    logger = built(body)
+    assert isinstance(logger, Logger)
+    return logger

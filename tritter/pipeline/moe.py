@@ -1,0 +1,293 @@
+"""What a run does about experts: their routers' losses, their opening, their use at the end."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback
+from torch import Tensor, nn
+
+from tritter.evaluation.inference import evaluating
+from tritter.expansion import MoeAdd
+from tritter.families import Config, family_of, forward_flops
+from tritter.models import load_model
+from tritter.moe_routing import (
+    ExpertOpening,
+    OldRouting,
+    RoutingObjective,
+    RoutingSettings,
+    SeparateExperts,
+    Unfreezing,
+    expert_counts,
+    is_router,
+    only_trainable,
+    separate_experts,
+)
+from tritter.pipeline.arm import Arm
+from tritter.pipeline.context import RunContext, score_records
+from tritter.stock_routers import AddedExperts, Routing
+from tritter.training import Schedule, SideLoss
+from tritter.training.parameters import NEW
+
+USAGE_SEQUENCES = 64
+UTILITY_SEQUENCES = 64  # of the new domains, by which the expert to clone is chosen
+HELD_SEQUENCES = 256  # old sequences whose routing is held
+ROUTER_WARMUP = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Setup:
+    """What a training of a model with experts needs besides what every training needs.
+
+    Args:
+        side_losses: the routers' part of the loss; of a dense model none.
+        controls: callbacks that open experts, and hold others still.
+        parts: of experts that were taken apart.
+    """
+
+    side_losses: tuple[SideLoss, ...] = ()
+    controls: tuple[Callback, ...] = ()
+    parts: SeparateExperts | None = None
+
+    def follow(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return values by the names that parameters have during the training."""
+        return values if self.parts is None else self.parts.follow(values)
+
+
+def expanded_folder(context: RunContext, arm: Arm) -> Path:
+    """Return the checkpoint of an arm before any training of it."""
+    return context.folder / (f"{arm.name}/expanded" if arm.specs else arm.start)
+
+
+def start_folder(context: RunContext, arm: Arm) -> Path:
+    """Return the checkpoint that an arm's training starts from."""
+    if router_steps(context, arm):
+        return context.folder / arm.name / "adapted"
+    return before_routers(context, arm)
+
+
+def before_routers(context: RunContext, arm: Arm) -> Path:
+    """Return the checkpoint that an arm's router stage starts from, if it has one."""
+    if teacher_of(arm) is not None:
+        return context.folder / arm.name / "distilled"
+    return expanded_folder(context, arm)
+
+
+def teacher_of(arm: Arm) -> str | None:
+    """Return the teacher that an arm's new experts learn from, if any."""
+    return next((spec.teacher for spec in arm.specs if isinstance(spec, MoeAdd)), None)
+
+
+def chooses(arm: Arm) -> bool:
+    """Return whether the new domains' text says which experts an arm clones."""
+    return any(isinstance(spec, MoeAdd) and spec.is_chosen_by_data for spec in arm.specs)
+
+
+def with_choice(arm: Arm, clone_from: Sequence[int]) -> Arm:
+    """Return an arm whose experts to clone are chosen."""
+    chosen = tuple(clone_from)
+    specs = tuple(
+        replace(spec, clone_from=chosen)
+        if isinstance(spec, MoeAdd) and spec.is_chosen_by_data
+        else spec
+        for spec in arm.specs
+    )
+    return replace(arm, specs=specs)
+
+
+def spread(context: RunContext, domains: Sequence[str], count: int) -> Tensor:
+    """Return at most so many training sequences [N, T], evenly spread over some domains' text."""
+    sequences = torch.cat(list(context.training_sequences(domains).values()))
+    return sequences[:: max(1, len(sequences) // count)][:count]
+
+
+def appended(context: RunContext, arm: Arm) -> AddedExperts | None:
+    """Return the experts that an arm has to open; None where it has none of that kind."""
+    added = AddedExperts.read(expanded_folder(context, arm))
+    return None if added is None or added.is_settled else added
+
+
+def router_steps(context: RunContext, arm: Arm) -> int:
+    """Return the steps of the router stage; 0 where there is none."""
+    added, options = appended(context, arm), context.config.adaptation
+    if added is None or added.step or options.router_update == "frozen":
+        return 0
+    sequences = options.router_epochs * _num_sequences(context, context.new_domains)
+    steps = math.ceil(sequences / context.config.data.batch_size)
+    return min(steps, options.router_max_steps or steps)
+
+
+def opened(context: RunContext, arm: Arm, steps: int) -> AddedExperts | None:
+    """Return what the appended experts of an arm are after so many steps of it."""
+    added = appended(context, arm)
+    if added is None:
+        return None
+    return added.at(added.step + steps, anneal_steps=anneal_steps(context, arm, added))
+
+
+def router_schedule(context: RunContext, arm: Arm) -> Schedule:
+    return Schedule(
+        learning_rate=context.config.adaptation.router_learning_rate,
+        max_steps=router_steps(context, arm),
+        warmup_ratio=ROUTER_WARMUP,
+    )
+
+
+@contextmanager
+def ready_for_routers(context: RunContext, arm: Arm, model: nn.Module) -> Iterator[Setup]:
+    """Prepare a model for the router stage: routers alone are trained, new experts encouraged."""
+    added = appended(context, arm)
+    assert added is not None
+    routing = _objective(
+        context,
+        arm,
+        model,
+        encouragement=context.config.adaptation.encouragement,
+        new_experts=added.experts,
+    )
+    opening = ExpertOpening(added, anneal_steps=anneal_steps(context, arm, added))
+    with only_trainable(model, is_router):
+        yield Setup(side_losses=(routing,), controls=(opening,))
+
+
+@contextmanager
+def ready_for_training(context: RunContext, arm: Arm, model: nn.Module) -> Iterator[Setup]:
+    """Prepare a model for an arm's training: the base of appended experts held, if asked for."""
+    if Routing.of(model) is None:
+        yield Setup()
+        return
+    routing, options = _objective(context, arm, model), context.config.adaptation
+    added, steps = appended(context, arm), router_steps(context, arm)
+    if added is None:
+        yield Setup(side_losses=(routing,))
+        return
+    now = opened(context, arm, steps)
+    assert now is not None
+    opening = ExpertOpening(now, anneal_steps=anneal_steps(context, arm, added))
+    if not options.freeze_base:
+        yield Setup(side_losses=(routing,), controls=(opening,))
+        return
+    with separate_experts(model, added.experts[0]) as parts, only_trainable(model, _is_new):
+        base = [p for p in model.parameters() if not p.requires_grad]
+        controls: tuple[Callback, ...] = (opening,)
+        if options.unfreeze_after is not None:
+            controls += (Unfreezing(base, after_steps=options.unfreeze_after),)
+        yield Setup(side_losses=(routing,), controls=controls, parts=parts)
+
+
+def usage(context: RunContext, model: nn.Module) -> dict[str, Any] | None:
+    """Return which experts the text of each domain goes to; None for a dense model.
+
+    Measured on training sequences spread over the domain; parts of all assignments of a layer,
+    which add up to 1.
+    """
+    routing = Routing.of(model)
+    if routing is None:
+        return None
+    loads = {}
+    for domain in context.domains:
+        sequences = spread(context, [domain], USAGE_SEQUENCES)
+        loads[domain] = _loads(model.to(context.device), routing, sequences)
+    model.to("cpu")
+    return {
+        "number": routing.num_experts,
+        "experts_per_token": routing.top_k,
+        "layers": list(routing.layers),
+        "usage": loads,
+    }
+
+
+def usage_flops(context: RunContext, config: Config) -> float:
+    """Count the FLOPs of what `usage` looks at; none for a dense model."""
+    family = family_of(config)
+    if not family.has_experts:
+        return 0.0
+    looked = [spread(context, [domain], USAGE_SEQUENCES) for domain in context.domains]
+    flops = forward_flops(family, config).of(context.config.data.sequence_length)
+    return sum(map(len, looked)) * flops
+
+
+def summary_record(context: RunContext, arm: Arm) -> dict[str, Any] | None:
+    """Return `moe` of summary.json for an arm that was evaluated; None for a dense model."""
+    evaluated, fitted = (context.ledger.get(f"{arm.name}.{s}") for s in ("evaluate", "fit"))
+    assert evaluated is not None and fitted is not None
+    record = evaluated.found.get("moe")
+    if record is None:
+        return None
+    record = dict(record)
+    added = appended(context, arm)
+    if added is not None:
+        steps = router_steps(context, arm)
+        now = opened(context, arm, steps + fitted.found["steps"])
+        assert now is not None
+        record["new"] = list(added.experts)
+        record["router_steps"] = steps
+        record["is_open"] = now.is_settled
+    if context.config.moe_routing.bias_update_rate:
+        biased, stock = (
+            score_records(context.read_scores(f"{arm.name}-{kind}"))
+            for kind in ("biased", "trained")
+        )
+        record["selection_bias"] = {
+            domain: {"with": biased[domain]["loss"], "without": stock[domain]["loss"]}
+            for domain in context.domains
+        }
+    return record
+
+
+def _num_sequences(context: RunContext, domains: Sequence[str]) -> int:
+    """Return how many training sequences some domains have, without making them."""
+    trained = [context.corpus.domains[name].train for name in domains]
+    length = context.config.data.sequence_length
+    return sum((text.num_tokens + len(text)) // length for text in trained)
+
+
+def _is_new(name: str) -> bool:
+    return name.endswith(NEW)
+
+
+def _loads(model: nn.Module, routing: Routing, sequences: Tensor) -> list[list[float]]:
+    """Return [layer][expert], each expert's part of the assignments."""
+    counts = torch.zeros(len(routing.layers), routing.num_experts)
+    with evaluating(model) as device, routing.recording():
+        for batch in sequences.split(8):
+            model(input_ids=batch.long().to(device), use_cache=False)
+            for row, record in zip(counts, routing.recorded(), strict=True):
+                row += expert_counts(record.selected, routing.num_experts).cpu()
+    shares: list[list[float]] = (counts / counts.sum(dim=1, keepdim=True)).tolist()
+    return shares
+
+
+def anneal_steps(context: RunContext, arm: Arm, added: AddedExperts) -> int:
+    """Return after how many steps since the appending the offset is 0."""
+    begun, asked = added.anneal_steps, context.config.adaptation.anneal_steps
+    steps = router_steps(context, arm) or max(1, context.config.training.max_steps // 2)
+    return asked or begun or steps
+
+
+def _objective(
+    context: RunContext,
+    arm: Arm,
+    model: nn.Module,
+    *,
+    encouragement: float = 0.0,
+    new_experts: Sequence[int] = (),
+) -> RoutingObjective:
+    values = asdict(context.config.moe_routing)
+    settings = RoutingSettings(
+        **values, encouragement=encouragement, new_experts=tuple(new_experts)
+    )
+    old = _old_routing(context, arm) if settings.hold_old else None
+    return RoutingObjective(model, settings, old=old)
+
+
+def _old_routing(context: RunContext, arm: Arm) -> OldRouting:
+    """Look at where the arm's model sends old text before any of its trainings."""
+    chosen = context.drawn_equally(context.old_domains, HELD_SEQUENCES, "hold_old", *arm.purpose)
+    model = load_model(expanded_folder(context, arm)).to(context.device)
+    batch_size = max(1, context.config.data.batch_size // 4)
+    return OldRouting.of(model, chosen, batch_size=batch_size)

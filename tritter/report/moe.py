@@ -1,0 +1,64 @@
+"""Where the tokens of each domain go, from `moe` of summary.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+MAX_COLUMNS = 12
+
+
+def expert_table(experts: Mapping[str, Any]) -> Table:
+    """Return a row per domain: each expert's part of its assignments, as a mean over the layers.
+
+    Of many experts the most used ones stand for all; appended ones are added up as well.
+    """
+    usage = {domain: _mean(layers) for domain, layers in experts["usage"].items()}
+    new, number = list(experts.get("new") or ()), int(experts["number"])
+    shown = list(range(number))
+    if number > MAX_COLUMNS:
+        total = [sum(shares) for shares in zip(*usage.values(), strict=True)]
+        shown = sorted(sorted(shown, key=lambda expert: -total[expert])[:MAX_COLUMNS])
+    table = Table(
+        title=f"Experts: % of a domain's assignments, {experts['experts_per_token']} per token",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("domain", overflow="fold")
+    for expert in shown:
+        table.add_column(f"{expert}{'*' if expert in new else ''}", justify="right")
+    if new:
+        table.add_column("* new", justify="right")
+    for domain, shares in usage.items():
+        cells = [_percent(shares[expert]) for expert in shown]
+        if new:
+            cells.append(_percent(sum(shares[expert] for expert in new)))
+        table.add_row(domain, *cells)
+    return table
+
+
+def bias_text(experts: Mapping[str, Any]) -> str | None:
+    """Say what the selection bias, which is not saved, does to the loss; None where there is none.
+
+    The bias is that of `moe_routing.bias_update_rate`.
+    """
+    effect = experts.get("selection_bias")
+    if not effect:
+        return None
+    parts = [
+        f"{domain} {losses['with']:.3f} with, {losses['without']:.3f} without"
+        for domain, losses in effect.items()
+    ]
+    return f"loss under the selection bias, which is not saved: {'; '.join(parts)}"
+
+
+def _mean(layers: list[list[float]]) -> list[float]:
+    return [sum(column) / len(layers) for column in zip(*layers, strict=True)]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}"

@@ -1,0 +1,191 @@
+"""Classes that a config names by `_target_`: found, judged by their signature, built.
+
+A name counts in option files and on the command line of the person who runs them. One that stands
+in a checkpoint, a run folder or in data is text, and never comes here.
+"""
+
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tritter.errors import Problem, RequestError, nearest
+
+TARGET = "_target_"
+_WITH_A_VERSION = ("tritter", "lightning", "torch", "bitsandbytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedTarget:
+    """Something that a run is asked for by `_target_`, in plain values, which travel to workers.
+
+    Args:
+        name: its key in its group.
+        body: `_target_`, and the arguments.
+    """
+
+    name: str
+    body: Mapping[str, Any]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in self.body.items() if name != TARGET}
+
+
+def imported(target: str) -> Any:
+    """Return what a dotted name stands for, which was judged before."""
+    return _found(TARGET, target)
+
+
+def built(value: Any) -> Any:
+    """Return a plain value with every mapping that names a target in place of what it makes."""
+    if isinstance(value, Mapping):
+        arguments = {name: built(each) for name, each in value.items() if name != TARGET}
+        return imported(value[TARGET])(**arguments) if TARGET in value else arguments
+    if isinstance(value, list | tuple):
+        return [built(each) for each in value]
+    return value
+
+
+def resolve(key: str, target: object, *, base: str | None = None) -> Any:
+    """Return what a dotted name stands for.
+
+    Args:
+        key: of the problem.
+        base: dotted name of the class that it has to be a subclass of.
+
+    Raises:
+        RequestError: names what is missing, and the nearest there is.
+    """
+    if not isinstance(target, str) or not all(w.isidentifier() for w in target.split(".")):
+        reason = "name a class, PACKAGE.MODULE.CLASS"
+        raise RequestError(Problem(key, target, reason=reason))
+    found = _found(key, target)
+    if base is None:
+        return found
+    wanted = _found(key, base)
+    if not isinstance(found, type) or not issubclass(found, wanted):
+        raise RequestError(Problem(key, target, reason=f"it is no subclass of {base}"))
+    return found
+
+
+def dotted(kind: type) -> str:
+    """Return the name by which a class is found."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def identity(kind: type) -> dict[str, str | None]:
+    """Return what tells a class from outside from another one: its name, and its file's SHA-256.
+
+    Of ours the version tells, and of the libraries that we stand on theirs.
+    """
+    if kind.__module__.partition(".")[0] in _WITH_A_VERSION:
+        return {}
+    try:
+        digest = sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
+    except (TypeError, OSError):  # it stands in no file
+        digest = None
+    return {TARGET: dotted(kind), "sha256": digest}
+
+
+def argument_problems(
+    kind: type, arguments: Mapping[str, Any], *, key: str, given: tuple[str, ...] = ()
+) -> Iterator[Problem]:
+    """Yield arguments that a class doesn't take, and those that it needs besides.
+
+    Args:
+        key: below which the arguments stand.
+        given: arguments that are given by ourselves.
+    """
+    parameters = inspect.signature(kind).parameters
+    named = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    # Lightning passes what it doesn't know on to where nobody tells a typo
+    is_open = len(named) < len(parameters) and not kind.__module__.startswith("lightning.")
+    allowed = [name for name in named if name not in given]
+    for name, value in arguments.items():
+        if name not in allowed and not is_open:
+            reason = f"{kind.__name__} has no such argument; it has {', '.join(allowed)}"
+            near = nearest(name, allowed)
+            full = None if near is None else f"{key}.{near}"
+            yield Problem(f"{key}.{name}", value, reason=reason, nearest=full)
+    for name in allowed:
+        if parameters[name].default is inspect.Parameter.empty and name not in arguments:
+            yield Problem(f"{key}.{name}", reason=f"{kind.__name__} needs it")
+
+
+def building_problem(kind: type, arguments: Mapping[str, Any], *, key: str) -> Any | Problem:
+    """Return an instance of a class, or what it says of its arguments."""
+    try:
+        with _quietly():
+            return kind(**built(arguments))
+    except Exception as error:  # whatever a class of somebody else raises
+        said = " ".join(str(error).split()) or type(error).__name__
+        name = next((n for n in arguments if n in said.replace("`", " ").split()), None)
+        where = key if name is None else f"{key}.{name}"
+        value = arguments if name is None else arguments[name]
+        return Problem(where, value, reason=said.rstrip("."))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep notices of something that is built for trial away."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _found(key: str, target: str) -> Any:
+    names = target.split(".")
+    node, place = _module(key, target, names[0]), names[0]
+    for name in names[1:]:
+        inner = getattr(node, name, None)
+        if inner is None and inspect.ismodule(node) and hasattr(node, "__path__"):
+            # A package may have deleted the attribute, as torch.optim does with adamw
+            inner = _module(key, target, f"{place}.{name}", is_optional=True)
+        if inner is None:
+            near = nearest(name, [word for word in dir(node) if not word.startswith("_")])
+            reason = f"{place} has no {name}"
+            raise RequestError(Problem(key, target, reason=reason, nearest=near))
+        node, place = inner, f"{place}.{name}"
+    return node
+
+
+def _module(key: str, target: str, name: str, *, is_optional: bool = False) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name and is_optional:
+            return None
+        reason = f"there is no module {name}{_beside(name)}"
+        if error.name != name:
+            reason = f"{name} needs the module {error.name}, which is not installed"
+        raise RequestError(Problem(key, target, reason=reason)) from error
+    # The border to code of other people: whatever it raises is told with its name
+    except Exception as error:
+        told = " ".join(str(error).split())
+        reason = f"importing {name} failed ({type(error).__name__}: {told})"
+        raise RequestError(Problem(key, target, reason=reason)) from error
+
+
+def _beside(name: str) -> str:
+    """Say so where a module lies in the folder that a person stands in, which is not looked in."""
+    here = Path.cwd()
+    if not (here / f"{name}.py").is_file() and not (here / name).is_dir():
+        return ""
+    if str(here) in sys.path:
+        return ""
+    return (
+        f"; Python does not look in this folder, where one lies: install it, or PYTHONPATH={here}"
+    )

@@ -1,0 +1,170 @@
+"""What a training did, and the writing of what it leaves, where it was trained."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from tritter.errors import TritterError
+from tritter.families import StoredTensor
+from tritter.training.callbacks import FiniteGuard, WorkCount
+from tritter.training.module import BaseModule
+from tritter.training.parameters import live_layout
+from tritter.training.save_state import SaveState
+from tritter.training.stop_request import StopRequest
+from tritter.training.validation import Validation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitResult:
+    """What a training did.
+
+    Args:
+        steps: optimizer steps taken, refused ones included.
+        num_tokens: tokens seen, by all processes.
+        flops: model FLOPs of all steps, and of a look at the routing that they hold; what is
+            counted stands in `tritter.families.flops`.
+        seconds: wall time of the fit; 0 while it is not over.
+        evaluation_flops: model FLOPs of the evaluations on its way.
+        refused_steps: steps with a loss or gradient that was not finite.
+        stopped_because: why it was broken off; None when it was not.
+        ended_early: which callback ended it before its last step, and why; None when none did.
+        update_norms: top-level part of the model → norm of (weights after − before) relative to
+            the norm before; shows what moved.
+    """
+
+    steps: int
+    num_tokens: int
+    flops: float
+    evaluation_flops: float = 0.0
+    seconds: float = 0.0
+    refused_steps: int
+    stopped_because: str | None
+    ended_early: str | None
+    update_norms: dict[str, float]
+
+
+class WriteResult(Protocol):
+    """Writes what a training leaves; called once, on rank 0, in the process that trained.
+
+    It may be sent to a process that is spawned: a module-level function or a frozen record.
+    """
+
+    def __call__(self, model: nn.Module, result: FitResult) -> None:
+        """Write `model`, as trained and on the CPU.
+
+        Raises:
+            TritterError: it could not; OSErrors are told as one.
+        """
+
+
+class Conclusion(Callback):
+    """Take stock at the end of a fit, and let rank 0 write what it leaves.
+
+    Stands behind those that leave something. The other ranks wait until
+    it is written, or was not; nobody writes for a training that was asked to stop.
+
+    Args:
+        guard: counts refused steps.
+        work: counts tokens and FLOPs.
+        saving: knows whether it ended early.
+        validation: counts those of evaluations, if there are any.
+        stop: whether the training is asked to stop.
+        write: None: nothing is left.
+
+    Attributes:
+        result: None before the end; in the process that started others it comes back by `take`.
+    """
+
+    def __init__(
+        self,
+        *,
+        guard: FiniteGuard,
+        work: WorkCount,
+        validation: Validation | None,
+        saving: SaveState,
+        stop: StopRequest,
+        write: WriteResult | None,
+    ) -> None:
+        self._guard, self._work, self._validation = guard, work, validation
+        self._saving, self._stop, self._write = saving, stop, write
+        self._before: dict[str, Tensor] = {}
+        self.result: FitResult | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # A saved state is not loaded yet: what moved is told of the whole training
+        if trainer.is_global_zero:
+            parameters = _base(pl_module).model.named_parameters()
+            self._before = {n: p.detach().to("cpu", copy=True) for n, p in parameters}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        error = None
+        if trainer.is_global_zero:
+            module = _base(pl_module)
+            module.model.to("cpu")
+            self.result = self._taken_stock(trainer, module)
+            error = self._written(module.model, self.result)
+        trainer.strategy.reduce_boolean_decision(error is None)
+        if error is not None:
+            raise error
+
+    def given(self) -> dict[str, Any]:
+        """Return what `take` needs in the process that started this one, as plain data."""
+        assert self.result is not None
+        return {"result": asdict(self.result), "stopped_by": self._stop.signal_number}
+
+    def take(self, given: Mapping[str, Any]) -> None:
+        """Take what rank 0 found; the processes may have been asked to stop, and this one not."""
+        self.result = FitResult(**given["result"])
+        if given["stopped_by"] is not None:
+            self._stop.note(given["stopped_by"])
+
+    def _taken_stock(self, trainer: Trainer, module: BaseModule) -> FitResult:
+        return FitResult(
+            steps=trainer.global_step,
+            num_tokens=self._work.tokens,
+            flops=self._work.flops + sum(side.flops for side in module.side_losses),
+            evaluation_flops=0.0 if self._validation is None else self._validation.flops,
+            refused_steps=self._guard.refused_steps,
+            stopped_because=self._guard.stopped_because,
+            ended_early=self._saving.ended_early,
+            update_norms=_update_norms(self._before, module.model),
+        )
+
+    def _written(self, model: nn.Module, result: FitResult) -> TritterError | None:
+        """Write the result; return why it could not be written."""
+        if self._write is None or self._stop.is_asked:
+            return None
+        try:
+            self._write(model, result)
+        except TritterError as error:
+            return error
+        except OSError as error:
+            return TritterError(f"what was trained could not be written: {error}.")
+        return None
+
+
+def _update_norms(before: dict[str, Tensor], model: nn.Module) -> dict[str, float]:
+    """Compare parameters that have kept their shape."""
+    moved: dict[str, float] = {}
+    size: dict[str, float] = {}
+    for stored in live_layout(model):
+        part, parameter = _part(stored), model.get_parameter(stored.name).detach()
+        old = before.get(stored.name)
+        if old is None or old.shape != parameter.shape:
+            continue
+        moved[part] = moved.get(part, 0.0) + (parameter - old).double().norm().item() ** 2
+        size[part] = size.get(part, 0.0) + old.double().norm().item() ** 2
+    return {part: (moved[part] / max(size[part], 1e-30)) ** 0.5 for part in moved}
+
+
+def _part(stored: StoredTensor) -> str:
+    """Return layer number, or the module's name for what stands outside the layers."""
+    return stored.name.split(".")[-2] if stored.layer is None else f"layers.{stored.layer}"
+
+
+def _base(module: LightningModule) -> BaseModule:
+    assert isinstance(module, BaseModule)
+    return module

@@ -1,0 +1,202 @@
+"""Change a live training: the one place that does.
+
+Parameters are replaced in their slots of the optimizer, moments and all other state follow the
+map, the model is wrapped for DDP again, and whoever keeps something about parameters is told. The
+journal that the module keeps in its checkpoints lets a resumed training make the shapes again.
+"""
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
+
+from tritter.errors import RequestError, TritterError
+from tritter.expand import Change
+from tritter.families import family_of, layout
+from tritter.parameter_map.carry import Policy
+from tritter.storage.tensors import is_finite
+from tritter.training.module import BaseModule
+from tritter.training.moments import Moments, carried_moments
+from tritter.training.reshape import Entry, entry_of, reshape
+
+
+def apply(
+    trainer: Trainer,
+    module: BaseModule,
+    change: Change,
+    *,
+    reason: str,
+    policy: Policy = "carry",
+) -> None:
+    """Change the model of a live training, between two optimizer steps.
+
+    Meant for a callback's `on_train_batch_end`; of several processes all call it at the same step
+    with the same change. Afterwards it holds that the optimizer has what is trained and nothing
+    else, that ties are tied, that nothing changed is not finite, and that the number of parameters
+    is the one that the shapes say.
+
+    Args:
+        reason: what the journal says why.
+        policy: of Adam's moments, as in `tritter.parameter_map.carry`.
+
+    Raises:
+        RequestError: not between two optimizer steps, a strategy that can't bear it, or a change
+            that is not about this model.
+        TritterError: the optimizer does not hold Adam's moments, processes disagree, or what
+            holds afterwards does not.
+    """
+    _check_moment(trainer, module)
+    _check_change(trainer, module.model, change)
+    model, (optimizer,) = module.model, trainer.optimizers
+    ties, others = _ties(model), _count_others(model, change)
+    moments = carried_moments(optimizer, model, change, places=change.altered, policy=policy)
+    entry = entry_of(change, step=trainer.global_step, reason=reason)
+    old = dict(model.named_parameters())
+    _take_on(model, change)
+    module.journal.append(entry)
+    _follow_slots(optimizer, module, old, moments)
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.model = module
+        trainer.strategy.configure_ddp()
+    _tell(trainer, module, change, entry)
+    _check_result(optimizer, module, change, ties=ties, num_others=others)
+
+
+def _check_moment(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a moment at which gradients are on their way, or a model that is wrapped otherwise."""
+    hook = module._current_fx_name  # tests hold both private names to the pinned version
+    if hook != "on_train_batch_end" or trainer.fit_loop._should_accumulate():
+        where = "between two batches of one step" if hook == "on_train_batch_end" else f"in {hook}"
+        raise RequestError(
+            f"a model can't change {where}: change it in on_train_batch_end, after the optimizer's "
+            "step."
+        )
+    if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
+        raise RequestError(
+            f"trainer.strategy = {type(trainer.strategy).__name__}: a model can change during a "
+            "training on one device and under ddp; elsewhere expand between two trainings."
+        )
+    if len(trainer.optimizers) != 1:
+        raise RequestError(f"{len(trainer.optimizers)} optimizers; a model changes under one.")
+
+
+def _check_change(trainer: Trainer, model: nn.Module, change: Change) -> None:
+    held = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for stored in change.before:
+        if held.get(stored.name) != stored.shape:
+            has = list(held[stored.name]) if stored.name in held else "none"
+            raise RequestError(
+                f"the change is about {stored.name} of shape {list(stored.shape)}; the model has "
+                f"{has}."
+            )
+    digest = change.digest()
+    is_same = trainer.strategy.broadcast(digest) == digest
+    if not trainer.strategy.reduce_boolean_decision(is_same):
+        raise TritterError("the processes of the training disagree on how the model is to change.")
+
+
+def _take_on(model: nn.Module, change: Change) -> None:
+    """Give a model the parameters that a change makes of its own."""
+    weights = dict(change.weights({n: p.detach() for n, p in model.named_parameters()}))
+    reshape(model, change.config, weights, removed=change.removed)
+
+
+def _follow_slots(
+    optimizer: torch.optim.Optimizer,
+    module: BaseModule,
+    old: Mapping[str, nn.Parameter],
+    moments: Mapping[str, Moments],
+) -> None:
+    """Let the groups hold what a new optimizer's would, and every parameter its own state.
+
+    Groups stay the dictionaries they are, which schedulers and Lightning hold as well; a resumed
+    training matches state by position, so that the order has to be that of a new optimizer.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    module.moments = {}  # what the training started from lies behind
+    wanted = module.new_optimizer().param_groups
+    if len(wanted) != len(optimizer.param_groups):
+        raise TritterError(
+            f"the optimizer has {len(optimizer.param_groups)} groups; a new one has {len(wanted)}."
+        )
+    new = dict(module.model.named_parameters())
+    for name, parameter in old.items():
+        if new.get(name) is not parameter:
+            optimizer.state.pop(parameter, None)
+    for name, state in moments.items():
+        optimizer.state[new[name]] = state
+    for group, other in zip(optimizer.param_groups, wanted, strict=True):
+        group["params"] = list(other["params"])
+
+
+def _tell(trainer: Trainer, module: BaseModule, change: Change, entry: Entry) -> None:
+    """Tell the methods of the module, and the callbacks that ask for it; averages follow."""
+    for method in getattr(module, "methods", ()):
+        method.parameters_changed(change)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            average = callback._average_model.module
+            assert isinstance(average, BaseModule)
+            _take_on(average.model, change)
+            average.journal.append(entry)
+        elif hasattr(callback, "parameters_changed"):
+            callback.parameters_changed(change)
+
+
+def _ties(model: nn.Module) -> set[frozenset[str]]:
+    """Return the names that one parameter goes by, where it has several."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(each) for each in names.values() if len(each) > 1}
+
+
+def _count_others(model: nn.Module, change: Change) -> int:
+    """Count the parameters that neither the family nor the change knows."""
+    known = {s.name for s in (*change.before, *change.after)}
+    known |= {s.name for s in layout(family_of(change.config), change.config, "live")}
+    return sum(p.numel() for name, p in model.named_parameters() if name not in known)
+
+
+def _count_known(change: Change) -> int:
+    """Count from shapes what the model holds then of its family's and of the change's own."""
+    family = family_of(change.config)
+    stock = {s.name for s in layout(family, change.config, "live")}
+    own = sum(prod(s.shape) for s in change.after if s.name not in stock)
+    return family.count_parameters(change.config) + own
+
+
+def _check_result(
+    optimizer: torch.optim.Optimizer,
+    module: BaseModule,
+    change: Change,
+    *,
+    ties: set[frozenset[str]],
+    num_others: int,
+) -> None:
+    """Check what has to hold after every change."""
+    model = module.model
+    slots = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    trained = [id(p) for p in module.parameters() if p.requires_grad]
+    counted = num_others + _count_known(change)
+    own = list(model.parameters())
+    found = sum(p.numel() for p in own)
+    altered = [model.get_parameter(stored.name) for stored in change.altered]
+    states = (optimizer.state.get(parameter, {}).values() for parameter in altered)
+    values = [*altered, *(value for each in states for value in each)]
+    problems = {
+        "the optimizer does not hold what is trained": sorted(slots) != sorted(trained),
+        "state is left of parameters that are gone": not set(map(id, optimizer.state))
+        <= set(slots),
+        "ties are cut": not ties <= _ties(model),
+        "parameters share their values": len({p.data_ptr() for p in own}) < len(own),
+        f"it has {found} parameters instead of {counted}": found != counted,
+        "it holds values that are not finite": not all(is_finite(v.detach()) for v in values),
+    }
+    if any(problems.values()):
+        reasons = "; ".join(reason for reason, is_so in problems.items() if is_so)
+        raise TritterError(f"the model was not changed as it should be: {reasons}.")
