@@ -74,7 +74,8 @@ def test_stock_classes_compute_the_same_from_disk_and_the_padding_comes_off(
         held = dict(loaded.named_parameters())
         assert held.keys() == dict(model.named_parameters()).keys()
         assert all(held[name].equal(value) for name, value in model.named_parameters())
-        assert torch.equal(logits(loaded), logits(model))
+        # Where weights lie in memory decides how a sum of so few is rounded
+        assert torch.allclose(logits(loaded), logits(model), rtol=0, atol=1e-12)
         assert [verify(link) for link in read_chain(folder)] == [()]
 
 

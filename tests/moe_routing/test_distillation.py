@@ -131,4 +131,4 @@ def test_two_processes_give_the_weights_of_one(
     weights, result = teach(tmp_path, settings=replace(SETTINGS, strategy="ddp", devices=2))
     assert result.flops == whole[2].flops and result.steps == 5
     for name, value in whole[1].items():
-        assert (weights[name] - value).abs().max() < 1e-5, name
+        assert (weights[name] - value).abs().max() < 1e-4, name
