@@ -36,7 +36,7 @@ def check_loadable(config: Config, *, folder: Path) -> None:
         raise RequestError(
             f"config.json: transformers can't build this model: {_blamed(config, error)}."
         ) from error
-    expected = {stored.name: stored.shape for stored in layout(family, shallow, "live")}
+    expected = {stored.name: stored.shape for stored in layout(shallow, "live")}
     tied = family.tied_names(shallow)
     wrong = sorted(
         name

@@ -140,7 +140,7 @@ def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tenso
 
 def stored_tensors(state: Mapping[str, Tensor], config: Config) -> Iterator[tuple[str, Tensor]]:
     """Yield (name on disk, tensor) of a live model's state dict; see `named_tensors`."""
-    for stored in match(family_of(config), config, state):
+    for stored in match(config, state):
         for tensor, value in stored.unpack(state[stored.name].detach()):
             yield tensor.disk_name, value
 
@@ -150,13 +150,13 @@ def live_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     family = family_of(config)
     logical = family.logical_tensors(config)
     held = {t.name: tensors[t.disk_name] for t in logical if t.disk_name in tensors}
-    return pack_all(layout(family, config, "live"), held)
+    return pack_all(layout(config, "live"), held)
 
 
 def disk_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return name on disk → tensor, for values by name in memory."""
     family = family_of(config)
-    held = unpack_all(layout(family, config, "live"), tensors)
+    held = unpack_all(layout(config, "live"), tensors)
     return {t.disk_name: held[t.name] for t in family.logical_tensors(config) if t.name in held}
 
 
@@ -266,7 +266,7 @@ def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Modu
     model = new_model(config, seed=0)
     family = family_of(config)
     disk_names = {t.name: t.disk_name for t in family.logical_tensors(config)}
-    for stored in layout(family, config, "live"):
+    for stored in layout(config, "live"):
         value = stored.pack(lambda name: tensors[disk_names[name]])
         set_parameter(model, stored.name, value.to(model.get_parameter(stored.name).device))
     model.tie_weights()  # type: ignore[operator]
@@ -286,9 +286,8 @@ def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
 
 def _narrower(config: Config) -> Iterator[StoredTensor]:
     """Yield what has another shape in memory than stock classes give it."""
-    family = family_of(config)
-    shapes = padded_shapes(family, config)
-    return (stored for stored in layout(family, config, "live") if stored.name in shapes)
+    shapes = padded_shapes(config)
+    return (stored for stored in layout(config, "live") if stored.name in shapes)
 
 
 def weightless_model(config: Config) -> nn.Module:

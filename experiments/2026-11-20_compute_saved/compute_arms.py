@@ -113,7 +113,7 @@ class Training:
         self.seconds = 0.0
         config = config_of(model)
         family = family_of(config)
-        self.flops_per_token = training_flops(family, config).per_token(SEQUENCE_LENGTH)
+        self.flops_per_token = training_flops(config).per_token(SEQUENCE_LENGTH)
         self.routers: RoutingObjective | None = None
         if family.has_experts:
             self.routers = RoutingObjective(model, RoutingSettings())

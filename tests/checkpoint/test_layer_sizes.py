@@ -85,14 +85,14 @@ def test_shapes_counts_and_flops_are_those_of_the_live_model(family: str) -> Non
     config = config_of(model)
     table = family_of(config)
     assert ffn_sizes(config) == SIZES and config["intermediate_size"] == 40
-    assert {stored.name: stored.shape for stored in layout(table, config, "live")} == {
+    assert {stored.name: stored.shape for stored in layout(config, "live")} == {
         name: tuple(parameter.shape) for name, parameter in model.named_parameters()
     }
     count = sum(parameter.numel() for parameter in model.parameters())
     assert table.count_parameters(config) == count < table.count_parameters(on_disk(config))
     saved = sum(2 * 3 * 24 * (40 - size) for size in SIZES)  # gate, up and down, a multiply-add
-    padded = forward_flops(table, on_disk(config)).of(1)
-    assert forward_flops(table, config).of(1) == padded - saved
+    padded = forward_flops(on_disk(config)).of(1)
+    assert forward_flops(config).of(1) == padded - saved
     even = tiny(family)
     assert "ffn_sizes" not in config_of(even) and config_of(even)["intermediate_size"] == 40
 

@@ -112,7 +112,7 @@ def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Polic
         moved = {n: mapped(m, read, quantity=quantity) for n, m in one.tensors.items()}
         assert_same(moved, in_turn(steps, values, quantity))
     held = {name: v for i, (name, v) in enumerate(drawn(config, positive=True).items()) if i % 7}
-    live = pack_all(layout(family_of(config), config, "live"), held)
+    live = pack_all(layout(config, "live"), held)
     change = Change.of(one, config, target)
     for kind, rule in STATE_KINDS.items():
         state = {

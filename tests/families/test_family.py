@@ -60,12 +60,12 @@ def test_names_in_memory_and_on_disk_are_those_of_the_stock_class(
 ) -> None:
     model, table = tiny(family, **options), FAMILIES[family]
     config = _plain(model)
-    live = {stored.name: stored.shape for stored in layout(table, config, "live")}
+    live = {stored.name: stored.shape for stored in layout(config, "live")}
     assert live == {name: tuple(p.shape) for name, p in model.named_parameters()}
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    assert saved == {stored.name: stored.shape for stored in layout(table, config, "hub")}
+    assert saved == {stored.name: stored.shape for stored in layout(config, "hub")}
     assert table.count_parameters(config) == sum(p.numel() for p in model.parameters())
 
 
@@ -87,7 +87,7 @@ def test_what_a_block_adds_to_the_stream(family: str) -> None:
     config = _plain(model)
     silent = {
         stored.name: -table.norm_offset if part.tensor.axes[0].port is Port.GAIN else 0.0
-        for stored in layout(table, config, "live")
+        for stored in layout(config, "live")
         for part in stored.parts
         if table.branch_output(part.tensor)
     }
@@ -163,29 +163,29 @@ def test_a_size_that_is_no_whole_number_is_refused(value: object) -> None:
 def test_a_checkpoint_is_matched_in_full() -> None:
     model = oracle.tiny_llama()
     config, names = _plain(model), set(dict(model.named_parameters()))
-    matched = {stored.name: stored.parts[0].tensor for stored in match(LLAMA, config, names)}
+    matched = {stored.name: stored.parts[0].tensor for stored in match(config, names)}
     assert set(matched) == names
     assert matched["model.layers.1.mlp.up_proj.weight"].name == "layers.1.ffn.up"
     with pytest.raises(TritterError, match=r"1 tensors are missing: lm_head\.weight"):
-        match(LLAMA, config, names - {"lm_head.weight"})
+        match(config, names - {"lm_head.weight"})
     with pytest.raises(
         TritterError, match=r"llama does not have: model\.layers\.0\.extra"
     ) as error:
-        match(LLAMA, config, {*names, "model.layers.0.extra"})
+        match(config, {*names, "model.layers.0.extra"})
     assert "missing" not in str(error.value)
 
 
 def test_many_wrong_names_are_counted_and_five_are_shown() -> None:
     config = _plain(oracle.tiny_llama())
     with pytest.raises(TritterError, match=r"30 tensors are missing: .*\(25 more\)"):
-        match(LLAMA, config, [])
+        match(config, [])
 
 
 def test_a_redundant_tied_head_is_allowed_and_not_counted() -> None:
     config = _plain(oracle.tiny_llama(tie_word_embeddings=True))
     names = {tensor.disk_name for tensor in LLAMA.logical_tensors(config)}
     assert "lm_head.weight" not in names
-    assert {s.name for s in match(LLAMA, config, {*names, "lm_head.weight"})} == names
+    assert {s.name for s in match(config, {*names, "lm_head.weight"})} == names
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "lama", None])

@@ -51,7 +51,7 @@ def counted(work: Callable[[], object]) -> int:
 def train_only(model: PreTrainedModel, is_trained: Callable[[LogicalTensor], bool]) -> None:
     """Let parameters need a gradient whose tensors are trained."""
     config: Config = model.config.to_dict()
-    for stored in layout(FAMILIES[model.config.model_type], config, "live"):
+    for stored in layout(config, "live"):
         trained = {is_trained(part.tensor) for part in stored.parts}
         assert len(trained) == 1, f"{stored.name} is trained as a whole or not at all"
         model.get_parameter(stored.name).requires_grad_(trained.pop())
@@ -64,12 +64,12 @@ def step(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("family", OWN)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_forward_pass_and_a_full_training_step(family: str, tied: bool) -> None:
-    model, table = eager(family, tie_word_embeddings=tied), FAMILIES[family]
+    model = eager(family, tie_word_embeddings=tied)
     config = model.config.to_dict()
     with torch.no_grad():
         found = counted(lambda: model(input_ids=IDS))
-    assert square(forward_flops(table, config)) == found
-    assert square(training_flops(table, config)) == counted(lambda: step(model)) == 3 * found
+    assert square(forward_flops(config)) == found
+    assert square(training_flops(config)) == counted(lambda: step(model)) == 3 * found
 
 
 CHOICES: dict[str, Callable[[LogicalTensor], bool]] = {
@@ -108,17 +108,17 @@ CHOICES: dict[str, Callable[[LogicalTensor], bool]] = {
 def test_frozen_weights_have_no_gradient_and_nothing_below_the_trained_ones(
     family: str, choice: str, tied: bool
 ) -> None:
-    model, table = eager(family, tie_word_embeddings=tied), FAMILIES[family]
+    model = eager(family, tie_word_embeddings=tied)
     is_trained, config = CHOICES[choice], model.config.to_dict()
     train_only(model, is_trained)
     trains_none = not any(parameter.requires_grad for parameter in model.parameters())
-    ours = training_flops(table, config, is_trained=is_trained)
+    ours = training_flops(config, is_trained=is_trained)
     if trains_none:  # nothing to call backward on
         with torch.no_grad():
             assert square(ours) == counted(lambda: model(input_ids=IDS))
         return
     assert square(ours) == counted(lambda: step(model))
-    full = square(training_flops(table, config))
+    full = square(training_flops(config))
     assert square(ours) < full or choice in ("embedding", "vectors", "first layer")
 
 
@@ -133,7 +133,7 @@ def test_every_choice_above_trains_something_somewhere() -> None:
 def test_a_loss_of_the_routers_does_not_pass_through_what_stands_above(
     family: str, choice: str
 ) -> None:
-    model, table = eager(family), FAMILIES[family]
+    model = eager(family)
     is_trained = CHOICES.get(choice, lambda tensor: True)
     config = model.config.to_dict()
     train_only(model, is_trained)
@@ -147,8 +147,8 @@ def test_a_loss_of_the_routers_does_not_pass_through_what_stands_above(
         if loss.requires_grad:
             loss.sum().backward()
 
-    backward = backward_flops(table, config, is_trained=is_trained, loss_at="routers")
-    assert square(forward_flops(table, config) + backward) == counted(work)
+    backward = backward_flops(config, is_trained=is_trained, loss_at="routers")
+    assert square(forward_flops(config) + backward) == counted(work)
     assert (square(backward) == 0) == (choice == "head" or _is_dense_above(family, choice))
 
 
@@ -161,7 +161,7 @@ def _is_dense_above(family: str, choice: str) -> bool:
 @pytest.mark.parametrize("family", SPARSE)
 def test_experts_that_are_held_apart_pay_for_the_tokens_that_come_to_them(family: str) -> None:
     """With all tokens sent to the new experts, those alone have gradients of their weights."""
-    model, table = eager(family), FAMILIES[family]
+    model = eager(family)
     config = model.config.to_dict()
     new = (2, 3)
 
@@ -173,14 +173,14 @@ def test_experts_that_are_held_apart_pay_for_the_tokens_that_come_to_them(family
     routing.set_offset((0, 1), -torch.inf)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".experts." in name)
-    whole = training_flops(table, config, is_trained=is_trained, routed_to=new)
+    whole = training_flops(config, is_trained=is_trained, routed_to=new)
     assert square(whole) == counted(lambda: step(model))
     with separate_experts(model, 2):
         assert square(whole) == counted(lambda: step(model))
     # Of tokens that are spread evenly the new experts get half
-    spread = training_flops(table, config, is_trained=is_trained)
-    every = training_flops(table, config, is_trained=lambda t: t.expert is not None)
-    assert forward_flops(table, config).matrices < spread.matrices < every.matrices
+    spread = training_flops(config, is_trained=is_trained)
+    every = training_flops(config, is_trained=lambda t: t.expert is not None)
+    assert forward_flops(config).matrices < spread.matrices < every.matrices
     assert whole.matrices == every.matrices
 
 
@@ -191,7 +191,7 @@ def test_shares_of_experts_by_hand() -> None:
     sparse = attention + 4 * 24 + 2 * 3 * 24 * 12 + 3 * 24 * 20 + 24
     dense = attention + 3 * 24 * 40
     by_hand = 2 * (2 * sparse + dense + 24 * 97)
-    assert forward_flops(FAMILIES["qwen2_moe"], config).matrices == by_hand
+    assert forward_flops(config).matrices == by_hand
 
 
 WINDOWED: dict[str, dict[str, object]] = {
@@ -234,7 +234,7 @@ def test_attention_is_the_sum_over_places_of_the_keys_that_the_stock_mask_leaves
             keys = min(place + 1, window or LENGTH)
             assert int((kept[0, 0, place] > 0).sum()) == keys
             by_hand += 2 * 2 * heads * head_dim * keys
-    ours = forward_flops(table, config)
+    ours = forward_flops(config)
     assert ours.of(LENGTH) - ours.matrices * LENGTH == by_hand
     is_full = by_hand == 3 * 2 * 2 * heads * head_dim * LENGTH * (LENGTH + 1) // 2
     assert is_full != has_window
@@ -248,9 +248,9 @@ def test_keys_are_those_of_a_loop(length: int, window: int | None) -> None:
 
 
 def test_passes_add_up_and_a_mean_token_is_a_part_of_its_sequence() -> None:
-    table, config = FAMILIES["gemma3_text"], tiny("gemma3_text").config.to_dict()
-    forward, backward = forward_flops(table, config), backward_flops(table, config)
-    both = training_flops(table, config)
+    config = tiny("gemma3_text").config.to_dict()
+    forward, backward = forward_flops(config), backward_flops(config)
+    both = training_flops(config)
     assert both == forward + backward
     assert both.of(LENGTH) == 3 * forward.of(LENGTH)
     assert both.per_token(LENGTH) * LENGTH == pytest.approx(both.of(LENGTH), rel=1e-15)

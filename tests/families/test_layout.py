@@ -39,9 +39,8 @@ def test_the_hub_layout_is_what_stock_saves_and_the_live_one_what_it_holds(
     model = tiny(family)
     config = oracle_growth.config_of(model)
     saved = held(oracle.saved(model, tmp_path / "source"))
-    table = family_of(config)
-    hub = {stored.name: stored.shape for stored in layout(table, config, "hub")}
-    live = {stored.name: stored.shape for stored in layout(table, config, "live")}
+    hub = {stored.name: stored.shape for stored in layout(config, "hub")}
+    live = {stored.name: stored.shape for stored in layout(config, "live")}
     assert hub == {name: tuple(value.shape) for name, value in saved.items()}
     assert live == {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert (hub.keys() == live.keys()) == (family in DENSE)
@@ -66,12 +65,12 @@ def test_packing_is_undone_by_unpacking(family: str) -> None:
     model = tiny(family)
     config = oracle_growth.config_of(model)
     table = family_of(config)
-    values = unpack_all(layout(table, config, "live"), model.state_dict())
+    values = unpack_all(layout(config, "live"), model.state_dict())
     assert set(values) == {tensor.name for tensor in table.logical_tensors(config)}
-    again = pack_all(layout(table, config, "live"), values)
+    again = pack_all(layout(config, "live"), values)
     assert all(torch.equal(again[name], model.state_dict()[name]) for name in again)
     one = "layers.2.experts.1.down" if family == "qwen2_moe" else "layers.1.experts.1.down"
-    (alone,) = pack_all(layout(table, config, "live"), {one: values[one]}).values()
+    (alone,) = pack_all(layout(config, "live"), {one: values[one]}).values()
     assert torch.equal(alone[1], values[one])
     assert not bool(alone[0].any()) and not bool(alone[2:].any())
 
@@ -80,19 +79,18 @@ def test_packing_is_undone_by_unpacking(family: str) -> None:
 def test_a_checkpoint_of_either_layout_is_matched_in_full(tmp_path: Path, family: str) -> None:
     model = tiny(family)
     config = oracle_growth.config_of(model)
-    table = family_of(config)
     for kind in ("hub", "live"):
-        stored = layout(table, config, kind)  # type: ignore[arg-type]
+        stored = layout(config, kind)  # type: ignore[arg-type]
         names = {tensor.name for tensor in stored}
-        assert match(table, config, names) == stored
+        assert match(config, names) == stored
         missing = next(name for name in names if "experts" in name)
         with pytest.raises(TritterError, match="1 tensors are missing") as error:
-            match(table, config, names - {missing})
+            match(config, names - {missing})
         assert missing in str(error.value)
         with pytest.raises(
             TritterError, match=r"does not have: model\.layers\.0\.mlp\.experts\.extra"
         ):
-            match(table, config, {*names, "model.layers.0.mlp.experts.extra"})
+            match(config, {*names, "model.layers.0.mlp.experts.extra"})
 
 
 SPECS: list[list[ExpansionSpec]] = [[LlamaPro()], [Stack(identity_init=True), LlamaPro()]]

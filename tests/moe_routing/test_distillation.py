@@ -13,7 +13,7 @@ from tests import oracle
 from tests.moe_routing.test_stages import grown
 from tests.training.written import Written
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.families import FAMILIES, forward_flops, training_flops
+from tritter.families import forward_flops, training_flops
 from tritter.moe_routing import DistillationModule, only_new_experts
 from tritter.stock_routers import AddedExperts
 from tritter.terminal import Console
@@ -105,8 +105,8 @@ def test_the_teacher_is_neither_saved_nor_trained_and_every_pass_is_counted(
     moved = {n for n, v in grown(noise=0.5).state_dict().items() if n not in weights}
     assert moved == {n for n in moved if n.endswith(("gate_up_proj", "down_proj"))}  # in two parts
     model, teacher = grown().config.to_dict(), oracle.tiny_llama().config.to_dict()
-    each = forward_flops(FAMILIES["llama"], teacher) + training_flops(
-        FAMILIES["mixtral"], model, is_trained=lambda t: t.expert in (4, 5), routed_to=(4, 5)
+    each = forward_flops(teacher) + training_flops(
+        model, is_trained=lambda t: t.expert in (4, 5), routed_to=(4, 5)
     )
     assert result.flops == 5 * 4 * each.of(16)
     logged = list(rows(folder))

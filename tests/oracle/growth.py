@@ -53,7 +53,7 @@ def logical_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return a stock model's tensors by logical name; ties once, experts one by one."""
     config = config_of(model)
     state = {name: value.detach() for name, value in model.state_dict().items()}
-    return unpack_all(layout(family_of(config), config, "live"), state)
+    return unpack_all(layout(config, "live"), state)
 
 
 def grown(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> PreTrainedModel:
@@ -62,10 +62,9 @@ def grown(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> PreTrai
     for step in steps:
         values = {name: mapped(m, values.__getitem__) for name, m in maps_of(step).items()}
     target = steps[-1].target_config
-    family = family_of(target)
     result = stock_model(target, dtype=next(model.parameters()).dtype)
-    expected = {stored.name for stored in layout(family, target, "live")}
-    state = pack_all(layout(family, target, "live"), values)
+    expected = {stored.name for stored in layout(target, "live")}
+    state = pack_all(layout(target, "live"), values)
     assert state.keys() == expected
     missing, unexpected = result.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if target.get("tie_word_embeddings") else set()
@@ -103,7 +102,7 @@ def mapped_gradients(
 
 def logical_gradients(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
     config = config_of(model)
-    return unpack_all(layout(family_of(config), config, "live"), oracle.gradients(model, input_ids))
+    return unpack_all(layout(config, "live"), oracle.gradients(model, input_ids))
 
 
 def errors(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> Errors:

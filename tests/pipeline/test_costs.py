@@ -121,7 +121,7 @@ def test_a_sample_reads_each_token_once(tmp_path: Path, places: tuple[str, ...])
     none, _ = run(tmp_path / "none", *words, "evaluation.sample_tokens=0")
     told = long["flops"]["evaluate"] - none["flops"]["evaluate"]
     config = read_config(tmp_path / "long/checkpoint")
-    forward = counting.forward_flops(family_of(config), config)
+    forward = counting.forward_flops(config)
     # Two domains, two models; 1 + 24 + up to 4 of 5 tokens
     assert 4 * forward.of(25) <= told <= 4 * forward.of(29)
 
@@ -132,8 +132,8 @@ def test_new_blocks_alone_cost_what_their_gradients_do(
     words = ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true")
     summary, _ = run(tmp_path / "run", *QUICK, *SMALL_MODEL, *places, *words)
     config = read_config(tmp_path / "run/attempt_1/trained")
-    family, new = family_of(config), ("layers.2.", "layers.4.")
-    some = training_flops(family, config, is_trained=lambda t: t.name.startswith(new))
+    new = ("layers.2.", "layers.4.")
+    some = training_flops(config, is_trained=lambda t: t.name.startswith(new))
     sequences = 4 * 8  # steps · batch
     assert summary["flops"]["fit"] == sequences * some.of(64)
-    assert some.of(64) < 0.8 * training_flops(family, config).of(64)
+    assert some.of(64) < 0.8 * training_flops(config).of(64)

@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 
 from tritter.expansion import Dus, ExpansionSpec, Moe, Width, target_config
-from tritter.families import Config, family_of
+from tritter.families import Config, count_parameters, family_of
 from tritter.families.presets import PRESETS
 from tritter.planning.guide import llama, size_guide
-from tritter.planning.memory import count_parameters
 from tritter.report.wording import count_text
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "planning.md"

@@ -11,7 +11,7 @@ import tritter
 from tests.oracle import tiny_llama
 from tritter.errors import RequestError
 from tritter.expansion import LlamaPro, Width
-from tritter.families import Config, family_of
+from tritter.families import Config, count_parameters, family_of
 from tritter.families.presets import PRESETS, aspect_ratio_at
 from tritter.planning import (
     CHINCHILLA,
@@ -24,7 +24,6 @@ from tritter.planning import (
     plan_expansion_path,
     plan_growth,
 )
-from tritter.planning.memory import count_parameters
 from tritter.planning.shapes import aspect_ratio
 
 SMALL: Config = tiny_llama().config.to_dict()

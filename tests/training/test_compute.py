@@ -45,9 +45,9 @@ def test_holding_old_routing_costs_a_second_pass_in_every_step(family: str) -> N
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     with routing.routing.recording(), FlopCounterMode(display=False) as counter:
         module.training_step({"input_ids": SEQUENCES[:3].long()}, 0).backward()
-    config, table = model.config.to_dict(), FAMILIES[family]
-    of_batch = training_flops(table, config)
-    of_routing = forward_flops(table, config) + backward_flops(table, config, loss_at="routers")
+    config = model.config.to_dict()
+    of_batch = training_flops(config)
+    of_routing = forward_flops(config) + backward_flops(config, loss_at="routers")
     assert counter.get_total_flops() == 3 * square(of_batch) + 2 * square(of_routing)
     ours = module.step_flops(num_sequences=3, length=LENGTH)
     assert ours == 3 * of_batch.of(LENGTH) + 2 * of_routing.of(LENGTH)
@@ -58,14 +58,14 @@ def test_holding_old_routing_costs_a_second_pass_in_every_step(family: str) -> N
 
 def test_the_look_at_old_routing_and_what_is_held_are_in_the_cost_of_a_fit(tmp_path: Path) -> None:
     model = tiny("mixtral")
-    config, table = model.config.to_dict(), FAMILIES["mixtral"]
-    forward = forward_flops(table, config)
+    config = model.config.to_dict()
+    forward = forward_flops(config)
     old = OldRouting.of(model, SEQUENCES[:10], batch_size=2)
     assert old.flops == 10 * forward.of(LENGTH)
     held = run(model, tmp_path / "held", settings=HELD, old=old, steps=3)
     plain = run(tiny("mixtral"), tmp_path / "plain", steps=3)
     assert plain.flops == 3 * 4 * 3 * forward.of(LENGTH)
-    again = forward + backward_flops(table, config, loss_at="routers")
+    again = forward + backward_flops(config, loss_at="routers")
     assert held.flops == plain.flops + old.flops + 3 * 2 * again.of(LENGTH)
 
 
@@ -87,13 +87,13 @@ def test_trained_tensors_are_told_by_their_parameters(family: str) -> None:
 
 def test_what_is_held_until_a_step_costs_nothing_until_then(tmp_path: Path) -> None:
     model = tiny("mixtral")
-    config, table = model.config.to_dict(), FAMILIES["mixtral"]
+    config = model.config.to_dict()
     with separate_experts(model, 2):
         base = [p for name, p in model.named_parameters() if not name.endswith("_new")]
         controls = [Unfreezing(base, after_steps=2)]
         result = run(model, tmp_path, steps=5, controls=controls)
-    first = training_flops(table, config, is_trained=lambda t: t.expert in (2, 3)).of(LENGTH)
-    rest = training_flops(table, config).of(LENGTH)
+    first = training_flops(config, is_trained=lambda t: t.expert in (2, 3)).of(LENGTH)
+    rest = training_flops(config).of(LENGTH)
     assert first < rest
     assert result.flops == 4 * (2 * first + 3 * rest)
 

@@ -158,10 +158,9 @@ def export_model(
         "architectures": [family_of(weights.config).architecture],
         "dtype": str(dtype).removeprefix("torch."),
     }
-    family, stock = family_of(config), on_disk(config)
-    stored = layout(family, config, expert_layout)
+    stock, stored = on_disk(config), layout(config, expert_layout)
     unpadded = _stream(weights, stored, dtype=dtype, progress=progress)
-    stream = padded(unpadded, padded_shapes(family, config))
+    stream = padded(unpadded, padded_shapes(config))
     check = partial(check_replaceable, sources=weights.places)
     with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
         digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)

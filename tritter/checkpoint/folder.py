@@ -9,7 +9,7 @@ from typing import Protocol
 from tritter.checkpoint.card import model_card
 from tritter.checkpoint.record import Lineage
 from tritter.errors import TritterError
-from tritter.families import Config, family_of, ffn_sizes, on_disk, padded_shapes
+from tritter.families import Config, ffn_sizes, on_disk, padded_shapes
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
 from tritter.storage.links import check_links
@@ -62,7 +62,7 @@ def write_checkpoint(
             cannot be written.
         TritterError: the disk refused a write.
     """
-    stream = padded(tensors, padded_shapes(family_of(config), config))
+    stream = padded(tensors, padded_shapes(config))
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
         tensor_digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
         write_config(folder, config)

@@ -13,7 +13,7 @@ from tritter.checkpoint.folder import (
 from tritter.checkpoint.learned import Learned, with_domains
 from tritter.checkpoint.record import ExpansionRecord, Lineage
 from tritter.errors import RequestError, TritterError
-from tritter.families import family_of
+from tritter.families import count_parameters
 from tritter.families.config_file import read_config_file
 from tritter.storage.hashing import bounded_digest, header_digest, merkle_hash, tensor_digest
 from tritter.storage.links import check_inside, check_links
@@ -57,8 +57,7 @@ class Link:
         if self.folder is None or self.lineage is None or not self.lineage.ffn_sizes:
             return self.num_parameters_on_disk
         try:
-            config = read_config_file(self.folder)
-            return family_of(config).count_parameters(config)
+            return count_parameters(read_config_file(self.folder))
         except TritterError:
             return None
 

@@ -187,7 +187,7 @@ def _matched(
     elsewhere = [name for name in tensors if not name.startswith(prefix)]
     names = [name.removeprefix(prefix) for name in tensors if name not in elsewhere]
     try:
-        stored = match(family, config, [*names, *elsewhere])
+        stored = match(config, [*names, *elsewhere])
     except TritterError as error:
         hint = f" (--prefix {prefix} leaves out what stands elsewhere)" if elsewhere else ""
         raise TritterError(f"{path}: {error}{hint}") from error

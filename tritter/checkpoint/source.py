@@ -54,8 +54,8 @@ class Source:
         """
         family = family_of(config)
         tensors = TensorFolder.open(folder)
-        stored = match(family, config, tensors.files)
-        on_disk = padded_shapes(family, config)
+        stored = match(config, tensors.files)
+        on_disk = padded_shapes(config)
         for tensor in stored:
             found, wanted = tensors.shape(tensor.name), on_disk.get(tensor.name, tensor.shape)
             if wanted != found:

@@ -15,10 +15,10 @@ from tritter.cli.output import shown_path
 from tritter.cli.values import parameter_count, spelled
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.expansion import ExpansionSpec
+from tritter.families import count_parameters
 from tritter.families.config_file import read_config_file
 from tritter.families.presets import PRESETS, find_preset
 from tritter.planning import GrowthPlan, NamedShape, named_shape, preset_shape
-from tritter.planning.memory import count_parameters
 from tritter.report.wording import count_text
 from tritter.storage.hub import locate
 

@@ -11,7 +11,6 @@ from tritter.families import (
     Config,
     LogicalTensor,
     StoredTensor,
-    family_of,
     layout,
     pack_all,
     unpack_all,
@@ -48,7 +47,7 @@ class Change:
     @classmethod
     def of(cls, parameter_map: ParameterMap, source: Config, target: Config) -> "Change":
         """Return the change that a map makes to a model of the config `source`."""
-        before, after = (layout(family_of(c), c, "live") for c in (source, target))
+        before, after = (layout(c, "live") for c in (source, target))
         return cls(config=target, before=before, after=after, tensors=parameter_map.tensors)
 
     @property

@@ -31,7 +31,14 @@ from tritter.expansion import (
     composed,
 )
 from tritter.expansion.moe_add import closed_experts
-from tritter.families import Config, LayoutKind, StoredTensor, family_of, layout
+from tritter.families import (
+    Config,
+    LayoutKind,
+    StoredTensor,
+    count_parameters,
+    family_of,
+    layout,
+)
 from tritter.loadable import check_loadable
 from tritter.models import read_config
 from tritter.parameter_map import ParameterMap, TensorMap, rounded_weight
@@ -113,7 +120,7 @@ def plan_expansion(
 def planned(source: Path, specs: Sequence[ExpansionSpec], *, seed: int) -> PlannedExpansion:
     """Do the same for checked specs; none are allowed."""
     config = read_config(source)
-    family, steps = family_of(config), build_steps(config, specs, seed=seed)
+    steps = build_steps(config, specs, seed=seed)
     target = steps[-1].target_config if steps else config
     if steps:
         check_loadable(target, folder=source)
@@ -122,8 +129,8 @@ def planned(source: Path, specs: Sequence[ExpansionSpec], *, seed: int) -> Plann
         steps=steps,
         parameter_map=composed(steps, config),
         seed=seed,
-        parameters_before=family.count_parameters(config),
-        parameters_after=family_of(target).count_parameters(target),
+        parameters_before=count_parameters(config),
+        parameters_after=count_parameters(target),
         added_experts=added_experts(AddedExperts.read(source), steps),
     )
 
@@ -273,7 +280,7 @@ def _stream(
     progress: Progress | None,
 ) -> TensorStream:
     config, maps = plan.target_config, plan.parameter_map.tensors
-    targets = layout(family_of(config), config, kind)
+    targets = layout(config, kind)
     dtypes = {t.name: dtype or _dtype_of(t, source, maps) for t in targets}
     entries = tuple(TensorEntry(t.name, dtypes[t.name], t.shape) for t in targets)
 

@@ -11,7 +11,7 @@ from tritter.expansion.moe_add import MoeAdd, sparse_layers
 from tritter.expansion.partners import partner_of
 from tritter.expansion.specification import ExpansionSpec, target_config
 from tritter.expansion.width import Width
-from tritter.families import Config, family_of
+from tritter.families import Config, count_parameters, family_of
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
 
 TOLERANCE = 0.1
@@ -40,7 +40,7 @@ def reach_parameters(
             "use it with one method, or give each method its own target."
         )
     (spec,) = specs
-    source = family_of(config).count_parameters(config)
+    source = count_parameters(config)
     if target <= source:
         raise RequestError(
             f"target_params = {target:,}: the model has {source:,} already; an expansion only "
@@ -114,8 +114,7 @@ def _is_possible(config: Config, spec: ExpansionSpec) -> bool:
 
 
 def _parameters(config: Config, spec: ExpansionSpec) -> int:
-    target = target_config(config, [spec])
-    return family_of(target).count_parameters(target)
+    return count_parameters(target_config(config, [spec]))
 
 
 def _describe(spec: Any) -> str:

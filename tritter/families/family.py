@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
-from tritter.errors import RequestError, brief, did_you_mean
+from tritter.errors import RequestError, brief
 from tritter.families.dimensions import DENSE_SIZES, Config, Dimensions, read_dimensions
 from tritter.families.layer_sizes import FFN_SIZES, ffn_sizes, with_ffn_sizes
 from tritter.families.logical import LogicalTensor, Port
@@ -206,20 +206,6 @@ class Family:
         last = len(is_layer) - is_layer[::-1].index(True)
         tensors = list(self.tensors)
         return tensors[:first], tensors[first:last], tensors[last:]
-
-
-def find_family(families: Mapping[str, Family], model_type: str) -> Family:
-    """Return the family of a `model_type`.
-
-    Raises:
-        RequestError: the family has no table; names those that have.
-    """
-    if model_type not in families:
-        raise RequestError(
-            f"model_type '{model_type}' is not a family that Tritter knows; it knows "
-            f"{', '.join(sorted(families))}.{did_you_mean(model_type, families)}"
-        )
-    return families[model_type]
 
 
 def _with_experts(templates: Sequence[LogicalTensor], num_experts: int) -> list[LogicalTensor]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tritter.families.dimensions import Config
-from tritter.families.family import Family
 from tritter.families.logical import LogicalTensor
+from tritter.families.tables import family_of
 
 Loss = Literal["head", "routers"]
 IsTrained = Callable[[LogicalTensor], bool]
@@ -66,19 +66,16 @@ def everything(tensor: LogicalTensor) -> bool:
     return True
 
 
-def forward_flops(
-    family: Family, config: Config, *, routed_to: Collection[int] | None = None
-) -> Flops:
+def forward_flops(config: Config, *, routed_to: Collection[int] | None = None) -> Flops:
     """Count a forward pass, output head included.
 
     Args:
         routed_to: the experts that share the tokens evenly. Default: all.
     """
-    return _Walk(family, config, everything, routed_to).sum(lambda product: product.forward)
+    return _Walk(config, everything, routed_to).sum(lambda product: product.forward)
 
 
 def backward_flops(
-    family: Family,
     config: Config,
     *,
     is_trained: IsTrained = everything,
@@ -93,22 +90,21 @@ def backward_flops(
             gradient passes through nothing that stands above the last of them.
         routed_to: as for `forward_flops`.
     """
-    walk = _Walk(family, config, is_trained, routed_to)
+    walk = _Walk(config, is_trained, routed_to)
     if loss_at == "head":
         return walk.sum(lambda product: product.backward)
     return walk.sum(lambda product: product.backward * product.is_below_router)
 
 
 def training_flops(
-    family: Family,
     config: Config,
     *,
     is_trained: IsTrained = everything,
     routed_to: Collection[int] | None = None,
 ) -> Flops:
     """Count a forward and a backward pass; arguments as for `backward_flops`."""
-    forward = forward_flops(family, config, routed_to=routed_to)
-    return forward + backward_flops(family, config, is_trained=is_trained, routed_to=routed_to)
+    forward = forward_flops(config, routed_to=routed_to)
+    return forward + backward_flops(config, is_trained=is_trained, routed_to=routed_to)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,11 +135,11 @@ class _Walk:
 
     def __init__(
         self,
-        family: Family,
         config: Config,
         is_trained: IsTrained,
         routed_to: Collection[int] | None,
     ) -> None:
+        family = family_of(config)
         self._sizes = family.dimensions(config)
         self._experts = range(self._sizes.num_experts) if routed_to is None else routed_to
         self._held: dict[str, int] = {}  # name → size

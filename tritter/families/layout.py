@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from tritter.errors import TritterError
 from tritter.families.dimensions import Config
-from tritter.families.family import Family
 from tritter.families.layer_sizes import FFN_SIZES, on_disk
 from tritter.families.logical import Fused, LogicalTensor
+from tritter.families.tables import family_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,9 +76,9 @@ class StoredTensor:
             yield part.tensor, stored[part.index] if part.index else stored
 
 
-def layout(family: Family, config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
+def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
     """Return all stored tensors of a model, in forward order."""
-    places: dict[str, list[Part]] = {}
+    family, places = family_of(config), dict[str, list[Part]]()
     shapes: dict[str, tuple[int, ...]] = {}
     num_experts = family.dimensions(config).num_experts
     for tensor in family.logical_tensors(config):
@@ -94,16 +94,16 @@ def layout(family: Family, config: Config, kind: LayoutKind) -> tuple[StoredTens
     return tuple(StoredTensor(name, shapes[name], tuple(parts)) for name, parts in places.items())
 
 
-def padded_shapes(family: Family, config: Config) -> dict[str, tuple[int, ...]]:
+def padded_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Return name → shape on disk of the tensors that are padded there; most models have none."""
     if FFN_SIZES not in config:
         return {}
-    live = {tensor.name: tensor.shape for tensor in layout(family, config, "hub")}
-    stock = layout(family, on_disk(config), "hub")
+    live = {tensor.name: tensor.shape for tensor in layout(config, "hub")}
+    stock = layout(on_disk(config), "hub")
     return {tensor.name: tensor.shape for tensor in stock if tensor.shape != live[tensor.name]}
 
 
-def match(family: Family, config: Config, names: Iterable[str]) -> tuple[StoredTensor, ...]:
+def match(config: Config, names: Iterable[str]) -> tuple[StoredTensor, ...]:
     """Return the layout that a checkpoint's tensors have.
 
     Args:
@@ -112,13 +112,14 @@ def match(family: Family, config: Config, names: Iterable[str]) -> tuple[StoredT
     Raises:
         TritterError: a name has no place in the family's table, or one is missing.
     """
+    family = family_of(config)
     held = set(names) - family.tied_names(config)
-    expected = layout(family, config, "hub")
+    expected = layout(config, "hub")
     if family.has_experts and held != {stored.name for stored in expected}:
-        live = layout(family, config, "live")
+        live = layout(config, "live")
         if len(held & {s.name for s in live}) > len(held & {s.name for s in expected}):
             expected = live
-    _check_names(family, held, {stored.name for stored in expected})
+    _check_names(family.model_type, held, {stored.name for stored in expected})
     return expected
 
 
@@ -157,11 +158,11 @@ def _place_in(fused: Fused, tensor: LogicalTensor, shape: tuple[int, ...]) -> Pa
     return Part(tensor, (tensor.expert, rows))
 
 
-def _check_names(family: Family, held: set[str], expected: set[str]) -> None:
+def _check_names(model_type: str, held: set[str], expected: set[str]) -> None:
     extra, missing = sorted(held - expected), sorted(expected - held)
     parts = []
     if extra:
-        parts.append(f"{len(extra)} tensors that {family.model_type} does not have: {_some(extra)}")
+        parts.append(f"{len(extra)} tensors that {model_type} does not have: {_some(extra)}")
     if missing:
         parts.append(f"{len(missing)} tensors are missing: {_some(missing)}")
     if parts:

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tritter.errors import TritterError
-from tritter.families import family_of, forward_flops, training_flops
+from tritter.families import forward_flops, training_flops
 from tritter.forgetting.fisher import Estimator, diagonal_fisher
 from tritter.forgetting.quadratic import QuadraticPenalty
 from tritter.options import Count, options
@@ -83,9 +83,9 @@ class EWC(QuadraticPenalty):
         from tritter.models import config_of  # transformers, which a refusal does not wait for
 
         config = config_of(given.model)
-        flops = training_flops(family_of(config), config)
+        flops = training_flops(config)
         if self.estimator == "true":
-            flops += forward_flops(family_of(config), config)
+            flops += forward_flops(config)
         return Prepared(
             state={self.kind: fisher},
             flops=len(chosen) * flops.of(chosen.shape[1]),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritter.errors import RequestError
-from tritter.families import family_of, forward_flops
+from tritter.families import forward_flops
 from tritter.models import config_of
 from tritter.moe_routing.live import Batch, LoaderBatches, fit_live
 from tritter.moe_routing.objective import RoutingObjective, RoutingSettings
@@ -72,7 +72,7 @@ class DistillationModule(BaseModule):
 
     def step_flops(self, *, num_sequences: int, length: int) -> float:
         config = config_of(self._teacher[0])
-        flops = forward_flops(family_of(config), config)
+        flops = forward_flops(config)
         flops += flops_of_sequence(self.model, routed_to=self.new_experts)
         return num_sequences * flops.of(length)
 

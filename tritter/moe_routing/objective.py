@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 
 from tritter.data.ranks import this_rank
 from tritter.errors import TritterError
-from tritter.families import backward_flops, family_of, forward_flops
+from tritter.families import backward_flops, forward_flops
 from tritter.models import config_of
 from tritter.moe_routing.losses import (
     load_balancing_loss,
@@ -89,7 +89,7 @@ class OldRouting:
                 for held, record in zip(seen, routing.recorded(), strict=True):
                     held.append(record.probabilities.view(*batch.shape, -1).cpu())
         config = config_of(model)
-        flops = len(sequences) * forward_flops(family_of(config), config).of(sequences.shape[1])
+        flops = len(sequences) * forward_flops(config).of(sequences.shape[1])
         return cls(sequences, tuple(torch.cat(held) for held in seen), batch_size, flops)
 
     def rows(self, step: int) -> Tensor:
@@ -177,9 +177,8 @@ class RoutingObjective(SideLoss):
         if self._held is None:
             return 0.0
         config, trained = config_of(model), trained_tensors(model)
-        family = family_of(config)
-        flops = forward_flops(family, config) + backward_flops(
-            family, config, is_trained=lambda tensor: tensor.name in trained, loss_at="routers"
+        flops = forward_flops(config) + backward_flops(
+            config, is_trained=lambda tensor: tensor.name in trained, loss_at="routers"
         )
         # Each process looks at the same old text, which is counted once
         num_sequences, length = self._held.sequences[self._held.rows(0)].shape

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tritter.errors import RequestError
-from tritter.families import FAMILIES, layout
+from tritter.families import layout
 from tritter.models import config_of
 from tritter.stock_routers import Routing
 from tritter.training.parameters import BASE, NEW
@@ -106,7 +106,7 @@ def is_router(name: str) -> bool:
 def shared_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters that all experts of a layer share."""
     config = config_of(model)
-    stored = layout(FAMILIES[str(config["model_type"])], config, "live")
+    stored = layout(config, "live")
     return tuple(tensor.name for tensor in stored if not tensor.is_whole)
 
 

@@ -1,6 +1,6 @@
 """Stages of appended experts before they are opened: which to clone, what a teacher says."""
 
-from tritter.families import family_of, training_flops
+from tritter.families import training_flops
 from tritter.models import load_model, read_config
 from tritter.moe_routing import DistillationModule, best_experts, only_new_experts
 from tritter.pipeline import moe, moments
@@ -20,9 +20,7 @@ def choice(context: RunContext, arm: Arm) -> StageResult:
     chosen = best_experts(load_model(folder).to(context.device), sequences)
     context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
     config = read_config(folder)
-    flops = training_flops(
-        family_of(config), config, is_trained=lambda tensor: tensor.is_per_expert
-    )
+    flops = training_flops(config, is_trained=lambda tensor: tensor.is_per_expert)
     return StageResult(
         found={"clone_from": list(chosen)},
         flops={"choose": len(sequences) * flops.of(sequences.shape[1])},

@@ -1,6 +1,5 @@
 """The base model: trained once on the old domains, cached by the hash of what made it."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from tritter.config.validation import source_config
 from tritter.data.cache import require_writable, set_aside
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.errors import TritterError
-from tritter.families import Config, family_of
+from tritter.families import Config, count_parameters
 from tritter.forgetting.path_integral import PathIntegral
 from tritter.models import named_tensors, new_model, save_tokenizer
 from tritter.pipeline import importance, moments
@@ -31,8 +30,6 @@ from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, FitResult, discard_saved, fit
 
 FORMAT_VERSION = 4  # 4: the side of a text follows from the text
-
-logger = logging.getLogger(__name__)
 
 
 def base_config(context: RunContext) -> Config:
@@ -106,7 +103,7 @@ def _text_options(data: DataConfig) -> dict[str, Any]:
 def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any]) -> float:
     """Train a base into the cache and return the seconds it took."""
     config = base_config(context)
-    parameters = family_of(config).count_parameters(config)
+    parameters = count_parameters(config)
     pretraining = context.config.pretraining
     context.say(
         "baseline",

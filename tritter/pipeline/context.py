@@ -313,7 +313,7 @@ class RunContext:
                 self.corpus.domains[name].validation, sequence_length=length
             )
         )
-        flops = forward_flops(family_of(config), config)
+        flops = forward_flops(config)
         return sum(count * flops.of(window) for window, count in lengths.items())
 
 

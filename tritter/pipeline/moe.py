@@ -207,7 +207,7 @@ def usage_flops(context: RunContext, config: Config) -> float:
     if not family.has_experts:
         return 0.0
     looked = [spread(context, [domain], USAGE_SEQUENCES) for domain in context.domains]
-    flops = forward_flops(family, config).of(context.config.data.sequence_length)
+    flops = forward_flops(config).of(context.config.data.sequence_length)
     return sum(map(len, looked)) * flops
 
 

@@ -15,7 +15,7 @@ from tritter.config.jobs import read_status
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status, decide
-from tritter.families import Config, family_of, on_disk
+from tritter.families import count_parameters, on_disk
 from tritter.models import read_config
 from tritter.pipeline import adaptation, importance, moe, stages, verdict
 from tritter.pipeline.arm import Arm
@@ -197,10 +197,6 @@ def _publish(context: RunContext, attempt: Arm, status: Status) -> StageResult:
     )
 
 
-def _parameters(config: Config) -> int:
-    return family_of(config).count_parameters(config)
-
-
 def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str, Any]:
     """Assemble summary.json from the ledger and the scores on disk; the last arm stands in front.
 
@@ -232,8 +228,8 @@ def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str
         "jump": attempt["jump"],
         "flops": context.ledger.flops(),
         "seconds": context.ledger.seconds(),
-        "parameters": {name: _parameters(config) for name, config in sizes.items()},
-        "parameters_on_disk": {name: _parameters(on_disk(c)) for name, c in sizes.items()},
+        "parameters": {name: count_parameters(config) for name, config in sizes.items()},
+        "parameters_on_disk": {name: count_parameters(on_disk(c)) for name, c in sizes.items()},
         "checkpoint": "checkpoint",
         "lineage": published.found,
         "samples": evaluated.found["samples"],

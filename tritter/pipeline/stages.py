@@ -15,7 +15,7 @@ from tritter.data.datamodule import EvaluationText
 from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.samples import prompt_in_words, sample_text
 from tritter.expand import expand
-from tritter.families import Flops, family_of, forward_flops
+from tritter.families import count_parameters, forward_flops
 from tritter.forgetting import build_methods
 from tritter.models import config_of, load_model, read_config
 from tritter.moe_routing import redraw_rows
@@ -67,7 +67,7 @@ def baseline(context: RunContext) -> StageResult:
     assert lineage is not None
     return StageResult(
         found={
-            "parameters": family_of(config).count_parameters(config),
+            "parameters": count_parameters(config),
             "model_hash": lineage.model_hash,
             "corpus": context.corpus.digest,
         },
@@ -87,7 +87,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     """Expand what the arm starts from, measure the jump and score the result."""
     source, folder = context.folder / arm.start, context.folder / arm.name / "expanded"
     if not arm.specs:
-        return StageResult(found={"parameters": _parameters(source), "notes": []})
+        return StageResult(found={"parameters": count_parameters(read_config(source)), "notes": []})
     # In float32 whatever the source is stored in: an exact map is exact only before rounding
     result = expand(
         source,
@@ -315,24 +315,14 @@ def _jump_tokens(context: RunContext) -> Tensor:
 
 
 def _jump_flops(before: Path, after: Path, tokens: Tensor) -> float:
-    configs = map(read_config, (before, after))
-    return sum(_flops_of(forward_flops(family_of(c), c), tokens) for c in configs)
-
-
-def _flops_of(flops: Flops, sequences: Tensor) -> float:
-    """Return the FLOPs of a pass over sequences [N, T]."""
-    return len(sequences) * flops.of(sequences.shape[1])
+    passes = [forward_flops(read_config(folder)) for folder in (before, after)]
+    return len(tokens) * sum(flops.of(tokens.shape[1]) for flops in passes)
 
 
 def _layer_note(sources: tuple[int, ...], name: str) -> str:
     if sources == tuple(range(len(sources))):
         return ""
     return f"{name}: layers from {' '.join(map(str, sources))}"
-
-
-def _parameters(folder: Path) -> int:
-    config = read_config(folder)
-    return family_of(config).count_parameters(config)
 
 
 def _names(domains: Sequence[str]) -> str:
@@ -368,6 +358,6 @@ def _sample(context: RunContext, domain: str, before: Any, after: Any) -> _Sampl
         texts[name] = str(tokenizer.decode(tokens))
         # End of text, the prompt and what was said; the last token is not read any more
         config, said = config_of(model), min(len(tokens), max_new - 1)
-        flops += forward_flops(family_of(config), config).of(1 + len(prompt) + said)
+        flops += forward_flops(config).of(1 + len(prompt) + said)
     record = {"domain": domain, "prompt": str(tokenizer.decode(prompt)), **texts}
     return _Sample(record, flops)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tritter.errors import RequestError
-from tritter.families import Config, family_of, training_flops
+from tritter.families import Config, training_flops
 from tritter.planning.memory import TrainingSetup, is_attention
 
 A100_BF16_FLOPS = 312e12  # dense, per second, as NVIDIA states it
@@ -50,7 +50,6 @@ class Device:
 def training_flops_per_token(config: Config, setup: TrainingSetup) -> float:
     """Return the mean FLOPs of a token in a training step: matrices, output head, attention."""
     flops = training_flops(
-        family_of(config),
         config,
         is_trained=lambda tensor: not (setup.is_attention_frozen and is_attention(tensor)),
     )

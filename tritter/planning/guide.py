@@ -7,9 +7,8 @@ that comes nearest; docs/planning.md says where the guide's own figures would ne
 from dataclasses import dataclass
 
 from tritter.expansion import Dus, ExpansionSpec, Moe, Width, target_config
-from tritter.families import Config, llama_config
+from tritter.families import Config, count_parameters, llama_config
 from tritter.families.presets import PRESETS, VOCABULARY
-from tritter.planning.memory import count_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

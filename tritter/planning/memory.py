@@ -15,6 +15,7 @@ from tritter.families import (
     Family,
     LogicalTensor,
     StoredTensor,
+    count_parameters,
     family_of,
     ffn_sizes,
     layout,
@@ -113,7 +114,7 @@ def training_memory(config: Config, setup: TrainingSetup) -> TrainingMemory:
 
     def trained(config: Config) -> list[StoredTensor]:
         is_frozen = setup.is_attention_frozen
-        stored = layout(family_of(config), config, "live")
+        stored = layout(config, "live")
         return [t for t in stored if not (is_frozen and is_attention(t.parts[0].tensor))]
 
     def optimizer_bytes(config: Config) -> int:
@@ -125,11 +126,6 @@ def training_memory(config: Config, setup: TrainingSetup) -> TrainingMemory:
         optimizer_bytes=over_layers(config, optimizer_bytes),
         activations_bytes=_activations_bytes(config, setup),
     )
-
-
-def count_parameters(config: Config) -> int:
-    """Count a model's parameters from shapes, one layer of each kind written out."""
-    return over_layers(config, lambda few: family_of(few).count_parameters(few))
 
 
 def over_layers(config: Config, measure: Callable[[Config], int]) -> int:
@@ -185,7 +181,7 @@ def saved_bytes(config: Config, setup: TrainingSetup) -> int:
     if setup.is_checkpointed:
         kept = sizes.num_hidden_layers * sizes.hidden_size * parameter_bytes + max(layers)
     end = sizes.hidden_size * (_FLOAT32 + parameter_bytes + width) + sizes.vocab_size * _FLOAT32
-    return setup.num_tokens * (kept + end) + _autocast_bytes(family, config, setup)
+    return setup.num_tokens * (kept + end) + _autocast_bytes(config, setup)
 
 
 def _activations_bytes(config: Config, setup: TrainingSetup) -> int:
@@ -212,7 +208,7 @@ def _layer_bytes(family: Family, config: Config, layer: int, setup: TrainingSetu
     return normed * (_FLOAT32 + parameter_bytes) + products * width + statistics
 
 
-def _autocast_bytes(family: Family, config: Config, setup: TrainingSetup) -> int:
+def _autocast_bytes(config: Config, setup: TrainingSetup) -> int:
     """Return the bytes of the halved copies of what autocast multiplies with."""
     if not setup.precision.endswith("-mixed"):
         return 0
@@ -220,7 +216,7 @@ def _autocast_bytes(family: Family, config: Config, setup: TrainingSetup) -> int
     is_tied = bool(config.get("tie_word_embeddings"))
 
     def multiplied(config: Config) -> int:
-        stored = layout(family, config, "live")
+        stored = layout(config, "live")
         return _count([t for t in stored if len(t.shape) > 1 and (is_tied or not _is_embedding(t))])
 
     return width * over_layers(config, multiplied)

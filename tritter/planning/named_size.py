@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from tritter.errors import RequestError
-from tritter.families import Config, family_of
+from tritter.families import Config, count_parameters, family_of
 from tritter.families.presets import PRESETS, Preset
-from tritter.planning.memory import count_parameters
 
 TOLERANCE = 0.1
 

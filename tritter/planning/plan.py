@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec
-from tritter.families import Config
+from tritter.families import Config, count_parameters
 from tritter.planning.cost import Device, training_flops_per_token
-from tritter.planning.memory import TrainingMemory, TrainingSetup, count_parameters, training_memory
+from tritter.planning.memory import TrainingMemory, TrainingSetup, training_memory
 from tritter.planning.named_size import named_shape
 from tritter.planning.scaling_law import CHINCHILLA, ScalingLaw
 from tritter.planning.shapes import (

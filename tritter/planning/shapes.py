@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from tritter.errors import RequestError
 from tritter.expansion import Dus, ExpansionSpec, Width, target_config
-from tritter.families import Config, Dimensions, family_of
+from tritter.families import Config, Dimensions, count_parameters, family_of
 from tritter.limits import MAX_LAYERS, MAX_WIDTH
-from tritter.planning.memory import count_parameters
 
 _LARGEST_MULTIPLE = 256  # FFN sizes stay multiples of what they were multiples of, up to this
 _FINEST_ROUNDING = 8  # an FFN is rounded to multiples of an eighth of itself at most

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from tritter.errors import Problem, RequestError, nearest
-from tritter.families import Config
+from tritter.families import Config, count_parameters
 from tritter.families.presets import aspect_ratio_at
-from tritter.planning.memory import count_parameters
 from tritter.planning.shapes import (
     WIDTH_GRIDS,
     GrowthMethods,

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from tritter.families import Flops, family_of, training_flops
+from tritter.families import Flops, training_flops
 from tritter.models import config_of
 from tritter.training.parameters import live_layout
 
@@ -17,7 +17,6 @@ def flops_of_sequence(model: nn.Module, *, routed_to: Collection[int] | None = N
     """
     config, trained = config_of(model), trained_tensors(model)
     return training_flops(
-        family_of(config),
         config,
         is_trained=lambda tensor: tensor.name in trained,
         routed_to=routed_to,

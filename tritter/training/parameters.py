@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from tritter.families import StoredTensor, family_of, layout
+from tritter.families import StoredTensor, layout
 from tritter.families.layout import Part
 from tritter.models import config_of
 
@@ -17,7 +17,7 @@ def live_layout(model: nn.Module) -> tuple[StoredTensor, ...]:
     """Return what each parameter of a live model holds, in forward order."""
     config, parameters = config_of(model), dict(model.named_parameters())
     places: list[StoredTensor] = []
-    for stored in layout(family_of(config), config, "live"):
+    for stored in layout(config, "live"):
         if stored.name in parameters:
             places.append(stored)
         else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tritter.errors import RequestError, TritterError
 from tritter.expand import Change
-from tritter.families import Config, family_of, layout, on_disk
+from tritter.families import Config, layout, on_disk
 from tritter.models import config_of, set_parameter, weightless_model
 
 Entry = dict[str, Any]
@@ -52,7 +52,7 @@ def reshape(
 
 def entry_of(change: Change, *, step: int, reason: str) -> Entry:
     """Return what the journal says of a change, in plain data."""
-    known = {stored.name for stored in layout(family_of(change.config), change.config, "live")}
+    known = {stored.name for stored in layout(change.config, "live")}
     return {
         "step": step,
         "reason": reason,
@@ -66,7 +66,7 @@ def entry_of(change: Change, *, step: int, reason: str) -> Entry:
 def replay(model: nn.Module, entries: Sequence[Entry]) -> None:
     """Give a model the shapes that journal entries say; what it holds there is arbitrary."""
     config: Config = entries[-1]["config"]
-    shapes = {s.name: s.shape for s in layout(family_of(config), config, "live")}
+    shapes = {s.name: s.shape for s in layout(config, "live")}
     removed: set[str] = set()
     for entry in entries:
         shapes |= {name: tuple(shape) for name, shape in entry["others"].items()}

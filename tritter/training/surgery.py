@@ -16,7 +16,7 @@ from torch import nn
 
 from tritter.errors import RequestError, TritterError
 from tritter.expand import Change
-from tritter.families import family_of, layout
+from tritter.families import count_parameters, layout
 from tritter.parameter_map.carry import Policy
 from tritter.storage.tensors import is_finite
 from tritter.training.module import BaseModule
@@ -158,16 +158,15 @@ def _ties(model: nn.Module) -> set[frozenset[str]]:
 def _count_others(model: nn.Module, change: Change) -> int:
     """Count the parameters that neither the family nor the change knows."""
     known = {s.name for s in (*change.before, *change.after)}
-    known |= {s.name for s in layout(family_of(change.config), change.config, "live")}
+    known |= {s.name for s in layout(change.config, "live")}
     return sum(p.numel() for name, p in model.named_parameters() if name not in known)
 
 
 def _count_known(change: Change) -> int:
     """Count from shapes what the model holds then of its family's and of the change's own."""
-    family = family_of(change.config)
-    stock = {s.name for s in layout(family, change.config, "live")}
+    stock = {s.name for s in layout(change.config, "live")}
     own = sum(prod(s.shape) for s in change.after if s.name not in stock)
-    return family.count_parameters(change.config) + own
+    return count_parameters(change.config) + own
 
 
 def _check_result(

@@ -12,7 +12,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from tritter.data.datamodule import EvaluationText
-from tritter.families import family_of, forward_flops
+from tritter.families import forward_flops
 from tritter.models import config_of
 from tritter.training.callbacks import ends_step
 from tritter.training.checkpoint_io import random_state, restore_random_state
@@ -66,7 +66,7 @@ class Validation(Callback):
         assert isinstance(pl_module, BaseModule)
         self._last = trainer.global_step
         config = config_of(pl_module.model)
-        flops = forward_flops(family_of(config), config)
+        flops = forward_flops(config)
         self.flops += sum(flops.of(length) for length in self._text.lengths)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,35 @@
+"""All tables of families, and the one that a config.json means."""
+
+from tritter.errors import RequestError, did_you_mean
+from tritter.families.dimensions import Config
+from tritter.families.family import Family
+from tritter.families.gemma3 import GEMMA3_TEXT
+from tritter.families.llama import LLAMA
+from tritter.families.mistral import MISTRAL, MIXTRAL
+from tritter.families.qwen2 import QWEN2, QWEN2_MOE
+from tritter.families.qwen3 import QWEN3, QWEN3_MOE
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3_TEXT, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+}
+
+
+def family_of(config: Config) -> Family:
+    """Return the family that a config.json names.
+
+    Raises:
+        RequestError: no table for its `model_type`; names the tables there are.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        raise RequestError(
+            f"model_type '{model_type}' is not a family that Tritter knows; it knows "
+            f"{', '.join(sorted(FAMILIES))}.{did_you_mean(model_type, FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def count_parameters(config: Config) -> int:
+    """Count a model's parameters from shapes; a tied head counts once."""
+    return family_of(config).count_parameters(config)
