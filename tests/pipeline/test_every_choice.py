@@ -19,7 +19,7 @@ from tritter.conf_folder import config_folder
 from tritter.config.composition import load_config
 from tritter.models import load_model
 from tritter.pipeline import run_pipeline
-from tritter.training import ExpandedModule
+from tritter.training import BaseModule
 
 KILLED_AT = 5  # of 6 steps, the state saved at 4
 NEEDS = {"moe_add": "[moe,moe_add]"}  # a model without experts has none to add to
@@ -67,7 +67,7 @@ def run(folder: Path, cache: Path, expansion: str, forgetting: str) -> str:
 def check(folder: Path, cache: Path, expansion: str, forgetting: str) -> None:
     whole = run(folder / "whole", cache, expansion, forgetting)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ExpandedModule, "training_step", _dies_at(ExpandedModule.training_step))
+        patch.setattr(BaseModule, "training_step", _dies_at(BaseModule.training_step))
         with pytest.raises(Killed):
             run(folder / "parts", cache, expansion, forgetting)
     assert any((folder / "parts").rglob("saved/*")), "nothing was saved before the kill"

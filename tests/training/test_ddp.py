@@ -31,7 +31,7 @@ from tritter.forgetting import EWC, L2SP, Replay
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.targets import NamedTarget
 from tritter.training import (
-    ExpandedModule,
+    BaseModule,
     FitResult,
     ForgettingMethod,
     OptimizerSettings,
@@ -59,7 +59,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Broken(ExpandedModule):
+class Broken(BaseModule):
     """The loss that rank 1 logs is infinite at some steps; its gradients are as they should be."""
 
     bad_steps = range(0)
@@ -139,7 +139,7 @@ def train(
     *watching: Callback,
     methods: str = "l2sp and replay",
     dropout: float = 0.0,
-    module_type: type[ExpandedModule] = ExpandedModule,
+    module_type: type[BaseModule] = BaseModule,
     loggers: Sequence[Any] = (),
     write_result: WriteResult | None = None,
     evaluation: EvaluationText | None = None,

@@ -14,7 +14,6 @@ from tests import oracle
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.training import (
     BaseModule,
-    ExpandedModule,
     FitResult,
     ForgettingMethod,
     OptimizerSettings,
@@ -47,12 +46,12 @@ def run(module: BaseModule, folder: Path, *, settings: TrainerSettings = SETTING
         folder=folder,
         label="test",
         console=Console(quiet=True),
-        task=task(module.model) if isinstance(module, ExpandedModule) else None,
+        task=task(module.model) if module.methods else None,
     )
 
 
-def module_of(*methods: ForgettingMethod, schedule: Schedule = SCHEDULE) -> ExpandedModule:
-    return ExpandedModule(
+def module_of(*methods: ForgettingMethod, schedule: Schedule = SCHEDULE) -> BaseModule:
+    return BaseModule(
         oracle.tiny_llama(initializer_range=0.05),
         schedule=schedule,
         optimizer=OptimizerSettings(),

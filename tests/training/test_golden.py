@@ -22,7 +22,7 @@ from tritter.expand import expand
 from tritter.expansion import Width
 from tritter.forgetting import L2SP, Replay
 from tritter.models import load_model
-from tritter.training import ExpandedModule, OptimizerSettings, Schedule, fit, read_metrics
+from tritter.training import BaseModule, OptimizerSettings, Schedule, fit, read_metrics
 
 CURVE = Path(__file__).parents[1] / "golden/losses.json"
 STEPS = 20
@@ -44,7 +44,7 @@ def losses(folder: Path, *, learning_rate: float = 1e-2) -> list[float]:
     source = oracle.saved(oracle.tiny_llama(initializer_range=0.05), folder / "source")
     model = load_model(expand(source, folder / "wide", [Width(intermediate_size=60)]).folder)
     sequences = oracle.tokens(batch=40, length=16, seed=5).int()
-    module = ExpandedModule(
+    module = BaseModule(
         model,
         schedule=Schedule(learning_rate=learning_rate, max_steps=STEPS),
         optimizer=OptimizerSettings(),

@@ -18,7 +18,7 @@ from tritter.errors import TritterError
 from tritter.forgetting import EWC, L2SP, Replay
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.training import (
-    ExpandedModule,
+    BaseModule,
     FitResult,
     ForgettingMethod,
     OptimizerSettings,
@@ -70,7 +70,7 @@ def train(
     batches = BatchStream(SequenceStream(sequences, seed=0), batch_size=4, num_batches=STEPS)
     # A resumed process begins with another random state, which must not matter
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
-    module = ExpandedModule(
+    module = BaseModule(
         model,
         schedule=Schedule(learning_rate=1e-2, max_steps=STEPS),
         optimizer=OptimizerSettings(),

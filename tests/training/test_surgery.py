@@ -34,7 +34,7 @@ from tritter.parameter_map import AxisFactor, AxisMap, Fill, TensorMap
 from tritter.parameter_map.carry import MOMENTS, Policy
 from tritter.storage.writer import TensorStream
 from tritter.training import (
-    ExpandedModule,
+    BaseModule,
     ForgettingMethod,
     OptimizerSettings,
     Schedule,
@@ -108,10 +108,10 @@ def train(
     settings: TrainerSettings = ONE,
     steps: int = STEPS,
     methods: Sequence[ForgettingMethod] = (),
-) -> ExpandedModule:
+) -> BaseModule:
     """Train a model with dropout, so that the random state counts, from what was saved if any."""
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
-    module = ExpandedModule(
+    module = BaseModule(
         model or model_of(),
         schedule=Schedule(learning_rate=1e-2, max_steps=steps),
         optimizer=OptimizerSettings(),
@@ -199,7 +199,7 @@ def _assert_same(first: Any, second: Any, place: str) -> None:
 
 def stopped_and_expanded(
     folder: Path, specs: Sequence[ExpansionSpec], settings: TrainerSettings, *, at: int, steps: int
-) -> ExpandedModule:
+) -> BaseModule:
     with (
         pytest.raises(Exception, match="Killed") if settings.devices > 1 else pytest.raises(Killed)
     ):
@@ -476,7 +476,7 @@ class Wrong(Callback):
     def __init__(self, hook: str, specs: Sequence[ExpansionSpec] = WIDER) -> None:
         self.specs = specs
 
-        def ask(trainer: Trainer, pl_module: ExpandedModule, *_: Any) -> None:
+        def ask(trainer: Trainer, pl_module: BaseModule, *_: Any) -> None:
             change = ModelExpander(specs, seed=SEED).change(pl_module.model)
             if hook == "twice":
                 surgery.apply(trainer, pl_module, change, reason="first")
@@ -516,7 +516,7 @@ def test_between_two_batches_of_a_step_nothing_changes() -> None:
                 assert batch_idx % 2 == 0
                 self.refused += 1
 
-    module = ExpandedModule(
+    module = BaseModule(
         model_of(),
         schedule=Schedule(learning_rate=1e-2, max_steps=2),
         optimizer=OptimizerSettings(),

@@ -17,6 +17,7 @@ from tritter.checkpoint.state import write_state
 from tritter.expand import Change
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.writer import TensorStream
+from tritter.training.module import base_of
 
 
 def add_to_path(
@@ -53,7 +54,7 @@ class PathIntegral(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restored = self._restored or {}
-        for name, parameter in _model(pl_module).named_parameters():
+        for name, parameter in base_of(pl_module).model.named_parameters():
             start = restored.get(name, torch.zeros_like(parameter, dtype=torch.float32))
             self.path_integral[name] = start.to(parameter.device)
 
@@ -62,19 +63,14 @@ class PathIntegral(Callback):
     ) -> None:
         self._before = {
             name: (p.grad.detach().clone(), p.detach().clone())
-            for name, p in _model(pl_module).named_parameters()
+            for name, p in base_of(pl_module).model.named_parameters()
             if p.grad is not None
         }
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        add_to_path(self.path_integral, _model(pl_module), self._before)
+        add_to_path(self.path_integral, base_of(pl_module).model, self._before)
         self._before = {}
 
     def parameters_changed(self, change: Change) -> None:
@@ -96,9 +92,3 @@ class PathIntegral(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
-
-
-def _model(module: LightningModule) -> nn.Module:
-    model = module.model
-    assert isinstance(model, nn.Module)
-    return model

@@ -222,12 +222,7 @@ class RoutingCallback(Callback):
         self._objective.routing.start_recording()
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._counts.append(self._objective.counts)
         if not ends_step(trainer, batch_idx):

@@ -7,6 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from tritter.stock_routers import AddedExperts
+from tritter.training.module import base_of
 
 
 class ExpertOpening(Callback):
@@ -24,10 +25,10 @@ class ExpertOpening(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._at(trainer.global_step).apply(_model(pl_module))
+        self._at(trainer.global_step).apply(base_of(pl_module).model)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._at(trainer.global_step).apply(_model(pl_module))
+        self._at(trainer.global_step).apply(base_of(pl_module).model)
 
     def _at(self, step: int) -> AddedExperts:
         return self._added.at(self._added.step + step, anneal_steps=self._anneal_steps)
@@ -56,9 +57,3 @@ class Unfreezing(Callback):
     ) -> None:
         for parameter in self._parameters:
             parameter.requires_grad_(trainer.global_step >= self._after_steps)
-
-
-def _model(module: LightningModule) -> nn.Module:
-    model = module.model
-    assert isinstance(model, nn.Module)
-    return model

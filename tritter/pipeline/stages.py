@@ -36,7 +36,7 @@ from tritter.pipeline.trained import (
 )
 from tritter.storage.atomic import atomic_folder
 from tritter.training import (
-    ExpandedModule,
+    BaseModule,
     FitResult,
     WriteResult,
     discard_saved,
@@ -153,7 +153,7 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
     )
     context.say("adapt", f"{steps} steps of the routers on {_names(context.new_domains)}")
     with moe.ready_for_routers(context, arm, model) as setup:
-        module = ExpandedModule(
+        module = BaseModule(
             model,
             schedule=moe.router_schedule(context, arm),
             optimizer=replace(context.optimizer_settings, weight_decay=0.0),
@@ -184,7 +184,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     domains = _names(context.new_domains)
     context.say("train", f"{settings.max_steps} steps on {domains}, protected by {protection}")
     with moe.ready_for_training(context, arm, model) as setup:
-        module = ExpandedModule(
+        module = BaseModule(
             model,
             schedule=schedule_of(settings),
             optimizer=context.optimizer_settings,
@@ -249,7 +249,7 @@ def _freeze(context: RunContext, arm: Arm, model: nn.Module) -> None:
 def _fit(
     context: RunContext,
     arm: Arm,
-    module: ExpandedModule,
+    module: BaseModule,
     setup: moe.Setup,
     *,
     folder: Path,

@@ -21,14 +21,13 @@ from tritter.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from tritter.training.fitting import discard_saved, fit
-    from tritter.training.module import BaseModule, ExpandedModule
+    from tritter.training.module import BaseModule
     from tritter.training.result import FitResult, WriteResult
     from tritter.training.side_loss import SideLoss
     from tritter.training.trainer import TrainerSettings
 
 _WITH_LIGHTNING = {
     "BaseModule": "module",
-    "ExpandedModule": "module",
     "FitResult": "result",
     "SideLoss": "side_loss",
     "TrainerSettings": "trainer",
@@ -38,7 +37,6 @@ _WITH_LIGHTNING = {
 }
 __all__ = [
     "BaseModule",
-    "ExpandedModule",
     "FitResult",
     "ForgettingMethod",
     "Needs",

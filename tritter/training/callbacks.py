@@ -21,7 +21,7 @@ from tritter.storage.writer import TensorStream
 from tritter.terminal import Console
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.forgetting_method import ForgettingMethod, Task
-from tritter.training.module import BaseModule, ExpandedModule
+from tritter.training.module import base_of
 from tritter.training.parameters import disk_values
 
 
@@ -31,7 +31,7 @@ def ends_step(trainer: Trainer, batch_idx: int) -> bool:
 
 
 class ForgettingCallback(Callback):
-    """Drive the methods of an ExpandedModule, and keep their state in checkpoints.
+    """Drive the methods of a module, and keep their state in checkpoints.
 
     Args:
         folder: where rank 0 leaves, as its `state/`, what the methods leave for the next training;
@@ -48,12 +48,12 @@ class ForgettingCallback(Callback):
         if self._task.teacher is not None:
             self._task.teacher.to(pl_module.device)
         for method in self._methods:
-            method.begin_task(_expanded(pl_module).model, self._task)
+            method.begin_task(base_of(pl_module).model, self._task)
             if self._restored is not None:  # it goes on: what began it was of earlier weights
                 method.load_state_dict(self._restored[method.name])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = _expanded(pl_module).model
+        model = base_of(pl_module).model
         left = {k: v for method in self._methods for k, v in method.end_task(model).items()}
         if left and trainer.is_global_zero:
             kinds = {kind: TensorStream.of(disk_values(model, left[kind])) for kind in left}
@@ -63,7 +63,7 @@ class ForgettingCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        module = _expanded(pl_module)
+        module = base_of(pl_module)
         module.apply_methods_to_gradients()
         if _is_logged(trainer):
             for method in module.methods:
@@ -147,20 +147,15 @@ class WorkCount(Callback):
         self._step: tuple[object, float] = (None, 0.0)  # what a step was of, and its FLOPs
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, BaseModule)
+        module = base_of(pl_module)
         num_sequences, length = batch["input_ids"].shape
         num_sequences *= trainer.world_size
         self.tokens += num_sequences * length
-        flags = tuple(parameter.requires_grad for parameter in pl_module.model.parameters())
+        flags = tuple(parameter.requires_grad for parameter in module.model.parameters())
         if self._step[0] != (key := (flags, num_sequences, length)):
-            flops = pl_module.step_flops(num_sequences=num_sequences, length=length)
+            flops = module.step_flops(num_sequences=num_sequences, length=length)
             self._step = (key, flops)
         self.flops += self._step[1]
 
@@ -238,12 +233,7 @@ class Performance(Callback):
         self._begin()
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not ends_step(trainer, batch_idx):
             return
@@ -306,12 +296,7 @@ class StepProgress(Callback):
             self._bar.add_task(self._label, total=self._max_steps, note="")
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
         every = max(1, self._max_steps // 5) if self._use_lines else 5
@@ -362,8 +347,3 @@ def peak_memory_bytes() -> int:
 def _is_logged(trainer: Trainer) -> bool:
     """Return whether the step that is about to be taken is logged."""
     return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-
-
-def _expanded(module: LightningModule) -> ExpandedModule:
-    assert isinstance(module, ExpandedModule)
-    return module

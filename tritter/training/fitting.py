@@ -29,7 +29,7 @@ from tritter.training.callbacks import (
 )
 from tritter.training.forgetting_method import Task
 from tritter.training.metrics import METRICS_NAME, set_metrics_aside
-from tritter.training.module import BaseModule, ExpandedModule
+from tritter.training.module import BaseModule
 from tritter.training.processes import worker_processes
 from tritter.training.result import Conclusion, FitResult, WriteResult
 from tritter.training.save_state import EndOfTraining, SaveState
@@ -72,7 +72,7 @@ def fit(
     Args:
         folder: where `metrics.csv` of this stage is written.
         label: what the progress bar calls it.
-        task: what methods against forgetting are told; needed by an ExpandedModule.
+        task: what methods against forgetting are told, where the module has some.
         loggers: besides the CSV; with several processes they get its rows when the fit has ended.
         observers: callbacks that read the gradients of the task before any method changes them.
         controls: callbacks that set what the model may do in a batch, by the step alone.
@@ -111,7 +111,7 @@ def fit(
 
 def _mixed(module: BaseModule, batches: Batches, task: Task | None) -> Batches:
     """Return batches as the methods against forgetting mix them."""
-    if not isinstance(module, ExpandedModule) or task is None:
+    if task is None:
         return batches
     assert isinstance(batches, BatchStream)
     return reduce(lambda mixed, method: method.mix(mixed, task), module.methods, batches)
@@ -145,7 +145,7 @@ def _told(stop: StopRequest, label: str) -> Iterator[None]:
 def _callbacks_of(module: BaseModule, task: Task | None, folder: Path) -> list[Callback]:
     """Return what drives a module's side losses and its methods against forgetting."""
     callbacks = [callback for side in module.side_losses for callback in side.callbacks()]
-    if isinstance(module, ExpandedModule) and task is not None:
+    if task is not None:
         callbacks.append(ForgettingCallback(module.methods, task, folder / LEFT_NAME))
     return callbacks
 

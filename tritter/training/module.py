@@ -21,12 +21,13 @@ from tritter.training.their_callbacks import TheirCallbacks
 
 
 class BaseModule(LightningModule):
-    """Next-token training of a causal language model.
+    """Next-token training of a causal language model, with methods that keep it from forgetting.
 
     Args:
         model: a stock transformers model.
         schedule: learning rate over the steps.
         optimizer: everything else of the optimizer.
+        methods: in the order in which they were asked for.
         side_losses: what is added to the loss of the task.
         moments: of Adam, that the optimizer starts from, by the model's parameter names; those
             of a training that is resumed take their place.
@@ -41,6 +42,7 @@ class BaseModule(LightningModule):
         *,
         schedule: Schedule,
         optimizer: OptimizerSettings,
+        methods: Sequence[ForgettingMethod] = (),
         side_losses: Sequence[SideLoss] = (),
         moments: Mapping[str, Moments] | None = None,
     ) -> None:
@@ -48,6 +50,7 @@ class BaseModule(LightningModule):
         self.model = model
         self.schedule = schedule
         self.optimizer_settings = optimizer
+        self.methods = tuple(methods)
         self.side_losses = tuple(side_losses)
         self.moments = moments or {}
         self.journal: list[Entry] = []
@@ -58,16 +61,22 @@ class BaseModule(LightningModule):
         return [] if self.their_callbacks is None else self.their_callbacks.build()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        """Return the mean next-token loss of a batch, nats per token."""
+        """Return the loss of the task, of side losses and of the methods; each is logged alone."""
         loss = self.task_loss(batch)
         self.log("train/loss", loss.detach(), sync_dist=True)
         for side in self.side_losses:
             extra, terms = side.loss(self.model, batch, step=self.global_step)
             self.log_dict({n: term.detach() for n, term in terms.items()}, sync_dist=True)
             loss = loss + extra
+        for method in self.methods:
+            added = method.extra_loss(self.model, batch)
+            if added is not None:
+                self.log(f"forgetting/{method.name}/loss", added.detach(), sync_dist=True)
+                loss = loss + added
         return loss
 
     def task_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean next-token loss of a batch, nats per token."""
         input_ids = batch["input_ids"]  # [B, T]
         options = {k: v for side in self.side_losses for k, v in side.forward_options.items()}
         return self.model(input_ids=input_ids, labels=input_ids, use_cache=False, **options).loss
@@ -131,43 +140,6 @@ class BaseModule(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "learning_rate"},
         }
 
-
-class ExpandedModule(BaseModule):
-    """Continued training of a grown model, with methods that keep it from forgetting.
-
-    Args:
-        methods: in the order in which they were asked for.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        schedule: Schedule,
-        optimizer: OptimizerSettings,
-        methods: Sequence[ForgettingMethod] = (),
-        side_losses: Sequence[SideLoss] = (),
-        moments: Mapping[str, Moments] | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            schedule=schedule,
-            optimizer=optimizer,
-            side_losses=side_losses,
-            moments=moments,
-        )
-        self.methods = tuple(methods)
-
-    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        """Return the loss of the task and of the methods; each is logged on its own."""
-        loss = super().training_step(batch, batch_index)
-        for method in self.methods:
-            extra = method.extra_loss(self.model, batch)
-            if extra is not None:
-                self.log(f"forgetting/{method.name}/loss", extra.detach(), sync_dist=True)
-                loss = loss + extra
-        return loss
-
     def apply_methods_to_gradients(self) -> None:
         """Let every method read the task's gradients before any method changes them."""
         with torch.no_grad():
@@ -175,3 +147,9 @@ class ExpandedModule(BaseModule):
                 method.observe_gradients(self.model)
             for method in self.methods:
                 method.add_to_gradients(self.model)
+
+
+def base_of(module: LightningModule) -> BaseModule:
+    """Return a module that a callback of ours is called with, as what it is."""
+    assert isinstance(module, BaseModule)
+    return module

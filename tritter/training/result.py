@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tritter.errors import TritterError
 from tritter.families import StoredTensor
 from tritter.training.callbacks import FiniteGuard, WorkCount
-from tritter.training.module import BaseModule
+from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import live_layout
 from tritter.training.save_state import SaveState
 from tritter.training.stop_request import StopRequest
@@ -96,13 +96,13 @@ class Conclusion(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A saved state is not loaded yet: what moved is told of the whole training
         if trainer.is_global_zero:
-            parameters = _base(pl_module).model.named_parameters()
+            parameters = base_of(pl_module).model.named_parameters()
             self._before = {n: p.detach().to("cpu", copy=True) for n, p in parameters}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         error = None
         if trainer.is_global_zero:
-            module = _base(pl_module)
+            module = base_of(pl_module)
             module.model.to("cpu")
             self.result = self._taken_stock(trainer, module)
             error = self._written(module.model, self.result)
@@ -163,8 +163,3 @@ def _update_norms(before: dict[str, Tensor], model: nn.Module) -> dict[str, floa
 def _part(stored: StoredTensor) -> str:
     """Return layer number, or the module's name for what stands outside the layers."""
     return stored.name.split(".")[-2] if stored.layer is None else f"layers.{stored.layer}"
-
-
-def _base(module: LightningModule) -> BaseModule:
-    assert isinstance(module, BaseModule)
-    return module

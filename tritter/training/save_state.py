@@ -51,12 +51,7 @@ class SaveState(Checkpoint):
                 callback._last_global_step_saved = trainer.global_step
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.has_trained = True
         self._is_to_end |= trainer.should_stop

@@ -135,7 +135,7 @@ def _follow_slots(
 
 def _tell(trainer: Trainer, module: BaseModule, change: Change, entry: Entry) -> None:
     """Tell the methods of the module, and the callbacks that ask for it; averages follow."""
-    for method in getattr(module, "methods", ()):
+    for method in module.methods:
         method.parameters_changed(change)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:

@@ -16,7 +16,7 @@ from tritter.families import forward_flops
 from tritter.models import config_of
 from tritter.training.callbacks import ends_step
 from tritter.training.checkpoint_io import random_state, restore_random_state
-from tritter.training.module import BaseModule
+from tritter.training.module import base_of
 from tritter.training.stop_request import StopRequest
 
 
@@ -43,12 +43,7 @@ class Validation(Callback):
             _validate(trainer)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
         is_due = step % self._text.every_n_steps == 0 or step == trainer.max_steps
@@ -63,9 +58,8 @@ class Validation(Callback):
             _validate(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, BaseModule)
         self._last = trainer.global_step
-        config = config_of(pl_module.model)
+        config = config_of(base_of(pl_module).model)
         flops = forward_flops(config)
         self.flops += sum(flops.of(length) for length in self._text.lengths)
 
