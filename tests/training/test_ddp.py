@@ -26,7 +26,7 @@ from tests.training.test_fit import SETTINGS, task
 from tests.training.written import Written
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.datamodule import EvaluationText
-from tritter.errors import TritterError
+from tritter.errors import Problem, RequestError, TritterError
 from tritter.forgetting import EWC, L2SP, Replay
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.targets import NamedTarget
@@ -45,6 +45,7 @@ from tritter.training import (
 )
 from tritter.training.callbacks import StepProgress
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.processes import _Failure
 
 STEPS = 20  # of 4 sequences out of 40: an epoch of the data ends at step 10
 TWO = replace(SETTINGS, devices=2, strategy="ddp", save_every_n_steps=5)
@@ -366,3 +367,12 @@ def test_spawned_processes_give_the_same_bits(
     spawned, result = train(tmp_path / "spawn", TWO, dropout=0.2)
     assert weights(spawned) == weights(forked)
     assert replace(result, seconds=0.0) == replace(expected, seconds=0.0)
+
+
+def test_a_refusal_keeps_what_it_speaks_of_on_its_way_out_of_a_process() -> None:
+    refusal = RequestError(Problem("data.batch_size", 3, reason="must be even"))
+    sent = pickle.loads(pickle.dumps(_Failure.of(refusal))).error()
+    assert isinstance(sent, RequestError) and str(sent) == str(refusal)
+    assert [problem.key for problem in sent.problems] == ["data.batch_size"]
+    told = str(_Failure.of(OSError("full")).error())
+    assert told == "the training was refused by the system: full."

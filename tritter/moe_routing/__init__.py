@@ -16,7 +16,7 @@ from tritter.moe_routing.objective import (
 )
 from tritter.moe_routing.opening import ExpertOpening, Unfreezing
 from tritter.moe_routing.progressive import MoEExpansionConfig, ProgressiveMoE
-from tritter.moe_routing.separate import SeparateExperts, is_router, separate_experts
+from tritter.moe_routing.separate import SeparateExperts, separate_experts
 from tritter.moe_routing.stages import (
     adapt_router,
     checked_experts,
@@ -32,7 +32,7 @@ from tritter.moe_routing.statistics import (
     load_entropy,
     routing_statistics,
 )
-from tritter.moe_routing.trainable import only_trainable
+from tritter.moe_routing.trainable import is_router, only_trainable
 from tritter.moe_routing.utility import best_experts, expert_utility
 
 __all__ = [

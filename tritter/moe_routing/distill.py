@@ -17,13 +17,12 @@ from tritter.families import forward_flops
 from tritter.models import config_of
 from tritter.moe_routing.live import Batch, LoaderBatches, fit_live
 from tritter.moe_routing.objective import RoutingObjective, RoutingSettings
-from tritter.moe_routing.separate import SeparateExperts, separate_experts
+from tritter.moe_routing.separate import separate_experts
 from tritter.moe_routing.stages import checked_experts
 from tritter.moe_routing.trainable import only_trainable
 from tritter.stock_routers import Routing
 from tritter.training import BaseModule, OptimizerSettings, Schedule
 from tritter.training.compute import flops_of_sequence
-from tritter.training.parameters import NEW
 
 
 class DistillationModule(BaseModule):
@@ -131,7 +130,7 @@ def soft_divergence(wanted: Tensor, said: Tensor, *, temperature: float) -> Tens
 
 
 @contextmanager
-def only_new_experts(model: nn.Module, experts: Sequence[int]) -> Iterator[SeparateExperts]:
+def only_new_experts(model: nn.Module, experts: Sequence[int]) -> Iterator[None]:
     """Send all tokens to some experts inside the block, which alone are trained there.
 
     Raises:
@@ -149,9 +148,9 @@ def only_new_experts(model: nn.Module, experts: Sequence[int]) -> Iterator[Separ
         routing.set_offset(experts, 0.0)
         routing.set_offset(range(experts[0]), -torch.inf)
         with (
-            separate_experts(model, experts[0]) as parts,
-            only_trainable(model, lambda name: name.endswith(NEW)),
+            separate_experts(model, experts[0]),
+            only_trainable(model, lambda tensor: tensor.expert in experts),
         ):
-            yield parts
+            yield
     finally:
         routing.load_state_dict(before)

@@ -98,11 +98,6 @@ def separate_experts(model: nn.Module, first_new: int) -> Iterator[SeparateExper
         parts.join()
 
 
-def is_router(name: str) -> bool:
-    """Return whether a parameter of a live model is a router's."""
-    return name.endswith("mlp.gate.weight")
-
-
 def shared_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters that all experts of a layer share."""
     config = config_of(model)

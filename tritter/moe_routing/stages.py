@@ -14,15 +14,15 @@ from lightning import Callback
 from torch import nn
 
 from tritter.errors import RequestError
+from tritter.families import LogicalTensor
 from tritter.moe_routing.live import Batch, LoaderBatches, fit_live
 from tritter.moe_routing.objective import RoutingObjective, RoutingSettings
 from tritter.moe_routing.opening import ExpertOpening, Unfreezing
-from tritter.moe_routing.separate import is_router, separate_experts
-from tritter.moe_routing.trainable import only_trainable
+from tritter.moe_routing.separate import separate_experts
+from tritter.moe_routing.trainable import is_router, only_trainable
 from tritter.seeds import derived_seed
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.training import BaseModule, OptimizerSettings, Schedule
-from tritter.training.parameters import NEW
 
 ROUTER_UPDATES = ("fine_tune", "retrain", "frozen")
 
@@ -118,8 +118,9 @@ def train_new_experts(
         raise RequestError("unfreeze_after: with freeze_base=False nothing is frozen.")
     batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
 
-    def is_trained(name: str) -> bool:
-        return not freeze_base or name.endswith(NEW) or (train_routers and is_router(name))
+    def is_trained(tensor: LogicalTensor) -> bool:
+        is_new = tensor.expert in experts
+        return not freeze_base or is_new or (train_routers and is_router(tensor))
 
     separated = separate_experts(model, experts[0]) if freeze_base else nullcontext()
     with separated, only_trainable(model, is_trained):

@@ -8,7 +8,7 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.stages import fit_found
-from tritter.pipeline.trained import TrainedWriter, accept, child_of, recorded_options
+from tritter.pipeline.trained import TrainedWriter, accept, child_of
 from tritter.storage.hub import locate
 from tritter.training import Schedule, discard_saved, fit
 
@@ -39,11 +39,7 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
         start=start,
         target=target,
         lineage=child_of(
-            context,
-            start,
-            target,
-            stage="distillation of new experts",
-            options=recorded_options(start, is_adapted=True),
+            context, start, target, stage="distillation of new experts", is_adapted=True
         ),
         added=added,
         moments=moments.passed_on(

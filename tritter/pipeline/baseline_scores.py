@@ -1,9 +1,7 @@
 """The baseline's scores, kept in the cache: the jobs of a sweep that start alike score it once."""
 
-import hashlib
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.models import load_model, read_config
-from tritter.pipeline.context import MAX_SCORE_BYTES, RunContext, content_key
+from tritter.pipeline.context import MAX_SCORE_BYTES, RunContext, content_key, score_file
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hashing import tensor_digest
 from tritter.storage.reading import read_object
@@ -34,7 +32,7 @@ def score_baseline(context: RunContext, folder: Path) -> None:
     """
     made_from = _made_from(context, folder)
     place = context.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
-    target = context.folder / "scores" / f"{NAME}.json"
+    target = context.folder / score_file(NAME)
     scores = _intact_scores(place)
     if scores is not None:
         write_text_atomic(target, json.dumps(scores))
@@ -48,7 +46,7 @@ def score_baseline(context: RunContext, folder: Path) -> None:
     content = {
         "format_version": FORMAT_VERSION,
         "made_from": made_from,
-        "sha256": _digest(scores),
+        "sha256": content_key(scores),
         "scores": scores,
     }
     write_text_atomic(place, json.dumps(content))
@@ -92,11 +90,7 @@ def _intact_scores(place: Path) -> dict[str, Any] | None:
         logger.warning("%s is scored anew: %s", place, error)
         return None
     scores = content.get("scores")
-    if not isinstance(scores, dict) or content.get("sha256") != _digest(scores):
+    if not isinstance(scores, dict) or content.get("sha256") != content_key(scores):
         logger.warning("%s is scored anew: it is not what was once written there", place)
         return None
     return scores
-
-
-def _digest(scores: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(scores, sort_keys=True).encode()).hexdigest()

@@ -31,7 +31,6 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext, score_records
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.training import Schedule, SideLoss
-from tritter.training.parameters import NEW
 
 USAGE_SEQUENCES = 64
 UTILITY_SEQUENCES = 64  # of the new domains, by which the expert to clone is chosen
@@ -121,11 +120,8 @@ def router_steps(context: RunContext, arm: Arm) -> int:
     return min(steps, options.router_max_steps or steps)
 
 
-def opened(context: RunContext, arm: Arm, steps: int) -> AddedExperts | None:
+def opened(context: RunContext, arm: Arm, added: AddedExperts, *, steps: int) -> AddedExperts:
     """Return what the appended experts of an arm are after so many steps of it."""
-    added = appended(context, arm)
-    if added is None:
-        return None
     return added.at(added.step + steps, anneal_steps=anneal_steps(context, arm, added))
 
 
@@ -165,13 +161,15 @@ def ready_for_training(context: RunContext, arm: Arm, model: nn.Module) -> Itera
     if added is None:
         yield Setup(side_losses=(routing,))
         return
-    now = opened(context, arm, steps)
-    assert now is not None
+    now = opened(context, arm, added, steps=steps)
     opening = ExpertOpening(now, anneal_steps=anneal_steps(context, arm, added))
     if not options.freeze_base:
         yield Setup(side_losses=(routing,), controls=(opening,))
         return
-    with separate_experts(model, added.experts[0]) as parts, only_trainable(model, _is_new):
+    with (
+        separate_experts(model, added.experts[0]) as parts,
+        only_trainable(model, lambda tensor: tensor.expert in added.experts),
+    ):
         base = [p for p in model.parameters() if not p.requires_grad]
         controls: tuple[Callback, ...] = (opening,)
         if options.unfreeze_after is not None:
@@ -222,8 +220,7 @@ def summary_record(context: RunContext, arm: Arm) -> dict[str, Any] | None:
     added = appended(context, arm)
     if added is not None:
         steps = router_steps(context, arm)
-        now = opened(context, arm, steps + fitted.found["steps"])
-        assert now is not None
+        now = opened(context, arm, added, steps=steps + fitted.found["steps"])
         record["new"] = list(added.experts)
         record["router_steps"] = steps
         record["is_open"] = now.is_settled
@@ -244,10 +241,6 @@ def _num_sequences(context: RunContext, domains: Sequence[str]) -> int:
     trained = [context.corpus.domains[name].train for name in domains]
     length = context.config.data.sequence_length
     return sum((text.num_tokens + len(text)) // length for text in trained)
-
-
-def _is_new(name: str) -> bool:
-    return name.endswith(NEW)
 
 
 def _loads(model: nn.Module, routing: Routing, sequences: Tensor) -> list[list[float]]:

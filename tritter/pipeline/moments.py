@@ -84,11 +84,6 @@ class PassedOn:
         return kind in MOMENTS and name not in self.trained
 
 
-def left(folder: Path) -> Artifact:
-    """Return what writes the state that a training leaves in its folder beside its model."""
-    return LeftState(folder)
-
-
 def passed_on(
     context: RunContext, start: Path, *, is_trained: Callable[[LogicalTensor], bool]
 ) -> Artifact | None:

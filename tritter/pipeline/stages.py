@@ -18,7 +18,7 @@ from tritter.expand import expand
 from tritter.families import count_parameters, forward_flops
 from tritter.forgetting import build_methods
 from tritter.models import config_of, load_model, read_config
-from tritter.moe_routing import redraw_rows
+from tritter.moe_routing import is_router, redraw_rows
 from tritter.pipeline import importance, moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
@@ -31,7 +31,6 @@ from tritter.pipeline.trained import (
     accept,
     arm_writer,
     child_of,
-    recorded_options,
     with_routing,
 )
 from tritter.storage.atomic import atomic_folder
@@ -138,18 +137,10 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
     write = TrainedWriter(
         start=start,
         target=target,
-        lineage=child_of(
-            context,
-            start,
-            target,
-            stage="router adaptation",
-            options=recorded_options(start, is_adapted=True),
-        ),
+        lineage=child_of(context, start, target, stage="router adaptation", is_adapted=True),
         added=added,
         anneal_steps=moe.anneal_steps(context, arm, added),
-        moments=moments.passed_on(
-            context, start, is_trained=lambda tensor: tensor.kind == "router"
-        ),
+        moments=moments.passed_on(context, start, is_trained=is_router),
     )
     context.say("adapt", f"{steps} steps of the routers on {_names(context.new_domains)}")
     with moe.ready_for_routers(context, arm, model) as setup:

@@ -91,21 +91,23 @@ def _followed(config: Config, model: nn.Module) -> Config:
 
 
 def child_of(
-    context: RunContext, start: Path, target: Path, *, stage: str, options: Sequence[str] = ()
+    context: RunContext, start: Path, target: Path, *, stage: str, is_adapted: bool
 ) -> Lineage:
     """Return the lineage of what a training of `start` leaves at `target`, but for its steps.
 
     Args:
         stage: what the training is called in the record.
-        options: sections of the configuration that are recorded besides `training`.
+        is_adapted: appended experts are opened on the way.
     """
     parent = read_lineage(start)
     assert parent is not None
+    has_experts = family_of(read_config(start)).has_experts
+    sections = ["moe_routing"] * has_experts + ["adaptation"] * (has_experts and is_adapted)
     return replace(
         parent,
         parent_hash=parent.model_hash,
         parent_path=os.path.relpath(start, target),
-        training_config=_training_config(context, stage, options),
+        training_config=_training_config(context, stage, sections),
         split=context.split,
         domains=context.learned(context.domains),
     )
@@ -120,16 +122,12 @@ def arm_writer(context: RunContext, arm: Arm, *, is_routed: bool) -> TrainedWrit
         start=start,
         target=target,
         lineage=child_of(
-            context,
-            start,
-            target,
-            stage="continued training",
-            options=recorded_options(start, is_adapted=added is not None),
+            context, start, target, stage="continued training", is_adapted=added is not None
         ),
         steps_before=moe.router_steps(context, arm),
         added=added,
         anneal_steps=None if added is None else moe.anneal_steps(context, arm, added),
-        moments=moments.left(folder),
+        moments=moments.LeftState(folder),
         routing_state=folder / "routing" if has_bias else None,
     )
 
@@ -154,18 +152,16 @@ def with_routing(folder: Path, routing_state: Path) -> nn.Module:
     return model
 
 
-def recorded_options(folder: Path, *, is_adapted: bool) -> tuple[str, ...]:
-    """Return the sections that say how the experts of a checkpoint were trained, if it has any."""
-    if not family_of(read_config(folder)).has_experts:
-        return ()
-    return ("moe_routing", "adaptation") if is_adapted else ("moe_routing",)
+def _training_config(context: RunContext, stage: str, sections: Sequence[str]) -> dict[str, Any]:
+    """Return what a record says of a training.
 
-
-def _training_config(context: RunContext, stage: str, options: Sequence[str]) -> dict[str, Any]:
+    Args:
+        sections: of the configuration, besides `training`.
+    """
     return {
         "stage": stage,
         "training": asdict(context.config.training),
-        **{name: asdict(getattr(context.config, name)) for name in options},
+        **{name: asdict(getattr(context.config, name)) for name in sections},
         "forgetting": [{"name": one.name, **one.plain()} for one in context.config.forgetting],
         "old": context.source_records(context.old_domains),
         "new": context.source_records(context.new_domains),

@@ -29,7 +29,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import (
 from torch.multiprocessing import get_sharing_strategy, set_sharing_strategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from tritter.errors import RequestError, TritterError
+from tritter.errors import Problem, RequestError, TritterError
 from tritter.training.result import Conclusion
 
 _PORT = "MASTER_PORT"
@@ -70,24 +70,26 @@ class _Failure:
 
     Args:
         kind: name of its class, of ours or OSError.
-        key: what of the request it speaks of, where it says so.
+        key: what of the request it speaks of; empty where it does not say so.
         text: what it says.
     """
 
     kind: str
-    key: str | None
+    key: str
     text: str
 
     @classmethod
     def of(cls, error: TritterError | OSError) -> "_Failure":
         kinds = (kind.__name__ for kind in type(error).__mro__ if kind in _KINDS)
-        return cls(next(kinds), getattr(error, "key", None), str(error))
+        key = error.problems[0].key if isinstance(error, RequestError) else ""
+        return cls(next(kinds), key, str(error))
 
     def error(self) -> TritterError:
         if self.kind == OSError.__name__:
             return TritterError(f"the training was refused by the system: {self.text}.")
-        error = RequestError if self.kind == RequestError.__name__ else TritterError
-        return error(self.text)
+        if self.kind == RequestError.__name__:
+            return RequestError(self.text, problems=[Problem(self.key, reason=self.text)])
+        return TritterError(self.text)
 
 
 _KINDS = (RequestError, TritterError, OSError)
