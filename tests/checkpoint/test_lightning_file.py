@@ -17,7 +17,7 @@ from tests.checkpoint.test_export import tiny_experts
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
 from tritter.checkpoint.export import export_model
 from tritter.checkpoint.lightning_file import read_lightning_file
-from tritter.checkpoint.state import read_state, state_tensors
+from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.errors import RequestError, TritterError
 from tritter.expand import expand
 from tritter.expansion import Width
@@ -89,7 +89,7 @@ def test_the_model_and_whose_moments_are_whose(
     optimizer = module.optimizers()
     parameters = dict(model.named_parameters())
     for kind in ("exp_avg", "exp_avg_sq"):
-        found = state_tensors(state.kinds[kind])
+        found = dict(LazyTensors(state.kinds[kind]))
         assert set(found) == set(parameters)
         for name, moment in found.items():
             assert torch.equal(moment, optimizer.state[parameters[name]][kind]), name
@@ -107,7 +107,7 @@ def test_experts_that_share_a_tensor_in_memory(tmp_path: Path) -> None:
     optimizer = module.optimizers()
     live = {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
     expected = disk_tensors(config_of(model), live)
-    found = state_tensors(state.kinds["exp_avg"])
+    found = dict(LazyTensors(state.kinds["exp_avg"]))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
 

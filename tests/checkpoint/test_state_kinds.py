@@ -9,7 +9,7 @@ import torch
 
 from tests import oracle
 from tritter.checkpoint.place import check_replaceable
-from tritter.checkpoint.state import copy_states, read_state, state_tensors, write_state
+from tritter.checkpoint.state import LazyTensors, copy_states, read_state, write_state
 from tritter.errors import RequestError, TritterError
 from tritter.expand import expand
 from tritter.expansion import LlamaPro, Width
@@ -47,7 +47,7 @@ def test_a_kind_follows_expansions_and_copies_without_who_left_it(
     result = expand(source, tmp_path / "grown", specs)
     state = read_state(result.folder)
     assert state is not None and state.rules["sigma"] == RULE
-    sigma, fisher = (state_tensors(state.kinds[kind]) for kind in ("sigma", "fisher"))
+    sigma, fisher = (dict(LazyTensors(state.kinds[kind])) for kind in ("sigma", "fisher"))
     assert sigma.keys() == fisher.keys()
     assert all(torch.equal(sigma[name], fisher[name]) for name in sigma)
     stated = {"quantity": "squared_gradient", "new_entries": "zero"}

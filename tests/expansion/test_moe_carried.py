@@ -11,7 +11,7 @@ from tests import oracle
 from tests.oracle.families import tiny
 from tests.oracle.moe import PARTNERS, by_logical_name
 from tritter import ModelExpander
-from tritter.checkpoint.state import read_state, state_tensors, write_state
+from tritter.checkpoint.state import LazyTensors, read_state, write_state
 from tritter.expand import expand, plan_expansion
 from tritter.expansion import ExpansionSpec, LlamaPro, Moe, Width
 from tritter.models import config_of, live_tensors, load_model, named_tensors, new_model
@@ -169,7 +169,7 @@ def test_importances_on_files_reach_the_experts(tmp_path: Path) -> None:
     result = expand(source, tmp_path / "result", [FOUR])
     state = read_state(result.folder)
     assert state is not None
-    held = {kind: state_tensors(folder) for kind, folder in state.kinds.items()}
+    held = {kind: dict(LazyTensors(folder)) for kind, folder in state.kinds.items()}
     stem = "model.layers.1.block_sparse_moe.experts.2"
     gate = values["model.layers.1.mlp.gate_proj.weight"]
     torch.testing.assert_close(held["fisher"][f"{stem}.w1.weight"], gate / 8)

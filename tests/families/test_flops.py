@@ -153,9 +153,8 @@ def test_a_loss_of_the_routers_does_not_pass_through_what_stands_above(
 
 
 def _is_dense_above(family: str, choice: str) -> bool:
-    return choice == "last layer" and not FAMILIES[family].is_sparse(
-        tiny(family).config.to_dict(), 2
-    )
+    kinds = FAMILIES[family].layer_kinds(tiny(family).config.to_dict())
+    return choice == "last layer" and kinds[2] == "dense"
 
 
 @pytest.mark.parametrize("family", SPARSE)

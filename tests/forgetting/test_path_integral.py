@@ -11,7 +11,7 @@ from torch import nn
 
 from tests import oracle
 from tests.training.test_fit import SETTINGS, batches
-from tritter.checkpoint.state import read_state, state_tensors
+from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.forgetting.path_integral import PathIntegral, add_to_path
 from tritter.training import BaseModule, OptimizerSettings, Schedule, fit
@@ -54,7 +54,7 @@ def trained(
     )
     state = read_state(folder / "importance")
     assert state is not None and state.step == steps
-    omega = state_tensors(state.kinds["path_integral"])
+    omega = dict(LazyTensors(state.kinds["path_integral"]))
     assert set(omega) == {name for name, _ in model.named_parameters()}
     return model, sum(float(value.sum()) for value in omega.values()), before - loss()
 
@@ -108,7 +108,7 @@ def test_it_is_written_also_when_nothing_was_left_to_train(tmp_path: Path) -> No
         )
         state = read_state(tmp_path / "importance")
         assert result.steps == 8 and state is not None and state.step == 8
-        omegas.append(state_tensors(state.kinds["path_integral"]))
+        omegas.append(dict(LazyTensors(state.kinds["path_integral"])))
         shutil.rmtree(tmp_path / "importance")
     first, second = omegas
     assert first.keys() == second.keys()

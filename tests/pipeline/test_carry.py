@@ -18,7 +18,7 @@ from tests.pipeline.test_given import texts
 from tests.stock_routers.models import tiny_moe
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.history import read_chain, verify
-from tritter.checkpoint.state import read_state, state_tensors
+from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.config.composition import load_config
 from tritter.errors import RequestError
 from tritter.models import load_model, read_config
@@ -87,7 +87,7 @@ def _expected(place: Path, folder: Path, *words: str) -> dict[str, torch.Tensor]
         [{"params": groups[0], "weight_decay": 0.01}, {"params": groups[1], "weight_decay": 0.0}],
         lr=config.training.learning_rate, betas=(0.9, 0.95), eps=1e-8,
     )  # fmt: skip
-    held = {kind: state_tensors(state.kinds[kind]) for kind in MOMENTS}
+    held = {kind: dict(LazyTensors(state.kinds[kind])) for kind in MOMENTS}
     for name, parameter in model.named_parameters():
         adam.state[parameter] = {kind: held[kind][name] for kind in MOMENTS}
         adam.state[parameter]["step"] = torch.tensor(float(state.step))
@@ -169,7 +169,7 @@ def test_a_given_state_is_kept_beside_the_start_whether_it_is_used_or_not(
     assert state is not None and given is not None
     assert state.step == given.step and state.kinds.keys() == given.kinds.keys()
     for kind in MOMENTS:
-        tensors = state_tensors(given.kinds[kind])
+        tensors = dict(LazyTensors(given.kinds[kind]))
         assert all(torch.equal(state.kinds[kind].get(n), value) for n, value in tensors.items())
     assert read_state(place / "kept/attempt_1/trained") is None
 

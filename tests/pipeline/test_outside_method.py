@@ -13,7 +13,7 @@ from tests.pipeline.outside_method import Options, Outside
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.history import read_chain, verify
-from tritter.checkpoint.state import read_state, state_tensors
+from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.config.composition import load_config
 from tritter.config.selection import Selected
 from tritter.errors import RequestError
@@ -48,7 +48,7 @@ def run(folder: Path, cache: Path, *words: str, given: Path | None = None) -> di
 def state_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     state = read_state(folder)
     assert state is not None
-    return state_tensors(state.kinds[kind])
+    return dict(LazyTensors(state.kinds[kind]))
 
 
 def hash_of(folder: Path) -> str:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests import oracle
-from tritter.checkpoint.state import read_state, state_tensors, write_state
+from tritter.checkpoint.state import LazyTensors, read_state, write_state
 from tritter.errors import TritterError
 from tritter.expand import expand, plan_expansion
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width
@@ -140,7 +140,7 @@ def test_state_on_files_follows_as_on_a_live_optimizer(tmp_path: Path) -> None:
     result = expand(tmp_path / "source", tmp_path / "with_state", specs, max_shard_bytes=20_000)
     state = read_state(result.folder)
     assert state is not None and state.step == 3 and set(state.kinds) == set(kinds)
-    held = {kind: state_tensors(folder) for kind, folder in state.kinds.items()}
+    held = {kind: dict(LazyTensors(folder)) for kind, folder in state.kinds.items()}
     for name, parameter in model.named_parameters():
         for kind in ("exp_avg", "exp_avg_sq"):
             if parameter in own.state:

@@ -12,7 +12,7 @@ from tests import oracle
 from tests.oracle.families import tiny
 from tests.training.test_fit import SETTINGS
 from tests.training.test_resume import KillAt, Killed
-from tritter.checkpoint.state import State, copy_states, read_state, state_tensors, write_state
+from tritter.checkpoint.state import LazyTensors, State, copy_states, read_state, write_state
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import TritterError
 from tritter.expand import expand
@@ -111,7 +111,7 @@ def test_two_trainings_with_carried_moments_are_one_of_a_bare_adamw(
     assert first.step == 7 and last.step == 12 and not last.other_steps
     assert distance(parts, whole) < 2e-6
     assert distance(anew, whole) > 1e-3  # what is lost without them
-    held = {kind: state_tensors(tensors) for kind, tensors in last.kinds.items()}
+    held = {kind: dict(LazyTensors(tensors)) for kind, tensors in last.kinds.items()}
     assert set(held) == set(MOMENTS)
     config = whole.config.to_dict()
     wanted = tiny(family, **options)
@@ -271,7 +271,7 @@ def test_a_killed_training_goes_on_with_them_bit_by_bit(
     assert distance(parts, whole) == 0.0
     assert left.step == expected.step == 12
     for kind in MOMENTS:
-        first, second = state_tensors(left.kinds[kind]), state_tensors(expected.kinds[kind])
+        first, second = dict(LazyTensors(left.kinds[kind])), dict(LazyTensors(expected.kinds[kind]))
         assert all(torch.equal(first[name], second[name]) for name in second)
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tests import oracle
 from tests.oracle.families import tiny
 from tests.training.test_fit import SETTINGS
-from tritter.checkpoint.state import read_state, state_tensors, write_state
+from tritter.checkpoint.state import LazyTensors, read_state, write_state
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import RequestError, TritterError
 from tritter.expand import Change, declared, expand
@@ -149,7 +149,7 @@ def expanded_on_disk(saved: Path, folder: Path, specs: Sequence[ExpansionSpec]) 
     grown = expand(source, folder / "grown", specs, seed=SEED).folder
     model, after = load_model(grown), read_state(grown)
     assert after is not None
-    held = {kind: state_tensors(tensors) for kind, tensors in after.kinds.items()}
+    held = {kind: dict(LazyTensors(tensors)) for kind, tensors in after.kinds.items()}
     names = _names_in_groups(model)
     optimizer["state"] = {
         position: {k: held[k][name] for k in MOMENTS} | {"step": torch.tensor(float(step))}
@@ -332,7 +332,7 @@ def test_what_each_weight_did_is_recorded_through_a_change(tmp_path: Path) -> No
     assert len(after[name]) == 60 and not after[name][rows:].count_nonzero()
     state = read_state(tmp_path / "state")
     assert state is not None
-    left = state_tensors(state.kinds["path_integral"])
+    left = dict(LazyTensors(state.kinds["path_integral"]))
     assert {n: v.shape for n, v in left.items()} == {
         n: p.shape for n, p in model.named_parameters()
     }

@@ -1,6 +1,7 @@
 """Checkpoint folders: what stock transformers loads, plus the lineage in tritter.json."""
 
 from tritter.checkpoint.folder import (
+    lineage_of,
     read_lineage,
     record_step0_error,
     write_checkpoint,
@@ -14,6 +15,7 @@ __all__ = [
     "ExpansionRecord",
     "Lineage",
     "Source",
+    "lineage_of",
     "read_lineage",
     "record_step0_error",
     "write_checkpoint",

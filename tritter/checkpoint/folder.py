@@ -82,9 +82,7 @@ def write_checkpoint(
         _dump(folder / LINEAGE_NAME, complete)
         if before_placing is not None:
             before_placing(folder)
-    written = read_lineage(target)
-    assert written is not None
-    return written
+    return lineage_of(target)
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -106,8 +104,7 @@ def record_step0_error(folder: Path, error: float | None, config: Config, *, num
     Args:
         error: max |Δ logits| / std(logits); None when it is not finite.
     """
-    lineage = read_lineage(folder)
-    assert lineage is not None
+    lineage = lineage_of(folder)
     old, new = lineage.expansion_history[:-num_new], lineage.expansion_history[-num_new:]
     history = (*old, *(replace(record, step0_error=error) for record in new))
     write_lineage(folder, replace(lineage, expansion_history=history), config)
@@ -128,6 +125,13 @@ def read_lineage(folder: Path) -> Lineage | None:
     if not isinstance(plain, dict):
         raise TritterError(f"{path} is not a lineage.")
     return Lineage.from_dict(plain, origin=str(path))
+
+
+def lineage_of(folder: Path) -> Lineage:
+    """Return the lineage of a folder that Tritter wrote; see `read_lineage`."""
+    lineage = read_lineage(folder)
+    assert lineage is not None, f"{folder} has no {LINEAGE_NAME}"
+    return lineage
 
 
 def file_digests(folder: Path) -> dict[str, str]:

@@ -2,14 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from tritter.checkpoint.folder import (
-    HEADER_MARK,
-    read_lineage,
-)
+from tritter.checkpoint.folder import HEADER_MARK, read_lineage
 from tritter.checkpoint.learned import Learned, with_domains
 from tritter.checkpoint.record import ExpansionRecord, Lineage
 from tritter.errors import RequestError, TritterError
@@ -183,14 +180,7 @@ def _made_from(child: Link, parent: Link) -> Link:
     else:
         # Its parent would say how many are its own; one is, unless it was trained.
         own = () if child.lineage.step else history[-1:]
-    return Link(
-        folder=child.folder,
-        model_hash=child.model_hash,
-        lineage=child.lineage,
-        made_by=own,
-        tensor_digests=child.tensor_digests,
-        file_digests=child.file_digests,
-    )
+    return replace(child, made_by=own)
 
 
 def _parent(child: Link) -> Link:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, read_lineage
+from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, lineage_of, read_lineage
 from tritter.checkpoint.history import link_of, verify
 from tritter.checkpoint.record import Lineage
 from tritter.errors import TritterError
@@ -80,7 +80,7 @@ def _damage(folder: Path, place: str, digest: str) -> Iterator[Damage]:
     elif path.is_dir():
         changes = list(checkpoint_changes(path))
         yield from (Damage(place, what) for what in changes)
-        if not changes and _digest_now(path) != digest:
+        if not changes and _checkpoint_digest(lineage_of(path)) != digest:
             yield Damage(place, f"{path} is another checkpoint than the one that was left there")
     elif (problem := _file_problem(path, digest)) is not None:
         yield Damage(place, problem)
@@ -110,12 +110,6 @@ def checkpoint_changes(folder: Path) -> Iterator[str]:
             is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
             if not path.is_dir() and not is_hidden and name not in {*known, LINEAGE_NAME}:
                 yield f"{path}: added"
-
-
-def _digest_now(folder: Path) -> str:
-    lineage = read_lineage(folder)
-    assert lineage is not None  # its changes were looked for
-    return _checkpoint_digest(lineage)
 
 
 def _checkpoint_digest(lineage: Lineage) -> str:

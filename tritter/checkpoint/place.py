@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, read_lineage
+from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, lineage_of
 from tritter.checkpoint.state import STATE_FOLDER
 from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
 from tritter.errors import RequestError, TritterError
@@ -107,13 +107,12 @@ def _listed(folder: Path) -> set[str] | None:
     if not record.is_file() or record.is_symlink():
         return None
     try:
-        lineage = read_lineage(folder)
+        lineage = lineage_of(folder)
     except TritterError as error:
         raise RequestError(
             f"{folder} is not replaced: what else than a checkpoint it may hold is not known. "
             f"{error}"
         ) from error
-    assert lineage is not None
     named = (name.removesuffix(HEADER_MARK) for name in lineage.file_digests)
     return {*named, LINEAGE_NAME, CARD_NAME, "config.json"}
 

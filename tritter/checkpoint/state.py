@@ -173,11 +173,6 @@ def _stream(tensors: TensorFolder, names: Sequence[str]) -> TensorStream:
     return TensorStream(entries, ((name, tensors.get(name)) for name in names))
 
 
-def state_tensors(folder: TensorFolder) -> dict[str, Tensor]:
-    """Read all tensors of one kind."""
-    return dict(LazyTensors(folder))
-
-
 @dataclass(frozen=True, slots=True)
 class LazyTensors(Mapping[str, Tensor]):
     """The tensors of one kind by name on disk, each read whenever it is asked for."""

@@ -14,7 +14,7 @@ from tritter.checkpoint import (
     ExpansionRecord,
     Lineage,
     Source,
-    read_lineage,
+    lineage_of,
     write_checkpoint,
 )
 from tritter.checkpoint.folder import Artifact
@@ -98,9 +98,8 @@ class Expanded:
     @classmethod
     def of(cls, folder: Path, plan: PlannedExpansion) -> "Expanded":
         """Return what a plan made at `folder`."""
-        lineage = read_lineage(folder)
-        assert lineage is not None
-        return cls(folder, plan.steps, plan.parameters_before, plan.parameters_after, lineage)
+        counts = plan.parameters_before, plan.parameters_after
+        return cls(folder, plan.steps, *counts, lineage_of(folder))
 
 
 def plan_expansion(
@@ -338,7 +337,7 @@ def _child_lineage(source: Source, plan: PlannedExpansion, destination: Path) ->
         parent_hash=parent_hash,
         parent_path=os.path.relpath(source.folder, destination),
         parent_tensor_digests=None if parent else digests,
-        parent_file_digests=None if parent else _known_digests(source.folder),
+        parent_file_digests=None if parent else known_digests(source.folder),
         base_model_hash=parent.base_model_hash if parent else parent_hash,
         tensor_digests={},
         file_digests={},
@@ -353,7 +352,7 @@ def _child_lineage(source: Source, plan: PlannedExpansion, destination: Path) ->
     )
 
 
-def _known_digests(folder: Path) -> dict[str, str]:
+def known_digests(folder: Path) -> dict[str, str]:
     """Digest the files that a plain Hugging Face folder needs, and no other it may hold."""
     names = [name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()]
     return {name: file_digest(folder / name) for name in names}

@@ -75,6 +75,15 @@ def target_config(source_config: Config, specs: Sequence[ExpansionSpec]) -> Conf
     return config
 
 
+def is_possible(source_config: Config, spec: ExpansionSpec) -> bool:
+    """Return whether an expansion can be had of a model of `source_config`."""
+    try:
+        target_config(source_config, [spec])
+    except RequestError:
+        return False
+    return True
+
+
 def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
     """Return the config after an expansion, whose sizes no limit forbids."""
     target = spec.target_config(family_of(config), config)

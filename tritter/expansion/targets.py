@@ -9,7 +9,7 @@ from tritter.expansion.depth import Dus, Interpolate, LlamaPro, Stack
 from tritter.expansion.moe import Moe
 from tritter.expansion.moe_add import MoeAdd, sparse_layers
 from tritter.expansion.partners import partner_of
-from tritter.expansion.specification import ExpansionSpec, target_config
+from tritter.expansion.specification import ExpansionSpec, is_possible, target_config
 from tritter.expansion.width import Width
 from tritter.families import Config, count_parameters, family_of
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
@@ -48,8 +48,8 @@ def reach_parameters(
         )
     candidates: list[tuple[ExpansionSpec, int]] = []
     for candidate in _candidates(config, spec):
-        if _is_possible(config, candidate):
-            candidates.append((candidate, _parameters(config, candidate)))
+        if is_possible(config, candidate):
+            candidates.append((candidate, count_parameters(target_config(config, [candidate]))))
             if candidates[-1][1] > target:  # they come in growing order
                 break
     if not candidates:
@@ -103,18 +103,6 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
 
 def _most(size: int, limit: int, growth: int = _MAX_GROWTH) -> int:
     return min(growth * size, limit)
-
-
-def _is_possible(config: Config, spec: ExpansionSpec) -> bool:
-    try:
-        target_config(config, [spec])
-    except RequestError:
-        return False
-    return True
-
-
-def _parameters(config: Config, spec: ExpansionSpec) -> int:
-    return count_parameters(target_config(config, [spec]))
 
 
 def _describe(spec: Any) -> str:

@@ -60,16 +60,6 @@ class Family:
             return sizes
         return replace(sizes, intermediate_size=stated[layer])
 
-    def is_sparse(self, config: Config, layer: int) -> bool:
-        """Return whether a layer has experts in place of one FFN.
-
-        Raises:
-            RequestError: the config's pattern is none.
-        """
-        if self.sparse_layers != "pattern":
-            return self.has_experts
-        return self.layer_kinds(config)[layer] == "sparse"
-
     def layer_kinds(self, config: Config) -> list[Literal["dense", "sparse"]]:
         """Return of every layer whether it has experts (sparse) or one FFN (dense).
 

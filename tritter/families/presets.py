@@ -4,7 +4,7 @@ They are the options `conf/model/tritter_*.yaml`, whose first lines say what mod
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,19 +48,9 @@ class Preset:
 
     def config(self, *, vocab_size: int = VOCABULARY) -> Config:
         """Return the config.json of a model of this size."""
-        return llama_config(
-            vocab_size=vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            tie_word_embeddings=self.tie_word_embeddings,
-            rms_norm_eps=self.rms_norm_eps,
-            rope_theta=self.rope_theta,
-            max_position_embeddings=self.max_position_embeddings,
-            initializer_range=self.initializer_range,
-        )
+        sizes = asdict(self)
+        del sizes["name"], sizes["nominal_parameters"]
+        return llama_config(vocab_size=vocab_size, **sizes)
 
 
 def _read(path: Path) -> Preset:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tritter.checkpoint import read_lineage
+from tritter.checkpoint import lineage_of
 from tritter.data.cache import require_writable
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
@@ -54,13 +54,11 @@ def score_baseline(context: RunContext, folder: Path) -> None:
 
 def _made_from(context: RunContext, folder: Path) -> dict[str, Any]:
     """Return everything that determines the scores, to the last bit."""
-    lineage = read_lineage(folder)
-    assert lineage is not None
     is_gpu = context.device.type == "cuda"
     return {
         "format_version": FORMAT_VERSION,
         "torch": torch.__version__,
-        "model": lineage.model_hash,
+        "model": lineage_of(folder).model_hash,
         "config": dict(read_config(folder)),
         "text": {
             name: _text_digest(context.corpus.domains[name].validation) for name in context.domains

@@ -1,6 +1,7 @@
 """The text of a run: the Python installation's own, files, or both, under one tokenizer."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -29,27 +30,22 @@ def run_corpus(config: RunConfig, text: RunText, *, tokenizer: Tokenizer | None)
         TextFileError: files can't be read as what they are.
         RequestError: a domain is too small, or the cache can't be written.
     """
-    limit = config.evaluation.max_tokens_per_document
     split = text.split
+    asked: dict[str, Any] = {
+        "vocab_size": config.data.vocab_size,
+        "validation_fraction": split.validation_fraction,
+        "max_validation_tokens_per_document": config.evaluation.max_tokens_per_document,
+        "seed": split.seed,
+        "cache_dir": config.cache_dir,
+        "tokenizer": tokenizer,
+    }
     if _is_stdlib(text):
-        return stdlib_corpus(
-            vocab_size=config.data.vocab_size,
-            validation_fraction=split.validation_fraction,
-            max_validation_tokens_per_document=limit,
-            seed=split.seed,
-            cache_dir=config.cache_dir,
-            tokenizer=tokenizer,
-        )
+        return stdlib_corpus(**asked)
     history = _all_documents(text.history)
     return build_corpus(
         _all_documents(text.domains),
         origin={domain.name: _origin(domain, config) for domain in text.domains},
-        vocab_size=config.data.vocab_size,
-        validation_fraction=split.validation_fraction,
-        max_validation_tokens_per_document=limit,
-        seed=split.seed,
-        cache_dir=config.cache_dir,
-        tokenizer=tokenizer,
+        **asked,
         earlier=Earlier(split.exceptions, tuple(history.values())),
     )
 

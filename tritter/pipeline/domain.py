@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tritter.checkpoint import Lineage, read_lineage, write_lineage
+from tritter.checkpoint import Lineage, lineage_of, read_lineage, write_lineage
 from tritter.checkpoint.place import check_output, check_replaceable
-from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
 from tritter.config.composition import load_config
 from tritter.config.overrides import quoted
 from tritter.config.schema import RunConfig, TextSources
 from tritter.expand import PlannedExpansion
+from tritter.expand.folder import known_digests
 from tritter.expansion import ExpansionSpec, MoeAdd, ResolvedExpansion
 from tritter.models import read_config
 from tritter.pipeline import moe, verdict
@@ -29,7 +29,6 @@ from tritter.pipeline.given import check_given
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import run_arm, run_baseline
 from tritter.storage.atomic import atomic_folder
-from tritter.storage.hashing import file_digest
 from tritter.storage.names import named_path
 from tritter.terminal import Console
 
@@ -118,8 +117,7 @@ def expand_for_domain(
         with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
             shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
             _adopt(temporary, context, source=source, destination=destination)
-            lineage = read_lineage(temporary)
-        assert lineage is not None
+            lineage = lineage_of(temporary)
         return DomainExpansion(plan=plan, lineage=lineage, scores=scores, experts=used)
 
 
@@ -176,20 +174,16 @@ def _value(sources: TextSources) -> str:
 
 def _adopt(folder: Path, context: RunContext, *, source: Path, destination: Path) -> None:
     """Let a checkpoint be the child of the source, in place of folders that will be gone."""
-    lineage, held = read_lineage(folder), read_lineage(source)
-    root = read_lineage(context.folder / "baseline")
-    assert lineage is not None and root is not None
-    digests: dict[str, Any] = {}
-    if held is None:
-        names = [name for name in ("config.json", *TOKENIZER_FILES) if (source / name).is_file()]
-        digests = {
-            "parent_tensor_digests": root.tensor_digests,
-            "parent_file_digests": {name: file_digest(source / name) for name in names},
-        }
+    root = lineage_of(context.folder / "baseline")
     adopted = replace(
-        lineage,
+        lineage_of(folder),
         parent_hash=root.model_hash,
         parent_path=os.path.relpath(source.resolve(), destination.resolve()),
-        **digests,
     )
+    if read_lineage(source) is None:
+        adopted = replace(
+            adopted,
+            parent_tensor_digests=root.tensor_digests,
+            parent_file_digests=known_digests(source),
+        )
     write_lineage(folder, adopted, read_config(folder))

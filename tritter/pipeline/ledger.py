@@ -72,6 +72,16 @@ class Ledger:
     def get(self, stage: str) -> StageResult | None:
         return None if stage in self._again else self._stages.get(stage)
 
+    def __getitem__(self, stage: str) -> StageResult:
+        """Return what a stage that is done found.
+
+        Raises:
+            KeyError: it is not.
+        """
+        if (done := self.get(stage)) is None:
+            raise KeyError(stage)
+        return done
+
     def record(self, stage: str, result: StageResult) -> None:
         """Add a finished stage, with the digests of what it left, and write the ledger.
 

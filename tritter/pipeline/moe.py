@@ -211,8 +211,7 @@ def usage_flops(context: RunContext, config: Config) -> float:
 
 def summary_record(context: RunContext, arm: Arm) -> dict[str, Any] | None:
     """Return `moe` of summary.json for an arm that was evaluated; None for a dense model."""
-    evaluated, fitted = (context.ledger.get(f"{arm.name}.{s}") for s in ("evaluate", "fit"))
-    assert evaluated is not None and fitted is not None
+    evaluated, fitted = (context.ledger[f"{arm.name}.{stage}"] for stage in ("evaluate", "fit"))
     record = evaluated.found.get("moe")
     if record is None:
         return None

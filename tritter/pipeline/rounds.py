@@ -45,9 +45,7 @@ def round_status(context: RunContext, arm: Arm) -> Status | None:
 def kept_parameters(context: RunContext, arm: Arm) -> int:
     """Return the size of what the run keeps when `arm` was its last."""
     kept = arm.name if round_status(context, arm) != "rolled_back" else arm.follows
-    stage = context.ledger.get(f"{kept}.expand" if kept else "baseline")
-    assert stage is not None
-    return int(stage.found["parameters"])
+    return int(context.ledger[f"{kept}.expand" if kept else "baseline"].found["parameters"])
 
 
 def target_record(context: RunContext, arm: Arm) -> dict[str, Any]:

@@ -206,9 +206,6 @@ def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str
     last = arms[-1]
     records = [_attempt_record(context, arm) for arm in arms]
     attempt, status = records[-1], records[-1]["status"]
-    published = context.ledger.get("publish")
-    evaluated = context.ledger.get(f"{last.name}.evaluate")
-    assert published is not None and evaluated is not None
     places = {"baseline": "baseline", "final": "checkpoint"}
     sizes = {name: read_config(context.folder / place) for name, place in places.items()}
     is_kept = status != "rolled_back"
@@ -231,8 +228,8 @@ def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str
         "parameters": {name: count_parameters(config) for name, config in sizes.items()},
         "parameters_on_disk": {name: count_parameters(on_disk(c)) for name, c in sizes.items()},
         "checkpoint": "checkpoint",
-        "lineage": published.found,
-        "samples": evaluated.found["samples"],
+        "lineage": context.ledger["publish"].found,
+        "samples": context.ledger[f"{last.name}.evaluate"].found["samples"],
         "notes": list(context.notes),
     }
     if (used := moe.summary_record(context, last)) is not None:
@@ -245,11 +242,10 @@ def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str
 
 
 def _attempt_record(context: RunContext, arm: Arm) -> dict[str, Any]:
-    gate, grown = context.ledger.get(arm.key("gate")), context.ledger.get(f"{arm.name}.expand")
-    assert gate is not None and grown is not None
+    grown = context.ledger[f"{arm.name}.expand"]
     start = {"baseline": _scores(context, arm.start_scores)} if arm.follows else {}
     return {
-        **_arm_record(context, arm, gate),
+        **_arm_record(context, arm, context.ledger[arm.key("gate")]),
         "expanded": _scores(context, f"{arm.name}-expanded" if arm.specs else arm.start_scores),
         "jump": grown.found.get("jump"),
         **start,
@@ -257,9 +253,7 @@ def _attempt_record(context: RunContext, arm: Arm) -> dict[str, Any]:
 
 
 def _arm_record(context: RunContext, arm: Arm, gate: StageResult) -> dict[str, Any]:
-    fitted = context.ledger.get(f"{arm.name}.fit")
-    grown = context.ledger.get(f"{arm.name}.expand")
-    assert fitted is not None and grown is not None
+    fitted, grown = (context.ledger[f"{arm.name}.{stage}"] for stage in ("fit", "expand"))
     return {
         "expansion": [spec.name for spec in arm.specs],
         "status": gate.found["status"],

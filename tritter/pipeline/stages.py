@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
-from tritter.checkpoint import Lineage, read_lineage, record_step0_error
+from tritter.checkpoint import Lineage, lineage_of, record_step0_error
 from tritter.data.datamodule import EvaluationText
 from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.samples import prompt_in_words, sample_text
@@ -62,8 +62,7 @@ def baseline(context: RunContext) -> StageResult:
             shutil.copytree(base.folder, temporary, dirs_exist_ok=True)
     config = read_config(folder)
     score_baseline(context, folder)
-    lineage = read_lineage(folder)
-    assert lineage is not None
+    lineage = lineage_of(folder)
     return StageResult(
         found={
             "parameters": count_parameters(config),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tritter.checkpoint import Lineage, read_lineage, write_checkpoint
+from tritter.checkpoint import Lineage, lineage_of, write_checkpoint
 from tritter.checkpoint.folder import Artifact
 from tritter.checkpoint.left import checkpoint_changes
 from tritter.checkpoint.tokenizer_files import TokenizerFiles
@@ -99,8 +99,7 @@ def child_of(
         stage: what the training is called in the record.
         is_adapted: appended experts are opened on the way.
     """
-    parent = read_lineage(start)
-    assert parent is not None
+    parent = lineage_of(start)
     has_experts = family_of(read_config(start)).has_experts
     sections = ["moe_routing"] * has_experts + ["adaptation"] * (has_experts and is_adapted)
     return replace(

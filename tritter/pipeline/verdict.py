@@ -4,7 +4,7 @@ import shutil
 from dataclasses import replace
 from typing import Any
 
-from tritter.checkpoint import Lineage, read_lineage, write_lineage
+from tritter.checkpoint import Lineage, lineage_of, write_lineage
 from tritter.evaluation.gate import (
     Check,
     new_capability_check,
@@ -26,9 +26,7 @@ def checks(context: RunContext, arm: Arm) -> list[Check]:
     gate = context.config.gate
     before = context.read_scores(arm.start_scores)
     after = context.read_scores(f"{arm.name}-trained")
-    fitted = context.ledger.get(f"{arm.name}.fit")
-    expanded = context.ledger.get(f"{arm.name}.expand")
-    assert fitted is not None and expanded is not None
+    fitted, expanded = (context.ledger[f"{arm.name}.{stage}"] for stage in ("fit", "expand"))
     made = [
         training_check(
             fitted.found["refused_steps"], aborted_reason=fitted.found["stopped_because"]
@@ -56,8 +54,7 @@ def checks(context: RunContext, arm: Arm) -> list[Check]:
 def complete(context: RunContext, arm: Arm) -> Lineage:
     """Write into a kept round's own folder what its training made of it: the next starts there."""
     folder = context.folder / arm.name / "trained"
-    lineage = read_lineage(folder)
-    assert lineage is not None
+    lineage = lineage_of(folder)
     completed = replace(_completed(context, arm, lineage), parent_path=lineage.parent_path)
     write_lineage(folder, completed, read_config(folder))
     return completed
@@ -67,8 +64,7 @@ def publish(context: RunContext, arm: Arm, *, keep: bool) -> Lineage:
     """Put what was kept at `checkpoint/`: the trained model, or after a rollback its start."""
     source = context.folder / (f"{arm.name}/trained" if keep else arm.start)
     target = context.folder / "checkpoint"
-    lineage = read_lineage(source)
-    assert lineage is not None
+    lineage = lineage_of(source)
     if keep:
         lineage = _completed(context, arm, lineage)
     elif arm.follows:
@@ -76,9 +72,7 @@ def publish(context: RunContext, arm: Arm, *, keep: bool) -> Lineage:
     with atomic_folder(target, overwrite=True) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         write_lineage(temporary, lineage, read_config(source))
-    written = read_lineage(target)
-    assert written is not None
-    return written
+    return lineage_of(target)
 
 
 def _completed(context: RunContext, arm: Arm, lineage: Lineage) -> Lineage:

@@ -197,7 +197,7 @@ def _layer_bytes(family: Family, config: Config, layer: int, setup: TrainingSetu
     sizes = family.dimensions(config, layer=layer)
     parameter_bytes, width = _BYTES[setup.precision]
     ffn_units = sizes.intermediate_size
-    if family.is_sparse(config, layer):
+    if family.has_experts and family.layer_kinds(config)[layer] == "sparse":
         ffn_units = sizes.experts_per_token * sizes.expert_size + sizes.shared_expert_size
     per_head = {"attention.q_norm": sizes.query_size, "attention.k_norm": sizes.key_value_size}
     norms = [t for t in family.tensors if t.is_per_layer and t.is_norm]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from tritter.errors import RequestError
 from tritter.expansion import Dus, ExpansionSpec, Width, target_config
+from tritter.expansion.specification import is_possible
 from tritter.families import Config, Dimensions, count_parameters, family_of
 from tritter.limits import MAX_LAYERS, MAX_WIDTH
 
@@ -118,7 +119,7 @@ def depth_specs(
         for count in layers
         if sizes.hidden_size / count >= least_aspect_ratio
     ]
-    return [spec for spec in specs if _is_possible(config, spec)]
+    return [spec for spec in specs if is_possible(config, spec)]
 
 
 def width_specs(
@@ -149,7 +150,7 @@ def width_specs(
         for size in _thinned(range((hidden // unit + 1) * unit, most + 1, unit))
         if size / sizes.num_hidden_layers <= most_aspect_ratio
     ]
-    return [spec for spec in specs if _is_possible(config, spec)]
+    return [spec for spec in specs if is_possible(config, spec)]
 
 
 def specs_like(config: Config, spec: ExpansionSpec, methods: GrowthMethods) -> list[ExpansionSpec]:
@@ -211,14 +212,6 @@ def _direction(spec: ExpansionSpec) -> str | None:
 
 def _with_sizes(spec: Any, **sizes: int | None) -> ExpansionSpec:
     return replace(spec, **sizes)
-
-
-def _is_possible(config: Config, spec: ExpansionSpec) -> bool:
-    try:
-        target_config(config, [spec])
-    except RequestError:
-        return False
-    return True
 
 
 def _ffn_size(sizes: Dimensions, hidden_size: int) -> int | None:
