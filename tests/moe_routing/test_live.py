@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.moe_routing.test_stages import DOMAIN, OLD, Batch, grown, moved, values
 from tritter.errors import TritterError
-from tritter.moe_routing import adapt_router, distill_experts, train_new_experts
+from tritter.forgetting.fisher import diagonal_fisher
+from tritter.moe_routing import (
+    adapt_router,
+    distill_experts,
+    expert_utility,
+    train_new_experts,
+)
 from tritter.moe_routing.separate import shared_names
 
 RATE, DECAY, NEW = 1e-2, 0.3, 4  # experts from the fourth on are new
@@ -190,3 +196,21 @@ def test_ctrl_c_is_that_of_any_other_call() -> None:
         adapt_router(model, [4, 5], DOMAIN)
     hook.remove()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_each_module_gets_its_own_mode_back() -> None:
+    model, teacher, sequences = grown(noise=0.5), oracle.tiny_llama(), DOMAIN[0]["input_ids"]
+    model.train().model.layers[0].eval()
+    teacher.train().model.layers[1].eval()
+    modes = [module.training for each in (model, teacher) for module in each.modules()]
+    calls: dict[str, Callable[[], object]] = {
+        "adapt_router": lambda: adapt_router(model, range(NEW, 6), DOMAIN, epochs=1),
+        "train_new_experts": lambda: train_new_experts(model, range(NEW, 6), DOMAIN),
+        "distill_experts": lambda: distill_experts(model, teacher, range(NEW, 6), DOMAIN),
+        "expert_utility": lambda: expert_utility(model, sequences),
+        "diagonal_fisher": lambda: diagonal_fisher(model, sequences),
+    }
+    for name, call in calls.items():
+        call()
+        after = [module.training for each in (model, teacher) for module in each.modules()]
+        assert after == modes, name

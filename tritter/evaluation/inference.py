@@ -8,19 +8,22 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Put a model into eval and inference mode, yield its device, then restore every module's mode.
-
-    Each module's own mode comes back, so a partly frozen model stays partly in eval.
-    """
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Set back every module's own mode: a partly frozen model stays partly in eval."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.inference_mode():
-            yield device_of(model)
+        yield
     finally:
         for module, was_training in modes:
             module.training = was_training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Put a model into eval and inference mode, yield its device, then set all modes back."""
+    with modes_kept(model), torch.inference_mode():
+        model.eval()
+        yield device_of(model)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tritter.evaluation.inference import modes_kept
 from tritter.families import FAMILIES
 
 Estimator = Literal["empirical", "true"]
@@ -50,10 +51,9 @@ def diagonal_fisher(
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     squares = _looped_squares if has_experts(model) else _vectorised_squares
     generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    model.eval()
     done = 0
-    try:
+    with modes_kept(model):
+        model.eval()
         for batch in sequences.split(batch_size):
             input_ids = batch.long().to(next(iter(parameters.values())).device)
             labels = _labels(model, input_ids, estimator, generator)
@@ -62,8 +62,6 @@ def diagonal_fisher(
             done += len(batch)
             if progress is not None:
                 progress(done, len(sequences))
-    finally:
-        model.train(was_training)
     return {name: value / len(sequences) for name, value in total.items()}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritter.errors import RequestError
+from tritter.evaluation.inference import modes_kept
 from tritter.families import forward_flops
 from tritter.models import config_of
 from tritter.moe_routing.live import Batch, LoaderBatches, fit_live
@@ -109,7 +110,7 @@ def distill_experts(
             f"one of {vocabularies[0]}; allowed is a teacher with the same tokenizer."
         )
     batches = LoaderBatches(domain_dataloader, epochs)
-    with only_new_experts(model, experts):
+    with only_new_experts(model, experts), modes_kept(teacher):
         module = DistillationModule(
             model,
             teacher,

@@ -10,6 +10,7 @@ from lightning import Callback
 from torch import Tensor, device, nn
 
 from tritter.errors import TritterError
+from tritter.evaluation.inference import device_of, modes_kept
 from tritter.stopping import Stopped
 from tritter.terminal import Console
 from tritter.training import BaseModule, SideLoss, TrainerSettings, fit
@@ -58,7 +59,7 @@ class OldText(SideLoss):
 def fit_live(
     module: BaseModule, batches: LoaderBatches, *, controls: Sequence[Callback] = ()
 ) -> None:
-    """Train a live model where it lies; it stays there, in the mode that it was in.
+    """Train a live model where it lies; it stays there, in the modes that it was in.
 
     Raises:
         TritterError: a step was not finite; the weights are those from before it.
@@ -66,9 +67,9 @@ def fit_live(
     if not len(batches):
         return
     model = module.model
-    home, was_training = next(model.parameters()).device, model.training
+    home = device_of(model)
     try:
-        with TemporaryDirectory(prefix="tritter-") as folder:
+        with modes_kept(model), TemporaryDirectory(prefix="tritter-") as folder:
             result = fit(
                 module,
                 batches,
@@ -83,7 +84,7 @@ def fit_live(
             raise KeyboardInterrupt from stopped  # as in any other call
         raise
     finally:
-        model.to(home).train(was_training)
+        model.to(home)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = None

@@ -6,8 +6,7 @@ were. All terms are taken from raw logits and averaged over the layers that have
 Shapes: N sequences of T tokens, E experts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, distributed, nn
 
 from tritter.data.ranks import this_rank
 from tritter.errors import TritterError
+from tritter.evaluation.inference import device_of, evaluating
 from tritter.families import backward_flops, forward_flops
 from tritter.models import config_of
 from tritter.moe_routing.losses import (
@@ -83,9 +83,9 @@ class OldRouting:
         if routing is None or not len(sequences):
             raise TritterError("moe_routing.hold_old needs a model with experts, and old text.")
         seen: list[list[Tensor]] = [[] for _ in routing.layers]
-        with routing.recording(), torch.no_grad(), _evaluating(model):
+        with routing.recording(), evaluating(model) as device:
             for batch in sequences.split(max(1, batch_size)):
-                model(input_ids=batch.long().to(_device(model)), use_cache=False)
+                model(input_ids=batch.long().to(device), use_cache=False)
                 for held, record in zip(seen, routing.recorded(), strict=True):
                     held.append(record.probabilities.view(*batch.shape, -1).cpu())
         config = config_of(model)
@@ -195,7 +195,7 @@ class RoutingObjective(SideLoss):
         if self._held is None:
             return None
         rows = self._held.rows(step)
-        device = _device(model)
+        device = device_of(model)
         model(input_ids=self._held.sequences[rows].long().to(device), use_cache=False)
         return _mean(
             [
@@ -296,17 +296,3 @@ def _without_graph(record: Record) -> Record:
         logits=record.logits.detach(),
         probabilities=record.probabilities.detach(),
     )
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -45,26 +45,27 @@ class SeparateExperts:
                 f"adaptation: new experts from {first_new} on; of {routing.num_experts} experts "
                 f"allowed is 1 to {routing.num_experts - 1}."
             )
-        self.model = model
         self.first_new = first_new
         self.names = shared_names(model)
+        self._attributes: dict[nn.Module, list[str]] = {}
+        for name in self.names:
+            module, _, attribute = name.rpartition(".")
+            self._attributes.setdefault(model.get_submodule(module), []).append(attribute)
 
     def take_apart(self) -> None:
         """Replace each shared parameter by its two parts; the base's needs no gradient."""
-        for name in self.names:
-            module, attribute = _place(self.model, name)
-            _split(module, attribute, self.first_new)
-        for module in self._modules():
-            attributes = [a for m, a in map(self._place, self.names) if m is module]
+        for module, attributes in self._attributes.items():
+            for attribute in attributes:
+                _split(module, attribute, self.first_new)
             _join_while_computing(module, attributes)
 
     def join(self) -> None:
         """Put the parts together again; the base's values are those from before, bit for bit."""
-        for module in self._modules():
+        for module, attributes in self._attributes.items():
             for handle in module.__dict__.pop(_HANDLES):
                 handle.remove()
-        for name in self.names:
-            _unite(*_place(self.model, name))
+            for attribute in attributes:
+                _unite(module, attribute)
 
     def follow(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return values by parameter name for the parts in place of the whole."""
@@ -75,12 +76,6 @@ class SeparateExperts:
                 followed[name + BASE] = whole[: self.first_new]
                 followed[name + NEW] = whole[self.first_new :]
         return followed
-
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        return _place(self.model, name)
-
-    def _modules(self) -> list[nn.Module]:
-        return list(dict.fromkeys(module for module, _ in map(self._place, self.names)))
 
 
 @contextmanager
@@ -103,11 +98,6 @@ def shared_names(model: nn.Module) -> tuple[str, ...]:
     config = config_of(model)
     stored = layout(config, "live")
     return tuple(tensor.name for tensor in stored if not tensor.is_whole)
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    module, _, attribute = name.rpartition(".")
-    return model.get_submodule(module), attribute
 
 
 def _split(module: nn.Module, attribute: str, first_new: int) -> None:

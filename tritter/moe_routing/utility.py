@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.errors import RequestError
+from tritter.evaluation.inference import modes_kept
 from tritter.stock_routers import Routing
 from tritter.training.parameters import live_layout
 
@@ -31,9 +32,8 @@ def expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) 
     rows: dict[int | None, int] = {layer: row for row, layer in enumerate(routing.layers)}
     utility = torch.zeros(len(rows), routing.num_experts)
     device, batches = weights[0].device, sequences.split(batch_size)
-    was_training = model.training
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         for batch in batches:
             ids = batch.long().to(device)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -42,8 +42,6 @@ def expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) 
             ):
                 change = (gradient * weight).detach().abs().flatten(1).sum(dim=1)
                 utility[rows[stored.layer]] += change.float().cpu() / len(batches)
-    finally:
-        model.train(was_training)
     return utility
 
 

@@ -109,7 +109,7 @@ def map_tensor(
         values = _with_noise(values, tensor_map, source)
     if all(axis is None or bool((axis.index >= 0).all()) for axis in axes):
         return values
-    has_source = _sourced(axes)
+    has_source = ~flagged(axes, is_new)
     return _filled(values, has_source.to(values.device), tensor_map.fill, like=source, donor=donor)
 
 
@@ -154,23 +154,28 @@ def _select(tensor_map: TensorMap, source_mask: Tensor) -> Tensor:
     """Gather a bool mask along the map; coordinates without a source are False."""
     mask = source_mask
     for dimension, axis in enumerate(tensor_map.axes):
-        if axis is None:
-            continue
-        shape = [1] * mask.ndim
-        shape[dimension] = -1
-        has_source = (axis.index >= 0).view(shape)
-        mask = mask.index_select(dimension, axis.index.clamp(min=0)) & has_source
-    return mask
+        if axis is not None:
+            mask = mask.index_select(dimension, axis.index.clamp(min=0))
+    return mask & ~flagged(tensor_map.axes, is_new) if tensor_map.axes else mask
 
 
-def _sourced(axes: Sequence[AxisFactor | None]) -> Tensor:
-    """Return which entries of the target have a source, in a shape that broadcasts to its own."""
-    mask = torch.ones((1,) * len(axes), dtype=torch.bool)
+def is_new(axis: AxisFactor) -> Tensor:
+    """Return bool [N], which coordinates of an axis have no source."""
+    return axis.index < 0
+
+
+def flagged(axes: Sequence[AxisFactor | None], flags: Callable[[AxisFactor], Tensor]) -> Tensor:
+    """Return where some axis flags its coordinate, in a shape that broadcasts to the target's.
+
+    Args:
+        flags: of an axis, bool [N].
+    """
+    mask = torch.zeros((1,) * len(axes), dtype=torch.bool)
     for dimension, axis in enumerate(axes):
         if axis is not None:
             shape = [1] * len(axes)
             shape[dimension] = -1
-            mask = mask & (axis.index >= 0).view(shape)
+            mask = mask | flags(axis).view(shape)
     return mask
 
 
@@ -265,12 +270,7 @@ def _drawn(values: Tensor, seed: int, *, std: float, mean: float = 0.0) -> Tenso
 
 
 def _with_noise(values: Tensor, tensor_map: TensorMap, source: Tensor) -> Tensor:
-    is_copy = torch.tensor(tensor_map.is_copy)
-    axes = tensor_map.axes or (None,) * source.ndim
-    for dimension, axis in enumerate(axes):
-        size = values.shape[dimension]
-        here = torch.zeros(size, dtype=torch.bool) if axis is None else axis.is_duplicate
-        is_copy = is_copy.unsqueeze(-1) | here
+    is_copy = flagged(tensor_map.axes, lambda axis: axis.is_duplicate) | tensor_map.is_copy
     std = tensor_map.noise * float(source.double().std())
     noise = _drawn(values, tensor_map.noise_seed, std=std)
     return torch.where(is_copy.to(values.device), values + noise, values)

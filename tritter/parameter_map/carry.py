@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritter.errors import TritterError
-from tritter.parameter_map.apply import Quantity, map_tensor
+from tritter.parameter_map.apply import Quantity, flagged, is_new, map_tensor
 from tritter.parameter_map.tensor_map import TensorMap
 
 Policy = Literal["carry", "zero", "reset_new"]
@@ -116,29 +116,17 @@ def carry(
     mapped = map_tensor(tensor_map, source, quantity=rule.quantity)
     if rule.is_as_weights:
         return mapped
-    copies = rule.is_moment and policy == "reset_new"
-    is_new = _new_entries(tensor_map, mapped.shape, copies=copies).to(mapped.device)
-    if not bool(is_new.any()):
+    starts = flagged(tensor_map.axes, is_new)
+    if rule.is_moment and policy == "reset_new":
+        starts = starts | flagged(tensor_map.axes, lambda axis: axis.is_duplicate)
+    if not bool(starts.any()):
         return mapped
+    starts = starts.to(mapped.device)
     value = torch.zeros((), dtype=mapped.dtype, device=mapped.device)
-    if rule.new_entries == "mean" and not bool(is_new.all()):
-        value = mapped[~is_new].double().mean().to(mapped.dtype)
-    return torch.where(is_new, value, mapped)
+    if rule.new_entries == "mean" and not bool(starts.all()):
+        value = mapped[~starts.expand(mapped.shape)].double().mean().to(mapped.dtype)
+    return torch.where(starts, value, mapped)
 
 
 def _rule(kind: str | StateKind) -> StateKind:
     return kind if isinstance(kind, StateKind) else STATE_KINDS[kind]
-
-
-def _new_entries(tensor_map: TensorMap, shape: torch.Size, *, copies: bool) -> Tensor:
-    """Bool mask of the entries without a source; with `copies`, of second copies as well."""
-    is_new = torch.zeros((), dtype=torch.bool)
-    axes = tensor_map.axes or (None,) * len(shape)
-    for size, axis in zip(shape, axes, strict=True):
-        here = torch.zeros(size, dtype=torch.bool)
-        if axis is not None:
-            here = axis.index < 0
-            if copies:
-                here = here | axis.is_duplicate
-        is_new = is_new.unsqueeze(-1) | here
-    return is_new
