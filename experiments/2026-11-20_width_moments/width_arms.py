@@ -152,7 +152,7 @@ def batches_of(arm: Arm, base: Base, sizes: Sizes) -> BatchStream:
     code = sequences("code", "train", seed=arm.seed, sizes=sizes)
     prose = sequences("prose", "train", seed=arm.seed, sizes=sizes)
     order = SequenceStream(code, seed=derived_seed(arm.seed, "code"))
-    replayed = ReplayBuffer.from_sequences(prose, seed=arm.seed)
+    replayed = ReplayBuffer.of_domains({"old": prose}, seed=arm.seed)
     return BatchStream(order, batch_size=sizes.batch_size).with_replay(replayed, 0.25)
 
 

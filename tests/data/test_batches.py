@@ -22,7 +22,7 @@ def batches(*, fraction: float | None = None, batch_size: int = 4) -> BatchStrea
     if fraction is None:
         return stream
     old = OLD_START + torch.arange(NUM_OLD)[:, None].repeat(1, 3)
-    return stream.with_replay(ReplayBuffer.from_sequences(old, seed=5), fraction)
+    return stream.with_replay(ReplayBuffer.of_domains({"old": old}, seed=5), fraction)
 
 
 def rows(stream: BatchStream, count: int) -> list[list[int]]:
@@ -109,10 +109,10 @@ def test_wrong_requests_are_refused():
         batches(batch_size=0)
     with pytest.raises(RequestError, match="only one method"):
         batches(fraction=0.2).with_replay(
-            ReplayBuffer.from_sequences(torch.zeros(3, 3), seed=0), 0.2
+            ReplayBuffer.of_domains({"old": torch.zeros(3, 3)}, seed=0), 0.2
         )
     with pytest.raises(RequestError, match=r"data\.sequence_length=3.*2 tokens"):
-        batches().with_replay(ReplayBuffer.from_sequences(torch.zeros(3, 2), seed=0), 0.2)
+        batches().with_replay(ReplayBuffer.of_domains({"old": torch.zeros(3, 2)}, seed=0), 0.2)
 
 
 class Witness(lightning.LightningModule):

@@ -74,7 +74,7 @@ def run(
     stream = SequenceStream(SEQUENCES, seed=0)
     batches = BatchStream(stream, batch_size=4, num_batches=steps * gathered)
     if replayed:
-        batches = batches.with_replay(ReplayBuffer.from_sequences(SEQUENCES, seed=1), replayed)
+        batches = batches.with_replay(ReplayBuffer.of_domains({"old": SEQUENCES}, seed=1), replayed)
     return fit(
         module,
         batches,

@@ -42,15 +42,6 @@ class ReplayBuffer:
         self._drawn = dict.fromkeys(exact, 0)
 
     @classmethod
-    def from_sequences(cls, sequences: Tensor, *, seed: int) -> "ReplayBuffer":
-        """Fill a buffer from one domain's sequences [N, T].
-
-        Raises:
-            RequestError: there is no sequence.
-        """
-        return cls.of_domains({"old": sequences}, seed=seed)
-
-    @classmethod
     def of_domains(
         cls,
         sequences: Mapping[str, Tensor],

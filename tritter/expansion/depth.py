@@ -30,6 +30,7 @@ class CopiedLayers(ABC):
 
     __slots__ = ()
     expansion_type: ClassVar[str] = "depth"
+    new_blocks_only: bool = False
 
     @abstractmethod
     def layer_sources(self, layers: int) -> tuple[int, ...]:
@@ -43,10 +44,6 @@ class CopiedLayers(ABC):
     @abstractmethod
     def is_exact(self) -> bool:
         """True when copies begin as identities, whose optimizer state starts anew."""
-
-    @property
-    def new_blocks_only(self) -> bool:
-        return False
 
     def target_config(self, family: Family, config: Config) -> Config:
         sources = self.layer_sources(family.dimensions(config).num_hidden_layers)

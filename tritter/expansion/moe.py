@@ -44,6 +44,7 @@ class Moe:
     """
 
     name: ClassVar[str] = "moe"
+    new_blocks_only: ClassVar[bool] = False
     expansion_type: ClassVar[str] = "moe"
     num_experts: Annotated[int, Field(ge=2, le=MAX_EXPERTS)] | None = None
     experts_per_token: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
@@ -55,10 +56,6 @@ class Moe:
     @property
     def is_exact(self) -> bool:
         return self.noise == 0 and self.reinit_fraction == 0
-
-    @property
-    def new_blocks_only(self) -> bool:
-        return False
 
     @property
     def total_experts(self) -> int:

@@ -47,6 +47,7 @@ class MoeAdd:
     """
 
     name: ClassVar[str] = "moe_add"
+    new_blocks_only: ClassVar[bool] = False
     expansion_type: ClassVar[str] = "moe"
     num_experts: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
     addition: Literal["append", "replicate"] = "append"
@@ -68,10 +69,6 @@ class MoeAdd:
     def is_exact(self) -> bool:
         """True of append whatever the new experts hold: no token meets them at step 0."""
         return self.is_append or self.noise == 0
-
-    @property
-    def new_blocks_only(self) -> bool:
-        return False
 
     def target_config(self, family: Family, config: Config) -> Config:
         layers = sparse_layers(family, config)

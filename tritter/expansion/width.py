@@ -69,6 +69,7 @@ class Width:
     """
 
     name: ClassVar[str] = "width"
+    new_blocks_only: ClassVar[bool] = False
     expansion_type: ClassVar[str] = "width"
     hidden_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | None = None
     intermediate_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | None = None
@@ -82,10 +83,6 @@ class Width:
     @property
     def is_exact(self) -> bool:
         return self.noise == 0 and self.init != "aki" and self.strategy != "split"
-
-    @property
-    def new_blocks_only(self) -> bool:
-        return False
 
     @property
     def strategy(self) -> Strategy:
