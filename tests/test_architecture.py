@@ -18,9 +18,8 @@ OPEN = {"conf_folder", "errors", "limits", "options", "seeds", "stopping", "targ
 # Room → rooms that it may import besides; what is missing is refused.
 _MODELS = {"parameter_map", "families", "stock_routers", "models"}
 _CORE = _MODELS | {"loadable", "storage", "expansion", "checkpoint", "data"}
-_TRAINING = _CORE | {"expand", "training"}
-_BELOW_PIPELINE = _TRAINING | {"config", "expand", "planning", "evaluation", "forgetting"}
-_BELOW_PIPELINE |= {"moe_routing"}
+_TRAINING = _CORE | {"expand", "evaluation", "training"}
+_BELOW_PIPELINE = _TRAINING | {"config", "planning", "forgetting", "moe_routing"}
 ARROWS: dict[str, set[str]] = {
     "parameter_map": set(),
     "storage": set(),
@@ -34,9 +33,9 @@ ARROWS: dict[str, set[str]] = {
     "config": {"families", "expansion", "planning", "storage", "data", "checkpoint"},
     "expand": _CORE,
     "evaluation": {"data", "models", "families", "checkpoint"},
-    "training": _CORE | {"expand", "evaluation"},
+    "training": _TRAINING - {"training"},
     "forgetting": _TRAINING,
-    "moe_routing": _TRAINING | {"expand", "config"},
+    "moe_routing": _TRAINING | {"config"},
     "report": {"checkpoint", "evaluation"},
     "pipeline": _BELOW_PIPELINE | {"report"},
     "planning": {"families", "expansion", "parameter_map"},

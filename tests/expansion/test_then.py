@@ -1,6 +1,6 @@
 """Maps that follow one another as one map, held to the steps applied in turn, over all methods."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -76,6 +76,13 @@ def in_turn(
     return values
 
 
+def read_by(tensor_map: TensorMap) -> Iterator[str]:
+    """Yield what the weights are made of, donors included, of a map that stands alone."""
+    yield from (source for source in (tensor_map.source, *tensor_map.blend) if source)
+    if tensor_map.fill.donor is not None:
+        yield from read_by(tensor_map.fill.donor)
+
+
 def state_in_turn(
     steps: Sequence[ResolvedExpansion], state: Values, kind: str, policy: Policy
 ) -> Values:
@@ -86,7 +93,7 @@ def state_in_turn(
             if tensor_map.source is None or starts_anew(tensor_map, kind, policy=policy):
                 continue
             if STATE_KINDS[kind].new_entries == "as_weights":
-                if all(source in state for source in tensor_map.sources):
+                if all(source in state for source in read_by(tensor_map)):
                     after[name] = mapped(tensor_map, state.__getitem__)
             elif tensor_map.source in state:
                 after[name] = carry(tensor_map, state[tensor_map.source], kind, policy=policy)

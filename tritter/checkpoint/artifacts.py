@@ -1,18 +1,11 @@
 """What stands in a checkpoint folder beside the model: each piece reads and writes itself."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from tritter.checkpoint.folder import Artifact
 from tritter.checkpoint.state import read_state
 from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.stock_routers import AddedExperts
-
-READERS: tuple[Callable[[Path], Artifact | None], ...] = (
-    TokenizerFiles.read,
-    read_state,
-    AddedExperts.read,
-)
 
 
 def read_artifacts(folder: Path) -> tuple[Artifact, ...]:
@@ -21,5 +14,5 @@ def read_artifacts(folder: Path) -> tuple[Artifact, ...]:
     Raises:
         TritterError: one is damaged, or of a newer format.
     """
-    found = (read(folder) for read in READERS)
+    found = (TokenizerFiles(folder), read_state(folder), AddedExperts.read(folder))
     return tuple(artifact for artifact in found if artifact is not None)

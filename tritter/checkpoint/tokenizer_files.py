@@ -28,10 +28,6 @@ class TokenizerFiles:
 
     source: Path
 
-    @classmethod
-    def read(cls, folder: Path) -> "TokenizerFiles":
-        return cls(folder)
-
     def write(self, folder: Path) -> None:
         """Copy them.
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from tritter.expansion.depth import Dus, Interpolate, LlamaPro, Stack
 from tritter.expansion.moe import Moe
-from tritter.expansion.moe_add import MoeAdd, closed_experts
+from tritter.expansion.moe_add import MoeAdd
 from tritter.expansion.specification import (
     ExpansionSpec,
     ResolvedExpansion,
@@ -32,7 +32,6 @@ __all__ = [
     "Width",
     "build_steps",
     "checked_specs",
-    "closed_experts",
     "composed",
     "target_config",
 ]

@@ -10,7 +10,6 @@ from tritter.moe_routing.losses import (
 )
 from tritter.moe_routing.objective import (
     OldRouting,
-    RoutingCallback,
     RoutingObjective,
     RoutingSettings,
 )
@@ -19,12 +18,10 @@ from tritter.moe_routing.progressive import MoEExpansionConfig, ProgressiveMoE
 from tritter.moe_routing.separate import SeparateExperts, separate_experts
 from tritter.moe_routing.stages import (
     adapt_router,
-    checked_experts,
     redraw_rows,
     train_new_experts,
 )
 from tritter.moe_routing.statistics import (
-    LayerStatistics,
     bias_update,
     dropped_fraction,
     expert_counts,
@@ -38,11 +35,9 @@ from tritter.moe_routing.utility import best_experts, expert_utility
 __all__ = [
     "DistillationModule",
     "ExpertOpening",
-    "LayerStatistics",
     "MoEExpansionConfig",
     "OldRouting",
     "ProgressiveMoE",
-    "RoutingCallback",
     "RoutingObjective",
     "RoutingSettings",
     "SeparateExperts",
@@ -50,7 +45,6 @@ __all__ = [
     "adapt_router",
     "best_experts",
     "bias_update",
-    "checked_experts",
     "distill_experts",
     "dropped_fraction",
     "expert_counts",

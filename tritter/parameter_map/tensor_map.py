@@ -168,14 +168,6 @@ class TensorMap:
         return self.source.origin if isinstance(self.source, TensorMap) else self.source
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """Logical names in the first model that the weights are made of, donors included."""
-        own = () if self.source is None else (self.source, *self.blend)
-        parts = own if self.fill.donor is None else (*own, self.fill.donor)
-        names = ((part,) if isinstance(part, str) else part.sources for part in parts)
-        return tuple(name for each in names for name in each)
-
-    @property
     def is_verbatim(self) -> bool:
         """The weights are those of `origin`, bit for bit."""
         before = self.source

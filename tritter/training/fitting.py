@@ -5,7 +5,7 @@ import gc
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -98,11 +98,11 @@ def fit(
     ours = [guard, bar, RandomState(), conclusion, validation]
     callbacks += [*_callbacks_of(module, task, folder), *filter(None, ours)]
     module.their_callbacks = TheirCallbacks(options=theirs, folder=folder, last=saving)
-    _release_earlier()
+    gc.collect()  # an earlier trainer, its module and callbacks hold each other, moments too
     since = time.perf_counter()
     with _told(stop, label):
         data = TextModule(_mixed(module, batches, task), evaluation)
-        _run(module, data, settings, callbacks, folder=folder, loggers=loggers)
+        _run(module, data, settings, callbacks, saving=saving, folder=folder, loggers=loggers)
     result = conclusion.result
     assert result is not None
     _end_if_asked(stop, f"at step {result.steps} of {max_steps} of the {label}")
@@ -162,59 +162,41 @@ def _run(
     settings: TrainerSettings,
     callbacks: list[Callback],
     *,
+    saving: SaveState,
     folder: Path,
     loggers: Sequence[Logger],
 ) -> None:
-    """Run the fit here, or in processes of its own, whose loggers get their rows at its end."""
-    module.train()
-    if settings.strategy != "ddp":
-        _fit(module, data, settings, callbacks, folder=folder, loggers=loggers)
-        return
-    with worker_processes():
-        _fit(module, data, settings, callbacks, folder=folder)
-    _forward_metrics(folder, loggers)
-
-
-def _fit(
-    module: BaseModule,
-    data: TextModule,
-    settings: TrainerSettings,
-    callbacks: list[Callback],
-    *,
-    folder: Path,
-    loggers: Sequence[Logger] = (),
-) -> None:
-    """Run one Trainer, from the saved state if there is one."""
-    saved = folder / SAVED_NAME
+    """Run one Trainer, from the saved state if there is one, here or in processes of its own."""
+    saved, is_ddp = folder / SAVED_NAME, settings.strategy == "ddp"
     start = str(saved) if saved.exists() else None
     if start is not None:
         set_metrics_aside(folder)
-    all_loggers = [CSVLogger(folder, name="", version=""), *loggers]
-    with quiet_lightning(), torch_settings_kept():
-        trainer = build_trainer(settings, callbacks, module.schedule.max_steps, loggers=all_loggers)
-        with _taken_up(saved, module):
+    module.train()
+    own = [CSVLogger(folder, name="", version=""), *([] if is_ddp else loggers)]
+    processes = worker_processes() if is_ddp else nullcontext()
+    with processes, quiet_lightning(), torch_settings_kept():
+        trainer = build_trainer(settings, callbacks, module.schedule.max_steps, loggers=own)
+        with _taken_up(start, saving):
             trainer.fit(module, datamodule=data, ckpt_path=start)
+    if is_ddp:
+        _forward_metrics(folder, loggers)
 
 
 @contextmanager
-def _taken_up(saved: Path, module: BaseModule) -> Iterator[None]:
+def _taken_up(start: str | None, saving: SaveState) -> Iterator[None]:
     """Say of a training that ends before its first step that it is the saved state's doing.
 
     Raises:
         TritterError: the state is whole, and not that of this training.
     """
-    is_resumed = saved.exists()
     try:
         yield
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        assert module.their_callbacks is not None
-        saving = module.their_callbacks.last
-        assert isinstance(saving, SaveState)
-        if isinstance(error, TritterError) or saving.has_trained or not is_resumed:
+        if isinstance(error, TritterError) or saving.has_trained or start is None:
             raise
         raise TritterError(
-            f"the training can't go on from the saved state {saved}: {error}\n"
-            f"Delete {saved}, and it starts again from its beginning."
+            f"the training can't go on from the saved state {start}: {error}\n"
+            f"Delete {start}, and it starts again from its beginning."
         ) from error
 
 
@@ -227,8 +209,3 @@ def _forward_metrics(folder: Path, loggers: Sequence[Logger]) -> None:
             values = {name: float(row[name]) for name in row if name != "step" and row[name]}
             for logger in loggers:
                 logger.log_metrics(values, step=int(row["step"]))
-
-
-def _release_earlier() -> None:
-    """Free an earlier training: its trainer, module and callbacks hold each other, moments too."""
-    gc.collect()
