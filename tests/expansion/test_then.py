@@ -40,8 +40,15 @@ from tritter.parameter_map import (
     mapped,
     rounded_weight,
 )
-from tritter.parameter_map.carry import POLICIES, STATE_KINDS, Policy, carry, starts_anew
-from tritter.parameter_map.follow import followed, has_state
+from tritter.parameter_map.carry import (
+    POLICIES,
+    STATE_KINDS,
+    Policy,
+    carry,
+    followed,
+    has_state,
+    starts_anew,
+)
 
 Values = dict[str, Tensor]
 DENSE: list[ExpansionSpec] = [

@@ -35,7 +35,7 @@ def write_checkpoint(
     config: Config,
     tensors: TensorStream,
     lineage: Callable[[], Lineage],
-    artifacts: Iterable[Artifact],
+    artifacts: Iterable[Artifact | None],
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
@@ -49,7 +49,7 @@ def write_checkpoint(
         tensors: by name on disk, streamed.
         lineage: asked once the tensors are written where they come from; hashes and digests of
             the answer are filled in from what was written. One without a base hash starts a chain.
-        artifacts: what stands beside the model.
+        artifacts: what stands beside the model; None where there is none of a kind.
         check: raises when a folder that stands at `target` may not be replaced.
         before_placing: called with the finished folder while the old one still stands; may look
             at it, write into its record, and raise.
@@ -66,7 +66,7 @@ def write_checkpoint(
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
         tensor_digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
         write_config(folder, config)
-        for artifact in artifacts:
+        for artifact in filter(None, artifacts):
             artifact.write(folder)
         model_hash = merkle_hash(tensor_digests)
         stated = lineage()
@@ -150,4 +150,4 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def _dump(path: Path, lineage: Lineage) -> None:
-    write_text_atomic(path, record_text(json.loads(json.dumps(lineage.to_dict()))))
+    write_text_atomic(path, record_text(lineage.to_dict()))

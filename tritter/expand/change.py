@@ -17,8 +17,7 @@ from tritter.families import (
 )
 from tritter.families.layout import Part
 from tritter.parameter_map import ParameterMap, TensorMap, carried_mask, rounded_weight
-from tritter.parameter_map.carry import STATE_KINDS, Policy
-from tritter.parameter_map.follow import followed, has_state
+from tritter.parameter_map.carry import STATE_KINDS, Policy, followed, has_state
 
 Held = Mapping[str, Tensor]
 

@@ -42,8 +42,7 @@ from tritter.families import (
 from tritter.loadable import check_loadable
 from tritter.models import read_config
 from tritter.parameter_map import ParameterMap, TensorMap, rounded_weight
-from tritter.parameter_map.carry import Policy, StateKind
-from tritter.parameter_map.follow import followed, has_state
+from tritter.parameter_map.carry import Policy, StateKind, followed, has_state
 from tritter.stock_routers import AddedExperts
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.names import named_path
@@ -227,7 +226,7 @@ def state_stream(
 
 def _followed(
     plan: PlannedExpansion, source: Path, moments: Policy, max_shard_bytes: int
-) -> tuple[Artifact, ...]:
+) -> tuple[Artifact | None, ...]:
     """Return what stands beside the source as it stands beside the result; reads no tensor.
 
     Raises:
@@ -235,8 +234,7 @@ def _followed(
     """
     state = read_state(source)
     carried = None if state is None else _MappedState(plan, state, moments, max_shard_bytes)
-    beside = (TokenizerFiles(source), carried, plan.added_experts)
-    return tuple(artifact for artifact in beside if artifact is not None)
+    return TokenizerFiles(source), carried, plan.added_experts
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
-"""What lives on parameters beside the weights, carried through an expansion."""
+"""What lives on parameters beside the weights, carried through one expansion or several."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritter.errors import TritterError
-from tritter.parameter_map.apply import Quantity, flagged, is_new, map_tensor
+from tritter.parameter_map.apply import Quantity, Read, flagged, is_new, map_tensor, mapped
 from tritter.parameter_map.tensor_map import TensorMap
 
 Policy = Literal["carry", "zero", "reset_new"]
@@ -113,20 +114,57 @@ def carry(
             coordinate and treats further copies as new (asymmetric, as in arXiv 2602.02472).
     """
     rule = _rule(kind)
-    mapped = map_tensor(tensor_map, source, quantity=rule.quantity)
+    state = map_tensor(tensor_map, source, quantity=rule.quantity)
     if rule.is_as_weights:
-        return mapped
+        return state
     starts = flagged(tensor_map.axes, is_new)
     if rule.is_moment and policy == "reset_new":
         starts = starts | flagged(tensor_map.axes, lambda axis: axis.is_duplicate)
     if not bool(starts.any()):
-        return mapped
-    starts = starts.to(mapped.device)
-    value = torch.zeros((), dtype=mapped.dtype, device=mapped.device)
+        return state
+    starts = starts.to(state.device)
+    value = torch.zeros((), dtype=state.dtype, device=state.device)
     if rule.new_entries == "mean" and not bool(starts.all()):
-        value = mapped[~starts.expand(mapped.shape)].double().mean().to(mapped.dtype)
-    return torch.where(starts, value, mapped)
+        value = state[~starts.expand(state.shape)].double().mean().to(state.dtype)
+    return torch.where(starts, value, state)
 
 
 def _rule(kind: str | StateKind) -> StateKind:
     return kind if isinstance(kind, StateKind) else STATE_KINDS[kind]
+
+
+def has_state(
+    tensor_map: TensorMap,
+    rule: StateKind,
+    is_held: Callable[[str], bool],
+    *,
+    policy: Policy = "carry",
+) -> bool:
+    """Return whether the target has state by a rule; what starts anew has none.
+
+    Args:
+        is_held: says of a logical name of the first model whether that has some.
+    """
+    before, donor = tensor_map.source, tensor_map.fill.donor
+    if before is None or starts_anew(tensor_map, rule, policy=policy):
+        return False
+    needed: list[str | TensorMap] = [before]
+    if rule.is_as_weights:
+        needed += [*tensor_map.blend, *([] if donor is None else [donor])]
+    return all(
+        is_held(one) if isinstance(one, str) else has_state(one, rule, is_held, policy=policy)
+        for one in needed
+    )
+
+
+def followed(
+    tensor_map: TensorMap, rule: StateKind, read: Read, *, policy: Policy = "carry"
+) -> Tensor:
+    """Return the state of a target that has some, that of the first model read by logical name."""
+    if rule.is_as_weights:
+        return mapped(tensor_map, read)
+    before = tensor_map.source
+    assert before is not None, "what has no source starts anew"
+    if isinstance(before, str):
+        return carry(tensor_map, read(before), rule, policy=policy)
+    return carry(tensor_map, followed(before, rule, read, policy=policy), rule, policy=policy)

@@ -92,14 +92,20 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
         follow: takes values by parameter name to the names that are trained.
     """
     needs, states = _needs(context), dict(_states(context, arm))
+    planned = context.planned(arm)
+
+    def through(held: TensorFolder, rule: StateKind) -> Values:
+        values = dict(state_stream(planned, rule, held).tensors)
+        return follow(live_tensors(planned.target_config, values))
+
     has_old, has_masks, has_teacher = (
         any(getattr(each, name) for each in needs) for name in ("old_text", "carried", "teacher")
     )
     return Task(
         seed=context.seed("forgetting", *arm.purpose),
         old_sequences=context.training_sequences(context.old_domains) if has_old else {},
-        carried=follow(context.planned(arm).change.masks()) if has_masks else {},
-        state={kind: follow(values) for kind, values in _through(context, arm, states)},
+        carried=follow(planned.change.masks()) if has_masks else {},
+        state={kind: through(*ruled) for kind, ruled in states.items()},
         state_before={kind: LazyTensors(held) for kind, (held, _) in states.items()},
         teacher=_teacher(context, arm) if has_teacher else None,
     )
@@ -137,16 +143,6 @@ def _states(context: RunContext, arm: Arm) -> Iterator[tuple[str, Ruled]]:
         if state is not None:
             held = sorted(kinds & state.kinds.keys())
             yield from ((kind, (state.kinds[kind], state.rules[kind])) for kind in held)
-
-
-def _through(
-    context: RunContext, arm: Arm, states: Mapping[str, Ruled]
-) -> Iterator[tuple[str, Values]]:
-    """Yield each kind as the arm's maps carry it, by parameter name."""
-    planned = context.planned(arm)
-    for kind, (held, rule) in states.items():
-        values = dict(state_stream(planned, rule, held).tensors)
-        yield kind, live_tensors(planned.target_config, values)
 
 
 def _teacher(context: RunContext, arm: Arm) -> nn.Module:

@@ -103,8 +103,8 @@ class Ledger:
             }
             for name, r in self._stages.items()
         }
-        text = json.dumps({"format_version": FORMAT_VERSION, "stages": plain})
-        write_text_atomic(self._path, record_text(json.loads(text)))
+        record = {"format_version": FORMAT_VERSION, "stages": plain}
+        write_text_atomic(self._path, record_text(record))
 
     def check_left(self) -> tuple[str, ...]:
         """Hold what finished stages left against what the ledger says of it.

@@ -63,8 +63,6 @@ class TrainedWriter:
         is_settled = added is None or added.is_settled
         # In float32 whatever the start was stored in; rounding back would lose small updates
         config = {**_followed(read_config(self.start), model), "dtype": "float32"}
-
-        beside = (TokenizerFiles(self.start), None if is_settled else added, self.moments)
         write_checkpoint(
             self.target,
             config=config,
@@ -74,7 +72,7 @@ class TrainedWriter:
                 step=steps,
                 stock_loadable="yes" if is_settled else "after adaptation",
             ),
-            artifacts=filter(None, beside),
+            artifacts=(TokenizerFiles(self.start), None if is_settled else added, self.moments),
             overwrite=True,
         )
         if self.routing_state is not None:

@@ -15,7 +15,8 @@ _DIGEST = "record_digest"
 
 def record_text(plain: Mapping[str, Any]) -> str:
     """Return the one text that a record has on disk, its own digest included."""
-    rest = {key: value for key, value in plain.items() if key != _DIGEST}
+    held = json.loads(json.dumps(plain))  # as it is read again: tuples are lists
+    rest = {key: value for key, value in held.items() if key != _DIGEST}
     digest = hashlib.sha256(json.dumps(rest).encode()).hexdigest()
     return json.dumps({**rest, _DIGEST: digest}, indent=1) + "\n"
 

@@ -17,8 +17,7 @@ from tritter.checkpoint.state import State, write_state
 from tritter.errors import TritterError
 from tritter.expand import Change
 from tritter.families import StoredTensor
-from tritter.parameter_map.carry import MOMENTS, STATE_KINDS, Policy
-from tritter.parameter_map.follow import followed, has_state
+from tritter.parameter_map.carry import MOMENTS, STATE_KINDS, Policy, followed, has_state
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorStream
@@ -187,16 +186,10 @@ class MomentKeeper(Callback):
             return
         model = pl_module.model
         assert isinstance(model, nn.Module)
-        optimizer = trainer.optimizers[0]
-        disk_names = {
-            part.tensor.name: part.tensor.disk_name
-            for stored in live_layout(model)
-            for part in stored.parts
-        }
-        held = {
-            disk_names[n]: m
-            for n, m in moments_by_name(optimizer, model, live_layout(model)).items()
-        }
+        places = live_layout(model)
+        tensors = [part.tensor for stored in places for part in stored.parts]
+        by_name = moments_by_name(trainer.optimizers[0], model, places)
+        held = {t.disk_name: by_name[t.name] for t in tensors if t.name in by_name}
         steps = {name: int(moments["step"]) for name, moments in held.items()}
         # Of most parameters: what differs is told one by one
         step = Counter(steps.values()).most_common(1)[0][0] if steps else 0
