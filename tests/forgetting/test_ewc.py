@@ -11,6 +11,7 @@ from tests import oracle
 from tests.training.test_fit import module_of, run, task
 from tritter.errors import TritterError
 from tritter.expand import PlannedExpansion, expand, plan_expansion
+from tritter.expand.live import ModelExpander
 from tritter.expansion import Dus, LlamaPro, Width
 from tritter.families import LLAMA
 from tritter.forgetting import EWC
@@ -232,3 +233,22 @@ def test_the_class_for_loops_of_ones_own() -> None:
     torch.testing.assert_close(weight.grad, expected, rtol=1e-3, atol=1e-8)
     with pytest.raises(TritterError, match="no sequence"):
         ElasticWeightConsolidation(model, [])
+
+
+def test_a_change_that_draws_on_what_has_no_importance_is_followed() -> None:
+    """Second copies of a layer below come from a block that is new, and has no anchor either."""
+    model = oracle.tiny_llama()
+    held = {n: p for n, p in model.named_parameters() if "layers.1." not in n}
+    method = EWC(ewc_lambda=1.0)
+    fisher = {name: torch.ones_like(parameter) for name, parameter in held.items()}
+    method.begin_task(model, Task(seed=0, state={"fisher": fisher}))
+    wider = ModelExpander([Width(intermediate_size=56, hidden_size=24, init="aki")])
+    grown = wider.expand(model)
+    method.parameters_changed(wider.change(model))
+    assert method.anchor.keys() == method.importance.keys()
+    assert "model.layers.0.mlp.gate_proj.weight" in method.anchor
+    for parameter in grown.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    method.add_to_gradients(grown)
+    assert method.logged_loss(grown) == 0
+    assert not any(bool(parameter.grad.any()) for parameter in grown.parameters())

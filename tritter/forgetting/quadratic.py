@@ -59,8 +59,14 @@ class QuadraticPenalty(ForgettingMethod):
 
     def parameters_changed(self, change: "Change") -> None:
         """Map anchors as weights and importances by their rule; what is new is free."""
-        self.anchor = change.state("anchor", self.anchor)
-        self.importance = change.state(self.kind, self.importance)
+        # What was never held may be copied from: there the importance is zero, and no anchor counts
+        unheld = (stored for stored in change.before if stored.name not in self.anchor)
+        device = next((value.device for value in self.anchor.values()), None)
+        zeros = {stored.name: torch.zeros(stored.shape, device=device) for stored in unheld}
+        anchor = change.state("anchor", zeros | self.anchor)
+        importance = change.state(self.kind, self.importance)
+        self.anchor = {name: anchor[name] for name in importance if name in anchor}
+        self.importance = {name: importance[name] for name in self.anchor}
 
     def state_dict(self) -> dict[str, Any]:
         return {"anchor": self.anchor, self.importance_key: self.importance}
