@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.stock_routers.models import tiny_moe
+from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
-from tests.training.test_resume import KillAt, Killed
 from tests.training.written import Written
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.replay import ReplayBuffer

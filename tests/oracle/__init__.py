@@ -29,7 +29,11 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
         **changes,
     }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**options))
+    return with_random_vectors(LlamaForCausalLM(LlamaConfig(**options)))
+
+
+def with_random_vectors(model: Any) -> Any:
+    """Return a model whose norms' gains lie around 1, and biases around 0."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tests.oracle import with_random_vectors
+
 
 def tiny_qwen3(**changes: Any) -> Qwen3ForCausalLM:
     """Return a small stock Qwen3 with random weights; q/k gains and biases are random too.
@@ -26,10 +28,4 @@ def tiny_qwen3(**changes: Any) -> Qwen3ForCausalLM:
         **changes,
     }
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**options))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                noise = torch.randn(parameter.shape)
-                parameter.copy_(0.3 * noise if "bias" in name else 1 + 0.3 * noise)
-    return model.eval()
+    return with_random_vectors(Qwen3ForCausalLM(Qwen3Config(**options)))

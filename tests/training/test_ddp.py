@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import Tensor, distributed, nn
 
 from tests import oracle
+from tests.training.killed import KillAt
 from tests.training.test_fit import SETTINGS, task
 from tests.training.written import Written
 from tritter.data.batches import BatchStream, SequenceStream
@@ -101,21 +102,6 @@ class Ranks(Callback):
 
     def read(self) -> list[list[dict[str, Any]]]:
         return [json.loads(line) for line in self.path.read_text().splitlines()]
-
-
-class KillAt(Callback):
-    """End in the middle of a step, after its batch was drawn: all ranks, or one by a signal."""
-
-    def __init__(self, step: int, *, signal_to_rank: int | None = None) -> None:
-        self.step, self.signal_to_rank = step, signal_to_rank
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:  # type: ignore[no-untyped-def]
-        if trainer.global_step != self.step:
-            return
-        if self.signal_to_rank is None:
-            raise KeyError("killed")
-        if trainer.global_rank == self.signal_to_rank:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Rows(DummyLogger):
@@ -233,7 +219,7 @@ def test_the_comparison_would_find_ranks_that_drift(tmp_path: Path) -> None:
 def test_bitwise_as_if_never_killed(tmp_path: Path, kills: tuple[int, ...]) -> None:
     whole, expected = train(tmp_path / "whole", TWO, dropout=0.2)
     for step in kills:
-        with pytest.raises(Exception, match="KeyError: 'killed'"):
+        with pytest.raises(Exception, match="Killed: killed"):
             train(tmp_path / "parts", TWO, KillAt(step), dropout=0.2)
     parts, result = train(tmp_path / "parts", TWO, dropout=0.2)
     assert weights(parts) == weights(whole)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.oracle.families import tiny
+from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
-from tests.training.test_resume import KillAt, Killed
 from tritter.checkpoint.state import LazyTensors, State, copy_states, read_state, write_state
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import TritterError

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import Callback
 from rich.console import Console
 from torch import nn
 
 from tests import oracle
+from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS, task
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import TritterError
@@ -37,21 +37,6 @@ METHODS: dict[str, Methods] = {
     "l2sp and replay": lambda: (L2SP(l2sp_lambda=0.1), Replay(fraction=0.3)),
     "ewc": lambda: (EWC(ewc_lambda=1e3),),
 }
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(Callback):
-    """Stop in the middle of a step: after its batch was drawn, before its update."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:  # type: ignore[no-untyped-def]
-        if trainer.global_step == self.step:
-            raise Killed
 
 
 def train(

@@ -1,7 +1,6 @@
 """A live training is changed: held to one that was stopped, expanded on disk and gone on with."""
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from tests import oracle
 from tests.oracle.families import tiny
+from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
 from tritter.checkpoint.state import LazyTensors, read_state, write_state
 from tritter.data.batches import BatchStream, SequenceStream
@@ -76,25 +76,6 @@ class Grow(Callback):
             expander = ModelExpander(self.specs, seed=self.seeds[trainer.global_rank])
             change = expander.change(pl_module.model)
             surgery.apply(trainer, pl_module, change, reason="test", policy=self.policy)
-
-
-class Killed(Exception):
-    pass
-
-
-class EndAt(Callback):
-    """End in the middle of a step: by an exception, or by a signal to one process."""
-
-    def __init__(self, step: int, *, signal_to_rank: int | None = None) -> None:
-        self.step, self.signal_to_rank = step, signal_to_rank
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:  # type: ignore[no-untyped-def]
-        if trainer.global_step != self.step:
-            return
-        if self.signal_to_rank is None:
-            raise Killed
-        if trainer.global_rank == self.signal_to_rank:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def model_of(**changes: Any) -> nn.Module:
@@ -203,7 +184,7 @@ def stopped_and_expanded(
     with (
         pytest.raises(Exception, match="Killed") if settings.devices > 1 else pytest.raises(Killed)
     ):
-        train(folder / "stopped", EndAt(at), settings=settings, steps=steps)
+        train(folder / "stopped", KillAt(at), settings=settings, steps=steps)
     model = expanded_on_disk(folder / "stopped" / "saved", folder / "disk", specs)
     return train(folder / "disk", model=model, settings=settings, steps=steps)
 
@@ -245,7 +226,7 @@ def test_bits_are_the_same_when_killed_after_it(tmp_path: Path, kill_at: int) ->
     train(tmp_path / "whole", Grow(), settings=settings)
     process = multiprocessing.get_context("fork").Process(
         target=train,
-        args=(tmp_path / "parts", Grow(), EndAt(kill_at, signal_to_rank=0)),
+        args=(tmp_path / "parts", Grow(), KillAt(kill_at, signal_to_rank=0)),
         kwargs={"settings": settings},
     )
     process.start()
@@ -261,7 +242,7 @@ def test_bits_are_the_same_when_one_of_two_processes_is_killed_after_it(tmp_path
     settings = replace(TWO, save_every_n_steps=2)
     train(tmp_path / "whole", Grow(), settings=settings)
     with pytest.raises(TritterError, match="SIGKILL"):
-        train(tmp_path / "parts", Grow(), EndAt(AT + 3, signal_to_rank=1), settings=settings)
+        train(tmp_path / "parts", Grow(), KillAt(AT + 3, signal_to_rank=1), settings=settings)
     train(tmp_path / "parts", Grow(), settings=settings)
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
@@ -373,7 +354,7 @@ def test_averages_follow_by_the_rule_of_weights_and_through_a_resume(tmp_path: P
         assert torch.equal(after[name], parameter), name
     with pytest.raises(Killed):
         train(
-            tmp_path / "parts", EMAWeightAveraging(decay=0.8), Grow(), EndAt(9), settings=settings
+            tmp_path / "parts", EMAWeightAveraging(decay=0.8), Grow(), KillAt(9), settings=settings
         )
     parts = train(tmp_path / "parts", EMAWeightAveraging(decay=0.8), Grow(), settings=settings)
     for name, parameter in whole.model.named_parameters():
@@ -403,7 +384,7 @@ def test_one_layer_alone_gets_wider_and_a_killed_training_goes_on_with_it(tmp_pa
     assert widths == [40, 60, 40]
     assert config_of(whole.model)["ffn_sizes"] == [40, 60, 40]
     with pytest.raises(Killed):
-        train(tmp_path / "parts", OneLayer(), EndAt(9), settings=settings)
+        train(tmp_path / "parts", OneLayer(), KillAt(9), settings=settings)
     train(tmp_path / "parts", OneLayer(), settings=settings)
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
@@ -463,7 +444,7 @@ def test_declared_parameters_are_changed_added_and_removed(tmp_path: Path, kill_
     settings = replace(ONE, save_every_n_steps=1)
     train(tmp_path / "whole", Double(), model=with_factors(), settings=settings)
     with pytest.raises(Killed):
-        watching = Double(), EndAt(kill_at)
+        watching = Double(), KillAt(kill_at)
         train(tmp_path / "parts", *watching, model=with_factors(), settings=settings)
     parts = train(tmp_path / "parts", Double(), model=with_factors(), settings=settings)
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
