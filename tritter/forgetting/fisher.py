@@ -6,7 +6,7 @@ estimators in use). `empirical` takes the tokens of the text as labels; `true` d
 model itself, which is the Fisher in the strict sense.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -18,7 +18,6 @@ from tritter.evaluation.inference import modes_kept
 from tritter.families import FAMILIES
 
 Estimator = Literal["empirical", "true"]
-Progress = Callable[[int, int], None]
 Parameters = Mapping[str, Tensor]
 
 
@@ -29,7 +28,6 @@ def diagonal_fisher(
     batch_size: int = 8,
     estimator: Estimator = "empirical",
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Estimate the Fisher of every parameter.
 
@@ -41,7 +39,6 @@ def diagonal_fisher(
             after the other); the result does not depend on it.
         estimator: `empirical` or `true`.
         seed: of the labels that `true` draws.
-        progress: called with (sequences done, sequences in all).
 
     Returns:
         Parameter name → float32 tensor of the parameter's shape, averaged over the sequences. A
@@ -51,7 +48,6 @@ def diagonal_fisher(
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     squares = _looped_squares if has_experts(model) else _vectorised_squares
     generator = torch.Generator().manual_seed(seed)
-    done = 0
     with modes_kept(model):
         model.eval()
         for batch in sequences.split(batch_size):
@@ -59,9 +55,6 @@ def diagonal_fisher(
             labels = _labels(model, input_ids, estimator, generator)
             for name, square in squares(model, parameters, input_ids, labels).items():
                 total[name] += square
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(sequences))
     return {name: value / len(sequences) for name, value in total.items()}
 
 

@@ -141,7 +141,7 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
         anneal_steps=moe.anneal_steps(context, arm, added),
         moments=moments.passed_on(context, start, is_trained=is_router),
     )
-    context.say("adapt", f"{steps} steps of the routers on {_names(context.new_domains)}")
+    context.say("adapt", f"{steps} steps of the routers on {', '.join(context.new_domains)}")
     with moe.ready_for_routers(context, arm, model) as setup:
         module = BaseModule(
             model,
@@ -171,7 +171,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     _freeze(context, arm, model)
     methods = build_methods(context.config.forgetting)
     protection = " and ".join(method.name for method in methods) or "nothing"
-    domains = _names(context.new_domains)
+    domains = ", ".join(context.new_domains)
     context.say("train", f"{settings.max_steps} steps on {domains}, protected by {protection}")
     with moe.ready_for_training(context, arm, model) as setup:
         module = BaseModule(
@@ -280,7 +280,7 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     """Score the trained model, and let both models say something."""
     trained = load_model(context.folder / arm.name / "trained")
     who = "the control" if arm.is_control else "the trained model"
-    context.say("evaluate", f"{who} on {_names(context.domains)}")
+    context.say("evaluate", f"{who} on {', '.join(context.domains)}")
     context.score(trained, f"{arm.name}-trained")
     config = read_config(context.folder / arm.name / "trained")
     samples, flops = [], context.scoring_flops(config) + moe.usage_flops(context, config)
@@ -313,10 +313,6 @@ def _layer_note(sources: tuple[int, ...], name: str) -> str:
     if sources == tuple(range(len(sources))):
         return ""
     return f"{name}: layers from {' '.join(map(str, sources))}"
-
-
-def _names(domains: Sequence[str]) -> str:
-    return ", ".join(domains)
 
 
 @dataclass(frozen=True, slots=True)
