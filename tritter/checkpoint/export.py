@@ -6,7 +6,7 @@ go through one by one; nothing is loaded as a model.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -88,8 +88,9 @@ class Weights:
 
     def without_experts(self, first: int) -> "Weights":
         """Return the same model without the experts from number `first` on, in every layer."""
-        key = family_of(self.config).sizes["num_experts"]
-        routers = {t.name for t in _logical_tensors(self.config) if t.kind == "router"}
+        family = family_of(self.config)
+        key = family.sizes["num_experts"]
+        routers = {t.name for t in family.logical_tensors(self.config) if t.kind == "router"}
 
         def read(name: str) -> Tensor:
             value = self.read(name)
@@ -101,10 +102,8 @@ class Weights:
     @property
     def widest_dtype(self) -> torch.dtype:
         """The dtype that holds every tensor without rounding."""
-        dtype, *others = {self.dtype(t.name) for t in _logical_tensors(self.config)}
-        for other in others:
-            dtype = torch.promote_types(dtype, other)
-        return dtype
+        tensors = family_of(self.config).logical_tensors(self.config)
+        return reduce(torch.promote_types, (self.dtype(tensor.name) for tensor in tensors))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +216,3 @@ def _rounded(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
 def _write_moments(folder: Path, moments: Moments, *, max_shard_bytes: int) -> None:
     kinds = {kind: TensorStream.of(held.items()) for kind, held in moments.kinds.items()}
     write_state(folder, kinds, step=moments.step, max_shard_bytes=max_shard_bytes)
-
-
-def _logical_tensors(config: Config) -> tuple:
-    return family_of(config).logical_tensors(config)

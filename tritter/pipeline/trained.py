@@ -1,10 +1,8 @@
 """The checkpoint that a training leaves in the run folder."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -97,14 +95,23 @@ def child_of(
         stage: what the training is called in the record.
         is_adapted: appended experts are opened on the way.
     """
-    parent = lineage_of(start)
-    has_experts = family_of(read_config(start)).has_experts
-    sections = ["moe_routing"] * has_experts + ["adaptation"] * (has_experts and is_adapted)
+    config, parent = context.config, lineage_of(start)
+    sections: tuple[str, ...] = ()
+    if family_of(read_config(start)).has_experts:
+        sections = ("moe_routing", "adaptation") if is_adapted else ("moe_routing",)
     return replace(
         parent,
         parent_hash=parent.model_hash,
         parent_path=os.path.relpath(start, target),
-        training_config=_training_config(context, stage, sections),
+        training_config={
+            "stage": stage,
+            "training": asdict(config.training),
+            **{name: asdict(getattr(config, name)) for name in sections},
+            "forgetting": [{"name": one.name, **one.plain()} for one in config.forgetting],
+            "old": context.source_records(context.old_domains),
+            "new": context.source_records(context.new_domains),
+            **context.split_record(),
+        },
         split=context.split,
         domains=context.learned(context.domains),
     )
@@ -147,20 +154,3 @@ def with_routing(folder: Path, routing_state: Path) -> nn.Module:
     assert routing is not None
     routing.load_state_dict(SafetensorsCheckpointIO().load_checkpoint(routing_state))
     return model
-
-
-def _training_config(context: RunContext, stage: str, sections: Sequence[str]) -> dict[str, Any]:
-    """Return what a record says of a training.
-
-    Args:
-        sections: of the configuration, besides `training`.
-    """
-    return {
-        "stage": stage,
-        "training": asdict(context.config.training),
-        **{name: asdict(getattr(context.config, name)) for name in sections},
-        "forgetting": [{"name": one.name, **one.plain()} for one in context.config.forgetting],
-        "old": context.source_records(context.old_domains),
-        "new": context.source_records(context.new_domains),
-        **context.split_record(),
-    }
