@@ -147,7 +147,9 @@ def ranked_split(
 
     The `round(fraction · n)` documents with the smallest hashes of seed and identifier validate.
     """
-    ranked = sorted(documents, key=lambda document: _rank(document, seed=rule.seed))
+    ranked = sorted(
+        documents, key=lambda each: sha256(f"{rule.seed}\0{each.identifier}".encode()).digest()
+    )
     count = round(rule.validation_fraction * len(ranked))
     return ranked[count:], ranked[:count]
 
@@ -211,7 +213,3 @@ def _check_sides(name: str, counts: DomainCounts, rule: SplitRule) -> None:
         f"side needs at least one, and a document's side follows from its text. Give more "
         f"documents, or a new model another fraction or seed. (Domain {name}.)"
     )
-
-
-def _rank(document: Document, *, seed: int) -> bytes:
-    return sha256(f"{seed}\0{document.identifier}".encode()).digest()

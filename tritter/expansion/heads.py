@@ -6,7 +6,6 @@ their group, or spreads them over copies of its key/value head; `split` makes tw
 the size out of each.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -71,7 +70,7 @@ def check_heads(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None
         ]
         raise RequestError(
             f"expansion.width.num_attention_heads = {heads} is not a multiple of "
-            f"num_key_value_heads = {kv_heads}; nearest: {_either(possible)}."
+            f"num_key_value_heads = {kv_heads}; nearest: {' or '.join(map(str, possible))}."
         )
     if strategy == "copy" and group_size(new) != group_size(old):
         raise RequestError(
@@ -119,7 +118,3 @@ def _check_split(old: Dimensions, new: Dimensions) -> None:
 def _followed(count: int, old_size: int, new_size: int) -> int | None:
     """Return the count in proportion to a size, where that is a whole number."""
     return count * new_size // old_size if count * new_size % old_size == 0 else None
-
-
-def _either(counts: Sequence[int]) -> str:
-    return " or ".join(map(str, counts))

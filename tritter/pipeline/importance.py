@@ -101,13 +101,16 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
     has_old, has_masks, has_teacher = (
         any(getattr(each, name) for each in needs) for name in ("old_text", "carried", "teacher")
     )
+    teacher = None
+    if has_teacher:
+        teacher = load_model(context.folder / arm.start).eval().requires_grad_(False)
     return Task(
         seed=context.seed("forgetting", *arm.purpose),
         old_sequences=context.training_sequences(context.old_domains) if has_old else {},
         carried=follow(planned.change.masks()) if has_masks else {},
         state={kind: through(*ruled) for kind, ruled in states.items()},
         state_before={kind: LazyTensors(held) for kind, (held, _) in states.items()},
-        teacher=_teacher(context, arm) if has_teacher else None,
+        teacher=teacher,
     )
 
 
@@ -143,7 +146,3 @@ def _states(context: RunContext, arm: Arm) -> Iterator[tuple[str, Ruled]]:
         if state is not None:
             held = sorted(kinds & state.kinds.keys())
             yield from ((kind, (state.kinds[kind], state.rules[kind])) for kind in held)
-
-
-def _teacher(context: RunContext, arm: Arm) -> nn.Module:
-    return load_model(context.folder / arm.start).eval().requires_grad_(False)
