@@ -8,7 +8,8 @@ import torch
 from lightning import Callback
 
 from tests import oracle
-from tests.training.test_ddp import ONE, STEPS, TWO, KillAt, train, weights
+from tests.training.killed import KillAt, Killed
+from tests.training.test_ddp import ONE, STEPS, TWO, train, weights
 from tritter.data.datamodule import EvaluationText
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import document_losses
@@ -64,7 +65,7 @@ def test_the_weights_are_those_of_a_training_without(tmp_path: Path, settings) -
 def test_a_killed_training_has_the_same_curves_and_weights(tmp_path: Path, kill_at: int) -> None:
     whole, expected = train(tmp_path / "whole", ONE, dropout=0.2, evaluation=text())
     settings = replace(ONE, save_every_n_steps=6 if kill_at == 7 else 5)
-    with pytest.raises(KeyError):
+    with pytest.raises(Killed):
         train(tmp_path / "parts", settings, KillAt(kill_at), dropout=0.2, evaluation=text())
     parts, result = train(tmp_path / "parts", settings, dropout=0.2, evaluation=text())
     assert weights(parts) == weights(whole)
