@@ -1,6 +1,7 @@
 """Groups of things that are named by `_target_`: `callbacks`, and `logger` but for W&B."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from tritter.config.folders import option_files
@@ -39,14 +40,15 @@ def judged(
 
     Args:
         base: dotted name of what its class has to be a subclass of.
-        given: arguments that are given when it is built in earnest.
+        given: arguments that are given when it is built in earnest, where its class takes them.
     """
     key = f"{group}.{named.name}"
     try:
         kind = resolve(f"{key}.{TARGET}", named.body[TARGET], base=base)
     except RequestError as error:
         return None, list(error.problems)
-    arguments = {**named.arguments, **(given or {})}
+    takes = signature(kind).parameters
+    arguments = named.arguments | {n: v for n, v in (given or {}).items() if n in takes}
     problems = list(argument_problems(kind, arguments, key=key))
     if problems:
         return None, problems

@@ -1,6 +1,9 @@
 """`logger`: where metrics go besides metrics.csv, several at once."""
 
+import os
 from collections.abc import Mapping
+from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tritter.config.described import judged, named_targets, shape_problem
@@ -8,11 +11,16 @@ from tritter.config.reading import Reader
 from tritter.config.renamed import new_name
 from tritter.config.schema import LoggerConfig, WandbConfig
 from tritter.errors import Problem
+from tritter.targets import NamedTarget
 
 LOGGER = "lightning.pytorch.loggers.Logger"
 _EXTRAS = {  # of Tritter, by the package that a logger needs
     "tensorboard": "tensorboard",
     "mlflow": "mlflow",
+}
+_MLFLOW = {
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # its newer versions refuse to write files else
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a run tells nobody of itself
 }
 
 
@@ -33,7 +41,7 @@ def read_loggers(reader: Reader, raw: object) -> LoggerConfig:
         elif (shapeless := shape_problem("logger", each)) is not None:
             reader.add([shapeless])
         else:
-            reader.add([_with_extra(p) for p in judged("logger", each, base=LOGGER)[1]])
+            reader.add([_with_extra(p) for p in _problems(each)])
     return LoggerConfig(wandb=wandb, others=tuple(named))
 
 
@@ -46,11 +54,20 @@ def _read_wandb(reader: Reader, raw: Any) -> WandbConfig | None:
     return None if record is None or record.mode == "off" else record
 
 
+def _problems(named: NamedTarget) -> list[Problem]:
+    """Build a logger for trial, in a folder that is gone afterwards: some write at once."""
+    for name, value in _MLFLOW.items():
+        os.environ.setdefault(name, value)
+    with TemporaryDirectory() as folder:
+        return judged("logger", named, base=LOGGER, given={"save_dir": folder})[1]
+
+
 def _with_extra(problem: Problem) -> Problem:
     """Say how a package is installed that a logger needs, in place of what Lightning says."""
     said = problem.reason.casefold()
     for package, extra in _EXTRAS.items():
-        if package in said and "no such argument" not in said and "needs it" not in said:
+        is_said = package in said and "no such argument" not in said and "needs it" not in said
+        if is_said and find_spec(package) is None:
             reason = f"it needs {package}, which is not installed: pip install 'tritter[{extra}]'"
             return Problem(problem.key, reason=reason)
     return problem

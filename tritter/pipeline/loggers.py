@@ -1,14 +1,17 @@
 """Where a run's metrics go besides metrics.csv: opened for a training, closed whatever happens."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.metrics import run_name, wandb_logger
+from tritter.storage.atomic import write_text_atomic
 from tritter.targets import TARGET, NamedTarget, built, imported
 
 
@@ -45,10 +48,29 @@ def _built(named: NamedTarget, context: RunContext, part: str | None) -> Logger:
     takes = inspect.signature(imported(body[TARGET])).parameters
     has_names = "run_name" in takes
     if "save_dir" in takes:
-        folder = context.folder / (body.get("save_dir") or named.name)
+        folder = context.folder / str(body.get("save_dir") or named.name)
         body["save_dir"] = str(folder if part is None or has_names else folder / part)
     if has_names:
         body["run_name"] = body.get("run_name") or run_name(context, part)
+    if issubclass(imported(body[TARGET]), MLFlowLogger) and body.get("run_id") is None:
+        kept = f"{named.name}_id" if part is None else f"{named.name}_id.{part}"
+        return _same_run(body, context.folder / kept)
     logger = built(body)
     assert isinstance(logger, Logger)
+    return logger
+
+
+def _same_run(body: Mapping[str, Any], kept: Path) -> MLFlowLogger:
+    """Open the run in MLflow whose id is kept, or a new one where MLflow does not have it."""
+    from mlflow.exceptions import MlflowException
+
+    known = kept.read_text(encoding="utf-8") if kept.exists() else None
+    logger: MLFlowLogger = built({**body, "run_id": known})
+    try:
+        logger.experiment.update_run(logger.run_id, status="RUNNING")
+    except MlflowException as error:
+        if known is None or error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        logger = built(body)  # it was deleted there, or another server is named now
+    write_text_atomic(kept, str(logger.run_id))
     return logger

@@ -22,12 +22,17 @@ def score_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
     return {f"score/{domain}/loss": float(record["loss"] or 0) for domain, record in scores.items()}
 
 
+def num_steps(context: RunContext, arm_name: str) -> int:
+    """Return the steps that an arm was trained for."""
+    fitted = context.ledger.get(f"{arm_name}.fit")
+    assert fitted is not None
+    return int(fitted.found["steps"])
+
+
 def write_metrics(context: RunContext, arm_name: str) -> Path:
     """Write the run's metrics.csv: what the training logged, then the scores at its end."""
     rows = read_metrics(context.folder / arm_name)
-    steps = context.ledger.get(f"{arm_name}.fit")
-    assert steps is not None
-    last: dict[str, object] = {"step": steps.found["steps"]}
+    last: dict[str, object] = {"step": num_steps(context, arm_name)}
     rows.append({k: str(v) for k, v in (last | score_metrics(context, arm_name)).items()})
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()

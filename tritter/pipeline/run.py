@@ -23,7 +23,7 @@ from tritter.pipeline.context import RunContext, score_records
 from tritter.pipeline.given import check_given
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.loggers import open_loggers
-from tritter.pipeline.metrics import score_metrics, tell_wandb, write_metrics
+from tritter.pipeline.metrics import num_steps, score_metrics, tell_wandb, write_metrics
 from tritter.pipeline.rounds import (
     planned_arms,
     round_status,
@@ -164,7 +164,7 @@ def run_arm(context: RunContext, arm: Arm) -> Arm:
             f"{key}.evaluate", lambda: stages.evaluation(context, arm), label=label("evaluate")
         )
         for logger in loggers:
-            logger.log_metrics(score_metrics(context, key))
+            logger.log_metrics(score_metrics(context, key), step=num_steps(context, key))
     return arm
 
 
