@@ -123,7 +123,7 @@ def argument_problems(
 def building_problem(kind: type, arguments: Mapping[str, Any], *, key: str) -> Any | Problem:
     """Return an instance of a class, or what it says of its arguments."""
     try:
-        with _quietly():
+        with quietly():
             return kind(**built(arguments))
     except Exception as error:  # whatever a class of somebody else raises
         said = " ".join(str(error).split()) or type(error).__name__
@@ -134,8 +134,8 @@ def building_problem(kind: type, arguments: Mapping[str, Any], *, key: str) -> A
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep notices of something that is built for trial away."""
+def quietly() -> Iterator[None]:
+    """Keep notices of something that is imported or built for trial away."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -10,7 +10,7 @@ from tritter.config.renamed import new_name
 from tritter.config.schema import OptimizerConfig, OptimizerValues
 from tritter.errors import Problem, RequestError, nearest
 from tritter.options import field_keys
-from tritter.targets import TARGET, argument_problems, dotted, imported, resolve
+from tritter.targets import TARGET, argument_problems, dotted, imported, quietly, resolve
 
 OPTIMIZER = "torch.optim.Optimizer"
 _TORCH, _EIGHT_BIT = "torch.optim", "bitsandbytes.optim"
@@ -76,7 +76,8 @@ def _kind(name: str | None, target: object) -> type:
     classes = _classes()
     if (found := classes.get(_spelling(name))) is not None:
         if not found.startswith(_EIGHT_BIT) or find_spec("bitsandbytes") is not None:
-            return resolve("optimizer.name", found, base=OPTIMIZER)
+            with quietly():
+                return resolve("optimizer.name", found, base=OPTIMIZER)
         reason = "it needs bitsandbytes, which is not installed: pip install 'tritter[8bit]'"
         raise RequestError(Problem("optimizer.name", name, reason=reason))
     names = {spelling: target.rpartition(".")[2] for spelling, target in classes.items()}
@@ -150,6 +151,7 @@ def _after_a_step(kind: Any, arguments: Mapping[str, Any]) -> Any:
     held = [imported("torch.nn.Parameter")(ones(*shape)) for shape in ((_SIDE, _SIDE), (_SIDE,))]
     for each in held:
         each.grad = ones(each.shape)
-    made = kind([{"params": held[:1]}, {"params": held[1:]}], lr=1e-3, **arguments)
-    made.step()
+    with quietly():
+        made = kind([{"params": held[:1]}, {"params": held[1:]}], lr=1e-3, **arguments)
+        made.step()
     return made

@@ -105,7 +105,14 @@ class RunContext:
         assert source is not None  # only that of a hub id is not known, and it is given
         memory = memory_notes(self.config, source)
         moved = _moved(self.corpus.counts.values())
-        return (*text_notes(self.text), *self.text.notes, *moved, *memory)
+        return (*text_notes(self.text), *self.text.notes, *moved, *self._pages, *memory)
+
+    @property
+    def _pages(self) -> Iterator[str]:
+        """Say of a paged optimizer that a CPU has no other memory to move its moments to."""
+        name = self.config.optimizer.target.rpartition(".")[2]
+        if name.startswith("Paged") and self.device.type == "cpu":
+            yield f"On the CPU nothing is paged: {name} does what {name.removeprefix('Paged')} does."
 
     @property
     def domains(self) -> tuple[str, ...]:

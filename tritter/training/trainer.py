@@ -21,6 +21,7 @@ PROFILERS: dict[str, Any] = {
     "pytorch": PyTorchProfiler,
 }
 NEVER = 2**40  # epochs
+_SAID_OF_PAGES = "Paged optimizers are not supported on CPU"  # which is a note of the run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,7 @@ def quiet_lightning() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
+            warnings.filterwarnings("ignore", message=_SAID_OF_PAGES)
             yield
     finally:
         logger.setLevel(level)
