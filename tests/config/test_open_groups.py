@@ -116,6 +116,9 @@ def test_two_that_save_their_state_under_one_name_are_refused() -> None:
         ("early_stopping", "early_stopping.monitor=train/los", "Did you mean train/loss?"),
         ("early_stopping", "early_stopping.monitor=eval/cod/loss", "Did you mean eval/code/loss?"),
         ("early_stopping", "early_stopping.monitor=forgetting/l2sp/loss", "forgetting/ewc/loss"),
+        ("early_stopping", "early_stopping.monitor=forgetting/replay/loss", "forgetting/ewc/loss"),
+        ("early_stopping", "early_stopping.monitor=routing/entropy", "no training logs it"),
+        ("model_checkpoint", "model_checkpoint.monitor=routing/new_expert_mass", "no training"),
         ("early_stopping", "early_stopping.monitor=step", "no training logs it"),
         ("model_checkpoint", "model_checkpoint.monitor=eval/los", "no training logs it"),
     ],
@@ -127,10 +130,20 @@ def test_a_metric_that_never_comes_is_not_waited_for(names: str, word: str, said
     load(*words, f"callbacks.{word}", stranger)  # which may log it
 
 
+def test_what_is_not_there_at_the_beginning_is_not_insisted_on() -> None:
+    """Lightning raises when a strict one is asked before the first step has logged anything."""
+    words = ("callbacks=early_stopping", "callbacks.early_stopping.strict=true")
+    assert "there is no train/loss yet" in refusal(*words)
+    load(*words, "callbacks.early_stopping.monitor=eval/code/loss")
+
+
 def test_frozen_weights_are_not_averaged() -> None:
     words = ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true")
     assert "old weights are frozen" in refusal("callbacks=ema", *words)
     load("callbacks=ema", "expansion=llama_pro")
+    appended = ("callbacks=ema", "expansion=[moe,moe_add]")
+    assert "adaptation.freeze_base = true old weights are frozen" in refusal(*appended)
+    load(*appended, "adaptation.freeze_base=false")
 
 
 def test_who_stops_early_has_to_be_asked() -> None:

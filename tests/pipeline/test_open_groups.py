@@ -4,7 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tritter.pipeline import Outcome
+import pytest
+from lightning import Callback
+
+from tests.pipeline.tiny import TINY
+from tritter.config.callbacks import metric_names
+from tritter.config.composition import load_config
+from tritter.pipeline import Outcome, run_pipeline
 
 
 def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -30,3 +36,31 @@ def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path)
     header = (tmp_path / "run/attempt_1/metrics.csv").read_text().splitlines()[0]
     assert "learning_rate/pg1" in header and "DeviceStatsMonitor" in header
     assert not list((tmp_path / "run/pretraining").glob("checkpoints"))
+
+
+class Logged(Callback):
+    """Leave the names of what callbacks could have monitored."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer, pl_module) -> None:  # type: ignore[no-untyped-def]
+        Path(self.path).write_text(json.dumps(sorted(trainer.callback_metrics)))
+
+
+@pytest.mark.parametrize("expansion", ["none", "moe"])
+def test_what_can_be_monitored_is_what_is_logged(tmp_path: Path, expansion: str) -> None:
+    path = tmp_path / "logged.json"
+    words = (
+        f"expansion={expansion}",
+        "forgetting=[ewc,replay]",
+        "callbacks=early_stopping",
+        "callbacks.early_stopping.patience=99",
+        f"callbacks.logged={{_target_: {__name__}.Logged, path: {path}}}",
+        "trainer.log_every_n_steps=1",
+        f"cache_dir={tmp_path / 'cache'}",
+    )
+    config = load_config([*TINY, *words])
+    (tmp_path / "run").mkdir()
+    run_pipeline(config, run_folder=tmp_path / "run")
+    assert set(json.loads(path.read_text())) - {"step"} == set(metric_names(config))

@@ -96,7 +96,8 @@ def test_metrics_and_plots_are_left(default_run: Path) -> None:
     last = summary_of(default_run)["attempts"][0]["final"]["code"]["loss"]
     assert float(rows[-1]["score/code/loss"]) == pytest.approx(last)
     evaluated = [int(row["step"]) for row in rows if row["eval/prose/loss"]]
-    assert evaluated[0] == 0 and evaluated[-1] == summary_of(default_run)["attempts"][0]["steps"]
+    assert evaluated[:2] == [-1, 0]  # before the expansion, and before the first step
+    assert evaluated[-1] == summary_of(default_run)["attempts"][0]["steps"]
     plots = sorted(path.name for path in (default_run / "plots").iterdir())
     assert plots == ["domains.png", "forgetting.png", "retention_and_gain.png", "training.png"]
 

@@ -1,5 +1,6 @@
 """Runs that grow to a size: round after round, each from what the one before it kept."""
 
+import csv
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from tritter.evaluation.gate import Check
 from tritter.pipeline import Outcome, stages, verdict
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.training import read_metrics
 
 Run = Callable[..., Outcome]
 # Two rounds from the small job's 60,576 parameters; the gate keeps whatever comes.
@@ -54,6 +56,24 @@ def test_every_round_is_told_and_the_last_stands_in_front(grown: Path) -> None:
     assert rounds[1]["expanded"]["prose"]["loss"] == pytest.approx(
         rounds[0]["final"]["prose"]["loss"], rel=1e-4
     )  # width is exact: a round starts from the scores that the one before it ended with
+
+
+def test_each_round_has_the_level_that_it_came_from(grown: Path) -> None:
+    """The same text each time: a round is given what the one before it left, and what the control
+    starts at is the base."""
+    second, control = (list(csv.DictReader((grown / each).open())) for each in (
+        "metrics.csv", "control/metrics.csv",
+    ))  # fmt: skip
+    first = read_metrics(grown / "round_1")
+    for name in ("eval/prose/loss", "eval/code/loss"):
+        ends = [row[name] for row in first if row[name]]
+        assert [row["step"] for row in second if row[name]] == ["-1", "0", "10"]
+        assert float(second[0][name]) == pytest.approx(float(ends[-1]), rel=1e-6)
+        base = next(float(row[name]) for row in control if row[name])
+        stages_done = json.loads((grown / "ledger.json").read_text())["stages"]
+        before = stages_done["round_1.expand"]["found"]["before"][name]
+        assert before == pytest.approx(base, rel=1e-6)
+        assert float(ends[0]) == pytest.approx(base, rel=1e-4)  # width is exact
 
 
 def test_costs_are_those_of_all_rounds(grown: Path) -> None:

@@ -1,9 +1,11 @@
+import csv
 import math
 
 import matplotlib.image
 import pytest
 
-from tritter.report.plots import plot_run, read_curves
+from tritter.report.plots import _courses, curves_of, plot_run, read_curves
+from tritter.report.rows import domain_rows
 
 HEADER = "epoch,eval/code/loss,forgetting/l2sp/loss,step,train/loss\n"
 
@@ -52,6 +54,38 @@ def test_each_domain_has_its_curve_where_it_was_evaluated_on_the_way(summary, tm
     plot_run(summary, path, tmp_path / "b")
     name = "forgetting.png"
     assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "b" / name).read_bytes()
+
+
+def test_what_was_before_and_beside_a_training_is_in_its_picture(summary, tmp_path):
+    """The base's level, the rounds before the last one, the control: each changes the picture."""
+    path, pictures = tmp_path / "metrics.csv", []
+    rows = [{"step": str(step), "eval/code/loss": str(3.4 - step / 99)} for step in (0, 50)]
+    before = {"step": "-1", "eval/code/loss": "3.2"}
+    beside = {"earlier": [curves_of([before, *rows])], "control": curves_of(rows)}
+    for name, first, options in (
+        ("plain", [], {}),
+        ("before", [before], {}),
+        ("rounds", [before], {"earlier": beside["earlier"]}),
+        ("control", [before], {"control": beside["control"]}),
+    ):
+        with path.open("w") as file:
+            writer = csv.DictWriter(file, before)
+            writer.writeheader()
+            writer.writerows([*first, *rows])
+        plot_run(summary, path, tmp_path / name, **options)
+        pictures.append((tmp_path / name / "forgetting.png").read_bytes())
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_rounds_are_counted_on_from_one_another(summary):
+    (row,) = (row for row in domain_rows(summary) if row.domain == "code")
+    rows = [{"step": str(step), "eval/code/loss": str(step)} for step in (-1, 0, 30, 50)]
+    curves = curves_of(rows)
+    courses = _courses(row, [curves, (), curves_of(rows[:3]), curves_of(rows[1:])])
+    assert [course.steps for course in courses] == [(0, 30, 50), (50, 80), (80, 110, 130)]
+    assert [course.before for course in courses] == [-1.0, -1.0, None]
+    assert courses[0].values == (0.0, 30.0, 50.0)
+    assert _courses(row, [curves_of(rows[:1])]) == []  # it was never trained
 
 
 def test_curves_are_read_between_the_blanks(metrics_csv):

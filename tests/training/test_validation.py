@@ -15,6 +15,7 @@ from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import document_losses
 from tritter.targets import NamedTarget
 from tritter.training import TrainerSettings, processes, read_metrics
+from tritter.training.before import losses_before
 
 pytestmark = pytest.mark.skipif(
     processes.start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
@@ -85,6 +86,21 @@ def test_the_last_evaluation_is_what_scoring_the_same_text_says(tmp_path: Path) 
         # Before the first step the weights are the same, after it they differ in rounding
         assert two[0] == pytest.approx(one[0], rel=1e-6)
         assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [ONE, TWO], ids=["one", "two"])
+def test_what_is_said_before_is_what_the_first_step_says(tmp_path: Path, settings) -> None:  # type: ignore[no-untyped-def]
+    """In bits with one process; of two each adds up its part."""
+    settings = replace(settings, precision="bf16-mixed", arguments={"profiler": "simple"})
+    train(tmp_path, settings, evaluation=text())
+    torch.manual_seed(7)  # as `train` does
+    model = oracle.tiny_llama(initializer_range=0.05, attention_dropout=0.0)
+    before, random = weights(model), torch.get_rng_state()
+    losses = losses_before(model, text(), settings)
+    assert weights(model) == before and torch.equal(torch.get_rng_state(), random)
+    assert tuple(losses) == NAMES and not list(Path.cwd().glob("*profile*"))
+    first = {name: curve[0] for name, curve in curves(tmp_path).items()}
+    assert first == {n: (0, pytest.approx(losses[n], rel=1e-6)) for n in NAMES}
 
 
 class Watch(Callback):

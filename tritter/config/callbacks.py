@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from tritter.config.described import judged, named_targets, shape_problem
+from tritter.config.moe import appends_experts
 from tritter.config.reading import Reader
-from tritter.config.schema import RunConfig
+from tritter.config.schema import ModelConfig, RunConfig
 from tritter.errors import Problem, nearest
 from tritter.targets import TARGET, NamedTarget, imported
 
@@ -31,10 +32,10 @@ _METRICS = (
     "performance/step_seconds",
     "performance/flops",
     "performance/peak_memory_bytes",
+)
+_OF_ROUTERS = (
     "routing/auxiliary_loss",
     "routing/z_loss",
-    "routing/new_expert_mass",
-    "routing/old_divergence",
     "routing/entropy",
     "routing/max_load",
     "routing/dropped_fraction",
@@ -62,10 +63,15 @@ def read_callbacks(reader: Reader, raw: object) -> tuple[NamedTarget, ...]:
 def metric_names(config: RunConfig) -> tuple[str, ...]:
     """Return what a callback can monitor of a training, but for what callbacks log themselves."""
     domains = config.text.domains if config.evaluation.every_n_steps else ()
+    is_dense = isinstance(config.model, ModelConfig) and not any(
+        spec.name == "moe" for spec in config.expansion
+    )
     return (
         *_METRICS,
+        *(() if is_dense else _OF_ROUTERS),
+        *(("routing/old_divergence",) if config.moe_routing.hold_old else ()),
         *(f"eval/{domain.name}/loss" for domain in domains),
-        *(f"forgetting/{method.name}/loss" for method in config.forgetting),
+        *(f"forgetting/{one.name}/loss" for one in config.forgetting if one.kind.is_logged()),
     )
 
 
@@ -86,7 +92,15 @@ def monitor_problems(config: RunConfig) -> list[Problem]:
             problems.append(
                 Problem(f"callbacks.{one.name}.monitor", monitor, reason=reason, nearest=match)
             )
+        elif one not in checkpoints and _is_strict_too_early(one.body):
+            reason = f"before the first step, when it is first asked, there is no {monitor} yet"
+            problems.append(Problem(f"callbacks.{one.name}.strict", True, reason=reason))
     return problems
+
+
+def _is_strict_too_early(body: Mapping[str, Any]) -> bool:
+    """Return whether it insists on a metric which no training has before its first step."""
+    return body.get("strict", True) and not str(body.get("monitor")).startswith("eval/")
 
 
 def asking_problems(config: RunConfig) -> list[Problem]:
@@ -108,10 +122,15 @@ def _of(name: str, config: RunConfig) -> list[NamedTarget]:
 
 def averaging_problems(config: RunConfig) -> list[Problem]:
     """Return why weights can't be averaged: those that are frozen would move by rounding."""
-    if not any(spec.new_blocks_only for spec in config.expansion):
+    freezing = {
+        "expansion.llama_pro.new_blocks_only": any(s.new_blocks_only for s in config.expansion),
+        "adaptation.freeze_base": appends_experts(config) and config.adaptation.freeze_base,
+    }
+    key = next((key for key, is_asked in freezing.items() if is_asked), None)
+    if key is None:
         return []
-    reason = "with expansion.llama_pro.new_blocks_only = true old weights are frozen, and an "
-    reason += "average moves them by its rounding; leave one of the two out"
+    reason = f"with {key} = true old weights are frozen, and an average moves them by its "
+    reason += "rounding; leave one of the two out"
     return [
         Problem(f"callbacks.{one.name}._target_", one.body[TARGET], reason=reason)
         for one in _of("WeightAveraging", config)

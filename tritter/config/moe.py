@@ -35,7 +35,7 @@ def expert_problems(config: RunConfig, source: Config) -> list[Problem]:
     elif config.moe_routing.hold_old:
         problems += _hold_problems(config, has_experts=has_experts)
     problems += _init_problems(config, source, has_experts=has_experts)
-    if _appends(config):
+    if appends_experts(config):
         return problems + _adaptation_problems(config)
     reason = "no experts are being appended; use expansion=moe_add"
     return problems + _without_effect("adaptation", config.adaptation, reason)
@@ -108,7 +108,7 @@ def _teacher_problems(teacher: str, source: Config) -> list[Problem]:
     return [Problem(key, teacher, reason=reason)]
 
 
-def _appends(config: RunConfig) -> bool:
+def appends_experts(config: RunConfig) -> bool:
     """Return whether experts are appended, or were and are not open yet."""
     if any(getattr(spec, "is_append", False) for spec in config.expansion):
         return True

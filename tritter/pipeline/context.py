@@ -112,7 +112,8 @@ class RunContext:
         """Say of a paged optimizer that a CPU has no other memory to move its moments to."""
         name = self.config.optimizer.target.rpartition(".")[2]
         if name.startswith("Paged") and self.device.type == "cpu":
-            yield f"On the CPU nothing is paged: {name} does what {name.removeprefix('Paged')} does."
+            same = name.removeprefix("Paged")
+            yield f"On the CPU nothing is paged: {name} does what {same} does."
 
     @property
     def domains(self) -> tuple[str, ...]:

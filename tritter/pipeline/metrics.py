@@ -15,6 +15,8 @@ from tritter.report.rows import domain_rows
 from tritter.storage.atomic import write_text_atomic
 from tritter.training import read_metrics
 
+BEFORE = -1  # the step that stands for the model before its expansion
+
 
 def score_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
     """Return `score/<domain>/loss` of a trained arm, over all validation documents."""
@@ -29,9 +31,23 @@ def num_steps(context: RunContext, arm_name: str) -> int:
     return int(fitted.found["steps"])
 
 
-def write_metrics(context: RunContext, arm_name: str) -> Path:
-    """Write the run's metrics.csv: what the training logged, then the scores at its end."""
+def before_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
+    """Return `eval/<domain>/loss` of what an arm expanded; of one that did not grow nothing."""
+    grown = context.ledger.get(f"{arm_name}.expand")
+    return {} if grown is None else dict(grown.found.get("before", {}))
+
+
+def arm_rows(context: RunContext, arm_name: str) -> list[dict[str, str]]:
+    """Return what an arm logged, in the order of its steps, from `BEFORE` on."""
     rows = read_metrics(context.folder / arm_name)
+    if before := before_metrics(context, arm_name):
+        rows.insert(0, {"step": str(BEFORE)} | {name: str(v) for name, v in before.items()})
+    return rows
+
+
+def write_metrics(context: RunContext, arm_name: str) -> Path:
+    """Write the run's metrics.csv: the step before the training, what it logged, its scores."""
+    rows = arm_rows(context, arm_name)
     last: dict[str, object] = {"step": num_steps(context, arm_name)}
     rows.append({k: str(v) for k, v in (last | score_metrics(context, arm_name)).items()})
     columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -23,17 +23,26 @@ from tritter.pipeline.context import RunContext, score_records
 from tritter.pipeline.given import check_given
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.loggers import open_loggers
-from tritter.pipeline.metrics import num_steps, score_metrics, tell_wandb, write_metrics
+from tritter.pipeline.metrics import (
+    BEFORE,
+    arm_rows,
+    before_metrics,
+    num_steps,
+    score_metrics,
+    tell_wandb,
+    write_metrics,
+)
 from tritter.pipeline.rounds import (
     planned_arms,
     round_status,
     target_record,
 )
 from tritter.pipeline.suggestions import next_commands
-from tritter.report.plots import plot_run
+from tritter.report.plots import curves_of, plot_run
 from tritter.report.tables import print_summary
 from tritter.storage.atomic import write_text_atomic
 from tritter.terminal import Console
+from tritter.training import metrics_files
 
 CONTROL = Arm("control", (), is_control=True)
 SUMMARY_NAME = "summary.json"
@@ -88,7 +97,13 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     path = run_folder / SUMMARY_NAME
     write_text_atomic(path, json.dumps(summary, indent=1) + "\n")
     metrics_csv = write_metrics(context, arms[-1].name)
-    plots = plot_run(summary, metrics_csv, run_folder / "plots")
+    plots = plot_run(
+        summary,
+        metrics_csv,
+        run_folder / "plots",
+        earlier=[curves_of(arm_rows(context, arm.name)) for arm in arms[:-1]],
+        control=curves_of(arm_rows(context, control.name)) if config.control else (),
+    )
     tell_wandb(context, summary, plots)
     print_summary(summary, console=context.console, folder=run_folder)
     _print_next(context, summary, plots)
@@ -155,6 +170,9 @@ def run_arm(context: RunContext, arm: Arm) -> Arm:
     if moe.router_steps(context, arm):
         context.stage(f"{key}.adapt", lambda: stages.adaptation(context, arm), label=label("adapt"))
     with _loggers(context, arm) as loggers:
+        if before := before_metrics(context, key):
+            for logger in loggers if not metrics_files(context.folder / key) else ():
+                logger.log_metrics(before, step=BEFORE)
         context.stage(
             f"{key}.fit",
             lambda: stages.training(context, arm, loggers=loggers),

@@ -42,6 +42,8 @@ from tritter.training import (
     fit,
     metrics_files,
 )
+from tritter.training.before import losses_before
+from tritter.training.validation import evaluation_flops
 
 JUMP_SEQUENCES = 8
 SAMPLE_PROMPT_TOKENS = 24
@@ -112,15 +114,27 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     error = jump.to_dict()["relative_to_std"]
     record_step0_error(folder, error, config, num_new=len(arm.specs))
     context.score(after, f"{arm.name}-expanded")
+    evaluated, flops = _before(context, before)
+    flops["expand"] = context.scoring_flops(config) + _jump_flops(source, folder, tokens)
     return StageResult(
         found={
             "parameters": result.parameters_after,
             "notes": [note for note in notes if note],
             "jump": jump.to_dict(),
+            "before": evaluated,
         },
-        flops={"expand": context.scoring_flops(config) + _jump_flops(source, folder, tokens)},
+        flops=flops,
         leaves=(f"{arm.name}/expanded", score_file(f"{arm.name}-expanded")),
     )
+
+
+def _before(context: RunContext, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what is evaluated of a model before its expansion, by metric, and the FLOPs of it."""
+    text = context.evaluation_text
+    if text is None:
+        return {}, {}
+    losses = losses_before(model, text, context.trainer_settings)
+    return losses, {"validation": evaluation_flops(model, text)}
 
 
 def adaptation(context: RunContext, arm: Arm) -> StageResult:

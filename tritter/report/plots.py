@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tritter.report.rows import DomainRow, Score, ScoreChange, domain_rows
+from tritter.report.rows import DomainRow, Score, ScoreChange, domain_rows, last_attempt
 from tritter.report.wording import change_text
 
 _DPI = 150
@@ -30,20 +30,30 @@ class Curve:
     values: tuple[float, ...]
 
 
-def plot_run(summary: Mapping[str, Any], metrics_csv: Path | None, folder: Path) -> list[Path]:
+def plot_run(
+    summary: Mapping[str, Any],
+    metrics_csv: Path | None,
+    folder: Path,
+    *,
+    earlier: Sequence[Sequence[Curve]] = (),
+    control: Sequence[Curve] = (),
+) -> list[Path]:
     """Draw what the run has data for and return the files written (PNG, 150 dpi).
 
     Args:
         summary: the contents of summary.json.
         metrics_csv: Lightning's CSV with a `step` column and blanks; may be missing or empty.
         folder: created when it does not exist.
+        earlier: curves of the rounds before the one that metrics.csv is of.
+        control: curves of the base that did not grow.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = domain_rows(summary)
     curves = read_curves(metrics_csv) if metrics_csv else ()
+    is_grown = bool(last_attempt(summary).get("expansion"))
     figures = {
         "domains.png": _domains_figure(rows),
-        "forgetting.png": _forgetting_figure(rows, curves),
+        "forgetting.png": _forgetting_figure(rows, [*earlier, curves], control, is_grown=is_grown),
         "training.png": _training_figure(curves),
         "retention_and_gain.png": _tradeoff_figure(rows),
     }
@@ -60,8 +70,14 @@ def read_curves(metrics_csv: Path) -> tuple[Curve, ...]:
     if not metrics_csv.is_file():
         return ()
     with metrics_csv.open(newline="") as lines:
-        table = [row for row in csv.DictReader(lines) if row.get("step")]
-    names = [name for name in (table[0] if table else {}) if name and name.endswith("/loss")]
+        return curves_of(list(csv.DictReader(lines)))
+
+
+def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:
+    """Return every loss of some rows as a metrics.csv has them; the step −1 is the model before."""
+    table = [row for row in rows if row.get("step")]
+    found = dict.fromkeys(name for row in table for name in row)
+    names = [name for name in found if name and name.endswith("/loss")]
     curves = (_curve(name, table) for name in names)
     return tuple(curve for curve in curves if curve.steps)
 
@@ -115,40 +131,94 @@ def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, label: str, colo
     )
 
 
-def _forgetting_figure(rows: Sequence[DomainRow], curves: Sequence[Curve]) -> Figure | None:
+@dataclass(frozen=True, slots=True)
+class _Course:
+    """A domain's loss on the way of one training, after those that were before it in the run.
+
+    Args:
+        before: of the model before its expansion; None: it was not expanded.
+    """
+
+    before: float | None
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, curve: Curve, *, first_step: int) -> "_Course":
+        num_before = sum(step < 0 for step in curve.steps)
+        steps = tuple(first_step + step for step in curve.steps[num_before:])
+        before = curve.values[0] if num_before else None
+        return cls(before, steps, curve.values[num_before:])
+
+
+def _forgetting_figure(
+    rows: Sequence[DomainRow],
+    rounds: Sequence[Sequence[Curve]],
+    control: Sequence[Curve],
+    *,
+    is_grown: bool,
+) -> Figure | None:
     """One panel per domain: what it came from, the expansion, its loss while it is trained."""
-    known = {curve.name: curve for curve in curves}
-    shown = [
-        (row, known[name])
-        for row in rows
-        if not row.is_control and (name := f"eval/{row.domain}/loss") in known
-    ]
+    grown = [(row, _courses(row, rounds)) for row in rows if not row.is_control]
+    shown = [(row, courses) for row, courses in grown if courses]
     if not shown:
         return None
-    figure, panels = _figure(columns=len(shown), width=1.2 + 3.2 * len(shown), height=3.6)
-    for (row, curve), axes in zip(shown, panels, strict=True):
-        color = _ORANGE if row.role == "old" else _BLUE
-        axes.plot(curve.steps, curve.values, "o-", color=color, markersize=3)
-        axes.axhline(curve.values[0], color=_GREY, linestyle=":", linewidth=1)
+    figure, panels = _figure(columns=len(shown), width=1.2 + 3.2 * len(shown), height=4.0)
+    for (row, courses), axes in zip(shown, panels, strict=True):
+        level = _draw_courses(axes, courses, is_grown=is_grown)
+        for beside in _courses(row, [control]):
+            label = "control, not grown"
+            axes.plot(beside.steps, beside.values, "s--", color=_ORANGE, markersize=3, label=label)
         axes.set_title(f"{row.domain} ({row.role})", fontsize=10)
         axes.set_xlabel("training step")
         axes.margins(y=0.15)
-        if row.expanded is not None:
-            axes.axvline(0, color=_PURPLE, linestyle="--", linewidth=1)
-            axes.annotate(
-                "expanded",
-                xy=(0, 1),
-                xycoords=("data", "axes fraction"),
-                rotation=90,
-                ha="right",
-                va="top",
-                fontsize=8,
-                color=_PURPLE,
-            )
+        # What was before the first step has a place left of it, and no number
+        axes.set_xticks([t for t in axes.get_xticks() if 0 <= t <= axes.get_xlim()[1]])
     panels[0].set_ylabel("loss on the way [nats per token]")
-    note = "always the same part of the validation text; dotted: at the first step"
+    lines = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    figure.legend(
+        lines.values(), lines, loc="outside upper center", ncols=4, frameon=False, fontsize=8
+    )
+    note = f"always the same part of the validation text; dotted: {level}"
     figure.supxlabel(note, fontsize=7, color=_GREY)
     return figure
+
+
+def _courses(row: DomainRow, rounds: Sequence[Sequence[Curve]]) -> list[_Course]:
+    """Return a domain's losses on the way of each round, each counted on from the one before."""
+    courses: list[_Course] = []
+    for curve in (each for curves in rounds for each in curves):
+        if curve.name == f"eval/{row.domain}/loss" and curve.steps[-1] >= 0:
+            first_step = courses[-1].steps[-1] if courses else 0
+            courses.append(_Course.of(curve, first_step=first_step))
+    return courses
+
+
+def _draw_courses(axes: Axes, courses: Sequence[_Course], *, is_grown: bool) -> str:
+    """Draw round after round, and the level that they came from; return what that is."""
+    first = courses[0]
+    gap = 0.08 * max(courses[-1].steps[-1], 1)  # between the first step and what was before it
+    for number, course in enumerate(courses):
+        label = "grown" if is_grown else "trained"
+        axes.plot(course.steps, course.values, "o-", color=_BLUE, markersize=3, label=label)
+        if course.before is None:
+            continue
+        start = course.steps[0] - (gap if number == 0 else 0)
+        jump = [start, course.steps[0]], [course.before, course.values[0]]
+        axes.plot(*jump, color=_BLUE, linestyle=":", linewidth=1)
+        _mark_expansion(axes, (start + course.steps[0]) / 2)
+    if first.before is None:
+        if is_grown:  # in a folder from before the level was evaluated
+            _mark_expansion(axes, 0)
+        axes.axhline(first.values[0], color=_GREY, linestyle=":", linewidth=1)
+        return "at the first step"
+    axes.plot(-gap, first.before, "D", color=_GREY, markersize=5, label="before it was expanded")
+    axes.axhline(first.before, color=_GREY, linestyle=":", linewidth=1)
+    return "before the expansion"
+
+
+def _mark_expansion(axes: Axes, step: float) -> None:
+    axes.axvline(step, color=_PURPLE, linestyle="--", linewidth=1, label="expanded")
 
 
 def _training_figure(curves: Sequence[Curve]) -> Figure | None:

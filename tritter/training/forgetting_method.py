@@ -128,6 +128,12 @@ class ForgettingMethod:
         """Return what a method of these options needs; asked before anything is built."""
         return Needs()
 
+    @classmethod
+    def is_logged(cls) -> bool:
+        """Return whether a training logs `forgetting/<name>/loss`: one of the two hooks says it."""
+        own, none = (cls.extra_loss, cls.logged_loss), ForgettingMethod
+        return own != (none.extra_loss, none.logged_loss)
+
     def prepare(self, given: Preparation) -> Prepared:
         """Make the kinds of state that `needs` says it prepares."""
         raise NotImplementedError(f"{self.name} prepares nothing")

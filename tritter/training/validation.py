@@ -10,6 +10,7 @@ is drawn from the random generators is undone.
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from torch import nn
 
 from tritter.data.datamodule import EvaluationText
 from tritter.families import forward_flops
@@ -59,15 +60,19 @@ class Validation(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = trainer.global_step
-        config = config_of(base_of(pl_module).model)
-        flops = forward_flops(config)
-        self.flops += sum(flops.of(length) for length in self._text.lengths)
+        self.flops += evaluation_flops(base_of(pl_module).model, self._text)
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": self._last, "flops": self.flops}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last, self.flops = state_dict["last"], float(state_dict["flops"])
+
+
+def evaluation_flops(model: nn.Module, text: EvaluationText) -> float:
+    """Count the FLOPs of one evaluation; padding is not counted."""
+    flops = forward_flops(config_of(model))
+    return sum(flops.of(length) for length in text.lengths)
 
 
 def _validate(trainer: Trainer) -> None:
