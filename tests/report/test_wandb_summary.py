@@ -1,6 +1,19 @@
-"""What stands beside a run in W&B's tables."""
+"""What stands beside a run in W&B's tables, and by what it is found there."""
 
-from tritter.pipeline.metrics import wandb_summary
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from rich.console import Console
+
+from tests.pipeline.outside_method import Options, Outside
+from tritter.config.composition import load_config
+from tritter.config.selection import Selected
+from tritter.pipeline.context import RunContext
+from tritter.pipeline.ledger import Ledger
+from tritter.pipeline.metrics import wandb_logger, wandb_summary
 
 
 def test_the_verdict_of_each_domain_is_there(summary_with_control):
@@ -14,3 +27,22 @@ def test_the_verdict_of_each_domain_is_there(summary_with_control):
     verdicts = {c["subject"]: c["verdict"] for c in last["gate"] if c["check"] == "retention"}
     assert all(told[f"{domain}/verdict"] == verdict for domain, verdict in verdicts.items())
     assert None not in told.values()
+
+
+def test_a_method_from_outside_is_a_tag_as_ours_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "init", lambda **options: given.update(options))
+    config = load_config(["logger=wandb", "logger.wandb.tags=[mine]", "expansion=[width,dus]"])
+    config = replace(config, forgetting=(Selected(Outside, Options()), *config.forgetting))
+    context = RunContext(
+        config=config, folder=tmp_path, console=Console(quiet=True), ledger=Ledger(tmp_path)
+    )
+    wandb_logger(context)
+    ours = [f"forgetting:{one.name}" for one in config.forgetting[1:]]
+    assert given["tags"] == [
+        "mine", "expansion:width", "expansion:dus", "forgetting:outside", *ours,
+    ]  # fmt: skip
+    assert given["name"].startswith("width+dus outside")
+    assert "outside" in str(given["config"])
