@@ -16,8 +16,10 @@ import yaml
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
 from tritter.cli import main
 from tritter.config.command_line import CommandLine, read_command_line
+from tritter.config.completion import shell_script
 from tritter.config.composition import composer
 from tritter.config.help import help_text
+from tritter.config.hydra_help import hydra_help
 from tritter.config.plan import make_plan
 from tritter.config.run_folder import RUNS_FOLDER, write_run_file
 from tritter.config.trainer_arguments import trainer_parameters
@@ -104,6 +106,9 @@ def check_train(words: list[str]) -> None:
         assert "Examples" in help_text()
         return
     command = read_command_line(words)
+    if command.is_hydra_help:
+        assert "--cfg" in hydra_help()
+        return
     _leave_unfinished_run(command)
     plan = make_plan(command)
     assert plan.jobs
@@ -171,6 +176,15 @@ def check_source(words: list[str]) -> None:
     assert words == [".venv/bin/activate"]
 
 
+def check_eval(words: list[str]) -> None:
+    """What a shell evaluates is a command that prints it."""
+    (inner,) = words
+    start, *rest = re.split(r" (?=-)", inner.removeprefix("$(").removesuffix(")"), maxsplit=1)
+    assert start == "python train.py"
+    request = read_command_line(shlex.split(*rest)).shell_request
+    assert request is not None and "complete" in shell_script(request)
+
+
 def check_module(words: list[str]) -> None:
     """`python -m tritter` is the command without words: help."""
     assert main(words) == 0
@@ -211,6 +225,7 @@ KINDS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("make",): check_make,
     ("pip", "install"): check_install,
     ("source",): check_source,
+    ("eval",): check_eval,
     (".venv/bin/python", "-m", "pytest"): check_pytest,
     (".venv/bin/pre-commit",): check_pre_commit,
 }

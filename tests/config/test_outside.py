@@ -5,12 +5,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.config.conftest import Result
+from tests.config.conftest import FakePipeline, Result
+from tests.config.test_resume import printed_words
+from tests.oracle import saved, tiny_llama
 from tritter.conf_folder import config_folder
+from tritter.config.folders import composing_from, front_of
+from tritter.pipeline.suggestions import next_commands
 from tritter.storage.reading import read_object
 
 ROOT = config_folder().parent
@@ -78,16 +83,17 @@ def test_it_stands_in_the_help(outside: tuple[Path, list[str]]) -> None:
     assert "_target_" not in said
 
 
-def test_an_installed_expansion_is_a_method_of_the_command(tmp_path: Path) -> None:
-    folder = tmp_path / "site"
-    write_examples(folder, conf=folder / "mine/conf")
-    install(folder)
+def test_an_expansion_from_outside_is_a_method_of_the_command(
+    outside: tuple[Path, list[str]],
+) -> None:
+    folder, found_by = outside
+    base = saved(tiny_llama(), folder.parent / "base")
 
     def expand(*words: str) -> "subprocess.CompletedProcess[str]":
         paths = os.pathsep.join([str(folder), str(ROOT)])
         return subprocess.run(
-            [sys.executable, "-m", "tritter", "expand", *words],
-            cwd=tmp_path,
+            [sys.executable, "-m", "tritter", "expand", *found_by, *words],
+            cwd=folder.parent,
             capture_output=True,
             text=True,
             env=os.environ | {"PYTHONPATH": paths},
@@ -98,6 +104,11 @@ def test_an_installed_expansion_is_a_method_of_the_command(tmp_path: Path) -> No
     refused = expand("--checkpoint", "nowhere", "--method", "one-more", "--times", "9")
     assert refused.returncode == 2
     assert "--times = 9: allowed is" in refused.stderr
+    words = ("--checkpoint", str(base), "--method", "one-more", "--times", "2", "--no-measure")
+    done = expand(*words, "--output", "grown")
+    assert done.returncode == 0, done.stderr
+    config = read_object(folder.parent / "grown/config.json")
+    assert config["num_hidden_layers"] == tiny_llama().config.num_hidden_layers + 2
 
 
 @pytest.mark.parametrize(
@@ -210,3 +221,83 @@ def test_a_config_of_ones_own_composes(tmp_path: Path) -> None:
     said = train(outside, "--config-name", "my_run", "--cfg", "job").stdout
     assert "_target_: mine.forgetting.Damp" in said
     assert "max_steps: 20" in said
+
+
+@pytest.fixture
+def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of their options, whose classes this process finds."""
+    write_examples(tmp_path / "site", conf=tmp_path / "conf")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path / "conf"
+
+
+@pytest.mark.parametrize("found_by", [["-cd", "conf"], ["--config-dir=conf", "-cn=my_run"]])
+def test_commands_that_are_printed_find_the_same_options(
+    conf: Path, run: Callable[..., Result], pipeline: FakePipeline, found_by: list[str]
+) -> None:
+    words = ["forgetting=[replay,damp]", "expansion=one_more", "seed=1"]
+    failed = run(*found_by, *words, "hydra.run.dir=one")
+    again = run(*printed_words(failed.err))  # "Go on with:"
+    assert (failed.code, again.code, len(pipeline.configs)) == (1, 1, 2), again.err
+    assert replace(pipeline.configs[1], resume=None) == pipeline.configs[0]
+    name = "my_run" if len(found_by[1:]) and "my_run" in found_by[1] else None
+    with composing_from(front_of([str(conf)], name)):
+        summary = {"status": "kept", "gate": []}
+        lines = next_commands(pipeline.configs[0], summary, words=words, folder=conf.parent / "one")
+    assert "control=true" in lines[0]
+    pasted = run(*printed_words(lines[0].partition("   #")[0]), "hydra.run.dir=two")
+    assert pasted.code == 1, pasted.err
+    grown, control = pipeline.configs[0], pipeline.configs[2]
+    assert control.control and control.training == grown.training
+    assert [one.name for one in control.forgetting] == ["replay", "damp"]
+    # What is not replayed is to be typed, and finds them as well
+    target = "forgetting.damp._target_=mine.forgetting.Damp"
+    assert run(*found_by, *words, target, "hydra.run.dir=three").code == 1
+    refused = run("resume=three")
+    assert refused.code == 2
+    assert run(*printed_words(refused.err)).code == 1
+
+
+def test_a_folder_that_was_moved_is_named_again(
+    conf: Path, run: Callable[..., Result], pipeline: FakePipeline
+) -> None:
+    assert run("-cd", "conf", "forgetting=damp", "seed=1", "hydra.run.dir=one").code == 1
+    conf.rename(conf.with_name("moved"))
+    assert "name the folder of its options with --config-dir" in run("resume=one").err
+    assert run("resume=one", "-cd", "moved").code == 1
+    assert len(pipeline.configs) == 2
+
+
+TWO = """# Two at once
+rate:
+  _target_: lightning.pytorch.callbacks.LearningRateMonitor
+log:
+  _target_: mine.callbacks.LossLog
+  path: losses.txt
+"""
+
+
+def test_one_file_may_hold_several_callbacks_or_loggers(
+    conf: Path, run: Callable[..., Result], pipeline: FakePipeline
+) -> None:
+    (conf / "callbacks/both.yaml").write_text(TWO)
+    (conf / "callbacks/again.yaml").write_text(TWO.replace("rate:", "other:"))
+    (conf / "callbacks/flat.yaml").write_text("# Flat\n_target_: mine.callbacks.LossLog\n")
+    (conf / "logger").mkdir()
+    csv = "_target_: lightning.pytorch.loggers.CSVLogger\n  save_dir: csv"
+    (conf / "logger/two.yaml").write_text(f"# Two\none:\n  {csv}/1\ntwo:\n  {csv}/2\n")
+    words = ("callbacks=[lr_monitor,both]", "callbacks.log.every_n_steps=3", "logger=two")
+    assert run("-cd", "conf", *words).code == 0
+    (config,) = pipeline.configs
+    assert [one.name for one in config.callbacks] == ["lr_monitor", "rate", "log"]
+    assert config.callbacks[2].arguments == {"path": "losses.txt", "every_n_steps": 3}
+    assert [one.name for one in config.logger.others] == ["one", "two"]
+    for word, said in (
+        ("callbacks=[both,again]", "both and again both hold log; leave one of them out"),
+        ("callbacks=both callbacks.both.path=x", "both holds rate, log; a key stands below one"),
+        ("callbacks=flat", "it stands below a name, as callbacks.NAME._target_"),
+    ):
+        refused = run("-cd", "conf", *word.split())
+        assert refused.code == 2 and said in refused.err, refused.err

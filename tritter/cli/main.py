@@ -20,13 +20,14 @@ from tritter.terminal import say
 
 
 class Commands(TyperGroup):
-    """All commands. Typer asks pydantic, half a second, what a --help is that was not given."""
+    """All commands. Typer asks pydantic, half a second, what a flag is that was not given."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.default = False
-        return option
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)
+        for flag in params:
+            if flag.default is None:  # --help, and those of completion
+                flag.default = False
+        return params
 
 
 app = typer.Typer(
@@ -36,7 +37,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 the request is wrong and nothing was written, "
     "3 a check said no, 130 and 143 stopped by Ctrl-C or SIGTERM. Options may be spelled with - or "
     "_.",
-    add_completion=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda name: name.replace("_", "-"),
@@ -50,6 +50,13 @@ class PassedOn(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.args = list(args)
         return args
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        from typer._click.shell_completion import CompletionItem
+
+        from tritter.cli.train import train_completions
+
+        return [CompletionItem(found) for found in train_completions(ctx.args, incomplete)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,6 +129,7 @@ def expand(
     checkpoint: options.Checkpoint,
     method: options.Method,
     output: options.Output = None,
+    config_dir: options.ConfigDir = None,
     target_params: options.TargetParams = None,
     domain: domain_options.Domain = None,
     domain_data: domain_options.DomainData = None,

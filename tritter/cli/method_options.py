@@ -4,7 +4,8 @@ Help reads the files and imports nothing; what a value may be is judged by the m
 when the command runs.
 """
 
-from collections.abc import Iterator
+from argparse import ArgumentError, ArgumentParser
+from collections.abc import Iterator, Sequence
 from functools import cache
 from inspect import Parameter, Signature
 from typing import Annotated, Any
@@ -13,7 +14,14 @@ import typer
 from typer.core import TyperCommand
 
 from tritter.cli.values import spelled
-from tritter.config.folders import body_of, option_files
+from tritter.config.folders import (
+    Front,
+    body_of,
+    composing_from,
+    front,
+    front_of,
+    option_files,
+)
 from tritter.config.help import comments
 from tritter.targets import TARGET
 
@@ -32,24 +40,38 @@ class MethodCommand(TyperCommand):
     """A command with the options of all methods besides its own; they end up in `ctx.obj`."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return [*super().get_params(ctx), *_parameters()]
+        return [*super().get_params(ctx), *_parameters(front())]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.with_resource(composing_from(front_of(_folders(args), None)))
         rest = super().parse_args(ctx, args)
         given = {name: ctx.params.pop(name) for name in method_options()}
         ctx.obj = {name: value for name, value in given.items() if value is not None}
         return rest
 
 
-@cache
+def _folders(words: Sequence[str]) -> list[str]:
+    """Return what --config-dir names, which says what other options there are."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config-dir", "--config_dir", "-cd", action="append", default=[])
+    try:
+        return list(parser.parse_known_args(list(words))[0].config_dir)
+    except ArgumentError:  # the folder is missing, which is told where options are read
+        return []
+
+
 def method_bodies() -> dict[str, dict[str, Any]]:
     """Return method → key → default, as the option files state them."""
+    return _bodies(front())
+
+
+@cache
+def _bodies(_of: Front) -> dict[str, dict[str, Any]]:
     files = option_files()["expansion"]
     bodies = {name: body_of(path).get(name) for name, path in files.items() if name != "none"}
     return {name: body for name, body in bodies.items() if isinstance(body, dict)}
 
 
-@cache
 def method_options() -> dict[str, dict[str, str]]:
     """Return option → method that takes it → what it is called there."""
     options: dict[str, dict[str, str]] = {}
@@ -62,7 +84,7 @@ def method_options() -> dict[str, dict[str, str]]:
 
 
 @cache
-def _parameters() -> list[Any]:
+def _parameters(_of: Front) -> list[Any]:
     """Return the options as Typer makes them of a function's parameters."""
 
     def carrier() -> None: ...

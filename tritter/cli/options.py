@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tritter.cli.values import byte_count, parameter_count, place
+from tritter.cli.values import byte_count, parameter_count, place, spelled
 from tritter.limits import MAX_NEW_TOKENS, MAX_SEED
 
 _WRITING = "Writing"
@@ -26,6 +26,17 @@ Seed = Annotated[
 
 # expand
 
+
+def _methods(incomplete: str) -> list[str]:
+    """Return what the last method of a list may become, for a shell."""
+    from tritter.cli.method_options import method_bodies
+
+    done = incomplete[: incomplete.rfind(",") + 1]
+    return [
+        found for name in method_bodies() if (found := done + spelled(name)).startswith(incomplete)
+    ]
+
+
 Method = Annotated[
     list[str],
     typer.Option(
@@ -33,11 +44,21 @@ Method = Annotated[
         help="dus, stack, interpolate, llama-pro, width, moe or moe-add; several, joined by "
         "commas, in their order.",
         metavar="METHOD,..",
+        autocompletion=_methods,
     ),
 ]
 Output = Annotated[
     Path | None,
     typer.Option("--output", help="New folder. Default: SRC-METHOD.", metavar="DST", parser=place),
+]
+ConfigDir = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config-dir",
+        "-cd",
+        help="Folder of option files of yours; see docs/extending.md.",
+        metavar="DIR",
+    ),
 ]
 TargetParams = Annotated[
     int | None,

@@ -1,8 +1,10 @@
 """`tritter train`: the program behind train.py, and the training of a checkpoint that exists."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -68,6 +70,38 @@ def run_train(words: Sequence[str]) -> int:
     with composing_from(front_of(asked.config_dir, asked.config_name)):
         continued = continuation(_request(asked))
     return main(_pipeline, arguments=[*_outside(asked), *continued])
+
+
+def train_completions(words: Sequence[str], begun: str) -> list[str]:
+    """Return what a shell may put in the place of the word that is begun.
+
+    Args:
+        words: those before it, of which bash makes several at each = and each colon.
+        begun: the last of them; what it begins with is not returned with it.
+    """
+    from tritter.config.completion import completions
+
+    if not begun and os.environ.get("COMP_WORDS", "").endswith("\n="):
+        words = [*words, "="]  # which Typer leaves out
+    whole: list[str] = []
+    for before, word in pairwise(["", *words, begun]):
+        is_part = bool(whole) and not {word, before}.isdisjoint({"=", ":"})
+        whole = [*whole[:-1], whole[-1] + word] if is_part else [*whole, word]
+    *earlier, last = whole
+    if earlier and _option(earlier[-1]) in _VALUED:
+        return []
+    kept = [word for before, word in pairwise(["", *earlier]) if not _is_of_training(before, word)]
+    found = completions([*kept, last])
+    if len(found) == 1 and found[0][-1] in "=.":  # else the shell puts a blank behind it
+        found = completions([*kept, *found]) or found
+    found += [f"--{name}" for name in _VALUED if last.startswith("-")]
+    start = last.removesuffix(begun)
+    return [one.removeprefix(start) for one in found if one.startswith(last)]
+
+
+def _is_of_training(before: str, word: str) -> bool:
+    """Say whether a word is an option that goes with --checkpoint, or the value of one."""
+    return _option(word) in _VALUED or (_option(before) in _VALUED and "=" not in before)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
+from tritter.config.described import clashes
 from tritter.config.folders import front, option_files, option_folders
 from tritter.config.hydra_settings import hydra_problems
 from tritter.config.overrides import forced, parse
@@ -280,6 +281,7 @@ def _selection_problems(
         if len(set(names)) < len(names):
             reason = f"each once, as in {show(list(dict.fromkeys(names)))}"
             problems.append(Problem(group, names, reason=f"one stands twice; {reason}"))
+        problems += clashes(group, names) if group in OPEN_GROUPS else ()
     for group in METHOD_GROUPS:
         names = selected[group]
         for name in set(method_names(group)) & set(raw.get(group) or ()) - set(names):

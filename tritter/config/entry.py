@@ -7,7 +7,8 @@ job is composed and validated here first, and Hydra is only started on a request
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,11 +67,19 @@ def _run(words: list[str], pipeline: "Pipeline") -> int:
         if command.is_help:
             say(help_text(command.overrides))
             return 0
+        if command.shell_request is not None:
+            return _answer_shell(command.shell_request)
+        if command.is_hydra_help:
+            from tritter.config.hydra_help import hydra_help
+
+            say(hydra_help())
+            return 0
         # Hydra and the checks of targets take half a second to import, which --help does not need
         from tritter.config.resume import recorded_front
 
-        recorded = None if command.is_multirun else recorded_front(command.overrides)
-        with composing_from(recorded if recorded and front() == Front() else front()):
+        is_said = command.is_multirun or front() != Front()
+        recorded = None if is_said else recorded_front(command.overrides)
+        with composing_from(recorded or front()):
             return _act(command, pipeline, words)
 
 
@@ -87,14 +96,40 @@ def _act(command: CommandLine, pipeline: "Pipeline", words: list[str]) -> int:
     return _run_one(plan, pipeline)
 
 
+def _answer_shell(request: str) -> int:
+    """Print what a shell evaluates, or what may stand at the end of $COMP_LINE, a line each."""
+    from tritter.config.completion import line_completions, shell_script
+    from tritter.config.program import program_words
+
+    if request == "query=bash":
+        found = line_completions(os.environ.get("COMP_LINE", ""))
+        say("\n".join(found)) if found else None
+    elif not program_words()[-1].endswith("train.py"):
+        raise RequestError(
+            f"-sc {request}: it is for train.py; `tritter --install-completion` is for tritter, "
+            "whose completion knows tritter train."
+        )
+    else:
+        say(shell_script(request))
+    return 0
+
+
 def _show(command: CommandLine, pipeline: "Pipeline") -> int:
-    """Let Hydra answer --cfg, --info and the like, on a command line that is right."""
+    """Let Hydra answer --cfg and --info, on a command line that is right.
+
+    Raises:
+        RequestError: what is asked for is not there.
+    """
     from tritter.config.plan import make_plan
 
-    if command.is_multirun:
-        raise RequestError(f"-m with {command.hydra_flags[0]}: show one job at a time, without -m.")
-    plan = make_plan(command)
-    _start_hydra([*command.hydra_flags, *plan.overrides], pipeline)
+    plan, told = make_plan(command), StringIO()
+    try:
+        with redirect_stderr(told):
+            _start_hydra([*command.hydra_flags, *plan.overrides], pipeline)
+    except SystemExit as end:
+        if end.code:
+            asked = " ".join(command.hydra_flags)
+            raise RequestError(f"{asked}: {' '.join(told.getvalue().split())}.") from end
     return 0
 
 

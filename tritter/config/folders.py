@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tritter.conf_folder import config_folder
-from tritter.errors import Problem, RequestError, raise_problems
+from tritter.errors import Problem, RequestError, nearest, raise_problems
 
 ENTRY_POINTS = "tritter.config"
 CONFIG_NAME = "config"
@@ -57,17 +57,33 @@ def front_of(folders: Sequence[str], config_name: str | None) -> Front:
     """Return what `--config-dir` and `--config-name` mean.
 
     Raises:
-        RequestError: a folder is none.
+        RequestError: a folder is none, or none holds the file.
     """
     places = tuple(Path(folder).expanduser().absolute() for folder in folders)
-    raise_problems(
-        [
-            Problem("--config-dir", p, reason="there is no such folder")
-            for p in places
-            if not p.is_dir()
-        ]
-    )
-    return Front(places, (config_name or CONFIG_NAME).removesuffix(".yaml"))
+    problems = [
+        Problem(
+            "--config-dir",
+            place,
+            reason="it is no folder" if place.exists() else "there is no such folder",
+        )
+        for place in places
+        if not place.is_dir()
+    ]
+    raise_problems(problems)
+    meant = Front(places, (config_name or CONFIG_NAME).removesuffix(".yaml"))
+    with composing_from(meant):
+        if config_name is not None and meant.config_name not in (names := config_names()):
+            reason = f"no folder of options holds {meant.config_name}.yaml; there are "
+            near = nearest(meant.config_name, names)
+            raise RequestError(
+                Problem("--config-name", config_name, reason + ", ".join(names), nearest=near)
+            )
+    return meant
+
+
+def config_names() -> list[str]:
+    """Return what `--config-name` may be: the files at the root of the folders."""
+    return sorted({p.stem for folder in option_folders().values() for p in folder.glob("*.yaml")})
 
 
 def option_folders() -> dict[str, Path]:

@@ -42,9 +42,10 @@ Results
 
 Flags
   -m, --multirun   every combination of the listed values     --cfg job|hydra|all   show, don't run
-  -h, --help       this text                                  --hydra-help          Hydra's own
+  -h, --help       this text                                  --hydra-help          all flags
   --version        the version of Tritter                     --config-dir DIR      options of yours
   --config-name F  begin with F.yaml instead of config.yaml   (docs/extending.md)
+  -sc install=bash eval "$(python train.py -sc install=bash)", and TAB completes all of this
 
 Exit codes
   0 finished, whatever the gate said    1 failed    2 the request is wrong, nothing was written

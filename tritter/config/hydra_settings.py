@@ -38,7 +38,7 @@ _REASONS = {
     "job.env_set": "set the environment before the command: NAME=VALUE python train.py",
     "job.env_copy": "set the environment before the command: NAME=VALUE python train.py",
     "callbacks": "they run before a request is checked",
-    "searchpath": "options are read from conf/ alone",
+    "searchpath": "options are read from conf/ and from --config-dir DIR",
     "job_logging": "a run logs to a file in its folder; the terminal is for progress and the table",
     "hydra_logging": "Hydra's own log is no part of a run",
     "runtime": "Hydra fills it in",
@@ -69,6 +69,13 @@ def hydra_problems(
     refused = list(_refusals(composed, default, overrides, origin=origin))
     # Values are looked at where nothing is refused: half a section would be blamed for the rest
     yield from refused or [*_plugin_problems(composed), *_value_problems(composed)]
+
+
+def is_for_runs(word: str) -> bool:
+    """Say whether a key, or the beginning of keys as in `hydra.run.`, is one to be set."""
+    name, _, rest = word.partition("=")[0].replace("/", ".").rstrip(".").partition(".")
+    is_whole = name != "hydra" or not rest or _is_allowed(rest)
+    return is_whole or any(_is_below(allowed, [rest]) for allowed in ALLOWED)
 
 
 def _refusals(

@@ -38,7 +38,7 @@ def normalise(override: str, options: Options) -> str:
     known = options.get(group)
     if known is None:
         return key + equals + value
-    nothing = _option_of_nothing(known)
+    nothing = option_of_nothing(known)
     if nothing is not None and (override == f"~{group}" or value in _NOTHING):
         return f"{group}={nothing}"
     if group == "experiment":
@@ -49,7 +49,7 @@ def normalise(override: str, options: Options) -> str:
     return key + equals + value
 
 
-def _option_of_nothing(known: Sequence[str]) -> str | None:
+def option_of_nothing(known: Sequence[str]) -> str | None:
     """Return the option that stands for no choice of a group; None where a choice is needed."""
     return next((name for name in ("none", "off", "csv") if name in known), None)
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tritter.config.folders import CONFIG_NAME, front
 from tritter.config.overrides import as_value
 
 
@@ -21,13 +22,19 @@ def program_words() -> tuple[str, ...]:
 
 
 def command(words: Sequence[str]) -> str:
-    """Return a command line with these words, quoted for a shell."""
-    return shlex.join([*program_words(), *words])
+    """Return a command line with these words, quoted for a shell; it finds the same options."""
+    return shlex.join([*program_words(), *_front_words(), *words])
 
 
 def resume_command(folder: Path) -> str:
     """Return the command that goes on with the run in a folder."""
     return command([f"resume={as_value(str(folder))}"])
+
+
+def _front_words() -> list[str]:
+    now = front()
+    named = [] if now.config_name == CONFIG_NAME else [f"--config-name={now.config_name}"]
+    return [*(f"--config-dir={folder}" for folder in now.folders), *named]
 
 
 def _python() -> str:

@@ -1,0 +1,185 @@
+"""Completion: what may stand where the cursor is, and that a real bash puts it there."""
+
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.config.conftest import Result
+from tests.config.test_outside import ROOT, write_examples
+from tritter.config.completion import completions, line_completions
+from tritter.config.folders import option_files
+
+Run = Callable[..., Result]
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="it is for bash")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["expansion=du"], ["expansion=dus"]),
+        (["expansion=[dus,wi"], ["expansion=[dus,width"]),
+        (["-m", "forgetting=ewc,l2"], ["forgetting=ewc,l2sp"]),
+        (["forgetting=[ewc,ew"], []),
+        (["exp"], ["expansion.", "expansion=", "experiment="]),
+        (["+exp"], ["+expansion.", "+experiment="]),
+        (["~exp"], ["~expansion"]),
+        (["expansion=dus", "expansion.dus.tar"], ["expansion.dus.target_layers="]),
+        (["expansion.dus.tar"], []),
+        (["-m", "expansion=dus,width", "expansion.dus.tar"], ["expansion.dus.target_layers="]),
+        (["trainer.accumulate"], ["trainer.accumulate_grad_batches="]),
+        (["trainer.max_ep"], []),
+        (["seed="], ["seed=0"]),
+        (["hydra.r"], ["hydra.run."]),
+        (["hydra.output"], []),
+        (["hydra/l"], ["hydra/launcher="]),
+        (["hydra/launcher="], ["hydra/launcher=basic"]),
+        (["trainer.precision.x"], []),
+        (["--conf"], ["--config-dir", "--config-name"]),
+        (["--cfg", ""], ["all", "hydra", "job"]),
+        (["--config-dir", "c"], []),
+        (["-cd", "nowhere", "exp"], []),
+        (["-cn", ""], ["config"]),
+        (["-cn", "nowhere", "exp"], []),
+        (["-sc", "in"], ["install=bash"]),
+        (["--nothing", "exp"], []),
+        (["data={", "exp"], []),
+        (["data.new=[a b.txt]", "mod"], ["model.", "model="]),
+    ],
+    ids=str,
+)
+def test_what_may_follow(words: list[str], found: list[str]) -> None:
+    assert completions(words) == found
+
+
+def test_all_options_of_a_group() -> None:
+    assert completions(["forgetting="]) == [f"forgetting={n}" for n in option_files()["forgetting"]]
+    assert {"trainer.devices=", "trainer.precision=", "trainer.profiler="} <= {
+        *completions(["trainer."])
+    }
+
+
+def test_options_of_ones_own(tmp_path: Path) -> None:
+    write_examples(tmp_path / "site", conf=tmp_path / "conf")
+    outside = ["--config-dir", str(tmp_path / "conf")]
+    assert completions([*outside, "forgetting=[replay,da"]) == ["forgetting=[replay,damp"]
+    keys = completions([*outside, "callbacks=loss_log", "callbacks.loss_log.p"])
+    assert keys == ["callbacks.loss_log.path="]
+    assert completions([*outside, "-cn", ""]) == ["config", "my_run"]
+    assert completions([*outside, "-cn", "my_run", "forgetting.damp.s"]) == [
+        "forgetting.damp.share="
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("python train.py expansion=du", ["expansion=dus"]),
+        ("./.venv/bin/python3 there/train.py -m expansion=du", ["expansion=dus"]),
+        ("tritter train expansion=du", ["expansion=dus"]),
+        ("python train.py seed=1 ", None),
+        ("python train.py 'forgetting=[replay,ew", ["forgetting=[replay,ewc"]),
+        ("python other.py expansion=du", []),
+        ("", []),
+    ],
+)
+def test_a_line(line: str, found: list[str] | None) -> None:
+    assert line_completions(line) == (completions([""]) if found is None else found)
+
+
+def test_the_shell_asks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_LINE", "python train.py forgetting=ew")
+    assert run("-sc", "query=bash").out == "forgetting=ewc\n"
+    monkeypatch.setenv("COMP_LINE", "python train.py nothing=")
+    assert run("-sc", "query=bash").out == ""
+    assert "complete -r python" in run("-sc", "uninstall=bash").out
+
+
+class Bash:
+    """An interactive bash at a terminal of its own, as a person sits before one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._process, self._terminal = pty.fork()
+        if self._process == 0:
+            os.chdir(folder)
+            os.environ |= {"PS1": "", "TERM": "dumb", "COLUMNS": "200", "HOME": str(folder)}
+            os.environ["PYTHONPATH"] = str(ROOT)
+            os.environ["PATH"] = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+            os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+        self._seen = ""
+
+    def type(self, text: str, *, until: str) -> str:
+        """Type, and return what the terminal showed from there on when it shows `until`."""
+        self._seen = ""
+        os.write(self._terminal, text.encode())
+        end = time.monotonic() + 60
+        while until not in self._seen and time.monotonic() < end:
+            if select.select([self._terminal], [], [], 0.2)[0]:
+                self._seen += os.read(self._terminal, 65536).decode()
+        return self._seen
+
+    def complete(self, line: str, *, until: str) -> str:
+        """Type a line and TAB; return what is there, and clear the line."""
+        seen = self.type(f"{line}\t", until=until)
+        self.type("\x15echo CLEA''R\n", until="CLEAR\r\n")
+        return seen
+
+    def close(self) -> None:
+        os.close(self._terminal)
+        os.waitpid(self._process, 0)
+
+
+@needs_bash
+def test_bash_completes_train_py(tmp_path: Path) -> None:
+    write_examples(tmp_path / "site", conf=tmp_path / "conf")
+    (tmp_path / "train.py").write_text("print('this is another program', open('ran', 'w'))\n")
+    train = ROOT / "train.py"
+    bash = Bash(tmp_path)
+    try:
+        bash.type("bind 'set bell-style none'; echo READ''Y\n", until="READY\r\n")
+        bash.type(
+            f'eval "$({sys.executable} {train} -sc install=bash)"; echo READ""Y\n',
+            until="READY\r\n",
+        )
+        for begun, whole in (
+            ("expansion=du", "expansion=dus"),
+            ("--config-dir conf 'forgetting=[replay,dam", "'forgetting=[replay,damp"),
+            ("trainer.accumu", "trainer.accumulate_grad_batches="),
+        ):
+            assert whole in bash.complete(f"python {train} {begun}", until=whole), begun
+        # Another program is not run to be asked
+        bash.complete("python train.py co", until="conf/")
+        assert not (tmp_path / "ran").exists()
+    finally:
+        bash.close()
+
+
+@needs_bash
+def test_bash_completes_tritter(tmp_path: Path) -> None:
+    (tmp_path / "tritter").write_text(f'#!/bin/sh\nexec {sys.executable} -m tritter "$@"\n')
+    (tmp_path / "tritter").chmod(0o755)
+    env = {**os.environ, "HOME": str(tmp_path), "SHELL": "/bin/bash", "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        ["bash", "-c", "./tritter --install-completion; true"], cwd=tmp_path, env=env, check=True
+    )
+    bash = Bash(tmp_path)
+    try:
+        bash.type("bind 'set bell-style none'; echo READ''Y\n", until="READY\r\n")
+        bash.type("source ~/.bashrc; echo READ''Y\n", until="READY\r\n")
+        for begun, whole in (
+            ("gener", "generate"),
+            ("expand --method dus,st", "dus,stack"),
+            ("train expansion=du", "expansion=dus"),
+            ("train --checkpoint base forgetting=[replay,ew", "forgetting=[replay,ewc"),
+            ("train --check", "--checkpoint"),
+        ):
+            assert whole in bash.complete(f"tritter {begun}", until=whole), begun
+    finally:
+        bash.close()
