@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": {"data", "models", "families", "checkpoint"},
     "training": _TRAINING - {"training"},
     "forgetting": _TRAINING,
-    "moe_routing": _TRAINING | {"config"},
+    "moe_routing": _TRAINING,
     "report": {"checkpoint", "evaluation"},
     "pipeline": _BELOW_PIPELINE | {"report"},
     "planning": {"families", "expansion", "parameter_map"},

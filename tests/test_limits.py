@@ -5,14 +5,14 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from tests import oracle
 from tests.cli.conftest import Run, place, run, sources  # noqa: F401
 from tritter.config.composition import load_config
-from tritter.config.schema import SECTIONS, RootValues, StdlibDataConfig, TextDataConfig, Variants
+from tritter.config.schema import SECTIONS, RootValues, StdlibDataConfig, TextDataConfig
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.expansion import EXPANSIONS, Dus, Moe, MoeAdd, Stack, Width, build_steps
 from tritter.expansion.targets import reach_parameters
@@ -247,7 +247,7 @@ def test_keys_of_a_run(words: list[str]) -> None:
 def _records() -> Iterator[type]:
     yield from (RootValues, StdlibDataConfig, TextDataConfig)
     for section in SECTIONS.values():
-        yield from section.records.values() if isinstance(section, Variants) else (section,)
+        yield from get_args(section) or (section,)
     yield from (EWC.Options, L2SP.Options, Replay.Options)
     yield from EXPANSIONS.values()
 

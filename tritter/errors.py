@@ -24,6 +24,7 @@ class Problem:
         nearest: what was probably meant.
         origin: the file that the value stands in; None for the command line.
         job: which job of a sweep it is about.
+        found_by: the pass over a request that found it: of targets, of fields, of rules.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Problem:
     nearest: str | None = None
     origin: str | None = None
     job: str | None = None
+    found_by: int = 1
 
     def __str__(self) -> str:
         job = f"{self.job}: " if self.job else ""
@@ -62,15 +64,19 @@ class RequestError(TritterError):
         self.problems = tuple(problems) or (alone,)
 
 
-def raise_problems(problems: Collection[Problem]) -> None:
-    """Raise one RequestError that lists all problems, or return when there are none."""
-    if not problems:
-        return
+def refusal(problems: Collection[Problem]) -> RequestError:
+    """Return one RequestError that lists all problems, of which there is at least one."""
     if len(problems) == 1:
-        raise RequestError(next(iter(problems)))
+        return RequestError(next(iter(problems)))
     lines = "\n".join(f"  {problem}" for problem in problems)
     text = f"{len(problems)} things are wrong with the request:\n{lines}"
-    raise RequestError(text, problems=problems)
+    return RequestError(text, problems=problems)
+
+
+def raise_problems(problems: Collection[Problem]) -> None:
+    """Raise one RequestError that lists all problems, or return when there are none."""
+    if problems:
+        raise refusal(problems)
 
 
 def show(value: object) -> str:

@@ -128,6 +128,13 @@ def join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+def leaves(tree: object, prefix: str = "") -> dict[str, Any]:
+    """Return dotted key, below the prefix → value; an empty section is a value."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree}
+    return {k: v for name in tree for k, v in leaves(tree[name], join(prefix, str(name))).items()}
+
+
 @cache
 def _reading(record: type[Any]) -> tuple["TypeAdapter[Any]", Schema]:
     """Return what reads a record, and its schema, made once."""

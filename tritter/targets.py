@@ -111,7 +111,7 @@ def argument_problems(
     allowed = [name for name in named if name not in given]
     for name, value in arguments.items():
         if name not in allowed and not is_open:
-            reason = f"{kind.__name__} has no such argument; it has {', '.join(allowed)}"
+            reason = f"{kind.__name__} has no such argument; it has {', '.join(allowed) or 'none'}"
             near = nearest(name, allowed)
             full = None if near is None else f"{key}.{near}"
             yield Problem(f"{key}.{name}", value, reason=reason, nearest=full)

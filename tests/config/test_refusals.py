@@ -200,6 +200,45 @@ def test_every_job_of_a_sweep_is_told_of(run: Callable[..., Result]) -> None:
     assert "\n  job 2 (training.learning_rate=-3 training.max_stps=3): training" in result.err
 
 
+def test_targets_fields_and_rules_are_told_in_this_order(run: Callable[..., Result]) -> None:
+    rules = ["trainer.devices=2", "data.sequence_length=1024"]
+    fields = ["training.max_steps=0", "gate.strict=1"]
+    targets = ["optimizer.name=nadan", "callbacks.x._target_=nowhere.Y", "expansion=dsu"]
+    targets += ["+forgetting.replay._target_=os.system", "pretraining=quik"]
+    for words in ([], ["-m", "seed=0,1"]):
+        result = run(*words, *rules, *fields, *targets)
+        assert result.code == 2 and "10 things are wrong" in result.err
+        lines = [line.strip().partition(" = ")[0] for line in result.err.splitlines()[1:-1]]
+        assert lines[0:2] == ["expansion", "pretraining"]
+        assert set(lines[2:6]) == {
+            "callbacks",  # none stands beside x
+            "callbacks.x._target_",
+            "forgetting.replay._target_",
+            "optimizer.name",
+        }
+        assert set(lines[6:8]) == {"training.max_steps", "gate.strict"}
+        assert lines[8:] == ["trainer.devices", "data.sequence_length"]
+
+
+def test_what_is_wrong_with_some_jobs_is_told_once_with_their_numbers(
+    run: Callable[..., Result],
+) -> None:
+    words = ["model=tiny,tinny", "training.max_steps=0,3", "trainer=cpu,ddp", "seed=-1"]
+    lines = run("-m", *words).err.splitlines()[1:-1]
+    assert [line.strip().partition(" = ")[0] for line in lines] == [
+        "jobs 4, 5, 6, 7: model",
+        "jobs 0, 1, 4, 5: training.max_steps",
+        "seed",
+        "jobs 1, 3, 5, 7: trainer.strategy",
+    ]
+
+
+def test_keys_below_an_option_that_there_is_not_are_not_judged(run: Callable[..., Result]) -> None:
+    result = run("data=txt", "data.old=nowhere", "training.max_stps=3")
+    assert "2 things are wrong" in result.err
+    assert "Did you mean text?" in result.err and "training.max_steps?" in result.err
+
+
 def test_a_wrong_section_hides_no_rule_that_does_not_read_it(run: Callable[..., Result]) -> None:
     words = ["trainer.precision=bf16-mixd", "trainer.devices=2", "data.sequence_length=1024"]
     result = run(*words, "gate.enabled=false", "gate.strict=true")

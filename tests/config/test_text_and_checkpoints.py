@@ -12,7 +12,7 @@ import pytest
 from tests.config.conftest import FakePipeline, Result
 from tritter.config.fingerprint import changed_keys, fingerprint
 from tritter.config.schema import CheckpointModelConfig, TextDataConfig
-from tritter.config.text_files import find_text_files
+from tritter.data.finding import find_text_files
 
 Run = Callable[..., Result]
 TEXT = ("data=text", "data.old=old", "data.new=new")

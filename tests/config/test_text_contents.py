@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.config import text_contents
-from tritter.config.text_contents import TextRequest, check_contents
-from tritter.config.text_files import FoundTexts, find_texts
+from tritter.data import contents
+from tritter.data.contents import TextRequest, check_contents
+from tritter.data.finding import FoundTexts, find_texts
 from tritter.errors import RequestError
 
 Run = Callable[..., Result]
@@ -106,7 +106,7 @@ def test_what_lies_beyond_the_limit_is_left_for_later(
     assert str(caught.value).startswith(f"data.new: {place}/old/short.txt is no UTF-8")
     (place / "old/short.txt").unlink()
     check(place / "old", max_bytes=500)
-    monkeypatch.setattr(text_contents.check_contents, "__kwdefaults__", {"max_bytes": 500})
+    monkeypatch.setattr(contents.check_contents, "__kwdefaults__", {"max_bytes": 500})
     assert run_there("data.old=@old", "data.new=@new").code == 0
 
 
@@ -215,7 +215,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(
 
 def test_files_that_vanish_are_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = (place / "old/a.txt", place / "old/b.txt")
-    monkeypatch.setattr(text_contents, "find_text_files", lambda key, paths: gone)
+    monkeypatch.setattr(contents, "find_text_files", lambda key, paths: gone)
     gone[0].unlink()
     with pytest.raises(RequestError, match=r"a.txt cannot be read: there is no") as caught:
         check(place / "old")

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 
-from tritter.config import text_contents
 from tritter.config.entry import main
 from tritter.config.jobs import read_status
+from tritter.data import contents
 from tritter.pipeline import run_pipeline
 
 
 def test_what_is_found_when_the_run_reads_it_is_listed_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(text_contents.check_contents, "__kwdefaults__", {"max_bytes": 0})
+    monkeypatch.setattr(contents.check_contents, "__kwdefaults__", {"max_bytes": 0})
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text("text")

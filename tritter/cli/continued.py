@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tritter.checkpoint import read_lineage
-from tritter.config.checkpoint_folder import checkpoint_config, checkpoint_place
+from tritter.checkpoint.usable import checkpoint_config, checkpoint_place
 from tritter.config.command_line import CommandLine
 from tritter.config.overrides import quoted
 from tritter.config.plan import make_plan

@@ -10,8 +10,8 @@ from tritter.cli.output import new_table
 from tritter.cli.request import in_options
 from tritter.cli.values import spelled
 from tritter.config.schema import TextSources
-from tritter.config.text_contents import TextRequest, check_contents
 from tritter.config.text_files import read_sources
+from tritter.data.contents import TextRequest, check_contents
 from tritter.data.readers import TextFileError
 from tritter.data.records import DEFAULT_FIELD
 from tritter.errors import Problem, RequestError, raise_problems

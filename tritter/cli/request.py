@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from tritter.cli.method_options import method_bodies, method_options
 from tritter.cli.values import spelled
 from tritter.config.reading import Reader
-from tritter.config.selection import Selected, read_methods
+from tritter.config.selection import Selected, method_class, read_methods
 from tritter.errors import (
     Problem,
     RequestError,
@@ -19,7 +19,6 @@ from tritter.errors import (
 )
 from tritter.expansion import ExpansionSpec
 from tritter.options import from_word
-from tritter.targets import TARGET, resolve
 
 Name = TypeVar("Name", bound=str)
 
@@ -129,9 +128,10 @@ def _listed(names: Sequence[str]) -> str:
 def _selected(reader: Reader, name: str, typed: Mapping[str, Any]) -> tuple[Selected, ...]:
     """Read a method's options as a configuration's are read, defaults filled in."""
     body = method_bodies()[name]
-    record = resolve(f"expansion.{name}.{TARGET}", body.get(TARGET))
+    record = method_class("expansion", name, {name: body})
     values = {key: from_word(record, key, word) for key, word in typed.items()}
-    return read_methods(reader, "expansion", {name: {**body, **values}})
+    classes = {f"expansion.{name}": record}
+    return read_methods(reader, "expansion", {name: {**body, **values}}, classes)
 
 
 def _with_options(text: str) -> str:

@@ -1,17 +1,16 @@
 """`callbacks`: Lightning's and anybody's, by `_target_`; what a run can't bear of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tritter.config.described import judged, named_targets, shape_problem
 from tritter.config.moe import appends_experts
+from tritter.config.named import built_for_trial
 from tritter.config.reading import Reader
 from tritter.config.schema import ModelConfig, RunConfig
 from tritter.errors import Problem, nearest
 from tritter.targets import TARGET, NamedTarget, imported
 
-CALLBACK = "lightning.pytorch.Callback"
 _REFUSED = {
     "Timer": "no decision rests on the clock, else a resumed run would end elsewhere; say "
     "training.max_steps",
@@ -42,22 +41,17 @@ _OF_ROUTERS = (
 )
 
 
-def read_callbacks(reader: Reader, raw: object) -> tuple[NamedTarget, ...]:
+def read_callbacks(
+    reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any]
+) -> tuple[NamedTarget, ...]:
     """Return the callbacks of a run, in the order in which they were asked for."""
-    if raw is None:
-        return ()
-    if not isinstance(raw, Mapping):
-        reason = "choose options of it, as in callbacks=[lr_monitor]"
-        reader.report("callbacks", raw, reason=reason)
-        return ()
-    if "none" in raw and len(raw) > 1:
-        reader.report("callbacks", list(raw), reason="none stands alone; leave it out of the list")
-    named = named_targets({n: body for n, body in raw.items() if n != "none"})
-    keys: dict[str, str] = {}
-    for each in named:
-        shapeless = shape_problem("callbacks", each)
-        reader.add([shapeless] if shapeless else _judged(each, keys))
-    return tuple(named)
+    owners: dict[str, str] = {}
+    for name, body in bodies.items():
+        key = f"callbacks.{name}"
+        if (kind := classes.get(key)) is not None:
+            made, problems = built_for_trial(key, kind, body)
+            reader.problems += problems or _judged(key, made, body, owners)
+    return tuple(NamedTarget(name=name, body=body) for name, body in bodies.items())
 
 
 def metric_names(config: RunConfig) -> tuple[str, ...]:
@@ -75,27 +69,23 @@ def metric_names(config: RunConfig) -> tuple[str, ...]:
     )
 
 
-def monitor_problems(config: RunConfig) -> list[Problem]:
-    """Return who would wait for a metric that never comes; strangers may log what they like."""
+def monitor_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield who would wait for a metric that never comes; strangers may log what they like."""
     is_strange = any(not one.body[TARGET].startswith("lightning.") for one in config.callbacks)
-    if is_strange or asking_problems(config):
-        return []
+    if is_strange or any(asking_problems(config)):
+        return
     known = metric_names(config)
     checkpoints = _of("ModelCheckpoint", config)
-    problems = []
     for one in (*_of("EarlyStopping", config), *checkpoints):
         monitor = one.body.get("monitor")
         allowed = (*known, "step", "epoch") if one in checkpoints else known
         if monitor is not None and monitor not in allowed:
             reason = f"no training logs it; it is one of {', '.join(known)}"
-            match = nearest(monitor, allowed)
-            problems.append(
-                Problem(f"callbacks.{one.name}.monitor", monitor, reason=reason, nearest=match)
-            )
+            key, near = f"callbacks.{one.name}.monitor", nearest(monitor, allowed)
+            yield Problem(key, monitor, reason=reason, nearest=near)
         elif one not in checkpoints and _is_strict_too_early(one.body):
             reason = f"before the first step, when it is first asked, there is no {monitor} yet"
-            problems.append(Problem(f"callbacks.{one.name}.strict", True, reason=reason))
-    return problems
+            yield Problem(f"callbacks.{one.name}.strict", True, reason=reason)
 
 
 def _is_strict_too_early(body: Mapping[str, Any]) -> bool:
@@ -103,15 +93,11 @@ def _is_strict_too_early(body: Mapping[str, Any]) -> bool:
     return body.get("strict", True) and not str(body.get("monitor")).startswith("eval/")
 
 
-def asking_problems(config: RunConfig) -> list[Problem]:
-    """Return whom nobody would ask."""
-    if config.evaluation.every_n_steps:
-        return []
+def asking_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield whom nobody would ask."""
     reason = "it is asked when the training is evaluated, and evaluation.every_n_steps = 0"
-    return [
-        Problem(f"callbacks.{one.name}._target_", one.body[TARGET], reason=reason)
-        for one in _of("EarlyStopping", config)
-    ]
+    for one in () if config.evaluation.every_n_steps else _of("EarlyStopping", config):
+        yield Problem(f"callbacks.{one.name}.{TARGET}", one.body[TARGET], reason=reason)
 
 
 def _of(name: str, config: RunConfig) -> list[NamedTarget]:
@@ -120,45 +106,36 @@ def _of(name: str, config: RunConfig) -> list[NamedTarget]:
     return [one for one in config.callbacks if any(k.__name__ == name for k in kinds[one.name])]
 
 
-def averaging_problems(config: RunConfig) -> list[Problem]:
-    """Return why weights can't be averaged: those that are frozen would move by rounding."""
+def averaging_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield why weights can't be averaged: those that are frozen would move by rounding."""
     freezing = {
         "expansion.llama_pro.new_blocks_only": any(s.new_blocks_only for s in config.expansion),
         "adaptation.freeze_base": appends_experts(config) and config.adaptation.freeze_base,
     }
     key = next((key for key, is_asked in freezing.items() if is_asked), None)
-    if key is None:
-        return []
     reason = f"with {key} = true old weights are frozen, and an average moves them by its "
     reason += "rounding; leave one of the two out"
-    return [
-        Problem(f"callbacks.{one.name}._target_", one.body[TARGET], reason=reason)
-        for one in _of("WeightAveraging", config)
-    ]
+    for one in _of("WeightAveraging", config) if key else ():
+        yield Problem(f"callbacks.{one.name}.{TARGET}", one.body[TARGET], reason=reason)
 
 
-def _judged(named: NamedTarget, keys: dict[str, str]) -> list[Problem]:
-    key = f"callbacks.{named.name}"
-    made, problems = judged("callbacks", named, base=CALLBACK)
-    if made is None:
-        return problems
+def _judged(
+    key: str, made: Any, body: Mapping[str, Any], owners: dict[str, str]
+) -> Iterator[Problem]:
+    """Yield what a run can't bear of a callback; `owners`: name of a saved state → whose it is."""
     names = [kind.__name__ for kind in type(made).__mro__]
-    target = named.body["_target_"]
-    problems += [
-        Problem(f"{key}._target_", target, reason=reason)
-        for name, reason in _REFUSED.items()
-        if name in names
-    ]
+    for name in names:
+        if name in _REFUSED:
+            yield Problem(f"{key}.{TARGET}", body[TARGET], reason=_REFUSED[name])
     if "ModelCheckpoint" in names:
-        problems += _checkpoint_problems(key, named.arguments)
-    other = keys.setdefault(made.state_key, named.name)
-    if other != named.name and type(made).state_dict is not _plain_state_dict(made):
+        yield from _checkpoint_problems(key, body)
+    owner = owners.setdefault(made.state_key, key)
+    if owner != key and type(made).state_dict is not _plain_state_dict(made):
         reason = (
-            f"it saves its state as callbacks.{other} does ({made.state_key}); let them differ "
+            f"it saves its state as {owner} does ({made.state_key}); let them differ "
             "in what they monitor, or leave one out"
         )
-        problems.append(Problem(key, target, reason=reason))
-    return problems
+        yield Problem(key, body[TARGET], reason=reason)
 
 
 def _plain_state_dict(made: Any) -> Any:
@@ -167,13 +144,11 @@ def _plain_state_dict(made: Any) -> Any:
     return base.state_dict  # type: ignore[attr-defined]
 
 
-def _checkpoint_problems(key: str, arguments: Mapping[str, Any]) -> list[Problem]:
-    problems = []
+def _checkpoint_problems(key: str, arguments: Mapping[str, Any]) -> Iterator[Problem]:
     folder = arguments.get("dirpath")
     if folder is not None and (Path(folder).is_absolute() or ".." in Path(folder).parts):
         reason = "it is below the folder of each training, as in checkpoints"
-        problems.append(Problem(f"{key}.dirpath", folder, reason=reason))
+        yield Problem(f"{key}.dirpath", folder, reason=reason)
     if (interval := arguments.get("train_time_interval")) is not None:
         reason = "nothing rests on the clock; say every_n_train_steps"
-        problems.append(Problem(f"{key}.train_time_interval", interval, reason=reason))
-    return problems
+        yield Problem(f"{key}.train_time_interval", interval, reason=reason)

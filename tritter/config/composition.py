@@ -1,9 +1,9 @@
 """From overrides to plain values through Hydra's composition, with its errors in our words."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
-from tritter.config.described import clashes
-from tritter.config.folders import front, option_files, option_folders
+from tritter.config.folders import body_of, front, option_files, option_folders
 from tritter.config.hydra_settings import hydra_problems
-from tritter.config.overrides import forced, parse
+from tritter.config.named import clashes
+from tritter.config.overrides import forced, no_option, option_problems, parse
 from tritter.config.reading import Origin
 from tritter.config.schema import OPEN_GROUPS, RunConfig
 from tritter.config.selection import METHOD_GROUPS, method_names, nesting_problems
 from tritter.config.suggestions import nearest_key
-from tritter.config.validation import validate
-from tritter.errors import Problem, RequestError, nearest, raise_problems, show
+from tritter.config.validation import Rule, validate
+from tritter.errors import Problem, raise_problems, refusal, show
+from tritter.options import leaves
 
 VERSION_BASE = "1.3"
 Selection = dict[str, list[str]]
@@ -72,29 +73,28 @@ class Composer:
         """Group → its options; Hydra's own groups are left out."""
         return {group: list(files) for group, files in option_files().items()}
 
-    def compose(self, overrides: Sequence[str], *, job_number: int | None = None) -> Composition:
+    def compose(
+        self,
+        overrides: Sequence[str],
+        *,
+        job_number: int | None = None,
+        rules: Sequence[Rule] = (),
+    ) -> Composition:
         """Compose one job and validate it.
+
+        Args:
+            rules: to be asked besides those of every run.
 
         Raises:
             RequestError: whatever is wrong with it, in the words of the contract.
         """
-        parsed = parse(overrides)
-        lines = [forced(override, self.options) for override in parsed]
-        with self._explained(parsed):
-            composed = compose(front().config_name, overrides=lines, return_hydra_config=True)
-            files = self._files(lines)
-            raw = _own_values(composed)
-            origins = _Origins(parsed, files, _option_folders(composed.hydra))
-            problems = list(
-                hydra_problems(composed.hydra, self._plain_hydra, parsed, origin=origins)
-            )
-        problems += _selection_problems(raw, _selection(files), origins)
-        config = validate(raw, origin=origins, found=problems)
+        put = self._put_together(overrides)
+        config = validate(put.raw, origin=put.origins, found=put.problems, rules=rules)
         if job_number is not None:
-            with open_dict(composed):
-                composed.hydra.job.num = job_number
-                composed.hydra.job.id = str(job_number)
-        return Composition(config, composed.hydra)
+            with open_dict(put.hydra):
+                put.hydra.job.num = job_number
+                put.hydra.job.id = str(job_number)
+        return Composition(config, put.hydra)
 
     def hydra_settings(self, overrides: Sequence[str]) -> DictConfig:
         """Compose without validation and return Hydra's own settings.
@@ -102,48 +102,55 @@ class Composer:
         Raises:
             RequestError: the options can't be put together.
         """
-        parsed = parse(overrides)
-        lines = [forced(override, self.options) for override in parsed]
-        with self._explained(parsed):
-            composed = compose(front().config_name, overrides=lines, return_hydra_config=True)
-            files = self._files(lines)
-            hydra = composed.hydra
-            origins = _Origins(parsed, files, _option_folders(hydra))
-            problems = list(hydra_problems(hydra, self._plain_hydra, parsed, origin=origins))
-        raise_problems(problems)
-        return hydra
+        put = self._put_together(overrides)
+        raise_problems([each for each in put.problems if each.key.startswith("hydra")])
+        return put.hydra
 
-    def _files(self, lines: list[str]) -> Sequence[ResultDefault]:
-        """Return the option files that a job is composed of."""
+    def _put_together(self, overrides: Sequence[str]) -> "_Composed":
+        """Compose a job, without what was typed of groups that have no such option.
+
+        Raises:
+            RequestError: Hydra can't.
+        """
+        parsed = parse(overrides)
+        problems = list(option_problems(parsed, self.options))
+        wrong = {problem.key for problem in problems}
+        if "experiment" in wrong:  # it would choose options of all groups
+            raise refusal(problems)
+        sound = [o for o in parsed if o.key_or_group.partition(".")[0] not in wrong]
+        lines = [forced(override, self.options) for override in sound]
         name = front().config_name
-        return self.loader.compute_defaults_list(name, lines, RunMode.RUN).defaults
+        try:
+            composed = compose(name, overrides=lines, return_hydra_config=True)
+            files = self.loader.compute_defaults_list(name, lines, RunMode.RUN).defaults
+            own = [str(key) for key in composed if key != "hydra"]
+            raw = plain_config(OmegaConf.masked_copy(composed, own))
+            origins = _Origins(parsed, files, composed.hydra.runtime.config_sources)
+            problems += hydra_problems(composed.hydra, self._plain_hydra, parsed, origin=origins)
+        except _HYDRA_ERRORS as error:
+            raise refusal([*problems, self._explain(error, parsed)]) from error
+        problems += _selection_problems(raw, _selection(files), origins)
+        return _Composed(composed.hydra, raw, origins, problems)
 
     @cached_property
     def _plain_hydra(self) -> DictConfig:
         """Hydra's own settings of a job without overrides."""
         return compose(front().config_name, return_hydra_config=True).hydra
 
-    @contextmanager
-    def _explained(self, overrides: Sequence[Override]) -> Iterator[None]:
-        try:
-            yield
-        except _HYDRA_ERRORS as error:
-            raise RequestError(self._explain(error, overrides)) from error
-
-    def _explain(self, error: Exception, overrides: Sequence[Override]) -> Problem | str:
+    def _explain(self, error: Exception, overrides: Sequence[Override]) -> Problem:
         if isinstance(error, MissingConfigException) and error.missing_cfg_file:
             return self._explain_missing_option(error, error.missing_cfg_file, overrides)
         text = str(error).strip()
-        merged = re.search(r"Could not override '(hydra.+?)'", text)
-        if merged:
+        if merged := re.search(r"Could not override '(hydra.+?)'", text):
             return self._explain_hydra_key(merged.group(1), overrides)
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             mark = error.problem_mark
-            return f"{mark.name}, line {mark.line + 1} is no YAML: {error.problem}."
+            told = f"{mark.name}, line {mark.line + 1} is no YAML: {error.problem}."
+            return Problem("", reason=told)
         cause = str(error.__cause__ or "")
         lines = [line.strip().replace("++", "") for line in f"{text}\n{cause}".splitlines()]
         said = [line for line in dict.fromkeys(lines) if line and not _HYDRA_NOISE.match(line)]
-        return "the options can't be put together: " + "; ".join(said)
+        return Problem("", reason="the options can't be put together: " + "; ".join(said))
 
     def _explain_missing_option(
         self, error: MissingConfigException, path: str, overrides: Sequence[Override]
@@ -151,19 +158,13 @@ class Composer:
         known = [group for group in self.options if path.startswith(f"{group}/")]
         group = known[0] if known else path.rpartition("/")[0]
         options = error.options or self.loader.get_group_options(group)
-        option = path[len(group) + 1 :]
         is_typed = any(override.key_or_group == group for override in overrides)
         experiment = None if is_typed else _value_of("experiment", overrides)
-        return Problem(
-            group,
-            option,
-            reason=f"there is no such option; allowed is {', '.join(options) or 'none here'}",
-            nearest=nearest(option, options),
-            origin=f"experiment/{experiment}.yaml" if experiment else None,
-        )
+        origin = f"experiment/{experiment}.yaml" if experiment else None
+        return replace(no_option(group, path[len(group) + 1 :], options), origin=origin)
 
     def _explain_hydra_key(self, key: str, overrides: Sequence[Override]) -> Problem:
-        keys = [f"hydra.{key}" for key in _flat_keys(OmegaConf.to_container(self._plain_hydra))]
+        keys = list(leaves(OmegaConf.to_container(self._plain_hydra), "hydra"))
         reason = "Hydra has no such setting (python train.py --hydra-help)"
         value = _value_of(key, overrides)
         return Problem(key, value, reason=reason, nearest=nearest_key(key, keys))
@@ -219,14 +220,20 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _option_folders(hydra: DictConfig) -> list[Path]:
-    sources = hydra.runtime.config_sources
-    return [Path(source.path) for source in sources if source.schema == "file"]
+@dataclass(frozen=True, slots=True)
+class _Composed:
+    """A job as Hydra composes it.
 
+    Args:
+        raw: plain values, without the node `hydra`.
+        origins: tells where they come from.
+        problems: what is wrong with options that were chosen and with Hydra's settings.
+    """
 
-def _own_values(composed: DictConfig) -> dict[str, Any]:
-    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    return plain_config(own)
+    hydra: DictConfig
+    raw: dict[str, Any]
+    origins: Origin
+    problems: list[Problem]
 
 
 class _Origins:
@@ -236,11 +243,11 @@ class _Origins:
         self,
         overrides: Sequence[Override],
         files: Sequence[ResultDefault],
-        folders: Sequence[Path],
+        sources: Iterable[Any],
     ) -> None:
         self._command_line = [override.key_or_group for override in overrides]
         self._files = files
-        self._folders = folders
+        self._folders = [Path(source.path) for source in sources if source.schema == "file"]
 
     def __call__(self, key: str) -> str | None:
         if any(f"{key}.".startswith(f"{typed}.") for typed in self._command_line):
@@ -258,14 +265,8 @@ class _Origins:
 
 def _holds(path: Path, key: str) -> bool:
     """True when the file sets the key, be it to null."""
-    if not path.is_file():
-        return False
-    node: object = OmegaConf.to_container(OmegaConf.load(path))
-    for name in key.split("."):
-        if not isinstance(node, Mapping) or name not in node:
-            return False
-        node = node[name]
-    return True
+    keys = leaves(body_of(path)) if path.is_file() else ()
+    return any(f"{each}.".startswith(f"{key}.") for each in keys)
 
 
 def _selection_problems(
@@ -302,13 +303,6 @@ def _selection(files: Sequence[ResultDefault]) -> Selection:
         group: [option for first, _, option in paths if first == group]
         for group in (*METHOD_GROUPS, *OPEN_GROUPS)
     }
-
-
-def _flat_keys(tree: object, prefix: str = "") -> list[str]:
-    if not isinstance(tree, Mapping) or not tree:
-        return [prefix]
-    start = f"{prefix}." if prefix else ""
-    return [key for name in tree for key in _flat_keys(tree[name], f"{start}{name}")]
 
 
 def _value_of(key: str, overrides: Sequence[Override]) -> object:

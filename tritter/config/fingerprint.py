@@ -7,6 +7,7 @@ from typing import Any
 from tritter.config.schema import SECTIONS, RunConfig
 from tritter.config.trainer_arguments import WITHOUT_EFFECT as NO_EFFECT
 from tritter.errors import show
+from tritter.options import leaves
 from tritter.targets import TARGET, identity, imported
 
 # What may differ between the parts of one run: where it is, who watches, and how.
@@ -30,9 +31,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         if section == "pipeline" and config.pipeline.target_params is None:
             continue  # one round, as every run had before there were more
         without = _WITHOUT_EFFECT.get(section, ())
-        if without is not None:
-            values = asdict(getattr(config, section))
-            result[section] = {key: values[key] for key in values if key not in without}
+        values = asdict(getattr(config, section))
+        result[section] = {key: values[key] for key in values if key not in without}
     result["data"] |= identity(type(config.data))
     result["trainer"] |= effective_arguments(config)
     result["optimizer"] = optimizer_record(config)
@@ -71,28 +71,18 @@ def optimizer_record(config: RunConfig) -> dict[str, Any]:
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return the dotted keys whose values differ between two fingerprints."""
-    before, after = _flatten(old), _flatten(new)
-    keys = [*before, *(key for key in after if key not in before)]
-    return [key for key in keys if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
+    return list(_changes(old, new))
 
 
 def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return one line `key: old → new` for each changed key."""
-    before, after = _flatten(old), _flatten(new)
-    return [
-        f"{key}: {show(before.get(key, _ABSENT))} → {show(after.get(key, _ABSENT))}"
-        for key in changed_keys(old, new)
-    ]
+    return [f"{key}: {show(a)} → {show(b)}" for key, (a, b) in _changes(old, new).items()]
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    before, after = leaves(old), leaves(new)
+    both = {key: (before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in before | after}
+    return {key: (a, b) for key, (a, b) in both.items() if a != b}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,7 @@ them can send a run's files elsewhere, or fail after its folder was made, so wha
 listed here with its reason, and everything else is refused.
 """
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -17,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from tritter.config.reading import Origin
 from tritter.errors import Problem, nearest
+from tritter.options import leaves
+from tritter.targets import TARGET, argument_problems, dotted
 
 # Setting, or the section of settings → why it is sound.
 ALLOWED = {
@@ -81,7 +82,7 @@ def is_for_runs(word: str) -> bool:
 def _refusals(
     composed: DictConfig, default: DictConfig, overrides: Sequence[Override], *, origin: Origin
 ) -> Iterator[Problem]:
-    settings, usual = (_leaves(OmegaConf.to_container(c)) for c in (composed, default))
+    settings, usual = (leaves(OmegaConf.to_container(c)) for c in (composed, default))
     changed = {key for key in {*settings, *usual} if settings.get(key) != usual.get(key)}
     typed = {
         o.key_or_group.replace("/", ".").removeprefix("hydra."): o
@@ -113,25 +114,15 @@ def _plugin_problems(composed: DictConfig) -> Iterator[Problem]:
     for name, kind in _PLUGINS.items():
         node = composed[name]
         settings = OmegaConf.to_container(node) if OmegaConf.is_config(node) else None
-        known = {f"{c.__module__}.{c.__qualname__}": c for c in Plugins.instance().discover(kind)}
+        known = {dotted(each): each for each in Plugins.instance().discover(kind)}
         settings = settings if isinstance(settings, dict) else {}
-        target = settings.get("_target_")
-        if target not in known:
+        target = settings.pop(TARGET, None)
+        if target in known:
+            arguments = {str(key): value for key, value in settings.items()}
+            yield from argument_problems(known[str(target)], arguments, key=f"hydra.{name}")
+        else:
             reason = f"choose an installed one with hydra/{name}=NAME, or leave it out"
-            yield Problem(f"hydra.{name}._target_", target, reason=reason)
-            continue
-        plugin = known[str(target)]
-        parameters = list(inspect.signature(plugin).parameters)
-        for key in settings:
-            if key not in ("_target_", *parameters):
-                reason = f"{plugin.__name__} has {', '.join(parameters) or 'no settings'}"
-                near = nearest(str(key), parameters)
-                yield Problem(
-                    f"hydra.{name}.{key!s}",
-                    settings[key],
-                    reason=reason,
-                    nearest=f"hydra.{name}.{near}" if near else None,
-                )
+            yield Problem(f"hydra.{name}.{TARGET}", target, reason=reason)
 
 
 def _value_problems(composed: DictConfig) -> Iterator[Problem]:
@@ -167,11 +158,3 @@ def _is_allowed(key: str) -> bool:
 def _is_below(key: str, sections: Any) -> bool:
     """Say whether a dotted key is one of the sections, or lies in one."""
     return any(f"{key}.".startswith(f"{section}.") for section in sections)
-
-
-def _leaves(tree: object, prefix: str = "") -> dict[str, Any]:
-    """Return dotted key → value; an empty section is a value."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    start = f"{prefix}." if prefix else ""
-    return {k: v for name in tree for k, v in _leaves(tree[name], f"{start}{name}").items()}

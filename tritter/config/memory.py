@@ -5,7 +5,7 @@ gradients, the optimizer's state, and the copies that the start and the methods 
 keep. Activations are an estimate, so they only lead to a note.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
@@ -59,9 +59,8 @@ class Place:
     """Where something is held: its name, its bytes, and how many are to be held there."""
 
     name: str
-    limit: int | None
+    limit: int
     needed: int
-    with_activations: int
 
 
 def memory_problems(config: RunConfig, source: Config) -> list[Problem]:
@@ -76,7 +75,6 @@ def memory_problems(config: RunConfig, source: Config) -> list[Problem]:
     if worst is None:
         return []
     held, place = worst
-    assert place.limit is not None
     fitting = held.parameters * place.limit // place.needed
     advice = [f"at most about {_count(fitting)} parameters fit", *_what_fits(config, source)]
     each = f"; each of {held.processes} processes holds its own" if held.processes > 1 else ""
@@ -92,18 +90,12 @@ def memory_problems(config: RunConfig, source: Config) -> list[Problem]:
 
 def memory_notes(config: RunConfig, source: Config) -> tuple[str, ...]:
     """Say where a run may not fit once activations, which are estimated, are added."""
-    found = [
-        (held, place)
-        for held in trainings(config, source)
-        for place in _places(config, held)
-        if place.limit is not None and place.with_activations > place.limit
-    ]
-    if not found:
+    worst = _worst(config, source, with_activations=True)
+    if worst is None:
         return ()
-    held, place = max(found, key=lambda each: each[1].with_activations)
-    assert place.limit is not None
+    held, place = worst
     return (
-        f"memory: training {held.model} may take {_size(place.with_activations)} with activations "
+        f"memory: training {held.model} may take {_size(place.needed)} with activations "
         f"(estimated), and {place.name} has {_size(place.limit)}; a smaller data.batch_size or "
         "data.sequence_length takes less",
     )
@@ -195,26 +187,27 @@ def _parameters(config: Config) -> int:
     return family_of(config).count_parameters(config)
 
 
-def _worst(config: RunConfig, source: Config) -> tuple[HeldMemory, Place] | None:
+def _worst(
+    config: RunConfig, source: Config, *, with_activations: bool = False
+) -> tuple[HeldMemory, Place] | None:
     """Return the training that is furthest above a limit, and where; None when all fit."""
     over = [
         (held, place)
         for held in trainings(config, source)
-        for place in _places(config, held)
-        if place.limit is not None and place.needed > place.limit
+        for place in _places(config, held, held.activations if with_activations else 0)
+        if place.needed > place.limit
     ]
     return max(over, key=lambda each: each[1].needed, default=None)
 
 
-def _places(config: RunConfig, held: HeldMemory) -> Iterator[Place]:
-    machine, gpu = machine_memory(), _gpu_memory(config)
-    if gpu is None:
-        needed = held.processes * held.device + held.start
-        with_activations = needed + held.processes * held.activations
-        yield Place("this machine", machine, needed, with_activations)
-        return
-    yield Place("the GPU", gpu, held.device, held.device + held.activations)
-    yield Place("this machine", machine, held.start, held.start)
+def _places(config: RunConfig, held: HeldMemory, activations: int) -> Iterator[Place]:
+    """Yield where a training is held, as far as it is known how much there is."""
+    machine, gpu, each = machine_memory(), _gpu_memory(config), held.device + activations
+    if gpu is not None:
+        yield Place("the GPU", gpu, each)
+    if machine is not None:
+        of_machine = held.processes * each if gpu is None else 0
+        yield Place("this machine", machine, of_machine + held.start)
 
 
 def _gpu_memory(config: RunConfig) -> int | None:
@@ -263,14 +256,13 @@ def _fits(config: RunConfig, source: Config) -> bool:
 
 
 def _size(num_bytes: int) -> str:
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.1f} {unit}"
-    return f"{num_bytes:,} bytes"
+    return _scaled(num_bytes, {" TB": 10**12, " GB": 10**9, " MB": 10**6}) or f"{num_bytes:,} bytes"
 
 
 def _count(parameters: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if parameters >= size:
-            return f"{parameters / size:,.1f}{unit}"
-    return str(parameters)
+    return _scaled(parameters, {"B": 10**9, "M": 10**6, "k": 10**3}) or str(parameters)
+
+
+def _scaled(number: int, units: Mapping[str, int]) -> str | None:
+    told = (f"{number / size:,.1f}{unit}" for unit, size in units.items() if number >= size)
+    return next(told, None)

@@ -1,58 +1,27 @@
 """`optimizer.carry`: what a run must have so that its trainings can start from moments."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from tritter.config.schema import CheckpointModelConfig, OptimizerConfig, RunConfig
+from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.errors import Problem, TritterError
 from tritter.expansion import MoeAdd
 from tritter.storage.reading import read_object
 
+_KEY = "optimizer.carry"
 _HEAD = Path("state/state.json")
 _WITH_MOMENTS = ("torch.optim.adam.Adam", "torch.optim.adamw.AdamW")
 _MOMENTS = {"exp_avg", "exp_avg_sq"}
 
 
-def carry_problems(config: RunConfig) -> list[Problem]:
-    """Return why trainings can't start from moments, as far as files are at hand."""
+def carry_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield why trainings can't start from moments, as far as files are at hand."""
     if not config.optimizer.carry:
-        return []
-    problems = _optimizer_problems(config.optimizer)
-    if any(spec.new_blocks_only for spec in config.expansion):
-        problems.append(
-            _problem(
-                "with expansion.llama_pro.new_blocks_only = true only new blocks are trained, and "
-                "they have no moments yet; leave one of the two out"
-            )
-        )
-    if _trains_new_experts_only(config):
-        problems.append(
-            _problem(
-                "with adaptation.freeze_base = true only appended experts are trained, and they "
-                "have no moments yet; leave it out, or set adaptation.freeze_base=false or "
-                "adaptation.unfreeze_after"
-            )
-        )
-    model = config.model
-    if isinstance(model, CheckpointModelConfig) and Path(model.path).is_dir():
-        problems += given_problems(Path(model.path))
-    return problems
-
-
-def _optimizer_problems(optimizer: OptimizerConfig) -> list[Problem]:
-    """Return why moments of an optimizer can't be carried through a map."""
-    name = optimizer.target.rpartition(".")[2]
-    reason = None
-    if "8bit" in name:
-        reason = f"{name} keeps its moments in 8 bits by blocks that run across rows, which no "
-        reason += "map can carry"
-    elif optimizer.target not in _WITH_MOMENTS:
-        reason = f"{name} has other state than the two moments of Adam and AdamW, which are carried"
-    elif optimizer.arguments.get("amsgrad"):
-        reason = "with optimizer.amsgrad = true there is a third moment, which is not carried"
-    if reason is None:
-        return []
-    reason += "; choose optimizer=adamw, or leave optimizer.carry out"
-    return [Problem("optimizer.carry", True, reason=reason)]
+        return
+    for reason in _reasons(config):
+        yield Problem(_KEY, True, reason=reason)
+    if isinstance(config.model, CheckpointModelConfig) and Path(config.model.path).is_dir():
+        yield from given_problems(Path(config.model.path))
 
 
 def given_problems(folder: Path) -> list[Problem]:
@@ -60,26 +29,43 @@ def given_problems(folder: Path) -> list[Problem]:
     try:
         kinds = read_object(folder / _HEAD).get("kinds") if (folder / _HEAD).exists() else ()
     except TritterError as error:
-        return [_problem(str(error))]
+        return [Problem(_KEY, True, reason=str(error))]
     if isinstance(kinds, list) and {kind for kind in kinds if isinstance(kind, str)} >= _MOMENTS:
         return []
-    return [
-        _problem(
-            f"{folder} has no state/ with Adam's moments (exp_avg and exp_avg_sq); a run with "
-            "optimizer.carry=true leaves them beside what it trained, and tritter export takes "
-            "them from a .ckpt. Leave optimizer.carry out to start without"
-        )
-    ]
-
-
-def _problem(reason: str) -> Problem:
-    return Problem("optimizer.carry", True, reason=reason)
-
-
-def _trains_new_experts_only(config: RunConfig) -> bool:
-    options = config.adaptation
-    return (
-        any(isinstance(s, MoeAdd) and s.addition == "append" for s in config.expansion)
-        and options.freeze_base
-        and options.unfreeze_after is None
+    reason = (
+        f"{folder} has no state/ with Adam's moments (exp_avg and exp_avg_sq); a run with "
+        "optimizer.carry=true leaves them beside what it trained, and tritter export takes "
+        "them from a .ckpt. Leave optimizer.carry out to start without"
     )
+    return [Problem(_KEY, True, reason=reason)]
+
+
+def _reasons(config: RunConfig) -> Iterator[str]:
+    """Yield why moments can't be carried through the map of a run, or have no use there."""
+    optimizer, options = config.optimizer, config.adaptation
+    name = optimizer.target.rpartition(".")[2]
+    other = "; choose optimizer=adamw, or leave optimizer.carry out"
+    if "8bit" in name:
+        yield (
+            f"{name} keeps its moments in 8 bits by blocks that run across rows, which no map can "
+            f"carry{other}"
+        )
+    elif optimizer.target not in _WITH_MOMENTS:
+        yield (
+            f"{name} has other state than the two moments of Adam and AdamW, which are carried"
+            f"{other}"
+        )
+    elif optimizer.arguments.get("amsgrad"):
+        yield f"with optimizer.amsgrad = true there is a third moment, which is not carried{other}"
+    if any(spec.new_blocks_only for spec in config.expansion):
+        yield (
+            "with expansion.llama_pro.new_blocks_only = true only new blocks are trained, and "
+            "they have no moments yet; leave one of the two out"
+        )
+    appends = any(isinstance(s, MoeAdd) and s.addition == "append" for s in config.expansion)
+    if appends and options.freeze_base and options.unfreeze_after is None:
+        yield (
+            "with adaptation.freeze_base = true only appended experts are trained, and they have "
+            "no moments yet; leave it out, or set adaptation.freeze_base=false or "
+            "adaptation.unfreeze_after"
+        )

@@ -2,14 +2,13 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from importlib.util import find_spec
 from typing import Any
 
-from tritter.config.reading import Reader
-from tritter.config.renamed import new_name
+from tritter.config.reading import Reader, new_name
 from tritter.config.schema import OptimizerConfig, OptimizerValues
 from tritter.errors import Problem, RequestError, nearest
-from tritter.options import field_keys
 from tritter.targets import TARGET, argument_problems, dotted, imported, quietly, resolve
 
 OPTIMIZER = "torch.optim.Optimizer"
@@ -33,38 +32,13 @@ _SIDE = 16  # of the matrix that a step is tried with
 _OWN = ("params", "lr")  # which Tritter gives
 
 
-def read_optimizer(reader: Reader, raw: object) -> OptimizerConfig | None:
-    """Return the optimizer of a run; what is wrong is reported to the reader."""
-    if not isinstance(raw, Mapping):
-        reader.report("optimizer", raw, reason="it holds keys; choose an option of it")
-        return None
-    own = [key.rpartition(".")[2] for key in field_keys(OptimizerValues, "optimizer")]
-    values = reader.read(
-        OptimizerValues, {n: v for n, v in raw.items() if n in own}, prefix="optimizer"
-    )
-    if values is None:
-        return None
-    arguments = {name: v for name, v in raw.items() if name not in (*own, TARGET)}
-    try:
-        kind = _kind(values.name, raw.get(TARGET))
-    except RequestError as error:
-        reader.add(error.problems)
-        return None
-    old = {name: new for name in arguments if (new := new_name(f"optimizer.{name}"))}
-    for name, now in old.items():
-        reader.report(f"optimizer.{name}", arguments[name], reason=f"it is called {now} now")
-    known = {name: value for name, value in arguments.items() if name not in old}
-    problems = _problems(kind, known, values.weight_decay)
-    reader.add(problems)
-    return OptimizerConfig(
-        target=dotted(kind),
-        weight_decay=values.weight_decay,
-        carry=values.carry,
-        arguments=arguments,
-    )
+def optimizer_class(raw: Mapping[str, Any]) -> type:
+    """Return the class of an optimizer, by its name or by `_target_`.
 
-
-def _kind(name: str | None, target: object) -> type:
+    Raises:
+        RequestError: there is none of this name, or both are given, or neither.
+    """
+    name, target = raw.get("name"), raw.get(TARGET)
     if name is None and target is None:
         reason = "choose an option of it, or name a class of torch.optim or bitsandbytes.optim"
         raise RequestError(Problem("optimizer.name", None, reason=reason))
@@ -73,8 +47,8 @@ def _kind(name: str | None, target: object) -> type:
         raise RequestError(Problem(f"optimizer.{TARGET}", target, reason=reason))
     if name is None:
         return resolve(f"optimizer.{TARGET}", target, base=OPTIMIZER)
-    classes = _classes()
-    if (found := classes.get(_spelling(name))) is not None:
+    classes, spelled = _classes(), _spelling(str(name))
+    if (found := classes.get(spelled)) is not None:
         if not found.startswith(_EIGHT_BIT) or find_spec("bitsandbytes") is not None:
             with quietly():
                 return resolve("optimizer.name", found, base=OPTIMIZER)
@@ -82,8 +56,27 @@ def _kind(name: str | None, target: object) -> type:
         raise RequestError(Problem("optimizer.name", name, reason=reason))
     names = {spelling: target.rpartition(".")[2] for spelling, target in classes.items()}
     reason = f"allowed is one of {', '.join(sorted(names.values()))}, or optimizer.{TARGET}"
-    near = names.get(nearest(_spelling(name), names) or "")
+    near = names.get(nearest(spelled, names) or "")
     raise RequestError(Problem("optimizer.name", name, reason=reason, nearest=near))
+
+
+def read_optimizer(
+    reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
+) -> OptimizerConfig | None:
+    """Return the optimizer of a run, or None when there were problems (now reported)."""
+    kind = classes.get("optimizer")
+    own = [field.name for field in fields(OptimizerValues)]
+    given = {name: value for name, value in raw.items() if name in own}
+    values = reader.read(OptimizerValues, given, prefix="optimizer")
+    arguments = {n: value for n, value in raw.items() if n not in (*own, "name", TARGET)}
+    if values is None or kind is None:
+        return None
+    old = {name: now for name in arguments if (now := new_name(f"optimizer.{name}"))}
+    for name, now in old.items():
+        reader.report(f"optimizer.{name}", arguments[name], reason=f"it is called {now} now")
+    known = {name: value for name, value in arguments.items() if name not in old}
+    reader.problems += _problems(kind, known, values.weight_decay)
+    return OptimizerConfig(target=dotted(kind), arguments=arguments, **asdict(values))
 
 
 def _classes() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The words of a command line: the two spellings of a name, sweeps, and the jobs they make."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import OverrideParseException
 
-from tritter.errors import Problem, RequestError, brief, raise_problems
+from tritter.errors import Problem, RequestError, brief, nearest, raise_problems
 
 Options = Mapping[str, Sequence[str]]
 
@@ -137,6 +137,24 @@ def check_command_line(overrides: Sequence[Override], options: Options) -> None:
             reason = f"{group} takes the name of an option, {allowed}; single keys as {group}.KEY"
             problems.append(Problem(group, value, reason=reason))
     raise_problems(problems)
+
+
+def option_problems(overrides: Sequence[Override], options: Options) -> Iterator[Problem]:
+    """Yield what was chosen in groups that have no such option."""
+    for override in overrides:
+        known = options.get(override.key_or_group)
+        if known is None or override.is_delete() or override.is_sweep_override():
+            continue
+        value = override.value()
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str) and name not in known and not {"/", "$"} & {*name}:
+                yield no_option(override.key_or_group, name, known)
+
+
+def no_option(group: str, name: str, options: Sequence[str]) -> Problem:
+    """Say which options a group has in place of one."""
+    reason = f"there is no such option; allowed is {', '.join(options) or 'none here'}"
+    return Problem(group, name, reason=reason, nearest=nearest(name, options))
 
 
 def refuse_sweeps(overrides: Sequence[Override]) -> None:

@@ -1,9 +1,9 @@
 """What a command line asks for, job by job, checked whole before anything is written."""
 
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from hydra.types import RunMode
@@ -24,8 +24,9 @@ from tritter.config.overrides import (
 from tritter.config.resume import Resumption, resumption
 from tritter.config.run_folder import RunState, check_run_folder
 from tritter.config.schema import RunConfig
-from tritter.config.text_contents import check_contents, text_requests
+from tritter.config.text_files import text_requests
 from tritter.config.validation import known_config
+from tritter.data.contents import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -85,14 +86,13 @@ def make_plan(command: CommandLine) -> Plan:
 
 def _check_means(plan: Plan) -> None:
     """Refuse jobs that the machine can't hold, and text that can't be read; each file once."""
-    todo = [(n, job) for n, job in enumerate(plan.jobs) if job.state is not RunState.FINISHED]
-    found: dict[str | None, Sequence[Problem]] = {}
-    for number, job in todo:
+    todo = {n: job for n, job in enumerate(plan.jobs) if job.state is not RunState.FINISHED}
+    found: dict[int, Sequence[Problem]] = {}
+    for number, job in todo.items():
         source = known_config(job.config)  # of a hub id the shapes are known later
-        name = None if plan.sweep_folder is None else _job_name(number, job.overrides)
-        found[name] = () if source is None else memory_problems(job.config, source)
-    _raise_of_jobs(found)
-    check_contents(request for _, job in todo for request in text_requests(job.config.data))
+        found[number] = () if source is None else memory_problems(job.config, source)
+    _raise_of_jobs(found, [job.overrides for job in plan.jobs])
+    check_contents(request for job in todo.values() for request in text_requests(job.config.data))
 
 
 def _words_for_hydra(composing: Composer, overrides: Sequence[str]) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ def _words_for_hydra(composing: Composer, overrides: Sequence[str]) -> tuple[str
 def _plan_run(
     composing: Composer, overrides: list[str], resumed: Resumption | None, *, is_shown: bool
 ) -> Plan:
-    composed = composing.compose(overrides)
+    composed = composing.compose(overrides, rules=_OF_RUNS[:1] if resumed else _OF_RUNS)
     if composed.hydra.mode == RunMode.MULTIRUN:
         return _plan_sweep(composing, overrides, overrides)
     if not is_shown and (swept := composed.hydra.sweeper.get("params")):
@@ -117,15 +117,9 @@ def _plan_run(
             f"hydra.sweeper.params names values of {names} for a sweep, and this is a single run: "
             "add -m."
         )
-    config = composed.config
     folder = resumed.folder if resumed else Path(composed.hydra.run.dir).absolute()
-    if config.resume is not None and resumed is None:
-        raise RequestError(
-            f"resume = {config.resume}: it stands in an option file; it is for the command line."
-        )
-    _check_device(config)
-    state = check_run_folder(folder, config)
-    job = Job(tuple(overrides), config, folder, state)
+    state = check_run_folder(folder, composed.config)
+    job = Job(tuple(overrides), composed.config, folder, state)
     notes = resumed.notes if resumed else ()
     return Plan(_words_for_hydra(composing, overrides), (job,), notes=notes)
 
@@ -138,8 +132,7 @@ def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) ->
     sweep_folder = Path(hydra.sweep.dir).absolute()
     words_for_hydra = _words_for_hydra(composing, overrides)
     if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
-        composed = composing.compose(sample, job_number=0)
-        _check_sweepable(composed.config)
+        composed = composing.compose(sample, job_number=0, rules=_OF_SWEEPS)
         _job_folder(sweep_folder, str(composed.hydra.sweep.subdir))
         return Plan(words_for_hydra, (), sweep_folder)
     parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
@@ -148,18 +141,17 @@ def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) ->
     # Hydra's time resolver would give every job a sweep folder of its own
     shared.append(f"hydra.sweep.dir={quoted(str(sweep_folder))}")
     task = [override for override in typed if not override.is_hydra_override()]
+    split = split_sweep(task)
     jobs: list[Job] = []
-    found: dict[str | None, Sequence[Problem]] = {}
-    for number, words in enumerate(split_sweep(task)):
-        name = _job_name(number, words)
-        found[name] = ()
+    found: dict[int, Sequence[Problem]] = dict.fromkeys(range(len(split)), ())
+    for number, words in enumerate(split):
         try:
             jobs.append(_plan_job(composing, words, shared, number=number))
         except RequestError as error:
-            found[name] = error.problems
+            found[number] = error.problems
         except TritterError as error:
-            raise type(error)(f"{name}: {error}") from error
-    _raise_of_jobs(found)
+            raise type(error)(f"{_jobs([number], split)}: {error}") from error
+    _raise_of_jobs(found, split)
     if len({job.folder for job in jobs}) < len(jobs):
         raise RequestError(
             f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share one folder; "
@@ -168,64 +160,74 @@ def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) ->
     return Plan(words_for_hydra, tuple(jobs), sweep_folder)
 
 
-def _check_sweepable(config: RunConfig) -> None:
+def _resume_problems(config: RunConfig, *, reason: str) -> Iterator[Problem]:
     if config.resume is not None:
-        raise RequestError(
-            f"resume = {config.resume}: a sweep goes on when it is given its own folder again "
-            "(hydra.sweep.dir=FOLDER); resume is for single runs."
-        )
+        yield Problem("resume", config.resume, reason=reason)
+
+
+def _process_problems(config: RunConfig) -> Iterator[Problem]:
     if config.trainer.strategy == "ddp":
-        raise RequestError(
-            "trainer.strategy = ddp: a sweep's launcher may run its jobs side by side, and their "
-            "processes would meet on the same devices; leave -m out, or sweep with trainer=cpu or "
-            "trainer=gpu."
+        reason = (
+            "a sweep's launcher may run its jobs side by side, and their processes would meet on "
+            "the same devices; leave -m out, or sweep with trainer=cpu or trainer=gpu"
         )
+        yield Problem("trainer.strategy", "ddp", reason=reason)
 
 
-def _check_device(config: RunConfig) -> None:
+def _device_problems(config: RunConfig) -> Iterator[Problem]:
     import torch
 
-    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if config.trainer.accelerator == "gpu" and not has_gpu:
-        raise RequestError(
-            "trainer.accelerator = 'gpu': torch finds no GPU on this machine; allowed is cpu, or "
-            "auto (trainer=cpu, trainer=auto)."
-        )
+    if config.trainer.accelerator != "gpu":
+        return
     found, devices = torch.cuda.device_count(), config.trainer.devices
-    if config.trainer.accelerator == "gpu" and devices > max(1, found):
-        raise RequestError(
-            f"trainer.devices = {devices}: torch finds {found} GPUs on this machine; allowed is at "
-            "most that."
-        )
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        reason = "torch finds no GPU on this machine; allowed is cpu, or auto (trainer=cpu, "
+        yield Problem("trainer.accelerator", "gpu", reason=f"{reason}trainer=auto)")
+    elif devices > max(1, found):
+        reason = f"torch finds {found} GPUs on this machine; allowed is at most that"
+        yield Problem("trainer.devices", devices, reason=reason)
+
+
+_IN_A_FILE = "it stands in an option file; it is for the command line"
+_IN_A_SWEEP = (
+    "a sweep goes on when it is given its own folder again (hydra.sweep.dir=FOLDER); resume is for "
+    "single runs"
+)
+_OF_RUNS = (_device_problems, partial(_resume_problems, reason=_IN_A_FILE))
+_OF_SWEEPS = (partial(_resume_problems, reason=_IN_A_SWEEP), _process_problems)
 
 
 def _plan_job(composing: Composer, words: list[str], shared: list[str], *, number: int) -> Job:
-    composed = composing.compose([*shared, *words], job_number=number)
-    _check_sweepable(composed.config)
-    _check_device(composed.config)
+    rules = (*_OF_SWEEPS, _device_problems)
+    composed = composing.compose([*shared, *words], job_number=number, rules=rules)
     sweep = composed.hydra.sweep
     folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))
     return Job(tuple(words), composed.config, folder, check_run_folder(folder, composed.config))
 
 
-def _job_name(number: int, words: Sequence[str]) -> str:
-    return f"job {number} ({' '.join(words)})"
-
-
-def _raise_of_jobs(found: Mapping[str | None, Sequence[Problem]]) -> None:
-    """Refuse what is wrong with jobs; what is wrong with all of them is said once.
+def _raise_of_jobs(found: Mapping[int, Sequence[Problem]], words: Sequence[Sequence[str]]) -> None:
+    """Refuse what is wrong with jobs, pass by pass, each thing once; of all jobs it names none.
 
     Args:
-        found: name of each job, None for a single run → its problems.
+        found: number of a job → its problems.
+        words: of all jobs.
     """
-    jobs_of = Counter(said for problems in found.values() for said in {*map(str, problems)})
-    said_once: dict[str, Problem] = {}
-    for name, problems in found.items():
-        for problem in problems:
-            of = None if jobs_of[str(problem)] == len(found) else name
-            one = replace(problem, job=of)
-            said_once.setdefault(str(one), one)
-    raise_problems(said_once.values())
+    told: dict[str, tuple[Problem, list[int]]] = {}
+    for number, problems in found.items():
+        for line, problem in {str(each): each for each in problems}.items():
+            told.setdefault(line, (problem, []))[1].append(number)
+    raise_problems(
+        [
+            problem if len(numbers) == len(found) else replace(problem, job=_jobs(numbers, words))
+            for problem, numbers in sorted(told.values(), key=lambda each: each[0].found_by)
+        ]
+    )
+
+
+def _jobs(numbers: Sequence[int], words: Sequence[Sequence[str]]) -> str:
+    if len(numbers) == 1:
+        return f"job {numbers[0]} ({' '.join(words[numbers[0]])})"
+    return f"jobs {', '.join(map(str, numbers))}"
 
 
 def _job_folder(sweep_folder: Path, name: str) -> Path:

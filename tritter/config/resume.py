@@ -66,7 +66,8 @@ def resumption(composing: Composer, overrides: Sequence[str]) -> Resumption | No
     kept = [word for word in recorded if not _is_overridden(word, recorded, typed)]
     added = [o.input_line or "" for o in typed if o.key_or_group != "resume"]
     told = f"resume     {folder}{': ' if kept else ''}{' '.join(kept)}"
-    return Resumption(folder, (*kept, *added, *_resume_word(asked)), (*notes, told))
+    last = asked[-1].input_line or ""
+    return Resumption(folder, (*kept, *added, last), (*notes, told))
 
 
 def recorded_front(words: Sequence[str]) -> Front | None:
@@ -101,10 +102,6 @@ def recorded_words(overrides: Sequence[str]) -> tuple[str, ...]:
     return tuple(word for word in overrides if _key(word) not in left_out)
 
 
-def _resume_word(asked: Sequence[Override]) -> tuple[str, ...]:
-    return (asked[-1].input_line or "",)
-
-
 def _is_replayed(word: str) -> bool:
     is_plain = not any(sign in word for sign in _NOT_REPLAYED)
     return is_plain and not _key(word).startswith(("hydra", "-"))
@@ -113,12 +110,11 @@ def _is_replayed(word: str) -> bool:
 def _is_overridden(word: str, recorded: Sequence[str], typed: Sequence[Override]) -> bool:
     """Say whether a recorded override gives way: to its key typed again, or to another group."""
     key = _key(word)
-    for override in typed:
-        if override.key_or_group == key:
-            return True
-        if key.startswith(f"{override.key_or_group}.") and override.input_line not in recorded:
-            return True
-    return False
+    return any(
+        key == other.key_or_group
+        or (key.startswith(f"{other.key_or_group}.") and other.input_line not in recorded)
+        for other in typed
+    )
 
 
 def _key(word: str) -> str:

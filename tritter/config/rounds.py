@@ -1,5 +1,6 @@
 """The rounds of a run that grows to a size: their shapes, planned before anything is written."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from tritter.config.schema import RunConfig
@@ -40,18 +41,11 @@ def planned_rounds(config: RunConfig, source: Config) -> tuple[Shape, ...]:
         raise RequestError(replace(problem, key=key)) from error
 
 
-def pipeline_problems(config: RunConfig) -> list[Problem]:
-    """Return what is set about rounds that a run of one round would not look at."""
+def pipeline_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield what is set about rounds that a run of one round would not look at."""
     pipeline = config.pipeline
-    if pipeline.target_params is not None:
-        return []
-    return [
-        Problem(
-            f"pipeline.{key}",
-            value,
-            reason="without pipeline.target_params a run has one round, and expansion says what "
-            "it does; give a target, or leave this out",
-        )
-        for key, value in (("max_rounds", pipeline.max_rounds), ("strategy", pipeline.strategy))
-        if value is not None
-    ]
+    reason = "without pipeline.target_params a run has one round, and expansion says what it "
+    reason += "does; give a target, or leave this out"
+    for key, value in (("max_rounds", pipeline.max_rounds), ("strategy", pipeline.strategy)):
+        if value is not None and pipeline.target_params is None:
+            yield Problem(f"pipeline.{key}", value, reason=reason)

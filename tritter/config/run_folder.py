@@ -2,11 +2,13 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
 
 from tritter.checkpoint.left import digests_of, find_damage, read_left
 from tritter.checkpoint.place import is_within
@@ -14,7 +16,8 @@ from tritter.config.fingerprint import describe_changes, fingerprint
 from tritter.config.folders import front
 from tritter.config.program import command, program_words, resume_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
-from tritter.errors import RequestError, TritterError, did_you_mean
+from tritter.errors import Problem, RequestError, TritterError, did_you_mean
+from tritter.options import options, read_options
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.links import check_tree
 from tritter.storage.names import named_path
@@ -28,7 +31,6 @@ RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without
 
 _MADE_BY_HYDRA = {".hydra", "train.log"}  # they are there before the run file is
 _LOGGER_FOLDERS = {"wandb"}  # W&B links to logs in its own cache
-_STATUSES = ("running", "finished")
 
 
 class RunState(Enum):
@@ -39,13 +41,21 @@ class RunState(Enum):
     FINISHED = "finished"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def _printable(word: str) -> str:
+    if not word.isprintable():
+        raise ValueError("it holds a word that is no printable text")
+    return word
+
+
+_Word = Annotated[str, AfterValidator(_printable)]
+
+
+@options
 class RunRecord:
     """What the run file says of a run.
 
     Args:
         fingerprint: of its configuration.
-        status: running or finished.
         program: how it was called.
         overrides: of its command line, but for the folder.
         left: of a finished run: place → digest of what it leaves.
@@ -53,12 +63,12 @@ class RunRecord:
         config_name: of --config-name.
     """
 
-    fingerprint: Mapping[str, Any]
-    status: str
+    fingerprint: dict[str, Any]
+    status: Literal["running", "finished"]
     program: str
-    overrides: tuple[str, ...]
-    left: Mapping[str, str]
-    config_folders: tuple[str, ...] = ()
+    overrides: tuple[_Word, ...]
+    left: Annotated[dict[str, str], AfterValidator(read_left)]
+    config_folders: tuple[_Word, ...] = ()
     config_name: str | None = None
 
 
@@ -125,31 +135,31 @@ def write_run_file(
     folder: Path,
     config: RunConfig,
     *,
-    status: str,
+    status: Literal["running", "finished"],
     overrides: Sequence[str] = (),
     leaves: Sequence[str] = (),
 ) -> None:
     """Record in `folder`, atomically, whose run it is.
 
     Args:
-        status: running or finished.
         overrides: of the command line; those of a run that is gone on with stay.
         leaves: what a finished run leaves, relative to its folder.
     """
-    assert status in _STATUSES
     folder.mkdir(parents=True, exist_ok=True)
-    held = read_run(folder) if (folder / RUN_FILE).exists() else None
-    content = {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": fingerprint(config),
-        "status": status,
-        "program": held.program if held else " ".join(program_words()),
-        "overrides": list(held.overrides if held else overrides),
-        "left": digests_of(folder, leaves),
-        "config_folders": list(held.config_folders if held else map(str, front().folders)),
-        "config_name": held.config_name if held else front().config_name,
-    }
-    write_json(folder / RUN_FILE, content)
+    record = RunRecord(
+        fingerprint=fingerprint(config),
+        status=status,
+        program=" ".join(program_words()),
+        overrides=tuple(overrides),
+        left=digests_of(folder, leaves),
+        config_folders=tuple(map(str, front().folders)),
+        config_name=front().config_name,
+    )
+    if (folder / RUN_FILE).exists():
+        held = read_run(folder)
+        words = ("program", "overrides", "config_folders", "config_name")
+        record = replace(record, **{name: getattr(held, name) for name in words})
+    write_json(folder / RUN_FILE, {"format_version": FORMAT_VERSION, **asdict(record)})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -194,45 +204,17 @@ def read_run(folder: Path) -> RunRecord:
                 f"again, {advice}."
             )
         plain = read_record(path, format_version=FORMAT_VERSION)
-        return _record(plain)
-    except (ValueError, KeyError) as error:
-        if isinstance(error, RequestError):
-            raise
+    except RequestError:
+        raise
+    except ValueError as error:
         raise RequestError(f"{path} can't be gone by ({error}); {advice}.") from error
-
-
-def _record(plain: Mapping[str, Any]) -> RunRecord:
-    """Rebuild a record.
-
-    Raises:
-        ValueError: something is missing or of another type.
-    """
-    overrides = plain.get("overrides")
-    kinds = {"fingerprint": dict, "status": str, "program": str, "overrides": list, "left": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(plain.get(key), kind)]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)} missing or of another type")
-    assert isinstance(overrides, list)
-    if not all(isinstance(word, str) and word.isprintable() for word in overrides):
-        raise ValueError("an override is no printable text")
-    if plain["status"] not in _STATUSES:
-        raise ValueError(f"a run is {' or '.join(_STATUSES)}")
-    return RunRecord(
-        fingerprint=plain["fingerprint"],
-        status=plain["status"],
-        program=plain["program"],
-        overrides=tuple(overrides),
-        left=read_left(plain["left"]),
-        config_folders=_words(plain.get("config_folders", [])),
-        config_name=plain.get("config_name") and str(plain["config_name"]),
-    )
-
-
-def _words(value: object) -> tuple[str, ...]:
-    words = value if isinstance(value, list) else [None]
-    if not all(isinstance(word, str) and word.isprintable() for word in words):
-        raise ValueError("config_folders is no list of paths")
-    return tuple(words)
+    problems: list[Problem] = []
+    own = {name: value for name, value in plain.items() if name != "format_version"}
+    record = read_options(RunRecord, own, prefix="", problems=problems)
+    if record is None:
+        told = "; ".join(str(problem).rstrip(".") for problem in problems)
+        raise RequestError(f"{path} can't be gone by ({told}); {advice}.")
+    return record
 
 
 def _latest(folders: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:

@@ -6,10 +6,12 @@ The defaults live in `conf/`, nowhere else; a field's type says what a value may
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from tritter.config.counts import parse_count
 from tritter.limits import (
     MAX_COUNT,
     MAX_LAYERS,
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from tritter.config.run_text import RunText
     from tritter.config.selection import Selected
     from tritter.expansion import ExpansionSpec
+
+_IN_WORDS = BeforeValidator(lambda v: (parse_count(v) if isinstance(v, str) else None) or v)
 
 
 @options
@@ -55,6 +59,8 @@ class CheckpointModelConfig:
     model_type: Literal["hf"]
     path: Text
 
+
+Model = ModelConfig | CheckpointModelConfig
 
 # Domain → absolute paths (files, folders, globs) and built-in texts, in plain containers: they
 # are part of the fingerprint, which is JSON.
@@ -170,11 +176,11 @@ class PipelineConfig:
     """How often a run expands: once, or round after round until it has a size.
 
     Args:
-        target_params: the size; a count, in words such as 2M until it is read.
+        target_params: the size; a count, which may be written as 2M.
         strategy: as in `tritter plan`; None: `auto` among the methods of `expansion`.
     """
 
-    target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)] | None
+    target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS), _IN_WORDS] | None
     max_rounds: Count | None
     strategy: Literal["auto", "depth_first", "width_first", "balanced"] | None
 
@@ -184,17 +190,15 @@ class OptimizerValues:
     """The keys of `optimizer` that are no arguments of its class.
 
     Args:
-        name: of a class of torch's or bitsandbytes'; None where `_target_` names one.
         weight_decay: on matrices; None: the default of the class.
     """
 
-    name: Text | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     carry: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(OptimizerValues):
     """The optimizer and everything of it but the learning rate.
 
     Args:
@@ -203,8 +207,6 @@ class OptimizerConfig:
     """
 
     target: str
-    weight_decay: float | None
-    carry: bool
     arguments: Mapping[str, Any]
 
 
@@ -253,38 +255,48 @@ class EvaluationConfig:
     max_tokens_per_document: Annotated[int, Field(ge=2, le=MAX_COUNT)]
     batch_size: Count
     sample_tokens: WholeNumber
-    every_n_steps: WholeNumber = 50
+    every_n_steps: WholeNumber
 
 
 @options
 class MoeRoutingConfig:
     """What a training asks of the routers of a model with experts."""
 
-    auxiliary_loss: Annotated[float, Field(ge=0)] = 0.01
-    z_loss: Annotated[float, Field(ge=0)] = 1e-3
-    bias_update_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    hold_old: Annotated[float, Field(ge=0)] = 0.0
-    capacity_factor: Annotated[float, Field(gt=0)] = 1.25
+    auxiliary_loss: Annotated[float, Field(ge=0)]
+    z_loss: Annotated[float, Field(ge=0)]
+    bias_update_rate: Annotated[float, Field(ge=0, lt=1)]
+    hold_old: Annotated[float, Field(ge=0)]
+    capacity_factor: Annotated[float, Field(gt=0)]
 
 
 @options
 class AdaptationConfig:
     """The two trainings that open appended experts: of the routers, then of the experts."""
 
-    router_update: Literal["fine_tune", "retrain", "frozen"] = "fine_tune"
-    router_epochs: Count = 3
-    router_max_steps: Count | None = 100
-    router_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    encouragement: Annotated[float, Field(ge=0)] = 0.1
-    anneal_steps: Count | None = None
-    freeze_base: bool = True
-    unfreeze_after: Count | None = None
-    distill_steps: Count = 100
-    distill_temperature: Annotated[float, Field(gt=0)] = 2.0
+    router_update: Literal["fine_tune", "retrain", "frozen"]
+    router_epochs: Count
+    router_max_steps: Count | None
+    router_learning_rate: Annotated[float, Field(gt=0)]
+    encouragement: Annotated[float, Field(ge=0)]
+    anneal_steps: Count | None
+    freeze_base: bool
+    unfreeze_after: Count | None
+    distill_steps: Count
+    distill_temperature: Annotated[float, Field(gt=0)]
+
+
+@options
+class RootValues:
+    """The keys of the root that belong to no group, as they stand in config.yaml."""
+
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
+    control: bool
+    cache_dir: Text | None
+    resume: Text | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
+class RunConfig(RootValues):
     """Everything a run is asked to do; `expansion` and `forgetting` are ordered.
 
     `text` is worked out from `model`, `data` and what the checkpoint at `model.path` learned.
@@ -292,11 +304,8 @@ class RunConfig:
     `expansion` holds the records that its options name, which are no import of this room's.
     """
 
-    seed: int
-    control: bool
-    cache_dir: Path
-    resume: Text | None
-    model: ModelConfig | CheckpointModelConfig
+    cache_dir: Path  # type: ignore[assignment] # found by now
+    model: Model
     data: DataConfig
     text: "RunText"
     expansion: "tuple[ExpansionSpec, ...]"
@@ -315,28 +324,8 @@ class RunConfig:
     adaptation: AdaptationConfig
 
 
-@options
-class RootValues:
-    """The keys of the root that belong to no group, as they stand in config.yaml."""
-
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
-    control: bool
-    cache_dir: Text | None
-    resume: Text | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Variants:
-    """A section whose options have different keys, told apart by one that they share."""
-
-    key: str
-    records: dict[str, type]
-
-
-SECTIONS: dict[str, type | Variants] = {
-    "model": Variants(
-        key="model_type", records={"llama": ModelConfig, "hf": CheckpointModelConfig}
-    ),
+SECTIONS: dict[str, type | UnionType] = {
+    "model": Model,
     "data": DataConfig,
     "pretraining": TrainingConfig,
     "training": TrainingConfig,

@@ -1,64 +1,95 @@
-"""Sections of a config into records; options of `model` and `data` have keys of their own."""
+"""Sections whose options have keys of their own: `model` and `data`."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
-from tritter.config.checkpoint_folder import checkpoint_place
-from tritter.config.counts import parse_count
+from tritter.checkpoint.usable import checkpoint_place
 from tritter.config.folders import body_of, option_files
 from tritter.config.reading import Reader
-from tritter.config.schema import (
-    CheckpointModelConfig,
-    DataConfig,
-    PipelineConfig,
-    TextDataConfig,
-    Variants,
-)
+from tritter.config.schema import CheckpointModelConfig, DataConfig, Model, TextDataConfig
 from tritter.config.text_files import read_sources
 from tritter.errors import Problem, RequestError, nearest
 from tritter.options import choices, field_keys, is_options, join
 from tritter.targets import TARGET, dotted, resolve
 
+_MODELS = {word: kind for kind in get_args(Model) for word in choices(kind, "model_type")}
 
-def read_section(reader: Reader, name: str, section: type | Variants, raw: object) -> Any:
-    """Return the record of a section, or None when there were problems (now reported)."""
-    if section is DataConfig:
-        return _read_data(reader, raw)
-    if not isinstance(section, Variants):
-        return reader.read(section, _with_counts(section, raw), prefix=name)
-    if not isinstance(raw, Mapping):
-        reader.report(name, raw, reason="it holds keys; choose an option of it")
+
+def model_class(raw: Mapping[str, Any]) -> type[Model]:
+    """Return the record of a base model that `model.model_type` means.
+
+    Raises:
+        RequestError: it means none.
+    """
+    said = raw.get("model_type")
+    if isinstance(said, str) and said in _MODELS:
+        return _MODELS[said]
+    reason, near = f"allowed is one of {', '.join(_MODELS)}", nearest(str(said), _MODELS)
+    raise RequestError(Problem("model.model_type", said, reason=reason, nearest=near))
+
+
+def data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
+    """Return the class that an option of `data` names.
+
+    Raises:
+        RequestError: it is none of ours nor made from `DataConfig`, or `source` says another one.
+    """
+    key = f"data.{TARGET}"
+    kind: type[DataConfig] = resolve(key, raw.get(TARGET), base=dotted(DataConfig))
+    if not is_options(kind) or "__dataclass_fields__" not in vars(kind):
+        reason = "it is no record of options (see tritter.options.options)"
+        raise RequestError(Problem(key, raw[TARGET], reason=reason))
+    said = raw.get("source")
+    if "source" in field_keys(kind, "") and said not in choices(kind, "source"):
+        reason = f"allowed is one of {', '.join(data_keys())}"
+        if isinstance(said, str) and said in data_keys():
+            reason = f"{said} has other keys; choose it with data={said}"
+        near = nearest(str(said), data_keys())
+        raise RequestError(Problem("data.source", said, reason=reason, nearest=near))
+    return kind
+
+
+def read_model(reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]) -> Model | None:
+    """Return the base model of a run, or None when there were problems (now reported)."""
+    kind = classes.get("model")
+    if kind is None:
         return None
-    key, choice = join(name, section.key), raw.get(section.key)
-    if not isinstance(choice, str) or choice not in section.records:
-        reader.report(
-            key,
-            choice,
-            reason=f"allowed is one of {', '.join(section.records)}",
-            nearest=nearest(str(choice), section.records),
-        )
+    keys = {option: field_keys(record, "") for option, record in _MODELS.items()}
+    choice = f"model_type {raw['model_type']}"
+    taken = _only_of(reader, "model", keys, raw, choice=choice, own=field_keys(kind, ""))
+    if kind is CheckpointModelConfig and taken.get("path") is None:
+        reason = "name the checkpoint: a folder or a hub id, model.path=DIR"
+        reader.report("model.path", None, reason=reason)
         return None
-    keys = {option: field_keys(record, "") for option, record in section.records.items()}
-    taken = _only_of(reader, name, keys, raw, choice=f"{section.key} {choice}", own=keys[choice])
-    if section.records[choice] is CheckpointModelConfig:
-        return _read_checkpoint(reader, taken)
-    return reader.read(section.records[choice], taken, prefix=name)
+    model: Model | None = reader.read(kind, taken, prefix="model")
+    if not isinstance(model, CheckpointModelConfig):
+        return model
+    place = reader.ask(checkpoint_place, model.path)
+    return None if place is None else replace(model, path=place)
+
+
+def read_data(
+    reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
+) -> DataConfig | None:
+    """Return what a run reads, or None when there were problems (now reported)."""
+    kind = classes.get("data")
+    if kind is None:
+        return None
+    own, choice = field_keys(kind, ""), f"source {raw.get('source')}"
+    if "source" not in own:
+        choice = dotted(kind)
+    taken = _only_of(reader, "data", data_keys(), raw, choice=choice, own=own)
+    del taken[TARGET]
+    sources = _read_sources(reader, taken) if kind is TextDataConfig else {}
+    values = reader.read(kind, {**taken, **{name: {} for name in sources}}, prefix="data")
+    return None if values is None else replace(values, **sources)
 
 
 def data_keys() -> dict[str, tuple[str, ...]]:
     """Return the options of `data`, and the keys that each states."""
     files = option_files().get("data", {})
     return {n: tuple(key for key in body_of(p) if key != TARGET) for n, p in files.items()}
-
-
-def _with_counts(section: type, raw: object) -> object:
-    """Return a section in which a number of parameters that is written as 2M is a number."""
-    if section is not PipelineConfig or not isinstance(raw, Mapping):
-        return raw
-    count = raw.get("target_params")
-    read = parse_count(count) if isinstance(count, str) else None
-    return raw if read is None else {**raw, "target_params": read}
 
 
 def _only_of(
@@ -86,78 +117,15 @@ def _only_of(
     return taken
 
 
-def _read_data(reader: Reader, raw: object) -> DataConfig | None:
-    if not isinstance(raw, Mapping):
-        reader.report("data", raw, reason="it holds keys; choose an option of it")
-        return None
-    try:
-        kind = _data_class(raw)
-    except RequestError as error:
-        reader.add(error.problems)
-        return None
-    own, choice = field_keys(kind, ""), f"source {raw.get('source')}"
-    if "source" not in own:
-        choice = dotted(kind)
-    taken = _only_of(reader, "data", data_keys(), raw, choice=choice, own=own)
-    del taken[TARGET]
-    if kind is TextDataConfig:
-        return _read_text(reader, taken)
-    record: DataConfig | None = reader.read(kind, taken, prefix="data")
-    return record
-
-
-def _data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
-    """Return the class that an option of `data` names.
-
-    Raises:
-        RequestError: it is none of ours nor made from `DataConfig`, or `source` says another one.
-    """
-    key = f"data.{TARGET}"
-    kind: type[DataConfig] = resolve(key, raw.get(TARGET), base=dotted(DataConfig))
-    if not is_options(kind) or "__dataclass_fields__" not in vars(kind):
-        reason = "it is no record of options (see tritter.options.options)"
-        raise RequestError(Problem(key, raw[TARGET], reason=reason))
-    said = raw.get("source")
-    if "source" in field_keys(kind, "") and said not in choices(kind, "source"):
-        names = list(data_keys())
-        reason = f"allowed is one of {', '.join(names)}"
-        if said in names:
-            reason = f"{said} has other keys; choose it with data={said}"
-        raise RequestError(
-            Problem("data.source", said, reason=reason, nearest=nearest(str(said), names))
-        )
-    return kind
-
-
-def _read_text(reader: Reader, raw: dict[str, Any]) -> TextDataConfig | None:
-    paths = {name: raw.get(name) for name in ("old", "new")}
-    values: TextDataConfig | None = reader.read(
-        TextDataConfig, {**raw, "old": None, "new": {}}, prefix="data"
-    )
-    count = len(reader.problems)
+def _read_sources(reader: Reader, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `old` and `new` as paths; None of what is old: what the checkpoint learned."""
     sources: dict[str, Any] = {
-        name: read_sources(f"data.{name}", value, default_name=name, problems=reader.problems)
-        for name, value in paths.items()
+        name: read_sources(
+            f"data.{name}", raw.get(name), default_name=name, problems=reader.problems
+        )
+        for name in ("old", "new")
     }
-    if paths["old"] is None:
-        sources["old"] = None
-    if paths["new"] in (None, {}):
+    if raw.get("new") in (None, {}):
         reason = "name the text to train on: files, folders or globs, data.new=PATH"
         reader.report("data.new", None, reason=reason)
-    if values is None or len(reader.problems) > count:
-        return None
-    return replace(values, **sources)
-
-
-def _read_checkpoint(reader: Reader, raw: dict[str, Any]) -> CheckpointModelConfig | None:
-    if raw.get("path") is None:
-        reason = "name the checkpoint: a folder or a hub id, model.path=DIR"
-        reader.report("model.path", None, reason=reason)
-        return None
-    values = reader.read(CheckpointModelConfig, raw, prefix="model")
-    try:
-        if values is not None:
-            return CheckpointModelConfig(model_type="hf", path=checkpoint_place(values.path))
-    except RequestError as error:
-        reader.problems += error.problems
-    return None
+    return sources if raw.get("old") is not None else {**sources, "old": None}

@@ -56,47 +56,39 @@ def method_keys() -> list[str]:
     ]
 
 
-def read_methods(reader: Reader, group: str, raw: object) -> tuple[Selected, ...]:
-    """Read the bodies of an ordered group; `none`, an empty list and no group mean no method."""
-    if raw is None:
-        return ()
-    if not isinstance(raw, Mapping):
-        there_are = ", ".join(method_names(group))
-        reader.report(group, raw, reason=f"choose among none, {there_are}, or a list")
-        return ()
-    names = [str(name) for name in raw]
-    if "none" in names:
-        if len(names) > 1:
-            reader.report(group, names, reason="none stands alone; leave it out of the list")
-        for key in raw["none"] or ():
-            reader.report_unknown(f"{group}.none.{key}", raw["none"][key])
-        return ()
+def method_class(group: str, name: str, bodies: Mapping[str, Any]) -> type[Any]:
+    """Return the class that an entry of an ordered group names.
+
+    Raises:
+        RequestError: there is no such method, or it names no class of one.
+    """
+    key, body = f"{group}.{name}", bodies[name]
+    if name not in method_names(group):
+        raise RequestError(_no_method(group, name, bodies))
+    if not isinstance(body, Mapping):
+        raise RequestError(Problem(key, body, reason="it holds keys; choose an option of it"))
+    kind: type[Any] = resolve(f"{key}.{TARGET}", body.get(TARGET), base=METHOD_GROUPS[group])
+    if (reason := _unfit(group, name, kind, _record(group, kind))) is not None:
+        raise RequestError(Problem(f"{key}.{TARGET}", body[TARGET], reason=reason))
+    return kind
+
+
+def read_methods(
+    reader: Reader, group: str, bodies: Mapping[str, Any], classes: Mapping[str, type[Any]]
+) -> tuple[Selected, ...]:
+    """Return the methods of an ordered group whose classes were found and that can be read."""
     selected = []
-    for name in names:
-        if name not in method_names(group):
-            _report_no_method(reader, group, name, raw)
-        elif (one := _selected(reader, group, name, raw[name])) is not None:
-            selected.append(one)
+    for name, raw in bodies.items():
+        if (kind := classes.get(f"{group}.{name}")) is not None:
+            body = {word: value for word, value in raw.items() if word != TARGET}
+            options = reader.read(_record(group, kind), body, prefix=f"{group}.{name}")
+            selected += [] if options is None else [Selected(kind, options)]
     return tuple(selected)
 
 
-def _selected(reader: Reader, group: str, name: str, raw: object) -> Selected | None:
-    key = f"{group}.{name}"
-    if not isinstance(raw, Mapping):
-        reader.report(key, raw, reason="it holds keys; choose an option of it")
-        return None
-    try:
-        kind = resolve(f"{key}.{TARGET}", raw.get(TARGET), base=METHOD_GROUPS[group])
-        record = kind if group == "expansion" else getattr(kind, "Options", None)
-        if (reason := _unfit(group, name, kind, record)) is not None:
-            raise RequestError(Problem(f"{key}.{TARGET}", raw[TARGET], reason=reason))
-    except RequestError as error:
-        reader.problems += error.problems
-        return None
-    assert isinstance(record, type), "judged before"
-    body = {word: value for word, value in raw.items() if word != TARGET}
-    options = reader.read(record, body, prefix=key)
-    return None if options is None else Selected(kind, options)
+def _record(group: str, kind: type[Any]) -> Any:
+    """Return the record of a method's options; an expansion is one itself."""
+    return kind if group == "expansion" else getattr(kind, "Options", None)
 
 
 def _unfit(group: str, name: str, kind: Any, record: Any) -> str | None:
@@ -134,17 +126,15 @@ def nesting_problems() -> list[Problem]:
     ]
 
 
-def _report_no_method(reader: Reader, group: str, name: str, raw: Mapping[str, Any]) -> None:
-    """Report what stands where methods stand: a misspelt one, or a method's key without it."""
+def _no_method(group: str, name: str, bodies: Mapping[str, Any]) -> Problem:
+    """Say what stands where methods stand: a misspelt one, or a method's key without it."""
     names = method_names(group)
-    key, value = f"{group}.{name}", raw[name]
+    key, value = f"{group}.{name}", bodies[name]
     near = nearest(name, names)
     if near is not None or isinstance(value, Mapping):
         reason = f"there is no such method; there are {', '.join(names)}"
-        reader.report(key, value, reason=reason, nearest=near)
-        return
-    bodies = [body for body in method_keys() if body.startswith(f"{group}.")]
-    chosen = [body for body in bodies if body.split(".")[1] in raw]
-    near = nearest_key(key, bodies, first=chosen)
-    reason = f"a key stands below its method, {group}.METHOD.{name}"
-    reader.report(key, value, reason=f"{reason}; methods are {', '.join(names)}", nearest=near)
+        return Problem(key, value, reason=reason, nearest=near)
+    keys = [each for each in method_keys() if each.startswith(f"{group}.")]
+    chosen = [each for each in keys if each.split(".")[1] in bodies]
+    reason = f"a key stands below its method, {group}.METHOD.{name}; methods are {', '.join(names)}"
+    return Problem(key, value, reason=reason, nearest=nearest_key(key, keys, first=chosen))

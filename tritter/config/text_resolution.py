@@ -14,14 +14,14 @@ from tritter.config.run_text import DomainText, RunText
 from tritter.config.schema import (
     CheckpointModelConfig,
     DataConfig,
-    ModelConfig,
+    Model,
     TextDataConfig,
     TextSources,
 )
-from tritter.config.sources import source_documents
-from tritter.config.text_contents import domain_key
+from tritter.config.text_files import domain_key
 from tritter.data.documents import documents_digest
 from tritter.data.readers import TextFileError
+from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule
 from tritter.data.stdlib import stdlib_origin
 from tritter.errors import Problem, RequestError, TritterError
@@ -31,7 +31,7 @@ Texts = Callable[[], Iterable[str]] | None
 _BUILT_IN_PATHS = frozenset(BUILT_IN.values())
 
 
-def run_text(model: ModelConfig | CheckpointModelConfig, data: DataConfig, *, seed: int) -> RunText:
+def run_text(model: Model, data: DataConfig, *, seed: int) -> RunText:
     """Return what a run's text is, given the checkpoint that it starts from.
 
     Args:
@@ -68,7 +68,7 @@ def run_text(model: ModelConfig | CheckpointModelConfig, data: DataConfig, *, se
     )
 
 
-def _learned(model: ModelConfig | CheckpointModelConfig) -> Learned:
+def _learned(model: Model) -> Learned:
     if not isinstance(model, CheckpointModelConfig) or not Path(model.path).is_dir():
         return Learned()
     try:

@@ -54,15 +54,13 @@ REFUSED = {
     "model_registry": "a run sends no model anywhere",
 }
 
-OWN_OF_TRAINER = tuple(field.name for field in fields(TrainerConfig))
+_OWN = tuple(field.name for field in fields(TrainerConfig))
 
 
-def split_trainer(raw: object) -> tuple[object, dict[str, Any]]:
+def split_trainer(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the keys that every option of `trainer` states, and the further ones."""
-    if not isinstance(raw, Mapping):
-        return raw, {}
-    own = {name: value for name, value in raw.items() if name in OWN_OF_TRAINER}
-    return own, {str(n): value for n, value in raw.items() if n not in own}
+    own = {name: value for name, value in raw.items() if name in _OWN}
+    return own, {name: value for name, value in raw.items() if name not in own}
 
 
 @lru_cache
@@ -78,26 +76,20 @@ def trainer_parameters() -> tuple[str, ...]:
     return tuple(name for name in names if name != "self")
 
 
-def argument_problems(arguments: Mapping[str, Any], *, own: tuple[str, ...]) -> list[Problem]:
-    """Return what is wrong with further arguments, all of them.
-
-    Args:
-        own: the keys that every option of `trainer` states.
-    """
-    problems = [p for name, value in arguments.items() for p in _by_name(name, value, own)]
-    known = {n: v for n, v in arguments.items() if n in trainer_parameters() and n not in REFUSED}
-    return problems + [p for name, value in known.items() for p in _by_value(name, value)]
-
-
-def _by_name(name: str, value: object, own: tuple[str, ...]) -> Iterator[Problem]:
-    if name in REFUSED:
-        yield Problem(f"trainer.{name}", value, reason=REFUSED[name])
-    elif name not in trainer_parameters():
-        allowed = sorted({*own, *trainer_parameters()} - set(REFUSED))
-        reason = f"there is no such key; trainer has {', '.join(allowed)}"
-        near = nearest(name, allowed)
-        full = None if near is None else f"trainer.{near}"
-        yield Problem(f"trainer.{name}", value, reason=reason, nearest=full)
+def argument_problems(arguments: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong with further arguments, all of them."""
+    known = {*trainer_parameters()} - {*REFUSED}
+    for name, value in arguments.items():
+        if name in REFUSED:
+            yield Problem(f"trainer.{name}", value, reason=REFUSED[name])
+        elif name not in known:
+            allowed = sorted({*_OWN, *known})
+            reason = f"there is no such key; trainer has {', '.join(allowed)}"
+            near = nearest(name, allowed)
+            full = None if near is None else f"trainer.{near}"
+            yield Problem(f"trainer.{name}", value, reason=reason, nearest=full)
+        else:
+            yield from _by_value(name, value)
 
 
 def _by_value(name: str, value: object) -> Iterator[Problem]:

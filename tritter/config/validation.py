@@ -2,19 +2,20 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
+from tritter.checkpoint.usable import checkpoint_config
 from tritter.config.callbacks import (
     asking_problems,
     averaging_problems,
     monitor_problems,
     read_callbacks,
 )
-from tritter.config.checkpoint_folder import checkpoint_config
+from tritter.config.classes import Bodies, find_classes, group_bodies
 from tritter.config.loggers import read_loggers
 from tritter.config.moe import expert_problems
 from tritter.config.moments import carry_problems
@@ -31,13 +32,12 @@ from tritter.config.schema import (
     RunConfig,
     TextDataConfig,
     TrainingConfig,
-    Variants,
     WandbConfig,
 )
-from tritter.config.sections import data_keys, read_section
+from tritter.config.sections import data_keys, read_data, read_model
 from tritter.config.selection import METHOD_GROUPS, method_keys, read_methods
 from tritter.config.text_resolution import run_text
-from tritter.config.trainer_arguments import OWN_OF_TRAINER, argument_problems, split_trainer
+from tritter.config.trainer_arguments import argument_problems, split_trainer
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.expansion import target_config
 from tritter.families import Config, check_size, family_of, llama_config
@@ -48,16 +48,24 @@ from tritter.storage.names import named_path
 
 def known_keys() -> tuple[str, ...]:
     """Return every dotted key of a config, the bodies of all methods included, sorted."""
-    keys = [*field_keys(RootValues, "")]
+    keys = [*field_keys(RootValues, ""), "optimizer.name"]
     for name, section in SECTIONS.items():
-        records = section.records.values() if isinstance(section, Variants) else (section,)
+        records = get_args(section) or (section,)
         keys += dict.fromkeys(key for record in records for key in field_keys(record, name))
     keys += {f"data.{key}" for own in data_keys().values() for key in own} - {*keys}
     keys += [*field_keys(OptimizerValues, "optimizer"), *field_keys(WandbConfig, "logger.wandb")]
     return tuple(sorted([*keys, *method_keys()]))
 
 
-Rule = Callable[[RunConfig], Sequence[Problem]]
+Rule = Callable[[RunConfig], Iterable[Problem]]
+_GROUPS = (*SECTIONS, *METHOD_GROUPS, *OPEN_GROUPS)
+_READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], object]] = {
+    "model": read_model,
+    "data": read_data,
+    "optimizer": read_optimizer,
+    "callbacks": read_callbacks,
+    "logger": read_loggers,
+}
 
 
 class _Unread(Exception):
@@ -71,78 +79,89 @@ class _Sound:
         self._values, self._unread = values, unread
 
     def __getattr__(self, name: str) -> Any:
-        value = self._values.get(name)
         section = "trainer" if name == "trainer_arguments" else name
-        if value is None or section in self._unread:
+        if name not in self._values or section in self._unread:
             raise _Unread(name)
-        return value
+        return self._values[name]
 
 
 def validate(
-    raw: Mapping[str, Any], *, origin: Origin | None = None, found: Sequence[Problem] = ()
+    raw: Mapping[str, Any],
+    *,
+    origin: Origin | None = None,
+    found: Sequence[Problem] = (),
+    rules: Sequence[Rule] = (),
 ) -> RunConfig:
     """Return the record of a composed config, given as plain values.
 
-    Sections are read one by one; then every rule across them is asked that reads none which is
-    wrong by itself, and of these last whether a run can start.
+    In three passes: classes are found; sections are read one by one; then every rule across them
+    is asked that reads none which is wrong by itself, and of these last whether a run can start.
+    What all of them find is told at once.
 
     Args:
         raw: nested plain values, interpolations resolved, without the `hydra` node.
         origin: tells which file a dotted key came from, for the messages.
         found: what is known to be wrong already.
+        rules: further ones, of who asks.
 
     Raises:
         RequestError: lists every problem with key, value, what is allowed and the nearest match.
     """
-    reader = Reader(known_keys, origin=origin)
-    reader.problems += found
-    values, unread = _read(reader, raw), set[str]()
+    reader = Reader(known_keys)
+    bodies = group_bodies(reader, raw)
+    classes = find_classes(reader, bodies)
+    num_of_classes = len(reader.problems)
+    values = _read(reader, raw, bodies, classes)
+    problems, unread = list(found), set[str]()
+    for number, problem in enumerate(reader.problems):
+        where = problem.origin or (origin and origin(problem.key))
+        found_by = 1 if number < num_of_classes else 2
+        problems.append(replace(problem, origin=where, found_by=found_by))
     sound = cast(RunConfig, _Sound(values, unread))
 
-    def text_problems(config: RunConfig) -> list[Problem]:
+    def set_text(config: RunConfig) -> Iterable[Problem]:
         values["text"] = run_text(config.model, config.data, seed=config.seed)
-        return []
+        return ()
 
-    for rules in ((text_problems,), _RULES, (_begin_problems,)):
-        unread |= {problem.key.partition(".")[0] for problem in reader.problems}
-        reader.problems += [problem for rule in rules for problem in _found(rule, sound)]
-    raise_problems(reader.problems)
+    for asked in ((set_text,), (*_RULES, *rules), (_begin_problems,)):
+        unread |= {problem.key.partition(".")[0] for problem in problems}
+        told = [problem for rule in asked for problem in _found(rule, sound)]
+        problems += [replace(problem, found_by=3) for problem in told]
+    raise_problems(problems)
     return RunConfig(**values)
 
 
 def _found(rule: Rule, config: RunConfig) -> Sequence[Problem]:
     """Return what a rule finds; nothing where it reads a section that is wrong by itself."""
     try:
-        return rule(config)
+        return list(rule(config))
     except _Unread:
         return ()
     except RequestError as error:
         return error.problems
 
 
-def _read(reader: Reader, raw: Mapping[str, Any]) -> dict[str, Any]:
+def _read(
+    reader: Reader, raw: Mapping[str, Any], bodies: Bodies, classes: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the values of a RunConfig but for its text; what is wrong goes to the reader."""
-    groups = (*SECTIONS, *METHOD_GROUPS, *OPEN_GROUPS)
-    root = reader.read(RootValues, {n: v for n, v in raw.items() if n not in groups}, prefix="")
-    trainer, further = split_trainer(raw.get("trainer"))
-    reader.add(argument_problems(further, own=OWN_OF_TRAINER))
-    values: dict[str, Any] = {
-        name: read_section(reader, name, section, trainer if name == "trainer" else raw.get(name))
-        for name, section in SECTIONS.items()
-    }
-    values["callbacks"] = read_callbacks(reader, raw.get("callbacks"))
-    values["logger"] = read_loggers(reader, raw.get("logger"))
-    values["optimizer"] = read_optimizer(reader, raw.get("optimizer"))
-    expansion = read_methods(reader, "expansion", raw.get("expansion"))
-    values["expansion"] = tuple(selected.options for selected in expansion)
-    values["forgetting"] = read_methods(reader, "forgetting", raw.get("forgetting"))
-    values["trainer_arguments"] = further
-    values |= {field.name: getattr(root, field.name, None) for field in fields(RootValues)}
-    try:
-        values["cache_dir"] = _cache_folder(values["cache_dir"])
-    except RequestError as error:
-        reader.problems += error.problems
-    return values
+    own, further = split_trainer(bodies.get("trainer", {}))
+    reader.problems += argument_problems(further)
+    values: dict[str, Any] = {"trainer_arguments": further}
+    for name, body in bodies.items():
+        if name in METHOD_GROUPS:
+            values[name] = read_methods(reader, name, body, classes)
+        elif name in _READERS:
+            values[name] = _READERS[name](reader, body, classes)
+        else:
+            body = own if name == "trainer" else body
+            values[name] = reader.read(cast(type, SECTIONS[name]), body, prefix=name)
+    values["expansion"] = tuple(selected.options for selected in values.get("expansion", ()))
+    given = {name: value for name, value in raw.items() if name not in _GROUPS}
+    root: RootValues | None = reader.read(RootValues, given, prefix="")
+    values["cache_dir"] = root and reader.ask(_cache_folder, root.cache_dir)
+    read = {name: value for name, value in values.items() if value is not None}
+    return read if root is None else {**asdict(root), **read}
 
 
 def source_config(config: RunConfig) -> Config:
@@ -175,85 +194,78 @@ def known_config(config: RunConfig) -> Config | None:
     return source_config(config)
 
 
-def start_problems(config: RunConfig, source: Config) -> list[Problem]:
+def start_problems(config: RunConfig, source: Config) -> Sequence[Problem]:
     """Return why a run can't start from a model of this config.json."""
-    problems = _length_problems(config, source) or _expansion_problems(config, source)
-    return problems or expert_problems(config, source)
+    problems = [*_length_problems(config, source)] or _expansion_problems(config, source)
+    return problems or list(expert_problems(config, source))
 
 
 def _cache_folder(value: str | None) -> Path:
     folder = value or os.environ.get("TRITTER_CACHE") or "~/.cache/tritter"
-    return named_path(folder, key="cache_dir").absolute()
+    return named_path(folder, key="cache_dir" if value else "TRITTER_CACHE").absolute()
 
 
-def _begin_problems(config: RunConfig) -> list[Problem]:
-    source = known_config(config)
-    if source is None:
-        return []
-    check_size(family_of(source), source)
-    return start_problems(config, source)
+def _begin_problems(config: RunConfig) -> Iterator[Problem]:
+    if (source := known_config(config)) is not None:
+        check_size(family_of(source), source)
+        yield from start_problems(config, source)
 
 
-def _gate_problems(config: RunConfig) -> list[Problem]:
-    if not config.gate.strict or config.gate.enabled:
-        return []
-    reason = "with gate.enabled = false a gate can't refuse; use gate=strict or gate=off"
-    return [Problem("gate.strict", True, reason=reason)]
+def _gate_problems(config: RunConfig) -> Iterator[Problem]:
+    if config.gate.strict and not config.gate.enabled:
+        reason = "with gate.enabled = false a gate can't refuse; use gate=strict or gate=off"
+        yield Problem("gate.strict", True, reason=reason)
 
 
-def _batch_problems(config: RunConfig) -> list[Problem]:
+def _batch_problems(config: RunConfig) -> Iterator[Problem]:
     size, length = config.data.batch_size, config.data.sequence_length
-    if size * length <= MAX_BATCH_TOKENS:
-        return []
-    reason = (
-        f"with data.sequence_length = {length} a batch has {size * length:,} tokens; allowed is "
-        f"at most {MAX_BATCH_TOKENS:,}"
-    )
-    return [Problem("data.batch_size", size, reason=reason)]
+    if size * length > MAX_BATCH_TOKENS:
+        reason = (
+            f"with data.sequence_length = {length} a batch has {size * length:,} tokens; allowed "
+            f"is at most {MAX_BATCH_TOKENS:,}"
+        )
+        yield Problem("data.batch_size", size, reason=reason)
 
 
-def _precision_problems(config: RunConfig) -> list[Problem]:
-    if config.trainer.precision != "16-mixed" or config.trainer.accelerator != "cpu":
-        return []
-    reason = "float16 needs a GPU; on trainer=cpu use bf16-mixed or 32-true"
-    return [Problem("trainer.precision", "16-mixed", reason=reason)]
+def _precision_problems(config: RunConfig) -> Iterator[Problem]:
+    if config.trainer.precision == "16-mixed" and config.trainer.accelerator == "cpu":
+        reason = "float16 needs a GPU; on trainer=cpu use bf16-mixed or 32-true"
+        yield Problem("trainer.precision", "16-mixed", reason=reason)
 
 
-def _device_problems(config: RunConfig) -> list[Problem]:
+def _device_problems(config: RunConfig) -> Iterator[Problem]:
     trainer, batch_size = config.trainer, config.data.batch_size
     if trainer.strategy != "ddp":
-        if trainer.devices == 1:
-            return []
-        reason = "several devices train together with trainer=ddp; else allowed is 1"
-        return [Problem("trainer.devices", trainer.devices, reason=reason)]
-    problems = []
+        if trainer.devices > 1:
+            reason = "several devices train together with trainer=ddp; else allowed is 1"
+            yield Problem("trainer.devices", trainer.devices, reason=reason)
+        return
     if trainer.devices == 1:
         reason = "trainer=ddp is for 2 or more; for one device use trainer=cpu or trainer=gpu"
-        problems.append(Problem("trainer.devices", 1, reason=reason))
+        yield Problem("trainer.devices", 1, reason=reason)
     if trainer.accelerator == "auto":
         reason = "trainer=ddp has to be told which devices; allowed are cpu and gpu"
-        problems.append(Problem("trainer.accelerator", "auto", reason=reason))
+        yield Problem("trainer.accelerator", "auto", reason=reason)
     if batch_size % trainer.devices:
         reason = (
             f"each of trainer.devices = {trainer.devices} takes an equal part; nearest: "
             f"{_nearest_multiples(batch_size, trainer.devices)}"
         )
-        problems.append(Problem("data.batch_size", batch_size, reason=reason))
-    return problems
+        yield Problem("data.batch_size", batch_size, reason=reason)
 
 
-def _data_problems(config: RunConfig) -> list[Problem]:
+def _data_problems(config: RunConfig) -> Iterator[Problem]:
     old, new = config.data.old_sources, config.data.new_sources
-    problems = [
-        Problem(f"data.new.{name}", new[name], reason="an old domain has that name already")
-        for name in new
-        if name in old
-    ]
+    for name in new:
+        if name in old:
+            reason = "an old domain has that name already"
+            yield Problem(f"data.new.{name}", new[name], reason=reason)
     if config.text.old:
-        return problems
+        return
     if isinstance(config.model, ModelConfig):
         reason = "the base is pretrained on old text; name it, or start from a checkpoint: model=hf"
-        return [*problems, Problem("data.old", None, reason=reason)]
+        yield Problem("data.old", None, reason=reason)
+        return
     typed = config.data.old if isinstance(config.data, TextDataConfig) else None
     needing = [one.name for one in config.forgetting if one.kind.needs(one.options).old_text]
     if needing:
@@ -261,52 +273,42 @@ def _data_problems(config: RunConfig) -> list[Problem]:
             f"{' and '.join(needing)} against forgetting needs old text; name it, or choose "
             "forgetting=none"
         )
-        problems.append(Problem("data.old", typed, reason=reason))
-    return problems
+        yield Problem("data.old", typed, reason=reason)
 
 
-def _length_problems(config: RunConfig, source: Config) -> list[Problem]:
+def _length_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
     length, limit = config.data.sequence_length, source.get("max_position_embeddings")
-    if not isinstance(limit, int) or length <= limit:
-        return []
-    where = "model" if isinstance(config.model, ModelConfig) else "config.json"
-    reason = (
-        f"the model has positions for {where}.max_position_embeddings = {limit}; allowed is at "
-        "most that"
-    )
-    return [Problem("data.sequence_length", length, reason=reason)]
+    if isinstance(limit, int) and length > limit:
+        where = "model" if isinstance(config.model, ModelConfig) else "config.json"
+        reason = (
+            f"the model has positions for {where}.max_position_embeddings = {limit}; allowed is at "
+            "most that"
+        )
+        yield Problem("data.sequence_length", length, reason=reason)
 
 
-def _model_problems(config: RunConfig) -> list[Problem]:
+def _model_problems(config: RunConfig) -> Iterator[Problem]:
     model = config.model
     if not isinstance(model, ModelConfig):
-        return []
-    problems = [
-        Problem(
-            f"model.{key}",
-            value,
-            reason=f"it has to be a multiple of model.{divisor_key} = {divisor}; nearest: "
-            f"{_nearest_multiples(value, divisor)}",
-        )
-        for key, value, divisor_key, divisor in (
-            ("hidden_size", model.hidden_size, "num_attention_heads", model.num_attention_heads),
-            (
-                "num_attention_heads",
-                model.num_attention_heads,
-                "num_key_value_heads",
-                model.num_key_value_heads,
-            ),
-        )
-        if value % divisor
-    ]
-    pairs = 2 * model.num_attention_heads
-    if not problems and model.hidden_size % pairs:
+        return
+    hidden_size, heads = model.hidden_size, model.num_attention_heads
+    kv_heads = model.num_key_value_heads
+    for key, value, divisor_key, divisor in (
+        ("hidden_size", hidden_size, "num_attention_heads", heads),
+        ("num_attention_heads", heads, "num_key_value_heads", kv_heads),
+    ):
+        if value % divisor:
+            reason = (
+                f"it has to be a multiple of model.{divisor_key} = {divisor}; nearest: "
+                f"{_nearest_multiples(value, divisor)}"
+            )
+            yield Problem(f"model.{key}", value, reason=reason)
+    if hidden_size % heads == heads % kv_heads == 0 and hidden_size % (2 * heads):
         reason = (
-            f"rotary positions turn pairs, so each of the {model.num_attention_heads} heads needs "
-            f"an even width; nearest: {_nearest_multiples(model.hidden_size, pairs)}"
+            f"rotary positions turn pairs, so each of the {heads} heads needs an even width; "
+            f"nearest: {_nearest_multiples(hidden_size, 2 * heads)}"
         )
-        problems.append(Problem("model.hidden_size", model.hidden_size, reason=reason))
-    return problems
+        yield Problem("model.hidden_size", hidden_size, reason=reason)
 
 
 def _nearest_multiples(value: int, divisor: int) -> str:
@@ -314,64 +316,49 @@ def _nearest_multiples(value: int, divisor: int) -> str:
     return f"{below} or {above}" if below else str(above)
 
 
-def _schedule_problems(config: RunConfig, prefix: str) -> list[Problem]:
+def _schedule_problems(config: RunConfig, prefix: str) -> Iterator[Problem]:
     training: TrainingConfig = getattr(config, prefix)
-    if training.schedule != "wsd" or training.warmup_ratio + training.decay_ratio <= 1:
-        return []
-    reason = (
-        f"with {prefix}.warmup_ratio = {training.warmup_ratio} more than all steps are spoken "
-        f"for; allowed is at most {1 - training.warmup_ratio:g}"
-    )
-    return [Problem(f"{prefix}.decay_ratio", training.decay_ratio, reason=reason)]
+    if training.schedule == "wsd" and training.warmup_ratio + training.decay_ratio > 1:
+        reason = (
+            f"with {prefix}.warmup_ratio = {training.warmup_ratio} more than all steps are spoken "
+            f"for; allowed is at most {1 - training.warmup_ratio:g}"
+        )
+        yield Problem(f"{prefix}.decay_ratio", training.decay_ratio, reason=reason)
 
 
-def _replay_problems(config: RunConfig) -> list[Problem]:
+def _replay_problems(config: RunConfig) -> Iterator[Problem]:
     gathered = config.trainer_arguments.get("accumulate_grad_batches", 1)
     sequences = config.training.max_steps * gathered * config.data.batch_size
-    replays = [one.options for one in config.forgetting if one.name == "replay"]
-    problems = [
-        Problem(
-            "forgetting.replay.fraction",
-            options.fraction,
-            reason=f"of the {sequences} sequences that are trained on not one would be replayed; "
-            f"use at least {1 / sequences:.2g}, or leave replay out",
-        )
-        for options in replays
-        if math.floor(sequences * options.fraction) < 1
-    ]
-    for options in replays:
-        problems += _weight_problems(options.weights or {}, config.text.old)
-    return problems
+    for options in (one.options for one in config.forgetting if one.name == "replay"):
+        if math.floor(sequences * options.fraction) < 1:
+            reason = (
+                f"of the {sequences} sequences that are trained on not one would be replayed; "
+                f"use at least {1 / sequences:.2g}, or leave replay out"
+            )
+            yield Problem("forgetting.replay.fraction", options.fraction, reason=reason)
+        yield from _weight_problems(options.weights or {}, config.text.old)
 
 
-def _weight_problems(weights: Mapping[str, float], old: Sequence[str]) -> list[Problem]:
-    key = "forgetting.replay.weights"
-    known = ", ".join(old) or "none"
-    problems = [
-        Problem(
-            f"{key}.{name}",
-            weight,
-            reason=f"there is no such old domain; there are {known}",
-            nearest=nearest(name, old),
-        )
-        for name, weight in weights.items()
-        if name not in old
-    ]
-    if not problems and old and not any(weights.get(name, 1) for name in old):
+def _weight_problems(weights: Mapping[str, float], old: Sequence[str]) -> Iterator[Problem]:
+    key, unknown = "forgetting.replay.weights", [name for name in weights if name not in old]
+    for name in unknown:
+        reason = f"there is no such old domain; there are {', '.join(old) or 'none'}"
+        near = nearest(name, old)
+        yield Problem(f"{key}.{name}", weights[name], reason=reason, nearest=near)
+    if not unknown and old and not any(weights.get(name, 1) for name in old):
         reason = "every old domain has the weight 0; leave replay out instead"
-        problems.append(Problem(key, dict(weights), reason=reason))
-    return problems
+        yield Problem(key, dict(weights), reason=reason)
 
 
-def _expansion_problems(config: RunConfig, source: Config) -> list[Problem]:
+def _expansion_problems(config: RunConfig, source: Config) -> Sequence[Problem]:
     try:
         if config.pipeline.target_params is not None:
             planned_rounds(config, source)
         else:
             target_config(source, config.expansion)
     except RequestError as error:
-        return list(error.problems)
-    return []
+        return error.problems
+    return ()
 
 
 _RULES: tuple[Rule, ...] = (

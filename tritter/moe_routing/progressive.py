@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from tritter.config.text_files import find_text_files
 from tritter.data.documents import documents_of
+from tritter.data.finding import find_text_files
 from tritter.data.text import read_texts
 from tritter.data.tokens import pack, tokenise
 from tritter.errors import RequestError

@@ -7,10 +7,10 @@ from tokenizers import Tokenizer
 
 from tritter.config.run_text import DomainText, RunText
 from tritter.config.schema import RunConfig
-from tritter.config.sources import source_documents
-from tritter.config.text_files import BUILT_IN_TEXTS, find_texts
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
+from tritter.data.finding import BUILT_IN_TEXTS, find_texts
 from tritter.data.readers import TextFileError
+from tritter.data.sources import source_documents
 from tritter.data.split import DomainDocuments, Earlier
 from tritter.data.stdlib import stdlib_origin
 from tritter.targets import dotted

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tritter.checkpoint import Lineage, Source, write_checkpoint
 from tritter.checkpoint.artifacts import read_artifacts
-from tritter.config.checkpoint_folder import checkpoint_config
+from tritter.checkpoint.usable import checkpoint_config
 from tritter.config.memory import memory_problems
 from tritter.config.moments import given_problems
 from tritter.config.schema import CheckpointModelConfig

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
-from tritter.config.text_files import BUILT_IN_TEXTS, find_text_files
 from tritter.data.documents import Document, documents_of
+from tritter.data.finding import BUILT_IN_TEXTS, find_text_files
 from tritter.data.ranked import RANKED_SUFFIXES, ranked_documents
 from tritter.data.readers import TextFileError
 from tritter.data.stdlib import StdlibText, gather

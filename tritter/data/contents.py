@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritter.config.schema import DataConfig, TextDataConfig, TextSources
-from tritter.config.text_files import BUILT_IN_TEXTS, find_text_files
+from tritter.data.finding import BUILT_IN_TEXTS, find_text_files
 from tritter.data.readers import Reading, SpentError, TextFileError
 from tritter.data.text import no_text
 from tritter.errors import RequestError
@@ -27,25 +26,6 @@ class TextRequest:
     key: str
     paths: tuple[str, ...]
     text_field: str
-
-
-def text_requests(data: DataConfig) -> tuple[TextRequest, ...]:
-    """Return what a configuration asks for, domain by domain; built-in text needs no look."""
-    if not isinstance(data, TextDataConfig):
-        return ()
-    return tuple(
-        TextRequest(domain_key(data, name), tuple(paths), data.text_field)
-        for sources in (data.old_sources, data.new_sources)
-        for name, paths in sources.items()
-    )
-
-
-def domain_key(data: DataConfig, name: str) -> str:
-    """Return the key that named the text of a domain, as a person wrote it."""
-    is_old = name in data.old_sources
-    side = "old" if is_old else "new"
-    sources: TextSources = data.old_sources if is_old else data.new_sources
-    return f"data.{side}" if list(sources) == [side] else f"data.{side}.{name}"
 
 
 def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_BYTES) -> None:

@@ -1,0 +1,178 @@
+"""Which text files paths mean; found before anything is written."""
+
+import os
+import stat
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tritter.data.readers import TEXT_SUFFIXES, text_suffix
+from tritter.data.records import shown
+from tritter.errors import Problem, RequestError, did_you_mean
+
+BUILT_IN_TEXTS = ("stdlib:prose", "stdlib:code")  # the Python installation's own
+_Identity = tuple[int, int]  # device and number of a folder
+_GLOB_SIGNS = set("*?[")
+_BROKEN_LINK = "link to nothing"
+_MAX_SHOWN = 5
+_SPECIAL = {
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FoundTexts:
+    """The text files that paths mean, and what else stood there.
+
+    Args:
+        files: each once, in the order of the paths, then sorted.
+        skipped: ending of a name, or kind of what is no file → how many were passed over. Hidden
+            ones don't count.
+    """
+
+    files: tuple[Path, ...]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def note(self, name: str) -> str | None:
+        """Say of a domain how many texts were skipped; None when none were."""
+        if not self.skipped:
+            return None
+        num_skipped = sum(self.skipped.values())
+        read = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        return f"{name}: {read} read; skipped {num_skipped} ({_counted(self.skipped)})"
+
+
+def find_text_files(key: str, paths: Iterable[str]) -> tuple[Path, ...]:
+    """Return the text files that paths mean, each once, in the order of the paths, then sorted.
+
+    Raises:
+        RequestError: as `find_texts`.
+    """
+    return find_texts(key, paths).files
+
+
+def find_texts(key: str, paths: Iterable[str]) -> FoundTexts:
+    """Find the text files that paths mean.
+
+    A folder means all files of known kinds below it, but hidden ones; links are followed. Built-in
+    texts are no files and are passed over.
+
+    Raises:
+        RequestError: a path means no text file; says what was found instead.
+    """
+    files: dict[Path, None] = {}
+    skipped: Counter[str] = Counter()
+    for path in paths:
+        if path in BUILT_IN_TEXTS:
+            continue
+        try:
+            found = _found(key, path)
+        except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+            # What a file system or a pattern can object to; a pattern does so in many ways
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(
+                Problem(key, path, reason=f"it can't be looked at ({error})")
+            ) from error
+        files.update(dict.fromkeys(found.files))
+        skipped.update(found.skipped)
+    return FoundTexts(tuple(files), skipped)
+
+
+def _found(key: str, path: str) -> FoundTexts:
+    place = Path(path)
+    if place.is_dir():
+        return _known(key, path, _below(key, place), where="the folder")
+    if os.path.lexists(place):
+        if _kind(place) is None and text_suffix(place):
+            return FoundTexts((place,))
+        raise RequestError(Problem(key, path, reason=_not_read([place])))
+    if _GLOB_SIGNS & set(path):
+        matches = sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
+        return _known(key, path, matches, where="the glob")
+    beside = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
+    where = "" if place.parent.is_dir() else f"; {place.parent} is no folder either"
+    reason = f"there is no such file or folder{where}.{did_you_mean(place.name, beside)}"
+    raise RequestError(Problem(key, path, reason=reason.removesuffix(".")))
+
+
+def _known(key: str, path: str, found: Sequence[Path], *, where: str) -> FoundTexts:
+    named = [place for place in found if text_suffix(place)]
+    broken = [place for place in named if _kind(place) == _BROKEN_LINK]
+    if broken:
+        raise RequestError(Problem(key, str(broken[0]), reason="the link leads to no file"))
+    known = [place for place in named if _kind(place) is None]
+    if known:
+        taken = set(known)
+        return FoundTexts(tuple(known), _kinds(place for place in found if place not in taken))
+    nothing = f"{where} holds no file" if where == "the folder" else f"{where} matches no file"
+    raise RequestError(Problem(key, path, reason=_not_read(found) if found else nothing))
+
+
+def _below(key: str, folder: Path) -> list[Path]:
+    """Return what is no folder below a folder, sorted; a folder that is met again counts once.
+
+    Raises:
+        RequestError: a link leads back to where it stands, or a folder can't be listed.
+    """
+    found: list[Path] = []
+    seen: set[_Identity] = set()
+    waiting: deque[tuple[Path, tuple[_Identity, ...]]] = deque([(folder, ())])
+    while waiting:
+        place, above = waiting.popleft()
+        try:
+            own = _identity(place)
+            if own in above:
+                reason = "the link leads back to a folder that it stands in; remove it"
+                raise RequestError(Problem(key, str(place), reason=reason))
+            if own in seen:
+                continue
+            entries = sorted(place.iterdir())
+        except OSError as error:
+            reason = f"the folder can't be listed ({error.strerror})"
+            raise RequestError(Problem(key, str(place), reason=reason)) from error
+        seen.add(own)
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                found.append(entry)
+            elif entry.is_symlink():
+                waiting.append((entry, (*above, own)))  # last: what lies here keeps its own name
+            else:
+                waiting.appendleft((entry, (*above, own)))
+    return sorted(found)
+
+
+def _identity(place: Path) -> _Identity:
+    status = place.stat()
+    return status.st_dev, status.st_ino
+
+
+def _kind(place: Path) -> str | None:
+    """Return what stands there, if it is no regular file."""
+    try:
+        mode = place.stat().st_mode
+    except OSError:
+        return _BROKEN_LINK
+    if stat.S_ISREG(mode):
+        return None
+    return "folder" if stat.S_ISDIR(mode) else _SPECIAL.get(stat.S_IFMT(mode), "no file")
+
+
+def _kinds(places: Iterable[Path]) -> Counter[str]:
+    return Counter(_kind(place) or place.suffix.lower() or "no ending" for place in places)
+
+
+def _counted(kinds: Mapping[str, int]) -> str:
+    by_count = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
+    told = [f"{shown(kind)} {kinds[kind]}" for kind in by_count[:_MAX_SHOWN]]
+    return ", ".join([*told, *(["..."] if len(by_count) > _MAX_SHOWN else [])])
+
+
+def _not_read(places: Sequence[Path]) -> str:
+    return f"texts are read from {', '.join(TEXT_SUFFIXES)}; found {_counted(_kinds(places))}"
