@@ -1,6 +1,6 @@
 """An endless stream of sequences whose order is a function of a seed, and whose place is saved."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -81,3 +81,23 @@ class SequenceStream:
         self._epoch, self._position = epoch, position
         generator = torch.Generator().manual_seed(derived_seed(self._seed, "epoch", epoch))
         self._order = torch.randperm(len(self), generator=generator)
+
+
+def drawn_equally(
+    sequences: Mapping[str, Tensor], count: int, *, seed: Callable[[str], int]
+) -> Tensor:
+    """Return `count` sequences [N, T] at random, of each domain as many.
+
+    Fewer where a domain has not as many.
+
+    Args:
+        sequences: domain → int [N, T].
+        seed: domain → seed of its order.
+    """
+    chosen = []
+    for position, (name, held) in enumerate(sequences.items()):
+        # The remainder goes to the first ones
+        share = count // len(sequences) + (position < count % len(sequences))
+        order = torch.Generator().manual_seed(seed(name))
+        chosen.append(held[torch.randperm(len(held), generator=order)[:share]])
+    return torch.cat(chosen)

@@ -1,28 +1,35 @@
 """EWC (Kirkpatrick et al. 2017, arXiv 1612.00796): hold each weight as firmly as it mattered.
 
-½ λ Σ F (θ − θ*)², where F is the diagonal Fisher of the old domains at the old weights, carried
-through the expansion by the parameter map. λ multiplies the raw per-sequence Fisher of the mean
-token loss, with the ½ that the original has and many copies drop; `normalise=mean` divides F by
-its mean in the model before the expansion, so that one λ means the same for models of different
-size, and for a model and what it grows into.
+½ λ Σ F (θ − θ*)², where F is the diagonal Fisher of the old domains at the weights that the
+training starts from. λ multiplies the raw per-sequence Fisher of the mean token loss, with the ½
+that the original has and many copies drop; `normalise=mean` divides F by its mean in the model
+before the expansion, so that one λ means the same for models of different size, and for a model
+and what it grows into.
 
-When to use: the old data may be looked at once, before the training, and not during it. What the
-expansion added has no Fisher and is free. Cost: one pass over some old sequences, two copies of
-the weights, one pass over them per step.
+F comes through the expansion by the parameter map, by which all that is new is free, or is taken
+at the grown model, where new directions that write have a gradient. What new rows compute has
+none at first, and drifts until it matters: F is taken again while the model trains, and the
+larger of the two stands, entry by entry; θ* stays.
+
+When to use: some old text may be kept, and not be trained on. Cost: passes over it, two copies of
+the weights (four while F is taken), one pass over them per step.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tritter.data.sequences import drawn_equally
 from tritter.errors import TritterError
 from tritter.families import forward_flops, training_flops
-from tritter.forgetting.fisher import Estimator, diagonal_fisher
+from tritter.forgetting.fisher import Estimator, diagonal_fisher, shared_fisher
 from tritter.forgetting.quadratic import QuadraticPenalty
 from tritter.options import Count, options
+from tritter.seeds import derived_seed
 from tritter.training import Needs, Preparation, Prepared, Task
 
 _KINDS = {"diagonal": "fisher", "penalty_preserving": "fisher_penalty"}
@@ -37,6 +44,8 @@ class EWCOptions:
     estimator: Literal["empirical", "true"] = "empirical"
     num_sequences: Count = 256
     carry: Literal["diagonal", "penalty_preserving"] = "diagonal"
+    at: Literal["auto", "carried", "expanded"] = "auto"
+    refresh_steps: Count | None = 10
 
 
 class EWC(QuadraticPenalty):
@@ -48,6 +57,10 @@ class EWC(QuadraticPenalty):
         estimator: `empirical` or `true`, see `fisher`.
         num_sequences: that the Fisher is averaged over.
         carry: through an expansion, `diagonal` or `penalty_preserving`.
+        at: which Fisher a training starts with: `carried`, `expanded` (taken at the model that is
+            trained), or `auto`: the larger of both where new entries are not zero, else carried.
+        refresh_steps: the Fisher is taken again after so many steps, twice as many, and so on;
+            None: never.
     """
 
     name = "ewc"
@@ -62,16 +75,28 @@ class EWC(QuadraticPenalty):
         estimator: Estimator = "empirical",
         num_sequences: int = 256,
         carry: str = "diagonal",
+        at: str = "auto",
+        refresh_steps: int | None = 10,
     ) -> None:
         super().__init__(ewc_lambda)
         self.normalise = normalise
         self.estimator = estimator
         self.num_sequences = num_sequences
         self.kind = _KINDS[carry]
+        self.at = at
+        self.refresh_steps = refresh_steps
+        self._looks_first = False
+        self._scale = 1.0
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        return Needs(old_text=True, prepares=(_KINDS[options.carry],), copies=2)
+        is_carried = options.at != "expanded" or options.normalise == "mean"
+        return Needs(
+            old_text=True,
+            prepares=(_KINDS[options.carry],) if is_carried else (),
+            carried=options.at == "auto",
+            copies=2,
+        )
 
     def prepare(self, given: Preparation) -> Prepared:
         chosen = given.draw(self.num_sequences, "fisher")
@@ -79,27 +104,60 @@ class EWC(QuadraticPenalty):
         fisher = diagonal_fisher(
             given.model, chosen, estimator=self.estimator, seed=given.seed("fisher", "labels")
         )
-        # The gradients of a training step, and no update; true labels take a pass of their own
-        from tritter.models import config_of  # transformers, which a refusal does not wait for
-
-        config = config_of(given.model)
-        flops = training_flops(config)
-        if self.estimator == "true":
-            flops += forward_flops(config)
         return Prepared(
             state={self.kind: fisher},
-            flops=len(chosen) * flops.of(chosen.shape[1]),
+            flops=self._flops(given.model, chosen),
             found={"sequences": len(chosen)},
         )
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         fisher = task.state.get(self.kind)
-        if fisher is None:
+        if fisher is None and self.at != "expanded":
             raise TritterError("forgetting=ewc was given no Fisher information of the old domains.")
-        self.hold(model, fisher)
+        self._looks_first = self.at == "expanded" or (
+            self.at == "auto" and has_new_values(model, task.carried)
+        )
         if self.normalise == "mean":  # before the expansion: copies and new entries don't move it
-            scale = mean_importance(task.state_before[self.kind])
-            self.importance = {name: value / scale for name, value in self.importance.items()}
+            self._scale = mean_importance(task.state_before[self.kind])
+        given = {} if fisher is None or self.at == "expanded" else fisher
+        free = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        self.hold(model, {**free, **{name: value / self._scale for name, value in given.items()}})
+        self._sequences = drawn_equally(
+            task.old_sequences, self.num_sequences, seed=partial(derived_seed, task.seed, "fisher")
+        )
+        self._label_seed = derived_seed(task.seed, "fisher", "labels")
+
+    def look(self, model: nn.Module, step: int) -> float:
+        if not self._is_due(step):
+            return 0.0
+        seed = derived_seed(self._label_seed, str(step))
+        taken = shared_fisher(model, self._sequences, estimator=self.estimator, seed=seed)
+        for name, held in self.importance.items():
+            torch.maximum(held, (taken[name] / self._scale).to(held), out=held)
+        return self._flops(model, self._sequences)
+
+    def _is_due(self, step: int) -> bool:
+        if step == 0:
+            return self._looks_first
+        times, rest = divmod(step, self.refresh_steps or step + 1)
+        return rest == 0 and times.bit_count() == 1
+
+    def _flops(self, model: nn.Module, sequences: Tensor) -> float:
+        """Return what the gradients of a training step take, and no update."""
+        from tritter.models import config_of  # transformers, which a refusal does not wait for
+
+        config = config_of(model)
+        flops = training_flops(config)
+        if self.estimator == "true":  # labels take a pass of their own
+            flops += forward_flops(config)
+        return len(sequences) * flops.of(sequences.shape[1])
+
+
+def has_new_values(model: nn.Module, carried: Mapping[str, Tensor]) -> bool:
+    """Say whether entries that carry nothing old are other than zero: they may come to write."""
+    return any(
+        bool(p.detach()[~carried[n].to(p.device)].any()) for n, p in model.named_parameters()
+    )
 
 
 def mean_importance(importance: Mapping[str, Tensor]) -> float:

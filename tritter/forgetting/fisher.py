@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tritter.data.ranks import this_rank
 from tritter.evaluation.inference import modes_kept
 from tritter.families import FAMILIES
+from tritter.seeds import derived_seed
 
 Estimator = Literal["empirical", "true"]
 Parameters = Mapping[str, Tensor]
@@ -56,6 +58,24 @@ def diagonal_fisher(
             for name, square in squares(model, parameters, input_ids, labels).items():
                 total[name] += square
     return {name: value / len(sequences) for name, value in total.items()}
+
+
+def shared_fisher(
+    model: nn.Module, sequences: Tensor, *, estimator: Estimator = "empirical", seed: int = 0
+) -> dict[str, Tensor]:
+    """Return the same, the sequences dealt out to the processes of a training; on all of them."""
+    rank = this_rank()
+    if rank.count == 1:
+        return diagonal_fisher(model, sequences, estimator=estimator, seed=seed)
+    own = sequences[rank.index :: rank.count]
+    total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in model.named_parameters()}
+    if len(own):
+        seed = derived_seed(seed, "rank", rank.index)
+        total = diagonal_fisher(model, own, estimator=estimator, seed=seed)
+    for value in total.values():
+        value.mul_(len(own) / len(sequences))
+        distributed.all_reduce(value)
+    return total
 
 
 def has_experts(model: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.corpus import Corpus
 from tritter.data.datamodule import EvaluationText
 from tritter.data.pretrained import PretrainedTokenizer, read_tokenizer
+from tritter.data.sequences import drawn_equally
 from tritter.data.split import DomainCounts
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.data.tokens import pack
@@ -199,13 +200,8 @@ class RunContext:
 
         Fewer where a domain has not as many.
         """
-        chosen = []
-        for position, (name, sequences) in enumerate(self.training_sequences(domains).items()):
-            # The remainder goes to the first ones
-            share = count // len(domains) + (position < count % len(domains))
-            order = torch.Generator().manual_seed(self.seed(*purpose, name))
-            chosen.append(sequences[torch.randperm(len(sequences), generator=order)[:share]])
-        return torch.cat(chosen)
+        sequences = self.training_sequences(domains)
+        return drawn_equally(sequences, count, seed=lambda name: self.seed(*purpose, name))
 
     def check_text(self) -> None:
         """Refuse a domain that is too small to train on, before anything is trained.

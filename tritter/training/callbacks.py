@@ -36,12 +36,16 @@ class ForgettingCallback(Callback):
     Args:
         folder: where rank 0 leaves, as its `state/`, what the methods leave for the next training;
             replaced whole.
+        work: counts what looking at the model takes.
     """
 
-    def __init__(self, methods: Sequence[ForgettingMethod], task: Task, folder: Path) -> None:
+    def __init__(
+        self, methods: Sequence[ForgettingMethod], task: Task, folder: Path, *, work: "WorkCount"
+    ) -> None:
         self._methods = tuple(methods)
         self._task = task
         self._folder = folder
+        self._work = work
         self._restored: Mapping[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,6 +55,25 @@ class ForgettingCallback(Callback):
             method.begin_task(base_of(pl_module).model, self._task)
             if self._restored is not None:  # it goes on: what began it was of earlier weights
                 method.load_state_dict(self._restored[method.name])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.global_step:
+            self._look(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if ends_step(trainer, batch_idx):
+            self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for method in self._methods:
+            self._work.flops += method.look(base_of(pl_module).model, trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = base_of(pl_module).model

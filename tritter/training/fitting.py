@@ -96,7 +96,7 @@ def fit(
     )
     callbacks = [EndOfTraining(), *observers, *controls, work, Performance(work)]
     ours = [guard, bar, RandomState(), conclusion, validation]
-    callbacks += [*_callbacks_of(module, task, folder), *filter(None, ours)]
+    callbacks += [*_callbacks_of(module, task, folder, work), *filter(None, ours)]
     module.their_callbacks = TheirCallbacks(options=theirs, folder=folder, last=saving)
     gc.collect()  # an earlier trainer, its module and callbacks hold each other, moments too
     since = time.perf_counter()
@@ -142,11 +142,13 @@ def _told(stop: StopRequest, label: str) -> Iterator[None]:
         raise Stopped(stop.signal_number, where=where) from error  # workers that hardly began
 
 
-def _callbacks_of(module: BaseModule, task: Task | None, folder: Path) -> list[Callback]:
+def _callbacks_of(
+    module: BaseModule, task: Task | None, folder: Path, work: WorkCount
+) -> list[Callback]:
     """Return what drives a module's side losses and its methods against forgetting."""
     callbacks = [callback for side in module.side_losses for callback in side.callbacks()]
     if task is not None:
-        callbacks.append(ForgettingCallback(module.methods, task, folder / LEFT_NAME))
+        callbacks.append(ForgettingCallback(module.methods, task, folder / LEFT_NAME, work=work))
     return callbacks
 
 

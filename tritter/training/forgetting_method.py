@@ -117,7 +117,8 @@ class ForgettingMethod:
     """Base of all methods; each hook does nothing unless a method overrides it.
 
     Order within a step: `extra_loss` before the backward pass; then, on unclipped gradients of
-    the task, `observe_gradients` of all methods, and only then `add_to_gradients` of all.
+    the task, `observe_gradients` of all methods, and only then `add_to_gradients` of all; `look`
+    when the step is taken.
     """
 
     name = "method"
@@ -148,6 +149,17 @@ class ForgettingMethod:
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         """Return the batches to train on; what is new keeps its order."""
         return batches
+
+    def look(self, model: nn.Module, step: int) -> float:
+        """Look at the model between steps; return the FLOPs that it took, of all processes.
+
+        All of them look at once, and must come to the same. A training that goes on does not look
+        once more where it was saved.
+
+        Args:
+            step: steps taken; 0 before the first.
+        """
+        return 0.0
 
     def extra_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Return a scalar to add to the loss of the task."""
