@@ -39,7 +39,7 @@ _KINDS = {"diagonal": "fisher", "penalty_preserving": "fisher_penalty"}
 class EWCOptions:
     """How firm the pull is, and how its Fisher is estimated."""
 
-    ewc_lambda: Annotated[float, Field(ge=0)] = 3e4
+    ewc_lambda: Annotated[float, Field(ge=0)] = 3e3
     normalise: Literal["none", "mean"] = "none"
     estimator: Literal["empirical", "true"] = "empirical"
     num_sequences: Count = 256
