@@ -239,7 +239,7 @@ def test_a_change_that_draws_on_what_has_no_importance_is_followed() -> None:
     """Second copies of a layer below come from a block that is new, and has no anchor either."""
     model = oracle.tiny_llama()
     held = {n: p for n, p in model.named_parameters() if "layers.1." not in n}
-    method = EWC(ewc_lambda=1.0)
+    method = EWC(ewc_lambda=1.0, at="carried", refresh_steps=None)
     fisher = {name: torch.ones_like(parameter) for name, parameter in held.items()}
     method.begin_task(model, Task(seed=0, state={"fisher": fisher}))
     wider = ModelExpander([Width(intermediate_size=56, hidden_size=24, init="aki")])

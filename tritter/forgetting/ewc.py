@@ -120,12 +120,15 @@ class EWC(QuadraticPenalty):
         if self.normalise == "mean":  # before the expansion: copies and new entries don't move it
             self._scale = mean_importance(task.state_before[self.kind])
         given = {} if fisher is None or self.at == "expanded" else fisher
-        free = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-        self.hold(model, {**free, **{name: value / self._scale for name, value in given.items()}})
-        self._sequences = drawn_equally(
-            task.old_sequences, self.num_sequences, seed=partial(derived_seed, task.seed, "fisher")
-        )
-        self._label_seed = derived_seed(task.seed, "fisher", "labels")
+        importance = {name: value / self._scale for name, value in given.items()}
+        if self._looks_first or self.refresh_steps is not None:
+            # What has no Fisher yet may get one: its anchor is where it begins
+            free = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+            importance = {**free, **importance}
+            seed = partial(derived_seed, task.seed, "fisher")
+            self._sequences = drawn_equally(task.old_sequences, self.num_sequences, seed=seed)
+            self._label_seed = seed("labels")
+        self.hold(model, importance)
 
     def look(self, model: nn.Module, step: int) -> float:
         if not self._is_due(step):
