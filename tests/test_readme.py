@@ -354,7 +354,9 @@ def test_config_keys_exist():
     groups = "|".join(sorted({key.partition(".")[0] for key in known_keys() if "." in key}))
     codes = _codes(rf"(?:{groups})(?:\.[a-z_0-9]+)+")
     codes = [(name, code) for name, code in codes if not code.endswith((".py", ".md"))]
-    further = (*trainer_parameters(), "optimizer.betas")
+    loggers = [yaml.safe_load(f.read_text("utf-8")) for f in (ROOT / "conf/logger").glob("*.yaml")]
+    of_loggers = [f"logger.{n}.{key}" for file in loggers for n in file or () for key in file[n]]
+    further = (*trainer_parameters(), "optimizer.betas", *of_loggers)
     keys = (*known_keys(), *(name if "." in name else f"trainer.{name}" for name in further))
     assert len(codes) >= 20
     assert not [

@@ -9,6 +9,7 @@ from torch import nn
 from tests import oracle
 from tests.stock_routers.models import FAMILIES, num_experts, tiny_moe
 from tritter.errors import RequestError
+from tritter.forgetting.fisher import diagonal_fisher
 from tritter.moe_routing import only_trainable, separate_experts
 from tritter.moe_routing.separate import shared_names
 from tritter.training import OptimizerSettings
@@ -105,6 +106,17 @@ def test_gradients_are_those_of_the_whole() -> None:
         for name in shared_names(tiny_moe("qwen3_moe")):
             torch.testing.assert_close(model.get_parameter(f"{name}_new").grad, whole[name][3:])
             assert model.get_parameter(f"{name}_base").grad is None
+
+
+def test_the_fisher_is_that_of_the_whole() -> None:
+    model, sequences = tiny_moe("mixtral"), oracle.tokens(batch=4)
+    whole = diagonal_fisher(model, sequences)
+    with separate_experts(model, 2) as separated:
+        apart = diagonal_fisher(model, sequences)
+    expected = separated.follow(whole)
+    assert apart.keys() == expected.keys() != whole.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(apart[name], value, rtol=1e-4, atol=1e-10)
 
 
 def test_values_by_name_follow() -> None:

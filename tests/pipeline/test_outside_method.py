@@ -124,7 +124,7 @@ def test_what_it_does_not_need_is_not_made(
 
     with monkeypatch.context() as patch:
         for place, name in (
-            (Change, "masks"), (importance, "_teacher"), (importance, "state_stream"),
+            (Change, "masks"), (importance, "load_model"), (importance, "state_stream"),
         ):  # fmt: skip
             patch.setattr(place, name, refused)
         (tmp_path / "plain").mkdir()

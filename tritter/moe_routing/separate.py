@@ -129,7 +129,8 @@ def _join_while_computing(module: nn.Module, attributes: Sequence[str]) -> None:
 
 def _put_together(attributes: Sequence[str], module: nn.Module, arguments: Any) -> None:
     for attribute in attributes:
-        parts = (module.get_parameter(attribute + ending) for ending in (BASE, NEW))
+        # Tensors that are no parameters where gradients are taken of a functional call
+        parts = (getattr(module, attribute + ending) for ending in (BASE, NEW))
         setattr(module, attribute, torch.cat(tuple(parts)))
 
 
