@@ -156,6 +156,9 @@ def test_callbacks_keep_their_order_and_null_switches_one_off() -> None:
     assert [one.name for one in config.callbacks] == ["lr_monitor", "ema"]
     config = load("callbacks=[lr_monitor,ema]", "callbacks.ema=null")
     assert [one.name for one in config.callbacks] == ["lr_monitor"]
+    target = "lightning.pytorch.callbacks.LearningRateMonitor"
+    config = load(f"+callbacks.mine._target_={target}")
+    assert [one.name for one in config.callbacks] == ["mine"]
     assert load().callbacks == ()
 
 
