@@ -166,7 +166,10 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     f"{HF} expansion.width.hidden_size=25": ("expansion.width.hidden_size = 25",),
     f"{HF} expansion=dus expansion.dus.target_layers=9": ("expansion.dus.target_layers = 9",),
     f"{HF} data=text data.new=@new": ("data.old = null", "replay against forgetting needs old"),
-    f"{HF} data=text data.new=@new forgetting=[l2sp,ewc]": ("ewc against forgetting needs",),
+    f"{HF} data=text data.new=@new forgetting=[l2sp,ewc]": (
+        "ewc against forgetting needs", "let the model write it (forgetting=[self_replay,l2sp,ewc])"
+    ),
+    f"{HF} data=text data.new=@new forgetting=replay": ("(forgetting=self_replay)",),
 }  # fmt: skip
 
 

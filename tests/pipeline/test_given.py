@@ -294,3 +294,56 @@ def test_a_run_goes_on_without_its_source_but_not_with_other_text(
 
 def _interrupted(*arguments: Any, **options: Any) -> None:
     raise InterruptedError
+
+
+def test_without_old_text_the_model_writes_it_once(
+    run: Run, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method that needs old text looks at what the model wrote, also when the run goes on."""
+    from tritter.forgetting import EWC, self_replay
+    from tritter.training import BaseModule, Task
+
+    words = [word for word in text_words(library) if not word.startswith("data.old")]
+    words += ["model=hf", f"model.path={library}/llama", "forgetting=[ewc,self_replay]"]
+    words += ["expansion=width", "forgetting.self_replay.num_sequences=24"]
+    words += ["forgetting.ewc.num_sequences=8", "trainer.save_every_n_steps=2"]
+    told: list[Task] = []
+    times: list[int] = []
+    begin, write = EWC.begin_task, self_replay.write_text
+
+    def telling(self: EWC, model: torch.nn.Module, task: Task) -> None:
+        told.append(task)
+        begin(self, model, task)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        times.append(1)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(EWC, "begin_task", telling)
+    monkeypatch.setattr(self_replay, "write_text", counting)
+    whole = run(*words)
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseModule, "training_step", _dies_at(3, BaseModule.training_step))
+        with pytest.raises(MemoryError):
+            run(*words, name="parts")
+    parts = run(*words, name="parts")
+    assert len(times) == 2 and parts["lineage"] == whole["lineage"]
+    for task in told:
+        assert list(task.old_sequences) == ["written"]
+        assert task.written is not None and len(task.written) == 18  # the rest is dropped
+        assert torch.equal(task.old_sequences["written"], told[0].written)  # type: ignore[arg-type]
+    assert whole["notes"][-2:] == [
+        whole["notes"][-2], "There is no old text: ewc had what the model itself wrote."
+    ]  # fmt: skip
+    assert whole["notes"][-2].startswith("self_replay: the model wrote 24 sequences of 64 tokens")
+    assert whole["flops"]["self_replay"] > 0 < whole["seconds"]["self_replay"]
+    assert whole["flops"]["importance"] > whole["flops"]["self_replay"] * 8 / 24
+
+
+def _dies_at(step: int, training_step: Any) -> Any:
+    def stepped(self: Any, *arguments: Any) -> Any:
+        if self.global_step == step:
+            raise MemoryError
+        return training_step(self, *arguments)
+
+    return stepped

@@ -55,6 +55,8 @@ def test_rolled_back(commands: Callable[..., list[str]]) -> None:
     assert "training.learning_rate=0.0015" in lines[2]
     assert not any("generate" in line for line in lines)
     assert "forgetting=replay" in commands("rolled_back", failed, words=("forgetting=none",))[0]
+    own = commands("rolled_back", failed, words=("forgetting=self_replay",))
+    assert "forgetting.self_replay.fraction=0.5" in own[0]
     broken = commands("rolled_back", check("training", "failed"))
     assert "training.learning_rate=0.0015" in broken[0]
     slow = commands("rolled_back", check("new_capability", "failed"))

@@ -1,6 +1,5 @@
 """The judgement on a composed config: one RunConfig, or one error that lists all that is wrong."""
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ from tritter.config.moe import expert_problems
 from tritter.config.moments import carry_problems
 from tritter.config.optimizers import read_optimizer
 from tritter.config.reading import Origin, Reader
+from tritter.config.replay import replay_problems
 from tritter.config.rounds import pipeline_problems, planned_rounds
 from tritter.config.schema import (
     OPEN_GROUPS,
@@ -38,7 +38,7 @@ from tritter.config.sections import data_keys, read_data, read_model
 from tritter.config.selection import METHOD_GROUPS, method_keys, read_methods
 from tritter.config.text_resolution import run_text
 from tritter.config.trainer_arguments import argument_problems, split_trainer
-from tritter.errors import Problem, RequestError, nearest, raise_problems
+from tritter.errors import Problem, RequestError, raise_problems
 from tritter.expansion import target_config
 from tritter.families import Config, check_size, family_of, llama_config
 from tritter.limits import MAX_BATCH_TOKENS
@@ -267,13 +267,20 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("data.old", None, reason=reason)
         return
     typed = config.data.old if isinstance(config.data, TextDataConfig) else None
-    needing = [one.name for one in config.forgetting if one.kind.needs(one.options).old_text]
-    if needing:
+    asked = {one.name: one.kind.needs(one.options) for one in config.forgetting}
+    needing = [name for name, needs in asked.items() if needs.old_text]
+    if needing and not any(needs.writes for needs in asked.values()):
         reason = (
-            f"{' and '.join(needing)} against forgetting needs old text; name it, or choose "
-            "forgetting=none"
+            f"{' and '.join(needing)} against forgetting needs old text; name it, let the model "
+            f"write it (forgetting={_with_self_replay(asked)}), or choose forgetting=none"
         )
         yield Problem("data.old", typed, reason=reason)
+
+
+def _with_self_replay(asked: Mapping[str, Any]) -> str:
+    """Return the methods of a run with the one that needs no old text; it replays alone."""
+    others = [name for name, needs in asked.items() if not needs.mixes]
+    return f"[{','.join(['self_replay', *others])}]" if others else "self_replay"
 
 
 def _length_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
@@ -326,30 +333,6 @@ def _schedule_problems(config: RunConfig, prefix: str) -> Iterator[Problem]:
         yield Problem(f"{prefix}.decay_ratio", training.decay_ratio, reason=reason)
 
 
-def _replay_problems(config: RunConfig) -> Iterator[Problem]:
-    gathered = config.trainer_arguments.get("accumulate_grad_batches", 1)
-    sequences = config.training.max_steps * gathered * config.data.batch_size
-    for options in (one.options for one in config.forgetting if one.name == "replay"):
-        if math.floor(sequences * options.fraction) < 1:
-            reason = (
-                f"of the {sequences} sequences that are trained on not one would be replayed; "
-                f"use at least {1 / sequences:.2g}, or leave replay out"
-            )
-            yield Problem("forgetting.replay.fraction", options.fraction, reason=reason)
-        yield from _weight_problems(options.weights or {}, config.text.old)
-
-
-def _weight_problems(weights: Mapping[str, float], old: Sequence[str]) -> Iterator[Problem]:
-    key, unknown = "forgetting.replay.weights", [name for name in weights if name not in old]
-    for name in unknown:
-        reason = f"there is no such old domain; there are {', '.join(old) or 'none'}"
-        near = nearest(name, old)
-        yield Problem(f"{key}.{name}", weights[name], reason=reason, nearest=near)
-    if not unknown and old and not any(weights.get(name, 1) for name in old):
-        reason = "every old domain has the weight 0; leave replay out instead"
-        yield Problem(key, dict(weights), reason=reason)
-
-
 def _expansion_problems(config: RunConfig, source: Config) -> Sequence[Problem]:
     try:
         if config.pipeline.target_params is not None:
@@ -370,7 +353,7 @@ _RULES: tuple[Rule, ...] = (
     _gate_problems,
     _precision_problems,
     _device_problems,
-    _replay_problems,
+    replay_problems,
     pipeline_problems,
     carry_problems,
     asking_problems,

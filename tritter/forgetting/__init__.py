@@ -4,5 +4,6 @@ from tritter.forgetting.build import build_methods, needs_of
 from tritter.forgetting.ewc import EWC
 from tritter.forgetting.l2sp import L2SP
 from tritter.forgetting.replay import Replay
+from tritter.forgetting.self_replay import SelfReplay
 
-__all__ = ["EWC", "L2SP", "Replay", "build_methods", "needs_of"]
+__all__ = ["EWC", "L2SP", "Replay", "SelfReplay", "build_methods", "needs_of"]

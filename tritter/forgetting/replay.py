@@ -46,7 +46,7 @@ class Replay(ForgettingMethod):
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        return Needs(old_text=True)
+        return Needs(old_text=True, mixes=True)
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         # The place in the buffer is part of the batches' place, which checkpoints keep

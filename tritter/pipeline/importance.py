@@ -5,14 +5,18 @@ at the weights that an arm starts from, state that an earlier training left besi
 what carries old knowledge, a teacher.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from tritter.checkpoint.state import LazyTensors, read_state, write_state
+from tritter.data.sequence_file import read_sequences, write_sequences
+from tritter.data.sequences import drawn_equally
 from tritter.errors import RequestError
 from tritter.expand import state_stream
 from tritter.forgetting import build_methods, needs_of
@@ -29,11 +33,13 @@ from tritter.training import Needs, Preparation, Task
 Values = Mapping[str, Tensor]
 Ruled = tuple[TensorFolder, StateKind]
 RECORDED = "path_integral"  # while a base is trained; it can't be had afterwards
+WRITTEN = "written"  # by the model: stands for an old domain where there is none
+_WRITTEN_FILE = "written.safetensors"
 
 
 def is_needed(context: RunContext) -> bool:
     """Say whether a method of the run prepares anything."""
-    return any(needs.prepares for needs in _needs(context))
+    return any(needs.prepares or needs.writes for needs in _needs(context))
 
 
 def is_recorded(context: RunContext) -> bool:
@@ -47,38 +53,75 @@ def prepare(context: RunContext, arm: Arm) -> StageResult:
     config, model = read_config(folder), load_model(folder).to(context.device)
     beside = read_state(folder)
     kinds: dict[str, TensorStream] = {}
-    found: dict[str, Any] = {}
-    flops = 0.0
-    methods = build_methods(context.config.forgetting)
-    for method, needs in zip(methods, _needs(context), strict=True):
-        if not needs.prepares:
+    found: dict[str, Any] = {"notes": []}
+    flops, seconds = {"importance": 0.0}, dict[str, float]()
+    written: Tensor | None = None
+    methods = zip(build_methods(context.config.forgetting), _needs(context), strict=True)
+    for method, needs in sorted(methods, key=lambda each: not each[1].writes):
+        if not (needs.prepares or needs.writes):
             continue
         state = {
             kind: live_tensors(config, LazyTensors(held))
             for kind, held in (beside.kinds if beside else {}).items()
             if kind in needs.state
         }
-        prepared = method.prepare(_preparation(context, arm, model, state))
+        since = time.perf_counter()
+        prepared = method.prepare(_preparation(context, arm, model, state, written))
         for kind in needs.prepares:
             values = {name: value.cpu() for name, value in prepared.state[kind].items()}
             kinds[kind] = TensorStream.of(disk_tensors(config, values).items())
         found |= prepared.found
-        flops += prepared.flops
-    with atomic_folder(context.folder / _folder(arm), overwrite=True) as temporary:
+        found["notes"] += prepared.notes
+        label = "importance"
+        if needs.writes:
+            label, written = method.name, prepared.written
+            seconds[label] = time.perf_counter() - since
+        flops[label] = flops.get(label, 0.0) + prepared.flops
+    found["notes"] += _stand_in_notes(context)
+    for note in found["notes"]:
+        context.say("", note)
+    with atomic_folder(_place(context, arm), overwrite=True) as temporary:
         write_state(temporary, kinds, step=0)
-    return StageResult(found=found, flops={"importance": flops}, leaves=(_folder(arm),))
+        if written is not None:
+            write_sequences(temporary / _WRITTEN_FILE, {WRITTEN: written})
+    return StageResult(found=found, flops=flops, seconds=seconds, leaves=(_folder(arm),))
+
+
+def notes(context: RunContext, arm: Arm) -> list[str]:
+    """Return what is worth telling of what was prepared for an arm, a sentence each."""
+    done = context.ledger.get(key(arm))
+    return [] if done is None else list(done.found.get("notes", ()))
+
+
+def _stand_in_notes(context: RunContext) -> list[str]:
+    """Say which methods get what the model wrote for old text, as there is none."""
+    chosen = zip(context.config.forgetting, _needs(context), strict=True)
+    needing = [one.name for one, needs in chosen if needs.old_text]
+    if context.old_domains or not needing:
+        return []
+    return [f"There is no old text: {' and '.join(needing)} had what the model itself wrote."]
 
 
 def _preparation(
-    context: RunContext, arm: Arm, model: nn.Module, state: Mapping[str, Values]
+    context: RunContext,
+    arm: Arm,
+    model: nn.Module,
+    state: Mapping[str, Values],
+    written: Tensor | None,
 ) -> Preparation:
     def draw(count: int, *words: str) -> Tensor:
-        return context.drawn_equally(context.old_domains, count, *words, *arm.purpose)
+        return drawn_equally(
+            _old_sequences(context, written),
+            count,
+            seed=lambda name: context.seed(*words, *arm.purpose, name),
+        )
 
     return Preparation(
         model=model,
-        domains=context.old_domains,
+        domains=context.old_domains or (() if written is None else (WRITTEN,)),
         draw=draw,
+        sequence_length=context.config.data.sequence_length,
+        end_of_text_id=context.end_of_text_id,
         seed=lambda *words: context.seed(*words, *arm.purpose),
         state=state,
         say=partial(context.say, "importance"),
@@ -101,12 +144,16 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
     has_old, has_masks, has_teacher = (
         any(getattr(each, name) for each in needs) for name in ("old_text", "carried", "teacher")
     )
+    written = None
+    if any(each.writes for each in needs):
+        written = read_sequences(_place(context, arm) / _WRITTEN_FILE)[WRITTEN]
     teacher = None
     if has_teacher:
         teacher = load_model(context.folder / arm.start).eval().requires_grad_(False)
     return Task(
         seed=context.seed("forgetting", *arm.purpose),
-        old_sequences=context.training_sequences(context.old_domains) if has_old else {},
+        old_sequences=_old_sequences(context, written) if has_old else {},
+        written=written,
         carried=follow(planned.change.masks()) if has_masks else {},
         state={kind: through(*ruled) for kind, ruled in states.items()},
         state_before={kind: LazyTensors(held) for kind, (held, _) in states.items()},
@@ -132,8 +179,24 @@ def _needs(context: RunContext) -> tuple[Needs, ...]:
     return needs
 
 
+def _old_sequences(context: RunContext, written: Tensor | None) -> Mapping[str, Tensor]:
+    """Return old domain → sequences [N, T]; without one, what the model wrote, if it did."""
+    if context.old_domains or written is None:
+        return context.training_sequences(context.old_domains)
+    return {WRITTEN: written}
+
+
+def key(arm: Arm) -> str:
+    """Return the ledger's name of the stage that prepares an arm."""
+    return f"{arm.follows}.importance" if arm.follows else "importance"
+
+
 def _folder(arm: Arm) -> str:
     return f"{arm.follows}/importance" if arm.follows else "importance"
+
+
+def _place(context: RunContext, arm: Arm) -> Path:
+    return context.folder / _folder(arm)
 
 
 def _states(context: RunContext, arm: Arm) -> Iterator[tuple[str, Ruled]]:

@@ -135,7 +135,7 @@ def _run_rounds(context: RunContext) -> list[Arm]:
 
 def _run_importance(context: RunContext, arm: Arm) -> None:
     if importance.is_needed(context):
-        key = f"{arm.follows}.importance" if arm.follows else "importance"
+        key = importance.key(arm)
         context.stage(key, lambda: importance.prepare(context, arm), label="importance")
 
 
@@ -248,7 +248,7 @@ def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str
         "checkpoint": "checkpoint",
         "lineage": context.ledger["publish"].found,
         "samples": context.ledger[f"{last.name}.evaluate"].found["samples"],
-        "notes": list(context.notes),
+        "notes": [*context.notes, *(n for arm in arms for n in importance.notes(context, arm))],
     }
     if (used := moe.summary_record(context, last)) is not None:
         summary["moe"] = used

@@ -10,6 +10,7 @@ from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.text_resolution import DEFAULT_FRACTION
 from tritter.expansion import EXPANSIONS
 
+_REPLAYING = ("replay", "self_replay")
 _LARGEST_FRACTION = 0.5  # of replayed or of validation text: beyond it the other half suffers
 
 
@@ -59,12 +60,12 @@ def _after_rollback(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
 
 def _stronger_protection(config: RunConfig) -> Advice:
     names = [options.name for options in config.forgetting]
-    replay = next((one.options for one in config.forgetting if one.name == "replay"), None)
+    replay = next((one for one in config.forgetting if one.name in _REPLAYING), None)
     if replay is None:
         yield {"forgetting": _listed([*names, "replay"])}, "old text mixed in"
-    elif replay.fraction < _LARGEST_FRACTION:
-        fraction = min(_LARGEST_FRACTION, 2 * replay.fraction)
-        yield {"forgetting.replay.fraction": f"{fraction:g}"}, "more old text mixed in"
+    elif replay.options.fraction < _LARGEST_FRACTION:
+        fraction = min(_LARGEST_FRACTION, 2 * replay.options.fraction)
+        yield {f"forgetting.{replay.name}.fraction": f"{fraction:g}"}, "more old text mixed in"
     if "l2sp" not in names:
         protected = ["l2sp", *names] if names else ["l2sp", "replay"]
         yield {"forgetting": _listed(protected)}, "the old weights held as well"

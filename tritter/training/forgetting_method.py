@@ -35,6 +35,9 @@ class Needs:
         leaves: kinds that its `end_task` returns.
         carried: masks of the entries that hold old knowledge.
         teacher: the model from before the expansion.
+        writes: its `prepare` returns text that the model itself wrote. Where there is no text of
+            the old domains, methods that need it get this.
+        mixes: its `mix` puts old sequences into the batches, which one method of a run may.
         copies: tensors as large as the model that it holds during a training.
     """
 
@@ -44,6 +47,8 @@ class Needs:
     leaves: tuple[str, ...] = ()
     carried: bool = False
     teacher: bool = False
+    writes: bool = False
+    mixes: bool = False
     copies: int = 0
 
 
@@ -54,9 +59,11 @@ class Preparation:
     Args:
         model: at the weights that the expansion starts from, on the device of the run; several
             methods look at it, none changes it.
-        domains: the old ones.
+        domains: what `draw` draws from: the old ones, or what the model wrote.
         draw: number of sequences and words that set the draw apart → int [N, T], of each old
             domain as many; fewer where there are no more.
+        sequence_length: tokens of a sequence.
+        end_of_text_id: the token that closes a document.
         seed: words → seed of the method's own randomness.
         state: kind → values, of what lies beside the model and the method asked for.
         say: prints a line.
@@ -65,6 +72,8 @@ class Preparation:
     model: nn.Module
     domains: tuple[str, ...]
     draw: Callable[..., Tensor]
+    sequence_length: int
+    end_of_text_id: int
     seed: Callable[..., int]
     state: Mapping[str, Values]
     say: Callable[[str], None]
@@ -76,13 +85,17 @@ class Prepared:
 
     Args:
         state: kind → values; a parameter that is absent has none.
+        written: int [N, T], of a method that says it writes.
         flops: that it took.
         found: plain data for the run's ledger.
+        notes: what is worth telling, a sentence each.
     """
 
-    state: Mapping[str, Values]
+    state: Mapping[str, Values] = field(default_factory=dict)
+    written: Tensor | None = None
     flops: float = 0.0
     found: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,7 +104,9 @@ class Task:
 
     Args:
         seed: of the method's own randomness.
-        old_sequences: old domain → int [N, T], its packed training sequences.
+        old_sequences: old domain → int [N, T], its packed training sequences; where there is no
+            old text, and a method let the model write, what it wrote.
+        written: int [N, T], that.
         carried: parameter name → bool mask of the entries that hold old knowledge; everything
             else came with the expansion and is free.
         state: kind → parameter name → what was prepared or lay beside the model before the
@@ -102,6 +117,7 @@ class Task:
 
     seed: int
     old_sequences: Mapping[str, Tensor] = field(default_factory=dict)
+    written: Tensor | None = None
     carried: Values = field(default_factory=dict)
     state: Mapping[str, Values] = field(default_factory=dict)
     state_before: Mapping[str, Values] = field(default_factory=dict)
@@ -136,7 +152,7 @@ class ForgettingMethod:
         return own != (none.extra_loss, none.logged_loss)
 
     def prepare(self, given: Preparation) -> Prepared:
-        """Make the kinds of state that `needs` says it prepares."""
+        """Make the kinds of state that `needs` says it prepares, or the text that it writes."""
         raise NotImplementedError(f"{self.name} prepares nothing")
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
