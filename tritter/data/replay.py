@@ -1,27 +1,36 @@
-"""The replay buffer: old sequences, sampled to be trained on again."""
+"""The replay buffer: sequences of earlier trainings, sampled to be trained on again."""
 
 from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tritter.data.reservoir import Reservoir, Weighting
+from tritter.data.sequence_file import read_sequences, write_sequences
 from tritter.data.sequences import SequenceStream
 from tritter.errors import RequestError, TritterError
 from tritter.seeds import derived_seed
 
+SEEN = "seen"  # the domain of what is added without a word which it is of
+
 
 class ReplayBuffer:
-    """Sequences of earlier domains; of each, one returns only after all others have come.
+    """Sequences of earlier domains, whole data sets or reservoirs of what went by.
 
     The domains' shares are exact over time: the next sequence comes from the one that is furthest
     behind its share. Each domain has a random order of its own, so that replaying changes nothing
-    about the order of new data, nor one domain about the order of another.
+    about the order of new data, nor one domain about the order of another. Of a data set one
+    returns only after all others have come.
     """
 
     def __init__(
-        self, streams: Mapping[str, SequenceStream], *, weights: Mapping[str, float] | None = None
+        self,
+        streams: Mapping[str, SequenceStream | Reservoir],
+        *,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         """Take the sequences of each domain.
 
@@ -60,21 +69,112 @@ class ReplayBuffer:
         }
         return cls(streams, weights=weights)
 
+    @classmethod
+    def of_reservoirs(
+        cls,
+        capacities: Mapping[str, int] | int,
+        *,
+        seed: int,
+        weighting: Weighting = "uniform",
+        weights: Mapping[str, float] | None = None,
+    ) -> "ReplayBuffer":
+        """Return an empty buffer that keeps a sample of what is added to it.
+
+        Args:
+            capacities: domain → sequences that are kept of it; a number is that of one domain.
+            weighting: within a domain, see `Reservoir`.
+
+        Raises:
+            RequestError: a capacity is below 1, or no weight is above 0.
+        """
+        asked = {SEEN: capacities} if isinstance(capacities, int) else capacities
+        streams = {
+            name: Reservoir(each, seed=derived_seed(seed, "replay", name), weighting=weighting)
+            for name, each in asked.items()
+        }
+        return cls(streams, weights=weights)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        seed: int,
+        weighting: Weighting = "uniform",
+        weights: Mapping[str, float] | None = None,
+    ) -> "ReplayBuffer":
+        """Return a buffer of reservoirs as `save` left them, from which drawing begins anew.
+
+        Raises:
+            TritterError: there is no such file, or it is damaged.
+            RequestError: no weight is above 0.
+        """
+        held = read_sequences(path)
+        names = [key.partition("/")[2] for key in held if key.startswith("sequences/")]
+        try:
+            counts = {name: held[f"counts/{name}"].tolist() for name in names}
+            capacities = {name: capacity for name, (capacity, _) in counts.items()}
+            buffer = cls.of_reservoirs(capacities, seed=seed, weighting=weighting, weights=weights)
+            for name, stream in buffer._streams.items():
+                assert isinstance(stream, Reservoir)
+                sequences, losses = held[f"sequences/{name}"], held[f"losses/{name}"]
+                stream.add(sequences, losses)
+                stream.num_seen = counts[name][1]
+        except (KeyError, ValueError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise TritterError(f"{path} holds no replay buffer ({error!r}).") from error
+        return buffer
+
+    def save(self, path: Path) -> None:
+        """Write what the reservoirs hold, with losses, as safetensors.
+
+        Raises:
+            RequestError: a domain is a data set, which lies elsewhere already.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, stream in self._streams.items():
+            if not isinstance(stream, Reservoir):
+                raise RequestError(f"the domain {name} is a data set; only reservoirs are saved.")
+            tensors[f"sequences/{name}"] = stream.sequences
+            tensors[f"losses/{name}"] = stream.losses
+            tensors[f"counts/{name}"] = torch.tensor([stream.capacity, stream.num_seen])
+        write_sequences(path, tensors)
+
     def __len__(self) -> int:
         return sum(map(len, self._streams.values()))
 
     @property
     def sequence_length(self) -> int:
         """Tokens of one sequence."""
-        return next(iter(self._streams.values())).sequence_length
+        return max(stream.sequence_length for stream in self._streams.values())
+
+    def add(self, sequences: Tensor, losses: Tensor | None = None, *, domain: str = SEEN) -> None:
+        """Offer sequences [n, T] to a domain's reservoir, with the loss of each, [n].
+
+        Raises:
+            RequestError: there is no such reservoir, or what `Reservoir.add` refuses.
+        """
+        stream = self._streams.get(domain)
+        if not isinstance(stream, Reservoir):
+            held = [n for n, each in self._streams.items() if isinstance(each, Reservoir)]
+            raise RequestError(
+                f"domain = {domain}: the replay buffer has no such reservoir; it has "
+                f"{', '.join(held) or 'none'}."
+            )
+        stream.add(sequences, losses)
 
     def sample(self, count: int) -> Tensor:
-        """Return `count` sequences, int64 [count, T], without replacement within an epoch."""
+        """Return `count` sequences, int64 [count, T], each domain in its share.
+
+        Raises:
+            RequestError: nothing was added yet.
+        """
         drawn = [self._streams[self._next_domain()].next_sequences(1) for _ in range(count)]
         return torch.cat([torch.empty(0, self.sequence_length, dtype=torch.int64), *drawn])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return, by domain, what was drawn and the place in its order."""
+        """Return, by domain, what was drawn and the place in its order; reservoirs whole."""
         return {
             name: {"drawn": self._drawn[name], "place": stream.state_dict()}
             for name, stream in self._streams.items()
@@ -96,9 +196,15 @@ class ReplayBuffer:
             stream.load_state_dict(state[name]["place"])
 
     def _next_domain(self) -> str:
-        """Count one sequence for the domain that is furthest behind its share, and return it."""
+        """Count one sequence for the domain that is furthest behind its share, and return it.
+
+        A reservoir to which nothing was added waits, and is caught up with.
+        """
         number = sum(self._drawn.values()) + 1
-        behind = {name: share * number - self._drawn[name] for name, share in self._shares.items()}
+        filled = [name for name, stream in self._streams.items() if len(stream)]
+        behind = {name: self._shares[name] * number - self._drawn[name] for name in filled}
+        if not behind:
+            raise RequestError("the replay buffer is empty: nothing was added to it yet.")
         name = max(behind, key=lambda each: behind[each])
         self._drawn[name] += 1
         return name
