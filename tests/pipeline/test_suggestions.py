@@ -57,6 +57,9 @@ def test_rolled_back(commands: Callable[..., list[str]]) -> None:
     assert "forgetting=replay" in commands("rolled_back", failed, words=("forgetting=none",))[0]
     own = commands("rolled_back", failed, words=("forgetting=self_replay",))
     assert "forgetting.self_replay.fraction=0.5" in own[0]
+    by_tokens = commands("rolled_back", check("new_capability", "failed"),
+                         words=("training.max_tokens=80k",))  # fmt: skip
+    assert "training.max_tokens=160000" in by_tokens[0]
     broken = commands("rolled_back", check("training", "failed"))
     assert "training.learning_rate=0.0015" in broken[0]
     slow = commands("rolled_back", check("new_capability", "failed"))

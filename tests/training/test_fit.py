@@ -174,7 +174,7 @@ def test_a_frozen_parameter_is_not_in_the_optimizer(tmp_path: Path) -> None:
     assert torch.equal(frozen, before)
 
 
-@pytest.mark.parametrize("shape", ["constant", "cosine", "wsd"])
+@pytest.mark.parametrize("shape", ["constant", "cosine", "wsd", "rewarm"])
 def test_schedules_warm_up_and_end_where_they_say(shape: str) -> None:
     schedule = Schedule(
         learning_rate=1.0, max_steps=100, warmup_ratio=0.1, shape=shape, minimum_ratio=0.1
@@ -187,8 +187,27 @@ def test_schedules_warm_up_and_end_where_they_say(shape: str) -> None:
     assert factors[100] == pytest.approx(end)
     if shape == "wsd":
         assert factors[79] == 1.0 and factors[90] == pytest.approx(0.55)
-    if shape == "cosine":
+    if shape in ("cosine", "rewarm"):
         assert factors[55] == pytest.approx(0.55)
+
+
+def test_a_rate_warms_up_from_the_last_one_and_decays_again() -> None:
+    before = Schedule(learning_rate=4.0, max_steps=50, minimum_ratio=0.25, shape="constant")
+    assert before.last_rate == 4.0
+    assert replace(before, shape="cosine").last_rate == pytest.approx(1.0, abs=0.01)
+    again = Schedule(
+        learning_rate=2.0, max_steps=100, warmup_ratio=0.1, shape="rewarm", minimum_ratio=0.1,
+        start_rate=1.0,
+    )  # fmt: skip
+    rates = [2 * again.factor(step) for step in range(101)]
+    assert rates[:10] == pytest.approx([1 + 0.1 * (step + 1) for step in range(10)])
+    assert rates[9] == 2.0 and rates[100] == pytest.approx(0.2)
+    assert rates[10:] == pytest.approx(
+        [2 * replace(again, shape="cosine").factor(step) for step in range(10, 101)]
+    )
+    falling = replace(again, start_rate=3.0)
+    assert [2 * falling.factor(step) for step in (0, 9)] == pytest.approx([2.9, 2.0])
+    assert replace(again, warmup_ratio=0.0).factor(0) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from tritter.config.reading import Origin
 from tritter.config.schema import OPEN_GROUPS, RunConfig
 from tritter.config.selection import METHOD_GROUPS, method_names, nesting_problems
 from tritter.config.suggestions import nearest_key
+from tritter.config.training_steps import settled
 from tritter.config.validation import Rule, validate
 from tritter.errors import Problem, raise_problems, refusal, show
 from tritter.options import leaves
@@ -130,7 +131,7 @@ class Composer:
         except _HYDRA_ERRORS as error:
             raise refusal([*problems, self._explain(error, parsed)]) from error
         problems += _selection_problems(raw, _selection(files), origins)
-        return _Composed(composed.hydra, raw, origins, problems)
+        return _Composed(composed.hydra, settled(raw, origins.exactly), origins, problems)
 
     @cached_property
     def _plain_hydra(self) -> DictConfig:
@@ -254,6 +255,13 @@ class _Origins:
             return None
         if any(typed.startswith(f"{key}.") for typed in self._command_line):
             return None  # a key below a value was set, which replaced the value
+        return self._file_of(key)
+
+    def exactly(self, key: str) -> str | None:
+        """Tell the same of a value whose group may have been typed, but not it itself."""
+        return None if key in self._command_line else self._file_of(key)
+
+    def _file_of(self, key: str) -> str | None:
         for file in reversed(self._files):
             package, path = file.package or "", file.config_path
             if path and (not package or key.startswith(f"{package}.")):

@@ -12,6 +12,9 @@ from tritter.targets import TARGET, identity, imported
 
 # What may differ between the parts of one run: where it is, who watches, and how.
 _WITHOUT_EFFECT = {
+    # The steps that follow from it are what is trained
+    "pretraining": ("max_tokens",),
+    "training": ("max_tokens",),
     "trainer": ("devices", "strategy", "progress", "save_every_n_steps", "check_memory"),
 }
 _ABSENT = "(absent)"

@@ -151,14 +151,20 @@ class TextDataConfig(DataConfig):
 
 @options
 class TrainingConfig:
-    """One training: of the base (`pretraining`) or of the grown model (`training`)."""
+    """One training: of the base (`pretraining`) or of the grown model (`training`).
+
+    Args:
+        max_steps: of the optimizer; where `max_tokens` is given, what follows from it.
+        max_tokens: None: not what was given.
+    """
 
     learning_rate: Annotated[float, Field(gt=0)]
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)]
     max_steps: Count
-    schedule: Literal["constant", "cosine", "wsd"]
+    schedule: Literal["constant", "cosine", "wsd", "rewarm"]
     decay_ratio: Annotated[float, Field(gt=0, le=1)]
     minimum_ratio: Annotated[float, Field(ge=0, le=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), _IN_WORDS] | None = None
 
 
 @options

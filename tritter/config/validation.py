@@ -38,6 +38,7 @@ from tritter.config.sections import data_keys, read_data, read_model
 from tritter.config.selection import METHOD_GROUPS, method_keys, read_methods
 from tritter.config.text_resolution import run_text
 from tritter.config.trainer_arguments import argument_problems, split_trainer
+from tritter.config.training_steps import with_steps
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.expansion import target_config
 from tritter.families import Config, check_size, family_of, llama_config
@@ -108,7 +109,7 @@ def validate(
         RequestError: lists every problem with key, value, what is allowed and the nearest match.
     """
     reader = Reader(known_keys)
-    bodies = group_bodies(reader, raw)
+    bodies = with_steps(reader, group_bodies(reader, raw))
     classes = find_classes(reader, bodies)
     num_of_classes = len(reader.problems)
     values = _read(reader, raw, bodies, classes)
@@ -325,6 +326,9 @@ def _nearest_multiples(value: int, divisor: int) -> str:
 
 def _schedule_problems(config: RunConfig, prefix: str) -> Iterator[Problem]:
     training: TrainingConfig = getattr(config, prefix)
+    if prefix == "pretraining" and training.schedule == "rewarm":
+        reason = "a base has no rate to warm up from again; allowed are constant, cosine and wsd"
+        yield Problem(f"{prefix}.schedule", training.schedule, reason=reason)
     if training.schedule == "wsd" and training.warmup_ratio + training.decay_ratio > 1:
         reason = (
             f"with {prefix}.warmup_ratio = {training.warmup_ratio} more than all steps are spoken "

@@ -76,6 +76,8 @@ def _made_from(context: RunContext) -> dict[str, Any]:
     if not optimizer["carry"]:  # one that leaves its moments is another entry
         del optimizer["carry"]
     recorded = {importance.RECORDED: True} if importance.is_recorded(context) else {}
+    pretraining = asdict(config.pretraining)
+    del pretraining["max_tokens"]  # the steps that follow from it stand there
     return {
         "format_version": FORMAT_VERSION,
         **warmup,
@@ -85,7 +87,7 @@ def _made_from(context: RunContext) -> dict[str, Any]:
         "corpus": context.corpus.digest,
         "domains": list(context.old_domains),
         "data": _text_options(config.data),
-        "pretraining": asdict(config.pretraining),
+        "pretraining": pretraining,
         "optimizer": optimizer,
         "trainer": {key: trainer[key] for key in ("accelerator", "precision", "gradient_clip_val")}
         | devices

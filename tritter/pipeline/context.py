@@ -326,8 +326,12 @@ def score_file(name: str) -> str:
     return f"scores/{name}.json"
 
 
-def schedule_of(training: TrainingConfig) -> Schedule:
-    """Return the schedule that a training's config describes."""
+def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedule:
+    """Return the schedule that a training's config describes.
+
+    Args:
+        start_rate: that the training before it ended with.
+    """
     return Schedule(
         learning_rate=training.learning_rate,
         max_steps=training.max_steps,
@@ -335,6 +339,7 @@ def schedule_of(training: TrainingConfig) -> Schedule:
         shape=training.schedule,
         decay_ratio=training.decay_ratio,
         minimum_ratio=training.minimum_ratio,
+        start_rate=start_rate,
     )
 
 

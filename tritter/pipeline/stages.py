@@ -25,6 +25,7 @@ from tritter.pipeline.base import obtain_base
 from tritter.pipeline.baseline_scores import score_baseline
 from tritter.pipeline.context import RunContext, schedule_of, score_file
 from tritter.pipeline.given import copy_given
+from tritter.pipeline.last_rate import last_rate
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.trained import (
     TrainedWriter,
@@ -190,7 +191,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     with moe.ready_for_training(context, arm, model) as setup:
         module = BaseModule(
             model,
-            schedule=schedule_of(settings),
+            schedule=schedule_of(settings, start_rate=last_rate(context, arm)),
             optimizer=context.optimizer_settings,
             methods=methods,
             side_losses=setup.side_losses,

@@ -53,9 +53,17 @@ def _after_rollback(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
     if "retention" in failed:
         yield from _stronger_protection(config)
     if "new_capability" in failed:
-        yield {"training.max_steps": str(2 * config.training.max_steps)}, "more steps"
+        yield _twice_as_long(config), "more steps"
     if failed & {"retention", "training"}:
         yield {"training.learning_rate": f"{config.training.learning_rate / 2:g}"}, "smaller steps"
+
+
+def _twice_as_long(config: RunConfig) -> dict[str, str]:
+    """Return the key that says how long the run trains, doubled."""
+    training = config.training
+    if training.max_tokens is not None:
+        return {"training.max_tokens": str(2 * training.max_tokens)}
+    return {"training.max_steps": str(2 * training.max_steps)}
 
 
 def _stronger_protection(config: RunConfig) -> Advice:
@@ -74,7 +82,7 @@ def _stronger_protection(config: RunConfig) -> Advice:
 def _undecided(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
     undecided = [check for check in summary["gate"] if check["verdict"] == "undecided"]
     if any(check["check"] == "new_capability" and not _is_below(check) for check in undecided):
-        yield {"training.max_steps": str(2 * config.training.max_steps)}, "more steps"
+        yield _twice_as_long(config), "more steps"
     needs = [
         (check["documents_needed"] / check["n"], check)
         for check in undecided

@@ -12,14 +12,19 @@ MINIMUM_WARMUP_STEPS = 5
 class Schedule:
     """Warm-up, then constant, cosine or warmup-stable-decay.
 
+    `rewarm` is `cosine` whose warm-up begins at the rate that an earlier training ended with:
+    re-warming and re-decaying (Ibrahim et al. 2024, arXiv 2403.08763).
+
     Args:
         learning_rate: the peak.
         max_steps: optimizer steps of the whole training.
         warmup_ratio: share of the steps over which the rate rises linearly to its peak; above 0
             at least `MINIMUM_WARMUP_STEPS`, or a quarter of a training too short for them.
-        shape: `constant`, `cosine`, or `wsd` (arXiv 2404.06395: constant, then a linear decay).
+        shape: `constant`, `cosine`, `rewarm`, or `wsd` (arXiv 2404.06395: constant, then a linear
+            decay).
         decay_ratio: share of the steps that decay, for `wsd`.
-        minimum_ratio: what is left of the peak at the end of `cosine` and `wsd`.
+        minimum_ratio: what is left of the peak at the end of all but `constant`.
+        start_rate: where the warm-up of `rewarm` begins.
     """
 
     learning_rate: float
@@ -28,6 +33,7 @@ class Schedule:
     shape: str = "cosine"
     decay_ratio: float = 0.2
     minimum_ratio: float = 0.0
+    start_rate: float = 0.0
 
     @classmethod
     def constant(cls, learning_rate: float, *, max_steps: int) -> "Schedule":
@@ -47,18 +53,25 @@ class Schedule:
         """Steps of the warm-up by the ratio alone."""
         return round(self.warmup_ratio * self.max_steps)
 
+    @property
+    def last_rate(self) -> float:
+        """The rate of the last step."""
+        return self.learning_rate * self.factor(self.max_steps - 1)
+
     def factor(self, step: int) -> float:
         """Return the share of the peak rate that step `step` (from 0) uses."""
         if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+            risen = (step + 1) / self.warmup_steps
+            start = self.start_rate / self.learning_rate if self.shape == "rewarm" else 0.0
+            return start + (1 - start) * risen
         match self.shape:
             case "constant":
                 return 1.0
-            case "cosine":
+            case "cosine" | "rewarm":
                 return self._cosine(step)
             case "wsd":
                 return self._decay(step)
-        raise ValueError(f"training.schedule = '{self.shape}': constant, cosine or wsd.")
+        raise ValueError(f"training.schedule = '{self.shape}': constant, cosine, wsd or rewarm.")
 
     def _cosine(self, step: int) -> float:
         progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)

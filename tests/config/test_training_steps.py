@@ -1,0 +1,88 @@
+"""`max_tokens` beside `max_steps`: what follows from it, and which of the two stands."""
+
+from pathlib import Path
+
+import pytest
+
+from tritter import ContinuedPretrainingConfig
+from tritter.config.composition import load_config
+from tritter.config.fingerprint import fingerprint
+from tritter.errors import RequestError
+from tritter.pipeline.last_rate import recorded_rate
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["training.max_tokens=500k"], 244),  # of 16 * 128 = 2,048 tokens
+        (["training.max_tokens=2048"], 1),
+        (["training.max_tokens=500k", "trainer.accumulate_grad_batches=4"], 61),
+        (["training=quick", "training.max_tokens=8192", "data.batch_size=8"], 8),
+        (["training.max_tokens=8192", "training.max_steps=null"], 4),
+        (["training.max_tokens=null", "training.max_steps=7"], 7),
+    ],
+)
+def test_tokens_become_steps(words: list[str], steps: int) -> None:
+    config = load_config(words)
+    assert config.training.max_steps == steps and config.pretraining.max_steps == 600
+    by_steps = [w for w in words if "max_" not in w] + [f"training.max_steps={steps}"]
+    assert fingerprint(config) == fingerprint(load_config(by_steps))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["training.max_tokens=9k", "training.max_steps=3"],
+         ("training.max_tokens = 9k", "training.max_steps = 3", "one of them")),
+        (["pretraining.max_tokens=2047"], ("pretraining.max_tokens = 2047", "takes 2,048 tokens")),
+        (["training.max_tokens=many"], ("training.max_tokens = many",)),
+        (["training.max_tokens=0"], ("training.max_tokens = 0",)),
+        (["training.max_tokens=9k", "data.batch_size=x"], ("data.batch_size = x",)),
+        (["training.max_steps=null"], ("training.max_steps",)),
+        (["training.max_token=9k"], ("training.max_tokens",)),
+        (["pretraining.schedule=rewarm"], ("pretraining.schedule = rewarm", "constant, cosine")),
+    ],
+)  # fmt: skip
+def test_refused(words: list[str], told: tuple[str, ...]) -> None:
+    with pytest.raises(RequestError) as refused:
+        load_config(words)
+    assert all(part in str(refused.value) for part in told), refused.value
+
+
+def test_an_experiment_stands_instead_of_the_option_and_gives_way_to_what_is_typed(
+    tmp_path: Path,
+) -> None:
+    from tritter.config.folders import composing_from, front_of
+
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(
+        "# @package _global_\ntraining:\n  max_tokens: 20480\n"
+    )
+    with composing_from(front_of([str(tmp_path)], None)):
+        assert load_config(["experiment=mine"]).training.max_steps == 10
+        typed = load_config(["experiment=mine", "training.max_steps=3"]).training
+    assert (typed.max_steps, typed.max_tokens) == (3, None)
+
+
+def test_the_last_rate_is_that_of_the_record() -> None:
+    training = {
+        "learning_rate": 2e-3, "warmup_ratio": 0.0, "max_steps": 10, "schedule": "constant",
+        "decay_ratio": 0.2, "minimum_ratio": 0.0,
+    }  # fmt: skip
+    assert recorded_rate({"made_from": {"pretraining": training}}) == 2e-3
+    ended = {**training, "schedule": "wsd", "minimum_ratio": 0.5}
+    assert recorded_rate({"training": ended}) == pytest.approx(2e-3 * 0.75)
+    for elsewhere in ({}, {"stage": "given", "path": "x"}, {"training": 3}, {"made_from": {}}):
+        assert recorded_rate(elsewhere) == 0.0
+
+
+def test_the_specifications_record_yields_a_run() -> None:
+    config = ContinuedPretrainingConfig().run_config("expansion=dus", "training.schedule=rewarm")
+    training = config.training
+    assert (training.learning_rate, training.warmup_ratio) == (1e-5, 0.05)
+    assert (training.max_steps, training.schedule) == (10_000, "rewarm")
+    (ewc,) = config.forgetting
+    assert (ewc.name, ewc.options.ewc_lambda) == ("ewc", 1000.0)
+    assert ContinuedPretrainingConfig(use_ewc=False).run_config().forgetting == ()
+    with pytest.raises(RequestError, match="learning_rate"):
+        ContinuedPretrainingConfig(learning_rate=-1.0).run_config()

@@ -1,0 +1,32 @@
+"""With what rate the training before ended, from which `training.schedule=rewarm` goes on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tritter.checkpoint import lineage_of
+from tritter.pipeline.arm import Arm
+from tritter.pipeline.context import RunContext
+from tritter.training import Schedule
+
+
+def last_rate(context: RunContext, arm: Arm) -> float:
+    """Return the rate of the last step of what an arm starts from; 0 where it is not recorded."""
+    told = lineage_of(context.folder / arm.start).training_config
+    return recorded_rate(told)
+
+
+def recorded_rate(told: Mapping[str, Any]) -> float:
+    """Return the last rate of the training that a lineage's record tells of."""
+    try:
+        training = told["training"] if "training" in told else told["made_from"]["pretraining"]
+        schedule = Schedule(
+            learning_rate=float(training["learning_rate"]),
+            max_steps=int(training["max_steps"]),
+            warmup_ratio=float(training["warmup_ratio"]),
+            shape=str(training["schedule"]),
+            decay_ratio=float(training["decay_ratio"]),
+            minimum_ratio=float(training["minimum_ratio"]),
+        )
+        return schedule.last_rate
+    except (KeyError, TypeError, ValueError):  # of a model from elsewhere, or damaged
+        return 0.0
