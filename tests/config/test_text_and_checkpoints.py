@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,46 @@ def test_paths_in_every_form(
     assert data_of(pipeline).new == placed(new)
 
 
+@pytest.mark.parametrize(
+    ("words", "new", "tasks"),
+    [
+        ("data.tasks=[@new]", {"new": ["new"]}, (("new",),)),
+        ("data.tasks=[@new,stdlib:code,@new]", {"new": ["new"], "code": ["stdlib:code"]},
+         (("new",), ("code",), ("new",))),
+        ("data.tasks=[[@new/e.txt.gz,@old/b.jsonl],{x:@new,y:@old/*.jsonl}]",
+         {"e": ["new/e.txt.gz", "old/b.jsonl"], "x": ["new"], "y": ["old/*.jsonl"]},
+         (("e",), ("x", "y"))),
+        ("data.tasks=[@new/*.gz,@old/deep,@new]",
+         {"new": ["new/*.gz"], "deep": ["old/deep"], "new_2": ["new"]},
+         (("new",), ("deep",), ("new_2",))),
+        ("data.tasks=[{x:@new},{x:@new},@new]", {"x": ["new"]}, (("x",), ("x",), ("x",))),
+        # The old text, which comes again later, is called what it is called as old text
+        ("data.tasks=[@new,@old]", {"new": ["new"]}, (("new",), ("old",))),
+    ],
+)  # fmt: skip
+def test_tasks_in_every_form(
+    run_there: Run, place: Path, pipeline: FakePipeline, words: str, new: Any, tasks: Any
+) -> None:
+    result = run_there("data=text", "data.old=@old", words)
+    assert result.code == 0, result.err
+    placed = {
+        name: [path if ":" in path else f"{place}/{path}" for path in paths]
+        for name, paths in new.items()
+    }
+    assert data_of(pipeline).new_sources == placed
+    text = pipeline.configs[-1].text
+    assert text.tasks == tasks and text.old == ("old",)
+    assert text.new == tuple(new) and len(text.domains) == len(new) + 1
+
+
+def test_a_single_task_is_what_new_is(run_there: Run, pipeline: FakePipeline) -> None:
+    for words in ("data.tasks=[@new]", "data.new=@new"):
+        assert run_there("data=text", "data.old=@old", words).code == 0
+    one, new = (config.text for config in pipeline.configs)
+    named = tuple(replace(domain, key=domain.key.replace("tasks.", "")) for domain in one.domains)
+    assert named == new.domains and one.tasks == new.tasks == (("new",),)
+
+
 def test_a_folder_means_what_is_below_it_and_not_hidden(place: Path) -> None:
     found = find_text_files("data.old", [f"{place}/old", f"{place}/old/b.jsonl", "stdlib:prose"])
     assert [str(path.relative_to(place)) for path in found] == ["old/b.jsonl", "old/deep/a.txt"]
@@ -147,6 +188,20 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "Did you mean 'old'?", "found .csv 1", "the glob matches no file", "Did you mean 'new'?",
     ),
     "data=text data.old=@old data.new={}": ("data.new = null", "data.new=PATH"),
+    "data=text data.old=@old data.new=@new data.tasks=[@new]": ("data.tasks", "leave one of the"),
+    "data=text data.old=@old data.tasks=@new": ("data.tasks = ", "a list of texts"),
+    "data=text data.old=@old data.tasks=[]": ("data.tasks = []", "a list of texts"),
+    "data=text data.old=@old data.tasks=[@new,[]]": ("data.tasks[2] = []", "a task needs text"),
+    "data=text data.old=@old data.tasks=[@new,@nwe,3]": (
+        "2 things are wrong", "data.tasks[2] = ", "Did you mean 'new'?", "data.tasks[3] = 3",
+    ),
+    "data=text data.old=@old data.tasks=[{x:@new},{x:@old}]": ("data.tasks[2].x", "other text"),
+    "data=text data.old=@old data.tasks=[{old:@new}]": ("data.tasks[1].old", "other text"),
+    "data=text data.old=@old data.tasks=[@old,@new]": ("data.tasks.old", "already"),
+    "data=text data.old=@old data.tasks=[@new,@old] pipeline.target_params=200k": (
+        "data.tasks", "one task",
+    ),
+    "data.tasks=[stdlib:code]": ("data.tasks", "source stdlib has no such key, only text has"),
     "data=text data.old=3 data.new=@new": ("data.old = 3", "a path, a list of paths"),
     "data=text data.old=[] data.new=@new": ("data.old = []", "empty"),
     "data=text data.old={prose:{a:b}} data.new=@new": ("data.old.prose", "a path"),

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,9 +140,9 @@ def test_max_rounds_stops_before_the_target(run_job: Run, tmp_path: Path) -> Non
 def fail_round(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     original = verdict.checks
 
-    def checks(context: RunContext, arm: Arm) -> list[Check]:
-        made = original(context, arm)
-        if arm.name != name:
+    def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
+        made = original(context, arms)
+        if arms[0].name != name:
             return made
         training = next(check for check in made if check.name == "training")
         failed = replace(training, verdict="failed")

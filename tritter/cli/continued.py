@@ -58,7 +58,8 @@ def continuation(request: TrainRequest) -> tuple[str, ...]:
     place = checkpoint_place(request.checkpoint, key="--checkpoint")
     checkpoint_config(place, key="--checkpoint")
     typed = {word.partition("=")[0].lstrip("+").replace("-", "_") for word in request.overrides}
-    if not request.data and not _is_typed("data.new", typed):
+    is_named = request.data or any(_is_typed(key, typed) for key in ("data.new", "data.tasks"))
+    if not is_named:
         raise RequestError("--data is missing: name the text to train on, --data PATH.")
     problems: list[Problem] = []
     new = read_sources("--data", list(request.data) or None, default_name="new", problems=problems)

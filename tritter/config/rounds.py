@@ -49,3 +49,7 @@ def pipeline_problems(config: RunConfig) -> Iterator[Problem]:
     for key, value in (("max_rounds", pipeline.max_rounds), ("strategy", pipeline.strategy)):
         if value is not None and pipeline.target_params is None:
             yield Problem(f"pipeline.{key}", value, reason=reason)
+    if pipeline.target_params is not None and len(config.text.tasks) > 1:
+        reason = "each round of a run that grows to a size is trained on one task; name it as "
+        reason += "data.new, or leave pipeline.target_params out"
+        yield Problem("data.tasks", list(config.text.tasks), reason=reason)

@@ -33,6 +33,7 @@ class RunText:
     Args:
         split: of the lineage, or the one that begins here.
         domains: old ones first.
+        tasks: what is learned one after the other, each as the names of its domains.
         learned: name → what the checkpoint learned before.
         history: learned domains that were split by rank, where `domains` has other text or none.
         notes: what is worth telling, a sentence each.
@@ -40,6 +41,7 @@ class RunText:
 
     split: TextSplit
     domains: tuple[DomainText, ...] = ()
+    tasks: tuple[tuple[str, ...], ...] = ()
     learned: Mapping[str, LearnedDomain] = field(default_factory=dict)
     history: tuple[DomainText, ...] = ()
     notes: tuple[str, ...] = ()

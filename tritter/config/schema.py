@@ -99,6 +99,11 @@ class DataConfig:
         return {name: [] for name in self.new_domains}
 
     @property
+    def task_sources(self) -> tuple[TextSources, ...]:
+        """Tasks, trained one after the other, each as its domains and where their text lies."""
+        return (self.new_sources,)
+
+    @property
     def is_old_named(self) -> bool:
         """False: all that a checkpoint learned is old besides."""
         return True
@@ -129,12 +134,15 @@ class TextDataConfig(DataConfig):
 
     Args:
         old: None: what the checkpoint learned, if anything; empty: nothing.
+        new: what is learned; empty where `tasks` says it.
+        tasks: what is learned one after the other; empty: `new` is the one task.
     """
 
     source: Literal["text"]
     text_field: Text
     old: TextSources | None
     new: TextSources
+    tasks: list[TextSources]
 
     @property
     def old_sources(self) -> TextSources:
@@ -142,7 +150,18 @@ class TextDataConfig(DataConfig):
 
     @property
     def new_sources(self) -> TextSources:
-        return self.new
+        """New domain → paths; what is old, and comes again in a later task, stays old."""
+        again = {name for task in self.tasks[1:] for name in task if name in self.old_sources}
+        return {
+            name: paths
+            for task in self.task_sources
+            for name, paths in task.items()
+            if name not in again or task is self.tasks[0]
+        }
+
+    @property
+    def task_sources(self) -> tuple[TextSources, ...]:
+        return tuple(self.tasks) or (self.new,)
 
     @property
     def is_old_named(self) -> bool:

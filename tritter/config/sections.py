@@ -8,7 +8,7 @@ from tritter.checkpoint.usable import checkpoint_place
 from tritter.config.folders import body_of, option_files
 from tritter.config.reading import Reader
 from tritter.config.schema import CheckpointModelConfig, DataConfig, Model, TextDataConfig
-from tritter.config.text_files import read_sources
+from tritter.config.text_files import read_sources, read_tasks
 from tritter.errors import Problem, RequestError, nearest
 from tritter.options import choices, field_keys, is_options, join
 from tritter.targets import TARGET, dotted, resolve
@@ -82,7 +82,8 @@ def read_data(
     taken = _only_of(reader, "data", data_keys(), raw, choice=choice, own=own)
     del taken[TARGET]
     sources = _read_sources(reader, taken) if kind is TextDataConfig else {}
-    values = reader.read(kind, {**taken, **{name: {} for name in sources}}, prefix="data")
+    blank: dict[str, Any] = {name: [] if name == "tasks" else {} for name in sources}
+    values = reader.read(kind, {**taken, **blank}, prefix="data")
     return None if values is None else replace(values, **sources)
 
 
@@ -118,14 +119,19 @@ def _only_of(
 
 
 def _read_sources(reader: Reader, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `old` and `new` as paths; None of what is old: what the checkpoint learned."""
+    """Return `old`, `new` and `tasks` as paths; None of what is old: what a checkpoint learned."""
     sources: dict[str, Any] = {
         name: read_sources(
             f"data.{name}", raw.get(name), default_name=name, problems=reader.problems
         )
         for name in ("old", "new")
     }
-    if raw.get("new") in (None, {}):
+    tasks, has_new = raw.get("tasks"), raw.get("new") not in (None, {})
+    sources["tasks"] = [] if tasks is None else read_tasks(tasks, sources["old"], reader.problems)
+    if has_new and tasks is not None:
+        reason = "data.new is the one task of a run that has no list; leave one of the two out"
+        reader.report("data.tasks", tasks, reason=reason)
+    elif not has_new and tasks is None:
         reason = "name the text to train on: files, folders or globs, data.new=PATH"
         reader.report("data.new", None, reason=reason)
     return sources if raw.get("old") is not None else {**sources, "old": None}

@@ -1,12 +1,16 @@
 """Which text `data.old` and `data.new` mean, domain by domain."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tritter.checkpoint.learned import told_apart
 from tritter.config.schema import DataConfig, TextDataConfig, TextSources
 from tritter.data.contents import TextRequest
 from tritter.data.finding import BUILT_IN_TEXTS, find_texts
 from tritter.errors import Problem, RequestError, nearest
+
+_UNNAMED = "unnamed"
 
 
 def read_sources(
@@ -45,13 +49,57 @@ def read_sources(
     return sources
 
 
+def read_tasks(value: object, old: TextSources, problems: list[Problem]) -> list[TextSources]:
+    """Return each task's domain → absolute paths, of `data.tasks` as it stands in a config.
+
+    A task that is no mapping is one domain. It is called as the old domain or the earlier task
+    whose paths it has, else after its first path.
+
+    Args:
+        old: old domain → paths.
+        problems: gets a line for all that is wrong.
+    """
+    key = "data.tasks"
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        reason = "allowed is a list of texts, each a path, a list of paths or {NAME: PATHS}"
+        problems.append(Problem(key, value, reason=reason))
+        return []
+    known, tasks = dict(old), []
+    for number, one in enumerate(value, start=1):
+        place = f"{key}[{number}]"
+        if one in (None, {}, []):
+            problems.append(Problem(place, one, reason="a task needs text: name a path"))
+            continue
+        task = read_sources(place, one, default_name=_UNNAMED, problems=problems)
+        for name in [each for each in task if each != _UNNAMED]:
+            if known.setdefault(name, task[name]) != task[name]:
+                reason = f"{name} is the name of other text already; choose another"
+                problems.append(Problem(f"{place}.{name}", task[name], reason=reason))
+        if (paths := task.pop(_UNNAMED, None)) is not None:
+            same = (name for name, others in known.items() if others == paths)
+            name = next(same, None) or told_apart(_named_after(paths), known)
+            task[name] = known[name] = paths
+        tasks.append(task)
+    return tasks
+
+
+def _named_after(paths: Sequence[str]) -> str:
+    """Return what a domain is called that nobody named: after its first path."""
+    place = Path(next(iter(paths), ""))
+    word = place.name.removeprefix("stdlib:")
+    if set(word) & set("*?["):
+        word = place.parent.name
+    name = re.sub(r"\W", "_", word.partition(".")[0])
+    return name if name.isidentifier() else f"task_{name}"
+
+
 def text_requests(data: DataConfig) -> tuple[TextRequest, ...]:
     """Return what a configuration asks for, domain by domain; built-in text needs no look."""
     if not isinstance(data, TextDataConfig):
         return ()
     return tuple(
         TextRequest(domain_key(data, name), tuple(paths), data.text_field)
-        for sources in (data.old_sources, data.new_sources)
+        for sources in (data.old_sources, data.new_sources)  # a task's are among them
         for name, paths in sources.items()
     )
 
@@ -59,6 +107,8 @@ def text_requests(data: DataConfig) -> tuple[TextRequest, ...]:
 def domain_key(data: DataConfig, name: str) -> str:
     """Return the key that named the text of a domain, as a person wrote it."""
     is_old = name in data.old_sources
+    if not is_old and isinstance(data, TextDataConfig) and data.tasks:
+        return f"data.tasks.{name}"
     side = "old" if is_old else "new"
     sources: TextSources = data.old_sources if is_old else data.new_sources
     return f"data.{side}" if list(sources) == [side] else f"data.{side}.{name}"

@@ -45,7 +45,7 @@ def run_text(model: Model, data: DataConfig, *, seed: int) -> RunText:
     notes: list[str] = []
     split = _split(learned, data, seed=seed, notes=notes)
     resolution = _Domains(learned, data, notes)
-    domains = resolution.resolved()
+    domains, tasks = resolution.resolved()
     rest = [name for name in learned.domains if name not in {each.name for each in domains}]
     if rest:
         notes.append(f"Nothing protects {', '.join(rest)}, which the checkpoint learned.")
@@ -62,6 +62,7 @@ def run_text(model: Model, data: DataConfig, *, seed: int) -> RunText:
     return RunText(
         split=split,
         domains=domains,
+        tasks=tasks,
         learned=learned.domains,
         history=tuple(_recorded(name, learned.domains[name]) for name in at_hand),
         notes=tuple(notes),
@@ -113,22 +114,29 @@ class _Domains:
         self._is_text = isinstance(data, TextDataConfig)
         self._text_field = data.text_field if isinstance(data, TextDataConfig) else "text"
 
-    def resolved(self) -> tuple[DomainText, ...]:
-        """Return old domains, then new ones.
+    def resolved(self) -> tuple[tuple[DomainText, ...], tuple[tuple[str, ...], ...]]:
+        """Return old domains, then new ones; and of each task the names of its domains.
 
         Raises:
             RequestError: learned text is not at hand, and no old text was typed.
         """
-        new = self._typed(self._data.new_sources, is_old=False)
-        again = {domain.name for domain in new}
+        typed_new, typed_old = self._data.new_sources, self._data.old_sources
+        new = self._typed(typed_new, is_old=False)
+        called = {typed: domain.name for typed, domain in zip(typed_new, new, strict=True)}
+        # What comes again in a later task alone is to be kept until then
+        again = {called[name] for name in self._data.task_sources[0] if name in called}
         old = [] if self._data.is_old_named else self._all_learned(without=again)
         named = {domain.name for domain in old}
-        for domain in self._typed(self._data.old_sources, is_old=True):
+        kept = self._typed(typed_old, is_old=True)
+        for typed, domain in zip(typed_old, kept, strict=True):
+            called.setdefault(typed, domain.name)
             if domain.name in again:
                 self._notes.append(f"{domain.name} is trained on again, so it is not old.")
             elif domain.name not in named:
                 old.append(domain)
-        return (*old, *new)
+        named = {domain.name for domain in old}
+        tasks = tuple(tuple(called[name] for name in task) for task in self._data.task_sources)
+        return (*old, *(domain for domain in new if domain.name not in named)), tasks
 
     def _typed(self, sources: TextSources, *, is_old: bool) -> list[DomainText]:
         typed: dict[str, DomainText] = {}

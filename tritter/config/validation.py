@@ -260,7 +260,10 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
     for name in new:
         if name in old:
             reason = "an old domain has that name already"
-            yield Problem(f"data.new.{name}", new[name], reason=reason)
+            side = (
+                "tasks" if isinstance(config.data, TextDataConfig) and config.data.tasks else "new"
+            )
+            yield Problem(f"data.{side}.{name}", new[name], reason=reason)
     if config.text.old:
         return
     if isinstance(config.model, ModelConfig):

@@ -16,7 +16,7 @@ from tritter.training import Schedule, discard_saved, fit
 def choice(context: RunContext, arm: Arm) -> StageResult:
     """Choose the expert of each layer that the new domains' text moves most."""
     folder = context.folder / arm.start
-    sequences = moe.spread(context, context.new_domains, moe.UTILITY_SEQUENCES)
+    sequences = moe.spread(context, context.new_of(arm), moe.UTILITY_SEQUENCES)
     chosen = best_experts(load_model(folder).to(context.device), sequences)
     context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
     config = read_config(folder)
@@ -39,7 +39,7 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
         start=start,
         target=target,
         lineage=child_of(
-            context, start, target, stage="distillation of new experts", is_adapted=True
+            context, arm, start, target, stage="distillation of new experts", is_adapted=True
         ),
         added=added,
         moments=moments.passed_on(
@@ -59,7 +59,7 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
         )
         result = fit(
             module,
-            context.batches(context.new_domains, purpose="distill", max_steps=steps),
+            context.batches(context.new_of(arm), purpose="distill", max_steps=steps),
             settings=context.trainer_settings,
             folder=folder,
             label="distill",

@@ -1,6 +1,6 @@
 """An arm of a run: one way of continuing from the baseline, or from what a round before it kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tritter.expansion import ExpansionSpec
 
@@ -16,6 +16,8 @@ class Arm:
         follows: the round whose result it starts from; None: it starts from the baseline.
         is_round: it is one of the rounds of a run that grows to a size.
         num_trainings: how many times the training's steps it is trained for.
+        task: which of the run's tasks it learns, from 0; the others have arms of their own, each of
+            which follows the one before.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Arm:
     follows: str | None = None
     is_round: bool = False
     num_trainings: int = 1
+    task: int = 0
 
     @property
     def start(self) -> str:
@@ -51,3 +54,12 @@ class Arm:
     def label(self, stage: str) -> str:
         """Return what reports call a stage of this arm: everything of the control is one."""
         return "control" if self.is_control else stage
+
+
+def tasks_of(first: Arm, count: int) -> tuple[Arm, ...]:
+    """Return an arm and those that go on from it, task after task, which grow no further."""
+    arms = [first]
+    for number in range(2, count + 1):
+        name, follows = f"{first.name}_task_{number}", arms[-1].name
+        arms.append(replace(first, name=name, specs=(), follows=follows, task=number - 1))
+    return tuple(arms)

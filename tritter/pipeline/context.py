@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,15 @@ class RunContext:
     @property
     def new_domains(self) -> tuple[str, ...]:
         return self.text.new
+
+    def new_of(self, arm: Arm) -> tuple[str, ...]:
+        """Return the domains that an arm's task is about."""
+        return self.text.tasks[arm.task]
+
+    def old_of(self, arm: Arm) -> tuple[str, ...]:
+        """Return what an arm is to keep: the old domains, and those of the tasks before its own."""
+        met = [*self.old_domains, *chain.from_iterable(self.text.tasks[: arm.task])]
+        return tuple(dict.fromkeys(name for name in met if name not in self.new_of(arm)))
 
     @cached_property
     def given(self) -> Path | None:

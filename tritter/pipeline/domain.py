@@ -104,8 +104,8 @@ def expand_for_domain(
             context.say("data", note)
         run_baseline(context)
         arm = run_arm(context, arm)
-        verdict.publish(context, arm, keep=True)
-        used = moe.summary_record(context, arm)
+        verdict.publish(context, (arm,), keep=True)
+        used = moe.summary_record(context, (arm,))
         assert used is not None
         plan = context.planned(arm)
         plan = replace(plan, steps=tuple(map(partial(_told, used, task), plan.steps)))

@@ -54,7 +54,7 @@ def prepare(context: RunContext, arm: Arm) -> StageResult:
     beside = read_state(folder)
     kinds: dict[str, TensorStream] = {}
     found: dict[str, Any] = {"notes": []}
-    flops, seconds = {"importance": 0.0}, dict[str, float]()
+    flops, seconds = {arm.label("importance"): 0.0}, dict[str, float]()
     written: Tensor | None = None
     methods = zip(build_methods(context.config.forgetting), _needs(context), strict=True)
     for method, needs in sorted(methods, key=lambda each: not each[1].writes):
@@ -72,12 +72,12 @@ def prepare(context: RunContext, arm: Arm) -> StageResult:
             kinds[kind] = TensorStream.of(disk_tensors(config, values).items())
         found |= prepared.found
         found["notes"] += prepared.notes
-        label = "importance"
+        label = arm.label("importance")
         if needs.writes:
-            label, written = method.name, prepared.written
+            label, written = arm.label(method.name), prepared.written
             seconds[label] = time.perf_counter() - since
         flops[label] = flops.get(label, 0.0) + prepared.flops
-    found["notes"] += _stand_in_notes(context)
+    found["notes"] += _stand_in_notes(context, arm)
     for note in found["notes"]:
         context.say("", note)
     with atomic_folder(_place(context, arm), overwrite=True) as temporary:
@@ -93,11 +93,11 @@ def notes(context: RunContext, arm: Arm) -> list[str]:
     return [] if done is None else list(done.found.get("notes", ()))
 
 
-def _stand_in_notes(context: RunContext) -> list[str]:
+def _stand_in_notes(context: RunContext, arm: Arm) -> list[str]:
     """Say which methods get what the model wrote for old text, as there is none."""
     chosen = zip(context.config.forgetting, _needs(context), strict=True)
     needing = [one.name for one, needs in chosen if needs.old_text]
-    if context.old_domains or not needing:
+    if context.old_of(arm) or not needing:
         return []
     return [f"There is no old text: {' and '.join(needing)} had what the model itself wrote."]
 
@@ -111,14 +111,14 @@ def _preparation(
 ) -> Preparation:
     def draw(count: int, *words: str) -> Tensor:
         return drawn_equally(
-            _old_sequences(context, written),
+            _old_sequences(context, arm, written),
             count,
             seed=lambda name: context.seed(*words, *arm.purpose, name),
         )
 
     return Preparation(
         model=model,
-        domains=context.old_domains or (() if written is None else (WRITTEN,)),
+        domains=context.old_of(arm) or (() if written is None else (WRITTEN,)),
         draw=draw,
         sequence_length=context.config.data.sequence_length,
         end_of_text_id=context.end_of_text_id,
@@ -152,7 +152,7 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
         teacher = load_model(context.folder / arm.start).eval().requires_grad_(False)
     return Task(
         seed=context.seed("forgetting", *arm.purpose),
-        old_sequences=_old_sequences(context, written) if has_old else {},
+        old_sequences=_old_sequences(context, arm, written) if has_old else {},
         written=written,
         carried=follow(planned.change.masks()) if has_masks else {},
         state={kind: through(*ruled) for kind, ruled in states.items()},
@@ -179,11 +179,10 @@ def _needs(context: RunContext) -> tuple[Needs, ...]:
     return needs
 
 
-def _old_sequences(context: RunContext, written: Tensor | None) -> Mapping[str, Tensor]:
+def _old_sequences(context: RunContext, arm: Arm, written: Tensor | None) -> Mapping[str, Tensor]:
     """Return old domain → sequences [N, T]; without one, what the model wrote, if it did."""
-    if context.old_domains or written is None:
-        return context.training_sequences(context.old_domains)
-    return {WRITTEN: written}
+    old = context.old_of(arm)
+    return context.training_sequences(old) if old or written is None else {WRITTEN: written}
 
 
 def key(arm: Arm) -> str:

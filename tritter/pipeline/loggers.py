@@ -7,12 +7,78 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.metrics import run_name, wandb_logger
 from tritter.storage.atomic import write_text_atomic
 from tritter.targets import TARGET, NamedTarget, built, imported
+
+
+def counted_on(logger: Logger, first_step: int) -> Logger:
+    """Return a logger whose steps go on from those of the trainings before."""
+    return CountedOn(logger, first_step) if first_step else logger
+
+
+class CountedOn(Logger):
+    """A logger for a training that others came before.
+
+    Args:
+        logger: takes what is logged.
+        first_step: is added to every step.
+    """
+
+    def __init__(self, logger: Logger, first_step: int) -> None:
+        self._logger = logger
+        self._first_step = first_step
+
+    @property
+    def name(self) -> str | None:
+        return self._logger.name
+
+    @property
+    def version(self) -> int | str | None:
+        return self._logger.version
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._logger.save_dir
+
+    @property
+    def root_dir(self) -> str | None:
+        return self._logger.root_dir
+
+    @property
+    def log_dir(self) -> str | None:
+        return self._logger.log_dir
+
+    @property
+    def group_separator(self) -> str:
+        return self._logger.group_separator
+
+    @property
+    def experiment(self) -> Any:
+        """What the logger writes to."""
+        return self._logger.experiment  # type: ignore[attr-defined]
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._logger.log_metrics(metrics, None if step is None else self._first_step + step)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self._logger.log_hyperparams(params, *args, **kwargs)
+
+    def log_graph(self, model: Any, input_array: Any = None) -> None:
+        self._logger.log_graph(model, input_array)
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        self._logger.after_save_checkpoint(checkpoint_callback)
+
+    def save(self) -> None:
+        self._logger.save()
+
+    def finalize(self, status: str) -> None:
+        self._logger.finalize(status)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -10,6 +11,7 @@ from uuid import uuid4
 from lightning.pytorch.loggers import WandbLogger
 
 from tritter.config.fingerprint import fingerprint
+from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext, score_records
 from tritter.report.rows import domain_rows
 from tritter.storage.atomic import write_text_atomic
@@ -45,11 +47,34 @@ def arm_rows(context: RunContext, arm_name: str) -> list[dict[str, str]]:
     return rows
 
 
-def write_metrics(context: RunContext, arm_name: str) -> Path:
+def first_step(context: RunContext, arms: Sequence[Arm], arm: Arm) -> int:
+    """Return where an arm's steps stand among those of the arms that are trained in a row."""
+    before = takewhile(lambda each: each.name != arm.name, arms)
+    return sum(num_steps(context, each.name) for each in before)
+
+
+def joined_rows(context: RunContext, arms: Sequence[Arm]) -> list[dict[str, str]]:
+    """Return what arms logged that were trained in a row, steps counted on, scores at each end.
+
+    What was evaluated before a task's first step is what stands at the end of the one before.
+    """
+    rows: list[dict[str, str]] = []
+    for arm in arms:
+        first = first_step(context, arms, arm)
+        logged = arm_rows(context, arm.name)
+        last: dict[str, object] = {"step": num_steps(context, arm.name)}
+        logged.append({k: str(v) for k, v in (last | score_metrics(context, arm.name)).items()})
+        rows += [
+            row | {"step": str(int(row["step"]) + first)}
+            for row in logged
+            if not first or int(row["step"]) > 0
+        ]
+    return rows
+
+
+def write_metrics(context: RunContext, arms: Sequence[Arm]) -> Path:
     """Write the run's metrics.csv: the step before the training, what it logged, its scores."""
-    rows = arm_rows(context, arm_name)
-    last: dict[str, object] = {"step": num_steps(context, arm_name)}
-    rows.append({k: str(v) for k, v in (last | score_metrics(context, arm_name)).items()})
+    rows = joined_rows(context, arms)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=columns, restval="", lineterminator="\n")

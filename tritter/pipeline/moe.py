@@ -115,7 +115,7 @@ def router_steps(context: RunContext, arm: Arm) -> int:
     added, options = appended(context, arm), context.config.adaptation
     if added is None or added.step or options.router_update == "frozen":
         return 0
-    sequences = options.router_epochs * _num_sequences(context, context.new_domains)
+    sequences = options.router_epochs * _num_sequences(context, context.new_of(arm))
     steps = math.ceil(sequences / context.config.data.batch_size)
     return min(steps, options.router_max_steps or steps)
 
@@ -209,23 +209,28 @@ def usage_flops(context: RunContext, config: Config) -> float:
     return sum(map(len, looked)) * flops
 
 
-def summary_record(context: RunContext, arm: Arm) -> dict[str, Any] | None:
-    """Return `moe` of summary.json for an arm that was evaluated; None for a dense model."""
-    evaluated, fitted = (context.ledger[f"{arm.name}.{stage}"] for stage in ("evaluate", "fit"))
-    record = evaluated.found.get("moe")
+def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] | None:
+    """Return `moe` of summary.json for arms that were evaluated; None for a dense model.
+
+    Args:
+        arms: those of an attempt, task after task.
+    """
+    first, last = arms[0], arms[-1]
+    record = context.ledger[f"{last.name}.evaluate"].found.get("moe")
     if record is None:
         return None
     record = dict(record)
-    added = appended(context, arm)
+    added = appended(context, first)
     if added is not None:
-        steps = router_steps(context, arm)
-        now = opened(context, arm, added, steps=steps + fitted.found["steps"])
+        steps = router_steps(context, first)
+        trained = sum(context.ledger[f"{arm.name}.fit"].found["steps"] for arm in arms)
+        now = opened(context, first, added, steps=steps + trained)
         record["new"] = list(added.experts)
         record["router_steps"] = steps
         record["is_open"] = now.is_settled
     if context.config.moe_routing.bias_update_rate:
         biased, stock = (
-            score_records(context.read_scores(f"{arm.name}-{kind}"))
+            score_records(context.read_scores(f"{last.name}-{kind}"))
             for kind in ("biased", "trained")
         )
         record["selection_bias"] = {
@@ -279,7 +284,7 @@ def _objective(
 
 def _old_routing(context: RunContext, arm: Arm) -> OldRouting:
     """Look at where the arm's model sends old text before any of its trainings."""
-    chosen = context.drawn_equally(context.old_domains, HELD_SEQUENCES, "hold_old", *arm.purpose)
+    chosen = context.drawn_equally(context.old_of(arm), HELD_SEQUENCES, "hold_old", *arm.purpose)
     model = load_model(expanded_folder(context, arm)).to(context.device)
     batch_size = max(1, context.config.data.batch_size // 4)
     return OldRouting.of(model, chosen, batch_size=batch_size)

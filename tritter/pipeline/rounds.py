@@ -6,31 +6,36 @@ from typing import Any
 from tritter.config.rounds import planned_rounds
 from tritter.evaluation.gate import Status
 from tritter.models import read_config
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.arm import Arm, tasks_of
 from tritter.pipeline.context import RunContext
 from tritter.planning.strategy import TOLERANCE
 
 ATTEMPT = Arm("attempt_1", ())
 
 
-def planned_arms(context: RunContext) -> tuple[Arm, ...]:
-    """Return the arms that the run may come to train, in their order; the baseline must be there.
+def planned_rounds_of(context: RunContext) -> tuple[tuple[Arm, ...], ...]:
+    """Return the rounds that the run may come to, each as its arms, task after task.
+
+    The baseline must be there.
 
     Raises:
         RequestError: the target can't be reached from the baseline's shape.
     """
     config = context.config
     if config.pipeline.target_params is None:
-        return (replace(ATTEMPT, specs=config.expansion),)
+        attempt = replace(ATTEMPT, specs=config.expansion)
+        return (tasks_of(attempt, len(context.text.tasks)),)
     shapes = planned_rounds(config, read_config(context.folder / "baseline"))
     counts = " → ".join(f"{shape.parameters:,}" for shape in shapes)
     context.say("plan", f"{len(shapes)} rounds to {counts} parameters")
     return tuple(
-        Arm(
-            f"round_{number}",
-            (shape.spec,),
-            follows=f"round_{number - 1}" if number > 1 else None,
-            is_round=True,
+        (
+            Arm(
+                f"round_{number}",
+                (shape.spec,),
+                follows=f"round_{number - 1}" if number > 1 else None,
+                is_round=True,
+            ),
         )
         for number, shape in enumerate(shapes, start=1)
     )

@@ -4,8 +4,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,25 @@ from tritter.config.jobs import read_status
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status, decide
-from tritter.families import count_parameters, on_disk
-from tritter.models import read_config
 from tritter.pipeline import adaptation, importance, moe, stages, verdict
-from tritter.pipeline.arm import Arm
-from tritter.pipeline.context import RunContext, score_records
+from tritter.pipeline.arm import Arm, tasks_of
+from tritter.pipeline.context import RunContext
 from tritter.pipeline.given import check_given
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.loggers import open_loggers
+from tritter.pipeline.loggers import counted_on, open_loggers
 from tritter.pipeline.metrics import (
     BEFORE,
-    arm_rows,
     before_metrics,
+    first_step,
+    joined_rows,
     num_steps,
     score_metrics,
     tell_wandb,
     write_metrics,
 )
-from tritter.pipeline.rounds import (
-    planned_arms,
-    round_status,
-    target_record,
-)
+from tritter.pipeline.rounds import planned_rounds_of, round_status
 from tritter.pipeline.suggestions import next_commands
+from tritter.pipeline.summary import summary_record
 from tritter.report.plots import curves_of, plot_run
 from tritter.report.tables import print_summary
 from tritter.storage.atomic import write_text_atomic
@@ -85,24 +82,26 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     _announce(context)
     _check_text(context)
     run_baseline(context)
-    arms = _run_rounds(context)
-    control = replace(CONTROL, num_trainings=len(arms))
-    if config.control:
-        context.say("control", "the un-grown base, trained in the same way")
-        run_arm(context, control)
-    status = round_status(context, arms[-1]) if arms[-1].is_round else None
-    status = status or _gate_stage(context, arms[-1])
-    context.stage("publish", lambda: _publish(context, arms[-1], status), label="publish")
-    summary = _summary(context, arms, control)
+    rounds = _run_rounds(context)
+    arms, control = rounds[-1], _run_control(context, num_rounds=len(rounds))
+    status = round_status(context, arms[0]) if arms[0].is_round else None
+    status = status or _gate_stage(context, arms)
+    context.stage("publish", lambda: _publish(context, arms, status), label="publish")
+    summary = summary_record(
+        context,
+        rounds,
+        control=control,
+        control_gate=_gate(context, control) if control else None,
+    )
     path = run_folder / SUMMARY_NAME
     write_text_atomic(path, json.dumps(summary, indent=1) + "\n")
-    metrics_csv = write_metrics(context, arms[-1].name)
+    metrics_csv = write_metrics(context, arms)
     plots = plot_run(
         summary,
         metrics_csv,
         run_folder / "plots",
-        earlier=[curves_of(arm_rows(context, arm.name)) for arm in arms[:-1]],
-        control=curves_of(arm_rows(context, control.name)) if config.control else (),
+        earlier=[curves_of(joined_rows(context, each)) for each in rounds[:-1]],
+        control=curves_of(joined_rows(context, control)),
     )
     tell_wandb(context, summary, plots)
     print_summary(summary, console=context.console, folder=run_folder)
@@ -111,36 +110,62 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     return Outcome(status=status, metric=_metric(summary), summary_path=path, leaves=leaves)
 
 
-def _run_rounds(context: RunContext) -> list[Arm]:
+def _run_rounds(context: RunContext) -> list[tuple[Arm, ...]]:
     """Run round after round until the last, or one that is rolled back; return those that ran.
 
     A run that does not grow to a size has one, whose gate comes after the control.
     """
-    planned = planned_arms(context)
-    run: list[Arm] = []
-    for arm in planned:
-        run.append(arm)
-        _run_importance(context, arm)
-        run_arm(context, arm)
-        if not arm.is_round:
+    planned = planned_rounds_of(context)
+    run: list[tuple[Arm, ...]] = []
+    for each in planned:
+        arms = _run_tasks(context, each, so_far=run)
+        run.append(arms)
+        if not arms[0].is_round:
             break
-        status = _gate_stage(context, arm)
-        context.say("gate", f"{arm.name}: {status}")
+        status = _gate_stage(context, arms)
+        context.say("gate", f"{arms[0].name}: {status}")
         if status == "rolled_back":
             break
-        if arm is not planned[-1]:
-            context.stage(arm.key("keep"), partial(_keep, context, arm), label="publish")
+        if each is not planned[-1]:
+            context.stage(arms[0].key("keep"), partial(_keep, context, arms[0]), label="publish")
     return run
 
 
+def _run_tasks(
+    context: RunContext, arms: Sequence[Arm], *, so_far: Sequence[Sequence[Arm]] = ()
+) -> tuple[Arm, ...]:
+    """Train arms in a row, until one is broken off; return those that were.
+
+    Args:
+        so_far: rounds before, whose steps loggers count on from.
+    """
+    row = [*chain.from_iterable(so_far), *arms]
+    for number, arm in enumerate(arms, start=1):
+        _run_importance(context, arm)
+        run_arm(context, arm, first_step=first_step(context, row, arm))
+        if context.ledger[f"{arm.name}.fit"].found["stopped_because"] is not None:
+            return tuple(arms[:number])
+    return tuple(arms)
+
+
+def _run_control(context: RunContext, *, num_rounds: int) -> tuple[Arm, ...]:
+    """Train the control where it is asked for; return its arms."""
+    if not context.config.control:
+        return ()
+    context.say("control", "the un-grown base, trained in the same way")
+    first = replace(CONTROL, num_trainings=num_rounds)
+    return _run_tasks(context, tasks_of(first, len(context.text.tasks)))
+
+
 def _run_importance(context: RunContext, arm: Arm) -> None:
-    if importance.is_needed(context):
-        key = importance.key(arm)
-        context.stage(key, lambda: importance.prepare(context, arm), label="importance")
+    if not importance.is_needed(context) or (arm.is_control and not arm.follows):
+        return  # the control begins where the attempt did, for which it was made
+    label = arm.label("importance")
+    context.stage(importance.key(arm), lambda: importance.prepare(context, arm), label=label)
 
 
-def _gate_stage(context: RunContext, arm: Arm) -> Status:
-    gate = context.stage(arm.key("gate"), lambda: _gate(context, arm), label="gate")
+def _gate_stage(context: RunContext, arms: Sequence[Arm]) -> Status:
+    gate = context.stage(arms[0].key("gate"), lambda: _gate(context, arms), label="gate")
     status: Status = gate.found["status"]
     return status
 
@@ -154,8 +179,12 @@ def run_baseline(context: RunContext) -> None:
     context.stage("baseline", lambda: stages.baseline(context), label="baseline")
 
 
-def run_arm(context: RunContext, arm: Arm) -> Arm:
-    """Expand, train and score one arm; return it with what was chosen by its data."""
+def run_arm(context: RunContext, arm: Arm, *, first_step: int = 0) -> Arm:
+    """Expand, train and score one arm; return it with what was chosen by its data.
+
+    Args:
+        first_step: from where loggers count its steps: those of the trainings before it.
+    """
     key, label = arm.name, arm.label
     if moe.chooses(arm):
         chosen = context.stage(
@@ -169,7 +198,7 @@ def run_arm(context: RunContext, arm: Arm) -> Arm:
         )
     if moe.router_steps(context, arm):
         context.stage(f"{key}.adapt", lambda: stages.adaptation(context, arm), label=label("adapt"))
-    with _loggers(context, arm) as loggers:
+    with _loggers(context, arm, first_step=first_step) as loggers:
         if before := before_metrics(context, key):
             for logger in loggers if not metrics_files(context.folder / key) else ():
                 logger.log_metrics(before, step=BEFORE)
@@ -187,23 +216,23 @@ def run_arm(context: RunContext, arm: Arm) -> Arm:
 
 
 @contextmanager
-def _loggers(context: RunContext, arm: Arm) -> Iterator[list[Logger]]:
+def _loggers(context: RunContext, arm: Arm, *, first_step: int) -> Iterator[list[Logger]]:
     """Open the loggers for an arm, unless it was fitted before."""
     if context.ledger.get(f"{arm.name}.fit") is not None:
         yield []
         return
     with open_loggers(context, "control" if arm.is_control else None) as loggers:
-        yield loggers
+        yield [counted_on(logger, first_step) for logger in loggers]
 
 
-def _gate(context: RunContext, attempt: Arm) -> StageResult:
-    checks = verdict.checks(context, attempt)
+def _gate(context: RunContext, arms: Sequence[Arm]) -> StageResult:
+    checks = verdict.checks(context, arms)
     status = decide(checks, enabled=context.config.gate.enabled)
     return StageResult(found={"status": status, "checks": [check.to_dict() for check in checks]})
 
 
-def _publish(context: RunContext, attempt: Arm, status: Status) -> StageResult:
-    lineage = verdict.publish(context, attempt, keep=status != "rolled_back")
+def _publish(context: RunContext, arms: Sequence[Arm], status: Status) -> StageResult:
+    lineage = verdict.publish(context, arms, keep=status != "rolled_back")
     return StageResult(
         found={
             "model_hash": lineage.model_hash,
@@ -213,83 +242,6 @@ def _publish(context: RunContext, attempt: Arm, status: Status) -> StageResult:
         },
         leaves=("checkpoint",),
     )
-
-
-def _summary(context: RunContext, arms: Sequence[Arm], control: Arm) -> dict[str, Any]:
-    """Assemble summary.json from the ledger and the scores on disk; the last arm stands in front.
-
-    Args:
-        arms: the rounds that ran; of a run that does not grow to a size the one attempt.
-    """
-    last = arms[-1]
-    records = [_attempt_record(context, arm) for arm in arms]
-    attempt, status = records[-1], records[-1]["status"]
-    places = {"baseline": "baseline", "final": "checkpoint"}
-    sizes = {name: read_config(context.folder / place) for name, place in places.items()}
-    is_kept = status != "rolled_back"
-    summary: dict[str, Any] = {
-        "format_version": 1,
-        "status": status,
-        "domains": {"old": list(context.old_domains), "new": list(context.new_domains)},
-        "data": {name: asdict(counts) for name, counts in context.corpus.counts.items()},
-        "expansion": [spec.name for arm in arms for spec in arm.specs],
-        "forgetting": [options.name for options in context.config.forgetting],
-        "seed": context.config.seed,
-        "baseline": _scores(context, "baseline"),
-        "expanded": attempt["expanded"],
-        "final": attempt["final"] if is_kept else _scores(context, last.start_scores),
-        "gate": attempt["gate"],
-        "attempts": [attempt],
-        "jump": attempt["jump"],
-        "flops": context.ledger.flops(),
-        "seconds": context.ledger.seconds(),
-        "parameters": {name: count_parameters(config) for name, config in sizes.items()},
-        "parameters_on_disk": {name: count_parameters(on_disk(c)) for name, c in sizes.items()},
-        "checkpoint": "checkpoint",
-        "lineage": context.ledger["publish"].found,
-        "samples": context.ledger[f"{last.name}.evaluate"].found["samples"],
-        "notes": [*context.notes, *(n for arm in arms for n in importance.notes(context, arm))],
-    }
-    if (used := moe.summary_record(context, last)) is not None:
-        summary["moe"] = used
-    if last.is_round:
-        summary |= {"rounds": records, "target": target_record(context, last)}
-    if context.config.control:
-        summary["control"] = _arm_record(context, control, _gate(context, control))
-    return summary
-
-
-def _attempt_record(context: RunContext, arm: Arm) -> dict[str, Any]:
-    grown = context.ledger[f"{arm.name}.expand"]
-    start = {"baseline": _scores(context, arm.start_scores)} if arm.follows else {}
-    return {
-        **_arm_record(context, arm, context.ledger[arm.key("gate")]),
-        "expanded": _scores(context, f"{arm.name}-expanded" if arm.specs else arm.start_scores),
-        "jump": grown.found.get("jump"),
-        **start,
-    }
-
-
-def _arm_record(context: RunContext, arm: Arm, gate: StageResult) -> dict[str, Any]:
-    fitted, grown = (context.ledger[f"{arm.name}.{stage}"] for stage in ("fit", "expand"))
-    return {
-        "expansion": [spec.name for spec in arm.specs],
-        "status": gate.found["status"],
-        "final": _scores(context, f"{arm.name}-trained"),
-        "gate": gate.found["checks"],
-        "steps": fitted.found["steps"],
-        "ended_early": fitted.found.get("ended_early"),
-        "refused_steps": fitted.found["refused_steps"],
-        "update_norms": fitted.found["update_norms"],
-        "parameters": grown.found["parameters"],
-        "notes": grown.found["notes"],
-        "flops": sum(fitted.flops.values()),
-        "seconds": sum(fitted.seconds.values()),
-    }
-
-
-def _scores(context: RunContext, name: str) -> dict[str, Any]:
-    return score_records(context.read_scores(name))
 
 
 def _metric(summary: dict[str, Any]) -> float:
@@ -313,6 +265,9 @@ def _announce(context: RunContext) -> None:
     context.say("data", f"{', '.join(parts)}; {', '.join(origins)}")
     for note in context.notes:
         context.say("", note)
+    if len(tasks := context.text.tasks) > 1:
+        named = (" and ".join(domains) for domains in tasks)
+        context.say("tasks", f"{', then '.join(named)}; {config.training.max_steps} steps each")
     if not context.old_domains:
         context.say("", "no old text (data.old): forgetting is not measured, and not gated")
 

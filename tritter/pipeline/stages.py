@@ -151,12 +151,12 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
     write = TrainedWriter(
         start=start,
         target=target,
-        lineage=child_of(context, start, target, stage="router adaptation", is_adapted=True),
+        lineage=child_of(context, arm, start, target, stage="router adaptation", is_adapted=True),
         added=added,
         anneal_steps=moe.anneal_steps(context, arm, added),
         moments=moments.passed_on(context, start, is_trained=is_router),
     )
-    context.say("adapt", f"{steps} steps of the routers on {', '.join(context.new_domains)}")
+    context.say("adapt", f"{steps} steps of the routers on {', '.join(context.new_of(arm))}")
     with moe.ready_for_routers(context, arm, model) as setup:
         module = BaseModule(
             model,
@@ -186,8 +186,10 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     _freeze(context, arm, model)
     methods = build_methods(context.config.forgetting)
     protection = " and ".join(method.name for method in methods) or "nothing"
-    domains = ", ".join(context.new_domains)
-    context.say("train", f"{settings.max_steps} steps on {domains}, protected by {protection}")
+    domains, tasks = ", ".join(context.new_of(arm)), len(context.text.tasks)
+    place = f" (task {arm.task + 1} of {tasks})" if tasks > 1 else ""
+    steps = f"{settings.max_steps} steps on {domains}{place}"
+    context.say("train", f"{steps}, protected by {protection}")
     with moe.ready_for_training(context, arm, model) as setup:
         module = BaseModule(
             model,
@@ -268,7 +270,7 @@ def _fit(
     return fit(
         module,
         context.batches(
-            context.new_domains, purpose="-".join((label, *arm.purpose)), max_steps=max_steps
+            context.new_of(arm), purpose="-".join((label, *arm.purpose)), max_steps=max_steps
         ),
         settings=context.trainer_settings,
         folder=folder,
@@ -299,8 +301,9 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     context.score(trained, f"{arm.name}-trained")
     config = read_config(context.folder / arm.name / "trained")
     samples, flops = [], context.scoring_flops(config) + moe.usage_flops(context, config)
-    if not arm.is_control and context.config.evaluation.sample_tokens:
-        before = load_model(context.folder / arm.start)
+    is_last = arm.task == len(context.text.tasks) - 1
+    if is_last and not arm.is_control and context.config.evaluation.sample_tokens:
+        before = load_model(context.folder / ("baseline" if arm.task else arm.start))
         samples = [_sample(context, domain, before, trained) for domain in context.domains]
         flops += sum(sample.flops for sample in samples)
     return StageResult(

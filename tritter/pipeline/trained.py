@@ -37,7 +37,8 @@ class TrainedWriter:
 
     Args:
         lineage: of the child, all but the steps and what follows from them.
-        steps_before: optimizer steps since the last expansion, before this training.
+        steps_before: optimizer steps of the arm before this training.
+        earlier_steps: those of the tasks before, since the last expansion.
         added: appended experts as the expansion left them; settled ones are forgotten.
         anneal_steps: after how many steps they are open; None: this training opens them no further.
         moments: those of the optimizer.
@@ -48,6 +49,7 @@ class TrainedWriter:
     target: Path
     lineage: Lineage
     steps_before: int = 0
+    earlier_steps: int = 0
     added: AddedExperts | None = None
     anneal_steps: int | None = None
     moments: Artifact | None = None
@@ -67,7 +69,7 @@ class TrainedWriter:
             tensors=TensorStream.of(stored_tensors(whole_state(model), config)),
             lineage=lambda: replace(
                 self.lineage,
-                step=steps,
+                step=self.earlier_steps + steps,
                 stock_loadable="yes" if is_settled else "after adaptation",
             ),
             artifacts=(TokenizerFiles(self.start), None if is_settled else added, self.moments),
@@ -87,9 +89,9 @@ def _followed(config: Config, model: nn.Module) -> Config:
 
 
 def child_of(
-    context: RunContext, start: Path, target: Path, *, stage: str, is_adapted: bool
+    context: RunContext, arm: Arm, start: Path, target: Path, *, stage: str, is_adapted: bool
 ) -> Lineage:
-    """Return the lineage of what a training of `start` leaves at `target`, but for its steps.
+    """Return the lineage of what an arm's training leaves at `target`, but for its steps.
 
     Args:
         stage: what the training is called in the record.
@@ -108,12 +110,12 @@ def child_of(
             "training": asdict(config.training),
             **{name: asdict(getattr(config, name)) for name in sections},
             "forgetting": [{"name": one.name, **one.plain()} for one in config.forgetting],
-            "old": context.source_records(context.old_domains),
-            "new": context.source_records(context.new_domains),
+            "old": context.source_records(context.old_of(arm)),
+            "new": context.source_records(context.new_of(arm)),
             **context.split_record(),
         },
         split=context.split,
-        domains=context.learned(context.domains),
+        domains=context.learned((*context.old_of(arm), *context.new_of(arm))),
     )
 
 
@@ -126,9 +128,10 @@ def arm_writer(context: RunContext, arm: Arm, *, is_routed: bool) -> TrainedWrit
         start=start,
         target=target,
         lineage=child_of(
-            context, start, target, stage="continued training", is_adapted=added is not None
+            context, arm, start, target, stage="continued training", is_adapted=added is not None
         ),
         steps_before=moe.router_steps(context, arm),
+        earlier_steps=lineage_of(start).step if arm.task else 0,
         added=added,
         anneal_steps=None if added is None else moe.anneal_steps(context, arm, added),
         moments=moments.LeftState(folder),

@@ -1,7 +1,9 @@
 """The end of a run: the gate's checks, and the checkpoint that follows from them."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from tritter.checkpoint import Lineage, lineage_of, write_lineage
@@ -13,6 +15,7 @@ from tritter.evaluation.gate import (
     training_check,
 )
 from tritter.evaluation.jump import Jump
+from tritter.evaluation.paired_scores import PairedScores
 from tritter.evaluation.statistics import performance_delta
 from tritter.models import read_config
 from tritter.pipeline.arm import Arm
@@ -21,29 +24,33 @@ from tritter.pipeline.moe import start_folder
 from tritter.storage.atomic import atomic_folder
 
 
-def checks(context: RunContext, arm: Arm) -> list[Check]:
-    """Hold an arm against the gate's questions."""
-    gate = context.config.gate
-    before = context.read_scores(arm.start_scores)
-    after = context.read_scores(f"{arm.name}-trained")
-    fitted, expanded = (context.ledger[f"{arm.name}.{stage}"] for stage in ("fit", "expand"))
+def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
+    """Hold an attempt against the gate's questions.
+
+    An old domain may not lose against what the attempt began with, the domain of a task that others
+    followed not against what it was when it was learned.
+
+    Args:
+        arms: those that were trained, task after task.
+    """
+    gate, first = context.config.gate, arms[0]
+    before = context.read_scores(first.start_scores)
+    after = context.read_scores(f"{arms[-1].name}-trained")
+    fits = [context.ledger[f"{arm.name}.fit"].found for arm in arms]
+    reasons = (found["stopped_because"] for found in fits)
     made = [
         training_check(
-            fitted.found["refused_steps"], aborted_reason=fitted.found["stopped_because"]
+            sum(found["refused_steps"] for found in fits),
+            aborted_reason=next(filter(None, reasons), None),
         )
     ]
-    if (jump := expanded.found.get("jump")) is not None:
-        made.append(preservation_check(_jump(jump), claims_exact=arm.claims_exact))
+    if (jump := context.ledger[f"{first.name}.expand"].found.get("jump")) is not None:
+        made.append(preservation_check(_jump(jump), claims_exact=first.claims_exact))
+    bounds = {"bound": gate.retention, "confidence": gate.confidence}
     for domain in context.old_domains:
-        made.append(
-            retention_check(
-                domain,
-                before[domain],
-                after[domain],
-                bound=gate.retention,
-                confidence=gate.confidence,
-            )
-        )
+        made.append(retention_check(domain, before[domain], after[domain], **bounds))
+    for domain, learned in _learned_on_the_way(context, arms).items():
+        made.append(retention_check(domain, learned, after[domain], **bounds))
     for domain in context.new_domains:
         made.append(
             new_capability_check(domain, before[domain], after[domain], confidence=gate.confidence)
@@ -51,37 +58,56 @@ def checks(context: RunContext, arm: Arm) -> list[Check]:
     return made
 
 
+def _learned_on_the_way(context: RunContext, arms: Sequence[Arm]) -> dict[str, PairedScores]:
+    """Return the scores of each task's domains when they were learned, for the last time.
+
+    What is old as a whole is held against the beginning, and what the last task is about is new.
+    """
+    learned: dict[str, PairedScores] = {}
+    for arm in arms:
+        scores = context.read_scores(f"{arm.name}-trained")
+        learned |= {domain: scores[domain] for domain in context.new_of(arm)}
+    aside = (*context.old_domains, *context.new_of(arms[-1]))
+    return {domain: scores for domain, scores in learned.items() if domain not in aside}
+
+
 def complete(context: RunContext, arm: Arm) -> Lineage:
     """Write into a kept round's own folder what its training made of it: the next starts there."""
     folder = context.folder / arm.name / "trained"
     lineage = lineage_of(folder)
-    completed = replace(_completed(context, arm, lineage), parent_path=lineage.parent_path)
+    completed = replace(_completed(context, (arm,), lineage), parent_path=lineage.parent_path)
     write_lineage(folder, completed, read_config(folder))
     return completed
 
 
-def publish(context: RunContext, arm: Arm, *, keep: bool) -> Lineage:
-    """Put what was kept at `checkpoint/`: the trained model, or after a rollback its start."""
-    source = context.folder / (f"{arm.name}/trained" if keep else arm.start)
+def publish(context: RunContext, arms: Sequence[Arm], *, keep: bool) -> Lineage:
+    """Put what was kept at `checkpoint/`: the trained model, or after a rollback its start.
+
+    Args:
+        arms: those of the attempt, task after task.
+    """
+    first, last = arms[0], arms[-1]
+    source = context.folder / (f"{last.name}/trained" if keep else first.start)
     target = context.folder / "checkpoint"
     lineage = lineage_of(source)
     if keep:
-        lineage = _completed(context, arm, lineage)
-    elif arm.follows:
-        lineage = replace(lineage, parent_path=f"../{arm.follows}/expanded")
+        lineage = _completed(context, arms, lineage)
+    elif first.follows:
+        lineage = replace(lineage, parent_path=f"../{first.follows}/expanded")
     with atomic_folder(target, overwrite=True) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         write_lineage(temporary, lineage, read_config(source))
     return lineage_of(target)
 
 
-def _completed(context: RunContext, arm: Arm, lineage: Lineage) -> Lineage:
+def _completed(context: RunContext, arms: Sequence[Arm], lineage: Lineage) -> Lineage:
     """Return a lineage whose newest expansion records say what the training made of them."""
-    before = context.read_scores(arm.start_scores)
-    after = context.read_scores(f"{arm.name}-trained")
+    first, last = arms[0], arms[-1]
+    before = context.read_scores(first.start_scores)
+    after = context.read_scores(f"{last.name}-trained")
     delta = {d: performance_delta(before[d], after[d]) for d in context.domains}
     history = list(lineage.expansion_history)
-    for position in range(len(history) - len(arm.specs), len(history)):
+    for position in range(len(history) - len(first.specs), len(history)):
         history[position] = replace(
             history[position], continued_training_steps=lineage.step, performance_delta=delta
         )
@@ -90,8 +116,8 @@ def _completed(context: RunContext, arm: Arm, lineage: Lineage) -> Lineage:
         lineage,
         expansion_history=tuple(history),
         benchmark_scores=means,
-        best_loss=sum(means[d] for d in context.new_domains) / len(context.new_domains),
-        parent_path=f"../{start_folder(context, arm).relative_to(context.folder)}",
+        best_loss=fmean(means[domain] for domain in context.new_of(last)),
+        parent_path=f"../{start_folder(context, last).relative_to(context.folder)}",
     )
 
 

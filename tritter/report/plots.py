@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def plot_run(
     is_grown = bool(last_attempt(summary).get("expansion"))
     figures = {
         "domains.png": _domains_figure(rows),
-        "forgetting.png": _forgetting_figure(rows, [*earlier, curves], control, is_grown=is_grown),
+        "forgetting.png": _forgetting_figure(
+            rows, [*earlier, curves], control, borders=_borders(summary), is_grown=is_grown
+        ),
         "training.png": _training_figure(curves),
         "retention_and_gain.png": _tradeoff_figure(rows),
     }
@@ -156,6 +159,7 @@ def _forgetting_figure(
     rounds: Sequence[Sequence[Curve]],
     control: Sequence[Curve],
     *,
+    borders: Sequence[int],
     is_grown: bool,
 ) -> Figure | None:
     """One panel per domain: what it came from, the expansion, its loss while it is trained."""
@@ -169,6 +173,8 @@ def _forgetting_figure(
         for beside in _courses(row, [control]):
             label = "control, not grown"
             axes.plot(beside.steps, beside.values, "s--", color=_ORANGE, markersize=3, label=label)
+        for step in borders:
+            axes.axvline(step, color=_GREY, linestyle="-.", linewidth=1, label="next task")
         axes.set_title(f"{row.domain} ({row.role})", fontsize=10)
         axes.set_xlabel("training step")
         axes.margins(y=0.15)
@@ -182,6 +188,12 @@ def _forgetting_figure(
     note = f"always the same part of the validation text; dotted: {level}"
     figure.supxlabel(note, fontsize=7, color=_GREY)
     return figure
+
+
+def _borders(summary: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the steps at which a run went on to its next task."""
+    steps = accumulate(task["steps"] for task in summary.get("tasks") or [])
+    return tuple(steps)[:-1]
 
 
 def _courses(row: DomainRow, rounds: Sequence[Sequence[Curve]]) -> list[_Course]:

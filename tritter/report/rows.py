@@ -108,8 +108,8 @@ def _row(
     expanded: Mapping[str, Any] | None,
 ) -> DomainRow:
     # A round of several states what it started from
-    before = _score(trained.get("baseline") or summary.get("baseline"), domain)
-    after = _score(trained.get("final"), domain)
+    before = score_of(trained.get("baseline") or summary.get("baseline"), domain)
+    after = score_of(trained.get("final"), domain)
     check = next(
         (
             check
@@ -123,7 +123,7 @@ def _row(
         role=role,
         is_control=trained is summary.get("control"),
         before=before,
-        expanded=None if expanded is None else _score(expanded, domain),
+        expanded=None if expanded is None else score_of(expanded, domain),
         trained=after,
         change=_change(check, before=before, after=after),
         bound=check.get("bound"),
@@ -131,7 +131,8 @@ def _row(
     )
 
 
-def _score(scores: Mapping[str, Any] | None, domain: str) -> Score:
+def score_of(scores: Mapping[str, Any] | None, domain: str) -> Score:
+    """Return one domain's score of a record as summary.json has it."""
     record = (scores or {}).get(domain, {})
     names = ("loss", "loss_per_byte", "standard_error", "accuracy")
     return Score(**{name: record.get(name) for name in names})

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tritter.report.moe import bias_text, expert_table
-from tritter.report.rows import DomainRow, checks, domain_rows, last_attempt
+from tritter.report.rows import DomainRow, checks, domain_rows, last_attempt, score_of
 from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
 from tritter.terminal import Console
 
@@ -50,9 +50,12 @@ def print_summary(
         folder: the run folder; with it the checkpoint is named by a path that can be copied.
     """
     signs = Signs.for_encoding(console.encoding)
-    tables = [result_table(summary, signs=signs), stage_table(summary)]
+    tables = [result_table(summary, signs=signs)]
+    if len(summary.get("tasks") or []) > 1:
+        tables.append(task_table(summary, signs=signs))
     if experts := summary.get("moe"):
-        tables.insert(1, expert_table(experts))
+        tables.append(expert_table(experts))
+    tables.append(stage_table(summary))
     for table in tables:
         console.print()
         console.print(table)
@@ -81,6 +84,24 @@ def result_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
             is_control = True
         table.add_row(*_cells(row, signs=signs))
     table.caption = _caption(summary)
+    return table
+
+
+def task_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
+    """Return one row per domain: nats per token before, and after each task in its turn."""
+    attempt = last_attempt(summary)
+    columns = [("before", summary["baseline"])]
+    if attempt["expansion"]:
+        columns.append(("expanded", attempt["expanded"]))
+    for number, task in enumerate(summary["tasks"], start=1):
+        columns.append((f"{number}: {' '.join(task['domains'])}", task["final"]))
+    table = _table("Loss in nats per token after each task")
+    _add_columns(table, "domain", justify="left")
+    _add_columns(table, *(signs.printable(name) for name, _ in columns), justify="right")
+    for row in domain_rows(summary):
+        if not row.is_control:
+            cells = (score_text(score_of(scores, row.domain)) for _, scores in columns)
+            table.add_row(Text(signs.shortened(row.domain, _DOMAIN_CHARACTERS)), *cells)
     return table
 
 

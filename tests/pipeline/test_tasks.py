@@ -1,0 +1,224 @@
+"""`data.tasks`: one task after the other from what the one before left, and what the gate asks."""
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+
+from tests.pipeline.tiny import FIXTURES, TINY
+from tritter.checkpoint import read_lineage
+from tritter.config.composition import load_config
+from tritter.errors import TritterError
+from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import relative_harm
+from tritter.pipeline import Outcome, run, run_pipeline, stages
+from tritter.pipeline.arm import Arm
+from tritter.pipeline.context import RunContext
+from tritter.pipeline.ledger import StageResult
+from tritter.pipeline.loggers import counted_on
+
+NEW = FIXTURES / "text/new.jsonl"
+JOB = [word for word in TINY if not word.startswith("data.new=")]
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def run_tasks(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run_there(folder: Path, *words: str, job: list[str] = JOB) -> Outcome:
+        folder.mkdir(exist_ok=True)
+        config = load_config([*job, f"cache_dir={cache}", "evaluation.every_n_steps=3", *words])
+        with pytest.MonkeyPatch.context() as patch:
+            if not config.control:  # one run draws what there is to draw
+                patch.setattr(run, "plot_run", lambda *_, **__: [])
+            return run_pipeline(config, run_folder=folder)
+
+    return run_there
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "code.jsonl"
+    texts = [f"def times_{n}(x):\n    return {n} * x + sum(range({n}))\n" for n in range(30)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def words(code: Path) -> tuple[str, ...]:
+    return (f"data.tasks=[{NEW},{code},{NEW}]", "control=true", "optimizer.carry=true")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    run_tasks: Run, words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("tasks") / "run"
+    run_tasks(folder, *words)
+    return folder
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def scores_of(folder: Path, name: str, domain: str) -> PairedScores:
+    return PairedScores.from_dict(json.loads((folder / f"scores/{name}.json").read_text())[domain])
+
+
+def test_each_task_has_its_record_and_the_last_stands_in_front(trained: Path) -> None:
+    summary = summary_of(trained)
+    assert summary["domains"] == {"old": ["old"], "new": ["new", "code"]}
+    tasks, control = summary["tasks"], summary["control"]["tasks"]
+    assert [task["domains"] for task in tasks] == [["new"], ["code"], ["new"]]
+    assert [task["steps"] for task in tasks] == [6, 6, 6] and summary["attempts"][0]["steps"] == 18
+    assert summary["final"] == tasks[-1]["final"] != tasks[0]["final"]
+    assert [task["domains"] for task in control] == [task["domains"] for task in tasks]
+    assert control[-1]["final"] == summary["control"]["final"]
+    for task in tasks:
+        assert task["final"].keys() == {"old", "new", "code"} and task["flops"] > 0
+
+
+def test_a_task_that_others_followed_is_held_against_what_it_was_when_it_was_learned(
+    trained: Path,
+) -> None:
+    """By hand, from the scores on disk. What comes last is new, and has nothing to keep yet."""
+    checks = {(check["check"], check["subject"]): check for check in summary_of(trained)["gate"]}
+    assert [name for name in checks if name[0] == "retention"] == [
+        ("retention", "old"), ("retention", "code"),
+    ]  # fmt: skip
+    assert {name for name in checks if name[0] == "new_capability"} == {
+        ("new_capability", "new"), ("new_capability", "code"),
+    }  # fmt: skip
+    final = "attempt_1_task_3-trained"
+    for name, subject, before in (
+        ("retention", "code", "attempt_1_task_2-trained"),
+        ("retention", "old", "baseline"),
+        ("new_capability", "new", "baseline"),
+    ):
+        harm = relative_harm(*(scores_of(trained, each, subject) for each in (before, final)))
+        assert checks[name, subject]["value"] == pytest.approx(harm.value)
+
+
+def test_each_task_starts_from_what_the_one_before_left(trained: Path) -> None:
+    """Weights and moments; the lineage holds one node for each, and all text that was learned."""
+    nodes = [trained / f"attempt_1{part}/trained" for part in ("", "_task_2", "_task_3")]
+    lineages = [read_lineage(node) for node in nodes]
+    published = read_lineage(trained / "checkpoint")
+    assert published is not None and None not in lineages
+    hashes = [each.model_hash for each in lineages if each is not None]
+    parents = [each.parent_hash for each in lineages if each is not None]
+    assert parents[1:] == hashes[:-1] and published.model_hash == hashes[-1]
+    assert [each.step for each in lineages if each is not None] == [6, 12, 18]
+    assert set(published.domains) == {"old", "code", "new"}
+    assert list(published.training_config["old"]) == ["old", "code"]
+    assert published.expansion_history[0].continued_training_steps == 18
+    first, second = (json.loads((node / "state/state.json").read_text()) for node in nodes[:2])
+    assert second["step"] == first["step"] + 6  # of the moments
+
+
+def test_steps_are_counted_on_in_what_is_logged(trained: Path) -> None:
+    rows = list(csv.DictReader((trained / "metrics.csv").open()))
+    name = "eval/code/loss"
+    evaluated = [int(row["step"]) for row in rows if row[name]]
+    assert evaluated == [-1, 0, 3, 6, 9, 12, 15, 18]
+    scored = [row for row in rows if row["score/code/loss"]]
+    assert [int(row["step"]) for row in scored] == [6, 12, 18]
+    summary = summary_of(trained)
+    assert [float(row["score/code/loss"]) for row in scored] == [
+        pytest.approx(task["final"]["code"]["loss"]) for task in summary["tasks"]
+    ]
+
+
+def test_a_logger_of_a_later_task_counts_on(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    assert counted_on(logger, 0) is logger
+    later = counted_on(logger, 40)
+    later.log_metrics({"loss": 1.0}, step=2)
+    later.log_metrics({"loss": 0.5})
+    later.finalize("success")
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert rows[0]["step"] == "42" and later.save_dir == logger.save_dir
+
+
+def test_a_run_that_was_stopped_between_tasks_ends_with_the_same_weights(
+    trained: Path,
+    run_tasks: Run,
+    words: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = stages.evaluation
+
+    def stopped(context: RunContext, arm: Arm) -> StageResult:
+        if arm.name == "attempt_1_task_2":
+            raise TritterError("the plug was pulled")
+        return whole(context, arm)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "evaluation", stopped)
+        with pytest.raises(TritterError, match="the plug"):
+            run_tasks(tmp_path / "run", *words)
+    run_tasks(tmp_path / "run", *words)
+    again, uninterrupted = (
+        read_lineage(folder / "checkpoint") for folder in (tmp_path / "run", trained)
+    )
+    assert again is not None and uninterrupted is not None
+    assert again.model_hash == uninterrupted.model_hash
+    assert (
+        summary_of(tmp_path / "run")["tasks"][1]["final"]
+        == (summary_of(trained)["tasks"][1]["final"])
+    )
+
+
+def test_what_is_broken_off_is_followed_by_no_task_and_rolled_back(
+    run_tasks: Run, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = stages.training
+
+    def broken(context: RunContext, arm: Arm, **kwargs: Any) -> StageResult:
+        result = whole(context, arm, **kwargs)
+        if arm.name != "attempt_1_task_2":
+            return result
+        return replace(result, found={**result.found, "stopped_because": "not finite"})
+
+    monkeypatch.setattr(stages, "training", broken)
+    run_tasks(tmp_path / "run", words[0], "gate=default")
+    summary = summary_of(tmp_path / "run")
+    assert summary["status"] == "rolled_back" and len(summary["tasks"]) == 2
+    assert summary["final"] == summary["baseline"]
+    kept = read_lineage(tmp_path / "run/checkpoint")
+    assert kept is not None and kept.model_hash == summary["lineage"]["model_hash"]
+    assert not kept.expansion_history
+
+
+def test_an_old_domain_that_comes_again_is_kept_until_then(run_tasks: Run, tmp_path: Path) -> None:
+    """It is replayed in the tasks before its own, and held against the beginning at the end."""
+    old = FIXTURES / "text/old"
+    outcome = run_tasks(tmp_path / "run", f"data.tasks=[{NEW},{old}]", "forgetting=replay")
+    summary = summary_of(tmp_path / "run")
+    assert summary["domains"] == {"old": ["old"], "new": ["new"]}
+    assert [task["domains"] for task in summary["tasks"]] == [["new"], ["old"]]
+    first, last = (read_lineage(tmp_path / f"run/{name}/trained").training_config for name in (  # type: ignore[union-attr]
+        "attempt_1", "attempt_1_task_2",
+    ))  # fmt: skip
+    assert list(first["old"]) == ["old"] and list(last["old"]) == ["new"]
+    kept = {check["subject"] for check in summary["gate"] if check["check"] == "retention"}
+    assert kept == {"old", "new"} and outcome.status == "kept"
+
+
+def test_what_a_checkpoint_learned_comes_again_as_a_later_task(
+    trained: Path, run_tasks: Run, code: Path, tmp_path: Path
+) -> None:
+    job = [word for word in JOB if not word.startswith(("model.", "data.old", "data.vocab"))]
+    words = ("model=hf", f"model.path={trained}/checkpoint", f"data.tasks=[{NEW},{code}]")
+    run_tasks(tmp_path / "run", *words, "expansion=none", "forgetting=replay", job=job)
+    summary = summary_of(tmp_path / "run")
+    assert summary["domains"] == {"old": ["old", "code"], "new": ["new"]}
+    assert [task["domains"] for task in summary["tasks"]] == [["new"], ["code"]]

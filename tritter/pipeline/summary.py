@@ -1,0 +1,128 @@
+"""summary.json of a run, assembled from its ledger and the scores on disk."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import chain
+from typing import Any
+
+from tritter.families import count_parameters, on_disk
+from tritter.models import read_config
+from tritter.pipeline import importance, moe
+from tritter.pipeline.arm import Arm
+from tritter.pipeline.context import RunContext, score_records
+from tritter.pipeline.ledger import StageResult
+from tritter.pipeline.rounds import target_record
+
+
+def summary_record(
+    context: RunContext,
+    rounds: Sequence[Sequence[Arm]],
+    *,
+    control: Sequence[Arm],
+    control_gate: StageResult | None,
+) -> dict[str, Any]:
+    """Return the contents of summary.json; the last round stands in front.
+
+    Args:
+        rounds: those that ran, each as its arms, task after task; of a run that does not grow to
+            a size the one attempt.
+        control: the arms of the un-grown control.
+        control_gate: what the gate would say of it; None where there is none.
+    """
+    arms = rounds[-1]
+    first, last = arms[0], arms[-1]
+    records = [_attempt_record(context, each) for each in rounds]
+    attempt, status = records[-1], records[-1]["status"]
+    places = {"baseline": "baseline", "final": "checkpoint"}
+    sizes = {name: read_config(context.folder / place) for name, place in places.items()}
+    is_kept = status != "rolled_back"
+    summary: dict[str, Any] = {
+        "format_version": 1,
+        "status": status,
+        "domains": {"old": list(context.old_domains), "new": list(context.new_domains)},
+        "data": {name: asdict(counts) for name, counts in context.corpus.counts.items()},
+        "expansion": [spec.name for each in rounds for spec in each[0].specs],
+        "forgetting": [options.name for options in context.config.forgetting],
+        "seed": context.config.seed,
+        "baseline": _scores(context, "baseline"),
+        "expanded": attempt["expanded"],
+        "final": attempt["final"] if is_kept else _scores(context, first.start_scores),
+        "gate": attempt["gate"],
+        "attempts": [attempt],
+        "tasks": attempt["tasks"],
+        "jump": attempt["jump"],
+        "flops": context.ledger.flops(),
+        "seconds": context.ledger.seconds(),
+        "parameters": {name: count_parameters(config) for name, config in sizes.items()},
+        "parameters_on_disk": {name: count_parameters(on_disk(c)) for name, c in sizes.items()},
+        "checkpoint": "checkpoint",
+        "lineage": context.ledger["publish"].found,
+        "samples": context.ledger[f"{last.name}.evaluate"].found["samples"],
+        "notes": [*context.notes, *_importance_notes(context, rounds)],
+    }
+    if (used := moe.summary_record(context, arms)) is not None:
+        summary["moe"] = used
+    if last.is_round:
+        summary |= {"rounds": records, "target": target_record(context, last)}
+    if control_gate is not None:
+        summary["control"] = _arm_record(context, control, control_gate)
+    return summary
+
+
+def _importance_notes(context: RunContext, rounds: Sequence[Sequence[Arm]]) -> list[str]:
+    said = (importance.notes(context, arm) for arms in rounds for arm in arms)
+    return list(dict.fromkeys(chain.from_iterable(said)))
+
+
+def _attempt_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any]:
+    first = arms[0]
+    grown = context.ledger[f"{first.name}.expand"]
+    start = {"baseline": _scores(context, first.start_scores)} if first.follows else {}
+    return {
+        **_arm_record(context, arms, context.ledger[first.key("gate")]),
+        "expanded": _scores(
+            context, f"{first.name}-expanded" if first.specs else first.start_scores
+        ),
+        "jump": grown.found.get("jump"),
+        **start,
+    }
+
+
+def _arm_record(context: RunContext, arms: Sequence[Arm], gate: StageResult) -> dict[str, Any]:
+    first, last = arms[0], arms[-1]
+    grown = context.ledger[f"{first.name}.expand"]
+    tasks = [_task_record(context, arm) for arm in arms]
+    return {
+        "expansion": [spec.name for spec in first.specs],
+        "status": gate.found["status"],
+        "final": tasks[-1]["final"],
+        "gate": gate.found["checks"],
+        "steps": sum(task["steps"] for task in tasks),
+        "ended_early": next((task["ended_early"] for task in tasks if task["ended_early"]), None),
+        "refused_steps": sum(task["refused_steps"] for task in tasks),
+        "update_norms": tasks[-1]["update_norms"],
+        "parameters": context.ledger[f"{last.name}.expand"].found["parameters"],
+        "notes": grown.found["notes"],
+        "flops": sum(task["flops"] for task in tasks),
+        "seconds": sum(task["seconds"] for task in tasks),
+        "tasks": tasks,
+    }
+
+
+def _task_record(context: RunContext, arm: Arm) -> dict[str, Any]:
+    """Return what one task's training did, and the scores of every domain after it."""
+    fitted = context.ledger[f"{arm.name}.fit"]
+    return {
+        "domains": list(context.new_of(arm)),
+        "final": _scores(context, f"{arm.name}-trained"),
+        "steps": fitted.found["steps"],
+        "ended_early": fitted.found.get("ended_early"),
+        "refused_steps": fitted.found["refused_steps"],
+        "update_norms": fitted.found["update_norms"],
+        "flops": sum(fitted.flops.values()),
+        "seconds": sum(fitted.seconds.values()),
+    }
+
+
+def _scores(context: RunContext, name: str) -> dict[str, Any]:
+    return score_records(context.read_scores(name))
