@@ -260,9 +260,8 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
     for name in new:
         if name in old:
             reason = "an old domain has that name already"
-            side = (
-                "tasks" if isinstance(config.data, TextDataConfig) and config.data.tasks else "new"
-            )
+            has_tasks = isinstance(config.data, TextDataConfig) and config.data.tasks
+            side = "tasks" if has_tasks else "new"
             yield Problem(f"data.{side}.{name}", new[name], reason=reason)
     if config.text.old:
         return
