@@ -158,14 +158,15 @@ def prepared_by(method: SelfReplay, model: nn.Module) -> Any:
 
 def test_what_it_writes_is_mixed_in_exactly_and_paid_for() -> None:
     model = oracle.tiny_llama()
-    method = SelfReplay(fraction=0.3, num_sequences=7)
+    method = SelfReplay(fraction=0.3, num_sequences=7, sequences_per_text=2)
     prepared = prepared_by(method, model)
     assert prepared.found == {
         "written": {
             "repeat_themselves": 0, "perplexity_too_low": 0, "perplexity_too_high": 0, "kept": 7,
         }
     }  # fmt: skip
-    assert prepared.flops == 7 * forward_flops(config_of(model)).of(15)
+    flops = forward_flops(config_of(model))
+    assert prepared.flops == 4 * (flops.of(15) + 2 * flops.of(15)), "half a sequence is read again"
     mixed = iter(method.mix(batches(), Task(seed=0, written=prepared.written)))
     plain = iter(batches())
     own = {tuple(row) for row in prepared.written.tolist()}

@@ -306,6 +306,7 @@ def test_without_old_text_the_model_writes_it_once(
     words = [word for word in text_words(library) if not word.startswith("data.old")]
     words += ["model=hf", f"model.path={library}/llama", "forgetting=[ewc,self_replay]"]
     words += ["expansion=width", "forgetting.self_replay.num_sequences=24"]
+    words += ["forgetting.self_replay.sequences_per_text=1"]
     words += ["forgetting.ewc.num_sequences=8", "trainer.save_every_n_steps=2"]
     told: list[Task] = []
     times: list[int] = []

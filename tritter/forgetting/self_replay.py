@@ -34,7 +34,7 @@ class SelfReplayOptions:
     num_sequences: Count = 512
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    sequences_per_text: Count = 1
+    sequences_per_text: Count = 4
     min_distinct: Annotated[float, Field(ge=0, le=1)] = 0.5
     min_perplexity: Annotated[float, Field(ge=1)] = 1.5
     max_perplexity: Annotated[float, Field(gt=1)] | None = None
@@ -64,7 +64,7 @@ class SelfReplay(ForgettingMethod):
         num_sequences: int = 512,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        sequences_per_text: int = 1,
+        sequences_per_text: int = 4,
         min_distinct: float = 0.5,
         min_perplexity: float = 1.5,
         max_perplexity: float | None = None,
