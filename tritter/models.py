@@ -1,7 +1,7 @@
 """Where transformers is used: configs, models and tokenizers, built or loaded."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -229,6 +229,24 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """Return what of a stock model gives the last hidden states [B, T, hidden], no logits."""
+    backbone: nn.Module = getattr(model, str(model.base_model_prefix))
+    return backbone
+
+
+def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what makes logits of last hidden states, for any part of the tokens."""
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+
+    def logits(hidden: Tensor) -> Tensor:
+        plain: Tensor = head(hidden)
+        return plain if cap is None else cap * torch.tanh(plain / cap)
+
+    return logits
 
 
 def config_of(model: nn.Module) -> Config:

@@ -104,6 +104,40 @@ def test_only_new_blocks_have_gradients_and_moments() -> None:
     assert 0 <= grown.states - 4 * grown.parameters - 12 * new < 1000
 
 
+def test_what_is_frozen_has_no_gradients_and_no_moments() -> None:
+    words = ("model=tiny", "trainer=cpu", "expansion=llama_pro", "control=true")
+    freeze = (*words, "forgetting=freeze")
+    config = source_config(load_config([*words]))
+    layer = family_of(config).count_parameters(config) - family_of(config).count_parameters(
+        {**config, "num_hidden_layers": config["num_hidden_layers"] - 1}
+    )
+    found = held(*freeze, "forgetting.freeze.layers=1-2")
+    for model in ("the grown model", "the control"):
+        each = found[model]
+        assert 0 <= each.states - 16 * each.parameters + 12 * 2 * layer < 1000
+    for until in ("0.5", "10"):  # it thaws, and all of it is held then
+        thaws = held(*freeze, "forgetting.freeze.layers=1-2", f"forgetting.freeze.until={until}")
+        assert thaws["the grown model"].states == held(*words)["the grown model"].states
+    new = held(*words[:-1], "forgetting=freeze", "forgetting.freeze.new_only=true")
+    grown, before = new["the grown model"], new["the base"].parameters
+    assert 0 <= grown.states - 4 * grown.parameters - 12 * (grown.parameters - before) < 1000
+
+
+def test_a_teacher_is_held_once_in_the_machines_memory(has: Callable[[int], None]) -> None:
+    words = ["model=tiny", "expansion=llama_pro", "forgetting=[distill,replay]"]
+    config = load_config([*words, "trainer=ddp", "trainer.devices=4"])
+    base, grown = trainings(config, source_config(config))
+    assert (base.teacher, grown.teacher) == (0, 4 * base.parameters)
+    needed = 4 * grown.device + grown.start + grown.teacher
+    has(needed)
+    assert not problems(config)
+    has(needed - 1)
+    assert problems(config)
+    assert held(*words, "trainer.precision=bf16-true")["the grown model"].teacher == (
+        2 * base.parameters
+    )
+
+
 def test_of_rounds_the_largest_counts() -> None:
     found = held("model=tiny", "pipeline.target_params=700k")
     assert found["the grown model"].parameters == pytest.approx(700_000, rel=0.1)

@@ -81,7 +81,39 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "expansion=[width,dsu]": ("expansion = dsu", "Did you mean dus?"),
     "expansion=[dus,dus]": ("expansion = [dus,dus]", "[dus]"),
     "forgetting=[none,replay]": ("forgetting = [none,replay]", "none stands alone"),
-    "forgetting=gem": ("forgetting = gem", "ewc, l2sp, none, replay"),
+    "forgetting=gem": ("forgetting = gem", "distill, ewc, freeze, l2sp, none, replay"),
+    "forgetting=distill forgetting.distill.rows=old": (
+        "forgetting.distill.rows = old",
+        "forgetting=[replay,distill]",
+    ),
+    "forgetting=distill forgetting.distill.teacher=nowhere": (
+        "forgetting.distill.teacher = nowhere",
+        "no such folder",
+    ),
+    "forgetting=freeze forgetting.freeze.layers=0-9": (
+        "forgetting.freeze.layers = 0-9: the model that is trained has 3 layers; allowed are 0 to",
+    ),
+    "forgetting=freeze forgetting.freeze.layers=[0,atention]": (
+        "forgetting.freeze.layers = [0,atention]",
+        "Did you mean 'attention'?",
+    ),
+    "forgetting=freeze forgetting.freeze.layers=experts": ("the model has no experts",),
+    "forgetting=freeze forgetting.freeze.layers=[0-2,head,norm]": ("nothing is left to train",),
+    "forgetting=freeze forgetting.freeze.new_only=true expansion=dus": (
+        "forgetting.freeze.new_only = true: dus only copies layers",
+    ),
+    "forgetting=freeze forgetting.freeze.new_only=true expansion=none": ("nothing is new",),
+    "forgetting=freeze forgetting.freeze.new_only=true control=true": ("does not grow",),
+    "forgetting=freeze forgetting.freeze.old_experts=true": ("the model is dense",),
+    "forgetting=freeze forgetting.freeze.until=200": (
+        "forgetting.freeze.until = 200: the training has training.max_steps = 200",
+    ),
+    "forgetting=freeze forgetting.freeze.thaw=top_down": ("nothing thaws; say until when",),
+    "forgetting=freeze forgetting.freeze.until=0": ("forgetting.freeze.until = 0",),
+    "forgetting=freeze forgetting.freeze.new_only=true optimizer.carry=true": (
+        "with forgetting.freeze.new_only = true only what is new is trained",
+    ),
+    "forgetting=freeze callbacks=ema": ("with forgetting=freeze old weights are frozen",),
     "forgetting.l2sp.l2sp_lambda=3": ("not selected", "forgetting=[replay,l2sp]"),
     "expansion.llama_pro=3": ("expansion.llama_pro = 3", "expansion=[width,llama_pro]"),
     "expansion=width expansion.width.int=fresh": ("Did you mean expansion.width.init?",),

@@ -69,7 +69,7 @@ class Outside(ForgettingMethod):
             new = self.omega.get(name, torch.zeros(mask.shape))[~mask]
             assert not bool(new.any()), "what is new has no omega"
 
-    def extra_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def extra_loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
         ids = batch["input_ids"].long()
         with torch.no_grad():
             wanted = self.teacher(input_ids=ids, use_cache=False).logits.softmax(dim=-1)

@@ -75,7 +75,8 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], int]:
     "words",
     [
         ("expansion=width", "forgetting=ewc", "forgetting.ewc.estimator='true'", "control=true"),
-        ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true", "forgetting=replay"),
+        ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true",
+         "forgetting=[replay,distill]"),
         ("expansion=moe", "expansion.moe.num_experts=4", "forgetting=[ewc,replay]",
          "moe_routing.bias_update_rate=0.001"),
     ],

@@ -56,7 +56,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "method"), [(WIDE, "forgetting=ewc"), (DEEP, "forgetting=l2sp")], ids=["wide", "deep"]
+    ("shape", "method"),
+    [(WIDE, "forgetting=ewc"), (DEEP, "forgetting=[l2sp,distill]")],
+    ids=["wide", "deep"],
 )
 def test_the_count_is_close_below_what_is_held(
     tmp_path: Path, measured: list[int], shape: tuple[str, ...], method: str

@@ -19,6 +19,7 @@ from tritter.moe_routing import DistillationModule
 from tritter.moe_routing.separate import shared_names
 from tritter.pipeline import Outcome, run_pipeline, stages
 from tritter.stock_routers import AddedExperts, stock_obstacle
+from tritter.training.module import TaskLoss
 
 Run = Callable[..., Outcome]
 QUICK = ("training.max_steps=6", "adaptation.router_max_steps=5", "trainer.save_every_n_steps=2")
@@ -178,8 +179,8 @@ def test_a_run_killed_while_a_teacher_teaches_goes_on_amid_the_stage(
     )  # fmt: skip
     taught, steps = DistillationModule.task_loss, []
 
-    def until(step: int | None) -> Callable[..., Tensor]:
-        def task_loss(module: DistillationModule, batch: dict[str, Tensor]) -> Tensor:
+    def until(step: int | None) -> Callable[..., TaskLoss]:
+        def task_loss(module: DistillationModule, batch: dict[str, Tensor]) -> TaskLoss:
             steps.append(module.global_step)
             if module.global_step == step:
                 raise Stopped

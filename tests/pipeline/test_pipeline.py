@@ -17,6 +17,7 @@ from tritter.checkpoint import read_lineage
 from tritter.errors import RequestError, TritterError
 from tritter.pipeline import Outcome, stages, verdict
 from tritter.training import BaseModule
+from tritter.training.module import TaskLoss
 
 Run = Callable[..., Outcome]
 
@@ -154,12 +155,13 @@ def summary_vocab(folder: Path) -> int:
 def test_shuffled_labels_are_rolled_back(
     run_job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def shuffled(self: BaseModule, batch: dict[str, Tensor]) -> Tensor:
+    def shuffled(self: BaseModule, batch: dict[str, Tensor]) -> TaskLoss:
         ids = batch["input_ids"]
         order = torch.randperm(
             ids.shape[1], generator=torch.Generator().manual_seed(int(ids.sum()))
         )
-        return self.model(input_ids=ids, labels=ids[:, order], use_cache=False).loss
+        said = self.model(input_ids=ids, labels=ids[:, order], use_cache=False)
+        return TaskLoss(said.loss, said.logits)
 
     from tritter.pipeline import base
 

@@ -24,11 +24,12 @@ from torch import Tensor, distributed, nn
 from tests import oracle
 from tests.training.killed import KillAt
 from tests.training.test_fit import SETTINGS, task
+from tests.training.test_resume import with_something_new
 from tests.training.written import Written
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.datamodule import EvaluationText
 from tritter.errors import Problem, RequestError, TritterError
-from tritter.forgetting import EWC, L2SP, Replay
+from tritter.forgetting import EWC, L2SP, Distill, Freeze, Replay
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.targets import NamedTarget
 from tritter.training import (
@@ -54,6 +55,11 @@ ONE = replace(SETTINGS, save_every_n_steps=5)
 METHODS: dict[str, Callable[[], Sequence[ForgettingMethod]]] = {
     "l2sp and replay": lambda: (L2SP(l2sp_lambda=0.1), Replay(fraction=0.3)),
     "ewc": lambda: (EWC(ewc_lambda=1e3),),
+    "l2sp and freeze": lambda: (
+        L2SP(l2sp_lambda=0.1),
+        Freeze(new_only=True, until=12, thaw="top_down"),
+    ),
+    "distill": lambda: (Distill(weight=1.0), Replay(fraction=0.3)),
 }
 
 pytestmark = pytest.mark.skipif(
@@ -145,6 +151,10 @@ def train(
         optimizer=OptimizerSettings(),
         methods=METHODS[methods](),
     )
+    told = with_something_new(task(model))
+    told = replace(told, state={"fisher": fisher}, teacher=oracle.tiny_llama())
+    for method in module.methods:
+        method.freeze(model, told, max_steps=STEPS)
     whole = fitting.build_trainer
 
     def watched(settings, callbacks, max_steps, *, loggers):  # type: ignore[no-untyped-def]
@@ -160,7 +170,7 @@ def train(
             folder=folder,
             label="test",
             console=Console(quiet=True),
-            task=replace(task(model), state={"fisher": fisher}),
+            task=told,
             loggers=loggers,
             write_result=write_result or written,
             evaluation=evaluation,

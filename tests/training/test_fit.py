@@ -140,7 +140,7 @@ class Witness(ForgettingMethod):
     def add_to_gradients(self, model: nn.Module) -> None:
         next(model.parameters()).grad.add_(self.value)  # type: ignore[union-attr]
 
-    def extra_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def extra_loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
         return torch.full((), self.value)
 
     def logged_loss(self, model: nn.Module) -> float | None:

@@ -15,7 +15,7 @@ from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS, task
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import TritterError
-from tritter.forgetting import EWC, L2SP, Replay
+from tritter.forgetting import EWC, L2SP, Distill, Freeze, Replay
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.training import (
     BaseModule,
@@ -36,7 +36,16 @@ METHODS: dict[str, Methods] = {
     "none": tuple,
     "l2sp and replay": lambda: (L2SP(l2sp_lambda=0.1), Replay(fraction=0.3)),
     "ewc": lambda: (EWC(ewc_lambda=1e3),),
+    "freeze": lambda: (Freeze(new_only=True, until=12, thaw="top_down"),),
+    "distill": lambda: (Distill(weight=1.0), Replay(fraction=0.3)),
 }
+
+
+def with_something_new(told: Task) -> Task:
+    """Let a part of one parameter, and another one, have come with an expansion."""
+    told.carried["model.layers.2.mlp.down_proj.weight"][:, :10] = False
+    told.carried["model.norm.weight"][...] = False
+    return told
 
 
 def train(
@@ -49,7 +58,7 @@ def train(
     """Train a model with dropout, so that the random state counts; perhaps be killed."""
     torch.manual_seed(7)
     model = oracle.tiny_llama(initializer_range=0.05, attention_dropout=0.2)
-    plain = task(model)
+    plain = with_something_new(task(model))
     fisher = diagonal_fisher(model, oracle.tokens(batch=4))
     sequences = oracle.tokens(batch=40, length=16, seed=5).int()
     batches = BatchStream(SequenceStream(sequences, seed=0), batch_size=4, num_batches=STEPS)
@@ -68,6 +77,15 @@ def train(
             return whole(settings, [KillAt(kill_at), *callbacks], max_steps, loggers=loggers)
 
         monkeypatch.setattr(fitting, "build_trainer", with_killer)
+    told = Task(
+        carried=plain.carried,
+        old_sequences=plain.old_sequences,
+        seed=0,
+        state={"fisher": fisher},
+        teacher=oracle.tiny_llama(),
+    )
+    for method in module.methods:
+        method.freeze(model, told, max_steps=STEPS)
     try:
         result = fit(
             module,
@@ -76,12 +94,7 @@ def train(
             folder=folder,
             label="test",
             console=Console(quiet=True),
-            task=Task(
-                carried=plain.carried,
-                old_sequences=plain.old_sequences,
-                seed=0,
-                state={"fisher": fisher},
-            ),
+            task=told,
         )
     finally:
         monkeypatch.undo()

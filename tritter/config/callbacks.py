@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tritter.config.freezing import freezing
 from tritter.config.moe import appends_experts
 from tritter.config.named import built_for_trial
 from tritter.config.reading import Reader
@@ -108,14 +109,15 @@ def _of(name: str, config: RunConfig) -> list[NamedTarget]:
 
 def averaging_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield why weights can't be averaged: those that are frozen would move by rounding."""
-    freezing = {
+    asked = {
         "expansion.llama_pro.new_blocks_only": any(s.new_blocks_only for s in config.expansion),
         "adaptation.freeze_base": appends_experts(config) and config.adaptation.freeze_base,
     }
-    key = next((key for key, is_asked in freezing.items() if is_asked), None)
-    reason = f"with {key} = true old weights are frozen, and an average moves them by its "
+    told = next((f"{key} = true" for key, is_asked in asked.items() if is_asked), None)
+    told = told or ("forgetting=freeze" if freezing(config) else None)
+    reason = f"with {told} old weights are frozen, and an average moves them by its "
     reason += "rounding; leave one of the two out"
-    for one in _of("WeightAveraging", config) if key else ():
+    for one in _of("WeightAveraging", config) if told else ():
         yield Problem(f"callbacks.{one.name}.{TARGET}", one.body[TARGET], reason=reason)
 
 

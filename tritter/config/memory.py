@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
+from tritter.checkpoint.usable import checkpoint_config
+from tritter.config.freezing import num_frozen
 from tritter.config.optimizers import kept_per_parameter
 from tritter.config.rounds import planned_rounds
 from tritter.config.schema import ModelConfig, RunConfig
@@ -36,6 +38,8 @@ class HeldMemory:
         copies: of weights and gradients that methods against forgetting hold, where the model is;
             exact.
         start: the weights before the training, in the machine's memory.
+        teacher: the weights of a model to learn from, where the model is; processes share those
+            in the machine's memory.
         activations: estimated.
         processes: that hold all of it but `start`, each.
     """
@@ -46,7 +50,13 @@ class HeldMemory:
     copies: int
     start: int
     activations: int
+    teacher: int = 0
     processes: int = 1
+
+    @property
+    def copied(self) -> int:
+        """All weights besides those that are trained."""
+        return self.copies + self.start + self.teacher
 
     @property
     def device(self) -> int:
@@ -81,7 +91,7 @@ def memory_problems(config: RunConfig, source: Config) -> list[Problem]:
     reason = (
         f"training {held.model} of {_count(held.parameters)} parameters takes "
         f"{_size(place.needed)} before any activation (weights, gradients and optimizer "
-        f"{_size(held.states)}, copies {_size(held.copies + held.start)}{each}), and "
+        f"{_size(held.states)}, copies {_size(held.copied)}{each}), and "
         f"{place.name} has {_size(place.limit)}; {'; '.join(advice)}; "
         "trainer.check_memory=false tries it all the same"
     )
@@ -104,25 +114,28 @@ def memory_notes(config: RunConfig, source: Config) -> tuple[str, ...]:
 def trainings(config: RunConfig, source: Config) -> Iterator[HeldMemory]:
     """Yield what each training of a run holds: of the base, of what grew, of the control."""
     if isinstance(config.model, ModelConfig):
-        yield _held(config, source, model="the base", is_base=True)
-    for grown, trained in _grown(config, source):
-        yield _held(config, grown, model="the grown model", trained=trained)
+        yield _held(config, source, model="the base")
+    for before, grown, trained in _grown(config, source):
+        yield _held(config, grown, model="the grown model", before=before, trained=trained)
     if not config.expansion and config.pipeline.target_params is None:
-        yield _held(config, source, model="the model")
+        yield _held(config, source, model="the model", before=source)
     if config.control:
-        yield _held(config, source, model="the control")
+        yield _held(config, source, model="the control", before=source)
 
 
-def _grown(config: RunConfig, source: Config) -> Iterator[tuple[Config, int | None]]:
-    """Yield what is trained after an expansion, and how many parameters are; None: all."""
+def _grown(config: RunConfig, source: Config) -> Iterator[tuple[Config, Config, int | None]]:
+    """Yield models before and after an expansion, and how many parameters are trained.
+
+    None: all of them.
+    """
     if config.pipeline.target_params is not None:
         before = source
         for shape in planned_rounds(config, source):
             new = _parameters(shape.config) - _parameters(before)
-            yield shape.config, new if shape.spec.new_blocks_only else None
+            yield before, shape.config, new if shape.spec.new_blocks_only else None
             before = shape.config
     elif config.expansion:
-        yield target_config(source, config.expansion), _trained(config, source)
+        yield source, target_config(source, config.expansion), _trained(config, source)
 
 
 def _trained(config: RunConfig, source: Config) -> int | None:
@@ -145,7 +158,7 @@ def _held(
     model_config: Config,
     *,
     model: str,
-    is_base: bool = False,
+    before: Config | None = None,
     trained: int | None = None,
 ) -> HeldMemory:
     trainer = config.trainer
@@ -163,10 +176,14 @@ def _held(
     if setup.optimizer == "adamw" and (kept := kept_per_parameter(config.optimizer)) != 2:
         moments = round(kept * memory.parameters_bytes)  # others keep fewer than Adam, or more
     states = memory.parameters_bytes + memory.gradients_bytes + moments
+    copies = teacher = 0
+    if before is not None:
+        if frozen := num_frozen(config, model_config, before):
+            trained = max(0, (count if trained is None else trained) - frozen)
+        copies = sum(_copies(one) for one in config.forgetting) * memory.parameters_bytes
+        teacher = of_one * _teacher_parameters(config, before)
     if trained is not None:
         states = memory.parameters_bytes + of_one * trained + moments * trained // count
-    held = sum(_copies(one) for one in config.forgetting)
-    copies = 0 if is_base else held * memory.parameters_bytes
     return HeldMemory(
         model=model,
         parameters=count,
@@ -174,13 +191,26 @@ def _held(
         copies=copies,
         start=_FLOAT32 * count,
         activations=memory.activations_bytes,
+        teacher=teacher,
         processes=processes,
     )
+
+
+def _teacher_parameters(config: RunConfig, before: Config) -> int:
+    """Return how many parameters a teacher has; of a hub id, which is not at hand, none."""
+    needs = [one.kind.needs(one.options) for one in config.forgetting]
+    places = {each.teacher_place for each in needs if each.teacher}
+    known = (before if place is None else checkpoint_config(place) for place in places)
+    return sum(_parameters(each) for each in known if each is not None)
 
 
 def _copies(one: Selected) -> int:
     """Return how many tensors as large as the model a method holds."""
     return int(one.kind.needs(one.options).copies)
+
+
+def _holds(one: Selected) -> bool:
+    return bool(_copies(one) or one.kind.needs(one.options).teacher)
 
 
 def _parameters(config: Config) -> int:
@@ -204,9 +234,9 @@ def _places(config: RunConfig, held: HeldMemory, activations: int) -> Iterator[P
     """Yield where a training is held, as far as it is known how much there is."""
     machine, gpu, each = machine_memory(), _gpu_memory(config), held.device + activations
     if gpu is not None:
-        yield Place("the GPU", gpu, each)
+        yield Place("the GPU", gpu, each + held.teacher)
     if machine is not None:
-        of_machine = held.processes * each if gpu is None else 0
+        of_machine = held.processes * each + held.teacher if gpu is None else 0
         yield Place("this machine", machine, of_machine + held.start)
 
 
@@ -223,7 +253,7 @@ def _gpu_memory(config: RunConfig) -> int | None:
 def _what_fits(config: RunConfig, source: Config) -> Iterator[str]:
     """Yield changes of the run, each of which alone lets it fit."""
     trainer = config.trainer
-    others = tuple(one for one in config.forgetting if not _copies(one))
+    others = tuple(one for one in config.forgetting if not _holds(one))
     names = ",".join(one.name for one in others) or "none"
     one = replace(trainer, strategy="auto", devices=1)
     fewer = replace(trainer, precision=_FEWER_BYTES)

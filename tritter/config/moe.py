@@ -86,17 +86,23 @@ def _init_problems(config: RunConfig, source: Config, *, has_experts: bool) -> I
             )
             yield Problem(key, "best", reason=reason)
         if spec.teacher is not None:
-            yield from _teacher_problems(spec.teacher, source)
+            yield from teacher_problems(spec.teacher, source, key="expansion.moe_add.teacher")
 
 
-def _teacher_problems(teacher: str, source: Config) -> Iterator[Problem]:
-    key = "expansion.moe_add.teacher"
+def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterator[Problem]:
+    """Yield why a teacher can't be learned from, as far as its config.json says.
+
+    Args:
+        source: that of the model that learns; None where its vocabulary is not known yet.
+    """
     try:
         config = checkpoint_config(checkpoint_place(teacher, key=key), key=key)
     except RequestError as error:
         yield from error.problems
         return
-    if config is not None and config["vocab_size"] != source["vocab_size"]:
+    if config is None or source is None:
+        return
+    if config["vocab_size"] != source["vocab_size"]:
         reason = (
             f"it has {config['vocab_size']} tokens, the model that the run starts from "
             f"{source['vocab_size']}; allowed is a teacher with the same tokenizer"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from tritter.config.freezing import freezing
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.errors import Problem, TritterError
 from tritter.expansion import MoeAdd
@@ -61,6 +62,11 @@ def _reasons(config: RunConfig) -> Iterator[str]:
         yield (
             "with expansion.llama_pro.new_blocks_only = true only new blocks are trained, and "
             "they have no moments yet; leave one of the two out"
+        )
+    if (frozen := freezing(config)) is not None and frozen.new_only:
+        yield (
+            "with forgetting.freeze.new_only = true only what is new is trained, and it has no "
+            "moments yet; leave one of the two out"
         )
     appends = any(isinstance(s, MoeAdd) and s.addition == "append" for s in config.expansion)
     if appends and options.freeze_base and options.unfreeze_after is None:

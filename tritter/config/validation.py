@@ -15,6 +15,7 @@ from tritter.config.callbacks import (
     read_callbacks,
 )
 from tritter.config.classes import Bodies, find_classes, group_bodies
+from tritter.config.forgetting import method_problems, method_start_problems
 from tritter.config.loggers import read_loggers
 from tritter.config.moe import expert_problems
 from tritter.config.moments import carry_problems
@@ -198,7 +199,10 @@ def known_config(config: RunConfig) -> Config | None:
 def start_problems(config: RunConfig, source: Config) -> Sequence[Problem]:
     """Return why a run can't start from a model of this config.json."""
     problems = [*_length_problems(config, source)] or _expansion_problems(config, source)
-    return problems or list(expert_problems(config, source))
+    return problems or [
+        *expert_problems(config, source),
+        *method_start_problems(config, source),
+    ]
 
 
 def _cache_folder(value: str | None) -> Path:
@@ -360,6 +364,7 @@ _RULES: tuple[Rule, ...] = (
     _precision_problems,
     _device_problems,
     replay_problems,
+    method_problems,
     pipeline_problems,
     carry_problems,
     asking_problems,

@@ -17,6 +17,7 @@ from tritter.families.layout import (
 from tritter.families.llama import LLAMA, llama_config
 from tritter.families.logical import Axis, LogicalTensor, Port, Space, logical_name
 from tritter.families.mistral import MIXTRAL
+from tritter.families.places import Places
 from tritter.families.qwen2 import QWEN2_MOE
 from tritter.families.qwen3 import QWEN3_MOE
 from tritter.families.tables import FAMILIES, count_parameters, family_of
@@ -34,6 +35,7 @@ __all__ = [
     "Flops",
     "LayoutKind",
     "LogicalTensor",
+    "Places",
     "Port",
     "Space",
     "StoredTensor",

@@ -1,9 +1,20 @@
 """Methods against forgetting: a plain function each, and the method that applies it."""
 
 from tritter.forgetting.build import build_methods, needs_of
+from tritter.forgetting.distill import Distill
 from tritter.forgetting.ewc import EWC
+from tritter.forgetting.freeze import Freeze
 from tritter.forgetting.l2sp import L2SP
 from tritter.forgetting.replay import Replay
 from tritter.forgetting.self_replay import SelfReplay
 
-__all__ = ["EWC", "L2SP", "Replay", "SelfReplay", "build_methods", "needs_of"]
+__all__ = [
+    "EWC",
+    "L2SP",
+    "Distill",
+    "Freeze",
+    "Replay",
+    "SelfReplay",
+    "build_methods",
+    "needs_of",
+]

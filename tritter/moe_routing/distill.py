@@ -24,6 +24,7 @@ from tritter.moe_routing.trainable import only_trainable
 from tritter.stock_routers import Routing
 from tritter.training import BaseModule, OptimizerSettings, Schedule
 from tritter.training.compute import flops_of_sequence
+from tritter.training.module import TaskLoss
 
 
 class DistillationModule(BaseModule):
@@ -62,13 +63,13 @@ class DistillationModule(BaseModule):
     def on_fit_start(self) -> None:
         self._teacher[0].to(self.device)
 
-    def task_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
         """Return the divergence from the teacher, nats per token."""
         (teacher,), input_ids = self._teacher, batch["input_ids"]
         with torch.no_grad():
             wanted = teacher(input_ids=input_ids, use_cache=False).logits
         said = self.model(input_ids=input_ids, use_cache=False).logits
-        return soft_divergence(wanted, said, temperature=self.temperature)
+        return TaskLoss(soft_divergence(wanted, said, temperature=self.temperature), said)
 
     def step_flops(self, *, num_sequences: int, length: int) -> float:
         config = config_of(self._teacher[0])

@@ -19,17 +19,19 @@ from tritter.models import read_config
 from tritter.pipeline import moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.teacher import check_teacher
 from tritter.storage.hub import locate
 from tritter.storage.writer import TensorEntry, TensorStream
 
 
 def check_given(context: RunContext) -> None:
-    """Refuse a checkpoint that the run can't start from, before anything is made of it.
+    """Refuse checkpoints that the run can't start or learn from, before anything is made of them.
 
     Raises:
-        RequestError: what `checkpoint_config` refuses, a config that transformers doesn't take,
-            or targets that its shapes don't allow.
+        RequestError: what `checkpoint_config` and `check_teacher` refuse, a config that
+            transformers doesn't take, or targets that its shapes don't allow.
     """
+    check_teacher(context)
     if context.given is None:
         return
     checkpoint_config(str(context.given))

@@ -26,6 +26,7 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult
 from tritter.storage.atomic import atomic_folder
+from tritter.storage.hub import locate
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
 from tritter.training import Needs, Preparation, Task
@@ -147,9 +148,7 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
     written = None
     if any(each.writes for each in needs):
         written = read_sequences(_place(context, arm) / _WRITTEN_FILE)[WRITTEN]
-    teacher = None
-    if has_teacher:
-        teacher = load_model(context.folder / arm.start).eval().requires_grad_(False)
+    teacher = _teacher(context, arm) if has_teacher else None
     return Task(
         seed=context.seed("forgetting", *arm.purpose),
         old_sequences=_old_sequences(context, arm, written) if has_old else {},
@@ -159,6 +158,26 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
         state_before={kind: LazyTensors(held) for kind, (held, _) in states.items()},
         teacher=teacher,
     )
+
+
+def _teacher(context: RunContext, arm: Arm) -> nn.Module:
+    """Return the model that the arm's training learns from, frozen."""
+    place = teacher_place(context)
+    folder = context.folder / arm.start if place is None else locate(place)
+    return load_model(folder).eval().requires_grad_(False)
+
+
+def teacher_place(context: RunContext) -> str | None:
+    """Return where the teacher lies that the run names; None: the model before the expansion.
+
+    Raises:
+        RequestError: methods name different ones.
+    """
+    places = {each.teacher_place for each in _needs(context) if each.teacher}
+    if len(places) > 1:
+        told = " and ".join(sorted(place or "the model before the expansion" for place in places))
+        raise RequestError(f"forgetting: one teacher is held, and {told} are asked for.")
+    return next(iter(places), None)
 
 
 def _needs(context: RunContext) -> tuple[Needs, ...]:

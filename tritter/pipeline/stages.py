@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from tritter.checkpoint import Lineage, lineage_of, record_step0_error
 from tritter.data.datamodule import EvaluationText
+from tritter.errors import RequestError
 from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.samples import prompt_in_words, sample_text
 from tritter.expand import expand
 from tritter.families import count_parameters, forward_flops
 from tritter.forgetting import build_methods
+from tritter.forgetting.freeze import hold_still
 from tritter.models import config_of, load_model, read_config
 from tritter.moe_routing import is_router, redraw_rows
 from tritter.pipeline import importance, moe, moments
@@ -38,6 +40,8 @@ from tritter.storage.atomic import atomic_folder
 from tritter.training import (
     BaseModule,
     FitResult,
+    ForgettingMethod,
+    Task,
     WriteResult,
     discard_saved,
     fit,
@@ -165,8 +169,9 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
             methods=build_methods(context.config.forgetting),
             side_losses=setup.side_losses,
         )
+        task = importance.task(context, arm, follow=setup.follow)
         result = _fit(
-            context, arm, module, setup, folder=folder, label="router", write_result=write
+            context, arm, module, setup, task, folder=folder, label="router", write_result=write
         )
     accept(target)
     discard_saved(folder)
@@ -183,7 +188,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     settings = context.config.training
     settings = replace(settings, max_steps=settings.max_steps * arm.num_trainings)
     model = load_model(start)
-    _freeze(context, arm, model)
+    _hold_old(context, arm, model)
     methods = build_methods(context.config.forgetting)
     protection = " and ".join(method.name for method in methods) or "nothing"
     domains, tasks = ", ".join(context.new_of(arm)), len(context.text.tasks)
@@ -191,6 +196,8 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     steps = f"{settings.max_steps} steps on {domains}{place}"
     context.say("train", f"{steps}, protected by {protection}")
     with moe.ready_for_training(context, arm, model) as setup:
+        task = importance.task(context, arm, follow=setup.follow)
+        _freeze(model, methods, task, max_steps=settings.max_steps)
         module = BaseModule(
             model,
             schedule=schedule_of(settings, start_rate=last_rate(context, arm)),
@@ -206,6 +213,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             arm,
             module,
             setup,
+            task,
             folder=folder,
             label="training",
             loggers=loggers,
@@ -245,12 +253,29 @@ def _fit_flops(arm: Arm, training: float, evaluations: float) -> dict[str, float
     return {labels[0]: training, labels[1]: evaluations}
 
 
-def _freeze(context: RunContext, arm: Arm, model: nn.Module) -> None:
+def _hold_old(context: RunContext, arm: Arm, model: nn.Module) -> None:
     """Hold all that is old, where an expansion asks for its new blocks alone to be trained."""
     if any(spec.new_blocks_only for spec in arm.specs):
         carried = context.planned(arm).change.masks()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not bool(carried[name].any()))
+        hold_still(model, lambda name: bool(carried[name].any()))
+
+
+def _freeze(
+    model: nn.Module, methods: Sequence[ForgettingMethod], task: Task, *, max_steps: int
+) -> None:
+    """Let methods freeze what they do.
+
+    Raises:
+        RequestError: nothing is left to train.
+    """
+    for method in methods:
+        method.freeze(model, task, max_steps=max_steps)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        names = " and ".join(method.name for method in methods)
+        raise RequestError(
+            f"forgetting = {names}: all of the model is frozen, and nothing is left to train; "
+            "an expansion that only copies adds nothing that is new."
+        )
 
 
 def _fit(
@@ -258,6 +283,7 @@ def _fit(
     arm: Arm,
     module: BaseModule,
     setup: moe.Setup,
+    task: Task,
     *,
     folder: Path,
     label: str,
@@ -276,7 +302,7 @@ def _fit(
         folder=folder,
         label=label,
         console=context.console,
-        task=importance.task(context, arm, follow=setup.follow),
+        task=task,
         loggers=loggers,
         # What starts from moments leaves its own; the stages of routers do neither
         observers=moments.keepers(context, folder) if module.moments else (),

@@ -19,9 +19,10 @@ from tritter.seeds import derived_seed
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.writer import TensorStream
 from tritter.terminal import Console
+from tritter.training import surgery
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.forgetting_method import ForgettingMethod, Task
-from tritter.training.module import base_of
+from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import disk_values
 
 
@@ -70,6 +71,22 @@ class ForgettingCallback(Callback):
     ) -> None:
         if ends_step(trainer, batch_idx):
             self._look(trainer, pl_module)
+            module = base_of(pl_module)
+            if names := self._still_frozen(module, trainer.global_step):
+                surgery.thaw(trainer, module, names)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Before the optimizer is built, which is to hold what the saved one held
+        module = base_of(pl_module)
+        for name in self._still_frozen(module, checkpoint["global_step"]):
+            module.model.get_parameter(name).requires_grad_(True)
+
+    def _still_frozen(self, module: BaseModule, step: int) -> list[str]:
+        """Return the parameters that thaw at a step, or thawed before, and need no gradient yet."""
+        names = {name for method in self._methods for name in method.thawed(step)}
+        return [n for n, p in module.model.named_parameters() if n in names and not p.requires_grad]
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for method in self._methods:

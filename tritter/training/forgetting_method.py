@@ -5,7 +5,7 @@ of their own: the LightningModule holds them as a list, and one callback drives 
 for them before the training (an importance, masks, a teacher) is made only when one needs it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,10 +34,12 @@ class Needs:
             do. `path_integral` is recorded while a base is trained.
         leaves: kinds that its `end_task` returns.
         carried: masks of the entries that hold old knowledge.
-        teacher: the model from before the expansion.
+        teacher: a model to learn from.
+        teacher_place: folder or hub id of it. Default: the model from before the expansion.
         writes: its `prepare` returns text that the model itself wrote. Where there is no text of
             the old domains, methods that need it get this.
         mixes: its `mix` puts old sequences into the batches, which one method of a run may.
+        replayed_rows: rows of old text in the batches, which another method mixes in.
         copies: tensors as large as the model that it holds during a training.
     """
 
@@ -47,8 +49,10 @@ class Needs:
     leaves: tuple[str, ...] = ()
     carried: bool = False
     teacher: bool = False
+    teacher_place: str | None = None
     writes: bool = False
     mixes: bool = False
+    replayed_rows: bool = False
     copies: int = 0
 
 
@@ -112,7 +116,7 @@ class Task:
         state: kind → parameter name → what was prepared or lay beside the model before the
             expansion, carried through it. What starts anew is absent.
         state_before: kind → name on disk → the same, before the expansion.
-        teacher: the model before the expansion, frozen, where the trained one is.
+        teacher: the model before the expansion, or another, frozen, where the trained one is.
     """
 
     seed: int
@@ -155,6 +159,22 @@ class ForgettingMethod:
         """Make the kinds of state that `needs` says it prepares, or the text that it writes."""
         raise NotImplementedError(f"{self.name} prepares nothing")
 
+    def freeze(self, model: nn.Module, task: Task, *, max_steps: int) -> None:
+        """Say by `requires_grad` what is not trained, before an optimizer is built of the rest.
+
+        In the process that the run began in; what is frozen already stays so.
+
+        Args:
+            max_steps: of the training.
+        """
+
+    def thawed(self, step: int) -> Collection[str]:
+        """Return names of parameters that it has frozen and lets be trained after so many steps.
+
+        By the step alone: a training that goes on asks again.
+        """
+        return ()
+
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Begin a training of `model`, whose weights are those after the expansion.
 
@@ -169,16 +189,22 @@ class ForgettingMethod:
     def look(self, model: nn.Module, step: int) -> float:
         """Look at the model between steps; return the FLOPs that it took, of all processes.
 
-        All of them look at once, and must come to the same. A training that goes on does not look
-        once more where it was saved.
+        With those of every `extra_loss` since the last look. All processes look at once, and must
+        come to the same. A training that goes on does not look once more where it was saved.
 
         Args:
             step: steps taken; 0 before the first.
         """
         return 0.0
 
-    def extra_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Return a scalar to add to the loss of the task."""
+    def extra_loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor
+    ) -> Tensor | None:
+        """Return a scalar to add to the loss of the task.
+
+        Args:
+            logits: [B, T, V], what the task's own forward pass gave, with its graph.
+        """
         return None
 
     def observe_gradients(self, model: nn.Module) -> None:

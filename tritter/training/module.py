@@ -1,6 +1,7 @@
 """LightningModules around stock transformers models."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ from tritter.training.reshape import Entry, replay
 from tritter.training.schedule import Schedule
 from tritter.training.side_loss import SideLoss
 from tritter.training.their_callbacks import TheirCallbacks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TaskLoss:
+    """The loss of the task, and the logits [B, T, V] of the forward pass that it is of."""
+
+    value: Tensor
+    logits: Tensor
 
 
 class BaseModule(LightningModule):
@@ -62,24 +71,26 @@ class BaseModule(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the loss of the task, of side losses and of the methods; each is logged alone."""
-        loss = self.task_loss(batch)
+        task = self.task_loss(batch)
+        loss = task.value
         self.log("train/loss", loss.detach(), sync_dist=True)
         for side in self.side_losses:
             extra, terms = side.loss(self.model, batch, step=self.global_step)
             self.log_dict({n: term.detach() for n, term in terms.items()}, sync_dist=True)
             loss = loss + extra
         for method in self.methods:
-            added = method.extra_loss(self.model, batch)
+            added = method.extra_loss(self.model, batch, task.logits)
             if added is not None:
                 self.log(f"forgetting/{method.name}/loss", added.detach(), sync_dist=True)
                 loss = loss + added
         return loss
 
-    def task_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
         """Return the mean next-token loss of a batch, nats per token."""
         input_ids = batch["input_ids"]  # [B, T]
         options = {k: v for side in self.side_losses for k, v in side.forward_options.items()}
-        return self.model(input_ids=input_ids, labels=input_ids, use_cache=False, **options).loss
+        said = self.model(input_ids=input_ids, labels=input_ids, use_cache=False, **options)
+        return TaskLoss(said.loss, said.logits)
 
     def on_validation_epoch_start(self) -> None:
         domains = self.trainer.datamodule.evaluation.domains  # type: ignore[attr-defined]

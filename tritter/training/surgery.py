@@ -5,7 +5,7 @@ map, the model is wrapped for DDP again, and whoever keeps something about param
 journal that the module keeps in its checkpoints lets a resumed training make the shapes again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 
 import torch
@@ -59,11 +59,32 @@ def apply(
     _take_on(model, change)
     module.journal.append(entry)
     _follow_slots(optimizer, module, old, moments)
+    _wrap(trainer, module)
+    _tell(trainer, module, change, entry)
+    _check_result(optimizer, module, change, ties=ties, num_others=others)
+
+
+def thaw(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None:
+    """Let frozen parameters of a live training be trained from its next step on.
+
+    They enter the optimizer where a new one would hold them, and begin without moments.
+
+    Raises:
+        RequestError: not between two optimizer steps, or a strategy that can't bear it.
+    """
+    _check_moment(trainer, module)
+    (optimizer,), held = trainer.optimizers, dict(module.model.named_parameters())
+    for name in names:
+        held[name].requires_grad_(True)
+    _follow_slots(optimizer, module, held, {})
+    _wrap(trainer, module)
+
+
+def _wrap(trainer: Trainer, module: BaseModule) -> None:
+    """Let DDP wait for the gradients of what is trained now, and of nothing else."""
     if isinstance(trainer.strategy, DDPStrategy):
         trainer.strategy.model = module
         trainer.strategy.configure_ddp()
-    _tell(trainer, module, change, entry)
-    _check_result(optimizer, module, change, ties=ties, num_others=others)
 
 
 def _check_moment(trainer: Trainer, module: LightningModule) -> None:

@@ -1,0 +1,37 @@
+"""What methods against forgetting ask for, held against the rest of a run."""
+
+from collections.abc import Iterator
+
+from tritter.config.freezing import freezing_problems
+from tritter.config.moe import teacher_problems
+from tritter.config.schema import CheckpointModelConfig, RunConfig
+from tritter.errors import Problem
+from tritter.families import Config
+
+
+def method_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield which methods wait for rows that nobody mixes in."""
+    needs = [one.kind.needs(one.options) for one in config.forgetting]
+    is_mixed = any(each.mixes for each in needs)
+    for one, needed in zip(config.forgetting, needs, strict=True):
+        if needed.replayed_rows and not is_mixed:
+            reason = (
+                "there are no old rows, as no method replays any; allowed is new, or replay "
+                f"beside it: forgetting=[replay,{one.name}]"
+            )
+            yield Problem(f"forgetting.{one.name}.rows", one.options.rows, reason=reason)
+
+
+def method_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
+    """Yield what can't be had of a model that the run starts from.
+
+    Args:
+        source: its config.json; of a base that is to be trained the vocabulary is not known yet.
+    """
+    is_known = isinstance(config.model, CheckpointModelConfig)
+    for one in config.forgetting:
+        place = one.kind.needs(one.options).teacher_place
+        if place is not None:
+            key = f"forgetting.{one.name}.teacher"
+            yield from teacher_problems(place, source if is_known else None, key=key)
+    yield from freezing_problems(config, source)
