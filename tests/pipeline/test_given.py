@@ -348,3 +348,17 @@ def _dies_at(step: int, training_step: Any) -> Any:
         return training_step(self, *arguments)
 
     return stepped
+
+
+def test_a_teacher_that_is_named_is_learned_from(run: Run, library: Path, tmp_path: Path) -> None:
+    """The model before the expansion by its place: the same bits; one of other words: refused."""
+    words = (*TEXT_MODEL, *text_words(library), "expansion=width", "forgetting=distill")
+    run(*words, name="before")
+    run(*words, f"forgetting.distill.teacher={tmp_path}/before/baseline", name="named")
+    before, named = (
+        lineage_of(tmp_path / name / "attempt_1/trained") for name in ("before", "named")
+    )
+    assert named.model_hash == before.model_hash
+    with pytest.raises(RequestError, match=r"distill\.teacher = .*: it has 300 tokens, the model"):
+        run(*words, f"forgetting.distill.teacher={library}/llama", name="refused")
+    assert not (tmp_path / "refused/baseline").exists()

@@ -30,7 +30,7 @@ Rows = Literal["new", "old", "both"]
 class DistillOptions:
     """Whom the model is to answer like, how firmly, and on which text."""
 
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Annotated[float, Field(ge=0)] = 2.0
     temperature: Annotated[float, Field(gt=0)] = 2.0
     rows: Rows = "new"
     top_k: Count | None = None
