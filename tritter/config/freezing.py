@@ -76,6 +76,8 @@ def _why_nothing_is_new(config: RunConfig) -> str:
     specs, is_planned = config.expansion, config.pipeline.target_params is not None
     if config.control:
         return "the control does not grow, and nothing of it would be trained; leave one out"
+    if len(config.text.tasks) > 1:
+        return "the model grows for the first task alone, and the others add nothing new"
     if not specs and not is_planned:
         return "without an expansion nothing is new; choose one, or name layers instead"
     if specs and all(s.expansion_type == "depth" and not s.is_exact for s in specs):
