@@ -190,11 +190,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     model = load_model(start)
     _hold_old(context, arm, model)
     methods = build_methods(context.config.forgetting)
-    protection = " and ".join(method.name for method in methods) or "nothing"
-    domains, tasks = ", ".join(context.new_of(arm)), len(context.text.tasks)
-    place = f" (task {arm.task + 1} of {tasks})" if tasks > 1 else ""
-    steps = f"{settings.max_steps} steps on {domains}{place}"
-    context.say("train", f"{steps}, protected by {protection}")
+    _announce(context, arm, methods, max_steps=settings.max_steps)
     with moe.ready_for_training(context, arm, model) as setup:
         task = importance.task(context, arm, follow=setup.follow)
         _freeze(model, methods, task, max_steps=settings.max_steps)
@@ -243,6 +239,15 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         flops=_fit_flops(arm, flops, result.evaluation_flops),
         leaves=(f"{arm.name}/trained", *metrics),
     )
+
+
+def _announce(
+    context: RunContext, arm: Arm, methods: Sequence[ForgettingMethod], *, max_steps: int
+) -> None:
+    protection = " and ".join(method.name for method in methods) or "nothing"
+    domains, tasks = ", ".join(context.new_of(arm)), len(context.text.tasks)
+    place = f" (task {arm.task + 1} of {tasks})" if tasks > 1 else ""
+    context.say("train", f"{max_steps} steps on {domains}{place}, protected by {protection}")
 
 
 def _fit_flops(arm: Arm, training: float, evaluations: float) -> dict[str, float]:
