@@ -165,6 +165,20 @@ def history(
     return run_history(folder, verify=verify, as_json=as_json)
 
 
+@app.command()
+def report(
+    folders: options.Runs,
+    output: options.ReportOutput = None,
+    figures: options.Figures = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> int:
+    """Put finished runs and sweeps side by side on one HTML page."""
+    from tritter.cli.report import run_report
+
+    return run_report(folders, output=output, figures=figures, overwrite=overwrite, as_json=as_json)
+
+
 @app.command(name="inspect")
 def inspect_checkpoint(folder: options.Folder, as_json: options.AsJson = False) -> int:
     """Show a checkpoint's shapes and parameters, and the map of its last expansion."""

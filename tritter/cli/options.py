@@ -121,6 +121,30 @@ Overwrite = Annotated[
     ),
 ]
 
+# report
+
+Runs = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Folders of runs, or folders that hold them.", metavar="RUN_OR_SWEEP...", parser=place
+    ),
+]
+ReportOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        help="The page. Default: report.html in the folder, or here if there are several.",
+        metavar="FILE.html",
+        parser=place,
+    ),
+]
+Figures = Annotated[
+    Path | None,
+    typer.Option(
+        "--figures", help="New folder for the figures as PNG files.", metavar="DIR", parser=place
+    ),
+]
+
 # history
 
 Verify = Annotated[

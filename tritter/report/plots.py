@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from tritter.report.rows import DomainRow, Score, ScoreChange, domain_rows, last_attempt
 from tritter.report.wording import change_text
 
-_DPI = 150
+DPI = 150
 # Okabe and Ito: told apart by colour-blind readers, and in grey by their markers.
-_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-_CYCLE = (_BLUE, _ORANGE, _GREEN, _PURPLE, "#56B4E9", "#E69F00")
+BLUE, _ORANGE, _GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+CYCLE = (BLUE, _ORANGE, _GREEN, PURPLE, "#56B4E9", "#E69F00")
 _STAGES = ("before", "after\nexpansion", "after\ntraining")
 _SMOOTHED_FROM_POINTS = 40
 
@@ -63,7 +63,7 @@ def plot_run(
     written = []
     for name, figure in figures.items():
         if figure is not None:
-            figure.savefig(folder / name, dpi=_DPI)
+            figure.savefig(folder / name, dpi=DPI)
             written.append(folder / name)
     return written
 
@@ -95,9 +95,9 @@ def _domains_figure(rows: Sequence[DomainRow]) -> Figure | None:
     domains = [row for row in rows if not row.is_control and row.before.loss is not None]
     if not domains:
         return None
-    figure, panels = _figure(columns=len(domains), width=1.2 + 3.2 * len(domains), height=3.6)
+    figure, panels = new_figure(columns=len(domains), width=1.2 + 3.2 * len(domains), height=3.6)
     for row, axes in zip(domains, panels, strict=True):
-        _draw_stages(axes, (row.before, row.expanded, row.trained), label="grown", color=_BLUE)
+        _draw_stages(axes, (row.before, row.expanded, row.trained), label="grown", color=BLUE)
         for control in rows:
             if control.is_control and control.domain == row.domain:
                 scores = (control.before, None, control.trained)
@@ -110,7 +110,7 @@ def _domains_figure(rows: Sequence[DomainRow]) -> Figure | None:
     if any(row.is_control for row in rows):
         panels[-1].legend(frameon=False, fontsize=8)
     note = "bars: one standard error over documents; the changes above are paired and surer"
-    figure.supxlabel(note, fontsize=7, color=_GREY)
+    figure.supxlabel(note, fontsize=7, color=GREY)
     return figure
 
 
@@ -167,14 +167,14 @@ def _forgetting_figure(
     shown = [(row, courses) for row, courses in grown if courses]
     if not shown:
         return None
-    figure, panels = _figure(columns=len(shown), width=1.2 + 3.2 * len(shown), height=4.0)
+    figure, panels = new_figure(columns=len(shown), width=1.2 + 3.2 * len(shown), height=4.0)
     for (row, courses), axes in zip(shown, panels, strict=True):
         level = _draw_courses(axes, courses, is_grown=is_grown)
         for beside in _courses(row, [control]):
             label = "control, not grown"
             axes.plot(beside.steps, beside.values, "s--", color=_ORANGE, markersize=3, label=label)
         for step in borders:
-            axes.axvline(step, color=_GREY, linestyle="-.", linewidth=1, label="next task")
+            axes.axvline(step, color=GREY, linestyle="-.", linewidth=1, label="next task")
         axes.set_title(f"{row.domain} ({row.role})", fontsize=10)
         axes.set_xlabel("training step")
         axes.margins(y=0.15)
@@ -186,7 +186,7 @@ def _forgetting_figure(
         lines.values(), lines, loc="outside upper center", ncols=4, frameon=False, fontsize=8
     )
     note = f"always the same part of the validation text; dotted: {level}"
-    figure.supxlabel(note, fontsize=7, color=_GREY)
+    figure.supxlabel(note, fontsize=7, color=GREY)
     return figure
 
 
@@ -212,25 +212,25 @@ def _draw_courses(axes: Axes, courses: Sequence[_Course], *, is_grown: bool) -> 
     gap = 0.08 * max(courses[-1].steps[-1], 1)  # between the first step and what was before it
     for number, course in enumerate(courses):
         label = "grown" if is_grown else "trained"
-        axes.plot(course.steps, course.values, "o-", color=_BLUE, markersize=3, label=label)
+        axes.plot(course.steps, course.values, "o-", color=BLUE, markersize=3, label=label)
         if course.before is None:
             continue
         start = course.steps[0] - (gap if number == 0 else 0)
         jump = [start, course.steps[0]], [course.before, course.values[0]]
-        axes.plot(*jump, color=_BLUE, linestyle=":", linewidth=1)
+        axes.plot(*jump, color=BLUE, linestyle=":", linewidth=1)
         _mark_expansion(axes, (start + course.steps[0]) / 2)
     if first.before is None:
         if is_grown:  # in a folder from before the level was evaluated
             _mark_expansion(axes, 0)
-        axes.axhline(first.values[0], color=_GREY, linestyle=":", linewidth=1)
+        axes.axhline(first.values[0], color=GREY, linestyle=":", linewidth=1)
         return "at the first step"
-    axes.plot(-gap, first.before, "D", color=_GREY, markersize=5, label="before it was expanded")
-    axes.axhline(first.before, color=_GREY, linestyle=":", linewidth=1)
+    axes.plot(-gap, first.before, "D", color=GREY, markersize=5, label="before it was expanded")
+    axes.axhline(first.before, color=GREY, linestyle=":", linewidth=1)
     return "before the expansion"
 
 
 def _mark_expansion(axes: Axes, step: float) -> None:
-    axes.axvline(step, color=_PURPLE, linestyle="--", linewidth=1, label="expanded")
+    axes.axvline(step, color=PURPLE, linestyle="--", linewidth=1, label="expanded")
 
 
 def _training_figure(curves: Sequence[Curve]) -> Figure | None:
@@ -240,10 +240,10 @@ def _training_figure(curves: Sequence[Curve]) -> Figure | None:
     groups = [group for group in (losses, penalties) if group]
     if not groups:
         return None
-    figure, panels = _figure(rows=len(groups), width=6.4, height=0.8 + 2.8 * len(groups))
+    figure, panels = new_figure(rows=len(groups), width=6.4, height=0.8 + 2.8 * len(groups))
     for group, axes in zip(groups, panels, strict=True):
         for index, curve in enumerate(group):
-            _draw_curve(axes, curve, color=_CYCLE[index % len(_CYCLE)])
+            _draw_curve(axes, curve, color=CYCLE[index % len(CYCLE)])
         axes.set_ylabel("penalty" if group is penalties else "loss [nats per token]")
         axes.legend(frameon=False, fontsize=8)
     panels[-1].set_xlabel("training step")
@@ -277,11 +277,11 @@ def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
     ]
     if not pairs:
         return None
-    figure, (axes,) = _figure(width=5.6, height=4.2)
+    figure, (axes,) = new_figure(width=5.6, height=4.2)
     for old, new in pairs:
         _draw_pair(axes, old, new)
     for bound in sorted({old.bound for old, _ in pairs if old.bound is not None}):
-        axes.axhline(100 * bound, color=_GREY, linestyle="--", linewidth=1)
+        axes.axhline(100 * bound, color=GREY, linestyle="--", linewidth=1)
         axes.annotate(
             f"allowed {100 * bound:+.3g} %",
             xy=(0.99, 100 * bound),
@@ -290,10 +290,10 @@ def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
             textcoords="offset points",
             ha="right",
             fontsize=8,
-            color=_GREY,
+            color=GREY,
         )
-    axes.axhline(0, color=_GREY, linewidth=0.6)
-    axes.axvline(0, color=_GREY, linewidth=0.6)
+    axes.axhline(0, color=GREY, linewidth=0.6)
+    axes.axvline(0, color=GREY, linewidth=0.6)
     axes.margins(0.2)
     axes.set_xlabel("gain: fall of the loss on the new domain [% per byte]")
     axes.set_ylabel("forgetting: rise of the loss\non the old domain [% per byte]")
@@ -310,7 +310,7 @@ def _draw_pair(axes: Axes, old: DomainRow, new: DomainRow) -> None:
         # The gain is the fall: its lower error is the change's upper one
         xerr=_errors(new.change.above, new.change.below),
         yerr=_errors(old.change.below, old.change.above),
-        color=_ORANGE if old.is_control else _BLUE,
+        color=_ORANGE if old.is_control else BLUE,
         marker="s" if old.is_control else "o",
         linestyle="none",
         capsize=3,
@@ -318,7 +318,7 @@ def _draw_pair(axes: Axes, old: DomainRow, new: DomainRow) -> None:
     )
 
 
-def _figure(
+def new_figure(
     *, rows: int = 1, columns: int = 1, width: float, height: float
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure of our own (no pyplot, so nothing global) and its panels in reading order."""

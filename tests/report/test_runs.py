@@ -1,0 +1,88 @@
+"""Groups of runs that differ in the seed alone, and the intervals over them."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tritter.errors import TritterError
+from tritter.report.comparison import _front
+from tritter.report.runs import Interval, Run, check_summary, differing_keys, grouped
+
+SETTINGS = {
+    "seed": 0,
+    "training.learning_rate": 0.003,
+    "forgetting.methods": ["ewc"],
+    "data.batch_size": 4,
+    "data.sequence_length": 8,
+}
+
+
+def run_of(summary: dict[str, Any], name: str, change: float, **settings: Any) -> Run:
+    summary = copy.deepcopy(summary) | {"expansion": ["width"], "forgetting": ["ewc"]}
+    for check in summary["attempts"][-1]["gate"]:
+        if check["check"] == "retention":
+            check["value"] = change
+    values = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
+    return Run(name=name, summary=summary, settings=values)
+
+
+def test_seeds_are_one_group_and_other_settings_are_another(summary: dict[str, Any]) -> None:
+    changes = [0.01, 0.03, 0.02]
+    runs = [run_of(summary, f"a{seed}", x, seed=seed) for seed, x in enumerate(changes)]
+    other = run_of(summary, "b", 0.5, training__learning_rate=0.01)
+    first, second = grouped([*runs, other])
+    assert [run.name for run in first.runs] == ["a0", "a1", "a2"] and second.runs == (other,)
+    assert first.name == "expansion=width forgetting=ewc learning_rate=0.003"
+    assert second.name == "expansion=width forgetting=ewc learning_rate=0.01"
+    assert differing_keys([*runs, other]) == ("seed", "training.learning_rate")
+    found = first.change("prose")
+    assert found is not None and found.is_over_seeds
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(changes), scale=stats.sem(changes))
+    assert (found.value, found.lower, found.upper) == pytest.approx((0.02, low, high))
+
+
+def test_a_single_run_has_the_bounds_of_its_gate(summary: dict[str, Any]) -> None:
+    (group,) = grouped([run_of(summary, "a", 0.0102)])
+    found = group.change("prose")
+    interval = summary["gate"][0]["interval"]
+    assert found == Interval(0.0102, *interval, is_over_seeds=False)
+    assert group.change("of no run") is None
+
+
+def test_a_mean_of_what_is_not_finite_is_none() -> None:
+    assert Interval.of([]) is None and Interval.of([1.0, float("nan")]) is None
+    assert Interval.of([1.0]) == Interval(1.0, None, None)
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [(0.1, -0.2), (0.3, 0.0), (0.2, 0.1), (0.3, 0.1), (0.05, -0.1)]
+    assert _front(points) == [(0.3, 0.0), (0.1, -0.2)]
+
+
+def test_tokens_of_a_step_and_borders_of_tasks(summary: dict[str, Any]) -> None:
+    run = run_of(summary, "a", 0.0, trainer__accumulate_grad_batches=3)
+    assert run.tokens_per_step == 4 * 8 * 3
+    tasks = [{"domains": ["x"], "final": {}, "steps": steps} for steps in (5, 7, 9)]
+    several = Run(name="a", summary=run.summary | {"tasks": tasks}, settings={})  # type: ignore[operator]
+    assert several.borders == (5, 12) and several.tokens_per_step is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("status", "great", "status"),
+        ("domains", ["prose"], "domains"),
+        ("baseline", {"prose": {"loss": "low"}}, "baseline.prose.loss"),
+        ("attempts", {}, "attempts"),
+        ("flops", {"total": "much"}, "flops.total"),
+    ],
+)
+def test_what_is_no_summary_is_refused(
+    summary: dict[str, Any], key: str, value: Any, said: str
+) -> None:
+    check_summary(summary)
+    with pytest.raises(TritterError, match=said):
+        check_summary(summary | {key: value})

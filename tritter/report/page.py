@@ -1,0 +1,212 @@
+"""One self-contained HTML page of several runs: their text is escaped, nothing is loaded."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from tritter import __version__
+from tritter.report.comparison import figures
+from tritter.report.plots import DPI
+from tritter.report.rows import DomainRow, checks, last_attempt, score_of
+from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped
+from tritter.report.wording import MISSING, change_text, count_text, score_text, stages
+
+_TITLES = {
+    "tradeoff": "Retention against gain",
+    "losses": "Losses over tokens",
+    "changes": "Changes by domain",
+    "cost": "Cost",
+}
+_OVER_SEEDS = f"groups of several seeds: mean with Student's {CONFIDENCE:.0%} interval"
+_CAPTIONS = {
+    "tradeoff": f"Right and low is good; dotted: what nothing beats in both. {_OVER_SEEDS}; pale: "
+    "each seed; single runs: one-sided bounds of the gate, over documents.",
+    "losses": "eval: always the same part of the validation text; left of the dashed line: before "
+    "the expansion; dash-dotted: the next task begins.",
+    "changes": f"From before the expansion to the end. {_OVER_SEEDS[0].upper()}{_OVER_SEEDS[1:]}; "
+    "single runs: one-sided bounds of the gate.",
+    "cost": "Seconds depend on what else the machine did: compare those of one sweep only. "
+    f"{_OVER_SEEDS[0].upper()}{_OVER_SEEDS[1:]}.",
+}
+_VERDICTS = ("kept", "rolled back", "undecided", "passed", "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class PageTable:
+    """A table of plain text.
+
+    Args:
+        numbers: positions of the columns that are set to the right.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numbers: tuple[int, ...] = ()
+    caption: str = ""
+
+
+def page(
+    runs: Sequence[Run], *, title: str, notes: Sequence[str] = ()
+) -> tuple[str, dict[str, bytes]]:
+    """Return the page, and its figures by file name as PNG.
+
+    Args:
+        notes: what a reader should know of folders that are not on it.
+    """
+    groups = grouped(runs)
+    pictures = {name: _png(figure) for name, figure in figures(groups).items()}
+    environment = Environment(
+        loader=PackageLoader("tritter.report", ""), autoescape=True, undefined=StrictUndefined
+    )
+    text = environment.get_template("page.html.j2").render(
+        version=__version__,
+        title=title,
+        lead=_lead(runs, groups),
+        notes=notes,
+        verdicts=_VERDICTS,
+        overview=_overview(groups),
+        figures=[
+            {
+                "name": name,
+                "title": _TITLES[name],
+                "caption": _CAPTIONS[name],
+                "base64": base64.b64encode(picture).decode("ascii"),
+            }
+            for name, picture in pictures.items()
+        ],
+        differing=_differing(runs),
+        runs=[_details(run) for run in runs],
+    )
+    return text, {f"{name}.png": picture for name, picture in pictures.items()}
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI)
+    return stream.getvalue()
+
+
+def _lead(runs: Sequence[Run], groups: Sequence[Group]) -> str:
+    number = "one finished run" if len(runs) == 1 else f"{len(runs)} finished runs"
+    if len(groups) < len(runs):
+        number += f" in {len(groups)} groups that differ in the seed alone"
+    return f"{number[0].upper()}{number[1:]}. Losses in nats per token, changes per byte."
+
+
+def _overview(groups: Sequence[Group]) -> PageTable:
+    """Return a row per run: its verdict, each domain's change, size and cost."""
+    runs = [(group, run) for group in groups for run in group.runs]
+    domains = tuple(dict.fromkeys((r.domain, r.role) for _, run in runs for r in run.rows))
+    changes = (f"{domain} ({role})" for domain, role in domains)
+    cost = ("parameters", "steps", "FLOPs", "seconds")
+    header = ("run", "group", "seed", "status", *changes, *cost)
+    rows = tuple(
+        (
+            run.name,
+            group.name,
+            str(run.seed),
+            _words(run.summary["status"]),
+            *(_change_of(run.rows, domain) for domain, _ in domains),
+            count_text((run.summary.get("parameters") or {}).get("final")),
+            str(run.steps),
+            count_text((run.summary.get("flops") or {}).get("total")),
+            _seconds((run.summary.get("seconds") or {}).get("total")),
+        )
+        for group, run in runs
+    )
+    caption = "change of loss per byte in %, with one-sided bounds over documents"
+    return PageTable(header, rows, tuple(range(4, len(header))), caption)
+
+
+def _change_of(rows: Sequence[DomainRow], domain: str) -> str:
+    return next((change_text(row.change) for row in rows if row.domain == domain), MISSING)
+
+
+def _words(status: object) -> str:
+    return str(status).replace("_", " ")
+
+
+def _seconds(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def _differing(runs: Sequence[Run]) -> PageTable:
+    keys = differing_keys(runs)
+    rows = ((key, *(_plain(run.settings.get(key)) for run in runs)) for key in keys)
+    return PageTable(("setting", *(run.name for run in runs)), tuple(rows))
+
+
+def _plain(value: Any) -> str:
+    return MISSING if value is None else str(value)
+
+
+def _details(run: Run) -> dict[str, Any]:
+    summary = run.summary
+    methods = (
+        f"{key}={'+'.join(map(str, summary.get(key) or ())) or 'none'}"
+        for key in ("expansion", "forgetting")
+    )
+    tables = [_scores(run), _tasks(summary), _gate(summary), _costs(summary)]
+    return {
+        "name": run.name,
+        "status": str(summary["status"]),
+        "methods": ", ".join(methods),
+        "tables": [table for table in tables if table.rows],
+        "history": "\n".join(run.history),
+        "samples": [
+            {key: str(sample.get(key) or "") for key in ("domain", "prompt", "before", "after")}
+            for sample in summary.get("samples") or ()
+        ],
+        "notes": [str(note) for note in summary.get("notes") or ()],
+    }
+
+
+def _scores(run: Run) -> PageTable:
+    header = ("domain", "role", "before", "expanded", "trained", "change", "verdict")
+    rows = tuple(
+        (
+            row.domain,
+            row.role if not row.is_control else f"{row.role}, control",
+            *(score_text(score) for score in (row.before, row.expanded, row.trained)),
+            change_text(row.change),
+            row.verdict or MISSING,
+        )
+        for row in (*run.rows, *run.control_rows)
+    )
+    return PageTable(header, rows, (2, 3, 4, 5), "loss in nats per token; change in % per byte")
+
+
+def _tasks(summary: Mapping[str, Any]) -> PageTable:
+    """Return every domain's loss after each task; empty where there is one task."""
+    tasks = summary.get("tasks") or ()
+    if len(tasks) < 2:
+        return PageTable((), ())
+    names = [f"{n}: {' '.join(task['domains'])}" for n, task in enumerate(tasks, start=1)]
+    scores = [summary["baseline"], *(task["final"] for task in tasks)]
+    rows = tuple(
+        (domain, *(score_text(score_of(each, domain)) for each in scores))
+        for domain in summary["baseline"]
+    )
+    header = ("domain", "before", *names)
+    return PageTable(header, rows, tuple(range(1, len(header))), "loss after each task")
+
+
+def _gate(summary: Mapping[str, Any]) -> PageTable:
+    made = checks(last_attempt(summary))
+    rows = tuple(tuple(str(check.get(key)) for key in ("check", "subject", "verdict", "detail"))
+                 for check in made)  # fmt: skip
+    return PageTable(("check", "of", "verdict", "because"), rows)
+
+
+def _costs(summary: Mapping[str, Any]) -> PageTable:
+    seconds, flops = summary.get("seconds") or {}, summary.get("flops") or {}
+    rows = tuple(
+        (name, _seconds(seconds.get(name)), count_text(flops.get(name)))
+        for name in stages(seconds, flops)
+    )
+    return PageTable(("stage", "seconds", "FLOPs"), rows, (1, 2))
