@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Run
-from tests.report.conftest import _SUMMARY
+from tests.report.conftest import SUMMARY
 from tests.report.test_runs import SETTINGS
 
 
@@ -27,7 +27,7 @@ def sweep(place: Path) -> Path:
 
 
 def write_summary(folder: Path, **changes: Any) -> None:
-    (folder / "summary.json").write_text(json.dumps(_SUMMARY | changes))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | changes))
 
 
 def test_a_sweep(run: Run, sweep: Path) -> None:

@@ -48,7 +48,7 @@ _GATE = [
         "documents_needed": None,
     },
 ]
-_SUMMARY = {
+SUMMARY = {
     "status": "kept",
     "baseline": _BEFORE,
     "expanded": {"prose": _score(3.5901, 1.208, 0.04), "code": _score(4.588, 1.463, 0.06)},
@@ -79,7 +79,7 @@ _CONTROL = {
 
 @pytest.fixture
 def summary() -> dict[str, Any]:
-    return copy.deepcopy(_SUMMARY)
+    return copy.deepcopy(SUMMARY)
 
 
 @pytest.fixture
