@@ -169,6 +169,17 @@ def test_without_old_text_methods_that_need_none_run(run_there: Run) -> None:
         assert run_there(*words, f"forgetting={forgetting}").code == 0
 
 
+def test_what_a_training_recorded_does_in_place_of_old_text(run_there: Run, place: Path) -> None:
+    words = ("model=hf", "model.path=@base", "data=text", "data.new=@new", "data.sequence_length=9")
+    refused = run_there(*words, "forgetting=si")
+    assert refused.code == 2 and "si against forgetting needs old text" in refused.err
+    (place / "base/state").mkdir()
+    head = {"format_version": 1, "step": 3, "kinds": ["path_integral", "displacement"]}
+    (place / "base/state/state.json").write_text(json.dumps(head))
+    assert run_there(*words, "forgetting=si").code == 0
+    assert "ewc against forgetting needs" in run_there(*words, "forgetting=[si,ewc]").err
+
+
 HF = "model=hf model.path=@base data.sequence_length=64"
 REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.old=@old": ("data.new = null", "data.new=PATH"),
@@ -225,6 +236,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "ewc against forgetting needs", "let the model write it (forgetting=[self_replay,l2sp,ewc])"
     ),
     f"{HF} data=text data.new=@new forgetting=replay": ("(forgetting=self_replay)",),
+    f"{HF} data=text data.new=@new forgetting=[ewc,si]": ("ewc and si against forgetting",),
 }  # fmt: skip
 
 

@@ -12,13 +12,15 @@ from tests.forgetting.test_ewc import carried_fisher, task_with
 from tritter.expand import expand, plan_expansion
 from tritter.expansion import LlamaPro, Width
 from tritter.families import LLAMA
-from tritter.forgetting import EWC, L2SP
+from tritter.forgetting import EWC, L2SP, SI, OnlineEWC
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.forgetting.quadratic import QuadraticPenalty
 
 METHODS = {
     "ewc": lambda: EWC(ewc_lambda=3.0),
     "ewc penalty_preserving": lambda: EWC(ewc_lambda=3.0, carry="penalty_preserving"),
+    "online_ewc": lambda: OnlineEWC(ewc_lambda=3.0, gamma=0.5),
+    "si": lambda: SI(si_lambda=3.0),
     "l2sp": lambda: L2SP(l2sp_lambda=3.0),
 }
 
@@ -44,7 +46,8 @@ def test_a_method_that_followed_pulls_as_one_begun_on_the_grown_model(
     fisher = diagonal_fisher(model, oracle.tokens(batch=4))
     method = METHODS[name]()
     told = task_with(model, fisher)
-    state = {"fisher": fisher, "fisher_penalty": fisher}
+    kinds = ("fisher", "fisher_penalty", "online_fisher", "si_importance")
+    state = dict.fromkeys(kinds, fisher)
     method.begin_task(model, replace(told, state=state))
     method.parameters_changed(plan.change)
 

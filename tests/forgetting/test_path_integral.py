@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,65 @@ from tests import oracle
 from tests.training.test_fit import SETTINGS, batches
 from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.forgetting.path_integral import PathIntegral, add_to_path
+from tritter.forgetting.path_integral import PathIntegral
+from tritter.forgetting.weight_path import WeightPath
 from tritter.training import BaseModule, OptimizerSettings, Schedule, fit
 
 
 def test_one_step_by_hand() -> None:
     model = nn.Linear(2, 1, bias=False)
-    with torch.no_grad():
-        model.weight.copy_(torch.tensor([[1.0, 2.0]]))
-    omega = {"weight": torch.tensor([[0.5, 0.0]])}
-    before = (torch.tensor([[3.0, float("nan")]]), torch.tensor([[1.5, 2.0]]))
-    add_to_path(omega, model, {"weight": before})
-    assert omega["weight"].tolist() == [[0.5 + 3.0 * 0.5, 0.0]]
+    model.weight.data = torch.tensor([[1.5, 2.0]])
+    path = WeightPath(start={}, path_integral={"weight": torch.tensor([[0.5, 0.0]])})
+    path.before_step(model, {"weight": torch.tensor([[3.0, -4.0]])})
+    model.weight.data = torch.tensor([[1.0, 2.5]])
+    path.after_step(model)
+    assert path.path_integral["weight"].tolist() == [[0.5 + 3.0 * 0.5, 4.0 * 0.5]]
+    path.after_step(model)  # of a batch that no step was taken after
+    assert path.path_integral["weight"].tolist() == [[2.0, 2.0]]
+    assert path.displacement(model)["weight"].tolist() == [[-0.5, 0.5]]
+
+
+def test_a_step_that_is_refused_adds_nothing() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    path = WeightPath(start={})
+    path.before_step(model, {"weight": torch.tensor([[3.0, float("nan")]])})
+    path.after_step(model)
+    assert path.path_integral["weight"].tolist() == [[0.0, 0.0]]
+
+
+def quadratic(step: float, *, midpoint: bool) -> tuple[float, float]:
+    """Descend ½ θᵀHθ for a time of 1; return Σ ω and the fall of the loss."""
+    generator = torch.Generator().manual_seed(3)
+    root = torch.randn(5, 5, dtype=torch.float64, generator=generator)
+    hessian = root @ root.T + torch.eye(5, dtype=torch.float64)
+    model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
+    model.weight.data = torch.randn(1, 5, dtype=torch.float64, generator=generator)
+    path = WeightPath(start={})
+    before = float((model.weight @ hessian @ model.weight.T).detach() / 2)
+    for _ in range(round(1 / step)):
+        weight = model.weight.detach().clone()
+        after = weight - step * weight @ hessian
+        seen = (weight + after) / 2 if midpoint else weight
+        path.before_step(model, {"weight": seen @ hessian})
+        model.weight.data = after
+        path.after_step(model)
+    fall = before - float((model.weight @ hessian @ model.weight.T).detach() / 2)
+    return float(path.path_integral["weight"].sum()), fall
+
+
+def test_on_a_quadratic_midpoint_gradients_add_up_to_the_fall_of_the_loss() -> None:
+    omega, fall = quadratic(0.05, midpoint=True)
+    assert fall > 1 and omega == pytest.approx(fall, rel=1e-12)
+
+
+def test_with_gradients_at_the_start_of_steps_the_error_halves_with_the_steps() -> None:
+    errors = []
+    for step in (1e-3, 5e-4, 2.5e-4):
+        omega, fall = quadratic(step, midpoint=False)
+        errors.append(omega - fall)
+    assert errors[0] > 0
+    ratios = [later / one for one, later in pairwise(errors)]
+    assert ratios == pytest.approx([0.5, 0.5], rel=0.02)
 
 
 def trained(
@@ -56,6 +104,10 @@ def trained(
     assert state is not None and state.step == steps
     omega = dict(LazyTensors(state.kinds["path_integral"]))
     assert set(omega) == {name for name, _ in model.named_parameters()}
+    moved = dict(LazyTensors(state.kinds["displacement"]))
+    first = oracle.tiny_llama(initializer_range=0.05)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(moved[name], parameter.detach() - first.get_parameter(name).detach())
     return model, sum(float(value.sum()) for value in omega.values()), before - loss()
 
 
@@ -108,7 +160,10 @@ def test_it_is_written_also_when_nothing_was_left_to_train(tmp_path: Path) -> No
         )
         state = read_state(tmp_path / "importance")
         assert result.steps == 8 and state is not None and state.step == 8
-        omegas.append(dict(LazyTensors(state.kinds["path_integral"])))
+        assert set(state.kinds) == {"path_integral", "displacement"}
+        omegas.append(
+            {f"{k} {n}": v for k in state.kinds for n, v in LazyTensors(state.kinds[k]).items()}
+        )
         shutil.rmtree(tmp_path / "importance")
     first, second = omegas
     assert first.keys() == second.keys()

@@ -126,7 +126,7 @@ def test_named_domains_and_built_in_text(run: Run, library: Path) -> None:
     [
         ("llama", ["expansion=width", "forgetting=[ewc,replay]"]),
         ("qwen3", ["expansion=[llama_pro,width]", "forgetting=replay", "control=true"]),
-        ("llama", ["expansion=none", "forgetting=l2sp"]),
+        ("llama", ["expansion=none", "forgetting=[l2sp,si]"]),
     ],
 )
 def test_a_plain_checkpoint(

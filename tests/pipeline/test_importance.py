@@ -1,5 +1,6 @@
 """What the trainings of a run are told of the importances that one stage estimated."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.pipeline.tiny import FIXTURES, TINY
+from tritter.checkpoint.state import LazyTensors, read_state
+from tritter.config.composition import load_config
 from tritter.forgetting import EWC
-from tritter.pipeline import Outcome
+from tritter.pipeline import Outcome, run_pipeline
 from tritter.training import Task
 
 Run = Callable[..., Outcome]
@@ -38,3 +42,45 @@ def test_normalised_importance_of_copies_is_that_of_the_model_that_did_not_grow(
     assert sum(float(v.sum()) for v in plain.values()) == pytest.approx(
         sum(v.numel() for v in plain.values()), rel=1e-4
     )
+
+
+def state_of(folder: Path) -> dict[str, dict[str, Tensor]]:
+    state = read_state(folder)
+    assert state is not None
+    return {kind: dict(LazyTensors(tensors)) for kind, tensors in state.kinds.items()}
+
+
+def test_what_one_training_leaves_the_next_takes_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of old text only that of the latest task is looked at, and for `si` none at all."""
+
+    def run(name: str, *words: str) -> dict[str, dict[str, Tensor]]:
+        (tmp_path / name).mkdir()
+        own = ("forgetting=[si,online_ewc]", "forgetting.si.xi=0.1", f"cache_dir={tmp_path}/cache")
+        left_out = ("data.old", "data.new", *(("model.",) if name == "second" else ()))
+        base = [word for word in TINY if not word.startswith(left_out)]
+        run_pipeline(load_config([*base, *own, *words]), run_folder=tmp_path / name)
+        return state_of(tmp_path / name / "checkpoint")
+
+    texts = (f"data.old={FIXTURES}/text/old", f"data.new={FIXTURES}/text/new.jsonl")
+    left = run("first", *texts, "expansion=width")
+    assert re.search(r"Fisher of \d+ sequences of old\n", capsys.readouterr().out)
+    path = state_of(tmp_path / "first/attempt_1/expanded")
+    assert set(path) == {"path_integral", "displacement"}
+    assert set(left) == {*path, "si_importance", "online_fisher"}
+    for name, omega in path["path_integral"].items():
+        importance = omega.clamp(min=0) / (path["displacement"][name].square() + 0.1)
+        torch.testing.assert_close(left["si_importance"][name], importance)
+
+    given = ("model=hf", f"model.path={tmp_path}/first/checkpoint", "expansion=none")
+    after = run("second", *given, f"data.new={{third:{FIXTURES}/text/old}}")
+    said = capsys.readouterr().out
+    assert re.search(r"Fisher of \d+ sequences of new\n", said) and "si: no path" not in said
+    for name, omega in left["path_integral"].items():
+        latest = omega.clamp(min=0) / (left["displacement"][name].square() + 0.1)
+        earlier = left["si_importance"].get(name, torch.zeros_like(latest))
+        torch.testing.assert_close(after["si_importance"][name], earlier + latest)
+    latest_fisher = state_of(tmp_path / "second/importance")["fisher"]
+    for name, kept in left["online_fisher"].items():
+        assert bool((after["online_fisher"][name] >= kept + latest_fisher[name] - 1e-9).all())

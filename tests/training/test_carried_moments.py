@@ -132,10 +132,12 @@ def test_state_on_files_follows_as_on_a_live_optimizer(tmp_path: Path) -> None:
     }
     squares = [(name, optimizer.state[p]["exp_avg_sq"]) for name, p in weights.items()]
     kinds["fisher"] = TensorStream.of(squares)
-    kinds["path_integral"] = TensorStream.of(squares)
+    for kind in ("online_fisher", "online_fisher_mean", "path_integral", "displacement"):
+        kinds[kind] = TensorStream.of(squares)
     kinds["anchor"] = TensorStream.of((n, p.detach()) for n, p in weights.items())
     kinds["ema"] = kinds["anchor"]
-    assert set(kinds) == OURS - {"fisher_penalty"}
+    priced = {"fisher_penalty", "online_fisher_penalty", "online_fisher_penalty_mean"}
+    assert set(kinds) == OURS - priced - {"si_importance"}
     write_state(tmp_path / "source", kinds, step=3)
     result = expand(tmp_path / "source", tmp_path / "with_state", specs, max_shard_bytes=20_000)
     state = read_state(result.folder)

@@ -26,10 +26,11 @@ from tests.training.killed import KillAt
 from tests.training.test_fit import SETTINGS, task
 from tests.training.test_resume import with_something_new
 from tests.training.written import Written
+from tritter.checkpoint.state import read_state
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.datamodule import EvaluationText
 from tritter.errors import Problem, RequestError, TritterError
-from tritter.forgetting import EWC, L2SP, Distill, Freeze, Replay
+from tritter.forgetting import EWC, L2SP, SI, Distill, Freeze, Replay
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.targets import NamedTarget
 from tritter.training import (
@@ -60,6 +61,7 @@ METHODS: dict[str, Callable[[], Sequence[ForgettingMethod]]] = {
         Freeze(new_only=True, until=12, thaw="top_down"),
     ),
     "distill": lambda: (Distill(weight=1.0), Replay(fraction=0.3)),
+    "si and replay": lambda: (SI(si_lambda=1.0), Replay(fraction=0.3)),
 }
 
 pytestmark = pytest.mark.skipif(
@@ -152,7 +154,7 @@ def train(
         methods=METHODS[methods](),
     )
     told = with_something_new(task(model))
-    told = replace(told, state={"fisher": fisher}, teacher=oracle.tiny_llama())
+    told = replace(told, state={"fisher": fisher, "si_importance": fisher}, teacher=oracle.tiny_llama())
     for method in module.methods:
         method.freeze(model, told, max_steps=STEPS)
     whole = fitting.build_trainer
@@ -202,7 +204,15 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path, methods: str) -> 
         values = [[float(row[name]) for row in r if row.get(name)] for r in (logged, before)]
         assert values[0] == pytest.approx(values[1], rel=1e-5) and len(values[0]) == STEPS // 2
     assert [step for step, _ in rows.rows] == [int(row["step"]) for row in logged]
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["metrics.csv", "saved"]
+    left = {path.name for path in (tmp_path / "two").iterdir()}
+    assert left - {"left"} == {"metrics.csv", "saved"}
+    if "left" in left:
+        together, alone = (read_state(tmp_path / name / "left") for name in ("two", "one"))
+        assert together is not None and alone is not None
+        for kind, tensors in alone.kinds.items():
+            other = together.kinds[kind]
+            for name in tensors.headers:
+                torch.testing.assert_close(other.get(name), tensors.get(name), rtol=1e-3, atol=1e-6)
 
 
 def test_ranks_agree_bit_for_bit_on_different_rows(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS, task
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import TritterError
-from tritter.forgetting import EWC, L2SP, Distill, Freeze, Replay
+from tritter.forgetting import EWC, L2SP, SI, Distill, Freeze, OnlineEWC, Replay
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.training import (
     BaseModule,
@@ -38,6 +38,11 @@ METHODS: dict[str, Methods] = {
     "ewc": lambda: (EWC(ewc_lambda=1e3),),
     "freeze": lambda: (Freeze(new_only=True, until=12, thaw="top_down"),),
     "distill": lambda: (Distill(weight=1.0), Replay(fraction=0.3)),
+    "si, online_ewc and replay": lambda: (
+        SI(si_lambda=1.0),
+        OnlineEWC(ewc_lambda=1e3, refresh_steps=4),
+        Replay(fraction=0.3),
+    ),
 }
 
 
@@ -81,7 +86,8 @@ def train(
         carried=plain.carried,
         old_sequences=plain.old_sequences,
         seed=0,
-        state={"fisher": fisher},
+        latest=("old",),
+        state={"fisher": fisher, "online_fisher": fisher, "si_importance": fisher},
         teacher=oracle.tiny_llama(),
     )
     for method in module.methods:

@@ -24,6 +24,7 @@ from tritter.planning import TrainingSetup, training_memory
 from tritter.planning.machine import machine_memory
 
 _FLOAT32 = 4
+_PATH_COPIES = 4  # ω, the weights at the start and before a step, its gradients
 _FEWER_BYTES: Literal["bf16-true"] = "bf16-true"
 
 
@@ -176,8 +177,10 @@ def _held(
     if setup.optimizer == "adamw" and (kept := kept_per_parameter(config.optimizer)) != 2:
         moments = round(kept * memory.parameters_bytes)  # others keep fewer than Adam, or more
     states = memory.parameters_bytes + memory.gradients_bytes + moments
-    copies = teacher = 0
-    if before is not None:
+    teacher = 0
+    if before is None:
+        copies = _recorded(config) * memory.parameters_bytes
+    else:
         if frozen := num_frozen(config, model_config, before):
             trained = max(0, (count if trained is None else trained) - frozen)
         copies = sum(_copies(one) for one in config.forgetting) * memory.parameters_bytes
@@ -211,6 +214,12 @@ def _copies(one: Selected) -> int:
 
 def _holds(one: Selected) -> bool:
     return bool(_copies(one) or one.kind.needs(one.options).teacher)
+
+
+def _recorded(config: RunConfig) -> int:
+    """Return the same of what is recorded of a base's training for the run's methods."""
+    kinds = {kind for one in config.forgetting for kind in one.kind.needs(one.options).state}
+    return _PATH_COPIES if "path_integral" in kinds else 0
 
 
 def _parameters(config: Config) -> int:

@@ -28,17 +28,26 @@ def carry_problems(config: RunConfig) -> Iterator[Problem]:
 def given_problems(folder: Path) -> list[Problem]:
     """Return why trainings can't start from the moments beside a checkpoint."""
     try:
-        kinds = read_object(folder / _HEAD).get("kinds") if (folder / _HEAD).exists() else ()
+        if kinds_beside(folder) >= _MOMENTS:
+            return []
     except TritterError as error:
         return [Problem(_KEY, True, reason=str(error))]
-    if isinstance(kinds, list) and {kind for kind in kinds if isinstance(kind, str)} >= _MOMENTS:
-        return []
     reason = (
         f"{folder} has no state/ with Adam's moments (exp_avg and exp_avg_sq); a run with "
         "optimizer.carry=true leaves them beside what it trained, and tritter export takes "
         "them from a .ckpt. Leave optimizer.carry out to start without"
     )
     return [Problem(_KEY, True, reason=reason)]
+
+
+def kinds_beside(folder: Path) -> set[str]:
+    """Return the kinds of state that lie beside a checkpoint's weights.
+
+    Raises:
+        TritterError: what says so is damaged.
+    """
+    kinds = read_object(folder / _HEAD).get("kinds") if (folder / _HEAD).exists() else ()
+    return {kind for kind in kinds if isinstance(kind, str)} if isinstance(kinds, list) else set()
 
 
 def _reasons(config: RunConfig) -> Iterator[str]:

@@ -18,7 +18,7 @@ from tritter.config.classes import Bodies, find_classes, group_bodies
 from tritter.config.forgetting import method_problems, method_start_problems
 from tritter.config.loggers import read_loggers
 from tritter.config.moe import expert_problems
-from tritter.config.moments import carry_problems
+from tritter.config.moments import carry_problems, kinds_beside
 from tritter.config.optimizers import read_optimizer
 from tritter.config.reading import Origin, Reader
 from tritter.config.replay import replay_problems
@@ -275,7 +275,7 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         return
     typed = config.data.old if isinstance(config.data, TextDataConfig) else None
     asked = {one.name: one.kind.needs(one.options) for one in config.forgetting}
-    needing = [name for name, needs in asked.items() if needs.old_text]
+    needing = [name for name, needs in asked.items() if _lacks_old_text(config, needs)]
     if needing and not any(needs.writes for needs in asked.values()):
         reason = (
             f"{' and '.join(needing)} against forgetting needs old text; name it, let the model "
@@ -288,6 +288,14 @@ def _with_self_replay(asked: Mapping[str, Any]) -> str:
     """Return the methods of a run with the one that needs no old text; it replays alone."""
     others = [name for name, needs in asked.items() if not needs.mixes]
     return f"[{','.join(['self_replay', *others])}]" if others else "self_replay"
+
+
+def _lacks_old_text(config: RunConfig, needs: Any) -> bool:
+    """Say whether a method can't do without, given the state that lies beside the checkpoint."""
+    if not (needs.old_text and needs.instead):
+        return bool(needs.old_text)
+    assert isinstance(config.model, CheckpointModelConfig)
+    return not kinds_beside(Path(config.model.path)) >= set(needs.instead)
 
 
 def _length_problems(config: RunConfig, source: Config) -> Iterator[Problem]:

@@ -5,14 +5,18 @@ from tritter.forgetting.distill import Distill
 from tritter.forgetting.ewc import EWC
 from tritter.forgetting.freeze import Freeze
 from tritter.forgetting.l2sp import L2SP
+from tritter.forgetting.online_ewc import OnlineEWC
 from tritter.forgetting.replay import Replay
 from tritter.forgetting.self_replay import SelfReplay
+from tritter.forgetting.si import SI
 
 __all__ = [
     "EWC",
     "L2SP",
+    "SI",
     "Distill",
     "Freeze",
+    "OnlineEWC",
     "Replay",
     "SelfReplay",
     "build_methods",

@@ -99,8 +99,12 @@ class EWC(QuadraticPenalty):
         )
 
     def prepare(self, given: Preparation) -> Prepared:
-        chosen = given.draw(self.num_sequences, "fisher")
-        given.say(f"Fisher of {len(chosen)} sequences of {', '.join(given.domains)}")
+        return self._estimated(given, given.domains)
+
+    def _estimated(self, given: Preparation, domains: tuple[str, ...]) -> Prepared:
+        """Take the Fisher of some of the old domains at the weights before the expansion."""
+        chosen = given.draw(self.num_sequences, "fisher", domains=domains)
+        given.say(f"Fisher of {len(chosen)} sequences of {', '.join(domains)}")
         fisher = diagonal_fisher(
             given.model, chosen, estimator=self.estimator, seed=given.seed("fisher", "labels")
         )
@@ -113,7 +117,9 @@ class EWC(QuadraticPenalty):
     def begin_task(self, model: nn.Module, task: Task) -> None:
         fisher = task.state.get(self.kind)
         if fisher is None and self.at != "expanded":
-            raise TritterError("forgetting=ewc was given no Fisher information of the old domains.")
+            raise TritterError(
+                f"forgetting={self.name} was given no Fisher information of the old domains."
+            )
         self._looks_first = self.at == "expanded" or (
             self.at == "auto" and has_new_values(model, task.carried)
         )
@@ -126,9 +132,14 @@ class EWC(QuadraticPenalty):
             free = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
             importance = {**free, **importance}
             seed = partial(derived_seed, task.seed, "fisher")
-            self._sequences = drawn_equally(task.old_sequences, self.num_sequences, seed=seed)
+            text = self._text_of_looks(task)
+            self._sequences = drawn_equally(text, self.num_sequences, seed=seed)
             self._label_seed = seed("labels")
         self.hold(model, importance)
+
+    def _text_of_looks(self, task: Task) -> Mapping[str, Tensor]:
+        """Return domain → int [N, T], what the Fisher is taken on while the model trains."""
+        return task.old_sequences
 
     def look(self, model: nn.Module, step: int) -> float:
         if not self._is_due(step):
@@ -136,8 +147,12 @@ class EWC(QuadraticPenalty):
         seed = derived_seed(self._label_seed, str(step))
         taken = shared_fisher(model, self._sequences, estimator=self.estimator, seed=seed)
         for name, held in self.importance.items():
-            torch.maximum(held, (taken[name] / self._scale).to(held), out=held)
+            torch.maximum(held, self._looked(name, taken[name] / self._scale).to(held), out=held)
         return self._flops(model, self._sequences)
+
+    def _looked(self, name: str, fisher: Tensor) -> Tensor:
+        """Return the importance that a parameter has by the Fisher of a look alone."""
+        return fisher
 
     def _is_due(self, step: int) -> bool:
         if step == 0:

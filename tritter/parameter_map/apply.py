@@ -20,11 +20,12 @@ class Quantity(Enum):
     SQUARED_GRADIENT = "squared_gradient"  # Adam's second moment, diagonal Fisher
     PATH_INTEGRAL = "path_integral"  # gradient × step, synaptic intelligence's ω
     PENALTY = "penalty"  # a Fisher that is to price the same move of the function the same
+    DISPLACEMENT = "displacement"  # the difference of two states of a weight
 
     def factor(self, axis: AxisFactor) -> Tensor:
         """Return the float64 [N] factors of this quantity along one axis."""
         match self:
-            case Quantity.WEIGHT:
+            case Quantity.WEIGHT | Quantity.DISPLACEMENT:
                 return axis.weight
             case Quantity.GRADIENT:
                 return axis.gradient

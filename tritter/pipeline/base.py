@@ -21,6 +21,7 @@ from tritter.data.tokenizer import END_OF_TEXT
 from tritter.errors import TritterError
 from tritter.families import Config, count_parameters
 from tritter.forgetting.path_integral import PathIntegral
+from tritter.forgetting.weight_path import RECORDED
 from tritter.models import named_tensors, new_model, save_tokenizer
 from tritter.pipeline import importance, moments
 from tritter.pipeline.context import RunContext, content_key, schedule_of
@@ -75,7 +76,7 @@ def _made_from(context: RunContext) -> dict[str, Any]:
     optimizer = optimizer_record(config)
     if not optimizer["carry"]:  # one that leaves its moments is another entry
         del optimizer["carry"]
-    recorded = {importance.RECORDED: True} if importance.is_recorded(context) else {}
+    recorded = {"path": list(RECORDED)} if importance.is_recorded(context) else {}
     pretraining = asdict(config.pretraining)
     del pretraining["max_tokens"]  # the steps that follow from it stand there
     return {
@@ -121,7 +122,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         context.old_domains, purpose="pretraining", max_steps=pretraining.max_steps
     )
     working = context.folder / "pretraining"
-    recorded = working / "path_integral"
+    recorded = working / "path"
     write = BaseWriter(
         folder=folder,
         config=config,

@@ -7,19 +7,21 @@ what carries old knowledge, a teacher.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from tritter.checkpoint import lineage_of
 from tritter.checkpoint.state import LazyTensors, read_state, write_state
 from tritter.data.sequence_file import read_sequences, write_sequences
 from tritter.data.sequences import drawn_equally
 from tritter.errors import RequestError
 from tritter.expand import state_stream
 from tritter.forgetting import build_methods, needs_of
+from tritter.forgetting.weight_path import RECORDED
 from tritter.models import disk_tensors, live_tensors, load_model, read_config
 from tritter.parameter_map.carry import StateKind
 from tritter.pipeline.arm import Arm
@@ -33,7 +35,6 @@ from tritter.training import Needs, Preparation, Task
 
 Values = Mapping[str, Tensor]
 Ruled = tuple[TensorFolder, StateKind]
-RECORDED = "path_integral"  # while a base is trained; it can't be had afterwards
 WRITTEN = "written"  # by the model: stands for an old domain where there is none
 _WRITTEN_FILE = "written.safetensors"
 
@@ -45,7 +46,7 @@ def is_needed(context: RunContext) -> bool:
 
 def is_recorded(context: RunContext) -> bool:
     """Say whether a method of the run needs the path of the base's training."""
-    return any(RECORDED in needs.state for needs in _needs(context))
+    return any(kind in needs.state for needs in _needs(context) for kind in RECORDED)
 
 
 def prepare(context: RunContext, arm: Arm) -> StageResult:
@@ -78,7 +79,7 @@ def prepare(context: RunContext, arm: Arm) -> StageResult:
             label, written = arm.label(method.name), prepared.written
             seconds[label] = time.perf_counter() - since
         flops[label] = flops.get(label, 0.0) + prepared.flops
-    found["notes"] += _stand_in_notes(context, arm)
+    found["notes"] += _stand_in_notes(context, arm, beside.kinds if beside else {})
     for note in found["notes"]:
         context.say("", note)
     with atomic_folder(_place(context, arm), overwrite=True) as temporary:
@@ -94,10 +95,14 @@ def notes(context: RunContext, arm: Arm) -> list[str]:
     return [] if done is None else list(done.found.get("notes", ()))
 
 
-def _stand_in_notes(context: RunContext, arm: Arm) -> list[str]:
+def _stand_in_notes(context: RunContext, arm: Arm, beside: Mapping[str, Any]) -> list[str]:
     """Say which methods get what the model wrote for old text, as there is none."""
     chosen = zip(context.config.forgetting, _needs(context), strict=True)
-    needing = [one.name for one, needs in chosen if needs.old_text]
+    needing = [
+        one.name
+        for one, needs in chosen
+        if needs.old_text and not (needs.instead and beside.keys() >= set(needs.instead))
+    ]
     if context.old_of(arm) or not needing:
         return []
     return [f"There is no old text: {' and '.join(needing)} had what the model itself wrote."]
@@ -110,16 +115,20 @@ def _preparation(
     state: Mapping[str, Values],
     written: Tensor | None,
 ) -> Preparation:
-    def draw(count: int, *words: str) -> Tensor:
+    old = context.old_of(arm) or (() if written is None else (WRITTEN,))
+
+    def draw(count: int, *words: str, domains: Sequence[str] = old) -> Tensor:
+        sequences = _old_sequences(context, arm, written)
         return drawn_equally(
-            _old_sequences(context, arm, written),
+            {name: sequences[name] for name in domains},
             count,
             seed=lambda name: context.seed(*words, *arm.purpose, name),
         )
 
     return Preparation(
         model=model,
-        domains=context.old_of(arm) or (() if written is None else (WRITTEN,)),
+        domains=old,
+        latest=_latest(context, arm) or old,
         draw=draw,
         sequence_length=context.config.data.sequence_length,
         end_of_text_id=context.end_of_text_id,
@@ -153,6 +162,7 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
         seed=context.seed("forgetting", *arm.purpose),
         old_sequences=_old_sequences(context, arm, written) if has_old else {},
         written=written,
+        latest=_latest(context, arm),
         carried=follow(planned.change.masks()) if has_masks else {},
         state={kind: through(*ruled) for kind, ruled in states.items()},
         state_before={kind: LazyTensors(held) for kind, (held, _) in states.items()},
@@ -202,6 +212,14 @@ def _old_sequences(context: RunContext, arm: Arm, written: Tensor | None) -> Map
     """Return old domain → sequences [N, T]; without one, what the model wrote, if it did."""
     old = context.old_of(arm)
     return context.training_sequences(old) if old or written is None else {WRITTEN: written}
+
+
+def _latest(context: RunContext, arm: Arm) -> tuple[str, ...]:
+    """Return the old domains that the start was trained on last; all where none is known to be."""
+    old = context.old_of(arm)
+    trained_on = lineage_of(context.folder / arm.start).training_config.get("new")
+    known = trained_on if isinstance(trained_on, Mapping) else {}
+    return tuple(name for name in old if name in known) or old
 
 
 def key(arm: Arm) -> str:

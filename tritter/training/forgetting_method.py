@@ -29,6 +29,7 @@ class Needs:
 
     Args:
         old_text: it can't do without text of the old domains.
+        instead: kinds of state that do in place of old text, where all lie beside the model.
         prepares: kinds of state that its `prepare` makes.
         state: kinds that it takes from what lies beside the model that it starts from, if they
             do. `path_integral` is recorded while a base is trained.
@@ -44,6 +45,7 @@ class Needs:
     """
 
     old_text: bool = False
+    instead: tuple[str, ...] = ()
     prepares: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
@@ -64,8 +66,9 @@ class Preparation:
         model: at the weights that the expansion starts from, on the device of the run; several
             methods look at it, none changes it.
         domains: what `draw` draws from: the old ones, or what the model wrote.
+        latest: of these the ones that the model was trained on last; all where none is known to be.
         draw: number of sequences and words that set the draw apart → int [N, T], of each old
-            domain as many; fewer where there are no more.
+            domain (or each of `domains=`) as many; fewer where there are no more.
         sequence_length: tokens of a sequence.
         end_of_text_id: the token that closes a document.
         seed: words → seed of the method's own randomness.
@@ -75,6 +78,7 @@ class Preparation:
 
     model: nn.Module
     domains: tuple[str, ...]
+    latest: tuple[str, ...]
     draw: Callable[..., Tensor]
     sequence_length: int
     end_of_text_id: int
@@ -111,6 +115,7 @@ class Task:
         old_sequences: old domain → int [N, T], its packed training sequences; where there is no
             old text, and a method let the model write, what it wrote.
         written: int [N, T], that.
+        latest: of the old domains those that the model was trained on last; empty: not known.
         carried: parameter name → bool mask of the entries that hold old knowledge; everything
             else came with the expansion and is free.
         state: kind → parameter name → what was prepared or lay beside the model before the
@@ -122,6 +127,7 @@ class Task:
     seed: int
     old_sequences: Mapping[str, Tensor] = field(default_factory=dict)
     written: Tensor | None = None
+    latest: tuple[str, ...] = ()
     carried: Values = field(default_factory=dict)
     state: Mapping[str, Values] = field(default_factory=dict)
     state_before: Mapping[str, Values] = field(default_factory=dict)
@@ -136,9 +142,9 @@ class NoOptions:
 class ForgettingMethod:
     """Base of all methods; each hook does nothing unless a method overrides it.
 
-    Order within a step: `extra_loss` before the backward pass; then, on unclipped gradients of
-    the task, `observe_gradients` of all methods, and only then `add_to_gradients` of all; `look`
-    when the step is taken.
+    Order within a step: `observe_batch` and `extra_loss` before the backward pass; then, on
+    unclipped gradients of the task, `observe_gradients` of all methods, and only then
+    `add_to_gradients` of all; `look` when the step is taken.
     """
 
     name = "method"
@@ -154,6 +160,12 @@ class ForgettingMethod:
         """Return whether a training logs `forgetting/<name>/loss`: one of the two hooks says it."""
         own, none = (cls.extra_loss, cls.logged_loss), ForgettingMethod
         return own != (none.extra_loss, none.logged_loss)
+
+    @classmethod
+    def is_in_gradients(cls) -> bool:
+        """Return whether the loss is of more than the new text: one of the two hooks says it."""
+        own, none = (cls.mix, cls.extra_loss), ForgettingMethod
+        return own != (none.mix, none.extra_loss)
 
     def prepare(self, given: Preparation) -> Prepared:
         """Make the kinds of state that `needs` says it prepares, or the text that it writes."""
@@ -206,6 +218,13 @@ class ForgettingMethod:
             logits: [B, T, V], what the task's own forward pass gave, with its graph.
         """
         return None
+
+    def observe_batch(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Look at a batch before its loss is taken; asked only where gradients will hold more than
+        that of its new text's next-token loss (side losses, extra losses, replayed rows).
+
+        Of a training it is asked for every batch or for none, in all processes alike.
+        """
 
     def observe_gradients(self, model: nn.Module) -> None:
         """Read the gradients of the task, before any method changes them."""

@@ -71,6 +71,9 @@ class BaseModule(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the loss of the task, of side losses and of the methods; each is logged alone."""
+        if not self.is_task_alone:
+            for method in self.methods:
+                method.observe_batch(self.model, batch)
         task = self.task_loss(batch)
         loss = task.value
         self.log("train/loss", loss.detach(), sync_dist=True)
@@ -84,6 +87,11 @@ class BaseModule(LightningModule):
                 self.log(f"forgetting/{method.name}/loss", added.detach(), sync_dist=True)
                 loss = loss + added
         return loss
+
+    @property
+    def is_task_alone(self) -> bool:
+        """Say whether the loss is that of the next tokens of new text, and of nothing else."""
+        return not self.side_losses and not any(one.is_in_gradients() for one in self.methods)
 
     def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
         """Return the mean next-token loss of a batch, nats per token."""

@@ -1,0 +1,205 @@
+"""Synaptic intelligence (Zenke et al. 2017, arXiv 1703.04200): hold what did the learning.
+
+c Σ Ω (θ − θ*)², without a half (eq. 4). Ω is the sum over earlier tasks of ω / (Δ² + ξ) (eq. 5),
+where ω is how much of the fall of a task's loss a weight did and Δ how far it came in that task;
+where ω is negative it counts as zero. What ω of the present training sees is the new text's
+next-token loss alone: with side losses, losses of other methods or replayed rows in the batch that
+loss is taken once more by itself, at the cost of a pass over the new rows.
+
+ω and Δ of the latest task follow an expansion each by its rule, and Ω is computed of what comes of
+them; that of earlier tasks follows as what both make of it. What is new is free.
+
+Of a model whose path nobody recorded Ω is estimated: where the loss is quadratic and at its
+minimum, ω / Δ² is half of the Hessian's diagonal, for which the Fisher of old text stands.
+
+When to use: no old text is at hand, and the model's own training was recorded. Cost: five copies of
+the weights, a few passes over them per step.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, distributed, nn
+
+from tritter.data.ranks import this_rank
+from tritter.errors import RequestError, TritterError
+from tritter.families import training_flops
+from tritter.forgetting.fisher import diagonal_fisher
+from tritter.forgetting.quadratic import QuadraticPenalty
+from tritter.forgetting.weight_path import DISPLACEMENT, PATH_INTEGRAL, RECORDED, WeightPath
+from tritter.options import Count, options
+from tritter.training import Needs, Preparation, Prepared, Task
+
+if TYPE_CHECKING:
+    from tritter.expand import Change
+
+Values = Mapping[str, Tensor]
+
+
+@options
+class SIOptions:
+    """How firm the pull is, and what keeps Ω finite."""
+
+    si_lambda: Annotated[float, Field(ge=0)] = 2.5
+    xi: Annotated[float, Field(gt=0)] = 1e-4
+    num_sequences: Count = 256
+
+
+class SI(QuadraticPenalty):
+    """Synaptic intelligence.
+
+    Args:
+        si_lambda: c.
+        xi: ξ, in squared units of a weight.
+        num_sequences: of old text that Ω is estimated on where no path was recorded.
+    """
+
+    name = "si"
+    Options = SIOptions
+    kind = "si_importance"
+    importance_key = "si_importance"
+
+    def __init__(self, *, si_lambda: float, xi: float = 1e-4, num_sequences: int = 256) -> None:
+        super().__init__(2 * si_lambda)  # of a penalty with a half
+        self.xi = xi
+        self.num_sequences = num_sequences
+        self.path = WeightPath(start={})
+        self._own: dict[str, Tensor] | None = None  # gradient of the new rows, their loss summed up
+        self._own_rows, self._own_length = 0, 0
+        self._flops = 0.0
+
+    @classmethod
+    def needs(cls, options: Any) -> Needs:
+        kinds = (*RECORDED, cls.kind)
+        return Needs(
+            old_text=True,
+            instead=RECORDED,
+            prepares=(cls.kind,),
+            state=kinds,
+            leaves=kinds,
+            copies=5,
+        )
+
+    def prepare(self, given: Preparation) -> Prepared:
+        """Pass on Ω of the tasks before the latest, or estimate that of all."""
+        if all(kind in given.state for kind in RECORDED):
+            return Prepared(state={self.kind: given.state.get(self.kind, {})})
+        if not given.domains:
+            raise RequestError(
+                "data.old = null: nobody recorded the path of this model's training, and si "
+                "estimates it on old text; name it, or choose forgetting=l2sp."
+            )
+        chosen = given.draw(self.num_sequences, "si")
+        fisher = diagonal_fisher(given.model, chosen, seed=given.seed("si"))
+        return Prepared(
+            state={self.kind: estimated_importance(fisher, length=chosen.shape[1])},
+            flops=_flops_of_gradients(given.model, chosen),
+            notes=(
+                "si: no path of its training lies beside the model; its importances are estimated "
+                f"on {len(chosen)} sequences of {', '.join(given.domains)}.",
+            ),
+        )
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        omega, moved = (task.state.get(kind, {}) for kind in RECORDED)
+        importance = dict(task.state.get(self.kind, {}))
+        for name, latest in recorded_importance(omega, moved, xi=self.xi).items():
+            importance[name] = importance.get(name, 0) + latest
+        if not importance:
+            raise TritterError("forgetting=si was given no path of an earlier training.")
+        self.hold(model, importance)
+        self.path = WeightPath(start=self.anchor)
+
+    def observe_batch(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Add the gradient of the new rows' loss to what the step is to be seen by."""
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if self._own is None:
+            self._own = {name: torch.zeros_like(p) for name, p in trained.items()}
+        rows = batch["input_ids"][~batch["is_replay"]]  # [B, T]
+        if not len(rows):
+            return
+        logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()  # [B, T - 1, V]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        taken = torch.autograd.grad(
+            loss * len(rows), list(trained.values()), materialize_grads=True
+        )
+        torch._foreach_add_([self._own[name] for name in trained], list(taken))
+        self._own_rows, self._own_length = self._own_rows + len(rows), rows.shape[1]
+
+    def observe_gradients(self, model: nn.Module) -> None:
+        from tritter.training.compute import flops_of_sequence  # transformers, as above
+
+        if self._own is None:
+            self.path.before_step(model)
+            return
+        rows = _of_all_processes(self._own, self._own_rows)
+        for value in self._own.values():
+            value.div_(max(rows, 1))
+        self.path.before_step(model, self._own)
+        self._flops = rows * flops_of_sequence(model).of(self._own_length)
+        self._own, self._own_rows = None, 0
+
+    def look(self, model: nn.Module, step: int) -> float:
+        self.path.after_step(model)
+        flops, self._flops = self._flops, 0.0
+        return flops
+
+    def parameters_changed(self, change: "Change") -> None:
+        start = change.state("anchor", self.anchor)  # of what has no importance too
+        super().parameters_changed(change)
+        self.anchor = start
+        self.path.parameters_changed(change, start=start)
+
+    def end_task(self, model: nn.Module) -> Mapping[str, Values]:
+        self.path.take_up(model)
+        return {
+            PATH_INTEGRAL: self.path.path_integral,
+            DISPLACEMENT: self.path.displacement(model),
+            self.kind: self.importance,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), PATH_INTEGRAL: self.path.path_integral}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.path = WeightPath(start=self.anchor, path_integral=state[PATH_INTEGRAL])
+
+
+def recorded_importance(path_integral: Values, displacement: Values, *, xi: float) -> Values:
+    """Return max(ω, 0) / (Δ² + ξ) of one task, by the names that both have."""
+    return {
+        name: omega.clamp(min=0) / (displacement[name].square() + xi)
+        for name, omega in path_integral.items()
+        if name in displacement
+    }
+
+
+def estimated_importance(fisher: Values, *, length: int) -> Values:
+    """Return half of the Hessian's diagonal as the Fisher of single sequences tells it.
+
+    Args:
+        fisher: mean of the squared gradients of the sequences' mean losses: at a minimum the
+            gradients of single tokens are about independent, so that it is a (T - 1)-th of theirs.
+        length: T.
+    """
+    return {name: value * (0.5 * (length - 1)) for name, value in fisher.items()}
+
+
+def _of_all_processes(gradients: Values, rows: int) -> int:
+    """Add up gradients in place over the processes of a training; return the sum of their rows."""
+    if this_rank().count == 1:
+        return rows
+    first = next(iter(gradients.values()))
+    total = torch.tensor(rows, device=first.device)
+    for value in (total, *gradients.values()):
+        distributed.all_reduce(value)
+    return int(total)
+
+
+def _flops_of_gradients(model: nn.Module, sequences: Tensor) -> float:
+    from tritter.models import config_of  # transformers, which a refusal does not wait for
+
+    return len(sequences) * training_flops(config_of(model)).of(sequences.shape[1])
