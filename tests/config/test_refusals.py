@@ -27,7 +27,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "expansion=dus expansion.target_layers=4": ("Did you mean expansion.dus.target_layers?",),
     "expansion=stack expansion.target_layers=4": ("Did you mean expansion.stack.target_layers?",),
     "forgetting.fraction=.1": ("Did you mean forgetting.replay.fraction?",),
-    "forgetting.lambda=3": ("Did you mean forgetting.ewc.ewc_lambda?",),
+    "forgetting.lambda=3": ("Did you mean forgetting.si.si_lambda?",),
     "forgetting=l2sp forgetting.lambda=3": ("Did you mean forgetting.l2sp.l2sp_lambda?",),
     "expansion.wdith.hidden_size=96": ("Did you mean width?",),
     "training.lr=1": ("Did you mean training.learning_rate?",),

@@ -77,8 +77,8 @@ class OnlineEWC(EWC):
 
     def prepare(self, given: Preparation) -> Prepared:
         """Take the Fisher of the latest task; of all old domains where none was kept before."""
-        is_first = self.left_kind not in given.state
-        return self._estimated(given, given.domains if is_first else given.latest)
+        latest = given.latest if self.left_kind in given.state else ()
+        return self._estimated(given, latest or given.domains)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         kept = task.state.get(self.left_kind, {})

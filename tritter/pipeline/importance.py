@@ -128,7 +128,7 @@ def _preparation(
     return Preparation(
         model=model,
         domains=old,
-        latest=_latest(context, arm) or old,
+        latest=_latest(context, arm),
         draw=draw,
         sequence_length=context.config.data.sequence_length,
         end_of_text_id=context.end_of_text_id,

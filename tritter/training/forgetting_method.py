@@ -66,7 +66,7 @@ class Preparation:
         model: at the weights that the expansion starts from, on the device of the run; several
             methods look at it, none changes it.
         domains: what `draw` draws from: the old ones, or what the model wrote.
-        latest: of these the ones that the model was trained on last; all where none is known to be.
+        latest: of these those that the model was trained on last; empty: not known.
         draw: number of sequences and words that set the draw apart → int [N, T], of each old
             domain (or each of `domains=`) as many; fewer where there are no more.
         sequence_length: tokens of a sequence.
@@ -78,7 +78,7 @@ class Preparation:
 
     model: nn.Module
     domains: tuple[str, ...]
-    latest: tuple[str, ...]
+    latest: tuple[str, ...] = ()
     draw: Callable[..., Tensor]
     sequence_length: int
     end_of_text_id: int
