@@ -42,7 +42,7 @@ Values = Mapping[str, Tensor]
 class SIOptions:
     """How firm the pull is, and what keeps Ω finite."""
 
-    si_lambda: Annotated[float, Field(ge=0)] = 2.5
+    si_lambda: Annotated[float, Field(ge=0)] = 5.0
     xi: Annotated[float, Field(gt=0)] = 1e-4
     num_sequences: Count = 256
 
