@@ -81,7 +81,10 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "expansion=[width,dsu]": ("expansion = dsu", "Did you mean dus?"),
     "expansion=[dus,dus]": ("expansion = [dus,dus]", "[dus]"),
     "forgetting=[none,replay]": ("forgetting = [none,replay]", "none stands alone"),
-    "forgetting=gem": ("forgetting = gem", "distill, ewc, freeze, l2sp, none, online_ewc, replay, self_replay, si"),
+    "forgetting=gem": (
+        "forgetting = gem",
+        "distill, ewc, freeze, l2sp, none, online_ewc, replay, self_replay, si",
+    ),
     "forgetting=distill forgetting.distill.rows=old": (
         "forgetting.distill.rows = old",
         "forgetting=[replay,distill]",

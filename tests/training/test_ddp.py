@@ -154,7 +154,9 @@ def train(
         methods=METHODS[methods](),
     )
     told = with_something_new(task(model))
-    told = replace(told, state={"fisher": fisher, "si_importance": fisher}, teacher=oracle.tiny_llama())
+    told = replace(
+        told, state={"fisher": fisher, "si_importance": fisher}, teacher=oracle.tiny_llama()
+    )
     for method in module.methods:
         method.freeze(model, told, max_steps=STEPS)
     whole = fitting.build_trainer

@@ -31,9 +31,9 @@ class WeightPath:
     ) -> None:
         self.start = start
         self.path_integral = dict(path_integral or {})
-        self._before: dict[str, Tensor] = {}  # the weights before the step
+        self._before: dict[str, Tensor] = {}  # room for the weights before a step
         self._gradients: dict[str, Tensor] = {}  # room for those of a step
-        self._pending: tuple[str, ...] | None = None  # what has a gradient in the step
+        self._pending: tuple[str, ...] = ()  # what has a gradient in the step that is taken
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, gradients: Mapping[str, Tensor] | None = None) -> None:
@@ -54,24 +54,22 @@ class WeightPath:
             self._gradients[name] = torch.empty_like(self._before[name])
         if self._pending:
             torch._foreach_copy_([self._gradients[name] for name in gradients], given)
+            torch._foreach_copy_([self._before[name] for name in gradients], self._weights(model))
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
         """Add the step's −g·Δθ; nothing where none was taken."""
-        if self._pending is None:
-            return
-        held: dict[str, Tensor] = dict(model.named_parameters())
-        before, after = list(self._before.values()), [held[name] for name in self._before]
         if self._pending:
-            torch._foreach_sub_(before, after)  # −Δθ
-            torch._foreach_addcmul_(
-                [self.path_integral[name] for name in self._pending],
-                [self._gradients[name] for name in self._pending],
-                [self._before[name] for name in self._pending],
-            )
-        if before:
-            torch._foreach_copy_(before, after)
-        self._pending = None
+            moved = [self._before[name] for name in self._pending]
+            torch._foreach_sub_(moved, self._weights(model))  # −Δθ
+            omega = [self.path_integral[name] for name in self._pending]
+            torch._foreach_addcmul_(omega, [self._gradients[n] for n in self._pending], moved)
+        self._pending = ()
+
+    def _weights(self, model: nn.Module) -> list[Tensor]:
+        """Return the weights of what has a gradient in the step."""
+        held: dict[str, Tensor] = dict(model.named_parameters())
+        return [held[name] for name in self._pending]
 
     @torch.no_grad()
     def take_up(self, model: nn.Module) -> None:
@@ -79,7 +77,7 @@ class WeightPath:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and name not in self._before:
                 wide = torch.promote_types(parameter.dtype, torch.float32)
-                self._before[name] = parameter.to(wide, copy=True)
+                self._before[name] = torch.empty_like(parameter, dtype=wide)
                 start = self.start.get(name)
                 self.start[name] = parameter.clone() if start is None else start.to(parameter)
                 omega = self.path_integral.get(name, torch.zeros_like(parameter))
@@ -101,4 +99,4 @@ class WeightPath:
         """
         self.start = start
         self.path_integral = change.state(PATH_INTEGRAL, self.path_integral)
-        self._before, self._gradients, self._pending = {}, {}, None
+        self._before, self._gradients, self._pending = {}, {}, ()
