@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,21 @@ _HYDRA_NOISE = re.compile(r"To append|object_type|reference_type|Config search p
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """One composed and validated job, and Hydra's own settings for it."""
+    """One composed and validated job.
+
+    Args:
+        composed: all that Hydra made of it, its own settings too.
+        loader: which composed it.
+    """
 
     config: RunConfig
-    hydra: DictConfig
+    composed: DictConfig
+    loader: ConfigLoader
+
+    @property
+    def hydra(self) -> DictConfig:
+        """Hydra's own settings for it."""
+        return self.composed.hydra
 
 
 class Composer:
@@ -92,10 +103,10 @@ class Composer:
         put = self._put_together(overrides)
         config = validate(put.raw, origin=put.origins, found=put.problems, rules=rules)
         if job_number is not None:
-            with open_dict(put.hydra):
-                put.hydra.job.num = job_number
-                put.hydra.job.id = str(job_number)
-        return Composition(config, put.hydra)
+            with open_dict(put.composed.hydra):
+                put.composed.hydra.job.num = job_number
+                put.composed.hydra.job.id = str(job_number)
+        return Composition(config, put.composed, self.loader)
 
     def hydra_settings(self, overrides: Sequence[str]) -> DictConfig:
         """Compose without validation and return Hydra's own settings.
@@ -105,7 +116,7 @@ class Composer:
         """
         put = self._put_together(overrides)
         raise_problems([each for each in put.problems if each.key.startswith("hydra")])
-        return put.hydra
+        return put.composed.hydra
 
     def _put_together(self, overrides: Sequence[str]) -> "_Composed":
         """Compose a job, without what was typed of groups that have no such option.
@@ -127,16 +138,11 @@ class Composer:
             own = [str(key) for key in composed if key != "hydra"]
             raw = plain_config(OmegaConf.masked_copy(composed, own))
             origins = _Origins(parsed, files, composed.hydra.runtime.config_sources)
-            problems += hydra_problems(composed.hydra, self._plain_hydra, parsed, origin=origins)
+            problems += hydra_problems(composed.hydra, _plain_hydra(), parsed, origin=origins)
         except _HYDRA_ERRORS as error:
             raise refusal([*problems, self._explain(error, parsed)]) from error
         problems += _selection_problems(raw, _selection(files), origins)
-        return _Composed(composed.hydra, settled(raw, origins.exactly), origins, problems)
-
-    @cached_property
-    def _plain_hydra(self) -> DictConfig:
-        """Hydra's own settings of a job without overrides."""
-        return compose(front().config_name, return_hydra_config=True).hydra
+        return _Composed(composed, settled(raw, origins.exactly), origins, problems)
 
     def _explain(self, error: Exception, overrides: Sequence[Override]) -> Problem:
         if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -165,7 +171,7 @@ class Composer:
         return replace(no_option(group, path[len(group) + 1 :], options), origin=origin)
 
     def _explain_hydra_key(self, key: str, overrides: Sequence[Override]) -> Problem:
-        keys = list(leaves(OmegaConf.to_container(self._plain_hydra), "hydra"))
+        keys = list(leaves(OmegaConf.to_container(_plain_hydra()), "hydra"))
         reason = "Hydra has no such setting (python train.py --hydra-help)"
         value = _value_of(key, overrides)
         return Problem(key, value, reason=reason, nearest=nearest_key(key, keys))
@@ -181,6 +187,16 @@ class OutsideFolders(SearchPathPlugin):
 
 
 Plugins.instance().register(OutsideFolders)
+
+
+def _plain_hydra() -> DictConfig:
+    """Return Hydra's own settings of a job without overrides."""
+    return _plain_hydra_of(front().config_name, tuple(option_folders().values()))
+
+
+@cache
+def _plain_hydra_of(config_name: str, _folders: tuple[Path, ...]) -> DictConfig:
+    return compose(config_name, return_hydra_config=True).hydra
 
 
 @contextmanager
@@ -223,15 +239,16 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Composed:
-    """A job as Hydra composes it.
+    """A job as it is composed.
 
     Args:
+        composed: by Hydra.
         raw: plain values, without the node `hydra`.
         origins: tells where they come from.
         problems: what is wrong with options that were chosen and with Hydra's settings.
     """
 
-    hydra: DictConfig
+    composed: DictConfig
     raw: dict[str, Any]
     origins: Origin
     problems: list[Problem]

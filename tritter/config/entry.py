@@ -134,8 +134,7 @@ def _show(command: CommandLine, pipeline: "Pipeline") -> int:
 
 
 def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
-    from tritter.config.jobs import read_status
-    from tritter.config.overrides import quoted
+    from tritter.config.jobs import read_status, start_run
     from tritter.config.program import resume_command
     from tritter.config.run_folder import SUMMARY_FILE, RunState
 
@@ -144,10 +143,9 @@ def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
         say(f"This run is finished; nothing to do. Its summary: {job.folder / SUMMARY_FILE}")
         return 0
     _require_writable(job.folder, key="hydra.run.dir")
-    words = [*plan.overrides, f"hydra.run.dir={quoted(str(job.folder))}"]
     goes_on = f"Go on with:\n  {resume_command(job.folder)}"
     try:
-        _start_hydra(words, pipeline, overrides=job.overrides)
+        start_run(job, pipeline)
     except Stopped as stop:
         stop.advice = (goes_on,)
         raise
@@ -197,9 +195,7 @@ def _run_sweep(plan: "Plan", folder: Path, pipeline: "Pipeline", *, typed: Seque
     return 3 if 3 in codes else 0
 
 
-def _start_hydra(
-    arguments: Sequence[str], pipeline: "Pipeline", *, overrides: Sequence[str] | None = None
-) -> None:
+def _start_hydra(arguments: Sequence[str], pipeline: "Pipeline") -> None:
     import hydra
     from omegaconf import DictConfig
 
@@ -207,7 +203,7 @@ def _start_hydra(
     from tritter.config.jobs import run_job
 
     def train(cfg: DictConfig) -> float:
-        return run_job(cfg, pipeline, overrides=overrides)
+        return run_job(cfg, pipeline)
 
     decorate = hydra.main(
         config_path=str(config_folder()), config_name=front().config_name, version_base=VERSION_BASE

@@ -5,6 +5,7 @@ see the same. Nothing is imported for it: the folder of a package is found by it
 points of the group `tritter.config`, as `mine = "minepkg:conf"`).
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -92,13 +93,18 @@ def option_folders() -> dict[str, Path]:
     Raises:
         RequestError: an installed package names a folder that is not there.
     """
-    folders = {"tritter": config_folder()}
-    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
-        folders[f"the package's entry point {point.name} = {point.value}"] = _folder_of(point)
+    folders = {"tritter": config_folder(), **_installed_folders(tuple(sys.path))}
     for folder in front().folders:
         folders[f"--config-dir {folder}"] = folder
     by_place = {folder.resolve(): provider for provider, folder in reversed(folders.items())}
     return {p: folder for p, folder in folders.items() if by_place[folder.resolve()] == p}
+
+
+@cache
+def _installed_folders(_path: tuple[str, ...]) -> dict[str, Path]:
+    """Return what the packages bring that are found on this path; reading all metadata is slow."""
+    points = sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
+    return {f"the package's entry point {p.name} = {p.value}": _folder_of(p) for p in points}
 
 
 def option_files() -> Options:

@@ -5,13 +5,18 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.utils import run_and_report
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from hydra.core.utils import configure_log
+from hydra.core.utils import run_job as run_hydra_job
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
 from tritter.config.composition import plain_config
+from tritter.config.overrides import quoted
 from tritter.config.resume import recorded_words
 from tritter.config.run_folder import (
     SUMMARY_FILE,
@@ -26,6 +31,9 @@ from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped
 from tritter.storage.records import read_record
 from tritter.terminal import say
+
+if TYPE_CHECKING:
+    from tritter.config.plan import Job
 
 FORMAT_VERSION = 2  # 2: a digest of the whole
 STATUS_FILE = "status.json"
@@ -66,6 +74,31 @@ class Pipeline(Protocol):
     """The stages of a run, as `tritter.pipeline.run_pipeline`."""
 
     def __call__(self, config: RunConfig, *, run_folder: Path) -> Outcome: ...
+
+
+def start_run(job: "Job", pipeline: Pipeline) -> None:
+    """Start a single run as Hydra does, with what was composed when it was judged."""
+    assert job.composition is not None
+    composed, hydra = job.composition.composed, job.composition.hydra
+    hydra.mode, hydra.run.dir = RunMode.RUN, str(job.folder)
+    hydra.overrides.hydra.append(f"hydra.run.dir={quoted(str(job.folder))}")
+    configure_log(hydra.hydra_logging, hydra.verbose)
+    context = HydraContext(config_loader=job.composition.loader, callbacks=Callbacks())
+
+    def train(cfg: DictConfig) -> float:
+        return run_job(cfg, pipeline, overrides=job.overrides)
+
+    run_and_report(
+        lambda: (
+            run_hydra_job(
+                train,
+                composed,
+                job_dir_key="hydra.run.dir",
+                job_subdir_key=None,
+                hydra_context=context,
+            ).return_value
+        )
+    )
 
 
 def run_job(

@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from hydra.types import RunMode
 
 from tritter.config.command_line import CommandLine
-from tritter.config.composition import Composer, composer
+from tritter.config.composition import Composer, Composition, composer
 from tritter.config.memory import memory_problems
 from tritter.config.overrides import (
     check_command_line,
@@ -34,12 +34,18 @@ _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run that is about to start: its overrides, its record, its folder and what is in it."""
+    """One run that is about to start.
+
+    Args:
+        state: what is in its folder.
+        composition: what it is started with; None in a sweep, whose jobs Hydra composes.
+    """
 
     overrides: tuple[str, ...]
     config: RunConfig
     folder: Path
     state: RunState
+    composition: Composition | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +125,7 @@ def _plan_run(
         )
     folder = resumed.folder if resumed else Path(composed.hydra.run.dir).absolute()
     state = check_run_folder(folder, composed.config)
-    job = Job(tuple(overrides), composed.config, folder, state)
+    job = Job(tuple(overrides), composed.config, folder, state, composed)
     notes = resumed.notes if resumed else ()
     return Plan(_words_for_hydra(composing, overrides), (job,), notes=notes)
 
