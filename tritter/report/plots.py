@@ -63,7 +63,7 @@ def plot_run(
     written = []
     for name, figure in figures.items():
         if figure is not None:
-            figure.savefig(folder / name, dpi=DPI)
+            FigureCanvasAgg(figure).print_png(folder / name)  # savefig would draw it twice
             written.append(folder / name)
     return written
 
@@ -322,8 +322,7 @@ def new_figure(
     *, rows: int = 1, columns: int = 1, width: float, height: float
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure of our own (no pyplot, so nothing global) and its panels in reading order."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     panels = [
         axes for line in figure.subplots(rows, columns, squeeze=False).tolist() for axes in line
     ]
