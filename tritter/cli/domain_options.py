@@ -2,57 +2,56 @@
 
 from typing import Annotated
 
-import typer
-
+from tritter.cli.option import option
 from tritter.limits import MAX_COUNT
 
 _PANEL = "New experts on a domain (moe-add)"
 
 Domain = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--domain",
-        metavar="NAME",
-        help="moe-add: what the text at --domain-data is called. Default: new.",
-        rich_help_panel=_PANEL,
+        "NAME",
+        "moe-add: what the text at --domain-data is called. Default: new.",
+        panel=_PANEL,
     ),
 ]
 DomainData = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--domain-data",
-        metavar="PATH",
-        help="moe-add: text (file, folder, glob; again for more) that routers and new experts are "
+        "PATH",
+        "moe-add: text (file, folder, glob; again for more) that routers and new experts are "
         "trained on at once.",
-        rich_help_panel=_PANEL,
+        panel=_PANEL,
     ),
 ]
 OldData = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--old-data",
-        metavar="PATH",
-        help="With --domain-data: text of which a quarter is mixed in, so that it is kept.",
-        rich_help_panel=_PANEL,
+        "PATH",
+        "With --domain-data: text of which a quarter is mixed in, so that it is kept.",
+        panel=_PANEL,
     ),
 ]
 DomainSteps = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--steps",
-        min=1,
-        max=MAX_COUNT,
-        metavar="N",
-        help="With --domain-data: steps of the new experts' training. Default: 200.",
-        rich_help_panel=_PANEL,
+        "N",
+        "With --domain-data: steps of the new experts' training. Default: 200.",
+        least=1,
+        most=MAX_COUNT,
+        panel=_PANEL,
     ),
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option(
+    option(
         "--learning-rate",
-        metavar="X",
-        help="With --domain-data: of the new experts, at its peak. Default: 1e-4.",
-        rich_help_panel=_PANEL,
+        "X",
+        "With --domain-data: of the new experts, at its peak. Default: 1e-4.",
+        panel=_PANEL,
     ),
 ]

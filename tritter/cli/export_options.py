@@ -3,77 +3,59 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from tritter.cli.option import flag, option
 from tritter.cli.values import place
 
 _CKPT = "Of a .ckpt"
 
 ExportSource = Annotated[
-    str,
-    typer.Option(
-        "--checkpoint",
-        help="Folder or hub id of the model, or a .ckpt of Lightning.",
-        metavar="SRC",
-    ),
+    str, option("--checkpoint", "SRC", "Folder or hub id of the model, or a .ckpt of Lightning.")
 ]
-ExportOutput = Annotated[
-    Path, typer.Option("--output", help="New folder.", metavar="DST", parser=place)
-]
+ExportOutput = Annotated[Path, option("--output", "DST", "New folder.", parser=place)]
 Format = Annotated[
-    str,
-    typer.Option("--format", help="hf: a plain folder of Hugging Face transformers.", metavar="hf"),
+    str, option("--format", "hf", "hf: a plain folder of Hugging Face transformers.")
 ]
 ExportDType = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--dtype",
-        help="Of all tensors. Default: bfloat16; of a .ckpt, its own.",
-        metavar="float32|bfloat16|float16|float64",
+        "float32|bfloat16|float16|float64",
+        "Of all tensors. Default: bfloat16; of a .ckpt, its own.",
     ),
 ]
 ExpertLayout = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--expert-layout",
-        help="Each matrix of an expert on its own, or the experts of a layer in one tensor. "
+        "hub|fused",
+        "Each matrix of an expert on its own, or the experts of a layer in one tensor. "
         "Default: hub.",
-        metavar="hub|fused",
     ),
 ]
 ConfigOf = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--config",
-        help="What a .ckpt holds: a config.json, or a folder (or hub id) with one and a tokenizer.",
-        metavar="PATH",
-        rich_help_panel=_CKPT,
+        "PATH",
+        "What a .ckpt holds: a config.json, or a folder (or hub id) with one and a tokenizer.",
+        panel=_CKPT,
     ),
 ]
 Prefix = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--prefix",
-        help="What stands before the model's names, such as student.; the rest is left out. "
+        "PREFIX",
+        "What stands before the model's names, such as student.; the rest is left out. "
         "Default: found, and nothing is left out.",
-        metavar="PREFIX",
-        rich_help_panel=_CKPT,
+        panel=_CKPT,
     ),
 ]
 DropNewExperts = Annotated[
     bool,
-    typer.Option(
+    flag(
         "--drop-new-experts",
-        metavar=" ",
-        help="Of a folder: leave out appended experts that are not wholly open yet.",
+        "Of a folder: leave out appended experts that are not wholly open yet.",
     ),
 ]
-NoState = Annotated[
-    bool,
-    typer.Option(
-        "--no-state",
-        metavar=" ",
-        help="Leave the optimizer's moments out.",
-        rich_help_panel=_CKPT,
-    ),
-]
+NoState = Annotated[bool, flag("--no-state", "Leave the optimizer's moments out.", panel=_CKPT)]

@@ -5,23 +5,17 @@ from typing import Annotated
 
 import typer
 
+from tritter.cli.option import flag, option
 from tritter.cli.values import byte_count, parameter_count, place, spelled
 from tritter.limits import MAX_NEW_TOKENS, MAX_SEED
 
 _WRITING = "Writing"
 
-AsJson = Annotated[
-    bool, typer.Option("--json", metavar=" ", help="Print one JSON object and nothing else.")
-]
-Checkpoint = Annotated[
-    str, typer.Option("--checkpoint", help="Folder or hub id of the model.", metavar="SRC")
-]
+AsJson = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
+Checkpoint = Annotated[str, option("--checkpoint", "SRC", "Folder or hub id of the model.")]
 Folder = Annotated[Path, typer.Argument(help="A checkpoint folder.", metavar="DIR", parser=place)]
 Seed = Annotated[
-    int,
-    typer.Option(
-        "--seed", min=0, max=MAX_SEED, metavar="N", help="What random choices are drawn from."
-    ),
+    int, option("--seed", "N", "What random choices are drawn from.", least=0, most=MAX_SEED)
 ]
 
 # expand
@@ -39,87 +33,70 @@ def _methods(incomplete: str) -> list[str]:
 
 Method = Annotated[
     list[str],
-    typer.Option(
+    option(
         "--method",
-        help="dus, stack, interpolate, llama-pro, width, moe or moe-add; several, joined by "
+        "METHOD,..",
+        "dus, stack, interpolate, llama-pro, width, moe or moe-add; several, joined by "
         "commas, in their order.",
-        metavar="METHOD,..",
-        autocompletion=_methods,
+        completes=_methods,
     ),
 ]
 Output = Annotated[
-    Path | None,
-    typer.Option("--output", help="New folder. Default: SRC-METHOD.", metavar="DST", parser=place),
+    Path | None, option("--output", "DST", "New folder. Default: SRC-METHOD.", parser=place)
 ]
 ConfigDir = Annotated[
     list[str] | None,
-    typer.Option(
-        "--config-dir",
-        "-cd",
-        help="Folder of option files of yours; see docs/extending.md.",
-        metavar="DIR",
-    ),
+    option("--config-dir -cd", "DIR", "Folder of option files of yours; see docs/extending.md."),
 ]
 TargetParams = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--target-params",
+        "COUNT",
+        "Nearest real shape to so many parameters, such as 7B or 350M.",
         parser=parameter_count,
-        help="Nearest real shape to so many parameters, such as 7B or 350M.",
-        metavar="COUNT",
     ),
 ]
 Moments = Annotated[
     str,
-    typer.Option(
+    option(
         "--moments",
-        help="What becomes of optimizer state beside the model.",
-        metavar="carry|zero|reset-new",
-        rich_help_panel=_WRITING,
+        "carry|zero|reset-new",
+        "What becomes of optimizer state beside the model.",
+        panel=_WRITING,
     ),
 ]
 DType = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--dtype",
-        help="Of the result. Default: the source's.",
-        metavar="float32|bfloat16|float16|float64",
-        rich_help_panel=_WRITING,
+        "float32|bfloat16|float16|float64",
+        "Of the result. Default: the source's.",
+        panel=_WRITING,
     ),
 ]
 MaxShardSize = Annotated[
     int,
-    typer.Option(
+    option(
         "--max-shard-size",
+        "SIZE",
+        "Largest file, such as 500MB or 4GiB. Default: 5GB.",
         parser=byte_count,
-        show_default=False,
-        help="Largest file, such as 500MB or 4GiB. Default: 5GB.",
-        metavar="SIZE",
-        rich_help_panel=_WRITING,
+        shows_default=False,
+        panel=_WRITING,
     ),
 ]
 Measure = Annotated[
     bool | None,
-    typer.Option(
+    flag(
         "--measure/--no-measure",
-        metavar=" ",
-        help="Compare source and result in stock models and record the step-0 error.  "
+        "Compare source and result in stock models and record the step-0 error.  "
         "Default: where both fit into 8 GB.",
-        rich_help_panel=_WRITING,
+        panel=_WRITING,
     ),
 ]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", metavar=" ", help="Show the result, write nothing.", rich_help_panel=_WRITING
-    ),
-]
-Overwrite = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite", metavar=" ", help="Replace what is at DST.", rich_help_panel=_WRITING
-    ),
-]
+DryRun = Annotated[bool, flag("--dry-run", "Show the result, write nothing.", panel=_WRITING)]
+Overwrite = Annotated[bool, flag("--overwrite", "Replace what is at DST.", panel=_WRITING)]
 
 # report
 
@@ -148,28 +125,16 @@ Figures = Annotated[
 # history
 
 Verify = Annotated[
-    bool,
-    typer.Option(
-        "--verify", metavar=" ", help="Hash all that can be reached again; 3 if something changed."
-    ),
+    bool, flag("--verify", "Hash all that can be reached again; 3 if something changed.")
 ]
 
 # generate
 
-Prompt = Annotated[str, typer.Option("--prompt", help="What is to be continued.", metavar="TEXT")]
+Prompt = Annotated[str, option("--prompt", "TEXT", "What is to be continued.")]
 MaxNewTokens = Annotated[
     int,
-    typer.Option(
-        "--max-new-tokens",
-        min=1,
-        max=MAX_NEW_TOKENS,
-        metavar="N",
-        help="At most so many tokens more.",
-    ),
+    option("--max-new-tokens", "N", "At most so many tokens more.", least=1, most=MAX_NEW_TOKENS),
 ]
 Temperature = Annotated[
-    float,
-    typer.Option(
-        "--temperature", min=0, metavar="X", help="0 takes the likeliest token each time."
-    ),
+    float, option("--temperature", "X", "0 takes the likeliest token each time.", least=0)
 ]
