@@ -1,5 +1,6 @@
 """One thread (shared cores), no network, quiet libraries."""
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -17,6 +18,12 @@ torch.set_num_threads(1)
 settings.register_profile("tritter", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("tritter")
 transformers_logging.disable_progress_bar()
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests live as long as the process: no collection of garbage looks at them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

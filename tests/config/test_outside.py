@@ -13,6 +13,7 @@ import pytest
 from tests.config.conftest import FakePipeline, Result
 from tests.config.test_resume import printed_words
 from tests.oracle import saved, tiny_llama
+from tritter.cli import main as tritter
 from tritter.conf_folder import config_folder
 from tritter.config.folders import composing_from, front_of
 from tritter.pipeline.suggestions import next_commands
@@ -72,6 +73,13 @@ def train(outside: tuple[Path, list[str]], *words: str) -> "subprocess.Completed
     )
 
 
+def import_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process find the classes there, and no others of the same name."""
+    monkeypatch.syspath_prepend(str(folder))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def test_it_stands_in_the_help(outside: tuple[Path, list[str]]) -> None:
     said = train(outside, "--help").stdout
     assert re.search(r"    damp +Damp: every gradient", said)
@@ -85,15 +93,22 @@ def test_it_stands_in_the_help(outside: tuple[Path, list[str]]) -> None:
 
 def test_an_expansion_from_outside_is_a_method_of_the_command(
     outside: tuple[Path, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """By an entry point in processes of its own: a process reads those of its path once."""
     folder, found_by = outside
     base = saved(tiny_llama(), folder.parent / "base")
+    monkeypatch.chdir(folder.parent)
 
     def expand(*words: str) -> "subprocess.CompletedProcess[str]":
+        words = ("expand", *found_by, *words)
+        if found_by:
+            import_from(folder, monkeypatch)
+            return subprocess.CompletedProcess(words, tritter(words), *capsys.readouterr())
         paths = os.pathsep.join([str(folder), str(ROOT)])
         return subprocess.run(
-            [sys.executable, "-m", "tritter", "expand", *found_by, *words],
-            cwd=folder.parent,
+            [sys.executable, "-m", "tritter", *words],
             capture_output=True,
             text=True,
             env=os.environ | {"PYTHONPATH": paths},
@@ -155,9 +170,7 @@ def test_its_options_are_judged_like_ours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, found_by = outside
-    monkeypatch.syspath_prepend(str(folder))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
-        monkeypatch.delitem(sys.modules, name)
+    import_from(folder, monkeypatch)
     result = run(*found_by, *words)
     assert result.code == 2, result
     for part in parts:
@@ -165,54 +178,59 @@ def test_its_options_are_judged_like_ours(
     assert not (folder.parent / "outputs").exists()
 
 
-def test_a_run_with_it_goes_on_only_with_the_same_class(tmp_path: Path) -> None:
+def test_a_run_with_it_goes_on_only_with_the_same_class(
+    tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_examples(folder := tmp_path / "site", conf=tmp_path / "conf")
     outside = folder, ["--config-dir", str(tmp_path / "conf")]
-    run = folder.parent / "run"
-    words = ("callbacks=loss_log", "callbacks.loss_log.every_n_steps=1", f"hydra.run.dir={run}")
+    place = folder.parent / "run"
+    words = ("callbacks=loss_log", "callbacks.loss_log.every_n_steps=1", f"hydra.run.dir={place}")
     words = (*words, "data=letters", "expansion=one_more", "forgetting=[replay,damp]")
     done = train(outside, *words, *SMALL)
     assert done.returncode == 0, done.stderr
     lines = (folder.parent / "losses.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2"]
-    summary = read_object(run / "summary.json")
+    summary = read_object(place / "summary.json")
     assert summary["forgetting"] == ["replay", "damp"]
     assert summary["parameters"]["final"] > summary["parameters"]["baseline"]
-    held = read_object(run / "run.json")["fingerprint"]
+    held = read_object(place / "run.json")["fingerprint"]
     assert held["forgetting"]["damp"]["_target_"] == "mine.forgetting.Damp"
     assert len(held["expansion"]["one_more"]["sha256"]) == 64
     assert "_target_" not in held["forgetting"]["replay"]
     assert held["data"]["_target_"] == "mine.sources.Letters"
     assert (held["data"]["num_texts"], len(held["data"]["sha256"])) == (200, 64)
-    learned = read_object(run / "checkpoint/tritter.json")["domains"]
+    learned = read_object(place / "checkpoint/tritter.json")["domains"]
     assert learned["recipes"]["origin"] == "mine.sources.Letters"
     assert learned["letters"]["num_documents"] == 200
     # Without the source nothing says where its text lies
-    said = train(outside, "model=hf", f"model.path={run}/checkpoint").stderr
+    import_from(folder, monkeypatch)
+    said = run(*outside[1], "model=hf", f"model.path={place}/checkpoint").err
     assert "letters can't be used: the record does not say where it lay" in said
     logs = held["callbacks"]["loss_log"]
     assert logs["_target_"] == "mine.callbacks.LossLog"
     assert (logs["every_n_steps"], len(logs["sha256"])) == (1, 64)
-    outside = folder, []  # the run says itself where its options lay
-    assert "This run is finished" in train(outside, f"resume={run}").stdout
+    # The run says itself where its options lay
+    assert "This run is finished" in run(f"resume={place}").out
     with (folder / "mine/forgetting.py").open("a") as file:
         file.write("\n# another class by now\n")
-    done = train(outside, f"resume={run}")
-    assert done.returncode == 2
-    assert "forgetting.damp.sha256" in done.stderr
+    refused = run(f"resume={place}")
+    assert refused.code == 2
+    assert "forgetting.damp.sha256" in refused.err
 
 
-def test_what_stands_twice_or_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_what_stands_twice_or_elsewhere_is_refused(
+    tmp_path: Path, run: Callable[..., Result]
+) -> None:
     write_examples(tmp_path / "site", conf=tmp_path / "conf")
-    outside = tmp_path / "site", ["--config-dir", str(tmp_path / "conf")]
+    found_by = ("--config-dir", str(tmp_path / "conf"))
     mine = tmp_path / "conf/forgetting/damp.yaml"
     mine.with_name("other.yaml").write_text(mine.read_text())
-    assert "forgetting=other" in train(outside, "seed=1").stderr
+    assert "forgetting=other" in run(*found_by, "seed=1").err
     mine.with_name("other.yaml").rename(mine.with_name("ewc.yaml"))
-    done = train(outside, "seed=1")
-    assert done.returncode == 2
-    assert "has this option already" in done.stderr
-    assert "no such folder" in train((tmp_path / "site", ["-cd", "nowhere"])).stderr
+    refused = run(*found_by, "seed=1")
+    assert refused.code == 2
+    assert "has this option already" in refused.err
+    assert "no such folder" in run("-cd", "nowhere").err
 
 
 def test_a_config_of_ones_own_composes(tmp_path: Path) -> None:
@@ -227,9 +245,7 @@ def test_a_config_of_ones_own_composes(tmp_path: Path) -> None:
 def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of their options, whose classes this process finds."""
     write_examples(tmp_path / "site", conf=tmp_path / "conf")
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
-        monkeypatch.delitem(sys.modules, name)
+    import_from(tmp_path / "site", monkeypatch)
     return tmp_path / "conf"
 
 

@@ -1,10 +1,13 @@
 """A small real job: the embedded corpus, a base of a few thousand parameters, seconds each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
+from tests.pipeline.tiny import TINY
 from tritter.config.composition import load_config
 from tritter.pipeline import Outcome, run_pipeline
 
@@ -24,6 +27,18 @@ SMALL = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unpainted() -> Iterator[None]:
+    """Let plots be put together and saved, but not painted; `tests/report` looks at whole ones."""
+
+    def print_png(canvas: FigureCanvasAgg, path: Path) -> None:
+        Image.new("RGB", (1, 1)).save(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FigureCanvasAgg, "print_png", print_png)
+        yield
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -36,6 +51,18 @@ def run_job(cache: Path) -> Callable[..., Outcome]:
     def run(folder: Path, *overrides: str, cache_dir: Path = cache) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
         config = load_config([*SMALL, f"cache_dir={cache_dir}", *overrides])
+        return run_pipeline(config, run_folder=folder)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_tiny(cache: Path) -> Callable[..., Outcome]:
+    """Return a function that runs the tiny job, which reads a few texts, in a folder."""
+
+    def run(folder: Path, *overrides: str, cache_dir: Path = cache) -> Outcome:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = load_config([*TINY, f"cache_dir={cache_dir}", *overrides])
         return run_pipeline(config, run_folder=folder)
 
     return run

@@ -74,11 +74,12 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], int]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("expansion=width", "forgetting=ewc", "forgetting.ewc.estimator='true'", "control=true"),
+        ("expansion=width", "forgetting=ewc", "forgetting.ewc.estimator='true'",
+         "forgetting.ewc.num_sequences=8", "control=true"),
         ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true",
          "forgetting=[replay,distill]"),
         ("expansion=moe", "expansion.moe.num_experts=4", "forgetting=[ewc,replay]",
-         "moe_routing.bias_update_rate=0.001"),
+         "forgetting.ewc.num_sequences=8", "moe_routing.bias_update_rate=0.001"),
     ],
     ids=["width", "new blocks", "experts"],
 )  # fmt: skip

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoint import read_lineage
+from tritter.pipeline import Outcome
 
 ROOT = Path(__file__).parents[2]
 JOB = (
@@ -41,6 +43,10 @@ def finished(folder: Path, cache: Path) -> str:
     process = start(folder, cache)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors.decode()
+    return kept(folder)
+
+
+def kept(folder: Path) -> str:
     lineage = read_lineage(folder / "checkpoint")
     assert lineage is not None
     return lineage.model_hash
@@ -96,9 +102,10 @@ def killed_often(folder: Path, cache: Path, *, kills: int, seed: int) -> int:
 
 
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
-    tmp_path: Path, cache: Path
+    run_job: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    whole = finished(tmp_path / "whole", tmp_path / "cache_whole")
+    run_job(tmp_path / "whole", *JOB)
+    whole = kept(tmp_path / "whole")
     assert killed_often(tmp_path / "parts", tmp_path / "cache_parts", kills=3, seed=0) >= 2
     assert finished(tmp_path / "parts", tmp_path / "cache_parts") == whole
     leftovers = [path for path in (tmp_path / "parts").rglob(".*") if path.name != ".hydra"]

@@ -57,6 +57,14 @@ def add(sparse: Path, cache: Path) -> Run:
     return run
 
 
+@pytest.fixture(scope="module")
+def cloned(add: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that added them."""
+    folder = tmp_path_factory.mktemp("cloned") / "run"
+    add(folder)
+    return folder
+
+
 def test_a_dense_base_becomes_sparse(sparse: Path) -> None:
     summary = summary_of(sparse)
     experts = summary["moe"]
@@ -78,7 +86,6 @@ def test_a_dense_base_becomes_sparse(sparse: Path) -> None:
 
 
 OPTIONS = {
-    "cloned": (),
     "best, held, balanced by a bias": (
         "expansion.moe_add.init=best", "moe_routing.hold_old=0.1",
         "moe_routing.bias_update_rate=0.001",
@@ -92,10 +99,14 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", OPTIONS)
-def test_new_experts_are_trained_and_the_base_stays(add: Run, tmp_path: Path, case: str) -> None:
-    add(tmp_path / "run", *(word.strip("'") for word in OPTIONS[case]))
-    attempt, summary = tmp_path / "run/attempt_1", summary_of(tmp_path / "run")
+@pytest.mark.parametrize("case", ["cloned", *OPTIONS])
+def test_new_experts_are_trained_and_the_base_stays(
+    add: Run, cloned: Path, tmp_path: Path, case: str
+) -> None:
+    place = cloned if case == "cloned" else tmp_path / "run"
+    if case != "cloned":
+        add(place, *(word.strip("'") for word in OPTIONS[case]))
+    attempt, summary = place / "attempt_1", summary_of(place)
     preservation = next(c for c in summary["gate"] if c["check"] == "preservation")
     assert preservation["verdict"] == "passed"
     before, trained = load_model(attempt / "expanded"), load_model(attempt / "trained")
@@ -109,9 +120,9 @@ def test_new_experts_are_trained_and_the_base_stays(add: Run, tmp_path: Path, ca
     assert AddedExperts.read(attempt / "trained") is None
     assert stock_obstacle(attempt / "trained") is None
     ids = oracle.tokens(trained.config.vocab_size)
-    stock = oracle.stock(tmp_path / "run/checkpoint")
+    stock = oracle.stock(place / "checkpoint")
     assert torch.equal(oracle.logits(stock, ids), oracle.logits(trained, ids))
-    lineage = read_lineage(tmp_path / "run/checkpoint")
+    lineage = read_lineage(place / "checkpoint")
     assert lineage is not None and lineage.stock_loadable == "yes"
     record, steps = lineage.expansion_history[-1], 6 if "without" in case else 11
     assert record.method == "moe_add" and record.continued_training_steps == steps
@@ -156,7 +167,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("before", ["adaptation", "training", "evaluation"])
 def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
-    add: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+    add: Run, cloned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
     def stop(*arguments: Any, **options: Any) -> None:
         raise Stopped
@@ -165,8 +176,7 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
         patch.setattr(stages, before, stop)
         add(tmp_path / "parts")
     add(tmp_path / "parts")
-    add(tmp_path / "whole")
-    whole, parts = (read_lineage(tmp_path / name / "checkpoint") for name in ("whole", "parts"))
+    whole, parts = (read_lineage(p / "checkpoint") for p in (cloned, tmp_path / "parts"))
     assert whole is not None and parts is not None and whole.model_hash == parts.model_hash
 
 

@@ -188,11 +188,10 @@ TRUE_LOSS = BaseModule.task_loss
 
 
 def test_too_few_documents_are_undecided_with_the_number_needed(
-    run_job: Run, tmp_path: Path
+    run_tiny: Run, tmp_path: Path
 ) -> None:
-    outcome = run_job(
-        tmp_path / "run", "data.validation_fraction=0.005", "training.max_steps=2"
-    )  # fmt: skip
+    words = ("data.validation_fraction=0.14", "training.max_steps=2", "gate.enabled=true")
+    outcome = run_tiny(tmp_path / "run", *words)
     summary = summary_of(tmp_path / "run")
     assert outcome.status == "undecided"
     open_checks = [c for c in summary["gate"] if c["verdict"] == "undecided"]
@@ -207,9 +206,9 @@ def test_gate_off_keeps_what_fails(run_job: Run, tmp_path: Path) -> None:
     assert any(c["verdict"] == "failed" for c in summary_of(tmp_path / "run")["gate"])
 
 
-def test_a_base_that_explodes_is_not_cached(run_job: Run, tmp_path: Path) -> None:
+def test_a_base_that_explodes_is_not_cached(run_tiny: Run, tmp_path: Path) -> None:
     with pytest.raises(TritterError, match=r"pretraining was broken off.*learning_rate"):
-        run_job(
+        run_tiny(
             tmp_path / "run", "pretraining.learning_rate=1e30", "trainer.gradient_clip_val=null",
             "trainer.max_non_finite_steps=2", cache_dir=tmp_path / "cache",
         )  # fmt: skip
@@ -223,22 +222,28 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("before", ["expansion", "training", "evaluation", "checks", "publish"])
 def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
-    run_job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+    run_job: Run,
+    default_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: str,
 ) -> None:
+    """The whole one has a control beside it, which changes nothing of it."""
+
     def stop(*arguments: Any, **options: Any) -> None:
         raise Stopped
 
-    run_job(tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(stages if hasattr(stages, before) else verdict, before, stop)
         run_job(tmp_path / "parts")
     done = json.loads((tmp_path / "parts/ledger.json").read_text())["stages"]
     assert "baseline" in done and "publish" not in done
     run_job(tmp_path / "parts")
-    whole, parts = (read_lineage(tmp_path / name / "checkpoint") for name in ("whole", "parts"))
+    places = default_run, tmp_path / "parts"
+    whole, parts = (read_lineage(place / "checkpoint") for place in places)
     assert whole is not None and parts is not None
     assert whole.model_hash == parts.model_hash
-    first, second = summary_of(tmp_path / "whole"), summary_of(tmp_path / "parts")
+    first, second = map(summary_of, places)
     assert first["final"] == second["final"] and first["gate"] == second["gate"]
 
 
@@ -253,29 +258,29 @@ def test_new_blocks_only_moves_nothing_else(run_job: Run, tmp_path: Path) -> Non
 
 
 def test_a_damaged_base_in_the_cache_is_made_again(
-    run_job: Run, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run_tiny: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = tmp_path / "cache"
-    run_job(tmp_path / "first", "training.max_steps=2", cache_dir=own)
+    run_tiny(tmp_path / "first", "training.max_steps=2", cache_dir=own)
     base = next(path for path in (own / "bases").iterdir() if path.is_dir())
     weights = base / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    run_job(tmp_path / "second", "training.max_steps=2", cache_dir=own)
+    run_tiny(tmp_path / "second", "training.max_steps=2", cache_dir=own)
     assert "is damaged" in caplog.text
     first, second = (summary_of(tmp_path / name)["final"] for name in ("first", "second"))
     assert first == second
     shutil.rmtree(base)
     base.mkdir()
-    run_job(tmp_path / "third", "training.max_steps=2", cache_dir=own)
+    run_tiny(tmp_path / "third", "training.max_steps=2", cache_dir=own)
     assert summary_of(tmp_path / "third")["final"] == first
 
 
-def test_a_cache_that_cannot_be_written_is_named(run_job: Run, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named(run_tiny: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match="cache_dir"):
-        run_job(tmp_path / "run", cache_dir=tmp_path / "file" / "cache")
+        run_tiny(tmp_path / "run", cache_dir=tmp_path / "file" / "cache")
 
 
 def test_dus_reports_its_jump(run_job: Run, tmp_path: Path) -> None:

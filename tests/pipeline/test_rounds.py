@@ -22,6 +22,7 @@ from tritter.training import read_metrics
 Run = Callable[..., Outcome]
 # Two rounds from the small job's 60,576 parameters; the gate keeps whatever comes.
 GROW = ("pipeline.target_params=110k", "training.max_steps=10", "gate='off'")
+PROTECTED = (*GROW, "forgetting=[ewc,replay]", "forgetting.ewc.num_sequences=32")
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def lineage_of(folder: Path) -> Lineage:
 @pytest.fixture(scope="module")
 def grown(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rounds") / "run"
-    run_job(folder, *GROW, "control=true", "forgetting=[ewc,replay]")
+    run_job(folder, *PROTECTED, "control=true")
     return folder
 
 
@@ -201,7 +202,7 @@ def test_a_stopped_loop_goes_on_to_the_same_weights(
             raise Stopped
         return original(context, met, **options)
 
-    overrides = (*GROW, "forgetting=[ewc,replay]", "control=true")
+    overrides = (*PROTECTED, "control=true")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(module, name, stop)
         run_job(tmp_path / "run", *overrides)

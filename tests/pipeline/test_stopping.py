@@ -18,13 +18,14 @@ from lightning import Callback
 from tests.pipeline.test_trust import Ended, result
 from tests.pipeline.tiny import TINY
 from tritter.config.entry import main
-from tritter.pipeline import run_pipeline, stages
+from tritter.pipeline import Outcome, run_pipeline, stages
 from tritter.training import fitting, processes
 
 ROOT = Path(__file__).parents[2]
 BOTH = pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
 )
+DDP = ("trainer=ddp", "trainer.precision=32-true")
 Run = Callable[..., Ended]
 During = Callable[[Callback], contextlib.AbstractContextManager[None]]
 
@@ -58,6 +59,21 @@ def run(capsys: pytest.CaptureFixture[str], cache: Path) -> Run:
     return run_words
 
 
+@pytest.fixture(scope="module")
+def whole(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same job, stopped by nobody."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run_tiny(folder, "training.max_steps=8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_by_two(run_tiny: Callable[..., Outcome], whole: Path) -> Path:
+    """And on two processes."""
+    run_tiny(whole.with_name("by_two"), "training.max_steps=8", *DDP)
+    return whole.with_name("by_two")
+
+
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> During:
     """Put a callback first in every training inside."""
@@ -89,10 +105,9 @@ def status_of(folder: Path) -> dict[str, object]:
 @BOTH
 @pytest.mark.parametrize("step", [2, 5, 7], ids=str)
 def test_a_training_stops_at_its_step_and_goes_on_to_the_same_weights(
-    run: Run, tmp_path: Path, signal_at: During, number: int, code: int, step: int
+    run: Run, whole: Path, tmp_path: Path, signal_at: During, number: int, code: int, step: int
 ) -> None:
     folder = tmp_path / "it's a run"
-    assert run(f"hydra.run.dir={tmp_path / 'whole'}").code == 0
     with signal_at(SignalAt(step, number)):
         ended = run(f"""hydra.run.dir="{folder}" """.strip())
     assert ended.code == code
@@ -103,12 +118,13 @@ def test_a_training_stops_at_its_step_and_goes_on_to_the_same_weights(
     assert status["error"] == f"stopped {where}"
     again = run(*printed_words(ended), is_alone=True)
     assert again.code == 0, again.err
-    assert result(folder) == result(tmp_path / "whole")
+    assert result(folder) == result(whole)
     assert not [path for path in folder.rglob(".*") if path.name != ".hydra"]
 
 
-def test_a_second_signal_ends_it_at_once(run: Run, tmp_path: Path, signal_at: During) -> None:
-    assert run(f"hydra.run.dir={tmp_path / 'whole'}").code == 0
+def test_a_second_signal_ends_it_at_once(
+    run: Run, whole: Path, tmp_path: Path, signal_at: During
+) -> None:
     with signal_at(SignalAt(5, signal.SIGINT, signal.SIGINT)):
         ended = run(f"hydra.run.dir={tmp_path / 'run'}")
     assert ended.code == 130 and "goes on from the last state it saved" in ended.err
@@ -117,7 +133,7 @@ def test_a_second_signal_ends_it_at_once(run: Run, tmp_path: Path, signal_at: Du
     steps = [value for key, value in head["content"]["pairs"] if key == "global_step"]
     assert steps == [4]  # the last it saved by itself
     assert run(*printed_words(ended), is_alone=True).code == 0
-    assert result(tmp_path / "run") == result(tmp_path / "whole")
+    assert result(tmp_path / "run") == result(whole)
 
 
 @BOTH
@@ -151,18 +167,16 @@ def test_a_sweep_ends_and_says_how_it_goes_on(run: Run, tmp_path: Path, signal_a
 @pytest.mark.skipif(processes.start_method("cpu") != "fork", reason="spawning takes seconds")
 @pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)], ids=str)
 def test_processes_stop_together_and_go_on(
-    run: Run, tmp_path: Path, signal_at: During, numbers: tuple[int, ...]
+    run: Run, whole_by_two: Path, tmp_path: Path, signal_at: During, numbers: tuple[int, ...]
 ) -> None:
-    words = ("trainer=ddp", "trainer.precision=32-true")
-    assert run(f"hydra.run.dir={tmp_path / 'whole'}", *words).code == 0
     with signal_at(SignalAt(5, *numbers, rank=1)):  # to the one that started them, alone
-        ended = run(f"hydra.run.dir={tmp_path / 'run'}", *words)
+        ended = run(f"hydra.run.dir={tmp_path / 'run'}", *DDP)
     assert ended.code == 128 + numbers[0], ended.err
     where = "at step 6 of 8" if len(numbers) == 1 else "during the training"
     assert f"Stopped {where}" in ended.err and "Traceback" not in ended.err
     assert multiprocessing.active_children() == []
     assert run(*printed_words(ended), is_alone=True).code == 0
-    assert result(tmp_path / "run") == result(tmp_path / "whole")
+    assert result(tmp_path / "run") == result(whole_by_two)
 
 
 @pytest.mark.slow

@@ -40,27 +40,55 @@ class Killed(BaseException):
 def run(capsys: pytest.CaptureFixture[str], cache: Path) -> Run:
     """Run the tiny job through the program, in a folder."""
 
-    def run_words(folder: Path, *words: str) -> Ended:
-        job = [*TINY, f"cache_dir={cache}", f"hydra.run.dir={folder}", *words]
-        code = main(run_pipeline, arguments=job)
+    def run_words(folder: Path) -> Ended:
+        code = run_program(folder, cache)
         captured = capsys.readouterr()
         return Ended(code, captured.out, captured.err)
 
     return run_words
 
 
-@pytest.fixture
-def unfinished(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that was killed after its last saved state, before its result was written."""
+def run_program(folder: Path, cache: Path) -> int:
+    words = [*TINY, f"cache_dir={cache}", f"hydra.run.dir={folder}"]
+    return main(run_pipeline, arguments=words)
+
+
+@pytest.fixture(scope="module")
+def left(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs to be copied: `finished`; killed before its result was written, and before its scores.
+
+    The first was killed after its last saved state.
+    """
+    place = tmp_path_factory.mktemp("left")
 
     def kill(*arguments: object, **options: object) -> None:
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(TrainedWriter, "__call__", kill)
-        run(tmp_path / "unfinished")
-    assert (tmp_path / "unfinished/attempt_1/saved").is_dir()
-    return tmp_path / "unfinished"
+    for name, owner, stage in (
+        ("unfinished", TrainedWriter, "__call__"),
+        ("trained", stages, "evaluation"),
+    ):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, stage, kill)
+            run_program(place / name, cache)
+    assert (place / "unfinished/attempt_1/saved").is_dir()
+    assert run_program(place / "finished", cache) == 0
+    return place
+
+
+@pytest.fixture
+def unfinished(left: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(left / "unfinished", tmp_path / "unfinished")
+
+
+@pytest.fixture
+def trained(left: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(left / "trained", tmp_path / "trained")
+
+
+@pytest.fixture
+def finished(left: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(left / "finished", tmp_path / "run")
 
 
 def result(folder: Path) -> tuple[str, object, object]:
@@ -135,19 +163,6 @@ def test_a_flipped_bit_in_any_file_is_refused_or_changes_nothing(
     assert set(USED) <= set(refused)
 
 
-@pytest.fixture
-def trained(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that was killed when it was trained and not yet scored."""
-
-    def kill(*arguments: object, **options: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stages, "evaluation", kill)
-        run(tmp_path / "trained")
-    return tmp_path / "trained"
-
-
 def test_a_flipped_bit_in_a_trained_model_is_not_published(run: Run, trained: Path) -> None:
     path = trained / "attempt_1/trained/model.safetensors"
     content = bytearray(path.read_bytes())
@@ -187,36 +202,33 @@ def test_another_checkpoint_with_a_record_of_its_own_is_told(run: Run, trained: 
     assert ended.code == 1 and "is another checkpoint" in ended.err
 
 
-def test_what_is_made_again_leaves_what_follows_as_it_is(run: Run, tmp_path: Path) -> None:
-    assert run(tmp_path / "run").code == 0
-    before = result(tmp_path / "run")
-    (tmp_path / "run/scores/baseline.json").unlink()
-    shutil.rmtree(tmp_path / "run/checkpoint")
-    ended = run(tmp_path / "run")
-    assert ended.code == 0 and result(tmp_path / "run") == before
+def test_what_is_made_again_leaves_what_follows_as_it_is(run: Run, finished: Path) -> None:
+    before = result(finished)
+    (finished / "scores/baseline.json").unlink()
+    shutil.rmtree(finished / "checkpoint")
+    ended = run(finished)
+    assert ended.code == 0 and result(finished) == before
     assert "baseline is done again" in ended.out and "publish is done again" in ended.out
     assert "fit        done before" in ended.out
-    assert "nothing to do" in run(tmp_path / "run").out
+    assert "nothing to do" in run(finished).out
 
 
 @pytest.mark.parametrize(
     "name", ["checkpoint/model.safetensors", "summary.json", "scores/attempt_1-trained.json"]
 )
 def test_a_finished_run_is_believed_when_what_it_names_is_whole(
-    run: Run, tmp_path: Path, name: str
+    run: Run, finished: Path, name: str
 ) -> None:
-    folder = tmp_path / "run"
-    assert run(folder).code == 0
-    before, path = result(folder), folder / name
+    before, path = result(finished), finished / name
     flip_a_bit(path, random.Random(0))
-    ended = run(folder)
+    ended = run(finished)
     assert ended.code == 1 and str(path) in ended.err
     place = path.parent if name.startswith("checkpoint") else path
     assert f"Delete {place}, and it is made again by: " in ended.err
     shutil.rmtree(place) if place.is_dir() else place.unlink()
-    assert run(folder).code == 0
-    assert result(folder) == before
-    assert "nothing to do" in run(folder).out
+    assert run(finished).code == 0
+    assert result(finished) == before
+    assert "nothing to do" in run(finished).out
 
 
 @pytest.mark.parametrize("name", ["unfinished", "finished"])
