@@ -1,9 +1,11 @@
 """`max_tokens` beside `max_steps`: what follows from it, and which of the two stands."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.config.conftest import FakePipeline, Result
 from tritter import ContinuedPretrainingConfig
 from tritter.config.composition import load_config
 from tritter.config.fingerprint import fingerprint
@@ -86,3 +88,11 @@ def test_the_specifications_record_yields_a_run() -> None:
     assert ContinuedPretrainingConfig(use_ewc=False).run_config().forgetting == ()
     with pytest.raises(RequestError, match="learning_rate"):
         ContinuedPretrainingConfig(learning_rate=-1.0).run_config()
+
+
+@pytest.mark.parametrize("words", [["seed=0"], ["-m", "seed=0,3"]], ids=["a run", "a sweep"])
+def test_it_starts_as_it_was_planned(
+    run: Callable[..., Result], pipeline: FakePipeline, words: list[str]
+) -> None:
+    assert run("training.max_tokens=20000", *words).code == 0
+    assert {config.training.max_steps for config in pipeline.configs} == {9}

@@ -24,7 +24,7 @@ from tritter.terminal import say
 
 if TYPE_CHECKING:
     from tritter.config.jobs import Pipeline
-    from tritter.config.plan import Plan
+    from tritter.config.plan import Job, Plan
 
 
 def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int:
@@ -181,7 +181,7 @@ def _run_sweep(plan: "Plan", folder: Path, pipeline: "Pipeline", *, typed: Seque
     _require_writable(folder, key="hydra.sweep.dir")
     pinned = f"hydra.sweep.dir={quoted(str(folder))}"
     try:
-        _start_hydra(["--multirun", *plan.overrides, pinned], pipeline)
+        _start_hydra(["--multirun", *plan.overrides, pinned], pipeline, jobs=plan.jobs)
     except Stopped as stop:
         own = [word for word in typed if not word.lstrip("+").startswith("hydra.sweep.dir=")]
         again = command([*own, f"hydra.sweep.dir={as_value(str(folder))}"])
@@ -195,7 +195,9 @@ def _run_sweep(plan: "Plan", folder: Path, pipeline: "Pipeline", *, typed: Seque
     return 3 if 3 in codes else 0
 
 
-def _start_hydra(arguments: Sequence[str], pipeline: "Pipeline") -> None:
+def _start_hydra(
+    arguments: Sequence[str], pipeline: "Pipeline", *, jobs: Sequence["Job"] = ()
+) -> None:
     import hydra
     from omegaconf import DictConfig
 
@@ -203,7 +205,7 @@ def _start_hydra(arguments: Sequence[str], pipeline: "Pipeline") -> None:
     from tritter.config.jobs import run_job
 
     def train(cfg: DictConfig) -> float:
-        return run_job(cfg, pipeline)
+        return run_job(cfg, pipeline, jobs=jobs)
 
     decorate = hydra.main(
         config_path=str(config_folder()), config_name=front().config_name, version_base=VERSION_BASE

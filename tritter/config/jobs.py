@@ -1,6 +1,7 @@
 """One job as Hydra starts it: folder, pipeline, and what became of it in `status.json`."""
 
 import math
+import os
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def start_run(job: "Job", pipeline: Pipeline) -> None:
     context = HydraContext(config_loader=job.composition.loader, callbacks=Callbacks())
 
     def train(cfg: DictConfig) -> float:
-        return run_job(cfg, pipeline, overrides=job.overrides)
+        return run_job(cfg, pipeline, jobs=[job])
 
     run_and_report(
         lambda: (
@@ -101,16 +102,14 @@ def start_run(job: "Job", pipeline: Pipeline) -> None:
     )
 
 
-def run_job(
-    cfg: DictConfig, pipeline: Pipeline, *, overrides: Sequence[str] | None = None
-) -> float:
+def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> float:
     """Run one composed job in the folder that Hydra made for it and return the sweeper's metric.
 
     A failure goes to the job's `status.json`. In a sweep the other jobs go on, and the failed
     one counts as NaN; in a single run an error that is not ours is raised again.
 
     Args:
-        overrides: what the run records of its command line; None: the job's own overrides.
+        jobs: those that were planned; one that a sweeper thinks of as it goes is judged here.
 
     Raises:
         Stopped: by a signal, after the status was written; in a sweep no other job follows.
@@ -122,12 +121,14 @@ def run_job(
     if is_sweep:
         say(f"\njob {hydra.job.num}: {' '.join(words)}")
     try:
-        config = validate(plain_config(cfg))
+        planned = {os.path.normpath(job.folder.absolute()): job for job in jobs}.get(str(folder))
+        config = validate(plain_config(cfg)) if planned is None else planned.config
         if check_run_folder(folder, config) is RunState.FINISHED:
             status = read_status(folder)
             if status["status"] in _ENDS:
                 return math.nan if status["metric"] is None else float(status["metric"])
-        recorded = recorded_words(words if overrides is None else overrides)
+        typed = planned.overrides if planned is not None and planned.composition else words
+        recorded = recorded_words(typed)
         write_run_file(folder, config, status="running", overrides=recorded)
         _write_status(folder, words, status="running", exit_code=EXIT_FAILED)
         outcome = pipeline(config, run_folder=folder)
