@@ -1,7 +1,9 @@
 """One thread (shared cores), no network, quiet libraries."""
 
 import gc
+import logging
 import os
+from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,3 +32,13 @@ def pytest_collection_finish() -> None:
 def seeded() -> None:
     """Let no test depend on which tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def logged_as_before() -> Iterator[None]:
+    """Take away the handlers that a run in this process gave to the log: their streams are gone."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)

@@ -1,0 +1,176 @@
+"""Processor seconds of a training step under methods against forgetting, beside one without any.
+
+    python experiments/benchmarks/methods.py --output experiments/benchmarks/methods.csv
+
+Each step is Lightning's own, in the real fit, on the same batches; the ways follow each other in
+every round, and the ratios are taken within a round. The first steps of a fit are left out.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import copy
+import csv
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from experiments.benchmarks.precision import new_llama  # noqa: E402
+
+BATCH_SIZE, LENGTH, LEFT_OUT = 16, 128, 2
+WAYS = ("none", "l2sp", "ewc", "online_ewc", "si", "replay", "distill", "freeze", "si and replay")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way: milliseconds are medians over the rounds, ratios those within them."""
+
+    way: str
+    parameters: int
+    tokens: int
+    step_ms: float
+    over_none: float
+    lowest: float
+    highest: float
+    rounds: int
+
+
+class Clock(Callback):
+    """Note when each step ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.times.append(time.process_time())
+
+
+def step_seconds(way: str, *, hidden_size: int, layers: int, steps: int) -> tuple[float, int]:
+    """Return the median time of a step, and the model's parameters."""
+    from rich.console import Console
+
+    from tritter.data.batches import BatchStream, SequenceStream
+    from tritter.forgetting import EWC, L2SP, SI, Distill, Freeze, OnlineEWC, Replay
+    from tritter.training import (
+        BaseModule,
+        OptimizerSettings,
+        Schedule,
+        Task,
+        TrainerSettings,
+        fit,
+    )
+
+    torch.set_num_threads(1)  # processor seconds are then those of the step
+    torch.manual_seed(0)
+    model = new_llama(hidden_size, num_layers=layers)
+    ewc = {"ewc_lambda": 1e3, "at": "carried", "refresh_steps": None}
+    methods = {
+        "ewc": lambda: EWC(**ewc),  # type: ignore[arg-type]
+        "online_ewc": lambda: OnlineEWC(**ewc),  # type: ignore[arg-type]
+        "si": lambda: SI(si_lambda=1.0),
+        "l2sp": lambda: L2SP(l2sp_lambda=0.03),
+        "replay": lambda: Replay(fraction=0.25),
+        "distill": lambda: Distill(weight=2.0),
+        "freeze": lambda: Freeze(layers=("attention",)),
+    }
+    chosen = [methods[name]() for name in way.split(" and ") if name in methods]
+    tokens = torch.randint(0, 1024, (200, LENGTH), generator=torch.Generator().manual_seed(0))
+    stream = SequenceStream(tokens.int(), seed=0)
+    clock = Clock()
+    task = Task(
+        seed=0,
+        old_sequences={"old": tokens},
+        carried={n: torch.ones_like(p).bool() for n, p in model.named_parameters()},
+        state=made_up_state(model),
+        teacher=copy.deepcopy(model).eval().requires_grad_(False),
+    )
+    for method in chosen:
+        method.freeze(model, task, max_steps=steps + LEFT_OUT)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(
+            BaseModule(
+                model,
+                schedule=Schedule(learning_rate=1e-4, max_steps=steps + LEFT_OUT),
+                optimizer=OptimizerSettings(),
+                methods=chosen,
+            ),
+            BatchStream(stream, batch_size=BATCH_SIZE, num_batches=steps + LEFT_OUT),
+            settings=TrainerSettings(precision="32-true", progress="off", save_every_n_steps=0),
+            folder=Path(folder),
+            label="benchmark",
+            console=Console(quiet=True),
+            task=task,
+            observers=[clock],
+        )
+    spans = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    return statistics.median(spans[LEFT_OUT - 1 :]), sum(p.numel() for p in model.parameters())
+
+
+def made_up_state(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    values = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    return dict.fromkeys(("fisher", "online_fisher", "si_importance"), values)
+
+
+def measured(
+    ways: Sequence[str], *, hidden_size: int, layers: int, steps: int, rounds: int
+) -> list[Row]:
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    parameters = 0
+    for _ in range(rounds):
+        for way in ways:
+            found = step_seconds(way, hidden_size=hidden_size, layers=layers, steps=steps)
+            seconds[way].append(found[0])
+            parameters = found[1]
+    rows = []
+    for way in ways:
+        ratios = [own / none for own, none in zip(seconds[way], seconds["none"], strict=True)]
+        rows.append(
+            Row(
+                way=way,
+                parameters=parameters,
+                tokens=BATCH_SIZE * LENGTH,
+                step_ms=round(1000 * statistics.median(seconds[way])),
+                over_none=round(statistics.median(ratios), 3),
+                lowest=round(min(ratios), 3),
+                highest=round(max(ratios), 3),
+                rounds=rounds,
+            )
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS))
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    sizes = {"hidden_size": given.hidden_size, "layers": given.layers, "steps": given.steps}
+    rows = measured(given.ways, rounds=given.rounds, **sizes)
+    with given.output.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    for row in rows:
+        print(f"{row.way:14} {row.step_ms:6.0f} ms  {row.over_none:.3f}")
+
+
+if __name__ == "__main__":
+    main()
