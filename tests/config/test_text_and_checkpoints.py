@@ -99,6 +99,8 @@ def test_paths_in_every_form(
         ("data.tasks=[@new/*.gz,@old/deep,@new]",
          {"new": ["new/*.gz"], "deep": ["old/deep"], "new_2": ["new"]},
          (("new",), ("deep",), ("new_2",))),
+        ("data.tasks=[{unnamed:@new},@old/deep]", {"unnamed": ["new"], "deep": ["old/deep"]},
+         (("unnamed",), ("deep",))),
         ("data.tasks=[{x:@new},{x:@new},@new]", {"x": ["new"]}, (("x",), ("x",), ("x",))),
         # The old text, which comes again later, is called what it is called as old text
         ("data.tasks=[@new,@old]", {"new": ["new"]}, (("new",), ("old",))),
@@ -117,6 +119,18 @@ def test_tasks_in_every_form(
     text = pipeline.configs[-1].text
     assert text.tasks == tasks and text.old == ("old",)
     assert text.new == tuple(new) and len(text.domains) == len(new) + 1
+
+
+def test_replay_may_weigh_what_earlier_tasks_are_about(run_there: Run) -> None:
+    words = (
+        "data=text",
+        "data.old=@old",
+        "data.tasks=[{a:@new},{b:@old/deep}]",
+        "forgetting=replay",
+    )
+    assert run_there(*words, "forgetting.replay.weights={a:2}").code == 0
+    last = run_there(*words, "forgetting.replay.weights={b:2}")
+    assert last.code == 2 and "there are old, a" in last.err
 
 
 def test_a_single_task_is_what_new_is(run_there: Run, pipeline: FakePipeline) -> None:

@@ -90,7 +90,7 @@ def test_three_tasks_are_those_of_a_slow_loop(normalise: str) -> None:
         )
         state = {"fisher": diagonal_fisher(model, rows)}
         if kept:
-            state[left_kind("diagonal", normalise)] = dict(kept)
+            state[left_kind("fisher", normalise)] = dict(kept)
         method.begin_task(model, told(model, state, "b"))
         with torch.no_grad():
             for parameter in model.parameters():

@@ -80,7 +80,7 @@ def test_text_of_a_run_is_text(summary: dict[str, Any]) -> None:
 
 def test_a_run_that_broke_down_has_a_page(rolled_back: dict[str, Any]) -> None:
     text, _ = page([run_of(rolled_back, "broken", 0)], title="One")
-    assert "rolled back" in text and "not finite" in text
+    assert 'class="rolled_back"' in text and "not finite" in text
 
 
 def test_tasks_have_a_table(summary: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """What is wrong with the replay that a run asks for, whichever of its methods replays."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from itertools import chain
 
 from tritter.config.schema import RunConfig
 from tritter.errors import Problem, nearest
@@ -25,14 +26,16 @@ def replay_problems(config: RunConfig) -> Iterator[Problem]:
             )
             yield Problem(f"forgetting.{one.name}.fraction", fraction, reason=reason)
         if one.name == "replay":
-            yield from _weight_problems(one.options.weights or {}, config.text.old)
+            yield from _weight_problems(one.options.weights or {}, config)
 
 
-def _weight_problems(weights: Mapping[str, float], old: Sequence[str]) -> Iterator[Problem]:
-    key, unknown = "forgetting.replay.weights", [name for name in weights if name not in old]
+def _weight_problems(weights: Mapping[str, float], config: RunConfig) -> Iterator[Problem]:
+    key, old = "forgetting.replay.weights", config.text.old
+    known = tuple(dict.fromkeys([*old, *chain.from_iterable(config.text.tasks[:-1])]))
+    unknown = [name for name in weights if name not in known]
     for name in unknown:
-        reason = f"there is no such old domain; there are {', '.join(old) or 'none'}"
-        near = nearest(name, old)
+        reason = f"there is no such old domain; there are {', '.join(known) or 'none'}"
+        near = nearest(name, known)
         yield Problem(f"{key}.{name}", weights[name], reason=reason, nearest=near)
     if not unknown and old and not any(weights.get(name, 1) for name in old):
         reason = "every old domain has the weight 0; leave replay out instead"

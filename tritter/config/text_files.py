@@ -10,8 +10,6 @@ from tritter.data.contents import TextRequest
 from tritter.data.finding import BUILT_IN_TEXTS, find_texts
 from tritter.errors import Problem, RequestError, nearest
 
-_UNNAMED = "unnamed"
-
 
 def read_sources(
     key: str, value: object, *, default_name: str, problems: list[Problem]
@@ -70,15 +68,15 @@ def read_tasks(value: object, old: TextSources, problems: list[Problem]) -> list
         if one in (None, {}, []):
             problems.append(Problem(place, one, reason="a task needs text: name a path"))
             continue
-        task = read_sources(place, one, default_name=_UNNAMED, problems=problems)
-        for name in [each for each in task if each != _UNNAMED]:
-            if known.setdefault(name, task[name]) != task[name]:
-                reason = f"{name} is the name of other text already; choose another"
-                problems.append(Problem(f"{place}.{name}", task[name], reason=reason))
-        if (paths := task.pop(_UNNAMED, None)) is not None:
+        task = read_sources(place, one, default_name="text", problems=problems)
+        if not isinstance(one, Mapping):
+            paths = task.get("text", [])
             same = (name for name, others in known.items() if others == paths)
-            name = next(same, None) or told_apart(_named_after(paths), known)
-            task[name] = known[name] = paths
+            task = {next(same, None) or told_apart(_named_after(paths), known): paths}
+        for name, paths in task.items():
+            if known.setdefault(name, paths) != paths:
+                reason = f"{name} is the name of other text already; choose another"
+                problems.append(Problem(f"{place}.{name}", paths, reason=reason))
         tasks.append(task)
     return tasks
 

@@ -32,7 +32,7 @@ from tritter.options import Count, options
 from tritter.seeds import derived_seed
 from tritter.training import Needs, Preparation, Prepared, Task
 
-_KINDS = {"diagonal": "fisher", "penalty_preserving": "fisher_penalty"}
+KINDS = {"diagonal": "fisher", "penalty_preserving": "fisher_penalty"}
 
 
 @options
@@ -82,7 +82,7 @@ class EWC(QuadraticPenalty):
         self.normalise = normalise
         self.estimator = estimator
         self.num_sequences = num_sequences
-        self.kind = _KINDS[carry]
+        self.kind = KINDS[carry]
         self.at = at
         self.refresh_steps = refresh_steps
         self._looks_first = False
@@ -93,7 +93,7 @@ class EWC(QuadraticPenalty):
         is_carried = options.at != "expanded" or options.normalise == "mean"
         return Needs(
             old_text=True,
-            prepares=(_KINDS[options.carry],) if is_carried else (),
+            prepares=(KINDS[options.carry],) if is_carried else (),
             carried=options.at == "auto",
             copies=2,
         )

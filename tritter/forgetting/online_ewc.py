@@ -17,8 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tritter.forgetting.ewc import EWC, EWCOptions
-from tritter.forgetting.fisher import Estimator
+from tritter.forgetting.ewc import EWC, KINDS, EWCOptions
 from tritter.options import options
 from tritter.training import Needs, Preparation, Prepared, Task
 
@@ -45,34 +44,15 @@ class OnlineEWC(EWC):
     name = "online_ewc"
     Options = OnlineEWCOptions
 
-    def __init__(
-        self,
-        *,
-        ewc_lambda: float,
-        normalise: str = "none",
-        estimator: Estimator = "empirical",
-        num_sequences: int = 256,
-        carry: str = "diagonal",
-        at: str = "auto",
-        refresh_steps: int | None = 10,
-        gamma: float = 1.0,
-    ) -> None:
-        super().__init__(
-            ewc_lambda=ewc_lambda,
-            normalise=normalise,
-            estimator=estimator,
-            num_sequences=num_sequences,
-            carry=carry,
-            at=at,
-            refresh_steps=refresh_steps,
-        )
+    def __init__(self, *, gamma: float = 1.0, **of_ewc: Any) -> None:
+        super().__init__(**of_ewc)
         self.gamma = gamma
-        self.left_kind = left_kind(carry, normalise)
+        self.left_kind = left_kind(self.kind, self.normalise)
         self._earlier: dict[str, Tensor] = {}  # γ F_earlier
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        needs, kind = super().needs(options), left_kind(options.carry, options.normalise)
+        needs, kind = super().needs(options), left_kind(KINDS[options.carry], options.normalise)
         return replace(needs, state=(kind,), leaves=(kind,), copies=needs.copies + 1)
 
     def prepare(self, given: Preparation) -> Prepared:
@@ -117,7 +97,6 @@ class OnlineEWC(EWC):
         self._earlier = dict(state["earlier"])
 
 
-def left_kind(carry: str, normalise: str) -> str:
+def left_kind(kind: str, normalise: str) -> str:
     """Return the kind of state that is kept from task to task: one for each unit and rule."""
-    rule = {"diagonal": "online_fisher", "penalty_preserving": "online_fisher_penalty"}[carry]
-    return f"{rule}_mean" if normalise == "mean" else rule
+    return f"online_{kind}_mean" if normalise == "mean" else f"online_{kind}"

@@ -25,17 +25,14 @@ from torch import Tensor, distributed, nn
 
 from tritter.data.ranks import this_rank
 from tritter.errors import RequestError, TritterError
-from tritter.families import training_flops
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.forgetting.quadratic import QuadraticPenalty
 from tritter.forgetting.weight_path import DISPLACEMENT, PATH_INTEGRAL, RECORDED, WeightPath
 from tritter.options import Count, options
-from tritter.training import Needs, Preparation, Prepared, Task
+from tritter.training import Needs, Preparation, Prepared, Task, Values
 
 if TYPE_CHECKING:
     from tritter.expand import Change
-
-Values = Mapping[str, Tensor]
 
 
 @options
@@ -86,6 +83,8 @@ class SI(QuadraticPenalty):
         """Pass on Ω of the tasks before the latest, or estimate that of all."""
         if all(kind in given.state for kind in RECORDED):
             return Prepared(state={self.kind: given.state.get(self.kind, {})})
+        from tritter.training.compute import flops_of_sequence  # transformers: a refusal is quick
+
         if not given.domains:
             raise RequestError(
                 "data.old = null: nobody recorded the path of this model's training, and si "
@@ -95,7 +94,7 @@ class SI(QuadraticPenalty):
         fisher = diagonal_fisher(given.model, chosen, seed=given.seed("si"))
         return Prepared(
             state={self.kind: estimated_importance(fisher, length=chosen.shape[1])},
-            flops=_flops_of_gradients(given.model, chosen),
+            flops=len(chosen) * flops_of_sequence(given.model).of(chosen.shape[1]),
             notes=(
                 "si: no path of its training lies beside the model; its importances are estimated "
                 f"on {len(chosen)} sequences of {', '.join(given.domains)}.",
@@ -129,7 +128,7 @@ class SI(QuadraticPenalty):
         self._own_rows, self._own_length = self._own_rows + len(rows), rows.shape[1]
 
     def observe_gradients(self, model: nn.Module) -> None:
-        from tritter.training.compute import flops_of_sequence  # transformers, as above
+        from tritter.training.compute import flops_of_sequence  # likewise
 
         if self._own is None:
             self.path.before_step(model)
@@ -197,9 +196,3 @@ def _of_all_processes(gradients: Values, rows: int) -> int:
     for value in (total, *gradients.values()):
         distributed.all_reduce(value)
     return int(total)
-
-
-def _flops_of_gradients(model: nn.Module, sequences: Tensor) -> float:
-    from tritter.models import config_of  # transformers, which a refusal does not wait for
-
-    return len(sequences) * training_flops(config_of(model)).of(sequences.shape[1])

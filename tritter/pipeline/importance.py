@@ -31,9 +31,8 @@ from tritter.storage.atomic import atomic_folder
 from tritter.storage.hub import locate
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
-from tritter.training import Needs, Preparation, Task
+from tritter.training import Needs, Preparation, Task, Values
 
-Values = Mapping[str, Tensor]
 Ruled = tuple[TensorFolder, StateKind]
 WRITTEN = "written"  # by the model: stands for an old domain where there is none
 _WRITTEN_FILE = "written.safetensors"

@@ -22,16 +22,16 @@ _TITLES = {
     "changes": "Changes by domain",
     "cost": "Cost",
 }
-_OVER_SEEDS = f"groups of several seeds: mean with Student's {CONFIDENCE:.0%} interval"
+_OVER_SEEDS = f"Groups of several seeds: mean with Student's {CONFIDENCE:.0%} interval"
 _CAPTIONS = {
     "tradeoff": f"Right and low is good; dotted: what nothing beats in both. {_OVER_SEEDS}; pale: "
     "each seed; single runs: one-sided bounds of the gate, over documents.",
     "losses": "eval: always the same part of the validation text; left of the dashed line: before "
     "the expansion; dash-dotted: the next task begins.",
-    "changes": f"From before the expansion to the end. {_OVER_SEEDS[0].upper()}{_OVER_SEEDS[1:]}; "
+    "changes": f"From before the expansion to the end. {_OVER_SEEDS}; "
     "single runs: one-sided bounds of the gate.",
     "cost": "Seconds depend on what else the machine did: compare those of one sweep only. "
-    f"{_OVER_SEEDS[0].upper()}{_OVER_SEEDS[1:]}.",
+    f"{_OVER_SEEDS}.",
 }
 _VERDICTS = ("kept", "rolled back", "undecided", "passed", "failed")
 

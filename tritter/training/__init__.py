@@ -14,6 +14,7 @@ from tritter.training.forgetting_method import (
     Preparation,
     Prepared,
     Task,
+    Values,
 )
 from tritter.training.metrics import metrics_files, read_metrics
 from tritter.training.optimizer import OptimizerSettings
@@ -48,6 +49,7 @@ __all__ = [
     "SideLoss",
     "Task",
     "TrainerSettings",
+    "Values",
     "WriteResult",
     "discard_saved",
     "fit",
