@@ -112,7 +112,7 @@ def test_another_configuration_is_refused(run: Run, tmp_path: Path) -> None:
     before = (tmp_path / "here/.hydra/config.yaml").read_bytes()
     result = run("hydra.run.dir=here", "training.max_steps=7", "expansion=dus")
     assert result.code == 2
-    assert "training.max_steps: 200 → 7" in result.err
+    assert "training.max_steps: 250 → 7" in result.err
     assert "expansion.methods: [width] → [dus]" in result.err
     assert (tmp_path / "here/.hydra/config.yaml").read_bytes() == before
 

@@ -83,7 +83,7 @@ def test_the_default_job(composing: Composer) -> None:
     assert [(one.kind, one.options) for one in config.forgetting] == [(Replay, ReplayOptions())]
     assert (config.seed, config.control, config.resume) == (0, False, None)
     assert (config.model.hidden_size, config.model.num_hidden_layers) == (64, 3)
-    assert (config.pretraining.max_steps, config.training.max_steps) == (600, 200)
+    assert (config.pretraining.max_steps, config.training.max_steps) == (600, 250)
 
 
 def test_hydras_folders_are_those_that_resume_looks_in(composing: Composer) -> None:

@@ -108,8 +108,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "forgetting=freeze forgetting.freeze.new_only=true expansion=none": ("nothing is new",),
     "forgetting=freeze forgetting.freeze.new_only=true control=true": ("does not grow",),
     "forgetting=freeze forgetting.freeze.old_experts=true": ("the model is dense",),
-    "forgetting=freeze forgetting.freeze.until=200": (
-        "forgetting.freeze.until = 200: the training has training.max_steps = 200",
+    "forgetting=freeze forgetting.freeze.until=250": (
+        "forgetting.freeze.until = 250: the training has training.max_steps = 250",
     ),
     "forgetting=freeze forgetting.freeze.thaw=top_down": ("nothing thaws; say until when",),
     "forgetting=freeze forgetting.freeze.until=0": ("forgetting.freeze.until = 0",),

@@ -31,7 +31,7 @@ OldData = Annotated[
     option(
         "--old-data",
         "PATH",
-        "With --domain-data: text of which a quarter is mixed in, so that it is kept.",
+        "With --domain-data: text of which two fifths are mixed in, so that it is kept.",
         panel=_PANEL,
     ),
 ]

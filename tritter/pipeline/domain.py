@@ -43,7 +43,7 @@ class DomainTask:
 
     Args:
         new: domain → paths of its text.
-        old: domain → paths of old text, of which a quarter of what is trained on is drawn; when
+        old: domain → paths of old text, of which the share of `replay` of what is trained on is drawn; when
             empty it is what the checkpoint learned before, if anything.
         steps: of the training of the new experts; the routers have their own.
         learning_rate: its peak.
