@@ -6,7 +6,7 @@ reason to pass or to fail. Damage that is rare does not show in few documents, s
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -126,6 +126,22 @@ def new_capability_check(
         bound=0.0,
         confidence=confidence,
     )
+
+
+def new_task_check(
+    subject: str, before: PairedScores, after: PairedScores, *, confidence: float
+) -> Check:
+    """Ask whether the accuracy of a task rose whose text was learned.
+
+    As `new_capability_check`, but reported where it neither surely rose nor surely fell: whether
+    anything was learned, the loss of the same text decides, which falls long before the first
+    answer is right and goes on when the last one is.
+    """
+    check = new_capability_check(subject, before, after, confidence=confidence)
+    if check.verdict != "undecided":
+        return check
+    detail = f"accuracy {before.mean():.1%} to {after.mean():.1%} on {check.n} items, not surely up"
+    return replace(check, verdict="reported", detail=detail, bound=None, documents_needed=None)
 
 
 def preservation_check(jump: Jump, *, claims_exact: bool) -> Check:

@@ -13,7 +13,8 @@ from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.models import load_model, read_config
-from tritter.pipeline.context import MAX_SCORE_BYTES, RunContext, content_key, score_file
+from tritter.pipeline.context import RunContext, content_key
+from tritter.pipeline.scoring import MAX_SCORE_BYTES, score_file, told
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hashing import tensor_digest
 from tritter.storage.reading import read_object
@@ -36,9 +37,8 @@ def score_baseline(context: RunContext, folder: Path) -> None:
     scores = _intact_scores(place)
     if scores is not None:
         write_text_atomic(target, json.dumps(scores))
-        means = {name: PairedScores.from_dict(held).mean() for name, held in scores.items()}
-        told = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-        context.say("", f"loss, nats per token: {told} (scored before)")
+        known = {name: PairedScores.from_dict(held) for name, held in scores.items()}
+        context.say("", f"{told(known)} (scored before)")
         return
     require_writable(place.parent)
     context.score(load_model(folder), NAME)
@@ -63,6 +63,7 @@ def _made_from(context: RunContext, folder: Path) -> dict[str, Any]:
         "text": {
             name: _text_digest(context.corpus.domains[name].validation) for name in context.domains
         },
+        "tasks": {task.name: task.digest for task in context.tasks},
         "end_of_text": context.end_of_text_id,
         "sequence_length": context.config.data.sequence_length,
         "batch_size": context.config.evaluation.batch_size,

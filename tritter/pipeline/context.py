@@ -3,7 +3,6 @@
 import hashlib
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -28,25 +27,21 @@ from tritter.data.sequences import drawn_equally
 from tritter.data.split import DomainCounts
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.data.tokens import pack
-from tritter.errors import RequestError, TritterError
-from tritter.evaluation.losses import document_losses, window_lengths
-from tritter.evaluation.paired_scores import PairedScores
+from tritter.errors import RequestError
+from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
 from tritter.expand import PlannedExpansion, planned
-from tritter.families import Config, family_of, forward_flops
+from tritter.families import Config, family_of
 from tritter.models import read_config
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.corpora import run_corpus, text_notes
 from tritter.pipeline.ledger import Ledger, StageResult
+from tritter.pipeline.scoring import Scores, Scoring, score_file, told, write_scores
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
-from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
-from tritter.storage.reading import read_object
 from tritter.terminal import Console
 from tritter.training import OptimizerSettings, Schedule, TrainerSettings
 
-Scores = dict[str, PairedScores]
-MAX_SCORE_BYTES = 2**30
 EVALUATED_TOKENS = 4096  # of a domain, each time: 3 % of the default training, all together
 
 
@@ -288,52 +283,50 @@ class RunContext:
             seed=self.config.seed,
         )
 
-    def score(self, model: nn.Module, name: str) -> Scores:
-        """Score a model on every domain's validation documents and keep the result in a file."""
-        model.to(self.device)
-        scores = {
-            domain: document_losses(
-                model,
-                self.corpus.domains[domain].validation,
-                sequence_length=self.config.data.sequence_length,
+    @cached_property
+    def tasks(self) -> tuple[ScoredTask, ...]:
+        """What is asked of every model beside the losses."""
+        return ()
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        """What every model of the run is scored on."""
+        return Scoring(
+            documents={name: self.corpus.domains[name].validation for name in self.domains},
+            tasks=self.tasks,
+            reader=Reader(
+                tokenizer=self.corpus.tokenizer,
                 end_of_text_id=self.end_of_text_id,
                 batch_size=self.config.evaluation.batch_size,
+            ),
+            sequence_length=self.config.data.sequence_length,
+        )
+
+    def subjects_of(self, domains: Sequence[str | None]) -> list[str]:
+        """Return what scores of some domains are called, their tasks included; None: of none."""
+        return [
+            subject
+            for domain in domains
+            for subject in (
+                *filter(None, (domain,)),
+                *(subject_of(task) for task in self.tasks if task.domain == domain),
             )
-            for domain in self.domains
-        }
-        model.to("cpu")
-        plain = {domain: losses.to_dict() for domain, losses in scores.items()}
-        write_text_atomic(self.folder / score_file(name), json.dumps(plain))
-        text = ", ".join(f"{domain} {losses.mean():.3f}" for domain, losses in scores.items())
-        self.say("", f"loss, nats per token: {text}")
+        ]
+
+    def score(self, model: nn.Module, name: str) -> Scores:
+        """Score a model and keep the result in a file."""
+        scores = self.scoring.score(model, self.device)
+        write_scores(self.folder / score_file(name), scores)
+        self.say("", told(scores))
         return scores
 
     def read_scores(self, name: str) -> Scores:
         """Return the scores that `score` kept under a name."""
-        path = self.folder / score_file(name)
-        plain = read_object(path, limit_bytes=MAX_SCORE_BYTES)
-        try:
-            return {domain: PairedScores.from_dict(plain[domain]) for domain in self.domains}
-        except (KeyError, TritterError) as error:
-            raise TritterError(f"{path} holds no scores of this run: {error}.") from error
+        return self.scoring.read(self.folder / score_file(name))
 
     def scoring_flops(self, config: Config) -> float:
-        """Count the FLOPs of one scoring of all domains; padding is not counted."""
-        length = self.config.data.sequence_length
-        lengths = Counter(
-            window
-            for name in self.domains
-            for window in window_lengths(
-                self.corpus.domains[name].validation, sequence_length=length
-            )
-        )
-        flops = forward_flops(config)
-        return sum(count * flops.of(window) for window, count in lengths.items())
-
-
-def score_file(name: str) -> str:
-    """Return where the scores of one name lie, relative to the run's folder."""
-    return f"scores/{name}.json"
+        """Count the FLOPs of one scoring."""
+        return self.scoring.flops(config)
 
 
 def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedule:
@@ -351,11 +344,6 @@ def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedul
         minimum_ratio=training.minimum_ratio,
         start_rate=start_rate,
     )
-
-
-def score_records(scores: Mapping[str, PairedScores]) -> dict[str, dict[str, float | int | None]]:
-    """Return domain → record, as in summary.json."""
-    return {name: held.record() for name, held in scores.items()}
 
 
 def content_key(content: Mapping[str, object]) -> str:

@@ -24,10 +24,11 @@ from tritter.expansion import ExpansionSpec, MoeAdd, ResolvedExpansion
 from tritter.models import read_config
 from tritter.pipeline import moe, verdict
 from tritter.pipeline.arm import Arm
-from tritter.pipeline.context import RunContext, score_records
+from tritter.pipeline.context import RunContext
 from tritter.pipeline.given import check_given
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import run_arm, run_baseline
+from tritter.pipeline.scoring import score_records
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.names import named_path
 from tritter.terminal import Console

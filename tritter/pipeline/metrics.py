@@ -11,8 +11,9 @@ from uuid import uuid4
 from lightning.pytorch.loggers import WandbLogger
 
 from tritter.config.fingerprint import fingerprint
+from tritter.evaluation.estimate import finite_or_none
 from tritter.pipeline.arm import Arm
-from tritter.pipeline.context import RunContext, score_records
+from tritter.pipeline.context import RunContext
 from tritter.report.rows import domain_rows
 from tritter.storage.atomic import write_text_atomic
 from tritter.training import read_metrics
@@ -21,9 +22,17 @@ BEFORE = -1  # the step that stands for the model before its expansion
 
 
 def score_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
-    """Return `score/<domain>/loss` of a trained arm, over all validation documents."""
-    scores = score_records(context.read_scores(f"{arm_name}-trained"))
-    return {f"score/{domain}/loss": float(record["loss"] or 0) for domain, record in scores.items()}
+    """Return `score/<domain>/loss` of a trained arm, over all validation documents.
+
+    Of its tasks `score/<task>/accuracy`.
+    """
+    scores = context.read_scores(f"{arm_name}-trained")
+    return {
+        f"score/{subject}" if held.unit == "accuracy" else f"score/{subject}/loss": (
+            finite_or_none(held.mean()) or 0.0
+        )
+        for subject, held in scores.items()
+    }
 
 
 def num_steps(context: RunContext, arm_name: str) -> int:
@@ -98,9 +107,9 @@ def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
     for row in domain_rows(summary):
         name = f"control/{row.domain}" if row.is_control else row.domain
         values |= {
-            f"{name}/before": row.before.loss,
-            f"{name}/expanded": None if row.expanded is None else row.expanded.loss,
-            f"{name}/trained": row.trained.loss,
+            f"{name}/before": row.before.value,
+            f"{name}/expanded": None if row.expanded is None else row.expanded.value,
+            f"{name}/trained": row.trained.value,
             f"{name}/change": row.change.value,
             f"{name}/verdict": row.verdict,
         }

@@ -28,7 +28,8 @@ from tritter.moe_routing import (
     separate_experts,
 )
 from tritter.pipeline.arm import Arm
-from tritter.pipeline.context import RunContext, score_records
+from tritter.pipeline.context import RunContext
+from tritter.pipeline.scoring import score_records
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.training import Schedule, SideLoss
 

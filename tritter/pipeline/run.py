@@ -247,7 +247,7 @@ def _publish(context: RunContext, arms: Sequence[Arm], status: Status) -> StageR
 def _metric(summary: dict[str, Any]) -> float:
     # Of what was kept, all runs that are rolled back would have the number of their base
     trained = summary["attempts"][-1]["final"]
-    losses = [record["loss_per_byte"] for record in trained.values()]
+    losses = [record["loss_per_byte"] for record in trained.values() if "loss" in record]
     return math.nan if None in losses else float(sum(losses) / len(losses))
 
 

@@ -9,9 +9,10 @@ from tritter.families import count_parameters, on_disk
 from tritter.models import read_config
 from tritter.pipeline import importance, moe
 from tritter.pipeline.arm import Arm
-from tritter.pipeline.context import RunContext, score_records
+from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.rounds import target_record
+from tritter.pipeline.scoring import score_records
 
 
 def summary_record(

@@ -10,6 +10,7 @@ from tritter.checkpoint import Lineage, lineage_of, write_lineage
 from tritter.evaluation.gate import (
     Check,
     new_capability_check,
+    new_task_check,
     preservation_check,
     retention_check,
     training_check,
@@ -47,28 +48,29 @@ def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
     if (jump := context.ledger[f"{first.name}.expand"].found.get("jump")) is not None:
         made.append(preservation_check(_jump(jump), claims_exact=first.claims_exact))
     bounds = {"bound": gate.retention, "confidence": gate.confidence}
-    for domain in context.old_domains:
-        made.append(retention_check(domain, before[domain], after[domain], **bounds))
-    for domain, learned in _learned_on_the_way(context, arms).items():
-        made.append(retention_check(domain, learned, after[domain], **bounds))
-    for domain in context.new_domains:
-        made.append(
-            new_capability_check(domain, before[domain], after[domain], confidence=gate.confidence)
-        )
+    for subject in context.subjects_of([*context.old_domains, None]):
+        made.append(retention_check(subject, before[subject], after[subject], **bounds))
+    for subject, learned in _learned_on_the_way(context, arms).items():
+        made.append(retention_check(subject, learned, after[subject], **bounds))
+    for subject in context.subjects_of(context.new_domains):
+        check = new_capability_check if before[subject].unit == "nats" else new_task_check
+        made.append(check(subject, before[subject], after[subject], confidence=gate.confidence))
     return made
 
 
 def _learned_on_the_way(context: RunContext, arms: Sequence[Arm]) -> dict[str, PairedScores]:
-    """Return the scores of each task's domains when they were learned, for the last time.
+    """Return the scores of what each task is about when it was learned, for the last time.
 
     What is old as a whole is held against the beginning, and what the last task is about is new.
     """
     learned: dict[str, PairedScores] = {}
     for arm in arms:
         scores = context.read_scores(f"{arm.name}-trained")
-        learned |= {domain: scores[domain] for domain in context.new_of(arm)}
-    aside = (*context.old_domains, *context.new_of(arms[-1]))
-    return {domain: scores for domain, scores in learned.items() if domain not in aside}
+        learned |= {
+            subject: scores[subject] for subject in context.subjects_of(context.new_of(arm))
+        }
+    aside = context.subjects_of((*context.old_domains, *context.new_of(arms[-1])))
+    return {subject: scores for subject, scores in learned.items() if subject not in aside}
 
 
 def complete(context: RunContext, arm: Arm) -> Lineage:

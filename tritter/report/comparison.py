@@ -30,7 +30,7 @@ def _style(number: int) -> tuple[str, str]:
 
 
 def _domains(groups: Sequence[Group], role: str | None = None) -> tuple[str, ...]:
-    rows = (row for group in groups for run in group.runs for row in run.rows)
+    rows = (row for group in groups for run in group.runs for row in run.losses)
     return tuple(dict.fromkeys(row.domain for row in rows if role in (None, row.role)))
 
 
@@ -87,7 +87,7 @@ def _mean_change(group: Group, role: str) -> Interval | None:
         return group.change(domains[0])
 
     def of(run: Run) -> float | None:
-        values = [row.change.value for row in run.rows if row.role == role]
+        values = [row.change.value for row in run.losses if row.role == role]
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if known and len(known) == len(values) else None
 

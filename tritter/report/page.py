@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from tritter import __version__
 from tritter.report.comparison import figures
 from tritter.report.plots import DPI
-from tritter.report.rows import DomainRow, checks, last_attempt, score_of
+from tritter.report.rows import DomainRow, checks, last_attempt, score_of, subjects
 from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped
 from tritter.report.wording import MISSING, change_text, count_text, score_text, stages
 
@@ -189,8 +189,8 @@ def _tasks(summary: Mapping[str, Any]) -> PageTable:
     names = [f"{n}: {' '.join(task['domains'])}" for n, task in enumerate(tasks, start=1)]
     scores = [summary["baseline"], *(task["final"] for task in tasks)]
     rows = tuple(
-        (domain, *(score_text(score_of(each, domain)) for each in scores))
-        for domain in summary["baseline"]
+        (subject, *(score_text(score_of(each, subject)) for each in scores))
+        for subject, _ in subjects(summary)
     )
     header = ("domain", "before", *names)
     return PageTable(header, rows, tuple(range(1, len(header))), "loss after each task")

@@ -49,7 +49,7 @@ def plot_run(
         control: curves of the base that did not grow.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = domain_rows(summary)
+    rows = [row for row in domain_rows(summary) if not row.change.in_points]
     curves = read_curves(metrics_csv) if metrics_csv else ()
     is_grown = bool(last_attempt(summary).get("expansion"))
     figures = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Role = Literal["old", "new"]
+ACCURACY = "/accuracy"  # behind the name of a domain or task, where its right answers are meant
 _CHECK_OF_ROLE: dict[Role, str] = {"old": "retention", "new": "new_capability"}
 
 
@@ -19,6 +20,11 @@ class Score:
     loss_per_byte: float | None
     standard_error: float | None
     accuracy: float | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The one of both kinds that there is."""
+        return self.loss if self.accuracy is None else self.accuracy
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,11 @@ class ScoreChange:
 
 @dataclass(frozen=True, slots=True)
 class DomainRow:
-    """One domain of one trained model: the last attempt, or the un-grown control."""
+    """One domain of one trained model: the last attempt, or the un-grown control.
+
+    Args:
+        domain: its name, with `/accuracy` behind it where the row is about the answers.
+    """
 
     domain: str
     role: Role
@@ -90,13 +100,24 @@ def _rows(
     *,
     expanded: Mapping[str, Any] | None,
 ) -> tuple[DomainRow, ...]:
-    domains = summary.get("domains") or {}
-    roles: tuple[Role, ...] = ("old", "new")
     return tuple(
-        _row(name, role, summary=summary, trained=trained, expanded=expanded)
-        for role in roles
-        for name in domains.get(role, [])
+        _row(subject, role, summary=summary, trained=trained, expanded=expanded)
+        for subject, role in subjects(summary)
     )
+
+
+def subjects(summary: Mapping[str, Any]) -> tuple[tuple[str, Role], ...]:
+    """Return what a run scored, with its role: each domain, what it teaches, then other tasks."""
+    domains, scored = summary.get("domains") or {}, summary.get("baseline") or {}
+    roles: tuple[Role, ...] = ("old", "new")
+    found: list[tuple[str, Role]] = []
+    for role in roles:
+        for name in domains.get(role, []):
+            found.append((name, role))
+            if {"accuracy", "loss"} <= scored.get(name, {}).keys():
+                found.append((f"{name}{ACCURACY}", role))
+    known = {name for name, _ in found}
+    return (*found, *((f"{name}{ACCURACY}", "old") for name in scored if name not in known))
 
 
 def _row(
@@ -132,10 +153,12 @@ def _row(
 
 
 def score_of(scores: Mapping[str, Any] | None, domain: str) -> Score:
-    """Return one domain's score of a record as summary.json has it."""
-    record = (scores or {}).get(domain, {})
-    names = ("loss", "loss_per_byte", "standard_error", "accuracy")
-    return Score(**{name: record.get(name) for name in names})
+    """Return one score of a record as summary.json has it: a domain's loss, or what it teaches."""
+    record = (scores or {}).get(domain.removesuffix(ACCURACY), {})
+    if "loss" not in record or domain.endswith(ACCURACY):
+        error = record.get("accuracy_standard_error", record.get("standard_error"))
+        return Score(None, None, error, record.get("accuracy"))
+    return Score(*(record.get(name) for name in ("loss", "loss_per_byte", "standard_error")))
 
 
 def _change(check: Mapping[str, Any], *, before: Score, after: Score) -> ScoreChange:

@@ -123,6 +123,11 @@ class Run:
         return tuple(row for row in domain_rows(self.summary) if not row.is_control)
 
     @property
+    def losses(self) -> tuple[DomainRow, ...]:
+        """Those of them that are about a loss; what a task gains or loses is counted in points."""
+        return tuple(row for row in self.rows if not row.change.in_points)
+
+    @property
     def control_rows(self) -> tuple[DomainRow, ...]:
         return tuple(row for row in domain_rows(self.summary) if row.is_control)
 

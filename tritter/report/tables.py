@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tritter.report.moe import bias_text, expert_table
-from tritter.report.rows import DomainRow, checks, domain_rows, last_attempt, score_of
+from tritter.report.rows import ACCURACY, DomainRow, checks, domain_rows, last_attempt, score_of
 from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
 from tritter.terminal import Console
 
@@ -101,7 +101,7 @@ def task_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
     for row in domain_rows(summary):
         if not row.is_control:
             cells = (score_text(score_of(scores, row.domain)) for _, scores in columns)
-            table.add_row(Text(signs.shortened(row.domain, _DOMAIN_CHARACTERS)), *cells)
+            table.add_row(_label(row, signs=signs), *cells)
     return table
 
 
@@ -180,7 +180,7 @@ def _add_columns(table: Table, *names: str, justify: Literal["left", "right"]) -
 def _cells(row: DomainRow, *, signs: Signs) -> list[str | Text]:
     verdict = row.verdict or MISSING
     return [
-        Text(signs.shortened(row.domain, _DOMAIN_CHARACTERS)),
+        _label(row, signs=signs),
         row.role,
         score_text(row.before),
         score_text(row.expanded),
@@ -188,6 +188,12 @@ def _cells(row: DomainRow, *, signs: Signs) -> list[str | Text]:
         Text(change_text(row.change)),
         Text(verdict, style=_STYLES.get(verdict, "")),
     ]
+
+
+def _label(row: DomainRow, *, signs: Signs) -> Text:
+    name = row.domain.removesuffix(ACCURACY)
+    text = signs.shortened(name, _DOMAIN_CHARACTERS)
+    return Text(text if name == row.domain else f"{text} right")
 
 
 def _caption(summary: Mapping[str, Any]) -> str:

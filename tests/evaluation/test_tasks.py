@@ -1,0 +1,150 @@
+"""Tasks: what stock `generate` says, right answers by hand, and what no batch changes."""
+
+import string
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tritter.data.documents import documents_of
+from tritter.data.questions import Question
+from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.errors import TritterError
+from tritter.evaluation.gate import new_task_check
+from tritter.evaluation.tasks import QuestionTask, Reader
+
+WORDS = [f"{a}{b}" for a in "bdfg" for b in "aeio"]
+QUESTIONS = tuple(
+    Question(f"{number}", f"After {one} comes", f" {two}")
+    for number, (one, two) in enumerate(zip(WORDS, WORDS[3:] + WORDS[:3], strict=True))
+)
+
+
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    texts = documents_of(each.prompt + each.answer for each in QUESTIONS)
+    tokenizer: Tokenizer = train_tokenizer(texts, vocab_size=290)
+    return Reader(tokenizer, tokenizer.token_to_id(END_OF_TEXT), batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def model(reader: Reader) -> nn.Module:
+    """Trained on half of the answers, so that some are right and some are not."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=290, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    texts = [each.prompt + each.answer for each in QUESTIONS[:8]]
+    rows = [[0, *encoding.ids, 0] for encoding in reader.tokenizer.encode_batch(texts)]
+    for _ in range(120):
+        for row in rows:
+            ids = torch.tensor([row])
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def generated(model: nn.Module, reader: Reader, question: Question) -> str:
+    ids = torch.tensor([[0, *reader.tokenizer.encode(question.prompt).ids]])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
+    )
+    new = out[0, ids.shape[1] :].tolist()
+    new = new[: new.index(0)] if 0 in new else new
+    return str(reader.tokenizer.decode(new))
+
+
+def test_an_answer_is_right_where_stock_generate_writes_it(model: nn.Module, reader: Reader):
+    scores = QuestionTask("after", None, QUESTIONS).score(model, reader)
+    said = [generated(model, reader, question) for question in QUESTIONS]
+    right = [one == question.answer for one, question in zip(said, QUESTIONS, strict=True)]
+    assert scores.values.tolist() == right, said
+    assert 4 <= sum(right) < len(QUESTIONS), said
+    assert scores.unit == "accuracy" and scores.chance == 0
+    assert scores.identifiers == tuple(question.identifier for question in QUESTIONS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_no_batch_changes_a_score(model: nn.Module, reader: Reader, batch_size: int):
+    task = QuestionTask("after", None, (*QUESTIONS, Question("long", "After " * 9, " ba")))
+    scores = [task.score(model, replace(reader, batch_size=n)) for n in (5, batch_size)]
+    assert scores[0].values.equal(scores[1].values)
+
+
+def test_of_choices_the_likeliest_counts(model: nn.Module, reader: Reader):
+    """Held against the log-likelihood of each, summed token by token, one at a time."""
+    words = [f" {word}" for word in WORDS]
+    asked = tuple(
+        replace(
+            each, choices=(words[number - 1], each.answer, words[number - 2], words[number - 4])
+        )
+        for number, each in enumerate(QUESTIONS)
+    )
+    scores = QuestionTask("after", "after", asked).score(model, reader)
+
+    def likelihood(question: Question, choice: str) -> float:
+        prompt = reader.tokenizer.encode(question.prompt).ids
+        ids = reader.tokenizer.encode(question.prompt + choice).ids
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[0, *ids]])).logits[0].log_softmax(-1)
+        return sum(float(logits[at, ids[at]]) for at in range(len(prompt), len(ids)))
+
+    best = [max(each.choices, key=lambda choice: likelihood(each, choice)) for each in asked]
+    right = [choice == each.answer for choice, each in zip(best, asked, strict=True)]
+    assert scores.values.tolist() == right and sum(right) >= 8
+    assert scores.chance == 0.25
+
+
+class _Said(nn.Module):
+    """Says the same whatever it reads."""
+
+    def __init__(self, token: int, size: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(nn.functional.one_hot(torch.tensor(token), size).float())
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+        return type("Output", (), {"logits": self.logits.expand(*input_ids.shape, -1)})
+
+
+def test_null_models_know_nothing(reader: Reader):
+    """The one that says nothing at all, and one that never stops: an answer has to end."""
+    a, again = reader.tokenizer.encode("a").ids[0], reader.tokenizer.encode("\n").ids[0]
+    asked = (Question("1", "b", "a"), Question("2", "b", "aa"))
+    for token in (reader.end_of_text_id, a, again):
+        assert QuestionTask("after", None, asked).score(_Said(token, 290), reader).mean() == 0
+    with pytest.raises(TritterError, match="the task after has no questions"):
+        QuestionTask("after", None, ()).score(_Said(a, 290), reader)
+
+
+def test_what_is_read_is_counted_in_tokens(reader: Reader):
+    task = QuestionTask(
+        "after", None, (Question("1", "ab", "c"), Question("2", "a", "b", ("b", "c")))
+    )
+    assert list(task.lengths(reader)) == [4, 3, 3] and task.chance == 0.25
+    other = QuestionTask("after", None, (Question("1", "ab", "d"),))
+    assert task.digest != other.digest and len(other.digest) == 64
+    assert set(other.digest) <= set(string.hexdigits)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [(0, 0, "reported"), (0, 3, "reported"), (0, 40, "passed"), (100, 102, "reported"),
+     (100, 140, "passed"), (140, 100, "failed"), (200, 200, "reported")],
+)  # fmt: skip
+def test_a_new_task_decides_where_it_is_sure(make_answers, before, after, verdict):
+    """Nothing of two hundred, before and after, says nothing of what the loss learned."""
+    scores = [
+        replace(make_answers((torch.arange(200) < right).double()), chance=0.0)
+        for right in (before, after)
+    ]
+    check = new_task_check("sorting/accuracy", *scores, confidence=0.95)
+    assert check.verdict == verdict and check.n == 200
+    assert check.documents_needed is None and "decide" not in check.detail

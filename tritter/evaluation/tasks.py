@@ -1,0 +1,198 @@
+"""Tasks: questions with one right answer, and what part of them a model answers.
+
+Greedy decoding writes an answer exactly when each of its tokens is the likeliest one behind those
+before it, and an end of text or of a line behind the last. One pass over prompt and answer tells
+that of all tokens at once, and nothing has to be generated.
+
+B rows in a batch · T tokens of the longest row · V vocabulary
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from hashlib import sha256
+from typing import Protocol
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from tritter.data.questions import Question
+from tritter.data.windows import IGNORED
+from tritter.errors import TritterError
+from tritter.evaluation.inference import evaluating
+from tritter.evaluation.paired_scores import PairedScores
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reader:
+    """How a model reads text.
+
+    Args:
+        end_of_text_id: before each text, and behind it.
+        batch_size: texts in a forward pass; no score depends on it.
+    """
+
+    tokenizer: Tokenizer
+    end_of_text_id: int
+    batch_size: int
+
+
+class ScoredTask(Protocol):
+    """Something that a model is good at or not, item by item."""
+
+    @property
+    def name(self) -> str:
+        """What it is called; together with the domains', names differ."""
+
+    @property
+    def domain(self) -> str | None:
+        """The domain whose text teaches it; None: it stands for itself and is to be kept."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that its items are; two tasks with one digest score alike."""
+
+    def score(self, model: nn.Module, reader: Reader) -> PairedScores:
+        """Return what part of its items the model gets right: unit `accuracy`, with chance."""
+
+    def lengths(self, reader: Reader) -> Sequence[int]:
+        """Return how many tokens each sequence has that is read to score it, for its FLOPs."""
+
+
+def subject_of(task: ScoredTask) -> str:
+    """Return what scores and checks of a task are called; no domain's name holds a slash."""
+    return f"{task.name}/accuracy"
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionTask:
+    """Questions: an answer among choices is right when it is likeliest, another when it is exact.
+
+    Of choices the log-likelihood counts, summed over their tokens; of two alike the first.
+    """
+
+    name: str
+    domain: str | None
+    questions: tuple[Question, ...]
+
+    @property
+    def digest(self) -> str:
+        plain = [astuple(question) for question in self.questions]
+        return sha256(json.dumps(plain).encode()).hexdigest()
+
+    @property
+    def chance(self) -> float:
+        """The mean over all questions."""
+        return sum(question.chance for question in self.questions) / len(self.questions)
+
+    def score(self, model: nn.Module, reader: Reader) -> PairedScores:
+        """Ask all questions.
+
+        Args:
+            model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V], causal.
+
+        Raises:
+            TritterError: there is no question.
+        """
+        if not self.questions:
+            raise TritterError(f"evaluation: the task {self.name} has no questions")
+        rows = self._rows(reader)
+        read = iter(_read(model, rows, reader))
+        values = [
+            _is_likeliest(question, [next(read).nats for _ in question.choices])
+            if question.choices
+            else next(read).is_greedy
+            for question in self.questions
+        ]
+        return PairedScores(
+            identifiers=tuple(question.identifier for question in self.questions),
+            values=torch.tensor(values, dtype=torch.float64),
+            weights={"answers": torch.ones(len(values), dtype=torch.int64)},
+            unit="accuracy",
+            chance=self.chance,
+        )
+
+    def lengths(self, reader: Reader) -> Sequence[int]:
+        return [1 + len(row.ids) for row in self._rows(reader)]
+
+    def _rows(self, reader: Reader) -> list["_Row"]:
+        pairs = [
+            (question.prompt, answer)
+            for question in self.questions
+            for answer in question.choices or (question.answer,)
+        ]
+        prompts, texts = (
+            [encoding.ids for encoding in reader.tokenizer.encode_batch(texts, False, False)]
+            for texts in ([prompt for prompt, _ in pairs], [p + answer for p, answer in pairs])
+        )
+        return [
+            _Row(tuple(ids), _num_shared(prompt, ids))
+            for prompt, ids in zip(prompts, texts, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Tokens of a prompt with an answer, which begins at `start`."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a model makes of an answer: whether greedy decoding gives it, and its −log p."""
+
+    is_greedy: bool
+    nats: float
+
+
+def _num_shared(prompt: Sequence[int], text: Sequence[int]) -> int:
+    """Return how many tokens of a text are the prompt's alone.
+
+    Where the last one reaches into the answer it has to be predicted with it.
+    """
+    pairs = zip(prompt, text, strict=False)
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), len(prompt))
+
+
+def _is_likeliest(question: Question, nats: Sequence[float]) -> bool:
+    return question.choices[nats.index(min(nats))] == question.answer
+
+
+def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[_Found]:
+    """Read all rows, those of like lengths together."""
+    found: dict[int, _Found] = {}
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    with evaluating(model) as device:
+        for start in range(0, len(rows), reader.batch_size):
+            batch = by_length[start : start + reader.batch_size]
+            found |= zip(
+                batch, _read_batch(model, [rows[i] for i in batch], reader, device), strict=True
+            )
+    return [found[index] for index in range(len(rows))]
+
+
+def _read_batch(
+    model: nn.Module, rows: Sequence[_Row], reader: Reader, device: torch.device
+) -> Iterator[_Found]:
+    end, length = reader.end_of_text_id, 1 + max(len(row.ids) for row in rows)
+    input_ids = torch.full((len(rows), length), end)  # [B, T]
+    targets = torch.full((len(rows), length), IGNORED)
+    for number, row in enumerate(rows):
+        ids = torch.tensor(row.ids, dtype=torch.int64)
+        input_ids[number, 1 : 1 + len(ids)] = ids
+        targets[number, row.start : len(ids)] = ids[row.start :]
+    logits_BTV = model(input_ids=input_ids.to(device), use_cache=False).logits.float()
+    nats_BT = cross_entropy(
+        logits_BTV.flatten(0, 1), targets.flatten().to(device), reduction="none"
+    ).view(targets.shape)
+    nats_B = nats_BT.double().sum(dim=1).tolist()
+    said_BT = logits_BTV.argmax(dim=-1).cpu()
+    is_right_B = ((said_BT == targets) | (targets == IGNORED)).all(dim=1)
+    for number, row in enumerate(rows):
+        after = int(said_BT[number, len(row.ids)])
+        is_closed = after == end or reader.tokenizer.decode([after]).startswith(("\n", "\r"))
+        yield _Found(bool(is_right_B[number]) and is_closed, nats_B[number])

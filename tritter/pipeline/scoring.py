@@ -1,0 +1,123 @@
+"""What a run scores of each of its models: every domain's held-out documents, and its tasks."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tritter.data.tokens import TokenisedDocuments
+from tritter.errors import TritterError
+from tritter.evaluation.losses import document_losses, window_lengths
+from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
+from tritter.families import Config, forward_flops
+from tritter.storage.atomic import write_text_atomic
+from tritter.storage.reading import read_object
+
+Scores = dict[str, PairedScores]  # of domains by their name, of tasks by their subject
+MAX_SCORE_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scoring:
+    """What is scored, and how it is read.
+
+    Args:
+        documents: domain → those that validate.
+        sequence_length: of the windows that documents are cut into.
+    """
+
+    documents: Mapping[str, TokenisedDocuments]
+    tasks: tuple[ScoredTask, ...]
+    reader: Reader
+    sequence_length: int
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """The names of all scores: domains, then tasks."""
+        return (*self.documents, *map(subject_of, self.tasks))
+
+    def score(self, model: nn.Module, device: torch.device) -> Scores:
+        """Score a model, which ends on the CPU."""
+        model.to(device)
+        scores = {
+            domain: document_losses(
+                model,
+                documents,
+                sequence_length=self.sequence_length,
+                end_of_text_id=self.reader.end_of_text_id,
+                batch_size=self.reader.batch_size,
+            )
+            for domain, documents in self.documents.items()
+        }
+        scores |= {subject_of(task): task.score(model, self.reader) for task in self.tasks}
+        model.to("cpu")
+        return scores
+
+    def read(self, path: Path) -> Scores:
+        """Return the scores that a file holds.
+
+        Raises:
+            TritterError: it lacks some, or is damaged.
+        """
+        plain = read_object(path, limit_bytes=MAX_SCORE_BYTES)
+        try:
+            return {subject: PairedScores.from_dict(plain[subject]) for subject in self.subjects}
+        except (KeyError, TritterError) as error:
+            raise TritterError(f"{path} holds no scores of this run: {error}.") from error
+
+    def flops(self, config: Config) -> float:
+        """Count the FLOPs of one scoring; padding is not counted."""
+        lengths = Counter(
+            window
+            for documents in self.documents.values()
+            for window in window_lengths(documents, sequence_length=self.sequence_length)
+        )
+        for task in self.tasks:
+            lengths.update(task.lengths(self.reader))
+        flops = forward_flops(config)
+        return sum(count * flops.of(length) for length, count in lengths.items())
+
+
+def score_file(name: str) -> str:
+    """Return where the scores of one name lie, relative to the run's folder."""
+    return f"scores/{name}.json"
+
+
+def write_scores(path: Path, scores: Mapping[str, PairedScores]) -> None:
+    """Keep scores in a file."""
+    write_text_atomic(path, json.dumps({name: held.to_dict() for name, held in scores.items()}))
+
+
+def told(scores: Mapping[str, PairedScores]) -> str:
+    """Say scores in words: nats per token, then the right answers."""
+    losses = [f"{n} {held.mean():.3f}" for n, held in scores.items() if held.unit == "nats"]
+    parts = [
+        f"{n.removesuffix('/accuracy')} {held.mean():.1%}"
+        for n, held in scores.items()
+        if held.unit == "accuracy"
+    ]
+    text = f"loss, nats per token: {', '.join(losses)}"
+    return f"{text}; right answers: {', '.join(parts)}" if parts else text
+
+
+def score_records(scores: Mapping[str, PairedScores]) -> dict[str, dict[str, Any]]:
+    """Return domain or task → record, as in summary.json; a domain's own holds its accuracy too."""
+    records: dict[str, dict[str, Any]] = {}
+    for subject, held in scores.items():
+        record, name = held.record(), subject.removesuffix("/accuracy")
+        if held.unit == "accuracy" and name in records:
+            records[name] |= {
+                "accuracy": record["accuracy"],
+                "accuracy_standard_error": record["standard_error"],
+                "num_questions": record["n"],
+                "chance": held.chance,
+            }
+        else:
+            records[name] = record
+    return records
