@@ -22,6 +22,7 @@ def check(name: str, verdict: str, **more: Any) -> dict[str, Any]:
 def commands(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Return what is suggested for a verdict, and see that each command would be accepted."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("PATH", "/nowhere")
 
     def suggested(status: str, *checks: dict[str, Any], words: tuple[str, ...] = ()) -> list[str]:
         config = load_config(words)
@@ -42,8 +43,17 @@ def test_kept(commands: Callable[..., list[str]]) -> None:
     assert "'expansion=[width,llama_pro]' +seed=3 control=true" in lines[0]
     assert "seed=4" in lines[1] and "seed=3" not in lines[1]
     assert "expansion=dus" in lines[2] and "llama_pro" not in lines[2]
-    assert lines[-2].startswith("tritter generate --checkpoint 'outputs/runs/a b/checkpoint'")
+    assert "-m tritter generate --checkpoint 'outputs/runs/a b/checkpoint'" in lines[-2]
     assert not any("resume" in line for line in lines)
+
+
+def test_tritter_is_called_as_a_shell_finds_it(
+    commands: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = str(Path(sys.executable).parent)
+    for path, start in ((own, "tritter history"), ("/nowhere", f"{sys.executable} -m tritter")):
+        monkeypatch.setenv("PATH", path)
+        assert commands("kept")[-1].startswith(start)
 
 
 def test_rolled_back(commands: Callable[..., list[str]]) -> None:
@@ -63,7 +73,7 @@ def test_rolled_back(commands: Callable[..., list[str]]) -> None:
     broken = commands("rolled_back", check("training", "failed"))
     assert "training.learning_rate=0.0015" in broken[0]
     slow = commands("rolled_back", check("new_capability", "failed"))
-    assert "training.max_steps=400" in slow[0]
+    assert "training.max_steps=500" in slow[0]
 
 
 def test_undecided(commands: Callable[..., list[str]]) -> None:
@@ -72,5 +82,5 @@ def test_undecided(commands: Callable[..., list[str]]) -> None:
     many = check("retention", "undecided", n=50, documents_needed=5000)
     assert not any("fraction" in line for line in commands("undecided", many))
     assert (
-        "training.max_steps=400" in commands("undecided", check("new_capability", "undecided"))[0]
+        "training.max_steps=500" in commands("undecided", check("new_capability", "undecided"))[0]
     )

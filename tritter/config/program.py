@@ -26,6 +26,12 @@ def command(words: Sequence[str]) -> str:
     return shlex.join([*program_words(), *_front_words(), *words])
 
 
+def tritter_command(words: Sequence[str]) -> str:
+    """Return a command line of `tritter`, which may be called beside this program."""
+    is_found = program_words()[0] == "tritter" or _is_ours("tritter")
+    return shlex.join([*(["tritter"] if is_found else [_python(), "-m", "tritter"]), *words])
+
+
 def resume_command(folder: Path) -> str:
     """Return the command that goes on with the run in a folder."""
     return command([f"resume={as_value(str(folder))}"])
@@ -38,6 +44,10 @@ def _front_words() -> list[str]:
 
 
 def _python() -> str:
-    found = shutil.which("python")
-    is_this = found is not None and Path(found).parent == Path(sys.executable).parent
-    return "python" if is_this else sys.executable
+    return "python" if _is_ours("python") else sys.executable
+
+
+def _is_ours(program: str) -> bool:
+    """Say whether a shell finds a program in the environment that runs this one."""
+    found = shutil.which(program)
+    return found is not None and Path(found).parent == Path(sys.executable).parent

@@ -1,9 +1,9 @@
 """Replay: a fixed share of every batch comes from the old domains.
 
 When to use: whenever old data is at hand; at our scale two fifths cost a tenth of the gain in the
-same steps and lose nothing of the old domain (compare arXiv 2403.08763). The share is exact over time, and so is
-that of each old domain among them; the new data keeps its order: a run with replay sees a prefix
-of what a run without it sees. Cost: a share of the steps.
+same steps and lose nothing of the old domain (compare arXiv 2403.08763). The share is exact over
+time, and so is that of each old domain among them; the new data keeps its order: a run with replay
+sees a prefix of what a run without it sees. Cost: a share of the steps.
 """
 
 from collections.abc import Mapping

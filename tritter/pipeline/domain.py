@@ -44,8 +44,8 @@ class DomainTask:
 
     Args:
         new: domain → paths of its text.
-        old: domain → paths of old text, of which the share of `replay` of what is trained on is drawn; when
-            empty it is what the checkpoint learned before, if anything.
+        old: domain → paths of old text, of which `replay` mixes in its share; when empty it is what
+            the checkpoint learned before, if anything.
         steps: of the training of the new experts; the routers have their own.
         learning_rate: its peak.
         seed: of everything that is drawn.

@@ -1,11 +1,10 @@
 """What to do next, by how a run ended: commands to paste, which keep what was typed."""
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tritter.config.program import command
+from tritter.config.program import command, tritter_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.text_resolution import DEFAULT_FRACTION
 from tritter.expansion import EXPANSIONS
@@ -28,10 +27,10 @@ def next_commands(
     changes = advice[str(summary["status"])](config, summary)
     typed = [word for word in words if word.partition("=")[0].lstrip("+") != "resume"]
     lines = [f"{_changed(typed, change)}   # {why}" for change, why in changes]
-    checkpoint = shlex.quote(str(folder / "checkpoint"))
+    checkpoint = str(folder / "checkpoint")
     if summary["status"] != "rolled_back":
-        lines.append(f"tritter generate --checkpoint {checkpoint} --prompt TEXT")
-    return [*lines, f"tritter history {checkpoint} --verify"]
+        lines.append(tritter_command(["generate", "--checkpoint", checkpoint, "--prompt", "TEXT"]))
+    return [*lines, tritter_command(["history", checkpoint, "--verify"])]
 
 
 Advice = Iterator[tuple[dict[str, str], str]]
