@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"stock_routers", "storage", "families", "parameter_map", "data"},
     "config": {"families", "expansion", "planning", "storage", "data", "checkpoint"},
     "expand": _CORE,
-    "evaluation": {"data", "models", "families", "checkpoint"},
+    "evaluation": {"storage", "data", "models", "families", "checkpoint"},
     "training": _TRAINING - {"training"},
     "forgetting": _TRAINING,
     "moe_routing": _TRAINING,
@@ -51,8 +51,9 @@ LIBRARIES: dict[str, set[str]] = {
     "omegaconf": {"config", PROGRAM},
     "transformers": {"models", "loadable", "families"},
     "wandb": {"tritter.pipeline.metrics"},
+    "lm_eval": {f"tritter.evaluation.benchmarks.{name}" for name in ("harness", "hub", "answers")},
 }
-LAZY_LIBRARIES = {"wandb"}  # slow to import, and not needed where the logger is off
+LAZY_LIBRARIES = {"wandb", "lm_eval"}  # slow to import, and not needed where the logger is off
 TORCH_ONLY_ROOMS = {"parameter_map", "stock_routers"}  # the standard library and torch
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}

@@ -1,0 +1,210 @@
+"""Files of benchmarks: found by name, taken in every published form, refused by what is wrong."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.evaluation.programs import MBPP_ROWS
+from tests.evaluation.published import PUBLISHED
+from tritter.errors import RequestError
+from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
+from tritter.evaluation.benchmarks.nulls import null_scores
+from tritter.evaluation.benchmarks.records import Question
+from tritter.evaluation.benchmarks.table import BENCHMARKS, GROUPS, benchmarks_of
+from tritter.evaluation.code.sandbox import Outcome
+
+SHARED = Path(__file__).resolve().parents[3] / "shared/data"
+CHOICE = {"query": "Question: What?", "choices": ["a", "b"], "gold": 1}
+
+
+def written(path: Path, rows: list[Any]) -> Path:
+    """Write records as JSON lines, packed where the name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+def loaded(folder: Path, *names: str) -> list[Questions]:
+    return load(benchmarks_of(names, key="--tasks"), TasksFolder(folder, key="--tasks-path"))
+
+
+def questions(folder: Path, name: str) -> dict[str, Question]:
+    return loaded(folder, name)[0].questions
+
+
+def test_every_form_of_a_benchmark_asks_the_same(tmp_path: Path) -> None:
+    for form in ("hub", "foundry"):
+        for name in ("arc_easy", "openbookqa"):
+            written(tmp_path / form / f"{name}_test.jsonl", PUBLISHED[name][form])
+    for name in ("arc_easy", "openbookqa"):
+        assert questions(tmp_path / "hub", name) == questions(tmp_path / "foundry", name)
+    prefixed = {**CHOICE, "query": "Question: What grows?\n"}
+    plain = {"question": "What grows?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
+    written(tmp_path / "piqa_val.jsonl", [prefixed])
+    written(tmp_path / "arc_challenge_test.jsonl", [{**plain, "answerKey": "B"}])
+    (one,) = questions(tmp_path, "piqa").values()
+    (other,) = questions(tmp_path, "arc_challenge").values()
+    assert (
+        one
+        == other
+        == Question(prompt="Question: What grows?\nAnswer:", choices=("a", "b"), right=1)
+    )
+
+
+def test_forms_of_others(tmp_path: Path) -> None:
+    written(
+        tmp_path / "winogrande_val.jsonl",
+        [{"context_options": ["Sarah so Ann", "Sarah so Bea"], "continuation": "won.", "gold": 1}],
+    )
+    written(
+        tmp_path / "boolq_val.jsonl.gz",
+        [{"query": "Passage: It rains.\nQuestion: does it?", "choices": ["no", "yes"], "gold": 1}],
+    )
+    written(
+        tmp_path / "svamp.jsonl", [{"Body": "Two cats", "Question": "How many?", "Answer": 2.0}]
+    )
+    written(tmp_path / "lambada_test.jsonl", [{"context": "A model", "continuation": "grows"}])
+    written(tmp_path / "mgsm_test.jsonl", [{"lang": "fr", "question": "Un et un ?", "answer": "2"}])
+    written(
+        tmp_path / "truthful_qa_mc.jsonl", [{"question": "Who?", "mc1_targets": {"I": 1, "you": 0}}]
+    )
+    written(
+        tmp_path / "math500.jsonl", [{"problem": "Half?", "solution": "$\\boxed{\\frac{1}{2}}$"}]
+    )
+    written(tmp_path / "bbh/snarks.jsonl", [{"input": "Which?", "target": "(A)"}])
+    names = (
+        "winogrande",
+        "boolq",
+        "svamp",
+        "lambada",
+        "mgsm",
+        "truthfulqa",
+        "hendrycks_math",
+        "bbh",
+    )
+    found = {
+        each.benchmark.name: next(iter(each.questions.values()))
+        for each in loaded(tmp_path, *names)
+    }
+    assert found["winogrande"].prompt == "won." and found["winogrande"].choices[1] == "Sarah so Bea"
+    assert found["boolq"].prompt == "It rains.\nQuestion: does it?\nAnswer:"
+    assert found["svamp"].prompt == "Question: Two cats. How many?\nAnswer:"
+    assert (found["lambada"].prompt, found["lambada"].answer) == ("A model", "grows")
+    assert found["mgsm"].prompt == "Question : Un et un ?\nRéponse :"
+    assert found["truthfulqa"].choices[found["truthfulqa"].right] == "I"
+    assert found["math"].answer == "\\frac{1}{2}"
+
+
+def test_examples_stand_before_the_questions(tmp_path: Path) -> None:
+    train = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(9)]
+    written(tmp_path / "gsm8k/train.jsonl.gz", train)
+    written(tmp_path / "gsm8k/test.jsonl", [{"question": "6?", "answer": "so\n#### 6"}])
+    written(tmp_path / "bbh/snarks.jsonl", [{"input": "Which?", "target": "(A)"}])
+    prompts = tmp_path / "bbh/cot-prompts/snarks.txt"
+    prompts.parent.mkdir()
+    prompts.write_text("canary\n-----\nFind it.\n\nQ: One?\nA: (B).")
+    written(tmp_path / "mbpp.jsonl", MBPP_ROWS)
+    gsm8k, bbh, mbpp = loaded(tmp_path, "gsm8k", "bbh", "mbpp")
+    assert gsm8k.prompt("1").count("Question: ") == 6
+    assert gsm8k.prompt("1").endswith("Answer: #### 4\n\nQuestion: 6?\nAnswer:")
+    assert bbh.prompt("snarks/1").startswith(
+        "Find it.\n\nQ: One?\nA: (B).\n\nQ: Which?\nA: Let's think"
+    )
+    assert list(mbpp.questions) == ["MBPP/12"]  # the others are prompts, or of the training split
+    assert mbpp.prompt("MBPP/12").count("[BEGIN]") == 2
+
+
+def test_the_test_split_is_preferred_and_training_files_are_left(tmp_path: Path) -> None:
+    for name in ("arc_easy_train.jsonl", "arc_easy_val.jsonl", "arc_easy_test.jsonl"):
+        written(tmp_path / "deep/er" / name, [{**CHOICE, "query": name}])
+    (found,) = loaded(tmp_path, "arc_easy")
+    assert found.files == ("deep/er/arc_easy_test.jsonl",)
+    (tmp_path / found.files[0]).unlink()
+    assert loaded(tmp_path, "arc_easy")[0].files == ("deep/er/arc_easy_val.jsonl",)
+    (tmp_path / "deep/er/arc_easy_val.jsonl").unlink()
+    with pytest.raises(RequestError, match="no file of arc_easy"):
+        loaded(tmp_path, "arc_easy")
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    written(tmp_path / "piqa_val.jsonl", [CHOICE, {**CHOICE, "gold": 2}, {**CHOICE, "gold": "1"}])
+    written(tmp_path / "arc_easy_test.jsonl", [{"query": "?", "choice": [], "gold": 0}])
+    (tmp_path / "boolq_val.jsonl").write_text("{}\n{")
+    (tmp_path / "lambada_test.jsonl.gz").write_bytes(b"none")
+    written(tmp_path / "gsm8k_test.jsonl", [{"question": "?", "answer": "no mark"}])
+    written(tmp_path / "svamp.jsonl", [])
+    (tmp_path / "mmlu_test.jsonl").mkdir()
+    with pytest.raises(RequestError) as refused:
+        loaded(tmp_path, "piqa", "arc_easy", "boolq", "lambada", "gsm8k", "svamp", "mmlu")
+    for said in (
+        "piqa_val.jsonl, record 2: the right choice has the number 2, of 2",
+        "piqa_val.jsonl, record 3: gold = '1' is no int",
+        "the fields 'query', 'choice', 'gold', allowed are question, choices, answerKey or query",
+        "choice may be meant",
+        "boolq_val.jsonl cannot be read",
+        "lambada_test.jsonl.gz cannot be unpacked",
+        "answer has no number after ####",
+        "svamp.jsonl holds no record",
+        "no file of mmlu lies there",
+    ):
+        assert said in str(refused.value), said
+
+
+def test_names_of_groups_benchmarks_and_lm_eval() -> None:
+    assert [b.name for b in benchmarks_of(["reasoning", "arc_challenge"], key="--tasks")] == [
+        "bbh",
+        "arc_challenge",
+    ]
+    assert [b.name for b in benchmarks_of(["math"], key="--tasks")] == GROUPS["math"]
+    assert [b.name for b in benchmarks_of(["hendrycks_math", "truthfulqa_mc1"], key="--tasks")] == [
+        "math",
+        "truthfulqa",
+    ]
+    with pytest.raises(RequestError, match=r"--tasks = arc_eazy.*Did you mean arc_easy") as refused:
+        benchmarks_of(["arc_eazy", "cod"], key="--tasks")
+    assert "--tasks = cod: " in str(refused.value)
+
+
+def test_a_limit_takes_of_all_parts(tmp_path: Path) -> None:
+    rows = [
+        {"question": "?", "choices": list("abcd"), "answer": n % 4, "subject": str(n // 10)}
+        for n in range(100)
+    ]
+    written(tmp_path / "mmlu_test.jsonl", rows)
+    (found,) = loaded(tmp_path, "mmlu")
+    kept = found.limited(10)
+    assert [question.part for question in kept.questions.values()] == [str(n) for n in range(10)]
+    assert kept.total == 100 and found.limited(None) is found.limited(100) is found
+
+
+class Refusing:
+    def run(self, program: str) -> Outcome:
+        return Outcome("return" in program)
+
+    def check(self) -> None: ...
+
+
+def test_null_models(tmp_path: Path) -> None:
+    rows = [{"query": "?", "choices": ["no", "yes"], "gold": int(n > 0)} for n in range(4)]
+    written(tmp_path / "boolq_val.jsonl", rows)
+    written(tmp_path / "bbh/one.jsonl", [{"input": "?", "target": t} for t in "aaab"])
+    written(tmp_path / "bbh/two.jsonl", [{"input": "?", "target": t} for t in "ccde"])
+    written(tmp_path / "mbpp.jsonl", MBPP_ROWS)
+    boolq, bbh, mbpp = loaded(tmp_path, "boolq", "bbh", "mbpp")
+    nulls = null_scores(boolq, sandbox=None)
+    assert (nulls.uniform, nulls.constant, nulls.empty, nulls.chance) == (0.5, 0.75, None, 0.75)
+    nulls = null_scores(bbh.limited(2), of=bbh, sandbox=None)
+    assert (nulls.uniform, nulls.constant, nulls.empty) == (None, 5 / 8, 0.0)
+    assert null_scores(mbpp, sandbox=Refusing()).empty == 0.0
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published files lie beside the project")
+def test_the_files_beside_the_project_are_taken_as_they_are() -> None:
+    totals = {each.benchmark.name: each.total for each in loaded(SHARED, *BENCHMARKS)}
+    assert totals["gsm8k"] == 660 and totals["mmlu"] == 2850 and totals["math"] == 500
+    assert totals["bbh"] == 3256 and totals["xcopa"] == 5500 and totals["mbpp"] == 250
+    assert set(totals) == set(BENCHMARKS)

@@ -1,0 +1,291 @@
+"""Benchmarks through lm-evaluation-harness: its own tasks on the same records give our numbers."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests import oracle
+from tests.evaluation.programs import HUMANEVAL_ROWS
+from tests.evaluation.published import PUBLISHED, Rows
+from tritter.data.documents import Document
+from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.errors import RequestError, TritterError
+from tritter.evaluation.benchmarks import harness
+from tritter.evaluation.benchmarks.files import Questions, questions_of
+from tritter.evaluation.benchmarks.harness import (
+    Asking,
+    BenchmarkScores,
+    score_benchmark,
+    task_config,
+)
+from tritter.evaluation.benchmarks.hub import score_from_hub
+from tritter.evaluation.benchmarks.records import Benchmark
+from tritter.evaluation.benchmarks.table import BENCHMARKS
+from tritter.evaluation.code.sandbox import Outcome
+
+lm_eval = pytest.importorskip("lm_eval")
+STOCK = Path(lm_eval.__file__).parent / "tasks"
+# Ours → lm-eval's task and its folder
+TASKS = {
+    "hellaswag": ("hellaswag", "hellaswag"),
+    "arc_easy": ("arc_easy", "arc"),
+    "openbookqa": ("openbookqa", "openbookqa"),
+    "commonsenseqa": ("commonsense_qa", "commonsense_qa"),
+    "piqa": ("piqa", "piqa"),
+    "boolq": ("boolq", "super_glue/boolq"),
+    "winogrande": ("winogrande", "winogrande"),
+    "mmlu": ("mmlu_anatomy", "mmlu/default"),
+    "xcopa": ("xcopa_it", "xcopa"),
+    "lambada": ("lambada_openai", "lambada"),
+    "gsm8k": ("gsm8k", "gsm8k"),
+    "mgsm": ("mgsm_direct_de", "mgsm/direct"),
+    "math": ("hendrycks_math500", "hendrycks_math"),
+    "bbh": ("bbh_cot_fewshot_snarks", "bbh/cot_fewshot"),
+}
+# What a model might say, right or wrong, to each question in turn
+SAID = {
+    "gsm8k": [" 1 + 1 makes $2.", " #### 1,200", " I am 12 or 25"],
+    "mgsm": [" 2 und fertig", " 24 oder 25"],
+    "math": [" $\\dfrac{1}{2}$ it is", " $3$"],
+    "bbh": ["It grows. So the answer is (A).", "So the answer is (A)."],
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return oracle.tiny_llama(vocab_size=300, max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    text = (
+        "Question: the model grows a layer where data asks for one.\nAnswer: it keeps what it knew"
+    )
+    trained = train_tokenizer([Document("d", text * 9)], vocab_size=300)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+    )
+
+
+def asked(name: str, rows: Rows | None = None) -> Questions:
+    """Return the questions of records as a file of that name would give them."""
+    rows = rows or _published(name)["hub"]
+    origin = {"xcopa": "test.it.jsonl", "mgsm": "mgsm_de.jsonl"}.get(name, name)
+    return questions_of(BENCHMARKS[name], rows, origin=origin)
+
+
+def _published(name: str) -> dict[str, Rows]:
+    return PUBLISHED[name if name in PUBLISHED else TASKS[name][0]]
+
+
+def stock_task(name: str) -> Any:
+    """Return lm-eval's own task on the same records, asked without examples."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    task, folder = TASKS[name]
+    held = datasets.Dataset.from_list(_published(name)["hub"])
+    splits = dict.fromkeys(("train", "validation", "test", "dev"), held)
+    manager = TaskManager(include_path=str(STOCK / folder), include_defaults=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
+        loaded = manager.load([task])["tasks"][task]
+    loaded.set_config(key="num_fewshot", value=0)
+    return loaded
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in SAID])
+def test_choices_score_as_lm_evals_own_task_scores_them(
+    model: Any, tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    ours = score_benchmark(model, tokenizer, asked(name), Asking(batch_size=3))
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=512)
+    task = stock_task(name)
+    task_dict = {"tasks": {"stock": task}, "groups": {}}
+    theirs = evaluate(lm=lm, task_dict=task_dict, bootstrap_iters=0)
+    assert theirs is not None
+    (results,) = theirs["results"].values()
+    (samples,) = theirs["samples"].values()
+    metrics = [metric for metric in ours.scores if f"{metric},none" in results]
+    assert ours.metric in metrics
+    for metric in metrics:
+        assert ours.scores[metric].mean() == results[f"{metric},none"]
+        assert ours.scores[metric].values.tolist() == [float(each[metric]) for each in samples]
+
+
+def spoken(texts: list[str]) -> Any:
+    """Return a language model that says these texts, one to each question; notes the prompts."""
+    from lm_eval.api.model import LM
+
+    class Spoken(LM):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prompts: list[str] = []
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            self.prompts = [request.args[0] for request in requests]
+            return texts
+
+        def loglikelihood(self, *_: Any, **__: Any) -> Any:
+            raise NotImplementedError
+
+        loglikelihood_rolling = loglikelihood
+
+    return Spoken()
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_answers_are_read_as_lm_evals_own_task_reads_them(name: str) -> None:
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+
+    questions = asked(name)
+    config = task_config(questions, length=512, sandbox=None)
+    scores, prompts = [], []
+    for task in (ConfigurableTask(config=config), stock_task(name)):
+        lm = spoken(SAID[name])
+        found = evaluate(lm=lm, task_dict={"tasks": {"it": task}, "groups": {}}, bootstrap_iters=0)
+        assert found is not None
+        (results,) = found["results"].values()
+        wanted = [f"exact_match,{BENCHMARKS[name].hub_filter}", "exact_match,none"]
+        scores.append(next(results[key] for key in wanted if key in results))
+        prompts.append(lm.prompts)
+    assert scores[0] == scores[1]
+    assert 0 < scores[0] < 1
+    if name == "bbh":  # whose file of examples begins with what the subtask is about
+        prompts[1] = [prompt[prompt.index("Q: ") :] for prompt in prompts[1]]
+    assert prompts[0] == prompts[1]
+
+
+def test_a_benchmark_of_the_hub_is_lm_evals_own(
+    model: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    class Manager:
+        def load(self, names: list[str]) -> dict[str, Any]:
+            assert names == ["arc_easy"]
+            return {"tasks": {"arc_easy": stock_task("arc_easy")}, "groups": {}}
+
+    benchmark = BENCHMARKS["arc_easy"]
+    theirs = score_from_hub(model, tokenizer, benchmark, Asking(), manager=Manager())
+    ours = score_benchmark(model, tokenizer, asked("arc_easy"), Asking())
+    assert theirs.known_by.values.tolist() == ours.known_by.values.tolist()
+    assert theirs.nulls.uniform == ours.nulls.uniform == pytest.approx((1 + 1 / 2) / 4)
+    few = score_from_hub(model, tokenizer, benchmark, Asking(limit=2), manager=Manager())
+    assert len(few.known_by) == 2 and few.notes
+
+
+def test_without_a_hub_it_says_what_to_do(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    class Offline:
+        def load(self, names: list[str]) -> dict[str, Any]:
+            raise ConnectionError("Couldn't reach the Hub")
+
+    with pytest.raises(RequestError, match=r"does not give piqa .*--tasks-path DIR"):
+        score_from_hub(model, tokenizer, BENCHMARKS["piqa"], Asking(), manager=Offline())
+    with pytest.raises(RequestError, match="has no task for it"):
+        score_from_hub(model, tokenizer, BENCHMARKS["svamp"], Asking())
+
+
+class Knowing:
+    """Runs nothing; a program passes that holds the word."""
+
+    def __init__(self, word: str) -> None:
+        self.word, self.programs = word, []  # type: ignore[var-annotated]
+
+    def run(self, program: str) -> Outcome:
+        self.programs.append(program)
+        return Outcome(self.word in program)
+
+    def check(self) -> None: ...
+
+
+def test_programs_go_to_the_sandbox_and_nowhere_else(
+    model: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [{**row, "prompt": "def f():\n", "test": f"{row['test']}"} for row in HUMANEVAL_ROWS]
+    sandbox = Knowing("twice")
+    questions = asked("humaneval", rows)
+    scores = score_benchmark(model, tokenizer, questions, Asking(sandbox=sandbox))
+    assert scores.known_by.values.tolist() == [0.0, 1.0]
+    assert scores.nulls.empty == 0.5 and len(sandbox.programs) == 4
+    assert sandbox.programs[0].endswith("check(largest)\n")
+
+
+def test_what_is_cut_and_limited_is_said(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = oracle.tiny_llama(vocab_size=300, max_position_embeddings=24)
+    rows = [*PUBLISHED["arc_easy"]["foundry"]]
+    rows.append({"query": "?", "choices": ["a", "grows " * 30], "gold": 0})
+    scores = score_benchmark(model, tokenizer, asked("arc_easy", rows), Asking(limit=5))
+    said = " ".join(scores.notes)
+    assert "1 of 5 questions were left out" in said and "lost their beginning" in said
+    assert len(scores.known_by) == 4
+    scores = score_benchmark(model, tokenizer, asked("gsm8k"), Asking(limit=2))
+    assert "2 of 3 questions" in " ".join(scores.notes)
+    assert "Answers end after 12 tokens in place of 256" in " ".join(scores.notes)
+
+
+def broken(value: float) -> Callable[[], Any]:
+    def build() -> Any:
+        model = oracle.tiny_llama(vocab_size=300)
+        with torch.no_grad():
+            model.lm_head.weight.fill_(value)
+        return model
+
+    return build
+
+
+def test_a_model_that_cannot_tell_choices_apart_scores_no_more_than_chance(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """lm-eval takes the first of equal choices, and TruthfulQA's right one stands first."""
+    rows = [
+        {"question": f"{n}?", "mc1_targets": {"same": 1, "Same": 0, "samE": 0, "saMe": 0}}
+        for n in range(400)
+    ]
+    questions = asked("truthfulqa", rows)
+    right = [question.right for question in questions.questions.values()]
+    assert 70 < right.count(0) < 130
+    with pytest.raises(TritterError, match="not finite"):
+        score_benchmark(broken(float("nan"))(), tokenizer, questions, Asking())
+
+
+def test_modes_gradients_and_random_numbers_are_left_as_they_were(
+    model: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model.train()
+    state = torch.random.get_rng_state()
+    score_benchmark(model, tokenizer, asked("piqa"), Asking())
+    score_benchmark(model, tokenizer, asked("gsm8k"), Asking(limit=1))
+    assert model.training and all(module.training for module in model.modules())
+    assert torch.equal(state, torch.random.get_rng_state())
+    model(input_ids=torch.ones(1, 3, dtype=torch.int64)).logits.sum().backward()
+    model.zero_grad()
+    model.eval()
+
+
+def test_without_lm_eval_the_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval.models.huggingface", None)
+    with pytest.raises(RequestError, match=r"pip install 'tritter\[evaluation\]'"):
+        score_benchmark(model, tokenizer, asked("piqa"), Asking())
+
+
+def test_scores_pair_up_question_by_question(
+    model: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    scores = score_benchmark(model, tokenizer, asked("piqa"), Asking())
+    assert isinstance(scores, BenchmarkScores) and isinstance(BENCHMARKS["piqa"], Benchmark)
+    assert scores.known_by.identifiers == tuple(f"piqa:{n}" for n in range(1, 5))
+    assert scores.known_by.unit == "accuracy" and scores.known_by.chance == 0.5
+    assert dataclasses.is_dataclass(harness.Asking)

@@ -1,0 +1,164 @@
+"""Programs that try everything are held; programs that are right pass, and only they."""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.evaluation.programs import HUMANEVAL_ROWS, MBPP_ROWS
+from tritter.errors import RequestError, TritterError
+from tritter.evaluation.benchmarks.files import TasksFolder, load, questions_of
+from tritter.evaluation.benchmarks.programs import program
+from tritter.evaluation.benchmarks.table import BENCHMARKS
+from tritter.evaluation.code import sandbox as code
+from tritter.evaluation.code.sandbox import ExternalSandbox, Limits, NamespaceSandbox, Outcome
+
+QUICK = NamespaceSandbox(Limits(seconds=3, cpu_seconds=1))
+SHARED = Path(__file__).resolve().parents[3] / "shared/data"
+
+try:
+    NamespaceSandbox().check()
+    WHY_NOT = ""
+except RequestError as error:
+    WHY_NOT = str(error)
+held_here = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+
+@held_here
+@pytest.mark.parametrize(
+    ("attempt", "said"),
+    [
+        ("while True: pass", ""),
+        ("import time; time.sleep(60)", "longer than 3 s"),
+        ("x = []\nwhile True: x.append('a' * 10**6)", "MemoryError"),
+        ("import os\nwhile True: os.fork()", "BlockingIOError"),
+        ("while True: print('x' * 10**6)", "printed more than"),
+        ("import sys; sys.exit(0)", "ended early, exit code 0"),
+        ("import os; os._exit(0)", "ended early, exit code 0"),
+        ("'''", "unterminated"),
+        ("(", "never closed"),
+        ("import socket; socket.create_connection(('127.0.0.1', 22), timeout=1)", "unreachable"),
+        ("open('/work/large', 'wb').write(b'0' * 10**8)", "File too large"),
+        ("for i in range(99): open(f'{i}', 'wb').write(b'0' * 10**6)", "No space left"),
+        ("open('/usr/lib/x', 'w')", "Read-only file system"),
+        ("import os; open(os.__file__, 'a')", "Error"),
+        ("open('/x', 'w')", "Permission denied"),
+        ("open('/etc/passwd')", "No such file"),
+        ("open('/proc/self/environ')", "No such file"),
+        ("import os; os.kill(1, 9); assert False", "AssertionError"),
+        ("import os; os.setuid(0)", "OSError"),
+        ("import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0", "AssertionError"),
+        ("input()", "EOFError"),
+    ],
+    ids=str,
+)
+def test_what_is_held(attempt: str, said: str) -> None:
+    outcome = QUICK.run(attempt)
+    assert not outcome.is_passed
+    assert said in outcome.said + outcome.output
+
+
+@held_here
+def test_neither_the_home_nor_the_environment_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_SECRET", "of mine")
+    home = Path.home()
+    outcome = QUICK.run(
+        "import os\n"
+        "assert 'A_SECRET' not in os.environ and 'HOME' not in os.environ\n"
+        f"assert not os.path.isfile({str(home / '.bashrc')!r})\n"
+        f"assert not os.path.exists({str(Path(__file__))!r})\n"
+        "assert os.listdir('.') == [] and os.getcwd() == '/work'\n"
+        "assert not [d for d in range(3, 64) if os.path.exists(f'/dev/fd/{d}')]\n"
+        "for descriptor in range(3, 64):\n"
+        "    try: os.fstat(descriptor)\n"
+        "    except OSError: continue\n"
+        "    raise AssertionError(descriptor)\n"
+    )
+    assert outcome.is_passed, outcome.output
+
+
+@held_here
+def test_nothing_lives_on() -> None:
+    since = time.monotonic()
+    outcome = QUICK.run("import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(1234)\n")
+    assert outcome.is_passed and time.monotonic() - since < 3
+    listed = subprocess.run(["ps", "axo", "args"], capture_output=True, text=True, check=True)
+    assert "-I -S -B -X utf8 -" not in listed.stdout
+
+
+@held_here
+def test_right_programs_pass_and_wrong_ones_fail() -> None:
+    for name, rows, field in (
+        ("humaneval", HUMANEVAL_ROWS, "canonical_solution"),
+        ("mbpp", MBPP_ROWS, "code"),
+    ):
+        found = questions_of(BENCHMARKS[name], rows, origin="rows").questions
+        solutions = {str(row["task_id"]): row[field] for row in rows}
+        for key, question in found.items():
+            solution = solutions[key.removeprefix("MBPP/")]
+            assert NamespaceSandbox().run(program(question, solution)).is_passed
+            wrong = solution.replace("return", "return None and")
+            assert not NamespaceSandbox().run(program(question, wrong)).is_passed
+            assert not NamespaceSandbox().run(program(question, "")).is_passed
+
+
+@pytest.mark.slow
+@held_here
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published files lie beside the project")
+@pytest.mark.parametrize(
+    ("name", "field", "key"),
+    [("humaneval", "canonical_solution", "task_id"), ("mbpp", "code", "task_id")],
+)
+def test_all_canonical_solutions_pass(name: str, field: str, key: str) -> None:
+    folder = TasksFolder(SHARED, key="--tasks-path")
+    (found,) = load([BENCHMARKS[name]], folder)
+    rows = folder.rows(SHARED / found.files[0])
+    solutions = {str(row[key]).removeprefix("MBPP/"): row[field] for row in rows}
+    failed = [
+        name
+        for name, question in found.questions.items()
+        if not NamespaceSandbox()
+        .run(program(question, solutions[name.removeprefix("MBPP/")]))
+        .is_passed
+    ]
+    assert failed == []
+
+
+@dataclass(frozen=True)
+class Open(NamespaceSandbox):
+    """A sandbox that is none: the negative control of the check."""
+
+    def run(self, program: str) -> Outcome:
+        command = [sys.executable, "-I", "-"]
+        return code._run(command, program, self.limits, environment={"A": "b"})
+
+
+def test_a_sandbox_that_does_not_hold_is_refused() -> None:
+    with pytest.raises(RequestError, match="it reads files outside") as refused:
+        Open(Limits(memory_bytes=2**20, processes=2)).check()
+    for said in ("writes files outside", "reaches the network", "inherited", "as many processes"):
+        assert said in str(refused.value)
+    assert "--code-sandbox" in str(refused.value)
+
+
+def test_without_namespaces_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code, "_places", lambda interpreter: ["/nowhere/at/all"])
+    with pytest.raises(
+        TritterError, match=r"could not be set up .*evaluation.code_sandbox=external"
+    ):
+        NamespaceSandbox().run("pass")
+    with pytest.raises(RequestError):
+        NamespaceSandbox().check()
+
+
+def test_an_external_command_reads_the_program() -> None:
+    outer = ExternalSandbox(f"{sys.executable} -I -")
+    outer.check()
+    assert outer.run("print('here')").output.startswith("here")
+    assert not outer.run("raise SystemExit(0)").is_passed
+    for command, said in (("/no/such/command", "cannot be run"), ("cat", "does not run a Python")):
+        with pytest.raises(RequestError, match=said):
+            ExternalSandbox(command).check()

@@ -1,0 +1,1 @@
+"""Benchmarks in their published formats, scored through lm-evaluation-harness."""

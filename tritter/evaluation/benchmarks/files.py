@@ -1,0 +1,343 @@
+"""Benchmarks from files in the formats that they are published in, found by name, checked by field.
+
+The files are somebody else's: regular ones of bounded size, whose records are looked at one by one
+before anything is made of them.
+"""
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tritter.errors import Problem, RequestError, TritterError, brief, nearest, raise_problems
+from tritter.evaluation.benchmarks.records import Benchmark, Format, Question, Row
+from tritter.storage.reading import open_file, read_text
+
+MAX_FILE_BYTES = 256 * 2**20  # unpacked
+MAX_FILES = 20_000  # looked at below a folder
+MAX_PROBLEMS_OF_FILE = 5
+_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
+_ROWS_BELOW = "examples"  # of BBH, whose records stand in an object
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """The questions of a benchmark.
+
+    Args:
+        questions: name → question, in their order.
+        examples: name → what stands before its prompt.
+        files: where they lay.
+        total: questions that there are; more than `questions` where they were limited.
+    """
+
+    benchmark: Benchmark
+    questions: dict[str, Question]
+    examples: dict[str, str]
+    files: tuple[str, ...]
+    total: int
+
+    def prompt(self, name: str) -> str:
+        """Return what the model reads of a question, examples and all."""
+        return self.examples[name] + self.questions[name].prompt
+
+    def limited(self, limit: int | None) -> "Questions":
+        """Return at most so many, spread over all: files are sorted by subject or language."""
+        names = list(self.questions)
+        if limit is None or len(names) <= limit:
+            return self
+        return self.only([names[index * len(names) // limit] for index in range(limit)])
+
+    def only(self, names: Sequence[str]) -> "Questions":
+        """Return some of the questions."""
+        return replace(
+            self,
+            questions={name: self.questions[name] for name in names},
+            examples={name: self.examples[name] for name in names},
+        )
+
+
+class TasksFolder:
+    """A folder with files of benchmarks, at any depth.
+
+    Args:
+        key: what the folder is called in messages.
+    """
+
+    def __init__(self, path: Path, *, key: str) -> None:
+        self.path, self.key = path, key
+        if not path.is_dir():
+            raise RequestError(Problem(key, str(path), reason="there is no such folder"))
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """Path below the folder in small letters → file; links to folders are not followed."""
+        found: dict[str, Path] = {}
+        for place, folders, names in os.walk(self.path):
+            folders.sort()
+            for name in sorted(names):
+                if name.lower().endswith(_SUFFIXES):
+                    path = Path(place, name)
+                    found[path.relative_to(self.path).as_posix().lower()] = path
+            if len(found) > MAX_FILES:
+                reason = f"more than {MAX_FILES} files lie there; name the folder of the benchmarks"
+                raise RequestError(Problem(self.key, str(self.path), reason=reason))
+        return found
+
+    def all(self, *patterns: str) -> list[Path]:
+        """Return the files of the first pattern that any path matches."""
+        for pattern in patterns:
+            found = [path for name, path in self._files.items() if re.search(pattern, name)]
+            if found:
+                return found
+        return []
+
+    def first(self, *patterns: str) -> Path | None:
+        """Return the first file of the first pattern that any path matches."""
+        return next(iter(self.all(*patterns)), None)
+
+    def rows(self, path: Path) -> Sequence[Row]:
+        """Return a file's records.
+
+        Raises:
+            TritterError: it can't be read as what it is.
+        """
+        return list(_rows(path))
+
+    def text(self, path: Path) -> str:
+        """Return a small file's text.
+
+        Raises:
+            TritterError: it can't be read.
+        """
+        return read_text(path)
+
+
+def load(benchmarks: Sequence[Benchmark], folder: TasksFolder) -> list[Questions]:
+    """Read the benchmarks' questions from files.
+
+    Raises:
+        RequestError: names all benchmarks without a file and all that is wrong with the others'.
+    """
+    loaded, problems = [], []
+    for benchmark in benchmarks:
+        patterns = tuple(rf"{pattern}.*\.(jsonl|json|parquet)" for pattern in benchmark.files)
+        files = folder.all(*patterns)
+        if not files:
+            reason = (
+                f"no file of {benchmark.name} lies there: allowed are .jsonl, .json (both may be "
+                f"packed, .gz) and .parquet with {benchmark.name} in their path"
+            )
+            problems.append(Problem(folder.key, str(folder.path), reason=reason))
+            continue
+        of_benchmark: list[Problem] = []
+        questions, examples = {}, {}
+        for path in files:
+            try:
+                rows = folder.rows(path)
+                shown = benchmark.examples(folder, path, rows)
+                found = dict(_questions(benchmark, path, rows, is_alone=len(files) == 1))
+            except WrongFileError as error:
+                of_benchmark += [_problem(folder, line) for line in error.lines]
+                continue
+            except TritterError as error:
+                of_benchmark.append(_problem(folder, str(error).removesuffix(".")))
+                continue
+            questions.update(found)
+            examples.update(dict.fromkeys(found, shown))
+        problems += of_benchmark
+        names = tuple(str(path.relative_to(folder.path)) for path in files)
+        loaded.append(Questions(benchmark, questions, examples, names, len(questions)))
+    raise_problems(problems)
+    return loaded
+
+
+def questions_of(benchmark: Benchmark, rows: Sequence[Row], *, origin: str) -> Questions:
+    """Return the questions of records that lie in no folder.
+
+    Raises:
+        RequestError: they hold something else.
+    """
+    try:
+        found = dict(_questions(benchmark, Path(origin), rows, is_alone=True))
+    except WrongFileError as error:
+        raise RequestError(str(error)) from error
+    shown = benchmark.examples(_Nothing(), Path(origin), rows)
+    return Questions(benchmark, found, dict.fromkeys(found, shown), (origin,), len(found))
+
+
+class _Nothing:
+    """A folder without a file."""
+
+    def first(self, *patterns: str) -> Path | None:
+        return None
+
+    def rows(self, path: Path) -> Sequence[Row]:
+        return []
+
+    def text(self, path: Path) -> str:
+        return ""
+
+
+class WrongFileError(Exception):
+    """What is wrong with a file's records, a line each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = tuple(lines)
+
+
+def _problem(folder: TasksFolder, line: str) -> Problem:
+    return Problem("", reason=f"{folder.key}: {line}.")
+
+
+def _questions(
+    benchmark: Benchmark, path: Path, rows: Sequence[Row], *, is_alone: bool
+) -> Iterator[tuple[str, Question]]:
+    """Yield the name and the question of every record.
+
+    Raises:
+        WrongFileError: names the records that hold something else.
+    """
+    if not rows:
+        raise WrongFileError([f"{path} holds no record"])
+    form = _format(benchmark, path, rows[0])
+    wrong: list[str] = []
+    names: Counter[str] = Counter()
+    for number, row in enumerate(rows, start=1):
+        try:
+            question = _question(form, row, path.name)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            wrong.append(f"{path}, record {number}: {_said(error)}")
+            continue
+        if question is not None:
+            part = question.part or ("" if is_alone else path.name.partition(".")[0])
+            name = question.name or (f"{part}/{number}" if part else str(number))
+            names[name] += 1
+            yield (name if names[name] == 1 else f"{name} again {names[name]}"), question
+    if wrong:
+        more = len(wrong) - MAX_PROBLEMS_OF_FILE
+        shown = wrong[:MAX_PROBLEMS_OF_FILE]
+        raise WrongFileError(
+            [*shown, *([f"{path} has {more} more such records"] if more > 0 else [])]
+        )
+    if not names:
+        raise WrongFileError([f"{path} holds no record of the test split"])
+
+
+def _format(benchmark: Benchmark, path: Path, row: object) -> Format:
+    form = next((form for form in benchmark.formats if form.fits(row)), None)
+    if form is not None:
+        return form
+    allowed = " or ".join(", ".join(form.fields) for form in benchmark.formats)
+    held = list(row) if isinstance(row, dict) else []
+    missing = [name for name in benchmark.formats[0].fields if name not in held]
+    near = next((n for name in missing if (n := nearest(name, held, cutoff=0.7))), None)
+    advice = f"; {near} may be meant" if near else ""
+    found = (
+        f"its records have the fields {', '.join(map(brief, held))}"
+        if held
+        else "it holds no objects"
+    )
+    raise WrongFileError(
+        [f"{path} is no file of {benchmark.name}: {found}, allowed are {allowed}{advice}"]
+    )
+
+
+def _question(form: Format, row: object, file: str) -> Question | None:
+    if not isinstance(row, dict):
+        raise TypeError("it is no object")
+    for name, kind in form.fields.items():
+        if name not in row:
+            raise KeyError(name)
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
+            allowed = " or ".join(each.__name__ for each in kinds)
+            raise TypeError(f"{name} = {brief(row[name])} is no {allowed}")
+    question = form.question(row, file)
+    if question is not None and question.choices:
+        if len(question.choices) < 2:
+            raise ValueError("there are fewer than two choices")
+        if not 0 <= question.right < len(question.choices):
+            raise ValueError(
+                f"the right choice has the number {question.right}, of {len(question.choices)}"
+            )
+    return question
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"the field {error} is missing"
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """Yield the records of a file.
+
+    Raises:
+        TritterError: it can't be read as what its name says.
+    """
+    if path.name.lower().endswith(".parquet"):
+        yield from _parquet_rows(path)
+        return
+    content = _content(path)
+    try:
+        text = content.decode("utf-8-sig")
+        if ".jsonl" in path.name.lower():
+            yield from (json.loads(line) for line in text.split("\n") if line.strip())
+            return
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TritterError(f"{path} cannot be read: {error}.") from error
+    yield from _records(path, whole)
+
+
+def _records(path: Path, whole: Any) -> list[Any]:
+    if isinstance(whole, dict) and isinstance(whole.get(_ROWS_BELOW), list):
+        whole = whole[_ROWS_BELOW]
+    if not isinstance(whole, list):
+        raise TritterError(f"{path} cannot be read: it holds no list of records.")
+    return whole
+
+
+def _content(path: Path) -> bytes:
+    """Return what a file holds, unpacked.
+
+    Raises:
+        TritterError: it can't be read, or is too large.
+    """
+    with open_file(path) as file:
+        if path.name.lower().endswith(".gz"):
+            try:
+                with gzip.GzipFile(fileobj=file) as unpacked:
+                    content = unpacked.read(MAX_FILE_BYTES + 1)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise TritterError(f"{path} cannot be unpacked: {error}.") from error
+        else:
+            content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise TritterError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB, the most.")
+    return content
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    try:
+        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise TritterError(f"{path} needs pyarrow: pip install 'tritter[data]'.") from error
+    with open_file(path) as opened:
+        try:
+            with parquet.ParquetFile(opened) as file:
+                batches = file.iter_batches(batch_size=256)
+                yield from islice((row for batch in batches for row in batch.to_pylist()), 10**6)
+        except arrow.ArrowException as error:
+            raise TritterError(f"{path} is no parquet file: {error}.") from error

@@ -1,0 +1,373 @@
+"""The questions put to a model by lm-evaluation-harness: its requests, its batches, its metrics."""
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritter.errors import RequestError, TritterError
+from tritter.evaluation.benchmarks.files import Questions
+from tritter.evaluation.benchmarks.nulls import NullScores, null_scores
+from tritter.evaluation.benchmarks.programs import program
+from tritter.evaluation.benchmarks.records import Benchmark, Question
+from tritter.evaluation.code.sandbox import Sandbox
+from tritter.evaluation.inference import evaluating
+from tritter.evaluation.paired_scores import PairedScores
+
+Tokenizer = Any  # of transformers
+MISSING = (
+    "lm-evaluation-harness is not installed, which scores benchmarks: "
+    "pip install 'tritter[evaluation]'"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asking:
+    """How a model is asked.
+
+    Args:
+        limit: ask so many, spread over all; of a benchmark from the hub the first of each subtask.
+        batch_size: requests at a time.
+        sandbox: where programs are run; needed for those of kind `code`.
+        is_shown: lm-eval's progress bars are, on a terminal.
+    """
+
+    limit: int | None = None
+    batch_size: int = 16
+    sandbox: Sandbox | None = None
+    is_shown: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkScores:
+    """What a model scored.
+
+    Args:
+        name: of the benchmark.
+        metric: the one that it is known by.
+        scores: metric → right answers by question.
+        nulls: what models without knowledge score.
+        notes: what was cut or limited, a sentence each.
+    """
+
+    name: str
+    metric: str
+    scores: dict[str, PairedScores]
+    nulls: NullScores
+    notes: tuple[str, ...]
+
+    @property
+    def known_by(self) -> PairedScores:
+        """The scores by the metric that the benchmark is known by."""
+        return self.scores[self.metric]
+
+
+def require_harness() -> None:
+    """Import lm-eval, which takes seconds.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise RequestError(f"{MISSING} ({error}).") from error
+
+
+def score_benchmark(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    questions: Questions,
+    asking: Asking,
+) -> BenchmarkScores:
+    """Ask a model all questions of a benchmark.
+
+    Args:
+        model: of transformers, on its device; its modes are set back.
+
+    Raises:
+        RequestError: lm-eval is not installed, or the model reads too little.
+        TritterError: the model computes what is not finite, or the sandbox can't be set up.
+    """
+    require_harness()
+    length = max_length(model)
+    limited = questions.limited(asking.limit)
+    asked, notes = _readable(tokenizer, limited, length=length)
+    if len(limited.questions) < questions.total:
+        notes.append(
+            f"{len(limited.questions)} of {questions.total} questions were asked, spread evenly."
+        )
+    nulls = null_scores(asked, of=questions, sandbox=asking.sandbox)
+    config = task_config(asked, length=length, sandbox=asking.sandbox)
+    name = asked.benchmark.name
+
+    def tasks() -> dict[str, Any]:
+        from lm_eval.api.task import ConfigurableTask
+
+        return {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}}
+
+    samples = evaluated(model, tokenizer, tasks, asking)[name]
+    assert len(samples) == len(asked.questions)
+    values = {
+        metric: torch.tensor([float(each[metric]) for each in samples], dtype=torch.float64)
+        for metric in asked.benchmark.metrics
+    }
+    names = tuple(f"{name}:{each}" for each in asked.questions)
+    return BenchmarkScores(
+        name=name,
+        metric=asked.benchmark.metric,
+        scores={
+            metric: paired(names, right, chance=nulls.chance) for metric, right in values.items()
+        },
+        nulls=nulls,
+        notes=(*notes, *_notes(tokenizer, asked, length=length)),
+    )
+
+
+def paired(names: Sequence[str], right: Tensor, *, chance: float) -> PairedScores:
+    """Return right answers, float64 [n], as scores that can be compared question by question."""
+    ones = torch.ones(len(names), dtype=torch.int64)
+    return PairedScores(
+        identifiers=tuple(names),
+        values=right,
+        weights={"answers": ones},
+        unit="accuracy",
+        chance=chance,
+    )
+
+
+def evaluated(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    tasks: Callable[[], dict[str, Any]],
+    asking: Asking,
+    *,
+    limit: int | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Return lm-eval's records of all questions, in their order, by task.
+
+    Args:
+        tasks: gives lm-eval's tasks and groups.
+        limit: lm-eval asks so many of each task, the first ones.
+
+    Raises:
+        TritterError: a likelihood is not finite.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    length = max_length(model)
+    # lm-eval looks at tensors outside of its own no_grad, so inference mode would not do
+    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+        _check_finite(model)
+        with _quiet(is_shown=asking.is_shown):
+            task_dict = tasks()
+            lm = HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=asking.batch_size,
+                max_length=length,
+            )
+            found = evaluate(
+                lm=lm, task_dict=task_dict, limit=limit, bootstrap_iters=0, log_samples=True
+            )
+    assert found is not None
+    samples: dict[str, list[dict[str, Any]]] = found["samples"]
+    for name, of_task in samples.items():
+        of_task.sort(key=lambda sample: int(sample["doc_id"]))
+        _check_likelihoods(name, [answer for each in of_task for answer in each["filtered_resps"]])
+    return samples
+
+
+def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -> dict[str, Any]:
+    """Return lm-eval's configuration of the questions, in memory: nothing is fetched or written.
+
+    Args:
+        length: tokens that the model reads; half of them are left to a generated answer.
+    """
+    import datasets
+
+    benchmark, kind = questions.benchmark, questions.benchmark.kind
+    names = list(questions.questions)
+
+    def question(doc: dict[str, Any]) -> Question:
+        return questions.questions[names[doc["number"]]]
+
+    config: dict[str, Any] = {
+        "task": benchmark.name,
+        "custom_dataset": lambda **_: {
+            "test": datasets.Dataset.from_dict({"number": range(len(names))})
+        },
+        "test_split": "test",
+        "num_fewshot": 0,  # examples stand in the prompt
+        "target_delimiter": benchmark.separator,
+        "doc_to_text": lambda doc: questions.prompt(names[doc["number"]]),
+        "metric_list": [
+            {
+                "metric": "acc" if metric == "pass@1" else metric,
+                "aggregation": "mean",
+                "higher_is_better": True,
+            }
+            for metric in benchmark.metrics
+        ],
+    }
+    if kind == "choice":
+        return config | {
+            "output_type": "multiple_choice",
+            "doc_to_choice": lambda doc: list(question(doc).choices),
+            "doc_to_target": lambda doc: question(doc).right,
+        }
+    if kind == "context":
+        return config | {
+            "output_type": "multiple_choice",
+            "doc_to_text": lambda doc: question(doc).right,
+            "doc_to_choice": lambda doc: list(question(doc).choices),
+            "doc_to_target": lambda doc: question(doc).prompt,
+        }
+    if kind == "word":
+        return config | {
+            "output_type": "loglikelihood",
+            "target_delimiter": "",
+            "doc_to_target": lambda doc: f"{benchmark.separator}{question(doc).answer}",
+        }
+    return config | {
+        "output_type": "generate_until",
+        "doc_to_target": lambda doc: question(doc).answer,
+        "process_results": lambda doc, texts: {
+            benchmark.metric: float(_is_right(benchmark, question(doc), texts[0], sandbox))
+        },
+        "generation_kwargs": _generation(benchmark, length),
+    }
+
+
+def _generation(benchmark: Benchmark, length: int) -> dict[str, Any]:
+    """Return how an answer is generated: greedily, to where it ends."""
+    tokens = min(benchmark.max_new_tokens, length // 2)
+    return {"until": list(benchmark.until), "max_gen_toks": tokens, "do_sample": False}
+
+
+def _is_right(benchmark: Benchmark, question: Question, text: str, sandbox: Sandbox | None) -> bool:
+    if benchmark.kind != "code":
+        return benchmark.is_right(question, text)
+    assert sandbox is not None
+    return sandbox.run(program(question, text)).is_passed
+
+
+def _readable(
+    tokenizer: Tokenizer, questions: Questions, *, length: int
+) -> tuple[Questions, list[str]]:
+    """Leave out the questions of which a choice alone is more than the model reads.
+
+    Raises:
+        RequestError: none is left.
+    """
+    if questions.benchmark.kind in ("answer", "code"):
+        return questions, []
+    kept = [
+        name
+        for name, question in questions.questions.items()
+        if max(_num_tokens(tokenizer, text) for text in _predicted(question)) < length
+    ]
+    number = len(questions.questions) - len(kept)
+    if not kept:
+        raise RequestError(
+            f"{questions.benchmark.name}: the model reads {length} tokens, too few for any choice."
+        )
+    if not number:
+        return questions, []
+    note = f"{number} of {len(questions.questions)} questions were left out: one of their choices"
+    return questions.only(kept), [f"{note} alone is longer than the {length} tokens that are read."]
+
+
+def _predicted(question: Question) -> tuple[str, ...]:
+    """Return what of a question the model is to predict."""
+    return question.choices or (question.answer,)
+
+
+def _notes(tokenizer: Tokenizer, questions: Questions, *, length: int) -> Iterator[str]:
+    """Say what was limited, and what of the prompts did not fit."""
+    benchmark, asked = questions.benchmark, list(questions.questions)
+    room = length
+    if benchmark.kind in ("answer", "code"):
+        room = length - min(benchmark.max_new_tokens, length // 2)
+        if length // 2 < benchmark.max_new_tokens:
+            yield (
+                f"Answers end after {length // 2} tokens in place of {benchmark.max_new_tokens}: "
+                f"the model reads {length}."
+            )
+    cut = sum(_num_tokens(tokenizer, _longest(questions, name)) > room for name in asked)
+    if cut:
+        yield (
+            f"{cut} of {len(asked)} prompts are longer than the {room} tokens that the model reads "
+            "of one and lost their beginning."
+        )
+
+
+def _longest(questions: Questions, name: str) -> str:
+    """Return the longest text that is put to the model for a question."""
+    question, prompt = questions.questions[name], questions.prompt(name)
+    choice = max(question.choices, key=len, default="")
+    kind = questions.benchmark.kind
+    if kind == "context":
+        return f"{choice} {prompt}"
+    return prompt + {"choice": f" {choice}", "word": f" {question.answer}"}.get(kind, "")
+
+
+def _num_tokens(tokenizer: Tokenizer, text: str) -> int:
+    return len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def max_length(model: nn.Module) -> int:
+    """Return how many tokens a model reads.
+
+    Raises:
+        RequestError: too few for any question.
+    """
+    config = model.config
+    length = getattr(config, "max_position_embeddings", None) or 2048
+    if length < 16:
+        raise RequestError(f"the model reads {length} tokens, too few for any benchmark.")
+    return int(length)
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Refuse a model whose every choice is as likely as any other, and not a number.
+
+    Raises:
+        TritterError: it says so.
+    """
+    device = next(model.parameters()).device
+    logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device)).logits
+    if not logits.isfinite().all():
+        raise TritterError("the model's logits are not finite, so no benchmark can be scored.")
+
+
+def _check_likelihoods(name: str, answers: Sequence[Any]) -> None:
+    found = [answer[0] for answer in answers if isinstance(answer, tuple | list)]
+    if not all(map(math.isfinite, found)):
+        raise TritterError(f"{name}: the model gives a likelihood that is not finite.")
+
+
+@contextmanager
+def _quiet(*, is_shown: bool) -> Iterator[None]:
+    """Keep lm-eval's notices off the screen, and its bars where nobody watches."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with ExitStack() as stack:
+            if not (is_shown and sys.stderr.isatty()):
+                stack.enter_context(redirect_stderr(StringIO()))
+            stack.enter_context(redirect_stdout(StringIO()))
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
