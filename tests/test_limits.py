@@ -12,7 +12,13 @@ import pytest
 from tests import oracle
 from tests.cli.conftest import Run, place, run, sources  # noqa: F401
 from tritter.config.composition import load_config
-from tritter.config.schema import SECTIONS, RootValues, StdlibDataConfig, TextDataConfig
+from tritter.config.schema import (
+    SECTIONS,
+    DatasetsConfig,
+    RootValues,
+    StdlibDataConfig,
+    TextDataConfig,
+)
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.expansion import EXPANSIONS, Dus, Moe, MoeAdd, Stack, Width, build_steps
 from tritter.expansion.targets import reach_parameters
@@ -245,7 +251,7 @@ def test_keys_of_a_run(words: list[str]) -> None:
 
 
 def _records() -> Iterator[type]:
-    yield from (RootValues, StdlibDataConfig, TextDataConfig)
+    yield from (RootValues, StdlibDataConfig, TextDataConfig, DatasetsConfig)
     for section in SECTIONS.values():
         yield from get_args(section) or (section,)
     yield from (EWC.Options, L2SP.Options, Replay.Options)

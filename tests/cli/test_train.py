@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from tests.cli.conftest import Run, snapshot
@@ -23,8 +24,9 @@ from tritter.cli.continued import TrainRequest, continuation
 from tritter.cli.train import HELP
 from tritter.config.composition import load_config
 from tritter.config.help import help_text
-from tritter.config.schema import CheckpointModelConfig, RunConfig, TextDataConfig
+from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig, TextDataConfig
 from tritter.config.text_resolution import run_text
+from tritter.data import dataset_rows
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import Width
@@ -116,6 +118,24 @@ def test_what_the_options_mean(run: Run, texts: Path, configs: list[RunConfig]) 
     assert (texts / "there/run.json").exists()
 
 
+def test_a_data_set_needs_but_its_name(run: Run, texts: Path, configs: list[RunConfig]) -> None:
+    (texts / "rows.csv").write_text("body,n\nword,1\n")
+    words = "train --checkpoint base data.sequence_length=32 --data"
+    assert run(f"{words} hf:./rows.csv:train#body data.old=stdlib:prose").code == 0
+    data = configs[0].data
+    assert isinstance(data, DatasetsConfig)
+    assert data.new == {"new": [f"hf:{texts}/rows.csv:train#body"]}
+    assert (
+        run(f"{words} rows.csv data=hf data.max_rows=3 --output b --old-data hf:./rows.csv").code
+        == 0
+    )
+    assert configs[1].text.domains[1].paths == (f"hf:{texts}/rows.csv[:3]",)
+    refused = run(f"{words} hf:me/stories/main:train#text data.old=stdlib:prose --output c")
+    assert (
+        refused.code == 2 and "--data: hf:me/stories/main:train#text is not cached" in refused.err
+    )
+
+
 def test_typed_keys_win(run: Run, texts: Path, configs: list[RunConfig]) -> None:
     result = run(
         "train --checkpoint=base --ewc-lambda=5 --data=old data.old=old data.new={x:data} "
@@ -155,7 +175,7 @@ def test_the_default_output_lies_beside_the_checkpoint(
     assert "nothing to do" in again.out
     other = run(f"train --checkpoint base {words} --steps 3")
     assert other.code == 2
-    assert "--output = " in other.err and "training.max_steps: 200 → 3" in other.err
+    assert "--output = " in other.err and "training.max_steps: 250 → 3" in other.err
 
 
 def test_places_with_spaces_and_signs(run: Run, texts: Path, configs: list[RunConfig]) -> None:
@@ -410,10 +430,18 @@ DOCUMENTED = [
 
 @pytest.mark.parametrize("command", dict.fromkeys(DOCUMENTED))
 def test_documented_commands_are_accepted(
-    run: Run, grown: Path, configs: list[RunConfig], command: str
+    run: Run,
+    grown: Path,
+    configs: list[RunConfig],
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Commands with files that only a person has; `tests/test_readme.py` checks all others."""
     shutil.move(grown / "old", grown / "articles")
+    rows = datasets.Dataset.from_dict({"text": ["a"], "body": ["b"]})
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(grown / "saved")
+    (grown / "rows.csv").write_text("text\na\n")
+    monkeypatch.setattr(dataset_rows, "_of_hub", lambda source: source)  # no network
     (grown / "notes.jsonl").write_text('{"text": "a"}\n')
     config = json.loads((grown / "base/config.json").read_text())
     (grown / "base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))

@@ -22,6 +22,7 @@ NAMES = [f"{path.parent.name}={path.stem}" for path in OPTION_FILES]
 
 # Options that are nothing without what only a person knows.
 NEEDED = {
+    "data=hf": ["data.old=stdlib:prose", "data.new=stdlib:code"],
     "data=text": ["data.old=stdlib:prose", "data.new=stdlib:code"],
     "model=hf": ["model.path=owner/name"],
 }

@@ -11,8 +11,9 @@ from tritter.checkpoint.usable import checkpoint_config, checkpoint_place
 from tritter.config.command_line import CommandLine
 from tritter.config.overrides import quoted
 from tritter.config.plan import make_plan
-from tritter.config.schema import RunConfig, TextSources
-from tritter.config.text_files import read_sources
+from tritter.config.schema import DatasetsConfig, RunConfig, TextDataConfig, TextSources
+from tritter.config.text_files import place_of, read_sources
+from tritter.data.dataset_name import dataset_names
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.storage.names import named_path
 
@@ -61,18 +62,30 @@ def continuation(request: TrainRequest) -> tuple[str, ...]:
     is_named = request.data or any(_is_typed(key, typed) for key in ("data.new", "data.tasks"))
     if not is_named:
         raise RequestError("--data is missing: name the text to train on, --data PATH.")
+    of_hub = dataset_names((*request.data, *request.old_data))
+    source = "hf" if of_hub or "data=hf" in request.overrides else "text"
     problems: list[Problem] = []
-    new = read_sources("--data", list(request.data) or None, default_name="new", problems=problems)
-    old = read_sources(
-        "--old-data", list(request.old_data) or None, default_name="old", problems=problems
+    place_of_word = place_of(DatasetsConfig if source == "hf" else TextDataConfig, {})
+    new, old = (
+        read_sources(
+            option,
+            list(words) or None,
+            default_name=name,
+            problems=problems,
+            place_of_word=place_of_word,
+        )
+        for option, words, name in (
+            ("--data", request.data, "new"),
+            ("--old-data", request.old_data, "old"),
+        )
     )
     raise_problems(problems)
-    recorded = _recorded_settings(Path(place))
+    recorded = _recorded_settings(Path(place), source)
     defaults = {
         "expansion": "none",
         "model": "hf",
         "model.path": quoted(place),
-        "data": "text",
+        "data": source,
         **recorded,
         "data.new": _value(new),
         "data.old": _value(old),
@@ -97,8 +110,11 @@ def continuation(request: TrainRequest) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _recorded_settings(folder: Path) -> dict[str, Any]:
+def _recorded_settings(folder: Path, source: str) -> dict[str, Any]:
     """Return key → value of what a continued training takes from the one before.
+
+    Args:
+        source: the option of `data`, of which text alone has fields.
 
     Raises:
         RequestError: the lineage can't be read.
@@ -116,7 +132,7 @@ def _recorded_settings(folder: Path) -> dict[str, Any]:
     if isinstance(data, Mapping) and isinstance(data.get("sequence_length"), int):
         settings["data.sequence_length"] = data["sequence_length"]
     fields = {domain.text_field for domain in lineage.domains.values()}
-    if len(fields) == 1:
+    if len(fields) == 1 and source == "text":
         settings["data.text_field"] = quoted(fields.pop())
     return settings
 
@@ -131,7 +147,7 @@ def _checked(words: Sequence[str]) -> RunConfig:
         return make_plan(CommandLine(tuple(words))).jobs[0].config
     except RequestError as error:
         keys = "|".join(map(re.escape, _OPTION_OF_KEY))
-        pattern = rf"^(\s*)({keys})(?= = |: /)"
+        pattern = rf"^(\s*)({keys})(?= = |: /|: hf:)"
         text = re.sub(
             pattern, lambda m: m[1] + _OPTION_OF_KEY[m[2]], str(error), flags=re.MULTILINE
         )

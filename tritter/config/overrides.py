@@ -20,6 +20,8 @@ from tritter.errors import Problem, RequestError, brief, nearest, raise_problems
 
 Options = Mapping[str, Sequence[str]]
 
+# The name of a data set whose #COLUMN or [FROM:TO] Hydra would not read without quotes
+_DATASET = re.compile(r"(?<![\w'\"/.-])hf:[^\s,{}\[\]'\"#]+(?:\[[^\]\s]*\](?:#[\w.-]+)?|#[\w.-]+)")
 _NOTHING = ("null", "none", "off")
 
 
@@ -34,6 +36,8 @@ def normalise(override: str, options: Options) -> str:
     if key.lstrip("+~").startswith("hydra"):
         return override
     key = key.replace("-", "_")
+    if key.lstrip("+~").startswith("data."):
+        value = _DATASET.sub(lambda match: quoted(match[0]), value)
     group = key.lstrip("+~")
     known = options.get(group)
     if known is None:

@@ -14,6 +14,7 @@ class DomainText:
     Args:
         key: what named it, for messages.
         texts: yields its texts, where no path says where they lie.
+        is_streamed: data sets of the hub are read as they come, not fetched first.
         ranked: the splits by rank that earlier trainings read it under, if any.
     """
 
@@ -23,6 +24,7 @@ class DomainText:
     paths: tuple[str, ...]
     text_field: str
     texts: Callable[[], Iterable[str]] | None = None
+    is_streamed: bool = False
     ranked: tuple[SplitRule, ...] = ()
 
 

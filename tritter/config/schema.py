@@ -129,8 +129,8 @@ class StdlibDataConfig(DataConfig):
 
 
 @options
-class TextDataConfig(DataConfig):
-    """Text of one's own.
+class NamedTextConfig(DataConfig):
+    """Text that is named place by place.
 
     Args:
         old: None: what the checkpoint learned, if anything; empty: nothing.
@@ -138,8 +138,6 @@ class TextDataConfig(DataConfig):
         tasks: what is learned one after the other; empty: `new` is the one task.
     """
 
-    source: Literal["text"]
-    text_field: Text
     old: TextSources | None
     new: TextSources
     tasks: list[TextSources]
@@ -166,6 +164,38 @@ class TextDataConfig(DataConfig):
     @property
     def is_old_named(self) -> bool:
         return self.old is not None
+
+
+@options
+class TextDataConfig(NamedTextConfig):
+    """Text of one's own.
+
+    Args:
+        text_field: of records.
+    """
+
+    source: Literal["text"]
+    text_field: Text
+
+
+@options
+class DatasetsConfig(NamedTextConfig):
+    """Data sets of the hub or on disk, through the `datasets` library.
+
+    `old`, `new` and `tasks` name them with what is meant of each: column and rows stand there.
+
+    Args:
+        streaming: those of the hub are read as they come, not fetched first.
+        text_column: of those that name none.
+        max_rows: the first of those that name no rows; None: all.
+        weights: new domain → its weight among those of its task; None: all of it is mixed.
+    """
+
+    source: Literal["hf"]
+    streaming: bool
+    text_column: Text | None
+    max_rows: Count | None
+    weights: dict[str, Annotated[float, Field(gt=0)]] | None
 
 
 @options

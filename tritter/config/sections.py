@@ -7,8 +7,8 @@ from typing import Any, get_args
 from tritter.checkpoint.usable import checkpoint_place
 from tritter.config.folders import body_of, option_files
 from tritter.config.reading import Reader
-from tritter.config.schema import CheckpointModelConfig, DataConfig, Model, TextDataConfig
-from tritter.config.text_files import read_sources, read_tasks
+from tritter.config.schema import CheckpointModelConfig, DataConfig, Model, NamedTextConfig
+from tritter.config.text_files import Place, place_of, read_sources, read_tasks
 from tritter.errors import Problem, RequestError, nearest
 from tritter.options import choices, field_keys, is_options, join
 from tritter.targets import TARGET, dotted, resolve
@@ -81,7 +81,8 @@ def read_data(
         choice = dotted(kind)
     taken = _only_of(reader, "data", data_keys(), raw, choice=choice, own=own)
     del taken[TARGET]
-    sources = _read_sources(reader, taken) if kind is TextDataConfig else {}
+    is_named = issubclass(kind, NamedTextConfig)
+    sources = _read_sources(reader, taken, place_of(kind, taken)) if is_named else {}
     blank: dict[str, Any] = {name: [] if name == "tasks" else {} for name in sources}
     values = reader.read(kind, {**taken, **blank}, prefix="data")
     return None if values is None else replace(values, **sources)
@@ -113,21 +114,28 @@ def _only_of(
     for key in raw:
         others = [option for option, theirs in keys.items() if key in theirs]
         if others and key not in own:
-            reason = f"{choice} has no such key, only {' and '.join(others)} has"
+            have = "have" if len(others) > 1 else "has"
+            reason = f"{choice} has no such key, only {' and '.join(others)} {have}"
             reader.report(join(name, key), taken.pop(key), reason=reason)
     return taken
 
 
-def _read_sources(reader: Reader, raw: Mapping[str, Any]) -> dict[str, Any]:
+def _read_sources(reader: Reader, raw: Mapping[str, Any], place_of_word: Place) -> dict[str, Any]:
     """Return `old`, `new` and `tasks` as paths; None of what is old: what a checkpoint learned."""
     sources: dict[str, Any] = {
         name: read_sources(
-            f"data.{name}", raw.get(name), default_name=name, problems=reader.problems
+            f"data.{name}",
+            raw.get(name),
+            default_name=name,
+            problems=reader.problems,
+            place_of_word=place_of_word,
         )
         for name in ("old", "new")
     }
     tasks, has_new = raw.get("tasks"), raw.get("new") not in (None, {})
-    sources["tasks"] = [] if tasks is None else read_tasks(tasks, sources["old"], reader.problems)
+    sources["tasks"] = (
+        [] if tasks is None else read_tasks(tasks, sources["old"], reader.problems, place_of_word)
+    )
     if has_new and tasks is not None:
         reason = "data.new is the one task of a run that has no list; leave one of the two out"
         reader.report("data.tasks", tasks, reason=reason)

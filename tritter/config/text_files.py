@@ -1,18 +1,71 @@
 """Which text `data.old` and `data.new` mean, domain by domain."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tritter.checkpoint.learned import told_apart
-from tritter.config.schema import DataConfig, TextDataConfig, TextSources
+from tritter.config.schema import DataConfig, NamedTextConfig, TextDataConfig, TextSources
 from tritter.data.contents import TextRequest
+from tritter.data.dataset_name import PREFIX, check_place, parse_name
 from tritter.data.finding import BUILT_IN_TEXTS, find_texts
+from tritter.data.records import DEFAULT_FIELD
 from tritter.errors import Problem, RequestError, nearest
+
+Place = Callable[[str, str], str]  # key and word as typed → what is kept of it
+
+
+def text_place(key: str, path: str) -> str:
+    """Return the absolute path of text files, or a built-in text.
+
+    Raises:
+        RequestError: a path means no text.
+    """
+    place = _absolute(key, path)
+    find_texts(key, [place])
+    return place
+
+
+def dataset_place(key: str, word: str, *, column: str | None, max_rows: int | None) -> str:
+    """Return the whole name of a data set, or a built-in text.
+
+    Args:
+        column: of one that names none.
+        max_rows: of one that names no rows.
+
+    Raises:
+        RequestError: it names none, or nothing lies there.
+    """
+    if word.startswith("stdlib:"):
+        return _absolute(key, word)
+    source = parse_name(key, word)
+    check_place(key, word, source)
+    is_whole = source.rows == (0, None)
+    rows = (0, max_rows) if is_whole else source.rows
+    return str(replace(source, rows=rows, column=source.column or column))
+
+
+def place_of(kind: type[DataConfig], raw: Mapping[str, object]) -> Place:
+    """Return how an option of `data` reads its words, given its keys as they stand in a config."""
+    if issubclass(kind, TextDataConfig):
+        return text_place
+    column, rows = raw.get("text_column"), raw.get("max_rows")
+    return partial(
+        dataset_place,
+        column=column if isinstance(column, str) and column else None,
+        max_rows=rows if type(rows) is int and rows > 0 else None,
+    )
 
 
 def read_sources(
-    key: str, value: object, *, default_name: str, problems: list[Problem]
+    key: str,
+    value: object,
+    *,
+    default_name: str,
+    problems: list[Problem],
+    place_of_word: Place = text_place,
 ) -> TextSources:
     """Return domain → absolute paths of a value as it stands in a config.
 
@@ -21,6 +74,7 @@ def read_sources(
         value: a path, a list of paths, or a mapping of domain names to either; null means none.
         default_name: of the domain when none is named.
         problems: gets a line for each path that means no text, and for a value of another form.
+        place_of_word: says what a word means.
     """
     if value is None:
         return {}
@@ -40,14 +94,15 @@ def read_sources(
         sources[name] = []
         for word in words:
             try:
-                sources[name].append(_absolute(place, word))
-                find_texts(place, sources[name][-1:])
+                sources[name].append(place_of_word(place, word))
             except RequestError as error:
                 problems += error.problems
     return sources
 
 
-def read_tasks(value: object, old: TextSources, problems: list[Problem]) -> list[TextSources]:
+def read_tasks(
+    value: object, old: TextSources, problems: list[Problem], place_of_word: Place = text_place
+) -> list[TextSources]:
     """Return each task's domain → absolute paths, of `data.tasks` as it stands in a config.
 
     A task that is no mapping is one domain. It is called as the old domain or the earlier task
@@ -68,7 +123,9 @@ def read_tasks(value: object, old: TextSources, problems: list[Problem]) -> list
         if one in (None, {}, []):
             problems.append(Problem(place, one, reason="a task needs text: name a path"))
             continue
-        task = read_sources(place, one, default_name="text", problems=problems)
+        task = read_sources(
+            place, one, default_name="text", problems=problems, place_of_word=place_of_word
+        )
         if not isinstance(one, Mapping):
             paths = task.get("text", [])
             same = (name for name, others in known.items() if others == paths)
@@ -83,7 +140,8 @@ def read_tasks(value: object, old: TextSources, problems: list[Problem]) -> list
 
 def _named_after(paths: Sequence[str]) -> str:
     """Return what a domain is called that nobody named: after its first path."""
-    place = Path(next(iter(paths), ""))
+    first = next(iter(paths), "")
+    place = Path(parse_name("", first).name if first.startswith(PREFIX) else first)
     word = place.name.removeprefix("stdlib:")
     if set(word) & set("*?["):
         word = place.parent.name
@@ -93,19 +151,24 @@ def _named_after(paths: Sequence[str]) -> str:
 
 def text_requests(data: DataConfig) -> tuple[TextRequest, ...]:
     """Return what a configuration asks for, domain by domain; built-in text needs no look."""
-    if not isinstance(data, TextDataConfig):
+    if not isinstance(data, NamedTextConfig):
         return ()
     return tuple(
-        TextRequest(domain_key(data, name), tuple(paths), data.text_field)
+        TextRequest(domain_key(data, name), tuple(paths), text_field(data))
         for sources in (data.old_sources, data.new_sources)  # a task's are among them
         for name, paths in sources.items()
     )
 
 
+def text_field(data: DataConfig) -> str:
+    """Return the field of records that holds their text."""
+    return data.text_field if isinstance(data, TextDataConfig) else DEFAULT_FIELD
+
+
 def domain_key(data: DataConfig, name: str) -> str:
     """Return the key that named the text of a domain, as a person wrote it."""
     is_old = name in data.old_sources
-    if not is_old and isinstance(data, TextDataConfig) and data.tasks:
+    if not is_old and isinstance(data, NamedTextConfig) and data.tasks:
         return f"data.tasks.{name}"
     side = "old" if is_old else "new"
     sources: TextSources = data.old_sources if is_old else data.new_sources
@@ -123,6 +186,9 @@ def _paths(key: str, value: object) -> list[str]:
 
 
 def _absolute(key: str, path: str) -> str:
+    if path.startswith(PREFIX):
+        reason = "data sets are read with data=hf"
+        raise RequestError(Problem(key, path, reason=reason))
     if path.startswith("stdlib:"):
         if path not in BUILT_IN_TEXTS:
             reason = f"the built-in texts are {', '.join(BUILT_IN_TEXTS)}"

@@ -5,6 +5,7 @@ A checkpoint of ours says what it learned: all of that is old from then on, and 
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,14 +15,15 @@ from tritter.config.run_text import DomainText, RunText
 from tritter.config.schema import (
     CheckpointModelConfig,
     DataConfig,
+    DatasetsConfig,
     Model,
-    TextDataConfig,
+    NamedTextConfig,
     TextSources,
 )
-from tritter.config.text_files import domain_key
+from tritter.config.text_files import domain_key, text_field
 from tritter.data.documents import documents_digest
 from tritter.data.readers import TextFileError
-from tritter.data.sources import source_documents
+from tritter.data.sources import recorded_paths, source_documents
 from tritter.data.split import SplitRule
 from tritter.data.stdlib import stdlib_origin
 from tritter.errors import Problem, RequestError, TritterError
@@ -111,8 +113,9 @@ class _Domains:
         self.other_text: dict[str, None] = {}  # learned domains for which other text stands
         self._data = data
         self._notes = notes
-        self._is_text = isinstance(data, TextDataConfig)
-        self._text_field = data.text_field if isinstance(data, TextDataConfig) else "text"
+        self._is_text = isinstance(data, NamedTextConfig)
+        self._text_field = text_field(data)
+        self._is_streamed = isinstance(data, DatasetsConfig) and data.streaming
 
     def resolved(self) -> tuple[tuple[DomainText, ...], tuple[tuple[str, ...], ...]]:
         """Return old domains, then new ones; and of each task the names of its domains.
@@ -157,6 +160,7 @@ class _Domains:
                 paths=tuple(paths),
                 text_field=self._text_field,
                 texts=texts,
+                is_streamed=self._is_streamed,
                 ranked=self._ranked(known) if paths else (),
             )
         return list(typed.values())
@@ -176,11 +180,18 @@ class _Domains:
                 # What can't be read is told with all that is wrong with the files
                 with suppress(TextFileError):
                     digests[is_ranked] = _digest(
-                        paths, self._text_field, is_ranked=is_ranked, texts=texts
+                        paths,
+                        self._text_field,
+                        is_ranked=is_ranked,
+                        texts=texts,
+                        is_streamed=self._is_streamed,
                     )
             if domain.sha256 == digests.get(is_ranked):
                 return known
-        same_place = (n for n, d in self._learned.items() if paths and d.paths == paths)
+        places = {paths}
+        with suppress(TextFileError):
+            places.add(recorded_paths(paths, key="data"))
+        same_place = (n for n, d in self._learned.items() if paths and d.paths in places)
         is_named = is_old and name in self._learned
         found = next(same_place, name if is_named else None)
         if found is not None:
@@ -209,7 +220,10 @@ class _Domains:
 
     def _all_learned(self, *, without: set[str]) -> list[DomainText]:
         domains = {n: d for n, d in self._learned.items() if n not in without}
-        problems = {name: _problem(domain) for name, domain in domains.items()}
+        problems = {
+            name: _problem(domain, is_streamed=self._is_streamed)
+            for name, domain in domains.items()
+        }
         wrong = [f"{name} can't be used: {why}" for name, why in problems.items() if why]
         if wrong:
             key = "data.old" if self._is_text else "data"
@@ -229,7 +243,10 @@ class _Domains:
                 self._notes.append(
                     f"Its {name} was that of {domain.origin}; here it is that of {stdlib_origin()}."
                 )
-        return [_recorded(name, domain) for name, domain in domains.items()]
+        return [
+            replace(_recorded(name, domain), is_streamed=self._is_streamed)
+            for name, domain in domains.items()
+        ]
 
 
 def _recorded(name: str, domain: LearnedDomain) -> DomainText:
@@ -243,23 +260,38 @@ def _recorded(name: str, domain: LearnedDomain) -> DomainText:
     )
 
 
-def _problem(domain: LearnedDomain) -> str | None:
+def _problem(domain: LearnedDomain, *, is_streamed: bool = False) -> str | None:
     """Return why a recorded domain does not hold what it held; None when it does."""
     if not domain.paths:
         return "the record does not say where it lay"
     if set(domain.paths) <= _BUILT_IN_PATHS:
         return None
     try:
-        digest = _digest(domain.paths, domain.text_field, is_ranked=bool(domain.ranked))
+        digest = _digest(
+            domain.paths,
+            domain.text_field,
+            is_ranked=bool(domain.ranked),
+            is_streamed=is_streamed,
+        )
     except TritterError as error:
         return str(error).removesuffix(".")
     return None if digest == domain.sha256 else f"{', '.join(domain.paths)} has changed since"
 
 
 def _digest(
-    paths: tuple[str, ...], text_field: str, *, is_ranked: bool, texts: Texts = None
+    paths: tuple[str, ...],
+    text_field: str,
+    *,
+    is_ranked: bool,
+    texts: Texts = None,
+    is_streamed: bool = False,
 ) -> str:
     documents = source_documents(
-        paths, key="data", text_field=text_field, is_ranked=is_ranked, texts=texts
+        paths,
+        key="data",
+        text_field=text_field,
+        is_ranked=is_ranked,
+        texts=texts,
+        is_streamed=is_streamed,
     )
     return documents_digest(documents)

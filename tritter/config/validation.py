@@ -40,6 +40,7 @@ from tritter.config.selection import METHOD_GROUPS, method_keys, read_methods
 from tritter.config.text_resolution import run_text
 from tritter.config.trainer_arguments import argument_problems, split_trainer
 from tritter.config.training_steps import with_steps
+from tritter.config.weights import weight_problems
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.expansion import target_config
 from tritter.families import Config, check_size, family_of, llama_config
@@ -372,6 +373,7 @@ _RULES: tuple[Rule, ...] = (
     _precision_problems,
     _device_problems,
     replay_problems,
+    weight_problems,
     method_problems,
     pipeline_problems,
     carry_problems,

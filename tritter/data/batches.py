@@ -12,6 +12,7 @@ from torch import Tensor
 from tritter.data.ranks import this_rank
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sequences import SequenceStream
+from tritter.data.weighted import WeightedStream
 from tritter.errors import RequestError, TritterError
 
 __all__ = ["BatchStream", "ExactShare", "ReplaySource", "SequenceStream"]
@@ -67,7 +68,7 @@ class BatchStream:
 
     def __init__(
         self,
-        new: SequenceStream,
+        new: SequenceStream | WeightedStream,
         *,
         batch_size: int,
         replay: ReplaySource | None = None,

@@ -1,11 +1,13 @@
 """What the text files of a request hold, looked at before anything is written."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tritter.data.dataset_name import dataset_names
 from tritter.data.finding import BUILT_IN_TEXTS, find_text_files
 from tritter.data.readers import Reading, SpentError, TextFileError
+from tritter.data.sources import recorded_paths
 from tritter.data.text import no_text
 from tritter.errors import RequestError
 
@@ -15,7 +17,7 @@ CHECKED_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class TextRequest:
-    """The files of one domain, and how they are asked for.
+    """The files and data sets of one domain, and how they are asked for.
 
     Args:
         key: that named them, for messages.
@@ -31,9 +33,12 @@ class TextRequest:
 def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_BYTES) -> None:
     """Read what was asked for, small files first, until so many bytes were read.
 
+    Data sets are opened: their split and column have to be there.
+
     Raises:
         RequestError: files can't be read as what they are, or hold no text; lists all of it.
     """
+    requests = list(dict.fromkeys(requests))
     asked = {request: find_text_files(request.key, request.paths) for request in requests}
     files = [(request, path) for request, found in asked.items() for path in found]
     problems: dict[tuple[TextRequest, Path], list[str]] = {}
@@ -53,11 +58,20 @@ def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_
         no_text(request.key, paths)
         for request, paths in asked.items()
         if paths
-        and not set(BUILT_IN_TEXTS) & set(request.paths)
+        and not {*BUILT_IN_TEXTS, *dataset_names(request.paths)} & set(request.paths)
         and all((request, path) in blank and not problems[request, path] for path in paths)
     ]
+    found += _unopened((request.key, dataset_names(request.paths)) for request in requests)
     if found:
         raise RequestError(str(TextFileError(found)))
+
+
+def _unopened(asked: Iterable[tuple[str, tuple[str, ...]]]) -> Iterator[str]:
+    for key, name in dict.fromkeys((key, name) for key, names in asked for name in names):
+        try:
+            recorded_paths([name], key=key)
+        except TextFileError as error:
+            yield from error.problems
 
 
 def _size(path: Path) -> int:

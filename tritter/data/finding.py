@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tritter.data.dataset_name import PREFIX
 from tritter.data.readers import TEXT_SUFFIXES, text_suffix
 from tritter.data.records import shown
 from tritter.errors import Problem, RequestError, did_you_mean
@@ -59,7 +60,7 @@ def find_texts(key: str, paths: Iterable[str]) -> FoundTexts:
     """Find the text files that paths mean.
 
     A folder means all files of known kinds below it, but hidden ones; links are followed. Built-in
-    texts are no files and are passed over.
+    texts and data sets are no files and are passed over.
 
     Raises:
         RequestError: a path means no text file; says what was found instead.
@@ -67,7 +68,7 @@ def find_texts(key: str, paths: Iterable[str]) -> FoundTexts:
     files: dict[Path, None] = {}
     skipped: Counter[str] = Counter()
     for path in paths:
-        if path in BUILT_IN_TEXTS:
+        if path in BUILT_IN_TEXTS or path.startswith(PREFIX):
             continue
         try:
             found = _found(key, path)

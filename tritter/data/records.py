@@ -1,14 +1,15 @@
 """A record of JSON or parquet into one text: its field, or an instruction's parts joined."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 DEFAULT_FIELD = "text"
 # What other people call the field that holds a text.
 COMMON_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "completion")
 # Forms of instruction records: for each part the names it goes by, and whether it has to be there.
-_FORMS: tuple[tuple[tuple[tuple[str, ...], bool], ...], ...] = (
+_Form = tuple[tuple[tuple[str, ...], bool], ...]
+_FORMS: tuple[_Form, ...] = (
     ((("instruction",), True), (("input", "context"), False), (("output", "response"), True)),
     ((("prompt",), True), (("completion", "response"), True)),
     ((("question",), True), (("answer",), True)),
@@ -46,6 +47,13 @@ def text_of(record: object, *, field: str) -> str:
     if parts is None:
         raise missing_field(field, list(record))
     return _encodable("\n\n".join(part for part in parts if part))
+
+
+def form_fields(names: Collection[str]) -> tuple[str, ...]:
+    """Return those of some names that hold an instruction or messages; none where there is none."""
+    if _MESSAGES in names:
+        return (_MESSAGES,)
+    return next((tuple(filter(None, held)) for _, held in _forms(names)), ())
 
 
 def missing_field(field: str, found: Sequence[Any]) -> WrongRecordError:
@@ -114,19 +122,25 @@ def _parts(record: Mapping[str, Any]) -> list[str] | None:
     """Return the parts of an instruction, or None where the record is none."""
     if _MESSAGES in record:
         return _messages(record[_MESSAGES])
+    for form, held in _forms(record):
+        return [
+            ""
+            if name is None or (record[name] is None and not is_needed)
+            else _as_text(record[name], f"{name}:")
+            for name, (_, is_needed) in zip(held, form, strict=True)
+        ]
+    return None
+
+
+def _forms(names: Collection[str]) -> Iterator[tuple[_Form, list[str | None]]]:
+    """Yield each form of instructions that some names fit, and the name of each of its parts."""
     for form in _FORMS:
-        held = [next((name for name in names if name in record), None) for names, _ in form]
+        held = [next((each for each in known if each in names), None) for known, _ in form]
         if all(
             name is not None or not is_needed
             for name, (_, is_needed) in zip(held, form, strict=True)
         ):
-            return [
-                ""
-                if name is None or (record[name] is None and not is_needed)
-                else _as_text(record[name], f"{name}:")
-                for name, (_, is_needed) in zip(held, form, strict=True)
-            ]
-    return None
+            yield form, held
 
 
 def _messages(messages: object) -> list[str]:

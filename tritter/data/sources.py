@@ -1,8 +1,10 @@
-"""The documents that paths, built-in texts and sources from outside mean."""
+"""The documents that paths, data sets, built-in texts and sources from outside mean."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
+from tritter.data.dataset_name import dataset_names, parse_name
+from tritter.data.dataset_rows import dataset_texts, resolve_dataset
 from tritter.data.documents import Document, documents_of
 from tritter.data.finding import BUILT_IN_TEXTS, find_text_files
 from tritter.data.ranked import RANKED_SUFFIXES, ranked_documents
@@ -18,17 +20,20 @@ def source_documents(
     text_field: str,
     is_ranked: bool = False,
     texts: Callable[[], Iterable[str]] | None = None,
+    is_streamed: bool = False,
 ) -> tuple[Document, ...]:
-    """Return all documents that paths and built-in texts mean.
+    """Return all documents that paths, data sets and built-in texts mean.
 
     Args:
         key: the configuration's key that named them, for messages.
         text_field: of records.
         is_ranked: read them as format 2 did, which counts where a split by rank goes on.
         texts: yields them in place of paths.
+        is_streamed: data sets of the hub are read as they come, not fetched first.
 
     Raises:
-        TextFileError: what a source from outside raised, or that it yields something else.
+        TextFileError: what a source from outside raised, or that it yields something else; or a
+            data set can't be read, or holds no text.
         RequestError: a path means no text file, or a file can't be read as what it is.
     """
     if texts is not None:
@@ -41,7 +46,30 @@ def source_documents(
     if is_ranked:
         return (*built_in, *ranked_documents(found))
     read = [text for _, of_file in found for text in of_file]
+    read += _of_datasets(dataset_names(paths), key=key, is_streamed=is_streamed)
     return documents_of([*(document.text for document in built_in), *read])
+
+
+def recorded_paths(paths: Sequence[str], *, key: str) -> tuple[str, ...]:
+    """Return what a lineage keeps of paths: of data sets the revision, split and column as well.
+
+    Raises:
+        TextFileError: a data set is not at hand.
+    """
+    named = {name: parse_name(key, name) for name in dataset_names(paths)}
+    stated = {name: str(resolve_dataset(source, key=key)) for name, source in named.items()}
+    return tuple(stated.get(path, path) for path in paths)
+
+
+def _of_datasets(names: Sequence[str], *, key: str, is_streamed: bool) -> list[str]:
+    read: list[str] = []
+    for name in names:
+        source = parse_name(key, name)
+        texts = list(dataset_texts(source, key=key, is_streamed=is_streamed))
+        if not any(text.strip() for text in texts):
+            raise TextFileError([f"{key}: {name} holds no text."])
+        read += texts
+    return read
 
 
 def _own(texts: Callable[[], Iterable[str]], key: str) -> list[str]:

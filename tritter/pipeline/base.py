@@ -30,6 +30,7 @@ from tritter.pipeline.trained import accept
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, FitResult, discard_saved, fit
 
+_OF_DATASETS = ("text_column", "max_rows", "streaming", "weights")  # the last of new domains alone
 FORMAT_VERSION = 4  # 4: the side of a text follows from the text
 
 
@@ -99,7 +100,7 @@ def _made_from(context: RunContext) -> dict[str, Any]:
 
 def _text_options(data: DataConfig) -> dict[str, Any]:
     """Return the options of the text; which text it is stands in the corpus's digest."""
-    where = ("old", "new", "text_field", "validation_fraction")
+    where = ("old", "new", "text_field", "validation_fraction", *_OF_DATASETS)
     return {key: value for key, value in asdict(data).items() if key not in where}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tritter.checkpoint.learned import LearnedDomain, TextSplit
 from tritter.config.memory import memory_notes
 from tritter.config.run_text import RunText
-from tritter.config.schema import CheckpointModelConfig, RunConfig, TrainingConfig
+from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig, TrainingConfig
 from tritter.config.text_resolution import run_text
 from tritter.config.validation import known_config
 from tritter.data.batches import BatchStream, SequenceStream
@@ -24,9 +24,11 @@ from tritter.data.corpus import Corpus
 from tritter.data.datamodule import EvaluationText
 from tritter.data.pretrained import PretrainedTokenizer, read_tokenizer
 from tritter.data.sequences import drawn_equally
+from tritter.data.sources import recorded_paths
 from tritter.data.split import DomainCounts
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.data.tokens import pack
+from tritter.data.weighted import WeightedStream
 from tritter.errors import RequestError
 from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
 from tritter.expand import PlannedExpansion, planned
@@ -226,7 +228,7 @@ class RunContext:
         return {
             name: {
                 **asdict(self.corpus.sources[name]),
-                "paths": list(places[name].paths),
+                "paths": list(recorded_paths(places[name].paths, key=places[name].key)),
                 "text_field": places[name].text_field,
             }
             for name in domains
@@ -253,16 +255,27 @@ class RunContext:
             del source["name"]
             records[name] = LearnedDomain(
                 **source,
-                paths=places[name].paths,
+                paths=recorded_paths(places[name].paths, key=places[name].key),
                 text_field=places[name].text_field,
                 read_under=places[name].ranked or (self.text.split.as_rule,),
             )
         return {**self.text.learned, **records}
 
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """New domain → its weight among those of its task; nothing where all are mixed."""
+        data = self.config.data
+        return (data.weights or {}) if isinstance(data, DatasetsConfig) else {}
+
     def batches(self, domains: Sequence[str], *, purpose: str, max_steps: int) -> BatchStream:
         """Return endless batches of some domains in an order of their own."""
-        sequences = torch.cat(list(self.training_sequences(domains).values()))
-        stream = SequenceStream(sequences, seed=self.seed("order", purpose))
+        sequences, seed = self.training_sequences(domains), self.seed("order", purpose)
+        weights = {name: each for name, each in self.weights.items() if name in domains}
+        stream = (
+            WeightedStream(sequences, weights=weights, seed=seed)
+            if weights
+            else SequenceStream(torch.cat(list(sequences.values())), seed=seed)
+        )
         batch_size = self.config.data.batch_size
         num_batches = max_steps * self.trainer_settings.accumulate_grad_batches
         return BatchStream(stream, batch_size=batch_size, num_batches=num_batches)

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from tritter.config.run_text import DomainText, RunText
 from tritter.config.schema import RunConfig
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
+from tritter.data.dataset_name import dataset_names
 from tritter.data.finding import BUILT_IN_TEXTS, find_texts
 from tritter.data.readers import TextFileError
 from tritter.data.sources import source_documents
@@ -15,7 +16,7 @@ from tritter.data.split import DomainDocuments, Earlier
 from tritter.data.stdlib import stdlib_origin
 from tritter.targets import dotted
 
-FILES_ORIGIN = "text files"
+FILES_ORIGIN, DATASETS_ORIGIN = "text files", "data sets"
 _STDLIB_DOMAINS = [("prose", ("stdlib:prose",)), ("code", ("stdlib:code",))]
 
 
@@ -76,6 +77,7 @@ def _all_documents(domains: Iterable[DomainText]) -> dict[str, DomainDocuments]:
                 text_field=domain.text_field,
                 is_ranked=bool(domain.ranked),
                 texts=domain.texts,
+                is_streamed=domain.is_streamed,
             )
             documents[domain.name] = DomainDocuments(found, domain.ranked)
         except TextFileError as error:
@@ -96,5 +98,8 @@ def _origin(domain: DomainText, config: RunConfig) -> str:
     if domain.texts is not None:
         return dotted(type(config.data))
     built_in = [path for path in domain.paths if path in BUILT_IN_TEXTS]
+    datasets = dataset_names(domain.paths)
     origins = [stdlib_origin()] if built_in else []
-    return " and ".join([*origins, *([FILES_ORIGIN] if len(built_in) < len(domain.paths) else [])])
+    origins += [DATASETS_ORIGIN] if datasets else []
+    has_files = len(built_in) + len(datasets) < len(domain.paths)
+    return " and ".join([*origins, *([FILES_ORIGIN] if has_files else [])])

@@ -1,0 +1,257 @@
+"""Data sets through the library: names, splits, columns and rows; saved, in files, of a hub."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+import pytest
+
+from tests.data.hub import COMMIT, serve_hub
+from tritter.data.dataset_name import DatasetName, check_place, parse_name
+from tritter.data.dataset_rows import dataset_texts, resolve_dataset
+from tritter.data.readers import TextFileError
+from tritter.errors import RequestError
+
+ROWS = {"body": ["a", "b", "c"], "length": [1, 2, 3]}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path
+
+
+def save(name: str, **splits: dict[str, list[object]]) -> None:
+    parts = {split: datasets.Dataset.from_dict(rows) for split, rows in splits.items()}
+    (parts["alone"] if "alone" in parts else datasets.DatasetDict(parts)).save_to_disk(name)
+
+
+def texts(word: str) -> list[str]:
+    return list(dataset_texts(parse_name("data.new", word), key="data.new", is_streamed=False))
+
+
+def problem(word: str) -> str:
+    with pytest.raises(TextFileError) as caught:
+        texts(word)
+    return str(caught.value).replace(str(Path.cwd()), "@")
+
+
+def lines(name: str, records: Iterable[object]) -> None:
+    Path(name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("hf:me/stories", {}),
+        ("hf:me/stories/main", {"config": "main"}),
+        ("hf:me/stories/2022.en:test", {"config": "2022.en", "split": "test"}),
+        ("hf:me/stories#my text", {"column": "my text"}),
+        ("hf:me/stories[5:]", {"rows": (5, None)}),
+        ("hf:me/stories:train[2:9]#a", {"split": "train", "rows": (2, 9), "column": "a"}),
+        (f"hf:me/stories@{COMMIT}/main:train[:9]",
+         {"revision": COMMIT, "config": "main", "split": "train", "rows": (0, 9)}),
+    ],
+)  # fmt: skip
+def test_names_of_the_hub(word: str, parts: dict[str, object]) -> None:
+    name = parse_name("data.new", word)
+    assert name == DatasetName(name="me/stories", **parts)  # type: ignore[arg-type]
+    assert str(name) == word and not name.is_on_disk
+
+
+def test_names_on_disk(place: Path) -> None:
+    (place / "a:b#c").mkdir()
+    (place / "a").mkdir()
+    for word in ("a", "./a", "hf:./a", f"hf:{place}/a", str(place / "a")):
+        assert parse_name("data.new", word) == DatasetName(name=f"{place}/a")
+        part = parse_name("data.new", f"{word}:b[1:]#c")
+        assert part == DatasetName(name=f"{place}/a", split="b", rows=(1, None), column="c")
+        assert parse_name("data.new", str(part)) == part
+    assert parse_name("data.new", "a:b#c").name == f"{place}/a:b#c"
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("hf:stories", "allowed is hf:OWNER/NAME[@REVISION]"),
+        ("hf:me/stories:train[:10%]", "FROM and TO counted in rows"),
+        ("hf:me/stories[5:5]", "there is no row from 5 up to, but not including, 5"),
+        ("savd", "there is no such file or folder. Did you mean 'saved'?"),
+        ("me/stories", "no folder either; of the hub it would be hf:me/stories"),
+        ("saved/a.pdf", "of files .json, .jsonl, .csv"),
+        ("load.py", "a data set's script is never run"),
+        ("saved/scripted", "a data set's script is never run"),
+    ],
+)
+def test_names_that_are_refused(place: Path, word: str, told: str) -> None:
+    (place / "saved/scripted").mkdir(parents=True)
+    for name in ("load.py", "saved/a.pdf", "saved/scripted/scripted.py"):
+        (place / name).touch()
+    with pytest.raises(RequestError) as caught:
+        check_place("data.new", word, parse_name("data.new", word))
+    assert told in str(caught.value) and f"data.new = {word}" in str(caught.value)
+
+
+# Rows
+
+
+def test_saved_data_sets() -> None:
+    save("alone", alone=ROWS)
+    save("split", train=ROWS, test={"body": ["d"], "length": [4]})
+    assert texts("alone") == texts("split") == texts("split#body") == ["a", "b", "c"]
+    assert texts("split:test") == texts("split/test") == ["d"]
+    assert [texts(f"alone{part}") for part in ("[1:]", "[:2]", "[1:2]", "[2:9]", "[5:]")] == [
+        ["b", "c"], ["a", "b"], ["b"], ["c"], [],
+    ]  # fmt: skip
+    stated = resolve_dataset(parse_name("data.new", "split[:2]"), key="data.new")
+    assert str(stated).endswith("/split:train[:2]#body")
+
+
+def test_files_and_folders(place: Path) -> None:
+    lines("a.jsonl", [{"text": "a", "n": 1}, {"text": "b", "n": 2}])
+    Path("a.json.gz").write_bytes(gzip.compress(Path("a.jsonl").read_bytes()))
+    Path("a.csv").write_text("text,n\na,1\nb,2\n")
+    Path("a.tsv").write_text("n\ttext\n1\ta\n2\tb\n")
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet("a.parquet")
+    for name in ("a.jsonl", "a.json.gz", "a.csv", "a.tsv", "a.parquet"):
+        assert texts(name) == ["a", "b"], name
+        assert texts(f"{name}[1:2]") == ["b"], name
+    Path("plain").mkdir()
+    Path("plain/train.txt").write_text("a\nb\n\nc")
+    Path("plain/test.txt").write_text("d\n")
+    assert texts("plain") == texts("plain/train.txt") == ["a\nb\n\nc"]
+    assert texts("plain:test") == ["d\n"]
+    assert not [path for path in place.rglob("*.arrow") if "cache" in path.parts]
+
+
+def test_instructions_and_messages() -> None:
+    save("asked", alone={"question": ["a"], "answer": ["b"], "id": ["c"]})
+    said = [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]
+    save("said", alone={"messages": [said], "id": ["c"], "text": ["d"]})
+    assert (texts("asked"), texts("asked#answer")) == (["a\n\nb"], ["b"])
+    assert (texts("said"), texts("said#messages")) == (["d"], ["user: a\n\nmodel: b"])
+
+
+def test_a_row_without_a_text_is_passed_over() -> None:
+    save("holes", alone={"body": ["a", None, "", "b"]})
+    lines("holes.jsonl", [{"body": None}, {"body": "a"}, {"other": 1}])
+    assert (texts("holes"), texts("holes.jsonl#body")) == (["a", "", "b"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("split:tset", "has no split tset; it has test, dev. Did you mean test?"),
+        ("split", "has several splits: test, dev; name one, :test."),
+        ("alone:train", "has no split train; it was saved without splits."),
+        ("alone#boddy", "has no column boddy; it has body, length. Did you mean body?"),
+        ("alone#length", "holds int64 in its column length, no text."),
+        ("two", "and 2 columns of texts; it has a, b. Name one, #COLUMN or data.text_column="),
+        ("numbers.csv", "and no column of texts; it has n. Name one"),
+        ("broken.json", "can't be read (ArrowInvalid: JSON parse error"),
+        ("empty", "can't be read"),
+        ("said", "row 0 messages: number 1 is no message"),
+    ],
+)
+def test_data_sets_that_are_refused(word: str, told: str) -> None:
+    save("split", test=ROWS, dev=ROWS)
+    save("alone", alone=ROWS)
+    save("two", alone={"a": ["a"], "b": ["b"]})
+    save("said", alone={"messages": [[{"who": "a"}]]})
+    Path("numbers.csv").write_text("n\n1\n")
+    Path("broken.json").write_text("{")
+    Path("empty").mkdir()
+    assert problem(word).startswith(f"data.new: hf:@/{word}") and told in problem(word)
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    save("alone", alone=ROWS)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "needs datasets to be read: pip install 'tritter[data]'" in problem("alone")
+
+
+# The hub
+
+ASK = """
+import sys
+from tritter.data.dataset_name import parse_name
+from tritter.data.dataset_rows import dataset_texts, resolve_dataset
+is_streamed, *words = sys.argv[1:]
+for word in words:
+    name = parse_name("key", word)
+    try:
+        told = str(resolve_dataset(name, key="key"))
+        texts = dataset_texts(name, key="key", is_streamed=is_streamed == "True")
+        print(told, *texts)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def ask(address: str, *words: str, is_streamed: bool = False, **environment: str) -> list[str]:
+    """Return a line for each name: what it is, and its texts; or what is wrong."""
+    found = subprocess.run(
+        [sys.executable, "-c", ASK, str(is_streamed), *words],
+        env={**{name: word for name, word in os.environ.items() if not name.endswith("_OFFLINE")},
+             "HF_ENDPOINT": address, "HF_HOME": str(Path.cwd() / "home"), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )  # fmt: skip
+    return found.stdout.replace(COMMIT, "COMMIT").splitlines()
+
+
+@pytest.mark.slow
+def test_a_hub_and_its_cache(place: Path) -> None:
+    for name in ("me/stories/main", "me/stories/other", "me/plain", "me/scripted"):
+        (place / name).mkdir(parents=True)
+    lines("me/stories/main/train.jsonl", [{"text": "a"}, {"text": "b"}])
+    lines("me/stories/other/train.jsonl", [{"story": "c"}])
+    Path("me/stories/README.md").write_text(
+        "---\nconfigs:\n- {config_name: main, data_files: main/*}\n"
+        "- {config_name: other, data_files: other/*}\n---\n"
+    )
+    Path("me/plain/one.txt").write_text("d\n\ne")
+    Path("me/scripted/scripted.py").touch()
+    good = ["hf:me/stories/main[1:]", "hf:me/stories/other", "hf:me/plain"]
+    bad = [
+        "hf:me/stories",
+        "hf:me/stories/mian",
+        "hf:me/stroies",
+        "hf:me/plain@b",
+        "hf:me/scripted",
+    ]
+    read = [
+        "hf:me/stories@COMMIT/main:train[1:]#text b",
+        "hf:me/stories@COMMIT/other:train#story c",
+        "hf:me/plain@COMMIT/default:train#text d",
+        *("", "e"),
+    ]
+    with serve_hub(place) as address:
+        assert ask(address, *good, is_streamed=True) == read
+        assert "is not cached in" in ask(address, good[0], HF_HUB_OFFLINE="1")[0]
+        found = ask(address, *good, *bad)
+    assert found[:5] == read
+    heads = [
+        "key: hf:me/stories has several configs; there are main, other.",
+        "key: hf:me/stories/mian has no config mian; there are main, other. Did you mean main?",
+        "key: hf:me/stroies is not on the hub as OWNER/NAME, or needs a login there",
+        "key: hf:me/plain@b is not on the hub",
+        "key: hf:me/scripted is a script, and a data set's script is never run",
+    ]
+    assert [line.startswith(head) for line, head in zip(found[5:], heads, strict=True)] == [
+        True
+    ] * 5
+    other = f"hf:me/stories@{'b' * 40}/main"
+    *cached, refused = ask("http://127.0.0.1:9", *good, other, HF_HUB_OFFLINE="1")
+    assert cached == read
+    assert refused.endswith("is not at hand; of me/stories the revision COMMIT is cached.")
