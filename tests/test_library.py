@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from tests import oracle
 from tests.oracle.families import OWN, tiny
 from tritter.errors import RequestError
+from tritter.expand import expand
 from tritter.expand.live import (
     ModelExpander,
     copied_axis,
@@ -19,6 +21,8 @@ from tritter.expand.live import (
     width_upscale,
 )
 from tritter.expansion import Dus, ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, Width
+
+FIXTURES = Path(__file__).parent / "fixtures/format_1"
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -179,7 +183,9 @@ def test_the_package_hands_out_the_names_of_the_literature() -> None:
     import tritter
 
     for name in tritter.__all__:
-        assert getattr(tritter, name).__name__ == name
+        held = getattr(tritter, name)
+        assert name.isupper() or held.__name__ == name
+    assert tritter.PROGRESSIVE_BENCHMARKS["math"] == ["gsm8k", "math"]
     with pytest.raises(AttributeError, match="no attribute 'deepen'"):
         tritter.deepen  # noqa: B018
 
@@ -192,3 +198,22 @@ def test_the_package_lists_what_it_hands_out_before_anything_is_imported() -> No
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_checkpoint_by_the_specifications_names(tmp_path: Path) -> None:
+    from tritter import ProgressiveCheckpoint
+
+    folder = FIXTURES / "with_moments"
+    held = ProgressiveCheckpoint.load(folder)
+    assert held.optimizer_state_dict is not None
+    for name, moment in held.optimizer_state_dict["exp_avg"].items():
+        assert moment.shape == held.model_state_dict[name].shape
+    assert held.scheduler_state_dict is not None and held.scheduler_state_dict["last_epoch"] > 0
+    assert held.step > 0 and held.training_config and held.model_config["hidden_size"]
+    plain = oracle.saved(oracle.tiny_llama(), tmp_path / "plain")
+    base = ProgressiveCheckpoint.load(plain)
+    assert (base.expansion_history, base.optimizer_state_dict, base.step) == ((), None, 0)
+    grown = expand(plain, tmp_path / "grown", [Width()])
+    after = ProgressiveCheckpoint.load(grown.folder)
+    assert after.base_model_hash == base.base_model_hash
+    assert [record.method for record in after.expansion_history] == ["width"]

@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from tests.evaluation.published import PUBLISHED
+from tests.evaluation.test_benchmark_files import written
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
 from tests.report.conftest import SUMMARY
 from tritter.cli import main
@@ -145,6 +147,8 @@ def check_tritter(words: list[str]) -> None:
         _leave_finished_runs(words[1:])
     elif "--help" not in words:
         _leave_checkpoints(words)
+        if words[0] == "evaluate":
+            _leave_benchmarks()
     code = main(words)
     if code:
         raise ValueError(f"exit code {code}")
@@ -169,6 +173,19 @@ def _leave_checkpoints(words: list[str]) -> None:
         if name.endswith(".ckpt"):
             weights = {f"model.{key}": value for key, value in stock(base).state_dict().items()}
             torch.save({"state_dict": weights}, name)
+
+
+def _leave_benchmarks() -> None:
+    """Put files of the benchmarks that the documents name at `benchmarks`, and text to be read."""
+    Path("notes.txt").write_text("the class is one\n")
+    arc, bbh = PUBLISHED["arc_easy"]["hub"], PUBLISHED["bbh_cot_fewshot_snarks"]["hub"]
+    mmlu, truthfulqa = PUBLISHED["mmlu_anatomy"]["hub"], PUBLISHED["truthfulqa_mc1"]["hub"]
+    written(Path("benchmarks/arc_challenge_test.jsonl"), arc)
+    written(Path("benchmarks/hellaswag_val.jsonl"), PUBLISHED["hellaswag"]["hub"])
+    written(Path("benchmarks/mmlu_test.jsonl.gz"), mmlu)
+    written(Path("benchmarks/truthfulqa_mc.jsonl"), truthfulqa)
+    written(Path("benchmarks/gsm8k_test.jsonl"), PUBLISHED["gsm8k"]["hub"])
+    written(Path("benchmarks/bbh/snarks.jsonl"), bbh)
 
 
 def _leave_finished_runs(words: list[str]) -> None:

@@ -21,6 +21,8 @@ _EXPORTS = {
     "LlamaPro": "tritter.expansion",
     "MoEExpansionConfig": "tritter.moe_routing",
     "ModelExpander": "tritter.expand.live",
+    "PROGRESSIVE_BENCHMARKS": "tritter.evaluation.benchmarks.table",
+    "ProgressiveCheckpoint": "tritter.expand.progressive",
     "ProgressiveMoE": "tritter.moe_routing",
     "Stack": "tritter.expansion",
     "Width": "tritter.expansion",

@@ -162,13 +162,17 @@ def disk_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, end_of_text: str) -> None:
     """Write a tokenizer so that AutoTokenizer loads it."""
-    wrapped = PreTrainedTokenizerFast(
+    wrapped_tokenizer(tokenizer, end_of_text=end_of_text).save_pretrained(folder)
+
+
+def wrapped_tokenizer(tokenizer: Tokenizer, *, end_of_text: str) -> PreTrainedTokenizerBase:
+    """Return a tokenizer as transformers has them; its end of text begins and pads texts too."""
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=end_of_text,
         eos_token=end_of_text,
         pad_token=end_of_text,
     )
-    wrapped.save_pretrained(folder)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

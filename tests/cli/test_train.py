@@ -463,3 +463,27 @@ def test_the_specifications_example_is_documented() -> None:
 def test_every_key_that_options_set_has_its_option() -> None:
     options = set(re.findall(r"--[a-z-]+", HELP))
     assert set(continued._OPTION_OF_KEY.values()) <= options
+
+
+def test_evaluate_takes_the_losses_of_what_was_held_out(
+    run: Run, grown: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITTER_CACHE", str(trained / "cache"))
+    monkeypatch.setattr("tritter.pipeline.evaluate.MAX_TOKENS_PER_DOCUMENT", 48)  # as in QUICK
+    result = run("evaluate --checkpoint grown --json --batch-size 32")
+    assert result.code == 0, result.err
+    final = json.loads((trained / "run/summary.json").read_text())["final"]
+    losses = {
+        name: {key: final[name][key] for key in held}
+        for name, held in result.json["losses"].items()
+    }
+    assert result.json["losses"] == losses and list(losses) == ["past", "new"]
+    assert result.json["sequence_length"] == 32 and result.json["benchmarks"] == {}
+    (grown / "old_text").symlink_to(trained / "texts/old")
+    lineage = json.loads((grown / "grown/tritter.json").read_text())
+    text = json.dumps(lineage).replace(str(trained), str(trained / "elsewhere"))
+    moved = {key: value for key, value in json.loads(text).items() if key != "record_digest"}
+    (grown / "grown/tritter.json").write_text(json.dumps(moved))
+    refused = run("evaluate --checkpoint grown")
+    assert refused.code == 2 and "name text, --data NAME=PATH" in refused.err
+    assert "data.old" not in refused.err and "= null" not in refused.err

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tritter import __version__
-from tritter.cli import domain_options, export_options, options, plan_options
+from tritter.cli import domain_options, evaluate_options, export_options, options, plan_options
 from tritter.cli.method_options import MethodCommand
 from tritter.config.words import UNFORESEEN, check_words, said
 from tritter.errors import RequestError, TritterError
@@ -243,6 +243,40 @@ def generate(
         seed=seed,
         as_json=as_json,
     )
+
+
+@app.command()
+def evaluate(
+    checkpoint: options.Checkpoint,
+    tasks: evaluate_options.Tasks = None,
+    tasks_path: evaluate_options.TasksPath = None,
+    data: evaluate_options.Data = None,
+    limit: evaluate_options.Limit = None,
+    batch_size: evaluate_options.BatchSize = 16,
+    allow_code: evaluate_options.AllowCode = None,
+    code_sandbox: evaluate_options.CodeSandbox = None,
+    output: evaluate_options.ResultFile = None,
+    overwrite: evaluate_options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> int:
+    """Take a checkpoint's losses on text and its scores on benchmarks; it is not changed.
+
+    tritter evaluate --checkpoint base --tasks reasoning --tasks-path benchmarks
+    """
+    from tritter.cli.evaluate import EvaluateRequest, run_evaluate
+
+    request = EvaluateRequest(
+        checkpoint=checkpoint,
+        tasks=tuple(tasks or ()),
+        tasks_path=tasks_path,
+        data=tuple(data or ()),
+        limit=limit,
+        batch_size=batch_size,
+        allow_code=tuple(allow_code or ()),
+        code_sandbox=code_sandbox,
+        output=output,
+    )
+    return run_evaluate(request, overwrite=overwrite, as_json=as_json)
 
 
 @app.command()

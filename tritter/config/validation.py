@@ -162,7 +162,7 @@ def _read(
     values["expansion"] = tuple(selected.options for selected in values.get("expansion", ()))
     given = {name: value for name, value in raw.items() if name not in _GROUPS}
     root: RootValues | None = reader.read(RootValues, given, prefix="")
-    values["cache_dir"] = root and reader.ask(_cache_folder, root.cache_dir)
+    values["cache_dir"] = root and reader.ask(cache_folder, root.cache_dir)
     read = {name: value for name, value in values.items() if value is not None}
     return read if root is None else {**asdict(root), **read}
 
@@ -206,7 +206,8 @@ def start_problems(config: RunConfig, source: Config) -> Sequence[Problem]:
     ]
 
 
-def _cache_folder(value: str | None) -> Path:
+def cache_folder(value: str | None) -> Path:
+    """Return the folder of all caches: named, in the environment, or the usual one."""
     folder = value or os.environ.get("TRITTER_CACHE") or "~/.cache/tritter"
     return named_path(folder, key="cache_dir" if value else "TRITTER_CACHE").absolute()
 

@@ -42,9 +42,9 @@ def run_corpus(config: RunConfig, text: RunText, *, tokenizer: Tokenizer | None)
     }
     if _is_stdlib(text):
         return stdlib_corpus(**asked)
-    history = _all_documents(text.history)
+    history = all_documents(text.history)
     return build_corpus(
-        _all_documents(text.domains),
+        all_documents(text.domains),
         origin={domain.name: _origin(domain, config) for domain in text.domains},
         **asked,
         earlier=Earlier(split.exceptions, tuple(history.values())),
@@ -61,7 +61,7 @@ def text_notes(text: RunText) -> tuple[str, ...]:
     return tuple(note for name, texts in found.items() if (note := texts.note(name)) is not None)
 
 
-def _all_documents(domains: Iterable[DomainText]) -> dict[str, DomainDocuments]:
+def all_documents(domains: Iterable[DomainText]) -> dict[str, DomainDocuments]:
     """Return the documents of all domains, each as its split reads them.
 
     Raises:

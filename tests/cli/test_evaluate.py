@@ -1,0 +1,131 @@
+"""`tritter evaluate`: losses on text that is named, benchmarks from files, refusals."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.cli.conftest import Run, snapshot
+from tests.evaluation.programs import HUMANEVAL_ROWS
+from tests.evaluation.published import PUBLISHED
+from tests.evaluation.test_benchmark_files import written
+from tests.oracle import stock
+from tritter.errors import RequestError
+
+TEXT = "the model grows a layer where data asks for one\n"
+
+
+@pytest.fixture
+def tasks(place: Path) -> Path:
+    """The current folder, with `base` and the files of two benchmarks below `files`."""
+    written(place / "files/arc/arc_easy_test.jsonl", PUBLISHED["arc_easy"]["foundry"])
+    written(place / "files/humaneval.jsonl", HUMANEVAL_ROWS)
+    return place
+
+
+def _loss(folder: Path, text: str) -> float:
+    """Return nats per token behind an end of text, token by token."""
+    model, tokenizer = stock(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
+    nats = 0.0
+    with torch.no_grad():
+        for at in range(1, len(ids)):
+            logits = model(input_ids=torch.tensor([ids[:at]])).logits[0, -1].double()
+            nats -= float(logits.log_softmax(-1)[ids[at]])
+    return nats / (len(ids) - 1)
+
+
+def test_losses_of_named_text(run: Run, place: Path) -> None:
+    (place / "notes.txt").write_text(TEXT)
+    before = snapshot(place)
+    result = run("evaluate --checkpoint base --data notes=notes.txt --json")
+    assert result.code == 0, result.err
+    record = result.json["losses"]["notes"]
+    assert math.isclose(record["loss"], _loss(place / "base", TEXT.strip()), rel_tol=1e-5)
+    assert record["n"] == 1 and result.json["model_hash"] is None
+    assert snapshot(place) == before
+    table = run("evaluate --checkpoint base --data notes=notes.txt")
+    assert f"{record['loss']:.3f}" in table.out and "per byte" in table.out
+
+
+def test_benchmarks_from_files(run: Run, tasks: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tasks / "notes.txt").write_text(TEXT)
+    words = "evaluate --checkpoint base --tasks arc_easy --tasks-path files --data n=notes.txt"
+    result = run(f"{words} --limit 3 --output found.json")
+    assert result.code == 0, result.err
+    assert "uniform" in result.out and "3 of 4 questions were asked" in result.out
+    assert "written  found.json" in result.out
+    found = json.loads((tasks / "found.json").read_text())
+    held = found["benchmarks"]["arc_easy"]
+    assert (held["n"], held["metric"], held["source"]) == (
+        3,
+        "acc_norm",
+        ["arc/arc_easy_test.jsonl"],
+    )
+    assert (
+        set(held["metrics"]) == {"acc", "acc_norm"} and held["score"] == held["metrics"]["acc_norm"]
+    )
+    assert held["null_models"]["uniform"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2) / 3)
+    assert "standard_error" in held and found["losses"]["n"]["n"] == 1
+    again = run(f"{words} --output found.json")
+    assert again.code == 2 and "found.json" in again.err
+    assert (
+        run(f"{words} --output found.json --overwrite --json").json["benchmarks"]["arc_easy"]["n"]
+        == 4
+    )
+
+
+def test_programs_are_run_only_when_allowed_by_name(run: Run, tasks: Path) -> None:
+    pytest.importorskip("lm_eval")
+    words = "evaluate --checkpoint base --tasks humaneval --tasks-path files"
+    refused = run(words)
+    assert refused.code == 2 and "--allow-code humaneval" in refused.err
+    allowed = run(f"{words} --allow-code humaneval --limit 1 --json")
+    if "no sandbox that holds" in allowed.err or "could not be set up" in allowed.err:
+        pytest.skip(allowed.err)
+    assert allowed.code == 0, allowed.err
+    held = allowed.json["benchmarks"]["humaneval"]
+    assert (held["n"], held["score"], held["null_models"]["empty"]) == (1, 0.0, 0.0)
+    broken = run(f"{words} --allow-code humaneval --code-sandbox cat")
+    assert broken.code == 2 and "--code-sandbox = cat" in broken.err
+
+
+def test_without_a_sandbox_no_program_is_run(
+    run: Run, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: object) -> None:
+        raise RequestError("code: this system gives no sandbox that holds; --code-sandbox CMD.")
+
+    monkeypatch.setattr("tritter.cli.evaluate.NamespaceSandbox.check", refuse)
+    words = "evaluate --checkpoint base --tasks humaneval --tasks-path files --allow-code humaneval"
+    result = run(words)
+    assert result.code == 2 and "no sandbox that holds" in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", "--data NAME=PATH, or benchmarks, --tasks NAMES"),
+        ("--data notes", "allowed is NAME=PATH"),
+        ("--data a=nowhere.txt", "nowhere.txt"),
+        ("--tasks arc_eazy", "Did you mean arc_easy?"),
+        (
+            "--tasks arc_easy --tasks-path nowhere",
+            "--tasks-path = nowhere: there is no such folder",
+        ),
+        ("--tasks piqa --tasks-path files", "no file of piqa lies there"),
+        ("--tasks-path files", "name the benchmarks, --tasks NAMES"),
+        ("--tasks arc_easy --allow-code piqa", "--allow-code = piqa: allowed are humaneval, mbpp"),
+        ("--tasks arc_easy --limit 0", "'--limit'"),
+        ("--tasks arc_easy --output base", "base"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(run: Run, tasks: Path, words: str, said: str) -> None:
+    before = snapshot(tasks)
+    result = run(f"evaluate --checkpoint base {words}")
+    assert result.code == 2 and said in result.err, result.err
+    assert snapshot(tasks) == before

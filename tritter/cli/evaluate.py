@@ -1,0 +1,279 @@
+"""`tritter evaluate`: a checkpoint's losses on text, and its scores on benchmarks."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tritter.checkpoint import read_lineage
+from tritter.cli.output import new_console, new_table, print_json, shown_path
+from tritter.cli.request import damage_is_a_wrong_request
+from tritter.data.pretrained import read_tokenizer
+from tritter.errors import Problem, RequestError, raise_problems
+from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
+from tritter.evaluation.benchmarks.harness import (
+    Asking,
+    BenchmarkScores,
+    require_harness,
+    score_benchmark,
+)
+from tritter.evaluation.benchmarks.hub import score_from_hub
+from tritter.evaluation.benchmarks.records import Benchmark
+from tritter.evaluation.benchmarks.table import CODE, benchmarks_of
+from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
+from tritter.evaluation.paired_scores import PairedScores
+from tritter.families import family_of
+from tritter.models import load_model, load_tokenizer, read_config
+from tritter.pipeline.evaluate import (
+    DomainsToScore,
+    domain_losses,
+    learned_domains,
+    named_domains,
+    read_data_words,
+    sequence_length,
+)
+from tritter.storage.atomic import write_text_atomic
+from tritter.storage.hub import locate
+from tritter.storage.reading import kind_of
+from tritter.terminal import Console
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateRequest:
+    """What is asked, as typed."""
+
+    checkpoint: str
+    tasks: tuple[str, ...] = ()
+    tasks_path: Path | None = None
+    data: tuple[str, ...] = ()
+    limit: int | None = None
+    batch_size: int = 16
+    allow_code: tuple[str, ...] = ()
+    code_sandbox: str | None = None
+    output: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Benchmarks:
+    """Benchmarks that are asked: with their questions, where these come from files."""
+
+    names: tuple[Benchmark, ...]
+    questions: Mapping[str, Questions]
+    sandbox: Sandbox | None
+
+
+def run_evaluate(request: EvaluateRequest, *, overwrite: bool, as_json: bool) -> int:
+    """Evaluate and print; return 0. Nothing of the checkpoint is changed.
+
+    Raises:
+        RequestError: the checkpoint, text, a benchmark or a sandbox can't be had.
+        TritterError: the model computes what is not finite.
+    """
+    if request.output is not None:
+        _check_output(request.output, overwrite=overwrite)
+    benchmarks = _benchmarks(request)
+    sources = read_data_words(request.data)
+    with damage_is_a_wrong_request():
+        folder = locate(request.checkpoint)
+        config, lineage = read_config(folder), read_lineage(folder)
+        vocab_size = family_of(config).dimensions(config).vocab_size
+        tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
+        domains = DomainsToScore({}, ())
+        if sources:
+            domains = named_domains(sources, tokenizer)
+        elif not benchmarks.names:
+            domains = learned_domains(folder, lineage, tokenizer)
+        model = load_model(folder)
+        _check_finite(model, folder)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    positions = config.get("max_position_embeddings")
+    length = sequence_length(lineage, positions if isinstance(positions, int) else None)
+    losses = domain_losses(
+        model, domains.documents, tokenizer, length=length, batch_size=request.batch_size
+    )
+    asking = Asking(
+        limit=request.limit,
+        batch_size=request.batch_size,
+        sandbox=benchmarks.sandbox,
+        is_shown=not as_json,
+    )
+    scores = [_scored(model, folder, one, benchmarks, asking) for one in benchmarks.names]
+    record = {
+        "checkpoint": str(folder),
+        "model_hash": lineage.model_hash if lineage is not None else None,
+        "sequence_length": length,
+        "losses": {name: held.record() for name, held in losses.items()},
+        "benchmarks": {held.name: _record(held, benchmarks) for held in scores},
+        "notes": list(domains.notes),
+    }
+    if request.output is not None:
+        write_text_atomic(request.output, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    if as_json:
+        print_json(record)
+    else:
+        _print(losses, scores, notes=domains.notes, output=request.output)
+    return 0
+
+
+def _check_output(target: Path, *, overwrite: bool) -> None:
+    """Refuse a place where something stands that is not to be replaced."""
+    if not os.path.lexists(target):
+        return
+    kind = kind_of(target.lstat().st_mode)
+    if kind != "a file":
+        raise RequestError(Problem("--output", str(target), reason=f"it is {kind}"))
+    if not overwrite:
+        reason = "it exists already; choose another file, or replace it (--overwrite)"
+        raise RequestError(Problem("--output", str(target), reason=reason))
+
+
+def _benchmarks(request: EvaluateRequest) -> _Benchmarks:
+    """Return the benchmarks, once everything about them is found to be in order."""
+    words = [name for word in request.tasks for name in word.split(",")]
+    chosen = benchmarks_of(words, key="--tasks")
+    allowed = [name for word in request.allow_code for name in word.split(",")]
+    sandbox = _sandbox(chosen, allowed, request.code_sandbox)
+    if request.tasks_path is not None and not chosen:
+        raise RequestError(
+            f"--tasks-path = {request.tasks_path}: name the benchmarks, --tasks NAMES."
+        )
+    if not chosen:
+        return _Benchmarks((), {}, None)
+    questions: dict[str, Questions] = {}
+    if request.tasks_path is not None:
+        folder = TasksFolder(request.tasks_path, key="--tasks-path")
+        questions = {held.benchmark.name: held for held in load(chosen, folder)}
+    require_harness()
+    return _Benchmarks(chosen, questions, sandbox)
+
+
+def _sandbox(
+    chosen: Sequence[Benchmark], allowed: Sequence[str], command: str | None
+) -> Sandbox | None:
+    """Return where programs are run, once it was tried; None where there are none.
+
+    Raises:
+        RequestError: a benchmark is not allowed to run programs, or no sandbox can be had.
+    """
+    reason = f"allowed are {', '.join(CODE)}"
+    problems = [
+        Problem("--allow-code", name, reason=reason) for name in allowed if name not in CODE
+    ]
+    asked = [benchmark.name for benchmark in chosen if benchmark.kind == "code"]
+    for name in asked:
+        if name not in allowed:
+            reason = (
+                f"its answers are programs, which are run; allow it, --allow-code {','.join(asked)}"
+            )
+            problems.append(Problem("--tasks", name, reason=reason))
+    raise_problems(problems)
+    if not asked:
+        return None
+    sandbox: Sandbox = ExternalSandbox(command) if command else NamespaceSandbox()
+    sandbox.check()
+    return sandbox
+
+
+def _scored(
+    model: nn.Module, folder: Path, benchmark: Benchmark, benchmarks: _Benchmarks, asking: Asking
+) -> BenchmarkScores:
+    tokenizer = load_tokenizer(folder)
+    questions = benchmarks.questions.get(benchmark.name)
+    if questions is None:
+        return score_from_hub(model, tokenizer, benchmark, asking)
+    return score_benchmark(model, tokenizer, questions, asking)
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise RequestError(f"{folder}: {broken[0]} holds values that are not finite.")
+
+
+def _record(scores: BenchmarkScores, benchmarks: _Benchmarks) -> dict[str, Any]:
+    questions = benchmarks.questions.get(scores.name)
+    hub = next(one.hub for one in benchmarks.names if one.name == scores.name)
+    known = scores.known_by.record()
+    return {
+        "metric": scores.metric,
+        "score": known["accuracy"],
+        "standard_error": known["standard_error"],
+        "n": known["n"],
+        "chance": scores.nulls.chance,
+        "null_models": {
+            "uniform": scores.nulls.uniform,
+            "constant": scores.nulls.constant,
+            "empty": scores.nulls.empty,
+        },
+        "metrics": {metric: held.mean() for metric, held in scores.scores.items()},
+        "source": list(questions.files) if questions is not None else f"hub: {hub}",
+        "limited": list(scores.notes),
+    }
+
+
+def _print(
+    losses: Mapping[str, PairedScores],
+    scores: Sequence[BenchmarkScores],
+    *,
+    notes: Sequence[str],
+    output: Path | None,
+) -> None:
+    console = new_console()
+    say = partial(console.print, soft_wrap=True)
+    for note in notes:
+        say(note)
+    if losses:
+        _print_losses(console, losses)
+    if losses and scores:
+        say()
+    if scores:
+        _print_scores(console, scores)
+    limited = [(held.name, note) for held in scores for note in held.notes]
+    if limited:
+        say()
+    for name, note in limited:
+        say(f"{name}: {note}")
+    if output is not None:
+        say(f"\nwritten  {shown_path(output)}")
+
+
+def _print_losses(console: Console, losses: Mapping[str, PairedScores]) -> None:
+    headers = ("nats per token", "±", "per byte", "documents")
+    table = new_table("loss", *headers, numbers=headers)
+    for name, held in losses.items():
+        record = held.record()
+        table.add_row(
+            name,
+            *(
+                _number(record[key], "{:.3f}")
+                for key in ("loss", "standard_error", "loss_per_byte")
+            ),
+            str(record["n"]),
+        )
+    console.print(table)
+
+
+def _print_scores(console: Console, scores: Sequence[BenchmarkScores]) -> None:
+    headers = ("score", "±", "questions", "uniform", "constant", "empty")
+    table = new_table("benchmark", "metric", *headers, numbers=headers)
+    for held in scores:
+        record, nulls = held.known_by.record(), held.nulls
+        shares = (record["accuracy"], record["standard_error"])
+        table.add_row(
+            held.name,
+            held.metric,
+            *(_number(share, "{:.1%}") for share in shares),
+            str(record["n"]),
+            *(_number(share, "{:.1%}") for share in (nulls.uniform, nulls.constant, nulls.empty)),
+        )
+    console.print(table)
+
+
+def _number(value: float | int | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

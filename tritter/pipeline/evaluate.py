@@ -1,0 +1,170 @@
+"""A checkpoint's losses, domain by domain: of text that is named, or of what it learned."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from tritter.checkpoint import Lineage
+from tritter.config.run_text import RunText
+from tritter.config.schema import CheckpointModelConfig, TextDataConfig
+from tritter.config.text_resolution import run_text
+from tritter.config.validation import cache_folder
+from tritter.data.corpus import build_corpus
+from tritter.data.pretrained import PretrainedTokenizer
+from tritter.data.records import DEFAULT_FIELD
+from tritter.data.sources import source_documents
+from tritter.data.split import Earlier
+from tritter.data.tokens import TokenisedDocuments, tokenise
+from tritter.errors import RequestError
+from tritter.evaluation.losses import document_losses
+from tritter.evaluation.paired_scores import PairedScores
+from tritter.pipeline.corpora import all_documents
+
+MAX_TOKENS_PER_DOCUMENT = 1024  # as conf/evaluation/default.yaml has it
+MAX_SEQUENCE_LENGTH = 1024
+_OLD_KEY = re.compile(r"^data\.old = [^:]*:")
+_OLD_TEXT = "; name what is to be kept, data.old=PATHS, or nothing, data.old={}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DomainsToScore:
+    """Documents that are scored.
+
+    Args:
+        documents: domain → its documents; of what a lineage learned those that were held out.
+        notes: what is worth telling, a sentence each.
+    """
+
+    documents: Mapping[str, TokenisedDocuments]
+    notes: tuple[str, ...]
+
+
+def named_domains(
+    sources: Mapping[str, Sequence[str]], tokenizer: PretrainedTokenizer
+) -> DomainsToScore:
+    """Return all documents of text that is named, each up to its first tokens.
+
+    Raises:
+        RequestError: a path means no text.
+        TextFileError: files can't be read as what they are.
+    """
+    documents = {
+        name: tokenise(
+            source_documents(paths, key=f"--data {name}", text_field=DEFAULT_FIELD),
+            tokenizer.tokenizer,
+            max_tokens_per_document=MAX_TOKENS_PER_DOCUMENT,
+        )
+        for name, paths in sources.items()
+    }
+    return DomainsToScore(documents, ())
+
+
+def learned_domains(
+    folder: Path, lineage: Lineage | None, tokenizer: PretrainedTokenizer
+) -> DomainsToScore:
+    """Return what was held out of every domain that a lineage learned.
+
+    Raises:
+        RequestError: it learned none, or its text is not at hand.
+    """
+    text = None if lineage is None else _learned_text(folder, lineage)
+    if text is None or not text.domains:
+        raise RequestError(
+            f"--checkpoint = {folder}: its lineage records no text that it learned; name text, "
+            "--data NAME=PATH, or benchmarks, --tasks NAMES."
+        )
+    corpus = build_corpus(
+        all_documents(text.domains),
+        origin="what the lineage learned",
+        vocab_size=tokenizer.tokenizer.get_vocab_size(),
+        validation_fraction=text.split.validation_fraction,
+        max_validation_tokens_per_document=MAX_TOKENS_PER_DOCUMENT,
+        seed=text.split.seed,
+        cache_dir=cache_folder(None),
+        tokenizer=tokenizer.tokenizer,
+        earlier=Earlier(text.split.exceptions, tuple(all_documents(text.history).values())),
+    )
+    documents = {name: domain.validation for name, domain in corpus.domains.items()}
+    held_out = f"Documents that no training of this checkpoint saw: of {', '.join(documents)}."
+    others = (note for note in text.notes if not note.startswith("Old text as"))
+    return DomainsToScore(documents, (held_out, *others))
+
+
+def _learned_text(folder: Path, lineage: Lineage) -> RunText:
+    model = CheckpointModelConfig(model_type="hf", path=str(folder))
+    data = TextDataConfig(
+        source="text",
+        text_field=DEFAULT_FIELD,
+        old=None,
+        new={},
+        tasks=[],
+        vocab_size=257,
+        sequence_length=2,
+        batch_size=1,
+        validation_fraction=None,
+    )
+    seed = lineage.split.seed if lineage.split is not None else 0
+    try:
+        return run_text(model, data, seed=seed)
+    except RequestError as error:
+        told = str(error).replace(_OLD_TEXT, "; name text, --data NAME=PATH")
+        raise RequestError(_OLD_KEY.sub(f"--checkpoint = {folder}:", told)) from error
+
+
+def sequence_length(lineage: Lineage | None, positions: int | None) -> int:
+    """Return into how long windows documents are cut: as in the last training, where recorded."""
+    data = lineage.training_config.get("data") if lineage is not None else None
+    recorded = data.get("sequence_length") if isinstance(data, Mapping) else None
+    longest = positions or MAX_SEQUENCE_LENGTH
+    wanted = recorded if isinstance(recorded, int) and recorded >= 2 else MAX_SEQUENCE_LENGTH
+    return min(wanted, longest)
+
+
+def domain_losses(
+    model: nn.Module,
+    domains: Mapping[str, TokenisedDocuments],
+    tokenizer: PretrainedTokenizer,
+    *,
+    length: int,
+    batch_size: int,
+) -> dict[str, PairedScores]:
+    """Score the documents of each domain.
+
+    Args:
+        length: of the windows that documents are cut into.
+
+    Raises:
+        TritterError: a domain has no token.
+    """
+    end_of_text_id = tokenizer.tokenizer.token_to_id(tokenizer.end_of_text)
+    assert end_of_text_id is not None
+    return {
+        name: document_losses(
+            model,
+            documents,
+            sequence_length=length,
+            end_of_text_id=end_of_text_id,
+            batch_size=batch_size,
+        )
+        for name, documents in domains.items()
+    }
+
+
+def read_data_words(words: Iterable[str]) -> dict[str, list[str]]:
+    """Return domain → paths of words NAME=PATH; a name may come again.
+
+    Raises:
+        RequestError: a word names no domain.
+    """
+    sources: dict[str, list[str]] = {}
+    for word in words:
+        name, sign, path = word.partition("=")
+        if not (sign and path and name.replace("-", "_").isidentifier()):
+            raise RequestError(
+                f"--data = {word}: allowed is NAME=PATH, with a name of letters, digits, - and _."
+            )
+        sources.setdefault(name, []).append(path)
+    return sources
