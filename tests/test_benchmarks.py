@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.benchmarks import expand_speed, fisher, precision, streaming
+from experiments.benchmarks import corpus_memory, expand_speed, fisher, precision, streaming
 from tritter.data.corpus import Corpus, build_corpus
 from tritter.data.documents import Document
 from tritter.moe_routing import RoutingSettings
@@ -45,6 +45,13 @@ def test_fisher_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.Mon
     assert float(row["fisher_over_plain"]) > 0
 
 
+def test_corpus_memory_measures_a_text(tmp_path: Path) -> None:
+    corpus_memory.write_text(tmp_path / "text.txt", megabytes=1)
+    row = corpus_memory.measure(tmp_path / "text.txt")
+    assert row.megabytes == 1 and row.tokens > 100_000
+    assert 0 <= row.read_mb <= row.corpus_mb <= row.packed_mb
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_expand_speed_measures_every_contender(tmp_path: Path) -> None:
     rows = list(
@@ -76,6 +83,7 @@ def _columns(name: str, *, folder: Path = FOLDER) -> set[str]:
 def test_the_shipped_rows_have_the_columns_of_today() -> None:
     fields = set(streaming.Row.__dataclass_fields__) | {"growth_mb"}
     assert _columns("streaming.csv") == fields
+    assert _columns("corpus_memory.csv") == set(corpus_memory.Row.__dataclass_fields__)
     assert _columns("expand_speed.csv") == set(expand_speed.Row.__dataclass_fields__)
     assert _columns("fisher.csv") == set(fisher.Row.__dataclass_fields__)
     assert _columns("precision.csv") == {"run", *precision.Row.__dataclass_fields__, "ratio"}

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from tritter.data import tokens
 from tritter.data.documents import Document
 from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
 from tritter.data.tokens import pack, tokenise
@@ -21,6 +22,23 @@ def test_tokens_and_bytes_of_whole_documents(documents, tokenizer):
     )
     with pytest.raises(IndexError):
         tokenised.document(len(tokenised))
+
+
+@pytest.mark.parametrize("limit", [None, 30])
+def test_documents_are_the_same_whatever_is_tokenised_at_a_time(
+    documents, tokenizer, limit, monkeypatch
+):
+    several = [*documents, Document("empty", "")]
+    whole = tokenise(several, tokenizer, max_tokens_per_document=limit)
+    packed = pack(whole, sequence_length=7, end_of_text_id=0)
+    monkeypatch.setattr(tokens, "ENCODED_CHARACTERS", 500)
+    monkeypatch.setattr(tokens, "PACKED_DOCUMENTS", 3)
+    parts = tokenise(several, tokenizer, max_tokens_per_document=limit)
+    for name in ("tokens", "offsets", "num_bytes"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name))
+    assert torch.equal(pack(parts, sequence_length=7, end_of_text_id=0), packed)
+    laid = [id_ for n in range(len(whole)) for id_ in [*whole.document(n).tolist(), 0]]
+    assert packed.flatten().tolist() == laid[: len(laid) // 7 * 7]
 
 
 @pytest.mark.parametrize("limit", range(4, 30))

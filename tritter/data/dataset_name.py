@@ -78,8 +78,9 @@ class DatasetName:
     @property
     def builder(self) -> tuple[str, dict[str, str]] | None:
         """What reads a single file, with its arguments; None of what is no such file."""
-        ending = file_ending(Path(self.name))
-        return BUILDERS[ending] if ending and self.is_on_disk else None
+        place = Path(self.name)
+        ending = file_ending(place) if self.is_on_disk and place.is_file() else ""
+        return BUILDERS[ending] if ending else None
 
 
 def dataset_names(paths: Iterable[str]) -> tuple[str, ...]:

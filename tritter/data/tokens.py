@@ -13,6 +13,9 @@ from tritter.data.documents import Document
 from tritter.errors import RequestError
 
 MINIMUM_DOCUMENT_TOKENS = 4  # a character may take four bytes, and each a token
+# At a time: what the tokenizer knows of a token, and the places of tokens, take many times more
+ENCODED_CHARACTERS = 2**21
+PACKED_DOCUMENTS = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,12 +72,13 @@ def tokenise(
     num_bytes: list[int] = []
     # The fast one leaves out the offsets, which only a cut needs.
     encode = tokenizer.encode_batch_fast if limit is None else tokenizer.encode_batch
-    with _specials_as_text(tokenizer):
-        encodings = encode([document.text for document in documents], add_special_tokens=False)
-    for document, encoding in zip(documents, encodings, strict=True):
-        num_kept = _num_kept(encoding, limit=limit)
-        pieces.append(np.asarray(encoding.ids[:num_kept], dtype=np.int32))
-        num_bytes.append(_num_bytes(document.text, encoding, num_kept=num_kept))
+    for batch in _batches(documents):
+        with _specials_as_text(tokenizer):
+            encodings = encode([document.text for document in batch], add_special_tokens=False)
+        for document, encoding in zip(batch, encodings, strict=True):
+            num_kept = _num_kept(encoding, limit=limit)
+            pieces.append(np.asarray(encoding.ids[:num_kept], dtype=np.int32))
+            num_bytes.append(_num_bytes(document.text, encoding, num_kept=num_kept))
     return _joined(pieces, num_bytes, tuple(each.identifier for each in documents))
 
 
@@ -97,12 +101,28 @@ def pack(documents: TokenisedDocuments, *, sequence_length: int, end_of_text_id:
             f"data.sequence_length={sequence_length}: the {len(documents)} documents hold "
             f"{available} tokens, not one full sequence. Give more text, or at most {available}."
         )
-    lengths = documents.offsets.diff()
-    ends_before = torch.arange(len(documents)).repeat_interleave(lengths)
     stream = torch.full((available,), end_of_text_id, dtype=torch.int32)
-    stream[torch.arange(documents.num_tokens) + ends_before] = documents.tokens
+    for first in range(0, len(documents), PACKED_DOCUMENTS):
+        offsets = documents.offsets[first : first + PACKED_DOCUMENTS + 1]
+        ends_before = torch.arange(first, first + len(offsets) - 1)
+        ends_before = ends_before.repeat_interleave(offsets.diff())
+        positions = torch.arange(int(offsets[0]), int(offsets[-1]))
+        stream[positions + ends_before] = documents.tokens[offsets[0] : offsets[-1]]
     num_sequences = available // sequence_length
     return stream[: num_sequences * sequence_length].view(num_sequences, sequence_length)
+
+
+def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Yield documents in their order, about `ENCODED_CHARACTERS` at a time."""
+    batch, size = list[Document](), 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= ENCODED_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 @contextmanager

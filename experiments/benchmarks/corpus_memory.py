@@ -1,0 +1,124 @@
+"""How much memory it takes to make a text into a corpus and to pack it, by the size of the text.
+
+    python experiments/benchmarks/corpus_memory.py --megabytes 25 100
+
+writes texts of made-up words, reads each in a process of its own, and prints a row per size: the
+largest resident memory beyond what the imports take.
+"""
+
+import argparse
+import csv
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from tritter.data.corpus import build_corpus  # noqa: E402
+from tritter.data.sources import source_documents  # noqa: E402
+from tritter.data.tokens import pack  # noqa: E402
+
+MEGABYTE = 2**20
+NUM_WORDS, WORDS_OF_PARAGRAPH = 20_000, 150
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One size.
+
+    Args:
+        read_mb: peak once the documents are there, beyond the imports.
+        corpus_mb: once they are tokenised and cached.
+        packed_mb: once they are packed into sequences.
+    """
+
+    megabytes: int
+    tokens: int
+    read_mb: float
+    corpus_mb: float
+    packed_mb: float
+    seconds: float
+
+
+def write_text(path: Path, *, megabytes: int, seed: int = 0) -> None:
+    """Write paragraphs of words whose frequencies fall as their ranks."""
+    source = random.Random(seed)
+    words = [
+        "".join(source.choices("etaoinshrdlu", k=source.randint(2, 9))) for _ in range(NUM_WORDS)
+    ]
+    weights = list(accumulate(1 / rank for rank in range(1, NUM_WORDS + 1)))
+    left = megabytes * MEGABYTE
+    with path.open("w", encoding="utf-8") as file:
+        while left > 0:
+            chosen = source.choices(words, cum_weights=weights, k=WORDS_OF_PARAGRAPH)
+            left -= file.write(" ".join(chosen) + "\n\n")
+
+
+def measure(path: Path) -> Row:
+    """Make a corpus of one text in this process."""
+    imported, since = _peak_mb(), time.perf_counter()
+    documents = source_documents([str(path)], key="text", text_field="text")
+    read = _peak_mb()
+    corpus = build_corpus(
+        {"text": documents},
+        origin="made up",
+        vocab_size=1024,
+        validation_fraction=0.2,
+        max_validation_tokens_per_document=512,
+        seed=0,
+        cache_dir=path.parent / "cache",
+    )
+    cached, training = _peak_mb(), corpus.domains["text"].train
+    pack(training, sequence_length=128, end_of_text_id=0)
+    peaks = (round(peak - imported, 1) for peak in (read, cached, _peak_mb()))
+    seconds = round(time.perf_counter() - since, 1)
+    megabytes = round(path.stat().st_size / MEGABYTE)
+    return Row(megabytes, training.num_tokens, *peaks, seconds)
+
+
+def benchmark(sizes: list[int], place: Path) -> list[Row]:
+    """Return a row for each size in megabytes; texts and caches are left in `place`."""
+    rows = []
+    for megabytes in sizes:
+        path = place / f"{megabytes}.txt"
+        write_text(path, megabytes=megabytes)
+        words = [sys.executable, str(Path(__file__).resolve()), "--measure", str(path)]
+        found = subprocess.run(words, capture_output=True, text=True, check=True)
+        rows.append(Row(**json.loads(found.stdout)))
+    return rows
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[25, 100])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"))
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.measure is not None:
+        print(json.dumps(asdict(measure(words.measure))))
+        return
+    with tempfile.TemporaryDirectory() as place:
+        rows = [asdict(row) for row in benchmark(words.megabytes, Path(place))]
+    with words.output.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    for row in rows:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()
