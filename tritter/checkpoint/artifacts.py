@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tritter.checkpoint.folder import Artifact
+from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.state import read_state
 from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.stock_routers import AddedExperts
@@ -14,5 +15,10 @@ def read_artifacts(folder: Path) -> tuple[Artifact, ...]:
     Raises:
         TritterError: one is damaged, or of a newer format.
     """
-    found = (TokenizerFiles(folder), read_state(folder), AddedExperts.read(folder))
+    found = (
+        TokenizerFiles(folder),
+        read_state(folder),
+        AddedExperts.read(folder),
+        KeptSequences.read(folder),
+    )
     return tuple(artifact for artifact in found if artifact is not None)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, lineage_of
+from tritter.checkpoint.kept_sequences import KEPT_FILE
 from tritter.checkpoint.state import STATE_FOLDER
 from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
 from tritter.errors import RequestError, TritterError
@@ -21,7 +22,7 @@ from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME
 
 _PLAIN_NAMES = {"config.json", CARD_NAME, SINGLE_NAME, INDEX_NAME, *TOKENIZER_FILES}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-_STATE_FILES = {f"{STATE_FOLDER}/state.json", f"{STATE_FOLDER}/router.json"}
+_STATE_FILES = {f"{STATE_FOLDER}/{name}" for name in ("state.json", "router.json", KEPT_FILE)}
 _MAX_SHOWN = 4
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from tritter.config.freezing import freezing_problems
+from tritter.config.kept import kept_problems
 from tritter.config.moe import teacher_problems
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.errors import Problem
@@ -35,3 +36,4 @@ def method_start_problems(config: RunConfig, source: Config) -> Iterator[Problem
             key = f"forgetting.{one.name}.teacher"
             yield from teacher_problems(place, source if is_known else None, key=key)
     yield from freezing_problems(config, source)
+    yield from kept_problems(config)

@@ -3,13 +3,14 @@
 A checkpoint of ours says what it learned: all of that is old from then on, and its split goes on.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tritter.checkpoint.history import learned_text
+from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.learned import BUILT_IN, Learned, LearnedDomain, TextSplit, told_apart
 from tritter.config.run_text import DomainText, RunText
 from tritter.config.schema import (
@@ -49,8 +50,14 @@ def run_text(model: Model, data: DataConfig, *, seed: int) -> RunText:
     resolution = _Domains(learned, data, notes)
     domains, tasks = resolution.resolved()
     rest = [name for name in learned.domains if name not in {each.name for each in domains}]
-    if rest:
-        notes.append(f"Nothing protects {', '.join(rest)}, which the checkpoint learned.")
+    kept = _kept(model)
+    if stood_for := [name for name in rest if name in kept]:
+        notes.append(
+            f"Sequences of {', '.join(stood_for)} lie beside the checkpoint; methods against "
+            "forgetting take them in place of text."
+        )
+    if bare := [name for name in rest if name not in kept]:
+        notes.append(f"Nothing protects {', '.join(bare)}, which the checkpoint learned.")
     if unsplit := [name for name, domain in learned.domains.items() if not domain.read_under]:
         notes.append(f"What was held out of {', '.join(unsplit)} is not recorded.")
     ranked = [n for n in (*rest, *resolution.other_text) if learned.domains[n].ranked]
@@ -76,6 +83,16 @@ def _learned(model: Model) -> Learned:
         return Learned()
     try:
         return learned_text(Path(model.path))
+    except TritterError as error:
+        raise RequestError(f"model.path: {error}") from error
+
+
+def _kept(model: Model) -> Collection[str]:
+    """Return the domains of which sequences lie beside the checkpoint."""
+    if not isinstance(model, CheckpointModelConfig):
+        return ()
+    try:
+        return KeptSequences.read(Path(model.path)).sequences
     except TritterError as error:
         raise RequestError(f"model.path: {error}") from error
 

@@ -16,6 +16,7 @@ from tritter.config.callbacks import (
 )
 from tritter.config.classes import Bodies, find_classes, group_bodies
 from tritter.config.forgetting import method_problems, method_start_problems
+from tritter.config.kept import kept_text
 from tritter.config.loggers import read_loggers
 from tritter.config.moe import expert_problems
 from tritter.config.moments import carry_problems, kinds_beside
@@ -293,11 +294,12 @@ def _with_self_replay(asked: Mapping[str, Any]) -> str:
 
 
 def _lacks_old_text(config: RunConfig, needs: Any) -> bool:
-    """Say whether a method can't do without, given the state that lies beside the checkpoint."""
-    if not (needs.old_text and needs.instead):
-        return bool(needs.old_text)
+    """Say whether a method can't do without, given what lies beside the checkpoint."""
     assert isinstance(config.model, CheckpointModelConfig)
-    return not kinds_beside(Path(config.model.path)) >= set(needs.instead)
+    folder = Path(config.model.path)
+    if not needs.old_text or kept_text(config).sequences:
+        return False
+    return not (needs.instead and kinds_beside(folder) >= set(needs.instead))
 
 
 def _length_problems(config: RunConfig, source: Config) -> Iterator[Problem]:

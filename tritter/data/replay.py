@@ -57,16 +57,25 @@ class ReplayBuffer:
         *,
         seed: int,
         weights: Mapping[str, float] | None = None,
+        losses: Mapping[str, Tensor] | None = None,
     ) -> "ReplayBuffer":
         """Fill a buffer from domains of sequences [N, T].
+
+        Args:
+            losses: domain → [N], by which its sequences are drawn in proportion.
 
         Raises:
             RequestError: a domain has no sequence, or no weight is above 0.
         """
-        streams = {
-            name: SequenceStream(each, seed=derived_seed(seed, "replay", name))
-            for name, each in sequences.items()
-        }
+        streams: dict[str, SequenceStream | Reservoir] = {}
+        for name, each in sequences.items():
+            own = derived_seed(seed, "replay", name)
+            if name in (losses or {}):
+                assert losses is not None
+                streams[name] = held = Reservoir(len(each), seed=own, weighting="loss")
+                held.add(each, losses[name])
+            else:
+                streams[name] = SequenceStream(each, seed=own)
         return cls(streams, weights=weights)
 
     @classmethod
@@ -120,7 +129,7 @@ class ReplayBuffer:
                 sequences, losses = held[f"sequences/{name}"], held[f"losses/{name}"]
                 stream.add(sequences, losses)
                 stream.num_seen = counts[name][1]
-        except (KeyError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, RequestError):
                 raise
             raise TritterError(f"{path} holds no replay buffer ({error!r}).") from error
@@ -143,6 +152,11 @@ class ReplayBuffer:
 
     def __len__(self) -> int:
         return sum(map(len, self._streams.values()))
+
+    @property
+    def reservoirs(self) -> dict[str, Reservoir]:
+        """The domains of which a sample is held."""
+        return {n: each for n, each in self._streams.items() if isinstance(each, Reservoir)}
 
     @property
     def sequence_length(self) -> int:

@@ -63,6 +63,21 @@ def document_losses(
     return _without_empty(documents, nats)
 
 
+def sequence_losses(model: nn.Module, sequences: Tensor, *, batch_size: int = 16) -> Tensor:
+    """Return the mean cross-entropy of each sequence, nats per token, float32 [N].
+
+    Args:
+        sequences: int [N, T]; each token but the first is predicted.
+    """
+    nats = []
+    with evaluating(model) as device:
+        for rows in sequences.split(batch_size):
+            rows = rows.long().to(device)
+            logits = model(input_ids=rows, use_cache=False).logits
+            nats.append(nats_per_row(logits[:, :-1], rows[:, 1:]).cpu() / (rows.shape[1] - 1))
+    return torch.cat(nats).float()
+
+
 def window_lengths(documents: TokenisedDocuments, *, sequence_length: int) -> list[int]:
     """Return how many tokens each pass over a window reads when documents are scored."""
     return [window.length for window in windows_of(documents, sequence_length=sequence_length)]

@@ -18,6 +18,7 @@ from tritter.checkpoint import (
     write_checkpoint,
 )
 from tritter.checkpoint.folder import Artifact
+from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.checkpoint.state import State, read_state, write_state
 from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES, TokenizerFiles
@@ -234,7 +235,7 @@ def _followed(
     """
     state = read_state(source)
     carried = None if state is None else _MappedState(plan, state, moments, max_shard_bytes)
-    return TokenizerFiles(source), carried, plan.added_experts
+    return TokenizerFiles(source), carried, plan.added_experts, KeptSequences.read(source)
 
 
 @dataclass(frozen=True, slots=True)

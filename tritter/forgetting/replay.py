@@ -13,7 +13,8 @@ from pydantic import Field
 
 from tritter.data.batches import BatchStream
 from tritter.data.replay import ReplayBuffer
-from tritter.options import options
+from tritter.data.reservoir import Weighting
+from tritter.options import WholeNumber, options
 from tritter.training import ForgettingMethod, Needs, Task
 
 
@@ -23,10 +24,15 @@ class ReplayOptions:
 
     Args:
         weights: old domain → its weight among them; 1 where it is not named.
+        weighting: of sequences that an earlier training kept, within their domain: `uniform`, or
+            `loss`, in proportion to the loss that they were left with.
+        keep: sequences of each domain that are left beside the trained model.
     """
 
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.4
     weights: Mapping[str, Annotated[float, Field(ge=0)]] | None = None
+    weighting: Weighting = "uniform"
+    keep: WholeNumber = 0
 
 
 class Replay(ForgettingMethod):
@@ -35,20 +41,36 @@ class Replay(ForgettingMethod):
     Args:
         fraction: share of all sequences that are old, 0 ≤ fraction < 1.
         weights: old domain → its weight among them; 1 where it is not named.
+        weighting: `uniform` or `loss`, of kept sequences within their domain.
+        keep: sequences of each domain that the training leaves for others.
     """
 
     name = "replay"
     Options = ReplayOptions
 
-    def __init__(self, *, fraction: float, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        fraction: float,
+        weights: Mapping[str, float] | None = None,
+        weighting: Weighting = "uniform",
+        keep: int = 0,
+    ) -> None:
         self.fraction = fraction
         self.weights = weights
+        self.weighting = weighting
+        self.keep = keep
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        return Needs(old_text=True, mixes=True)
+        return Needs(old_text=True, mixes=True, keeps=options.keep)
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         # The place in the buffer is part of the batches' place, which checkpoints keep
-        buffer = ReplayBuffer.of_domains(task.old_sequences, seed=task.seed, weights=self.weights)
+        buffer = ReplayBuffer.of_domains(
+            task.old_sequences,
+            seed=task.seed,
+            weights=self.weights,
+            losses=task.old_losses if self.weighting == "loss" else None,
+        )
         return batches.with_replay(buffer, self.fraction)

@@ -26,6 +26,7 @@ from tritter.models import disk_tensors, live_tensors, load_model, read_config
 from tritter.parameter_map.carry import StateKind
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.kept import kept_text
 from tritter.pipeline.ledger import StageResult
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hub import locate
@@ -102,7 +103,7 @@ def _stand_in_notes(context: RunContext, arm: Arm, beside: Mapping[str, Any]) ->
         for one, needs in chosen
         if needs.old_text and not (needs.instead and beside.keys() >= set(needs.instead))
     ]
-    if context.old_of(arm) or not needing:
+    if context.old_of(arm) or kept_text(context, arm).sequences or not needing:
         return []
     return [f"There is no old text: {' and '.join(needing)} had what the model itself wrote."]
 
@@ -114,7 +115,7 @@ def _preparation(
     state: Mapping[str, Values],
     written: Tensor | None,
 ) -> Preparation:
-    old = context.old_of(arm) or (() if written is None else (WRITTEN,))
+    old = tuple(_old_sequences(context, arm, written))
 
     def draw(count: int, *words: str, domains: Sequence[str] = old) -> Tensor:
         sequences = _old_sequences(context, arm, written)
@@ -160,6 +161,7 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
     return Task(
         seed=context.seed("forgetting", *arm.purpose),
         old_sequences=_old_sequences(context, arm, written) if has_old else {},
+        old_losses=kept_text(context, arm).losses,
         written=written,
         latest=_latest(context, arm),
         carried=follow(planned.change.masks()) if has_masks else {},
@@ -209,8 +211,9 @@ def _needs(context: RunContext) -> tuple[Needs, ...]:
 
 def _old_sequences(context: RunContext, arm: Arm, written: Tensor | None) -> Mapping[str, Tensor]:
     """Return old domain → sequences [N, T]; without one, what the model wrote, if it did."""
-    old = context.old_of(arm)
-    return context.training_sequences(old) if old or written is None else {WRITTEN: written}
+    text = context.training_sequences(context.old_of(arm))
+    old = {**text, **kept_text(context, arm).sequences}
+    return old if old or written is None else {WRITTEN: written}
 
 
 def _latest(context: RunContext, arm: Arm) -> tuple[str, ...]:

@@ -1,16 +1,18 @@
 """The checkpoint that a training leaves in the run folder."""
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
 
 from tritter.checkpoint import Lineage, lineage_of, write_checkpoint
 from tritter.checkpoint.folder import Artifact
+from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.left import checkpoint_changes
 from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.errors import TritterError
+from tritter.evaluation.losses import sequence_losses
 from tritter.families import Config, family_of
 from tritter.models import (
     config_of,
@@ -22,6 +24,7 @@ from tritter.models import (
 from tritter.pipeline import moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.kept import left_sequences
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.storage.writer import TensorStream
 from tritter.training import FitResult
@@ -43,6 +46,7 @@ class TrainedWriter:
         anneal_steps: after how many steps they are open; None: this training opens them no further.
         moments: those of the optimizer.
         routing_state: where the routers' biases, which no checkpoint holds, are left.
+        kept: sequences that stay beside the model.
     """
 
     start: Path
@@ -54,6 +58,7 @@ class TrainedWriter:
     anneal_steps: int | None = None
     moments: Artifact | None = None
     routing_state: Path | None = None
+    kept: KeptSequences = field(default_factory=KeptSequences)
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         """Write `model` as this training left it."""
@@ -72,13 +77,26 @@ class TrainedWriter:
                 step=self.earlier_steps + steps,
                 stock_loadable="yes" if is_settled else "after adaptation",
             ),
-            artifacts=(TokenizerFiles(self.start), None if is_settled else added, self.moments),
+            artifacts=(
+                TokenizerFiles(self.start),
+                None if is_settled else added,
+                self.moments,
+                _measured(self.kept, model),
+            ),
             overwrite=True,
         )
         if self.routing_state is not None:
             state = Routing.attached(model)
             assert state is not None
             SafetensorsCheckpointIO().save_checkpoint(state.state_dict(), self.routing_state)
+
+
+def _measured(kept: KeptSequences, model: nn.Module) -> KeptSequences:
+    """Return kept sequences with the losses that the model leaves them with."""
+    losses = dict(kept.losses)
+    for name in kept.sequences.keys() - losses.keys():
+        losses[name] = sequence_losses(model, kept.sequences[name])
+    return replace(kept, losses=losses)
 
 
 def _followed(config: Config, model: nn.Module) -> Config:
@@ -136,6 +154,7 @@ def arm_writer(context: RunContext, arm: Arm, *, is_routed: bool) -> TrainedWrit
         anneal_steps=None if added is None else moe.anneal_steps(context, arm, added),
         moments=moments.LeftState(folder),
         routing_state=folder / "routing" if has_bias else None,
+        kept=left_sequences(context, arm),
     )
 
 

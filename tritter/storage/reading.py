@@ -24,6 +24,8 @@ _MAX_BYTES = {
     "router.json": 2**20,
     "tritter.json": 64 * 2**20,
     "model.safetensors.index.json": 64 * 2**20,
+    "replay.safetensors": 2**30,
+    "written.safetensors": 2**30,
     "ledger.json": 64 * 2**20,
     "checkpoint.json": 256 * 2**20,
     "tokenizer.json": 256 * 2**20,

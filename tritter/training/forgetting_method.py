@@ -41,6 +41,8 @@ class Needs:
             the old domains, methods that need it get this.
         mixes: its `mix` puts old sequences into the batches, which one method of a run may.
         replayed_rows: rows of old text in the batches, which another method mixes in.
+        keeps: sequences of each domain's training text that are left beside the trained model, to
+            stand for text that a later training has no more.
         copies: tensors as large as the model that it holds during a training.
     """
 
@@ -55,6 +57,7 @@ class Needs:
     writes: bool = False
     mixes: bool = False
     replayed_rows: bool = False
+    keeps: int = 0
     copies: int = 0
 
 
@@ -112,8 +115,10 @@ class Task:
 
     Args:
         seed: of the method's own randomness.
-        old_sequences: old domain → int [N, T], its packed training sequences; where there is no
-            old text, and a method let the model write, what it wrote.
+        old_sequences: old domain → int [N, T], its packed training sequences, or what an earlier
+            training kept of them beside the model; where there is neither, and a method let the
+            model write, what it wrote.
+        old_losses: domain → float [N], of those that were kept: when they were left.
         written: int [N, T], that.
         latest: of the old domains those that the model was trained on last; empty: not known.
         carried: parameter name → bool mask of the entries that hold old knowledge; everything
@@ -126,6 +131,7 @@ class Task:
 
     seed: int
     old_sequences: Mapping[str, Tensor] = field(default_factory=dict)
+    old_losses: Mapping[str, Tensor] = field(default_factory=dict)
     written: Tensor | None = None
     latest: tuple[str, ...] = ()
     carried: Values = field(default_factory=dict)
