@@ -109,6 +109,8 @@ def check_train(words: list[str]) -> None:
     if "--help" in words:
         assert "Examples" in help_text()
         return
+    if "evaluation.tasks_path=benchmarks" in words:
+        Path("benchmarks").mkdir()
     command = read_command_line(words)
     if command.is_hydra_help:
         assert "--cfg" in hydra_help()

@@ -21,7 +21,7 @@ _EXPORTS = {
     "LlamaPro": "tritter.expansion",
     "MoEExpansionConfig": "tritter.moe_routing",
     "ModelExpander": "tritter.expand.live",
-    "PROGRESSIVE_BENCHMARKS": "tritter.evaluation.benchmarks.table",
+    "PROGRESSIVE_BENCHMARKS": "tritter.data.benchmark_names",
     "ProgressiveCheckpoint": "tritter.expand.progressive",
     "ProgressiveMoE": "tritter.moe_routing",
     "Stack": "tritter.expansion",

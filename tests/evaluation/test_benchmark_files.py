@@ -9,11 +9,12 @@ import pytest
 
 from tests.evaluation.programs import MBPP_ROWS
 from tests.evaluation.published import PUBLISHED
+from tritter.data.benchmark_names import GROUPS, HUB_NAMES
 from tritter.errors import RequestError
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
 from tritter.evaluation.benchmarks.nulls import null_scores
 from tritter.evaluation.benchmarks.records import Question
-from tritter.evaluation.benchmarks.table import BENCHMARKS, GROUPS, benchmarks_of
+from tritter.evaluation.benchmarks.table import BENCHMARKS, benchmarks_of
 from tritter.evaluation.code.sandbox import Outcome
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
@@ -199,6 +200,7 @@ def test_null_models(tmp_path: Path) -> None:
     assert (nulls.uniform, nulls.constant, nulls.empty, nulls.chance) == (0.5, 0.75, None, 0.75)
     nulls = null_scores(bbh.limited(2), of=bbh, sandbox=None)
     assert (nulls.uniform, nulls.constant, nulls.empty) == (None, 5 / 8, 0.0)
+    assert nulls.chance == 5 / 8
     assert null_scores(mbpp, sandbox=Refusing()).empty == 0.0
 
 
@@ -207,4 +209,4 @@ def test_the_files_beside_the_project_are_taken_as_they_are() -> None:
     totals = {each.benchmark.name: each.total for each in loaded(SHARED, *BENCHMARKS)}
     assert totals["gsm8k"] == 660 and totals["mmlu"] == 2850 and totals["math"] == 500
     assert totals["bbh"] == 3256 and totals["xcopa"] == 5500 and totals["mbpp"] == 250
-    assert set(totals) == set(BENCHMARKS)
+    assert list(totals) == list(BENCHMARKS) == list(HUB_NAMES)

@@ -14,6 +14,7 @@ from torch import nn
 from tritter.checkpoint import read_lineage
 from tritter.cli.output import new_console, new_table, print_json, shown_path
 from tritter.cli.request import damage_is_a_wrong_request
+from tritter.data.benchmark_names import code_problems
 from tritter.data.pretrained import read_tokenizer
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
@@ -25,7 +26,7 @@ from tritter.evaluation.benchmarks.harness import (
 )
 from tritter.evaluation.benchmarks.hub import score_from_hub
 from tritter.evaluation.benchmarks.records import Benchmark
-from tritter.evaluation.benchmarks.table import CODE, benchmarks_of
+from tritter.evaluation.benchmarks.table import benchmarks_of
 from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.families import family_of
@@ -161,18 +162,9 @@ def _sandbox(
     Raises:
         RequestError: a benchmark is not allowed to run programs, or no sandbox can be had.
     """
-    reason = f"allowed are {', '.join(CODE)}"
-    problems = [
-        Problem("--allow-code", name, reason=reason) for name in allowed if name not in CODE
-    ]
+    names = [benchmark.name for benchmark in chosen]
+    raise_problems(code_problems(names, allowed, key="--tasks", allowing="--allow-code"))
     asked = [benchmark.name for benchmark in chosen if benchmark.kind == "code"]
-    for name in asked:
-        if name not in allowed:
-            reason = (
-                f"its answers are programs, which are run; allow it, --allow-code {','.join(asked)}"
-            )
-            problems.append(Problem("--tasks", name, reason=reason))
-    raise_problems(problems)
     if not asked:
         return None
     sandbox: Sandbox = ExternalSandbox(command) if command else NamespaceSandbox()

@@ -12,10 +12,10 @@ _CODE = "Programs that the model writes (humaneval, mbpp)"
 
 def _names(incomplete: str) -> list[str]:
     """Return what the last benchmark of a list may become, for a shell."""
-    from tritter.evaluation.benchmarks.table import BENCHMARKS, GROUPS
+    from tritter.data.benchmark_names import GROUPS, HUB_NAMES
 
     done = incomplete[: incomplete.rfind(",") + 1]
-    names = dict.fromkeys([*GROUPS, *BENCHMARKS])
+    names = dict.fromkeys([*GROUPS, *HUB_NAMES])
     return [found for name in names if (found := done + name).startswith(incomplete)]
 
 

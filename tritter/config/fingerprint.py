@@ -17,6 +17,10 @@ _WITHOUT_EFFECT = {
     "training": ("max_tokens",),
     "trainer": ("devices", "strategy", "progress", "save_every_n_steps", "check_memory"),
 }
+_OF_BENCHMARKS = {
+    *("tasks", "tasks_path", "task_limit"),
+    *("allow_code", "code_sandbox", "code_sandbox_command"),
+}
 _ABSENT = "(absent)"
 
 
@@ -36,6 +40,10 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         without = _WITHOUT_EFFECT.get(section, ())
         values = asdict(getattr(config, section))
         result[section] = {key: values[key] for key in values if key not in without}
+    if not config.evaluation.tasks:  # as every run was before there were any
+        result["evaluation"] = {
+            key: value for key, value in result["evaluation"].items() if key not in _OF_BENCHMARKS
+        }
     result["data"] |= identity(type(config.data))
     result["trainer"] |= effective_arguments(config)
     result["optimizer"] = optimizer_record(config)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from tritter.config.counts import parse_count
+from tritter.config.evaluation_config import EvaluationConfig
 from tritter.limits import (
     MAX_COUNT,
     MAX_LAYERS,
@@ -301,16 +302,6 @@ class LoggerConfig:
 
     wandb: WandbConfig | None
     others: tuple[NamedTarget, ...]
-
-
-@options
-class EvaluationConfig:
-    """How domains are scored and sampled."""
-
-    max_tokens_per_document: Annotated[int, Field(ge=2, le=MAX_COUNT)]
-    batch_size: Count
-    sample_tokens: WholeNumber
-    every_n_steps: WholeNumber
 
 
 @options

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from tritter.checkpoint.usable import checkpoint_config
+from tritter.config.benchmarks import benchmark_problems
 from tritter.config.callbacks import (
     asking_problems,
     averaging_problems,
@@ -373,6 +374,7 @@ _RULES: tuple[Rule, ...] = (
     partial(_schedule_problems, prefix="pretraining"),
     partial(_schedule_problems, prefix="training"),
     _gate_problems,
+    benchmark_problems,
     _precision_problems,
     _device_problems,
     replay_problems,

@@ -35,6 +35,7 @@ from tritter.expand import PlannedExpansion, planned
 from tritter.families import Config, family_of
 from tritter.models import read_config
 from tritter.pipeline.arm import Arm
+from tritter.pipeline.benchmarks import benchmark_tasks
 from tritter.pipeline.corpora import run_corpus, text_notes
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.scoring import Scores, Scoring, score_file, told, write_scores
@@ -44,6 +45,7 @@ from tritter.storage.hub import locate
 from tritter.terminal import Console
 from tritter.training import OptimizerSettings, Schedule, TrainerSettings
 
+MAX_POSITIONS = 2048  # of a model that does not say
 EVALUATED_TOKENS = 4096  # of a domain, each time: 3 % of the default training, all together
 
 
@@ -299,7 +301,10 @@ class RunContext:
     @cached_property
     def tasks(self) -> tuple[ScoredTask, ...]:
         """What is asked of every model beside the losses."""
-        return ()
+        source = known_config(self.config) if self.given is None else read_config(self.given)
+        positions = (source or {}).get("max_position_embeddings")
+        length = positions if isinstance(positions, int) else MAX_POSITIONS
+        return benchmark_tasks(self.config.evaluation, positions=length)
 
     @cached_property
     def scoring(self) -> Scoring:

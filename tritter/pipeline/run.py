@@ -279,6 +279,8 @@ def _check_text(context: RunContext) -> None:
         RequestError: says which.
     """
     context.check_text()
+    if context.tasks:
+        context.say("tasks", ", ".join(task.name for task in context.tasks))
     begun = context.ledger.get("baseline")
     if begun is not None and begun.found.get("corpus") not in (None, context.corpus.digest):
         raise RequestError(

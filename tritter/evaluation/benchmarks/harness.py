@@ -36,12 +36,14 @@ class Asking:
         limit: ask so many, spread over all; of a benchmark from the hub the first of each subtask.
         batch_size: requests at a time.
         sandbox: where programs are run; needed for those of kind `code`.
+        is_null_run: the empty program is run as well, for the null models.
         is_shown: lm-eval's progress bars are, on a terminal.
     """
 
     limit: int | None = None
     batch_size: int = 16
     sandbox: Sandbox | None = None
+    is_null_run: bool = True
     is_shown: bool = False
 
 
@@ -104,7 +106,8 @@ def score_benchmark(
         notes.append(
             f"{len(limited.questions)} of {questions.total} questions were asked, spread evenly."
         )
-    nulls = null_scores(asked, of=questions, sandbox=asking.sandbox)
+    sandbox = asking.sandbox if asking.is_null_run else None
+    nulls = null_scores(asked, of=questions, sandbox=sandbox)
     config = task_config(asked, length=length, sandbox=asking.sandbox)
     name = asked.benchmark.name
 
@@ -286,6 +289,32 @@ def _readable(
     return questions.only(kept), [f"{note} alone is longer than the {length} tokens that are read."]
 
 
+def sequence_lengths(tokenizer: Tokenizer, questions: Questions, *, length: int) -> list[int]:
+    """Return how many tokens each sequence has that is read, answers as long as they may be.
+
+    Args:
+        length: tokens that the model reads.
+    """
+    benchmark = questions.benchmark
+    answered = 0
+    if benchmark.kind in ("answer", "code"):
+        answered = min(benchmark.max_new_tokens, length // 2)
+    return [
+        min(length, _num_tokens(tokenizer, text) + answered)
+        for name, question in questions.questions.items()
+        for text in _read(questions.prompt(name), question, benchmark)
+    ]
+
+
+def _read(prompt: str, question: Question, benchmark: Benchmark) -> list[str]:
+    """Return the texts that are put to a model for a question."""
+    if benchmark.kind == "context":
+        return [f"{choice} {prompt}" for choice in question.choices]
+    if benchmark.kind == "word":
+        return [f"{prompt} {question.answer}"]
+    return [f"{prompt} {choice}" for choice in question.choices] or [prompt]
+
+
 def _predicted(question: Question) -> tuple[str, ...]:
     """Return what of a question the model is to predict."""
     return question.choices or (question.answer,)
@@ -312,12 +341,8 @@ def _notes(tokenizer: Tokenizer, questions: Questions, *, length: int) -> Iterat
 
 def _longest(questions: Questions, name: str) -> str:
     """Return the longest text that is put to the model for a question."""
-    question, prompt = questions.questions[name], questions.prompt(name)
-    choice = max(question.choices, key=len, default="")
-    kind = questions.benchmark.kind
-    if kind == "context":
-        return f"{choice} {prompt}"
-    return prompt + {"choice": f" {choice}", "word": f" {question.answer}"}.get(kind, "")
+    question = questions.questions[name]
+    return max(_read(questions.prompt(name), question, questions.benchmark), key=len)
 
 
 def _num_tokens(tokenizer: Tokenizer, text: str) -> int:

@@ -31,8 +31,8 @@ class NullScores:
 
     @property
     def chance(self) -> float:
-        """The most that a model without knowledge reaches."""
-        return max(self.uniform or 0.0, self.constant or 0.0, self.empty or 0.0)
+        """What guessing reaches; who answers nothing guesses nothing."""
+        return max(self.uniform or 0.0, self.constant or 0.0)
 
 
 def null_scores(
@@ -43,6 +43,7 @@ def null_scores(
     Args:
         of: all questions, of which these are some; what is common among them is known from these.
         sandbox: where programs are run; the empty answer to a question of `code` is one too.
+            None: it is not run.
 
     Raises:
         TritterError: the sandbox can't be set up.
@@ -56,7 +57,8 @@ def null_scores(
             uniform, commonest_share([("", _answer(each)) for each in everything]), None
         )
     if kind == "code":
-        assert sandbox is not None
+        if sandbox is None:
+            return NullScores(None, None, None)
         passed = sum(sandbox.run(program(question, "")).is_passed for question in asked)
         return NullScores(None, None, passed / len(asked))
     constant = commonest_share([(each.part, each.answer) for each in everything])

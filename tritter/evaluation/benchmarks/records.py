@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from tritter.data.benchmark_names import HUB_NAMES
+
 Kind = Literal["choice", "context", "word", "answer", "code"]
 Row = Mapping[str, Any]
 METRICS: dict[Kind, tuple[str, ...]] = {
@@ -88,8 +90,6 @@ class Benchmark:
         files: patterns of paths below the folder of files, the best first: the first one that any
             file has decides.
         formats: that its records may have.
-        hub: its name in lm-eval's own list, or, of `code`, the data set and its split there;
-            empty where there is none.
         hub_filter: of lm-eval's filters, the one whose scores count; empty: the only one.
         examples: what stands before all questions of a file.
         until: what ends an answer that is generated.
@@ -103,13 +103,17 @@ class Benchmark:
     metric: str
     files: tuple[str, ...]
     formats: tuple[Format, ...]
-    hub: str = ""
     hub_filter: str = ""
     examples: Examples = no_examples
     until: tuple[str, ...] = ()
     max_new_tokens: int = 256
     is_right: Callable[[Question, str], bool] = field(default=lambda question, text: False)
     separator: str = " "
+
+    @property
+    def hub(self) -> str:
+        """What it is called on the hub; empty where it is not there."""
+        return HUB_NAMES[self.name]
 
     @property
     def metrics(self) -> tuple[str, ...]:

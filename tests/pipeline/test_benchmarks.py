@@ -1,0 +1,99 @@
+"""Benchmarks in a run: asked of the baseline and of what was trained, gated as retention."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.evaluation.programs import HUMANEVAL_ROWS
+from tests.evaluation.published import PUBLISHED
+from tests.evaluation.test_benchmark_files import written
+from tritter.config.composition import load_config
+from tritter.config.fingerprint import fingerprint
+from tritter.errors import RequestError
+from tritter.evaluation.benchmarks.harness import Asking, score_benchmark
+from tritter.models import load_model, load_tokenizer
+from tritter.pipeline import Outcome
+from tritter.pipeline.benchmarks import BenchmarkTask, benchmark_tasks
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    written(tmp_path / "files/arc_easy_test.jsonl", PUBLISHED["arc_easy"]["foundry"] * 10)
+    written(tmp_path / "files/humaneval.jsonl", HUMANEVAL_ROWS)
+    return tmp_path / "files"
+
+
+def test_a_run_asks_them_before_and_after(
+    run_tiny: Callable[..., Outcome], tmp_path: Path, files: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    words = ("evaluation.tasks=[arc_easy]", f"evaluation.tasks_path={files}")
+    outcome = run_tiny(tmp_path / "run", *words, "evaluation.task_limit=20", "gate=default")
+    summary = json.loads(outcome.summary_path.read_text())
+    for stage in ("baseline", "final"):
+        record = summary[stage]["arc_easy"]
+        assert record["n"] == 20 and 0 <= record["accuracy"] <= 1
+    (check,) = [one for one in summary["gate"] if one["subject"] == "arc_easy/accuracy"]
+    assert check["check"] == "retention" and check["n"] == 20
+    # The same that the command says of the folder
+    config = load_config([*words, "evaluation.task_limit=20"])
+    (task,) = benchmark_tasks(config.evaluation, positions=512)
+    assert task.questions is not None
+    folder = tmp_path / "run/checkpoint"
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    found = score_benchmark(model, tokenizer, task.questions, Asking(limit=20))
+    assert found.known_by.mean() == summary["final"]["arc_easy"]["accuracy"]
+
+
+def test_what_a_task_is_made_of_is_its_digest(files: Path) -> None:
+    pytest.importorskip("lm_eval")
+
+    def digest(*words: str) -> str:
+        config = load_config(
+            ["evaluation.tasks=[arc_easy]", f"evaluation.tasks_path={files}", *words]
+        )
+        (task,) = benchmark_tasks(config.evaluation, positions=512)
+        assert isinstance(task, BenchmarkTask) and task.domain is None
+        return task.digest
+
+    whole, limited = digest(), digest("evaluation.task_limit=3")
+    assert whole == digest() != limited
+    rows = [{**row, "gold": 0} for row in PUBLISHED["arc_easy"]["foundry"] * 10]
+    written(files / "arc_easy_test.jsonl", rows)
+    assert digest() != whole
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluation.tasks=[arc_eazy]"], "evaluation.tasks = arc_eazy: allowed are"),
+        (["evaluation.tasks=[code]"], "allow it, evaluation.allow_code=[humaneval,mbpp]"),
+        (["evaluation.allow_code=[piqa]"], "evaluation.allow_code = piqa: allowed are"),
+        (["evaluation.tasks_path=nowhere"], "evaluation.tasks_path = nowhere: there is no such"),
+        (["evaluation.code_sandbox=docker"], "evaluation.code_sandbox = docker"),
+        (["evaluation.task_limit=0"], "evaluation.task_limit = 0"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_the_run(words: list[str], said: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        load_config(words)
+    assert said in str(refused.value)
+
+
+def test_an_external_sandbox_needs_its_command(files: Path) -> None:
+    words = ["evaluation.tasks=[humaneval]", "evaluation.allow_code=[humaneval]"]
+    words += [f"evaluation.tasks_path={files}", "evaluation.code_sandbox=external"]
+    with pytest.raises(RequestError, match=r"evaluation\.code_sandbox_command"):
+        load_config(words)
+    pytest.importorskip("lm_eval")
+    config = load_config([*words, "evaluation.code_sandbox_command=cat"])
+    with pytest.raises(RequestError, match="cat"):
+        benchmark_tasks(config.evaluation, positions=512)
+
+
+def test_without_benchmarks_a_run_is_the_run_that_it_was() -> None:
+    plain = fingerprint(load_config([]))["evaluation"]
+    assert not {"tasks", "task_limit", "allow_code"} & set(plain)
+    assert "tasks" in fingerprint(load_config(["evaluation.tasks=[piqa]"]))["evaluation"]
