@@ -27,6 +27,8 @@ WITH_EFFECT = {
         "forgetting.methods",
         "forgetting.replay.fraction",
         "forgetting.replay.weights",
+        "forgetting.replay.weighting",
+        "forgetting.replay.keep",
     ],
 }
 
