@@ -8,6 +8,7 @@ import pytest
 
 from tritter.conf_folder import config_folder
 from tritter.config.composition import Composer
+from tritter.config.folders import LADDERS
 from tritter.config.help import description, help_text
 from tritter.config.run_folder import RUNS_FOLDER
 from tritter.config.schema import OPEN_GROUPS, SECTIONS
@@ -32,6 +33,8 @@ FIRST = {"expansion=moe_add": "moe"}
 
 def words_for(name: str) -> list[str]:
     group, option = name.split("=")
+    if group == LADDERS:
+        return [f"gate.ladder={option}"]
     first = FIRST.get(name)
     return [f"{group}=[{first},{option}]" if first else name, *NEEDED.get(name, [])]
 
@@ -61,7 +64,7 @@ def test_every_option_says_what_it_is(path: Path) -> None:
 
 def test_every_group_and_method_has_options() -> None:
     groups = {path.parent.name for path in OPTION_FILES}
-    assert groups == {*SECTIONS, *METHOD_GROUPS, *OPEN_GROUPS, "experiment"}
+    assert groups == {*SECTIONS, *METHOD_GROUPS, *OPEN_GROUPS, "experiment", LADDERS}
 
 
 def test_keys_are_the_frozen_interface() -> None:

@@ -21,6 +21,7 @@ from tritter.config.composition import Composer, composer
 from tritter.config.flags import FLAGS, SHELL_REQUESTS, flag_of
 from tritter.config.folders import composing_from, config_names, front, front_of
 from tritter.config.hydra_settings import is_for_runs
+from tritter.config.ladder import LADDER, ladder_names
 from tritter.config.overrides import first_value, forced, normalise, option_of_nothing, parse
 from tritter.config.trainer_arguments import REFUSED, trainer_parameters
 from tritter.errors import RequestError
@@ -146,6 +147,8 @@ def _keys(composing: Composer, overrides: Sequence[str], word: str) -> list[str]
         return []
     if word.startswith("trainer.") and "=" not in word:
         found += [f"trainer.{name}=" for name in trainer_parameters() if name not in REFUSED]
+    if word.startswith(f"{LADDER}="):
+        found += [f"{LADDER}={name}" for name in ladder_names()]
     return [one for one in found if is_for_runs(one)]
 
 

@@ -23,17 +23,25 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
-from tritter.config.folders import body_of, front, option_files, option_folders
+from tritter.config.folders import LADDERS, body_of, front, option_files, option_folders
 from tritter.config.hydra_settings import hydra_problems
+from tritter.config.ladder import RUNG_GROUPS, choice_problems, of_rung, on_top, rungs_of
 from tritter.config.named import clashes
-from tritter.config.overrides import forced, no_option, option_problems, parse
+from tritter.config.overrides import (
+    forced,
+    no_option,
+    normalise,
+    option_problems,
+    parse,
+    refuse_sweeps,
+)
 from tritter.config.reading import Origin
 from tritter.config.schema import OPEN_GROUPS, RunConfig
 from tritter.config.selection import METHOD_GROUPS, method_names, nesting_problems
 from tritter.config.suggestions import nearest_key
 from tritter.config.training_steps import settled
 from tritter.config.validation import Rule, validate
-from tritter.errors import Problem, raise_problems, refusal, show
+from tritter.errors import Problem, RequestError, raise_problems, refusal, show
 from tritter.options import leaves
 
 VERSION_BASE = "1.3"
@@ -83,7 +91,8 @@ class Composer:
     @cached_property
     def options(self) -> Mapping[str, Sequence[str]]:
         """Group → its options; Hydra's own groups are left out."""
-        return {group: list(files) for group, files in option_files().items()}
+        files = option_files()
+        return {group: list(files[group]) for group in files if group != LADDERS}
 
     def compose(
         self,
@@ -102,11 +111,37 @@ class Composer:
         """
         put = self._put_together(overrides)
         config = validate(put.raw, origin=put.origins, found=put.problems, rules=rules)
+        config = self.with_rungs(config, overrides, rules=rules)
         if job_number is not None:
             with open_dict(put.composed.hydra):
                 put.composed.hydra.job.num = job_number
                 put.composed.hydra.job.id = str(job_number)
         return Composition(config, put.composed, self.loader)
+
+    def with_rungs(
+        self, config: RunConfig, overrides: Sequence[str], *, rules: Sequence[Rule] = ()
+    ) -> RunConfig:
+        """Return a run's config with what it tries after a rollback, composed and validated.
+
+        Args:
+            overrides: those that `config` was composed of.
+
+        Raises:
+            RequestError: whatever is wrong with any of the rungs.
+        """
+        rungs, problems = list[RunConfig](), list[Problem]()
+        for number, typed in enumerate(rungs_of(config.gate), start=1):
+            try:
+                words = tuple(normalise(word, self.options) for word in typed)
+                refuse_sweeps(parse(words))
+                put = self._put_together(on_top(overrides, words))
+                own = validate(put.raw, origin=put.origins, found=put.problems, rules=rules)
+                tried = {group: getattr(own, group) for group in RUNG_GROUPS}
+                rungs.append(replace(config, **tried, rung_words=words))
+            except RequestError as error:
+                problems += (of_rung(each, config.gate, number) for each in error.problems)
+        raise_problems(problems)
+        return replace(config, rungs=tuple(rungs))
 
     def hydra_settings(self, overrides: Sequence[str]) -> DictConfig:
         """Compose without validation and return Hydra's own settings.
@@ -125,7 +160,7 @@ class Composer:
             RequestError: Hydra can't.
         """
         parsed = parse(overrides)
-        problems = list(option_problems(parsed, self.options))
+        problems = [*option_problems(parsed, self.options), *choice_problems(parsed)]
         wrong = {problem.key for problem in problems}
         if "experiment" in wrong:  # it would choose options of all groups
             raise refusal(problems)

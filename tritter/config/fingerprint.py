@@ -44,6 +44,10 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         result["evaluation"] = {
             key: value for key, value in result["evaluation"].items() if key not in _OF_BENCHMARKS
         }
+    if config.gate.ladder is None:
+        del result["gate"]["ladder"], result["gate"]["max_attempts"]  # as before there were any
+    else:
+        result["gate"]["rungs"] = [_attempt(rung) for rung in config.rungs]
     result["data"] |= identity(type(config.data))
     result["trainer"] |= effective_arguments(config)
     result["optimizer"] = optimizer_record(config)
@@ -52,10 +56,23 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
             one.name: {**one.body, **identity(imported(one.body[TARGET]))}
             for one in config.callbacks
         }
+    return result | _methods(config)
+
+
+def _attempt(config: RunConfig) -> dict[str, Any]:
+    """Return what an attempt has of its own, as the fingerprint has that of the first."""
+    training = asdict(config.training)
+    without = _WITHOUT_EFFECT["training"]
+    kept = {key: training[key] for key in training if key not in without}
+    return {"training": kept, **_methods(config)}
+
+
+def _methods(config: RunConfig) -> dict[str, Any]:
     methods = {
         "expansion": [(spec.name, type(spec), spec) for spec in config.expansion],
         "forgetting": [(one.name, one.kind, one.options) for one in config.forgetting],
     }
+    result = {}
     for group, chosen in methods.items():
         bodies = {n: {**_plain(asdict(options)), **identity(k)} for n, k, options in chosen}
         result[group] = {"methods": [name for name, _, _ in chosen], **bodies}

@@ -20,6 +20,7 @@ from tritter.errors import Problem, RequestError, nearest, raise_problems
 
 ENTRY_POINTS = "tritter.config"
 CONFIG_NAME = "config"
+LADDERS = "ladder"  # a folder of option files that are chosen as gate.ladder, by no group of theirs
 
 Options = Mapping[str, Mapping[str, Path]]  # group → option → its file
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tritter.conf_folder import config_folder
-from tritter.config.folders import Options, option_files
+from tritter.config.folders import LADDERS, Options, option_files
 from tritter.errors import RequestError, did_you_mean
 
 _WIDTH = 96
@@ -67,7 +67,9 @@ def help_text(words: Sequence[str] = ()) -> str:
     blocks = [_HEAD]
     for group in dict.fromkeys([*defaults, *files]):
         default = defaults.get(group, "null")
-        lines = [f"  {group}" + (f" (default: {default})" if default != "null" else " (none set)")]
+        told = f"default: {default}" if default != "null" else "none set"
+        told = f"{told}; chosen as gate.ladder=NAME" if group == LADDERS else told
+        lines = [f"  {group} ({told})"]
         width = max(len(name) for name in files[group])
         for name, path in files[group].items():
             lines += _entry(name, description(path), name_width=width)

@@ -16,7 +16,7 @@ from hydra.core.utils import run_job as run_hydra_job
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
-from tritter.config.composition import plain_config
+from tritter.config.composition import composer, plain_config
 from tritter.config.overrides import quoted
 from tritter.config.resume import recorded_words
 from tritter.config.run_folder import (
@@ -122,7 +122,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> fl
         say(f"\njob {hydra.job.num}: {' '.join(words)}")
     try:
         planned = {os.path.normpath(job.folder.absolute()): job for job in jobs}.get(str(folder))
-        config = validate(plain_config(cfg)) if planned is None else planned.config
+        config = _judged(cfg, words) if planned is None else planned.config
         if check_run_folder(folder, config) is RunState.FINISHED:
             status = read_status(folder)
             if status["status"] in _ENDS:
@@ -161,6 +161,19 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> fl
     )
     write_run_file(folder, config, status="finished", leaves=outcome.leaves)
     return outcome.metric
+
+
+def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
+    """Judge a job that a sweeper thought of.
+
+    Raises:
+        RequestError: whatever is wrong with it, or with what it tries after a rollback.
+    """
+    config = validate(plain_config(cfg))
+    if config.gate.ladder is None:
+        return config
+    with composer() as composing:
+        return composing.with_rungs(config, words)
 
 
 def read_status(folder: Path) -> dict[str, Any]:

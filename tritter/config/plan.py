@@ -10,6 +10,7 @@ from hydra.types import RunMode
 
 from tritter.config.command_line import CommandLine
 from tritter.config.composition import Composer, Composition, composer
+from tritter.config.ladder import of_rung
 from tritter.config.memory import memory_problems
 from tritter.config.overrides import (
     check_command_line,
@@ -28,6 +29,7 @@ from tritter.config.text_files import text_requests
 from tritter.config.validation import known_config
 from tritter.data.contents import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
+from tritter.families import Config
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -96,9 +98,18 @@ def _check_means(plan: Plan) -> None:
     found: dict[int, Sequence[Problem]] = {}
     for number, job in todo.items():
         source = known_config(job.config)  # of a hub id the shapes are known later
-        found[number] = () if source is None else memory_problems(job.config, source)
+        found[number] = () if source is None else _memory_problems(job.config, source)
     _raise_of_jobs(found, [job.overrides for job in plan.jobs])
     check_contents(request for job in todo.values() for request in text_requests(job.config.data))
+
+
+def _memory_problems(config: RunConfig, source: Config) -> list[Problem]:
+    """Return why a run's first attempt can't be held, or its further ones."""
+    problems = memory_problems(config, source)
+    for number, rung in enumerate(() if problems else config.rungs, start=1):
+        held = memory_problems(rung, source)
+        problems += (of_rung(problem, config.gate, number) for problem in held)
+    return problems
 
 
 def _words_for_hydra(composing: Composer, overrides: Sequence[str]) -> tuple[str, ...]:

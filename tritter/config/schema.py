@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from tritter.config.counts import parse_count
 from tritter.config.evaluation_config import EvaluationConfig
+from tritter.config.gate_config import GateConfig
 from tritter.limits import (
     MAX_COUNT,
     MAX_LAYERS,
@@ -218,16 +219,6 @@ class TrainingConfig:
 
 
 @options
-class GateConfig:
-    """When a grown model is kept."""
-
-    enabled: bool
-    strict: bool
-    retention: Annotated[float, Field(ge=0)]
-    confidence: Annotated[float, Field(gt=0.5, le=0.999)]
-
-
-@options
 class PipelineConfig:
     """How often a run expands: once, or round after round until it has a size.
 
@@ -347,7 +338,8 @@ class RunConfig(RootValues):
 
     `text` is worked out from `model`, `data` and what the checkpoint at `model.path` learned.
 
-    `expansion` holds the records that its options name, which are no import of this room's.
+    `expansion` holds the records that its options name, which are no import of this room's, and
+    `rungs` what is tried, one after the other, when the gate rolls back.
     """
 
     cache_dir: Path  # type: ignore[assignment] # found by now
@@ -368,6 +360,13 @@ class RunConfig(RootValues):
     evaluation: EvaluationConfig
     moe_routing: MoeRoutingConfig
     adaptation: AdaptationConfig
+    rungs: "tuple[RunConfig, ...]" = ()
+    rung_words: tuple[str, ...] = ()  # of one of them: its overrides
+
+    @property
+    def attempts(self) -> "tuple[RunConfig, ...]":
+        """What each attempt is asked to do: the run itself, then its rungs."""
+        return (self, *self.rungs)
 
 
 SECTIONS: dict[str, type | UnionType] = {

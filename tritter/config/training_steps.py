@@ -7,7 +7,7 @@ from tritter.config.counts import parse_count
 from tritter.config.reading import Origin, Reader
 
 TRAININGS = ("pretraining", "training")
-_STEPS, _TOKENS = "max_steps", "max_tokens"
+STEPS, TOKENS = "max_steps", "max_tokens"
 
 
 def settled(raw: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
@@ -22,11 +22,11 @@ def settled(raw: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
     result = dict(raw)
     for group in TRAININGS:
         body = raw.get(group)
-        if not isinstance(body, Mapping) or body.get(_STEPS) is None or body.get(_TOKENS) is None:
+        if not isinstance(body, Mapping) or body.get(STEPS) is None or body.get(TOKENS) is None:
             continue
-        steps, tokens = (_rank(origin(f"{group}.{key}"), group) for key in (_STEPS, _TOKENS))
+        steps, tokens = (_rank(origin(f"{group}.{key}"), group) for key in (STEPS, TOKENS))
         if steps != tokens:
-            result[group] = {**body, _STEPS if steps < tokens else _TOKENS: None}
+            result[group] = {**body, STEPS if steps < tokens else TOKENS: None}
     return result
 
 
@@ -40,12 +40,12 @@ def with_steps(
     result = dict(bodies)
     for group in TRAININGS:
         body = bodies.get(group, {})
-        if (asked := body.get(_TOKENS)) is None:
+        if (asked := body.get(TOKENS)) is None:
             continue
         tokens, of_step, reason, steps = _count(asked), _tokens_of_step(bodies), None, 1
-        if body.get(_STEPS) is not None:
+        if body.get(STEPS) is not None:
             reason = (
-                f"{group}.{_STEPS} = {body[_STEPS]} says as well how long the training is; allowed "
+                f"{group}.{STEPS} = {body[STEPS]} says as well how long the training is; allowed "
                 "is one of them, the other being null"
             )
         elif tokens is not None and of_step is not None:  # else it is told where they are read
@@ -53,9 +53,9 @@ def with_steps(
             if tokens < of_step:
                 reason = f"one step takes {of_step:,} tokens; allowed is at least that"
         if reason is not None:
-            reader.report(f"{group}.{_TOKENS}", asked, reason=reason)
+            reader.report(f"{group}.{TOKENS}", asked, reason=reason)
         else:
-            result[group] = {**body, _STEPS: steps}
+            result[group] = {**body, STEPS: steps}
     return result
 
 

@@ -18,6 +18,7 @@ from tritter.config.callbacks import (
 from tritter.config.classes import Bodies, find_classes, group_bodies
 from tritter.config.forgetting import method_problems, method_start_problems
 from tritter.config.kept import kept_text
+from tritter.config.ladder import ladder_problems
 from tritter.config.loggers import read_loggers
 from tritter.config.moe import expert_problems
 from tritter.config.moments import carry_problems, kinds_beside
@@ -375,6 +376,7 @@ _RULES: tuple[Rule, ...] = (
     partial(_schedule_problems, prefix="training"),
     _gate_problems,
     benchmark_problems,
+    ladder_problems,
     _precision_problems,
     _device_problems,
     replay_problems,

@@ -16,6 +16,8 @@ class Arm:
         follows: the round whose result it starts from; None: it starts from the baseline.
         is_round: it is one of the rounds of a run that grows to a size.
         num_trainings: how many times the training's steps it is trained for.
+        attempt: which of the run's, from 1; each starts from the baseline.
+        prepared_by: the first attempt whose methods are the same, and for which they prepared.
         task: which of the run's tasks it learns, from 0; the others have arms of their own, each of
             which follows the one before.
     """
@@ -26,6 +28,8 @@ class Arm:
     follows: str | None = None
     is_round: bool = False
     num_trainings: int = 1
+    attempt: int = 1
+    prepared_by: int = 1
     task: int = 0
 
     @property
@@ -44,8 +48,15 @@ class Arm:
         return (self.name,) if self.follows else ()
 
     def key(self, stage: str) -> str:
-        """Return the ledger's name of a stage that a run without rounds has once."""
-        return f"{self.name}.{stage}" if self.is_round else stage
+        """Return the ledger's name of a stage that a run of one round and attempt has once."""
+        return f"{self.name}.{stage}" if self.is_round or self.attempt > 1 else stage
+
+    @property
+    def part(self) -> str | None:
+        """What loggers call it that stands beside the run itself; None: the run."""
+        if self.is_control:
+            return "control"
+        return f"attempt_{self.attempt}" if self.attempt > 1 else None
 
     @property
     def claims_exact(self) -> bool:

@@ -61,6 +61,15 @@ class RunContext:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    def of_attempt(self, number: int) -> "RunContext":
+        """Return the context of an attempt, from 1: with what it has of its own."""
+        if number == 1:
+            return self
+        other = replace(self, config=self.config.attempts[number - 1])
+        known = {name: value for name, value in vars(self).items() if name not in vars(other)}
+        vars(other).update(known)  # the text, which is the same for all
+        return other
+
     @property
     def old_domains(self) -> tuple[str, ...]:
         return self.text.old

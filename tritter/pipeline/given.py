@@ -31,20 +31,24 @@ def check_given(context: RunContext) -> None:
         RequestError: what `checkpoint_config` and `check_teacher` refuse, a config that
             transformers doesn't take, or targets that its shapes don't allow.
     """
-    check_teacher(context)
+    attempts = [context.of_attempt(n) for n in range(1, 1 + len(context.config.attempts))]
+    for each in attempts:
+        check_teacher(each)
     if context.given is None:
         return
     checkpoint_config(str(context.given))
     with _wrong_request():
         config = read_config(context.given)
-    raise_problems(start_problems(context.config, config))
-    raise_problems(memory_problems(context.config, config))
+    for each in attempts:
+        raise_problems(start_problems(each.config, config))
+        raise_problems(memory_problems(each.config, config))
     if context.config.optimizer.carry:
         raise_problems(given_problems(context.given))
-    if context.config.expansion and context.config.pipeline.target_params is None:
-        # Which expert is cloned may be chosen by data later; for what is checked here it is one
-        arm = moe.with_choice(Arm("given", context.config.expansion), [0])
-        plan_expansion(context.given, arm.specs)
+    for expansion in dict.fromkeys(each.config.expansion for each in attempts):
+        if expansion and context.config.pipeline.target_params is None:
+            # Which expert is cloned may be chosen by data later; for what is checked here it is one
+            arm = moe.with_choice(Arm("given", expansion), [0])
+            plan_expansion(context.given, arm.specs)
 
 
 def copy_given(context: RunContext, target: Path) -> Lineage:

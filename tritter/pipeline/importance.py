@@ -45,8 +45,9 @@ def is_needed(context: RunContext) -> bool:
 
 
 def is_recorded(context: RunContext) -> bool:
-    """Say whether a method of the run needs the path of the base's training."""
-    return any(kind in needs.state for needs in _needs(context) for kind in RECORDED)
+    """Say whether a method of any attempt needs the path of the base's training."""
+    asked = (needs for config in context.config.attempts for needs in needs_of(config.forgetting))
+    return any(kind in needs.state for needs in asked for kind in RECORDED)
 
 
 def prepare(context: RunContext, arm: Arm) -> StageResult:
@@ -226,11 +227,13 @@ def _latest(context: RunContext, arm: Arm) -> tuple[str, ...]:
 
 def key(arm: Arm) -> str:
     """Return the ledger's name of the stage that prepares an arm."""
-    return f"{arm.follows}.importance" if arm.follows else "importance"
+    return f"{arm.follows}.importance" if arm.follows else _folder(arm)
 
 
 def _folder(arm: Arm) -> str:
-    return f"{arm.follows}/importance" if arm.follows else "importance"
+    if arm.follows:
+        return f"{arm.follows}/importance"
+    return "importance" if arm.prepared_by == 1 else f"importance_{arm.prepared_by}"
 
 
 def _place(context: RunContext, arm: Arm) -> Path:

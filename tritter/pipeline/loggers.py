@@ -86,7 +86,8 @@ def open_loggers(context: RunContext, part: str | None = None) -> Iterator[list[
     """Yield W&B where it is asked for, and the others in the order in which they were.
 
     Args:
-        part: control or pretraining, each beside the run in the same group; None: the run itself.
+        part: control, pretraining or a further attempt, each beside the run in the same group;
+            None: the run itself.
     """
     loggers: list[Logger] = []
     with ExitStack() as opened:

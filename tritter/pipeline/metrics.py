@@ -138,7 +138,9 @@ def run_name(context: RunContext, part: str | None = None) -> str:
     config, seed = context.config, f"seed {context.config.seed}"
     if part == "pretraining":
         return f"{part} {seed}"
-    grown = part or "+".join(_names(config.expansion))
+    grown = "+".join(_names(config.expansion))
+    if part is not None:
+        grown = part if part == "control" else f"{part} {grown}"
     return f"{grown} {'+'.join(_names(config.forgetting))} {seed}"
 
 
@@ -146,7 +148,8 @@ def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | 
     """Return a W&B logger with group and tags, offline unless asked otherwise; None when off.
 
     Args:
-        part: control or pretraining, which are runs of their own; None: the run itself.
+        part: control, pretraining or a further attempt, which are runs of their own; None: the run
+            itself.
     """
     settings = context.config.logger.wandb
     if settings is None:

@@ -1,6 +1,6 @@
-"""The rounds of a run: one, or as many as the plan to a size has, each from what the last kept."""
+"""The rounds of a run, each from what the last kept, and the attempts of a run of one round."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 from tritter.config.rounds import planned_rounds
@@ -10,11 +10,49 @@ from tritter.pipeline.arm import Arm, tasks_of
 from tritter.pipeline.context import RunContext
 from tritter.planning.strategy import TOLERANCE
 
-ATTEMPT = Arm("attempt_1", ())
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What the gate is asked about: a round, or an attempt, with what it has of its own.
+
+    Args:
+        arms: those of its tasks that were trained, one after the other.
+        overrides: what an attempt does otherwise than the first.
+    """
+
+    context: RunContext
+    arms: tuple[Arm, ...]
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """What the gate said of it.
+
+        Raises:
+            KeyError: it has not come to that.
+        """
+        status: Status = self.context.ledger[self.arms[0].key("gate")].found["status"]
+        return status
 
 
-def planned_rounds_of(context: RunContext) -> tuple[tuple[Arm, ...], ...]:
-    """Return the rounds that the run may come to, each as its arms, task after task.
+def planned_attempts(context: RunContext) -> tuple[Trial, ...]:
+    """Return what a run of one round tries: itself, and after each rollback the next rung."""
+    trials = []
+    for number, config in enumerate(context.config.attempts, start=1):
+        alike = [one.forgetting == config.forgetting for one in context.config.attempts]
+        first = Arm(
+            f"attempt_{number}",
+            config.expansion,
+            attempt=number,
+            prepared_by=1 + alike.index(True),
+        )
+        arms = tasks_of(first, len(context.text.tasks))
+        trials.append(Trial(context.of_attempt(number), arms, config.rung_words))
+    return tuple(trials)
+
+
+def planned_trials(context: RunContext) -> tuple[Trial, ...]:
+    """Return the attempts that the run may come to, or its rounds.
 
     The baseline must be there.
 
@@ -23,33 +61,25 @@ def planned_rounds_of(context: RunContext) -> tuple[tuple[Arm, ...], ...]:
     """
     config = context.config
     if config.pipeline.target_params is None:
-        attempt = replace(ATTEMPT, specs=config.expansion)
-        return (tasks_of(attempt, len(context.text.tasks)),)
+        return planned_attempts(context)
     shapes = planned_rounds(config, read_config(context.folder / "baseline"))
     counts = " → ".join(f"{shape.parameters:,}" for shape in shapes)
     context.say("plan", f"{len(shapes)} rounds to {counts} parameters")
-    return tuple(
-        (
-            Arm(
-                f"round_{number}",
-                (shape.spec,),
-                follows=f"round_{number - 1}" if number > 1 else None,
-                is_round=True,
-            ),
+    arms = (
+        Arm(
+            f"round_{number}",
+            (shape.spec,),
+            follows=f"round_{number - 1}" if number > 1 else None,
+            is_round=True,
         )
         for number, shape in enumerate(shapes, start=1)
     )
-
-
-def round_status(context: RunContext, arm: Arm) -> Status | None:
-    """Return what the gate said of an arm; None when it has not come to that."""
-    gate = context.ledger.get(arm.key("gate"))
-    return None if gate is None else gate.found["status"]
+    return tuple(Trial(context, (arm,)) for arm in arms)
 
 
 def kept_parameters(context: RunContext, arm: Arm) -> int:
     """Return the size of what the run keeps when `arm` was its last."""
-    kept = arm.name if round_status(context, arm) != "rolled_back" else arm.follows
+    kept = arm.name if Trial(context, (arm,)).status != "rolled_back" else arm.follows
     return int(context.ledger[f"{kept}.expand" if kept else "baseline"].found["parameters"])
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
 from tritter.config.jobs import read_status
+from tritter.config.ladder import RETRYING, on_top
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status, decide
@@ -32,7 +32,7 @@ from tritter.pipeline.metrics import (
     tell_wandb,
     write_metrics,
 )
-from tritter.pipeline.rounds import planned_rounds_of, round_status
+from tritter.pipeline.rounds import Trial, planned_trials
 from tritter.pipeline.suggestions import next_commands
 from tritter.pipeline.summary import summary_record
 from tritter.report.plots import curves_of, plot_run
@@ -82,64 +82,65 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     _announce(context)
     _check_text(context)
     run_baseline(context)
-    rounds = _run_rounds(context)
-    arms, control = rounds[-1], _run_control(context, num_rounds=len(rounds))
-    status = round_status(context, arms[0]) if arms[0].is_round else None
-    status = status or _gate_stage(context, arms)
-    context.stage("publish", lambda: _publish(context, arms, status), label="publish")
+    trials = _run_trials(context)
+    last, status = trials[-1], trials[-1].status
+    control = _run_control(last, num_rounds=len(trials) if last.arms[0].is_round else 1)
+    context.stage("publish", lambda: _publish(last, status), label="publish")
     summary = summary_record(
-        context,
-        rounds,
-        control=control,
-        control_gate=_gate(context, control) if control else None,
+        context, trials, control=control, control_gate=_gate(control) if control.arms else None
     )
     path = run_folder / SUMMARY_NAME
     write_text_atomic(path, json.dumps(summary, indent=1) + "\n")
-    metrics_csv = write_metrics(context, arms)
+    metrics_csv = write_metrics(context, last.arms)
+    before = [each for each in trials[:-1] if each.arms[0].is_round]
     plots = plot_run(
         summary,
         metrics_csv,
         run_folder / "plots",
-        earlier=[curves_of(joined_rows(context, each)) for each in rounds[:-1]],
-        control=curves_of(joined_rows(context, control)),
+        earlier=[curves_of(joined_rows(context, each.arms)) for each in before],
+        control=curves_of(joined_rows(context, control.arms)),
     )
     tell_wandb(context, summary, plots)
     print_summary(summary, console=context.console, folder=run_folder)
-    _print_next(context, summary, plots)
+    _print_next(last.context, summary, plots)
     leaves = (SUMMARY_NAME, "checkpoint", "scores")
     return Outcome(status=status, metric=_metric(summary), summary_path=path, leaves=leaves)
 
 
-def _run_rounds(context: RunContext) -> list[tuple[Arm, ...]]:
-    """Run round after round until the last, or one that is rolled back; return those that ran.
+def _run_trials(context: RunContext) -> list[Trial]:
+    """Run round after round until one is rolled back, or attempt after attempt until one is not.
 
-    A run that does not grow to a size has one, whose gate comes after the control.
+    Returns:
+        Those that ran.
     """
-    planned = planned_rounds_of(context)
-    run: list[tuple[Arm, ...]] = []
-    for each in planned:
-        arms = _run_tasks(context, each, so_far=run)
-        run.append(arms)
-        if not arms[0].is_round:
+    planned = planned_trials(context)
+    run: list[Trial] = []
+    for number, each in enumerate(planned, start=1):
+        first, is_last = each.arms[0], number == len(planned)
+        if first.attempt > 1:
+            words = " ".join(each.overrides)
+            context.say("attempt", f"{number} of {len(planned)}, from the baseline: {words}")
+        so_far = [arm for trial in run for arm in trial.arms] if first.is_round else []
+        run.append(trial := replace(each, arms=_run_tasks(each.context, each.arms, so_far=so_far)))
+        status = _gate_stage(trial)
+        if len(planned) > 1:
+            context.say("gate", f"{first.name}: {status}")
+        if (status == "rolled_back") == first.is_round:
             break
-        status = _gate_stage(context, arms)
-        context.say("gate", f"{arms[0].name}: {status}")
-        if status == "rolled_back":
-            break
-        if each is not planned[-1]:
-            context.stage(arms[0].key("keep"), partial(_keep, context, arms[0]), label="publish")
+        if first.is_round and not is_last:
+            context.stage(first.key("keep"), partial(_keep, context, first), label="publish")
     return run
 
 
 def _run_tasks(
-    context: RunContext, arms: Sequence[Arm], *, so_far: Sequence[Sequence[Arm]] = ()
+    context: RunContext, arms: Sequence[Arm], *, so_far: Sequence[Arm] = ()
 ) -> tuple[Arm, ...]:
     """Train arms in a row, until one is broken off; return those that were.
 
     Args:
-        so_far: rounds before, whose steps loggers count on from.
+        so_far: arms of the rounds before, whose steps loggers count on from.
     """
-    row = [*chain.from_iterable(so_far), *arms]
+    row = [*so_far, *arms]
     for number, arm in enumerate(arms, start=1):
         _run_importance(context, arm)
         run_arm(context, arm, first_step=first_step(context, row, arm))
@@ -148,13 +149,14 @@ def _run_tasks(
     return tuple(arms)
 
 
-def _run_control(context: RunContext, *, num_rounds: int) -> tuple[Arm, ...]:
-    """Train the control where it is asked for; return its arms."""
+def _run_control(last: Trial, *, num_rounds: int) -> Trial:
+    """Train the control as the last attempt was, where it is asked for; else it has no arms."""
+    context = last.context
     if not context.config.control:
-        return ()
+        return replace(last, arms=())
     context.say("control", "the un-grown base, trained in the same way")
-    first = replace(CONTROL, num_trainings=num_rounds)
-    return _run_tasks(context, tasks_of(first, len(context.text.tasks)))
+    first = replace(CONTROL, num_trainings=num_rounds, prepared_by=last.arms[0].prepared_by)
+    return replace(last, arms=_run_tasks(context, tasks_of(first, len(context.text.tasks))))
 
 
 def _run_importance(context: RunContext, arm: Arm) -> None:
@@ -164,10 +166,10 @@ def _run_importance(context: RunContext, arm: Arm) -> None:
     context.stage(importance.key(arm), lambda: importance.prepare(context, arm), label=label)
 
 
-def _gate_stage(context: RunContext, arms: Sequence[Arm]) -> Status:
-    gate = context.stage(arms[0].key("gate"), lambda: _gate(context, arms), label="gate")
-    status: Status = gate.found["status"]
-    return status
+def _gate_stage(trial: Trial) -> Status:
+    key = trial.arms[0].key("gate")
+    trial.context.stage(key, lambda: _gate(trial), label="gate")
+    return trial.status
 
 
 def _keep(context: RunContext, arm: Arm) -> StageResult:
@@ -221,18 +223,18 @@ def _loggers(context: RunContext, arm: Arm, *, first_step: int) -> Iterator[list
     if context.ledger.get(f"{arm.name}.fit") is not None:
         yield []
         return
-    with open_loggers(context, "control" if arm.is_control else None) as loggers:
+    with open_loggers(context, arm.part) as loggers:
         yield [counted_on(logger, first_step) for logger in loggers]
 
 
-def _gate(context: RunContext, arms: Sequence[Arm]) -> StageResult:
-    checks = verdict.checks(context, arms)
-    status = decide(checks, enabled=context.config.gate.enabled)
+def _gate(trial: Trial) -> StageResult:
+    checks = verdict.checks(trial.context, trial.arms)
+    status = decide(checks, enabled=trial.context.config.gate.enabled)
     return StageResult(found={"status": status, "checks": [check.to_dict() for check in checks]})
 
 
-def _publish(context: RunContext, arms: Sequence[Arm], status: Status) -> StageResult:
-    lineage = verdict.publish(context, arms, keep=status != "rolled_back")
+def _publish(last: Trial, status: Status) -> StageResult:
+    lineage = verdict.publish(last.context, last.arms, keep=status != "rolled_back")
     return StageResult(
         found={
             "model_hash": lineage.model_hash,
@@ -294,6 +296,8 @@ def _print_next(context: RunContext, summary: Mapping[str, Any], plots: list[Pat
         context.say("plot", str(plot))
     context.say("summary", str(context.folder / SUMMARY_NAME))
     words = read_status(context.folder).get("overrides", ())
+    if tried := summary["attempts"][-1]["overrides"]:
+        words = [word for word in on_top(words, tried) if not word.lstrip("+").startswith(RETRYING)]
     commands = next_commands(context.config, summary, words=words, folder=context.folder)
     context.console.print("\nNext:", highlight=False)
     for command in commands:

@@ -11,28 +11,27 @@ from tritter.pipeline import importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult
-from tritter.pipeline.rounds import target_record
+from tritter.pipeline.rounds import Trial, target_record
 from tritter.pipeline.scoring import score_records
 
 
 def summary_record(
     context: RunContext,
-    rounds: Sequence[Sequence[Arm]],
+    trials: Sequence[Trial],
     *,
-    control: Sequence[Arm],
+    control: Trial,
     control_gate: StageResult | None,
 ) -> dict[str, Any]:
-    """Return the contents of summary.json; the last round stands in front.
+    """Return the contents of summary.json; the last round or attempt stands in front.
 
     Args:
-        rounds: those that ran, each as its arms, task after task; of a run that does not grow to
-            a size the one attempt.
-        control: the arms of the un-grown control.
+        trials: the rounds that ran, or the attempts.
+        control: that of the un-grown base, without arms where there is none.
         control_gate: what the gate would say of it; None where there is none.
     """
-    arms = rounds[-1]
+    arms = trials[-1].arms
     first, last = arms[0], arms[-1]
-    records = [_attempt_record(context, each) for each in rounds]
+    records = [_attempt_record(each) for each in trials]
     attempt, status = records[-1], records[-1]["status"]
     places = {"baseline": "baseline", "final": "checkpoint"}
     sizes = {name: read_config(context.folder / place) for name, place in places.items()}
@@ -42,14 +41,16 @@ def summary_record(
         "status": status,
         "domains": {"old": list(context.old_domains), "new": list(context.new_domains)},
         "data": {name: asdict(counts) for name, counts in context.corpus.counts.items()},
-        "expansion": [spec.name for each in rounds for spec in each[0].specs],
-        "forgetting": [options.name for options in context.config.forgetting],
+        "expansion": [
+            name for each in (records if last.is_round else [attempt]) for name in each["expansion"]
+        ],
+        "forgetting": attempt["forgetting"],
         "seed": context.config.seed,
         "baseline": _scores(context, "baseline"),
         "expanded": attempt["expanded"],
         "final": attempt["final"] if is_kept else _scores(context, first.start_scores),
         "gate": attempt["gate"],
-        "attempts": [attempt],
+        "attempts": [attempt] if last.is_round else records,
         "tasks": attempt["tasks"],
         "jump": attempt["jump"],
         "flops": context.ledger.flops(),
@@ -59,23 +60,24 @@ def summary_record(
         "checkpoint": "checkpoint",
         "lineage": context.ledger["publish"].found,
         "samples": context.ledger[f"{last.name}.evaluate"].found["samples"],
-        "notes": [*context.notes, *_importance_notes(context, rounds)],
+        "notes": [*context.notes, *_importance_notes(trials)],
     }
-    if (used := moe.summary_record(context, arms)) is not None:
+    if (used := moe.summary_record(trials[-1].context, arms)) is not None:
         summary["moe"] = used
     if last.is_round:
         summary |= {"rounds": records, "target": target_record(context, last)}
     if control_gate is not None:
-        summary["control"] = _arm_record(context, control, control_gate)
+        summary["control"] = _arm_record(control.context, control.arms, control_gate)
     return summary
 
 
-def _importance_notes(context: RunContext, rounds: Sequence[Sequence[Arm]]) -> list[str]:
-    said = (importance.notes(context, arm) for arms in rounds for arm in arms)
+def _importance_notes(trials: Sequence[Trial]) -> list[str]:
+    said = (importance.notes(each.context, arm) for each in trials for arm in each.arms)
     return list(dict.fromkeys(chain.from_iterable(said)))
 
 
-def _attempt_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any]:
+def _attempt_record(trial: Trial) -> dict[str, Any]:
+    context, arms = trial.context, trial.arms
     first = arms[0]
     grown = context.ledger[f"{first.name}.expand"]
     start = {"baseline": _scores(context, first.start_scores)} if first.follows else {}
@@ -85,6 +87,8 @@ def _attempt_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any]:
             context, f"{first.name}-expanded" if first.specs else first.start_scores
         ),
         "jump": grown.found.get("jump"),
+        "forgetting": [options.name for options in context.config.forgetting],
+        "overrides": list(trial.overrides),
         **start,
     }
 

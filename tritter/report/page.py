@@ -151,7 +151,7 @@ def _details(run: Run) -> dict[str, Any]:
         f"{key}={'+'.join(map(str, summary.get(key) or ())) or 'none'}"
         for key in ("expansion", "forgetting")
     )
-    tables = [_scores(run), _tasks(summary), _gate(summary), _costs(summary)]
+    tables = [_scores(run), _attempts(summary), _tasks(summary), _gate(summary), _costs(summary)]
     return {
         "name": run.name,
         "status": str(summary["status"]),
@@ -179,6 +179,25 @@ def _scores(run: Run) -> PageTable:
         for row in (*run.rows, *run.control_rows)
     )
     return PageTable(header, rows, (2, 3, 4, 5), "loss in nats per token; change in % per byte")
+
+
+def _attempts(summary: Mapping[str, Any]) -> PageTable:
+    """Return what each attempt was and how it ended; empty where there was one."""
+    attempts = summary.get("attempts") or ()
+    if len(attempts) < 2:
+        return PageTable((), ())
+    domains = list(summary["baseline"])
+    rows = tuple(
+        (
+            f"{number}: {' '.join(each.get('overrides') or ['as asked for'])}",
+            *(score_text(score_of(each["final"], domain)) for domain in domains),
+            str(each.get("status")),
+        )
+        for number, each in enumerate(attempts, start=1)
+    )
+    header = ("attempt", *domains, "verdict")
+    numbers = tuple(range(1, 1 + len(domains)))
+    return PageTable(header, rows, numbers, "loss at the end of each attempt")
 
 
 def _tasks(summary: Mapping[str, Any]) -> PageTable:

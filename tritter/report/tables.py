@@ -133,14 +133,31 @@ def summary_lines(summary: Mapping[str, Any], *, signs: Signs) -> list[SummaryLi
     lines = [SummaryLine("status", words, style=_STYLES.get(status, ""))]
     if rounds := summary.get("rounds"):
         lines.append(SummaryLine("rounds", _rounds_text(summary, rounds)))
-    if (number := len(summary.get("attempts") or [])) > 1:
-        lines.append(SummaryLine("attempts", f"{number}; the table shows the last"))
+    lines += _attempt_lines(summary.get("attempts") or [], signs=signs)
     lines += [_reason(check, signs=signs) for check in checks(attempt) if _needs_words(check)]
     if (jump := _jump_text(summary)) is not None:
         lines.append(SummaryLine("jump", jump))
     lines.append(SummaryLine("parameters", _parameters_text(summary, signs=signs)))
     if (text := bias_text(summary.get("moe") or {})) is not None:
         lines.append(SummaryLine("bias", text))
+    return lines
+
+
+def _attempt_lines(attempts: Sequence[Mapping[str, Any]], *, signs: Signs) -> list[SummaryLine]:
+    """Return a line per attempt, where there are several: what it was, and how it ended."""
+    if len(attempts) < 2:
+        return []
+    lines = [SummaryLine("attempts", f"{len(attempts)}; the table shows the last")]
+    for number, attempt in enumerate(attempts, start=1):
+        status = str(attempt.get("status"))
+        did = " ".join(attempt.get("overrides") or ["as asked for"])
+        changes = ", ".join(
+            f"{check['subject']} {check['value']:+.1%}"
+            for check in checks(attempt)
+            if check["check"] in ("retention", "new_capability") and check.get("value") is not None
+        )
+        text = f"{number}: {did}: {changes}; {status.replace('_', ' ')}"
+        lines.append(SummaryLine("", signs.printable(text), style=_STYLES.get(status, "")))
     return lines
 
 

@@ -1,0 +1,122 @@
+"""`gate.ladder`: what further attempts do otherwise, and what is refused before the first."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.config.conftest import FakePipeline, Result
+from tritter.config.composition import Composer, composer, load_config
+from tritter.config.fingerprint import describe_changes, fingerprint
+from tritter.config.folders import composing_from, front_of
+from tritter.config.ladder import on_top
+from tritter.config.schema import RunConfig
+from tritter.errors import RequestError
+
+MINE = """\
+# Two things to try
+rungs:
+  - [training.learning-rate=1e-3]
+  - ['forgetting=[l2sp,replay]', forgetting.l2sp.l2sp_lambda=3, expansion=llama-pro]
+"""
+
+
+def composed(folder: Path, text: str, *words: str) -> RunConfig:
+    (folder / "ladder").mkdir(parents=True, exist_ok=True)
+    (folder / "ladder/mine.yaml").write_text(text)
+    with composing_from(front_of([str(folder)], None)), composer() as composing:
+        return composing.compose(["gate.ladder=mine", *words]).config
+
+
+def refused(folder: Path, text: str, *words: str) -> str:
+    with pytest.raises(RequestError) as caught:
+        composed(folder, text, *words)
+    return str(caught.value)
+
+
+def test_rungs_stand_on_the_runs_own_words_and_not_on_each_other(tmp_path: Path) -> None:
+    words = ("forgetting=replay", "forgetting.replay.fraction=0.4", "training.max_steps=7")
+    config = composed(tmp_path, MINE, *words, "expansion=dus")
+    first, second, third = config.attempts
+    assert [one.training.learning_rate for one in config.attempts] == [3e-3, 1e-3, 3e-3]
+    assert {one.training.max_steps for one in config.attempts} == {7}
+    assert second.forgetting == first.forgetting and second.expansion == first.expansion
+    assert [one.name for one in third.forgetting] == ["l2sp", "replay"]
+    assert third.forgetting[0].options.l2sp_lambda == 3
+    assert third.forgetting[1].options.fraction == 0.4
+    assert [spec.name for spec in third.expansion] == ["llama_pro"]
+    assert config.rungs[0].rung_words == ("training.learning_rate=1e-3",)
+    assert len(composed(tmp_path, MINE, "gate.max_attempts=2").attempts) == 2
+    assert len(composed(tmp_path, MINE, "gate.max_attempts=1").attempts) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "rung", "left"),
+    [
+        (["seed=1", "training.max_tokens=9k"], ["training.max_steps=3"], ["seed=1"]),
+        (["+forgetting=[ewc,si]", "forgetting.ewc.ewc-lambda=3", "forgetting.si.xi=1"],
+         ["forgetting=[si]"], ["forgetting.si.xi=1"]),
+        (["expansion=dus", "expansion.dus.drop_layers=0"], ["expansion=none"], []),
+        (["forgetting.replay.fraction=.5"], ["forgetting.replay.fraction=.4"], []),
+    ],
+)  # fmt: skip
+def test_what_a_rung_stands_in_place_of(words: list[str], rung: list[str], left: list[str]) -> None:
+    assert on_top(words, rung) == [*left, *rung]
+
+
+def test_everything_wrong_of_all_rungs_is_told_at_once(tmp_path: Path) -> None:
+    text = MINE.replace("learning-rate=1e-3", "lerning_rate=1e-3").replace("=3,", "=-3,")
+    told = refused(tmp_path, text)
+    assert "training.lerning_rate = 0.001 (in ladder/mine.yaml, rung 1)" in told
+    assert "forgetting.l2sp.l2sp_lambda = -3 (in ladder/mine.yaml, rung 2)" in told
+    told = refused(tmp_path, "rungs: [[seed=1, training], [data.batch_size=3], []]")
+    for line in (
+        "seed = 1 (in ladder/mine.yaml, rung 1): an attempt has its own keys of training",
+        "training = (empty) (in ladder/mine.yaml, rung 1): an override is written KEY=VALUE",
+        "data.batch_size = 3 (in ladder/mine.yaml, rung 2)",
+        "rung 3): a rung is a list of overrides",
+    ):
+        assert line in told
+    told = refused(tmp_path, "rungs: ['training.learning_rate=1,2']")
+    assert "a rung is a list" in told
+    assert "several values" in refused(tmp_path, "rungs: [['training.learning_rate=1,2']]")
+    assert "holds rungs" in refused(tmp_path, "steps: [[training.max_steps=3]]")
+    told = refused(tmp_path, "rungs: [['forgetting=[replay,self_replay]'], [expansion=moe_add]]")
+    assert "rung 1" in told and "rung 2" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["gate.ladder=gentle"], "Did you mean gentler?"),
+        (["gate.max_attempts=2"], "name one as gate.ladder (gentler"),
+        (["gate.ladder=gentler", "gate=off"], "no rung is tried"),
+        (["gate.ladder=gentler", "gate.max_attempts=9"], "rungs for 3 attempts"),
+        (["gate.ladder=gentler", "pipeline.target_params=200k"], "a run that grows to a size"),
+        (["ladder=gentler"], "gate.ladder"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(composing: Composer, words: list[str], told: str) -> None:
+    with pytest.raises(RequestError, match=r".") as caught:
+        composing.compose(words)
+    assert told in str(caught.value)
+
+
+def test_the_content_of_a_ladder_counts_and_runs_without_one_are_what_they_were(
+    tmp_path: Path,
+) -> None:
+    plain = fingerprint(load_config([]))
+    assert not {"ladder", "max_attempts"} & plain["gate"].keys()
+    one = fingerprint(composed(tmp_path, MINE))
+    other = fingerprint(composed(tmp_path, MINE.replace("1e-3", "2e-3")))
+    (line,) = describe_changes(one, other)
+    assert line.startswith("gate.rungs") and "0.001" in line and "0.002" in line
+
+
+def test_each_job_of_a_sweep_has_its_ladder(
+    run: Callable[..., Result], pipeline: FakePipeline
+) -> None:
+    words = ("-m", "forgetting=none,l2sp", "gate.ladder=gentler", "hydra.sweep.dir=out")
+    assert run(*words).code == 0
+    assert [len(config.attempts) for config in pipeline.configs] == [3, 3]
+    assert {config.attempts[2].training.learning_rate for config in pipeline.configs} == {1e-3}

@@ -1,0 +1,127 @@
+"""What is rolled back is tried again, otherwise: attempts of a run, each like a run of its own."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipeline.tiny import FIXTURES
+from tritter.checkpoint import lineage_of
+from tritter.config.folders import composing_from, front_of
+from tritter.errors import TritterError
+from tritter.evaluation.gate import Check
+from tritter.pipeline import Outcome, stages, verdict
+from tritter.pipeline.arm import Arm
+from tritter.pipeline.context import RunContext
+from tritter.report.tables import summary_lines
+from tritter.report.wording import Signs
+
+Run = Callable[..., Outcome]
+LADDER = """\
+# One with another rate, one with other methods
+rungs:
+  - [training.learning_rate=1e-3]
+  - [forgetting=ewc, forgetting.ewc.ewc_lambda=3, expansion=llama_pro, training.max_steps=4]
+"""
+SECOND, THIRD = ([*words.strip("- []\n").split(", ")] for words in LADDER.splitlines()[2:])
+TASKS = f"data.tasks=[{FIXTURES / 'text/new.jsonl'},{{again:{FIXTURES / 'text/old'}}}]"
+ASKED = ("gate=default", "gate.ladder=mine", "logger=csv")
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("conf")
+    (folder / "ladder").mkdir()
+    (folder / "ladder/mine.yaml").write_text(LADDER)
+    with composing_from(front_of([str(folder)], None)):
+        yield
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Let attempts be rolled back by name."""
+    names, original = set[str](), verdict.checks
+
+    def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
+        answer = "failed" if arms[0].name in names else "passed"
+        return [replace(check, verdict=answer) for check in original(context, arms)]
+
+    monkeypatch.setattr(verdict, "checks", checks)
+    yield names
+
+
+def test_attempts_are_what_runs_of_their_own_would_be(
+    run_tiny: Run, tmp_path: Path, failing: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off in the last, and gone on with; held against plain runs with the rungs' own words."""
+    failing |= {"attempt_1", "attempt_2"}
+    evaluation, broken = stages.evaluation, ["attempt_3"]
+
+    def breaking(context: RunContext, arm: Arm) -> Any:
+        if arm.name in broken:
+            raise TritterError("cut off")
+        return evaluation(context, arm)
+
+    monkeypatch.setattr(stages, "evaluation", breaking)
+    folder = tmp_path / "run"
+    with pytest.raises(TritterError, match="cut off"):
+        run_tiny(folder, *ASKED, "control=true")
+    broken.clear()
+    assert run_tiny(folder, *ASKED, "control=true").status == "kept"
+
+    summary = summary_of(folder)
+    first, second, third = summary["attempts"]
+    assert [one["status"] for one in summary["attempts"]] == ["rolled_back", "rolled_back", "kept"]
+    assert [one["overrides"] for one in summary["attempts"]] == [[], SECOND, THIRD]
+    assert [one["expansion"] for one in summary["attempts"]] == [["width"]] * 2 + [["llama_pro"]]
+    assert [one["forgetting"] for one in summary["attempts"]] == [["ewc", "replay"]] * 2 + [["ewc"]]
+    for key in ("status", "gate", "final", "expanded", "jump", "tasks"):
+        assert summary[key] == third[key]
+    assert summary["expansion"] == ["llama_pro"] and summary["forgetting"] == ["ewc"]
+    assert [one["steps"] for one in (first, second, third)] == [6, 6, 4]
+    assert first["final"] != second["final"] != third["final"]
+
+    ledger = json.loads((folder / "ledger.json").read_text())["stages"]
+    assert {"importance", "importance_3", "gate", "attempt_2.gate"} <= ledger.keys()
+    assert "importance_2" not in ledger  # its methods are those of the first
+    fitted = sum(ledger[f"attempt_{number}.fit"]["flops"]["fit"] for number in (1, 2, 3))
+    assert summary["flops"]["fit"] == pytest.approx(fitted)
+    assert summary["control"]["steps"] == 4  # trained as the last attempt was
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert rows[-1]["step"] == "4"
+    lines = [line.text for line in summary_lines(summary, signs=Signs.for_encoding("utf-8"))]
+    assert any("2: training.learning_rate=1e-3: " in line for line in lines)
+
+    kept = lineage_of(folder / "checkpoint")
+    assert kept.parent_path == "../attempt_3/expanded"
+    assert [one["name"] for one in kept.training_config["forgetting"]] == ["ewc"]
+    failing.clear()
+    for number, words in enumerate(([], SECOND, THIRD), start=1):
+        alone = tmp_path / f"alone_{number}"
+        run_tiny(alone, "gate=default", "logger=csv", *words)
+        trained = lineage_of(alone / "attempt_1/trained")
+        assert lineage_of(folder / f"attempt_{number}/trained").model_hash == trained.model_hash
+
+
+def test_tasks_are_tried_again_and_what_is_left_is_the_baseline_when_nothing_helps(
+    run_tiny: Run, tmp_path: Path, failing: set[str]
+) -> None:
+    failing |= {"attempt_1", "attempt_2"}
+    folder = tmp_path / "run"
+    outcome = run_tiny(folder, *ASKED, TASKS, "data.new=null", "gate.max_attempts=2")
+    summary = summary_of(folder)
+    assert outcome.status == summary["status"] == "rolled_back"
+    assert len(summary["attempts"]) == 2 and len(summary["attempts"][1]["tasks"]) == 2
+    assert (folder / "attempt_2_task_2/trained").is_dir()
+    assert summary["final"] == summary["baseline"]
+    assert (
+        lineage_of(folder / "checkpoint").model_hash == lineage_of(folder / "baseline").model_hash
+    )

@@ -1,0 +1,139 @@
+"""`gate.ladder`: what a run that is rolled back tries next, a list of overrides per attempt."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from hydra.core.override_parser.types import Override
+
+from tritter.config.folders import LADDERS, body_of, option_files
+from tritter.config.gate_config import GateConfig
+from tritter.config.schema import RunConfig
+from tritter.config.training_steps import STEPS, TOKENS
+from tritter.errors import Problem, brief, nearest
+
+RUNG_GROUPS = ("training", "forgetting", "expansion")  # what an attempt may have of its own
+LADDER = "gate.ladder"
+RETRYING = (f"{LADDER}=", "gate.max_attempts=")  # what overrides that ask for attempts begin with
+_BODY = "rungs"
+_ORDERED = ("forgetting", "expansion")
+_LENGTHS = {f"training.{STEPS}", f"training.{TOKENS}"}  # of which one is given
+
+Words = tuple[str, ...]
+
+
+def ladder_names() -> list[str]:
+    return list(option_files().get(LADDERS, {}))
+
+
+def rungs_of(gate: GateConfig) -> tuple[Words, ...]:
+    """Return the overrides of each attempt after the first, no more than `gate.max_attempts` asks.
+
+    What is not as a ladder is, `ladder_problems` tells; here it has no rungs.
+    """
+    if gate.ladder is None or any(_file_problems(gate.ladder)):
+        return ()
+    rungs = tuple(tuple(words) for words in _rungs(gate.ladder))
+    return rungs if gate.max_attempts is None else rungs[: gate.max_attempts - 1]
+
+
+def ladder_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield what is wrong with a ladder by itself, or with when it is asked for."""
+    gate = config.gate
+    if gate.ladder is None:
+        if gate.max_attempts is not None and gate.max_attempts > 1:
+            reason = "without a ladder a further attempt would be the first again; name one as "
+            reason += f"{LADDER} ({', '.join(ladder_names())}), or leave this out"
+            yield Problem("gate.max_attempts", gate.max_attempts, reason=reason)
+        return
+    if not gate.enabled:
+        reason = "with gate.enabled = false nothing is rolled back, and no rung is tried"
+        yield Problem(LADDER, gate.ladder, reason=reason)
+    problems = list(_file_problems(gate.ladder))
+    yield from problems
+    if not problems and gate.max_attempts is not None:
+        most = 1 + len(_rungs(gate.ladder))
+        if gate.max_attempts > most:
+            reason = f"{gate.ladder} has rungs for {most} attempts, the first among them; allowed "
+            yield Problem("gate.max_attempts", gate.max_attempts, f"{reason}is at most that")
+    if config.pipeline.target_params is not None:
+        reason = "a run that grows to a size ends with the round that is rolled back; leave "
+        reason += "pipeline.target_params out, or go on from its checkpoint in a run of its own"
+        yield Problem(LADDER, gate.ladder, reason=reason)
+
+
+def choice_problems(overrides: Sequence[Override]) -> Iterator[Problem]:
+    """Yield a ladder that was chosen as if it were the option of a group."""
+    for override in overrides:
+        if override.key_or_group == LADDERS:
+            name = str(override.value())
+            reason = f"a ladder is named as {LADDER}=NAME; there are {', '.join(ladder_names())}"
+            yield Problem(LADDERS, name, reason=reason, nearest=f"{LADDER}={name}")
+
+
+def on_top(words: Sequence[str], rung: Sequence[str]) -> list[str]:
+    """Return overrides with those of a rung, which stand instead of what they set or leave out.
+
+    A rung that chooses methods takes along the keys of those that it does not choose, and one that
+    says how long the training is says it alone.
+    """
+    asked = {_key(word): word.partition("=")[2] for word in rung}
+    return [*(word for word in words if not _is_replaced(_key(word), asked)), *rung]
+
+
+def of_rung(problem: Problem, gate: GateConfig, number: int) -> Problem:
+    """Return what is wrong with an attempt as what it is of, a rung counted from 1."""
+    where = f"{LADDERS}/{gate.ladder}.yaml, rung {number}"
+    return replace(problem, origin=where) if problem.key else replace(problem, job=where)
+
+
+def _is_replaced(key: str, asked: Mapping[str, str]) -> bool:
+    if key in asked or (key in _LENGTHS and _LENGTHS & asked.keys()):
+        return True
+    group, _, inner = key.partition(".")
+    if group not in _ORDERED or group not in asked or not inner:
+        return False
+    return inner.partition(".")[0] not in re.findall(r"\w+", asked[group].replace("-", "_"))
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~").replace("-", "_")
+
+
+def _rungs(name: str) -> list[list[str]]:
+    rungs: list[list[str]] = body_of(option_files()[LADDERS][name])[_BODY]  # type: ignore[assignment]
+    return rungs
+
+
+def _file_problems(name: str) -> Iterator[Problem]:
+    """Yield what is wrong with a ladder's name and file."""
+    names = ladder_names()
+    if name not in names:
+        reason = f"there is no such ladder; allowed is {', '.join(names)}, or null for none"
+        yield Problem(LADDER, name, reason=reason, nearest=nearest(name, names))
+        return
+    path = option_files()[LADDERS][name]
+    body = body_of(path)
+    rungs = body.get(_BODY)
+    if list(body) != [_BODY] or not isinstance(rungs, list) or not rungs:
+        reason = f"{path} holds {_BODY}, a list with the overrides of each further attempt"
+        yield Problem(LADDER, name, reason=f"{reason}, and nothing else")
+        return
+    for number, rung in enumerate(rungs, start=1):
+        where = f"{LADDERS}/{name}.yaml, rung {number}"
+        if not isinstance(rung, list) or not rung:
+            reason = f"a rung is a list of overrides, as [{RUNG_GROUPS[0]}.learning_rate=1e-3]"
+            yield Problem(LADDER, brief(rung), reason=reason, origin=where)
+            continue
+        for word in rung:
+            if (no_word := _why_no_word(word)) is not None:
+                key, _, value = str(word).partition("=")
+                yield Problem(key, value, reason=no_word, origin=where)
+
+
+def _why_no_word(word: object) -> str | None:
+    if not isinstance(word, str) or "=" not in word:
+        return "an override is written KEY=VALUE, with quotes around one that holds a list"
+    if _key(word).partition(".")[0] not in RUNG_GROUPS:
+        return f"an attempt has its own keys of {', '.join(RUNG_GROUPS)}; all else is the run's"
+    return None
