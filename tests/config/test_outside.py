@@ -146,7 +146,10 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
         (["data=lettres"], ["Did you mean letters?"]),
         (["data=letters", "data.num_text=20"], ["Did you mean data.num_texts?"]),
         (["data=letters", "data.num_texts=9"], ["data.num_texts = 9", "at least 10"]),
-        (["data=letters", "data.old=x"], ["Letters has no such key, only hf and text have"]),
+        (
+            ["data=letters", "data.old=x"],
+            ["Letters has no such key, only hf and skills and"],
+        ),
         (["data.num_texts=20"], ["source stdlib has no such key, only letters has"]),
         (["data=letters", "data._target_=mine.forgetting.Damp"], ["it is no subclass of"]),
         (["callbacks=loss_logg"], ["Did you mean loss_log?"]),

@@ -226,7 +226,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.old=@old data.tasks=[@new,@old] pipeline.target_params=200k": (
         "data.tasks", "one task",
     ),
-    "data.tasks=[stdlib:code]": ("data.tasks", "source stdlib has no such key, only hf and"),
+    "data.tasks=[stdlib:code]": ("data.tasks", "source stdlib has no such key, only hf"),
     "data=text data.old=3 data.new=@new": ("data.old = 3", "a path, a list of paths"),
     "data=text data.old=[] data.new=@new": ("data.old = []", "empty"),
     "data=text data.old={prose:{a:b}} data.new=@new": ("data.old.prose", "a path"),
@@ -234,7 +234,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.old={x:@old} data.new={x:@new}": ("data.new.x", "already"),
     "data=text data.old=stdlib:prosa data.new=@new": ("stdlib:code", "Did you mean stdlib:prose?"),
     "data=text data.old=@old data.new=@new data.text_feild=a": ("Did you mean data.text_field?",),
-    "data.old=@old": ("data.old", "source stdlib has no such key, only hf and"),
+    "data.old=@old": ("data.old", "source stdlib has no such key, only hf"),
     "data.source=text": ("data.source = text", "choose it with data=text"),
     "model=hf": ("model.path = null", "model.path=DIR"),
     "model=hf model.path=@bsae": ("model.path", "no hub id", "Did you mean 'base'?"),

@@ -54,3 +54,28 @@ def test_an_accuracy_changes_in_points(summary):
     row = next(row for row in domain_rows(summary) if row.domain == "arithmetic")
     assert (score_text(row.before), score_text(row.expanded)) == ("62.0%", "-")
     assert change_text(row.change) == "-2.0 points"
+
+
+def test_what_a_skill_teaches_has_a_row_behind_its_loss(summary):
+    """And so has a task that no domain teaches, which is to be kept."""
+    answers = {"accuracy_standard_error": 0.01, "num_questions": 900, "chance": 0.0}
+    final = summary["attempts"][0]["final"]
+    summary["baseline"]["code"] |= answers | {"accuracy": 0.1}
+    final["code"] |= answers | {"accuracy": 0.45}
+    summary["baseline"]["arc"] = {"accuracy": 0.6, "standard_error": 0.02, "n": 400}
+    final["arc"] = {"accuracy": 0.59, "standard_error": 0.02, "n": 400}
+    check = {"check": "new_capability", "subject": "code/accuracy", "verdict": "passed"}
+    summary["attempts"][0]["gate"].append(check)
+    prose, code, right, arc = domain_rows(summary)
+    assert [row.domain for row in (prose, code, right, arc)] == [
+        "prose", "code", "code/accuracy", "arc/accuracy",
+    ]  # fmt: skip
+    assert (code.before.loss, code.before.accuracy) == (4.591, None)
+    assert not code.change.in_points and code.verdict == "passed"
+    assert (score_text(right.before), score_text(right.trained)) == ("10.0%", "45.0%")
+    assert (change_text(right.change), right.verdict, right.role) == (
+        "+35.0 points", "passed", "new",
+    )  # fmt: skip
+    assert (change_text(arc.change), arc.role, arc.before.standard_error) == (
+        "-1.0 points", "old", 0.02,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ class EvaluationConfig:
     """How domains are scored and sampled, and which benchmarks are asked besides.
 
     Args:
+        task_questions: of each domain that generated skills teach; 0: none.
         tasks: benchmarks, and groups of them.
         tasks_path: folder with their files; None: the hub.
         task_limit: so many questions of each; None: all.
@@ -25,6 +26,7 @@ class EvaluationConfig:
     batch_size: Count
     sample_tokens: WholeNumber
     every_n_steps: WholeNumber
+    task_questions: Annotated[int, Field(ge=0, le=MAX_COUNT)]
     tasks: list[str]
     tasks_path: Text | None
     task_limit: Count | None

@@ -6,6 +6,7 @@ from typing import Any
 
 from tritter.config.schema import SECTIONS, RunConfig
 from tritter.config.trainer_arguments import WITHOUT_EFFECT as NO_EFFECT
+from tritter.data.skills import PREFIX
 from tritter.errors import show
 from tritter.options import leaves
 from tritter.targets import TARGET, identity, imported
@@ -38,6 +39,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         if section == "pipeline" and config.pipeline.target_params is None:
             continue  # one round, as every run had before there were more
         without = _WITHOUT_EFFECT.get(section, ())
+        if section == "evaluation" and not _asks_questions(config):
+            without = ("task_questions",)
         values = asdict(getattr(config, section))
         result[section] = {key: values[key] for key in values if key not in without}
     if not config.evaluation.tasks:  # as every run was before there were any
@@ -77,6 +80,11 @@ def _methods(config: RunConfig) -> dict[str, Any]:
         bodies = {n: {**_plain(asdict(options)), **identity(k)} for n, k, options in chosen}
         result[group] = {"methods": [name for name, _, _ in chosen], **bodies}
     return result
+
+
+def _asks_questions(config: RunConfig) -> bool:
+    paths = (path for domain in config.text.domains for path in domain.paths)
+    return any(path.startswith(PREFIX) for path in paths)
 
 
 def effective_arguments(config: RunConfig) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from tritter.checkpoint.usable import checkpoint_place
 from tritter.config.folders import body_of, option_files
 from tritter.config.reading import Reader
 from tritter.config.schema import CheckpointModelConfig, DataConfig, Model, NamedTextConfig
-from tritter.config.text_files import Place, place_of, read_sources, read_tasks
+from tritter.config.skills import SkillsDataConfig
+from tritter.config.text_files import place_of, read_sources, read_tasks
 from tritter.errors import Problem, RequestError, nearest
 from tritter.options import choices, field_keys, is_options, join
 from tritter.targets import TARGET, dotted, resolve
@@ -81,8 +82,10 @@ def read_data(
         choice = dotted(kind)
     taken = _only_of(reader, "data", data_keys(), raw, choice=choice, own=own)
     del taken[TARGET]
-    is_named = issubclass(kind, NamedTextConfig)
-    sources = _read_sources(reader, taken, place_of(kind, taken)) if is_named else {}
+    if issubclass(kind, SkillsDataConfig):
+        is_new = classes.get("model") is not CheckpointModelConfig
+        taken = _with_defaults(kind, taken, is_new=is_new)
+    sources = _read_sources(reader, taken, kind) if issubclass(kind, NamedTextConfig) else {}
     blank: dict[str, Any] = {name: [] if name == "tasks" else {} for name in sources}
     values = reader.read(kind, {**taken, **blank}, prefix="data")
     return None if values is None else replace(values, **sources)
@@ -120,22 +123,47 @@ def _only_of(
     return taken
 
 
-def _read_sources(reader: Reader, raw: Mapping[str, Any], place_of_word: Place) -> dict[str, Any]:
+def _with_defaults(
+    kind: type[SkillsDataConfig], raw: Mapping[str, Any], *, is_new: bool
+) -> dict[str, Any]:
+    """Return a section in which is said what skills stand for null.
+
+    Args:
+        is_new: the base is, so that nothing was learned before.
+    """
+    named = dict(raw)
+    if is_new and raw.get("old") is None:
+        named["old"] = list(kind.base_domains)
+    if raw.get("tasks") is None and raw.get("new") is None:
+        named["new"] = kind.new_domain
+    return named
+
+
+def _read_sources(
+    reader: Reader, raw: Mapping[str, Any], kind: type[NamedTextConfig]
+) -> dict[str, Any]:
     """Return `old`, `new` and `tasks` as paths; None of what is old: what a checkpoint learned."""
-    sources: dict[str, Any] = {
-        name: read_sources(
+    place_of_word, is_each_named = place_of(kind, raw), issubclass(kind, SkillsDataConfig)
+    sources: dict[str, Any] = {}
+    for name in ("old", "new"):
+        sources[name] = read_sources(
             f"data.{name}",
             raw.get(name),
-            default_name=name,
+            default_name=None if is_each_named else name,
             problems=reader.problems,
             place_of_word=place_of_word,
+            known=sources.get("old", {}),
         )
-        for name in ("old", "new")
-    }
     tasks, has_new = raw.get("tasks"), raw.get("new") not in (None, {})
-    sources["tasks"] = (
-        [] if tasks is None else read_tasks(tasks, sources["old"], reader.problems, place_of_word)
-    )
+    sources["tasks"] = []
+    if tasks is not None:
+        sources["tasks"] = read_tasks(
+            tasks,
+            sources["old"],
+            reader.problems,
+            place_of_word,
+            default_name=None if is_each_named else "text",
+        )
     if has_new and tasks is not None:
         reason = "data.new is the one task of a run that has no list; leave one of the two out"
         reader.report("data.tasks", tasks, reason=reason)

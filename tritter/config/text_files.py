@@ -5,13 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from tritter.checkpoint.learned import told_apart
 from tritter.config.schema import DataConfig, NamedTextConfig, TextDataConfig, TextSources
+from tritter.config.skills import SkillsDataConfig
+from tritter.data.built_in import built_in_path, is_built_in
 from tritter.data.contents import TextRequest
 from tritter.data.dataset_name import PREFIX, check_place, parse_name
-from tritter.data.finding import BUILT_IN_TEXTS, find_texts
+from tritter.data.finding import find_texts
 from tritter.data.records import DEFAULT_FIELD
+from tritter.data.skills import SKILLS, skill_path
 from tritter.errors import Problem, RequestError, nearest
 
 Place = Callable[[str, str], str]  # key and word as typed → what is kept of it
@@ -28,6 +32,21 @@ def text_place(key: str, path: str) -> str:
     return place
 
 
+def skill_place(key: str, word: str) -> str:
+    """Return what `text_place` does, or the skill that a word alone names.
+
+    Raises:
+        RequestError: it means neither a skill nor a text.
+    """
+    name = word.partition(":")[0]
+    if name in SKILLS:
+        return text_place(key, skill_path(word))
+    if word.isidentifier() and not Path(word).exists():
+        reason = f"there is no such skill, file or folder; the skills are {', '.join(SKILLS)}"
+        raise RequestError(Problem(key, word, reason=reason, nearest=nearest(name, SKILLS)))
+    return text_place(key, word)
+
+
 def dataset_place(key: str, word: str, *, column: str | None, max_rows: int | None) -> str:
     """Return the whole name of a data set, or a built-in text.
 
@@ -38,8 +57,8 @@ def dataset_place(key: str, word: str, *, column: str | None, max_rows: int | No
     Raises:
         RequestError: it names none, or nothing lies there.
     """
-    if word.startswith("stdlib:"):
-        return _absolute(key, word)
+    if is_built_in(word):
+        return built_in_path(key, word)
     source = parse_name(key, word)
     check_place(key, word, source)
     is_whole = source.rows == (0, None)
@@ -51,6 +70,8 @@ def place_of(kind: type[DataConfig], raw: Mapping[str, object]) -> Place:
     """Return how an option of `data` reads its words, given its keys as they stand in a config."""
     if issubclass(kind, TextDataConfig):
         return text_place
+    if issubclass(kind, SkillsDataConfig):
+        return skill_place
     column, rows = raw.get("text_column"), raw.get("max_rows")
     return partial(
         dataset_place,
@@ -63,21 +84,26 @@ def read_sources(
     key: str,
     value: object,
     *,
-    default_name: str,
+    default_name: str | None,
     problems: list[Problem],
     place_of_word: Place = text_place,
+    known: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> TextSources:
     """Return domain → absolute paths of a value as it stands in a config.
 
     Args:
         key: what the value is called in messages.
         value: a path, a list of paths, or a mapping of domain names to either; null means none.
-        default_name: of the domain when none is named.
+        default_name: of the domain when none is named; None: each word is a domain of its own,
+            named after what it is.
         problems: gets a line for each path that means no text, and for a value of another form.
         place_of_word: says what a word means.
+        known: domain → paths of what there is besides; the same paths are the same domain.
     """
     if value is None:
         return {}
+    if default_name is None and not isinstance(value, Mapping):
+        return _each_named(key, value, problems, place_of_word, known)
     named = value if isinstance(value, Mapping) else {default_name: value}
     sources: TextSources = {}
     for name, paths in named.items():
@@ -100,8 +126,44 @@ def read_sources(
     return sources
 
 
+def _each_named(
+    key: str,
+    value: object,
+    problems: list[Problem],
+    place_of_word: Place,
+    known: Mapping[str, Sequence[str]],
+) -> TextSources:
+    """Return each word as a domain: one that is known, or named after what the word means."""
+    try:
+        words = _paths(key, value)
+    except RequestError as error:
+        problems += error.problems
+        return {}
+    taken, sources = dict(known), TextSources()
+    for word in words:
+        try:
+            paths = [place_of_word(key, word)]
+        except RequestError as error:
+            problems += error.problems
+            continue
+        name = _name_of(paths, taken)
+        sources[name] = taken[name] = paths
+    return sources
+
+
+def _name_of(paths: Sequence[str], known: Mapping[str, Sequence[str]]) -> str:
+    """Return the name of the domain that has some paths, or one that no other has."""
+    same = (name for name, others in known.items() if others == paths)
+    return next(same, None) or told_apart(_named_after(paths), known)
+
+
 def read_tasks(
-    value: object, old: TextSources, problems: list[Problem], place_of_word: Place = text_place
+    value: object,
+    old: TextSources,
+    problems: list[Problem],
+    place_of_word: Place = text_place,
+    *,
+    default_name: str | None = "text",
 ) -> list[TextSources]:
     """Return each task's domain → absolute paths, of `data.tasks` as it stands in a config.
 
@@ -111,6 +173,7 @@ def read_tasks(
     Args:
         old: old domain → paths.
         problems: gets a line for all that is wrong.
+        default_name: None: as in `read_sources`.
     """
     key = "data.tasks"
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
@@ -124,12 +187,16 @@ def read_tasks(
             problems.append(Problem(place, one, reason="a task needs text: name a path"))
             continue
         task = read_sources(
-            place, one, default_name="text", problems=problems, place_of_word=place_of_word
+            place,
+            one,
+            default_name=default_name,
+            problems=problems,
+            place_of_word=place_of_word,
+            known=known,
         )
-        if not isinstance(one, Mapping):
-            paths = task.get("text", [])
-            same = (name for name, others in known.items() if others == paths)
-            task = {next(same, None) or told_apart(_named_after(paths), known): paths}
+        if default_name is not None and not isinstance(one, Mapping):
+            paths = task.get(default_name, [])
+            task = {_name_of(paths, known): paths}
         for name, paths in task.items():
             if known.setdefault(name, paths) != paths:
                 reason = f"{name} is the name of other text already; choose another"
@@ -142,7 +209,7 @@ def _named_after(paths: Sequence[str]) -> str:
     """Return what a domain is called that nobody named: after its first path."""
     first = next(iter(paths), "")
     place = Path(parse_name("", first).name if first.startswith(PREFIX) else first)
-    word = place.name.removeprefix("stdlib:")
+    word = first.split(":")[1] if is_built_in(first) else place.name
     if set(word) & set("*?["):
         word = place.parent.name
     name = re.sub(r"\W", "_", word.partition(".")[0])
@@ -162,7 +229,9 @@ def text_requests(data: DataConfig) -> tuple[TextRequest, ...]:
 
 def text_field(data: DataConfig) -> str:
     """Return the field of records that holds their text."""
-    return data.text_field if isinstance(data, TextDataConfig) else DEFAULT_FIELD
+    if isinstance(data, TextDataConfig | SkillsDataConfig):
+        return data.text_field
+    return DEFAULT_FIELD
 
 
 def domain_key(data: DataConfig, name: str) -> str:
@@ -189,12 +258,8 @@ def _absolute(key: str, path: str) -> str:
     if path.startswith(PREFIX):
         reason = "data sets are read with data=hf"
         raise RequestError(Problem(key, path, reason=reason))
-    if path.startswith("stdlib:"):
-        if path not in BUILT_IN_TEXTS:
-            reason = f"the built-in texts are {', '.join(BUILT_IN_TEXTS)}"
-            near = nearest(path, BUILT_IN_TEXTS)
-            raise RequestError(Problem(key, path, reason=reason, nearest=near))
-        return path
+    if is_built_in(path):
+        return built_in_path(key, path)
     try:
         place = Path(path).expanduser()
         # The last name stays as it was typed: a link's own says what kind of file it is

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tritter.checkpoint.history import learned_text
 from tritter.checkpoint.kept_sequences import KeptSequences
-from tritter.checkpoint.learned import BUILT_IN, Learned, LearnedDomain, TextSplit, told_apart
+from tritter.checkpoint.learned import Learned, LearnedDomain, TextSplit, told_apart
 from tritter.config.run_text import DomainText, RunText
 from tritter.config.schema import (
     CheckpointModelConfig,
@@ -22,16 +22,15 @@ from tritter.config.schema import (
     TextSources,
 )
 from tritter.config.text_files import domain_key, text_field
+from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
 from tritter.data.documents import documents_digest
 from tritter.data.readers import TextFileError
 from tritter.data.sources import recorded_paths, source_documents
 from tritter.data.split import SplitRule
-from tritter.data.stdlib import stdlib_origin
 from tritter.errors import Problem, RequestError, TritterError
 
 DEFAULT_FRACTION = 0.2  # of a split that begins; a lineage's own goes on
 Texts = Callable[[], Iterable[str]] | None
-_BUILT_IN_PATHS = frozenset(BUILT_IN.values())
 
 
 def run_text(model: Model, data: DataConfig, *, seed: int) -> RunText:
@@ -188,7 +187,7 @@ class _Domains:
         """Return the learned domain that a typed one is: of the same text, else the same place."""
         if not self._learned:
             return None
-        if texts is None and set(paths) <= _BUILT_IN_PATHS:
+        if texts is None and all(map(is_built_in, paths)):
             return next((n for n, d in self._learned.items() if set(d.paths) == set(paths)), None)
         digests: dict[bool, str] = {}
         for known, domain in self._learned.items():
@@ -255,10 +254,10 @@ class _Domains:
                 f"Old text as the checkpoint recorded it, with its split: {', '.join(domains)}."
             )
         for name, domain in domains.items():
-            is_built_in = set(domain.paths) <= _BUILT_IN_PATHS
-            if is_built_in and domain.origin not in ("", stdlib_origin()):
+            here = built_in_origin(domain.paths)
+            if all(map(is_built_in, domain.paths)) and domain.origin not in ("", here):
                 self._notes.append(
-                    f"Its {name} was that of {domain.origin}; here it is that of {stdlib_origin()}."
+                    f"Its {name} was that of {domain.origin}; here it is that of {here}."
                 )
         return [
             replace(_recorded(name, domain), is_streamed=self._is_streamed)
@@ -281,9 +280,11 @@ def _problem(domain: LearnedDomain, *, is_streamed: bool = False) -> str | None:
     """Return why a recorded domain does not hold what it held; None when it does."""
     if not domain.paths:
         return "the record does not say where it lay"
-    if set(domain.paths) <= _BUILT_IN_PATHS:
-        return None
     try:
+        if all(map(is_built_in, domain.paths)):
+            for path in domain.paths:
+                built_in_path("data", path)
+            return None
         digest = _digest(
             domain.paths,
             domain.text_field,

@@ -31,10 +31,10 @@ from tritter.config.schema import (
     SECTIONS,
     CheckpointModelConfig,
     ModelConfig,
+    NamedTextConfig,
     OptimizerValues,
     RootValues,
     RunConfig,
-    TextDataConfig,
     TrainingConfig,
     WandbConfig,
 )
@@ -269,7 +269,7 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
     for name in new:
         if name in old:
             reason = "an old domain has that name already"
-            has_tasks = isinstance(config.data, TextDataConfig) and config.data.tasks
+            has_tasks = isinstance(config.data, NamedTextConfig) and config.data.tasks
             side = "tasks" if has_tasks else "new"
             yield Problem(f"data.{side}.{name}", new[name], reason=reason)
     if config.text.old:
@@ -278,7 +278,7 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         reason = "the base is pretrained on old text; name it, or start from a checkpoint: model=hf"
         yield Problem("data.old", None, reason=reason)
         return
-    typed = config.data.old if isinstance(config.data, TextDataConfig) else None
+    typed = config.data.old if isinstance(config.data, NamedTextConfig) else None
     asked = {one.name: one.kind.needs(one.options) for one in config.forgetting}
     needing = [name for name, needs in asked.items() if _lacks_old_text(config, needs)]
     if needing and not any(needs.writes for needs in asked.values()):

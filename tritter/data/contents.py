@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tritter.data.built_in import is_built_in
 from tritter.data.dataset_name import dataset_names
-from tritter.data.finding import BUILT_IN_TEXTS, find_text_files
+from tritter.data.finding import find_text_files
 from tritter.data.readers import Reading, SpentError, TextFileError
 from tritter.data.sources import recorded_paths
 from tritter.data.text import no_text
@@ -58,7 +59,8 @@ def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_
         no_text(request.key, paths)
         for request, paths in asked.items()
         if paths
-        and not {*BUILT_IN_TEXTS, *dataset_names(request.paths)} & set(request.paths)
+        and not any(map(is_built_in, request.paths))
+        and not dataset_names(request.paths)
         and all((request, path) in blank and not problems[request, path] for path in paths)
     ]
     found += _unopened((request.key, dataset_names(request.paths)) for request in requests)

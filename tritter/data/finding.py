@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tritter.data.built_in import is_built_in
 from tritter.data.dataset_name import PREFIX
 from tritter.data.readers import TEXT_SUFFIXES, text_suffix
 from tritter.data.records import shown
 from tritter.errors import Problem, RequestError, did_you_mean
 
-BUILT_IN_TEXTS = ("stdlib:prose", "stdlib:code")  # the Python installation's own
 _Identity = tuple[int, int]  # device and number of a folder
 _GLOB_SIGNS = set("*?[")
 _BROKEN_LINK = "link to nothing"
@@ -68,7 +68,7 @@ def find_texts(key: str, paths: Iterable[str]) -> FoundTexts:
     files: dict[Path, None] = {}
     skipped: Counter[str] = Counter()
     for path in paths:
-        if path in BUILT_IN_TEXTS or path.startswith(PREFIX):
+        if is_built_in(path) or path.startswith(PREFIX):
             continue
         try:
             found = _found(key, path)

@@ -1,15 +1,14 @@
 """The documents that paths, data sets, built-in texts and sources from outside mean."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 
+from tritter.data.built_in import BUILT_IN_TEXTS, built_in_documents, is_built_in
 from tritter.data.dataset_name import dataset_names, parse_name
 from tritter.data.dataset_rows import dataset_texts, resolve_dataset
 from tritter.data.documents import Document, documents_of
-from tritter.data.finding import BUILT_IN_TEXTS, find_text_files
+from tritter.data.finding import find_text_files
 from tritter.data.ranked import RANKED_SUFFIXES, ranked_documents
 from tritter.data.readers import TextFileError
-from tritter.data.stdlib import StdlibText, gather
 from tritter.data.text import read_texts
 
 
@@ -38,7 +37,8 @@ def source_documents(
     """
     if texts is not None:
         return documents_of(_own(texts, key))
-    built_in = [each for path in BUILT_IN_TEXTS if path in paths for each in _built_in(path)]
+    ordered = dict.fromkeys((*(each for each in BUILT_IN_TEXTS if each in paths), *paths))
+    built_in = [each for path in filter(is_built_in, ordered) for each in built_in_documents(path)]
     files = find_text_files(key, paths)
     if is_ranked:
         files = tuple(file for file in files if file.name.lower().endswith(RANKED_SUFFIXES))
@@ -81,13 +81,3 @@ def _own(texts: Callable[[], Iterable[str]], key: str) -> list[str]:
     if wrong := [text for text in found if not isinstance(text, str)]:
         raise TextFileError([f"{key}: a {type(wrong[0]).__name__} stands among its texts"])
     return found
-
-
-def _built_in(path: str) -> tuple[Document, ...]:
-    text = _library()
-    return text.prose if path == "stdlib:prose" else text.code
-
-
-@cache
-def _library() -> StdlibText:
-    return gather()

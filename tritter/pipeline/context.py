@@ -20,6 +20,7 @@ from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConf
 from tritter.config.text_resolution import run_text
 from tritter.config.validation import known_config
 from tritter.data.batches import BatchStream, SequenceStream
+from tritter.data.built_in import questions_of
 from tritter.data.corpus import Corpus
 from tritter.data.datamodule import EvaluationText
 from tritter.data.pretrained import PretrainedTokenizer, read_tokenizer
@@ -30,7 +31,7 @@ from tritter.data.tokenizer import END_OF_TEXT
 from tritter.data.tokens import pack
 from tritter.data.weighted import WeightedStream
 from tritter.errors import RequestError
-from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
+from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
 from tritter.expand import PlannedExpansion, planned
 from tritter.families import Config, family_of
 from tritter.models import read_config
@@ -310,10 +311,13 @@ class RunContext:
     @cached_property
     def tasks(self) -> tuple[ScoredTask, ...]:
         """What is asked of every model beside the losses."""
+        options = self.config.evaluation
+        asked = {d.name: questions_of(d.paths, options.task_questions) for d in self.text.domains}
+        skills = (QuestionTask(name, name, asked[name]) for name in asked if asked[name])
         source = known_config(self.config) if self.given is None else read_config(self.given)
         positions = (source or {}).get("max_position_embeddings")
         length = positions if isinstance(positions, int) else MAX_POSITIONS
-        return benchmark_tasks(self.config.evaluation, positions=length)
+        return (*skills, *benchmark_tasks(options, positions=length))
 
     @cached_property
     def scoring(self) -> Scoring:

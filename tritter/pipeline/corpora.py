@@ -7,13 +7,13 @@ from tokenizers import Tokenizer
 
 from tritter.config.run_text import DomainText, RunText
 from tritter.config.schema import RunConfig
+from tritter.data.built_in import built_in_origin, is_built_in
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
 from tritter.data.dataset_name import dataset_names
-from tritter.data.finding import BUILT_IN_TEXTS, find_texts
+from tritter.data.finding import find_texts
 from tritter.data.readers import TextFileError
 from tritter.data.sources import source_documents
 from tritter.data.split import DomainDocuments, Earlier
-from tritter.data.stdlib import stdlib_origin
 from tritter.targets import dotted
 
 FILES_ORIGIN, DATASETS_ORIGIN = "text files", "data sets"
@@ -97,9 +97,11 @@ def _is_stdlib(text: RunText) -> bool:
 def _origin(domain: DomainText, config: RunConfig) -> str:
     if domain.texts is not None:
         return dotted(type(config.data))
-    built_in = [path for path in domain.paths if path in BUILT_IN_TEXTS]
     datasets = dataset_names(domain.paths)
-    origins = [stdlib_origin()] if built_in else []
-    origins += [DATASETS_ORIGIN] if datasets else []
-    has_files = len(built_in) + len(datasets) < len(domain.paths)
-    return " and ".join([*origins, *([FILES_ORIGIN] if has_files else [])])
+    has_files = any(not is_built_in(path) and path not in datasets for path in domain.paths)
+    origins = (
+        built_in_origin(domain.paths),
+        DATASETS_ORIGIN if datasets else "",
+        FILES_ORIGIN if has_files else "",
+    )
+    return " and ".join(filter(None, origins))

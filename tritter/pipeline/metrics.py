@@ -14,7 +14,7 @@ from tritter.config.fingerprint import fingerprint
 from tritter.evaluation.estimate import finite_or_none
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.report.rows import domain_rows
+from tritter.report.rows import ACCURACY, domain_rows
 from tritter.storage.atomic import write_text_atomic
 from tritter.training import read_metrics
 
@@ -27,11 +27,11 @@ def score_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
     Of its tasks `score/<task>/accuracy`.
     """
     scores = context.read_scores(f"{arm_name}-trained")
+    means = {subject: finite_or_none(held.mean()) or 0.0 for subject, held in scores.items()}
+    of_answers = [subject for subject, held in scores.items() if held.unit == "accuracy"]
     return {
-        f"score/{subject}" if held.unit == "accuracy" else f"score/{subject}/loss": (
-            finite_or_none(held.mean()) or 0.0
-        )
-        for subject, held in scores.items()
+        **{f"score/{name}/loss": mean for name, mean in means.items() if name not in of_answers},
+        **{f"score/{n.removesuffix(ACCURACY)}/accuracy": means[n] for n in of_answers},
     }
 
 
