@@ -188,7 +188,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "-m hydra.sweep.subdir=. seed=0": ("hydra.sweep.subdir = .",),
     "experiment=ablation": ("hydra.sweeper.params", "expansion, forgetting", "add -m"),
     "-m --cfg job seed=0,1": ("-m with --cfg",),
-    "data.source={a:{b:1}}": ("data.source = ", "allowed is one of skills, stdlib, text"),
+    "data.source={a:{b:1}}": ("data.source = ", "allowed is one of hf, skills, stdlib, text"),
 }
 
 

@@ -9,7 +9,7 @@ from tritter.config.composition import load_config
 from tritter.config.fingerprint import changed_keys, fingerprint
 from tritter.errors import RequestError
 
-BASE = {"prose": ["stdlib:prose"], "key_value": ["skills:key_value:10000"]}
+BASE = {"prose": ["stdlib:prose"]}
 
 
 def sorting(count: int = 10_000) -> dict[str, list[str]]:
@@ -25,8 +25,7 @@ def sorting(count: int = 10_000) -> dict[str, list[str]]:
          {"mine": ["skills:sorting:10000"]},
          [{"identity": ["skills:identity:7"], "code": ["stdlib:code"]}]),
         (["data.tasks=[sorting,[key_value,identity],skills:sorting:10000]"], BASE,
-         [sorting(), {"key_value": BASE["key_value"], "identity": ["skills:identity:10000"]},
-          sorting()]),
+         [sorting(), {n: [f"skills:{n}:10000"] for n in ("key_value", "identity")}, sorting()]),
         (["data.old=sorting", "data.tasks=[sorting:5,sorting]"], sorting(),
          [{"sorting_2": ["skills:sorting:5"]}, sorting()]),
     ],

@@ -16,7 +16,7 @@ class SkillsDataConfig(NamedTextConfig):
         text_field: of records.
     """
 
-    base_domains: ClassVar[tuple[str, ...]] = ("stdlib:prose", "key_value")
+    base_domains: ClassVar[tuple[str, ...]] = ("stdlib:prose",)
     new_domain: ClassVar[str] = "arithmetic"
     source: Literal["skills"]
     text_field: Text
