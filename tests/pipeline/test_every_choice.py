@@ -75,6 +75,7 @@ def check(folder: Path, cache: Path, expansion: str, forgetting: str) -> None:
 
     summary = json.loads((folder / "whole/summary.json").read_text(encoding="utf-8"))
     verdicts = {gate["check"]: gate["verdict"] for gate in summary["gate"]}
+    assert verdicts["gradient_flow"] == verdicts["memory"] == "passed"
     exact = expansion in ("width", "llama_pro")
     if expansion != "none":
         assert verdicts["preservation"] == ("passed" if exact else "reported")

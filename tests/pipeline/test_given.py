@@ -220,7 +220,7 @@ def test_without_old_text_nothing_is_said_of_retention(
     )  # fmt: skip
     assert summary["domains"]["old"] == []
     assert {check["check"] for check in summary["gate"]} == {
-        "training", "preservation", "new_capability",
+        "training", "gradient_flow", "memory", "preservation", "new_capability",
     }  # fmt: skip
     assert "forgetting is not measured" in capsys.readouterr().out
 

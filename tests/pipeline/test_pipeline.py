@@ -44,7 +44,7 @@ def test_summary_holds_what_the_contract_names(default_run: Path) -> None:
     for check in summary["gate"]:
         assert {"check", "value", "bound", "interval", "verdict"} <= set(check)
     assert {c["check"] for c in summary["gate"]} == {
-        "training", "preservation", "retention", "new_capability",
+        "training", "gradient_flow", "memory", "preservation", "retention", "new_capability",
     }  # fmt: skip
     assert summary["attempts"][0]["gate"] == summary["gate"]
     for cost in (summary["flops"], summary["seconds"]):

@@ -5,7 +5,7 @@ reason to pass or to fail. Damage that is rare does not show in few documents, s
 `MIN_DOCUMENTS` no bound is trusted.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from tritter.evaluation.statistics import (
     relative_harm,
 )
 
-Verdict = Literal["passed", "failed", "undecided", "reported"]
+Verdict = Literal["passed", "failed", "undecided", "reported", "not_asked"]
 Status = Literal["kept", "rolled_back", "undecided"]
 
 # A tenth of all documents shows in at least one of 30 with a probability of 96 %
@@ -31,6 +31,10 @@ _FEW = 0.05
 _MOST_NAMES = 3
 # What loading an exact expansion in the stock classes may cost in float32, in units of std(logits).
 EXACT_JUMP = 1e-4
+# After which what has no gradient will have none: zeros that an expansion sets hold gradients from
+# what lies behind them for two
+ENOUGH_STEPS = 4
+MEMORY_BOUND = 0.1  # of the bytes that shapes say
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class Check:
     """One question to a grown model and its answer.
 
     Attributes:
-        name: retention, new_capability, preservation or training.
+        name: retention, new_capability, preservation, training, gradient_flow or memory.
         subject: the domain, or what else was looked at.
         value: the measured number, positive where the model became worse; None when there is
             none (a loss that is not finite).
@@ -164,6 +168,64 @@ def training_check(non_finite_steps: int, *, aborted_reason: str | None) -> Chec
     return Check("training", "steps", verdict, detail, value=float(non_finite_steps))
 
 
+def flow_check(
+    flow: Mapping[str, Any],
+    *,
+    new_experts: Collection[int] = (),
+    least_steps: int = ENOUGH_STEPS,
+) -> Check | None:
+    """Ask whether everything that was trained got a gradient; None where it was not watched.
+
+    Tokens alone bring an expert a gradient, so one that met none is named; the check fails where a
+    layer's appended experts met none all together: what they add was never learned.
+
+    Args:
+        flow: what a training found.
+        new_experts: those that were appended, by number.
+        least_steps: without which nothing can be said.
+    """
+    if not flow:
+        return None
+    dead, idle = flow["without_gradient"], flow["without_tokens"]
+    told = []
+    if dead:
+        told.append(f"no gradient reached {_listed(dead)}")
+    if idle:
+        told.append(f"no token met {_listed(idle)}")
+    detail = "; ".join(told) or "all that was trained got a gradient"
+    if flow["steps"] < least_steps:
+        detail = f"a training of fewer than {least_steps} steps does not show it"
+        return Check("gradient_flow", "parameters", "reported", detail, n=flow["steps"])
+    is_lost = any(set(new_experts) <= numbers for numbers in _by_layer(idle)) and new_experts
+    verdict: Verdict = "failed" if dead or is_lost else "passed"
+    return Check(
+        "gradient_flow",
+        "parameters",
+        verdict,
+        detail,
+        value=float(len(dead)),
+        bound=0.0,
+        n=flow["steps"],
+    )
+
+
+def memory_check(held: Mapping[str, Any], *, expected: int) -> Check:
+    """Hold what a training held against what its shapes say, in bytes.
+
+    Args:
+        held: of `parameters`, `gradients` and `optimizer`, and of a GPU the `peak`.
+        expected: all three together.
+    """
+    names = ("parameters", "gradients", "optimizer")
+    value = sum(held[name] for name in names) / expected - 1
+    verdict: Verdict = "passed" if abs(value) <= MEMORY_BOUND else "failed"
+    parts = ", ".join(f"{name} {held[name]:,}" for name in names)
+    detail = f"held {value:+.2%} of the {expected:,} bytes that its shapes say ({parts})"
+    if peak := held.get("peak"):
+        detail += f"; the GPU's peak, with activations, was {peak:,}"
+    return Check("memory", "states", verdict, detail, value=value, bound=MEMORY_BOUND)
+
+
 def decide(checks: Iterable[Check], *, enabled: bool) -> Status:
     """Draw the consequence: one failure rolls back, one open question leaves it undecided.
 
@@ -177,6 +239,20 @@ def decide(checks: Iterable[Check], *, enabled: bool) -> Status:
     if enabled and "undecided" in verdicts:
         return "undecided"
     return "kept"
+
+
+def _by_layer(experts: Iterable[str]) -> Iterable[set[int]]:
+    """Return the numbers of experts, named as layers.3.experts.7, of each layer together."""
+    numbers: dict[str, set[int]] = {}
+    for name in experts:
+        _, layer, _, number = name.split(".")
+        numbers.setdefault(layer, set()).add(int(number))
+    return numbers.values()
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 @dataclass(frozen=True, slots=True)

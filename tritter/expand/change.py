@@ -16,7 +16,13 @@ from tritter.families import (
     unpack_all,
 )
 from tritter.families.layout import Part
-from tritter.parameter_map import ParameterMap, TensorMap, carried_mask, rounded_weight
+from tritter.parameter_map import (
+    ParameterMap,
+    TensorMap,
+    carried_mask,
+    new_along,
+    rounded_weight,
+)
 from tritter.parameter_map.carry import STATE_KINDS, Policy, followed, has_state
 
 Held = Mapping[str, Tensor]
@@ -89,6 +95,20 @@ class Change:
             self.after,
             {name: carried_mask(m, by_name.__getitem__) for name, m in self.tensors.items()},
         )
+
+    def new_units(self) -> dict[str, tuple[Tensor | None, ...]]:
+        """Return by name, of parameters that grew: along each dimension, bool [size], what is new.
+
+        None where nothing is. What several experts share is left out, and what is new as a whole.
+        """
+        grown = {}
+        for stored in self.after:
+            if stored.is_whole:
+                tensor_map = self.tensors[stored.parts[0].tensor.name]
+                flags = tuple(new_along(tensor_map, dim) for dim in range(len(stored.shape)))
+                if any(each is not None for each in flags):
+                    grown[stored.name] = flags
+        return grown
 
     def state(self, kind: str, held: Held, *, policy: Policy = "carry") -> dict[str, Tensor]:
         """Return what becomes of one kind of state, by the rule of that kind.

@@ -11,6 +11,7 @@ from tritter.parameter_map.apply import (
     carried_mask,
     map_tensor,
     mapped,
+    new_along,
     rounded_weight,
 )
 from tritter.parameter_map.axis_map import AxisMap
@@ -27,5 +28,6 @@ __all__ = [
     "carried_mask",
     "map_tensor",
     "mapped",
+    "new_along",
     "rounded_weight",
 ]

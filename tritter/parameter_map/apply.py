@@ -151,6 +151,22 @@ def carried_mask(tensor_map: TensorMap, read: Read) -> Tensor:
     return carried(tensor_map, mask)
 
 
+def new_along(tensor_map: TensorMap, dimension: int) -> Tensor | None:
+    """Return bool [size], which coordinates of a dimension are new at any map of the chain.
+
+    None where none is.
+    """
+    before, axes = tensor_map.source, tensor_map.axes
+    earlier = new_along(before, dimension) if isinstance(before, TensorMap) else None
+    axis = axes[dimension] if axes else None
+    if axis is None:
+        return earlier
+    flags = is_new(axis)
+    if earlier is not None:
+        flags = flags | earlier[axis.index.clamp(min=0)]
+    return flags if bool(flags.any()) else None
+
+
 def _select(tensor_map: TensorMap, source_mask: Tensor) -> Tensor:
     """Gather a bool mask along the map; coordinates without a source are False."""
     mask = source_mask

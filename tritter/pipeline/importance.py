@@ -166,6 +166,7 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
         written=written,
         latest=_latest(context, arm),
         carried=follow(planned.change.masks()) if has_masks else {},
+        new_units=planned.change.new_units(),
         state={kind: through(*ruled) for kind, ruled in states.items()},
         state_before={kind: LazyTensors(held) for kind, (held, _) in states.items()},
         teacher=teacher,

@@ -321,7 +321,8 @@ def _fit(
 
 def fit_found(result: FitResult) -> dict[str, Any]:
     """Return what the ledger keeps of a training."""
-    taken = ("steps", "refused_steps", "stopped_because", "ended_early", "update_norms")
+    taken = ["steps", "refused_steps", "stopped_because", "ended_early", "update_norms"]
+    taken += ["flow", "held"]
     return {name: getattr(result, name) for name in taken}
 
 

@@ -21,6 +21,7 @@ from tritter.evaluation.statistics import performance_delta
 from tritter.models import read_config
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.held_checks import held_checks
 from tritter.pipeline.moe import start_folder
 from tritter.storage.atomic import atomic_folder
 
@@ -45,6 +46,7 @@ def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
             aborted_reason=next(filter(None, reasons), None),
         )
     ]
+    made += held_checks(context, arms)
     if (jump := context.ledger[f"{first.name}.expand"].found.get("jump")) is not None:
         made.append(preservation_check(_jump(jump), claims_exact=first.claims_exact))
     bounds = {"bound": gate.retention, "confidence": gate.confidence}

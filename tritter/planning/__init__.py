@@ -1,7 +1,12 @@
 """Ways from one size to another: shapes that exist, what they cost, what a budget reaches."""
 
 from tritter.planning.cost import Device
-from tritter.planning.memory import TrainingMemory, TrainingSetup, training_memory
+from tritter.planning.memory import (
+    TrainingMemory,
+    TrainingSetup,
+    states_bytes,
+    training_memory,
+)
 from tritter.planning.named_size import NamedShape, named_shape, preset_shape
 from tritter.planning.plan import (
     Assumptions,
@@ -29,5 +34,6 @@ __all__ = [
     "plan_expansion_path",
     "plan_growth",
     "preset_shape",
+    "states_bytes",
     "training_memory",
 ]

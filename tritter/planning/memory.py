@@ -6,7 +6,7 @@ a fused attention kernel. What a GPU needs besides (CUDA's own context, fragment
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tritter.errors import RequestError, did_you_mean
@@ -126,6 +126,32 @@ def training_memory(config: Config, setup: TrainingSetup) -> TrainingMemory:
         optimizer_bytes=over_layers(config, optimizer_bytes),
         activations_bytes=_activations_bytes(config, setup),
     )
+
+
+def states_bytes(
+    config: Config,
+    setup: TrainingSetup,
+    *,
+    trained: Iterable[tuple[int, int]],
+    kept_per_parameter: float = _MOMENTS,
+) -> int:
+    """Return the bytes of parameters, gradients and optimizer states where some are trained.
+
+    Args:
+        trained: sizes of parameters that are, each with how many have it.
+        kept_per_parameter: numbers of the optimizer, where it is no 8-bit one.
+
+    Raises:
+        RequestError: unknown family.
+    """
+    parameter_bytes, _ = _BYTES[setup.precision]
+    held = parameter_bytes * count_parameters(config)
+    for size, count in trained:
+        kept = _optimizer_bytes(size, setup)
+        if setup.optimizer == "adamw" and kept_per_parameter != _MOMENTS:
+            kept = round(kept_per_parameter * parameter_bytes * size)
+        held += count * (parameter_bytes * size + kept)
+    return held
 
 
 def over_layers(config: Config, measure: Callable[[Config], int]) -> int:

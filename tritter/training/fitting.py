@@ -28,10 +28,12 @@ from tritter.training.callbacks import (
     WorkCount,
 )
 from tritter.training.forgetting_method import Task
+from tritter.training.gradient_flow import GradientFlow
+from tritter.training.held import HeldBytes
 from tritter.training.metrics import METRICS_NAME, set_metrics_aside
 from tritter.training.module import BaseModule
 from tritter.training.processes import worker_processes
-from tritter.training.result import Conclusion, FitResult, WriteResult
+from tritter.training.result import Conclusion, FitResult, Watching, WriteResult
 from tritter.training.save_state import EndOfTraining, SaveState
 from tritter.training.stop_request import StopRequest
 from tritter.training.their_callbacks import TheirCallbacks
@@ -91,10 +93,10 @@ def fit(
     saved, every = folder / SAVED_NAME, settings.save_every_n_steps
     saving = SaveState(saved, every_n_steps=every, stop=stop, guard=guard)
     validation = None if evaluation is None else Validation(evaluation, stop=stop)
-    conclusion = Conclusion(
-        guard=guard, work=work, validation=validation, saving=saving, stop=stop, write=write_result
-    )
-    callbacks = [EndOfTraining(), *observers, *controls, work, Performance(work)]
+    flow, held = GradientFlow({} if task is None else task.new_units), HeldBytes()
+    watching = Watching(guard, work, flow, held, validation)
+    conclusion = Conclusion(watching, saving=saving, stop=stop, write=write_result)
+    callbacks = [EndOfTraining(), flow, *observers, *controls, work, held, Performance(work)]
     ours = [guard, bar, RandomState(), conclusion, validation]
     callbacks += [*_callbacks_of(module, task, folder, work), *filter(None, ours)]
     module.their_callbacks = TheirCallbacks(options=theirs, folder=folder, last=saving)

@@ -123,6 +123,8 @@ class Task:
         latest: of the old domains those that the model was trained on last; empty: not known.
         carried: parameter name → bool mask of the entries that hold old knowledge; everything
             else came with the expansion and is free.
+        new_units: parameter name → by dimension, bool [size], the coordinates in which no weight
+            stood before the expansion; None where there are none.
         state: kind → parameter name → what was prepared or lay beside the model before the
             expansion, carried through it. What starts anew is absent.
         state_before: kind → name on disk → the same, before the expansion.
@@ -135,6 +137,7 @@ class Task:
     written: Tensor | None = None
     latest: tuple[str, ...] = ()
     carried: Values = field(default_factory=dict)
+    new_units: Mapping[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
     state: Mapping[str, Values] = field(default_factory=dict)
     state_before: Mapping[str, Values] = field(default_factory=dict)
     teacher: nn.Module | None = None

@@ -1,7 +1,7 @@
 """What a training did, and the writing of what it leaves, where it was trained."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from lightning import Callback, LightningModule, Trainer
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from tritter.errors import TritterError
 from tritter.families import StoredTensor
 from tritter.training.callbacks import FiniteGuard, WorkCount
+from tritter.training.gradient_flow import GradientFlow
+from tritter.training.held import HeldBytes
 from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import live_layout
 from tritter.training.save_state import SaveState
@@ -31,6 +33,9 @@ class FitResult:
         refused_steps: steps with a loss or gradient that was not finite.
         stopped_because: why it was broken off; None when it was not.
         ended_early: which callback ended it before its last step, and why; None when none did.
+        flow: what got no gradient (`without_gradient`), which experts no token (`without_tokens`),
+            and the number of steps in which that was looked at (`steps`).
+        held: bytes of parameters, gradients and optimizer, as `HeldBytes` found them.
         update_norms: top-level part of the model → norm of (weights after − before) relative to
             the norm before; shows what moved.
     """
@@ -44,6 +49,8 @@ class FitResult:
     stopped_because: str | None
     ended_early: str | None
     update_norms: dict[str, float]
+    flow: dict[str, Any] = field(default_factory=dict)
+    held: dict[str, Any] = field(default_factory=dict)
 
 
 class WriteResult(Protocol):
@@ -60,6 +67,25 @@ class WriteResult(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """Those that count during a training.
+
+    Args:
+        guard: refused steps.
+        work: tokens and FLOPs.
+        flow: what got no gradient.
+        held: bytes.
+        validation: FLOPs of evaluations, if there are any.
+    """
+
+    guard: FiniteGuard
+    work: WorkCount
+    flow: GradientFlow
+    held: HeldBytes
+    validation: Validation | None
+
+
 class Conclusion(Callback):
     """Take stock at the end of a fit, and let rank 0 write what it leaves.
 
@@ -67,10 +93,8 @@ class Conclusion(Callback):
     it is written, or was not; nobody writes for a training that was asked to stop.
 
     Args:
-        guard: counts refused steps.
-        work: counts tokens and FLOPs.
+        watching: what is taken stock of.
         saving: knows whether it ended early.
-        validation: counts those of evaluations, if there are any.
         stop: whether the training is asked to stop.
         write: None: nothing is left.
 
@@ -79,16 +103,9 @@ class Conclusion(Callback):
     """
 
     def __init__(
-        self,
-        *,
-        guard: FiniteGuard,
-        work: WorkCount,
-        validation: Validation | None,
-        saving: SaveState,
-        stop: StopRequest,
-        write: WriteResult | None,
+        self, watching: Watching, *, saving: SaveState, stop: StopRequest, write: WriteResult | None
     ) -> None:
-        self._guard, self._work, self._validation = guard, work, validation
+        self._watching = watching
         self._saving, self._stop, self._write = saving, stop, write
         self._before: dict[str, Tensor] = {}
         self.result: FitResult | None = None
@@ -122,15 +139,18 @@ class Conclusion(Callback):
             self._stop.note(given["stopped_by"])
 
     def _taken_stock(self, trainer: Trainer, module: BaseModule) -> FitResult:
+        watching = self._watching
         return FitResult(
             steps=trainer.global_step,
-            num_tokens=self._work.tokens,
-            flops=self._work.flops + sum(side.flops for side in module.side_losses),
-            evaluation_flops=0.0 if self._validation is None else self._validation.flops,
-            refused_steps=self._guard.refused_steps,
-            stopped_because=self._guard.stopped_because,
+            num_tokens=watching.work.tokens,
+            flops=watching.work.flops + sum(side.flops for side in module.side_losses),
+            evaluation_flops=0.0 if watching.validation is None else watching.validation.flops,
+            refused_steps=watching.guard.refused_steps,
+            stopped_because=watching.guard.stopped_because,
             ended_early=self._saving.ended_early,
             update_norms=_update_norms(self._before, module.model),
+            flow=watching.flow.found(module.model),
+            held=watching.held.held,
         )
 
     def _written(self, model: nn.Module, result: FitResult) -> TritterError | None:

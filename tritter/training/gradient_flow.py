@@ -1,0 +1,193 @@
+"""Whether every parameter that is trained got a gradient, watched until it did.
+
+A step looks at those alone that none has reached yet, which after the first few are none. An expert
+gets one from the tokens alone that it is sent.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from tritter.evaluation.gate import ENOUGH_STEPS
+from tritter.expand import Change
+from tritter.families import StoredTensor
+from tritter.training.module import base_of
+from tritter.training.parameters import live_layout
+
+_TRIAL_RATE = 1e-4
+_CLOSELY = 16  # steps that are looked at one by one; later those that are logged
+
+# By parameter: along each dimension, bool [size], which coordinates no weight stood in before
+NewUnits = Mapping[str, tuple[Tensor | None, ...]]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """What of one parameter had no gradient yet.
+
+    Args:
+        dims: dimension → bool [size], coordinates of it; without any the whole is waited for.
+        since: the step from which it has been trained.
+    """
+
+    dims: dict[int, Tensor]
+    since: int
+    is_done: bool = False
+
+    def see(self, values: Tensor) -> None:
+        """Take off what has a value that is not zero."""
+        found = values.detach() != 0
+        for dim, pending in self.dims.items():
+            others = [each for each in range(found.ndim) if each != dim]
+            reached = found.any(dim=others) if others else found
+            pending &= ~reached.cpu()
+        self.is_done = not any(map(bool, map(torch.any, self.dims.values())))
+        self.is_done &= bool(self.dims) or bool(found.any())
+
+
+class Flow:
+    """Which parameters, experts and new coordinates of a model have had no gradient yet.
+
+    Args:
+        new: along which dimensions of which parameters an expansion set new coordinates.
+    """
+
+    def __init__(self, new: NewUnits) -> None:
+        self._new = new
+        self._waiting: dict[str, _Waiting] = {}
+        self._restored: dict[str, Any] = {}
+        self._step = 0
+
+    def look(self, model: nn.Module, *, step: int, is_looked_at: bool = True) -> None:
+        """Take the gradients of a step, counted from 0."""
+        self._enter(model, step)
+        self._step = step + 1
+        for name, waiting in self._waiting.items() if is_looked_at else ():
+            if not waiting.is_done and (gradient := model.get_parameter(name).grad) is not None:
+                waiting.see(gradient)
+
+    def found(self, model: nn.Module, *, enough: int = ENOUGH_STEPS) -> dict[str, Any]:
+        """Return by name what had no gradient in so many steps and more.
+
+        `without_gradient` holds parameters and parts of them, `without_tokens` experts, `steps` is
+        how many were taken.
+        """
+        self._enter(model, self._step)  # a training that goes on from its last step has seen none
+        parameters, experts = list[str](), dict[str, None]()
+        for stored in live_layout(model):
+            waiting = self._waiting.get(stored.name)
+            if waiting is None or waiting.is_done or self._step - waiting.since < enough:
+                continue
+            if not stored.is_whole:
+                experts |= dict.fromkeys(_experts(stored, waiting.dims[0]))
+                continue
+            parts = [
+                f"{int(pending.sum())} new of {pending.numel()} along dimension {dim}"
+                for dim, pending in waiting.dims.items()
+                if pending.any()
+            ]
+            parameters.append(f"{stored.name} ({', '.join(parts)})" if parts else stored.name)
+        return {
+            "steps": self._step,
+            "without_gradient": parameters,
+            "without_tokens": list(experts),
+        }
+
+    def parameters_changed(self, change: Change) -> None:
+        """Watch what was changed from here on anew."""
+        self._new = {**self._new, **dict.fromkeys((s.name for s in change.before), ())}
+        self._new |= change.new_units()
+        for name in {stored.name for stored in (*change.before, *change.after)}:
+            self._waiting.pop(name, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        waiting = {
+            name: {
+                "since": each.since,
+                "is_done": each.is_done,
+                "dims": [[dim, pending.clone()] for dim, pending in each.dims.items()],
+            }
+            for name, each in self._waiting.items()
+        }
+        return {"step": self._step, "waiting": waiting}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._step, self._restored = int(state_dict["step"]), dict(state_dict["waiting"])
+
+    def _enter(self, model: nn.Module, step: int) -> None:
+        """Begin to wait for what is trained and was not before."""
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if trained.keys() <= self._waiting.keys():
+            return
+        for stored in live_layout(model):
+            if stored.name not in trained or stored.name in self._waiting:
+                continue
+            held = self._restored.pop(stored.name, None)
+            entered = _Waiting(self._dims(stored), step) if held is None else _restored(held)
+            self._waiting[stored.name] = entered
+
+    def _dims(self, stored: StoredTensor) -> dict[int, Tensor]:
+        if not stored.is_whole:
+            return {0: torch.ones(stored.shape[0], dtype=torch.bool)}
+        flags = self._new.get(stored.name, ())
+        return {dim: each.clone() for dim, each in enumerate(flags) if each is not None}
+
+
+class GradientFlow(Flow, Callback):
+    """Watch a training; stands before what changes the gradients of the task."""
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        step = trainer.global_step
+        is_logged = (step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        is_looked_at = step < _CLOSELY or is_logged
+        self.look(base_of(pl_module).model, step=step, is_looked_at=is_looked_at)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = base_of(pl_module)
+        if module.moments or not trainer.optimizers:
+            return  # moments that were carried on know of earlier tokens
+        (optimizer,) = trainer.optimizers
+        experts = {stored.name for stored in live_layout(module.model) if not stored.is_whole}
+        for name in experts & self._waiting.keys():
+            parameter = module.model.get_parameter(name)
+            for value in optimizer.state.get(parameter, {}).values():
+                is_like = isinstance(value, Tensor) and value.shape == parameter.shape
+                if is_like and not self._waiting[name].is_done:
+                    self._waiting[name].see(value)  # tokens of steps between those looked at
+
+
+def tried(model: nn.Module, input_ids: Tensor, new: NewUnits, *, steps: int) -> dict[str, Any]:
+    """Train a model for a few steps, for trial; return what `Flow` found of it.
+
+    Args:
+        input_ids: int64 [B, T], where the model is; the same in each step.
+    """
+    parameters = list(model.parameters())
+    flow, optimizer = Flow(new), torch.optim.AdamW(parameters, lr=_TRIAL_RATE)
+    model.train()
+    for step in range(steps):
+        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        flow.look(model, step=step)
+        optimizer.step()
+    return flow.found(model, enough=steps)
+
+
+def _restored(held: Mapping[str, Any]) -> _Waiting:
+    dims = {int(dim): pending.clone() for dim, pending in held["dims"]}
+    return _Waiting(dims, int(held["since"]), bool(held["is_done"]))
+
+
+def _experts(stored: StoredTensor, pending: Tensor) -> list[str]:
+    """Return the names of a layer's experts that are still waited for."""
+    by_place = {part.index[0]: part.tensor for part in stored.parts}
+    tensors = [by_place[int(place)] for place in pending.nonzero()[:, 0]]
+    return [f"layers.{tensor.layer}.experts.{tensor.expert}" for tensor in tensors]
