@@ -15,7 +15,17 @@ print("LOADED", *sorted(name for name in {names} if name in sys.modules))
 sys.exit(code)
 """
 FORMAT_1 = Path(__file__).parents[1] / "fixtures/format_1/finished/checkpoint"
-COMMANDS = ("expand", "evaluate", "history", "inspect", "export", "generate", "plan", "train")
+COMMANDS = (
+    "expand",
+    "evaluate",
+    "history",
+    "inspect",
+    "export",
+    "generate",
+    "plan",
+    "train",
+    "validate",
+)
 
 
 def loaded(*words: str) -> set[str]:

@@ -23,7 +23,7 @@ from tritter.expansion.heads import STRATEGIES
 from tritter.expansion.width import Init, Shares
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("expand", "evaluate", "history", "inspect", "generate", "train")
+COMMANDS = ("expand", "evaluate", "history", "inspect", "generate", "train", "validate")
 
 
 def _cpu_seconds() -> float:

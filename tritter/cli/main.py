@@ -11,7 +11,14 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tritter import __version__
-from tritter.cli import domain_options, evaluate_options, export_options, options, plan_options
+from tritter.cli import (
+    domain_options,
+    evaluate_options,
+    export_options,
+    options,
+    plan_options,
+    validate_options,
+)
 from tritter.cli.method_options import MethodCommand
 from tritter.config.words import UNFORESEEN, check_words, said
 from tritter.errors import RequestError, TritterError
@@ -277,6 +284,26 @@ def evaluate(
         output=output,
     )
     return run_evaluate(request, overwrite=overwrite, as_json=as_json)
+
+
+@app.command()
+def validate(
+    source: validate_options.Source,
+    result: validate_options.Result,
+    data: validate_options.Data = None,
+    target_data: validate_options.TargetData = None,
+    limit: validate_options.Limit = 200,
+    as_json: options.AsJson = False,
+) -> int:
+    """Ask the five questions of an expansion about two checkpoints; exit code 3 when one fails.
+
+    tritter validate --source base --result grown
+    """
+    from tritter.cli.validate import run_validate
+
+    return run_validate(
+        source, result, data=data, target_data=target_data, limit=limit, as_json=as_json
+    )
 
 
 @app.command()

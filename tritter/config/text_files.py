@@ -154,7 +154,7 @@ def _each_named(
 def _name_of(paths: Sequence[str], known: Mapping[str, Sequence[str]]) -> str:
     """Return the name of the domain that has some paths, or one that no other has."""
     same = (name for name, others in known.items() if others == paths)
-    return next(same, None) or told_apart(_named_after(paths), known)
+    return next(same, None) or told_apart(named_after(paths), known)
 
 
 def read_tasks(
@@ -205,7 +205,7 @@ def read_tasks(
     return tasks
 
 
-def _named_after(paths: Sequence[str]) -> str:
+def named_after(paths: Sequence[str]) -> str:
     """Return what a domain is called that nobody named: after its first path."""
     first = next(iter(paths), "")
     place = Path(parse_name("", first).name if first.startswith(PREFIX) else first)

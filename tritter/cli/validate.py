@@ -1,0 +1,115 @@
+"""`tritter validate`: five questions about a pair of checkpoints, each with number and bound."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.text import Text
+
+from tritter.checkpoint.learned import told_apart
+from tritter.cli.output import EXIT_NO, new_console, new_table, print_json, signs_of
+from tritter.cli.request import damage_is_a_wrong_request
+from tritter.config.schema import TextSources
+from tritter.config.text_files import named_after, read_sources
+from tritter.errors import Problem, RequestError, raise_problems
+from tritter.evaluation.gate import Check
+from tritter.pipeline.validate import Side, ValidationText, validate
+from tritter.storage.hub import locate
+from tritter.storage.names import named_path
+
+_STYLES = {"passed": "green", "failed": "bold red", "undecided": "yellow", "not_asked": "dim"}
+
+
+def run_validate(
+    source: str,
+    result: str,
+    *,
+    data: Sequence[str] | None,
+    target_data: Sequence[str] | None,
+    limit: int,
+    as_json: bool,
+) -> int:
+    """Print the answers; the exit code is 3 when one of them is no.
+
+    Raises:
+        RequestError: a folder holds no checkpoint of a known family, or is damaged; text can't be
+            found or read.
+    """
+    problems: list[Problem] = []
+    text = ValidationText(
+        kept=_sources("--data", data, problems),
+        target=_sources("--target-data", target_data, problems),
+        limit=limit,
+    )
+    raise_problems(problems)
+    folders = [_folder(source, "--source"), _folder(result, "--result")]
+    with damage_is_a_wrong_request():
+        before, after = (Side.load(folder) for folder in folders)
+    checks = validate(before, after, text)
+    is_failed = any(check.verdict == "failed" for check in checks)
+    if as_json:
+        records = [check.to_dict() for check in checks]
+        content = {"source": str(folders[0]), "result": str(folders[1]), "passed": not is_failed}
+        print_json({**content, "checks": records})
+    else:
+        _print(checks)
+    return EXIT_NO if is_failed else 0
+
+
+def _folder(place: str, option: str) -> Path:
+    """Return the folder of a checkpoint.
+
+    Raises:
+        RequestError: there is none.
+    """
+    with damage_is_a_wrong_request():
+        folder = locate(place)
+    if not (folder / "config.json").is_file():
+        reason = "the folder holds no config.json" if folder.is_dir() else "there is no such folder"
+        raise RequestError(Problem(option, place, reason=reason))
+    return folder
+
+
+def _sources(
+    option: str, words: Sequence[str] | None, problems: list[Problem]
+) -> TextSources | None:
+    """Return domain → paths of what was typed, as [NAME=]PATH; None where nothing was."""
+    if not words:
+        return None
+    named: dict[str, list[str]] = {}
+    for word in words:
+        name, sign, path = word.partition("=")
+        is_named = bool(sign) and name.replace("-", "_").isidentifier()
+        if is_named and not named_path(word, key=option).exists():
+            named.setdefault(name, []).append(path)
+        else:
+            named[told_apart(named_after([word]), named)] = [word]
+    return read_sources(option, named, default_name="text", problems=problems)
+
+
+def _print(checks: Sequence[Check]) -> None:
+    console = new_console()
+    signs = signs_of(console)
+    table = new_table(
+        "test", "of", "number", "bound", "verdict", "because",
+        numbers=("number", "bound"), wrapped=("because",),
+    )  # fmt: skip
+    for check in checks:
+        verdict = check.verdict.replace("_", " ")
+        table.add_row(
+            check.name.replace("_", " "),
+            Text(signs.printable(check.subject)),
+            _number(check, check.value),
+            _number(check, check.bound),
+            Text(verdict, style=_STYLES.get(check.verdict, "")),
+            Text(signs.printable(check.detail)),
+        )
+    console.print(table)
+
+
+def _number(check: Check, value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    if check.name == "forward_equivalence":
+        return f"{value:.1e}"
+    return f"{value:.0f}" if check.name == "gradient_flow" else f"{value:+.2%}"

@@ -1,0 +1,64 @@
+"""The questions of a validation that two models alone answer, as checks like those of the gate."""
+
+import torch
+from torch import Tensor, nn
+
+from tritter.evaluation.gate import EXACT_JUMP, MEMORY_BOUND, Check, Verdict
+from tritter.evaluation.inference import evaluating
+
+MSE_BOUND = 1e-6  # of logits, as the specification has it (section 9.1)
+
+
+def equivalence_check(
+    before: nn.Module, after: nn.Module, input_ids: Tensor, *, reason_not_asked: str | None
+) -> Check:
+    """Ask whether two models say the same, to rounding.
+
+    Passed when the mean squared difference of logits is below `MSE_BOUND`, and the largest
+    difference below 1e-4 of their standard deviation: logits may be small.
+
+    Args:
+        input_ids: int64 [B, T].
+        reason_not_asked: why nothing claims it; what differs is told then, and nothing fails.
+    """
+    logits_before, logits_after = _logits(before, input_ids), _logits(after, input_ids)
+    difference = logits_after - logits_before
+    error = float(difference.square().mean())
+    relative = float(difference.abs().max() / logits_before.std())
+    is_same = error < MSE_BOUND and relative < EXACT_JUMP
+    verdict: Verdict = "passed" if is_same else "failed"
+    detail = f"the largest difference is {relative:.2g} of the logits' deviation, allowed "
+    detail += f"{EXACT_JUMP:g}"
+    if not is_same and reason_not_asked is not None:
+        verdict, detail = "not_asked", f"{reason_not_asked}; {detail}"
+    return Check("forward_equivalence", "logits", verdict, detail, value=error, bound=MSE_BOUND)
+
+
+def scaling_check(held: tuple[int, int], counted: tuple[int, int]) -> Check:
+    """Ask whether memory grew as the shapes say.
+
+    Args:
+        held: bytes of the parameters of both models, as loaded.
+        counted: their parameters, counted from shapes.
+    """
+    measured, expected = held[1] / held[0], counted[1] / counted[0]
+    value = measured / expected - 1
+    verdict: Verdict = "passed" if abs(value) <= MEMORY_BOUND else "failed"
+    detail = (
+        f"{held[0]:,} to {held[1]:,} bytes, {measured:.4g} times; by the shapes {counted[0]:,} to "
+        f"{counted[1]:,} parameters, {expected:.4g} times"
+    )
+    bound = MEMORY_BOUND
+    return Check("memory_scaling", "parameters", verdict, detail, value=value, bound=bound)
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Return the bytes that a model's parameters hold, each storage once."""
+    held = {p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return sum(held.values())
+
+
+def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Return logits, float32 [B, T, V]."""
+    with evaluating(model) as device, torch.autocast(device.type, enabled=False):
+        return model(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
