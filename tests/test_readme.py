@@ -244,7 +244,12 @@ def check_install(words: list[str]) -> None:
     assert extra in declared["project"]["optional-dependencies"]
 
 
-CHECKPOINTS = ("--checkpoint", "history", "inspect")  # the words that name one which is read
+CHECKPOINTS = (
+    "--checkpoint",
+    "--result",
+    "history",
+    "inspect",
+)  # the words that name one which is read
 
 
 KINDS: dict[tuple[str, ...], Callable[[list[str]], None]] = {

@@ -20,11 +20,11 @@ from tritter.evaluation.losses import sequence_losses
 from tritter.forgetting import Replay
 from tritter.models import load_model
 from tritter.pipeline import Outcome, run_pipeline
+from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.importance import task
 from tritter.pipeline.kept import kept_text
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.rounds import ATTEMPT
 from tritter.terminal import Console
 from tritter.training import Task
 
@@ -102,7 +102,7 @@ def test_the_next_training_replays_it_where_text_is_gone(
     context = RunContext(
         config=config, folder=tmp_path, console=Console(quiet=True), ledger=Ledger(tmp_path)
     )
-    told = task(context, ATTEMPT, follow=dict)
+    told = task(context, Arm("attempt_1", ()), follow=dict)
     assert set(told.old_sequences) == {"old", "new"} == set(told.old_losses)
     rows = {tuple(row.tolist()) for each in told.old_sequences.values() for row in each}
     new = context.batches(("third",), purpose="training", max_steps=6)
@@ -112,7 +112,7 @@ def test_the_next_training_replays_it_where_text_is_gone(
 
 
 def test_a_text_at_hand_stands_for_itself(left: Path) -> None:
-    assert not kept_text(context_of(left), ATTEMPT).sequences
+    assert not kept_text(context_of(left), Arm("attempt_1", ())).sequences
 
 
 @pytest.mark.parametrize("method", ["ewc", "online_ewc"])

@@ -63,7 +63,7 @@ def _folder(place: str, option: str) -> Path:
         RequestError: there is none.
     """
     with damage_is_a_wrong_request():
-        folder = locate(place)
+        folder = locate(place, key=option)
     if not (folder / "config.json").is_file():
         reason = "the folder holds no config.json" if folder.is_dir() else "there is no such folder"
         raise RequestError(Problem(option, place, reason=reason))
