@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.text import Text
 
 from tritter.checkpoint.learned import told_apart
-from tritter.cli.output import EXIT_NO, new_console, new_table, print_json, signs_of
+from tritter.cli.output import EXIT_NO, new_console, new_table, print_json, print_lines, signs_of
 from tritter.cli.request import damage_is_a_wrong_request
 from tritter.config.schema import TextSources
 from tritter.config.text_files import named_after, read_sources
@@ -90,10 +90,7 @@ def _sources(
 def _print(checks: Sequence[Check]) -> None:
     console = new_console()
     signs = signs_of(console)
-    table = new_table(
-        "test", "of", "number", "bound", "verdict", "because",
-        numbers=("number", "bound"), wrapped=("because",),
-    )  # fmt: skip
+    table = new_table("test", "of", "number", "bound", "verdict", numbers=("number", "bound"))
     for check in checks:
         verdict = check.verdict.replace("_", " ")
         table.add_row(
@@ -102,9 +99,9 @@ def _print(checks: Sequence[Check]) -> None:
             _number(check, check.value),
             _number(check, check.bound),
             Text(verdict, style=_STYLES.get(check.verdict, "")),
-            Text(signs.printable(check.detail)),
         )
-    console.print(table)
+    console.print(table, "")
+    print_lines(console, [(f"{c.name.replace('_', ' ')}, {c.subject}", c.detail) for c in checks])
 
 
 def _number(check: Check, value: float | None) -> str:
