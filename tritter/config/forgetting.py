@@ -1,5 +1,6 @@
 """What methods against forgetting ask for, held against the rest of a run."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from tritter.config.freezing import freezing_problems
@@ -11,8 +12,13 @@ from tritter.families import Config
 
 
 def method_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield which methods wait for rows that nobody mixes in."""
+    """Yield which methods wait for rows that nobody mixes in, or make what another makes too."""
     needs = [one.kind.needs(one.options) for one in config.forgetting]
+    for what in ("prepares", "leaves"):
+        counts = Counter(kind for each in needs for kind in getattr(each, what))
+        if twice := [kind for kind, count in counts.items() if count > 1]:
+            reason = f"more than one of them {what} {', '.join(twice)}; leave one out"
+            yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
     is_mixed = any(each.mixes for each in needs)
     for one, needed in zip(config.forgetting, needs, strict=True):
         if needed.replayed_rows and not is_mixed:

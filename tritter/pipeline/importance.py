@@ -6,7 +6,6 @@ what carries old knowledge, a teacher.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -194,21 +193,7 @@ def teacher_place(context: RunContext) -> str | None:
 
 
 def _needs(context: RunContext) -> tuple[Needs, ...]:
-    """Return what each method needs.
-
-    Raises:
-        RequestError: two prepare the same kind, or leave it: one would stand for both.
-    """
-    needs = needs_of(context.config.forgetting)
-    for what in ("prepares", "leaves"):
-        counts = Counter(kind for each in needs for kind in getattr(each, what))
-        if twice := [kind for kind, count in counts.items() if count > 1]:
-            names = [options.name for options in context.config.forgetting]
-            raise RequestError(
-                f"forgetting = {', '.join(names)}: more than one of them {what} "
-                f"{', '.join(twice)}; leave one out."
-            )
-    return needs
+    return needs_of(context.config.forgetting)
 
 
 def _old_sequences(context: RunContext, arm: Arm, written: Tensor | None) -> Mapping[str, Tensor]:
