@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -125,7 +126,21 @@ def test_methods_that_need_old_text_take_it(left: Path, other: Path, method: str
                      f"model.path={left}/baseline"])  # fmt: skip
 
 
-def test_other_lengths_are_refused(left: Path, other: Path) -> None:
+def test_kept_domains_may_be_weighed(left: Path, other: Path) -> None:
+    words = without_text(left, other)
+    config = load_config([*words, "forgetting.replay.weights={old:3}"])
+    assert config.forgetting[0].options.weights == {"old": 3}
+    with pytest.raises(RequestError, match="there are new, old"):
+        load_config([*words, "forgetting.replay.weights={olf:3}"])
+
+
+def test_other_lengths_are_refused_where_they_would_be_taken(
+    left: Path, other: Path, cache: Path
+) -> None:
+    words = [word for word in without_text(left, other) if "forgetting" not in word]
+    plain = [*words, "data.sequence_length=16", "forgetting=none", f"cache_dir={cache}"]
+    context = replace(context_of(left), config=load_config(plain))
+    assert not kept_text(context, Arm("attempt_1", ())).sequences
     with pytest.raises(RequestError, match=r"data\.sequence_length = 16: the sequences of old"):
         load_config(without_text(left, other, "data.sequence_length=16"))
 

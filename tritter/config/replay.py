@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
+from tritter.config.kept import kept_text
 from tritter.config.schema import RunConfig
 from tritter.errors import Problem, nearest
 
@@ -31,7 +32,8 @@ def replay_problems(config: RunConfig) -> Iterator[Problem]:
 
 def _weight_problems(weights: Mapping[str, float], config: RunConfig) -> Iterator[Problem]:
     key, old = "forgetting.replay.weights", config.text.old
-    known = tuple(dict.fromkeys([*old, *chain.from_iterable(config.text.tasks[:-1])]))
+    tasks, kept = chain.from_iterable(config.text.tasks[:-1]), kept_text(config).sequences
+    known = tuple(dict.fromkeys([*old, *tasks, *kept]))
     unknown = [name for name in weights if name not in known]
     for name in unknown:
         reason = f"there is no such old domain; there are {', '.join(known) or 'none'}"

@@ -115,7 +115,8 @@ def _preparation(
     state: Mapping[str, Values],
     written: Tensor | None,
 ) -> Preparation:
-    old = tuple(_old_sequences(context, arm, written))
+    kept = kept_text(context, arm).sequences
+    old = (*context.old_of(arm), *kept) or (() if written is None else (WRITTEN,))
 
     def draw(count: int, *words: str, domains: Sequence[str] = old) -> Tensor:
         sequences = _old_sequences(context, arm, written)

@@ -13,10 +13,14 @@ from tritter.pipeline.context import RunContext
 def kept_text(context: RunContext, arm: Arm) -> KeptSequences:
     """Return what lies beside an arm's start of domains whose text the run has not.
 
+    Nothing where no method needs old text.
+
     Raises:
         RequestError: it does not fit the run's sequences or the model's vocabulary.
         TritterError: the file is damaged.
     """
+    if not any(needs.old_text for needs in needs_of(context.config.forgetting)):
+        return KeptSequences()
     folder = context.folder / arm.start
     kept = KeptSequences.read(folder).without((*context.old_of(arm), *context.new_of(arm)))
     config, length = read_config(folder), context.config.data.sequence_length
