@@ -21,6 +21,7 @@ class Problem:
     Args:
         key: dotted, as it is set; empty where none is to blame.
         reason: what is allowed, or why the value can't be; without a full stop.
+        advice: what to do instead; without a full stop.
         nearest: what was probably meant.
         origin: the file that the value stands in; None for the command line.
         job: which job of a sweep it is about.
@@ -30,6 +31,7 @@ class Problem:
     key: str
     value: object = Unsaid.VALUE
     reason: str = ""
+    advice: str = ""
     nearest: str | None = None
     origin: str | None = None
     job: str | None = None
@@ -37,13 +39,14 @@ class Problem:
 
     def __str__(self) -> str:
         job = f"{self.job}: " if self.job else ""
+        reason = f"{self.reason}; {self.advice}" if self.advice else self.reason
         if not self.key:
-            return f"{job}{self.reason}"
+            return f"{job}{reason}"
         value = "" if self.value is Unsaid.VALUE else f" = {show(self.value)}"
         where = f" (in {self.origin})" if self.origin else ""
-        stop = "" if self.reason.endswith((".", "?")) else "."
+        stop = "" if reason.endswith((".", "?")) else "."
         suggestion = f" Did you mean {self.nearest}?" if self.nearest else ""
-        return f"{job}{self.key}{value}{where}: {self.reason}{stop}{suggestion}"
+        return f"{job}{self.key}{value}{where}: {reason}{stop}{suggestion}"
 
 
 class TritterError(ValueError):

@@ -23,6 +23,7 @@ def sweep(place: Path) -> Path:
         if number < 2:
             write_summary(folder)
             (folder / "metrics.csv").write_text("step,train/loss\n1,2.5\n2,2.25\n")
+            (folder / "metrics_pretraining.csv").write_text("step,train/loss\n1,7.5\n2,6.25\n")
     return place / "sweep"
 
 
@@ -35,9 +36,12 @@ def test_a_sweep(run: Run, sweep: Path) -> None:
     assert result.code == 0, result.err
     assert "2 runs: sweep/report.html" in result.out and "sweep/2" in result.out
     page = (sweep / "report.html").read_text()
-    assert "2 finished runs" in page and "losses.png" not in page
+    assert "2 finished runs" in page and "losses_1.png" not in page
     names = sorted(path.name for path in (sweep.parent / "figures").iterdir())
-    assert names == ["changes.png", "cost.png", "losses.png", "tradeoff.png"]
+    assert names == [
+        "changes_1.png", "changes_2.png", "cost_1.png", "cost_2.png", "losses_1.png",
+        "losses_2.png", "tradeoff.png",
+    ]  # fmt: skip
 
 
 def test_runs_by_name_and_as_json(run: Run, sweep: Path) -> None:
@@ -57,9 +61,10 @@ def test_a_page_is_replaced_only_when_asked(run: Run, sweep: Path) -> None:
     assert json.loads((sweep / "0/summary.json").read_text())["status"] == "kept"
 
 
-def test_what_is_damaged_is_listed(run: Run, sweep: Path) -> None:
+@pytest.mark.parametrize("step", ["1", "1e999", "nan", "[]"])
+def test_what_is_damaged_is_listed(run: Run, sweep: Path, step: str) -> None:
     write_summary(sweep / "0", status="wonderful")
-    (sweep / "1/metrics.csv").write_text("step,train/loss\n1,much\n")
+    (sweep / "1/metrics.csv").write_text(f"step,train/loss\n{step},much\n")
     result = run("report sweep")
     assert result.code == 2
     for part in ("2 things are wrong", "sweep/0", "status", "sweep/1", "metrics.csv is damaged"):

@@ -4,16 +4,20 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.config.conftest import FakePipeline, Result
+from tests.config.conftest import FakeOutcome, FakePipeline, Result
 from tritter.config.jobs import read_status
 from tritter.config.run_folder import write_run_file
+from tritter.config.schema import RunConfig
 
 Run = Callable[..., Result]
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_run(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
@@ -105,6 +109,25 @@ def test_a_finished_run_is_not_run_again(run: Run, pipeline: FakePipeline) -> No
     assert "nothing to do" in result.out
     assert "summary.json" in result.out
     assert result.written == before
+
+
+def test_a_folder_in_which_a_process_runs_is_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = [sys.executable, str(ROOT / "train.py"), "resume=here"]
+    begun = FakePipeline.__call__
+    second: list[subprocess.CompletedProcess[str]] = []
+
+    def start_another(self: FakePipeline, config: RunConfig, *, run_folder: Path) -> FakeOutcome:
+        second.append(subprocess.run(words, capture_output=True, text=True, timeout=120))
+        return begun(self, config, run_folder=run_folder)
+
+    monkeypatch.setattr(FakePipeline, "__call__", start_another)
+    assert run("hydra.run.dir=here").code == 0
+    assert second[0].returncode == 2
+    assert f"hydra.run.dir = {tmp_path}/here: process {os.getpid()} on " in second[0].stderr
+    assert second[0].stderr.endswith("Nothing was written.\n")
+    assert run("resume=here").code == 0
 
 
 def test_another_configuration_is_refused(run: Run, tmp_path: Path) -> None:
@@ -205,8 +228,6 @@ def test_cfg_shows_and_runs_nothing(run: Run, pipeline: FakePipeline) -> None:
 
 
 def test_arguments_of_the_process_are_restored(run: Run) -> None:
-    import sys
-
     before = list(sys.argv)
     run("seed=0")
     assert sys.argv == before

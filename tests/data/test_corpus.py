@@ -7,15 +7,19 @@ import torch
 from tritter.data import corpus as corpus_module
 from tritter.data import stdlib
 from tritter.data.corpus import build_corpus, stdlib_corpus
-from tritter.data.documents import Document, text_key
+from tritter.data.documents import Document, documents_of, text_key
+from tritter.data.sequences import SequenceStream
 from tritter.data.split import SplitRule, threshold_side
 from tritter.data.stdlib import StdlibText
+from tritter.data.tokens import joined, pack
 from tritter.errors import RequestError
+from tritter.storage import spool
 
 OLD, NEW = (
     tuple(Document(f"{name}/{index}", f"{name} says: " + str(index**9) * 9) for index in range(20))
     for name in ("the old — é", "the new")
 )
+DOMAINS = {"prose": OLD, "code": NEW}
 FILES = ("tokens.safetensors", "corpus.json", "tokenizer.json", "checksums.json")
 
 
@@ -28,7 +32,7 @@ def build(cache_dir, **changes):
         "seed": 0,
         "cache_dir": cache_dir,
     }
-    domains = changes.pop("domains", {"prose": OLD, "code": NEW})
+    domains = changes.pop("domains", DOMAINS)
     return build_corpus(domains, **(options | changes))
 
 
@@ -43,6 +47,22 @@ def assert_same(one, other):
             for part in ("tokens", "offsets", "num_bytes"):
                 a, b = getattr(left, part), getattr(right, part)
                 assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_what_lies_on_disk_is_what_would_be_held(tmp_path, monkeypatch):
+    domains = {name: documents_of(each.text for each in d) for name, d in DOMAINS.items()}
+    held = build(tmp_path / "held", domains=domains)
+    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 0)
+    domains = {name: documents_of(each.text for each in d) for name, d in DOMAINS.items()}
+    mapped = build(tmp_path / "mapped", domains=domains)
+    assert_same(held, mapped)
+    assert_same(held, build(tmp_path / "mapped", domains=domains))
+    options = {"sequence_length": 16, "end_of_text_id": 0}
+    packed = [[pack(d.train, **options) for d in c.domains.values()] for c in (held, mapped)]
+    assert torch.equal(joined(packed[0]), joined(packed[1]))
+    assert torch.equal(joined(packed[0]), torch.cat(packed[0]))
+    streams = [SequenceStream(each[0], seed=1) for each in packed]
+    assert torch.equal(*(stream.next_sequences(99) for stream in streams))
 
 
 @pytest.fixture
@@ -98,7 +118,7 @@ def test_the_second_time_it_is_loaded_and_the_same(tmp_path, making):
     first, second = build(tmp_path), build(tmp_path)
     assert len(making) == 1
     assert_same(first, second)
-    folder = tmp_path / "corpora" / first.digest
+    folder = tmp_path / "corpora" / "v3" / first.digest
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     assert [path.name for path in folder.parent.iterdir()] == [first.digest]
 
@@ -144,7 +164,7 @@ def damage_removed(path):
 )
 def test_a_damaged_entry_is_set_aside_and_made_again(tmp_path, making, caplog, name, damage):
     first = build(tmp_path)
-    folder = tmp_path / "corpora" / first.digest
+    folder = tmp_path / "corpora" / "v3" / first.digest
     damage(folder / name)
     with caplog.at_level(logging.WARNING):
         second = build(tmp_path)
@@ -158,7 +178,7 @@ def test_a_damaged_entry_is_set_aside_and_made_again(tmp_path, making, caplog, n
 
 def test_an_empty_folder_and_a_file_in_its_place_are_not_trusted(tmp_path, making):
     first = build(tmp_path)
-    folder = tmp_path / "corpora" / first.digest
+    folder = tmp_path / "corpora" / "v3" / first.digest
     shutil.rmtree(folder)
     folder.mkdir()
     assert_same(build(tmp_path), first)
@@ -170,7 +190,7 @@ def test_an_empty_folder_and_a_file_in_its_place_are_not_trusted(tmp_path, makin
 
 def test_an_entry_under_the_name_of_another_is_not_trusted(tmp_path, making):
     first, second = build(tmp_path), build(tmp_path, seed=1)
-    corpora = tmp_path / "corpora"
+    corpora = tmp_path / "corpora" / "v3"
     shutil.rmtree(corpora / first.digest)
     shutil.copytree(corpora / second.digest, corpora / first.digest)
     assert_same(build(tmp_path), first)
@@ -188,7 +208,7 @@ def test_a_lost_race_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "_make", slow)
     mine = build(tmp_path)
     assert_same(mine, build(tmp_path))
-    assert [path.name for path in (tmp_path / "corpora").iterdir()] == [mine.digest]
+    assert [path.name for path in (tmp_path / "corpora" / "v3").iterdir()] == [mine.digest]
 
 
 def test_a_cache_that_cannot_be_written_is_refused_before_any_work(tmp_path, making):
@@ -205,7 +225,7 @@ def test_wrong_requests_are_refused(tmp_path):
         build(tmp_path, domains={})
     with pytest.raises(RequestError, match=r"data\.vocab_size"):
         build(tmp_path, vocab_size=10)
-    assert not list((tmp_path / "corpora").glob("*"))
+    assert not list((tmp_path / "corpora" / "v3").glob("*"))
 
 
 def from_stdlib(cache_dir, **changes):
@@ -244,7 +264,7 @@ def test_the_library_is_read_once(tmp_path, gathering, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"\xff", b"../../somewhere", b"0" * 64, b"x\ny"])
 def test_a_damaged_note_costs_only_another_reading(tmp_path, gathering, content):
     first = from_stdlib(tmp_path)
-    (note,) = (tmp_path / "corpora" / "stdlib").iterdir()
+    (note,) = (tmp_path / "corpora" / "v3" / "stdlib").iterdir()
     note.write_bytes(content)
     assert_same(from_stdlib(tmp_path), first)
     assert len(gathering) == 2
@@ -254,7 +274,7 @@ def test_a_damaged_note_costs_only_another_reading(tmp_path, gathering, content)
 
 def test_a_damaged_entry_behind_a_note_is_made_again(tmp_path, gathering):
     first = from_stdlib(tmp_path)
-    damage_flipped(tmp_path / "corpora" / first.digest / "tokens.safetensors")
+    damage_flipped(tmp_path / "corpora" / "v3" / first.digest / "tokens.safetensors")
     assert_same(from_stdlib(tmp_path), first)
     assert len(gathering) == 2
 

@@ -6,17 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tritter.data import documents as documents_module
 from tritter.data.documents import (
     PIECE_CHARACTERS,
     Document,
+    chosen,
     cut,
     distinct,
     documents_digest,
     documents_of,
     pieces,
+    pieces_of_chunks,
     text_key,
+    text_keys,
 )
 from tritter.errors import RequestError
+from tritter.storage import spool
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=30)
 
@@ -62,6 +67,33 @@ def test_pieces_are_the_text_whatever_it_is_made_of(text):
     found = list(cut(text, size=20))
     assert "".join(found) == text
     assert all(20 <= len(piece) <= 40 for piece in found[:-1])
+
+
+@given(st.lists(st.text("ab \n\r", max_size=60), max_size=12))
+def test_a_text_in_chunks_has_the_pieces_of_the_whole(chunks):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents_module, "PIECE_CHARACTERS", 20)
+        patch.setitem(cut.__kwdefaults__, "size", 20)
+        assert list(pieces_of_chunks(chunks)) == list(pieces("".join(chunks)))
+
+
+def test_a_text_in_chunks_is_cut_as_it_comes():
+    chunks = iter([long_text(200_000), "the end"])
+    first = next(pieces_of_chunks(chunks))
+    assert first == next(pieces(long_text(200_000))) and next(chunks) == "the end"
+
+
+def test_documents_on_disk_are_those_in_memory(monkeypatch):
+    texts = [f"{number % 90} — {'word ' * (number % 7)}" for number in range(200)]
+    held = documents_of(texts)
+    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 0)
+    spooled = documents_of(texts)
+    assert spooled == held == sorted(held, key=lambda each: text_key(each.text))
+    assert list(text_keys(spooled)) == [text_key(each.text) for each in held]
+    assert spooled[3:50:7] == held[3:50:7] and spooled[-1] == held[-1]
+    assert list(chosen(spooled, [5, 2])) == [held[5], held[2]] == list(chosen([*held], [5, 2]))
+    with pytest.raises(IndexError):
+        spooled[len(held)]
 
 
 def test_a_document_is_named_by_what_it_says():

@@ -137,10 +137,19 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "boolq_val.jsonl").write_text("{}\n{")
     (tmp_path / "lambada_test.jsonl.gz").write_bytes(b"none")
     written(tmp_path / "gsm8k_test.jsonl", [{"question": "?", "answer": "no mark"}])
-    written(tmp_path / "svamp.jsonl", [])
+    written(tmp_path / "mgsm_en.jsonl", [])
+    svamp = {"Body": "Two cats.", "Question": "How many?"}
+    written(tmp_path / "svamp.jsonl", [{**svamp, "Answer": each} for each in ("abc", "sNaN", 2)])
+    written(tmp_path / "mbpp.jsonl", [{"task_id": 2, "text": "Add."}])
+    options = {"option1": "he", "option2": "she", "answer": "1"}
+    written(tmp_path / "winogrande_val.jsonl", [{"sentence": "It rains.", **options}])
     (tmp_path / "mmlu_test.jsonl").mkdir()
     with pytest.raises(RequestError) as refused:
-        loaded(tmp_path, "piqa", "arc_easy", "boolq", "lambada", "gsm8k", "svamp", "mmlu")
+        loaded(
+            tmp_path,
+            *("piqa", "arc_easy", "boolq", "lambada", "gsm8k", "svamp", "mmlu"),
+            *("mgsm", "mbpp", "winogrande"),
+        )
     for said in (
         "piqa_val.jsonl, record 2: the right choice has the number 2, of 2",
         "piqa_val.jsonl, record 3: gold = '1' is no int",
@@ -149,10 +158,21 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "boolq_val.jsonl cannot be read",
         "lambada_test.jsonl.gz cannot be unpacked",
         "answer has no number after ####",
-        "svamp.jsonl holds no record",
+        "mgsm_en.jsonl holds no record",
+        "svamp.jsonl, record 1: Answer is no number",
+        "svamp.jsonl, record 2: Answer is no number",
+        "mbpp.jsonl is no file of mbpp: its records have the fields 'task_id', 'text'",
+        "winogrande_val.jsonl, record 1: sentence has no _ to put an option in",
         "no file of mmlu lies there",
     ):
         assert said in str(refused.value), said
+
+
+def test_records_to_show_that_are_something_else_are_refused(tmp_path: Path) -> None:
+    written(tmp_path / "gsm8k_train.jsonl", [{"prompt": "1?"}])
+    written(tmp_path / "gsm8k_test.jsonl", [{"question": "6?", "answer": "#### 6"}])
+    with pytest.raises(RequestError, match="no examples can be shown, the field 'question' is"):
+        loaded(tmp_path, "gsm8k")
 
 
 def test_names_of_groups_benchmarks_and_lm_eval() -> None:

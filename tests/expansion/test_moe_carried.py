@@ -52,7 +52,7 @@ def test_odd_sizes_run_where_the_default_kernel_refuses(tmp_path: Path) -> None:
     ours = load_model(result.folder)
     assert oracle.relative_difference(model, ours, oracle.tokens()) < 1e-4
     assert "eager" not in str(config_of(ours))
-    fresh = new_model(result.steps[-1].target_config, seed=0)
+    fresh = new_model(result.plan.target_config, seed=0)
     assert oracle.logits(fresh, oracle.tokens()).isfinite().all()
 
 
@@ -175,7 +175,7 @@ def test_importances_on_files_reach_the_experts(tmp_path: Path) -> None:
     torch.testing.assert_close(held["fisher"][f"{stem}.w1.weight"], gate / 8)
     torch.testing.assert_close(held["fisher_penalty"][f"{stem}.w1.weight"], gate / 4)
     assert not any("gate.weight" in name for name in held["fisher"])
-    live = live_tensors(result.steps[-1].target_config, held["fisher"])
+    live = live_tensors(result.plan.target_config, held["fisher"])
     assert live["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 80, 24)
 
 

@@ -71,7 +71,11 @@ def test_what_a_task_is_made_of_is_its_digest(files: Path) -> None:
         (["evaluation.tasks=[arc_eazy]"], "evaluation.tasks = arc_eazy: allowed are"),
         (["evaluation.tasks=[code]"], "allow it, evaluation.allow_code=[humaneval,mbpp]"),
         (["evaluation.allow_code=[piqa]"], "evaluation.allow_code = piqa: allowed are"),
-        (["evaluation.tasks_path=nowhere"], "evaluation.tasks_path = nowhere: there is no such"),
+        (["evaluation.tasks_path=nowhere"], "/nowhere: there is no such folder"),
+        (
+            ["evaluation.tasks_path='~nobody1/x'"],
+            "evaluation.tasks_path = '~nobody1/x': there is no",
+        ),
         (["evaluation.code_sandbox=docker"], "evaluation.code_sandbox = docker"),
         (["evaluation.task_limit=0"], "evaluation.task_limit = 0"),
     ],
@@ -91,6 +95,19 @@ def test_an_external_sandbox_needs_its_command(files: Path) -> None:
     config = load_config([*words, "evaluation.code_sandbox_command=cat"])
     with pytest.raises(RequestError, match="cat"):
         benchmark_tasks(config.evaluation, positions=512)
+
+
+def test_a_relative_folder_is_that_of_the_place_where_the_run_began(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files.parent)
+    words = ["evaluation.tasks=[arc_easy]", "evaluation.tasks_path=files/../files"]
+    config = load_config(words)
+    assert config.evaluation.tasks_path == str(files)
+    monkeypatch.chdir("/")
+    assert fingerprint(config) == fingerprint(
+        load_config([words[0], f"evaluation.tasks_path={files}"])
+    )
 
 
 def test_without_benchmarks_a_run_is_the_run_that_it_was() -> None:

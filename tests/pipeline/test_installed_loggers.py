@@ -51,12 +51,16 @@ def check(curves: Mapping[str, list[int]], *, is_grown: bool) -> None:
 def test_tensorboard_has_each_training_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs tritter[tensorboard]")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     folder = broken_off_and_resumed(tmp_path, "[csv,tensorboard]")
     for part in ("", "control"):
         events = EventAccumulator(str(folder / "tensorboard" / part)).Reload()
         curves = {n: [each.step for each in events.Scalars(n)] for n in events.Tags()["scalars"]}
         check(curves, is_grown=not part)
+        told = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+        values = HParamsPluginData.FromString(told).session_start_info.hparams
+        assert values["training/max_steps"].number_value == STEPS
 
 
 @pytest.fixture
@@ -86,6 +90,7 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, mlflow: Any) -> None:
             for n in run.data.metrics
         }
         check(curves, is_grown="llama_pro" in name)
+        assert run.data.params["training/max_steps"] == str(STEPS)
 
 
 def test_a_run_that_mlflow_does_not_have_any_more_is_a_new_one(tmp_path: Path, mlflow: Any) -> None:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import wandb
+import yaml
 from lightning import Callback
 
 from tests.pipeline.tiny import TINY
 from tritter.config.composition import load_config
+from tritter.config.fingerprint import fingerprint
 from tritter.pipeline import run_pipeline
 
 
@@ -93,6 +95,8 @@ def test_each_training_is_a_run_of_its_own_and_stays_it(
     for part in ("", "pretraining", "control"):
         rows = (folder / "rows" / part / "metrics.csv").read_text().splitlines()
         assert "train/loss" in rows[0] and len(rows) > 1
+        told = yaml.safe_load((folder / "rows" / part / "hparams.yaml").read_text())
+        assert told == runs[0].given["config"] == fingerprint(config)
     opened = len(runs)
     (tmp_path / "other").mkdir()
     run_pipeline(load_config([*TINY, *words, "control=false"]), run_folder=tmp_path / "other")

@@ -16,6 +16,7 @@ from tests import oracle
 from tritter.checkpoint import read_lineage
 from tritter.errors import RequestError, TritterError
 from tritter.pipeline import Outcome, stages, verdict
+from tritter.report.plots import read_curves
 from tritter.training import BaseModule
 from tritter.training.module import TaskLoss
 
@@ -55,6 +56,14 @@ def test_summary_holds_what_the_contract_names(default_run: Path) -> None:
     assert summary["control"]["final"]["code"]["loss"] < summary["baseline"]["code"]["loss"]
     assert summary["lineage"]["expansions"] == ["width"]
     assert [sample["domain"] for sample in summary["samples"]] == ["prose", "code"]
+
+
+def test_its_losses_lie_beside_those_of_its_base_and_of_its_control(default_run: Path) -> None:
+    """The base's also where it came from the cache."""
+    for name in ("metrics", "metrics_control", "metrics_pretraining"):
+        curves = {each.name: each for each in read_curves(default_run / f"{name}.csv")}
+        assert curves["train/loss"].steps[-1] > 0, name
+        assert ("eval/prose/loss" in curves) == (name != "metrics_pretraining")
 
 
 def test_checkpoint_is_a_stock_model_with_a_lineage(default_run: Path) -> None:

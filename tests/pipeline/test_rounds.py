@@ -5,11 +5,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests import oracle
+from tests.pipeline.plug import plug_pulled
 from tritter.checkpoint import Lineage, read_lineage
 from tritter.config.composition import load_config
 from tritter.errors import RequestError
@@ -75,6 +77,12 @@ def test_each_round_has_the_level_that_it_came_from(grown: Path) -> None:
         before = stages_done["round_1.expand"]["found"]["before"][name]
         assert before == pytest.approx(base, rel=1e-6)
         assert float(ends[0]) == pytest.approx(base, rel=1e-4)  # width is exact
+
+
+def test_all_rounds_stand_in_a_row(grown: Path) -> None:
+    with (grown / "metrics_rounds.csv").open() as lines:
+        steps = [int(row["step"]) for row in csv.DictReader(lines) if row["eval/prose/loss"]]
+    assert steps == [-1, 0, 10, 20]
 
 
 def test_costs_are_those_of_all_rounds(grown: Path) -> None:
@@ -175,10 +183,6 @@ def test_a_round_that_is_rolled_back_stops_the_loop(
     assert parent == (tmp_path / "run/round_1/expanded").resolve()
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     ("module", "name", "arm"),
     [
@@ -190,21 +194,12 @@ def test_a_stopped_loop_goes_on_to_the_same_weights(
     run_job: Run,
     grown: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    module: Any,
+    module: ModuleType,
     name: str,
     arm: str,
 ) -> None:
-    original = getattr(module, name)
-
-    def stop(context: RunContext, met: Arm, **options: Any) -> Any:
-        if met.name == arm:
-            raise Stopped
-        return original(context, met, **options)
-
     overrides = (*PROTECTED, "control=true")
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(module, name, stop)
+    with plug_pulled(module, name, of=arm):
         run_job(tmp_path / "run", *overrides)
     run_job(tmp_path / "run", *overrides)
     whole, parts = lineage_of(grown / "checkpoint"), lineage_of(tmp_path / "run/checkpoint")

@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 
+from tests.pipeline.plug import plug_pulled
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
 from tritter.config.composition import load_config
 from tritter.data.skills import SKILLS
-from tritter.errors import TritterError
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.pipeline import Outcome, run, run_pipeline, stages
-from tritter.pipeline.arm import Arm
-from tritter.pipeline.context import RunContext
-from tritter.pipeline.ledger import StageResult
 
 JOB = (
     *(word for word in TINY if not word.startswith(("data=", "data.old=", "data.new="))),
@@ -107,19 +104,10 @@ def test_accuracies_are_logged_and_shown(
 
 
 def test_a_run_that_was_stopped_between_tasks_ends_alike(
-    trained: Path, run_skills: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, run_skills: Job, tmp_path: Path
 ) -> None:
-    whole = stages.evaluation
-
-    def stopped(context: RunContext, arm: Arm) -> StageResult:
-        if arm.name == "attempt_1_task_2":
-            raise TritterError("the plug was pulled")
-        return whole(context, arm)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "evaluation", stopped)
-        with pytest.raises(TritterError, match="the plug"):
-            run_skills(tmp_path / "run", *WORDS)
+    with plug_pulled(stages, "evaluation", of="attempt_1_task_2"):
+        run_skills(tmp_path / "run", *WORDS)
     run_skills(tmp_path / "run", *WORDS)
     again, uninterrupted = summary_of(tmp_path / "run"), summary_of(trained)
     for key in ("baseline", "final", "gate", "flops"):

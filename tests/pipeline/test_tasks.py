@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
+from tests.pipeline.plug import plug_pulled
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoint import read_lineage
 from tritter.config.composition import load_config
-from tritter.errors import TritterError
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.evaluation.statistics import relative_harm
 from tritter.pipeline import Outcome, run, run_pipeline, stages
@@ -148,23 +148,10 @@ def test_a_logger_of_a_later_task_counts_on(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_stopped_between_tasks_ends_with_the_same_weights(
-    trained: Path,
-    run_tasks: Run,
-    words: tuple[str, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    trained: Path, run_tasks: Run, words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    whole = stages.evaluation
-
-    def stopped(context: RunContext, arm: Arm) -> StageResult:
-        if arm.name == "attempt_1_task_2":
-            raise TritterError("the plug was pulled")
-        return whole(context, arm)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "evaluation", stopped)
-        with pytest.raises(TritterError, match="the plug"):
-            run_tasks(tmp_path / "run", *words)
+    with plug_pulled(stages, "evaluation", of="attempt_1_task_2"):
+        run_tasks(tmp_path / "run", *words)
     run_tasks(tmp_path / "run", *words)
     again, uninterrupted = (
         read_lineage(folder / "checkpoint") for folder in (tmp_path / "run", trained)

@@ -73,7 +73,7 @@ _CONTROL = {
         _check("new_capability", "code", -0.21, 0.009, 0.0),
     ],
     "status": "kept",
-    "flops": {"fit": 6e11, "total": 6e11},
+    "flops": 6e11,
 }
 
 

@@ -1,12 +1,17 @@
 """The page: everything in one file, nothing loaded, and text of runs is text."""
 
+import json
+import math
 from html.parser import HTMLParser
 from typing import Any
 
+import pytest
+
 from tests.report.test_runs import SETTINGS
-from tritter.report.page import page
-from tritter.report.plots import Curve
-from tritter.report.runs import Run
+from tritter.report.comparison import MOST_PANELS, figures
+from tritter.report.page import _lead, page
+from tritter.report.plots import DPI, Curve
+from tritter.report.runs import Run, grouped
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -42,7 +47,9 @@ def run_of(summary: dict[str, Any], name: str, seed: int) -> Run:
         summary=summary | {"seed": seed, "expansion": ["width"], "forgetting": ["ewc"]},
         settings=SETTINGS | {"seed": seed},
         curves=curves,
-        history=("base", "  grown"),
+        control=(Curve("eval/prose/loss", (0, 10), (3.0, 3.3)),),
+        pretraining=(Curve("train/loss", (1, 2), (7.0, 6.0)),),
+        history=("base", f"grown {seed}"),
     )
 
 
@@ -50,10 +57,19 @@ def test_it_holds_everything_and_loads_nothing(summary_with_control: dict[str, A
     runs = [run_of(summary_with_control, f"run{seed}", seed) for seed in range(2)]
     text, pictures = page(runs, title="A sweep")
     found = seen(text)
-    assert list(pictures) == ["tradeoff.png", "losses.png", "changes.png", "cost.png"]
+    assert list(pictures) == [
+        "tradeoff.png",
+        "losses_1.png",  # prose, validation
+        "losses_2.png",  # training
+        "losses_3.png",  # pretraining
+        "changes_1.png",
+        "changes_2.png",
+        "cost_1.png",
+        "cost_2.png",
+    ]
     assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
     images = [attributes["src"] for tag, attributes in found.tags if tag == "img"]
-    assert len(images) == 4 and all(str(s).startswith("data:image/png;base64,") for s in images)
+    assert len(images) == 8 and all(str(s).startswith("data:image/png;base64,") for s in images)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in found.tags}
     assert all(a.get("href", "#").startswith("#") for _, a in found.tags)  # type: ignore[union-attr]
     words = " ".join(" ".join(found.words).split())
@@ -62,7 +78,7 @@ def test_it_holds_everything_and_loads_nothing(summary_with_control: dict[str, A
         "+1.02 [+0.78, +1.36]",  # of the gate, as the run's own table has it
         "Settings that differ",
         "old, control",
-        "base grown",
+        "base grown 0 ← run0 grown 1 ← run1",
     ):
         assert expected in words
     assert sum(tag == "details" for tag, _ in found.tags) == 2
@@ -88,3 +104,44 @@ def test_tasks_have_a_table(summary: dict[str, Any]) -> None:
     tasks = [{"domains": [name], "final": final, "steps": 5} for name in ("code", "prose")]
     text, _ = page([run_of(summary | {"tasks": tasks}, "tasks", 0)], title="One")
     assert "loss after each task" in text and "2: prose" in text
+
+
+def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, Any]) -> None:
+    """Formulas, breaks, and losses that no axis holds: each has a place or is a gap."""
+    name = "$\\frac{$\n\x1b[31m\u202e\udc80" + "x" * 5000
+    text = json.dumps(summary_with_control).replace('"prose"', json.dumps(name))
+    values = (math.inf, math.nan, 1e308, -1e308, 3.0)
+    curve = Curve(f"eval/{name}/loss", (0, 1, 2, 3, 10**14), values)
+    settings = SETTINGS | {f"key{name}": name}
+    run = Run(name, json.loads(text), settings, (curve,), (curve,), (curve,))
+    found, pictures = page([run, Run("b", run.summary, SETTINGS, (curve,))], title=name)
+    assert not {"\x1b", "\u202e", "\udc80"} & set(found) and len(pictures) == 6
+    assert all(len(picture) > 2000 for picture in pictures.values())
+
+
+def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None:
+    many = [Run(str(n), summary, SETTINGS | {"training.learning_rate": n}) for n in range(50)]
+    changes = figures(grouped(many))["changes"]
+    assert all(max(each.get_size_inches()) * DPI < 2**12 for each in changes)
+    assert "of the first 40 groups" in _lead(many, grouped(many))
+    scores = {f"d{number}": summary["baseline"]["prose"] for number in range(60)}
+    domains = {"old": list(scores), "new": []}
+    wide = summary | {"baseline": scores, "domains": domains, "attempts": [{"final": scores}]}
+    assert len(figures(grouped([Run("a", wide, SETTINGS)]))["changes"]) == MOST_PANELS
+
+
+def test_rounds_are_compared_from_the_base_to_their_end(summary: dict[str, Any]) -> None:
+    middle, final = summary["expanded"], summary["final"]
+    rounds = [
+        {"expansion": ["width"], "status": "kept", "final": middle, "steps": 5, "flops": 1.0},
+        {"expansion": ["width"], "status": "kept", "final": final, "steps": 7, "flops": 2.0},
+    ]
+    rounds[1]["baseline"] = middle
+    attempts = [rounds[1] | {"gate": summary["gate"]}]
+    grown = {"rounds": rounds, "attempts": attempts, "expansion": ["width", "width"], "flops": {}}
+    run = Run("grown", summary | grown, SETTINGS)
+    assert run.expansions == (0, 5) and run.steps == 12 and run.cost("flops") == 3.0
+    prose = next(row for row in run.rows if row.domain == "prose")
+    assert prose.before == next(row for row in run_of(summary, "a", 0).rows).before
+    assert prose.change.value == pytest.approx(1.22 / 1.208 - 1) and prose.verdict is None
+    assert "loss at the end of each round" in page([run], title="Rounds")[0]

@@ -1,6 +1,7 @@
 """Groups of runs that differ in the seed alone, and the intervals over them."""
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ from scipy import stats
 
 from tritter.errors import TritterError
 from tritter.report.comparison import _front
-from tritter.report.runs import Interval, Run, check_summary, differing_keys, grouped
+from tritter.report.runs import Interval, Run, differing_keys, grouped, with_controls
+from tritter.report.summary_check import check_summary
 
 SETTINGS = {
     "seed": 0,
@@ -78,6 +80,16 @@ def test_tokens_of_a_step_and_borders_of_tasks(summary: dict[str, Any]) -> None:
         ("baseline", {"prose": {"loss": "low"}}, "baseline.prose.loss"),
         ("attempts", {}, "attempts"),
         ("flops", {"total": "much"}, "flops.total"),
+        ("baseline", {"prose": {"loss": "3.5"}}, "baseline.prose.loss"),  # text is no number
+        ("baseline", {"prose": {"loss": math.nan}}, "baseline.prose.loss"),
+        ("flops", {"total": 1e300}, "flops.total"),
+        ("parameters", {"final": 10**90}, "parameters.final"),
+        ("attempts", [{"status": "kept"}], "attempts.0.final"),
+        ("attempts", [{"final": {}, "overrides": [1]}], "attempts.0.overrides.0"),
+        ("attempts", [{"final": {}, "gate": [{"value": 1.0}]}], "attempts.0.gate.0.check"),
+        ("control", {"final": []}, "control.final"),
+        ("tasks", [{"domains": ["x"], "final": {}, "steps": 1e9}], "tasks.0.steps"),
+        ("samples", [{"before": 3}], "samples.0.before"),
     ],
 )
 def test_what_is_no_summary_is_refused(
@@ -86,3 +98,38 @@ def test_what_is_no_summary_is_refused(
     check_summary(summary)
     with pytest.raises(TritterError, match=said):
         check_summary(summary | {key: value})
+
+
+def test_what_an_older_version_left_out_is_a_gap(summary: dict[str, Any]) -> None:
+    least = {key: summary[key] for key in ("status", "domains", "baseline")}
+    least["attempts"] = [{"final": summary["final"]}]
+    check_summary(least)
+    run = Run("old", least, {})
+    assert (run.steps, run.expansions, run.cost("flops"), run.seed) == (0, (), None, None)
+    assert run.rows[0].verdict is None and run.rows[0].change.lower is None
+
+
+def test_a_control_stands_beside_its_group_once(summary_with_control: dict[str, Any]) -> None:
+    """That of a sweep over expansions is the same training each time."""
+    runs = [
+        Run("a", summary_with_control | {"expansion": ["width"]}, SETTINGS),
+        Run(
+            "b", summary_with_control | {"expansion": ["dus"]}, SETTINGS | {"expansion.methods": 1}
+        ),
+    ]
+    groups = with_controls(grouped(runs))
+    assert [group.is_control for group in groups] == [False, True, False]
+    assert groups[1].name == "control, not grown: forgetting=none"
+    code = groups[1].change("code")
+    assert code is not None and code.value == -0.21
+    assert groups[1].runs[0].cost("flops") == 6e11 and groups[1].runs[0].expansions == ()
+
+
+def test_options_of_a_method_do_not_name_what_the_method_does(summary: dict[str, Any]) -> None:
+    runs = [
+        run_of(summary, "a", 0.0),
+        run_of(summary, "b", 0.0, forgetting__methods=["replay"], forgetting__replay__keep=0),
+    ]
+    runs[1].summary["forgetting"] = ["replay"]  # type: ignore[index]
+    names = [group.name for group in grouped(runs)]
+    assert names == ["expansion=width forgetting=ewc", "expansion=width forgetting=replay"]

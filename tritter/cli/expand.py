@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tritter.checkpoint import Source
+from tritter.checkpoint import Lineage, Source
 from tritter.checkpoint.place import check_output
 from tritter.cli.domain import (
     DomainOptions,
@@ -139,7 +139,7 @@ def _run_map(
     dtype = None
     if request.dtype is not None:
         dtype = getattr(torch, choice("dtype", request.dtype, WEIGHT_DTYPES))
-    result: PlannedExpansion | Expanded
+    lineage: Lineage | None = None
     measured: Measurement | None = None
 
     def look(made: Expanded) -> None:
@@ -148,15 +148,13 @@ def _run_map(
             measured = measure(place.source, made, is_wanted=request.is_measured)
 
     with in_options():
-        if dry_run:
-            result = plan_expansion(place.source, place.specs, seed=request.seed)
-        else:
+        plan = plan_expansion(place.source, place.specs, seed=request.seed)
+        if not dry_run:
             with progress_bar(is_shown=not as_json) as progress:
-                result = expand(
+                made = expand(
                     place.source,
                     place.destination,
-                    place.specs,
-                    seed=request.seed,
+                    plan,
                     dtype=dtype,
                     max_shard_bytes=request.max_shard_bytes,
                     overwrite=overwrite,
@@ -164,11 +162,12 @@ def _run_map(
                     progress=progress,
                     before_placing=look,
                 )
+            lineage = made.lineage
     if as_json:
-        plain = _as_json(result, place.source, place.destination, request)
+        plain = _as_json(plan, lineage, place, request)
         print_json({**plain, "step0_error": measured.error if measured else None})
     else:
-        _print(result, place, request, measured)
+        _print(plan, lineage, place, request, measured)
     if measured is not None and measured.is_broken:
         say(
             "error: the method claims to keep the function, and the result does not; please "
@@ -233,16 +232,13 @@ def _run_domain(request: ExpandRequest, place: _Place, *, overwrite: bool, as_js
         overwrite=overwrite,
     )
     plan, error = made.plan, made.lineage.expansion_history[-1].step0_error
-    result = Expanded(
-        place.destination, plan.steps, plan.parameters_before, plan.parameters_after, made.lineage
-    )
     if as_json:
-        plain = _as_json(result, place.source, place.destination, request)
+        plain = _as_json(plan, made.lineage, place, request)
         print_json({**plain, "step0_error": error, "experts": made.experts, "scores": made.scores})
         return 0
     text = "not finite" if error is None else f"{error:.1e} of the logits' deviation on its text"
     measured = Measurement(error, False, text)
-    _print(result, place, request, measured)
+    _print(plan, made.lineage, place, request, measured)
     print_domain(console, made.experts, made.scores)
     return 0
 
@@ -257,19 +253,18 @@ def _default_output(checkpoint: str, folder: Path, methods: Sequence[str]) -> Pa
 
 
 def _as_json(
-    result: PlannedExpansion | Expanded, source: Path, destination: Path, request: ExpandRequest
+    plan: PlannedExpansion, lineage: Lineage | None, place: _Place, request: ExpandRequest
 ) -> dict[str, Any]:
-    first, last = result.steps[0], result.steps[-1]
-    lineage = result.lineage if isinstance(result, Expanded) else None
+    first, last = plan.steps[0], plan.steps[-1]
     return {
-        "source": str(source),
-        "destination": str(destination),
+        "source": str(place.source),
+        "destination": str(place.destination),
         "written": lineage is not None,
         "shapes": {
             "before": shapes_of(first.source_config),
             "after": shapes_of(last.target_config),
         },
-        "parameters": {"before": result.parameters_before, "after": result.parameters_after},
+        "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
         "parameters_on_disk": {
             "before": _on_disk(first.source_config),
             "after": _on_disk(last.target_config),
@@ -286,7 +281,7 @@ def _as_json(
                 "notes": list(step.notes),
                 "map_digest": step.parameter_map.digest(),
             }
-            for step in result.steps
+            for step in plan.steps
         ],
         "model_hash": lineage.model_hash if lineage else None,
         "parent_hash": lineage.parent_hash if lineage else None,
@@ -298,30 +293,31 @@ def _on_disk(config: Config) -> int:
 
 
 def _print(
-    result: PlannedExpansion | Expanded,
+    plan: PlannedExpansion,
+    lineage: Lineage | None,
     place: _Place,
     request: ExpandRequest,
     measured: Measurement | None,
 ) -> None:
     console = new_console()
-    _print_shapes(console, result)
+    _print_shapes(console, plan)
     lines: list[tuple[str, str]] = []
-    for position, step in enumerate(result.steps):
+    for position, step in enumerate(plan.steps):
         lines += _step_lines(step, is_first=position == 0)
-    exactness = _exactness([step.spec for step in result.steps])
+    exactness = _exactness([step.spec for step in plan.steps])
     since = " at step 0, before the new experts were trained" if request.domain.is_given else ""
     lines.append(("exact", exactness + since))
     if measured is not None:
         lines.append(("step 0", measured.text))
     if request.dtype is not None:
         lines.append(("dtype", spelled(request.dtype)))
-    if isinstance(result, Expanded):
-        lines.append(("hash", short(result.lineage.model_hash)))
+    if lineage is not None:
+        lines.append(("hash", short(lineage.model_hash)))
     console.print()
     print_lines(console, lines)
     console.print()
     here = shlex.quote(shown_path(place.destination))
-    if isinstance(result, Expanded):
+    if lineage is not None:
         print_command(console, "written", shown_path(place.destination))
         print_command(console, "next   ", f"tritter inspect {here}")
     else:
@@ -330,9 +326,9 @@ def _print(
             print_command(console, "refused", place.obstacle)
 
 
-def _print_shapes(console: Console, result: PlannedExpansion | Expanded) -> None:
-    before = shapes_of(result.steps[0].source_config)
-    after = shapes_of(result.steps[-1].target_config)
+def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
+    before = shapes_of(plan.steps[0].source_config)
+    after = shapes_of(plan.steps[-1].target_config)
     table = new_table("", "before", "after", "", numbers=("before", "after"))
     for name in (name for name in SHAPES if name in after):
         old, new = before.get(name), after[name]
@@ -342,9 +338,9 @@ def _print_shapes(console: Console, result: PlannedExpansion | Expanded) -> None
     table.add_section()
     table.add_row(
         "parameters",
-        count_text(result.parameters_before),
-        count_text(result.parameters_after),
-        f"{result.parameters_after / result.parameters_before:.3g} times",
+        count_text(plan.parameters_before),
+        count_text(plan.parameters_after),
+        f"{plan.parameters_after / plan.parameters_before:.3g} times",
         style="bold",
     )
     console.print(table)

@@ -16,15 +16,15 @@ from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.options import leaves
 from tritter.report.page import page
 from tritter.report.plots import Curve, curves_of
-from tritter.report.runs import Run, check_summary
+from tritter.report.runs import Run
+from tritter.report.summary_check import check_summary
 from tritter.storage.atomic import atomic_folder, refuse_standing, write_text_atomic
 from tritter.storage.reading import kind_of, read_object, read_text
 from tritter.terminal import Console
 
 MAX_RUNS = 1000
 _DEPTH = 3  # below a folder that is named: a sweep of sweeps
-_MAX_METRICS_BYTES = 2**28
-_METRICS_FILE = "metrics.csv"
+_MAX_METRICS_BYTES = 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +105,17 @@ def _find(folders: Sequence[Path]) -> _Found:
     finished: dict[Path, None] = {}
     unfinished: dict[Path, None] = {}
     for folder in folders:
-        if not folder.is_dir():
-            raise RequestError(Problem("RUN", str(folder), reason="it is not a folder"))
-        for place in _places(folder, depth=_DEPTH):
-            if (place / SUMMARY_FILE).is_file():
-                finished[place] = None
-            elif (place / RUN_FILE).is_file():
-                unfinished[place] = None
+        try:
+            if not folder.is_dir():
+                raise RequestError(Problem("RUN", str(folder), reason="it is not a folder"))
+            for place in _places(folder, depth=_DEPTH):
+                if (place / SUMMARY_FILE).is_file():
+                    finished[place] = None
+                elif (place / RUN_FILE).is_file():
+                    unfinished[place] = None
+        except OSError as error:  # below it is what the system does not let be read
+            reason = f"{error.filename}: {error.strerror}"
+            raise RequestError(Problem("RUN", str(folder), reason=reason)) from error
     if not finished:
         reason = f"no finished run is in it: no {SUMMARY_FILE}"
         if unfinished:
@@ -167,24 +171,27 @@ def _run(place: Path, *, name: str) -> Run:
         name=name,
         summary=summary,
         settings=leaves(settings) if isinstance(settings, dict) else {"seed": summary.get("seed")},
-        curves=_curves(place / _METRICS_FILE),
-        history=_history(place / str(summary.get("checkpoint") or "checkpoint")),
+        curves=_curves(place, "rounds") or _curves(place),
+        control=_curves(place, "control"),
+        pretraining=_curves(place, "pretraining"),
+        history=_history(place / "checkpoint"),
     )
 
 
-def _curves(path: Path) -> tuple[Curve, ...]:
-    """Return the losses of a metrics.csv; none where it is gone.
+def _curves(place: Path, of: str = "") -> tuple[Curve, ...]:
+    """Return the losses of a run, or of a part of it; none where it has no such file.
 
     Raises:
         TritterError: it is damaged.
     """
+    path = place / (f"metrics_{of}.csv" if of else "metrics.csv")
     if not os.path.lexists(path):
         return ()
     text = read_text(path, limit_bytes=_MAX_METRICS_BYTES)
     try:
         rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text), strict=True))
         return curves_of(rows)
-    except (ValueError, TypeError, csv.Error) as error:
+    except (ValueError, TypeError, OverflowError, csv.Error) as error:
         raise TritterError(f"{path.name} is damaged: {error}") from error
 
 
@@ -195,9 +202,8 @@ def _history(checkpoint: Path) -> tuple[str, ...]:
     except TritterError:
         return ()
     lines = []
-    for depth, link in enumerate(chain):
+    for link in chain:
         steps = steps_after(link, chain[-1])
         trained = "" if steps is None else f", then {steps} steps"
-        name = link.folder.resolve().name if link.folder else "not found"
-        lines.append(f"{'  ' * depth}{name} {short(link.model_hash)}: {made_by(link)}{trained}")
+        lines.append(f"{short(link.model_hash)}: {made_by(link)}{trained}")
     return tuple(lines)

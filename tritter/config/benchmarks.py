@@ -19,7 +19,7 @@ def benchmark_problems(config: RunConfig) -> Iterator[Problem]:
         yield from error.problems
         return
     yield from code_problems(names, asked.allow_code, key=KEY, allowing="evaluation.allow_code")
-    if asked.tasks_path is not None and not Path(asked.tasks_path).expanduser().is_dir():
+    if asked.tasks_path is not None and not Path(asked.tasks_path).is_dir():
         yield Problem("evaluation.tasks_path", asked.tasks_path, reason="there is no such folder")
     is_external = asked.code_sandbox == "external"
     if is_external and not asked.code_sandbox_command and set(names) & set(CODE):

@@ -202,10 +202,13 @@ def _start_hydra(
     from omegaconf import DictConfig
 
     from tritter.config.composition import VERSION_BASE, no_running_hydra
-    from tritter.config.jobs import run_job
+    from tritter.config.jobs import run_swept
+
+    asked_from = front()
 
     def train(cfg: DictConfig) -> float:
-        return run_job(cfg, pipeline, jobs=jobs)
+        with composing_from(asked_from):  # a launcher's process knows nothing of it
+            return run_swept(cfg, pipeline, jobs=jobs)
 
     decorate = hydra.main(
         config_path=str(config_folder()), config_name=front().config_name, version_base=VERSION_BASE

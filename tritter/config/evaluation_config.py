@@ -15,7 +15,7 @@ class EvaluationConfig:
     Args:
         task_questions: of each domain that generated skills teach; 0: none.
         tasks: benchmarks, and groups of them.
-        tasks_path: folder with their files; None: the hub.
+        tasks_path: folder with their files, absolute once validated; None: the hub.
         task_limit: so many questions of each; None: all.
         allow_code: benchmarks whose answers are programs, which may be run.
         code_sandbox: Tritter's own, or a command of the user's.

@@ -30,6 +30,7 @@ from tritter.config.schema import RunConfig
 from tritter.config.validation import validate
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped
+from tritter.storage.lock import alone_in
 from tritter.storage.records import read_record
 from tritter.terminal import say
 
@@ -78,7 +79,11 @@ class Pipeline(Protocol):
 
 
 def start_run(job: "Job", pipeline: Pipeline) -> None:
-    """Start a single run as Hydra does, with what was composed when it was judged."""
+    """Start a single run as Hydra does, with what was composed when it was judged.
+
+    Raises:
+        RequestError: another process began in its folder since.
+    """
     assert job.composition is not None
     composed, hydra = job.composition.composed, job.composition.hydra
     hydra.mode, hydra.run.dir = RunMode.RUN, str(job.folder)
@@ -89,17 +94,29 @@ def start_run(job: "Job", pipeline: Pipeline) -> None:
     def train(cfg: DictConfig) -> float:
         return run_job(cfg, pipeline, jobs=[job])
 
-    run_and_report(
-        lambda: (
-            run_hydra_job(
-                train,
-                composed,
-                job_dir_key="hydra.run.dir",
-                job_subdir_key=None,
-                hydra_context=context,
-            ).return_value
+    with alone_in(job.folder, key="hydra.run.dir"):
+        run_and_report(
+            lambda: (
+                run_hydra_job(
+                    train,
+                    composed,
+                    job_dir_key="hydra.run.dir",
+                    job_subdir_key=None,
+                    hydra_context=context,
+                ).return_value
+            )
         )
-    )
+
+
+def run_swept(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> float:
+    """Run a job of a sweep as `run_job` does, unless another process began in its folder."""
+    hydra = HydraConfig.get()
+    try:
+        with alone_in(Path(hydra.runtime.output_dir), key="hydra.sweep.dir"):
+            return run_job(cfg, pipeline, jobs=jobs)
+    except RequestError as error:
+        say(f"job {hydra.job.num} failed: {error}")
+        return math.nan
 
 
 def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> float:

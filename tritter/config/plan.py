@@ -30,6 +30,7 @@ from tritter.config.validation import known_config
 from tritter.data.contents import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.families import Config
+from tritter.storage.lock import check_free
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -88,6 +89,8 @@ def make_plan(command: CommandLine) -> Plan:
             sample = [first_value(override) for override in parsed]
             plan = _plan_sweep(composing, overrides, sample)
     if not command.hydra_flags:  # else nothing is run
+        for job in plan.jobs:
+            check_free(job.folder, key="hydra.run.dir")
         _check_means(plan)
     return plan
 

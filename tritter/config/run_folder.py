@@ -20,6 +20,7 @@ from tritter.errors import Problem, RequestError, TritterError, did_you_mean
 from tritter.options import options, read_options
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.links import check_tree
+from tritter.storage.lock import LOCK_NAME
 from tritter.storage.names import named_path
 from tritter.storage.reading import read_object
 from tritter.storage.records import read_record, record_text
@@ -29,7 +30,7 @@ RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
 RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the time
 
-_MADE_BY_HYDRA = {".hydra", "train.log"}  # they are there before the run file is
+_BEFORE_RUN_FILE = {".hydra", "train.log", LOCK_NAME}  # Hydra's, and what holds the folder
 _LOGGER_FOLDERS = {"wandb"}  # W&B links to logs in its own cache
 
 
@@ -84,7 +85,7 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     """
     _check_place(folder, config)
     is_run = os.path.lexists(folder / RUN_FILE)
-    others = (path for path in folder.iterdir() if path.name not in _MADE_BY_HYDRA)
+    others = (path for path in folder.iterdir() if path.name not in _BEFORE_RUN_FILE)
     if not is_run and folder.exists() and any(others):
         raise RequestError(
             f"hydra.run.dir = {folder}: output exists and is no run of Tritter (it has no "

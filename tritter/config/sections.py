@@ -1,10 +1,12 @@
-"""Sections whose options have keys of their own: `model` and `data`."""
+"""Sections that need more than their fields: `model`, `data`, `evaluation`."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 from tritter.checkpoint.usable import checkpoint_place
+from tritter.config.evaluation_config import EvaluationConfig
 from tritter.config.folders import body_of, option_files
 from tritter.config.reading import Reader
 from tritter.config.schema import CheckpointModelConfig, DataConfig, Model, NamedTextConfig
@@ -12,6 +14,7 @@ from tritter.config.skills import SkillsDataConfig
 from tritter.config.text_files import place_of, read_sources, read_tasks
 from tritter.errors import Problem, RequestError, nearest
 from tritter.options import choices, field_keys, is_options, join
+from tritter.storage.names import named_path
 from tritter.targets import TARGET, dotted, resolve
 
 _MODELS = {word: kind for kind in get_args(Model) for word in choices(kind, "model_type")}
@@ -89,6 +92,17 @@ def read_data(
     blank: dict[str, Any] = {name: [] if name == "tasks" else {} for name in sources}
     values = reader.read(kind, {**taken, **blank}, prefix="data")
     return None if values is None else replace(values, **sources)
+
+
+def read_evaluation(
+    reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
+) -> EvaluationConfig | None:
+    """Return how a run evaluates, its folder absolute; None when there were problems."""
+    values: EvaluationConfig | None = reader.read(EvaluationConfig, raw, prefix="evaluation")
+    if values is None or values.tasks_path is None:
+        return values
+    place = reader.ask(partial(named_path, key="evaluation.tasks_path"), values.tasks_path)
+    return None if place is None else replace(values, tasks_path=str(place.absolute()))
 
 
 def data_keys() -> dict[str, tuple[str, ...]]:

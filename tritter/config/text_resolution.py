@@ -246,9 +246,9 @@ class _Domains:
             advice = "name what is to be kept, data.old=PATHS, or nothing, data.old={}"
             if not self._is_text:
                 advice = f"with data=text {advice}"
-            reason = f"of the text that the checkpoint learned {'; '.join(wrong)}; {advice}"
+            reason = f"of the text that the checkpoint learned {'; '.join(wrong)}"
             value = None if self._is_text else "stdlib"
-            raise RequestError(Problem(key, value, reason=reason))
+            raise RequestError(Problem(key, value, reason=reason, advice=advice))
         if domains:
             self._notes.append(
                 f"Old text as the checkpoint recorded it, with its split: {', '.join(domains)}."

@@ -38,7 +38,7 @@ from tritter.config.schema import (
     TrainingConfig,
     WandbConfig,
 )
-from tritter.config.sections import data_keys, read_data, read_model
+from tritter.config.sections import data_keys, read_data, read_evaluation, read_model
 from tritter.config.selection import METHOD_GROUPS, method_keys, read_methods
 from tritter.config.text_resolution import run_text
 from tritter.config.trainer_arguments import argument_problems, split_trainer
@@ -68,6 +68,7 @@ _GROUPS = (*SECTIONS, *METHOD_GROUPS, *OPEN_GROUPS)
 _READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], object]] = {
     "model": read_model,
     "data": read_data,
+    "evaluation": read_evaluation,
     "optimizer": read_optimizer,
     "callbacks": read_callbacks,
     "logger": read_loggers,

@@ -1,6 +1,6 @@
 """Text that is named and lies in no file: the Python installation's own, and generated skills."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 from tritter.data.documents import Document, documents_of
@@ -35,7 +35,7 @@ def built_in_path(key: str, path: str) -> str:
 
 
 @cache
-def built_in_documents(path: str) -> tuple[Document, ...]:
+def built_in_documents(path: str) -> Sequence[Document]:
     """Return the documents of a built-in text, those of the library as it names them.
 
     Raises:

@@ -5,24 +5,29 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from tritter.errors import RequestError, TritterError
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest
+from tritter.storage.reading import open_file
+from tritter.storage.spool import is_large, mapped, tensor_of
 
 logger = logging.getLogger(__name__)
 
 _TENSORS, _METADATA, _TOKENIZER = "tokens.safetensors", "corpus.json", "tokenizer.json"
 _FILES = (_TENSORS, _METADATA, _TOKENIZER)
 _CHECKSUMS = "checksums.json"
+_DTYPES = {"I32": "<i4", "I64": "<i8", "U8": "u1"}  # of what is cached
 
 
 class BrokenEntryError(TritterError):
@@ -52,7 +57,7 @@ def read_entry(folder: Path) -> CacheEntry | None:
             if checksums[name] != file_digest(folder / name):
                 raise BrokenEntryError(f"{name} does not match its checksum")
         return CacheEntry(
-            tensors=load_file(folder / _TENSORS),
+            tensors=_tensors(folder / _TENSORS),
             metadata=json.loads((folder / _METADATA).read_text(encoding="utf-8")),
             tokenizer=Tokenizer.from_file(str(folder / _TOKENIZER)),
         )
@@ -147,6 +152,24 @@ def _write_files(folder: Path, entry: CacheEntry) -> None:
     entry.tokenizer.save(str(folder / _TOKENIZER))
     checksums = {name: file_digest(folder / name) for name in _FILES}
     (folder / _CHECKSUMS).write_text(_json(checksums), encoding="utf-8")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file; pages of a large one come when they are read."""
+    if not is_large(path.stat().st_size):
+        return load(path.read_bytes())
+    found = {}
+    # safetensors' own mapping is private: it fails for a file larger than memory
+    with open_file(path) as file, safe_open(path, framework="np") as header:
+        content = mapped(file)
+        start = 8 + int.from_bytes(content[:8], "little")
+        for name in header.offset_keys():
+            part = header.get_slice(name)
+            dtype, shape = np.dtype(_DTYPES[part.get_dtype()]), part.get_shape()
+            array = np.frombuffer(content, dtype, count=prod(shape), offset=start)
+            found[name] = tensor_of(array.reshape(shape))
+            start += array.nbytes
+    return found
 
 
 def _json(value: object) -> str:

@@ -49,7 +49,7 @@ def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_
         problems[request, path] = reading.problems
         try:
             # All texts are looked at, though one would do to know that there is one
-            if not sum(bool(text.strip()) for text in reading.texts(path)):
+            if not sum(1 for _ in reading.pieces(path)):
                 blank.add((request, path))
         except SpentError:
             break

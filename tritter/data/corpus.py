@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tritter.data import cache, stdlib
-from tritter.data.documents import Document, documents_digest, documents_of
+from tritter.data.documents import Document, Documents, documents_digest, documents_of
 from tritter.data.split import (
     DomainCounts,
     DomainDocuments,
@@ -23,11 +23,13 @@ from tritter.data.split import (
     part_documents,
 )
 from tritter.data.tokenizer import train_tokenizer
-from tritter.data.tokens import TokenisedDocuments, tokenise
+from tritter.data.tokens import Names, TokenisedDocuments, tokenise
 from tritter.errors import RequestError, did_you_mean
 
 FORMAT_VERSION = 2  # 2: the side of a text follows from the text
+_LAYOUT = "v3"  # of what is cached; 3: the names of documents are tensors
 _SIDES = ("train", "validation")
+_PARTS = ("tokens", "offsets", "num_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ def build_corpus(
 ) -> Corpus:
     """Split, train a tokenizer on the train sides, tokenise; or load what did so before.
 
-    The cache lives in `cache_dir/corpora/<digest>`. An entry that is damaged is set aside with a
+    The cache lives in `cache_dir/corpora/v3/<digest>`. An entry that is damaged is set aside with a
     warning and made again.
 
     Args:
@@ -127,13 +129,14 @@ def build_corpus(
     made_from: dict[str, Any] = {"options": asdict(options), "sources": _plain_sources(sources)}
     made_from["sides"] = _sides_digest(parted)
     digest = _digest(made_from | _tokenizer_entry(tokenizer))
-    folder = _corpora(cache_dir) / digest
-    if (cached := _load(folder)) is not None:
+    if (cached := _load(cache_dir, digest)) is not None:
         return cached
+    folder = _corpora(cache_dir) / digest
     cache.require_writable(folder.parent)
     corpus = _make(parted, options=options, sources=sources, digest=digest, tokenizer=tokenizer)
     cache.write_entry(folder, _to_entry(corpus))
-    return corpus
+    # What is read from the cache needs no memory of its own
+    return _load(cache_dir, digest) or corpus
 
 
 def stdlib_corpus(
@@ -166,7 +169,7 @@ def stdlib_corpus(
     known = cache.read_note(note)
     # The note is a file that anyone may have damaged: its line is a name only if it looks so.
     if known is not None and len(known) == 64 and known.isalnum():
-        cached = _load(_corpora(cache_dir) / known)
+        cached = _load(cache_dir, known)
         if cached is not None:
             return cached
     text = stdlib.gather()
@@ -184,13 +187,13 @@ def stdlib_corpus(
     return corpus
 
 
-def stdlib_documents(text: stdlib.StdlibText, name: str) -> tuple[Document, ...]:
+def stdlib_documents(text: stdlib.StdlibText, name: str) -> Documents:
     """Return the documents of one domain of the embedded corpus."""
     return documents_of(each.text for each in (text.prose if name == "prose" else text.code))
 
 
 def _corpora(cache_dir: Path) -> Path:
-    return Path(cache_dir) / "corpora"
+    return Path(cache_dir) / "corpora" / _LAYOUT
 
 
 def _checked_domains(asked: Sequence[str] | None, available: Mapping[str, Any]) -> tuple[str, ...]:
@@ -233,7 +236,7 @@ def _make(
 ) -> Corpus:
     splits = parted.domains
     if tokenizer is None:
-        training = [each for name in options.tokenizer_domains for each in splits[name].train]
+        training = (each for name in options.tokenizer_domains for each in splits[name].train)
         tokenizer = train_tokenizer(training, vocab_size=options.vocab_size)
     limit = options.max_validation_tokens_per_document
     domains = {
@@ -270,10 +273,11 @@ def _tokenizer_entry(tokenizer: Tokenizer | None) -> dict[str, str]:
     return {"tokenizer": sha256(tokenizer.to_str().encode()).hexdigest()}
 
 
-def _load(folder: Path) -> Corpus | None:
+def _load(cache_dir: Path, digest: str) -> Corpus | None:
+    folder = _corpora(cache_dir) / digest
     try:
         entry = cache.read_entry(folder)
-        return None if entry is None else _from_entry(entry, digest=folder.name)
+        return None if entry is None else _from_entry(entry, digest=digest)
     except cache.BrokenEntryError as error:
         cache.set_aside(folder, reason=str(error))
         return None
@@ -281,18 +285,17 @@ def _load(folder: Path) -> Corpus | None:
 
 def _to_entry(corpus: Corpus) -> cache.CacheEntry:
     tensors: dict[str, Tensor] = {}
-    identifiers: dict[str, dict[str, tuple[str, ...]]] = {}
     for name, domain in corpus.domains.items():
-        identifiers[name] = {}
         for side in _SIDES:
             documents: TokenisedDocuments = getattr(domain, side)
-            identifiers[name][side] = documents.identifiers
-            for part in ("tokens", "offsets", "num_bytes"):
+            for part in _PARTS:
                 tensors[f"{name}.{side}.{part}"] = getattr(documents, part)
+            names = documents.identifiers
+            assert isinstance(names, Names)  # as they were tokenised
+            tensors |= {f"{name}.{side}.names": names.text, f"{name}.{side}.name_ends": names.ends}
     metadata = {
         "format_version": FORMAT_VERSION,
         "digest": corpus.digest,
-        "identifiers": identifiers,
         "sources": _plain_sources(corpus.sources),
         "counts": {name: asdict(counts) for name, counts in corpus.counts.items()},
         "exceptions": dict(corpus.exceptions),
@@ -306,7 +309,7 @@ def _from_entry(entry: cache.CacheEntry, *, digest: str) -> Corpus:
         raise cache.BrokenEntryError("it holds another corpus than its name says")
     domains = {
         name: Domain(name=name, **{side: _side(entry, name, side) for side in _SIDES})
-        for name in metadata["identifiers"]
+        for name in metadata["counts"]
     }
     names = [field.name for field in fields(SourceSummary)]
     sources = {
@@ -324,10 +327,11 @@ def _from_entry(entry: cache.CacheEntry, *, digest: str) -> Corpus:
 
 
 def _side(entry: cache.CacheEntry, name: str, side: str) -> TokenisedDocuments:
-    parts = {
-        part: entry.tensors[f"{name}.{side}.{part}"] for part in ("tokens", "offsets", "num_bytes")
+    held = {
+        part: entry.tensors[f"{name}.{side}.{part}"] for part in (*_PARTS, "names", "name_ends")
     }
-    return TokenisedDocuments(**parts, identifiers=tuple(entry.metadata["identifiers"][name][side]))
+    identifiers = Names(held.pop("names"), held.pop("name_ends"))
+    return TokenisedDocuments(**held, identifiers=identifiers)
 
 
 def _plain_sources(sources: Mapping[str, SourceSummary]) -> dict[str, dict[str, Any]]:

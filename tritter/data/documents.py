@@ -4,8 +4,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import overload
+
+import numpy as np
 
 from tritter.errors import RequestError
+from tritter.storage.spool import Spool
 
 PIECE_CHARACTERS = 20_000
 NAME_CHARACTERS = 40
@@ -28,17 +32,101 @@ def text_key(text: str) -> str:
     return sha256(" ".join(text.split()).encode()).hexdigest()
 
 
-def documents_of(texts: Iterable[str]) -> tuple[Document, ...]:
+class Documents(Sequence[Document]):
+    """Documents whose texts are spooled, each different one once; memory holds their places.
+
+    Args:
+        texts: UTF-8, one after the other.
+        keys: bytes of the `text_key` of each.
+        ends: int64, where each ends.
+        order: int64, which of them are meant, in their order.
+    """
+
+    def __init__(self, texts: Spool, keys: np.ndarray, ends: np.ndarray, order: np.ndarray) -> None:
+        self._texts, self._keys, self._ends, self._order = texts, keys, ends, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Documents": ...
+    def __getitem__(self, index: int | slice) -> "Document | Documents":
+        if isinstance(index, slice):
+            return self.chosen(np.arange(len(self))[index])
+        place = self._order[index]
+        text = self._text(place).decode()
+        return Document(_named(self._key(place), text), text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def chosen(self, indices: np.ndarray) -> "Documents":
+        """Return some of them, by their indices, in that order."""
+        return Documents(self._texts, self._keys, self._ends, self._order[indices])
+
+    def keys(self) -> Iterator[str]:
+        """Yield the `text_key` of each, without reading any."""
+        return map(self._key, self._order)
+
+    def _key(self, place: np.int64) -> str:
+        return self._keys[place].tobytes().hex()
+
+    def _text(self, place: np.int64) -> bytes:
+        start = int(self._ends[place - 1]) if place else 0
+        return self._texts.read(start, int(self._ends[place]))
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Documents":
+        """Take texts, in the order of their keys; of those with the same words the least."""
+        spool, keys, ends = Spool(), Spool(), Spool()
+        for text in texts:
+            spool.append(text.encode())
+            keys.append(bytes.fromhex(text_key(text)))
+            ends.append(len(spool).to_bytes(8, "little"))
+        found = cls(spool, keys.array("V32"), ends.array("<i8"), np.empty(0, dtype=np.int64))
+        order = np.argsort(keys.array("S32"), kind="stable")
+        found._order = order[found._least(order)]
+        return found
+
+    def _least(self, order: np.ndarray) -> np.ndarray:
+        """Return, of places sorted by key, the index of the least text of each key."""
+        in_order = self._keys[order]
+        is_first = np.ones(len(order), dtype=bool)
+        is_first[1:] = in_order[1:] != in_order[:-1]
+        first = np.flatnonzero(is_first)
+        for group in np.flatnonzero(np.diff(first, append=len(order)) > 1):
+            begin = first[group]
+            end = first[group + 1] if group + 1 < len(first) else len(order)
+            # As bytes of UTF-8 texts have the order of their characters
+            first[group] = min(range(begin, end), key=lambda at: self._text(np.int64(order[at])))
+        return first
+
+
+def documents_of(texts: Iterable[str]) -> Documents:
     """Return texts as documents, a long one as its `pieces`, each different text once.
 
     Names and order follow from the texts alone: neither what the files are called, nor in which
     order they come, nor what else there is makes a difference to any of them.
     """
-    by_key: dict[str, str] = {}
-    for piece in (piece for text in texts for piece in pieces(text)):
-        key = text_key(piece)
-        by_key[key] = min(by_key.get(key, piece), piece)
-    return tuple(Document(_named(key, by_key[key]), by_key[key]) for key in sorted(by_key))
+    return Documents.of(piece for text in texts for piece in pieces(text))
+
+
+def chosen(documents: Sequence[Document], indices: Sequence[int]) -> Sequence[Document]:
+    """Return some documents by their indices; spooled ones stay so."""
+    if isinstance(documents, Documents):
+        return documents.chosen(np.asarray(indices, dtype=np.int64))
+    return tuple(documents[index] for index in indices)
+
+
+def text_keys(documents: Sequence[Document]) -> Iterator[str]:
+    """Yield the `text_key` of each document."""
+    if isinstance(documents, Documents):
+        return documents.keys()
+    return (text_key(document.text) for document in documents)
 
 
 def _named(key: str, text: str) -> str:
@@ -50,6 +138,39 @@ def pieces(text: str) -> Iterator[str]:
     """Yield a text without the blank around it, cut when it is long; nothing of a blank one."""
     whole = text.replace("\r\n", "\n").strip()
     yield from (piece for piece in map(str.strip, cut(whole)) if piece)
+
+
+def pieces_of_chunks(chunks: Iterable[str]) -> Iterator[str]:
+    """Yield the `pieces` of a text that comes in chunks, of which about one is held.
+
+    They are those of the whole text: what is blank behind the last word that came is kept back
+    until more comes, since none of it counts at the end.
+    """
+    text, blanks = "", list[str]()
+    for chunk in _with_line_ends(chunks):
+        word_end = len(chunk.rstrip())
+        if not word_end:
+            blanks += [chunk] if text else []
+            continue
+        text = "".join((text, *blanks, chunk[:word_end])) if text else chunk[:word_end].lstrip()
+        blanks = [chunk[word_end:]]
+        start = 0
+        while len(text) - start > 2 * PIECE_CHARACTERS:
+            end = _cut_position(text, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
+            yield from filter(None, (text[start:end].strip(),))
+            start = end
+        text = text[start:]
+    yield from filter(None, map(str.strip, cut(text)))
+
+
+def _with_line_ends(chunks: Iterable[str]) -> Iterator[str]:
+    """Yield chunks with plain line ends; one that was parted stays whole."""
+    carried = ""
+    for chunk in chunks:
+        joined = carried + chunk
+        carried = "\r" if joined.endswith("\r") else ""
+        yield joined.removesuffix(carried).replace("\r\n", "\n")
+    yield carried
 
 
 def cut(text: str, *, size: int = PIECE_CHARACTERS) -> Iterator[str]:
@@ -76,12 +197,14 @@ def documents_digest(documents: Sequence[Document]) -> str:
     return digest.hexdigest()
 
 
-def distinct(documents: Iterable[Document]) -> list[Document]:
+def distinct(documents: Sequence[Document]) -> Sequence[Document]:
     """Return the documents that are not blank, of those with the same text the first.
 
     Raises:
         RequestError: two different texts share an identifier.
     """
+    if isinstance(documents, Documents):
+        return documents
     by_text: dict[str, Document] = {}
     for document in documents:
         if document.text.strip():

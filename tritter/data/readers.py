@@ -6,16 +6,17 @@ a pipe is never waited for, and what unpacks to far more than it is gets refused
 """
 
 import gzip
-import io
 import json
 import os
 import zlib
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tritter.data.documents import pieces, pieces_of_chunks
 from tritter.data.records import (
     DEFAULT_FIELD,
     FORM_FIELDS,
@@ -90,9 +91,26 @@ class Reading:
         Raises:
             SpentError: `max_bytes` were read.
         """
+        yield from self._guarded(path, READERS[text_suffix(path)](path, self))
+
+    def pieces(self, path: Path) -> Iterator[str]:
+        """Yield the `pieces` of a file's texts; one that is a whole file is never held whole.
+
+        Raises:
+            SpentError: `max_bytes` were read.
+        """
+        reader = READERS[text_suffix(path)]
+        if reader is _whole:
+            yield from self._guarded(path, pieces_of_chunks(_chunks(path, self)))
+        else:
+            for text in self.texts(path):
+                yield from pieces(text)
+
+    def _guarded(self, path: Path, texts: Iterator[str]) -> Iterator[str]:
+        """Report what goes wrong while a file is read."""
         self._num_of_file = 0
         try:
-            yield from READERS[text_suffix(path)](path, self)
+            yield from texts
         except WrongRecordError as error:
             self.report(f"{path} {error}")
         except (OSError, EOFError, zlib.error) as error:
@@ -253,22 +271,34 @@ TEXT_SUFFIXES = tuple(READERS)
 
 
 def _content(path: Path, reading: Reading, *, max_bytes: int) -> str:
-    content = io.BytesIO()
+    chunks, size = list[str](), 0
+    for chunk in _chunks(path, reading):
+        chunks.append(chunk)
+        size += len(chunk.encode())
+        if size > max_bytes:
+            raise WrongRecordError(
+                f"is larger than {max_bytes // 2**20} MB, the most that is read as one; split "
+                "it, or write its texts to a .jsonl"
+            )
+    return "".join(chunks)
+
+
+def _chunks(path: Path, reading: Reading) -> Iterator[str]:
+    """Yield a file's text as it is read.
+
+    Raises:
+        WrongRecordError: it is no UTF-8, or holds a byte 0.
+    """
+    decoder, start = _Decoder(), 0
     with _opened(path, reading) as stream:
         while piece := stream.piece():
-            if content.tell() == 0:
+            if start == 0:
                 _check_encoding(piece)
             if (position := piece.find(0)) >= 0:
-                raise WrongRecordError(
-                    f"holds a byte 0, at {content.tell() + position}; that is no text"
-                )
-            content.write(piece)
-            if content.tell() > max_bytes:
-                raise WrongRecordError(
-                    f"is larger than {max_bytes // 2**20} MB, the most that is read as one; split "
-                    "it, or write its texts to a .jsonl"
-                )
-    return _decoded(content.getvalue().removeprefix(_BYTE_ORDER_MARK))
+                raise WrongRecordError(f"holds a byte 0, at {start + position}; that is no text")
+            yield decoder.decode(piece if start else piece.removeprefix(_BYTE_ORDER_MARK))
+            start += len(piece)
+    yield decoder.decode(b"", is_last=True)
 
 
 def _record_text(where: str, record: object, reading: Reading) -> Iterator[str]:
@@ -293,13 +323,33 @@ def _check_encoding(start: bytes) -> None:
 
 
 def _decoded(content: bytes) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise WrongRecordError(
-            f"is no UTF-8 (byte {error.start} is 0x{content[error.start]:02x}); convert it, for "
-            "example with iconv -f ENCODING -t UTF-8"
-        ) from error
+    return _Decoder().decode(content, is_last=True)
+
+
+class _Decoder:
+    """UTF-8 into text, piece by piece; a character may stand in two of them."""
+
+    def __init__(self) -> None:
+        self._decoder = getincrementaldecoder("utf-8")()
+        self._num_bytes = 0
+
+    def decode(self, content: bytes, *, is_last: bool = False) -> str:
+        """Return the characters that are whole by now.
+
+        Raises:
+            WrongRecordError: bytes are no UTF-8; says where, counted from the first piece.
+        """
+        waiting = len(self._decoder.getstate()[0])
+        try:
+            text = self._decoder.decode(content, is_last)
+        except UnicodeDecodeError as error:
+            place = self._num_bytes - waiting + error.start
+            raise WrongRecordError(
+                f"is no UTF-8 (byte {place} is 0x{error.object[error.start]:02x}); convert it, for "
+                "example with iconv -f ENCODING -t UTF-8"
+            ) from error
+        self._num_bytes += len(content)
+        return text
 
 
 def _short(error: Exception) -> str:

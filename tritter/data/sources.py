@@ -1,15 +1,17 @@
 """The documents that paths, data sets, built-in texts and sources from outside mean."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 from tritter.data.built_in import BUILT_IN_TEXTS, built_in_documents, is_built_in
 from tritter.data.dataset_name import dataset_names, parse_name
 from tritter.data.dataset_rows import dataset_texts, resolve_dataset
-from tritter.data.documents import Document, documents_of
+from tritter.data.documents import Document, Documents, documents_of, pieces
 from tritter.data.finding import find_text_files
 from tritter.data.ranked import RANKED_SUFFIXES, ranked_documents
 from tritter.data.readers import TextFileError
-from tritter.data.text import read_texts
+from tritter.data.text import read_texts, text_pieces
+from tritter.errors import TritterError
 
 
 def source_documents(
@@ -20,7 +22,7 @@ def source_documents(
     is_ranked: bool = False,
     texts: Callable[[], Iterable[str]] | None = None,
     is_streamed: bool = False,
-) -> tuple[Document, ...]:
+) -> Sequence[Document]:
     """Return all documents that paths, data sets and built-in texts mean.
 
     Args:
@@ -42,12 +44,12 @@ def source_documents(
     files = find_text_files(key, paths)
     if is_ranked:
         files = tuple(file for file in files if file.name.lower().endswith(RANKED_SUFFIXES))
-    found = read_texts(files, key=key, text_field=text_field) if files else ()
-    if is_ranked:
+        found = read_texts(files, key=key, text_field=text_field) if files else ()
         return (*built_in, *ranked_documents(found))
-    read = [text for _, of_file in found for text in of_file]
-    read += _of_datasets(dataset_names(paths), key=key, is_streamed=is_streamed)
-    return documents_of([*(document.text for document in built_in), *read])
+    rows = _of_datasets(dataset_names(paths), key=key, is_streamed=is_streamed)
+    held = chain((document.text for document in built_in), rows)
+    read = text_pieces(files, key=key, text_field=text_field) if files else ()
+    return Documents.of(chain(read, (piece for text in held for piece in pieces(text))))
 
 
 def recorded_paths(paths: Sequence[str], *, key: str) -> tuple[str, ...]:
@@ -61,23 +63,24 @@ def recorded_paths(paths: Sequence[str], *, key: str) -> tuple[str, ...]:
     return tuple(stated.get(path, path) for path in paths)
 
 
-def _of_datasets(names: Sequence[str], *, key: str, is_streamed: bool) -> list[str]:
-    read: list[str] = []
+def _of_datasets(names: Sequence[str], *, key: str, is_streamed: bool) -> Iterator[str]:
     for name in names:
-        source = parse_name(key, name)
-        texts = list(dataset_texts(source, key=key, is_streamed=is_streamed))
-        if not any(text.strip() for text in texts):
+        is_blank = True
+        for text in dataset_texts(parse_name(key, name), key=key, is_streamed=is_streamed):
+            is_blank = is_blank and not text.strip()
+            yield text
+        if is_blank:
             raise TextFileError([f"{key}: {name} holds no text."])
-        read += texts
-    return read
 
 
-def _own(texts: Callable[[], Iterable[str]], key: str) -> list[str]:
+def _own(texts: Callable[[], Iterable[str]], key: str) -> Iterator[str]:
     try:
-        found = list(texts())
+        for text in texts():
+            if not isinstance(text, str):
+                raise TextFileError([f"{key}: a {type(text).__name__} stands among its texts"])
+            yield text
+    except (TritterError, GeneratorExit):
+        raise
     except Exception as error:  # whatever a class of somebody else raises
         told = " ".join(str(error).split())
         raise TextFileError([f"{key}: {type(error).__name__}: {told}"]) from error
-    if wrong := [text for text in found if not isinstance(text, str)]:
-        raise TextFileError([f"{key}: a {type(wrong[0]).__name__} stands among its texts"])
-    return found

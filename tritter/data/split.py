@@ -7,13 +7,14 @@ and neighbours count; that rule is kept for the domains that they recorded.
 """
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Literal
+from typing import Literal, get_args
 
-from tritter.data.documents import Document, distinct, pieces, text_key
+from tritter.data.documents import Document, chosen, distinct, pieces, text_key, text_keys
 from tritter.errors import RequestError
 
 Rule = Literal["threshold", "ranked"]
@@ -68,8 +69,8 @@ class DomainCounts:
 class Split:
     """The two sides of a domain, each in the order in which the documents came."""
 
-    train: tuple[Document, ...]
-    validation: tuple[Document, ...]
+    train: Sequence[Document]
+    validation: Sequence[Document]
     counts: DomainCounts
 
 
@@ -136,7 +137,7 @@ def part_documents(
     for name, domain in domains.items():
         parted[name] = _part_one(domain, rule=rule, earlier=sides, held_out=held_out)
         _check_sides(name, parted[name].counts, rule)
-        held_out.update(text_key(document.text) for document in parted[name].validation)
+        held_out.update(text_keys(parted[name].validation))
     return Parted(parted, exceptions)
 
 
@@ -178,14 +179,14 @@ def _part_one(
     domain: DomainDocuments, *, rule: SplitRule, earlier: Mapping[str, Side], held_out: set[str]
 ) -> Split:
     documents = distinct(domain.documents)
-    sides: dict[Side, list[Document]] = {"train": [], "validation": [], "left_out": []}
+    sides = {side: array("q") for side in get_args(Side)}
     why: Counter[str] = Counter()
-    for document in documents:
-        # Cut by its own size a document of an older split may be several texts
-        keys = _keys(document) if domain.ranked else (text_key(document.text),)
+    # Cut by its own size a document of an older split may be several texts
+    all_keys = map(_keys, documents) if domain.ranked else ((key,) for key in text_keys(documents))
+    for index, keys in enumerate(all_keys):
         found = {earlier.get(key) or threshold_side(key, rule) for key in keys}
         side: Side = found.pop() if len(found) == 1 else "left_out"
-        sides[side].append(document)
+        sides[side].append(index)
         is_moved = not domain.ranked and side != threshold_side(keys[0], rule)
         if side == "train" and is_moved:
             why["learned_before"] += 1
@@ -194,7 +195,7 @@ def _part_one(
     counts = DomainCounts(
         documents=len(documents), **{name: len(members) for name, members in sides.items()}, **why
     )
-    return Split(tuple(sides["train"]), tuple(sides["validation"]), counts)
+    return Split(chosen(documents, sides["train"]), chosen(documents, sides["validation"]), counts)
 
 
 def _keys(document: Document) -> tuple[str, ...]:

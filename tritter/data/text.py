@@ -1,6 +1,6 @@
 """Text of one's own: the texts that the readers find in files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tritter.data.readers import Reading, TextFileError
@@ -21,11 +21,30 @@ def read_texts(
     """
     reading = Reading(key=key, text_field=text_field)
     texts = tuple((path, tuple(reading.texts(path))) for path in files)
+    found = any(text.strip() for _, of_file in texts for text in of_file)
+    _check(reading, files, is_blank=not found)
+    return texts
+
+
+def text_pieces(files: Sequence[Path], *, key: str, text_field: str) -> Iterator[str]:
+    """Yield the texts of some files cut into their `pieces`, which is all that is held of them.
+
+    Raises:
+        TextFileError: as `read_texts`, once all was read.
+    """
+    reading, is_blank = Reading(key=key, text_field=text_field), True
+    for path in files:
+        for piece in reading.pieces(path):
+            is_blank = False
+            yield piece
+    _check(reading, files, is_blank=is_blank)
+
+
+def _check(reading: Reading, files: Sequence[Path], *, is_blank: bool) -> None:
     if reading.problems:
         raise TextFileError(reading.problems)
-    if not any(text.strip() for _, found in texts for text in found):
-        raise TextFileError([no_text(key, files)])
-    return texts
+    if is_blank:
+        raise TextFileError([no_text(reading.key, files)])
 
 
 def no_text(key: str, files: Sequence[Path]) -> str:

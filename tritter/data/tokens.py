@@ -1,8 +1,10 @@
 """Documents as tokens that still know their documents and bytes, and the packing of them."""
 
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -11,11 +13,44 @@ from torch import Tensor
 
 from tritter.data.documents import Document
 from tritter.errors import RequestError
+from tritter.storage.spool import Spool
 
 MINIMUM_DOCUMENT_TOKENS = 4  # a character may take four bytes, and each a token
 # At a time: what the tokenizer knows of a token, and the places of tokens, take many times more
 ENCODED_CHARACTERS = 2**21
 PACKED_DOCUMENTS = 128
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Names(Sequence[str]):
+    """Names as two tensors, which may lie on disk.
+
+    Attributes:
+        text: uint8, UTF-8 of all names, one after the other.
+        ends: int64 [n], where each ends.
+    """
+
+    text: Tensor
+    ends: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        if isinstance(index, slice):
+            return tuple(self[at] for at in range(len(self))[index])
+        at = range(len(self))[index]
+        start = int(self.ends[at - 1]) if at else 0
+        return self.text[start : int(self.ends[at])].numpy().tobytes().decode()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +67,7 @@ class TokenisedDocuments:
     tokens: Tensor
     offsets: Tensor
     num_bytes: Tensor
-    identifiers: tuple[str, ...]
+    identifiers: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.identifiers)
@@ -68,8 +103,8 @@ def tokenise(
             f"data.max_validation_tokens_per_document={limit}: must be at least "
             f"{MINIMUM_DOCUMENT_TOKENS} (one character may take that many tokens), or null."
         )
-    pieces: list[np.ndarray] = []
-    num_bytes: list[int] = []
+    tokens, ends, num_bytes = Spool(), array("q", [0]), array("q")
+    names, name_ends = Spool(), array("q")
     # The fast one leaves out the offsets, which only a cut needs.
     encode = tokenizer.encode_batch_fast if limit is None else tokenizer.encode_batch
     for batch in _batches(documents):
@@ -77,15 +112,21 @@ def tokenise(
             encodings = encode([document.text for document in batch], add_special_tokens=False)
         for document, encoding in zip(batch, encodings, strict=True):
             num_kept = _num_kept(encoding, limit=limit)
-            pieces.append(np.asarray(encoding.ids[:num_kept], dtype=np.int32))
+            tokens.append(np.asarray(encoding.ids[:num_kept], dtype=np.int32).data.cast("B"))
+            ends.append(ends[-1] + num_kept)
             num_bytes.append(_num_bytes(document.text, encoding, num_kept=num_kept))
-    return _joined(pieces, num_bytes, tuple(each.identifier for each in documents))
+            names.append(document.identifier.encode())
+            name_ends.append(len(names))
+    return TokenisedDocuments(
+        tokens=tokens.tensor("i4"),
+        offsets=_int64(ends),
+        num_bytes=_int64(num_bytes),
+        identifiers=Names(names.tensor("u1"), _int64(name_ends)),
+    )
 
 
-def pack(documents: TokenisedDocuments, *, sequence_length: int, end_of_text_id: int) -> Tensor:
-    """Lay documents end to end, each closed by an end of text, and cut into full sequences.
-
-    Returns int32 [num_sequences, sequence_length]; the rest that fills no sequence is dropped.
+def check_packs(documents: TokenisedDocuments, *, sequence_length: int) -> int:
+    """Return how many sequences documents are packed into.
 
     Raises:
         RequestError: `sequence_length` is below 2, or there is not one full sequence.
@@ -101,15 +142,43 @@ def pack(documents: TokenisedDocuments, *, sequence_length: int, end_of_text_id:
             f"data.sequence_length={sequence_length}: the {len(documents)} documents hold "
             f"{available} tokens, not one full sequence. Give more text, or at most {available}."
         )
-    stream = torch.full((available,), end_of_text_id, dtype=torch.int32)
+    return available // sequence_length
+
+
+def pack(documents: TokenisedDocuments, *, sequence_length: int, end_of_text_id: int) -> Tensor:
+    """Lay documents end to end, each closed by an end of text, and cut into full sequences.
+
+    Returns int32 [num_sequences, sequence_length], spooled; the rest that fills no sequence is
+    dropped.
+
+    Raises:
+        RequestError: as `check_packs`.
+    """
+    num_sequences = check_packs(documents, sequence_length=sequence_length)
+    stream = Spool()
     for first in range(0, len(documents), PACKED_DOCUMENTS):
         offsets = documents.offsets[first : first + PACKED_DOCUMENTS + 1]
-        ends_before = torch.arange(first, first + len(offsets) - 1)
-        ends_before = ends_before.repeat_interleave(offsets.diff())
-        positions = torch.arange(int(offsets[0]), int(offsets[-1]))
-        stream[positions + ends_before] = documents.tokens[offsets[0] : offsets[-1]]
-    num_sequences = available // sequence_length
-    return stream[: num_sequences * sequence_length].view(num_sequences, sequence_length)
+        ends_before = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff())
+        held = documents.tokens[offsets[0] : offsets[-1]]
+        piece = torch.full((len(held) + len(offsets) - 1,), end_of_text_id, dtype=torch.int32)
+        piece[torch.arange(len(held)) + ends_before] = held
+        stream.append(piece.numpy().data.cast("B"))
+    packed = stream.tensor("i4")[: num_sequences * sequence_length]
+    return packed.view(num_sequences, sequence_length)
+
+
+def joined(sequences: Sequence[Tensor]) -> Tensor:
+    """Return packed sequences int32 [N, T] of several domains as one tensor, spooled."""
+    if len(sequences) == 1:
+        return sequences[0]
+    spool = Spool()
+    for each in sequences:
+        spool.append(each.contiguous().view(-1).numpy().data.cast("B"))
+    return spool.tensor("i4").view(-1, sequences[0].shape[1])
+
+
+def _int64(numbers: array) -> Tensor:
+    return torch.from_numpy(np.frombuffer(numbers, dtype=np.int64).copy())
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
@@ -150,16 +219,3 @@ def _num_bytes(text: str, encoding: Encoding, *, num_kept: int) -> int:
     if num_kept < len(encoding):
         text = text[: encoding.offsets[num_kept - 1][1]] if num_kept else ""
     return len(text.encode())
-
-
-def _joined(
-    pieces: Sequence[np.ndarray], num_bytes: Sequence[int], identifiers: tuple[str, ...]
-) -> TokenisedDocuments:
-    offsets = np.cumsum([0, *(len(piece) for piece in pieces)], dtype=np.int64)
-    flat = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
-    return TokenisedDocuments(
-        tokens=torch.from_numpy(flat),
-        offsets=torch.from_numpy(offsets),
-        num_bytes=torch.tensor(num_bytes, dtype=torch.int64),
-        identifiers=identifiers,
-    )

@@ -87,19 +87,31 @@ class PlannedExpansion:
 
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """What an expansion made: the plan as carried out, where it lies, and its record."""
+    """What an expansion made: where it lies, the plan that was carried out, and its record."""
 
     folder: Path
-    steps: tuple[ResolvedExpansion, ...]
-    parameters_before: int
-    parameters_after: int
+    plan: PlannedExpansion
     lineage: Lineage
 
     @classmethod
     def of(cls, folder: Path, plan: PlannedExpansion) -> "Expanded":
         """Return what a plan made at `folder`."""
-        counts = plan.parameters_before, plan.parameters_after
-        return cls(folder, plan.steps, *counts, lineage_of(folder))
+        return cls(folder, plan, lineage_of(folder))
+
+    @property
+    def steps(self) -> tuple[ResolvedExpansion, ...]:
+        """The expansions in order, with their maps."""
+        return self.plan.steps
+
+    @property
+    def parameters_before(self) -> int:
+        """Parameters of the source, counted from shapes, ties once."""
+        return self.plan.parameters_before
+
+    @property
+    def parameters_after(self) -> int:
+        """The same of the result."""
+        return self.plan.parameters_after
 
 
 def plan_expansion(

@@ -8,9 +8,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from tritter.data.documents import documents_of
+from tritter.data.documents import Documents
 from tritter.data.finding import find_text_files
-from tritter.data.text import read_texts
+from tritter.data.text import text_pieces
 from tritter.data.tokens import pack, tokenise
 from tritter.errors import RequestError
 from tritter.expand.live import ModelExpander
@@ -102,8 +102,7 @@ class ProgressiveMoE:
                 "ProgressiveMoE(tokenizer)."
             )
         files = find_text_files("domain_data_path", [str(Path(path).expanduser().resolve())])
-        found = read_texts(files, key="domain_data_path", text_field="text")
-        documents = documents_of(text for _, texts in found for text in texts)
+        documents = Documents.of(text_pieces(files, key="domain_data_path", text_field="text"))
         limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         sequences = pack(
             tokenise(documents, self.tokenizer),

@@ -26,9 +26,13 @@ from tritter.models import named_tensors, new_model, save_tokenizer
 from tritter.pipeline import importance, moments
 from tritter.pipeline.context import RunContext, content_key, schedule_of
 from tritter.pipeline.loggers import open_loggers
+from tritter.pipeline.metrics import write_rows
 from tritter.pipeline.trained import accept
+from tritter.storage.atomic import write_text_atomic
+from tritter.storage.reading import read_text
 from tritter.storage.writer import TensorStream
-from tritter.training import BaseModule, FitResult, discard_saved, fit
+from tritter.training import BaseModule, FitResult, discard_saved, fit, read_metrics
+from tritter.training.metrics import MAX_METRICS_BYTES
 
 _OF_DATASETS = ("text_column", "max_rows", "streaming", "weights")  # the last of new domains alone
 FORMAT_VERSION = 4  # 4: the side of a text follows from the text
@@ -57,11 +61,18 @@ def obtain_base(context: RunContext) -> Base:
     """
     made_from = _made_from(context)
     folder = context.config.cache_dir / "bases" / content_key(made_from)
+    logged = folder.with_name(f"{folder.name}.metrics.csv")  # beside the base, for later runs
+    here = context.folder / "metrics_pretraining.csv"
     if _is_intact(folder):
         context.say("baseline", f"base model from the cache ({folder.name[:12]})")
+        if logged.is_file():
+            write_text_atomic(here, read_text(logged, limit_bytes=MAX_METRICS_BYTES))
         return Base(folder, seconds=0.0)
     require_writable(folder.parent)
-    return Base(folder, seconds=_train_base(context, folder, made_from))
+    seconds = _train_base(context, folder, made_from)
+    for path in (logged, here):
+        write_rows(path, read_metrics(context.folder / "pretraining"))
+    return Base(folder, seconds=seconds)
 
 
 def _made_from(context: RunContext) -> dict[str, Any]:

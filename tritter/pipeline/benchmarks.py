@@ -98,7 +98,7 @@ def benchmark_tasks(asked: EvaluationConfig, *, positions: int) -> tuple[Benchma
     chosen = [BENCHMARKS[name] for name in names]
     held: Mapping[str, Questions] = {}
     if asked.tasks_path is not None:
-        folder = TasksFolder(Path(asked.tasks_path).expanduser(), key="evaluation.tasks_path")
+        folder = TasksFolder(Path(asked.tasks_path), key="evaluation.tasks_path")
         held = {each.benchmark.name: each for each in load(chosen, folder)}
     require_harness()
     sandbox: Sandbox | None = None

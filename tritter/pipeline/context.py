@@ -28,7 +28,7 @@ from tritter.data.sequences import drawn_equally
 from tritter.data.sources import recorded_paths
 from tritter.data.split import DomainCounts
 from tritter.data.tokenizer import END_OF_TEXT
-from tritter.data.tokens import pack
+from tritter.data.tokens import check_packs, joined, pack
 from tritter.data.weighted import WeightedStream
 from tritter.errors import RequestError
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
@@ -61,6 +61,7 @@ class RunContext:
     _planned: dict[Arm, PlannedExpansion] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _packed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def of_attempt(self, number: int) -> "RunContext":
         """Return the context of an attempt, from 1: with what it has of its own."""
@@ -205,14 +206,14 @@ class RunContext:
 
     def training_sequences(self, domains: Sequence[str]) -> dict[str, Tensor]:
         """Return, by domain, packed training sequences [N, T]."""
-        return {
-            name: pack(
-                self.corpus.domains[name].train,
-                sequence_length=self.config.data.sequence_length,
-                end_of_text_id=self.end_of_text_id,
-            )
-            for name in domains
-        }
+        for name in domains:
+            if name not in self._packed:
+                self._packed[name] = pack(
+                    self.corpus.domains[name].train,
+                    sequence_length=self.config.data.sequence_length,
+                    end_of_text_id=self.end_of_text_id,
+                )
+        return {name: self._packed[name] for name in domains}
 
     def drawn_equally(self, domains: Sequence[str], count: int, *purpose: str) -> Tensor:
         """Return `count` training sequences [N, T] at random, of each domain as many.
@@ -230,7 +231,10 @@ class RunContext:
         """
         for name in self.domains:
             try:
-                self.training_sequences([name])
+                check_packs(
+                    self.corpus.domains[name].train,
+                    sequence_length=self.config.data.sequence_length,
+                )
             except RequestError as error:
                 raise RequestError(f"{error} (Domain {name}.)") from error
 
@@ -286,7 +290,7 @@ class RunContext:
         stream = (
             WeightedStream(sequences, weights=weights, seed=seed)
             if weights
-            else SequenceStream(torch.cat(list(sequences.values())), seed=seed)
+            else SequenceStream(joined(list(sequences.values())), seed=seed)
         )
         batch_size = self.config.data.batch_size
         num_batches = max_steps * self.trainer_settings.accumulate_grad_batches

@@ -1,8 +1,7 @@
 """A checkpoint's losses, domain by domain: of text that is named, or of what it learned."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -25,8 +24,6 @@ from tritter.pipeline.corpora import all_documents
 
 MAX_TOKENS_PER_DOCUMENT = 1024  # as conf/evaluation/default.yaml has it
 MAX_SEQUENCE_LENGTH = 1024
-_OLD_KEY = re.compile(r"^data\.old = [^:]*:")
-_OLD_TEXT = "; name what is to be kept, data.old=PATHS, or nothing, data.old={}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,8 +107,12 @@ def _learned_text(folder: Path, lineage: Lineage) -> RunText:
     try:
         return run_text(model, data, seed=seed)
     except RequestError as error:
-        told = str(error).replace(_OLD_TEXT, "; name text, --data NAME=PATH")
-        raise RequestError(_OLD_KEY.sub(f"--checkpoint = {folder}:", told)) from error
+        problem = error.problems[0]
+        if problem.key != "data.old":
+            raise
+        advice = "name text, --data NAME=PATH"
+        of_folder = replace(problem, key="--checkpoint", value=folder, advice=advice)
+        raise RequestError(of_folder) from error
 
 
 def sequence_length(lineage: Lineage | None, positions: int | None) -> int:

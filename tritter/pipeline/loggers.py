@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
+from tritter.config.fingerprint import fingerprint
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.metrics import run_name, wandb_logger
 from tritter.storage.atomic import write_text_atomic
@@ -82,12 +83,18 @@ class CountedOn(Logger):
 
 
 @contextmanager
-def open_loggers(context: RunContext, part: str | None = None) -> Iterator[list[Logger]]:
+def open_loggers(
+    context: RunContext, part: str | None = None, *, first_step: int = 0
+) -> Iterator[list[Logger]]:
     """Yield W&B where it is asked for, and the others in the order in which they were.
+
+    The first training of a part tells them its configuration; W&B is told whenever it is opened,
+    since offline each opening is a record of its own.
 
     Args:
         part: control, pretraining or a further attempt, each beside the run in the same group;
             None: the run itself.
+        first_step: from where steps are counted: those of the trainings of the part before.
     """
     loggers: list[Logger] = []
     with ExitStack() as opened:
@@ -97,7 +104,9 @@ def open_loggers(context: RunContext, part: str | None = None) -> Iterator[list[
         for named in context.config.logger.others:
             loggers.append(logger := _built(named, context, part))
             opened.push(partial(_close, logger))
-        yield loggers
+            if not first_step:
+                logger.log_hyperparams(fingerprint(context.config))
+        yield [counted_on(logger, first_step) for logger in loggers]
 
 
 def _close(logger: Logger, error: type[BaseException] | None, *_: object) -> None:

@@ -81,17 +81,25 @@ def joined_rows(context: RunContext, arms: Sequence[Arm]) -> list[dict[str, str]
     return rows
 
 
-def write_metrics(context: RunContext, arms: Sequence[Arm]) -> Path:
-    """Write the run's metrics.csv: the step before the training, what it logged, its scores."""
-    rows = joined_rows(context, arms)
+def write_metrics(context: RunContext, arms: Sequence[Arm], *, of: str = "") -> Path:
+    """Write what arms logged in a row: the step before them, their trainings, their scores.
+
+    Args:
+        of: what they are, where they are not the run itself: `control` in metrics_control.csv.
+    """
+    path = context.folder / (f"metrics_{of}.csv" if of else "metrics.csv")
+    write_rows(path, joined_rows(context, arms))
+    return path
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write rows as a metrics.csv has them."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    path = context.folder / "metrics.csv"
     write_text_atomic(path, text.getvalue())
-    return path
 
 
 def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from lightning import Callback
 from torch import Tensor, nn
 
+from tritter.data.tokens import joined
 from tritter.evaluation.inference import evaluating
 from tritter.expansion import MoeAdd
 from tritter.families import Config, family_of, forward_flops
@@ -101,7 +102,7 @@ def with_choice(arm: Arm, clone_from: Sequence[int]) -> Arm:
 
 def spread(context: RunContext, domains: Sequence[str], count: int) -> Tensor:
     """Return at most so many training sequences [N, T], evenly spread over some domains' text."""
-    sequences = torch.cat(list(context.training_sequences(domains).values()))
+    sequences = joined(list(context.training_sequences(domains).values()))
     return sequences[:: max(1, len(sequences) // count)][:count]
 
 

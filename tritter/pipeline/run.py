@@ -21,7 +21,7 @@ from tritter.pipeline.arm import Arm, tasks_of
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.given import check_given
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.loggers import counted_on, open_loggers
+from tritter.pipeline.loggers import open_loggers
 from tritter.pipeline.metrics import (
     BEFORE,
     before_metrics,
@@ -93,6 +93,10 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     write_text_atomic(path, json.dumps(summary, indent=1) + "\n")
     metrics_csv = write_metrics(context, last.arms)
     before = [each for each in trials[:-1] if each.arms[0].is_round]
+    if before:
+        write_metrics(context, [arm for each in trials for arm in each.arms], of="rounds")
+    if control.arms:
+        write_metrics(context, control.arms, of="control")
     plots = plot_run(
         summary,
         metrics_csv,
@@ -223,8 +227,8 @@ def _loggers(context: RunContext, arm: Arm, *, first_step: int) -> Iterator[list
     if context.ledger.get(f"{arm.name}.fit") is not None:
         yield []
         return
-    with open_loggers(context, arm.part) as loggers:
-        yield [counted_on(logger, first_step) for logger in loggers]
+    with open_loggers(context, arm.part, first_step=first_step) as loggers:
+        yield loggers
 
 
 def _gate(trial: Trial) -> StageResult:

@@ -94,23 +94,22 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     source, folder = context.folder / arm.start, context.folder / arm.name / "expanded"
     if not arm.specs:
         return StageResult(found={"parameters": count_parameters(read_config(source)), "notes": []})
+    plan = context.planned(arm)
     # In float32 whatever the source is stored in: an exact map is exact only before rounding
-    result = expand(
+    expand(
         source,
         folder,
-        context.planned(arm),
+        plan,
         dtype=torch.float32,
         moments="carry" if context.config.optimizer.carry else "zero",
         overwrite=True,
     )
-    notes = [f"{step.spec.name}: {note}" for step in result.steps for note in step.notes]
-    notes += [
-        _layer_note(step.parameter_map.layer_sources, step.spec.name) for step in result.steps
-    ]
+    notes = [f"{step.spec.name}: {note}" for step in plan.steps for note in step.notes]
+    notes += [_layer_note(step.parameter_map.layer_sources, step.spec.name) for step in plan.steps]
     context.say(
         "expand",
-        f"{' then '.join(spec.name for spec in arm.specs)}: {result.parameters_before:,} → "
-        f"{result.parameters_after:,} parameters",
+        f"{' then '.join(spec.name for spec in arm.specs)}: {plan.parameters_before:,} → "
+        f"{plan.parameters_after:,} parameters",
     )
     for note in filter(None, notes):
         context.say("", note)
@@ -124,7 +123,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     flops["expand"] = context.scoring_flops(config) + _jump_flops(source, folder, tokens)
     return StageResult(
         found={
-            "parameters": result.parameters_after,
+            "parameters": plan.parameters_after,
             "notes": [note for note in notes if note],
             "jump": jump.to_dict(),
             "before": evaluated,

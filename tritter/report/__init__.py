@@ -1,1 +1,1 @@
-"""What a person reads after a run: a table and plots, both from summary.json alone."""
+"""What a person reads after a run: a table, plots, and a page of several runs."""

@@ -1,74 +1,151 @@
-"""Figures over several runs: losses over tokens, retention against gain, changes, and cost."""
+"""Figures over several runs: losses over tokens, retention against gain, changes, and cost.
 
-from collections.abc import Callable, Mapping, Sequence
-from operator import methodcaller
+Each is one panel, narrow enough for a phone; the page sets them side by side where it is wide.
+"""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from tritter.report.plots import CYCLE, GREY, PURPLE, new_figure
-from tritter.report.runs import Group, Interval, Run
+from tritter.report.plots import (
+    CYCLE,
+    GREY,
+    SMOOTHED_FROM_POINTS,
+    Curve,
+    new_figure,
+    running_mean,
+)
+from tritter.report.rows import Role
+from tritter.report.runs import Group, Interval, Run, with_controls
 
+MOST_GROUPS = 40  # drawn row by row; the table of the page has all
+MOST_PANELS = 24
+_MOST_NAMED = 20  # in the legend of one figure
+_MOST_MARKED = 60  # expansions and tasks of one figure
 _MARKERS = "osD^vPX*<>"
-_MOST_COLUMNS = 3
+_WIDTH = 4.8
+_LINE_CHARACTERS = 72
+_LARGEST = 1e30  # a loss beyond that is a gap, as one that is not finite
 
 
-def figures(groups: Sequence[Group]) -> dict[str, Figure]:
-    """Return the figures that the runs have data for, by name."""
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A group and how it is drawn: pairs of color and marker differ where colors come again."""
+
+    group: Group
+    color: str
+    marker: str
+
+    @property
+    def filling(self) -> str:
+        return "white" if self.group.is_control else self.color
+
+    @property
+    def label(self) -> str:
+        number = len(self.group.runs)
+        return f"{self.group.name} ({number} {'run' if number == 1 else 'runs'})"
+
+    @property
+    def handle(self) -> Line2D:
+        style = "--" if self.group.is_control else "-"
+        lines = textwrap.wrap(_plain(self.label), _LINE_CHARACTERS, max_lines=3, placeholder=" ..")
+        text = "\n".join(lines)
+        return Line2D([], [], color=self.color, linestyle=style, label=text, markersize=5,
+                      marker=self.marker, markerfacecolor=self.filling)  # fmt: skip
+
+
+def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
+    """Return the figures that the runs have data for, by what they are about."""
+    lines = _lines(groups)
     made = {
-        "tradeoff": _tradeoff(groups),
-        "losses": _losses(groups),
-        "changes": _changes(groups),
-        "cost": _cost(groups),
+        "tradeoff": _tradeoff(lines),
+        "losses": _losses(lines),
+        "changes": _changes(lines[:MOST_GROUPS]),
+        "cost": _costs(lines[:MOST_GROUPS]),
     }
-    return {name: figure for name, figure in made.items() if figure is not None}
+    return {name: found for name, found in made.items() if found}
 
 
-def _style(number: int) -> tuple[str, str]:
-    """Return color and marker of a group: pairs differ where colors come again."""
-    return CYCLE[number % len(CYCLE)], _MARKERS[number % len(_MARKERS)]
+def _lines(groups: Sequence[Group]) -> list[_Line]:
+    lines: list[_Line] = []
+    number = -1
+    for group in with_controls(groups):
+        number += not group.is_control
+        color, marker = CYCLE[number % len(CYCLE)], _MARKERS[number % len(_MARKERS)]
+        lines.append(_Line(group, color, marker))
+    return lines
 
 
-def _domains(groups: Sequence[Group], role: str | None = None) -> tuple[str, ...]:
+def _plain(text: str) -> str:
+    """Return text that matplotlib shows as it is: no formulas, no breaks, no control characters."""
+    return "".join(sign if sign.isprintable() else " " for sign in text).replace("$", r"\$")
+
+
+def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str, Role]]:
+    """Return domains that have losses, each with its role."""
     rows = (row for group in groups for run in group.runs for row in run.losses)
-    return tuple(dict.fromkeys(row.domain for row in rows if role in (None, row.role)))
+    found = dict.fromkeys((row.domain, row.role) for row in rows if role in (None, row.role))
+    return list(found)[:MOST_PANELS]
 
 
-def _tradeoff(groups: Sequence[Group]) -> Figure | None:
+def _legend(figure: Figure, lines: Sequence[_Line]) -> None:
+    """Name what is drawn below it, and make the figure as much higher as that takes."""
+    handles = [line.handle for line in lines[:_MOST_NAMED]]
+    if len(lines) > _MOST_NAMED:
+        rest = f"and {len(lines) - _MOST_NAMED} more: see the table"
+        handles.append(Line2D([], [], linestyle="none", label=rest))
+    height = sum(1 + str(handle.get_label()).count("\n") for handle in handles)
+    figure.set_figheight(figure.get_figheight() + 0.16 * height)
+    figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=7.5)
+
+
+def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
     """Mean loss of what was old against mean gain on what was new; what nothing beats is joined."""
     points = []
-    for number, group in enumerate(groups):
-        retention, gain = (_mean_change(group, role) for role in ("old", "new"))
+    for line in lines:
+        retention, gain = (_mean_change(line.group, role) for role in ("old", "new"))
         if retention is not None and gain is not None:
-            points.append((number, group, gain, retention))
+            points.append((line, gain, retention))
     if not points:
-        return None
-    figure, (axes,) = new_figure(width=7.2, height=4.6 + 0.16 * len(points))
-    for number, group, gain, retention in points:
-        color, marker = _style(number)
-        for run in group.runs if len(group.runs) > 1 else ():
+        return []
+    figure, axes = _panel(height=3.8)
+    for line, gain, retention in points:
+        for run in line.group.runs if len(line.group.runs) > 1 else ():
             single = Group("", (run,))
             x, y = _mean_change(single, "new"), _mean_change(single, "old")
             if x is not None and y is not None:
-                axes.plot(-100 * x.value, 100 * y.value, marker, color=color, alpha=0.3, ms=4)
-        axes.errorbar(
-            -100 * gain.value,
-            100 * retention.value,
-            xerr=_percent(_bars(gain, sign=-1)),
-            yerr=_percent(_bars(retention)),
-            color=color,
-            marker=marker,
-            linestyle="none",
-            capsize=3,
-            label=_labelled(group),
-        )
-    front = _front([(-gain.value, retention.value) for _, _, gain, retention in points])
+                axes.plot(-100 * x.value, 100 * y.value, line.marker, color=line.color,
+                          markerfacecolor=line.filling, alpha=0.35, ms=4)  # fmt: skip
+        _draw_point(axes, line, gain, retention)
+    front = _front([(-gain.value, retention.value) for _, gain, retention in points])
     axes.plot(*zip(*((100 * x, 100 * y) for x, y in front), strict=True), color=GREY, ls=":", lw=1)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set_xlabel("gain on new text [% of loss per byte]")
-    axes.set_ylabel("loss on old text [%]; lower is better")
-    figure.legend(loc="outside lower left", frameon=False, fontsize=8)
-    return figure
+    axes.margins(0.1)
+    axes.set_xlabel("gain: fall of the loss on new text [% per byte]")
+    axes.set_ylabel("forgetting: rise of the loss\non old text [% per byte]")
+    best = [point for point in points if (-point[1].value, point[2].value) in front]
+    _legend(figure, [line for line, _, _ in sorted(points, key=lambda each: each not in best)])
+    return [figure]
+
+
+def _draw_point(axes: Axes, line: _Line, gain: Interval, retention: Interval) -> None:
+    below, above = _bars(gain)
+    axes.errorbar(
+        -100 * gain.value,
+        100 * retention.value,
+        xerr=[[100 * above], [100 * below]],  # the gain is the fall
+        yerr=[[100 * side] for side in _bars(retention)],
+        color=line.color,
+        marker=line.marker,
+        markerfacecolor=line.filling,
+        linestyle="none",
+        capsize=3,
+    )
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -84,7 +161,7 @@ def _mean_change(group: Group, role: str) -> Interval | None:
     """Return the mean change over the domains of a role: of each run, then over the runs."""
     domains = _domains([group], role)
     if len(domains) == 1:
-        return group.change(domains[0])
+        return group.change(domains[0][0])
 
     def of(run: Run) -> float | None:
         values = [row.change.value for row in run.losses if row.role == role]
@@ -94,128 +171,163 @@ def _mean_change(group: Group, role: str) -> Interval | None:
     return group.mean(of)
 
 
-def _losses(groups: Sequence[Group]) -> Figure | None:
-    """A panel per domain, and one of the training's own loss: over tokens, expansions marked."""
-    names = [f"eval/{domain}/loss" for domain in _domains(groups)] + ["train/loss"]
-    named = {name: _curves(groups, name) for name in names}
-    shown = {name: curves for name, curves in named.items() if curves}
-    if not shown:
-        return None
-    columns = min(_MOST_COLUMNS, len(shown))
-    lines = -(-len(shown) // columns)
-    legend = 0.2 * len(groups)
-    figure, panels = new_figure(
-        rows=lines, columns=columns, width=1 + 3.4 * columns, height=3.1 * lines + legend
-    )
-    is_in_tokens = all(run.tokens_per_step for group in groups for run in group.runs)
-    for axes, (name, curves) in zip(panels, shown.items(), strict=False):
-        for number, run, steps, values in curves:
-            scale = (run.tokens_per_step or 1) / 1000 if is_in_tokens else 1
-            _draw(axes, number, [scale * step for step in steps], values)
-            for border in run.borders:
-                axes.axvline(scale * border, color=GREY, linestyle="-.", linewidth=0.7)
-        if any(run.summary.get("expansion") for _, run, _, _ in curves):
-            axes.axvline(0, color=PURPLE, linestyle="--", linewidth=1)
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel("thousand tokens" if is_in_tokens else "training step")
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
-    panels[0].set_ylabel("nats per token")
-    handles = [panels[0].plot([], [], color=_style(n)[0], marker=_style(n)[1], ms=3)[0]
-               for n in range(len(groups))]  # fmt: skip
-    labels = [_labelled(group) for group in groups]
-    figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8)
-    return figure
-
-
-_Drawn = tuple[int, Run, tuple[int, ...], tuple[float, ...]]
-
-
-def _curves(groups: Sequence[Group], name: str) -> list[_Drawn]:
-    return [
-        (number, run, curve.steps, curve.values)
-        for number, group in enumerate(groups)
-        for run in group.runs
-        for curve in run.curves
-        if curve.name == name
-    ]
-
-
-def _draw(axes: Axes, number: int, places: Sequence[float], values: Sequence[float]) -> None:
-    color, marker = _style(number)
-    # Step -1 is the model before its expansion
-    axes.plot(places, values, color=color, marker=marker, markersize=2.5, linewidth=1, alpha=0.8)
-
-
-def _changes(groups: Sequence[Group]) -> Figure | None:
-    """A panel per domain: each group's change with its interval."""
-    domains = [d for d in _domains(groups) if any(group.change(d) for group in groups)]
-    if not domains:
-        return None
-    height = 1.2 + 0.32 * len(groups)
-    figure, panels = new_figure(rows=len(domains), width=7.2, height=height * len(domains))
-    for domain, axes in zip(domains, panels, strict=True):
-        _bars_of(axes, groups, methodcaller("change", domain), scale=100)
-        axes.set_title(f"{domain}: change of loss per byte [%]", fontsize=9)
-    return figure
-
-
-def _cost(groups: Sequence[Group]) -> Figure | None:
-    """FLOPs of the whole run, and seconds of its training, group by group."""
-    known: dict[str, Callable[[Run], float | None]] = {
-        "TFLOPs of the run": lambda run: _total(run.summary.get("flops"), scale=1e-12),
-        "seconds of the training": lambda run: _total(run.summary.get("seconds"), "fit"),
+def _losses(lines: Sequence[_Line]) -> list[Figure]:
+    """A panel per domain, one of the text that is trained on, one of the base's pretraining."""
+    named = {
+        f"eval/{domain}/loss": f"{domain} ({role}), validation"
+        for domain, role in _domains([line.group for line in lines])
     }
-    shown = {name: of for name, of in known.items() if any(group.mean(of) for group in groups)}
-    if not shown:
+    named["train/loss"] = "the text that is trained on"
+    runs = [run for line in lines for run in line.group.runs]
+    is_in_tokens = all(run.tokens_per_step for run in runs)
+    made = [_course(lines, name, title, is_in_tokens) for name, title in named.items()]
+    made.append(_pretraining(runs, is_in_tokens=is_in_tokens))
+    return [figure for figure in made if figure is not None]
+
+
+def _course(lines: Sequence[_Line], name: str, title: str, is_in_tokens: bool) -> Figure | None:
+    """Draw one loss of all runs; where they grew and where tasks begin is marked."""
+    figure, axes = _panel(height=2.7)
+    drawn: dict[str, _Line] = {}
+    marked: dict[tuple[float, str], None] = {}
+    for line in lines:
+        for run in line.group.runs:
+            scale = _scale(run, is_in_tokens=is_in_tokens)
+            for curve in (each for each in run.curves if each.name == name):
+                drawn[line.group.name] = line
+                _draw(axes, curve, scale, line)
+                marked |= dict.fromkeys((scale * step, "expansion") for step in run.expansions)
+                marked |= dict.fromkeys((scale * step, "task") for step in run.borders)
+    if not drawn:
         return None
-    height = 1.2 + 0.32 * len(groups)
-    figure, panels = new_figure(rows=len(shown), width=7.2, height=height * len(shown))
-    for (name, of), axes in zip(shown.items(), panels, strict=True):
-        _bars_of(axes, groups, methodcaller("mean", of), scale=1)
-        axes.set_title(name, fontsize=9)
-        axes.set_xlim(left=0)
+    for place, kind in list(marked)[:_MOST_MARKED]:
+        color, style = ("black", "--") if kind == "expansion" else (GREY, "-.")
+        axes.axvline(place, color=color, linestyle=style, linewidth=0.8)
+    _label_course(axes, title, is_in_tokens=is_in_tokens)
+    _legend(figure, list(drawn.values()))
     return figure
 
 
-def _total(
-    values: Mapping[str, float] | None, name: str = "total", *, scale: float = 1.0
-) -> float | None:
-    value = (values or {}).get(name)
+def _pretraining(runs: Sequence[Run], *, is_in_tokens: bool) -> Figure | None:
+    """Draw the training of the bases, each once: runs of a sweep share them."""
+    found: dict[tuple[Curve, float], None] = {}
+    for run in runs:
+        scale = _scale(run, is_in_tokens=is_in_tokens)
+        found |= {(each, scale): None for each in run.pretraining if each.name == "train/loss"}
+    if not found:
+        return None
+    figure, axes = _panel(height=2.7)
+    for curve, scale in found:
+        _draw(axes, curve, scale, _Line(Group("base", ()), GREY, "o"))
+    number = "one base" if len(found) == 1 else f"{len(found)} bases"
+    _label_course(axes, f"before: pretraining of {number} on old text", is_in_tokens=is_in_tokens)
+    return figure
+
+
+def _scale(run: Run, *, is_in_tokens: bool) -> float:
+    return (run.tokens_per_step or 1) / 1000 if is_in_tokens else 1.0
+
+
+def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
+    axes.set_title(_plain(_short(title)), fontsize=9)
+    axes.set_xlabel("thousand tokens" if is_in_tokens else "training step")
+    axes.set_ylabel("nats per token")
+
+
+def _draw(axes: Axes, curve: Curve, scale: float, line: _Line) -> None:
+    """Draw a curve, pale below its running mean where it has many points."""
+    places = [scale * step for step in curve.steps]  # step -1 is the model before its expansion
+    values = [value if abs(value) < _LARGEST else float("nan") for value in curve.values]
+    style = "--" if line.group.is_control else "-"
+    plot = partial(axes.plot, color=line.color, linestyle=style, linewidth=1.2)
+    if len(values) < SMOOTHED_FROM_POINTS:
+        plot(places, values, marker=line.marker, markerfacecolor=line.filling, markersize=3)
+        return
+    window = len(values) // 20
+    mean = running_mean(values, window)
+    plot(places, values, alpha=0.2)
+    plot(places[window // 2 : window // 2 + len(mean)], mean)
+
+
+def _changes(lines: Sequence[_Line]) -> list[Figure]:
+    """A panel per domain: each group's change with its interval."""
+    made = []
+    for domain, role in _domains([line.group for line in lines]):
+        changes = [(line, line.group.change(domain)) for line in lines]
+        title = f"{_short(domain)} ({role}): change of loss per byte [%]"
+        made.append(_bars_of(changes, title=title, scale=100))
+    return [figure for figure in made if figure is not None]
+
+
+def _costs(lines: Sequence[_Line]) -> list[Figure]:
+    """FLOPs and seconds of the training, group by group."""
+    known: dict[str, Callable[[Run], float | None]] = {
+        "TFLOPs of the training": lambda run: _scaled(run.cost("flops"), 1e-12),
+        "seconds of the training": lambda run: run.cost("seconds"),
+    }
+    made = []
+    for title, of in known.items():
+        means = [(line, line.group.mean(of)) for line in lines]
+        if (figure := _bars_of(means, title=title, scale=1)) is not None:
+            figure.axes[0].set_xlim(left=0)
+            made.append(figure)
+    return made
+
+
+def _scaled(value: float | None, scale: float) -> float | None:
     return None if value is None else scale * value
 
 
 def _bars_of(
-    axes: Axes,
-    groups: Sequence[Group],
-    of: Callable[[Group], Interval | None],
-    *,
-    scale: float,
-) -> None:
-    for number, group in enumerate(groups):
-        if (found := of(group)) is None:
-            continue
-        color, marker = _style(number)
-        bars = [[scale * side[0]] for side in _bars(found)]
-        axes.errorbar(scale * found.value, number, xerr=bars, color=color, marker=marker, capsize=3)
-    axes.set_yticks(range(len(groups)), [group.name for group in groups], fontsize=7)
-    axes.set_ylim(len(groups) - 0.5, -0.5)
+    found: Sequence[tuple[_Line, Interval | None]], *, title: str, scale: float
+) -> Figure | None:
+    """Draw a row per group, its name above its interval."""
+    rows = [(line, interval) for line, interval in found if interval is not None]
+    if not rows:
+        return None
+    figure, axes = _panel(height=0.8 + 0.42 * len(rows))
+    for number, (line, interval) in enumerate(rows):
+        axes.errorbar(
+            scale * interval.value,
+            number,
+            xerr=[[scale * side] for side in _bars(interval)],
+            color=line.color,
+            marker=line.marker,
+            markerfacecolor=line.filling,
+            capsize=3,
+        )
+        axes.annotate(
+            _plain(_short(line.label)),
+            xy=(0, number),
+            xycoords=("axes fraction", "data"),
+            xytext=(2, 8),
+            textcoords="offset points",
+            fontsize=7.5,
+            bbox={"facecolor": "white", "alpha": 0.8, "pad": 0.5, "linewidth": 0},
+        )
+    axes.set_yticks([])
+    axes.set_ylim(len(rows) - 0.5, -0.8)
     axes.axvline(0, color=GREY, linewidth=0.8)
-    axes.grid(axis="y", visible=False)
     axes.grid(axis="x", alpha=0.25)
+    axes.set_title(_plain(title), fontsize=9)
+    return figure
 
 
-def _bars(interval: Interval, *, sign: int = 1) -> list[list[float]]:
-    """Return what matplotlib takes for two sides, which change places with the sign."""
+def _short(text: str) -> str:
+    most = _LINE_CHARACTERS
+    return text if len(text) <= most else text[: most - 2] + ".."
+
+
+def _bars(interval: Interval) -> tuple[float, float]:
+    """Return how far the bounds lie below and above; an unknown one has no bar."""
     below = 0.0 if interval.lower is None else max(0.0, interval.value - interval.lower)
     above = 0.0 if interval.upper is None else max(0.0, interval.upper - interval.value)
-    return [[below], [above]] if sign > 0 else [[above], [below]]
+    return below, above
 
 
-def _percent(sides: list[list[float]]) -> list[list[float]]:
-    return [[100 * side for side in each] for each in sides]
-
-
-def _labelled(group: Group) -> str:
-    number = len(group.runs)
-    return f"{group.name} ({number} {'run' if number == 1 else 'runs'})"
+def _panel(*, height: float) -> tuple[Figure, Axes]:
+    figure, (axes,) = new_figure(width=_WIDTH, height=height)
+    axes.tick_params(labelsize=8.5)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
+    return figure, axes

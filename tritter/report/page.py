@@ -10,10 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from tritter import __version__
-from tritter.report.comparison import figures
+from tritter.report.comparison import MOST_GROUPS, figures
 from tritter.report.plots import DPI
 from tritter.report.rows import DomainRow, checks, last_attempt, score_of, subjects
-from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped
+from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped, with_controls
 from tritter.report.wording import MISSING, change_text, count_text, score_text, stages
 
 _TITLES = {
@@ -25,14 +25,25 @@ _TITLES = {
 _OVER_SEEDS = f"Groups of several seeds: mean with Student's {CONFIDENCE:.0%} interval"
 _CAPTIONS = {
     "tradeoff": f"Right and low is good; dotted: what nothing beats in both. {_OVER_SEEDS}; pale: "
-    "each seed; single runs: one-sided bounds of the gate, over documents.",
-    "losses": "eval: always the same part of the validation text; left of the dashed line: before "
-    "the expansion; dash-dotted: the next task begins.",
-    "changes": f"From before the expansion to the end. {_OVER_SEEDS}; "
-    "single runs: one-sided bounds of the gate.",
-    "cost": "Seconds depend on what else the machine did: compare those of one sweep only. "
+    "each seed; single runs: one-sided bounds of the gate, over documents. Hollow: the control, "
+    "the base that did not grow.",
+    "losses": "Validation: always the same part of the text, so a rise on old text is forgetting "
+    "while it happens. Dashed vertical: an expansion; the level before it stands at its left. "
+    "Dash-dotted: the next task begins. Dashed curves, hollow marks: the control. Pale: every "
+    "point, where the curve is a running mean.",
+    "changes": f"From before the expansion to the end. {_OVER_SEEDS}; single runs: one-sided "
+    "bounds of the gate. Hollow: the control.",
+    "cost": "The last attempt or all rounds: what methods prepare, and training; the table has the "
+    "whole run. Seconds depend on what else the machine did: compare those of one sweep only. "
     f"{_OVER_SEEDS}.",
 }
+_CELL_CHARACTERS = 160  # of a setting
+# Control characters, and what turns the direction of the text after it; names of folders may hold
+# halves of characters besides
+_UNSEEN = dict.fromkeys(
+    [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
+    "\N{REPLACEMENT CHARACTER}",
+)
 _VERDICTS = ("kept", "rolled back", "undecided", "passed", "failed")
 
 
@@ -59,7 +70,7 @@ def page(
         notes: what a reader should know of folders that are not on it.
     """
     groups = grouped(runs)
-    pictures = {name: _png(figure) for name, figure in figures(groups).items()}
+    pictures = {name: [_png(figure) for figure in found] for name, found in figures(groups).items()}
     environment = Environment(
         loader=PackageLoader("tritter.report", ""), autoescape=True, undefined=StrictUndefined
     )
@@ -75,14 +86,20 @@ def page(
                 "name": name,
                 "title": _TITLES[name],
                 "caption": _CAPTIONS[name],
-                "base64": base64.b64encode(picture).decode("ascii"),
+                "base64": [base64.b64encode(each).decode("ascii") for each in found],
             }
-            for name, picture in pictures.items()
+            for name, found in pictures.items()
         ],
+        lineage="\n".join(_tree(runs)),
         differing=_differing(runs),
         runs=[_details(run) for run in runs],
     )
-    return text, {f"{name}.png": picture for name, picture in pictures.items()}
+    files = {
+        f"{name}{f'_{number}' if len(found) > 1 else ''}.png": picture
+        for name, found in pictures.items()
+        for number, picture in enumerate(found, start=1)
+    }
+    return text.translate(_UNSEEN).encode("utf-8", "replace").decode("utf-8"), files
 
 
 def _png(figure: Figure) -> bytes:
@@ -95,7 +112,10 @@ def _lead(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     number = "one finished run" if len(runs) == 1 else f"{len(runs)} finished runs"
     if len(groups) < len(runs):
         number += f" in {len(groups)} groups that differ in the seed alone"
-    return f"{number[0].upper()}{number[1:]}. Losses in nats per token, changes per byte."
+    said = f"{number[0].upper()}{number[1:]}. Losses in nats per token, changes per byte."
+    if len(with_controls(groups)) > MOST_GROUPS:
+        said += f" Changes and cost are drawn of the first {MOST_GROUPS} groups."
+    return said
 
 
 def _overview(groups: Sequence[Group]) -> PageTable:
@@ -136,13 +156,34 @@ def _seconds(value: float | None) -> str:
 
 
 def _differing(runs: Sequence[Run]) -> PageTable:
+    """Return the settings that differ; the longer of settings and runs goes down the page."""
     keys = differing_keys(runs)
+    if len(runs) > len(keys):
+        by_run = tuple((run.name, *(_plain(run.settings.get(k)) for k in keys)) for run in runs)
+        return PageTable(("run", *keys), by_run if keys else ())
     rows = ((key, *(_plain(run.settings.get(key)) for run in runs)) for key in keys)
     return PageTable(("setting", *(run.name for run in runs)), tuple(rows))
 
 
 def _plain(value: Any) -> str:
-    return MISSING if value is None else str(value)
+    if isinstance(value, list):
+        value = ", ".join(map(str, value)) or "none"
+    text = MISSING if value is None else str(value)
+    return text if len(text) <= _CELL_CHARACTERS else f"{text[:_CELL_CHARACTERS]}.."
+
+
+def _tree(runs: Sequence[Run]) -> list[str]:
+    """Return the chains of all checkpoints as one tree, a line each; runs stand at their ends."""
+    ends: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        for length in range(1, len(run.history) + 1):
+            ends.setdefault(run.history[:length], [])
+        if run.history:
+            ends[run.history].append(run.name)
+    return [
+        f"{'   ' * (len(chain) - 1)}{chain[-1]}{'  ← ' + ', '.join(names) if names else ''}"
+        for chain, names in sorted(ends.items())
+    ]
 
 
 def _details(run: Run) -> dict[str, Any]:
@@ -157,7 +198,6 @@ def _details(run: Run) -> dict[str, Any]:
         "status": str(summary["status"]),
         "methods": ", ".join(methods),
         "tables": [table for table in tables if table.rows],
-        "history": "\n".join(run.history),
         "samples": [
             {key: str(sample.get(key) or "") for key in ("domain", "prompt", "before", "after")}
             for sample in summary.get("samples") or ()
@@ -182,22 +222,29 @@ def _scores(run: Run) -> PageTable:
 
 
 def _attempts(summary: Mapping[str, Any]) -> PageTable:
-    """Return what each attempt was and how it ended; empty where there was one."""
-    attempts = summary.get("attempts") or ()
-    if len(attempts) < 2:
+    """Return what each attempt or round was and how it ended; empty where there was one."""
+    rounds = summary.get("rounds") or ()
+    parts = rounds or summary["attempts"]
+    if len(parts) < 2:
         return PageTable((), ())
     domains = list(summary["baseline"])
     rows = tuple(
         (
-            f"{number}: {' '.join(each.get('overrides') or ['as asked for'])}",
+            f"{number}: {' '.join(_what(each, is_round=bool(rounds)))}",
             *(score_text(score_of(each["final"], domain)) for domain in domains),
-            str(each.get("status")),
+            _words(each.get("status", MISSING)),
         )
-        for number, each in enumerate(attempts, start=1)
+        for number, each in enumerate(parts, start=1)
     )
-    header = ("attempt", *domains, "verdict")
+    header = ("round" if rounds else "attempt", *domains, "verdict")
     numbers = tuple(range(1, 1 + len(domains)))
-    return PageTable(header, rows, numbers, "loss at the end of each attempt")
+    return PageTable(header, rows, numbers, f"loss at the end of each {header[0]}")
+
+
+def _what(part: Mapping[str, Any], *, is_round: bool) -> Sequence[str]:
+    if is_round:
+        return part.get("expansion") or ["not expanded"]
+    return part.get("overrides") or ["as asked for"]
 
 
 def _tasks(summary: Mapping[str, Any]) -> PageTable:
@@ -217,8 +264,8 @@ def _tasks(summary: Mapping[str, Any]) -> PageTable:
 
 def _gate(summary: Mapping[str, Any]) -> PageTable:
     made = checks(last_attempt(summary))
-    rows = tuple(tuple(str(check.get(key)) for key in ("check", "subject", "verdict", "detail"))
-                 for check in made)  # fmt: skip
+    keys = ("check", "subject", "verdict", "detail")
+    rows = tuple(tuple(str(check.get(key, MISSING)) for key in keys) for check in made)
     return PageTable(("check", "of", "verdict", "because"), rows)
 
 

@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ DPI = 150
 BLUE, _ORANGE, _GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 CYCLE = (BLUE, _ORANGE, _GREEN, PURPLE, "#56B4E9", "#E69F00")
 _STAGES = ("before", "after\nexpansion", "after\ntraining")
-_SMOOTHED_FROM_POINTS = 40
+SMOOTHED_FROM_POINTS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,19 +252,21 @@ def _training_figure(curves: Sequence[Curve]) -> Figure | None:
 
 
 def _draw_curve(axes: Axes, curve: Curve, *, color: str) -> None:
-    if len(curve.values) < _SMOOTHED_FROM_POINTS:
+    if len(curve.values) < SMOOTHED_FROM_POINTS:
         axes.plot(curve.steps, curve.values, "o-", color=color, markersize=3, label=curve.name)
         return
     axes.plot(curve.steps, curve.values, color=color, alpha=0.25, linewidth=0.8)
     window = len(curve.values) // 20
     label = f"{curve.name} (mean of {window} points)"
-    mean = _running_mean(curve.values, window)
+    mean = running_mean(curve.values, window)
     first = window // 2  # centred: a trailing mean would lag behind a falling loss
     axes.plot(curve.steps[first : first + len(mean)], mean, color=color, label=label)
 
 
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    return [sum(values[stop - window : stop]) / window for stop in range(window, len(values) + 1)]
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Return the means of as many values in a row, without blanks at the ends."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(values), window)
+    return [float(mean) for mean in windows.mean(axis=1)]
 
 
 def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:

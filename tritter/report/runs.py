@@ -1,102 +1,31 @@
 """Finished runs side by side: what they were asked to do, and groups that differ in the seed alone.
 
-Everything is read from what runs leave: summary.json, metrics.csv and the settings of run.json.
+Everything is read from what runs leave: summary.json, their metrics and the settings of run.json.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any, TypeGuard
 
-from pydantic import TypeAdapter, ValidationError
 from scipy import stats
-from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from tritter.errors import TritterError
 from tritter.report.plots import Curve
 from tritter.report.rows import DomainRow, domain_rows, last_attempt
 
 _SEED = "seed"
 _MOST_NAMED = 3  # settings in the name of a group, besides the methods
 CONFIDENCE = 0.95  # of the intervals over seeds, two-sided
-
-
-class _Score(TypedDict, total=False):
-    loss: float | None
-    loss_per_byte: float | None
-    standard_error: float | None
-    accuracy: float | None
-
-
-_Scores = dict[str, _Score]
-
-
-class _Check(TypedDict, total=False):
-    check: str
-    subject: str
-    verdict: str
-    detail: str
-    value: float | None
-    bound: float | None
-    interval: tuple[float | None, float | None] | None
-
-
-class _Task(TypedDict):
-    domains: list[str]
-    final: _Scores
-    steps: int
-
-
-class _Trained(TypedDict, total=False):
-    final: _Scores
-    expanded: _Scores
-    baseline: _Scores
-    gate: list[_Check]
-    steps: int
-    tasks: list[_Task]
-
-
-class _Sample(TypedDict, total=False):
-    domain: str
-    prompt: str
-    before: str
-    after: str
-
-
-class _More(TypedDict, total=False):
-    expansion: list[str]
-    forgetting: list[str]
-    seed: int
-    control: _Trained
-    tasks: list[_Task]
-    flops: dict[str, float]
-    seconds: dict[str, float]
-    parameters: dict[str, int]
-    samples: list[_Sample]
-    notes: list[str]
-
-
-class _Summary(_More):
-    status: Literal["kept", "rolled_back", "undecided"]
-    domains: dict[str, list[str]]
-    baseline: _Scores
-    attempts: list[_Trained]
-
-
-def check_summary(summary: Mapping[str, Any]) -> None:
-    """Refuse what is no summary of a run; it may have more than is read here.
-
-    Raises:
-        TritterError: says where, and what is wrong.
-    """
-    try:
-        TypeAdapter(_Summary).validate_python(summary, strict=False)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise TritterError(f"it is no summary of a run: {place}: {first['msg']}") from error
+_PREPARED = (
+    "importance",
+    "distill",
+    "adapt",
+)  # stages that belong to a method as its training does
+_NAME_CHARACTERS = 100
+_MOST = 10**9  # of rows and tokens; larger ones are no setting of a run
 
 
 @dataclass(frozen=True)
@@ -107,7 +36,9 @@ class Run:
         name: that tells it from the others of the report.
         summary: the contents of summary.json.
         settings: dotted key → value of its configuration, as its fingerprint has them.
-        curves: its losses over the steps, as metrics.csv has them.
+        curves: its losses over the steps, those of all rounds in a row.
+        control: those of the base that did not grow.
+        pretraining: those of the base before.
         history: its checkpoint's chain, a line each, oldest first.
     """
 
@@ -115,12 +46,24 @@ class Run:
     summary: Mapping[str, Any]
     settings: Mapping[str, Any]
     curves: tuple[Curve, ...] = ()
+    control: tuple[Curve, ...] = ()
+    pretraining: tuple[Curve, ...] = ()
     history: tuple[str, ...] = ()
 
     @cached_property
     def rows(self) -> tuple[DomainRow, ...]:
-        """One row per domain of the last attempt."""
-        return tuple(row for row in domain_rows(self.summary) if not row.is_control)
+        """One row per domain: the last attempt, or all rounds from the base to their end."""
+        summary = self.summary
+        if len(self._parts) > 1:
+            # What a round was held against is the round before it, the control's base the run's
+            last = {"final": self._parts[-1]["final"], "expanded": self._parts[0].get("expanded")}
+            summary = {**summary, "attempts": [last]}
+        return tuple(row for row in domain_rows(summary) if not row.is_control)
+
+    @property
+    def _parts(self) -> Sequence[Mapping[str, Any]]:
+        """Its rounds, or its last attempt."""
+        return self.summary.get("rounds") or [last_attempt(self.summary)]
 
     @property
     def losses(self) -> tuple[DomainRow, ...]:
@@ -137,25 +80,48 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return int(last_attempt(self.summary).get("steps") or 0)
+        return sum(part.get("steps") or 0 for part in self._parts)
 
     @property
     def tokens_per_step(self) -> int | None:
         """Tokens of an optimizer step; None where the settings don't say."""
         keys = ("data.batch_size", "data.sequence_length", "trainer.accumulate_grad_batches")
         batch, length, accumulated = (self.settings.get(key) for key in keys)
-        if not isinstance(batch, int) or not isinstance(length, int):
+        if not _is_count(batch) or not _is_count(length):
             return None
-        return batch * length * (accumulated if isinstance(accumulated, int) else 1)
+        return batch * length * (accumulated if _is_count(accumulated) else 1)
+
+    @property
+    def expansions(self) -> tuple[int, ...]:
+        """Steps at which it grew: before the first, and at the end of each round but the last."""
+        if not self.summary.get("expansion"):
+            return ()
+        return (0, *_ends(self.summary.get("rounds") or ()))
 
     @property
     def borders(self) -> tuple[int, ...]:
         """Steps at which it went on to its next task."""
-        taken, borders = 0, []
-        for task in self.summary.get("tasks") or ():
-            taken += int(task.get("steps") or 0)
-            borders.append(taken)
-        return tuple(borders[:-1])
+        return _ends(self.summary.get("tasks") or ())
+
+    def cost(self, of: str) -> float | None:
+        """Return `flops` or `seconds` of its training, and of what its methods prepare for it.
+
+        Of all rounds or of the last attempt, without the base; None where an older summary does
+        not say.
+        """
+        stages, trained = self.summary.get(of) or {}, [part.get(of) for part in self._parts]
+        known = [value for value in trained if isinstance(value, int | float)]
+        if len(known) < len(trained):
+            return stages.get("fit")
+        return sum(known) + sum(stages.get(name) or 0.0 for name in _PREPARED)
+
+
+def _ends(parts: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    return tuple(accumulate(part.get("steps") or 0 for part in parts))[:-1]
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 < value < _MOST
 
 
 @dataclass(frozen=True)
@@ -164,10 +130,12 @@ class Group:
 
     Args:
         name: what sets it apart.
+        is_control: they are the bases that did not grow, beside the group before.
     """
 
     name: str
     runs: tuple[Run, ...]
+    is_control: bool = False
 
     def change(self, domain: str) -> "Interval | None":
         """Return the mean change of a domain's loss over the seeds."""
@@ -216,12 +184,43 @@ def grouped(runs: Iterable[Run]) -> tuple[Group, ...]:
         key = repr(sorted((k, repr(v)) for k, v in run.settings.items() if k != _SEED))
         held.setdefault(key, []).append(run)
     groups = [tuple(each) for each in held.values()]
-    keys = [key for key in differing_keys([each[0] for each in groups]) if key != _SEED]
+    firsts = [each[0] for each in groups]
+    keys = [key for key in differing_keys(firsts) if key != _SEED and _tells(key, firsts)]
     names = [_name(each[0], keys) for each in groups]
     return tuple(
         Group(name if names.count(name) == 1 else f"{name} ({each[0].name})", each)
         for name, each in zip(names, groups, strict=True)
     )
+
+
+def with_controls(groups: Iterable[Group]) -> tuple[Group, ...]:
+    """Return each group, and after it its controls; equal ones (other expansions) once."""
+    found: list[Group] = []
+    seen: list[list[Any]] = []
+    for group in groups:
+        found.append(group)
+        scores = [run.summary["control"]["final"] for run in group.runs if run.control_rows]
+        if scores and scores not in seen:
+            seen.append(scores)
+            runs = tuple(_control_of(run) for run in group.runs if run.control_rows)
+            rest = group.name.partition(" ")[2]
+            found.append(Group(f"control, not grown: {rest}", runs, is_control=True))
+    return tuple(found)
+
+
+def _control_of(run: Run) -> Run:
+    """Return a run's control as if it were the run."""
+    control = run.summary["control"]
+    own: dict[str, Any] = {
+        "attempts": [control],
+        "expansion": (),
+        "rounds": (),
+        "tasks": control.get("tasks") or (),
+        "flops": {},
+        "seconds": {},
+    }
+    summary = {k: v for k, v in run.summary.items() if k not in ("control", "expanded")} | own
+    return Run(run.name, summary, run.settings, run.control)
 
 
 def differing_keys(runs: Sequence[Run]) -> tuple[str, ...]:
@@ -231,13 +230,19 @@ def differing_keys(runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def _name(run: Run, keys: Sequence[str]) -> str:
-    """Name a group by its methods and by what else differs, but for options of methods it lacks."""
+    """Name a group by its methods and by what else differs."""
     methods = {key: _methods(run, key) for key in ("expansion", "forgetting")}
     parts = [f"{key}={'+'.join(names) or 'none'}" for key, names in methods.items()]
-    own = [key for key in keys if not key.endswith(".methods") and key in run.settings]
-    shared = [key for key in own if run.settings[key] is not None]
-    parts += [f"{key.rpartition('.')[2]}={_short(run.settings[key])}" for key in shared]
-    return " ".join(parts[: 2 + _MOST_NAMED]) + (" …" if len(parts) > 2 + _MOST_NAMED else "")
+    own = [key for key in keys if run.settings.get(key) is not None]
+    parts += [f"{key.rpartition('.')[2]}={_short(run.settings[key])}" for key in own]
+    name = " ".join(parts[: 2 + _MOST_NAMED]) + (" …" if len(parts) > 2 + _MOST_NAMED else "")
+    return name if len(name) <= _NAME_CHARACTERS else name[: _NAME_CHARACTERS - 2] + ".."
+
+
+def _tells(key: str, runs: Sequence[Run]) -> bool:
+    """Tell whether a setting says more than the methods do: those that have it differ in it."""
+    values = {repr(run.settings[key]) for run in runs if key in run.settings}
+    return len(values) > 1 and not key.endswith(".methods")
 
 
 def _methods(run: Run, key: str) -> list[str]:

@@ -83,7 +83,10 @@ def _svamp(row: Row, file: str) -> Question:
     body = row["Body"].strip()
     body += "" if body.endswith((".", "?", "!")) else "."
     prompt = f"Question: {body} {row['Question'].strip()}\nAnswer:"
-    return Question(prompt=prompt, answer=str(Decimal(str(row["Answer"]))))
+    answer = _number(str(row["Answer"]))
+    if answer is None:
+        raise ValueError("Answer is no number")
+    return Question(prompt=prompt, answer=str(answer))
 
 
 def _mgsm(row: Row, file: str) -> Question:
@@ -112,9 +115,10 @@ def _bbh(row: Row, file: str) -> Question:
 
 def _number(text: str) -> Decimal | None:
     try:
-        return Decimal(text.strip().replace(",", "").replace("$", "").rstrip("."))
+        number = Decimal(text.strip().replace(",", "").replace("$", "").rstrip("."))
     except InvalidOperation:
         return None
+    return number if number.is_finite() else None
 
 
 def _boxed(solution: str) -> str:

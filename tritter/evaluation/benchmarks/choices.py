@@ -114,7 +114,9 @@ def _wikihow(text: str) -> str:
 
 
 def _winogrande(row: Row, file: str) -> Question:
-    start, _, end = row["sentence"].partition("_")
+    start, blank, end = row["sentence"].partition("_")
+    if not blank:
+        raise ValueError("sentence has no _ to put an option in")
     options = (row["option1"], row["option2"])
     contexts = tuple(start + option for option in options)
     return Question(prompt=end.strip(), choices=contexts, right={"1": 0, "2": 1}[row["answer"]])

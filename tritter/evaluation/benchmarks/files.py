@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tritter.errors import Problem, RequestError, TritterError, brief, nearest, raise_problems
-from tritter.evaluation.benchmarks.records import Benchmark, Format, Question, Row
+from tritter.evaluation.benchmarks.records import Benchmark, Folder, Format, Question, Row
 from tritter.storage.reading import open_file, read_text
 
 MAX_FILE_BYTES = 256 * 2**20  # unpacked
@@ -144,8 +144,8 @@ def load(benchmarks: Sequence[Benchmark], folder: TasksFolder) -> list[Questions
         for path in files:
             try:
                 rows = folder.rows(path)
-                shown = benchmark.examples(folder, path, rows)
                 found = dict(_questions(benchmark, path, rows, is_alone=len(files) == 1))
+                shown = _examples(benchmark, folder, path, rows)
             except WrongFileError as error:
                 of_benchmark += [_problem(folder, line) for line in error.lines]
                 continue
@@ -169,9 +169,9 @@ def questions_of(benchmark: Benchmark, rows: Sequence[Row], *, origin: str) -> Q
     """
     try:
         found = dict(_questions(benchmark, Path(origin), rows, is_alone=True))
+        shown = _examples(benchmark, _Nothing(), Path(origin), rows)
     except WrongFileError as error:
         raise RequestError(str(error)) from error
-    shown = benchmark.examples(_Nothing(), Path(origin), rows)
     return Questions(benchmark, found, dict.fromkeys(found, shown), (origin,), len(found))
 
 
@@ -198,6 +198,18 @@ class WrongFileError(Exception):
 
 def _problem(folder: TasksFolder, line: str) -> Problem:
     return Problem("", reason=f"{folder.key}: {line}.")
+
+
+def _examples(benchmark: Benchmark, folder: Folder, path: Path, rows: Sequence[Row]) -> str:
+    """Return what stands before all questions of a file.
+
+    Raises:
+        WrongFileError: the records that are shown hold something else.
+    """
+    try:
+        return benchmark.examples(folder, path, rows)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WrongFileError([f"{path}: no examples can be shown, {_said(error)}"]) from error
 
 
 def _questions(
