@@ -37,6 +37,7 @@ def train(
     batches: Tensor,
     state: State | None = None,
     settings: TrainerSettings = PLAIN,
+    optimizer: OptimizerSettings | None = None,
 ) -> State:
     """Train on batches [N, B, T], from a state or anew; return what is left."""
     num_batches, batch_size, length = batches.shape
@@ -46,7 +47,7 @@ def train(
         schedule=Schedule(
             learning_rate=RATE, max_steps=num_batches, shape="constant", warmup_ratio=0.0
         ),
-        optimizer=SETTINGS_OF_ADAM,
+        optimizer=optimizer or SETTINGS_OF_ADAM,
         moments=None if state is None else moments_of(state, model),
     )
     fit(

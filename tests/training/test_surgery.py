@@ -89,13 +89,14 @@ def train(
     settings: TrainerSettings = ONE,
     steps: int = STEPS,
     methods: Sequence[ForgettingMethod] = (),
+    optimizer: OptimizerSettings | None = None,
 ) -> BaseModule:
     """Train a model with dropout, so that the random state counts, from what was saved if any."""
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
     module = BaseModule(
         model or model_of(),
         schedule=Schedule(learning_rate=1e-2, max_steps=steps),
-        optimizer=OptimizerSettings(),
+        optimizer=optimizer or OptimizerSettings(),
         methods=methods,
     )
     sequences = oracle.tokens(batch=40, length=16, seed=5).int()

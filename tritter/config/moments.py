@@ -11,7 +11,12 @@ from tritter.storage.reading import read_object
 
 _KEY = "optimizer.carry"
 _HEAD = Path("state/state.json")
-_WITH_MOMENTS = ("torch.optim.adam.Adam", "torch.optim.adamw.AdamW")
+# Beginnings of dotted names: bitsandbytes' have bits and pages in theirs
+_WITH_MOMENTS = tuple(
+    f"{library}.optim.{name}"
+    for library in ("torch", "bitsandbytes")
+    for name in ("adam.Adam", "adamw.AdamW")
+)
 _MOMENTS = {"exp_avg", "exp_avg_sq"}
 
 
@@ -55,12 +60,7 @@ def _reasons(config: RunConfig) -> Iterator[str]:
     optimizer, options = config.optimizer, config.adaptation
     name = optimizer.target.rpartition(".")[2]
     other = "; choose optimizer=adamw, or leave optimizer.carry out"
-    if "8bit" in name:
-        yield (
-            f"{name} keeps its moments in 8 bits by blocks that run across rows, which no map can "
-            f"carry{other}"
-        )
-    elif optimizer.target not in _WITH_MOMENTS:
+    if not optimizer.target.startswith(_WITH_MOMENTS):
         yield (
             f"{name} has other state than the two moments of Adam and AdamW, which are carried"
             f"{other}"

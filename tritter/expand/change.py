@@ -73,6 +73,13 @@ class Change:
         }
         return tuple(s for s in self.after if origins.get(s.name, ()) != self._kept_origins(s))
 
+    @property
+    def stems(self) -> dict[str, str]:
+        """Name of each parameter that carries one on → name of that one, before the change."""
+        owners = {part.tensor.name: s.name for s in self.before for part in s.parts}
+        origins = {s.name: self.tensors[s.parts[0].tensor.name].origin for s in self.after}
+        return {name: owners[origin] for name, origin in origins.items() if origin is not None}
+
     def weights(self, held: Held) -> Iterator[tuple[str, Tensor]]:
         """Yield the altered parameters, of all those before the change."""
         by_name, example = unpack_all(self.before, held), next(iter(held.values()))

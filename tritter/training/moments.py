@@ -2,11 +2,12 @@
 
 They lie in the `state/` of a checkpoint by name on disk, each parameter with the number of steps
 behind it, which corrects the bias of both moments. What has none begins anew, with a step count of
-its own; what is frozen has none and leaves none.
+its own; what is frozen has none and leaves none. Adams of torch and of bitsandbytes are met here
+alone; elsewhere moments are tensors of the parameter's shape.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from tritter.parameter_map.carry import MOMENTS, STATE_KINDS, Policy, followed, 
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorStream
+from tritter.training import eight_bit
 from tritter.training.parameters import live_layout
 
 Moments = dict[str, Tensor]
@@ -76,11 +78,30 @@ def start_from(
     for name, values in moments.items():
         parameter = model.get_parameter(name)
         assert parameter in held, f"{name} is frozen"
-        # A copy: the optimizer changes it in place
-        optimizer.state[parameter] = {
-            **{kind: values[kind].to(parameter, copy=True) for kind in MOMENTS},
-            "step": values["step"].to(torch.float32, copy=True),
-        }
+        put_moments(optimizer, parameter, values)
+
+
+def put_moments(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    moments: Moments,
+    *,
+    before: eight_bit.State | None = None,
+) -> None:
+    """Let an Adam go on from moments of a parameter that is in its groups.
+
+    Args:
+        before: what it held of the parameter that this one stems from, if that is known; lets one
+            of 8 bits keep the bits of what did not change.
+    """
+    if eight_bit.is_of_bitsandbytes(optimizer):
+        eight_bit.write(optimizer, parameter, moments, before=before)
+        return
+    # A copy: the optimizer changes it in place
+    optimizer.state[parameter] = {
+        **{kind: moments[kind].to(parameter, copy=True) for kind in MOMENTS},
+        "step": moments["step"].to(torch.float32, copy=True),
+    }
 
 
 def moments_by_name(
@@ -96,14 +117,17 @@ def moments_by_name(
     """
     found: dict[str, Moments] = {}
     for stored in places:
-        held = optimizer.state.get(model.get_parameter(stored.name))
+        parameter = model.get_parameter(stored.name)
+        held = optimizer.state.get(parameter)
         if not held:
             continue
+        if eight_bit.is_of_bitsandbytes(optimizer):
+            held = eight_bit.read(held, parameter.device)
         missing = {*MOMENTS, "step"} - set(held)
         if missing:
             raise TritterError(
                 f"{type(optimizer).__name__} holds no {', '.join(sorted(missing))} for "
-                f"{stored.name}; the moments of Adam and AdamW can be carried."
+                f"{stored.name}; the moments of Adam and AdamW can be carried, those in 8 bits too."
             )
         for part in stored.parts:
             own = {kind: held[kind][part.index] if part.index else held[kind] for kind in MOMENTS}
@@ -116,7 +140,7 @@ def carried_moments(
     model: nn.Module,
     change: Change,
     *,
-    places: Iterable[StoredTensor],
+    places: Sequence[StoredTensor],
     policy: Policy = "carry",
 ) -> dict[str, Moments]:
     """Return what becomes of an Adam's moments by a change, by the new parameters' names.
@@ -131,7 +155,10 @@ def carried_moments(
     Raises:
         TritterError: the optimizer does not hold Adam's moments.
     """
-    held = moments_by_name(optimizer, model, change.before)
+    origins = {change.tensors[part.tensor.name].origin for s in places for part in s.parts}
+    # Of no others: in 8 bits, reading them takes eight bytes a parameter
+    read = [s for s in change.before if any(part.tensor.name in origins for part in s.parts)]
+    held = moments_by_name(optimizer, model, read)
     moved: dict[str, Moments] = {}
 
     def moved_kind(name: str, kind: str) -> Tensor:

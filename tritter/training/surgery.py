@@ -19,8 +19,9 @@ from tritter.expand import Change
 from tritter.families import count_parameters, layout
 from tritter.parameter_map.carry import Policy
 from tritter.storage.tensors import is_finite
+from tritter.training.eight_bit import State
 from tritter.training.module import BaseModule
-from tritter.training.moments import Moments, carried_moments
+from tritter.training.moments import Moments, carried_moments, put_moments
 from tritter.training.reshape import Entry, entry_of, reshape
 
 
@@ -56,9 +57,10 @@ def apply(
     moments = carried_moments(optimizer, model, change, places=change.altered, policy=policy)
     entry = entry_of(change, step=trainer.global_step, reason=reason)
     old = dict(model.named_parameters())
+    before = {new: optimizer.state.get(old[stem]) for new, stem in change.stems.items()}
     _take_on(model, change)
     module.journal.append(entry)
-    _follow_slots(optimizer, module, old, moments)
+    _follow_slots(optimizer, module, old, moments, before)
     _wrap(trainer, module)
     _tell(trainer, module, change, entry)
     _check_result(optimizer, module, change, ties=ties, num_others=others)
@@ -76,7 +78,7 @@ def thaw(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None:
     (optimizer,), held = trainer.optimizers, dict(module.model.named_parameters())
     for name in names:
         held[name].requires_grad_(True)
-    _follow_slots(optimizer, module, held, {})
+    _follow_slots(optimizer, module, held, {}, {})
     _wrap(trainer, module)
 
 
@@ -131,6 +133,7 @@ def _follow_slots(
     module: BaseModule,
     old: Mapping[str, nn.Parameter],
     moments: Mapping[str, Moments],
+    before: Mapping[str, State | None],
 ) -> None:
     """Let the groups hold what a new optimizer's would, and every parameter its own state.
 
@@ -148,10 +151,10 @@ def _follow_slots(
     for name, parameter in old.items():
         if new.get(name) is not parameter:
             optimizer.state.pop(parameter, None)
-    for name, state in moments.items():
-        optimizer.state[new[name]] = state
     for group, other in zip(optimizer.param_groups, wanted, strict=True):
         group["params"] = list(other["params"])
+    for name, values in moments.items():
+        put_moments(optimizer, new[name], values, before=before.get(name))
 
 
 def _tell(trainer: Trainer, module: BaseModule, change: Change, entry: Entry) -> None:
@@ -207,7 +210,7 @@ def _check_result(
     found = sum(p.numel() for p in own)
     altered = [model.get_parameter(stored.name) for stored in change.altered]
     states = (optimizer.state.get(parameter, {}).values() for parameter in altered)
-    values = [*altered, *(value for each in states for value in each)]
+    values = [*altered, *(v for each in states for v in each if isinstance(v, torch.Tensor))]
     problems = {
         "the optimizer does not hold what is trained": sorted(slots) != sorted(trained),
         "state is left of parameters that are gone": not set(map(id, optimizer.state))
