@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tritter.report.comparison import MOST_PANELS, figures
+from tritter.report.drawing import DPI
 from tritter.report.page import _lead, page
-from tritter.report.plots import DPI, Curve
+from tritter.report.plots import Curve
 from tritter.report.runs import Run, grouped
 
 HOSTILE = "<script>alert(1)</script>"
@@ -145,3 +147,47 @@ def test_rounds_are_compared_from_the_base_to_their_end(summary: dict[str, Any])
     assert prose.before == next(row for row in run_of(summary, "a", 0).rows).before
     assert prose.change.value == pytest.approx(1.22 / 1.208 - 1) and prose.verdict is None
     assert "loss at the end of each round" in page([run], title="Rounds")[0]
+
+
+def test_growth_has_its_map_and_columns_where_some_run_may_grow(
+    summary_with_control: dict[str, Any],
+) -> None:
+    plain = run_of(summary_with_control, "plain", 0)
+    text, pictures = page([plain], title="None")
+    assert "neurons born" not in text and "Neuron growth" not in text
+    assert not any(name.startswith("growth") for name in pictures)
+    made = growth(replaces=True)
+    grown = run_of(summary_with_control | {"growth": made}, "grown", 0)
+    text, pictures = page([grown], title="One")
+    assert [name for name in pictures if name.startswith("growth")] == [
+        *("growth_1.png", "growth_2.png", "growth_3.png"),  # map, pressure, parameters
+    ]
+    words = " ".join(" ".join(seen(text).words).split())
+    assert "expansion=width, forgetting=ewc, growth=percentile+gradmax" in words
+    assert "2 of 2 layers grew, in 5 events and 17 checks" in words
+    assert "72 0 6 4 1 198" in words  # step, layer, born, replaced, left dead, neurons
+    assert "Growth: parameters 169 k → 177 k; neurons 384 → 426" in words
+    again = run_of(summary_with_control | {"growth": made}, "again", 1)
+    _, pictures = page([plain, grown, again], title="All")
+    assert sum(name.startswith("growth") for name in pictures) == 3  # two maps, parameters
+    text, pictures = page([plain, grown], title="Both")
+    words = " ".join(" ".join(seen(text).words).split())
+    assert "neurons born parameters after growth" in words and "42 177 k" in words
+    assert words.count("- - 532 k") == 1  # the one that was not to grow, by its columns
+
+
+def test_of_very_many_events_the_page_has_the_first(summary: dict[str, Any]) -> None:
+    made = growth(layers=130, checks=400, grows_every=1)
+    text, _ = page([run_of(summary | {"growth": made}, "many", 0)], title="Many")
+    assert "growth, event by event; 300 more are in summary.json" in text
+    assert "; 30 more are in summary.json" in text
+    nothing = run_of(summary | {"growth": growth(grows_every=0)}, "nothing", 0)
+    text, _ = page([nothing], title="Nothing")
+    assert "Growth: nothing grew in 17 checks" in text and "event by event" not in text
+
+
+def test_a_name_of_a_growth_is_text(summary: dict[str, Any]) -> None:
+    made = growth()
+    made["options"]["trigger"] = HOSTILE
+    text, _ = page([run_of(summary | {"growth": made}, "a", 0)], title="One")
+    assert HOSTILE not in text and "script" not in {tag for tag, _ in seen(text).tags}

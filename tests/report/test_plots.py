@@ -4,7 +4,15 @@ import math
 import matplotlib.image
 import pytest
 
-from tritter.report.plots import _courses, curves_of, plot_run, read_curves
+from tests.report.growing import growth
+from tritter.report.plots import (
+    _courses,
+    _forgetting_figure,
+    curves_of,
+    last_flops,
+    plot_run,
+    read_curves,
+)
 from tritter.report.rows import domain_rows
 
 HEADER = "epoch,eval/code/loss,forgetting/l2sp/loss,step,train/loss\n"
@@ -125,3 +133,35 @@ def test_many_domains_each_get_a_panel(summary, tmp_path):
     summary["domains"]["old"] = ["prose", "poems"]
     wide = pixels_of(plot_run(summary, None, tmp_path)[0])
     assert wide.shape[1] > narrow.shape[1]
+
+
+def test_growth_has_its_picture_and_is_marked_in_that_of_forgetting(summary, tmp_path):
+    path = tmp_path / "metrics.csv"
+    header = "step,eval/code/loss,growth/flops\n"
+    path.write_text(f"{header}0,3.4,1e9\n50,3.0,2e11\n")
+    plain = plot_run(summary, path, tmp_path / "plain")
+    assert "growth.png" not in {file.name for file in plain}
+    names = ("growth.png", "forgetting.png")
+    pictures = [(tmp_path / "plain" / "forgetting.png").read_bytes()]
+    for number, made in enumerate((growth(checks=4), growth(checks=4, grows_every=4))):
+        plot_run(summary | {"growth": made}, path, tmp_path / str(number))
+        pictures += [(tmp_path / str(number) / name).read_bytes() for name in names]
+    assert len(set(pictures)) == 5
+    assert pixels_of(tmp_path / "0" / "growth.png").shape == (930, 1440, 3)
+    path.write_text(f"{header}0,3.4,1e9\n50,3.0,inf\n")
+    assert last_flops(read_curves(path)) is None
+    plot_run(summary | {"growth": growth(grows_every=0)}, path, tmp_path / "nothing")
+
+
+def test_growth_of_a_last_round_is_marked_behind_the_rounds_before(summary):
+    rows = [{"step": str(step), "eval/code/loss": "3.0"} for step in (0, 50)]
+    rounds = [curves_of(rows), curves_of(rows)]
+    row = [row for row in domain_rows(summary) if row.domain == "code"]
+    figure = _forgetting_figure(row, rounds, (), borders=(), born=(12, 36), is_grown=True)
+    marked = [
+        segment[0][0]
+        for lines in figure.axes[0].collections
+        for segment in lines.get_segments()
+        if lines.get_label() == "neurons grew"
+    ]
+    assert marked == [62, 86]

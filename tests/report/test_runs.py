@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.report.growing import growth
 from tritter.errors import TritterError
 from tritter.report.comparison import _front
 from tritter.report.runs import Interval, Run, differing_keys, grouped, with_controls
@@ -133,3 +134,30 @@ def test_options_of_a_method_do_not_name_what_the_method_does(summary: dict[str,
     runs[1].summary["forgetting"] = ["replay"]  # type: ignore[index]
     names = [group.name for group in grouped(runs)]
     assert names == ["expansion=width forgetting=ewc", "expansion=width forgetting=replay"]
+
+
+def test_growth_names_a_group_where_some_run_may_grow(
+    summary_with_control: dict[str, Any],
+) -> None:
+    foam = {"growth__trigger": "percentile", "growth__check_every": 5}
+    runs = [
+        run_of(summary_with_control, "a", 0.0),
+        run_of(summary_with_control | {"growth": growth()}, "b", 0.0, **foam),
+    ]
+    names = [group.name for group in grouped(runs)]
+    common = "expansion=width forgetting=ewc"
+    assert names == [f"{common} growth=none", f"{common} growth=percentile+gradmax"]
+    groups = with_controls(grouped(runs[1:]))
+    control = groups[1]
+    assert control.is_control and "growth" not in control.name
+    assert control.runs[0].growth is None and control.runs[0].births == ()
+
+
+def test_neurons_of_a_last_round_are_born_after_the_rounds_before(summary: dict[str, Any]) -> None:
+    made = growth(checks=7)
+    single = summary | {"growth": made}
+    single["attempts"][0]["steps"] = 90
+    assert Run("a", single, {}).births == (36, 72)
+    rounds = [{"final": summary["final"], "steps": steps} for steps in (50, 90)]
+    several = Run("a", summary | {"growth": made, "rounds": rounds}, {})
+    assert several.births == (86, 122) and several.last_steps == 90

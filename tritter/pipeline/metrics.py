@@ -112,6 +112,9 @@ def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
         "jump/relative_to_std": jump.get("relative_to_std"),
         "flops": summary["flops"]["total"],
     }
+    if (growth := summary.get("growth")) is not None:
+        values |= {f"growth/{name}": growth[name] for name in ("born", "replaced", "died")}
+        values["growth/parameters"] = growth["parameters"]["after"]
     for row in domain_rows(summary):
         name = f"control/{row.domain}" if row.is_control else row.domain
         values |= {

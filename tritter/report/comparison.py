@@ -12,14 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tritter.report.plots import (
-    CYCLE,
-    GREY,
-    SMOOTHED_FROM_POINTS,
-    Curve,
-    new_figure,
-    running_mean,
+from tritter.report.bounds import LARGEST
+from tritter.report.drawing import CYCLE, GREY, new_figure
+from tritter.report.growth_plot import (
+    draw_neurons,
+    draw_parameters,
+    draw_pressure,
+    flops_course,
+    label_flops,
+    mark_growth,
 )
+from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
 from tritter.report.rows import Role
 from tritter.report.runs import Group, Interval, Run, with_controls
 
@@ -30,7 +33,6 @@ _MOST_MARKED = 60  # expansions and tasks of one figure
 _MARKERS = "osD^vPX*<>"
 _WIDTH = 4.8
 _LINE_CHARACTERS = 72
-_LARGEST = 1e30  # a loss beyond that is a gap, as one that is not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
         "losses": _losses(lines),
         "changes": _changes(lines[:MOST_GROUPS]),
         "cost": _costs(lines[:MOST_GROUPS]),
+        "growth": _growth(lines),
     }
     return {name: found for name, found in made.items() if found}
 
@@ -189,6 +192,7 @@ def _course(lines: Sequence[_Line], name: str, title: str, is_in_tokens: bool) -
     """Draw one loss of all runs; where they grew and where tasks begin is marked."""
     figure, axes = _panel(height=2.7)
     drawn: dict[str, _Line] = {}
+    is_alone = sum(len(line.group.runs) for line in lines if not line.group.is_control) == 1
     marked: dict[tuple[float, str], None] = {}
     for line in lines:
         for run in line.group.runs:
@@ -198,6 +202,8 @@ def _course(lines: Sequence[_Line], name: str, title: str, is_in_tokens: bool) -
                 _draw(axes, curve, scale, line)
                 marked |= dict.fromkeys((scale * step, "expansion") for step in run.expansions)
                 marked |= dict.fromkeys((scale * step, "task") for step in run.borders)
+                births = [scale * step for step in run.births]
+                mark_growth(axes, births, color=line.color, is_alone=is_alone)
     if not drawn:
         return None
     for place, kind in list(marked)[:_MOST_MARKED]:
@@ -237,7 +243,7 @@ def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
 def _draw(axes: Axes, curve: Curve, scale: float, line: _Line) -> None:
     """Draw a curve, pale below its running mean where it has many points."""
     places = [scale * step for step in curve.steps]  # step -1 is the model before its expansion
-    values = [value if abs(value) < _LARGEST else float("nan") for value in curve.values]
+    values = [value if abs(value) < LARGEST else float("nan") for value in curve.values]
     style = "--" if line.group.is_control else "-"
     plot = partial(axes.plot, color=line.color, linestyle=style, linewidth=1.2)
     if len(values) < SMOOTHED_FROM_POINTS:
@@ -271,6 +277,42 @@ def _costs(lines: Sequence[_Line]) -> list[Figure]:
         if (figure := _bars_of(means, title=title, scale=1)) is not None:
             figure.axes[0].set_xlim(left=0)
             made.append(figure)
+    return made
+
+
+def _growth(lines: Sequence[_Line]) -> list[Figure]:
+    """The map of each run that may grow; of a single one its pressure; what growth cost in all."""
+    found = [
+        (line, run, run.growth)
+        for line in lines
+        for run in line.group.runs
+        if run.growth is not None
+    ]
+    made = []
+    for _, run, growth in found[:MOST_PANELS]:
+        drawn = [draw_neurons] if len(found) > 1 else [draw_neurons, draw_pressure]
+        for draw in drawn:
+            figure, axes = _panel(height=2.9)
+            draw(axes, growth, end=run.last_steps)
+            what = axes.get_title()
+            axes.set_title(_plain(_short(f"{run.name}: {what}")), fontsize=9)
+            if draw is draw_neurons and growth.events:
+                figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7.5)
+            made.append(figure)
+    if not found:
+        return made
+    figure, axes = _panel(height=2.9)
+    named: dict[str, _Line] = {}
+    for line, run, growth in found:
+        course = flops_course(growth, end_flops=last_flops(run.curves))
+        if course[0]:
+            draw_parameters(axes, *course, color=line.color, marker=line.marker)
+            named[line.group.name] = line
+    if named:
+        label_flops(axes)
+        axes.set_title("parameters of the models that may grow", fontsize=9)
+        _legend(figure, list(named.values()))
+        made.append(figure)
     return made
 
 

@@ -11,16 +11,19 @@ from matplotlib.figure import Figure
 
 from tritter import __version__
 from tritter.report.comparison import MOST_GROUPS, figures
-from tritter.report.plots import DPI
+from tritter.report.drawing import DPI
+from tritter.report.growth import change_of_function, growth_text, most_grown, steps_text
+from tritter.report.growth_record import GrowthRecord
 from tritter.report.rows import DomainRow, checks, last_attempt, score_of, subjects
 from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped, with_controls
-from tritter.report.wording import MISSING, change_text, count_text, score_text, stages
+from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
 
 _TITLES = {
     "tradeoff": "Retention against gain",
     "losses": "Losses over tokens",
     "changes": "Changes by domain",
     "cost": "Cost",
+    "growth": "Neuron growth",
 }
 _OVER_SEEDS = f"Groups of several seeds: mean with Student's {CONFIDENCE:.0%} interval"
 _CAPTIONS = {
@@ -29,15 +32,22 @@ _CAPTIONS = {
     "the base that did not grow.",
     "losses": "Validation: always the same part of the text, so a rise on old text is forgetting "
     "while it happens. Dashed vertical: an expansion; the level before it stands at its left. "
-    "Dash-dotted: the next task begins. Dashed curves, hollow marks: the control. Pale: every "
-    "point, where the curve is a running mean.",
+    "Dash-dotted: the next task begins. Dotted vertical, in the colour of its run, of several runs "
+    "at the foot: neurons grew. Dashed curves, hollow marks: the control. Pale: every point, where "
+    "the curve is a running mean.",
     "changes": f"From before the expansion to the end. {_OVER_SEEDS}; single runs: one-sided "
     "bounds of the gate. Hollow: the control.",
     "cost": "The last attempt or all rounds: what methods prepare, and training; the table has the "
     "whole run. Seconds depend on what else the machine did: compare those of one sweep only. "
     f"{_OVER_SEEDS}.",
+    "growth": "Each layer's neurons over the training, against those it began with; triangles: "
+    "neurons were born; circles: dead ones were replaced. Pressure, what the trigger goes by: the "
+    "mean gradient norm of a layer's neurons, as a moving average, in proportion to that of the "
+    "whole gradient; each check's is drawn back to the check before. FLOPs end with the last row "
+    "of metrics.csv.",
 }
 _CELL_CHARACTERS = 160  # of a setting
+_MOST_EVENTS = 100  # of a run's growth, row by row; summary.json has all
 # Control characters, and what turns the direction of the text after it; names of folders may hold
 # halves of characters besides
 _UNSEEN = dict.fromkeys(
@@ -123,8 +133,10 @@ def _overview(groups: Sequence[Group]) -> PageTable:
     runs = [(group, run) for group in groups for run in group.runs]
     domains = tuple(dict.fromkeys((r.domain, r.role) for _, run in runs for r in run.rows))
     changes = (f"{domain} ({role})" for domain, role in domains)
+    has_growth = any(run.growth is not None for _, run in runs)
+    growth = ("neurons born", "parameters after growth") if has_growth else ()
     cost = ("parameters", "steps", "FLOPs", "seconds")
-    header = ("run", "group", "seed", "status", *changes, *cost)
+    header = ("run", "group", "seed", "status", *changes, *growth, *cost)
     rows = tuple(
         (
             run.name,
@@ -132,6 +144,7 @@ def _overview(groups: Sequence[Group]) -> PageTable:
             str(run.seed),
             _words(run.summary["status"]),
             *(_change_of(run.rows, domain) for domain, _ in domains),
+            *(_growth_of(run) if has_growth else ()),
             count_text((run.summary.get("parameters") or {}).get("final")),
             str(run.steps),
             count_text((run.summary.get("flops") or {}).get("total")),
@@ -145,6 +158,12 @@ def _overview(groups: Sequence[Group]) -> PageTable:
 
 def _change_of(rows: Sequence[DomainRow], domain: str) -> str:
     return next((change_text(row.change) for row in rows if row.domain == domain), MISSING)
+
+
+def _growth_of(run: Run) -> tuple[str, str]:
+    if run.growth is None:
+        return MISSING, MISSING
+    return str(run.growth.born), count_text(run.growth.parameters_after)
 
 
 def _words(status: object) -> str:
@@ -188,22 +207,77 @@ def _tree(runs: Sequence[Run]) -> list[str]:
 
 def _details(run: Run) -> dict[str, Any]:
     summary = run.summary
-    methods = (
+    methods = ", ".join(
         f"{key}={'+'.join(map(str, summary.get(key) or ())) or 'none'}"
         for key in ("expansion", "forgetting")
     )
     tables = [_scores(run), _attempts(summary), _tasks(summary), _gate(summary), _costs(summary)]
+    notes = [str(note) for note in summary.get("notes") or ()]
+    if run.growth is not None:
+        methods += f", growth={run.growth.name}"
+        tables += [_grown_layers(run.growth), _growth_events(run.growth)]
+        notes.insert(0, f"Growth: {growth_text(run.growth, signs=Signs.for_encoding('utf-8'))}.")
     return {
         "name": run.name,
         "status": str(summary["status"]),
-        "methods": ", ".join(methods),
+        "methods": methods,
         "tables": [table for table in tables if table.rows],
         "samples": [
             {key: str(sample.get(key) or "") for key in ("domain", "prompt", "before", "after")}
             for sample in summary.get("samples") or ()
         ],
-        "notes": [str(note) for note in summary.get("notes") or ()],
+        "notes": notes,
     }
+
+
+def _grown_layers(growth: GrowthRecord) -> PageTable:
+    """Return a row per layer that grew; empty where nothing did."""
+    layers = growth.layers
+    rows = tuple(
+        (
+            *(str(count) for count in (layer.layer, layer.before, layer.after)),
+            *(str(count) for count in (layer.born, layer.replaced, layer.died)),
+            change_of_function(layer.function_change),
+            steps_text([event.step for event in layer.events]),
+        )
+        for layer in most_grown(layers, _MOST_EVENTS)
+    )
+    header = (
+        *("layer", "neurons before", "after", "born", "replaced", "left dead"),
+        *("largest function change", "after steps"),
+    )
+    caption = (
+        f"growth: {len(layers)} of {len(growth.before)} layers grew, in {len(growth.events)} "
+        f"events and {growth.checks} checks; left dead: found dead, and not used again; function "
+        "change: of the logits at an event, in their standard deviation"
+    )
+    return PageTable(header, rows, tuple(range(7)), caption + _left_out(layers))
+
+
+def _growth_events(growth: GrowthRecord) -> PageTable:
+    """Return a row per layer and step; empty where nothing grew."""
+    rows = tuple(
+        (
+            *(str(count) for count in (event.step, event.layer)),
+            *(str(count) for count in (event.born, event.replaced, event.died, event.neurons)),
+            MISSING if event.pressure is None else f"{event.pressure:.3g}",
+            change_of_function(event.function_change),
+            count_text(event.parameters),
+            count_text(event.flops),
+        )
+        for event in growth.events[:_MOST_EVENTS]
+    )
+    header = (
+        *("step", "layer", "born", "replaced", "left dead", "neurons", "pressure"),
+        *("function change", "parameters", "FLOPs until then"),
+    )
+    caption = f"growth, event by event{_left_out(growth.events)}"
+    return PageTable(header, rows, tuple(range(len(header))), caption)
+
+
+def _left_out(parts: Sequence[object]) -> str:
+    number = len(parts) - _MOST_EVENTS
+    return f"; {number} more are in summary.json" if number > 0 else ""
 
 
 def _scores(run: Run) -> PageTable:

@@ -1,6 +1,7 @@
 """Plots of a finished run, from summary.json and metrics.csv alone."""
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,15 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from tritter.report.bounds import LARGEST
+from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure
+from tritter.report.growth_plot import growth_figure, mark_growth
+from tritter.report.growth_record import GrowthRecord
 from tritter.report.rows import DomainRow, Score, ScoreChange, domain_rows, last_attempt
 from tritter.report.wording import change_text
 
-DPI = 150
-# Okabe and Ito: told apart by colour-blind readers, and in grey by their markers.
-BLUE, _ORANGE, _GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-CYCLE = (BLUE, _ORANGE, _GREEN, PURPLE, "#56B4E9", "#E69F00")
 _STAGES = ("before", "after\nexpansion", "after\ntraining")
 SMOOTHED_FROM_POINTS = 40
+GROWTH_FLOPS = "growth/flops"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +55,20 @@ def plot_run(
     rows = [row for row in domain_rows(summary) if not row.change.in_points]
     curves = read_curves(metrics_csv) if metrics_csv else ()
     is_grown = bool(last_attempt(summary).get("expansion"))
+    growth = GrowthRecord.of(summary)
     figures = {
         "domains.png": _domains_figure(rows),
         "forgetting.png": _forgetting_figure(
-            rows, [*earlier, curves], control, borders=_borders(summary), is_grown=is_grown
+            rows,
+            [*earlier, curves],
+            control,
+            borders=_borders(summary),
+            born=() if growth is None else growth.event_steps,
+            is_grown=is_grown,
         ),
         "training.png": _training_figure(curves),
         "retention_and_gain.png": _tradeoff_figure(rows),
+        "growth.png": None if growth is None else _growth_figure(growth, summary, curves),
     }
     written = []
     for name, figure in figures.items():
@@ -69,8 +78,22 @@ def plot_run(
     return written
 
 
+def _growth_figure(
+    growth: GrowthRecord, summary: Mapping[str, Any], curves: Sequence[Curve]
+) -> Figure:
+    end = last_attempt(summary).get("steps") or 0
+    return growth_figure(growth, end=end, end_flops=last_flops(curves))
+
+
+def last_flops(curves: Sequence[Curve]) -> float | None:
+    """Return the FLOPs that a training which may grow said last that it took."""
+    said = (curve.values[-1] for curve in reversed(curves) if curve.name == GROWTH_FLOPS)
+    last = next(said, math.nan)
+    return last if 0 < last < LARGEST else None
+
+
 def read_curves(metrics_csv: Path) -> tuple[Curve, ...]:
-    """Read every loss of a metrics.csv; a missing or empty file has none."""
+    """Read the curves of a metrics.csv; a missing or empty file has none."""
     if not metrics_csv.is_file():
         return ()
     with metrics_csv.open(newline="") as lines:
@@ -78,10 +101,13 @@ def read_curves(metrics_csv: Path) -> tuple[Curve, ...]:
 
 
 def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:
-    """Return every loss of some rows as a metrics.csv has them; the step −1 is the model before."""
+    """Return every loss of some rows as a metrics.csv has them; the step −1 is the model before.
+
+    Of a training that may grow its FLOPs besides.
+    """
     table = [row for row in rows if row.get("step")]
     found = dict.fromkeys(name for row in table for name in row)
-    names = [name for name in found if name and name.endswith("/loss")]
+    names = [name for name in found if name and (name.endswith("/loss") or name == GROWTH_FLOPS)]
     curves = (_curve(name, table) for name in names)
     return tuple(curve for curve in curves if curve.steps)
 
@@ -102,7 +128,7 @@ def _domains_figure(rows: Sequence[DomainRow]) -> Figure | None:
         for control in rows:
             if control.is_control and control.domain == row.domain:
                 scores = (control.before, None, control.trained)
-                _draw_stages(axes, scores, label="control, not grown", color=_ORANGE)
+                _draw_stages(axes, scores, label="control, not grown", color=ORANGE)
         axes.set_title(f"{row.domain} ({row.role}): {_percent(row.change)}", fontsize=10)
         axes.set_xticks(range(len(_STAGES)), _STAGES)
         axes.set_xlim(-0.35, 2.35)
@@ -121,7 +147,7 @@ def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, label: str, colo
         for position, score in enumerate(scores)
         if score is not None and score.loss is not None
     ]
-    is_control = color == _ORANGE
+    is_control = color == ORANGE
     axes.errorbar(
         # Side by side, so that the bars of run and control do not hide each other.
         [position + 0.06 * is_control for position, _, _ in known],
@@ -141,9 +167,11 @@ class _Course:
 
     Args:
         before: of the model before its expansion; None: it was not expanded.
+        first_step: at which this training began, of all those in a row.
     """
 
     before: float | None
+    first_step: int
     steps: tuple[int, ...]
     values: tuple[float, ...]
 
@@ -152,7 +180,7 @@ class _Course:
         num_before = sum(step < 0 for step in curve.steps)
         steps = tuple(first_step + step for step in curve.steps[num_before:])
         before = curve.values[0] if num_before else None
-        return cls(before, steps, curve.values[num_before:])
+        return cls(before, first_step, steps, curve.values[num_before:])
 
 
 def _forgetting_figure(
@@ -161,9 +189,14 @@ def _forgetting_figure(
     control: Sequence[Curve],
     *,
     borders: Sequence[int],
+    born: Sequence[int],
     is_grown: bool,
 ) -> Figure | None:
-    """One panel per domain: what it came from, the expansion, its loss while it is trained."""
+    """One panel per domain: what it came from, the expansion, its loss while it is trained.
+
+    Args:
+        born: steps of the last training at which neurons were.
+    """
     grown = [(row, _courses(row, rounds)) for row in rows if not row.is_control]
     shown = [(row, courses) for row, courses in grown if courses]
     if not shown:
@@ -173,9 +206,10 @@ def _forgetting_figure(
         level = _draw_courses(axes, courses, is_grown=is_grown)
         for beside in _courses(row, [control]):
             label = "control, not grown"
-            axes.plot(beside.steps, beside.values, "s--", color=_ORANGE, markersize=3, label=label)
+            axes.plot(beside.steps, beside.values, "s--", color=ORANGE, markersize=3, label=label)
         for step in borders:
             axes.axvline(step, color=GREY, linestyle="-.", linewidth=1, label="next task")
+        mark_growth(axes, [courses[-1].first_step + step for step in born])
         axes.set_title(f"{row.domain} ({row.role})", fontsize=10)
         axes.set_xlabel("training step")
         axes.margins(y=0.15)
@@ -313,26 +347,12 @@ def _draw_pair(axes: Axes, old: DomainRow, new: DomainRow) -> None:
         # The gain is the fall: its lower error is the change's upper one
         xerr=_errors(new.change.above, new.change.below),
         yerr=_errors(old.change.below, old.change.above),
-        color=_ORANGE if old.is_control else BLUE,
+        color=ORANGE if old.is_control else BLUE,
         marker="s" if old.is_control else "o",
         linestyle="none",
         capsize=3,
         label=f"{kind}: {old.domain} against {new.domain}",
     )
-
-
-def new_figure(
-    *, rows: int = 1, columns: int = 1, width: float, height: float
-) -> tuple[Figure, list[Axes]]:
-    """Return a figure of our own (no pyplot, so nothing global) and its panels in reading order."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    panels = [
-        axes for line in figure.subplots(rows, columns, squeeze=False).tolist() for axes in line
-    ]
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.25)
-    return figure, panels
 
 
 def _errors(below: float | None, above: float | None) -> list[list[float]]:

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 from scipy import stats
 
+from tritter.report.growth_record import GrowthRecord
 from tritter.report.plots import Curve
 from tritter.report.rows import DomainRow, domain_rows, last_attempt
 
@@ -25,6 +26,7 @@ _PREPARED = (
     "adapt",
 )  # stages that belong to a method as its training does
 _NAME_CHARACTERS = 100
+_NAMED_BY_GROWTH = ("growth.trigger", "growth.initialiser")
 _MOST = 10**9  # of rows and tokens; larger ones are no setting of a run
 
 
@@ -102,6 +104,24 @@ class Run:
     def borders(self) -> tuple[int, ...]:
         """Steps at which it went on to its next task."""
         return _ends(self.summary.get("tasks") or ())
+
+    @cached_property
+    def growth(self) -> GrowthRecord | None:
+        """How its neurons grew; None: it was not to grow."""
+        return GrowthRecord.of(self.summary)
+
+    @property
+    def births(self) -> tuple[int, ...]:
+        """Steps at which neurons grew; of several rounds those of the last."""
+        if self.growth is None:
+            return ()
+        first = self.steps - self.last_steps
+        return tuple(first + step for step in self.growth.event_steps)
+
+    @property
+    def last_steps(self) -> int:
+        """Steps of its last round, or of its last attempt."""
+        return self._parts[-1].get("steps") or 0
 
     def cost(self, of: str) -> float | None:
         """Return `flops` or `seconds` of its training, and of what its methods prepare for it.
@@ -186,7 +206,8 @@ def grouped(runs: Iterable[Run]) -> tuple[Group, ...]:
     groups = [tuple(each) for each in held.values()]
     firsts = [each[0] for each in groups]
     keys = [key for key in differing_keys(firsts) if key != _SEED and _tells(key, firsts)]
-    names = [_name(each[0], keys) for each in groups]
+    has_growth = any(run.growth is not None for run in firsts)
+    names = [_name(each[0], keys, has_growth=has_growth) for each in groups]
     return tuple(
         Group(name if names.count(name) == 1 else f"{name} ({each[0].name})", each)
         for name, each in zip(names, groups, strict=True)
@@ -203,7 +224,8 @@ def with_controls(groups: Iterable[Group]) -> tuple[Group, ...]:
         if scores and scores not in seen:
             seen.append(scores)
             runs = tuple(_control_of(run) for run in group.runs if run.control_rows)
-            rest = group.name.partition(" ")[2]
+            words = group.name.split(" ")[1:]
+            rest = " ".join(word for word in words if not word.startswith("growth="))
             found.append(Group(f"control, not grown: {rest}", runs, is_control=True))
     return tuple(found)
 
@@ -219,7 +241,9 @@ def _control_of(run: Run) -> Run:
         "flops": {},
         "seconds": {},
     }
-    summary = {k: v for k, v in run.summary.items() if k not in ("control", "expanded")} | own
+    summary = {
+        k: v for k, v in run.summary.items() if k not in ("control", "expanded", "growth")
+    } | own
     return Run(run.name, summary, run.settings, run.control)
 
 
@@ -229,13 +253,20 @@ def differing_keys(runs: Sequence[Run]) -> tuple[str, ...]:
     return tuple(k for k in keys if len({repr(run.settings.get(k)) for run in runs}) > 1)
 
 
-def _name(run: Run, keys: Sequence[str]) -> str:
-    """Name a group by its methods and by what else differs."""
+def _name(run: Run, keys: Sequence[str], *, has_growth: bool) -> str:
+    """Name a group by its methods and by what else differs.
+
+    Args:
+        has_growth: some of all runs may grow while they are trained.
+    """
     methods = {key: _methods(run, key) for key in ("expansion", "forgetting")}
+    if has_growth:
+        methods["growth"] = [] if run.growth is None else [_short(run.growth.name)]
     parts = [f"{key}={'+'.join(names) or 'none'}" for key, names in methods.items()]
-    own = [key for key in keys if run.settings.get(key) is not None]
+    most = len(parts) + _MOST_NAMED
+    own = [key for key in keys if run.settings.get(key) is not None and key not in _NAMED_BY_GROWTH]
     parts += [f"{key.rpartition('.')[2]}={_short(run.settings[key])}" for key in own]
-    name = " ".join(parts[: 2 + _MOST_NAMED]) + (" …" if len(parts) > 2 + _MOST_NAMED else "")
+    name = " ".join(parts[:most]) + (" …" if len(parts) > most else "")
     return name if len(name) <= _NAME_CHARACTERS else name[: _NAME_CHARACTERS - 2] + ".."
 
 

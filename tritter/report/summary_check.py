@@ -2,25 +2,24 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Required
+from typing import Any, Literal, Required
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from tritter.errors import TritterError
+from tritter.report.bounds import Count, Number
+from tritter.report.growth_record import GrowthSummary
 
-_LARGEST = 1e30  # sums and squares of such numbers, and axes over them, are finite
-_Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
-_Count = Annotated[int, Field(ge=0, le=10**15)]
-_Costs = dict[str, _Number | None]
+_Costs = dict[str, Number | None]
 
 
 class _Score(TypedDict, total=False):
-    loss: _Number | None
-    loss_per_byte: _Number | None
-    standard_error: _Number | None
-    accuracy: _Number | None
-    accuracy_standard_error: _Number | None
+    loss: Number | None
+    loss_per_byte: Number | None
+    standard_error: Number | None
+    accuracy: Number | None
+    accuracy_standard_error: Number | None
 
 
 _Scores = dict[str, _Score]
@@ -31,15 +30,15 @@ class _Check(TypedDict, total=False):
     verdict: Required[str]
     subject: str
     detail: str
-    value: _Number | None
-    bound: _Number | None
-    interval: tuple[_Number | None, _Number | None] | None
+    value: Number | None
+    bound: Number | None
+    interval: tuple[Number | None, Number | None] | None
 
 
 class _Task(TypedDict):
     domains: list[str]
     final: _Scores
-    steps: _Count
+    steps: Count
 
 
 class _Trained(TypedDict, total=False):
@@ -50,10 +49,10 @@ class _Trained(TypedDict, total=False):
     expanded: _Scores | None
     baseline: _Scores
     gate: list[_Check]
-    steps: _Count
+    steps: Count
     tasks: list[_Task]
-    flops: _Number | _Costs
-    seconds: _Number | _Costs
+    flops: Number | _Costs
+    seconds: Number | _Costs
 
 
 class _Sample(TypedDict, total=False):
@@ -82,9 +81,10 @@ class _Summary(TypedDict, total=False):
     tasks: list[_Task]
     flops: _Costs
     seconds: _Costs
-    parameters: dict[str, _Count]
+    parameters: dict[str, Count]
     samples: list[_Sample]
     notes: list[str]
+    growth: GrowthSummary | None
 
 
 _ADAPTER = TypeAdapter(_Summary)

@@ -9,6 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tritter.report.growth import growth_table, growth_text
+from tritter.report.growth_record import GrowthRecord
 from tritter.report.moe import bias_text, expert_table
 from tritter.report.rows import ACCURACY, DomainRow, checks, domain_rows, last_attempt, score_of
 from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
@@ -55,6 +57,8 @@ def print_summary(
         tables.append(task_table(summary, signs=signs))
     if experts := summary.get("moe"):
         tables.append(expert_table(experts))
+    if (growth := GrowthRecord.of(summary)) is not None and growth.events:
+        tables.append(growth_table(growth, signs=signs))
     tables.append(stage_table(summary))
     for table in tables:
         console.print()
@@ -138,6 +142,8 @@ def summary_lines(summary: Mapping[str, Any], *, signs: Signs) -> list[SummaryLi
     if (jump := _jump_text(summary)) is not None:
         lines.append(SummaryLine("jump", jump))
     lines.append(SummaryLine("parameters", _parameters_text(summary, signs=signs)))
+    if (growth := GrowthRecord.of(summary)) is not None:
+        lines.append(SummaryLine("growth", growth_text(growth, signs=signs)))
     if (text := bias_text(summary.get("moe") or {})) is not None:
         lines.append(SummaryLine("bias", text))
     return lines
