@@ -19,7 +19,7 @@ OPEN = {"conf_folder", "errors", "limits", "options", "seeds", "stopping", "targ
 _MODELS = {"parameter_map", "families", "stock_routers", "models"}
 _CORE = _MODELS | {"loadable", "storage", "expansion", "checkpoint", "data"}
 _TRAINING = _CORE | {"expand", "evaluation", "training"}
-_BELOW_PIPELINE = _TRAINING | {"config", "planning", "forgetting", "moe_routing"}
+_BELOW_PIPELINE = _TRAINING | {"config", "planning", "forgetting", "moe_routing", "growth"}
 ARROWS: dict[str, set[str]] = {
     "parameter_map": set(),
     "storage": set(),
@@ -36,6 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "training": _TRAINING - {"training"},
     "forgetting": _TRAINING,
     "moe_routing": _TRAINING,
+    "growth": _TRAINING,
     "report": {"checkpoint", "evaluation"},
     "pipeline": _BELOW_PIPELINE | {"report"},
     "planning": {"families", "expansion", "parameter_map"},
@@ -46,7 +47,7 @@ ARROWS: dict[str, set[str]] = {
 
 # Library → where it may be imported: rooms, or single modules.
 LIBRARIES: dict[str, set[str]] = {
-    "lightning": {"data", "training", "forgetting", "moe_routing", "pipeline"},
+    "lightning": {"data", "training", "forgetting", "moe_routing", "growth", "pipeline"},
     "hydra": {"config", PROGRAM},
     "omegaconf": {"config", PROGRAM},
     "transformers": {"models", "loadable", "families"},

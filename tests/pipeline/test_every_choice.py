@@ -1,4 +1,4 @@
-"""Every expansion with every method: composes, trains, resumes to the same weights, loads in stock.
+"""Every expansion, method and growth: trains, resumes to the same weights, loads in stock.
 
 The choices are the option files, so what is added there is tested here. The quick test meets each
 choice once, the slow one every pair.
@@ -31,6 +31,8 @@ def options_of(group: str) -> list[str]:
 
 EXPANSIONS = [NEEDS.get(name, name) for name in options_of("expansion")]
 METHODS = options_of("forgetting")
+GROWTHS = [name for name in options_of("growth") if name != "none"]
+WITH_EXPERTS = ("moe", "[moe,moe_add]")  # where no neurons grow
 ALL_PAIRS = list(product(EXPANSIONS, METHODS))
 
 
@@ -49,33 +51,54 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
 
 
-def run(folder: Path, cache: Path, expansion: str, forgetting: str) -> str:
+def growing() -> Iterator[tuple[str, str, str]]:
+    """Yield triples in which each growth stands, and each dense expansion and method in turn."""
+    dense = [name for name in EXPANSIONS if name not in WITH_EXPERTS]
+    for number in range(max(len(dense), len(METHODS), len(GROWTHS))):
+        yield (
+            dense[number % len(dense)],
+            METHODS[-1 - number % len(METHODS)],
+            GROWTHS[number % len(GROWTHS)],
+        )
+
+
+def run(folder: Path, cache: Path, expansion: str, forgetting: str, growth: str) -> str:
     """Run the job, or go on with it, and return the hash of what was trained."""
     folder.mkdir(exist_ok=True)
     words = [word for word in TINY if not word.startswith(("forgetting=", "model.num_hidden"))]
     words += ["model.num_hidden_layers=3", f"cache_dir={cache}"]
-    config = load_config([*words, f"expansion={expansion}", f"forgetting={forgetting}"])
+    words += [f"expansion={expansion}", f"forgetting={forgetting}", f"growth={growth}"]
+    if growth != "none":  # several events in six steps
+        words += ["growth.growth_cooldown=2", "growth.check_every=1", "growth.warmup_steps=0"]
+        words += ["growth.trigger=within_layer", "growth.max_growth_per_step=3"]
+    config = load_config(words)
     run_pipeline(config, run_folder=folder)
     lineage = read_lineage(folder / "checkpoint")
     assert lineage is not None
-    assert [record.method for record in lineage.expansion_history] == [
-        name for name in expansion.strip("[]").split(",") if name != "none"
-    ]
+    methods = [name for name in expansion.strip("[]").split(",") if name != "none"]
+    methods += ["growth"] if growth != "none" else []
+    assert [record.method for record in lineage.expansion_history] == methods
     return lineage.model_hash
 
 
-def check(folder: Path, cache: Path, expansion: str, forgetting: str) -> None:
-    whole = run(folder / "whole", cache, expansion, forgetting)
+def check(folder: Path, cache: Path, expansion: str, forgetting: str, growth: str = "none") -> None:
+    whole = run(folder / "whole", cache, expansion, forgetting, growth)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BaseModule, "training_step", _dies_at(BaseModule.training_step))
         with pytest.raises(Killed):
-            run(folder / "parts", cache, expansion, forgetting)
+            run(folder / "parts", cache, expansion, forgetting, growth)
     assert any((folder / "parts").rglob("saved/*")), "nothing was saved before the kill"
-    assert run(folder / "parts", cache, expansion, forgetting) == whole
+    assert run(folder / "parts", cache, expansion, forgetting, growth) == whole
 
     summary = json.loads((folder / "whole/summary.json").read_text(encoding="utf-8"))
     verdicts = {gate["check"]: gate["verdict"] for gate in summary["gate"]}
     assert verdicts["gradient_flow"] == verdicts["memory"] == "passed"
+    if growth != "none":
+        assert summary["growth"]["events"] and summary["growth"]["born"]
+        bounds = {"foam": 1e-4, "gradmax": 1e-4, "foam_v3": 0.1}
+        change = summary["growth"]["function_change"]
+        assert change < bounds.get(growth, 9.0) and (change > 1e-2 or growth in bounds)
+        assert bool(summary["growth"]["replaced"]) == (growth == "foam_v3")
     exact = expansion in ("width", "llama_pro")
     if expansion != "none":
         assert verdicts["preservation"] == ("passed" if exact else "reported")
@@ -99,6 +122,13 @@ def _dies_at(training_step):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(("expansion", "forgetting"), list(pairs()))
 def test_every_choice(tmp_path: Path, tiny_cache: Path, expansion: str, forgetting: str) -> None:
     check(tmp_path, tiny_cache, expansion, forgetting)
+
+
+@pytest.mark.parametrize(("expansion", "forgetting", "growth"), list(growing()))
+def test_every_growth(
+    tmp_path: Path, tiny_cache: Path, expansion: str, forgetting: str, growth: str
+) -> None:
+    check(tmp_path, tiny_cache, expansion, forgetting, growth)
 
 
 @pytest.mark.slow

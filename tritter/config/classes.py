@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tritter.config.growth import growth_class
 from tritter.config.named import BASES, named_class
 from tritter.config.optimizers import optimizer_class
 from tritter.config.reading import Reader
@@ -13,7 +14,13 @@ from tritter.options import leaves
 
 Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
 
-_OF_ONE = {"model": model_class, "data": data_class, "optimizer": optimizer_class}
+_OF_ONE = {
+    "model": model_class,
+    "data": data_class,
+    "optimizer": optimizer_class,
+    "growth": growth_class,
+}
+_OPTIONAL = ("growth",)  # absent: nothing is chosen
 _OF_SEVERAL = {**dict.fromkeys(METHOD_GROUPS, method_class), **dict.fromkeys(BASES, named_class)}
 _NOTHING = {"logger": "csv"}  # what stands for nothing in a group of several; else none
 
@@ -21,9 +28,9 @@ _NOTHING = {"logger": "csv"}  # what stands for nothing in a group of several; e
 def group_bodies(reader: Reader, raw: Mapping[str, Any]) -> Bodies:
     """Return the body of each group, without what stands for nothing and what is switched off."""
     bodies = {}
-    for group in (*SECTIONS, "optimizer", *_OF_SEVERAL):
+    for group in (*SECTIONS, "optimizer", "growth", *_OF_SEVERAL):
         body = raw.get(group)
-        if body is None and group in _OF_SEVERAL:
+        if body is None and group in (*_OF_SEVERAL, *_OPTIONAL):
             body = {}
         if not isinstance(body, Mapping):
             reader.report(group, body, reason="it holds keys; choose an option of it")

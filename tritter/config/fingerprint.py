@@ -59,6 +59,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
             one.name: {**one.body, **identity(imported(one.body[TARGET]))}
             for one in config.callbacks
         }
+    if config.growth is not None:
+        result["growth"] = config.growth.plain()
     return result | _methods(config)
 
 

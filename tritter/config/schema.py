@@ -26,6 +26,7 @@ from tritter.options import Count, Text, WholeNumber, options
 from tritter.targets import NamedTarget
 
 if TYPE_CHECKING:
+    from tritter.config.growth_config import GrowthConfig
     from tritter.config.run_text import RunText
     from tritter.config.selection import Selected
     from tritter.expansion import ExpansionSpec
@@ -338,8 +339,9 @@ class RunConfig(RootValues):
 
     `text` is worked out from `model`, `data` and what the checkpoint at `model.path` learned.
 
-    `expansion` holds the records that its options name, which are no import of this room's, and
-    `rungs` what is tried, one after the other, when the gate rolls back.
+    `expansion` holds the records that its options name, which are no import of this room's,
+    `rungs` what is tried, one after the other, when the gate rolls back; `growth` is None where
+    nothing grows.
     """
 
     cache_dir: Path  # type: ignore[assignment] # found by now
@@ -360,6 +362,7 @@ class RunConfig(RootValues):
     evaluation: EvaluationConfig
     moe_routing: MoeRoutingConfig
     adaptation: AdaptationConfig
+    growth: "GrowthConfig | None" = None
     rungs: "tuple[RunConfig, ...]" = ()
     rung_words: tuple[str, ...] = ()  # of one of them: its overrides
 
@@ -381,4 +384,4 @@ SECTIONS: dict[str, type | UnionType] = {
     "moe_routing": MoeRoutingConfig,
     "adaptation": AdaptationConfig,
 }
-OPEN_GROUPS = ("optimizer", "callbacks", "logger")  # hold arguments of classes of others
+OPEN_GROUPS = ("optimizer", "callbacks", "logger", "growth")  # hold arguments of classes of others

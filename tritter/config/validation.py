@@ -17,6 +17,7 @@ from tritter.config.callbacks import (
 )
 from tritter.config.classes import Bodies, find_classes, group_bodies
 from tritter.config.forgetting import method_problems, method_start_problems
+from tritter.config.growth import growth_keys, growth_problems, growth_start_problems, read_growth
 from tritter.config.kept import kept_text
 from tritter.config.ladder import ladder_problems
 from tritter.config.loggers import read_loggers
@@ -60,7 +61,7 @@ def known_keys() -> tuple[str, ...]:
         keys += dict.fromkeys(key for record in records for key in field_keys(record, name))
     keys += {f"data.{key}" for own in data_keys().values() for key in own} - {*keys}
     keys += [*field_keys(OptimizerValues, "optimizer"), *field_keys(WandbConfig, "logger.wandb")]
-    return tuple(sorted([*keys, *method_keys()]))
+    return tuple(sorted([*keys, *method_keys(), *growth_keys()]))
 
 
 Rule = Callable[[RunConfig], Iterable[Problem]]
@@ -71,6 +72,7 @@ _READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], 
     "evaluation": read_evaluation,
     "optimizer": read_optimizer,
     "callbacks": read_callbacks,
+    "growth": read_growth,
     "logger": read_loggers,
 }
 
@@ -168,6 +170,8 @@ def _read(
     root: RootValues | None = reader.read(RootValues, given, prefix="")
     values["cache_dir"] = root and reader.ask(cache_folder, root.cache_dir)
     read = {name: value for name, value in values.items() if value is not None}
+    if not bodies.get("growth", True):
+        read["growth"] = None  # nothing grows: so it was asked, and read
     return read if root is None else {**asdict(root), **read}
 
 
@@ -207,6 +211,7 @@ def start_problems(config: RunConfig, source: Config) -> Sequence[Problem]:
     return problems or [
         *expert_problems(config, source),
         *method_start_problems(config, source),
+        *growth_start_problems(config, source),
     ]
 
 
@@ -383,6 +388,7 @@ _RULES: tuple[Rule, ...] = (
     replay_problems,
     weight_problems,
     method_problems,
+    growth_problems,
     pipeline_problems,
     carry_problems,
     asking_problems,

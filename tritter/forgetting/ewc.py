@@ -85,7 +85,7 @@ class EWC(QuadraticPenalty):
         self.kind = KINDS[carry]
         self.at = at
         self.refresh_steps = refresh_steps
-        self._looks_first = False
+        self._carried: Mapping[str, Tensor] = {}
         self._scale = 1.0
 
     @classmethod
@@ -120,14 +120,12 @@ class EWC(QuadraticPenalty):
             raise TritterError(
                 f"forgetting={self.name} was given no Fisher information of the old domains."
             )
-        self._looks_first = self.at == "expanded" or (
-            self.at == "auto" and has_new_values(model, task.carried)
-        )
+        self._carried = task.carried
         if self.normalise == "mean":  # before the expansion: copies and new entries don't move it
             self._scale = mean_importance(task.state_before[self.kind])
         given = {} if fisher is None or self.at == "expanded" else fisher
         importance = {name: value / self._scale for name, value in given.items()}
-        if self._looks_first or self.refresh_steps is not None:
+        if self.at != "carried" or self.refresh_steps is not None:
             # What has no Fisher yet may get one: its anchor is where it begins
             free = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
             importance = {**free, **importance}
@@ -142,7 +140,7 @@ class EWC(QuadraticPenalty):
         return task.old_sequences
 
     def look(self, model: nn.Module, step: int) -> float:
-        if not self._is_due(step):
+        if not self._is_due(model, step):
             return 0.0
         seed = derived_seed(self._label_seed, str(step))
         taken = shared_fisher(model, self._sequences, estimator=self.estimator, seed=seed)
@@ -154,9 +152,10 @@ class EWC(QuadraticPenalty):
         """Return the importance that a parameter has by the Fisher of a look alone."""
         return fisher
 
-    def _is_due(self, step: int) -> bool:
-        if step == 0:
-            return self._looks_first
+    def _is_due(self, model: nn.Module, step: int) -> bool:
+        if step == 0:  # before anything but the expansion changed the model
+            is_auto = self.at == "auto" and has_new_values(model, self._carried)
+            return self.at == "expanded" or is_auto
         times, rest = divmod(step, self.refresh_steps or step + 1)
         return rest == 0 and times.bit_count() == 1
 

@@ -278,6 +278,10 @@ def _filled(
         case "copy":
             assert donor is not None, "a fill that copies needs a donor"
             return torch.where(has_source, values, donor.to(values))
+        case "given":
+            assert fill.values is not None, "a given fill holds values"
+            lacking = ~has_source.expand(values.shape)
+            return values.masked_scatter_(lacking, fill.values.to(values))
 
 
 def _drawn(values: Tensor, seed: int, *, std: float, mean: float = 0.0) -> Tensor:

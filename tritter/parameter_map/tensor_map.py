@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -100,27 +100,32 @@ class Fill:
         kind: `zero`; `random` (normal, mean 0, `std`); `matched` (normal with the mean and
             deviation of the source's values); `mean` (of the carried values, or 1 where they
             are all zero: behind zero weights a gain of zero would never move); `row_mean` (the
-            mean of the source's rows); or `copy`, what `donor` makes of another tensor.
+            mean of the source's rows); `copy`, what `donor` makes of another tensor; or `given`,
+            `values`.
         std: standard deviation of `random`.
         seed: seed of `random` and `matched`; each tensor has its own.
         scale: factor on what `matched` draws, as on the source's values.
         repeat: rows in a row that share one draw of `random` (router rows of a group).
         donor: a map from another tensor to the whole target; where it has no source either, its
             own fill counts.
+        values: of `given`: one for each entry without a source, in the target's order.
     """
 
-    kind: Literal["zero", "random", "matched", "mean", "row_mean", "copy"] = "zero"
+    kind: Literal["zero", "random", "matched", "mean", "row_mean", "copy", "given"] = "zero"
     std: float = 0.0
     seed: int = 0
     scale: float = 1.0
     repeat: int = 1
     donor: "TensorMap | None" = None
+    values: Tensor | None = field(default=None, compare=False)
 
     def description(self) -> list[object]:
         """Return plain data that determines the fill."""
         plain: list[object] = [self.kind, self.std, self.seed]
         if self.scale != 1 or self.repeat != 1:
             plain += [self.scale, self.repeat]
+        if self.values is not None:
+            plain.append(_tensor_digest(self.values))
         return plain if self.donor is None else [*plain, self.donor.description()]
 
 
@@ -265,5 +270,5 @@ def _described(source: str | TensorMap | None) -> object:
 def _tensor_digest(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

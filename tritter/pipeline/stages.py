@@ -2,11 +2,12 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Callback
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
@@ -14,14 +15,13 @@ from tritter.checkpoint import Lineage, lineage_of, record_step0_error
 from tritter.data.datamodule import EvaluationText
 from tritter.errors import RequestError
 from tritter.evaluation.jump import logit_jump
-from tritter.evaluation.samples import prompt_in_words, sample_text
 from tritter.expand import expand
 from tritter.families import count_parameters, forward_flops
 from tritter.forgetting import build_methods
 from tritter.forgetting.freeze import hold_still
-from tritter.models import config_of, load_model, read_config
+from tritter.models import load_model, read_config
 from tritter.moe_routing import is_router, redraw_rows
-from tritter.pipeline import importance, moe, moments
+from tritter.pipeline import growth, importance, moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
 from tritter.pipeline.baseline_scores import score_baseline
@@ -29,6 +29,7 @@ from tritter.pipeline.context import RunContext, schedule_of
 from tritter.pipeline.given import copy_given
 from tritter.pipeline.last_rate import last_rate
 from tritter.pipeline.ledger import StageResult
+from tritter.pipeline.samples import said
 from tritter.pipeline.scoring import score_file
 from tritter.pipeline.trained import (
     TrainedWriter,
@@ -52,7 +53,6 @@ from tritter.training.before import losses_before
 from tritter.training.validation import evaluation_flops
 
 JUMP_SEQUENCES = 8
-SAMPLE_PROMPT_TOKENS = 24
 _EARLIER = ("adapt", "distill")  # trainings of an arm before the one that its checks are of
 
 
@@ -194,6 +194,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     with moe.ready_for_training(context, arm, model) as setup:
         task = importance.task(context, arm, follow=setup.follow)
         _freeze(model, methods, task, max_steps=settings.max_steps)
+        observers, changers = growth.callbacks(context, arm, model, max_steps=settings.max_steps)
         module = BaseModule(
             model,
             schedule=schedule_of(settings, start_rate=last_rate(context, arm)),
@@ -215,6 +216,8 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             loggers=loggers,
             write_result=write,
             evaluation=context.evaluation_text,
+            observers=observers,
+            changers=changers,
         )
     accept(write.target)
     flops = result.flops
@@ -295,6 +298,8 @@ def _fit(
     write_result: WriteResult,
     evaluation: EvaluationText | None = None,
     loggers: Sequence[Logger] = (),
+    observers: Sequence[Callback] = (),
+    changers: Sequence[Callback] = (),
 ) -> FitResult:
     """Train an arm's module on the new domains."""
     max_steps = module.schedule.max_steps
@@ -310,8 +315,9 @@ def _fit(
         task=task,
         loggers=loggers,
         # What starts from moments leaves its own; the stages of routers do neither
-        observers=moments.keepers(context, folder) if module.moments else (),
+        observers=[*(moments.keepers(context, folder) if module.moments else ()), *observers],
         controls=setup.controls,
+        changers=changers,
         theirs=context.config.callbacks if label == "training" else (),
         write_result=write_result,
         evaluation=evaluation,
@@ -321,7 +327,7 @@ def _fit(
 def fit_found(result: FitResult) -> dict[str, Any]:
     """Return what the ledger keeps of a training."""
     taken = ["steps", "refused_steps", "stopped_because", "ended_early", "update_norms"]
-    taken += ["flow", "held"]
+    taken += ["flow", "held", "reports"]
     return {name: getattr(result, name) for name in taken}
 
 
@@ -336,7 +342,7 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     is_last = arm.task == len(context.text.tasks) - 1
     if is_last and not arm.is_control and context.config.evaluation.sample_tokens:
         before = load_model(context.folder / ("baseline" if arm.task else arm.start))
-        samples = [_sample(context, domain, before, trained) for domain in context.domains]
+        samples = [said(context, domain, before, trained) for domain in context.domains]
         flops += sum(sample.flops for sample in samples)
     return StageResult(
         found={
@@ -363,37 +369,3 @@ def _layer_note(sources: tuple[int, ...], name: str) -> str:
     if sources == tuple(range(len(sources))):
         return ""
     return f"{name}: layers from {' '.join(map(str, sources))}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """What two models say to one prompt, as in summary.json, and the FLOPs of it."""
-
-    texts: dict[str, str]
-    flops: float
-
-
-def _sample(context: RunContext, domain: str, before: Any, after: Any) -> _Sample:
-    document = context.corpus.domains[domain].validation.document(0)
-    # Documents begin with headings and imports, which show less than what comes after them.
-    tokenizer, max_new = context.corpus.tokenizer, context.config.evaluation.sample_tokens
-    prompt = prompt_in_words(
-        document[: 4 * SAMPLE_PROMPT_TOKENS].tolist(),
-        tokenizer.decode,
-        skipped_tokens=SAMPLE_PROMPT_TOKENS,
-        max_tokens=SAMPLE_PROMPT_TOKENS,
-    )
-    texts, flops = {}, 0.0
-    for name, model in (("before", before), ("after", after)):
-        tokens = sample_text(
-            model,
-            prompt_ids=prompt,
-            max_new_tokens=max_new,
-            end_of_text_id=context.end_of_text_id,
-        )
-        texts[name] = str(tokenizer.decode(tokens))
-        # End of text, the prompt and what was said; the last token is not read any more
-        config, said = config_of(model), min(len(tokens), max_new - 1)
-        flops += forward_flops(config).of(1 + len(prompt) + said)
-    record = {"domain": domain, "prompt": str(tokenizer.decode(prompt)), **texts}
-    return _Sample(record, flops)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tritter.families import count_parameters, on_disk
 from tritter.models import read_config
-from tritter.pipeline import importance, moe
+from tritter.pipeline import growth, importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult
@@ -64,6 +64,8 @@ def summary_record(
     }
     if (used := moe.summary_record(trials[-1].context, arms)) is not None:
         summary["moe"] = used
+    if (grew := growth.summary_record(trials[-1].context, arms)) is not None:
+        summary["growth"] = grew
     if last.is_round:
         summary |= {"rounds": records, "target": target_record(context, last)}
     if control_gate is not None:

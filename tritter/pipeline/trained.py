@@ -24,6 +24,7 @@ from tritter.models import (
 from tritter.pipeline import moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.growth import GrowthRecord
 from tritter.pipeline.kept import left_sequences
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.storage.writer import TensorStream
@@ -47,6 +48,7 @@ class TrainedWriter:
         moments: those of the optimizer.
         routing_state: where the routers' biases, which no checkpoint holds, are left.
         kept: sequences that stay beside the model.
+        growth: what the record of neurons that grew on the way says of them already.
     """
 
     start: Path
@@ -59,6 +61,7 @@ class TrainedWriter:
     moments: Artifact | None = None
     routing_state: Path | None = None
     kept: KeptSequences = field(default_factory=KeptSequences)
+    growth: GrowthRecord | None = None
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         """Write `model` as this training left it."""
@@ -67,7 +70,9 @@ class TrainedWriter:
             added = added.at(added.step + steps, anneal_steps=self.anneal_steps)
         is_settled = added is None or added.is_settled
         # In float32 whatever the start was stored in; rounding back would lose small updates
-        config = {**_followed(read_config(self.start), model), "dtype": "float32"}
+        start = read_config(self.start)
+        config = {**_followed(start, model), "dtype": "float32"}
+        grown = [] if self.growth is None else self.growth.records(start, config, result)
         write_checkpoint(
             self.target,
             config=config,
@@ -76,6 +81,7 @@ class TrainedWriter:
                 self.lineage,
                 step=self.earlier_steps + steps,
                 stock_loadable="yes" if is_settled else "after adaptation",
+                expansion_history=(*self.lineage.expansion_history, *grown),
             ),
             artifacts=(
                 TokenizerFiles(self.start),
@@ -155,6 +161,7 @@ def arm_writer(context: RunContext, arm: Arm, *, is_routed: bool) -> TrainedWrit
         moments=moments.LeftState(folder),
         routing_state=folder / "routing" if has_bias else None,
         kept=left_sequences(context, arm),
+        growth=GrowthRecord.of(context, arm),
     )
 
 

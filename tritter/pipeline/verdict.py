@@ -111,7 +111,8 @@ def _completed(context: RunContext, arms: Sequence[Arm], lineage: Lineage) -> Li
     after = context.read_scores(f"{last.name}-trained")
     delta = {d: performance_delta(before[d], after[d]) for d in context.domains}
     history = list(lineage.expansion_history)
-    for position in range(len(history) - len(first.specs), len(history)):
+    old = lineage_of(context.folder / first.start).expansion_history
+    for position in range(len(old), len(history)):
         history[position] = replace(
             history[position], continued_training_steps=lineage.step, performance_delta=delta
         )

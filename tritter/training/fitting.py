@@ -61,15 +61,15 @@ def fit(
     loggers: Sequence[Logger] = (),
     observers: Sequence[Callback] = (),
     controls: Sequence[Callback] = (),
+    changers: Sequence[Callback] = (),
     theirs: Sequence[NamedTarget] = (),
     write_result: WriteResult | None = None,
     evaluation: EvaluationText | None = None,
 ) -> FitResult:
     """Train `module` for the steps of its schedule, from where a killed training left off.
 
-    What it left is in `folder`; `discard_saved` removes it once the result is safe. The result is
-    written where it was trained: with several processes only the fit runs in them, and `module`
-    and the methods stay in this one as they were.
+    What it left is in `folder`; `discard_saved` removes it once the result is safe. With several
+    processes only the fit runs in them; `module` and the methods stay in this one as they were.
 
     Args:
         folder: where `metrics.csv` of this stage is written.
@@ -78,13 +78,13 @@ def fit(
         loggers: besides the CSV; with several processes they get its rows when the fit has ended.
         observers: callbacks that read the gradients of the task before any method changes them.
         controls: callbacks that set what the model may do in a batch, by the step alone.
+        changers: callbacks that change the model between two steps, by `surgery`.
         theirs: callbacks that the run is asked for, which stand behind all of ours.
         write_result: writes what the training leaves, unless it is asked to stop.
         evaluation: text on which `eval/<domain>/loss` is measured on the way.
 
     Raises:
-        TritterError: what the training would go on from is damaged, or a process was killed, or
-            the result could not be written.
+        TritterError: what it would go on from is damaged, a process was killed, or nothing written.
         Stopped: by a signal; its state was saved at the end of the step, unless one came twice.
     """
     guard, work = FiniteGuard(max_consecutive=settings.max_non_finite_steps), WorkCount()
@@ -97,7 +97,7 @@ def fit(
     watching = Watching(guard, work, flow, held, validation)
     conclusion = Conclusion(watching, saving=saving, stop=stop, write=write_result)
     callbacks = [EndOfTraining(), flow, *observers, *controls, work, held, Performance(work)]
-    ours = [guard, bar, RandomState(), conclusion, validation]
+    ours = [guard, bar, RandomState(), *changers, conclusion, validation]
     callbacks += [*_callbacks_of(module, task, folder, work), *filter(None, ours)]
     module.their_callbacks = TheirCallbacks(options=theirs, folder=folder, last=saving)
     gc.collect()  # an earlier trainer, its module and callbacks hold each other, moments too

@@ -199,8 +199,9 @@ class ForgettingMethod:
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Begin a training of `model`, whose weights are those after the expansion.
 
-        Of a resumed training they are those that it goes on from: what was read off the first
-        ones belongs into `state_dict`, which is given back after this.
+        Of a resumed training they are those that it goes on from, and where it changed its model
+        of other shapes than the task's: what was read off the first ones, or follows changes,
+        belongs into `state_dict`, which is given back after this.
         """
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:

@@ -59,6 +59,7 @@ class Flow:
     def __init__(self, new: NewUnits) -> None:
         self._new = new
         self._waiting: dict[str, _Waiting] = {}
+        self._changed: set[str] = set()  # since the training began: what `new` does not tell
         self._restored: dict[str, Any] = {}
         self._step = 0
 
@@ -101,7 +102,9 @@ class Flow:
         """Watch what was changed from here on anew."""
         self._new = {**self._new, **dict.fromkeys((s.name for s in change.before), ())}
         self._new |= change.new_units()
-        for name in {stored.name for stored in (*change.before, *change.after)}:
+        changed = {stored.name for stored in (*change.before, *change.altered)}
+        self._changed |= changed
+        for name in changed:
             self._waiting.pop(name, None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,10 +116,27 @@ class Flow:
             }
             for name, each in self._waiting.items()
         }
-        return {"step": self._step, "waiting": waiting}
+        new = {
+            name: [
+                [dim, flags]
+                for dim, flags in enumerate(self._new.get(name, ()))
+                if flags is not None
+            ]
+            for name in sorted(self._changed)
+        }
+        return {"step": self._step, "waiting": waiting, "new": new}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._step, self._restored = int(state_dict["step"]), dict(state_dict["waiting"])
+        changed = {name: dict(flags) for name, flags in state_dict["new"].items()}
+        self._changed = set(changed)
+        self._new = {
+            **self._new,
+            **{
+                name: tuple(flags.get(dim) for dim in range(max(flags, default=-1) + 1))
+                for name, flags in changed.items()
+            },
+        }
 
     def _enter(self, model: nn.Module, step: int) -> None:
         """Begin to wait for what is trained and was not before."""

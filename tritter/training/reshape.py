@@ -25,6 +25,7 @@ def reshape(
     """Give a live model other parameters, and let its modules follow a config; ties are kept.
 
     Args:
+        config: empty: `model` is a module that no family knows, and has none.
         values: by parameter name, of those that are new or not what they were.
         removed: names of parameters that go.
 
@@ -33,7 +34,8 @@ def reshape(
         TritterError: there is no module for a parameter to stand in.
     """
     like = next(model.parameters())
-    _adopt_config(model, config)
+    if config:
+        _adopt_config(model, config)
     for name in removed:
         owner, key = _place(model, name)
         delattr(owner, key)
@@ -44,7 +46,8 @@ def reshape(
         else:
             owner, key = _place(model, name)
             owner.register_parameter(key, nn.Parameter(value.to(like)))
-    model.tie_weights()  # type: ignore[operator]
+    if config:
+        model.tie_weights()  # type: ignore[operator]
     for module in model.modules():
         if isinstance(module, nn.Linear):  # which may be narrower than a stock one
             module.out_features, module.in_features = module.weight.shape

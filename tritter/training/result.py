@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class FitResult:
         flow: what got no gradient (`without_gradient`), which experts no token (`without_tokens`),
             and the number of steps in which that was looked at (`steps`).
         held: bytes of parameters, gradients and optimizer, as `HeldBytes` found them.
+        reports: what callbacks say that they did, by their `report_name`; plain data.
         update_norms: top-level part of the model → norm of (weights after − before) relative to
             the norm before; shows what moved.
     """
@@ -51,6 +52,17 @@ class FitResult:
     update_norms: dict[str, float]
     flow: dict[str, Any] = field(default_factory=dict)
     held: dict[str, Any] = field(default_factory=dict)
+    reports: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """A callback that says at the end of a training what it did."""
+
+    report_name: str
+
+    def report(self) -> dict[str, Any]:
+        """Return plain data, for summary.json."""
 
 
 class WriteResult(Protocol):
@@ -139,7 +151,7 @@ class Conclusion(Callback):
             self._stop.note(given["stopped_by"])
 
     def _taken_stock(self, trainer: Trainer, module: BaseModule) -> FitResult:
-        watching = self._watching
+        watching, callbacks = self._watching, trainer.callbacks  # type: ignore[attr-defined]
         return FitResult(
             steps=trainer.global_step,
             num_tokens=watching.work.tokens,
@@ -151,6 +163,7 @@ class Conclusion(Callback):
             update_norms=_update_norms(self._before, module.model),
             flow=watching.flow.found(module.model),
             held=watching.held.held,
+            reports={c.report_name: c.report() for c in callbacks if isinstance(c, Reports)},
         )
 
     def _written(self, model: nn.Module, result: FitResult) -> TritterError | None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from tritter.errors import RequestError, TritterError
 from tritter.expand import Change
-from tritter.families import count_parameters, layout
+from tritter.families import StoredTensor, count_parameters, layout
 from tritter.parameter_map.carry import Policy
 from tritter.storage.tensors import is_finite
 from tritter.training.eight_bit import State
@@ -66,6 +66,60 @@ def apply(
     _check_result(optimizer, module, change, ties=ties, num_others=others)
 
 
+def apply_plain(
+    model: nn.Module,
+    change: Change,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    policy: Policy = "carry",
+) -> None:
+    """Change a model that is trained in a plain loop, between a step and the next forward pass.
+
+    Groups keep their order: each new parameter stands in the slot of the old one.
+
+    Args:
+        optimizer: what trains the model; its moments follow. None: it is not known, and is to be
+            made anew of `model.parameters()`.
+
+    Raises:
+        RequestError: the change is not about this model, or adds parameters of other names.
+        TritterError: the optimizer does not hold Adam's moments, or what holds afterwards
+            does not.
+    """
+    _check_shapes(model, change)
+    ties, others = _ties(model), _count_others(model, change)
+    old = dict(model.named_parameters())
+    if change.removed or any(stored.name not in old for stored in change.after):
+        raise RequestError("a plain loop's optimizer has slots for parameters of the same names.")
+    moments = {}
+    if optimizer is not None:
+        moments = carried_moments(optimizer, model, change, places=change.altered, policy=policy)
+    _take_on(model, change)
+    new = dict(model.named_parameters())
+    if optimizer is not None:
+        _fill_slots(optimizer, old, new, moments)
+    for name in new:
+        new[name].grad = None  # those of old shapes are of no use to the new ones
+    _check_model(optimizer, model, change, ties=ties, num_others=others)
+
+
+def _fill_slots(
+    optimizer: torch.optim.Optimizer,
+    old: Mapping[str, nn.Parameter],
+    new: Mapping[str, nn.Parameter],
+    moments: Mapping[str, Moments],
+) -> None:
+    """Put every new parameter, with its state, where the old one stood."""
+    follows = {id(old[name]): new[name] for name in old if new[name] is not old[name]}
+    for group in optimizer.param_groups:
+        group["params"] = [follows.get(id(parameter), parameter) for parameter in group["params"]]
+    for name in old:
+        if new[name] is not old[name]:
+            optimizer.state.pop(old[name], None)
+    for name, state in moments.items():
+        optimizer.state[new[name]] = state
+
+
 def thaw(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None:
     """Let frozen parameters of a live training be trained from its next step on.
 
@@ -108,6 +162,14 @@ def _check_moment(trainer: Trainer, module: LightningModule) -> None:
 
 
 def _check_change(trainer: Trainer, model: nn.Module, change: Change) -> None:
+    _check_shapes(model, change)
+    digest = change.digest()
+    is_same = trainer.strategy.broadcast(digest) == digest
+    if not trainer.strategy.reduce_boolean_decision(is_same):
+        raise TritterError("the processes of the training disagree on how the model is to change.")
+
+
+def _check_shapes(model: nn.Module, change: Change) -> None:
     held = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for stored in change.before:
         if held.get(stored.name) != stored.shape:
@@ -116,10 +178,6 @@ def _check_change(trainer: Trainer, model: nn.Module, change: Change) -> None:
                 f"the change is about {stored.name} of shape {list(stored.shape)}; the model has "
                 f"{has}."
             )
-    digest = change.digest()
-    is_same = trainer.strategy.broadcast(digest) == digest
-    if not trainer.strategy.reduce_boolean_decision(is_same):
-        raise TritterError("the processes of the training disagree on how the model is to change.")
 
 
 def _take_on(model: nn.Module, change: Change) -> None:
@@ -182,15 +240,20 @@ def _ties(model: nn.Module) -> set[frozenset[str]]:
 def _count_others(model: nn.Module, change: Change) -> int:
     """Count the parameters that neither the family nor the change knows."""
     known = {s.name for s in (*change.before, *change.after)}
-    known |= {s.name for s in layout(change.config, "live")}
+    known |= {s.name for s in _stock(change)}
     return sum(p.numel() for name, p in model.named_parameters() if name not in known)
 
 
 def _count_known(change: Change) -> int:
     """Count from shapes what the model holds then of its family's and of the change's own."""
-    stock = {s.name for s in layout(change.config, "live")}
+    stock = {s.name for s in _stock(change)}
     own = sum(prod(s.shape) for s in change.after if s.name not in stock)
-    return count_parameters(change.config) + own
+    return own + (count_parameters(change.config) if change.config else 0)
+
+
+def _stock(change: Change) -> tuple[StoredTensor, ...]:
+    """Return the parameters that the family knows; none of a module that is no whole model."""
+    return layout(change.config, "live") if change.config else ()
 
 
 def _check_result(
@@ -201,20 +264,37 @@ def _check_result(
     ties: set[frozenset[str]],
     num_others: int,
 ) -> None:
-    """Check what has to hold after every change."""
-    model = module.model
+    """Check what has to hold after every change of a training."""
     slots = [id(p) for group in optimizer.param_groups for p in group["params"]]
     trained = [id(p) for p in module.parameters() if p.requires_grad]
+    if sorted(slots) != sorted(trained):
+        raise TritterError(
+            "the model was not changed as it should be: the optimizer does not hold what is "
+            "trained."
+        )
+    _check_model(optimizer, module.model, change, ties=ties, num_others=num_others)
+
+
+def _check_model(
+    optimizer: torch.optim.Optimizer | None,
+    model: nn.Module,
+    change: Change,
+    *,
+    ties: set[frozenset[str]],
+    num_others: int,
+) -> None:
+    """Check what has to hold of a model, and of the state of its optimizer, after every change."""
+    state = {} if optimizer is None else optimizer.state
+    groups = [] if optimizer is None else optimizer.param_groups
+    slots = {id(p) for group in groups for p in group["params"]}
     counted = num_others + _count_known(change)
     own = list(model.parameters())
     found = sum(p.numel() for p in own)
     altered = [model.get_parameter(stored.name) for stored in change.altered]
-    states = (optimizer.state.get(parameter, {}).values() for parameter in altered)
+    states = (state.get(parameter, {}).values() for parameter in altered)
     values = [*altered, *(v for each in states for v in each if isinstance(v, torch.Tensor))]
     problems = {
-        "the optimizer does not hold what is trained": sorted(slots) != sorted(trained),
-        "state is left of parameters that are gone": not set(map(id, optimizer.state))
-        <= set(slots),
+        "state is left of parameters that are gone": not set(map(id, state)) <= slots,
         "ties are cut": not ties <= _ties(model),
         "parameters share their values": len({p.data_ptr() for p in own}) < len(own),
         f"it has {found} parameters instead of {counted}": found != counted,

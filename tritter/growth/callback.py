@@ -1,0 +1,239 @@
+"""Growth as callbacks of a training: one reads the gradients of the task, one changes the model."""
+
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tritter.growth.grower import Grower, Growth
+from tritter.growth.look import MAX_TOKENS, Look, Looking, attach
+from tritter.training import surgery
+from tritter.training.callbacks import WorkCount, ends_step
+from tritter.training.module import base_of
+
+REASON = "growth"  # in the journal
+_TRIED_SEQUENCES = 2  # of a batch, in which the change of the function is measured
+
+
+class GradientPressure(Callback):
+    """Take the gradients of the task, before any method changes them."""
+
+    def __init__(self, grower: Grower) -> None:
+        self._grower = grower
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        self._grower.pressure.observe(base_of(pl_module).model, self._grower.places)
+
+
+class NeuronGrowthCallback(Callback):
+    """Let a model grow during its training; all processes alike.
+
+    Stands behind what counts the step that was taken, and before evaluations and what saves.
+    """
+
+    report_name = "growth"
+
+    def __init__(self, grower: Grower) -> None:
+        self.grower = grower
+        self._restored: Mapping[str, Any] | None = None
+        self._seen = Looking()
+        self._handles: list[RemovableHandle] = []
+        self._after: dict[str, Any] = {}
+        self._last_step = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = base_of(pl_module).model
+        self.grower.begin(model, restored=self._restored)
+        batches = trainer.accumulate_grad_batches * trainer.world_size
+        self._seen.max_tokens = max(1, MAX_TOKENS // batches)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model, grower = base_of(pl_module).model, self.grower
+        (optimizer,) = trainer.optimizers
+
+        def before(*_: object) -> None:
+            step = trainer.global_step
+            is_logged = (step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+            grower.maturity.before_update(model, grower.places, step, is_measured=is_logged)
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(
+            lambda *_: grower.maturity.after_update(model, grower.places)
+        )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._handles and self.grower.may_grow_after(trainer.global_step + 1):
+            model = base_of(pl_module).model
+            self._handles = attach(model, self.grower.places, self._seen)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not ends_step(trainer, batch_idx):
+            return
+        if self.grower.keeps_losses:
+            self.grower.note_loss(float(trainer.callback_metrics["train/loss"]))
+        model, step = base_of(pl_module).model, trainer.global_step
+        if self.grower.pressure.neurons:
+            decided = trainer.strategy.broadcast(self.grower.decide(model, step))
+            if decided:
+                self._grow(trainer, pl_module, decided, batch["input_ids"])
+        self._forget_looks()
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log_dict(self._metrics(trainer, model))
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._forget_looks()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget_looks()
+        module = base_of(pl_module)
+        self._last_step = trainer.global_step
+        self._after = _sizes(self.grower, module.model)
+        maps = [entry["map_digest"] for entry in module.journal if entry["reason"] == REASON]
+        self._after["map_digest"] = sha256("".join(maps).encode()).hexdigest()
+
+    def report(self) -> dict[str, Any]:
+        """Return what growth did, as summary.json has it."""
+        grower, counts = self.grower, self.grower.counts
+        changes = [event["function_change"] for event in grower.events]
+        norms = grower.maturity.update_norms
+        timing = grower.timing
+        return {
+            "timing": {
+                "check_every": timing.check_every,
+                "growth_cooldown": timing.cooldown,
+                "warmup_steps": timing.warmup,
+                "maturation_age": timing.maturation_age,
+            },
+            "events": grower.events,
+            "born": counts.born,
+            "replaced": counts.replaced,
+            "died": counts.died,
+            "checks": counts.checks,
+            "neurons": {"before": grower.start, "after": self._after["neurons"]},
+            "parameters": {
+                "before": self._after["parameters"] - counts.new_parameters,
+                "after": self._after["parameters"],
+            },
+            "extra_flops": counts.extra_flops,
+            "young": len(grower.maturity.ages(self._last_step)),
+            "map": {name: getattr(grower.map, name) for name in ("steps", "neurons", "pressure")},
+            "function_change": max(changes, default=0.0),
+            "map_digest": self._after["map_digest"],
+            "update_norms": {"young": norms.get("young"), "old": norms.get("old")},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.grower.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning loads callbacks before on_fit_start, where the model has its shapes again
+        self._restored = state_dict
+
+    def _grow(
+        self, trainer: Trainer, pl_module: LightningModule, decided: Mapping[int, int], ids: Tensor
+    ) -> None:
+        module, grower, step = base_of(pl_module), self.grower, trainer.global_step
+        model, tokens = module.model, ids[:_TRIED_SEQUENCES]
+        growth = grower.growth(
+            model,
+            decided,
+            {layer: _of_all(trainer, module, look) for layer, look in self._seen.looks().items()},
+            step=step,
+        )
+        if growth is None:
+            return
+        before = _logits(model, tokens)
+        surgery.apply(trainer, module, growth.change, reason=REASON)
+        change = trainer.strategy.reduce(
+            _difference(before, _logits(model, tokens)), reduce_op="max"
+        )
+        self._note(trainer, model, growth, function_change=float(change))
+
+    def _note(
+        self, trainer: Trainer, model: nn.Module, growth: Growth, *, function_change: float
+    ) -> None:
+        work = next(c for c in trainer.callbacks if isinstance(c, WorkCount))  # type: ignore[attr-defined]
+        self.grower.grown(
+            model,
+            growth,
+            step=trainer.global_step,
+            function_change=function_change,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            flops=work.flops,
+        )
+
+    def _forget_looks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._seen.clear()
+
+    def _metrics(self, trainer: Trainer, model: nn.Module) -> dict[str, float]:
+        grower, counts = self.grower, self.grower.counts
+        ages = grower.maturity.ages(trainer.global_step)
+        widths = [place.width(model) for place in grower.places]
+        work = next(c for c in trainer.callbacks if isinstance(c, WorkCount))  # type: ignore[attr-defined]
+        metrics = {
+            "growth/neurons": sum(widths),
+            "growth/born": counts.born,
+            "growth/replaced": counts.replaced,
+            "growth/died": counts.died,
+            "growth/young": len(ages),
+            "growth/parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "growth/flops": work.flops,
+            "growth/function_change": grower.events[-1]["function_change"] if grower.events else 0,
+        }
+        if ages:
+            metrics["growth/mean_age"] = sum(ages) / len(ages)
+            for name, norm in grower.maturity.update_norms.items():
+                metrics[f"growth/update_norm/{name}"] = norm
+        if grower.pressure.neurons:
+            pressures = grower.pressure.of_layers(grower.places).tolist()
+            for place, width, pressure in zip(grower.places, widths, pressures, strict=True):
+                metrics[f"growth/layers/{place.layer}/neurons"] = width
+                metrics[f"growth/layers/{place.layer}/pressure"] = pressure
+        return {name: float(value) for name, value in metrics.items()}
+
+
+def _sizes(grower: Grower, model: nn.Module) -> dict[str, Any]:
+    return {
+        "neurons": [place.width(model) for place in grower.places],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def _of_all(trainer: Trainer, module: LightningModule, look: Look) -> Look:
+    """Return the tokens of all processes, in the same order in each."""
+    if trainer.world_size == 1:
+        return look
+    gathered = (module.all_gather(each) for each in (look.inputs, look.output_gradients))
+    return Look(*(torch.as_tensor(each).flatten(0, 1) for each in gathered))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Return logits [B, T, V] without dropout; no random generator moves."""
+    was_training = model.training
+    model.eval()
+    try:
+        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        model.train(was_training)
+    return logits.float()
+
+
+def _difference(before: Tensor, after: Tensor) -> Tensor:
+    """Return the largest change of a logit, relative to the standard deviation of all."""
+    return (after - before).abs().max() / before.std().clamp_min(1e-30)

@@ -1,0 +1,85 @@
+"""What goes into an FFN and what gradient comes back out, of some tokens of one step."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tritter.growth.places import FfnPlace
+
+MAX_TOKENS = 1024  # of a step, of all processes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """Some tokens of a step, as one FFN saw them.
+
+    Args:
+        inputs: float32 [T, H], what the FFN reads.
+        output_gradients: float32 [T, H], of the loss by what it writes.
+    """
+
+    inputs: Tensor
+    output_gradients: Tensor
+
+
+@dataclass(slots=True)
+class Looking:
+    """Collects tokens of FFNs during the forward and backward passes of a step.
+
+    Args:
+        max_tokens: of each batch; spread evenly over it.
+    """
+
+    max_tokens: int = MAX_TOKENS
+    _inputs: dict[int, list[Tensor]] = field(default_factory=dict)
+    _gradients: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def hook(self, layer: int) -> Callable[..., None]:
+        """Return a forward hook of the FFN of a layer."""
+
+        def see(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            if not (module.training and output.requires_grad):
+                return
+            read, index = arguments[0].detach(), len(self._inputs.setdefault(layer, []))
+            self._inputs[layer].append(self._some(read))
+            self._gradients.setdefault(layer, []).append(torch.empty(0))
+
+            def keep(gradient: Tensor) -> None:
+                self._gradients[layer][index] = self._some(gradient)
+
+            output.register_hook(keep)
+
+        return see
+
+    def looks(self) -> dict[int, Look]:
+        """Return layer → what was seen of it; a pass without a backward one counts for nothing."""
+        found = {}
+        for layer, inputs in self._inputs.items():
+            pairs = [
+                (x, g) for x, g in zip(inputs, self._gradients[layer], strict=True) if g.numel()
+            ]
+            if pairs:
+                found[layer] = Look(*(torch.cat(each).float() for each in zip(*pairs, strict=True)))
+        return found
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self._inputs.clear()
+        self._gradients.clear()
+
+    def _some(self, values: Tensor) -> Tensor:
+        rows = values.reshape(-1, values.shape[-1])
+        step = -(-len(rows) // self.max_tokens)
+        return rows[::step].clone()
+
+
+def attach(model: nn.Module, places: Iterable[FfnPlace], seen: Looking) -> list[RemovableHandle]:
+    """Let `seen` collect until the handles that are returned are removed."""
+    return [
+        model.get_submodule(place.module).register_forward_hook(seen.hook(place.layer))
+        for place in places
+    ]

@@ -1,0 +1,69 @@
+"""Neuron growth as a choice of a run: what is asked of it, and what it puts into a training."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from tritter.growth.initialisers import GradMax, Initialiser, Random, SourceNoise, Split
+from tritter.growth.options import GrowthOptions, Timing
+from tritter.growth.places import ffn_places
+from tritter.growth.triggers import TRIGGERS, Trigger
+
+INITIALISERS: Mapping[str, type[Initialiser]] = {
+    "gradmax": GradMax,
+    "split": Split,
+    "source_noise": SourceNoise,
+    "random": Random,
+}
+
+
+class NeuronGrowth:
+    """What a config names by `_target_` in the group `growth`.
+
+    Args:
+        asked: its options.
+        trigger: chosen by `growth.trigger`; `initialiser` likewise.
+    """
+
+    Options: ClassVar[type[GrowthOptions]] = GrowthOptions
+    # Key → what its words stand for, and what a class from outside has to be made from
+    PARTS: ClassVar[Mapping[str, tuple[Mapping[str, type[Any]], type[Any]]]] = {
+        "trigger": (TRIGGERS, Trigger),
+        "initialiser": (INITIALISERS, Initialiser),
+    }
+
+    def __init__(self, asked: GrowthOptions, trigger: Trigger, initialiser: Initialiser) -> None:
+        self.asked, self.trigger, self.initialiser = asked, trigger, initialiser
+
+    @property
+    def is_exact(self) -> bool:
+        """It keeps the function at every event."""
+        return self.initialiser.is_exact and not self.asked.enable_replacement
+
+    def freeze(self, model: nn.Module) -> None:
+        """Let the FFNs alone be trained, where it is asked for."""
+        if self.asked.freeze_attention:
+            names = {n for p in ffn_places(model) for n in (p.gate, p.up, p.down)}
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and name in names)
+
+    def callbacks(self, *, max_steps: int, tokens_per_step: int, seed: int) -> tuple[Any, Any]:
+        """Return what reads the gradients of a training, and what changes its model.
+
+        Args:
+            tokens_per_step: of all processes.
+            seed: of what new neurons are drawn from.
+        """
+        from tritter.growth.callback import GradientPressure, NeuronGrowthCallback
+        from tritter.growth.grower import Grower
+
+        grower = Grower(
+            self.asked,
+            self.trigger,
+            self.initialiser,
+            timing=Timing.of(self.asked, max_steps=max_steps),
+            seed=seed,
+            tokens_per_step=tokens_per_step,
+        )
+        return GradientPressure(grower), NeuronGrowthCallback(grower)

@@ -1,0 +1,104 @@
+"""The FFNs of a live model in which neurons can grow."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tritter.errors import RequestError
+from tritter.families import Config, LogicalTensor, family_of
+from tritter.models import config_of
+
+FFN = "ffn"  # kind of the space that grows
+
+
+@dataclass(frozen=True, slots=True)
+class FfnPlace:
+    """One FFN: a neuron of it is a row of gate, a row of up and a column of down.
+
+    Args:
+        layer: which layer's it is.
+        gate: name of the parameter [intermediate_size, hidden_size]; `up` likewise.
+        down: name of the parameter [hidden_size, intermediate_size].
+    """
+
+    layer: int
+    gate: str
+    up: str
+    down: str
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the three."""
+        return self.gate.rpartition(".")[0].rpartition(".")[0]
+
+    def weights(self, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Return gate [F, H], up [F, H] and down [H, F], detached, in float32."""
+        gate, up, down = (
+            model.get_parameter(name).detach().float() for name in (self.gate, self.up, self.down)
+        )
+        return gate, up, down
+
+    def is_trained(self, model: nn.Module) -> bool:
+        return all(model.get_parameter(n).requires_grad for n in (self.gate, self.up, self.down))
+
+    def activation(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return σ, by which a gate opens."""
+        activation: Callable[[Tensor], Tensor] = model.get_submodule(self.module).act_fn  # type: ignore[assignment]
+        return activation
+
+    def width(self, model: nn.Module) -> int:
+        return model.get_parameter(self.gate).shape[0]
+
+
+def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
+    """Return the FFNs of a model, in the order of its layers.
+
+    Raises:
+        RequestError: it has experts, adapters, or no config of a family that is known.
+    """
+    config = config_of(model)
+    family = family_of(config)
+    if family.has_experts:
+        raise RequestError(
+            f"growth: {config['model_type']} has experts in place of FFNs, and neurons grow in "
+            "dense FFNs only; add experts instead (expansion=moe_add)."
+        )
+    names: dict[int, dict[str, str]] = {}
+    for tensor in family.logical_tensors(config):
+        if tensor.kind in ("ffn.gate", "ffn.up", "ffn.down"):
+            assert tensor.layer is not None
+            part = tensor.kind.removeprefix("ffn.")
+            names.setdefault(tensor.layer, {})[part] = tensor.live_name or tensor.disk_name
+    places = tuple(FfnPlace(layer, **parts) for layer, parts in sorted(names.items()))
+    _check_plain(model, places)
+    return places
+
+
+def ffn_tensors(config: Config, layer: int) -> list[LogicalTensor]:
+    """Return the tensors of a layer that have its neurons along an axis, biases included."""
+    tensors = family_of(config).logical_tensors(config)
+    return [
+        tensor
+        for tensor in tensors
+        if tensor.layer == layer and any(axis.space.kind == FFN for axis in tensor.axes)
+    ]
+
+
+def _check_plain(model: nn.Module, places: tuple[FfnPlace, ...]) -> None:
+    """Refuse layers that something stands in front of, such as an adapter."""
+    parameters = dict(model.named_parameters())
+    for place in places:
+        for name in (place.gate, place.up, place.down):
+            if name not in parameters:
+                owner = name.removesuffix(".weight")
+                found = [other for other in parameters if other.startswith(f"{owner}.")]
+                has = f"it has {', '.join(found[:3])}" if found else "there is none"
+                raise RequestError(
+                    f"growth: {name} is no plain weight of a linear layer ({has}): neurons can't "
+                    "grow below LoRA adapters; merge them into the model before, or leave them out."
+                )
+            if parameters[name].dtype not in (torch.float32, torch.bfloat16, torch.float16,
+                                              torch.float64):  # fmt: skip
+                raise RequestError(f"growth: {name} is quantised; load the model without it.")

@@ -1,0 +1,48 @@
+"""Which neurons are dead: mature, and of no weight in what their layer writes."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tritter.growth.look import Look
+from tritter.growth.places import FfnPlace
+
+
+def wanda_scores(model: nn.Module, place: FfnPlace, look: Look) -> Tensor:
+    """Return |w|·‖x‖ of every neuron, float32 [F]: Sun et al. 2023, arXiv 2306.11695.
+
+    x is what a neuron computes of the tokens, as a root mean square; w its column of down.
+    """
+    gate, up, down = place.weights(model)
+    computed = place.activation(model)(look.inputs @ gate.T) * (look.inputs @ up.T)  # [T, F]
+    return computed.square().mean(dim=0).sqrt() * torch.linalg.vector_norm(down, dim=0)
+
+
+def dead_neurons(
+    scores: Mapping[int, Tensor], young: Mapping[int, Tensor], *, quantile: float
+) -> dict[int, Tensor]:
+    """Return layer → int64 [d], its dead neurons, those of the lowest score first.
+
+    Args:
+        scores: layer → float32 [F].
+        young: layer → int64 [k], neurons that can't be dead.
+        quantile: of the scores of all layers together, each in proportion to its layer's median,
+            below which a mature neuron is dead.
+    """
+    relative = {n: each / each.median().clamp_min(1e-30) for n, each in scores.items()}
+    threshold = torch.quantile(_sampled(list(relative.values())), quantile)
+    found = {}
+    for layer, each in relative.items():
+        is_dead = each < threshold
+        is_dead |= each == 0
+        is_dead[young[layer].to(each.device)] = False
+        places = is_dead.nonzero().squeeze(1)
+        found[layer] = places[each[places].argsort(stable=True)].cpu()
+    return found
+
+
+def _sampled(values: Sequence[Tensor], limit: int = 2**20) -> Tensor:
+    """Return values in one row, evenly thinned: torch takes no quantile of more than 2**24."""
+    row = torch.cat(list(values))
+    return row[:: -(-len(row) // limit)]

@@ -1,0 +1,120 @@
+"""Neuron growth in a run: which trainings it is part of, and what summary.json says of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from lightning import Callback
+from torch import nn
+
+from tritter.checkpoint import ExpansionRecord
+from tritter.families import Config
+from tritter.pipeline.arm import Arm
+from tritter.pipeline.context import RunContext
+from tritter.training import FitResult
+
+_REPORT = "growth"  # of the callback, in the ledger
+
+
+def callbacks(
+    context: RunContext, arm: Arm, model: nn.Module, *, max_steps: int
+) -> tuple[Sequence[Callback], Sequence[Callback]]:
+    """Return what reads gradients and what changes the model in an arm's training.
+
+    The control grows nothing. What growth does not train is frozen here.
+    """
+    asked = context.config.growth
+    if asked is None or arm.is_control:
+        return (), ()
+    method = asked.made()
+    method.freeze(model)
+    data, trainer = context.config.data, context.trainer_settings
+    tokens = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
+    observer, changer = method.callbacks(
+        max_steps=max_steps, tokens_per_step=tokens, seed=_seed(context, arm)
+    )
+    return (observer,), (changer,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowthRecord:
+    """What is known of a training's growth before it begins, for the lineage."""
+
+    options: dict[str, Any]
+    seed: int
+    is_exact: bool
+
+    @classmethod
+    def of(cls, context: RunContext, arm: Arm) -> "GrowthRecord | None":
+        """Return that of an arm; None where nothing grows."""
+        asked = context.config.growth
+        if asked is None or arm.is_control:
+            return None
+        made, seed = asked.made(), _seed(context, arm)
+        return cls(options=asked.plain(), seed=seed, is_exact=made.is_exact)
+
+    def records(self, before: Config, after: Config, result: FitResult) -> list[ExpansionRecord]:
+        """Return the record of what grew, if anything did, as the lineage has it."""
+        report = result.reports[_REPORT]
+        if not report["events"]:
+            return []
+        return [
+            ExpansionRecord(
+                timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+                expansion_type="growth",
+                method="growth",
+                options=self.options,
+                seed=self.seed,
+                source_config=before,
+                target_config=after,
+                layer_sources=tuple(range(len(report["neurons"]["after"]))),
+                map_digest=report["map_digest"],
+                claims_exact=self.is_exact,
+                step0_error=report["function_change"],
+            )
+        ]
+
+
+def _seed(context: RunContext, arm: Arm) -> int:
+    return context.seed("growth", *arm.purpose)
+
+
+def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] | None:
+    """Return what grew in the trainings of an attempt, task after task; None: nothing was to."""
+    asked = context.config.growth
+    if asked is None:
+        return None
+    fits = [context.ledger[f"{arm.name}.fit"].found for arm in arms]
+    reports = [fit["reports"][_REPORT] for fit in fits]
+    first, last, before = reports[0], reports[-1], 0
+    events, steps = [], []
+    for number, (fit, report) in enumerate(zip(fits, reports, strict=True)):
+        own = {"task": number} if len(reports) > 1 else {}
+        events += [{**event, **own, "step": event["step"] + before} for event in report["events"]]
+        steps += [step + before for step in report["map"]["steps"]]
+        before += fit["steps"]
+    totals = {
+        name: sum(report[name] for report in reports)
+        for name in ("born", "replaced", "died", "checks", "extra_flops")
+    }
+    return {
+        "options": {**asked.plain(), **first["timing"]},
+        "events": events,
+        **totals,
+        "neurons": {"before": first["neurons"]["before"], "after": last["neurons"]["after"]},
+        "parameters": {
+            "before": first["parameters"]["before"],
+            "after": last["parameters"]["after"],
+        },
+        "young": last["young"],
+        "map": {
+            "steps": steps,
+            **{
+                name: [row for report in reports for row in report["map"][name]]
+                for name in ("neurons", "pressure")
+            },
+        },
+        "function_change": max(report["function_change"] for report in reports),
+        "update_norms": last["update_norms"],
+    }
