@@ -20,6 +20,7 @@ _EXPORTS = {
     "Interpolate": "tritter.expansion",
     "LlamaPro": "tritter.expansion",
     "MoEExpansionConfig": "tritter.moe_routing",
+    "MemoryReplayBuffer": "tritter.data.memory_replay",
     "ModelExpander": "tritter.expand.live",
     "PROGRESSIVE_BENCHMARKS": "tritter.data.benchmark_names",
     "ProgressiveCheckpoint": "tritter.expand.progressive",

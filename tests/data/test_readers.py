@@ -24,6 +24,7 @@ RECORDS: list[tuple[object, str]] = [
     (ALPACA | {"input": None, "id": 7}, "Add.\n\n3"),
     ({"instruction": "Add.", "context": "1 and 2", "response": "3"}, "Add.\n\n1 and 2\n\n3"),
     ({"prompt": "Once", "completion": "upon"}, "Once\n\nupon"),
+    ({"prompt": "Once", "answer": "upon", "loss": 0.3}, "Once\n\nupon"),
     ({"question": "Why?", "answer": "So."}, "Why?\n\nSo."),
     ({"messages": CHAT}, "user: Hi\n\nassistant: Hello\n"),
     ({"text": "a\ud800b"}, "a?b"),

@@ -5,13 +5,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 DEFAULT_FIELD = "text"
+PART_BREAK = "\n\n"  # between the parts of an instruction
 # What other people call the field that holds a text.
 COMMON_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "completion")
 # Forms of instruction records: for each part the names it goes by, and whether it has to be there.
 _Form = tuple[tuple[tuple[str, ...], bool], ...]
 _FORMS: tuple[_Form, ...] = (
     ((("instruction",), True), (("input", "context"), False), (("output", "response"), True)),
-    ((("prompt",), True), (("completion", "response"), True)),
+    ((("prompt",), True), (("completion", "response", "answer"), True)),
     ((("question",), True), (("answer",), True)),
 )
 _MESSAGES = "messages"
@@ -46,7 +47,7 @@ def text_of(record: object, *, field: str) -> str:
     parts = _parts(record) if field == DEFAULT_FIELD else None
     if parts is None:
         raise missing_field(field, list(record))
-    return _encodable("\n\n".join(part for part in parts if part))
+    return _encodable(PART_BREAK.join(part for part in parts if part))
 
 
 def form_fields(names: Collection[str]) -> tuple[str, ...]:

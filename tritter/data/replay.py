@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritter.data.reservoir import Reservoir, Weighting
+from tritter.data.reservoir import Reservoir
 from tritter.data.sequence_file import read_sequences, write_sequences
 from tritter.data.sequences import SequenceStream
+from tritter.data.slots import Weighting
 from tritter.errors import RequestError, TritterError
 from tritter.seeds import derived_seed
 

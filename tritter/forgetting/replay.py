@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tritter.data.batches import BatchStream
 from tritter.data.replay import ReplayBuffer
-from tritter.data.reservoir import Weighting
+from tritter.data.slots import Weighting
 from tritter.options import WholeNumber, options
 from tritter.training import ForgettingMethod, Needs, Task
 
