@@ -1,0 +1,210 @@
+"""Examples from easy to hard: sorted, in three phases, or as the order of a training.
+
+Bengio et al. 2009 (curriculum learning), as the README of neural foam asks for it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import isclose
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from tritter.data.difficulty import By, Model, Tokenizer, difficulties
+from tritter.errors import RequestError, TritterError
+from tritter.seeds import derived_seed
+
+FORMAT_VERSION = 1
+THIRDS = (1 / 3, 1 / 3, 1 / 3)
+
+
+class Phases(NamedTuple):
+    """Examples by how hard they are, each list from easy to hard."""
+
+    easy: list[Any]
+    medium: list[Any]
+    hard: list[Any]
+
+
+class CurriculumLearning:
+    """Tells easy examples from hard ones.
+
+    Args:
+        difficulty: see `tritter.data.difficulty.difficulties`; by default what examples say under
+            `difficulty`, otherwise their length.
+        model: for `loss`: asked anew at each call, as it is then.
+        tokenizer: for `loss`, and for `length` in tokens.
+        fractions: of all examples that are easy, medium and hard.
+
+    Raises:
+        RequestError: the fractions are not three that make up the whole.
+    """
+
+    def __init__(
+        self,
+        difficulty: By | None = None,
+        *,
+        model: Model | None = None,
+        tokenizer: Tokenizer | None = None,
+        fractions: Sequence[float] = THIRDS,
+    ) -> None:
+        is_whole = isclose(sum(fractions), 1.0, abs_tol=1e-6)
+        if len(fractions) != 3 or not is_whole or not min(fractions) >= 0:
+            raise RequestError(
+                f"fractions = {list(fractions)}: these are three, of easy, medium and hard "
+                "examples, which add up to 1."
+            )
+        self._difficulty, self._model, self._tokenizer = difficulty, model, tokenizer
+        self._fractions = tuple(fractions)
+
+    def order(self, examples: Sequence[Any]) -> list[int]:
+        """Return the places of the examples from easy to hard; of equal ones the first is first.
+
+        Raises:
+            RequestError: there is no example, or one is not said to be of a finite difficulty.
+        """
+        found = difficulties(
+            examples, self._difficulty, model=self._model, tokenizer=self._tokenizer
+        )
+        return sorted(range(len(found)), key=found.__getitem__)
+
+    def sort_by_difficulty(self, examples: Sequence[Any]) -> list[Any]:
+        """Return the examples from easy to hard; equally hard ones keep their order.
+
+        Raises:
+            RequestError: as `order`.
+        """
+        return [examples[place] for place in self.order(examples)]
+
+    def get_phases(self, examples: Sequence[Any]) -> Phases:
+        """Return easy, medium and hard examples: every example once, to within one in its share.
+
+        Raises:
+            RequestError: as `order`.
+        """
+        ordered = self.sort_by_difficulty(examples)
+        first, second = self.bounds(len(ordered))
+        return Phases(ordered[:first], ordered[first:second], ordered[second:])
+
+    def bounds(self, count: int) -> tuple[int, int]:
+        """Return how many of some examples are easy, and how many are not hard."""
+        first = round(count * self._fractions[0])
+        return first, max(first, count - round(count * self._fractions[2]))
+
+    def sampler(
+        self,
+        examples: Sequence[Any],
+        *,
+        num_steps: int,
+        batch_size: int = 1,
+        opens: Sequence[float] = (1 / 3, 2 / 3),
+        seed: int = 0,
+    ) -> "CurriculumSampler":
+        """Return the order of a training: easy ones first, then medium ones too, then all.
+
+        Args:
+            num_steps: of the training.
+            batch_size: examples of a step.
+            opens: shares of the steps after which medium and hard examples join.
+
+        Raises:
+            RequestError: as `order`; or the steps, the batch size or the shares are none.
+        """
+        if num_steps < 1 or batch_size < 1:
+            raise RequestError(
+                f"num_steps = {num_steps}, batch_size = {batch_size}: both are at least 1."
+            )
+        if len(opens) != 2 or not 0 <= opens[0] <= opens[1] <= 1:
+            raise RequestError(f"opens = {list(opens)}: two shares of the steps, in their order.")
+        order = self.order(examples)
+        # A phase without examples stands open at once, as there would be nothing to draw
+        bounds = (*self.bounds(len(order)), len(order))
+        starts = (0, *(round(share * num_steps) * batch_size for share in opens))
+        return CurriculumSampler(
+            torch.tensor(order),
+            sizes={start: size for start, size in zip(starts, bounds, strict=True) if size},
+            num_draws=num_steps * batch_size,
+            seed=seed,
+        )
+
+
+class CurriculumSampler(Sampler[int]):
+    """Places of examples, more of them open from one stage to the next; made by `sampler`.
+
+    Within a stage each open example comes once before any comes again, in a random order of its
+    own. What is drawn is a function of the seed and of how many were drawn, so that this number
+    and the order of difficulty are all there is to save. A pass that was left goes on where it
+    stood. Passes after the first have all examples open.
+
+    A DataLoader with workers draws ahead of the training: go to `step × batch_size` then, with
+    `load_state_dict(state | {"position": ...})`.
+
+    Args:
+        order: places of the examples from easy to hard, int64 [N].
+        sizes: position from which on a stage holds → how many of the easiest are open in it.
+        num_draws: in one pass.
+        seed: of the orders within the stages.
+    """
+
+    def __init__(
+        self, order: Tensor, *, sizes: Mapping[int, int], num_draws: int, seed: int
+    ) -> None:
+        self._order, self._num_draws, self._seed = order, num_draws, seed
+        # The first stage that has any example begins at once
+        self._starts = [0, *sorted(sizes)[1:]]
+        self._sizes = [sizes[start] for start in sorted(sizes)]
+        self._position = 0
+        self._shuffled: tuple[tuple[int, int], Tensor] | None = None  # the last (stage, epoch)
+
+    def __len__(self) -> int:
+        return self._num_draws
+
+    def __iter__(self) -> Iterator[int]:
+        end = (self._position // self._num_draws + 1) * self._num_draws
+        while self._position < end:
+            drawn = self._at(self._position)
+            self._position += 1
+            yield drawn
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the order, and what is easy and hard."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "position": self._position,
+            "order": self._order,
+            "starts": list(self._starts),
+            "sizes": list(self._sizes),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved place, in the saved order: a loss would sort otherwise by now.
+
+        Raises:
+            TritterError: it was saved with other examples or another course, or by a newer format.
+        """
+        course = (list(state["starts"]), list(state["sizes"]))
+        if state["format_version"] > FORMAT_VERSION:
+            raise TritterError(
+                f"the saved curriculum is of format {state['format_version']}; {FORMAT_VERSION} "
+                "is known."
+            )
+        if course != (self._starts, self._sizes) or len(state["order"]) != len(self._order):
+            raise TritterError(
+                f"the saved curriculum is one of {len(state['order'])} examples, of which "
+                f"{course[1]} are open from {course[0]} draws on; this one has "
+                f"{len(self._order)}, {self._sizes} from {self._starts} on."
+            )
+        self._order, self._position = state["order"].clone(), int(state["position"])
+        self._shuffled = None
+
+    def _at(self, position: int) -> int:
+        """Return what is drawn at a position."""
+        stage = sum(start <= position for start in self._starts) - 1
+        epoch, index = divmod(position - self._starts[stage], self._sizes[stage])
+        if self._shuffled is None or self._shuffled[0] != (stage, epoch):
+            own = derived_seed(self._seed, "curriculum", stage, epoch)
+            generator = torch.Generator().manual_seed(own)
+            places = torch.randperm(self._sizes[stage], generator=generator)
+            self._shuffled = (stage, epoch), self._order[places]
+        return int(self._shuffled[1][index])
