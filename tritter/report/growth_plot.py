@@ -1,6 +1,7 @@
 """The growth map: neurons and pressure of every layer over the steps; parameters over the cost."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, groupby
 from typing import TypeVar
 
@@ -68,12 +69,15 @@ def draw_neurons(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     size = 6 if len(growth.events) <= 100 else 3
     born = [(event.step, event.layer) for event in growth.events if event.born]
     replaced = [(event.step, event.layer) for event in growth.events if event.replaced]
+    mark = partial(axes.plot, linestyle="none", clip_on=False)  # the last step is at the border
     if born:
-        axes.plot(*zip(*born, strict=True), "^", color=ORANGE, markersize=size,
-                  markeredgecolor="white", markeredgewidth=0.6, label="born")  # fmt: skip
+        steps, layers = zip(*born, strict=True)
+        mark(steps, layers, marker="^", color=ORANGE, markersize=size, markeredgecolor="white",
+             markeredgewidth=0.6, label="born")  # fmt: skip
     if replaced:
-        axes.plot(*zip(*replaced, strict=True), "o", color="black", markerfacecolor="none",
-                  markersize=1.6 * size, label="dead ones replaced")  # fmt: skip
+        steps, layers = zip(*replaced, strict=True)
+        mark(steps, layers, marker="o", color="black", markersize=1.6 * size,
+             markerfacecolor="none", label="dead ones replaced")  # fmt: skip
     axes.set_title("neurons" if growth.events else "neurons: nothing grew", fontsize=10)
 
 
