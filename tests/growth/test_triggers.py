@@ -101,7 +101,7 @@ def test_no_more_events_than_the_cooldown_allows(cooldown: int, trigger: str) ->
         trigger=trigger, growth_cooldown=cooldown, check_every=1, warmup_steps=0,
         gradient_percentile=60.0,
     )  # fmt: skip
-    found = stepped(grower(options, max_steps=200), oracle.tiny_llama(), 200)
+    found = stepped(grower(options, max_steps=201), oracle.tiny_llama(), 200)
     assert found and len(found) <= 200 // cooldown
     gaps = [b - a for a, b in zip([0, *found], found, strict=False)]
     assert min(gaps) >= cooldown
@@ -208,3 +208,8 @@ def test_schedules_fit_short_trainings(max_steps: int | None, expected: tuple[in
     options = asked(check_every=7, growth_cooldown=9, maturation_age=11)
     typed = Timing.of(options, max_steps=max_steps)
     assert (typed.check_every, typed.cooldown, typed.maturation_age) == (7, 9, 11)
+
+
+def test_after_the_last_step_nothing_is_born() -> None:
+    options = asked(trigger="schedule", growth_cooldown=1, check_every=10, warmup_steps=0)
+    assert stepped(grower(options, max_steps=30), oracle.tiny_llama(), 30) == [10, 20]

@@ -99,7 +99,7 @@ class NeuronGrowthCallback(Callback):
         self._forget_looks()
         module = base_of(pl_module)
         self._last_step = trainer.global_step
-        self._after = _sizes(self.grower, module.model)
+        self._after = _sizes(self.grower, module.model) | {"flops": _work(trainer).flops}
         maps = [entry["map_digest"] for entry in module.journal if entry["reason"] == REASON]
         self._after["map_digest"] = sha256("".join(maps).encode()).hexdigest()
 
@@ -107,7 +107,6 @@ class NeuronGrowthCallback(Callback):
         """Return what growth did, as summary.json has it."""
         grower, counts = self.grower, self.grower.counts
         changes = [event["function_change"] for event in grower.events]
-        norms = grower.maturity.update_norms
         timing = grower.timing
         return {
             "timing": {
@@ -127,11 +126,12 @@ class NeuronGrowthCallback(Callback):
                 "after": self._after["parameters"],
             },
             "extra_flops": counts.extra_flops,
+            "flops": self._after["flops"],
             "young": len(grower.maturity.ages(self._last_step)),
             "map": {name: getattr(grower.map, name) for name in ("steps", "neurons", "pressure")},
             "function_change": max(changes, default=0.0),
             "map_digest": self._after["map_digest"],
-            "update_norms": {"young": norms.get("young"), "old": norms.get("old")},
+            "update_norms": {n: grower.maturity.mean_update_norm(n) for n in ("young", "old")},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,14 +164,13 @@ class NeuronGrowthCallback(Callback):
     def _note(
         self, trainer: Trainer, model: nn.Module, growth: Growth, *, function_change: float
     ) -> None:
-        work = next(c for c in trainer.callbacks if isinstance(c, WorkCount))  # type: ignore[attr-defined]
         self.grower.grown(
             model,
             growth,
             step=trainer.global_step,
             function_change=function_change,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            flops=work.flops,
+            flops=_work(trainer).flops,
         )
 
     def _forget_looks(self) -> None:
@@ -184,7 +183,6 @@ class NeuronGrowthCallback(Callback):
         grower, counts = self.grower, self.grower.counts
         ages = grower.maturity.ages(trainer.global_step)
         widths = [place.width(model) for place in grower.places]
-        work = next(c for c in trainer.callbacks if isinstance(c, WorkCount))  # type: ignore[attr-defined]
         metrics = {
             "growth/neurons": sum(widths),
             "growth/born": counts.born,
@@ -192,7 +190,7 @@ class NeuronGrowthCallback(Callback):
             "growth/died": counts.died,
             "growth/young": len(ages),
             "growth/parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "growth/flops": work.flops,
+            "growth/flops": _work(trainer).flops,
             "growth/function_change": grower.events[-1]["function_change"] if grower.events else 0,
         }
         if ages:
@@ -205,6 +203,10 @@ class NeuronGrowthCallback(Callback):
                 metrics[f"growth/layers/{place.layer}/neurons"] = width
                 metrics[f"growth/layers/{place.layer}/pressure"] = pressure
         return {name: float(value) for name, value in metrics.items()}
+
+
+def _work(trainer: Trainer) -> WorkCount:
+    return next(c for c in trainer.callbacks if isinstance(c, WorkCount))  # type: ignore[attr-defined]
 
 
 def _sizes(grower: Grower, model: nn.Module) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tritter.growth.replacement import dead_neurons, wanda_scores
 from tritter.growth.triggers import Trigger, View, affordable, is_plateau
 from tritter.seeds import derived_seed
 
+MAX_ROWS = 1_000  # of the growth map
 TRAINING_FLOPS = 6  # of a parameter and a token
 
 
@@ -57,11 +58,20 @@ class Growth:
 
 @dataclass(slots=True)
 class GrowthMap:
-    """What the growth map is drawn of: a row for each check."""
+    """What the growth map is drawn of: a row for each check, thinned where there are many."""
 
     steps: list[int] = field(default_factory=list)
     neurons: list[list[int]] = field(default_factory=list)
     pressure: list[list[float]] = field(default_factory=list)
+
+    def add(self, step: int, neurons: list[int], pressure: list[float]) -> None:
+        """Take down a check."""
+        if len(self.steps) == MAX_ROWS:
+            for rows in (self.steps, self.neurons, self.pressure):
+                del rows[1::2]
+        self.steps.append(step)
+        self.neurons.append(neurons)
+        self.pressure.append([round(each, 6) for each in pressure])
 
 
 class Grower:
@@ -125,22 +135,21 @@ class Grower:
 
     def may_grow_after(self, step: int) -> bool:
         """Say whether the model may grow after so many steps, so that it has to be looked at."""
-        return self._is_due(step) and self._is_cool(step)
+        is_last = step == self.timing.max_steps  # what is born then would never be trained
+        return self._is_due(step) and self._is_cool(step) and not is_last
 
     def decide(self, model: nn.Module, step: int) -> dict[int, int]:
         """Return layer → how many neurons it gets after so many steps; a check, if one is due."""
         if not self._is_due(step) or not self.pressure.neurons:
             return {}
         view = self._view(model, step)
-        decided = dict(self.trigger.decide(view)) if self._is_cool(step) else {}
+        decided = dict(self.trigger.decide(view)) if self.may_grow_after(step) else {}
         if self.asked.plateau_threshold is not None and decided:
             decided = decided if is_plateau(view, self.asked.plateau_threshold) else {}
         self.counts.checks += 1
         self._history.append(view.pressures.tolist())
         self._history = self._history[-self.asked.history_checks :]
-        self.map.steps.append(step)
-        self.map.neurons.append([place.width(model) for place in self.places])
-        self.map.pressure.append([round(each, 6) for each in view.pressures.tolist()])
+        self.map.add(step, [place.width(model) for place in self.places], view.pressures.tolist())
         trained = {n for n, p in enumerate(self.places) if p.is_trained(model)}
         return self._affordable(view, {n: decided[n] for n in decided if n in trained})
 

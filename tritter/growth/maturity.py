@@ -31,7 +31,8 @@ class Maturity:
         self._young: dict[int, Tensor] = {}
         self._measured: tuple[FfnPlace, ...] = ()
         self._whole: dict[str, Tensor] = {}
-        self.update_norms: dict[str, float] = {}
+        self.update_norms: dict[str, float] = {}  # of the last step that was measured
+        self._sums: dict[str, list[float]] = {}  # of all of them: sum, number
 
     def begin(self, widths: Mapping[int, int]) -> None:
         """Take the neurons of a model that begins for mature."""
@@ -93,14 +94,24 @@ class Maturity:
         self._before = {}
         if self._measured:
             self.update_norms = self._norms(model)
+            for name, norm in self.update_norms.items():
+                total, number = self._sums.get(name, [0.0, 0.0])
+                self._sums[name] = [total + norm, number + 1]
+
+    def mean_update_norm(self, name: str) -> float | None:
+        """Return the mean of `update_norms` over a training; None where nothing was measured."""
+        total, number = self._sums.get(name, [0.0, 0.0])
+        return total / number if number else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"born": dict(self._born), "update_norms": dict(self.update_norms)}
+        sums = {name: list(each) for name, each in self._sums.items()}
+        return {"born": dict(self._born), "update_norms": dict(self.update_norms), "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._born = {int(layer): value for layer, value in state["born"].items()}
         self._latest = max(int(born.max()) for born in self._born.values())
         self.update_norms = dict(state["update_norms"])
+        self._sums = {name: list(each) for name, each in state["sums"].items()}
 
     def _norms(self, model: nn.Module) -> dict[str, float]:
         """Return the mean norm of a neuron's update, of young and of mature ones."""

@@ -87,13 +87,17 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
         return None
     fits = [context.ledger[f"{arm.name}.fit"].found for arm in arms]
     reports = [fit["reports"][_REPORT] for fit in fits]
-    first, last, before = reports[0], reports[-1], 0
+    first, last, before, flops = reports[0], reports[-1], 0, 0.0
     events, steps = [], []
     for number, (fit, report) in enumerate(zip(fits, reports, strict=True)):
         own = {"task": number} if len(reports) > 1 else {}
-        events += [{**event, **own, "step": event["step"] + before} for event in report["events"]]
+        events += [
+            {**each, **own, "step": each["step"] + before, "flops": each["flops"] + flops}
+            for each in report["events"]
+        ]
         steps += [step + before for step in report["map"]["steps"]]
         before += fit["steps"]
+        flops += report["flops"]
     totals = {
         name: sum(report[name] for report in reports)
         for name in ("born", "replaced", "died", "checks", "extra_flops")
