@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tritter.expand import Change
+from tritter.expand.change import declared
 from tritter.families import LogicalTensor, Port, family_of, with_ffn_sizes
 from tritter.growth.initialisers import NewNeurons
-from tritter.growth.places import FFN, ffn_tensors
+from tritter.growth.places import FFN, FfnPlace, ffn_tensors
 from tritter.models import config_of
 from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.parameter_map.axis_map import NO_SOURCE
@@ -52,6 +53,32 @@ def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chang
         widths[layer] += growth.born
     parameter_map = ParameterMap(maps, tuple(range(len(widths))))
     return Change.of(parameter_map, config, with_ffn_sizes(config, widths))
+
+
+def module_change(
+    model: nn.Module, places: Mapping[int, FfnPlace], growths: Mapping[int, LayerGrowth]
+) -> Change:
+    """Return the same change of a module that no family knows.
+
+    Args:
+        places: layer → where its neurons lie.
+    """
+    before, after, maps = [], [], {}
+    for layer, growth in growths.items():
+        place = places[layer]
+        unit_map = neuron_map(growth, place.width(model))
+        parts = {place.gate: "gate", place.up: "up", place.down: "down"}
+        for name, dim in place.axes(model):
+            shape = list(model.get_parameter(name).shape)
+            before.append(declared(name, tuple(shape)))
+            shape[dim] += growth.born
+            after.append(declared(name, tuple(shape)))
+            axes: list[AxisFactor | None] = [None] * len(shape)
+            axes[dim] = unit_map.factor(Port.WRITE if dim == 0 else Port.READ)
+            fill = _given(growth, parts.get(name))
+            source = before[-1].parts[0].tensor.name
+            maps[source] = TensorMap(source=source, axes=tuple(axes), fill=fill)
+    return Change(config={}, before=tuple(before), after=tuple(after), tensors=maps)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,13 +130,13 @@ def _tensor_map(tensor: LogicalTensor, growth: LayerGrowth, unit_map: NeuronMap)
     factors = tuple(
         unit_map.factor(axis.port) if axis.space.kind == FFN else None for axis in tensor.axes
     )
-    return TensorMap(source=tensor.name, axes=factors, fill=_fill(tensor, growth))
+    part = tensor.kind.removeprefix("ffn.") if len(tensor.axes) == 2 else None
+    return TensorMap(source=tensor.name, axes=factors, fill=_given(growth, part))
 
 
-def _fill(tensor: LogicalTensor, growth: LayerGrowth) -> Fill:
-    """Return what stands in new neurons; biases begin at zero."""
-    if growth.neurons.source is not None or len(tensor.axes) != 2:
+def _given(growth: LayerGrowth, part: str | None) -> Fill:
+    """Return what stands in new neurons; biases, which are no part, begin at zero."""
+    if growth.neurons.source is not None or part is None:
         return Fill()
-    part = tensor.kind.removeprefix("ffn.")
     values: Tensor = getattr(growth.neurons, part)
     return Fill(kind="given", values=values.contiguous())

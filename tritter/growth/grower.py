@@ -5,7 +5,7 @@ itself, but says what `tritter.training.surgery` is to do.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.expand import Change
-from tritter.growth.change import LayerGrowth, growth_change
+from tritter.growth.change import LayerGrowth, growth_change, module_change
 from tritter.growth.initialisers import Initialiser, Layer
 from tritter.growth.look import Look
 from tritter.growth.maturity import Maturity
@@ -102,22 +102,31 @@ class Grower:
         self.events: list[dict[str, Any]] = []
         self.start: list[int] = []
         self.places: tuple[FfnPlace, ...] = ()
-        self._seed = seed
+        self._is_whole_model = True
+        self.seed = seed
         self._tokens_per_step = tokens_per_step
         self._history: list[list[float]] = []
         has_losses = trigger.needs_losses or asked.plateau_threshold is not None
         self._losses: deque[float] = deque(maxlen=asked.plateau_steps if has_losses else 0)
 
-    def begin(self, model: nn.Module, *, restored: Mapping[str, Any] | None = None) -> None:
+    def begin(
+        self,
+        model: nn.Module,
+        *,
+        places: Sequence[FfnPlace] | None = None,
+        restored: Mapping[str, Any] | None = None,
+    ) -> None:
         """Begin to watch a model, or go on.
 
         Args:
+            places: of a module that no family knows; None: the FFNs of a whole model.
             restored: what `state_dict` returned.
 
         Raises:
             RequestError: the model is none that can grow.
         """
-        self.places = ffn_places(model)
+        self._is_whole_model = places is None
+        self.places = ffn_places(model) if places is None else tuple(places)
         if restored is None:
             widths = {place.layer: place.width(model) for place in self.places}
             self.maturity.begin(widths)
@@ -160,12 +169,15 @@ class Grower:
         looks: Mapping[int, Look],
         *,
         step: int,
+        sources: Mapping[int, Sequence[int]] | None = None,
     ) -> Growth | None:
         """Return what the model is to become; None where nothing was seen of the layers.
 
         Args:
             decided: number of an FFN → neurons.
             looks: layer → tokens of the step, of all processes.
+            sources: layer → neurons that new ones may stem from; absent: those of the highest
+                pressure.
         """
         places = {self.places[n].layer: self.places[n] for n in decided}
         counts = {self.places[n].layer: count for n, count in decided.items()}
@@ -185,14 +197,18 @@ class Grower:
             found = dead.get(layer, torch.empty(0, dtype=torch.int64))
             recycled = found[: counts[layer]]
             died[layer] = len(found) - len(recycled)
+            own = self._sources(
+                layer, recycled, count=counts[layer], asked=(sources or {}).get(layer, ())
+            )
             neurons = self.initialiser.neurons(
-                self._layer(model, place, looks[layer], recycled,
-                            count=counts[layer], step=step)
-            )  # fmt: skip
+                self._layer(model, place, looks[layer], own, step=step)
+            )
             layers[layer] = LayerGrowth(neurons=neurons, recycled=recycled)
         if not layers:
             return None
-        return Growth(change=growth_change(model, layers), layers=layers, died=died)
+        is_whole = self._is_whole_model
+        change = growth_change(model, layers) if is_whole else module_change(model, places, layers)
+        return Growth(change=change, layers=layers, died=died)
 
     def grown(self, model: nn.Module, growth: Growth, *, step: int, **said: Any) -> None:
         """Take down an event, when the model has changed.
@@ -294,33 +310,29 @@ class Grower:
 
     def _neuron_parameters(self, model: nn.Module, place: FfnPlace) -> int:
         """Return of how many parameters one neuron is made."""
-        names = (place.gate, place.up, place.down)
-        weights = sum(model.get_parameter(name).numel() for name in names) // place.width(model)
-        owners = (model.get_submodule(name.removesuffix(".weight")) for name in names[:2])
-        return weights + sum(owner.bias is not None for owner in owners)
+        names = (name for name, _ in place.axes(model))
+        return sum(model.get_parameter(name).numel() for name in names) // place.width(model)
 
-    def _layer(
-        self,
-        model: nn.Module,
-        place: FfnPlace,
-        look: Look,
-        recycled: Tensor,
-        *,
-        count: int,
-        step: int,
-    ) -> Layer:
-        gate, up, down = place.weights(model)
-        pressures = self.pressure.neurons[place.layer].clone()
+    def _sources(self, layer: int, recycled: Tensor, *, count: int, asked: Sequence[int]) -> Tensor:
+        """Return which neurons new ones may stem from, int64 [k]; those asked for come first."""
+        pressures = self.pressure.neurons[layer].clone()
+        pressures[list(asked)] = torch.inf
         pressures[recycled.to(pressures.device)] = -1.0  # what is taken away is no source
         sources = pressures.topk(min(count, len(pressures) - len(recycled))).indices
         if len(sources) < count:
             sources = sources.repeat(-(-count // len(sources)))[:count]
+        return sources.cpu()
+
+    def _layer(
+        self, model: nn.Module, place: FfnPlace, look: Look, sources: Tensor, *, step: int
+    ) -> Layer:
+        gate, up, down = place.weights(model)
         return Layer(
             gate=gate,
             up=up,
             down=down,
             activation=place.activation(model),
             look=look,
-            sources=sources.cpu(),
-            seed=derived_seed(self._seed, "growth", place.layer, step),
+            sources=sources,
+            seed=derived_seed(self.seed, "growth", place.layer, step),
         )

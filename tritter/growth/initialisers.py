@@ -1,7 +1,8 @@
-"""What new neurons of a gated FFN begin as.
+"""What new neurons begin as.
 
-A neuron is y += down · σ(gate·x) · (up·x). With up = 0, or down = 0, it changes nothing at first;
-with both it would never learn.
+A neuron of a gated FFN is y += down · σ(gate·x) · (up·x). With up = 0, or down = 0, it changes
+nothing at first; with both it would never learn. Without a gate it is y += down · σ(gate·x), which
+begins with down = 0.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ from tritter.growth.orthogonal import Against, orthogonalised
 from tritter.options import options
 
 _POWER_STEPS, _SUBSPACE = 12, 6
-_LONGEST = 10.0  # of a new column, beside the median of the old ones
+_LONGEST = 10.0  # of a new row or column, beside the median of the old ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,8 +27,8 @@ class Layer:
     """An FFN that grows, as an initialiser sees it; all in float32 on one device.
 
     Args:
-        gate: [F, H]; `up` likewise.
-        down: [H, F].
+        gate: [F, H]; `up` likewise, None where neurons have no gate and `gate` is all they read by.
+        down: [H, F]; None where nobody knows who reads the neurons.
         activation: σ.
         look: tokens of the step, of all processes.
         sources: int64 [k], the neurons of the highest pressure, which new ones may stem from.
@@ -35,8 +36,8 @@ class Layer:
     """
 
     gate: Tensor
-    up: Tensor
-    down: Tensor
+    up: Tensor | None
+    down: Tensor | None
     activation: Callable[[Tensor], Tensor]
     look: Look
     sources: Tensor
@@ -47,22 +48,32 @@ class Layer:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(count, size, generator=generator).to(self.gate)
 
+    @property
+    def read_by(self) -> tuple[tuple[str, Tensor], ...]:
+        """The weights whose rows are neurons, by name."""
+        return (("gate", self.gate), *(() if self.up is None else (("up", self.up),)))
+
+    def computed(self) -> Tensor:
+        """Return what the neurons of an FFN without gates computed, [T, F]."""
+        seen = self.look.computed
+        return self.activation(self.look.inputs @ self.gate.T) if seen is None else seen
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NewNeurons:
     """k new neurons.
 
     Args:
-        gate: [k, H]; `up` likewise.
-        down: [H, k].
+        gate: [k, H]; `up` likewise, None as in the layer.
+        down: [H, k]; None as in the layer.
         source: int64 [k], where they are copies that share the output of these neurons; None:
             they are made of the three above alone.
         share: what a copy takes over of its source's output, 0 to 1; the source keeps the rest.
     """
 
     gate: Tensor
-    up: Tensor
-    down: Tensor
+    up: Tensor | None
+    down: Tensor | None
     source: Tensor | None = None
     share: float = 0.0
 
@@ -93,16 +104,22 @@ class GradMax(Initialiser):
     at the right singular vectors of M = Σ_t δ_t x_tᵀ, in the strength that the layer's gates have.
     up is zero, so the function is kept; down is as long as lets the new gradients be as large as
     the median of the layer's.
+
+    Without gates it is down that is zero. The gradient of a new column is Σ_t δ_t σ(gate·x_t), and
+    rows along the right singular vectors of M make it long: as long as the median of the layer's
+    columns, and no row answers more strongly than the layer's do.
     """
 
     def neurons(self, layer: Layer) -> NewNeurons:
+        if layer.up is None or layer.down is None:
+            return self._without_gates(layer)
         inputs, deltas = layer.look.inputs, layer.look.output_gradients  # [T, H]
         count = len(layer.sources)
         gates = _directions(deltas.T @ inputs, layer.drawn(layer.gate.shape[1], count + 2), count)
         existing = layer.gate
         gates = orthogonalised(gates, existing, against=self.orthogonalise, inputs=inputs)
         gates = gates * _strength(layer.gate, gates, inputs)
-        wanted, longest = _median_gradient(layer), _LONGEST * _median_norm(layer.down.T)
+        wanted, longest = _median_gradient(layer, layer.down), _LONGEST * _median_norm(layer.down.T)
         columns: list[Tensor] = []
         for gate in gates:
             opened = layer.activation(inputs @ gate)[:, None]  # [T, 1]
@@ -123,6 +140,30 @@ class GradMax(Initialiser):
         lengths = (wanted / reached.clamp_min(1e-30)).clamp(max=longest)
         return NewNeurons(gate=gates, up=torch.zeros_like(gates), down=down * lengths)
 
+    def _without_gates(self, layer: Layer) -> NewNeurons:
+        inputs, deltas = layer.look.inputs, layer.look.output_gradients  # [T, H], [T, O]
+        count, width = len(layer.sources), layer.gate.shape[1]
+        drawn = layer.drawn(width + count, count + 2)
+        rows = _directions(deltas.T @ inputs, drawn[:width], count)  # [k, H]
+        if count > width:  # neurons that begin alike would stay alike
+            rows = torch.cat([rows[:width], layer.drawn(count, width)[width:]])
+        rows = orthogonalised(rows, layer.gate, against=self.orthogonalise, inputs=inputs)
+        rows = rows * _strength(layer.gate, rows, inputs)
+        if layer.down is None:
+            return NewNeurons(gate=rows, up=None, down=None)
+
+        def reached(rows: Tensor) -> Tensor:
+            """Return the norms of the gradients of new columns, [k, 1]."""
+            computed = layer.activation(inputs @ rows.T)
+            return torch.linalg.vector_norm(deltas.T @ computed, dim=0)[:, None]
+
+        # The sign of a singular vector says nothing, and σ tells the two apart
+        rows = torch.where(reached(rows) < reached(-rows), -rows, rows)
+        wanted = _median_norm((deltas.T @ layer.computed()).T)
+        rows = rows * (wanted / reached(rows).clamp_min(1e-30)).clamp(max=1.0)
+        down = layer.down.new_zeros(layer.down.shape[0], count)
+        return NewNeurons(gate=rows, up=None, down=down)
+
 
 @options
 class Split(Initialiser):
@@ -140,8 +181,8 @@ class Split(Initialiser):
         source = layer.sources
         return NewNeurons(
             gate=layer.gate[source],
-            up=layer.up[source],
-            down=layer.down[:, source] * self.share,
+            up=None if layer.up is None else layer.up[source],
+            down=None if layer.down is None else layer.down[:, source] * self.share,
             source=source,
             share=self.share,
         )
@@ -161,15 +202,12 @@ class SourceNoise(Initialiser):
     noise: Annotated[float, Field(ge=0)] = 0.1
 
     def neurons(self, layer: Layer) -> NewNeurons:
-        source, width = layer.sources, layer.gate.shape[1]
-        drawn = layer.drawn(len(source), 2 * width)
-        made = []
-        for existing, part in ((layer.gate, drawn[:, :width]), (layer.up, drawn[:, width:])):
+        source, inputs, made = layer.sources, layer.look.inputs, dict[str, Tensor]()
+        for (name, existing), part in zip(layer.read_by, _halves(layer), strict=False):
             rows = existing[source] + self.noise * existing.std() * part
-            made.append(
-                orthogonalised(rows, existing, against=self.orthogonalise, inputs=layer.look.inputs)
-            )
-        return NewNeurons(gate=made[0], up=made[1], down=layer.down[:, source])
+            made[name] = orthogonalised(rows, existing, against=self.orthogonalise, inputs=inputs)
+        down = None if layer.down is None else layer.down[:, source]
+        return NewNeurons(gate=made["gate"], up=made.get("up"), down=down)
 
 
 @options
@@ -177,32 +215,43 @@ class Random(Initialiser):
     """New directions of the strength that the layer's have; they write nothing at first."""
 
     def neurons(self, layer: Layer) -> NewNeurons:
-        count, width = len(layer.sources), layer.gate.shape[1]
-        drawn, inputs = layer.drawn(count, 2 * width), layer.look.inputs
-        made = []
-        for existing, part in ((layer.gate, drawn[:, :width]), (layer.up, drawn[:, width:])):
+        inputs, made = layer.look.inputs, dict[str, Tensor]()
+        for (name, existing), part in zip(layer.read_by, _halves(layer), strict=False):
             rows = orthogonalised(part, existing, against=self.orthogonalise, inputs=inputs)
-            made.append(rows * _strength(existing, rows, inputs))
-        down = layer.down.new_zeros(layer.down.shape[0], count)
-        return NewNeurons(gate=made[0], up=made[1], down=down)
+            made[name] = rows * _strength(existing, rows, inputs)
+        down = layer.down
+        if down is not None:
+            down = down.new_zeros(down.shape[0], len(layer.sources))
+        return NewNeurons(gate=made["gate"], up=made.get("up"), down=down)
+
+
+def _halves(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Return what is drawn for new rows of gate and of up, [k, H] each."""
+    width = layer.gate.shape[1]
+    drawn = layer.drawn(len(layer.sources), 2 * width)
+    return drawn[:, :width], drawn[:, width:]
 
 
 def _strength(existing: Tensor, rows: Tensor, inputs: Tensor) -> Tensor:
-    """Return factors [k, 1] that let rows answer to the inputs as strongly as the median does."""
+    """Return factors [k, 1] that let rows answer to the inputs as strongly as the median does.
+
+    A direction that hardly any input has would be stretched without end, so there is one.
+    """
     usual = torch.linalg.vector_norm(inputs @ existing.T, dim=0).median()
     own = torch.linalg.vector_norm(inputs @ rows.T, dim=0)
-    return (usual / own.clamp_min(1e-30))[:, None]
+    longest = _LONGEST * _median_norm(existing) / torch.linalg.vector_norm(rows, dim=1)
+    return torch.minimum(usual / own.clamp_min(1e-30), longest)[:, None]
 
 
 def _median_norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1).median()
 
 
-def _median_gradient(layer: Layer) -> Tensor:
+def _median_gradient(layer: Layer, down: Tensor) -> Tensor:
     """Return the median norm of the gradients of the rows of up, over the tokens looked at."""
     inputs, deltas = layer.look.inputs, layer.look.output_gradients
     opened = layer.activation(inputs @ layer.gate.T)  # [T, F]
-    return _median_norm(((deltas @ layer.down) * opened).T @ inputs)
+    return _median_norm(((deltas @ down) * opened).T @ inputs)
 
 
 def _directions(moment: Tensor, start: Tensor, count: int) -> Tensor:

@@ -20,10 +20,12 @@ class Look:
     Args:
         inputs: float32 [T, H], what the FFN reads.
         output_gradients: float32 [T, H], of the loss by what it writes.
+        computed: float32 [T, F], what its neurons computed; None: it follows from the weights.
     """
 
     inputs: Tensor
     output_gradients: Tensor
+    computed: Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -70,7 +70,7 @@ class Maturity:
         for place in places:
             if len(young := self.young(place.layer, step)):
                 self._young[place.layer] = young
-                for name, dim in _parts(place):
+                for name, dim in place.parts:
                     parameter = model.get_parameter(name)
                     index = young.to(parameter.device)
                     self._before[name, dim] = parameter.detach().index_select(dim, index)
@@ -78,13 +78,13 @@ class Maturity:
         self._whole = {
             name: model.get_parameter(name).detach().clone()
             for place in self._measured
-            for name in (place.gate, place.up)
+            for name in place.rows
         }
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, places: Sequence[FfnPlace]) -> None:
         """Let young neurons go further the way that the optimizer took them."""
-        by_name = {name: p.layer for p in places for name, _ in _parts(p)}
+        by_name = {name: p.layer for p in places for name, _ in p.parts}
         for (name, dim), before in self._before.items():
             parameter = model.get_parameter(name)
             index = self._young[by_name[name]].to(parameter.device)
@@ -119,7 +119,7 @@ class Maturity:
         for place in self._measured:
             moves = [
                 torch.linalg.vector_norm(model.get_parameter(n).detach() - self._whole[n], dim=1)
-                for n in (place.gate, place.up)
+                for n in place.rows
             ]
             norms = torch.stack(moves).square().sum(dim=0).sqrt()
             is_young = torch.zeros_like(norms, dtype=torch.bool)
@@ -129,8 +129,3 @@ class Maturity:
                 sums[name][1] += len(chosen)
         self._whole = {}
         return {name: total / count for name, (total, count) in sums.items() if count}
-
-
-def _parts(place: FfnPlace) -> tuple[tuple[str, int], ...]:
-    """Return the parameters of an FFN, and the dimension that neurons lie along in each."""
-    return ((place.gate, 0), (place.up, 0), (place.down, 1))

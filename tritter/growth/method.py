@@ -7,7 +7,7 @@ from torch import nn
 
 from tritter.growth.initialisers import GradMax, Initialiser, Random, SourceNoise, Split
 from tritter.growth.options import GrowthOptions, Timing
-from tritter.growth.places import ffn_places
+from tritter.growth.places import freeze_all_but_ffns
 from tritter.growth.triggers import TRIGGERS, Trigger
 
 INITIALISERS: Mapping[str, type[Initialiser]] = {
@@ -44,9 +44,7 @@ class NeuronGrowth:
     def freeze(self, model: nn.Module) -> None:
         """Let the FFNs alone be trained, where it is asked for."""
         if self.asked.freeze_attention:
-            names = {n for p in ffn_places(model) for n in (p.gate, p.up, p.down)}
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad and name in names)
+            freeze_all_but_ffns(model)
 
     def callbacks(self, *, max_steps: int, tokens_per_step: int, seed: int) -> tuple[Any, Any]:
         """Return what reads the gradients of a training, and what changes its model.

@@ -1,6 +1,6 @@
-"""The FFNs of a live model in which neurons can grow."""
+"""Where neurons can grow: the FFNs of a live model, and places of modules of one's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,37 +19,65 @@ class FfnPlace:
 
     Args:
         layer: which layer's it is.
-        gate: name of the parameter [intermediate_size, hidden_size]; `up` likewise.
-        down: name of the parameter [hidden_size, intermediate_size].
+        gate: name of the parameter [intermediate_size, hidden_size]; `up` likewise. Without up a
+            neuron computes σ(gate·x) alone.
+        down: name of the parameter [hidden_size, intermediate_size]; None: whoever reads the
+            neurons is not known.
     """
 
     layer: int
     gate: str
-    up: str
-    down: str
+    up: str | None
+    down: str | None
 
     @property
     def module(self) -> str:
         """Name of the module that holds the three."""
         return self.gate.rpartition(".")[0].rpartition(".")[0]
 
-    def weights(self, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the parameters whose rows are neurons."""
+        return (self.gate,) if self.up is None else (self.gate, self.up)
+
+    @property
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        """Names of the weights, and the dimension that neurons lie along in each."""
+        columns = () if self.down is None else ((self.down, 1),)
+        return (*((name, 0) for name in self.rows), *columns)
+
+    def axes(self, model: nn.Module) -> Iterator[tuple[str, int]]:
+        """Yield the same of all parameters, biases included."""
+        for name, dim in self.parts:
+            yield name, dim
+            owner = name.removesuffix(".weight")
+            if dim == 0 and model.get_submodule(owner).bias is not None:
+                yield f"{owner}.bias", 0
+
+    def weights(self, model: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return gate [F, H], up [F, H] and down [H, F], detached, in float32."""
         gate, up, down = (
-            model.get_parameter(name).detach().float() for name in (self.gate, self.up, self.down)
+            None if name is None else model.get_parameter(name).detach().float()
+            for name in (self.gate, self.up, self.down)
         )
+        assert gate is not None
         return gate, up, down
 
     def is_trained(self, model: nn.Module) -> bool:
-        return all(model.get_parameter(n).requires_grad for n in (self.gate, self.up, self.down))
+        return all(model.get_parameter(name).requires_grad for name, _ in self.parts)
 
     def activation(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """Return σ, by which a gate opens."""
-        activation: Callable[[Tensor], Tensor] = model.get_submodule(self.module).act_fn  # type: ignore[assignment]
+        """Return σ, by which a gate opens; where the module has none, nothing stands for it."""
+        module = model.get_submodule(self.module)
+        activation: Callable[[Tensor], Tensor] = getattr(module, "act_fn", _as_it_is)
         return activation
 
     def width(self, model: nn.Module) -> int:
         return model.get_parameter(self.gate).shape[0]
+
+
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
 
 
 def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
@@ -76,6 +104,13 @@ def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
     return places
 
 
+def freeze_all_but_ffns(model: nn.Module) -> None:
+    """Let the FFNs alone be trained; what is frozen already stays so."""
+    names = {name for place in ffn_places(model) for name, _ in place.parts}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in names)
+
+
 def ffn_tensors(config: Config, layer: int) -> list[LogicalTensor]:
     """Return the tensors of a layer that have its neurons along an axis, biases included."""
     tensors = family_of(config).logical_tensors(config)
@@ -90,7 +125,7 @@ def _check_plain(model: nn.Module, places: tuple[FfnPlace, ...]) -> None:
     """Refuse layers that something stands in front of, such as an adapter."""
     parameters = dict(model.named_parameters())
     for place in places:
-        for name in (place.gate, place.up, place.down):
+        for name, _ in place.parts:
             if name not in parameters:
                 owner = name.removesuffix(".weight")
                 found = [other for other in parameters if other.startswith(f"{owner}.")]

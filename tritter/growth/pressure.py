@@ -25,12 +25,18 @@ class Pressure:
         self._whole = torch.zeros(())
 
     @torch.no_grad()
-    def observe(self, model: nn.Module, places: Sequence[FfnPlace]) -> None:
-        """Take the gradients that the parameters hold."""
+    def observe(
+        self, model: nn.Module, places: Sequence[FfnPlace], *, whole: Tensor | None = None
+    ) -> None:
+        """Take the gradients that the parameters hold.
+
+        Args:
+            whole: norm of the whole gradient, where `model` is a part of what is trained.
+        """
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if not gradients:
             return
-        norm = nn.utils.get_total_norm(gradients).float()
+        norm = (nn.utils.get_total_norm(gradients) if whole is None else whole).float()
         is_finite = torch.isfinite(norm)
         self._whole = self._next(self._whole.to(norm), norm, is_finite)
         for place in places:
@@ -66,10 +72,12 @@ class Pressure:
 
 
 def _row_norms(model: nn.Module, place: FfnPlace) -> Tensor:
-    """Return the norm of each neuron's rows of gate and up, float32 [F]."""
-    parts = [model.get_parameter(name) for name in (place.gate, place.up)]
+    """Return the norm of each neuron's rows, float32 [F]."""
+    parts = [model.get_parameter(name) for name in place.rows]
     norms = [
-        torch.linalg.vector_norm(part.grad, dim=1, dtype=torch.float32)
+        torch.linalg.vector_norm(
+            part.grad, dim=1, dtype=torch.promote_types(part.dtype, torch.float32)
+        ).float()
         for part in parts
         if part.grad is not None
     ]

@@ -12,11 +12,16 @@ from tritter.growth.places import FfnPlace
 def wanda_scores(model: nn.Module, place: FfnPlace, look: Look) -> Tensor:
     """Return |w|·‖x‖ of every neuron, float32 [F]: Sun et al. 2023, arXiv 2306.11695.
 
-    x is what a neuron computes of the tokens, as a root mean square; w its column of down.
+    x is what a neuron computes of the tokens, as a root mean square; w its column of down, 1 where
+    nobody knows it.
     """
     gate, up, down = place.weights(model)
-    computed = place.activation(model)(look.inputs @ gate.T) * (look.inputs @ up.T)  # [T, F]
-    return computed.square().mean(dim=0).sqrt() * torch.linalg.vector_norm(down, dim=0)
+    computed = look.computed
+    if computed is None:
+        computed = place.activation(model)(look.inputs @ gate.T)  # [T, F]
+        computed = computed if up is None else computed * (look.inputs @ up.T)
+    strength = computed.square().mean(dim=0).sqrt()
+    return strength if down is None else strength * torch.linalg.vector_norm(down, dim=0)
 
 
 def dead_neurons(
