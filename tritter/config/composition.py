@@ -36,7 +36,7 @@ from tritter.config.overrides import (
     refuse_sweeps,
 )
 from tritter.config.reading import Origin
-from tritter.config.schema import OPEN_GROUPS, RunConfig
+from tritter.config.schema import ONE_OF, OPEN_GROUPS, RunConfig
 from tritter.config.selection import METHOD_GROUPS, method_names, nesting_problems
 from tritter.config.suggestions import nearest_key
 from tritter.config.training_steps import settled
@@ -342,7 +342,11 @@ def _selection_problems(
         if len(set(names)) < len(names):
             reason = f"each once, as in {show(list(dict.fromkeys(names)))}"
             problems.append(Problem(group, names, reason=f"one stands twice; {reason}"))
-        problems += clashes(group, names) if group in OPEN_GROUPS else ()
+        if group in ONE_OF and len(names) > 1:
+            reason = f"one at a time; -m {group}={','.join(names)} tries them one after the other"
+            problems.append(Problem(group, names, reason=reason))
+        elif group in OPEN_GROUPS:
+            problems += clashes(group, names)
     for group in METHOD_GROUPS:
         names = selected[group]
         for name in set(method_names(group)) & set(raw.get(group) or ()) - set(names):

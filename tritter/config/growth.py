@@ -11,7 +11,7 @@ from tritter.config.schema import RunConfig
 from tritter.errors import Problem, RequestError, nearest
 from tritter.expansion import target_config
 from tritter.families import Config, family_of
-from tritter.options import is_options
+from tritter.options import is_options, read_options
 from tritter.targets import TARGET, dotted, resolve
 
 _KIND = "tritter.growth.method.NeuronGrowth"
@@ -131,4 +131,5 @@ def _part(reader: Reader, key: str, said: Any, kind: Any) -> Any:
         reason = "it is no record of options (see tritter.options.options)"
         reader.report(f"{name}.{TARGET}", said[TARGET], reason=reason)
         return None
-    return reader.read(target, {k: v for k, v in said.items() if k != TARGET}, prefix=name)
+    body = {k: v for k, v in said.items() if k != TARGET}
+    return read_options(target, body, prefix=name, problems=reader.problems)

@@ -384,4 +384,5 @@ SECTIONS: dict[str, type | UnionType] = {
     "moe_routing": MoeRoutingConfig,
     "adaptation": AdaptationConfig,
 }
+ONE_OF = ("growth",)  # of which a list makes no sense
 OPEN_GROUPS = ("optimizer", "callbacks", "logger", "growth")  # hold arguments of classes of others
