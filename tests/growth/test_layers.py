@@ -159,6 +159,41 @@ def test_without_a_consumer_it_gets_wider_and_says_so_once() -> None:
         layer.perform_growth([0])
 
 
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.GELU()], ids=repr)
+def test_gradmax_begins_with_larger_gradients_than_random_rows(activation: nn.Module) -> None:
+    """Of a new column at the first step, for rows of one length; by autograd alone."""
+    model = pair(activation)
+    optimizer, layer = adam(model), growing(model)
+    train(model, optimizer)
+    layer.check_and_grow()
+    x, y = data(model)
+
+    def norm() -> float:
+        model.zero_grad()
+        (model(x) - y).square().mean().backward()
+        return float(model[2].weight.grad[:, 12].norm())
+
+    reached, length = norm(), float(model[0].weight.detach()[12].norm())
+    others = []
+    for _ in range(20):
+        with torch.no_grad():
+            model[0].weight[12] = nn.functional.normalize(torch.randn(8), dim=0) * length
+        others.append(norm())
+    assert reached > sorted(others)[-2]
+
+
+def test_a_narrow_layer_grows_by_more_than_it_has() -> None:
+    reader = nn.Linear(3, 3)
+    layer = GrowableLinear(8, 3, consumer=reader, **{**GROWING, "max_growth_per_step": 10})
+    model = nn.Sequential(layer, nn.ReLU(), reader)
+    optimizer = adam(model)
+    train(model, optimizer)
+    assert len(layer.check_growth()[1]) == 10
+    assert layer.perform_growth(layer.check_growth()[1])["born"] == 10
+    rows = nn.functional.normalize(layer.weight.detach()[3:], dim=1)
+    assert float((rows @ rows.T - torch.eye(10)).max()) < 0.99  # none begins as another
+
+
 def test_split_stems_from_the_neurons_that_are_named() -> None:
     model = MODELS["plain, biases"](initialiser="split")
     optimizer = adam(model)

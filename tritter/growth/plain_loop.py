@@ -121,9 +121,10 @@ class PlainLoop:
         return dict(self._decided)
 
     def sources(self, number: int, count: int) -> list[int]:
-        """Return the neurons of the highest pressure."""
+        """Return the neurons of the highest pressure, again from the first where they are few."""
         pressures = self.grower.pressure.neurons[self.grower.places[number].layer]
-        return pressures.topk(min(count, len(pressures))).indices.tolist()
+        highest = pressures.topk(min(count, len(pressures))).indices.tolist()
+        return (highest * -(-count // len(highest)))[:count]
 
     def grow(
         self, decided: Mapping[int, int], *, sources: Mapping[int, Sequence[int]] | None = None
