@@ -41,6 +41,7 @@ def words_for(name: str) -> list[str]:
 
 # Options that need a package which is not installed with Tritter.
 PACKAGES = {
+    "experiment=consumer_gpu": "bitsandbytes",
     "logger=mlflow": "mlflow",
     "logger=tensorboard": "tensorboard",
     "optimizer=adamw8bit": "bitsandbytes",

@@ -30,6 +30,8 @@ def view(pressures: Tensor, history: Tensor, options: GrowthOptions | None = Non
         neuron_flops=[0.0] * len(pressures),
         new_parameters=0,
         extra_flops=0.0,
+        num_events=0,
+        parameters=1000,
         options=options,
         timing=Timing.of(options, max_steps=None),
     )

@@ -11,6 +11,7 @@ from tritter.expansion import target_config
 from tritter.families import Config, LogicalTensor, Places, family_of
 
 _KEY = "forgetting.freeze"
+_GROWING = ("ffn.gate", "ffn.up", "ffn.down")  # what is trained under growth.freeze_attention
 
 
 def freezing(config: RunConfig) -> Any | None:
@@ -51,10 +52,14 @@ def num_frozen(config: RunConfig, trained: Config, before: Config) -> int:
     Args:
         before: config.json of the model before the expansion.
     """
-    options = freezing(config)
+    options, family = freezing(config), family_of(trained)
+    if config.growth is not None and config.growth.options.freeze_attention:
+        sizes = (prod(family.shape(tensor, trained)) for tensor, _ in _tensors(trained)
+                 if tensor.kind in _GROWING)  # fmt: skip
+        return family.count_parameters(trained) - sum(sizes)
     if options is None or options.until is not None:
         return 0
-    family, frozen = family_of(trained), 0
+    frozen = 0
     appends = any(getattr(spec, "is_append", False) for spec in config.expansion)
     places = options.places
     for tensor, is_tied in _tensors(trained):

@@ -121,7 +121,8 @@ def trainings(config: RunConfig, source: Config) -> Iterator[HeldMemory]:
     if not config.expansion and config.pipeline.target_params is None:
         yield _held(config, source, model="the model", before=source)
     if config.control:
-        yield _held(config, source, model="the control", before=source)
+        of_control = replace(config, growth=None)
+        yield _held(of_control, source, model="the control", before=source)
 
 
 def _grown(config: RunConfig, source: Config) -> Iterator[tuple[Config, Config, int | None]]:

@@ -24,6 +24,7 @@ from tritter.growth.replacement import dead_neurons, wanda_scores
 from tritter.growth.triggers import Trigger, View, affordable, is_plateau
 from tritter.seeds import derived_seed
 
+MAX_LOSSES = 20_000  # of the last steps
 MAX_ROWS = 1_000  # of the growth map
 TRAINING_FLOPS = 6  # of a parameter and a token
 
@@ -107,7 +108,9 @@ class Grower:
         self._tokens_per_step = tokens_per_step
         self._history: list[list[float]] = []
         has_losses = trigger.needs_losses or asked.plateau_threshold is not None
-        self._losses: deque[float] = deque(maxlen=asked.plateau_steps if has_losses else 0)
+        self._losses: deque[float] = deque(
+            maxlen=max(asked.plateau_steps, MAX_LOSSES) if has_losses else 0
+        )
 
     def begin(
         self,
@@ -285,6 +288,8 @@ class Grower:
             neuron_flops=[each * flops for each in parameters],
             new_parameters=self.counts.new_parameters,
             extra_flops=self.counts.extra_flops,
+            num_events=len({event["step"] for event in self.events}),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
             options=self.asked,
             timing=self.timing,
         )

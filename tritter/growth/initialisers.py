@@ -115,8 +115,10 @@ class GradMax(Initialiser):
             return self._without_gates(layer)
         inputs, deltas = layer.look.inputs, layer.look.output_gradients  # [T, H]
         count = len(layer.sources)
-        gates = _directions(deltas.T @ inputs, layer.drawn(layer.gate.shape[1], count + 2), count)
-        existing = layer.gate
+        existing, width = layer.gate, layer.gate.shape[1]
+        led = min(count, max(1, width // 2))  # the gradient leads so far; further ones are drawn
+        gates = _directions(deltas.T @ inputs, layer.drawn(width, led + 2), led)
+        gates = torch.cat([gates, layer.drawn(count, width)[led:]])
         gates = orthogonalised(gates, existing, against=self.orthogonalise, inputs=inputs)
         gates = gates * _strength(layer.gate, gates, inputs)
         wanted, longest = _median_gradient(layer, layer.down), _LONGEST * _median_norm(layer.down.T)
@@ -124,7 +126,7 @@ class GradMax(Initialiser):
         for gate in gates:
             opened = layer.activation(inputs @ gate)[:, None]  # [T, 1]
             moment = (deltas * opened).T @ inputs  # [H, H], M_g
-            for column in columns:  # or all would write alike
+            for column in columns[len(columns) // led * led :]:  # or all would write alike
                 moment = moment - torch.outer(column, column @ moment)
             left = _first_left(moment, layer.drawn(moment.shape[1], _SUBSPACE))
             columns.append(left)

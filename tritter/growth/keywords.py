@@ -6,9 +6,9 @@ from typing import Any, TypedDict, TypeVar
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.growth.grower import Grower
 from tritter.growth.initialisers import Initialiser
-from tritter.growth.method import INITIALISERS
+from tritter.growth.names import INITIALISERS, TRIGGERS
 from tritter.growth.options import COOLDOWN, MATURATION_AGE, GrowthOptions, Timing
-from tritter.growth.triggers import TRIGGERS, Trigger
+from tritter.growth.triggers import Trigger
 from tritter.options import read_options
 
 Part = TypeVar("Part", Trigger, Initialiser)
@@ -110,7 +110,8 @@ def made_grower(asked: GrowthKeywords) -> Grower:
     return Grower(options, trigger, initialiser, timing=timing, seed=seed)
 
 
-_TRIGGERS = {name: kind for name, kind in TRIGGERS.items() if name != "budget"}
+# Those that have to know where a training ends are of runs
+_TRIGGERS = {n: kind for n, kind in TRIGGERS.items() if n not in ("budget", "meeting")}
 
 
 def _part(key: str, said: Any, ours: Mapping[str, type[Part]], base: type[Any]) -> Part:

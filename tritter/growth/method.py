@@ -5,17 +5,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tritter.growth.initialisers import GradMax, Initialiser, Random, SourceNoise, Split
+from tritter.growth.initialisers import Initialiser
+from tritter.growth.names import INITIALISERS, TRIGGERS
 from tritter.growth.options import GrowthOptions, Timing
 from tritter.growth.places import freeze_all_but_ffns
-from tritter.growth.triggers import TRIGGERS, Trigger
-
-INITIALISERS: Mapping[str, type[Initialiser]] = {
-    "gradmax": GradMax,
-    "split": Split,
-    "source_noise": SourceNoise,
-    "random": Random,
-}
+from tritter.growth.triggers import Trigger
 
 
 class NeuronGrowth:

@@ -31,6 +31,8 @@ class View:
         neuron_parameters: that one more neuron of each layer is made of.
         neuron_flops: that it adds to the rest of the training; 0 where nobody counts them.
         new_parameters: that growth has added so far; `extra_flops` likewise.
+        num_events: steps after which something grew.
+        parameters: of the model now.
     """
 
     step: int
@@ -42,6 +44,8 @@ class View:
     neuron_flops: Sequence[float]
     new_parameters: int
     extra_flops: float
+    num_events: int
+    parameters: int
     options: GrowthOptions
     timing: Timing
 
@@ -187,12 +191,3 @@ def affordable(view: View, layer: int, *, new_parameters: int, extra_flops: floa
 def _rank(num_old: int, percentile: float) -> int:
     """Return the k for which a new value exceeds the k-th largest of n old ones often enough."""
     return int((1 - percentile / 100) * (num_old + 1) + 1e-9)
-
-
-TRIGGERS: Mapping[str, type[Trigger]] = {
-    "percentile": Percentile,
-    "within_layer": WithinLayer,
-    "plateau": Plateau,
-    "schedule": Scheduled,
-    "budget": Budget,
-}
