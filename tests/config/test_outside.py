@@ -91,6 +91,30 @@ def test_it_stands_in_the_help(outside: tuple[Path, list[str]]) -> None:
     assert "_target_" not in said
 
 
+GROWTH = (
+    *("growth=foam", "growth.trigger={_target_: mine.growing.Narrowest, count: 2}"),
+    "growth.initialiser={_target_: mine.growing.Silent}",
+)
+
+
+def test_a_model_grows_by_a_trigger_and_an_initialiser_from_outside(
+    outside: tuple[Path, list[str]],
+) -> None:
+    run = outside[0].parent / "run"
+    done = train(outside, *SMALL, *GROWTH, "expansion=none", f"hydra.run.dir={run}")
+    assert done.returncode == 0, done.stderr
+    growth = read_object(run / "summary.json")["growth"]
+    assert [(event["step"], event["born"]) for event in growth["events"]] == [(1, 2)]
+    assert growth["function_change"] < 1e-4
+    assert growth["options"]["trigger"]["_target_"] == "mine.growing.Narrowest"
+    assert growth["options"]["trigger"]["count"] == 2
+    assert len(growth["options"]["initialiser"]["sha256"]) == 64
+    refused = train(outside, *GROWTH[:1], "growth.trigger={_target_: mine.growing.Narrowset}")
+    assert refused.returncode == 2 and "Did you mean Narrowest?" in refused.stderr
+    refused = train(outside, *GROWTH[:1], GROWTH[1].replace("count", "cuont"))
+    assert refused.returncode == 2 and "growth.trigger.cuont" in refused.stderr
+
+
 def test_an_expansion_from_outside_is_a_method_of_the_command(
     outside: tuple[Path, list[str]],
     monkeypatch: pytest.MonkeyPatch,
