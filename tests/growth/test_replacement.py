@@ -112,3 +112,15 @@ def test_what_is_replaced_is_free_of_importances() -> None:
     free = [*DEAD, 40]
     assert not followed[free].any() and int(followed.sum()) == 38 * 24
     assert not growth.change.masks()[name][free].any()
+
+
+def test_what_an_expansion_just_made_is_not_dead_yet() -> None:
+    model = model_with_dead()
+    engine = grower(asked("foam_v3", maturation_age=100), max_steps=None)
+    engine.begin(model, new={1: torch.tensor(DEAD)})
+    looks = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
+    engine.pressure.observe(model, engine.places)
+    for step, replaced in ((99, 0), (100, 2)):
+        growth = engine.growth(model, {1: 3}, looks, step=step)
+        assert growth is not None
+        assert len(set(growth.layers[1].recycled.tolist()) & set(DEAD)) == replaced

@@ -11,8 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from tritter.growth.grower import Grower, Growth
 from tritter.growth.look import MAX_TOKENS, Look, Looking, attach
+from tritter.growth.places import ffn_places
 from tritter.training import surgery
 from tritter.training.callbacks import WorkCount, ends_step
+from tritter.training.gradient_flow import NewUnits
 from tritter.training.module import base_of
 
 REASON = "growth"  # in the journal
@@ -35,12 +37,16 @@ class NeuronGrowthCallback(Callback):
     """Let a model grow during its training; all processes alike.
 
     Stands behind what counts the step that was taken, and before evaluations and what saves.
+
+    Args:
+        new: along which dimensions of which parameters an expansion set new coordinates.
     """
 
     report_name = "growth"
 
-    def __init__(self, grower: Grower) -> None:
+    def __init__(self, grower: Grower, *, new: NewUnits | None = None) -> None:
         self.grower = grower
+        self._new = new or {}
         self._restored: Mapping[str, Any] | None = None
         self._seen = Looking()
         self._handles: list[RemovableHandle] = []
@@ -49,7 +55,9 @@ class NeuronGrowthCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = base_of(pl_module).model
-        self.grower.begin(model, restored=self._restored)
+        flags = {p.layer: self._new.get(p.gate, (None,))[0] for p in ffn_places(model)}
+        new = {layer: each.nonzero()[:, 0] for layer, each in flags.items() if each is not None}
+        self.grower.begin(model, restored=self._restored, new=new)
         batches = trainer.accumulate_grad_batches * trainer.world_size
         self._seen.max_tokens = max(1, MAX_TOKENS // batches)
 
@@ -82,7 +90,7 @@ class NeuronGrowthCallback(Callback):
         if self.grower.keeps_losses:
             self.grower.note_loss(float(trainer.callback_metrics["train/loss"]))
         model, step = base_of(pl_module).model, trainer.global_step
-        if self.grower.pressure.neurons:
+        if self.grower.is_check(step):
             decided = trainer.strategy.broadcast(self.grower.decide(model, step))
             if decided:
                 self._grow(trainer, pl_module, decided, batch["input_ids"])

@@ -103,6 +103,7 @@ class Grower:
         self.events: list[dict[str, Any]] = []
         self.start: list[int] = []
         self.places: tuple[FfnPlace, ...] = ()
+        self._new: dict[int, Tensor] = {}
         self._is_whole_model = True
         self.seed = seed
         self._tokens_per_step = tokens_per_step
@@ -118,18 +119,22 @@ class Grower:
         *,
         places: Sequence[FfnPlace] | None = None,
         restored: Mapping[str, Any] | None = None,
+        new: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Begin to watch a model, or go on.
 
         Args:
             places: of a module that no family knows; None: the FFNs of a whole model.
             restored: what `state_dict` returned.
+            new: layer → int64 [k], neurons that an expansion has just made: until they can have
+                matured they are not dead, however little they write yet.
 
         Raises:
             RequestError: the model is none that can grow.
         """
         self._is_whole_model = places is None
         self.places = ffn_places(model) if places is None else tuple(places)
+        self._new = dict(new or {})
         if restored is None:
             widths = {place.layer: place.width(model) for place in self.places}
             self.maturity.begin(widths)
@@ -150,9 +155,13 @@ class Grower:
         is_last = step == self.timing.max_steps  # what is born then would never be trained
         return self._is_due(step) and self._is_cool(step) and not is_last
 
+    def is_check(self, step: int) -> bool:
+        """Say whether the trigger is asked after so many steps."""
+        return self._is_due(step) and bool(self.pressure.neurons)
+
     def decide(self, model: nn.Module, step: int) -> dict[int, int]:
         """Return layer → how many neurons it gets after so many steps; a check, if one is due."""
-        if not self._is_due(step) or not self.pressure.neurons:
+        if not self.is_check(step):
             return {}
         view = self._view(model, step)
         decided = dict(self.trigger.decide(view)) if self.may_grow_after(step) else {}
@@ -191,7 +200,7 @@ class Grower:
                 for place in self.places
                 if place.layer in looks
             }
-            young = {layer: self.maturity.young(layer, step) for layer in scores}
+            young = {layer: self._too_young(layer, step) for layer in scores}
             dead = dead_neurons(scores, young, quantile=self.asked.dead_quantile)
         layers, died = {}, {}
         for layer, place in places.items():
@@ -266,6 +275,13 @@ class Grower:
         self.events = [dict(each) for each in state["events"]]
         self.counts, self.map = Counts(**state["counts"]), GrowthMap(**state["map"])
         self.start = list(state["start"])
+
+    def _too_young(self, layer: int, step: int) -> Tensor:
+        """Return the neurons of a layer that can't be dead yet, int64 [k]."""
+        young = self.maturity.young(layer, step)
+        if step >= self.timing.maturation_age or layer not in self._new:
+            return young
+        return torch.cat([young, self._new[layer]]).unique()
 
     def _is_due(self, step: int) -> bool:
         return self.trigger.is_due(step, self.timing, self.asked)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from tritter.growth.initialisers import Initialiser
 from tritter.growth.names import INITIALISERS, TRIGGERS
@@ -40,12 +40,20 @@ class NeuronGrowth:
         if self.asked.freeze_attention:
             freeze_all_but_ffns(model)
 
-    def callbacks(self, *, max_steps: int, tokens_per_step: int, seed: int) -> tuple[Any, Any]:
+    def callbacks(
+        self,
+        *,
+        max_steps: int,
+        tokens_per_step: int,
+        seed: int,
+        new: Mapping[str, tuple[Tensor | None, ...]],
+    ) -> tuple[Any, Any]:
         """Return what reads the gradients of a training, and what changes its model.
 
         Args:
             tokens_per_step: of all processes.
             seed: of what new neurons are drawn from.
+            new: along which dimensions of which parameters an expansion set new coordinates.
         """
         from tritter.growth.callback import GradientPressure, NeuronGrowthCallback
         from tritter.growth.grower import Grower
@@ -58,4 +66,4 @@ class NeuronGrowth:
             seed=seed,
             tokens_per_step=tokens_per_step,
         )
-        return GradientPressure(grower), NeuronGrowthCallback(grower)
+        return GradientPressure(grower), NeuronGrowthCallback(grower, new=new)

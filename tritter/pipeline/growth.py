@@ -32,7 +32,10 @@ def callbacks(
     data, trainer = context.config.data, context.trainer_settings
     tokens = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
     observer, changer = method.callbacks(
-        max_steps=max_steps, tokens_per_step=tokens, seed=_seed(context, arm)
+        max_steps=max_steps,
+        tokens_per_step=tokens,
+        seed=_seed(context, arm),
+        new=context.planned(arm).change.new_units() if arm.specs else {},
     )
     return (observer,), (changer,)
 
