@@ -1,7 +1,6 @@
 """Growth as callbacks of a training: one reads the gradients of the task, one changes the model."""
 
 from collections.abc import Mapping
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from torch.utils.hooks import RemovableHandle
 from tritter.growth.grower import Grower, Growth
 from tritter.growth.look import MAX_TOKENS, Look, Looking, attach
 from tritter.growth.places import ffn_places
+from tritter.growth.record import GROWTH, map_digest
 from tritter.training import surgery
 from tritter.training.callbacks import WorkCount, ends_step
 from tritter.training.gradient_flow import NewUnits
 from tritter.training.module import base_of
 
-REASON = "growth"  # in the journal
 _TRIED_SEQUENCES = 2  # of a batch, in which the change of the function is measured
 
 
@@ -42,7 +41,7 @@ class NeuronGrowthCallback(Callback):
         new: along which dimensions of which parameters an expansion set new coordinates.
     """
 
-    report_name = "growth"
+    report_name = GROWTH
 
     def __init__(self, grower: Grower, *, new: NewUnits | None = None) -> None:
         self.grower = grower
@@ -108,8 +107,7 @@ class NeuronGrowthCallback(Callback):
         module = base_of(pl_module)
         self._last_step = trainer.global_step
         self._after = _sizes(self.grower, module.model) | {"flops": _work(trainer).flops}
-        maps = [entry["map_digest"] for entry in module.journal if entry["reason"] == REASON]
-        self._after["map_digest"] = sha256("".join(maps).encode()).hexdigest()
+        self._after["map_digest"] = map_digest(module.journal)
 
     def report(self) -> dict[str, Any]:
         """Return what growth did, as summary.json has it."""
@@ -139,6 +137,7 @@ class NeuronGrowthCallback(Callback):
             "map": {name: getattr(grower.map, name) for name in ("steps", "neurons", "pressure")},
             "function_change": max(changes, default=0.0),
             "map_digest": self._after["map_digest"],
+            "is_exact": grower.is_exact,
             "update_norms": {n: grower.maturity.mean_update_norm(n) for n in ("young", "old")},
         }
 
@@ -163,7 +162,7 @@ class NeuronGrowthCallback(Callback):
         if growth is None:
             return
         before = _logits(model, tokens)
-        surgery.apply(trainer, module, growth.change, reason=REASON)
+        surgery.apply(trainer, module, growth.change, reason=GROWTH)
         change = trainer.strategy.reduce(
             _difference(before, _logits(model, tokens)), reduce_op="max"
         )

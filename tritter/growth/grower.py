@@ -143,6 +143,11 @@ class Grower:
             self._load(restored)
 
     @property
+    def is_exact(self) -> bool:
+        """Every event claims to keep the function."""
+        return self.initialiser.is_exact and not self.asked.enable_replacement
+
+    @property
     def keeps_losses(self) -> bool:
         return self._losses.maxlen != 0
 

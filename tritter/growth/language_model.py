@@ -1,8 +1,6 @@
 """A causal language model whose FFNs grow, in a training loop of one's own."""
 
 from dataclasses import asdict
-from datetime import UTC, datetime
-from hashlib import sha256
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Unpack
@@ -17,6 +15,7 @@ from tritter.growth.keywords import GrowthKeywords, made_grower
 from tritter.growth.linear import GrowableLinear
 from tritter.growth.places import freeze_all_but_ffns
 from tritter.growth.plain_loop import PlainLoop
+from tritter.growth.record import growth_record, map_digest
 from tritter.growth.saving import save_grown
 from tritter.models import config_of, load_model
 from tritter.storage.hub import locate
@@ -126,19 +125,13 @@ class GrowableCausalLM(Growable, nn.Module):
 
     def _record(self) -> ExpansionRecord:
         grower = self._loop.grower
-        maps = "".join(entry["map_digest"] for entry in self._loop.journal)
-        is_exact = grower.initialiser.is_exact and not grower.asked.enable_replacement
-        return ExpansionRecord(
-            timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
-            expansion_type="growth",
-            method="growth",
+        return growth_record(
+            self._start,
+            config_of(self.model),
             options=asdict(grower.asked),
             seed=grower.seed,
-            source_config=self._start,
-            target_config=config_of(self.model),
-            layer_sources=tuple(range(len(grower.places))),
-            map_digest=sha256(maps.encode()).hexdigest(),
-            claims_exact=is_exact,
+            digest=map_digest(self._loop.journal),
+            is_exact=grower.is_exact,
         )
 
 

@@ -30,11 +30,6 @@ class NeuronGrowth:
     def __init__(self, asked: GrowthOptions, trigger: Trigger, initialiser: Initialiser) -> None:
         self.asked, self.trigger, self.initialiser = asked, trigger, initialiser
 
-    @property
-    def is_exact(self) -> bool:
-        """It keeps the function at every event."""
-        return self.initialiser.is_exact and not self.asked.enable_replacement
-
     def freeze(self, model: nn.Module) -> None:
         """Let the FFNs alone be trained, where it is asked for."""
         if self.asked.freeze_attention:

@@ -22,6 +22,7 @@ from tritter.errors import RequestError
 from tritter.growth.grower import Grower, Growth
 from tritter.growth.last_tokens import LastTokens
 from tritter.growth.places import FfnPlace
+from tritter.growth.record import GROWTH
 from tritter.training.reshape import Entry, entry_of, replay, reshape
 from tritter.training.surgery import apply_plain
 
@@ -147,7 +148,7 @@ class PlainLoop:
         apply_plain(self.module, growth.change, optimizer=optimizer)
         self._note_gone(old)
         if growth.change.config:
-            self.journal.append(entry_of(growth.change, step=step, reason="growth"))
+            self.journal.append(entry_of(growth.change, step=step, reason=GROWTH))
         grower.grown(self.module, growth, step=step)
         self.tokens.clear()
         self._decided = {}

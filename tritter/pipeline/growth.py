@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from lightning import Callback
@@ -10,11 +9,10 @@ from torch import nn
 
 from tritter.checkpoint import ExpansionRecord
 from tritter.families import Config
+from tritter.growth.record import GROWTH, growth_record
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.training import FitResult
-
-_REPORT = "growth"  # of the callback, in the ledger
 
 
 def callbacks(
@@ -41,42 +39,35 @@ def callbacks(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GrowthRecord:
+class GrowthAsked:
     """What is known of a training's growth before it begins, for the lineage."""
 
     options: dict[str, Any]
     seed: int
-    is_exact: bool
 
     @classmethod
-    def of(cls, context: RunContext, arm: Arm) -> "GrowthRecord | None":
+    def of(cls, context: RunContext, arm: Arm) -> "GrowthAsked | None":
         """Return that of an arm; None where nothing grows."""
         asked = context.config.growth
         if asked is None or arm.is_control:
             return None
-        made, seed = asked.made(), _seed(context, arm)
-        return cls(options=asked.plain(), seed=seed, is_exact=made.is_exact)
+        return cls(options=asked.plain(), seed=_seed(context, arm))
 
     def records(self, before: Config, after: Config, result: FitResult) -> list[ExpansionRecord]:
         """Return the record of what grew, if anything did, as the lineage has it."""
-        report = result.reports[_REPORT]
+        report = result.reports[GROWTH]
         if not report["events"]:
             return []
-        return [
-            ExpansionRecord(
-                timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
-                expansion_type="growth",
-                method="growth",
-                options=self.options,
-                seed=self.seed,
-                source_config=before,
-                target_config=after,
-                layer_sources=tuple(range(len(report["neurons"]["after"]))),
-                map_digest=report["map_digest"],
-                claims_exact=self.is_exact,
-                step0_error=report["function_change"],
-            )
-        ]
+        record = growth_record(
+            before,
+            after,
+            options=self.options,
+            seed=self.seed,
+            digest=report["map_digest"],
+            is_exact=report["is_exact"],
+            function_change=report["function_change"],
+        )
+        return [record]
 
 
 def _seed(context: RunContext, arm: Arm) -> int:
@@ -89,7 +80,7 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
     if asked is None:
         return None
     fits = [context.ledger[f"{arm.name}.fit"].found for arm in arms]
-    reports = [fit["reports"][_REPORT] for fit in fits]
+    reports = [fit["reports"][GROWTH] for fit in fits]
     first, last, before, flops = reports[0], reports[-1], 0, 0.0
     events, steps = [], []
     for number, (fit, report) in enumerate(zip(fits, reports, strict=True)):

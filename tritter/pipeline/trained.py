@@ -24,7 +24,7 @@ from tritter.models import (
 from tritter.pipeline import moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.growth import GrowthRecord
+from tritter.pipeline.growth import GrowthAsked
 from tritter.pipeline.kept import left_sequences
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.storage.writer import TensorStream
@@ -61,7 +61,7 @@ class TrainedWriter:
     moments: Artifact | None = None
     routing_state: Path | None = None
     kept: KeptSequences = field(default_factory=KeptSequences)
-    growth: GrowthRecord | None = None
+    growth: GrowthAsked | None = None
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         """Write `model` as this training left it."""
@@ -161,7 +161,7 @@ def arm_writer(context: RunContext, arm: Arm, *, is_routed: bool) -> TrainedWrit
         moments=moments.LeftState(folder),
         routing_state=folder / "routing" if has_bias else None,
         kept=left_sequences(context, arm),
-        growth=GrowthRecord.of(context, arm),
+        growth=GrowthAsked.of(context, arm),
     )
 
 
