@@ -8,8 +8,9 @@ import torch
 from lightning import Callback
 from torch import Tensor
 
-from tests.growth.test_training import ONE, assert_same_end, often, same, train
+from tests.growth.test_training import ONE, assert_same_end, often, train
 from tests.training.killed import KillAt, Killed
+from tests.training.test_surgery import assert_same
 from tritter.training import OptimizerSettings
 
 pytest.importorskip("bitsandbytes", reason="needs tritter[8bit]")
@@ -37,7 +38,7 @@ def test_resumed_after_events_it_ends_alike(
     growth = expected.reports["growth"]
     assert len({event["step"] for event in growth["events"]}) >= 3
     assert bool(growth["replaced"]) == is_replacing and (growth["born"] or is_replacing)
-    same(dict(whole.model.state_dict()), dict(parts.model.state_dict()))
+    assert_same(dict(whole.model.state_dict()), dict(parts.model.state_dict()), "")
 
 
 class Moves(Callback):

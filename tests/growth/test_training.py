@@ -17,6 +17,7 @@ from tests import oracle
 from tests.growth.given import asked, grower
 from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
+from tests.training.test_surgery import assert_same
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.growth.callback import GradientPressure, NeuronGrowthCallback
 from tritter.growth.options import GrowthOptions
@@ -98,21 +99,6 @@ def saved(folder: Path) -> dict[str, Any]:
     return SafetensorsCheckpointIO().load_checkpoint(folder / "saved")
 
 
-def same(first: Any, second: Any, place: str = "") -> None:
-    if isinstance(first, Tensor):
-        assert torch.equal(first, second), place
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), place
-        for key in first:
-            same(first[key], second[key], f"{place}.{key}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), place
-        for index, pair in enumerate(zip(first, second, strict=True)):
-            same(*pair, f"{place}.{index}")
-    else:
-        assert first == second, place
-
-
 def assert_same_end(first: Path, second: Path) -> None:
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
     ends = []
@@ -120,7 +106,7 @@ def assert_same_end(first: Path, second: Path) -> None:
         end = saved(folder)
         growth = end["callbacks"]["NeuronGrowthCallback"]
         ends.append({k: end[k] for k in kept} | {"growth": growth})
-    same(*ends)
+    assert_same(*ends, "")
 
 
 ACCUMULATED = replace(ONE, gradient_clip_val=0.05, arguments={"accumulate_grad_batches": 2})
@@ -148,7 +134,7 @@ def test_resumed_after_events_it_ends_alike(tmp_path: Path, kind: str, killed_at
     assert len({event["step"] for event in growth["events"]}) >= 3
     assert growth["born"] or growth["replaced"]
     assert growth["neurons"]["after"] != growth["neurons"]["before"] or growth["replaced"]
-    same(dict(whole.model.state_dict()), dict(parts.model.state_dict()))
+    assert_same(dict(whole.model.state_dict()), dict(parts.model.state_dict()), "")
 
 
 @needs_fork
@@ -178,7 +164,7 @@ class Digests(Callback):
 def test_ranks_hold_the_same_bits(tmp_path: Path) -> None:
     train(tmp_path / "run", None, Digests(tmp_path), settings=TWO)
     first, second = (torch.load(tmp_path / f"rank{n}.pt") for n in (0, 1))
-    same(first, second)
+    assert_same(first, second, "")
     assert first[0]["model.layers.0.mlp.up_proj.weight"].shape[0] > 40
 
 
@@ -275,7 +261,7 @@ def test_updates_of_young_neurons_are_scaled_and_of_no_others(tmp_path: Path) ->
             train(folder, options, KillAt(7), settings=settings)
         ends.append((start, saved(folder)["state_dict"]))
     (start, slow), (other, fast) = ends
-    same(start, other)
+    assert_same(start, other, "")
     for name in start:
         if not isinstance(start[name], Tensor):
             continue
@@ -299,4 +285,4 @@ def test_the_same_bits_whoever_draws_besides(tmp_path: Path) -> None:
     for name, options in (("none", none), ("some", some)):
         train(tmp_path / name, options, settings=replace(ONE, save_every_n_steps=STEPS))
         states.append(saved(tmp_path / name)["callbacks"]["RandomState"])
-    same(*states)
+    assert_same(*states, "")

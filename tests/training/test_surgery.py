@@ -161,20 +161,20 @@ def assert_same_end(first: Path, second: Path) -> None:
         end = SafetensorsCheckpointIO().load_checkpoint(folder / "saved")
         del end["state_dict"]["_extra_state"]
         held.append({key: end[key] for key in kept} | {"ranks": end["callbacks"]["RandomState"]})
-    _assert_same(*held, "")
+    assert_same(*held, "")
 
 
-def _assert_same(first: Any, second: Any, place: str) -> None:
+def assert_same(first: Any, second: Any, place: str) -> None:
     if isinstance(first, Tensor):
         assert torch.equal(first, second), place
     elif isinstance(first, dict):
         assert first.keys() == second.keys(), place
         for key in first:
-            _assert_same(first[key], second[key], f"{place}.{key}")
+            assert_same(first[key], second[key], f"{place}.{key}")
     elif isinstance(first, list | tuple):
         assert len(first) == len(second), place
         for index, pair in enumerate(zip(first, second, strict=True)):
-            _assert_same(*pair, f"{place}.{index}")
+            assert_same(*pair, f"{place}.{index}")
     else:
         assert first == second, place
 
