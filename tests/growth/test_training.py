@@ -147,6 +147,45 @@ def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
     assert len(expected.reports["growth"]["events"]) >= 3
 
 
+@needs_fork
+def test_two_processes_resume_between_batches_of_a_step(tmp_path: Path) -> None:
+    settings = replace(ACCUMULATED, devices=2, strategy="ddp")
+    options = often(enable_replacement=True, dead_quantile=0.3)
+    _, expected = train(tmp_path / "whole", options, settings=settings)
+    with pytest.raises(Exception, match="Killed"):
+        train(tmp_path / "parts", options, KillAt(8), settings=settings)
+    train(tmp_path / "parts", options, settings=settings)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert expected.reports["growth"]["replaced"]
+
+
+class NotFinite(Callback):
+    """Make the loss of a step infinite, by a weight that comes back."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+        if trainer.global_step == self.at:
+            norm = pl_module.model.model.norm.weight
+            self.kept = norm.detach().clone()
+            norm.data.fill_(float("nan"))
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:  # type: ignore[no-untyped-def]
+        if trainer.global_step == self.at:
+            pl_module.model.model.norm.weight.data.copy_(self.kept)
+
+
+@pytest.mark.parametrize("trigger", ["schedule", "meeting"])
+def test_a_refused_step_at_an_event_grows_nothing(tmp_path: Path, trigger: str) -> None:
+    at = (7, 9) if trigger == "schedule" else None
+    options = often(trigger=trigger, at=at)
+    _, result = train(tmp_path, options, NotFinite(6))
+    assert result.refused_steps == 1
+    steps = {event["step"] for event in result.reports["growth"]["events"]}
+    assert steps == ({9} if trigger == "schedule" else set())
+
+
 class Digests(Callback):
     """Leave each rank's weights and moments behind."""
 
@@ -280,9 +319,11 @@ def test_updates_of_young_neurons_are_scaled_and_of_no_others(tmp_path: Path) ->
 def test_the_same_bits_whoever_draws_besides(tmp_path: Path) -> None:
     """Growth draws from a generator of its own, and leaves the others where they are."""
     none = often(trigger="schedule", at=(5,), max_new_parameters=1)
-    some = often(trigger="schedule", at=(STEPS - 1,))
+    some = often(trigger="schedule", at=(STEPS - 2,))
     states = []
     for name, options in (("none", none), ("some", some)):
         train(tmp_path / name, options, settings=replace(ONE, save_every_n_steps=STEPS))
-        states.append(saved(tmp_path / name)["callbacks"]["RandomState"])
+        end = saved(tmp_path / name)["callbacks"]
+        assert bool(end["NeuronGrowthCallback"]["events"]) == (name == "some")
+        states.append(end["RandomState"])
     assert_same(*states, "")

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.growth.given import asked, grower
 from tritter.growth.grower import Grower
+from tritter.growth.initialisers import GradMax
+from tritter.growth.look import some_rows
+from tritter.growth.method import NeuronGrowth
+from tritter.growth.names import TRIGGERS
 from tritter.growth.options import GrowthOptions, Timing
 from tritter.growth.triggers import Percentile, View
 
@@ -215,3 +219,50 @@ def test_schedules_fit_short_trainings(max_steps: int | None, expected: tuple[in
 def test_after_the_last_step_nothing_is_born() -> None:
     options = asked(trigger="schedule", growth_cooldown=1, check_every=10, warmup_steps=0)
     assert stepped(grower(options, max_steps=30), oracle.tiny_llama(), 30) == [10, 20]
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ({"check_every": 300}, "nothing could grow"),
+    ({"growth_cooldown": 250}, "nothing could grow"),
+    ({"history_checks": 1}, "too few for growth.gradient_percentile"),
+    ({"gradient_percentile": 99.9}, "too few for growth.gradient_percentile"),
+    ({}, ""),
+    ({"trigger": "schedule", "at": (5,)}, ""),
+    ({"trigger": "plateau", "plateau_steps": 100}, ""),
+])  # fmt: skip
+def test_what_can_never_grow_is_told(words: dict[str, Any], said: str) -> None:
+    options = asked(**words)
+    made = NeuronGrowth(options, TRIGGERS[str(options.trigger)](), GradMax())
+    why = made.why_never(max_steps=250, num_layers=3)
+    assert said in why and bool(why) == bool(said)
+
+
+def test_a_layer_that_is_frozen_is_no_pressure() -> None:
+    model = oracle.tiny_llama()
+    engine = grower(
+        asked(gradient_percentile=75.0, check_every=1, growth_cooldown=1), max_steps=None
+    )
+    engine.begin(model)
+    for place in engine.places[:2]:
+        model.get_parameter(place.gate).requires_grad_(False)
+    generator, fired = torch.Generator().manual_seed(0), 0
+    for step in range(1, 601):
+        engine.pressure.neurons = {
+            n: torch.rand(40, generator=generator) * torch.rand(1, generator=generator)
+            for n in range(3)
+        }
+        engine.pressure._whole = torch.ones(())
+        decided = engine.decide(model, step + 100)
+        fired += bool(decided)
+        assert set(decided) <= {2}
+    low, high = binom.interval(0.99, 600, 0.25)
+    assert low <= fired <= high
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(64, 128), (1024, 16), (16, 128)])
+def test_tokens_are_of_all_places_of_a_sequence(sequences: int, length: int) -> None:
+    places = torch.arange(length).repeat(sequences)[:, None].float()
+    seen = some_rows(places, 256)[:, 0]
+    assert len(seen) == 256 and torch.equal(seen, some_rows(places, 256)[:, 0])
+    assert float(seen.mean()) == pytest.approx((length - 1) / 2, rel=0.15)
+    assert len(seen.unique()) > min(length, 100) * 0.8

@@ -63,7 +63,7 @@ def growth_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield what of a run does not go together with growth."""
     if config.growth is None:
         return
-    options, name = config.growth.options, config.optimizer.target.rpartition(".")[2]
+    name = config.optimizer.target.rpartition(".")[2]
     if name not in _OPTIMIZERS or config.optimizer.arguments.get("amsgrad"):
         reason = (
             f"growth maps Adam's two moments to the new shapes, and {name} has other state; "
@@ -74,13 +74,17 @@ def growth_problems(config: RunConfig) -> Iterator[Problem]:
         reason = "its plan of expansions counts every parameter; with growth=none it is kept"
         yield Problem("pipeline.target_params", config.pipeline.target_params, reason=reason)
     frozen = freezing(config)
-    if frozen is not None and "ffn" in str(frozen.layers).split(","):
+    if frozen is not None and frozen.new_only:
+        reason = "neurons that grow would change what is frozen in part; with growth=none it works"
+        yield Problem("forgetting.freeze.new_only", True, reason=reason)
+    places = None if frozen is None or frozen.until is not None else frozen.places
+    if places is not None and "ffn" in places.parts:
         reason = "the FFNs, in which neurons grow, would be frozen; freeze attention, or an end"
-        yield Problem("forgetting.freeze.layers", frozen.layers, reason=reason)
+        yield Problem("forgetting.freeze.layers", frozen and frozen.layers, reason=reason)
     if any(spec.new_blocks_only for spec in config.expansion):
         reason = "with new_blocks_only old FFNs are frozen, and would grow without being trained"
         yield Problem("growth", dotted(config.growth.kind), reason=reason)
-    yield from _option_problems(options, config.training.max_steps)
+    yield from _option_problems(config.growth, config.training.max_steps)
 
 
 def growth_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
@@ -98,13 +102,18 @@ def growth_start_problems(config: RunConfig, source: Config) -> Iterator[Problem
             "expansion without experts, or growth=none"
         )
         yield Problem("growth", config.growth.kind.__name__, reason=reason)
+        return
+    steps, layers = config.training.max_steps, family_of(grown).dimensions(grown).num_hidden_layers
+    if reason := config.growth.made().why_never(max_steps=steps, num_layers=layers):
+        yield Problem("growth.trigger", config.growth.options.trigger, reason=reason)
 
 
-def _option_problems(options: Any, max_steps: int) -> Iterator[Problem]:
-    if options.trigger == "budget" and not (options.max_new_parameters or options.max_extra_flops):
+def _option_problems(growth: GrowthConfig, max_steps: int) -> Iterator[Problem]:
+    options, trigger = growth.options, growth.parts["trigger"]
+    if trigger.needs_budget and not (options.max_new_parameters or options.max_extra_flops):
         reason = "say what it may spend: growth.max_new_parameters or growth.max_extra_flops"
-        yield Problem("growth.trigger", "budget", reason=reason)
-    if options.at is not None and options.trigger != "schedule":
+        yield Problem("growth.trigger", options.trigger, reason=reason)
+    if options.at is not None and not trigger.takes_steps:
         reason = f"steps are those of growth.trigger=schedule, and the trigger is {options.trigger}"
         yield Problem("growth.at", list(options.at), reason=reason)
     late = [step for step in options.at or () if step >= max_steps]

@@ -101,6 +101,7 @@ class Freeze(ForgettingMethod):
             layers=layers, new_only=new_only, old_experts=old_experts, until=until, thaw=thaw
         )
         self._thaws: dict[str, int | None] = {}  # parameter → step from which it is trained
+        self._step = 0
         self._held: dict[str, Tensor] = {}  # parameter → mask of the entries that are not
         self._values: dict[str, Tensor] = {}  # what stands there
 
@@ -140,6 +141,7 @@ class Freeze(ForgettingMethod):
                 gradient.masked_fill_(mask, 0)
 
     def look(self, model: nn.Module, step: int) -> float:
+        self._step = step
         with torch.no_grad():
             for name, mask in self._held.items():
                 parameter = model.get_parameter(name)
@@ -151,7 +153,8 @@ class Freeze(ForgettingMethod):
     def parameters_changed(self, change: "Change") -> None:
         """Refuse what it would have to follow: what is frozen stays as it is."""
         altered = {stored.name for stored in change.altered} | set(change.removed)
-        if touched := sorted(altered & self._thaws.keys()):
+        frozen = self._thaws.keys() - set(self.thawed(self._step))
+        if touched := sorted(altered & frozen):
             raise RequestError(
                 f"forgetting=freeze: {touched[0]} is frozen, and can't change during the training."
             )

@@ -1,6 +1,7 @@
 """Growth as callbacks of a training: one reads the gradients of the task, one changes the model."""
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class NeuronGrowthCallback(Callback):
         self._restored: Mapping[str, Any] | None = None
         self._seen = Looking()
         self._handles: list[RemovableHandle] = []
+        self._losses: list[float] = []  # of the batches of a step
         self._after: dict[str, Any] = {}
         self._last_step = 0
 
@@ -84,10 +86,13 @@ class NeuronGrowthCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.grower.keeps_losses:
+            self._losses.append(float(trainer.callback_metrics["train/loss"]))
         if not ends_step(trainer, batch_idx):
             return
-        if self.grower.keeps_losses:
-            self.grower.note_loss(float(trainer.callback_metrics["train/loss"]))
+        if self._losses:
+            self.grower.note_loss(fmean(self._losses))
+            self._losses = []
         model, step = base_of(pl_module).model, trainer.global_step
         if self.grower.is_check(step):
             decided = trainer.strategy.broadcast(self.grower.decide(model, step))

@@ -7,6 +7,7 @@ itself, but says what `tritter.training.surgery` is to do.
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from tritter.seeds import derived_seed
 
 MAX_LOSSES = 20_000  # of the last steps
 MAX_ROWS = 1_000  # of the growth map
+_UNTRAINED = -1.0  # in the place of a pressure
 TRAINING_FLOPS = 6  # of a parameter and a token
 
 
@@ -152,13 +154,18 @@ class Grower:
         return self._losses.maxlen != 0
 
     def note_loss(self, loss: float) -> None:
-        """Keep the loss of a step, nats per token, the same in all processes."""
-        self._losses.append(loss)
+        """Keep the loss of a step, nats per token, the same in all processes.
+
+        In place of one that is not finite the last one stands, as its step is refused.
+        """
+        if isfinite(loss) or self._losses:
+            self._losses.append(loss if isfinite(loss) else self._losses[-1])
 
     def may_grow_after(self, step: int) -> bool:
         """Say whether the model may grow after so many steps, so that it has to be looked at."""
         is_last = step == self.timing.max_steps  # what is born then would never be trained
-        return self._is_due(step) and self._is_cool(step) and not is_last
+        is_cool = self._is_cool(step) or not self.trigger.waits(self.asked)
+        return self._is_due(step) and is_cool and not is_last
 
     def is_check(self, step: int) -> bool:
         """Say whether the trigger is asked after so many steps."""
@@ -168,16 +175,17 @@ class Grower:
         """Return layer → how many neurons it gets after so many steps; a check, if one is due."""
         if not self.is_check(step):
             return {}
-        view = self._view(model, step)
-        decided = dict(self.trigger.decide(view)) if self.may_grow_after(step) else {}
+        pressures = self.pressure.of_layers(self.places).tolist()
+        trained = [n for n, place in enumerate(self.places) if place.is_trained(model)]
+        view = self._view(model, step, trained, [pressures[n] for n in trained])
+        decided = dict(self.trigger.decide(view)) if trained and self.may_grow_after(step) else {}
         if self.asked.plateau_threshold is not None and decided:
             decided = decided if is_plateau(view, self.asked.plateau_threshold) else {}
         self.counts.checks += 1
-        self._history.append(view.pressures.tolist())
-        self._history = self._history[-self.asked.history_checks :]
-        self.map.add(step, [place.width(model) for place in self.places], view.pressures.tolist())
-        trained = {n for n, p in enumerate(self.places) if p.is_trained(model)}
-        return self._affordable(view, {n: decided[n] for n in decided if n in trained})
+        known = [each if n in trained else _UNTRAINED for n, each in enumerate(pressures)]
+        self._history = [*self._history, known][-self.asked.history_checks :]
+        self.map.add(step, [place.width(model) for place in self.places], pressures)
+        return {trained[n]: count for n, count in self._affordable(view, decided).items()}
 
     def growth(
         self,
@@ -188,7 +196,7 @@ class Grower:
         step: int,
         sources: Mapping[int, Sequence[int]] | None = None,
     ) -> Growth | None:
-        """Return what the model is to become; None where nothing was seen of the layers.
+        """Return what the model is to become; None where nothing finite was seen of the layers.
 
         Args:
             decided: number of an FFN → neurons.
@@ -196,6 +204,8 @@ class Grower:
             sources: layer → neurons that new ones may stem from; absent: those of the highest
                 pressure.
         """
+        if not all(look.is_finite for look in looks.values()):
+            return None  # the step was refused
         places = {self.places[n].layer: self.places[n] for n in decided}
         counts = {self.places[n].layer: count for n, count in decided.items()}
         dead: dict[int, Tensor] = {}
@@ -212,7 +222,7 @@ class Grower:
             if layer not in looks:
                 continue
             found = dead.get(layer, torch.empty(0, dtype=torch.int64))
-            recycled = found[: counts[layer]]
+            recycled = found[: min(counts[layer], place.width(model) - 1)]
             died[layer] = len(found) - len(recycled)
             own = self._sources(
                 layer, recycled, count=counts[layer], asked=(sources or {}).get(layer, ())
@@ -294,16 +304,20 @@ class Grower:
     def _is_cool(self, step: int) -> bool:
         return step - self.counts.last_step >= self.timing.cooldown
 
-    def _view(self, model: nn.Module, step: int) -> View:
-        parameters = [self._neuron_parameters(model, place) for place in self.places]
+    def _view(
+        self, model: nn.Module, step: int, trained: Sequence[int], pressures: Sequence[float]
+    ) -> View:
+        """Return what the trigger is shown: of the layers that are trained, as if they were all."""
+        places = [self.places[n] for n in trained]
+        parameters = [self._neuron_parameters(model, place) for place in places]
         flops = self._flops_left(step)
-        pressures = self.pressure.of_layers(self.places)
-        history = torch.tensor(self._history, dtype=torch.float64).reshape(-1, len(pressures))
+        rows = [[row[n] for n in trained] for row in self._history]
+        known = [row for row in rows if _UNTRAINED not in row]
         return View(
             step=step,
-            pressures=pressures,
-            neuron_pressures=[self.pressure.neurons[place.layer] for place in self.places],
-            history=history,
+            pressures=torch.tensor(pressures, dtype=torch.float64),
+            neuron_pressures=[self.pressure.neurons[place.layer] for place in places],
+            history=torch.tensor(known, dtype=torch.float64).reshape(-1, len(places)),
             losses=list(self._losses),
             neuron_parameters=parameters,
             neuron_flops=[each * flops for each in parameters],

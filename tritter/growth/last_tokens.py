@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tritter.growth.look import Look
+from tritter.growth.look import Look, some_rows
 from tritter.growth.places import FfnPlace
 
 MAX_TOKENS = 256  # of the last batch, of each layer
@@ -29,8 +29,8 @@ class LastTokens:
             computed: [..., F], of the neurons themselves.
         """
         if torch.is_grad_enabled() and output.requires_grad:
-            own = None if computed is None else _some(computed)
-            output.register_hook(partial(self._keep, layer, _some(inputs), own))
+            own = None if computed is None else some_rows(computed, MAX_TOKENS)
+            output.register_hook(partial(self._keep, layer, some_rows(inputs, MAX_TOKENS), own))
 
     def looks(self, model: nn.Module, places: Iterable[FfnPlace]) -> dict[int, Look]:
         """Return layer → what was seen of it, unless a neighbour has other sizes since."""
@@ -51,9 +51,4 @@ class LastTokens:
         self._last.clear()
 
     def _keep(self, layer: int, inputs: Tensor, computed: Tensor | None, gradient: Tensor) -> None:
-        self._last[layer] = (inputs, computed, _some(gradient))
-
-
-def _some(values: Tensor) -> Tensor:
-    rows = values.detach().reshape(-1, values.shape[-1])
-    return rows[:: -(-len(rows) // MAX_TOKENS) or 1].clone()
+        self._last[layer] = (inputs, computed, some_rows(gradient, MAX_TOKENS))

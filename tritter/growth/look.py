@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,13 +28,17 @@ class Look:
     output_gradients: Tensor
     computed: Tensor | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.output_gradients.isfinite().all() and self.inputs.isfinite().all())
+
 
 @dataclass(slots=True)
 class Looking:
     """Collects tokens of FFNs during the forward and backward passes of a step.
 
     Args:
-        max_tokens: of each batch; spread evenly over it.
+        max_tokens: of each batch; spread over it.
     """
 
     max_tokens: int = MAX_TOKENS
@@ -74,9 +79,22 @@ class Looking:
         self._gradients.clear()
 
     def _some(self, values: Tensor) -> Tensor:
-        rows = values.reshape(-1, values.shape[-1])
-        step = -(-len(rows) // self.max_tokens)
-        return rows[::step].clone()
+        return some_rows(values, self.max_tokens)
+
+
+def some_rows(values: Tensor, count: int) -> Tensor:
+    """Return at most so many tokens of values [..., H] as rows: always those of the same places.
+
+    At random places of the batch: evenly spaced ones may all begin a sequence.
+    """
+    rows = values.detach().reshape(-1, values.shape[-1])
+    return rows[_places(len(rows), count).to(rows.device)]
+
+
+@lru_cache(maxsize=16)
+def _places(size: int, count: int) -> Tensor:
+    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    return drawn[:count].sort().values
 
 
 def attach(model: nn.Module, places: Iterable[FfnPlace], seen: Looking) -> list[RemovableHandle]:

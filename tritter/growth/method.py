@@ -30,6 +30,20 @@ class NeuronGrowth:
     def __init__(self, asked: GrowthOptions, trigger: Trigger, initialiser: Initialiser) -> None:
         self.asked, self.trigger, self.initialiser = asked, trigger, initialiser
 
+    def why_never(self, *, max_steps: int, num_layers: int) -> str:
+        """Return why nothing can grow in a training of so many steps; empty: something can."""
+        asked, timing = self.asked, Timing.of(self.asked, max_steps=max_steps)
+        due = [n for n in range(1, max_steps) if self.trigger.is_due(n, timing, asked)]
+        cool = [n for n in due if n >= timing.cooldown or not self.trigger.waits(asked)]
+        if not cool:
+            return (
+                f"in a training of {max_steps} steps nothing could grow: checks come every "
+                f"{timing.check_every} steps after {timing.warmup}, and nothing grows in the first "
+                f"{timing.cooldown} (growth.check_every, .warmup_steps, .growth_cooldown) or after "
+                "the last"
+            )
+        return self.trigger.why_never(asked, num_checks=len(due), num_layers=num_layers)
+
     def freeze(self, model: nn.Module) -> None:
         """Let the FFNs alone be trained, where it is asked for."""
         if self.asked.freeze_attention:

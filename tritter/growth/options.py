@@ -38,7 +38,7 @@ class GrowthOptions:
         plateau_steps: that the change is taken over.
         max_new_parameters: of a training; None: no limit.
         max_extra_flops: of what new neurons add to a training; None: no limit.
-        at: steps of the trigger `schedule`; None: at each check.
+        at: steps of the trigger `schedule`, whatever the cooldown; None: at each check.
         enable_replacement: dead neurons are used again, before others are added.
         dead_quantile: of all layers' Wanda scores, below which a mature neuron is dead.
         freeze_attention: the FFNs alone are trained.
@@ -59,7 +59,7 @@ class GrowthOptions:
     plateau_steps: Annotated[int, Field(ge=2, le=100_000)]
     max_new_parameters: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)] | None
     max_extra_flops: Annotated[float, Field(gt=0)] | None
-    at: tuple[Count, ...] | None
+    at: Annotated[tuple[Count, ...], Field(min_length=1)] | None
     enable_replacement: bool
     dead_quantile: _Share
     freeze_attention: bool

@@ -106,7 +106,8 @@ def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
 
 def freeze_all_but_ffns(model: nn.Module) -> None:
     """Let the FFNs alone be trained; what is frozen already stays so."""
-    names = {name for place in ffn_places(model) for name, _ in place.parts}
+    places = ffn_places(model)
+    names = {name for place in places for name, _ in place.axes(model)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in names)
 

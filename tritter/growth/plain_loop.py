@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from tritter.data.ranks import this_rank
 from tritter.errors import RequestError
 from tritter.growth.grower import Grower, Growth
 from tritter.growth.last_tokens import LastTokens
@@ -139,6 +140,12 @@ class PlainLoop:
             RequestError: it is not known what trains them, or several optimizers do.
         """
         grower, step = self.grower, self.steps
+        if this_rank().count > 1:
+            raise RequestError(
+                "growth: in a loop of one's own each of several processes would grow by its own "
+                "tokens, and DDP would go on with the old parameters; train with python train.py "
+                "growth=foam trainer=ddp."
+            )
         optimizer = self._trained_by()
         looks = self.tokens.looks(self.module, grower.places)
         growth = grower.growth(self.module, decided, looks, step=step, sources=sources)

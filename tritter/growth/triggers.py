@@ -60,10 +60,24 @@ class Trigger(ABC):
     """Decides at a check; from outside, a record of options with this base."""
 
     needs_losses: ClassVar[bool] = False
+    needs_budget: ClassVar[bool] = False
+    takes_steps: ClassVar[bool] = False  # `growth.at`
 
     def is_due(self, step: int, timing: Timing, asked: GrowthOptions) -> bool:
         """Say whether the trigger is asked after so many steps."""
         return step >= timing.warmup and step % timing.check_every == 0
+
+    def waits(self, asked: GrowthOptions) -> bool:
+        """Say whether the cooldown holds for it."""
+        return True
+
+    def why_never(self, asked: GrowthOptions, *, num_checks: int, num_layers: int) -> str:
+        """Return why it can't decide for growth in a training with so many checks; empty: it can.
+
+        Args:
+            num_checks: before the last step.
+        """
+        return ""
 
     @abstractmethod
     def decide(self, view: View) -> Mapping[int, int]:
@@ -86,6 +100,17 @@ class Percentile(Trigger):
         threshold = old.topk(rank).values[-1]
         chosen = (view.pressures > threshold).nonzero().squeeze(1).tolist()
         return dict.fromkeys(chosen, view.options.max_growth_per_step)
+
+    def why_never(self, asked: GrowthOptions, *, num_checks: int, num_layers: int) -> str:
+        known = min(asked.history_checks, num_checks - 1) * num_layers
+        if _rank(known, asked.gradient_percentile):
+            return ""
+        return (
+            f"{num_checks} checks of {num_layers} layers leave {max(known, 0)} earlier pressures "
+            f"to compare with, too few for growth.gradient_percentile = "
+            f"{asked.gradient_percentile:g}; check more often (growth.check_every), or keep more "
+            "(growth.history_checks)"
+        )
 
     @staticmethod
     def rate(num_old: int, num_layers: int, percentile: float) -> float:
@@ -130,6 +155,11 @@ class Plateau(Trigger):
 class Scheduled(Trigger):
     """All layers, after the steps of `growth.at`, or whenever the cooldown allows it."""
 
+    takes_steps: ClassVar[bool] = True
+
+    def waits(self, asked: GrowthOptions) -> bool:
+        return asked.at is None
+
     def is_due(self, step: int, timing: Timing, asked: GrowthOptions) -> bool:
         if asked.at is not None:
             return step in asked.at
@@ -146,6 +176,8 @@ class Budget(Trigger):
     The budget is `growth.max_new_parameters` or `growth.max_extra_flops`; the cooldown says how
     often, and `max_growth_per_step` how much at most in one event.
     """
+
+    needs_budget: ClassVar[bool] = True
 
     def decide(self, view: View) -> Mapping[int, int]:
         timing, asked = view.timing, view.options

@@ -15,12 +15,13 @@ from tritter.pipeline.context import RunContext
 from tritter.training import FitResult
 
 
-def callbacks(
+def begin(
     context: RunContext, arm: Arm, model: nn.Module, *, max_steps: int
 ) -> tuple[Sequence[Callback], Sequence[Callback]]:
     """Return what reads gradients and what changes the model in an arm's training.
 
-    The control grows nothing. What growth does not train is frozen here.
+    The control grows nothing. What growth does not train is frozen here, before methods against
+    forgetting, which thaw only what they froze.
     """
     asked = context.config.growth
     if asked is None or arm.is_control:

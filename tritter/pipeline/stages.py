@@ -185,16 +185,16 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
 def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> StageResult:
     """Continue on the new domains under the methods against forgetting."""
     start = moe.start_folder(context, arm)
-    settings = context.config.training
-    settings = replace(settings, max_steps=settings.max_steps * arm.num_trainings)
+    asked = context.config.training
+    settings = replace(asked, max_steps=asked.max_steps * arm.num_trainings)
     model = load_model(start)
     _hold_old(context, arm, model)
     methods = build_methods(context.config.forgetting)
     _announce(context, arm, methods, max_steps=settings.max_steps)
     with moe.ready_for_training(context, arm, model) as setup:
         task = importance.task(context, arm, follow=setup.follow)
+        observers, changers = growth.begin(context, arm, model, max_steps=settings.max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
-        observers, changers = growth.callbacks(context, arm, model, max_steps=settings.max_steps)
         module = BaseModule(
             model,
             schedule=schedule_of(settings, start_rate=last_rate(context, arm)),

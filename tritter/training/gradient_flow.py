@@ -19,7 +19,7 @@ from tritter.training.module import base_of
 from tritter.training.parameters import live_layout
 
 _TRIAL_RATE = 1e-4
-_CLOSELY = 16  # steps that are looked at one by one; later those that are logged
+_CLOSELY = 16  # steps, from the first and from a change, that are looked at one by one
 
 # By parameter: along each dimension, bool [size], which coordinates no weight stood in before
 NewUnits = Mapping[str, tuple[Tensor | None, ...]]
@@ -62,6 +62,7 @@ class Flow:
         self._changed: set[str] = set()  # since the training began: what `new` does not tell
         self._restored: dict[str, Any] = {}
         self._step = 0
+        self._closely_until = _CLOSELY
 
     def look(self, model: nn.Module, *, step: int, is_looked_at: bool = True) -> None:
         """Take the gradients of a step, counted from 0."""
@@ -100,10 +101,11 @@ class Flow:
 
     def parameters_changed(self, change: Change) -> None:
         """Watch what was changed from here on anew."""
-        self._new = {**self._new, **dict.fromkeys((s.name for s in change.before), ())}
-        self._new |= change.new_units()
-        changed = {stored.name for stored in (*change.before, *change.altered)}
+        changed = {*(stored.name for stored in change.altered), *change.removed}
+        new = change.new_units()
+        self._new = {**self._new, **{name: new.get(name, ()) for name in changed}}
         self._changed |= changed
+        self._closely_until = self._step + _CLOSELY
         for name in changed:
             self._waiting.pop(name, None)
 
@@ -124,10 +126,16 @@ class Flow:
             ]
             for name in sorted(self._changed)
         }
-        return {"step": self._step, "waiting": waiting, "new": new}
+        return {
+            "step": self._step,
+            "closely_until": self._closely_until,
+            "waiting": waiting,
+            "new": new,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._step, self._restored = int(state_dict["step"]), dict(state_dict["waiting"])
+        self._closely_until = int(state_dict["closely_until"])
         changed = {name: dict(flags) for name, flags in state_dict["new"].items()}
         self._changed = set(changed)
         self._new = {
@@ -165,7 +173,7 @@ class GradientFlow(Flow, Callback):
     ) -> None:
         step = trainer.global_step
         is_logged = (step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        is_looked_at = step < _CLOSELY or is_logged
+        is_looked_at = step < self._closely_until or is_logged
         self.look(base_of(pl_module).model, step=step, is_looked_at=is_looked_at)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
