@@ -1,6 +1,6 @@
-"""Loss against FLOPs of runs called C2-ARM-SEED, into curves.csv, and what growth saves.
+"""Loss against FLOPs of runs called STUDY-ARM-SEED, into a file, and what growth saves.
 
-    python curves.py RUN…
+    python curves.py curves_short.csv RUN…
 
 A curve is `eval/text/loss` on the new text, smoothed over five evaluations. What is saved is asked
 at the loss that the large model reaches from scratch with its whole budget.
@@ -51,7 +51,7 @@ def at(points: list[tuple[float, float]], flops: float) -> float:
     return [loss for own, loss in points if own <= flops][-1]
 
 
-def main(folders: list[str]) -> None:
+def main(output: str, folders: list[str]) -> None:
     runs: dict[int, dict[str, list[tuple[float, float]]]] = {}
     grew: dict[tuple[int, str], list[int]] = {}
     for folder in map(Path, folders):
@@ -73,11 +73,11 @@ def main(folders: list[str]) -> None:
             own, small = at(points, budget), at(arms["small"], budget)
             writer.writerow([seed, arm, steps, saved, f"{own:.3f}", f"{small:.3f}"])
             rows += [(seed, arm, f"{flops:.4g}", f"{loss:.4f}") for flops, loss in points]
-    with (Path(__file__).parent / "curves.csv").open("w", newline="") as file:
+    with Path(output).open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["seed", "arm", "flops", "loss"])
         table.writerows(rows)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])
