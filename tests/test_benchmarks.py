@@ -94,7 +94,7 @@ def test_documented_commands_are_understood(command: str) -> None:
     _, script, *words = shlex.split(command)
     text = (FOLDER.parents[1] / script).read_text("utf-8")
     flags = [word for word in words if word.startswith("--")]
-    assert flags
+    assert flags or "argparse" not in text
     assert all(f'add_argument("{flag}"' in text for flag in flags)
 
 

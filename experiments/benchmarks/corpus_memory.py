@@ -97,7 +97,7 @@ class _Peak:
     """
 
     def __enter__(self) -> "_Peak":
-        self._begin, self._most = _own_kb(), 0
+        self._begin = self._most = _own_kb()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()

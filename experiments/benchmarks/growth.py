@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/growth.py > experiments/benchmarks/growth.csv
 
-A plain loop over a stock Llama of 12.6 M parameters and AdamW. Blocks of steps with the engine
+A plain loop over a stock Llama of 11.9 M parameters and AdamW. Blocks of steps with the engine
 watching (pressure of every neuron, hooks of the optimizer) and without alternate, so that whatever
 else the machine does falls on both; an event is timed as a whole, with the looks that it takes.
 """
