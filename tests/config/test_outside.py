@@ -13,6 +13,7 @@ import pytest
 from tests.config.conftest import FakePipeline, Result
 from tests.config.test_resume import printed_words
 from tests.oracle import saved, tiny_llama
+from tests.pipeline.tiny import TINY
 from tritter.cli import main as tritter
 from tritter.conf_folder import config_folder
 from tritter.config.folders import composing_from, front_of
@@ -20,10 +21,10 @@ from tritter.pipeline.suggestions import next_commands
 from tritter.storage.reading import read_object
 
 ROOT = config_folder().parent
+TEXTS = [word for word in TINY if word.startswith(("data=", "data.old=", "data.new="))]
 SMALL = [
-    *("pretraining.max_steps=2", "training.max_steps=2", "data.sequence_length=32"),
-    *("data.batch_size=4", "data.vocab_size=300", "evaluation.sample_tokens=0", "logger=csv"),
-    *("gate=off", "evaluation.max_tokens_per_document=64"),
+    *(word for word in TINY if word not in TEXTS and not word.startswith("forgetting=")),
+    *("pretraining.max_steps=2", "training.max_steps=2"),
 ]
 
 
@@ -101,7 +102,7 @@ def test_a_model_grows_by_a_trigger_and_an_initialiser_from_outside(
     outside: tuple[Path, list[str]],
 ) -> None:
     run = outside[0].parent / "run"
-    done = train(outside, *SMALL, *GROWTH, "expansion=none", f"hydra.run.dir={run}")
+    done = train(outside, *SMALL, *TEXTS, *GROWTH, "expansion=none", f"hydra.run.dir={run}")
     assert done.returncode == 0, done.stderr
     growth = read_object(run / "summary.json")["growth"]
     assert [(event["step"], event["born"]) for event in growth["events"]] == [(1, 2)]
@@ -109,10 +110,10 @@ def test_a_model_grows_by_a_trigger_and_an_initialiser_from_outside(
     assert growth["options"]["trigger"]["_target_"] == "mine.growing.Narrowest"
     assert growth["options"]["trigger"]["count"] == 2
     assert len(growth["options"]["initialiser"]["sha256"]) == 64
-    refused = train(outside, *GROWTH[:1], "growth.trigger={_target_: mine.growing.Narrowset}")
-    assert refused.returncode == 2 and "Did you mean Narrowest?" in refused.stderr
-    refused = train(outside, *GROWTH[:1], GROWTH[1].replace("count", "cuont"))
-    assert refused.returncode == 2 and "growth.trigger.cuont" in refused.stderr
+    wrong = (GROWTH[1].replace("count", "cuont"), GROWTH[2].replace("Silent", "Silnet"))
+    refused = train(outside, GROWTH[0], *wrong)
+    assert refused.returncode == 2
+    assert "growth.trigger.cuont" in refused.stderr and "Did you mean Silent?" in refused.stderr
 
 
 def test_an_expansion_from_outside_is_a_method_of_the_command(
