@@ -37,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "forgetting": _TRAINING,
     "moe_routing": _TRAINING,
     "growth": _TRAINING,
+    "experts": _TRAINING,
     "report": {"checkpoint", "evaluation"},
     "pipeline": _BELOW_PIPELINE | {"report"},
     "planning": {"families", "expansion", "parameter_map"},
@@ -52,6 +53,7 @@ LIBRARIES: dict[str, set[str]] = {
     "omegaconf": {"config", PROGRAM},
     "transformers": {"models", "loadable", "families"},
     "wandb": {"tritter.pipeline.metrics"},
+    "peft": {"experts"},
     "lm_eval": {f"tritter.evaluation.benchmarks.{name}" for name in ("harness", "hub", "answers")},
 }
 LAZY_LIBRARIES = {"wandb", "lm_eval"}  # slow to import, and not needed where the logger is off

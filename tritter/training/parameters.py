@@ -11,15 +11,20 @@ from tritter.families.layout import Part
 from tritter.models import config_of
 
 BASE, NEW = "_base", "_new"  # what the two parts of a parameter end in whose experts stand apart
+WRAPPED = ".base_layer"  # what PEFT calls a linear layer that it put adapters on
 
 
 def live_layout(model: nn.Module) -> tuple[StoredTensor, ...]:
-    """Return what each parameter of a live model holds, in forward order."""
+    """Return what each parameter of a live model but adapters' holds, in forward order."""
     config, parameters = config_of(model), dict(model.named_parameters())
     places: list[StoredTensor] = []
     for stored in layout(config, "live"):
+        owner, _, last = stored.name.rpartition(".")
+        wrapped = f"{owner}{WRAPPED}.{last}"
         if stored.name in parameters:
             places.append(stored)
+        elif wrapped in parameters:
+            places.append(replace(stored, name=wrapped))
         else:
             num_base = len(parameters[stored.name + BASE])
             places += [_part_of(stored, BASE, 0, num_base), _part_of(stored, NEW, num_base, None)]

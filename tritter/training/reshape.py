@@ -49,13 +49,14 @@ def reshape(
     if config:
         model.tie_weights()  # type: ignore[operator]
     for module in model.modules():
-        if isinstance(module, nn.Linear):  # which may be narrower than a stock one
-            module.out_features, module.in_features = module.weight.shape
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear) and weight is not None:  # or its owner lets it go next
+            module.out_features, module.in_features = weight.shape  # maybe narrower than stock
 
 
 def entry_of(change: Change, *, step: int, reason: str) -> Entry:
     """Return what the journal says of a change, in plain data."""
-    known = {stored.name for stored in layout(change.config, "live")}
+    known = _stock_shapes(change.config)
     return {
         "step": step,
         "reason": reason,
@@ -69,7 +70,7 @@ def entry_of(change: Change, *, step: int, reason: str) -> Entry:
 def replay(model: nn.Module, entries: Sequence[Entry]) -> None:
     """Give a model the shapes that journal entries say; what it holds there is arbitrary."""
     config: Config = entries[-1]["config"]
-    shapes = {s.name: s.shape for s in layout(config, "live")}
+    shapes = _stock_shapes(config)
     removed: set[str] = set()
     for entry in entries:
         shapes |= {name: tuple(shape) for name, shape in entry["others"].items()}
@@ -81,6 +82,11 @@ def replay(model: nn.Module, entries: Sequence[Entry]) -> None:
         if name not in removed and (name not in held or tuple(held[name].shape) != tuple(shape))
     }
     reshape(model, config, values, removed=[name for name in removed if name in held])
+
+
+def _stock_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a family states; none where a change is of parts that none knows."""
+    return {stored.name: stored.shape for stored in layout(config, "live")} if config else {}
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -1,0 +1,230 @@
+"""PEFT's LoRA layers in a model: put on, named, taken off. All that we know of them stands here.
+
+PEFT's own forward pass runs with no adapter active, so that a layer computes what its base does,
+quantised or not; what the adapters add is computed in `tritter.experts.mixing`.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from tritter.errors import RequestError, did_you_mean
+
+_LAYER = re.compile(r"(?:^|.*\.)layers\.(\d+)(?=\.)")
+_BASE = ".base_layer."
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterShape:
+    """The size of one adapter, equal in all layers that it stands on.
+
+    Args:
+        rank: r, rows of A and columns of B.
+        alpha: α; what the adapter adds is multiplied with α / r.
+        targets: last names of the linear layers that it stands on, such as `q_proj`.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scaling(self) -> float:
+        """α / r."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """One adapter in one linear layer.
+
+    Args:
+        down: A [r, in_features].
+        up: B [out_features, r].
+        scaling: factor on B·A.
+    """
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def delta(self) -> Tensor:
+        """Return what the adapter adds to the weight, [out_features, in_features]."""
+        return self.scaling * (self.up @ self.down)
+
+
+def put_on(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) -> None:
+    """Put an adapter on a live model: A drawn as PEFT draws it, B = 0, so that nothing changes.
+
+    Whether the model is trained or not stays as it is; the adapter's parameters are trained.
+
+    Raises:
+        RequestError: the model has no linear layer of a name in `targets`, or an adapter `name`.
+    """
+    if name in adapter_names(model):
+        raise RequestError(f"the model has an adapter {name} already.")
+    _check_targets(model, shape.targets)
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    config = LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,  # type: ignore[arg-type] # PEFT divides it and asks no more
+        target_modules=list(shape.targets),
+        lora_dropout=0.0,
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, adapter_name=name)
+    for _, layer in adapted_layers(model):
+        layer.set_adapter([])  # which freezes all adapters
+        layer.train(model.training)
+    own = {id(parameter) for parameter in parameters_of(model, name).values()}
+    for key, parameter in model.named_parameters():
+        was_trained = key in trained or key.replace(_BASE, ".") in trained
+        parameter.requires_grad_(was_trained or id(parameter) in own)
+
+
+def take_off(model: nn.Module, name: str) -> None:
+    """Take an adapter off a live model, with its weights.
+
+    Raises:
+        RequestError: there is none of this name.
+    """
+    _check_known(model, name)
+    frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
+    for _, layer in adapted_layers(model):
+        if name in layer.lora_A:
+            layer.delete_adapter(name)
+            layer.set_adapter([])
+    del _configs(model)[name]
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key not in frozen)
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the adapters on a model, in the order in which they came."""
+    return tuple(_configs(model))
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """Yield (name, layer) of the linear layers with adapters, in forward order."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, cast(LoraLinear, module)  # or the like of a quantised layer
+
+
+def factors(layer: LoraLinear, name: str) -> Factors | None:
+    """Return one adapter of a layer; None where it does not stand on this layer."""
+    if name not in layer.lora_A:
+        return None
+    down, up = (
+        layer.lora_A[name].get_parameter("weight"),
+        layer.lora_B[name].get_parameter("weight"),
+    )
+    return Factors(down, up, float(layer.scaling[name]))
+
+
+def parameters_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of an adapter by their names in the model, A before B."""
+    parts = (f".lora_A.{name}.", f".lora_B.{name}.")
+    return {n: p for n, p in model.named_parameters() if any(part in n for part in parts)}
+
+
+def shape_of(model: nn.Module, name: str) -> AdapterShape:
+    """Return the size of an adapter.
+
+    Raises:
+        RequestError: there is none of this name.
+    """
+    _check_known(model, name)
+    config = _configs(model)[name]
+    return AdapterShape(config.r, float(config.lora_alpha), tuple(sorted(config.target_modules)))
+
+
+def set_rank(model: nn.Module, name: str, rank: int) -> None:
+    """State another rank of an adapter whose parameters are changed already; α / r is kept.
+
+    Raises:
+        RequestError: there is none of this name.
+    """
+    shape = shape_of(model, name)
+    alpha = shape.scaling * rank
+    config = _configs(model)[name]
+    config.r, config.lora_alpha = rank, alpha
+    for _, layer in adapted_layers(model):
+        if name in layer.lora_A:
+            layer.r[name], layer.lora_alpha[name] = rank, alpha
+            down, up = layer.lora_A[name], layer.lora_B[name]
+            down.out_features = up.in_features = rank  # type: ignore[assignment]
+
+
+def layer_number(name: str) -> int | None:
+    """Return which decoder layer a module of this name stands in; None: in none."""
+    found = _LAYER.match(name)
+    return None if found is None else int(found[1])
+
+
+def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Return the decoder layers of a model by number."""
+    named = dict(model.named_modules())
+    paths = {int(m[1]): m[0] for name in named if (m := _LAYER.match(name)) is not None}
+    return {number: named[path] for number, path in sorted(paths.items())}
+
+
+def base_name(name: str) -> str:
+    """Return what a parameter of the base is called where no adapters are."""
+    return name.replace(_BASE, ".")
+
+
+def is_of_adapter(name: str) -> bool:
+    """Say whether a parameter of this name belongs to some adapter."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def _configs(model: nn.Module) -> dict[str, Any]:
+    """Return PEFT's configs of the adapters on a model, which it holds itself."""
+    held: dict[str, Any] = getattr(model, "peft_config", {})
+    return held
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    linear = (nn.Linear, LoraLayer)
+    known = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, linear)
+        and layer_number(name) is not None
+        and not is_of_adapter(f".{name}.")
+        and not name.endswith(_BASE.rstrip("."))
+    }
+    for target in targets:
+        if target not in known:
+            raise RequestError(
+                f"experts.targets = {target}: the model has no linear layer of this name; it has "
+                f"{_listed(known)}.{did_you_mean(target, known)}"
+            )
+
+
+def _check_known(model: nn.Module, name: str) -> None:
+    known = adapter_names(model)
+    if name not in known:
+        raise RequestError(
+            f"no adapter {name}; there are {_listed(known)}.{did_you_mean(name, known)}"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

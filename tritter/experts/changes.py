@@ -1,0 +1,147 @@
+"""What becomes of a mixture's parameters when experts come, grow and go, for the one surgery.
+
+Each is a change of parameters by name: moments and all other state follow its maps, and what it
+does not name stays as it is, bit for bit.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from tritter.errors import RequestError
+from tritter.expand import Change
+from tritter.expand.change import declared
+from tritter.experts.adapters import parameters_of, shape_of
+from tritter.experts.mixture import ROUTER, ExpertMixture
+from tritter.families import StoredTensor
+from tritter.parameter_map import AxisFactor, Fill, TensorMap
+from tritter.parameter_map.axis_map import NO_SOURCE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RouterRow:
+    """What stands in a router for a new expert.
+
+    Args:
+        weight: [H]; `bias`: a number.
+    """
+
+    weight: Tensor
+    bias: float
+
+
+def spawned(mixture: ExpertMixture, name: str, rows: Mapping[str, RouterRow]) -> Change:
+    """Return the change that an expert is new, whose adapter was put on already.
+
+    Args:
+        name: of the mixture's last expert.
+        rows: name of each router in the model → its row.
+    """
+    model, number = mixture.model, len(mixture.names)
+    parts = _Parts()
+    for key, parameter in parameters_of(model, name).items():
+        values = parameter.detach().clone()
+        fill = Fill(kind="given", values=values)
+        parts.create(key, tuple(values.shape), fill)
+    source = torch.cat([torch.arange(number - 1), torch.tensor([NO_SOURCE])])
+    for router, row in rows.items():
+        axis = _plain_factor(source)
+        weight = Fill(kind="given", values=row.weight.reshape(1, -1))
+        parts.follow(model, f"{router}.weight", (axis, None), weight)
+        bias = Fill(kind="given", values=torch.tensor([row.bias]))
+        parts.follow(model, f"{router}.bias", (axis,), bias)
+    return parts.change()
+
+
+def evicted(mixture: ExpertMixture, name: str) -> Change:
+    """Return the change that takes an expert's weights, with its rows of the routers.
+
+    The mixture closes its adapter afterwards.
+
+    Raises:
+        RequestError: there is none of this name, or it is the only one.
+    """
+    mixture.check_can_go(name)
+    model, parts = mixture.model, _Parts()
+    for key, parameter in parameters_of(model, name).items():
+        parts.remove(key, tuple(parameter.shape))
+    number = mixture.names.index(name)
+    source = torch.tensor([n for n in range(len(mixture.names)) if n != number])
+    for router in router_names(mixture):
+        axis = _plain_factor(source)
+        parts.follow(model, f"{router}.weight", (axis, None), Fill())
+        parts.follow(model, f"{router}.bias", (axis,), Fill())
+    return parts.change()
+
+
+def widened(mixture: ExpertMixture, name: str, rank: int, *, seed: int) -> Change:
+    """Return the change that gives an expert a larger rank; the function is kept.
+
+    New rows of A are drawn as the old ones were, new columns of B are zero, and α / r stays, which
+    `tritter.experts.adapters.set_rank` states afterwards.
+
+    Raises:
+        RequestError: the rank is not larger than the expert's own.
+    """
+    model, own = mixture.model, shape_of(mixture.model, name).rank
+    if rank <= own:
+        raise RequestError(f"{name} has rank {own} already; {rank} is not larger.")
+    source = torch.cat([torch.arange(own), torch.full((rank - own,), NO_SOURCE)])
+    axis, parts = _plain_factor(source), _Parts()
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in parameters_of(model, name).items():
+        if ".lora_A." in key:
+            bound = sqrt(1 / parameter.shape[1])  # of Kaiming's uniform law with a = √5, as PEFT
+            drawn = torch.rand(rank - own, parameter.shape[1], generator=generator)
+            fill = Fill(kind="given", values=(2 * drawn - 1) * bound)
+            parts.follow(model, key, (axis, None), fill)
+        else:
+            parts.follow(model, key, (None, axis), Fill())
+    return parts.change()
+
+
+def router_names(mixture: ExpertMixture) -> Iterator[str]:
+    """Yield the names of a mixture's routers in its model."""
+    for name, _ in mixture.model.named_modules():
+        if name.rpartition(".")[2] == ROUTER:
+            yield name
+
+
+class _Parts:
+    """A change under construction."""
+
+    def __init__(self) -> None:
+        self._before: list[StoredTensor] = []
+        self._after: list[StoredTensor] = []
+        self._maps: dict[str, TensorMap] = {}
+
+    def create(self, name: str, shape: tuple[int, ...], fill: Fill) -> None:
+        self._after.append(declared(name, shape))
+        self._maps[name] = TensorMap.created(shape, fill)
+
+    def remove(self, name: str, shape: tuple[int, ...]) -> None:
+        self._before.append(declared(name, shape))
+
+    def follow(
+        self, model: nn.Module, name: str, axes: tuple[AxisFactor | None, ...], fill: Fill
+    ) -> None:
+        before = tuple(model.get_parameter(name).shape)
+        sizes = zip(before, axes, strict=True)
+        after = tuple(n if axis is None else len(axis.index) for n, axis in sizes)
+        self._before.append(declared(name, before))
+        self._after.append(declared(name, after))
+        self._maps[name] = TensorMap(source=name, axes=axes, fill=fill)
+
+    def change(self) -> Change:
+        return Change(
+            config={}, before=tuple(self._before), after=tuple(self._after), tensors=self._maps
+        )
+
+
+def _plain_factor(source: Tensor) -> AxisFactor:
+    """Return the factor of an axis whose coordinates are kept, dropped or new, none scaled."""
+    kept = (source != NO_SOURCE).double()
+    return AxisFactor(source, kept, kept)

@@ -1,0 +1,74 @@
+"""How much each expert counts at each token: gates from router logits.
+
+Gates of a token depend on that token alone, and, where a capacity is set, on which experts earlier
+tokens of its sequence took; never on later ones.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softmax
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How logits become gates.
+
+    Args:
+        top_k: experts that a token takes; None: all of them (dense).
+        temperature: τ, which logits are divided by.
+        capacity_factor: in training with `top_k`, an expert takes at most
+            ⌈factor · top_k · T / n⌉ tokens of a sequence of T, the earliest first; None: no limit.
+    """
+
+    top_k: int | None = None
+    temperature: float = 1.0
+    capacity_factor: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gates:
+    """The gates of one layer for the tokens of a batch.
+
+    Args:
+        weights: [B, T, n], what each expert's output is multiplied with; 0 where not chosen.
+        chosen: bool [B, T, n], which experts compute a token; None: all of them.
+        probabilities: [B, T, n], softmax of the logits over τ, for losses and reports.
+        logits: [B, T, n], before τ.
+        dropped: share of the choices that capacity left out.
+    """
+
+    weights: Tensor
+    chosen: Tensor | None
+    probabilities: Tensor
+    logits: Tensor
+    dropped: float = 0.0
+
+
+def gates_of(logits: Tensor, routing: Routing, *, is_training: bool = False) -> Gates:
+    """Return the gates for router logits.
+
+    Dense gates are the probabilities. Of top-k ≥ 2 they are the probabilities of the chosen over
+    their sum. Of top-1 the gate is the probability itself (Switch, arXiv 2101.03961, equation 2):
+    over its own sum it would be 1, and the router would get no gradient.
+
+    Args:
+        logits: [B, T, n], in float32 at least.
+    """
+    probabilities = softmax(logits / routing.temperature, dim=-1)
+    number = logits.shape[-1]
+    if routing.top_k is None or routing.top_k >= number:
+        return Gates(probabilities, None, probabilities, logits)
+    places = logits.topk(routing.top_k, dim=-1).indices  # [B, T, k]
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, places, True)
+    weights = probabilities * chosen
+    if routing.top_k > 1:
+        weights = weights / weights.sum(-1, keepdim=True)
+    if not is_training or routing.capacity_factor is None:
+        return Gates(weights, chosen, probabilities, logits)
+    limit = ceil(routing.capacity_factor * routing.top_k * logits.shape[1] / number)
+    kept = chosen & (chosen.cumsum(dim=1) <= limit)  # the earliest of each sequence
+    dropped = 1 - float(kept.sum()) / float(chosen.sum())
+    return Gates(weights * kept, kept, probabilities, logits, dropped)
