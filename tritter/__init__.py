@@ -12,12 +12,14 @@ __version__ = "0.1.0"
 
 # Name → module that has it, imported when it is first asked for: `tritter --help` needs no torch.
 _EXPORTS = {
+    "AdapterShape": "tritter.experts.adapters",
     "ContinuedPretrainingConfig": "tritter.config.continued_pretraining",
     "CurriculumLearning": "tritter.data.curriculum",
     "Dus": "tritter.expansion",
     "ElasticWeightConsolidation": "tritter.forgetting.ewc",
     "ExpansionRecord": "tritter.checkpoint",
     "ExpansionStep": "tritter.planning",
+    "ExpertMixture": "tritter.experts.mixture",
     "GrowableCausalLM": "tritter.growth.language_model",
     "GrowableFFN": "tritter.growth.ffn",
     "GrowableLinear": "tritter.growth.linear",
@@ -30,6 +32,7 @@ _EXPORTS = {
     "PROGRESSIVE_BENCHMARKS": "tritter.data.benchmark_names",
     "ProgressiveCheckpoint": "tritter.expand.progressive",
     "ProgressiveMoE": "tritter.moe_routing",
+    "Routing": "tritter.experts.gates",
     "Stack": "tritter.expansion",
     "Width": "tritter.expansion",
     "adapt_router": "tritter.moe_routing",

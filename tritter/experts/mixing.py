@@ -80,13 +80,13 @@ def _chosen(
     places: Tensor,
     choices: tuple[slice, ...],
 ) -> Tensor:
-    """Compute each expert for the tokens that chose it."""
-    out_features = next(iter(factors.values())).up.shape[0]
-    added = tokens.new_zeros(tokens.shape[0], out_features)
-    for number, each in factors.items():
-        own = places[choices[number]]  # [n_e]
-        if len(own):
-            gates = (weights[own, number] * each.scaling).unsqueeze(-1)
-            narrow = linear(tokens.index_select(0, own), each.down) * gates  # [n_e, r]
-            added = added.index_add(0, own, linear(narrow, each.up))
-    return added
+    """Compute each expert for the tokens that chose it; tokens are gathered and added up once."""
+    standing = [places[choices[number]] for number in factors]
+    where = places if len(factors) == len(choices) else torch.cat(standing)
+    gathered = tokens.index_select(0, where).split([len(own) for own in standing])
+    parts = []
+    for own, inputs, (number, each) in zip(standing, gathered, factors.items(), strict=True):
+        gates = (weights[own, number] * each.scaling).unsqueeze(-1)  # [n_e, 1]
+        parts.append(linear(linear(inputs, each.down) * gates, each.up))  # [n_e, out]
+    added = torch.cat(parts)
+    return added.new_zeros(len(tokens), added.shape[1]).index_add(0, where, added)

@@ -83,6 +83,16 @@ class TensorFolder:
         hint = f" ({', '.join(pickles)} hold pickles, which are never read)" if pickles else ""
         raise TritterError(f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}{hint}.")
 
+    @classmethod
+    def open_file(cls, folder: Path, file_name: str) -> TensorFolder:
+        """Read the header of one file that lies in a folder.
+
+        Raises:
+            TritterError: as `open`.
+        """
+        check_links(folder)
+        return cls(folder, _headers_in(folder, file_name))
+
     @property
     def files(self) -> dict[str, str]:
         """Tensor name → file name."""

@@ -1,0 +1,163 @@
+"""One adapter as a folder of PEFT's format: written for stock PEFT, and read from anywhere.
+
+Only plain LoRA of linear layers is read; whatever else a config asks for would be left out in
+silence, and is refused by name. Nothing in such a folder is run or unpickled.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tritter.errors import TritterError
+from tritter.experts.adapters import AdapterShape, adapted_layers, factors, shape_of
+from tritter.storage.atomic import atomic_folder
+from tritter.storage.reading import read_object
+from tritter.storage.tensors import TensorFolder, is_finite
+
+CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<layer>[\w.]+)\.lora_(?P<part>[AB])\.weight")
+_MAX_RANK = 1024
+# What changes neither the function nor how it is read
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type",
+    "peft_version", "r", "lora_alpha", "lora_dropout", "revision", "target_modules", "task_type",
+    "ephemeral_gpu_offload", "runtime_config", "eva_config", "corda_config", "loftq_config",
+    "lora_ga_config", "qalora_group_size",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredAdapter:
+    """What a folder holds.
+
+    Args:
+        shape: its targets are the last names of the layers below.
+        factors: name of the linear layer in the stock model → A [r, in_features] and
+            B [out_features, r].
+    """
+
+    shape: AdapterShape
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+
+
+def write_adapter(
+    model: nn.Module, name: str, folder: Path, *, base: str, overwrite: bool = False
+) -> None:
+    """Write an adapter of a live model, as PEFT's `save_pretrained` would.
+
+    Args:
+        base: hub id or path of the model that it belongs on, as its config says it.
+
+    Raises:
+        RequestError: there is no adapter of this name, or something stands at `folder`.
+        TritterError: a weight is not finite, or the disk refuses.
+    """
+    shape, tensors = shape_of(model, name), {}
+    for layer_name, layer in adapted_layers(model):
+        found = factors(layer, name)
+        if found is not None:
+            tensors[f"{_PREFIX}{layer_name}.lora_A.weight"] = _plain(found.down)
+            tensors[f"{_PREFIX}{layer_name}.lora_B.weight"] = _plain(found.up)
+    wrong = next((key for key, value in tensors.items() if not is_finite(value)), None)
+    if wrong is not None:
+        raise TritterError(f"the adapter {name} is not written: {wrong} is not finite.")
+    alpha = int(shape.alpha) if shape.alpha == int(shape.alpha) else shape.alpha
+    config = LoraConfig(
+        r=shape.rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=sorted(shape.targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    with atomic_folder(folder, overwrite=overwrite) as place:
+        save_file(tensors, place / TENSORS_NAME, metadata={"format": "pt"})
+        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+        (place / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+
+
+def read_adapter(folder: Path) -> StoredAdapter:
+    """Read an adapter folder, of ours or of stock PEFT.
+
+    Raises:
+        TritterError: it is none, asks for more than plain LoRA, or its tensors don't fit its
+            config; names the key or the tensor.
+    """
+    path = folder / CONFIG_NAME
+    config = read_object(path)
+    if config.get("peft_type") != "LORA":
+        raise TritterError(f"{path}: peft_type = {config.get('peft_type')!r}; LORA is read.")
+    plain = LoraConfig().to_dict()
+    for key, value in config.items():
+        if key not in _HARMLESS and value not in (plain.get(key), None, False, {}, []):
+            raise TritterError(f"{path}: {key} = {value!r} is not read; plain LoRA is.")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
+        raise TritterError(f"{path}: r = {rank!r}; allowed is 1 to {_MAX_RANK}.")
+    if type(alpha) not in (int, float) or not 0 < alpha < 1e6:  # type: ignore[operator]
+        raise TritterError(f"{path}: lora_alpha = {alpha!r}; allowed is above 0 and below 1e6.")
+    found = dict(_pairs(TensorFolder.open_file(folder, TENSORS_NAME), rank))
+    targets = tuple(sorted({name.rpartition(".")[2] for name in found}))
+    return StoredAdapter(AdapterShape(rank, float(alpha), targets), found)  # type: ignore[arg-type]
+
+
+def put_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
+    """Give an adapter that a model has already the values of a folder.
+
+    Raises:
+        TritterError: the adapter stands on other layers, or has other sizes, than the folder's.
+    """
+    own = {n: f for n, layer in adapted_layers(model) if (f := factors(layer, name)) is not None}
+    if own.keys() != stored.factors.keys():
+        first = sorted(own.keys() ^ stored.factors.keys())[0]
+        where = "the folder" if first in stored.factors else "the model"
+        raise TritterError(f"the adapter does not fit the model: {first} is in {where} alone.")
+    for layer, (down, up) in stored.factors.items():
+        for held, value in ((own[layer].down, down), (own[layer].up, up)):
+            if held.shape != value.shape:
+                raise TritterError(
+                    f"the adapter does not fit the model: {layer} is of shape "
+                    f"{list(value.shape)} in the folder and {list(held.shape)} in the model."
+                )
+    with torch.no_grad():
+        for layer, (down, up) in stored.factors.items():
+            own[layer].down.copy_(down)
+            own[layer].up.copy_(up)
+
+
+def _pairs(tensors: TensorFolder, rank: int) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield (layer, (A, B)), each found sound."""
+    path = tensors.folder / TENSORS_NAME
+    parts: dict[str, dict[str, str]] = {}
+    for name in tensors.headers:
+        match = _KEY.fullmatch(name)
+        if match is None:
+            raise TritterError(f"{path}: {name} is no factor of LoRA on a linear layer.")
+        parts.setdefault(match["layer"], {})[match["part"]] = name
+    if not parts:
+        raise TritterError(f"{path} holds no tensors.")
+    for layer, names in parts.items():
+        if names.keys() != {"A", "B"}:
+            raise TritterError(f"{path}: {layer} lacks its {'A' if 'B' in names else 'B'}.")
+        shapes = [tensors.shape(names[part]) for part in "AB"]
+        if any(len(shape) != 2 for shape in shapes) or (shapes[0][0], shapes[1][1]) != (rank, rank):
+            raise TritterError(
+                f"{path}: {layer} has factors of shapes {[list(shape) for shape in shapes]}; its "
+                f"config says r = {rank}."
+            )
+        values = tensors.get(names["A"]), tensors.get(names["B"])
+        if not all(map(is_finite, values)):
+            raise TritterError(f"{path}: {layer} holds values that are not finite.")
+        yield layer, values
+
+
+def _plain(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous()
