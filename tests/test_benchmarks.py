@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.benchmarks import corpus_memory, expand_speed, fisher, precision, streaming
+from experiments.benchmarks import (
+    corpus_memory,
+    expand_speed,
+    fisher,
+    novelty,
+    precision,
+    streaming,
+)
+from tests.novelty.given import centre_of, drawn
 from tritter.data.corpus import Corpus, build_corpus
 from tritter.data.documents import Document
 from tritter.moe_routing import RoutingSettings
@@ -43,6 +51,29 @@ def test_fisher_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.Mon
     with output.open(encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["fisher_over_plain"]) > 0
+
+
+def test_novelty_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On made-up observations: a base takes a minute (tests/novelty/test_trained_base.py)."""
+    generator = torch.Generator().manual_seed(0)
+    prose = drawn(generator=generator, batch=1600)
+    skills = {
+        name: drawn(centre_of(axis, 6.0), generator=generator, loss=6, batch=640)
+        for axis, name in enumerate(("adding", "sorting"))
+    }
+    monkeypatch.setattr(
+        novelty, "seen_by_a_base", lambda **_: novelty.Seen(prose=prose, skills=skills)
+    )
+    output = tmp_path / "rows.csv"
+    sizes = f"--steps 20 --orders 1 --output {output}"
+    monkeypatch.setattr(sys, "argv", ["novelty.py", *sizes.split()])
+    novelty.main()
+    with output.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0].keys() == _columns("novelty.csv")
+    assert {row["detector"] for row in rows} == {*novelty.DETECTORS, "single samples"}
+    (stream,) = [r for r in rows if (r["detector"], r["stream"]) == ("loss", "skills")]
+    assert (stream["found"], stream["recognised"], stream["largest_delay"]) == ("2", "2", "2")
 
 
 def test_corpus_memory_measures_a_text(tmp_path: Path) -> None:
@@ -86,6 +117,7 @@ def test_the_shipped_rows_have_the_columns_of_today() -> None:
     assert _columns("corpus_memory.csv") == set(corpus_memory.Row.__dataclass_fields__)
     assert _columns("expand_speed.csv") == set(expand_speed.Row.__dataclass_fields__)
     assert _columns("fisher.csv") == set(fisher.Row.__dataclass_fields__)
+    assert _columns("novelty.csv") == set(novelty.Row.__dataclass_fields__)
     assert _columns("precision.csv") == {"run", *precision.Row.__dataclass_fields__, "ratio"}
 
 

@@ -1,0 +1,12 @@
+"""Is what a frozen base sees new? Detectors, a library of known skills, decisions with intervals.
+
+All statistics are taken in the space of the frozen base, which no training moves: a skill looks the
+same before and after its expert has learned it.
+"""
+
+from tritter.novelty.detector import NoveltyDetector
+from tritter.novelty.library import SkillLibrary
+from tritter.novelty.observation import Observation, observe
+from tritter.novelty.options import NoveltyOptions
+
+__all__ = ["NoveltyDetector", "NoveltyOptions", "Observation", "SkillLibrary", "observe"]
