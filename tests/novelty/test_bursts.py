@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.novelty.given import centre_of, drawn, library
-from tritter.errors import RequestError
+from tritter.errors import RequestError, TritterError
 from tritter.novelty import Observation
 from tritter.novelty.bursts import Burst, NovelSamples
 from tritter.novelty.detectors import LossNovelty
@@ -88,6 +88,8 @@ def test_a_resumed_gatherer_hands_over_the_same() -> None:
     torch.save(one.state_dict(), file)
     file.seek(0)
     two.load_state_dict(torch.load(file, weights_only=True))
+    with pytest.raises(TritterError, match="format 7"):
+        two.load_state_dict({**one.state_dict(), "format_version": 7})
     found = []
     for seen in batches[6:]:
         bursts = [each.add(seen, rows) for each in (one, two)]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.novelty.given import SIZE, centre_of, drawn, library
 from tritter.errors import RequestError
-from tritter.novelty import Observation, SkillLibrary
+from tritter.novelty import NoveltyDetector, Observation, SkillLibrary
 from tritter.novelty.cosine import CosineNovelty, mean_cosines
-from tritter.novelty.detectors import LossNovelty, MahalanobisNovelty
+from tritter.novelty.detectors import Detector, LossNovelty, MahalanobisNovelty
 from tritter.novelty.names import DETECTORS, detector_of
 from tritter.novelty.projection import (
     Projection,
@@ -23,6 +23,7 @@ from tritter.novelty.projection import (
     train_projection,
 )
 from tritter.novelty.statistics import Moments
+from tritter.options import options
 
 
 @pytest.fixture
@@ -228,6 +229,49 @@ def test_a_trained_head_draws_skills_apart_and_is_drawn_again_alike(
 
 def _weights(head: Projection) -> list[Tensor]:
     return list(head.state_dict().values())
+
+
+@given(st.integers(1, 9), st.integers(2, 7), st.integers(1, 3), st.integers(0, 99))
+def test_scores_follow_their_samples(batch: int, size: int, num_skills: int, seed: int) -> None:
+    """One value for each sample, wherever it stands; their mean is the novelty of the batch."""
+    generator = torch.Generator().manual_seed(seed)
+    known = SkillLibrary()
+    for number in range(num_skills):
+        batches = [drawn(number, generator=generator, size=size, batch=4) for _ in range(30)]
+        known.add(f"skill {number}", batches, is_base=True)
+    seen = drawn(2.0, generator=generator, size=size, batch=batch)
+    order = torch.randperm(batch, generator=generator)
+    for name in DETECTORS:
+        detector = detector_of(name)
+        scores, shuffled = (detector.score(x, known) for x in (seen, seen.rows(order)))
+        assert scores.values.shape == scores.samples.shape == (batch,)
+        assert scores.by_skill.keys() == {f"skill {number}" for number in range(num_skills)}
+        mean = float(scores.values.mean())
+        assert mean == pytest.approx(scores.by_skill[scores.nearest], abs=1e-9)
+        assert mean == min(scores.by_skill.values())
+        assert torch.allclose(scores.values[order], shuffled.values)
+        assert torch.allclose(scores.samples[order], shuffled.samples, atol=1e-6)
+
+
+@options
+class LongNovelty(Detector):
+    """From outside: the loss itself, whatever is known."""
+
+    nats: float = 5.0
+
+    def against(self, seen: Observation, library: SkillLibrary) -> dict[str, Tensor]:
+        return {skill.name: seen.losses for skill in library}
+
+    def limit(self, library: SkillLibrary) -> float:
+        return self.nats
+
+
+def test_a_detector_from_outside_decides(generator: torch.Generator) -> None:
+    novelty = NoveltyDetector(library(generator), detector=LongNovelty())
+    found = [
+        novelty.observe(drawn(generator=generator, loss=loss)).kind for loss in (4, 4, 6, 6, 4)
+    ]
+    assert found == ["unsure", "known", "unsure", "new", "unsure"]
 
 
 def test_detectors_are_chosen_by_name_and_options() -> None:

@@ -8,7 +8,7 @@ from tests.oracle import tiny_llama, tokens
 from tests.oracle.families import OWN, tiny
 from tritter.errors import RequestError, TritterError
 from tritter.novelty import Observation, observe
-from tritter.novelty.observation import joined
+from tritter.novelty.observation import joined, middle_layer
 
 
 @pytest.mark.parametrize("family", OWN)
@@ -26,6 +26,13 @@ def test_features_and_losses_are_stock_ones(family: str) -> None:
         assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize(("layers", "middle"), [(1, 1), (2, 1), (4, 2), (5, 3)])
+def test_the_middle_layer_ends_the_first_half(layers: int, middle: int) -> None:
+    model = tiny_llama(num_hidden_layers=layers)
+    expected = model.model.layers[middle - 1]
+    assert middle_layer(model) is expected
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_says_nothing(side: str) -> None:
     model, ids = tiny_llama(), tokens(length=11)
@@ -39,6 +46,17 @@ def test_padding_says_nothing(side: str) -> None:
     torch.testing.assert_close(padded.features, plain.features, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(padded.losses, plain.losses, rtol=1e-5, atol=1e-6)
     assert padded.digests == plain.digests and len(set(plain.digests)) == 3
+
+
+def test_a_wider_model_is_looked_at_along_the_same_directions() -> None:
+    model, ids = tiny_llama(), tokens(batch=64)
+    whole, some = observe(model, ids).features, observe(model, ids, most_features=20).features
+    assert whole.shape == (64, 24) and some.shape == (64, 20)
+    again = observe(model, ids[:3], most_features=20).features
+    torch.testing.assert_close(again, some[:3])
+    solution = torch.linalg.lstsq(whole, some).solution  # one linear map for all sequences
+    torch.testing.assert_close(whole @ solution, some, rtol=1e-4, atol=1e-4)
+    assert 0.7 < float(solution.square().sum() / 24) < 1.3
 
 
 def test_what_is_only_read_is_left_out() -> None:

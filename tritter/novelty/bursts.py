@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tritter.errors import RequestError
+from tritter.errors import RequestError, TritterError
 from tritter.novelty.detectors import Detector
 from tritter.novelty.library import SkillLibrary
 from tritter.novelty.observation import Observation, joined
@@ -141,6 +141,16 @@ class NovelSamples:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            TritterError: it is of another format.
+        """
+        if state.get("format_version") != FORMAT_VERSION:
+            raise TritterError(
+                f"novelty: gathered samples of format {state.get('format_version')}; this Tritter "
+                f"reads {FORMAT_VERSION}"
+            )
         self._threshold, self._usual = state["threshold"], state["usual"]
         self._count = state["count"]
         self._groups = [

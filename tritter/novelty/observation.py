@@ -5,6 +5,7 @@ B sequences · T positions · H hidden size
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from typing import Any
 
@@ -16,6 +17,9 @@ from tritter.data.windows import IGNORED
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, modes_kept
 from tritter.models import backbone_of
+
+MOST_FEATURES = 512
+_SEED = 20261121  # of the directions; libraries that exist rest on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,6 +88,7 @@ def observe(
     attention_mask: Tensor | None = None,
     *,
     labels: Tensor | None = None,
+    most_features: int = MOST_FEATURES,
 ) -> Observation:
     """Return pooled features of the middle decoder layer and the loss of each sequence.
 
@@ -95,6 +100,8 @@ def observe(
         input_ids: int [B, T].
         attention_mask: [B, T], 0 where a position is padding, on either side.
         labels: int [B, T], −100 where a token is only read; default: every token is predicted.
+        most_features: of a wider model as many random directions are looked at, always the same:
+            a library holds a matrix of their number squared for each skill.
 
     Raises:
         RequestError: it is no model with decoder layers.
@@ -131,7 +138,7 @@ def observe(
     losses_B = nats_BT.double().sum(dim=1) / predicted.sum(dim=1)
     return Observation(
         losses=losses_B.cpu(),
-        features=features_BH.cpu(),
+        features=_narrowed(features_BH.cpu(), most_features),
         digests=tuple(map(_digest, ids.cpu(), there.bool().cpu())),
     )
 
@@ -151,6 +158,18 @@ def middle_layer(model: nn.Module) -> nn.Module:
             "model of transformers is needed."
         )
     return layers[(len(layers) - 1) // 2]
+
+
+def _narrowed(features_BH: Tensor, size: int) -> Tensor:
+    """Return features, or their parts along `size` random directions, lengths kept on average."""
+    width = features_BH.shape[1]
+    return features_BH if width <= size else features_BH @ _directions(width, size)
+
+
+@cache
+def _directions(width: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randn(width, size, generator=generator) / size**0.5
 
 
 def _digest(ids: Tensor, there: Tensor) -> str:
