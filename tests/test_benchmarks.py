@@ -83,6 +83,7 @@ def test_corpus_memory_measures_a_text(tmp_path: Path) -> None:
     assert 0 <= row.read_mb <= row.corpus_mb <= row.packed_mb
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_expand_speed_measures_every_contender(tmp_path: Path) -> None:
     rows = list(

@@ -91,6 +91,7 @@ def test_every_pass_of_a_run_is_counted(
     assert summary["flops"]["total"] == counted
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_computed")
 def test_every_pass_of_appended_experts_is_counted(tmp_path: Path, places: tuple[str, ...]) -> None:
     """Choice, teacher, routers, held routing; with a base that is trained too.

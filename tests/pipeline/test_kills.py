@@ -101,6 +101,7 @@ def killed_often(folder: Path, cache: Path, *, kills: int, seed: int) -> int:
     return hits
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
     run_job: Callable[..., Outcome], tmp_path: Path
 ) -> None:
