@@ -182,8 +182,8 @@ def test_what_it_sees_is_the_new_text_alone(tmp_path: Path, beside: str) -> None
         step = parameter.detach() - before[name]
         assert torch.equal(moved[name], step) and bool(step.any())
         torch.testing.assert_close(omega[name], -gradients[name] * step, rtol=1e-3, atol=1e-9)
-    plain = 12 * module.step_flops(num_sequences=1, length=16)
-    own = 0 if beside == "nothing" else len(rows) * module.step_flops(num_sequences=1, length=16)
+    plain = 12 * module.step_flops().of({16: 1})
+    own = 0 if beside == "nothing" else len(rows) * module.step_flops().of({16: 1})
     assert result.flops == pytest.approx(plain + own)
 
 

@@ -49,10 +49,10 @@ def test_holding_old_routing_costs_a_second_pass_in_every_step(family: str) -> N
     of_batch = training_flops(config)
     of_routing = forward_flops(config) + backward_flops(config, loss_at="routers")
     assert counter.get_total_flops() == 3 * square(of_batch) + 2 * square(of_routing)
-    ours = module.step_flops(num_sequences=3, length=LENGTH)
+    ours = module.step_flops().of({LENGTH: 3})
     assert ours == 3 * of_batch.of(LENGTH) + 2 * of_routing.of(LENGTH)
     module.side_losses = (RoutingObjective(model, UNHELD),)
-    without = module.step_flops(num_sequences=3, length=LENGTH)
+    without = module.step_flops().of({LENGTH: 3})
     assert without == 3 * of_batch.of(LENGTH)
 
 

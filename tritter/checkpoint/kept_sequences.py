@@ -9,13 +9,17 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tritter.checkpoint.state import STATE_FOLDER
+from tritter.data.packing import Packing
 from tritter.data.replay import ReplayBuffer
-from tritter.errors import TritterError
+from tritter.data.sequence_file import read_sequences
+from tritter.errors import Problem, TritterError
 
 KEPT_FILE = "replay.safetensors"
+_OF_DOCUMENTS = "of_documents/"  # before a domain's name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,11 +31,13 @@ class KeptSequences:
         losses: domain → float32 [N], mean nats per token under the model that was trained on it;
             absent of what was not measured yet.
         num_seen: domain → sequences that they were drawn from.
+        of_documents: domains that were packed as whole documents, with padding.
     """
 
     sequences: Mapping[str, Tensor] = field(default_factory=dict)
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     num_seen: Mapping[str, int] = field(default_factory=dict)
+    of_documents: frozenset[str] = frozenset()
 
     def write(self, folder: Path) -> None:
         """Write it beside a model; meant for a checkpoint folder that is still being made."""
@@ -42,7 +48,8 @@ class KeptSequences:
         for name, each in self.sequences.items():
             buffer.add(each, self.losses[name], domain=name)
             buffer.reservoirs[name].num_seen = self.num_seen[name]
-        buffer.save(folder / STATE_FOLDER / KEPT_FILE)
+        marks = {f"{_OF_DOCUMENTS}{name}": torch.tensor([1]) for name in self.of_documents}
+        buffer.save(folder / STATE_FOLDER / KEPT_FILE, beside=marks)
 
     @classmethod
     def read(cls, folder: Path) -> "KeptSequences":
@@ -55,6 +62,7 @@ class KeptSequences:
         if not path.exists():
             return cls()
         held = ReplayBuffer.load(path, seed=0).reservoirs
+        marked = (key for key in read_sequences(path) if key.startswith(_OF_DOCUMENTS))
         for name, each in held.items():
             if not each.sequences.numel() or int(each.sequences.min()) < 0:
                 raise TritterError(f"{path} is damaged: {name} has no sequence, or no tokens.")
@@ -62,6 +70,7 @@ class KeptSequences:
             {name: each.sequences for name, each in held.items()},
             {name: each.losses for name, each in held.items()},
             {name: each.num_seen for name, each in held.items()},
+            frozenset(key.removeprefix(_OF_DOCUMENTS) for key in marked),
         )
 
     def without(self, names: Collection[str]) -> "KeptSequences":
@@ -71,18 +80,29 @@ class KeptSequences:
             {name: self.sequences[name] for name in left},
             {name: self.losses[name] for name in left if name in self.losses},
             {name: self.num_seen[name] for name in left},
+            self.of_documents.intersection(left),
         )
 
-    def misfits(self, *, sequence_length: int, vocab_size: int | None = None) -> Iterator[str]:
+    def misfits(
+        self, *, sequence_length: int, packing: Packing, vocab_size: int | None = None
+    ) -> Iterator[Problem]:
         """Yield what keeps a training from taking them.
 
         Args:
             sequence_length: tokens of its sequences.
+            packing: of its sequences. What was one stream may be read as documents, not the other
+                way round: padding would be learned.
             vocab_size: of its model.
         """
+        key = "data.sequence_length"
         for name, each in self.sequences.items():
             kept = f"the sequences of {name} that lie beside the checkpoint"
             if each.shape[1] != sequence_length:
-                yield f"{kept} have {each.shape[1]} tokens; allowed is that"
+                reason = f"{kept} have {each.shape[1]} tokens; allowed is that"
+                yield Problem(key, sequence_length, reason=reason)
             if vocab_size is not None and int(each.max()) >= vocab_size:
-                yield f"{kept} have tokens that the model does not know"
+                reason = f"{kept} have tokens that the model does not know"
+                yield Problem(key, sequence_length, reason=reason)
+            if packing == "stream" and name in self.of_documents:
+                reason = f"{kept} are documents, and padding; allowed is documents"
+                yield Problem("data.packing", packing, reason=reason)

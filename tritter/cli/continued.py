@@ -131,6 +131,8 @@ def _recorded_settings(folder: Path, source: str) -> dict[str, Any]:
     data = lineage.training_config.get("data")
     if isinstance(data, Mapping) and isinstance(data.get("sequence_length"), int):
         settings["data.sequence_length"] = data["sequence_length"]
+        if data.get("packing") == "documents":
+            settings["data.packing"] = "documents"
     fields = {domain.text_field for domain in lineage.domains.values()}
     if len(fields) == 1 and source == "text":
         settings["data.text_field"] = quoted(fields.pop())

@@ -63,6 +63,7 @@ def metric_names(config: RunConfig) -> tuple[str, ...]:
     )
     return (
         *_METRICS,
+        *(("performance/padding_fraction",) if config.data.packing == "documents" else ()),
         *(() if is_dense else _OF_ROUTERS),
         *(("routing/old_divergence",) if config.moe_routing.hold_old else ()),
         *(f"eval/{domain.name}/loss" for domain in domains),

@@ -51,6 +51,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         del result["gate"]["ladder"], result["gate"]["max_attempts"]  # as before there were any
     else:
         result["gate"]["rungs"] = [_attempt(rung) for rung in config.rungs]
+    if config.data.packing == "stream":  # as every run was before there was another
+        del result["data"]["packing"]
     result["data"] |= identity(type(config.data))
     result["trainer"] |= effective_arguments(config)
     result["optimizer"] = optimizer_record(config)

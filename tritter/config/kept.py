@@ -24,6 +24,5 @@ def kept_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield why methods that need old text can't take what was kept."""
     if not any(one.kind.needs(one.options).old_text for one in config.forgetting):
         return
-    length = config.data.sequence_length
-    for reason in kept_text(config).misfits(sequence_length=length):
-        yield Problem("data.sequence_length", length, reason=reason)
+    data = config.data
+    yield from kept_text(config).misfits(sequence_length=data.sequence_length, packing=data.packing)

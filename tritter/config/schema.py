@@ -77,6 +77,7 @@ class DataConfig:
     A class from outside says which domains there are, and yields the texts of each.
 
     Args:
+        packing: see `tritter.data.packing`.
         validation_fraction: None: that of the checkpoint's lineage, or a fifth of a new one.
     """
 
@@ -86,6 +87,7 @@ class DataConfig:
     vocab_size: Annotated[int, Field(ge=257, le=1_000_000)]
     sequence_length: Annotated[int, Field(ge=2, le=MAX_COUNT)]
     batch_size: Count
+    packing: Literal["stream", "documents"] = "stream"  # of a source from outside that does not say
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None
 
     def texts(self, domain: str) -> Iterable[str]:

@@ -136,13 +136,16 @@ class ReplayBuffer:
             raise TritterError(f"{path} holds no replay buffer ({error!r}).") from error
         return buffer
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, beside: Mapping[str, Tensor] | None = None) -> None:
         """Write what the reservoirs hold, with losses, as safetensors.
+
+        Args:
+            beside: what else is known of them, by names that `load` passes over.
 
         Raises:
             RequestError: a domain is a data set, which lies elsewhere already.
         """
-        tensors: dict[str, Tensor] = {}
+        tensors = dict(beside or {})
         for name, stream in self._streams.items():
             if not isinstance(stream, Reservoir):
                 raise RequestError(f"the domain {name} is a data set; only reservoirs are saved.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tritter.data.apart import labels_of
 from tritter.data.tokens import TokenisedDocuments
 from tritter.data.windows import IGNORED, window_batches, window_tensors, windows_of
 from tritter.errors import TritterError
@@ -67,14 +68,17 @@ def sequence_losses(model: nn.Module, sequences: Tensor, *, batch_size: int = 16
     """Return the mean cross-entropy of each sequence, nats per token, float32 [N].
 
     Args:
-        sequences: int [N, T]; each token but the first is predicted.
+        sequences: int [N, T]; each token but the first is predicted, and padding is not where
+            the model reads documents apart.
     """
     nats = []
     with evaluating(model) as device:
         for rows in sequences.split(batch_size):
             rows = rows.long().to(device)
             logits = model(input_ids=rows, use_cache=False).logits
-            nats.append(nats_per_row(logits[:, :-1], rows[:, 1:]).cpu() / (rows.shape[1] - 1))
+            targets = labels_of(model, rows)[:, 1:]
+            counts = (targets != IGNORED).sum(dim=1)
+            nats.append((nats_per_row(logits[:, :-1], targets) / counts.clamp(min=1)).cpu())
     return torch.cat(nats).float()
 
 

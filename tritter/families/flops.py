@@ -40,6 +40,10 @@ class Flops:
         keys = sum(flops * num_keys(length, window) for window, flops in self.attention.items())
         return length * self.matrices + keys
 
+    def of_all(self, lengths: Mapping[int, int]) -> float:
+        """Return the FLOPs of sequences, by length how many."""
+        return sum(number * self.of(length) for length, number in lengths.items())
+
     def per_token(self, length: int) -> float:
         """Return the mean over the tokens of a sequence of so many."""
         return self.of(length) / length

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from tritter.data.apart import kept_tokens, lengths_read
 from tritter.data.ranks import this_rank
 from tritter.errors import TritterError
 from tritter.families import forward_flops
@@ -90,21 +91,24 @@ class Distill(ForgettingMethod):
         """
         rows, length = self._rows(batch), batch["input_ids"].shape[1]
         input_ids, ranks = batch["input_ids"][rows], this_rank().count
-        num_rows = torch.tensor(len(rows), device=logits.device)
-        if ranks > 1:
-            distributed.all_reduce(num_rows)
-        count = int(num_rows) if ranks > 1 else len(rows)
-        self._flops += count * self._flops_of(length)
+        lengths = lengths_read(model, input_ids)
+        self._flops += self._flops_of(lengths)
         tokens = torch.arange(length, device=rows.device)
+        places, kept = (length * rows[:, None] + tokens).flatten(), kept_tokens(model, input_ids)
+        left_out = _next_tokens(input_ids) if self.mask_gold else None
+        if kept is not None:
+            kept = kept.flatten()
+            places, left_out = places[kept], None if left_out is None else left_out[kept]
         total = soft_target_loss(
             logits,
-            self._answers(input_ids),
-            (length * rows[:, None] + tokens).flatten(),
+            self._answers(input_ids, kept),
+            places,
             temperature=self.temperature,
             top_k=self.top_k,
-            left_out=_next_tokens(input_ids) if self.mask_gold else None,
+            left_out=left_out,
         )
-        return self.weight * total / max(1.0, count * length / ranks)
+        count = sum(at * number for at, number in lengths.items())
+        return self.weight * total / max(1.0, count / ranks)
 
     def look(self, model: nn.Module, step: int) -> float:
         flops, self._flops = self._flops, 0.0
@@ -122,8 +126,12 @@ class Distill(ForgettingMethod):
         chosen = {"new": ~is_old, "old": is_old, "both": torch.ones_like(is_old)}[self.rows]
         return chosen.nonzero().squeeze(-1).to(batch["input_ids"].device)
 
-    def _answers(self, input_ids: Tensor) -> Logits:
-        """Let the teacher read rows [n, T], and return what gives its logits, some at a time."""
+    def _answers(self, input_ids: Tensor, kept: Tensor | None) -> Logits:
+        """Let the teacher read rows [n, T], and return what gives its logits, some at a time.
+
+        Args:
+            kept: bool [n·T], the tokens that are asked about; None: all.
+        """
         from tritter.models import backbone_of, head_of  # transformers, as below
 
         assert self._teacher is not None
@@ -133,13 +141,14 @@ class Distill(ForgettingMethod):
         with torch.no_grad():
             read = backbone_of(self._teacher)(input_ids=input_ids, use_cache=False)
         hidden = read.last_hidden_state.flatten(0, 1)
+        hidden = hidden if kept is None else hidden[kept]
         return lambda part: head(hidden[part])
 
-    def _flops_of(self, length: int) -> float:
+    def _flops_of(self, lengths: Mapping[int, int]) -> float:
         from tritter.models import config_of  # transformers, which a refusal does not wait for
 
         assert self._teacher is not None
-        return forward_flops(config_of(self._teacher)).of(length)
+        return forward_flops(config_of(self._teacher)).of_all(lengths)
 
 
 def _next_tokens(input_ids: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tritter.data.apart import apart_of, lengths_of
 from tritter.data.sequences import drawn_equally
 from tritter.errors import TritterError
 from tritter.families import forward_flops, training_flops
@@ -167,7 +168,7 @@ class EWC(QuadraticPenalty):
         flops = training_flops(config)
         if self.estimator == "true":  # labels take a pass of their own
             flops += forward_flops(config)
-        return len(sequences) * flops.of(sequences.shape[1])
+        return flops.of_all(lengths_of(apart_of(model), sequences))
 
 
 def has_new_values(model: nn.Module, carried: Mapping[str, Tensor]) -> bool:

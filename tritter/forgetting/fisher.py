@@ -14,7 +14,9 @@ from torch import Tensor, distributed, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tritter.data.apart import apart_of, labels_of
 from tritter.data.ranks import this_rank
+from tritter.data.windows import IGNORED
 from tritter.evaluation.inference import modes_kept
 from tritter.families import FAMILIES
 from tritter.seeds import derived_seed
@@ -37,8 +39,8 @@ def diagonal_fisher(
         model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V]; its modules' own
             randomness (dropout) is off while it is looked at.
         sequences: integers [N, T].
-        batch_size: sequences whose gradients are held at a time (a model with experts takes one
-            after the other); the result does not depend on it.
+        batch_size: sequences whose gradients are held at a time (a model with experts, or that
+            reads documents apart, takes one after the other); the result does not depend on it.
         estimator: `empirical` or `true`.
         seed: of the labels that `true` draws.
 
@@ -48,7 +50,9 @@ def diagonal_fisher(
     """
     parameters = {name: p.detach().float() for name, p in model.named_parameters()}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    squares = _looped_squares if has_experts(model) else _vectorised_squares
+    # Routing has no batching rule, nor has the look for boundaries between documents
+    is_looped = has_experts(model) or apart_of(model) is not None
+    squares = _looped_squares if is_looped else _vectorised_squares
     generator = torch.Generator().manual_seed(seed)
     with modes_kept(model):
         model.eval()
@@ -97,7 +101,7 @@ def _vectorised_squares(
 def _looped_squares(
     model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
-    """Return the same, sequence after sequence: routing has no batching rule."""
+    """Return the same, sequence after sequence."""
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for sequence, wanted in zip(input_ids, labels, strict=True):
@@ -113,20 +117,22 @@ def _looped_squares(
 def _sequence_loss(
     model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
 ) -> Tensor:
-    """Mean next-token loss of one sequence; input_ids [T], labels [T - 1]."""
+    """Mean next-token loss of one sequence; input_ids [T], labels [T - 1], or IGNORED."""
     arguments = {"input_ids": input_ids.unsqueeze(0), "use_cache": False}
     logits = functional_call(model, dict(parameters), (), arguments).logits[0]  # [T, V]
-    return nn.functional.cross_entropy(logits[:-1].float(), labels)
+    return nn.functional.cross_entropy(logits[:-1].float(), labels, ignore_index=IGNORED)
 
 
 def _labels(
     model: nn.Module, input_ids: Tensor, estimator: Estimator, generator: torch.Generator
 ) -> Tensor:
     """Return the labels of positions 0 … T-2, int64 [B, T - 1]."""
+    targets = labels_of(model, input_ids)[:, 1:]
     if estimator == "empirical":
-        return input_ids[:, 1:]
+        return targets
     with torch.no_grad():
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
     chances = logits.float().softmax(dim=-1).flatten(0, 1).cpu()
     drawn = torch.multinomial(chances, 1, generator=generator)
-    return drawn.view(len(input_ids), -1).to(input_ids.device)
+    labels = drawn.view(len(input_ids), -1).to(input_ids.device)
+    return labels.masked_fill(targets == IGNORED, IGNORED)

@@ -16,6 +16,7 @@ When to use: no old text is at hand, and the model's own training was recorded. 
 the weights, a few passes over them per step.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, distributed, nn
 
+from tritter.data.apart import apart_of, labels_of, lengths_of, lengths_read
 from tritter.data.ranks import this_rank
+from tritter.data.windows import IGNORED
 from tritter.errors import RequestError, TritterError
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.forgetting.quadratic import QuadraticPenalty
@@ -64,7 +67,7 @@ class SI(QuadraticPenalty):
         self.num_sequences = num_sequences
         self.path = WeightPath(start={})
         self._own: dict[str, Tensor] | None = None  # gradient of the new rows, their loss summed up
-        self._own_rows, self._own_length = 0, 0
+        self._own_rows, self._own_lengths = 0.0, Counter[int]()
         self._flops = 0.0
 
     @classmethod
@@ -94,7 +97,7 @@ class SI(QuadraticPenalty):
         fisher = diagonal_fisher(given.model, chosen, seed=given.seed("si"))
         return Prepared(
             state={self.kind: estimated_importance(fisher, length=chosen.shape[1])},
-            flops=len(chosen) * flops_of_sequence(given.model).of(chosen.shape[1]),
+            flops=flops_of_sequence(given.model).of_all(lengths_of(apart_of(given.model), chosen)),
             notes=(
                 "si: no path of its training lies beside the model; its importances are estimated "
                 f"on {len(chosen)} sequences of {', '.join(given.domains)}.",
@@ -117,15 +120,19 @@ class SI(QuadraticPenalty):
         if self._own is None:
             self._own = {name: torch.zeros_like(p) for name, p in trained.items()}
         rows = batch["input_ids"][~batch["is_replay"]]  # [B, T]
-        if not len(rows):
+        self._own_lengths.update(lengths_read(model, rows))
+        targets = labels_of(model, rows)[:, 1:]  # [B, T - 1]
+        # Rows with padding count by what is to be predicted of them
+        weight = float((targets != IGNORED).sum()) / targets.shape[1]
+        if not weight:
             return
         logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()  # [B, T - 1, V]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        taken = torch.autograd.grad(
-            loss * len(rows), list(trained.values()), materialize_grads=True
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
         )
+        taken = torch.autograd.grad(loss * weight, list(trained.values()), materialize_grads=True)
         torch._foreach_add_([self._own[name] for name in trained], list(taken))
-        self._own_rows, self._own_length = self._own_rows + len(rows), rows.shape[1]
+        self._own_rows += weight
 
     def observe_gradients(self, model: nn.Module) -> None:
         from tritter.training.compute import flops_of_sequence  # likewise
@@ -135,10 +142,11 @@ class SI(QuadraticPenalty):
             return
         rows = _of_all_processes(self._own, self._own_rows)
         for value in self._own.values():
-            value.div_(max(rows, 1))
+            value.div_(rows or 1)
         self.path.before_step(model, self._own)
-        self._flops = rows * flops_of_sequence(model).of(self._own_length)
-        self._own, self._own_rows = None, 0
+        self._flops = flops_of_sequence(model).of_all(self._own_lengths)
+        self._own, self._own_rows = None, 0.0
+        self._own_lengths.clear()
 
     def look(self, model: nn.Module, step: int) -> float:
         self.path.after_step(model)
@@ -187,12 +195,12 @@ def estimated_importance(fisher: Values, *, length: int) -> Values:
     return {name: value * (0.5 * (length - 1)) for name, value in fisher.items()}
 
 
-def _of_all_processes(gradients: Values, rows: int) -> int:
+def _of_all_processes(gradients: Values, rows: float) -> float:
     """Add up gradients in place over the processes of a training; return the sum of their rows."""
     if this_rank().count == 1:
         return rows
     first = next(iter(gradients.values()))
-    total = torch.tensor(rows, device=first.device)
+    total = torch.tensor(rows, dtype=torch.float32, device=first.device)
     for value in (total, *gradients.values()):
         distributed.all_reduce(value)
-    return int(total)
+    return float(total)

@@ -1,9 +1,10 @@
 """Text that a model writes by itself, and what of it is worth reading again.
 
-A text begins with an end of text and goes on past every other one, as packed training text does;
-what is longer than a sequence goes on from the half sequence before it. Each token is read once
-(keys and values are kept) and drawn from softmax(logits / temperature), cut to the fewest tokens
-whose chances add up to `top_p` (arXiv 1904.09751).
+A text begins with an end of text and goes on past every other one, as packed training text does
+(where a model reads documents apart, it begins anew there); what is longer than a sequence goes on
+from the half sequence before it. Each token is read once (keys and values are kept) and drawn from
+softmax(logits / temperature), cut to the fewest tokens whose chances add up to `top_p` (arXiv
+1904.09751).
 
 Models at low temperatures fall into loops, at high ones into noise. Both are told by numbers that
 need no other model: the share of distinct runs of four tokens, and the text's perplexity under
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tritter.data.apart import apart_of
 from tritter.errors import TritterError
 from tritter.evaluation.inference import evaluating
 
@@ -131,13 +133,17 @@ def _texts(
     model: nn.Module, begin: Tensor, length: int, window: int, draw: _Draw
 ) -> tuple[Tensor, Tensor]:
     """Return texts, int64 [B, length], and −log p of each token [B, length], NaN for the first."""
+    apart = apart_of(model)
     tokens, costs = [begin], [torch.full(begin.shape, math.nan, device=begin.device)]
     read, cache, held = begin, None, 0
     for _ in range(length - 1):
         if held + read.shape[1] > window - 1:  # as much before a token as in training, at most
             read, cache, held = torch.cat(tokens[-max(1, window // 2) :], dim=1), None, 0
-        output = model(input_ids=read, past_key_values=cache, use_cache=True)
         held += read.shape[1]
+        told: dict[str, Tensor] = {}
+        if apart is not None:
+            told = apart.going_on(torch.cat(tokens[-held:], dim=1), num_read=read.shape[1])
+        output = model(input_ids=read, past_key_values=cache, use_cache=True, **told)
         cache, logits = output.past_key_values, output.logits[:, -1].float()  # [B, V]
         if not bool(logits.isfinite().all()):
             raise TritterError("the model's logits are not finite: it can't write text to replay.")

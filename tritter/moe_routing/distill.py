@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tritter.data.apart import kept_tokens
 from tritter.errors import RequestError
 from tritter.evaluation.inference import modes_kept
 from tritter.families import forward_flops
@@ -23,7 +24,7 @@ from tritter.moe_routing.stages import checked_experts
 from tritter.moe_routing.trainable import only_trainable
 from tritter.stock_routers import Routing
 from tritter.training import BaseModule, OptimizerSettings, Schedule
-from tritter.training.compute import flops_of_sequence
+from tritter.training.compute import StepFlops, flops_of_sequence
 from tritter.training.module import TaskLoss
 
 
@@ -69,13 +70,13 @@ class DistillationModule(BaseModule):
         with torch.no_grad():
             wanted = teacher(input_ids=input_ids, use_cache=False).logits
         said = self.model(input_ids=input_ids, use_cache=False).logits
-        return TaskLoss(soft_divergence(wanted, said, temperature=self.temperature), said)
+        counted = kept_tokens(self.model, input_ids)
+        both = (each if counted is None else each[counted][None] for each in (wanted, said))
+        return TaskLoss(soft_divergence(*both, temperature=self.temperature), said)
 
-    def step_flops(self, *, num_sequences: int, length: int) -> float:
-        config = config_of(self._teacher[0])
-        flops = forward_flops(config)
-        flops += flops_of_sequence(self.model, routed_to=self.new_experts)
-        return num_sequences * flops.of(length)
+    def step_flops(self) -> StepFlops:
+        flops = forward_flops(config_of(self._teacher[0]))
+        return StepFlops(flops + flops_of_sequence(self.model, routed_to=self.new_experts))
 
 
 def distill_experts(

@@ -14,6 +14,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 
+from tritter.data.apart import apart_of, lengths_of
 from tritter.data.ranks import this_rank
 from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, evaluating
@@ -28,8 +29,8 @@ from tritter.moe_routing.losses import (
 from tritter.moe_routing.statistics import bias_update, expert_counts, routing_statistics
 from tritter.stock_routers import Record, Routing
 from tritter.training import SideLoss
-from tritter.training.callbacks import ends_step
 from tritter.training.compute import trained_tensors
+from tritter.training.work import ends_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,7 @@ class OldRouting:
                 for held, record in zip(seen, routing.recorded(), strict=True):
                     held.append(record.probabilities.view(*batch.shape, -1).cpu())
         config = config_of(model)
-        flops = len(sequences) * forward_flops(config).of(sequences.shape[1])
+        flops = forward_flops(config).of_all(lengths_of(apart_of(model), sequences))
         return cls(sequences, tuple(torch.cat(held) for held in seen), batch_size, flops)
 
     def rows(self, step: int) -> Tensor:
@@ -125,16 +126,18 @@ class RoutingObjective(SideLoss):
         self.counts: tuple[Tensor, ...] = ()  # [E] of each layer, of all processes together
         self.flops = 0.0 if old is None else old.flops  # of the look at the old routing
         self._held = old if settings.hold_old else None
+        self._apart = apart_of(model)
 
     def terms(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the terms of the forward pass that was recorded last, without their weights.
 
         Also keeps what was decided, without its graph, as `records`, and the load as `counts`.
+        Padding is in none of it.
 
         Args:
             batch: what the pass was of; new experts are not encouraged on what is replayed of it.
         """
-        records = self.routing.recorded()
+        records = self._recorded(batch["input_ids"])
         self.records = tuple(map(_without_graph, records))
         counts = [expert_counts(r.selected, self.routing.num_experts) for r in records]
         self.counts = tuple(_summed(torch.stack(counts)))
@@ -148,7 +151,7 @@ class RoutingObjective(SideLoss):
             "z_loss": _mean([router_z_loss(r.logits) for r in records]),
         }
         if self.settings.new_experts:
-            experts, weights = self.settings.new_experts, _weights_of_new(batch)
+            experts, weights = self.settings.new_experts, self._weights_of_new(batch)
             masses = [new_expert_mass(r.logits, experts, weights=weights) for r in records]
             terms["new_expert_mass"] = _mean(masses)
         return terms
@@ -180,9 +183,10 @@ class RoutingObjective(SideLoss):
         flops = forward_flops(config) + backward_flops(
             config, is_trained=lambda tensor: tensor.name in trained, loss_at="routers"
         )
-        # Each process looks at the same old text, which is counted once
-        num_sequences, length = self._held.sequences[self._held.rows(0)].shape
-        return num_sequences * flops.of(length)
+        # Each process looks at the same old text, which is counted once; the mean over all of it
+        sequences = self._held.sequences
+        mean = flops.of_all(lengths_of(self._apart, sequences)) / len(sequences)
+        return len(self._held.rows(0)) * mean
 
     def callbacks(self) -> tuple[Callback, ...]:
         return (RoutingCallback(self),)
@@ -195,16 +199,35 @@ class RoutingObjective(SideLoss):
         if self._held is None:
             return None
         rows = self._held.rows(step)
-        device = device_of(model)
-        model(input_ids=self._held.sequences[rows].long().to(device), use_cache=False)
-        return _mean(
-            [
-                routing_divergence(old[rows].flatten(0, 1).to(device), record.logits)
-                for old, record in zip(
-                    self._held.probabilities, self.routing.recorded(), strict=True
-                )
-            ]
-        )
+        input_ids = self._held.sequences[rows].long().to(device_of(model))
+        model(input_ids=input_ids, use_cache=False)
+        kept, terms = self._kept(input_ids), list[Tensor]()
+        for held, record in zip(self._held.probabilities, self._recorded(input_ids), strict=True):
+            old = held[rows].flatten(0, 1).to(input_ids.device)
+            terms.append(routing_divergence(old if kept is None else old[kept], record.logits))
+        return _mean(terms)
+
+    def _kept(self, input_ids: Tensor) -> Tensor | None:
+        """Return which tokens are no padding, bool [N·T]; None: there can be none."""
+        return None if self._apart is None else ~self._apart.padding(input_ids).flatten()
+
+    def _recorded(self, input_ids: Tensor) -> tuple[Record, ...]:
+        """Return what the last pass, which was of these, decided; of padding nothing."""
+        records, kept = self.routing.recorded(), self._kept(input_ids)
+        return tuple(records) if kept is None else tuple(_of(each, kept) for each in records)
+
+    def _weights_of_new(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return by which of a batch's tokens, padding left out, those count that are not replayed.
+
+        All alike, and in all processes: one may hold none of them, and a small batch none at all.
+        """
+        input_ids, is_replay = batch["input_ids"], batch.get("is_replay")
+        is_new = torch.ones(len(input_ids), device=input_ids.device)
+        if is_replay is not None:
+            is_new = is_new.masked_fill(is_replay, 0)
+        weights, kept = is_new.repeat_interleave(input_ids.shape[1]), self._kept(input_ids)
+        weights = weights if kept is None else weights[kept]
+        return weights / (_summed(weights.sum()) / this_rank().count).clamp(min=1e-6)
 
 
 class RoutingCallback(Callback):
@@ -265,19 +288,6 @@ class RoutingCallback(Callback):
         }
 
 
-def _weights_of_new(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return [N·T], by which the tokens of a batch count that are not replayed.
-
-    All alike, and in all processes: one may hold none of them, and a small batch none at all.
-    """
-    input_ids, is_replay = batch["input_ids"], batch.get("is_replay")
-    is_new = torch.ones(len(input_ids), device=input_ids.device)
-    if is_replay is not None:
-        is_new = is_new.masked_fill(is_replay, 0)
-    count = _summed(is_new.sum()) * input_ids.shape[1] / this_rank().count
-    return (is_new / count.clamp(min=1e-6)).repeat_interleave(input_ids.shape[1])
-
-
 def _summed(counts: Tensor) -> Tensor:
     """Return counts of all processes together, in place."""
     if this_rank().count > 1:
@@ -287,6 +297,12 @@ def _summed(counts: Tensor) -> Tensor:
 
 def _mean(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)).mean()
+
+
+def _of(record: Record, kept: Tensor) -> Record:
+    """Return what was decided of some tokens."""
+    names = ("own_logits", "logits", "probabilities", "selected")
+    return replace(record, **{name: getattr(record, name)[kept] for name in names})
 
 
 def _without_graph(record: Record) -> Record:

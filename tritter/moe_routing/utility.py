@@ -9,6 +9,7 @@ most useful expert of each layer gives all the new ones of it.
 import torch
 from torch import Tensor, nn
 
+from tritter.data.apart import labels_of
 from tritter.errors import RequestError
 from tritter.evaluation.inference import modes_kept
 from tritter.stock_routers import Routing
@@ -36,7 +37,7 @@ def expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) 
         model.eval()
         for batch in batches:
             ids = batch.long().to(device)
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=ids, labels=labels_of(model, ids), use_cache=False).loss
             for stored, weight, gradient in zip(
                 shared, weights, torch.autograd.grad(loss, weights), strict=True
             ):

@@ -1,5 +1,6 @@
 """Stages of appended experts before they are opened: which to clone, what a teacher says."""
 
+from tritter.data.apart import apart_of, lengths_of
 from tritter.families import training_flops
 from tritter.models import load_model, read_config
 from tritter.moe_routing import DistillationModule, best_experts, only_new_experts
@@ -17,13 +18,14 @@ def choice(context: RunContext, arm: Arm) -> StageResult:
     """Choose the expert of each layer that the new domains' text moves most."""
     folder = context.folder / arm.start
     sequences = moe.spread(context, context.new_of(arm), moe.UTILITY_SEQUENCES)
-    chosen = best_experts(load_model(folder).to(context.device), sequences)
+    model = context.reading(load_model(folder)).to(context.device)
+    chosen = best_experts(model, sequences)
     context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
     config = read_config(folder)
     flops = training_flops(config, is_trained=lambda tensor: tensor.is_per_expert)
     return StageResult(
         found={"clone_from": list(chosen)},
-        flops={"choose": len(sequences) * flops.of(sequences.shape[1])},
+        flops={"choose": flops.of_all(lengths_of(apart_of(model), sequences))},
     )
 
 
@@ -33,7 +35,7 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
     start = moe.expanded_folder(context, arm)
     added = moe.appended(context, arm)
     assert place is not None and added is not None
-    model, folder = load_model(start), context.folder / arm.name / "distill"
+    model, folder = context.reading(load_model(start)), context.folder / arm.name / "distill"
     target, steps = context.folder / arm.name / "distilled", options.distill_steps
     write = TrainedWriter(
         start=start,
@@ -50,7 +52,7 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
     with only_new_experts(model, added.experts):
         module = DistillationModule(
             model,
-            load_model(locate(place)),
+            context.reading(load_model(locate(place))),
             new_experts=added.experts,
             temperature=options.distill_temperature,
             auxiliary_loss=context.config.moe_routing.auxiliary_loss,

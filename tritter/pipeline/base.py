@@ -24,7 +24,8 @@ from tritter.forgetting.path_integral import PathIntegral
 from tritter.forgetting.weight_path import RECORDED
 from tritter.models import named_tensors, new_model, save_tokenizer
 from tritter.pipeline import importance, moments
-from tritter.pipeline.context import RunContext, content_key, schedule_of
+from tritter.pipeline.context import RunContext, schedule_of
+from tritter.pipeline.ledger import content_key
 from tritter.pipeline.loggers import open_loggers
 from tritter.pipeline.metrics import write_rows
 from tritter.pipeline.trained import accept
@@ -111,7 +112,9 @@ def _made_from(context: RunContext) -> dict[str, Any]:
 
 def _text_options(data: DataConfig) -> dict[str, Any]:
     """Return the options of the text; which text it is stands in the corpus's digest."""
-    where = ("old", "new", "text_field", "validation_fraction", *_OF_DATASETS)
+    where = {"old", "new", "text_field", "validation_fraction", *_OF_DATASETS}
+    if data.packing == "stream":  # as every base was made before there was another
+        where.add("packing")
     return {key: value for key, value in asdict(data).items() if key not in where}
 
 
@@ -126,7 +129,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         f"{pretraining.max_steps} steps (cached for the next run)",
     )
     module = BaseModule(
-        new_model(config, seed=context.seed("initialisation")),
+        context.reading(new_model(config, seed=context.seed("initialisation"))),
         schedule=schedule_of(pretraining),
         optimizer=context.optimizer_settings,
     )

@@ -13,7 +13,8 @@ from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.models import load_model, read_config
-from tritter.pipeline.context import RunContext, content_key
+from tritter.pipeline.context import RunContext
+from tritter.pipeline.ledger import content_key
 from tritter.pipeline.scoring import MAX_SCORE_BYTES, score_file, told
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hashing import tensor_digest

@@ -1,9 +1,7 @@
 """What every stage of a run has at hand: the config, the folder, the text, a console."""
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -19,16 +17,17 @@ from tritter.config.run_text import RunText
 from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig, TrainingConfig
 from tritter.config.text_resolution import run_text
 from tritter.config.validation import known_config
+from tritter.data.apart import Apart, read_apart
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.built_in import questions_of
 from tritter.data.corpus import Corpus
 from tritter.data.datamodule import EvaluationText
+from tritter.data.packing import num_packed, packed
 from tritter.data.pretrained import PretrainedTokenizer, read_tokenizer
 from tritter.data.sequences import drawn_equally
 from tritter.data.sources import recorded_paths
-from tritter.data.split import DomainCounts
 from tritter.data.tokenizer import END_OF_TEXT
-from tritter.data.tokens import check_packs, joined, pack
+from tritter.data.tokens import joined
 from tritter.data.weighted import WeightedStream
 from tritter.errors import RequestError
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
@@ -37,7 +36,7 @@ from tritter.families import Config, family_of
 from tritter.models import read_config
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.benchmarks import benchmark_tasks
-from tritter.pipeline.corpora import run_corpus, text_notes
+from tritter.pipeline.corpora import corpus_notes, run_corpus, text_notes
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.scoring import Scores, Scoring, score_file, told, write_scores
 from tritter.seeds import derived_seed
@@ -125,8 +124,8 @@ class RunContext:
         source = known_config(self.config) if self.given is None else read_config(self.given)
         assert source is not None  # only that of a hub id is not known, and it is given
         memory = memory_notes(self.config, source)
-        moved = _moved(self.corpus.counts.values())
-        return (*text_notes(self.text), *self.text.notes, *moved, *self._pages, *memory)
+        found = corpus_notes(self.config, self.corpus)
+        return (*text_notes(self.text), *self.text.notes, *found, *self._pages, *memory)
 
     @property
     def _pages(self) -> Iterator[str]:
@@ -208,12 +207,32 @@ class RunContext:
         """Return, by domain, packed training sequences [N, T]."""
         for name in domains:
             if name not in self._packed:
-                self._packed[name] = pack(
+                self._packed[name] = packed(
                     self.corpus.domains[name].train,
+                    packing=self.config.data.packing,
                     sequence_length=self.config.data.sequence_length,
                     end_of_text_id=self.end_of_text_id,
                 )
         return {name: self._packed[name] for name in domains}
+
+    def num_sequences(self, domain: str) -> int:
+        """Return how many training sequences a domain has, without making them.
+
+        Raises:
+            RequestError: it is too small to have one.
+        """
+        train, data = self.corpus.domains[domain].train, self.config.data
+        return num_packed(train, packing=data.packing, sequence_length=data.sequence_length)
+
+    @property
+    def apart(self) -> Apart | None:
+        """How documents of a training sequence are told apart; None: they are one stream."""
+        is_apart = self.config.data.packing == "documents"
+        return Apart(self.end_of_text_id) if is_apart else None
+
+    def reading(self, model: nn.Module) -> nn.Module:
+        """Let a model read the run's training sequences as they are packed, and return it."""
+        return model if self.apart is None else read_apart(model, self.apart)
 
     def drawn_equally(self, domains: Sequence[str], count: int, *purpose: str) -> Tensor:
         """Return `count` training sequences [N, T] at random, of each domain as many.
@@ -231,10 +250,7 @@ class RunContext:
         """
         for name in self.domains:
             try:
-                check_packs(
-                    self.corpus.domains[name].train,
-                    sequence_length=self.config.data.sequence_length,
-                )
+                self.num_sequences(name)
             except RequestError as error:
                 raise RequestError(f"{error} (Domain {name}.)") from error
 
@@ -252,8 +268,10 @@ class RunContext:
 
     def split_record(self) -> dict[str, Any]:
         """Return what a further training is to take over besides the split."""
+        data = self.config.data
+        packing = {} if data.packing == "stream" else {"packing": data.packing}
         return {
-            "data": {"sequence_length": self.config.data.sequence_length},
+            "data": {"sequence_length": data.sequence_length, **packing},
             "seed": self.config.seed,
         }
 
@@ -379,19 +397,3 @@ def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedul
         minimum_ratio=training.minimum_ratio,
         start_rate=start_rate,
     )
-
-
-def content_key(content: Mapping[str, object]) -> str:
-    """SHA-256 of plain data, the name of what it made."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _moved(counts: Collection[DomainCounts]) -> Iterator[str]:
-    """Say what earlier trainings, or an old domain, did with documents of the run's domains."""
-    reasons = {
-        "learned before, so that they don't validate": sum(c.learned_before for c in counts),
-        "held out before, so that they are not trained on": sum(c.held_out_before for c in counts),
-        "both, so that they are left out": sum(c.left_out for c in counts),
-    }
-    if said := [f"{count} {reason}" for reason, count in reasons.items() if count]:
-        yield f"Documents that were met before: {'; '.join(said)}."

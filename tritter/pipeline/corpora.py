@@ -1,6 +1,6 @@
 """The text of a run: the Python installation's own, files, or both, under one tokenizer."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -11,11 +11,13 @@ from tritter.data.built_in import built_in_origin, is_built_in
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
 from tritter.data.dataset_name import dataset_names
 from tritter.data.finding import find_texts
+from tritter.data.packing import padding_fraction
 from tritter.data.readers import TextFileError
 from tritter.data.sources import source_documents
-from tritter.data.split import DomainDocuments, Earlier
+from tritter.data.split import DomainCounts, DomainDocuments, Earlier
 from tritter.targets import dotted
 
+MUCH_PADDING = 0.1
 FILES_ORIGIN, DATASETS_ORIGIN = "text files", "data sets"
 _STDLIB_DOMAINS = [("prose", ("stdlib:prose",)), ("code", ("stdlib:code",))]
 
@@ -105,3 +107,39 @@ def _origin(domain: DomainText, config: RunConfig) -> str:
         FILES_ORIGIN if has_files else "",
     )
     return " and ".join(filter(None, origins))
+
+
+def corpus_notes(config: RunConfig, corpus: Corpus) -> Iterator[str]:
+    """Say what was done with the documents of a run, a sentence each."""
+    yield from _moved(corpus.counts.values())
+    if config.data.packing == "documents":
+        length = config.data.sequence_length
+        yield from _padded(corpus, (length, 2 * length))
+
+
+def _padded(corpus: Corpus, lengths: tuple[int, int]) -> Iterator[str]:
+    """Say of which domains more than a tenth is padding, as of documents of one length.
+
+    Args:
+        lengths: of sequences, those that are and longer ones.
+    """
+    for name, domain in corpus.domains.items():
+        if not domain.train.num_tokens:
+            continue
+        share, longer = (padding_fraction(domain.train, sequence_length=n) for n in lengths)
+        if share > MUCH_PADDING:
+            yield (
+                f"Of the training sequences of {name} {share:.0%} is padding: its documents fill "
+                f"no {lengths[0]} tokens; data.sequence_length={lengths[1]} leaves {longer:.0%}."
+            )
+
+
+def _moved(counts: Collection[DomainCounts]) -> Iterator[str]:
+    """Say what earlier trainings, or an old domain, did with documents of the run's domains."""
+    reasons = {
+        "learned before, so that they don't validate": sum(c.learned_before for c in counts),
+        "held out before, so that they are not trained on": sum(c.held_out_before for c in counts),
+        "both, so that they are left out": sum(c.left_out for c in counts),
+    }
+    if said := [f"{count} {reason}" for reason, count in reasons.items() if count]:
+        yield f"Documents that were met before: {'; '.join(said)}."

@@ -52,7 +52,7 @@ def is_recorded(context: RunContext) -> bool:
 def prepare(context: RunContext, arm: Arm) -> StageResult:
     """Let methods look at the weights that an arm starts from, and keep what they make of it."""
     folder = context.folder / arm.start
-    config, model = read_config(folder), load_model(folder).to(context.device)
+    config, model = read_config(folder), context.reading(load_model(folder)).to(context.device)
     beside = read_state(folder)
     kinds: dict[str, TensorStream] = {}
     found: dict[str, Any] = {"notes": []}
@@ -177,7 +177,7 @@ def _teacher(context: RunContext, arm: Arm) -> nn.Module:
     """Return the model that the arm's training learns from, frozen."""
     place = teacher_place(context)
     folder = context.folder / arm.start if place is None else locate(place)
-    return load_model(folder).eval().requires_grad_(False)
+    return context.reading(load_model(folder)).eval().requires_grad_(False)
 
 
 def teacher_place(context: RunContext) -> str | None:

@@ -2,7 +2,7 @@
 
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.data.sequences import drawn_equally
-from tritter.errors import Problem, RequestError
+from tritter.errors import RequestError
 from tritter.families import family_of
 from tritter.forgetting import needs_of
 from tritter.models import read_config
@@ -23,10 +23,13 @@ def kept_text(context: RunContext, arm: Arm) -> KeptSequences:
         return KeptSequences()
     folder = context.folder / arm.start
     kept = KeptSequences.read(folder).without((*context.old_of(arm), *context.new_of(arm)))
-    config, length = read_config(folder), context.config.data.sequence_length
-    vocab_size = family_of(config).dimensions(config).vocab_size
-    for reason in kept.misfits(sequence_length=length, vocab_size=vocab_size):
-        raise RequestError(Problem("data.sequence_length", length, reason=reason))
+    config, data = read_config(folder), context.config.data
+    for problem in kept.misfits(
+        sequence_length=data.sequence_length,
+        packing=data.packing,
+        vocab_size=family_of(config).dimensions(config).vocab_size,
+    ):
+        raise RequestError(problem)
     return kept
 
 
@@ -43,8 +46,10 @@ def left_sequences(context: RunContext, arm: Arm) -> KeptSequences:
         name: drawn_equally({name: each}, keep, seed=lambda name: context.seed("kept", name)).int()
         for name, each in held.items()
     }
+    is_apart = context.config.data.packing == "documents"
     return KeptSequences(
         {**left.sequences, **sampled},
         left.losses,
         {**left.num_seen, **{name: len(each) for name, each in held.items()}},
+        left.of_documents.union(sampled if is_apart else ()),
     )

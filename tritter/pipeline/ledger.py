@@ -1,5 +1,6 @@
 """The ledger: which stages of a run are done, what they found, what they cost, what they left."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -199,3 +200,8 @@ def _with_total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
         for name, value in part.items():
             merged[name] = merged.get(name, 0.0) + float(value)
     return {**merged, "total": sum(merged.values())}
+
+
+def content_key(content: Mapping[str, object]) -> str:
+    """SHA-256 of plain data, the name of what it made."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

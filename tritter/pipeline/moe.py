@@ -11,6 +11,7 @@ import torch
 from lightning import Callback
 from torch import Tensor, nn
 
+from tritter.data.apart import kept_tokens, lengths_of
 from tritter.data.tokens import joined
 from tritter.evaluation.inference import evaluating
 from tritter.expansion import MoeAdd
@@ -207,8 +208,8 @@ def usage_flops(context: RunContext, config: Config) -> float:
     if not family.has_experts:
         return 0.0
     looked = [spread(context, [domain], USAGE_SEQUENCES) for domain in context.domains]
-    flops = forward_flops(config).of(context.config.data.sequence_length)
-    return sum(map(len, looked)) * flops
+    flops = forward_flops(config)
+    return sum(flops.of_all(lengths_of(context.apart, each)) for each in looked)
 
 
 def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] | None:
@@ -244,19 +245,20 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
 
 def _num_sequences(context: RunContext, domains: Sequence[str]) -> int:
     """Return how many training sequences some domains have, without making them."""
-    trained = [context.corpus.domains[name].train for name in domains]
-    length = context.config.data.sequence_length
-    return sum((text.num_tokens + len(text)) // length for text in trained)
+    return sum(map(context.num_sequences, domains))
 
 
 def _loads(model: nn.Module, routing: Routing, sequences: Tensor) -> list[list[float]]:
-    """Return [layer][expert], each expert's part of the assignments."""
+    """Return [layer][expert], each expert's part of the assignments, those of padding left out."""
     counts = torch.zeros(len(routing.layers), routing.num_experts)
     with evaluating(model) as device, routing.recording():
         for batch in sequences.split(8):
-            model(input_ids=batch.long().to(device), use_cache=False)
+            input_ids = batch.long().to(device)
+            model(input_ids=input_ids, use_cache=False)
+            kept = kept_tokens(model, input_ids)
             for row, record in zip(counts, routing.recorded(), strict=True):
-                row += expert_counts(record.selected, routing.num_experts).cpu()
+                chosen = record.selected if kept is None else record.selected[kept.flatten()]
+                row += expert_counts(chosen, routing.num_experts).cpu()
     shares: list[list[float]] = (counts / counts.sum(dim=1, keepdim=True)).tolist()
     return shares
 
@@ -287,6 +289,6 @@ def _objective(
 def _old_routing(context: RunContext, arm: Arm) -> OldRouting:
     """Look at where the arm's model sends old text before any of its trainings."""
     chosen = context.drawn_equally(context.old_of(arm), HELD_SEQUENCES, "hold_old", *arm.purpose)
-    model = load_model(expanded_folder(context, arm)).to(context.device)
+    model = context.reading(load_model(expanded_folder(context, arm))).to(context.device)
     batch_size = max(1, context.config.data.batch_size // 4)
     return OldRouting.of(model, chosen, batch_size=batch_size)

@@ -148,7 +148,7 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
     options, steps = context.config.adaptation, moe.router_steps(context, arm)
     added = moe.appended(context, arm)
     assert added is not None
-    model = load_model(start)
+    model = context.reading(load_model(start))
     if options.router_update == "retrain":
         redraw_rows(model, added.experts, seed=context.seed("router", *arm.purpose))
     target = context.folder / arm.name / "adapted"
@@ -187,7 +187,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     start = moe.start_folder(context, arm)
     asked = context.config.training
     settings = replace(asked, max_steps=asked.max_steps * arm.num_trainings)
-    model = load_model(start)
+    model = context.reading(load_model(start))
     _hold_old(context, arm, model)
     methods = build_methods(context.config.forgetting)
     _announce(context, arm, methods, max_steps=settings.max_steps)
@@ -327,13 +327,13 @@ def _fit(
 def fit_found(result: FitResult) -> dict[str, Any]:
     """Return what the ledger keeps of a training."""
     taken = ["steps", "refused_steps", "stopped_because", "ended_early", "update_norms"]
-    taken += ["flow", "held", "reports"]
+    taken += ["flow", "held", "packing", "reports"]
     return {name: getattr(result, name) for name in taken}
 
 
 def evaluation(context: RunContext, arm: Arm) -> StageResult:
     """Score the trained model, and let both models say something."""
-    trained = load_model(context.folder / arm.name / "trained")
+    trained = context.reading(load_model(context.folder / arm.name / "trained"))
     who = "the control" if arm.is_control else "the trained model"
     context.say("evaluate", f"{who} on {', '.join(context.domains)}")
     context.score(trained, f"{arm.name}-trained")

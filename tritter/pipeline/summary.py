@@ -119,6 +119,7 @@ def _arm_record(context: RunContext, arms: Sequence[Arm], gate: StageResult) -> 
 def _task_record(context: RunContext, arm: Arm) -> dict[str, Any]:
     """Return what one task's training did, and the scores of every domain after it."""
     fitted = context.ledger[f"{arm.name}.fit"]
+    packing = fitted.found.get("packing")
     return {
         "domains": list(context.new_of(arm)),
         "final": _scores(context, f"{arm.name}-trained"),
@@ -128,6 +129,7 @@ def _task_record(context: RunContext, arm: Arm) -> dict[str, Any]:
         "update_norms": fitted.found["update_norms"],
         "flops": sum(fitted.flops.values()),
         "seconds": sum(fitted.seconds.values()),
+        **({"packing": packing} if packing else {}),
     }
 
 

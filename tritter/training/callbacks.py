@@ -1,6 +1,5 @@
-"""Callbacks of every training: methods against forgetting, refused steps, speed, progress."""
+"""Callbacks of every training: methods against forgetting, refused steps, progress."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import Tensor, distributed
 from tritter.checkpoint.state import write_state
 from tritter.data.ranks import this_rank
 from tritter.errors import TritterError
-from tritter.expand import Change
 from tritter.seeds import derived_seed
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.writer import TensorStream
@@ -24,11 +22,7 @@ from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import disk_values
-
-
-def ends_step(trainer: Trainer, batch_idx: int) -> bool:
-    """Say whether a batch is the last of those whose gradients are gathered for one step."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+from tritter.training.work import WorkCount, ends_step
 
 
 class ForgettingCallback(Callback):
@@ -41,7 +35,7 @@ class ForgettingCallback(Callback):
     """
 
     def __init__(
-        self, methods: Sequence[ForgettingMethod], task: Task, folder: Path, *, work: "WorkCount"
+        self, methods: Sequence[ForgettingMethod], task: Task, folder: Path, *, work: WorkCount
     ) -> None:
         self._methods = tuple(methods)
         self._task = task
@@ -178,38 +172,6 @@ class FiniteGuard(Callback):
         trainer.should_stop = True
 
 
-class WorkCount(Callback):
-    """Count the tokens that were trained on, and the FLOPs of it, by all processes."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.flops = 0.0
-        self._step: tuple[object, float] = (None, 0.0)  # what a step was of, and its FLOPs
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        module = base_of(pl_module)
-        num_sequences, length = batch["input_ids"].shape
-        num_sequences *= trainer.world_size
-        self.tokens += num_sequences * length
-        flags = tuple(parameter.requires_grad for parameter in module.model.parameters())
-        if self._step[0] != (key := (flags, num_sequences, length)):
-            flops = module.step_flops(num_sequences=num_sequences, length=length)
-            self._step = (key, flops)
-        self.flops += self._step[1]
-
-    def parameters_changed(self, change: Change) -> None:
-        """Count the next step anew."""
-        self._step = (None, 0.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "flops": self.flops}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.tokens, self.flops = int(state_dict["tokens"]), float(state_dict["flops"])
-
-
 class RandomState(Callback):
     """Keep the global random state of every process in checkpoints, and go on from it.
 
@@ -247,53 +209,6 @@ class RandomState(Callback):
                 f"go on with trainer.devices={len(states)}."
             )
         self._restored = states[rank.index]
-
-
-class Performance(Callback):
-    """Log tokens and FLOPs per second, seconds per step and peak memory.
-
-    Evaluations on the way are left out of the time.
-
-    Args:
-        work: counts them; stands before this callback.
-    """
-
-    def __init__(self, work: WorkCount) -> None:
-        self._work = work
-        self._paused = 0.0
-        self._begin()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._paused = time.perf_counter()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since += time.perf_counter() - self._paused
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not ends_step(trainer, batch_idx):
-            return
-        self._steps += 1
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
-        seconds = time.perf_counter() - self._since
-        pl_module.log_dict(
-            {
-                "performance/tokens_per_second": (self._work.tokens - self._tokens) / seconds,
-                "performance/step_seconds": seconds / self._steps,
-                "performance/flops": (self._work.flops - self._flops) / seconds,
-                "performance/peak_memory_bytes": float(peak_memory_bytes()),
-            }
-        )
-        self._begin()
-
-    def _begin(self) -> None:
-        self._tokens, self._flops = self._work.tokens, self._work.flops
-        self._steps, self._since = 0, time.perf_counter()
 
 
 class StepProgress(Callback):
@@ -372,16 +287,6 @@ def _progress_bar(console: Console) -> Progress:
         console=console,
         transient=True,
     )
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak of this process: of the accelerator where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def _is_logged(trainer: Trainer) -> bool:

@@ -1,12 +1,30 @@
 """What a training step costs in model FLOPs: by what of the model needs a gradient in that step."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
 from tritter.families import Flops, training_flops
 from tritter.models import config_of
 from tritter.training.parameters import live_layout
+
+
+@dataclass(frozen=True, slots=True)
+class StepFlops:
+    """FLOPs of a step, whatever it reads.
+
+    Args:
+        sequence: of each sequence, or document where models read these apart.
+        besides: of the step, of all processes together.
+    """
+
+    sequence: Flops
+    besides: float = 0.0
+
+    def of(self, lengths: Mapping[int, int]) -> float:
+        """Return the FLOPs of a step on sequences, by length how many of all processes."""
+        return self.sequence.of_all(lengths) + self.besides
 
 
 def flops_of_sequence(model: nn.Module, *, routed_to: Collection[int] | None = None) -> Flops:

@@ -22,10 +22,8 @@ from tritter.terminal import Console
 from tritter.training.callbacks import (
     FiniteGuard,
     ForgettingCallback,
-    Performance,
     RandomState,
     StepProgress,
-    WorkCount,
 )
 from tritter.training.forgetting_method import Task
 from tritter.training.gradient_flow import GradientFlow
@@ -44,6 +42,7 @@ from tritter.training.trainer import (
     torch_settings_kept,
 )
 from tritter.training.validation import Validation
+from tritter.training.work import Performance, WorkCount
 
 SAVED_NAME = "saved"  # what a killed training goes on from
 LEFT_NAME = "left"  # what methods against forgetting leave for the next training

@@ -12,6 +12,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from tritter.data.apart import labels_of
 from tritter.evaluation.gate import ENOUGH_STEPS
 from tritter.expand import Change
 from tritter.families import StoredTensor
@@ -200,7 +201,8 @@ def tried(model: nn.Module, input_ids: Tensor, new: NewUnits, *, steps: int) -> 
     flow, optimizer = Flow(new), torch.optim.AdamW(parameters, lr=_TRIAL_RATE)
     model.train()
     for step in range(steps):
-        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        labels = labels_of(model, input_ids)
+        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient

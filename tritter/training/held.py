@@ -9,9 +9,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from tritter.training.callbacks import ends_step
 from tritter.training.module import base_of
 from tritter.training.parameters import live_layout
+from tritter.training.work import ends_step
 
 
 class HeldBytes(Callback):

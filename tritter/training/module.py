@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from tritter.data.apart import labels_of
+from tritter.data.ranks import this_rank
 from tritter.data.windows import IGNORED
 from tritter.evaluation.losses import nats_per_row
-from tritter.training.compute import flops_of_sequence
+from tritter.training.compute import StepFlops, flops_of_sequence
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.moments import Moments, start_from
 from tritter.training.optimizer import OptimizerSettings, build_optimizer
@@ -94,10 +96,19 @@ class BaseModule(LightningModule):
         return not self.side_losses and not any(one.is_in_gradients() for one in self.methods)
 
     def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
-        """Return the mean next-token loss of a batch, nats per token."""
+        """Return the mean next-token loss of a batch, nats per token that is to be predicted.
+
+        Where padding makes the numbers of these differ, it is the mean over those of all processes
+        once their gradients are averaged.
+        """
         input_ids = batch["input_ids"]  # [B, T]
-        options = {k: v for side in self.side_losses for k, v in side.forward_options.items()}
-        said = self.model(input_ids=input_ids, labels=input_ids, use_cache=False, **options)
+        options: dict[str, Any] = {}
+        for side in self.side_losses:
+            options.update(side.forward_options)
+        labels = labels_of(self.model, input_ids)
+        if labels is not input_ids:
+            options["num_items_in_batch"] = _mean_count(labels[:, 1:] != IGNORED)
+        said = self.model(input_ids=input_ids, labels=labels, use_cache=False, **options)
         return TaskLoss(said.loss, said.logits)
 
     def on_validation_epoch_start(self) -> None:
@@ -120,15 +131,10 @@ class BaseModule(LightningModule):
             self.log(f"eval/{domain}/loss", nats / tokens)
         self.log("step", float(self.global_step))  # Lightning's own count is one step behind
 
-    def step_flops(self, *, num_sequences: int, length: int) -> float:
-        """Count the model FLOPs of a step, with what needs a gradient now.
-
-        Args:
-            num_sequences: of the batch, of all processes together.
-            length: tokens of a sequence.
-        """
-        flops = num_sequences * flops_of_sequence(self.model).of(length)
-        return flops + sum(side.step_flops(self.model) for side in self.side_losses)
+    def step_flops(self) -> StepFlops:
+        """Count the model FLOPs of a step, with what needs a gradient now."""
+        besides = sum(side.step_flops(self.model) for side in self.side_losses)
+        return StepFlops(flops_of_sequence(self.model), besides)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the journal, which stands in every checkpoint beside the weights."""
@@ -166,6 +172,14 @@ class BaseModule(LightningModule):
                 method.observe_gradients(self.model)
             for method in self.methods:
                 method.add_to_gradients(self.model)
+
+
+def _mean_count(counted: Tensor) -> Tensor:
+    """Return how many are counted, as a mean over processes, and at least one among all."""
+    count, ranks = counted.sum(), this_rank().count
+    if ranks > 1:
+        distributed.all_reduce(count)
+    return count.clamp(min=1) / ranks
 
 
 def base_of(module: LightningModule) -> BaseModule:

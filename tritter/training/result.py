@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tritter.errors import TritterError
 from tritter.families import StoredTensor
-from tritter.training.callbacks import FiniteGuard, WorkCount
+from tritter.training.callbacks import FiniteGuard
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.held import HeldBytes
 from tritter.training.module import BaseModule, base_of
@@ -17,6 +17,7 @@ from tritter.training.parameters import live_layout
 from tritter.training.save_state import SaveState
 from tritter.training.stop_request import StopRequest
 from tritter.training.validation import Validation
+from tritter.training.work import WorkCount
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,8 @@ class FitResult:
         ended_early: which callback ended it before its last step, and why; None when none did.
         flow: what got no gradient (`without_gradient`), which experts no token (`without_tokens`),
             and the number of steps in which that was looked at (`steps`).
+        packing: `padding_fraction` and `packed_sequence_length_histogram` of documents that were
+            read apart; empty of a stream.
         held: bytes of parameters, gradients and optimizer, as `HeldBytes` found them.
         reports: what callbacks say that they did, by their `report_name`; plain data.
         update_norms: top-level part of the model → norm of (weights after − before) relative to
@@ -52,6 +55,7 @@ class FitResult:
     update_norms: dict[str, float]
     flow: dict[str, Any] = field(default_factory=dict)
     held: dict[str, Any] = field(default_factory=dict)
+    packing: dict[str, Any] = field(default_factory=dict)
     reports: dict[str, Any] = field(default_factory=dict)
 
 
@@ -163,6 +167,7 @@ class Conclusion(Callback):
             update_norms=_update_norms(self._before, module.model),
             flow=watching.flow.found(module.model),
             held=watching.held.held,
+            packing=watching.work.packing(),
             reports={c.report_name: c.report() for c in callbacks if isinstance(c, Reports)},
         )
 

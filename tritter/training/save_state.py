@@ -7,8 +7,9 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from tritter.training.callbacks import FiniteGuard, ends_step
+from tritter.training.callbacks import FiniteGuard
 from tritter.training.stop_request import StopRequest
+from tritter.training.work import ends_step
 
 
 class SaveState(Checkpoint):

@@ -15,10 +15,10 @@ from torch import nn
 from tritter.data.datamodule import EvaluationText
 from tritter.families import forward_flops
 from tritter.models import config_of
-from tritter.training.callbacks import ends_step
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.module import base_of
 from tritter.training.stop_request import StopRequest
+from tritter.training.work import ends_step
 
 
 class Validation(Callback):

@@ -1,0 +1,74 @@
+"""`data.packing=documents` through a whole job, and in what goes on from it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pipeline.tiny import TINY
+from tritter.checkpoint import read_lineage
+from tritter.checkpoint.kept_sequences import KeptSequences
+from tritter.config.composition import load_config
+from tritter.config.fingerprint import changed_keys, fingerprint
+from tritter.errors import RequestError
+from tritter.pipeline import Outcome, run_pipeline
+from tritter.training import read_metrics
+
+APART = "data.packing=documents"
+
+
+@pytest.fixture(scope="module")
+def done(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packing") / "run"
+    run_tiny(folder, APART, "forgetting=[ewc,replay]", "forgetting.replay.keep=3")
+    return folder
+
+
+def test_a_job_says_how_full_its_sequences_are(done: Path) -> None:
+    summary = json.loads((done / "summary.json").read_text())
+    (task,) = summary["tasks"]
+    assert 0 < task["packing"]["padding_fraction"] < 0.1
+    assert sum(task["packing"]["packed_sequence_length_histogram"].values()) >= 6 * 4
+    rows = [row for row in read_metrics(done / "attempt_1") if "performance/flops" in row]
+    shares = [float(row["performance/padding_fraction"] or 0) for row in rows]
+    assert max(shares) < 0.1
+
+
+def test_its_base_is_another_and_a_stream_is_called_as_before(done: Path) -> None:
+    before = read_lineage(done / "baseline")
+    assert before is not None
+    assert before.training_config["made_from"]["data"]["packing"] == "documents"
+    assert before.training_config["data"] == {"sequence_length": 32, "packing": "documents"}
+    stream, documents = (fingerprint(load_config([*TINY, word])) for word in (TINY[0], APART))
+    assert "packing" not in stream["data"]
+    assert changed_keys(stream, documents) == ["data.packing"]
+
+
+def test_what_it_keeps_is_refused_as_a_stream(
+    done: Path, run_tiny: Callable[..., Outcome], cache: Path, tmp_path: Path
+) -> None:
+    kept = KeptSequences.read(done / "checkpoint")
+    assert kept.of_documents == {"old", "new"}
+    text = tmp_path / "third.jsonl"
+    lines = (json.dumps({"text": f"the third text has line {n} of many " * 9}) for n in range(40))
+    text.write_text("\n".join(lines))
+    dropped = ("model.", "data.old", "data.new", "forgetting")
+    words = [word for word in TINY if not word.startswith(dropped)]
+    words += [
+        "model=hf", f"model.path={done}/checkpoint", "data.old={}", f"data.new={{third:{text}}}",
+        "forgetting=replay", "forgetting.replay.keep=2", "expansion=none", f"cache_dir={cache}",
+    ]  # fmt: skip
+    with pytest.raises(RequestError, match=r"data\.packing = stream: .* allowed is documents"):
+        load_config(words)
+    (tmp_path / "run").mkdir()
+    run_pipeline(load_config([*words, APART]), run_folder=tmp_path / "run")
+    after = KeptSequences.read(tmp_path / "run/checkpoint")
+    assert after.of_documents == {"old", "new", "third"}
+    assert torch.equal(after.sequences["old"], kept.sequences["old"])
+
+
+def test_a_wrong_word_is_told_the_nearest() -> None:
+    with pytest.raises(RequestError, match=r"stream, documents\. Did you mean documents"):
+        load_config([*TINY, "data.packing=document"])
