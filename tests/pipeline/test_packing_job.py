@@ -10,6 +10,7 @@ import torch
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.kept_sequences import KeptSequences
+from tritter.cli.continued import _recorded_settings
 from tritter.config.composition import load_config
 from tritter.config.fingerprint import changed_keys, fingerprint
 from tritter.errors import RequestError
@@ -44,6 +45,8 @@ def test_its_base_is_another_and_a_stream_is_called_as_before(done: Path) -> Non
     stream, documents = (fingerprint(load_config([*TINY, word])) for word in (TINY[0], APART))
     assert "packing" not in stream["data"]
     assert changed_keys(stream, documents) == ["data.packing"]
+    # A command that goes on with the checkpoint packs as it was packed
+    assert _recorded_settings(done / "checkpoint", "text")["data.packing"] == "documents"
 
 
 def test_what_it_keeps_is_refused_as_a_stream(
