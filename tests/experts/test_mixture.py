@@ -63,8 +63,11 @@ def test_a_new_expert_changes_nothing_and_alone_it_is_pefts() -> None:
     with torch.no_grad():
         assert torch.equal(logits(mixture, ids), base(input_ids=ids).logits)
     mixture = mixture_of()
+    logits(mixture, ids)
+    assert len(mixture.gates()) == 3
     with mixture.alone("e1"):
         own = logits(mixture, ids)
+    assert mixture.gates() == []
     stock = copy.deepcopy(mixture.model)
     for module in stock.modules():
         module._forward_hooks.clear()

@@ -17,9 +17,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tritter.errors import RequestError, did_you_mean
+from tritter.training.parameters import WRAPPED
 
 _LAYER = re.compile(r"(?:^|.*\.)layers\.(\d+)(?=\.)")
-_BASE = ".base_layer."
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def put_on(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) -> No
         layer.train(model.training)
     own = {id(parameter) for parameter in parameters_of(model, name).values()}
     for key, parameter in model.named_parameters():
-        was_trained = key in trained or key.replace(_BASE, ".") in trained
+        was_trained = key in trained or base_name(key) in trained
         parameter.requires_grad_(was_trained or id(parameter) in own)
 
 
@@ -186,7 +186,7 @@ def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
 
 def base_name(name: str) -> str:
     """Return what a parameter of the base is called where no adapters are."""
-    return name.replace(_BASE, ".")
+    return name.replace(f"{WRAPPED}.", ".")
 
 
 def is_of_adapter(name: str) -> bool:
@@ -208,7 +208,7 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
         if isinstance(module, linear)
         and layer_number(name) is not None
         and not is_of_adapter(f".{name}.")
-        and not name.endswith(_BASE.rstrip("."))
+        and not name.endswith(WRAPPED)
     }
     for target in targets:
         if target not in known:

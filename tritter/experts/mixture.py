@@ -118,11 +118,7 @@ class ExpertMixture:
 
     def check_can_go(self, name: str) -> None:
         """Raise a RequestError where there is no expert of a name, or no other one."""
-        if name not in self.names:
-            raise RequestError(
-                f"no expert {name}; there are {', '.join(self.names) or 'none'}."
-                f"{did_you_mean(name, self.names)}"
-            )
+        self._check_known(name)
         if len(self.names) == 1:
             raise RequestError(f"{name} is the only expert; a mixture has one at least.")
 
@@ -131,13 +127,8 @@ class ExpertMixture:
         yield from dict.fromkeys(mix.router for mix in self._mixes.values())
 
     def gates(self) -> list[Gates]:
-        """Return the gates of the last forward pass, layer by layer."""
+        """Return the gates of the last forward pass, layer by layer; none without routers."""
         return [mix.gates for mix in self._mixes.values() if mix.gates is not None]
-
-    def forget_gates(self) -> None:
-        """Let go of what the last forward pass left, with its graph."""
-        for mix in self._mixes.values():
-            mix.gates = mix.dispatch = None
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -146,8 +137,7 @@ class ExpertMixture:
         Raises:
             RequestError: there is none of this name.
         """
-        if name not in self.names:
-            raise RequestError(f"no expert {name}; there are {', '.join(self.names) or 'none'}.")
+        self._check_known(name)
         before, self._alone = self._alone, name
         try:
             yield
@@ -163,12 +153,19 @@ class ExpertMixture:
         finally:
             self._is_off = before
 
+    def _check_known(self, name: str) -> None:
+        if name not in self.names:
+            raise RequestError(
+                f"no expert {name}; there are {', '.join(self.names) or 'none'}."
+                f"{did_you_mean(name, self.names)}"
+            )
+
     def _route(self, number: int) -> Callable[..., None]:
         mix = self._mixes[number]
 
         def hook(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+            mix.gates = mix.dispatch = None
             if self._is_off or not self.names:
-                mix.dispatch = None
                 return
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
             if self._alone is not None:
