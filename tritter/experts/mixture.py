@@ -1,8 +1,9 @@
 """A mixture of LoRA experts on a live model: adapters, a router in each layer, and the gates."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -19,20 +20,33 @@ from tritter.experts.adapters import (
     put_on,
     take_off,
 )
+from tritter.experts.evidence import NO_TOKEN, Evidence
 from tritter.experts.gates import Gates, Routing, gates_of
 from tritter.experts.mixing import Dispatch, mixed
 from tritter.experts.router import ExpertRouter
+from tritter.models import backbone_of
 
-ROUTER = "expert_router"
+ROUTER, EVIDENCE = "expert_router", "expert_evidence"
+BASE_EXPERT = "base"
+VOCABULARY = ("embed_tokens", "lm_head")
+_SEEN = "seen_by_experts"  # what a cache of keys and values is told
+
+RouterKind = Literal["learned", "evidence", "both"]
 
 
-class _LayerMix:
-    """What the linear layers of one decoder layer need to know during a forward pass."""
+class _Mix:
+    """The gates of a forward pass, for the linear layers that share them."""
 
-    def __init__(self, router: ExpertRouter) -> None:
+    def __init__(self, router: ExpertRouter | None = None) -> None:
         self.router = router
         self.gates: Gates | None = None
         self.dispatch: Dispatch | None = None
+
+    def forget(self) -> None:
+        self.gates = self.dispatch = None
+
+    def set(self, gates: Gates) -> None:
+        self.gates, self.dispatch = gates, Dispatch.of(gates)
 
 
 class ExpertMixture:
@@ -43,39 +57,56 @@ class ExpertMixture:
 
     Args:
         model: a causal language model whose decoder layers are named `…layers.N`.
-        is_shared: one router for all layers, in place of one for each.
+        router: what makes the gates: `learned`, a linear map of the hidden state in each layer;
+            `evidence`, see `tritter.experts.evidence`, for all layers and the vocabulary; or
+            `both`, the sum of their logits.
+        has_base: the first expert is the base itself, and adds nothing.
+        is_shared: one learned router for all layers, in place of one for each.
+        evidence: how it is weighed, keywords of `Evidence`.
 
     Attributes:
         names: the experts, in the order of gates.
         routing: how logits become gates from now on.
+        evidence: counts of tokens; None where the router is learned alone.
 
     Raises:
         RequestError: the model has adapters or experts already, or no decoder layers.
     """
 
-    def __init__(self, model: nn.Module, *, is_shared: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        router: RouterKind = "learned",
+        has_base: bool = False,
+        is_shared: bool = False,
+        evidence: Mapping[str, Any] | None = None,
+    ) -> None:
         if adapter_names(model):
             raise RequestError(f"the model has adapters already: {', '.join(adapter_names(model))}")
         self.model = model
-        self.names: list[str] = []
+        self.names: list[str] = [BASE_EXPERT] if has_base else []
         self.routing = Routing()
-        self.is_shared = is_shared
+        self.router: RouterKind = router
+        self.has_base, self.is_shared = has_base, is_shared
+        self.evidence: Evidence | None = None
         self._alone: str | None = None
+        self._left_out: str | None = None
         self._is_off = False
+        self._seen: Tensor | None = None  # token ids [B, ≥ T] of the forward pass
         self._hooked: set[str] = set()
         layers = decoder_layers(model)
         if not layers:
             raise RequestError("the model has no decoder layers named layers.N to put experts on.")
         model.requires_grad_(False)
-        size: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
-        like = next(model.parameters())
-        self._mixes: dict[int, _LayerMix] = {}
+        self._whole = _Mix()  # of what stands in no layer, or in all alike
+        if router != "learned":
+            self._begin_evidence(dict(evidence or {}))
+        self._mixes = {number: self._mix(layer) for number, layer in layers.items()}
         for number, layer in layers.items():
-            owner = model if is_shared else layer
-            if not hasattr(owner, ROUTER):
-                owner.add_module(ROUTER, ExpertRouter(size, 0).to(like.device))
-            self._mixes[number] = _LayerMix(owner.get_submodule(ROUTER))  # type: ignore[arg-type]
-            layer.register_forward_pre_hook(self._route(number), with_kwargs=True)
+            if self._mixes[number] is not self._whole:
+                hook = partial(self._route, self._mixes[number])
+                layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def add(self, name: str, shape: AdapterShape, *, seed: int) -> None:
         """Add an expert that computes nothing yet (B = 0), with router rows of zeros.
@@ -105,15 +136,28 @@ class ExpertMixture:
         """Put an expert's adapter on; its rows of the routers are the caller's.
 
         Raises:
-            RequestError: there is one of this name, or a target that the model has not.
+            RequestError: there is one of this name, or a target that the model has not, or whose
+                gates a learned router can't say.
         """
+        if name in self.names:
+            raise RequestError(f"the model has an adapter {name} already.")
+        vocabulary = [target for target in shape.targets if target in VOCABULARY]
+        if vocabulary and self.evidence is None:
+            raise RequestError(
+                f"experts.targets = {vocabulary[0]}: a learned router reads hidden states, which "
+                "the vocabulary has none of; allowed with experts.router=evidence or both."
+            )
         put_on(self.model, name, shape, seed=seed)
         self.names.append(name)
+        if self.evidence is not None:
+            self.evidence.add_row()
         self._hook_adapted()
 
     def close(self, name: str) -> None:
         """Take an expert's adapter off; its rows of the routers are the caller's."""
         take_off(self.model, name)
+        if self.evidence is not None:
+            self.evidence.keep_rows([n for n, each in enumerate(self.names) if each != name])
         self.names.remove(name)
 
     def check_can_go(self, name: str) -> None:
@@ -121,14 +165,26 @@ class ExpertMixture:
         self._check_known(name)
         if len(self.names) == 1:
             raise RequestError(f"{name} is the only expert; a mixture has one at least.")
+        if self.has_base and name == BASE_EXPERT:
+            raise RequestError(f"{name} is the base itself, which stays.")
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The experts that have an adapter: all but the base."""
+        return tuple(self.names[1:] if self.has_base else self.names)
 
     def routers(self) -> Iterator[ExpertRouter]:
-        """Yield the routers, a shared one once."""
-        yield from dict.fromkeys(mix.router for mix in self._mixes.values())
+        """Yield the learned routers, a shared one once."""
+        found = dict.fromkeys(mix.router for mix in self._mixes.values())
+        yield from (router for router in found if router is not None)
 
     def gates(self) -> list[Gates]:
-        """Return the gates of the last forward pass, layer by layer; none without routers."""
-        return [mix.gates for mix in self._mixes.values() if mix.gates is not None]
+        """Return the gates of the last forward pass, layer by layer, of all once if they are alike.
+
+        None without routers.
+        """
+        mixes = dict.fromkeys(self._mixes.values())
+        return [mix.gates for mix in mixes if mix.gates is not None]
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -143,6 +199,22 @@ class ExpertMixture:
             yield
         finally:
             self._alone = before
+
+    @contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """Let all others compute as if an expert were not there.
+
+        Raises:
+            RequestError: there is none of this name, or no other one.
+        """
+        self._check_known(name)
+        if len(self.names) == 1:
+            raise RequestError(f"{name} is the only expert; nothing is left without it.")
+        before, self._left_out = self._left_out, name
+        try:
+            yield
+        finally:
+            self._left_out = before
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -160,41 +232,123 @@ class ExpertMixture:
                 f"{did_you_mean(name, self.names)}"
             )
 
-    def _route(self, number: int) -> Callable[..., None]:
-        mix = self._mixes[number]
+    def _begin_evidence(self, asked: dict[str, Any]) -> None:
+        """Weigh tokens as they enter the backbone."""
+        config = self.model.config
+        self.evidence = Evidence(config.vocab_size, **asked)  # type: ignore[union-attr, arg-type]
+        if self.has_base:
+            self.evidence.add_row()
+        self.model.add_module(EVIDENCE, self.evidence.to(next(self.model.parameters()).device))
+        backbone = backbone_of(self.model)
+        backbone.register_forward_pre_hook(self._read, with_kwargs=True)
+        backbone.register_forward_hook(self._remember, with_kwargs=True)
 
-        def hook(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-            mix.gates = mix.dispatch = None
-            if self._is_off or not self.names:
-                return
-            hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            if self._alone is not None:
-                mix.dispatch = _only(hidden, self.names.index(self._alone), len(self.names))
-                return
-            logits = mix.router(hidden)
-            mix.gates = gates_of(logits, self.routing, is_training=layer.training)
-            mix.dispatch = Dispatch.of(mix.gates)
+    def _mix(self, layer: nn.Module) -> _Mix:
+        """Return what a decoder layer's gates come from, with a router of its own if it has one."""
+        if self.router == "evidence":
+            return self._whole
+        owner = self.model if self.is_shared else layer
+        if not hasattr(owner, ROUTER):
+            size: int = self.model.config.hidden_size  # type: ignore[union-attr, assignment]
+            like = next(self.model.parameters())
+            owner.add_module(ROUTER, ExpertRouter(size, len(self.names)).to(like.device))
+        return _Mix(owner.get_submodule(ROUTER))  # type: ignore[arg-type]
 
-        return hook
+    def _read(self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Weigh the tokens that a forward pass is of; before it, what a cache has read of them."""
+        self._whole.forget()
+        self._seen = None
+        if self._is_off or not self.names:
+            return
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            raise RequestError("experts.router=evidence reads token ids, and was given none.")
+        if self._alone is not None:
+            self._whole.dispatch = self._only(ids)
+            return
+        seen = _joined_with_earlier(_masked(ids, kwargs.get("attention_mask")), kwargs)
+        self._seen = seen
+        assert self.evidence is not None
+        logits = self.evidence(seen)[:, -ids.shape[1] :]
+        self._whole.set(self._gates_of(logits, is_training=backbone.training))
+
+    def _remember(
+        self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Leave what was read with the cache of its keys and values."""
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and self._seen is not None and self.evidence is not None:
+            setattr(cache, _SEEN, self.evidence.tail(self._seen))
+
+    def _route(
+        self, mix: _Mix, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        mix.forget()
+        if self._is_off or not self.names:
+            return
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if self._alone is not None:
+            mix.dispatch = self._only(hidden[..., 0])
+            return
+        assert mix.router is not None
+        logits = mix.router(hidden)
+        if self._whole.gates is not None:
+            logits = logits + self._whole.gates.logits.to(logits)
+        mix.set(self._gates_of(logits, is_training=layer.training))
+
+    def _gates_of(self, logits: Tensor, *, is_training: bool) -> Gates:
+        if self._left_out is not None:
+            place = torch.arange(len(self.names), device=logits.device)
+            is_out = place == self.names.index(self._left_out)
+            logits = logits.masked_fill(is_out, -torch.inf)
+        return gates_of(logits, self.routing, is_training=is_training)
+
+    def _only(self, tokens: Tensor) -> Dispatch:
+        """Return the dispatch of the one expert that computes every token of [B, T]."""
+        assert self._alone is not None
+        return _only(tokens, self.names.index(self._alone), len(self.names))
 
     def _hook_adapted(self) -> None:
         for name, layer in adapted_layers(self.model):
-            number = layer_number(name)
-            if name not in self._hooked and number is not None:
-                layer.register_forward_hook(self._add(self._mixes[number]))
+            if name not in self._hooked:
+                number = layer_number(name)
+                mix = self._whole if number is None else self._mixes[number]
+                layer.register_forward_hook(partial(self._add, mix))
                 self._hooked.add(name)
 
-    def _add(self, mix: _LayerMix) -> Callable[..., Tensor]:
-        def hook(layer: LoraLinear, args: Sequence[Any], output: Tensor) -> Tensor:
-            dispatch = mix.dispatch
-            if dispatch is None:
-                return output
-            found = {n: each for n, name in enumerate(self.names) if (each := factors(layer, name))}
-            if not found:
-                return output
-            return output + mixed(args[0], found, dispatch).to(output.dtype)
+    def _add(self, mix: _Mix, layer: LoraLinear, args: Sequence[Any], output: Tensor) -> Tensor:
+        dispatch = mix.dispatch
+        if dispatch is None:
+            return output
+        found = {n: each for n, name in enumerate(self.names) if (each := factors(layer, name))}
+        if not found:
+            return output
+        return output + mixed(args[0], found, dispatch).to(output.dtype)
 
-        return hook
+
+def _masked(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Return token ids [B, T] with NO_TOKEN where a mask [B, ≥ T] says padding."""
+    if mask is None or mask.ndim != 2:
+        return ids
+    return ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NO_TOKEN)
+
+
+def _joined_with_earlier(ids: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """Return token ids behind those of the cache that a forward pass goes on from.
+
+    Raises:
+        RequestError: the cache is not one that the mixture has read for.
+    """
+    cache = options.get("past_key_values")
+    if cache is None or not cache.get_seq_length():
+        return ids
+    earlier: Tensor | None = getattr(cache, _SEEN, None)
+    if earlier is None or len(earlier) != len(ids):
+        raise RequestError(
+            "experts.router=evidence: keys and values of tokens that it did not read, as of "
+            "another model or of several beams; write with use_cache=False."
+        )
+    return torch.cat([earlier.to(ids.device), ids], dim=1)
 
 
 def _with_row(rows: Tensor) -> Tensor:
@@ -202,10 +356,10 @@ def _with_row(rows: Tensor) -> Tensor:
     return torch.cat([rows.detach(), rows.new_zeros(1, *rows.shape[1:])])
 
 
-def _only(hidden: Tensor, number: int, size: int) -> Dispatch:
-    """Return the dispatch of one expert that computes every token of [B, T, H]."""
-    tokens = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device)
-    weights = hidden.new_zeros(len(tokens), size)
+def _only(of: Tensor, number: int, size: int) -> Dispatch:
+    """Return the dispatch of one expert that computes every token of [B, T]."""
+    tokens = torch.arange(of.numel(), device=of.device)
+    weights = torch.zeros(len(tokens), size, device=of.device)
     weights[:, number] = 1.0
     places = tuple(slice(0, len(tokens)) if n == number else slice(0, 0) for n in range(size))
     return Dispatch(weights, tokens, places)
