@@ -60,15 +60,40 @@ def write_adapter(
         RequestError: there is no adapter of this name, or something stands at `folder`.
         TritterError: a weight is not finite, or the disk refuses.
     """
-    shape, tensors = shape_of(model, name), {}
+    write_stored(taken(model, name), folder, base=base, overwrite=overwrite)
+
+
+def taken(model: nn.Module, name: str) -> StoredAdapter:
+    """Return an adapter of a live model as it is now, copied to the CPU.
+
+    Raises:
+        RequestError: there is no adapter of this name.
+        TritterError: a weight is not finite.
+    """
+    shape, found = shape_of(model, name), {}
     for layer_name, layer in adapted_layers(model):
-        found = factors(layer, name)
-        if found is not None:
-            tensors[f"{_PREFIX}{layer_name}.lora_A.weight"] = _plain(found.down)
-            tensors[f"{_PREFIX}{layer_name}.lora_B.weight"] = _plain(found.up)
-    wrong = next((key for key, value in tensors.items() if not is_finite(value)), None)
-    if wrong is not None:
-        raise TritterError(f"the adapter {name} is not written: {wrong} is not finite.")
+        held = factors(layer, name)
+        if held is not None:
+            found[layer_name] = _copied(held.down), _copied(held.up)
+    for layer_name, pair in found.items():
+        if not all(map(is_finite, pair)):
+            raise TritterError(f"the adapter {name} of {layer_name} is not finite.")
+    return StoredAdapter(shape, found)
+
+
+def write_stored(
+    stored: StoredAdapter, folder: Path, *, base: str, overwrite: bool = False
+) -> None:
+    """Write an adapter that is no model's any more; see `write_adapter`.
+
+    Raises:
+        RequestError: something stands at `folder`.
+        TritterError: the disk refuses.
+    """
+    shape, tensors = stored.shape, {}
+    for layer, (down, up) in stored.factors.items():
+        tensors[f"{_PREFIX}{layer}.lora_A.weight"] = down.contiguous()
+        tensors[f"{_PREFIX}{layer}.lora_B.weight"] = up.contiguous()
     alpha = int(shape.alpha) if shape.alpha == int(shape.alpha) else shape.alpha
     config = LoraConfig(
         r=shape.rank,
@@ -159,5 +184,5 @@ def _pairs(tensors: TensorFolder, rank: int) -> Iterator[tuple[str, tuple[Tensor
         yield layer, values
 
 
-def _plain(value: Tensor) -> Tensor:
-    return value.detach().cpu().contiguous()
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().cpu().clone()
