@@ -85,6 +85,34 @@ def test_each_task_has_its_record_and_the_last_stands_in_front(trained: Path) ->
         assert task["final"].keys() == {"old", "new", "code"} and task["flops"] > 0
 
 
+def test_the_matrix_has_every_domain_after_every_task(trained: Path) -> None:
+    """From the scores on disk; `new` comes twice, and its first task is its own."""
+    summary = summary_of(trained)
+    for matrix, arm in (
+        (summary["matrix"], "attempt_1"),
+        (summary["control"]["matrix"], "control"),
+    ):
+        names = ["baseline", *(f"{arm}{part}-trained" for part in ("", "_task_2", "_task_3"))]
+        assert matrix["rows"] == ["baseline", "task 1", "task 2", "task 3"]
+        assert matrix["trained"] == [[], ["new"], ["code"], ["new"]]
+        losses = {d: [_per_byte(trained, n, d) for n in names] for d in ("old", "new", "code")}
+        for domain, column in losses.items():
+            place = matrix["domains"].index(domain)
+            assert [row[place] for row in matrix["loss_per_byte"]] == pytest.approx(column)
+        new, old, code = losses["new"], losses["old"], losses["code"]
+        backward = {"old": old[3] - old[0], "new": new[3] - new[1], "code": code[3] - code[2]}
+        assert matrix["backward_transfer"] == pytest.approx(backward)
+        assert matrix["forward_transfer"] == pytest.approx({"code": code[1] - code[0]})
+        assert matrix["mean_backward_transfer"] == pytest.approx(sum(backward.values()) / 3)
+    assert summary["attempts"][0]["matrix"] == summary["matrix"]
+    assert (trained / "plots/matrix.png").is_file()
+
+
+def _per_byte(folder: Path, name: str, domain: str) -> float:
+    scores = scores_of(folder, name, domain)
+    return float(scores.values.sum() / scores.weights["bytes"].sum())
+
+
 def test_a_task_that_others_followed_is_held_against_what_it_was_when_it_was_learned(
     trained: Path,
 ) -> None:

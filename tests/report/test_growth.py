@@ -1,9 +1,7 @@
 """Growth as it is shown: every number once more from the events, and nothing where nothing grew."""
 
-import copy
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 
 from tests.report.growing import EVERY, growth
+from tests.report.places import GONE, places, replaced
 from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
 from tritter.pipeline.metrics import wandb_summary
@@ -194,16 +193,16 @@ def test_what_is_no_growth_is_refused(
     whole = {"growth": growth()}
     check_summary(summary | whole)
     with pytest.raises(TritterError, match=said):
-        check_summary(summary | _with(whole, ("growth", *place), value))
+        check_summary(summary | replaced(whole, ("growth", *place), value))
 
 
 def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
     """Each value in its turn is gone, or of another kind, or out of all bounds."""
     made = growth(checks=4, grows_every=2, replaces=True)
     shown = refused = 0
-    for place in _places(made):
-        for value in (_GONE, None, "x", -1, 0, 10**20, 1e30, math.nan, [], {}):
-            changed = _with({"growth": made}, ("growth", *place), value)
+    for place in places(made):
+        for value in (GONE, None, "x", -1, 0, 10**20, 1e30, math.nan, [], {}):
+            changed = replaced({"growth": made}, ("growth", *place), value)
             try:
                 check_summary(summary | changed)
             except TritterError:
@@ -217,28 +216,3 @@ def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
                 FigureCanvasAgg(growth_figure(found, end=0, end_flops=1.0)).draw()
             shown += 1
     assert shown > 100 and refused > 300
-
-
-_GONE = object()
-
-
-def _with(whole: dict[str, Any], place: tuple[str | int, ...], value: Any) -> dict[str, Any]:
-    changed = copy.deepcopy(whole)
-    inside: Any = changed
-    for key in place[:-1]:
-        inside = inside[key]
-    if value is _GONE:
-        del inside[place[-1]]
-    else:
-        inside[place[-1]] = value
-    return changed
-
-
-def _places(value: Any, above: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Yield where every value stands; of a list the first one stands for all."""
-    inner: Any = value.items() if isinstance(value, dict) else ()
-    if isinstance(value, list) and value:
-        inner = [(0, value[0])]
-    for key, each in inner:
-        yield (*above, key)
-        yield from _places(each, (*above, key))

@@ -115,6 +115,9 @@ def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
     if (growth := summary.get("growth")) is not None:
         values |= {f"growth/{name}": growth[name] for name in ("born", "replaced", "died")}
         values["growth/parameters"] = growth["parameters"]["after"]
+    matrix = summary.get("matrix") or {}
+    for way in ("backward", "forward"):
+        values[f"transfer/{way}"] = matrix.get(f"mean_{way}_transfer")
     for row in domain_rows(summary):
         name = f"control/{row.domain}" if row.is_control else row.domain
         values |= {

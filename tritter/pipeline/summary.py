@@ -5,6 +5,7 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
+from tritter.evaluation.transfer import LearnedTask, transfer_matrix
 from tritter.families import count_parameters, on_disk
 from tritter.models import read_config
 from tritter.pipeline import growth, importance, moe
@@ -52,6 +53,7 @@ def summary_record(
         "gate": attempt["gate"],
         "attempts": [attempt] if last.is_round else records,
         "tasks": attempt["tasks"],
+        **({"matrix": attempt["matrix"]} if "matrix" in attempt else {}),
         "jump": attempt["jump"],
         "flops": context.ledger.flops(),
         "seconds": context.ledger.seconds(),
@@ -113,7 +115,14 @@ def _arm_record(context: RunContext, arms: Sequence[Arm], gate: StageResult) -> 
         "flops": sum(task["flops"] for task in tasks),
         "seconds": sum(task["seconds"] for task in tasks),
         "tasks": tasks,
+        **({"matrix": _matrix(context, first, tasks)} if len(tasks) > 1 else {}),
     }
+
+
+def _matrix(context: RunContext, first: Arm, tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    learned = [LearnedTask(task["domains"], task["final"]) for task in tasks]
+    start = _scores(context, first.start_scores)
+    return transfer_matrix(start, learned, learned_before=context.old_domains)
 
 
 def _task_record(context: RunContext, arm: Arm) -> dict[str, Any]:

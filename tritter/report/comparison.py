@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tritter.report.bounds import LARGEST
-from tritter.report.drawing import CYCLE, GREY, new_figure
+from tritter.report.drawing import CYCLE, GREY, new_figure, plain
 from tritter.report.growth_plot import (
     draw_neurons,
     draw_parameters,
@@ -22,6 +22,7 @@ from tritter.report.growth_plot import (
     label_flops,
     mark_growth,
 )
+from tritter.report.matrix_plot import matrix_figure
 from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
 from tritter.report.rows import Role
 from tritter.report.runs import Group, Interval, Run, with_controls
@@ -55,7 +56,7 @@ class _Line:
     @property
     def handle(self) -> Line2D:
         style = "--" if self.group.is_control else "-"
-        lines = textwrap.wrap(_plain(self.label), _LINE_CHARACTERS, max_lines=3, placeholder=" ..")
+        lines = textwrap.wrap(plain(self.label), _LINE_CHARACTERS, max_lines=3, placeholder=" ..")
         text = "\n".join(lines)
         return Line2D([], [], color=self.color, linestyle=style, label=text, markersize=5,
                       marker=self.marker, markerfacecolor=self.filling)  # fmt: skip
@@ -70,6 +71,7 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
         "changes": _changes(lines[:MOST_GROUPS]),
         "cost": _costs(lines[:MOST_GROUPS]),
         "growth": _growth(lines),
+        "matrix": _matrices([run for group in groups for run in group.runs]),
     }
     return {name: found for name, found in made.items() if found}
 
@@ -82,11 +84,6 @@ def _lines(groups: Sequence[Group]) -> list[_Line]:
         color, marker = CYCLE[number % len(CYCLE)], _MARKERS[number % len(_MARKERS)]
         lines.append(_Line(group, color, marker))
     return lines
-
-
-def _plain(text: str) -> str:
-    """Return text that matplotlib shows as it is: no formulas, no breaks, no control characters."""
-    return "".join(sign if sign.isprintable() else " " for sign in text).replace("$", r"\$")
 
 
 def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str, Role]]:
@@ -235,7 +232,7 @@ def _scale(run: Run, *, is_in_tokens: bool) -> float:
 
 
 def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
-    axes.set_title(_plain(_short(title)), fontsize=9)
+    axes.set_title(plain(_short(title)), fontsize=9)
     axes.set_xlabel("thousand tokens" if is_in_tokens else "training step")
     axes.set_ylabel("nats per token")
 
@@ -295,7 +292,7 @@ def _growth(lines: Sequence[_Line]) -> list[Figure]:
             figure, axes = _panel(height=2.9)
             draw(axes, growth, end=run.last_steps)
             what = axes.get_title()
-            axes.set_title(_plain(_short(f"{run.name}: {what}")), fontsize=9)
+            axes.set_title(plain(_short(f"{run.name}: {what}")), fontsize=9)
             if draw is draw_neurons and growth.events:
                 figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7.5)
             made.append(figure)
@@ -312,6 +309,17 @@ def _growth(lines: Sequence[_Line]) -> list[Figure]:
         label_flops(axes)
         axes.set_title("parameters of the models that may grow", fontsize=9)
         _legend(figure, list(named.values()))
+        made.append(figure)
+    return made
+
+
+def _matrices(runs: Sequence[Run]) -> list[Figure]:
+    """Every domain after every task, a picture per run that has several tasks."""
+    made = []
+    for run in [run for run in runs if run.matrix][:MOST_PANELS]:
+        assert run.matrix is not None
+        figure = matrix_figure(run.matrix)
+        figure.axes[0].set_title(plain(_short(run.name)), fontsize=9)
         made.append(figure)
     return made
 
@@ -339,7 +347,7 @@ def _bars_of(
             capsize=3,
         )
         axes.annotate(
-            _plain(_short(line.label)),
+            plain(_short(line.label)),
             xy=(0, number),
             xycoords=("axes fraction", "data"),
             xytext=(2, 8),
@@ -351,7 +359,7 @@ def _bars_of(
     axes.set_ylim(len(rows) - 0.5, -0.8)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.grid(axis="x", alpha=0.25)
-    axes.set_title(_plain(title), fontsize=9)
+    axes.set_title(plain(title), fontsize=9)
     return figure
 
 

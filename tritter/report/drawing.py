@@ -21,3 +21,8 @@ def new_figure(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
     return figure, panels
+
+
+def plain(text: str) -> str:
+    """Return text that matplotlib shows as it is: no formulas, no breaks, no control characters."""
+    return "".join(sign if sign.isprintable() else " " for sign in text).replace("$", r"\$")

@@ -3,7 +3,6 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,6 +13,8 @@ from tritter.report.comparison import MOST_GROUPS, figures
 from tritter.report.drawing import DPI
 from tritter.report.growth import change_of_function, growth_text, most_grown, steps_text
 from tritter.report.growth_record import GrowthRecord
+from tritter.report.matrix import loss_text, mean_transfers, transfer_rows, transfer_text
+from tritter.report.page_table import PageTable
 from tritter.report.rows import DomainRow, checks, last_attempt, score_of, subjects
 from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped, with_controls
 from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
@@ -24,6 +25,7 @@ _TITLES = {
     "changes": "Changes by domain",
     "cost": "Cost",
     "growth": "Neuron growth",
+    "matrix": "After each task",
 }
 _OVER_SEEDS = f"Groups of several seeds: mean with Student's {CONFIDENCE:.0%} interval"
 _CAPTIONS = {
@@ -45,6 +47,9 @@ _CAPTIONS = {
     "mean gradient norm of a layer's neurons, as a moving average, in proportion to that of the "
     "whole gradient; each check's is drawn back to the check before. FLOPs end with the last row "
     "of metrics.csv.",
+    "matrix": "Rows: the model before the first task and after each one; columns: domains. "
+    "Numbers: nats per byte on all validation documents; colours: the change from the first row. "
+    "Framed: what the task was about.",
 }
 _CELL_CHARACTERS = 160  # of a setting
 _MOST_EVENTS = 100  # of a run's growth, row by row; summary.json has all
@@ -55,20 +60,6 @@ _UNSEEN = dict.fromkeys(
     "\N{REPLACEMENT CHARACTER}",
 )
 _VERDICTS = ("kept", "rolled back", "undecided", "passed", "failed")
-
-
-@dataclass(frozen=True, slots=True)
-class PageTable:
-    """A table of plain text.
-
-    Args:
-        numbers: positions of the columns that are set to the right.
-    """
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numbers: tuple[int, ...] = ()
-    caption: str = ""
 
 
 def page(
@@ -211,7 +202,8 @@ def _details(run: Run) -> dict[str, Any]:
         f"{key}={'+'.join(map(str, summary.get(key) or ())) or 'none'}"
         for key in ("expansion", "forgetting")
     )
-    tables = [_scores(run), _attempts(summary), _tasks(summary), _gate(summary), _costs(summary)]
+    tables = [_scores(run), _attempts(summary), _tasks(summary), _transfers(run)]
+    tables += [_gate(summary), _costs(summary)]
     notes = [str(note) for note in summary.get("notes") or ()]
     if run.growth is not None:
         methods += f", growth={run.growth.name}"
@@ -334,6 +326,31 @@ def _tasks(summary: Mapping[str, Any]) -> PageTable:
     )
     header = ("domain", "before", *names)
     return PageTable(header, rows, tuple(range(1, len(header))), "loss after each task")
+
+
+def _transfers(run: Run) -> PageTable:
+    """Return a row per domain that was learned; empty of a run of one task."""
+    if not run.matrix:
+        return PageTable((), ())
+    rows = tuple(
+        (
+            row.domain,
+            row.learned,
+            *map(loss_text, (row.before, row.right_after, row.at_the_end)),
+            *map(transfer_text, (row.backward, row.forward)),
+        )
+        for row in transfer_rows(run.matrix)
+    )
+    mean = ("mean", "", "", "", "", *mean_transfers(run.matrix))
+    header = (
+        *("domain", "learned in", "before", "right after it", "at the end"),
+        *("backward transfer", "forward transfer"),
+    )
+    caption = (
+        "in nats per byte, negative is good; backward: from right after the domain was learned to "
+        "the end; forward: what was learned before it changed of it"
+    )
+    return PageTable(header, (*rows, mean) if rows else (), tuple(range(2, 7)), caption)
 
 
 def _gate(summary: Mapping[str, Any]) -> PageTable:

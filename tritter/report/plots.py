@@ -17,6 +17,7 @@ from tritter.report.bounds import LARGEST
 from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure
 from tritter.report.growth_plot import growth_figure, mark_growth
 from tritter.report.growth_record import GrowthRecord
+from tritter.report.matrix_plot import matrix_figure
 from tritter.report.rows import DomainRow, Score, ScoreChange, domain_rows, last_attempt
 from tritter.report.wording import change_text
 
@@ -55,7 +56,7 @@ def plot_run(
     rows = [row for row in domain_rows(summary) if not row.change.in_points]
     curves = read_curves(metrics_csv) if metrics_csv else ()
     is_grown = bool(last_attempt(summary).get("expansion"))
-    growth = GrowthRecord.of(summary)
+    growth, matrix = GrowthRecord.of(summary), summary.get("matrix")
     figures = {
         "domains.png": _domains_figure(rows),
         "forgetting.png": _forgetting_figure(
@@ -69,6 +70,7 @@ def plot_run(
         "training.png": _training_figure(curves),
         "retention_and_gain.png": _tradeoff_figure(rows),
         "growth.png": None if growth is None else _growth_figure(growth, summary, curves),
+        "matrix.png": None if not matrix else matrix_figure(matrix),
     }
     written = []
     for name, figure in figures.items():

@@ -111,6 +111,11 @@ class Run:
         return GrowthRecord.of(self.summary)
 
     @property
+    def matrix(self) -> Mapping[str, Any] | None:
+        """Every domain after every task; None of a run of one task, or an older one."""
+        return self.summary.get("matrix")
+
+    @property
     def births(self) -> tuple[int, ...]:
         """Steps at which neurons grew; of several rounds those of the last."""
         if self.growth is None:
@@ -242,7 +247,7 @@ def _control_of(run: Run) -> Run:
         "seconds": {},
     }
     summary = {
-        k: v for k, v in run.summary.items() if k not in ("control", "expanded", "growth")
+        k: v for k, v in run.summary.items() if k not in ("control", "expanded", "growth", "matrix")
     } | own
     return Run(run.name, summary, run.settings, run.control)
 

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict  # pydantic asks for this one below Pyth
 from tritter.errors import TritterError
 from tritter.report.bounds import Count, Number
 from tritter.report.growth_record import GrowthSummary
+from tritter.report.matrix import MatrixSummary
 
 _Costs = dict[str, Number | None]
 
@@ -85,6 +86,7 @@ class _Summary(TypedDict, total=False):
     samples: list[_Sample]
     notes: list[str]
     growth: GrowthSummary | None
+    matrix: MatrixSummary | None
 
 
 _ADAPTER = TypeAdapter(_Summary)

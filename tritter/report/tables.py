@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tritter.report.growth import growth_table, growth_text
 from tritter.report.growth_record import GrowthRecord
+from tritter.report.matrix import transfer_table
 from tritter.report.moe import bias_text, expert_table
 from tritter.report.rows import ACCURACY, DomainRow, checks, domain_rows, last_attempt, score_of
 from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
@@ -55,6 +56,8 @@ def print_summary(
     tables = [result_table(summary, signs=signs)]
     if len(summary.get("tasks") or []) > 1:
         tables.append(task_table(summary, signs=signs))
+    if matrix := summary.get("matrix"):
+        tables.append(transfer_table(matrix, signs=signs))
     if experts := summary.get("moe"):
         tables.append(expert_table(experts))
     if (growth := GrowthRecord.of(summary)) is not None and growth.events:
