@@ -38,7 +38,7 @@ def _replaced(name: str) -> Callable[[Path], object]:
 
 def _added(name: str, end: str = "../secret.txt") -> Callable[[Path], object]:
     def change(base: Path) -> None:
-        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).symlink_to(end)
 
     return change
@@ -63,6 +63,7 @@ OUTSIDE: dict[str, Callable[[Path], object]] = {
     "record": _added("tritter.json"),
     "state": _added("state", "../elsewhere"),
     "a file of the state": _added("state/state.json", "../../secret.txt"),
+    "an expert": _added("experts/a/adapter_config.json", "../../../secret.txt"),
     "special tokens": _added("special_tokens_map.json"),
     "nowhere": _added("merges.txt", "../nowhere"),
     "two steps": _by_way_of_an_inner_link,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tritter.checkpoint.expert_files import ExpertFiles
 from tritter.checkpoint.folder import Artifact
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.state import read_state
@@ -20,5 +21,6 @@ def read_artifacts(folder: Path) -> tuple[Artifact, ...]:
         read_state(folder),
         AddedExperts.read(folder),
         KeptSequences.read(folder),
+        ExpertFiles.read(folder),
     )
     return tuple(artifact for artifact in found if artifact is not None)

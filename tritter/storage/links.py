@@ -13,7 +13,7 @@ from tritter.errors import TritterError
 from tritter.storage.reading import kind_of
 
 # Folders inside a checkpoint in which something is read, by us or by transformers.
-_INNER_FOLDERS = ("state", "additional_chat_templates")
+_INNER_FOLDERS = ("state", "experts", "additional_chat_templates")
 
 
 def check_links(folder: Path) -> None:

@@ -22,6 +22,8 @@ _MAX_BYTES = {
     "config.json": 4 * 2**20,
     "state.json": 16 * 2**20,
     "router.json": 2**20,
+    "experts.json": 64 * 2**20,
+    "experts.safetensors": 2**32,
     "tritter.json": 64 * 2**20,
     "model.safetensors.index.json": 64 * 2**20,
     "replay.safetensors": 2**30,

@@ -1,0 +1,267 @@
+"""LoRA experts as files beside a model: `experts/NAME/` for each, `state/experts.*` for the rest.
+
+What can be said of them without opening a tensor stands here, so that a checkpoint is copied,
+listed and checked by whatever needs no model. `tritter.experts.stored` makes a mixture of them.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any
+
+from tritter.checkpoint.folder import read_lineage
+from tritter.errors import RequestError, TritterError, brief
+from tritter.limits import MAX_COUNT
+from tritter.storage.links import check_links
+from tritter.storage.reading import read_object, require_file
+from tritter.storage.records import read_record
+from tritter.storage.tensors import TensorFolder
+
+FORMAT_VERSION = 1
+EXPERTS_FOLDER = "experts"
+HEAD, TENSORS = "state/experts.json", "state/experts.safetensors"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+BASE = "base"  # the expert without an adapter, the first where there is one
+MAX_EXPERTS = 256
+ROUTERS = ("learned", "evidence", "both")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_LONGEST_DOMAIN = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsHead:
+    """What `state/experts.json` says; made only of values that are allowed.
+
+    Args:
+        names: experts in the order of gates, the base first where it is one of them.
+        has_base: it is.
+        is_shared: one learned router for all layers.
+        router: one of `ROUTERS`.
+        top_k: experts that a token takes; None: all.
+        temperature: which logits are divided by.
+        capacity_factor: in training; None: no limit.
+        evidence: window, scale, prior and end_of_text_id, where evidence routes.
+        usage: domain → expert → mean gate on its text, as far as it was measured.
+        extra: whatever else a training left, as `tritter.training.checkpoint_io` encodes it.
+        tensors_sha256: of the file of tensors beside it.
+
+    Raises:
+        TritterError: names the value and what is allowed.
+    """
+
+    names: tuple[str, ...]
+    has_base: bool = False
+    is_shared: bool = False
+    router: str = "learned"
+    top_k: int | None = None
+    temperature: float = 1.0
+    capacity_factor: float | None = None
+    evidence: Mapping[str, Any] | None = None
+    usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    extra: Any = None
+    tensors_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        check_names(self.names)
+        for name in ("has_base", "is_shared"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "true, false")
+        if self.has_base and self.names[0] != BASE:
+            raise TritterError(f"names = {brief(self.names)}: the first is {BASE}.")
+        _check("router", self.router, self.router in ROUTERS, ", ".join(ROUTERS))
+        _check_number("top_k", self.top_k, is_whole=True, may_be_none=True)
+        _check_number("temperature", self.temperature)
+        _check_number("capacity_factor", self.capacity_factor, may_be_none=True)
+        _check_evidence(self.evidence, is_needed=self.router != "learned")
+        _check_usage(self.usage)
+        _check("tensors_sha256", self.tensors_sha256, isinstance(self.tensors_sha256, str), "text")
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The experts that have an adapter."""
+        return self.names[1:] if self.has_base else self.names
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in self.__slots__}
+        return {"format_version": FORMAT_VERSION, **plain, "names": list(self.names)}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSummary:
+    """One expert, by its files' headers."""
+
+    name: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    num_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFiles:
+    """The experts of a checkpoint folder, as they lie there."""
+
+    source: Path
+    head: ExpertsHead
+
+    @classmethod
+    def read(cls, folder: Path) -> "ExpertFiles | None":
+        """Return the experts of a folder, None where there are none; opens no tensor.
+
+        Raises:
+            TritterError: a file is missing, damaged, too large or of a newer format, or a link
+                leads out of the folder.
+        """
+        check_links(folder)
+        path = folder / HEAD
+        if not path.exists():
+            lineage = read_lineage(folder)
+            if lineage is not None and HEAD in lineage.file_digests:
+                raise TritterError(f"{path} is missing: the experts in {folder} can't be read.")
+            return None
+        files = cls(folder, _read_head(path))
+        for file in files.paths():
+            require_file(folder / file, is_read_whole=not file.startswith(EXPERTS_FOLDER))
+        for name in files.head.adapters:
+            TensorFolder.open_file(folder / EXPERTS_FOLDER / name, ADAPTER_FILES[1])
+        return files
+
+    def paths(self) -> Iterator[str]:
+        """Yield the files, relative to the folder."""
+        for name in self.head.adapters:
+            yield from (f"{EXPERTS_FOLDER}/{name}/{file}" for file in ADAPTER_FILES)
+        yield from (HEAD, TENSORS)
+
+    def write(self, folder: Path) -> None:
+        """Copy them beside another copy of the model, as they are."""
+        for name in self.paths():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.source / name, folder / name)
+
+    def summaries(self) -> tuple[ExpertSummary, ...]:
+        """Return what the headers say of each expert that has an adapter.
+
+        Raises:
+            TritterError: a config can't be read.
+        """
+        return tuple(self._summary(name) for name in self.head.adapters)
+
+    def mean_gates(self) -> dict[str, float] | None:
+        """Return name → mean gate over the domains that it was measured on; None of none."""
+        measured = self.head.usage.values()
+        if not measured:
+            return None
+        share = 1 / len(measured)
+        return {n: share * sum(each.get(n, 0.0) for each in measured) for n in self.head.names}
+
+    def _summary(self, name: str) -> ExpertSummary:
+        folder = self.source / EXPERTS_FOLDER / name
+        config = read_object(folder / ADAPTER_FILES[0])
+        rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
+        names = targets if isinstance(targets, list) else [None]
+        is_list = all(isinstance(each, str) for each in names)
+        if type(rank) is not int or not isinstance(alpha, int | float) or not is_list:
+            raise TritterError(
+                f"{folder / ADAPTER_FILES[0]} is not a plain LoRA config: r = {brief(rank)}, "
+                f"lora_alpha = {brief(alpha)}, target_modules = {brief(targets)}."
+            )
+        headers = TensorFolder.open_file(folder, ADAPTER_FILES[1]).headers.values()
+        count = sum(prod(header.shape) for header in headers)
+        return ExpertSummary(name, rank, float(alpha), tuple(sorted(names)), count)
+
+
+def refuse_experts(folder: Path, *, doing: str) -> None:
+    """Refuse a checkpoint with experts for what would leave them behind, or break them.
+
+    Args:
+        doing: what was asked for, as `an expansion`.
+
+    Raises:
+        RequestError: it has experts; says what to do instead.
+        TritterError: they are damaged.
+    """
+    files = ExpertFiles.read(folder)
+    if files is not None:
+        raise RequestError(
+            f"{folder} holds experts ({', '.join(files.head.names)}), which stand on its base as "
+            f"it is; {doing} would leave them behind. Merge them into a plain model first: tritter "
+            f"export --checkpoint {folder} --output MERGED --format hf --merge."
+        )
+
+
+def check_names(names: object) -> None:
+    """Refuse names of experts that are no names of folders, or not told apart.
+
+    Raises:
+        TritterError: names the first.
+    """
+    is_list = isinstance(names, tuple | list) and 1 <= len(names) <= MAX_EXPERTS
+    _check("names", names, is_list, f"a list of 1 to {MAX_EXPERTS} names")
+    assert isinstance(names, tuple | list)
+    for name in names:
+        is_name = isinstance(name, str) and _NAME.fullmatch(name) is not None
+        _check("names", name, is_name, "1 to 64 letters, digits, - and _, a letter or digit first")
+    if len(set(names)) < len(names):
+        raise TritterError(f"names = {brief(names)}: one stands there twice.")
+
+
+def _read_head(path: Path) -> ExpertsHead:
+    plain = read_record(path, format_version=FORMAT_VERSION)
+    del plain["format_version"]
+    known = set(ExpertsHead.__slots__)
+    if plain.keys() != known:
+        wrong = sorted(plain.keys() ^ known)[0]
+        what = "unknown" if wrong in plain else "missing"
+        raise TritterError(f"{path}: {brief(wrong)} is {what}; it has: {', '.join(sorted(known))}.")
+    names = plain["names"]
+    try:
+        return ExpertsHead(**{**plain, "names": tuple(names) if type(names) is list else names})
+    except TritterError as error:
+        raise TritterError(f"{path}: {error}") from error
+
+
+def _check(key: str, value: object, is_allowed: bool, allowed: str) -> None:
+    if not is_allowed:
+        raise TritterError(f"{key} = {brief(value)}; allowed is {allowed}.")
+
+
+def _check_number(
+    key: str, value: object, *, is_whole: bool = False, may_be_none: bool = False
+) -> None:
+    """Refuse what is no number above 0."""
+    if value is None and may_be_none:
+        return
+    kind = "a whole number from 1" if is_whole else "a number above 0"
+    is_number = type(value) is int or (type(value) is float and not is_whole)
+    is_allowed = is_number and 0 < value <= MAX_COUNT  # type: ignore[operator]
+    _check(key, value, is_allowed, f"{kind} to {MAX_COUNT}{' or null' if may_be_none else ''}")
+
+
+def _check_evidence(evidence: object, *, is_needed: bool) -> None:
+    if not is_needed:
+        return _check("evidence", evidence, evidence is None, "null where the router is learned")
+    keys = {"window", "scale", "prior", "end_of_text_id"}
+    is_record = isinstance(evidence, Mapping) and evidence.keys() == keys
+    _check("evidence", evidence, is_record, f"an object with {', '.join(sorted(keys))}")
+    assert isinstance(evidence, Mapping)
+    _check_number("evidence.window", evidence["window"], is_whole=True)
+    _check_number("evidence.scale", evidence["scale"])
+    prior, end = evidence["prior"], evidence["end_of_text_id"]
+    is_finite = type(prior) in (int, float) and isfinite(prior) and abs(prior) <= MAX_COUNT
+    _check("evidence.prior", prior, is_finite, "a finite number")
+    is_token = end is None or (type(end) is int and 0 <= end <= MAX_COUNT)
+    return _check("evidence.end_of_text_id", end, is_token, "a token, or null")
+
+
+def _check_usage(usage: object) -> None:
+    is_table = isinstance(usage, Mapping) and all(isinstance(d, Mapping) for d in usage.values())
+    _check("usage", usage, is_table, "domain → expert → mean gate")
+    assert isinstance(usage, Mapping)
+    for domain, gates in usage.items():
+        is_text = isinstance(domain, str) and len(domain) <= _LONGEST_DOMAIN
+        _check("usage", domain, is_text, "a domain's name")
+        for name, gate in gates.items():
+            is_share = type(gate) in (int, float) and 0 <= gate <= 1
+            _check(f"usage.{domain}.{brief(name)}", gate, is_share, "a number from 0 to 1")
