@@ -160,7 +160,7 @@ class ExpertFiles:
         folder = self.source / EXPERTS_FOLDER / name
         config = read_object(folder / ADAPTER_FILES[0])
         rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
-        names = targets if isinstance(targets, list) else [None]
+        names: list[Any] = targets if isinstance(targets, list) else [None]
         is_list = all(isinstance(each, str) for each in names)
         if type(rank) is not int or not isinstance(alpha, int | float) or not is_list:
             raise TritterError(
