@@ -200,7 +200,9 @@ def test_refusals() -> None:
     mixture = mixture_of()
     with pytest.raises(RequestError, match="has an adapter e0 already"):
         mixture.add("e0", AdapterShape(2, 4.0, TARGETS), seed=0)
-    with pytest.raises(RequestError, match=r"no linear layer of this name.*Did you mean 'q_proj'"):
+    with pytest.raises(
+        RequestError, match=r"no linear layer or vocabulary of this name.*Did you mean 'q_proj'"
+    ):
         mixture.add("other", AdapterShape(2, 4.0, ("q_prj",)), seed=0)
     assert mixture.names == ["e0", "e1", "e2"]
     with pytest.raises(RequestError, match="no expert e9"), mixture.alone("e9"):

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from tritter.errors import RequestError, did_you_mean
 from tritter.training.parameters import WRAPPED
 
 _LAYER = re.compile(r"(?:^|.*\.)layers\.(\d+)(?=\.)")
+_OWN = re.compile(r".*\.lora_(?:embedding_)?[AB]\.(?P<adapter>[^.]+)(?:\.weight)?")
+_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,8 @@ class AdapterShape:
     Args:
         rank: r, rows of A and columns of B.
         alpha: α; what the adapter adds is multiplied with α / r.
-        targets: last names of the linear layers that it stands on, such as `q_proj`.
+        targets: last names of the layers that it stands on: linear layers of decoder layers, such
+            as `q_proj`, and the vocabulary, `embed_tokens` and `lm_head`.
     """
 
     rank: int
@@ -44,35 +49,45 @@ class AdapterShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """One adapter in one linear layer.
+    """One adapter in one layer; an embedding is a linear layer of one-hot tokens.
 
     Args:
-        down: A [r, in_features].
+        down: A [r, in_features]; of an embedding [r, V].
         up: B [out_features, r].
         scaling: factor on B·A.
+        gain: what the layer multiplies its output with, the adapter's included (Gemma's
+            embeddings have one); None: nothing.
     """
 
     down: Tensor
     up: Tensor
     scaling: float
+    gain: Tensor | None = None
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
     def delta(self) -> Tensor:
-        """Return what the adapter adds to the weight, [out_features, in_features]."""
+        """Return what the adapter adds to the weight, [out_features, in_features].
+
+        The weight of an embedding lies transposed, [V, out_features].
+        """
         return self.scaling * (self.up @ self.down)
 
 
 def put_on(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) -> None:
-    """Put an adapter on a live model: A drawn as PEFT draws it, B = 0, so that nothing changes.
+    """Put an adapter on a live model, drawn as PEFT draws it, so that nothing changes.
 
-    Whether the model is trained or not stays as it is; the adapter's parameters are trained.
+    In a linear layer B = 0, in an embedding A = 0. Embeddings and a head that are tied stay so, and
+    each has an adapter of its own. Whether the model is trained or not stays as it is; the
+    adapter's parameters are trained.
 
     Raises:
-        RequestError: the model has no linear layer of a name in `targets`, or an adapter `name`.
+        RequestError: the model has no layer of a name in `targets` that takes an adapter, or an
+            adapter `name` already; or nothing can be called so.
     """
+    _check_name(name)
     if name in adapter_names(model):
         raise RequestError(f"the model has an adapter {name} already.")
     _check_targets(model, shape.targets)
@@ -86,6 +101,7 @@ def put_on(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) -> No
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=name)
     for _, layer in adapted_layers(model):
@@ -106,7 +122,7 @@ def take_off(model: nn.Module, name: str) -> None:
     _check_known(model, name)
     frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
     for _, layer in adapted_layers(model):
-        if name in layer.lora_A:
+        if name in layer.r:
             layer.delete_adapter(name)
             layer.set_adapter([])
     del _configs(model)[name]
@@ -120,14 +136,18 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """Yield (name, layer) of the linear layers with adapters, in forward order."""
+    """Yield (name, layer) of the layers with adapters, in forward order."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            yield name, cast(LoraLinear, module)  # or the like of a quantised layer
+            yield name, cast(LoraLinear, module)  # or its like, quantised or of an embedding
 
 
 def factors(layer: LoraLinear, name: str) -> Factors | None:
     """Return one adapter of a layer; None where it does not stand on this layer."""
+    if name in layer.lora_embedding_A:
+        gain = getattr(layer.get_base_layer(), "embed_scale", None)
+        down, up = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        return Factors(down, up, float(layer.scaling[name]), gain)
     if name not in layer.lora_A:
         return None
     down, up = (
@@ -137,10 +157,15 @@ def factors(layer: LoraLinear, name: str) -> Factors | None:
     return Factors(down, up, float(layer.scaling[name]))
 
 
+def is_embedding(layer: LoraLinear) -> bool:
+    """Say whether a layer with adapters looks tokens up."""
+    return isinstance(layer, LoraEmbedding)
+
+
 def parameters_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the parameters of an adapter by their names in the model, A before B."""
-    parts = (f".lora_A.{name}.", f".lora_B.{name}.")
-    return {n: p for n, p in model.named_parameters() if any(part in n for part in parts)}
+    named = ((n, p, _OWN.fullmatch(n)) for n, p in model.named_parameters())
+    return {n: p for n, p, own in named if own is not None and own["adapter"] == name}
 
 
 def shape_of(model: nn.Module, name: str) -> AdapterShape:
@@ -165,8 +190,9 @@ def set_rank(model: nn.Module, name: str, rank: int) -> None:
     config = _configs(model)[name]
     config.r, config.lora_alpha = rank, alpha
     for _, layer in adapted_layers(model):
-        if name in layer.lora_A:
+        if name in layer.r:
             layer.r[name], layer.lora_alpha[name] = rank, alpha
+        if name in layer.lora_A:
             down, up = layer.lora_A[name], layer.lora_B[name]
             down.out_features = up.in_features = rank  # type: ignore[assignment]
 
@@ -191,7 +217,7 @@ def base_name(name: str) -> str:
 
 def is_of_adapter(name: str) -> bool:
     """Say whether a parameter of this name belongs to some adapter."""
-    return ".lora_A." in name or ".lora_B." in name
+    return any(part in name for part in _PARTS)
 
 
 def _configs(model: nn.Module) -> dict[str, Any]:
@@ -200,22 +226,39 @@ def _configs(model: nn.Module) -> dict[str, Any]:
     return held
 
 
+def _check_name(name: str) -> None:
+    is_taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
+    if _NAME.fullmatch(name) is None or is_taken:
+        why = "it is a name of torch's own" if is_taken else "allowed are letters, digits, _ and -"
+        raise RequestError(f"no adapter can be called {name!r}: {why}.")
+
+
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    linear = (nn.Linear, LoraLayer)
+    vocabulary = _vocabulary(model)
     known = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, linear)
-        and layer_number(name) is not None
-        and not is_of_adapter(f".{name}.")
-        and not name.endswith(WRAPPED)
+        if (
+            isinstance(module, nn.Linear | LoraLayer)
+            and layer_number(name) is not None
+            and not is_of_adapter(f".{name}.")
+            and not name.endswith(WRAPPED)
+        )
+        or any(module is each for each in vocabulary)
     }
     for target in targets:
         if target not in known:
             raise RequestError(
-                f"experts.targets = {target}: the model has no linear layer of this name; it has "
-                f"{_listed(known)}.{did_you_mean(target, known)}"
+                f"experts.targets = {target}: the model has no linear layer or vocabulary of this "
+                f"name; it has {_listed(known)}.{did_you_mean(target, known)}"
             )
+
+
+def _vocabulary(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the layers from tokens and to them."""
+    names = ("get_input_embeddings", "get_output_embeddings")
+    found = (getattr(model, name)() for name in names if hasattr(model, name))
+    return tuple(layer for layer in found if layer is not None)
 
 
 def _check_known(model: nn.Module, name: str) -> None:

@@ -80,8 +80,9 @@ def evicted(mixture: ExpertMixture, name: str) -> Change:
 def widened(mixture: ExpertMixture, name: str, rank: int, *, seed: int) -> Change:
     """Return the change that gives an expert a larger rank; the function is kept.
 
-    New rows of A are drawn as the old ones were, new columns of B are zero, and α / r stays, which
-    `tritter.experts.adapters.set_rank` states afterwards.
+    New rows of A are drawn as the old ones were and new columns of B are zero, in an embedding the
+    other way round, as PEFT begins them. α / r stays, which `tritter.experts.adapters.set_rank`
+    states afterwards.
 
     Raises:
         RequestError: the rank is not larger than the expert's own.
@@ -98,6 +99,11 @@ def widened(mixture: ExpertMixture, name: str, rank: int, *, seed: int) -> Chang
             drawn = torch.rand(rank - own, parameter.shape[1], generator=generator)
             fill = Fill(kind="given", values=(2 * drawn - 1) * bound)
             parts.follow(model, key, (axis, None), fill)
+        elif ".lora_embedding_A." in key:
+            parts.follow(model, key, (axis, None), Fill())
+        elif ".lora_embedding_B." in key:
+            drawn = torch.randn(parameter.shape[0], rank - own, generator=generator)
+            parts.follow(model, key, (None, axis), Fill(kind="given", values=drawn))
         else:
             parts.follow(model, key, (None, axis), Fill())
     return parts.change()

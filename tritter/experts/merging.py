@@ -32,7 +32,7 @@ def merged(
     example, scaling = parts[0].down, alpha / rank
     new_up = _padded((q @ left[:, :number]) * root / scaling, rank, dim=1)
     new_down = _padded((root[:, None] * right[:number]) @ p.T, rank, dim=0)
-    return Factors(new_down.to(example), new_up.to(example), scaling)
+    return Factors(new_down.to(example), new_up.to(example), scaling, parts[0].gain)
 
 
 def lost_share(parts: Sequence[Factors], weights: Sequence[float], result: Factors) -> float:

@@ -1,13 +1,18 @@
 """One adapter as a folder of PEFT's format: written for stock PEFT, and read from anywhere.
 
-Only plain LoRA of linear layers is read; whatever else a config asks for would be left out in
-silence, and is refused by name. Nothing in such a folder is run or unpickled.
+Only plain LoRA of linear layers and embeddings is read; whatever else a config asks for would be
+left out in silence, and is refused by name. Nothing in such a folder is run or unpickled.
+
+Where an adapter stands on the vocabulary, stock PEFT writes the base's own weights of it beside the
+factors, and puts them in the place of a model's when it loads them. Here a base is never written,
+and one that is read has to be the model's: then it says nothing, and else the adapter belongs to
+another base.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,14 +21,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tritter.errors import TritterError
-from tritter.experts.adapters import AdapterShape, adapted_layers, factors, shape_of
+from tritter.experts.adapters import (
+    AdapterShape,
+    adapted_layers,
+    factors,
+    is_embedding,
+    shape_of,
+)
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.reading import read_object
 from tritter.storage.tensors import TensorFolder, is_finite
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<layer>[\w.]+)\.lora_(?P<part>[AB])\.weight")
+_KEY = re.compile(
+    rf"{re.escape(_PREFIX)}(?P<layer>[\w.]+)\."
+    r"(?:lora_(?P<part>[AB])\.weight|lora_embedding_(?P<looked_up>[AB])|(?P<base>base_layer\.weight))"
+)
 _MAX_RANK = 1024
 # What changes neither the function nor how it is read
 _HARMLESS = {
@@ -40,12 +54,16 @@ class StoredAdapter:
 
     Args:
         shape: its targets are the last names of the layers below.
-        factors: name of the linear layer in the stock model → A [r, in_features] and
+        factors: name of the layer in the stock model → A [r, in_features] and
             B [out_features, r].
+        embeddings: the layers of these that look tokens up.
+        base: name of a layer → the base's weight of it, where the folder holds one.
     """
 
     shape: AdapterShape
     factors: Mapping[str, tuple[Tensor, Tensor]]
+    embeddings: frozenset[str] = frozenset()
+    base: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def write_adapter(
@@ -70,15 +88,17 @@ def taken(model: nn.Module, name: str) -> StoredAdapter:
         RequestError: there is no adapter of this name.
         TritterError: a weight is not finite.
     """
-    shape, found = shape_of(model, name), {}
+    shape, found, embeddings = shape_of(model, name), {}, set()
     for layer_name, layer in adapted_layers(model):
         held = factors(layer, name)
         if held is not None:
             found[layer_name] = _copied(held.down), _copied(held.up)
+            if is_embedding(layer):
+                embeddings.add(layer_name)
     for layer_name, pair in found.items():
         if not all(map(is_finite, pair)):
             raise TritterError(f"the adapter {name} of {layer_name} is not finite.")
-    return StoredAdapter(shape, found)
+    return StoredAdapter(shape, found, frozenset(embeddings))
 
 
 def write_stored(
@@ -92,8 +112,9 @@ def write_stored(
     """
     shape, tensors = stored.shape, {}
     for layer, (down, up) in stored.factors.items():
-        tensors[f"{_PREFIX}{layer}.lora_A.weight"] = down.contiguous()
-        tensors[f"{_PREFIX}{layer}.lora_B.weight"] = up.contiguous()
+        part = "lora_embedding_{}" if layer in stored.embeddings else "lora_{}.weight"
+        tensors[f"{_PREFIX}{layer}.{part.format('A')}"] = down.contiguous()
+        tensors[f"{_PREFIX}{layer}.{part.format('B')}"] = up.contiguous()
     alpha = int(shape.alpha) if shape.alpha == int(shape.alpha) else shape.alpha
     config = LoraConfig(
         r=shape.rank,
@@ -129,23 +150,43 @@ def read_adapter(folder: Path) -> StoredAdapter:
         raise TritterError(f"{path}: r = {rank!r}; allowed is 1 to {_MAX_RANK}.")
     if type(alpha) not in (int, float) or not 0 < alpha < 1e6:  # type: ignore[operator]
         raise TritterError(f"{path}: lora_alpha = {alpha!r}; allowed is above 0 and below 1e6.")
-    found = dict(_pairs(TensorFolder.open_file(folder, TENSORS_NAME), rank))
+    tensors = TensorFolder.open_file(folder, TENSORS_NAME)
+    names = _names(tensors)
+    found = {layer: _pair(tensors, rank, layer, own) for layer, own in names.items()}
     targets = tuple(sorted({name.rpartition(".")[2] for name in found}))
-    return StoredAdapter(AdapterShape(rank, float(alpha), targets), found)  # type: ignore[arg-type]
+    return StoredAdapter(
+        AdapterShape(rank, float(alpha), targets),  # type: ignore[arg-type]
+        found,
+        frozenset(layer for layer, own in names.items() if own.is_embedding),
+        {layer: tensors.get(own.base) for layer, own in names.items() if own.base},
+    )
 
 
 def put_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
     """Give an adapter that a model has already the values of a folder.
 
     Raises:
-        TritterError: the adapter stands on other layers, or has other sizes, than the folder's.
+        TritterError: the adapter stands on other layers, or has other sizes, than the folder's; or
+            the folder is of another base.
     """
-    own = {n: f for n, layer in adapted_layers(model) if (f := factors(layer, name)) is not None}
+    layers = dict(adapted_layers(model))
+    own = {n: f for n, layer in layers.items() if (f := factors(layer, name)) is not None}
     if own.keys() != stored.factors.keys():
         first = sorted(own.keys() ^ stored.factors.keys())[0]
         where = "the folder" if first in stored.factors else "the model"
         raise TritterError(f"the adapter does not fit the model: {first} is in {where} alone.")
     for layer, (down, up) in stored.factors.items():
+        if is_embedding(layers[layer]) != (layer in stored.embeddings):
+            raise TritterError(
+                f"the adapter does not fit the model: {layer} is an embedding in the "
+                f"{'folder' if layer in stored.embeddings else 'model'} alone."
+            )
+        base = layers[layer].get_base_layer().get_parameter("weight")
+        if layer in stored.base and not _is_same(base, stored.base[layer]):
+            raise TritterError(
+                f"the adapter does not fit the model: the folder holds other base weights of "
+                f"{layer}."
+            )
         for held, value in ((own[layer].down, down), (own[layer].up, up)):
             if held.shape != value.shape:
                 raise TritterError(
@@ -158,30 +199,66 @@ def put_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
             own[layer].up.copy_(up)
 
 
-def _pairs(tensors: TensorFolder, rank: int) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Yield (layer, (A, B)), each found sound."""
+@dataclass(slots=True)
+class _Names:
+    """What the tensors of one layer are called in a file."""
+
+    down: str = ""
+    up: str = ""
+    base: str = ""
+    is_embedding: bool = False
+
+
+def _names(tensors: TensorFolder) -> dict[str, _Names]:
+    """Return the names of a file's tensors by layer, each layer with both factors."""
     path = tensors.folder / TENSORS_NAME
-    parts: dict[str, dict[str, str]] = {}
+    layers: dict[str, _Names] = {}
+    kinds: dict[str, set[bool]] = {}
     for name in tensors.headers:
         match = _KEY.fullmatch(name)
         if match is None:
-            raise TritterError(f"{path}: {name} is no factor of LoRA on a linear layer.")
-        parts.setdefault(match["layer"], {})[match["part"]] = name
-    if not parts:
-        raise TritterError(f"{path} holds no tensors.")
-    for layer, names in parts.items():
-        if names.keys() != {"A", "B"}:
-            raise TritterError(f"{path}: {layer} lacks its {'A' if 'B' in names else 'B'}.")
-        shapes = [tensors.shape(names[part]) for part in "AB"]
-        if any(len(shape) != 2 for shape in shapes) or (shapes[0][0], shapes[1][1]) != (rank, rank):
             raise TritterError(
-                f"{path}: {layer} has factors of shapes {[list(shape) for shape in shapes]}; its "
-                f"config says r = {rank}."
+                f"{path}: {name} is no factor of LoRA on a linear layer or an embedding."
             )
-        values = tensors.get(names["A"]), tensors.get(names["B"])
-        if not all(map(is_finite, values)):
-            raise TritterError(f"{path}: {layer} holds values that are not finite.")
-        yield layer, values
+        own = layers.setdefault(match["layer"], _Names())
+        if match["base"]:
+            own.base = name
+            continue
+        kinds.setdefault(match["layer"], set()).add(match["part"] is None)
+        own.is_embedding = match["part"] is None
+        if (match["part"] or match["looked_up"]) == "A":
+            own.down = name
+        else:
+            own.up = name
+    if not layers:
+        raise TritterError(f"{path} holds no tensors.")
+    for layer, own in layers.items():
+        if len(kinds.get(layer, ())) > 1:
+            raise TritterError(f"{path}: {layer} is a linear layer and an embedding at once.")
+        if not own.down or not own.up:
+            raise TritterError(f"{path}: {layer} lacks its {'A' if own.up else 'B'}.")
+    return layers
+
+
+def _pair(tensors: TensorFolder, rank: int, layer: str, names: _Names) -> tuple[Tensor, Tensor]:
+    """Return a layer's (A, B), found sound."""
+    path = tensors.folder / TENSORS_NAME
+    shapes = [tensors.shape(names.down), tensors.shape(names.up)]
+    if any(len(shape) != 2 for shape in shapes) or (shapes[0][0], shapes[1][1]) != (rank, rank):
+        raise TritterError(
+            f"{path}: {layer} has factors of shapes {[list(shape) for shape in shapes]}; its "
+            f"config says r = {rank}."
+        )
+    values = tensors.get(names.down), tensors.get(names.up)
+    if not all(map(is_finite, values)):
+        raise TritterError(f"{path}: {layer} holds values that are not finite.")
+    return values
+
+
+def _is_same(own: Tensor, stored: Tensor) -> bool:
+    """Say whether two tensors are one, in the narrower of their dtypes."""
+    dtype = min(own.dtype, stored.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(own.detach().cpu().to(dtype), stored.to(dtype))
 
 
 def _copied(value: Tensor) -> Tensor:

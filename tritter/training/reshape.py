@@ -38,14 +38,21 @@ def reshape(
         _adopt_config(model, config)
     for name in removed:
         owner, key = _place(model, name)
-        delattr(owner, key)
+        if isinstance(owner, nn.ParameterDict):  # which keeps a list of its names besides
+            del owner[key]
+        else:
+            delattr(owner, key)
     held = dict(model.named_parameters())
     for name, value in values.items():
         if name in held:
             set_parameter(model, name, value.to(held[name]))
         else:
             owner, key = _place(model, name)
-            owner.register_parameter(key, nn.Parameter(value.to(like)))
+            parameter = nn.Parameter(value.to(like))
+            if isinstance(owner, nn.ParameterDict):
+                owner[key] = parameter
+            else:
+                owner.register_parameter(key, parameter)
     if config:
         model.tie_weights()  # type: ignore[operator]
     for module in model.modules():
