@@ -130,6 +130,16 @@ def test_a_metric_that_never_comes_is_not_waited_for(names: str, word: str, said
     load(*words, f"callbacks.{word}", stranger)  # which may log it
 
 
+def test_a_domain_of_any_task_can_be_watched() -> None:
+    words = ("data=skills", "data.tasks=[sorting,identity]", "callbacks=early_stopping")
+    key = "callbacks.early_stopping.monitor"
+    for domain in ("prose", "sorting", "identity"):
+        load(*words, f"{key}=eval/{domain}/loss")
+    assert "Did you mean eval/identity/loss?" in refusal(*words, f"{key}=eval/identiy/loss")
+    said = refusal(*words, f"{key}=eval/arithmetic/loss")
+    assert "eval/prose/loss, eval/sorting/loss, eval/identity/loss" in said
+
+
 def test_what_is_not_there_at_the_beginning_is_not_insisted_on() -> None:
     """Lightning raises when a strict one is asked before the first step has logged anything."""
     words = ("callbacks=early_stopping", "callbacks.early_stopping.strict=true")

@@ -192,6 +192,31 @@ def test_a_run_that_was_stopped_between_tasks_ends_with_the_same_weights(
     )
 
 
+def test_each_task_stops_by_a_named_domain_also_when_gone_on_with(
+    run_tasks: Run, code: Path, tmp_path: Path
+) -> None:
+    """Nothing is enough of an improvement, so patience ends with the third evaluation after step 0.
+
+    The second task is broken off when it has waited twice: anew, it would not end before its last.
+    """
+    failing = "{_target_: tests.pipeline.test_loggers.FailOnce, folder: attempt_1_task_2, marker: "
+    words = (
+        f"data.tasks=[{NEW},{code}]",
+        "training.max_steps=8",
+        "evaluation.every_n_steps=2",
+        "callbacks=early_stopping",
+        "callbacks.early_stopping.monitor=eval/code/loss",
+        "callbacks.early_stopping.min_delta=1000",
+        f"callbacks.fail={failing}{tmp_path / 'failed'}}}",
+    )
+    with pytest.raises(KeyError, match="broken off"):
+        run_tasks(tmp_path / "run", *words)
+    run_tasks(tmp_path / "run", *words)
+    tasks = summary_of(tmp_path / "run")["tasks"]
+    assert [task["steps"] for task in tasks] == [6, 6]
+    assert all("EarlyStopping" in task["ended_early"] for task in tasks)
+
+
 def test_what_is_broken_off_is_followed_by_no_task_and_rolled_back(
     run_tasks: Run, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from rich.console import Console
 from tests.pipeline.outside_method import Options, Outside
 from tritter.config.composition import load_config
 from tritter.config.selection import Selected
+from tritter.pipeline import metrics
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.metrics import wandb_logger, wandb_summary
+from tritter.pipeline.metrics import tell_wandb, wandb_logger, wandb_summary
 
 
 def test_the_verdict_of_each_domain_is_there(summary_with_control):
@@ -27,6 +29,28 @@ def test_the_verdict_of_each_domain_is_there(summary_with_control):
     verdicts = {c["subject"]: c["verdict"] for c in last["gate"] if c["check"] == "retention"}
     assert all(told[f"{domain}/verdict"] == verdict for domain, verdict in verdicts.items())
     assert None not in told.values()
+
+
+def test_lengths_of_packed_documents_are_a_table(
+    summary: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, histogram = dict[str, Any](), {"8-15": 3, "16-31": 5}
+    run = SimpleNamespace(log=told.update, summary={}, finish=lambda: None)
+    monkeypatch.setattr(metrics, "wandb_logger", lambda _: SimpleNamespace(experiment=run))
+    context = RunContext(
+        config=load_config([]),
+        folder=tmp_path,
+        console=Console(quiet=True),
+        ledger=Ledger(tmp_path),
+    )
+    tasks = [{"domains": ["code"]}, {"packing": {"packed_sequence_length_histogram": histogram}}]
+    tell_wandb(context, summary | {"tasks": tasks, "samples": []}, [])
+    table = told["performance/packed_sequence_length_histogram"]
+    assert table.columns == ["task", "tokens", "documents"]
+    assert table.data == [[2, "8-15", 3], [2, "16-31", 5]]
+    told.clear()
+    tell_wandb(context, summary | {"tasks": tasks[:1], "samples": []}, [])
+    assert not told
 
 
 def test_a_method_from_outside_is_a_tag_as_ours_are(

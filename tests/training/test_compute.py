@@ -98,6 +98,9 @@ def test_what_is_held_until_a_step_costs_nothing_until_then(tmp_path: Path) -> N
     assert result.flops == 4 * (2 * first + 3 * rest)
 
 
+SPEEDS = ("step_seconds", "steps_per_second", "tokens_per_second")
+
+
 def test_the_metric_is_the_count_over_the_time(tmp_path: Path) -> None:
     model = tiny("mixtral")
     result = run(model, tmp_path, steps=4)  # two rows of two steps
@@ -109,3 +112,7 @@ def test_the_metric_is_the_count_over_the_time(tmp_path: Path) -> None:
     assert len(spent) == 2
     assert spent == pytest.approx([result.flops / 2] * 2)
     assert torch.isfinite(torch.tensor(spent)).all()
+    speeds = [[float(row[f"performance/{name}"]) for name in SPEEDS] for row in rows]
+    for seconds, steps_per_second, tokens_per_second in speeds:
+        assert steps_per_second * seconds == pytest.approx(1)
+        assert tokens_per_second * seconds == pytest.approx(4 * LENGTH)

@@ -29,6 +29,7 @@ _METRICS = (
     "train/learning_rate",
     "train/gradient_norm",
     "performance/tokens_per_second",
+    "performance/steps_per_second",
     "performance/step_seconds",
     "performance/flops",
     "performance/peak_memory_bytes",

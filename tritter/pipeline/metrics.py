@@ -140,11 +140,26 @@ def tell_wandb(context: RunContext, summary: Mapping[str, Any], plots: Sequence[
     run = logger.experiment
     samples = [list(sample.values()) for sample in summary["samples"]]
     told: dict[str, Any] = {f"plots/{plot.stem}": wandb.Image(str(plot)) for plot in plots}
+    if lengths := _packed_lengths(summary):
+        columns = ["task", "tokens", "documents"]
+        table = wandb.Table(columns=columns, data=lengths)
+        told["performance/packed_sequence_length_histogram"] = table
     if samples:
         told["samples"] = wandb.Table(columns=list(summary["samples"][0]), data=samples)
     run.log(told)
     run.summary.update(wandb_summary(summary))
     run.finish()
+
+
+def _packed_lengths(summary: Mapping[str, Any]) -> list[list[Any]]:
+    """Return task, tokens and how many documents had so many, of a run that packs documents."""
+    return [
+        [number, tokens, documents]
+        for number, task in enumerate(summary["tasks"], start=1)
+        for tokens, documents in task.get("packing", {})
+        .get("packed_sequence_length_histogram", {})
+        .items()
+    ]
 
 
 def run_name(context: RunContext, part: str | None = None) -> str:

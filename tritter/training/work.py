@@ -89,7 +89,7 @@ class WorkCount(Callback):
 
 
 class Performance(Callback):
-    """Log tokens and FLOPs per second, seconds per step and peak memory.
+    """Log tokens, steps and FLOPs per second, seconds per step and peak memory.
 
     Evaluations on the way are left out of the time.
 
@@ -123,6 +123,7 @@ class Performance(Callback):
         pl_module.log_dict(
             {
                 "performance/tokens_per_second": (self._work.tokens - self._tokens) / seconds,
+                "performance/steps_per_second": self._steps / seconds,
                 "performance/step_seconds": seconds / self._steps,
                 "performance/flops": (self._work.flops - self._flops) / seconds,
                 "performance/peak_memory_bytes": float(peak_memory_bytes()),
