@@ -3,7 +3,16 @@
 from tritter.families.checks import check_config, check_size, check_values, with_live_sizes
 from tritter.families.dimensions import Config, Dimensions
 from tritter.families.family import Family
-from tritter.families.flops import Flops, backward_flops, forward_flops, training_flops
+from tritter.families.flops import (
+    NO_ADAPTERS,
+    Adapters,
+    Flops,
+    Gating,
+    LowRank,
+    backward_flops,
+    forward_flops,
+    training_flops,
+)
 from tritter.families.layer_sizes import ffn_sizes, on_disk, with_ffn_sizes
 from tritter.families.layout import (
     LayoutKind,
@@ -26,15 +35,19 @@ __all__ = [
     "FAMILIES",
     "LLAMA",
     "MIXTRAL",
+    "NO_ADAPTERS",
     "QWEN2_MOE",
     "QWEN3_MOE",
+    "Adapters",
     "Axis",
     "Config",
     "Dimensions",
     "Family",
     "Flops",
+    "Gating",
     "LayoutKind",
     "LogicalTensor",
+    "LowRank",
     "Places",
     "Port",
     "Space",

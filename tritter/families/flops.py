@@ -8,10 +8,12 @@ and the optimizer are left out, and so is whatever a kernel computes twice or th
 A backward pass computes a gradient of the weights for a matrix that is trained, and one of its
 input where something that is trained lies below it. With everything trained that is twice the
 forward pass.
+
+Low-rank adapters stand beside matrices, as two of their own: of rank r they cost r · (in + out)
+multiply-adds for the tokens that come to them, on an embedding r · out, the lookup being free.
 """
 
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -56,6 +58,45 @@ class Flops:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """An adapter beside a matrix, of a rank: B A x.
+
+    Args:
+        trains_down, trains_up: A is trained, B is.
+        share: of the tokens, those that come to it.
+    """
+
+    rank: int
+    trains_down: bool
+    trains_up: bool
+    share: float = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Gating:
+    """What says in a decoder layer how much each adapter counts: a matrix [size, hidden]."""
+
+    size: int
+    is_trained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """What stands beside a model's own tensors.
+
+    Args:
+        low_rank: by the logical name of a matrix, `embed`, or `head` whether tied or not.
+        gating: by decoder layer, where gates are learned.
+    """
+
+    low_rank: Mapping[str, Sequence[LowRank]] = field(default_factory=dict)
+    gating: Mapping[int, Gating] = field(default_factory=dict)
+
+
+NO_ADAPTERS = Adapters()
+
+
 def num_keys(length: int, window: int | None = None) -> int:
     """Return how many keys the tokens of a sequence attend to, all together.
 
@@ -70,13 +111,19 @@ def everything(tensor: LogicalTensor) -> bool:
     return True
 
 
-def forward_flops(config: Config, *, routed_to: Collection[int] | None = None) -> Flops:
+def forward_flops(
+    config: Config,
+    *,
+    routed_to: Collection[int] | None = None,
+    adapters: Adapters = NO_ADAPTERS,
+) -> Flops:
     """Count a forward pass, output head included.
 
     Args:
         routed_to: the experts that share the tokens evenly. Default: all.
+        adapters: what stands beside the model's own tensors.
     """
-    return _Walk(config, everything, routed_to).sum(lambda product: product.forward)
+    return _Walk(config, everything, routed_to, adapters).sum(lambda product: product.forward)
 
 
 def backward_flops(
@@ -85,6 +132,7 @@ def backward_flops(
     is_trained: IsTrained = everything,
     loss_at: Loss = "head",
     routed_to: Collection[int] | None = None,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> Flops:
     """Count the backward pass of a loss.
 
@@ -92,9 +140,9 @@ def backward_flops(
         is_trained: says so of a tensor.
         loss_at: `head`, a loss of the logits; or `routers`, one of what routers say, whose
             gradient passes through nothing that stands above the last of them.
-        routed_to: as for `forward_flops`.
+        routed_to, adapters: as for `forward_flops`.
     """
-    walk = _Walk(config, is_trained, routed_to)
+    walk = _Walk(config, is_trained, routed_to, adapters)
     if loss_at == "head":
         return walk.sum(lambda product: product.backward)
     return walk.sum(lambda product: product.backward * product.is_below_router)
@@ -105,10 +153,13 @@ def training_flops(
     *,
     is_trained: IsTrained = everything,
     routed_to: Collection[int] | None = None,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> Flops:
     """Count a forward and a backward pass; arguments as for `backward_flops`."""
-    forward = forward_flops(config, routed_to=routed_to)
-    return forward + backward_flops(config, is_trained=is_trained, routed_to=routed_to)
+    forward = forward_flops(config, routed_to=routed_to, adapters=adapters)
+    return forward + backward_flops(
+        config, is_trained=is_trained, routed_to=routed_to, adapters=adapters
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +172,7 @@ class _Product:
         backward: how many the backward pass has.
         is_below_router: a router's decision depends on it.
         is_routed: each token meets a share of it.
+        share: of the tokens, those that meet it.
         is_attention: its size is that of a key.
         window: that the keys lie in.
     """
@@ -130,6 +182,7 @@ class _Product:
     backward: int
     is_below_router: bool
     is_routed: bool = False
+    share: float = 1
     is_attention: bool = False
     window: int | None = None
 
@@ -142,14 +195,15 @@ class _Walk:
         config: Config,
         is_trained: IsTrained,
         routed_to: Collection[int] | None,
+        adapters: Adapters,
     ) -> None:
         family = family_of(config)
         self._sizes = family.dimensions(config)
         self._experts = range(self._sizes.num_experts) if routed_to is None else routed_to
-        self._held: dict[str, int] = {}  # name → size
+        self._held: dict[str, tuple[int, ...]] = {}  # name → shape
         self._trained: set[str] = set()
         for tensor in family.logical_tensors(config):
-            self._held[tensor.name] = math.prod(family.shape(tensor, config))
+            self._held[tensor.name] = family.shape(tensor, config)
             if is_trained(tensor):
                 self._trained.add(tensor.name)
         kinds = family.layer_kinds(config)
@@ -157,26 +211,33 @@ class _Walk:
         self._last_sparse = f"layers.{sparse[-1]}." if sparse else ""
         self._is_below_router = bool(sparse)
         self._products: list[_Product] = []
-        stream = "embed" in self._trained
+        self._adapters = adapters
+        self._gates = False  # whether the gates of adapters need a gradient
+        vocabulary, hidden = self._held["embed"]
+        stream = self._lookup(vocabulary, hidden)
         for layer in range(len(kinds)):
             window = family.attention_window(config, layer)
+            self._gates = self._gating(layer, hidden, stream)
             stream = self._attention(f"layers.{layer}.", stream, window)
             stream = self._ffn(f"layers.{layer}.", stream)
-        head = "head" if "head" in self._held else "embed"
-        self._matrix(head, self._needs(stream, "final_norm"))
+        self._gates = False
+        read = self._needs(stream, "final_norm")
+        self._matrix("head" if "head" in self._held else "embed", read)
+        self._low_rank("head", vocabulary, hidden, read)
 
     def sum(self, times: Callable[[_Product], int]) -> Flops:
         """Add the products up, each taken so many times."""
-        whole = routed = 0
+        whole: float = 0
+        routed: float = 0
         attention: dict[int | None, int] = {}
         for product in self._products:
             flops = 2 * product.size * times(product)
             if product.is_attention:
                 attention[product.window] = attention.get(product.window, 0) + flops
             elif product.is_routed:
-                routed += flops
+                routed += flops * product.share
             else:
-                whole += flops
+                whole += flops * product.share
         share = self._sizes.experts_per_token * routed / max(1, len(self._experts))
         return Flops(whole + share, attention)
 
@@ -234,15 +295,52 @@ class _Walk:
         Returns:
             Whether what comes out needs a gradient.
         """
+        rows, columns = self._held[name]
+        self._add(rows * columns, read + (name in self._trained), is_routed=is_routed)
+        added = name not in ("head", "embed") and self._low_rank(name, rows, columns, read)
+        return self._needs(read or added, name, *behind)
+
+    def _lookup(self, vocabulary: int, hidden: int) -> bool:
+        """Add what adapters compute of an embedding; return whether the stream needs a gradient."""
+        added = self._low_rank("embed", hidden, vocabulary, read=False, is_lookup=True)
+        return "embed" in self._trained or added
+
+    def _gating(self, layer: int, hidden: int, stream: bool) -> bool:
+        """Add the product that gates come from; return whether these need a gradient."""
+        own = self._adapters.gating.get(layer)
+        if own is None:
+            return False
+        self._add(own.size * hidden, stream + own.is_trained)
+        return stream or own.is_trained
+
+    def _low_rank(
+        self, name: str, rows: int, columns: int, read: bool, *, is_lookup: bool = False
+    ) -> bool:
+        """Add the products of the adapters beside a matrix [rows, columns].
+
+        Returns:
+            Whether what they add needs a gradient, be it only for their gates.
+        """
+        needs = False
+        for each in self._adapters.low_rank.get(name, ()):
+            inner = read or each.trains_down
+            if not is_lookup:
+                self._add(each.rank * columns, read + each.trains_down, share=each.share)
+            backward = (inner or self._gates) + each.trains_up
+            self._add(rows * each.rank, backward, share=each.share)
+            needs |= inner or self._gates or each.trains_up
+        return needs
+
+    def _add(self, size: int, backward: int, *, is_routed: bool = False, share: float = 1) -> None:
         self._products.append(
             _Product(
-                size=self._held[name],
-                backward=read + (name in self._trained),
+                size=size,
+                backward=backward,
                 is_below_router=self._is_below_router,
                 is_routed=is_routed,
+                share=share,
             )
         )
-        return self._needs(read, name, *behind)
 
     def _needs(self, stream: bool, *names: str) -> bool:
         return stream or not self._trained.isdisjoint(names)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tritter.families import Flops, training_flops
+from tritter.families import NO_ADAPTERS, Adapters, Flops, training_flops
 from tritter.models import config_of
 from tritter.training.parameters import live_layout
 
@@ -27,17 +27,24 @@ class StepFlops:
         return self.sequence.of_all(lengths) + self.besides
 
 
-def flops_of_sequence(model: nn.Module, *, routed_to: Collection[int] | None = None) -> Flops:
+def flops_of_sequence(
+    model: nn.Module,
+    *,
+    routed_to: Collection[int] | None = None,
+    adapters: Adapters = NO_ADAPTERS,
+) -> Flops:
     """Return the FLOPs of a step on one sequence, with what needs a gradient now.
 
     Args:
         routed_to: the experts that share the tokens evenly. Default: all.
+        adapters: what stands beside the model's own tensors.
     """
     config, trained = config_of(model), trained_tensors(model)
     return training_flops(
         config,
         is_trained=lambda tensor: tensor.name in trained,
         routed_to=routed_to,
+        adapters=adapters,
     )
 
 
