@@ -20,6 +20,7 @@ _MODELS = {"parameter_map", "families", "stock_routers", "models"}
 _CORE = _MODELS | {"loadable", "storage", "expansion", "checkpoint", "data"}
 _TRAINING = _CORE | {"expand", "evaluation", "training"}
 _BELOW_PIPELINE = _TRAINING | {"config", "planning", "forgetting", "moe_routing", "growth"}
+_BELOW_PIPELINE |= {"novelty", "experts"}
 ARROWS: dict[str, set[str]] = {
     "parameter_map": set(),
     "storage": set(),

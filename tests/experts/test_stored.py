@@ -20,7 +20,8 @@ from tritter.experts.adapters import AdapterShape
 from tritter.experts.gates import Routing
 from tritter.experts.mixture import ExpertMixture
 from tritter.experts.peft_folder import write_adapter
-from tritter.experts.stored import ExpertFolder, adopt, load_whole
+from tritter.experts.stored import ExpertFolder, adopt
+from tritter.experts.whole import load_whole
 from tritter.models import load_model
 from tritter.novelty import NoveltyDetector
 from tritter.storage.hashing import file_digest

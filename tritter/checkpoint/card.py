@@ -1,6 +1,7 @@
 """The model card: README.md of a checkpoint folder, readable on the hub and by a person."""
 
 import re
+from collections.abc import Sequence
 
 from tritter.checkpoint.record import Lineage
 from tritter.families import Config, family_of, ffn_sizes
@@ -9,9 +10,14 @@ from tritter.terminal import harmless
 _LONGEST_CELL = 200
 
 
-def model_card(lineage: Lineage, config: Config) -> str:
-    """Return the card's Markdown: what the model is, how it grew, what it scored."""
+def model_card(lineage: Lineage, config: Config, *, experts: Sequence[str] = ()) -> str:
+    """Return the card's Markdown: what the model is, how it grew, what it scored.
+
+    Args:
+        experts: adapters that lie in `experts/`.
+    """
     lines = _introduction(config, "Made with Tritter; `tritter.json` holds the lineage.")
+    lines += _experts(experts)
     lines += _history(lineage) + _scores(lineage)
     lines += [f"Model hash `{lineage.model_hash}`", ""]
     return "\n".join(lines)
@@ -66,6 +72,26 @@ def _introduction(config: Config, origin: str) -> list[str]:
         'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")',
         "```",
+        "",
+    ]
+
+
+def _experts(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    listed = ", ".join(f"`{_cell(name)}`" for name in names)
+    return [
+        "The model above is the base alone. `experts/` holds LoRA adapters on it, each as stock "
+        f"PEFT loads it ({listed}); `state/experts.*` says how they are mixed for each token.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "",
+        f'one = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER/experts/{_cell(names[0])}")',
+        "```",
+        "",
+        "All together, mixed: `tritter generate --checkpoint PATH_OF_THIS_FOLDER --prompt TEXT`, "
+        "and `tritter evaluate`.",
         "",
     ]
 

@@ -5,6 +5,7 @@ listed and checked by whatever needs no model. `tritter.experts.stored` makes a 
 """
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
-from tritter.checkpoint.folder import read_lineage
-from tritter.errors import RequestError, TritterError, brief
+from tritter.checkpoint.folder import EXPERTS_FOLDER, read_lineage
+from tritter.errors import Problem, RequestError, TritterError, brief
 from tritter.limits import MAX_COUNT
 from tritter.storage.links import check_links
 from tritter.storage.reading import read_object, require_file
@@ -21,7 +22,6 @@ from tritter.storage.records import read_record
 from tritter.storage.tensors import TensorFolder
 
 FORMAT_VERSION = 1
-EXPERTS_FOLDER = "experts"
 HEAD, TENSORS = "state/experts.json", "state/experts.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 BASE = "base"  # the expert without an adapter, the first where there is one
@@ -172,23 +172,30 @@ class ExpertFiles:
         return ExpertSummary(name, rank, float(alpha), tuple(sorted(names)), count)
 
 
-def refuse_experts(folder: Path, *, doing: str) -> None:
+def refuse_experts(folder: Path, *, doing: str, key: str = "checkpoint") -> None:
     """Refuse a checkpoint with experts for what would leave them behind, or break them.
 
     Args:
         doing: what was asked for, as `an expansion`.
+        key: that named the folder.
 
     Raises:
-        RequestError: it has experts; says what to do instead.
-        TritterError: they are damaged.
+        RequestError: it has experts, or they are damaged; says what to do instead.
     """
-    files = ExpertFiles.read(folder)
+    try:
+        files = ExpertFiles.read(folder)
+    except TritterError as error:
+        raise RequestError(Problem(key, folder, reason=str(error).rstrip("."))) from error
     if files is not None:
-        raise RequestError(
-            f"{folder} holds experts ({', '.join(files.head.names)}), which stand on its base as "
-            f"it is; {doing} would leave them behind. Merge them into a plain model first: tritter "
-            f"export --checkpoint {folder} --output MERGED --format hf --merge."
+        reason = (
+            f"it holds experts ({', '.join(files.head.names)}), which stand on its base as it is; "
+            f"{doing} would leave them behind"
         )
+        advice = (
+            "merge them into a plain model first: tritter export --checkpoint "
+            f"{shlex.quote(str(folder))} --output MERGED --format hf --merge"
+        )
+        raise RequestError(Problem(key, folder, reason=reason, advice=advice))
 
 
 def check_names(names: object) -> None:

@@ -1,6 +1,7 @@
 """Write and read checkpoint folders: model, tokenizer, model card and tritter.json as one."""
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from tritter.storage.writer import TensorStream, write_tensors
 
 CARD_NAME = "README.md"
 HEADER_MARK = "#header"
+EXPERTS_FOLDER = "experts"
+_EXPERT = re.compile(rf"{EXPERTS_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)/adapter_config\.json")
 
 
 class Artifact(Protocol):
@@ -77,7 +80,9 @@ def write_checkpoint(
             tensor_digests=tensor_digests,
             ffn_sizes=ffn_sizes(config),
         )
-        (folder / CARD_NAME).write_text(model_card(complete, config), encoding="utf-8")
+        files = (path.relative_to(folder).as_posix() for path in folder.rglob("*.json"))
+        card = model_card(complete, config, experts=expert_names(sorted(files)))
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
         complete = replace(complete, file_digests=file_digests(folder))
         _dump(folder / LINEAGE_NAME, complete)
         if before_placing is not None:
@@ -93,7 +98,8 @@ def write_config(folder: Path, config: Config) -> None:
 
 def write_lineage(folder: Path, lineage: Lineage, config: Config) -> None:
     """Replace a checkpoint's record and card without touching its tensors."""
-    write_text_atomic(folder / CARD_NAME, model_card(lineage, config))
+    card = model_card(lineage, config, experts=expert_names(lineage.file_digests))
+    write_text_atomic(folder / CARD_NAME, card)
     digests = {**lineage.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
     _dump(folder / LINEAGE_NAME, replace(lineage, file_digests=digests))
 
@@ -125,6 +131,11 @@ def read_lineage(folder: Path) -> Lineage | None:
     if not isinstance(plain, dict):
         raise TritterError(f"{path} is not a lineage.")
     return Lineage.from_dict(plain, origin=str(path))
+
+
+def expert_names(files: Iterable[str]) -> tuple[str, ...]:
+    """Return the adapters among the names of a checkpoint's files."""
+    return tuple(match["name"] for name in files if (match := _EXPERT.fullmatch(name)))
 
 
 def lineage_of(folder: Path) -> Lineage:

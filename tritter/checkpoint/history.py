@@ -1,12 +1,12 @@
 """The chain of checkpoints behind one: found by hash, and hashed again when asked."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from tritter.checkpoint.folder import HEADER_MARK, read_lineage
+from tritter.checkpoint.folder import HEADER_MARK, expert_names, read_lineage
 from tritter.checkpoint.learned import Learned, with_domains
 from tritter.checkpoint.record import ExpansionRecord, Lineage
 from tritter.errors import RequestError, TritterError
@@ -49,6 +49,11 @@ class Link:
         return self.folder is not None and (self.model_hash or self.problem) is not None
 
     @property
+    def experts(self) -> tuple[str, ...]:
+        """The adapters that its record names."""
+        return expert_names(self.file_digests or ())
+
+    @property
     def num_parameters(self) -> int | None:
         """Count the parameters, without what pads them on disk; None where that can't be read."""
         if self.folder is None or self.lineage is None or not self.lineage.ffn_sizes:
@@ -89,7 +94,8 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
     """Return the checkpoints from the start of the chain to `folder`, oldest first.
 
     A parent is looked for where its child says it lay, then beside the child; its hash decides.
-    The chain ends at a parent that is not found, which is the first link then.
+    The chain ends at a parent that is not found, which is the first link then. A checkpoint to
+    which experts came has the hash of its parent, since the base is the same.
 
     Raises:
         RequestError: there is no such folder, or no checkpoint in it.
@@ -103,13 +109,16 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
     except TritterError as error:
         raise RequestError(str(error)) from error
     links = [link_of(folder)]
-    seen = {links[0].model_hash}
+    seen = {folder.resolve()}
     while (child := links[-1]).lineage is not None and child.lineage.parent_hash is not None:
-        parent = _parent(child)
-        links[-1] = _made_from(child, parent)
-        if parent.model_hash in seen:
+        if _hint(child) in seen:
             break
-        seen.add(parent.model_hash)
+        parent = _parent(child, passed_over=seen)
+        links[-1] = _made_from(child, parent)
+        if parent.folder is not None:
+            seen.add(parent.folder.resolve())
+        elif parent.model_hash in {link.model_hash for link in links if not link.experts}:
+            break
         links.append(parent)
     return tuple(reversed(links))
 
@@ -183,15 +192,16 @@ def _made_from(child: Link, parent: Link) -> Link:
     return replace(child, made_by=own)
 
 
-def _parent(child: Link) -> Link:
+def _parent(child: Link, *, passed_over: Collection[Path]) -> Link:
     assert child.lineage is not None and child.folder is not None
     lineage, wanted = child.lineage, child.lineage.parent_hash
-    hinted = (child.folder / lineage.parent_path).resolve() if lineage.parent_path else None
-    for folder in _candidates(child.folder, hinted):
+    hinted = _hint(child)
+    candidates = [each for each in _candidates(child.folder, hinted) if each not in passed_over]
+    for folder in candidates:
         link = link_of(folder)
         if link.lineage is not None and wanted in _hashes(link.lineage):
             return link
-    for folder in _candidates(child.folder, hinted):
+    for folder in candidates:
         if _is_plain_parent(folder, lineage, is_hinted=folder == hinted):
             return Link(
                 folder=folder,
@@ -202,6 +212,14 @@ def _parent(child: Link) -> Link:
     if hinted is not None and hinted.is_dir() and (link := link_of(hinted)).problem:
         return link
     return Link(folder=None, model_hash=wanted)
+
+
+def _hint(child: Link) -> Path | None:
+    """Return where a checkpoint says that its parent lay."""
+    assert child.lineage is not None
+    if child.folder is None or not child.lineage.parent_path:
+        return None
+    return (child.folder / child.lineage.parent_path).resolve()
 
 
 def _candidates(folder: Path, hinted: Path | None) -> Iterator[Path]:

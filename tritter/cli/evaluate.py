@@ -29,8 +29,9 @@ from tritter.evaluation.benchmarks.records import Benchmark
 from tritter.evaluation.benchmarks.table import benchmarks_of
 from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
 from tritter.evaluation.paired_scores import PairedScores
+from tritter.experts.whole import load_whole
 from tritter.families import family_of
-from tritter.models import load_model, load_tokenizer, read_config
+from tritter.models import load_tokenizer, read_config
 from tritter.pipeline.evaluate import (
     DomainsToScore,
     domain_losses,
@@ -90,7 +91,7 @@ def run_evaluate(request: EvaluateRequest, *, overwrite: bool, as_json: bool) ->
             domains = named_domains(sources, tokenizer)
         elif not benchmarks.names:
             domains = learned_domains(folder, lineage, tokenizer)
-        model = load_model(folder)
+        model = load_whole(folder)
         _check_finite(model, folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     positions = config.get("max_position_embeddings")

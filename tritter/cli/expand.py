@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tritter.checkpoint import Lineage, Source
+from tritter.checkpoint.expert_files import refuse_experts
 from tritter.checkpoint.place import check_output
 from tritter.cli.domain import (
     DomainOptions,
@@ -189,6 +190,7 @@ def _place(request: ExpandRequest, *, dry_run: bool, overwrite: bool) -> _Place:
     with damage_is_a_wrong_request():
         folder = locate(request.checkpoint)
         source = Source.open(folder, read_config(folder))
+        refuse_experts(folder, doing="an expansion", key="--checkpoint")
     destination = request.output or _default_output(request.checkpoint, folder, methods)
     obstacle = ""
     try:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from tritter.cli.output import new_console, print_json
 from tritter.cli.request import damage_is_a_wrong_request
 from tritter.errors import RequestError, TritterError
+from tritter.experts.whole import load_whole
 from tritter.families import Config
-from tritter.models import load_model, load_tokenizer, read_config
+from tritter.models import load_tokenizer, read_config
 from tritter.storage.hub import locate
 from tritter.storage.tensors import WEIGHT_DTYPES
 
@@ -40,7 +41,7 @@ def run_generate(
         tokenizer = load_tokenizer(folder)
         input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         _check_room(config, num_tokens=input_ids.shape[-1], max_new_tokens=max_new_tokens)
-        model = load_model(folder, dtype=_dtype(config))
+        model = load_whole(folder, dtype=_dtype(config))
         _check_finite(model, folder)
     new_ids = continuation(
         model,

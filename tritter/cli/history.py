@@ -90,8 +90,10 @@ def made_by(link: Link) -> str:
         return ", ".join(spelled(record.method) for record in link.made_by)
     steps = f" of {lineage.step} steps" if lineage.step else ""
     if lineage.parent_hash is None:
-        return f"pretraining{steps}" if steps else "start"
-    return f"training{steps}"
+        words = f"pretraining{steps}" if steps else "start"
+    else:
+        words = f"training{steps}"
+    return f"{words}, LoRA experts {', '.join(link.experts)}" if link.experts else words
 
 
 def steps_after(link: Link, newest: Link) -> int | None:
@@ -116,6 +118,7 @@ def _row_json(row: Checked, newest: Link) -> dict[str, Any]:
         "parent_hash": link.lineage.parent_hash if link.lineage else None,
         "made_by": made_by(link),
         "methods": [record.method for record in link.made_by],
+        "experts": list(link.experts),
         "parameters": link.num_parameters,
         "parameters_on_disk": link.num_parameters_on_disk,
         "continued_training_steps": steps_after(link, newest),

@@ -10,6 +10,8 @@ from typing import Any
 from rich.text import Text
 
 from tritter.checkpoint import ExpansionRecord, Source
+from tritter.checkpoint.expert_files import ExpertFiles
+from tritter.cli.expert_table import experts_json, print_experts
 from tritter.cli.map_table import MapRow, map_rows, rebuilt_map
 from tritter.cli.output import (
     SHAPES,
@@ -77,13 +79,17 @@ def run_inspect(folder: Path, *, as_json: bool) -> int:
     with damage_is_a_wrong_request():
         source = Source.open(folder, read_config_file(folder))
         dtypes = Counter(source.tensors.headers[t.name].dtype for t in source.stored)
+        experts = ExpertFiles.read(folder)
+        told = None if experts is None else experts_json(experts)
     lineage = source.lineage
     last = lineage.expansion_history[-1] if lineage and lineage.expansion_history else None
     last_map = RecordedMap.of(last) if last else None
     if as_json:
-        print_json(_as_json(source, dtypes, last_map))
+        print_json({**_as_json(source, dtypes, last_map), "experts": told})
     else:
         _print(source, dtypes, last, last_map)
+        if experts is not None:
+            print_experts(new_console(), experts)
     return 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from tritter.checkpoint.expert_files import refuse_experts
 from tritter.checkpoint.learned import told_apart
 from tritter.cli.output import EXIT_NO, new_console, new_table, print_json, print_lines, signs_of
 from tritter.cli.request import damage_is_a_wrong_request
@@ -60,13 +61,14 @@ def _folder(place: str, option: str) -> Path:
     """Return the folder of a checkpoint.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is none, or it has experts.
     """
     with damage_is_a_wrong_request():
         folder = locate(place, key=option)
     if not (folder / "config.json").is_file():
         reason = "the folder holds no config.json" if folder.is_dir() else "there is no such folder"
         raise RequestError(Problem(option, place, reason=reason))
+    refuse_experts(folder, doing="a validation", key=option)
     return folder
 
 

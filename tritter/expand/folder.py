@@ -17,6 +17,7 @@ from tritter.checkpoint import (
     lineage_of,
     write_checkpoint,
 )
+from tritter.checkpoint.expert_files import refuse_experts
 from tritter.checkpoint.folder import Artifact
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.place import check_output, check_replaceable
@@ -121,8 +122,8 @@ def plan_expansion(
 
     Raises:
         RequestError: no spec, unknown family, targets that cannot be had, a config that
-            transformers can't build the result from, or more experts for a source whose last ones
-            are not open yet.
+            transformers can't build the result from, more experts for a source whose last ones
+            are not open yet, or a source with LoRA experts.
         TritterError: the source has no usable config or generation settings.
     """
     return planned(named_path(source, key="source"), checked_specs(specs), seed=seed)
@@ -131,6 +132,8 @@ def plan_expansion(
 def planned(source: Path, specs: Sequence[ExpansionSpec], *, seed: int) -> PlannedExpansion:
     """Do the same for checked specs; none are allowed."""
     config = read_config(source)
+    if specs:
+        refuse_experts(source, doing="an expansion")
     steps = build_steps(config, specs, seed=seed)
     target = steps[-1].target_config if steps else config
     if steps:

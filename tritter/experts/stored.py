@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tritter.checkpoint.expert_files import (
-    EXPERTS_FOLDER,
     HEAD,
     TENSORS,
     ExpertFiles,
     ExpertsHead,
     check_names,
 )
+from tritter.checkpoint.folder import EXPERTS_FOLDER
 from tritter.errors import RequestError, TritterError
 from tritter.experts.evidence import Evidence
 from tritter.experts.gates import Routing
@@ -35,7 +35,6 @@ from tritter.experts.peft_folder import (
     taken,
     write_stored,
 )
-from tritter.models import load_model
 from tritter.storage.hashing import file_digest
 from tritter.storage.reading import require_file
 from tritter.storage.records import record_text
@@ -212,19 +211,6 @@ class ExpertFolder:
         )
         model.eval()
         return mixture
-
-
-def load_whole(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Load a checkpoint's model, which runs its experts where it has any.
-
-    Raises:
-        TritterError: as `load_model` and `ExpertFolder.read`.
-    """
-    experts = ExpertFolder.read(folder)
-    model = load_model(folder, dtype=dtype)
-    if experts is not None:
-        experts.apply(model)
-    return model
 
 
 def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
