@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from tritter.checkpoint.expert_files import refuse_experts
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean
 from tritter.families import Config, check_config, family_of
 from tritter.storage.links import check_links
@@ -36,7 +37,7 @@ def checkpoint_config(path: str, *, key: str = "model.path") -> Config | None:
 
     Raises:
         RequestError: no usable config.json, an unknown family, weights that are not in
-            safetensors, or no tokenizer.json.
+            safetensors, no tokenizer.json, or experts, which a training would leave behind.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -71,5 +72,6 @@ def checkpoint_config(path: str, *, key: str = "model.path") -> Config | None:
             "it holds no tokenizer.json; save its tokenizer there with save_pretrained of "
             "transformers"
         )
+    refuse_experts(folder, doing="a training", key=key)
     # Transformers fills in what a file leaves out; for shapes and targets this is all of it
     return {"rms_norm_eps": 1e-6, **config}

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from tritter.checkpoint.expert_files import refuse_experts
 from tritter.checkpoint.usable import checkpoint_config
 from tritter.config.benchmarks import benchmark_problems
 from tritter.config.callbacks import (
@@ -226,8 +225,6 @@ def _begin_problems(config: RunConfig) -> Iterator[Problem]:
     if (source := known_config(config)) is not None:
         check_size(family_of(source), source)
         yield from start_problems(config, source)
-        assert isinstance(config.model, CheckpointModelConfig)
-        refuse_experts(Path(config.model.path), doing="this training", key="model.path")
 
 
 def _gate_problems(config: RunConfig) -> Iterator[Problem]:

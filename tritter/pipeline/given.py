@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tritter.checkpoint import Lineage, Source, write_checkpoint
 from tritter.checkpoint.artifacts import read_artifacts
-from tritter.checkpoint.expert_files import refuse_experts
 from tritter.checkpoint.usable import checkpoint_config
 from tritter.config.memory import memory_problems
 from tritter.config.moments import given_problems
@@ -40,7 +39,6 @@ def check_given(context: RunContext) -> None:
     checkpoint_config(str(context.given))
     with _wrong_request():
         config = read_config(context.given)
-        refuse_experts(context.given, doing="this training", key="model.path")
     for each in attempts:
         raise_problems(start_problems(each.config, config))
         raise_problems(memory_problems(each.config, config))
