@@ -301,8 +301,8 @@ def _check_tensors(held: ExpertFolder) -> None:
 
 
 def _check_key(name: str) -> None:
-    """Refuse what PEFT can't keep an adapter under: its layers hold them in a ModuleDict."""
-    if hasattr(nn.ModuleDict(), name):
+    """Refuse what PEFT can't keep an adapter under: its layers hold them in such."""
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise TritterError(f"{name} can't be an expert's name: something of torch's is called so.")
 
 
