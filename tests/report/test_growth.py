@@ -14,10 +14,9 @@ from tests.report.places import GONE, places, replaced
 from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
 from tritter.pipeline.metrics import wandb_summary
-from tritter.report.drawing import new_figure
+from tritter.report.drawing import MAX_COLUMNS, new_figure
 from tritter.report.growth import MAX_ROWS, growth_table, growth_text, nothing_grew
 from tritter.report.growth_plot import (
-    _MAX_COLUMNS,
     draw_neurons,
     draw_pressure,
     flops_course,
@@ -123,7 +122,7 @@ def test_of_very_many_events_as_many_are_drawn_as_can_be_seen() -> None:
     end = EVERY * 5001
     for draw in (draw_neurons, draw_pressure):
         mesh = mesh_of(draw, made, end=end)
-        assert np.asarray(mesh.get_array()).size <= 3 * (_MAX_COLUMNS + 1)
+        assert np.asarray(mesh.get_array()).size <= 3 * (MAX_COLUMNS + 1)
     cells = np.asarray(mesh_of(draw_neurons, made, end=end).get_array()).reshape(3, -1)
     assert cells[:, -1] == pytest.approx([100 * (n / 192 - 1) for n in made["neurons"]["after"]])
 

@@ -10,6 +10,7 @@ import wandb
 from rich.console import Console
 
 from tests.pipeline.outside_method import Options, Outside
+from tests.report.spawning import experts
 from tritter.config.composition import load_config
 from tritter.config.selection import Selected
 from tritter.pipeline import metrics
@@ -31,7 +32,7 @@ def test_the_verdict_of_each_domain_is_there(summary_with_control):
     assert None not in told.values()
 
 
-def test_lengths_of_packed_documents_are_a_table(
+def test_lengths_of_packed_documents_and_similarities_are_tables(
     summary: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, histogram = dict[str, Any](), {"8-15": 3, "16-31": 5}
@@ -51,6 +52,11 @@ def test_lengths_of_packed_documents_are_a_table(
     told.clear()
     tell_wandb(context, summary | {"tasks": tasks[:1], "samples": []}, [])
     assert not told
+    tell_wandb(context, summary | {"tasks": [], "samples": [], "experts": experts()}, [])
+    table = told["experts/similarity_scores_on_creation"]
+    assert table.columns == ["expert", "step", "known", "similarity"]
+    assert table.data[:2] == [["expert_1", 12, "base", 0.41], ["expert_2", 40, "base", 0.52]]
+    assert len(table.data) == 6
 
 
 def test_a_method_from_outside_is_a_tag_as_ours_are(

@@ -14,6 +14,7 @@ from tritter.config.fingerprint import fingerprint
 from tritter.evaluation.estimate import finite_or_none
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.report.experts_record import ExpertsRecord
 from tritter.report.rows import ACCURACY, domain_rows
 from tritter.storage.atomic import write_text_atomic
 from tritter.training import read_metrics
@@ -115,6 +116,13 @@ def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
     if (growth := summary.get("growth")) is not None:
         values |= {f"growth/{name}": growth[name] for name in ("born", "replaced", "died")}
         values["growth/parameters"] = growth["parameters"]["after"]
+    if (experts := ExpertsRecord.of(summary)) is not None:
+        values |= {
+            "experts/number": experts.number,
+            "experts/spawned": len(experts.spawned),
+            "experts/trainable": experts.trainable,
+            "experts/trainable_share": experts.share,
+        }
     matrix = summary.get("matrix") or {}
     for way in ("backward", "forward"):
         values[f"transfer/{way}"] = matrix.get(f"mean_{way}_transfer")
@@ -144,6 +152,10 @@ def tell_wandb(context: RunContext, summary: Mapping[str, Any], plots: Sequence[
         columns = ["task", "tokens", "documents"]
         table = wandb.Table(columns=columns, data=lengths)
         told["performance/packed_sequence_length_histogram"] = table
+    if similarities := _similarities(summary):
+        columns = ["expert", "step", "known", "similarity"]
+        table = wandb.Table(columns=columns, data=similarities)
+        told["experts/similarity_scores_on_creation"] = table
     if samples:
         told["samples"] = wandb.Table(columns=list(summary["samples"][0]), data=samples)
     run.log(told)
@@ -159,6 +171,16 @@ def _packed_lengths(summary: Mapping[str, Any]) -> list[list[Any]]:
         for tokens, documents in task.get("packing", {})
         .get("packed_sequence_length_histogram", {})
         .items()
+    ]
+
+
+def _similarities(summary: Mapping[str, Any]) -> list[list[Any]]:
+    """Return spawned expert, step, what was known, and how like it the batches were."""
+    experts = ExpertsRecord.of(summary)
+    return [
+        [spawn.expert, spawn.step, known, similarity]
+        for spawn in (experts.spawned if experts is not None else ())
+        for known, similarity in spawn.similarity.items()
     ]
 
 

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tritter.report.bounds import LARGEST
-from tritter.report.drawing import CYCLE, GREY, new_figure, plain
+from tritter.report.drawing import CYCLE, GREY, cut, panel, plain, shortened
+from tritter.report.experts_plot import experts_panels
 from tritter.report.growth_plot import (
     draw_neurons,
     draw_parameters,
@@ -32,7 +33,6 @@ MOST_PANELS = 24
 _MOST_NAMED = 20  # in the legend of one figure
 _MOST_MARKED = 60  # expansions and tasks of one figure
 _MARKERS = "osD^vPX*<>"
-_WIDTH = 4.8
 _LINE_CHARACTERS = 72
 
 
@@ -71,6 +71,7 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
         "changes": _changes(lines[:MOST_GROUPS]),
         "cost": _costs(lines[:MOST_GROUPS]),
         "growth": _growth(lines),
+        "experts": _experts([run for group in groups for run in group.runs]),
         "matrix": _matrices([run for group in groups for run in group.runs]),
     }
     return {name: found for name, found in made.items() if found}
@@ -113,7 +114,7 @@ def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
             points.append((line, gain, retention))
     if not points:
         return []
-    figure, axes = _panel(height=3.8)
+    figure, axes = panel(height=3.8)
     for line, gain, retention in points:
         for run in line.group.runs if len(line.group.runs) > 1 else ():
             single = Group("", (run,))
@@ -187,7 +188,7 @@ def _losses(lines: Sequence[_Line]) -> list[Figure]:
 
 def _course(lines: Sequence[_Line], name: str, title: str, is_in_tokens: bool) -> Figure | None:
     """Draw one loss of all runs; where they grew and where tasks begin is marked."""
-    figure, axes = _panel(height=2.7)
+    figure, axes = panel(height=2.7)
     drawn: dict[str, _Line] = {}
     is_alone = sum(len(line.group.runs) for line in lines if not line.group.is_control) == 1
     marked: dict[tuple[float, str], None] = {}
@@ -219,7 +220,7 @@ def _pretraining(runs: Sequence[Run], *, is_in_tokens: bool) -> Figure | None:
         found |= {(each, scale): None for each in run.pretraining if each.name == "train/loss"}
     if not found:
         return None
-    figure, axes = _panel(height=2.7)
+    figure, axes = panel(height=2.7)
     for curve, scale in found:
         _draw(axes, curve, scale, _Line(Group("base", ()), GREY, "o"))
     number = "one base" if len(found) == 1 else f"{len(found)} bases"
@@ -232,7 +233,7 @@ def _scale(run: Run, *, is_in_tokens: bool) -> float:
 
 
 def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
-    axes.set_title(plain(_short(title)), fontsize=9)
+    axes.set_title(shortened(title), fontsize=9)
     axes.set_xlabel("thousand tokens" if is_in_tokens else "training step")
     axes.set_ylabel("nats per token")
 
@@ -257,7 +258,7 @@ def _changes(lines: Sequence[_Line]) -> list[Figure]:
     made = []
     for domain, role in _domains([line.group for line in lines]):
         changes = [(line, line.group.change(domain)) for line in lines]
-        title = f"{_short(domain)} ({role}): change of loss per byte [%]"
+        title = f"{cut(domain)} ({role}): change of loss per byte [%]"
         made.append(_bars_of(changes, title=title, scale=100))
     return [figure for figure in made if figure is not None]
 
@@ -289,16 +290,16 @@ def _growth(lines: Sequence[_Line]) -> list[Figure]:
     for _, run, growth in found[:MOST_PANELS]:
         drawn = [draw_neurons] if len(found) > 1 else [draw_neurons, draw_pressure]
         for draw in drawn:
-            figure, axes = _panel(height=2.9)
+            figure, axes = panel(height=2.9)
             draw(axes, growth, end=run.last_steps)
             what = axes.get_title()
-            axes.set_title(plain(_short(f"{run.name}: {what}")), fontsize=9)
+            axes.set_title(shortened(f"{run.name}: {what}"), fontsize=9)
             if draw is draw_neurons and growth.events:
                 figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7.5)
             made.append(figure)
     if not found:
         return made
-    figure, axes = _panel(height=2.9)
+    figure, axes = panel(height=2.9)
     named: dict[str, _Line] = {}
     for line, run, growth in found:
         course = flops_course(growth, end_flops=last_flops(run.curves))
@@ -313,13 +314,29 @@ def _growth(lines: Sequence[_Line]) -> list[Figure]:
     return made
 
 
+def _experts(runs: Sequence[Run]) -> list[Figure]:
+    """Where the LoRA experts of each run are used; of a single one all that is known of them."""
+    found = [(run, run.experts) for run in runs if run.experts is not None]
+    return [
+        figure
+        for run, experts in found[:MOST_PANELS]
+        for figure in experts_panels(
+            experts,
+            name=run.name,
+            end=run.last_steps,
+            borders=run.borders,
+            is_alone=len(found) == 1,
+        )
+    ]
+
+
 def _matrices(runs: Sequence[Run]) -> list[Figure]:
     """Every domain after every task, a picture per run that has several tasks."""
     made = []
     for run in [run for run in runs if run.matrix][:MOST_PANELS]:
         assert run.matrix is not None
         figure = matrix_figure(run.matrix)
-        figure.axes[0].set_title(plain(_short(run.name)), fontsize=9)
+        figure.axes[0].set_title(shortened(run.name), fontsize=9)
         made.append(figure)
     return made
 
@@ -335,7 +352,7 @@ def _bars_of(
     rows = [(line, interval) for line, interval in found if interval is not None]
     if not rows:
         return None
-    figure, axes = _panel(height=0.8 + 0.42 * len(rows))
+    figure, axes = panel(height=0.8 + 0.42 * len(rows))
     for number, (line, interval) in enumerate(rows):
         axes.errorbar(
             scale * interval.value,
@@ -347,7 +364,7 @@ def _bars_of(
             capsize=3,
         )
         axes.annotate(
-            plain(_short(line.label)),
+            shortened(line.label),
             xy=(0, number),
             xycoords=("axes fraction", "data"),
             xytext=(2, 8),
@@ -363,21 +380,8 @@ def _bars_of(
     return figure
 
 
-def _short(text: str) -> str:
-    most = _LINE_CHARACTERS
-    return text if len(text) <= most else text[: most - 2] + ".."
-
-
 def _bars(interval: Interval) -> tuple[float, float]:
     """Return how far the bounds lie below and above; an unknown one has no bar."""
     below = 0.0 if interval.lower is None else max(0.0, interval.value - interval.lower)
     above = 0.0 if interval.upper is None else max(0.0, interval.upper - interval.value)
     return below, above
-
-
-def _panel(*, height: float) -> tuple[Figure, Axes]:
-    figure, (axes,) = new_figure(width=_WIDTH, height=height)
-    axes.tick_params(labelsize=8.5)
-    axes.xaxis.label.set_fontsize(9)
-    axes.yaxis.label.set_fontsize(9)
-    return figure, axes

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.table import Table
 
 from tritter.report.growth_record import GrownLayer, GrowthRecord
+from tritter.report.rich_table import new_table
 from tritter.report.wording import MISSING, Signs, count_text
 
 MAX_ROWS = 16
@@ -21,18 +21,7 @@ _HINTS = {
 def growth_table(growth: GrowthRecord, *, signs: Signs) -> Table:
     """Return a row per layer that grew; of many, those that grew most."""
     layers = growth.layers
-    table = Table(
-        title=_title(growth),
-        title_justify="left",
-        title_style="bold",
-        caption=_caption(growth, layers),
-        caption_justify="left",
-        caption_style="dim",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = new_table(_title(growth), caption=_caption(growth, layers))
     has_dead = any(layer.died for layer in layers)
     counts = ["born", "replaced", *(["left dead"] if has_dead else [])]
     for name in ("layer", "neurons", *counts, "change"):

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, groupby
-from typing import TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,11 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from tritter.report.drawing import BLUE, GREEN, GREY, ORANGE, new_figure
+from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, say, some
 from tritter.report.growth_record import GrowthRecord
 
-_T = TypeVar("_T")
-_MAX_COLUMNS = 800  # of a map; a picture has hardly more points
 _MOST_POINTS = 60  # that have a mark of their own
 _MOST_LINES = 20  # marked through the whole panel; of more, short ones at its foot
 _LOGARITHMIC_FROM = 20.0  # largest pressure over the smallest
@@ -85,14 +82,14 @@ def draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     """Draw each layer's pressure at each check, back to the check before."""
     axes.set_title("pressure at the checks", fontsize=10)
     if not growth.steps:
-        _say(axes, "no check")
+        say(axes, "no check")
         return
-    steps = np.asarray(_some(growth.steps), dtype=float)
+    steps = np.asarray(some(growth.steps), dtype=float)
     gap = steps[1] - steps[0] if len(steps) > 1 else steps[0]
     edges = np.concatenate([[max(0.0, steps[0] - max(gap, 1.0))], steps])
     if edges[0] == edges[1]:  # a check after no step
         edges[0] -= 1.0
-    rows = [[np.nan if p is None else p for p in row] for row in _some(growth.pressure)]
+    rows = [[np.nan if p is None else p for p in row] for row in some(growth.pressure)]
     pressure = np.asarray(rows, dtype=float)
     known = pressure[np.isfinite(pressure)]
     low, high = (known.min(), known.max()) if known.size else (0.0, 1.0)
@@ -145,7 +142,7 @@ def draw_parameters(
     """Draw the parameters as steps, each from its place on."""
     axes.set_title("parameters of the model", fontsize=10)
     if not places:
-        _say(axes, "not known")
+        say(axes, "not known")
         return
     shown = marker if len(places) <= _MOST_POINTS else ""
     axes.step(places, values, where="post", color=color, marker=shown, markersize=3, linewidth=1.2)
@@ -167,7 +164,7 @@ def _widths(growth: GrowthRecord, *, end: int) -> tuple[NDArray[np.float64], NDA
     now = np.asarray(growth.before, dtype=float)
     edges, rows = [0.0], [now.copy()]
     # Of very many as many are kept as can be seen: each row is of all layers
-    steps = _some(growth.event_steps)
+    steps = some(growth.event_steps)
     of_steps = set(steps)
     for step, events in groupby(growth.events, key=lambda event: event.step):
         for event in events:
@@ -181,14 +178,6 @@ def _widths(growth: GrowthRecord, *, end: int) -> tuple[NDArray[np.float64], NDA
     # What grew after the very last step has no time left: it is given a sliver
     sliver = max(last, 1.0) / 200
     return np.asarray([*edges, max(last, edges[-1] + sliver)]), np.asarray(rows)
-
-
-def _some(values: Sequence[_T]) -> Sequence[_T]:
-    """Return all values, or of very many as many as a picture has columns, the last among them."""
-    if len(values) <= _MAX_COLUMNS:
-        return values
-    chosen = np.linspace(0, len(values) - 1, _MAX_COLUMNS).astype(int)
-    return [values[int(place)] for place in chosen]
 
 
 def _draw_map(
@@ -211,8 +200,3 @@ def _draw_map(
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     figure.colorbar(mesh, ax=axes).set_label(label, fontsize=8)
-
-
-def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=GREY)
-    axes.set_yticks([])

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Required
 
 from pydantic import AfterValidator, Field
-from rich import box
 from rich.table import Table
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from tritter.report.bounds import Count, Number
+from tritter.report.rich_table import new_table
 from tritter.report.wording import MISSING, Signs
 
 MAX_ROWS = 24
@@ -97,17 +97,9 @@ def transfer_rows(matrix: Mapping[str, Any]) -> tuple[TransferRow, ...]:
 def transfer_table(matrix: Mapping[str, Any], *, signs: Signs) -> Table:
     """Return a row per domain that was learned: its losses per byte, and the transfers."""
     rows = transfer_rows(matrix)
-    table = Table(
-        title="Transfer between tasks, in nats per byte; negative is good",
-        title_justify="left",
-        title_style="bold",
+    table = new_table(
+        "Transfer between tasks, in nats per byte; negative is good",
         caption="backward: what later tasks changed; forward: what earlier ones did",
-        caption_justify="left",
-        caption_style="dim",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
     )
     for name in ("domain", "learned in"):
         table.add_column(name, overflow="fold")

@@ -11,7 +11,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from tritter.report.drawing import new_figure, plain
+from tritter.report.drawing import new_figure, shortened
 
 _MOST = 40  # rows and domains that are drawn; more are no picture
 _MOST_NUMBERED = 12  # of both, with numbers in their cells
@@ -82,8 +82,13 @@ def _draw_cells(
     axes.set_facecolor("#DDDDDD")  # seen through where nothing is known
     image = axes.imshow(shown, cmap=colours, norm=norm, aspect="auto")
     axes.grid(visible=False)
-    axes.set_xticks(range(len(names)), [_label(name) for name in names], rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), [_label(name) for name in rows])
+    axes.set_xticks(
+        range(len(names)),
+        [shortened(name, _LABEL_CHARACTERS) for name in names],
+        rotation=30,
+        ha="right",
+    )
+    axes.set_yticks(range(len(rows)), [shortened(name, _LABEL_CHARACTERS) for name in rows])
     axes.tick_params(labelsize=8, length=0)
     if max(len(names), len(rows)) <= _MOST_NUMBERED:
         for (row, column), dark in np.ndenumerate(is_dark):
@@ -106,8 +111,3 @@ def _figure_of(axes: Axes) -> Figure:
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     return figure
-
-
-def _label(name: str) -> str:
-    short = name if len(name) <= _LABEL_CHARACTERS else name[: _LABEL_CHARACTERS - 2] + ".."
-    return plain(short)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from tritter import __version__
 from tritter.report.comparison import MOST_GROUPS, figures
 from tritter.report.drawing import DPI
+from tritter.report.experts import experts_text, page_tables, share_text
 from tritter.report.growth import change_of_function, growth_text, most_grown, steps_text
 from tritter.report.growth_record import GrowthRecord
 from tritter.report.matrix import loss_text, mean_transfers, transfer_rows, transfer_text
@@ -25,6 +26,7 @@ _TITLES = {
     "changes": "Changes by domain",
     "cost": "Cost",
     "growth": "Neuron growth",
+    "experts": "LoRA experts",
     "matrix": "After each task",
 }
 _OVER_SEEDS = f"Groups of several seeds: mean with Student's {CONFIDENCE:.0%} interval"
@@ -47,6 +49,9 @@ _CAPTIONS = {
     "mean gradient norm of a layer's neurons, as a moving average, in proportion to that of the "
     "whole gradient; each check's is drawn back to the check before. FLOPs end with the last row "
     "of metrics.csv.",
+    "experts": "Routing: mean gates on held-out text, which is none of the training's; similarity: "
+    "of an expert's first batches to what was known, when it was spawned. Triangles: spawns; "
+    "dash-dotted: the next task begins.",
     "matrix": "Rows: the model before the first task and after each one; columns: domains. "
     "Numbers: nats per byte on all validation documents; colours: the change from the first row. "
     "Framed: what the task was about.",
@@ -126,8 +131,10 @@ def _overview(groups: Sequence[Group]) -> PageTable:
     changes = (f"{domain} ({role})" for domain, role in domains)
     has_growth = any(run.growth is not None for _, run in runs)
     growth = ("neurons born", "parameters after growth") if has_growth else ()
+    has_experts = any(run.experts is not None for _, run in runs)
+    experts = ("experts", "trainable share") if has_experts else ()
     cost = ("parameters", "steps", "FLOPs", "seconds")
-    header = ("run", "group", "seed", "status", *changes, *growth, *cost)
+    header = ("run", "group", "seed", "status", *changes, *growth, *experts, *cost)
     rows = tuple(
         (
             run.name,
@@ -136,6 +143,7 @@ def _overview(groups: Sequence[Group]) -> PageTable:
             _words(run.summary["status"]),
             *(_change_of(run.rows, domain) for domain, _ in domains),
             *(_growth_of(run) if has_growth else ()),
+            *(_experts_of(run) if has_experts else ()),
             count_text((run.summary.get("parameters") or {}).get("final")),
             str(run.steps),
             count_text((run.summary.get("flops") or {}).get("total")),
@@ -155,6 +163,12 @@ def _growth_of(run: Run) -> tuple[str, str]:
     if run.growth is None:
         return MISSING, MISSING
     return str(run.growth.born), count_text(run.growth.parameters_after)
+
+
+def _experts_of(run: Run) -> tuple[str, str]:
+    if run.experts is None:
+        return MISSING, MISSING
+    return str(run.experts.number), share_text(run.experts.share)
 
 
 def _words(status: object) -> str:
@@ -209,6 +223,10 @@ def _details(run: Run) -> dict[str, Any]:
         methods += f", growth={run.growth.name}"
         tables += [_grown_layers(run.growth), _growth_events(run.growth)]
         notes.insert(0, f"Growth: {growth_text(run.growth, signs=Signs.for_encoding('utf-8'))}.")
+    if run.experts is not None:
+        methods += f", experts={run.experts.kind}"
+        tables += page_tables(run.experts)
+        notes.insert(0, f"LoRA experts: {experts_text(run.experts)}.")
     return {
         "name": run.name,
         "status": str(summary["status"]),

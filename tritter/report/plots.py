@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 
 from tritter.report.bounds import LARGEST
 from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure
+from tritter.report.experts_plot import experts_figure
+from tritter.report.experts_record import ExpertsRecord
 from tritter.report.growth_plot import growth_figure, mark_growth
 from tritter.report.growth_record import GrowthRecord
 from tritter.report.matrix_plot import matrix_figure
@@ -70,6 +72,7 @@ def plot_run(
         "training.png": _training_figure(curves),
         "retention_and_gain.png": _tradeoff_figure(rows),
         "growth.png": None if growth is None else _growth_figure(growth, summary, curves),
+        "experts.png": _experts_figure(summary),
         "matrix.png": None if not matrix else matrix_figure(matrix),
     }
     written = []
@@ -85,6 +88,14 @@ def _growth_figure(
 ) -> Figure:
     end = last_attempt(summary).get("steps") or 0
     return growth_figure(growth, end=end, end_flops=last_flops(curves))
+
+
+def _experts_figure(summary: Mapping[str, Any]) -> Figure | None:
+    experts = ExpertsRecord.of(summary)
+    if experts is None:
+        return None
+    attempt = last_attempt(summary)
+    return experts_figure(experts, end=attempt.get("steps") or 0, borders=_borders(summary))
 
 
 def last_flops(curves: Sequence[Curve]) -> float | None:

@@ -4,7 +4,7 @@ Everything is read from what runs leave: summary.json, their metrics and the set
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 from scipy import stats
 
+from tritter.report.experts_record import ExpertsRecord
 from tritter.report.growth_record import GrowthRecord
 from tritter.report.plots import Curve
 from tritter.report.rows import DomainRow, domain_rows, last_attempt
@@ -109,6 +110,11 @@ class Run:
     def growth(self) -> GrowthRecord | None:
         """How its neurons grew; None: it was not to grow."""
         return GrowthRecord.of(self.summary)
+
+    @cached_property
+    def experts(self) -> ExpertsRecord | None:
+        """Its LoRA experts; None: it has none."""
+        return ExpertsRecord.of(self.summary)
 
     @property
     def matrix(self) -> Mapping[str, Any] | None:
@@ -211,8 +217,10 @@ def grouped(runs: Iterable[Run]) -> tuple[Group, ...]:
     groups = [tuple(each) for each in held.values()]
     firsts = [each[0] for each in groups]
     keys = [key for key in differing_keys(firsts) if key != _SEED and _tells(key, firsts)]
-    has_growth = any(run.growth is not None for run in firsts)
-    names = [_name(each[0], keys, has_growth=has_growth) for each in groups]
+    ways = {"growth": any(run.growth is not None for run in firsts)}
+    ways["experts"] = any(run.experts is not None for run in firsts)
+    beside = [way for way, is_there in ways.items() if is_there]
+    names = [_name(each[0], keys, beside=beside) for each in groups]
     return tuple(
         Group(name if names.count(name) == 1 else f"{name} ({each[0].name})", each)
         for name, each in zip(names, groups, strict=True)
@@ -230,7 +238,7 @@ def with_controls(groups: Iterable[Group]) -> tuple[Group, ...]:
             seen.append(scores)
             runs = tuple(_control_of(run) for run in group.runs if run.control_rows)
             words = group.name.split(" ")[1:]
-            rest = " ".join(word for word in words if not word.startswith("growth="))
+            rest = " ".join(word for word in words if not word.startswith(("growth=", "experts=")))
             found.append(Group(f"control, not grown: {rest}", runs, is_control=True))
     return tuple(found)
 
@@ -247,7 +255,9 @@ def _control_of(run: Run) -> Run:
         "seconds": {},
     }
     summary = {
-        k: v for k, v in run.summary.items() if k not in ("control", "expanded", "growth", "matrix")
+        k: v
+        for k, v in run.summary.items()
+        if k not in ("control", "expanded", "growth", "experts", "matrix")
     } | own
     return Run(run.name, summary, run.settings, run.control)
 
@@ -258,15 +268,18 @@ def differing_keys(runs: Sequence[Run]) -> tuple[str, ...]:
     return tuple(k for k in keys if len({repr(run.settings.get(k)) for run in runs}) > 1)
 
 
-def _name(run: Run, keys: Sequence[str], *, has_growth: bool) -> str:
+def _name(run: Run, keys: Sequence[str], *, beside: Collection[str]) -> str:
     """Name a group by its methods and by what else differs.
 
     Args:
-        has_growth: some of all runs may grow while they are trained.
+        beside: `growth` where some of all runs may grow while they are trained, `experts` where
+            some have them.
     """
     methods = {key: _methods(run, key) for key in ("expansion", "forgetting")}
-    if has_growth:
+    if "growth" in beside:
         methods["growth"] = [] if run.growth is None else [_short(run.growth.name)]
+    if "experts" in beside:
+        methods["experts"] = [] if run.experts is None else [_short(run.experts.kind)]
     parts = [f"{key}={'+'.join(names) or 'none'}" for key, names in methods.items()]
     most = len(parts) + _MOST_NAMED
     own = [key for key in keys if run.settings.get(key) is not None and key not in _NAMED_BY_GROWTH]

@@ -9,6 +9,7 @@ from typing_extensions import TypedDict  # pydantic asks for this one below Pyth
 
 from tritter.errors import TritterError
 from tritter.report.bounds import Count, Number
+from tritter.report.experts_record import ExpertsSummary
 from tritter.report.growth_record import GrowthSummary
 from tritter.report.matrix import MatrixSummary
 
@@ -86,6 +87,7 @@ class _Summary(TypedDict, total=False):
     samples: list[_Sample]
     notes: list[str]
     growth: GrowthSummary | None
+    experts: ExpertsSummary | None
     matrix: MatrixSummary | None
 
 

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tritter.report.experts import experts_table, experts_text, usage_table
+from tritter.report.experts_record import ExpertsRecord
 from tritter.report.growth import growth_table, growth_text
 from tritter.report.growth_record import GrowthRecord
 from tritter.report.matrix import transfer_table
 from tritter.report.moe import bias_text, expert_table
+from tritter.report.rich_table import new_table
 from tritter.report.rows import ACCURACY, DomainRow, checks, domain_rows, last_attempt, score_of
 from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
 from tritter.terminal import Console
@@ -62,6 +64,10 @@ def print_summary(
         tables.append(expert_table(experts))
     if (growth := GrowthRecord.of(summary)) is not None and growth.events:
         tables.append(growth_table(growth, signs=signs))
+    if (added := ExpertsRecord.of(summary)) is not None:
+        tables.append(experts_table(added, signs=signs))
+        if added.usage:
+            tables.append(usage_table(added, signs=signs))
     tables.append(stage_table(summary))
     for table in tables:
         console.print()
@@ -79,7 +85,7 @@ def print_summary(
 
 def result_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
     """Return one row per domain: nats per token at each stage, change per byte, verdict."""
-    table = _table("Loss in nats per token; change in % per byte")
+    table = new_table("Loss in nats per token; change in % per byte")
     _add_columns(table, "domain", "role", justify="left")
     _add_columns(table, "before", "expanded", "trained", "change", justify="right")
     _add_columns(table, "verdict", justify="left")
@@ -102,7 +108,7 @@ def task_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
         columns.append(("expanded", attempt["expanded"]))
     for number, task in enumerate(summary["tasks"], start=1):
         columns.append((f"{number}: {' '.join(task['domains'])}", task["final"]))
-    table = _table("Loss in nats per token after each task")
+    table = new_table("Loss in nats per token after each task")
     _add_columns(table, "domain", justify="left")
     _add_columns(table, *(signs.printable(name) for name, _ in columns), justify="right")
     for row in domain_rows(summary):
@@ -115,7 +121,7 @@ def task_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
 def stage_table(summary: Mapping[str, Any]) -> Table:
     """Return seconds and FLOPs of each stage."""
     seconds, flops = summary.get("seconds") or {}, summary.get("flops") or {}
-    table = _table("Cost")
+    table = new_table("Cost")
     _add_columns(table, "stage", justify="left")
     _add_columns(table, "seconds", "FLOPs", justify="right")
     for name in stages(seconds, flops):
@@ -147,6 +153,8 @@ def summary_lines(summary: Mapping[str, Any], *, signs: Signs) -> list[SummaryLi
     lines.append(SummaryLine("parameters", _parameters_text(summary, signs=signs)))
     if (growth := GrowthRecord.of(summary)) is not None:
         lines.append(SummaryLine("growth", growth_text(growth, signs=signs)))
+    if (added := ExpertsRecord.of(summary)) is not None:
+        lines.append(SummaryLine("experts", signs.printable(experts_text(added))))
     if (text := bias_text(summary.get("moe") or {})) is not None:
         lines.append(SummaryLine("bias", text))
     return lines
@@ -180,20 +188,6 @@ def _rounds_text(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]
     return (
         f"{len(rounds)} of {len(target['planned'])} planned: {done}; target "
         f"{count_text(target['target_params'])} {reached}. The table shows the last"
-    )
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        caption_style="dim",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
     )
 
 

@@ -1,0 +1,229 @@
+"""LoRA experts as they are shown: each number once more, and any part of the record may be gone."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from tests.report.places import GONE, places, replaced
+from tests.report.spawning import experts
+from tests.report.test_page import HOSTILE, run_of, seen
+from tests.report.test_tables import line_of, printed
+from tritter.errors import TritterError
+from tritter.pipeline.metrics import wandb_summary
+from tritter.report.comparison import figures
+from tritter.report.drawing import new_figure
+from tritter.report.experts import experts_table, experts_text, page_tables, usage_table
+from tritter.report.experts_plot import (
+    draw_ranks,
+    draw_routing,
+    draw_similarity,
+    draw_usage,
+    experts_figure,
+)
+from tritter.report.experts_record import ExpertsRecord
+from tritter.report.page import page
+from tritter.report.plots import plot_run
+from tritter.report.runs import grouped, with_controls
+from tritter.report.summary_check import check_summary
+from tritter.report.wording import Signs
+
+SIGNS = Signs.for_encoding("utf-8")
+END = 96
+
+
+def record_of(made: dict[str, Any]) -> ExpertsRecord:
+    found = ExpertsRecord.of({"experts": made})
+    assert found is not None
+    return found
+
+
+def test_the_tables_have_each_expert_and_each_domain(summary: dict[str, Any]) -> None:
+    text = printed(summary | {"experts": experts()})
+    rows = text[text.index("LoRA experts (dylora)") :]
+    assert line_of(rows, "base") == ["base", *["-"] * 6, "54"]
+    assert line_of(rows, "expert_1") == [
+        *("expert_1", "code", "12", "2", "9.3", "6", "16", "44", "mature"),
+    ]  # fmt: skip
+    assert line_of(rows, "expert_2") == [
+        *("expert_2", "sums", "40", "2", "6.44", "6", "-", "-", "evicted"),
+    ]  # fmt: skip
+    assert line_of(rows, "expert_3")[4:] == ["120", "6", "8", "2", "young"]
+    routing = rows[rows.index("Routing: mean gate") :]
+    assert line_of(routing, "domain") == ["domain", "base", "expert_1", "expert_3"]
+    assert line_of(routing, "prose") == ["prose", "98", "2", "0"]
+    assert line_of(routing, "code") == ["code", "10", "85", "5"]
+    said = " ".join(routing.split())
+    assert "experts 3 at the end, 3 spawned; 12.4 k parameters trained (3.1 %);" in said
+    assert "batches: 120 known, 6 new, 2 unsure, 0 idle; 1 refused, last: the cooldown;" in said
+    assert "routed top-2 at temperature 0.5" in said
+    for encoding in ("ascii", "utf-8"):
+        text = printed(summary | {"experts": experts()}, encoding=encoding)
+        assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    assert "expert" not in printed(summary)
+
+
+def test_of_many_the_most_used_are_shown() -> None:
+    names = [f"expert_{number}" for number in range(40)]
+    usage = {f"d{n}": {name: n * i / 1000 for i, name in enumerate(names)} for n in range(30)}
+    found = record_of({"names": names, "usage": usage})
+    table = usage_table(found, signs=SIGNS)
+    assert [column.header for column in table.columns] == ["domain", *names[-6:]]
+    assert str(table.caption).splitlines() == [
+        "34 experts more are in summary.json", "14 domains more are in summary.json",
+    ]  # fmt: skip
+    assert experts_table(found, signs=SIGNS).row_count == 16
+    width, height = experts_figure(found, end=5).get_size_inches()
+    assert max(width, height) * 150 < 2**12
+
+
+def axes_of(draw: Any, made: dict[str, Any], **options: Any) -> Any:
+    _, (axes,) = new_figure(width=4, height=3)
+    draw(axes, record_of(made), **options)
+    return axes
+
+
+def test_routing_and_similarity_are_drawn_cell_by_cell() -> None:
+    axes = axes_of(draw_routing, experts())
+    assert np.asarray(axes.images[0].get_array()) == pytest.approx(
+        np.array([[0.98, 0.02, 0.0], [0.1, 0.85, 0.05]])
+    )
+    assert [t.get_text() for t in axes.texts] == ["98", "2", "0", "10", "85", "5"]
+    axes = axes_of(draw_similarity, experts())
+    cells = np.ma.asarray(axes.images[0].get_array())
+    assert np.ma.filled(cells, -1) == pytest.approx(
+        np.array([[0.41, -1, -1], [0.52, 0.113, -1], [0.3, 0.25, 0.9]])
+    )
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["base", "expert_1", "expert_2"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["expert_1", "expert_2", "expert_3"]
+
+
+def test_courses_have_gaps_where_an_expert_was_not() -> None:
+    marked: list[Any] = []
+    axes = axes_of(draw_usage, experts(), mark=marked.append)
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert list(lines) == ["base", "expert_1", "expert_3", "expert_2"] and marked == [axes]
+    assert lines["expert_2"] == pytest.approx([np.nan, np.nan, 20, np.nan], nan_ok=True)
+    axes = axes_of(draw_ranks, experts(), end=END, mark=marked.append)
+    lines = {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in axes.lines}
+    assert list(lines["expert_1"][0]) == [12, 35, 64, END]
+    assert lines["expert_3"][1] == pytest.approx([np.nan, np.nan, 8, 8], nan_ok=True)
+    made = experts() | {"ranks_over_time": None}
+    axes = axes_of(draw_ranks, made, end=END, mark=marked.append)
+    assert [list(line.get_ydata()) for line in axes.lines] == [[16, 16], [8, 8]]
+
+
+def test_spawns_and_tasks_are_marked() -> None:
+    figure = experts_figure(record_of(experts()), end=END, borders=[32, 64])
+    usage = figure.axes[3]
+    marks = [line for line in usage.lines if line.get_marker() == "^"]
+    assert [list(line.get_xdata()) for line in marks] == [[12, 40, 64]]
+    assert [line.get_xdata()[0] for line in usage.lines if line.get_linestyle() == "-."] == [32, 64]
+    assert usage.get_xlim() == (0, END)
+
+
+def test_page_and_plots_have_them_where_there_are_some(summary: dict[str, Any], tmp_path) -> None:  # type: ignore[no-untyped-def]
+    made = summary | {"experts": experts()}
+    assert "experts.png" in {path.name for path in plot_run(made, None, tmp_path / "a")}
+    assert "experts.png" not in {path.name for path in plot_run(summary, None, tmp_path / "b")}
+    one = run_of(made, "one", 0)
+    text, pictures = page([one], title="One")
+    names = [name for name in pictures if name.startswith("experts")]
+    assert names == [f"experts_{number}.png" for number in range(1, 5)]
+    words = " ".join(" ".join(seen(text).words).split())
+    assert "forgetting=ewc, experts=dylora" in words
+    assert "expert_3 tools 64 2 120 6 8 2 young" in words
+    assert "expert_2 0.52 0.113 -" in words  # similarity
+    assert "60 evicted expert_2 least used" in words
+    assert "experts trainable share parameters" in words and "3 3.1 % 532 k" in words
+    plain = run_of(summary, "plain", 1)
+    found = figures(grouped([one, plain, run_of(made, "again", 2)]))["experts"]
+    assert [figure.axes[0].get_title() for figure in found] == [
+        f"{name}: routing by skill: mean gate [%]" for name in ("one", "again")
+    ]
+    text, _ = page([plain], title="None")
+    assert "trainable share" not in text and "LoRA" not in text
+
+
+def test_groups_are_named_by_them(summary_with_control: dict[str, Any]) -> None:
+    made = summary_with_control | {"experts": experts()}
+    first, second = run_of(made, "a", 0), run_of(summary_with_control, "b", 0)
+    second.settings["x"] = 1  # type: ignore[index]
+    names = [group.name for group in grouped([first, second])]
+    assert names[0].endswith("forgetting=ewc experts=dylora")
+    assert "experts=none" in names[1]
+    control = next(group for group in with_controls(grouped([first])) if group.is_control)
+    assert control.name == "control, not grown: forgetting=ewc"
+    assert control.runs[0].experts is None
+
+
+def test_wandb_has_their_sums(summary: dict[str, Any]) -> None:
+    told = wandb_summary(summary | {"experts": experts()})
+    assert told["experts/number"] == 3 and told["experts/spawned"] == 3
+    assert told["experts/trainable_share"] == 0.031 and told["experts/trainable"] == 12_400
+    assert not any("experts" in name for name in wandb_summary(summary))
+
+
+def test_names_of_theirs_are_text(summary: dict[str, Any]) -> None:
+    made = experts() | {"kind": HOSTILE, "names": [HOSTILE, "\x1b[31m$_{\n"]}
+    made["usage"] = {HOSTILE: {HOSTILE: 0.5}}
+    text, _ = page([run_of(summary | {"experts": made}, "a", 0)], title="One")
+    assert HOSTILE not in text and "script" not in {tag for tag, _ in seen(text).tags}
+    assert "\x1b" not in printed(summary | {"experts": made})
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ((), [], "experts"),
+        (("names",), "base", "experts.names"),
+        (("number",), -1, "experts.number"),
+        (("spawned", 0, "step"), 1.5, "experts.spawned.0.step"),
+        (("spawned", 0, "score"), math.nan, "experts.spawned.0.score"),
+        (("spawned", 0, "similarity"), {"base": "x"}, "experts.spawned.0.similarity.base"),
+        (("events", 0, "why"), 5, "experts.events.0.why"),
+        (("usage", "prose", "base"), math.inf, "experts.usage.prose.base"),
+        (("usage_over_time", "steps"), [10, 9, 50, 90], "steps of usage_over_time do not ascend"),
+        (("usage_over_time", "gates", "base"), [1.0], "usage_over_time has not one number"),
+        (("ranks_over_time", "ranks"), {"x": []}, "ranks_over_time has not one number"),
+        (("ranks", "expert_1"), "8", "experts.ranks.expert_1"),
+        (("parameters", "share"), "all", "experts.parameters.share"),
+        (("batches", "known"), -2, "experts.batches.known"),
+        (("routing",), {"temperature": 1e300}, "experts.routing.temperature"),
+    ],
+)
+def test_what_is_no_record_of_experts_is_refused(
+    summary: dict[str, Any], place: tuple[str | int, ...], value: Any, said: str
+) -> None:
+    whole = {"experts": experts()}
+    check_summary(summary | whole)
+    with pytest.raises(TritterError, match=said):
+        check_summary(summary | replaced(whole, ("experts", *place), value))
+
+
+def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
+    """Each value in its turn is gone, or of another kind, or out of all bounds."""
+    made, shown, refused = experts(), 0, 0
+    for place in places(made):
+        for value in (GONE, None, "$_{", -1, 0, 10**20, 1e30, -1e30, math.nan, [], {}):
+            changed = replaced({"experts": made}, ("experts", *place), value)
+            try:
+                check_summary(summary | changed)
+            except TritterError:
+                refused += 1
+                continue
+            found = ExpertsRecord.of(changed)
+            if found is None:
+                continue
+            assert experts_text(found)
+            experts_table(found, signs=SIGNS)
+            usage_table(found, signs=SIGNS)
+            page_tables(found)
+            if shown % 50 == 0:  # drawing takes its time
+                FigureCanvasAgg(experts_figure(found, end=0)).draw()
+            shown += 1
+    assert shown > 100 and refused > 300
+    for end in ({"kind": "dylora"}, {"names": []}, {"ranks": {"a": None}}):
+        FigureCanvasAgg(experts_figure(record_of(end), end=0)).draw()
