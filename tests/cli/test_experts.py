@@ -179,6 +179,7 @@ def test_damaged_experts_are_a_wrong_request(run: Run, place: Path, mixture: Exp
         "generate --checkpoint whole --prompt the",
         "evaluate --checkpoint whole --data n=whole/README.md",
         "expand --checkpoint whole --method dus",
+        "export --checkpoint whole --output out --merge",
     ):
         result = run(words)
         assert (result.code, "experts.safetensors" in result.err) == (2, True), words

@@ -24,7 +24,13 @@ def model_card(lineage: Lineage, config: Config, *, experts: Sequence[str] = ())
 
 
 def export_card(
-    config: Config, *, origin: str, origin_hash: str, model_hash: str, lineage: Lineage | None
+    config: Config,
+    *,
+    origin: str,
+    origin_hash: str,
+    model_hash: str,
+    lineage: Lineage | None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the card of an exported folder, which keeps no other record of where it comes from.
 
@@ -33,9 +39,11 @@ def export_card(
         origin_hash: its model hash, or the SHA-256 of its file.
         model_hash: Merkle hash over the exported tensors.
         lineage: what the checkpoint said of itself, if anything.
+        notes: sentences on what was made of it.
     """
     dtype = config["dtype"]
     lines = _introduction(config, f"Exported with Tritter: all tensors in {dtype}.")
+    lines += [line for note in notes for line in (_sentence(note), "")]
     if lineage is not None:
         lines += _history(lineage) + _scores(lineage)
     lines += [
@@ -126,6 +134,11 @@ def _scores(lineage: Lineage) -> list[str]:
         f"| {_cell(name)} | {score:.4f} |" for name, score in lineage.benchmark_scores.items()
     ]
     return [*lines, ""]
+
+
+def _sentence(text: str) -> str:
+    """Return a sentence as text of Markdown."""
+    return " ".join(harmless(text).split()).replace("<", "&lt;")
 
 
 def _cell(name: str) -> str:

@@ -18,7 +18,7 @@ from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.checkpoint.record import Lineage
 from tritter.checkpoint.source import Source
 from tritter.checkpoint.state import write_state
-from tritter.errors import RequestError
+from tritter.errors import RequestError, TritterError
 from tritter.families import (
     Config,
     LayoutKind,
@@ -62,6 +62,7 @@ class Weights:
         lineage: what it says of itself, if anything.
         moments: what a training can go on from; written only where an origin brings it.
         places: folders and files that all this is read from, where nothing may be written.
+        notes: sentences for the card.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Weights:
     lineage: Lineage | None = None
     moments: Moments | None = None
     places: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, source: Source) -> "Weights":
@@ -98,6 +100,43 @@ class Weights:
 
         lineage = self.lineage and replace(self.lineage, stock_loadable="yes")
         return replace(self, config={**self.config, key: first}, read=read, lineage=lineage)
+
+    def with_added(self, added: Mapping[str, Tensor]) -> "Weights":
+        """Return the same model with something added to the weights of layers.
+
+        A head that was tied is a tensor of its own where the vocabulary is added to.
+
+        Args:
+            added: by the layer's name in memory, of the weight's shape.
+
+        Raises:
+            TritterError: the model has no such layer, or it is of another shape.
+        """
+        family, config = family_of(self.config), self.config
+        embedding = family.tensors[0]
+        tied = [tensor for tensor in family.tensors if tensor.unless and not tensor.exists(config)]
+        vocabulary = {tensor.disk_name.removesuffix(".weight") for tensor in (embedding, *tied)}
+        if tied and vocabulary & added.keys():
+            config = {**config, **{tensor.unless: False for tensor in tied}}
+        places = {s.name.removesuffix(".weight"): s for s in layout(config, "live") if s.is_whole}
+        of_name: dict[str, Tensor] = {}
+        for layer, delta in added.items():
+            if layer not in places or places[layer].shape != tuple(delta.shape):
+                raise TritterError(f"{self.name} has no layer {layer} of {list(delta.shape)}.")
+            of_name[places[layer].parts[0].tensor.name] = delta
+        untied = {tensor.name for tensor in tied}
+
+        def origin(name: str) -> str:
+            return embedding.name if name in untied else name
+
+        def read(name: str) -> Tensor:
+            value = self.read(origin(name))
+            if name not in of_name:
+                return value
+            wide = torch.promote_types(value.dtype, torch.float32)
+            return value.to(wide) + of_name[name].to(wide)
+
+        return replace(self, config=config, read=read, dtype=lambda name: self.dtype(origin(name)))
 
     @property
     def widest_dtype(self) -> torch.dtype:
@@ -170,7 +209,9 @@ def export_model(
             _write_moments(folder, weights.moments, max_shard_bytes=max_shard_bytes)
         origin_hash, model_hash = weights.finish(), merkle_hash(digests)
         hashes = {"origin_hash": origin_hash, "model_hash": model_hash}
-        card = export_card(stock, origin=weights.name, lineage=weights.lineage, **hashes)
+        card = export_card(
+            stock, origin=weights.name, lineage=weights.lineage, notes=weights.notes, **hashes
+        )
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
     return Exported(
         folder=destination,

@@ -7,7 +7,8 @@ read at length, moved or deleted.
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, lineage_of
@@ -26,11 +27,19 @@ _STATE_FILES = {f"{STATE_FOLDER}/{name}" for name in ("state.json", "router.json
 _MAX_SHOWN = 4
 
 
-def check_output(target: Path, *, sources: Sequence[Path] = (), overwrite: bool) -> None:
+def check_output(
+    target: Path,
+    *,
+    sources: Sequence[Path] = (),
+    overwrite: bool,
+    check: Callable[[Path], None] | None = None,
+) -> None:
     """Refuse a place where a checkpoint may not be written.
 
     Args:
         sources: folders and files that it is made from.
+        check: raises where a folder that stands there may not be replaced; `check_replaceable` by
+            default.
 
     Raises:
         RequestError: it is a source, lies in one or holds one; something stands there and
@@ -46,7 +55,7 @@ def check_output(target: Path, *, sources: Sequence[Path] = (), overwrite: bool)
         if is_within(source, target):
             raise _holds_source(target, source)
     if overwrite and os.path.lexists(target):
-        check_replaceable(target, sources=sources)
+        (check or partial(check_replaceable, sources=sources))(target)
 
 
 def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:

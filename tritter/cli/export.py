@@ -4,11 +4,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tritter.checkpoint import Source
+from tritter.checkpoint.expert_files import ExpertFiles
 from tritter.checkpoint.export import Exported, Weights, export_model
 from tritter.checkpoint.folder import Artifact
 from tritter.checkpoint.lightning_file import read_lightning_file
@@ -35,7 +36,10 @@ from tritter.storage.hub import locate
 from tritter.storage.names import named_path
 from tritter.storage.tensors import WEIGHT_DTYPES
 
-FORMATS = ("hf",)
+if TYPE_CHECKING:
+    from tritter.cli.export_experts import Merge
+
+FORMATS = ("hf", "peft")
 LAYOUTS: dict[str, LayoutKind] = {"hub": "hub", "fused": "live"}
 
 
@@ -50,6 +54,8 @@ class ExportRequest:
         prefix: of a file: what stands before the model's own names.
         is_without_state: of a file: leave the optimizer's moments out.
         is_without_new_experts: of a folder: leave out appended experts that are not open yet.
+        is_merged: of a folder with LoRA experts: make one of them, or put them into the base.
+        rank: of merged experts as an adapter; None: as much as loses nothing.
     """
 
     checkpoint: str
@@ -62,6 +68,8 @@ class ExportRequest:
     prefix: str | None
     is_without_state: bool
     is_without_new_experts: bool
+    is_merged: bool
+    rank: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,7 @@ class _Origin:
     weights: Weights
     artifacts: Sequence[Artifact]
     notes: tuple[str, ...] = ()
+    merged: "Merge | None" = None
 
 
 def run_export(request: ExportRequest, *, overwrite: bool, as_json: bool) -> int:
@@ -86,6 +95,9 @@ def run_export(request: ExportRequest, *, overwrite: bool, as_json: bool) -> int
     if request.dtype is not None:
         dtype = getattr(torch, choice("dtype", request.dtype, WEIGHT_DTYPES))
     is_file = named_path(request.checkpoint, key="--checkpoint").is_file()
+    _check_expert_options(request, is_file=is_file)
+    if request.format == "peft":
+        return _run_adapters(request, dtype=dtype, overwrite=overwrite, as_json=as_json)
     check_output(request.output, sources=_places(request), overwrite=overwrite)
     with damage_is_a_wrong_request():
         origin = _file(request) if is_file else _folder(request)
@@ -109,6 +121,68 @@ def run_export(request: ExportRequest, *, overwrite: bool, as_json: bool) -> int
             print_json(_as_json(request, origin, exported))
         else:
             _print(origin, exported)
+    return 0
+
+
+def _check_expert_options(request: ExportRequest, *, is_file: bool) -> None:
+    """Refuse options that speak of LoRA experts, or of none, where that can't be."""
+    if is_file and (request.is_merged or request.format == "peft"):
+        option = "--merge" if request.is_merged else "--format = peft"
+        raise RequestError(
+            f"{option}: --checkpoint {request.checkpoint} is a file; allowed is a folder with "
+            "LoRA experts."
+        )
+    if request.rank is not None and not (request.is_merged and request.format == "peft"):
+        raise RequestError(f"--rank = {request.rank}: allowed with --format peft --merge.")
+    of_models = {
+        "--config": request.config,
+        "--prefix": request.prefix,
+        "--no-state": request.is_without_state or None,
+        "--expert-layout": request.expert_layout,
+        "--drop-new-experts": request.is_without_new_experts or None,
+    }
+    given = [option for option, value in of_models.items() if value is not None]
+    if given and request.format == "peft":
+        raise RequestError(f"{', '.join(given)}: allowed with --format hf; adapters have none.")
+
+
+def _run_adapters(
+    request: ExportRequest, *, dtype: torch.dtype | None, overwrite: bool, as_json: bool
+) -> int:
+    """Write LoRA experts as adapters, and print what they are."""
+    from tritter.cli.export_experts import (
+        LARGEST_RANK,
+        base_of,
+        check_place,
+        export_adapters,
+        merge,
+        print_adapters,
+    )
+
+    with damage_is_a_wrong_request():
+        folder = locate(request.checkpoint)
+        check_place(request.output, source=folder, overwrite=overwrite)
+        Source.open(folder, read_config(folder))  # which holds it against its own record
+        if ExpertFiles.read(folder) is None:
+            raise RequestError(
+                f"--format = peft: {folder} has no LoRA experts; allowed is hf, a plain folder."
+            )
+        merged = None
+        if request.is_merged:
+            merged = merge(folder, rank=request.rank, largest_rank=LARGEST_RANK)
+    told = export_adapters(
+        folder,
+        request.output,
+        base=base_of(request.checkpoint, folder),
+        merged=merged,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+    with says_if_written(request.output):
+        if as_json:
+            print_json(told)
+        else:
+            print_adapters(told, merged)
     return 0
 
 
@@ -138,7 +212,30 @@ def _folder(request: ExportRequest) -> _Origin:
             f"{folder}: {obstacle}. Train the model until the offset is 0, or leave them out with "
             "--drop-new-experts."
         )
-    return _Origin(weights, [TokenizerFiles(folder)], notes)
+    merged = _merged(request, folder)
+    if merged is not None:
+        from tritter.cli.export_experts import with_merged
+
+        weights = with_merged(weights, merged)
+    return _Origin(weights, [TokenizerFiles(folder)], notes, merged)
+
+
+def _merged(request: ExportRequest, folder: Path) -> "Merge | None":
+    """Return the LoRA experts of a folder as one, where it has any and that is asked."""
+    files = ExpertFiles.read(folder)
+    if files is None:
+        if request.is_merged:
+            raise RequestError(f"--merge: {folder} has no LoRA experts.")
+        return None
+    if not request.is_merged:
+        raise RequestError(
+            f"{folder} holds LoRA experts ({', '.join(files.head.names)}), which a plain folder "
+            "can't mix: --format peft writes each as an adapter, --merge puts them into the base "
+            "(lossy; it says how much)."
+        )
+    from tritter.cli.export_experts import merge
+
+    return merge(folder)
 
 
 def _without_new_experts(weights: Weights, folder: Path) -> tuple[Weights, tuple[str, ...]]:
@@ -211,6 +308,7 @@ def _as_json(request: ExportRequest, origin: _Origin, exported: Exported) -> dic
         "model_hash": exported.model_hash,
         "state": {"step": moments.step, "kinds": sorted(moments.kinds)} if moments else None,
         "notes": list(origin.notes),
+        "merged": None if origin.merged is None else origin.merged.to_dict(),
     }
 
 
@@ -227,6 +325,10 @@ def _print(origin: _Origin, exported: Exported) -> None:
     if moments is not None:
         lines.append(("state", f"{', '.join(sorted(moments.kinds))} after {moments.step} steps"))
     lines += [("note", note) for note in origin.notes]
+    if origin.merged is not None:
+        from tritter.cli.export_experts import merge_lines
+
+        lines += merge_lines(origin.merged)
     lines += [("from", short(exported.origin_hash)), ("hash", short(exported.model_hash))]
     print_lines(console, lines)
     console.print()

@@ -13,7 +13,13 @@ ExportSource = Annotated[
 ]
 ExportOutput = Annotated[Path, option("--output", "DST", "New folder.", parser=place)]
 Format = Annotated[
-    str, option("--format", "hf", "hf: a plain folder of Hugging Face transformers.")
+    str,
+    option(
+        "--format",
+        "hf|peft",
+        "hf: a plain folder of Hugging Face transformers; peft: each LoRA expert as a stock "
+        "adapter.",
+    ),
 ]
 ExportDType = Annotated[
     str | None,
@@ -56,6 +62,24 @@ DropNewExperts = Annotated[
     flag(
         "--drop-new-experts",
         "Of a folder: leave out appended experts that are not wholly open yet.",
+    ),
+]
+Merge = Annotated[
+    bool,
+    flag(
+        "--merge",
+        "Of a folder with LoRA experts: put them into the base (hf), or make one adapter of them "
+        "(peft), by mean gates. Lossy; it says how much.",
+    ),
+]
+MergedRank = Annotated[
+    int | None,
+    option(
+        "--rank",
+        "R",
+        "With --format peft --merge: of the one adapter. Default: as much as loses nothing.",
+        least=1,
+        most=1024,
     ),
 ]
 NoState = Annotated[bool, flag("--no-state", "Leave the optimizer's moments out.", panel=_CKPT)]

@@ -206,10 +206,12 @@ def export(
     prefix: export_options.Prefix = None,
     no_state: export_options.NoState = False,
     drop_new_experts: export_options.DropNewExperts = False,
+    merge: export_options.Merge = False,
+    rank: export_options.MergedRank = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> int:
-    """Write a checkpoint as a plain folder that any Hugging Face reader loads.
+    """Write a checkpoint as a plain folder that any Hugging Face reader loads, or as adapters.
 
     tritter export --checkpoint grown --output grown-hf
     """
@@ -226,6 +228,8 @@ def export(
         prefix=prefix,
         is_without_state=no_state,
         is_without_new_experts=drop_new_experts,
+        is_merged=merge,
+        rank=rank,
     )
     return run_export(request, overwrite=overwrite, as_json=as_json)
 

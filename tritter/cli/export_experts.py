@@ -1,0 +1,289 @@
+"""`tritter export` of a folder with LoRA experts: as stock adapters, or merged."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritter.checkpoint.expert_files import ADAPTER_FILES, ExpertFiles
+from tritter.checkpoint.export import Weights
+from tritter.checkpoint.history import learned_text, read_chain
+from tritter.checkpoint.place import check_output, is_within
+from tritter.cli.output import (
+    new_console,
+    new_table,
+    print_command,
+    print_lines,
+    shown_path,
+)
+from tritter.data.documents import Document
+from tritter.data.pretrained import read_tokenizer
+from tritter.data.sources import source_documents
+from tritter.data.tokens import pack, tokenise
+from tritter.errors import RequestError, TritterError
+from tritter.evaluation.gate import EXACT_JUMP
+from tritter.experts.merged_mixture import (
+    LogitChange,
+    MergedAdapter,
+    deltas,
+    logit_change,
+    merged_adapter,
+)
+from tritter.experts.peft_folder import StoredAdapter, write_stored
+from tritter.experts.stored import ExpertFolder
+from tritter.families import Config, family_of
+from tritter.models import load_model, read_config
+from tritter.report.wording import count_text
+from tritter.storage.atomic import atomic_folder
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_OF_STOCK = {*ADAPTER_FILES, "README.md"}
+_SEQUENCES, _LENGTH, _DOCUMENTS = 8, 128, 16  # of a domain, for what a merge is measured on
+LARGEST_RANK = 1024  # of an adapter that is read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merge:
+    """What became of experts that were merged.
+
+    Args:
+        gates: expert → what it was multiplied with.
+        gates_from: where these are from, in words.
+        made: the one adapter.
+        change: what it computes otherwise than the mixture.
+        text: that this was measured on, in words.
+    """
+
+    gates: Mapping[str, float]
+    gates_from: str
+    made: MergedAdapter
+    change: LogitChange
+    text: str
+
+    @property
+    def sentence(self) -> str:
+        change, lost = self.change, self.made.lost
+        cut = f"; of the adapters' sum up to {lost:.1%} of a layer is left out" if lost else ""
+        word = "lossy" if change.largest > EXACT_JUMP else "exact but for rounding"
+        return (
+            f"{word}: logits move by up to {change.largest:.2g} of their deviation, "
+            f"{change.mean:.2g} in the mean (RMS); the likeliest next token stays at "
+            f"{change.same_best:.1%} of {change.num_tokens:,} tokens of {self.text}{cut}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "gates": dict(self.gates),
+            "gates_from": self.gates_from,
+            "rank": self.made.adapter.shape.rank,
+            "lost_share": self.made.lost,
+            "logit_change": asdict(self.change),
+            "measured_on": self.text,
+        }
+
+
+def merge(folder: Path, *, rank: int | None = None, largest_rank: int | None = None) -> Merge:
+    """Merge the experts of a folder by mean gates, and measure what that changes.
+
+    Args:
+        rank: None: as much as loses nothing, up to `largest_rank`.
+
+    Raises:
+        RequestError: it has no adapter.
+        TritterError: the experts are damaged, or the model can't be loaded.
+    """
+    files, held = ExpertFiles.read(folder), ExpertFolder.read(folder)
+    assert files is not None and held is not None
+    gates = files.mean_gates()
+    gates_from = f"mean gates on {', '.join(files.head.usage)}"
+    if gates is None:
+        gates = dict.fromkeys(files.head.names, 1 / len(files.head.names))
+        gates_from = "equal: the folder keeps no usage"
+    made = merged_adapter(held, gates, rank=rank)
+    if largest_rank is not None and made.adapter.shape.rank > largest_rank:
+        made = merged_adapter(held, gates, rank=largest_rank)
+    config = read_config(folder)
+    input_ids, text = _tokens(folder, config)
+    change = logit_change(held, load_model(folder), made.adapter, input_ids)
+    return Merge(gates=gates, gates_from=gates_from, made=made, change=change, text=text)
+
+
+def with_merged(weights: Weights, merged: Merge) -> Weights:
+    """Return a base's weights with merged experts in them."""
+    shares = ", ".join(f"{name} {gate:.3g}" for name, gate in merged.gates.items())
+    note = f"LoRA experts are merged into these weights, times {shares} ({merged.gates_from})"
+    added = weights.with_added(deltas(merged.made.adapter))
+    return replace(added, notes=(f"{note}; {merged.sentence}.",))
+
+
+def export_adapters(
+    folder: Path,
+    output: Path,
+    *,
+    base: str,
+    merged: Merge | None,
+    dtype: torch.dtype | None,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Write each expert as a stock adapter below `output`, or the merged one there.
+
+    Args:
+        base: what the adapters' configs say they stand on.
+        dtype: of their factors; None: as they are.
+
+    Returns:
+        What was written, for JSON.
+
+    Raises:
+        RequestError: there is no expert; or `output` is no place for them.
+        TritterError: the experts are damaged, or the disk refused a write.
+    """
+    held = ExpertFolder.read(folder)
+    assert held is not None
+    if not held.adapters:
+        raise RequestError(f"{folder} has no adapter to export: the mixture is its base alone.")
+    adapters = dict(held.adapters) if merged is None else {"": merged.made.adapter}
+    adapters = {name: _cast(adapter, dtype) for name, adapter in adapters.items()}
+    check = partial(check_adapters, source=folder)
+    with atomic_folder(output, overwrite=overwrite, check=check) as place:
+        for name, adapter in adapters.items():
+            write_stored(adapter, place / name, base=base, overwrite=not name)
+    shown = [_record(name, adapter, output) for name, adapter in adapters.items()]
+    return {
+        "source": str(folder),
+        "destination": str(output),
+        "format": "peft",
+        "base": base,
+        "adapters": shown,
+        "merged": None if merged is None else merged.to_dict(),
+    }
+
+
+def print_adapters(told: Mapping[str, Any], merged: Merge | None) -> None:
+    """Print what `export_adapters` wrote."""
+    console = new_console()
+    table = new_table(
+        "adapter", "rank", "alpha", "parameters", "on",
+        numbers=("rank", "alpha", "parameters"), wrapped=("on",),
+    )  # fmt: skip
+    for each in told["adapters"]:
+        numbers = (str(each["rank"]), f"{each['alpha']:g}", count_text(each["parameters"]))
+        table.add_row(each["name"], *numbers, " ".join(each["targets"]))
+    console.print(table)
+    console.print()
+    lines = [("base", told["base"])]
+    print_lines(console, lines + ([] if merged is None else merge_lines(merged)))
+    console.print()
+    print_command(console, "written", shown_path(Path(told["destination"])))
+
+
+def merge_lines(merged: Merge) -> list[tuple[str, str]]:
+    """Return what there is to say of a merge, for a person."""
+    shares = ", ".join(f"{name} {gate:.2f}" for name, gate in merged.gates.items())
+    return [("gates", f"{shares} ({merged.gates_from})"), ("merged", merged.sentence)]
+
+
+def base_of(checkpoint: str, folder: Path) -> str:
+    """Return what adapters of a folder stand on: a hub id where one is known, else its path."""
+    if not Path(checkpoint).expanduser().exists():
+        return checkpoint  # downloaded, with the base at its root
+    links = read_chain(folder)
+    for link in links:
+        given = link.lineage.training_config if link.lineage is not None else {}
+        path = given.get("path") if given.get("stage") == "given" else None
+        is_same = link.model_hash == links[-1].model_hash
+        if is_same and isinstance(path, str) and _HUB_ID.fullmatch(path):
+            return path
+    return str(folder.resolve())
+
+
+def check_place(output: Path, *, source: Path, overwrite: bool) -> None:
+    """Refuse a place where adapters may not be written.
+
+    Raises:
+        RequestError: as `check_output`, or something else than adapters stands there.
+    """
+    check = partial(check_adapters, source=source)
+    check_output(output, sources=[source], overwrite=overwrite, check=check)
+
+
+def check_adapters(folder: Path, *, source: Path) -> None:
+    """Refuse to replace a folder that holds anything but adapters; opens nothing.
+
+    Raises:
+        RequestError: says what else is there.
+    """
+    if is_within(source, folder):
+        raise RequestError(f"{folder} holds {source}, which the result is made from.")
+    strays = sorted(_strays(folder))
+    if strays or not any(folder.rglob(ADAPTER_FILES[0])):
+        what = f"holds more than adapters ({strays[0]})" if strays else "holds no adapter"
+        raise RequestError(f"{folder} {what}, and is not replaced. Choose another place.")
+
+
+def _strays(folder: Path, depth: int = 0) -> Iterator[str]:
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False) and depth == 0:
+            yield from _strays(folder / entry.name, depth=1)
+        elif not entry.is_file(follow_symlinks=False) or entry.name not in _OF_STOCK:
+            yield entry.name
+
+
+def _cast(adapter: StoredAdapter, dtype: torch.dtype | None) -> StoredAdapter:
+    if dtype is None:
+        return adapter
+    factors = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.factors.items()}
+    return replace(adapter, factors=factors)
+
+
+def _record(name: str, adapter: StoredAdapter, output: Path) -> dict[str, Any]:
+    tensors = [tensor for pair in adapter.factors.values() for tensor in pair]
+    return {
+        "name": name or "merged",
+        "folder": str(output / name),
+        "rank": adapter.shape.rank,
+        "alpha": adapter.shape.alpha,
+        "targets": list(adapter.shape.targets),
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "dtype": str(tensors[0].dtype).removeprefix("torch."),
+    }
+
+
+def _tokens(folder: Path, config: Config) -> tuple[Tensor, str]:
+    """Return tokens int64 [B, T] of what the checkpoint learned, as far as that is at hand, and
+    in words what they are; else tokens drawn at random.
+    """
+    positions = config.get("max_position_embeddings")
+    length = min(_LENGTH, positions) if isinstance(positions, int) else _LENGTH
+    vocab_size = family_of(config).dimensions(config).vocab_size
+    found: dict[str, Tensor] = {}
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
+        end = tokenizer.tokenizer.token_to_id(tokenizer.end_of_text)
+        for name, domain in learned_text(folder).domains.items():
+            documents = _documents(domain.paths, domain.text_field)
+            tokens = tokenise(documents, tokenizer.tokenizer, max_tokens_per_document=length)
+            if end is not None and tokens.num_tokens + len(tokens) >= length:
+                packed = pack(tokens, sequence_length=length, end_of_text_id=end)
+                found[name] = packed[:_SEQUENCES].long()
+    if found:
+        return torch.cat(list(found.values())), ", ".join(found)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(vocab_size, (_SEQUENCES, length), generator=generator)
+    return drawn, "no text: they are drawn at random"
+
+
+def _documents(paths: Sequence[str], text_field: str) -> list[Document]:
+    """Return the first documents of a domain; none where its text is not at hand."""
+    try:
+        found = source_documents(list(paths), key="domains", text_field=text_field)
+        return list(islice(found, _DOCUMENTS)) if paths else []
+    except TritterError:
+        return []
