@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from tritter.data.documents import Document as TextDocument
 from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
 from tritter.expand import expand
 from tritter.expansion import Width
+from tritter.experts.adapters import AdapterShape
+from tritter.experts.mixture import ExpertMixture
+from tritter.experts.stored import ExpertFolder
 from tritter.models import new_model, save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,7 +164,7 @@ def check_tritter(words: list[str]) -> None:
 def _leave_checkpoints(words: list[str]) -> None:
     """Put a tiny model at every checkpoint that is read; one called base-… was grown from it.
 
-    One called ….ckpt is a training's of the base.
+    One called ….ckpt is a training's of the base, and one called skilled has LoRA experts.
     """
     # What the documents call base: that of a first run, so that their sizes fit it
     with composer() as composing:
@@ -172,6 +176,12 @@ def _leave_checkpoints(words: list[str]) -> None:
     for name in read:
         if name.startswith("base-"):
             expand(base, Path(name), [Width()])
+        if name == "skilled":
+            shutil.copytree(base, name)
+            model = new_model(config, seed=0)
+            mixture = ExpertMixture(model)
+            mixture.add("code", AdapterShape(2, 4.0, ("q_proj",)), seed=0)
+            ExpertFolder.of(mixture).write(Path(name))
         if name.endswith(".ckpt"):
             weights = {f"model.{key}": value for key, value in stock(base).state_dict().items()}
             torch.save({"state_dict": weights}, name)
