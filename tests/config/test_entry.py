@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.config.conftest import FakeOutcome, FakePipeline, Result
 from tritter.config.jobs import read_status
 from tritter.config.run_folder import write_run_file
 from tritter.config.schema import RunConfig
+from tritter.config.sweep_table import print_sweep, sweep_rows
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).parents[2]
@@ -186,6 +188,24 @@ def test_a_sweep(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
     assert "KeyError" in read_status(sweep / "2")["error"]
     for word in ("rolled_back", "failed", "training=quick", "seed=3"):
         assert word in result.out
+
+
+def test_the_table_of_a_sweep_has_experts_where_some_job_has_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held: dict[str, Any] = {"number": 3, "parameters": {"share": 0.0312}}
+    damaged = ({}, {"experts": {"number": "3", "parameters": {"share": 1}}}, {"experts": [held]})
+    for number, summary in enumerate(({"experts": held}, *damaged)):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "summary.json").write_text(json.dumps(summary))
+        (tmp_path / str(number) / "status.json").write_text("{}")
+    rows = sweep_rows((), tmp_path)
+    assert [row.experts for row in rows] == [(3, 0.0312), None, None, None]
+    print_sweep(rows, tmp_path)
+    said = capsys.readouterr().out
+    assert "experts" in said and "3.12%" in said
+    print_sweep(rows[1:], tmp_path)
+    assert "experts" not in capsys.readouterr().out
 
 
 def test_a_sweep_over_keys_of_swept_methods(run: Run, pipeline: FakePipeline) -> None:

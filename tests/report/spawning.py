@@ -7,7 +7,7 @@ def experts() -> dict[str, Any]:
     """Return `experts` of a summary with all its parts."""
     return {
         "kind": "dylora",
-        "number": 3,
+        "number": 2,
         "names": ["base", "expert_1", "expert_3"],
         "spawned": [
             _spawn(12, 0, 1, "code", {"base": 0.41}, score=9.3),

@@ -1,6 +1,7 @@
 """LoRA experts as they are shown: each number once more, and any part of the record may be gone."""
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -56,13 +57,25 @@ def test_the_tables_have_each_expert_and_each_domain(summary: dict[str, Any]) ->
     assert line_of(routing, "prose") == ["prose", "98", "2", "0"]
     assert line_of(routing, "code") == ["code", "10", "85", "5"]
     said = " ".join(routing.split())
-    assert "experts 3 at the end, 3 spawned; 12.4 k parameters trained (3.1 %);" in said
+    assert "experts 2 at the end, 3 spawned; 12.4 k parameters trained (3.1 %);" in said
     assert "batches: 120 known, 6 new, 2 unsure, 0 idle; 1 refused, last: the cooldown;" in said
     assert "routed top-2 at temperature 0.5" in said
+    alone = {"kind": "single_lora", "names": ["expert_0"], "usage": {"prose": {"expert_0": 1.0}}}
+    text = printed(summary | {"experts": alone})
+    assert "LoRA experts (single_lora)" in text and "Routing" not in text
+    assert line_of(text, "experts") == ["experts", "1", "at", "the", "end,", "0", "spawned"]
     for encoding in ("ascii", "utf-8"):
         text = printed(summary | {"experts": experts()}, encoding=encoding)
         assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     assert "expert" not in printed(summary)
+
+
+def test_what_is_merged_is_gone_and_what_it_went_into_stays() -> None:
+    made = experts()
+    event = {"step": 70, "kind": "merged", "expert": "expert_1", "gone": "expert_2", "why": ""}
+    made["events"] = [made["events"][1], event]
+    states = {row.name: row.state for row in record_of(made).rows}
+    assert states == {"base": "", "expert_1": "mature", "expert_3": "young", "expert_2": "merged"}
 
 
 def test_of_many_the_most_used_are_shown() -> None:
@@ -124,6 +137,13 @@ def test_spawns_and_tasks_are_marked() -> None:
     assert usage.get_xlim() == (0, END)
 
 
+def test_a_picture_has_its_place_where_nothing_was_spawned() -> None:
+    found = record_of(experts() | {"spawned": [], "events": []})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a layout that collapsed
+        FigureCanvasAgg(experts_figure(found, end=END, borders=[32])).draw()
+
+
 def test_page_and_plots_have_them_where_there_are_some(summary: dict[str, Any], tmp_path) -> None:  # type: ignore[no-untyped-def]
     made = summary | {"experts": experts()}
     assert "experts.png" in {path.name for path in plot_run(made, None, tmp_path / "a")}
@@ -137,7 +157,7 @@ def test_page_and_plots_have_them_where_there_are_some(summary: dict[str, Any], 
     assert "expert_3 tools 64 2 120 6 8 2 young" in words
     assert "expert_2 0.52 0.113 -" in words  # similarity
     assert "60 evicted expert_2 least used" in words
-    assert "experts trainable share parameters" in words and "3 3.1 % 532 k" in words
+    assert "experts trainable share parameters" in words and "2 3.1 % 532 k" in words
     plain = run_of(summary, "plain", 1)
     found = figures(grouped([one, plain, run_of(made, "again", 2)]))["experts"]
     assert [figure.axes[0].get_title() for figure in found] == [
@@ -161,7 +181,7 @@ def test_groups_are_named_by_them(summary_with_control: dict[str, Any]) -> None:
 
 def test_wandb_has_their_sums(summary: dict[str, Any]) -> None:
     told = wandb_summary(summary | {"experts": experts()})
-    assert told["experts/number"] == 3 and told["experts/spawned"] == 3
+    assert told["experts/number"] == 2 and told["experts/spawned"] == 3
     assert told["experts/trainable_share"] == 0.031 and told["experts/trainable"] == 12_400
     assert not any("experts" in name for name in wandb_summary(summary))
 

@@ -15,12 +15,18 @@ from tritter.terminal import Console
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
-    """What became of one job."""
+    """What became of one job.
+
+    Args:
+        changes: domain → relative change of the loss per byte.
+        experts: LoRA experts at the end, and the part of the parameters that was trained.
+    """
 
     name: str
     overrides: tuple[str, ...]
     status: str
     changes: dict[str, float]
+    experts: tuple[int, float] | None
     metric: float | None
     exit_code: int
 
@@ -40,6 +46,7 @@ def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
                 overrides=planned.get(place, tuple(map(str, status["overrides"]))),
                 status=status["status"],
                 changes=_changes(place / SUMMARY_FILE),
+                experts=_experts(place / SUMMARY_FILE),
                 metric=status["metric"],
                 exit_code=status["exit_code"],
             )
@@ -57,13 +64,15 @@ def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
     for name in ("job", "overrides", "status"):
         table.add_column(name, overflow="fold")
     domains = list(dict.fromkeys(domain for row in rows for domain in row.changes))
-    for name in (*domains, "metric"):
+    has_experts = any(row.experts is not None for row in rows)
+    for name in (*domains, *(("experts", "trainable") if has_experts else ()), "metric"):
         table.add_column(name, justify="right")
     for row in rows:
         own = " ".join(word for word in row.overrides if word not in shared)
         metric = "-" if row.metric is None else f"{row.metric:.4f}"
         changes = [f"{row.changes[d]:+.1%}" if d in row.changes else "-" for d in domains]
-        table.add_row(row.name, own, row.status, *changes, metric)
+        experts = _experts_cells(row) if has_experts else ()
+        table.add_row(row.name, own, row.status, *changes, *experts, metric)
     console = Console()
     console.print(table, markup=False)
     if domains:
@@ -86,6 +95,24 @@ def _changes(summary: Path) -> dict[str, float]:
         }
     except (ValueError, LookupError, TypeError):  # a job without a summary, or with another's
         return {}
+
+
+def _experts(summary: Path) -> tuple[int, float] | None:
+    """Return what `SweepRow` holds of LoRA experts; None of a job without any."""
+    try:
+        held = read_object(summary)["experts"]
+        number, share = held["number"], held["parameters"]["share"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    is_known = type(number) is int and isinstance(share, int | float)
+    return (number, float(share)) if is_known else None
+
+
+def _experts_cells(row: SweepRow) -> tuple[str, str]:
+    if row.experts is None:
+        return "-", "-"
+    number, share = row.experts
+    return str(number), f"{share:.2%}"
 
 
 def _by_number(path: Path) -> tuple[int, str]:

@@ -69,7 +69,7 @@ def experts_text(experts: ExpertsRecord) -> str:
         parts.append(f"batches: {', '.join(counted)}")
     if refused := experts.refused:
         parts.append(f"{len(refused)} refused, last: {refused[-1].why or 'no reason is recorded'}")
-    if experts.top_k is not None or experts.temperature is not None:
+    if len(experts.names) > 1 and (experts.top_k or experts.temperature) is not None:
         way = "dense" if not experts.top_k else f"top-{experts.top_k}"
         warmth = "" if experts.temperature is None else f" at temperature {experts.temperature:.3g}"
         parts.append(f"routed {way}{warmth}")

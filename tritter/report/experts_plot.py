@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tritter.report.drawing import CYCLE, GREEN, GREY, new_figure, panel, say, shortened, some
-from tritter.report.experts_record import Course, ExpertsRecord
+from tritter.report.experts_record import BASE, Course, ExpertsRecord
 
-BASE = "base"  # the gate that adds nothing
 _MOST = 24  # experts and domains of a picture
 _MOST_NUMBERED = 10  # of both, with numbers in their cells
 _MOST_MARKED = 60  # spawns, and points that have a mark of their own
@@ -148,9 +147,10 @@ def _draw_courses(axes: Axes, course: Course, experts: ExpertsRecord, *, is_step
 
 def _mark(axes: Axes, *, spawned: Sequence[int], borders: Sequence[int], end: int) -> None:
     """Mark spawns at the foot, and where the next task began through the whole panel."""
-    place = axes.get_xaxis_transform()
-    axes.plot(spawned, [0.0] * len(spawned), "^", transform=place, color=GREEN, markersize=6,
-              clip_on=False, zorder=5)  # fmt: skip
+    if spawned:
+        place = axes.get_xaxis_transform()
+        axes.plot(spawned, [0.0] * len(spawned), "^", transform=place, color=GREEN, markersize=6,
+                  clip_on=False, zorder=5)  # fmt: skip
     for step in borders[:_MOST_MARKED]:
         axes.axvline(step, color=GREY, linestyle="-.", linewidth=0.8)
     axes.set_xlim(0, max(end, *spawned, 1))

@@ -14,13 +14,15 @@ from typing_extensions import TypedDict  # pydantic asks for this one below Pyth
 
 from tritter.report.bounds import Count, Number
 
+BASE = "base"  # the gate of a base without an adapter
 _MOST = 1000  # experts, and domains
 _MOST_EVENTS = 100_000
 _Shares = dict[str, Number | None]
 _Series = Annotated[list[Number | None], Field(max_length=_MOST_EVENTS)]
 _Steps = Annotated[list[Count], Field(max_length=_MOST_EVENTS)]
-_ENDS = {"evicted": "evicted", "merged": "merged"}  # kind of an event → state that stays
-_STATES = {"mature": "mature", "frozen": "frozen"}
+_ENDS = ("evicted", "merged")
+# Kind of an event → what an expert is from then on
+_STATES = {"spawned": "young", "mature": "mature", "frozen": "frozen"} | {e: e for e in _ENDS}
 
 
 class _Spawn(TypedDict, total=False):
@@ -41,6 +43,7 @@ class _Event(TypedDict, total=False):
     task: Count | None
     kind: str | None
     expert: str | None
+    gone: str | None
     why: str | None
 
 
@@ -122,12 +125,17 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True)
 class ExpertEvent:
-    """What happened to an expert, and why."""
+    """What happened to an expert, and why.
+
+    Args:
+        gone: the one that is no more, where another went on for both.
+    """
 
     step: int | None
     kind: str
     expert: str
     why: str
+    gone: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +167,7 @@ class ExpertsRecord:
     """A run's LoRA experts.
 
     Args:
-        number: of gates at the end, that of the base among them.
+        number: of adapters at the end.
         names: of those that are there at the end, in the order of their gates.
         usage: domain → expert → mean gate on held-out text.
         ranks: expert → rank at the end.
@@ -198,7 +206,7 @@ class ExpertsRecord:
         number = held.get("number")
         return cls(
             kind=held.get("kind") or "?",
-            number=len(names) if number is None else number,
+            number=len(names) - (BASE in names) if number is None else number,
             names=names,
             spawned=tuple(map(_spawn, held.get("spawned") or ())),
             events=tuple(map(_event, held.get("events") or ())),
@@ -242,11 +250,11 @@ class ExpertsRecord:
     def _row(self, name: str) -> ExpertRow:
         # A name may come again after an eviction: the last is the one that is there
         spawn = next((each for each in reversed(self.spawned) if each.expert == name), None)
-        kinds = [event.kind for event in self.events if event.expert == name]
         state = "" if spawn is None else "young"
-        for kind in kinds:
-            state = (_STATES | _ENDS).get(kind, "young" if kind == "spawned" else state)
-        if name in self.names and state in _ENDS.values():
+        for event in self.events:
+            if name == (event.gone or event.expert):
+                state = _STATES.get(event.kind, state)
+        if name in self.names and state in _ENDS:
             state = ""
         return ExpertRow(name, spawn, self.ranks.get(name), self.mean_usage(name), state)
 
@@ -266,7 +274,7 @@ def _spawn(held: Mapping[str, Any]) -> Spawn:
 
 def _event(held: Mapping[str, Any]) -> ExpertEvent:
     kind, expert = (held.get(name) or "?" for name in ("kind", "expert"))
-    return ExpertEvent(held.get("step"), kind, expert, held.get("why") or "")
+    return ExpertEvent(held.get("step"), kind, expert, held.get("why") or "", held.get("gone"))
 
 
 def _course(held: Mapping[str, Any] | None, of: str) -> Course:

@@ -66,7 +66,7 @@ def print_summary(
         tables.append(growth_table(growth, signs=signs))
     if (added := ExpertsRecord.of(summary)) is not None:
         tables.append(experts_table(added, signs=signs))
-        if added.usage:
+        if added.usage and len(added.names) > 1:
             tables.append(usage_table(added, signs=signs))
     tables.append(stage_table(summary))
     for table in tables:
