@@ -14,12 +14,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.cli.conftest import Run, snapshot
 from tests.cli.test_evaluate import TEXT
 from tests.cli.test_generate import _greedy
+from tests.evaluation.test_benchmark_files import written
 from tests.experts.mixtures import mixture_of
 from tests.oracle import logits, stock, tokens
-from tritter.checkpoint import Lineage, write_checkpoint
+from tritter.checkpoint import (
+    ExpansionRecord,
+    Lineage,
+    lineage_of,
+    write_checkpoint,
+    write_lineage,
+)
 from tritter.checkpoint.tokenizer_files import TokenizerFiles
+from tritter.errors import RequestError
+from tritter.expand import plan_expansion
+from tritter.expansion import Dus
 from tritter.experts.mixture import ExpertMixture
 from tritter.experts.stored import ExpertFolder
+from tritter.growth.language_model import GrowableCausalLM
 from tritter.models import load_model, named_tensors, read_config
 from tritter.storage.writer import TensorStream
 
@@ -90,6 +101,27 @@ def test_evaluate_scores_the_mixture(
     assert abs(plain["losses"]["notes"]["loss"] - expected) > 0.01
 
 
+def test_benchmarks_ask_the_mixture(run: Run, place: Path) -> None:
+    """One expert alone is a plain model, which scores alike, and not as the base does."""
+    pytest.importorskip("lm_eval")
+    words = TEXT.split()
+    rows = [
+        {"question": word, "choices": {"text": words[:4], "label": [*"ABCD"]}, "answerKey": "B"}
+        for word in words
+    ]
+    written(place / "files/arc_easy_test.jsonl", rows)
+    shutil.copytree(place / "base", place / "whole")
+    made = mixture_of(load_model(place / "base"), ranks=(9,))
+    ExpertFolder.of(made).write(place / "whole")
+    assert run("export --checkpoint whole --output plain --merge --dtype float32").code == 0
+    asked = "--tasks arc_easy --tasks-path files --json"
+    found = {
+        name: run(f"evaluate --checkpoint {name} {asked}").json["benchmarks"]["arc_easy"]
+        for name in ("whole", "plain", "base")
+    }
+    assert found["whole"] == found["plain"] != found["base"]
+
+
 def test_inspect_lists_them(run: Run, mixture: ExpertMixture) -> None:
     found = run("inspect whole --json").json["experts"]
     assert (found["names"], found["router"]) == (["base", "e0", "e1", "e2"], "both")
@@ -99,6 +131,32 @@ def test_inspect_lists_them(run: Run, mixture: ExpertMixture) -> None:
     assert "e1 4 9 1.78 k down_proj q_proj v_proj" in text
     assert "prose: base 0.70, e0 0.10, e1 0.20, e2 0.00" in text
     assert run("inspect root --json").json["experts"] is None
+
+
+def test_an_expansion_by_experts_has_no_map(run: Run, place: Path, mixture: ExpertMixture) -> None:
+    config, lineage = read_config(place / "whole"), lineage_of(place / "whole")
+    record = ExpansionRecord(
+        timestamp="2026-11-21T18:00:00+00:00",
+        expansion_type="experts",
+        method="dylora",
+        options={"spawned": ["e0"]},
+        seed=0,
+        source_config=config,
+        target_config=config,
+        layer_sources=(0, 1, 2),
+        map_digest="0" * 64,
+        claims_exact=True,
+        step0_error=0.0,
+    )
+    write_lineage(place / "whole", replace(lineage, expansion_history=(record,)), config)
+    assert run("inspect whole --json").json["last_map"] == {
+        "digest": None,
+        "problem": None,
+        "rows": [],
+    }
+    assert "none: the base is as it was" in run("inspect whole").out
+    shown = " ".join(run("history whole --verify").out.split())
+    assert "whole (dylora, LoRA experts e0, e1, e2)" in shown and "2 intact" in shown
 
 
 def test_history_shows_and_checks_them(run: Run, place: Path, mixture: ExpertMixture) -> None:
@@ -151,6 +209,13 @@ def test_what_would_leave_them_behind_is_refused(
     assert result.code == 2
     assert "holds experts (base, e0, e1, e2)" in result.err and "--merge" in result.err
     assert snapshot(place) == before
+
+
+def test_a_library_that_grows_refuses_them(place: Path, mixture: ExpertMixture) -> None:
+    with pytest.raises(RequestError, match="holds experts"):
+        GrowableCausalLM(place / "whole")
+    with pytest.raises(RequestError, match="holds experts"):
+        plan_expansion(place / "whole", [Dus()])
 
 
 def test_the_card_says_how_all_of_it_is_loaded(place: Path, mixture: ExpertMixture) -> None:

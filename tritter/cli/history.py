@@ -86,14 +86,15 @@ def made_by(link: Link) -> str:
         return "its tritter.json cannot be read"
     if lineage is None:
         return "plain folder" if link.folder else NOT_THERE
+    experts = f"LoRA experts {', '.join(link.experts)}" if link.experts else ""
     if link.made_by:
-        return ", ".join(spelled(record.method) for record in link.made_by)
+        return ", ".join(filter(None, [*(spelled(each.method) for each in link.made_by), experts]))
     steps = f" of {lineage.step} steps" if lineage.step else ""
     if lineage.parent_hash is None:
         words = f"pretraining{steps}" if steps else "start"
     else:
         words = f"training{steps}"
-    return f"{words}, LoRA experts {', '.join(link.experts)}" if link.experts else words
+    return ", ".join(filter(None, [words, experts]))
 
 
 def steps_after(link: Link, newest: Link) -> int | None:

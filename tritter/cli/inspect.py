@@ -49,7 +49,7 @@ class RecordedMap:
     """The map of an expansion, rebuilt from its record.
 
     Args:
-        digest: of the map as rebuilt; None when it could not be.
+        digest: of the map as rebuilt; None when it could not be, or when there is none.
         problem: why it could not be rebuilt, or that it is not the one that was recorded.
     """
 
@@ -59,6 +59,8 @@ class RecordedMap:
 
     @classmethod
     def of(cls, record: ExpansionRecord) -> "RecordedMap":
+        if record.expansion_type == "experts":  # which leave all tensors as they were
+            return cls(None, (), None)
         try:
             rebuilt = rebuilt_map(record)
             rows = map_rows(rebuilt, dict(record.source_config), dict(record.target_config))
@@ -209,7 +211,8 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMa
     ]
     if delta:
         lines.append(("loss per byte", ", ".join(delta)))
-    lines.append(("map", last.problem or f"{short(last.digest)}, as recorded"))
+    rebuilt = f"{short(last.digest)}, as recorded" if last.digest else "none: the base is as it was"
+    lines.append(("map", last.problem or rebuilt))
     console.print()
     print_lines(console, lines)
     if last.rows:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tritter.checkpoint import ExpansionRecord
+from tritter.checkpoint.expert_files import refuse_experts
 from tritter.errors import RequestError
 from tritter.growth.growable import Counts, Growable, counted
 from tritter.growth.keywords import GrowthKeywords, made_grower
@@ -38,8 +39,9 @@ class GrowableCausalLM(Growable, nn.Module):
         growth: see `tritter.growth.keywords.GrowthKeywords`.
 
     Raises:
-        RequestError: no such folder, and the hub does not give it; a model of experts, below
-            adapters, or of a family that is not known; a keyword or a value that there is not.
+        RequestError: no such folder, and the hub does not give it; a model of experts, with LoRA
+            experts beside it, below adapters, or of a family that is not known; a keyword or a
+            value that there is not.
     """
 
     model: nn.Module
@@ -60,6 +62,7 @@ class GrowableCausalLM(Growable, nn.Module):
             self.model = path_or_model
         else:
             self._folder = locate(fspath(path_or_model), key="path_or_model")
+            refuse_experts(self._folder, doing="growth", key="path_or_model")
             self.model = load_model(self._folder, dtype=dtype).train()
         _check_no_layer_grows_by_itself(self.model)
         self._grows = enable_growth
