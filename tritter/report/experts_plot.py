@@ -70,7 +70,7 @@ def draw_routing(axes: Axes, experts: ExpertsRecord) -> None:
     names = [name for name in experts.names if name in most]
     domains = list(experts.usage)[:_MOST]
     if not names or not domains:
-        say(axes, "not known")
+        _say(axes, "not known")
         return
     shares = [[experts.usage[domain].get(name) for name in names] for domain in domains]
     _draw_cells(axes, domains, names, shares, scale=100, colours="Blues")
@@ -82,7 +82,7 @@ def draw_similarity(axes: Axes, experts: ExpertsRecord) -> None:
     found = experts.similarities[:_MOST]
     known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[:_MOST]
     if not found:
-        say(axes, "nothing was spawned" if not experts.spawned else "not known")
+        _say(axes, "nothing was spawned" if not experts.spawned else "not known")
         return
     values = [[similarity.get(name) for name in known] for _, similarity in found]
     _draw_cells(axes, [expert for expert, _ in found], known, values, scale=1, colours="Purples")
@@ -97,7 +97,7 @@ def draw_ranks(
     if not course.steps:
         course = Course((0, end), {name: (rank, rank) for name, rank in experts.ranks.items()})
     if not course.values:
-        say(axes, "not known")
+        _say(axes, "not known")
         return
     if course.steps[-1] < end:
         held = {name: (*ranks, ranks[-1]) for name, ranks in course.values.items()}
@@ -113,7 +113,7 @@ def draw_usage(axes: Axes, experts: ExpertsRecord, *, mark: Callable[[Axes], Non
     """Draw each expert's mean gate over the steps."""
     axes.set_title("usage while training", fontsize=10)
     if not experts.gates.steps or not experts.gates.values:
-        say(axes, "not known")
+        _say(axes, "not known")
         return
     _draw_courses(axes, experts.gates, experts, is_stepped=False)
     axes.set_ylim(0, 105)
@@ -131,11 +131,18 @@ def _draw_courses(axes: Axes, course: Course, experts: ExpertsRecord, *, is_step
         number = 0 if name == BASE else adapters.index(name)
         color = GREY if name == BASE else CYCLE[number % len(CYCLE)]
         style = _STYLES[number // len(CYCLE) % len(_STYLES)]
-        marker = "o" if len(steps) <= _MOST_MARKED else ""
-        look = {"color": color, "linestyle": style, "marker": marker, "linewidth": 1.3}
+        # Equal ranks lie on each other: the first are thicker, and seen beside the last
+        below = min(len(shown) - 1 - shown.index(name), 5) if is_stepped else 0
+        marker = "o" if len(steps) <= _MOST_MARKED and not is_stepped else ""
+        look = {
+            "color": color,
+            "linestyle": style,
+            "marker": marker,
+            "linewidth": 1.3 + 1.2 * below,
+        }
         label = shortened(name, _LABEL_CHARACTERS)
         if is_stepped:
-            axes.step(steps, values, where="post", label=label, markersize=2.5, **look)
+            axes.step(steps, values, where="post", label=label, **look)
         else:
             percent = 100 * np.asarray(values)
             axes.plot(steps, percent, label=label, markersize=2.5, **look)  # type: ignore[arg-type]
@@ -143,6 +150,11 @@ def _draw_courses(axes: Axes, course: Course, experts: ExpertsRecord, *, is_step
         axes.plot([], [], linestyle="none", label=f"and {len(course.values) - len(shown)} more")
     axes.legend(frameon=False, fontsize=7, ncols=1 + len(shown) // 8)
     axes.set_xlabel("training step")
+
+
+def _say(axes: Axes, text: str) -> None:
+    say(axes, text)
+    axes.set_xticks([])
 
 
 def _mark(axes: Axes, *, spawned: Sequence[int], borders: Sequence[int], end: int) -> None:
