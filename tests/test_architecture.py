@@ -19,8 +19,8 @@ OPEN = {"conf_folder", "errors", "limits", "options", "seeds", "stopping", "targ
 _MODELS = {"parameter_map", "families", "stock_routers", "models"}
 _CORE = _MODELS | {"loadable", "storage", "expansion", "checkpoint", "data"}
 _TRAINING = _CORE | {"expand", "evaluation", "training"}
-_BELOW_PIPELINE = _TRAINING | {"config", "planning", "forgetting", "moe_routing", "growth"}
-_BELOW_PIPELINE |= {"novelty", "experts"}
+_METHODS = {"forgetting", "moe_routing", "growth", "novelty", "experts"}
+_BELOW_PIPELINE = _TRAINING | _METHODS | {"config", "planning"}
 ARROWS: dict[str, set[str]] = {
     "parameter_map": set(),
     "storage": set(),
@@ -50,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
 
 # Library → where it may be imported: rooms, or single modules.
 LIBRARIES: dict[str, set[str]] = {
-    "lightning": {"data", "training", "forgetting", "moe_routing", "growth", "pipeline"},
+    "lightning": {"data", "training", "forgetting", "moe_routing", "growth", "experts", "pipeline"},
     "hydra": {"config", PROGRAM},
     "omegaconf": {"config", PROGRAM},
     "transformers": {"models", "loadable", "families"},

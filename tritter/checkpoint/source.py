@@ -15,6 +15,7 @@ from tritter.storage.hashing import DigestQueue, bounded_digest
 from tritter.storage.links import check_inside
 from tritter.storage.padding import stripped
 from tritter.storage.tensors import TensorFolder
+from tritter.storage.writer import TensorEntry, TensorStream
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +94,14 @@ class Source:
         if name in self.live_shapes:
             tensor = stripped(tensor, self.live_shapes[name], name=f"{self.folder}: {name}")
         return tensor
+
+    def stream(self) -> TensorStream:
+        """Return all tensors as they are, to be written elsewhere."""
+        entries = tuple(
+            TensorEntry(stored.name, self.tensors.torch_dtype(stored.name), stored.shape)
+            for stored in self.stored
+        )
+        return TensorStream(entries, ((e.name, self.read_stored(e.name)) for e in entries))
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor by its logical name."""

@@ -32,7 +32,9 @@ def checkpoint_place(path: str, *, key: str = "model.path") -> str:
     return path
 
 
-def checkpoint_config(path: str, *, key: str = "model.path") -> Config | None:
+def checkpoint_config(
+    path: str, *, key: str = "model.path", with_experts: bool = False
+) -> Config | None:
     """Return the config.json of a checkpoint folder that can be trained on; None for a hub id.
 
     Raises:
@@ -72,6 +74,7 @@ def checkpoint_config(path: str, *, key: str = "model.path") -> Config | None:
             "it holds no tokenizer.json; save its tokenizer there with save_pretrained of "
             "transformers"
         )
-    refuse_experts(folder, doing="a training", key=key)
+    if not with_experts:
+        refuse_experts(folder, doing="a training", key=key)
     # Transformers fills in what a file leaves out; for shapes and targets this is all of it
     return {"rms_norm_eps": 1e-6, **config}

@@ -57,7 +57,7 @@ def continuation(request: TrainRequest) -> tuple[str, ...]:
             the split's was typed, or the configuration that comes of it is refused.
     """
     place = checkpoint_place(request.checkpoint, key="--checkpoint")
-    checkpoint_config(place, key="--checkpoint")
+    checkpoint_config(place, key="--checkpoint", with_experts=True)
     typed = {word.partition("=")[0].lstrip("+").replace("-", "_") for word in request.overrides}
     is_named = request.data or any(_is_typed(key, typed) for key in ("data.new", "data.tasks"))
     if not is_named:

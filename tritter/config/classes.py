@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tritter.config.experts import experts_class
 from tritter.config.growth import growth_class
 from tritter.config.named import BASES, named_class
 from tritter.config.optimizers import optimizer_class
 from tritter.config.reading import Reader
-from tritter.config.schema import SECTIONS
+from tritter.config.schema import ONE_OF, SECTIONS
 from tritter.config.sections import data_class, model_class
 from tritter.config.selection import METHOD_GROUPS, method_class
 from tritter.options import leaves
@@ -19,8 +20,9 @@ _OF_ONE = {
     "data": data_class,
     "optimizer": optimizer_class,
     "growth": growth_class,
+    "experts": experts_class,
 }
-_OPTIONAL = ("growth",)  # absent: nothing is chosen
+_OPTIONAL = ONE_OF  # absent: nothing is chosen
 _OF_SEVERAL = {**dict.fromkeys(METHOD_GROUPS, method_class), **dict.fromkeys(BASES, named_class)}
 _NOTHING = {"logger": "csv"}  # what stands for nothing in a group of several; else none
 
@@ -28,7 +30,7 @@ _NOTHING = {"logger": "csv"}  # what stands for nothing in a group of several; e
 def group_bodies(reader: Reader, raw: Mapping[str, Any]) -> Bodies:
     """Return the body of each group, without what stands for nothing and what is switched off."""
     bodies = {}
-    for group in (*SECTIONS, "optimizer", "growth", *_OF_SEVERAL):
+    for group in (*SECTIONS, "optimizer", *_OPTIONAL, *_OF_SEVERAL):
         body = raw.get(group)
         if body is None and group in (*_OF_SEVERAL, *_OPTIONAL):
             body = {}

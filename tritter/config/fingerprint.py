@@ -63,6 +63,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         }
     if config.growth is not None:
         result["growth"] = config.growth.plain()
+    if config.experts is not None:
+        result["experts"] = config.experts.plain()
     return result | _methods(config)
 
 

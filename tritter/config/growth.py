@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tritter.config.folders import body_of, option_files
+from tritter.config.chosen import chosen_class
 from tritter.config.freezing import freezing
 from tritter.config.growth_config import GrowthConfig
 from tritter.config.reading import Reader
 from tritter.config.schema import RunConfig
-from tritter.errors import Problem, RequestError, nearest
+from tritter.errors import Problem, nearest
 from tritter.expansion import target_config
 from tritter.families import Config, family_of
 from tritter.options import is_options, read_options
@@ -24,18 +24,7 @@ def growth_class(raw: Mapping[str, Any]) -> type | None:
     Raises:
         RequestError: it is none, or keys are set of what was not chosen.
     """
-    if not raw:
-        return None
-    options = [name for name in option_files().get("growth", {}) if name != "none"]
-    if TARGET not in raw:
-        key, value = next(iter(raw.items()))
-        reason = f"nothing grows with growth=none, which has no keys; choose growth={options[0]}"
-        raise RequestError(Problem(f"growth.{key}", value, reason=reason))
-    kind: type = resolve(f"growth.{TARGET}", raw[TARGET], base=_KIND)
-    if not is_options(kind.Options):  # type: ignore[attr-defined]
-        reason = "its Options are no record of options (see tritter.options.options)"
-        raise RequestError(Problem(f"growth.{TARGET}", raw[TARGET], reason=reason))
-    return kind
+    return chosen_class("growth", raw, base=_KIND, nothing="nothing grows")
 
 
 def read_growth(
@@ -51,12 +40,6 @@ def read_growth(
     if options is None or None in parts.values():
         return None
     return GrowthConfig(kind=kind, options=options, parts=parts)
-
-
-def growth_keys() -> list[str]:
-    """Return the dotted keys of `growth`, as its options state them."""
-    keys = (key for path in option_files().get("growth", {}).values() for key in body_of(path))
-    return list(dict.fromkeys(f"growth.{key}" for key in keys if key != TARGET))
 
 
 def growth_problems(config: RunConfig) -> Iterator[Problem]:

@@ -121,7 +121,7 @@ def trainings(config: RunConfig, source: Config) -> Iterator[HeldMemory]:
     if not config.expansion and config.pipeline.target_params is None:
         yield _held(config, source, model="the model", before=source)
     if config.control:
-        of_control = replace(config, growth=None)
+        of_control = replace(config, growth=None, experts=None)
         yield _held(of_control, source, model="the control", before=source)
 
 

@@ -26,6 +26,7 @@ from tritter.options import Count, Text, WholeNumber, options
 from tritter.targets import NamedTarget
 
 if TYPE_CHECKING:
+    from tritter.config.experts_config import ExpertsConfig
     from tritter.config.growth_config import GrowthConfig
     from tritter.config.run_text import RunText
     from tritter.config.selection import Selected
@@ -343,7 +344,7 @@ class RunConfig(RootValues):
 
     `expansion` holds the records that its options name, which are no import of this room's,
     `rungs` what is tried, one after the other, when the gate rolls back; `growth` is None where
-    nothing grows.
+    nothing grows, and so is `experts` without LoRA experts.
     """
 
     cache_dir: Path  # type: ignore[assignment] # found by now
@@ -365,6 +366,7 @@ class RunConfig(RootValues):
     moe_routing: MoeRoutingConfig
     adaptation: AdaptationConfig
     growth: "GrowthConfig | None" = None
+    experts: "ExpertsConfig | None" = None
     rungs: "tuple[RunConfig, ...]" = ()
     rung_words: tuple[str, ...] = ()  # of one of them: its overrides
 
@@ -386,5 +388,5 @@ SECTIONS: dict[str, type | UnionType] = {
     "moe_routing": MoeRoutingConfig,
     "adaptation": AdaptationConfig,
 }
-ONE_OF = ("growth",)  # of which a list makes no sense
-OPEN_GROUPS = ("optimizer", "callbacks", "logger", "growth")  # hold arguments of classes of others
+ONE_OF = ("growth", "experts")  # of which a list makes no sense
+OPEN_GROUPS = ("optimizer", "callbacks", "logger", *ONE_OF)  # hold arguments of classes of others

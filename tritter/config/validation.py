@@ -15,9 +15,12 @@ from tritter.config.callbacks import (
     monitor_problems,
     read_callbacks,
 )
+from tritter.config.chosen import chosen_keys
 from tritter.config.classes import Bodies, find_classes, group_bodies
+from tritter.config.devices import device_problems, nearest_multiples, precision_problems
+from tritter.config.experts import experts_problems, experts_start_problems, read_experts
 from tritter.config.forgetting import method_problems, method_start_problems
-from tritter.config.growth import growth_keys, growth_problems, growth_start_problems, read_growth
+from tritter.config.growth import growth_problems, growth_start_problems, read_growth
 from tritter.config.kept import kept_text
 from tritter.config.ladder import ladder_problems
 from tritter.config.loggers import read_loggers
@@ -28,6 +31,7 @@ from tritter.config.reading import Origin, Reader
 from tritter.config.replay import replay_problems
 from tritter.config.rounds import pipeline_problems, planned_rounds
 from tritter.config.schema import (
+    ONE_OF,
     OPEN_GROUPS,
     SECTIONS,
     CheckpointModelConfig,
@@ -61,7 +65,7 @@ def known_keys() -> tuple[str, ...]:
         keys += dict.fromkeys(key for record in records for key in field_keys(record, name))
     keys += {f"data.{key}" for own in data_keys().values() for key in own} - {*keys}
     keys += [*field_keys(OptimizerValues, "optimizer"), *field_keys(WandbConfig, "logger.wandb")]
-    return tuple(sorted([*keys, *method_keys(), *growth_keys()]))
+    return tuple(sorted([*keys, *method_keys(), *chosen_keys()]))
 
 
 Rule = Callable[[RunConfig], Iterable[Problem]]
@@ -73,6 +77,7 @@ _READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], 
     "optimizer": read_optimizer,
     "callbacks": read_callbacks,
     "growth": read_growth,
+    "experts": read_experts,
     "logger": read_loggers,
 }
 
@@ -170,8 +175,8 @@ def _read(
     root: RootValues | None = reader.read(RootValues, given, prefix="")
     values["cache_dir"] = root and reader.ask(cache_folder, root.cache_dir)
     read = {name: value for name, value in values.items() if value is not None}
-    if not bodies.get("growth", True):
-        read["growth"] = None  # nothing grows: so it was asked, and read
+    # Nothing was chosen: so it was asked, and read
+    read |= {group: None for group in ONE_OF if not bodies.get(group, True)}
     return read if root is None else {**asdict(root), **read}
 
 
@@ -201,17 +206,24 @@ def known_config(config: RunConfig) -> Config | None:
         RequestError: the checkpoint at `model.path` can't be trained on.
     """
     if isinstance(config.model, CheckpointModelConfig):
-        return checkpoint_config(config.model.path)
+        return checkpoint_config(config.model.path, with_experts=True)
     return source_config(config)
 
 
-def start_problems(config: RunConfig, source: Config) -> Sequence[Problem]:
-    """Return why a run can't start from a model of this config.json."""
+def start_problems(
+    config: RunConfig, source: Config, *, folder: Path | None = None
+) -> Sequence[Problem]:
+    """Return why a run can't start from a model of this config.json.
+
+    Args:
+        folder: where it lies; None: it is not at hand, or made by the run.
+    """
     problems = [*_length_problems(config, source)] or _expansion_problems(config, source)
     return problems or [
         *expert_problems(config, source),
         *method_start_problems(config, source),
         *growth_start_problems(config, source),
+        *experts_start_problems(config, folder),
     ]
 
 
@@ -224,7 +236,9 @@ def cache_folder(value: str | None) -> Path:
 def _begin_problems(config: RunConfig) -> Iterator[Problem]:
     if (source := known_config(config)) is not None:
         check_size(family_of(source), source)
-        yield from start_problems(config, source)
+        model = config.model
+        given = Path(model.path) if isinstance(model, CheckpointModelConfig) else None
+        yield from start_problems(config, source, folder=given)
 
 
 def _gate_problems(config: RunConfig) -> Iterator[Problem]:
@@ -241,33 +255,6 @@ def _batch_problems(config: RunConfig) -> Iterator[Problem]:
             f"is at most {MAX_BATCH_TOKENS:,}"
         )
         yield Problem("data.batch_size", size, reason=reason)
-
-
-def _precision_problems(config: RunConfig) -> Iterator[Problem]:
-    if config.trainer.precision == "16-mixed" and config.trainer.accelerator == "cpu":
-        reason = "float16 needs a GPU; on trainer=cpu use bf16-mixed or 32-true"
-        yield Problem("trainer.precision", "16-mixed", reason=reason)
-
-
-def _device_problems(config: RunConfig) -> Iterator[Problem]:
-    trainer, batch_size = config.trainer, config.data.batch_size
-    if trainer.strategy != "ddp":
-        if trainer.devices > 1:
-            reason = "several devices train together with trainer=ddp; else allowed is 1"
-            yield Problem("trainer.devices", trainer.devices, reason=reason)
-        return
-    if trainer.devices == 1:
-        reason = "trainer=ddp is for 2 or more; for one device use trainer=cpu or trainer=gpu"
-        yield Problem("trainer.devices", 1, reason=reason)
-    if trainer.accelerator == "auto":
-        reason = "trainer=ddp has to be told which devices; allowed are cpu and gpu"
-        yield Problem("trainer.accelerator", "auto", reason=reason)
-    if batch_size % trainer.devices:
-        reason = (
-            f"each of trainer.devices = {trainer.devices} takes an equal part; nearest: "
-            f"{_nearest_multiples(batch_size, trainer.devices)}"
-        )
-        yield Problem("data.batch_size", batch_size, reason=reason)
 
 
 def _data_problems(config: RunConfig) -> Iterator[Problem]:
@@ -334,20 +321,15 @@ def _model_problems(config: RunConfig) -> Iterator[Problem]:
         if value % divisor:
             reason = (
                 f"it has to be a multiple of model.{divisor_key} = {divisor}; nearest: "
-                f"{_nearest_multiples(value, divisor)}"
+                f"{nearest_multiples(value, divisor)}"
             )
             yield Problem(f"model.{key}", value, reason=reason)
     if hidden_size % heads == heads % kv_heads == 0 and hidden_size % (2 * heads):
         reason = (
             f"rotary positions turn pairs, so each of the {heads} heads needs an even width; "
-            f"nearest: {_nearest_multiples(hidden_size, 2 * heads)}"
+            f"nearest: {nearest_multiples(hidden_size, 2 * heads)}"
         )
         yield Problem("model.hidden_size", hidden_size, reason=reason)
-
-
-def _nearest_multiples(value: int, divisor: int) -> str:
-    below, above = value // divisor * divisor, -(-value // divisor) * divisor
-    return f"{below} or {above}" if below else str(above)
 
 
 def _schedule_problems(config: RunConfig, prefix: str) -> Iterator[Problem]:
@@ -383,12 +365,13 @@ _RULES: tuple[Rule, ...] = (
     _gate_problems,
     benchmark_problems,
     ladder_problems,
-    _precision_problems,
-    _device_problems,
+    precision_problems,
+    device_problems,
     replay_problems,
     weight_problems,
     method_problems,
     growth_problems,
+    experts_problems,
     pipeline_problems,
     carry_problems,
     asking_problems,

@@ -210,6 +210,26 @@ def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
     return {number: named[path] for number, path in sorted(paths.items())}
 
 
+def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
+    """Return the last names of the layers that adapters can stand on.
+
+    Args:
+        whole: with the vocabulary.
+    """
+    vocabulary = _vocabulary(model) if whole else ()
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if (
+            isinstance(module, nn.Linear | LoraLayer)
+            and layer_number(name) is not None
+            and not is_of_adapter(f".{name}.")
+            and not name.endswith(WRAPPED)
+        )
+        or any(module is each for each in vocabulary)
+    }
+
+
 def base_name(name: str) -> str:
     """Return what a parameter of the base is called where no adapters are."""
     return name.replace(f"{WRAPPED}.", ".")
@@ -234,18 +254,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    vocabulary = _vocabulary(model)
-    known = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if (
-            isinstance(module, nn.Linear | LoraLayer)
-            and layer_number(name) is not None
-            and not is_of_adapter(f".{name}.")
-            and not name.endswith(WRAPPED)
-        )
-        or any(module is each for each in vocabulary)
-    }
+    known = adaptable(model)
     for target in targets:
         if target not in known:
             raise RequestError(

@@ -6,14 +6,18 @@ came in it, and a token counts with the log of its share in one skill over that 
 B sequences · T tokens · n experts · V vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from tritter.errors import RequestError
+
 NO_TOKEN = -1  # stands where there is padding
 _STRENGTH = 1000.0  # tokens of the mean skill that each skill is smoothed with
+_SEEN = "seen_by_experts"  # what a cache of keys and values is told
 _LEAST = -8.0  # of a logit beside the largest, so that no expert's share is nothing at all
 
 
@@ -102,3 +106,35 @@ class Evidence(nn.Module):
             mean = ((counts + 0.5) / (totals + 0.5 * size)).mean(0)
             self._table = version, ((counts + _STRENGTH * mean) / (totals + _STRENGTH)).log()
         return self._table[1]
+
+
+def masked(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Return token ids [B, T] with NO_TOKEN where a mask [B, ≥ T] says padding."""
+    if mask is None or mask.ndim != 2:
+        return ids
+    return ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NO_TOKEN)
+
+
+def joined_with_earlier(ids: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """Return token ids behind those of the cache that a forward pass goes on from.
+
+    Raises:
+        RequestError: the cache is not one that the mixture has read for.
+    """
+    cache = options.get("past_key_values")
+    if cache is None or not cache.get_seq_length():
+        return ids
+    earlier: Tensor | None = getattr(cache, _SEEN, None)
+    if earlier is None or len(earlier) != len(ids):
+        raise RequestError(
+            "experts.router=evidence: keys and values of tokens that it did not read, as of "
+            "another model or of several beams; write with use_cache=False."
+        )
+    return torch.cat([earlier.to(ids.device), ids], dim=1)
+
+
+def remember(output: Any, seen: Tensor) -> None:
+    """Leave what was read with the cache of its keys and values, if there is one."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is not None:
+        setattr(cache, _SEEN, seen)

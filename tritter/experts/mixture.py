@@ -20,7 +20,7 @@ from tritter.experts.adapters import (
     put_on,
     take_off,
 )
-from tritter.experts.evidence import NO_TOKEN, Evidence
+from tritter.experts.evidence import Evidence, joined_with_earlier, masked, remember
 from tritter.experts.gates import Gates, Routing, gates_of
 from tritter.experts.mixing import Dispatch, mixed
 from tritter.experts.router import ExpertRouter
@@ -29,7 +29,7 @@ from tritter.models import backbone_of
 ROUTER, EVIDENCE = "expert_router", "expert_evidence"
 BASE_EXPERT = "base"
 VOCABULARY = ("embed_tokens", "lm_head")
-_SEEN = "seen_by_experts"  # what a cache of keys and values is told
+_MIXTURE = "expert_mixture"
 
 RouterKind = Literal["learned", "evidence", "both"]
 
@@ -41,6 +41,10 @@ class _Mix:
         self.router = router
         self.gates: Gates | None = None
         self.dispatch: Dispatch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has made no forward pass, and gates of one may be part of a graph
+        return {"router": self.router, "gates": None, "dispatch": None}
 
     def forget(self) -> None:
         self.gates = self.dispatch = None
@@ -68,6 +72,7 @@ class ExpertMixture:
         names: the experts, in the order of gates.
         routing: how logits become gates from now on.
         evidence: counts of tokens; None where the router is learned alone.
+        extra: what a training leaves for the next, in plain values and tensors.
 
     Raises:
         RequestError: the model has adapters or experts already, or no decoder layers.
@@ -85,11 +90,13 @@ class ExpertMixture:
         if adapter_names(model):
             raise RequestError(f"the model has adapters already: {', '.join(adapter_names(model))}")
         self.model = model
+        vars(model)[_MIXTURE] = self
         self.names: list[str] = [BASE_EXPERT] if has_base else []
         self.routing = Routing()
         self.router: RouterKind = router
         self.has_base, self.is_shared = has_base, is_shared
         self.evidence: Evidence | None = None
+        self.extra: dict[str, Any] = {}
         self._alone: str | None = None
         self._left_out: str | None = None
         self._is_off = False
@@ -159,6 +166,16 @@ class ExpertMixture:
         if self.evidence is not None:
             self.evidence.keep_rows([n for n, each in enumerate(self.names) if each != name])
         self.names.remove(name)
+
+    def reorder(self, names: Sequence[str]) -> None:
+        """State the order of gates anew; rows of routers and counts are the caller's.
+
+        Raises:
+            ValueError: they are not the experts there are.
+        """
+        if sorted(names) != sorted(self.names):
+            raise ValueError(f"experts {', '.join(names)}; there are {', '.join(self.names)}")
+        self.names = list(names)
 
     def check_can_go(self, name: str) -> None:
         """Raise a RequestError where there is no expert of a name, or no other one."""
@@ -239,6 +256,7 @@ class ExpertMixture:
         if self.has_base:
             self.evidence.add_row()
         self.model.add_module(EVIDENCE, self.evidence.to(next(self.model.parameters()).device))
+        self.model.register_forward_pre_hook(_refuse_chosen_logits, with_kwargs=True)
         backbone = backbone_of(self.model)
         backbone.register_forward_pre_hook(self._read, with_kwargs=True)
         backbone.register_forward_hook(self._remember, with_kwargs=True)
@@ -266,7 +284,7 @@ class ExpertMixture:
         if self._alone is not None:
             self._whole.dispatch = self._only(ids)
             return
-        seen = _joined_with_earlier(_masked(ids, kwargs.get("attention_mask")), kwargs)
+        seen = joined_with_earlier(masked(ids, kwargs.get("attention_mask")), kwargs)
         self._seen = seen
         assert self.evidence is not None
         logits = self.evidence(seen)[:, -ids.shape[1] :]
@@ -276,9 +294,8 @@ class ExpertMixture:
         self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Leave what was read with the cache of its keys and values."""
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None and self._seen is not None and self.evidence is not None:
-            setattr(cache, _SEEN, self.evidence.tail(self._seen))
+        if self._seen is not None and self.evidence is not None:
+            remember(output, self.evidence.tail(self._seen))
 
     def _route(
         self, mix: _Mix, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
@@ -326,29 +343,15 @@ class ExpertMixture:
         return output + mixed(args[0], found, dispatch).to(output.dtype)
 
 
-def _masked(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Return token ids [B, T] with NO_TOKEN where a mask [B, ≥ T] says padding."""
-    if mask is None or mask.ndim != 2:
-        return ids
-    return ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NO_TOKEN)
+def mixture_on(model: nn.Module) -> ExpertMixture | None:
+    """Return the mixture that hangs on a live model; None: there is none."""
+    return vars(model).get(_MIXTURE)
 
 
-def _joined_with_earlier(ids: Tensor, options: Mapping[str, Any]) -> Tensor:
-    """Return token ids behind those of the cache that a forward pass goes on from.
-
-    Raises:
-        RequestError: the cache is not one that the mixture has read for.
-    """
-    cache = options.get("past_key_values")
-    if cache is None or not cache.get_seq_length():
-        return ids
-    earlier: Tensor | None = getattr(cache, _SEEN, None)
-    if earlier is None or len(earlier) != len(ids):
-        raise RequestError(
-            "experts.router=evidence: keys and values of tokens that it did not read, as of "
-            "another model or of several beams; write with use_cache=False."
-        )
-    return torch.cat([earlier.to(ids.device), ids], dim=1)
+def _refuse_chosen_logits(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Refuse a choice of places for the head, whose gates could not be told from the last ones."""
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise RequestError("logits_to_keep: with experts a number of last tokens is allowed.")
 
 
 def _with_row(rows: Tensor) -> Tensor:

@@ -128,6 +128,11 @@ class NoveltyDetector:
         )
 
     @property
+    def is_run_new(self) -> bool:
+        """Say whether the latest batches are like nothing known, decided or not."""
+        return self._run == _NEW and bool(self._seen)
+
+    @property
     def run(self) -> tuple[Observation, ...]:
         """The batches that the latest decision rests on."""
         return tuple(self._seen)

@@ -21,7 +21,6 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.teacher import check_teacher
 from tritter.storage.hub import locate
-from tritter.storage.writer import TensorEntry, TensorStream
 
 
 def check_given(context: RunContext) -> None:
@@ -36,11 +35,11 @@ def check_given(context: RunContext) -> None:
         check_teacher(each)
     if context.given is None:
         return
-    checkpoint_config(str(context.given))
+    checkpoint_config(str(context.given), with_experts=True)
     with _wrong_request():
         config = read_config(context.given)
     for each in attempts:
-        raise_problems(start_problems(each.config, config))
+        raise_problems(start_problems(each.config, config, folder=context.given))
         raise_problems(memory_problems(each.config, config))
     if context.config.optimizer.carry:
         raise_problems(given_problems(context.given))
@@ -72,19 +71,11 @@ def copy_given(context: RunContext, target: Path) -> Lineage:
         return write_checkpoint(
             target,
             config=config,
-            tensors=_tensors(source),
+            tensors=source.stream(),
             lineage=lambda: _lineage(source, target, path=model.path),
             artifacts=artifacts,
             overwrite=True,
         )
-
-
-def _tensors(source: Source) -> TensorStream:
-    entries = tuple(
-        TensorEntry(stored.name, source.tensors.torch_dtype(stored.name), stored.shape)
-        for stored in source.stored
-    )
-    return TensorStream(entries, ((e.name, source.read_stored(e.name)) for e in entries))
 
 
 def _lineage(source: Source, target: Path, *, path: str) -> Lineage:

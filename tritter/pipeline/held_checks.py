@@ -27,7 +27,7 @@ def held_checks(context: RunContext, arms: Sequence[Arm]) -> Iterator[Check]:
     made = [
         _memory(context, arm, fit["held"])
         for arm, fit in zip(arms, fits, strict=True)
-        if fit.get("held")
+        if fit.get("held") and not fit["reports"].get("experts")
     ]
     if made:
         yield max(made, key=lambda check: abs(check.value or 0.0))

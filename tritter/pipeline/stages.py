@@ -21,7 +21,7 @@ from tritter.forgetting import build_methods
 from tritter.forgetting.freeze import hold_still
 from tritter.models import load_model, read_config
 from tritter.moe_routing import is_router, redraw_rows
-from tritter.pipeline import growth, importance, moe, moments
+from tritter.pipeline import experts, growth, importance, moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
 from tritter.pipeline.baseline_scores import score_baseline
@@ -185,18 +185,18 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
 def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> StageResult:
     """Continue on the new domains under the methods against forgetting."""
     start = moe.start_folder(context, arm)
-    asked = context.config.training
+    asked = experts.training_of(context, arm)
     settings = replace(asked, max_steps=asked.max_steps * arm.num_trainings)
-    model = context.reading(load_model(start))
+    model = context.reading(experts.load_start(context, arm, start))
     _hold_old(context, arm, model)
     methods = build_methods(context.config.forgetting)
     _announce(context, arm, methods, max_steps=settings.max_steps)
     with moe.ready_for_training(context, arm, model) as setup:
         task = importance.task(context, arm, follow=setup.follow)
         observers, changers = growth.begin(context, arm, model, max_steps=settings.max_steps)
+        trainee = experts.begin(context, arm, model, max_steps=settings.max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
-        module = BaseModule(
-            model,
+        module = trainee.module(
             schedule=schedule_of(settings, start_rate=last_rate(context, arm)),
             optimizer=context.optimizer_settings,
             methods=methods,
@@ -217,7 +217,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             write_result=write,
             evaluation=context.evaluation_text,
             observers=observers,
-            changers=changers,
+            changers=(*changers, *trainee.changers),
         )
     accept(write.target)
     flops = result.flops
@@ -333,12 +333,15 @@ def fit_found(result: FitResult) -> dict[str, Any]:
 
 def evaluation(context: RunContext, arm: Arm) -> StageResult:
     """Score the trained model, and let both models say something."""
-    trained = context.reading(load_model(context.folder / arm.name / "trained"))
+    trained = context.reading(
+        experts.load_start(context, arm, context.folder / arm.name / "trained")
+    )
     who = "the control" if arm.is_control else "the trained model"
     context.say("evaluate", f"{who} on {', '.join(context.domains)}")
     context.score(trained, f"{arm.name}-trained")
     config = read_config(context.folder / arm.name / "trained")
     samples, flops = [], context.scoring_flops(config) + moe.usage_flops(context, config)
+    flops += experts.usage_flops(context, config, arm)
     is_last = arm.task == len(context.text.tasks) - 1
     if is_last and not arm.is_control and context.config.evaluation.sample_tokens:
         before = load_model(context.folder / ("baseline" if arm.task else arm.start))
@@ -348,6 +351,7 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
         found={
             "samples": [sample.texts for sample in samples],
             "moe": moe.usage(context, trained),
+            "experts": experts.usage(context, trained),
         },
         flops={arm.label("evaluate"): flops},
         leaves=(score_file(f"{arm.name}-trained"),),

@@ -9,6 +9,7 @@ from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.text_resolution import DEFAULT_FRACTION
 from tritter.expansion import EXPANSIONS
 
+_WITH_BODY = ("expansion", "experts")
 _REPLAYING = ("replay", "self_replay")
 _LARGEST_FRACTION = 0.5  # of replayed or of validation text: beyond it the other half suffers
 
@@ -41,6 +42,9 @@ def _after_kept(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
         yield {"control": "true"}, "the base that does not grow beside it"
     if not isinstance(config.model, CheckpointModelConfig):
         yield {"seed": str(config.seed + 1)}, "whether it holds with another seed"
+    if config.experts is not None and config.experts.is_dynamic:
+        yield {"experts": "single_lora"}, "one adapter for everything, beside it"
+    elif not isinstance(config.model, CheckpointModelConfig) and config.experts is None:
         used = {spec.name for spec in config.expansion}
         # A model without experts has none to add to
         other = next(n for n in [*EXPANSIONS, "none"] if n not in used and n != "moe_add")
@@ -54,7 +58,9 @@ def _after_rollback(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
     if "new_capability" in failed:
         yield _twice_as_long(config), "more steps"
     if failed & {"retention", "training"}:
-        yield {"training.learning_rate": f"{config.training.learning_rate / 2:g}"}, "smaller steps"
+        asked = config.training if config.experts is None else config.experts.options
+        group = "training" if config.experts is None else "experts"
+        yield {f"{group}.learning_rate": f"{asked.learning_rate / 2:g}"}, "smaller steps"
 
 
 def _twice_as_long(config: RunConfig) -> dict[str, str]:
@@ -73,7 +79,7 @@ def _stronger_protection(config: RunConfig) -> Advice:
     elif replay.options.fraction < _LARGEST_FRACTION:
         fraction = min(_LARGEST_FRACTION, 2 * replay.options.fraction)
         yield {f"forgetting.{replay.name}.fraction": f"{fraction:g}"}, "more old text mixed in"
-    if "l2sp" not in names:
+    if "l2sp" not in names and config.experts is None:
         protected = ["l2sp", *names] if names else ["l2sp", "replay"]
         yield {"forgetting": _listed(protected)}, "the old weights held as well"
 
@@ -113,7 +119,7 @@ def _changed(words: Sequence[str], change: Mapping[str, str]) -> str:
         for word in words
         if not any(
             word.lstrip("+~").partition("=")[0] == key
-            or (key == "expansion" and word.lstrip("+~").startswith("expansion."))
+            or (key in _WITH_BODY and word.lstrip("+~").startswith(f"{key}."))
             for key in change
         )
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from tritter.evaluation.transfer import LearnedTask, transfer_matrix
 from tritter.families import count_parameters, on_disk
 from tritter.models import read_config
-from tritter.pipeline import growth, importance, moe
+from tritter.pipeline import experts, growth, importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult
@@ -68,6 +68,8 @@ def summary_record(
         summary["moe"] = used
     if (grew := growth.summary_record(trials[-1].context, arms)) is not None:
         summary["growth"] = grew
+    if (spawned := experts.summary_record(trials[-1].context, arms)) is not None:
+        summary["experts"] = spawned
     if last.is_round:
         summary |= {"rounds": records, "target": target_record(context, last)}
     if control_gate is not None:

@@ -24,6 +24,7 @@ from tritter.models import (
 from tritter.pipeline import moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.experts import ExpertsAsked, base_of, left_beside
 from tritter.pipeline.growth import GrowthAsked
 from tritter.pipeline.kept import left_sequences
 from tritter.stock_routers import AddedExperts, Routing
@@ -49,6 +50,7 @@ class TrainedWriter:
         routing_state: where the routers' biases, which no checkpoint holds, are left.
         kept: sequences that stay beside the model.
         growth: what the record of neurons that grew on the way says of them already.
+        experts: the same of LoRA experts; their base is written as it was.
     """
 
     start: Path
@@ -62,6 +64,7 @@ class TrainedWriter:
     routing_state: Path | None = None
     kept: KeptSequences = field(default_factory=KeptSequences)
     growth: GrowthAsked | None = None
+    experts: ExpertsAsked | None = None
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         """Write `model` as this training left it."""
@@ -71,12 +74,18 @@ class TrainedWriter:
         is_settled = added is None or added.is_settled
         # In float32 whatever the start was stored in; rounding back would lose small updates
         start = read_config(self.start)
-        config = {**_followed(start, model), "dtype": "float32"}
+        config = start
+        if self.experts is None:
+            config = {**_followed(start, model), "dtype": "float32"}
+            tensors = TensorStream.of(stored_tensors(whole_state(model), config))
+        else:
+            tensors = base_of(self.start).stream()
         grown = [] if self.growth is None else self.growth.records(start, config, result)
+        grown += [] if self.experts is None else self.experts.records(config, result)
         write_checkpoint(
             self.target,
             config=config,
-            tensors=TensorStream.of(stored_tensors(whole_state(model), config)),
+            tensors=tensors,
             lineage=lambda: replace(
                 self.lineage,
                 step=self.earlier_steps + steps,
@@ -88,6 +97,7 @@ class TrainedWriter:
                 None if is_settled else added,
                 self.moments,
                 _measured(self.kept, model),
+                left_beside(model),
             ),
             overwrite=True,
         )
@@ -162,6 +172,7 @@ def arm_writer(context: RunContext, arm: Arm, *, is_routed: bool) -> TrainedWrit
         routing_state=folder / "routing" if has_bias else None,
         kept=left_sequences(context, arm),
         growth=GrowthAsked.of(context, arm),
+        experts=ExpertsAsked.of(context, arm),
     )
 
 

@@ -136,6 +136,24 @@ def thaw(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None:
     _wrap(trainer, module)
 
 
+def freeze(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None:
+    """Let parameters of a live training be trained no more from its next step on.
+
+    They leave the optimizer, with their moments: neither weight decay nor momentum moves them.
+
+    Raises:
+        RequestError: not between two optimizer steps, or a strategy that can't bear it.
+    """
+    _check_moment(trainer, module)
+    (optimizer,), held = trainer.optimizers, dict(module.model.named_parameters())
+    for name in names:
+        held[name].requires_grad_(False)
+        held[name].grad = None
+        optimizer.state.pop(held[name], None)
+    _follow_slots(optimizer, module, held, {}, {})
+    _wrap(trainer, module)
+
+
 def _wrap(trainer: Trainer, module: BaseModule) -> None:
     """Let DDP wait for the gradients of what is trained now, and of nothing else."""
     if isinstance(trainer.strategy, DDPStrategy):

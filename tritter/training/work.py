@@ -56,6 +56,10 @@ class WorkCount(Callback):
 
     def parameters_changed(self, change: Change) -> None:
         """Count the next step anew."""
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """Count what the next step takes, which another way of computing may change too."""
         self._step = (None, None)
 
     def packing(self) -> dict[str, Any]:

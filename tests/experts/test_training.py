@@ -1,0 +1,295 @@
+"""Dynamic experts in trainings: found, known again, grown, resumed, on two processes."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback
+from rich.console import Console
+from torch import Tensor
+
+from tests import oracle
+from tests.training.killed import KillAt, Killed
+from tests.training.test_fit import SETTINGS
+from tests.training.test_surgery import assert_same
+from tritter.config.folders import body_of, option_files
+from tritter.data.batches import BatchStream, SequenceStream
+from tritter.experts.callback import ExpertCallback, Known
+from tritter.experts.method import DynamicExperts
+from tritter.experts.module import ExpertModule
+from tritter.experts.options import DynamicOptions
+from tritter.experts.roster import FIRST
+from tritter.training import (
+    FitResult,
+    OptimizerSettings,
+    Schedule,
+    TrainerSettings,
+    fit,
+    processes,
+)
+from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+
+BATCH, LENGTH = 8, 12
+ONE = replace(SETTINGS, save_every_n_steps=3)
+TWO = replace(ONE, devices=2, strategy="ddp")
+RANGES = {"old": (1, 30), "a": (40, 44), "b": (60, 64), "c": (80, 84)}  # of token ids
+STREAM = "aaaaaaaabbbbbbbbaaaaoobb"
+needs_fork = pytest.mark.skipif(
+    processes.start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
+)
+
+
+def asked(**changes: Any) -> DynamicOptions:
+    """Return the options of the file, with rarer samples and shorter schedules."""
+    body = {
+        k: v for k, v in body_of(option_files()["experts"]["dylora"]).items() if k != "_target_"
+    }
+    short = {
+        "rank": 2, "alpha": 4.0, "targets": ("q_proj", "down_proj", "embed_tokens", "lm_head"),
+        "min_samples": 12, "cooldown": 0, "maturity_steps": 3, "anneal_steps": 2,
+        "temperature": 0.5, "learning_rate": 1e-2, "min_gain": -100.0,
+        "detector": {"name": "loss", "threshold": 3.0},
+    }  # fmt: skip
+    known = {field.name for field in fields(DynamicOptions)}
+    assert body.keys() == known
+    return DynamicOptions(**{**body, **short, **changes})
+
+
+def text(kind: str, count: int, *, seed: int) -> Tensor:
+    """Return sequences [N, T] of one skill: some of the vocabulary, more and less often."""
+    low, high = RANGES[kind]
+    generator = torch.Generator().manual_seed(seed)
+    return low + (torch.rand(count, LENGTH, generator=generator) ** 2 * (high - low)).long()
+
+
+class InOrder(SequenceStream):
+    """A stream in the order of its sequences."""
+
+    def _move_to(self, *, epoch: int, position: int) -> None:
+        super()._move_to(epoch=epoch, position=position)
+        self._order = torch.arange(len(self._sequences))
+
+
+def batches(stream: str, *, accumulated: int = 1) -> BatchStream:
+    names = {"o": "old", **dict(zip("abc", "abc", strict=True))}
+    rows = [
+        text(names[kind], BATCH * accumulated, seed=100 + number)
+        for number, kind in enumerate(stream)
+    ]
+    data = InOrder(torch.cat(rows), seed=0)
+    return BatchStream(data, batch_size=BATCH, num_batches=len(stream) * accumulated)
+
+
+def train(
+    folder: Path,
+    options: DynamicOptions | None = None,
+    *watching: Callback,
+    stream: str = STREAM,
+    settings: TrainerSettings = ONE,
+    skill: str | None = None,
+    steps: int | None = None,
+) -> tuple[ExpertModule, FitResult]:
+    """Train experts on a base, from what was saved if anything."""
+    torch.manual_seed(999 if (folder / "saved").exists() else 11)
+    method = DynamicExperts(options or asked())
+    model = oracle.tiny_llama(tie_word_embeddings=True, attention_dropout=0.1)
+    mixture = method.begin(model, end_of_text_id=0, seed=1)
+    steps = steps or len(stream)
+    roster = method.roster(max_steps=steps)
+    old = [text("old", BATCH, seed=n) for n in range(30)]
+    known = Known(batches={"old": old if skill is None else ()}, tokens=torch.cat(old).flatten())
+    callback = ExpertCallback(
+        roster, shape=method.shape(model), known=known, skill=skill, domains=["new"], seed=3
+    )
+    module = ExpertModule(
+        mixture,
+        losses=method.losses,
+        schedule=Schedule(learning_rate=method.asked.learning_rate, max_steps=steps),
+        optimizer=OptimizerSettings(),
+    )
+    accumulated = settings.accumulate_grad_batches
+    result = fit(
+        module,
+        batches(stream, accumulated=accumulated),
+        settings=settings,
+        folder=folder,
+        label="test",
+        console=Console(quiet=True),
+        controls=watching,
+        changers=[callback],
+    )
+    return module, result
+
+
+def kinds(result: FitResult) -> list[tuple[str, str]]:
+    events = result.reports["experts"]["events"]
+    return [(event["kind"], event["expert"]) for event in events]
+
+
+def saved(folder: Path) -> Mapping[str, Any]:
+    return SafetensorsCheckpointIO().load_checkpoint(folder / "saved")
+
+
+def assert_same_end(first: Path, second: Path) -> None:
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+    ends = []
+    for folder in (first, second):
+        end = saved(folder)
+        experts = end["callbacks"]["ExpertCallback"]
+        ends.append({k: end[k] for k in kept} | {"experts": experts})
+    assert_same(*ends, "")
+
+
+def test_what_is_new_gets_an_expert_and_is_known_again(tmp_path: Path) -> None:
+    module, result = train(tmp_path)
+    report = result.reports["experts"]
+    spawned = [event for event in report["events"] if event["kind"] == "spawned"]
+    assert [(event["expert"], event["step"]) for event in spawned] == [
+        ("expert_1", 2),
+        ("expert_2", 10),
+    ]
+    assert spawned[1]["similarity"].keys() == {"old", "expert_1"}
+    assert spawned[0]["score"] > spawned[0]["threshold"] == 3
+    assert report["batches"]["idle"] == 4, "two batches of each new skill, while that is decided"
+    assert [each for each in kinds(result) if each[0] == "mature"] == [
+        ("mature", "expert_1"),
+        ("mature", "expert_2"),
+    ]
+    model, mixture = module.model.eval(), module.mixture
+    assert mixture.routing.top_k == 2 and mixture.routing.temperature == 0.5
+    for kind, expert in (("old", FIRST), ("a", "expert_1"), ("b", "expert_2")):
+        model(input_ids=text(kind, 4, seed=7), use_cache=False)
+        (gates,) = mixture.gates()
+        assert gates.weights[:, 6:, mixture.names.index(expert)].min() > 0.9
+    base = oracle.tiny_llama(tie_word_embeddings=True)
+    state = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    for name, value in base.named_parameters():
+        assert torch.equal(state[name], value), "the base is frozen"
+
+
+class Moves(Callback):
+    """Keep whose parameters moved in each step."""
+
+    def __init__(self) -> None:
+        self.moved: list[set[str]] = []
+        self._before: dict[str, Tensor] = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+        self._before = {n: p.detach().clone() for n, p in pl_module.model.named_parameters()}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+        held = dict(pl_module.model.named_parameters())
+        self.moved.append(
+            {
+                next((part for part in name.split(".") if part.startswith("expert_")), "base")
+                for name, value in self._before.items()
+                if not torch.equal(held[name], value)
+            }
+        )
+
+
+def test_a_step_moves_the_expert_of_its_text_alone(tmp_path: Path) -> None:
+    watching = Moves()
+    train(tmp_path, None, watching)
+    found = ["".join(sorted(each)) for each in watching.moved]
+    one, two = "expert_1", "expert_2"
+    # Of each new skill two batches are for nothing; old text is learned by the first
+    expected = ["", "", *[one] * 6, "", "", *[two] * 6, *[one] * 4, FIRST, FIRST, *[two] * 2]
+    assert found == expected
+
+
+def test_full_with_whatever_makes_room(tmp_path: Path) -> None:
+    _, stopped = train(tmp_path / "stop", asked(max_experts=2))
+    assert ("refused", "expert_1") in kinds(stopped), "the nearest learns it"
+    module, evicted = train(tmp_path / "evict", asked(max_experts=2, when_full="evict"))
+    assert kinds(evicted).count(("evicted", "expert_1")) == 1
+    assert module.mixture.names[0] == FIRST and len(module.mixture.names) == 2
+    _, limited = train(tmp_path / "limit", asked(max_trainable_parameters=1))
+    assert all(kind == "refused" for kind, _ in kinds(limited))
+    _, worthless = train(tmp_path / "gain", asked(min_gain=1e3))
+    assert set(kinds(worthless)) == {("refused", FIRST)}
+
+
+def test_the_most_similar_become_one(tmp_path: Path) -> None:
+    options = asked(max_experts=3, when_full="merge")
+    module, result = train(tmp_path, options, stream="aaaabbbbccccaa")
+    (event,) = [e for e in result.reports["experts"]["events"] if e["kind"] == "merged"]
+    assert (event["expert"], event["gone"], event["step"]) == ("expert_1", "expert_2", 10)
+    mixture = module.mixture
+    assert mixture.names == [FIRST, "expert_1", "expert_3"]
+    for kind, expert in (("a", "expert_1"), ("b", "expert_1"), ("c", "expert_3")):
+        module.model.eval()(input_ids=text(kind, 4, seed=7), use_cache=False)
+        (gates,) = mixture.gates()
+        assert gates.weights[:, 6:, mixture.names.index(expert)].min() > 0.9
+    spawned = [each for each in kinds(result) if each[0] == "spawned"]
+    assert len(spawned) == 3, "text of the merged ones is known"
+
+
+@pytest.mark.parametrize("killed_at", [4, 10, 17])
+def test_resumed_it_ends_alike(tmp_path: Path, killed_at: int) -> None:
+    options = asked(stall_steps=2, stall_gain=10.0, max_rank=4, distill=0.1)
+    _, expected = train(tmp_path / "whole", options)
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", options, KillAt(killed_at))
+    _, result = train(tmp_path / "parts", options)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert replace(result, seconds=0.0) == replace(expected, seconds=0.0)
+    happened = {kind for kind, _ in kinds(expected)}
+    assert happened == {"spawned", "mature", "widened", "frozen"}
+
+
+@pytest.mark.parametrize("router", ["learned", "both"])
+def test_learned_routers_resume_too(tmp_path: Path, router: str) -> None:
+    options = asked(router=router, targets=("q_proj",), entropy=0.01)
+    module, _ = train(tmp_path / "whole", options)
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", options, KillAt(13))
+    train(tmp_path / "parts", options)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert all(float(each.weight.abs().max()) > 0 for each in module.mixture.routers())
+
+
+def test_boundaries_that_are_told(tmp_path: Path) -> None:
+    _, result = train(tmp_path, asked(boundaries="told"), skill="sums", stream="aaaa")
+    assert kinds(result) == [("spawned", "expert_1"), ("mature", "expert_1")]
+    assert result.reports["experts"]["events"][0]["step"] == 1
+
+
+class Digests(Callback):
+    """Leave each rank's weights and moments behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module) -> None:  # type: ignore[no-untyped-def]
+        (optimizer,) = trainer.optimizers
+        held = dict(pl_module.state_dict())
+        states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+        torch.save([held, states], self.folder / f"rank{trainer.global_rank}.pt")
+
+
+@needs_fork
+def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
+    options = asked(stall_steps=2, stall_gain=10.0, max_rank=4)
+    _, expected = train(tmp_path / "whole", options, Digests(tmp_path), settings=TWO)
+    first, second = (torch.load(tmp_path / f"rank{n}.pt") for n in (0, 1))
+    assert_same(first, second, "")
+    with pytest.raises(Exception, match="Killed"):
+        train(tmp_path / "parts", options, KillAt(10), settings=TWO)
+    train(tmp_path / "parts", options, settings=TWO)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert {("spawned", "expert_1"), ("spawned", "expert_2")} <= set(kinds(expected))
+    assert {kind for kind, _ in kinds(expected)} == {"spawned", "mature", "widened", "frozen"}
+
+
+def test_of_batches_gathered_for_a_step_none_is_lost(tmp_path: Path) -> None:
+    settings = replace(ONE, arguments={"accumulate_grad_batches": 2})
+    _, expected = train(tmp_path / "whole", stream="aaaabbbb", settings=settings)
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", None, KillAt(5), stream="aaaabbbb", settings=settings)
+    train(tmp_path / "parts", stream="aaaabbbb", settings=settings)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert [kind for kind, _ in kinds(expected)].count("spawned") == 2

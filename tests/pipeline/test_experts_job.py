@@ -1,0 +1,132 @@
+"""LoRA experts in whole runs: killed and resumed, on disk, task after task, gone on with."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.pipeline.test_every_choice import Killed, _dies_at, load_config
+from tests.pipeline.tiny import FIXTURES, TINY
+from tritter.checkpoint import read_lineage
+from tritter.errors import RequestError
+from tritter.experts.mixture import mixture_on
+from tritter.experts.module import ExpertModule
+from tritter.experts.whole import load_whole
+from tritter.pipeline import run_pipeline
+
+PLAIN = [w for w in TINY if not w.startswith("forgetting=")] + ["expansion=none", "forgetting=none"]
+DYLORA = (
+    "experts=dylora", "experts.rank=2", "experts.min_samples=4", "experts.in_a_row=1",
+    "experts.detector={name: loss, threshold: 0.1}", "experts.cooldown=0", "experts.min_gain=-9",
+    "experts.max_experts=3", "experts.confidence=0.5",
+)  # fmt: skip
+
+
+def run(folder: Path, cache: Path, words: Sequence[str]) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    run_pipeline(load_config([*words, f"cache_dir={cache}"]), run_folder=folder)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def killed(folder: Path, cache: Path, words: Sequence[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExpertModule, "training_step", _dies_at(ExpertModule.training_step))
+        with pytest.raises(Killed):
+            run(folder, cache, words)
+    assert any(folder.rglob("saved/*")), "nothing was saved before the kill"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    parts = ("experts/*/*.safetensors", "state/experts.safetensors", "model.safetensors")
+    found = {p.relative_to(folder).as_posix(): p for part in parts for p in folder.glob(part)}
+    return {name: path.read_bytes() for name, path in sorted(found.items())}
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        DYLORA,
+        ("experts=single_lora", "experts.rank=4"),
+        (*DYLORA, "experts.router=both", "experts.boundaries=told"),
+    ],
+    ids=["dylora", "single_lora", "told"],
+)
+def test_killed_and_resumed_it_leaves_the_same(tmp_path: Path, experts: Sequence[str]) -> None:
+    words = [*PLAIN, *experts]
+    summary = run(tmp_path / "whole", tmp_path / "cache", words)
+    killed(tmp_path / "parts", tmp_path / "cache", words)
+    run(tmp_path / "parts", tmp_path / "cache", words)
+    one, two = (tmp_path / name / "checkpoint" for name in ("whole", "parts"))
+    assert files(one) == files(two) and len(files(one)) >= 3
+    base = tmp_path / "whole/baseline"
+    assert files(base)["model.safetensors"] == files(one)["model.safetensors"], "as it was"
+    ids = torch.arange(24).reshape(2, 12) + 40
+    stock = AutoModelForCausalLM.from_pretrained(one).eval()
+    model = load_whole(one)
+    mixture = mixture_on(model)
+    assert mixture is not None
+    with torch.no_grad(), mixture.off():
+        assert torch.equal(model(input_ids=ids).logits, stock(input_ids=ids).logits)
+    name = mixture.adapters[-1]
+    adapted = PeftModel.from_pretrained(stock, one / "experts" / name).eval()
+    with torch.no_grad(), mixture.alone(name):
+        difference = model(input_ids=ids).logits - adapted(input_ids=ids).logits
+    assert difference.abs().max() < 1e-5
+    record = summary["experts"]
+    assert record["number"] == len(mixture.adapters)
+    assert record["kind"] == experts[0].partition("=")[2]
+    lineage = read_lineage(one)
+    assert lineage is not None
+    spawned = [event["expert"] for event in record.get("spawned", [])]
+    assert [each.method for each in lineage.expansion_history] == ["dylora"] * bool(spawned)
+    if experts[0] == "experts=dylora":
+        assert spawned and set(record["usage"]["new"]) == set(record["names"])
+
+
+def test_tasks_and_a_checkpoint_that_is_gone_on_with(tmp_path: Path) -> None:
+    old, new = FIXTURES / "text/old", FIXTURES / "text/new.jsonl"
+    kept = [word for word in PLAIN if not word.startswith(("data.new=", "data.old="))]
+    tasks = [
+        f"data.old={{old: {old}}}",
+        f"data.tasks=[{{new: {new}}},{{old: {old}}},{{new: {new}}}]",
+    ]
+    summary = run(tmp_path / "run", tmp_path / "cache", [*kept, *tasks, *DYLORA])
+    events = summary["experts"]["events"]
+    assert summary["experts"]["spawned"][0]["task"] == 0
+    assert [event["step"] for event in events] == sorted(event["step"] for event in events)
+    steps = summary["experts"]["usage_over_time"]["steps"]
+    assert steps == sorted(steps) and steps[-1] <= 18
+    assert len(summary["experts"]["phases"]) == 3
+
+    checkpoint = tmp_path / "run/checkpoint"
+    on = [w for w in kept if not w.startswith(("model.", "data.vocab_size", "pretraining."))]
+    on += ["model=hf", f"model.path={checkpoint}", f"data.new={{again: {new}}}"]
+    with pytest.raises(RequestError, match="it holds experts"):
+        run(tmp_path / "whole_model", tmp_path / "cache", on)
+    with pytest.raises(RequestError, match=r"experts\.router = learned.*mixed by evidence"):
+        words = ["experts=dylora", "experts.router=learned"]
+        run(tmp_path / "router", tmp_path / "cache", [*on, *words])
+    again = run(tmp_path / "again", tmp_path / "cache", [*on, *DYLORA])
+    assert again["experts"]["names"][: summary["experts"]["number"]] == summary["experts"]["names"]
+
+
+def test_replayed_rows_are_no_novelty(tmp_path: Path) -> None:
+    words = [word for word in PLAIN if word != "forgetting=none"]
+    summary = run(tmp_path / "run", tmp_path / "cache", [*words, "forgetting=replay", *DYLORA])
+    assert summary["experts"]["number"] >= 1
+
+
+def test_what_an_expansion_added_is_part_of_the_frozen_base(tmp_path: Path) -> None:
+    words = [word for word in PLAIN if word != "expansion=none"]
+    summary = run(tmp_path / "run", tmp_path / "cache", [*words, "expansion=width", *DYLORA])
+    verdicts = {gate["check"]: gate["verdict"] for gate in summary["gate"]}
+    assert verdicts.get("gradient_flow", "passed") == "passed"
+    folder = tmp_path / "run"
+    expanded, kept = (folder / name for name in ("attempt_1/expanded", "checkpoint"))
+    assert files(expanded)["model.safetensors"] == files(kept)["model.safetensors"]

@@ -1,0 +1,149 @@
+"""The LightningModule of a mixture of LoRA experts: what its loss is, and what is saved of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from tritter.data.apart import labels_of
+from tritter.data.windows import IGNORED
+from tritter.experts.adapters import AdapterShape, adapter_names, shape_of
+from tritter.experts.changes import router_names
+from tritter.experts.flops import forward_flops_of, step_flops_of
+from tritter.experts.gates import Routing
+from tritter.experts.losses import balance_loss, entropy_loss, z_loss
+from tritter.experts.mixture import ExpertMixture
+from tritter.training import BaseModule
+from tritter.training.compute import StepFlops
+from tritter.training.module import TaskLoss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLosses:
+    """Weights of what is added to the loss of the task; 0: it is left out.
+
+    Args:
+        balance, entropy, z: of the gates of learned routers, see `tritter.experts.losses`.
+        distill: of KL(mixture without the young expert ‖ mixture), nats per token.
+    """
+
+    balance: float = 0.0
+    entropy: float = 0.0
+    z: float = 0.0
+    distill: float = 0.0
+
+
+class ExpertModule(BaseModule):
+    """Next-token training of the experts of a mixture; the base is frozen.
+
+    Args:
+        mixture: on the model that is trained.
+        losses: what is added to the loss of the task.
+        options: those of `BaseModule`.
+
+    Attributes:
+        young: the expert that is held to the mature ones; None: no one is.
+    """
+
+    def __init__(
+        self, mixture: ExpertMixture, *, losses: ExpertLosses | None = None, **options: Any
+    ) -> None:
+        super().__init__(mixture.model, **options)
+        self.mixture = mixture
+        self.losses = losses or ExpertLosses()
+        self.young: str | None = None
+        self._task: TaskLoss | None = None
+
+    def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
+        """Return the loss of the task, and keep what it is of for the losses besides."""
+        self._task = super().task_loss(batch)
+        return self._task
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        """Return the loss of the task with all that is added to it; each is logged alone."""
+        loss = super().training_step(batch, batch_index)
+        for name, (weight, value) in self._besides(batch).items():
+            self.log(f"experts/{name}_loss", value.detach().float(), sync_dist=True)
+            loss = loss + weight * value.to(loss.dtype)
+        self._task = None
+        return loss
+
+    @property
+    def is_task_alone(self) -> bool:
+        asked = self.losses
+        return super().is_task_alone and not (asked.balance or asked.entropy or asked.z)
+
+    def step_flops(self) -> StepFlops:
+        """Count the model FLOPs of a step, with what needs a gradient now."""
+        besides = sum(side.step_flops(self.model) for side in self.side_losses)
+        sequence = step_flops_of(self.mixture)
+        if self.losses.distill and self.young is not None:
+            sequence = sequence + forward_flops_of(self.mixture)
+        return StepFlops(sequence, besides)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the journal, who the experts are and how large, and what is trained."""
+        mixture = self.mixture
+        shapes = {name: shape_of(self.model, name) for name in mixture.adapters}
+        routing = mixture.routing
+        return super().get_extra_state() | {
+            "experts": {
+                "names": list(mixture.names),
+                "shapes": {n: [s.rank, s.alpha, list(s.targets)] for n, s in shapes.items()},
+                "routing": [routing.top_k, routing.temperature, routing.capacity_factor],
+                "trained": [n for n, p in self.model.named_parameters() if p.requires_grad],
+                "young": self.young,
+            }
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Make the experts of a saved training, with their final ranks, before weights come."""
+        held, mixture = state["experts"], self.mixture
+        shapes = {n: AdapterShape(r, a, tuple(t)) for n, (r, a, t) in held["shapes"].items()}
+        for name in adapter_names(self.model):
+            if shapes.get(name) != shape_of(self.model, name):
+                mixture.close(name)
+        for name, shape in shapes.items():
+            if name not in mixture.names:
+                mixture.open(name, shape, seed=0)
+        mixture.reorder(held["names"])
+        for router in map(self.model.get_submodule, router_names(mixture)):
+            size = len(mixture.names)
+            for key in ("weight", "bias"):
+                old = router.get_parameter(key)
+                shape_of_rows = (size, *old.shape[1:])
+                setattr(router, key, torch.nn.Parameter(old.new_zeros(shape_of_rows)))
+        top_k, temperature, capacity = held["routing"]
+        mixture.routing = Routing(top_k=top_k, temperature=temperature, capacity_factor=capacity)
+        self.journal, self.moments = [dict(entry) for entry in state["journal"]], {}
+        self.young = held["young"]
+        trained = set(held["trained"])
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trained)
+
+    def _besides(self, batch: Mapping[str, Tensor]) -> dict[str, tuple[float, Tensor]]:
+        """Return name → (weight, value) of what is asked for, from the task's forward pass."""
+        asked, found = self.losses, {}
+        gates = self.mixture.gates() if next(self.mixture.routers(), None) is not None else []
+        for name, measure in (("balance", balance_loss), ("entropy", entropy_loss), ("z", z_loss)):
+            weight = getattr(asked, name)
+            if weight and gates:
+                found[name] = (weight, torch.stack([measure(each) for each in gates]).mean())
+        if asked.distill and self.young is not None:
+            found["distill"] = (asked.distill, self._distance(self.young, batch))
+        return found
+
+    def _distance(self, young: str, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return KL(mixture without an expert ‖ mixture), mean over tokens, nats."""
+        assert self._task is not None
+        input_ids = batch["input_ids"]
+        with torch.no_grad(), self.mixture.without(young):
+            teacher = self.model(input_ids=input_ids, use_cache=False).logits
+        own, kept = self._task.logits, labels_of(self.model, input_ids) != IGNORED  # [B, T]
+        told = log_softmax(teacher[kept].float(), dim=-1)
+        return kl_div(
+            log_softmax(own[kept].float(), dim=-1), told, reduction="batchmean", log_target=True
+        )

@@ -1,0 +1,286 @@
+"""LoRA experts in a run: which trainings they are part of, and what summary.json says of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from hashlib import sha256
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback
+from torch import Tensor, nn
+
+from tritter.checkpoint import ExpansionRecord, Source
+from tritter.config.schema import TrainingConfig
+from tritter.experts.callback import EXPERTS, ExpertCallback, Known
+from tritter.experts.losses import usage as mean_gates
+from tritter.experts.method import DynamicExperts, Experts
+from tritter.experts.mixture import ExpertMixture, mixture_on
+from tritter.experts.module import ExpertModule
+from tritter.experts.stored import ExpertFolder
+from tritter.experts.whole import load_whole
+from tritter.families import Config, forward_flops
+from tritter.models import load_model, read_config
+from tritter.novelty.statistics import CALIBRATION_BATCHES
+from tritter.pipeline.arm import Arm
+from tritter.pipeline.context import RunContext
+from tritter.training import BaseModule, FitResult
+
+USAGE_SEQUENCES = 16  # of a domain, in which its gates are looked at
+_USAGE_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Trainee:
+    """What an arm trains: a model, or the experts on it.
+
+    Args:
+        module: makes the module of it, given the options of `BaseModule`.
+        changers: callbacks that change the model.
+    """
+
+    module: Callable[..., BaseModule]
+    changers: tuple[Callback, ...] = ()
+
+
+def method_of(context: RunContext, arm: Arm) -> Experts | None:
+    """Return what an arm trains; None: the whole model, as the control does."""
+    asked = context.config.experts
+    if asked is None or arm.is_control:
+        return None
+    made: Experts = asked.made()
+    return made
+
+
+def training_of(context: RunContext, arm: Arm) -> TrainingConfig:
+    """Return what is asked of an arm's training: adapters have a rate of their own."""
+    method, asked = method_of(context, arm), context.config.training
+    return asked if method is None else replace(asked, learning_rate=method.asked.learning_rate)
+
+
+def load_start(context: RunContext, arm: Arm, folder: Path) -> nn.Module:
+    """Load what an arm's training starts from: experts and all, or for the control the base."""
+    return load_model(folder) if method_of(context, arm) is None else load_whole(folder)
+
+
+def begin(context: RunContext, arm: Arm, model: nn.Module, *, max_steps: int) -> Trainee:
+    """Return what is trained of a model; experts are put on one that has none, if asked for.
+
+    Raises:
+        RequestError: the model has other experts than can be gone on with, no layer that adapters
+            are to stand on, or there is no text of what the base knows.
+    """
+    method = method_of(context, arm)
+    if method is None:
+        return Trainee(partial(BaseModule, model))
+    seed = context.seed("experts", *arm.purpose)
+    mixture = mixture_on(model)
+    if mixture is None:
+        mixture = method.begin(model, end_of_text_id=context.end_of_text_id, seed=seed)
+    else:
+        _go_on(context, arm, mixture)
+    changers: tuple[Callback, ...] = ()
+    if isinstance(method, DynamicExperts):
+        roster = method.roster(max_steps=max_steps)
+        held = mixture.extra.get("roster")
+        if held is not None:
+            roster.load_state_dict(held)
+        new = context.new_of(arm)
+        callback = ExpertCallback(
+            roster,
+            shape=method.shape(model),
+            known=None if held is not None else _known(context, is_told=roster.detector is None),
+            skill="+".join(new) if roster.detector is None else None,
+            domains=new,
+            seed=seed,
+        )
+        callback.take_up(mixture.extra)
+        changers = (callback,)
+    return Trainee(partial(ExpertModule, mixture, losses=method.losses), changers)
+
+
+def _go_on(context: RunContext, arm: Arm, mixture: ExpertMixture) -> None:
+    """Let the experts of a checkpoint be trained again, with what was left beside them."""
+    folder = context.folder / arm.start
+    stored = ExpertFolder.read(folder)
+    assert stored is not None
+    mixture.extra = dict(stored.extra)
+    for name, parameter in mixture.model.named_parameters():
+        is_ours = ".lora_" in name or "expert_router" in name
+        parameter.requires_grad_(is_ours)
+
+
+def _known(context: RunContext, *, is_told: bool) -> Known:
+    """Return text of what the base knows, to be measured and counted, and never trained on."""
+    sequences = context.training_sequences(context.old_domains)
+    tokens = [each.flatten().long() for each in sequences.values()]
+    size = context.config.data.batch_size
+    batches: Mapping[str, Sequence[Tensor]] = {
+        domain: () if is_told else _batches(each, size, seed=context.seed("known", domain))
+        for domain, each in sequences.items()
+    }
+    return Known(batches=batches, tokens=torch.cat([torch.empty(0, dtype=torch.int64), *tokens]))
+
+
+def _batches(sequences: Tensor, size: int, *, seed: int) -> Sequence[Tensor]:
+    """Return as many batches as it takes to know what is usual; each sequence as rarely as can be.
+
+    Raises:
+        RequestError: there are too few sequences for a batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wanted, order = CALIBRATION_BATCHES * size, torch.empty(0, dtype=torch.int64)
+    while len(order) < wanted:
+        order = torch.cat([order, torch.randperm(len(sequences), generator=generator)])
+    return sequences[order[:wanted]].long().split(size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsAsked:
+    """What is known of a training's experts before it begins, for what it leaves."""
+
+    name: str
+    options: Mapping[str, Any]
+    seed: int
+
+    @classmethod
+    def of(cls, context: RunContext, arm: Arm) -> "ExpertsAsked | None":
+        """Return that of an arm; None where the whole model is trained."""
+        asked = context.config.experts
+        if asked is None or arm.is_control:
+            return None
+        return cls(
+            name=asked.name, options=asked.plain(), seed=context.seed("experts", *arm.purpose)
+        )
+
+    def records(self, config: Config, result: FitResult) -> list[ExpansionRecord]:
+        """Return the record of experts that came in a training, as the lineage has it."""
+        events = result.reports.get(EXPERTS, {}).get("events", [])
+        born = [event["expert"] for event in events if event["kind"] == "spawned"]
+        if not born:
+            return []
+        record = ExpansionRecord(
+            timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+            expansion_type=EXPERTS,
+            method=self.name,
+            options={**self.options, "spawned": born},
+            seed=self.seed,
+            source_config=config,
+            target_config=config,
+            layer_sources=tuple(range(int(config["num_hidden_layers"]))),  # type: ignore[call-overload]
+            map_digest=sha256(" ".join(born).encode()).hexdigest(),
+            claims_exact=True,  # an expert that is new computes nothing
+            step0_error=0.0,
+        )
+        return [record]
+
+
+def left_beside(model: nn.Module) -> ExpertFolder | None:
+    """Return the experts of a live model, to be written beside its base; None: it has none."""
+    mixture = mixture_on(model)
+    if mixture is None:
+        return None
+    usage = mixture.extra.get("usage")
+    return ExpertFolder.of(
+        mixture, usage=None if usage is None else {"training": usage}, extra=mixture.extra
+    )
+
+
+def base_of(folder: Path) -> Source:
+    """Open the base that experts stand on, which their training leaves as it is."""
+    return Source.open(folder, read_config(folder))
+
+
+@torch.no_grad()
+def usage(context: RunContext, model: nn.Module) -> dict[str, Any] | None:
+    """Return what becomes of each domain's text: the mean gate of each expert; None without any."""
+    mixture = mixture_on(model)
+    if mixture is None:
+        return None
+    model.to(context.device).eval()
+    found: dict[str, dict[str, float]] = {}
+    for domain in context.domains:
+        ids = context.drawn_equally([domain], USAGE_SEQUENCES, "usage").long()
+        gates = torch.zeros(len(mixture.names), dtype=torch.float64)
+        for rows in ids.split(_USAGE_BATCH):
+            model(input_ids=rows.to(context.device), use_cache=False)
+            gates += mean_gates(mixture.gates()).double().cpu() * len(rows) / len(ids)
+        found[domain] = dict(zip(mixture.names, gates.tolist(), strict=True))
+    model.to("cpu")
+    adapters = ExpertFolder.of(mixture).adapters
+    sizes = {
+        name: sum(d.numel() + u.numel() for d, u in each.factors.values())
+        for name, each in adapters.items()
+    }
+    base = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
+    routers = sum(p.numel() for router in mixture.routers() for p in router.parameters())
+    trainable = sum(sizes.values()) + routers
+    return {
+        "number": len(mixture.adapters),
+        "names": list(mixture.names),
+        "usage": found,
+        "ranks": {name: each.shape.rank for name, each in adapters.items()},
+        "parameters": {
+            "base": base - routers,
+            "trainable": trainable,
+            "share": trainable / (base + sum(sizes.values())),
+        },
+        "routing": {
+            "router": mixture.router,
+            "top_k": mixture.routing.top_k,
+            "temperature": mixture.routing.temperature,
+        },
+    }
+
+
+def usage_flops(context: RunContext, config: Config, arm: Arm) -> float:
+    """Count the FLOPs of what `usage` looks at, of the base; none without experts."""
+    if method_of(context, arm) is None:
+        return 0.0
+    length = context.config.data.sequence_length
+    return forward_flops(config).of(length) * USAGE_SEQUENCES * len(context.domains)
+
+
+def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] | None:
+    """Return what became of experts in the trainings of an attempt, task after task."""
+    asked = context.config.experts
+    if asked is None:
+        return None
+    fits = [context.ledger[f"{arm.name}.fit"].found for arm in arms]
+    record: dict[str, Any] = {"kind": asked.name, "options": asked.plain()}
+    record |= context.ledger[f"{arms[-1].name}.evaluate"].found["experts"]
+    record["phases"] = [
+        context.ledger[f"{a.name}.evaluate"].found["experts"]["usage"] for a in arms
+    ]
+    reports = [fit["reports"].get(EXPERTS) for fit in fits]
+    if None in reports:
+        return record
+    before = [0, *accumulate(fit["steps"] for fit in fits)]
+    events = [
+        {**event, "task": number, "step": event["step"] + start}
+        for number, (report, start) in enumerate(zip(reports, before, strict=False))
+        for event in report["events"]
+    ]
+    spawned = [event for event in events if event["kind"] == "spawned"]
+    record |= {"spawned": spawned, "events": events, "batches": reports[-1]["batches"]}
+    for name, values in (("usage_over_time", "gates"), ("ranks_over_time", "ranks")):
+        record[name] = _joined([report[name] for report in reports], values, before)
+    return record
+
+
+def _joined(
+    parts: Sequence[Mapping[str, Any]], values: str, before: Sequence[int]
+) -> dict[str, Any]:
+    """Return what was followed over several trainings as over one; null where there was nothing."""
+    steps = [s + start for part, start in zip(parts, before, strict=False) for s in part["steps"]]
+    names = list(dict.fromkeys(name for part in parts for name in part[values]))
+    rows = {
+        name: [
+            each for part in parts for each in part[values].get(name, [None] * len(part["steps"]))
+        ]
+        for name in names
+    }
+    return {"steps": steps, values: rows}
