@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,10 +14,11 @@ from tests.hostile import values
 from tests.hostile.case import Case
 from tests.hostile.sandbox import Sandbox, special
 from tests.hostile.templates import ROOT, SMALL_RUN, run_words
+from tritter.storage.records import record_text
 
 Generator = Callable[[random.Random, Sandbox], Case]
 
-_CHECKPOINTS = ("base", "grown", "grown", "sparse")
+_CHECKPOINTS = ("base", "grown", "grown", "sparse", "skilled")
 _KEYS = (ROOT / "tests/config/keys.txt").read_text().split()
 
 
@@ -67,17 +69,24 @@ def tensors(rng: random.Random, sandbox: Sandbox) -> Case:
 
 
 def records(rng: random.Random, sandbox: Sandbox) -> Case:
-    """Entries of config.json, tritter.json, state.json and the tokenizer's files, changed."""
+    """Entries of config.json, tritter.json, the states' and tokenizer's files, changed."""
     folder = sandbox.take(rng.choice(_CHECKPOINTS), "source")
     names = ["config.json", "config.json", "tritter.json", "tritter.json", "state/state.json"]
     names += ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    names += ["state/experts.json", "state/experts.json", "experts/e0/adapter_config.json"]
     path = folder / rng.choice([name for name in names if (folder / name).is_file()])
     plain = json.loads(path.read_text())
     for _ in range(rng.choice((1, 1, 1, 3))):
         plain = values.mutated_json(rng, plain)
     if path.name == "tritter.json" and isinstance(plain, dict) and rng.random() < 0.5:
         plain["record_digest"] = None  # so that what is wrong is read, not only noticed
-    path.write_bytes(values.json_bytes(plain))
+    content = values.json_bytes(plain)
+    if path.name == "experts.json" and isinstance(plain, dict) and rng.random() < 0.8:
+        with suppress(ValueError):  # what is no text can't be digested
+            content = record_text(plain).encode()
+    path.write_bytes(content)
+    if (folder / "experts").is_dir() and rng.random() < 0.5:
+        (folder / "tritter.json").unlink()  # which would tell the change before it is read
     return _read_by(rng, f"{path.name} changed")
 
 
@@ -284,6 +293,8 @@ def _read_by(rng: random.Random, story: str) -> Case:
             ("expand", *checkpoint, "--method", "width", "--output", "out", "--no-measure"),
             ("expand", *checkpoint, "--method", "llama-pro", "--output", "out", "--measure"),
             ("export", *checkpoint, "--output", "out"),
+            ("export", *checkpoint, "--output", "out", "--merge"),
+            ("export", *checkpoint, "--output", "out", "--format", "peft"),
             ("history", "source", "--verify"),
             ("inspect", "source"),
             ("generate", *checkpoint, "--prompt", "the", "--max-new-tokens", "2"),

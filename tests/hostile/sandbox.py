@@ -22,8 +22,8 @@ class Sandbox:
 
     Args:
         root: its folder.
-        templates: what cases start from: `base`, `grown`, `sparse`, `finished`, `unfinished`,
-            `texts`; never changed.
+        templates: what cases start from: `base`, `grown`, `sparse`, `skilled`, `finished`,
+            `unfinished`, `texts`; never changed.
     """
 
     root: Path

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tests import oracle
+from tests.experts.mixtures import mixture_of
 from tests.oracle.families import tiny
 from tritter.checkpoint import read_lineage, write_checkpoint
 from tritter.checkpoint.state import write_state
@@ -19,6 +20,7 @@ from tritter.data.documents import Document
 from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
 from tritter.expand import expand
 from tritter.expansion import LlamaPro, Width
+from tritter.experts.stored import ExpertFolder
 from tritter.models import load_model, named_tensors, read_config, save_tokenizer
 from tritter.storage.writer import TensorStream
 
@@ -34,7 +36,7 @@ SMALL_RUN = (
 
 
 def make_templates(folder: Path) -> None:
-    """Write `base`, `grown`, `sparse`, `texts`, `finished`, `unfinished` and `cache`."""
+    """Write `base`, `grown`, `sparse`, `skilled`, `texts`, `finished`, `unfinished`, `cache`."""
     folder.mkdir(parents=True)
     _make_texts(folder / "texts")
     tokenizer = train_tokenizer([Document("d", SENTENCE * 20)], vocab_size=300)
@@ -45,6 +47,7 @@ def make_templates(folder: Path) -> None:
     _add_state(folder / "first", folder / "second")
     expand(folder / "second", folder / "grown", [LlamaPro(positions=[1])])
     shutil.rmtree(folder / "first")
+    _add_experts(folder / "second", folder / "skilled")
     _run(folder, "finished")
     _kill_while_training(folder, "unfinished")
 
@@ -80,6 +83,22 @@ def _add_state(source: Path, target: Path) -> None:
         tensors=TensorStream.of(tensors.items()),
         lineage=lambda: lineage,
         artifacts=[TokenizerFiles(source), Moments()],
+    )
+
+
+def _add_experts(source: Path, target: Path) -> None:
+    """Write a checkpoint again with LoRA experts beside it."""
+    config, lineage, model = read_config(source), read_lineage(source), load_model(source)
+    assert lineage is not None
+    tensors = dict(named_tensors(load_model(source), config))
+    mixture = mixture_of(model, router="both", has_base=True)
+    experts = ExpertFolder.of(mixture, usage={"text": {"e0": 0.5}}, extra={"a": [torch.ones(2)]})
+    write_checkpoint(
+        target,
+        config=config,
+        tensors=TensorStream.of(tensors.items()),
+        lineage=lambda: lineage,
+        artifacts=[TokenizerFiles(source), experts],
     )
 
 
