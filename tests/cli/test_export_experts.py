@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.cli.test_evaluate import TEXT
@@ -107,7 +108,7 @@ def test_a_mixture_becomes_a_plain_model(run: Run, place: Path, mixture: ExpertM
     assert result.code == 0, result.err
     expected = merged_by_hand(stock(place / "root"), mixture, GATES)
     assert (logits(stock(place / "out"), TOKENS) - logits(expected, TOKENS)).abs().max() < 1e-4
-    assert result.json["merged"]["gates_from"] == "mean gates on prose, code"
+    assert result.json["merged"]["gates_from"] == "means on prose, code, as the folder has them"
     names = {path.name for path in (place / "out").iterdir()}
     assert not {"experts", "state", "tritter.json"} & names
     card = (place / "out/README.md").read_text()
@@ -147,6 +148,11 @@ def test_the_change_is_measured_on_what_was_learned(
     assert result.code == 0, result.err
     merged = result.json["merged"]
     assert merged["measured_on"] == "notes" and merged["logit_change"]["largest"] > 0.1
+    assert merged["gates_from"] == "means on notes"
+    ids = AutoTokenizer.from_pretrained(place / "whole")(TEXT * 40)["input_ids"][:64]
+    logits(mixture.model, torch.tensor([ids]))  # the beginning of the one document
+    by_hand = torch.stack([each.weights.mean((0, 1)) for each in mixture.gates()]).mean(0)
+    assert [*merged["gates"].values()] == pytest.approx(by_hand.tolist(), rel=1e-5)
 
 
 def test_one_expert_alone_is_merged_exactly(run: Run, place: Path) -> None:

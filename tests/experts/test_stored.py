@@ -132,6 +132,7 @@ def test_experts_go_along_as_they_are(folder: Path, tmp_path: Path) -> None:
     names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.parent != folder]
     assert len(names) == 8
     assert all((tmp_path / "copy" / n).read_bytes() == (folder / n).read_bytes() for n in names)
+    assert {path.stat().st_mode & 0o777 for path in map(folder.joinpath, names)} == {0o644}
     summaries = ExpertFiles.read(folder).summaries()  # type: ignore[union-attr]
     assert [(e.name, e.rank, e.alpha) for e in summaries] == [
         ("e0", 2, 4.0),

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -34,6 +34,7 @@ from tritter.experts.merged_mixture import (
     MergedAdapter,
     deltas,
     logit_change,
+    mean_gates,
     merged_adapter,
 )
 from tritter.experts.peft_folder import StoredAdapter, write_stored
@@ -101,17 +102,22 @@ def merge(folder: Path, *, rank: int | None = None, largest_rank: int | None = N
     """
     files, held = ExpertFiles.read(folder), ExpertFolder.read(folder)
     assert files is not None and held is not None
-    gates = files.mean_gates()
-    gates_from = f"mean gates on {', '.join(files.head.usage)}"
-    if gates is None:
+    config = read_config(folder)
+    texts, mixture = _texts(folder, config), held.apply(load_model(folder))
+    stored = files.mean_gates()
+    if texts:
+        gates, gates_from = mean_gates(mixture, list(texts.values())), f"means on {_listed(texts)}"
+    elif stored is not None:
+        gates, gates_from = stored, f"means on {_listed(files.head.usage)}, as the folder has them"
+    else:
         gates = dict.fromkeys(files.head.names, 1 / len(files.head.names))
-        gates_from = "equal: the folder keeps no usage"
+        gates_from = "equal: no text is at hand, and the folder keeps no usage"
     made = merged_adapter(held, gates, rank=rank)
     if largest_rank is not None and made.adapter.shape.rank > largest_rank:
         made = merged_adapter(held, gates, rank=largest_rank)
-    config = read_config(folder)
-    input_ids, text = _tokens(folder, config)
-    change = logit_change(held, load_model(folder), made.adapter, input_ids)
+    input_ids = torch.cat(list(texts.values())) if texts else _drawn(config)
+    change = logit_change(mixture, made.adapter, input_ids)
+    text = _listed(texts) if texts else "no text: they are drawn at random"
     return Merge(gates=gates, gates_from=gates_from, made=made, change=change, text=text)
 
 
@@ -256,13 +262,9 @@ def _record(name: str, adapter: StoredAdapter, output: Path) -> dict[str, Any]:
     }
 
 
-def _tokens(folder: Path, config: Config) -> tuple[Tensor, str]:
-    """Return tokens int64 [B, T] of what the checkpoint learned, as far as that is at hand, and
-    in words what they are; else tokens drawn at random.
-    """
-    positions = config.get("max_position_embeddings")
-    length = min(_LENGTH, positions) if isinstance(positions, int) else _LENGTH
-    vocab_size = family_of(config).dimensions(config).vocab_size
+def _texts(folder: Path, config: Config) -> dict[str, Tensor]:
+    """Return domain → tokens int64 [B, T] of what the checkpoint learned, as far as at hand."""
+    length, vocab_size = _length(config), family_of(config).dimensions(config).vocab_size
     found: dict[str, Tensor] = {}
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
@@ -273,11 +275,23 @@ def _tokens(folder: Path, config: Config) -> tuple[Tensor, str]:
             if end is not None and tokens.num_tokens + len(tokens) >= length:
                 packed = pack(tokens, sequence_length=length, end_of_text_id=end)
                 found[name] = packed[:_SEQUENCES].long()
-    if found:
-        return torch.cat(list(found.values())), ", ".join(found)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(vocab_size, (_SEQUENCES, length), generator=generator)
-    return drawn, "no text: they are drawn at random"
+    return found
+
+
+def _drawn(config: Config) -> Tensor:
+    """Return tokens int64 [B, T] drawn at random, always the same."""
+    generator, size = torch.Generator().manual_seed(0), (_SEQUENCES, _length(config))
+    vocab_size = family_of(config).dimensions(config).vocab_size
+    return torch.randint(vocab_size, size, generator=generator)
+
+
+def _length(config: Config) -> int:
+    positions = config.get("max_position_embeddings")
+    return min(_LENGTH, positions) if isinstance(positions, int) else _LENGTH
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
 
 
 def _documents(paths: Sequence[str], text_field: str) -> list[Document]:

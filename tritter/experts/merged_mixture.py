@@ -1,15 +1,17 @@
 """A mixture as one adapter, by fixed gates in place of the router's; and what that changes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tritter.errors import RequestError
 from tritter.evaluation.inference import evaluating
 from tritter.experts.adapters import AdapterShape, Factors
+from tritter.experts.losses import usage
 from tritter.experts.merging import lost_share, merged
+from tritter.experts.mixture import ExpertMixture
 from tritter.experts.peft_folder import StoredAdapter, put_values
 from tritter.experts.stored import ExpertFolder
 
@@ -89,16 +91,29 @@ def deltas(adapter: StoredAdapter) -> dict[str, Tensor]:
     return {n: delta.T if n in adapter.embeddings else delta for n, delta in found.items()}
 
 
-def logit_change(
-    held: ExpertFolder, model: nn.Module, adapter: StoredAdapter, input_ids: Tensor
-) -> LogitChange:
-    """Measure what one adapter in place of the mixture changes, in the model's dtype.
+def mean_gates(mixture: ExpertMixture, texts: Sequence[Tensor]) -> dict[str, float]:
+    """Return expert → mean gate over layers and tokens, texts counted evenly.
 
     Args:
-        model: the base, on which the mixture is put.
+        texts: int64 [B, T] each, one at least.
+    """
+    found = torch.zeros(len(mixture.names), dtype=torch.float64)
+    with evaluating(mixture.model) as device:
+        for input_ids in texts:
+            mixture.model(input_ids=input_ids.to(device), use_cache=False)
+            found += usage(mixture.gates()).double().cpu() / len(texts)
+    return dict(zip(mixture.names, found.tolist(), strict=True))
+
+
+def logit_change(mixture: ExpertMixture, adapter: StoredAdapter, input_ids: Tensor) -> LogitChange:
+    """Measure what one adapter in place of the mixture changes, in the model's dtype.
+
+    The adapter stays on the model, which is of no use afterwards.
+
+    Args:
         input_ids: int64 [B, T].
     """
-    mixture = held.apply(model)
+    model = mixture.model
     name = next(each for each in _names() if each not in mixture.names)
     with evaluating(model) as device:
         ids = input_ids.to(device)

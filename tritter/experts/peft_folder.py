@@ -126,6 +126,7 @@ def write_stored(
     )
     with atomic_folder(folder, overwrite=overwrite) as place:
         save_file(tensors, place / TENSORS_NAME, metadata={"format": "pt"})
+        (place / TENSORS_NAME).chmod(0o644)  # as other files; it is made for its owner alone
         plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
         (place / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
 

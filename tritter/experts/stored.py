@@ -125,6 +125,7 @@ class ExpertFolder:
         extra = encode(self.extra, tensors, place=_EXTRA)
         (folder / TENSORS).parent.mkdir(exist_ok=True)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        (folder / TENSORS).chmod(0o644)  # as all files of a checkpoint; it is made for its owner
         digest = file_digest(folder / TENSORS)
         head = replace(self.head, extra=extra, tensors_sha256=digest)
         (folder / HEAD).write_text(record_text(head.to_dict()), encoding="utf-8")
