@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tritter.experts.adapters import AdapterShape
 from tritter.experts.gates import Routing
 from tritter.experts.losses import balance_loss, z_loss
-from tritter.experts.mixture import ExpertMixture
+from tritter.experts.mixture import ExpertMixture, RouterKind
 
 ROUNDS, EXPERTS, RANK = 12, 8, 8
 BATCH, LENGTH = 8, 128
@@ -31,11 +31,14 @@ TARGETS = {
         *("gate_proj", "up_proj", "down_proj"),
     ),
 }
-MODES = {
-    "dense": Routing(),
-    "top-2": Routing(top_k=2),
-    "top-2, capacity 1.25": Routing(top_k=2, capacity_factor=1.25),
-    "top-1": Routing(top_k=1),
+MODES: dict[str, tuple[RouterKind, Routing]] = {
+    "dense": ("learned", Routing()),
+    "top-2": ("learned", Routing(top_k=2)),
+    "top-2, capacity 1.25": ("learned", Routing(top_k=2, capacity_factor=1.25)),
+    "top-1": ("learned", Routing(top_k=1)),
+    "evidence, dense": ("evidence", Routing()),
+    "evidence, top-2": ("evidence", Routing(top_k=2)),
+    "evidence, top-1": ("evidence", Routing(top_k=1)),
 }
 FIELDS = ("layers", "routing", "ratio", "smallest", "largest")
 
@@ -68,17 +71,23 @@ def peft_step(targets: tuple[str, ...]) -> Callable[[], object]:
     return stepping(get_peft_model(base(), config), lambda: 0.0)  # type: ignore[arg-type]
 
 
-def mixture_step(targets: tuple[str, ...], routing: Routing) -> Callable[[], object]:
-    mixture = ExpertMixture(base())
+def mixture_step(
+    targets: tuple[str, ...], router_kind: RouterKind, routing: Routing
+) -> Callable[[], object]:
+    mixture = ExpertMixture(base(), router=router_kind)
     for number in range(EXPERTS):
         mixture.add(f"e{number}", AdapterShape(RANK, 2 * RANK, targets), seed=number)
     with torch.no_grad():
         for router in mixture.routers():
             router.weight.normal_(std=0.05)  # so that choices differ
+    if mixture.evidence is not None:
+        mixture.evidence.counts.random_(0, 1000)
     mixture.routing = routing
     mixture.model.train()
 
     def losses() -> torch.Tensor:
+        if router_kind == "evidence":
+            return torch.zeros(())  # there is nothing to learn
         found = [0.01 * balance_loss(g) + 1e-3 * z_loss(g) for g in mixture.gates()]
         return torch.stack(found).mean()
 
@@ -94,7 +103,7 @@ def seconds(function: Callable[[], object]) -> float:
 def rows() -> Iterator[dict[str, object]]:
     for layers, targets in TARGETS.items():
         steps = {"peft": peft_step(targets)}
-        steps |= {name: mixture_step(targets, routing) for name, routing in MODES.items()}
+        steps |= {name: mixture_step(targets, *mode) for name, mode in MODES.items()}
         taken: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(ROUNDS):
             for name, step in steps.items():

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from tests.experts.mixtures import TARGETS
 from tests.oracle import tiny_llama
+from tritter.data.apart import Apart, read_apart
 from tritter.errors import RequestError
 from tritter.experts.adapters import AdapterShape, parameters_of
 from tritter.experts.evidence import NO_TOKEN, Evidence
@@ -144,6 +145,21 @@ def test_generate_writes_what_single_passes_would() -> None:
         logits = mixture.model(input_ids=seen, use_cache=False).logits
         seen = torch.cat([seen, logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(written, seen)
+
+
+@pytest.mark.parametrize("top_k", [None, 1])
+@torch.no_grad()
+def test_a_packed_document_has_the_logits_it_has_alone(top_k: int | None) -> None:
+    mixture = mixture_of("both", top_k=top_k)
+    read_apart(mixture.model, Apart(END))
+    one, two = (tokens(1, length, seed=length, high=63) + 1 for length in (7, 11))
+    end = torch.full((1, 1), END)
+    packed = torch.cat([end, one, end, two, end, end], dim=1)
+    alone = torch.cat([end, two], dim=1)
+    found = mixture.model(input_ids=packed).logits[:, 8:20]
+    assert (found - mixture.model(input_ids=alone).logits).abs().max() < 1e-12
+    (other,) = mixture_of("both", top_k=top_k).model(input_ids=packed, use_cache=False).logits
+    assert (found - other[8:20]).abs().max() > 1e-3, "as one stream it is another"
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Dynamic experts in trainings: found, known again, grown, resumed, on two processes."""
 
+import multiprocessing
+import signal
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -283,6 +285,21 @@ def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
     assert {("spawned", "expert_1"), ("spawned", "expert_2")} <= set(kinds(expected))
     assert {kind for kind, _ in kinds(expected)} == {"spawned", "mature", "widened", "frozen"}
+
+
+@needs_fork
+def test_killed_by_a_signal(tmp_path: Path) -> None:
+    train(tmp_path / "whole", stream="aaaabbbb")
+    process = multiprocessing.get_context("fork").Process(
+        target=train,
+        args=(tmp_path / "parts", None, KillAt(6, signal_to_rank=0)),
+        kwargs={"stream": "aaaabbbb"},
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    train(tmp_path / "parts", stream="aaaabbbb")
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_of_batches_gathered_for_a_step_none_is_lost(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def files(folder: Path) -> dict[str, bytes]:
     [
         DYLORA,
         ("experts=single_lora", "experts.rank=4"),
-        (*DYLORA, "experts.router=both", "experts.boundaries=told"),
+        (*DYLORA, "experts.router=both", "experts.boundaries=told", "data.packing=documents"),
     ],
     ids=["dylora", "single_lora", "told"],
 )

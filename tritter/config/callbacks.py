@@ -42,6 +42,14 @@ _OF_ROUTERS = (
     "routing/dropped_fraction",
 )
 
+_OF_EXPERTS = (
+    "experts/number",
+    "experts/trainable_share",
+    "experts/routing_entropy",
+    "experts/dropped",
+    "experts/novelty",
+)
+
 
 def read_callbacks(
     reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any]
@@ -69,6 +77,7 @@ def metric_names(config: RunConfig) -> tuple[str, ...]:
         *(("routing/old_divergence",) if config.moe_routing.hold_old else ()),
         *(f"eval/{domain.name}/loss" for domain in domains),
         *(f"forgetting/{one.name}/loss" for one in config.forgetting if one.kind.is_logged()),
+        *(_OF_EXPERTS if config.experts is not None and config.experts.is_dynamic else ()),
     )
 
 
