@@ -27,6 +27,7 @@ _STYLES = {
     "undecided": "yellow",
     "reported": "cyan",
 }
+_FEW_TASKS = 3  # whose domains stand above the columns; those of more below the table
 _STATUS_WORDS = {
     "kept": "kept",
     "rolled_back": "rolled back: the checkpoint is the baseline",
@@ -106,9 +107,12 @@ def task_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
     columns = [("before", summary["baseline"])]
     if attempt["expansion"]:
         columns.append(("expanded", attempt["expanded"]))
-    for number, task in enumerate(summary["tasks"], start=1):
-        columns.append((f"{number}: {' '.join(task['domains'])}", task["final"]))
-    table = new_table("Loss in nats per token after each task")
+    named = [f"{n}: {' '.join(task['domains'])}" for n, task in enumerate(summary["tasks"], 1)]
+    are_few = len(named) <= _FEW_TASKS
+    for number, (name, task) in enumerate(zip(named, summary["tasks"], strict=True), start=1):
+        columns.append((name if are_few else str(number), task["final"]))
+    caption = "" if are_few else signs.printable(", ".join(named))
+    table = new_table("Loss in nats per token after each task", caption=caption)
     _add_columns(table, "domain", justify="left")
     _add_columns(table, *(signs.printable(name) for name, _ in columns), justify="right")
     for row in domain_rows(summary):
