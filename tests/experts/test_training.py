@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning import Callback
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests import oracle
 from tests.training.killed import KillAt, Killed
@@ -23,7 +23,8 @@ from tritter.experts.callback import ExpertCallback, Known
 from tritter.experts.method import DynamicExperts
 from tritter.experts.module import ExpertModule
 from tritter.experts.options import DynamicOptions
-from tritter.experts.roster import FIRST
+from tritter.experts.roster import FIRST, Roster
+from tritter.novelty import observe
 from tritter.training import (
     FitResult,
     OptimizerSettings,
@@ -75,14 +76,24 @@ class InOrder(SequenceStream):
         self._order = torch.arange(len(self._sequences))
 
 
-def batches(stream: str, *, accumulated: int = 1) -> BatchStream:
+def batches(stream: str, *, accumulated: int = 1, mixed: str = "") -> BatchStream:
+    """Return a batch of a kind of text for each letter; of a step those behind are `mixed`."""
     names = {"o": "old", **dict(zip("abc", "abc", strict=True))}
+    steps = (kind + (mixed or kind) * (accumulated - 1) for kind in stream)
     rows = [
-        text(names[kind], BATCH * accumulated, seed=100 + number)
-        for number, kind in enumerate(stream)
+        text(names[kind], BATCH, seed=100 + number) for number, kind in enumerate("".join(steps))
     ]
     data = InOrder(torch.cat(rows), seed=0)
     return BatchStream(data, batch_size=BATCH, num_batches=len(stream) * accumulated)
+
+
+def _know(roster: Roster, model: nn.Module, given: int) -> None:
+    """Let experts of before be known."""
+    assert roster.detector is not None
+    for name, kind in (("old", "old"), *((f"expert_{n + 1}", "ab"[n]) for n in range(given))):
+        seen = [observe(model, text(kind, BATCH, seed=n)) for n in range(30)]
+        roster.detector.add(name, seen, is_base=kind == "old")
+        roster.expert_of[name] = FIRST if kind == "old" else name
 
 
 def train(
@@ -92,15 +103,21 @@ def train(
     stream: str = STREAM,
     settings: TrainerSettings = ONE,
     skill: str | None = None,
-    steps: int | None = None,
+    given: int = 0,
+    mixed: str = "",
 ) -> tuple[ExpertModule, FitResult]:
     """Train experts on a base, from what was saved if anything."""
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
     method = DynamicExperts(options or asked())
     model = oracle.tiny_llama(tie_word_embeddings=True, attention_dropout=0.1)
     mixture = method.begin(model, end_of_text_id=0, seed=1)
-    steps = steps or len(stream)
+    for number in range(given):  # of a training before
+        mixture.add(f"expert_{number + 1}", method.shape(model), seed=number)
+    steps = len(stream)
     roster = method.roster(max_steps=steps)
+    if given:
+        assert roster.detector is not None
+        _know(roster, model, given)
     old = [text("old", BATCH, seed=n) for n in range(30)]
     known = Known(batches={"old": old if skill is None else ()}, tokens=torch.cat(old).flatten())
     callback = ExpertCallback(
@@ -115,7 +132,7 @@ def train(
     accumulated = settings.accumulate_grad_batches
     result = fit(
         module,
-        batches(stream, accumulated=accumulated),
+        batches(stream, accumulated=accumulated, mixed=mixed),
         settings=settings,
         folder=folder,
         label="test",
@@ -285,6 +302,64 @@ def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
     assert {("spawned", "expert_1"), ("spawned", "expert_2")} <= set(kinds(expected))
     assert {kind for kind, _ in kinds(expected)} == {"spawned", "mature", "widened", "frozen"}
+
+
+@pytest.mark.parametrize("killed_at", [3, 6])
+def test_an_expert_of_before_is_widened_in_its_place(tmp_path: Path, killed_at: int) -> None:
+    """Optimizers match state by position, so that the order of adapters has to return too."""
+    options = asked(stall_steps=2, stall_gain=10.0, max_rank=4)
+    given = 2
+    train(tmp_path / "whole", options, stream="aaaaaaaa", given=given)
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", options, KillAt(killed_at), stream="aaaaaaaa", given=given)
+    _, result = train(tmp_path / "parts", options, stream="aaaaaaaa", given=given)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert ("widened", "expert_1") in kinds(result)
+
+
+def test_one_of_several_batches_of_a_step_may_be_new(tmp_path: Path) -> None:
+    settings = replace(ONE, arguments={"accumulate_grad_batches": 2})
+    options = asked(in_a_row=1, min_samples=8)
+    _, result = train(tmp_path, options, stream="oaaaaa", settings=settings, mixed="a")
+    assert ("spawned", "expert_1") in kinds(result)
+    assert result.reports["experts"]["batches"]["idle"] >= 2
+
+
+def test_a_refused_step_is_no_stall(tmp_path: Path) -> None:
+    options = asked(stall_steps=2, stall_gain=-100.0, max_rank=4)
+    _, result = train(tmp_path, options, NotFinite(6), stream="aaaaaaaaaaaa")
+    assert result.refused_steps == 1
+    assert not [kind for kind, _ in kinds(result) if kind in ("widened", "frozen")]
+
+
+def test_a_teacher_leaves_usage_as_it_was(tmp_path: Path) -> None:
+    _, result = train(tmp_path, asked(distill=0.5, maturity_steps=20), stream="aaaaaaaaaaaa")
+    gates = result.reports["experts"]["usage_over_time"]["gates"]["expert_1"]
+    assert min(gate for gate in gates[-2:] if gate is not None) > 0.5
+
+
+def test_who_learns_another_skill_is_trained_again(tmp_path: Path) -> None:
+    options = asked(max_experts=2, stall_steps=2, stall_gain=10.0, max_rank=2)
+    watching = Moves()
+    _, result = train(tmp_path, options, watching, stream="a" * 8 + "b" * 5)
+    assert [each for each in kinds(result) if each[0] != "mature"] == [
+        ("spawned", "expert_1"),
+        ("frozen", "expert_1"),
+        ("refused", "expert_1"),
+    ]
+    assert watching.moved[-1] == {"expert_1"}
+
+
+class NotFinite(Callback):
+    """Make the loss of a step infinite, by a weight that comes back."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:  # type: ignore[no-untyped-def]
+        if trainer.global_step == self.at:
+            trainer.callback_metrics["train/loss"].fill_(float("nan"))
+            loss.data.fill_(float("nan"))
 
 
 @needs_fork

@@ -110,7 +110,7 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="it holds experts"):
         run(tmp_path / "whole_model", tmp_path / "cache", on)
     with pytest.raises(RequestError, match=r"experts\.router = learned.*mixed by evidence"):
-        words = ["experts=dylora", "experts.router=learned"]
+        words = [*DYLORA, "experts.router=learned"]
         run(tmp_path / "router", tmp_path / "cache", [*on, *words])
     again = run(tmp_path / "again", tmp_path / "cache", [*on, *DYLORA])
     assert again["experts"]["names"][: summary["experts"]["number"]] == summary["experts"]["names"]

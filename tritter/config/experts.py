@@ -120,6 +120,14 @@ def _dynamic_problems(config: RunConfig) -> Iterator[Problem]:
     if asked.boundaries == "detected" and batch < least:
         reason = f"novelty is told by the spread of a batch; allowed is at least {least}"
         yield Problem("data.batch_size", batch, reason=reason)
+    steps = config.training.max_steps
+    accumulated = int(config.trainer_arguments.get("accumulate_grad_batches", 1))
+    if asked.boundaries == "detected" and asked.min_samples > steps * accumulated * batch:
+        reason = (
+            f"a training of {steps} steps sees {steps * accumulated * batch:,} sequences, too few "
+            "for any decision"
+        )
+        yield Problem("experts.min_samples", asked.min_samples, reason=reason)
     if asked.when_full == "merge" and asked.boundaries == "told":
         reason = "similarity is that of what novelty looks at; with boundaries=told use evict"
         yield Problem("experts.when_full", "merge", reason=reason)

@@ -1,5 +1,6 @@
 """Dynamic experts as a callback of a training: what is new gets an expert of its own."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,6 @@ from tritter.data.apart import kept_tokens
 from tritter.data.ranks import this_rank
 from tritter.experts.adapters import AdapterShape, parameters_of, shape_of
 from tritter.experts.changing import Changing
-from tritter.experts.evidence import NO_TOKEN
 from tritter.experts.exemplars import Exemplars
 from tritter.experts.figures import Figures, gradient_norms
 from tritter.experts.losses import usage
@@ -97,8 +97,14 @@ class ExpertCallback(Callback):
         everywhere = torch.cat(_of_all(own.cpu()))
         if len(everywhere):  # else old text alone, which nothing is said of
             self._see(trainer, module, own, everywhere)
-        self._aims.append(self.roster.active)
-        if self.roster.active is not None and self._exemplars is not None:
+        active = self.roster.active
+        self._aims.append(active)
+        is_young = active is not None and not self.roster.members[active].is_mature
+        young = active if is_young and len(module.mixture.names) > 1 else None
+        if young != module.young:
+            module.young = young
+            _work(trainer).count_anew()
+        if active is not None and self._exemplars is not None:
             self._rehearse(batch, is_old)
 
     def _see(self, trainer: Trainer, module: ExpertModule, own: Tensor, everywhere: Tensor) -> None:
@@ -107,30 +113,35 @@ class ExpertCallback(Callback):
         Args:
             own: [b, T] of this process; `everywhere` [N, T] of all.
         """
-        roster, mixture = self.roster, module.mixture
-        kept = kept_tokens(module.model, everywhere)
-        tokens = everywhere if kept is None else everywhere.masked_fill(~kept, NO_TOKEN)
+        roster = self.roster
         if self._skill is not None:
-            expert = roster.tell(self._skill, tokens)
+            expert = roster.tell(self._skill, everywhere)
         else:
             seen = _of_all(_observed(module, own) if len(own) else None)
-            expert = roster.see(joined([each for each in seen if each]), tokens)
+            expert = roster.see(joined([each for each in seen if each]), everywhere)
             _work(trainer).flops += _looking_flops(module, *everywhere.shape)
-        if expert is None:
-            return
+        if expert is not None:
+            self._take(module, expert, everywhere)
+
+    def _take(self, module: ExpertModule, expert: str, sequences: Tensor) -> None:
+        """Count sequences [N, T] as text of an expert, and keep some of them."""
+        mixture = module.mixture
         if mixture.evidence is not None:
-            mixture.evidence.count(mixture.names.index(expert), tokens.to(own.device))
+            mixture.evidence.count(mixture.names.index(expert), sequences.to(module.device))
         if self._exemplars is not None:
-            self._exemplars.add(expert, everywhere)
+            self._exemplars.add(expert, sequences)
 
     def _rehearse(self, batch: dict[str, Tensor], is_old: Tensor) -> None:
         """Put text of other experts in the place of the last rows of a batch."""
         assert self._exemplars is not None and self.roster.active is not None
-        rank, ids = this_rank(), batch["input_ids"]
-        count = max(1, round(self.roster.asked.rehearsal * len(ids)))
-        rows = self._exemplars.sample(count * rank.count, without=self.roster.active)
-        places = (~is_old).nonzero().flatten()[-count:]
-        if len(rows) and 2 * len(places) <= int((~is_old).sum()):
+        rank, ids, held = this_rank(), batch["input_ids"], self._exemplars
+        held.owed = min(held.owed + self.roster.asked.rehearsal * len(ids), float(len(ids)))
+        count = int(held.owed)
+        rows = held.sample(count * rank.count, without=self.roster.active)
+        places = (~is_old).nonzero().flatten()
+        places = places[len(places) - min(count, len(places) // 2) :]  # its own text is half of it
+        held.owed -= count if len(rows) else 0  # in every process alike
+        if len(rows) and len(places):
             ids, is_old = ids.clone(), is_old.clone()
             ids[places] = rows[rank.index :: rank.count][: len(places)].to(ids)
             is_old[places] = True
@@ -141,6 +152,8 @@ class ExpertCallback(Callback):
     ) -> None:
         module = _module(pl_module)
         active = self._aims[0] if len(set(self._aims)) == 1 else None
+        if active is None:  # of the batches of a step all were for one, or none is trained on
+            self.roster.batches["idle"] += len([each for each in self._aims if each is not None])
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log_dict(gradient_norms(module.mixture))
         # What gets no gradient is left alone by the optimizer, momentum and weight decay too
@@ -158,16 +171,18 @@ class ExpertCallback(Callback):
         module = _module(pl_module)
         mixture = module.mixture
         self._losses.append(float(trainer.callback_metrics["train/loss"]))
-        gates = mixture.gates()
+        gates = module.gates
         own = usage(gates) if gates else torch.ones(len(mixture.names))
         mean = trainer.strategy.reduce(own.to(pl_module.device), reduce_op="mean").tolist()
         now = dict(zip(mixture.names, mean, strict=True))
         self._figures.note(now)
         if not ends_step(trainer, batch_idx):
             return
-        self.roster.stepped(sum(self._losses) / len(self._losses), now)
+        loss = sum(self._losses) / len(self._losses)
+        if math.isfinite(loss):  # else the step was refused
+            self.roster.stepped(loss, now)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            values = self._figures.logged(mixture, step=trainer.global_step)
+            values = self._figures.logged(mixture, gates, step=trainer.global_step)
             if self.roster.score is not None:
                 values["experts/novelty"] = self.roster.score
             module.log_dict(values, sync_dist=True)
@@ -181,6 +196,13 @@ class ExpertCallback(Callback):
             "roster": self.roster.state_dict(),
             "usage": {name: member.usage for name, member in members.items()},
             "maturity": {name: member.is_mature for name, member in members.items()},
+            "boundaries": self.roster.asked.boundaries,
+            "frozen": [
+                name
+                for expert in mixture.adapters
+                for name, parameter in parameters_of(mixture.model, expert).items()
+                if not parameter.requires_grad
+            ],
             "exemplars": None if self._exemplars is None else self._exemplars.state_dict(),
         }
 
@@ -188,6 +210,11 @@ class ExpertCallback(Callback):
         """Have the exemplars that a training before left, or this one before it was killed."""
         if self._exemplars is not None and state.get("exemplars") is not None:
             self._exemplars.load_state_dict(state["exemplars"])
+
+    @property
+    def exemplar_length(self) -> int:
+        """Tokens of an exemplar; 0 where there are none."""
+        return 0 if self._exemplars is None else self._exemplars.sequence_length
 
     def report(self) -> dict[str, Any]:
         """Return what became of the experts, as summary.json has it."""
@@ -229,11 +256,8 @@ class ExpertCallback(Callback):
             self._take_in(changing, roster.novel, step)
         elif roster.active is not None and roster.active in module.mixture.adapters:
             self._grow(changing, roster.active, step)
-        active = roster.active
-        is_young = active is not None and not roster.members[active].is_mature
-        young = active if is_young and len(module.mixture.names) > 1 else None
-        if (roster.routing, young) != (module.mixture.routing, module.young):
-            module.mixture.routing, module.young = roster.routing, young
+        if roster.routing != module.mixture.routing:
+            module.mixture.routing = roster.routing
             _work(changing.trainer).count_anew()
 
     def _take_in(self, changing: Changing, novel: Novel, step: int) -> None:
@@ -247,23 +271,24 @@ class ExpertCallback(Callback):
             self._note(step, "refused", FIRST, why)
             return
         obstacle = self._obstacle(changing)
-        if obstacle and asked.when_full != "stop" and len(mixture.adapters) > 1:
+        limit = asked.max_trainable_parameters
+        is_of_use = limit is None or changing.parameters_beside_first(self._shape) <= limit
+        is_of_use &= asked.when_full != "stop"
+        while obstacle and is_of_use and len(mixture.adapters) > 1:
             self._make_room(changing, step)
             obstacle = self._obstacle(changing)
         if obstacle:
             heir = roster.nearest(novel)
+            self._thaw(changing, heir)
             roster.enrol(skill, heir)
+            self._take(changing.module, heir, novel.sequences)
             self._note(step, "refused", heir, f"{obstacle}; it learns the new skill too")
             return
         name = roster.next_name()
         changing.spawn(name, self._shape, seed=derived_seed(self._seed, name))
-        if mixture.evidence is not None:
-            tokens = novel.tokens.to(changing.module.device)
-            mixture.evidence.count(mixture.names.index(name), tokens)
-        if self._exemplars is not None:
-            self._exemplars.add(name, novel.tokens.clamp_min(0))
         skill = self._skill or name
         roster.enrol(skill, name)
+        self._take(changing.module, name, novel.sequences)
         self._note(step, "spawned", name, "something new", **self._born(skill, novel))
 
     def _born(self, skill: str, novel: Novel) -> dict[str, Any]:
@@ -308,11 +333,17 @@ class ExpertCallback(Callback):
         if mixture.evidence is not None:
             numbers = [mixture.names.index(name) for name in pair]
             mixture.evidence.counts[numbers[0]] += mixture.evidence.counts[numbers[1]]
+        self._thaw(changing, kept)
         changing.evict(gone)
         roster.dismiss(gone, heir=kept)
         self._forget(gone, heir=kept)
         why = f"the most similar, {gone} and {kept}, are one; {100 * lost:.0f} % of it is lost"
         self._note(step, "merged", kept, why, gone=gone)
+
+    def _thaw(self, changing: Changing, name: str) -> None:
+        if self.roster.members[name].is_frozen:
+            changing.thaw(name)
+            self.roster.thaw(name)
 
     def _forget(self, gone: str, *, heir: str | None) -> None:
         if self._exemplars is not None:

@@ -58,6 +58,11 @@ class Changing:
         surgery.freeze(self.trainer, self.module, chosen)
         return len(chosen) == len(own)
 
+    def thaw(self, name: str) -> None:
+        """Let an expert be trained again."""
+        own = parameters_of(self.module.model, name)
+        surgery.thaw(self.trainer, self.module, [k for k in own if not own[k].requires_grad])
+
     def merge(self, kept: str, gone: str, weights: Sequence[float]) -> float:
         """Let an expert be the mean of itself and another, weighted; return the share that is lost.
 
@@ -82,19 +87,22 @@ class Changing:
 
     def parameters_with(self, shape: AdapterShape) -> int:
         """Count what the adapters would have with another one, on the layers of the first."""
-        model, first = self.module.model, self.module.mixture.adapters[0]
-        own = sum(parameter.numel() for parameter in parameters_of(model, first).values())
-        return self._count() + own // shape_of(model, first).rank * shape.rank
+        return self._count() + self._size(shape)
+
+    def parameters_beside_first(self, shape: AdapterShape) -> int:
+        """Count what the first adapter and another one would have."""
+        return self._of(self.module.mixture.adapters[0]) + self._size(shape)
 
     def parameters_widened(self, name: str) -> int:
         """Count what the adapters would have with one of twice its rank."""
-        own = parameters_of(self.module.model, name).values()
-        return self._count() + sum(parameter.numel() for parameter in own)
+        return self._count() + self._of(name)
 
     def _count(self) -> int:
-        mixture, model = self.module.mixture, self.module.model
-        return sum(
-            parameter.numel()
-            for name in mixture.adapters
-            for parameter in parameters_of(model, name).values()
-        )
+        return sum(map(self._of, self.module.mixture.adapters))
+
+    def _of(self, name: str) -> int:
+        return sum(each.numel() for each in parameters_of(self.module.model, name).values())
+
+    def _size(self, shape: AdapterShape) -> int:
+        first = self.module.mixture.adapters[0]
+        return self._of(first) // shape_of(self.module.model, first).rank * shape.rank

@@ -6,7 +6,9 @@ came in it, and a token counts with the log of its share in one skill over that 
 B sequences · T tokens · n experts · V vocabulary
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +58,7 @@ class Evidence(nn.Module):
         self.window, self.scale, self.prior = window, scale, prior
         # Whole numbers, which no change of a model's dtype rounds
         self.register_buffer("counts", torch.zeros(0, vocab_size, dtype=torch.int64))
-        self._table: tuple[int, Tensor] | None = None
+        self._table: tuple[tuple[int, torch.device], Tensor] | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return logits [B, T, n] in float64, the largest of a token at 0.
@@ -93,13 +95,16 @@ class Evidence(nn.Module):
         self._table = None
 
     def count(self, number: int, ids: Tensor) -> None:
-        """Count tokens, int64 of any shape, as text of an expert; NO_TOKEN is left out."""
-        found = ids[ids != NO_TOKEN].flatten()
+        """Count tokens, int64 of any shape, as text of an expert; no padding, no end of text."""
+        is_text = ids != NO_TOKEN
+        if self.end_of_text_id is not None:  # it is no evidence, and what padding is made of
+            is_text &= ids != self.end_of_text_id
+        found = ids[is_text]
         self.counts[number] += torch.bincount(found, minlength=self.counts.shape[1]).to(self.counts)
 
     def _log_shares(self) -> Tensor:
         """Return log p(token | expert), float64 [n, V]."""
-        version = self.counts._version
+        version = (self.counts._version, self.counts.device)
         if self._table is None or self._table[0] != version:
             counts = self.counts.double()
             totals, size = counts.sum(1, keepdim=True), counts.shape[1]
@@ -119,22 +124,46 @@ def joined_with_earlier(ids: Tensor, options: Mapping[str, Any]) -> Tensor:
     """Return token ids behind those of the cache that a forward pass goes on from.
 
     Raises:
-        RequestError: the cache is not one that the mixture has read for.
+        RequestError: the cache is not one that the mixture has read for, token by token.
     """
     cache = options.get("past_key_values")
     if cache is None or not cache.get_seq_length():
         return ids
-    earlier: Tensor | None = getattr(cache, _SEEN, None)
-    if earlier is None or len(earlier) != len(ids):
+    earlier: _Seen | None = getattr(cache, _SEEN, None)
+    is_whole = earlier is not None and earlier.number == cache.get_seq_length()
+    if earlier is None or not is_whole or len(earlier.tail) != len(ids):
         raise RequestError(
-            "experts.router=evidence: keys and values of tokens that it did not read, as of "
-            "another model or of several beams; write with use_cache=False."
+            "experts.router=evidence: keys and values of tokens that it did not read, or of which "
+            "some were taken back, as in assisted writing; write with use_cache=False."
         )
-    return torch.cat([earlier.to(ids.device), ids], dim=1)
+    return torch.cat([earlier.tail.to(ids.device), ids], dim=1)
 
 
-def remember(output: Any, seen: Tensor) -> None:
+@dataclass(slots=True)
+class _Seen:
+    """What a cache is told of the tokens that it holds keys and values of.
+
+    Args:
+        tail: the last of them, int64 [B, ≤ window].
+        number: of all.
+    """
+
+    tail: Tensor
+    number: int
+
+
+def remember(output: Any, tail: Tensor) -> None:
     """Leave what was read with the cache of its keys and values, if there is one."""
     cache = getattr(output, "past_key_values", None)
-    if cache is not None:
-        setattr(cache, _SEEN, seen)
+    if cache is None:
+        return
+    if not hasattr(cache, _SEEN):
+        cache.reorder_cache = partial(_reordered, cache, cache.reorder_cache)
+    setattr(cache, _SEEN, _Seen(tail, cache.get_seq_length()))
+
+
+def _reordered(cache: Any, reorder: Callable[[Tensor], None], beams: Tensor) -> None:
+    """Let what a cache is told follow its beams."""
+    reorder(beams)
+    seen: _Seen = getattr(cache, _SEEN)
+    seen.tail = seen.tail.index_select(0, beams.to(seen.tail.device))

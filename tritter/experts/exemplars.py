@@ -26,6 +26,7 @@ class Exemplars:
         self.capacity, self._seed = capacity, seed
         self._held: dict[str, Reservoir] = {}
         self._turn = 0
+        self.owed = 0.0  # rows of a batch that are not given yet
 
     def add(self, expert: str, sequences: Tensor) -> None:
         """Offer sequences [N, T] of an expert's text."""
@@ -43,6 +44,11 @@ class Exemplars:
         self._turn += count
         return torch.cat([self._held[name].next_sequences(1) for name in turns])
 
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of one sequence; 0 while there is none."""
+        return max((each.sequence_length for each in self._held.values()), default=0)
+
     def move(self, expert: str, *, heir: str | None) -> None:
         """Forget an expert's, or let another have them."""
         gone = self._held.pop(expert, None)
@@ -54,16 +60,17 @@ class Exemplars:
         return {
             "held": {name: each.state_dict() for name, each in self._held.items()},
             "turn": self._turn,
+            "owed": self.owed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what was saved.
-
-        Raises:
-            TritterError: it holds more than this one may.
-        """
+        """Become what was saved, as far as there is room."""
         self._held, self._turn = {}, int(state["turn"])
+        self.owed = float(state["owed"])
         for name, each in state["held"].items():
             own = derived_seed(self._seed, "exemplars", name)
             self._held[name] = Reservoir(self.capacity, seed=own)
-            self._held[name].load_state_dict(each)
+            if len(each["sequences"]) > self.capacity:  # fewer are kept from here on
+                self._held[name].add(each["sequences"])
+            else:
+                self._held[name].load_state_dict(each)

@@ -1,11 +1,12 @@
 """What is logged of experts while they are trained, and kept for the plots."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from tritter.experts.adapters import parameters_of, shape_of
+from tritter.experts.gates import Gates
 from tritter.experts.losses import entropies
 from tritter.experts.mixture import ExpertMixture
 
@@ -22,9 +23,11 @@ class Figures:
         for name, value in usage.items():
             self._usage.setdefault(name, []).append(value)
 
-    def logged(self, mixture: ExpertMixture, *, step: int) -> dict[str, float]:
-        """Return metrics since the last entry; the next begins anew."""
-        model, times, gates = mixture.model, self._over_time, mixture.gates()
+    def logged(
+        self, mixture: ExpertMixture, gates: Sequence[Gates], *, step: int
+    ) -> dict[str, float]:
+        """Return metrics since the last entry, and of the last gates; the next begins anew."""
+        model, times = mixture.model, self._over_time
         means = {n: sum(v) / len(v) for n, v in self._usage.items() if n in mixture.names}
         ranks = {name: shape_of(model, name).rank for name in mixture.adapters}
         times["steps"].append(step)

@@ -13,7 +13,7 @@ from tritter.data.windows import IGNORED
 from tritter.experts.adapters import AdapterShape, adapter_names, shape_of
 from tritter.experts.changes import router_names
 from tritter.experts.flops import forward_flops_of, step_flops_of
-from tritter.experts.gates import Routing
+from tritter.experts.gates import Gates, Routing
 from tritter.experts.losses import balance_loss, entropy_loss, z_loss
 from tritter.experts.mixture import ExpertMixture
 from tritter.training import BaseModule
@@ -45,6 +45,7 @@ class ExpertModule(BaseModule):
         options: those of `BaseModule`.
 
     Attributes:
+        gates: of the forward pass of the task.
         young: the expert that is held to the mature ones; None: no one is.
     """
 
@@ -55,11 +56,13 @@ class ExpertModule(BaseModule):
         self.mixture = mixture
         self.losses = losses or ExpertLosses()
         self.young: str | None = None
+        self.gates: list[Gates] = []
         self._task: TaskLoss | None = None
 
     def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
         """Return the loss of the task, and keep what it is of for the losses besides."""
         self._task = super().task_loss(batch)
+        self.gates = self.mixture.gates()  # a teacher's pass has others
         return self._task
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
@@ -92,6 +95,7 @@ class ExpertModule(BaseModule):
         return super().get_extra_state() | {
             "experts": {
                 "names": list(mixture.names),
+                "order": list(adapter_names(self.model)),
                 "shapes": {n: [s.rank, s.alpha, list(s.targets)] for n, s in shapes.items()},
                 "routing": [routing.top_k, routing.temperature, routing.capacity_factor],
                 "trained": [n for n, p in self.model.named_parameters() if p.requires_grad],
@@ -103,12 +107,14 @@ class ExpertModule(BaseModule):
         """Make the experts of a saved training, with their final ranks, before weights come."""
         held, mixture = state["experts"], self.mixture
         shapes = {n: AdapterShape(r, a, tuple(t)) for n, (r, a, t) in held["shapes"].items()}
-        for name in adapter_names(self.model):
-            if shapes.get(name) != shape_of(self.model, name):
+        if held["order"] != list(adapter_names(self.model)) or any(
+            shape != shape_of(self.model, name) for name, shape in shapes.items()
+        ):
+            # All anew, in the order in which they came: optimizers match state by position
+            for name in adapter_names(self.model):
                 mixture.close(name)
-        for name, shape in shapes.items():
-            if name not in mixture.names:
-                mixture.open(name, shape, seed=0)
+            for name in held["order"]:
+                mixture.open(name, shapes[name], seed=0)
         mixture.reorder(held["names"])
         for router in map(self.model.get_submodule, router_names(mixture)):
             size = len(mixture.names)
@@ -127,7 +133,7 @@ class ExpertModule(BaseModule):
     def _besides(self, batch: Mapping[str, Tensor]) -> dict[str, tuple[float, Tensor]]:
         """Return name → (weight, value) of what is asked for, from the task's forward pass."""
         asked, found = self.losses, {}
-        gates = self.mixture.gates() if next(self.mixture.routers(), None) is not None else []
+        gates = self.gates if next(self.mixture.routers(), None) is not None else []
         for name, measure in (("balance", balance_loss), ("entropy", entropy_loss), ("z", z_loss)):
             weight = getattr(asked, name)
             if weight and gates:

@@ -51,14 +51,15 @@ class Novel:
     """A skill that was found new.
 
     Args:
-        decision: None where it was told.
-        tokens: int64 [N, T] of the batches that it was found in.
-        gain: nats per token that the base finds it harder than its own text.
+        decision: None where it was told; `batches` are those that it rests on.
+        sequences: int64 [N, T] of these.
+        gain: nats per token that the base finds it harder than the text it knows.
     """
 
     decision: Decision | None
-    tokens: Tensor
+    sequences: Tensor
     gain: float
+    batches: tuple[Observation, ...] = ()
 
 
 class Roster:
@@ -82,40 +83,45 @@ class Roster:
         self.active: str | None = None
         self.score: float | None = None  # novelty of the latest batch
         self.novel: Novel | None = None
-        self._tokens: list[Tensor] = []  # of the batches of the detector's run
+        self._sequences: list[Tensor] = []  # of the batches of the detector's run
         self._young: dict[str, list[Observation]] = {}  # batches that a new skill is measured by
 
-    def see(self, seen: Observation, tokens: Tensor) -> str | None:
+    def see(self, seen: Observation, sequences: Tensor) -> str | None:
         """Take what the base says of a batch; set what it is for.
 
         Args:
-            tokens: int64 [N, T] of the batch.
+            sequences: int64 [N, T] of the batch.
 
         Returns:
             The expert whose text the batch is, where that is sure.
         """
         assert self.detector is not None
         decision = self.detector.observe(seen)
-        self._tokens = [*self._tokens, tokens][-max(1, len(self.detector.run)) :]
+        self._sequences = [*self._sequences, sequences][-max(1, len(self.detector.run)) :]
         self.batches[decision.kind] += 1
         self.score = decision.score
         expert = self.expert_of.get(decision.skill, FIRST)
         if decision.kind == "new":
-            usual = self.detector.library.reference.loss.mean
-            losses = torch.cat([each.losses for each in self.detector.run])
-            gain = float(losses.mean()) - usual
-            self.novel = Novel(decision=decision, tokens=torch.cat(self._tokens), gain=gain)
+            known = [skill.loss.mean for skill in self.detector.library if skill.is_base]
+            run = self.detector.run
+            gain = float(torch.cat([each.losses for each in run]).mean()) - fmean(known)
+            self.novel = Novel(
+                decision=decision,
+                sequences=torch.cat(self._sequences),
+                gain=gain,
+                batches=run,
+            )
         self.aim(None if self.detector.is_run_new else expert)
         if decision.kind != "known":
             return None
         self._measure(decision.skill, seen)
         return expert
 
-    def tell(self, skill: str, tokens: Tensor) -> str | None:
+    def tell(self, skill: str, sequences: Tensor) -> str | None:
         """Take the name of the skill that a batch is of; see `see`."""
         expert = self.expert_of.get(skill)
         if expert is None:
-            self.novel = Novel(decision=None, tokens=tokens, gain=float("inf"))
+            self.novel = Novel(decision=None, sequences=sequences, gain=float("inf"))
         self.batches["new" if expert is None else "known"] += 1
         self.aim(expert)
         return expert
@@ -134,7 +140,8 @@ class Roster:
         if self.active is not None:
             member = self.members[self.active]
             member.steps += 1
-            member.losses.append(loss)
+            if self.active != FIRST:  # of which nobody asks whether it stalls
+                member.losses.append(loss)
         self.settled_steps = self.settled_steps + 1 if self.are_mature else 0
 
     def matured(self) -> list[str]:
@@ -180,18 +187,20 @@ class Roster:
 
     def next_name(self) -> str:
         """Return the name of the next expert, which no other ever had."""
-        return f"expert_{self.counter}"
+        while (name := f"expert_{self.counter}") in {*self.members, *self.expert_of}:
+            self.counter += 1
+        self.counter += 1
+        return name
 
     def enrol(self, skill: str, expert: str) -> None:
         """Let a skill be an expert's, maybe a new one's; it is known from here on."""
         assert self.novel is not None
         if expert not in self.members:
             self.members[expert] = Member(is_mature=not self.timing.maturity)
-            self.counter += 1
             self.settled_steps = 0
         self.expert_of[skill] = expert
         if self.detector is not None:
-            self.detector.add(skill)
+            self.detector.add(skill, self.novel.batches)
             self._young[skill] = []
         self.novel = None
 
@@ -236,12 +245,27 @@ class Roster:
         return first, second
 
     def nearest(self, novel: Novel) -> str:
-        """Return the expert of the known skill that a new one is most like, the base's last."""
+        """Return the expert of the known skill that a new one is most like.
+
+        The base's last, and before it those that are trained no more.
+        """
         by_skill = {} if novel.decision is None else novel.decision.by_skill
-        others = [skill for skill in by_skill if self.expert_of[skill] != FIRST]
-        if others:
-            return self.expert_of[min(others, key=by_skill.__getitem__)]
-        return list(self.members)[-1]
+        distances = {
+            self.expert_of[skill]: -by_skill[skill] for skill in by_skill if skill in self.expert_of
+        }
+        order = list(self.members)
+
+        def suits(name: str) -> tuple[bool, bool, float, int]:
+            near = distances.get(name, float("-inf"))
+            return (name != FIRST, not self.members[name].is_whole, near, order.index(name))
+
+        return max(order, key=suits)
+
+    def thaw(self, name: str) -> None:
+        """Let an expert be trained again, as one that has not stalled."""
+        member = self.members[name]
+        member.is_frozen = member.is_whole = False
+        member.losses, member.before = [], None
 
     def stay_within(self, names: Collection[str]) -> None:
         """Forget experts that a mixture has not, and take up those that came from elsewhere."""
@@ -259,7 +283,7 @@ class Roster:
             "counter": self.counter,
             "settled_steps": self.settled_steps,
             "batches": dict(self.batches),
-            "tokens": list(self._tokens),
+            "sequences": list(self._sequences),
             "young": {
                 skill: [replace(each, digests=()).state_dict() for each in held]
                 for skill, held in self._young.items()
@@ -278,12 +302,15 @@ class Roster:
                 f"experts: a state of format {state.get('format_version')}; this Tritter reads "
                 f"{FORMAT_VERSION}"
             )
-        self.members = {name: Member(**each) for name, each in state["members"].items()}
+        self.members = {
+            name: Member(**{**each, "losses": list(each["losses"])})
+            for name, each in state["members"].items()
+        }
         self.expert_of = dict(state["expert_of"])
         self.counter = int(state["counter"])
         self.settled_steps = int(state["settled_steps"])
         self.batches = dict(state["batches"])
-        self._tokens = list(state["tokens"])
+        self._sequences = list(state["sequences"])
         self._young = {
             skill: [Observation.of_state(each) for each in held]
             for skill, held in state["young"].items()

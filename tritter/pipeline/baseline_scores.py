@@ -12,6 +12,7 @@ from tritter.data.cache import require_writable
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
 from tritter.evaluation.paired_scores import PairedScores
+from tritter.experts.whole import load_whole
 from tritter.models import load_model, read_config
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import content_key
@@ -22,6 +23,7 @@ from tritter.storage.reading import read_object
 
 FORMAT_VERSION = 1
 NAME = "baseline"
+_EXPERT_FILES = ("experts/", "state/experts.")
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ def score_baseline(context: RunContext, folder: Path) -> None:
         context.say("", f"{told(known)} (scored before)")
         return
     require_writable(place.parent)
-    context.score(load_model(folder), NAME)
+    model = load_model if context.config.experts is None else load_whole
+    context.score(model(folder), NAME)
     scores = json.loads(target.read_text(encoding="utf-8"))
     content = {
         "format_version": FORMAT_VERSION,
@@ -56,7 +59,7 @@ def score_baseline(context: RunContext, folder: Path) -> None:
 def _made_from(context: RunContext, folder: Path) -> dict[str, Any]:
     """Return everything that determines the scores, to the last bit."""
     is_gpu = context.device.type == "cuda"
-    return {
+    made_from = {
         "format_version": FORMAT_VERSION,
         "torch": torch.__version__,
         "model": lineage_of(folder).model_hash,
@@ -71,6 +74,11 @@ def _made_from(context: RunContext, folder: Path) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(context.device) if is_gpu else "cpu",
         "threads": None if is_gpu else torch.get_num_threads(),
     }
+    digests = lineage_of(folder).file_digests
+    of_experts = {n: d for n, d in digests.items() if n.startswith(_EXPERT_FILES)}
+    if of_experts and context.config.experts is not None:
+        made_from["experts"] = of_experts
+    return made_from
 
 
 def _text_digest(documents: TokenisedDocuments) -> str:

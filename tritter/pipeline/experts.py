@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from tritter.checkpoint import ExpansionRecord, Source
 from tritter.config.schema import TrainingConfig
+from tritter.errors import RequestError, did_you_mean
+from tritter.experts.adapters import is_of_adapter, shape_of
 from tritter.experts.callback import EXPERTS, ExpertCallback, Known
 from tritter.experts.losses import usage as mean_gates
-from tritter.experts.method import DynamicExperts, Experts
-from tritter.experts.mixture import ExpertMixture, mixture_on
+from tritter.experts.method import DynamicExperts, Experts, SingleLora
+from tritter.experts.mixture import ROUTER, ExpertMixture, mixture_on
 from tritter.experts.module import ExpertModule
 from tritter.experts.stored import ExpertFolder
 from tritter.experts.whole import load_whole
@@ -81,13 +83,21 @@ def begin(context: RunContext, arm: Arm, model: nn.Module, *, max_steps: int) ->
     if mixture is None:
         mixture = method.begin(model, end_of_text_id=context.end_of_text_id, seed=seed)
     else:
-        _go_on(context, arm, mixture)
+        _go_on(context, arm, mixture, method)
     changers: tuple[Callback, ...] = ()
     if isinstance(method, DynamicExperts):
         roster = method.roster(max_steps=max_steps)
         held = mixture.extra.get("roster")
         if held is not None:
             roster.load_state_dict(held)
+            if not arm.task:  # what an earlier run did is its own
+                roster.batches = dict.fromkeys(roster.batches, 0)
+        elif roster.detector is not None and not context.old_domains:
+            raise RequestError(
+                "data.old: what is new is told by what the base knows; name text of that, which "
+                "is looked at and never trained on, or say experts.boundaries=told."
+            )
+        _check_projections(method, method.shape(model).targets)
         new = context.new_of(arm)
         callback = ExpertCallback(
             roster,
@@ -98,19 +108,78 @@ def begin(context: RunContext, arm: Arm, model: nn.Module, *, max_steps: int) ->
             seed=seed,
         )
         callback.take_up(mixture.extra)
+        _check_length(callback, context.config.data.sequence_length)
         changers = (callback,)
     return Trainee(partial(ExpertModule, mixture, losses=method.losses), changers)
 
 
-def _go_on(context: RunContext, arm: Arm, mixture: ExpertMixture) -> None:
-    """Let the experts of a checkpoint be trained again, with what was left beside them."""
+def _check_length(callback: ExpertCallback, sequence_length: int) -> None:
+    """Refuse exemplars of a checkpoint that can't stand in this run's batches.
+
+    Raises:
+        RequestError: they are of another length.
+    """
+    held = callback.exemplar_length
+    if held not in (0, sequence_length):
+        raise RequestError(
+            f"data.sequence_length = {sequence_length}: the exemplars that the checkpoint keeps of "
+            f"its experts' text have {held} tokens; take that, or experts.rehearsal=0."
+        )
+
+
+def _check_projections(method: DynamicExperts, targets: Sequence[str]) -> None:
+    """Refuse layers to be frozen that no expert stands on.
+
+    Raises:
+        RequestError: names one.
+    """
+    for name in method.asked.freeze_projections or ():
+        if name not in targets:
+            raise RequestError(
+                f"experts.freeze_projections = {name}: experts stand on {', '.join(targets)}."
+                f"{did_you_mean(name, targets)}"
+            )
+
+
+def _go_on(context: RunContext, arm: Arm, mixture: ExpertMixture, method: Experts) -> None:
+    """Let the experts of a checkpoint be trained again, with what was left beside them.
+
+    Raises:
+        RequestError: they are other than what is asked for.
+    """
     folder = context.folder / arm.start
     stored = ExpertFolder.read(folder)
     assert stored is not None
     mixture.extra = dict(stored.extra)
+    frozen = set(mixture.extra.get("frozen", ()))
     for name, parameter in mixture.model.named_parameters():
-        is_ours = ".lora_" in name or "expert_router" in name
-        parameter.requires_grad_(is_ours)
+        is_ours = is_of_adapter(name) or ROUTER in name
+        parameter.requires_grad_(is_ours and name not in frozen)
+    asked = method.asked
+    if isinstance(method, SingleLora):
+        own = shape_of(mixture.model, mixture.names[0])
+        wanted = method.shape(mixture.model)
+        if own != replace(wanted, targets=tuple(sorted(wanted.targets))):
+            raise RequestError(
+                f"experts.rank, .alpha or .targets: the checkpoint's adapter has rank {own.rank}, "
+                f"alpha {own.alpha:g}, on {', '.join(own.targets)}."
+            )
+        return
+    if mixture.router != "evidence" and mixture.is_shared != asked.shared_router:
+        raise RequestError(
+            f"experts.shared_router = {asked.shared_router}: the checkpoint has "
+            f"{'one router' if mixture.is_shared else 'a router for each layer'}."
+        )
+    if mixture.evidence is not None:
+        evidence = mixture.evidence
+        evidence.prior, evidence.scale = asked.prior, asked.evidence_scale
+        evidence.window = asked.evidence_window
+    told = mixture.extra.get("boundaries")
+    if told is not None and told != asked.boundaries:
+        raise RequestError(
+            f"experts.boundaries = {asked.boundaries}: the checkpoint's skills were {told}, which "
+            f"is all that is known of them; go on with experts.boundaries={told}."
+        )
 
 
 def _known(context: RunContext, *, is_told: bool) -> Known:

@@ -22,12 +22,12 @@ def held_checks(context: RunContext, arms: Sequence[Arm]) -> Iterator[Check]:
     added = moe.appended(context, arms[0])
     flow = _joined([found.get("flow") or {} for found in fits])
     check = flow_check(flow, new_experts=() if added is None else added.experts)
-    if check is not None:
-        yield check
+    if check is not None and (context.config.experts is None or arms[0].is_control):
+        yield check  # of experts, which take turns, it would say nothing
     made = [
         _memory(context, arm, fit["held"])
         for arm, fit in zip(arms, fits, strict=True)
-        if fit.get("held") and not fit["reports"].get("experts")
+        if fit.get("held") and (context.config.experts is None or arm.is_control)
     ]
     if made:
         yield max(made, key=lambda check: abs(check.value or 0.0))

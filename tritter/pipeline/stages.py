@@ -344,7 +344,8 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     flops += experts.usage_flops(context, config, arm)
     is_last = arm.task == len(context.text.tasks) - 1
     if is_last and not arm.is_control and context.config.evaluation.sample_tokens:
-        before = load_model(context.folder / ("baseline" if arm.task else arm.start))
+        start = "baseline" if arm.task else arm.start
+        before = experts.load_start(context, arm, context.folder / start)
         samples = [said(context, domain, before, trained) for domain in context.domains]
         flops += sum(sample.flops for sample in samples)
     return StageResult(
