@@ -147,6 +147,16 @@ def test_generate_writes_what_single_passes_would() -> None:
     assert torch.equal(written, seen)
 
 
+@torch.no_grad()
+def test_beams_take_what_was_read_along() -> None:
+    mixture, ids = mixture_of(), tokens(2, 7, seed=8, high=64)
+    options = {"max_new_tokens": 12, "num_beams": 4, "do_sample": False, "pad_token_id": END}
+    cached, plain = (mixture.model.generate(ids, use_cache=has, **options) for has in (True, False))
+    assert torch.equal(cached, plain)
+    with pytest.raises(RequestError, match="assisted writing"):
+        mixture.model.generate(ids[:1], max_new_tokens=12, prompt_lookup_num_tokens=3)
+
+
 @pytest.mark.parametrize("top_k", [None, 1])
 @torch.no_grad()
 def test_a_packed_document_has_the_logits_it_has_alone(top_k: int | None) -> None:

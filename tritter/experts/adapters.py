@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from tritter.errors import RequestError, did_you_mean
 from tritter.training.parameters import WRAPPED
 
+# Tensors of all experts of a layer → what PEFT takes for a part of them
+_FUSED = {"down_proj": ("down_proj",), "gate_up_proj": ("gate_proj", "up_proj")}
 _LAYER = re.compile(r"(?:^|.*\.)layers\.(\d+)(?=\.)")
 _OWN = re.compile(r".*\.lora_(?:embedding_)?[AB]\.(?P<adapter>[^.]+)(?:\.weight)?")
 _PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
@@ -213,10 +215,14 @@ def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
 def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
     """Return the last names of the layers that adapters can stand on.
 
+    Where a model holds experts as one tensor, PEFT would take `down_proj` and the like for parts of
+    it; there these names are left out.
+
     Args:
         whole: with the vocabulary.
     """
     vocabulary = _vocabulary(model) if whole else ()
+    held = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     return {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -227,7 +233,7 @@ def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
             and not name.endswith(WRAPPED)
         )
         or any(module is each for each in vocabulary)
-    }
+    } - {part for fused, parts in _FUSED.items() if fused in held for part in parts}
 
 
 def base_name(name: str) -> str:
