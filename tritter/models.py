@@ -274,7 +274,13 @@ def config_of(model: nn.Module) -> Config:
     names = [up.for_layer(n).disk_name for n in range(held.num_hidden_layers)]
     if not all(name in parameters for name in names):  # a part of a model
         return config
-    return with_ffn_sizes(config, [parameters[name].shape[0] for name in names])
+    return with_ffn_sizes(config, [live_shape(parameters[name])[0] for name in names])
+
+
+def live_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter's values, where bitsandbytes holds them packed too."""
+    packed = getattr(parameter, "quant_state", None)
+    return tuple(parameter.shape if packed is None else packed.shape)
 
 
 def stock_config_of(config: Config) -> PreTrainedConfig:

@@ -189,6 +189,16 @@ def test_every_shipped_optimizer_is_right_or_says_what_it_needs(path: Path) -> N
     assert config.optimizer.target.rpartition(".")[2].casefold() == path.stem.replace("_", "")
 
 
+@pytest.mark.parametrize("kind", ["dylora", "single_lora"])
+def test_a_quantised_base_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    words = (f"experts={kind}", "forgetting=none", "experts.base_bits=4")
+    monkeypatch.setattr("tritter.config.experts.find_spec", lambda name: None)
+    assert "tritter[8bit]" in refusal(*words)
+    monkeypatch.setattr("tritter.config.experts.find_spec", lambda name: object())
+    asked = load(*words).experts
+    assert asked is not None and asked.options.base_bits == 4
+
+
 def test_an_optimizer_by_name_and_by_target() -> None:
     by_name = load("optimizer.name=NAdam").optimizer
     words = ("optimizer.name=null", "optimizer._target_=torch.optim.NAdam")

@@ -61,6 +61,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "experts=[dylora,single_lora]": ("one at a time", "-m experts=dylora,single_lora"),
     "experts.rank=4": ("experts.rank = 4", "there are no adapters with experts=none"),
     "experts=dylora experts.rnk=4": ("Did you mean experts.rank?",),
+    "experts=single_lora experts.base_bits=5": ("experts.base_bits = 5", "8", "4"),
     "experts=single_lora experts.top_k=2": ("experts.top_k", "no such key"),
     "experts=dylora experts.rank=64": ("experts.max_rank = 32", "experts.rank = 64"),
     "experts=dylora experts.router=evidense": ("experts.router", "Did you mean evidence?"),

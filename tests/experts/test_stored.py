@@ -205,6 +205,8 @@ HEADS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": float("nan")}, "temperature = nan"),
     ({"temperature": 0}, "temperature = 0"),
     ({"capacity_factor": "1"}, "capacity_factor = '1'"),
+    ({"base_bits": 5}, "base_bits = 5"),
+    ({"base_bits": True}, "base_bits = True"),
     ({"evidence": None}, "evidence = None"),
     ({"evidence": {"window": 1}}, "evidence = {'window': 1}"),
     ({"usage": {"prose": {"e0": float("inf")}}}, "usage.prose.'e0' = inf"),
@@ -319,3 +321,11 @@ def test_an_adapter_from_anywhere_becomes_an_expert(folder: Path, tmp_path: Path
         adopt(wide, "theirs", folder / "experts" / "e0")
     assert wide.names == []
     assert difference(wide.model, tiny_llama(intermediate_size=41)) == 0
+
+
+def test_a_folder_from_before_bases_were_quantised_is_read(folder: Path) -> None:
+    plain = json.loads((folder / HEAD).read_text(encoding="utf-8"))
+    assert plain.pop("base_bits") is None
+    (folder / HEAD).write_text(record_text(plain), encoding="utf-8")
+    files = ExpertFiles.read(folder)
+    assert files is not None and files.head.base_bits is None

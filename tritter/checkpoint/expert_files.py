@@ -26,6 +26,7 @@ HEAD, TENSORS = "state/experts.json", "state/experts.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 BASE = "base"  # the expert without an adapter, the first where there is one
 MAX_EXPERTS = 256
+BASE_BITS = (None, 8, 4)
 ROUTERS = ("learned", "evidence", "both")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _LONGEST_DOMAIN = 256
@@ -45,6 +46,8 @@ class ExpertsHead:
         capacity_factor: in training; None: no limit.
         evidence: window, scale, prior and end_of_text_id, where evidence routes.
         usage: domain → expert → mean gate on its text, as far as it was measured.
+        base_bits: 8 or 4, that bitsandbytes held the base in when they were trained, and in which
+            it is run; None: as it stands in the folder.
         extra: whatever else a training left, as `tritter.training.checkpoint_io` encodes it.
         tensors_sha256: of the file of tensors beside it.
 
@@ -61,6 +64,7 @@ class ExpertsHead:
     capacity_factor: float | None = None
     evidence: Mapping[str, Any] | None = None
     usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    base_bits: int | None = None
     extra: Any = None
     tensors_sha256: str = ""
 
@@ -76,6 +80,9 @@ class ExpertsHead:
         _check_number("capacity_factor", self.capacity_factor, may_be_none=True)
         _check_evidence(self.evidence, is_needed=self.router != "learned")
         _check_usage(self.usage)
+        is_held = self.base_bits is None or type(self.base_bits) is int
+        is_held &= self.base_bits in BASE_BITS
+        _check("base_bits", self.base_bits, is_held, "null, 8, 4")
         _check("tensors_sha256", self.tensors_sha256, isinstance(self.tensors_sha256, str), "text")
 
     @property
@@ -215,7 +222,7 @@ def check_names(names: object) -> None:
 
 
 def _read_head(path: Path) -> ExpertsHead:
-    plain = read_record(path, format_version=FORMAT_VERSION)
+    plain = {"base_bits": None} | read_record(path, format_version=FORMAT_VERSION)
     del plain["format_version"]
     known = set(ExpertsHead.__slots__)
     if plain.keys() != known:

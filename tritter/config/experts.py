@@ -1,6 +1,7 @@
 """`experts`: one class with its keys, and what of a run does not go together with it."""
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def experts_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield what of a run does not go together with experts."""
     if config.experts is None:
         return
+    bits = config.experts.options.base_bits
+    if bits is not None and find_spec("bitsandbytes") is None:
+        reason = "it needs bitsandbytes, which is not installed: pip install 'tritter[8bit]'"
+        yield Problem("experts.base_bits", bits, reason=reason)
     if config.pipeline.target_params is not None:
         reason = "a run that grows to a size trains all of it; leave it out, or experts=none"
         yield Problem("pipeline.target_params", config.pipeline.target_params, reason=reason)
@@ -100,6 +105,13 @@ def experts_start_problems(config: RunConfig, folder: Path | None) -> Iterator[P
     if names[0] != first:
         reason = f"the checkpoint has the experts {', '.join(names)}, none of which is its {first}"
         yield Problem("experts", asked.name, reason=reason)
+    bits = files.head.base_bits
+    if asked.options.base_bits != bits:
+        held = "as it stands in the folder" if bits is None else f"in {bits} bits"
+        reason = f"the experts of the checkpoint were trained on a base {held}"
+        value = asked.options.base_bits
+        nearest = "null" if bits is None else str(bits)
+        yield Problem("experts.base_bits", value, reason=reason, nearest=nearest)
     router = getattr(asked.options, "router", "evidence")
     if router != files.head.router:
         reason = f"the experts of the checkpoint are mixed by {files.head.router}"

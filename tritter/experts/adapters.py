@@ -199,6 +199,11 @@ def set_rank(model: nn.Module, name: str, rank: int) -> None:
             down.out_features = up.in_features = rank  # type: ignore[assignment]
 
 
+def base_bits(model: nn.Module) -> int | None:
+    """Return in how many bits bitsandbytes holds the base of a model; None: it does not."""
+    return next((bits for bits in (8, 4) if vars(model).get(f"is_loaded_in_{bits}bit")), None)
+
+
 def layer_number(name: str) -> int | None:
     """Return which decoder layer a module of this name stands in; None: in none."""
     found = _LAYER.match(name)

@@ -1,6 +1,7 @@
 """What is logged of experts while they are trained, and kept for the plots."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from tritter.experts.adapters import parameters_of, shape_of
 from tritter.experts.gates import Gates
 from tritter.experts.losses import entropies
 from tritter.experts.mixture import ExpertMixture
+from tritter.models import live_shape
 
 
 class Figures:
@@ -35,10 +37,11 @@ class Figures:
         times["ranks"].append(ranks)
         self._usage = {}
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        whole = sum(prod(live_shape(p)) for p in model.parameters())
         values = {f"experts/usage/{name}": value for name, value in means.items()}
         values |= {f"experts/rank/{name}": float(rank) for name, rank in ranks.items()}
         values["experts/number"] = float(len(mixture.adapters))
-        values["experts/trainable_share"] = trained / sum(p.numel() for p in model.parameters())
+        values["experts/trainable_share"] = trained / whole
         if gates:
             told = torch.stack([entropies(each.probabilities.detach()).mean() for each in gates])
             values["experts/routing_entropy"] = float(told.mean())

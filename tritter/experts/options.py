@@ -26,12 +26,15 @@ class AdapterOptions:
         targets: last names of the layers that adapters stand on. None: every linear layer of the
             decoder layers, the embedding and the head.
         learning_rate: of adapters and routers, in the place of `training.learning_rate`.
+        base_bits: that bitsandbytes holds the linear layers of the frozen base's decoder layers in.
+            None: as they are.
     """
 
     rank: _Rank
     alpha: Annotated[float, Field(gt=0, lt=1e6)]
     targets: _Names | None
     learning_rate: Annotated[float, Field(gt=0)]
+    base_bits: Literal[8, 4] | None
 
 
 @options

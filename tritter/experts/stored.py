@@ -25,6 +25,7 @@ from tritter.checkpoint.expert_files import (
 )
 from tritter.checkpoint.folder import EXPERTS_FOLDER
 from tritter.errors import RequestError, TritterError
+from tritter.experts.adapters import base_bits
 from tritter.experts.evidence import Evidence
 from tritter.experts.gates import Routing
 from tritter.experts.mixture import ExpertMixture, RouterKind
@@ -95,6 +96,7 @@ class ExpertFolder:
             capacity_factor=routing.capacity_factor,
             evidence=None if evidence is None else _weighing(evidence),
             usage={domain: dict(gates) for domain, gates in (usage or {}).items()},
+            base_bits=base_bits(mixture.model),
         )
         routers = tuple(
             (router.weight.detach().cpu().clone(), router.bias.detach().cpu().clone())

@@ -1,23 +1,42 @@
 """A checkpoint's model as it is to be run: with its experts where it has any."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from tritter.checkpoint.expert_files import ExpertFiles
+from tritter.errors import TritterError
 from tritter.models import load_model
 
 
-def load_whole(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_whole(
+    folder: Path, *, dtype: torch.dtype = torch.float32, base_bits: int | None = None
+) -> nn.Module:
     """Load a checkpoint's model, which runs its experts where it has any.
 
+    Args:
+        base_bits: 8 or 4, in which the base is to be held for experts that it will get; those that
+            it has run on a base held as it was when they were trained.
+
     Raises:
-        TritterError: as `load_model` and `ExpertFolder.read`.
+        TritterError: as `load_model` and `ExpertFolder.read`; or the base is to be held by
+            bitsandbytes, which is not installed.
     """
-    has_experts = ExpertFiles.read(folder) is not None
+    files = ExpertFiles.read(folder)
+    bits = base_bits if files is None else files.head.base_bits
+    if bits is not None and find_spec("bitsandbytes") is None:
+        raise TritterError(
+            f"{folder}: its experts run on a base in {bits} bits, which needs bitsandbytes: "
+            "pip install 'tritter[8bit]'."
+        )
     model = load_model(folder, dtype=dtype)
-    if has_experts:
+    if bits is not None:
+        from tritter.experts.quantised import quantise  # bitsandbytes may not be installed
+
+        quantise(model, bits)
+    if files is not None:
         from tritter.experts.stored import ExpertFolder  # slow to import, and seldom needed
 
         experts = ExpertFolder.read(folder)

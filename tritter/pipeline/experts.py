@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tritter.experts.module import ExpertModule
 from tritter.experts.stored import ExpertFolder
 from tritter.experts.whole import load_whole
 from tritter.families import Config, forward_flops
-from tritter.models import load_model, read_config
+from tritter.models import live_shape, load_model, read_config
 from tritter.novelty.statistics import CALIBRATION_BATCHES
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
@@ -65,7 +66,10 @@ def training_of(context: RunContext, arm: Arm) -> TrainingConfig:
 
 def load_start(context: RunContext, arm: Arm, folder: Path) -> nn.Module:
     """Load what an arm's training starts from: experts and all, or for the control the base."""
-    return load_model(folder) if method_of(context, arm) is None else load_whole(folder)
+    method = method_of(context, arm)
+    if method is None:
+        return load_model(folder)
+    return load_whole(folder, base_bits=method.asked.base_bits)
 
 
 def begin(context: RunContext, arm: Arm, model: nn.Module, *, max_steps: int) -> Trainee:
@@ -284,7 +288,8 @@ def usage(context: RunContext, model: nn.Module) -> dict[str, Any] | None:
         name: sum(d.numel() + u.numel() for d, u in each.factors.values())
         for name, each in adapters.items()
     }
-    base = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
+    named = model.named_parameters()
+    base = sum(prod(live_shape(p)) for n, p in named if ".lora_" not in n)
     routers = sum(p.numel() for router in mixture.routers() for p in router.parameters())
     trainable = sum(sizes.values()) + routers
     return {
