@@ -40,6 +40,7 @@ ONE = replace(SETTINGS, save_every_n_steps=3)
 TWO = replace(ONE, devices=2, strategy="ddp")
 RANGES = {"old": (1, 30), "a": (40, 44), "b": (60, 64), "c": (80, 84)}  # of token ids
 STREAM = "aaaaaaaabbbbbbbbaaaaoobb"
+SLOW = pytest.mark.slow
 needs_fork = pytest.mark.skipif(
     processes.start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
 )
@@ -247,7 +248,9 @@ def test_the_most_similar_become_one(tmp_path: Path) -> None:
     assert len(spawned) == 3, "text of the merged ones is known"
 
 
-@pytest.mark.parametrize("killed_at", [4, 10, 17])
+@pytest.mark.parametrize(
+    "killed_at", [pytest.param(4, marks=SLOW), 10, pytest.param(17, marks=SLOW)]
+)
 def test_resumed_it_ends_alike(tmp_path: Path, killed_at: int) -> None:
     options = asked(stall_steps=2, stall_gain=10.0, max_rank=4, distill=0.1)
     _, expected = train(tmp_path / "whole", options)
@@ -260,7 +263,7 @@ def test_resumed_it_ends_alike(tmp_path: Path, killed_at: int) -> None:
     assert happened == {"spawned", "mature", "widened", "frozen"}
 
 
-@pytest.mark.parametrize("router", ["learned", "both"])
+@pytest.mark.parametrize("router", [pytest.param("learned", marks=SLOW), "both"])
 def test_learned_routers_resume_too(tmp_path: Path, router: str) -> None:
     options = asked(router=router, targets=("q_proj",), entropy=0.01)
     module, _ = train(tmp_path / "whole", options)
@@ -304,7 +307,7 @@ def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
     assert {kind for kind, _ in kinds(expected)} == {"spawned", "mature", "widened", "frozen"}
 
 
-@pytest.mark.parametrize("killed_at", [3, 6])
+@pytest.mark.parametrize("killed_at", [3, pytest.param(6, marks=SLOW)])
 def test_an_expert_of_before_is_widened_in_its_place(tmp_path: Path, killed_at: int) -> None:
     """Optimizers match state by position, so that the order of adapters has to return too."""
     options = asked(stall_steps=2, stall_gain=10.0, max_rank=4)
