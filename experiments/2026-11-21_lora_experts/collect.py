@@ -60,7 +60,8 @@ def main(folders: list[str]) -> None:
     table.writeheader()
     for each in rows:
         table.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in each.items()})
-    numbers = [k for k, v in rows[0].items() if isinstance(v, float | int) or k == "spawned"]
+    texts = ("arm", "seed", "domains_of_birth", "largest_delay")
+    numbers = [name for name in rows[0] if name not in texts]
     for arm in dict.fromkeys(each["arm"] for each in rows):
         own = [each for each in rows if each["arm"] == arm]
         cells = {name: shown([float(each[name]) for each in own]) for name in numbers}
