@@ -188,7 +188,9 @@ def refuse_experts(folder: Path, *, doing: str, key: str = "checkpoint") -> None
 
     Raises:
         RequestError: it has experts, or they are damaged; says what to do instead.
+        TritterError: its lineage is damaged, or of a newer format.
     """
+    read_lineage(folder)  # what is wrong with that is no matter of experts
     try:
         files = ExpertFiles.read(folder)
     except TritterError as error:

@@ -10,7 +10,7 @@ from tritter.config.chosen import chosen_class
 from tritter.config.experts_config import ExpertsConfig
 from tritter.config.reading import Reader
 from tritter.config.schema import RunConfig
-from tritter.errors import Problem
+from tritter.errors import Problem, RequestError, TritterError
 from tritter.targets import TARGET
 
 _KIND = "tritter.experts.method.Experts"
@@ -84,9 +84,13 @@ def experts_start_problems(config: RunConfig, folder: Path | None) -> Iterator[P
         folder: the checkpoint, if it is at hand.
 
     Raises:
-        RequestError: it has experts, and the run would train the whole model.
+        RequestError: it has experts, and the run would train the whole model; or they, or its
+            lineage, are damaged.
     """
-    files = None if folder is None or not folder.is_dir() else ExpertFiles.read(folder)
+    try:
+        files = None if folder is None or not folder.is_dir() else ExpertFiles.read(folder)
+    except TritterError as error:
+        raise RequestError(Problem("model.path", folder, reason=str(error).rstrip("."))) from error
     asked = config.experts
     if asked is None:
         if files is not None:
