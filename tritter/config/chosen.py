@@ -1,13 +1,15 @@
 """Groups of which one option is chosen that names a class of ours, or none: growth, experts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tritter.config.folders import body_of, option_files
-from tritter.config.schema import ONE_OF
+from tritter.config.schema import ONE_OF, RunConfig
 from tritter.errors import Problem, RequestError
 from tritter.options import is_options
 from tritter.targets import TARGET, resolve
+
+_ADAMS = ("Adam", "AdamW", "Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
 
 def chosen_class(group: str, raw: Mapping[str, Any], *, base: str, nothing: str) -> type | None:
@@ -44,3 +46,17 @@ def chosen_keys() -> list[str]:
         if key != TARGET
     )
     return list(dict.fromkeys(keys))
+
+
+def adam_problems(config: RunConfig, *, doing: str) -> Iterator[Problem]:
+    """Yield that the optimizer is no Adam whose moments can follow a change of the model.
+
+    Args:
+        doing: what needs it.
+    """
+    name = config.optimizer.target.rpartition(".")[2]
+    if name not in _ADAMS or config.optimizer.arguments.get("amsgrad"):
+        reason = (
+            f"{doing}, and {name} has other state; allowed are {', '.join(_ADAMS)} without amsgrad"
+        )
+        yield Problem("optimizer", name, reason=reason)

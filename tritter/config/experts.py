@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tritter.checkpoint.expert_files import ExpertFiles, refuse_experts
-from tritter.config.chosen import chosen_class
+from tritter.config.chosen import adam_problems, chosen_class
 from tritter.config.experts_config import ExpertsConfig
 from tritter.config.reading import Reader
 from tritter.config.schema import RunConfig
@@ -14,7 +14,6 @@ from tritter.errors import Problem, RequestError, TritterError
 from tritter.targets import TARGET
 
 _KIND = "tritter.experts.method.Experts"
-_OPTIMIZERS = ("Adam", "AdamW", "Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 _METHODS = ("replay",)  # of forgetting, which look at no parameter
 
 
@@ -60,13 +59,7 @@ def experts_problems(config: RunConfig) -> Iterator[Problem]:
             f"{', '.join(_METHODS)}"
         )
         yield Problem("forgetting", names, reason=reason)
-    optimizer = config.optimizer.target.rpartition(".")[2]
-    if optimizer not in _OPTIMIZERS or config.optimizer.arguments.get("amsgrad"):
-        reason = (
-            f"experts come and go with Adam's two moments, and {optimizer} has other state; "
-            f"allowed are {', '.join(_OPTIMIZERS)} without amsgrad"
-        )
-        yield Problem("optimizer", optimizer, reason=reason)
+    yield from adam_problems(config, doing="experts come and go with Adam's two moments")
     if config.optimizer.carry:
         reason = "moments of the base are carried, which is frozen; those of experts begin anew"
         yield Problem("optimizer.carry", True, reason=reason)

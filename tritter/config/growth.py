@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tritter.config.chosen import chosen_class
+from tritter.config.chosen import adam_problems, chosen_class
 from tritter.config.freezing import freezing
 from tritter.config.growth_config import GrowthConfig
 from tritter.config.reading import Reader
@@ -15,7 +15,6 @@ from tritter.options import is_options, read_options
 from tritter.targets import TARGET, dotted, resolve
 
 _KIND = "tritter.growth.method.NeuronGrowth"
-_OPTIMIZERS = ("Adam", "AdamW", "Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
 
 def growth_class(raw: Mapping[str, Any]) -> type | None:
@@ -46,13 +45,7 @@ def growth_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield what of a run does not go together with growth."""
     if config.growth is None:
         return
-    name = config.optimizer.target.rpartition(".")[2]
-    if name not in _OPTIMIZERS or config.optimizer.arguments.get("amsgrad"):
-        reason = (
-            f"growth maps Adam's two moments to the new shapes, and {name} has other state; "
-            f"allowed are {', '.join(_OPTIMIZERS)} without amsgrad"
-        )
-        yield Problem("optimizer", name, reason=reason)
+    yield from adam_problems(config, doing="growth maps Adam's two moments to the new shapes")
     if config.pipeline.target_params is not None:
         reason = "its plan of expansions counts every parameter; with growth=none it is kept"
         yield Problem("pipeline.target_params", config.pipeline.target_params, reason=reason)
