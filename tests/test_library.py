@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests import oracle
-from tests.oracle.families import OWN, tiny
+from tests.oracle.families import generic, tiny
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expand.live import (
@@ -97,13 +97,13 @@ HEADS = {  # strategy → options, query and key/value heads from 4 in 2 groups
 
 def _attended(attention: nn.Module, rotary: nn.Module, x: torch.Tensor) -> torch.Tensor:
     positions = torch.arange(x.shape[1])[None]
-    kinds = [attention.layer_type] if "Gemma" in type(attention).__name__ else []
+    kinds = [attention.layer_type] if "Gemma3" in type(attention).__name__ else []
     turned = rotary(x, positions, *kinds)
     mask = torch.full((1, 1, x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype).triu(1)
     return attention(x, turned, attention_mask=mask)[0]
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 @pytest.mark.parametrize("case", HEADS)
 def test_an_attention_with_more_heads_computes_the_same(family: str, case: str) -> None:
     options, heads, kv_heads = HEADS[case]

@@ -245,9 +245,10 @@ def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return what makes logits of last hidden states, for any part of the tokens."""
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+    divisor: float = getattr(model.config, "logits_scaling", 1.0)  # Granite's
 
     def logits(hidden: Tensor) -> Tensor:
-        plain: Tensor = head(hidden)
+        plain: Tensor = head(hidden) if divisor == 1 else head(hidden) / divisor
         return plain if cap is None else cap * torch.tanh(plain / cap)
 
     return logits

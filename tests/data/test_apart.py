@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracle.families import OWN, tiny
+from tests import oracle
+from tests.oracle.families import generic, tiny
 from tritter.data.apart import Apart, apart_of, labels_of, read_apart
 from tritter.data.windows import IGNORED
 
@@ -36,17 +37,17 @@ def apart(family: str) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 def test_a_packed_document_has_the_logits_that_it_has_alone(family: str) -> None:
     alone, model = tiny(family).double(), apart(family)
-    with torch.no_grad():
+    with torch.no_grad(), oracle.float64_casts():
         logits = model(input_ids=ROWS, use_cache=False).logits
         by_default = model(ROWS).logits  # a cache of its own would see no boundary
         stream = alone(input_ids=ROWS, use_cache=False).logits
     assert torch.equal(logits, by_default)
     for row, said in zip(ROWS, logits, strict=True):
         for begin, end in documents_of(row):
-            with torch.no_grad():
+            with torch.no_grad(), oracle.float64_casts():
                 wanted = alone(input_ids=row[None, begin:end], use_cache=False).logits[0]
             torch.testing.assert_close(said[begin:end], wanted, rtol=0, atol=1e-12)
     # What the hook does is seen: without it the second document of a row says something else
@@ -54,7 +55,7 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(family: str) -> None
     assert torch.allclose(stream[1], logits[1], atol=1e-12)  # and one alone says the same
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 def test_no_token_sees_another_document_or_the_future(family: str) -> None:
     model = apart(family)
     embed = model.get_input_embeddings()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.oracle import growth as oracle_growth
-from tests.oracle.families import OWN, tiny
+from tests.oracle.families import generic, tiny
 from tritter.checkpoint.state import read_state, write_state
 from tritter.expand import expand
 from tritter.expansion import Width, build_steps
@@ -75,7 +75,7 @@ def test_what_has_no_layer_above_grows_as_under_net2net() -> None:
     assert set(own) == {"embed", "final_norm", "head", *norms, *of_last}
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 def test_it_changes_the_function_and_says_so(tmp_path: Path, family: str) -> None:
     model = tiny(family)
     assert not EQUAL.is_exact

@@ -16,7 +16,15 @@ from transformers import PreTrainedModel
 
 from tests import oracle
 from tests.oracle import growth as oracle_growth
-from tests.oracle.families import HEADS_DIVIDE_HIDDEN, OWN, SPARSE, tiny
+from tests.oracle.families import (
+    GEMMA,
+    HEADS_DIVIDE_HIDDEN,
+    OWN,
+    SPARSE,
+    generic,
+    marks_of,
+    tiny,
+)
 from tests.oracle.qwen3 import tiny_qwen3
 from tritter.errors import RequestError
 from tritter.expand import expand
@@ -59,7 +67,7 @@ def models(draw: st.DrawFn, family: str) -> PreTrainedModel:
         options[key] = draw(st.booleans())
     if family in SPARSE:
         options |= draw(experts(options["num_hidden_layers"]))
-    if family == "gemma3_text":
+    if family in GEMMA:
         options["query_pre_attn_scalar"] = draw(st.integers(1, 20))
     return tiny(family, **options).double()
 
@@ -67,6 +75,9 @@ def models(draw: st.DrawFn, family: str) -> PreTrainedModel:
 FLAGS = {
     "llama": ("attention_bias", "mlp_bias"),
     "qwen3": ("attention_bias",),
+    "smollm3": ("attention_bias", "mlp_bias"),
+    "granite": ("attention_bias", "mlp_bias"),
+    "gemma2": ("attention_bias",),
     "gemma3_text": ("attention_bias",),
     "qwen2_moe": ("norm_topk_prob", "qkv_bias"),
     "qwen3_moe": ("norm_topk_prob", "attention_bias"),
@@ -138,7 +149,7 @@ def _assert_kept(model: PreTrainedModel, specs: list[ExpansionSpec], *, seed: in
     assert found.compared >= sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 @settings(max_examples=20)
 @given(data=st.data())
 def test_any_width_keeps_function_and_gradient(family: str, data: st.DataObject) -> None:
@@ -151,7 +162,7 @@ def test_any_width_keeps_function_and_gradient(family: str, data: st.DataObject)
         assume(False)
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 @pytest.mark.parametrize("order", ["width first", "depth first"])
 @settings(max_examples=8)
 @given(data=st.data())
@@ -216,7 +227,7 @@ TABLES = {
     **{family: EACH_STOCK for family in OWN if family not in ("llama", "qwen3")},
 }
 CASES = [
-    pytest.param(family, specs, id=f"{family}: {name}")
+    pytest.param(family, specs, id=f"{family}: {name}", marks=marks_of(family))
     for family, table in TABLES.items()
     for name, specs in table.items()
 ]

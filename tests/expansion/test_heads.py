@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.oracle import growth as oracle_growth
-from tests.oracle.families import DENSE, OWN, tiny
+from tests.oracle.families import DENSE, generic, tiny
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec, LlamaPro, Width, build_steps
 from tritter.expansion.head_maps import copied_heads, head_maps, split_heads
@@ -105,7 +105,7 @@ def test_every_query_meets_a_copy_of_its_key_value_head(data: st.DataObject) -> 
 # What is exact, and what follows
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 def test_fewer_queries_a_group_keep_the_function_but_not_the_moments_of_k_and_v(
     family: str,
 ) -> None:
@@ -131,7 +131,7 @@ def test_fewer_queries_a_group_keep_the_function_but_not_the_moments_of_k_and_v(
         torch.testing.assert_close(first + second, before[name], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 def test_split_is_no_claim_of_exactness_and_only_moves_weights(family: str) -> None:
     model = tiny(family, head_dim=8).double()
     config = oracle_growth.config_of(model)
@@ -150,7 +150,7 @@ def test_split_is_no_claim_of_exactness_and_only_moves_weights(family: str) -> N
     assert step.target_config.get("query_pre_attn_scalar") == config.get("query_pre_attn_scalar")
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 def test_split_with_a_wider_model_is_the_split_model(family: str) -> None:
     """Not exact itself, it still lets everything beside it be: the two grow independently."""
     model = tiny(family, head_dim=8).double()
@@ -341,7 +341,7 @@ NEW_PARAMETERS: dict[str, list[ExpansionSpec]] = {
 }
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", generic(DENSE))
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("case", NEW_PARAMETERS)
 def test_every_parameter_gets_a_gradient_within_two_steps(

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tests import oracle
-from tests.oracle.families import OWN, SPARSE, tiny
+from tests.oracle.families import GEMMA, SPARSE, generic, tiny
 from tritter.expand import expand
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width
 from tritter.models import read_config
@@ -36,7 +36,7 @@ BF16: dict[str, tuple[list[ExpansionSpec], float, float]] = {
 }
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 @pytest.mark.parametrize("case", BF16)
 def test_bf16_stays_bf16_and_rounds_within_its_bound(
     tmp_path: Path, family: str, case: str
@@ -61,7 +61,7 @@ def test_bf16_stays_bf16_and_rounds_within_its_bound(
     holds for the median position.
     """
     specs, general, for_gemma = BF16[case]
-    bound = for_gemma if family == "gemma3_text" else general
+    bound = for_gemma if family in GEMMA else general
     for eps in (1e-3, 1e-6):
         model = tiny(family, rms_norm_eps=eps, initializer_range=0.1)
         exact = oracle.stock(oracle.saved(model, tmp_path / f"exact{eps}"))
@@ -82,7 +82,7 @@ def _error(before: nn.Module, after: nn.Module, family: str) -> float:
     return float(by_position.median() if family in SPARSE else by_position.max())
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 @pytest.mark.parametrize("init", INITS)
 def test_float32_of_a_bf16_source_is_exact(tmp_path: Path, family: str, init: str) -> None:
     source = oracle.saved(tiny(family).to(torch.bfloat16), tmp_path / "source")

@@ -20,6 +20,8 @@ SILENT = (
     ("layer_types", "max_window_layers"),
     ("layer_types", "sliding_window"),
     ("use_sliding_window", "layer_types"),
+    ("no_rope_layers", "layer_types"),
+    ("no_rope_layers", "no_rope_layer_interval", "layer_types"),
     ("mlp_only_layers", "decoder_sparse_step"),
     ("num_local_experts",),
 )

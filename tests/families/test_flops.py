@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from tests import oracle
-from tests.oracle.families import OWN, SPARSE, tiny
+from tests.oracle.families import OWN, SPARSE, generic, tiny
 from tritter.families import (
     FAMILIES,
     Config,
@@ -61,7 +61,7 @@ def step(model: PreTrainedModel) -> None:
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_forward_pass_and_a_full_training_step(family: str, tied: bool) -> None:
     model = eager(family, tie_word_embeddings=tied)
@@ -99,7 +99,7 @@ CHOICES: dict[str, Callable[[LogicalTensor], bool]] = {
 }
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 @pytest.mark.parametrize(
     ("choice", "tied"),
     [(choice, False) for choice in CHOICES]
@@ -198,6 +198,8 @@ WINDOWED: dict[str, dict[str, object]] = {
     "mixtral": {"sliding_window": 5},
     "qwen2": {},
     "qwen3": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2},
+    "smollm3": {},
+    "gemma2": {},
     "gemma3_text": {},
     "qwen2_moe": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
     "qwen3_moe": {"use_sliding_window": True, "sliding_window": 7},
@@ -208,6 +210,9 @@ FULL: dict[str, dict[str, object]] = {
     "mixtral": {},
     "qwen2": {"use_sliding_window": False},
     "qwen3": {},
+    "smollm3": {"use_sliding_window": False},
+    "granite": {},
+    "gemma2": {"sliding_window": 64},
     "gemma3_text": {"sliding_window": 64},
     "qwen2_moe": {},
     "qwen3_moe": {},

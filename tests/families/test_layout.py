@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from tests import oracle
 from tests.oracle import growth as oracle_growth
-from tests.oracle.families import DENSE, SPARSE, tiny
+from tests.oracle.families import DENSE, SPARSE, generic, tiny
 from tritter.checkpoint.source import Source
 from tritter.errors import TritterError
 from tritter.expand import expand
@@ -32,7 +32,7 @@ def held(folder: Path) -> dict[str, Tensor]:
     return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
-@pytest.mark.parametrize("family", [*DENSE, *SPARSE])
+@pytest.mark.parametrize("family", generic())
 def test_the_hub_layout_is_what_stock_saves_and_the_live_one_what_it_holds(
     tmp_path: Path, family: str
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.oracle.families import DENSE, SPARSE, tiny
+from tests.oracle.families import OWN, tiny
 from tests.training.test_fit import SETTINGS, module_of, task
 from tests.training.test_fit import batches as batches_of
 from tritter.errors import TritterError
@@ -83,7 +83,7 @@ def test_without_marks_all_rows_are_new() -> None:
     assert float(new.detach()) == float(both.detach()) > 0
 
 
-@pytest.mark.parametrize("family", [*DENSE, *SPARSE])
+@pytest.mark.parametrize("family", OWN)
 def test_a_teacher_of_any_family_says_the_same_in_parts(family: str) -> None:
     model = tiny(family)
     ids = oracle.tokens(model.config.vocab_size, batch=2, length=5)

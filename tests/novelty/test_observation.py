@@ -5,13 +5,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tests.oracle import tiny_llama, tokens
-from tests.oracle.families import OWN, tiny
+from tests.oracle.families import generic, tiny
 from tritter.errors import RequestError, TritterError
 from tritter.novelty import Observation, observe
 from tritter.novelty.observation import joined, middle_layer
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 def test_features_and_losses_are_stock_ones(family: str) -> None:
     model, ids = tiny(family).train(), tokens()
     seen = observe(model, ids)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 
@@ -85,18 +86,20 @@ def float64_casts() -> Iterator[None]:
     Of Gemma's embedding scale, which it rounds to float32 once and for all, the exact value is
     taken.
     """
-    embedding = Gemma3TextScaledWordEmbedding
-    kept = embedding.forward
+    embeddings = (Gemma2TextScaledWordEmbedding, Gemma3TextScaledWordEmbedding)
+    kept = [embedding.forward for embedding in embeddings]
 
     def scaled(self: Any, input_ids: Tensor) -> Tensor:
         return nn.Embedding.forward(self, input_ids) * self.scalar_embed_scale
 
-    embedding.forward = scaled
+    for embedding in embeddings:
+        embedding.forward = scaled
     try:
         with _WideCasts():
             yield
     finally:
-        embedding.forward = kept
+        for embedding, forward in zip(embeddings, kept, strict=True):
+            embedding.forward = forward
 
 
 def logits(model: nn.Module, input_ids: Tensor) -> Tensor:

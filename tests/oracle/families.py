@@ -1,7 +1,9 @@
 """Independent oracle of every family: small stock models, each with what only its family has."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -28,14 +30,41 @@ OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4},
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "qwen3": {},
+    "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.7,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.5,
+    },
+    "gemma2": {
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 9,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
     "gemma3_text": {"sliding_window": 4, "sliding_window_pattern": 2, "query_pre_attn_scalar": 9},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 20, "mlp_only_layers": [1]},
     "qwen3_moe": {**_EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": True},
 }
-DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
-HEADS_DIVIDE_HIDDEN = ("llama", "gemma3_text")
+DENSE = tuple(family for family in OWN if family not in SPARSE)
+HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text")
+GEMMA = ("gemma2", "gemma3_text")
+# Made of mechanisms that the others prove, or that tests/expansion/test_further_families.py does;
+# generic tests of them are for the slow suite
+FURTHER = ("smollm3", "granite", "gemma2")
+
+
+def marks_of(family: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Return the marks of a generic test of a family: the further ones are slow."""
+    return (pytest.mark.slow,) if family in FURTHER else ()
+
+
+def generic(families: Iterable[str] = tuple(OWN)) -> list[Any]:
+    """Return families as parameters of a generic test."""
+    return [pytest.param(family, marks=marks_of(family)) for family in families]
 
 
 def tiny(family: str, **changes: Any) -> PreTrainedModel:
@@ -47,7 +76,7 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                around = 0.0 if "bias" in name or family == "gemma3_text" else 1.0
+                around = 0.0 if "bias" in name or family in GEMMA else 1.0
                 parameter.copy_(around + 0.3 * torch.randn(parameter.shape))
     return model
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.moe_routing.test_objective import SEQUENCES, UNHELD, run
-from tests.oracle.families import OWN, SPARSE, tiny
+from tests.oracle.families import SPARSE, generic, tiny
 from tritter.families import FAMILIES, Flops, backward_flops, forward_flops, training_flops
 from tritter.moe_routing import (
     OldRouting,
@@ -69,7 +69,7 @@ def test_the_look_at_old_routing_and_what_is_held_are_in_the_cost_of_a_fit(tmp_p
     assert held.flops == plain.flops + old.flops + 3 * 2 * again.of(LENGTH)
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 def test_trained_tensors_are_told_by_their_parameters(family: str) -> None:
     model = tiny(family)
     config = model.config.to_dict()

@@ -18,6 +18,10 @@ PARTNERS: Mapping[str, Family] = {
 }
 # What a dense class reads and its partner does not, or reads in another sense
 _DENSE_KEYS = ("pretraining_tp", "mlp_bias", "layer_types", "max_window_layers")
+# Why a family stays dense although there is one with experts that is named like it
+_REASONS: Mapping[str, str] = {
+    "granite": "the experts of granitemoe share one tensor on disk, which is not read",
+}
 _MISTRAL_WINDOW = 4096  # what the class takes where the config is silent
 
 
@@ -52,9 +56,10 @@ def partner_of(family: Family) -> Family:
             f"expansion.moe makes a dense model sparse, and {family.model_type} has experts "
             f"already; it takes {having}. To add experts use expansion=moe_add."
         )
+    reason = _REASONS.get(family.model_type, "transformers has none for it")
     raise RequestError(
-        f"expansion.moe: {family.model_type} is one of the families without a MoE partner in "
-        f"transformers; those that have one: {having}."
+        f"expansion.moe: {family.model_type} is one of the families without a MoE partner "
+        f"({reason}); those that have one: {having}."
     )
 
 

@@ -46,6 +46,21 @@ _SILENT: Mapping[str, Config] = {
     "mistral": {"tie_word_embeddings": False, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": _QWEN,
     "qwen3": {**_QWEN, "head_dim": 128},
+    "smollm3": {
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+    },
+    "granite": {"tie_word_embeddings": False},
+    "gemma2": {
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 4096,
+    },
     "gemma3_text": {
         "tie_word_embeddings": True,
         "num_key_value_heads": 4,
@@ -123,8 +138,11 @@ def _with_silent(plain: Config) -> Config:
         config.setdefault("num_local_experts", config["num_experts"])
     if config.get("use_sliding_window", True) is False:
         config["sliding_window"] = None
+    layers = range(family_of(plain).dimensions(config).num_hidden_layers)
+    if model_type == "smollm3" and config["no_rope_layers"] is None:
+        interval: Any = config["no_rope_layer_interval"]
+        config["no_rope_layers"] = [int((layer + 1) % interval != 0) for layer in layers]
     if config.get("layer_types") is None and model_type in _IS_WINDOWED:
-        layers = range(family_of(plain).dimensions(config).num_hidden_layers)
         windowed = [_IS_WINDOWED[model_type](config, layer) for layer in layers]
         config["layer_types"] = [
             "sliding_attention" if is_windowed else "full_attention" for is_windowed in windowed
@@ -139,6 +157,8 @@ _IS_WINDOWED: Mapping[str, Callable[[Any, int], bool]] = {
     "qwen2_moe": lambda c, layer: (
         c["use_sliding_window"] and layer % 2 == 0 and layer < c["max_window_layers"]
     ),
+    "smollm3": lambda c, layer: c["sliding_window"] is not None and not c["no_rope_layers"][layer],
+    "gemma2": lambda c, layer: layer % 2 == 0,
     "gemma3_text": lambda c, layer: bool((layer + 1) % c["sliding_window_pattern"]),
 }
 

@@ -62,7 +62,7 @@ def decoder_tensors(
 def attention(
     *,
     has_query_norm: bool = False,
-    has_output_norm: bool = False,
+    output_norm: str = "",
     biases: Biases = "none",
     bias_key: str = "",
 ) -> tuple[LogicalTensor, ...]:
@@ -70,13 +70,13 @@ def attention(
 
     Args:
         has_query_norm: an RMSNorm per head follows q and k, which shares the config's eps.
-        has_output_norm: an RMSNorm stands between o and the residual stream.
+        output_norm: name of an RMSNorm between o and the residual stream; empty: there is none.
         biases: which projections have biases.
         bias_key: config key that adds them; empty: always.
     """
     port = Port.ABSORBED if has_query_norm else Port.WRITE_NONLINEAR
     read = Axis(_ATTENTION_INPUT, Port.READ)
-    output = Axis(_ATTENTION_OUTPUT, Port.WRITE) if has_output_norm else _RESIDUAL
+    output = Axis(_ATTENTION_OUTPUT, Port.WRITE) if output_norm else _RESIDUAL
     tensors = [
         _norm("attention_norm", "input_layernorm", _ATTENTION_INPUT),
         *_linear("attention.q", "self_attn.q_proj", Axis(_QUERY, port), read, biases, bias_key),
@@ -93,8 +93,8 @@ def attention(
     tensors += _linear(
         "attention.o", "self_attn.o_proj", output, Axis(_QUERY, Port.READ), of_output, bias_key
     )
-    if has_output_norm:
-        tensors.append(_norm("attention_output_norm", "post_attention_layernorm", _RESIDUAL.space))
+    if output_norm:
+        tensors.append(_norm("attention_output_norm", output_norm, _RESIDUAL.space))
     return tuple(tensors)
 
 
@@ -105,18 +105,19 @@ def ffn_norm(disk_name: str = "post_attention_layernorm") -> LogicalTensor:
 
 def dense_ffn(
     *,
-    has_output_norm: bool = False,
+    output_norm: str = "",
     bias_key: str = "",
     layers: Literal["all", "dense"] = "all",
 ) -> tuple[LogicalTensor, ...]:
     """Return gate, up and down of a SwiGLU FFN, and a norm behind it if there is one.
 
     Args:
+        output_norm: name of the RMSNorm between down and the residual stream, if any.
         bias_key: config key that adds biases; empty: there are none.
         layers: `dense` where other layers have experts instead.
     """
     biases: Biases = "qkvo" if bias_key else "none"
-    output = Axis(_FFN_OUTPUT, Port.WRITE) if has_output_norm else _RESIDUAL
+    output = Axis(_FFN_OUTPUT, Port.WRITE) if output_norm else _RESIDUAL
     read = Axis(_FFN_INPUT, Port.READ)
     gate, up = Axis(_FFN, Port.WRITE_NONLINEAR), Axis(_FFN, Port.WRITE)
     tensors = (
@@ -125,9 +126,9 @@ def dense_ffn(
         *_linear("ffn.down", "mlp.down_proj", output, Axis(_FFN, Port.READ), biases, bias_key,
                  layers),
     )  # fmt: skip
-    if not has_output_norm:
+    if not output_norm:
         return tensors
-    return (*tensors, _norm("ffn_output_norm", "post_feedforward_layernorm", _RESIDUAL.space))
+    return (*tensors, _norm("ffn_output_norm", output_norm, _RESIDUAL.space))
 
 
 def experts(

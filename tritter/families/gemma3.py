@@ -15,10 +15,13 @@ GEMMA3_TEXT = Family(
     heads_divide_hidden=True,
     tensors=decoder_tensors(
         *attention(
-            has_query_norm=True, has_output_norm=True, biases="qkvo", bias_key="attention_bias"
+            has_query_norm=True,
+            output_norm="post_attention_layernorm",
+            biases="qkvo",
+            bias_key="attention_bias",
         ),
         ffn_norm("pre_feedforward_layernorm"),
-        *dense_ffn(has_output_norm=True),
+        *dense_ffn(output_norm="post_feedforward_layernorm"),
         embedding_port=Port.WRITE_SCALED,
     ),
     per_layer_config_keys=("layer_types",),

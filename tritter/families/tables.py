@@ -3,15 +3,30 @@
 from tritter.errors import RequestError, did_you_mean
 from tritter.families.dimensions import Config
 from tritter.families.family import Family
+from tritter.families.gemma2 import GEMMA2
 from tritter.families.gemma3 import GEMMA3_TEXT
+from tritter.families.granite import GRANITE
 from tritter.families.llama import LLAMA
 from tritter.families.mistral import MISTRAL, MIXTRAL
 from tritter.families.qwen2 import QWEN2, QWEN2_MOE
 from tritter.families.qwen3 import QWEN3, QWEN3_MOE
+from tritter.families.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3_TEXT, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        SMOLLM3,
+        GRANITE,
+        GEMMA2,
+        GEMMA3_TEXT,
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+    )
 }
 
 
