@@ -153,6 +153,7 @@ def check_tritter(words: list[str]) -> None:
         _leave_finished_runs(words[1:])
     elif "--help" not in words:
         _leave_checkpoints(words)
+        _leave_recipes(words)
         if words[0] == "evaluate":
             _leave_benchmarks()
     code = main(words)
@@ -185,6 +186,15 @@ def _leave_checkpoints(words: list[str]) -> None:
         if name.endswith(".ckpt"):
             weights = {f"model.{key}": value for key, value in stock(base).state_dict().items()}
             torch.save({"state_dict": weights}, name)
+
+
+def _leave_recipes(words: list[str]) -> None:
+    """Put the recipes there that a command reads: a block of a document that begins with # NAME."""
+    blocks = [block for document in HOUSE for block in document.blocks("text")]
+    for option, name in pairwise(words):
+        if option == "--recipe":
+            (recipe,) = (block for block in blocks if block.startswith(f"# {name}\n"))
+            Path(name).write_text(recipe)
 
 
 def _leave_benchmarks() -> None:

@@ -79,7 +79,7 @@ def test_each_command_has_help(run: Run, command: str) -> None:
         ("expand --checkpoint base --method dus --hiden-size 3", "Did you mean --hidden-size?"),
         ("expand --checkpoint base --method dus --num_hads 3", "Did you mean --num-heads?"),
         ("expand --method dus", "Missing option '--checkpoint'"),
-        ("expand --checkpoint base", "Missing option '--method'"),
+        ("expand --checkpoint base", "--method is missing"),
         ("expand --checkpoint base --method dus --target-params 7X", "such as 7B, 350M"),
         ("expand --checkpoint base --method dus --max-shard-size 0", "such as 5GB, 500MB"),
         ("history", "Missing argument 'DIR'"),

@@ -1,22 +1,15 @@
 """`tritter expand`: read the request, show what comes of it, write it."""
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from tritter.checkpoint import Lineage, Source
-from tritter.checkpoint.expert_files import refuse_experts
-from tritter.checkpoint.place import check_output
-from tritter.cli.domain import (
-    DomainOptions,
-    check_domain_options,
-    print_domain,
-    train_domain,
-)
+from tritter.checkpoint import Lineage
+from tritter.cli.domain import print_domain, train_domain
+from tritter.cli.expand_request import ExpandPlace, ExpandRequest, place_of
 from tritter.cli.measure import Measurement, measure
 from tritter.cli.output import (
     EXIT_NO,
@@ -32,27 +25,16 @@ from tritter.cli.output import (
     short,
     shown_path,
 )
-from tritter.cli.request import (
-    choice,
-    damage_is_a_wrong_request,
-    in_options,
-    method_names,
-    specs_of,
-)
+from tritter.cli.request import choice, damage_is_a_wrong_request
 from tritter.cli.values import spelled
-from tritter.errors import RequestError
+from tritter.errors import show
 from tritter.expand import Expanded, PlannedExpansion, expand, plan_expansion
 from tritter.expansion import ExpansionSpec, ResolvedExpansion
-from tritter.expansion.targets import reach_parameters
 from tritter.families import Config, family_of, on_disk
-from tritter.models import read_config
 from tritter.parameter_map.carry import POLICIES
 from tritter.report.wording import count_text
-from tritter.storage.hub import locate
 from tritter.storage.tensors import WEIGHT_DTYPES
 from tritter.terminal import Console, say
-
-DEFAULT_SHARD_BYTES = 5 * 10**9
 
 # Field, the value that leaves the function alone, and the words that ask for it.
 _EXACT_CHOICES: tuple[tuple[str, Any, str], ...] = (
@@ -64,60 +46,6 @@ _EXACT_CHOICES: tuple[tuple[str, Any, str], ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ExpandRequest:
-    """The words of the command, numbers read.
-
-    Args:
-        given: option of the methods → what was typed; of a flag True.
-        target_params: a number of parameters to come near to.
-        domain: what appended experts are to be trained on.
-    """
-
-    checkpoint: str
-    output: Path | None
-    methods: tuple[str, ...]
-    given: Mapping[str, Any]
-    target_params: int | None
-    moments: str
-    seed: int
-    dtype: str | None
-    max_shard_bytes: int
-    is_measured: bool | None
-    domain: DomainOptions
-
-    @classmethod
-    def of(cls, words: Mapping[str, Any], given: Mapping[str, Any]) -> "ExpandRequest":
-        """Sort the words of the command."""
-        return cls(
-            checkpoint=words["checkpoint"],
-            output=words["output"],
-            methods=tuple(words["method"]),
-            given=given,
-            target_params=words["target_params"],
-            moments=words["moments"],
-            seed=words["seed"],
-            dtype=words["dtype"],
-            max_shard_bytes=words["max_shard_size"],
-            is_measured=words["measure"],
-            domain=DomainOptions.of(words),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where the source lies, where the result goes, and by which expansions.
-
-    Args:
-        obstacle: of a dry run: why the result could not go there as things are; empty: it could.
-    """
-
-    source: Path
-    destination: Path
-    specs: tuple[ExpansionSpec, ...]
-    obstacle: str
-
-
 def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_json: bool) -> int:
     """Carry the request out, or only plan it, and print what came of it.
 
@@ -125,7 +53,7 @@ def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_jso
         RequestError: the source, an option or the destination cannot be had; nothing is written.
         TritterError: writing failed, or a tensor turned out damaged while it was read.
     """
-    place = _place(request, dry_run=dry_run, overwrite=overwrite)
+    place = place_of(request, dry_run=dry_run, overwrite=overwrite)
     with says_if_written(place.destination):
         if request.domain.is_given and not dry_run:
             return _run_domain(request, place, overwrite=overwrite, as_json=as_json)
@@ -133,7 +61,7 @@ def run_expand(request: ExpandRequest, *, dry_run: bool, overwrite: bool, as_jso
 
 
 def _run_map(
-    request: ExpandRequest, place: _Place, *, dry_run: bool, overwrite: bool, as_json: bool
+    request: ExpandRequest, place: ExpandPlace, *, dry_run: bool, overwrite: bool, as_json: bool
 ) -> int:
     """Expand, or only plan it, and print what came of it."""
     moments = choice("moments", request.moments, POLICIES)
@@ -148,7 +76,7 @@ def _run_map(
         with damage_is_a_wrong_request():
             measured = measure(place.source, made, is_wanted=request.is_measured)
 
-    with in_options():
+    with request.speaks():
         plan = plan_expansion(place.source, place.specs, seed=request.seed)
         if not dry_run:
             with progress_bar(is_shown=not as_json) as progress:
@@ -179,49 +107,9 @@ def _run_map(
     return 0
 
 
-def _place(request: ExpandRequest, *, dry_run: bool, overwrite: bool) -> _Place:
-    """Resolve source, destination and expansions; writes nothing.
-
-    Raises:
-        RequestError: one of them can't be had.
-    """
-    methods = method_names(request.methods)
-    specs = specs_of(methods, request.given)
-    with damage_is_a_wrong_request():
-        folder = locate(request.checkpoint)
-        source = Source.open(folder, read_config(folder))
-        refuse_experts(folder, doing="an expansion", key="--checkpoint")
-    destination = request.output or _default_output(request.checkpoint, folder, methods)
-    obstacle = ""
-    try:
-        check_output(destination, sources=[folder], overwrite=overwrite)
-    except RequestError as error:
-        if not dry_run:
-            raise
-        obstacle = str(error)
-    with in_options():
-        if request.target_params is not None:
-            specs = reach_parameters(source.config, specs, request.target_params)
-    check_domain_options(request.domain, specs, _unsupported(request))
-    return _Place(folder, destination, specs, obstacle)
-
-
-def _unsupported(request: ExpandRequest) -> dict[str, Any]:
-    """Return the options that were given and that a training can't honour."""
-    given = {
-        "dtype": request.dtype,
-        "measure": request.is_measured,
-        "moments": _unless(request.moments, "carry"),
-        "max_shard_size": _unless(request.max_shard_bytes, DEFAULT_SHARD_BYTES),
-    }
-    return {option: value for option, value in given.items() if value is not None}
-
-
-def _unless(value: Any, default: Any) -> Any:
-    return None if value == default else value
-
-
-def _run_domain(request: ExpandRequest, place: _Place, *, overwrite: bool, as_json: bool) -> int:
+def _run_domain(
+    request: ExpandRequest, place: ExpandPlace, *, overwrite: bool, as_json: bool
+) -> int:
     """Expand, train the new experts on the domain, and print what came of it."""
     console = Console(quiet=True) if as_json else new_console()
     made = train_domain(
@@ -245,17 +133,8 @@ def _run_domain(request: ExpandRequest, place: _Place, *, overwrite: bool, as_js
     return 0
 
 
-def _default_output(checkpoint: str, folder: Path, methods: Sequence[str]) -> Path:
-    """Return SRC-METHOD: beside a folder, and here for a model from the hub."""
-    ending = "-".join(map(spelled, methods))
-    if Path(checkpoint).is_dir():
-        place = folder if folder.name not in ("", "..") else folder.resolve()
-        return place.with_name(f"{place.name}-{ending}")
-    return Path(f"{checkpoint.rstrip('/').rpartition('/')[2]}-{ending}")
-
-
 def _as_json(
-    plan: PlannedExpansion, lineage: Lineage | None, place: _Place, request: ExpandRequest
+    plan: PlannedExpansion, lineage: Lineage | None, place: ExpandPlace, request: ExpandRequest
 ) -> dict[str, Any]:
     first, last = plan.steps[0], plan.steps[-1]
     return {
@@ -297,7 +176,7 @@ def _on_disk(config: Config) -> int:
 def _print(
     plan: PlannedExpansion,
     lineage: Lineage | None,
-    place: _Place,
+    place: ExpandPlace,
     request: ExpandRequest,
     measured: Measurement | None,
 ) -> None:
@@ -306,7 +185,7 @@ def _print(
     lines: list[tuple[str, str]] = []
     for position, step in enumerate(plan.steps):
         lines += _step_lines(step, is_first=position == 0)
-    exactness = _exactness([step.spec for step in plan.steps])
+    exactness = _exactness([step.spec for step in plan.steps], is_recipe=request.recipe is not None)
     since = " at step 0, before the new experts were trained" if request.domain.is_given else ""
     lines.append(("exact", exactness + since))
     if measured is not None:
@@ -358,20 +237,21 @@ def _step_lines(step: ResolvedExpansion, *, is_first: bool) -> list[tuple[str, s
     return list(zip(labels, texts, strict=True))
 
 
-def _exactness(specs: Sequence[ExpansionSpec]) -> str:
+def _exactness(specs: Sequence[ExpansionSpec], *, is_recipe: bool) -> str:
     lossy = [spec for spec in specs if not spec.is_exact]
     if not lossy:
         return "yes: the model computes what it computed before"
-    named = ", ".join(spelled(spec.name) + _made_exact_by(spec) for spec in lossy)
+    named = ", ".join(spelled(s.name) + _made_exact_by(s, is_recipe=is_recipe) for s in lossy)
     return (
         f"no: {named} changes what the model computes; measure the jump on your own text, and "
         "train on"
     )
 
 
-def _made_exact_by(spec: Any) -> str:
+def _made_exact_by(spec: Any, *, is_recipe: bool) -> str:
     """Name the one option, if there is one, that alone would make a method exact."""
     for option, value, words in _EXACT_CHOICES:
         if hasattr(spec, option) and replace(spec, **{option: value}).is_exact:
-            return f" (exact with {words})"
+            told = f"{option}: {show(value)}" if is_recipe else words
+            return f" (exact with {told})"
     return ""

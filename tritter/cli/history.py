@@ -20,9 +20,10 @@ from tritter.cli.output import (
     signs_of,
 )
 from tritter.cli.values import spelled
+from tritter.config.recorded_recipe import recorded_recipe
 from tritter.errors import RequestError
 from tritter.report.wording import count_text
-from tritter.terminal import Console
+from tritter.terminal import Console, say
 
 NOT_THERE = "not there: not checked"
 
@@ -66,6 +67,21 @@ def run_history(folder: Path, *, verify: bool, as_json: bool) -> int:
     else:
         _print(rows, is_verified=verify)
     return 0 if is_intact else EXIT_NO
+
+
+def print_recipe(folder: Path, *, is_also: Sequence[str]) -> int:
+    """Print what `tritter expand --recipe` makes the same of the parent by.
+
+    Args:
+        is_also: other flags that were given.
+
+    Raises:
+        RequestError: there is no checkpoint, or none that an expansion made; or other flags.
+    """
+    if is_also:
+        raise RequestError(f"--recipe: it prints a file and nothing else, not with {is_also[0]}.")
+    say(recorded_recipe(folder).rstrip("\n"))
+    return 0
 
 
 def _checked(chain: Sequence[Link], *, verify: bool, is_quiet: bool) -> list[Checked]:

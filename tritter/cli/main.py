@@ -114,6 +114,12 @@ def _usage_error(error: typer.TyperException) -> str:
     return f"{message}{near}\n`{place} --help` lists what there is."
 
 
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """Say whether an option stands on the command line, in place of a default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _print_version(is_asked: bool) -> None:
     if is_asked:
         say(f"tritter {__version__}")
@@ -134,7 +140,8 @@ def everything(
 def expand(
     context: typer.Context,
     checkpoint: options.Checkpoint,
-    method: options.Method,
+    method: options.Method = None,
+    recipe: options.Recipe = None,
     output: options.Output = None,
     config_dir: options.ConfigDir = None,
     target_params: options.TargetParams = None,
@@ -156,19 +163,26 @@ def expand(
 
     tritter expand --checkpoint base --method width --hidden-size 512
     """
-    from tritter.cli.expand import ExpandRequest, run_expand
+    from tritter.cli.expand import run_expand
+    from tritter.cli.expand_request import ExpandRequest
 
-    request = ExpandRequest.of(context.params, context.obj)
+    typed = [n for n in context.params if _is_typed(context, n)]
+    request = ExpandRequest.of(context.params, context.obj, typed=typed)
     return run_expand(request, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
 
 
 @app.command()
 def history(
-    folder: options.Folder, verify: options.Verify = False, as_json: options.AsJson = False
+    folder: options.Folder,
+    verify: options.Verify = False,
+    recipe: options.AsRecipe = False,
+    as_json: options.AsJson = False,
 ) -> int:
     """Show the chain of checkpoints that led to one, and check it against its hashes."""
-    from tritter.cli.history import run_history
+    from tritter.cli.history import print_recipe, run_history
 
+    if recipe:
+        return print_recipe(folder, is_also=[*["--verify"] * verify, *["--json"] * as_json])
     return run_history(folder, verify=verify, as_json=as_json)
 
 

@@ -32,13 +32,22 @@ def _methods(incomplete: str) -> list[str]:
 
 
 Method = Annotated[
-    list[str],
+    list[str] | None,
     option(
         "--method",
         "METHOD,..",
         "dus, stack, interpolate, llama-pro, width, moe or moe-add; several, joined by "
         "commas, in their order.",
         completes=_methods,
+    ),
+]
+Recipe = Annotated[
+    Path | None,
+    option(
+        "--recipe",
+        "FILE",
+        "In place of --method: YAML with a list of steps and their options.",
+        parser=place,
     ),
 ]
 Output = Annotated[
@@ -126,6 +135,10 @@ Figures = Annotated[
 
 Verify = Annotated[
     bool, flag("--verify", "Hash all that can be reached again; 3 if something changed.")
+]
+AsRecipe = Annotated[
+    bool,
+    flag("--recipe", "Print the recipe of `expand` that makes it of its parent, and nothing else."),
 ]
 
 # generate

@@ -4,18 +4,12 @@ from pathlib import Path
 
 import typer
 
-from tritter.config.counts import COUNT_UNITS, parse_count
+from tritter.config.counts import BYTE_UNITS, COUNT_UNITS, parse_count
 from tritter.errors import RequestError, brief
 from tritter.limits import MAX_BYTES, MAX_PARAMETERS
 from tritter.storage.names import named_path
 
 _MAX_FLOPS = 10**24  # a second, of one device
-_BYTE_UNITS = {
-    "": 1,
-    "b": 1,
-    **{f"{unit}b": 1000**power for power, unit in enumerate("kmgt", start=1)},
-    **{f"{unit}ib": 1024**power for power, unit in enumerate("kmgt", start=1)},
-}
 
 
 def spelled(name: str) -> str:
@@ -50,7 +44,7 @@ def byte_count(text: str) -> int:
         typer.BadParameter: it is none.
     """
     example = "a size above 0, such as 5GB, 500MB or 4GiB"
-    return _scaled(str(text), _BYTE_UNITS, example=example, limit=MAX_BYTES)
+    return _scaled(str(text), BYTE_UNITS, example=example, limit=MAX_BYTES)
 
 
 def place(text: str) -> Path:

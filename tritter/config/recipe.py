@@ -1,0 +1,237 @@
+"""A recipe of `tritter expand`: the steps with their options, and what else decides the result.
+
+The file says what a command line can't: two steps of one method, or the same option of two.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from tritter.config.counts import BYTE_UNITS, COUNT_UNITS, parse_count
+from tritter.config.folders import body_of, option_files
+from tritter.config.lined_yaml import LinedYaml, Place, read_lined_yaml
+from tritter.config.reading import Reader
+from tritter.config.selection import method_class, method_keys, method_names, read_methods
+from tritter.errors import Problem, RequestError, nearest, raise_problems
+from tritter.expansion import ExpansionSpec
+from tritter.limits import MAX_BYTES, MAX_PARAMETERS
+from tritter.options import options, read_options
+from tritter.storage.names import named_path
+from tritter.targets import TARGET
+
+_STEPS = "steps"
+_MAX_SEED = 2**64 - 1  # runs derive the seeds of their expansions, which have so many bits
+_KEY = re.compile(r"expansion\.(\w+)(?:\.(\w+))?( = (?:\[[^\]]*\]|\S*[^\s:.,;]))?")
+
+
+@options
+class Settings:
+    """What a recipe says beside its steps; None what it leaves to the command line.
+
+    Args:
+        target_params: a number of parameters that its one step is to come near to.
+    """
+
+    seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    moments: Literal["carry", "zero", "reset_new"] | None = None
+    max_shard_size: Annotated[int, Field(ge=1, le=MAX_BYTES)] | None = None
+    target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)] | None = None
+    output: Annotated[str, Field(min_length=1)] | None = None
+
+
+_COUNTS = {"max_shard_size": BYTE_UNITS, "target_params": COUNT_UNITS}
+_KEYS = (_STEPS, *(field.name for field in fields(Settings)))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe that was read and found right, as far as no model need be known for it."""
+
+    steps: tuple[ExpansionSpec, ...]
+    settings: Settings
+    origin: LinedYaml
+
+    @property
+    def path(self) -> Path:
+        return self.origin.path
+
+    def given(self) -> dict[str, Any]:
+        """Return what it says beside its steps."""
+        values = {field.name: getattr(self.settings, field.name) for field in fields(Settings)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @contextmanager
+    def speaks(self) -> Iterator[None]:
+        """Let refusals of what it asks for name its keys and lines."""
+        try:
+            yield
+        except RequestError as error:
+            raise RequestError(self._in_its_words(str(error))) from error
+
+    def _in_its_words(self, text: str) -> str:
+        def told(found: re.Match[str]) -> str:
+            method, field, value = found[1], found[2], found[3] or ""
+            places = self._places(method, field)
+            where = f" (in {self.origin.origin_of(places)})" if places else ""
+            return f"{method}.{field}{value}{where}" if field else f"{method}{where}"
+
+        text = _KEY.sub(told, text)
+        for name in ("target_params", "dtype"):
+            stated = re.compile(rf"^{name}\b( = [^\s:]+)?")
+            where = f" (in {self.origin.origin(name)})" if name in self.given() else ""
+            prefix = "" if where else "--"
+            text = stated.sub(lambda m, p=prefix, w=where: f"{p}{m[0]}{w}", text)  # type: ignore[misc]
+        return re.sub(r"^checkpoint\b", "--checkpoint", text)
+
+    def _places(self, method: str, field: str | None) -> list[Place]:
+        """Return where the steps of a method stand, or their key where they state it."""
+        at = [number for number, step in enumerate(self.steps) if step.name == method]
+        steps: list[Place] = [(_STEPS, number, method) for number in at]
+        keys: list[Place] = [] if field is None else [(*place, field) for place in steps]
+        return [key for key in keys if key in self.origin.lines] or steps
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe in a file.
+
+    Raises:
+        RequestError: it can't be read, or says something that there is not; all that is wrong at
+            once, each with its line.
+    """
+    origin = read_lined_yaml(path)
+    raw = origin.value
+    if not isinstance(raw, Mapping) or not raw.get(_STEPS):
+        reason = (
+            f"{path}: a recipe holds {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
+        )
+        raise RequestError(f"{reason}.")
+    problems: list[Problem] = []
+    for name in raw:
+        if name not in _KEYS:
+            reason = f"there is no such key; a recipe has {', '.join(_KEYS)}"
+            near = nearest(name, _KEYS)
+            problems.append(
+                Problem(name, raw[name], reason, nearest=near, origin=origin.origin(name))
+            )
+    settings = _settings(origin, problems)
+    steps = _steps(origin, problems)
+    raise_problems(problems)
+    assert settings is not None
+    return Recipe(steps, settings, origin)
+
+
+def _settings(origin: LinedYaml, problems: list[Problem]) -> Settings | None:
+    raw = {name: value for name, value in origin.value.items() if name in _KEYS[1:]}
+    for name, units in _COUNTS.items():
+        if isinstance(raw.get(name), str):
+            raw[name] = parse_count(raw[name], units) or raw[name]
+    found: list[Problem] = []
+    settings = read_options(Settings, raw, prefix="", problems=found)
+    if settings is not None and settings.output is not None:
+        try:
+            named_path(settings.output, key="output")
+        except RequestError as error:
+            found += error.problems
+    problems += [replace(each, origin=origin.origin(each.key)) for each in found]
+    return settings
+
+
+def _steps(origin: LinedYaml, problems: list[Problem]) -> tuple[ExpansionSpec, ...]:
+    raw = origin.value[_STEPS]
+    if not isinstance(raw, list):
+        reason = "it is a list of steps, each a method with its options: - width: {hidden_size: 96}"
+        problems.append(Problem(_STEPS, raw, reason, origin=origin.origin(_STEPS)))
+        return ()
+    steps: list[ExpansionSpec] = []
+    for number, item in enumerate(raw):
+        found: list[Problem] = []
+        step = _step(item, found)
+        steps += [] if step is None else [step]
+        for each in found:
+            keys = each.key.split(".")
+            where = origin.origin(_STEPS, number, *(keys if each.key != _STEPS else ()))
+            problems.append(replace(each, origin=where))
+    return tuple(steps)
+
+
+def _step(item: object, problems: list[Problem]) -> ExpansionSpec | None:
+    """Return an item of the list, a method's name or that above its options, as an expansion."""
+    table = {item: None} if isinstance(item, str) else item
+    if not isinstance(table, Mapping) or len(table) != 1:
+        reason = "a step is one method with its options, as in - width: {hidden_size: 96}"
+        problems.append(Problem(_STEPS, item, reason))
+        return None
+    ((name, given),) = table.items()
+    given = {} if given is None else given
+    if (near := name.replace("-", "_")) in method_names("expansion") and near != name:
+        problems.append(Problem(name, given or None, "it is spelled so here", nearest=near))
+    elif name not in method_names("expansion"):
+        names = method_names("expansion")
+        reason = f"there is no such method; there are {', '.join(names)}"
+        problems.append(Problem(name, given, reason, nearest=nearest(near, names)))
+    elif not isinstance(given, Mapping):
+        problems.append(Problem(name, given, "it holds keys, as in {target_layers: 6}"))
+    elif TARGET in given:
+        reason = "a step is a method by name; other classes come in by --config-dir"
+        problems.append(Problem(f"{name}.{TARGET}", given[TARGET], reason))
+    else:
+        return _specification(name, given, problems)
+    return None
+
+
+def _specification(
+    name: str, given: Mapping[str, Any], problems: list[Problem]
+) -> ExpansionSpec | None:
+    body = body_of(option_files()["expansion"][name])[name]
+    assert isinstance(body, Mapping)
+    reader = Reader(method_keys)
+    kind = reader.ask(method_class, "expansion", name, {name: body})
+    stated = {name: {**body, **given}}
+    classes = {} if kind is None else {f"expansion.{name}": kind}
+    read = read_methods(reader, "expansion", stated, classes)
+    problems += [_without_group(each) for each in reader.problems]
+    return read[0].options if read else None
+
+
+def _without_group(problem: Problem) -> Problem:
+    """Return a problem in the words of a recipe, in which a method stands by itself."""
+    near = problem.nearest and problem.nearest.removeprefix("expansion.")
+    reason = problem.reason.replace("expansion.", "")
+    key = problem.key.removeprefix("expansion.")
+    return replace(problem, key=key, reason=reason, nearest=near)
+
+
+def recipe_text(
+    steps: Sequence[tuple[str, Mapping[str, Any]]],
+    settings: Mapping[str, Any],
+    *,
+    comments: Sequence[str],
+) -> str:
+    """Return a recipe as a file holds it.
+
+    Args:
+        steps: method and options; what is None follows from the rest, and is left out.
+        comments: lines at its top.
+    """
+    listed = [{m: {k: v for k, v in given.items() if v is not None}} for m, given in steps]
+    lines = [f"# {line}" for line in comments]
+    for step in listed:
+        ((method, given),) = step.items()
+        lines.append(f"- {method}: {_inline(given)}" if given else f"- {method}")
+    lines.insert(len(comments), f"{_STEPS}:")
+    lines += [f"{name}: {_inline(value)}" for name, value in settings.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _inline(value: object) -> str:
+    if isinstance(value, Mapping):
+        value = {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf"))
+    return text.removesuffix("...\n").strip()
