@@ -10,6 +10,7 @@ import torch
 from tritter.checkpoint import Lineage
 from tritter.cli.domain import print_domain, train_domain
 from tritter.cli.expand_request import ExpandPlace, ExpandRequest, place_of
+from tritter.cli.expand_room import RoomTold, room_json
 from tritter.cli.measure import Measurement, measure
 from tritter.cli.output import (
     EXIT_NO,
@@ -28,7 +29,14 @@ from tritter.cli.output import (
 from tritter.cli.request import choice, damage_is_a_wrong_request
 from tritter.cli.values import spelled
 from tritter.errors import show
-from tritter.expand import Expanded, PlannedExpansion, expand, plan_expansion
+from tritter.expand import (
+    Expanded,
+    PlannedExpansion,
+    Room,
+    expand,
+    plan_expansion,
+    room_for,
+)
 from tritter.expansion import ExpansionSpec, ResolvedExpansion
 from tritter.families import Config, family_of, on_disk
 from tritter.parameter_map.carry import POLICIES
@@ -70,6 +78,7 @@ def _run_map(
         dtype = getattr(torch, choice("dtype", request.dtype, WEIGHT_DTYPES))
     lineage: Lineage | None = None
     measured: Measurement | None = None
+    room: Room | None = None
 
     def look(made: Expanded) -> None:
         nonlocal measured
@@ -78,6 +87,8 @@ def _run_map(
 
     with request.speaks():
         plan = plan_expansion(place.source, place.specs, seed=request.seed)
+        if dry_run:
+            room = room_for(place.opened, plan, dtype=dtype, moments=moments)
         if not dry_run:
             with progress_bar(is_shown=not as_json) as progress:
                 made = expand(
@@ -94,9 +105,10 @@ def _run_map(
             lineage = made.lineage
     if as_json:
         plain = _as_json(plan, lineage, place, request)
-        print_json({**plain, "step0_error": measured.error if measured else None})
+        error = measured.error if measured else None
+        print_json({**plain, "step0_error": error, **room_json(room, place.destination)})
     else:
-        _print(plan, lineage, place, request, measured)
+        _print(plan, lineage, place, request, measured, room)
     if measured is not None and measured.is_broken:
         say(
             "error: the method claims to keep the function, and the result does not; please "
@@ -179,6 +191,7 @@ def _print(
     place: ExpandPlace,
     request: ExpandRequest,
     measured: Measurement | None,
+    room: Room | None = None,
 ) -> None:
     console = new_console()
     _print_shapes(console, plan)
@@ -194,6 +207,11 @@ def _print(
         lines.append(("dtype", spelled(request.dtype)))
     if lineage is not None:
         lines.append(("hash", short(lineage.model_hash)))
+    obstacles = [place.obstacle]
+    if room is not None:
+        told = RoomTold.of(room, place.destination)
+        lines += told.lines
+        obstacles.append(told.obstacle)
     console.print()
     print_lines(console, lines)
     console.print()
@@ -203,8 +221,8 @@ def _print(
         print_command(console, "next   ", f"tritter inspect {here}")
     else:
         print_command(console, "dry run", f"nothing was written; it would go to {here}")
-        if place.obstacle:
-            print_command(console, "refused", place.obstacle)
+        for obstacle in filter(None, obstacles):
+            print_command(console, "refused", obstacle)
 
 
 def _print_shapes(console: Console, plan: PlannedExpansion) -> None:

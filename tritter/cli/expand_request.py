@@ -136,13 +136,18 @@ class ExpandPlace:
     """Where the source lies, where the result goes, and by which expansions.
 
     Args:
+        opened: the source.
         obstacle: of a dry run: why the result could not go there as things are; empty: it could.
     """
 
-    source: Path
+    opened: Source
     destination: Path
     specs: tuple[ExpansionSpec, ...]
     obstacle: str
+
+    @property
+    def source(self) -> Path:
+        return self.opened.folder
 
 
 def place_of(request: ExpandRequest, *, dry_run: bool, overwrite: bool) -> ExpandPlace:
@@ -170,7 +175,7 @@ def place_of(request: ExpandRequest, *, dry_run: bool, overwrite: bool) -> Expan
             specs = reach_parameters(source.config, specs, request.target_params)
         target_config(source.config, specs)
     check_domain_options(request.domain, specs, _unsupported(request))
-    return ExpandPlace(folder, destination, specs, obstacle)
+    return ExpandPlace(source, destination, specs, obstacle)
 
 
 def _unsupported(request: ExpandRequest) -> dict[str, Any]:

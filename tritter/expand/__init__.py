@@ -3,20 +3,27 @@
 from tritter.expand.change import Change, declared
 from tritter.expand.folder import (
     Expanded,
-    PlannedExpansion,
     expand,
     plan_expansion,
     planned,
-    state_stream,
+    room_for,
 )
+from tritter.expand.planned import PlannedExpansion
+from tritter.expand.room import Room, check_room, free_bytes, size_text
+from tritter.expand.state import state_stream
 
 __all__ = [
     "Change",
     "Expanded",
     "PlannedExpansion",
+    "Room",
+    "check_room",
     "declared",
     "expand",
+    "free_bytes",
     "plan_expansion",
     "planned",
+    "room_for",
+    "size_text",
     "state_stream",
 ]

@@ -21,10 +21,12 @@ from tritter.checkpoint.expert_files import refuse_experts
 from tritter.checkpoint.folder import Artifact
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.place import check_output, check_replaceable
-from tritter.checkpoint.state import State, read_state, write_state
+from tritter.checkpoint.state import read_state
 from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES, TokenizerFiles
 from tritter.errors import RequestError
-from tritter.expand.change import Change
+from tritter.expand.planned import PlannedExpansion
+from tritter.expand.room import Room, check_room, in_flight_bytes
+from tritter.expand.state import MappedState, state_streams
 from tritter.expansion import (
     ExpansionSpec,
     ResolvedExpansion,
@@ -34,56 +36,24 @@ from tritter.expansion import (
 )
 from tritter.expansion.moe_add import closed_experts
 from tritter.families import (
-    Config,
     LayoutKind,
     StoredTensor,
     count_parameters,
-    family_of,
     layout,
+    padded_shapes,
 )
 from tritter.loadable import check_loadable
 from tritter.models import read_config
-from tritter.parameter_map import ParameterMap, TensorMap, rounded_weight
-from tritter.parameter_map.carry import Policy, StateKind, followed, has_state
+from tritter.parameter_map import TensorMap, rounded_weight
+from tritter.parameter_map.carry import Policy
 from tritter.stock_routers import AddedExperts
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.names import named_path
-from tritter.storage.tensors import TensorFolder, is_finite
+from tritter.storage.padding import padded
+from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorEntry, TensorStream
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PlannedExpansion:
-    """What an expansion would make.
-
-    Args:
-        config: config.json of the source.
-        steps: the expansions in order, with their maps; none leave everything as it is.
-        parameter_map: of all of them.
-        seed: what random fills and choices are drawn from.
-        parameters_before: counted from shapes, ties once.
-        parameters_after: the same of the result.
-        added_experts: those of the result that are not open yet, if any.
-    """
-
-    config: Config
-    steps: tuple[ResolvedExpansion, ...]
-    parameter_map: ParameterMap
-    seed: int
-    parameters_before: int
-    parameters_after: int
-    added_experts: AddedExperts | None = None
-
-    @property
-    def target_config(self) -> Config:
-        return self.steps[-1].target_config if self.steps else self.config
-
-    @property
-    def change(self) -> Change:
-        """The same by the names of parameters in memory."""
-        return Change.of(self.parameter_map, self.config, self.target_config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,13 +149,12 @@ def expand(
             or `live`, the experts of a layer in one tensor, as transformers holds them.
         overwrite: replace a checkpoint that stands at `destination`; nothing else is replaced.
         progress: called with (tensors written, tensors in all).
-        before_placing: called with the result in a temporary folder, while what stands at
-            `destination` still does; may write into its record, or raise.
+        before_placing: called with the result while it lies in a temporary folder; may raise.
 
     Raises:
-        RequestError: no spec, unknown family, targets that cannot be had, no place for a result,
-            a source that was changed since its lineage was written or that holds values that are
-            not finite; nothing is written.
+        RequestError: no spec, unknown family, targets that cannot be had, no place or room for a
+            result, a source changed since its lineage was written, or values in it that are not
+            finite; nothing is written.
         TritterError: the source is damaged or does not fit its config.
     """
     source = named_path(source, key="source")
@@ -195,6 +164,7 @@ def expand(
         specs if isinstance(specs, PlannedExpansion) else plan_expansion(source, specs, seed=seed)
     )
     opened = Source.open(source, plan.config)
+    check_room(destination, room_for(opened, plan, dtype=dtype, moments=moments))
     artifacts = _followed(plan, source, moments, max_shard_bytes)
     stated = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
     write_checkpoint(
@@ -211,33 +181,28 @@ def expand(
     return Expanded.of(destination, plan)
 
 
-def state_stream(
-    plan: PlannedExpansion, rule: StateKind, tensors: TensorFolder, *, moments: Policy = "carry"
-) -> TensorStream:
-    """Return one kind of state of the expanded model, by name on disk; absent what starts anew."""
-    source_family, family = family_of(plan.config), family_of(plan.target_config)
-    disk_names = {t.name: t.disk_name for t in source_family.logical_tensors(plan.config)}
-    held = {name: on_disk for name, on_disk in disk_names.items() if on_disk in tensors.headers}
-    maps = plan.parameter_map.tensors
-    targets = [
-        t
-        for t in family.logical_tensors(plan.target_config)
-        if has_state(maps[t.name], rule, held.__contains__, policy=moments)
-    ]
-    entries = tuple(
-        TensorEntry(
-            t.disk_name,
-            tensors.torch_dtype(held[maps[t.name].origin or ""]),
-            family.shape(t, plan.target_config),
-        )
-        for t in targets
-    )
+def room_for(
+    opened: Source,
+    plan: PlannedExpansion,
+    *,
+    dtype: torch.dtype | None = None,
+    moments: Policy = "carry",
+) -> Room:
+    """Return what carrying a plan out takes of disk and memory; reads no tensor.
 
-    def read(name: str) -> Tensor:
-        return tensors.get(held[name])
-
-    values = ((t.disk_name, followed(maps[t.name], rule, read, policy=moments)) for t in targets)
-    return TensorStream(entries, values)
+    Raises:
+        TritterError: the state beside the source is damaged.
+    """
+    state = read_state(opened.folder)
+    streams = {} if state is None else state_streams(plan, state, moments=moments)
+    others = [entry for each in streams.values() for entry in each.entries]
+    stream = _stream(opened, plan, dtype=dtype, kind="hub", progress=None)
+    weights = padded(stream, padded_shapes(plan.target_config)).entries
+    firsts = {t.name: t.parts[0].tensor.name for t in layout(plan.target_config, "hub")}
+    maps = {name: plan.parameter_map.tensors[first] for name, first in firsts.items()}
+    origins = {name: None if m.is_verbatim else m.origin or "" for name, m in maps.items()}
+    in_flight = in_flight_bytes(weights, others, source=opened, origins=origins)
+    return Room.of(weights, others, source=opened, in_flight=in_flight)
 
 
 def _followed(
@@ -249,39 +214,8 @@ def _followed(
         TritterError: the state beside the source is damaged.
     """
     state = read_state(source)
-    carried = None if state is None else _MappedState(plan, state, moments, max_shard_bytes)
+    carried = None if state is None else MappedState(plan, state, moments, max_shard_bytes)
     return TokenizerFiles(source), carried, plan.added_experts, KeptSequences.read(source)
-
-
-@dataclass(frozen=True, slots=True)
-class _MappedState:
-    """State that follows an expansion, tensor by tensor."""
-
-    plan: PlannedExpansion
-    state: State
-    moments: Policy
-    max_shard_bytes: int
-
-    def write(self, folder: Path) -> None:
-        state, rules = self.state, self.state.rules
-        mapped_to = partial(state_stream, self.plan, moments=self.moments)
-        write_state(
-            folder,
-            {kind: mapped_to(rules[kind], held) for kind, held in state.kinds.items()},
-            step=state.step,
-            other_steps=_carried_steps(self.plan, state),
-            rules=rules,
-            max_shard_bytes=self.max_shard_bytes,
-        )
-
-
-def _carried_steps(plan: PlannedExpansion, state: State) -> dict[str, int]:
-    """Return the steps of parameters that are not those of most, by name on disk."""
-    names = {t.name: t.disk_name for t in family_of(plan.config).logical_tensors(plan.config)}
-    targets = family_of(plan.target_config).logical_tensors(plan.target_config)
-    maps = plan.parameter_map.tensors
-    origins = {t.disk_name: names.get(maps[t.name].origin or "", "") for t in targets}
-    return {n: state.other_steps[o] for n, o in origins.items() if o in state.other_steps}
 
 
 def _stream(

@@ -1,0 +1,103 @@
+"""What a dry run says of disk and memory is what the result takes; what can't fit is refused."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.cli.conftest import Run, snapshot
+from tests.oracle import stock
+from tritter.checkpoint.state import write_state
+from tritter.storage.writer import TensorStream
+
+
+@pytest.fixture
+def trained(place: Path) -> Path:
+    """The base with moments and a Fisher beside it."""
+    values = {name: torch.zeros_like(value) for name, value in stock("base").state_dict().items()}
+    kinds = {kind: TensorStream.of(values.items()) for kind in ("exp_avg", "exp_avg_sq", "fisher")}
+    write_state(place / "base", kinds, step=3)
+    return place
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(len(content) for content in snapshot(folder).values())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--method width",
+        "--method width --dtype bfloat16",
+        "--method dus --moments zero",
+        "--method moe,llama-pro",
+    ],
+)
+def test_what_is_told_is_what_it_takes(run: Run, trained: Path, words: str) -> None:
+    told = run(f"expand --checkpoint base --output out --dry-run --json {words}").json["disk"]
+    assert not (trained / "out").exists()
+    assert run(f"expand --checkpoint base --output out --no-measure {words}").code == 0
+    taken = bytes_of(trained / "out")
+    weights = (trained / "out/model.safetensors").stat().st_size
+    state = bytes_of(trained / "out/state")
+    # Beside the tensors lie headers and names, which are estimated from above
+    assert weights - 512 * 100 < told["weights_bytes"] < weights
+    assert state - 512 * 300 < told["state_bytes"] < state
+    assert taken <= told["needed_bytes"] < taken + 512 * 400 + 2**16
+    assert told["free_bytes"] == pytest.approx(shutil.disk_usage(trained).free, rel=0.2)
+
+
+def test_a_full_disk_is_seen_before_the_first_byte(
+    run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("expand --checkpoint base --output old --method dus").code == 0
+    words = "expand --checkpoint base --method width --output"
+    needed = run(f"{words} deep/er/out --dry-run --json").json["disk"]["needed_bytes"]
+    asked: list[Path] = []
+
+    def usage(free: int) -> None:
+        def of(folder: Path) -> SimpleNamespace:
+            asked.append(Path(folder))
+            return SimpleNamespace(total=10**9, used=0, free=free)
+
+        monkeypatch.setattr(shutil, "disk_usage", of)
+
+    before = snapshot(trained)
+    usage(needed - 1)
+    for output in ("deep/er/out", "old --overwrite"):
+        result = run(f"{words} {output}")
+        assert result.code == 2
+        assert "the result takes" in result.err and "are free on the disk" in result.err
+        assert snapshot(trained) == before and not (trained / "deep").exists()
+    assert asked[0] == trained  # of the folder that will hold it there is nothing yet
+    told = " ".join(run(f"{words} out --dry-run").out.split())
+    assert f"{(needed - 1) / 1e6:.3g} MB free" in told
+    assert "refused out: the result takes" in told
+    usage(needed)
+    assert run(f"{words} out").code == 0
+    assert "refused" not in run(f"{words} other --dry-run").out
+
+
+def test_a_disk_that_says_nothing_is_tried(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=0))
+    words = "expand --checkpoint base --method width"
+    assert "not known" in run(f"{words} --dry-run").out
+    assert run(words).code == 0
+
+
+def test_memory_grows_with_the_largest_tensor_alone(run: Run, place: Path) -> None:
+    def told(words: str) -> tuple[int, list[str]]:
+        result = run(f"expand --checkpoint base --dry-run {words}")
+        line = next(line for line in result.out.splitlines() if line.startswith("memory"))
+        content = run(f"expand --checkpoint base --dry-run --json {words}").json
+        return content["memory_bytes"], line.split()
+
+    wide, words = told("--method width --hidden-size 9600 --intermediate-size 32000")
+    deep, _ = told("--method llama-pro --target-layers 6")
+    assert words[:3] == ["memory", "at", "most"]
+    largest = 4 * 32000 * 9600
+    assert 2 * largest < wide - deep < 8 * largest
