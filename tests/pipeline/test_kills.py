@@ -1,6 +1,10 @@
-"""SIGKILL at ledger events and at random: the same command ends with the same weights."""
+"""SIGKILL at ledger events and at random: the same command ends with the same files.
 
-import json
+Fifty kills over what a run can be doing: pretraining, a Fisher, an expansion, training with each
+kind of state, neurons that grow, experts that are spawned task after task, rounds, the gate and
+what follows a rollback. `tests/test_kill_safety.py` kills `expand` at every call to the disk.
+"""
+
 import os
 import random
 import signal
@@ -8,95 +12,107 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.pipeline.conftest import SMALL
-from tritter.checkpoint import read_lineage
+from tests.pipeline.test_experts_job import DYLORA, PLAIN
+from tests.pipeline.test_growth_job import OFTEN
+from tests.pipeline.tiny import TINY
 from tritter.pipeline import Outcome
+from tritter.storage.hashing import file_digest
 
 ROOT = Path(__file__).parents[2]
-JOB = (
-    *SMALL,
-    "forgetting=[ewc,replay]",
-    "pretraining.max_steps=40",
-    "training.max_steps=40",
-    "trainer.save_every_n_steps=5",
-)
+TRAINED = ("training.max_steps=40", "trainer.save_every_n_steps=5")
+JOB = (*SMALL, *TRAINED, "forgetting=[ewc,replay]", "pretraining.max_steps=40")
+JOBS = {
+    "wider": JOB,
+    "neurons": (*TINY, *OFTEN, "training.max_steps=120", "growth.max_growth_per_step=1"),
+    "experts": (
+        *(*(word for word in PLAIN if not word.startswith("data")), *DYLORA, *TRAINED),
+        *("data=skills", "data.old={prose: stdlib:prose}", "data.sequence_length=32"),
+        *("data.tasks=[[sorting],[json_format],[sorting]]", "data.vocab_size=280"),
+    ),
+    "rounds": (*TINY, *TRAINED, "pipeline.target_params=40k", "optimizer.carry=true"),
+    "rolled back": (
+        *(*SMALL, *TRAINED, "expansion=moe", "expansion.moe.num_experts=2", "control=true"),
+        *("forgetting=none", "training.learning_rate=0.3", "gate.ladder=gentler"),
+    ),
+}
+KILLS = {"wider": 14, "neurons": 12, "experts": 12, "rounds": 6, "rolled back": 6}
 
 
-def start(folder: Path, cache: Path) -> "subprocess.Popen[bytes]":
-    """Start the job as a person would, with a cache of its own, in a process of its own."""
-    words = [*JOB, f"cache_dir={cache}", f"hydra.run.dir={folder}"]
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words],
-        cwd=folder.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A command with a run folder and a cache of its own."""
+
+    words: tuple[str, ...]
+    folder: Path
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """Start the job as a person would, in a process of its own."""
+        own = [f"cache_dir={self.folder}-cache", f"hydra.run.dir={self.folder}"]
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *self.words, *own],
+            cwd=self.folder.parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    def finish(self) -> dict[str, str]:
+        """Let the job run to its end and return the digest of every file that it kept."""
+        process = self.start()
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()
+        return kept(self.folder)
+
+    @property
+    def state(self) -> tuple[tuple[str, int], ...]:
+        """What says that a stage ended or a training saved its state."""
+        marks = [self.folder / "ledger.json", *self.folder.glob("**/saved/*")]
+        return tuple((str(p), p.stat().st_mtime_ns) for p in sorted(marks) if p.exists())
+
+    def killed(self, wait: random.Random, *, at_once: bool) -> bool:
+        """Kill the job at its next mark, or up to two seconds later; return whether it ran."""
+        before, process, since = self.state, self.start(), time.monotonic()
+        while process.poll() is None and time.monotonic() - since < 120:
+            try:
+                if self.state != before:
+                    break
+            except FileNotFoundError:
+                break  # it is being replaced: as good a moment as any
+            time.sleep(0.002)
+        if not at_once:
+            time.sleep(wait.uniform(0.0, 2.0))
+        ran = process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+        return ran
 
 
-def finished(folder: Path, cache: Path) -> str:
-    """Let the job run to its end and return the hash of what it kept."""
-    process = start(folder, cache)
-    _, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors.decode()
-    return kept(folder)
+def kept(folder: Path) -> dict[str, str]:
+    """Digest what lies in the checkpoint, but for the record and card, which name times."""
+    place = folder / "checkpoint"
+    paths = [path for path in sorted(place.rglob("*")) if path.is_file()]
+    told = ("tritter.json", "README.md")
+    return {
+        path.relative_to(place).as_posix(): file_digest(path)
+        for path in paths
+        if path.name not in told
+    }
 
 
-def kept(folder: Path) -> str:
-    lineage = read_lineage(folder / "checkpoint")
-    assert lineage is not None
-    return lineage.model_hash
-
-
-def stages_done(folder: Path) -> int:
-    path = folder / "ledger.json"
-    return len(json.loads(path.read_text())["stages"]) if path.exists() else 0
-
-
-def kill(process: "subprocess.Popen[bytes]") -> bool:
-    """Kill the process; return whether it still ran."""
-    ran = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.stderr is not None
-    process.stderr.close()
-    return ran
-
-
-def kill_after_next_stage(folder: Path, cache: Path) -> bool:
-    """Kill as soon as the ledger has one stage more."""
-    before, process = stages_done(folder), start(folder, cache)
-    while process.poll() is None and stages_done(folder) == before:
-        time.sleep(0.005)
-    return kill(process)
-
-
-def kill_while_training(folder: Path, cache: Path, wait: random.Random) -> bool:
-    """Kill at a random moment after the job began to change the folder."""
-    process = start(folder, cache)
-    process_started = time.monotonic()
-    while process.poll() is None and time.monotonic() - process_started < 60:
-        state = folder / "pretraining" / "saved", folder / "attempt_1" / "saved"
-        if any(path.exists() for path in state) or stages_done(folder):
-            break
-        time.sleep(0.005)
-    time.sleep(wait.uniform(0.0, 2.5))
-    return kill(process)
-
-
-def killed_often(folder: Path, cache: Path, *, kills: int, seed: int) -> int:
-    """Kill the job in turn at a ledger event and at random; return how often it was hit."""
+def killed_often(job: Job, *, kills: int, seed: int) -> int:
+    """Kill the job in turn at a mark and at random until it ends; return how often it was hit."""
     wait, hits = random.Random(seed), 0
     for number in range(kills):
-        if number % 2:
-            hits += kill_after_next_stage(folder, cache)
-        else:
-            hits += kill_while_training(folder, cache, wait)
-        if (folder / "summary.json").exists():
+        hits += job.killed(wait, at_once=bool(number % 2))
+        if (job.folder / "summary.json").exists():
             break
     return hits
 
@@ -105,27 +121,30 @@ def killed_often(folder: Path, cache: Path, *, kills: int, seed: int) -> int:
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
     run_job: Callable[..., Outcome], tmp_path: Path
 ) -> None:
+    """The whole one ran in this process, the killed one in others."""
     run_job(tmp_path / "whole", *JOB)
-    whole = kept(tmp_path / "whole")
-    assert killed_often(tmp_path / "parts", tmp_path / "cache_parts", kills=3, seed=0) >= 2
-    assert finished(tmp_path / "parts", tmp_path / "cache_parts") == whole
-    leftovers = [path for path in (tmp_path / "parts").rglob(".*") if path.name != ".hydra"]
-    assert leftovers == []
+    job = Job(JOB, tmp_path / "parts")
+    assert killed_often(job, kills=3, seed=0) >= 2
+    assert job.finish() == kept(tmp_path / "whole")
+
+
+def test_the_kills_are_at_least_fifty() -> None:
+    assert sum(KILLS[name] for name in JOBS) >= 50
 
 
 @pytest.mark.slow
-def test_twenty_kills(tmp_path: Path) -> None:
-    """Several runs, each killed until it ends; writes a log that experiments quote."""
-    whole = finished(tmp_path / "whole", tmp_path / "cache_whole")
-    hits, log = 0, []
-    for seed in range(12):
-        folder, cache = tmp_path / f"run{seed}", tmp_path / f"cache{seed}"
-        hit = killed_often(folder, cache, kills=5, seed=seed)
-        hits += hit
-        log.append({"seed": seed, "kills": hit, "same": finished(folder, cache) == whole})
-        if hits >= 22:
-            break
-    (tmp_path / "kills.json").write_text(json.dumps(log))
-    print(json.dumps(log))
-    assert hits >= 20
-    assert all(entry["same"] for entry in log)
+@pytest.mark.parametrize("name", JOBS)
+def test_however_often_it_is_killed_it_ends_with_the_same_files(name: str, tmp_path: Path) -> None:
+    """Several runs, each killed until it ends, until the job was hit as often as it should be."""
+    whole = Job(JOBS[name], tmp_path / "whole").finish()
+    assert "model.safetensors" in whole
+    hits = 0
+    for seed in range(3 * KILLS[name]):
+        job = Job(JOBS[name], tmp_path / f"run{seed}")
+        hits += killed_often(job, kills=5, seed=seed)
+        assert job.finish() == whole, f"run {seed}"
+        leftovers = [path for path in job.folder.rglob(".*") if path.name != ".hydra"]
+        assert leftovers == []
+        if hits >= KILLS[name]:
+            return
+    raise AssertionError(f"{name} was hit {hits} times")
