@@ -1,9 +1,8 @@
-"""The generators: each draws a case of its kind from a seeded generator and sets up its sandbox."""
+"""Generators of damaged checkpoints, places and words; each sets up the sandbox of its case."""
 
 import json
 import random
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.hostile import values
 from tests.hostile.case import Case
 from tests.hostile.sandbox import Sandbox, special
-from tests.hostile.templates import ROOT, SMALL_RUN, run_words
+from tests.hostile.templates import ROOT
 from tritter.storage.records import record_text
-
-Generator = Callable[[random.Random, Sandbox], Case]
 
 _CHECKPOINTS = ("base", "grown", "grown", "sparse", "skilled")
 _KEYS = (ROOT / "tests/config/keys.txt").read_text().split()
@@ -29,7 +26,7 @@ def folders(rng: random.Random, sandbox: Sandbox) -> Case:
     story = []
     for _ in range(rng.choice((1, 1, 2))):
         path = rng.choice(files)
-        story.append(_damage_file(rng, path, sandbox))
+        story.append(damage_file(rng, path, sandbox))
     return _read_by(rng, "; ".join(story))
 
 
@@ -175,96 +172,6 @@ def overrides(rng: random.Random, sandbox: Sandbox) -> Case:
     return Case("overrides", "train.py --dry", tuple(words), ("inside/outputs",))
 
 
-def runs(rng: random.Random, sandbox: Sandbox) -> Case:
-    """Run folders in which something was changed, resumed."""
-    folder = sandbox.take(rng.choice(("finished", "unfinished", "unfinished")), "run")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    path = rng.choice(files)
-    if path.suffix == ".json" and rng.random() < 0.6:
-        plain = values.mutated_json(rng, json.loads(path.read_text()))
-        path.write_bytes(values.json_bytes(plain))
-        story = f"{path.relative_to(folder)} changed"
-    else:
-        story = _damage_file(rng, path, sandbox)
-    words = [*run_words(str(sandbox.templates / "texts")), "trainer.save_every_n_steps=0"]
-    words += [f"cache_dir={sandbox.templates / 'cache'}", "hydra.run.dir=run"]
-    if "unfinished" in (folder / "run.json").as_posix() or (folder / "attempt_1/saved").exists():
-        words.append("training.max_steps=200")
-    if rng.random() < 0.4:
-        words = ["resume=run"]
-    return Case(story, "train.py", tuple(words), ("inside/run",))
-
-
-def texts(rng: random.Random, sandbox: Sandbox) -> Case:
-    """Data files: damaged, of other kinds, special, in every form that data.old and new take."""
-    folder = sandbox.take("texts")
-    name = rng.choice(_TEXT_NAMES)
-    new = folder / name
-    kind = rng.randrange(6)
-    if kind == 0:
-        content = (folder / "new.jsonl").read_bytes()
-        new.write_bytes(values.mutated_bytes(rng, content))
-    elif kind == 1:
-        new.write_bytes(
-            values.json_bytes([values.json_value(rng) for _ in range(rng.randint(0, 9))])
-        )
-    elif kind == 2:
-        rows = [values.json_bytes(values.json_value(rng)) for _ in range(40)]
-        new.write_bytes(b"\n".join(rows))
-    elif kind == 3:
-        special(new, rng.choice(("fifo", "zero", "sparse", "folder", "loop")))
-    elif kind == 4:
-        special(new, "link", target=rng.choice((sandbox.templates / "texts/old/1.txt", Path("no"))))
-    else:
-        shutil.copy(folder / "new.jsonl", new)
-        text = values.json_bytes({"text": values.json_value(rng), "messages": []})
-        new.write_bytes(new.read_bytes() + text + b"\n")
-    value = rng.choice((f"texts/{name}", "texts", "texts/*", f"[texts/new.jsonl,texts/{name}]"))
-    if "\x1b" in value:
-        value = f"'{value}'"
-    side, other = rng.choice((("old", "new"), ("new", "old")))
-    words = [*SMALL_RUN, f"data.{side}={value}", f"data.{other}=stdlib:prose"]
-    if rng.random() < 0.7:
-        words[-1] = f"data.{other}=texts/" + ("new.jsonl" if other == "new" else "old")
-    words += ["evaluation.sample_tokens=0", "cache_dir=cache", "hydra.run.dir=run"]
-    return Case(f"{name!r}, kind {kind}", "train.py", tuple(words), ("inside/run", "inside/cache"))
-
-
-def continued(rng: random.Random, sandbox: Sandbox) -> Case:
-    """`tritter train --checkpoint` on folders whose record or files were changed."""
-    folder = sandbox.take("finished", "run") / "checkpoint"
-    path = folder / rng.choice(("tritter.json", "tritter.json", "config.json", "tokenizer.json"))
-    plain = json.loads(path.read_text())
-    if isinstance(plain.get("training_config"), dict) and rng.random() < 0.6:
-        plain["training_config"] = values.mutated_json(rng, plain["training_config"])
-    else:
-        plain = values.mutated_json(rng, plain)
-    if path.name == "tritter.json" and isinstance(plain, dict) and rng.random() < 0.6:
-        plain["record_digest"] = None
-    path.write_bytes(values.json_bytes(plain))
-    sandbox.take("texts")
-    words = ["train", "--checkpoint", "run/checkpoint", "--data", "texts/new.jsonl", "--steps", "4"]
-    words += ["trainer.progress=off", "logger=csv", "data.batch_size=2", "cache_dir=cache"]
-    words += ["evaluation.sample_tokens=0", "gate=off"]
-    if rng.random() < 0.3:
-        words += [rng.choice(("--old-data", "--output", "--ewc-lambda")), values.word(rng)]
-    free = ("inside/run/checkpoint-continued", "inside/cache")
-    return Case(f"{path.name} changed", "tritter", tuple(words), free)
-
-
-GENERATORS: dict[str, tuple[Generator, int]] = {
-    "folders": (folders, 450),
-    "tensors": (tensors, 250),
-    "records": (records, 450),
-    "places": (places, 200),
-    "commands": (commands, 350),
-    "overrides": (overrides, 400),
-    "runs": (runs, 80),
-    "texts": (texts, 120),
-    "continued": (continued, 60),
-}
-"""Kind of input → its generator, and how many cases of it a run makes."""
-
 _NEEDED = {
     "expand": ("--checkpoint", "source", "--method", "llama-pro", "--output", "out"),
     "export": ("--checkpoint", "source", "--output", "out"),
@@ -274,10 +181,6 @@ _NEEDED = {
     "plan": ("--source", "125M", "--target", "350M", "--gpu-hours", "10"),
 }
 _GROUPS = (*sorted({key.partition(".")[0] for key in _KEYS}), "model", "experiment")
-_TEXT_NAMES = (
-    *("a.txt", "a.md", "a.rst", "a.json", "a.jsonl", "a.parquet", "a.txt.gz", "a.jsonl.gz"),
-    *("a.json.gz", "a.csv", "a", "a\x1b[31m.txt", "a" * 250 + ".txt", ".txt"),
-)
 _HYDRA = (
     *("hydra.run.dir", "hydra.sweep.dir", "hydra.output_subdir", "hydra.launcher._target_"),
     *("hydra.job.name", "hydra.sweeper._target_", "hydra.callbacks.x._target_", "hydra.verbose"),
@@ -304,7 +207,7 @@ def _read_by(rng: random.Random, story: str) -> Case:
     return Case(story, "tritter", words, ("inside/out",))
 
 
-def _damage_file(rng: random.Random, path: Path, sandbox: Sandbox) -> str:
+def damage_file(rng: random.Random, path: Path, sandbox: Sandbox) -> str:
     """Change, remove or replace one file; return what was done."""
     kind = rng.random()
     name = path.relative_to(sandbox.inside)

@@ -33,10 +33,29 @@ SMALL_RUN = (
     *("pretraining.max_steps=2", "training.max_steps=2", "trainer.progress=off", "logger=csv"),
     *("evaluation.max_tokens_per_document=32", "evaluation.sample_tokens=2", "gate=off"),
 )
+_TEXTS = ("data.old=texts/old", "data.new=texts/new.jsonl")
+_LONG = ("training.max_steps=60", "trainer.save_every_n_steps=1")
+_NEURONS = (
+    *("expansion=none", "growth=foam", "growth.trigger=schedule", "growth.growth_cooldown=2"),
+    *("growth.check_every=1", "growth.warmup_steps=0", "growth.max_growth_per_step=1"),
+)
+_EXPERTS = (
+    *("expansion=none", "forgetting=none", "experts=dylora", "experts.rank=2"),
+    *("experts.min_samples=4", "experts.in_a_row=1", "experts.cooldown=0", "experts.min_gain=-9"),
+    *("experts.detector={name: loss, threshold: 0.1}", "experts.max_experts=3"),
+)
+RUNS = {
+    "finished": (*SMALL_RUN, *_TEXTS),
+    "unfinished": (*SMALL_RUN, *_TEXTS, *_LONG),
+    "neurons": (*SMALL_RUN, *_TEXTS, *_NEURONS, *_LONG),
+    "spawning": (*SMALL_RUN, *_TEXTS, *_EXPERTS, *_LONG),
+    "taught": (*SMALL_RUN, *_TEXTS, *_EXPERTS),
+}
+"""Run → its words; those that are long are killed while they train."""
 
 
 def make_templates(folder: Path) -> None:
-    """Write `base`, `grown`, `sparse`, `skilled`, `texts`, `finished`, `unfinished`, `cache`."""
+    """Write `base`, `grown`, `sparse`, `skilled`, `texts`, `cache` and what `RUNS` names."""
     folder.mkdir(parents=True)
     _make_texts(folder / "texts")
     tokenizer = train_tokenizer([Document("d", SENTENCE * 20)], vocab_size=300)
@@ -48,13 +67,9 @@ def make_templates(folder: Path) -> None:
     expand(folder / "second", folder / "grown", [LlamaPro(positions=[1])])
     shutil.rmtree(folder / "first")
     _add_experts(folder / "second", folder / "skilled")
-    _run(folder, "finished")
-    _kill_while_training(folder, "unfinished")
-
-
-def run_words(texts: str) -> list[str]:
-    """Return the words of the small run on texts that lie in a folder."""
-    return [*SMALL_RUN, f"data.old={texts}/old", f"data.new={texts}/new.jsonl"]
+    for name, words in RUNS.items():
+        make = _kill_while_training if words[-2:] == _LONG else _run
+        make(folder, name)
 
 
 def _make_texts(folder: Path) -> None:
@@ -102,8 +117,8 @@ def _add_experts(source: Path, target: Path) -> None:
     )
 
 
-def _start(folder: Path, name: str, *more: str) -> "subprocess.Popen[bytes]":
-    words = [*run_words("texts"), f"cache_dir={folder / 'cache'}", f"hydra.run.dir={name}", *more]
+def _start(folder: Path, name: str) -> "subprocess.Popen[bytes]":
+    words = [*RUNS[name], f"cache_dir={folder / 'cache'}", f"hydra.run.dir={name}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *words],
@@ -119,7 +134,7 @@ def _run(folder: Path, name: str) -> None:
 
 
 def _kill_while_training(folder: Path, name: str) -> None:
-    process = _start(folder, name, "training.max_steps=200", "trainer.save_every_n_steps=1")
+    process = _start(folder, name)
     since = time.monotonic()
     while not (folder / name / "attempt_1/saved").exists() and time.monotonic() - since < 120:
         assert process.poll() is None, "the run ended before it could be killed"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.hostile.case import TIME_LIMIT_SECONDS
-from tests.hostile.generators import GENERATORS
+from tests.hostile.kinds import KINDS
 from tests.hostile.templates import ROOT, make_templates
 
 SEED = int(os.environ.get("TRITTER_HOSTILE_SEED", "0"))
@@ -50,14 +50,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_cases_are_at_least_two_thousand() -> None:
-    assert sum(count for _, count in GENERATORS.values()) >= 2000
+def test_the_cases_are_at_least_four_thousand() -> None:
+    assert sum(count for _, count in KINDS.values()) >= 4000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", GENERATORS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_hostile(kind: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, count = GENERATORS[kind]
+    _, count = KINDS[kind]
     tally = run_kind(kind, count, place)
     codes = ", ".join(f"{number} with exit {code}" for code, number in sorted(tally.codes.items()))
     with capsys.disabled():

@@ -17,7 +17,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "off
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from tests.hostile.case import Case, run_case
-from tests.hostile.generators import GENERATORS
+from tests.hostile.kinds import KINDS
 from tests.hostile.sandbox import Sandbox, confine
 
 ADDRESS_SPACE_BYTES = 24 * 2**30  # a last stop; the limit of a case is lower
@@ -28,7 +28,7 @@ def main(kind: str, seed: int, first: int, last: int, folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     confine(folder)
-    generator, _ = GENERATORS[kind]
+    generator, _ = KINDS[kind]
     with (folder / f"{kind}.jsonl").open("a", encoding="utf-8") as results:
         for number in range(first, last):
             sandbox = Sandbox.fresh(folder / f"{kind}-sandbox", folder / "templates")
