@@ -110,7 +110,7 @@ def test_runs_that_differ_in_their_seed_share_a_label(tmp_path, monkeypatch):
         (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
-    axes = _run(NOTEBOOKS[0])["axes"]
+    axes = _run(next(p for p in NOTEBOOKS if p.stem == "compare_runs"))["axes"]
     assert [text.get_text() for text in axes.texts] == ["0", "1", "2"]
     assert axes.get_legend_handles_labels()[1].count("width | none") == 1
 
@@ -120,3 +120,35 @@ def test_compare_runs_says_when_there_is_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "notebooks")
     with pytest.raises(AssertionError, match=r"no summary\.json"):
         _run(next(path for path in NOTEBOOKS if path.name == "compare_runs.ipynb"))
+
+
+@pytest.mark.parametrize("name", ["first_expansion", "growing_network"])
+def test_what_needs_no_run_says_what_it_promises(name, tmp_path, monkeypatch):
+    """They assert what they claim: equal logits, gradients that follow, growth that is silent."""
+    monkeypatch.chdir(tmp_path)
+    namespace = _run(next(path for path in NOTEBOOKS if path.stem == name))
+    assert matplotlib.pyplot.get_fignums()
+    assert not any(tmp_path.iterdir())
+    if name == "growing_network":
+        losses = {run: values[-1] for run, (values, _) in namespace["runs"].items()}
+        assert losses["grows"] < losses["stays"]
+
+
+def test_a_stream_of_skills_is_told(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "outputs/runs/skills"
+    folder.mkdir(parents=True)
+    spawned = {"step": 7, "expert": "expert_1", "domain": "code", "score": 9.0, "threshold": 6.0}
+    experts = {
+        "names": ["base", "expert_1"],
+        "spawned": [spawned],
+        "usage": {"prose": {"base": 0.9, "expert_1": 0.1}, "code": {"expert_1": 1.0}},
+        "usage_over_time": {"steps": [5, 10], "gates": {"base": [1, 0.2], "expert_1": [None, 0.8]}},
+    }
+    summary = _summary(expansion=[], rise=0.01, change_of_new=-0.25) | {"experts": experts}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    _run(next(path for path in NOTEBOOKS if path.stem == "stream_of_skills"))
+    out = capsys.readouterr().out
+    assert "step    7  expert_1  learns code, novelty 9.0 against 6.0" in out
+    assert "-25.0 %" in out
