@@ -217,6 +217,13 @@ def _leave_finished_runs(words: list[str]) -> None:
             (Path(word) / "summary.json").write_text(json.dumps(SUMMARY))
 
 
+def check_reference(words: list[str]) -> None:
+    """That the page is what it writes, tests/test_reference.py sees."""
+    from tests import test_reference
+
+    assert not words and test_reference.REFERENCE.is_file()
+
+
 def check_make(words: list[str]) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert words and set(words) <= targets
@@ -277,6 +284,7 @@ KINDS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("tritter",): check_tritter,
     ("python", "-m", "tritter"): check_module,
     ("python", "-m", "tests.training.test_golden"): check_golden,
+    ("python", "-m", "tests.test_reference"): check_reference,
     ("make",): check_make,
     ("pip", "install"): check_install,
     ("source",): check_source,
@@ -409,6 +417,7 @@ def test_config_keys_exist():
     groups = "|".join(sorted({key.partition(".")[0] for key in known_keys() if "." in key}))
     codes = _codes(rf"(?:{groups})(?:\.[a-z_0-9]+)+")
     codes = [(name, code) for name, code in codes if not code.endswith((".py", ".md"))]
+    codes = [found for found in codes if found[0] != "docs/reference.md"]  # read from conf/ itself
     loggers = [yaml.safe_load(f.read_text("utf-8")) for f in (ROOT / "conf/logger").glob("*.yaml")]
     of_loggers = [f"logger.{n}.{key}" for file in loggers for n in file or () for key in file[n]]
     further = (*trainer_parameters(), "optimizer.betas", *of_loggers)
