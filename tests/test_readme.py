@@ -224,6 +224,13 @@ def check_reference(words: list[str]) -> None:
     assert not words and test_reference.REFERENCE.is_file()
 
 
+def check_drawn(words: list[str]) -> None:
+    """It draws its figure, here below another name."""
+    script = (ROOT / "docs/figures/parameter_map.py").read_text()
+    exec(compile(script, "parameter_map.py", "exec"), {"__file__": str(Path("drawn.py").resolve())})
+    assert not words and Path("drawn.png").is_file()
+
+
 def check_make(words: list[str]) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert words and set(words) <= targets
@@ -285,6 +292,7 @@ KINDS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("python", "-m", "tritter"): check_module,
     ("python", "-m", "tests.training.test_golden"): check_golden,
     ("python", "-m", "tests.test_reference"): check_reference,
+    ("python", "docs/figures/parameter_map.py"): check_drawn,
     ("make",): check_make,
     ("pip", "install"): check_install,
     ("source",): check_source,
