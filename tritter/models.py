@@ -130,7 +130,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
 def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tensor]]:
     """Yield (name on disk, tensor) of a live model, in the family's order; ties once.
 
-    Experts that share a tensor in memory come one by one, as views.
+    Experts that share a tensor in memory alone come one by one, as views.
 
     Raises:
         TritterError: the model holds a tensor that its family has not, or lacks one.
@@ -141,12 +141,15 @@ def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tenso
 def stored_tensors(state: Mapping[str, Tensor], config: Config) -> Iterator[tuple[str, Tensor]]:
     """Yield (name on disk, tensor) of a live model's state dict; see `named_tensors`."""
     for stored in match(config, state):
-        for tensor, value in stored.unpack(state[stored.name].detach()):
-            yield tensor.disk_name, value
+        held = state[stored.name].detach()
+        if stored.is_whole or stored.is_of_experts:
+            yield from ((tensor.disk_name, value) for tensor, value in stored.unpack(held))
+        else:
+            yield stored.name, held
 
 
 def live_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return name in memory → tensor, for values (of a state, a mask) by name on disk."""
+    """Return name in memory → tensor, for values (of a state, a mask) by their name there."""
     family = family_of(config)
     logical = family.logical_tensors(config)
     held = {t.name: tensors[t.disk_name] for t in logical if t.disk_name in tensors}
@@ -154,7 +157,7 @@ def live_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def disk_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return name on disk → tensor, for values by name in memory."""
+    """Return name in a state → tensor, for values by name in memory."""
     family = family_of(config)
     held = unpack_all(layout(config, "live"), tensors)
     return {t.disk_name: held[t.name] for t in family.logical_tensors(config) if t.name in held}
@@ -291,12 +294,10 @@ def stock_config_of(config: Config) -> PreTrainedConfig:
 
 
 def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a model of a config that holds these tensors (by name on disk), dtypes kept."""
+    """Return a model of a config that holds these tensors (by logical name), dtypes kept."""
     model = new_model(config, seed=0)
-    family = family_of(config)
-    disk_names = {t.name: t.disk_name for t in family.logical_tensors(config)}
     for stored in layout(config, "live"):
-        value = stored.pack(lambda name: tensors[disk_names[name]])
+        value = stored.pack(tensors.__getitem__)
         set_parameter(model, stored.name, value.to(model.get_parameter(stored.name).device))
     model.tie_weights()  # type: ignore[operator]
     assert isinstance(model, PreTrainedModel)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.oracle.families import DENSE, HEADS_DIVIDE_HIDDEN, generic, tiny
+from tests.oracle.families import GROWABLE, HEADS_DIVIDE_HIDDEN, generic, tiny
 from tests.oracle.sizes import SIZES, uneven, written
 from tritter.checkpoint import Source, read_lineage
 from tritter.checkpoint.export import Weights, export_model
@@ -59,7 +59,7 @@ def models(draw: st.DrawFn, family: str) -> nn.Module:
     return uneven(family, sizes, hidden_size=hidden, **options).double()
 
 
-@pytest.mark.parametrize("family", generic(DENSE))
+@pytest.mark.parametrize("family", generic(GROWABLE))
 @settings(max_examples=5)
 @given(data=st.data())
 def test_stock_classes_compute_the_same_from_disk_and_the_padding_comes_off(
@@ -79,7 +79,7 @@ def test_stock_classes_compute_the_same_from_disk_and_the_padding_comes_off(
         assert [verify(link) for link in read_chain(folder)] == [()]
 
 
-@pytest.mark.parametrize("family", generic(DENSE))
+@pytest.mark.parametrize("family", generic(GROWABLE))
 def test_shapes_counts_and_flops_are_those_of_the_live_model(family: str) -> None:
     model = uneven(family, SIZES)
     config = config_of(model)
@@ -185,7 +185,7 @@ GROWN: list[tuple[list[ExpansionSpec], Sequence[int]]] = [
 ]
 
 
-@pytest.mark.parametrize("family", generic(DENSE))
+@pytest.mark.parametrize("family", generic(GROWABLE))
 @pytest.mark.parametrize(("specs", "sizes"), GROWN, ids=["fresh", "net2net", "llama_pro", "both"])
 def test_expansions_on_top_keep_the_function(
     tmp_path: Path, family: str, specs: list[ExpansionSpec], sizes: Sequence[int]

@@ -77,6 +77,7 @@ FLAGS = {
     "qwen3": ("attention_bias",),
     "smollm3": ("attention_bias", "mlp_bias"),
     "granite": ("attention_bias", "mlp_bias"),
+    "glm4": ("attention_bias",),
     "gemma2": ("attention_bias",),
     "gemma3_text": ("attention_bias",),
     "qwen2_moe": ("norm_topk_prob", "qkv_bias"),

@@ -3,17 +3,23 @@
 Their part in the generic tests of every family is in the slow suite.
 """
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests import oracle
 from tests.oracle import growth as oracle_growth
-from tests.oracle.families import FURTHER, tiny
+from tests.oracle.families import FURTHER, STACKED, tiny
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, Width, build_steps
-from tritter.families import family_of
+from tritter.families import check_config, family_of
+from tritter.growth.places import ffn_places
+from tritter.models import disk_tensors, live_tensors, named_tensors
 
 IDENTITY, STOCK, GRADIENT = 1e-10, 1e-4, 1e-9
 
@@ -62,10 +68,102 @@ def test_the_constants_of_granite_stay_whatever_grows() -> None:
     for name in names:
         assert step.target_config[name] == config[name]
         other = {**step.target_config, name: config[name] * 2**0.5}
-        step_of_other = type(step)(
-            **{f: getattr(step, f) for f in step.__dataclass_fields__} | {"target_config": other}
-        )
-        assert oracle_growth.errors(model, [step_of_other]).logits > 1e-3, name
+        changed = replace(step, target_config=other)
+        assert oracle_growth.errors(model, [changed]).logits > 1e-3, name
+
+
+# Matrices that stand below one another in one tensor
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_rows_are_those_that_the_stock_class_takes_apart(tmp_path: Path, family: str) -> None:
+    model = tiny(family)
+    config = oracle_growth.config_of(model)
+    (tmp_path / "stock").mkdir()
+    model.save_pretrained(tmp_path / "stock")
+    saved = load_file(tmp_path / "stock" / "model.safetensors")
+    named = dict(named_tensors(model, config))
+    assert named.keys() == saved.keys()
+    assert all(torch.equal(named[name], saved[name]) for name in saved)
+    held = oracle_growth.logical_state(model)
+    mlp, x = model.model.layers[1].mlp, torch.randn(5, 24)
+    gate, up, down = (held[f"layers.1.ffn.{part}"] for part in ("gate", "up", "down"))
+    with torch.no_grad():
+        by_hand = (mlp.activation_fn(x @ gate.T) * (x @ up.T)) @ down.T
+        torch.testing.assert_close(mlp(x), by_hand)
+    again = disk_tensors(config, live_tensors(config, disk_tensors(config, model.state_dict())))
+    assert len(again) == len(held)
+
+
+@pytest.mark.parametrize(
+    ("family", "one", "other"),
+    [
+        ("phi3", "layers.0.ffn.gate", "layers.0.ffn.up"),
+        ("glm4", "layers.1.ffn.gate", "layers.1.ffn.up"),
+        ("phi3", "layers.0.attention.k", "layers.0.attention.v"),
+    ],
+)
+def test_rows_in_each_others_place_are_seen(family: str, one: str, other: str) -> None:
+    model = tiny(family).double()
+    (step,) = build_steps(model.config.to_dict(), [Width(init="zero_pad")], seed=0)
+    maps = dict(step.parameter_map.tensors)
+    maps[one], maps[other] = (replace(maps[name], source=name) for name in (other, one))
+    swapped = replace(step, parameter_map=replace(step.parameter_map, tensors=maps))
+    assert oracle_growth.errors(model, [step]).logits < IDENTITY
+    assert oracle_growth.errors(model, [swapped]).logits > 1e-3
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_growth_says_why_it_has_no_place_there(family: str) -> None:
+    with pytest.raises(RequestError, match=f"in {family} gate and up are one tensor"):
+        ffn_places(tiny(family))
+    config = {**tiny(family).config.to_dict(), "ffn_sizes": [40, 30, 20]}
+    with pytest.raises(RequestError, match=r"ffn_sizes: .*gate and up are one tensor"):
+        check_config(family_of(config), config)
+
+
+LONG: dict[str, Any] = {
+    "hidden_size": 32,
+    "head_dim": 8,
+    "original_max_position_embeddings": 32,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.5, 2.0],
+        "long_factor": [2.0, 4.0, 5.0],
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+def test_longrope_keeps_its_factors_where_heads_grow_in_proportion(tmp_path: Path) -> None:
+    model = tiny("phi3", **LONG)
+    source = oracle.saved(model, tmp_path / "source")
+    after = oracle.stock(expand(source, tmp_path / "result", [Width(), LlamaPro()]).folder)
+    assert (after.config.hidden_size, after.config.num_attention_heads) == (64, 8)
+    for length in (17, 40):  # within the original window and beyond
+        ids = oracle.tokens(length=length)
+        assert oracle.relative_difference(model, after, ids) < STOCK
+    with pytest.raises(RequestError, match=r"hidden_size // num_attention_heads = 8.* be 10"):
+        expand(source, tmp_path / "refused", [Width(hidden_size=40)])
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "said"),
+    [
+        ("phi3", {}, "of each head 0.75 is turned"),
+        ("phi3", LONG, "LongRoPE"),
+        ("glm4", {}, r"glm4 turns coordinates 2i and 2i \+ 1 together"),
+    ],
+)
+def test_heads_are_not_split_where_other_pairs_are_turned(
+    family: str, options: dict[str, Any], said: str
+) -> None:
+    config = tiny(family, **{"head_dim": 8, **options}).config.to_dict()
+    with pytest.raises(RequestError, match=said):
+        build_steps(config, [Width(head_strategy="split")], seed=0)
 
 
 @pytest.mark.parametrize("family", FURTHER)

@@ -20,6 +20,7 @@ from tritter.training.compute import flops_of_sequence
 LENGTH = 12
 IDS = oracle.tokens(batch=1, length=LENGTH)
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+STACKED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "embed_tokens", "lm_head")
 WHOLE = (*LAYERS, "embed_tokens", "lm_head")
 
 
@@ -78,6 +79,7 @@ def check(mixture: ExpertMixture) -> None:
         ("gemma3_text", False, "both", WHOLE),
         ("gemma3_text", True, "evidence", ("embed_tokens",)),
         ("llama", True, "evidence", ("lm_head",)),
+        ("phi3", False, "learned", STACKED[:4]),
     ],
 )
 def test_experts_on_all_and_on_the_vocabulary(
@@ -92,7 +94,8 @@ def test_experts_on_all_and_on_the_vocabulary(
 
 @cache
 def trained_mixture(family: str) -> ExpertMixture:
-    return mixture_of(family, router="both", targets=WHOLE)
+    targets = STACKED if family == "phi3" else WHOLE
+    return mixture_of(family, router="both", targets=targets)
 
 
 CHOICES: dict[str, Callable[[str], bool]] = {
@@ -115,6 +118,7 @@ CHOICES: dict[str, Callable[[str], bool]] = {
 @pytest.mark.parametrize(
     ("family", "choice"),
     [("llama", choice) for choice in CHOICES]
+    + [("phi3", choice) for choice in ("last layer's adapters", "down", "up")]
     + [("gemma3_text", choice) for choice in ("last layer's adapters", "routers")],
 )
 def test_what_is_frozen_has_no_gradient_and_nothing_below_what_is_trained(

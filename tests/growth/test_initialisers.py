@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.growth.given import layer_of, looked_at
-from tests.oracle.families import DENSE, generic, tiny
+from tests.oracle.families import GROWABLE, generic, tiny
 from tritter.growth.change import LayerGrowth, growth_change
 from tritter.growth.initialisers import (
     GradMax,
@@ -39,7 +39,7 @@ def grow(
     return neurons
 
 
-@pytest.mark.parametrize("family", generic(DENSE))
+@pytest.mark.parametrize("family", generic(GROWABLE))
 @pytest.mark.parametrize("initialiser", [GradMax(), Split(), Random()], ids=repr)
 def test_exact_ones_keep_the_function(family: str, initialiser: Initialiser) -> None:
     model = tiny(family, rms_norm_eps=1e-3).double()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.oracle.families import DENSE, generic, tiny
+from tests.oracle.families import GROWABLE, generic, tiny
 from tritter import GrowableCausalLM, GrowableLinear, GrowableQwen
 from tritter.checkpoint import read_lineage
 from tritter.errors import RequestError
@@ -43,7 +43,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, steps
 
 
 @pytest.mark.parametrize("initialiser", ["gradmax", "split", "random"])
-@pytest.mark.parametrize("family", generic(DENSE))
+@pytest.mark.parametrize("family", generic(GROWABLE))
 def test_the_function_is_kept_in_two_events(family: str, initialiser: str) -> None:
     stock = tiny(family).double()
     model = GrowableCausalLM(stock, initialiser=initialiser, **GROWING)

@@ -37,6 +37,15 @@ OWN: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.4,
         "logits_scaling": 2.5,
     },
+    "phi3": {
+        "sliding_window": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.75,
+        },
+    },
+    "glm4": {},
     "gemma2": {
         "sliding_window": 4,
         "query_pre_attn_scalar": 9,
@@ -48,13 +57,15 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 20, "mlp_only_layers": [1]},
     "qwen3_moe": {**_EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": True},
 }
+STACKED = ("phi3", "glm4")  # gate and up are one tensor, and other pairs are turned than Llama's
 SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
 DENSE = tuple(family for family in OWN if family not in SPARSE)
+GROWABLE = tuple(family for family in DENSE if family not in STACKED)
 HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text")
 GEMMA = ("gemma2", "gemma3_text")
 # Made of mechanisms that the others prove, or that tests/expansion/test_further_families.py does;
 # generic tests of them are for the slow suite
-FURTHER = ("smollm3", "granite", "gemma2")
+FURTHER = ("smollm3", "granite", "phi3", "glm4", "gemma2")
 
 
 def marks_of(family: str) -> tuple[pytest.MarkDecorator, ...]:

@@ -118,12 +118,13 @@ class Weights:
         vocabulary = {tensor.disk_name.removesuffix(".weight") for tensor in (embedding, *tied)}
         if tied and vocabulary & added.keys():
             config = {**config, **{tensor.unless: False for tensor in tied}}
-        places = {s.name.removesuffix(".weight"): s for s in layout(config, "live") if s.is_whole}
+        live = (stored for stored in layout(config, "live") if not stored.is_of_experts)
+        places = {stored.name.removesuffix(".weight"): stored for stored in live}
         of_name: dict[str, Tensor] = {}
         for layer, delta in added.items():
             if layer not in places or places[layer].shape != tuple(delta.shape):
                 raise TritterError(f"{self.name} has no layer {layer} of {list(delta.shape)}.")
-            of_name[places[layer].parts[0].tensor.name] = delta
+            of_name |= {tensor.name: part for tensor, part in places[layer].unpack(delta)}
         untied = {tensor.name for tensor in tied}
 
         def origin(name: str) -> str:

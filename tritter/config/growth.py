@@ -79,6 +79,13 @@ def growth_start_problems(config: RunConfig, source: Config) -> Iterator[Problem
         )
         yield Problem("growth", config.growth.kind.__name__, reason=reason)
         return
+    if family_of(grown).has_stacked_ffn:
+        reason = (
+            f"in {grown['model_type']} gate and up are one tensor, and neurons grow in FFNs in "
+            "which they are two; choose expansion=width, or growth=none"
+        )
+        yield Problem("growth", config.growth.kind.__name__, reason=reason)
+        return
     steps, layers = config.training.max_steps, family_of(grown).dimensions(grown).num_hidden_layers
     if reason := config.growth.made().why_never(max_steps=steps, num_layers=layers):
         yield Problem("growth.trigger", config.growth.options.trigger, reason=reason)

@@ -1,6 +1,6 @@
 """What a model's parameters become, by the names that they have in memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -31,6 +31,17 @@ Held = Mapping[str, Tensor]
 def declared(name: str, shape: tuple[int, ...]) -> StoredTensor:
     """Return a parameter that no family knows, such as a factor of LoRA, known by its own name."""
     return StoredTensor(name, shape, (Part(LogicalTensor(kind=name, disk_name=name, axes=())),))
+
+
+def _one_below_another(rows: Sequence[Tensor | None], stored: StoredTensor) -> Tensor | None:
+    """Return flags of a stored tensor's rows, of those of its parts; None flags nothing."""
+    if len(rows) == 1 or all(flags is None for flags in rows):
+        return rows[0]
+    whole = torch.zeros(stored.shape[0], dtype=torch.bool)
+    for part, flags in zip(stored.parts, rows, strict=True):
+        if flags is not None:
+            whole[part.index] = flags
+    return whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -110,11 +121,14 @@ class Change:
         """
         grown = {}
         for stored in self.after:
-            if stored.is_whole:
-                tensor_map = self.tensors[stored.parts[0].tensor.name]
-                flags = tuple(new_along(tensor_map, dim) for dim in range(len(stored.shape)))
-                if any(each is not None for each in flags):
-                    grown[stored.name] = flags
+            if stored.is_of_experts:
+                continue
+            maps = [self.tensors[part.tensor.name] for part in stored.parts]
+            rows = [new_along(tensor_map, 0) for tensor_map in maps]
+            others = (new_along(maps[0], dim) for dim in range(1, len(stored.shape)))
+            flags = (_one_below_another(rows, stored), *others)
+            if any(each is not None for each in flags):
+                grown[stored.name] = flags
         return grown
 
     def state(self, kind: str, held: Held, *, policy: Policy = "carry") -> dict[str, Tensor]:

@@ -25,8 +25,8 @@ from tritter.expansion import (
 from tritter.expansion.head_maps import copied_sources, split_shares
 from tritter.expansion.heads import Strategy
 from tritter.expansion.width import Init, Shares
-from tritter.families import Config, family_of
-from tritter.models import config_of, model_with_tensors, named_tensors
+from tritter.families import Config, family_of, layout, match, unpack_all
+from tritter.models import config_of, model_with_tensors
 from tritter.parameter_map import AxisFactor, AxisMap, TensorMap, map_tensor, rounded_weight
 from tritter.stock_routers import AddedExperts
 
@@ -68,19 +68,17 @@ class ModelExpander:
             RequestError: unknown family, or targets that cannot be had.
         """
         config = config_of(model)
-        family = family_of(config)
-        steps = self.steps(config)
-        disk_names = {t.name: t.disk_name for t in family.logical_tensors(config)}
-        held = dict(named_tensors(model, config))
+        steps, state = self.steps(config), model.state_dict()
+        held = unpack_all(match(config, state), state)
         maps = composed(steps, config).tensors
 
         def read(name: str) -> Tensor:
-            stem = held[disk_names[maps[name].origin or "embed"]]
-            value = rounded_weight(maps[name], lambda n: held[disk_names[n]], stem.dtype)
+            stem = held[maps[name].origin or "embed"]
+            value = rounded_weight(maps[name], held.__getitem__, stem.dtype)
             return value.to(stem, copy=maps[name].is_verbatim)  # else both models train the one
 
         target = steps[-1].target_config
-        tensors = {t.disk_name: read(t.name) for t in family_of(target).logical_tensors(target)}
+        tensors = {t.name: read(t.name) for t in family_of(target).logical_tensors(target)}
         grown = model_with_tensors(target, tensors).train(model.training)
         added = added_experts(AddedExperts.of(model), steps)
         if added is not None:
@@ -203,19 +201,22 @@ def _rebuilt_attention(attention: nn.Module, step: ResolvedExpansion) -> nn.Modu
         key = family.sizes[name]
         setattr(config, key, step.target_config[key])
     new = type(attention)(config, attention.layer_idx).train(attention.training)
-    held = dict(attention.named_parameters())
     prefix = "model.layers.0.self_attn."
-    for tensor in family.logical_tensors(step.target_config):
-        if not tensor.disk_name.startswith(prefix):
-            continue
-        name = tensor.disk_name.removeprefix(prefix)
-        if name not in held:
+    held = {prefix + name: value.detach() for name, value in attention.named_parameters()}
+    before, after = (
+        [stored for stored in layout(config, "live") if stored.name.startswith(prefix)]
+        for config in (step.source_config, step.target_config)
+    )
+    for stored in before:
+        if stored.name not in held:
             raise RequestError(
-                f"{type(attention).__name__} has no {name}; it is no attention of "
-                f"{family.model_type}."
+                f"{type(attention).__name__} has no {stored.name.removeprefix(prefix)}; it is no "
+                f"attention of {family.model_type}."
             )
-        value = map_tensor(step.parameter_map.tensors[tensor.name], held[name].detach())
-        module, _, attribute = name.rpartition(".")
+    values, maps = unpack_all(before, held), step.parameter_map.tensors
+    for stored in after:
+        value = stored.pack(lambda name: map_tensor(maps[name], values[name]))
+        module, _, attribute = stored.name.removeprefix(prefix).rpartition(".")
         setattr(new.get_submodule(module), attribute, nn.Parameter(value))
     return new
 

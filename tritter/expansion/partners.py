@@ -20,6 +20,7 @@ PARTNERS: Mapping[str, Family] = {
 _DENSE_KEYS = ("pretraining_tp", "mlp_bias", "layer_types", "max_window_layers")
 # Why a family stays dense although there is one with experts that is named like it
 _REASONS: Mapping[str, str] = {
+    "phi3": "phimoe has LayerNorm in place of RMSNorm and routes by a rule of its own",
     "granite": "the experts of granitemoe share one tensor on disk, which is not read",
 }
 _MISTRAL_WINDOW = 4096  # what the class takes where the config is silent

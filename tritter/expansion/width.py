@@ -18,6 +18,7 @@ from pydantic import Field
 
 from tritter.errors import RequestError
 from tritter.expansion.heads import Strategy, check_heads, head_targets, spreads_groups
+from tritter.expansion.rotary import check_rotary
 from tritter.families import (
     Config,
     Dimensions,
@@ -97,6 +98,7 @@ class Width:
         self._check_layers(config)
         _check_not_smaller(old, new)
         check_heads(old, new, strategy=self.strategy)
+        check_rotary(family, config, old, new, is_split=self.strategy == "split")
         self._check_hidden_size(family, old, new)
         ratio = planned_rms_ratio(old.hidden_size, new.hidden_size, init=self.init)
         target: Config = {

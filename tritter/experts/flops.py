@@ -5,6 +5,7 @@ even share of the tokens; the lookups of evidence are free.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
@@ -33,7 +34,7 @@ def adapters_of(mixture: ExpertMixture) -> Adapters:
     places, low_rank = dict(_places(mixture.model)), {}
     for name, layer in adapted_layers(mixture.model):
         found = (factors(layer, expert) for expert in mixture.adapters)
-        low_rank[places[name]] = [
+        beside = [
             LowRank(
                 rank=each.rank,
                 trains_down=each.down.requires_grad,
@@ -43,19 +44,22 @@ def adapters_of(mixture: ExpertMixture) -> Adapters:
             for each in found
             if each is not None
         ]
+        first, *others = places[name]
+        low_rank[first] = beside
+        low_rank |= {other: [replace(each, has_down=False) for each in beside] for other in others}
     return Adapters(low_rank, dict(_gating(mixture)))
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (name of a layer with adapters, logical name of its matrix)."""
+def _places(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield (name of a layer with adapters, logical names of its matrix or matrices)."""
     for stored in live_layout(model):
         layer, is_wrapped, _ = stored.name.partition(f"{WRAPPED}.weight")
         if is_wrapped:
-            yield layer, stored.parts[0].tensor.name
+            yield layer, tuple(part.tensor.name for part in stored.parts)
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, adapted in adapted_layers(model):
         if adapted is head:  # where it is tied, its weight is the embedding's
-            yield name, "head"
+            yield name, ("head",)
 
 
 def _gating(mixture: ExpertMixture) -> Iterator[tuple[int, Gating]]:

@@ -153,6 +153,11 @@ def _check_ffn_sizes(family: Family, config: Config) -> None:
             f"{FFN_SIZES}: in {family.model_type} the experts of a layer share one tensor in "
             "memory, and all layers one width; allowed are families without experts."
         )
+    if family.has_stacked_ffn:
+        raise RequestError(
+            f"{FFN_SIZES}: in {family.model_type} gate and up are one tensor, and all layers have "
+            "one width; allowed are families in which they are two."
+        )
     check_ffn_sizes(config)
 
 

@@ -55,6 +55,13 @@ _SILENT: Mapping[str, Config] = {
         "no_rope_layer_interval": 4,
     },
     "granite": {"tie_word_embeddings": False},
+    "phi3": {"tie_word_embeddings": False, "sliding_window": None},
+    "glm4": {
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "attention_bias": True,
+    },
     "gemma2": {
         "tie_word_embeddings": True,
         "num_key_value_heads": 4,

@@ -65,6 +65,7 @@ def attention(
     output_norm: str = "",
     biases: Biases = "none",
     bias_key: str = "",
+    within: str = "",
 ) -> tuple[LogicalTensor, ...]:
     """Return the norm before attention, its projections, and what stands behind them.
 
@@ -73,16 +74,19 @@ def attention(
         output_norm: name of an RMSNorm between o and the residual stream; empty: there is none.
         biases: which projections have biases.
         bias_key: config key that adds them; empty: always.
+        within: name of the layer in which q, k and v stand below one another, if there is one.
     """
     port = Port.ABSORBED if has_query_norm else Port.WRITE_NONLINEAR
     read = Axis(_ATTENTION_INPUT, Port.READ)
     output = Axis(_ATTENTION_OUTPUT, Port.WRITE) if output_norm else _RESIDUAL
     tensors = [
         _norm("attention_norm", "input_layernorm", _ATTENTION_INPUT),
-        *_linear("attention.q", "self_attn.q_proj", Axis(_QUERY, port), read, biases, bias_key),
-        *_linear("attention.k", "self_attn.k_proj", Axis(_KEY_VALUE, port), read, biases, bias_key),
+        *_linear("attention.q", "self_attn.q_proj", Axis(_QUERY, port), read, biases, bias_key,
+                 within=within),
+        *_linear("attention.k", "self_attn.k_proj", Axis(_KEY_VALUE, port), read, biases, bias_key,
+                 within=within),
         *_linear("attention.v", "self_attn.v_proj", Axis(_KEY_VALUE, Port.WRITE), read, biases,
-                 bias_key),
+                 bias_key, within=within),
     ]  # fmt: skip
     if has_query_norm:
         tensors += [
@@ -108,6 +112,7 @@ def dense_ffn(
     output_norm: str = "",
     bias_key: str = "",
     layers: Literal["all", "dense"] = "all",
+    within: str = "",
 ) -> tuple[LogicalTensor, ...]:
     """Return gate, up and down of a SwiGLU FFN, and a norm behind it if there is one.
 
@@ -115,14 +120,15 @@ def dense_ffn(
         output_norm: name of the RMSNorm between down and the residual stream, if any.
         bias_key: config key that adds biases; empty: there are none.
         layers: `dense` where other layers have experts instead.
+        within: name of the layer in which up stands below gate, if there is one.
     """
     biases: Biases = "qkvo" if bias_key else "none"
     output = Axis(_FFN_OUTPUT, Port.WRITE) if output_norm else _RESIDUAL
     read = Axis(_FFN_INPUT, Port.READ)
     gate, up = Axis(_FFN, Port.WRITE_NONLINEAR), Axis(_FFN, Port.WRITE)
     tensors = (
-        *_linear("ffn.gate", "mlp.gate_proj", gate, read, biases, bias_key, layers),
-        *_linear("ffn.up", "mlp.up_proj", up, read, biases, bias_key, layers),
+        *_linear("ffn.gate", "mlp.gate_proj", gate, read, biases, bias_key, layers, within),
+        *_linear("ffn.up", "mlp.up_proj", up, read, biases, bias_key, layers, within),
         *_linear("ffn.down", "mlp.down_proj", output, Axis(_FFN, Port.READ), biases, bias_key,
                  layers),
     )  # fmt: skip
@@ -188,10 +194,15 @@ def _linear(
     biases: Biases = "none",
     bias_key: str = "",
     layers: Literal["all", "dense", "sparse"] = "all",
+    within: str = "",
 ) -> tuple[LogicalTensor, ...]:
     stem = _LAYER + disk_name
     weight = LogicalTensor(
-        kind=kind, disk_name=stem + ".weight", axes=(output, read), layers=layers
+        kind=kind,
+        disk_name=stem + ".weight",
+        axes=(output, read),
+        layers=layers,
+        within=f"{_LAYER}{within}.weight" if within else "",
     )
     if biases == "none":
         return (weight,)

@@ -30,6 +30,8 @@ class Family:
         windows: which layers attend to the last `sliding_window` tokens only, where the config
             states so many: `none`, `all`, or those that `layer_types` names.
         norm_offset: what a norm adds to its weight to get its gain.
+        turns_neighbours: rotary positions turn coordinates 2i and 2i + 1 together, and not i and
+            i + head_dim / 2.
     """
 
     model_type: str
@@ -41,10 +43,16 @@ class Family:
     sparse_layers: Literal["none", "all", "pattern"] = "none"
     windows: Literal["none", "all", "layer_types"] = "none"
     norm_offset: float = 0.0
+    turns_neighbours: bool = False
 
     @property
     def has_experts(self) -> bool:
         return self.sparse_layers != "none"
+
+    @property
+    def has_stacked_ffn(self) -> bool:
+        """Gate and up of an FFN are one tensor."""
+        return any(tensor.within and tensor.kind == "ffn.up" for tensor in self.tensors)
 
     def dimensions(self, config: Config, *, layer: int | None = None) -> Dimensions:
         """Read the sizes from a config, with the defaults that transformers would derive.

@@ -65,12 +65,14 @@ class LowRank:
     Args:
         trains_down, trains_up: A is trained, B is.
         share: of the tokens, those that come to it.
+        has_down: False where A x is counted at another matrix, which B x stands below.
     """
 
     rank: int
     trains_down: bool
     trains_up: bool
     share: float = 1
+    has_down: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +326,7 @@ class _Walk:
         needs = False
         for each in self._adapters.low_rank.get(name, ()):
             inner = read or each.trains_down
-            if not is_lookup:
+            if each.has_down and not is_lookup:
                 self._add(each.rank * columns, read + each.trains_down, share=each.share)
             backward = (inner or self._gates) + each.trains_up
             self._add(rows * each.rank, backward, share=each.share)

@@ -1,7 +1,8 @@
 """Where logical tensors lie: on disk as the hub keeps them, or in a model's memory.
 
 On disk every expert's matrix is a tensor of its own; in memory, and in files that were saved from
-there, the experts of a layer share one tensor. Dense families lie alike in both places.
+there, the experts of a layer share one tensor. Dense families lie alike in both places; in some of
+them matrices that read the same stand below one another in one tensor (q, k and v; gate and up).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as it is stored: one logical tensor, or all matrices of a layer's experts.
+    """A tensor as it is stored: one logical tensor, or several.
 
     Args:
         name: on disk, or in the model's memory.
@@ -55,7 +56,13 @@ class StoredTensor:
 
     @property
     def is_whole(self) -> bool:
+        """It holds one logical tensor."""
         return not self.parts[0].index
+
+    @property
+    def is_of_experts(self) -> bool:
+        """It holds the matrices of a layer's experts."""
+        return not self.is_whole and self.parts[0].tensor.is_per_expert
 
     def pack(self, read: Read) -> Tensor:
         """Return the stored tensor, its parts read by logical name."""
@@ -87,6 +94,10 @@ def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
         if kind == "live" and tensor.fused is not None:
             part, name = _place_in(tensor.fused, tensor, shape), tensor.fused.name
             shape = (num_experts, tensor.fused.num_blocks * shape[0], *shape[1:])
+        elif tensor.within:
+            name, first = tensor.within, shapes.get(tensor.within, (0,))[0]
+            end = first + shape[0]
+            part, shape = Part(tensor, (slice(first, end),)), (end, *shape[1:])
         elif kind == "live":
             name = tensor.live_name or name
         places.setdefault(name, []).append(part)

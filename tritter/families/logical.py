@@ -95,6 +95,8 @@ class LogicalTensor:
         only_if: config key that must be true for the tensor to exist; empty: always.
         unless: config key that must be false for the tensor to exist; empty: always.
         live_name: name in the model's memory; empty: as on disk.
+        within: name, on disk and in memory, of a tensor that it is rows of, below those that the
+            table names before it; `disk_name` is then what its state is called. Empty: its own.
         fused: where it lies in memory when the experts of a layer share one tensor there.
         layer: which layer it belongs to, once written out; `expert` likewise.
     """
@@ -106,6 +108,7 @@ class LogicalTensor:
     only_if: str = ""
     unless: str = ""
     live_name: str = ""
+    within: str = ""
     fused: Fused | None = None
     layer: int | None = None
     expert: int | None = None
@@ -146,6 +149,7 @@ class LogicalTensor:
             self,
             disk_name=self.disk_name.replace(mark, text),
             live_name=self.live_name.replace(mark, text),
+            within=self.within.replace(mark, text),
             axes=tuple(_placed(axis, layer=layer, expert=expert) for axis in self.axes),
             fused=None if fused is None else replace(fused, name=fused.name.replace(mark, text)),
             layer=layer,

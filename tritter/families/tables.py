@@ -5,9 +5,11 @@ from tritter.families.dimensions import Config
 from tritter.families.family import Family
 from tritter.families.gemma2 import GEMMA2
 from tritter.families.gemma3 import GEMMA3_TEXT
+from tritter.families.glm4 import GLM4
 from tritter.families.granite import GRANITE
 from tritter.families.llama import LLAMA
 from tritter.families.mistral import MISTRAL, MIXTRAL
+from tritter.families.phi3 import PHI3
 from tritter.families.qwen2 import QWEN2, QWEN2_MOE
 from tritter.families.qwen3 import QWEN3, QWEN3_MOE
 from tritter.families.smollm3 import SMOLLM3
@@ -21,6 +23,8 @@ FAMILIES: dict[str, Family] = {
         QWEN3,
         SMOLLM3,
         GRANITE,
+        PHI3,
+        GLM4,
         GEMMA2,
         GEMMA3_TEXT,
         MIXTRAL,

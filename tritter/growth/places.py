@@ -93,6 +93,11 @@ def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
             f"growth: {config['model_type']} has experts in place of FFNs, and neurons grow in "
             "dense FFNs only; add experts instead (expansion=moe_add)."
         )
+    if family.has_stacked_ffn:
+        raise RequestError(
+            f"growth: in {config['model_type']} gate and up are one tensor, and neurons grow in "
+            "FFNs in which they are two; width makes them wider."
+        )
     names: dict[int, dict[str, str]] = {}
     for tensor in family.logical_tensors(config):
         if tensor.kind in ("ffn.gate", "ffn.up", "ffn.down"):

@@ -97,7 +97,7 @@ def shared_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters that all experts of a layer share."""
     config = config_of(model)
     stored = layout(config, "live")
-    return tuple(tensor.name for tensor in stored if not tensor.is_whole)
+    return tuple(tensor.name for tensor in stored if tensor.is_of_experts)
 
 
 def _split(module: nn.Module, attribute: str, first_new: int) -> None:

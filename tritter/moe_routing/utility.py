@@ -28,7 +28,7 @@ def expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) 
     routing = Routing.of(model)
     if routing is None or not len(sequences):
         raise RequestError("expert utility needs a model with experts, and text.")
-    shared = [stored for stored in live_layout(model) if not stored.is_whole]
+    shared = [stored for stored in live_layout(model) if stored.is_of_experts]
     weights = [model.get_parameter(stored.name) for stored in shared]
     rows: dict[int | None, int] = {layer: row for row, layer in enumerate(routing.layers)}
     utility = torch.zeros(len(rows), routing.num_experts)

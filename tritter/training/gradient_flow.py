@@ -85,7 +85,7 @@ class Flow:
             waiting = self._waiting.get(stored.name)
             if waiting is None or waiting.is_done or self._step - waiting.since < enough:
                 continue
-            if not stored.is_whole:
+            if stored.is_of_experts:
                 experts |= dict.fromkeys(_experts(stored, waiting.dims[0]))
                 continue
             parts = [
@@ -160,7 +160,7 @@ class Flow:
             self._waiting[stored.name] = entered
 
     def _dims(self, stored: StoredTensor) -> dict[int, Tensor]:
-        if not stored.is_whole:
+        if stored.is_of_experts:
             return {0: torch.ones(stored.shape[0], dtype=torch.bool)}
         flags = self._new.get(stored.name, ())
         return {dim: each.clone() for dim, each in enumerate(flags) if each is not None}
@@ -182,7 +182,7 @@ class GradientFlow(Flow, Callback):
         if module.moments or not trainer.optimizers:
             return  # moments that were carried on know of earlier tokens
         (optimizer,) = trainer.optimizers
-        experts = {stored.name for stored in live_layout(module.model) if not stored.is_whole}
+        experts = {stored.name for stored in live_layout(module.model) if stored.is_of_experts}
         for name in experts & self._waiting.keys():
             parameter = module.model.get_parameter(name)
             for value in optimizer.state.get(parameter, {}).values():
