@@ -119,7 +119,7 @@ def _of(name: str, config: RunConfig) -> list[NamedTarget]:
 
 
 def averaging_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield why weights can't be averaged: those that are frozen would move by rounding."""
+    """Yield why weights can't be averaged: frozen ones would move by rounding, experts come."""
     asked = {
         "expansion.llama_pro.new_blocks_only": any(s.new_blocks_only for s in config.expansion),
         "adaptation.freeze_base": appends_experts(config) and config.adaptation.freeze_base,
@@ -128,6 +128,8 @@ def averaging_problems(config: RunConfig) -> Iterator[Problem]:
     told = told or ("forgetting=freeze" if freezing(config) else None)
     reason = f"with {told} old weights are frozen, and an average moves them by its "
     reason += "rounding; leave one of the two out"
+    if config.experts is not None:
+        told, reason = "experts", "an average has no experts that came on the way; leave it out"
     for one in _of("WeightAveraging", config) if told else ():
         yield Problem(f"callbacks.{one.name}.{TARGET}", one.body[TARGET], reason=reason)
 

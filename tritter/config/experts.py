@@ -63,9 +63,6 @@ def experts_problems(config: RunConfig) -> Iterator[Problem]:
     if config.optimizer.carry:
         reason = "moments of the base are carried, which is frozen; those of experts begin anew"
         yield Problem("optimizer.carry", True, reason=reason)
-    if any("WeightAveraging" in str(one.body.get(TARGET)) for one in config.callbacks):
-        reason = "an average has no experts that came on the way; leave it out"
-        yield Problem("callbacks", [one.name for one in config.callbacks], reason=reason)
     if config.experts.is_dynamic:
         yield from _dynamic_problems(config)
 
