@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-slow demo bench
+.PHONY: help setup lint types test test-slow demo bench benchmarks
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: setup ## the main job: grow a small model on this Python's own text
 
 bench: setup ## every expansion with every protection on the main job: 12 runs, one table
 	$(BIN)/python train.py -m experiment=ablation
+
+benchmarks: setup ## every benchmark beside its peers, tables in outputs/benchmarks; about an hour
+	$(BIN)/python experiments/benchmarks/every.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -4,6 +4,7 @@ import csv
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from experiments.benchmarks import (
     corpus_memory,
+    every,
     expand_speed,
     fisher,
     novelty,
@@ -135,6 +137,28 @@ def test_all_scripts_are_documented() -> None:
     assert {Path(shlex.split(command)[1]).name for command in COMMANDS} == {
         path.name for path in FOLDER.glob("*.py")
     }
+
+
+def test_one_command_runs_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as the README has it, its table elsewhere, whatever becomes of the one before it."""
+    table = tmp_path / "growth.csv"
+    ran: list[list[str]] = []
+
+    def stands_for(words: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        ran.append(words[1:])
+        if "growth.py" in words[1]:
+            options["stdout"].write("a,b\n")  # type: ignore[attr-defined]
+        return subprocess.CompletedProcess(words, int("fisher.py" in words[1]))
+
+    monkeypatch.setattr(subprocess, "run", stands_for)
+    monkeypatch.setattr(sys, "argv", ["every.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^failed: fisher$"):
+        every.main()
+    documented = [shlex.split(command)[1] for command in COMMANDS]
+    assert [words[0] for words in ran] == [d for d in documented if not d.endswith("every.py")]
+    assert table.read_text() == "a,b\n"
+    assert not [word for words in ran for word in words if word == ">" or "mergekit" in word]
+    assert not [w for words in ran for w in words if w.endswith(".csv") and str(tmp_path) not in w]
 
 
 def _small_corpus(seed: int, cache: Path) -> Corpus:
