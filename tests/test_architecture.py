@@ -17,7 +17,7 @@ OPEN = {"conf_folder", "errors", "limits", "options", "seeds", "stopping", "targ
 
 # Room → rooms that it may import besides; what is missing is refused.
 _MODELS = {"parameter_map", "families", "stock_routers", "models"}
-_CORE = _MODELS | {"loadable", "storage", "expansion", "checkpoint", "data"}
+_CORE = _MODELS | {"loadable", "streamed", "storage", "expansion", "checkpoint", "data"}
 _TRAINING = _CORE | {"expand", "evaluation", "training"}
 _METHODS = {"forgetting", "moe_routing", "growth", "novelty", "experts"}
 _BELOW_PIPELINE = _TRAINING | _METHODS | {"config", "planning"}
@@ -29,11 +29,12 @@ ARROWS: dict[str, set[str]] = {
     "stock_routers": {"storage"},
     "models": {"families", "stock_routers", "storage"},
     "loadable": {"families", "models", "storage"},
+    "streamed": {"families", "models", "storage"},
     "expansion": {"families", "parameter_map"},
     "checkpoint": {"stock_routers", "storage", "families", "parameter_map", "data"},
     "config": {"families", "expansion", "planning", "storage", "data", "checkpoint"},
     "expand": _CORE,
-    "evaluation": {"storage", "data", "models", "families", "checkpoint"},
+    "evaluation": {"storage", "data", "models", "streamed", "families", "checkpoint"},
     "novelty": {"data", "evaluation", "models"},
     "training": _TRAINING - {"training"},
     "forgetting": _TRAINING,

@@ -127,6 +127,46 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
     return _with_expert_kernel(model)
 
 
+def unloaded_model(folder: Path) -> nn.Module:
+    """Return the stock model of a folder without its weights: its parameters are on meta.
+
+    Buffers (rotary frequencies, scales) hold what the stock class computes. Experts compute one
+    after the other, those that are being added behind their router offset, as in `load_model`.
+
+    Raises:
+        TritterError: transformers cannot build it.
+    """
+    _check_small_files(folder)
+    stock, config = _stock_config(folder), read_config(folder)
+    with refused_as(f"{folder} cannot be loaded as a model"), quiet():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
+        assert isinstance(model, PreTrainedModel)
+        _compute_buffers(model)
+        if family_of(config).has_experts:
+            model.set_experts_implementation("eager")
+        added = AddedExperts.read(folder)
+        if added is not None and not added.is_settled:
+            for stored in layout(config, "live"):
+                if stored.parts[0].tensor.kind == "router":  # offsets lie where the weight does
+                    set_parameter(model, stored.name, torch.empty(stored.shape))
+            added.apply(model)
+    return model.eval()
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Let the stock class fill the buffers that no file holds, as it does when it loads one."""
+    for module in model.modules():
+        names = [
+            name for name in module._non_persistent_buffers_set if module._buffers[name] is not None
+        ]
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if names:
+            model._init_weights(module)
+    assert not any(buffer.is_meta for buffer in model.buffers())
+
+
 def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tensor]]:
     """Yield (name on disk, tensor) of a live model, in the family's order; ties once.
 

@@ -402,10 +402,3 @@ def test_the_step_0_error_is_measured_and_recorded(run: Run, place: Path) -> Non
         assert record.step0_error is not None and record.step0_error > 1e-3
     result = run("expand --checkpoint base --method dus --output raw --no-measure")
     assert "not measured" in result.out
-
-
-def test_a_broken_promise_exits_3(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tritter.cli.measure.EXACT_JUMP", 1e-12)
-    result = run("expand --checkpoint base --method width")
-    assert result.code == 3
-    assert "claims to keep the function" in result.err

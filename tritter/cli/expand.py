@@ -20,7 +20,7 @@ from tritter.cli.output import (
     print_command,
     print_json,
     print_lines,
-    progress_bar,
+    progress_bars,
     says_if_written,
     shapes_of,
     short,
@@ -80,28 +80,31 @@ def _run_map(
     measured: Measurement | None = None
     room: Room | None = None
 
-    def look(made: Expanded) -> None:
-        nonlocal measured
-        with damage_is_a_wrong_request():
-            measured = measure(place.source, made, is_wanted=request.is_measured)
-
     with request.speaks():
         plan = plan_expansion(place.source, place.specs, seed=request.seed)
         if dry_run:
             room = room_for(place.opened, plan, dtype=dtype, moments=moments)
-        if not dry_run:
-            with progress_bar(is_shown=not as_json) as progress:
-                made = expand(
-                    place.source,
-                    place.destination,
-                    plan,
-                    dtype=dtype,
-                    max_shard_bytes=request.max_shard_bytes,
-                    overwrite=overwrite,
-                    moments=moments,
-                    progress=progress,
-                    before_placing=look,
-                )
+    if not dry_run:
+        with request.speaks(), progress_bars(is_shown=not as_json) as new_bar:
+
+            def look(made: Expanded) -> None:
+                nonlocal measured
+                with damage_is_a_wrong_request():
+                    wanted = request.is_measured is not False
+                    bar = new_bar("MB checked") if wanted else None
+                    measured = measure(place.source, made, is_wanted=wanted, progress=bar)
+
+            made = expand(
+                place.source,
+                place.destination,
+                plan,
+                dtype=dtype,
+                max_shard_bytes=request.max_shard_bytes,
+                overwrite=overwrite,
+                moments=moments,
+                progress=new_bar("tensors"),
+                before_placing=look,
+            )
             lineage = made.lineage
     if as_json:
         plain = _as_json(plan, lineage, place, request)
@@ -111,8 +114,9 @@ def _run_map(
         _print(plan, lineage, place, request, measured, room)
     if measured is not None and measured.is_broken:
         say(
-            "error: the method claims to keep the function, and the result does not; please "
-            "report this with the output of `tritter inspect`.",
+            "error: the method claims to keep the function, and the result does not: it parts from "
+            f"the source at {measured.parting}; please report this with the output of "
+            "`tritter inspect`.",
             is_error=True,
         )
         return EXIT_NO

@@ -1,20 +1,24 @@
-"""The step-0 error of an expansion, measured in stock models where they fit into memory."""
+"""The step-0 error of an expansion, measured layer by layer in stock models of any size."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tritter.checkpoint import record_step0_error
 from tritter.errors import TritterError
+from tritter.evaluation.folder_jump import folder_jump
 from tritter.evaluation.gate import EXACT_JUMP
-from tritter.evaluation.jump import logit_jump
 from tritter.expand import Expanded
-from tritter.models import load_model, read_config
+from tritter.families import Config, family_of
+from tritter.models import read_config
 from tritter.storage.tensors import TensorFolder
 
-MAX_BYTES = 8 * 10**9  # of both models in float32, beyond which nothing is measured by itself
-BATCH, LENGTH = 4, 64
+# Each weight is read once whatever the tokens; of experts, a token meets a few
+SEQUENCES, SEQUENCES_OF_EXPERTS, LENGTH = 2, 8, 32
+_MB = 10**6
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,47 +29,77 @@ class Measurement:
         error: max |Δ logits| / std(logits) on random tokens; None when not measured.
         is_broken: a method that claims exactness missed it by more than rounding.
         text: for a person.
+        parting: where a broken result leaves what the source computes.
     """
 
     error: float | None
     is_broken: bool
     text: str
+    parting: str = ""
 
 
-def measure(source: Path, result: Expanded, *, is_wanted: bool | None) -> Measurement:
+def measure(
+    source: Path,
+    result: Expanded,
+    *,
+    is_wanted: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measurement:
     """Compare source and result on random tokens and write the error into the record.
 
     Args:
         result: in a folder that does not stand at its place yet.
-        is_wanted: None measures models that fit into `MAX_BYTES`.
+        progress: called with megabytes read so far and how many there are.
 
     Raises:
-        TritterError: transformers can't load one of them, or it computes nothing.
+        TritterError: transformers can't build one of them, or it computes nothing.
     """
-    num_bytes = 4 * (result.parameters_before + result.parameters_after)
-    if is_wanted is False:
+    if not is_wanted:
         return Measurement(None, False, "not measured")
-    if is_wanted is None and num_bytes > MAX_BYTES:
-        return Measurement(None, False, f"not measured: {num_bytes / 1e9:.0f} GB (--measure does)")
+
+    def show(done: int, total: int) -> None:
+        if progress is not None:
+            progress(done // _MB, total // _MB)
+
     config = read_config(result.folder)
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = int(str(config["vocab_size"]))
-    tokens = torch.randint(0, vocab_size, (BATCH, LENGTH), generator=generator)
-    models = load_model(source), load_model(result.folder)
     try:
-        jump = logit_jump(*models, tokens)
+        found = folder_jump(source, result.folder, random_tokens(config), progress=show)
+    except TritterError:
+        raise
     # The border to classes that trust their config: a value of it may break them in any way
     except Exception as raised:
         raise TritterError(
             f"{source} cannot be measured: its model fails on tokens ({raised!r}); --no-measure "
             "expands it all the same."
         ) from raised
+    jump = found.jump
     error = jump.to_dict()["relative_to_std"]
     record_step0_error(result.folder, error, config, num_new=len(result.steps))
-    dtypes = {header.dtype for header in TensorFolder.open(result.folder).headers.values()}
-    rounded = [name for name in ("bfloat16", "float16") if name in dtypes]
+    rounded = _rounded_to(source, result)
     claims_exact = all(step.spec.is_exact for step in result.steps)
     is_broken = claims_exact and not rounded and not jump.relative_to_std < EXACT_JUMP
     note = f", rounding to {' and '.join(rounded)} included" if rounded else ""
     text = f"{jump.relative_to_std:.1e} of the logits' deviation on random tokens{note}"
-    return Measurement(error, is_broken, text)
+    parting = found.parting(result.plan.parameter_map.layer_sources) if is_broken else ""
+    return Measurement(error, is_broken, text, parting)
+
+
+def random_tokens(config: Config) -> Tensor:
+    """Return tokens that a model's function is compared on, int64 [B, T], always the same."""
+    family = family_of(config)
+    vocab_size = family.dimensions(config).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    shape = (SEQUENCES_OF_EXPERTS if family.has_experts else SEQUENCES, LENGTH)
+    return torch.randint(0, vocab_size, shape, generator=generator)
+
+
+def _rounded_to(source: Path, result: Expanded) -> list[str]:
+    """Return the types below float32 that values were computed for; copies lose nothing."""
+    before, after = (
+        {header.dtype for header in TensorFolder.open(folder).headers.values()}
+        for folder in (source, result.folder)
+    )
+    maps = result.plan.parameter_map.tensors.values()
+    if before == after and len(after) == 1 and all(m.is_verbatim or m.is_zeroed for m in maps):
+        return []
+    return [name for name in ("bfloat16", "float16") if name in after]

@@ -99,8 +99,8 @@ Measure = Annotated[
     bool | None,
     flag(
         "--measure/--no-measure",
-        "Compare source and result in stock models and record the step-0 error.  "
-        "Default: where both fit into 8 GB.",
+        "Compare source and result in stock models, layer by layer, and record the step-0 error.  "
+        "Default: measured.",
         panel=_WRITING,
     ),
 ]

@@ -105,14 +105,31 @@ def print_command(console: Console, label: str, command: str) -> None:
 @contextmanager
 def progress_bar(*, is_shown: bool) -> Iterator[Callable[[int, int], None] | None]:
     """Yield what shows tensors written, of how many, and the time left, on a terminal."""
+    with progress_bars(is_shown=is_shown) as new_bar:
+        yield new_bar("tensors")
+
+
+@contextmanager
+def progress_bars(
+    *, is_shown: bool
+) -> Iterator[Callable[[str], Callable[[int, int], None] | None]]:
+    """Yield what makes a bar of a label, which shows how many are done and the time left.
+
+    Bars stand one below the other on a terminal; elsewhere there is none.
+    """
     console = Console(stderr=True)
     if not is_shown or not console.is_terminal:
-        yield None
+        yield lambda label: None
         return
-    columns = (TextColumn("tensors"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("tensors", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    label = TextColumn("{task.description}")
+    columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as shown:
+
+        def new_bar(label: str) -> Callable[[int, int], None]:
+            bar = shown.add_task(label, total=None)
+            return lambda done, total: shown.update(bar, completed=done, total=total)
+
+        yield new_bar
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -104,14 +104,7 @@ class TensorFolder:
         Raises:
             TritterError: the file is damaged.
         """
-        path = self.folder / self.headers[name].file
-        try:
-            with safe_open(path, framework="pt") as file:
-                if index:
-                    return file.get_slice(name)[index]
-                return file.get_tensor(name)
-        except (SafetensorError, OSError, MemoryError) as error:
-            raise TritterError(f"{path} cannot be read ({error}).") from error
+        return TensorReader(self).get(name, index=index)
 
     def torch_dtype(self, name: str) -> torch.dtype:
         import torch  # headers are read without it
@@ -121,6 +114,33 @@ class TensorFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.headers[name].shape
+
+
+class TensorReader:
+    """Reads many tensors of a folder: the last file stays open, its header was read once."""
+
+    def __init__(self, folder: TensorFolder) -> None:
+        self._folder = folder
+        self._file: Any = None
+        self._name = ""
+
+    def get(self, name: str, *, index: tuple[int | slice, ...] = ()) -> Tensor:
+        """Read one tensor, or what `index` selects of it.
+
+        Raises:
+            TritterError: the file is damaged.
+        """
+        file_name = self._folder.headers[name].file
+        path = self._folder.folder / file_name
+        try:
+            if file_name != self._name:
+                self._file, self._name = safe_open(path, framework="pt"), file_name
+            tensor: Tensor = (
+                self._file.get_slice(name)[index] if index else self._file.get_tensor(name)
+            )
+        except (SafetensorError, OSError, MemoryError) as error:
+            raise TritterError(f"{path} cannot be read ({error}).") from error
+        return tensor
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -1,0 +1,71 @@
+"""An expansion is checked by default, and what breaks its promise is told with the place."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.cli.conftest import Run
+from tests.oracle import saved, stock
+from tritter.checkpoint import read_lineage
+from tritter.cli import measure
+from tritter.evaluation.folder_jump import folder_jump
+
+
+@pytest.fixture
+def rounded(place: Path) -> Path:
+    """The current folder, its `base` in bfloat16."""
+    saved(stock(place / "base").bfloat16(), place / "base")
+    return place
+
+
+def _damaged(source: Path, result: Path, *arguments: Any, **keywords: Any) -> Any:
+    """Measure, after one entry of the new layer behind the second one was moved."""
+    tensors = load_file(result / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][5, 7] += 0.5
+    save_file(tensors, result / "model.safetensors", metadata={"format": "pt"})
+    return folder_jump(source, result, *arguments, **keywords)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_broken_promise_exits_3(
+    run: Run, rounded: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """One entry is enough, in any type: what is only copied is not rounded."""
+    monkeypatch.setattr(measure, "folder_jump", _damaged)
+    result = run(f"expand --checkpoint base --method llama-pro --dtype {dtype} --output deep")
+    assert result.code == 3
+    assert "claims to keep the function" in result.err
+    assert "parts from the source at layer 2" in " ".join(result.err.split())
+    record = read_lineage(rounded / "deep").expansion_history[-1]  # type: ignore[union-attr]
+    assert record.step0_error is not None and record.step0_error > 1e-3
+
+
+def test_rounding_is_said_where_there_is_any(run: Run, rounded: Path) -> None:
+    copied = run("expand --checkpoint base --method llama-pro")
+    assert copied.code == 0 and "rounding" not in copied.out
+    computed = run("expand --checkpoint base --method width")
+    assert computed.code == 0 and "rounding to bfloat16" in " ".join(computed.out.split())
+
+
+def test_nothing_is_measured_only_where_that_is_asked(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "folder_jump", _damaged)
+        result = run("expand --checkpoint base --method llama-pro --no-measure --output raw")
+    assert result.code == 0 and "not measured" in result.out
+    for words in ("", "--measure"):
+        plain = run(f"expand --checkpoint base --method llama-pro --json --overwrite {words}").json
+        assert plain["step0_error"] < 1e-4
+
+
+def test_tokens_are_the_same_every_time_and_more_for_experts() -> None:
+    dense = {"model_type": "llama", "vocab_size": 300, "hidden_size": 8, "num_attention_heads": 2}
+    dense |= {"intermediate_size": 8, "num_hidden_layers": 1}
+    tokens = measure.random_tokens(dense)
+    assert torch.equal(tokens, measure.random_tokens(dense)) and int(tokens.max()) < 300
+    sparse = {**dense, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    assert measure.random_tokens(sparse).numel() > tokens.numel()

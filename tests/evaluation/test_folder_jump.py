@@ -1,0 +1,139 @@
+"""The jump of folders is that of loaded models, and a damaged place is named."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import oracle
+from tests.oracle.families import OWN, tiny
+from tritter import streamed
+from tritter.errors import TritterError
+from tritter.evaluation.folder_jump import folder_jump
+from tritter.evaluation.jump import logit_jump
+from tritter.expand import Expanded, expand
+from tritter.expansion import Dus, ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, Width
+from tritter.models import load_model
+
+TOKENS = oracle.tokens()
+EXACT: dict[str, list[ExpansionSpec]] = {
+    "llama_pro": [LlamaPro(positions=(0, 0, 2))],
+    "interpolate": [Interpolate(identity_init=True)],
+    "width then depth": [Width(init="net2net"), Dus(identity_init=True)],
+    "depth then width": [Stack(identity_init=True), Width(hidden_size=36)],
+}
+
+
+def made(place: Path, family: str, specs: Sequence[ExpansionSpec]) -> tuple[Path, Expanded]:
+    source = oracle.saved(tiny(family), place / "source")
+    return source, expand(source, place / "result", specs)
+
+
+def damaged(folder: Path, name: str) -> None:
+    """Move one entry of a tensor by as much as an entry is large."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[0] += 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "specs", [[Dus()], [Width(init="net2net", noise=0.02)]], ids=["dus", "width"]
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_figures_are_those_of_loaded_models(
+    tmp_path: Path, family: str, specs: list[ExpansionSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, result = made(tmp_path, family, specs)
+    expected = logit_jump(load_model(source), load_model(result.folder), TOKENS)
+    assert expected.relative_to_std > 1e-3
+    for block_bytes in (2**20, 4 * 24 * 5):
+        monkeypatch.setattr(streamed, "BLOCK_BYTES", block_bytes)
+        jump = folder_jump(source, result.folder, TOKENS).jump
+        assert jump.max_absolute == pytest.approx(expected.max_absolute, rel=1e-4)
+        assert jump.relative_to_std == pytest.approx(expected.relative_to_std, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_exact_growth_of_every_family_parts_nowhere(tmp_path: Path, family: str) -> None:
+    source, result = made(tmp_path, family, [Width(), LlamaPro(), Stack(identity_init=True)])
+    found = folder_jump(source, result.folder, TOKENS)
+    assert found.jump.relative_to_std < 1e-4
+    # As far as states go, that is: what is asked after them is never the place
+    assert found.parting(result.plan.parameter_map.layer_sources) == "the final norm or the head"
+
+
+@pytest.mark.parametrize("specs", EXACT.values(), ids=EXACT)
+def test_the_damaged_layer_is_named(tmp_path: Path, specs: list[ExpansionSpec]) -> None:
+    source, result = made(tmp_path, "llama", specs)
+    sources = result.plan.parameter_map.layer_sources
+    sound = folder_jump(source, result.folder, TOKENS)
+    assert sound.jump.relative_to_std < 1e-4
+    assert sound.parting(sources) == "the final norm or the head"
+    for layer in (len(sources) - 1, len(sources) - 2):
+        damaged(result.folder, f"model.layers.{layer}.self_attn.o_proj.weight")
+        found = folder_jump(source, result.folder, TOKENS)
+        assert found.jump.relative_to_std > 1e-3
+        assert found.parting(sources) == f"layer {layer}"
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.embed_tokens.weight", "the embedding"),
+        ("model.layers.0.input_layernorm.weight", "layer 0"),
+        ("model.norm.weight", "the final norm or the head"),
+        ("lm_head.weight", "the final norm or the head"),
+    ],
+)
+def test_what_is_no_layer_is_named(tmp_path: Path, name: str, place: str) -> None:
+    source, result = made(tmp_path, "llama", [LlamaPro()])
+    damaged(result.folder, name)
+    tokens = torch.zeros_like(TOKENS)  # the damaged row of the embedding
+    found = folder_jump(source, result.folder, tokens)
+    assert found.jump.relative_to_std > 1e-3
+    assert found.parting(result.plan.parameter_map.layer_sources) == place
+
+
+def test_a_copy_that_does_not_do_its_work_is_named(tmp_path: Path) -> None:
+    """The first of two copies may do nothing, the last one may not."""
+    source, result = made(tmp_path, "llama", [LlamaPro(positions=(1,))])
+    file = result.folder / "model.safetensors"
+    tensors = load_file(file)
+    for part in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.1.{part}.weight"].zero_()
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = folder_jump(source, result.folder, TOKENS)
+    assert found.parting(result.plan.parameter_map.layer_sources) == "layer 2"
+
+
+def test_experts_and_numbers_that_are_none(tmp_path: Path) -> None:
+    source, result = made(tmp_path, "qwen3", [Moe(num_experts=4, noise=0.0)])
+    sources = result.plan.parameter_map.layer_sources
+    assert folder_jump(source, result.folder, TOKENS).jump.relative_to_std < 1e-4
+    file = result.folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.2.mlp.experts.3.down_proj.weight"][0, 0] = math.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = folder_jump(source, result.folder, TOKENS)
+    assert math.isnan(found.jump.relative_to_std) and found.jump.to_dict()["max_absolute"] is None
+    assert found.parting(sources) == "layer 2"
+
+
+def test_progress_ends_where_it_said(tmp_path: Path) -> None:
+    source, result = made(tmp_path, "qwen2_moe", [LlamaPro()])
+    seen: list[tuple[int, int]] = []
+    folder_jump(source, result.folder, TOKENS, progress=lambda *figures: seen.append(figures))
+    done = [each[0] for each in seen]
+    assert done == sorted(done) and len(done) > 50
+    assert len({each[1] for each in seen}) == 1 and seen[-1][0] == seen[-1][1]
+
+
+def test_other_vocabulary_is_refused(tmp_path: Path) -> None:
+    one = oracle.saved(tiny("llama"), tmp_path / "one")
+    other = oracle.saved(tiny("llama", vocab_size=98), tmp_path / "other")
+    with pytest.raises(TritterError, match="vocabular"):
+        folder_jump(one, other, TOKENS)
