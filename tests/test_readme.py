@@ -149,7 +149,7 @@ def check_tritter(words: list[str]) -> None:
         return check_train(words[1:])
     if len(words) == 1:  # prose that speaks of the command
         words = [*words, "--help"]
-    if words[0] == "report":
+    if words[0] in ("report", "compare"):
         _leave_finished_runs(words[1:])
     elif "--help" not in words:
         _leave_checkpoints(words)

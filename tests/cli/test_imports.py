@@ -16,6 +16,7 @@ sys.exit(code)
 """
 FORMAT_1 = Path(__file__).parents[1] / "fixtures/format_1/finished/checkpoint"
 COMMANDS = (
+    "compare",
     "expand",
     "evaluate",
     "history",

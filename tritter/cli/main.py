@@ -200,6 +200,19 @@ def report(
     return run_report(folders, output=output, figures=figures, overwrite=overwrite, as_json=as_json)
 
 
+@app.command()
+def compare(
+    folders: options.Runs,
+    output: options.CompareOutput = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> int:
+    """Hold finished runs against the first: settings, losses in pairs, cost."""
+    from tritter.cli.compare import run_compare
+
+    return run_compare(folders, output=output, overwrite=overwrite, as_json=as_json)
+
+
 @app.command(name="inspect")
 def inspect_checkpoint(folder: options.Folder, as_json: options.AsJson = False) -> int:
     """Show a checkpoint's shapes and parameters, and the map of its last expansion."""

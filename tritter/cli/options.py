@@ -131,6 +131,13 @@ Figures = Annotated[
     ),
 ]
 
+CompareOutput = Annotated[
+    Path | None,
+    option(
+        "--output", "FILE", "Also write a page (.html), or the numbers (.csv, .json).", parser=place
+    ),
+]
+
 # history
 
 Verify = Annotated[

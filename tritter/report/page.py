@@ -68,12 +68,17 @@ _VERDICTS = ("kept", "rolled back", "undecided", "passed", "failed")
 
 
 def page(
-    runs: Sequence[Run], *, title: str, notes: Sequence[str] = ()
+    runs: Sequence[Run],
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    beside: Mapping[str, PageTable] | None = None,
 ) -> tuple[str, dict[str, bytes]]:
     """Return the page, and its figures by file name as PNG.
 
     Args:
         notes: what a reader should know of folders that are not on it.
+        beside: title → table, of what stands below the table of all runs.
     """
     groups = grouped(runs)
     pictures = {name: [_png(figure) for figure in found] for name, found in figures(groups).items()}
@@ -87,6 +92,7 @@ def page(
         notes=notes,
         verdicts=_VERDICTS,
         overview=_overview(groups),
+        beside=dict(beside or {}),
         figures=[
             {
                 "name": name,
@@ -97,7 +103,7 @@ def page(
             for name, found in pictures.items()
         ],
         lineage="\n".join(_tree(runs)),
-        differing=_differing(runs),
+        differing=PageTable((), ()) if beside else _differing(runs),
         runs=[_details(run) for run in runs],
     )
     files = {

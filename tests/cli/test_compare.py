@@ -1,0 +1,170 @@
+"""`tritter compare`: what differs is said, and paired where the documents are the same."""
+
+import copy
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.conftest import Run
+from tests.report.conftest import SUMMARY
+from tests.report.test_runs import SETTINGS
+from tritter.evaluation.bootstrap import NUM_RESAMPLES
+from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import relative_harm
+
+DOCUMENTS = 60
+
+
+def scored(factor: float, *, seed: int, first: int = 0) -> PairedScores:
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.randint(50, 500, (DOCUMENTS,), generator=torch.Generator().manual_seed(7))
+    noise = 1 + 0.02 * torch.randn(DOCUMENTS, generator=generator).double()
+    return PairedScores(
+        identifiers=tuple(f"d{first + n}" for n in range(DOCUMENTS)),
+        values=size.double() * factor * noise,
+        weights={"tokens": size, "bytes": 3 * size},
+        unit="nats",
+    )
+
+
+def write_run(folder: Path, scores: dict[str, PairedScores], **settings: Any) -> None:
+    """Leave what a finished run leaves, of scores that its summary tells."""
+    (folder / "scores").mkdir(parents=True)
+    summary = copy.deepcopy(SUMMARY)
+    final = summary["attempts"][0]["final"]  # type: ignore[index]
+    for name, held in scores.items():
+        final[name] = held.record()
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "run.json").write_text(json.dumps({"fingerprint": SETTINGS | settings}))
+    plain = {name: held.to_dict() for name, held in scores.items()}
+    (folder / "scores/attempt_1-trained.json").write_text(json.dumps(plain))
+    header = "step,train/loss,performance/peak_memory_bytes\n"
+    (folder / "metrics.csv").write_text(f"{header}1,2.5,\n2,2.25,300000000\n3,,200000000\n")
+
+
+@pytest.fixture
+def runs(place: Path) -> Path:
+    """`first`, `better` on code and worse on prose, and `other` on other documents of prose."""
+    code = scored(3.0, seed=1)
+    write_run(place / "first", {"prose": scored(2.0, seed=2), "code": code}, seed=0)
+    better = {"prose": scored(2.1, seed=3), "code": scored(2.7, seed=4)}
+    write_run(place / "better", better, seed=0, training={"learning_rate": 0.1})
+    other = {"prose": scored(2.0, seed=2, first=100), "code": code}
+    write_run(place / "other", other, seed=1)
+    return place
+
+
+def test_differences_are_those_of_the_paired_bootstrap(run: Run, runs: Path) -> None:
+    content = run("compare first better other --json").json
+    assert content["reference"] == "first"
+    found = {(each["subject"], each["run"]): each for each in content["paired"]}
+    for domain, factors in {"prose": (2.0, 2, 2.1, 3), "code": (3.0, 1, 2.7, 4)}.items():
+        base, base_seed, factor, seed = factors
+        harm = relative_harm(scored(base, seed=base_seed), scored(factor, seed=seed))
+        each = found[domain, "better"]
+        assert each["value"] == harm.value and each["n"] == DOCUMENTS
+        assert each["lower"] == harm.lower(0.975) < harm.value < each["upper"]
+        assert each["upper"] == harm.upper(0.975)
+    assert NUM_RESAMPLES > 1000
+    assert found["prose", "better"]["lower"] > 0 > found["code", "better"]["upper"]
+    # The same numbers on other documents say nothing in pairs
+    assert found["prose", "other"]["why_not"] == "not paired: other documents"
+    assert found["prose", "other"]["value"] is None
+    assert found["code", "other"]["value"] == 0
+    by_name = {each["name"]: each for each in content["runs"]}
+    assert by_name["first"]["peak_memory_bytes"] == 3e8
+    assert by_name["first"]["total_flops"] == SUMMARY["flops"]["total"]  # type: ignore[index]
+
+
+def test_only_what_differs_is_told_of_the_settings(run: Run, runs: Path) -> None:
+    settings = run("compare first better --json").json["settings"]
+    assert "seed" not in settings
+    assert settings["training.learning_rate"]["better"] == 0.1
+    seeds = run("compare first other --json").json
+    assert seeds["settings"] == {"seed": {"first": 0, "other": 1}}
+    assert [group["runs"] for group in seeds["groups"]] == [["first", "other"]]
+
+
+def test_the_terminal_names_runs_once(run: Run, runs: Path) -> None:
+    result = run("compare first better other")
+    assert result.code == 0, result.err
+    out = [" ".join(line.split()) for line in result.out.splitlines()]
+    assert out[:3] == ["A first", "B better", "C other"]
+    assert any(line.startswith("prose B +5.") for line in out)
+    assert any(line.startswith("C -") and "not paired: other documents" in line for line in out)
+    for title in ("Settings that differ", "Losses", "Against A, in pairs", "Over seeds", "Cost"):
+        assert title in out
+    assert any("300 M" in line for line in out)
+
+
+def test_a_page_and_files_of_numbers(run: Run, runs: Path) -> None:
+    assert run("compare first better --output out/page.html").code == 0
+    page = (runs / "out/page.html").read_text()
+    assert "Against first, in pairs" in page and "Losses over tokens" in page
+    assert page.count("Settings that differ") == 1
+    assert run("compare first better --output numbers.csv").code == 0
+    table = list(csv.DictReader((runs / "numbers.csv").open()))
+    pairs = [row for row in table if row["quantity"].startswith("against")]
+    content = run("compare first better --json").json
+    assert [float(row["value"]) for row in pairs] == [each["value"] for each in content["paired"]]
+    assert run("compare first better --output numbers.json").code == 0
+    written = json.loads((runs / "numbers.json").read_text())
+    assert written["paired"] == content["paired"]
+
+
+def test_a_checkpoint_stands_for_the_run_that_left_it(run: Run, runs: Path) -> None:
+    (runs / "first/checkpoint").mkdir()
+    (runs / "first/checkpoint/tritter.json").write_text("{}")
+    content = run("compare first/checkpoint better --json").json
+    assert content["reference"] == "first"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "no scores/attempt_1-trained.json"),
+        (lambda path: path.write_text("{"), "cannot be read"),
+        (lambda path: path.write_text('{"prose": 3}'), "scores are no record"),
+        (
+            lambda path: path.write_text(path.read_text().replace("d7", "d8", 1)),
+            "not paired: other documents",
+        ),
+        (
+            lambda path: path.write_text(json.dumps({"prose": scored(5.0, seed=0).to_dict()})),
+            "is not what its summary tells",
+        ),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "a pipe"),
+    ],
+)
+def test_damaged_scores_leave_the_rest(run: Run, runs: Path, damage: Any, said: str) -> None:
+    damage(runs / "better/scores/attempt_1-trained.json")
+    result = run("compare first better --json")
+    assert result.code == 0, result.err
+    assert said in result.json["paired"][0]["why_not"]
+    assert result.json["runs"][1]["subjects"][0]["trained"] is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("first", "needs two or more"),
+        ("first first", "needs two or more"),
+        ("first base", "needs two or more"),
+        ("nowhere first", "it is not a folder"),
+        ("first better --output page.pdf", "allowed is one of .html, .csv, .json"),
+        ("first better --output base.csv", "it is a folder"),
+        ("first better --output there.json --overwrite", "replaces pages alone"),
+        ("first better --output there.json", "it is there already"),
+    ],
+)
+def test_refused(run: Run, runs: Path, words: str, said: str) -> None:
+    (runs / "base.csv").mkdir()
+    (runs / "there.json").write_text("{}")
+    result = run(f"compare {words}")
+    assert result.code == 2 and said in result.err
+    assert (runs / "there.json").read_text() == "{}"

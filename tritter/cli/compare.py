@@ -1,0 +1,181 @@
+"""`tritter compare`: runs side by side in the terminal, on a page, or in a file of numbers."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.text import Text
+
+from tritter.cli.output import new_console, new_table, print_json, shown_path, signs_of
+from tritter.cli.run_folders import find_runs, metric_rows, read_runs
+from tritter.config.run_folder import SUMMARY_FILE
+from tritter.errors import Problem, RequestError, TritterError
+from tritter.evaluation.paired_scores import PairedScores
+from tritter.pipeline.scoring import MAX_SCORE_BYTES, score_file
+from tritter.report.bounds import LARGEST
+from tritter.report.compared import Compared, Comparison, Scores, letter
+from tritter.report.page import page
+from tritter.report.page_table import PageTable
+from tritter.report.rows import last_attempt, score_of
+from tritter.report.runs import Run
+from tritter.storage.atomic import write_text_atomic
+from tritter.storage.reading import kind_of, read_object
+from tritter.storage.records import LINEAGE_NAME
+from tritter.terminal import Console
+
+_KINDS = (".html", ".csv", ".json")
+_SHORT = ("role", "run", "status", "verdict")  # columns that stay whole on a narrow terminal
+_PEAK = "performance/peak_memory_bytes"
+
+
+def run_compare(
+    folders: Sequence[Path], *, output: Path | None, overwrite: bool, as_json: bool
+) -> int:
+    """Print the comparison, or write it; return 0.
+
+    Args:
+        folders: of runs, of what holds them, or checkpoints that runs left.
+        output: a page, or a file of numbers, by its ending.
+
+    Raises:
+        RequestError: fewer than two runs are found, one is damaged, or the place is taken.
+    """
+    if output is not None:
+        _check_output(output, overwrite=overwrite)
+    found = find_runs([_run_of(folder) for folder in folders])
+    if len(found.finished) < 2:
+        reason = "one finished run is in it; a comparison needs two or more"
+        raise RequestError(Problem("RUN", ", ".join(map(str, folders)), reason=reason))
+    runs = read_runs(found.finished)
+    compared = [_compared(p, run) for p, run in zip(found.finished, runs, strict=True)]
+    comparison = Comparison(tuple(compared))
+    notes = [f"Not finished, and left out: {path}" for path in found.unfinished]
+    if as_json:
+        print_json({**comparison.to_dict(), "left_out": [str(path) for path in found.unfinished]})
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(output, _content(comparison, output.suffix, notes))
+    if not as_json:
+        _print(comparison, notes, output)
+    return 0
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse a file of another kind, and a place where something stands that is not replaced."""
+    if output.suffix not in _KINDS:
+        reason = f"the ending says what is written; allowed is one of {', '.join(_KINDS)}"
+        raise RequestError(Problem("--output", str(output), reason=reason))
+    if not os.path.lexists(output):
+        return
+    mode = output.lstat().st_mode
+    if kind_of(mode) != "a file":
+        raise RequestError(Problem("--output", str(output), reason=f"it is {kind_of(mode)}"))
+    if not overwrite:
+        reason = "it is there already; name another file, or replace it with --overwrite"
+        raise RequestError(Problem("--output", str(output), reason=reason))
+    if output.suffix != ".html":
+        reason = "--overwrite replaces pages alone, .html"
+        raise RequestError(Problem("--output", str(output), reason=reason))
+
+
+def _run_of(folder: Path) -> Path:
+    """Return the run that left a checkpoint, and any other folder as it is."""
+    is_checkpoint = (folder / LINEAGE_NAME).is_file() and not (folder / SUMMARY_FILE).exists()
+    above = folder.resolve().parent
+    return above if is_checkpoint and (above / SUMMARY_FILE).is_file() else folder
+
+
+def _compared(place: Path, run: Run) -> Compared:
+    scores, why_not = None, ""
+    try:
+        scores = _scores(place, run)
+    except TritterError as error:
+        why_not = str(error).removesuffix(".")
+    return Compared(run, scores, why_not, _peak_memory(place))
+
+
+def _scores(place: Path, run: Run) -> Scores:
+    """Return what the last model of a run scored, item by item.
+
+    Raises:
+        TritterError: it is not there, damaged, or not what its summary says.
+    """
+    summary = run.summary
+    rounds, attempts = summary.get("rounds") or (), summary["attempts"]
+    name = f"round_{len(rounds)}" if rounds else f"attempt_{max(1, len(attempts))}"
+    tasks = len(last_attempt(summary).get("tasks") or ())
+    task = f"_task_{tasks}" if tasks > 1 else ""
+    path = place / score_file(f"{name}{task}-trained")
+    if not os.path.lexists(path):
+        raise TritterError(f"no {path.relative_to(place)}")
+    plain = read_object(path, limit_bytes=MAX_SCORE_BYTES)
+    scores = {subject: PairedScores.from_dict(held) for subject, held in plain.items()}
+    for row in run.rows:
+        told = scores.get(row.domain)
+        stated = score_of((rounds or attempts or [summary])[-1].get("final"), row.domain).value
+        if told is None or stated is None:
+            continue
+        if not math.isclose(told.mean(), stated, rel_tol=1e-6, abs_tol=1e-9):
+            raise TritterError(f"{path.relative_to(place)} is not what its summary tells")
+    return scores
+
+
+def _peak_memory(place: Path) -> float | None:
+    """Return the most memory that a run wrote down; None where it did not."""
+    try:
+        cells = [row.get(_PEAK) for row in metric_rows(place / "metrics.csv")]
+        values = [float(cell) for cell in cells if cell]
+    except (TritterError, ValueError, TypeError):
+        return None
+    known = [value for value in values if 0 < value < LARGEST]
+    return max(known, default=None)
+
+
+def _content(comparison: Comparison, kind: str, notes: Sequence[str]) -> str:
+    if kind == ".json":
+        return json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n"
+    if kind == ".csv":
+        stream = io.StringIO()
+        csv.writer(stream, lineterminator="\n").writerows(comparison.rows())
+        return stream.getvalue()
+    runs = [each.run for each in comparison.runs]
+    tables = comparison.tables()
+    text, _ = page(runs, title="Runs compared", notes=notes, beside=tables)
+    return text
+
+
+def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) -> None:
+    console = new_console()
+    signs = signs_of(console)
+    for number, each in enumerate(comparison.runs):
+        console.print(Text(f"{letter(number)}  {signs.printable(each.name)}"), soft_wrap=True)
+    console.print()
+    for title, table in comparison.lettered().tables().items():
+        _print_table(console, title, table)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    if output is not None:
+        console.print(Text(f"written  {signs_of(console).printable(shown_path(output))}"))
+
+
+def _print_table(console: Console, title: str, table: PageTable) -> None:
+    signs = signs_of(console)
+    names = [f"{name}{' ' * table.header[:at].count(name)}" for at, name in enumerate(table.header)]
+    numbers = [names[at] for at in table.numbers]
+    wrapped = [name for name in names if name not in numbers and name.strip() not in _SHORT]
+    shown = new_table(*map(signs.printable, names), numbers=numbers, wrapped=wrapped)
+    before = ""
+    for row in table.rows:
+        is_again = table.header[0] == "domain" and row[0] == before
+        before = row[0]
+        cells = ("", *row[1:]) if is_again else row
+        shown.add_row(*(Text(signs.printable(cell)) for cell in cells))
+    console.print(Text(signs.printable(title), style="bold"))
+    console.print(shown)
+    if table.caption:
+        console.print(Text(signs.printable(table.caption), style="dim"))
+    console.print()

@@ -1,0 +1,359 @@
+"""Runs side by side, number by number: what the terminal, the page and the files of `compare` show.
+
+Between two runs a difference has bounds where both scored the same documents: it is taken in
+pairs, by the bootstrap that the gate uses. Else it is said that the two are not paired.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from tritter.errors import TritterError
+from tritter.evaluation.estimate import finite_or_none
+from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import drop_in_points, relative_harm
+from tritter.report.bounds import LARGEST
+from tritter.report.page_table import PageTable
+from tritter.report.rows import ScoreChange, last_attempt
+from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped
+from tritter.report.wording import MISSING, change_text, count_text, score_text
+
+Scores = Mapping[str, PairedScores]
+_CELL_CHARACTERS = 60
+_FEW_RUNS = 6  # that stand beside one another; more stand below
+MIN_DOCUMENTS = 20  # below which no bounds are told, as in the gate
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run, and what else of its folder a comparison needs.
+
+    Args:
+        scores: what it scored at its end, item by item; None where they are not there.
+        why_not: why they are not.
+        peak_memory: bytes, of its process or device; None where it was not written down.
+    """
+
+    run: Run
+    scores: Scores | None = None
+    why_not: str = ""
+    peak_memory: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that it was trained on, without the base; None where its settings don't say."""
+        per_step = self.run.tokens_per_step
+        return None if per_step is None else per_step * self.run.steps
+
+    def costs(self) -> dict[str, float | None]:
+        """Return what it took, by name: of its training, and of the whole run."""
+        total = {of: (self.run.summary.get(of) or {}).get("total") for of in ("flops", "seconds")}
+        if total["seconds"] is None:
+            took = (self.run.summary.get("seconds") or {}).values()
+            total["seconds"] = sum(value for value in took if value is not None) or None
+        return {
+            "training_flops": self.run.cost("flops"),
+            "total_flops": total["flops"],
+            "training_tokens": self.tokens,
+            "steps": self.run.steps,
+            "training_seconds": self.run.cost("seconds"),
+            "total_seconds": total["seconds"],
+            "peak_memory_bytes": self.peak_memory,
+            "parameters_before": (self.run.summary.get("parameters") or {}).get("baseline"),
+            "parameters_after": (self.run.summary.get("parameters") or {}).get("final"),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifference:
+    """How much worse a run is than the first on one subject, in pairs.
+
+    Args:
+        change: relative rise of the loss per byte, or points that an accuracy lost less.
+        n: documents or questions.
+        why_not: why there is none.
+    """
+
+    subject: str
+    run: str
+    change: ScoreChange = field(default_factory=lambda: ScoreChange(None, None, None))
+    n: int = 0
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs of a comparison; the first is what the others are held against."""
+
+    runs: tuple[Compared, ...]
+
+    def lettered(self) -> "Comparison":
+        """Return the same with a letter for each name, which leaves a narrow terminal its room."""
+        named = (replace(r.run, name=letter(n)) for n, r in enumerate(self.runs))
+        return Comparison(tuple(replace(c, run=r) for c, r in zip(self.runs, named, strict=True)))
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        return grouped([each.run for each in self.runs])
+
+    @cached_property
+    def paired(self) -> tuple[PairedDifference, ...]:
+        """Return every run but the first against the first, subject by subject."""
+        first, *others = self.runs
+        subjects = dict.fromkeys(row.domain for each in self.runs for row in each.run.rows)
+        return tuple(_difference(s, first, other) for s in subjects for other in others)
+
+    def tables(self) -> dict[str, PageTable]:
+        """Return title → table, those that have rows."""
+        tables = {
+            "Settings that differ": self._settings(),
+            "Verdicts and size": self._verdicts(),
+            "Losses": self._scores(),
+            f"Against {self.runs[0].name}, in pairs": self._differences(),
+            "Over seeds": self._seeds(),
+            "Cost": self._costs(),
+        }
+        return {title: table for title, table in tables.items() if table.rows}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all numbers as JSON holds them."""
+        return {
+            "reference": self.runs[0].name,
+            "confidence": CONFIDENCE,
+            "runs": [self._run_json(each) for each in self.runs],
+            "settings": {
+                key: {each.name: each.run.settings.get(key) for each in self.runs}
+                for key in self._keys
+            },
+            "paired": [
+                {
+                    "subject": each.subject,
+                    "run": each.run,
+                    **_change_json(each.change),
+                    "n": each.n,
+                    "why_not": each.why_not or None,
+                }
+                for each in self.paired
+            ],
+            "groups": [
+                {"name": group.name, "runs": [run.name for run in group.runs]}
+                for group in self.groups
+            ],
+        }
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return all numbers as rows of a CSV file, its header first."""
+        found: list[tuple[str, ...]] = [("run", "subject", "quantity", "value", "lower", "upper")]
+        for each in self.runs:
+            found += [(each.name, "", "status", str(each.run.summary["status"]), "", "")]
+            found += [(each.name, "", k, _number(v), "", "") for k, v in each.costs().items()]
+            for row in each.run.rows:
+                for stage in ("before", "expanded", "trained"):
+                    score = getattr(row, stage)
+                    value = None if score is None else score.value
+                    found.append((each.name, row.domain, stage, _number(value), "", ""))
+                found.append((each.name, row.domain, "change", *_bounds(row.change)))
+        for pair in self.paired:
+            quantity = f"against {self.runs[0].name}, in pairs"
+            found.append((pair.run, pair.subject, quantity, *_bounds(pair.change)))
+        for key in self._keys:
+            values = ((each.name, each.run.settings.get(key)) for each in self.runs)
+            found += [(name, "", key, _plain(value), "", "") for name, value in values]
+        return found
+
+    @cached_property
+    def _keys(self) -> tuple[str, ...]:
+        return differing_keys([each.run for each in self.runs])
+
+    def _settings(self) -> PageTable:
+        runs, keys = self.runs, self._keys
+        if len(runs) > max(_FEW_RUNS, len(keys)):
+            below = ((r.name, *(_short(r.run.settings.get(key)) for key in keys)) for r in runs)
+            return PageTable(("run", *keys), tuple(below) if keys else ())
+        beside = ((key, *(_short(r.run.settings.get(key)) for r in runs)) for key in keys)
+        return PageTable(("setting", *(each.name for each in runs)), tuple(beside))
+
+    def _verdicts(self) -> PageTable:
+        rows = []
+        for each in self.runs:
+            failed = [
+                f"{check['check']} of {check.get('subject')}"
+                for check in last_attempt(each.run.summary).get("gate") or []
+                if check["verdict"] in ("failed", "undecided")
+            ]
+            costs = each.costs()
+            sizes = (count_text(costs[f"parameters_{when}"]) for when in ("before", "after"))
+            said = (str(each.run.summary["status"]).replace("_", " "), ", ".join(failed) or MISSING)
+            rows.append((each.name, *said, *sizes))
+        header = ("run", "status", "failed or undecided", "parameters before", "after")
+        return PageTable(header, tuple(rows), (3, 4))
+
+    def _scores(self) -> PageTable:
+        subjects = dict.fromkeys((r.domain, r.role) for each in self.runs for r in each.run.rows)
+        has_grown = any(each.run.summary.get("expansion") for each in self.runs)
+        stages = ("before", "expanded", "trained") if has_grown else ("before", "trained")
+        rows = tuple(
+            (
+                domain,
+                role,
+                each.name,
+                *(score_text(getattr(row, stage)) for stage in stages),
+                change_text(row.change),
+                row.verdict or MISSING,
+            )
+            for domain, role in subjects
+            for each in self.runs
+            for row in each.run.rows
+            if (row.domain, row.role) == (domain, role)
+        )
+        header = ("domain", "role", "run", *stages, "change", "verdict")
+        caption = (
+            "nats per token, or right answers; change from before to trained, per byte in % with "
+            "the one-sided bounds of the gate: on old text forgetting, on new text gain"
+        )
+        return PageTable(header, rows, tuple(range(3, 4 + len(stages))), caption)
+
+    def _differences(self) -> PageTable:
+        rows = tuple(
+            (
+                *(each.subject, each.run, _difference_text(each.change)),
+                *(str(each.n) if each.n else MISSING, each.why_not),
+            )
+            for each in self.paired
+        )
+        caption = (
+            f"the run's loss per byte against that of {self.runs[0].name} on the same documents, "
+            f"in %, with the two-sided {CONFIDENCE:.0%} interval of the paired bootstrap; below "
+            "zero the run is better (of right answers above zero)"
+        )
+        return PageTable(("domain", "run", "difference", "documents", ""), rows, (2, 3), caption)
+
+    def _seeds(self) -> PageTable:
+        """Return each group's mean over its seeds; empty where every run is alone."""
+        domains = dict.fromkeys(row.domain for each in self.runs for row in each.run.losses)
+        rows = []
+        for group in (group for group in self.groups if len(group.runs) > 1):
+            for domain in domains:
+                if (mean := group.change(domain)) is not None:
+                    change = ScoreChange(mean.value, mean.lower, mean.upper)
+                    rows.append((domain, group.name, str(len(group.runs)), change_text(change)))
+        rows.sort(key=lambda row: list(domains).index(row[0]))
+        caption = f"change of loss per byte in %: mean with Student's {CONFIDENCE:.0%} interval"
+        return PageTable(("domain", "group", "seeds", "change"), tuple(rows), (2, 3), caption)
+
+    def _costs(self) -> PageTable:
+        header = ("run", "FLOPs", "of all", "tokens", "steps", "seconds", "of all", "peak memory")
+        rows = tuple(
+            (each.name, *(count_text(value) for value in list(each.costs().values())[:7]))
+            for each in self.runs
+        )
+        caption = (
+            "the training's and the whole run's; seconds depend on what else the machine did; "
+            "memory in bytes"
+        )
+        return PageTable(header, rows, tuple(range(1, 8)), caption)
+
+    def _run_json(self, each: Compared) -> dict[str, Any]:
+        return {
+            "name": each.name,
+            "status": each.run.summary["status"],
+            "seed": each.run.seed,
+            **each.costs(),
+            "subjects": [
+                {
+                    "subject": row.domain,
+                    "role": row.role,
+                    "before": row.before.value,
+                    "expanded": None if row.expanded is None else row.expanded.value,
+                    "trained": row.trained.value,
+                    "change": _change_json(row.change),
+                    "verdict": row.verdict,
+                }
+                for row in each.run.rows
+            ],
+        }
+
+
+def letter(number: int) -> str:
+    """Return A for 0, B for 1, and so on: AA comes after Z."""
+    rest, last = divmod(number, 26)
+    return (letter(rest - 1) if rest else "") + chr(ord("A") + last)
+
+
+def _difference(subject: str, first: Compared, other: Compared) -> PairedDifference:
+    for each in (first, other):
+        if each.scores is None:
+            return PairedDifference(subject, other.name, why_not=f"{each.name}: {each.why_not}")
+        if subject not in each.scores:
+            return PairedDifference(subject, other.name, why_not=f"{each.name} did not score it")
+    assert first.scores is not None and other.scores is not None
+    before, after = first.scores[subject], other.scores[subject]
+    if not _are_same(before, after):
+        return PairedDifference(subject, other.name, why_not="not paired: other documents")
+    try:
+        is_loss = before.unit == "nats"
+        estimate = relative_harm(before, after) if is_loss else drop_in_points(before, after)
+    except TritterError as error:
+        return PairedDifference(subject, other.name, why_not=str(error))
+    side = (1 + CONFIDENCE) / 2
+    bounds = [finite_or_none(each(side)) for each in (estimate.lower, estimate.upper)]
+    if len(before) < MIN_DOCUMENTS:
+        bounds = [None, None]
+    sign = 1 if is_loss else -1
+    lower, upper = [None if b is None else sign * b for b in bounds][::sign]
+    value = finite_or_none(sign * estimate.value + 0.0)  # which makes 0 of -0
+    if value is None or abs(value) > LARGEST:
+        return PairedDifference(subject, other.name, why_not="it is not finite")
+    change = ScoreChange(value, lower, upper, in_points=not is_loss)
+    return PairedDifference(subject, other.name, change, len(before))
+
+
+def _difference_text(change: ScoreChange) -> str:
+    """Return a difference with its bounds, those of points as well."""
+    text = change_text(change)
+    if not change.in_points or change.lower is None or change.upper is None:
+        return text
+    bounds = f"[{100 * change.lower:+.1f}, {100 * change.upper:+.1f}]"
+    return text.replace(" points", f" {bounds} points")
+
+
+def _are_same(first: PairedScores, second: PairedScores) -> bool:
+    """Say whether two records are about the same items: their digests, and bytes of each."""
+    return (first.unit, first.chance, first.identifiers) == (
+        second.unit,
+        second.chance,
+        second.identifiers,
+    ) and bool((first.weights[first.per] == second.weights[second.per]).all())
+
+
+def _change_json(change: ScoreChange) -> dict[str, Any]:
+    return {
+        "value": change.value,
+        "lower": change.lower,
+        "upper": change.upper,
+        "in_points": change.in_points,
+    }
+
+
+def _bounds(change: ScoreChange) -> tuple[str, str, str]:
+    return _number(change.value), _number(change.lower), _number(change.upper)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else repr(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return MISSING if value is None else str(value)
+
+
+def _short(value: Any) -> str:
+    text = _plain(value)
+    return text if len(text) <= _CELL_CHARACTERS else f"{text[: _CELL_CHARACTERS - 2]}.."
