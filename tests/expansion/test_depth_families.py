@@ -28,6 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"use_sliding_window": True, "attention_bias": True, **_SLIDING},
     "smollm3": {"attention_bias": True, "mlp_bias": True},
     "granite": {"attention_bias": True, "mlp_bias": True},
+    "olmo2": {"attention_bias": True},
     "phi3": {},
     "glm4": {},
     "gemma2": {**_SLIDING},

@@ -77,6 +77,7 @@ FLAGS = {
     "qwen3": ("attention_bias",),
     "smollm3": ("attention_bias", "mlp_bias"),
     "granite": ("attention_bias", "mlp_bias"),
+    "olmo2": ("attention_bias",),
     "glm4": ("attention_bias",),
     "gemma2": ("attention_bias",),
     "gemma3_text": ("attention_bias",),
@@ -111,6 +112,11 @@ def widths(draw: st.DrawFn, model: PreTrainedModel) -> Width:
     kv_heads = old.num_key_value_heads + draw(st.integers(0, 3))
     group = old.num_attention_heads // old.num_key_value_heads
     heads = kv_heads * (group if is_copied else group + draw(st.integers(0, 2)))
+    if family_of(config).norms_all_heads:  # all of them are copied, or none
+        kind = strategy or ("fresh" if init == "fresh" else "copy")
+        times = 1 if kind == "fresh" else draw(st.integers(1, 3))
+        heads = old.num_attention_heads * times
+        kv_heads = old.num_key_value_heads * (times if kind == "copy" else 1)
     hidden_size = old.hidden_size + draw(st.integers(0, 2 * old.hidden_size + 3))
     if family_of(config).heads_divide_hidden:
         hidden_size = -(-hidden_size // heads) * heads

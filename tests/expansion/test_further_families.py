@@ -20,6 +20,7 @@ from tritter.expansion import ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, 
 from tritter.families import check_config, family_of
 from tritter.growth.places import ffn_places
 from tritter.models import disk_tensors, live_tensors, named_tensors
+from tritter.parameter_map import AxisFactor, AxisMap
 
 IDENTITY, STOCK, GRADIENT = 1e-10, 1e-4, 1e-9
 
@@ -70,6 +71,80 @@ def test_the_constants_of_granite_stay_whatever_grows() -> None:
         other = {**step.target_config, name: config[name] * 2**0.5}
         changed = replace(step, target_config=other)
         assert oracle_growth.errors(model, [changed]).logits > 1e-3, name
+
+
+# A norm over all heads
+
+
+NORMED: dict[str, Width] = {
+    "hidden size alone": Width(hidden_size=37),
+    "copied with the hidden size": Width(init="net2net"),
+    "copied, odd size": Width(init="zero_pad", hidden_size=31, num_attention_heads=8),
+    "copied three times": Width(
+        num_attention_heads=12, num_key_value_heads=6, head_strategy="copy"
+    ),
+    "in their groups": Width(num_attention_heads=8, head_strategy="gqa"),
+}
+
+
+@pytest.mark.parametrize("case", NORMED)
+@pytest.mark.parametrize("eps", [1e-3, 1e-6])
+def test_heads_that_are_copied_alike_keep_their_common_norm(case: str, eps: float) -> None:
+    model = tiny("olmo2", rms_norm_eps=eps, attention_bias=True).double()
+    spec = NORMED[case]
+    if case == "copied, odd size":
+        spec = replace(spec, num_key_value_heads=4)
+    found = oracle_growth.errors(model, build_steps(model.config.to_dict(), [spec], seed=0))
+    assert found.logits < IDENTITY
+    assert found.worst_gradient < GRADIENT, max(found.gradients, key=found.gradients.__getitem__)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Width(num_attention_heads=8, num_key_value_heads=4),
+        Width(init="net2net", num_attention_heads=6, num_key_value_heads=3),
+        Width(num_attention_heads=6, num_key_value_heads=2, head_strategy="gqa"),
+        Width(num_attention_heads=12, num_key_value_heads=4, head_strategy="gqa"),
+    ],
+    ids=["fresh", "half copied", "uneven groups", "groups of three out of two"],
+)
+def test_heads_that_would_change_their_common_norm_are_refused(spec: Width) -> None:
+    config = tiny("olmo2").config.to_dict()
+    with pytest.raises(RequestError, match="olmo2 norms the queries of all heads together"):
+        build_steps(config, [spec], seed=0)
+
+
+def test_such_heads_stay_where_they_can_not_follow() -> None:
+    config = tiny("olmo2").config.to_dict()
+    kept = [Width(), Width(hidden_size=36), Width(init="net2net", hidden_size=36)]
+    for spec in kept:
+        (step,) = build_steps(config, [spec], seed=0)
+        assert step.target_config["num_attention_heads"] == 4
+    (step,) = build_steps(config, [Width(init="net2net")], seed=0)
+    assert step.target_config["num_attention_heads"] == 8
+
+
+def test_other_heads_shares_or_a_gain_that_follows_the_stream_are_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny("olmo2").double()
+    config = model.config.to_dict()
+    (step,) = build_steps(config, [Width(init="net2net", hidden_size=60)], seed=0)
+    maps = dict(step.parameter_map.tensors)
+    for name, size in (("layers.0.attention.q_norm", 24), ("layers.1.attention.k_norm", 12)):
+        axis = AxisFactor.gain(AxisMap.padded(size, size), rms_ratio=0.9)
+        wrong = {**maps, name: replace(maps[name], axes=(axis,))}
+        spoiled = replace(step, parameter_map=replace(step.parameter_map, tensors=wrong))
+        assert oracle_growth.errors(model, [spoiled]).logits > 1e-3
+    with monkeypatch.context() as patch:
+        patch.setattr(type(family_of(config)), "norms_all_heads", False)
+        fresh = build_steps(config, [Width(num_attention_heads=8)], seed=0)
+        assert oracle_growth.errors(model, fresh).logits > 1e-3
+        unequal = build_steps(config, [Width(init="net2net")], seed=0)
+        found = oracle_growth.errors(model, unequal)
+    assert found.logits < IDENTITY
+    assert found.worst_gradient > 1e-3
 
 
 # Matrices that stand below one another in one tensor

@@ -38,6 +38,7 @@ FLAGS: dict[str, list[dict[str, object]]] = {
     "qwen3": [{"attention_bias": True}],
     "smollm3": [{"attention_bias": True, "mlp_bias": True}],
     "granite": [{"attention_bias": True, "mlp_bias": True}],
+    "olmo2": [{"attention_bias": True}],
     "glm4": [{"attention_bias": False}],
     "gemma2": [{"attention_bias": True}],
     "gemma3_text": [{"attention_bias": True}],

@@ -215,6 +215,7 @@ FULL: dict[str, dict[str, object]] = {
     "qwen3": {},
     "smollm3": {"use_sliding_window": False},
     "granite": {},
+    "olmo2": {},
     "phi3": {"sliding_window": None},
     "glm4": {},
     "gemma2": {"sliding_window": 64},

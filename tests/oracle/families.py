@@ -37,6 +37,7 @@ OWN: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.4,
         "logits_scaling": 2.5,
     },
+    "olmo2": {},
     "phi3": {
         "sliding_window": 4,
         "rope_parameters": {
@@ -65,7 +66,7 @@ HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text")
 GEMMA = ("gemma2", "gemma3_text")
 # Made of mechanisms that the others prove, or that tests/expansion/test_further_families.py does;
 # generic tests of them are for the slow suite
-FURTHER = ("smollm3", "granite", "phi3", "glm4", "gemma2")
+FURTHER = ("smollm3", "granite", "olmo2", "phi3", "glm4", "gemma2")
 
 
 def marks_of(family: str) -> tuple[pytest.MarkDecorator, ...]:

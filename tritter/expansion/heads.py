@@ -89,6 +89,40 @@ def check_heads(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None
         )
 
 
+def check_normed_heads(
+    model_type: str, old: Dimensions, new: Dimensions, *, strategy: Strategy
+) -> None:
+    """Check head counts of a model whose queries are normed over all heads, and its keys.
+
+    The mean square over all heads stays what it is where each is copied as often as the others.
+
+    Raises:
+        RequestError: it would not stay; says which counts can be had.
+    """
+    if strategy == "split" or are_copied_alike(old, new, strategy=strategy):
+        return
+    heads, kv_heads = old.num_attention_heads, old.num_key_value_heads
+    raise RequestError(
+        f"expansion.width.num_attention_heads = {new.num_attention_heads} with "
+        f"num_key_value_heads = {new.num_key_value_heads}: {model_type} norms the queries of all "
+        "heads together, and the keys, so each head is copied equally often or none; allowed are "
+        f"head_strategy=copy with {heads} and {kv_heads} times a whole number, head_strategy=gqa "
+        f"with a multiple of {heads}, or the counts that the model has."
+    )
+
+
+def are_copied_alike(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> bool:
+    """Return whether every head, of queries and of keys, has the same number of copies."""
+    counts = (new.num_attention_heads, new.num_key_value_heads)
+    if counts == (old.num_attention_heads, old.num_key_value_heads):
+        return True
+    if new.num_attention_heads % old.num_attention_heads:
+        return False
+    if strategy == "fresh" or new.num_key_value_heads % old.num_key_value_heads:
+        return False
+    return spreads_groups(old, new) or group_size(new) % group_size(old) == 0
+
+
 def spreads_groups(old: Dimensions, new: Dimensions) -> bool:
     """Return whether groups are smaller than they were: no new one holds all of its source."""
     return group_size(new) < group_size(old)

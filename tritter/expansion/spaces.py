@@ -66,7 +66,10 @@ class Spaces:
             case Port.READ:
                 factor = AxisFactor.reads(axis_map)
             case Port.GAIN:
-                factor = AxisFactor.gain(axis_map, rms_ratio=rms_ratio(self.residual))
+                # q and k have the new eps's scale already, and their copies the old mean square
+                is_of_heads = axis.space.kind in ("query", "key_value")
+                ratio = 1.0 if is_of_heads else rms_ratio(self.residual)
+                factor = AxisFactor.gain(axis_map, rms_ratio=ratio)
         return None if factor.is_identity and axis_map.is_identity else factor
 
     def _axis_map(self, space: Space, old_size: int, new_size: int) -> AxisMap:

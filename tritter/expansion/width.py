@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 from pydantic import Field
 
 from tritter.errors import RequestError
-from tritter.expansion.heads import Strategy, check_heads, head_targets, spreads_groups
+from tritter.expansion.heads import (
+    Strategy,
+    are_copied_alike,
+    check_heads,
+    check_normed_heads,
+    head_targets,
+    spreads_groups,
+)
 from tritter.expansion.rotary import check_rotary
 from tritter.families import (
     Config,
@@ -93,11 +100,13 @@ class Width:
 
     def target_config(self, family: Family, config: Config) -> Config:
         old = family.dimensions(config)
-        new = self._target_dimensions(old)
+        new = self._target_dimensions(family, old)
         self._check_noise()
         self._check_layers(config)
         _check_not_smaller(old, new)
         check_heads(old, new, strategy=self.strategy)
+        if family.norms_all_heads:
+            check_normed_heads(family.model_type, old, new, strategy=self.strategy)
         check_rotary(family, config, old, new, is_split=self.strategy == "split")
         self._check_hidden_size(family, old, new)
         ratio = planned_rms_ratio(old.hidden_size, new.hidden_size, init=self.init)
@@ -167,14 +176,14 @@ class Width:
             str(size)
             for size in multiples
             if size >= old.hidden_size
-            and replace(self, hidden_size=size)._target_dimensions(old) != old
+            and replace(self, hidden_size=size)._target_dimensions(family, old) != old
         )
         raise RequestError(
             f"expansion.width.hidden_size = {new.hidden_size}: {family.model_type} accepts only "
             f"multiples of its {heads} attention heads; nearest: {nearest}."
         )
 
-    def _target_dimensions(self, old: Dimensions) -> Dimensions:
+    def _target_dimensions(self, family: Family, old: Dimensions) -> Dimensions:
         targets = (
             self.hidden_size,
             self.intermediate_size,
@@ -193,6 +202,10 @@ class Width:
             heads=self.num_attention_heads,
             kv_heads=self.num_key_value_heads,
         )
+        is_asked = self.num_attention_heads is not None or self.num_key_value_heads is not None
+        if family.norms_all_heads and self.strategy != "split" and not is_asked:
+            are_kept = not are_copied_alike(old, with_heads, strategy=self.strategy)
+            with_heads = old if are_kept else with_heads
         return replace(
             with_heads,
             hidden_size=hidden_size,

@@ -31,7 +31,11 @@ def width_map(
     is_scaled = any(a.port is Port.WRITE_SCALED for t in family.tensors for a in t.axes)
     spaces = Spaces(
         residual=residual_map(old.hidden_size, new.hidden_size, is_repeated=is_repeated),
-        heads=head_maps(old, new, strategy=strategy, equal_shares=equal_shares),
+        # A norm over all heads hands the gradient of each on to all: shares that differ between
+        # copies would be mixed, and moments could not follow
+        heads=head_maps(
+            old, new, strategy=strategy, equal_shares=equal_shares or family.norms_all_heads
+        ),
         is_tied=bool(source.get("tie_word_embeddings")),
         embedding_scale=(old.hidden_size / new.hidden_size) ** 0.5 if is_scaled else 1.0,
         units_are_copied=init != "fresh",

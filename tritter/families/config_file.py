@@ -55,6 +55,7 @@ _SILENT: Mapping[str, Config] = {
         "no_rope_layer_interval": 4,
     },
     "granite": {"tie_word_embeddings": False},
+    "olmo2": {"tie_word_embeddings": False},
     "phi3": {"tie_word_embeddings": False, "sliding_window": None},
     "glm4": {
         "tie_word_embeddings": False,

@@ -29,6 +29,7 @@ EXPERT_SIZES = {
 }
 
 Biases = Literal["none", "qkv", "qkvo"]
+QueryNorm = Literal["none", "each head", "all heads"]
 
 
 def decoder_tensors(
@@ -61,7 +62,8 @@ def decoder_tensors(
 
 def attention(
     *,
-    has_query_norm: bool = False,
+    has_input_norm: bool = True,
+    query_norm: QueryNorm = "none",
     output_norm: str = "",
     biases: Biases = "none",
     bias_key: str = "",
@@ -70,17 +72,20 @@ def attention(
     """Return the norm before attention, its projections, and what stands behind them.
 
     Args:
-        has_query_norm: an RMSNorm per head follows q and k, which shares the config's eps.
+        has_input_norm: an RMSNorm stands between the residual stream and q, k and v.
+        query_norm: whether an RMSNorm, which shares the config's eps, follows q and k, and
+            whether its mean square is that of a head or of all.
         output_norm: name of an RMSNorm between o and the residual stream; empty: there is none.
         biases: which projections have biases.
         bias_key: config key that adds them; empty: always.
         within: name of the layer in which q, k and v stand below one another, if there is one.
     """
-    port = Port.ABSORBED if has_query_norm else Port.WRITE_NONLINEAR
+    port = Port.WRITE_NONLINEAR if query_norm == "none" else Port.ABSORBED
     read = Axis(_ATTENTION_INPUT, Port.READ)
     output = Axis(_ATTENTION_OUTPUT, Port.WRITE) if output_norm else _RESIDUAL
+    before = [_norm("attention_norm", "input_layernorm", _ATTENTION_INPUT)]
     tensors = [
-        _norm("attention_norm", "input_layernorm", _ATTENTION_INPUT),
+        *(before if has_input_norm else ()),
         *_linear("attention.q", "self_attn.q_proj", Axis(_QUERY, port), read, biases, bias_key,
                  within=within),
         *_linear("attention.k", "self_attn.k_proj", Axis(_KEY_VALUE, port), read, biases, bias_key,
@@ -88,10 +93,11 @@ def attention(
         *_linear("attention.v", "self_attn.v_proj", Axis(_KEY_VALUE, Port.WRITE), read, biases,
                  bias_key, within=within),
     ]  # fmt: skip
-    if has_query_norm:
+    if query_norm != "none":
+        is_of_all = query_norm == "all heads"
         tensors += [
-            _norm("attention.q_norm", "self_attn.q_norm", _HEAD_DIM),
-            _norm("attention.k_norm", "self_attn.k_norm", _HEAD_DIM),
+            _norm("attention.q_norm", "self_attn.q_norm", _QUERY if is_of_all else _HEAD_DIM),
+            _norm("attention.k_norm", "self_attn.k_norm", _KEY_VALUE if is_of_all else _HEAD_DIM),
         ]
     of_output: Biases = "qkvo" if biases == "qkvo" else "none"
     tensors += _linear(

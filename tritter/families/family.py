@@ -50,6 +50,11 @@ class Family:
         return self.sparse_layers != "none"
 
     @property
+    def norms_all_heads(self) -> bool:
+        """A norm behind the queries takes the mean square over all heads."""
+        return any(t.is_norm and t.axes[0].space.kind == "query" for t in self.tensors)
+
+    @property
     def has_stacked_ffn(self) -> bool:
         """Gate and up of an FFN are one tensor."""
         return any(tensor.within and tensor.kind == "ffn.up" for tensor in self.tensors)

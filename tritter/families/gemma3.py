@@ -15,7 +15,7 @@ GEMMA3_TEXT = Family(
     heads_divide_hidden=True,
     tensors=decoder_tensors(
         *attention(
-            has_query_norm=True,
+            query_norm="each head",
             output_norm="post_attention_layernorm",
             biases="qkvo",
             bias_key="attention_bias",

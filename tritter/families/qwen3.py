@@ -15,7 +15,7 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     heads_divide_hidden=False,
     tensors=decoder_tensors(
-        *attention(has_query_norm=True, biases="qkvo", bias_key="attention_bias"),
+        *attention(query_norm="each head", biases="qkvo", bias_key="attention_bias"),
         ffn_norm(),
         *dense_ffn(),
     ),
@@ -28,7 +28,7 @@ QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     heads_divide_hidden=False,
     tensors=decoder_tensors(
-        *attention(has_query_norm=True, biases="qkvo", bias_key="attention_bias"),
+        *attention(query_norm="each head", biases="qkvo", bias_key="attention_bias"),
         ffn_norm(),
         *dense_ffn(layers="dense"),
         *experts(module="mlp", gate="gate_proj", up="up_proj", down="down_proj", layers="sparse"),

@@ -9,6 +9,7 @@ from tritter.families.glm4 import GLM4
 from tritter.families.granite import GRANITE
 from tritter.families.llama import LLAMA
 from tritter.families.mistral import MISTRAL, MIXTRAL
+from tritter.families.olmo2 import OLMO2
 from tritter.families.phi3 import PHI3
 from tritter.families.qwen2 import QWEN2, QWEN2_MOE
 from tritter.families.qwen3 import QWEN3, QWEN3_MOE
@@ -23,6 +24,7 @@ FAMILIES: dict[str, Family] = {
         QWEN3,
         SMOLLM3,
         GRANITE,
+        OLMO2,
         PHI3,
         GLM4,
         GEMMA2,
