@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import oracle
-from tests.oracle.families import OWN, SPARSE, tiny
+from tests.oracle.families import SPARSE, generic, tiny
 from tests.oracle.sizes import SIZES, uneven, written
 from tritter import streamed
 from tritter.errors import TritterError
@@ -53,7 +53,7 @@ def assert_the_same(folder: Path) -> StreamedModel:
     return model
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 def test_every_family(tmp_path: Path, family: str) -> None:
     for tied in (False, True):
         model = tiny(family, tie_word_embeddings=tied)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import oracle
-from tests.oracle.families import OWN, tiny
+from tests.oracle.families import generic, tiny
 from tritter import streamed
 from tritter.errors import TritterError
 from tritter.evaluation.folder_jump import folder_jump
@@ -57,7 +57,7 @@ def test_figures_are_those_of_loaded_models(
         assert jump.relative_to_std == pytest.approx(expected.relative_to_std, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", generic())
 def test_exact_growth_of_every_family_parts_nowhere(tmp_path: Path, family: str) -> None:
     source, result = made(tmp_path, family, [Width(), LlamaPro(), Stack(identity_init=True)])
     found = folder_jump(source, result.folder, TOKENS)

@@ -16,6 +16,7 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import FURTHER, STACKED, tiny
 from tritter.errors import RequestError
 from tritter.expand import expand
+from tritter.expand.live import ModelExpander
 from tritter.expansion import ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, Width, build_steps
 from tritter.families import check_config, family_of
 from tritter.growth.places import ffn_places
@@ -186,6 +187,13 @@ def test_rows_in_each_others_place_are_seen(family: str, one: str, other: str) -
     swapped = replace(step, parameter_map=replace(step.parameter_map, tensors=maps))
     assert oracle_growth.errors(model, [step]).logits < IDENTITY
     assert oracle_growth.errors(model, [swapped]).logits > 1e-3
+
+
+def test_a_live_model_is_expanded_as_a_folder_is() -> None:
+    model = tiny("phi3")
+    grown = ModelExpander([Width(init="net2net"), LlamaPro()]).expand(model).eval()
+    assert grown.model.layers[0].self_attn.qkv_proj.weight.shape == (96, 48)
+    assert oracle.relative_difference(model, grown, oracle.tokens()) < STOCK
 
 
 @pytest.mark.parametrize("family", STACKED)

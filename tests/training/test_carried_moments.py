@@ -1,5 +1,6 @@
 """Moments through an expansion: on a live optimizer, on files, and against a second training."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests import oracle
+from tests.oracle.families import tiny
 from tritter.checkpoint.state import LazyTensors, read_state, write_state
 from tritter.errors import TritterError
 from tritter.expand import expand, plan_expansion
@@ -36,10 +38,16 @@ def with_moments(model: nn.Module, *, steps: int = 3) -> torch.optim.AdamW:
 
 
 def transplanted(
-    folder: Path, specs: list[ExpansionSpec], *, policy: str = "carry", tied: bool = False
+    folder: Path,
+    specs: list[ExpansionSpec],
+    *,
+    family: str = "llama",
+    policy: str = "carry",
+    tied: bool = False,
 ) -> tuple[nn.Module, torch.optim.AdamW]:
     """Return the expanded model and an optimizer that was given the old one's moments."""
-    source = oracle.saved(oracle.tiny_llama(tie_word_embeddings=tied).double(), folder / "source")
+    model = oracle.tiny_llama if family == "llama" else partial(tiny, family)
+    source = oracle.saved(model(tie_word_embeddings=tied).double(), folder / "source")
     old = oracle.stock(source, torch.float64)
     optimizer = with_moments(old)
     plan = plan_expansion(source, specs)
@@ -51,14 +59,18 @@ def transplanted(
     return new, own
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
+CASES = [("llama", name, is_tied) for name in SPECS for is_tied in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "tied"), [*CASES, ("phi3", "both", False), ("olmo2", "net2net", False)]
+)
 def test_carried_moments_are_those_the_expanded_model_would_have(
-    tmp_path: Path, specs: list[ExpansionSpec], tied: bool
+    tmp_path: Path, family: str, name: str, tied: bool
 ) -> None:
     """Both models see the same batches at rate 0; nothing of ours computes the second one."""
     with oracle.float64_casts():
-        model, own = transplanted(tmp_path, specs, tied=tied)
+        model, own = transplanted(tmp_path, SPECS[name], family=family, tied=tied)
         other = with_moments(model)
     compared = 0
     for name, parameter in model.named_parameters():
