@@ -40,7 +40,7 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="it is for 
         (["hydra.r"], ["hydra.run."]),
         (["hydra.output"], []),
         (["hydra/l"], ["hydra/launcher="]),
-        (["hydra/launcher="], ["hydra/launcher=basic"]),
+        (["hydra/launcher=b"], ["hydra/launcher=basic"]),
         (["trainer.precision.x"], []),
         (["--conf"], ["--config-dir", "--config-name"]),
         (["--cfg", ""], ["all", "hydra", "job"]),

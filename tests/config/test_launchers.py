@@ -1,14 +1,23 @@
-"""A launcher's process has what the command was given, and nothing else of it."""
+"""Launchers: what their processes are given, which settings they take, and what they break."""
 
 import contextvars
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra._internal.core_plugins import basic_launcher
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
-from tests.config.conftest import FakePipeline
+from tests.config.conftest import FakeOutcome, FakePipeline
 from tests.config.test_entry import Run
+from tritter.config import launchers, memory
+from tritter.config.launchers import launching
+from tritter.config.schema import RunConfig
+from tritter.storage.lock import process_in
 
 
 def test_a_job_in_another_process_records_where_its_options_came_from(
@@ -25,3 +34,145 @@ def test_a_job_in_another_process_records_where_its_options_came_from(
     for job in ("0", "1"):
         recorded = json.loads((tmp_path / "sweep" / job / "run.json").read_text())
         assert recorded["config_folders"] == [str(tmp_path / "conf")]
+
+
+@pytest.mark.parametrize(
+    ("group", "option", "extra"),
+    [("launcher", "joblib", "sweeps"), ("launcher", "ray", "ray"), ("sweeper", "optuna", "sweeps")],
+)
+def test_a_plugin_that_is_missing_is_named_with_its_extra(
+    run: Run, monkeypatch: pytest.MonkeyPatch, group: str, option: str, extra: str
+) -> None:
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"][group], f"{option}.yaml", False)
+    result = run("-m", f"hydra/{group}={option}", "seed=0,3")
+    assert (result.code, result.written) == (2, [])
+    assert f"hydra/{group} = {option}: " in result.err
+    assert f"pip install 'tritter[{extra}]'" in result.err and len(result.err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("hydra/launcher=joblib hydra.launcher.n_jobs=0", "hydra.launcher.n_jobs = 0"),
+        ("hydra/launcher=joblib hydra.launcher.require=sharedmem", "process of its own"),
+        ("hydra/launcher=joblib hydra.launcher.timeout=3.0", "allowed is null"),
+        ("hydra/launcher=submitit_local hydra.launcher.nodes=2", "would write to one folder"),
+        (
+            "hydra/launcher=submitit_slurm hydra.launcher.timeout_min=0",
+            "hydra.launcher.timeout_min",
+        ),
+        ("hydra/launcher=joblib trainer=ddp", "a sweep's launcher may run its jobs side by side"),
+    ],
+)
+def test_settings_of_launchers_that_would_harm_are_refused(run: Run, words: str, said: str) -> None:
+    result = run("-m", "seed=0,3", *words.split())
+    assert (result.code, result.written) == (2, [])
+    assert said in result.err
+
+
+def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def how(class_name: str, num_jobs: int, **settings: object) -> tuple[int, int | None]:
+        hydra = OmegaConf.create({"launcher": {"_target_": f"a.b.{class_name}", **settings}})
+        found = launching(hydra, num_jobs=num_jobs)
+        return found.at_once, found.threads
+
+    monkeypatch.setattr(launchers, "num_cores", lambda: 8)
+    assert how("JoblibLauncher", 24, n_jobs=-1) == (8, 1)
+    assert how("JoblibLauncher", 24, n_jobs=-3) == (6, 1)
+    assert how("JoblibLauncher", 24, n_jobs=3) == (3, 2)
+    assert how("JoblibLauncher", 2, n_jobs=3) == (2, 4)
+    assert how("LocalLauncher", 24) == (24, 1)
+    assert how("RayLauncher", 24, ray={"init": {"num_cpus": 4}, "remote": {"num_cpus": 2}}) == (
+        2,
+        4,
+    )
+    assert how("BasicLauncher", 24) == (1, None)
+
+
+def test_jobs_side_by_side_have_to_fit_together(
+    run: Run, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("-m", "model=tritter_125m", "seed=0,3")
+    monkeypatch.setattr(memory, "machine_memory", lambda: 9 * 10**9)  # for one, and a half
+    refused = run(*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=3")
+    assert (refused.code, refused.written) == (2, [])
+    assert "hydra/launcher = joblib: it runs 2 jobs at a time, which take" in refused.err
+    assert "1 at a time fit" in refused.err
+    assert run(*words).code == 0 and len(pipeline.configs) == 2
+
+
+class _Killed(BaseException):
+    pass
+
+
+def test_a_job_that_kills_its_process_does_not_end_the_sweep(
+    run: Run, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As joblib: what the process of one job breaks off, breaks off the launcher."""
+    run_job, call = basic_launcher.run_job, FakePipeline.__call__
+
+    def die(self: FakePipeline, config: RunConfig, *, run_folder: Path) -> FakeOutcome:
+        outcome = call(self, config, run_folder=run_folder)
+        if config.seed == 9:
+            raise _Killed
+        return outcome
+
+    def launched(*arguments: Any, **options: Any) -> Any:
+        try:
+            return run_job(*arguments, **options)
+        except _Killed as error:
+            raise RuntimeError("a worker was killed") from error
+
+    monkeypatch.setattr(FakePipeline, "__call__", die)
+    monkeypatch.setattr(basic_launcher, "run_job", launched)
+    result = run("-m", "seed=0,1,9,3", "hydra.sweep.dir=here")
+    assert result.code == 1 and "Traceback" not in result.err
+    # The failed one once: it is no hurry to fail again
+    assert [config.seed for config in pipeline.configs] == [0, 1, 9, 9, 3]
+    shown = [read_row(line) for line in result.out.splitlines() if "seed=" in line and "│" in line]
+    assert [row[2] for row in shown] == ["kept", "failed", "killed", "rolled_back"]
+    assert "a worker was killed" in result.out and "job 1: the loss was not finite" in result.out
+
+
+def read_row(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def test_a_launcher_that_can_not_start_at_all_is_told_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launched(*arguments: Any, **options: Any) -> Any:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(basic_launcher, "run_job", launched)
+    result = run("-m", "seed=0,3", "hydra.sweep.dir=here")
+    assert result.code == 1
+    assert "error: the sweep was broken off: OSError: no more processes" in result.err
+    assert "Go on with the sweep:\n" in result.err and "hydra.sweep.dir=" in result.err
+
+
+def test_one_process_runs_a_sweep(run: Run, tmp_path: Path) -> None:
+    hold = (
+        "import sys; from pathlib import Path; from tritter.storage.lock import alone_in\n"
+        "with alone_in(Path(sys.argv[1]), key='dir'):\n    print(1, flush=True); sys.stdin.read()"
+    )
+    for place in ("here", "here/a/0"):  # the sweep itself, or a job that runs on alone
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        words = [sys.executable, "-c", hold, str(tmp_path / place)]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None and holder.stdout.readline()
+            assert process_in(tmp_path / place) == holder.pid
+            refused = run("-m", "seed=0,3", "hydra.sweep.dir=here")
+            assert refused.code == 2 and f"process {holder.pid} on" in refused.err
+            assert holder.stdin is not None
+            holder.stdin.close()
+    assert process_in(tmp_path / "here") is None
+    assert run("-m", "seed=0,3", "hydra.sweep.dir=here").code == 0
+
+
+def test_wandb_groups_by_the_sweep(run: Run, pipeline: FakePipeline) -> None:
+    own = "hydra.sweep.subdir=a/b${hydra.job.num}"
+    assert run("-m", "seed=0,3", own, "hydra.sweep.dir=here").code == 0
+    assert run("-m", "seed=0,3", "logger.wandb.group=mine").code == 0
+    groups = [one.logger.wandb.group for one in pipeline.configs if one.logger.wandb is not None]
+    assert groups == ["here", "here", "mine", "mine"]

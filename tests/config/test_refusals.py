@@ -185,7 +185,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "~nothing": ("nothing",),
     "experiment=nothing": ("experiment = nothing", "ablation"),
     "hydra/launcher=nothing": ("hydra/launcher = nothing", "basic"),
-    "-m hydra/launcher=joblib": ("hydra/launcher = joblib", "pip install hydra-joblib-launcher."),
+    "-m hydra/launcher=joblb seed=0,3": ("hydra/launcher = joblb", "Did you mean joblib?"),
     "hydra.run.dri=x": ("hydra.run.dri = x", "Did you mean hydra.run.dir?"),
     "resume=latest": ("resume = latest", "no run below"),
     "resume=elsewhere": ("resume = elsewhere", "latest"),

@@ -4,16 +4,15 @@ Hydra makes folders before it calls anybody, and its errors exit 1 with its own 
 job is composed and validated here first, and Hydra is only started on a request that is right.
 """
 
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from io import StringIO
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritter import __version__
-from tritter.conf_folder import config_folder
 from tritter.config.command_line import CommandLine, read_command_line
 from tritter.config.folders import Front, composing_from, front, front_of
 from tritter.config.help import help_text
@@ -24,7 +23,7 @@ from tritter.terminal import say
 
 if TYPE_CHECKING:
     from tritter.config.jobs import Pipeline
-    from tritter.config.plan import Job, Plan
+    from tritter.config.plan import Plan
 
 
 def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int:
@@ -87,12 +86,14 @@ def _act(command: CommandLine, pipeline: "Pipeline", words: list[str]) -> int:
     from tritter.config.plan import make_plan
 
     if command.hydra_flags:
-        return _show(command, pipeline)
+        return _show(command)
     plan = make_plan(command)
     for note in plan.notes:
         say(note)
     if plan.sweep_folder is not None:
-        return _run_sweep(plan, plan.sweep_folder, pipeline, typed=words)
+        from tritter.config.sweep import run_sweep
+
+        return run_sweep(plan, plan.sweep_folder, pipeline, typed=words)
     return _run_one(plan, pipeline)
 
 
@@ -114,18 +115,19 @@ def _answer_shell(request: str) -> int:
     return 0
 
 
-def _show(command: CommandLine, pipeline: "Pipeline") -> int:
+def _show(command: CommandLine) -> int:
     """Let Hydra answer --cfg and --info, on a command line that is right.
 
     Raises:
         RequestError: what is asked for is not there.
     """
     from tritter.config.plan import make_plan
+    from tritter.config.starting import start_hydra
 
     plan, told = make_plan(command), StringIO()
     try:
         with redirect_stderr(told):
-            _start_hydra([*command.hydra_flags, *plan.overrides], pipeline)
+            start_hydra([*command.hydra_flags, *plan.overrides], lambda cfg: math.nan)
     except SystemExit as end:
         if end.code:
             asked = " ".join(command.hydra_flags)
@@ -136,13 +138,13 @@ def _show(command: CommandLine, pipeline: "Pipeline") -> int:
 def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
     from tritter.config.jobs import read_status, start_run
     from tritter.config.program import resume_command
-    from tritter.config.run_folder import SUMMARY_FILE, RunState
+    from tritter.config.run_folder import SUMMARY_FILE, RunState, require_writable
 
     job = plan.jobs[0]
     if job.state is RunState.FINISHED:
         say(f"This run is finished; nothing to do. Its summary: {job.folder / SUMMARY_FILE}")
         return 0
-    _require_writable(job.folder, key="hydra.run.dir")
+    require_writable(job.folder, key="hydra.run.dir")
     goes_on = f"Go on with:\n  {resume_command(job.folder)}"
     try:
         start_run(job, pipeline)
@@ -154,75 +156,3 @@ def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
         say(f"error: {status['error']}", is_error=True)
         say(f"The run so far: {job.folder}\n{goes_on}", is_error=True)
     return int(status["exit_code"])
-
-
-def _require_writable(folder: Path, *, key: str) -> None:
-    """Make the folder, as Hydra would do with a traceback where it can't.
-
-    Raises:
-        RequestError: the system does not allow it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        is_writable = os.access(folder, os.W_OK)
-    except OSError as error:
-        raise RequestError(
-            f"{key} = {folder}: no folder can be made there ({error.strerror})."
-        ) from error
-    if not is_writable:
-        raise RequestError(f"{key} = {folder}: nothing can be written there.")
-
-
-def _run_sweep(plan: "Plan", folder: Path, pipeline: "Pipeline", *, typed: Sequence[str]) -> int:
-    from tritter.config.overrides import as_value, quoted
-    from tritter.config.program import command
-    from tritter.config.sweep_table import print_sweep, sweep_rows
-
-    _require_writable(folder, key="hydra.sweep.dir")
-    pinned = f"hydra.sweep.dir={quoted(str(folder))}"
-    try:
-        _start_hydra(["--multirun", *plan.overrides, pinned], pipeline, jobs=plan.jobs)
-    except Stopped as stop:
-        own = [word for word in typed if not word.lstrip("+").startswith("hydra.sweep.dir=")]
-        again = command([*own, f"hydra.sweep.dir={as_value(str(folder))}"])
-        stop.advice = (f"Go on with the sweep:\n  {again}",)
-        raise
-    rows = sweep_rows(plan.jobs, folder)
-    print_sweep(rows, folder)
-    codes = {row.exit_code for row in rows}
-    if codes & {1, 2}:
-        return 1
-    return 3 if 3 in codes else 0
-
-
-def _start_hydra(
-    arguments: Sequence[str], pipeline: "Pipeline", *, jobs: Sequence["Job"] = ()
-) -> None:
-    import hydra
-    from omegaconf import DictConfig
-
-    from tritter.config.composition import VERSION_BASE, no_running_hydra
-    from tritter.config.jobs import run_swept
-
-    asked_from = front()
-
-    def train(cfg: DictConfig) -> float:
-        with composing_from(asked_from):  # a launcher's process knows nothing of it
-            return run_swept(cfg, pipeline, jobs=jobs)
-
-    decorate = hydra.main(
-        config_path=str(config_folder()), config_name=front().config_name, version_base=VERSION_BASE
-    )
-    with no_running_hydra(), _process_arguments(arguments):
-        decorate(train)()
-
-
-@contextmanager
-def _process_arguments(arguments: Sequence[str]) -> Iterator[None]:
-    """Show Hydra, which reads them from the process, these arguments."""
-    before = sys.argv
-    sys.argv = [before[0] if before else "train.py", *arguments]
-    try:
-        yield
-    finally:
-        sys.argv = before

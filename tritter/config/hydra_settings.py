@@ -14,6 +14,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
+from tritter.config.launchers import launcher_problems
+from tritter.config.optuna import sweeper_problems
 from tritter.config.reading import Origin
 from tritter.errors import Problem, nearest
 from tritter.options import leaves
@@ -119,7 +121,9 @@ def _plugin_problems(composed: DictConfig) -> Iterator[Problem]:
         target = settings.pop(TARGET, None)
         if target in known:
             arguments = {str(key): value for key, value in settings.items()}
-            yield from argument_problems(known[str(target)], arguments, key=f"hydra.{name}")
+            found = [*argument_problems(known[str(target)], arguments, key=f"hydra.{name}")]
+            judge = {"launcher": launcher_problems, "sweeper": sweeper_problems}[name]
+            yield from found or judge(composed)
         else:
             reason = f"choose an installed one with hydra/{name}=NAME, or leave it out"
             yield Problem(f"hydra.{name}.{TARGET}", target, reason=reason)

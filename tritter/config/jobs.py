@@ -4,6 +4,7 @@ import math
 import os
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2  # 2: a digest of the whole
 STATUS_FILE = "status.json"
 
-_ENDS = ("kept", "rolled_back", "undecided")
+ENDS = ("kept", "rolled_back", "undecided")
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "status": str,
     "exit_code": int,
@@ -108,17 +109,6 @@ def start_run(job: "Job", pipeline: Pipeline) -> None:
         )
 
 
-def run_swept(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> float:
-    """Run a job of a sweep as `run_job` does, unless another process began in its folder."""
-    hydra = HydraConfig.get()
-    try:
-        with alone_in(Path(hydra.runtime.output_dir), key="hydra.sweep.dir"):
-            return run_job(cfg, pipeline, jobs=jobs)
-    except RequestError as error:
-        say(f"job {hydra.job.num} failed: {error}")
-        return math.nan
-
-
 def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> float:
     """Run one composed job in the folder that Hydra made for it and return the sweeper's metric.
 
@@ -140,9 +130,10 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> fl
     try:
         planned = {os.path.normpath(job.folder.absolute()): job for job in jobs}.get(str(folder))
         config = _judged(cfg, words) if planned is None else planned.config
+        config = _grouped(config, sweep=Path(hydra.sweep.dir).name) if is_sweep else config
         if check_run_folder(folder, config) is RunState.FINISHED:
             status = read_status(folder)
-            if status["status"] in _ENDS:
+            if status["status"] in ENDS:
                 return math.nan if status["metric"] is None else float(status["metric"])
         typed = planned.overrides if planned is not None and planned.composition else words
         recorded = recorded_words(typed)
@@ -178,6 +169,14 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> fl
     )
     write_run_file(folder, config, status="finished", leaves=outcome.leaves)
     return outcome.metric
+
+
+def _grouped(config: RunConfig, *, sweep: str) -> RunConfig:
+    """Return a job's config with the sweep's name for W&B to group its runs by."""
+    wandb = config.logger.wandb
+    if wandb is None or wandb.group is not None:
+        return config
+    return replace(config, logger=replace(config.logger, wandb=replace(wandb, group=sweep)))
 
 
 def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:

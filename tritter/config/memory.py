@@ -5,9 +5,9 @@ gradients, the optimizer's state, and the copies that the start and the methods 
 keep. Activations are an estimate, so they only lead to a note.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Literal
 
 from tritter.checkpoint.usable import checkpoint_config
@@ -110,6 +110,41 @@ def memory_notes(config: RunConfig, source: Config) -> tuple[str, ...]:
         f"(estimated), and {place.name} has {_size(place.limit)}; a smaller data.batch_size or "
         "data.sequence_length takes less",
     )
+
+
+def side_by_side_problems(
+    jobs: Sequence[tuple[RunConfig, Config]], *, launcher: str, at_once: int
+) -> list[Problem]:
+    """Return why the largest jobs of a sweep can't be held at the same time, or nothing.
+
+    Args:
+        jobs: config and config.json of what it starts from; each fits alone.
+        at_once: jobs that run side by side on this machine.
+    """
+    asked = [(config, source) for config, source in jobs if config.trainer.check_memory]
+    if at_once == 1 or not asked:
+        return []
+    needed: dict[str, list[int]] = {}
+    limits: dict[str, int] = {}
+    for config, source in asked:
+        most: dict[str, int] = {}
+        for held in trainings(config, source):
+            for place in _places(config, held, 0):
+                limits[place.name] = place.limit
+                most[place.name] = max(most.get(place.name, 0), place.needed)
+        for name, each in most.items():
+            needed.setdefault(name, []).append(each)
+    for name, of_jobs in needed.items():
+        largest = sorted(of_jobs, reverse=True)
+        if sum(largest[:at_once]) > limits[name]:
+            fits = max(1, sum(total <= limits[name] for total in accumulate(largest)))
+            reason = (
+                f"it runs {at_once} jobs at a time, which take {_size(sum(largest[:at_once]))} "
+                f"before any activation, and {name} has {_size(limits[name])}; {fits} at a time "
+                "fit; trainer.check_memory=false tries it all the same"
+            )
+            return [Problem("hydra/launcher", launcher, reason=reason)]
+    return []
 
 
 def trainings(config: RunConfig, source: Config) -> Iterator[HeldMemory]:

@@ -23,12 +23,13 @@ Options = Mapping[str, Sequence[str]]
 # The name of a data set whose #COLUMN or [FROM:TO] Hydra would not read without quotes
 _DATASET = re.compile(r"(?<![\w'\"/.-])hf:[^\s,{}\[\]'\"#]+(?:\[[^\]\s]*\](?:#[\w.-]+)?|#[\w.-]+)")
 _NOTHING = ("null", "none", "off")
-# Option of Hydra's groups → the package that brings it
-_HYDRA_PLUGINS = {
-    "hydra/launcher=joblib": "hydra-joblib-launcher",
-    "hydra/launcher=submitit_local": "hydra-submitit-launcher",
-    "hydra/launcher=submitit_slurm": "hydra-submitit-launcher",
-    "hydra/sweeper=optuna": "hydra-optuna-sweeper",
+# Group=option → the extra of ours that brings it
+_EXTRAS = {
+    "hydra/launcher=joblib": "sweeps",
+    "hydra/launcher=submitit_local": "sweeps",
+    "hydra/launcher=submitit_slurm": "sweeps",
+    "hydra/launcher=ray": "ray",
+    "hydra/sweeper=optuna": "sweeps",
 }
 
 
@@ -165,8 +166,8 @@ def option_problems(overrides: Sequence[Override], options: Options) -> Iterator
 def no_option(group: str, name: str, options: Sequence[str]) -> Problem:
     """Say which options a group has in place of one."""
     reason = f"there is no such option; allowed is {', '.join(options) or 'none here'}"
-    if (plugin := _HYDRA_PLUGINS.get(f"{group}={name}")) is not None:
-        advice = f"it comes with its plugin: pip install {plugin}"
+    if (extra := _EXTRAS.get(f"{group}={name}")) is not None:
+        advice = f"it comes with an extra: pip install 'tritter[{extra}]'"
         return Problem(group, name, reason=reason, advice=advice)
     return Problem(group, name, reason=reason, nearest=nearest(name, options))
 

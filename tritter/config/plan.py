@@ -6,12 +6,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
+from omegaconf import DictConfig
 
 from tritter.config.command_line import CommandLine
 from tritter.config.composition import Composer, Composition, composer
 from tritter.config.ladder import of_rung
-from tritter.config.memory import memory_problems
+from tritter.config.launchers import ONE_BY_ONE, Launching, device_rule, launching
+from tritter.config.memory import memory_problems, side_by_side_problems
+from tritter.config.optuna import is_optuna, pinned, storage_problems, tried
 from tritter.config.overrides import (
     check_command_line,
     first_value,
@@ -23,14 +27,14 @@ from tritter.config.overrides import (
     split_sweep,
 )
 from tritter.config.resume import Resumption, resumption
-from tritter.config.run_folder import RunState, check_run_folder
+from tritter.config.run_folder import OUTPUT_FILE, RunState, check_run_folder
 from tritter.config.schema import RunConfig
 from tritter.config.text_files import text_requests
-from tritter.config.validation import known_config
+from tritter.config.validation import Rule, known_config
 from tritter.data.contents import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.families import Config
-from tritter.storage.lock import check_free
+from tritter.storage.lock import LOCK_NAME, check_free
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -60,13 +64,22 @@ class Plan:
         jobs: one of a run; all of a sweep whose sweeper lists them; none when the sweeper
             decides as it goes, in which case each job is checked when it starts.
         sweep_folder: None for a single run.
+        launching: how the jobs of a sweep are run.
+        samples: of a sweeper that decides as it goes, jobs that show what it may try.
         notes: what to tell before it starts, a line each.
     """
 
     overrides: tuple[str, ...]
     jobs: tuple[Job, ...]
     sweep_folder: Path | None = None
+    launching: Launching = ONE_BY_ONE
+    samples: tuple[Job, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether a sweeper decides by each job what the next ones are."""
+        return not self.jobs
 
 
 def make_plan(command: CommandLine) -> Plan:
@@ -91,18 +104,38 @@ def make_plan(command: CommandLine) -> Plan:
     if not command.hydra_flags:  # else nothing is run
         for job in plan.jobs:
             check_free(job.folder, key="hydra.run.dir")
+        if plan.sweep_folder is not None:
+            _check_sweep_is_free(plan.sweep_folder)
         _check_means(plan)
     return plan
 
 
+def _check_sweep_is_free(folder: Path) -> None:
+    """Refuse a sweep that another process runs, or of which a job runs on by itself.
+
+    Raises:
+        RequestError: says which process.
+    """
+    check_free(folder, key="hydra.sweep.dir")
+    for held in sorted(folder.rglob(LOCK_NAME)):
+        check_free(held.parent, key="hydra.sweep.dir")
+
+
 def _check_means(plan: Plan) -> None:
     """Refuse jobs that the machine can't hold, and text that can't be read; each file once."""
-    todo = {n: job for n, job in enumerate(plan.jobs) if job.state is not RunState.FINISHED}
-    found: dict[int, Sequence[Problem]] = {}
-    for number, job in todo.items():
-        source = known_config(job.config)  # of a hub id the shapes are known later
-        found[number] = () if source is None else _memory_problems(job.config, source)
-    _raise_of_jobs(found, [job.overrides for job in plan.jobs])
+    jobs = plan.jobs or plan.samples
+    todo = {n: job for n, job in enumerate(jobs) if job.state is not RunState.FINISHED}
+    # Of a hub id the shapes are known later
+    known = {n: shape for n, job in todo.items() if (shape := known_config(job.config)) is not None}
+    found = {n: _memory_problems(todo[n].config, known[n]) if n in known else () for n in todo}
+    _raise_of_jobs(found, [job.overrides for job in jobs])
+    raise_problems(
+        side_by_side_problems(
+            [(todo[n].config, shape) for n, shape in known.items()],
+            launcher=plan.launching.launcher,
+            at_once=plan.launching.at_once,
+        )
+    )
     check_contents(request for job in todo.values() for request in text_requests(job.config.data))
 
 
@@ -150,34 +183,89 @@ def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) ->
     if hydra.mode == RunMode.RUN:
         raise RequestError("hydra.mode = RUN: -m asks for a sweep; give one of them.")
     sweep_folder = Path(hydra.sweep.dir).absolute()
-    words_for_hydra = _words_for_hydra(composing, overrides)
-    if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
-        composed = composing.compose(sample, job_number=0, rules=_OF_SWEEPS)
-        _job_folder(sweep_folder, str(composed.hydra.sweep.subdir))
-        return Plan(words_for_hydra, (), sweep_folder)
+    words_for_hydra = (*_words_for_hydra(composing, overrides), *pinned(hydra))
     parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
     typed = parse([*parameters, *overrides], loader=composing.loader)
     shared = [o.input_line or "" for o in typed if o.is_hydra_override()]
     # Hydra's time resolver would give every job a sweep folder of its own
     shared.append(f"hydra.sweep.dir={quoted(str(sweep_folder))}")
     task = [override for override in typed if not override.is_hydra_override()]
+    if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
+        return _plan_adaptive(composing, task, shared, hydra=hydra, words=words_for_hydra)
     split = split_sweep(task)
-    jobs: list[Job] = []
-    found: dict[int, Sequence[Problem]] = dict.fromkeys(range(len(split)), ())
-    for number, words in enumerate(split):
-        try:
-            jobs.append(_plan_job(composing, words, shared, number=number))
-        except RequestError as error:
-            found[number] = error.problems
-        except TritterError as error:
-            raise type(error)(f"{_jobs([number], split)}: {error}") from error
-    _raise_of_jobs(found, split)
+    jobs = _plan_jobs(composing, split, shared, device_rule(hydra))
     if len({job.folder for job in jobs}) < len(jobs):
         raise RequestError(
             f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share one folder; "
             "allowed is what differs from job to job, as ${hydra.job.num}."
         )
-    return Plan(words_for_hydra, tuple(jobs), sweep_folder)
+    how = launching(hydra, num_jobs=len(jobs))
+    return Plan(words_for_hydra, jobs, sweep_folder, how, notes=_notes(how))
+
+
+def _plan_adaptive(
+    composing: Composer,
+    task: Sequence[Override],
+    shared: Sequence[str],
+    *,
+    hydra: DictConfig,
+    words: tuple[str, ...],
+) -> Plan:
+    """Plan a sweep whose sweeper thinks of its jobs as it goes: all that it may try is checked."""
+    sweep_folder, samples = Path(hydra.sweep.dir).absolute(), [[*map(first_value, task)]]
+    if is_optuna(hydra):
+        raise_problems([*storage_problems(hydra, sweep_folder)])
+        samples = tried(task)
+    jobs = _plan_jobs(composing, samples, shared, device_rule(hydra), is_sample=True)
+    how = launching(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
+    notes = (*_notes(how), *(f"sweep      {word}, so that it can go on" for word in pinned(hydra)))
+    return Plan(words, (), sweep_folder, how, samples=jobs, notes=notes)
+
+
+def _notes(how: Launching) -> tuple[str, ...]:
+    if not how.is_in_processes:
+        return ()
+    output = f"what each prints is in its folder, {OUTPUT_FILE}"
+    if how.threads is None:
+        return (f"sweep      {how.launcher} runs the jobs; {output}",)
+    each = "1 thread" if how.threads == 1 else f"{how.threads} threads"
+    if asked := os.environ.get("OMP_NUM_THREADS"):
+        each = f"OMP_NUM_THREADS={asked}"
+    at_once = f"{how.at_once} {'job' if how.at_once == 1 else 'jobs'} at a time, {each} each"
+    return (f"sweep      {how.launcher}: {at_once}; {output}",)
+
+
+def _plan_jobs(
+    composing: Composer,
+    split: Sequence[list[str]],
+    shared: Sequence[str],
+    rule: Rule,
+    *,
+    is_sample: bool = False,
+) -> tuple[Job, ...]:
+    """Compose, validate and place jobs.
+
+    Args:
+        shared: overrides of Hydra's own settings.
+        rule: to be asked besides those of every sweep.
+        is_sample: they only show what a sweeper may try; no folder is theirs.
+
+    Raises:
+        RequestError: what is wrong with any of them.
+    """
+    jobs: list[Job] = []
+    found: dict[int, Sequence[Problem]] = dict.fromkeys(range(len(split)), ())
+    for number, words in enumerate(split):
+        try:
+            jobs.append(
+                _plan_job(composing, words, shared, number=number, rule=rule, is_sample=is_sample)
+            )
+        except RequestError as error:
+            found[number] = error.problems
+        except TritterError as error:
+            raise type(error)(f"{_jobs([number], split)}: {error}") from error
+    _raise_of_jobs(found, split)
+    return tuple(jobs)
 
 
 def _resume_problems(config: RunConfig, *, reason: str) -> Iterator[Problem]:
@@ -217,12 +305,21 @@ _OF_RUNS = (_device_problems, partial(_resume_problems, reason=_IN_A_FILE))
 _OF_SWEEPS = (partial(_resume_problems, reason=_IN_A_SWEEP), _process_problems)
 
 
-def _plan_job(composing: Composer, words: list[str], shared: list[str], *, number: int) -> Job:
-    rules = (*_OF_SWEEPS, _device_problems)
+def _plan_job(
+    composing: Composer,
+    words: list[str],
+    shared: Sequence[str],
+    *,
+    number: int,
+    rule: Rule,
+    is_sample: bool,
+) -> Job:
+    rules = (*_OF_SWEEPS, _device_problems, rule)
     composed = composing.compose([*shared, *words], job_number=number, rules=rules)
     sweep = composed.hydra.sweep
     folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))
-    return Job(tuple(words), composed.config, folder, check_run_folder(folder, composed.config))
+    state = RunState.NEW if is_sample else check_run_folder(folder, composed.config)
+    return Job(tuple(words), composed.config, folder, state)
 
 
 def _raise_of_jobs(found: Mapping[int, Sequence[Problem]], words: Sequence[Sequence[str]]) -> None:

@@ -30,7 +30,10 @@ RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
 RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the time
 
-_BEFORE_RUN_FILE = {".hydra", "train.log", LOCK_NAME}  # Hydra's, and what holds the folder
+OUTPUT_FILE = "output.txt"  # what a job printed that ran beside others
+
+# Hydra's, and what holds the folder
+_BEFORE_RUN_FILE = {".hydra", "train.log", LOCK_NAME, OUTPUT_FILE}
 _LOGGER_FOLDERS = {"wandb"}  # W&B links to logs in its own cache
 
 
@@ -166,6 +169,23 @@ def write_run_file(
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON record, with its digest, whole or not at all."""
     write_text_atomic(path, record_text(json.loads(json.dumps(content))))
+
+
+def require_writable(folder: Path, *, key: str) -> None:
+    """Make the folder, as Hydra would do with a traceback where it can't.
+
+    Raises:
+        RequestError: the system does not allow it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise RequestError(
+            f"{key} = {folder}: no folder can be made there ({error.strerror})."
+        ) from error
+    if not is_writable:
+        raise RequestError(f"{key} = {folder}: nothing can be written there.")
 
 
 def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:

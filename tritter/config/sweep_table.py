@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from tritter.config.jobs import STATUS_FILE, read_status
 from tritter.config.plan import Job
 from tritter.config.run_folder import SUMMARY_FILE
+from tritter.storage.lock import is_held
 from tritter.storage.reading import read_object
 from tritter.terminal import Console
 
@@ -20,6 +22,7 @@ class SweepRow:
     Args:
         changes: domain → relative change of the loss per byte.
         experts: LoRA experts at the end, and the part of the parameters that was trained.
+        error: of one that failed, or stopped.
     """
 
     name: str
@@ -29,6 +32,7 @@ class SweepRow:
     experts: tuple[int, float] | None
     metric: float | None
     exit_code: int
+    error: str | None = None
 
 
 def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
@@ -44,11 +48,12 @@ def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
             SweepRow(
                 name=str(place.relative_to(folder)),
                 overrides=planned.get(place, tuple(map(str, status["overrides"]))),
-                status=status["status"],
+                status=_state(place, status["status"]),
                 changes=_changes(place / SUMMARY_FILE),
                 experts=_experts(place / SUMMARY_FILE),
                 metric=status["metric"],
                 exit_code=status["exit_code"],
+                error=status["error"],
             )
         )
     return tuple(rows)
@@ -60,7 +65,7 @@ def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
         set(rows[0].overrides).intersection(*(row.overrides for row in rows)) if rows else set()
     )
     shared = shared if len(rows) > 1 else set()
-    table = Table(title=" ".join(sorted(shared)) or None)
+    table = Table(title=Text(" ".join(sorted(shared))) if shared else None)  # [A,B] is no markup
     for name in ("job", "overrides", "status"):
         table.add_column(name, overflow="fold")
     domains = list(dict.fromkeys(domain for row in rows for domain in row.changes))
@@ -68,7 +73,7 @@ def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
     for name in (*domains, *(("experts", "trainable") if has_experts else ()), "metric"):
         table.add_column(name, justify="right")
     for row in rows:
-        own = " ".join(word for word in row.overrides if word not in shared)
+        own = Text(" ".join(word for word in row.overrides if word not in shared))
         metric = "-" if row.metric is None else f"{row.metric:.4f}"
         changes = [f"{row.changes[d]:+.1%}" if d in row.changes else "-" for d in domains]
         experts = _experts_cells(row) if has_experts else ()
@@ -81,7 +86,16 @@ def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
             "over all domains, which a sweeper minimises.",
             highlight=False,
         )
+    for row in rows:
+        if row.error is not None:
+            said = (row.error.splitlines() or [""])[0]
+            console.print(f"job {row.name}: {said}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Each job's summary and status: {folder}/JOB/", markup=False, soft_wrap=True)
+
+
+def _state(folder: Path, status: str) -> str:
+    """Return a job's status; of one that says it runs, and doesn't, that."""
+    return "killed" if status == "running" and not is_held(folder) else str(status)
 
 
 def _changes(summary: Path) -> dict[str, float]:

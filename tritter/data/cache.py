@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
@@ -11,6 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from tokenizers import Tokenizer
@@ -81,6 +82,33 @@ def write_entry(folder: Path, entry: CacheEntry) -> None:
     except TritterError as error:
         if not folder.exists():
             raise _unwritable(folder.parent, error) from error
+
+
+@contextmanager
+def one_at_a_time(folder: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Let one process make an entry of a cache while others wait, who then find it made.
+
+    The lock ends with its process, so that a job that is killed holds nobody up.
+
+    Args:
+        folder: of the entry, or its file.
+        waiting: told that another process is at it.
+
+    Raises:
+        RequestError: the cache cannot be written.
+    """
+    require_writable(folder.parent)
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if waiting is not None:
+            waiting()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def set_aside(path: Path, *, reason: str) -> None:

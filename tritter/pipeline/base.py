@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -16,7 +15,7 @@ from tritter.checkpoint.state import copy_states, read_state
 from tritter.config.fingerprint import effective_arguments, optimizer_record
 from tritter.config.schema import DataConfig
 from tritter.config.validation import source_config
-from tritter.data.cache import require_writable, set_aside
+from tritter.data.cache import one_at_a_time, set_aside
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.errors import TritterError
 from tritter.families import Config, count_parameters
@@ -54,7 +53,7 @@ class Base:
 
 
 def obtain_base(context: RunContext) -> Base:
-    """Train the base model, or find it in the cache.
+    """Train the base model, or find it in the cache; of jobs side by side one trains it.
 
     Raises:
         RequestError: the cache cannot be written.
@@ -64,16 +63,21 @@ def obtain_base(context: RunContext) -> Base:
     folder = context.config.cache_dir / "bases" / content_key(made_from)
     logged = folder.with_name(f"{folder.name}.metrics.csv")  # beside the base, for later runs
     here = context.folder / "metrics_pretraining.csv"
-    if _is_intact(folder):
-        context.say("baseline", f"base model from the cache ({folder.name[:12]})")
-        if logged.is_file():
-            write_text_atomic(here, read_text(logged, limit_bytes=MAX_METRICS_BYTES))
-        return Base(folder, seconds=0.0)
-    require_writable(folder.parent)
-    seconds = _train_base(context, folder, made_from)
-    for path in (logged, here):
-        write_rows(path, read_metrics(context.folder / "pretraining"))
-    return Base(folder, seconds=seconds)
+
+    def wait() -> None:
+        context.say("baseline", "another run is training this base; waiting for it")
+
+    if not _is_intact(folder):
+        with one_at_a_time(folder, waiting=wait):
+            if not _is_intact(folder):
+                seconds = _train_base(context, folder, made_from)
+                for path in (logged, here):
+                    write_rows(path, read_metrics(context.folder / "pretraining"))
+                return Base(folder, seconds=seconds)
+    context.say("baseline", f"base model from the cache ({folder.name[:12]})")
+    if logged.is_file():
+        write_text_atomic(here, read_text(logged, limit_bytes=MAX_METRICS_BYTES))
+    return Base(folder, seconds=0.0)
 
 
 def _made_from(context: RunContext) -> dict[str, Any]:
@@ -175,7 +179,9 @@ def _check_whole(context: RunContext, result: FitResult) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseWriter:
-    """Writes a base into the cache, unless its training was broken off or another run was faster.
+    """Writes a base into the cache, unless its training was broken off.
+
+    Who trains it holds the lock of its entry.
 
     Args:
         lineage: all but the steps and their FLOPs.
@@ -193,15 +199,14 @@ class BaseWriter:
             return
         told = {"stage": "pretraining", "flops": result.flops, **self.lineage.training_config}
         lineage = replace(self.lineage, step=result.steps, training_config=told)
-        with FileLock(self.folder.with_name(f"{self.folder.name}.lock")):
-            if not self.folder.exists():
-                write_checkpoint(
-                    self.folder,
-                    config=self.config,
-                    tensors=TensorStream.of(named_tensors(model, self.config)),
-                    lineage=lambda: lineage,
-                    artifacts=[self],
-                )
+        if not self.folder.exists():
+            write_checkpoint(
+                self.folder,
+                config=self.config,
+                tensors=TensorStream.of(named_tensors(model, self.config)),
+                lineage=lambda: lineage,
+                artifacts=[self],
+            )
 
     def write(self, folder: Path) -> None:
         """Write what stands beside the model."""

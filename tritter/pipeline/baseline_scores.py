@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tritter.checkpoint import lineage_of
-from tritter.data.cache import require_writable
+from tritter.data.cache import one_at_a_time
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
 from tritter.evaluation.paired_scores import PairedScores
@@ -37,23 +37,23 @@ def score_baseline(context: RunContext, folder: Path) -> None:
     made_from = _made_from(context, folder)
     place = context.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
     target = context.folder / score_file(NAME)
-    scores = _intact_scores(place)
-    if scores is not None:
-        write_text_atomic(target, json.dumps(scores))
-        known = {name: PairedScores.from_dict(held) for name, held in scores.items()}
-        context.say("", f"{told(known)} (scored before)")
-        return
-    require_writable(place.parent)
-    model = load_model if context.config.experts is None else load_whole
-    context.score(model(folder), NAME)
-    scores = json.loads(target.read_text(encoding="utf-8"))
-    content = {
-        "format_version": FORMAT_VERSION,
-        "made_from": made_from,
-        "sha256": content_key(scores),
-        "scores": scores,
-    }
-    write_text_atomic(place, json.dumps(content))
+    if (scores := _intact_scores(place)) is None:
+        with one_at_a_time(place):
+            if (scores := _intact_scores(place)) is None:  # nor from a job beside this one
+                model = load_model if context.config.experts is None else load_whole
+                context.score(model(folder), NAME)
+                scores = json.loads(target.read_text(encoding="utf-8"))
+                content = {
+                    "format_version": FORMAT_VERSION,
+                    "made_from": made_from,
+                    "sha256": content_key(scores),
+                    "scores": scores,
+                }
+                write_text_atomic(place, json.dumps(content))
+                return
+    write_text_atomic(target, json.dumps(scores))
+    known = {name: PairedScores.from_dict(held) for name, held in scores.items()}
+    context.say("", f"{told(known)} (scored before)")
 
 
 def _made_from(context: RunContext, folder: Path) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | 
         project=settings.project,
         name=run_name(context, part),
         job_type=part or "run",
-        # The jobs of a sweep lie in one folder, whose name lets W&B compare them
+        # A job of a sweep has the sweep's name, which lets W&B compare them
         group=settings.group or context.folder.parent.name,
         tags=[
             *settings.tags,

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from tritter.errors import RequestError
 
 LOCK_NAME = ".lock"
 _MAX_BYTES = 200
+_HOLDER = re.compile(r"process (?P<number>[1-9]\d{0,9}) on (?P<host>\S+)")
 
 
 @contextmanager
@@ -55,6 +57,41 @@ def check_free(folder: Path, *, key: str) -> None:
         return
     try:
         _lock(descriptor, folder, key=key)
+    finally:
+        os.close(descriptor)
+
+
+def process_in(folder: Path) -> int | None:
+    """Return the id of the process of this machine that holds a folder; None: there is none.
+
+    It is not for the process that holds it itself, which would lose the lock.
+    """
+    try:
+        check_free(folder, key="")
+    except RequestError:
+        said = _HOLDER.fullmatch(_holder(folder))
+        if said is not None and said["host"] == socket.gethostname():
+            return int(said["number"])
+    return None
+
+
+def is_held(folder: Path) -> bool:
+    """Say whether another process, of whatever machine, holds a folder."""
+    try:
+        check_free(folder, key="")
+    except RequestError:
+        return True
+    return False
+
+
+def _holder(folder: Path) -> str:
+    """Return what the holder of a folder wrote of itself; nothing when it ended meanwhile."""
+    try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return ""
+    try:
+        return os.pread(descriptor, _MAX_BYTES, 0).decode(errors="replace")
     finally:
         os.close(descriptor)
 

@@ -1,0 +1,88 @@
+"""The Optuna sweeper: what it may try is checked first, and a sweep that goes on is the same."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.config.conftest import FakeOutcome, FakePipeline
+from tests.config.test_entry import Run
+from tritter.config.schema import RunConfig
+
+pytest.importorskip("optuna")
+
+OPTUNA = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=1", "hydra.sweep.dir=here")
+RATE = "training.learning_rate=tag(log,interval(1e-4,1e-2))"
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the metric of a run be how far its learning rate is from 0.001."""
+    call = FakePipeline.__call__
+
+    def run(self: FakePipeline, config: RunConfig, *, run_folder: Path) -> FakeOutcome:
+        outcome = call(self, config, run_folder=run_folder)
+        metric = abs(config.training.learning_rate - 1e-3)
+        return FakeOutcome(outcome.status, metric, outcome.summary_path)
+
+    monkeypatch.setattr(FakePipeline, "__call__", run)
+
+
+@pytest.mark.usefixtures("measuring")
+def test_a_sweep_that_goes_on_thinks_of_the_same_jobs(run: Run, pipeline: FakePipeline) -> None:
+    words = (*OPTUNA, RATE, "seed=choice(0,1)")
+    whole = run(*words, "hydra.sweeper.n_trials=6", "hydra.sweep.dir=whole")
+    asked = [(one.training.learning_rate, one.seed) for one in pipeline.configs]
+    assert {seed for _, seed in asked} == {0, 1} and len(asked) == 6
+    assert "hydra.sweeper.sampler.seed=0" in whole.out and whole.code == 1
+    best = yaml.safe_load(Path("whole/optimization_results.yaml").read_text())
+    finished = [abs(rate - 1e-3) for rate, seed in asked if seed == 0]
+    assert best["best_value"] == pytest.approx(min(finished))
+    assert (
+        f"Least metric: job {[abs(r - 1e-3) for r, _ in asked].index(min(finished))}" in whole.out
+    )
+
+    pipeline.configs.clear()
+    run(*words, "hydra.sweeper.n_trials=3")
+    again = run(*words, "hydra.sweeper.n_trials=6")
+    # What is done is not done again, and neither is what failed: the rest was chosen by it
+    assert [(one.training.learning_rate, one.seed) for one in pipeline.configs] == asked
+    table = [line for line in again.out.splitlines() if "│" in line]
+    assert table == [line for line in whole.out.splitlines() if "│" in line]
+    other = run(
+        *words, "hydra.sweeper.n_trials=1", "hydra.sweep.dir=x", "hydra.sweeper.sampler.seed=3"
+    )
+    assert other.code == 0 and pipeline.configs[-1].training.learning_rate != asked[0][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials = 0"),
+        (["hydra.sweeper.direction=maximize"], "allowed is minimize"),
+        (["hydra/sweeper/sampler=grid"], "list the values: KEY=A,B"),
+        (["hydra.sweeper.sampler._target_=os.system"], "no subclass of optuna.samplers"),
+        (["hydra.sweeper.custom_search_space=a.b"], "can't be checked before the first job"),
+        (["training.learning_rate=interval(-1,0.1)"], "training.learning_rate = -1"),
+        (["forgetting=none,[ewc,replay],ewd"], "forgetting = ewd"),
+        (["trainer=cpu,ddp"], "trainer.strategy = ddp"),
+    ],
+    ids=str,
+)
+def test_what_it_may_try_is_checked_before_the_first_job(
+    run: Run, words: list[str], said: str
+) -> None:
+    result = run(*OPTUNA, *words)
+    assert (result.code, result.written) == (2, [])
+    assert said in result.err
+
+
+@pytest.mark.slow
+def test_a_stored_study_goes_on_in_another_folder(run: Run, pipeline: FakePipeline) -> None:
+    stored = ("hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=one")
+    words = (*OPTUNA, RATE, *stored, "hydra.sweeper.n_trials=2")
+    assert run(*words).code == 0
+    refused = run(*words)
+    assert refused.code == 2 and "another hydra.sweep.dir" in refused.err
+    assert run(*words, "hydra.sweep.dir=there").code == 0
+    assert len({one.training.learning_rate for one in pipeline.configs}) > 2

@@ -1,0 +1,132 @@
+"""Sweeps in processes of their own: failures, kills, signals, and threads; runs are stubs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.config.sweep_program import FAILS, IS_KILLED, WAITS
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = [sys.executable, str(ROOT / "tests/config/sweep_program.py"), "-m"]
+EACH = pytest.mark.parametrize(
+    "launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda it: it[0]
+)
+pytestmark = pytest.mark.slow
+_SECONDS = 900  # on a machine that does much else
+
+
+def started(place: Path, *words: str) -> subprocess.Popen[str]:
+    """Begin a sweep in a session of its own, as a terminal does."""
+    own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.Popen(
+        [*PROGRAM, *words, "hydra.sweep.dir=sweep"], cwd=place, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**own, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def begun(place: Path) -> list[list[str]]:
+    """Job, seed, process, threads and group of what began."""
+    file = place / "begun.txt"
+    return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def statuses(place: Path) -> list[str]:
+    jobs = sorted(p for p in (place / "sweep").iterdir() if p.name.isdigit())
+    return [json.loads((job / "status.json").read_text())["status"] for job in jobs]
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + _SECONDS
+    while time.monotonic() < until:
+        if is_so():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come about")
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@EACH
+def test_failed_and_killed_jobs_stand_in_the_table(tmp_path: Path, launcher: tuple[str]) -> None:
+    words = (f"seed=0,{FAILS},{IS_KILLED},3", f"hydra/launcher={launcher[0]}", *launcher[1:])
+    sweep = started(tmp_path, *words)
+    out, errors = sweep.communicate(timeout=_SECONDS)
+    assert sweep.returncode == 1, errors
+    assert statuses(tmp_path) == ["kept", "failed", "running", "kept"] and "killed" in out
+    seeds = sorted(int(line[1]) for line in begun(tmp_path))
+    assert seeds == [0, FAILS, 3, IS_KILLED, IS_KILLED]
+    assert {line[4] for line in begun(tmp_path)} == {"sweep"}
+    assert "a line of the run" in (tmp_path / "sweep/0/output.txt").read_text()
+    assert "a line of the run" not in out
+    at_once = 2 if launcher[0] == "joblib" else 4
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    assert {line[3] for line in begun(tmp_path)} == {str(threads)}
+
+
+@EACH
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
+def test_a_signal_ends_all_jobs_in_order(
+    tmp_path: Path, launcher: tuple[str], number: signal.Signals
+) -> None:
+    words = (f"seed={WAITS}", "data.batch_size=4,8", f"hydra/launcher={launcher[0]}", *launcher[1:])
+    sweep = started(tmp_path, *words)
+    wait_for(lambda: len(begun(tmp_path)) == 2)
+    if number == signal.SIGINT:
+        os.killpg(sweep.pid, number)  # a terminal sends it to all
+    else:
+        os.kill(sweep.pid, number)
+    _, errors = sweep.communicate(timeout=_SECONDS)
+    assert sweep.returncode == 128 + number, errors
+    assert "Go on with the sweep:\n" in errors and "Traceback" not in errors
+    assert statuses(tmp_path) == ["interrupted", "interrupted"]
+    assert not (tmp_path / "sweep/.stopping").exists()
+    (tmp_path / "go").touch()
+    again = started(tmp_path, *words)
+    assert again.communicate(timeout=_SECONDS) and again.returncode == 0
+    assert statuses(tmp_path) == ["kept", "kept"]
+
+
+def test_jobs_of_joblib_end_when_their_sweep_is_killed(tmp_path: Path) -> None:
+    words = (f"seed=0,{WAITS}", "data.batch_size=4,8", "hydra/launcher=joblib")
+    sweep = started(tmp_path, *words, "hydra.launcher.n_jobs=2")
+    wait_for(lambda: [line[1] for line in begun(tmp_path)].count(str(WAITS)) == 2)
+    sweep.kill()
+    sweep.communicate()
+    workers = {int(line[2]) for line in begun(tmp_path)}
+    wait_for(lambda: statuses(tmp_path).count("interrupted") == 2)
+    (tmp_path / "go").touch()
+    again = started(tmp_path, *words, "hydra.launcher.n_jobs=2")
+    _, errors = again.communicate(timeout=_SECONDS)
+    assert again.returncode == 0, errors
+    assert statuses(tmp_path) == ["kept"] * 4
+    assert [int(line[1]) for line in begun(tmp_path)].count(0) == 2  # what was done stays
+    wait_for(lambda: not any(map(is_alive, workers)))
+
+
+def test_jobs_of_submitit_run_on_and_hold_their_folders(tmp_path: Path) -> None:
+    words = (f"seed={WAITS}", "data.batch_size=4,8", "hydra/launcher=submitit_local")
+    sweep = started(tmp_path, *words)
+    wait_for(lambda: len(begun(tmp_path)) == 2)
+    sweep.kill()
+    sweep.communicate()
+    refused = started(tmp_path, *words)
+    _, errors = refused.communicate(timeout=_SECONDS)
+    assert refused.returncode == 2 and "is running there" in errors
+    (tmp_path / "go").touch()
+    wait_for(lambda: statuses(tmp_path) == ["kept", "kept"])
+    again = started(tmp_path, *words)
+    assert again.communicate(timeout=_SECONDS) and again.returncode == 0
+    assert len(begun(tmp_path)) == 2

@@ -1,0 +1,38 @@
+"""An entry of the cache is made by one process while others wait, and find it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tritter.data.cache import one_at_a_time
+
+MAKE = """
+import sys, time
+from pathlib import Path
+from filelock import FileLock
+with FileLock(sys.argv[1] + ".lock"):
+    print("held", flush=True)
+    sys.stdin.readline()
+    Path(sys.argv[1]).write_text("made")
+    {end}
+"""
+
+
+def test_others_wait_and_find_it_made(tmp_path: Path) -> None:
+    for end in ("time.sleep(0.2)", "import os; os.kill(os.getpid(), 9)"):
+        entry = tmp_path / end[:4] / "entry"
+        entry.parent.mkdir()
+        words = [sys.executable, "-c", MAKE.format(end=end), str(entry)]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None and other.stdout.readline() == b"held\n"
+
+            def go(other: "subprocess.Popen[bytes]" = other, entry: Path = entry) -> None:
+                assert not entry.exists()
+                other.communicate(b"\n")
+
+            begun = time.monotonic()
+            with one_at_a_time(entry, waiting=go):
+                assert entry.read_text() == "made" and time.monotonic() - begun < 30
+    with one_at_a_time(entry, waiting=lambda: (_ for _ in ()).throw(AssertionError)):
+        pass
