@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from experiments.benchmarks import (
+    check,
     corpus_memory,
     every,
     expand_speed,
@@ -117,6 +118,7 @@ def _columns(name: str, *, folder: Path = FOLDER) -> set[str]:
 def test_the_shipped_rows_have_the_columns_of_today() -> None:
     fields = set(streaming.Row.__dataclass_fields__) | {"growth_mb"}
     assert _columns("streaming.csv") == fields
+    assert _columns("check.csv") == set(check.Row.__dataclass_fields__)
     assert _columns("corpus_memory.csv") == set(corpus_memory.Row.__dataclass_fields__)
     assert _columns("expand_speed.csv") == set(expand_speed.Row.__dataclass_fields__)
     assert _columns("fisher.csv") == set(fisher.Row.__dataclass_fields__)

@@ -1,5 +1,6 @@
 """A model whose weights stay on disk computes what the whole stock model does, bit for bit."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from experiments.benchmarks import check
 from tests import oracle
 from tests.oracle.families import SPARSE, generic, tiny
 from tests.oracle.sizes import SIZES, uneven, written
@@ -153,3 +155,25 @@ def test_the_layers_run_once(tmp_path: Path) -> None:
     for start in range(0, VOCABULARY, 20):
         model.logits(slice(start, min(start + 20, VOCABULARY)))
     assert len(model.states) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Four times the layers take the same memory, sampled from outside: a few of the largest."""
+    asked: dict[str, Any] = {"place": tmp_path, "methods": ["dus"], "hidden_size": 256}
+    small, large = (row for size in (20, 80) for row in check.benchmark(size, **asked))
+    layer_mb = 4 * (2 * 256**2 + 3 * 256 * 704) / 1e6  # in float32, with one FFN
+    assert large.result_mb > 3 * small.result_mb
+    assert large.own_mb - small.own_mb < 4 * layer_mb, (small, large)
+    assert large.own_mb < large.result_mb / 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_both_loaded_take_what_layers_do_not(tmp_path: Path) -> None:
+    """Negative control of the measure: the way before this one is seen to hold both models."""
+    asked: dict[str, Any] = {"methods": ["dus"], "contenders": check.CONTENDERS}
+    streamed_row, loaded_row = check.benchmark(80, place=tmp_path, hidden_size=256, **asked)
+    assert loaded_row.own_mb > 2 * (loaded_row.source_mb + loaded_row.result_mb)
+    assert streamed_row.own_mb < loaded_row.own_mb / 4

@@ -52,8 +52,14 @@ class Row:
         return self.peak_anonymous_mb - self.idle_anonymous_mb
 
 
-def write_source(folder: Path, *, megabytes: int, hidden_size: int) -> None:
-    """Write a Llama with random bf16 weights and as many layers as fit, in several shards."""
+def write_source(
+    folder: Path, *, megabytes: int, hidden_size: int, is_repeated: bool = False
+) -> None:
+    """Write a Llama with random bf16 weights and as many layers as fit, in several shards.
+
+    Args:
+        is_repeated: tensors of one shape hold the same numbers, which are drawn once.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -84,6 +90,7 @@ def write_source(folder: Path, *, megabytes: int, hidden_size: int) -> None:
     shard_count = max(2, megabytes // 250)
     bounds = [len(tensors) * part // shard_count for part in range(shard_count + 1)]
     weight_map: dict[str, str] = {}
+    drawn: dict[torch.Size, torch.Tensor] = {}
     for begin, end in pairwise(bounds):
         name = f"model-{begin:05d}.safetensors"
         shard = {
@@ -91,7 +98,11 @@ def write_source(folder: Path, *, megabytes: int, hidden_size: int) -> None:
             for tensor in tensors[begin:end]
         }
         for value in shard.values():
-            value.normal_(std=0.02, generator=generator)
+            known = drawn.get(value.shape) if is_repeated else None
+            if known is None:
+                drawn[value.shape] = value.normal_(std=0.02, generator=generator)
+            else:
+                value.copy_(known)
         save_file(shard, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
     index = {"metadata": {}, "weight_map": weight_map}
