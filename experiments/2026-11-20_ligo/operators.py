@@ -72,8 +72,11 @@ class Operators:
 
     def folded(self) -> nn.Module:
         """Return the grown model with the products as its weights."""
+        names = family_of(self.target_config).logical_tensors(self.target_config)
         with torch.no_grad():
-            return model_with_tensors(self.target_config, self.weights())
+            held = self.weights()
+            by_name = {tensor.name: held[tensor.disk_name] for tensor in names}
+            return model_with_tensors(self.target_config, by_name)
 
     def flops(self) -> float:
         """Count the FLOPs of the products in one step, forward and backward."""

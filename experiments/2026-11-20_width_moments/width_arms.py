@@ -202,6 +202,7 @@ def plainly_padded(model: nn.Module, grown: Grown, *, seed: int) -> nn.Module:
     unscaled = {**target, "rms_norm_eps": source["rms_norm_eps"]}
     drawn = new_model(unscaled, seed=derived_seed(seed, "padding"))
     held, old = dict(named_tensors(drawn, unscaled)), dict(named_tensors(model, source))
+    padded: dict[str, Tensor] = {}
     for tensor in family_of(target).logical_tensors(target):
         tensor_map = grown.maps[0].tensors[tensor.name]
         ones = tuple(
@@ -211,8 +212,8 @@ def plainly_padded(model: nn.Module, grown: Grown, *, seed: int) -> nn.Module:
         value = old[tensor.disk_name]
         copied = map_tensor(replace(tensor_map, axes=ones), value)
         is_old = carried(tensor_map, torch.ones(value.shape, dtype=torch.bool))
-        held[tensor.disk_name] = torch.where(is_old, copied, held[tensor.disk_name])
-    return model_with_tensors(unscaled, held)
+        padded[tensor.name] = torch.where(is_old, copied, held[tensor.disk_name])
+    return model_with_tensors(unscaled, padded)
 
 
 def optimizer_after(
