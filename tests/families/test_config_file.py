@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
+from tests import oracle
 from tests.oracle.families import OWN, tiny
+from tritter.checkpoint.usable import checkpoint_config
 from tritter.errors import TritterError
 from tritter.families import Config, family_of
 from tritter.families.config_file import read_config_file
@@ -81,3 +84,15 @@ def test_what_no_table_can_read_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(plain))
     with pytest.raises(TritterError, match=words):
         read_config_file(tmp_path)
+
+
+def test_a_run_is_checked_with_the_sizes_that_a_file_leaves_out(tmp_path: Path) -> None:
+    folder = oracle.saved(tiny("gemma2"), tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    plain = json.loads((folder / "config.json").read_text())
+    del plain["head_dim"]
+    (folder / "config.json").write_text(json.dumps(plain))
+    config = checkpoint_config(str(folder))
+    stock = AutoConfig.from_pretrained(folder)
+    assert config is not None
+    assert config["head_dim"] == stock.head_dim != stock.hidden_size // stock.num_attention_heads

@@ -6,6 +6,7 @@ from pathlib import Path
 from tritter.checkpoint.expert_files import refuse_experts
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean
 from tritter.families import Config, check_config, family_of
+from tritter.families.config_file import with_silent
 from tritter.storage.links import check_links
 from tritter.storage.names import named_path
 from tritter.storage.reading import read_object
@@ -60,6 +61,8 @@ def checkpoint_config(
         raise refused(str(error).rstrip(".")) from error
     try:
         check_config(family_of(config), config)
+        config = with_silent(config)
+        check_config(family_of(config), config)
     except RequestError as error:
         raise refused(str(error).rstrip(".")) from error
     if not any(folder.glob("*.safetensors")):
@@ -76,5 +79,5 @@ def checkpoint_config(
         )
     if not with_experts:
         refuse_experts(folder, doing="a training", key=key)
-    # Transformers fills in what a file leaves out; for shapes and targets this is all of it
+    # Transformers fills in what a file leaves out; besides the family's own this is all of it
     return {"rms_norm_eps": 1e-6, **config}

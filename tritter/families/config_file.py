@@ -91,7 +91,7 @@ def read_config_file(folder: Path) -> Config:
     """
     family, plain = sane_config(folder)
     with refused_as(f"{folder / 'config.json'} is not a usable config"):
-        config = _with_silent(plain)
+        config = with_silent(plain)
         check_config(family, config)
     return with_live_sizes(family, config, folder)
 
@@ -139,7 +139,8 @@ def _one_line(error: Exception) -> str:
     return text[:_LONGEST_REASON] or type(error).__name__
 
 
-def _with_silent(plain: Config) -> Config:
+def with_silent(plain: Config) -> Config:
+    """Return a config with what its family's table reads and the file may leave out."""
     model_type = str(plain["model_type"])
     config = {**_SILENT[model_type], **plain}
     if model_type in ("mixtral", "qwen3_moe") and "num_experts" in config:
