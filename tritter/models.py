@@ -278,6 +278,25 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
+@contextmanager
+def activations_recomputed(model: nn.Module) -> Iterator[None]:
+    """Let each decoder layer keep no more than its input within, and compute again what it needs.
+
+    Only where the model is in training mode: while it is looked at, nothing is kept anyway.
+    """
+    assert isinstance(model, PreTrainedModel)
+    with quiet():  # which of its two names for this is deprecated depends on the version
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # For the other kind; it can't be sent to a process, and asks for gradients that nobody needs
+    if hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()
+    try:
+        yield
+    finally:
+        with quiet():
+            model.gradient_checkpointing_disable()
+
+
 def backbone_of(model: nn.Module) -> nn.Module:
     """Return what of a stock model gives the last hidden states [B, T, hidden], no logits."""
     backbone: nn.Module = getattr(model, str(model.base_model_prefix))

@@ -13,6 +13,7 @@ WITHOUT_EFFECT = [
     "trainer.profiler=simple",
     "trainer.progress=off",
     "trainer=ddp",
+    "trainer.activation_checkpointing=true",
 ]
 WITH_EFFECT = {
     "seed=1": ["seed"],
@@ -20,6 +21,7 @@ WITH_EFFECT = {
     "model.hidden_size=32": ["model.hidden_size"],
     "training=quick": ["training.max_steps"],
     "trainer.precision=bf16-mixed": ["trainer.precision"],
+    "trainer.compile=true": ["trainer.compile"],
     "evaluation.batch_size=3": ["evaluation.batch_size"],
     "gate.strict=true": ["gate.strict"],
     "expansion.width.shares=equal": ["expansion.width.shares"],

@@ -16,7 +16,10 @@ _WITHOUT_EFFECT = {
     # The steps that follow from it are what is trained
     "pretraining": ("max_tokens",),
     "training": ("max_tokens",),
-    "trainer": ("devices", "strategy", "progress", "save_every_n_steps", "check_memory"),
+    "trainer": (
+        *("devices", "strategy", "progress", "save_every_n_steps", "check_memory"),
+        "activation_checkpointing",  # the same bits
+    ),
 }
 _OF_BENCHMARKS = {
     *("tasks", "tasks_path", "task_limit"),
@@ -29,10 +32,11 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     """Return, as plain JSON values, everything of a config that determines the result.
 
     `resume`, `cache_dir`, `logger` and, of `trainer`, `devices`, `strategy`, `progress`,
-    `save_every_n_steps`, `check_memory` and arguments that only watch are left out. The methods
-    of an ordered group stand beside the list of their names; of a class from outside (a source,
-    method, callback or optimizer) also its dotted name and the SHA-256 of its file. Of ours the
-    version of Tritter tells, or every edit of a comment would keep runs from going on.
+    `save_every_n_steps`, `check_memory`, `activation_checkpointing` and arguments that only watch
+    are left out. The methods of an ordered group stand beside the list of their names; of a class
+    from outside (a source, method, callback or optimizer) also its dotted name and the SHA-256 of
+    its file. Of ours the version of Tritter tells, or every edit of a comment would keep runs from
+    going on.
     """
     result: dict[str, Any] = {"seed": config.seed, "control": config.control}
     for section in SECTIONS:
@@ -54,6 +58,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     if config.data.packing == "stream":  # as every run was before there was another
         del result["data"]["packing"]
     result["data"] |= identity(type(config.data))
+    if not config.trainer.compile:  # as in every run before there was a choice
+        del result["trainer"]["compile"]
     result["trainer"] |= effective_arguments(config)
     result["optimizer"] = optimizer_record(config)
     if config.callbacks:

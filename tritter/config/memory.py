@@ -105,10 +105,13 @@ def memory_notes(config: RunConfig, source: Config) -> tuple[str, ...]:
     if worst is None:
         return ()
     held, place = worst
+    less = "a smaller data.batch_size or data.sequence_length takes less"
+    again = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
+    if again != config and _worst(again, source, with_activations=True) is None:
+        less += ", and with trainer.activation_checkpointing=true it fits"
     return (
         f"memory: training {held.model} may take {_size(place.needed)} with activations "
-        f"(estimated), and {place.name} has {_size(place.limit)}; a smaller data.batch_size or "
-        "data.sequence_length takes less",
+        f"(estimated), and {place.name} has {_size(place.limit)}; {less}",
     )
 
 
@@ -205,6 +208,7 @@ def _held(
         precision=trainer.precision,
         batch_size=max(1, config.data.batch_size // processes),
         sequence_length=config.data.sequence_length,
+        is_checkpointed=trainer.activation_checkpointing,
     )
     memory = training_memory(model_config, setup)
     count = _parameters(model_config)

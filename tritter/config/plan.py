@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from tritter.config.command_line import CommandLine
 from tritter.config.composition import Composer, Composition, composer
+from tritter.config.engines import compiler_problems
 from tritter.config.ladder import of_rung
 from tritter.config.launchers import ONE_BY_ONE, Launching, device_rule, launching
 from tritter.config.memory import memory_problems, side_by_side_problems
@@ -285,6 +286,9 @@ def _process_problems(config: RunConfig) -> Iterator[Problem]:
 def _device_problems(config: RunConfig) -> Iterator[Problem]:
     import torch
 
+    if config.trainer.accelerator == "mps" and not torch.backends.mps.is_available():
+        reason = "torch finds no Apple GPU on this machine; allowed is cpu, or auto (trainer=cpu, "
+        yield Problem("trainer.accelerator", "mps", reason=f"{reason}trainer=auto)")
     if config.trainer.accelerator != "gpu":
         return
     found, devices = torch.cuda.device_count(), config.trainer.devices
@@ -301,7 +305,7 @@ _IN_A_SWEEP = (
     "a sweep goes on when it is given its own folder again (hydra.sweep.dir=FOLDER); resume is for "
     "single runs"
 )
-_OF_RUNS = (_device_problems, partial(_resume_problems, reason=_IN_A_FILE))
+_OF_RUNS = (_device_problems, compiler_problems, partial(_resume_problems, reason=_IN_A_FILE))
 _OF_SWEEPS = (partial(_resume_problems, reason=_IN_A_SWEEP), _process_problems)
 
 
@@ -314,7 +318,7 @@ def _plan_job(
     rule: Rule,
     is_sample: bool,
 ) -> Job:
-    rules = (*_OF_SWEEPS, _device_problems, rule)
+    rules = (*_OF_SWEEPS, _device_problems, compiler_problems, rule)
     composed = composing.compose([*shared, *words], job_number=number, rules=rules)
     sweep = composed.hydra.sweep
     folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))

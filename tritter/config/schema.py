@@ -265,7 +265,7 @@ class OptimizerConfig(OptimizerValues):
 class TrainerConfig:
     """What Lightning's Trainer is given."""
 
-    accelerator: Literal["cpu", "gpu", "auto"]
+    accelerator: Literal["cpu", "gpu", "mps", "auto"]
     devices: Count
     strategy: Literal["auto", "ddp"]
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"]
@@ -275,6 +275,8 @@ class TrainerConfig:
     save_every_n_steps: WholeNumber
     progress: Literal["auto", "on", "off"]
     check_memory: bool
+    activation_checkpointing: bool
+    compile: bool
 
 
 @options

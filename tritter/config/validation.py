@@ -18,6 +18,7 @@ from tritter.config.callbacks import (
 from tritter.config.chosen import chosen_keys
 from tritter.config.classes import Bodies, find_classes, group_bodies
 from tritter.config.devices import device_problems, nearest_multiples, precision_problems
+from tritter.config.engines import apple_problems, compile_problems, compile_start_problems
 from tritter.config.experts import experts_problems, experts_start_problems, read_experts
 from tritter.config.forgetting import method_problems, method_start_problems
 from tritter.config.growth import growth_problems, growth_start_problems, read_growth
@@ -223,6 +224,7 @@ def start_problems(
         *expert_problems(config, source),
         *method_start_problems(config, source),
         *growth_start_problems(config, source),
+        *compile_start_problems(config, source),
         *experts_start_problems(config, folder),
     ]
 
@@ -367,6 +369,8 @@ _RULES: tuple[Rule, ...] = (
     ladder_problems,
     precision_problems,
     device_problems,
+    apple_problems,
+    compile_problems,
     replay_problems,
     weight_problems,
     method_problems,

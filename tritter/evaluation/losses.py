@@ -92,6 +92,8 @@ def nats_per_row(logits: Tensor, targets: Tensor) -> Tensor:
     nats_BT = cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(targets)
+    if nats_BT.device.type == "mps":  # which has no float64
+        nats_BT = nats_BT.cpu()
     return nats_BT.double().sum(dim=1)
 
 

@@ -53,8 +53,11 @@ class QuadraticPenalty(ForgettingMethod):
         total = torch.zeros((), dtype=torch.float64)
         for name, parameter in model.named_parameters():
             if name in self.importance:
-                moved = (parameter.detach() - self.anchor[name]).double()
-                total += (self.importance[name] * moved.square()).sum().cpu()
+                moved = parameter.detach() - self.anchor[name]
+                importance = self.importance[name]
+                if moved.device.type == "mps":  # which has no float64
+                    moved, importance = moved.cpu(), importance.cpu()
+                total += (importance * moved.double().square()).sum().cpu()
         return 0.5 * self.strength * float(total)
 
     def parameters_changed(self, change: "Change") -> None:

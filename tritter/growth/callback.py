@@ -80,8 +80,10 @@ class NeuronGrowthCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._handles and self.grower.may_grow_after(trainer.global_step + 1):
-            model = base_of(pl_module).model
-            self._handles = attach(model, self.grower.places, self._seen)
+            module = base_of(pl_module)
+            self._handles = attach(module.model, self.grower.places, self._seen)
+            if module.compiled is not None:
+                module.compiled.is_watched = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -98,17 +100,17 @@ class NeuronGrowthCallback(Callback):
             decided = trainer.strategy.broadcast(self.grower.decide(model, step))
             if decided:
                 self._grow(trainer, pl_module, decided, batch["input_ids"])
-        self._forget_looks()
+        self._forget_looks(pl_module)
         if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log_dict(self._metrics(trainer, model))
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._forget_looks()
+        self._forget_looks(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._forget_looks()
+        self._forget_looks(pl_module)
         module = base_of(pl_module)
         self._last_step = trainer.global_step
         self._after = _sizes(self.grower, module.model) | {"flops": _work(trainer).flops}
@@ -185,9 +187,11 @@ class NeuronGrowthCallback(Callback):
             flops=_work(trainer).flops,
         )
 
-    def _forget_looks(self) -> None:
+    def _forget_looks(self, pl_module: LightningModule) -> None:
         for handle in self._handles:
             handle.remove()
+        if (compiled := base_of(pl_module).compiled) is not None:
+            compiled.is_watched = False
         self._handles = []
         self._seen.clear()
 

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from tritter.data.batches import BatchStream
 from tritter.data.datamodule import Batches, EvaluationText, TextModule
 from tritter.errors import TritterError
+from tritter.models import activations_recomputed
 from tritter.stopping import Stopped
 from tritter.targets import NamedTarget
 from tritter.terminal import Console
@@ -25,6 +26,7 @@ from tritter.training.callbacks import (
     RandomState,
     StepProgress,
 )
+from tritter.training.compiled import CompiledModel
 from tritter.training.forgetting_method import Task
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.held import HeldBytes
@@ -175,9 +177,11 @@ def _run(
     if start is not None:
         set_metrics_aside(folder)
     module.train()
+    module.compiled = CompiledModel(module.model) if settings.compile else None
+    again = activations_recomputed(module.model) if settings.activation_checkpointing else None
     own = [CSVLogger(folder, name="", version=""), *([] if is_ddp else loggers)]
     processes = worker_processes() if is_ddp else nullcontext()
-    with processes, quiet_lightning(), torch_settings_kept():
+    with again or nullcontext(), processes, quiet_lightning(), torch_settings_kept():
         trainer = build_trainer(settings, callbacks, module.schedule.max_steps, loggers=own)
         with _taken_up(start, saving):
             trainer.fit(module, datamodule=data, ckpt_path=start)

@@ -13,6 +13,7 @@ from tritter.data.apart import labels_of
 from tritter.data.ranks import this_rank
 from tritter.data.windows import IGNORED
 from tritter.evaluation.losses import nats_per_row
+from tritter.training.compiled import CompiledModel
 from tritter.training.compute import StepFlops, flops_of_sequence
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.moments import Moments, start_from
@@ -66,6 +67,7 @@ class BaseModule(LightningModule):
         self.moments = moments or {}
         self.journal: list[Entry] = []
         self.their_callbacks: TheirCallbacks | None = None  # set for the time of a fit
+        self.compiled: CompiledModel | None = None  # the same
 
     def configure_callbacks(self) -> list[Callback]:
         """Return what stands behind Tritter's own callbacks, built in the process that trains."""
@@ -108,13 +110,16 @@ class BaseModule(LightningModule):
         labels = labels_of(self.model, input_ids)
         if labels is not input_ids:
             options["num_items_in_batch"] = _mean_count(labels[:, 1:] != IGNORED)
-        said = self.model(input_ids=input_ids, labels=labels, use_cache=False, **options)
+        model = self.compiled or self.model
+        said = model(input_ids=input_ids, labels=labels, use_cache=False, **options)
         return TaskLoss(said.loss, said.logits)
 
     def on_validation_epoch_start(self) -> None:
         domains = self.trainer.datamodule.evaluation.domains  # type: ignore[attr-defined]
+        # Apple's GPUs have no float64
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self._evaluated = {
-            domain: torch.zeros(2, dtype=torch.float64, device=self.device) for domain in domains
+            domain: torch.zeros(2, dtype=dtype, device=self.device) for domain in domains
         }
 
     def validation_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
@@ -122,7 +127,8 @@ class BaseModule(LightningModule):
         targets = batch["targets"]  # [B, T]
         logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
         nats = nats_per_row(logits, targets).sum()
-        self._evaluated[batch["domain"]] += torch.stack([nats, (targets != IGNORED).sum()])
+        sums = [nats, (targets != IGNORED).sum().to(nats)]
+        self._evaluated[batch["domain"]] += torch.stack(sums).to(self._evaluated[batch["domain"]])
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean next-token loss of each domain, nats per token, over all processes."""

@@ -155,7 +155,9 @@ def freeze(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None
 
 
 def _wrap(trainer: Trainer, module: BaseModule) -> None:
-    """Let DDP wait for the gradients of what is trained now, and of nothing else."""
+    """Let DDP wait for the gradients of what is trained now, and of nothing else; compile that."""
+    if module.compiled is not None:
+        module.compiled.forget()
     if isinstance(trainer.strategy, DDPStrategy):
         trainer.strategy.model = module
         trainer.strategy.configure_ddp()

@@ -34,6 +34,8 @@ class TrainerSettings:
         max_non_finite_steps: refused steps in a row that are borne.
         save_every_n_steps: steps between two states that a killed run goes on from; 0: none.
         progress: `auto`, `on` or `off`.
+        activation_checkpointing: layers compute again what the backward pass needs of them.
+        compile: the forward and backward pass of a step go through torch.compile.
         arguments: further ones of Lightning's Trainer, checked before.
     """
 
@@ -46,6 +48,8 @@ class TrainerSettings:
     max_non_finite_steps: int = 10
     save_every_n_steps: int = 50
     progress: str = "auto"
+    activation_checkpointing: bool = False
+    compile: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
