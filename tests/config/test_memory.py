@@ -87,6 +87,26 @@ def test_methods_without_copies_hold_none() -> None:
     assert held("forgetting=replay")["the grown model"].copies == 0
 
 
+def test_parts_of_weights_and_activations_computed_again_take_less() -> None:
+    whole = held("trainer=ddp", "model=small")["the base"]
+    part = held("trainer=fsdp", "model=small")["the base"]
+    assert (part.states, part.processes) == (-(-whole.states // 2), 2)
+    again = held("trainer=ddp", "trainer.activation_checkpointing=true", "model=small")["the base"]
+    assert again.activations < whole.activations and again.states == whole.states
+
+
+def test_a_note_says_that_activations_computed_again_would_fit(
+    has: Callable[[int], None],
+) -> None:
+    words = ["model=small", "data.batch_size=512", "data.sequence_length=512"]
+    config = load_config(words)
+    source = source_config(config)
+    needed = max(each.states + each.activations for each in trainings(config, source))
+    has(needed * 3 // 4)
+    (note,) = memory_notes(config, source)
+    assert note.endswith("and with trainer.activation_checkpointing=true it fits")
+
+
 def test_half_precision_halves() -> None:
     words = ("model=tiny", "forgetting=ewc", "expansion=none")
     whole = held(*words, "trainer.precision=32-true")["the model"]

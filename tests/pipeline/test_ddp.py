@@ -19,9 +19,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_two_processes_run_the_whole_job(run_job: Run, tmp_path: Path) -> None:
-    one = run_job(tmp_path / "one", "training.max_steps=20")
-    two = run_job(tmp_path / "two", "training.max_steps=20", "trainer=ddp")
+@pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_processes_run_the_whole_job(run_job: Run, tmp_path: Path, trainer: str) -> None:
+    methods = ["forgetting=replay"] if trainer == "fsdp" else []
+    one = run_job(tmp_path / "one", "training.max_steps=20", *methods)
+    two = run_job(tmp_path / "two", "training.max_steps=20", f"trainer={trainer}", *methods)
     assert two.status == one.status
     expected, found = (
         json.loads(outcome.summary_path.read_text(encoding="utf-8")) for outcome in (one, two)

@@ -130,7 +130,8 @@ def test_a_model_that_grows_computes_its_activations_again(tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("router", ["learned", "evidence", "both"])
 def test_experts_compute_their_activations_again(tmp_path: Path, router: str) -> None:
-    options = spawning.asked(router=router)
+    targets = {"targets": ("q_proj", "up_proj")} if router == "learned" else {}
+    options = spawning.asked(router=router, **targets)
     plain, _ = spawning.train(tmp_path / "plain", options)
     again, _ = spawning.train(tmp_path / "again", options, settings=replace(spawning.ONE, **_AGAIN))
     assert len(plain.journal) > 0

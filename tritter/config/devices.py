@@ -14,16 +14,21 @@ def precision_problems(config: RunConfig) -> Iterator[Problem]:
 
 def device_problems(config: RunConfig) -> Iterator[Problem]:
     trainer, batch_size = config.trainer, config.data.batch_size
-    if trainer.strategy != "ddp":
+    if trainer.strategy == "auto":
         if trainer.devices > 1:
             reason = "several devices train together with trainer=ddp; else allowed is 1"
             yield Problem("trainer.devices", trainer.devices, reason=reason)
         return
     if trainer.devices == 1:
-        reason = "trainer=ddp is for 2 or more; for one device use trainer=cpu or trainer=gpu"
+        reason = (
+            f"trainer={trainer.strategy} is for 2 or more; for one device use trainer=cpu or "
+            "trainer=gpu"
+        )
         yield Problem("trainer.devices", 1, reason=reason)
     if trainer.accelerator == "auto":
-        reason = "trainer=ddp has to be told which devices; allowed are cpu and gpu"
+        reason = (
+            f"trainer={trainer.strategy} has to be told which devices; allowed are cpu and gpu"
+        )
         yield Problem("trainer.accelerator", "auto", reason=reason)
     if batch_size % trainer.devices:
         reason = (

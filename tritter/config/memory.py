@@ -202,7 +202,7 @@ def _held(
     trained: int | None = None,
 ) -> HeldMemory:
     trainer = config.trainer
-    processes = trainer.devices if trainer.strategy == "ddp" else 1
+    processes = trainer.devices if trainer.strategy != "auto" else 1
     setup = TrainingSetup(
         optimizer="adamw8bit" if "8bit" in config.optimizer.target else "adamw",
         precision=trainer.precision,
@@ -230,7 +230,7 @@ def _held(
     return HeldMemory(
         model=model,
         parameters=count,
-        states=states,
+        states=-(-states // processes) if trainer.strategy == "fsdp" else states,
         copies=copies,
         start=_FLOAT32 * count,
         activations=memory.activations_bytes,

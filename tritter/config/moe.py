@@ -140,7 +140,7 @@ def _why_not_unfrozen(config: RunConfig) -> str:
         return "with adaptation.freeze_base = false nothing is frozen"
     if after is not None and after >= steps:
         return f"the training has training.max_steps = {steps}; allowed is less, or null for never"
-    if config.trainer.strategy == "ddp":
+    if config.trainer.strategy != "auto":
         return (
             "processes that train together need the same parameters throughout; use trainer=cpu "
             "or trainer=gpu"

@@ -275,12 +275,12 @@ def _resume_problems(config: RunConfig, *, reason: str) -> Iterator[Problem]:
 
 
 def _process_problems(config: RunConfig) -> Iterator[Problem]:
-    if config.trainer.strategy == "ddp":
+    if config.trainer.strategy != "auto":
         reason = (
             "a sweep's launcher may run its jobs side by side, and their processes would meet on "
             "the same devices; leave -m out, or sweep with trainer=cpu or trainer=gpu"
         )
-        yield Problem("trainer.strategy", "ddp", reason=reason)
+        yield Problem("trainer.strategy", config.trainer.strategy, reason=reason)
 
 
 def _device_problems(config: RunConfig) -> Iterator[Problem]:

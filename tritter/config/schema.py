@@ -267,7 +267,7 @@ class TrainerConfig:
 
     accelerator: Literal["cpu", "gpu", "mps", "auto"]
     devices: Count
-    strategy: Literal["auto", "ddp"]
+    strategy: Literal["auto", "ddp", "fsdp"]
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"]
     gradient_clip_val: Annotated[float, Field(gt=0)] | None
     log_every_n_steps: Count

@@ -18,7 +18,13 @@ from tritter.config.callbacks import (
 from tritter.config.chosen import chosen_keys
 from tritter.config.classes import Bodies, find_classes, group_bodies
 from tritter.config.devices import device_problems, nearest_multiples, precision_problems
-from tritter.config.engines import apple_problems, compile_problems, compile_start_problems
+from tritter.config.engines import (
+    apple_problems,
+    compile_problems,
+    compile_start_problems,
+    sharding_problems,
+    sharding_start_problems,
+)
 from tritter.config.experts import experts_problems, experts_start_problems, read_experts
 from tritter.config.forgetting import method_problems, method_start_problems
 from tritter.config.growth import growth_problems, growth_start_problems, read_growth
@@ -225,6 +231,7 @@ def start_problems(
         *method_start_problems(config, source),
         *growth_start_problems(config, source),
         *compile_start_problems(config, source),
+        *sharding_start_problems(config, source),
         *experts_start_problems(config, folder),
     ]
 
@@ -371,6 +378,7 @@ _RULES: tuple[Rule, ...] = (
     device_problems,
     apple_problems,
     compile_problems,
+    sharding_problems,
     replay_problems,
     weight_problems,
     method_problems,

@@ -86,6 +86,9 @@ def _made_from(context: RunContext) -> dict[str, Any]:
     trainer = asdict(config.trainer)
     # Several processes add up in another order; one alone keeps the name that it always had
     devices = {"devices": trainer["devices"]} if trainer["devices"] > 1 else {}
+    # Others round in another way, too
+    devices |= {"strategy": "fsdp"} if trainer["strategy"] == "fsdp" else {}
+    devices |= {"compile": True} if trainer["compile"] else {}
     schedule = schedule_of(config.pretraining)
     # Only a short training warms up for longer than its share; others keep the name they had
     is_lengthened = schedule.warmup_steps != schedule.asked_warmup_steps

@@ -22,6 +22,7 @@ from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import disk_values
+from tritter.training.sharded import whole
 from tritter.training.work import WorkCount, ends_step
 
 
@@ -136,7 +137,7 @@ class FiniteGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if _is_logged(trainer):
             rate = float(optimizer.param_groups[0]["lr"])
             pl_module.log_dict({"train/gradient_norm": norm, "train/learning_rate": rate})

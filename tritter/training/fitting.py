@@ -172,20 +172,20 @@ def _run(
     loggers: Sequence[Logger],
 ) -> None:
     """Run one Trainer, from the saved state if there is one, here or in processes of its own."""
-    saved, is_ddp = folder / SAVED_NAME, settings.strategy == "ddp"
+    saved, has_workers = folder / SAVED_NAME, settings.has_workers
     start = str(saved) if saved.exists() else None
     if start is not None:
         set_metrics_aside(folder)
     module.train()
     module.compiled = CompiledModel(module.model) if settings.compile else None
     again = activations_recomputed(module.model) if settings.activation_checkpointing else None
-    own = [CSVLogger(folder, name="", version=""), *([] if is_ddp else loggers)]
-    processes = worker_processes() if is_ddp else nullcontext()
+    own = [CSVLogger(folder, name="", version=""), *([] if has_workers else loggers)]
+    processes = worker_processes() if has_workers else nullcontext()
     with again or nullcontext(), processes, quiet_lightning(), torch_settings_kept():
         trainer = build_trainer(settings, callbacks, module.schedule.max_steps, loggers=own)
         with _taken_up(start, saving):
             trainer.fit(module, datamodule=data, ckpt_path=start)
-    if is_ddp:
+    if has_workers:
         _forward_metrics(folder, loggers)
 
 

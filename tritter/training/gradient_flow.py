@@ -18,6 +18,7 @@ from tritter.expand import Change
 from tritter.families import StoredTensor
 from tritter.training.module import base_of
 from tritter.training.parameters import live_layout
+from tritter.training.sharded import whole
 
 _TRIAL_RATE = 1e-4
 _CLOSELY = 16  # steps, from the first and from a change, that are looked at one by one
@@ -41,7 +42,7 @@ class _Waiting:
 
     def see(self, values: Tensor) -> None:
         """Take off what has a value that is not zero."""
-        found = values.detach() != 0
+        found = whole(values.detach()) != 0
         for dim, pending in self.dims.items():
             others = [each for each in range(found.ndim) if each != dim]
             reached = found.any(dim=others) if others else found

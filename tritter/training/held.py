@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tritter.training.module import base_of
 from tritter.training.parameters import live_layout
+from tritter.training.sharded import own_part
 from tritter.training.work import ends_step
 
 
@@ -69,6 +70,6 @@ class HeldBytes(Callback):
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of tensors, each storage once."""
-    by_place = {(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}
+    """Return the bytes of tensors, each storage once, in all processes that share them."""
+    by_place = {(own_part(t).data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}
     return sum(by_place.values())

@@ -20,6 +20,7 @@ from tritter.training.moments import Moments, start_from
 from tritter.training.optimizer import OptimizerSettings, build_optimizer
 from tritter.training.reshape import Entry, replay
 from tritter.training.schedule import Schedule
+from tritter.training.sharded import is_sharded, let_go, shard
 from tritter.training.side_loss import SideLoss
 from tritter.training.their_callbacks import TheirCallbacks
 
@@ -68,6 +69,11 @@ class BaseModule(LightningModule):
         self.journal: list[Entry] = []
         self.their_callbacks: TheirCallbacks | None = None  # set for the time of a fit
         self.compiled: CompiledModel | None = None  # the same
+
+    def configure_model(self) -> None:
+        """Keep a part of the weights alone, in a process of several that share them."""
+        if self.device_mesh is not None and not is_sharded(self.model):
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
         """Return what stands behind Tritter's own callbacks, built in the process that trains."""
@@ -132,6 +138,7 @@ class BaseModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean next-token loss of each domain, nats per token, over all processes."""
+        let_go(self.model)
         for domain, own in self._evaluated.items():
             nats, tokens = self.trainer.strategy.reduce(own, reduce_op="sum").tolist()
             self.log(f"eval/{domain}/loss", nats / tokens)

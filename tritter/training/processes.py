@@ -45,17 +45,22 @@ class WorkerStrategy(DDPStrategy):
         super().__init__(cluster_environment=environment, start_method=self.method)
 
     def setup_environment(self) -> None:
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module="lightning")
-        _end_with_parent()
-        if self.method == "fork":
-            # A fork inherits OpenMP's pool without its threads, and waits for them forever
-            torch.set_num_threads(1)
+        begin_worker(self.method)
         super().setup_environment()
 
     def _configure_launcher(self) -> None:
-        self._launcher = _Launcher(self, start_method=self.method)
+        self._launcher = WorkerLauncher(self, start_method=self.method)
+
+
+def begin_worker(method: str) -> None:
+    """Make ready a process that was started for a fit, before it meets the others."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    _end_with_parent()
+    if method == "fork":
+        # A fork inherits OpenMP's pool without its threads, and waits for them forever
+        torch.set_num_threads(1)
 
 
 def start_method(accelerator: str) -> Literal["fork", "spawn"]:
@@ -95,7 +100,7 @@ class _Failure:
 _KINDS = (RequestError, TritterError, OSError)
 
 
-class _Launcher(_MultiProcessingLauncher):
+class WorkerLauncher(_MultiProcessingLauncher):
     """Starts the processes; brings back what was concluded and what failed, and no weights.
 
     Lightning would load the weights into the module of the process that started the others, where

@@ -15,6 +15,7 @@ from tritter.training.held import HeldBytes
 from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import live_layout
 from tritter.training.save_state import SaveState
+from tritter.training.sharded import gather, is_sharded
 from tritter.training.stop_request import StopRequest
 from tritter.training.validation import Validation
 from tritter.training.work import WorkCount
@@ -133,10 +134,12 @@ class Conclusion(Callback):
             self._before = {n: p.detach().to("cpu", copy=True) for n, p in parameters}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        error = None
-        if trainer.is_global_zero:
-            module = base_of(pl_module)
+        error, module = None, base_of(pl_module)
+        if is_sharded(module.model):
+            gather(module.model, is_kept=trainer.is_global_zero)
+        elif trainer.is_global_zero:
             module.model.to("cpu")
+        if trainer.is_global_zero:
             self.result = self._taken_stock(trainer, module)
             error = self._written(module.model, self.result)
         trainer.strategy.reduce_boolean_decision(error is None)

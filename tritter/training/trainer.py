@@ -11,9 +11,11 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.strategies import Strategy
 
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.processes import WorkerStrategy
+from tritter.training.sharded_strategy import ShardedStrategy
 
 PROFILERS: dict[str, Any] = {
     "simple": SimpleProfiler,
@@ -30,7 +32,8 @@ class TrainerSettings:
 
     Args:
         devices: how many, or which ones by their numbers.
-        strategy: `auto`, one process; or `ddp`, one for each of `devices`.
+        strategy: `auto`, one process; or one for each of `devices`, by `ddp` with whole weights, by
+            `fsdp` with parts of them.
         max_non_finite_steps: refused steps in a row that are borne.
         save_every_n_steps: steps between two states that a killed run goes on from; 0: none.
         progress: `auto`, `on` or `off`.
@@ -53,6 +56,11 @@ class TrainerSettings:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def has_workers(self) -> bool:
+        """Whether a fit runs in processes of its own."""
+        return self.strategy in ("ddp", "fsdp")
+
+    @property
     def accumulate_grad_batches(self) -> int:
         """Batches whose gradients are gathered for one step."""
         return int(self.arguments.get("accumulate_grad_batches", 1))
@@ -66,14 +74,13 @@ def build_trainer(
     loggers: list[Logger],
 ) -> Trainer:
     """Return the trainer of one stage; what saving and resuming rest on is fixed here."""
-    is_ddp = settings.strategy == "ddp"
     arguments = {"enable_model_summary": False, **settings.arguments}
     if isinstance(name := arguments.get("profiler"), str):
         arguments["profiler"] = PROFILERS[name](filename="profile")  # beside the metrics
     return Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
-        strategy=WorkerStrategy(settings.accelerator) if is_ddp else "auto",
+        strategy=_strategy(settings),
         precision=settings.precision,  # type: ignore[arg-type]
         gradient_clip_val=settings.gradient_clip_val,
         max_steps=max_steps,
@@ -90,6 +97,13 @@ def build_trainer(
         num_sanity_val_steps=0,
         plugins=[SafetensorsCheckpointIO()],
     )
+
+
+def _strategy(settings: TrainerSettings) -> Strategy | str:
+    if settings.strategy == "fsdp":
+        assert isinstance(settings.devices, int)
+        return ShardedStrategy(settings.accelerator, devices=settings.devices)
+    return WorkerStrategy(settings.accelerator) if settings.strategy == "ddp" else "auto"
 
 
 @contextmanager
