@@ -17,6 +17,7 @@ from tritter.planning.plan import (
 )
 from tritter.planning.scaling_law import CHINCHILLA, ScalingLaw
 from tritter.planning.shapes import GrowthMethods, Shape
+from tritter.planning.sharding import ShardingPlan, sharding_plan
 
 __all__ = [
     "CHINCHILLA",
@@ -28,12 +29,14 @@ __all__ = [
     "NamedShape",
     "ScalingLaw",
     "Shape",
+    "ShardingPlan",
     "TrainingMemory",
     "TrainingSetup",
     "named_shape",
     "plan_expansion_path",
     "plan_growth",
     "preset_shape",
+    "sharding_plan",
     "states_bytes",
     "training_memory",
 ]

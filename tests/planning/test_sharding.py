@@ -1,0 +1,70 @@
+"""The plan of parts against what fully_shard makes of stock models without weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM
+
+from tests.oracle import tiny_llama
+from tritter.errors import RequestError
+from tritter.families import Config, count_parameters
+from tritter.families.presets import PRESETS
+from tritter.models import stock_config_of
+from tritter.planning import sharding_plan
+from tritter.training.sharded import shard
+
+CONFIGS = {
+    "tritter_1b": PRESETS["tritter_1b"].config(),
+    "tritter_7b": PRESETS["tritter_7b"].config(),
+    "odd sizes": tiny_llama(tie_word_embeddings=True).config.to_dict(),
+}
+
+
+@contextmanager
+def one_of(ranks: int, rank: int) -> Iterator[None]:
+    """Be one rank of a group whose others are not there."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def held(config: Config, *, ranks: int, rank: int) -> int:
+    with one_of(ranks, rank), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(stock_config_of(config))
+        shard(model, init_device_mesh("cpu", (ranks,)))
+        parts = [p for p in model.parameters() if isinstance(p, DTensor)]
+        assert len(parts) == len([*model.parameters()])
+        return sum(part.to_local().numel() for part in parts)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("ranks", [2, 7])
+def test_every_rank_holds_what_the_plan_says(name: str, ranks: int) -> None:
+    config = CONFIGS[name]
+    plan = sharding_plan(config, ranks=ranks)
+    for rank in {0, ranks - 1}:
+        assert held(config, ranks=ranks, rank=rank) == plan.parameters[rank]
+    assert sum(plan.parameters) == count_parameters(config)
+
+
+def test_more_ranks_than_rows_leave_some_without() -> None:
+    """By hand: the embedding alone has 97 rows."""
+    config = CONFIGS["odd sizes"]
+    plan = sharding_plan(config, ranks=97)
+    assert plan.parameters[96] == config["hidden_size"]  # a row of the embedding, and nothing else
+    assert held(config, ranks=97, rank=96) == plan.parameters[96]
+
+
+def test_one_rank_holds_all_and_none_is_refused() -> None:
+    config = CONFIGS["tritter_1b"]
+    assert sharding_plan(config, ranks=1).parameters == (count_parameters(config),)
+    with pytest.raises(RequestError, match="ranks = 0"):
+        sharding_plan(config, ranks=0)
