@@ -26,9 +26,7 @@ def device_problems(config: RunConfig) -> Iterator[Problem]:
         )
         yield Problem("trainer.devices", 1, reason=reason)
     if trainer.accelerator == "auto":
-        reason = (
-            f"trainer={trainer.strategy} has to be told which devices; allowed are cpu and gpu"
-        )
+        reason = f"trainer={trainer.strategy} has to be told which devices; allowed are cpu and gpu"
         yield Problem("trainer.accelerator", "auto", reason=reason)
     if batch_size % trainer.devices:
         reason = (

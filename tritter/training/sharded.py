@@ -60,8 +60,7 @@ def gather(model: nn.Module, *, is_kept: bool) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor of which parts lie on other processes, all of which ask; others as they are.
-    """
+    """Return a tensor whose parts lie on several processes, all of which ask; others as is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
