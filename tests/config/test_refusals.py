@@ -446,3 +446,14 @@ def test_a_gpu_that_is_not_there_is_refused(
         assert result.code == 2
         assert "trainer.accelerator" in result.err and "auto" in result.err
         assert result.written == []
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_is_written(
+    run: Callable[..., Result], pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = run("trainer.compile=true")
+    assert (result.code, result.written, pipeline.configs) == (2, [], [])
+    assert "trainer.compile = true: torch.compile needs a C++ compiler" in result.err
+    assert "no-such-compiler" in result.err and "trainer.compile=false" in result.err
+    assert run("trainer.compile=false").code == 0
