@@ -107,6 +107,15 @@ class Source:
         """Return the dtype of a tensor by its logical name."""
         return self.tensors.torch_dtype(self.places[name][0].name)
 
+    def holds(self, target: StoredTensor, name: str, dtype: torch.dtype) -> bool:
+        """Return whether the bytes of a target that is the tensor `name` lie in a file as they are.
+
+        Under the target's own name, so that they have its digest.
+        """
+        stored, _ = self.places[name]
+        is_whole = target.is_whole and stored.is_whole and target.name not in self.live_shapes
+        return is_whole and stored.name == target.name and self.dtype(name) == dtype
+
     def read_digests(self) -> dict[str, str]:
         """Return name on disk → SHA-256 of every tensor, reading those not read so far.
 

@@ -44,14 +44,15 @@ from tritter.families import (
 )
 from tritter.loadable import check_loadable
 from tritter.models import read_config
-from tritter.parameter_map import TensorMap, rounded_weight
+from tritter.parameter_map import TensorMap
 from tritter.parameter_map.carry import Policy
+from tritter.parameter_map.rows import WeightReader
 from tritter.stock_routers import AddedExperts
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.names import named_path
 from tritter.storage.padding import padded
 from tritter.storage.tensors import is_finite
-from tritter.storage.writer import TensorEntry, TensorStream
+from tritter.storage.writer import Pieces, TensorEntry, TensorStream
 
 Progress = Callable[[int, int], None]
 
@@ -230,19 +231,24 @@ def _stream(
     targets = layout(config, kind)
     dtypes = {t.name: dtype or _dtype_of(t, source, maps) for t in targets}
     entries = tuple(TensorEntry(t.name, dtypes[t.name], t.shape) for t in targets)
+    reader = WeightReader(source.read)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
+    def blocks(target: StoredTensor) -> Iterator[Tensor]:
+        for part in target.parts_in_order:
+            for block in reader.blocks(maps[part.tensor.name], dtypes[target.name]):
+                if not is_finite(block):
+                    raise RequestError(
+                        f"{source.folder}: {target.name} would hold values that are not finite."
+                    )
+                yield block
+
+    def tensors() -> Iterator[tuple[str, Pieces]]:
         for position, target in enumerate(targets):
-
-            def read(name: str, dtype: torch.dtype = dtypes[target.name]) -> Tensor:
-                return rounded_weight(maps[name], source.read, dtype)
-
-            value = target.pack(read)
-            if not is_finite(value):
-                raise RequestError(
-                    f"{source.folder}: {target.name} would hold values that are not finite."
-                )
-            yield target.name, value
+            step = maps[target.parts[0].tensor.name]
+            origin = step.origin if step.is_verbatim else None
+            is_same = origin is not None and source.holds(target, origin, dtypes[target.name])
+            digest = partial(source.digests.digest, target.name) if is_same else None
+            yield target.name, Pieces(partial(blocks, target), digest)
             if progress is not None:
                 progress(position + 1, len(targets))
 

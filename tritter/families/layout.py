@@ -64,6 +64,15 @@ class StoredTensor:
         """It holds the matrices of a layer's experts."""
         return not self.is_whole and self.parts[0].tensor.is_per_expert
 
+    @property
+    def parts_in_order(self) -> tuple[Part, ...]:
+        """The parts as they lie one behind the other, in row-major order."""
+
+        def place(part: Part) -> tuple[int, ...]:
+            return tuple(i.start if isinstance(i, slice) else i for i in part.index)
+
+        return tuple(sorted(self.parts, key=place))
+
     def pack(self, read: Read) -> Tensor:
         """Return the stored tensor, its parts read by logical name."""
         if self.is_whole:

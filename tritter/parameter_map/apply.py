@@ -49,7 +49,7 @@ def mapped(tensor_map: TensorMap, read: Read, *, quantity: Quantity = Quantity.W
 
     source = None if tensor_map.source is None else value_of(tensor_map.source)
     if source is not None and tensor_map.blend:
-        total = source.to(_compute_dtype(source))
+        total = source.to(compute_dtype(source))
         for other in tensor_map.blend:
             total = total + value_of(other)
         source = (total / (1 + len(tensor_map.blend))).to(source.dtype)
@@ -119,7 +119,7 @@ def _with_offset(tensor_map: TensorMap, source: Tensor, donor: Tensor | None) ->
     offset = tensor_map.offset
     effective = map_tensor(
         replace(tensor_map, offset=0.0),
-        source.to(_compute_dtype(source)) + offset,
+        source.to(compute_dtype(source)) + offset,
         donor=None if donor is None else donor + offset,
     )
     return (effective - offset).to(source.dtype)
@@ -196,7 +196,8 @@ def flagged(axes: Sequence[AxisFactor | None], flags: Callable[[AxisFactor], Ten
     return mask
 
 
-def _compute_dtype(source: Tensor) -> torch.dtype:
+def compute_dtype(source: Tensor) -> torch.dtype:
+    """Return what a tensor is computed on in."""
     return torch.float64 if source.dtype == torch.float64 else torch.float32
 
 
@@ -205,24 +206,24 @@ def _gather(
     axes: tuple[AxisFactor | None, ...],
     quantity: Quantity,
 ) -> Tensor:
-    compute_dtype = _compute_dtype(source)
+    wide_dtype = compute_dtype(source)
     values = source
     for dimension, axis in enumerate(axes):
         if axis is None:
             continue
-        values = _taken(values, dimension, axis.index.to(source.device))
+        values = taken(values, dimension, axis.index.to(source.device))
         factor = quantity.factor(axis)
         if bool((factor == 1).all()):
             continue
         shape = [1] * source.ndim
         shape[dimension] = -1
-        factor = factor.to(device=source.device, dtype=compute_dtype).view(shape)
-        wide = values.to(compute_dtype)
+        factor = factor.to(device=source.device, dtype=wide_dtype).view(shape)
+        wide = values.to(wide_dtype)
         values = wide * factor if wide is source else wide.mul_(factor)
     return values.to(source.dtype) if values is not source else source.clone()
 
 
-def _taken(values: Tensor, dimension: int, index: Tensor) -> Tensor:
+def taken(values: Tensor, dimension: int, index: Tensor) -> Tensor:
     """Return `values` at an index along one dimension, zero or anything where it is negative.
 
     What the index leaves in place, which is most of it, is copied in one piece.

@@ -176,7 +176,7 @@ class TensorMap:
     def is_verbatim(self) -> bool:
         """The weights are those of `origin`, bit for bit."""
         before = self.source
-        return self._keeps_weights and (not isinstance(before, TensorMap) or before.is_verbatim)
+        return self.keeps_weights and (not isinstance(before, TensorMap) or before.is_verbatim)
 
     def after(self, maps: "Mapping[str, TensorMap]") -> "TensorMap":
         """Return this map behind those that make its source model, as one from their own source.
@@ -200,14 +200,15 @@ class TensorMap:
         )
 
     @property
-    def _keeps_weights(self) -> bool:
+    def keeps_weights(self) -> bool:
+        """The weights are those of `source`."""
         is_computed = self.noise or self.blend or self.is_zeroed or self.source is None
         return not is_computed and all(axis is None for axis in self.axes)
 
     @property
     def _is_nothing(self) -> bool:
         """What it makes of its source is the source, with its state."""
-        return self._keeps_weights and self.state == "carry" and not self.is_copy
+        return self.keeps_weights and self.state == "carry" and not self.is_copy
 
     def description(self) -> list[object]:
         """Return plain data that determines the map, tensors as their SHA-256."""

@@ -6,20 +6,29 @@ import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import BoundedSemaphore, Lock
 from typing import TYPE_CHECKING
 
 from tritter.errors import TritterError
 from tritter.storage.reading import MAX_HEADER_BYTES, open_file, require_file
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+_MAX_WAITING = 4  # tensors; those of a folder are mapped, and take no memory
 
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
     """SHA-256 over name, dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+    digest = begun_digest(name, tensor.dtype, tuple(tensor.shape))
     digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def begun_digest(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> hashlib._Hash:
+    """Return the digest of a tensor whose bytes are still to come."""
+    return hashlib.sha256(f"{name}\0{dtype}\0{shape}\0".encode())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -71,24 +80,38 @@ def header_digest(path: Path) -> str:
 
 
 class DigestQueue:
-    """Digests of tensors, computed in a worker thread while the caller goes on.
+    """Digests of tensors, computed in a worker thread while its callers go on.
 
-    At most one tensor waits, so that a queue never holds more than two.
+    Few tensors wait: whoever adds more waits with them.
     """
 
     def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._digests: dict[str, Future[str]] = {}
-        self._last: Future[str] | None = None
+        self._lock = Lock()
+        self._room = BoundedSemaphore(_MAX_WAITING)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Hash a tensor, unless one of its name was added before."""
         if name in self._digests:
             return
-        if self._last is not None:
-            self._last.result()
-        self._last = self._digests[name] = self._worker.submit(tensor_digest, name, tensor)
+        self._room.acquire()
+        with self._lock:
+            if name not in self._digests:
+                self._digests[name] = self._worker.submit(self._hash, name, tensor)
+                return
+        self._room.release()
+
+    def digest(self, name: str) -> str:
+        """Wait for the digest of a tensor that was added."""
+        return self._digests[name].result()
 
     def results(self) -> dict[str, str]:
         """Wait for what was added and return name → digest."""
         return {name: digest.result() for name, digest in self._digests.items()}
+
+    def _hash(self, name: str, tensor: Tensor) -> str:
+        try:
+            return tensor_digest(name, tensor)
+        finally:
+            self._room.release()

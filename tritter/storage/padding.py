@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tritter.errors import TritterError
+from tritter.storage.writer import Pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,16 +21,31 @@ def padded(stream: TensorStream, shapes: Mapping[str, tuple[int, ...]]) -> Tenso
     if not shapes:
         return stream
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in stream.tensors:
-            if name in shapes and tensor.shape != shapes[name]:
-                whole = tensor.new_zeros(shapes[name])
-                whole[_within(tensor.shape)] = tensor
-                tensor = whole
-            yield name, tensor
+    def tensors() -> Iterator[tuple[str, Tensor | Pieces]]:
+        for entry, (name, content) in zip(stream.entries, stream.tensors, strict=True):
+            if name not in shapes or entry.shape == shapes[name]:
+                yield name, content
+            elif isinstance(content, Pieces):
+                yield name, Pieces(partial(_filled_up, content, entry.shape, shapes[name]))
+            else:
+                yield name, _padded(content, shapes[name])
 
     entries = (replace(e, shape=shapes.get(e.name, e.shape)) for e in stream.entries)
     return replace(stream, entries=tuple(entries), tensors=tensors())
+
+
+def _filled_up(content: Pieces, live: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """Make a tensor whole and pad it."""
+    import torch  # headers are padded without it
+
+    pieces = [piece.reshape(-1) for piece in content.make()]
+    yield _padded(torch.cat(pieces).view(live), shape)
+
+
+def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    whole = tensor.new_zeros(shape)
+    whole[_within(tensor.shape)] = tensor
+    return whole
 
 
 def stripped(tensor: Tensor, shape: Sequence[int], *, name: str) -> Tensor:

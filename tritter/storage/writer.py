@@ -1,22 +1,29 @@
-"""Safetensors folders, written tensor by tensor: memory holds three tensors, never a shard.
+"""Safetensors folders, written tensor by tensor: memory holds a few tensors, never a shard.
 
 The format puts all names, dtypes, shapes and offsets into a header before the data, so a stream
 states them first. safetensors' own writer takes whole dictionaries, hence the few lines here.
+
+Threads share the work by tensors. Each makes, hashes and writes its own a piece at a time: a piece
+stays in the processor's cache, and its memory is used again for the next.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import struct
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
-from tritter.storage.hashing import DigestQueue, bytes_of
+from tritter.storage.hashing import begun_digest, bytes_of
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, WRITTEN_DTYPES
 
 if TYPE_CHECKING:
@@ -24,7 +31,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HEADER_ALIGNMENT = 8
+PIECE_BYTES = 2**20
+_LARGE_PIECE_BYTES = 4 * PIECE_BYTES
+_MAX_THREADS = 4
+_HELD_TENSORS = 2  # of those that come whole, while the next one is made
 _BYTES_UNTIL_TRIM = 32 * 2**20
+_BYTES_UNTIL_SYNC = 16 * 2**20
+_KEPT_BYTES = 16 * 2**20  # freed memory that the allocator may keep for the next piece
+_SYNC_FILE_RANGE_WRITE = 2  # from linux/fs.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +55,19 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Pieces:
+    """A tensor that is made while it is written, in one of the writer's threads.
+
+    Args:
+        make: yields its values in row-major order, in pieces of any shape.
+        digest: waits for its digest, where somebody hashes the same bytes by the same name.
+    """
+
+    make: Callable[[], Iterator[Tensor]]
+    digest: Callable[[], str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TensorStream:
     """Tensors that come one by one, announced beforehand.
 
@@ -50,7 +77,7 @@ class TensorStream:
     """
 
     entries: tuple[TensorEntry, ...]
-    tensors: Iterable[tuple[str, Tensor]]
+    tensors: Iterable[tuple[str, Tensor | Pieces]]
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[str, Tensor]]) -> TensorStream:
@@ -66,47 +93,137 @@ def write_tensors(
     """Write a stream in shards of bounded size and return the digest of every tensor.
 
     One shard gives `model.safetensors`; several give numbered files and an index, as
-    transformers reads them. Two worker threads hash and write a tensor while the next is made.
+    transformers reads them.
 
     Raises:
         OSError: the disk refused a write.
     """
     shards = _split(stream.entries, max_shard_bytes)
     names = _shard_names(len(shards))
-    digests = DigestQueue()
     pending = iter(stream.tensors)
-    written = 0
-    for entries, file_name in zip(shards, names, strict=True):
-        with _ShardWriter(folder / file_name, entries) as writer:
-            for entry in entries:
-                name, tensor = next(pending)
-                _check(entry, name, tensor)
-                digests.add(name, tensor)
-                writer.add(name, tensor)
-                written += entry.num_bytes
-                if written >= _BYTES_UNTIL_TRIM:
-                    _give_back_freed_memory()
-                    written = 0
+    digests: dict[str, Callable[[], str]] = {}
+    with _one_thread_each(), _Crew() as crew:
+        for entries, file_name in zip(shards, names, strict=True):
+            with crew.shard(folder / file_name, entries) as shard:
+                for entry in entries:
+                    name, content = next(pending)
+                    _check(entry, name, content)
+                    digests[name] = crew.write(shard, entry, content)
+                    del content
     assert next(pending, None) is None, "more tensors came than were announced"
     if len(shards) > 1:
         _write_index(folder, shards, names)
-    return digests.results()
+    return {name: digest() for name, digest in digests.items()}
 
 
-def _give_back_freed_memory() -> None:
-    """Return freed pages to the system.
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let each of our threads compute by itself, and freed pieces stay with the process.
 
-    glibc keeps what tensors leave behind in pieces that the next ones do not fit into, so that
-    memory would grow with the model after all (480 MB for a source of 0.5 GB, 850 MB for 1.5 GB;
-    so 340 and 350 MB). Other allocators have no such call.
+    glibc gives memory back to the system as soon as more of it is free than the largest block
+    that was ever freed, so one is; the system's fresh pages cost more than all arithmetic.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    import torch  # headers are written without it
+
+    before = torch.get_num_threads()
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-class _ShardWriter:
-    def __init__(self, path: Path, entries: Sequence[TensorEntry]) -> None:
+class _Crew:
+    """Threads that write tensors into shards."""
+
+    def __init__(self) -> None:
+        self._size = min(_MAX_THREADS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(self._size)
+        self._running: set[Future[str]] = set()
+        self._is_over = Event()
+        self._until_trim = _BYTES_UNTIL_TRIM
+
+    def __enter__(self) -> _Crew:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._is_over.set()
+        self._threads.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def shard(self, path: Path, entries: Sequence[TensorEntry]) -> Iterator[_Shard]:
+        """Open a file; when the block ends, all that was to go into it has been written."""
+        with path.open("wb", buffering=0) as file:
+            try:
+                yield _Shard(file, entries)
+                self._join(0)
+            except BaseException:
+                self._is_over.set()
+                raise
+            finally:
+                wait(self._running)  # a closed file's number may soon be another's
+
+    def write(
+        self, shard: _Shard, entry: TensorEntry, content: Tensor | Pieces
+    ) -> Callable[[], str]:
+        """Have a tensor written, and return what waits for its digest.
+
+        Waits itself while too many others are not written yet.
+        """
+        future = self._threads.submit(self._write, shard, entry, content)
+        self._running.add(future)
+        if not isinstance(content, Pieces):
+            self._join(_HELD_TENSORS)
+            return future.result
+        self._join(self._size + 1)
+        return content.digest or future.result
+
+    def _join(self, most: int) -> None:
+        """Wait until no more than so many tensors are not written yet."""
+        while len(self._running) > most:
+            done, self._running = wait(self._running, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+
+    def _write(self, shard: _Shard, entry: TensorEntry, content: Tensor | Pieces) -> str:
+        is_hashed = not isinstance(content, Pieces) or content.digest is None
+        digest = begun_digest(entry.name, entry.dtype, entry.shape)
+        place = shard.place(entry)
+        for piece in content.make() if isinstance(content, Pieces) else (content,):
+            assert piece.dtype == entry.dtype, f"{entry} came as {piece.dtype}"
+            held = bytes_of(piece)
+            for begin in range(0, len(held), PIECE_BYTES):
+                if self._is_over.is_set():
+                    return ""
+                part = held[begin : begin + PIECE_BYTES]
+                if is_hashed:
+                    digest.update(part)
+                place.write(part)
+            if len(held) > _LARGE_PIECE_BYTES:
+                self._freed(len(held))
+        place.finish()
+        return digest.hexdigest()
+
+    def _freed(self, num_bytes: int) -> None:
+        """Return freed pages to the system, once in a while.
+
+        glibc keeps what whole tensors leave behind in pieces that the next ones do not fit into,
+        so that memory would grow with the model after all (480 MB for a source of 0.5 GB, 850 MB
+        for 1.5 GB; so 340 and 350 MB). Other allocators have no such call.
+        """
+        self._until_trim -= num_bytes
+        if self._until_trim <= 0:
+            self._until_trim = _BYTES_UNTIL_TRIM
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if trim is not None:
+                trim(0)
+
+
+class _Shard:
+    """A file whose header is written, and in which each tensor has its place."""
+
+    def __init__(self, file: FileIO, entries: Sequence[TensorEntry]) -> None:
         # Wide types first keeps every tensor aligned to its own width, as safetensors does.
         order = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -123,33 +240,44 @@ class _ShardWriter:
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-        self._start = struct.pack("<Q", len(text)) + text
-        self._path = path
+        start = struct.pack("<Q", len(text)) + text
+        self._file = file
+        self._data_begin = len(start)
+        _Place(file, 0, len(start)).write(memoryview(start))
 
-    def __enter__(self) -> _ShardWriter:
-        self._file = self._path.open("wb")
-        self._file.write(self._start)
-        self._worker = ThreadPoolExecutor(max_workers=1)
-        self._last: Future[None] | None = None
-        return self
+    def place(self, entry: TensorEntry) -> _Place:
+        """Return where in the file a tensor goes."""
+        begin = self._data_begin + self._begin[entry.name]
+        return _Place(self._file, begin, begin + entry.num_bytes)
 
-    def __exit__(self, *raised: object) -> None:
-        try:
-            if self._last is not None and raised[0] is None:
-                self._last.result()
-        finally:
-            self._worker.shutdown()
-            self._file.close()
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Have a tensor written; waits for the one before, so that no two are held."""
-        if self._last is not None:
-            self._last.result()
-        self._last = self._worker.submit(self._write, name, tensor)
+class _Place:
+    """A stretch of a file, written from its begin to its end."""
 
-    def _write(self, name: str, tensor: Tensor) -> None:
-        self._file.seek(len(self._start) + self._begin[name])
-        self._file.write(bytes_of(tensor))
+    def __init__(self, file: FileIO, begin: int, end: int) -> None:
+        self._file, self._end = file, end
+        self._written = self._begun = begin
+
+    def write(self, part: memoryview) -> None:
+        """Append, and have the disk begin before there is much to wait for at the end."""
+        while part:
+            count = os.pwrite(self._file.fileno(), part, self._written)
+            self._written += count
+            part = part[count:]
+        if self._written - self._begun >= _BYTES_UNTIL_SYNC:
+            self._begin_writeback()
+
+    def finish(self) -> None:
+        assert self._written == self._end, f"{self._end - self._written} bytes did not come"
+        if self._written - self._begun >= PIECE_BYTES:
+            self._begin_writeback()
+
+    def _begin_writeback(self) -> None:
+        sync = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
+        if sync is not None:
+            begin, count = map(ctypes.c_int64, (self._begun, self._written - self._begun))
+            sync(self._file.fileno(), begin, count, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+        self._begun = self._written
 
 
 def _split(entries: Sequence[TensorEntry], max_shard_bytes: int) -> list[list[TensorEntry]]:
@@ -181,7 +309,10 @@ def _write_index(
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _check(entry: TensorEntry, name: str, tensor: Tensor) -> None:
-    announced = (entry.name, entry.dtype, entry.shape)
-    came = (name, tensor.dtype, tuple(tensor.shape))
+def _check(entry: TensorEntry, name: str, content: Tensor | Pieces) -> None:
+    """Refuse what was not announced; of pieces only the name is known yet."""
+    announced: tuple[object, ...] = (entry.name, entry.dtype, entry.shape)
+    came: tuple[object, ...] = (name, *announced[1:])
+    if not isinstance(content, Pieces):
+        came = (name, content.dtype, tuple(content.shape))
     assert announced == came, f"announced {announced}, came {came}"
