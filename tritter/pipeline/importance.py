@@ -149,7 +149,7 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
     planned = context.planned(arm)
 
     def through(held: TensorFolder, rule: StateKind) -> Values:
-        values = dict(state_stream(planned, rule, held).tensors)
+        values = dict(state_stream(planned, rule, held).whole())
         return follow(live_tensors(planned.target_config, values))
 
     has_old, has_masks, has_teacher = (

@@ -35,11 +35,7 @@ def padded(stream: TensorStream, shapes: Mapping[str, tuple[int, ...]]) -> Tenso
 
 
 def _filled_up(content: Pieces, live: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """Make a tensor whole and pad it."""
-    import torch  # headers are padded without it
-
-    pieces = [piece.reshape(-1) for piece in content.make()]
-    yield _padded(torch.cat(pieces).view(live), shape)
+    yield _padded(content.whole(live), shape)
 
 
 def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

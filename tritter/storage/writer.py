@@ -66,6 +66,12 @@ class Pieces:
     make: Callable[[], Iterator[Tensor]]
     digest: Callable[[], str] | None = None
 
+    def whole(self, shape: tuple[int, ...]) -> Tensor:
+        """Make all of it."""
+        import torch  # headers are written without it
+
+        return torch.cat([piece.reshape(-1) for piece in self.make()]).view(shape)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorStream:
@@ -85,6 +91,14 @@ class TensorStream:
         held = list(pairs)
         entries = tuple(TensorEntry(name, t.dtype, tuple(t.shape)) for name, t in held)
         return cls(entries, held)
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors; those that come in pieces are put together."""
+        for entry, (name, content) in zip(self.entries, self.tensors, strict=True):
+            if isinstance(content, Pieces):
+                yield name, content.whole(entry.shape)
+            else:
+                yield name, content
 
 
 def write_tensors(
