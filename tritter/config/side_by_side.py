@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,8 +70,7 @@ class SweptJobs:
     def _run_elsewhere(self, cfg: DictConfig) -> float:
         sys.argv[:1] = [self.program]  # by which commands are printed
         os.chdir(self.place)
-        if self.launching.ends_with_us and os.getppid() != self.process:
-            return math.nan  # whoever began the sweep is gone
+        self._end_if_alone()
         hydra = HydraConfig.get()
         folder, number = Path(hydra.runtime.output_dir), hydra.job.num
         is_new = folder not in self.left and read_status(folder)["status"] not in ENDS
@@ -87,11 +86,18 @@ class SweptJobs:
                     metric = self._run_alone(cfg)
             except Stopped as stop:  # of which its status tells
                 where = f" {stop.where}" if stop.where else ""
-                say(f"job {number} stopped{where}")
+                with suppress(OSError):  # whoever read it may be gone
+                    say(f"job {number} stopped{where}")
+                self._end_if_alone()
                 return math.nan
         if is_new:
             say(f"job {number} is over: {read_status(folder)['status']}")
         return metric
+
+    def _end_if_alone(self) -> None:
+        """End this process where whoever began the sweep is gone; it would wait for more work."""
+        if self.launching.ends_with_us and os.getppid() != self.process:
+            os._exit(128 + signal.SIGTERM)
 
     def _run_alone(self, cfg: DictConfig) -> float:
         """Run a job unless another process began in its folder."""
