@@ -142,7 +142,7 @@ def commands(rng: random.Random, sandbox: Sandbox) -> Case:
 
     sandbox.take("grown", "source")
     known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    name = rng.choice(sorted(set(known) - {"train"}))
+    name = rng.choice(sorted(_NEEDED))
     words = [name, *_NEEDED[name]]
     options = [option for p in known[name].params for option in p.opts if option[:2] == "--"]
     for _ in range(rng.randint(1, 3)):
@@ -152,6 +152,25 @@ def commands(rng: random.Random, sandbox: Sandbox) -> Case:
     if rng.random() < 0.2:
         words[rng.randrange(len(words))] = values.word(rng)
     return Case("options", "tritter", tuple(words), ("inside/out", "inside/source-llama-pro"))
+
+
+def recipes(rng: random.Random, sandbox: Sandbox) -> Case:
+    """Recipes of expand: damaged byte by byte, or with values that nobody should write."""
+    sandbox.take("base", "source")
+    sound = "steps:\n- width: {hidden_size: 48}\n- llama_pro: {target_layers: 5}\nseed: 3\n"
+    kind = rng.random()
+    if kind < 0.5:
+        content = values.mutated_bytes(rng, sound.encode())
+    elif kind < 0.9:
+        old = rng.choice(("48", "5", "3", "width", "hidden_size", "seed", "steps", "[", "{"))
+        new = values.number(rng) if rng.random() < 0.5 else values.word(rng)
+        content = sound.replace(old, new, 1).encode(errors="surrogatepass")
+    else:
+        content = rng.choice((b"&a [*a]", b"a: &a [x]\nsteps: " + b"[*a," * 50, b"[" * 10**5))
+    (sandbox.inside / "grow.yaml").write_bytes(content)
+    words = ("expand", "--checkpoint", "source", "--recipe", "grow.yaml", "--output", "out")
+    free = ("inside/out", "inside/grow.yaml")
+    return Case("a recipe", "tritter", (*words, "--no-measure"), free)
 
 
 def overrides(rng: random.Random, sandbox: Sandbox) -> Case:
@@ -177,6 +196,9 @@ _NEEDED = {
     "export": ("--checkpoint", "source", "--output", "out"),
     "history": ("source",),
     "inspect": ("source",),
+    "compare": ("source", "source"),
+    "report": ("source", "--output", "out"),
+    "validate": ("--source", "source", "--result", "source"),
     "generate": ("--checkpoint", "source", "--prompt", "the", "--max-new-tokens", "2"),
     "plan": ("--source", "125M", "--target", "350M", "--gpu-hours", "10"),
 }

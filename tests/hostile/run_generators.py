@@ -35,8 +35,9 @@ def reports(rng: random.Random, sandbox: Sandbox) -> Case:
     if rng.random() < 0.1:
         special(sandbox.inside / "sweep/2", rng.choice(("fifo", "zero", "loop", "link")))
     which = rng.choice((["sweep"], ["sweep"], ["sweep/0", "sweep/1"], ["sweep/0", "sweep"]))
-    words = ["report", *which, "--output", rng.choice(("page.html", "page.html", "sweep/0/p.html"))]
-    if rng.random() < 0.3:
+    command = rng.choice(("report", "compare"))
+    words = [command, *which, "--output", rng.choice(("page.html", "page.html", "sweep/0/p.html"))]
+    if command == "report" and rng.random() < 0.3:
         words += rng.choice((["--json"], ["--figures", "figures"], ["--overwrite"]))
     free = ("inside/page.html", "inside/sweep/0/p.html", "inside/figures")
     return Case("; ".join(stories), "tritter", tuple(words), free)
