@@ -21,16 +21,17 @@ _CONSOLE = Console()
 
 
 def commands(output: Path) -> dict[str, list[str]]:
-    """Return benchmark → its words, whose table goes below `output`."""
+    """Return table → the words that make it, below `output`."""
     lines = re.findall(r"^python (.*)$", (HERE / "README.md").read_text("utf-8"), re.MULTILINE)
     found = {}
     for line in lines:
         words = shlex.split(line)
-        name = Path(words[0]).stem
-        if name == Path(__file__).stem:
-            continue
-        table = str(output / f"{name}.csv")
-        found[name] = [table if word.endswith(f"/{name}.csv") else word for word in words]
+        tables = [word for word in words if word.endswith(".csv")]
+        if tables:  # this script alone writes none
+            name = Path(tables[-1]).stem
+            found[name] = [
+                str(output / f"{name}.csv") if word in tables else word for word in words
+            ]
     return found
 
 

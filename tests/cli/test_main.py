@@ -79,7 +79,6 @@ def test_each_command_has_help(run: Run, command: str) -> None:
         ("expand --checkpoint base --method dus --hiden-size 3", "Did you mean --hidden-size?"),
         ("expand --checkpoint base --method dus --num_hads 3", "Did you mean --num-heads?"),
         ("expand --method dus", "Missing option '--checkpoint'"),
-        ("expand --checkpoint base", "--method is missing"),
         ("expand --checkpoint base --method dus --target-params 7X", "such as 7B, 350M"),
         ("expand --checkpoint base --method dus --max-shard-size 0", "such as 5GB, 500MB"),
         ("history", "Missing argument 'DIR'"),
@@ -95,6 +94,12 @@ def test_usage_errors_exit_2_in_one_message(run: Run, words: str, said: str) -> 
     assert result.err.startswith("error: ")
     assert said in result.err
     assert "--help` lists what there is." in result.err
+
+
+def test_expand_without_a_method_says_both_ways_to_name_one(run: Run) -> None:
+    result = run("expand --checkpoint base")
+    assert (result.code, result.out) == (2, "")
+    assert "--method is missing" in result.err and "--recipe grow.yaml" in result.err
 
 
 @pytest.mark.parametrize(
