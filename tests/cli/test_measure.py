@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Run
 from tests.oracle import saved, stock
+from tests.oracle.families import tiny
 from tritter.checkpoint import read_lineage
 from tritter.cli import measure
 from tritter.evaluation.folder_jump import folder_jump
@@ -41,6 +42,18 @@ def test_a_broken_promise_exits_3(
     assert "parts from the source at layer 2" in " ".join(result.err.split())
     record = read_lineage(rounded / "deep").expansion_history[-1]  # type: ignore[union-attr]
     assert record.step0_error is not None and record.step0_error > 1e-3
+
+
+def test_copies_before_a_norm_of_zeros_are_held_to_their_claim_too(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their noise, which nothing reads, is no rounding that would excuse a damage."""
+    saved(tiny("olmo2").bfloat16(), place / "normed")
+    whole = run("expand --checkpoint normed --method llama-pro --target-layers 4 --output whole")
+    assert whole.code == 0 and "rounding" not in whole.out
+    monkeypatch.setattr(measure, "folder_jump", _damaged)
+    result = run("expand --checkpoint normed --method llama-pro --target-layers 4 --output deep")
+    assert result.code == 3 and "claims to keep the function" in result.err
 
 
 def test_rounding_is_said_where_there_is_any(run: Run, rounded: Path) -> None:
