@@ -56,6 +56,22 @@ def test_copies_before_a_norm_of_zeros_are_held_to_their_claim_too(
     assert result.code == 3 and "claims to keep the function" in result.err
 
 
+def _ruined(source: Path, result: Path, *arguments: Any, **keywords: Any) -> Any:
+    """Measure, after the last norm was turned round."""
+    tensors = load_file(result / "model.safetensors")
+    tensors["model.norm.weight"] *= -1
+    save_file(tensors, result / "model.safetensors", metadata={"format": "pt"})
+    return folder_jump(source, result, *arguments, **keywords)
+
+
+def test_what_no_rounding_does_is_broken_in_16_bits_too(
+    run: Run, rounded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "folder_jump", _ruined)
+    result = run("expand --checkpoint base --method width --output wide")
+    assert result.code == 3 and "claims to keep the function" in result.err
+
+
 def test_rounding_is_said_where_there_is_any(run: Run, rounded: Path) -> None:
     copied = run("expand --checkpoint base --method llama-pro")
     assert copied.code == 0 and "rounding" not in copied.out
