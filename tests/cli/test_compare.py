@@ -120,8 +120,33 @@ def test_a_page_and_files_of_numbers(run: Run, runs: Path) -> None:
 def test_a_checkpoint_stands_for_the_run_that_left_it(run: Run, runs: Path) -> None:
     (runs / "first/checkpoint").mkdir()
     (runs / "first/checkpoint/tritter.json").write_text("{}")
-    content = run("compare first/checkpoint better --json").json
-    assert content["reference"] == "first"
+    (runs / "better/attempt_1/trained").mkdir(parents=True)
+    (runs / "better/attempt_1/trained/tritter.json").write_text("{}")
+    content = run("compare first/checkpoint better/attempt_1/trained --json").json
+    assert [each["name"] for each in content["runs"]] == ["first", "better"]
+
+
+def test_a_file_of_numbers_is_what_is_printed(run: Run, runs: Path) -> None:
+    unfinished = runs / "cut-off"
+    unfinished.mkdir()
+    (unfinished / "run.json").write_text("{}")
+    words = "compare first better cut-off --json --output numbers.json"
+    printed = run(words).json
+    assert printed["left_out"] == ["cut-off"]
+    assert json.loads((runs / "numbers.json").read_text()) == printed
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "html"])
+def test_settings_and_names_that_files_have_no_signs_for(run: Run, runs: Path, kind: str) -> None:
+    settings = {"training": {"rate": float("nan"), "rates": [1.0, float("-inf")]}}
+    named = runs / "sweep" / os.fsdecode(b"na\xffme")
+    write_run(named, {"prose": scored(2.0, seed=2)}, **settings)
+    result = run("compare", "first", "sweep", "--json", "--output", f"numbers.{kind}")
+    assert result.code == 0, result.err
+    told, name = result.json["settings"], str(named.relative_to(runs))
+    assert told["training.rate"][name] == "nan"
+    assert told["training.rates"][name] == [1.0, "-inf"]
+    assert "nan" in (runs / f"numbers.{kind}").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +179,7 @@ def test_damaged_scores_leave_the_rest(run: Run, runs: Path, damage: Any, said: 
     [
         ("first", "needs two or more"),
         ("first first", "needs two or more"),
-        ("first base", "needs two or more"),
+        ("first better base", "RUN = base: no finished run is in it"),
         ("nowhere first", "it is not a folder"),
         ("first better --output page.pdf", "allowed is one of .html, .csv, .json"),
         ("first better --output base.csv", "it is a folder"),

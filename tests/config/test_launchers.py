@@ -170,6 +170,13 @@ def test_one_process_runs_a_sweep(run: Run, tmp_path: Path) -> None:
     assert run("-m", "seed=0,3", "hydra.sweep.dir=here").code == 0
 
 
+def test_a_sweep_does_not_lie_in_a_run(run: Run) -> None:
+    assert run("hydra.run.dir=here").code == 0
+    result = run("-m", "seed=0,3", "hydra.sweep.dir=here")
+    assert result.code == 2 and not any("multirun" in path for path in result.written)
+    assert "hydra.sweep.dir = " in result.err and "it is the folder of a run" in result.err
+
+
 def test_wandb_groups_by_the_sweep(run: Run, pipeline: FakePipeline) -> None:
     own = "hydra.sweep.subdir=a/b${hydra.job.num}"
     assert run("-m", "seed=0,3", own, "hydra.sweep.dir=here").code == 0

@@ -5,8 +5,9 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
@@ -28,6 +29,7 @@ from tritter.storage.records import LINEAGE_NAME
 from tritter.terminal import Console
 
 _KINDS = (".html", ".csv", ".json")
+_DEEPEST = 2  # a checkpoint below its run: attempt_1/trained
 _SHORT = ("role", "run", "status", "verdict")  # columns that stay whole on a narrow terminal
 _PEAK = "performance/peak_memory_bytes"
 
@@ -54,11 +56,12 @@ def run_compare(
     compared = [_compared(p, run) for p, run in zip(found.finished, runs, strict=True)]
     comparison = Comparison(tuple(compared))
     notes = [f"Not finished, and left out: {path}" for path in found.unfinished]
+    numbers = {**comparison.to_dict(), "left_out": [str(path) for path in found.unfinished]}
     if as_json:
-        print_json({**comparison.to_dict(), "left_out": [str(path) for path in found.unfinished]})
+        print_json(numbers)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(output, _content(comparison, output.suffix, notes))
+        write_text_atomic(output, _content(comparison, output.suffix, notes, numbers))
     if not as_json:
         _print(comparison, notes, output)
     return 0
@@ -84,9 +87,10 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
 
 def _run_of(folder: Path) -> Path:
     """Return the run that left a checkpoint, and any other folder as it is."""
-    is_checkpoint = (folder / LINEAGE_NAME).is_file() and not (folder / SUMMARY_FILE).exists()
-    above = folder.resolve().parent
-    return above if is_checkpoint and (above / SUMMARY_FILE).is_file() else folder
+    if not (folder / LINEAGE_NAME).is_file() or (folder / SUMMARY_FILE).exists():
+        return folder
+    above = list(folder.resolve().parents)[:_DEEPEST]
+    return next((each for each in above if (each / SUMMARY_FILE).is_file()), folder)
 
 
 def _compared(place: Path, run: Run) -> Compared:
@@ -135,13 +139,16 @@ def _peak_memory(place: Path) -> float | None:
     return max(known, default=None)
 
 
-def _content(comparison: Comparison, kind: str, notes: Sequence[str]) -> str:
+def _content(
+    comparison: Comparison, kind: str, notes: Sequence[str], numbers: Mapping[str, Any]
+) -> str:
     if kind == ".json":
-        return json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n"
+        return json.dumps(numbers, indent=2, allow_nan=False) + "\n"
     if kind == ".csv":
         stream = io.StringIO()
         csv.writer(stream, lineterminator="\n").writerows(comparison.rows())
-        return stream.getvalue()
+        # The name of a folder may be no text
+        return stream.getvalue().encode(errors="backslashreplace").decode()
     runs = [each.run for each in comparison.runs]
     tables = comparison.tables()
     text, _ = page(runs, title="Runs compared", notes=notes, beside=tables)

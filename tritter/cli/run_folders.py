@@ -2,8 +2,9 @@
 
 import csv
 import io
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def find_runs(folders: Sequence[Path]) -> FoundRuns:
     """Return the runs in some folders and below them; links are not followed.
 
     Raises:
-        RequestError: there is no such folder, or no finished run.
+        RequestError: there is no such folder, one holds no run, or there is no finished one.
     """
     finished: dict[Path, None] = {}
     unfinished: dict[Path, None] = {}
@@ -44,11 +45,18 @@ def find_runs(folders: Sequence[Path]) -> FoundRuns:
         try:
             if not folder.is_dir():
                 raise RequestError(Problem("RUN", str(folder), reason="it is not a folder"))
+            found: set[Path] = set()
             for place in _places(folder, depth=_DEPTH):
                 if (place / SUMMARY_FILE).is_file():
                     finished[place] = None
                 elif (place / RUN_FILE).is_file():
                     unfinished[place] = None
+                else:
+                    continue
+                found.add(place)
+            if not found:
+                reason = f"no finished run is in it: no {SUMMARY_FILE}"
+                raise RequestError(Problem("RUN", str(folder), reason=reason))
         except OSError as error:  # below it is what the system does not let be read
             reason = f"{error.filename}: {error.strerror}"
             raise RequestError(Problem("RUN", str(folder), reason=reason)) from error
@@ -107,12 +115,25 @@ def _run(place: Path, *, name: str) -> Run:
     return Run(
         name=name,
         summary=summary,
-        settings=leaves(settings) if isinstance(settings, dict) else {"seed": summary.get("seed")},
+        settings=_settings(settings)
+        if isinstance(settings, dict)
+        else {"seed": summary.get("seed")},
         curves=_curves(place, "rounds") or _curves(place),
         control=_curves(place, "control"),
         pretraining=_curves(place, "pretraining"),
         history=_history(place / "checkpoint"),
     )
+
+
+def _settings(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted key → value; what is not finite, which JSON has no number for, as text."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: plain(value) for key, value in leaves(fingerprint).items()}
 
 
 def _curves(place: Path, of: str = "") -> tuple[Curve, ...]:

@@ -21,6 +21,8 @@ Place = tuple[str | int, ...]  # keys and positions from the root
 
 _MOST_BYTES = 2**20
 _DEEPEST = 16
+_MOST_LINES = 4  # that a message names
+_COLLECTIONS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq")}
 _MADE = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
 _TEXTS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "timestamp", "merge", "value")}
 _POWER_OF_TEN = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}")  # YAML 1.1 wants the dot
@@ -45,7 +47,9 @@ class LinedYaml:
     def origin_of(self, places: Sequence[Place]) -> str:
         """Say where something stands that may be meant by several places."""
         lines = sorted({self._line(place) for place in places})
-        return f"{self.path}, line {' or '.join(map(str, lines))}"
+        named = [str(line) for line in lines[:_MOST_LINES]]
+        named += [f"{len(lines) - _MOST_LINES} more"] * (len(lines) > _MOST_LINES)
+        return f"{self.path}, line {' or '.join(named)}"
 
     def _line(self, place: Place) -> int:
         ends = range(len(place), -1, -1)
@@ -102,6 +106,8 @@ def _line_of(event: yaml.Event) -> int:
 
 def _value(path: Path, node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
     lines.setdefault(place, node.start_mark.line + 1)
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTIONS:
+        raise _refusal(path, node.start_mark.line + 1, f"the tag {node.tag} is not read here")
     if isinstance(node, yaml.MappingNode):
         table: dict[str, Any] = {}
         for key_node, value_node in node.value:

@@ -28,7 +28,7 @@ from tritter.config.overrides import (
     split_sweep,
 )
 from tritter.config.resume import Resumption, resumption
-from tritter.config.run_folder import OUTPUT_FILE, RunState, check_run_folder
+from tritter.config.run_folder import OUTPUT_FILE, RUN_FILE, RunState, check_run_folder
 from tritter.config.schema import RunConfig
 from tritter.config.text_files import text_requests
 from tritter.config.validation import Rule, known_config
@@ -115,8 +115,13 @@ def _check_sweep_is_free(folder: Path) -> None:
     """Refuse a sweep that another process runs, or of which a job runs on by itself.
 
     Raises:
-        RequestError: says which process.
+        RequestError: says which process; or the folder is that of a run.
     """
+    if os.path.lexists(folder / RUN_FILE):
+        raise RequestError(
+            f"hydra.sweep.dir = {folder}: it is the folder of a run, below which no report looks "
+            "for others; name a folder of the sweep's own."
+        )
     check_free(folder, key="hydra.sweep.dir")
     for held in sorted(folder.rglob(LOCK_NAME)):
         check_free(held.parent, key="hydra.sweep.dir")

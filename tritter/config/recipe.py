@@ -122,6 +122,11 @@ def read_recipe(path: Path) -> Recipe:
             )
     settings = _settings(origin, problems)
     steps = _steps(origin, problems)
+    if settings is not None and (settings.seed or 0) + len(steps) - 1 > _MAX_SEED:
+        reason = (
+            f"each step takes the next one; allowed is one from which {len(steps)} lie below 2⁶⁴"
+        )
+        problems.append(Problem("seed", settings.seed, reason, origin=origin.origin("seed")))
     raise_problems(problems)
     assert settings is not None
     return Recipe(steps, settings, origin)
