@@ -84,6 +84,7 @@ KEYS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_strange_overrides(run: Run, place: Path) -> None:
     """Drawn pairs; each run of the test draws the same. A run itself never starts."""
     chance = random.Random(8)

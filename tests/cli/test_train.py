@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from tritter.cli import continued, main
 from tritter.cli import train as train_module
 from tritter.cli.continued import TrainRequest, continuation
 from tritter.cli.train import HELP
+from tritter.config.command_line import read_command_line
 from tritter.config.composition import load_config
 from tritter.config.help import help_text
+from tritter.config.plan import make_plan
 from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig, TextDataConfig
 from tritter.config.text_resolution import run_text
 from tritter.data import dataset_rows
@@ -428,7 +431,19 @@ DOCUMENTED = [
 ]
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(DOCUMENTED))
+@pytest.mark.parametrize("command", [c for c in dict.fromkeys(DOCUMENTED) if " -m " in c])
+def test_documented_sweeps_are_planned(command: str) -> None:
+    """None is started: what launchers and sweepers do with jobs is tested beside them."""
+    words = shlex.split(command)[2:]
+    if "hydra/launcher=ray" in words and find_spec("ray") is None:
+        with pytest.raises(RequestError, match=r"tritter\[ray\]"):
+            make_plan(read_command_line(words))
+    else:
+        plan = make_plan(read_command_line(words))
+        assert plan.jobs or "hydra/sweeper=optuna" in words, "Optuna thinks of its own"
+
+
+@pytest.mark.parametrize("command", [c for c in dict.fromkeys(DOCUMENTED) if " -m " not in c])
 def test_documented_commands_are_accepted(
     run: Run,
     grown: Path,

@@ -120,7 +120,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("killed_at", [4, 8, 13])
+@pytest.mark.parametrize(
+    "killed_at", [8, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 13))]
+)
 def test_resumed_after_events_it_ends_alike(tmp_path: Path, kind: str, killed_at: int) -> None:
     settings, changes = KINDS[kind]
     options = often(**changes)

@@ -76,8 +76,8 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], int]:
     [
         ("expansion=width", "forgetting=ewc", "forgetting.ewc.estimator='true'",
          "forgetting.ewc.num_sequences=8", "control=true"),
-        ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true",
-         "forgetting=[replay,distill]"),
+        pytest.param(("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true",
+                      "forgetting=[replay,distill]"), marks=pytest.mark.slow),
         ("expansion=moe", "expansion.moe.num_experts=4", "forgetting=[ewc,replay]",
          "forgetting.ewc.num_sequences=8", "moe_routing.bias_update_rate=0.001"),
     ],

@@ -43,6 +43,7 @@ def test_a_sparse_model_comes_out_and_its_jump_is_reported(plain: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == summary["parameters"]["final"]
 
 
+@pytest.mark.slow
 def test_ewc_holds_the_copies_as_it_held_the_ffn(run_job: Run, plain: Path, tmp_path: Path) -> None:
     """The base's Fisher reaches the experts, and leaves the router free."""
     options = ("expansion=moe", "expansion.moe.num_experts=4", "forgetting=ewc")

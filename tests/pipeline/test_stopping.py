@@ -103,7 +103,9 @@ def status_of(folder: Path) -> dict[str, object]:
 
 
 @BOTH
-@pytest.mark.parametrize("step", [2, 5, 7], ids=str)
+@pytest.mark.parametrize(
+    "step", [5, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 7))], ids=str
+)
 def test_a_training_stops_at_its_step_and_goes_on_to_the_same_weights(
     run: Run, whole: Path, tmp_path: Path, signal_at: During, number: int, code: int, step: int
 ) -> None:

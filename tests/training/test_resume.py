@@ -108,7 +108,11 @@ def train(
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("kills", [(3,), (7,), (9, 10), (10, 12, 21), (24,)], ids=str)
+@pytest.mark.parametrize(
+    "kills",
+    [(3,), (9, 10), *(pytest.param(at, marks=SLOW) for at in [(7,), (10, 12, 21), (24,)])],
+    ids=str,
+)
 def test_bitwise_as_if_never_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kills: tuple[int, ...]
 ) -> None:
