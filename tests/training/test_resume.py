@@ -32,6 +32,7 @@ from tritter.training.checkpoint_io import SafetensorsCheckpointIO, decode, enco
 
 STEPS = 25  # of 4 sequences out of 40: epochs of the data end at steps 10 and 20
 Methods = Callable[[], Sequence[ForgettingMethod]]
+SLOW = pytest.mark.slow  # each method is killed once and twice in the quick tests
 METHODS: dict[str, Methods] = {
     "none": tuple,
     "l2sp and replay": lambda: (L2SP(l2sp_lambda=0.1), Replay(fraction=0.3)),
