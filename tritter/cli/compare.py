@@ -12,7 +12,7 @@ from typing import Any
 from rich.text import Text
 
 from tritter.cli.output import new_console, new_table, print_json, shown_path, signs_of
-from tritter.cli.run_folders import find_runs, metric_rows, read_runs
+from tritter.cli.run_folders import check_page, find_runs, metric_rows, read_runs
 from tritter.config.run_folder import SUMMARY_FILE
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.evaluation.paired_scores import PairedScores
@@ -24,7 +24,7 @@ from tritter.report.page_table import PageTable
 from tritter.report.rows import last_attempt, score_of
 from tritter.report.runs import Run
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.reading import kind_of, read_object
+from tritter.storage.reading import read_object
 from tritter.storage.records import LINEAGE_NAME
 from tritter.terminal import Console
 
@@ -72,17 +72,7 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
     if output.suffix not in _KINDS:
         reason = f"the ending says what is written; allowed is one of {', '.join(_KINDS)}"
         raise RequestError(Problem("--output", str(output), reason=reason))
-    if not os.path.lexists(output):
-        return
-    mode = output.lstat().st_mode
-    if kind_of(mode) != "a file":
-        raise RequestError(Problem("--output", str(output), reason=f"it is {kind_of(mode)}"))
-    if not overwrite:
-        reason = "it is there already; name another file, or replace it with --overwrite"
-        raise RequestError(Problem("--output", str(output), reason=reason))
-    if output.suffix != ".html":
-        reason = "--overwrite replaces pages alone, .html"
-        raise RequestError(Problem("--output", str(output), reason=reason))
+    check_page(output, overwrite=overwrite)
 
 
 def _run_of(folder: Path) -> Path:

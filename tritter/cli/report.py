@@ -1,15 +1,12 @@
 """`tritter report`: finished runs and sweeps as one self-contained HTML page."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from tritter.cli.output import print_json
-from tritter.cli.run_folders import find_runs, read_runs
-from tritter.errors import Problem, RequestError
+from tritter.cli.run_folders import check_page, find_runs, read_runs
 from tritter.report.page import page
 from tritter.storage.atomic import atomic_folder, refuse_standing, write_text_atomic
-from tritter.storage.reading import kind_of
 from tritter.terminal import Console
 
 
@@ -32,7 +29,7 @@ def run_report(
         RequestError: no run is found, one is damaged, or the place is taken.
     """
     target = output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
-    _check_target(target, overwrite=overwrite)
+    check_page(target, overwrite=overwrite)
     if figures is not None:
         refuse_standing(figures, overwrite=False)
     found = find_runs(folders)
@@ -57,18 +54,3 @@ def run_report(
     number = "one run" if len(runs) == 1 else f"{len(runs)} runs"
     console.print(f"{number}: {target}", soft_wrap=True, markup=False, highlight=False)
     return 0
-
-
-def _check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse a place where something stands that is no page to be replaced."""
-    if not os.path.lexists(target):
-        return
-    mode = target.lstat().st_mode
-    if kind_of(mode) != "a file":
-        raise RequestError(Problem("--output", str(target), reason=f"it is {kind_of(mode)}"))
-    if not overwrite:
-        reason = "it is there already; name another file, or replace it with --overwrite"
-        raise RequestError(Problem("--output", str(target), reason=reason))
-    if target.suffix not in (".html", ".htm"):
-        reason = "--overwrite replaces pages alone, .html"
-        raise RequestError(Problem("--output", str(target), reason=reason))
