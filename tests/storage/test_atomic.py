@@ -8,7 +8,7 @@ import pytest
 
 from tritter.errors import RequestError, TritterError
 from tritter.storage import atomic
-from tritter.storage.atomic import atomic_folder, write_text_atomic
+from tritter.storage.atomic import atomic_folder, remove_folder, write_text_atomic
 
 
 def _contents(folder: Path) -> dict[str, str]:
@@ -125,19 +125,34 @@ def test_overwrite_exchanges_in_one_step_where_the_system_can(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["probe", "target"]
 
 
-def test_leftovers_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
+def _pid_of_the_dead() -> int:
     finished = subprocess.Popen(["true"])
     finished.wait()
-    (tmp_path / f".target.{atomic._host()}-{finished.pid}.abc").mkdir()
+    return finished.pid
+
+
+def test_leftovers_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
+    dead = _pid_of_the_dead()
+    (tmp_path / f".target.{atomic._host()}-{dead}.abc").mkdir()
     (tmp_path / f".target.{atomic._host()}-{os.getppid()}.abc").mkdir()
     (tmp_path / ".target.notes").mkdir()
-    (tmp_path / f".target.elsewhere-{finished.pid}.abc").mkdir()
+    (tmp_path / f".target.elsewhere-{dead}.abc").mkdir()
     with atomic_folder(tmp_path / "target"):
         pass
     names = sorted(path.name for path in tmp_path.iterdir())
     living = f".target.{atomic._host()}-{os.getppid()}.abc"
-    other_host = f".target.elsewhere-{finished.pid}.abc"
+    other_host = f".target.elsewhere-{dead}.abc"
     assert names == sorted(["target", ".target.notes", living, other_host])
+
+
+def test_a_folder_goes_with_what_its_killed_writers_left(tmp_path: Path) -> None:
+    left = tmp_path / f".saved.{atomic._host()}-{_pid_of_the_dead()}.abc"
+    for folder in (tmp_path / "saved", left, tmp_path / "saved_too"):
+        folder.mkdir()
+        (folder / "tensors").write_text("half")
+    remove_folder(tmp_path / "saved")
+    remove_folder(tmp_path / "nowhere" / "saved")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved_too"]
 
 
 def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
@@ -153,6 +168,8 @@ def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
 def test_text_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "note.txt"
     write_text_atomic(path, "eins\n")
+    half = f".note.txt.{atomic._host()}-{_pid_of_the_dead()}.abc"  # a killed writer's
+    path.with_name(half).write_text("ha")
     write_text_atomic(path, "zwei ±\n")
     assert path.read_text(encoding="utf-8") == "zwei ±\n"
     assert [entry.name for entry in path.parent.iterdir()] == ["note.txt"]

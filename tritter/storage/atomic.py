@@ -66,7 +66,8 @@ def atomic_folder(
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a small text file so that a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    _remove_leftovers(path)
+    descriptor, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -78,6 +79,13 @@ def write_text_atomic(path: Path, text: str) -> None:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_folder(target: Path) -> None:
+    """Remove a folder that `atomic_folder` wrote, and what killed writers of it left beside it."""
+    if target.parent.is_dir():
+        _remove_leftovers(target)
+    shutil.rmtree(target, ignore_errors=True)
 
 
 @contextmanager
@@ -206,15 +214,18 @@ def _host() -> str:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove temporary folders of processes that were killed while writing `target`.
+    """Remove temporary folders and files of processes that were killed while writing `target`.
 
     A folder that one of them had moved aside and not replaced yet is put back first.
     """
     pattern = re.compile(rf"\.{re.escape(target.name)}\.{_host()}-(\d+)\.({_ASIDE})?")
     for path in sorted(target.parent.iterdir()):
         match = pattern.match(path.name)
-        is_ours = match and path.is_dir() and not path.is_symlink()
-        if match and is_ours and not _is_alive(int(match[1])):
+        if match is None or path.is_symlink() or _is_alive(int(match[1])):
+            continue
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        elif path.is_dir():
             if match[2] and (path / target.name).exists() and not os.path.lexists(target):
                 (path / target.name).replace(target)
             shutil.rmtree(path, ignore_errors=True)

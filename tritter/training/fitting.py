@@ -2,7 +2,6 @@
 
 import csv
 import gc
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +17,7 @@ from tritter.data.datamodule import Batches, EvaluationText, TextModule
 from tritter.errors import TritterError
 from tritter.models import activations_recomputed
 from tritter.stopping import Stopped
+from tritter.storage.atomic import remove_folder
 from tritter.targets import NamedTarget
 from tritter.terminal import Console
 from tritter.training.callbacks import (
@@ -158,7 +158,7 @@ def _callbacks_of(
 def discard_saved(folder: Path) -> None:
     """Remove what a training would go on from, after its result was written elsewhere."""
     for name in (SAVED_NAME, LEFT_NAME):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        remove_folder(folder / name)
 
 
 def _run(
