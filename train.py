@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritter.config.entry import main
+from tritter.loading import loading
 
 if TYPE_CHECKING:
     from tritter.config.jobs import Outcome
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 def pipeline(config: "RunConfig", *, run_folder: Path) -> "Outcome":
     """Run the stages; imported here so that help and refusals don't wait for Lightning."""
-    from tritter.pipeline import run_pipeline
+    with loading("lightning"):
+        from tritter.pipeline import run_pipeline
 
     return run_pipeline(config, run_folder=run_folder)
 

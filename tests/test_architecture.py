@@ -13,7 +13,17 @@ PACKAGE = "tritter"
 PROGRAM = "train"
 
 # Small modules that every room may import, and that import no room.
-OPEN = {"conf_folder", "errors", "limits", "options", "seeds", "stopping", "targets", "terminal"}
+OPEN = {
+    "conf_folder",
+    "errors",
+    "limits",
+    "loading",
+    "options",
+    "seeds",
+    "stopping",
+    "targets",
+    "terminal",
+}
 
 # Room → rooms that it may import besides; what is missing is refused.
 _MODELS = {"parameter_map", "families", "stock_routers", "models"}

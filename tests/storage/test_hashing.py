@@ -1,7 +1,9 @@
 """Content hashes see every bit and nothing else."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -9,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritter.errors import TritterError
-from tritter.storage.hashing import bounded_digest, file_digest, merkle_hash, tensor_digest
+from tritter.storage.hashing import (
+    DigestQueue,
+    bounded_digest,
+    file_digest,
+    merkle_hash,
+    tensor_digest,
+)
 
 
 def test_tensor_digest_by_another_path() -> None:
@@ -81,3 +89,65 @@ def test_a_file_that_was_blown_up_is_refused_and_not_hashed(tmp_path: Path, name
         bounded_digest(tmp_path / name)
     (tmp_path / name).write_bytes(b"\x02" + bytes(7) + b"{}")
     assert bounded_digest(tmp_path / name) == file_digest(tmp_path / name)
+
+
+HELD = {f"t{number}": torch.full((3, 5), float(number)).bfloat16() for number in range(6)}
+DIGESTS = {name: tensor_digest(name, tensor) for name, tensor in HELD.items()}
+
+
+def test_a_queue_that_has_begun_goes_on_until_others_ask() -> None:
+    queue, is_asked, read = DigestQueue(), Event(), list[str]()
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in HELD.items():
+            read.append(name)
+            if name == "t2":
+                assert is_asked.wait(60)
+            yield name, tensor
+
+    queue.begin(tensors())
+    queue.add("t4", HELD["t4"])
+    is_asked.set()
+    assert queue.digest("t4") == DIGESTS["t4"]
+    # The first may have been at work already, the third never comes behind another's
+    assert read in (["t0"], ["t0", "t1"], ["t0", "t1", "t2"])
+    for name, tensor in HELD.items():
+        queue.add(name, tensor)
+    assert queue.results() == DIGESTS
+
+
+def test_what_was_hashed_ahead_is_not_hashed_again() -> None:
+    queue = DigestQueue()
+    queue.begin(HELD.items())
+    while len(queue.results()) < len(HELD):
+        pass
+    others = {name: tensor + 1 for name, tensor in HELD.items()}
+    for name, tensor in others.items():
+        queue.add(name, tensor)
+    assert queue.results() == DIGESTS
+
+
+def test_a_closed_queue_stops_within_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tritter.storage.hashing._PIECE_BYTES", 1)
+    queue = DigestQueue()
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        queue.close()
+        yield from HELD.items()
+
+    queue.begin(tensors())
+    queue.add("last", HELD["t0"])  # which comes behind
+    assert queue.results() == {"last": tensor_digest("last", HELD["t0"])}
+
+
+def test_damage_is_found_by_those_who_read() -> None:
+    queue = DigestQueue()
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "t0", HELD["t0"]
+        raise TritterError
+
+    queue.begin(tensors())
+    for name, tensor in HELD.items():
+        queue.add(name, tensor)
+    assert queue.results() == DIGESTS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,11 +42,14 @@ class Source:
     stored: tuple[StoredTensor, ...]
     places: dict[str, tuple[StoredTensor, int]]
     live_shapes: dict[str, tuple[int, ...]]
-    digests: DigestQueue = field(default_factory=DigestQueue)
+    digests: DigestQueue
 
     @classmethod
-    def open(cls, folder: Path, config: Config) -> Source:
+    def open(cls, folder: Path, config: Config, *, digests: DigestQueue | None = None) -> Source:
         """Open a folder and hold its tensors against its config.
+
+        Args:
+            digests: a queue that has begun to hash the folder's tensors.
 
         Raises:
             RequestError: the family is not known.
@@ -74,7 +77,8 @@ class Source:
             for number, part in enumerate(tensor.parts)
         }
         live = {tensor.name: tensor.shape for tensor in stored if tensor.name in on_disk}
-        return cls(folder, config, family, tensors, lineage, stored, places, live)
+        queue = digests or DigestQueue()
+        return cls(folder, config, family, tensors, lineage, stored, places, live, queue)
 
     def read(self, name: str) -> Tensor:
         """Read one tensor by its logical name; of experts that share one, its part alone."""
@@ -122,11 +126,12 @@ class Source:
         Raises:
             RequestError: names the tensors that changed since the lineage was written.
         """
-        digests = self.digests.results()
+        known = self.digests.results()
         for tensor in self.stored:
-            if tensor.name not in digests:
+            if tensor.name not in known:
                 self.read_stored(tensor.name)
-        digests = self.digests.results()
+        known = self.digests.results()
+        digests = {tensor.name: known[tensor.name] for tensor in self.stored}
         recorded = digests if self.lineage is None else self.lineage.tensor_digests
         changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
         if changed:

@@ -1,27 +1,20 @@
-"""What `tritter expand` is asked for, by words or by a recipe, and where its result goes."""
+"""What `tritter expand` is asked for, by words or by a recipe; nothing here needs transformers."""
 
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tritter.checkpoint import Source
-from tritter.checkpoint.expert_files import refuse_experts
-from tritter.checkpoint.place import check_output
-from tritter.cli.domain import DomainOptions, check_domain_options
-from tritter.cli.request import damage_is_a_wrong_request, in_options, method_names, specs_of
+from tritter.cli.domain import DomainOptions
+from tritter.cli.request import in_options, method_names, specs_of
 from tritter.cli.values import spelled
 from tritter.config.recipe import Recipe, read_recipe
-from tritter.errors import Problem, RequestError, raise_problems, show
+from tritter.errors import Problem, RequestError, TritterError, raise_problems, show
 from tritter.expansion import ExpansionSpec
-from tritter.expansion.specification import target_config
-from tritter.expansion.targets import reach_parameters
-from tritter.models import read_config
-from tritter.storage.hub import locate
+from tritter.storage.hashing import DigestQueue
 from tritter.storage.names import named_path
-
-_DEFAULT_SHARD_BYTES = 5 * 10**9
+from tritter.storage.tensors import TensorFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +89,25 @@ class ExpandRequest:
             return self.recipe.steps
         return specs_of(method_names(self.methods), self.given)
 
+    @contextmanager
+    def begun_digests(self, *, is_read: bool) -> Iterator[DigestQueue]:
+        """Yield the digests of the source's tensors, begun while all else is still to be imported.
+
+        Whether it is a source at all, those find out who read it.
+
+        Args:
+            is_read: its tensors will be.
+        """
+        digests = DigestQueue()
+        with suppress(OSError, TritterError):
+            if is_read:
+                folder = TensorFolder.open(named_path(self.checkpoint, key="checkpoint"))
+                digests.begin((name, folder.get(name)) for name in folder.headers)
+        try:
+            yield digests
+        finally:
+            digests.close()
+
     def speaks(self) -> AbstractContextManager[None]:
         """Let refusals name what a person wrote: options, or keys and lines of the recipe."""
         return in_options() if self.recipe is None else self.recipe.speaks()
@@ -129,74 +141,3 @@ def _of_recipe(
     ]
     raise_problems(problems)
     return said
-
-
-@dataclass(frozen=True, slots=True)
-class ExpandPlace:
-    """Where the source lies, where the result goes, and by which expansions.
-
-    Args:
-        opened: the source.
-        obstacle: of a dry run: why the result could not go there as things are; empty: it could.
-    """
-
-    opened: Source
-    destination: Path
-    specs: tuple[ExpansionSpec, ...]
-    obstacle: str
-
-    @property
-    def source(self) -> Path:
-        return self.opened.folder
-
-
-def place_of(request: ExpandRequest, *, dry_run: bool, overwrite: bool) -> ExpandPlace:
-    """Resolve source, destination and expansions; writes nothing.
-
-    Raises:
-        RequestError: one of them can't be had.
-    """
-    specs = request.specs()
-    with damage_is_a_wrong_request():
-        folder = locate(request.checkpoint)
-        source = Source.open(folder, read_config(folder))
-        refuse_experts(folder, doing="an expansion", key="--checkpoint")
-    names = [spec.name for spec in specs]
-    destination = request.output or _default_output(request.checkpoint, folder, names)
-    obstacle = ""
-    try:
-        check_output(destination, sources=[folder], overwrite=overwrite)
-    except RequestError as error:
-        if not dry_run:
-            raise
-        obstacle = str(error)
-    with request.speaks():
-        if request.target_params is not None:
-            specs = reach_parameters(source.config, specs, request.target_params)
-        target_config(source.config, specs)
-    check_domain_options(request.domain, specs, _unsupported(request))
-    return ExpandPlace(source, destination, specs, obstacle)
-
-
-def _unsupported(request: ExpandRequest) -> dict[str, Any]:
-    """Return the options that were given and that a training can't honour."""
-    given = {
-        "dtype": request.dtype,
-        "measure": request.is_measured,
-        "moments": _unless(request.moments, "carry"),
-        "max_shard_size": _unless(request.max_shard_bytes, _DEFAULT_SHARD_BYTES),
-    }
-    return {option: value for option, value in given.items() if value is not None}
-
-
-def _unless(value: Any, default: Any) -> Any:
-    return None if value == default else value
-
-
-def _default_output(checkpoint: str, folder: Path, methods: list[str]) -> Path:
-    """Return SRC-METHOD: beside a folder, and here for a model from the hub."""
-    ending = "-".join(map(spelled, methods))
-    if Path(checkpoint).is_dir():
-        place = folder if folder.name not in ("", "..") else folder.resolve()
-        return place.with_name(f"{place.name}-{ending}")
-    return Path(f"{checkpoint.rstrip('/').rpartition('/')[2]}-{ending}")

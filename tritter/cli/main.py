@@ -22,6 +22,7 @@ from tritter.cli import (
 from tritter.cli.method_options import MethodCommand
 from tritter.config.words import UNFORESEEN, check_words, said
 from tritter.errors import RequestError, TritterError
+from tritter.loading import loading
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import say
 
@@ -163,12 +164,11 @@ def expand(
 
     tritter expand --checkpoint base --method width --hidden-size 512
     """
-    from tritter.cli.expand import run_expand
-    from tritter.cli.expand_request import ExpandRequest
+    with loading("torch"):
+        from tritter.cli.expand_begin import begin_expand
 
     typed = [n for n in context.params if _is_typed(context, n)]
-    request = ExpandRequest.of(context.params, context.obj, typed=typed)
-    return run_expand(request, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
+    return begin_expand(context.params, context.obj, typed)
 
 
 @app.command()
@@ -216,7 +216,8 @@ def compare(
 @app.command(name="inspect")
 def inspect_checkpoint(folder: options.Folder, as_json: options.AsJson = False) -> int:
     """Show a checkpoint's shapes and parameters, and the map of its last expansion."""
-    from tritter.cli.inspect import run_inspect
+    with loading("torch"):
+        from tritter.cli.inspect import run_inspect
 
     return run_inspect(folder, as_json=as_json)
 
@@ -242,7 +243,8 @@ def export(
 
     tritter export --checkpoint grown --output grown-hf
     """
-    from tritter.cli.export import ExportRequest, run_export
+    with loading("transformers"):
+        from tritter.cli.export import ExportRequest, run_export
 
     request = ExportRequest(
         checkpoint=checkpoint,
@@ -271,7 +273,8 @@ def generate(
     as_json: options.AsJson = False,
 ) -> int:
     """Continue a text with a checkpoint, through stock transformers."""
-    from tritter.cli.generate import run_generate
+    with loading("transformers"):
+        from tritter.cli.generate import run_generate
 
     return run_generate(
         checkpoint,
@@ -301,7 +304,8 @@ def evaluate(
 
     tritter evaluate --checkpoint base --tasks reasoning --tasks-path benchmarks
     """
-    from tritter.cli.evaluate import EvaluateRequest, run_evaluate
+    with loading("transformers"):
+        from tritter.cli.evaluate import EvaluateRequest, run_evaluate
 
     request = EvaluateRequest(
         checkpoint=checkpoint,
@@ -330,7 +334,8 @@ def validate(
 
     tritter validate --source base --result grown
     """
-    from tritter.cli.validate import run_validate
+    with loading("transformers"):
+        from tritter.cli.validate import run_validate
 
     return run_validate(
         source, result, data=data, target_data=target_data, limit=limit, as_json=as_json

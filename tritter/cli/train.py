@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tritter.errors import RequestError, did_you_mean
+from tritter.loading import loading
 from tritter.storage.names import named_path
 from tritter.terminal import say
 
@@ -163,6 +164,7 @@ def _dashed(word: str) -> str:
 
 def _pipeline(config: "RunConfig", *, run_folder: Path) -> "Outcome":
     """Run the stages; imported here so that help and refusals don't wait for Lightning."""
-    from tritter.pipeline import run_pipeline
+    with loading("lightning"):
+        from tritter.pipeline import run_pipeline
 
     return run_pipeline(config, run_folder=run_folder)

@@ -121,7 +121,7 @@ def planned(source: Path, specs: Sequence[ExpansionSpec], *, seed: int) -> Plann
 
 
 def expand(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Source,
     destination: str | os.PathLike[str],
     specs: Sequence[ExpansionSpec] | PlannedExpansion,
     *,
@@ -141,6 +141,7 @@ def expand(
     Adam's moments, Fisher and importances, anchors, averages.
 
     Args:
+        source: a folder, or one that was opened by the config that a plan is of.
         specs: the expansions, or what `plan_expansion` made of them.
         seed: what random fills and choices are drawn from.
         dtype: of the result; by default each tensor keeps its own. Maps are applied in float32
@@ -158,25 +159,24 @@ def expand(
             finite; nothing is written.
         TritterError: the source is damaged or does not fit its config.
     """
-    source = named_path(source, key="source")
+    folder = source.folder if isinstance(source, Source) else named_path(source, key="source")
     destination = named_path(destination, key="destination")
-    check_output(destination, sources=[source], overwrite=overwrite)
-    plan = (
-        specs if isinstance(specs, PlannedExpansion) else plan_expansion(source, specs, seed=seed)
-    )
-    opened = Source.open(source, plan.config)
+    check_output(destination, sources=[folder], overwrite=overwrite)
+    plan = specs
+    if not isinstance(plan, PlannedExpansion):
+        plan = plan_expansion(folder, plan, seed=seed)
+    opened = source if isinstance(source, Source) else Source.open(folder, plan.config)
     check_room(destination, room_for(opened, plan, dtype=dtype, moments=moments))
-    artifacts = _followed(plan, source, moments, max_shard_bytes)
     stated = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
     write_checkpoint(
         destination,
         config={**plan.target_config, **stated},
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
         lineage=lambda: _child_lineage(opened, plan, destination),
-        artifacts=artifacts,
+        artifacts=_followed(plan, folder, moments, max_shard_bytes),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
-        check=partial(check_replaceable, sources=[source]),
+        check=partial(check_replaceable, sources=[folder]),
         before_placing=before_placing and (lambda place: before_placing(Expanded.of(place, plan))),
     )
     return Expanded.of(destination, plan)

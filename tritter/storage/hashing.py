@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import BoundedSemaphore, Lock
+from threading import BoundedSemaphore, Event, Lock
 from typing import TYPE_CHECKING
 
 from tritter.errors import TritterError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MAX_WAITING = 4  # tensors; those of a folder are mapped, and take no memory
+_PIECE_BYTES = 16 * 2**20  # after which a queue that nobody needs any more stops
 
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
@@ -90,9 +91,22 @@ class DigestQueue:
         self._digests: dict[str, Future[str]] = {}
         self._lock = Lock()
         self._room = BoundedSemaphore(_MAX_WAITING)
+        self._are_added, self._is_over = Event(), Event()
+
+    def begin(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Hash tensors, one after the other, until the first is added or the queue is closed.
+
+        What is wrong with them is found by those who add them.
+        """
+        self._worker.submit(self._hash_ahead, tensors)
+
+    def close(self) -> None:
+        """Hash no further ahead; the end of the process would wait for it."""
+        self._is_over.set()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Hash a tensor, unless one of its name was added before."""
+        self._are_added.set()
         if name in self._digests:
             return
         self._room.acquire()
@@ -108,7 +122,20 @@ class DigestQueue:
 
     def results(self) -> dict[str, str]:
         """Wait for what was added and return name → digest."""
-        return {name: digest.result() for name, digest in self._digests.items()}
+        return {name: digest.result() for name, digest in dict(self._digests).items()}
+
+    def _hash_ahead(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in tensors:
+            digest, held = begun_digest(name, tensor.dtype, tuple(tensor.shape)), bytes_of(tensor)
+            for begin in range(0, len(held), _PIECE_BYTES):
+                if self._is_over.is_set():
+                    return
+                digest.update(held[begin : begin + _PIECE_BYTES])
+            found: Future[str] = Future()
+            found.set_result(digest.hexdigest())
+            self._digests.setdefault(name, found)
+            if self._are_added.is_set():
+                return
 
     def _hash(self, name: str, tensor: Tensor) -> str:
         try:

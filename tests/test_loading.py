@@ -1,0 +1,36 @@
+"""Garbage is looked for again after an import, but not in what was imported."""
+
+import gc
+
+import pytest
+
+from tritter.loading import loading
+
+
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether it is looked for, each time that what stands is left out; here nothing ever is."""
+    calls: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: calls.append(gc.isenabled()))
+    return calls
+
+
+def test_no_garbage_is_looked_for_meanwhile(frozen: list[bool]) -> None:
+    with loading("a_library"):
+        assert not gc.isenabled()
+        with loading("another"):
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled() and frozen == [False]
+
+
+def test_an_import_that_fails_leaves_nothing_behind(frozen: list[bool]) -> None:
+    with pytest.raises(ImportError), loading("a_library"):
+        raise ImportError
+    assert gc.isenabled() and frozen == [False]
+
+
+def test_what_is_there_already_is_left_alone(frozen: list[bool]) -> None:
+    with loading("torch"):
+        assert gc.isenabled()
+    assert frozen == []
