@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests import oracle
-from tests.oracle.families import generic, tiny
+from tests.oracle.families import RMS, generic, tiny
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expand.live import (
@@ -103,7 +103,7 @@ def _attended(attention: nn.Module, rotary: nn.Module, x: torch.Tensor) -> torch
     return attention(x, turned, attention_mask=mask)[0]
 
 
-@pytest.mark.parametrize("family", generic())
+@pytest.mark.parametrize("family", generic(RMS))
 @pytest.mark.parametrize("case", HEADS)
 def test_an_attention_with_more_heads_computes_the_same(family: str, case: str) -> None:
     options, heads, kv_heads = HEADS[case]

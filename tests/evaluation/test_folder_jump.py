@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import oracle
-from tests.oracle.families import generic, tiny
+from tests.oracle.families import doubled, generic, tiny
 from tritter import streamed
 from tritter.errors import TritterError
 from tritter.evaluation.folder_jump import folder_jump
@@ -59,7 +59,9 @@ def test_figures_are_those_of_loaded_models(
 
 @pytest.mark.parametrize("family", generic())
 def test_exact_growth_of_every_family_parts_nowhere(tmp_path: Path, family: str) -> None:
-    source, result = made(tmp_path, family, [Width(), LlamaPro(), Stack(identity_init=True)])
+    source, result = made(
+        tmp_path, family, [doubled(family), LlamaPro(), Stack(identity_init=True)]
+    )
     found = folder_jump(source, result.folder, TOKENS)
     assert found.jump.relative_to_std < 1e-4
     # As far as states go, that is: what is asked after them is never the place

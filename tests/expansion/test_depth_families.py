@@ -32,6 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "glm4": {},
     "gemma2": {**_SLIDING},
+    "gpt_neox": {"use_parallel_residual": False},
     "gemma3_text": {"query_pre_attn_scalar": 6, **_SLIDING},
     "mixtral": {},
     "qwen2_moe": {
@@ -62,8 +63,8 @@ def tiny(family: str) -> PreTrainedModel:
 
 def _kinds(model: PreTrainedModel) -> list[tuple[str, str]]:
     """Return by layer which attention it has, and which FFN."""
-    types = getattr(model.config, "layer_types", None) or ["full"] * len(model.model.layers)
-    ffns = [type(layer.mlp).__name__ for layer in model.model.layers]
+    types = getattr(model.config, "layer_types", None) or ["full"] * len(model.base_model.layers)
+    ffns = [type(layer.mlp).__name__ for layer in model.base_model.layers]
     return list(zip(types, ffns, strict=True))
 
 
@@ -74,14 +75,15 @@ def test_every_layer_is_its_source_layer(tmp_path: Path, family: str, spec: Expa
     result = expand(oracle.saved(model, tmp_path / "source"), tmp_path / "result", [spec])
     after = oracle.stock(result.folder)
     sources = result.lineage.expansion_history[-1].layer_sources
-    assert len(after.model.layers) == len(sources) > 3
+    assert len(after.base_model.layers) == len(sources) > 3
     assert [_kinds(model)[source] for source in sources] == _kinds(after)
     for target, source in enumerate(sources):
-        new = after.model.layers[target].state_dict()
-        old = model.model.layers[source].state_dict()
+        new = after.base_model.layers[target].state_dict()
+        old = model.base_model.layers[source].state_dict()
         assert new.keys() == old.keys()
         assert all(torch.equal(new[name], old[name]) for name in old), f"{target} from {source}"
-    assert torch.equal(after.model.norm.weight, model.model.norm.weight)
+    norms = [oracle_families.final_norm_of(each).weight for each in (after, model)]
+    assert torch.equal(*norms)
     assert oracle.relative_difference(model, after, oracle.tokens()) > 1e-3
 
 
@@ -124,7 +126,7 @@ def test_depth_and_width_in_either_order(tmp_path: Path, family: str, first: str
     model = tiny(family)
     specs: list[ExpansionSpec] = [Interpolate(identity_init=True), Width(init="net2net")]
     if first == "width":
-        specs = [Width(), Stack(identity_init=True)]
+        specs = [oracle_families.doubled(family), Stack(identity_init=True)]
     result = expand(oracle.saved(model, tmp_path / "source"), tmp_path / "result", specs)
     after = oracle.stock(result.folder)
     assert oracle.relative_difference(model, after, oracle.tokens()) < 1e-4
@@ -137,11 +139,11 @@ def test_every_parameter_of_an_identity_gets_a_gradient_within_two_steps(
 ) -> None:
     """After a fresh width the copies write nothing to the new directions, norm or not."""
     source = oracle.saved(tiny(family), tmp_path / "source")
-    specs = [*([Width()] if is_widened else []), Stack(identity_init=True)]
+    specs = [*([oracle_families.doubled(family)] if is_widened else []), Stack(identity_init=True)]
     result = expand(source, tmp_path / "result", specs)
     grown = oracle.stock(result.folder)
     optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-3, weight_decay=0.0)
-    names = [name for name, _ in grown.named_parameters() if name.startswith("model.layers.")]
+    names = [name for name, _ in grown.named_parameters() if ".layers." in name]
     touched = {name: torch.zeros(0) for name in names}
     for step in range(3):
         gradients = oracle.gradients(grown, oracle.tokens(batch=16, length=32, seed=step))
@@ -150,6 +152,6 @@ def test_every_parameter_of_an_identity_gets_a_gradient_within_two_steps(
             for name in names
         }
         optimizer.step()
-    assert any(name.startswith("model.layers.5.") for name in names)
+    assert any(".layers.5." in name for name in names)
     dead = {name: int((~mask).sum()) for name, mask in touched.items() if not bool(mask.all())}
     assert not dead

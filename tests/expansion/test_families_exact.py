@@ -19,6 +19,7 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import (
     GEMMA,
     HEADS_DIVIDE_HIDDEN,
+    LAYER_NORM,
     OWN,
     SPARSE,
     generic,
@@ -81,6 +82,7 @@ FLAGS = {
     "glm4": ("attention_bias",),
     "gemma2": ("attention_bias",),
     "gemma3_text": ("attention_bias",),
+    "gpt_neox": ("attention_bias", "use_parallel_residual"),
     "qwen2_moe": ("norm_topk_prob", "qkv_bias"),
     "qwen3_moe": ("norm_topk_prob", "attention_bias"),
 }
@@ -118,7 +120,13 @@ def widths(draw: st.DrawFn, model: PreTrainedModel) -> Width:
         heads = old.num_attention_heads * times
         kv_heads = old.num_key_value_heads * (times if kind == "copy" else 1)
     hidden_size = old.hidden_size + draw(st.integers(0, 2 * old.hidden_size + 3))
-    if family_of(config).heads_divide_hidden:
+    if family_of(config).subtracts_mean:  # whole copies of the stream, and heads as wide as it
+        times = draw(st.integers(1, 3))
+        init = "net2net" if times > 1 else init
+        strategy = draw(st.sampled_from([None, "fresh", "copy"]))
+        hidden_size = times * old.hidden_size
+        heads = kv_heads = times * old.num_attention_heads
+    elif family_of(config).heads_divide_hidden:
         hidden_size = -(-hidden_size // heads) * heads
     return Width(
         hidden_size=hidden_size,
@@ -228,10 +236,19 @@ EACH_STOCK: dict[str, list[ExpansionSpec]] = {
     "width then depth": [Width(hidden_size=32, intermediate_size=44), LlamaPro()],
     "depth then width": [Dus(identity_init=True), Width(init="net2net")],
 }
+LAYER_NORM_STOCK: dict[str, list[ExpansionSpec]] = {
+    "doubled": [Width(init="net2net")],
+    "three times, equal shares": [Width(init="net2net", hidden_size=72, shares="equal")],
+    "doubled, fresh heads": [Width(init="net2net", head_strategy="fresh")],
+    "fresh FFN": [Width(intermediate_size=57)],
+    "width then depth": [Width(init="net2net", intermediate_size=44), LlamaPro()],
+    "depth then width": [Dus(identity_init=True), Width(init="net2net")],
+}
 TABLES = {
+    **dict.fromkeys(OWN, EACH_STOCK),
+    **dict.fromkeys(LAYER_NORM, LAYER_NORM_STOCK),
     "llama": LLAMA_STOCK,
     "qwen3": QWEN3_STOCK,
-    **{family: EACH_STOCK for family in OWN if family not in ("llama", "qwen3")},
 }
 CASES = [
     pytest.param(family, specs, id=f"{family}: {name}", marks=marks_of(family))

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tests import oracle
-from tests.oracle.families import GEMMA, SPARSE, generic, tiny
+from tests.oracle.families import GEMMA, LAYER_NORM, RMS, SPARSE, generic, tiny
 from tritter.expand import expand
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width
 from tritter.models import read_config
@@ -60,6 +60,8 @@ def test_bf16_stays_bf16_and_rounds_within_its_bound(
     elsewhere (up to 1.4 for such a token, and what attends to it follows), so there the bound
     holds for the median position.
     """
+    if family in LAYER_NORM and case.startswith(("fresh", "gqa", "zero_pad")):
+        pytest.skip("it is refused")
     specs, general, for_gemma = BF16[case]
     bound = for_gemma if family in GEMMA else general
     for eps in (1e-3, 1e-6):
@@ -82,7 +84,7 @@ def _error(before: nn.Module, after: nn.Module, family: str) -> float:
     return float(by_position.median() if family in SPARSE else by_position.max())
 
 
-@pytest.mark.parametrize("family", generic())
+@pytest.mark.parametrize("family", generic(RMS))
 @pytest.mark.parametrize("init", INITS)
 def test_float32_of_a_bf16_source_is_exact(tmp_path: Path, family: str, init: str) -> None:
     source = oracle.saved(tiny(family).to(torch.bfloat16), tmp_path / "source")

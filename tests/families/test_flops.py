@@ -124,6 +124,19 @@ def test_frozen_weights_have_no_gradient_and_nothing_below_the_trained_ones(
     assert square(ours) < full or choice in ("embedding", "vectors", "first layer")
 
 
+@pytest.mark.parametrize("is_parallel", [False, True])
+def test_attention_beside_the_ffn_is_not_below_it(is_parallel: bool) -> None:
+    """With the attention of the last layer trained, its FFN needs a gradient or none."""
+    found = {}
+    for name in ("layers.2.attention.o", "layers.2.attention_norm_bias", "layers.2.ffn_norm_bias"):
+        model = eager("gpt_neox", use_parallel_residual=is_parallel)
+        train_only(model, lambda tensor, name=name: tensor.name == name)  # type: ignore[misc]
+        config = model.config.to_dict()
+        found[name] = square(training_flops(config, is_trained=lambda t, n=name: t.name == n))  # type: ignore[misc]
+        assert found[name] == counted(lambda model=model: step(model))  # type: ignore[misc]
+    assert len(set(found.values())) == 3
+
+
 def test_every_choice_above_trains_something_somewhere() -> None:
     held = [t for f in OWN for t in FAMILIES[f].logical_tensors(tiny(f).config.to_dict())]
     empty = {name for name, choice in CHOICES.items() if not any(map(choice, held))}

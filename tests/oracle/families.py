@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tritter.expansion import Width
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -54,19 +57,22 @@ OWN: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
     },
     "gemma3_text": {"sliding_window": 4, "sliding_window_pattern": 2, "query_pre_attn_scalar": 9},
+    "gpt_neox": {"rotary_pct": 0.5},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 20, "mlp_only_layers": [1]},
     "qwen3_moe": {**_EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": True},
 }
+LAYER_NORM = ("gpt_neox",)  # and with it heads as wide as the stream together, FFNs without a gate
 STACKED = ("phi3", "glm4")  # gate and up are one tensor, and other pairs are turned than Llama's
 SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
 DENSE = tuple(family for family in OWN if family not in SPARSE)
 GROWABLE = tuple(family for family in DENSE if family not in STACKED)
-HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text")
+RMS = tuple(family for family in OWN if family not in LAYER_NORM)
+HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text", "gpt_neox")
 GEMMA = ("gemma2", "gemma3_text")
 # Made of mechanisms that the others prove, or that tests/expansion/test_further_families.py does;
 # generic tests of them are for the slow suite
-FURTHER = ("smollm3", "granite", "olmo2", "phi3", "glm4", "gemma2")
+FURTHER = ("smollm3", "granite", "olmo2", "phi3", "glm4", "gemma2", *LAYER_NORM)
 
 
 def marks_of(family: str) -> tuple[pytest.MarkDecorator, ...]:
@@ -82,6 +88,8 @@ def generic(families: Iterable[str] = tuple(OWN)) -> list[Any]:
 def tiny(family: str, **changes: Any) -> PreTrainedModel:
     """Return a small stock model with random weights, gains and biases included."""
     options = {**_SHAPE, **OWN[family], **changes}
+    if family in LAYER_NORM:
+        options = _with_layer_norm(options)
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **options)
     model = stock_of(config, dtype=torch.float32)
@@ -91,6 +99,24 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
                 around = 0.0 if "bias" in name or family in GEMMA else 1.0
                 parameter.copy_(around + 0.3 * torch.randn(parameter.shape))
     return model
+
+
+def _with_layer_norm(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options by these classes' names: heads have no size of their own, keys no count."""
+    names = {"rms_norm_eps": "layer_norm_eps", "num_key_value_heads": "", "head_dim": ""}
+    named = {names.get(key, key): value for key, value in options.items()}
+    return {key: value for key, value in named.items() if key}
+
+
+def doubled(family: str) -> Width:
+    """Return a width that the family takes exactly."""
+    return Width(init="net2net") if family in LAYER_NORM else Width()
+
+
+def final_norm_of(model: PreTrainedModel) -> nn.Module:
+    """Return the norm before the head."""
+    backbone: Any = model.base_model
+    return getattr(backbone, "final_layer_norm", None) or backbone.norm
 
 
 def stock_of(config: Any, *, dtype: torch.dtype) -> PreTrainedModel:

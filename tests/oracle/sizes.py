@@ -13,17 +13,18 @@ from tritter.models import config_of, named_tensors
 from tritter.storage.writer import TensorStream
 
 SIZES = (12, 40, 7)
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "dense_h_to_4h", "dense_4h_to_h")
 
 
 def uneven(family: str, sizes: Sequence[int], **changes: Any) -> PreTrainedModel:
     """Return a small stock model whose layers' FFNs were replaced by others of these widths."""
     model = tiny(family, intermediate_size=max(sizes), num_hidden_layers=len(sizes), **changes)
     hidden = model.config.hidden_size
-    for layer, size in zip(model.model.layers, sizes, strict=True):
-        has_bias = layer.mlp.up_proj.bias is not None
-        layer.mlp.gate_proj = nn.Linear(hidden, size, bias=has_bias)
-        layer.mlp.up_proj = nn.Linear(hidden, size, bias=has_bias)
-        layer.mlp.down_proj = nn.Linear(size, hidden, bias=has_bias)
+    for layer, size in zip(model.base_model.layers, sizes, strict=True):
+        for name in [name for name in PROJECTIONS if hasattr(layer.mlp, name)]:
+            ends = (size, hidden) if name in ("down_proj", "dense_4h_to_h") else (hidden, size)
+            has_bias = getattr(layer.mlp, name).bias is not None
+            setattr(layer.mlp, name, nn.Linear(*ends, bias=has_bias))
         for parameter in layer.mlp.parameters():
             nn.init.normal_(parameter, std=0.3)
     return model

@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tests.oracle import tiny_llama, tokens
 from tritter.errors import RequestError
@@ -91,6 +98,12 @@ MODELS = {
         Qwen3Config(
             hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, head_dim=32, vocab_size=300,
+        )
+    ),
+    "pythia": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+            vocab_size=300,
         )
     ),
 }  # fmt: skip

@@ -105,7 +105,7 @@ def parameters_of_parts(source: Source) -> dict[str, int]:
 
 
 def _part(tensor: LogicalTensor) -> str:
-    return "norms" if tensor.is_norm else _PART_OF[tensor.kind.partition(".")[0]]
+    return "norms" if tensor.is_of_norm else _PART_OF[tensor.kind.partition(".")[0]]
 
 
 def _as_json(

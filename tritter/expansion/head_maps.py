@@ -19,11 +19,13 @@ class HeadMaps:
     Args:
         query: of what q writes and o reads.
         key_value: of what k and v write.
+        together: of what q, k and v of one head write below one another, head by head.
         per_head: factor of the gains that all heads share (norms on q and k); None keeps them.
     """
 
     query: AxisMap
     key_value: AxisMap
+    together: AxisMap | None = None
     per_head: AxisFactor | None = None
 
 
@@ -49,7 +51,7 @@ def fresh_heads(old: Dimensions, new: Dimensions) -> HeadMaps:
         query[start : start + old_group] = torch.arange(old_group) + head * old_group
     query_map = AxisMap.copied(old.num_attention_heads, query, torch.ones(len(query)))
     key_value = AxisMap.padded(old.num_key_value_heads, new.num_key_value_heads)
-    return HeadMaps(query_map.repeated(old.head_dim), key_value.repeated(old.head_dim))
+    return _of_heads(query_map, key_value, head_dim=old.head_dim)
 
 
 def copied_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> HeadMaps:
@@ -77,7 +79,7 @@ def copied_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> Hea
         kv_share = share.sum(dim=1) / old_group
     query_map = AxisMap.copied(old.num_attention_heads, source.flatten(), share.flatten())
     kv_map = AxisMap.copied(old.num_key_value_heads, key_value, kv_share)
-    return HeadMaps(query_map.repeated(old.head_dim), kv_map.repeated(old.head_dim))
+    return _of_heads(query_map, kv_map, head_dim=old.head_dim)
 
 
 def split_heads(old: Dimensions) -> HeadMaps:
@@ -98,8 +100,14 @@ def split_heads(old: Dimensions) -> HeadMaps:
     return HeadMaps(
         AxisMap.copied(old.query_size, query.flatten(), torch.ones(query.numel())),
         AxisMap.copied(old.key_value_size, key_value.flatten(), torch.ones(key_value.numel())),
-        AxisFactor(even, ones, ones),
+        per_head=AxisFactor(even, ones, ones),
     )
+
+
+def _of_heads(query: AxisMap, key_value: AxisMap, *, head_dim: int) -> HeadMaps:
+    """Return the maps of coordinates for maps of whole heads."""
+    together = key_value.repeated(3 * head_dim)
+    return HeadMaps(query.repeated(head_dim), key_value.repeated(head_dim), together)
 
 
 def copied_sources(old_size: int, new_size: int, *, seed: int) -> Tensor:

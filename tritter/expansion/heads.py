@@ -111,6 +111,29 @@ def check_normed_heads(
     )
 
 
+def check_filling_heads(
+    model_type: str, old: Dimensions, new: Dimensions, *, strategy: Strategy
+) -> None:
+    """Check heads of a model in which they have no size of their own, nor fewer keys than queries.
+
+    Raises:
+        RequestError: says which counts can be had.
+    """
+    if strategy in ("gqa", "split"):
+        raise RequestError(
+            f"expansion.width.head_strategy = {strategy}: {model_type} has a key and a value for "
+            "each query head, and the three lie together in one tensor; use copy or fresh."
+        )
+    allowed = new.hidden_size // old.head_dim
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(new, name) != allowed:
+            raise RequestError(
+                f"expansion.width.{name} = {getattr(new, name)}: the heads of {model_type} are "
+                f"together as wide as the stream and keep their size of {old.head_dim}, so at "
+                f"hidden_size = {new.hidden_size} allowed is only {allowed}; leave it out."
+            )
+
+
 def are_copied_alike(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> bool:
     """Return whether every head, of queries and of keys, has the same number of copies."""
     counts = (new.num_attention_heads, new.num_key_value_heads)

@@ -78,6 +78,9 @@ class Spaces:
                 return self.heads.query
             case "key_value":
                 return self.heads.key_value
+            case "qkv":
+                assert self.heads.together is not None, "such heads are never split"
+                return self.heads.together
             case "head_input":
                 return self._head_input
             case "ffn" | "shared_ffn":

@@ -8,6 +8,9 @@ them the RMSNorm sees a root mean square that shrank by √(k·d/D) (k copies of
 D), so its gain is scaled by that and eps by k·d/D. Norms per head behind q and k share that eps,
 so q and k are scaled with it. `aki` (arXiv 2110.07143) reads as `net2net` does, but what its
 second copies compute comes from the layer above, so the function changes.
+
+A LayerNorm subtracts the mean over the stream besides, which directions of zeros would move. Whole
+copies of the stream alone, the same number of each coordinate, leave mean, deviation and eps.
 """
 
 import math
@@ -20,6 +23,7 @@ from tritter.errors import RequestError
 from tritter.expansion.heads import (
     Strategy,
     are_copied_alike,
+    check_filling_heads,
     check_heads,
     check_normed_heads,
     head_targets,
@@ -104,17 +108,21 @@ class Width:
         self._check_noise()
         self._check_layers(config)
         _check_not_smaller(old, new)
+        self._check_mean(family, old, new)
+        if family.heads_fill_hidden:
+            check_filling_heads(family.model_type, old, new, strategy=self.strategy)
         check_heads(old, new, strategy=self.strategy)
         if family.norms_all_heads:
             check_normed_heads(family.model_type, old, new, strategy=self.strategy)
         check_rotary(family, config, old, new, is_split=self.strategy == "split")
         self._check_hidden_size(family, old, new)
-        ratio = planned_rms_ratio(old.hidden_size, new.hidden_size, init=self.init)
         target: Config = {
             **config,
             **{key: getattr(new, name) for name, key in family.sizes.items() if name in _GROWING},
-            "rms_norm_eps": float(config["rms_norm_eps"]) * ratio**2,  # type: ignore[arg-type]
         }
+        if not family.subtracts_mean:
+            ratio = planned_rms_ratio(old.hidden_size, new.hidden_size, init=self.init)
+            target["rms_norm_eps"] = float(config["rms_norm_eps"]) * ratio**2  # type: ignore[arg-type]
         widest, grown = old.intermediate_size, new.intermediate_size
         sizes = [round(size * grown / widest) for size in ffn_sizes(config)]
         return with_ffn_sizes(target, sizes) if sizes else target
@@ -141,7 +149,7 @@ class Width:
         grown = {
             family.sizes[name]: f"{family.sizes[name]} {getattr(old, name)} → {getattr(new, name)}"
             for name in _GROWING
-            if getattr(old, name) != getattr(new, name)
+            if name in family.sizes and getattr(old, name) != getattr(new, name)
         }
         counts = ("num_attention_heads", "num_key_value_heads")
         kept = all(getattr(old, name) == getattr(new, name) for name in counts)
@@ -166,6 +174,23 @@ class Width:
                 "expansion.width.init = aki: neurons come from the layer above, and here the FFNs "
                 "of the layers differ in width; use fresh, net2net or zero_pad."
             )
+
+    def _check_mean(self, family: Family, old: Dimensions, new: Dimensions) -> None:
+        """Refuse other directions of the stream than whole copies where norms take their mean."""
+        hidden_size = old.hidden_size
+        copies, rest = divmod(new.hidden_size, hidden_size)
+        are_copies = self.init in _REPEATING and not rest
+        if not family.subtracts_mean or new.hidden_size == hidden_size or are_copies:
+            return
+        multiples = {copies * hidden_size, -(-new.hidden_size // hidden_size) * hidden_size}
+        nearest = " or ".join(str(size) for size in sorted(multiples) if size > hidden_size)
+        raise RequestError(
+            f"expansion.width.hidden_size = {new.hidden_size} with init = {self.init}: "
+            f"{family.model_type} has LayerNorm, which subtracts the mean over the stream, so new "
+            "directions beside the old ones would change what it computes, and whole copies of "
+            f"the stream would not: use init=net2net with hidden_size={nearest}. FFN "
+            "(intermediate_size) and depth grow by any amount."
+        )
 
     def _check_hidden_size(self, family: Family, old: Dimensions, new: Dimensions) -> None:
         heads = new.num_attention_heads

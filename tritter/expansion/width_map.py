@@ -49,7 +49,7 @@ def width_map(
     }
     if init == "aki":
         # Norms stand between a stream that is written and readers that stay the layer's own
-        above = tensors_above([t for t in logical if not t.is_norm])
+        above = tensors_above([t for t in logical if not t.is_of_norm])
         maps |= {name: _from_above(maps[name], donor) for name, donor in above.items()}
     return ParameterMap(tensors=maps, layer_sources=tuple(range(old.num_hidden_layers)))
 

@@ -32,7 +32,15 @@ _COUNTS: Mapping[str, int] = {
     "sliding_window": MAX_POSITIONS,
 }
 _LISTS: Mapping[str, int] = {"id2label": MAX_LABELS, "label2id": MAX_LABELS}
-_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "qkv_bias")
+_FLAGS = (
+    "tie_word_embeddings",
+    "use_sliding_window",
+    "attention_bias",
+    "mlp_bias",
+    "qkv_bias",
+    "use_parallel_residual",
+)
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Other weights than the tensors of the table, or other code than transformers' own.
@@ -135,14 +143,13 @@ def _check_value(key: str, value: object) -> None:
 
 
 def _check_epsilon(config: Config) -> None:
-    value = config.get("rms_norm_eps")
-    if value is None:
-        return
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < math.inf:  # type: ignore[operator]
-        raise RequestError(
-            f"config.json: rms_norm_eps = {brief(value)}; allowed is a number from 0 on."
-        )
+    for key in _EPSILONS:
+        value = config.get(key, 0)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and (not is_number or not 0 <= value < math.inf):  # type: ignore[operator]
+            raise RequestError(
+                f"config.json: {key} = {brief(value)}; allowed is a number from 0 on."
+            )
 
 
 def _check_ffn_sizes(family: Family, config: Config) -> None:

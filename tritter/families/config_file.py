@@ -76,6 +76,11 @@ _SILENT: Mapping[str, Config] = {
         "sliding_window": 4096,
         "sliding_window_pattern": 6,
     },
+    "gpt_neox": {
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "use_parallel_residual": True,
+    },
     "mixtral": {"tie_word_embeddings": False, "num_key_value_heads": 8},
     "qwen2_moe": {**_QWEN, **_PATTERN, "num_key_value_heads": 16, "qkv_bias": True},
     "qwen3_moe": {**_QWEN, **_PATTERN, "num_key_value_heads": 4},

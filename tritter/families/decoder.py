@@ -10,15 +10,15 @@ from tritter.families.dimensions import DENSE_SIZES
 from tritter.families.logical import Axis, Fused, LogicalTensor, Port, Space
 
 _LAYER = "model.layers.{layer}."
-_VOCABULARY = Space("vocab", "vocab_size", "model")
-_RESIDUAL = Axis(Space("residual", "hidden_size", "model"), Port.WRITE)
-_ATTENTION_INPUT = Space("attention_input", "hidden_size")
+VOCABULARY = Space("vocab", "vocab_size", "model")
+RESIDUAL = Axis(Space("residual", "hidden_size", "model"), Port.WRITE)
+ATTENTION_INPUT = Space("attention_input", "hidden_size")
 _ATTENTION_OUTPUT = Space("attention_output", "hidden_size")
-_FFN_INPUT, _FFN_OUTPUT = Space("ffn_input", "hidden_size"), Space("ffn_output", "hidden_size")
-_HEAD_INPUT = Space("head_input", "hidden_size", "model")
+FFN_INPUT, _FFN_OUTPUT = Space("ffn_input", "hidden_size"), Space("ffn_output", "hidden_size")
+HEAD_INPUT = Space("head_input", "hidden_size", "model")
 _HEAD_DIM = Space("head_dim", "head_dim", "model")
-_QUERY, _KEY_VALUE = Space("query", "query_size"), Space("key_value", "key_value_size")
-_FFN, _EXPERT_FFN = Space("ffn", "intermediate_size"), Space("ffn", "expert_size", "expert")
+QUERY, _KEY_VALUE = Space("query", "query_size"), Space("key_value", "key_value_size")
+FFN, _EXPERT_FFN = Space("ffn", "intermediate_size"), Space("ffn", "expert_size", "expert")
 _SHARED_FFN = Space("shared_ffn", "shared_expert_size")
 _ROUTES, _SHARED_GATE = Space("routes", "num_experts"), Space("shared_gate", "single")
 
@@ -40,21 +40,21 @@ def decoder_tensors(
     Args:
         embedding_port: how the embedding writes the residual stream.
     """
-    residual = Axis(_RESIDUAL.space, embedding_port)
+    residual = Axis(RESIDUAL.space, embedding_port)
     return (
         LogicalTensor(
             kind="embed",
             disk_name="model.embed_tokens.weight",
-            axes=(Axis(_VOCABULARY, Port.READ), residual),
+            axes=(Axis(VOCABULARY, Port.READ), residual),
         ),
         *layer,
         LogicalTensor(
-            kind="final_norm", disk_name="model.norm.weight", axes=(Axis(_HEAD_INPUT, Port.GAIN),)
+            kind="final_norm", disk_name="model.norm.weight", axes=(Axis(HEAD_INPUT, Port.GAIN),)
         ),
         LogicalTensor(
             kind="head",
             disk_name="lm_head.weight",
-            axes=(Axis(_VOCABULARY, Port.WRITE), Axis(_HEAD_INPUT, Port.READ)),
+            axes=(Axis(VOCABULARY, Port.WRITE), Axis(HEAD_INPUT, Port.READ)),
             unless="tie_word_embeddings",
         ),
     )
@@ -81,12 +81,12 @@ def attention(
         within: name of the layer in which q, k and v stand below one another, if there is one.
     """
     port = Port.WRITE_NONLINEAR if query_norm == "none" else Port.ABSORBED
-    read = Axis(_ATTENTION_INPUT, Port.READ)
-    output = Axis(_ATTENTION_OUTPUT, Port.WRITE) if output_norm else _RESIDUAL
-    before = [_norm("attention_norm", "input_layernorm", _ATTENTION_INPUT)]
+    read = Axis(ATTENTION_INPUT, Port.READ)
+    output = Axis(_ATTENTION_OUTPUT, Port.WRITE) if output_norm else RESIDUAL
+    before = [_norm("attention_norm", "input_layernorm", ATTENTION_INPUT)]
     tensors = [
         *(before if has_input_norm else ()),
-        *_linear("attention.q", "self_attn.q_proj", Axis(_QUERY, port), read, biases, bias_key,
+        *_linear("attention.q", "self_attn.q_proj", Axis(QUERY, port), read, biases, bias_key,
                  within=within),
         *_linear("attention.k", "self_attn.k_proj", Axis(_KEY_VALUE, port), read, biases, bias_key,
                  within=within),
@@ -96,21 +96,21 @@ def attention(
     if query_norm != "none":
         is_of_all = query_norm == "all heads"
         tensors += [
-            _norm("attention.q_norm", "self_attn.q_norm", _QUERY if is_of_all else _HEAD_DIM),
+            _norm("attention.q_norm", "self_attn.q_norm", QUERY if is_of_all else _HEAD_DIM),
             _norm("attention.k_norm", "self_attn.k_norm", _KEY_VALUE if is_of_all else _HEAD_DIM),
         ]
     of_output: Biases = "qkvo" if biases == "qkvo" else "none"
     tensors += _linear(
-        "attention.o", "self_attn.o_proj", output, Axis(_QUERY, Port.READ), of_output, bias_key
+        "attention.o", "self_attn.o_proj", output, Axis(QUERY, Port.READ), of_output, bias_key
     )
     if output_norm:
-        tensors.append(_norm("attention_output_norm", output_norm, _RESIDUAL.space))
+        tensors.append(_norm("attention_output_norm", output_norm, RESIDUAL.space))
     return tuple(tensors)
 
 
 def ffn_norm(disk_name: str = "post_attention_layernorm") -> LogicalTensor:
     """Return the norm before the FFN, or before router and experts."""
-    return _norm("ffn_norm", disk_name, _FFN_INPUT)
+    return _norm("ffn_norm", disk_name, FFN_INPUT)
 
 
 def dense_ffn(
@@ -129,18 +129,18 @@ def dense_ffn(
         within: name of the layer in which up stands below gate, if there is one.
     """
     biases: Biases = "qkvo" if bias_key else "none"
-    output = Axis(_FFN_OUTPUT, Port.WRITE) if output_norm else _RESIDUAL
-    read = Axis(_FFN_INPUT, Port.READ)
-    gate, up = Axis(_FFN, Port.WRITE_NONLINEAR), Axis(_FFN, Port.WRITE)
+    output = Axis(_FFN_OUTPUT, Port.WRITE) if output_norm else RESIDUAL
+    read = Axis(FFN_INPUT, Port.READ)
+    gate, up = Axis(FFN, Port.WRITE_NONLINEAR), Axis(FFN, Port.WRITE)
     tensors = (
         *_linear("ffn.gate", "mlp.gate_proj", gate, read, biases, bias_key, layers, within),
         *_linear("ffn.up", "mlp.up_proj", up, read, biases, bias_key, layers, within),
-        *_linear("ffn.down", "mlp.down_proj", output, Axis(_FFN, Port.READ), biases, bias_key,
+        *_linear("ffn.down", "mlp.down_proj", output, Axis(FFN, Port.READ), biases, bias_key,
                  layers),
     )  # fmt: skip
     if not output_norm:
         return tensors
-    return (*tensors, _norm("ffn_output_norm", output_norm, _RESIDUAL.space))
+    return (*tensors, _norm("ffn_output_norm", output_norm, RESIDUAL.space))
 
 
 def experts(
@@ -153,7 +153,7 @@ def experts(
         gate: name on disk of an expert's gate projection; `up` and `down` likewise.
         layers: `sparse` where other layers have one FFN instead.
     """
-    read = Axis(_FFN_INPUT, Port.READ)
+    read = Axis(FFN_INPUT, Port.READ)
     live, stem = _LAYER + "mlp.", _LAYER + module + "."
 
     def matrix(kind: str, disk_name: str, axes: tuple[Axis, Axis], fused: Fused) -> LogicalTensor:
@@ -172,21 +172,21 @@ def experts(
         matrix("experts.gate", gate, (Axis(_EXPERT_FFN, Port.WRITE_NONLINEAR), read),
                Fused(gate_up, 0, 2)),
         matrix("experts.up", up, (Axis(_EXPERT_FFN, Port.WRITE), read), Fused(gate_up, 1, 2)),
-        matrix("experts.down", down, (_RESIDUAL, Axis(_EXPERT_FFN, Port.READ)),
+        matrix("experts.down", down, (RESIDUAL, Axis(_EXPERT_FFN, Port.READ)),
                Fused(live + "experts.down_proj")),
     )  # fmt: skip
 
 
 def shared_expert() -> tuple[LogicalTensor, ...]:
     """Return the expert that every token meets, and the gate that scales it by a sigmoid."""
-    read = Axis(_FFN_INPUT, Port.READ)
+    read = Axis(FFN_INPUT, Port.READ)
     gate, up = Axis(_SHARED_FFN, Port.WRITE_NONLINEAR), Axis(_SHARED_FFN, Port.WRITE)
     down = Axis(_SHARED_FFN, Port.READ)
     name = "mlp.shared_expert."
     return (
         *_linear("shared_expert.gate", name + "gate_proj", gate, read, layers="sparse"),
         *_linear("shared_expert.up", name + "up_proj", up, read, layers="sparse"),
-        *_linear("shared_expert.down", name + "down_proj", _RESIDUAL, down, layers="sparse"),
+        *_linear("shared_expert.down", name + "down_proj", RESIDUAL, down, layers="sparse"),
         *_linear("shared_expert_gate", "mlp.shared_expert_gate",
                  Axis(_SHARED_GATE, Port.WRITE_NONLINEAR), read, layers="sparse"),
     )  # fmt: skip

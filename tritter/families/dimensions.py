@@ -62,6 +62,11 @@ class Dimensions:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def qkv_size(self) -> int:
+        """Rows of q, k and v together."""
+        return self.query_size + 2 * self.key_value_size
+
+    @property
     def single(self) -> int:
         """The size of a space of one coordinate, such as the shared expert's gate."""
         return 1
@@ -92,7 +97,8 @@ def read_dimensions(config: Config, sizes: Mapping[str, str]) -> Dimensions:
         sizes: attribute of `Dimensions` → config key.
 
     Raises:
-        RequestError: a size is missing, no positive whole number, or above its limit.
+        RequestError: a size is missing, no positive whole number, or above its limit; or heads
+            that have no size of their own don't divide the hidden size.
     """
 
     def size(name: str, default: int | None = None) -> int:
@@ -101,7 +107,12 @@ def read_dimensions(config: Config, sizes: Mapping[str, str]) -> Dimensions:
 
     heads, hidden_size = size("num_attention_heads"), size("hidden_size")
     derived = {"num_key_value_heads": heads, "head_dim": hidden_size // heads}
-    values = {name: size(name, derived.get(name)) for name in sizes}
+    if "head_dim" not in sizes and hidden_size % heads:
+        raise RequestError(
+            f"config.json: {sizes['hidden_size']} = {hidden_size} is not a multiple of "
+            f"{sizes['num_attention_heads']} = {heads}."
+        )
+    values = {**derived, **{name: size(name, derived.get(name)) for name in sizes}}
     if values.get("experts_per_token", 0) > values.get("num_experts", 0):
         raise RequestError(
             f"config.json: {sizes['experts_per_token']} = {values['experts_per_token']}; allowed "

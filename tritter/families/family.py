@@ -30,6 +30,9 @@ class Family:
         windows: which layers attend to the last `sliding_window` tokens only, where the config
             states so many: `none`, `all`, or those that `layer_types` names.
         norm_offset: what a norm adds to its weight to get its gain.
+        subtracts_mean: its norms are LayerNorms.
+        parallel_if: config key with which attention and FFN of a layer read the same stream;
+            empty: the FFN reads what attention has added to.
         turns_neighbours: rotary positions turn coordinates 2i and 2i + 1 together, and not i and
             i + head_dim / 2.
     """
@@ -43,6 +46,8 @@ class Family:
     sparse_layers: Literal["none", "all", "pattern"] = "none"
     windows: Literal["none", "all", "layer_types"] = "none"
     norm_offset: float = 0.0
+    subtracts_mean: bool = False
+    parallel_if: str = ""
     turns_neighbours: bool = False
 
     @property
@@ -53,6 +58,16 @@ class Family:
     def norms_all_heads(self) -> bool:
         """A norm behind the queries takes the mean square over all heads."""
         return any(t.is_norm and t.axes[0].space.kind == "query" for t in self.tensors)
+
+    @property
+    def heads_fill_hidden(self) -> bool:
+        """Heads have no size of their own: together they are as wide as the stream."""
+        return "head_dim" not in self.sizes
+
+    @property
+    def has_gate(self) -> bool:
+        """FFNs, or experts, multiply what they compute with a gate."""
+        return any(tensor.kind in ("ffn.gate", "experts.gate") for tensor in self.tensors)
 
     @property
     def has_stacked_ffn(self) -> bool:
@@ -163,7 +178,7 @@ class Family:
     def tied_names(self, config: Config) -> set[str]:
         """Return names that a file may hold although the tie makes them redundant."""
         tied = (t for t in self.tensors if t.unless and not t.exists(config))
-        return {tensor.disk_name for tensor in tied}
+        return {name for t in tied for name in (t.disk_name, t.live_name or t.disk_name)}
 
     def count_tensors(self, config: Config) -> int:
         """Count the tensors on disk, without naming them."""

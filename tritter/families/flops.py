@@ -200,6 +200,7 @@ class _Walk:
         adapters: Adapters,
     ) -> None:
         family = family_of(config)
+        is_parallel = bool(config.get(family.parallel_if, False))
         self._sizes = family.dimensions(config)
         self._experts = range(self._sizes.num_experts) if routed_to is None else routed_to
         self._held: dict[str, tuple[int, ...]] = {}  # name → shape
@@ -220,10 +221,10 @@ class _Walk:
         for layer in range(len(kinds)):
             window = family.attention_window(config, layer)
             self._gates = self._gating(layer, hidden, stream)
-            stream = self._attention(f"layers.{layer}.", stream, window)
-            stream = self._ffn(f"layers.{layer}.", stream)
+            added = self._attention(f"layers.{layer}.", stream, window)
+            stream = added | self._ffn(f"layers.{layer}.", stream if is_parallel else added)
         self._gates = False
-        read = self._needs(stream, "final_norm")
+        read = self._normed(stream, "final_norm")
         self._matrix("head" if "head" in self._held else "embed", read)
         self._low_rank("head", vocabulary, hidden, read)
 
@@ -245,11 +246,13 @@ class _Walk:
 
     def _attention(self, layer: str, stream: bool, window: int | None) -> bool:
         """Add the products of a layer's attention; return whether the stream needs a gradient."""
-        read, part = self._needs(stream, layer + "attention_norm"), layer + "attention."
-        query, key, value = (
+        read, part = self._normed(stream, layer + "attention_norm"), layer + "attention."
+        names = ("qkv",) if part + "qkv" in self._held else ("q", "k", "v")
+        found = [
             self._matrix(part + name, read, part + name + "_bias", part + name + "_norm")
-            for name in ("q", "k", "v")
-        )
+            for name in names
+        ]
+        query, key, value = found * (3 // len(found))
         weights = query or key
         self._products.append(
             _Product(
@@ -268,23 +271,24 @@ class _Walk:
 
     def _ffn(self, layer: str, stream: bool) -> bool:
         """Add the products of a layer's FFN or experts; return as `_attention` does."""
-        read = self._needs(stream, layer + "ffn_norm")
+        read = self._normed(stream, layer + "ffn_norm")
         if layer + "router" not in self._held:
-            added = self._swiglu(layer + "ffn", read, layer + "ffn_output_norm")
+            added = self._dense(layer + "ffn", read, layer + "ffn_output_norm")
             return stream or added
         added = self._matrix(layer + "router", read)
         self._is_below_router &= layer != self._last_sparse
         for expert in self._experts:
-            added |= self._swiglu(f"{layer}experts.{expert}", read, is_routed=True)
+            added |= self._dense(f"{layer}experts.{expert}", read, is_routed=True)
         if layer + "shared_expert.gate" in self._held:
-            added |= self._swiglu(layer + "shared_expert", read)
+            added |= self._dense(layer + "shared_expert", read)
             added |= self._matrix(layer + "shared_expert_gate", read)
         return stream or added
 
-    def _swiglu(self, name: str, read: bool, *behind: str, is_routed: bool = False) -> bool:
+    def _dense(self, name: str, read: bool, *behind: str, is_routed: bool = False) -> bool:
         gate, up, down = (f"{name}.{part}" for part in ("gate", "up", "down"))
-        inner = self._matrix(gate, read, gate + "_bias", is_routed=is_routed)
-        inner |= self._matrix(up, read, up + "_bias", is_routed=is_routed)
+        inner = self._matrix(up, read, up + "_bias", is_routed=is_routed)
+        if gate in self._held:
+            inner |= self._matrix(gate, read, gate + "_bias", is_routed=is_routed)
         return self._matrix(down, inner, down + "_bias", *behind, is_routed=is_routed)
 
     def _matrix(self, name: str, read: bool, *behind: str, is_routed: bool = False) -> bool:
@@ -343,6 +347,9 @@ class _Walk:
                 share=share,
             )
         )
+
+    def _normed(self, stream: bool, norm: str) -> bool:
+        return self._needs(stream, norm, norm + "_bias")
 
     def _needs(self, stream: bool, *names: str) -> bool:
         return stream or not self._trained.isdisjoint(names)

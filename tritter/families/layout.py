@@ -1,8 +1,9 @@
 """Where logical tensors lie: on disk as the hub keeps them, or in a model's memory.
 
 On disk every expert's matrix is a tensor of its own; in memory, and in files that were saved from
-there, the experts of a layer share one tensor. Dense families lie alike in both places; in some of
-them matrices that read the same stand below one another in one tensor (q, k and v; gate and up).
+there, the experts of a layer share one tensor. Dense families lie alike in both places, but for a
+head's name; in some of them matrices that read the same stand below one another in one tensor (q, k
+and v; gate and up).
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def match(config: Config, names: Iterable[str]) -> tuple[StoredTensor, ...]:
     family = family_of(config)
     held = set(names) - family.tied_names(config)
     expected = layout(config, "hub")
-    if family.has_experts and held != {stored.name for stored in expected}:
+    if held != {stored.name for stored in expected}:
         live = layout(config, "live")
         if len(held & {s.name for s in live}) > len(held & {s.name for s in expected}):
             expected = live

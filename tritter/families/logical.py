@@ -53,6 +53,11 @@ class Space:
         return self.kind in ("attention_output", "ffn_output")
 
     @property
+    def is_norm_output(self) -> bool:
+        """A norm writes it, and what it hands the stream's values on to reads it."""
+        return self.kind in ("attention_input", "ffn_input", "head_input")
+
+    @property
     def is_stream(self) -> bool:
         """It is the residual stream, or a branch's output on the way to it."""
         return self.kind == "residual" or self.is_branch_output
@@ -129,6 +134,12 @@ class LogicalTensor:
     @property
     def is_norm(self) -> bool:
         return self.axes[0].port is Port.GAIN
+
+    @property
+    def is_of_norm(self) -> bool:
+        """It is a norm's gain, or the bias beside it."""
+        is_bias = self.axes[0].port is Port.WRITE and self.axes[0].space.is_norm_output
+        return self.is_norm or is_bias
 
     def for_layer(self, layer: int) -> "LogicalTensor":
         return self._filled("{layer}", layer=layer)

@@ -6,6 +6,7 @@ from tritter.families.family import Family
 from tritter.families.gemma2 import GEMMA2
 from tritter.families.gemma3 import GEMMA3_TEXT
 from tritter.families.glm4 import GLM4
+from tritter.families.gpt_neox import GPT_NEOX
 from tritter.families.granite import GRANITE
 from tritter.families.llama import LLAMA
 from tritter.families.mistral import MISTRAL, MIXTRAL
@@ -29,6 +30,7 @@ FAMILIES: dict[str, Family] = {
         GLM4,
         GEMMA2,
         GEMMA3_TEXT,
+        GPT_NEOX,
         MIXTRAL,
         QWEN2_MOE,
         QWEN3_MOE,

@@ -138,5 +138,7 @@ def _given(growth: LayerGrowth, part: str | None) -> Fill:
     """Return what stands in new neurons; biases, which are no part, begin at zero."""
     if growth.neurons.source is not None or part is None:
         return Fill()
+    if part == "up" and growth.neurons.up is None:
+        part = "gate"  # where there is no gate, up is all that neurons read by
     values: Tensor = getattr(growth.neurons, part)
     return Fill(kind="given", values=values.contiguous())

@@ -69,7 +69,8 @@ class FfnPlace:
     def activation(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return σ, by which a gate opens; where the module has none, nothing stands for it."""
         module = model.get_submodule(self.module)
-        activation: Callable[[Tensor], Tensor] = getattr(module, "act_fn", _as_it_is)
+        name = "act_fn" if hasattr(module, "act_fn") else "act"
+        activation: Callable[[Tensor], Tensor] = getattr(module, name, _as_it_is)
         return activation
 
     def width(self, model: nn.Module) -> int:
@@ -104,7 +105,15 @@ def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
             assert tensor.layer is not None
             part = tensor.kind.removeprefix("ffn.")
             names.setdefault(tensor.layer, {})[part] = tensor.live_name or tensor.disk_name
-    places = tuple(FfnPlace(layer, **parts) for layer, parts in sorted(names.items()))
+    places = tuple(
+        FfnPlace(
+            layer,
+            gate=parts.get("gate", parts["up"]),
+            up=parts["up"] if family.has_gate else None,
+            down=parts["down"],
+        )
+        for layer, parts in sorted(names.items())
+    )
     _check_plain(model, places)
     return places
 

@@ -193,9 +193,10 @@ def saved_bytes(config: Config, setup: TrainingSetup) -> int:
     """Return what the forward pass leaves for the backward pass, apart from parameters.
 
     A matrix product keeps its input, attention with a fused kernel q, k, v and its result, SwiGLU
-    gate, activated gate, up and their product, a norm its input in float32 and the normed value in
-    the precision of parameters, the loss its log-probabilities in float32. Autocast keeps halved
-    copies of the matrices.
+    gate, activated gate, up and their product, an FFN without a gate its sum and what becomes of
+    it, an RMSNorm its input in float32 and the normed value in the precision of parameters, a
+    LayerNorm its input alone, the loss its log-probabilities in float32. Where q, k and v come out
+    of one product, it stays whole for the sake of v. Autocast keeps halved copies of the matrices.
     """
     family = family_of(config)
     sizes = family.dimensions(config)
@@ -206,7 +207,8 @@ def saved_bytes(config: Config, setup: TrainingSetup) -> int:
     kept = sum(layers)
     if setup.is_checkpointed:
         kept = sizes.num_hidden_layers * sizes.hidden_size * parameter_bytes + max(layers)
-    end = sizes.hidden_size * (_FLOAT32 + parameter_bytes + width) + sizes.vocab_size * _FLOAT32
+    in_float32 = 0 if family.subtracts_mean else _FLOAT32
+    end = sizes.hidden_size * (in_float32 + parameter_bytes + width) + sizes.vocab_size * _FLOAT32
     return setup.num_tokens * (kept + end) + _autocast_bytes(config, setup)
 
 
@@ -229,9 +231,15 @@ def _layer_bytes(family: Family, config: Config, layer: int, setup: TrainingSetu
     norms = [t for t in family.tensors if t.is_per_layer and t.is_norm]
     normed = sum(per_head.get(norm.kind, sizes.hidden_size) for norm in norms)
     attention = 2 * (sizes.query_size + sizes.key_value_size)
-    products = 2 * sizes.hidden_size + attention + 4 * ffn_units
+    if any(tensor.kind == "attention.qkv" for tensor in family.tensors):
+        attention += sizes.query_size + sizes.key_value_size
+    products = 2 * sizes.hidden_size + attention + (4 if family.has_gate else 2) * ffn_units
     statistics = sizes.num_attention_heads * _FLOAT32
-    return normed * (_FLOAT32 + parameter_bytes) + products * width + statistics
+    norms_bytes = normed * (_FLOAT32 + parameter_bytes)
+    if family.subtracts_mean:  # two that read the same stream keep it once
+        is_parallel = bool(config.get(family.parallel_if, False))
+        norms_bytes = normed * parameter_bytes // (2 if is_parallel else 1)
+    return norms_bytes + products * width + statistics
 
 
 def _autocast_bytes(config: Config, setup: TrainingSetup) -> int:

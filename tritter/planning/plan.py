@@ -173,7 +173,7 @@ def plan_growth(
         RequestError: the target is not larger than the source or can't be reached, the budget is
             not above 0, there is no such strategy, or it has no method.
     """
-    methods = methods or GrowthMethods.of(())
+    methods = methods or GrowthMethods.usual(source)
     assumptions = assumptions or Assumptions()
     check_strategy(strategy, methods)
     if not 0 < gpu_hours < float("inf"):

@@ -72,6 +72,12 @@ class GrowthMethods:
                     )
 
     @classmethod
+    def usual(cls, config: Config) -> "GrowthMethods":
+        """Return `Dus` and the `Width` that models of a config's family take."""
+        takes_copies = family_of(config).subtracts_mean
+        return cls(depth=Dus(), width=Width(init="net2net" if takes_copies else "fresh"))
+
+    @classmethod
     def of(cls, specs: Sequence[ExpansionSpec]) -> "GrowthMethods":
         """Sort methods by direction; without any, `Dus` and `Width`.
 

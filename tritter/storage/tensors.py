@@ -33,6 +33,15 @@ WRITTEN_DTYPES = {
     "bool": "BOOL",
 }
 WEIGHT_DTYPES = tuple(WRITTEN_DTYPES)[:4]
+# Causal masks and rotary frequencies that older releases of transformers saved beside the weights
+# (as on the hub in Pythia and GPT-2); it computes them and reads none, and nor is one read here
+_COMPUTED = (
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".rotary_emb.inv_freq",
+)
 _RANK_FILE = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
@@ -173,6 +182,8 @@ def _indexed_headers(folder: Path) -> dict[str, Header]:
                 )
             headers[name] = header
     for name, file in named.items():
+        if name.endswith(_COMPUTED):
+            continue
         if name not in headers or headers[name].file != file:
             raise TritterError(f"{folder / file} lacks the tensor '{name}' that the index names.")
     return headers
@@ -208,6 +219,8 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
         with safe_open(path, framework="np") as file:
             names = file.keys()
             for name in names:
+                if name.endswith(_COMPUTED):
+                    continue
                 part = file.get_slice(name)
                 dtype = _dtype(path, name, str(part.get_dtype()))
                 headers[name] = Header(file_name, dtype, tuple(part.get_shape()))
