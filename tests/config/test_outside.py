@@ -12,6 +12,7 @@ import pytest
 
 from tests.config.conftest import FakePipeline, Result
 from tests.config.test_resume import printed_words
+from tests.forked import run_program
 from tests.oracle import saved, tiny_llama
 from tests.pipeline.tiny import TINY
 from tritter.cli import main as tritter
@@ -62,15 +63,12 @@ def outside(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[
 def train(outside: tuple[Path, list[str]], *words: str) -> "subprocess.CompletedProcess[str]":
     folder, found_by = outside
     place = folder.parent
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *found_by, *words],
-        cwd=place,
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-        | {"TRITTER_CACHE": str(place / "cache")},
-        check=False,
+    return run_program(
+        ROOT / "train.py",
+        [*found_by, *words],
+        folder=place,
+        path=folder,
+        environment={"TRITTER_CACHE": str(place / "cache")},
     )
 
 
@@ -82,12 +80,23 @@ def import_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_stands_in_the_help(outside: tuple[Path, list[str]]) -> None:
-    said = train(outside, "--help").stdout
+    """Of a process that is started anew, which imports little for it."""
+    folder, found_by = outside
+
+    def train(*words: str) -> str:
+        paths = os.pathsep.join([str(folder), str(ROOT)])
+        command = [sys.executable, str(ROOT / "train.py"), *found_by, *words, "--help"]
+        environment = os.environ | {"PYTHONPATH": paths}
+        return subprocess.run(
+            command, cwd=folder.parent, capture_output=True, text=True, env=environment, check=True
+        ).stdout
+
+    said = train()
     assert re.search(r"    damp +Damp: every gradient", said)
     assert re.search(r"    one_more +The last layer once more", said)
     assert re.search(r"    letters +Made-up letters", said)
     assert re.search(r"    loss_log +Writes step and loss", said)
-    said = train(outside, "forgetting=damp", "--help").stdout
+    said = train("forgetting=damp")
     assert "share: 0.5 # of each gradient that is taken away" in said
     assert "_target_" not in said
 
@@ -131,14 +140,7 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
         if found_by:
             import_from(folder, monkeypatch)
             return subprocess.CompletedProcess(words, tritter(words), *capsys.readouterr())
-        paths = os.pathsep.join([str(folder), str(ROOT)])
-        return subprocess.run(
-            [sys.executable, "-m", "tritter", *words],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONPATH": paths},
-            check=False,
-        )
+        return run_program(ROOT / "tritter/__main__.py", words, folder=folder.parent, path=folder)
 
     assert re.search(r"--times +VALUE +one-more: ", expand("--help").stdout)
     refused = expand("--checkpoint", "nowhere", "--method", "one-more", "--times", "9")

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.config_loader import ConfigLoader
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
@@ -18,7 +19,6 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -63,6 +63,18 @@ _HYDRA_ERRORS = (
 _HYDRA_NOISE = re.compile(r"To append|object_type|reference_type|Config search path|provider=")
 
 
+class Loader(ConfigLoaderImpl):
+    """Hydra's, which keeps the list of files of its last job: to ask for it takes as long again."""
+
+    files: Sequence[ResultDefault] = ()
+
+    def _compose_config_from_defaults_list(
+        self, defaults: list[ResultDefault], repo: IConfigRepository
+    ) -> DictConfig:
+        self.files = defaults
+        return super()._compose_config_from_defaults_list(defaults, repo)
+
+
 @dataclass(frozen=True, slots=True)
 class Composition:
     """One composed and validated job.
@@ -74,7 +86,7 @@ class Composition:
 
     config: RunConfig
     composed: DictConfig
-    loader: ConfigLoader
+    loader: Loader
 
     @property
     def hydra(self) -> DictConfig:
@@ -85,7 +97,7 @@ class Composition:
 class Composer:
     """Composes jobs over the option files; made by `composer()`."""
 
-    def __init__(self, loader: ConfigLoader) -> None:
+    def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
     @cached_property
@@ -169,7 +181,7 @@ class Composer:
         name = front().config_name
         try:
             composed = compose(name, overrides=lines, return_hydra_config=True)
-            files = self.loader.compute_defaults_list(name, lines, RunMode.RUN).defaults
+            files = self.loader.files
             own = [str(key) for key in composed if key != "hydra"]
             raw = plain_config(OmegaConf.masked_copy(composed, own))
             origins = _Origins(parsed, files, composed.hydra.runtime.config_sources)
@@ -241,7 +253,10 @@ def composer() -> Iterator[Composer]:
     with no_running_hydra():
         folder = str(config_folder())
         with initialize_config_dir(folder, job_name="train", version_base=VERSION_BASE):
-            yield Composer(GlobalHydra.instance().config_loader())
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            hydra.config_loader = loader = Loader(hydra.config_loader.get_search_path())
+            yield Composer(loader)
 
 
 @contextmanager
