@@ -24,6 +24,7 @@ from tritter.planning import (
     plan_expansion_path,
     plan_growth,
 )
+from tritter.planning.cost import training_flops_per_token
 from tritter.planning.shapes import aspect_ratio
 
 SMALL: Config = tiny_llama().config.to_dict()
@@ -121,6 +122,9 @@ def test_tokens_and_hours_by_hand() -> None:
     assert plan.spare_gpu_hours == pytest.approx(1e6 - step.gpu_hours)
     scratch = 10 * 10_731_524_096 * per_token / 0.5e15 / 3600
     assert plan.from_scratch_gpu_hours == pytest.approx(scratch)
+    small = per_token - 3 * 16 * 2 * (2 * d * d + 2 * d * kv + 3 * d * f + d * (1024 + 1))
+    own = 10 * 7_241_732_096 * small / 0.5e15 / 3600
+    assert plan.source_gpu_hours == pytest.approx(own)
     assert per_token / (6 * 10_731_524_096) == pytest.approx(1, abs=0.1)  # the usual 6 N D
 
 
@@ -145,6 +149,33 @@ def test_hours_know_windows_and_what_is_frozen() -> None:
     assert hours[256, False] / whole == pytest.approx(windowed / full)
     # Gradients of its weights are saved; those that pass through it are needed below
     assert hours[None, True] / whole == pytest.approx((3 * full - 2 * projections) / (3 * full))
+
+
+@pytest.mark.parametrize("due", [1, 5, 20])
+def test_growth_pays_from_where_the_curves_cross(due: float) -> None:
+    """Of the curves themselves, on a grid; both begin at the source's loss."""
+    assumptions = Assumptions(tokens_per_parameter=due)
+    source = PRESETS["tritter_3b"].config()
+    plan = plan_growth(source, 3_600_000_000, gpu_hours=500.0, assumptions=assumptions)
+    (first,) = plan.steps
+
+    def loss(config: Config, hours: float) -> float:
+        size, law = count_parameters(config), assumptions.law
+        per_token = training_flops_per_token(config, assumptions.setup)
+        tokens = hours * 3600 * assumptions.device.flops_per_second * 0.4 / per_token
+        seen = law.tokens_for(size, law.loss(plan.source_parameters, due * plan.source_parameters))
+        return law.loss(size, seen + tokens)
+
+    assert plan.ungrown_loss == pytest.approx(loss(source, 500.0), abs=1e-9)
+    grid = [10 ** (k / 20) for k in range(-40, 140)]
+    pays = [hours for hours in grid if loss(first.target_config, hours) < loss(source, hours)]
+    assert plan.pays_from_gpu_hours is not None
+    if plan.pays_from_gpu_hours == 0:
+        assert pays == grid
+        return
+    assert due < 20
+    assert pays == [hours for hours in grid if hours >= pays[0]]
+    assert pays[0] / 10 ** (1 / 20) <= plan.pays_from_gpu_hours * 1.001 <= pays[0] * 1.002
 
 
 def test_a_budget_too_small_says_what_it_reaches() -> None:

@@ -219,22 +219,43 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
     stretched = ""
     if plan.source_parameters < SMALLEST_MODEL:
         stretched = ", and the source is smaller than any model behind it"
-    saved = 1 - plan.needed_gpu_hours / plan.from_scratch_gpu_hours
+    needed_hours = (plan.needed_gpu_hours, plan.needed_gpu_hours + plan.source_gpu_hours)
+    sunk, counted = (1 - hours / plan.from_scratch_gpu_hours for hours in needed_hours)
     return [
         ("budget", text),
         (
             "scratch",
             f"the last shape from nothing, for as many tokens a parameter: "
-            f"{_hours(plan.from_scratch_gpu_hours)} GPU-hours; the plan saves {saved:.0%}, what "
-            "the source cost not counted",
+            f"{_hours(plan.from_scratch_gpu_hours)} GPU-hours; the plan saves {sunk:.0%}, or "
+            f"{counted:.0%} with what the source cost",
         ),
+        ("alone", _alone(plan)),
         (
             "assumed",
             f"{device.flops_per_second:.3g} FLOPs per second at {device.mfu:.0%} utilisation; "
-            f"{assumptions.tokens_per_parameter:g} tokens for each parameter that a step adds. "
+            f"{assumptions.tokens_per_parameter:g} tokens for each parameter of the source, and "
+            "that a step adds. "
             f"Losses are predictions of a published scaling law, not measured{stretched}",
         ),
     ]
+
+
+def _alone(plan: GrowthPlan) -> str:
+    """Say what the control comes to: spending the budget on the source as it is."""
+    gap = plan.ungrown_loss - plan.predicted_loss
+    beside = "no other than the plan's"
+    if abs(gap) >= LAW_RESOLUTION:
+        beside = f"{abs(gap):.3f} {'above' if gap > 0 else 'below'} the plan's"
+    if plan.pays_from_gpu_hours is None:
+        start = "for no budget"
+    elif plan.pays_from_gpu_hours == 0:
+        start = "from the first hour on"
+    else:
+        start = f"from {_hours(plan.pays_from_gpu_hours)} GPU-hours on"
+    return (
+        f"the source as it is, trained on for the whole budget: loss {plan.ungrown_loss:.3f}, "
+        f"{beside}; {spelled(plan.steps[0].method)} pays {start}"
+    )
 
 
 def _shape_text(step: ExpansionStep) -> str:
@@ -269,6 +290,9 @@ def _as_json(
         "needed_gpu_hours": plan.needed_gpu_hours,
         "spare_gpu_hours": plan.spare_gpu_hours,
         "from_scratch_gpu_hours": plan.from_scratch_gpu_hours,
+        "source_gpu_hours": plan.source_gpu_hours,
+        "ungrown_loss": plan.ungrown_loss,
+        "pays_from_gpu_hours": plan.pays_from_gpu_hours,
         "reaches_target": plan.reaches_target,
         "reached_parameters": plan.reached_parameters,
         "reached_instead": None if plan.reached is None else _step_json(plan.reached),

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import isinf
 
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec
@@ -116,6 +117,11 @@ class GrowthPlan:
         predicted_loss: nats per token when the whole budget is spent.
         from_scratch_gpu_hours: of the target's shape trained from scratch, for as many tokens per
             parameter.
+        source_gpu_hours: what the source's own tokens cost, were it trained on this device.
+        ungrown_loss: of the source as it is, trained on for the whole budget: the control.
+        pays_from_gpu_hours: the least budget from which the first step, trained on for all of it,
+            is predicted below the source trained on likewise; 0 when it always is, None when the
+            law sees no difference between their sizes.
         alternatives: strategy → predicted loss, of all that `auto` compared.
     """
 
@@ -129,6 +135,9 @@ class GrowthPlan:
     reached: ExpansionStep | None
     predicted_loss: float
     from_scratch_gpu_hours: float
+    source_gpu_hours: float
+    ungrown_loss: float
+    pays_from_gpu_hours: float | None
     source_memory: TrainingMemory
     alternatives: dict[str, float]
 
@@ -248,13 +257,21 @@ def _priced(
         gpu_hours=gpu_hours,
         spare_gpu_hours=spare,
         reached=_reached(last, missing[0], request, gpu_hours, assumptions) if missing else None,
-        predicted_loss=assumptions.law.loss_after_growth(
-            last.predicted_loss,
-            parameters=last.target_parameters,
-            tokens=assumptions.device.flops(spare)
-            / training_flops_per_token(last.target_config, assumptions.setup),
+        predicted_loss=_loss_after(
+            spare, last.predicted_loss, last.target_config, last.target_parameters, assumptions
         ),
         from_scratch_gpu_hours=_hours_for(end.target_config, from_scratch, assumptions),
+        source_gpu_hours=_hours_for(
+            request.source, assumptions.tokens_per_parameter * start.target_parameters, assumptions
+        ),
+        ungrown_loss=_loss_after(
+            gpu_hours,
+            start.predicted_loss,
+            start.target_config,
+            start.target_parameters,
+            assumptions,
+        ),
+        pays_from_gpu_hours=_pays_from(start, steps[0], assumptions),
         source_memory=start.memory,
         alternatives={},
     )
@@ -315,6 +332,43 @@ def _reached(
         return None
     shape = reached(before.target_config, specs[place - 1])
     return _step(before, shape, gpu_hours, assumptions)
+
+
+def _loss_after(
+    hours: float, loss: float, config: Config, parameters: int, assumptions: Assumptions
+) -> float:
+    """Return the predicted loss of a model at `loss` that trains on for so many hours."""
+    per_token = training_flops_per_token(config, assumptions.setup)
+    tokens = assumptions.device.flops(hours) / per_token
+    return assumptions.law.loss_after_growth(loss, parameters=parameters, tokens=tokens)
+
+
+def _pays_from(start: _Point, first: ExpansionStep, assumptions: Assumptions) -> float | None:
+    """Return where the grown model's curve over GPU-hours comes to lie below the source's own.
+
+    Both begin at the source's loss. At first the source may be the quicker, since a token costs it
+    less; the grown model's limit is lower, so that they cross once at most.
+    """
+
+    def is_below(hours: float) -> bool:
+        begin = start.predicted_loss
+        size = (first.target_config, first.target_parameters)
+        grown = _loss_after(hours, begin, *size, assumptions)
+        return grown < _loss_after(
+            hours, begin, start.target_config, start.target_parameters, assumptions
+        )
+
+    low, high = first.gpu_hours * 1e-9, first.gpu_hours
+    if is_below(low):
+        return 0.0
+    while not is_below(high):
+        if isinf(high):
+            return None
+        low, high = high, 4 * high
+    while high > 1.001 * low:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if is_below(middle) else (middle, high)
+    return high
 
 
 def _due_tokens(before: _Point | ExpansionStep, shape: Shape, assumptions: Assumptions) -> float:
