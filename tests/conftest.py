@@ -26,6 +26,7 @@ def pytest_collection_finish() -> None:
     """Modules and tests live as long as the process: no collection of garbage looks at them."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 100)  # a composition alone makes many small objects
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import oracle
+from tests.oracle.families import EPS_AND_TIES
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import (
@@ -58,8 +59,7 @@ EXACT: dict[str, list[ExpansionSpec]] = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("eps", [1e-3, 1e-6])
+@pytest.mark.parametrize(("eps", "tied"), EPS_AND_TIES)
 @pytest.mark.parametrize("specs", EXACT.values(), ids=EXACT.keys())
 def test_stock_model_computes_the_same(
     tmp_path: Path, specs: list[ExpansionSpec], eps: float, tied: bool

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from tests import oracle
 from tests.oracle import growth as oracle_growth
 from tests.oracle.families import (
+    EPS_AND_TIES,
     GEMMA,
     HEADS_DIVIDE_HIDDEN,
     LAYER_NORM,
@@ -257,8 +258,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("eps", [1e-3, 1e-6])
+@pytest.mark.parametrize(("eps", "tied"), EPS_AND_TIES)
 @pytest.mark.parametrize(("family", "specs"), CASES)
 def test_stock_model_from_disk_computes_the_same(
     tmp_path: Path, family: str, specs: list[ExpansionSpec], eps: float, tied: bool

@@ -1,5 +1,6 @@
 """What rounding to bf16 costs: nothing beyond the weights' own, where factors are powers of two."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tests import oracle
-from tests.oracle.families import GEMMA, LAYER_NORM, RMS, SPARSE, generic, tiny
+from tests.oracle.families import GEMMA, LAYER_NORM, OWN, RMS, SPARSE, generic, marks_of, tiny
 from tritter.expand import expand
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width
 from tritter.models import read_config
@@ -34,10 +35,14 @@ BF16: dict[str, tuple[list[ExpansionSpec], float, float]] = {
     "fresh doubled": ([Width()], 1e-1, 1.2e-1),
     "zero_pad doubled": ([Width(init="zero_pad")], 1e-1, 1.2e-1),
 }
+# Each family meets every other case quickly, and each case every other family
+ROUNDED = [
+    pytest.param(family, case, marks=marks_of(family) or (pytest.mark.slow,) * ((i + j) % 2))
+    for (i, case), (j, family) in product(enumerate(BF16), enumerate(OWN))
+]
 
 
-@pytest.mark.parametrize("family", generic())
-@pytest.mark.parametrize("case", BF16)
+@pytest.mark.parametrize(("family", "case"), ROUNDED)
 def test_bf16_stays_bf16_and_rounds_within_its_bound(
     tmp_path: Path, family: str, case: str
 ) -> None:

@@ -123,3 +123,12 @@ def stock_of(config: Any, *, dtype: torch.dtype) -> PreTrainedModel:
     """Return a stock model of a config, its experts computed one by one (in any dtype and size)."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
     return model.eval()
+
+
+# Each eps and each way of the head is met quickly, the other two pairs in the slow suite
+EPS_AND_TIES = [
+    pytest.param(1e-3, False, id="eps 1e-3, untied"),
+    pytest.param(1e-6, True, id="eps 1e-6, tied"),
+    pytest.param(1e-3, True, id="eps 1e-3, tied", marks=pytest.mark.slow),
+    pytest.param(1e-6, False, id="eps 1e-6, untied", marks=pytest.mark.slow),
+]

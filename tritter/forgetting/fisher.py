@@ -23,13 +23,14 @@ from tritter.seeds import derived_seed
 
 Estimator = Literal["empirical", "true"]
 Parameters = Mapping[str, Tensor]
+_HELD_VALUES = 2**19  # of gradients: more of them wait for memory, fewer for the next call
 
 
 def diagonal_fisher(
     model: nn.Module,
     sequences: Tensor,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     estimator: Estimator = "empirical",
     seed: int = 0,
 ) -> dict[str, Tensor]:
@@ -40,7 +41,8 @@ def diagonal_fisher(
             randomness (dropout) is off while it is looked at.
         sequences: integers [N, T].
         batch_size: sequences whose gradients are held at a time (a model with experts, or that
-            reads documents apart, takes one after the other); the result does not depend on it.
+            reads documents apart, takes one after the other), else 8, and up to 32 of a small
+            model; the result does not depend on it.
         estimator: `empirical` or `true`.
         seed: of the labels that `true` draws.
 
@@ -53,6 +55,9 @@ def diagonal_fisher(
     # Routing has no batching rule, nor has the look for boundaries between documents
     is_looped = has_experts(model) or apart_of(model) is not None
     squares = _looped_squares if is_looped else _vectorised_squares
+    if batch_size is None:
+        num_values = sum(p.numel() for p in parameters.values())
+        batch_size = min(32, max(8, _HELD_VALUES // num_values))
     generator = torch.Generator().manual_seed(seed)
     with modes_kept(model):
         model.eval()
