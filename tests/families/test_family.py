@@ -205,6 +205,14 @@ def test_an_unknown_family_is_refused_with_the_list(model_type: object) -> None:
     assert ("Did you mean 'llama'?" in str(error.value)) == (model_type == "lama")
 
 
+@pytest.mark.parametrize(("model_type", "said"), [("gpt2", "transposed"), ("gemma3", "images")])
+def test_a_family_that_people_ask_for_is_refused_with_the_reason(
+    model_type: str, said: str
+) -> None:
+    with pytest.raises(RequestError, match=rf"'{model_type}' is not .*{said}.*; it knows gemma2, "):
+        family_of({"model_type": model_type})
+
+
 def test_llama_config_is_what_transformers_makes_of_it() -> None:
     config = llama_config(
         vocab_size=97,

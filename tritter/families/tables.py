@@ -36,6 +36,11 @@ FAMILIES: dict[str, Family] = {
         QWEN3_MOE,
     )
 }
+# Why a family that people ask for has no table
+_REASONS = {
+    "gpt2": "its matrices lie transposed and its positions are learned, which no table says yet",
+    "gemma3": "it reads images besides; its text part alone, gemma3_text, has a table",
+}
 
 
 def family_of(config: Config) -> Family:
@@ -46,9 +51,11 @@ def family_of(config: Config) -> Family:
     """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
+        reason = f" ({_REASONS[model_type]})" if model_type in _REASONS else ""
+        near = "" if reason else did_you_mean(model_type, FAMILIES)
         raise RequestError(
-            f"model_type '{model_type}' is not a family that Tritter knows; it knows "
-            f"{', '.join(sorted(FAMILIES))}.{did_you_mean(model_type, FAMILIES)}"
+            f"model_type '{model_type}' is not a family that Tritter knows{reason}; it knows "
+            f"{', '.join(sorted(FAMILIES))}.{near}"
         )
     return FAMILIES[model_type]
 
