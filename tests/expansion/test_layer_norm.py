@@ -18,6 +18,7 @@ from tests import oracle
 from tests.oracle import growth as oracle_growth
 from tests.oracle.families import LAYER_NORM, tiny
 from tritter import GrowableCausalLM
+from tritter.checkpoint.state import read_state, write_state
 from tritter.errors import RequestError, TritterError
 from tritter.expand import expand
 from tritter.expand.live import ModelExpander, expand_attention_heads
@@ -32,8 +33,9 @@ from tritter.expansion import (
 )
 from tritter.expansion.width_map import width_map
 from tritter.families import family_of
-from tritter.models import read_config
+from tritter.models import disk_tensors, live_tensors, read_config
 from tritter.parameter_map import AxisFactor, AxisMap, TensorMap
+from tritter.storage.writer import TensorEntry, TensorStream
 
 IDENTITY, STOCK, GRADIENT, SEEN = 1e-10, 1e-4, 1e-9, 1e-4
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -243,9 +245,17 @@ def as_on_the_hub(folder: Path) -> Path:
     return folder
 
 
-def test_a_folder_as_on_the_hub_is_grown_and_loads_in_stock_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_folder_as_on_the_hub_is_grown_and_loads_in_stock_transformers(
+    tmp_path: Path, is_sharded: bool
+) -> None:
     model = tiny("gpt_neox", rotary_pct=0.25, hidden_size=32)
     source = as_on_the_hub(oracle.saved(model, tmp_path / "source"))
+    if is_sharded:
+        shard = source / "model-00001-of-00001.safetensors"
+        (source / "model.safetensors").rename(shard)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(shard), shard.name)}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
     result = expand(source, tmp_path / "result", [Width(init="net2net"), LlamaPro()])
     after = oracle.stock(result.folder)
     assert oracle.relative_difference(model, after, oracle.tokens()) < STOCK
@@ -277,6 +287,25 @@ def test_a_live_model_is_expanded_as_a_folder_is() -> None:
     grown = ModelExpander([Width(init="net2net"), LlamaPro()]).expand(model).eval()
     assert grown.base_model.layers[0].attention.query_key_value.weight.shape == (144, 48)
     assert oracle.relative_difference(model, grown, oracle.tokens()) < STOCK
+
+
+def test_state_has_the_names_on_disk_and_follows(tmp_path: Path) -> None:
+    """Anchors are weights, so after the expansion they are still those of the model."""
+    model = tiny("gpt_neox")
+    config = oracle_growth.config_of(model)
+    state = disk_tensors(config, {name: p.detach() for name, p in model.named_parameters()})
+    assert "embed_out.weight" in state
+    again = live_tensors(config, state)
+    assert all(torch.equal(again[name], p) for name, p in model.named_parameters())
+    source = oracle.saved(model, tmp_path / "source")
+    entries = tuple(TensorEntry(name, p.dtype, tuple(p.shape)) for name, p in state.items())
+    kinds = {"anchor": TensorStream(entries, iter(state.items()))}
+    write_state(source, kinds, step=3, max_shard_bytes=10**9)
+    result = expand(source, tmp_path / "result", [Width(init="net2net"), LlamaPro()])
+    held, grown = read_state(result.folder), load_file(result.folder / "model.safetensors")
+    assert held is not None
+    for name in grown:
+        assert torch.equal(held.kinds["anchor"].get(name), grown[name]), name
 
 
 # Neurons
