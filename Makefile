@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-slow demo bench benchmarks
+.PHONY: help setup lint types test test-slow docs demo bench benchmarks
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test: setup ## the quick tests
 
 test-slow: setup ## the tests that train for minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+docs: setup ## the pages of docs/ as a site in outputs/site; dead links and anchors are errors
+	$(BIN)/mkdocs build
 
 demo: setup ## the main job: grow a small model on this Python's own text
 	$(BIN)/python train.py

@@ -1,0 +1,50 @@
+"""The site of docs/: built strictly, so that a dead link, anchor or page of no menu ends it."""
+
+from pathlib import Path
+
+import pytest
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+from mkdocs.exceptions import Abort
+
+ROOT = Path(__file__).parents[1]
+
+
+def built(site: Path, **other: object) -> None:
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(site), **other))
+
+
+def test_the_site_is_built(tmp_path: Path) -> None:
+    built(tmp_path)
+    pages = {path.parent.name for path in tmp_path.glob("*/index.html")}
+    assert pages >= {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    text = "".join(path.read_text("utf-8") for path in tmp_path.glob("**/*.html"))
+    assert "```" not in text and "](" not in text and 'href="../../experiments' not in text
+    assert (tmp_path / "figures/parameter_map.png").is_file()
+    assert not list(tmp_path.rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    ("page", "is_sound"),
+    [
+        ("[there](other.md#its-heading), [outside](../README.md#nowhere)", True),
+        ("[there](other.md#no-heading)", False),
+        ("[here](#no-heading)", False),
+        ("[there](nowhere.md)", False),
+        ("![there](nowhere.png)", False),
+        ("[there](/other.md)", False),
+    ],
+)
+def test_what_leads_nowhere_ends_the_build(tmp_path: Path, page: str, is_sound: bool) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "index.md").write_text(f"# Overview\n\n{page}\n")
+    (docs / "other.md").write_text("# Other\n\n## Its heading\n")
+    words = {"docs_dir": str(docs), "nav": ["index.md", "other.md"]}
+    if is_sound:
+        built(tmp_path / "site", **words)
+        with pytest.raises(Abort):  # a page that no menu shows
+            built(tmp_path / "site", **words | {"nav": ["index.md"]})
+    else:
+        with pytest.raises(Abort):
+            built(tmp_path / "site", **words)
