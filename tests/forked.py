@@ -21,14 +21,14 @@ def run_program(
     words: Sequence[str],
     *,
     folder: Path,
-    path: Path,
+    path: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> "CompletedProcess[str]":
     """Run a program to its end and return its code and what it said.
 
     Args:
         folder: the current one of the process.
-        path: where it finds modules first; none of these has been imported yet.
+        path: where it finds modules first, which it imports anew.
         environment: what is added to that of this process.
     """
     with TemporaryDirectory() as place:
@@ -58,12 +58,13 @@ def _redirect(out: Path, err: Path) -> None:
     logging.getLogger().handlers.clear()
 
 
-def _run(program: Path, words: Sequence[str], path: Path) -> int:
-    own = {each.stem for each in path.iterdir()}
-    for name in [name for name in sys.modules if name.partition(".")[0] in own]:
-        del sys.modules[name]
-    sys.path.insert(0, str(path))
-    importlib.invalidate_caches()
+def _run(program: Path, words: Sequence[str], path: Path | None) -> int:
+    if path is not None:
+        own = {each.stem for each in path.iterdir()}
+        for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+            del sys.modules[name]
+        sys.path.insert(0, str(path))
+        importlib.invalidate_caches()
     sys.argv = [str(program), *words]
     try:
         runpy.run_path(str(program), run_name="__main__")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
+from tests.forked import run_program
 from tritter.conf_folder import config_folder
 from tritter.config import composition, folders
 from tritter.config.hydra_settings import ALLOWED
@@ -394,7 +395,7 @@ def test_an_experiment_without_mistakes_composes(experiments: Path) -> None:
     "words", [["training.max_stps=3"], ["-m", "seed=0,1", "expansion=dsu"], ["resume=latest"]]
 )
 def test_the_program_itself_refuses(tmp_path: Path, words: list[str]) -> None:
-    done = _program(words, tmp_path)
+    done = run_program(ROOT / "train.py", words, folder=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from tests import oracle
 from tests.pipeline.tiny import TINY
@@ -51,14 +52,18 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
 
 
-def growing() -> Iterator[tuple[str, str, str]]:
-    """Yield triples in which each growth stands, and each dense expansion and method in turn."""
+def growing() -> Iterator[ParameterSet]:
+    """Yield triples in which each growth stands, and each dense expansion and method in turn.
+
+    The first time that a growth stands there is quick; the pairs meet the others quickly.
+    """
     dense = [name for name in EXPANSIONS if name not in WITH_EXPERTS]
     for number in range(max(len(dense), len(METHODS), len(GROWTHS))):
-        yield (
+        yield pytest.param(
             dense[number % len(dense)],
             METHODS[-1 - number % len(METHODS)],
             GROWTHS[number % len(GROWTHS)],
+            marks=(pytest.mark.slow,) * (number >= len(GROWTHS)),
         )
 
 
