@@ -90,11 +90,15 @@ def test_corpus_memory_measures_a_text(tmp_path: Path) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_expand_speed_measures_every_contender(tmp_path: Path) -> None:
     rows = list(
-        expand_speed.benchmark(megabytes=5, place=tmp_path, cases=["dus"], rounds=1, mergekit=None)
+        expand_speed.benchmark(megabytes=5, place=tmp_path, cases=["moe"], rounds=1, mergekit=None)
     )
-    assert [row.contender for row in rows] == ["cp", "tritter", "tritter without hashing"]
+    whole = [expand_speed.WHOLE, expand_speed.UNCHECKED]
+    assert [row.contender for row in rows] == ["cp", "tritter", *whole]
     assert rows[0].over_cp == 1
-    assert all(row.seconds > 0 and row.anonymous_mb > row.own_mb for row in rows[1:])
+    assert all(row.seconds > 0 and row.anonymous_mb > (row.own_mb or 0) for row in rows[1:])
+    for row in rows:
+        assert (row.first_byte_seconds is None) == (row.contender not in whole)
+        assert row.first_byte_seconds is None or 0 < row.first_byte_seconds < row.seconds
     assert list(tmp_path.iterdir()) == []
 
 

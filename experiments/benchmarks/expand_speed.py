@@ -5,16 +5,23 @@
 writes a synthetic bf16 Llama, expands it in processes of their own and prints a row per case and
 contender. In each round all contenders of a case follow each other, and ratios are taken within
 the round: what else runs on the machine then hits them alike. Every time ends when the bytes are
-on the disk, and begins after the imports. mergekit is asked for the layers that `dus` takes, and
-has to come to the same tensors.
+on the disk. That of the library's `expand` and of mergekit begins after the imports; that of the
+whole command, `tritter expand`, with the process, and ends with it. mergekit is asked for the
+layers that `dus` takes, and has to come to the same tensors; as it hashes nothing, Tritter is
+measured beside it without hashing, too.
+
+The first byte: weights are mapped from their files, so the command has begun to read them when
+/proc/PID/smaps says that a megabyte of the source's files is in its memory; headers are smaller.
 """
 
 import argparse
 import csv
 import json
+import os
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +37,7 @@ if __name__ == "__main__":
 from experiments.benchmarks.streaming import (  # noqa: E402
     MEGABYTE,
     Measured,
+    anonymous_mb,
     copy_seconds,
     sampled,
     wait_for_disk,
@@ -37,7 +45,10 @@ from experiments.benchmarks.streaming import (  # noqa: E402
 )
 
 SHARD_BYTES = 500 * MEGABYTE
-CASES = ("dus", "ffn", "width")  # layers · FFN × 1.5 by copies · hidden size × 1.5, fresh
+# Layers · FFN × 1.5 by copies · hidden size × 1.5, fresh · four experts a layer
+CASES = ("dus", "ffn", "width", "moe")
+WHOLE, UNCHECKED = "whole command", "whole command, unchecked"
+POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +57,11 @@ class Row:
 
     Args:
         cpu_seconds: processor time, which other jobs on the machine change least.
+        cpu_seconds_per_gb: of the result.
         over_cp: seconds over those of `cp` of the result in the same round; lowest and highest
             beside it.
-        own_mb: anonymous memory beyond what its imports take.
+        first_byte_seconds: from the start of a whole command to the first reading of weights.
+        own_mb: anonymous memory beyond what its imports take, where these are known.
         anonymous_mb: all of it.
     """
 
@@ -57,12 +70,22 @@ class Row:
     result_mb: int
     seconds: float
     cpu_seconds: float
+    cpu_seconds_per_gb: float
     over_cp: float
     over_cp_lowest: float
     over_cp_highest: float
-    own_mb: int
+    first_byte_seconds: float | None
+    own_mb: int | None
     anonymous_mb: int
     rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class WholeCommand:
+    """What one run of `tritter expand` took."""
+
+    measured: Measured
+    first_byte_seconds: float
 
 
 # What runs in the children
@@ -70,7 +93,7 @@ class Row:
 
 def run_tritter(source: Path, destination: Path, case: str, *, is_hashed: bool) -> None:
     from tritter.expand import expand, plan_expansion
-    from tritter.expansion import Dus, ExpansionSpec, Width
+    from tritter.expansion import Dus, ExpansionSpec, Moe, Width
     from tritter.storage import hashing, writer
 
     config = json.loads((source / "config.json").read_text())
@@ -78,6 +101,7 @@ def run_tritter(source: Path, destination: Path, case: str, *, is_hashed: bool) 
         "dus": Dus(),
         "ffn": Width(intermediate_size=config["intermediate_size"] * 3 // 2, init="net2net"),
         "width": Width(hidden_size=config["hidden_size"] * 3 // 2),
+        "moe": Moe(num_experts=4),
     }
     plan_expansion(source, [specs[case]])  # transformers imports some of itself at first use
     if not is_hashed:
@@ -147,21 +171,27 @@ def benchmark(
     source, result = place / "source", place / "result"
     write_source(source, megabytes=megabytes, hidden_size=1024 if megabytes >= 100 else 256)
     for case in cases:
-        contenders = ["tritter", "tritter without hashing"]
+        contenders = ["tritter", WHOLE, UNCHECKED]
         if case == "dus" and mergekit is not None:
-            contenders.append("mergekit")
+            contenders += ["tritter without hashing", "mergekit"]
             check_same(source, place, mergekit=mergekit)
         runs: dict[str, list[Measured]] = {name: [] for name in ("cp", *contenders)}
+        first_bytes: dict[str, list[float]] = {WHOLE: [], UNCHECKED: []}
         for number in range(rounds):
             for at in range(len(contenders)):
                 name = contenders[(at + number) % len(contenders)]
-                runs[name].append(sampled(_command(name, source, result, case, mergekit)))
+                if name in first_bytes:
+                    ran = run_command(source, result, case, is_checked=name == WHOLE)
+                    runs[name].append(ran.measured)
+                    first_bytes[name].append(ran.first_byte_seconds)
+                else:
+                    runs[name].append(sampled(_command(name, source, result, case, mergekit)))
                 if at < len(contenders) - 1:
                     shutil.rmtree(result)
             result_mb = sum(path.stat().st_size for path in result.iterdir()) // MEGABYTE
             runs["cp"].append(_copy(result, place / "copy"))
             shutil.rmtree(result)
-        yield from _rows(case, runs, result_mb)
+        yield from _rows(case, runs, first_bytes, result_mb)
     shutil.rmtree(source)
 
 
@@ -178,6 +208,50 @@ def check_same(source: Path, place: Path, *, mergekit: str) -> None:
         shutil.rmtree(place / name)
     if digests[0] != digests[1]:
         raise RuntimeError("mergekit and Tritter wrote different tensors")
+
+
+def run_command(source: Path, result: Path, case: str, *, is_checked: bool) -> WholeCommand:
+    """Run `tritter expand` as a person would, and look at it from outside until it ends."""
+    config = json.loads((source / "config.json").read_text())
+    method = {
+        "dus": "--method dus",
+        "ffn": f"--method width --width-init net2net --intermediate-size "
+        f"{config['intermediate_size'] * 3 // 2}",
+        "width": f"--method width --hidden-size {config['hidden_size'] * 3 // 2}",
+        "moe": "--method moe --num-experts 4",
+    }[case]
+    places = ["--checkpoint", str(source), "--output", str(result)]
+    options = [f"--max-shard-size={SHARD_BYTES}", "--measure" if is_checked else "--no-measure"]
+    words = [sys.executable, "-m", "tritter", "expand", *places, *method.split(), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    began, first_byte, peak = time.perf_counter(), None, 0
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, env=environment) as process:
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            peak = max(peak, anonymous_mb(process.pid))
+            if first_byte is None and _has_read(process.pid, source):
+                first_byte = time.perf_counter() - began
+            time.sleep(POLL_SECONDS)
+        seconds, (_, status, used) = time.perf_counter() - began, ended
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode or first_byte is None:
+        raise RuntimeError(f"{words} failed")
+    return WholeCommand(Measured(seconds, used.ru_utime + used.ru_stime, 0, peak, 0), first_byte)
+
+
+def _has_read(process: int, source: Path) -> bool:
+    """Return whether a megabyte of the source's files is in a process's memory."""
+    try:
+        text = Path(f"/proc/{process}/smaps").read_text()
+    except OSError:  # it has ended
+        return False
+    resident = 0
+    is_of_source = False
+    for line in text.splitlines():
+        if "-" in line.partition(" ")[0]:  # begin-end of a mapping, and its file
+            is_of_source = str(source) in line and line.endswith(".safetensors")
+        elif is_of_source and line.startswith("Rss:"):
+            resident += int(line.split()[1]) * 1024
+    return resident >= MEGABYTE
 
 
 def _command(
@@ -204,20 +278,30 @@ def _copy(result: Path, copy: Path) -> Measured:
     return Measured(seconds, cpu, 0, 0, 0)
 
 
-def _rows(case: str, runs: dict[str, list[Measured]], result_mb: int) -> Iterator[Row]:
+def _rows(
+    case: str,
+    runs: dict[str, list[Measured]],
+    first_bytes: dict[str, list[float]],
+    result_mb: int,
+) -> Iterator[Row]:
     copies = [run.seconds for run in runs["cp"]]
     for name, measured in runs.items():
         ratios = [run.seconds / copy for run, copy in zip(measured, copies, strict=True)]
+        cpu = statistics.median(run.cpu_seconds for run in measured)
+        own = max(run.peak_anonymous_mb - run.idle_anonymous_mb for run in measured)
+        first = first_bytes.get(name)
         yield Row(
             case=case,
             contender=name,
             result_mb=result_mb,
             seconds=round(statistics.median(run.seconds for run in measured), 2),
-            cpu_seconds=round(statistics.median(run.cpu_seconds for run in measured), 2),
+            cpu_seconds=round(cpu, 2),
+            cpu_seconds_per_gb=round(1000 * cpu / max(result_mb, 1), 2),
             over_cp=round(statistics.median(ratios), 2),
             over_cp_lowest=round(min(ratios), 2),
             over_cp_highest=round(max(ratios), 2),
-            own_mb=max(run.peak_anonymous_mb - run.idle_anonymous_mb for run in measured),
+            first_byte_seconds=None if first is None else round(statistics.median(first), 2),
+            own_mb=own if first is None else None,
             anonymous_mb=max(run.peak_anonymous_mb for run in measured),
             rounds=len(measured),
         )
@@ -233,7 +317,7 @@ def _run_child(contender: str, source: Path, result: Path, what: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--mergekit", help="Python in whose environment mergekit is installed")
     parser.add_argument("--output", type=Path, help="CSV file for the rows")

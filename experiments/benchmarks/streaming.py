@@ -175,6 +175,11 @@ def sampled(command: Sequence[str]) -> Measured:
     return Measured(float(answer), cpu, idle, peak, resident)
 
 
+def anonymous_mb(process: int) -> int:
+    """Return what a process has allocated; nothing of one that has just ended."""
+    return _status(process).get("RssAnon", 0)
+
+
 def _status(process: int) -> dict[str, int]:
     """Return /proc's memory figures of a process in megabytes."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()

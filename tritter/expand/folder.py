@@ -198,11 +198,15 @@ def room_for(
     streams = {} if state is None else state_streams(plan, state, moments=moments)
     others = [entry for each in streams.values() for entry in each.entries]
     stream = _stream(opened, plan, dtype=dtype, kind="hub", progress=None)
-    weights = padded(stream, padded_shapes(plan.target_config)).entries
-    firsts = {t.name: t.parts[0].tensor.name for t in layout(plan.target_config, "hub")}
-    maps = {name: plan.parameter_map.tensors[first] for name, first in firsts.items()}
-    origins = {name: None if m.is_verbatim else m.origin or "" for name, m in maps.items()}
-    in_flight = in_flight_bytes(weights, others, source=opened, origins=origins)
+    shapes = padded_shapes(plan.target_config)
+    weights = padded(stream, shapes).entries
+    in_flight = in_flight_bytes(
+        layout(plan.target_config, "hub"),
+        plan.parameter_map.tensors,
+        others,
+        source=opened,
+        padded=shapes,
+    )
     return Room.of(weights, others, source=opened, in_flight=in_flight)
 
 

@@ -4,7 +4,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,11 +14,16 @@ from tritter.checkpoint.kept_sequences import KEPT_FILE
 from tritter.checkpoint.state import STATE_FOLDER
 from tritter.checkpoint.tokenizer_files import check_tokenizer_files
 from tritter.errors import RequestError
-from tritter.storage.writer import TensorEntry
+from tritter.families import StoredTensor
+from tritter.parameter_map import TensorMap
+from tritter.parameter_map.held import held_bytes
+from tritter.storage.writer import HELD_TENSORS, KEPT_BYTES, TensorEntry, num_threads
 
 _BYTES_OF_A_NAME = 512  # of one tensor in a file's header, in the index and in the record
 _BYTES_OF_RECORDS = 2**16  # the record, the card and the configs, without names
 _WIDE = 4  # bytes of what is computed in float32
+_AT_ONCE_PADDED = 3  # its pieces, the whole, and the one that is filled up
+_AT_ONCE_OF_STATE = 4  # gathered along each axis, multiplied, and with a mean in new entries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,36 +75,41 @@ class Room:
 
 
 def in_flight_bytes(
-    weights: Sequence[TensorEntry],
+    targets: Sequence[StoredTensor],
+    maps: Mapping[str, TensorMap],
     state: Sequence[TensorEntry],
     *,
     source: Source,
-    origins: Mapping[str, str | None],
+    padded: Collection[str],
 ) -> int:
-    """Return the memory that the tensors take at most that are in it at a time.
+    """Return the memory that tensors take at most that are made and written at a time.
 
-    A source in its own dtype and widened, a result computed and filled, and rounded; what is taken
-    over as it is is read and no more. The two before it are being hashed and written meanwhile.
+    Each of the writer's threads makes a target in blocks of rows, or whole where its rows do not
+    follow from rows. State comes whole: read and mapped, while the two before it are written.
 
     Args:
-        origins: name of a target → logical name of the source that it is computed from, `None` of
-            what is taken over as it is.
+        maps: of the targets' parts, by logical name.
+        padded: names of targets that are put together, and filled up, before they are written.
     """
-    sizes = {
-        part.tensor.name: prod(source.family.shape(part.tensor, source.config))
-        for stored in source.stored
-        for part in stored.parts
-    }
 
-    def computed(entry: TensorEntry) -> int:
-        name = origins.get(entry.name, "embed")
-        if name is None:
-            return entry.num_bytes
-        read = sizes.get(name, 0) * (source.dtype(name).itemsize + _WIDE if name in sizes else 0)
-        return read + 2 * _WIDE * prod(entry.shape)
+    def shape_of(name: str) -> tuple[int, ...]:
+        stored, number = source.places[name]
+        return source.family.shape(stored.parts[number].tensor, source.config)
 
-    made = max((entry.num_bytes for entry in (*weights, *state)), default=0)
-    return max(map(computed, weights), default=0) + 3 * made
+    usual, rare = [], 0
+    for target in targets:
+        parts = [held_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
+        origins = {maps[part.tensor.name].origin for part in target.parts}
+        copied = [o for o in origins if o and source.places[o][0].name in source.live_shapes]
+        usual.append(
+            max(part.usual for part in parts)
+            + _AT_ONCE_PADDED * _WIDE * prod(target.shape) * (target.name in padded)
+            + _WIDE * max((prod(shape_of(name)) for name in copied), default=0)
+        )
+        rare = max(rare, *(part.rare for part in parts))
+    weights = sum(sorted(usual)[-num_threads() :]) + rare
+    largest = max((entry.num_bytes for entry in state), default=0)
+    return KEPT_BYTES + max(weights, (HELD_TENSORS + _AT_ONCE_OF_STATE) * largest)
 
 
 def _held_bytes() -> int:

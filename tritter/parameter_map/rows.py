@@ -27,6 +27,20 @@ class Spread:
     std: float
 
 
+def in_order(tensor_map: TensorMap) -> TensorMap:
+    """Return the last map of a chain that touches the weights."""
+    step = tensor_map
+    while step.keeps_weights and isinstance(step.source, TensorMap) and not step.offset:
+        step = step.source
+    return step
+
+
+def makes_rows(step: TensorMap) -> bool:
+    """Return whether a map's rows follow each from rows of its source, if these have columns."""
+    is_local = step.fill.kind not in ("mean", "given") and step.fill.repeat == 1
+    return step.source is not None and not step.blend and not step.offset and is_local
+
+
 @dataclass(frozen=True, slots=True)
 class WeightReader:
     """Weights of target tensors, in blocks of rows.
@@ -44,9 +58,7 @@ class WeightReader:
 
         Maps that follow one another are applied to whole tensors, all but the last.
         """
-        step = tensor_map
-        while step.keeps_weights and isinstance(step.source, TensorMap) and not step.offset:
-            step = step.source
+        step = in_order(tensor_map)
         name = step.origin if step.is_verbatim else None
         if name is not None:
             for block in self.read(name).reshape(-1).split(BLOCK_ENTRIES):
@@ -61,9 +73,9 @@ class WeightReader:
 
     def _rows(self, step: TensorMap) -> "_Rows | None":
         """Return what makes rows of a target one after the other, if its map allows that."""
-        is_local = step.fill.kind not in ("mean", "given") and step.fill.repeat == 1
-        if step.source is None or step.blend or step.offset or not is_local:
+        if not makes_rows(step):
             return None
+        assert step.source is not None
         name, source = self._value(step.source)
         if source.ndim != 2:
             return None

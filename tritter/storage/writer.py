@@ -34,10 +34,10 @@ _HEADER_ALIGNMENT = 8
 PIECE_BYTES = 2**20
 _LARGE_PIECE_BYTES = 4 * PIECE_BYTES
 _MAX_THREADS = 4
-_HELD_TENSORS = 2  # of those that come whole, while the next one is made
+HELD_TENSORS = 2  # of those that come whole, while the next one is made
 _BYTES_UNTIL_TRIM = 32 * 2**20
 _BYTES_UNTIL_SYNC = 16 * 2**20
-_KEPT_BYTES = 16 * 2**20  # freed memory that the allocator may keep for the next piece
+KEPT_BYTES = 16 * 2**20  # freed memory that the allocator may keep for the next piece
 _SYNC_FILE_RANGE_WRITE = 2  # from linux/fs.h
 
 
@@ -130,6 +130,11 @@ def write_tensors(
     return {name: digest() for name, digest in digests.items()}
 
 
+def num_threads() -> int:
+    """Return how many tensors that come in pieces are made at a time."""
+    return min(_MAX_THREADS, os.cpu_count() or 1)
+
+
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
     """Let each of our threads compute by itself, and freed pieces stay with the process.
@@ -140,7 +145,7 @@ def _one_thread_each() -> Iterator[None]:
     import torch  # headers are written without it
 
     before = torch.get_num_threads()
-    torch.empty(_KEPT_BYTES, dtype=torch.uint8)
+    torch.empty(KEPT_BYTES, dtype=torch.uint8)
     torch.set_num_threads(1)
     try:
         yield
@@ -152,7 +157,7 @@ class _Crew:
     """Threads that write tensors into shards."""
 
     def __init__(self) -> None:
-        self._size = min(_MAX_THREADS, os.cpu_count() or 1)
+        self._size = num_threads()
         self._threads = ThreadPoolExecutor(self._size)
         self._running: set[Future[str]] = set()
         self._is_over = Event()
@@ -188,7 +193,7 @@ class _Crew:
         future = self._threads.submit(self._write, shard, entry, content)
         self._running.add(future)
         if not isinstance(content, Pieces):
-            self._join(_HELD_TENSORS)
+            self._join(HELD_TENSORS)
             return future.result
         self._join(self._size + 1)
         return content.digest or future.result
