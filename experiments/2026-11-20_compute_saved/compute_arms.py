@@ -43,6 +43,7 @@ class Size:
     batch_size: int = 8
     eval_every: int = 40
     eval_sequences: int = 96
+    vocab_size: int = 1024
 
     @property
     def batch_tokens(self) -> int:
@@ -191,7 +192,7 @@ class Seed:
     def __init__(self, seed: int, size: Size, *, cache_dir: Path) -> None:
         self.seed, self.size = seed, size
         corpus = stdlib_corpus(
-            vocab_size=1024,
+            vocab_size=size.vocab_size,
             validation_fraction=0.2,
             max_validation_tokens_per_document=2000,
             seed=seed,

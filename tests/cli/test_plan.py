@@ -22,12 +22,24 @@ def test_a_preset_is_named_and_every_step_shown(run: Run, place: Path) -> None:
     assert snapshot(place) == before
 
 
+@pytest.mark.parametrize("due,advice", [(5, "train the source on"), (20, "keep steps small")])
+def test_the_control_and_what_was_measured_stand_below(run: Run, due: int, advice: str) -> None:
+    out = run(f"plan --source 3B --target 3.6B --gpu-hours 500 --tokens-per-parameter {due}").out
+    said = " ".join(out.split())
+    assert f"advice {advice}" in said
+    start = "from the first hour on" if due == 20 else "GPU-hours on"
+    assert "alone the source as it is" in said and start in said
+    assert "with what the source cost" in said
+
+
 def test_json_says_the_same(run: Run, place: Path) -> None:
     content = run("plan --source 3B --target 10B --gpu-hours 5000 --json").json
     assert content["source"]["name"] == "tritter_3b"
     assert content["strategy"] in content["alternatives"]
     assert content["needed_gpu_hours"] == content["steps"][-1]["total_gpu_hours"]
     assert not content["reaches_target"]
+    assert content["ungrown_loss"] > content["predicted_loss"]
+    assert content["pays_from_gpu_hours"] == 0
     assert 3.1e9 < content["reached_parameters"] < 10e9
     assert content["reached_instead"]["parameters"] == content["reached_parameters"]
     for step in content["steps"]:

@@ -121,7 +121,7 @@ def test_jobs_of_submitit_run_on_and_hold_their_folders(tmp_path: Path) -> None:
     sweep = started(tmp_path, *words)
     wait_for(lambda: len(begun(tmp_path)) == 2)
     sweep.kill()
-    sweep.communicate()
+    sweep.wait()  # the jobs hold what it printed to
     refused = started(tmp_path, *words)
     _, errors = refused.communicate(timeout=_SECONDS)
     assert refused.returncode == 2 and "is running there" in errors

@@ -29,7 +29,7 @@ def begun(place: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*command, f"cache_dir={place / 'cache'}", f"hydra.sweep.dir={place / 'sweep'}"],
         cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "160"},
         start_new_session=True,
     )  # fmt: skip
 
@@ -40,6 +40,15 @@ def results(place: Path) -> list[Any]:
 
 def rows(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("│")]
+
+
+def compared(place: Path) -> Any:
+    """What `tritter compare` says of the sweep, but for time and memory."""
+    own = ["compare", str(place / "sweep"), "--json", "--output", str(place / "page.html")]
+    command = [sys.executable, "-m", "tritter", *own]
+    said = json.loads(subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout)
+    kept = ("name", "status", "seed", "training_flops", "training_tokens", "steps", "subjects")
+    return [{key: run[key] for key in kept} for run in said["runs"]]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +79,7 @@ def test_a_killed_sweep_of_jobs_side_by_side_ends_as_one_by_one(
     assert again.returncode == 0, said
     assert results(tmp_path) == results(alone[0])
     assert rows(said) == rows(alone[1]) and len(rows(said)) == 4
+    assert compared(tmp_path) == compared(alone[0])
     printed = [path.read_text() for path in tmp_path.glob("sweep/*/output.txt")]
     assert sum("training a base of" in text for text in printed) == 1
     (base,) = (path for path in (tmp_path / "cache/bases").iterdir() if path.is_dir())

@@ -29,6 +29,7 @@ from tritter.planning.strategy import (
 
 MAX_TOKENS_PER_PARAMETER = 1e6  # far beyond, no predicted loss differs from the limit it tends to
 TOKENS_PER_PARAMETER = 20.0  # compute-optimal after Hoffmann et al. 2022, table 3
+SMALL_MODEL_BEATEN_FROM = 10.0  # tokens per target parameter; experiments/2026-11-22_one_layer
 LAW_RESOLUTION = 0.002  # nats; below it the law does not tell two plans apart
 
 
