@@ -130,7 +130,7 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """By an entry point in processes of its own: a process reads those of its path once."""
+    """By an entry point in processes started anew: a process reads those of its path once."""
     folder, found_by = outside
     base = saved(tiny_llama(), folder.parent / "base")
     monkeypatch.chdir(folder.parent)
@@ -140,7 +140,14 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
         if found_by:
             import_from(folder, monkeypatch)
             return subprocess.CompletedProcess(words, tritter(words), *capsys.readouterr())
-        return run_program(ROOT / "tritter/__main__.py", words, folder=folder.parent, path=folder)
+        paths = os.pathsep.join([str(folder), str(ROOT)])
+        return subprocess.run(
+            [sys.executable, "-m", "tritter", *words],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": paths},
+            check=False,
+        )
 
     assert re.search(r"--times +VALUE +one-more: ", expand("--help").stdout)
     refused = expand("--checkpoint", "nowhere", "--method", "one-more", "--times", "9")

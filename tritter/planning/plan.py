@@ -1,7 +1,7 @@
 """A plan: the steps to a size, what each costs, and what the budget pays for."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isinf
 
@@ -248,6 +248,9 @@ def _priced(
     spare = gpu_hours - last.total_gpu_hours
     missing = steps[num_affordable:]
     end = steps[-1]
+    ungrown = _loss_over_hours(
+        start.predicted_loss, start.target_config, start.target_parameters, assumptions
+    )
     from_scratch = assumptions.tokens_per_parameter * end.target_parameters
     return GrowthPlan(
         strategy=request.strategy,
@@ -258,21 +261,15 @@ def _priced(
         gpu_hours=gpu_hours,
         spare_gpu_hours=spare,
         reached=_reached(last, missing[0], request, gpu_hours, assumptions) if missing else None,
-        predicted_loss=_loss_after(
-            spare, last.predicted_loss, last.target_config, last.target_parameters, assumptions
-        ),
+        predicted_loss=_loss_over_hours(
+            last.predicted_loss, last.target_config, last.target_parameters, assumptions
+        )(spare),
         from_scratch_gpu_hours=_hours_for(end.target_config, from_scratch, assumptions),
         source_gpu_hours=_hours_for(
             request.source, assumptions.tokens_per_parameter * start.target_parameters, assumptions
         ),
-        ungrown_loss=_loss_after(
-            gpu_hours,
-            start.predicted_loss,
-            start.target_config,
-            start.target_parameters,
-            assumptions,
-        ),
-        pays_from_gpu_hours=_pays_from(start, steps[0], assumptions),
+        ungrown_loss=ungrown(gpu_hours),
+        pays_from_gpu_hours=_pays_from(start, ungrown, steps[0], assumptions),
         source_memory=start.memory,
         alternatives={},
     )
@@ -335,40 +332,39 @@ def _reached(
     return _step(before, shape, gpu_hours, assumptions)
 
 
-def _loss_after(
-    hours: float, loss: float, config: Config, parameters: int, assumptions: Assumptions
-) -> float:
-    """Return the predicted loss of a model at `loss` that trains on for so many hours."""
+def _loss_over_hours(
+    loss: float, config: Config, parameters: int, assumptions: Assumptions
+) -> Callable[[float], float]:
+    """Return GPU-hours → the predicted loss of a model at `loss` that trains on for so many."""
     per_token = training_flops_per_token(config, assumptions.setup)
-    tokens = assumptions.device.flops(hours) / per_token
-    return assumptions.law.loss_after_growth(loss, parameters=parameters, tokens=tokens)
+
+    def predicted(hours: float) -> float:
+        tokens = assumptions.device.flops(hours) / per_token
+        return assumptions.law.loss_after_growth(loss, parameters=parameters, tokens=tokens)
+
+    return predicted
 
 
-def _pays_from(start: _Point, first: ExpansionStep, assumptions: Assumptions) -> float | None:
+def _pays_from(
+    start: _Point, ungrown: Callable[[float], float], first: ExpansionStep, assumptions: Assumptions
+) -> float | None:
     """Return where the grown model's curve over GPU-hours comes to lie below the source's own.
 
     Both begin at the source's loss. At first the source may be the quicker, since a token costs it
     less; the grown model's limit is lower, so that they cross once at most.
     """
-
-    def is_below(hours: float) -> bool:
-        begin = start.predicted_loss
-        size = (first.target_config, first.target_parameters)
-        grown = _loss_after(hours, begin, *size, assumptions)
-        return grown < _loss_after(
-            hours, begin, start.target_config, start.target_parameters, assumptions
-        )
-
+    size = (first.target_config, first.target_parameters)
+    grown = _loss_over_hours(start.predicted_loss, *size, assumptions)
     low, high = first.gpu_hours * 1e-9, first.gpu_hours
-    if is_below(low):
+    if grown(low) < ungrown(low):
         return 0.0
-    while not is_below(high):
+    while grown(high) >= ungrown(high):
         if isinf(high):
             return None
         low, high = high, 4 * high
     while high > 1.001 * low:
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if is_below(middle) else (middle, high)
+        low, high = (low, middle) if grown(middle) < ungrown(middle) else (middle, high)
     return high
 
 
