@@ -16,7 +16,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent / "2026-11-20_compute_saved")]
 
 from compute_arms import Seed, Size, Training  # noqa: E402
-from compute_saved import read_rates  # noqa: E402
+from compute_saved import Table, read_rates  # noqa: E402
 
 from tritter.expansion import ExpansionSpec, LlamaPro, Stack, target_config  # noqa: E402
 from tritter.families import count_parameters, training_flops  # noqa: E402
@@ -91,25 +91,9 @@ class Tuned:
     loss: float
 
 
-class Rows:
-    """A CSV that grows row by row."""
-
-    def __init__(self, path: Path, kind: type) -> None:
-        self.path, self.names = path, [field.name for field in fields(kind)]
-        if not path.exists():
-            with path.open("w", encoding="utf-8", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(self.names)
-
-    def read(self) -> list[dict[str, str]]:
-        with self.path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-
-    def add(self, row: Row | Tuned) -> None:
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self.names, lineterminator="\n")
-            told = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow(told)
-            print(told, flush=True)
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 class Arms:
@@ -155,7 +139,7 @@ def decay_begins(steps: int) -> int:
     return round((1 - DECAY) * steps)
 
 
-def run(data: Seed, table: Rows, rates: Mapping[str, float]) -> None:
+def run(data: Seed, table: Table, rates: Mapping[str, float]) -> None:
     """Train every arm of one seed; each trunk goes on from one event to the next."""
     arms = Arms(data)
 
@@ -202,13 +186,13 @@ def run(data: Seed, table: Rows, rates: Mapping[str, float]) -> None:
         record("scratch", scratch, budget, arms.steps(budget))
 
 
-def tune(data: Seed, table: Rows) -> None:
+def tune(data: Seed, table: Table) -> None:
     """Measure every arm at several rates over one budget, wider where an end is best."""
     arms = Arms(data)
     steps = arms.steps(TUNED_AT)
     known = {
         (row["arm"], float(row["rate"])): float(row["loss"])
-        for row in table.read()
+        for row in read_rows(table.path)
         if int(row["seed"]) == data.seed
     }
     born = {"small": arms.small, "scratch": arms.scratch}
@@ -254,10 +238,10 @@ def main() -> None:
     for seed in asked.seeds:
         data = Seed(seed, SIZE, cache_dir=asked.cache_dir)
         if asked.what == "tune":
-            tune(data, Rows(asked.output / "tuning.csv", Tuned))
+            tune(data, Table(asked.output / "tuning.csv", Tuned))
         else:
             rates = read_rates(asked.output / "tuning.csv")
-            run(data, Rows(asked.output / "results.csv", Row), rates)
+            run(data, Table(asked.output / "results.csv", Row), rates)
 
 
 if __name__ == "__main__":
