@@ -16,6 +16,7 @@ from tests.hostile.templates import ROOT
 from tritter.storage.records import record_text
 
 _CHECKPOINTS = ("base", "grown", "grown", "sparse", "skilled")
+_MAX_BYTES = 2**26  # more are those of a sparse file, which an earlier damage left
 _KEYS = (ROOT / "tests/config/keys.txt").read_text().split()
 
 
@@ -233,7 +234,8 @@ def damage_file(rng: random.Random, path: Path, sandbox: Sandbox) -> str:
     """Change, remove or replace one file; return what was done."""
     kind = rng.random()
     name = path.relative_to(sandbox.inside)
-    if kind < 0.6 and path.is_file() and not path.is_symlink():
+    is_plain = path.is_file() and not path.is_symlink() and path.stat().st_size < _MAX_BYTES
+    if kind < 0.6 and is_plain:
         path.write_bytes(values.mutated_bytes(rng, path.read_bytes()))
         return f"{name} damaged"
     if path.exists() or path.is_symlink():
