@@ -9,7 +9,7 @@ import torch
 
 from tritter.checkpoint import Lineage
 from tritter.cli.domain import print_domain, train_domain
-from tritter.cli.expand_place import ExpandPlace, place_of
+from tritter.cli.expand_place import ExpandPlace
 from tritter.cli.expand_request import ExpandRequest
 from tritter.cli.expand_room import RoomTold, room_json
 from tritter.cli.measure import Measurement, measure
@@ -42,7 +42,6 @@ from tritter.expansion import ExpansionSpec, ResolvedExpansion
 from tritter.families import Config, family_of, on_disk
 from tritter.parameter_map.carry import POLICIES
 from tritter.report.wording import count_text
-from tritter.storage.hashing import DigestQueue
 from tritter.storage.tensors import WEIGHT_DTYPES
 from tritter.terminal import Console, say
 
@@ -57,25 +56,14 @@ _EXACT_CHOICES: tuple[tuple[str, Any, str], ...] = (
 
 
 def run_expand(
-    request: ExpandRequest,
-    specs: tuple[ExpansionSpec, ...],
-    digests: DigestQueue,
-    *,
-    dry_run: bool,
-    overwrite: bool,
-    as_json: bool,
+    request: ExpandRequest, place: ExpandPlace, *, dry_run: bool, overwrite: bool, as_json: bool
 ) -> int:
     """Carry the request out, or only plan it, and print what came of it.
 
-    Args:
-        specs: the expansions that are asked for.
-        digests: those of the source that were begun.
-
     Raises:
-        RequestError: the source, a size or the destination cannot be had; nothing is written.
+        RequestError: an option or the destination cannot be had; nothing is written.
         TritterError: writing failed, or a tensor turned out damaged while it was read.
     """
-    place = place_of(request, specs, digests, dry_run=dry_run, overwrite=overwrite)
     with says_if_written(place.destination):
         if request.domain.is_given and not dry_run:
             return _run_domain(request, place, overwrite=overwrite, as_json=as_json)

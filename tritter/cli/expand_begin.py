@@ -8,14 +8,15 @@ from tritter.loading import loading
 
 
 def begin_expand(words: Mapping[str, Any], given: Mapping[str, Any], typed: Collection[str]) -> int:
-    """Carry out what the words of the command ask for; see `run_expand`.
+    """Carry out what the words of the command ask for; see `place_of` and `run_expand`.
 
     Args:
         given: option of the methods → what was typed.
         typed: which of the words were typed; the others are defaults.
 
     Raises:
-        RequestError: there is no such method or option, which transformers is not asked about.
+        RequestError: there is no such method or option, which transformers is not asked about;
+            or the source, a size or the destination cannot be had.
     """
     request = ExpandRequest.of(words, given, typed=typed)
     specs = request.specs()
@@ -23,12 +24,10 @@ def begin_expand(words: Mapping[str, Any], given: Mapping[str, Any], typed: Coll
     with request.begun_digests(is_read=is_read) as digests:
         with loading("transformers"):
             from tritter.cli.expand import run_expand
+            from tritter.cli.expand_place import place_of
 
+        dry_run, overwrite = words["dry_run"], words["overwrite"]
+        place = place_of(request, specs, digests, dry_run=dry_run, overwrite=overwrite)
         return run_expand(
-            request,
-            specs,
-            digests,
-            dry_run=words["dry_run"],
-            overwrite=words["overwrite"],
-            as_json=words["as_json"],
+            request, place, dry_run=dry_run, overwrite=overwrite, as_json=words["as_json"]
         )

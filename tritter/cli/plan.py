@@ -265,13 +265,13 @@ def _advice(tokens_per_parameter: float) -> str:
     """Say what our experiments measured of growth with so many tokens a parameter."""
     if tokens_per_parameter < SMALL_MODEL_BEATEN_FROM:
         return (
-            "train the source on, or plan for more tokens: one layer grown to eight, with fewer "
-            f"than {SMALL_MODEL_BEATEN_FROM:g} for each parameter of the eight, ended above one "
-            f"layer alone of the same FLOPs ({_MEASURED})"
+            "train the source on where that comes out level: one layer grown to eight, with "
+            f"fewer than {SMALL_MODEL_BEATEN_FROM:g} tokens for each parameter of the eight, ended "
+            f"above one layer alone of the same FLOPs ({_MEASURED})"
         )
     return (
-        "keep steps small, as these are: doublings saved 10 to 26% of the FLOPs from scratch, one "
-        f"layer grown to eight at once nothing ({_MEASURED})"
+        "keep steps small: doublings saved 10 to 26% of the FLOPs from scratch, at 5 to 15 tokens "
+        f"a parameter, one layer grown to eight at once nothing, at 20 to 60 ({_MEASURED})"
     )
 
 
