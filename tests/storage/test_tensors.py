@@ -15,7 +15,7 @@ from torch import Tensor
 from tests import oracle
 from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder
-from tritter.storage.hashing import merkle_hash, tensor_digest
+from tritter.storage.hashing import DigestQueue, merkle_hash, tensor_digest
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder
 from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
 
@@ -197,6 +197,32 @@ def test_damage_after_opening_is_refused_when_read(tmp_path: Path) -> None:
     assert torch.equal(folder.get("layer.0"), TENSORS["layer.0"])
     with pytest.raises(TritterError, match=r"model-00002-of-00005\.safetensors cannot be read"):
         folder.get("layer.1")
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 700])
+def test_bytes_as_they_lie_have_the_digests_of_their_tensors(
+    tmp_path: Path, max_shard_bytes: int
+) -> None:
+    others = {"half": torch.arange(7).to(torch.bfloat16), "none": torch.empty(0, 3)}
+    (tmp_path / "out").mkdir()
+    stream = TensorStream.of({**TENSORS, **others}.items())
+    digests = write_tensors(tmp_path / "out", stream, max_shard_bytes=max_shard_bytes)
+    queue = DigestQueue()
+    for stored in TensorFolder.open(tmp_path / "out").stored():
+        queue.begin([stored])
+    while len(found := queue.results()) < len(digests):
+        pass
+    assert found == digests
+
+
+def test_bytes_of_a_file_that_was_cut_off_are_not_taken(tmp_path: Path) -> None:
+    _written(tmp_path / "out", max_shard_bytes=400)
+    folder = TensorFolder.open(tmp_path / "out")
+    _truncate(tmp_path / "out")
+    stored = folder.stored()
+    assert next(stored).name == "layer.0"
+    with pytest.raises(TritterError, match=r"model-00002-of-00005\.safetensors has changed"):
+        next(stored)
 
 
 def test_pickles_are_never_read(tmp_path: Path) -> None:

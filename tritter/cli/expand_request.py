@@ -102,7 +102,7 @@ class ExpandRequest:
         with suppress(OSError, TritterError):
             if is_read:
                 folder = TensorFolder.open(named_path(self.checkpoint, key="checkpoint"))
-                digests.begin((name, folder.get(name)) for name in folder.headers)
+                digests.begin(folder.stored())
         try:
             yield digests
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore, Event, Lock
 from typing import TYPE_CHECKING
@@ -13,22 +14,40 @@ from tritter.errors import TritterError
 from tritter.storage.reading import MAX_HEADER_BYTES, open_file, require_file
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 _MAX_WAITING = 4  # tensors; those of a folder are mapped, and take no memory
 _PIECE_BYTES = 16 * 2**20  # after which a queue that nobody needs any more stops
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as it lies in a file.
+
+    Args:
+        dtype: as torch calls it, without "torch.".
+        held: its values, in row-major order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    held: memoryview
+
+
 def tensor_digest(name: str, tensor: Tensor) -> str:
     """SHA-256 over name, dtype, shape and bytes."""
-    digest = begun_digest(name, tensor.dtype, tuple(tensor.shape))
+    digest = begun_digest(name, str(tensor.dtype), tuple(tensor.shape))
     digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
-def begun_digest(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> hashlib._Hash:
-    """Return the digest of a tensor whose bytes are still to come."""
+def begun_digest(name: str, dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
+    """Return the digest of a tensor whose bytes are still to come.
+
+    Args:
+        dtype: as torch writes it, "torch.bfloat16".
+    """
     return hashlib.sha256(f"{name}\0{dtype}\0{shape}\0".encode())
 
 
@@ -93,7 +112,7 @@ class DigestQueue:
         self._room = BoundedSemaphore(_MAX_WAITING)
         self._are_added, self._is_over = Event(), Event()
 
-    def begin(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def begin(self, tensors: Iterable[StoredTensor]) -> None:
         """Hash tensors, one after the other, until the first is added or the queue is closed.
 
         What is wrong with them is found by those who add them.
@@ -124,16 +143,16 @@ class DigestQueue:
         """Wait for what was added and return name → digest."""
         return {name: digest.result() for name, digest in dict(self._digests).items()}
 
-    def _hash_ahead(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        for name, tensor in tensors:
-            digest, held = begun_digest(name, tensor.dtype, tuple(tensor.shape)), bytes_of(tensor)
-            for begin in range(0, len(held), _PIECE_BYTES):
+    def _hash_ahead(self, tensors: Iterable[StoredTensor]) -> None:
+        for tensor in tensors:
+            digest = begun_digest(tensor.name, f"torch.{tensor.dtype}", tensor.shape)
+            for begin in range(0, len(tensor.held), _PIECE_BYTES):
                 if self._is_over.is_set():
                     return
-                digest.update(held[begin : begin + _PIECE_BYTES])
+                digest.update(tensor.held[begin : begin + _PIECE_BYTES])
             found: Future[str] = Future()
             found.set_result(digest.hexdigest())
-            self._digests.setdefault(name, found)
+            self._digests.setdefault(tensor.name, found)
             if self._are_added.is_set():
                 return
 

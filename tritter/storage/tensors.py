@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from tritter.errors import TritterError
+from tritter.storage.hashing import StoredTensor
 from tritter.storage.links import check_links
-from tritter.storage.reading import read_object, require_file
+from tritter.storage.reading import MAX_HEADER_BYTES, open_file, read_object, require_file
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +117,16 @@ class TensorFolder:
             TritterError: the file is damaged.
         """
         return TensorReader(self).get(name, index=index)
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """Yield every tensor's bytes as they lie in the mapped files; torch is not needed.
+
+        Raises:
+            TritterError: a file has become another one since its header was read.
+        """
+        for file_name in sorted(set(self.files.values())):
+            headers = {n: h for n, h in self.headers.items() if h.file == file_name}
+            yield from _stored(self.folder / file_name, headers)
 
     def torch_dtype(self, name: str) -> torch.dtype:
         import torch  # headers are read without it
@@ -227,6 +240,23 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
     except (SafetensorError, OSError, MemoryError) as error:
         raise TritterError(f"{path} cannot be read ({error}).") from error
     return headers
+
+
+def _stored(path: Path, headers: Mapping[str, Header]) -> Iterator[StoredTensor]:
+    """Yield the tensors of one file in the order in which they lie there."""
+    try:
+        with open_file(path) as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            places = json.loads(file.read(min(start, MAX_HEADER_BYTES) - 8))
+            held = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        spans = {name: places[name]["data_offsets"] for name in headers}
+        for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+            if start + end > len(held):
+                raise EOFError("it has become shorter")
+            dtype, shape = headers[name].dtype, headers[name].shape
+            yield StoredTensor(name, dtype, shape, held[start + begin : start + end])
+    except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+        raise TritterError(f"{path} has changed while it was read ({error}).") from error
 
 
 def _dtype(path: Path, name: str, written: str) -> str:

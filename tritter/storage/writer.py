@@ -207,7 +207,7 @@ class _Crew:
 
     def _write(self, shard: _Shard, entry: TensorEntry, content: Tensor | Pieces) -> str:
         is_hashed = not isinstance(content, Pieces) or content.digest is None
-        digest = begun_digest(entry.name, entry.dtype, entry.shape)
+        digest = begun_digest(entry.name, str(entry.dtype), entry.shape)
         place = shard.place(entry)
         for piece in content.make() if isinstance(content, Pieces) else (content,):
             assert piece.dtype == entry.dtype, f"{entry} came as {piece.dtype}"
