@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -15,6 +16,10 @@ import pytest
 import torch
 from hypothesis import settings
 from transformers.utils import logging as transformers_logging
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 settings.register_profile("tritter", deadline=None, max_examples=20, derandomize=True)

@@ -48,7 +48,7 @@ SHARD_BYTES = 500 * MEGABYTE
 # Layers · FFN × 1.5 by copies · hidden size × 1.5, fresh · four experts a layer
 CASES = ("dus", "ffn", "width", "moe")
 WHOLE, UNCHECKED = "whole command", "whole command, unchecked"
-POLL_SECONDS = 0.005
+POLL_SECONDS = 0.02  # to look through the mappings of a process that imports slows it down
 
 
 @dataclass(frozen=True, slots=True)
