@@ -69,7 +69,7 @@ def test_missing_keys_get_the_defaults_of_transformers(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "said"),
     [
-        ({"model_type": "gpt2"}, RequestError, "'gpt2' is not a family that Tritter knows"),
+        ({"model_type": "bloom"}, RequestError, "'bloom' is not a family that Tritter knows"),
         ({"model_type": "lama"}, RequestError, "Did you mean 'llama'?"),
         ({"model_type": ...}, RequestError, "'None' is not a family"),
         ({"model_type": ["llama"]}, RequestError, "not a family"),

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from tritter.errors import RequestError, TritterError
@@ -42,7 +43,7 @@ from tritter.stock_routers import AddedExperts
 from tritter.storage.links import check_links
 from tritter.storage.padding import stripped
 from tritter.storage.reading import require_file
-from tritter.storage.tensors import TensorFolder
+from tritter.storage.tensors import TensorFolder, is_computed
 
 # Of these transformers may read any by itself.
 _SMALL_FILES = {".json", ".jinja", ".model", ".txt"}
@@ -86,7 +87,7 @@ def new_model(config: Config, *, seed: int) -> nn.Module:
     for stored in _narrower(config):
         value = model.get_parameter(stored.name).detach()
         set_parameter(model, stored.name, value[tuple(map(slice, stored.shape))].clone())
-    return _with_expert_kernel(model)
+    return _made_ready(model)
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -113,6 +114,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
             local_files_only=True,
             output_loading_info=True,
         )
+    report["unexpected_keys"] = [n for n in report["unexpected_keys"] if not is_computed(n)]
     wrong = {key: value for key, value in report.items() if value}
     if wrong:
         raise TritterError(f"{folder} does not fit its config.json: {wrong}")
@@ -124,7 +126,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
     if added is not None and not added.is_settled:
         with refused_as(f"{folder} cannot be loaded as a model"):
             added.apply(model)
-    return _with_expert_kernel(model)
+    return _made_ready(model)
 
 
 def unloaded_model(folder: Path) -> nn.Module:
@@ -182,7 +184,9 @@ def stored_tensors(state: Mapping[str, Tensor], config: Config) -> Iterator[tupl
     """Yield (name on disk, tensor) of a live model's state dict; see `named_tensors`."""
     for stored in match(config, state):
         held = state[stored.name].detach()
-        if stored.is_whole or stored.is_of_experts:
+        if stored.is_whole:
+            yield stored.parts[0].tensor.disk_name, held
+        elif stored.is_of_experts:
             yield from ((tensor.disk_name, value) for tensor, value in stored.unpack(held))
         else:
             yield stored.name, held
@@ -247,13 +251,14 @@ def _check_small_files(folder: Path) -> None:
             require_file(path)
 
 
-def _with_expert_kernel(model: PreTrainedModel) -> PreTrainedModel:
-    """Let experts compute one after the other where the default kernel refuses them.
+def _made_ready(model: PreTrainedModel) -> PreTrainedModel:
+    """Let experts compute one after the other where the default kernel refuses them; name the loss.
 
     `grouped_mm` wants rows of whole 16 bytes, in bf16 as well, and knows no float64; elsewhere it
     is as quick as the loop or quicker (measured on a CPU too). `batched_mm` copies an expert's
     weights for every token and is never taken.
     """
+    model.loss_type = model.loss_type or "ForCausalLM"  # which some classes' names do not say
     family = FAMILIES.get(model.config.model_type)
     if family is None or not family.has_experts:
         return model
@@ -337,7 +342,8 @@ def config_of(model: nn.Module) -> Config:
     names = [up.for_layer(n).disk_name for n in range(held.num_hidden_layers)]
     if not all(name in parameters for name in names):  # a part of a model
         return config
-    return with_ffn_sizes(config, [live_shape(parameters[name])[0] for name in names])
+    sizes = [live_shape(parameters[name])[int(up.is_transposed)] for name in names]
+    return with_ffn_sizes(config, sizes, key=family.sizes["intermediate_size"])
 
 
 def live_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -360,7 +366,7 @@ def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Modu
         set_parameter(model, stored.name, value.to(model.get_parameter(stored.name).device))
     model.tie_weights()  # type: ignore[operator]
     assert isinstance(model, PreTrainedModel)
-    return _with_expert_kernel(model)
+    return _made_ready(model)
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
@@ -369,8 +375,17 @@ def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     module = model.get_submodule(path)
     requires_grad = model.get_parameter(name).requires_grad
     setattr(module, attribute, nn.Parameter(value, requires_grad=requires_grad))
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
+    if attribute == "weight":
+        state_sizes(module)
+
+
+def state_sizes(module: nn.Module) -> None:
+    """Let a linear layer of either kind state the sizes that its weight has."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.Linear) and weight is not None:
+        module.out_features, module.in_features = live_shape(weight)
+    elif isinstance(module, Conv1D) and weight is not None:
+        module.nx, module.nf = weight.shape
 
 
 def _narrower(config: Config) -> Iterator[StoredTensor]:

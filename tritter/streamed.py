@@ -231,7 +231,7 @@ class _Weights:
 
     def _read(self, name: str) -> Tensor:
         stored, part = self._stored[name]
-        return self._reader.get(stored.name, index=part.index)
+        return part.turned(self._reader.get(stored.name, index=part.index))
 
 
 def blocks(rows: slice, step: int) -> Iterator[slice]:

@@ -85,7 +85,8 @@ def test_shapes_counts_and_flops_are_those_of_the_live_model(family: str) -> Non
     model = uneven(family, SIZES)
     config = config_of(model)
     table = family_of(config)
-    assert ffn_sizes(config) == SIZES and config["intermediate_size"] == 40
+    widest = table.sizes["intermediate_size"]
+    assert ffn_sizes(config) == SIZES and config[widest] == 40
     assert {stored.name: stored.shape for stored in layout(config, "live")} == {
         name: tuple(parameter.shape) for name, parameter in model.named_parameters()
     }
@@ -96,7 +97,7 @@ def test_shapes_counts_and_flops_are_those_of_the_live_model(family: str) -> Non
     padded = forward_flops(on_disk(config)).of(1)
     assert forward_flops(config).of(1) == padded - saved
     even = tiny(family)
-    assert "ffn_sizes" not in config_of(even) and config_of(even)["intermediate_size"] == 40
+    assert "ffn_sizes" not in config_of(even) and config_of(even)[widest] == 40
 
 
 def test_the_folder_says_what_is_padding_and_config_json_does_not(tmp_path: Path) -> None:

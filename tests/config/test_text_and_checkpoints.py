@@ -268,7 +268,7 @@ def test_refused(run_there: Run, pipeline: FakePipeline, command: str) -> None:
     ("changes", "removed", "parts"),
     [
         ({"model_type": "llma"}, (), ("llma", "Did you mean 'llama'?")),
-        ({"model_type": "gpt2"}, (), ("gpt2", "llama, mistral, mixtral")),
+        ({"model_type": "bloom"}, (), ("bloom", "llama, mistral, mixtral")),
         ({"num_hidden_layers": 0}, (), ("num_hidden_layers = 0",)),
         ({}, ("tokenizer.json",), ("no tokenizer.json", "save_pretrained")),
         ({}, ("model.safetensors",), ("holds no safetensors",)),

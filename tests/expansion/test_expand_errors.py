@@ -82,9 +82,9 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
         ["config.json", "cannot be read"],
     ),
     "unknown family": (
-        _configured(model_type="gpt2"),
+        _configured(model_type="bloom"),
         RequestError,
-        ["'gpt2'", "not a family that Tritter knows", "llama"],
+        ["'bloom'", "not a family that Tritter knows", "llama"],
     ),
     "family that nobody knows": (
         _configured(model_type="lamma"),

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from tests import oracle
-from tests.oracle.families import OWN, tiny
+from tests.oracle.families import OWN, key_of, tiny
 from tritter.checkpoint.usable import checkpoint_config
 from tritter.errors import TritterError
 from tritter.families import Config, family_of
@@ -52,7 +52,8 @@ def test_what_is_left_out_is_what_transformers_takes(
 ) -> None:
     plain = json.loads(tiny(name).config.to_json_string(use_diff=False))
     # 32 heads of any size: the classes' own counts of key/value heads divide them
-    plain |= {"num_attention_heads": 32, "hidden_size": 64, "head_dim": 2}
+    sizes = {"num_attention_heads": 32, "hidden_size": 64, "head_dim": 2}
+    plain |= {key_of(name, size): value for size, value in sizes.items()}
     if "num_local_experts" in plain:
         plain["num_experts"] = plain["num_local_experts"]
     kept = {key: value for key, value in plain.items() if key not in left_out}

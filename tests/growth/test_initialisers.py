@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.growth.given import layer_of, looked_at
-from tests.oracle.families import GROWABLE, generic, tiny
+from tests.oracle.families import GROWABLE, generic, key_of, tiny
 from tritter.growth.change import LayerGrowth, growth_change
 from tritter.growth.initialisers import (
     GradMax,
@@ -51,7 +51,7 @@ def test_exact_ones_keep_the_function(family: str, initialiser: Initialiser) -> 
         after = oracle.logits(model, ids)
     assert float((after - before).abs().max()) < 1e-10
     widths = [place.width(model) for place in ffn_places(model)]
-    assert widths[0] == widths[1] == model.config.intermediate_size
+    assert widths[0] == widths[1] == getattr(model.config, key_of(family, "intermediate_size"))
 
 
 def test_the_readmes_does_not_and_says_so() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.oracle.families import GROWABLE, generic, tiny
+from tests.oracle.families import GROWABLE, generic, key_of, tiny
 from tritter import GrowableCausalLM, GrowableLinear, GrowableQwen
 from tritter.checkpoint import read_lineage
 from tritter.errors import RequestError
@@ -55,7 +55,7 @@ def test_the_function_is_kept_in_two_events(family: str, initialiser: str) -> No
             assert model.check_and_grow() == {"born": 12, "replaced": 0, "died": 0}
             assert float((oracle.logits(model, ids) - before).abs().max()) < 1e-10
             assert model.neurons == [neurons] * 3
-    assert stock.config.intermediate_size == 48
+    assert getattr(stock.config, key_of(family, "intermediate_size")) == 48
     assert model.config is stock.config
 
 

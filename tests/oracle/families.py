@@ -58,21 +58,47 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {"sliding_window": 4, "sliding_window_pattern": 2, "query_pre_attn_scalar": 9},
     "gpt_neox": {"rotary_pct": 0.5},
+    "gpt2": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 20, "mlp_only_layers": [1]},
     "qwen3_moe": {**_EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": True},
 }
-LAYER_NORM = ("gpt_neox",)  # and with it heads as wide as the stream together, FFNs without a gate
+LAYER_NORM = (
+    "gpt_neox",
+    "gpt2",
+)  # and with it heads as wide as the stream together, FFNs without a gate
 STACKED = ("phi3", "glm4")  # gate and up are one tensor, and other pairs are turned than Llama's
 SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
 DENSE = tuple(family for family in OWN if family not in SPARSE)
 GROWABLE = tuple(family for family in DENSE if family not in STACKED)
 RMS = tuple(family for family in OWN if family not in LAYER_NORM)
-HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text", "gpt_neox")
+HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text", *LAYER_NORM)
 GEMMA = ("gemma2", "gemma3_text")
 # Made of mechanisms that the others prove, or that tests/expansion/test_further_families.py does;
 # generic tests of them are for the slow suite
 FURTHER = ("smollm3", "granite", "olmo2", "phi3", "glm4", "gemma2", *LAYER_NORM)
+
+
+# What these classes call it; heads have no size of their own there, and keys no count
+_LAYER_NORM_KEYS = {
+    "gpt_neox": {"rms_norm_eps": "layer_norm_eps", "num_key_value_heads": "", "head_dim": ""},
+    "gpt2": {
+        "rms_norm_eps": "layer_norm_epsilon",
+        "num_key_value_heads": "",
+        "head_dim": "",
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "hidden_act": "activation_function",
+    },
+}
+
+
+def key_of(family: str, name: str) -> str:
+    """Return what a family's config calls one of Llama's keys; empty: it has none."""
+    return _LAYER_NORM_KEYS.get(family, {}).get(name, name)
 
 
 def marks_of(family: str) -> tuple[pytest.MarkDecorator, ...]:
@@ -89,7 +115,8 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
     """Return a small stock model with random weights, gains and biases included."""
     options = {**_SHAPE, **OWN[family], **changes}
     if family in LAYER_NORM:
-        options = _with_layer_norm(options)
+        options = {key_of(family, key): value for key, value in options.items()}
+        options.pop("", None)
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **options)
     model = stock_of(config, dtype=torch.float32)
@@ -101,13 +128,6 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
-def _with_layer_norm(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options by these classes' names: heads have no size of their own, keys no count."""
-    names = {"rms_norm_eps": "layer_norm_eps", "num_key_value_heads": "", "head_dim": ""}
-    named = {names.get(key, key): value for key, value in options.items()}
-    return {key: value for key, value in named.items() if key}
-
-
 def doubled(family: str) -> Width:
     """Return a width that the family takes exactly."""
     return Width(init="net2net") if family in LAYER_NORM else Width()
@@ -116,7 +136,14 @@ def doubled(family: str) -> Width:
 def final_norm_of(model: PreTrainedModel) -> nn.Module:
     """Return the norm before the head."""
     backbone: Any = model.base_model
-    return getattr(backbone, "final_layer_norm", None) or backbone.norm
+    names = ("final_layer_norm", "ln_f", "norm")
+    return next(getattr(backbone, name) for name in names if hasattr(backbone, name))
+
+
+def layers_of(model: PreTrainedModel) -> Any:
+    """Return the decoder layers."""
+    backbone: Any = model.base_model
+    return backbone.h if hasattr(backbone, "h") else backbone.layers
 
 
 def stock_of(config: Any, *, dtype: torch.dtype) -> PreTrainedModel:

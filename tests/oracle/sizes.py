@@ -6,25 +6,29 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from tests.oracle.families import tiny
+from tests.oracle.families import layers_of, tiny
 from tritter.checkpoint import Lineage, write_checkpoint
 from tritter.models import config_of, named_tensors
 from tritter.storage.writer import TensorStream
 
 SIZES = (12, 40, 7)
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "dense_h_to_4h", "dense_4h_to_h")
+DOWN = ("down_proj", "dense_4h_to_h", "c_proj")
+PROJECTIONS = ("gate_proj", "up_proj", "dense_h_to_4h", "c_fc", *DOWN)
 
 
 def uneven(family: str, sizes: Sequence[int], **changes: Any) -> PreTrainedModel:
     """Return a small stock model whose layers' FFNs were replaced by others of these widths."""
     model = tiny(family, intermediate_size=max(sizes), num_hidden_layers=len(sizes), **changes)
     hidden = model.config.hidden_size
-    for layer, size in zip(model.base_model.layers, sizes, strict=True):
+    for layer, size in zip(layers_of(model), sizes, strict=True):
         for name in [name for name in PROJECTIONS if hasattr(layer.mlp, name)]:
-            ends = (size, hidden) if name in ("down_proj", "dense_4h_to_h") else (hidden, size)
-            has_bias = getattr(layer.mlp, name).bias is not None
-            setattr(layer.mlp, name, nn.Linear(*ends, bias=has_bias))
+            ends = (size, hidden) if name in DOWN else (hidden, size)
+            old = getattr(layer.mlp, name)
+            turned = isinstance(old, Conv1D)  # which is told its outputs first
+            made = Conv1D(*ends[::-1]) if turned else nn.Linear(*ends, bias=old.bias is not None)
+            setattr(layer.mlp, name, made)
         for parameter in layer.mlp.parameters():
             nn.init.normal_(parameter, std=0.3)
     return model

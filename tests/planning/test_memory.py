@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -104,6 +106,12 @@ MODELS = {
         GPTNeoXConfig(
             hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
             vocab_size=300,
+        )
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=64, n_layer=3, n_head=4, vocab_size=300, n_positions=128, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
         )
     ),
 }  # fmt: skip

@@ -66,7 +66,7 @@ class Source:
                 raise TritterError(
                     f"{folder}: {tensor.name} has shape {found}, but config.json asks for {wanted}."
                 )
-        _check_ties(folder, tensors, family, config)
+        _check_ties(folder, tensors, family, config, embedding=stored[0].name)
         check_tokenizer_files(folder)
         lineage = read_lineage(folder)
         if lineage is not None:
@@ -83,9 +83,10 @@ class Source:
     def read(self, name: str) -> Tensor:
         """Read one tensor by its logical name; of experts that share one, its part alone."""
         stored, number = self.places[name]
+        part = stored.parts[number]
         if stored.is_whole:
-            return self.read_stored(stored.name)
-        return self.tensors.get(stored.name, index=stored.parts[number].index)
+            return part.turned(self.read_stored(stored.name))
+        return part.turned(self.tensors.get(stored.name, index=part.index))
 
     def read_stored(self, name: str) -> Tensor:
         """Read one tensor by its name in the files, without its padding there.
@@ -141,13 +142,14 @@ class Source:
         return digests
 
 
-def _check_ties(folder: Path, tensors: TensorFolder, family: Family, config: Config) -> None:
+def _check_ties(
+    folder: Path, tensors: TensorFolder, family: Family, config: Config, *, embedding: str
+) -> None:
     """Refuse a head that config.json ties to the embedding, and that is another in the files.
 
     transformers cuts such a tie when it loads the folder; leaving the head out would change the
     function in silence.
     """
-    embedding = family.tensors[0].disk_name
     for name in sorted(family.tied_names(config) & set(tensors.files)):
         if not tensors.get(name).equal(tensors.get(embedding)):
             raise TritterError(

@@ -30,7 +30,7 @@ from tritter.evaluation.benchmarks.table import benchmarks_of
 from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.experts.whole import load_whole
-from tritter.families import family_of
+from tritter.families import family_of, position_limit
 from tritter.models import load_tokenizer, read_config
 from tritter.pipeline.evaluate import (
     DomainsToScore,
@@ -94,8 +94,7 @@ def run_evaluate(request: EvaluateRequest, *, overwrite: bool, as_json: bool) ->
         model = load_whole(folder)
         _check_finite(model, folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    positions = config.get("max_position_embeddings")
-    length = sequence_length(lineage, positions if isinstance(positions, int) else None)
+    length = sequence_length(lineage, position_limit(config))
     losses = domain_losses(
         model, domains.documents, tokenizer, length=length, batch_size=request.batch_size
     )

@@ -39,7 +39,7 @@ from tritter.experts.merged_mixture import (
 )
 from tritter.experts.peft_folder import StoredAdapter, write_stored
 from tritter.experts.stored import ExpertFolder
-from tritter.families import Config, family_of
+from tritter.families import Config, family_of, position_limit
 from tritter.models import load_model, read_config
 from tritter.report.wording import count_text
 from tritter.storage.atomic import atomic_folder
@@ -286,8 +286,7 @@ def _drawn(config: Config) -> Tensor:
 
 
 def _length(config: Config) -> int:
-    positions = config.get("max_position_embeddings")
-    return min(_LENGTH, positions) if isinstance(positions, int) else _LENGTH
+    return min(_LENGTH, position_limit(config) or _LENGTH)
 
 
 def _listed(names: Iterable[str]) -> str:

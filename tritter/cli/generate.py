@@ -10,7 +10,7 @@ from tritter.cli.output import new_console, print_json
 from tritter.cli.request import damage_is_a_wrong_request
 from tritter.errors import RequestError, TritterError
 from tritter.experts.whole import load_whole
-from tritter.families import Config
+from tritter.families import Config, position_limit
 from tritter.models import load_tokenizer, read_config
 from tritter.storage.hub import locate
 from tritter.storage.tensors import WEIGHT_DTYPES
@@ -129,8 +129,8 @@ def _check_tokenizer(folder: Path) -> None:
 def _check_room(config: Config, *, num_tokens: int, max_new_tokens: int) -> None:
     if num_tokens == 0:
         raise RequestError("--prompt = (empty): give the model at least one token to continue.")
-    positions = config.get("max_position_embeddings")
-    if isinstance(positions, int) and num_tokens + max_new_tokens > positions:
+    positions = position_limit(config)
+    if positions is not None and num_tokens + max_new_tokens > positions:
         room = positions - num_tokens
         allowed = f"at most {room}" if room > 0 else "a shorter --prompt"
         raise RequestError(

@@ -31,9 +31,10 @@ from tritter.families.config_file import read_config_file
 from tritter.report.wording import count_text
 from tritter.terminal import Console
 
-_PARTS = ("embedding", "attention", "FFN", "router", "experts", "norms", "output head")
+_PARTS = ("embedding", "positions", "attention", "FFN", "router", "experts", "norms", "output head")
 _PART_OF = {
     "embed": "embedding",
+    "embed_positions": "positions",
     "attention": "attention",
     "ffn": "FFN",
     "router": "router",

@@ -58,7 +58,7 @@ from tritter.config.training_steps import with_steps
 from tritter.config.weights import weight_problems
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.expansion import target_config
-from tritter.families import Config, check_size, family_of, llama_config
+from tritter.families import Config, check_size, family_of, llama_config, position_limit
 from tritter.limits import MAX_BATCH_TOKENS
 from tritter.options import field_keys
 from tritter.storage.names import named_path
@@ -307,12 +307,12 @@ def _lacks_old_text(config: RunConfig, needs: Any) -> bool:
 
 
 def _length_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
-    length, limit = config.data.sequence_length, source.get("max_position_embeddings")
-    if isinstance(limit, int) and length > limit:
+    length, limit = config.data.sequence_length, position_limit(source)
+    if limit is not None and length > limit:
         where = "model" if isinstance(config.model, ModelConfig) else "config.json"
         reason = (
-            f"the model has positions for {where}.max_position_embeddings = {limit}; allowed is at "
-            "most that"
+            f"the model has positions for {where}.{family_of(source).positions_key} = {limit}; "
+            "allowed is at most that"
         )
         yield Problem("data.sequence_length", length, reason=reason)
 

@@ -33,14 +33,14 @@ def declared(name: str, shape: tuple[int, ...]) -> StoredTensor:
     return StoredTensor(name, shape, (Part(LogicalTensor(kind=name, disk_name=name, axes=())),))
 
 
-def _one_below_another(rows: Sequence[Tensor | None], stored: StoredTensor) -> Tensor | None:
-    """Return flags of a stored tensor's rows, of those of its parts; None flags nothing."""
-    if len(rows) == 1 or all(flags is None for flags in rows):
-        return rows[0]
-    whole = torch.zeros(stored.shape[0], dtype=torch.bool)
-    for part, flags in zip(stored.parts, rows, strict=True):
+def _behind_another(outputs: Sequence[Tensor | None], stored: StoredTensor) -> Tensor | None:
+    """Return flags of a stored tensor's outputs, of those of its parts; None flags nothing."""
+    if len(outputs) == 1 or all(flags is None for flags in outputs):
+        return outputs[0]
+    whole = torch.zeros(stored.shape[-1 if stored.is_transposed else 0], dtype=torch.bool)
+    for part, flags in zip(stored.parts, outputs, strict=True):
         if flags is not None:
-            whole[part.index] = flags
+            whole[part.index[-1]] = flags
     return whole
 
 
@@ -124,11 +124,11 @@ class Change:
             if stored.is_of_experts:
                 continue
             maps = [self.tensors[part.tensor.name] for part in stored.parts]
-            rows = [new_along(tensor_map, 0) for tensor_map in maps]
+            outputs = [new_along(tensor_map, 0) for tensor_map in maps]
             others = (new_along(maps[0], dim) for dim in range(1, len(stored.shape)))
-            flags = (_one_below_another(rows, stored), *others)
+            flags = (_behind_another(outputs, stored), *others)
             if any(each is not None for each in flags):
-                grown[stored.name] = flags
+                grown[stored.name] = flags[::-1] if stored.is_transposed else flags
         return grown
 
     def state(self, kind: str, held: Held, *, policy: Policy = "carry") -> dict[str, Tensor]:

@@ -237,14 +237,22 @@ def _stream(
     entries = tuple(TensorEntry(t.name, dtypes[t.name], t.shape) for t in targets)
     reader = WeightReader(source.read)
 
-    def blocks(target: StoredTensor) -> Iterator[Tensor]:
+    def rows(target: StoredTensor) -> Iterator[Tensor]:
         for part in target.parts_in_order:
-            for block in reader.blocks(maps[part.tensor.name], dtypes[target.name]):
-                if not is_finite(block):
-                    raise RequestError(
-                        f"{source.folder}: {target.name} would hold values that are not finite."
-                    )
-                yield block
+            yield from reader.blocks(maps[part.tensor.name], dtypes[target.name])
+
+    def turned(target: StoredTensor) -> Iterator[Tensor]:
+        """Yield the whole of what can't come row by row, its rows being inputs."""
+        whole = torch.cat([block.reshape(-1) for block in rows(target)])
+        yield whole.view(-1, target.shape[0]).T.contiguous()
+
+    def blocks(target: StoredTensor) -> Iterator[Tensor]:
+        for block in turned(target) if target.is_transposed else rows(target):
+            if not is_finite(block):
+                raise RequestError(
+                    f"{source.folder}: {target.name} would hold values that are not finite."
+                )
+            yield block
 
     def tensors() -> Iterator[tuple[str, Pieces]]:
         for position, target in enumerate(targets):

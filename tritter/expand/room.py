@@ -100,10 +100,11 @@ def in_flight_bytes(
     for target in targets:
         parts = [held_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
         origins = {maps[part.tensor.name].origin for part in target.parts}
+        is_whole = target.name in padded
         copied = [o for o in origins if o and source.places[o][0].name in source.live_shapes]
         usual.append(
             max(part.usual for part in parts)
-            + _AT_ONCE_PADDED * _WIDE * prod(target.shape) * (target.name in padded)
+            + _AT_ONCE_PADDED * _WIDE * prod(target.shape) * (is_whole or target.is_transposed)
             + _WIDE * max((prod(shape_of(name)) for name in copied), default=0)
         )
         rare = max(rare, *(part.rare for part in parts))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
+from tritter.errors import RequestError
 from tritter.expansion.layers import (
     block_insertion_sources,
     depth_upscale_sources,
@@ -46,6 +47,13 @@ class CopiedLayers(ABC):
         """True when copies begin as identities, whose optimizer state starts anew."""
 
     def target_config(self, family: Family, config: Config) -> Config:
+        if family.numbered_if and config.get(family.numbered_if):
+            raise RequestError(
+                f"expansion={getattr(self, 'name', 'depth')}: config.json says "
+                f"{family.numbered_if} = true, so that each layer of this {family.model_type} "
+                "divides its attention scores by its own number, and layers at other places would "
+                "compute something else; grow its width."
+            )
         sources = self.layer_sources(family.dimensions(config).num_hidden_layers)
         return family.with_layers(config, sources)
 

@@ -14,7 +14,7 @@ from tritter.seeds import derived_seed
 
 # Spaces of units that are computed from the stream and read back into it
 _UNITS = ("ffn", "shared_ffn", "query")
-_KEPT = ("vocab", "routes", "shared_gate")
+_KEPT = ("vocab", "positions", "routes", "shared_gate")
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,8 @@ class Width:
             target["rms_norm_eps"] = float(config["rms_norm_eps"]) * ratio**2  # type: ignore[arg-type]
         widest, grown = old.intermediate_size, new.intermediate_size
         sizes = [round(size * grown / widest) for size in ffn_sizes(config)]
-        return with_ffn_sizes(target, sizes) if sizes else target
+        key = family.sizes["intermediate_size"]
+        return with_ffn_sizes(target, sizes, key=key) if sizes else target
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int

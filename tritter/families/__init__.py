@@ -29,7 +29,7 @@ from tritter.families.mistral import MIXTRAL
 from tritter.families.places import Places
 from tritter.families.qwen2 import QWEN2_MOE
 from tritter.families.qwen3 import QWEN3_MOE
-from tritter.families.tables import FAMILIES, count_parameters, family_of
+from tritter.families.tables import FAMILIES, count_parameters, family_of, position_limit
 
 __all__ = [
     "FAMILIES",
@@ -67,6 +67,7 @@ __all__ = [
     "on_disk",
     "pack_all",
     "padded_shapes",
+    "position_limit",
     "training_flops",
     "unpack_all",
     "with_ffn_sizes",

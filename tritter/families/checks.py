@@ -39,14 +39,16 @@ _FLAGS = (
     "mlp_bias",
     "qkv_bias",
     "use_parallel_residual",
+    "scale_attn_by_inverse_layer_idx",
 )
-_EPSILONS = ("rms_norm_eps", "layer_norm_eps")
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Other weights than the tensors of the table, or other code than transformers' own.
 _REFUSED: Mapping[str, str] = {
     "quantization_config": "quantised weights are not read; save the model without quantisation",
     "per_layer_config": "layers of different sizes are not read",
+    "add_cross_attention": "layers that read another model's states are not read",
 }
 
 
@@ -61,6 +63,11 @@ def check_values(family: Family, config: Config) -> None:
     for name, key in family.sizes.items():
         if config.get(key) is not None:
             require_size(name, key, config[key])
+        if key != name and config.get(name) is not None and not family.has_experts:
+            raise RequestError(
+                f"config.json: {name} = {brief(config[name])}; {family.model_type} calls this "
+                f"{key}, and one name is enough: state {key} alone."
+            )
     _check_epsilon(config)
 
 
@@ -165,7 +172,13 @@ def _check_ffn_sizes(family: Family, config: Config) -> None:
             f"{FFN_SIZES}: in {family.model_type} gate and up are one tensor, and all layers have "
             "one width; allowed are families in which they are two."
         )
-    check_ffn_sizes(config)
+    sizes = family.dimensions(config)
+    check_ffn_sizes(
+        config,
+        layers=sizes.num_hidden_layers,
+        widest=sizes.intermediate_size,
+        key=family.sizes["intermediate_size"],
+    )
 
 
 def _check_lists(family: Family, config: Config) -> None:

@@ -17,7 +17,7 @@ _ATTENTION_OUTPUT = Space("attention_output", "hidden_size")
 FFN_INPUT, _FFN_OUTPUT = Space("ffn_input", "hidden_size"), Space("ffn_output", "hidden_size")
 HEAD_INPUT = Space("head_input", "hidden_size", "model")
 _HEAD_DIM = Space("head_dim", "head_dim", "model")
-QUERY, _KEY_VALUE = Space("query", "query_size"), Space("key_value", "key_value_size")
+QUERY, KEY_VALUE = Space("query", "query_size"), Space("key_value", "key_value_size")
 FFN, _EXPERT_FFN = Space("ffn", "intermediate_size"), Space("ffn", "expert_size", "expert")
 _SHARED_FFN = Space("shared_ffn", "shared_expert_size")
 _ROUTES, _SHARED_GATE = Space("routes", "num_experts"), Space("shared_gate", "single")
@@ -88,16 +88,16 @@ def attention(
         *(before if has_input_norm else ()),
         *_linear("attention.q", "self_attn.q_proj", Axis(QUERY, port), read, biases, bias_key,
                  within=within),
-        *_linear("attention.k", "self_attn.k_proj", Axis(_KEY_VALUE, port), read, biases, bias_key,
+        *_linear("attention.k", "self_attn.k_proj", Axis(KEY_VALUE, port), read, biases, bias_key,
                  within=within),
-        *_linear("attention.v", "self_attn.v_proj", Axis(_KEY_VALUE, Port.WRITE), read, biases,
+        *_linear("attention.v", "self_attn.v_proj", Axis(KEY_VALUE, Port.WRITE), read, biases,
                  bias_key, within=within),
     ]  # fmt: skip
     if query_norm != "none":
         is_of_all = query_norm == "all heads"
         tensors += [
             _norm("attention.q_norm", "self_attn.q_norm", QUERY if is_of_all else _HEAD_DIM),
-            _norm("attention.k_norm", "self_attn.k_norm", _KEY_VALUE if is_of_all else _HEAD_DIM),
+            _norm("attention.k_norm", "self_attn.k_norm", KEY_VALUE if is_of_all else _HEAD_DIM),
         ]
     of_output: Biases = "qkvo" if biases == "qkvo" else "none"
     tensors += _linear(

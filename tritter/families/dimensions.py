@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tritter.errors import RequestError, brief
-from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH
+from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
 
 Config = dict[str, object]
 
@@ -26,6 +26,7 @@ _LIMITS: Mapping[str, int] = {
     "vocab_size": MAX_VOCABULARY,
     "num_experts": MAX_EXPERTS,
     "experts_per_token": MAX_EXPERTS,
+    "max_position_embeddings": MAX_POSITIONS,
 }
 
 
@@ -39,6 +40,7 @@ class Dimensions:
         experts_per_token: experts that a token is routed to, k.
         expert_size: intermediate size of a routed expert.
         shared_expert_size: intermediate size of the expert that every token meets.
+        max_position_embeddings: rows of the table of learned positions; 0: there is none.
     """
 
     num_hidden_layers: int
@@ -52,6 +54,7 @@ class Dimensions:
     experts_per_token: int = 0
     expert_size: int = 0
     shared_expert_size: int = 0
+    max_position_embeddings: int = 0
 
     @property
     def query_size(self) -> int:
@@ -90,11 +93,12 @@ def require_size(name: str, key: str, value: object) -> int:
     return value
 
 
-def read_dimensions(config: Config, sizes: Mapping[str, str]) -> Dimensions:
+def read_dimensions(config: Config, sizes: Mapping[str, str], *, ffn_ratio: int = 0) -> Dimensions:
     """Read the sizes from a config, with the defaults that transformers would derive.
 
     Args:
         sizes: attribute of `Dimensions` → config key.
+        ffn_ratio: of an FFN that the config does not state; 0: it has to.
 
     Raises:
         RequestError: a size is missing, no positive whole number, or above its limit; or heads
@@ -107,6 +111,8 @@ def read_dimensions(config: Config, sizes: Mapping[str, str]) -> Dimensions:
 
     heads, hidden_size = size("num_attention_heads"), size("hidden_size")
     derived = {"num_key_value_heads": heads, "head_dim": hidden_size // heads}
+    if ffn_ratio:
+        derived["intermediate_size"] = ffn_ratio * hidden_size
     if "head_dim" not in sizes and hidden_size % heads:
         raise RequestError(
             f"config.json: {sizes['hidden_size']} = {hidden_size} is not a multiple of "

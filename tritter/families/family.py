@@ -35,6 +35,10 @@ class Family:
             empty: the FFN reads what attention has added to.
         turns_neighbours: rotary positions turn coordinates 2i and 2i + 1 together, and not i and
             i + head_dim / 2.
+        ffn_ratio: how many times as wide as the stream an FFN is whose width the config leaves
+            out; 0: it has to be stated.
+        numbered_if: config key with which a layer computes by its number; empty: none does.
+        omitted_prefix: what all names but the head's begin with, and in some files do not.
     """
 
     model_type: str
@@ -49,6 +53,9 @@ class Family:
     subtracts_mean: bool = False
     parallel_if: str = ""
     turns_neighbours: bool = False
+    ffn_ratio: int = 0
+    numbered_if: str = ""
+    omitted_prefix: str = ""
 
     @property
     def has_experts(self) -> bool:
@@ -63,6 +70,11 @@ class Family:
     def heads_fill_hidden(self) -> bool:
         """Heads have no size of their own: together they are as wide as the stream."""
         return "head_dim" not in self.sizes
+
+    @property
+    def positions_key(self) -> str:
+        """Config key that states how many tokens a model reads."""
+        return self.sizes.get("max_position_embeddings", "max_position_embeddings")
 
     @property
     def has_gate(self) -> bool:
@@ -83,7 +95,8 @@ class Family:
         Raises:
             RequestError: a size is missing or no positive whole number.
         """
-        sizes, stated = read_dimensions(config, self.sizes), config.get(FFN_SIZES)
+        sizes = read_dimensions(config, self.sizes, ffn_ratio=self.ffn_ratio)
+        stated = config.get(FFN_SIZES)
         if layer is None or not isinstance(stated, list | tuple):
             return sizes
         return replace(sizes, intermediate_size=stated[layer])
@@ -123,13 +136,14 @@ class Family:
         Whatever the config states per layer follows: kinds of attention, which layers have
         experts, widths of FFNs.
         """
-        deeper: Config = {**config, "num_hidden_layers": len(layer_sources)}
+        deeper: Config = {**config, self.sizes["num_hidden_layers"]: len(layer_sources)}
         for key in self.per_layer_config_keys:
             values = config.get(key)
             if isinstance(values, list):
                 deeper[key] = [values[source] for source in layer_sources]
         if sizes := ffn_sizes(config):
-            deeper = with_ffn_sizes(deeper, [sizes[source] for source in layer_sources])
+            chosen = [sizes[source] for source in layer_sources]
+            deeper = with_ffn_sizes(deeper, chosen, key=self.sizes["intermediate_size"])
         if self.sparse_layers == "pattern":
             kinds = self.layer_kinds(config)
             dense = [t for t, s in enumerate(layer_sources) if kinds[s] == "dense"]

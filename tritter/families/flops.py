@@ -309,7 +309,7 @@ class _Walk:
     def _lookup(self, vocabulary: int, hidden: int) -> bool:
         """Add what adapters compute of an embedding; return whether the stream needs a gradient."""
         added = self._low_rank("embed", hidden, vocabulary, read=False, is_lookup=True)
-        return "embed" in self._trained or added
+        return added or not self._trained.isdisjoint(("embed", "embed_positions"))
 
     def _gating(self, layer: int, hidden: int, stream: bool) -> bool:
         """Add the product that gates come from; return whether these need a gradient."""

@@ -1,8 +1,9 @@
 """FFNs of different width in one model: stated per layer in memory, padded to the widest on disk.
 
-In memory a config may state `ffn_sizes`, the width of each layer's FFN; `intermediate_size` is the
-widest of them. Stock classes know one width for all, so on disk the narrower FFNs are padded with
-zeros, which changes nothing that they compute: config.json never holds the key, tritter.json does.
+In memory a config may state `ffn_sizes`, the width of each layer's FFN; `intermediate_size`, or
+what its family calls it, is the widest of them. Stock classes know one width for all, so on disk
+the narrower FFNs are padded with zeros, which changes nothing that they compute: config.json never
+holds the key, tritter.json does.
 """
 
 from collections.abc import Sequence
@@ -19,9 +20,15 @@ def ffn_sizes(config: Config) -> tuple[int, ...]:
     return tuple(stated) if isinstance(stated, list | tuple) else ()
 
 
-def with_ffn_sizes(config: Config, sizes: Sequence[int]) -> Config:
-    """Return the config of a model whose layers' FFNs have these widths."""
-    same: Config = {**on_disk(config), "intermediate_size": max(sizes)}
+def with_ffn_sizes(
+    config: Config, sizes: Sequence[int], *, key: str = "intermediate_size"
+) -> Config:
+    """Return the config of a model whose layers' FFNs have these widths.
+
+    Args:
+        key: what the config calls the widest.
+    """
+    same: Config = {**on_disk(config), key: max(sizes)}
     return same if min(sizes) == max(sizes) else {**same, FFN_SIZES: list(sizes)}
 
 
@@ -30,19 +37,21 @@ def on_disk(config: Config) -> Config:
     return {key: value for key, value in config.items() if key != FFN_SIZES}
 
 
-def check_ffn_sizes(config: Config) -> None:
-    """Refuse widths that are not one for each layer, up to `intermediate_size`.
+def check_ffn_sizes(config: Config, *, layers: int, widest: int, key: str) -> None:
+    """Refuse widths that are not one for each layer, up to the widest.
+
+    Args:
+        key: what the config calls the widest.
 
     Raises:
         RequestError: says what is allowed.
     """
-    sizes, layers = ffn_sizes(config), config.get("num_hidden_layers")
-    widest = config.get("intermediate_size")
+    sizes = ffn_sizes(config)
     are_sizes = len(sizes) == layers and all(_is_size(size) for size in sizes)
     if not are_sizes or max(sizes) != widest:
         raise RequestError(
             f"{FFN_SIZES} = {brief(config.get(FFN_SIZES))}; allowed is a width from 1 for each of "
-            f"the {layers} layers, the widest of them intermediate_size = {brief(widest)}."
+            f"the {layers} layers, the widest of them {key} = {widest}."
         )
 
 

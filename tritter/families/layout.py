@@ -3,19 +3,20 @@
 On disk every expert's matrix is a tensor of its own; in memory, and in files that were saved from
 there, the experts of a layer share one tensor. Dense families lie alike in both places, but for a
 head's name; in some of them matrices that read the same stand below one another in one tensor (q, k
-and v; gate and up).
+and v; gate and up), in some matrices lie transposed. A logical tensor has its outputs first
+wherever it lies: `pack` and `unpack` turn it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from tritter.errors import TritterError
 from tritter.families.dimensions import Config
 from tritter.families.layer_sizes import FFN_SIZES, on_disk
-from tritter.families.logical import Fused, LogicalTensor
+from tritter.families.logical import Axis, Fused, LogicalTensor
 from tritter.families.tables import family_of
 
 if TYPE_CHECKING:
@@ -30,11 +31,20 @@ class Part:
     """One logical tensor within a stored one.
 
     Args:
-        index: its place there; empty when it is the whole.
+        index: its place there, in the order of dimensions that is stored; empty when it is the
+            whole.
     """
 
     tensor: LogicalTensor
     index: tuple[int | slice, ...] = ()
+
+    def of(self, stored: Tensor) -> Tensor:
+        """Return what a stored tensor holds of it, as a view."""
+        return self.turned(stored[self.index] if self.index else stored)
+
+    def turned(self, value: Tensor) -> Tensor:
+        """Return a value as it is stored for one as its table has it, and the other way round."""
+        return value.T if self.tensor.is_transposed and value.ndim else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +80,30 @@ class StoredTensor:
         """The parts as they lie one behind the other, in row-major order."""
 
         def place(part: Part) -> tuple[int, ...]:
-            return tuple(i.start if isinstance(i, slice) else i for i in part.index)
+            return tuple((i.start or 0) if isinstance(i, slice) else i for i in part.index)
 
         return tuple(sorted(self.parts, key=place))
+
+    @property
+    def is_transposed(self) -> bool:
+        """Its inputs come first."""
+        return self.parts[0].tensor.is_transposed
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of its first part, in the order that is stored."""
+        axes = self.parts[0].tensor.axes
+        return axes[::-1] if self.is_transposed else axes
 
     def pack(self, read: Read) -> Tensor:
         """Return the stored tensor, its parts read by logical name."""
         if self.is_whole:
-            return read(self.parts[0].tensor.name)
+            (part,) = self.parts
+            value = read(part.tensor.name)
+            return part.turned(value).contiguous() if self.is_transposed else value
         stored: Tensor | None = None
         for part in self.parts:
-            value = read(part.tensor.name)
+            value = part.turned(read(part.tensor.name))
             if stored is None:
                 stored = value.new_empty(self.shape)
             stored[part.index] = value
@@ -90,7 +113,7 @@ class StoredTensor:
     def unpack(self, stored: Tensor) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """Yield what the stored tensor holds, as views."""
         for part in self.parts:
-            yield part.tensor, stored[part.index] if part.index else stored
+            yield part.tensor, part.of(stored)
 
 
 def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
@@ -107,12 +130,20 @@ def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
         elif tensor.within:
             name, first = tensor.within, shapes.get(tensor.within, (0,))[0]
             end = first + shape[0]
-            part, shape = Part(tensor, (slice(first, end),)), (end, *shape[1:])
+            before = (slice(None),) if tensor.is_transposed else ()
+            part, shape = Part(tensor, (*before, slice(first, end))), (end, *shape[1:])
         elif kind == "live":
             name = tensor.live_name or name
         places.setdefault(name, []).append(part)
         shapes[name] = shape
-    return tuple(StoredTensor(name, shapes[name], tuple(parts)) for name, parts in places.items())
+    return tuple(
+        StoredTensor(name, _as_stored(shapes[name], parts[0]), tuple(parts))
+        for name, parts in places.items()
+    )
+
+
+def _as_stored(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
+    return shape[::-1] if part.tensor.is_transposed else shape
 
 
 def padded_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -137,9 +168,10 @@ def match(config: Config, names: Iterable[str]) -> tuple[StoredTensor, ...]:
     held = set(names) - family.tied_names(config)
     expected = layout(config, "hub")
     if held != {stored.name for stored in expected}:
-        live = layout(config, "live")
-        if len(held & {s.name for s in live}) > len(held & {s.name for s in expected}):
-            expected = live
+        others = [layout(config, "live")]
+        if prefix := family.omitted_prefix:
+            others.append(tuple(replace(s, name=s.name.removeprefix(prefix)) for s in expected))
+        expected = max((expected, *others), key=lambda each: len(held & {s.name for s in each}))
     _check_names(family.model_type, held, {stored.name for stored in expected})
     return expected
 

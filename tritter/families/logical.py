@@ -94,14 +94,15 @@ class LogicalTensor:
         kind: its logical name without numbers: `embed`, `attention.q`, `router`, `experts.gate`.
         disk_name: name in the safetensors files of Hugging Face checkpoints; in a table it holds
             `{layer}` and `{expert}`.
-        axes: one per dimension, in the order on disk.
+        axes: one per dimension; of a matrix the outputs first.
         layers: which layers have it: those with a dense FFN, with experts, or both; none: it
             stands outside of them.
         only_if: config key that must be true for the tensor to exist; empty: always.
         unless: config key that must be false for the tensor to exist; empty: always.
         live_name: name in the model's memory; empty: as on disk.
-        within: name, on disk and in memory, of a tensor that it is rows of, below those that the
-            table names before it; `disk_name` is then what its state is called. Empty: its own.
+        is_transposed: on disk and in memory its inputs come first.
+        within: name, on disk and in memory, of a tensor that it is outputs of, behind those that
+            the table names before it; `disk_name` is then what its state is called. Empty: its own.
         fused: where it lies in memory when the experts of a layer share one tensor there.
         layer: which layer it belongs to, once written out; `expert` likewise.
     """
@@ -113,6 +114,7 @@ class LogicalTensor:
     only_if: str = ""
     unless: str = ""
     live_name: str = ""
+    is_transposed: bool = False
     within: str = ""
     fused: Fused | None = None
     layer: int | None = None

@@ -6,6 +6,7 @@ from tritter.families.family import Family
 from tritter.families.gemma2 import GEMMA2
 from tritter.families.gemma3 import GEMMA3_TEXT
 from tritter.families.glm4 import GLM4
+from tritter.families.gpt2 import GPT2
 from tritter.families.gpt_neox import GPT_NEOX
 from tritter.families.granite import GRANITE
 from tritter.families.llama import LLAMA
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
         GEMMA2,
         GEMMA3_TEXT,
         GPT_NEOX,
+        GPT2,
         MIXTRAL,
         QWEN2_MOE,
         QWEN3_MOE,
@@ -38,7 +40,6 @@ FAMILIES: dict[str, Family] = {
 }
 # Why a family that people ask for has no table
 _REASONS = {
-    "gpt2": "its matrices lie transposed and its positions are learned, which no table says yet",
     "gemma3": "it reads images besides; its text part alone, gemma3_text, has a table",
 }
 
@@ -58,6 +59,12 @@ def family_of(config: Config) -> Family:
             f"{', '.join(sorted(FAMILIES))}.{near}"
         )
     return FAMILIES[model_type]
+
+
+def position_limit(config: Config) -> int | None:
+    """Return how many tokens a model of this config reads; None where it does not say."""
+    stated = config.get(family_of(config).positions_key)
+    return stated if isinstance(stated, int) else None
 
 
 def count_parameters(config: Config) -> int:

@@ -120,7 +120,9 @@ class Freeze(ForgettingMethod):
         hold_still(model, frozen.__contains__)
         order = {stored.name: stored.layer for stored in live_layout(model)}
         embeddings = {
-            stored.name for stored in live_layout(model) if stored.parts[0].tensor.kind == "embed"
+            stored.name
+            for stored in live_layout(model)
+            if stored.parts[0].tensor.kind in ("embed", "embed_positions")
         }
         groups = {name: _height(name, order, embeddings) for name in trained}
         self._thaws = self._schedule(groups, max_steps)

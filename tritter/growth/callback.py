@@ -56,7 +56,10 @@ class NeuronGrowthCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = base_of(pl_module).model
-        flags = {p.layer: self._new.get(p.gate, (None,))[0] for p in ffn_places(model)}
+        flags = {
+            p.layer: self._new[p.gate][p.of_rows] if self._new.get(p.gate) else None
+            for p in ffn_places(model)
+        }
         new = {layer: each.nonzero()[:, 0] for layer, each in flags.items() if each is not None}
         self.grower.begin(model, restored=self._restored, new=new)
         batches = trainer.accumulate_grad_batches * trainer.world_size

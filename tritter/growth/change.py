@@ -52,7 +52,8 @@ def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chang
         maps |= {t.name: _tensor_map(t, growth, unit_map) for t in ffn_tensors(config, layer)}
         widths[layer] += growth.born
     parameter_map = ParameterMap(maps, tuple(range(len(widths))))
-    return Change.of(parameter_map, config, with_ffn_sizes(config, widths))
+    target = with_ffn_sizes(config, widths, key=family.sizes["intermediate_size"])
+    return Change.of(parameter_map, config, target)
 
 
 def module_change(

@@ -39,8 +39,10 @@ class LastTokens:
             if place.layer not in self._last:
                 continue
             inputs, computed, gradients = self._last[place.layer]
-            width, size = model.get_parameter(place.gate).shape
-            written = width if place.down is None else model.get_parameter(place.down).shape[0]
+            width, size = place.turned(model.get_parameter(place.gate)).shape
+            written = width
+            if place.down is not None:
+                written = len(place.turned(model.get_parameter(place.down)))
             if (inputs.shape[1], gradients.shape[1]) == (size, written):
                 own = None if computed is None else computed.float()
                 found[place.layer] = Look(inputs.float(), gradients.float(), own)

@@ -118,8 +118,10 @@ class Maturity:
         sums = {"young": [0.0, 0], "old": [0.0, 0]}
         for place in self._measured:
             moves = [
-                torch.linalg.vector_norm(model.get_parameter(n).detach() - self._whole[n], dim=1)
-                for n in place.rows
+                torch.linalg.vector_norm(
+                    place.turned(model.get_parameter(name).detach() - self._whole[name]), dim=1
+                )
+                for name in place.rows
             ]
             norms = torch.stack(moves).square().sum(dim=0).sqrt()
             is_young = torch.zeros_like(norms, dtype=torch.bool)

@@ -23,12 +23,14 @@ class FfnPlace:
             neuron computes σ(gate·x) alone.
         down: name of the parameter [hidden_size, intermediate_size]; None: whoever reads the
             neurons is not known.
+        is_transposed: all of them lie the other way round, inputs first.
     """
 
     layer: int
     gate: str
     up: str | None
     down: str | None
+    is_transposed: bool = False
 
     @property
     def module(self) -> str:
@@ -37,31 +39,40 @@ class FfnPlace:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Names of the parameters whose rows are neurons."""
+        """Names of the parameters that compute neurons, of which each is a row."""
         return (self.gate,) if self.up is None else (self.gate, self.up)
+
+    @property
+    def of_rows(self) -> int:
+        """The dimension that neurons lie along in `rows`; in down it is the other."""
+        return 1 if self.is_transposed else 0
 
     @property
     def parts(self) -> tuple[tuple[str, int], ...]:
         """Names of the weights, and the dimension that neurons lie along in each."""
-        columns = () if self.down is None else ((self.down, 1),)
-        return (*((name, 0) for name in self.rows), *columns)
+        columns = () if self.down is None else ((self.down, 1 - self.of_rows),)
+        return (*((name, self.of_rows) for name in self.rows), *columns)
 
     def axes(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """Yield the same of all parameters, biases included."""
         for name, dim in self.parts:
             yield name, dim
             owner = name.removesuffix(".weight")
-            if dim == 0 and model.get_submodule(owner).bias is not None:
+            if name in self.rows and model.get_submodule(owner).bias is not None:
                 yield f"{owner}.bias", 0
 
     def weights(self, model: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return gate [F, H], up [F, H] and down [H, F], detached, in float32."""
         gate, up, down = (
-            None if name is None else model.get_parameter(name).detach().float()
+            None if name is None else self.turned(model.get_parameter(name).detach().float())
             for name in (self.gate, self.up, self.down)
         )
         assert gate is not None
         return gate, up, down
+
+    def turned(self, weight: Tensor) -> Tensor:
+        """Return a weight, or its gradient, with its outputs first."""
+        return weight.T if self.is_transposed else weight
 
     def is_trained(self, model: nn.Module) -> bool:
         return all(model.get_parameter(name).requires_grad for name, _ in self.parts)
@@ -74,7 +85,7 @@ class FfnPlace:
         return activation
 
     def width(self, model: nn.Module) -> int:
-        return model.get_parameter(self.gate).shape[0]
+        return model.get_parameter(self.gate).shape[self.of_rows]
 
 
 def _as_it_is(values: Tensor) -> Tensor:
@@ -100,10 +111,11 @@ def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
             "FFNs in which they are two; width makes them wider."
         )
     names: dict[int, dict[str, str]] = {}
+    is_transposed = False
     for tensor in family.logical_tensors(config):
         if tensor.kind in ("ffn.gate", "ffn.up", "ffn.down"):
             assert tensor.layer is not None
-            part = tensor.kind.removeprefix("ffn.")
+            part, is_transposed = tensor.kind.removeprefix("ffn."), tensor.is_transposed
             names.setdefault(tensor.layer, {})[part] = tensor.live_name or tensor.disk_name
     places = tuple(
         FfnPlace(
@@ -111,6 +123,7 @@ def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
             gate=parts.get("gate", parts["up"]),
             up=parts["up"] if family.has_gate else None,
             down=parts["down"],
+            is_transposed=is_transposed,
         )
         for layer, parts in sorted(names.items())
     )

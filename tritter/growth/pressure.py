@@ -76,11 +76,13 @@ def _row_norms(model: nn.Module, place: FfnPlace) -> Tensor:
     parts = [model.get_parameter(name) for name in place.rows]
     norms = [
         torch.linalg.vector_norm(
-            part.grad, dim=1, dtype=torch.promote_types(part.dtype, torch.float32)
+            place.turned(part.grad),
+            dim=1,
+            dtype=torch.promote_types(part.dtype, torch.float32),
         ).float()
         for part in parts
         if part.grad is not None
     ]
     if not norms:
-        return parts[0].new_zeros(parts[0].shape[0], dtype=torch.float32)
+        return parts[0].new_zeros(place.width(model), dtype=torch.float32)
     return torch.stack(norms).square().sum(dim=0).sqrt()

@@ -6,7 +6,7 @@ from hashlib import sha256
 from typing import Any
 
 from tritter.checkpoint import ExpansionRecord
-from tritter.families import Config
+from tritter.families import Config, family_of
 from tritter.training.reshape import Entry
 
 GROWTH = "growth"  # type and method in the lineage, reason in a training's journal
@@ -44,7 +44,7 @@ def growth_record(
         seed=seed,
         source_config=before,
         target_config=after,
-        layer_sources=tuple(range(int(after["num_hidden_layers"]))),  # type: ignore[call-overload]
+        layer_sources=tuple(range(family_of(after).dimensions(after).num_hidden_layers)),
         map_digest=digest,
         claims_exact=is_exact,
         step0_error=function_change,

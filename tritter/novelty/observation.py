@@ -151,8 +151,9 @@ def middle_layer(model: nn.Module) -> nn.Module:
     """
     layers = None
     if hasattr(model, str(getattr(model, "base_model_prefix", ""))):
-        layers = getattr(backbone_of(model), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        lists = (e for e in backbone_of(model).children() if isinstance(e, nn.ModuleList))
+        layers = next(lists, None)
+    if not layers:
         raise RequestError(
             f"novelty: {type(model).__name__} has no decoder layers; a stock causal language "
             "model of transformers is needed."

@@ -32,7 +32,7 @@ from tritter.data.weighted import WeightedStream
 from tritter.errors import RequestError
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
 from tritter.expand import PlannedExpansion, planned
-from tritter.families import Config, family_of
+from tritter.families import Config, family_of, position_limit
 from tritter.models import read_config
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.benchmarks import benchmark_tasks
@@ -337,8 +337,7 @@ class RunContext:
         asked = {d.name: questions_of(d.paths, options.task_questions) for d in self.text.domains}
         skills = (QuestionTask(name, name, asked[name]) for name in asked if asked[name])
         source = known_config(self.config) if self.given is None else read_config(self.given)
-        positions = (source or {}).get("max_position_embeddings")
-        length = positions if isinstance(positions, int) else MAX_POSITIONS
+        length = (source and position_limit(source)) or MAX_POSITIONS
         return (*skills, *benchmark_tasks(options, positions=length))
 
     @cached_property

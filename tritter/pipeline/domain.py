@@ -21,6 +21,7 @@ from tritter.config.schema import RunConfig, TextSources
 from tritter.expand import PlannedExpansion
 from tritter.expand.folder import known_digests
 from tritter.expansion import ExpansionSpec, MoeAdd, ResolvedExpansion
+from tritter.families import position_limit
 from tritter.models import read_config
 from tritter.pipeline import moe, verdict
 from tritter.pipeline.arm import Arm
@@ -139,8 +140,7 @@ def _told(used: Mapping[str, Any], task: DomainTask, step: ResolvedExpansion) ->
 
 def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
     """Return the run that the task is; caches lie in its folder."""
-    positions = read_config(source).get("max_position_embeddings")
-    limit = positions if isinstance(positions, int) else MAX_SEQUENCE_LENGTH
+    limit = position_limit(read_config(source)) or MAX_SEQUENCE_LENGTH
     words = {
         "model": "hf",
         "model.path": quoted(str(source.resolve())),

@@ -25,7 +25,7 @@ from tritter.experts.mixture import ROUTER, ExpertMixture, mixture_on
 from tritter.experts.module import ExpertModule
 from tritter.experts.stored import ExpertFolder
 from tritter.experts.whole import load_whole
-from tritter.families import Config, forward_flops
+from tritter.families import Config, family_of, forward_flops
 from tritter.models import live_shape, load_model, read_config
 from tritter.novelty.statistics import CALIBRATION_BATCHES
 from tritter.pipeline.arm import Arm
@@ -243,7 +243,7 @@ class ExpertsAsked:
             seed=self.seed,
             source_config=config,
             target_config=config,
-            layer_sources=tuple(range(int(config["num_hidden_layers"]))),  # type: ignore[call-overload]
+            layer_sources=tuple(range(family_of(config).dimensions(config).num_hidden_layers)),
             map_digest=sha256(" ".join(born).encode()).hexdigest(),
             claims_exact=True,  # an expert that is new computes nothing
             step0_error=0.0,

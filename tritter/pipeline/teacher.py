@@ -5,7 +5,7 @@ from pathlib import Path
 from tritter.checkpoint.usable import checkpoint_config
 from tritter.data.pretrained import read_tokenizer
 from tritter.errors import Problem, RequestError, TritterError
-from tritter.families import family_of
+from tritter.families import family_of, position_limit
 from tritter.models import read_config
 from tritter.pipeline.base import base_config
 from tritter.pipeline.context import RunContext
@@ -53,7 +53,7 @@ def _why_not(context: RunContext, folder: Path) -> str | None:
             "its tokenizer has other words than that of the run; allowed is a teacher with the "
             "same tokenizer"
         )
-    length, limit = context.config.data.sequence_length, config.get("max_position_embeddings")
-    if isinstance(limit, int) and length > limit:
+    length, limit = context.config.data.sequence_length, position_limit(config)
+    if limit is not None and length > limit:
         return f"it has positions for {limit} tokens, and data.sequence_length = {length}"
     return None

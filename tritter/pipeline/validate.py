@@ -24,7 +24,7 @@ from tritter.evaluation.gate import (
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.evaluation.validation import equivalence_check, parameter_bytes, scaling_check
-from tritter.families import Config, count_parameters, family_of, layout
+from tritter.families import Config, count_parameters, family_of, layout, position_limit
 from tritter.models import load_model, read_config
 from tritter.training.gradient_flow import NewUnits, tried
 
@@ -78,8 +78,7 @@ class Side:
 
     @property
     def longest(self) -> int:
-        limit = self.config.get("max_position_embeddings")
-        return min(SEQUENCE_LENGTH, limit) if isinstance(limit, int) else SEQUENCE_LENGTH
+        return min(SEQUENCE_LENGTH, position_limit(self.config) or SEQUENCE_LENGTH)
 
 
 def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
@@ -231,10 +230,9 @@ def _new_units(before: Config, after: Config) -> NewUnits:
         if old == stored.shape:
             continue
         is_grown = old is not None and stored.is_whole
-        axes = stored.parts[0].tensor.axes
         new[stored.name] = tuple(
             torch.arange(size) >= was if was < size and axis.space.kind != "vocab" else None
-            for size, was, axis in zip(stored.shape, old or (), axes, strict=is_grown)
+            for size, was, axis in zip(stored.shape, old or (), stored.axes, strict=is_grown)
             if is_grown
         )
     return new

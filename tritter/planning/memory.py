@@ -38,6 +38,8 @@ _BLOCK_SIZE = 256
 _SMALLEST_8BIT_TENSOR = 4096
 _MOMENTS = 2
 _FLOAT32 = 4
+_ACTIVATION = "activation_function"  # as GPT-2 calls it
+_STEPS = {"gelu_new": 3}  # what it keeps beside its input and its result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +199,8 @@ def saved_bytes(config: Config, setup: TrainingSetup) -> int:
     it, an RMSNorm its input in float32 and the normed value in the precision of parameters, a
     LayerNorm its input alone, the loss its log-probabilities in float32. Where q, k and v come out
     of one product, it stays whole for the sake of v. Autocast keeps halved copies of the matrices.
+    GPT-2's activation is put together of single steps, which keep three times their size besides;
+    the masks of dropout are left out.
     """
     family = family_of(config)
     sizes = family.dimensions(config)
@@ -233,7 +237,8 @@ def _layer_bytes(family: Family, config: Config, layer: int, setup: TrainingSetu
     attention = 2 * (sizes.query_size + sizes.key_value_size)
     if any(tensor.kind == "attention.qkv" for tensor in family.tensors):
         attention += sizes.query_size + sizes.key_value_size
-    products = 2 * sizes.hidden_size + attention + (4 if family.has_gate else 2) * ffn_units
+    for_each_unit = (4 if family.has_gate else 2) + _STEPS.get(str(config.get(_ACTIVATION)), 0)
+    products = 2 * sizes.hidden_size + attention + for_each_unit * ffn_units
     statistics = sizes.num_attention_heads * _FLOAT32
     norms_bytes = normed * (_FLOAT32 + parameter_bytes)
     if family.subtracts_mean:  # two that read the same stream keep it once
@@ -247,14 +252,15 @@ def _autocast_bytes(config: Config, setup: TrainingSetup) -> int:
     if not setup.precision.endswith("-mixed"):
         return 0
     _, width = _BYTES[setup.precision]
-    is_tied = bool(config.get("tie_word_embeddings"))
+    only_looked_up = ["embed_positions"]
+    if not config.get("tie_word_embeddings"):
+        only_looked_up.append("embed")
+
+    def is_looked_up(stored: StoredTensor) -> bool:
+        return stored.parts[0].tensor.name in only_looked_up
 
     def multiplied(config: Config) -> int:
         stored = layout(config, "live")
-        return _count([t for t in stored if len(t.shape) > 1 and (is_tied or not _is_embedding(t))])
+        return _count([t for t in stored if len(t.shape) > 1 and not is_looked_up(t)])
 
     return width * over_layers(config, multiplied)
-
-
-def _is_embedding(stored: StoredTensor) -> bool:
-    return stored.parts[0].tensor.name == "embed"

@@ -165,6 +165,11 @@ class TensorReader:
         return tensor
 
 
+def is_computed(name: str) -> bool:
+    """Return whether a tensor is one that models compute, which some files hold besides."""
+    return name.endswith(_COMPUTED)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a tensor of numbers holds neither infinities nor NaN."""
     # The extremes of a tensor with a NaN are NaN; this is 20 times quicker than isfinite in bf16.
@@ -195,7 +200,7 @@ def _indexed_headers(folder: Path) -> dict[str, Header]:
                 )
             headers[name] = header
     for name, file in named.items():
-        if name.endswith(_COMPUTED):
+        if is_computed(name):
             continue
         if name not in headers or headers[name].file != file:
             raise TritterError(f"{folder / file} lacks the tensor '{name}' that the index names.")
@@ -232,7 +237,7 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
         with safe_open(path, framework="np") as file:
             names = file.keys()
             for name in names:
-                if name.endswith(_COMPUTED):
+                if is_computed(name):
                     continue
                 part = file.get_slice(name)
                 dtype = _dtype(path, name, str(part.get_dtype()))

@@ -45,7 +45,7 @@ def moments_of(state: State, model: nn.Module) -> dict[str, Moments]:
         held = [part for part in stored.parts if part.tensor.disk_name in both]
         by_name = {
             part.tensor.name: {
-                kind: _moment(state, kind, part.tensor.disk_name, parameter[part.index].shape)
+                kind: _moment(state, kind, part.tensor.disk_name, part.of(parameter).shape)
                 for kind in MOMENTS
             }
             | {"step": torch.tensor(float(state.step_of(part.tensor.disk_name)))}
@@ -130,7 +130,7 @@ def moments_by_name(
                 f"{stored.name}; the moments of Adam and AdamW can be carried, those in 8 bits too."
             )
         for part in stored.parts:
-            own = {kind: held[kind][part.index] if part.index else held[kind] for kind in MOMENTS}
+            own = {kind: part.of(held[kind]) for kind in MOMENTS}
             found[part.tensor.name] = own | {"step": held["step"]}
     return found
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tritter.errors import RequestError, TritterError
 from tritter.expand import Change
 from tritter.families import Config, layout, on_disk
-from tritter.models import config_of, live_shape, set_parameter, weightless_model
+from tritter.models import config_of, set_parameter, state_sizes, weightless_model
 
 Entry = dict[str, Any]
 
@@ -55,12 +55,8 @@ def reshape(
                 owner.register_parameter(key, parameter)
     if config:
         model.tie_weights()  # type: ignore[operator]
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if isinstance(module, nn.Linear) and weight is not None:  # or its owner lets it go next
-            module.out_features, module.in_features = live_shape(
-                weight
-            )  # maybe narrower than stock
+    for module in model.modules():  # which may be narrower than stock
+        state_sizes(module)
 
 
 def entry_of(change: Change, *, step: int, reason: str) -> Entry:
