@@ -88,8 +88,8 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     """
     _check_place(folder, config)
     is_run = os.path.lexists(folder / RUN_FILE)
-    others = (path for path in folder.iterdir() if path.name not in _BEFORE_RUN_FILE)
-    if not is_run and folder.exists() and any(others):
+    held = folder.iterdir() if folder.exists() else ()
+    if not is_run and any(path.name not in _BEFORE_RUN_FILE for path in held):
         raise RequestError(
             f"hydra.run.dir = {folder}: output exists and is no run of Tritter (it has no "
             f"{RUN_FILE}); nothing was touched. Allowed is a new or empty folder, or one of "
