@@ -14,6 +14,7 @@ from tests.config.conftest import FakePipeline, Result
 from tritter.config import memory
 from tritter.config.composition import load_config
 from tritter.config.memory import HeldMemory, memory_notes, memory_problems, trainings
+from tritter.config.optimizers import kept_per_parameter
 from tritter.config.schema import RunConfig
 from tritter.config.validation import source_config
 from tritter.families import family_of
@@ -227,6 +228,9 @@ def test_on_a_gpu_its_memory_counts(
     config = load_config(["model=tiny", "expansion=none", "trainer=gpu"])
     base, _ = trainings(config, source_config(config))
     size = SimpleNamespace(total_memory=base.device)
+    # A torch that knows of GPUs asks theirs at each step once it says that there is one
+    kept = kept_per_parameter(config.optimizer)
+    monkeypatch.setattr(memory, "kept_per_parameter", lambda optimizer: kept)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: size)

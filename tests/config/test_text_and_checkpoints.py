@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -205,7 +206,10 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.old=@base/c* data.new=@new": ("config.json holds an object; allowed is an",),
     "data=text data.old=@old/*.pdf data.new=@new": ("*.pdf", "the glob matches no file"),
     "data=text data.old=@old/*.csv data.new=@new": ("found .csv 1",),
-    "data=text data.old=@old/**x data.new=@new": ("data.old = ", "it can't be looked at (Invalid"),
+    "data=text data.old=@old/**x data.new=@new": (
+        ("data.old = ", "the glob matches no file" if sys.version_info >= (3, 13) else
+         "it can't be looked at (Invalid")
+    ),
     "data=text data.old='~nosuchuser/a' data.new=@new": ("~nosuchuser/a: that is no path",),
     f"data=text data.old=@{'a' * 300} data.new=@new": ("data.old = ", "it can't be looked at"),
     "data=text data.old=[@odl,@old/d.csv] data.new={x:@old/*.pdf,y:@nwe}": (

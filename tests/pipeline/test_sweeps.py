@@ -44,7 +44,8 @@ def rows(said: str) -> list[str]:
 
 def compared(place: Path) -> Any:
     """What `tritter compare` says of the sweep, but for time and memory."""
-    own = ["compare", str(place / "sweep"), "--json", "--output", str(place / "page.html")]
+    page = ["--output", str(place / "page.html"), "--overwrite"]
+    own = ["compare", str(place / "sweep"), "--json", *page]
     command = [sys.executable, "-m", "tritter", *own]
     said = json.loads(subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout)
     kept = ("name", "status", "seed", "training_flops", "training_tokens", "steps", "subjects")
