@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tritter.errors import TritterError
 from tritter.storage.hashing import (
     DigestQueue,
-    StoredTensor,
+    RawTensor,
     bounded_digest,
     bytes_of,
     file_digest,
@@ -94,15 +94,15 @@ def test_a_file_that_was_blown_up_is_refused_and_not_hashed(tmp_path: Path, name
 
 
 HELD = {f"t{number}": torch.full((3, 5), float(number)).bfloat16() for number in range(6)}
-STORED = [StoredTensor(name, "bfloat16", (3, 5), bytes_of(held)) for name, held in HELD.items()]
+RAW = [RawTensor(name, "bfloat16", (3, 5), bytes_of(held)) for name, held in HELD.items()]
 DIGESTS = {name: tensor_digest(name, tensor) for name, tensor in HELD.items()}
 
 
 def test_a_queue_that_has_begun_goes_on_until_others_ask() -> None:
     queue, is_asked, read = DigestQueue(), Event(), list[str]()
 
-    def tensors() -> Iterator[StoredTensor]:
-        for tensor in STORED:
+    def tensors() -> Iterator[RawTensor]:
+        for tensor in RAW:
             read.append(tensor.name)
             if tensor.name == "t2":
                 assert is_asked.wait(60)
@@ -121,7 +121,7 @@ def test_a_queue_that_has_begun_goes_on_until_others_ask() -> None:
 
 def test_what_was_hashed_ahead_is_not_hashed_again() -> None:
     queue = DigestQueue()
-    queue.begin(STORED)
+    queue.begin(RAW)
     while len(queue.results()) < len(HELD):
         pass
     others = {name: tensor + 1 for name, tensor in HELD.items()}
@@ -134,9 +134,9 @@ def test_a_closed_queue_stops_within_a_tensor(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("tritter.storage.hashing._PIECE_BYTES", 1)
     queue = DigestQueue()
 
-    def tensors() -> Iterator[StoredTensor]:
+    def tensors() -> Iterator[RawTensor]:
         queue.close()
-        yield from STORED
+        yield from RAW
 
     queue.begin(tensors())
     queue.add("last", HELD["t0"])  # which comes behind
@@ -146,8 +146,8 @@ def test_a_closed_queue_stops_within_a_tensor(monkeypatch: pytest.MonkeyPatch) -
 def test_damage_is_found_by_those_who_read() -> None:
     queue = DigestQueue()
 
-    def tensors() -> Iterator[StoredTensor]:
-        yield STORED[0]
+    def tensors() -> Iterator[RawTensor]:
+        yield RAW[0]
         raise TritterError
 
     queue.begin(tensors())

@@ -208,8 +208,8 @@ def test_bytes_as_they_lie_have_the_digests_of_their_tensors(
     stream = TensorStream.of({**TENSORS, **others}.items())
     digests = write_tensors(tmp_path / "out", stream, max_shard_bytes=max_shard_bytes)
     queue = DigestQueue()
-    for stored in TensorFolder.open(tmp_path / "out").stored():
-        queue.begin([stored])
+    for raw in TensorFolder.open(tmp_path / "out").raw():
+        queue.begin([raw])
     while len(found := queue.results()) < len(digests):
         pass
     assert found == digests
@@ -219,10 +219,10 @@ def test_bytes_of_a_file_that_was_cut_off_are_not_taken(tmp_path: Path) -> None:
     _written(tmp_path / "out", max_shard_bytes=400)
     folder = TensorFolder.open(tmp_path / "out")
     _truncate(tmp_path / "out")
-    stored = folder.stored()
-    assert next(stored).name == "layer.0"
+    raw = folder.raw()
+    assert next(raw).name == "layer.0"
     with pytest.raises(TritterError, match=r"model-00002-of-00005\.safetensors has changed"):
-        next(stored)
+        next(raw)
 
 
 def test_pickles_are_never_read(tmp_path: Path) -> None:

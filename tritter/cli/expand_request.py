@@ -102,7 +102,7 @@ class ExpandRequest:
         with suppress(OSError, TritterError):
             if is_read:
                 folder = TensorFolder.open(named_path(self.checkpoint, key="checkpoint"))
-                digests.begin(folder.stored())
+                digests.begin(folder.raw())
         try:
             yield digests
         finally:

@@ -21,7 +21,7 @@ _PIECE_BYTES = 16 * 2**20  # after which a queue that nobody needs any more stop
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class RawTensor:
     """A tensor as it lies in a file.
 
     Args:
@@ -112,7 +112,7 @@ class DigestQueue:
         self._room = BoundedSemaphore(_MAX_WAITING)
         self._are_added, self._is_over = Event(), Event()
 
-    def begin(self, tensors: Iterable[StoredTensor]) -> None:
+    def begin(self, tensors: Iterable[RawTensor]) -> None:
         """Hash tensors, one after the other, until the first is added or the queue is closed.
 
         What is wrong with them is found by those who add them.
@@ -143,7 +143,7 @@ class DigestQueue:
         """Wait for what was added and return name → digest."""
         return {name: digest.result() for name, digest in dict(self._digests).items()}
 
-    def _hash_ahead(self, tensors: Iterable[StoredTensor]) -> None:
+    def _hash_ahead(self, tensors: Iterable[RawTensor]) -> None:
         for tensor in tensors:
             digest = begun_digest(tensor.name, f"torch.{tensor.dtype}", tensor.shape)
             for begin in range(0, len(tensor.held), _PIECE_BYTES):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from tritter.errors import TritterError
-from tritter.storage.hashing import StoredTensor
+from tritter.storage.hashing import RawTensor
 from tritter.storage.links import check_links
 from tritter.storage.reading import MAX_HEADER_BYTES, open_file, read_object, require_file
 
@@ -118,7 +118,7 @@ class TensorFolder:
         """
         return TensorReader(self).get(name, index=index)
 
-    def stored(self) -> Iterator[StoredTensor]:
+    def raw(self) -> Iterator[RawTensor]:
         """Yield every tensor's bytes as they lie in the mapped files; torch is not needed.
 
         Raises:
@@ -126,7 +126,7 @@ class TensorFolder:
         """
         for file_name in sorted(set(self.files.values())):
             headers = {n: h for n, h in self.headers.items() if h.file == file_name}
-            yield from _stored(self.folder / file_name, headers)
+            yield from _raw(self.folder / file_name, headers)
 
     def torch_dtype(self, name: str) -> torch.dtype:
         import torch  # headers are read without it
@@ -247,7 +247,7 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
     return headers
 
 
-def _stored(path: Path, headers: Mapping[str, Header]) -> Iterator[StoredTensor]:
+def _raw(path: Path, headers: Mapping[str, Header]) -> Iterator[RawTensor]:
     """Yield the tensors of one file in the order in which they lie there."""
     try:
         with open_file(path) as file:
@@ -259,7 +259,7 @@ def _stored(path: Path, headers: Mapping[str, Header]) -> Iterator[StoredTensor]
             if start + end > len(held):
                 raise EOFError("it has become shorter")
             dtype, shape = headers[name].dtype, headers[name].shape
-            yield StoredTensor(name, dtype, shape, held[start + begin : start + end])
+            yield RawTensor(name, dtype, shape, held[start + begin : start + end])
     except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
         raise TritterError(f"{path} has changed while it was read ({error}).") from error
 
