@@ -64,7 +64,7 @@ LIBRARIES: dict[str, set[str]] = {
     "lightning": {"data", "training", "forgetting", "moe_routing", "growth", "experts", "pipeline"},
     "hydra": {"config", PROGRAM},
     "omegaconf": {"config", PROGRAM},
-    "transformers": {"models", "loadable", "families"},
+    "transformers": {"models", "loadable", "families", "tritter.experts.adapters"},
     "wandb": {"tritter.pipeline.metrics"},
     "peft": {"experts"},
     "lm_eval": {f"tritter.evaluation.benchmarks.{name}" for name in ("harness", "hub", "answers")},

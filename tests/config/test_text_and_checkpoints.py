@@ -314,3 +314,27 @@ def test_no_run_lies_in_the_checkpoint_that_it_starts_from(
     result = run_there(*HF.split(), f"hydra.run.dir={folder}")
     assert (result.code, result.written) == (2, [])
     assert "in the checkpoint that the run starts from" in result.err
+
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 4}
+OF_GPT2: dict[str, tuple[str, ...]] = {
+    "data.sequence_length=65": ("sequence_length = 65", "config.json.n_positions = 64"),
+    "expansion=width": ("hidden_size = 48 with init = fresh", "LayerNorm", "init=net2net"),
+    "expansion=none experts=dylora experts.base_bits=8": ("base_bits = 8", "lie transposed"),
+}
+
+
+@pytest.mark.parametrize("words", OF_GPT2)
+def test_what_gpt2_can_not_have(
+    run_there: Run, place: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.setattr("tritter.config.experts.find_spec", lambda name: name)  # bitsandbytes
+    shutil.rmtree(place / "base")
+    (place / "base").mkdir()
+    (place / "base/config.json").write_text(json.dumps({**GPT2, "n_positions": 64}))
+    for name in ("model.safetensors", "tokenizer.json"):
+        (place / "base" / name).write_text("")
+    result = run_there(*HF.split(), *words.split())
+    assert (result.code, result.written) == (2, [])
+    for part in OF_GPT2[words]:
+        assert part in result.err

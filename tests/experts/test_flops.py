@@ -21,6 +21,7 @@ LENGTH = 12
 IDS = oracle.tokens(batch=1, length=LENGTH)
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STACKED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "embed_tokens", "lm_head")
+OF_GPT2 = ("c_attn", "c_proj", "c_fc", "wte", "lm_head")
 OF_PYTHIA = ("query_key_value", "dense", "dense_h_to_4h", "embed_in", "lm_head")
 WHOLE = (*LAYERS, "embed_tokens", "lm_head")
 
@@ -82,6 +83,8 @@ def check(mixture: ExpertMixture) -> None:
         ("llama", True, "evidence", ("lm_head",)),
         ("phi3", False, "learned", STACKED[:4]),
         ("gpt_neox", False, "evidence", OF_PYTHIA),
+        ("gpt2", True, "evidence", OF_GPT2),
+        ("gpt2", False, "learned", OF_GPT2[:3]),
     ],
 )
 def test_experts_on_all_and_on_the_vocabulary(

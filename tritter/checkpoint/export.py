@@ -107,7 +107,8 @@ class Weights:
         A head that was tied is a tensor of its own where the vocabulary is added to.
 
         Args:
-            added: by the layer's name in memory, of the weight's shape.
+            added: by the layer's name in memory, of the weight's shape, outputs first where it
+                lies transposed.
 
         Raises:
             TritterError: the model has no such layer, or it is of another shape.
@@ -122,9 +123,12 @@ class Weights:
         places = {stored.name.removesuffix(".weight"): stored for stored in live}
         of_name: dict[str, Tensor] = {}
         for layer, delta in added.items():
-            if layer not in places or places[layer].shape != tuple(delta.shape):
+            stored = places.get(layer)
+            if stored is not None:
+                delta = stored.parts[0].turned(delta)
+            if stored is None or stored.shape != tuple(delta.shape):
                 raise TritterError(f"{self.name} has no layer {layer} of {list(delta.shape)}.")
-            of_name |= {tensor.name: part for tensor, part in places[layer].unpack(delta)}
+            of_name |= {tensor.name: part for tensor, part in stored.unpack(delta)}
         untied = {tensor.name for tensor in tied}
 
         def origin(name: str) -> str:

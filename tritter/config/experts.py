@@ -11,6 +11,7 @@ from tritter.config.experts_config import ExpertsConfig
 from tritter.config.reading import Reader
 from tritter.config.schema import RunConfig
 from tritter.errors import Problem, RequestError, TritterError
+from tritter.families import Config, family_of
 from tritter.targets import TARGET
 
 _KIND = "tritter.experts.method.Experts"
@@ -67,10 +68,13 @@ def experts_problems(config: RunConfig) -> Iterator[Problem]:
         yield from _dynamic_problems(config)
 
 
-def experts_start_problems(config: RunConfig, folder: Path | None) -> Iterator[Problem]:
+def experts_start_problems(
+    config: RunConfig, source: Config, folder: Path | None
+) -> Iterator[Problem]:
     """Yield why experts can't be put on, or gone on with, in what a run starts from.
 
     Args:
+        source: its config.json.
         folder: the checkpoint, if it is at hand.
 
     Raises:
@@ -87,6 +91,10 @@ def experts_start_problems(config: RunConfig, folder: Path | None) -> Iterator[P
             assert folder is not None
             refuse_experts(folder, doing="a training with experts=none", key="model.path")
         return
+    family, wanted = family_of(source), asked.options.base_bits
+    if wanted is not None and any(tensor.is_transposed for tensor in family.tensors):
+        reason = f"the matrices of {family.model_type} lie transposed, and none would be quantised"
+        yield Problem("experts.base_bits", wanted, reason=reason, nearest="null")
     if files is None:
         if asked.is_dynamic and asked.options.boundaries == "detected" and not config.text.old:
             reason = (

@@ -232,7 +232,7 @@ def start_problems(
         *growth_start_problems(config, source),
         *compile_start_problems(config, source),
         *sharding_start_problems(config, source),
-        *experts_start_problems(config, folder),
+        *experts_start_problems(config, source, folder),
     ]
 
 

@@ -16,13 +16,14 @@ from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tritter.errors import RequestError, did_you_mean
 from tritter.training.parameters import WRAPPED
 
 # Tensors of all experts of a layer → what PEFT takes for a part of them
 _FUSED = {"down_proj": ("down_proj",), "gate_up_proj": ("gate_proj", "up_proj")}
-_LAYER = re.compile(r"(?:^|.*\.)layers\.(\d+)(?=\.)")
+_LAYER = re.compile(r"(?:^|.*\.)(?:layers|h)\.(\d+)(?=\.)")  # h in GPT-2
 _OWN = re.compile(r".*\.lora_(?:embedding_)?[AB]\.(?P<adapter>[^.]+)(?:\.weight)?")
 _PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
@@ -104,6 +105,7 @@ def put_on(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) -> No
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT sets it for each layer
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=name)
     for _, layer in adapted_layers(model):
@@ -232,7 +234,7 @@ def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if (
-            isinstance(module, nn.Linear | LoraLayer)
+            isinstance(module, nn.Linear | Conv1D | LoraLayer)
             and layer_number(name) is not None
             and not is_of_adapter(f".{name}.")
             and not name.endswith(WRAPPED)

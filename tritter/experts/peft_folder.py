@@ -45,6 +45,7 @@ _HARMLESS = {
     "peft_version", "r", "lora_alpha", "lora_dropout", "revision", "target_modules", "task_type",
     "ephemeral_gpu_offload", "runtime_config", "eva_config", "corda_config", "loftq_config",
     "lora_ga_config", "qalora_group_size",
+    "fan_in_fan_out",  # PEFT goes by the layer: true where its matrix lies transposed
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
+from tritter.errors import RequestError
 from tritter.experts.adapters import decoder_layers
 
 _OUTLIER = 6.0  # from which an input is computed in float16, as transformers has it
@@ -88,10 +89,22 @@ def quantise(model: nn.Module, bits: int) -> None:
     """Hold the linear layers of a model's decoder layers in 8 or 4 bits; nothing else changes.
 
     Meant for a model just loaded. Experts that share a tensor, norms, embeddings and the head stay.
+
+    Raises:
+        RequestError: there is none, as in GPT-2, whose matrices lie transposed.
     """
     kinds: dict[int, Any] = {8: EightBit, 4: FourBit}
-    for layer in decoder_layers(model).values():
-        for name, module in list(layer.named_modules()):
-            if type(module) is nn.Linear:
-                layer.set_submodule(name, kinds[bits](module).train(module.training))
+    found = [
+        (layer, name, module)
+        for layer in decoder_layers(model).values()
+        for name, module in layer.named_modules()
+        if type(module) is nn.Linear
+    ]
+    if not found:
+        raise RequestError(
+            f"experts.base_bits = {bits}: {type(model).__name__} has no linear layer that "
+            "bitsandbytes holds; leave it out."
+        )
+    for layer, name, module in found:
+        layer.set_submodule(name, kinds[bits](module).train(module.training))
     setattr(model, f"is_loaded_in_{bits}bit", True)  # which PEFT asks for
