@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Run, snapshot
+from tests.oracle import saved
+from tests.oracle.families import tiny
 from tritter.cli import main
 from tritter.families.presets import PRESETS
 from tritter.models import load_model
@@ -170,3 +172,13 @@ def test_what_the_commands_need_is_told(run: Run, place: Path) -> None:
     assert only.startswith("The result is to be trained: tritter train --checkpoint base-")
     shown = run("plan --source 3B --target 4B --gpu-hours 1e4").out
     assert "tritter_3b is a shape" in shown
+
+
+def test_a_model_with_learned_positions_reads_no_more(run: Run, place: Path) -> None:
+    saved(tiny("gpt2"), place / "gpt2")
+    words = "plan --source gpt2 --target 40k --gpu-hours 1"
+    assert "1 x 64 tokens at once" in run(words).out
+    assert "1 x 32 tokens at once" in run(f"{words} --sequence-length 32").out
+    result = run(f"{words} --sequence-length 65")
+    assert result.code == 2
+    assert "--sequence-length = 65" in result.err and "n_positions = 64" in result.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,6 +121,19 @@ class Source:
         stored, _ = self.places[name]
         is_whole = target.is_whole and stored.is_whole and target.name not in self.live_shapes
         return is_whole and stored.name == target.name and self.dtype(name) == dtype
+
+    def holding(self, target: StoredTensor, names: Sequence[str | None]) -> str | None:
+        """Return the name in the files of what is a target, part by part; None where nothing is.
+
+        Args:
+            names: the tensors that the target's parts are; None: a part is no tensor of the source.
+        """
+        places = [(None, 0) if name is None else self.places[name] for name in names]
+        stored = places[0][0]
+        is_all = stored is not None and len(stored.parts) == len(places)
+        if not is_all or places != [(stored, number) for number in range(len(places))]:
+            return None
+        return stored.name if stored is not None and stored.shape == target.shape else None
 
     def read_digests(self) -> dict[str, str]:
         """Return name on disk → SHA-256 of every tensor, reading those not read so far.

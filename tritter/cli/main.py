@@ -355,7 +355,7 @@ def plan(
     optimizer: plan_options.Optimizer = "adamw",
     freeze_attention: plan_options.FreezeAttention = False,
     batch_size: plan_options.BatchSize = 1,
-    sequence_length: plan_options.SequenceLength = 2048,
+    sequence_length: plan_options.SequenceLength = None,
     gradient_checkpointing: plan_options.GradientCheckpointing = False,
     guide: plan_options.Guide = False,
     as_json: options.AsJson = False,

@@ -19,6 +19,7 @@ from tritter.cli.plan_request import (
     in_plan_options,
     read_source,
     read_target,
+    training_setup,
 )
 from tritter.cli.values import spelled
 from tritter.errors import RequestError
@@ -59,12 +60,12 @@ def run_plan(request: PlanRequest, *, as_json: bool) -> int:
             "`tritter plan --guide` needs nothing."
         )
     with in_plan_options():
+        source = read_source(request.source)
         assumptions = Assumptions(
             device=Device(flops_per_second=request.device_flops, mfu=request.mfu),
             tokens_per_parameter=request.tokens_per_parameter,
-            setup=TrainingSetup(**request.setup),
+            setup=training_setup(request, source),
         )
-        source = read_source(request.source)
         plan = plan_growth(
             source.config,
             read_target(request.target),

@@ -66,9 +66,14 @@ BatchSize = Annotated[
     ),
 ]
 SequenceLength = Annotated[
-    int,
+    int | None,
     option(
-        "--sequence-length", "N", "Tokens of a sequence.", least=1, most=MAX_COUNT, panel=_MEMORY
+        "--sequence-length",
+        "N",
+        "Tokens of a sequence. Default: 2048, or as many positions as the model has learned.",
+        least=1,
+        most=MAX_COUNT,
+        panel=_MEMORY,
     ),
 ]
 GradientCheckpointing = Annotated[

@@ -15,10 +15,16 @@ from tritter.cli.output import shown_path
 from tritter.cli.values import parameter_count, spelled
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.expansion import ExpansionSpec
-from tritter.families import count_parameters
+from tritter.families import count_parameters, family_of
 from tritter.families.config_file import read_config_file
 from tritter.families.presets import PRESETS, find_preset
-from tritter.planning import GrowthPlan, NamedShape, named_shape, preset_shape
+from tritter.planning import (
+    GrowthPlan,
+    NamedShape,
+    TrainingSetup,
+    named_shape,
+    preset_shape,
+)
 from tritter.report.wording import count_text
 from tritter.storage.hub import locate
 
@@ -46,6 +52,24 @@ class PlanRequest:
     mfu: float
     tokens_per_parameter: float
     setup: Mapping[str, Any]
+
+
+def training_setup(request: PlanRequest, source: NamedShape) -> TrainingSetup:
+    """Return how models are trained; sequences no longer than a model has learned positions.
+
+    Raises:
+        RequestError: an option is not allowed; names it.
+    """
+    family, asked = family_of(source.config), request.setup["sequence_length"]
+    learned = family.dimensions(source.config).max_position_embeddings
+    if asked is not None and 0 < learned < asked:
+        raise RequestError(
+            f"sequence_length = {asked}: {source.name} has learned {family.positions_key} = "
+            f"{learned} positions; allowed is at most that."
+        )
+    usual = TrainingSetup().sequence_length
+    length = asked or min(usual, learned or usual)
+    return TrainingSetup(**{**request.setup, "sequence_length": length})
 
 
 def expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterator[str]:

@@ -242,7 +242,13 @@ def _stream(
             yield from reader.blocks(maps[part.tensor.name], dtypes[target.name])
 
     def turned(target: StoredTensor) -> Iterator[Tensor]:
-        """Yield the whole of what can't come row by row, its rows being inputs."""
+        """Yield what can't come row by row, its rows being inputs, as a whole."""
+        steps = [maps[part.tensor.name] for part in target.parts]
+        origins = [step.origin if step.is_verbatim else None for step in steps]
+        held = source.holding(target, origins)
+        if held is not None:
+            yield source.read_stored(held).to(dtypes[target.name])
+            return
         whole = torch.cat([block.reshape(-1) for block in rows(target)])
         yield whole.view(-1, target.shape[0]).T.contiguous()
 
