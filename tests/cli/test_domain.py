@@ -94,7 +94,7 @@ REFUSED = {
     f"{TRAIN} --old-data old --domain old": "--domain = old: that is what the old text",
     f"{ADD} --expert-init best": "--expert-init = best: domain data chooses the expert",
     f"{ADD} --expert-init distill --teacher base": "--expert-init = distill: new experts learn",
-    f"{TRAIN} --expert-init distill": "--teacher = null: init=distill learns from a teacher",
+    f"{TRAIN} --expert-init distill": "--teacher = null: --expert-init=distill learns from",
     f"{TRAIN} --expert-init distill --teacher x": "--teacher = x: no such folder",
     "expand --checkpoint base --method moe-add --addition replicate --domain-data data/code":
         "appends no experts",

@@ -224,6 +224,10 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
         ("--method width --hidden-size 12", ["--hidden-size = 12", "smaller", "at least 24"]),
         ("--method width --hidden-size 25", ["--hidden-size = 25", "nearest: 28"]),
         ("--method width --noise nan", ["--noise = nan"]),
+        (
+            "--method width --hidden-size 48 --noise 0.1",
+            ["--noise = 0.1", "use --width-init=net2net or --width-init=zero_pad"],
+        ),
         ("--method width --noise inf", ["--noise"]),
         ("--method dus --target-layers 3", ["--target-layers = 3", "nearest: 4"]),
         ("--method dus --target-layers 4 --drop-layers 2", ["--drop-layers = 2 contradicts"]),

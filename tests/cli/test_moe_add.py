@@ -55,10 +55,11 @@ def test_replicate_is_stock_loadable(run: Run, base: Path) -> None:
     [
         ("--clone-from 4", "--clone-from"),
         ("--clone-from x", "--clone-from = [x]: allowed is a list of whole numbers"),
-        ("--expert-init mean --clone-from 1", "--clone-from"),
+        ("--expert-init mean --clone-from 1", "none; use --expert-init=clone"),
+        ("--expert-init distill", "--expert-init=distill learns from a teacher"),
         ("--expert-init best-of", "--expert-init"),
         ("--addition twice", "--addition"),
-        ("--addition replicate --num-experts 3", "--num-experts"),
+        ("--addition replicate --num-experts 3", "--num-experts = 3: --addition=replicate"),
         ("--experts-per-token 3", "--experts-per-token"),
     ],
 )
@@ -69,6 +70,11 @@ def test_what_cannot_be_had_speaks_of_the_option(
     result = run(f"{ADD} {words}")
     assert result.code == 2 and told in result.err
     assert snapshot(base.parent) == before
+
+
+def test_a_sparse_model_is_sent_to_the_method_by_its_option(run: Run, base: Path) -> None:
+    refused = run(f"{ADD.replace('moe-add', 'moe')} --num-experts 4")
+    assert refused.code == 2 and "use --method=moe-add" in refused.err
 
 
 def test_target_params_choose_how_many(run: Run, base: Path) -> None:

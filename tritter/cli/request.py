@@ -135,10 +135,30 @@ def _selected(reader: Reader, name: str, typed: Mapping[str, Any]) -> tuple[Sele
 
 
 def _with_options(text: str) -> str:
+    """Return a refusal whose keys, and whose advice on keys and methods, are spelled as options.
+
+    A refusal names its keys in full once; advice after it (`use init=net2net`) leaves the method
+    out and means the one that was named.
+    """
     by_field = {
-        f"expansion.{method}.{field}": f"--{spelled(option)}"
+        (method, field): f"--{spelled(option)}"
         for option, takers in method_options().items()
         for method, field in takers.items()
     }
-    text = re.sub(r"expansion\.\w+\.\w+", lambda key: by_field.get(key[0], key[0]), text)
+    named = re.search(r"\bexpansion\.(\w+)", text)
+    methods = method_bodies()
+
+    def of_key(key: re.Match[str]) -> str:
+        return by_field.get((key["method"], key["field"]), key[0])
+
+    def of_advice(advice: re.Match[str]) -> str:
+        key, sign, value = advice["key"], advice["sign"], advice["value"]
+        if key == "expansion" and value in methods:
+            return f"--method{sign}{spelled(value)}"
+        option = by_field.get((named[1], key)) if named else None
+        return f"{option}{sign}{value}" if option else advice[0]
+
+    advice = r"(?<![\w.-])(?P<key>[a-z]\w*)(?P<sign>=| = )(?P<value>\w+)"
+    text = re.sub(advice, of_advice, text)
+    text = re.sub(r"\bexpansion\.(?P<method>\w+)\.(?P<field>\w+)", of_key, text)
     return re.sub(r"^(checkpoint|target_params|dtype)\b", lambda key: f"--{spelled(key[0])}", text)
