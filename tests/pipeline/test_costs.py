@@ -18,7 +18,7 @@ import tritter.families.flops as counting
 from tests.pipeline.conftest import SMALL
 from tests.pipeline.test_given import FAST, texts
 from tritter import models
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.evaluation import estimate
 from tritter.evaluation.bootstrap import studentised_errors
 from tritter.families import family_of, training_flops
