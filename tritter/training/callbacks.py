@@ -179,11 +179,12 @@ class RandomState(Callback):
     It is set before the first batch, not earlier: making the loader's iterator draws from it.
 
     Args:
-        seed: what it begins from; None: as it is found, other processes from where the first is.
+        seed: of the run; None: it begins as it is found, of all processes but the first elsewhere.
+        label: of the training, each of which begins from its own.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
-        self._seed = seed
+    def __init__(self, seed: int | None = None, *, label: str = "") -> None:
+        self._seed = None if seed is None else derived_seed(seed, label)
         self._restored: Mapping[str, Any] | None = None
         self._has_begun = False
 

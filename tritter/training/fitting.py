@@ -16,7 +16,6 @@ from tritter.data.batches import BatchStream
 from tritter.data.datamodule import Batches, EvaluationText, TextModule
 from tritter.errors import TritterError
 from tritter.models import activations_recomputed
-from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import remove_folder
 from tritter.targets import NamedTarget
@@ -98,9 +97,8 @@ def fit(
     flow, held = GradientFlow({} if task is None else task.new_units), HeldBytes()
     watching = Watching(guard, work, flow, held, validation)
     conclusion = Conclusion(watching, saving=saving, stop=stop, write=write_result)
-    seed = None if settings.seed is None else derived_seed(settings.seed, label)
     callbacks = [EndOfTraining(), flow, *observers, *controls, work, held, Performance(work)]
-    ours = [guard, bar, RandomState(seed), *changers, conclusion, validation]
+    ours = [guard, bar, RandomState(settings.seed, label=label), *changers, conclusion, validation]
     callbacks += [*_callbacks_of(module, task, folder, work), *filter(None, ours)]
     module.their_callbacks = TheirCallbacks(options=theirs, folder=folder, last=saving)
     gc.collect()  # an earlier trainer, its module and callbacks hold each other, moments too
