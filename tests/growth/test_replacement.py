@@ -1,10 +1,12 @@
 """Dead neurons: who is one, what using them again keeps, and what is forgotten of them."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from tests import oracle
 from tests.growth.given import asked, grower, looked_at
+from tests.oracle.families import tiny
 from tritter.growth.grower import Grower
 from tritter.growth.places import ffn_places
 from tritter.growth.replacement import dead_neurons, wanda_scores
@@ -84,6 +86,32 @@ def test_the_young_are_never_used_again() -> None:
     assert not set(DEAD) & set(found[149]) and found[150][:2] == list(DEAD)
     event(engine, model, optimizer, step=149, count=4)
     assert sorted(engine.maturity.ages(149)) == [0] * 4 + [99] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "down"),
+    [
+        ("gpt2", {"resid_pdrop": 0.0}, "mlp.c_proj"),
+        ("gpt_neox", {}, "mlp.dense_4h_to_h"),
+        ("llama", {"mlp_bias": True}, "mlp.down_proj"),
+    ],
+)
+def test_what_neurons_compute_is_what_their_readers_are_given(
+    family: str, options: dict[str, object], down: str
+) -> None:
+    """With the biases that neurons have."""
+    model, given = tiny(family, **options), list[Tensor]()
+    place = ffn_places(model)[1]
+    reader = model.get_submodule(str(place.down).removesuffix(".weight"))
+    assert str(place.down).endswith(f"{down}.weight")
+    handle = reader.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].detach()))
+    looks = looked_at(model, oracle.tokens(batch=4, length=20))
+    handle.remove()
+    _, _, weight = place.weights(model)
+    assert weight is not None
+    strength = given[0].flatten(0, 1).square().mean(dim=0).sqrt()
+    expected = strength * torch.linalg.vector_norm(weight, dim=0)
+    assert torch.allclose(wanda_scores(model, place, looks[1]), expected, rtol=1e-4)
 
 
 def test_grow_only_counts_who_is_dead_and_leaves_them() -> None:

@@ -1,6 +1,7 @@
 """Safetensors folders out and in: stock transformers reads them; damage is refused by name."""
 
 import json
+import os
 import resource
 import weakref
 from collections.abc import Callable, Iterator
@@ -223,6 +224,17 @@ def test_bytes_of_a_file_that_was_cut_off_are_not_taken(tmp_path: Path) -> None:
     assert next(raw).name == "layer.0"
     with pytest.raises(TritterError, match=r"model-00002-of-00005\.safetensors has changed"):
         next(raw)
+
+
+def test_files_that_are_no_longer_those_that_were_opened_are_named(tmp_path: Path) -> None:
+    _written(tmp_path / "out", max_shard_bytes=400)
+    folder = TensorFolder.open(tmp_path / "out")
+    folder.check_unchanged()
+    shard = tmp_path / "out" / "model-00002-of-00005.safetensors"
+    held = shard.stat()
+    os.utime(shard, ns=(held.st_atime_ns, held.st_mtime_ns + 1))
+    with pytest.raises(TritterError, match=r"model-00002-of-00005\.safetensors has changed"):
+        folder.check_unchanged()
 
 
 def test_pickles_are_never_read(tmp_path: Path) -> None:

@@ -140,11 +140,13 @@ class Source:
 
         Raises:
             RequestError: names the tensors that changed since the lineage was written.
+            TritterError: a file was changed since the folder was opened.
         """
         known = self.digests.results()
         for tensor in self.stored:
             if tensor.name not in known:
                 self.read_stored(tensor.name)
+        self.tensors.check_unchanged()
         known = self.digests.results()
         digests = {tensor.name: known[tensor.name] for tensor in self.stored}
         recorded = digests if self.lineage is None else self.lineage.tensor_digests

@@ -102,7 +102,7 @@ class ExpandRequest:
         with suppress(OSError, TritterError):
             if is_read:
                 folder = TensorFolder.open(named_path(self.checkpoint, key="checkpoint"))
-                digests.begin(folder.raw())
+                digests.begin(folder.raw(), check=folder.check_unchanged)
         try:
             yield digests
         finally:

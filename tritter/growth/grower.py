@@ -371,6 +371,7 @@ class Grower:
             gate=gate,
             up=up,
             down=down,
+            gate_bias=place.bias(model, place.gate),
             activation=place.activation(model),
             look=look,
             sources=sources,

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from tritter.growth.look import Look
 from tritter.growth.orthogonal import Against, orthogonalised
@@ -29,6 +30,7 @@ class Layer:
     Args:
         gate: [F, H]; `up` likewise, None where neurons have no gate and `gate` is all they read by.
         down: [H, F]; None where nobody knows who reads the neurons.
+        gate_bias: [F], added before σ; new neurons have none at first.
         activation: σ.
         look: tokens of the step, of all processes.
         sources: int64 [k], the neurons of the highest pressure, which new ones may stem from.
@@ -42,6 +44,7 @@ class Layer:
     look: Look
     sources: Tensor
     seed: int
+    gate_bias: Tensor | None = None
 
     def drawn(self, count: int, size: int) -> Tensor:
         """Return standard normal numbers [count, size], by the seed alone."""
@@ -55,8 +58,11 @@ class Layer:
 
     def computed(self) -> Tensor:
         """Return what the neurons of an FFN without gates computed, [T, F]."""
-        seen = self.look.computed
-        return self.activation(self.look.inputs @ self.gate.T) if seen is None else seen
+        return self.opened() if self.look.computed is None else self.look.computed
+
+    def opened(self) -> Tensor:
+        """Return σ of what gates read, [T, F]."""
+        return self.activation(F.linear(self.look.inputs, self.gate, self.gate_bias))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -252,8 +258,7 @@ def _median_norm(rows: Tensor) -> Tensor:
 def _median_gradient(layer: Layer, down: Tensor) -> Tensor:
     """Return the median norm of the gradients of the rows of up, over the tokens looked at."""
     inputs, deltas = layer.look.inputs, layer.look.output_gradients
-    opened = layer.activation(inputs @ layer.gate.T)  # [T, F]
-    return _median_norm(((deltas @ down) * opened).T @ inputs)
+    return _median_norm(((deltas @ down) * layer.opened()).T @ inputs)
 
 
 def _directions(moment: Tensor, start: Tensor, count: int) -> Tensor:

@@ -57,9 +57,8 @@ class FfnPlace:
         """Yield the same of all parameters, biases included."""
         for name, dim in self.parts:
             yield name, dim
-            owner = name.removesuffix(".weight")
-            if name in self.rows and model.get_submodule(owner).bias is not None:
-                yield f"{owner}.bias", 0
+            if name in self.rows and _owner(model, name).bias is not None:
+                yield f"{name.removesuffix('.weight')}.bias", 0
 
     def weights(self, model: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return gate [F, H], up [F, H] and down [H, F], detached, in float32."""
@@ -69,6 +68,11 @@ class FfnPlace:
         )
         assert gate is not None
         return gate, up, down
+
+    def bias(self, model: nn.Module, name: str) -> Tensor | None:
+        """Return what neurons add to what one of `rows` reads [F], detached, in float32."""
+        held = _owner(model, name).bias
+        return held.detach().float() if isinstance(held, Tensor) else None
 
     def turned(self, weight: Tensor) -> Tensor:
         """Return a weight, or its gradient, with its outputs first."""
@@ -86,6 +90,11 @@ class FfnPlace:
 
     def width(self, model: nn.Module) -> int:
         return model.get_parameter(self.gate).shape[self.of_rows]
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """Return the module that a weight belongs to."""
+    return model.get_submodule(name.removesuffix(".weight"))
 
 
 def _as_it_is(values: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tritter.growth.look import Look
 from tritter.growth.places import FfnPlace
@@ -18,8 +19,10 @@ def wanda_scores(model: nn.Module, place: FfnPlace, look: Look) -> Tensor:
     gate, up, down = place.weights(model)
     computed = look.computed
     if computed is None:
-        computed = place.activation(model)(look.inputs @ gate.T)  # [T, F]
-        computed = computed if up is None else computed * (look.inputs @ up.T)
+        summed = F.linear(look.inputs, gate, place.bias(model, place.gate))  # [T, F]
+        computed = place.activation(model)(summed)
+        if up is not None and place.up is not None:
+            computed = computed * F.linear(look.inputs, up, place.bias(model, place.up))
     strength = computed.square().mean(dim=0).sqrt()
     return strength if down is None else strength * torch.linalg.vector_norm(down, dim=0)
 

@@ -156,7 +156,9 @@ class RunContext:
     def trainer_settings(self) -> TrainerSettings:
         values = asdict(self.config.trainer)
         del values["check_memory"]  # that was done before
-        return TrainerSettings(**values, arguments=self.config.trainer_arguments)
+        return TrainerSettings(
+            **values, seed=self.config.seed, arguments=self.config.trainer_arguments
+        )
 
     @property
     def optimizer_settings(self) -> OptimizerSettings:

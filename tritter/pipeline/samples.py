@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tritter.evaluation.samples import prompt_in_words, sample_text
-from tritter.families import forward_flops
+from tritter.families import forward_flops, position_limit
 from tritter.models import config_of
-from tritter.pipeline.context import RunContext
+from tritter.pipeline.context import MAX_POSITIONS, RunContext
 
 SAMPLE_PROMPT_TOKENS = 24
 
@@ -23,12 +23,15 @@ def said(context: RunContext, domain: str, before: Any, after: Any) -> Said:
     document = context.corpus.domains[domain].validation.document(0)
     # Documents begin with headings and imports, which show less than what comes after them.
     tokenizer, max_new = context.corpus.tokenizer, context.config.evaluation.sample_tokens
+    # Of learned positions there are no more; the last token that is said is not read
+    positions = position_limit(config_of(before)) or MAX_POSITIONS
     prompt = prompt_in_words(
         document[: 4 * SAMPLE_PROMPT_TOKENS].tolist(),
         tokenizer.decode,
         skipped_tokens=SAMPLE_PROMPT_TOKENS,
-        max_tokens=SAMPLE_PROMPT_TOKENS,
+        max_tokens=min(SAMPLE_PROMPT_TOKENS, positions // 2),
     )
+    max_new = min(max_new, positions - len(prompt))
     texts, flops = {}, 0.0
     for name, model in (("before", before), ("after", after)):
         tokens = sample_text(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,10 @@ def header_digest(path: Path) -> str:
         return hashlib.sha256(start + file.read(length)).hexdigest()
 
 
+def _no_check() -> None:
+    """Find nothing wrong."""
+
+
 class DigestQueue:
     """Digests of tensors, computed in a worker thread while its callers go on.
 
@@ -111,12 +115,17 @@ class DigestQueue:
         self._lock = Lock()
         self._room = BoundedSemaphore(_MAX_WAITING)
         self._are_added, self._is_over = Event(), Event()
+        self._check = _no_check
 
-    def begin(self, tensors: Iterable[RawTensor]) -> None:
+    def begin(self, tensors: Iterable[RawTensor], *, check: Callable[[], None] = _no_check) -> None:
         """Hash tensors, one after the other, until the first is added or the queue is closed.
 
         What is wrong with them is found by those who add them.
+
+        Args:
+            check: raises where these are no longer the tensors that will have been added.
         """
+        self._check = check
         self._worker.submit(self._hash_ahead, tensors)
 
     def close(self) -> None:
@@ -140,7 +149,12 @@ class DigestQueue:
         return self._digests[name].result()
 
     def results(self) -> dict[str, str]:
-        """Wait for what was added and return name → digest."""
+        """Wait for what was added and return name → digest.
+
+        Raises:
+            TritterError: what was hashed ahead has become something else since.
+        """
+        self._check()
         return {name: digest.result() for name, digest in dict(self._digests).items()}
 
     def _hash_ahead(self, tensors: Iterable[RawTensor]) -> None:

@@ -55,11 +55,13 @@ class Header:
     Args:
         file: name of the file in its folder.
         dtype: as torch calls it.
+        stamp: the file's size, and when it was changed last.
     """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    stamp: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,17 @@ class TensorFolder:
         for file_name in sorted(set(self.files.values())):
             headers = {n: h for n, h in self.headers.items() if h.file == file_name}
             yield from _raw(self.folder / file_name, headers)
+
+    def check_unchanged(self) -> None:
+        """Refuse files that are no longer those whose headers were read.
+
+        Raises:
+            TritterError: names the file.
+        """
+        for file_name, stamp in {(header.file, header.stamp) for header in self.headers.values()}:
+            path = self.folder / file_name
+            if _stamp(path) != stamp:
+                raise TritterError(f"{path} has changed since its header was read.")
 
     def torch_dtype(self, name: str) -> torch.dtype:
         import torch  # headers are read without it
@@ -232,7 +245,7 @@ def _read_index(index: Path) -> dict[str, str]:
 def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
     path = folder / file_name
     require_file(path, is_read_whole=False)
-    headers = {}
+    headers, stamp = {}, _stamp(path)
     try:
         with safe_open(path, framework="np") as file:
             names = file.keys()
@@ -241,10 +254,16 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
                     continue
                 part = file.get_slice(name)
                 dtype = _dtype(path, name, str(part.get_dtype()))
-                headers[name] = Header(file_name, dtype, tuple(part.get_shape()))
+                headers[name] = Header(file_name, dtype, tuple(part.get_shape()), stamp)
     except (SafetensorError, OSError, MemoryError) as error:
         raise TritterError(f"{path} cannot be read ({error}).") from error
     return headers
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    with open_file(path) as file:
+        found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def _raw(path: Path, headers: Mapping[str, Header]) -> Iterator[RawTensor]:

@@ -177,9 +177,14 @@ class RandomState(Callback):
     """Keep the global random state of every process in checkpoints, and go on from it.
 
     It is set before the first batch, not earlier: making the loader's iterator draws from it.
+
+    Args:
+        seed: of the run; None: it begins as it is found, of all processes but the first elsewhere.
+        label: of the training, each of which begins from its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int | None = None, *, label: str = "") -> None:
+        self._seed = None if seed is None else derived_seed(seed, label)
         self._restored: Mapping[str, Any] | None = None
         self._has_begun = False
 
@@ -192,8 +197,10 @@ class RandomState(Callback):
         if self._restored is not None:
             restore_random_state(self._restored)
             self._restored = None
-        elif trainer.global_rank:  # else all processes would drop out the same units
-            torch.manual_seed(derived_seed(torch.initial_seed(), "rank", trainer.global_rank))
+        elif self._seed is not None or trainer.global_rank:
+            start = torch.initial_seed() if self._seed is None else self._seed
+            # Or all processes would drop out the same units
+            torch.manual_seed(derived_seed(start, "rank", trainer.global_rank))
 
     def state_dict(self) -> dict[str, Any]:
         rank, own = this_rank(), random_state()

@@ -98,7 +98,7 @@ def fit(
     watching = Watching(guard, work, flow, held, validation)
     conclusion = Conclusion(watching, saving=saving, stop=stop, write=write_result)
     callbacks = [EndOfTraining(), flow, *observers, *controls, work, held, Performance(work)]
-    ours = [guard, bar, RandomState(), *changers, conclusion, validation]
+    ours = [guard, bar, RandomState(settings.seed, label=label), *changers, conclusion, validation]
     callbacks += [*_callbacks_of(module, task, folder, work), *filter(None, ours)]
     module.their_callbacks = TheirCallbacks(options=theirs, folder=folder, last=saving)
     gc.collect()  # an earlier trainer, its module and callbacks hold each other, moments too

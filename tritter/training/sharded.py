@@ -23,9 +23,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
     What stands in no layer, embeddings that may be tied among it, is gathered together.
     """
-    layers = backbone_of(model).layers
-    assert isinstance(layers, nn.ModuleList)
-    for layer in layers:
+    lists = (each for each in backbone_of(model).children() if isinstance(each, nn.ModuleList))
+    for layer in next(lists):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

@@ -39,6 +39,7 @@ class TrainerSettings:
         progress: `auto`, `on` or `off`.
         activation_checkpointing: layers compute again what the backward pass needs of them.
         compile: the forward and backward pass of a step go through torch.compile.
+        seed: of what layers draw in training, as for dropout; None: as torch's generators stand.
         arguments: further ones of Lightning's Trainer, checked before.
     """
 
@@ -53,6 +54,7 @@ class TrainerSettings:
     progress: str = "auto"
     activation_checkpointing: bool = False
     compile: bool = False
+    seed: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
