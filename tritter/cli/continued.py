@@ -168,9 +168,7 @@ def _value(sources: TextSources) -> str | None:
     """Return domains and paths as Hydra reads them."""
     if not sources:
         return None
-    parts = [
-        f"{name}:[{','.join(map(_word, paths))}]" for name, paths in sources.items()
-    ]
+    parts = [f"{name}:[{','.join(map(_word, paths))}]" for name, paths in sources.items()]
     return "{" + ",".join(parts) + "}"
 
 
