@@ -31,6 +31,9 @@ def next_commands(
     checkpoint = str(folder / "checkpoint")
     if summary["status"] != "rolled_back":
         lines.append(tritter_command(["generate", "--checkpoint", checkpoint, "--prompt", "TEXT"]))
+    elif (trained := folder / f"attempt_{len(summary.get('attempts', ()))}" / "trained").is_dir():
+        refused = tritter_command(["inspect", str(trained)])
+        lines.append(f"{refused}   # what was trained and not kept")
     return [*lines, tritter_command(["history", checkpoint, "--verify"])]
 
 
