@@ -61,7 +61,7 @@ def test_rolled_back(commands: Callable[..., list[str]]) -> None:
     lines = commands("rolled_back", failed, words=("training.max_steps=50",))
     assert all("training.max_steps=50" in line for line in lines[:3])
     assert "forgetting.replay.fraction=0.5" in lines[0]
-    assert "'forgetting=[l2sp,replay]'" in lines[1]
+    assert "'forgetting=[distill,replay]'" in lines[1]
     assert "training.learning_rate=0.0015" in lines[2]
     assert not any("generate" in line for line in lines)
     assert "forgetting=replay" in commands("rolled_back", failed, words=("forgetting=none",))[0]
