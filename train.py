@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritter.config.entry import main
+from tritter.config.launch.entry import main
 from tritter.loading import loading
 
 if TYPE_CHECKING:
-    from tritter.config.jobs import Outcome
+    from tritter.config.launch.jobs import Outcome
     from tritter.config.schema import RunConfig
 
 

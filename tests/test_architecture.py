@@ -59,6 +59,9 @@ ARROWS: dict[str, set[str]] = {
     PROGRAM: {"config", "pipeline", "report"},
 }
 
+# Room → its top floor, which uses the rest of the room and is used by none of it.
+TOP_FLOORS = {"config": "launch"}
+
 # Library → where it may be imported: rooms, or single modules.
 LIBRARIES: dict[str, set[str]] = {
     "lightning": {"data", "training", "forgetting", "moe_routing", "growth", "experts", "pipeline"},
@@ -145,6 +148,18 @@ def arrow_violations(module: Module) -> list[str]:
     return found
 
 
+def floor_violations(module: Module) -> list[str]:
+    """Return the imports of its own room's top floor from below it."""
+    top = f"{PACKAGE}.{module.room}.{TOP_FLOORS.get(module.room)}."
+    if module.name.startswith(top) or module.room not in TOP_FLOORS:
+        return []
+    return [
+        f"{module.name}:{entry.line} imports {entry.module}, which stands above it"
+        for entry in module.imports
+        if entry.module.startswith(top)
+    ]
+
+
 def library_violations(module: Module) -> list[str]:
     """Return the imports of libraries that belong elsewhere, or should wait for a call."""
     found = []
@@ -222,6 +237,7 @@ def test_the_table_itself_has_no_circle():
 def test_arrows_libraries_and_lengths(module):
     assert not [
         *arrow_violations(module),
+        *floor_violations(module),
         *library_violations(module),
         *length_violations(module),
     ]
@@ -247,6 +263,13 @@ def test_no_rooms_for_odds_and_ends():
 )
 def test_a_wrong_arrow_is_seen(name, source, word):
     assert word in " ".join(arrow_violations(Module(name, source)))
+
+
+def test_an_arrow_to_the_top_floor_is_seen():
+    plan = "from tritter.config.launch.plan import make_plan"
+    assert floor_violations(Module("tritter.config.rules.moe", plan))
+    assert not floor_violations(Module("tritter.config.launch.sweep", plan))
+    assert not floor_violations(Module("tritter.cli.continued", plan))
 
 
 @pytest.mark.parametrize(

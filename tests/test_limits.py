@@ -11,7 +11,7 @@ import pytest
 
 from tests import oracle
 from tests.cli.conftest import Run, place, run, sources  # noqa: F401
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.config.schema import (
     SECTIONS,
     DatasetsConfig,

@@ -13,7 +13,7 @@ import yaml
 
 from tritter.cli.main import app
 from tritter.conf_folder import config_folder
-from tritter.config.help import comments, description
+from tritter.config.launch.help import comments, description
 from tritter.config.validation import known_keys
 
 REFERENCE = Path(__file__).parents[1] / "docs/reference.md"

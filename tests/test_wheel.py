@@ -30,7 +30,7 @@ SENTENCE = "the model grows a layer where data asks for one and keeps what it kn
 COMPOSE_ALL = """
 import tritter
 from tritter.conf_folder import config_folder
-from tritter.config.composition import composer
+from tritter.config.launch.composition import composer
 from tritter.config.folders import LADDERS, option_files
 from tritter.errors import RequestError
 with composer() as composing:

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 # Name → module that has it, imported when it is first asked for: `tritter --help` needs no torch.
 _EXPORTS = {
     "AdapterShape": "tritter.experts.adapters",
-    "ContinuedPretrainingConfig": "tritter.config.continued_pretraining",
+    "ContinuedPretrainingConfig": "tritter.config.launch.continued_pretraining",
     "CurriculumLearning": "tritter.data.curriculum",
     "Dus": "tritter.expansion",
     "ElasticWeightConsolidation": "tritter.forgetting.ewc",

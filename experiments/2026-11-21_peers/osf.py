@@ -46,7 +46,7 @@ def trained(run: Path, *, is_grown: bool, rank: float, rate: float, steps: int) 
     from peft import OSFConfig, get_peft_model
     from rich.console import Console
 
-    from tritter.config.composition import load_config
+    from tritter.config.launch.composition import load_config
     from tritter.evaluation.statistics import relative_harm
     from tritter.models import load_model
     from tritter.pipeline.context import RunContext, schedule_of

@@ -10,7 +10,6 @@ Every time begins after the imports. Everything it writes is deleted.
 """
 
 import argparse
-import csv
 import json
 import shutil
 import statistics
@@ -32,6 +31,7 @@ from experiments.benchmarks.streaming import (  # noqa: E402
     sampled,
     write_source,
 )
+from experiments.benchmarks.table import tell  # noqa: E402
 
 CONTENDERS = ("layer by layer", "both loaded")
 METHODS = ("dus", "llama_pro", "width", "moe")
@@ -175,21 +175,13 @@ def main() -> None:
         source, result, contender = options.child
         run_check(Path(source), Path(result), contender)
         return
-    rows = []
     with tempfile.TemporaryDirectory(prefix="tritter-check-") as name:
         place = Path(name)
         asked = {"place": place, "rounds": options.rounds, "contenders": CONTENDERS}
         found = [benchmark(options.megabytes, methods=options.methods, **asked)]
         if options.large:
             found.append(benchmark(options.large, place=place, methods=["dus"], hidden_size=4096))
-        for row in chain(*found):
-            rows.append(asdict(row))
-            print(json.dumps(rows[-1]), flush=True)
-    if options.output is not None:
-        with options.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        tell(map(asdict, chain(*found)), options.output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ files that are mapped don't count: the system drops and reads them again as it l
 """
 
 import argparse
-import csv
 import json
 import random
 import subprocess
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from experiments.benchmarks.table import tell  # noqa: E402
 from tritter.data.corpus import build_corpus  # noqa: E402
 from tritter.data.sequences import SequenceStream  # noqa: E402
 from tritter.data.sources import source_documents  # noqa: E402
@@ -144,13 +144,7 @@ def main() -> None:
         print(json.dumps(asdict(measure(words.measure))))
         return
     with tempfile.TemporaryDirectory() as place:
-        rows = [asdict(row) for row in benchmark(words.megabytes, Path(place))]
-    with words.output.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-    for row in rows:
-        print(row)
+        tell(map(asdict, benchmark(words.megabytes, Path(place))), words.output)
 
 
 if __name__ == "__main__":

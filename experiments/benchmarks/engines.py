@@ -11,7 +11,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import csv
 import json
 import resource
 import statistics
@@ -24,6 +23,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from experiments.benchmarks.table import tell  # noqa: E402
+
 CASES = ("plain", "recomputed", "compiled")
 WARM_UP = 2
 
@@ -88,18 +90,19 @@ def main() -> None:
     if options.alone:
         print(json.dumps(step_of(options.alone, options)))
         return
-    rows = []
-    for number in range(options.rounds):
-        for case in options.cases:
-            words = [sys.executable, __file__, "--alone", case, *_shape_words(options)]
-            said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-            rows.append({"round": number, "case": case, **json.loads(said.splitlines()[-1])})
-            print(json.dumps(rows[-1]), flush=True)
-    if options.output is not None:
-        with options.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    rows = (
+        {"round": number, "case": case, **_in_a_process(case, options)}
+        for number in range(options.rounds)
+        for case in options.cases
+    )
+    tell(rows, options.output)
+
+
+def _in_a_process(case: str, options: argparse.Namespace) -> dict[str, float]:
+    words = [sys.executable, __file__, "--alone", case, *_shape_words(options)]
+    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    measured: dict[str, float] = json.loads(said.splitlines()[-1])
+    return measured
 
 
 def _shape_words(options: argparse.Namespace) -> list[str]:

@@ -15,7 +15,6 @@ The first byte: weights are mapped from their files, so the command has begun to
 """
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -43,6 +42,7 @@ from experiments.benchmarks.streaming import (  # noqa: E402
     wait_for_disk,
     write_source,
 )
+from experiments.benchmarks.table import tell  # noqa: E402
 
 SHARD_BYTES = 500 * MEGABYTE
 # Layers · FFN × 1.5 by copies · hidden size × 1.5, fresh · four experts a layer
@@ -327,22 +327,15 @@ def main() -> None:
         contender, source, result, what = options.child
         _run_child(contender, Path(source), Path(result), what)
         return
-    rows = []
     with tempfile.TemporaryDirectory(prefix="tritter-speed-") as place:
-        for row in benchmark(
+        rows = benchmark(
             megabytes=options.megabytes,
             place=Path(place),
             cases=options.cases,
             rounds=options.rounds,
             mergekit=options.mergekit,
-        ):
-            rows.append(asdict(row))
-            print(json.dumps(rows[-1]), flush=True)
-    if options.output is not None:
-        with options.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        )
+        tell(map(asdict, rows), options.output)
 
 
 if __name__ == "__main__":

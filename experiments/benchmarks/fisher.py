@@ -11,7 +11,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from experiments.benchmarks.precision import new_llama  # noqa: E402
+from experiments.benchmarks.table import tell  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +86,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    rows = [
+    rows = (
         measured(size, sequences=given.sequences, batch_size=given.batch_size, runs=given.runs)
         for size in given.hidden_sizes
-    ]
-    for row in rows:
-        print(row)
-    if given.output:
-        with given.output.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(Row.__dataclass_fields__), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+    )
+    tell(map(asdict, rows), given.output)
 
 
 if __name__ == "__main__":

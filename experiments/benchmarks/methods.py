@@ -12,7 +12,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import copy
-import csv
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from experiments.benchmarks.precision import new_llama  # noqa: E402
+from experiments.benchmarks.table import tell  # noqa: E402
 
 BATCH_SIZE, LENGTH, LEFT_OUT = 16, 128, 2
 WAYS = ("none", "l2sp", "ewc", "online_ewc", "si", "replay", "distill", "freeze", "si and replay")
@@ -163,13 +163,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     sizes = {"hidden_size": given.hidden_size, "layers": given.layers, "steps": given.steps}
-    rows = measured(given.ways, rounds=given.rounds, **sizes)
-    with given.output.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    for row in rows:
-        print(f"{row.way:14} {row.step_ms:6.0f} ms  {row.over_none:.3f}")
+    tell(map(asdict, measured(given.ways, rounds=given.rounds, **sizes)), given.output)
 
 
 if __name__ == "__main__":

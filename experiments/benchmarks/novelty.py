@@ -11,31 +11,36 @@ gathered from batches of which an eighth is new. (4) The loss rule sees simulate
 """
 
 import argparse
-import csv
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tritter.data.built_in import built_in_documents
-from tritter.data.corpus import build_corpus
-from tritter.data.skills import SKILLS
-from tritter.data.tokenizer import END_OF_TEXT
-from tritter.data.tokens import TokenisedDocuments, pack
-from tritter.families.llama import llama_config
-from tritter.models import new_model
-from tritter.novelty import NoveltyDetector, NoveltyOptions, Observation, SkillLibrary, observe
-from tritter.novelty.bursts import NovelSamples
-from tritter.novelty.observation import joined
-from tritter.novelty.projection import ProjectionOptions
-from tritter.novelty.statistics import share_bound
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from experiments.benchmarks.table import tell  # noqa: E402
+from tritter.data.built_in import built_in_documents  # noqa: E402
+from tritter.data.corpus import build_corpus  # noqa: E402
+from tritter.data.skills import SKILLS  # noqa: E402
+from tritter.data.tokenizer import END_OF_TEXT  # noqa: E402
+from tritter.data.tokens import TokenisedDocuments, pack  # noqa: E402
+from tritter.families.llama import llama_config  # noqa: E402
+from tritter.models import new_model  # noqa: E402
+from tritter.novelty import NoveltyDetector, NoveltyOptions, Observation, SkillLibrary, observe  # noqa: E402
+from tritter.novelty.bursts import NovelSamples  # noqa: E402
+from tritter.novelty.observation import joined  # noqa: E402
+from tritter.novelty.projection import ProjectionOptions  # noqa: E402
+from tritter.novelty.statistics import share_bound  # noqa: E402
 
 LENGTH, BATCH, PHASE, CALIBRATION = 128, 16, 40, 30
 PROSE = "prose"
@@ -406,12 +411,7 @@ def main() -> None:
         seen = seen_by_a_base(
             steps=asked.base_steps, seed=0, skills=asked.skills, cache=Path(folder)
         )
-    with asked.output.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        for row in rows_of(seen, steps=asked.steps, orders=asked.orders):
-            writer.writerow(asdict(row))
-            file.flush()
+    tell(map(asdict, rows_of(seen, steps=asked.steps, orders=asked.orders)), asked.output)
 
 
 def rows_of(seen: Seen, *, steps: int, orders: int) -> Iterator[Row]:

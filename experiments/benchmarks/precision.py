@@ -11,8 +11,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import csv
-import json
 import statistics
 import sys
 import time
@@ -24,6 +22,11 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from experiments.benchmarks.table import tell  # noqa: E402
+
 WARM_UP = 2
 
 
@@ -114,23 +117,18 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--output", type=Path, help="CSV file for the rows")
     options = parser.parse_args()
-    rows = []
-    for run in range(options.runs):
+    rows = (
+        {"run": run, **asdict(row), "ratio": row.ratio}
+        for run in range(options.runs)
         for row in benchmark(
             options.hidden_sizes,
             steps=options.steps,
             batch_size=options.batch_size,
             sequence_length=options.sequence_length,
-        ):
-            rows.append({"run": run, **asdict(row), "ratio": row.ratio})
-            print(json.dumps(rows[-1]), flush=True)
-    if options.output is not None:
-        with options.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        )
+    )
+    tell(rows, options.output)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

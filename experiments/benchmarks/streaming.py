@@ -11,7 +11,6 @@ can be dropped at any time, yet `ru_maxrss` and VmHWM count them, so both are sh
 """
 
 import argparse
-import csv
 import json
 import os
 import select
@@ -26,6 +25,11 @@ from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from experiments.benchmarks.table import tell  # noqa: E402
+
 METHODS = ("dus", "width")
 SAMPLE_SECONDS = 0.002
 MEGABYTE = 10**6
@@ -282,23 +286,15 @@ def main() -> None:
         source, destination, method = options.child
         run_expansion(Path(source), Path(destination), method)
         return
-    rows = []
     with tempfile.TemporaryDirectory(prefix="tritter-streaming-") as place:
-        for row in benchmark(
+        rows = benchmark(
             options.megabytes,
             repeats=options.repeats,
             hidden_size=options.hidden_size,
             place=Path(place),
-        ):
-            rows.append({**asdict(row), "growth_mb": row.growth_mb})
-            print(json.dumps(rows[-1]), flush=True)
-    if options.output is not None:
-        with options.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        )
+        tell(({**asdict(row), "growth_mb": row.growth_mb} for row in rows), options.output)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

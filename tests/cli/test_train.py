@@ -23,10 +23,10 @@ from tritter.cli import continued, main
 from tritter.cli import train as train_module
 from tritter.cli.continued import TrainRequest, continuation
 from tritter.cli.train import HELP
-from tritter.config.command_line import read_command_line
-from tritter.config.composition import load_config
-from tritter.config.help import help_text
-from tritter.config.plan import make_plan
+from tritter.config.launch.command_line import read_command_line
+from tritter.config.launch.composition import load_config
+from tritter.config.launch.help import help_text
+from tritter.config.launch.plan import make_plan
 from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig, TextDataConfig
 from tritter.config.text_resolution import run_text
 from tritter.data import dataset_rows

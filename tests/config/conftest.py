@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tritter.config.composition import Composer, composer
-from tritter.config.entry import main
+from tritter.config.launch.composition import Composer, composer
+from tritter.config.launch.entry import main
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritter.config.entry import main
+from tritter.config.launch.entry import main
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
 

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.config.overrides import normalise
 from tritter.config.schema import DatasetsConfig
 

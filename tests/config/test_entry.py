@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.config.conftest import FakeOutcome, FakePipeline, Result
-from tritter.config.jobs import read_status
+from tritter.config.launch.jobs import read_status
+from tritter.config.launch.sweep_table import print_sweep, sweep_rows
 from tritter.config.run_folder import write_run_file
 from tritter.config.schema import RunConfig
-from tritter.config.sweep_table import print_sweep, sweep_rows
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).parents[2]

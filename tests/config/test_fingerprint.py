@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from tritter.config.composition import Composer
 from tritter.config.fingerprint import changed_keys, fingerprint
+from tritter.config.launch.composition import Composer
 
 WITHOUT_EFFECT = [
     "resume=x",

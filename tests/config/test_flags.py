@@ -11,10 +11,10 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.config.command_line import read_command_line
-from tritter.config.flags import FLAGS, REFUSED
-from tritter.config.hydra_help import hydra_help
-from tritter.config.hydra_settings import ALLOWED
+from tritter.config.launch.command_line import read_command_line
+from tritter.config.launch.flags import FLAGS, REFUSED
+from tritter.config.launch.hydra_help import hydra_help
+from tritter.config.launch.hydra_settings import ALLOWED
 
 Run = Callable[..., Result]
 WORKING = {name for flag in FLAGS for name in flag.names}
@@ -98,7 +98,8 @@ def test_help_and_version_win() -> None:
 
 def test_help_answers_without_what_is_slow() -> None:
     program = (
-        "import sys; from tritter.config.entry import main; main(None, arguments=sys.argv[1:]); "
+        "import sys; from tritter.config.launch.entry import main; "
+        "main(None, arguments=sys.argv[1:]); "
         "slow = {'torch', 'transformers', 'lightning', 'hydra', 'pydantic'}; "
         "print(sorted(slow & {*sys.modules}))"
     )

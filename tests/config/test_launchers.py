@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 
 from tests.config.conftest import FakeOutcome, FakePipeline
 from tests.config.test_entry import Run
-from tritter.config import launchers, memory
-from tritter.config.launchers import launching
+from tritter.config import memory
+from tritter.config.launch import launchers
+from tritter.config.launch.launchers import launching
 from tritter.config.schema import RunConfig
 from tritter.storage.lock import process_in
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.config.conftest import FakePipeline, Result
 from tritter.config import memory
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.config.memory import HeldMemory, memory_notes, memory_problems, trainings
 from tritter.config.optimizers import kept_per_parameter
 from tritter.config.schema import RunConfig

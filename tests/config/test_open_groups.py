@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-from tritter.config.composition import Composer, composer
+from tritter.config.launch.composition import Composer, composer
 from tritter.config.memory import trainings
 from tritter.config.optimizers import kept_per_parameter
 from tritter.config.schema import RunConfig
@@ -233,7 +233,7 @@ def test_nothing_is_imported_from_lightning_where_nothing_asks_for_it() -> None:
     import sys
 
     code = (
-        "import sys; from tritter.config.composition import load_config; "
+        "import sys; from tritter.config.launch.composition import load_config; "
         "load_config(['logger=csv']); print('lightning' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tritter.conf_folder import config_folder
-from tritter.config.composition import Composer
 from tritter.config.folders import LADDERS
-from tritter.config.help import description, help_text
+from tritter.config.launch.composition import Composer
+from tritter.config.launch.help import description, help_text
 from tritter.config.run_folder import RUNS_FOLDER
 from tritter.config.schema import OPEN_GROUPS, SECTIONS
 from tritter.config.selection import METHOD_GROUPS

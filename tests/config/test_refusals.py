@@ -11,8 +11,9 @@ import pytest
 from tests.config.conftest import FakePipeline, Result
 from tests.forked import run_program
 from tritter.conf_folder import config_folder
-from tritter.config import composition, folders
-from tritter.config.hydra_settings import ALLOWED
+from tritter.config import folders
+from tritter.config.launch import composition
+from tritter.config.launch.hydra_settings import ALLOWED
 
 ROOT = config_folder().parent
 

@@ -7,8 +7,8 @@ import pytest
 
 from tests.config.conftest import FakePipeline, Result
 from tritter import ContinuedPretrainingConfig
-from tritter.config.composition import load_config
 from tritter.config.fingerprint import fingerprint
+from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.pipeline.last_rate import recorded_rate
 

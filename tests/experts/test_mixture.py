@@ -75,7 +75,7 @@ def test_a_new_expert_changes_nothing_and_alone_it_is_pefts() -> None:
         if isinstance(module, LoraLayer):
             module.set_adapter(["e1"])
     with torch.no_grad():
-        assert (stock(input_ids=ids).logits - own).abs().max() < 1e-5
+        assert (stock(input_ids=ids).logits - own).abs().max() < 1e-5 * own.abs().max()
         assert (own - base(input_ids=ids).logits).abs().max() > 0.1
     with mixture.off(), torch.no_grad():
         assert torch.equal(logits(mixture, ids), base(input_ids=ids).logits)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tritter.conf_folder import config_folder
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.config.validation import source_config
 from tritter.errors import RequestError
 from tritter.families import LLAMA

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests import oracle
 from tests.pipeline.tiny import FIXTURES
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.config.memory import trainings
 from tritter.config.schema import RunConfig
 from tritter.data.documents import Document

@@ -53,7 +53,7 @@ def _program(case: Case) -> Callable[[list[str]], int]:
         from tritter.cli import main as tritter
 
         return tritter
-    from tritter.config.entry import main as train
+    from tritter.config.launch.entry import main as train
 
     pipeline: Any = _note_taking
     if case.program == "train.py":

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from tests.pipeline.tiny import TINY
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.pipeline import Outcome, run_pipeline
 
 SMALL = (

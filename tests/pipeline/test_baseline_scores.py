@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from tests.pipeline.conftest import SMALL
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import run_baseline

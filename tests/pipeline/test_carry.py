@@ -19,7 +19,7 @@ from tests.stock_routers.models import tiny_moe
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.history import read_chain, verify
 from tritter.checkpoint.state import LazyTensors, read_state
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.models import load_model, read_config
 from tritter.parameter_map.carry import MOMENTS

@@ -18,7 +18,7 @@ import tritter.families.flops as counting
 from tests.pipeline.conftest import SMALL
 from tests.pipeline.test_given import FAST, texts
 from tritter import models
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.evaluation import estimate
 from tritter.evaluation.bootstrap import studentised_errors
 from tritter.families import family_of, training_flops
@@ -43,7 +43,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 @pytest.fixture
 def as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let stock models compute what is counted, and count what they compute."""
-    stock = models._with_expert_kernel
+    stock = models._made_ready
 
     def eager(model: PreTrainedModel) -> PreTrainedModel:
         model = stock(model)
@@ -56,7 +56,7 @@ def as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         with _disable_current_modes():  # the gate's statistics are no pass of a model
             return studentised_errors(*sums)
 
-    monkeypatch.setattr(models, "_with_expert_kernel", eager)
+    monkeypatch.setattr(models, "_made_ready", eager)
     monkeypatch.setattr(estimate, "studentised_errors", uncounted)
     monkeypatch.setattr(counting, "num_keys", lambda length, window=None: length**2)
 

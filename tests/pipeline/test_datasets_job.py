@@ -9,7 +9,7 @@ import pytest
 
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.data.weighted import WeightedStream
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline

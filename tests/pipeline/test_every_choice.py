@@ -17,7 +17,7 @@ from tests import oracle
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
 from tritter.conf_folder import config_folder
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.models import load_model
 from tritter.pipeline import run_pipeline
 from tritter.training import BaseModule

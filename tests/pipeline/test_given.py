@@ -15,7 +15,7 @@ from tests.oracle.qwen3 import tiny_qwen3
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoint import Lineage, read_lineage
 from tritter.checkpoint.history import read_chain, verify
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.data import stdlib
 from tritter.data.documents import Document
 from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer

@@ -10,7 +10,7 @@ from tests import oracle
 from tests.pipeline.test_given import FAST, texts
 from tests.stock_routers.models import tiny_moe
 from tritter.checkpoint.history import read_chain, verify
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.data.documents import Document
 from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError

@@ -14,7 +14,7 @@ from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.history import read_chain, verify
 from tritter.cli import main
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.families import ffn_sizes
 from tritter.models import load_model, read_config
 from tritter.pipeline import run_pipeline

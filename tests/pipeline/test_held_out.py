@@ -17,7 +17,7 @@ from rich.console import Console
 
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoint import read_lineage
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.data.documents import text_key
 from tritter.errors import RequestError
 from tritter.expand import expand

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoint.state import LazyTensors, read_state
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.forgetting import EWC
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.training import Task

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.pipeline.tiny import TINY
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
 

@@ -12,7 +12,7 @@ import torch
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint.kept_sequences import KEPT_FILE, KeptSequences
 from tritter.cli import main
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.data.batches import BatchStream
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sequences import SequenceStream

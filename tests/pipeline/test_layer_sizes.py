@@ -11,7 +11,7 @@ from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.history import read_chain, verify
 from tritter.checkpoint.tokenizer_files import TokenizerFiles
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.models import load_model, read_config
 from tritter.pipeline import run_pipeline
 

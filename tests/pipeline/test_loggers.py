@@ -9,8 +9,8 @@ import yaml
 from lightning import Callback
 
 from tests.pipeline.tiny import TINY
-from tritter.config.composition import load_config
 from tritter.config.fingerprint import fingerprint
+from tritter.config.launch.composition import load_config
 from tritter.pipeline import run_pipeline
 
 

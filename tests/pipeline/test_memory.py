@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.config.memory import trainings
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.base import base_config

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests import oracle
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoint import read_lineage
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.models import load_model
 from tritter.moe_routing import DistillationModule

@@ -9,7 +9,7 @@ from lightning import Callback
 
 from tests.pipeline.tiny import TINY
 from tritter.config.callbacks import metric_names
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.pipeline import Outcome, run_pipeline
 
 

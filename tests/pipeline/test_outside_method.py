@@ -14,8 +14,8 @@ from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.history import read_chain, verify
 from tritter.checkpoint.state import LazyTensors, read_state
-from tritter.config.composition import load_config
-from tritter.config.forgetting import method_problems
+from tritter.config.launch.composition import load_config
+from tritter.config.rules.forgetting import method_problems
 from tritter.config.selection import Selected
 from tritter.expand import Change
 from tritter.models import load_model

@@ -11,7 +11,7 @@ import pytest
 from tests.pipeline.plug import plug_pulled
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.data.skills import SKILLS
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.pipeline import Outcome, run, run_pipeline, stages

@@ -17,7 +17,7 @@ from lightning import Callback
 
 from tests.pipeline.test_trust import Ended, result
 from tests.pipeline.tiny import TINY
-from tritter.config.entry import main
+from tritter.config.launch.entry import main
 from tritter.pipeline import Outcome, run_pipeline, stages
 from tritter.training import fitting, processes
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.pipeline.suggestions import next_commands
 
 FOLDER = Path("outputs/runs/a b")

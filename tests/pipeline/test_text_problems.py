@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tritter.config.entry import main
-from tritter.config.jobs import read_status
+from tritter.config.launch.entry import main
+from tritter.config.launch.jobs import read_status
 from tritter.data import contents
 from tritter.pipeline import run_pipeline
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoint import read_lineage
-from tritter.config.entry import main
+from tritter.config.launch.entry import main
 from tritter.pipeline import run_pipeline, stages
 from tritter.pipeline.trained import TrainedWriter
 

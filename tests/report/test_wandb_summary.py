@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tests.pipeline.outside_method import Options, Outside
 from tests.report.spawning import experts
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.config.selection import Selected
 from tritter.pipeline import metrics
 from tritter.pipeline.context import RunContext

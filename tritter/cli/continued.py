@@ -8,9 +8,9 @@ from typing import Any
 
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.usable import checkpoint_config, checkpoint_place
-from tritter.config.command_line import CommandLine
+from tritter.config.launch.command_line import CommandLine
+from tritter.config.launch.plan import make_plan
 from tritter.config.overrides import as_value, quoted
-from tritter.config.plan import make_plan
 from tritter.config.schema import DatasetsConfig, RunConfig, TextDataConfig, TextSources
 from tritter.config.text_files import place_of, read_sources
 from tritter.data.dataset_name import dataset_names

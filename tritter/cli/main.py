@@ -20,7 +20,7 @@ from tritter.cli import (
     validate_options,
 )
 from tritter.cli.method_options import MethodCommand
-from tritter.config.words import UNFORESEEN, check_words, said
+from tritter.config.launch.words import UNFORESEEN, check_words, said
 from tritter.errors import RequestError, TritterError
 from tritter.loading import loading
 from tritter.stopping import Stopped, stopping

@@ -22,7 +22,7 @@ from tritter.config.folders import (
     front_of,
     option_files,
 )
-from tritter.config.help import comments
+from tritter.config.launch.help import comments
 from tritter.targets import TARGET
 
 # Keys that the command line calls otherwise: by fewer words, or by which `init` is meant

@@ -15,7 +15,7 @@ from tritter.terminal import say
 
 if TYPE_CHECKING:
     from tritter.cli.continued import TrainRequest
-    from tritter.config.jobs import Outcome
+    from tritter.config.launch.jobs import Outcome
     from tritter.config.schema import RunConfig
 
 HELP = """
@@ -48,8 +48,8 @@ def run_train(words: Sequence[str]) -> int:
     Raises:
         RequestError: the options that go with `--checkpoint` are wrong.
     """
-    from tritter.config.entry import main
     from tritter.config.folders import composing_from, front_of
+    from tritter.config.launch.entry import main
 
     given = {_option(word) for word in words}
     if {"-h", "--help"} & set(words):
@@ -86,7 +86,7 @@ def train_completions(words: Sequence[str], begun: str) -> list[str]:
         words: those before it, of which bash makes several at each = and each colon.
         begun: the last of them; what it begins with is not returned with it.
     """
-    from tritter.config.completion import completions
+    from tritter.config.launch.completion import completions
 
     if not begun and os.environ.get("COMP_WORDS", "").endswith("\n="):
         words = [*words, "="]  # which Typer leaves out

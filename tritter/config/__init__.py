@@ -1,1 +1,1 @@
-"""What a run is asked to do: schema, validation, and the way from the command line to a record."""
+"""What a run is asked to do: its record, the rules that hold it together, and what starts it."""

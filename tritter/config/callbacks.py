@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tritter.config.freezing import freezing
-from tritter.config.moe import appends_experts
 from tritter.config.named import built_for_trial
 from tritter.config.reading import Reader
+from tritter.config.rules.freezing import freezing
+from tritter.config.rules.moe import appends_experts
 from tritter.config.schema import ModelConfig, RunConfig
 from tritter.errors import Problem, nearest
 from tritter.targets import TARGET, NamedTarget, imported

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tritter.config.chosen import adam_problems, chosen_class
-from tritter.config.freezing import freezing
 from tritter.config.growth_config import GrowthConfig
 from tritter.config.reading import Reader
+from tritter.config.rules.freezing import freezing
 from tritter.config.schema import RunConfig
 from tritter.errors import Problem, nearest
 from tritter.expansion import target_config

@@ -11,9 +11,9 @@ from itertools import accumulate, islice
 from typing import Literal
 
 from tritter.checkpoint.usable import checkpoint_config
-from tritter.config.freezing import num_frozen
 from tritter.config.optimizers import kept_per_parameter
 from tritter.config.rounds import planned_rounds
+from tritter.config.rules.freezing import num_frozen
 from tritter.config.schema import ModelConfig, RunConfig
 from tritter.config.selection import Selected
 from tritter.errors import Problem, RequestError

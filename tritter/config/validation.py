@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from tritter.checkpoint.usable import checkpoint_config
-from tritter.config.benchmarks import benchmark_problems
 from tritter.config.callbacks import (
     asking_problems,
     averaging_problems,
@@ -17,26 +16,28 @@ from tritter.config.callbacks import (
 )
 from tritter.config.chosen import chosen_keys
 from tritter.config.classes import Bodies, find_classes, group_bodies
-from tritter.config.devices import device_problems, nearest_multiples, precision_problems
-from tritter.config.engines import (
+from tritter.config.experts import experts_problems, experts_start_problems, read_experts
+from tritter.config.growth import growth_problems, growth_start_problems, read_growth
+from tritter.config.ladder import ladder_problems
+from tritter.config.loggers import read_loggers
+from tritter.config.optimizers import read_optimizer
+from tritter.config.reading import Origin, Reader
+from tritter.config.rounds import pipeline_problems, planned_rounds
+from tritter.config.rules.benchmarks import benchmark_problems
+from tritter.config.rules.devices import device_problems, nearest_multiples, precision_problems
+from tritter.config.rules.engines import (
     apple_problems,
     compile_problems,
     compile_start_problems,
     sharding_problems,
     sharding_start_problems,
 )
-from tritter.config.experts import experts_problems, experts_start_problems, read_experts
-from tritter.config.forgetting import method_problems, method_start_problems
-from tritter.config.growth import growth_problems, growth_start_problems, read_growth
-from tritter.config.kept import kept_text
-from tritter.config.ladder import ladder_problems
-from tritter.config.loggers import read_loggers
-from tritter.config.moe import expert_problems
-from tritter.config.moments import carry_problems, kinds_beside
-from tritter.config.optimizers import read_optimizer
-from tritter.config.reading import Origin, Reader
-from tritter.config.replay import replay_problems
-from tritter.config.rounds import pipeline_problems, planned_rounds
+from tritter.config.rules.forgetting import method_problems, method_start_problems
+from tritter.config.rules.kept import kept_text
+from tritter.config.rules.moe import expert_problems
+from tritter.config.rules.moments import carry_problems, kinds_beside
+from tritter.config.rules.replay import replay_problems
+from tritter.config.rules.weights import weight_problems
 from tritter.config.schema import (
     ONE_OF,
     OPEN_GROUPS,
@@ -55,7 +56,6 @@ from tritter.config.selection import METHOD_GROUPS, method_keys, read_methods
 from tritter.config.text_resolution import run_text
 from tritter.config.trainer_arguments import argument_problems, split_trainer
 from tritter.config.training_steps import with_steps
-from tritter.config.weights import weight_problems
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.expansion import target_config
 from tritter.families import Config, check_size, family_of, llama_config, position_limit

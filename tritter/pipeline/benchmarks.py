@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from tritter.config.benchmarks import KEY
 from tritter.config.evaluation_config import EvaluationConfig
+from tritter.config.rules.benchmarks import KEY
 from tritter.data.benchmark_names import CODE, benchmark_names
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
 from tritter.evaluation.benchmarks.harness import (

@@ -15,7 +15,7 @@ from typing import Any
 
 from tritter.checkpoint import Lineage, lineage_of, read_lineage, write_lineage
 from tritter.checkpoint.place import check_output, check_replaceable
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.config.overrides import quoted
 from tritter.config.schema import RunConfig, TextSources
 from tritter.expand import PlannedExpansion

@@ -10,7 +10,7 @@ from tritter.checkpoint import Lineage, Source, write_checkpoint
 from tritter.checkpoint.artifacts import read_artifacts
 from tritter.checkpoint.usable import checkpoint_config
 from tritter.config.memory import memory_problems
-from tritter.config.moments import given_problems
+from tritter.config.rules.moments import given_problems
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import start_problems
 from tritter.errors import RequestError, TritterError, raise_problems

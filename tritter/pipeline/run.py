@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from tritter.config.jobs import read_status
 from tritter.config.ladder import RETRYING, on_top
+from tritter.config.launch.jobs import read_status
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status, decide

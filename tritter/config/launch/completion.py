@@ -16,12 +16,12 @@ from hydra.plugins.completion_plugin import CompletionPlugin
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from tritter.config.command_line import CommandLine, read_command_line
-from tritter.config.composition import Composer, composer
-from tritter.config.flags import FLAGS, SHELL_REQUESTS, flag_of
 from tritter.config.folders import composing_from, config_names, front, front_of
-from tritter.config.hydra_settings import is_for_runs
 from tritter.config.ladder import LADDER, ladder_names
+from tritter.config.launch.command_line import CommandLine, read_command_line
+from tritter.config.launch.composition import Composer, composer
+from tritter.config.launch.flags import FLAGS, SHELL_REQUESTS, flag_of
+from tritter.config.launch.hydra_settings import is_for_runs
 from tritter.config.overrides import first_value, forced, normalise, option_of_nothing, parse
 from tritter.config.trainer_arguments import REFUSED, trainer_parameters
 from tritter.errors import RequestError
@@ -36,7 +36,7 @@ _tritter_train() {
         [[ $word == *train.py ]] && break
     done
     # Only Tritter's train.py is asked, and nothing else is run
-    grep -qs "tritter.config.entry import main" "${program[@]: -1}" || return
+    grep -qs "tritter.config.launch.entry import main" "${program[@]: -1}" || return
     word="${line##*[[:space:]]}"
     word="${word#[\\"\\']}"
     while IFS= read -r choice; do

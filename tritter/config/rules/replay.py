@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
-from tritter.config.kept import kept_text
+from tritter.config.rules.kept import kept_text
 from tritter.config.schema import RunConfig
 from tritter.errors import Problem, nearest
 

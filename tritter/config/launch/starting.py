@@ -9,8 +9,8 @@ import hydra
 from omegaconf import DictConfig
 
 from tritter.conf_folder import config_folder
-from tritter.config.composition import VERSION_BASE, no_running_hydra
 from tritter.config.folders import front
+from tritter.config.launch.composition import VERSION_BASE, no_running_hydra
 
 _RAISING = "HYDRA_FULL_ERROR"  # without it Hydra prints what is raised, and exits
 

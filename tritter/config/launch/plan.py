@@ -10,13 +10,13 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from tritter.config.command_line import CommandLine
-from tritter.config.composition import Composer, Composition, composer
-from tritter.config.engines import compiler_problems
 from tritter.config.ladder import of_rung
-from tritter.config.launchers import ONE_BY_ONE, Launching, device_rule, launching
+from tritter.config.launch.command_line import CommandLine
+from tritter.config.launch.composition import Composer, Composition, composer
+from tritter.config.launch.launchers import ONE_BY_ONE, Launching, device_rule, launching
+from tritter.config.launch.optuna import is_optuna, pinned, storage_problems, tried
+from tritter.config.launch.resume import Resumption, resumption
 from tritter.config.memory import memory_problems, side_by_side_problems
-from tritter.config.optuna import is_optuna, pinned, storage_problems, tried
 from tritter.config.overrides import (
     check_command_line,
     first_value,
@@ -27,7 +27,7 @@ from tritter.config.overrides import (
     refuse_sweeps,
     split_sweep,
 )
-from tritter.config.resume import Resumption, resumption
+from tritter.config.rules.engines import compiler_problems
 from tritter.config.run_folder import OUTPUT_FILE, RUN_FILE, RunState, check_run_folder
 from tritter.config.schema import RunConfig
 from tritter.config.text_files import text_requests

@@ -13,17 +13,17 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from tritter import __version__
-from tritter.config.command_line import CommandLine, read_command_line
 from tritter.config.folders import Front, composing_from, front, front_of
-from tritter.config.help import help_text
-from tritter.config.words import UNFORESEEN, check_words, said
+from tritter.config.launch.command_line import CommandLine, read_command_line
+from tritter.config.launch.help import help_text
+from tritter.config.launch.words import UNFORESEEN, check_words, said
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import say
 
 if TYPE_CHECKING:
-    from tritter.config.jobs import Pipeline
-    from tritter.config.plan import Plan
+    from tritter.config.launch.jobs import Pipeline
+    from tritter.config.launch.plan import Plan
 
 
 def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int:
@@ -69,12 +69,12 @@ def _run(words: list[str], pipeline: "Pipeline") -> int:
         if command.shell_request is not None:
             return _answer_shell(command.shell_request)
         if command.is_hydra_help:
-            from tritter.config.hydra_help import hydra_help
+            from tritter.config.launch.hydra_help import hydra_help
 
             say(hydra_help())
             return 0
         # Hydra and the checks of targets take half a second to import, which --help does not need
-        from tritter.config.resume import recorded_front
+        from tritter.config.launch.resume import recorded_front
 
         is_said = command.is_multirun or front() != Front()
         recorded = None if is_said else recorded_front(command.overrides)
@@ -83,7 +83,7 @@ def _run(words: list[str], pipeline: "Pipeline") -> int:
 
 
 def _act(command: CommandLine, pipeline: "Pipeline", words: list[str]) -> int:
-    from tritter.config.plan import make_plan
+    from tritter.config.launch.plan import make_plan
 
     if command.hydra_flags:
         return _show(command)
@@ -91,7 +91,7 @@ def _act(command: CommandLine, pipeline: "Pipeline", words: list[str]) -> int:
     for note in plan.notes:
         say(note)
     if plan.sweep_folder is not None:
-        from tritter.config.sweep import run_sweep
+        from tritter.config.launch.sweep import run_sweep
 
         return run_sweep(plan, plan.sweep_folder, pipeline, typed=words)
     return _run_one(plan, pipeline)
@@ -99,7 +99,7 @@ def _act(command: CommandLine, pipeline: "Pipeline", words: list[str]) -> int:
 
 def _answer_shell(request: str) -> int:
     """Print what a shell evaluates, or what may stand at the end of $COMP_LINE, a line each."""
-    from tritter.config.completion import line_completions, shell_script
+    from tritter.config.launch.completion import line_completions, shell_script
     from tritter.config.program import program_words
 
     if request == "query=bash":
@@ -121,8 +121,8 @@ def _show(command: CommandLine) -> int:
     Raises:
         RequestError: what is asked for is not there.
     """
-    from tritter.config.plan import make_plan
-    from tritter.config.starting import start_hydra
+    from tritter.config.launch.plan import make_plan
+    from tritter.config.launch.starting import start_hydra
 
     plan, told = make_plan(command), StringIO()
     try:
@@ -136,7 +136,7 @@ def _show(command: CommandLine) -> int:
 
 
 def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
-    from tritter.config.jobs import read_status, start_run
+    from tritter.config.launch.jobs import read_status, start_run
     from tritter.config.program import resume_command
     from tritter.config.run_folder import SUMMARY_FILE, RunState, require_writable
 

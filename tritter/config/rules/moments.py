@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from tritter.config.freezing import freezing
+from tritter.config.rules.freezing import freezing
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.errors import Problem, TritterError
 from tritter.expansion import MoeAdd

@@ -19,8 +19,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from tritter.config.folders import Front, composing_from, front
-from tritter.config.jobs import ENDS, Pipeline, read_status, run_job
-from tritter.config.launchers import Launching
+from tritter.config.launch.jobs import ENDS, Pipeline, read_status, run_job
+from tritter.config.launch.launchers import Launching
 from tritter.config.run_folder import OUTPUT_FILE
 from tritter.errors import RequestError
 from tritter.stopping import Stopped, stopping
@@ -28,7 +28,7 @@ from tritter.storage.lock import alone_in
 from tritter.terminal import say
 
 if TYPE_CHECKING:
-    from tritter.config.plan import Job
+    from tritter.config.launch.plan import Job
 
 STOPPING_FILE = ".stopping"  # in a sweep's folder: no further job begins
 _SECONDS_BETWEEN_LOOKS = 1.0

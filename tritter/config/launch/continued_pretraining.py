@@ -46,6 +46,8 @@ class ContinuedPretrainingConfig:
         Raises:
             RequestError: lists all that is wrong with it.
         """
-        from tritter.config.composition import load_config  # hydra, which the record needs not
+        from tritter.config.launch.composition import (
+            load_config,  # hydra, which the record needs not
+        )
 
         return load_config([*self.overrides(), *overrides])

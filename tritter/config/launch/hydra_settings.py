@@ -14,8 +14,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
-from tritter.config.launchers import launcher_problems
-from tritter.config.optuna import sweeper_problems
+from tritter.config.launch.launchers import launcher_problems
+from tritter.config.launch.optuna import sweeper_problems
 from tritter.config.reading import Origin
 from tritter.errors import Problem, nearest
 from tritter.options import leaves

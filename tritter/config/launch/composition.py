@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
 from tritter.config.folders import LADDERS, body_of, front, option_files, option_folders
-from tritter.config.hydra_settings import hydra_problems
 from tritter.config.ladder import RUNG_GROUPS, choice_problems, of_rung, on_top, rungs_of
+from tritter.config.launch.hydra_settings import hydra_problems
 from tritter.config.named import clashes
 from tritter.config.overrides import (
     forced,

@@ -12,8 +12,8 @@ from pathlib import Path
 from hydra.core.override_parser.types import Override
 
 from tritter.checkpoint.place import is_within
-from tritter.config.composition import Composer
 from tritter.config.folders import Front, front_of
+from tritter.config.launch.composition import Composer
 from tritter.config.overrides import as_value, parse
 from tritter.config.program import command
 from tritter.config.run_folder import find_run, read_run

@@ -17,9 +17,9 @@ from hydra.core.utils import run_job as run_hydra_job
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
-from tritter.config.composition import composer, plain_config
+from tritter.config.launch.composition import composer, plain_config
+from tritter.config.launch.resume import recorded_words
 from tritter.config.overrides import quoted
-from tritter.config.resume import recorded_words
 from tritter.config.run_folder import (
     SUMMARY_FILE,
     RunState,
@@ -36,7 +36,7 @@ from tritter.storage.records import read_record
 from tritter.terminal import say
 
 if TYPE_CHECKING:
-    from tritter.config.plan import Job
+    from tritter.config.launch.plan import Job
 
 FORMAT_VERSION = 2  # 2: a digest of the whole
 STATUS_FILE = "status.json"

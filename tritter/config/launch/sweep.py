@@ -16,15 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from tritter.config.jobs import STATUS_FILE, Pipeline, read_status
-from tritter.config.launchers import Launching
+from tritter.config.launch.jobs import STATUS_FILE, Pipeline, read_status
+from tritter.config.launch.launchers import Launching
+from tritter.config.launch.plan import Plan
+from tritter.config.launch.side_by_side import STOPPING_FILE, SweptJobs
+from tritter.config.launch.starting import start_hydra
+from tritter.config.launch.sweep_table import print_sweep, sweep_rows
 from tritter.config.overrides import as_value, quoted
-from tritter.config.plan import Plan
 from tritter.config.program import command
 from tritter.config.run_folder import require_writable
-from tritter.config.side_by_side import STOPPING_FILE, SweptJobs
-from tritter.config.starting import start_hydra
-from tritter.config.sweep_table import print_sweep, sweep_rows
 from tritter.errors import TritterError
 from tritter.stopping import Stopped
 from tritter.storage.lock import LOCK_NAME, alone_in, is_held, process_in

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from tritter.config.flags import FLAGS, REFUSED, SHELL_REQUESTS
+from tritter.config.launch.flags import FLAGS, REFUSED, SHELL_REQUESTS
 from tritter.errors import Problem, RequestError, nearest
 
 

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from tritter.config.freezing import freezing_problems
-from tritter.config.kept import kept_problems
-from tritter.config.moe import teacher_problems
+from tritter.config.rules.freezing import freezing_problems
+from tritter.config.rules.kept import kept_problems
+from tritter.config.rules.moe import teacher_problems
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.errors import Problem
 from tritter.families import Config

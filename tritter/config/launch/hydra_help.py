@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 
 from hydra import __version__
 
-from tritter.config.composition import composer
-from tritter.config.flags import FLAGS, REFUSED
-from tritter.config.hydra_settings import ALLOWED
+from tritter.config.launch.composition import composer
+from tritter.config.launch.flags import FLAGS, REFUSED
+from tritter.config.launch.hydra_settings import ALLOWED
 
 _WIDTH, _COLUMN = 79, 35
 _HEAD = f"""\
