@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tritter.config.composition import load_config
+from tritter.config.launch.composition import load_config
 from tritter.config.rates import rate_notes
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import source_config
