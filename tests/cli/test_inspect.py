@@ -148,3 +148,24 @@ def test_what_is_no_checkpoint(run: Run, place: Path) -> None:
         result = run(f"inspect {name}")
         assert (result.code, result.out) == (2, "")
         assert name in result.err
+
+
+def test_what_lies_beside_the_weights_is_told(run: Run, place: Path) -> None:
+    beside = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    assert run("inspect base --json").json["beside"] == beside
+    text = run("inspect base").out
+    assert "beside       tokenizer.json" in text and "no tokenizer" not in text
+    (place / "base" / "tokenizer.json").unlink()
+    assert "no tokenizer.json, which text is read with" in run("inspect base").out
+    for name in beside[1:]:
+        (place / "base" / name).unlink()
+    assert "beside       no tokenizer, no state" in run("inspect base").out
+
+
+def test_the_folder_of_a_run_is_answered_with_its_checkpoint(run: Run, place: Path) -> None:
+    (place / "run").mkdir()
+    (place / "base").rename(place / "run" / "checkpoint")
+    for words in ("inspect run", "history run", "validate --source run --result run"):
+        result = run(words)
+        assert result.code == 2 and "no config.json; one lies in" in result.err, words
+        assert "run/checkpoint" in result.err

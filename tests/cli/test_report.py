@@ -77,7 +77,7 @@ def test_what_is_damaged_is_listed(run: Run, sweep: Path, step: str) -> None:
     [
         ("report nowhere", "it is not a folder"),
         ("report base", "no finished run"),
-        ("report sweep/2", "1 are not finished"),
+        ("report sweep/2", "one is not finished: "),
         ("report sweep --output base", "it is a folder"),
         ("report sweep --figures base", "base"),
     ],

@@ -160,3 +160,23 @@ def test_what_can_not_be_asked_is_refused(
 ) -> None:
     result = run(f"validate {words}")
     assert result.code == 2 and told in result.err and not result.out
+
+
+def test_a_result_in_sixteen_bits_is_not_held_to_what_rounding_undoes(
+    run: Run, place: Path
+) -> None:
+    """As `expand` does; copied layers are held to it in any type, and a broken model fails."""
+    assert run("expand --checkpoint base --output half --method width --dtype bfloat16").code == 0
+    result = run("validate --source base --result half --json")
+    equivalence = checks_of(result)["forward_equivalence"]
+    assert result.code == 0 and equivalence["verdict"] == "undecided"
+    assert "rounding to bfloat16 is in it" in equivalence["detail"]
+
+    assert run("expand --checkpoint half --output deep --method llama-pro").code == 0
+    copied = run("validate --source half --result deep --json")
+    assert checks_of(copied)["forward_equivalence"]["verdict"] == "passed"
+
+    changed(place / "half", lambda tensors: tensors["lm_head.weight"].mul_(-1))
+    broken = run("validate --source base --result half --json")
+    assert broken.code == 3
+    assert checks_of(broken)["forward_equivalence"]["verdict"] == "failed"

@@ -59,6 +59,10 @@ def test_hydra_help_lists_exactly_what_works(run: Run, pipeline: FakePipeline) -
         ("-m --cfg job", "-m with --cfg: show one job at a time"),
         ("--info nothing", "invalid choice: 'nothing'"),
         ("--cfg job -p modl", "--cfg job --package modl: package 'modl' not found in config."),
+        (
+            "--checkpoint base",
+            "Did you mean tritter train --checkpoint, or model=hf model.path=DIR?",
+        ),
         ("--confg job", "unrecognized arguments: --confg (see --help). Did you mean --cfg?"),
         ("--multi-run", "Did you mean --multirun?"),
         ("--config-name nowhere", "--config-name = nowhere: no folder of options holds"),

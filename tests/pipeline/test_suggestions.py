@@ -61,7 +61,7 @@ def test_rolled_back(commands: Callable[..., list[str]]) -> None:
     lines = commands("rolled_back", failed, words=("training.max_steps=50",))
     assert all("training.max_steps=50" in line for line in lines[:3])
     assert "forgetting.replay.fraction=0.5" in lines[0]
-    assert "'forgetting=[l2sp,replay]'" in lines[1]
+    assert "'forgetting=[distill,replay]'" in lines[1]
     assert "training.learning_rate=0.0015" in lines[2]
     assert not any("generate" in line for line in lines)
     assert "forgetting=replay" in commands("rolled_back", failed, words=("forgetting=none",))[0]
@@ -84,3 +84,12 @@ def test_undecided(commands: Callable[..., list[str]]) -> None:
     assert (
         "training.max_steps=500" in commands("undecided", check("new_capability", "undecided"))[0]
     )
+
+
+def test_what_was_not_kept_is_found(tmp_path: Path) -> None:
+    (tmp_path / "attempt_2" / "trained").mkdir(parents=True)
+    summary = {"status": "rolled_back", "gate": [], "attempts": [{}, {}]}
+    told = next_commands(load_config(()), summary, words=(), folder=tmp_path)
+    assert f"inspect {tmp_path}/attempt_2/trained   # what was trained and not kept" in told[-2]
+    gone = next_commands(load_config(()), summary | {"attempts": [{}]}, words=(), folder=tmp_path)
+    assert not any("trained" in line for line in gone)

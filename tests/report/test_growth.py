@@ -85,6 +85,10 @@ def test_nothing_grown_is_one_line_with_what_to_try(summary: dict[str, Any]) -> 
     assert "Growth:" not in text
     made["options"]["trigger"] = {"_target_": "mine.Own"}
     assert nothing_grew(record_of(made)).startswith("nothing grew in 17 checks; try a shorter")
+    made["options"] |= {"check_every": 1}
+    assert "check_every" not in nothing_grew(record_of(made))  # nothing is shorter
+    made["options"] |= {"growth_cooldown": 1}
+    assert nothing_grew(record_of(made)) == "nothing grew in 17 checks; try a longer training"
     assert "before the first check" in nothing_grew(record_of(growth(checks=0)))
     assert "growth" not in printed(summary).lower()
 

@@ -11,7 +11,7 @@ from tritter.checkpoint.learned import Learned, with_domains
 from tritter.checkpoint.record import ExpansionRecord, Lineage
 from tritter.errors import RequestError, TritterError
 from tritter.families import count_parameters
-from tritter.families.config_file import read_config_file
+from tritter.families.config_file import no_config, read_config_file
 from tritter.storage.hashing import bounded_digest, header_digest, merkle_hash, tensor_digest
 from tritter.storage.links import check_inside, check_links
 from tritter.storage.reading import read_text
@@ -103,7 +103,8 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
     if not folder.is_dir():
         raise RequestError(f"{folder} is not a folder.")
     if not any((folder / name).exists() for name in (LINEAGE_NAME, "config.json")):
-        raise RequestError(f"{folder} holds no checkpoint: no config.json and no {LINEAGE_NAME}.")
+        lacks = f"no {LINEAGE_NAME} and {no_config(folder)}"
+        raise RequestError(f"{folder} holds no checkpoint: {lacks}.")
     try:
         check_links(folder)
     except TritterError as error:

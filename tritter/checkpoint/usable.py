@@ -6,7 +6,7 @@ from pathlib import Path
 from tritter.checkpoint.expert_files import refuse_experts
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean
 from tritter.families import Config, check_config, family_of
-from tritter.families.config_file import with_silent
+from tritter.families.config_file import no_config, with_silent
 from tritter.storage.links import check_links
 from tritter.storage.names import named_path
 from tritter.storage.reading import read_object
@@ -54,7 +54,7 @@ def checkpoint_config(
     except TritterError as error:
         raise refused(str(error).rstrip(".")) from error
     if not (folder / "config.json").exists():
-        raise refused("the folder holds no config.json")
+        raise refused(f"the folder holds {no_config(folder)}")
     try:
         config = read_object(folder / "config.json")
     except TritterError as error:

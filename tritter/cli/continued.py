@@ -10,7 +10,7 @@ from tritter.checkpoint import read_lineage
 from tritter.checkpoint.usable import checkpoint_config, checkpoint_place
 from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.plan import make_plan
-from tritter.config.overrides import quoted
+from tritter.config.overrides import as_value, quoted
 from tritter.config.schema import DatasetsConfig, RunConfig, TextDataConfig, TextSources
 from tritter.config.text_files import place_of, read_sources
 from tritter.data.dataset_name import dataset_names
@@ -26,6 +26,8 @@ _OPTION_OF_KEY = {
     "hydra.run.dir": "--output",
     "model.path": "--checkpoint",
 }
+# What needs no quotes in an override, nor within a list of one
+_PLAIN = re.compile(r"[\w./+-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +86,13 @@ def continuation(request: TrainRequest) -> tuple[str, ...]:
     defaults = {
         "expansion": "none",
         "model": "hf",
-        "model.path": quoted(place),
+        "model.path": _word(place),
         "data": source,
         **recorded,
         "data.new": _value(new),
         "data.old": _value(old),
         "training.max_steps": request.steps,
-        "hydra.run.dir": quoted(str(request.output or _default_output(request.checkpoint))),
+        "hydra.run.dir": _word(str(request.output or _default_output(request.checkpoint))),
     }
     if request.ewc_lambda is not None:
         defaults |= {"forgetting": "ewc", "forgetting.ewc.ewc_lambda": request.ewc_lambda}
@@ -135,7 +137,7 @@ def _recorded_settings(folder: Path, source: str) -> dict[str, Any]:
             settings["data.packing"] = "documents"
     fields = {domain.text_field for domain in lineage.domains.values()}
     if len(fields) == 1 and source == "text":
-        settings["data.text_field"] = quoted(fields.pop())
+        settings["data.text_field"] = _word(fields.pop())
     return settings
 
 
@@ -166,10 +168,13 @@ def _value(sources: TextSources) -> str | None:
     """Return domains and paths as Hydra reads them."""
     if not sources:
         return None
-    parts = [
-        f"{name}:[{','.join(quoted(path) for path in paths)}]" for name, paths in sources.items()
-    ]
+    parts = [f"{name}:[{','.join(map(_word, paths))}]" for name, paths in sources.items()]
     return "{" + ",".join(parts) + "}"
+
+
+def _word(text: str) -> str:
+    """Return a text as Hydra reads it, in quotes where it is no plain path or name."""
+    return as_value(text) if _PLAIN.fullmatch(text) else quoted(text)
 
 
 def _default_output(checkpoint: str) -> Path:

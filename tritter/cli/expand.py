@@ -267,7 +267,7 @@ def _exactness(specs: Sequence[ExpansionSpec], *, is_recipe: bool) -> str:
         return "yes: the model computes what it computed before"
     named = ", ".join(spelled(s.name) + _made_exact_by(s, is_recipe=is_recipe) for s in lossy)
     return (
-        f"no: {named} changes what the model computes; measure the jump on your own text, and "
+        f"no: {named} may change what the model computes; measure the jump on your own text, and "
         "train on"
     )
 

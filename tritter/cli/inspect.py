@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tritter.checkpoint import ExpansionRecord, Source
 from tritter.checkpoint.expert_files import ExpertFiles
+from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
 from tritter.cli.expert_table import experts_json, print_experts
 from tritter.cli.map_table import MapRow, map_rows, rebuilt_map
 from tritter.cli.output import (
@@ -126,6 +127,7 @@ def _as_json(
         "ffn_sizes": list(ffn_sizes(source.config)),
         "dtypes": dict(dtypes),
         "is_tied": bool(source.config.get("tie_word_embeddings")),
+        "beside": _beside(source.folder),
         "lineage": None
         if lineage is None
         else {
@@ -191,6 +193,10 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
     tie = "tied to the embedding" if source.config.get("tie_word_embeddings") else "untied"
     lines = [("family", f"{source.family.model_type} ({source.family.architecture})")]
     lines += [("on disk", ", ".join(kinds)), ("output head", tie)]
+    names = _beside(source.folder)
+    lines.append(("beside", ", ".join(names) or "no tokenizer, no state"))
+    if names and "tokenizer.json" not in names:
+        lines.append(("", "no tokenizer.json, which text is read with"))
     if sizes := ffn_sizes(source.config):
         padded = count_text(source.family.count_parameters(on_disk(source.config)))
         lines += [
@@ -198,6 +204,13 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
             ("padded", f"on disk to the widest: {padded} parameters"),
         ]
     print_lines(console, lines)
+
+
+def _beside(folder: Path) -> list[str]:
+    """Return what lies beside config and weights: tokenizer files, then what is in `state/`."""
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    state = folder / "state"
+    return [*names, *sorted(f"state/{each.name}" for each in state.glob("*"))]
 
 
 def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMap) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import inf
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from tritter.checkpoint import record_step0_error
 from tritter.errors import TritterError
 from tritter.evaluation.folder_jump import folder_jump
 from tritter.evaluation.gate import EXACT_JUMP
+from tritter.evaluation.validation import rounded_jump
 from tritter.expand import Expanded
 from tritter.families import Config, family_of
 from tritter.models import read_config
@@ -21,8 +21,6 @@ from tritter.storage.tensors import TensorFolder
 # Each weight is read once whatever the tokens; of experts, a token meets a few
 SEQUENCES, SEQUENCES_OF_EXPERTS, LENGTH = 2, 8, 32
 _MB = 10**6
-# What rounding of all weights to 16 bits surely does not do; in a model of experts it may
-_ROUNDED_JUMP = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ def measure(
     record_step0_error(result.folder, error, config, num_new=len(result.steps))
     claims_exact = all(step.spec.is_exact for step in result.steps)
     rounded = _rounded_to(source, result, claims_exact=claims_exact)
-    bound = EXACT_JUMP if not rounded else inf if family_of(config).has_experts else _ROUNDED_JUMP
+    bound = rounded_jump(has_experts=family_of(config).has_experts) if rounded else EXACT_JUMP
     is_broken = claims_exact and not jump.relative_to_std < bound
     note = f", rounding to {' and '.join(rounded)} included" if rounded else ""
     text = f"{jump.relative_to_std:.1e} of the logits' deviation on random tokens{note}"

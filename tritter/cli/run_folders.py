@@ -12,6 +12,7 @@ from typing import Any
 from tritter.checkpoint.history import read_chain
 from tritter.cli.history import made_by, steps_after
 from tritter.cli.output import short
+from tritter.config.program import resume_command
 from tritter.config.run_folder import RUN_FILE, SUMMARY_FILE
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.options import leaves
@@ -63,7 +64,9 @@ def find_runs(folders: Sequence[Path]) -> FoundRuns:
     if not finished:
         reason = f"no finished run is in it: no {SUMMARY_FILE}"
         if unfinished:
-            reason += f"; {len(unfinished)} are not finished"
+            several = f"{len(unfinished)} are not finished, the first"
+            told = "one is not finished" if len(unfinished) == 1 else several
+            reason += f"; {told}: {resume_command(next(iter(unfinished)))} goes on with it"
         raise RequestError(Problem("RUN", ", ".join(map(str, folders)), reason=reason))
     if len(finished) > MAX_RUNS:
         reason = f"{len(finished)} runs are in it; allowed are {MAX_RUNS}, name fewer"

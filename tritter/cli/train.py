@@ -20,17 +20,23 @@ if TYPE_CHECKING:
 
 HELP = """
 Training a checkpoint
-  tritter train --checkpoint DIR [--mode continue] [--steps N] [--ewc-lambda L]
-                [--data PATH] [--old-data PATH] [--output DIR] [--config-dir DIR]
+  tritter train --checkpoint DIR [--mode continue] [--steps N]
+                [--ewc-lambda L] [--data PATH] [--old-data PATH]
+                [--output DIR] [--config-dir DIR]
                 [GROUP=OPTION ...] [KEY=VALUE ...]
 
-  --checkpoint DIR   a folder or hub id of a known family, ours or not: model=hf, expansion=none
+  --checkpoint DIR   a folder or hub id of a known family, ours or not:
+                     model=hf, expansion=none
   --mode continue    train on; the only mode
   --steps N          training.max_steps
-  --ewc-lambda L     forgetting=ewc with this lambda (without it: forgetting=replay)
-  --data PATH        new text: file, folder or glob of .txt, .jsonl and the like; may be repeated
-  --old-data PATH    old text, in the same forms; by default all that the checkpoint learned
-  --output DIR       folder of the run, with the result in DIR/checkpoint; default: DIR-continued
+  --ewc-lambda L     forgetting=ewc with this lambda (without it:
+                     forgetting=replay)
+  --data PATH        new text: file, folder or glob of .txt, .jsonl and the
+                     like; may be repeated
+  --old-data PATH    old text, in the same forms; by default all that the
+                     checkpoint learned
+  --output DIR       folder of the run, with the result in DIR/checkpoint;
+                     default: DIR-continued
   --config-dir DIR   options of yours (docs/extending.md)"""
 
 _VALUED = ("checkpoint", "mode", "steps", "ewc-lambda", "data", "old-data", "output")

@@ -14,6 +14,7 @@ from tritter.config.schema import TextSources
 from tritter.config.text_files import named_after, read_sources
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.evaluation.gate import Check
+from tritter.families.config_file import no_config
 from tritter.pipeline.validate import Side, ValidationText, validate
 from tritter.storage.hub import locate
 from tritter.storage.names import named_path
@@ -66,7 +67,8 @@ def _folder(place: str, option: str) -> Path:
     with damage_is_a_wrong_request():
         folder = locate(place, key=option)
     if not (folder / "config.json").is_file():
-        reason = "the folder holds no config.json" if folder.is_dir() else "there is no such folder"
+        held = f"the folder holds {no_config(folder)}"
+        reason = held if folder.is_dir() else "there is no such folder"
         raise RequestError(Problem(option, place, reason=reason))
     refuse_experts(folder, doing="a validation", key=option)
     return folder

@@ -102,6 +102,13 @@ def read_config_file(folder: Path) -> Config:
     return with_live_sizes(family, config, folder)
 
 
+def no_config(folder: Path) -> str:
+    """Say that a folder has no config.json; of that of a run, where its checkpoint lies."""
+    below = folder / "checkpoint"
+    found = (below / "config.json").is_file()
+    return f"no config.json; one lies in {below}" if found else "no config.json"
+
+
 def sane_config(folder: Path) -> tuple[Family, Config]:
     """Return a family and what the file says, less what names code or the folder's place.
 
@@ -112,7 +119,7 @@ def sane_config(folder: Path) -> tuple[Family, Config]:
     check_links(folder)
     path = folder / "config.json"
     if not path.exists():
-        lacks = "holds no config.json" if folder.is_dir() else "is not a folder"
+        lacks = f"holds {no_config(folder)}" if folder.is_dir() else "is not a folder"
         raise TritterError(f"{folder} {lacks}.")
     plain = read_object(path)
     family = family_of(plain)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tritter.checkpoint.learned import LearnedDomain, TextSplit
 from tritter.config.memory import memory_notes
+from tritter.config.rates import rate_notes
 from tritter.config.run_text import RunText
 from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig, TrainingConfig
 from tritter.config.text_resolution import run_text
@@ -123,9 +124,9 @@ class RunContext:
         """What a person should know of what the run is made from, a sentence each."""
         source = known_config(self.config) if self.given is None else read_config(self.given)
         assert source is not None  # only that of a hub id is not known, and it is given
-        memory = memory_notes(self.config, source)
+        sizes = (*memory_notes(self.config, source), *rate_notes(self.config, source))
         found = corpus_notes(self.config, self.corpus)
-        return (*text_notes(self.text), *self.text.notes, *found, *self._pages, *memory)
+        return (*text_notes(self.text), *self.text.notes, *found, *self._pages, *sizes)
 
     @property
     def _pages(self) -> Iterator[str]:

@@ -164,8 +164,10 @@ def read_data_words(words: Iterable[str]) -> dict[str, list[str]]:
     for word in words:
         name, sign, path = word.partition("=")
         if not (sign and path and name.replace("-", "_").isidentifier()):
+            example = "" if sign else f" Did you mean 'text={word}'?"
             raise RequestError(
                 f"--data = {word}: allowed is NAME=PATH, with a name of letters, digits, - and _."
+                f"{example}"
             )
         sources.setdefault(name, []).append(path)
     return sources

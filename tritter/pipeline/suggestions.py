@@ -31,6 +31,9 @@ def next_commands(
     checkpoint = str(folder / "checkpoint")
     if summary["status"] != "rolled_back":
         lines.append(tritter_command(["generate", "--checkpoint", checkpoint, "--prompt", "TEXT"]))
+    elif (trained := folder / f"attempt_{len(summary.get('attempts', ()))}" / "trained").is_dir():
+        refused = tritter_command(["inspect", str(trained)])
+        lines.append(f"{refused}   # what was trained and not kept")
     return [*lines, tritter_command(["history", checkpoint, "--verify"])]
 
 
@@ -80,9 +83,10 @@ def _stronger_protection(config: RunConfig) -> Advice:
     elif replay.options.fraction < _LARGEST_FRACTION:
         fraction = min(_LARGEST_FRACTION, 2 * replay.options.fraction)
         yield {f"forgetting.{replay.name}.fraction": f"{fraction:g}"}, "more old text mixed in"
-    if "l2sp" not in names and config.experts is None:
-        protected = ["l2sp", *names] if names else ["l2sp", "replay"]
-        yield {"forgetting": _listed(protected)}, "the old weights held as well"
+    # Beside replay the one that kept most: experiments/2026-11-21_forgetting_methods
+    if "distill" not in names and config.experts is None:
+        protected = ["distill", *names] if names else ["distill", "replay"]
+        yield {"forgetting": _listed(protected)}, "the old answers held as well"
 
 
 def _undecided(config: RunConfig, summary: Mapping[str, Any]) -> Advice:

@@ -23,9 +23,15 @@ from tritter.evaluation.gate import (
 )
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.paired_scores import PairedScores
-from tritter.evaluation.validation import equivalence_check, parameter_bytes, scaling_check
+from tritter.evaluation.validation import (
+    equivalence_check,
+    parameter_bytes,
+    rounded_jump,
+    scaling_check,
+)
 from tritter.families import Config, count_parameters, family_of, layout, position_limit
 from tritter.models import load_model, read_config
+from tritter.storage.tensors import TensorFolder
 from tritter.training.gradient_flow import NewUnits, tried
 
 RETENTION, CONFIDENCE = 0.05, 0.95  # of the specification, and of the gate's default
@@ -51,12 +57,17 @@ class ValidationText:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Side:
-    """One of the two checkpoints, loaded."""
+    """One of the two checkpoints, loaded.
+
+    Args:
+        dtypes: of its tensors on disk, as torch calls them.
+    """
 
     config: Config
     lineage: Lineage | None
     model: nn.Module
     tokenizer: PretrainedTokenizer | None
+    dtypes: frozenset[str]
 
     @classmethod
     def load(cls, folder: Path) -> "Side":
@@ -70,7 +81,9 @@ class Side:
         if (folder / "tokenizer.json").is_file():
             tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(config, read_lineage(folder), load_model(folder).to(device), tokenizer)
+        dtypes = {header.dtype for header in TensorFolder.open(folder).headers.values()}
+        model = load_model(folder).to(device)
+        return cls(config, read_lineage(folder), model, tokenizer, frozenset(dtypes))
 
     @property
     def vocab_size(self) -> int:
@@ -186,8 +199,27 @@ def _equivalence(source: Side, result: Side, ids: Tensor | None) -> Check:
     if ids is None:
         reason = f"vocabularies of {source.vocab_size:,} and {result.vocab_size:,} tokens say "
         return _not_asked("forward_equivalence", "logits", f"{reason}nothing that compares")
-    reason_not_asked = _why_not_same(source, result)
-    return equivalence_check(source.model, result.model, ids, reason_not_asked=reason_not_asked)
+    return equivalence_check(
+        source.model,
+        result.model,
+        ids,
+        reason_not_asked=_why_not_same(source, result),
+        rounded=" and ".join(_rounded_to(source, result)),
+        rounded_bound=rounded_jump(has_experts=family_of(result.config).has_experts),
+    )
+
+
+def _rounded_to(source: Side, result: Side) -> list[str]:
+    """Return the types below float32 that weights were computed for since the source.
+
+    Layers that are only copied, in the type of the source, lose nothing.
+    """
+    if result.lineage is not None and len(result.dtypes) == 1 and source.dtypes == result.dtypes:
+        known = len(source.lineage.expansion_history) if source.lineage else 0
+        made = result.lineage.expansion_history[known:]
+        if all(record.expansion_type == "depth" for record in made):
+            return []
+    return [name for name in ("bfloat16", "float16") if name in result.dtypes]
 
 
 def _why_not_same(source: Side, result: Side) -> str | None:

@@ -66,11 +66,14 @@ def nothing_grew(growth: GrowthRecord) -> str:
             "growth.warmup_steps or growth.check_every, or a longer training"
         )
     number = "one check" if growth.checks == 1 else f"{growth.checks:,} checks"
-    keys = [_with_steps(growth, key) for key in ("growth_cooldown", "check_every")]
-    ways = [f"a shorter {' or '.join(keys)}", "a longer training"]
+    timed = ("growth_cooldown", "check_every")
+    keys = [_with_steps(growth, key) for key in timed if growth.options.get(key) != 1]
+    ways = [f"a shorter {' or '.join(keys)}"] if keys else []
+    ways.append("a longer training")
     if (hint := _HINTS.get(growth.trigger)) is not None:
         ways.insert(0, hint)
-    return f"nothing grew in {number}; try {', '.join(ways[:-1])}, or {ways[-1]}"
+    *others, last = ways
+    return f"nothing grew in {number}; try {', '.join(others) + ', or ' if others else ''}{last}"
 
 
 def _with_steps(growth: GrowthRecord, key: str) -> str:

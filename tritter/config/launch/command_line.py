@@ -120,6 +120,8 @@ def _refuse_unknown(words: Sequence[str]) -> None:
     names = {flag.names[-1].strip("-"): flag.names[-1] for flag in FLAGS}
     near = nearest(words[0].partition("=")[0].strip("-"), names) if len(words) == 1 else None
     meant = f" Did you mean {names[near]}?" if near else ""
+    if words[0].partition("=")[0] == "--checkpoint":
+        meant = " Did you mean tritter train --checkpoint, or model=hf model.path=DIR?"
     raise RequestError(f"unrecognized arguments: {' '.join(words)} (see --help).{meant}")
 
 

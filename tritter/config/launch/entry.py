@@ -154,5 +154,8 @@ def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
     status = read_status(job.folder)
     if status["error"] is not None:
         say(f"error: {status['error']}", is_error=True)
+        # The same words on the same text are refused again
+        once = "Once that is mended, go on with" if status["exit_code"] == 2 else "Go on with"
+        goes_on = goes_on.replace("Go on with", once)
         say(f"The run so far: {job.folder}\n{goes_on}", is_error=True)
     return int(status["exit_code"])

@@ -8,47 +8,58 @@ from tritter.conf_folder import config_folder
 from tritter.config.folders import LADDERS, Options, option_files
 from tritter.errors import RequestError, did_you_mean
 
-_WIDTH = 96
+_WIDTH = 79
 
 _HEAD = """\
-Tritter grows a language model, trains it on new text without losing the old, and keeps the
-result only if a gate says so. Without arguments everything it needs is on this machine: it
-trains a small base on the Python documentation, makes it wider, and teaches it Python source.
+Tritter grows a language model, trains it on new text without losing the old,
+and keeps the result only if a gate says so. Without arguments everything it
+needs is on this machine: it trains a small base on the Python documentation,
+makes it wider, and teaches it Python source.
 
 Usage
   python train.py [GROUP=OPTION ...] [KEY=VALUE ...] [-m]
 
 Examples
   python train.py
-      the default job: about a minute and a half on two cores, nothing downloaded
-  python train.py 'expansion=[width,llama_pro]' 'forgetting=[l2sp,replay]' control=true
-      two expansions in order, two protections, and the un-grown base beside them
-  python train.py -m expansion=none,dus,llama_pro,width forgetting=none,replay seed=0,1,2
-      a sweep: 24 runs, all checked before the first starts, one table at the end
+      the default job: a minute and a half on two cores, nothing downloaded
+  python train.py 'expansion=[width,llama_pro]' 'forgetting=[l2sp,replay]'
+      two expansions in order, two protections; with control=true behind it the
+      un-grown base beside them
+  python train.py -m expansion=dus,llama_pro forgetting=none,replay seed=0,1,2
+      a sweep: 12 runs, all checked before the first starts, then one table
 
-Groups (an option brings all its keys; - and _ are the same; [A,B] is an ordered list)"""
+Groups (an option brings all its keys; - and _ are the same; [A,B] is an
+ordered list)"""
 
 _TAIL = """\
 Keys
-  Every key of an option can be set: training.max_steps=400, expansion.width.hidden_size=128.
-  At the root: seed, control, cache_dir, resume (latest, or the folder of a run).
+  Every key of an option can be set: training.max_steps=400,
+  expansion.width.hidden_size=128.
+  At the root: seed, control, cache_dir, resume (latest, or a run's folder).
   GROUP=OPTION --help lists the keys of an option, with their defaults.
   --cfg job prints all keys and values of a command line and runs nothing.
 
 Results
-  outputs/runs/TIME/ (with -m: outputs/sweeps/TIME/0, 1, ...): summary.json, metrics.csv, plots,
-  checkpoint/, status.json, the resolved config. hydra.run.dir=DIR chooses the folder; the same
-  command with the same folder, or resume=latest, goes on where it stopped.
+  outputs/runs/TIME/ (with -m: outputs/sweeps/TIME/0, 1, ...): summary.json,
+  metrics.csv, plots, checkpoint/, status.json, the resolved config.
+  hydra.run.dir=DIR chooses the folder; the same command with the same folder,
+  or resume=latest, goes on where it stopped.
 
 Flags
-  -m, --multirun   every combination of the listed values     --cfg job|hydra|all   show, don't run
-  -h, --help       this text                                  --hydra-help          all flags
-  --version        the version of Tritter                     --config-dir DIR      options of yours
-  --config-name F  begin with F.yaml instead of config.yaml   (docs/extending.md)
-  -sc install=bash eval "$(python train.py -sc install=bash)", and TAB completes all of this
+  -m, --multirun       every combination of the listed values
+  -h, --help           this text
+  --cfg job|hydra|all  show, don't run
+  --hydra-help         all flags
+  --version            the version of Tritter
+  --config-dir DIR     options of yours (docs/extending.md)
+  --config-name F      begin with F.yaml instead of config.yaml
+  -sc install=bash     eval "$(python train.py -sc install=bash)", and TAB
+                       completes all of this
 
 Exit codes
-  0 finished, whatever the gate said    1 failed    2 the request is wrong, nothing was written
+  0 finished, whatever the gate said
+  1 failed
+  2 the request is wrong, nothing was written
   3 gate=strict and the grown model was not kept"""
 
 

@@ -9,10 +9,11 @@ from tritter.config.launch.composition import composer
 from tritter.config.launch.flags import FLAGS, REFUSED
 from tritter.config.launch.hydra_settings import ALLOWED
 
-_WIDTH, _COLUMN = 96, 35
+_WIDTH, _COLUMN = 79, 35
 _HEAD = f"""\
-Hydra {__version__} puts the configuration together and starts the jobs of a sweep. Of its flags and
-settings those below work; every other one is refused by name."""
+Hydra {__version__} puts the configuration together and starts the jobs of a
+sweep. Of its flags and settings those below work; every other one is refused
+by name."""
 
 
 def hydra_help() -> str:
