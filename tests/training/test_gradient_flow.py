@@ -28,7 +28,7 @@ from tritter.training import (
     TrainerSettings,
     fit,
 )
-from tritter.training.gradient_flow import GradientFlow
+from tritter.training.gradient_flow import GradientFlow, tried
 
 SETTINGS = TrainerSettings(precision="32-true", progress="off", save_every_n_steps=2)
 STEPS = 6
@@ -187,3 +187,16 @@ def test_bytes_are_those_of_the_plan(tmp_path: Path, target: str, kept: int) -> 
     check = memory_check(doubled, expected=expected)
     assert check.verdict == "failed" and check.value is not None and check.value > 0.2
     assert "1,000,000,000" in check.detail
+
+
+def test_a_trial_drops_out_the_same_at_each_call_and_leaves_the_generator() -> None:
+    ends = []
+    for number in range(2):
+        model = oracle.tiny_llama(attention_dropout=0.5)
+        torch.manual_seed(number)
+        before = torch.get_rng_state()
+        new = {"model.norm.weight": (None,)}
+        tried(model, oracle.tokens(batch=2, length=8, seed=5), new, steps=2)
+        assert torch.equal(torch.get_rng_state(), before)
+        ends.append(model.get_parameter("model.norm.weight").detach().clone())
+    assert torch.equal(*ends)

@@ -201,14 +201,16 @@ def tried(model: nn.Module, input_ids: Tensor, new: NewUnits, *, steps: int) -> 
     parameters = list(model.parameters())
     flow, optimizer = Flow(new), torch.optim.AdamW(parameters, lr=_TRIAL_RATE)
     model.train()
-    for step in range(steps):
-        labels = labels_of(model, input_ids)
-        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        flow.look(model, step=step)
-        optimizer.step()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same units drop out at each call
+        for step in range(steps):
+            labels = labels_of(model, input_ids)
+            loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            flow.look(model, step=step)
+            optimizer.step()
     return flow.found(model, enough=steps)
 
 
