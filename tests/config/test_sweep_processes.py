@@ -71,6 +71,8 @@ def test_failed_and_killed_jobs_stand_in_the_table(tmp_path: Path, launcher: tup
     assert {line[4] for line in begun(tmp_path)} == {"sweep"}
     assert "a line of the run" in (tmp_path / "sweep/0/output.txt").read_text()
     assert "a line of the run" not in out
+    assert "job 0 begins: seed=0\n" in out and "job 0 is over: kept\n" in out
+    assert f"job 1 begins: seed={FAILS}\n" in out and "job 1 is over: failed\n" in out
     at_once = 2 if launcher[0] == "joblib" else 4
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     assert {line[3] for line in begun(tmp_path)} == {str(threads)}

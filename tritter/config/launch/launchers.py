@@ -61,6 +61,11 @@ class Launching:
         return self.launcher != "basic"
 
     @property
+    def prints_apart(self) -> bool:
+        """Whether what its jobs print goes into files of its own, none of it where we print."""
+        return self.launcher.startswith("submitit")
+
+    @property
     def ends_with_us(self) -> bool:
         """Whether jobs run in our own child processes, and not in the care of something else."""
         return self.launcher == "joblib"

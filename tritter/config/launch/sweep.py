@@ -66,6 +66,8 @@ def run_sweep(plan: Plan, folder: Path, pipeline: Pipeline, *, typed: Sequence[s
                 if plan.launching.is_in_processes:
                     inside.enter_context(_ready_for(plan.launching))
                     inside.enter_context(_jobs_stop_first(plan, folder))
+                if plan.launching.prints_apart:
+                    inside.enter_context(_told_of(plan, folder, swept.shared))
                 given_up = _run_rounds(plan, folder, swept)
     except Stopped as stop:
         stop.advice = (goes_on,)
@@ -151,6 +153,38 @@ def _ready_for(launching: Launching) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _told_of(plan: Plan, folder: Path, shared: frozenset[str]) -> Iterator[None]:
+    """Say which jobs begin and end, as their status has it: they can't say so themselves."""
+    is_over = threading.Event()
+    known = {place: read_status(place)["status"] for place in _job_folders(plan, folder)}
+
+    def look() -> None:
+        for place in _job_folders(plan, folder):
+            found, name = read_status(place), place.relative_to(folder)
+            if found["status"] in (known.get(place), "not run", "unknown"):
+                continue
+            if known.get(place) != "running":
+                own = " ".join(word for word in found["overrides"] if word not in shared)
+                say(f"job {name} begins: {own}")
+            known[place] = found["status"]
+            if known[place] != "running":
+                say(f"job {name} is over: {known[place]}")
+
+    def watch() -> None:
+        while not is_over.wait(_SECONDS_BETWEEN_LOOKS):
+            look()
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watching.join()
+        look()
 
 
 @contextmanager
