@@ -23,10 +23,11 @@ from tritter.forgetting.path_integral import PathIntegral
 from tritter.forgetting.weight_path import RECORDED
 from tritter.models import named_tensors, new_model, save_tokenizer
 from tritter.pipeline import importance, moments
-from tritter.pipeline.context import RunContext, schedule_of
+from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import content_key
 from tritter.pipeline.loggers import open_loggers
 from tritter.pipeline.metrics import write_rows
+from tritter.pipeline.schedules import schedule_of
 from tritter.pipeline.trained import accept
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_text

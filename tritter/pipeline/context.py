@@ -15,7 +15,7 @@ from tritter.checkpoint.learned import LearnedDomain, TextSplit
 from tritter.config.memory import memory_notes
 from tritter.config.rates import rate_notes
 from tritter.config.run_text import RunText
-from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig, TrainingConfig
+from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig
 from tritter.config.text_resolution import run_text
 from tritter.config.validation import known_config
 from tritter.data.apart import Apart, read_apart
@@ -44,7 +44,7 @@ from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.hub import locate
 from tritter.terminal import Console
-from tritter.training import OptimizerSettings, Schedule, TrainerSettings
+from tritter.training import OptimizerSettings, TrainerSettings
 
 MAX_POSITIONS = 2048  # of a model that does not say
 EVALUATED_TOKENS = 4096  # of a domain, each time: 3 % of the default training, all together
@@ -382,20 +382,3 @@ class RunContext:
     def scoring_flops(self, config: Config) -> float:
         """Count the FLOPs of one scoring."""
         return self.scoring.flops(config)
-
-
-def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedule:
-    """Return the schedule that a training's config describes.
-
-    Args:
-        start_rate: that the training before it ended with.
-    """
-    return Schedule(
-        learning_rate=training.learning_rate,
-        max_steps=training.max_steps,
-        warmup_ratio=training.warmup_ratio,
-        shape=training.schedule,
-        decay_ratio=training.decay_ratio,
-        minimum_ratio=training.minimum_ratio,
-        start_rate=start_rate,
-    )

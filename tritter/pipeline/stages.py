@@ -25,11 +25,11 @@ from tritter.pipeline import experts, growth, importance, moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
 from tritter.pipeline.baseline_scores import score_baseline
-from tritter.pipeline.context import RunContext, schedule_of
+from tritter.pipeline.context import RunContext
 from tritter.pipeline.given import copy_given
-from tritter.pipeline.last_rate import last_rate
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.samples import said
+from tritter.pipeline.schedules import last_rate, schedule_of
 from tritter.pipeline.scoring import score_file
 from tritter.pipeline.trained import (
     TrainedWriter,

@@ -1,12 +1,30 @@
-"""With what rate the training before ended, from which `training.schedule=rewarm` goes on."""
+"""The schedule of a training, and the rate that the one before ended with, where `rewarm` goes on."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from tritter.checkpoint import lineage_of
+from tritter.config.schema import TrainingConfig
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.training import Schedule
+
+
+def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedule:
+    """Return the schedule that a training's config describes.
+
+    Args:
+        start_rate: that the training before it ended with.
+    """
+    return Schedule(
+        learning_rate=training.learning_rate,
+        max_steps=training.max_steps,
+        warmup_ratio=training.warmup_ratio,
+        shape=training.schedule,
+        decay_ratio=training.decay_ratio,
+        minimum_ratio=training.minimum_ratio,
+        start_rate=start_rate,
+    )
 
 
 def last_rate(context: RunContext, arm: Arm) -> float:
