@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests import oracle
 from tritter.errors import RequestError, TritterError
+from tritter.experts.adapters import AdapterShape, put_on
 from tritter.families import LLAMA
 from tritter.models import (
     load_model,
@@ -234,3 +235,14 @@ def test_code_in_a_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
     assert not trace.exists()
     exec((folder / "evil.py").read_text(), {})  # the trap itself works
     assert trace.exists()
+
+
+def test_a_new_model_leaves_all_random_generators_as_they_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    new_model(read_config(folder), seed=3)
+    put_on(load_model(folder), "one", AdapterShape(2, 4.0, ("q_proj",)), seed=3)
+    assert torch.equal(torch.get_rng_state(), before) and not seeded

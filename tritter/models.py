@@ -81,7 +81,7 @@ def _stock_config(folder: Path) -> PreTrainedConfig:
 def new_model(config: Config, *, seed: int) -> nn.Module:
     """Return a model with freshly drawn float32 weights; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the GPUs' generators stay as they are
         built = stock_config_of(config)
         model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
     for stored in _narrower(config):

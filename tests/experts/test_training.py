@@ -14,8 +14,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
+from tests.experts.mixtures import mixture_of
 from tests.training.killed import KillAt, Killed
-from tests.training.test_fit import SETTINGS
+from tests.training.test_fit import SCHEDULE, SETTINGS
 from tests.training.test_surgery import assert_same
 from tritter.config.folders import body_of, option_files
 from tritter.data.batches import BatchStream, SequenceStream
@@ -339,6 +340,20 @@ def test_a_teacher_leaves_usage_as_it_was(tmp_path: Path) -> None:
     _, result = train(tmp_path, asked(distill=0.5, maturity_steps=20), stream="aaaaaaaaaaaa")
     gates = result.reports["experts"]["usage_over_time"]["gates"]["expert_1"]
     assert min(gate for gate in gates[-2:] if gate is not None) > 0.5
+
+
+def test_who_teaches_a_young_expert_drops_out_nothing() -> None:
+    mixture = mixture_of(oracle.tiny_llama(attention_dropout=0.5))
+    module = ExpertModule(mixture, schedule=SCHEDULE, optimizer=OptimizerSettings()).eval()
+    ids = oracle.tokens(batch=2, length=8)
+    found = []
+    for is_training in (False, True):
+        task = module.eval().task_loss({"input_ids": ids})
+        module.train(is_training)
+        module._task = task
+        found.append(float(module._distance("e1", {"input_ids": ids})))
+        assert module.model.training == is_training
+    assert found[0] == found[1] > 0
 
 
 def test_who_learns_another_skill_is_trained_again(tmp_path: Path) -> None:

@@ -72,6 +72,13 @@ def test_a_batch_without_such_rows_adds_nothing() -> None:
     assert method.look(model, 1) == 0
 
 
+def test_the_teacher_drops_out_nothing() -> None:
+    model, batch = oracle.tiny_llama(), batch_of(num_old=1)
+    method = begun(model, oracle.tiny_llama(attention_dropout=0.5).train())
+    loss = method.extra_loss(model, batch, model(input_ids=batch["input_ids"]).logits)
+    assert abs(float(loss.detach())) < 1e-6
+
+
 def test_without_marks_all_rows_are_new() -> None:
     model, teacher = oracle.tiny_llama(), oracle.tiny_llama(initializer_range=0.1)
     ids = oracle.tokens(batch=4, length=6)

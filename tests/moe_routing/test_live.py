@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.moe_routing.test_stages import DOMAIN, OLD, Batch, grown, moved, values
+from tests.stock_routers.models import tiny_moe
 from tritter.errors import TritterError
 from tritter.forgetting.fisher import diagonal_fisher
 from tritter.moe_routing import (
@@ -214,3 +215,28 @@ def test_each_module_gets_its_own_mode_back() -> None:
         call()
         after = [module.training for each in (model, teacher) for module in each.modules()]
         assert after == modes, name
+
+
+STAGES: dict[str, Callable[[nn.Module, nn.Module, int], None]] = {
+    "routers": lambda model, _, seed: adapt_router(model, [3], DOMAIN, 1, seed=seed),
+    "experts": lambda model, _, seed: train_new_experts(model, [3], DOMAIN, seed=seed),
+    "distilled": lambda model, teacher, seed: distill_experts(
+        model, teacher, [2, 3], DOMAIN, seed=seed
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_layers_draw_follows_from_the_seed(stage: str) -> None:
+    """Whatever torch's own generator was used for before, which stays as it is."""
+    found = []
+    for seed, before in ((3, 1), (3, 2), (4, 1)):
+        model = tiny_moe("mixtral", attention_dropout=0.3, router_jitter_noise=0.3)
+        teacher = tiny_moe("mixtral", initializer_range=0.1)
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        STAGES[stage](model, teacher, seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append(values(model))
+    one, other, third = (torch.cat([v.flatten() for v in each.values()]) for each in found)
+    assert torch.equal(one, other) and not torch.equal(one, third)

@@ -106,7 +106,7 @@ def put_on(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) -> No
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT sets it for each layer
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the GPUs' generators stay as they are
         inject_adapter_in_model(config, model, adapter_name=name)
     for _, layer in adapted_layers(model):
         layer.set_adapter([])  # which freezes all adapters

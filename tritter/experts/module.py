@@ -10,6 +10,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from tritter.data.apart import labels_of
 from tritter.data.windows import IGNORED
+from tritter.evaluation.inference import modes_kept
 from tritter.experts.adapters import AdapterShape, adapter_names, shape_of
 from tritter.experts.changes import router_names
 from tritter.experts.flops import forward_flops_of, step_flops_of
@@ -146,7 +147,8 @@ class ExpertModule(BaseModule):
         """Return KL(mixture without an expert ‖ mixture), mean over tokens, nats."""
         assert self._task is not None
         input_ids = batch["input_ids"]
-        with torch.no_grad(), self.mixture.without(young):
+        with torch.no_grad(), self.mixture.without(young), modes_kept(self.model):
+            self.model.eval()  # or the two would differ by what each drops out
             teacher = self.model(input_ids=input_ids, use_cache=False).logits
         own, kept = self._task.logits, labels_of(self.model, input_ids) != IGNORED  # [B, T]
         told = log_softmax(teacher[kept].float(), dim=-1)

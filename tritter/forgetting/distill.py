@@ -82,7 +82,7 @@ class Distill(ForgettingMethod):
     def begin_task(self, model: nn.Module, task: Task) -> None:
         if task.teacher is None:
             raise TritterError("forgetting=distill was given no teacher.")
-        self._teacher = task.teacher.to(next(model.parameters()).dtype)
+        self._teacher = task.teacher.to(next(model.parameters()).dtype).eval()
 
     def extra_loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
         """Return weight · T² · KL, averaged over the tokens of the rows that it is of.

@@ -90,6 +90,7 @@ def distill_experts(
     auxiliary_loss: float = 0.01,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.01,
+    seed: int = 0,
 ) -> None:
     """Train new experts so that the model answers as a teacher does where they take every token.
 
@@ -100,6 +101,7 @@ def distill_experts(
         domain_dataloader: `{"input_ids": integers [B, T]}`.
         temperature: of both models' probabilities.
         auxiliary_loss: weight of the load balancing loss among the new experts.
+        seed: of what layers draw in training, as for dropout.
 
     Raises:
         RequestError: no such experts, too few of them, or another vocabulary.
@@ -122,7 +124,7 @@ def distill_experts(
             schedule=Schedule.constant(learning_rate, max_steps=len(batches)),
             optimizer=OptimizerSettings(weight_decay=weight_decay),
         )
-        fit_live(module, batches)
+        fit_live(module, batches, seed=seed)
 
 
 def soft_divergence(wanted: Tensor, said: Tensor, *, temperature: float) -> Tensor:

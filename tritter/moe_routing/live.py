@@ -14,6 +14,7 @@ from tritter.evaluation.inference import device_of, modes_kept
 from tritter.stopping import Stopped
 from tritter.terminal import Console
 from tritter.training import BaseModule, SideLoss, TrainerSettings, fit
+from tritter.training.checkpoint_io import random_state, restore_random_state
 
 Batch = Mapping[str, Tensor]
 _OLD = "old_input_ids"
@@ -57,9 +58,14 @@ class OldText(SideLoss):
 
 
 def fit_live(
-    module: BaseModule, batches: LoaderBatches, *, controls: Sequence[Callback] = ()
+    module: BaseModule, batches: LoaderBatches, *, seed: int, controls: Sequence[Callback] = ()
 ) -> None:
     """Train a live model where it lies; it stays there, in the modes that it was in.
+
+    Torch's global generators are left as they were.
+
+    Args:
+        seed: of what layers draw in training, as for dropout.
 
     Raises:
         TritterError: a step was not finite; the weights are those from before it.
@@ -67,13 +73,13 @@ def fit_live(
     if not len(batches):
         return
     model = module.model
-    home = device_of(model)
+    home, random = device_of(model), random_state()
     try:
         with modes_kept(model), TemporaryDirectory(prefix="tritter-") as folder:
             result = fit(
                 module,
                 batches,
-                settings=_settings(home),
+                settings=_settings(home, seed),
                 folder=Path(folder),
                 label="adaptation",
                 console=Console(quiet=True),
@@ -84,6 +90,7 @@ def fit_live(
             raise KeyboardInterrupt from stopped  # as in any other call
         raise
     finally:
+        restore_random_state(random)
         model.to(home)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -92,7 +99,7 @@ def fit_live(
         raise TritterError(f"adaptation: {result.stopped_because}.")
 
 
-def _settings(home: device) -> TrainerSettings:
+def _settings(home: device, seed: int) -> TrainerSettings:
     """Return those of a model as it is: in its own dtype, on its own device."""
     return TrainerSettings(
         accelerator="gpu" if home.type == "cuda" else home.type,
@@ -101,4 +108,5 @@ def _settings(home: device) -> TrainerSettings:
         max_non_finite_steps=0,
         save_every_n_steps=0,
         progress="off",
+        seed=seed,
     )

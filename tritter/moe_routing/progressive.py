@@ -93,7 +93,7 @@ class ProgressiveMoE:
     ) -> None:
         new = range(config.base_experts, config.base_experts + config.new_experts)
         adapt_router(model, new, batches, router_update=config.router_update, seed=self.seed)
-        train_new_experts(model, new, batches, freeze_base=config.freeze_base)
+        train_new_experts(model, new, batches, freeze_base=config.freeze_base, seed=self.seed)
 
     def _batches(self, model: nn.Module, path: str) -> list[dict[str, Tensor]]:
         if self.tokenizer is None:

@@ -60,7 +60,7 @@ def adapt_router(
             or `frozen`: the routers stay, and only an offset is raised.
         anneal_steps: after which the offset is 0. Default: all steps, for which the loader needs
             a length.
-        seed: of rows drawn anew.
+        seed: of rows drawn anew, and of what layers draw in training, as for dropout.
 
     Raises:
         RequestError: no experts, no such experts, an unknown `router_update`, or a loader without
@@ -79,8 +79,11 @@ def adapt_router(
         balance = RoutingSettings(auxiliary_loss=auxiliary_loss, z_loss=z_loss)
         settings = replace(balance, encouragement=encouragement, new_experts=experts)
         batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
+        own = derived_seed(seed, "routers")
         with only_trainable(model, is_router):
-            _train(model, batches, settings, learning_rate=learning_rate, controls=controls)
+            _train(
+                model, batches, settings, learning_rate=learning_rate, controls=controls, seed=own
+            )
     if added is not None:
         added.at(steps, anneal_steps=steps).apply(model)
 
@@ -99,6 +102,7 @@ def train_new_experts(
     replay: Iterable[Batch] | None = None,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.01,
+    seed: int = 0,
 ) -> None:
     """Train new experts on a domain, while the base stays as it is, bit for bit.
 
@@ -109,6 +113,7 @@ def train_new_experts(
         freeze_base: False trains all parameters.
         train_routers: let the routers go on learning.
         unfreeze_after: steps after which the base is trained too. Default: never.
+        seed: of what layers draw in training, as for dropout.
 
     Raises:
         RequestError: no experts, no such experts, or `unfreeze_after` without a frozen base.
@@ -135,6 +140,7 @@ def train_new_experts(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             controls=controls,
+            seed=derived_seed(seed, "experts"),
         )
 
 
@@ -190,6 +196,7 @@ def _train(
     learning_rate: float,
     weight_decay: float = 0.0,
     controls: Sequence[Callback],
+    seed: int,
 ) -> None:
     """Train what needs a gradient at one rate, the terms of the routers in the loss."""
     module = BaseModule(
@@ -198,7 +205,7 @@ def _train(
         optimizer=OptimizerSettings(weight_decay=weight_decay),
         side_losses=[RoutingObjective(model, settings), *batches.side_losses],
     )
-    fit_live(module, batches, controls=controls)
+    fit_live(module, batches, seed=seed, controls=controls)
 
 
 def _known_steps(loader: Iterable[Batch], epochs: int) -> int:
