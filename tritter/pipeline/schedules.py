@@ -1,4 +1,4 @@
-"""The schedule of a training, and the rate that the one before ended with, where `rewarm` goes on."""
+"""The schedule of a training, and the rate that the one before it ended with, for `rewarm`."""
 
 from collections.abc import Mapping
 from typing import Any
