@@ -109,7 +109,7 @@ def test_a_size_beyond_the_laws_range_is_said_to_be(run: Run, place: Path) -> No
 
 def test_the_guide(run: Run, place: Path) -> None:
     text = run("plan --guide").out
-    assert "46.7 G" in text and "13.8B" in text
+    assert "46.7 B" in text and "13.8B" in text
     rows = run("plan --guide --json").json["rows"]
     assert [row["target_parameters"] for row in rows][2] == 10_731_524_096
 

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from tritter.report.tables import print_summary
-from tritter.report.wording import Signs, count_text, stages
+from tritter.report.wording import Signs, count_text, si_text, stages
 
 
 def printed(summary, *, encoding="utf-8", folder=None, width=80):
@@ -126,6 +126,10 @@ def test_bare_summary_of_a_run_that_broke_early_still_prints(summary):
 )
 def test_counts(value, text):
     assert count_text(value) == text
+
+
+def test_billions_of_parameters_are_not_giga() -> None:
+    assert (count_text(7.24e9), si_text(7.24e9)) == ("7.24 B", "7.24 G")
 
 
 def test_stages_keep_their_order_and_end_with_the_total():

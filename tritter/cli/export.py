@@ -30,7 +30,7 @@ from tritter.errors import RequestError
 from tritter.families import Config, LayoutKind, family_of
 from tritter.loadable import check_loadable
 from tritter.models import read_config
-from tritter.report.wording import count_text
+from tritter.report.wording import count_text, si_text
 from tritter.stock_routers import AddedExperts, stock_obstacle
 from tritter.storage.hub import locate
 from tritter.storage.names import named_path
@@ -320,7 +320,7 @@ def _print(origin: _Origin, exported: Exported) -> None:
     lines = [
         ("model", f"{family.architecture}, {parameters} parameters"),
         ("dtype", str(exported.config["dtype"])),
-        ("size", f"{count_text(exported.num_bytes)}B in {files}"),
+        ("size", f"{si_text(exported.num_bytes)}B in {files}"),
     ]
     if moments is not None:
         lines.append(("state", f"{', '.join(sorted(moments.kinds))} after {moments.step} steps"))

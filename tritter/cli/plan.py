@@ -36,7 +36,7 @@ from tritter.planning import (
 from tritter.planning.guide import size_guide
 from tritter.planning.plan import LAW_RESOLUTION, SMALL_MODEL_BEATEN_FROM
 from tritter.planning.scaling_law import SMALLEST_MODEL
-from tritter.report.wording import count_text
+from tritter.report.wording import count_text, si_text
 from tritter.terminal import Console
 
 _MEASURED = "measured below 0.3 M parameters, three seeds"
@@ -116,7 +116,7 @@ def _hours(value: float) -> str:
 
 
 def _bytes(value: int) -> str:
-    return f"{count_text(value)}B"
+    return f"{si_text(value)}B"
 
 
 def _print(

@@ -188,4 +188,4 @@ def _folder_name(name: str) -> str:
 
 def _compact(count: int) -> str:
     """Return a count as a part of a folder's name: 4.42B, 213k."""
-    return count_text(count).replace(" ", "").replace("G", "B")
+    return count_text(count).replace(" ", "")

@@ -7,6 +7,7 @@ pairs, by the bootstrap that the gate uses. Else it is said that the two are not
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import starmap
 from typing import Any
 
 from tritter.errors import TritterError
@@ -17,7 +18,7 @@ from tritter.report.bounds import LARGEST
 from tritter.report.page_table import PageTable
 from tritter.report.rows import ScoreChange, last_attempt
 from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped
-from tritter.report.wording import MISSING, change_text, count_text, score_text
+from tritter.report.wording import MISSING, change_text, count_text, score_text, si_text
 
 Scores = Mapping[str, PairedScores]
 _CELL_CHARACTERS = 60
@@ -249,8 +250,7 @@ class Comparison:
     def _costs(self) -> PageTable:
         header = ("run", "FLOPs", "of all", "tokens", "steps", "seconds", "of all", "peak memory")
         rows = tuple(
-            (each.name, *(count_text(value) for value in list(each.costs().values())[:7]))
-            for each in self.runs
+            (each.name, *starmap(_cost_text, list(each.costs().items())[:7])) for each in self.runs
         )
         caption = (
             "the training's and the whole run's; seconds depend on what else the machine did; "
@@ -342,6 +342,10 @@ def _change_json(change: ScoreChange) -> dict[str, Any]:
 
 def _bounds(change: ScoreChange) -> tuple[str, str, str]:
     return _number(change.value), _number(change.lower), _number(change.upper)
+
+
+def _cost_text(name: str, value: float | None) -> str:
+    return si_text(value) if name.endswith(("flops", "bytes")) else count_text(value)
 
 
 def _number(value: float | None) -> str:

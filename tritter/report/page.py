@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from tritter import __version__
+from tritter.report.captions import CAPTIONS, TITLES
 from tritter.report.comparison import MOST_GROUPS, figures
 from tritter.report.drawing import DPI
 from tritter.report.experts import experts_text, page_tables, share_text
@@ -17,45 +18,17 @@ from tritter.report.growth_record import GrowthRecord
 from tritter.report.matrix import loss_text, mean_transfers, transfer_rows, transfer_text
 from tritter.report.page_table import PageTable
 from tritter.report.rows import DomainRow, checks, last_attempt, score_of, subjects
-from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped, with_controls
-from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
+from tritter.report.runs import Group, Run, differing_keys, grouped, with_controls
+from tritter.report.wording import (
+    MISSING,
+    Signs,
+    change_text,
+    count_text,
+    score_text,
+    si_text,
+    stages,
+)
 
-_TITLES = {
-    "tradeoff": "Retention against gain",
-    "losses": "Losses over tokens",
-    "changes": "Changes by domain",
-    "cost": "Cost",
-    "growth": "Neuron growth",
-    "experts": "LoRA experts",
-    "matrix": "After each task",
-}
-_OVER_SEEDS = f"Groups of several seeds: mean with Student's {CONFIDENCE:.0%} interval"
-_CAPTIONS = {
-    "tradeoff": f"Right and low is good; dotted: what nothing beats in both. {_OVER_SEEDS}; pale: "
-    "each seed; single runs: one-sided bounds of the gate, over documents. Hollow: the control, "
-    "the base that did not grow.",
-    "losses": "Validation: always the same part of the text, so a rise on old text is forgetting "
-    "while it happens. Dashed vertical: an expansion; the level before it stands at its left. "
-    "Dash-dotted: the next task begins. Dotted vertical, in the colour of its run, of several runs "
-    "at the foot: neurons grew. Dashed curves, hollow marks: the control. Pale: every point, where "
-    "the curve is a running mean.",
-    "changes": f"From before the expansion to the end. {_OVER_SEEDS}; single runs: one-sided "
-    "bounds of the gate. Hollow: the control.",
-    "cost": "The last attempt or all rounds: what methods prepare, and training; the table has the "
-    "whole run. Seconds depend on what else the machine did: compare those of one sweep only. "
-    f"{_OVER_SEEDS}.",
-    "growth": "Each layer's neurons over the training, against those it began with; triangles: "
-    "neurons were born; circles: dead ones were replaced. Pressure, what the trigger goes by: the "
-    "mean gradient norm of a layer's neurons, as a moving average, in proportion to that of the "
-    "whole gradient; each check's is drawn back to the check before. FLOPs end with the last row "
-    "of metrics.csv.",
-    "experts": "Routing: mean gates on held-out text, which is none of the training's; similarity: "
-    "of an expert's first batches to what was known, when it was spawned. Triangles: spawns; "
-    "dash-dotted: the next task begins.",
-    "matrix": "Rows: the model before the first task and after each one; columns: domains. "
-    "Numbers: nats per byte on all validation documents; colours: the change from the first row. "
-    "Framed: what the task was about.",
-}
 _CELL_CHARACTERS = 160  # of a setting
 _MOST_EVENTS = 100  # of a run's growth, row by row; summary.json has all
 # Control characters, and what turns the direction of the text after it; names of folders may hold
@@ -96,8 +69,8 @@ def page(
         figures=[
             {
                 "name": name,
-                "title": _TITLES[name],
-                "caption": _CAPTIONS[name],
+                "title": TITLES[name],
+                "caption": CAPTIONS[name],
                 "base64": [base64.b64encode(each).decode("ascii") for each in found],
             }
             for name, found in pictures.items()
@@ -152,7 +125,7 @@ def _overview(groups: Sequence[Group]) -> PageTable:
             *(_experts_of(run) if has_experts else ()),
             count_text((run.summary.get("parameters") or {}).get("final")),
             str(run.steps),
-            count_text((run.summary.get("flops") or {}).get("total")),
+            si_text((run.summary.get("flops") or {}).get("total")),
             _seconds((run.summary.get("seconds") or {}).get("total")),
         )
         for group, run in runs
@@ -279,7 +252,7 @@ def _growth_events(growth: GrowthRecord) -> PageTable:
             MISSING if event.pressure is None else f"{event.pressure:.3g}",
             change_of_function(event.function_change),
             count_text(event.parameters),
-            count_text(event.flops),
+            si_text(event.flops),
         )
         for event in growth.events[:_MOST_EVENTS]
     )
@@ -387,7 +360,7 @@ def _gate(summary: Mapping[str, Any]) -> PageTable:
 def _costs(summary: Mapping[str, Any]) -> PageTable:
     seconds, flops = summary.get("seconds") or {}, summary.get("flops") or {}
     rows = tuple(
-        (name, _seconds(seconds.get(name)), count_text(flops.get(name)))
+        (name, _seconds(seconds.get(name)), si_text(flops.get(name)))
         for name in stages(seconds, flops)
     )
     return PageTable(("stage", "seconds", "FLOPs"), rows, (1, 2))

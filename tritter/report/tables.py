@@ -16,7 +16,15 @@ from tritter.report.matrix import transfer_table
 from tritter.report.moe import bias_text, expert_table
 from tritter.report.rich_table import new_table
 from tritter.report.rows import ACCURACY, DomainRow, checks, domain_rows, last_attempt, score_of
-from tritter.report.wording import MISSING, Signs, change_text, count_text, score_text, stages
+from tritter.report.wording import (
+    MISSING,
+    Signs,
+    change_text,
+    count_text,
+    score_text,
+    si_text,
+    stages,
+)
 from tritter.terminal import Console
 
 _STYLES = {
@@ -135,7 +143,7 @@ def stage_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(
             name,
             MISSING if took is None else f"{took:.1f}",
-            count_text(flops.get(name)),
+            si_text(flops.get(name)),
         )
     return table
 

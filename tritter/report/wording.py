@@ -57,12 +57,17 @@ def _percent(value: float | None) -> str:
 
 
 def count_text(value: float | None) -> str:
-    """Return a count with three digits and its unit: 1.23 M, 45.6 G."""
+    """Return how many parameters, tokens or steps, with three digits: 1.23 M, 7.24 B."""
+    return si_text(value).replace(" G", " B")
+
+
+def si_text(value: float | None) -> str:
+    """Return FLOPs or bytes with three digits and their SI prefix: 1.23 M, 45.6 G."""
     if value is None:
         return MISSING
-    for unit in ("", " k", " M", " G", " T", " P"):
+    for prefix in ("", " k", " M", " G", " T", " P"):
         if abs(value) < 999.5:
-            return f"{value:.3g}{unit}"
+            return f"{value:.3g}{prefix}"
         value /= 1000
     return f"{value:.3g} E"
 
