@@ -1,18 +1,24 @@
 """`tritter validate`: five answers about a pair, against losses and gradients taken another way."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoTokenizer
 
 from tests import oracle
 from tests.cli.conftest import Run, snapshot
 from tests.pipeline.tiny import FIXTURES
 from tritter.checkpoint.folder import LINEAGE_NAME
+from tritter.families import count_parameters
+from tritter.models import read_config
+from tritter.pipeline import validate as validation
 
 TESTS = [
     "forward_equivalence", "gradient_flow", "memory_scaling", "benchmark_retention",
@@ -180,3 +186,34 @@ def test_a_result_in_sixteen_bits_is_not_held_to_what_rounding_undoes(
     broken = run("validate --source base --result half --json")
     assert broken.code == 3
     assert checks_of(broken)["forward_equivalence"]["verdict"] == "failed"
+
+
+def test_one_model_is_in_memory_at_a_time(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[nn.Module]] = []
+    load = validation.load_model
+
+    def watched(folder: Path) -> nn.Module:
+        gc.collect()
+        assert [each for each in loaded if each() is not None] == []
+        model = load(folder)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(validation, "load_model", watched)
+    assert run("expand --checkpoint base --output wide --method width").code == 0
+    assert run("validate --source base --result wide").code == 0 and len(loaded) == 2
+
+
+@pytest.mark.parametrize(("share", "option"), [(0.5, "--source"), (1.5, "--result")])
+def test_what_has_no_room_is_refused_before_it_is_loaded(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, share: float, option: str
+) -> None:
+    """The result takes its parameters and gradients, beyond one and a half times the source's."""
+    assert run("expand --checkpoint base --output wide --method width").code == 0
+    one = 4 * count_parameters(read_config(place / "base"))
+    monkeypatch.setattr(validation, "machine_memory", lambda: int(share * one))
+    monkeypatch.setattr(validation, "load_model", None)
+    result = run("validate --source base --result wide")
+    assert result.code == 2 and f"{option} = " in result.err and "GB in float32" in result.err

@@ -15,7 +15,8 @@ from tritter.config.text_files import named_after, read_sources
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.evaluation.gate import Check
 from tritter.families.config_file import no_config
-from tritter.pipeline.validate import Side, ValidationText, validate
+from tritter.pipeline.validate import Side, validate
+from tritter.pipeline.validation_text import ValidationText
 from tritter.storage.hub import locate
 from tritter.storage.names import named_path
 
@@ -46,8 +47,8 @@ def run_validate(
     raise_problems(problems)
     folders = [_folder(source, "--source"), _folder(result, "--result")]
     with damage_is_a_wrong_request():
-        before, after = (Side.load(folder) for folder in folders)
-    checks = validate(before, after, text)
+        before, after = map(Side.open, folders)
+        checks = validate(before, after, text)
     is_failed = any(check.verdict == "failed" for check in checks)
     if as_json:
         records = [check.to_dict() for check in checks]

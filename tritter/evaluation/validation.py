@@ -1,4 +1,4 @@
-"""The questions of a validation that two models alone answer, as checks like those of the gate."""
+"""The questions of a validation that answers of two models decide, as checks like the gate's."""
 
 from math import inf
 
@@ -13,9 +13,8 @@ _ROUNDED_JUMP = 1.0
 
 
 def equivalence_check(
-    before: nn.Module,
-    after: nn.Module,
-    input_ids: Tensor,
+    before: Tensor,
+    after: Tensor,
     *,
     reason_not_asked: str | None,
     rounded: str = "",
@@ -28,15 +27,15 @@ def equivalence_check(
     What a rounding of the weights to 16 bits may have done is undecided.
 
     Args:
-        input_ids: int64 [B, T].
+        before: logits, float32 [B, T, V].
+        after: the same of the other model.
         reason_not_asked: why nothing claims it; what differs is told then, and nothing fails.
         rounded: the types that weights of `after` were computed for, if any is below float32.
         rounded_bound: of the largest difference, from which on no such rounding explains it.
     """
-    logits_before, logits_after = _logits(before, input_ids), _logits(after, input_ids)
-    difference = logits_after - logits_before
+    difference = after - before
     error = float(difference.square().mean())
-    relative = float(difference.abs().max() / logits_before.std())
+    relative = float(difference.abs().max() / before.std())
     is_same = error < MSE_BOUND and relative < EXACT_JUMP
     verdict: Verdict = "passed" if is_same else "failed"
     detail = f"the largest difference is {relative:.2g} of the logits' deviation, allowed "
@@ -81,7 +80,7 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(held.values())
 
 
-def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Return logits, float32 [B, T, V]."""
+def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Return logits, float32 [B, T, V], for tokens int64 [B, T]."""
     with evaluating(model) as device, torch.autocast(device.type, enabled=False):
         return model(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()

@@ -4,7 +4,7 @@ A step looks at those alone that none has reached yet, which after the first few
 gets one from the tokens alone that it is sent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,11 +195,14 @@ class GradientFlow(Flow, Callback):
 def tried(model: nn.Module, input_ids: Tensor, new: NewUnits, *, steps: int) -> dict[str, Any]:
     """Train a model for a few steps, for trial; return what `Flow` found of it.
 
+    A step moves each parameter against the sign of its gradient, as Adam's first step does, but
+    holds no moments.
+
     Args:
         input_ids: int64 [B, T], where the model is; the same in each step.
     """
     parameters = list(model.parameters())
-    flow, optimizer = Flow(new), torch.optim.AdamW(parameters, lr=_TRIAL_RATE)
+    flow = Flow(new)
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same units drop out at each call
@@ -209,9 +212,18 @@ def tried(model: nn.Module, input_ids: Tensor, new: NewUnits, *, steps: int) -> 
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
+            del gradients  # which are the parameters' now
             flow.look(model, step=step)
-            optimizer.step()
+            _step(parameters)
     return flow.found(model, enough=steps)
+
+
+@torch.no_grad()
+def _step(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.add_(parameter.grad.sign_(), alpha=-_TRIAL_RATE)
+            parameter.grad = None
 
 
 def _restored(held: Mapping[str, Any]) -> _Waiting:
