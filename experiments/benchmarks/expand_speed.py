@@ -233,8 +233,10 @@ def run_command(source: Path, result: Path, case: str, *, is_checked: bool) -> W
             time.sleep(POLL_SECONDS)
         seconds, (_, status, used) = time.perf_counter() - began, ended
         process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode or first_byte is None:
+    if process.returncode:
         raise RuntimeError(f"{words} failed")
+    if first_byte is None:
+        raise RuntimeError(f"{words} read its source between two looks; take a larger one")
     return WholeCommand(Measured(seconds, used.ru_utime + used.ru_stime, 0, peak, 0), first_byte)
 
 
