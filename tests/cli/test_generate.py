@@ -1,5 +1,6 @@
 """`tritter generate`: what stock transformers would say."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -104,3 +105,21 @@ def test_weights_that_overflow_are_told(run: Run, place: Path) -> None:
     result = run("generate --checkpoint base --prompt hello --temperature 1")
     assert result.code == 1
     assert "not finite" in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("config.json", {"is_encoder_decoder": True}, "can't generate from base: "),
+        ("generation_config.json", {"output_hidden_states": ["a"]}, "can't generate from base: "),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "base holds no usable tokenizer: "),
+    ],
+)
+def test_settings_that_transformers_fails_over_are_told(
+    run: Run, place: Path, file: str, change: dict[str, object], said: str
+) -> None:
+    path = place / "base" / file
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(settings | change))
+    result = run("generate --checkpoint base --prompt the --max-new-tokens 2")
+    assert result.code in (1, 2) and said in result.err

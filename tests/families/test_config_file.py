@@ -27,6 +27,7 @@ SILENT = (
     ("no_rope_layers", "no_rope_layer_interval", "layer_types"),
     ("mlp_only_layers", "decoder_sparse_step"),
     ("num_local_experts",),
+    ("rms_norm_eps",),
 )
 
 
@@ -35,6 +36,7 @@ def told(config: Config) -> dict[str, Any]:
     family = family_of(config)
     layers = range(family.dimensions(config).num_hidden_layers)
     return {
+        "epsilon": config.get("rms_norm_eps"),
         "dimensions": family.dimensions(config),
         "tensors": family.logical_tensors(config),
         "parameters": family.count_parameters(config),
@@ -74,6 +76,7 @@ def test_a_null_is_a_size_that_follows(tmp_path: Path) -> None:
         ({"model_type": "mamba"}, "mamba"),
         ({"hidden_size": 0}, "hidden_size = 0"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"rms_norm_eps": None}, "rms_norm_eps = None"),
         ({"sliding_window_pattern": 0, "layer_types": None}, "not a usable config"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
     ],

@@ -79,5 +79,4 @@ def checkpoint_config(
         )
     if not with_experts:
         refuse_experts(folder, doing="a training", key=key)
-    # Transformers fills in what a file leaves out; besides the family's own this is all of it
-    return {"rms_norm_eps": 1e-6, **config}
+    return config

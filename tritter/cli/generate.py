@@ -11,6 +11,7 @@ from tritter.cli.request import damage_is_a_wrong_request
 from tritter.errors import RequestError, TritterError
 from tritter.experts.whole import load_whole
 from tritter.families import Config, position_limit
+from tritter.families.config_file import refused_as
 from tritter.models import load_tokenizer, read_config
 from tritter.storage.hub import locate
 from tritter.storage.tensors import WEIGHT_DTYPES
@@ -39,18 +40,20 @@ def run_generate(
         config = read_config(folder)
         _check_tokenizer(folder)
         tokenizer = load_tokenizer(folder)
-        input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with refused_as(f"{folder} holds no usable tokenizer"):
+            input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         _check_room(config, num_tokens=input_ids.shape[-1], max_new_tokens=max_new_tokens)
         model = load_whole(folder, dtype=_dtype(config))
         _check_finite(model, folder)
-    new_ids = continuation(
-        model,
-        input_ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    with refused_as(f"transformers can't generate from {folder}"):
+        new_ids = continuation(
+            model,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            pad_token_id=tokenizer.eos_token_id,
+        )
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
     if as_json:
         print_json(_as_json(prompt, text, new_ids, temperature=temperature, seed=seed))

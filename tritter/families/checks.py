@@ -153,7 +153,7 @@ def _check_epsilon(config: Config) -> None:
     for key in _EPSILONS:
         value = config.get(key, 0)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and (not is_number or not 0 <= value < math.inf):  # type: ignore[operator]
+        if not is_number or not 0 <= value < math.inf:  # type: ignore[operator]
             raise RequestError(
                 f"config.json: {key} = {brief(value)}; allowed is a number from 0 on."
             )

@@ -34,6 +34,7 @@ _NAMING_CODE = (
     "_experts_implementation_internal",
 )
 _QWEN: Config = {
+    "rms_norm_eps": 1e-6,
     "num_key_value_heads": 32,
     "tie_word_embeddings": False,
     "use_sliding_window": False,
@@ -42,11 +43,17 @@ _QWEN: Config = {
 }
 _PATTERN: Config = {"decoder_sparse_step": 1, "mlp_only_layers": None}
 _SILENT: Mapping[str, Config] = {
-    "llama": {"tie_word_embeddings": False},
-    "mistral": {"tie_word_embeddings": False, "num_key_value_heads": 8, "sliding_window": 4096},
+    "llama": {"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    "mistral": {
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
     "qwen2": _QWEN,
     "qwen3": {**_QWEN, "head_dim": 128},
     "smollm3": {
+        "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "num_key_value_heads": 4,
         "use_sliding_window": False,
@@ -54,22 +61,25 @@ _SILENT: Mapping[str, Config] = {
         "no_rope_layers": None,
         "no_rope_layer_interval": 4,
     },
-    "granite": {"tie_word_embeddings": False},
-    "olmo2": {"tie_word_embeddings": False},
-    "phi3": {"tie_word_embeddings": False, "sliding_window": None},
+    "granite": {"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    "olmo2": {"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+    "phi3": {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window": None},
     "glm4": {
+        "rms_norm_eps": 1.5625e-7,
         "tie_word_embeddings": False,
         "num_key_value_heads": 2,
         "head_dim": 128,
         "attention_bias": True,
     },
     "gemma2": {
+        "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "num_key_value_heads": 4,
         "head_dim": 256,
         "sliding_window": 4096,
     },
     "gemma3_text": {
+        "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "num_key_value_heads": 4,
         "head_dim": 256,
@@ -82,7 +92,7 @@ _SILENT: Mapping[str, Config] = {
         "use_parallel_residual": True,
     },
     "gpt2": {"tie_word_embeddings": True, "n_inner": None},
-    "mixtral": {"tie_word_embeddings": False, "num_key_value_heads": 8},
+    "mixtral": {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_key_value_heads": 8},
     "qwen2_moe": {**_QWEN, **_PATTERN, "num_key_value_heads": 16, "qkv_bias": True},
     "qwen3_moe": {**_QWEN, **_PATTERN, "num_key_value_heads": 4},
 }
