@@ -80,11 +80,13 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], int]:
                       "forgetting=[replay,distill]"), marks=pytest.mark.slow),
         ("expansion=moe", "expansion.moe.num_experts=4", "forgetting=[ewc,replay]",
          "forgetting.ewc.num_sequences=8", "moe_routing.bias_update_rate=0.001"),
+        pytest.param(("expansion=none", "growth=foam", "growth.trigger=schedule",
+                      "growth.at=[1,3]", "growth.initialiser=split"), marks=pytest.mark.slow),
         ("expansion=none", "experts=dylora", "experts.boundaries=told", "experts.router=learned"),
         pytest.param(("expansion=none", "forgetting=none", "experts=single_lora", "control=true"),
                      marks=pytest.mark.slow),
     ],
-    ids=["width", "new blocks", "experts", "LoRA experts", "single LoRA"],
+    ids=["width", "new blocks", "experts", "neurons", "LoRA experts", "single LoRA"],
 )  # fmt: skip
 def test_every_pass_of_a_run_is_counted(
     tmp_path: Path, places: tuple[str, ...], words: tuple[str, ...]
