@@ -91,6 +91,7 @@ class TrainedWriter:
                 step=self.earlier_steps + steps,
                 stock_loadable="yes" if is_settled else "after adaptation",
                 expansion_history=(*self.lineage.expansion_history, *grown),
+                training_config={**self.lineage.training_config, "last_rate": result.last_rate},
             ),
             artifacts=(
                 TokenizerFiles(self.start),
