@@ -36,6 +36,7 @@ from tritter.pipeline.trained import (
     accept,
     arm_writer,
     child_of,
+    measuring_flops,
     with_routing,
 )
 from tritter.storage.atomic import atomic_folder
@@ -220,7 +221,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             changers=(*changers, *trainee.changers),
         )
     accept(write.target)
-    flops = result.flops
+    flops = result.flops + measuring_flops(context, write)
     if result.stopped_because is not None:
         context.say("", f"training was broken off: {result.stopped_because}")
     if result.ended_early is not None:
