@@ -14,18 +14,19 @@ from tests.cli.conftest import Run
 from tests.report.conftest import SUMMARY
 from tests.report.test_runs import SETTINGS
 from tritter.evaluation.bootstrap import NUM_RESAMPLES
+from tritter.evaluation.gate import MIN_DOCUMENTS
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.evaluation.statistics import relative_harm
 
 DOCUMENTS = 60
 
 
-def scored(factor: float, *, seed: int, first: int = 0) -> PairedScores:
+def scored(factor: float, *, seed: int, first: int = 0, count: int = DOCUMENTS) -> PairedScores:
     generator = torch.Generator().manual_seed(seed)
-    size = torch.randint(50, 500, (DOCUMENTS,), generator=torch.Generator().manual_seed(7))
-    noise = 1 + 0.02 * torch.randn(DOCUMENTS, generator=generator).double()
+    size = torch.randint(50, 500, (count,), generator=torch.Generator().manual_seed(7))
+    noise = 1 + 0.02 * torch.randn(count, generator=generator).double()
     return PairedScores(
-        identifiers=tuple(f"d{first + n}" for n in range(DOCUMENTS)),
+        identifiers=tuple(f"d{first + n}" for n in range(count)),
         values=size.double() * factor * noise,
         weights={"tokens": size, "bytes": 3 * size},
         unit="nats",
@@ -79,6 +80,19 @@ def test_differences_are_those_of_the_paired_bootstrap(run: Run, runs: Path) -> 
     by_name = {each["name"]: each for each in content["runs"]}
     assert by_name["first"]["peak_memory_bytes"] == 3e8
     assert by_name["first"]["total_flops"] == SUMMARY["flops"]["total"]  # type: ignore[index]
+
+
+def test_there_are_bounds_from_as_many_documents_as_the_gate_asks_for(
+    run: Run, place: Path
+) -> None:
+    for count in (MIN_DOCUMENTS - 1, MIN_DOCUMENTS):
+        for name, factor in {"first": 2.0, "other": 2.1}.items():
+            held = {"prose": scored(factor, seed=int(10 * factor), count=count)}
+            write_run(place / f"{name}_{count}", held, seed=0)
+        content = run(f"compare first_{count} other_{count} --json").json
+        (pair,) = (each for each in content["paired"] if each["subject"] == "prose")
+        assert pair["value"] > 0 and pair["n"] == count
+        assert (pair["lower"] is None) == (pair["upper"] is None) == (count < MIN_DOCUMENTS)
 
 
 def test_only_what_differs_is_told_of_the_settings(run: Run, runs: Path) -> None:

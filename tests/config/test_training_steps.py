@@ -74,6 +74,9 @@ def test_the_last_rate_is_that_of_the_record() -> None:
     assert recorded_rate({"made_from": {"pretraining": training}}) == 2e-3
     ended = {**training, "schedule": "wsd", "minimum_ratio": 0.5}
     assert recorded_rate({"training": ended}) == pytest.approx(2e-3 * 0.75)
+    assert recorded_rate({"training": ended, "last_rate": 1e-3}) == 1e-3  # it ended early
+    for damaged in (-1.0, float("nan"), float("inf"), "1e-3", None):
+        assert recorded_rate({"training": training, "last_rate": damaged}) == 2e-3
     for elsewhere in ({}, {"stage": "given", "path": "x"}, {"training": 3}, {"made_from": {}}):
         assert recorded_rate(elsewhere) == 0.0
 

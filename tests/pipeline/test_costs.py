@@ -79,9 +79,16 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], int]:
         pytest.param(("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true",
                       "forgetting=[replay,distill]"), marks=pytest.mark.slow),
         ("expansion=moe", "expansion.moe.num_experts=4", "forgetting=[ewc,replay]",
-         "forgetting.ewc.num_sequences=8", "moe_routing.bias_update_rate=0.001"),
+         "forgetting.ewc.num_sequences=8", "moe_routing.bias_update_rate=0.001",
+         "forgetting.replay.keep=3"),
+        pytest.param(("expansion=none", "growth=foam", "growth.trigger=schedule",
+                      "growth.at=[1,3]", "growth.initialiser=split"), marks=pytest.mark.slow),
+        ("expansion=none", "experts=dylora", "experts.boundaries=told", "experts.router=learned",
+         "forgetting.replay.keep=3"),
+        pytest.param(("expansion=none", "forgetting=none", "experts=single_lora", "control=true"),
+                     marks=pytest.mark.slow),
     ],
-    ids=["width", "new blocks", "experts"],
+    ids=["width", "new blocks", "experts", "neurons", "LoRA experts", "single LoRA"],
 )  # fmt: skip
 def test_every_pass_of_a_run_is_counted(
     tmp_path: Path, places: tuple[str, ...], words: tuple[str, ...]
@@ -114,6 +121,20 @@ def test_every_pass_of_appended_experts_is_counted(tmp_path: Path, places: tuple
     kept = ("expansion.moe_add.num_experts=2", "adaptation.freeze_base=false")
     summary, counted = run(tmp_path / "best", *words, *given, *kept, *best)
     assert summary["flops"]["choose"] > 0
+    assert summary["flops"]["total"] == counted
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_computed")
+def test_every_pass_of_experts_that_are_gone_on_with_is_counted(
+    tmp_path: Path, places: tuple[str, ...]
+) -> None:
+    """The baseline is scored with the experts that it has."""
+    words = (*QUICK, *places, "evaluation.sample_tokens=0", "expansion=none")
+    asked = ("experts=single_lora", "experts.rank=4")
+    run(tmp_path / "first", *words, *SMALL_MODEL, *asked)
+    given = ("model=hf", f"model.path={tmp_path}/first/checkpoint")
+    summary, counted = run(tmp_path / "run", *words, *given, *asked)
     assert summary["flops"]["total"] == counted
 
 

@@ -63,14 +63,15 @@ def test_what_a_run_tells_and_leaves(tmp_path: Path) -> None:
 
 
 def test_flops_are_those_of_the_shapes_that_each_step_had(tmp_path: Path) -> None:
-    from tritter.families import training_flops
+    """With what is read before and after each event, to see that the function is kept."""
+    from tritter.families import forward_flops, training_flops
 
     summary = run(tmp_path / "run", *OFTEN, "forgetting=none", "evaluation.every_n_steps=0")
     config = read_config(tmp_path / "run/baseline")
-    expected = sum(
-        2 * 4 * training_flops({**config, "intermediate_size": width}).of(32)
-        for width in (32, 35, 38)
-    )
+    shapes = [{**config, "intermediate_size": width} for width in (32, 35, 38)]
+    expected = sum(2 * 4 * training_flops(shape).of(32) for shape in shapes)
+    looks = [*shapes[:2], *shapes[1:]]
+    expected += sum(2 * forward_flops(shape).of(32) for shape in looks)
     assert summary["flops"]["fit"] == pytest.approx(expected, rel=1e-12)
 
 

@@ -8,9 +8,11 @@ import pytest
 from lightning import Callback
 
 from tests.pipeline.tiny import TINY
+from tritter.checkpoint import read_lineage
 from tritter.config.callbacks import metric_names
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import Outcome, run_pipeline
+from tritter.pipeline.schedules import recorded_rate, schedule_of
 
 
 def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -36,6 +38,11 @@ def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path)
     header = (tmp_path / "run/attempt_1/metrics.csv").read_text().splitlines()[0]
     assert "learning_rate/pg1" in header and "DeviceStatsMonitor" in header
     assert not list((tmp_path / "run/pretraining").glob("checkpoints"))
+    # What warms up from here begins at the rate that the training had when it was ended
+    lineage = read_lineage(tmp_path / "run/attempt_1/trained")
+    assert lineage is not None
+    schedule = schedule_of(load_config(["training.max_steps=30", "optimizer=sgd"]).training)
+    assert recorded_rate(lineage.training_config) == schedule.rate(20) > 2 * schedule.last_rate
 
 
 class Logged(Callback):

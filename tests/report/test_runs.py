@@ -110,6 +110,15 @@ def test_what_an_older_version_left_out_is_a_gap(summary: dict[str, Any]) -> Non
     assert run.rows[0].verdict is None and run.rows[0].change.lower is None
 
 
+def test_what_methods_prepare_is_a_cost_of_their_training(summary: dict[str, Any]) -> None:
+    prepared = {"importance": 1.0, "self_replay": 2.0, "choose": 4.0, "distill": 8.0, "adapt": 16.0}
+    (attempt,) = summary["attempts"]
+    for of in ("flops", "seconds"):
+        stages = {**summary[of], **prepared}
+        run = Run("a", summary | {of: stages, "attempts": [{**attempt, of: 1000.0}]}, {})
+        assert run.cost(of) == 1031.0
+
+
 def test_a_control_stands_beside_its_group_once(summary_with_control: dict[str, Any]) -> None:
     """That of a sweep over expansions is the same training each time."""
     runs = [

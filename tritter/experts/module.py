@@ -17,6 +17,7 @@ from tritter.experts.flops import forward_flops_of, step_flops_of
 from tritter.experts.gates import Gates, Routing
 from tritter.experts.losses import balance_loss, entropy_loss, z_loss
 from tritter.experts.mixture import ExpertMixture
+from tritter.families import Flops
 from tritter.training import BaseModule
 from tritter.training.compute import StepFlops
 from tritter.training.module import TaskLoss
@@ -87,6 +88,10 @@ class ExpertModule(BaseModule):
         if self.losses.distill and self.young is not None:
             sequence = sequence + forward_flops_of(self.mixture)
         return StepFlops(sequence, besides)
+
+    def reading_flops(self) -> Flops:
+        """Count the model FLOPs of reading a sequence with the experts."""
+        return forward_flops_of(self.mixture)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the journal, who the experts are and how large, and what is trained."""

@@ -9,10 +9,13 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tritter.data.apart import lengths_read
+from tritter.families import forward_flops
 from tritter.growth.grower import Grower, Growth
 from tritter.growth.look import MAX_TOKENS, Look, Looking, attach
 from tritter.growth.places import ffn_places
 from tritter.growth.record import GROWTH, map_digest
+from tritter.models import config_of
 from tritter.training import surgery
 from tritter.training.gradient_flow import NewUnits
 from tritter.training.module import base_of
@@ -171,8 +174,9 @@ class NeuronGrowthCallback(Callback):
         )
         if growth is None:
             return
-        before = _logits(model, tokens)
+        before, flops = _logits(model, tokens), _reading_flops(model, tokens)
         surgery.apply(trainer, module, growth.change, reason=GROWTH)
+        _work(trainer).flops += flops + _reading_flops(model, tokens)
         change = trainer.strategy.reduce(
             _difference(before, _logits(model, tokens)), reduce_op="max"
         )
@@ -241,6 +245,11 @@ def _of_all(trainer: Trainer, module: LightningModule, look: Look) -> Look:
         return look
     gathered = (module.all_gather(each) for each in (look.inputs, look.output_gradients))
     return Look(*(torch.as_tensor(each).flatten(0, 1) for each in gathered))
+
+
+def _reading_flops(model: nn.Module, input_ids: Tensor) -> float:
+    """Count the FLOPs of reading sequences [B, T] of this process and of all others."""
+    return forward_flops(config_of(model)).of_all(lengths_read(model, input_ids))
 
 
 @torch.no_grad()

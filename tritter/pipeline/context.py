@@ -33,7 +33,7 @@ from tritter.data.weighted import WeightedStream
 from tritter.errors import RequestError
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
 from tritter.expand import PlannedExpansion, planned
-from tritter.families import Config, family_of, position_limit
+from tritter.families import Flops, family_of, position_limit
 from tritter.models import read_config
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.benchmarks import benchmark_tasks
@@ -379,6 +379,6 @@ class RunContext:
         """Return the scores that `score` kept under a name."""
         return self.scoring.read(self.folder / score_file(name))
 
-    def scoring_flops(self, config: Config) -> float:
-        """Count the FLOPs of one scoring."""
-        return self.scoring.flops(config)
+    def scoring_flops(self, reading: Flops) -> float:
+        """Count the FLOPs of one scoring, given those of reading a sequence."""
+        return self.scoring.flops(reading)

@@ -15,18 +15,21 @@ from lightning import Callback
 from torch import Tensor, nn
 
 from tritter.checkpoint import ExpansionRecord, Source
+from tritter.checkpoint.expert_files import ExpertFiles
 from tritter.config.schema import TrainingConfig
+from tritter.data.apart import lengths_of
 from tritter.errors import RequestError, did_you_mean
 from tritter.experts.adapters import is_of_adapter, shape_of
 from tritter.experts.callback import EXPERTS, ExpertCallback, Known
+from tritter.experts.flops import forward_flops_of
 from tritter.experts.losses import usage as mean_gates
 from tritter.experts.method import DynamicExperts, Experts, SingleLora
 from tritter.experts.mixture import ROUTER, ExpertMixture, mixture_on
 from tritter.experts.module import ExpertModule
 from tritter.experts.stored import ExpertFolder
 from tritter.experts.whole import load_whole
-from tritter.families import Config, family_of, forward_flops
-from tritter.models import live_shape, load_model, read_config
+from tritter.families import Config, Flops, family_of, forward_flops
+from tritter.models import config_of, live_shape, load_model, read_config
 from tritter.novelty.statistics import CALIBRATION_BATCHES
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
@@ -276,7 +279,7 @@ def usage(context: RunContext, model: nn.Module) -> dict[str, Any] | None:
     model.to(context.device).eval()
     found: dict[str, dict[str, float]] = {}
     for domain in context.domains:
-        ids = context.drawn_equally([domain], USAGE_SEQUENCES, "usage").long()
+        ids = _looked_at(context, domain)
         gates = torch.zeros(len(mixture.names), dtype=torch.float64)
         for rows in ids.split(_USAGE_BATCH):
             model(input_ids=rows.to(context.device), use_cache=False)
@@ -310,12 +313,31 @@ def usage(context: RunContext, model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def usage_flops(context: RunContext, config: Config, arm: Arm) -> float:
-    """Count the FLOPs of what `usage` looks at, of the base; none without experts."""
-    if method_of(context, arm) is None:
+def reading_flops(model: nn.Module) -> Flops:
+    """Return the FLOPs of reading a sequence, with a model's experts where it has any."""
+    mixture = mixture_on(model)
+    return forward_flops(config_of(model)) if mixture is None else forward_flops_of(mixture)
+
+
+def reading_flops_of(context: RunContext, folder: Path) -> Flops:
+    """Return the same of a checkpoint that a run starts from, as the run reads it."""
+    if context.config.experts is None or ExpertFiles.read(folder) is None:
+        return forward_flops(read_config(folder))
+    return reading_flops(load_whole(folder))
+
+
+def usage_flops(context: RunContext, model: nn.Module) -> float:
+    """Count the FLOPs of what `usage` looks at; none without experts."""
+    if mixture_on(model) is None:
         return 0.0
-    length = context.config.data.sequence_length
-    return forward_flops(config).of(length) * USAGE_SEQUENCES * len(context.domains)
+    looked = (_looked_at(context, domain) for domain in context.domains)
+    flops = reading_flops(model)
+    return sum(flops.of_all(lengths_of(context.apart, each)) for each in looked)
+
+
+def _looked_at(context: RunContext, domain: str) -> Tensor:
+    """Return the sequences of a domain in which gates are looked at, int64 [N, T]."""
+    return context.drawn_equally([domain], USAGE_SEQUENCES, "usage").long()
 
 
 def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] | None:

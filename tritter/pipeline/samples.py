@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tritter.evaluation.samples import prompt_in_words, sample_text
-from tritter.families import forward_flops, position_limit
+from tritter.families import position_limit
 from tritter.models import config_of
+from tritter.pipeline import experts
 from tritter.pipeline.context import MAX_POSITIONS, RunContext
 
 SAMPLE_PROMPT_TOKENS = 24
@@ -42,7 +43,7 @@ def said(context: RunContext, domain: str, before: Any, after: Any) -> Said:
         )
         texts[name] = str(tokenizer.decode(tokens))
         # End of text, the prompt and what was said; the last token is not read any more
-        config, said = config_of(model), min(len(tokens), max_new - 1)
-        flops += forward_flops(config).of(1 + len(prompt) + said)
+        said = min(len(tokens), max_new - 1)
+        flops += experts.reading_flops(model).of(1 + len(prompt) + said)
     record = {"domain": domain, "prompt": str(tokenizer.decode(prompt)), **texts}
     return Said(record, flops)

@@ -1,5 +1,6 @@
 """The schedule of a training, and the rate that the one before it ended with, for `rewarm`."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,13 @@ def last_rate(context: RunContext, arm: Arm) -> float:
 
 
 def recorded_rate(told: Mapping[str, Any]) -> float:
-    """Return the last rate of the training that a lineage's record tells of."""
+    """Return the last rate of the training that a lineage's record tells of.
+
+    Where an older record does not say it, it is that of the last step that was asked for.
+    """
+    rate = told.get("last_rate")
+    if isinstance(rate, int | float) and 0 <= rate < math.inf:
+        return float(rate)
     try:
         training = told["training"] if "training" in told else told["made_from"]["pretraining"]
         schedule = Schedule(

@@ -15,7 +15,7 @@ from tritter.errors import TritterError
 from tritter.evaluation.losses import document_losses, window_lengths
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
-from tritter.families import Config, forward_flops
+from tritter.families import Flops
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_object
 
@@ -71,8 +71,12 @@ class Scoring:
         except (KeyError, TritterError) as error:
             raise TritterError(f"{path} holds no scores of this run: {error}.") from error
 
-    def flops(self, config: Config) -> float:
-        """Count the FLOPs of one scoring; padding is not counted."""
+    def flops(self, reading: Flops) -> float:
+        """Count the FLOPs of one scoring; padding is not counted.
+
+        Args:
+            reading: of a sequence.
+        """
         lengths = Counter(
             window
             for documents in self.documents.values()
@@ -80,8 +84,7 @@ class Scoring:
         )
         for task in self.tasks:
             lengths.update(task.lengths(self.reader))
-        flops = forward_flops(config)
-        return sum(count * flops.of(length) for length, count in lengths.items())
+        return reading.of_all(lengths)
 
 
 def score_file(name: str) -> str:

@@ -36,6 +36,7 @@ from tritter.pipeline.trained import (
     accept,
     arm_writer,
     child_of,
+    measuring_flops,
     with_routing,
 )
 from tritter.storage.atomic import atomic_folder
@@ -68,16 +69,15 @@ def baseline(context: RunContext) -> StageResult:
         seconds["pretraining"] = base.seconds
         with atomic_folder(folder, overwrite=True) as temporary:
             shutil.copytree(base.folder, temporary, dirs_exist_ok=True)
-    config = read_config(folder)
     score_baseline(context, folder)
-    lineage = lineage_of(folder)
+    lineage, reading = lineage_of(folder), experts.reading_flops_of(context, folder)
     return StageResult(
         found={
-            "parameters": count_parameters(config),
+            "parameters": count_parameters(read_config(folder)),
             "model_hash": lineage.model_hash,
             "corpus": context.corpus.digest,
         },
-        flops={**_pretraining_flops(lineage), "baseline": context.scoring_flops(config)},
+        flops={**_pretraining_flops(lineage), "baseline": context.scoring_flops(reading)},
         seconds=seconds,
         leaves=("baseline", score_file("baseline")),
     )
@@ -120,7 +120,8 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     record_step0_error(folder, error, config, num_new=len(arm.specs))
     context.score(after, f"{arm.name}-expanded")
     evaluated, flops = _before(context, before)
-    flops["expand"] = context.scoring_flops(config) + _jump_flops(source, folder, tokens)
+    flops["expand"] = context.scoring_flops(forward_flops(config))
+    flops["expand"] += _jump_flops(source, folder, tokens)
     return StageResult(
         found={
             "parameters": plan.parameters_after,
@@ -139,7 +140,7 @@ def _before(context: RunContext, model: nn.Module) -> tuple[dict[str, float], di
     if text is None:
         return {}, {}
     losses = losses_before(model, text, context.trainer_settings)
-    return losses, {"validation": evaluation_flops(model, text)}
+    return losses, {"validation": evaluation_flops(experts.reading_flops(model), text)}
 
 
 def adaptation(context: RunContext, arm: Arm) -> StageResult:
@@ -220,7 +221,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             changers=(*changers, *trainee.changers),
         )
     accept(write.target)
-    flops = result.flops
+    flops = result.flops + measuring_flops(context, write)
     if result.stopped_because is not None:
         context.say("", f"training was broken off: {result.stopped_because}")
     if result.ended_early is not None:
@@ -228,7 +229,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     if write.routing_state is not None:
         context.say("", "with the selection bias, which is not saved:")
         context.score(with_routing(write.target, write.routing_state), f"{arm.name}-biased")
-        flops += context.scoring_flops(read_config(start))
+        flops += context.scoring_flops(forward_flops(read_config(start)))
         shutil.rmtree(write.routing_state)
     discard_saved(folder)
     moments.discard_left(folder)
@@ -340,8 +341,8 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     context.say("evaluate", f"{who} on {', '.join(context.domains)}")
     context.score(trained, f"{arm.name}-trained")
     config = read_config(context.folder / arm.name / "trained")
-    samples, flops = [], context.scoring_flops(config) + moe.usage_flops(context, config)
-    flops += experts.usage_flops(context, config, arm)
+    samples, flops = [], context.scoring_flops(experts.reading_flops(trained))
+    flops += moe.usage_flops(context, config) + experts.usage_flops(context, trained)
     is_last = arm.task == len(context.text.tasks) - 1
     if is_last and not arm.is_control and context.config.evaluation.sample_tokens:
         start = "baseline" if arm.task else arm.start

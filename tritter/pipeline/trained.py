@@ -11,6 +11,7 @@ from tritter.checkpoint.folder import Artifact
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.left import checkpoint_changes
 from tritter.checkpoint.tokenizer_files import TokenizerFiles
+from tritter.data.apart import lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.losses import sequence_losses
 from tritter.families import Config, family_of
@@ -24,7 +25,7 @@ from tritter.models import (
 from tritter.pipeline import moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.experts import ExpertsAsked, base_of, left_beside
+from tritter.pipeline.experts import ExpertsAsked, base_of, left_beside, reading_flops_of
 from tritter.pipeline.growth import GrowthAsked
 from tritter.pipeline.kept import left_sequences
 from tritter.stock_routers import AddedExperts, Routing
@@ -91,6 +92,7 @@ class TrainedWriter:
                 step=self.earlier_steps + steps,
                 stock_loadable="yes" if is_settled else "after adaptation",
                 expansion_history=(*self.lineage.expansion_history, *grown),
+                training_config={**self.lineage.training_config, "last_rate": result.last_rate},
             ),
             artifacts=(
                 TokenizerFiles(self.start),
@@ -113,6 +115,16 @@ def _measured(kept: KeptSequences, model: nn.Module) -> KeptSequences:
     for name in kept.sequences.keys() - losses.keys():
         losses[name] = sequence_losses(model, kept.sequences[name])
     return replace(kept, losses=losses)
+
+
+def measuring_flops(context: RunContext, written: TrainedWriter) -> float:
+    """Count the FLOPs of the losses that a writer has left its kept sequences with."""
+    kept = written.kept
+    looked = [rows for name, rows in kept.sequences.items() if name not in kept.losses]
+    if not looked:
+        return 0.0
+    flops = reading_flops_of(context, written.target)
+    return sum(flops.of_all(lengths_of(context.apart, rows)) for rows in looked)
 
 
 def _followed(config: Config, model: nn.Module) -> Config:

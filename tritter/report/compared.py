@@ -12,6 +12,7 @@ from typing import Any
 
 from tritter.errors import TritterError
 from tritter.evaluation.estimate import finite_or_none
+from tritter.evaluation.gate import MIN_DOCUMENTS
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.evaluation.statistics import drop_in_points, relative_harm
 from tritter.report.bounds import LARGEST
@@ -23,7 +24,6 @@ from tritter.report.wording import MISSING, change_text, count_text, score_text,
 Scores = Mapping[str, PairedScores]
 _CELL_CHARACTERS = 60
 _FEW_RUNS = 6  # that stand beside one another; more stand below
-MIN_DOCUMENTS = 20  # below which no bounds are told, as in the gate
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def _difference(subject: str, first: Compared, other: Compared) -> PairedDiffere
         return PairedDifference(subject, other.name, why_not=str(error))
     side = (1 + CONFIDENCE) / 2
     bounds = [finite_or_none(each(side)) for each in (estimate.lower, estimate.upper)]
-    if len(before) < MIN_DOCUMENTS:
+    if len(before) < MIN_DOCUMENTS:  # of which the gate trusts no bound either
         bounds = [None, None]
     sign = 1 if is_loss else -1
     lower, upper = [None if b is None else sign * b for b in bounds][::sign]

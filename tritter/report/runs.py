@@ -21,11 +21,8 @@ from tritter.report.rows import DomainRow, domain_rows, last_attempt
 _SEED = "seed"
 _MOST_NAMED = 3  # settings in the name of a group, besides the methods
 CONFIDENCE = 0.95  # of the intervals over seeds, two-sided
-_PREPARED = (
-    "importance",
-    "distill",
-    "adapt",
-)  # stages that belong to a method as its training does
+# Stages that belong to a method as its training does
+_PREPARED = ("importance", "self_replay", "choose", "distill", "adapt")
 _NAME_CHARACTERS = 100
 _NAMED_BY_GROWTH = ("growth.trigger", "growth.initialiser")
 _MOST = 10**9  # of rows and tokens; larger ones are no setting of a run

@@ -13,6 +13,8 @@ from tritter.data.apart import labels_of
 from tritter.data.ranks import this_rank
 from tritter.data.windows import IGNORED
 from tritter.evaluation.losses import nats_per_row
+from tritter.families import Flops, forward_flops
+from tritter.models import config_of
 from tritter.training.compiled import CompiledModel
 from tritter.training.compute import StepFlops, flops_of_sequence
 from tritter.training.forgetting_method import ForgettingMethod
@@ -148,6 +150,10 @@ class BaseModule(LightningModule):
         """Count the model FLOPs of a step, with what needs a gradient now."""
         besides = sum(side.step_flops(self.model) for side in self.side_losses)
         return StepFlops(flops_of_sequence(self.model), besides)
+
+    def reading_flops(self) -> Flops:
+        """Count the model FLOPs of reading a sequence, as evaluations do."""
+        return forward_flops(config_of(self.model))
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the journal, which stands in every checkpoint beside the weights."""

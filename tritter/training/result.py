@@ -35,6 +35,7 @@ class FitResult:
         refused_steps: steps with a loss or gradient that was not finite.
         stopped_because: why it was broken off; None when it was not.
         ended_early: which callback ended it before its last step, and why; None when none did.
+        last_rate: learning rate of the last step that was taken; 0 where none was.
         flow: what got no gradient (`without_gradient`), which experts no token (`without_tokens`),
             and the number of steps in which that was looked at (`steps`).
         packing: `padding_fraction` and `packed_sequence_length_histogram` of documents that were
@@ -53,6 +54,7 @@ class FitResult:
     refused_steps: int
     stopped_because: str | None
     ended_early: str | None
+    last_rate: float = 0.0
     update_norms: dict[str, float]
     flow: dict[str, Any] = field(default_factory=dict)
     held: dict[str, Any] = field(default_factory=dict)
@@ -167,6 +169,7 @@ class Conclusion(Callback):
             refused_steps=watching.guard.refused_steps,
             stopped_because=watching.guard.stopped_because,
             ended_early=self._saving.ended_early,
+            last_rate=module.schedule.rate(trainer.global_step - 1) if trainer.global_step else 0.0,
             update_norms=_update_norms(self._before, module.model),
             flow=watching.flow.found(module.model),
             held=watching.held.held,

@@ -56,7 +56,11 @@ class Schedule:
     @property
     def last_rate(self) -> float:
         """The rate of the last step."""
-        return self.learning_rate * self.factor(self.max_steps - 1)
+        return self.rate(self.max_steps - 1)
+
+    def rate(self, step: int) -> float:
+        """Return the rate of step `step` (from 0)."""
+        return self.learning_rate * self.factor(step)
 
     def factor(self, step: int) -> float:
         """Return the share of the peak rate that step `step` (from 0) uses."""

@@ -10,11 +10,9 @@ is drawn from the random generators is undone.
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from torch import nn
 
 from tritter.data.datamodule import EvaluationText
-from tritter.families import forward_flops
-from tritter.models import config_of
+from tritter.families import Flops
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.module import base_of
 from tritter.training.stop_request import StopRequest
@@ -60,7 +58,7 @@ class Validation(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = trainer.global_step
-        self.flops += evaluation_flops(base_of(pl_module).model, self._text)
+        self.flops += evaluation_flops(base_of(pl_module).reading_flops(), self._text)
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": self._last, "flops": self.flops}
@@ -69,10 +67,13 @@ class Validation(Callback):
         self._last, self.flops = state_dict["last"], float(state_dict["flops"])
 
 
-def evaluation_flops(model: nn.Module, text: EvaluationText) -> float:
-    """Count the FLOPs of one evaluation; padding is not counted."""
-    flops = forward_flops(config_of(model))
-    return sum(flops.of(length) for length in text.lengths)
+def evaluation_flops(reading: Flops, text: EvaluationText) -> float:
+    """Count the FLOPs of one evaluation; padding is not counted.
+
+    Args:
+        reading: of a sequence.
+    """
+    return sum(reading.of(length) for length in text.lengths)
 
 
 def _validate(trainer: Trainer) -> None:
