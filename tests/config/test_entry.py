@@ -284,3 +284,41 @@ def test_run_file_is_written_whole(run: Run, pipeline: FakePipeline) -> None:
     run("hydra.run.dir=here")
     write_run_file(Path("here"), pipeline.configs[0], status="running")
     assert [p.name for p in Path("here").iterdir() if p.name.startswith(".run")] == []
+
+
+@pytest.mark.parametrize("sign", ["\x1b", "\n", "\u202e", "\u2028"])
+def test_what_no_record_holds_is_refused_before_anything_is_written(
+    run: Run, pipeline: FakePipeline, tmp_path: Path, sign: str
+) -> None:
+    result = run("data=text", f"data.old='a{sign}b'", "data.new=x", "hydra.run.dir=here")
+    assert result.code == 2 and not pipeline.configs and not (tmp_path / "here").exists()
+    assert f"it holds the character {sign!a}" in result.err
+
+
+def test_a_name_with_an_unbroken_space_is_recorded(
+    run: Run, pipeline: FakePipeline, tmp_path: Path
+) -> None:
+    for name in ("old\u00a0text", "new"):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            (tmp_path / name / f"{number}.txt").write_text(f"{name} {number}")
+    words = ("data=text", "data.old='old\u00a0text'", "data.new=new", "hydra.run.dir=here")
+    assert run("seed=1", *words).code == 1 and len(pipeline.configs) == 1
+    assert run("resume=here").code == 1 and len(pipeline.configs) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda place: (place / ".hydra" / "hydra.yaml").mkdir(parents=True), "hydra.yaml is a f"),
+        (lambda place: (place / ".hydra").write_text("x"), ".hydra is a file, where Hydra writes"),
+        (lambda place: (place / "train.log").symlink_to("train.log"), "leads in a circle"),
+    ],
+)
+def test_what_hydra_would_fail_over_is_refused(
+    run: Run, tmp_path: Path, make: Callable[[Path], object], said: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    make(tmp_path / "here")
+    result = run("hydra.run.dir=here")
+    assert result.code == 2 and said in result.err

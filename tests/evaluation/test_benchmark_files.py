@@ -141,6 +141,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     svamp = {"Body": "Two cats.", "Question": "How many?"}
     written(tmp_path / "svamp.jsonl", [{**svamp, "Answer": each} for each in ("abc", "sNaN", 2)])
     written(tmp_path / "mbpp.jsonl", [{"task_id": 2, "text": "Add."}])
+    written(tmp_path / "hellaswag_val.jsonl", [CHOICE, {**CHOICE, "query": "half \ud800"}])
     options = {"option1": "he", "option2": "she", "answer": "1"}
     written(tmp_path / "winogrande_val.jsonl", [{"sentence": "It rains.", **options}])
     (tmp_path / "mmlu_test.jsonl").mkdir()
@@ -148,7 +149,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         loaded(
             tmp_path,
             *("piqa", "arc_easy", "boolq", "lambada", "gsm8k", "svamp", "mmlu"),
-            *("mgsm", "mbpp", "winogrande"),
+            *("mgsm", "mbpp", "winogrande", "hellaswag"),
         )
     for said in (
         "piqa_val.jsonl, record 2: the right choice has the number 2, of 2",
@@ -163,6 +164,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "svamp.jsonl, record 2: Answer is no number",
         "mbpp.jsonl is no file of mbpp: its records have the fields 'task_id', 'text'",
         "winogrande_val.jsonl, record 1: sentence has no _ to put an option in",
+        "hellaswag_val.jsonl, record 2: it holds half of a character (a lone surrogate)",
         "no file of mmlu lies there",
     ):
         assert said in str(refused.value), said

@@ -147,10 +147,12 @@ def continued(rng: random.Random, sandbox: Sandbox) -> Case:
     words = ["train", "--checkpoint", "run/checkpoint", "--data", "texts/new.jsonl", "--steps", "4"]
     words += ["trainer.progress=off", "logger=csv", "data.batch_size=2", "cache_dir=cache"]
     words += ["evaluation.sample_tokens=0", "gate=off"]
+    free = ["inside/run/checkpoint-continued", "inside/cache"]
     if rng.random() < 0.3:
         words += [rng.choice(("--old-data", "--output", "--ewc-lambda")), values.word(rng)]
-    free = ("inside/run/checkpoint-continued", "inside/cache")
-    return Case(f"{path.name} changed", "tritter", tuple(words), free)
+        if words[-2] == "--output":  # what the training finds wrong is told after it was made
+            free.append(f"inside/{words[-1]}")
+    return Case(f"{path.name} changed", "tritter", tuple(words), tuple(free))
 
 
 def _changed(rng: random.Random, folder: Path, sandbox: Sandbox) -> str:
@@ -158,7 +160,10 @@ def _changed(rng: random.Random, folder: Path, sandbox: Sandbox) -> str:
     path = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
     if path.suffix != ".json" or rng.random() < 0.4:
         return damage_file(rng, path, sandbox)
-    plain = values.mutated_json(rng, json.loads(path.read_text()))
+    try:
+        plain = values.mutated_json(rng, json.loads(path.read_text()))
+    except ValueError:  # damaged before
+        return damage_file(rng, path, sandbox)
     path.write_bytes(values.json_bytes(plain))
     return f"{path.relative_to(sandbox.inside)} changed"
 

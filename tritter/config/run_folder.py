@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from enum import Enum
@@ -34,6 +35,7 @@ OUTPUT_FILE = "output.txt"  # what a job printed that ran beside others
 
 # Hydra's, and what holds the folder
 _BEFORE_RUN_FILE = {".hydra", "train.log", LOCK_NAME, OUTPUT_FILE}
+_NO_TEXT = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode
 _LOGGER_FOLDERS = {"wandb"}  # W&B links to logs in its own cache
 
 
@@ -45,13 +47,30 @@ class RunState(Enum):
     FINISHED = "finished"
 
 
-def _printable(word: str) -> str:
-    if not word.isprintable():
-        raise ValueError("it holds a word that is no printable text")
+def _recordable(word: str) -> str:
+    found = next((sign for sign in word if unicodedata.category(sign) in _NO_TEXT), None)
+    if found is not None:
+        raise ValueError(f"it holds the character {found!a}, which no record of a run holds")
     return word
 
 
-_Word = Annotated[str, AfterValidator(_printable)]
+def check_overrides(words: Sequence[str]) -> None:
+    """Refuse overrides that the run's record can't hold: they stand wherever the run is told of.
+
+    Raises:
+        RequestError: one holds what is no text to a terminal: control characters, marks that turn
+            the direction, halves of characters.
+    """
+    for word in words:
+        try:
+            _recordable(word)
+        except ValueError as error:
+            key, _, value = word.partition("=")
+            advice = "give what it stands for another name"
+            raise RequestError(Problem(key, value, reason=str(error), advice=advice)) from error
+
+
+_Word = Annotated[str, AfterValidator(_recordable)]
 
 
 @options
@@ -100,6 +119,7 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
         check_tree(folder, passed_over=_LOGGER_FOLDERS)
     except TritterError as error:
         raise RequestError(f"hydra.run.dir = {folder}: {error}") from error
+    _check_settings(folder)
     if not is_run:
         return RunState.NEW
     run = read_run(folder)
@@ -114,6 +134,17 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     if run.status != "finished":
         return RunState.STARTED
     return RunState.FINISHED if _is_whole(folder, run) else RunState.STARTED
+
+
+def _check_settings(folder: Path) -> None:
+    """Refuse what Hydra, which writes its settings before anything else, can't write over."""
+    settings = folder / ".hydra"
+    wrong = [settings] if settings.is_file() else [p for p in settings.glob("*") if p.is_dir()]
+    for path in wrong:
+        is_, wanted = ("a file", "folder") if path == settings else ("a folder", "file")
+        raise RequestError(
+            f"hydra.run.dir = {folder}: {path} is {is_}, where Hydra writes a {wanted} of its own."
+        )
 
 
 def _is_whole(folder: Path, run: RunRecord) -> bool:

@@ -54,12 +54,14 @@ def check_tree(folder: Path, *, passed_over: Container[str] = ()) -> None:
 
 
 def check_inside(folder: Path, name: str) -> None:
-    """Refuse a name, as a record may hold it, that leads out of a checkpoint folder.
+    """Refuse a name, as a record may hold it, that leads out of a checkpoint folder, or nowhere.
 
     Raises:
         TritterError: says where it leads.
     """
     place, end = os.path.realpath(folder), os.path.realpath(folder / name)
+    if Path(end).is_symlink():  # no end was found
+        raise TritterError(f"{folder}: {name} is a link that leads in a circle.")
     roots = [place, *_blobs(Path(place))]
     if not any(end == root or end.startswith(root + os.sep) for root in roots):
         raise TritterError(

@@ -36,6 +36,7 @@ from tritter.config.overrides import (
     refuse_sweeps,
 )
 from tritter.config.reading import Origin
+from tritter.config.run_folder import check_overrides
 from tritter.config.schema import ONE_OF, OPEN_GROUPS, RunConfig
 from tritter.config.selection import METHOD_GROUPS, method_names, nesting_problems
 from tritter.config.suggestions import nearest_key
@@ -121,6 +122,7 @@ class Composer:
         Raises:
             RequestError: whatever is wrong with it, in the words of the contract.
         """
+        check_overrides(overrides)
         put = self._put_together(overrides)
         config = validate(put.raw, origin=put.origins, found=put.problems, rules=rules)
         config = self.with_rungs(config, overrides, rules=rules)

@@ -207,8 +207,8 @@ def _examples(benchmark: Benchmark, folder: Folder, path: Path, rows: Sequence[R
         WrongFileError: the records that are shown hold something else.
     """
     try:
-        return benchmark.examples(folder, path, rows)
-    except (KeyError, TypeError, AttributeError) as error:
+        return _as_text(benchmark.examples(folder, path, rows))
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
         raise WrongFileError([f"{path}: no examples can be shown, {_said(error)}"]) from error
 
 
@@ -276,6 +276,8 @@ def _question(form: Format, row: object, file: str) -> Question | None:
             allowed = " or ".join(each.__name__ for each in kinds)
             raise TypeError(f"{name} = {brief(row[name])} is no {allowed}")
     question = form.question(row, file)
+    if question is not None:
+        _as_text("".join((question.prompt, *question.choices)))
     if question is not None and question.choices:
         if len(question.choices) < 2:
             raise ValueError("there are fewer than two choices")
@@ -286,7 +288,15 @@ def _question(form: Format, row: object, file: str) -> Question | None:
     return question
 
 
+def _as_text(words: str) -> str:
+    """Return what a model is to read, which tokenizers take whole characters of only."""
+    words.encode()
+    return words
+
+
 def _said(error: Exception) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return "it holds half of a character (a lone surrogate)"
     if isinstance(error, KeyError):
         return f"the field {error} is missing"
     return " ".join(str(error).split())[:300] or type(error).__name__
