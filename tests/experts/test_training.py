@@ -264,6 +264,17 @@ def test_resumed_it_ends_alike(tmp_path: Path, killed_at: int) -> None:
     assert happened == {"spawned", "mature", "widened", "frozen"}
 
 
+def test_in_bfloat16_they_come_and_resume_too(tmp_path: Path) -> None:
+    halves = replace(ONE, precision="bf16-true")
+    module, result = train(tmp_path / "whole", settings=halves)
+    assert ("spawned", "expert_1") in kinds(result)
+    assert {p.dtype for p in module.model.parameters()} == {torch.bfloat16}
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", None, KillAt(4), settings=halves)
+    train(tmp_path / "parts", settings=halves)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
 @pytest.mark.parametrize("router", [pytest.param("learned", marks=SLOW), "both"])
 def test_learned_routers_resume_too(tmp_path: Path, router: str) -> None:
     options = asked(router=router, targets=("q_proj",), entropy=0.01)
