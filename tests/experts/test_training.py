@@ -180,6 +180,7 @@ def test_what_is_new_gets_an_expert_and_is_known_again(tmp_path: Path) -> None:
         ("mature", "expert_2"),
     ]
     model, mixture = module.model.eval(), module.mixture
+    assert sum(mixture.extra["usage"].values()) == pytest.approx(1), "as gates do"
     assert mixture.routing.top_k == 2 and mixture.routing.temperature == 0.5
     for kind, expert in (("old", FIRST), ("a", "expert_1"), ("b", "expert_2")):
         model(input_ids=text(kind, 4, seed=7), use_cache=False)
