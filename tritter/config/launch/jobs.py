@@ -134,6 +134,8 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> fl
         if check_run_folder(folder, config) is RunState.FINISHED:
             status = read_status(folder)
             if status["status"] in ENDS:
+                if is_sweep:
+                    say(f"job {hydra.job.num} was over before: {status['status']}")
                 return math.nan if status["metric"] is None else float(status["metric"])
         typed = planned.overrides if planned is not None and planned.composition else words
         recorded = recorded_words(typed)
