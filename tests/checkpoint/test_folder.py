@@ -134,11 +134,14 @@ def test_write_lineage_replaces_record_and_card_alone(
     folder = tmp_path / "out"
     written = _write(model, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    scored = replace(written, benchmark_scores={"code": 3.25}, step=10)
+    scores = {"code": 3.25, "sorting/accuracy": 0.125}
+    scored = replace(written, benchmark_scores=scores, step=10)
     write_lineage(folder, scored, model.config.to_dict())
     changed = {path.name for path in folder.iterdir() if path.read_bytes() != before[path.name]}
     assert changed == {"README.md", "tritter.json"}
-    assert "| code | 3.2500 |" in (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    assert "| domain | loss (nats per token) |\n|---|---|\n| code | 3.2500 |\n\n" in text
+    assert "| task | right answers |\n|---|---|\n| sorting | 12.5% |\n\n" in text
     read = read_lineage(folder)
     assert read is not None
     assert read.step == 10

@@ -116,6 +116,36 @@ def test_the_terminal_names_runs_once(run: Run, runs: Path) -> None:
     assert any("300 M" in line for line in out)
 
 
+def test_the_settings_of_many_runs_fit_a_terminal(run: Run, runs: Path) -> None:
+    for job in range(12):
+        body = {"width": {"init": "fresh", "shares": "unequal"}, "methods": ["width"]}
+        settings = {"seed": job % 2, "expansion": body if job < 6 else {"methods": []}}
+        write_run(runs / "sweep" / str(job), {"prose": scored(2.0, seed=2)}, **settings)
+    out = [" ".join(line.split()) for line in run("compare sweep").out.splitlines()]
+    assert out[:12] == [f"{chr(ord('A') + job)} {job}" for job in range(12)], "by number"
+    assert "run seed expansion.methods" in out
+    assert "--json has all" in " ".join(out)
+    assert not any("width.init" in line for line in out)
+    for job in (12, 13):
+        words = {f"of_{number}": job + number for number in range(4)}
+        write_run(runs / "sweep" / str(job), {"prose": scored(2.0, seed=2)}, seed=0, **words)
+    out = [" ".join(line.split()) for line in run("compare sweep").out.splitlines()]
+    assert "setting value runs" in out
+    assert "seed 0 A C E G I K M N" in out and "1 B D F H J L" in out
+    assert "of_3 - A B C D E F G H I J K L" in out and "15 M" in out and "16 N" in out
+
+
+def test_right_answers_are_named_in_words(run: Run, runs: Path) -> None:
+    path = runs / "first/summary.json"
+    summary = json.loads(path.read_text())
+    answers = {"accuracy": 0.5, "standard_error": 0.1, "n": 60}
+    for scores in (summary["baseline"], summary["attempts"][0]["final"]):
+        scores["code"] |= answers
+    path.write_text(json.dumps(summary))
+    out = run("compare first other").out
+    assert "code right" in out and "/accuracy" not in out
+
+
 def test_a_page_and_files_of_numbers(run: Run, runs: Path) -> None:
     assert run("compare first better --output out/page.html").code == 0
     page = (runs / "out/page.html").read_text()

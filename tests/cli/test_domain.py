@@ -78,6 +78,15 @@ def test_old_text_is_mixed_in_and_the_best_expert_cloned(run: Run, base: Path) -
     assert lineage.training_config["old"]["old"]["num_documents"] == 12
 
 
+def test_a_name_that_was_taken_is_not_told_of_other_text(run: Run, base: Path) -> None:
+    assert run(TRAIN).code == 0
+    write_texts(base.parent / "data/other", "and then")
+    again = TRAIN.replace("base ", "base-moe-add ").replace("data/code", "data/other")
+    result = run(f"{again} --output twice")
+    assert result.code == 0, result.err
+    assert "on code_2: " in result.out and "on code: " not in result.out
+
+
 def test_a_teacher_is_learnt_from(run: Run, base: Path) -> None:
     result = run(f"{TRAIN} --expert-init distill --teacher base --output grown --json")
     assert result.code == 0, result.err

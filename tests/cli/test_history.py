@@ -85,6 +85,16 @@ def test_a_plain_folder_has_nothing_to_check(run: Run, place: Path) -> None:
     assert "0 intact, 0 changed, 1 not checked" in result.out
 
 
+def test_long_names_in_the_tree_stay_whole(run: Run, place: Path) -> None:
+    deep = place / ("n" * 60) / ("m" * 60)
+    deep.mkdir(parents=True)
+    (place / "base").rename(deep / "base")
+    assert run(f"expand --checkpoint {deep / 'base'} --method width --output wide").code == 0
+    said = run("history wide").out
+    assert f"{'n' * 60}/{'m' * 60}/base  (plain folder)\n" in said
+    assert "└── wide  (width)" in said
+
+
 def test_the_newest_checkpoint_tells_the_steps_after(run: Run, chain: Path) -> None:
     shutil.copytree(chain / "deep", chain / "trained")
     lineage = read_lineage(chain / "deep")

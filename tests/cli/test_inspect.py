@@ -141,6 +141,26 @@ def test_scores_and_training(run: Run, place: Path) -> None:
         assert words in text
 
 
+def test_right_answers_are_no_loss(run: Run, place: Path) -> None:
+    assert run("expand --checkpoint base --method width").code == 0
+    path = place / "base-width" / "tritter.json"
+    scores = {"sorting": 3.75, "sorting/accuracy": 0.042}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"benchmark_scores": scores}))
+    text = " ".join(run("inspect base-width").out.split())
+    assert "loss sorting 3.7500 nats per token right sorting 4.2% of the answers" in text
+
+
+def test_grown_neurons_have_no_map_that_could_be_missed(run: Run, place: Path) -> None:
+    assert run("expand --checkpoint base --method width").code == 0
+    path = place / "base-width" / "tritter.json"
+    content = json.loads(path.read_text())
+    content["expansion_history"][-1] |= {"method": "growth", "expansion_type": "growth"}
+    path.write_text(json.dumps(content))
+    text = run("inspect base-width").out
+    assert "none: neurons came one event after the other" in " ".join(text.split())
+    assert "cannot be rebuilt" not in text
+
+
 def test_what_is_no_checkpoint(run: Run, place: Path) -> None:
     (place / "base" / "model.safetensors").unlink()
     shutil.copytree(place / "base", place / "b")

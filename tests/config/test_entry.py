@@ -225,6 +225,7 @@ def test_a_sweep_goes_on_in_its_folder(run: Run, pipeline: FakePipeline) -> None
     run("-m", "seed=0,1", "hydra.sweep.dir=here")
     result = run("-m", "seed=0,1", "hydra.sweep.dir=here")
     assert [config.seed for config in pipeline.configs] == [0, 1, 1]
+    assert "job 0 was over before: kept" in result.out and "job 1 was" not in result.out
     assert result.code == 1
     refused = run("-m", "seed=0,2", "hydra.sweep.dir=here")
     assert refused.code == 2

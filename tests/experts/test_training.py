@@ -180,6 +180,7 @@ def test_what_is_new_gets_an_expert_and_is_known_again(tmp_path: Path) -> None:
         ("mature", "expert_2"),
     ]
     model, mixture = module.model.eval(), module.mixture
+    assert sum(mixture.extra["usage"].values()) == pytest.approx(1), "as gates do"
     assert mixture.routing.top_k == 2 and mixture.routing.temperature == 0.5
     for kind, expert in (("old", FIRST), ("a", "expert_1"), ("b", "expert_2")):
         model(input_ids=text(kind, 4, seed=7), use_cache=False)
@@ -262,6 +263,17 @@ def test_resumed_it_ends_alike(tmp_path: Path, killed_at: int) -> None:
     assert replace(result, seconds=0.0) == replace(expected, seconds=0.0)
     happened = {kind for kind, _ in kinds(expected)}
     assert happened == {"spawned", "mature", "widened", "frozen"}
+
+
+def test_in_bfloat16_they_come_and_resume_too(tmp_path: Path) -> None:
+    halves = replace(ONE, precision="bf16-true")
+    module, result = train(tmp_path / "whole", settings=halves)
+    assert ("spawned", "expert_1") in kinds(result)
+    assert {p.dtype for p in module.model.parameters()} == {torch.bfloat16}
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", None, KillAt(4), settings=halves)
+    train(tmp_path / "parts", settings=halves)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("router", [pytest.param("learned", marks=SLOW), "both"])

@@ -90,7 +90,9 @@ def test_killed_and_resumed_it_leaves_the_same(tmp_path: Path, experts: Sequence
         assert spawned and set(record["usage"]["new"]) == set(record["names"])
 
 
-def test_tasks_and_a_checkpoint_that_is_gone_on_with(tmp_path: Path) -> None:
+def test_tasks_and_a_checkpoint_that_is_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     old, new = FIXTURES / "text/old", FIXTURES / "text/new.jsonl"
     kept = [word for word in PLAIN if not word.startswith(("data.new=", "data.old="))]
     tasks = [
@@ -98,6 +100,8 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(tmp_path: Path) -> None:
         f"data.tasks=[{{new: {new}}},{{old: {old}}},{{new: {new}}}]",
     ]
     summary = run(tmp_path / "run", tmp_path / "cache", [*kept, *tasks, *DYLORA])
+    said = capsys.readouterr().out
+    assert "experts=dylora  seed=" in said and "protected by the frozen base" in said
     events = summary["experts"]["events"]
     assert summary["experts"]["spawned"][0]["task"] == 0
     assert [event["step"] for event in events] == sorted(event["step"] for event in events)

@@ -78,6 +78,7 @@ def test_flops_are_those_of_the_shapes_that_each_step_had(tmp_path: Path) -> Non
 def test_a_grown_model_is_exported_and_grows_on(tmp_path: Path, capsys: Any) -> None:
     words = ("growth.trigger=within_layer", "growth.gradient_percentile=94", "forgetting=none")
     summary = run(tmp_path / "first", *OFTEN, *words, "growth.max_new_parameters=150")
+    assert "growth=within_layer+" in capsys.readouterr().out.partition("seed=")[0]
     checkpoint = tmp_path / "first/checkpoint"
     sizes = ffn_sizes(read_config(checkpoint))
     assert len(set(sizes)) == 2 and list(sizes) == summary["growth"]["neurons"]["after"]

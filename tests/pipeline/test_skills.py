@@ -101,6 +101,7 @@ def test_accuracies_are_logged_and_shown(
     run_skills(trained, *WORDS)  # it is done, and shown again
     shown = capsys.readouterr().out
     assert "sorting right" in shown and "points" in shown
+    assert "answers    right ones are counted of key_value, identity, sorting" in shown
 
 
 def test_a_run_that_was_stopped_between_tasks_ends_alike(

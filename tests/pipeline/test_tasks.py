@@ -164,6 +164,17 @@ def test_steps_are_counted_on_in_what_is_logged(trained: Path) -> None:
     ]
 
 
+def test_what_came_in_a_later_task_was_trained_from_there_on(
+    run_tasks: Run, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    grown = ("growth=gradmax", "growth.at=[2]", "growth.max_growth_per_step=1", "expansion=none")
+    run_tasks(tmp_path / "run", words[0], *grown)
+    lineage = read_lineage(tmp_path / "run/checkpoint")
+    assert lineage is not None
+    steps = [(each.method, each.continued_training_steps) for each in lineage.expansion_history]
+    assert steps == [("growth", 18), ("growth", 12), ("growth", 6)]
+
+
 def test_a_logger_of_a_later_task_counts_on(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
     assert counted_on(logger, 0) is logger

@@ -38,6 +38,13 @@ def test_table_holds_the_numbers(summary):
     assert "control" not in text
 
 
+def test_what_did_not_grow_has_no_score_of_it(summary):
+    summary["attempts"][0]["expansion"] = []
+    text = printed(summary)
+    assert line_of(text, "domain") == ["domain", "role", "before", "trained", "change", "verdict"]
+    assert line_of(text, "prose")[:5] == ["prose", "old", "3.590", "3.627", "+1.02"]
+
+
 def test_a_bound_that_is_not_known_is_a_question_mark(summary):
     summary["attempts"][0]["gate"][0]["interval"] = [0.0078, None]
     assert line_of(printed(summary), "prose")[5:] == ["+1.02", "[+0.78,", "?]", "passed"]
@@ -117,7 +124,7 @@ def test_colours_are_only_an_extra(summary):
 def test_bare_summary_of_a_run_that_broke_early_still_prints(summary):
     for key in ("expanded", "attempts", "jump", "samples", "parameters", "gate", "seconds"):
         del summary[key]
-    assert line_of(printed(summary), "prose")[:5] == ["prose", "old", "3.590", "-", "3.627"]
+    assert line_of(printed(summary), "prose")[:4] == ["prose", "old", "3.590", "3.627"]
 
 
 @pytest.mark.parametrize(

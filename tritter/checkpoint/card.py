@@ -8,6 +8,7 @@ from tritter.families import Config, family_of, ffn_sizes
 from tritter.terminal import harmless
 
 _LONGEST_CELL = 200
+_ACCURACY = "/accuracy"  # behind the name of a task whose right answers were scored
 
 
 def model_card(lineage: Lineage, config: Config, *, experts: Sequence[str] = ()) -> str:
@@ -130,10 +131,14 @@ def _scores(lineage: Lineage) -> list[str]:
     if not lineage.benchmark_scores:
         return []
     lines = ["| domain | loss (nats per token) |", "|---|---|"]
-    lines += [
-        f"| {_cell(name)} | {score:.4f} |" for name, score in lineage.benchmark_scores.items()
-    ]
-    return [*lines, ""]
+    answers = ["| task | right answers |", "|---|---|"]
+    num_heads = len(answers)
+    for name, score in lineage.benchmark_scores.items():
+        if name.endswith(_ACCURACY):
+            answers.append(f"| {_cell(name.removesuffix(_ACCURACY))} | {score:.1%} |")
+        else:
+            lines.append(f"| {_cell(name)} | {score:.4f} |")
+    return [each for table in (lines, answers) if len(table) > num_heads for each in (*table, "")]
 
 
 def _sentence(text: str) -> str:

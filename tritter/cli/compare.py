@@ -21,7 +21,7 @@ from tritter.report.bounds import LARGEST
 from tritter.report.compared import Compared, Comparison, Scores, letter
 from tritter.report.page import page
 from tritter.report.page_table import PageTable
-from tritter.report.rows import last_attempt, score_of
+from tritter.report.rows import ACCURACY, last_attempt, score_of
 from tritter.report.runs import Run
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_object
@@ -167,9 +167,11 @@ def _print_table(console: Console, title: str, table: PageTable) -> None:
     shown = new_table(*map(signs.printable, names), numbers=numbers, wrapped=wrapped)
     before = ""
     for row in table.rows:
-        is_again = table.header[0] == "domain" and row[0] == before
+        is_again = table.header[0] in ("domain", "setting") and row[0] == before
         before = row[0]
-        cells = ("", *row[1:]) if is_again else row
+        first = row[0].removesuffix(ACCURACY)  # a long name is broken between words
+        first += "" if table.header[0] != "domain" or first == row[0] else " right"
+        cells = ("" if is_again else first, *row[1:])
         shown.add_row(*(Text(signs.printable(cell)) for cell in cells))
     console.print(Text(signs.printable(title), style="bold"))
     console.print(shown)

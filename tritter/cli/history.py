@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.text import Text
-from rich.tree import Tree
 
 from tritter.checkpoint.history import Difference, Link, read_chain, verify
 from tritter.cli.output import (
@@ -26,6 +25,7 @@ from tritter.report.wording import count_text
 from tritter.terminal import Console, say
 
 NOT_THERE = "not there: not checked"
+_FEW_EXPERTS = 2  # that are named in the table; those of more stand in the tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +95,20 @@ def _changes(link: Link) -> tuple[Difference, ...] | None:
     return verify(link) if link.can_be_checked else None
 
 
-def made_by(link: Link) -> str:
-    """Say in a few words what made a checkpoint."""
+def made_by(link: Link, *, most_experts: int | None = None) -> str:
+    """Say in a few words what made a checkpoint.
+
+    Args:
+        most_experts: of more than these the number is told in place of their names.
+    """
     lineage = link.lineage
     if link.problem:
         return "its tritter.json cannot be read"
     if lineage is None:
         return "plain folder" if link.folder else NOT_THERE
     experts = f"LoRA experts {', '.join(link.experts)}" if link.experts else ""
+    if most_experts is not None and len(link.experts) > most_experts:
+        experts = f"{len(link.experts)} LoRA experts"
     if link.made_by:
         return ", ".join(filter(None, [*(spelled(each.method) for each in link.made_by), experts]))
     steps = f" of {lineage.step} steps" if lineage.step else ""
@@ -160,7 +166,7 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
         steps = steps_after(row.link, newest)
         cells = [
             _name(row.link),
-            made_by(row.link),
+            made_by(row.link, most_experts=_FEW_EXPERTS),
             count_text(row.link.num_parameters),
             "-" if steps is None else str(steps),
             short(row.link.model_hash),
@@ -170,7 +176,7 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
         table.add_row(*(signs_of(console).printable(cell) for cell in cells))
     console.print(table)
     console.print()
-    console.print(_tree(rows, console), soft_wrap=True)
+    _print_tree(rows, console)
     if is_verified:
         _print_verdict(rows, console)
 
@@ -179,18 +185,19 @@ def _name(link: Link) -> str:
     return link.folder.resolve().name if link.folder else f"({short(link.model_hash)})"
 
 
-def _tree(rows: Sequence[Checked], console: Console) -> Tree:
-    """Return the chain as a tree: what a checkpoint is made of stands above it."""
+def _print_tree(rows: Sequence[Checked], console: Console) -> None:
+    """Print the chain as a tree: what a checkpoint is made of stands above it.
+
+    Rich's own tree cuts long lines off, and names of folders are to be copied whole.
+    """
     signs = signs_of(console)
-
-    def label(link: Link) -> Text:
+    corner = "+-- " if console.options.ascii_only else "└── "
+    for depth, row in enumerate(rows):
+        link = row.link
         place = shown_path(link.folder) if link.folder else _name(link)
-        return Text(signs.printable(f"{place}  ({made_by(link)})"))
-
-    tree = branch = Tree(label(rows[0].link))
-    for row in rows[1:]:
-        branch = branch.add(label(row.link))
-    return tree
+        guide = "    " * (depth - 1) + corner if depth else ""
+        label = Text(guide + signs.printable(f"{place}  ({made_by(link)})"))
+        console.print(label, soft_wrap=True)
 
 
 def _print_verdict(rows: Sequence[Checked], console: Console) -> None:

@@ -29,6 +29,7 @@ from tritter.cli.values import spelled
 from tritter.errors import TritterError
 from tritter.families import LogicalTensor, ffn_sizes, on_disk
 from tritter.families.config_file import read_config_file
+from tritter.report.rows import ACCURACY
 from tritter.report.wording import count_text
 from tritter.terminal import Console
 
@@ -43,6 +44,10 @@ _PART_OF = {
     "shared_expert": "experts",
     "shared_expert_gate": "router",
     "head": "output head",
+}
+_WITHOUT_MAP = {
+    "experts": "none: the base is as it was",
+    "growth": "none: neurons came one event after the other, while it was trained",
 }
 
 
@@ -61,7 +66,7 @@ class RecordedMap:
 
     @classmethod
     def of(cls, record: ExpansionRecord) -> "RecordedMap":
-        if record.expansion_type == "experts":  # which leave all tensors as they were
+        if record.expansion_type in _WITHOUT_MAP:
             return cls(None, (), None)
         try:
             rebuilt = rebuilt_map(record)
@@ -166,12 +171,18 @@ def _print(
             lines.append(("stock classes", f"exact {lineage.stock_loadable}, not yet"))
         if lineage.step:
             lines.append(("trained", f"{lineage.step} steps"))
-        for name, score in lineage.benchmark_scores.items():
-            lines.append((f"loss {name}", f"{score:.4f} nats per token"))
+        lines += [_scored(name, score) for name, score in lineage.benchmark_scores.items()]
     console.print()
     print_lines(console, lines)
     if last is not None and last_map is not None:
         _print_expansion(console, last, last_map)
+
+
+def _scored(name: str, score: float) -> tuple[str, str]:
+    """Return a recorded score as a line: a domain's loss, or a task's right answers."""
+    if name.endswith(ACCURACY):
+        return f"right {name.removesuffix(ACCURACY)}", f"{score:.1%} of the answers"
+    return f"loss {name}", f"{score:.4f} nats per token"
 
 
 def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) -> None:
@@ -225,8 +236,8 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMa
     ]
     if delta:
         lines.append(("loss per byte", ", ".join(delta)))
-    rebuilt = f"{short(last.digest)}, as recorded" if last.digest else "none: the base is as it was"
-    lines.append(("map", last.problem or rebuilt))
+    without = _WITHOUT_MAP.get(record.expansion_type)
+    lines.append(("map", without or last.problem or f"{short(last.digest)}, as recorded"))
     console.print()
     print_lines(console, lines)
     if last.rows:

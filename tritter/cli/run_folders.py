@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +82,18 @@ def _places(folder: Path, *, depth: int) -> Iterator[Path]:
     if is_run or not depth:
         return
     with os.scandir(folder) as entries:
-        inner = sorted(
+        inner = [
             Path(entry.path)
             for entry in entries
             if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
-        )
-    for each in inner:
+        ]
+    for each in sorted(inner, key=_counted):
         yield from _places(each, depth=depth - 1)
+
+
+def _counted(path: Path) -> str:
+    """Return what paths are sorted by: jobs of a sweep by number, 2 before 10."""
+    return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), path.name)
 
 
 def read_runs(places: Sequence[Path]) -> list[Run]:

@@ -20,6 +20,12 @@ class GrowthConfig:
     options: Any
     parts: Mapping[str, Any]
 
+    @property
+    def name(self) -> str:
+        """Its trigger and its initialiser, as reports name it."""
+        parts = (self.plain()[key] for key in ("trigger", "initialiser"))
+        return "+".join(p if isinstance(p, str) else p[TARGET].rpartition(".")[2] for p in parts)
+
     def made(self) -> Any:
         """Return the method."""
         return self.kind(self.options, **self.parts)

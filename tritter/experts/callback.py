@@ -194,7 +194,7 @@ class ExpertCallback(Callback):
         members = self.roster.members
         mixture.extra = {
             "roster": self.roster.state_dict(),
-            "usage": {name: member.usage for name, member in members.items()},
+            "usage": self.roster.usage(),
             "maturity": {name: member.is_mature for name, member in members.items()},
             "boundaries": self.roster.asked.boundaries,
             "frozen": [

@@ -132,6 +132,11 @@ class Roster:
         self.active = expert if is_trained else None
         self.batches["idle"] += self.active is None
 
+    def usage(self) -> dict[str, float]:
+        """Return expert → mean gate of the last steps: averages that began at 0, as shares of 1."""
+        total = sum(member.usage for member in self.members.values()) or 1.0
+        return {name: member.usage / total for name, member in self.members.items()}
+
     def stepped(self, loss: float, usage: Mapping[str, float]) -> None:
         """Take note of a step: its loss, nats per token, and the mean gate of each expert."""
         for name, member in self.members.items():

@@ -110,7 +110,8 @@ def expand_for_domain(
         used = moe.summary_record(context, (arm,))
         assert used is not None
         plan = context.planned(arm)
-        plan = replace(plan, steps=tuple(map(partial(_told, used, task), plan.steps)))
+        told = partial(_told, used, task, context.new_of(arm))
+        plan = replace(plan, steps=tuple(map(told, plan.steps)))
         scores = {
             "before": score_records(context.read_scores("baseline")),
             "after": score_records(context.read_scores(f"{ARM}-trained")),
@@ -129,11 +130,17 @@ def _teachers(specs: Sequence[ExpansionSpec]) -> list[Path]:
     return [named_path(teacher, key="expansion.moe_add.teacher") for teacher in named]
 
 
-def _told(used: Mapping[str, Any], task: DomainTask, step: ResolvedExpansion) -> ResolvedExpansion:
-    """Return a step that says what became of its experts, in place of what was to be done."""
+def _told(
+    used: Mapping[str, Any], task: DomainTask, new: Sequence[str], step: ResolvedExpansion
+) -> ResolvedExpansion:
+    """Return a step that says what became of its experts, in place of what was to be done.
+
+    Args:
+        new: domains as the run calls them: a name may have been taken.
+    """
     if not isinstance(step.spec, MoeAdd):
         return step
-    domains = " and ".join(task.new)
+    domains = " and ".join(new)
     trained = f"on {domains}: {used['router_steps']} steps of the routers, {task.steps} of the "
     return replace(step, notes=(step.notes[0], trained + "new experts; open to all tokens"))
 

@@ -259,9 +259,16 @@ def _metric(summary: dict[str, Any]) -> float:
 
 def _announce(context: RunContext) -> None:
     config = context.config
-    expansion = ", ".join(spec.name for spec in config.expansion) or "none"
-    forgetting = ", ".join(options.name for options in config.forgetting) or "none"
-    context.say("tritter", f"expansion={expansion}  forgetting={forgetting}  seed={config.seed}")
+    chosen = {
+        "expansion": ", ".join(spec.name for spec in config.expansion) or "none",
+        "forgetting": ", ".join(options.name for options in config.forgetting) or "none",
+    }
+    if config.growth is not None:
+        chosen["growth"] = config.growth.name
+    if config.experts is not None:
+        chosen["experts"] = config.experts.name
+    choices = "  ".join(f"{key}={value}" for key, value in chosen.items())
+    context.say("tritter", f"{choices}  seed={config.seed}")
     context.say("run", str(context.folder))
     parts = [
         f"{source.name} ({source.num_documents} documents, {source.num_bytes / 1e6:.1f} MB)"
@@ -286,7 +293,8 @@ def _check_text(context: RunContext) -> None:
     """
     context.check_text()
     if context.tasks:
-        context.say("tasks", ", ".join(task.name for task in context.tasks))
+        named = ", ".join(task.name for task in context.tasks)
+        context.say("answers", f"right ones are counted of {named}")
     begun = context.ledger.get("baseline")
     if begun is not None and begun.found.get("corpus") not in (None, context.corpus.digest):
         raise RequestError(
@@ -296,6 +304,7 @@ def _check_text(context: RunContext) -> None:
 
 
 def _print_next(context: RunContext, summary: Mapping[str, Any], plots: list[Path]) -> None:
+    context.console.print()
     for plot in plots:
         context.say("plot", str(plot))
     context.say("summary", str(context.folder / SUMMARY_NAME))

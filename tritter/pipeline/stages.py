@@ -248,7 +248,10 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
 def _announce(
     context: RunContext, arm: Arm, methods: Sequence[ForgettingMethod], *, max_steps: int
 ) -> None:
-    protection = " and ".join(method.name for method in methods) or "nothing"
+    has_frozen_base = context.config.experts is not None and not arm.is_control
+    names = ["the frozen base"] if has_frozen_base else []
+    names += [method.name for method in methods]
+    protection = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "nothing"
     domains, tasks = ", ".join(context.new_of(arm)), len(context.text.tasks)
     place = f" (task {arm.task + 1} of {tasks})" if tasks > 1 else ""
     context.say("train", f"{max_steps} steps on {domains}{place}, protected by {protection}")

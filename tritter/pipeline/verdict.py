@@ -111,11 +111,16 @@ def _completed(context: RunContext, arms: Sequence[Arm], lineage: Lineage) -> Li
     after = context.read_scores(f"{last.name}-trained")
     delta = {d: performance_delta(before[d], after[d]) for d in context.domains}
     history = list(lineage.expansion_history)
-    old = lineage_of(context.folder / first.start).expansion_history
-    for position in range(len(old), len(history)):
-        history[position] = replace(
-            history[position], continued_training_steps=lineage.step, performance_delta=delta
-        )
+    start, steps_before = len(lineage_of(context.folder / first.start).expansion_history), 0
+    for arm in arms:  # in each of which experts or neurons may have come
+        made = lineage_of(context.folder / arm.name / "trained")
+        for position in range(start, len(made.expansion_history)):
+            history[position] = replace(
+                history[position],
+                continued_training_steps=lineage.step - steps_before,
+                performance_delta=delta,
+            )
+        start, steps_before = len(made.expansion_history), made.step
     means = {name: scores.mean() for name, scores in after.items()}
     return replace(
         lineage,

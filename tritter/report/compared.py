@@ -4,7 +4,7 @@ Between two runs a difference has bounds where both scored the same documents: i
 pairs, by the bootstrap that the gate uses. Else it is said that the two are not paired.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import starmap
@@ -18,12 +18,13 @@ from tritter.evaluation.statistics import drop_in_points, relative_harm
 from tritter.report.bounds import LARGEST
 from tritter.report.page_table import PageTable
 from tritter.report.rows import ScoreChange, last_attempt
-from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped
+from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped, tells
 from tritter.report.wording import MISSING, change_text, count_text, score_text, si_text
 
 Scores = Mapping[str, PairedScores]
 _CELL_CHARACTERS = 60
 _FEW_RUNS = 6  # that stand beside one another; more stand below
+_FEW_SETTINGS = 5  # that stand beside one another, of many runs
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,29 @@ class Comparison:
         return differing_keys([each.run for each in self.runs])
 
     def _settings(self) -> PageTable:
+        """Return the settings with the runs beside them; of many runs fewer, and below them."""
         runs, keys = self.runs, self._keys
-        if len(runs) > max(_FEW_RUNS, len(keys)):
-            below = ((r.name, *(_short(r.run.settings.get(key)) for key in keys)) for r in runs)
-            return PageTable(("run", *keys), tuple(below) if keys else ())
-        beside = ((key, *(_short(r.run.settings.get(key)) for r in runs)) for key in keys)
-        return PageTable(("setting", *(each.name for each in runs)), tuple(beside))
+        if len(runs) <= _FEW_RUNS:
+            beside = ((key, *(_short(r.run.settings.get(key)) for r in runs)) for key in keys)
+            return PageTable(("setting", *(each.name for each in runs)), tuple(beside))
+        told = _telling(keys, [each.run for each in runs])
+        shorter = "left out is what all runs that have it have alike; --json has all"
+        caption = "" if told == keys else shorter
+        if len(told) <= _FEW_SETTINGS:
+            below = ((r.name, *(_short(r.run.settings.get(key)) for key in told)) for r in runs)
+            return PageTable(("run", *told), tuple(below) if told else (), caption=caption)
+        rows = tuple((key, *each) for key in told for each in self._values(key))
+        return PageTable(("setting", "value", "runs"), rows, caption=caption)
+
+    def _values(self, key: str) -> list[tuple[str, str]]:
+        """Return each value of a setting, and the runs that have it."""
+        held: dict[str, list[Compared]] = {}
+        for each in self.runs:
+            held.setdefault(repr(each.run.settings.get(key)), []).append(each)
+        return [
+            (_short(those[0].run.settings.get(key)), " ".join(each.name for each in those))
+            for those in held.values()
+        ]
 
     def _verdicts(self) -> PageTable:
         rows = []
@@ -283,6 +301,18 @@ def letter(number: int) -> str:
     """Return A for 0, B for 1, and so on: AA comes after Z."""
     rest, last = divmod(number, 26)
     return (letter(rest - 1) if rest else "") + chr(ord("A") + last)
+
+
+def _telling(keys: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
+    """Leave out settings that only follow from a choice which another column says already."""
+    found: dict[str, tuple[str, tuple[bool, ...]]] = {}
+    for key in keys:
+        group = key.partition(".")[0]
+        who = (group, tuple(key in run.settings for run in runs))
+        is_said = f"{group}.methods" in keys and key != f"{group}.methods"
+        if tells(key, runs) or not (is_said or who in found.values()):
+            found[key] = who
+    return tuple(found)
 
 
 def _difference(subject: str, first: Compared, other: Compared) -> PairedDifference:

@@ -213,7 +213,7 @@ def grouped(runs: Iterable[Run]) -> tuple[Group, ...]:
         held.setdefault(key, []).append(run)
     groups = [tuple(each) for each in held.values()]
     firsts = [each[0] for each in groups]
-    keys = [key for key in differing_keys(firsts) if key != _SEED and _tells(key, firsts)]
+    keys = [key for key in differing_keys(firsts) if key != _SEED and tells(key, firsts)]
     ways = {"growth": any(run.growth is not None for run in firsts)}
     ways["experts"] = any(run.experts is not None for run in firsts)
     beside = [way for way, is_there in ways.items() if is_there]
@@ -285,7 +285,7 @@ def _name(run: Run, keys: Sequence[str], *, beside: Collection[str]) -> str:
     return name if len(name) <= _NAME_CHARACTERS else name[: _NAME_CHARACTERS - 2] + ".."
 
 
-def _tells(key: str, runs: Sequence[Run]) -> bool:
+def tells(key: str, runs: Sequence[Run]) -> bool:
     """Tell whether a setting says more than the methods do: those that have it differ in it."""
     values = {repr(run.settings[key]) for run in runs if key in run.settings}
     return len(values) > 1 and not key.endswith(".methods")

@@ -96,7 +96,10 @@ def result_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
     """Return one row per domain: nats per token at each stage, change per byte, verdict."""
     table = new_table("Loss in nats per token; change in % per byte")
     _add_columns(table, "domain", "role", justify="left")
-    _add_columns(table, "before", "expanded", "trained", "change", justify="right")
+    # Without an expansion it repeats `before`, and would break the lines of a narrow terminal
+    has_grown = bool(last_attempt(summary).get("expansion"))
+    scored = ("before", "expanded", "trained") if has_grown else ("before", "trained")
+    _add_columns(table, *scored, "change", justify="right")
     _add_columns(table, "verdict", justify="left")
     is_control = False
     for row in domain_rows(summary):
@@ -104,7 +107,7 @@ def result_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
             table.add_section()
             table.add_row("control:")
             is_control = True
-        table.add_row(*_cells(row, signs=signs))
+        table.add_row(*_cells(row, scored, signs=signs))
     table.caption = _caption(summary)
     return table
 
@@ -209,14 +212,12 @@ def _add_columns(table: Table, *names: str, justify: Literal["left", "right"]) -
         table.add_column(name, justify=justify, overflow="fold")
 
 
-def _cells(row: DomainRow, *, signs: Signs) -> list[str | Text]:
+def _cells(row: DomainRow, scored: Sequence[str], *, signs: Signs) -> list[str | Text]:
     verdict = row.verdict or MISSING
     return [
         _label(row, signs=signs),
         row.role,
-        score_text(row.before),
-        score_text(row.expanded),
-        score_text(row.trained),
+        *(score_text(getattr(row, stage)) for stage in scored),
         Text(change_text(row.change)),
         Text(verdict, style=_STYLES.get(verdict, "")),
     ]

@@ -131,10 +131,10 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> fl
         planned = {os.path.normpath(job.folder.absolute()): job for job in jobs}.get(str(folder))
         config = _judged(cfg, words) if planned is None else planned.config
         config = _grouped(config, sweep=Path(hydra.sweep.dir).name) if is_sweep else config
-        if check_run_folder(folder, config) is RunState.FINISHED:
-            status = read_status(folder)
-            if status["status"] in ENDS:
-                return math.nan if status["metric"] is None else float(status["metric"])
+        if (ended := _ended_before(folder, config)) is not None:
+            if is_sweep:
+                say(f"job {hydra.job.num} was over before: {ended['status']}")
+            return math.nan if ended["metric"] is None else float(ended["metric"])
         typed = planned.overrides if planned is not None and planned.composition else words
         recorded = recorded_words(typed)
         write_run_file(folder, config, status="running", overrides=recorded)
@@ -169,6 +169,14 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> fl
     )
     write_run_file(folder, config, status="finished", leaves=outcome.leaves)
     return outcome.metric
+
+
+def _ended_before(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    """Return the status of a job that came to an end before; None of one that is to be run."""
+    if check_run_folder(folder, config) is not RunState.FINISHED:
+        return None
+    status = read_status(folder)
+    return status if status["status"] in ENDS else None
 
 
 def _grouped(config: RunConfig, *, sweep: str) -> RunConfig:
