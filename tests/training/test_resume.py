@@ -1,9 +1,12 @@
 """Resume inside a stage: bitwise what an uninterrupted training gives, wherever it was killed."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from tritter.training import (
     fitting,
     read_metrics,
 )
+from tritter.training.callbacks import StepProgress
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO, decode, encode
 
 STEPS = 25  # of 4 sequences out of 40: epochs of the data end at steps 10 and 20
@@ -213,3 +217,17 @@ def test_a_part_without_rows_takes_none_away(tmp_path: Path) -> None:
     (tmp_path / "metrics.0.csv").write_text("step,train/loss\n1,3.0\n3,2.0\n")
     (tmp_path / "metrics.csv").write_text("step,train/loss\n")
     assert [row["step"] for row in read_metrics(tmp_path)] == ["1", "3"]
+
+
+@pytest.mark.parametrize(("mode", "is_told"), [("on", True), ("auto", True), ("off", False)])
+def test_a_training_that_goes_on_says_from_which_step(mode: str, is_told: bool) -> None:
+    for step in (0, 7):
+        file = io.StringIO()
+        progress = StepProgress(
+            label="training", max_steps=9, mode=mode, console=Console(file=file)
+        )
+        trainer: Any = SimpleNamespace(global_step=step, is_global_zero=True)
+        module: Any = None
+        progress.on_train_start(trainer, module)
+        progress.teardown(trainer, module, "fit")
+        assert ("training: goes on from step 7/9" in file.getvalue()) == (is_told and step > 0)

@@ -253,10 +253,13 @@ class StepProgress(Callback):
         self._first = trainer.global_step
         self._use_bar = self._use_bar and trainer.is_global_zero
         self._use_lines = self._use_lines and trainer.is_global_zero
+        if self._first and (self._use_bar or self._use_lines):
+            text = f"  {self._label}: goes on from step {self._first}/{self._max_steps}"
+            self._console.print(text, highlight=False)
         if self._use_bar:
             self._bar = _progress_bar(self._console)
             self._bar.start()
-            self._bar.add_task(self._label, total=self._max_steps, note="")
+            self._bar.add_task(self._label, total=self._max_steps, completed=self._first, note="")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
