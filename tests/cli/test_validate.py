@@ -217,3 +217,9 @@ def test_what_has_no_room_is_refused_before_it_is_loaded(
     monkeypatch.setattr(validation, "load_model", None)
     result = run("validate --source base --result wide")
     assert result.code == 2 and f"{option} = " in result.err and "GB in float32" in result.err
+
+
+def test_a_word_that_no_file_can_be_called_is_told_in_short(run: Run, place: Path) -> None:
+    result = run("validate --source base --result base --target-data", "y" * 100_000)
+    assert result.code == 2 and "a name has at most 255 bytes" in result.err
+    assert len(result.err) < 1_000

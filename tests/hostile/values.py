@@ -79,7 +79,10 @@ def mutated_json(rng: random.Random, plain: Any) -> Any:
 
 
 def json_bytes(plain: Any) -> bytes:
-    return json.dumps(plain).encode("utf-8", "surrogatepass")
+    try:
+        return json.dumps(plain).encode("utf-8", "surrogatepass")
+    except (ValueError, RecursionError):  # a mutation put a part into itself
+        return repr(plain).encode("utf-8", "surrogatepass")
 
 
 def mutated_bytes(rng: random.Random, content: bytes) -> bytes:

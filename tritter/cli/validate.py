@@ -85,7 +85,7 @@ def _sources(
     for word in words:
         name, sign, path = word.partition("=")
         is_named = bool(sign) and name.replace("-", "_").isidentifier()
-        if is_named and not named_path(word, key=option).exists():
+        if not named_path(word, key=option).exists() and is_named:
             named.setdefault(name, []).append(path)
         else:
             named[told_apart(named_after([word]), named)] = [word]
