@@ -211,7 +211,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
          "it can't be looked at (Invalid")
     ),
     "data=text data.old='~nosuchuser/a' data.new=@new": ("~nosuchuser/a: that is no path",),
-    f"data=text data.old=@{'a' * 300} data.new=@new": ("data.old = ", "it can't be looked at"),
+    f"data=text data.old=@{'a' * 300} data.new=@new": ("data.old = ", "(File name too long)"),
     "data=text data.old=[@odl,@old/d.csv] data.new={x:@old/*.pdf,y:@nwe}": (
         "4 things are wrong", "data.old = ", "data.new.x = ", "data.new.y = ",
         "Did you mean 'old'?", "found .csv 1", "the glob matches no file", "Did you mean 'new'?",

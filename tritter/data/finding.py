@@ -76,8 +76,9 @@ def find_texts(key: str, paths: Iterable[str]) -> FoundTexts:
             # What a file system or a pattern can object to; a pattern does so in many ways
             if isinstance(error, RequestError):
                 raise
+            said = error.strerror if isinstance(error, OSError) else None
             raise RequestError(
-                Problem(key, path, reason=f"it can't be looked at ({error})")
+                Problem(key, path, reason=f"it can't be looked at ({said or error})")
             ) from error
         files.update(dict.fromkeys(found.files))
         skipped.update(found.skipped)
