@@ -76,8 +76,8 @@ LAZY_LIBRARIES = {"wandb", "lm_eval"}  # slow to import, and not needed where th
 TORCH_ONLY_ROOMS = {"parameter_map", "stock_routers"}  # the standard library and torch
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
-MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 800
+MAX_FUNCTION_LINES = 80
 
 
 @dataclass(frozen=True, slots=True)
