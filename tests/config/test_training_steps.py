@@ -51,6 +51,31 @@ def test_refused(words: list[str], told: tuple[str, ...]) -> None:
     assert all(part in str(refused.value) for part in told), refused.value
 
 
+@pytest.mark.parametrize(
+    ("words", "every"),
+    [
+        (["training.max_steps=35"], 3),
+        (["training.max_steps=7"], 1),
+        (["training.max_tokens=500k"], 24),  # 244 steps
+        (["training.max_steps=35", "evaluation.every_n_steps=0"], 0),
+        (["training.max_steps=35", "evaluation.every_n_steps=50"], 50),
+    ],
+)
+def test_a_training_is_evaluated_ten_times_unless_a_number_is_typed(
+    words: list[str], every: int
+) -> None:
+    config = load_config(words)
+    assert config.evaluation.every_n_steps == every
+    typed = load_config([*words, f"evaluation.every_n_steps={every}"])
+    assert fingerprint(config) == fingerprint(typed)  # which `resume` compares
+
+
+def test_a_wrong_length_is_the_only_problem_of_a_default_evaluation() -> None:
+    with pytest.raises(RequestError) as refused:
+        load_config(["training.max_steps=many"])
+    assert [problem.key for problem in refused.value.problems] == ["training.max_steps"]
+
+
 def test_an_experiment_stands_instead_of_the_option_and_gives_way_to_what_is_typed(
     tmp_path: Path,
 ) -> None:

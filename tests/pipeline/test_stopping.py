@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM in a run: the exit code, the words, the command, and the same weights."""
 
 import contextlib
+import csv
 import json
 import multiprocessing
 import os
@@ -98,6 +99,24 @@ def printed_words(ended: Ended) -> list[str]:
     return words
 
 
+def logged(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of metrics.csv without what a clock or the machine's memory measured."""
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith("performance/")} for row in rows]
+
+
+def test_metrics_are_sorted_by_finished_steps(whole: Path) -> None:
+    rows = logged(whole)
+    steps = [int(row["step"]) for row in rows]
+    assert steps == sorted(steps) and next(iter(rows[0])) == "step"
+    assert list(rows[0])[1:] == sorted(list(rows[0])[1:]) and "epoch" not in rows[0]
+    last = [row for row in rows if row["step"] == "8"]  # of training.max_steps
+    assert [{name.split("/")[0] for name, value in row.items() if value} for row in last] == [
+        {"step", "eval"}, {"step", "train", "forgetting"}, {"step", "score"},
+    ]  # fmt: skip
+
+
 def status_of(folder: Path) -> dict[str, object]:
     return json.loads((folder / "status.json").read_text())
 
@@ -121,6 +140,7 @@ def test_a_training_stops_at_its_step_and_goes_on_to_the_same_weights(
     again = run(*printed_words(ended), is_alone=True)
     assert again.code == 0, again.err
     assert result(folder) == result(whole)
+    assert logged(folder) == logged(whole)
     assert not [path for path in folder.rglob(".*") if path.name != ".hydra"]
 
 

@@ -278,7 +278,7 @@ def test_tokens_lengths_and_flops_are_those_of_documents(tmp_path: Path) -> None
         if not (row[begin] == EOT and begin and row[begin - 1] == EOT)
     )
     flops = training_flops(config_of(module.model))
-    (logged,) = [row for row in read_metrics(tmp_path) if row["step"] == "5"]
+    (logged,) = [row for row in read_metrics(tmp_path) if row["step"] == "6"]
     told = module.trainer.callbacks  # type: ignore[attr-defined]
     work = next(one for one in told if type(one).__name__ == "WorkCount")
     assert work.lengths == lengths and 1 in lengths

@@ -13,6 +13,8 @@ class EvaluationConfig:
     """How domains are scored and sampled, and which benchmarks are asked besides.
 
     Args:
+        every_n_steps: of the training, between two evaluations; 0: none. A number once validated:
+            None is a tenth of the training.
         task_questions: of each domain that generated skills teach; 0: none.
         tasks: benchmarks, and groups of them.
         tasks_path: folder with their files, absolute once validated; None: the hub.
@@ -25,7 +27,7 @@ class EvaluationConfig:
     max_tokens_per_document: Annotated[int, Field(ge=2, le=MAX_COUNT)]
     batch_size: Count
     sample_tokens: WholeNumber
-    every_n_steps: WholeNumber
+    every_n_steps: WholeNumber | None
     task_questions: Annotated[int, Field(ge=0, le=MAX_COUNT)]
     tasks: list[str]
     tasks_path: Text | None

@@ -1,4 +1,4 @@
-"""How long a training is: so many steps, or as many as so many tokens make."""
+"""How long a training is, in steps or tokens, and how often it is evaluated."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,7 @@ from tritter.config.reading import Origin, Reader
 
 TRAININGS = ("pretraining", "training")
 STEPS, TOKENS = "max_steps", "max_tokens"
+_EVALUATIONS = 10  # of a training, after the one before its first step
 
 
 def settled(raw: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
@@ -57,6 +58,16 @@ def with_steps(
         else:
             result[group] = {**body, STEPS: steps}
     return result
+
+
+def with_evaluation_steps(bodies: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return bodies in which `evaluation.every_n_steps = null` is a tenth of the training."""
+    evaluation, key = bodies.get("evaluation", {}), "every_n_steps"
+    if evaluation.get(key, 0) is not None:
+        return dict(bodies)
+    steps = _count(bodies.get("training", {}).get(STEPS)) or 1  # a wrong one is reported elsewhere
+    every = max(1, steps // _EVALUATIONS)
+    return {**bodies, "evaluation": {**evaluation, key: every}}
 
 
 def _rank(file: str | None, group: str) -> int:

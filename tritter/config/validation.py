@@ -55,7 +55,7 @@ from tritter.config.sections import data_keys, read_data, read_evaluation, read_
 from tritter.config.selection import METHOD_GROUPS, method_keys, read_methods
 from tritter.config.text_resolution import run_text
 from tritter.config.trainer_arguments import argument_problems, split_trainer
-from tritter.config.training_steps import with_steps
+from tritter.config.training_steps import with_evaluation_steps, with_steps
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.expansion import target_config
 from tritter.families import Config, check_size, family_of, llama_config, position_limit
@@ -129,7 +129,7 @@ def validate(
         RequestError: lists every problem with key, value, what is allowed and the nearest match.
     """
     reader = Reader(known_keys)
-    bodies = with_steps(reader, group_bodies(reader, raw))
+    bodies = with_evaluation_steps(with_steps(reader, group_bodies(reader, raw)))
     classes = find_classes(reader, bodies)
     num_of_classes = len(reader.problems)
     values = _read(reader, raw, bodies, classes)

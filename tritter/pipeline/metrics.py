@@ -94,8 +94,8 @@ def write_metrics(context: RunContext, arms: Sequence[Arm], *, of: str = "") -> 
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write rows as a metrics.csv has them."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    """Write rows as a metrics.csv has them: `step` first, the other columns by name."""
+    columns = sorted({name for row in rows for name in row}, key=lambda name: (name != "step", name))
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=columns, restval="", lineterminator="\n")
     writer.writeheader()

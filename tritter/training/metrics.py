@@ -34,33 +34,37 @@ def metrics_files(folder: Path) -> tuple[Path, ...]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, str]]:
-    """Return the rows of all parts; where parts overlap, the later one counts.
+    """Return the rows of all parts by step; where parts overlap, the later one counts.
 
-    What was evaluated at the step that a part goes on from stands in the part before.
-
-    A part may be empty or absent: one that was killed before it logged, or that had nothing left
-    to train.
+    At the step that a part resumes from, the earlier part may have logged what the later one does
+    not log again, such as the evaluation. A part may be empty or absent: it was killed before it
+    logged, or had nothing left to train.
 
     Raises:
         TritterError: a part is damaged.
     """
     rows: list[dict[str, str]] = []
-    for path in metrics_files(folder):
-        part = _metrics_part(path)
+    for part in map(_metrics_part, metrics_files(folder)):
+        rows = [row for row in rows if not _is_of_stop(row)]
         if part:
             first = min(int(row["step"]) for row in part)
-            has_own = any(_is_evaluation(row, first) for row in part)
+            again = {name for row in part if int(row["step"]) == first for name in _logged(row)}
             rows = [
-                row
-                for row in rows
-                if int(row["step"]) < first or (_is_evaluation(row, first) and not has_own)
+                row for row in rows if int(row["step"]) < first + again.isdisjoint(_logged(row))
             ] + part
-    return rows
+    return sorted(rows, key=lambda row: int(row["step"]))
 
 
-def _is_evaluation(row: Mapping[str, str], step: int) -> bool:
-    is_evaluated = any(value for name, value in row.items() if name.startswith("eval/"))
-    return is_evaluated and int(row["step"]) == step
+def _is_of_stop(row: Mapping[str, str]) -> bool:
+    """Say whether Lightning logged a row only because an earlier part stopped there.
+
+    `FiniteGuard` logs the learning rate of the steps that are due, and of these alone.
+    """
+    return bool(row.get("train/loss")) and not row.get("train/learning_rate")
+
+
+def _logged(row: Mapping[str, str]) -> set[str]:
+    return {name for name, value in row.items() if value and name != "step"}
 
 
 def _metrics_part(path: Path) -> list[dict[str, str]]:

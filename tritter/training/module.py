@@ -144,7 +144,17 @@ class BaseModule(LightningModule):
         for domain, own in self._evaluated.items():
             nats, tokens = self.trainer.strategy.reduce(own, reduce_op="sum").tolist()
             self.log(f"eval/{domain}/loss", nats / tokens)
-        self.log("step", float(self.global_step))  # Lightning's own count is one step behind
+        self._log_finished_steps()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._log_finished_steps()
+
+    def _log_finished_steps(self) -> None:
+        """Let loggers count finished steps, in training and evaluation alike.
+
+        Lightning takes a metric of this name; its own count is one step behind in training.
+        """
+        self.log("step", float(self.global_step))
 
     def step_flops(self) -> StepFlops:
         """Count the model FLOPs of a step, with what needs a gradient now."""
