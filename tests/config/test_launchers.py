@@ -178,9 +178,11 @@ def test_a_sweep_does_not_lie_in_a_run(run: Run) -> None:
     assert "hydra.sweep.dir = " in result.err and "it is the folder of a run" in result.err
 
 
-def test_wandb_groups_by_the_sweep(run: Run, pipeline: FakePipeline) -> None:
+def test_wandb_groups_by_the_sweep_or_the_experiment(run: Run, pipeline: FakePipeline) -> None:
     own = "hydra.sweep.subdir=a/b${hydra.job.num}"
     assert run("-m", "seed=0,3", own, "hydra.sweep.dir=here").code == 0
     assert run("-m", "seed=0,3", "logger.wandb.group=mine").code == 0
+    assert run("hydra.run.dir=alone").code == 0
+    assert run("hydra.run.dir=named", "experiment=small_deep_wide").code == 0
     groups = [one.logger.wandb.group for one in pipeline.configs if one.logger.wandb is not None]
-    assert groups == ["here", "here", "mine", "mine"]
+    assert groups == ["here", "here", "mine", "mine", None, "small_deep_wide"]

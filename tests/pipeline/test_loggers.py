@@ -1,5 +1,6 @@
 """The run, its control and its pretraining are runs of one group in W&B, and of other loggers."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,16 @@ import pytest
 import wandb
 import yaml
 from lightning import Callback
+from rich.console import Console
 
+from tests.pipeline.offline_wandb import OfflineRun, offline_runs
 from tests.pipeline.tiny import TINY
 from tritter.config.fingerprint import fingerprint
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import run_pipeline
+from tritter.pipeline.context import RunContext
+from tritter.pipeline.ledger import Ledger
+from tritter.pipeline.metrics import wandb_logger
 
 
 class FailOnce(Callback):
@@ -34,6 +40,9 @@ class FakeRun:
         self.given, self.rows, self.summary = given, list[dict[str, Any]](), dict[str, Any]()
         self.exit_codes = list[int]()
 
+    def define_metric(self, name: str, **options: Any) -> None:
+        """The offline file of a real run is read below."""
+
     def log(self, values: dict[str, Any]) -> None:
         assert not self.exit_codes
         self.rows.append(values)
@@ -47,12 +56,99 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
     opened: list[FakeRun] = []
 
     def init(**given: Any) -> FakeRun:
-        assert all(run.exit_codes for run in opened), "one at a time"
         opened.append(FakeRun(**given))
         return opened[-1]
 
     monkeypatch.setattr(wandb, "init", init)
     return opened
+
+
+def test_one_process_leaves_one_folder_of_each_run_over_the_training_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that broke off and was resumed, read back from what W&B wrote offline."""
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    failing = f"{{_target_: {__name__}.FailOnce, folder: attempt_1, marker: {tmp_path / 'failed'}}}"
+    words = ("logger=wandb", "logger.wandb.tags=[mine]", "trainer.log_every_n_steps=1",
+             "evaluation.every_n_steps=3", "control=true", f"callbacks.fail={failing}")  # fmt: skip
+    config = load_config([*TINY, f"cache_dir={tmp_path / 'cache'}", *words])
+    with pytest.raises(KeyError, match="broken off"):
+        run_pipeline(config, run_folder=folder)
+    run_pipeline(config, run_folder=folder)
+    found = offline_runs(folder)
+    assert [run.job_type for run in found] == ["pretraining", "run", "run", "control"]
+    assert [run.exit_code for run in found] == [0, 1, 0, 0]
+    _, first, second, control = found
+    assert first.id == second.id and len({run.id for run in found}) == 3
+    for run in found:
+        assert run.axes == {"trainer/global_step": "", "*": "trainer/global_step"}
+        assert all("trainer/global_step" in row for row in run.rows)
+        assert {"mine", "seed:0", "expansion:width"} <= set(run.tags) and not run.group
+    assert steps_of(first, "train/loss") == [1, 2, 3, 4]
+    assert steps_of(second, "train/loss") == [5, 6]
+    assert steps_of(first, "eval/old/loss") == [-1, 0, 3]
+    assert steps_of(second, "eval/old/loss") == [6] == steps_of(second, "score/old/loss")
+    assert steps_of(second, "plots/training.path") == [6] == steps_of(second, "samples.path")
+    assert steps_of(control, "train/loss") == [1, 2, 3, 4, 5, 6]
+    assert (second.summary["status"], second.summary["new/verdict"]) == ("kept", "undecided")
+    assert second.config["training"]["max_steps"] == 6
+    (upload,) = [line for line in capsys.readouterr().out.splitlines() if "wandb sync" in line]
+    command = upload.partition("#")[0].replace("sync", "sync --dry-run")
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert "Would sync 4 run(s)" in shown.stdout + shown.stderr
+
+
+def steps_of(run: OfflineRun, name: str) -> list[int]:
+    return [row["trainer/global_step"] for row in run.rows if name in row]
+
+
+def test_what_a_killed_process_did_not_finish_is_cut_off(
+    runs: list[FakeRun], tmp_path: Path
+) -> None:
+    """`wandb sync` 0.31 stops at a file without a record, and at one that ends within a record."""
+    context = RunContext(
+        config=load_config([*TINY, "logger=wandb"]),
+        folder=tmp_path,
+        console=Console(quiet=True),
+        ledger=Ledger(tmp_path),
+    )
+    (tmp_path / "wandb_id").write_text("mine")
+    whole = log_of([b"a" * 40_000, b"b" * 25_480, b"c" * 9])  # the third has no room in its block
+    written = {
+        "1-mine": whole, "2-mine": log_of([]), "3-mine": whole[:-1], "4-mine": whole[:32768],
+        "5-other": whole[:-1], "6-mine": b"",
+    }  # fmt: skip
+    for name, data in written.items():
+        path = tmp_path / f"wandb/offline-run-{name}/run-{name[2:]}.wandb"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(data)
+    (tmp_path / "outside").write_bytes(whole[:-1])
+    (tmp_path / "wandb/offline-run-7").mkdir()
+    (tmp_path / "wandb/offline-run-7/run-mine.wandb").symlink_to(tmp_path / "outside")
+    wandb_logger(context)
+    left = {p.parent.name[12:]: p.read_bytes() for p in tmp_path.glob("wandb/*/run-*.wandb")}
+    cut = log_of([b"a" * 40_000, b"b" * 25_480])
+    assert left == {
+        "1-mine": whole, "3-mine": cut, "5-other": whole[:-1], "6-mine": b"", "7": whole[:-1],
+    }  # fmt: skip
+
+
+def log_of(records: list[bytes]) -> bytes:
+    """Write records as a LevelDB log has them, after W&B's header."""
+    log = b":W&B\x00\x00\x00"
+    for record in records:
+        left, is_first = record, True
+        while left or is_first:
+            room = 2**15 - len(log) % 2**15
+            if room < 7:
+                log += bytes(room)
+                continue
+            part, left = left[: room - 7], left[room - 7 :]
+            kind = (1 if is_first else 4) if not left else (2 if is_first else 3)
+            log += bytes(4) + len(part).to_bytes(2, "little") + bytes([kind]) + part
+            is_first = False
+    return log
 
 
 def test_each_training_is_a_run_of_its_own_and_stays_it(
@@ -76,13 +172,13 @@ def test_each_training_is_a_run_of_its_own_and_stays_it(
     with pytest.raises(KeyError, match="broken off"):
         run_pipeline(config, run_folder=folder)
     assert [run.given["job_type"] for run in runs] == ["pretraining", "run", "control"]
-    assert [run.exit_codes for run in runs] == [[0], [0], [1]]
+    assert [run.exit_codes for run in runs] == [[0], [1], [1]]
     run_pipeline(config, run_folder=folder)
     again = runs[3:]  # the control goes on, and the run is told its summary
     assert [run.given["job_type"] for run in again] == ["control", "run"]
     assert [run.given["id"] for run in again] == [runs[2].given["id"], runs[1].given["id"]]
     assert len({run.given["id"] for run in runs}) == 3
-    assert {run.given["group"] for run in runs} == {"sweep"}
+    assert {run.given["group"] for run in runs} == {None}
     assert [run.given["name"] for run in runs[:3]] == [
         "pretraining seed 0",
         "llama_pro ewc+replay seed 0",
@@ -100,4 +196,4 @@ def test_each_training_is_a_run_of_its_own_and_stays_it(
     opened = len(runs)
     (tmp_path / "other").mkdir()
     run_pipeline(load_config([*TINY, *words, "control=false"]), run_folder=tmp_path / "other")
-    assert [run.given["job_type"] for run in runs[opened:]] == ["run", "run"]  # a cached base
+    assert [run.given["job_type"] for run in runs[opened:]] == ["run"]  # a cached base

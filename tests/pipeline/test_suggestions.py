@@ -43,7 +43,7 @@ def test_kept(commands: Callable[..., list[str]]) -> None:
     assert "'expansion=[width,llama_pro]' +seed=3 control=true" in lines[0]
     assert "seed=4" in lines[1] and "seed=3" not in lines[1]
     assert "expansion=dus" in lines[2] and "llama_pro" not in lines[2]
-    assert "-m tritter generate --checkpoint 'outputs/runs/a b/checkpoint'" in lines[-2]
+    assert "-m tritter generate --checkpoint 'outputs/runs/a b/checkpoint'" in lines[-3]
     assert not any("resume" in line for line in lines)
 
 
@@ -53,7 +53,21 @@ def test_tritter_is_called_as_a_shell_finds_it(
     own = str(Path(sys.executable).parent)
     for path, start in ((own, "tritter history"), ("/nowhere", f"{sys.executable} -m tritter")):
         monkeypatch.setenv("PATH", path)
-        assert commands("kept")[-1].startswith(start)
+        assert commands("kept")[-2].startswith(start)
+
+
+def test_offline_runs_are_uploaded_by_a_command(
+    commands: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = "wandb sync 'outputs/runs/a b/wandb'/offline-run-*   # upload to W&B"
+    for path, start in (
+        (str(Path(sys.executable).parent), ""),
+        ("/nowhere", f"{sys.executable} -m "),
+    ):
+        monkeypatch.setenv("PATH", path)
+        assert commands("kept")[-1] == f"{start}{upload}"
+    for words in ("logger=csv", "logger.wandb.mode=online"):
+        assert not any("wandb sync" in line for line in commands("kept", words=(words,)))
 
 
 def test_rolled_back(commands: Callable[..., list[str]]) -> None:
@@ -90,6 +104,6 @@ def test_what_was_not_kept_is_found(tmp_path: Path) -> None:
     (tmp_path / "attempt_2" / "trained").mkdir(parents=True)
     summary = {"status": "rolled_back", "gate": [], "attempts": [{}, {}]}
     told = next_commands(load_config(()), summary, words=(), folder=tmp_path)
-    assert f"inspect {tmp_path}/attempt_2/trained   # what was trained and not kept" in told[-2]
+    assert f"inspect {tmp_path}/attempt_2/trained   # what was trained and not kept" in told[-3]
     gone = next_commands(load_config(()), summary | {"attempts": [{}]}, words=(), folder=tmp_path)
     assert not any("trained" in line for line in gone)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import wandb
+from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 from tests.pipeline.outside_method import Options, Outside
@@ -16,7 +17,7 @@ from tritter.config.selection import Selected
 from tritter.pipeline import metrics
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.metrics import tell_wandb, wandb_logger, wandb_summary
+from tritter.pipeline.metrics import log_result_to_wandb, wandb_logger, wandb_summary
 
 
 def test_the_verdict_of_each_domain_is_there(summary_with_control):
@@ -36,8 +37,8 @@ def test_lengths_of_packed_documents_and_similarities_are_tables(
     summary: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, histogram = dict[str, Any](), {"8-15": 3, "16-31": 5}
-    run = SimpleNamespace(log=told.update, summary={}, finish=lambda: None)
-    monkeypatch.setattr(metrics, "wandb_logger", lambda _: SimpleNamespace(experiment=run))
+    run = SimpleNamespace(log=told.update, summary={})
+    monkeypatch.setattr(metrics, "wandb_logger", lambda _: WandbLogger(experiment=run))
     context = RunContext(
         config=load_config([]),
         folder=tmp_path,
@@ -45,14 +46,16 @@ def test_lengths_of_packed_documents_and_similarities_are_tables(
         ledger=Ledger(tmp_path),
     )
     tasks = [{"domains": ["code"]}, {"packing": {"packed_sequence_length_histogram": histogram}}]
-    tell_wandb(context, summary | {"tasks": tasks, "samples": []}, [])
+    log_result_to_wandb(context, summary | {"tasks": tasks, "samples": []}, [], step=7)
     table = told["performance/packed_sequence_length_histogram"]
     assert table.columns == ["task", "tokens", "documents"]
     assert table.data == [[2, "8-15", 3], [2, "16-31", 5]]
     told.clear()
-    tell_wandb(context, summary | {"tasks": tasks[:1], "samples": []}, [])
-    assert not told
-    tell_wandb(context, summary | {"tasks": [], "samples": [], "experts": experts()}, [])
+    log_result_to_wandb(context, summary | {"tasks": tasks[:1], "samples": []}, [], step=7)
+    assert told == {"trainer/global_step": 7}
+    log_result_to_wandb(
+        context, summary | {"tasks": [], "samples": [], "experts": experts()}, [], step=7
+    )
     table = told["experts/similarity_scores_on_creation"]
     assert table.columns == ["expert", "step", "known", "similarity"]
     assert table.data[:2] == [["expert_1", 12, "base", 0.41], ["expert_2", 40, "base", 0.52]]
@@ -63,7 +66,12 @@ def test_a_method_from_outside_is_a_tag_as_ours_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(wandb, "init", lambda **options: given.update(options))
+
+    def init(**options: Any) -> SimpleNamespace:
+        given.update(options)
+        return SimpleNamespace(define_metric=lambda *names, **axis: None)
+
+    monkeypatch.setattr(wandb, "init", init)
     config = load_config(["logger=wandb", "logger.wandb.tags=[mine]", "expansion=[width,dus]"])
     config = replace(config, forgetting=(Selected(Outside, Options()), *config.forgetting))
     context = RunContext(
@@ -72,7 +80,7 @@ def test_a_method_from_outside_is_a_tag_as_ours_are(
     wandb_logger(context)
     ours = [f"forgetting:{one.name}" for one in config.forgetting[1:]]
     assert given["tags"] == [
-        "mine", "expansion:width", "expansion:dus", "forgetting:outside", *ours,
+        "mine", "expansion:width", "expansion:dus", "forgetting:outside", *ours, "seed:0",
     ]  # fmt: skip
     assert given["name"].startswith("width+dus outside")
     assert "outside" in str(given["config"])

@@ -214,7 +214,8 @@ def test_killed_after_the_last_step_and_before_the_result_was_written(
 
 
 def test_a_part_without_rows_takes_none_away(tmp_path: Path) -> None:
-    (tmp_path / "metrics.0.csv").write_text("step,train/loss,train/learning_rate\n1,3.0,0.1\n3,2.0,0.1\n")
+    rows = "step,train/loss,train/learning_rate\n1,3.0,0.1\n3,2.0,0.1\n"
+    (tmp_path / "metrics.0.csv").write_text(rows)
     (tmp_path / "metrics.csv").write_text("step,train/loss\n")
     assert [row["step"] for row in read_metrics(tmp_path)] == ["1", "3"]
 

@@ -28,8 +28,14 @@ def command(words: Sequence[str]) -> str:
 
 def tritter_command(words: Sequence[str]) -> str:
     """Return a command line of `tritter`, which may be called beside this program."""
-    is_found = program_words()[0] == "tritter" or _is_ours("tritter")
-    return shlex.join([*(["tritter"] if is_found else [_python(), "-m", "tritter"]), *words])
+    is_found = program_words()[0] == "tritter"
+    return shlex.join(["tritter", *words]) if is_found else tool_command("tritter", words)
+
+
+def tool_command(program: str, words: Sequence[str]) -> str:
+    """Return a command line of a program that is installed beside this one."""
+    start = [program] if _is_ours(program) else [_python(), "-m", program]
+    return shlex.join([*start, *words])
 
 
 def resume_command(folder: Path) -> str:

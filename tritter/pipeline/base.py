@@ -26,7 +26,7 @@ from tritter.pipeline import importance, moments
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import content_key
 from tritter.pipeline.loggers import open_loggers
-from tritter.pipeline.metrics import write_rows
+from tritter.pipeline.metrics import wandb_finished, write_rows
 from tritter.pipeline.schedules import schedule_of
 from tritter.pipeline.trained import accept
 from tritter.storage.atomic import write_text_atomic
@@ -154,7 +154,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         states=(recorded, *moments.left_in(context, working)),
     )
     recorders = [PathIntegral(recorded)] if importance.is_recorded(context) else []
-    with open_loggers(context, "pretraining") as loggers:
+    with wandb_finished(context), open_loggers(context, "pretraining") as loggers:
         result = fit(
             module,
             batches,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
 from tritter.checkpoint.learned import LearnedDomain, TextSplit
@@ -52,12 +53,17 @@ EVALUATED_TOKENS = 4096  # of a domain, each time: 3 % of the default training, 
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run: asked for by `config`, living in `folder`."""
+    """One run: asked for by `config`, living in `folder`.
+
+    Args:
+        wandb_loggers: of the W&B runs that are open, one for all attempts: part → logger.
+    """
 
     config: RunConfig
     folder: Path
     console: Console
     ledger: Ledger
+    wandb_loggers: dict[str | None, WandbLogger] = field(default_factory=dict, repr=False)
     _planned: dict[Arm, PlannedExpansion] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger
 
 from tritter.config.fingerprint import fingerprint
 from tritter.pipeline.context import RunContext
@@ -86,10 +86,9 @@ class CountedOn(Logger):
 def open_loggers(
     context: RunContext, part: str | None = None, *, first_step: int = 0
 ) -> Iterator[list[Logger]]:
-    """Yield W&B where it is asked for, and the others in the order in which they were.
+    """Yield W&B if it is chosen, which stays open, and then the other loggers in their order.
 
-    The first training of a part tells them its configuration; W&B is told whenever it is opened,
-    since offline each opening is a record of its own.
+    The first training of a part logs the configuration; W&B has it from its start.
 
     Args:
         part: control, pretraining or a further attempt, each beside the run in the same group;
@@ -100,7 +99,6 @@ def open_loggers(
     with ExitStack() as opened:
         if (wandb := wandb_logger(context, part)) is not None:
             loggers.append(wandb)
-            opened.push(partial(_close, wandb))
         for named in context.config.logger.others:
             loggers.append(logger := _built(named, context, part))
             opened.push(partial(_close, logger))
@@ -111,8 +109,6 @@ def open_loggers(
 
 def _close(logger: Logger, error: type[BaseException] | None, *_: object) -> None:
     logger.finalize("success" if error is None else "failed")
-    if isinstance(logger, WandbLogger):
-        logger.experiment.finish(exit_code=int(error is not None))
 
 
 def _built(named: NamedTarget, context: RunContext, part: str | None) -> Logger:

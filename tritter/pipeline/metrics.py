@@ -2,7 +2,10 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from uuid import uuid4
 from lightning.pytorch.loggers import WandbLogger
 
 from tritter.config.fingerprint import fingerprint
+from tritter.config.schema import WandbConfig
 from tritter.evaluation.estimate import finite_or_none
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
@@ -19,6 +23,7 @@ from tritter.report.rows import ACCURACY, domain_rows
 from tritter.storage.atomic import write_text_atomic
 from tritter.training import read_metrics
 
+WANDB_STEP = "trainer/global_step"  # as Lightning's logger calls it
 BEFORE = -1  # the step that stands for the model before its expansion
 
 
@@ -95,7 +100,7 @@ def write_metrics(context: RunContext, arms: Sequence[Arm], *, of: str = "") -> 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Write rows as a metrics.csv has them: `step` first, the other columns by name."""
-    columns = sorted({name for row in rows for name in row}, key=lambda name: (name != "step", name))
+    columns = ["step", *sorted({name for row in rows for name in row} - {"step"})]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -138,29 +143,33 @@ def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def tell_wandb(context: RunContext, summary: Mapping[str, Any], plots: Sequence[Path]) -> None:
-    """Put summary, samples and plots of a finished run beside its metrics, where W&B is used."""
+def log_result_to_wandb(
+    context: RunContext, summary: Mapping[str, Any], plots: Sequence[Path], *, step: int
+) -> None:
+    """Log summary, samples and plots of a finished run to its W&B run, if there is one.
+
+    Args:
+        step: the last one of the run.
+    """
     logger = wandb_logger(context)
     if logger is None:
         return
     import wandb
 
-    run = logger.experiment
     samples = [list(sample.values()) for sample in summary["samples"]]
-    told: dict[str, Any] = {f"plots/{plot.stem}": wandb.Image(str(plot)) for plot in plots}
+    media: dict[str, Any] = {f"plots/{plot.stem}": wandb.Image(str(plot)) for plot in plots}
     if lengths := _packed_lengths(summary):
         columns = ["task", "tokens", "documents"]
         table = wandb.Table(columns=columns, data=lengths)
-        told["performance/packed_sequence_length_histogram"] = table
+        media["performance/packed_sequence_length_histogram"] = table
     if similarities := _similarities(summary):
         columns = ["expert", "step", "known", "similarity"]
         table = wandb.Table(columns=columns, data=similarities)
-        told["experts/similarity_scores_on_creation"] = table
+        media["experts/similarity_scores_on_creation"] = table
     if samples:
-        told["samples"] = wandb.Table(columns=list(summary["samples"][0]), data=samples)
-    run.log(told)
-    run.summary.update(wandb_summary(summary))
-    run.finish()
+        media["samples"] = wandb.Table(columns=list(summary["samples"][0]), data=samples)
+    logger.log_metrics(media, step=step)
+    logger.experiment.summary.update(wandb_summary(summary))
 
 
 def _packed_lengths(summary: Mapping[str, Any]) -> list[list[Any]]:
@@ -196,38 +205,85 @@ def run_name(context: RunContext, part: str | None = None) -> str:
 
 
 def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | None:
-    """Return a W&B logger with group and tags, offline unless asked otherwise; None when off.
+    """Return the logger of a W&B run, which stays open until `wandb_finished` ends; None when off.
 
     Args:
         part: control, pretraining or a further attempt, which are runs of their own; None: the run
             itself.
     """
-    settings = context.config.logger.wandb
-    if settings is None:
+    if (settings := context.config.logger.wandb) is None:
         return None
+    if part not in context.wandb_loggers:
+        context.wandb_loggers[part] = _new_wandb_logger(context, settings, part)
+    return context.wandb_loggers[part]
+
+
+@contextmanager
+def wandb_finished(context: RunContext) -> Iterator[None]:
+    """Finish the W&B runs that were opened inside: each leaves one folder per process."""
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        while context.wandb_loggers:
+            context.wandb_loggers.popitem()[1].experiment.finish(exit_code=exit_code)
+
+
+def _new_wandb_logger(context: RunContext, settings: WandbConfig, part: str | None) -> WandbLogger:
     import wandb
 
     config = context.config
-    # Made here and not by Lightning, which passes an option that wandb warns of on every run.
+    run_id = _run_id(context.folder / ("wandb_id" if part is None else f"wandb_id.{part}"))
+    _mend_killed_wandb(context.folder / "wandb", run_id)
+    # Not through Lightning, which passes an option that W&B warns about; so its axis is set here
     run = wandb.init(
         project=settings.project,
         name=run_name(context, part),
         job_type=part or "run",
-        # A job of a sweep has the sweep's name, which lets W&B compare them
-        group=settings.group or context.folder.parent.name,
+        group=settings.group,
         tags=[
             *settings.tags,
             *(f"expansion:{name}" for name in _names(config.expansion)),
             *(f"forgetting:{name}" for name in _names(config.forgetting)),
+            f"seed:{config.seed}",
         ],
         dir=context.folder,
-        id=_run_id(context.folder / ("wandb_id" if part is None else f"wandb_id.{part}")),
+        id=run_id,
         resume="allow",
+        reinit="create_new",  # the control is trained while the run is open
         mode="offline" if settings.mode == "offline" else "online",
         config=fingerprint(config),
         settings=wandb.Settings(silent=True),
     )
+    run.define_metric(WANDB_STEP)
+    run.define_metric("*", step_metric=WANDB_STEP, step_sync=True)
     return WandbLogger(experiment=run, log_model=False)
+
+
+def _mend_killed_wandb(folder: Path, run_id: str) -> None:
+    """Cut the unfinished end off the files of killed processes: `wandb sync` would stop there.
+
+    The files are LevelDB logs: blocks of 32 KiB, and records with a header of 7 bytes (checksum,
+    length, type) that do not cross blocks. W&B writes block by block, so a file may have no record.
+    """
+    for path in folder.glob("offline-run-*/run-*.wandb"):
+        if path.name != f"run-{run_id}.wandb" or path.is_symlink() or path.parent.is_symlink():
+            continue
+        data, at, whole = path.read_bytes(), 7, 7  # W&B's own header comes first
+        if not data.startswith(b":W&B"):
+            continue
+        while at + 7 <= len(data):
+            if (room := -at % 2**15) and room < 7:  # too little for a header
+                at += room
+                continue
+            is_last = data[at + 6] in (1, 4)  # of the parts of a record
+            at += 7 + int.from_bytes(data[at + 4 : at + 6], "little")
+            whole = at if is_last and at <= len(data) else whole
+        if whole == 7:
+            shutil.rmtree(path.parent)
+        elif whole < len(data):
+            os.truncate(path, whole)
 
 
 def _names(options: Sequence[Any]) -> list[str]:

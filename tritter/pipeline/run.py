@@ -27,9 +27,10 @@ from tritter.pipeline.metrics import (
     before_metrics,
     first_step,
     joined_rows,
+    log_result_to_wandb,
     num_steps,
     score_metrics,
-    tell_wandb,
+    wandb_finished,
     write_metrics,
 )
 from tritter.pipeline.rounds import Trial, planned_trials
@@ -76,6 +77,12 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         console=Console(),
         ledger=Ledger(run_folder),
     )
+    with wandb_finished(context):
+        return _run_stages(context)
+
+
+def _run_stages(context: RunContext) -> Outcome:
+    run_folder = context.folder
     for gone in context.ledger.check_left():
         context.say("run", gone)
     check_given(context)
@@ -104,7 +111,9 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         earlier=[curves_of(joined_rows(context, each.arms)) for each in before],
         control=curves_of(joined_rows(context, control.arms)),
     )
-    tell_wandb(context, summary, plots)
+    own = [arm.name for trial in trials for arm in trial.arms if arm.part is None]
+    step = sum(num_steps(context, name) for name in own)
+    log_result_to_wandb(context, summary, plots, step=step)
     print_summary(summary, console=context.console, folder=run_folder)
     _print_next(last.context, summary, plots)
     leaves = (SUMMARY_NAME, "checkpoint", "scores")
@@ -223,8 +232,8 @@ def run_arm(context: RunContext, arm: Arm, *, first_step: int = 0) -> Arm:
 
 @contextmanager
 def _loggers(context: RunContext, arm: Arm, *, first_step: int) -> Iterator[list[Logger]]:
-    """Open the loggers for an arm, unless it was fitted before."""
-    if context.ledger.get(f"{arm.name}.fit") is not None:
+    """Open the loggers for an arm, unless it was scored before."""
+    if context.ledger.get(f"{arm.name}.evaluate") is not None:
         yield []
         return
     with open_loggers(context, arm.part, first_step=first_step) as loggers:

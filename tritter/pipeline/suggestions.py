@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tritter.config.program import command, tritter_command
+from tritter.config.program import command, tool_command, tritter_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.text_resolution import DEFAULT_FRACTION
 from tritter.expansion import EXPANSIONS
@@ -34,7 +34,12 @@ def next_commands(
     elif (trained := folder / f"attempt_{len(summary.get('attempts', ()))}" / "trained").is_dir():
         refused = tritter_command(["inspect", str(trained)])
         lines.append(f"{refused}   # what was trained and not kept")
-    return [*lines, tritter_command(["history", checkpoint, "--verify"])]
+    lines.append(tritter_command(["history", checkpoint, "--verify"]))
+    wandb = config.logger.wandb
+    if wandb is not None and wandb.mode == "offline":
+        runs = tool_command("wandb", ["sync", str(folder / "wandb")])
+        lines.append(f"{runs}/offline-run-*   # upload to W&B")  # unquoted: the shell expands it
+    return lines
 
 
 Advice = Iterator[tuple[dict[str, str], str]]

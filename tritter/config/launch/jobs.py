@@ -130,7 +130,10 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> fl
     try:
         planned = {os.path.normpath(job.folder.absolute()): job for job in jobs}.get(str(folder))
         config = _judged(cfg, words) if planned is None else planned.config
-        config = _grouped(config, sweep=Path(hydra.sweep.dir).name) if is_sweep else config
+        is_of_sweep = is_sweep or (folder.parent / "multirun.yaml").is_file()  # a job resumed alone
+        sweep = Path(hydra.sweep.dir) if is_sweep else folder.parent
+        group = sweep.name if is_of_sweep else hydra.runtime.choices.get("experiment")
+        config = _grouped(config, group=group)
         if (ended := _ended_before(folder, config)) is not None:
             if is_sweep:
                 say(f"job {hydra.job.num} was over before: {ended['status']}")
@@ -179,12 +182,12 @@ def _ended_before(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     return status if status["status"] in ENDS else None
 
 
-def _grouped(config: RunConfig, *, sweep: str) -> RunConfig:
-    """Return a job's config with the sweep's name for W&B to group its runs by."""
+def _grouped(config: RunConfig, *, group: str | None) -> RunConfig:
+    """Return a job's config with a group for W&B, unless one is typed."""
     wandb = config.logger.wandb
     if wandb is None or wandb.group is not None:
         return config
-    return replace(config, logger=replace(config.logger, wandb=replace(wandb, group=sweep)))
+    return replace(config, logger=replace(config.logger, wandb=replace(wandb, group=group)))
 
 
 def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:

@@ -1,0 +1,83 @@
+"""Reads what W&B left offline: a LevelDB log of protobuf records."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+_FILE_HEADER, _HEADER, _BLOCK = 7, 7, 32768
+_FULL, _FIRST, _LAST = 1, 2, 4
+
+
+@dataclass
+class OfflineRun:
+    """One folder `offline-run-*`.
+
+    Args:
+        axes: metric, which may be `*` → the metric that is its x axis.
+        rows: the history, in order.
+    """
+
+    id: str = ""
+    name: str = ""
+    group: str = ""
+    job_type: str = ""
+    tags: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+    axes: dict[str, str] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+
+
+def offline_runs(run_folder: Path) -> list[OfflineRun]:
+    """Return the W&B runs in a run folder, by the time when they were opened."""
+    files = sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"))
+    return [_read(path) for path in sorted(files, key=lambda path: path.parent.stat().st_ctime_ns)]
+
+
+def _read(path: Path) -> OfflineRun:
+    run = OfflineRun()
+    for record in map(Record.FromString, _records(path.read_bytes())):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run.id, run.name, run.group = (
+                record.run.run_id, record.run.display_name, record.run.run_group,
+            )  # fmt: skip
+            run.job_type, run.tags = record.run.job_type, tuple(record.run.tags)
+            run.config |= _values(record.run.config.update)
+        elif kind == "metric":
+            name = record.metric.name or record.metric.glob_name
+            run.axes[name] = record.metric.step_metric
+        elif kind == "history" and record.history.item:  # it ends with an empty one
+            run.rows.append(_values(record.history.item))
+        elif kind == "summary":
+            run.summary |= _values(record.summary.update)
+        elif kind == "exit":
+            run.exit_code = record.exit.exit_code
+    return run
+
+
+def _values(items: Any) -> dict[str, Any]:
+    return {
+        ".".join([each.key] if each.key else each.nested_key): json.loads(each.value_json)
+        for each in items
+    }
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """Yield the payloads of a LevelDB log whose first block begins with W&B's own header."""
+    assert data[:4] == b":W&B"
+    at, parts = _FILE_HEADER, b""
+    while at + _HEADER <= len(data):
+        if _BLOCK - at % _BLOCK < _HEADER:
+            at += _BLOCK - at % _BLOCK
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts = (b"" if kind in (_FULL, _FIRST) else parts) + data[at + _HEADER :][:size]
+        at += _HEADER + size
+        if kind in (_FULL, _LAST):
+            yield parts
