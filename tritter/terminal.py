@@ -7,13 +7,21 @@ no visible sign appears as its escape.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 _LAYOUT = "\n\t"
+ShowProgress = Callable[[int, int], None]  # done, of how many
+NewBar = Callable[[str], ShowProgress | None]
+
+
+def no_bar(label: str) -> None:
+    """Show no bar of a label."""
 
 
 def harmless(text: str) -> str:
@@ -48,3 +56,35 @@ class Console(RichConsole):
                 yield segment
             else:
                 yield Segment(_shown(segment.text, self.encoding), segment.style)
+
+
+def shows_bar(mode: str, console: Console) -> bool:
+    """Say whether `trainer.progress` asks for bars: `on`, or `auto` on a terminal."""
+    return mode == "on" or (mode == "auto" and console.is_terminal)
+
+
+@contextmanager
+def progress_bars(console: Console, *, is_shown: bool) -> Iterator[NewBar]:
+    """Yield a function that makes a progress bar of a label; it makes none if none is to be shown.
+
+    A bar shows how many are done and the time left. It appears when it is first updated, below the
+    others, and all disappear at the end.
+    """
+    if not is_shown:
+        yield no_bar
+        return
+    from rich import progress  # slow to import, and needed on a terminal alone
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as shown:
+
+        def new_bar(label: str) -> ShowProgress:
+            bar = cache(lambda: shown.add_task(label))
+            return lambda done, total: shown.update(bar(), completed=done, total=total)
+
+        yield new_bar

@@ -1,5 +1,6 @@
 """What the trainings of a run are told of the importances that one stage estimated."""
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.config.launch.composition import load_config
 from tritter.forgetting import EWC
-from tritter.pipeline import Outcome, run_pipeline
+from tritter.pipeline import Outcome, run, run_pipeline
+from tritter.terminal import Console
 from tritter.training import Task
 
 Run = Callable[..., Outcome]
@@ -42,6 +44,20 @@ def test_normalised_importance_of_copies_is_that_of_the_model_that_did_not_grow(
     assert sum(float(v.sum()) for v in plain.values()) == pytest.approx(
         sum(v.numel() for v in plain.values()), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_scoring_and_importances_show_progress_on_a_terminal(
+    run_tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=is_terminal, color_system=None, width=100)
+    monkeypatch.setattr(run, "Console", lambda: console)
+    run_tiny(tmp_path, "forgetting=[ewc,l2sp]", "trainer.progress=auto", "training.max_steps=2")
+    for label in ("scoring old", "scoring new", "importance ewc"):
+        shown = re.search(rf"{label} .*? \d+/\d+ \d:\d\d:\d\d", file.getvalue())
+        assert (shown is not None) == is_terminal
+    assert "importance l2sp" not in file.getvalue()  # it looks at no text
 
 
 def state_of(folder: Path) -> dict[str, dict[str, Tensor]]:

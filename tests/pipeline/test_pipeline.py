@@ -106,8 +106,11 @@ def test_metrics_and_plots_are_left(default_run: Path) -> None:
     last = summary_of(default_run)["attempts"][0]["final"]["code"]["loss"]
     assert float(rows[-1]["score/code/loss"]) == pytest.approx(last)
     evaluated = [int(row["step"]) for row in rows if row["eval/prose/loss"]]
-    assert evaluated[:2] == [-1, 0]  # before the expansion, and before the first step
-    assert evaluated[-1] == summary_of(default_run)["attempts"][0]["steps"]
+    # Before the expansion, before the first step, and ten times
+    steps = summary_of(default_run)["attempts"][0]["steps"]
+    assert evaluated == [-1, *range(0, steps + 1, steps // 10)]
+    seconds, flops = (summary_of(default_run)[name] for name in ("seconds", "flops"))
+    assert flops.keys() <= seconds.keys() and seconds["validation"] > 0
     plots = sorted(path.name for path in (default_run / "plots").iterdir())
     assert plots == ["domains.png", "forgetting.png", "retention_and_gain.png", "training.png"]
 

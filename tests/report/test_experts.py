@@ -60,6 +60,7 @@ def test_the_tables_have_each_expert_and_each_domain(summary: dict[str, Any]) ->
     assert "experts 2 at the end, 3 spawned; 12.4 k parameters trained (3.1 %);" in said
     assert "batches: 120 known, 6 new, 2 unsure, 0 idle; 1 refused, last: the cooldown;" in said
     assert "routed top-2 at temperature 0.5" in said
+    assert "parameters 170 k + 12.4 k experts" in said
     alone = {"kind": "single_lora", "names": ["expert_0"], "usage": {"prose": {"expert_0": 1.0}}}
     text = printed(summary | {"experts": alone})
     assert "LoRA experts (single_lora)" in text and "Routing" not in text

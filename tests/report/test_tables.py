@@ -29,7 +29,7 @@ def test_table_holds_the_numbers(summary):
         "code", "new", "4.591", "4.588", "3.420", "-25.50", "[-26.10,", "-24.80]", "passed",
     ]  # fmt: skip
     assert line_of(text, "baseline") == ["baseline", "28.1", "1.23", "T"]
-    assert line_of(text, "expand") == ["expand", "0.6", "-"]
+    assert line_of(text, "expand") == ["expand", "0.6", "0"]
     assert line_of(text, "total") == ["total", "46.0", "3.13", "T"]
     assert line_of(text, "status") == ["status", "kept"]
     assert "170 k → 532 k (3.12 times)" in text
@@ -129,7 +129,15 @@ def test_bare_summary_of_a_run_that_broke_early_still_prints(summary):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (999, "999"), (999.7, "1 k"), (170_432, "170 k"), (3.4e12, "3.4 T"), (None, "-")],
+    [
+        (0, "0"),
+        (999, "999"),
+        (999.7, "1.00 k"),
+        (170_432, "170 k"),
+        (3.4e12, "3.40 T"),
+        (999.6e15, "1.00 E"),
+        (None, "-"),
+    ],
 )
 def test_counts(value, text):
     assert count_text(value) == text
@@ -137,6 +145,14 @@ def test_counts(value, text):
 
 def test_billions_of_parameters_are_not_giga() -> None:
     assert (count_text(7.24e9), si_text(7.24e9)) == ("7.24 B", "7.24 G")
+
+
+def test_each_stage_has_seconds_and_flops(summary) -> None:
+    summary |= {"seconds": {"fit": 2.0, "gate": 0.1}, "flops": {"fit": 1e12}}
+    text = printed(summary)
+    text = text[text.index("Cost") :]
+    assert line_of(text, "fit") == ["fit", "2.0", "1.00", "T"]
+    assert line_of(text, "gate") == ["gate", "0.1", "0"]
 
 
 def test_stages_keep_their_order_and_end_with_the_total():

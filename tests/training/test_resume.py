@@ -31,7 +31,7 @@ from tritter.training import (
     fitting,
     read_metrics,
 )
-from tritter.training.callbacks import StepProgress
+from tritter.training.callbacks import StepProgress, rate_text
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO, decode, encode
 
 STEPS = 25  # of 4 sequences out of 40: epochs of the data end at steps 10 and 20
@@ -232,3 +232,11 @@ def test_a_training_that_goes_on_says_from_which_step(mode: str, is_told: bool) 
         progress.on_train_start(trainer, module)
         progress.teardown(trainer, module, "fit")
         assert ("training: goes on from step 7/9" in file.getvalue()) == (is_told and step > 0)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(0.42, "0.42"), (3.4, "3"), (37.2, "37"), (999.4, "999"), (999.6, "1.0k"), (15_320, "15.3k")],
+)
+def test_slow_trainings_have_a_speed_too(rate: float, text: str) -> None:
+    assert rate_text(rate) == text

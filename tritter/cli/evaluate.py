@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tritter.checkpoint import read_lineage
-from tritter.cli.output import new_console, new_table, print_json, shown_path
+from tritter.cli.output import new_console, new_table, print_json, progress_bars, shown_path
 from tritter.cli.request import damage_is_a_wrong_request
 from tritter.data.benchmark_names import code_problems
 from tritter.data.pretrained import read_tokenizer
@@ -95,9 +95,15 @@ def run_evaluate(request: EvaluateRequest, *, overwrite: bool, as_json: bool) ->
         _check_finite(model, folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     length = sequence_length(lineage, position_limit(config))
-    losses = domain_losses(
-        model, domains.documents, tokenizer, length=length, batch_size=request.batch_size
-    )
+    with progress_bars(is_shown=not as_json) as new_bar:
+        losses = domain_losses(
+            model,
+            domains.documents,
+            tokenizer,
+            length=length,
+            batch_size=request.batch_size,
+            new_bar=new_bar,
+        )
     asking = Asking(
         limit=request.limit,
         batch_size=request.batch_size,

@@ -1,13 +1,12 @@
 """What all commands print with: tables that survive a pipe, or one JSON object."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +14,8 @@ from tritter.errors import TritterError
 from tritter.families import Config, family_of
 from tritter.report.wording import Signs
 from tritter.stopping import Stopped
-from tritter.terminal import Console
+from tritter.terminal import Console, NewBar, ShowProgress
+from tritter.terminal import progress_bars as bars_on
 
 HASH_CHARACTERS = 12
 EXIT_NO = 3  # a check said no
@@ -103,33 +103,16 @@ def print_command(console: Console, label: str, command: str) -> None:
 
 
 @contextmanager
-def progress_bar(*, is_shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(*, is_shown: bool) -> Iterator[ShowProgress | None]:
     """Yield what shows tensors written, of how many, and the time left, on a terminal."""
     with progress_bars(is_shown=is_shown) as new_bar:
         yield new_bar("tensors")
 
 
-@contextmanager
-def progress_bars(
-    *, is_shown: bool
-) -> Iterator[Callable[[str], Callable[[int, int], None] | None]]:
-    """Yield what makes a bar of a label, which shows how many are done and the time left.
-
-    Bars stand one below the other on a terminal; elsewhere there is none.
-    """
+def progress_bars(*, is_shown: bool) -> AbstractContextManager[NewBar]:
+    """Return progress bars on standard error, if that is a terminal."""
     console = Console(stderr=True)
-    if not is_shown or not console.is_terminal:
-        yield lambda label: None
-        return
-    label = TextColumn("{task.description}")
-    columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
-
-        def new_bar(label: str) -> Callable[[int, int], None]:
-            bar = shown.add_task(label, total=None)
-            return lambda done, total: shown.update(bar, completed=done, total=total)
-
-        yield new_bar
+    return bars_on(console, is_shown=is_shown and console.is_terminal)
 
 
 @contextmanager

@@ -107,7 +107,11 @@ class EWC(QuadraticPenalty):
         chosen = given.draw(self.num_sequences, "fisher", domains=domains)
         given.say(f"Fisher of {len(chosen)} sequences of {', '.join(domains)}")
         fisher = diagonal_fisher(
-            given.model, chosen, estimator=self.estimator, seed=given.seed("fisher", "labels")
+            given.model,
+            chosen,
+            estimator=self.estimator,
+            seed=given.seed("fisher", "labels"),
+            progress=given.progress,
         )
         return Prepared(
             state={self.kind: fisher},

@@ -6,7 +6,7 @@ estimators in use). `empirical` takes the tokens of the text as labels; `true` d
 model itself, which is the Fisher in the strict sense.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -33,6 +33,7 @@ def diagonal_fisher(
     batch_size: int | None = None,
     estimator: Estimator = "empirical",
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Estimate the Fisher of every parameter.
 
@@ -45,6 +46,7 @@ def diagonal_fisher(
             model; the result does not depend on it.
         estimator: `empirical` or `true`.
         seed: of the labels that `true` draws.
+        progress: called with (sequences done, sequences in all) after each batch.
 
     Returns:
         Parameter name → float32 tensor of the parameter's shape, averaged over the sequences. A
@@ -59,6 +61,7 @@ def diagonal_fisher(
         num_values = sum(p.numel() for p in parameters.values())
         batch_size = min(32, max(8, _HELD_VALUES // num_values))
     generator = torch.Generator().manual_seed(seed)
+    done = 0
     with modes_kept(model):
         model.eval()
         for batch in sequences.split(batch_size):
@@ -66,6 +69,9 @@ def diagonal_fisher(
             labels = _labels(model, input_ids, estimator, generator)
             for name, square in squares(model, parameters, input_ids, labels).items():
                 total[name] += square
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(sequences))
     return {name: value / len(sequences) for name, value in total.items()}
 
 

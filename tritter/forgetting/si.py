@@ -94,7 +94,9 @@ class SI(QuadraticPenalty):
                 "estimates it on old text; name it, or choose forgetting=l2sp."
             )
         chosen = given.draw(self.num_sequences, "si")
-        fisher = diagonal_fisher(given.model, chosen, seed=given.seed("si"))
+        fisher = diagonal_fisher(
+            given.model, chosen, seed=given.seed("si"), progress=given.progress
+        )
         return Prepared(
             state={self.kind: estimated_importance(fisher, length=chosen.shape[1])},
             flops=flops_of_sequence(given.model).of_all(lengths_of(apart_of(given.model), chosen)),

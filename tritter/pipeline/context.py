@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -44,7 +45,7 @@ from tritter.pipeline.scoring import Scores, Scoring, score_file, told, write_sc
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.hub import locate
-from tritter.terminal import Console
+from tritter.terminal import Console, NewBar, progress_bars, shows_bar
 from tritter.training import OptimizerSettings, TrainerSettings
 
 MAX_POSITIONS = 2048  # of a model that does not say
@@ -196,7 +197,7 @@ class RunContext:
             stopped.where = stopped.where or f"during {key}, which starts again"
             raise
         elapsed = time.perf_counter() - since - sum(result.seconds.values())
-        seconds = {**result.seconds, label: elapsed}
+        seconds = {**result.seconds, label: elapsed + result.seconds.get(label, 0.0)}
         result = replace(result, seconds=seconds)
         self.ledger.record(key, result)
         return result
@@ -211,6 +212,11 @@ class RunContext:
     def say(self, label: str, text: str) -> None:
         """Print one line of what goes on."""
         self.console.print(f"{label:<11}{text}", highlight=False, markup=False, soft_wrap=True)
+
+    def progress_bars(self) -> AbstractContextManager[NewBar]:
+        """Return progress bars, shown where a training would show its own."""
+        is_shown = shows_bar(self.config.trainer.progress, self.console)
+        return progress_bars(self.console, is_shown=is_shown)
 
     def training_sequences(self, domains: Sequence[str]) -> dict[str, Tensor]:
         """Return, by domain, packed training sequences [N, T]."""
@@ -376,7 +382,8 @@ class RunContext:
 
     def score(self, model: nn.Module, name: str) -> Scores:
         """Score a model and keep the result in a file."""
-        scores = self.scoring.score(model, self.device)
+        with self.progress_bars() as new_bar:
+            scores = self.scoring.score(model, self.device, new_bar=new_bar)
         write_scores(self.folder / score_file(name), scores)
         self.say("", told(scores))
         return scores

@@ -21,6 +21,7 @@ from tritter.errors import RequestError
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.paired_scores import PairedScores
 from tritter.pipeline.corpora import all_documents
+from tritter.terminal import NewBar, no_bar
 
 MAX_TOKENS_PER_DOCUMENT = 1024  # as conf/evaluation/default.yaml has it
 MAX_SEQUENCE_LENGTH = 1024
@@ -131,6 +132,7 @@ def domain_losses(
     *,
     length: int,
     batch_size: int,
+    new_bar: NewBar = no_bar,
 ) -> dict[str, PairedScores]:
     """Score the documents of each domain.
 
@@ -149,6 +151,7 @@ def domain_losses(
             sequence_length=length,
             end_of_text_id=end_of_text_id,
             batch_size=batch_size,
+            progress=new_bar(f"scoring {name}"),
         )
         for name, documents in domains.items()
     }

@@ -7,6 +7,7 @@ what carries old knowledge, a teacher.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ def prepare(context: RunContext, arm: Arm) -> StageResult:
             if kind in needs.state
         }
         since = time.perf_counter()
-        prepared = method.prepare(_preparation(context, arm, model, state, written))
+        given = _preparation(context, arm, model, state, written)
+        with context.progress_bars() as new_bar:
+            prepared = method.prepare(replace(given, progress=new_bar(f"importance {method.name}")))
         for kind in needs.prepares:
             values = {name: value.cpu() for name, value in prepared.state[kind].items()}
             kinds[kind] = TensorStream.of(disk_tensors(config, values).items())

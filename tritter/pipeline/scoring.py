@@ -18,6 +18,7 @@ from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
 from tritter.families import Flops
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_object
+from tritter.terminal import NewBar, no_bar
 
 Scores = dict[str, PairedScores]  # of domains by their name, of tasks by their subject
 MAX_SCORE_BYTES = 2**30
@@ -42,7 +43,7 @@ class Scoring:
         """The names of all scores: domains, then tasks."""
         return (*self.documents, *map(subject_of, self.tasks))
 
-    def score(self, model: nn.Module, device: torch.device) -> Scores:
+    def score(self, model: nn.Module, device: torch.device, *, new_bar: NewBar = no_bar) -> Scores:
         """Score a model, which ends on the CPU."""
         model.to(device)
         scores = {
@@ -52,6 +53,7 @@ class Scoring:
                 sequence_length=self.sequence_length,
                 end_of_text_id=self.reader.end_of_text_id,
                 batch_size=self.reader.batch_size,
+                progress=new_bar(f"scoring {domain}"),
             )
             for domain, documents in self.documents.items()
         }

@@ -204,7 +204,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             side_losses=setup.side_losses,
             moments=moments.carried(context, start, model),
         )
-        folder = context.folder / arm.name
+        folder, text = context.folder / arm.name, context.evaluation_text
         write = arm_writer(context, arm, is_routed=bool(setup.side_losses))
         result = _fit(
             context,
@@ -216,7 +216,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             label="training",
             loggers=loggers,
             write_result=write,
-            evaluation=context.evaluation_text,
+            evaluation=text,
             observers=observers,
             changers=(*changers, *trainee.changers),
         )
@@ -241,6 +241,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     return StageResult(
         found=found,
         flops=_fit_flops(arm, flops, result.evaluation_flops),
+        seconds={arm.label("validation"): result.evaluation_seconds} if text else {},
         leaves=(f"{arm.name}/trained", *metrics),
     )
 

@@ -360,7 +360,7 @@ def _gate(summary: Mapping[str, Any]) -> PageTable:
 def _costs(summary: Mapping[str, Any]) -> PageTable:
     seconds, flops = summary.get("seconds") or {}, summary.get("flops") or {}
     rows = tuple(
-        (name, _seconds(seconds.get(name)), si_text(flops.get(name)))
+        (name, _seconds(seconds.get(name)), si_text(flops.get(name, 0.0)))
         for name in stages(seconds, flops)
     )
     return PageTable(("stage", "seconds", "FLOPs"), rows, (1, 2))

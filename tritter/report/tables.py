@@ -146,7 +146,7 @@ def stage_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(
             name,
             MISSING if took is None else f"{took:.1f}",
-            si_text(flops.get(name)),
+            si_text(flops.get(name, 0.0)),
         )
     return table
 
@@ -265,6 +265,8 @@ def _jump_text(summary: Mapping[str, Any]) -> str | None:
 def _parameters_text(summary: Mapping[str, Any], *, signs: Signs) -> str:
     parameters = summary.get("parameters") or {}
     before, after = parameters.get("baseline"), parameters.get("final")
+    if (experts := ExpertsRecord.of(summary)) is not None:  # beside a base that stays as it is
+        return f"{count_text(before)} + {count_text(experts.trainable)} experts"
     text = f"{count_text(before)} {signs.arrow} {count_text(after)}"
     return f"{text} ({after / before:.2f} times)" if before and after else text
 

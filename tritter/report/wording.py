@@ -7,6 +7,7 @@ from tritter.report.rows import Score, ScoreChange
 
 MISSING = "-"
 UNKNOWN = "?"
+_PREFIXES = "kMGTPE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,15 @@ def count_text(value: float | None) -> str:
 
 
 def si_text(value: float | None) -> str:
-    """Return FLOPs or bytes with three digits and their SI prefix: 1.23 M, 45.6 G."""
+    """Return FLOPs or bytes with three digits and their SI prefix: 1.00 M, 45.6 G."""
     if value is None:
         return MISSING
-    for prefix in ("", " k", " M", " G", " T", " P"):
-        if abs(value) < 999.5:
-            return f"{value:.3g}{prefix}"
-        value /= 1000
-    return f"{value:.3g} E"
+    if abs(value) < 999.5:
+        return f"{value:.3g}"
+    power = 1
+    while abs(value) / 1000**power >= 999.5 and power < len(_PREFIXES):
+        power += 1
+    return f"{value / 1000**power:#.3g}".removesuffix(".") + f" {_PREFIXES[power - 1]}"
 
 
 def stages(*totals: Mapping[str, float]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from tritter.errors import TritterError
 from tritter.seeds import derived_seed
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.writer import TensorStream
-from tritter.terminal import Console
+from tritter.terminal import Console, shows_bar
 from tritter.training import surgery
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.forgetting_method import ForgettingMethod, Task
@@ -234,7 +234,7 @@ class StepProgress(Callback):
         self._label = label
         self._mode = mode
         self._console = console
-        self._use_bar = mode == "on" or (mode == "auto" and console.is_terminal)
+        self._use_bar = shows_bar(mode, console)
         self._use_lines = mode == "auto" and not console.is_terminal
         self._since = 0.0
         self._first = 0
@@ -274,7 +274,7 @@ class StepProgress(Callback):
         tokens = batches * batch["input_ids"].numel() * trainer.world_size
         rate = tokens / elapsed
         loss = trainer.callback_metrics.get("train/loss", torch.tensor(float("nan")))
-        note = f"loss {float(loss):.3f}  {rate / 1000:.1f}k tokens/s"
+        note = f"loss {float(loss):.3f}  {rate_text(rate)} tokens/s"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note)
         else:
@@ -287,6 +287,11 @@ class StepProgress(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def rate_text(rate: float) -> str:
+    """Return how many per second: 1.5k, 37, 0.42."""
+    return f"{rate / 1000:.1f}k" if rate >= 999.5 else f"{rate:.2g}" if rate < 1 else f"{rate:.0f}"
 
 
 def _progress_bar(console: Console) -> Progress:

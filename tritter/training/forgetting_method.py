@@ -77,6 +77,7 @@ class Preparation:
         seed: words → seed of the method's own randomness.
         state: kind → values, of what lies beside the model and the method asked for.
         say: prints a line.
+        progress: shows how many sequences of a draw are done, of how many; None: nobody looks.
     """
 
     model: nn.Module
@@ -88,6 +89,7 @@ class Preparation:
     seed: Callable[..., int]
     state: Mapping[str, Values]
     say: Callable[[str], None]
+    progress: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

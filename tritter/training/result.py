@@ -31,7 +31,8 @@ class FitResult:
         flops: model FLOPs of all steps, and of a look at the routing that they hold; what is
             counted stands in `tritter.families.flops`.
         seconds: wall time of the fit; 0 while it is not over.
-        evaluation_flops: model FLOPs of the evaluations on its way.
+        evaluation_flops: model FLOPs of the evaluations on its way; `evaluation_seconds` are part
+            of `seconds`.
         refused_steps: steps with a loss or gradient that was not finite.
         stopped_because: why it was broken off; None when it was not.
         ended_early: which callback ended it before its last step, and why; None when none did.
@@ -51,6 +52,7 @@ class FitResult:
     flops: float
     evaluation_flops: float = 0.0
     seconds: float = 0.0
+    evaluation_seconds: float = field(default=0.0, compare=False)
     refused_steps: int
     stopped_because: str | None
     ended_early: str | None
@@ -95,7 +97,7 @@ class Watching:
         work: tokens and FLOPs.
         flow: what got no gradient.
         held: bytes.
-        validation: FLOPs of evaluations, if there are any.
+        validation: FLOPs and seconds of evaluations, if there are any.
     """
 
     guard: FiniteGuard
@@ -161,11 +163,13 @@ class Conclusion(Callback):
 
     def _taken_stock(self, trainer: Trainer, module: BaseModule) -> FitResult:
         watching, callbacks = self._watching, trainer.callbacks  # type: ignore[attr-defined]
+        validation = watching.validation
         return FitResult(
             steps=trainer.global_step,
             num_tokens=watching.work.tokens,
             flops=watching.work.flops + sum(side.flops for side in module.side_losses),
-            evaluation_flops=0.0 if watching.validation is None else watching.validation.flops,
+            evaluation_flops=0.0 if validation is None else validation.flops,
+            evaluation_seconds=0.0 if validation is None else validation.seconds,
             refused_steps=watching.guard.refused_steps,
             stopped_because=watching.guard.stopped_because,
             ended_early=self._saving.ended_early,

@@ -7,6 +7,7 @@ Weights are the bits of a training without: the loop sets the modes of all modul
 is drawn from the random generators is undone.
 """
 
+import time
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -20,7 +21,7 @@ from tritter.training.work import ends_step
 
 
 class Validation(Callback):
-    """Start the evaluations of a training, and count their FLOPs.
+    """Start the evaluations of a training, and count their FLOPs and this process's seconds.
 
     Stands before the callback that saves states, so that a saved state has its evaluation.
 
@@ -34,12 +35,12 @@ class Validation(Callback):
         self._stop = stop
         self._last: int | None = None  # the step of the last evaluation
         self._has_begun = False
-        self.flops = 0.0
+        self.flops, self.seconds = 0.0, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._has_begun = True
         if trainer.global_step == 0:
-            _validate(trainer)
+            self._validate(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -47,14 +48,27 @@ class Validation(Callback):
         step = trainer.global_step
         is_due = step % self._text.every_n_steps == 0 or step == trainer.max_steps
         if is_due and ends_step(trainer, batch_idx):
-            _validate(trainer)
+            self._validate(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Of one that ends early; what had nothing left to train was evaluated before
         if trainer.global_step == self._last or not self._has_begun:
             return
         if not trainer.strategy.reduce_boolean_decision(self._stop.is_asked, all=False):
-            _validate(trainer)
+            self._validate(trainer)
+
+    def _validate(self, trainer: Trainer) -> None:
+        """Run the validation loop as the training loop does, and leave no trace in the training."""
+        since = time.perf_counter()
+        loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+        random, is_first = random_state(), connector._first_loop_iter
+        loop.restarting = False  # a training that was resumed would leave batches out
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+        connector._first_loop_iter = is_first
+        restore_random_state(random)
+        self.seconds += time.perf_counter() - since
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = trainer.global_step
@@ -74,15 +88,3 @@ def evaluation_flops(reading: Flops, text: EvaluationText) -> float:
         reading: of a sequence.
     """
     return sum(reading.of(length) for length in text.lengths)
-
-
-def _validate(trainer: Trainer) -> None:
-    """Run the validation loop as the training loop does, and leave no trace in the training."""
-    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
-    random, is_first = random_state(), connector._first_loop_iter
-    loop.restarting = False  # a training that was resumed would leave batches out
-    trainer.validating = True
-    loop.run()
-    trainer.training = True
-    connector._first_loop_iter = is_first
-    restore_random_state(random)
