@@ -35,7 +35,8 @@ class FakePipeline:
         if config.seed == 2:
             raise KeyError("a bug")
         (run_folder / "summary.json").write_text("{}")
-        status = "rolled_back" if config.seed == 3 else "kept"
+        kept = "kept" if config.gate.enabled else "ungated"
+        status = "rolled_back" if config.seed == 3 else kept
         return FakeOutcome(status, 0.25, run_folder / "summary.json")
 
 
