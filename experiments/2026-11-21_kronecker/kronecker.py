@@ -24,14 +24,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tritter.data.sequences import drawn_equally
 from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, modes_kept
 from tritter.families import training_flops
 from tritter.forgetting.quadratic import QuadraticPenalty
 from tritter.models import config_of
 from tritter.options import Count, options
-from tritter.seeds import derived_seed
 from tritter.training import Needs, Task
 
 if TYPE_CHECKING:
@@ -78,8 +76,7 @@ class Kronecker(QuadraticPenalty):
         return Needs(old_text=True, copies=3)  # anchors; factors of square matrices take about two
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        seed = partial(derived_seed, task.seed, "fisher")
-        self._sequences = drawn_equally(task.old_sequences, self.num_sequences, seed=seed)
+        self._sequences = task.draw(self.num_sequences, "fisher")
         self.anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def look(self, model: nn.Module, step: int) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tritter.config.launch import plan
 from tritter.config.launch.composition import Composer, composer
 from tritter.config.launch.entry import main
 from tritter.config.schema import RunConfig
@@ -35,7 +36,8 @@ class FakePipeline:
         if config.seed == 2:
             raise KeyError("a bug")
         (run_folder / "summary.json").write_text("{}")
-        status = "rolled_back" if config.seed == 3 else "kept"
+        kept = "kept" if config.gate.enabled else "ungated"
+        status = "rolled_back" if config.seed == 3 else kept
         return FakeOutcome(status, 0.25, run_folder / "summary.json")
 
 
@@ -59,8 +61,12 @@ def run(
     capsys: pytest.CaptureFixture[str],
     pipeline: FakePipeline,
 ) -> Callable[..., Result]:
-    """Run words as a command line in an empty folder; returns code, output and what was written."""
+    """Run words as a command line in an empty folder; returns code, output and what was written.
+
+    Its texts are too few to be split, which `tests/pipeline/test_text_problems.py` looks at.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "side_problems", lambda text: ())
 
     def run_words(*words: str) -> Result:
         try:

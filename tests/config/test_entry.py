@@ -233,6 +233,16 @@ def test_a_sweep_goes_on_in_its_folder(run: Run, pipeline: FakePipeline) -> None
     assert "seed: 1 → 2" in refused.err
 
 
+def test_an_ungated_job_is_finished(run: Run, pipeline: FakePipeline) -> None:
+    words = ("-m", "seed=0,4", "gate=off", "hydra.sweep.dir=here")
+    first = run(*words)
+    assert first.code == 0 and "ungated" in first.out
+    again = run(*words)
+    assert again.code == 0 and "job 1 was over before: ungated" in again.out
+    assert [config.seed for config in pipeline.configs] == [0, 4]
+    assert read_status(Path("here/1"))["status"] == "ungated"
+
+
 def test_the_shipped_ablation(run: Run, pipeline: FakePipeline) -> None:
     assert run("-m", "experiment=ablation").code == 0
     pairs = {

@@ -1,13 +1,21 @@
-"""A rate for small bases is told where a large checkpoint is to be trained at it."""
+"""The default learning rate, and the warning where a large checkpoint is trained at a high one."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.pipeline.tiny import FIXTURES
+from tritter.conf_folder import config_folder
+from tritter.config.fingerprint import fingerprint
 from tritter.config.launch.composition import load_config
 from tritter.config.rates import rate_notes
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import source_config
+from tritter.errors import RequestError
 from tritter.families.presets import PRESETS
 
 GIVEN = CheckpointModelConfig(model_type="hf", path="base")
@@ -37,3 +45,78 @@ def test_the_default_rate_on_a_large_checkpoint(
         (note,) = notes
         assert note.startswith("training.learning_rate = 0.003 is a rate for small bases")
         assert f"training.learning_rate={start} is a start" in note
+
+
+MODELS = sorted(path.stem for path in (config_folder() / "model").glob("*.yaml"))
+DATA = ("model=hf", "data=text", f"data.old={FIXTURES}/text/old", f"data.new={FIXTURES}/text/old")
+
+
+def checkpoint(place: Path, record: dict[str, Any] | None) -> Path:
+    """Copy a checkpoint; its lineage records some training, or there is none."""
+    shutil.copytree(FIXTURES / "finished/checkpoint", place)
+    path = place / "tritter.json"
+    if record is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"training_config": record}))
+    return place
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name != "hf"])
+@pytest.mark.parametrize("training", ["default", "quick"])
+def test_a_preset_keeps_its_rate(model: str, training: str) -> None:
+    words = [f"model={model}", f"training={training}", "trainer.check_memory=false"]
+    config = load_config(words)
+    assert config.training.learning_rate == config.pretraining.learning_rate == 3e-3
+    assert "0.003" in config.rate_note and "trained here" in config.rate_note
+    typed = load_config([*words, "training.learning_rate=3e-3"])
+    assert typed.rate_note == "" and fingerprint(typed) == fingerprint(config)
+
+
+@pytest.mark.parametrize(
+    ("record", "rate"),
+    [
+        (None, 1e-5),
+        ({}, 1e-5),
+        ({"stage": "given", "path": "x"}, 1e-5),
+        ({"training": {"learning_rate": 7e-4}, "last_rate": 1e-6}, 7e-4),
+        ({"made_from": {"pretraining": {"learning_rate": 2e-3}}}, 2e-3),
+        (
+            {
+                "training": {"learning_rate": 7e-4},
+                "made_from": {"pretraining": {"learning_rate": 2e-3}},
+            },
+            7e-4,
+        ),
+        *(
+            ({"training": {"learning_rate": damaged}}, 1e-5)
+            for damaged in (0.0, -1.0, float("nan"), float("inf"), "1e-3", True, None, [1e-3])
+        ),
+        ({"training": 3, "made_from": []}, 1e-5),
+    ],
+)
+def test_a_checkpoint_is_trained_at_the_rate_that_it_records(
+    tmp_path: Path, record: dict[str, Any] | None, rate: float
+) -> None:
+    place = checkpoint(tmp_path / "base", record)
+    for name in ("default", "quick"):
+        words = [*DATA, f"model.path={place}", f"training={name}", "data.new={x: stdlib:code}"]
+        config = load_config(words)
+        assert config.training.learning_rate == rate
+        assert f"training.learning_rate = {rate:g}: " in config.rate_note
+        assert ("newest training run" in config.rate_note) is (rate != 1e-5)
+        assert fingerprint(load_config(words)) == fingerprint(config)
+    typed = load_config([*words, "training.learning_rate=0.5"])
+    assert (typed.training.learning_rate, typed.rate_note) == (0.5, "")
+
+
+def test_the_record_of_a_hub_id_is_not_read() -> None:
+    config = load_config([*DATA, "model.path=owner/name", "forgetting=none"])
+    assert config.training.learning_rate == 1e-5 and "from the hub" in config.rate_note
+
+
+def test_a_base_needs_a_rate_of_its_own() -> None:
+    with pytest.raises(RequestError, match=r"pretraining\.learning_rate"):
+        load_config(["pretraining.learning_rate=null"])
+    config = load_config(["training.learning_rate=null", "gate.ladder=gentler"])
+    assert [each.training.learning_rate for each in config.attempts] == [3e-3, 3e-3, 1e-3]

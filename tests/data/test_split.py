@@ -147,7 +147,7 @@ def test_what_an_old_domain_holds_out_is_counted_where_a_new_one_has_it():
 @pytest.mark.parametrize("count, fraction", [(0, 0.5), (1, 0.5), (3, 1e-9), (3, 1 - 1e-9)])
 def test_an_empty_side_is_refused(count, fraction):
     rule = SplitRule(rule="threshold", seed=0, validation_fraction=fraction)
-    with pytest.raises(RequestError, match=r"data\.validation_fraction.*each side.*Domain few"):
+    with pytest.raises(RequestError, match=r"domain few: .*each side.*data\.validation_fraction"):
         parted({"few": DomainDocuments(named(count))}, rule=rule)
 
 

@@ -11,6 +11,7 @@ from tritter.evaluation.gate import (
     decide,
     new_capability_check,
     preservation_check,
+    report_only,
     retention_check,
     training_check,
 )
@@ -185,8 +186,19 @@ def test_training():
 )
 def test_decision(verdicts, status):
     checks = [Check("retention", "prose", verdict, "") for verdict in verdicts]
-    assert decide(checks, enabled=True) == status
-    assert decide(checks, enabled=False) == "kept"
+    assert decide(checks) == status
+    assert decide(map(report_only, checks)) == "kept"
+
+
+def test_a_check_that_is_only_reported_keeps_its_numbers(make_losses):
+    losses = make_losses(BEFORE), make_losses(BEFORE * (1.5 + NOISE))
+    failed = retention_check("prose", *losses, bound=0.05, confidence=0.95)
+    reported = report_only(failed).to_dict()
+    assert failed.verdict == "failed" and reported["verdict"] == "reported"
+    assert (reported["bound"], reported["documents_needed"]) == (None, None)
+    for key in ("value", "interval", "confidence", "n"):
+        assert reported[key] == failed.to_dict()[key] is not None
+    assert reported["detail"].startswith(failed.detail) and "gate=off" in reported["detail"]
 
 
 def test_record_holds_the_contract(make_losses):

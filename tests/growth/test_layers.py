@@ -3,11 +3,11 @@
 import copy
 import io
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.growth.layers import GROWING, MODELS, adam, data, growing, pair, train
 from tritter import GrowableFFN, GrowableLinear
@@ -94,6 +94,63 @@ def test_new_neurons_move_no_further_than_old_ones(name: str) -> None:
                     most = float(moved.movedim(dim, 0)[at].max())
                     largest[part] = max(largest[part], most)
     assert 0 < largest["new"] <= 1.5 * largest["old"]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("spelling", ["positional", "named"])
+@pytest.mark.parametrize("name", ["gated", "linear, relu"])
+def test_a_step_with_a_closure_is_a_step_without_one(name: str, spelling: str, kind: Any) -> None:
+    """Growth reads the gradients that the closure computes, not those of the step before."""
+    models = [MODELS[name](maturation_factor=3.0, maturation_age=4, growth_cooldown=2)]
+    models.append(copy.deepcopy(models[0]))
+    x, y = data(models[0])
+    found = []
+    for model in models:
+        optimizer = kind(model.parameters(), lr=0.01)
+
+        def closure(model: nn.Module = model, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            return loss
+
+        def step(optimizer: Any = optimizer, closure: Any = closure) -> Tensor:
+            if spelling == "positional":
+                return cast(Tensor, optimizer.step(closure))
+            return cast(Tensor, optimizer.step(closure=closure))
+
+        pressures, grown = [], []
+        for _ in range(7):
+            if model is models[0]:
+                loss = closure()
+                optimizer.step()
+            else:
+                loss = step()
+            pressures += [loss.item(), *growing(model)._loop.grower.pressure.neurons[0].tolist()]
+            grown.append(growing(model).check_and_grow()["born"])
+        found.append((pressures, grown, [p.tolist() for p in model.parameters()]))
+    assert found[0] == found[1]
+    assert sum(grown) > 4
+
+
+def test_an_optimizer_that_repeats_its_closure_is_refused() -> None:
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            closure()
+            return super().step(closure)
+
+    model = MODELS["gated"]()
+    (x, y), before = data(model), [p.detach().clone() for p in model.parameters()]
+
+    def closure() -> Tensor:
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        return loss
+
+    for kind in (torch.optim.LBFGS, Twice):
+        with pytest.raises(RequestError, match=f"{kind.__name__} evaluates its closure several"):
+            kind(model.parameters(), lr=0.1).step(closure)
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_young_neurons_are_let_go_further_and_grow_old() -> None:

@@ -52,7 +52,7 @@ def test_a_run_on_data_sets_and_another_after_it(
 
     monkeypatch.setattr(RunContext, "batches", kept)
     outcome = run_pipeline(config, run_folder=tmp_path / "run")
-    assert outcome.status == "kept"
+    assert outcome.status == "ungated"
     assert [isinstance(stream, WeightedStream) for stream in streams] == [False, True]
 
     checkpoint = tmp_path / "run/checkpoint"

@@ -14,7 +14,7 @@ import torch
 from _pytest.mark import ParameterSet
 
 from tests import oracle
-from tests.pipeline.tiny import TINY
+from tests.pipeline.tiny import TINY, is_within
 from tritter.checkpoint import read_lineage
 from tritter.conf_folder import config_folder
 from tritter.config.launch.composition import load_config
@@ -96,8 +96,8 @@ def check(folder: Path, cache: Path, expansion: str, forgetting: str, growth: st
     assert run(folder / "parts", cache, expansion, forgetting, growth) == whole
 
     summary = json.loads((folder / "whole/summary.json").read_text(encoding="utf-8"))
-    verdicts = {gate["check"]: gate["verdict"] for gate in summary["gate"]}
-    assert verdicts["gradient_flow"] == verdicts["memory"] == "passed"
+    within = is_within(summary)
+    assert within["gradient_flow"] and within["memory"]
     if growth != "none":
         assert summary["growth"]["events"] and summary["growth"]["born"]
         bounds = {"foam": 1e-4, "gradmax": 1e-4, "foam_v3": 0.1}
@@ -106,7 +106,7 @@ def check(folder: Path, cache: Path, expansion: str, forgetting: str, growth: st
         assert bool(summary["growth"]["replaced"]) == (growth == "foam_v3")
     exact = expansion in ("width", "llama_pro")
     if expansion != "none":
-        assert verdicts["preservation"] == ("passed" if exact else "reported")
+        assert within["preservation"] or not exact
     checkpoint = folder / "whole/checkpoint"
     lineage = read_lineage(checkpoint)
     stock, own = oracle.stock(checkpoint), load_model(checkpoint)

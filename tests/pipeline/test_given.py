@@ -153,6 +153,9 @@ def test_a_plain_checkpoint(
     assert not [change for link in chain for change in verify(link)]
     trained = json.loads((tmp_path / "run/attempt_1/trained/config.json").read_text())
     assert trained["dtype"] == "float32"
+    why = "training.learning_rate = 1e-05: the default for a checkpoint that records no training"
+    assert any(note.startswith(why) for note in summary["notes"])
+    assert lineage.training_config["training"]["learning_rate"] == 1e-5
 
 
 def test_the_root_has_the_hash_that_expand_gives_it(

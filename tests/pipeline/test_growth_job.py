@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.pipeline.tiny import TINY
+from tests.pipeline.tiny import TINY, is_within
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.history import read_chain, verify
 from tritter.cli import main
@@ -177,5 +177,4 @@ def test_gradients_of_what_grew_late_are_seen(tmp_path: Path) -> None:
     """However rarely steps are logged."""
     words = ("training.max_steps=28", "growth.trigger=schedule", "growth.at=[21]")
     summary = run(tmp_path / "run", "expansion=none", "growth=foam", *words, "forgetting=none")
-    (check,) = [each for each in summary["gate"] if each["check"] == "gradient_flow"]
-    assert check["verdict"] == "passed" and summary["growth"]["born"] == 20
+    assert is_within(summary)["gradient_flow"] and summary["growth"]["born"] == 20

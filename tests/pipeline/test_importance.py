@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.config.launch.composition import load_config
-from tritter.forgetting import EWC
+from tritter.forgetting import EWC, ewc, fisher
 from tritter.pipeline import Outcome, run, run_pipeline
 from tritter.terminal import Console
 from tritter.training import Task
@@ -37,7 +38,7 @@ def test_normalised_importance_of_copies_is_that_of_the_model_that_did_not_grow(
         tmp_path, f"expansion={expansion}", *options, "training.max_steps=2", "control=true",
         "gate='off'",
     )  # fmt: skip
-    grown, plain = sorted(seen, key=lambda fisher: -sum(v.numel() for v in fisher.values()))
+    grown, plain = sorted(seen, key=lambda each: -sum(v.numel() for v in each.values()))
     kept = "model.layers.0.mlp.down_proj.weight"
     rows, columns = plain[kept].shape
     torch.testing.assert_close(grown[kept][:rows, :columns], plain[kept], rtol=1e-5, atol=0)
@@ -100,3 +101,36 @@ def test_what_one_training_leaves_the_next_takes_up(
     latest_fisher = state_of(tmp_path / "second/importance")["fisher"]
     for name, kept in left["online_fisher"].items():
         assert bool((after["online_fisher"][name] >= kept + latest_fisher[name] - 1e-9).all())
+
+
+@pytest.mark.parametrize(
+    ("method", "estimator"), [("ewc", "empirical"), ("ewc", "true"), ("online_ewc", "empirical")]
+)
+def test_every_fisher_is_taken_on_the_sequences_of_the_first(
+    run_tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, estimator: str
+) -> None:
+    """At unmoved weights a later Fisher then equals the first, and their maximum keeps its bits."""
+    taken: list[Tensor] = []
+    begin, estimate = EWC.begin_task, fisher.diagonal_fisher
+
+    def recording(model: nn.Module, sequences: Tensor, **options: Any) -> dict[str, Tensor]:
+        taken.append(sequences)
+        return estimate(model, sequences, **options)
+
+    def begin_and_look(self: EWC, model: nn.Module, task: Task) -> None:
+        begin(self, model, task)
+        first = {name: value.clone() for name, value in self.importance.items()}
+        assert any(bool(value.any()) for value in first.values())
+        assert self.look(model, 1) > 0  # no weight has moved
+        for name, value in self.importance.items():
+            assert torch.equal(value, first[name]), name
+
+    monkeypatch.setattr(EWC, "begin_task", begin_and_look)
+    for module in (ewc, fisher):
+        monkeypatch.setattr(module, "diagonal_fisher", recording)
+    keys = {"num_sequences": 16, "refresh_steps": 1, "estimator": estimator}
+    options = [f"forgetting.{method}.{key}={value}" for key, value in keys.items()]
+    run_tiny(tmp_path, f"forgetting={method}", "expansion=none", *options, "training.max_steps=2")
+    first, *later = ({tuple(row) for row in rows.tolist()} for rows in taken)
+    assert len(first) == 16 and len(later) == 3  # unmoved, after step 1, after step 2
+    assert [len(first & each) for each in later] == [16, 16, 16]

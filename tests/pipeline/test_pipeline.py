@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from tests import oracle
 from tritter.checkpoint import read_lineage
 from tritter.errors import RequestError, TritterError
 from tritter.pipeline import Outcome, stages, verdict
+from tritter.pipeline.metrics import wandb_summary
 from tritter.report.plots import read_curves
+from tritter.report.summary_check import check_summary
 from tritter.training import BaseModule
 from tritter.training.module import TaskLoss
 
@@ -212,10 +215,21 @@ def test_too_few_documents_are_undecided_with_the_number_needed(
     assert read_lineage(tmp_path / "run/checkpoint").expansion_history  # type: ignore[union-attr]
 
 
-def test_gate_off_keeps_what_fails(run_job: Run, tmp_path: Path) -> None:
+def test_gate_off_keeps_any_result_and_reports_its_checks(
+    run_job: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     outcome = run_job(tmp_path / "run", "training.learning_rate=1", "gate='off'")
-    assert outcome.status == "kept"
-    assert any(c["verdict"] == "failed" for c in summary_of(tmp_path / "run")["gate"])
+    printed, summary = capsys.readouterr().out, summary_of(tmp_path / "run")
+    assert outcome.status == summary["status"] == summary["attempts"][0]["status"] == "ungated"
+    assert {check["verdict"] for check in summary["gate"]} == {"reported"}
+    retention = next(check for check in summary["gate"] if check["check"] == "retention")
+    assert retention["value"] > 0.05 and retention["interval"][0] > 0.05  # the gate would fail it
+    assert summary["final"] == summary["attempts"][0]["final"] != summary["baseline"]
+    assert read_lineage(tmp_path / "run/checkpoint").expansion_history  # type: ignore[union-attr]
+    assert re.search(r"^status +ungated: gate=off keeps any result *$", printed, re.MULTILINE)
+    assert wandb_summary(summary)["status"] == "ungated"
+    assert wandb_summary(summary)["prose/verdict"] == "reported"
+    check_summary(summary)
 
 
 def test_a_base_that_explodes_is_not_cached(run_tiny: Run, tmp_path: Path) -> None:

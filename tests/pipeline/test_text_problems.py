@@ -1,14 +1,21 @@
 """Text that goes bad after it was looked at, or was too much for that, fails a run by a list."""
 
+import json
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from tritter.config.launch.entry import main
 from tritter.config.launch.jobs import read_status
 from tritter.data import contents
+from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
+
+Write = Callable[[Path, Sequence[str]], str]
 
 
 def test_what_is_found_when_the_run_reads_it_is_listed_whole(
@@ -31,3 +38,70 @@ def test_what_is_found_when_the_run_reads_it_is_listed_whole(
     assert f"The run so far: {run}" in errors
     status: dict[str, Any] = read_status(run)
     assert (status["status"], status["exit_code"]) == ("failed", 1)
+
+
+def of_side(side: str, *, seed: int = 0, fraction: float = 0.2) -> list[str]:
+    """Return texts that the split puts on one side, by the documented rule."""
+    found: dict[str, list[str]] = {"train": [], "validation": []}
+    for number in range(60):
+        text = f"text {number}"
+        key = sha256(text.encode()).hexdigest()
+        drawn = int(sha256(f"{seed}\0{key}".encode()).hexdigest(), 16) / 2**256
+        found["validation" if drawn < fraction else "train"].append(text)
+    return found[side]
+
+
+def write_files(place: Path, texts: Sequence[str]) -> str:
+    place.mkdir()
+    for number, text in enumerate(texts):
+        (place / f"{number}.txt").write_text(text)
+    return str(place)
+
+
+def write_records(place: Path, texts: Sequence[str]) -> str:
+    place.with_suffix(".jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return str(place.with_suffix(".jsonl"))
+
+
+def write_dataset(place: Path, texts: Sequence[str]) -> str:
+    datasets.Dataset.from_dict({"text": list(texts)}).save_to_disk(place)
+    return f"hf:{place}"
+
+
+@pytest.mark.parametrize(
+    ("source", "write"),
+    [("text", write_files), ("text", write_records), ("hf", write_dataset)],
+)
+@pytest.mark.parametrize("key", ["data.new", "data.old", "data.tasks"])
+def test_a_text_of_one_side_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, write: Write, key: str
+) -> None:
+    train, validation = of_side("train"), of_side("validation")
+    both = write(tmp_path / "both", [*train[:2], *validation[:1]])
+    run, started = tmp_path / "run", list[Path]()
+
+    def pipeline(config: Any, *, run_folder: Path) -> Any:
+        started.append(run_folder)
+        raise RequestError("enough")
+
+    def code(place: str, *words: str) -> int:
+        own = {"data.new": both, "data.old": both} | {key: place}
+        if key == "data.tasks":
+            own = {"data.old": both, key: f"[{{a: {both}}},{{b: {place}}}]"}
+        own = {n: f"{{x: {v}}}" if n == "data.new" and v == both else v for n, v in own.items()}
+        typed = [f"{name}={value}" for name, value in own.items()]
+        typed += [f"data={source}", f"hydra.run.dir={run}", f"cache_dir={tmp_path}/cache", *words]
+        return main(pipeline, arguments=typed)
+
+    named = "data.tasks.b" if key == "data.tasks" else key
+    for name, texts in (("one", train[:1]), ("train", train[:9]), ("held", validation[:4])):
+        assert code(write(tmp_path / name, texts)) == 2
+        said = capsys.readouterr().err
+        assert f"error: {named} = " in said and f"of its documents ({len(texts)})" in said
+        assert "Nothing was written." in said
+        assert not run.exists() and not (tmp_path / "cache").exists() and not started
+    other = f"seed={next(s for s in range(99) if train[0] in of_side('validation', seed=s))}"
+    assert code(write(tmp_path / "again", train[:1]), other) == 2
+    assert "0 would train and 1 would validate" in capsys.readouterr().err
+    assert code(write(tmp_path / "whole", [train[3], validation[3]])) == 2
+    assert started == [run] and "enough" in capsys.readouterr().err

@@ -1,6 +1,10 @@
 """The smallest real job: a tenth of a second a stage, on text of the fixtures."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from tritter.evaluation.gate import EXACT_JUMP, MEMORY_BOUND
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/format_1"
 TINY = (
@@ -26,3 +30,16 @@ TINY = (
     "gate=off",
     "logger=csv",
 )
+
+
+_BOUNDS = {"gradient_flow": 0.0, "memory": MEMORY_BOUND, "preservation": EXACT_JUMP}
+
+
+def is_within(summary: Mapping[str, Any]) -> dict[str, bool]:
+    """Return check → whether its value is within the gate's bound, of an ungated run too."""
+    values = {check["check"]: check["value"] for check in summary["gate"]}
+    return {
+        name: values[name] is None or abs(values[name]) <= bound
+        for name, bound in _BOUNDS.items()
+        if name in values
+    }

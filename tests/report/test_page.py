@@ -9,6 +9,7 @@ import pytest
 
 from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
+from tests.report.test_tables import ungated
 from tritter.report.comparison import MOST_PANELS, figures
 from tritter.report.drawing import DPI
 from tritter.report.page import _lead, page
@@ -53,6 +54,13 @@ def run_of(summary: dict[str, Any], name: str, seed: int) -> Run:
         pretraining=(Curve("train/loss", (1, 2), (7.0, 6.0)),),
         history=("base", f"grown {seed}"),
     )
+
+
+def test_nothing_of_an_ungated_run_has_the_colour_of_a_verdict(summary: dict[str, Any]) -> None:
+    for run, is_coloured in ((summary, True), (ungated(summary), False)):
+        text, _ = page([run_of(run, "run", 0)], title="One")
+        assert any(f'class="{verdict}"' in text for verdict in ("kept", "passed")) is is_coloured
+    assert "ungated" in text and "reported" in text
 
 
 def test_it_holds_everything_and_loads_nothing(summary_with_control: dict[str, Any]) -> None:

@@ -38,6 +38,30 @@ def test_table_holds_the_numbers(summary):
     assert "control" not in text
 
 
+def ungated(summary):
+    """Return the summary as `gate=off` would have left it."""
+    gate = [check | {"verdict": "reported", "bound": None} for check in summary["gate"]]
+    attempt = summary["attempts"][0] | {"gate": gate, "status": "ungated"}
+    return summary | {"status": "ungated", "gate": gate, "attempts": [attempt]}
+
+
+def test_nothing_of_an_ungated_run_is_green(summary):
+    for run, is_green in ((summary, True), (ungated(summary), False)):
+        file = io.StringIO()
+        print_summary(run, console=Console(file=file, width=80, color_system="standard",
+                                           force_terminal=True))  # fmt: skip
+        assert ("\x1b[32m" in file.getvalue() or "\x1b[1;32m" in file.getvalue()) is is_green
+    assert line_of(printed(ungated(summary)), "status")[:2] == ["status", "ungated:"]
+    assert line_of(printed(ungated(summary)), "prose")[-1] == "reported"
+
+
+def test_a_broken_off_training_is_named_though_it_is_ungated(summary):
+    run = ungated(summary)
+    check = {"check": "training", "subject": "steps", "verdict": "reported", "value": 3.0}
+    run["attempts"][0]["gate"].append(check | {"detail": "not finite at step 17"})
+    assert "not finite at step 17" in printed(run)
+
+
 def test_what_did_not_grow_has_no_score_of_it(summary):
     summary["attempts"][0]["expansion"] = []
     text = printed(summary)

@@ -122,3 +122,14 @@ class Lineage:
             domains=learned.domains,
             format_version=FORMAT_VERSION,
         )
+
+
+def training_record(training_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the keys of `training`, or of a base's `pretraining`, that a lineage records.
+
+    Empty where it records neither.
+    """
+    made_from = training_config.get("made_from")
+    base = made_from.get("pretraining") if isinstance(made_from, Mapping) else None
+    found = training_config.get("training", base)
+    return found if isinstance(found, Mapping) else {}

@@ -371,6 +371,7 @@ class RunConfig(RootValues):
     experts: "ExpertsConfig | None" = None
     rungs: "tuple[RunConfig, ...]" = ()
     rung_words: tuple[str, ...] = ()  # of one of them: its overrides
+    rate_note: str = ""  # why training.learning_rate has its value, where nobody set one
 
     @property
     def attempts(self) -> "tuple[RunConfig, ...]":

@@ -3,7 +3,7 @@
 A checkpoint of ours says what it learned: all of that is old from then on, and its split goes on.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -25,8 +25,8 @@ from tritter.config.text_files import domain_key, text_field
 from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
 from tritter.data.documents import documents_digest
 from tritter.data.readers import TextFileError
-from tritter.data.sources import recorded_paths, source_documents
-from tritter.data.split import SplitRule
+from tritter.data.sources import quick_pieces, recorded_paths, source_documents
+from tritter.data.split import SplitRule, one_sided
 from tritter.errors import Problem, RequestError, TritterError
 
 DEFAULT_FRACTION = 0.2  # of a split that begins; a lineage's own goes on
@@ -75,6 +75,27 @@ def run_text(model: Model, data: DataConfig, *, seed: int) -> RunText:
         history=tuple(_recorded(name, learned.domains[name]) for name in at_hand),
         notes=tuple(notes),
     )
+
+
+def side_problems(text: RunText) -> Iterator[Problem]:
+    """Yield the domains of which all documents would train, or all would validate.
+
+    Left to the run: splits by rank (checkpoints of format 2), a class that yields texts, as its
+    code runs with the run alone, and what `quick_pieces` doesn't read.
+    """
+    if text.history or any(domain.ranked for domain in text.domains):
+        return
+    for domain in text.domains:
+        if domain.texts is not None:
+            continue
+        found = quick_pieces(domain.paths, key=domain.key, text_field=domain.text_field)
+        reason = None
+        with suppress(TextFileError):  # of what can't be read, the run lists all
+            if found is not None:
+                reason = one_sided(found, rule=text.split.as_rule, sides=text.split.exceptions)
+        if reason is not None:
+            paths = domain.paths[0] if len(domain.paths) == 1 else list(domain.paths)
+            yield Problem(domain.key, paths, reason=reason)
 
 
 def _learned(model: Model) -> Learned:

@@ -21,6 +21,7 @@ from tritter.config.growth import growth_problems, growth_start_problems, read_g
 from tritter.config.ladder import ladder_problems
 from tritter.config.loggers import read_loggers
 from tritter.config.optimizers import read_optimizer
+from tritter.config.rates import PRESET_RATE, default_rate
 from tritter.config.reading import Origin, Reader
 from tritter.config.rounds import pipeline_problems, planned_rounds
 from tritter.config.rules.benchmarks import benchmark_problems
@@ -130,9 +131,16 @@ def validate(
     """
     reader = Reader(known_keys)
     bodies = with_evaluation_steps(with_steps(reader, group_bodies(reader, raw)))
+    has_no_rate = bodies.get("training", {}).get("learning_rate", 0) is None
+    if has_no_rate:
+        bodies["training"] = {**bodies["training"], "learning_rate": PRESET_RATE}
     classes = find_classes(reader, bodies)
     num_of_classes = len(reader.problems)
     values = _read(reader, raw, bodies, classes)
+    if has_no_rate and {"model", "training"} <= values.keys():
+        rate, reason = default_rate(values["model"])
+        values["training"] = replace(values["training"], learning_rate=rate)
+        values["rate_note"] = f"training.learning_rate = {rate:g}: {reason}."
     problems, unread = list(found), set[str]()
     for number, problem in enumerate(reader.problems):
         where = problem.origin or (origin and origin(problem.key))

@@ -10,6 +10,7 @@ from tritter.data.documents import Document, Documents, documents_of, pieces
 from tritter.data.finding import find_text_files
 from tritter.data.ranked import RANKED_SUFFIXES, ranked_documents
 from tritter.data.readers import TextFileError
+from tritter.data.skills import SkillText
 from tritter.data.text import read_texts, text_pieces
 from tritter.errors import TritterError
 
@@ -50,6 +51,26 @@ def source_documents(
     held = chain((document.text for document in built_in), rows)
     read = text_pieces(files, key=key, text_field=text_field) if files else ()
     return Documents.of(chain(read, (piece for text in held for piece in pieces(text))))
+
+
+def quick_pieces(paths: Sequence[str], *, key: str, text_field: str) -> Iterator[str] | None:
+    """Return an iterator over the documents that paths and skills mean, before it reads them.
+
+    None where the standard library is among them, whose hundreds of documents take seconds to
+    gather, or a data set of the hub: that would have to be downloaded or streamed first.
+
+    Raises:
+        RequestError: a path means no text file.
+    """
+    sources = [parse_name(key, name) for name in dataset_names(paths)]
+    if set(paths) & set(BUILT_IN_TEXTS) or not all(source.is_on_disk for source in sources):
+        return None
+    files = find_text_files(key, paths)
+    read = text_pieces(files, key=key, text_field=text_field) if files else iter(())
+    skills = (SkillText.named(key, path).texts() for path in paths if is_built_in(path))
+    rows = (dataset_texts(source, key=key, is_streamed=True) for source in sources)
+    texts = chain.from_iterable(chain(skills, rows))
+    return chain(read, (piece for text in texts for piece in pieces(text)))
 
 
 def recorded_paths(paths: Sequence[str], *, key: str) -> tuple[str, ...]:

@@ -136,7 +136,8 @@ def part_documents(
     parted = {}
     for name, domain in domains.items():
         parted[name] = _part_one(domain, rule=rule, earlier=sides, held_out=held_out)
-        _check_sides(name, parted[name].counts, rule)
+        if (reason := _one_sided(parted[name].counts, rule)) is not None:
+            raise RequestError(f"data: domain {name}: {reason}.")
         held_out.update(text_keys(parted[name].validation))
     return Parted(parted, exceptions)
 
@@ -204,13 +205,33 @@ def _keys(document: Document) -> tuple[str, ...]:
     return tuple(dict.fromkeys((text_key(document.text), *parts)))
 
 
-def _check_sides(name: str, counts: DomainCounts, rule: SplitRule) -> None:
+def one_sided(texts: Iterable[str], *, rule: SplitRule, sides: Mapping[str, Side]) -> str | None:
+    """Return why `part_documents` would refuse texts; None where both sides get a document.
+
+    Args:
+        texts: the pieces of a domain; reading stops once both sides have one.
+        rule: of texts that no earlier training knows.
+        sides: text key → side, as in `Earlier`.
+    """
+    found: dict[str, Side] = {}
+    counts: Counter[Side] = Counter()
+    for key in map(text_key, texts):
+        if key not in found:
+            found[key] = sides.get(key) or threshold_side(key, rule)
+            counts[found[key]] += 1
+        if counts["train"] and counts["validation"]:
+            return None
+    numbers = {side: counts[side] for side in get_args(Side)}
+    return _one_sided(DomainCounts(documents=len(found), **numbers), rule)
+
+
+def _one_sided(counts: DomainCounts, rule: SplitRule) -> str | None:
     if counts.train and counts.validation:
-        return
-    left_out = f", and {counts.left_out} are left out" if counts.left_out else ""
-    raise RequestError(
-        f"data.validation_fraction={rule.validation_fraction}: of {counts.documents} distinct "
-        f"documents {counts.validation} would validate and {counts.train} train{left_out}; each "
-        f"side needs at least one, and a document's side follows from its text. Give more "
-        f"documents, or a new model another fraction or seed. (Domain {name}.)"
+        return None
+    left_out = f", {counts.left_out} would do neither" if counts.left_out else ""
+    return (
+        f"of its documents ({counts.documents}) {counts.train} would train and "
+        f"{counts.validation} would validate{left_out}, and each side needs one. The text of a "
+        f"document decides its side (data.validation_fraction = {rule.validation_fraction}): add "
+        "documents, or begin with a new base and another fraction or seed"
     )

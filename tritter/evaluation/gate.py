@@ -22,7 +22,7 @@ from tritter.evaluation.statistics import (
 )
 
 Verdict = Literal["passed", "failed", "undecided", "reported", "not_asked"]
-Status = Literal["kept", "rolled_back", "undecided"]
+Status = Literal["kept", "rolled_back", "undecided", "ungated"]
 
 # A tenth of all documents shows in at least one of 30 with a probability of 96 %
 MIN_DOCUMENTS = 30
@@ -226,19 +226,22 @@ def memory_check(held: Mapping[str, Any], *, expected: int) -> Check:
     return Check("memory", "states", verdict, detail, value=value, bound=MEMORY_BOUND)
 
 
-def decide(checks: Iterable[Check], *, enabled: bool) -> Status:
+def decide(checks: Iterable[Check]) -> Status:
     """Draw the consequence: one failure rolls back, one open question leaves it undecided.
 
     Args:
         checks: all that were made; a reported one decides nothing.
-        enabled: False (gate=off) keeps the result whatever the checks say.
     """
     verdicts = {check.verdict for check in checks}
-    if enabled and "failed" in verdicts:
+    if "failed" in verdicts:
         return "rolled_back"
-    if enabled and "undecided" in verdicts:
-        return "undecided"
-    return "kept"
+    return "undecided" if "undecided" in verdicts else "kept"
+
+
+def report_only(check: Check) -> Check:
+    """Return a check as `gate=off` records it: its numbers without a bound or a verdict."""
+    detail = f"{check.detail}; gate=off enforces nothing"
+    return replace(check, verdict="reported", detail=detail, bound=None, documents_needed=None)
 
 
 def _by_layer(experts: Iterable[str]) -> Iterable[set[int]]:

@@ -16,7 +16,6 @@ the weights (four while F is taken), one pass over them per step.
 """
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,7 +23,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tritter.data.apart import apart_of, lengths_of
-from tritter.data.sequences import drawn_equally
 from tritter.errors import TritterError
 from tritter.families import forward_flops, training_flops
 from tritter.forgetting.fisher import Estimator, diagonal_fisher, shared_fisher
@@ -33,6 +31,7 @@ from tritter.options import Count, options
 from tritter.seeds import derived_seed
 from tritter.training import Needs, Preparation, Prepared, Task
 
+_PURPOSE = "fisher"  # of the draw that the first Fisher and all later ones share
 KINDS = {"diagonal": "fisher", "penalty_preserving": "fisher_penalty"}
 
 
@@ -100,17 +99,15 @@ class EWC(QuadraticPenalty):
         )
 
     def prepare(self, given: Preparation) -> Prepared:
-        return self._estimated(given, given.domains)
-
-    def _estimated(self, given: Preparation, domains: tuple[str, ...]) -> Prepared:
-        """Take the Fisher of some of the old domains at the weights before the expansion."""
-        chosen = given.draw(self.num_sequences, "fisher", domains=domains)
+        """Take the Fisher at the weights before the expansion."""
+        domains = self._fisher_domains(given, given.domains)
+        chosen = given.draw(self.num_sequences, _PURPOSE, domains=domains)
         given.say(f"Fisher of {len(chosen)} sequences of {', '.join(domains)}")
         fisher = diagonal_fisher(
             given.model,
             chosen,
             estimator=self.estimator,
-            seed=given.seed("fisher", "labels"),
+            seed=given.seed(_PURPOSE, "labels"),
             progress=given.progress,
         )
         return Prepared(
@@ -134,21 +131,21 @@ class EWC(QuadraticPenalty):
             # What has no Fisher yet may get one: its anchor is where it begins
             free = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
             importance = {**free, **importance}
-            seed = partial(derived_seed, task.seed, "fisher")
-            text = self._text_of_looks(task)
-            self._sequences = drawn_equally(text, self.num_sequences, seed=seed)
-            self._label_seed = seed("labels")
+            domains = self._fisher_domains(task, tuple(task.old_sequences))
+            self._sequences = task.draw(self.num_sequences, _PURPOSE, domains=domains)
+            self._label_seed = derived_seed(task.seed, _PURPOSE, "labels")
         self.hold(model, importance)
 
-    def _text_of_looks(self, task: Task) -> Mapping[str, Tensor]:
-        """Return domain → int [N, T], what the Fisher is taken on while the model trains."""
-        return task.old_sequences
+    def _fisher_domains(self, of: Preparation | Task, domains: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the old domains that each Fisher, the first and the later ones, is taken on."""
+        return domains
 
     def look(self, model: nn.Module, step: int) -> float:
         if not self._is_due(model, step):
             return 0.0
-        seed = derived_seed(self._label_seed, str(step))
-        taken = shared_fisher(model, self._sequences, estimator=self.estimator, seed=seed)
+        taken = shared_fisher(
+            model, self._sequences, estimator=self.estimator, seed=self._label_seed
+        )
         for name, held in self.importance.items():
             torch.maximum(held, self._looked(name, taken[name] / self._scale).to(held), out=held)
         return self._flops(model, self._sequences)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tritter.forgetting.ewc import EWC, KINDS, EWCOptions
 from tritter.options import options
-from tritter.training import Needs, Preparation, Prepared, Task
+from tritter.training import Needs, Preparation, Task
 
 if TYPE_CHECKING:
     from tritter.expand import Change
@@ -55,11 +55,6 @@ class OnlineEWC(EWC):
         needs, kind = super().needs(options), left_kind(KINDS[options.carry], options.normalise)
         return replace(needs, state=(kind,), leaves=(kind,), copies=needs.copies + 1)
 
-    def prepare(self, given: Preparation) -> Prepared:
-        """Take the Fisher of the latest task; of all old domains where none was kept before."""
-        latest = given.latest if self.left_kind in given.state else ()
-        return self._estimated(given, latest or given.domains)
-
     def begin_task(self, model: nn.Module, task: Task) -> None:
         kept = task.state.get(self.left_kind, {})
         parameters = dict(model.named_parameters())
@@ -73,10 +68,9 @@ class OnlineEWC(EWC):
             },
         )
 
-    def _text_of_looks(self, task: Task) -> Mapping[str, Tensor]:
-        if self.left_kind not in task.state:
-            return task.old_sequences
-        return {name: task.old_sequences[name] for name in task.latest} or task.old_sequences
+    def _fisher_domains(self, of: Preparation | Task, domains: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those of the latest task; all where no earlier training left a Fisher."""
+        return of.latest or domains if self.left_kind in of.state else domains
 
     def _looked(self, name: str, fisher: Tensor) -> Tensor:
         earlier = self._earlier.get(name)

@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -222,17 +222,15 @@ class PlainLoop:
             shapes[name][dim] = width
         self.reshape({name: tuple(shape) for name, shape in shapes.items()})
 
-    def before_step(self, optimizer: Optimizer, whole: Callable[[], Tensor | None]) -> None:
-        """See the gradients, and what young neurons are; torch calls it for any optimizer."""
-        if not self._is_ours(optimizer):
-            return
+    def before_step(self, whole: Callable[[], Tensor | None]) -> None:
+        """See the gradients of the step that an optimizer of ours is about to take."""
         norm = None if self._places is None else whole()
         self.grower.pressure.observe(self.module, self.grower.places, whole=norm)
         self.grower.maturity.before_update(self.module, self.grower.places, self.steps)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Let young neurons go further."""
-        if self._is_ours(optimizer):
+        if self.is_ours(optimizer):
             self.grower.maturity.after_update(self.module, self.grower.places)
             self._num_steps += 1
 
@@ -253,7 +251,7 @@ class PlainLoop:
             _watch_optimizers()
             _WATCHING.add(self)
 
-    def _is_ours(self, optimizer: Optimizer) -> bool:
+    def is_ours(self, optimizer: Optimizer) -> bool:
         """Say whether an optimizer trains what grows here; once found, it is remembered."""
         if optimizer in self._optimizers:
             return True
@@ -333,15 +331,48 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
-def _before_step(optimizer: Optimizer, *_: object) -> None:
+def _before_step(
+    optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Observe the gradients of this step; with a closure, after it has computed them."""
+    loops = [loop for loop in list(_WATCHING) if loop.is_ours(optimizer)]
+    if not loops:
+        return None
+    if isinstance(optimizer, LBFGS):
+        raise _repeats_closure(optimizer)
+
     @cache
     def whole() -> Tensor | None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         held = [each for each in gradients if each is not None]
         return nn.utils.get_total_norm(held) if held else None
 
-    for loop in list(_WATCHING):
-        loop.before_step(optimizer, whole)
+    closure = named.get("closure", next(iter(arguments[1:]), None))
+    if closure is None:
+        for loop in loops:
+            loop.before_step(whole)
+        return None
+    has_run = False
+
+    def observed() -> Any:
+        nonlocal has_run
+        if has_run:
+            raise _repeats_closure(optimizer)
+        has_run, loss = True, closure()
+        for loop in loops:
+            loop.before_step(whole)
+        return loss
+
+    if "closure" in named:
+        return arguments, {**named, "closure": observed}
+    return (arguments[0], observed, *arguments[2:]), named
+
+
+def _repeats_closure(optimizer: Optimizer) -> RequestError:
+    return RequestError(
+        f"growth: {type(optimizer).__name__} evaluates its closure several times per step; growth "
+        "requires one gradient per step. Use an optimizer such as AdamW or SGD."
+    )
 
 
 def _after_step(optimizer: Optimizer, *_: object) -> None:

@@ -133,7 +133,8 @@ class RunContext:
         assert source is not None  # only that of a hub id is not known, and it is given
         sizes = (*memory_notes(self.config, source), *rate_notes(self.config, source))
         found = corpus_notes(self.config, self.corpus)
-        return (*text_notes(self.text), *self.text.notes, *found, *self._pages, *sizes)
+        text = (*text_notes(self.text), *self.text.notes)
+        return tuple(filter(None, (*text, *found, *self._pages, self.config.rate_note, *sizes)))
 
     @property
     def _pages(self) -> Iterator[str]:

@@ -6,7 +6,7 @@ what carries old knowledge, a teacher.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tritter.checkpoint import lineage_of
 from tritter.checkpoint.state import LazyTensors, read_state, write_state
 from tritter.data.sequence_file import read_sequences, write_sequences
-from tritter.data.sequences import drawn_equally
 from tritter.errors import RequestError
 from tritter.expand import state_stream
 from tritter.forgetting import build_methods, needs_of
@@ -28,6 +27,7 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.kept import kept_text
 from tritter.pipeline.ledger import StageResult
+from tritter.seeds import derived_seed
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hub import locate
 from tritter.storage.tensors import TensorFolder
@@ -121,13 +121,10 @@ def _preparation(
     kept = kept_text(context, arm).sequences
     old = (*context.old_of(arm), *kept) or (() if written is None else (WRITTEN,))
 
-    def draw(count: int, *words: str, domains: Sequence[str] = old) -> Tensor:
+    def draw(count: int, *purpose: str, domains: Iterable[str] | None = None) -> Tensor:
         sequences = _old_sequences(context, arm, written)
-        return drawn_equally(
-            {name: sequences[name] for name in domains},
-            count,
-            seed=lambda name: context.seed(*words, *arm.purpose, name),
-        )
+        drawing = Task(seed=_task_seed(context, arm), old_sequences=sequences)
+        return drawing.draw(count, *purpose, domains=domains)
 
     return Preparation(
         model=model,
@@ -136,7 +133,7 @@ def _preparation(
         draw=draw,
         sequence_length=context.config.data.sequence_length,
         end_of_text_id=context.end_of_text_id,
-        seed=lambda *words: context.seed(*words, *arm.purpose),
+        seed=partial(derived_seed, _task_seed(context, arm)),
         state=state,
         say=partial(context.say, "importance"),
     )
@@ -163,7 +160,7 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
         written = read_sequences(_place(context, arm) / _WRITTEN_FILE)[WRITTEN]
     teacher = _teacher(context, arm) if has_teacher else None
     return Task(
-        seed=context.seed("forgetting", *arm.purpose),
+        seed=_task_seed(context, arm),
         old_sequences=_old_sequences(context, arm, written) if has_old else {},
         old_losses=kept_text(context, arm).losses,
         written=written,
@@ -194,6 +191,10 @@ def teacher_place(context: RunContext) -> str | None:
         told = " and ".join(sorted(place or "the model before the expansion" for place in places))
         raise RequestError(f"forgetting: one teacher is held, and {told} are asked for.")
     return next(iter(places), None)
+
+
+def _task_seed(context: RunContext, arm: Arm) -> int:
+    return context.seed("forgetting", *arm.purpose)
 
 
 def _needs(context: RunContext) -> tuple[Needs, ...]:

@@ -51,7 +51,7 @@ class Outcome:
     """How a run ended.
 
     Args:
-        status: kept, rolled_back or undecided.
+        status: kept, rolled_back, undecided or ungated (`gate=off`).
         metric: mean loss over old and new domains of what was trained last, kept or not, nats
             per byte; what a sweeper minimises. Not a number when the training broke the model.
         summary_path: where summary.json lies.
@@ -242,7 +242,7 @@ def _loggers(context: RunContext, arm: Arm, *, first_step: int) -> Iterator[list
 
 def _gate(trial: Trial) -> StageResult:
     checks = verdict.checks(trial.context, trial.arms)
-    status = decide(checks, enabled=trial.context.config.gate.enabled)
+    status = decide(checks) if trial.context.config.gate.enabled else "ungated"
     return StageResult(found={"status": status, "checks": [check.to_dict() for check in checks]})
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tritter.checkpoint import lineage_of
+from tritter.checkpoint.record import training_record
 from tritter.config.schema import TrainingConfig
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
@@ -43,7 +44,7 @@ def recorded_rate(told: Mapping[str, Any]) -> float:
     if isinstance(rate, int | float) and 0 <= rate < math.inf:
         return float(rate)
     try:
-        training = told["training"] if "training" in told else told["made_from"]["pretraining"]
+        training = training_record(told)
         schedule = Schedule(
             learning_rate=float(training["learning_rate"]),
             max_steps=int(training["max_steps"]),

@@ -24,8 +24,8 @@ def next_commands(
         words: the overrides that were typed, as Hydra reads them.
         folder: of the run.
     """
-    advice = {"kept": _after_kept, "rolled_back": _after_rollback, "undecided": _undecided}
-    changes = advice[str(summary["status"])](config, summary)
+    advice = {"rolled_back": _after_rollback, "undecided": _undecided}
+    changes = advice.get(str(summary["status"]), _after_kept)(config, summary)
     typed = [word for word in words if word.partition("=")[0].lstrip("+") != "resume"]
     lines = [f"{_changed(typed, change)}   # {why}" for change, why in changes]
     checkpoint = str(folder / "checkpoint")

@@ -12,6 +12,7 @@ from tritter.evaluation.gate import (
     new_capability_check,
     new_task_check,
     preservation_check,
+    report_only,
     retention_check,
     training_check,
 )
@@ -57,7 +58,7 @@ def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
     for subject in context.subjects_of(context.new_domains):
         check = new_capability_check if before[subject].unit == "nats" else new_task_check
         made.append(check(subject, before[subject], after[subject], confidence=gate.confidence))
-    return made
+    return made if gate.enabled else [report_only(each) for each in made]
 
 
 def _learned_on_the_way(context: RunContext, arms: Sequence[Arm]) -> dict[str, PairedScores]:

@@ -70,7 +70,7 @@ class _Domains(TypedDict, total=False):
 
 
 class _Summary(TypedDict, total=False):
-    status: Required[Literal["kept", "rolled_back", "undecided"]]
+    status: Required[Literal["kept", "rolled_back", "undecided", "ungated"]]
     domains: Required[_Domains]
     baseline: Required[_Scores]
     attempts: Required[list[_Trained]]

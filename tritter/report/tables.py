@@ -33,6 +33,7 @@ _STYLES = {
     "failed": "bold red",
     "rolled_back": "bold red",
     "undecided": "yellow",
+    "ungated": "cyan",
     "reported": "cyan",
 }
 _FEW_TASKS = 3  # whose domains stand above the columns; those of more below the table
@@ -40,6 +41,7 @@ _STATUS_WORDS = {
     "kept": "kept",
     "rolled_back": "rolled back: the checkpoint is the baseline",
     "undecided": "undecided: the grown checkpoint stays",
+    "ungated": "ungated: gate=off keeps any result",
 }
 _SAMPLE_CHARACTERS = 400
 _DOMAIN_CHARACTERS = 11
@@ -243,7 +245,10 @@ def _caption(summary: Mapping[str, Any]) -> str:
 
 
 def _needs_words(check: Mapping[str, Any]) -> bool:
-    return check["verdict"] in ("failed", "undecided")
+    is_broken_off = check["check"] == "training" and bool(check.get("value"))
+    return check["verdict"] in ("failed", "undecided") or (
+        check["verdict"] == "reported" and is_broken_off
+    )
 
 
 def _reason(check: Mapping[str, Any], *, signs: Signs) -> SummaryLine:

@@ -5,14 +5,17 @@ of their own: the LightningModule holds them as a list, and one callback drives 
 for them before the training (an importance, masks, a teacher) is made only when one needs it.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from tritter.data.batches import BatchStream
+from tritter.data.sequences import drawn_equally
 from tritter.options import options
+from tritter.seeds import derived_seed
 
 if TYPE_CHECKING:
     from tritter.expand import Change
@@ -70,8 +73,7 @@ class Preparation:
             methods look at it, none changes it.
         domains: what `draw` draws from: the old ones, or what the model wrote.
         latest: of these those that the model was trained on last; empty: not known.
-        draw: number of sequences and words that set the draw apart → int [N, T], of each old
-            domain (or each of `domains=`) as many; fewer where there are no more.
+        draw: as `Task.draw`: the training draws the same sequences by the same arguments.
         sequence_length: tokens of a sequence.
         end_of_text_id: the token that closes a document.
         seed: words → seed of the method's own randomness.
@@ -143,6 +145,18 @@ class Task:
     state: Mapping[str, Values] = field(default_factory=dict)
     state_before: Mapping[str, Values] = field(default_factory=dict)
     teacher: nn.Module | None = None
+
+    def draw(self, count: int, *purpose: str, domains: Iterable[str] | None = None) -> Tensor:
+        """Return `count` old sequences [N, T] at random, of each domain as many.
+
+        Args:
+            count: how many; fewer are drawn of a domain that has fewer.
+            purpose: names the draw; the same purpose draws the same sequences.
+            domains: old domains to draw from; None: all.
+        """
+        names = self.old_sequences if domains is None else domains
+        sequences = {name: self.old_sequences[name] for name in names}
+        return drawn_equally(sequences, count, seed=partial(derived_seed, self.seed, *purpose))
 
 
 @options

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2  # 2: a digest of the whole
 STATUS_FILE = "status.json"
 
-ENDS = ("kept", "rolled_back", "undecided")
+ENDS = ("kept", "rolled_back", "undecided", "ungated")
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "status": str,
     "exit_code": int,
@@ -59,7 +59,7 @@ class Outcome(Protocol):
 
     @property
     def status(self) -> str:
-        """One of kept, rolled_back, undecided."""
+        """One of `ENDS`."""
         ...
 
     @property

@@ -31,6 +31,7 @@ from tritter.config.rules.engines import compiler_problems
 from tritter.config.run_folder import OUTPUT_FILE, RUN_FILE, RunState, check_run_folder
 from tritter.config.schema import RunConfig
 from tritter.config.text_files import text_requests
+from tritter.config.text_resolution import side_problems
 from tritter.config.validation import Rule, known_config
 from tritter.data.contents import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
@@ -128,7 +129,7 @@ def _check_sweep_is_free(folder: Path) -> None:
 
 
 def _check_means(plan: Plan) -> None:
-    """Refuse jobs that the machine can't hold, and text that can't be read; each file once."""
+    """Refuse jobs that the machine can't hold, and text that can't be read or split."""
     jobs = plan.jobs or plan.samples
     todo = {n: job for n, job in enumerate(jobs) if job.state is not RunState.FINISHED}
     # Of a hub id the shapes are known later
@@ -143,6 +144,8 @@ def _check_means(plan: Plan) -> None:
         )
     )
     check_contents(request for job in todo.values() for request in text_requests(job.config.data))
+    sides = {n: list(side_problems(job.config.text)) for n, job in todo.items()}
+    _raise_of_jobs(sides, [job.overrides for job in jobs])
 
 
 def _memory_problems(config: RunConfig, source: Config) -> list[Problem]:
