@@ -129,7 +129,8 @@ def test_replayed_rows_are_no_novelty(tmp_path: Path) -> None:
 
 def test_what_an_expansion_added_is_part_of_the_frozen_base(tmp_path: Path) -> None:
     words = [word for word in PLAIN if word != "expansion=none"]
-    summary = run(tmp_path / "run", tmp_path / "cache", [*words, "expansion=width", *DYLORA])
+    words += ["expansion=width", "pipeline.keep_stages=true", *DYLORA]
+    summary = run(tmp_path / "run", tmp_path / "cache", words)
     verdicts = {gate["check"]: gate["verdict"] for gate in summary["gate"]}
     assert verdicts.get("gradient_flow", "passed") == "passed"
     folder = tmp_path / "run"

@@ -116,6 +116,7 @@ class Ledger:
 
         Call this before anything is removed.
         """
+        self._released.discard(place)
         self._mark(self._removed, place)
 
     def mark_released(self, place: str) -> None:
@@ -287,7 +288,8 @@ def disk_bytes(folder: Path) -> Counter[str]:
         found = path.stat()
         if found.st_ino not in seen:
             seen.add(found.st_ino)
-            is_weights = (path.parent / "config.json").exists() or EXPERTS_FOLDER in path.parts
+            parts = path.relative_to(folder).parts
+            is_weights = (path.parent / "config.json").exists() or EXPERTS_FOLDER in parts
             counts["weights" if is_weights else "state"] += found.st_size
     return counts
 

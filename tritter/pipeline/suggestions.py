@@ -31,10 +31,14 @@ def next_commands(
     checkpoint = str(folder / "checkpoint")
     if summary["status"] != "rolled_back":
         lines.append(tritter_command(["generate", "--checkpoint", checkpoint, "--prompt", "TEXT"]))
-    elif (trained := folder / f"attempt_{len(summary.get('attempts', ()))}" / "trained").is_dir():
+    elif any((trained := _last_trained(folder, summary)).glob("*.safetensors")):
         refused = tritter_command(["inspect", str(trained)])
         lines.append(f"{refused}   # what was trained and not kept")
     return [*lines, tritter_command(["history", checkpoint, "--verify"])]
+
+
+def _last_trained(folder: Path, summary: Mapping[str, Any]) -> Path:
+    return folder / f"attempt_{len(summary.get('attempts', ()))}" / "trained"
 
 
 Advice = Iterator[tuple[dict[str, str], str]]
