@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from tests import oracle
 from tests.pipeline.test_experts_job import DYLORA
 from tests.pipeline.tiny import FIXTURES, TINY
+from tests.test_kill_safety import run_child
 from tritter.checkpoint import lineage_of
 from tritter.checkpoint.history import read_chain, verify
 from tritter.cli.history import run_history
@@ -27,7 +29,7 @@ from tritter.data.documents import Document
 from tritter.data.tokenizer import train_tokenizer
 from tritter.evaluation.gate import Check
 from tritter.models import load_model, save_tokenizer
-from tritter.pipeline import disk, run_pipeline, trained, verdict
+from tritter.pipeline import disk, run_pipeline, stages, trained, verdict
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
 from tritter.storage import atomic
@@ -359,7 +361,7 @@ def test_a_run_that_ends_around_a_removal_goes_on_to_the_same_files(
     assert summary["final"] == whole["final"]
     places = [tmp_path / name / "checkpoint/model.safetensors" for name in ("whole", "run")]
     assert digest(places[0]) == digest(places[1])
-    weights = [set(p.relative_to(f.parents[1]) for p in weight_files(f.parents[1])) for f in places]
+    weights = [{p.relative_to(f.parents[1]) for p in weight_files(f.parents[1])} for f in places]
     assert weights[0] == weights[1]
     assert not list((tmp_path / "run/attempt_1").glob("*_again"))
 
@@ -403,3 +405,50 @@ def test_keep_stages_keeps_them_and_may_be_changed_on_the_way(run: Run, tmp_path
         path.parent.name for path in (tmp_path / "run/attempt_1").glob("*/*.safetensors")
     )
     assert stages == ["expanded", "trained"]
+
+
+def die_at_removal(number: int, folder: Path) -> None:
+    """Kill this process just before it removes its `number`-th weight file below a folder."""
+    seen = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        is_ours = event == "os.remove" and str(folder) in str(arguments[0])
+        if is_ours and str(arguments[0]).endswith((".safetensors", "tokenizer.json")):
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_removal_goes_on_to_the_same_files(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed with SIGKILL at every removal after the expansion, one after the other."""
+    words = (*TASKS, "evaluation.sample_tokens=0")
+    run(*words, name="whole", model=source)
+    expected = digest(tmp_path / "whole/checkpoint/model.safetensors")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        end_after(stages, "training", patch, is_before=True)
+        run(*words, name="expanded", model=source)
+    for number in range(100):
+        folder = tmp_path / "run"
+        shutil.copytree(tmp_path / "expanded", folder)
+
+        def work(number: int = number, folder: Path = folder) -> None:
+            die_at_removal(number, folder)
+            run(*words, model=source)
+
+        has_died = run_child(work) == -signal.SIGKILL
+        assert run_child(lambda: run(*words, model=source) and None) == 0
+        assert digest(folder / "checkpoint/model.safetensors") == expected, number
+        assert set(weight_files(folder)) == {
+            folder / name / "model.safetensors" for name in ("baseline", "checkpoint")
+        }
+        shutil.rmtree(folder)
+        if not has_died:
+            assert number > 4
+            return
+    raise AssertionError("it never ended")
