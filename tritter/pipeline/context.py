@@ -142,7 +142,9 @@ class RunContext:
     def published_dtype(self) -> str:
         """The dtype of the weights that the run publishes; the baseline must be there."""
         asked = self.config.pipeline.dtype
-        found = main_dtype(self.folder / "baseline") if asked == "source" else asked
+        if asked != "source" or self.given is None:
+            return "float32" if asked == "source" else asked
+        found = main_dtype(self.folder / "baseline")
         return found if found in PUBLISHED_DTYPES else "float32"
 
     @property

@@ -1,7 +1,7 @@
 """The checkpoint that a training leaves in the run folder."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -90,7 +90,7 @@ class TrainedWriter:
         if self.experts is None:
             config = _followed(start, model)
             trained = dict(stored_tensors(whole_state(model), config))
-            dtype = self.dtype if _fits(trained, self.dtype) else "float32"
+            dtype = fitting_dtype(trained.values(), self.dtype)
             config["dtype"], tensors = dtype, TensorStream.of(trained.items()).to(_torch(dtype))
         elif main_dtype(self.start) == self.dtype:
             tensors = LinkedTensors(self.start, lineage_of(self.start).tensor_digests)
@@ -130,9 +130,11 @@ def _torch(name: str) -> torch.dtype:
     return dtype
 
 
-def _fits(state: Mapping[str, Tensor], dtype: str) -> bool:
-    """Say whether a dtype holds all values; only float16 has a shorter range than float32."""
-    return dtype != "float16" or all(is_finite(value.half()) for value in state.values())
+def fitting_dtype(values: Iterable[Tensor], dtype: str) -> str:
+    """Return `dtype`, or float32 where float16, which has a shorter range, can't hold a value."""
+    if dtype == "float16" and not all(is_finite(value.detach().half()) for value in values):
+        return "float32"
+    return dtype
 
 
 @torch.no_grad()
@@ -141,6 +143,7 @@ def round_weights(model: nn.Module, dtype: str) -> None:
 
     LoRA experts are published as they are.
     """
+    dtype = fitting_dtype(model.parameters(), dtype)
     for name, parameter in model.named_parameters():
         if not (is_of_adapter(name) or ROUTER in name) and parameter.is_floating_point():
             parameter.copy_(parameter.to(_torch(dtype)))

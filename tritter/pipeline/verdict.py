@@ -25,6 +25,7 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.held_checks import held_checks
 from tritter.pipeline.moe import start_folder
+from tritter.pipeline.trained import fitting_dtype
 from tritter.storage.atomic import atomic_folder, copy_tree
 from tritter.storage.tensors import main_dtype
 
@@ -104,15 +105,18 @@ def publish(context: RunContext, arms: Sequence[Arm], *, keep: bool) -> Lineage:
     elif first.follows:
         lineage = replace(lineage, parent_path=f"../{first.follows}/expanded")
     config, dtype = read_config(source), context.published_dtype
-    if (first.follows is None and not keep) or main_dtype(source) == dtype:
+    is_ready = last.is_final if keep else first.follows is None
+    if is_ready or main_dtype(source) == dtype:
         with atomic_folder(target, overwrite=True) as temporary:
             copy_tree(source, temporary)
             write_lineage(temporary, lineage, config)
         return lineage_of(target)
+    opened = Source.open(source, config)
+    dtype = fitting_dtype((opened.read_stored(each.name) for each in opened.stored), dtype)
     return write_checkpoint(
         target,
         config={**config, "dtype": dtype},
-        tensors=Source.open(source, config).stream().to(getattr(torch, dtype)),
+        tensors=opened.stream().to(getattr(torch, dtype)),
         lineage=lambda: lineage,
         artifacts=read_artifacts(source),
         overwrite=True,
