@@ -1,6 +1,7 @@
 """PEFT's orthogonal subspace fine-tuning (OSF) on the default job, scored as every run is.
 
-    python train.py expansion=width forgetting=none training.max_steps=200 seed=0 hydra.run.dir=RUN
+    python train.py expansion=width forgetting=none training.max_steps=200 seed=0 \\
+        pipeline.keep_stages=true hydra.run.dir=RUN
     python experiments/2026-11-21_peers/osf.py --runs RUN … --ranks 0.5 0.9 --output osf.csv
 
 Each run folder gives the base, what it was grown to, and the text. OSF starts from the same weights

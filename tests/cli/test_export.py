@@ -18,7 +18,9 @@ TOKENS = tokens(VOCABULARY)
 def test_a_checkpoint_becomes_a_plain_folder(run: Run, place: Path) -> None:
     assert run("expand --checkpoint base --method width").code == 0
     before = snapshot(place / "base-width")
-    result = run("export --checkpoint base-width --output out --format hf")
+    assert run("export --checkpoint base-width --output own").code == 0
+    assert {value.dtype for value in held(place / "own").values()} == {torch.float32}
+    result = run("export --checkpoint base-width --output out --format hf --dtype bfloat16")
     assert result.code == 0, result.err
     assert result.err == ""  # no progress bar without a terminal
     for words in ("LlamaForCausalLM", "dtype bfloat16", "in 1 file", "written out"):

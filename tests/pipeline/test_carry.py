@@ -164,7 +164,8 @@ def test_a_given_state_is_kept_beside_the_start_whether_it_is_used_or_not(
     run: Run, place: Path, carried: Path
 ) -> None:
     """What a rollback publishes is a copy of that start."""
-    run("kept", "expansion=none", "training.max_steps=1", given="carried/checkpoint")
+    words = ("expansion=none", "training.max_steps=1", "pipeline.keep_stages=true")
+    run("kept", *words, given="carried/checkpoint")
     state, given = read_state(place / "kept/baseline"), read_state(carried / "checkpoint")
     assert state is not None and given is not None
     assert state.step == given.step and state.kinds.keys() == given.kinds.keys()
@@ -178,7 +179,7 @@ def test_routers_begin_anew_after_a_stage_of_their_own(run: Run, place: Path) ->
     run("sparse", "expansion=moe", "expansion.moe.num_experts=4", "optimizer.carry=true")
     added = (
         "expansion=moe_add", "expansion.moe_add.num_experts=2", "adaptation.router_max_steps=3",
-        "optimizer.carry=true", "adaptation.freeze_base=false",
+        "optimizer.carry=true", "adaptation.freeze_base=false", "pipeline.keep_stages=true",
     )  # fmt: skip
     run("added", *added, given="sparse/checkpoint")
     adapted = read_state(place / "added/attempt_1/adapted")

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(
 def test_two_processes_run_the_whole_job(run_job: Run, tmp_path: Path, trainer: str) -> None:
     methods = ["forgetting=replay"] if trainer == "fsdp" else []
     one = run_job(tmp_path / "one", "training.max_steps=20", *methods)
-    two = run_job(tmp_path / "two", "training.max_steps=20", f"trainer={trainer}", *methods)
+    kept = (f"trainer={trainer}", "pipeline.keep_stages=true")
+    two = run_job(tmp_path / "two", "training.max_steps=20", *kept, *methods)
     assert two.status == one.status
     expected, found = (
         json.loads(outcome.summary_path.read_text(encoding="utf-8")) for outcome in (one, two)

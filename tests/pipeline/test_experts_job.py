@@ -129,7 +129,8 @@ def test_replayed_rows_are_no_novelty(tmp_path: Path) -> None:
 
 def test_what_an_expansion_added_is_part_of_the_frozen_base(tmp_path: Path) -> None:
     words = [word for word in PLAIN if word != "expansion=none"]
-    summary = run(tmp_path / "run", tmp_path / "cache", [*words, "expansion=width", *DYLORA])
+    words += ["expansion=width", "pipeline.keep_stages=true", *DYLORA]
+    summary = run(tmp_path / "run", tmp_path / "cache", words)
     assert is_within(summary).get("gradient_flow", True)
     folder = tmp_path / "run"
     expanded, kept = (folder / name for name in ("attempt_1/expanded", "checkpoint"))

@@ -107,7 +107,7 @@ def test_a_grown_model_is_exported_and_grows_on(tmp_path: Path, capsys: Any) -> 
     assert ffn_sizes(second.source_config) == sizes and second.step0_error is not None
     assert second.claims_exact and second.continued_training_steps == 6
     chain = list(read_chain(tmp_path / "second/checkpoint"))
-    assert all(verify(link) == () for link in chain)
+    assert all(verify(link) == () for link in chain if link.can_be_checked)
     assert main(["history", str(tmp_path / "second/checkpoint"), "--verify"]) == 0
     assert "growth" in capsys.readouterr().out
 

@@ -75,6 +75,7 @@ def test_what_one_training_leaves_the_next_takes_up(
     def run(name: str, *words: str) -> dict[str, dict[str, Tensor]]:
         (tmp_path / name).mkdir()
         own = ("forgetting=[si,online_ewc]", "forgetting.si.xi=0.1", f"cache_dir={tmp_path}/cache")
+        own = (*own, "pipeline.keep_stages=true")
         left_out = ("data.old", "data.new", *(("model.",) if name == "second" else ()))
         base = [word for word in TINY if not word.startswith(left_out)]
         run_pipeline(load_config([*base, *own, *words]), run_folder=tmp_path / name)

@@ -51,4 +51,5 @@ def test_a_run_trains_the_live_widths(
     assert not before.get_parameter(up).equal(after.get_parameter(up))
     ids = oracle.tokens(int(str(options["vocab_size"])))
     assert oracle.relative_difference(after.eval(), stock, ids) < 1e-4
-    assert all(verify(link) == () for link in read_chain(checkpoint))
+    chain = read_chain(checkpoint)
+    assert all(verify(link) == () for link in chain if link.can_be_checked)

@@ -51,7 +51,7 @@ def add(sparse: Path, cache: Path) -> Run:
         words = [
             *small, *QUICK, f"cache_dir={cache}", "gate='off'", "model=hf",
             f"model.path={sparse / 'checkpoint'}", "expansion=moe_add",
-            "expansion.moe_add.num_experts=2", *overrides,
+            "expansion.moe_add.num_experts=2", "pipeline.keep_stages=true", *overrides,
         ]  # fmt: skip
         return run_pipeline(load_config(words), run_folder=folder)
 

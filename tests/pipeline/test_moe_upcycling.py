@@ -26,7 +26,8 @@ def moved(folder: Path, part: str) -> float:
 @pytest.fixture(scope="module")
 def plain(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
-    run_job(folder, "expansion=moe", "forgetting=none", "expansion.moe.num_experts=4")
+    words = ("expansion=moe", "forgetting=none", "pipeline.keep_stages=true")
+    run_job(folder, *words, "expansion.moe.num_experts=4")
     return folder
 
 
@@ -47,7 +48,7 @@ def test_a_sparse_model_comes_out_and_its_jump_is_reported(plain: Path) -> None:
 def test_ewc_holds_the_copies_as_it_held_the_ffn(run_job: Run, plain: Path, tmp_path: Path) -> None:
     """The base's Fisher reaches the experts, and leaves the router free."""
     options = ("expansion=moe", "expansion.moe.num_experts=4", "forgetting=ewc")
-    run_job(tmp_path, *options, "forgetting.ewc.ewc_lambda=1e9")
+    run_job(tmp_path, *options, "forgetting.ewc.ewc_lambda=1e9", "pipeline.keep_stages=true")
     for part in ("experts.0.w1", "experts.3.w2", "self_attn.v_proj"):
         assert moved(tmp_path, part) < 0.5 * moved(plain, part)
     assert moved(tmp_path, "block_sparse_moe.gate") > 0.5 * moved(plain, "block_sparse_moe.gate")

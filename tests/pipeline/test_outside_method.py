@@ -61,7 +61,7 @@ def hash_of(folder: Path) -> str:
 def test_what_it_leaves_is_taken_up_by_the_next_training(
     tmp_path: Path, cache: Path, case: str
 ) -> None:
-    summary = run(tmp_path / "first", cache, *CASES[case])
+    summary = run(tmp_path / "first", cache, *CASES[case], "pipeline.keep_stages=true")
     assert summary["forgetting"] == ["outside"] and summary["flops"]["importance"] == 7.0
     for folder in ("first/baseline", "first/attempt_1/expanded"):
         path = state_of(tmp_path / folder, "path_integral")
@@ -76,7 +76,8 @@ def test_what_it_leaves_is_taken_up_by_the_next_training(
     assert "omega" in json.loads((kept / "state/state.json").read_text())["rules"]
     assert not any(verify(link) for link in read_chain(kept))
 
-    after = run(tmp_path / "next", cache, "expansion=llama_pro", given=kept)
+    words = ("expansion=llama_pro", "pipeline.keep_stages=true")
+    after = run(tmp_path / "next", cache, *words, given=kept)
     assert after["forgetting"] == ["outside"]
     added_up = state_of(tmp_path / "next/importance", "omega")
     assert added_up.keys() >= left.keys()  # routers, which began anew, have one now
@@ -127,7 +128,8 @@ def test_what_it_does_not_need_is_not_made(
         ):  # fmt: skip
             patch.setattr(place, name, refused)
         (tmp_path / "plain").mkdir()
-        config = load_config([*TINY, "forgetting=replay", f"cache_dir={cache}", "expansion=width"])
+        words = ["forgetting=replay", "expansion=width", "pipeline.keep_stages=true"]
+        config = load_config([*TINY, *words, f"cache_dir={cache}"])
         run_pipeline(config, run_folder=tmp_path / "plain")
     for folder in ("baseline", "attempt_1/expanded", "checkpoint"):
         assert read_state(tmp_path / "plain" / folder) is None

@@ -124,7 +124,7 @@ def test_a_list_of_expansions_is_carried_out_in_order(
 ) -> None:
     """Each alone, with every method: test_every_choice.py."""
     words = (f"expansion={expansion}", "forgetting=[l2sp,replay]", "training.max_steps=3")
-    outcome = run_job(tmp_path / "run", *words)
+    outcome = run_job(tmp_path / "run", *words, "pipeline.keep_stages=true")
     summary = summary_of(tmp_path / "run")
     names = [] if expansion == "none" else expansion.strip("[]").split(",")
     assert summary["expansion"] == names
@@ -274,7 +274,8 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
 
 
 def test_new_blocks_only_moves_nothing_else(run_job: Run, tmp_path: Path) -> None:
-    run_job(tmp_path / "run", "expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true")
+    words = ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true")
+    run_job(tmp_path / "run", *words, "pipeline.keep_stages=true")
     before = oracle.stock(tmp_path / "run/attempt_1/expanded")
     after = dict(oracle.stock(tmp_path / "run/attempt_1/trained").named_parameters())
     new_layers = {2, 4}  # 0 1 1 2 2

@@ -102,6 +102,7 @@ def test_undecided(commands: Callable[..., list[str]]) -> None:
 
 def test_what_was_not_kept_is_found(tmp_path: Path) -> None:
     (tmp_path / "attempt_2" / "trained").mkdir(parents=True)
+    (tmp_path / "attempt_2" / "trained" / "model.safetensors").touch()
     summary = {"status": "rolled_back", "gate": [], "attempts": [{}, {}]}
     told = next_commands(load_config(()), summary, words=(), folder=tmp_path)
     assert f"inspect {tmp_path}/attempt_2/trained   # what was trained and not kept" in told[-3]

@@ -197,7 +197,7 @@ def test_an_edited_record_is_told(run: Run, trained: Path, name: str) -> None:
 
 def test_another_checkpoint_with_a_record_of_its_own_is_told(run: Run, trained: Path) -> None:
     shutil.rmtree(trained / "attempt_1/trained")
-    shutil.copytree(trained / "attempt_1/expanded", trained / "attempt_1/trained")
+    shutil.copytree(trained / "baseline", trained / "attempt_1/trained")
     ended = run(trained)
     assert ended.code == 1 and "is another checkpoint" in ended.err
 
@@ -205,11 +205,15 @@ def test_another_checkpoint_with_a_record_of_its_own_is_told(run: Run, trained: 
 def test_what_is_made_again_leaves_what_follows_as_it_is(run: Run, finished: Path) -> None:
     before = result(finished)
     (finished / "scores/baseline.json").unlink()
+    ended = run(finished)
+    assert ended.code == 0 and result(finished) == before
+    assert "baseline is done again" in ended.out and "fit        done before" in ended.out
     shutil.rmtree(finished / "checkpoint")
     ended = run(finished)
     assert ended.code == 0 and result(finished) == before
-    assert "baseline is done again" in ended.out and "publish is done again" in ended.out
-    assert "fit        done before" in ended.out
+    assert "publish is done again" in ended.out
+    assert f"{finished}/attempt_1/trained was removed: attempt_1.fit is done again" in ended.out
+    assert "gate       done before" in ended.out
     assert "nothing to do" in run(finished).out
 
 

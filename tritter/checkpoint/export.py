@@ -4,9 +4,11 @@ Nothing of ours stays in it but the model card, which says what the weights were
 go through one by one; nothing is loaded as a model.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from math import prod
 from pathlib import Path
 
 import torch
@@ -149,6 +151,14 @@ class Weights:
         tensors = family_of(self.config).logical_tensors(self.config)
         return reduce(torch.promote_types, (self.dtype(tensor.name) for tensor in tensors))
 
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most values."""
+        counts: Counter[torch.dtype] = Counter()
+        for stored in layout(self.config, "hub"):
+            counts[self.dtype(stored.parts[0].tensor.name)] += prod(stored.shape)
+        return counts.most_common(1)[0][0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
@@ -173,7 +183,7 @@ def export_model(
     weights: Weights,
     destination: Path,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     expert_layout: LayoutKind = "hub",
     artifacts: Iterable[Artifact],
     max_shard_bytes: int = 5 * 10**9,
@@ -183,7 +193,7 @@ def export_model(
     """Write a plain folder whole, or not at all.
 
     Args:
-        dtype: of every tensor.
+        dtype: of every tensor; None: that of most values of the origin.
         expert_layout: `hub`, a tensor for each matrix of each expert; or `live`, the experts of a
             layer in one tensor, as transformers holds them.
         artifacts: what stands beside the model.
@@ -196,6 +206,7 @@ def export_model(
         TritterError: the origin is damaged, or the disk refused a write.
     """
     check_output(destination, sources=weights.places, overwrite=overwrite)
+    dtype = dtype or weights.main_dtype
     config = {
         **weights.config,
         "architectures": [family_of(weights.config).architecture],

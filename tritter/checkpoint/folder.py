@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,12 +12,13 @@ from tritter.checkpoint.card import model_card
 from tritter.checkpoint.record import Lineage
 from tritter.errors import TritterError
 from tritter.families import Config, ffn_sizes, on_disk, padded_shapes
-from tritter.storage.atomic import atomic_folder, write_text_atomic
+from tritter.storage.atomic import atomic_folder, link_or_copy, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
 from tritter.storage.links import check_links
 from tritter.storage.padding import padded
 from tritter.storage.reading import read_json
 from tritter.storage.records import LINEAGE_NAME, record_text
+from tritter.storage.tensors import INDEX_NAME, TensorFolder
 from tritter.storage.writer import TensorStream, write_tensors
 
 CARD_NAME = "README.md"
@@ -32,11 +34,32 @@ class Artifact(Protocol):
         """Write it into a checkpoint folder that is still being made."""
 
 
+@dataclass(frozen=True, slots=True)
+class LinkedTensors:
+    """Weights that a checkpoint shares with another folder, by hard links.
+
+    Args:
+        folder: whose weight files they are in.
+        digests: name on disk → SHA-256 of each tensor in them.
+    """
+
+    folder: Path
+    digests: Mapping[str, str]
+
+    def write(self, folder: Path) -> dict[str, str]:
+        """Link the files into a folder that is still being made, and return the digests."""
+        for name in dict.fromkeys(TensorFolder.open(self.folder).files.values()):
+            link_or_copy(self.folder / name, folder / name)
+        if (self.folder / INDEX_NAME).is_file():
+            shutil.copyfile(self.folder / INDEX_NAME, folder / INDEX_NAME)
+        return dict(self.digests)
+
+
 def write_checkpoint(
     target: Path,
     *,
     config: Config,
-    tensors: TensorStream,
+    tensors: TensorStream | LinkedTensors,
     lineage: Callable[[], Lineage],
     artifacts: Iterable[Artifact | None],
     max_shard_bytes: int = 5 * 10**9,
@@ -49,7 +72,7 @@ def write_checkpoint(
     FFNs that are narrower than the widest are padded on disk, beside a stock config.json.
 
     Args:
-        tensors: by name on disk, streamed.
+        tensors: by name on disk, streamed; or files of another folder that are written already.
         lineage: asked once the tensors are written where they come from; hashes and digests of
             the answer are filled in from what was written. One without a base hash starts a chain.
         artifacts: what stands beside the model; None where there is none of a kind.
@@ -65,9 +88,12 @@ def write_checkpoint(
             cannot be written.
         TritterError: the disk refused a write.
     """
-    stream = padded(tensors, padded_shapes(config))
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
-        tensor_digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
+        if isinstance(tensors, LinkedTensors):
+            tensor_digests = tensors.write(folder)
+        else:
+            stream = padded(tensors, padded_shapes(config))
+            tensor_digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
         write_config(folder, config)
         for artifact in filter(None, artifacts):
             artifact.write(folder)

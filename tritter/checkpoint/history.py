@@ -14,8 +14,8 @@ from tritter.families import count_parameters
 from tritter.families.config_file import no_config, read_config_file
 from tritter.storage.hashing import bounded_digest, header_digest, merkle_hash, tensor_digest
 from tritter.storage.links import check_inside, check_links
-from tritter.storage.reading import read_text
-from tritter.storage.records import LINEAGE_NAME, record_text
+from tritter.storage.reading import read_object, read_text
+from tritter.storage.records import LEDGER_NAME, LINEAGE_NAME, record_text
 from tritter.storage.tensors import TensorFolder
 
 Progress = Callable[[int, int], None]
@@ -46,7 +46,22 @@ class Link:
 
     @property
     def can_be_checked(self) -> bool:
-        return self.folder is not None and (self.model_hash or self.problem) is not None
+        is_known = self.folder is not None and (self.model_hash or self.problem) is not None
+        return is_known and not self.is_removed
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether a run removed the weights of this stage, as its ledger says."""
+        if self.folder is None or self.lineage is None or any(self.folder.glob("*.safetensors")):
+            return False
+        folder = self.folder.resolve()
+        run = folder.parent.parent  # of RUN/attempt_1/expanded
+        try:
+            ledger = read_object(run / LEDGER_NAME)
+        except TritterError:
+            return False
+        marked = [ledger.get("removed"), ledger.get("released")]
+        return any(isinstance(m, list) and str(folder.relative_to(run)) in m for m in marked)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -56,7 +71,8 @@ class Link:
     @property
     def num_parameters(self) -> int | None:
         """Count the parameters, without what pads them on disk; None where that can't be read."""
-        if self.folder is None or self.lineage is None or not self.lineage.ffn_sizes:
+        is_padded = self.lineage is not None and bool(self.lineage.ffn_sizes)
+        if self.folder is None or not (is_padded or self.is_removed):
             return self.num_parameters_on_disk
         try:
             return count_parameters(read_config_file(self.folder))

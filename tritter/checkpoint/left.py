@@ -33,6 +33,11 @@ class Damage:
     what: str
     is_gone: bool = False
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether the folder is there and a file of it is not."""
+        return not self.is_gone and self.what.endswith(": missing")
+
 
 def digests_of(folder: Path, places: Iterable[str]) -> dict[str, str]:
     """Return place → digest of what was left: checkpoints, files, and all files of other folders.

@@ -48,7 +48,7 @@ class ExportRequest:
     """The words of the command, numbers read.
 
     Args:
-        dtype: None: bfloat16 for a folder, a file's own for a file.
+        dtype: None: that of most values of a folder, the widest of a file.
         expert_layout: None: as on the hub.
         config: of a file: a folder or hub id with config.json, or that file.
         prefix: of a file: what stands before the model's own names.
@@ -103,8 +103,8 @@ def run_export(request: ExportRequest, *, overwrite: bool, as_json: bool) -> int
         origin = _file(request) if is_file else _folder(request)
         check_loadable(origin.weights.config, folder=origin.weights.places[-1])
     layout = _layout(request.expert_layout, origin.weights.config)
-    if dtype is None:
-        dtype = origin.weights.widest_dtype if is_file else torch.bfloat16
+    if dtype is None and is_file:
+        dtype = origin.weights.widest_dtype
     with says_if_written(request.output):
         with in_options(), progress_bar(is_shown=not as_json) as progress:
             exported = export_model(

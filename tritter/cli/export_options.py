@@ -26,7 +26,7 @@ ExportDType = Annotated[
     option(
         "--dtype",
         "float32|bfloat16|float16|float64",
-        "Of all tensors. Default: bfloat16; of a .ckpt, its own.",
+        "Of all tensors. Default: that of the checkpoint.",
     ),
 ]
 ExpertLayout = Annotated[

@@ -1,5 +1,6 @@
 """`tritter history`: the chain of checkpoints as a table and a tree, and whether it holds."""
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class Checked:
 
     @property
     def state(self) -> str:
+        if self.link.is_removed:
+            return "removed"
         if self.changes is None:
             return "not checked"
         return "changed" if self.changes else "intact"
@@ -109,14 +112,16 @@ def made_by(link: Link, *, most_experts: int | None = None) -> str:
     experts = f"LoRA experts {', '.join(link.experts)}" if link.experts else ""
     if most_experts is not None and len(link.experts) > most_experts:
         experts = f"{len(link.experts)} LoRA experts"
+    removed = "removed" if link.is_removed else ""
     if link.made_by:
-        return ", ".join(filter(None, [*(spelled(each.method) for each in link.made_by), experts]))
+        methods = (spelled(each.method) for each in link.made_by)
+        return ", ".join(filter(None, [*methods, experts, removed]))
     steps = f" of {lineage.step} steps" if lineage.step else ""
     if lineage.parent_hash is None:
         words = f"pretraining{steps}" if steps else "start"
     else:
         words = f"training{steps}"
-    return ", ".join(filter(None, [words, experts]))
+    return ", ".join(filter(None, [words, experts, removed]))
 
 
 def steps_after(link: Link, newest: Link) -> int | None:
@@ -209,8 +214,8 @@ def _print_verdict(rows: Sequence[Checked], console: Console) -> None:
             words = [f"{place}/{change.file}" if change.file else place, change.tensor or ""]
             text = f"{' '.join(filter(None, words))}: {change.what}"
             console.print(Text(signs.printable(text), style="red"), soft_wrap=True)
-    unchecked = sum(row.changes is None for row in rows)
-    changed = sum(bool(row.changes) for row in rows)
-    intact = len(rows) - unchecked - changed
-    parts = [f"{intact} intact", f"{changed} changed", f"{unchecked} not checked"]
+    states = Counter(row.state for row in rows)
+    parts = [f"{states[state]} {state}" for state in ("intact", "changed", "not checked")]
+    if states["removed"]:
+        parts.append(f"{states['removed']} removed by their run and not checked")
     console.print(f"{len(rows)} checkpoints: {', '.join(parts)}")

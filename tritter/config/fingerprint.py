@@ -16,6 +16,7 @@ _WITHOUT_EFFECT = {
     # The steps that follow from it are what is trained
     "pretraining": ("max_tokens",),
     "training": ("max_tokens",),
+    "pipeline": ("keep_stages",),
     "trainer": (
         *("devices", "strategy", "progress", "save_every_n_steps", "check_memory"),
         "activation_checkpointing",  # the same bits
@@ -40,13 +41,17 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"seed": config.seed, "control": config.control}
     for section in SECTIONS:
-        if section == "pipeline" and config.pipeline.target_params is None:
-            continue  # one round, as every run had before there were more
         without = _WITHOUT_EFFECT.get(section, ())
         if section == "evaluation" and not _asks_questions(config):
             without = ("task_questions",)
         values = asdict(getattr(config, section))
         result[section] = {key: values[key] for key in values if key not in without}
+    if config.pipeline.dtype == "source":  # as every run was before there was another
+        del result["pipeline"]["dtype"]
+    if config.pipeline.target_params is None:  # one round, as every run had before there were more
+        result["pipeline"] = {k: v for k, v in result["pipeline"].items() if k == "dtype"}
+        if not result["pipeline"]:
+            del result["pipeline"]
     if not config.evaluation.tasks:  # as every run was before there were any
         result["evaluation"] = {
             key: value for key, value in result["evaluation"].items() if key not in _OF_BENCHMARKS

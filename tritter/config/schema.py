@@ -224,16 +224,20 @@ class TrainingConfig:
 
 @options
 class PipelineConfig:
-    """How often a run expands: once, or round after round until it has a size.
+    """How often a run expands, and what it keeps on disk.
 
     Args:
         target_params: the size; a count, which may be written as 2M.
         strategy: as in `tritter plan`; None: `auto` among the methods of `expansion`.
+        keep_stages: keep the weights of every stage; else they go when the next one is verified.
+        dtype: of the weights that the run publishes; `source`: that of the model it starts from.
     """
 
     target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS), _IN_WORDS] | None
     max_rounds: Count | None
     strategy: Literal["auto", "depth_first", "width_first", "balanced"] | None
+    keep_stages: bool
+    dtype: Literal["source", "float32", "bfloat16"]
 
 
 @options

@@ -69,6 +69,7 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
             write_result=write,
         )
     accept(target)
+    context.ledger.watch_disk()
     discard_saved(folder)
     return StageResult(
         found=fit_found(result),

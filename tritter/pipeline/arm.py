@@ -20,6 +20,7 @@ class Arm:
         prepared_by: the first attempt whose methods are the same, and for which they prepared.
         task: which of the run's tasks it learns, from 0; the others have arms of their own, each of
             which follows the one before.
+        is_final: no later round or task of the run starts from its result.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Arm:
     attempt: int = 1
     prepared_by: int = 1
     task: int = 0
+    is_final: bool = True
 
     @property
     def start(self) -> str:
@@ -69,8 +71,9 @@ class Arm:
 
 def tasks_of(first: Arm, count: int) -> tuple[Arm, ...]:
     """Return an arm and those that go on from it, task after task, which grow no further."""
-    arms = [first]
+    arms = [replace(first, is_final=first.is_final and count == 1)]
     for number in range(2, count + 1):
         name, follows = f"{first.name}_task_{number}", arms[-1].name
-        arms.append(replace(first, name=name, specs=(), follows=follows, task=number - 1))
+        later = replace(first, name=name, specs=(), follows=follows, task=number - 1)
+        arms.append(replace(later, is_final=first.is_final and number == count))
     return tuple(arms)

@@ -168,6 +168,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         )
         _check_whole(context, result)
     accept(folder)
+    context.ledger.watch_disk()
     discard_saved(working)
     moments.discard_left(working)
     return result.seconds

@@ -45,10 +45,12 @@ from tritter.pipeline.scoring import Scores, Scoring, score_file, told, write_sc
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.hub import locate
+from tritter.storage.tensors import main_dtype
 from tritter.terminal import Console, NewBar, progress_bars, shows_bar
 from tritter.training import OptimizerSettings, TrainerSettings
 
 MAX_POSITIONS = 2048  # of a model that does not say
+PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")
 EVALUATED_TOKENS = 4096  # of a domain, each time: 3 % of the default training, all together
 
 
@@ -143,6 +145,15 @@ class RunContext:
         if name.startswith("Paged") and self.device.type == "cpu":
             same = name.removeprefix("Paged")
             yield f"On the CPU nothing is paged: {name} does what {same} does."
+
+    @cached_property
+    def published_dtype(self) -> str:
+        """The dtype of the weights that the run publishes; the baseline must be there."""
+        asked = self.config.pipeline.dtype
+        if asked != "source" or self.given is None:
+            return "float32" if asked == "source" else asked
+        found = main_dtype(self.folder / "baseline")
+        return found if found in PUBLISHED_DTYPES else "float32"
 
     @property
     def domains(self) -> tuple[str, ...]:

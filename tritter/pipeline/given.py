@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tritter.checkpoint import Lineage, Source, write_checkpoint
 from tritter.checkpoint.artifacts import read_artifacts
+from tritter.checkpoint.folder import LinkedTensors
 from tritter.checkpoint.usable import checkpoint_config
 from tritter.config.memory import memory_problems
 from tritter.config.rules.moments import given_problems
@@ -68,14 +69,25 @@ def copy_given(context: RunContext, target: Path) -> Lineage:
     with _wrong_request():
         config = read_config(folder)
         source, artifacts = Source.open(folder, config), read_artifacts(folder)
+        is_linked = _is_linkable(source)
         return write_checkpoint(
             target,
             config=config,
-            tensors=source.stream(),
+            tensors=LinkedTensors(folder, source.read_digests()) if is_linked else source.stream(),
             lineage=lambda: _lineage(source, target, path=model.path),
             artifacts=artifacts,
             overwrite=True,
         )
+
+
+def _is_linkable(source: Source) -> bool:
+    """Say whether the run may share the weight files: nothing will ever write into them.
+
+    Tritter and the hub's cache replace files whole. A folder of another tool may be saved over in
+    place. A file with tensors that the model does not have is written anew.
+    """
+    is_stable = source.lineage is not None or source.folder.parent.name == "snapshots"
+    return is_stable and {t.name for t in source.stored} == set(source.tensors.files)
 
 
 def _lineage(source: Source, target: Path, *, path: str) -> Lineage:

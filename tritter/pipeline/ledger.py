@@ -2,19 +2,20 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from tritter.checkpoint.folder import EXPERTS_FOLDER
 from tritter.checkpoint.left import digests_of, find_damage, read_left
 from tritter.errors import TritterError
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.records import read_record, record_text
+from tritter.storage.records import LEDGER_NAME, read_record, record_text
 
 FORMAT_VERSION = 2  # 2: what each stage left, and a digest of the whole
-LEDGER_NAME = "ledger.json"
 _LOG = ".csv"  # what is only looked at: it may be gone, and holds times that differ
 
 _Kind = type | tuple[type, ...]
@@ -66,7 +67,12 @@ class Ledger:
         self._path = folder / LEDGER_NAME
         self._stages: dict[str, StageResult] = {}
         self._left: dict[str, dict[str, str]] = {}
+        self._disk: dict[str, Counter[str]] = {}  # stage → the most bytes of a kind during it
+        self._watched: Counter[str] = Counter()  # the same of the stage that is going on
         self._again: set[str] = set()  # stages that are done, and of whose things one is gone
+        self._removed: set[str] = set()  # places whose weights no later stage needs
+        self._released: set[str] = set()  # places whose weights can be made again, and may be gone
+        self._incomplete: set[str] = set()  # those of them that are
         if self._path.exists():
             self._read()
 
@@ -94,23 +100,75 @@ class Ledger:
             self._again.remove(stage)
             if self._outcome(stage) != _outcome(result, left):
                 self._forget_after(stage)
-        self._stages[stage], self._left[stage] = result, left
+        self.watch_disk()
+        self._stages[stage], self._left[stage], self._disk[stage] = result, left, self._watched
+        self._watched = Counter()
+        for marked in (self._removed, self._released, self._incomplete):
+            marked.difference_update(left)
+        self._write()
+
+    def watch_disk(self) -> None:
+        """Note how many bytes the run folder holds, at a moment when they may be the most."""
+        self._watched |= disk_bytes(self._folder)
+
+    def mark_removed(self, place: str) -> None:
+        """Record that a folder's weights are removed; its checksums stay in the ledger.
+
+        Call this before anything is removed.
+        """
+        self._released.discard(place)
+        self._mark(self._removed, place)
+
+    def mark_released(self, place: str) -> None:
+        """Record that a folder's weights may be removed while the next stage runs."""
+        self._mark(self._released, place)
+
+    def is_incomplete(self, place: str) -> bool:
+        """Say whether a run that was killed has removed a released folder's weights."""
+        return place in self._incomplete
+
+    def check_complete(self, place: str) -> None:
+        """Compare a folder that was made again with its checksums.
+
+        Raises:
+            TritterError: it came out otherwise.
+        """
+        left = next(left for left in self._left.values() if place in left)
+        for damage in find_damage(self._folder, {place: left[place]}):
+            raise TritterError(
+                f"{damage.what}. This stage does not come out as before; start in another folder."
+            )
+        self._incomplete.discard(place)
+
+    def _mark(self, marked: set[str], place: str) -> None:
+        known = {name for left in self._left.values() for name in left}
+        new = {name for name in known if name == place or name.startswith(f"{place}/")} - marked
+        if new:
+            marked |= new
+            self._write()
+
+    def _write(self) -> None:
         plain = {
             name: {
                 "found": r.found,
                 "flops": r.flops,
                 "seconds": r.seconds,
                 "left": self._left[name],
+                "disk": dict(self._disk[name]),
             }
             for name, r in self._stages.items()
         }
         record = {"format_version": FORMAT_VERSION, "stages": plain}
+        for name, marked in (("removed", self._removed), ("released", self._released)):
+            if marked:
+                record[name] = sorted(marked)
         write_text_atomic(self._path, record_text(record))
 
     def check_left(self) -> tuple[str, ...]:
         """Hold what finished stages left against what the ledger says of it.
 
-        A stage of whose things one is gone altogether counts as not done.
+        A stage of whose things one is gone altogether counts as not done. So do the stages before
+        it whose things the run itself removed: it may need them again.
 
         Returns:
             The stages that are done again, each with what is gone.
@@ -122,12 +180,17 @@ class Ledger:
         places: list[str] = []
         gone: dict[str, str] = {}
         for stage, left in self._left.items():
-            for damage in find_damage(self._folder, left):
-                if not damage.is_gone:
-                    changed.append(f"  {damage.what}")
-                    places.append(str(self._folder / damage.place))
-                elif not damage.place.endswith(_LOG):
-                    gone.setdefault(stage, damage.what)
+            for place in (place for place in left if place not in self._removed):
+                damages = find_damage(self._folder, {place: left[place]})
+                if place in self._released and any(each.is_missing for each in damages):
+                    self._incomplete.add(place)
+                    continue
+                for damage in damages:
+                    if not damage.is_gone:
+                        changed.append(f"  {damage.what}")
+                        places.append(str(self._folder / damage.place))
+                    elif not damage.place.endswith(_LOG):
+                        gone.setdefault(stage, damage.what)
         if changed:
             raise TritterError(
                 "what the run left is not as it was left:\n"
@@ -136,6 +199,10 @@ class Ledger:
                 + " and ".join(dict.fromkeys(places))
                 + ", and the run makes it again; or start in another folder."
             )
+        before = list(self._left)[: max((list(self._left).index(name) for name in gone), default=0)]
+        for stage in before:
+            for place in sorted(self._removed.intersection(self._left[stage])):
+                gone.setdefault(stage, f"{self._folder / place} was removed")
         self._again = set(gone)
         return tuple(f"{what}: {stage} is done again" for stage, what in gone.items())
 
@@ -147,23 +214,31 @@ class Ledger:
         """Return seconds per stage and in total."""
         return _with_total(result.seconds for result in self._stages.values())
 
+    def peak(self, kind: str) -> int:
+        """Return the most bytes of `weights` or `state` that the run folder had so far."""
+        return max((disk[kind] for disk in self._disk.values()), default=0)
+
     def _outcome(self, stage: str) -> str:
         return _outcome(self._stages[stage], self._left[stage])
 
     def _forget_after(self, stage: str) -> None:
         names = list(self._stages)
         for name in names[names.index(stage) + 1 :]:
-            del self._stages[name], self._left[name]
+            del self._stages[name], self._left[name], self._disk[name]
             self._again.discard(name)
 
     def _read(self) -> None:
         advice = "start in another folder"
         try:
-            stages = read_record(self._path, format_version=FORMAT_VERSION)["stages"]
+            record = read_record(self._path, format_version=FORMAT_VERSION)
+            stages = record["stages"]
+            for name, marked in (("removed", self._removed), ("released", self._released)):
+                marked |= set(read_left(dict.fromkeys(record.get(name, ()), "")))
             for name, plain in stages.items():
                 left = read_left(plain["left"])
                 self._stages[name] = _result(name, plain, tuple(left))
                 self._left[name] = left
+                self._disk[name] = Counter(plain.get("disk", {}))  # the ledgers of before had none
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, TritterError):
                 raise TritterError(f"{error} Nothing was made of it; {advice}.") from error
@@ -179,7 +254,7 @@ def _result(name: str, plain: Mapping[str, Any], leaves: tuple[str, ...]) -> Sta
     for part in ("found", "flops", "seconds"):
         if not isinstance(plain[part], dict):
             raise ValueError(f"{name}.{part} is no mapping")
-    costs = [*plain["flops"].values(), *plain["seconds"].values()]
+    costs = [*plain["flops"].values(), *plain["seconds"].values(), *plain.get("disk", {}).values()]
     if not all(isinstance(cost, int | float) for cost in costs):
         raise ValueError(f"{name}: a cost is no number")
     for key, kind in _FOUND.get(name.rpartition(".")[2], {}).items():
@@ -200,6 +275,23 @@ def _with_total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
         for name, value in part.items():
             merged[name] = merged.get(name, 0.0) + float(value)
     return {**merged, "total": sum(merged.values())}
+
+
+def disk_bytes(folder: Path) -> Counter[str]:
+    """Return the bytes of the `weights` and the training `state` below a folder.
+
+    Weights are the safetensors next to a config.json and those of LoRA experts. A file with
+    several names counts once.
+    """
+    counts, seen = Counter[str](), set[int]()
+    for path in sorted(folder.rglob("*.safetensors")):
+        found = path.stat()
+        if found.st_ino not in seen:
+            seen.add(found.st_ino)
+            parts = path.relative_to(folder).parts
+            is_weights = (path.parent / "config.json").exists() or EXPERTS_FOLDER in parts
+            counts["weights" if is_weights else "state"] += found.st_size
+    return counts
 
 
 def content_key(content: Mapping[str, object]) -> str:

@@ -71,6 +71,7 @@ def planned_trials(context: RunContext) -> tuple[Trial, ...]:
             (shape.spec,),
             follows=f"round_{number - 1}" if number > 1 else None,
             is_round=True,
+            is_final=number == len(shapes),
         )
         for number, shape in enumerate(shapes, start=1)
     )

@@ -16,7 +16,7 @@ from tritter.config.launch.jobs import read_status
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status, decide
-from tritter.pipeline import adaptation, importance, moe, stages, verdict
+from tritter.pipeline import adaptation, disk, importance, moe, stages, verdict
 from tritter.pipeline.arm import Arm, tasks_of
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.given import check_given
@@ -93,6 +93,7 @@ def _run_stages(context: RunContext) -> Outcome:
     last, status = trials[-1], trials[-1].status
     control = _run_control(last, num_rounds=len(trials) if last.arms[0].is_round else 1)
     context.stage("publish", lambda: _publish(last, status), label="publish")
+    disk.remove_rest(context, *(arm for each in (*trials, control) for arm in each.arms))
     summary = summary_record(
         context, trials, control=control, control_gate=_gate(control) if control.arms else None
     )
@@ -115,6 +116,7 @@ def _run_stages(context: RunContext) -> Outcome:
     step = sum(num_steps(context, name) for name in own)
     log_result_to_wandb(context, summary, plots, step=step)
     print_summary(summary, console=context.console, folder=run_folder)
+    context.say("disk", disk.report(summary["disk"]))
     _print_next(last.context, summary, plots)
     leaves = (SUMMARY_NAME, "checkpoint", "scores")
     return Outcome(status=status, metric=_metric(summary), summary_path=path, leaves=leaves)
@@ -142,6 +144,10 @@ def _run_trials(context: RunContext) -> list[Trial]:
             break
         if first.is_round and not is_last:
             context.stage(first.key("keep"), partial(_keep, context, first), label="publish")
+            if first.follows:
+                disk.remove(context, f"{first.follows}/trained")
+        elif not is_last:
+            disk.remove(context, f"{trial.arms[-1].name}/trained")
     return run
 
 
@@ -169,7 +175,9 @@ def _run_control(last: Trial, *, num_rounds: int) -> Trial:
         return replace(last, arms=())
     context.say("control", "the un-grown base, trained in the same way")
     first = replace(CONTROL, num_trainings=num_rounds, prepared_by=last.arms[0].prepared_by)
-    return replace(last, arms=_run_tasks(context, tasks_of(first, len(context.text.tasks))))
+    arms = _run_tasks(context, tasks_of(first, len(context.text.tasks)))
+    disk.remove(context, f"{arms[-1].name}/trained")
+    return replace(last, arms=arms)
 
 
 def _run_importance(context: RunContext, arm: Arm) -> None:
@@ -222,6 +230,7 @@ def run_arm(context: RunContext, arm: Arm, *, first_step: int = 0) -> Arm:
             lambda: stages.training(context, arm, loggers=loggers),
             label=label("fit"),
         )
+        disk.remove_before_fit(context, arm)
         context.stage(
             f"{key}.evaluate", lambda: stages.evaluation(context, arm), label=label("evaluate")
         )

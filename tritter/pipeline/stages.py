@@ -15,7 +15,6 @@ from tritter.checkpoint import Lineage, lineage_of, record_step0_error
 from tritter.data.datamodule import EvaluationText
 from tritter.errors import RequestError
 from tritter.evaluation.jump import logit_jump
-from tritter.expand import expand
 from tritter.families import count_parameters, forward_flops
 from tritter.forgetting import build_methods
 from tritter.forgetting.freeze import hold_still
@@ -26,6 +25,7 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import obtain_base
 from tritter.pipeline.baseline_scores import score_baseline
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.disk import release_start, write_expanded
 from tritter.pipeline.given import copy_given
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.samples import said
@@ -37,9 +37,10 @@ from tritter.pipeline.trained import (
     arm_writer,
     child_of,
     measuring_flops,
+    round_weights,
     with_routing,
 )
-from tritter.storage.atomic import atomic_folder
+from tritter.storage.atomic import atomic_folder, copy_tree
 from tritter.training import (
     BaseModule,
     FitResult,
@@ -68,7 +69,7 @@ def baseline(context: RunContext) -> StageResult:
         base = obtain_base(context)
         seconds["pretraining"] = base.seconds
         with atomic_folder(folder, overwrite=True) as temporary:
-            shutil.copytree(base.folder, temporary, dirs_exist_ok=True)
+            copy_tree(base.folder, temporary)
     score_baseline(context, folder)
     lineage, reading = lineage_of(folder), experts.reading_flops_of(context, folder)
     return StageResult(
@@ -95,15 +96,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     if not arm.specs:
         return StageResult(found={"parameters": count_parameters(read_config(source)), "notes": []})
     plan = context.planned(arm)
-    # In float32 whatever the source is stored in: an exact map is exact only before rounding
-    expand(
-        source,
-        folder,
-        plan,
-        dtype=torch.float32,
-        moments="carry" if context.config.optimizer.carry else "zero",
-        overwrite=True,
-    )
+    write_expanded(context, arm, folder)
     notes = [f"{step.spec.name}: {note}" for step in plan.steps for note in step.notes]
     notes += [_layer_note(step.parameter_map.layer_sources, step.spec.name) for step in plan.steps]
     context.say(
@@ -175,6 +168,7 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
             context, arm, module, setup, task, folder=folder, label="router", write_result=write
         )
     accept(target)
+    context.ledger.watch_disk()
     discard_saved(folder)
     return StageResult(
         found=fit_found(result),
@@ -185,6 +179,7 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
 
 def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> StageResult:
     """Continue on the new domains under the methods against forgetting."""
+    frees_start = release_start(context, arm)
     start = moe.start_folder(context, arm)
     asked = experts.training_of(context, arm)
     settings = replace(asked, max_steps=asked.max_steps * arm.num_trainings)
@@ -205,7 +200,8 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             moments=moments.carried(context, start, model),
         )
         folder, text = context.folder / arm.name, context.evaluation_text
-        write = arm_writer(context, arm, is_routed=bool(setup.side_losses))
+        is_routed = bool(setup.side_losses)
+        write = arm_writer(context, arm, is_routed=is_routed, frees_start=frees_start)
         result = _fit(
             context,
             arm,
@@ -221,6 +217,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             changers=(*changers, *trainee.changers),
         )
     accept(write.target)
+    context.ledger.watch_disk()
     flops = result.flops + measuring_flops(context, write)
     if result.stopped_because is not None:
         context.say("", f"training was broken off: {result.stopped_because}")
@@ -341,6 +338,8 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     trained = context.reading(
         experts.load_start(context, arm, context.folder / arm.name / "trained")
     )
+    if not arm.is_final:
+        round_weights(trained, context.published_dtype)
     who = "the control" if arm.is_control else "the trained model"
     context.say("evaluate", f"{who} on {', '.join(context.domains)}")
     context.score(trained, f"{arm.name}-trained")

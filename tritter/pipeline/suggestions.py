@@ -31,7 +31,7 @@ def next_commands(
     checkpoint = str(folder / "checkpoint")
     if summary["status"] != "rolled_back":
         lines.append(tritter_command(["generate", "--checkpoint", checkpoint, "--prompt", "TEXT"]))
-    elif (trained := folder / f"attempt_{len(summary.get('attempts', ()))}" / "trained").is_dir():
+    elif any((trained := _last_trained(folder, summary)).glob("*.safetensors")):
         refused = tritter_command(["inspect", str(trained)])
         lines.append(f"{refused}   # what was trained and not kept")
     lines.append(tritter_command(["history", checkpoint, "--verify"]))
@@ -40,6 +40,10 @@ def next_commands(
         runs = tool_command("wandb", ["sync", str(folder / "wandb")])
         lines.append(f"{runs}/offline-run-*   # upload to W&B")  # unquoted: the shell expands it
     return lines
+
+
+def _last_trained(folder: Path, summary: Mapping[str, Any]) -> Path:
+    return folder / f"attempt_{len(summary.get('attempts', ()))}" / "trained"
 
 
 Advice = Iterator[tuple[dict[str, str], str]]

@@ -8,7 +8,7 @@ from typing import Any
 from tritter.evaluation.transfer import LearnedTask, transfer_matrix
 from tritter.families import count_parameters, on_disk
 from tritter.models import read_config
-from tritter.pipeline import experts, growth, importance, moe
+from tritter.pipeline import disk, experts, growth, importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult
@@ -59,6 +59,7 @@ def summary_record(
         "seconds": context.ledger.seconds(),
         "parameters": {name: count_parameters(config) for name, config in sizes.items()},
         "parameters_on_disk": {name: count_parameters(on_disk(c)) for name, c in sizes.items()},
+        "disk": disk.record(context),
         "checkpoint": "checkpoint",
         "lineage": context.ledger["publish"].found,
         "samples": context.ledger[f"{last.name}.evaluate"].found["samples"],

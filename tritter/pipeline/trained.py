@@ -1,19 +1,23 @@
 """The checkpoint that a training leaves in the run folder."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tritter.checkpoint import Lineage, lineage_of, write_checkpoint
-from tritter.checkpoint.folder import Artifact
+from tritter.checkpoint.folder import Artifact, LinkedTensors
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.left import checkpoint_changes
 from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.data.apart import lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.losses import sequence_losses
+from tritter.experts.adapters import is_of_adapter
+from tritter.experts.mixture import ROUTER
 from tritter.families import Config, family_of
 from tritter.models import (
     config_of,
@@ -29,6 +33,7 @@ from tritter.pipeline.experts import ExpertsAsked, base_of, left_beside, reading
 from tritter.pipeline.growth import GrowthAsked
 from tritter.pipeline.kept import left_sequences
 from tritter.stock_routers import AddedExperts, Routing
+from tritter.storage.tensors import is_finite, main_dtype
 from tritter.storage.writer import TensorStream
 from tritter.training import FitResult
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
@@ -42,6 +47,8 @@ class TrainedWriter:
     A record, which goes to the process that trains.
 
     Args:
+        dtype: of its weights. Training is in float32; only what the run publishes is rounded.
+        frees_start: the start's weights can be made again, and go before the result is written.
         lineage: of the child, all but the steps and what follows from them.
         steps_before: optimizer steps of the arm before this training.
         earlier_steps: those of the tasks before, since the last expansion.
@@ -57,6 +64,8 @@ class TrainedWriter:
     start: Path
     target: Path
     lineage: Lineage
+    dtype: str = "float32"
+    frees_start: bool = False
     steps_before: int = 0
     earlier_steps: int = 0
     added: AddedExperts | None = None
@@ -73,14 +82,21 @@ class TrainedWriter:
         if added is not None and self.anneal_steps is not None:
             added = added.at(added.step + steps, anneal_steps=self.anneal_steps)
         is_settled = added is None or added.is_settled
-        # In float32 whatever the start was stored in; rounding back would lose small updates
         start = read_config(self.start)
+        if self.frees_start:
+            _unlink_weights(self.start, model)
         config = start
+        tensors: TensorStream | LinkedTensors
         if self.experts is None:
-            config = {**_followed(start, model), "dtype": "float32"}
-            tensors = TensorStream.of(stored_tensors(whole_state(model), config))
+            config = _followed(start, model)
+            trained = dict(stored_tensors(whole_state(model), config))
+            dtype = fitting_dtype(trained.values(), self.dtype)
+            config["dtype"], tensors = dtype, TensorStream.of(trained.items()).to(_torch(dtype))
+        elif main_dtype(self.start) == self.dtype:
+            tensors = LinkedTensors(self.start, lineage_of(self.start).tensor_digests)
         else:
-            tensors = base_of(self.start).stream()
+            tensors = base_of(self.start).stream().to(_torch(self.dtype))
+            config = {**config, "dtype": self.dtype}
         grown = [] if self.growth is None else self.growth.records(start, config, result)
         grown += [] if self.experts is None else self.experts.records(config, result)
         write_checkpoint(
@@ -107,6 +123,42 @@ class TrainedWriter:
             state = Routing.attached(model)
             assert state is not None
             SafetensorsCheckpointIO().save_checkpoint(state.state_dict(), self.routing_state)
+
+
+def _torch(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def fitting_dtype(values: Iterable[Tensor], dtype: str) -> str:
+    """Return `dtype`, or float32 where float16, which has a shorter range, can't hold a value."""
+    if dtype == "float16" and not all(is_finite(value.detach().half()) for value in values):
+        return "float32"
+    return dtype
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, dtype: str) -> None:
+    """Round a model's weights to the dtype that is published, and keep computing in theirs.
+
+    LoRA experts are published as they are.
+    """
+    dtype = fitting_dtype(model.parameters(), dtype)
+    for name, parameter in model.named_parameters():
+        if not (is_of_adapter(name) or ROUTER in name) and parameter.is_floating_point():
+            parameter.copy_(parameter.to(_torch(dtype)))
+
+
+def _unlink_weights(folder: Path, model: nn.Module) -> None:
+    """Remove the weights that a model was loaded from.
+
+    The disk is free only when no mapped file is left, and safetensors maps what it loads.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
 
 
 def _measured(kept: KeptSequences, model: nn.Module) -> KeptSequences:
@@ -165,7 +217,17 @@ def child_of(
     )
 
 
-def arm_writer(context: RunContext, arm: Arm, *, is_routed: bool) -> TrainedWriter:
+def _dtype_of(context: RunContext, arm: Arm, start: Path) -> str:
+    """Return the dtype of what an arm's training leaves: later ones start from float32."""
+    if arm.is_final:
+        return context.published_dtype
+    is_frozen = context.config.experts is not None and not arm.is_control
+    return main_dtype(start) if is_frozen else "float32"
+
+
+def arm_writer(
+    context: RunContext, arm: Arm, *, is_routed: bool, frees_start: bool
+) -> TrainedWriter:
     """Return what writes an arm when it is trained."""
     start, folder = moe.start_folder(context, arm), context.folder / arm.name
     target, added = folder / "trained", moe.appended(context, arm)
@@ -173,6 +235,8 @@ def arm_writer(context: RunContext, arm: Arm, *, is_routed: bool) -> TrainedWrit
     return TrainedWriter(
         start=start,
         target=target,
+        dtype=_dtype_of(context, arm, start),
+        frees_start=frees_start,
         lineage=child_of(
             context, arm, start, target, stage="continued training", is_adapted=added is not None
         ),

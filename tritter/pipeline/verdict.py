@@ -1,12 +1,14 @@
 """The end of a run: the gate's checks, and the checkpoint that follows from them."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from tritter.checkpoint import Lineage, lineage_of, write_lineage
+import torch
+
+from tritter.checkpoint import Lineage, Source, lineage_of, write_checkpoint, write_lineage
+from tritter.checkpoint.artifacts import read_artifacts
 from tritter.evaluation.gate import (
     Check,
     new_capability_check,
@@ -24,7 +26,9 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.held_checks import held_checks
 from tritter.pipeline.moe import start_folder
-from tritter.storage.atomic import atomic_folder
+from tritter.pipeline.trained import fitting_dtype
+from tritter.storage.atomic import atomic_folder, copy_tree
+from tritter.storage.tensors import main_dtype
 
 
 def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
@@ -88,6 +92,8 @@ def complete(context: RunContext, arm: Arm) -> Lineage:
 def publish(context: RunContext, arms: Sequence[Arm], *, keep: bool) -> Lineage:
     """Put what was kept at `checkpoint/`: the trained model, or after a rollback its start.
 
+    Weights that are in the dtype of the run already are linked, others rounded.
+
     Args:
         arms: those of the attempt, task after task.
     """
@@ -99,10 +105,23 @@ def publish(context: RunContext, arms: Sequence[Arm], *, keep: bool) -> Lineage:
         lineage = _completed(context, arms, lineage)
     elif first.follows:
         lineage = replace(lineage, parent_path=f"../{first.follows}/expanded")
-    with atomic_folder(target, overwrite=True) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
-        write_lineage(temporary, lineage, read_config(source))
-    return lineage_of(target)
+    config, dtype = read_config(source), context.published_dtype
+    is_ready = last.is_final if keep else first.follows is None
+    if is_ready or main_dtype(source) == dtype:
+        with atomic_folder(target, overwrite=True) as temporary:
+            copy_tree(source, temporary)
+            write_lineage(temporary, lineage, config)
+        return lineage_of(target)
+    opened = Source.open(source, config)
+    dtype = fitting_dtype((opened.read_stored(each.name) for each in opened.stored), dtype)
+    return write_checkpoint(
+        target,
+        config={**config, "dtype": dtype},
+        tensors=opened.stream().to(getattr(torch, dtype)),
+        lineage=lambda: lineage,
+        artifacts=read_artifacts(source),
+        overwrite=True,
+    )
 
 
 def _completed(context: RunContext, arms: Sequence[Arm], lineage: Lineage) -> Lineage:

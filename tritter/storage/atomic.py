@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all: temporary sibling, fsync, rename."""
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
@@ -18,6 +19,10 @@ from tritter.storage.reading import kind_of
 
 _AT_FDCWD = -100  # from fcntl.h
 _RENAME_EXCHANGE = 2  # from linux/fs.h
+_NO_LINKS = {
+    *(errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK),
+    *(errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP),
+}
 _ASIDE = "old-"  # mkdtemp's own characters hold no hyphen
 
 
@@ -79,6 +84,31 @@ def write_text_atomic(path: Path, text: str) -> None:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; copy it where the file system has no hard links.
+
+    Meant for weights, which nothing opens for writing: they are replaced by a rename.
+    """
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a checkpoint folder into an existing one: weights as hard links, the rest as copies."""
+
+    def copy(path: str, place: str) -> None:
+        if path.endswith(".safetensors"):
+            link_or_copy(Path(path), Path(place))
+        else:
+            shutil.copyfile(path, place)
+
+    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=copy)
 
 
 def remove_folder(target: Path) -> None:

@@ -6,8 +6,10 @@ import json
 import mmap
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +178,14 @@ class TensorReader:
         except (SafetensorError, OSError, MemoryError) as error:
             raise TritterError(f"{path} cannot be read ({error}).") from error
         return tensor
+
+
+def main_dtype(folder: Path) -> str:
+    """Return the dtype of most of a folder's values, as torch calls it without "torch."."""
+    tensors, counts = TensorFolder.open(folder), Counter[str]()
+    for name in tensors.files:
+        counts[str(tensors.torch_dtype(name)).removeprefix("torch.")] += prod(tensors.shape(name))
+    return counts.most_common(1)[0][0]
 
 
 def is_computed(name: str) -> bool:

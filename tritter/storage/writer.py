@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -91,6 +91,15 @@ class TensorStream:
         held = list(pairs)
         entries = tuple(TensorEntry(name, t.dtype, tuple(t.shape)) for name, t in held)
         return cls(entries, held)
+
+    def to(self, dtype: torch.dtype) -> TensorStream:
+        """Return the stream with its floating-point tensors rounded to `dtype`."""
+        entries = tuple(
+            replace(entry, dtype=dtype) if entry.dtype.is_floating_point else entry
+            for entry in self.entries
+        )
+        held = zip(entries, self.whole(), strict=True)
+        return TensorStream(entries, ((name, value.to(each.dtype)) for each, (name, value) in held))
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors; those that come in pieces are put together."""

@@ -145,6 +145,7 @@ class Conclusion(Callback):
             module.model.to("cpu")
         if trainer.is_global_zero:
             self.result = self._taken_stock(trainer, module)
+            self._before = {}  # the writer may need the memory
             error = self._written(module.model, self.result)
         trainer.strategy.reduce_boolean_decision(error is None)
         if error is not None:
