@@ -1,10 +1,13 @@
 """A package of somebody else's: the examples of docs/extending.md, found in both ways."""
 
+import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from tests.pipeline.tiny import TINY
 from tritter.cli import main as tritter
 from tritter.conf_folder import config_folder
 from tritter.config.folders import composing_from, front_of
+from tritter.config.launch.completion import completions
 from tritter.pipeline.suggestions import next_commands
 from tritter.storage.reading import read_object
 
@@ -246,11 +250,13 @@ def test_a_run_with_it_goes_on_only_with_the_same_class(
     logs = held["callbacks"]["loss_log"]
     assert logs["_target_"] == "mine.callbacks.LossLog"
     assert (logs["every_n_steps"], len(logs["sha256"])) == (1, 64)
-    # The run says itself where its options lay
-    assert "This run is finished" in run(f"resume={place}").out
+    # The run says itself where its options came from; who trusts it types the command
+    typed = printed_words(run(f"resume={place}").err)
+    assert typed[:5] == [f"--config-dir={tmp_path / 'conf'}", *words[:2], *words[3:5]]
+    assert "This run is finished" in run(*typed).out
     with (folder / "mine/forgetting.py").open("a") as file:
         file.write("\n# another class by now\n")
-    refused = run(f"resume={place}")
+    refused = run(*typed)
     assert refused.code == 2
     assert "forgetting.damp.sha256" in refused.err
 
@@ -286,6 +292,56 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "conf"
 
 
+SPELLINGS = [
+    "[conf]",
+    "['{place}/conf']",
+    "[file://conf]",
+    "[file://{place}/conf]",
+    "[pkg://mine.conf]",
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_hydras_own_spelling_finds_the_same_options(
+    conf: Path, run: Callable[..., Result], pipeline: FakePipeline, spelling: str
+) -> None:
+    shutil.copytree(conf, conf.parent / "site/mine/conf")
+    place = conf.parent / ("site/mine/conf" if "pkg" in spelling else "conf")
+    word = "hydra.searchpath=" + spelling.format(place=conf.parent)
+    words = ["forgetting=[replay,damp]", "expansion=one_more", "seed=1"]
+    failed = run(*words, word, "hydra.run.dir=one")
+    assert failed.code == 1 and run("-cd", str(place), *words, "hydra.run.dir=two").code == 1
+    assert pipeline.configs[0] == pipeline.configs[1]
+    assert printed_words(failed.err)[0] == f"--config-dir={place}"
+    assert run(*printed_words(failed.err)).code == 1  # "Go on with:"
+    refused = run("resume=one")  # what is recorded is not searched
+    assert refused.code == 2 and printed_words(refused.err)[0] == f"--config-dir={place}"
+    assert run("resume=one", word, *words).code == 1
+    # Help, refusals, completion, sweeps and the other program see the same
+    assert "share: 0.5 # of each" in run(word, "forgetting=damp", "--help").out
+    assert "Did you mean damp?" in run(word, "forgetting=dampp").err
+    assert completions([word, "forgetting=[replay,da"]) == ["forgetting=[replay,damp"]
+    assert completions([word, "-cn", "my"]) == ["my_run"]
+    assert run("-m", word, "forgetting=damp,none", "hydra.sweep.dir=sweep").code == 0
+    assert [len(config.forgetting) for config in pipeline.configs[-2:]] == [1, 0]
+    assert run("-cn", "my_run", word, "--cfg", "job").code == 0
+    assert "checkpoint = nowhere" in run_tritter(f"train --checkpoint nowhere {word} --data x")
+
+
+def run_tritter(words: str) -> str:
+    """Return what a command line of `tritter` prints as errors."""
+    with redirect_stderr(io.StringIO()) as errors:
+        tritter(words.split())
+    return errors.getvalue()
+
+
+def test_no_option_file_extends_the_search_path(conf: Path, run: Callable[..., Result]) -> None:
+    text = (conf / "my_run.yaml").read_text()
+    (conf / "my_run.yaml").write_text(f"{text}\nhydra:\n  searchpath: [file://{conf}/other]\n")
+    refused = run("-cd", "conf", "-cn", "my_run")
+    assert refused.code == 2 and "hydra.searchpath=[DIR] or --config-dir DIR" in refused.err
+
+
 @pytest.mark.parametrize("found_by", [["-cd", "conf"], ["--config-dir=conf", "-cn=my_run"]])
 def test_commands_that_are_printed_find_the_same_options(
     conf: Path, run: Callable[..., Result], pipeline: FakePipeline, found_by: list[str]
@@ -318,8 +374,11 @@ def test_a_folder_that_was_moved_is_named_again(
 ) -> None:
     assert run("-cd", "conf", "forgetting=damp", "seed=1", "hydra.run.dir=one").code == 1
     conf.rename(conf.with_name("moved"))
-    assert "name the folder of its options with --config-dir" in run("resume=one").err
-    assert run("resume=one", "-cd", "moved").code == 1
+    assert f"--config-dir={conf}" in run("resume=one").err
+    refused = run("resume=one", "-cd", "moved")  # an option that Tritter does not ship
+    words = printed_words(refused.err)
+    assert words[:2] == [f"--config-dir={conf.with_name('moved')}", "forgetting=damp"]
+    assert run(*words).code == 1
     assert len(pipeline.configs) == 2
 
 

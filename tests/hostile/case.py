@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.hostile.sandbox import SECRET, Sandbox
+from tests.hostile.sandbox import EXECUTED, SECRET, Sandbox, touched, watched
 
 TIME_LIMIT_SECONDS = 30
 MEMORY_LIMIT_BYTES = 2 * 10**9
@@ -33,12 +33,14 @@ class Case:
         words: its arguments.
         may_change: paths below the sandbox that a command which fails or succeeds may write to
             (its own run folder or output).
+        unread: folders that no command may list, nor read files in.
     """
 
     story: str
     program: str
     words: tuple[str, ...]
     may_change: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -62,6 +64,8 @@ def run_case(case: Case, sandbox: Sandbox, program: Callable[[list[str]], int]) 
     out, err = io.StringIO(), io.StringIO()
     _reset_peak()
     resting, since = _resident(), time.monotonic()
+    touched.clear()
+    watched.update(Path(folder).resolve() for folder in case.unread)
     try:
         with _in_folder(sandbox.inside), _alarm(), _captured(out, err):
             outcome.code = _called(program, list(case.words))
@@ -71,7 +75,9 @@ def run_case(case: Case, sandbox: Sandbox, program: Callable[[list[str]], int]) 
         outcome.faults.append("memory: MemoryError")
     except BaseException:
         outcome.faults.append(f"traceback: {traceback.format_exc(limit=-6)}")
+    watched.clear()
     outcome.seconds = time.monotonic() - since
+    outcome.faults += [f"read: {touched[:3]}"] if touched else []
     outcome.peak_bytes = max(0, _peak() - resting)
     outcome.output = out.getvalue() + err.getvalue()
     outcome.faults += _faults_of_output(outcome, err.getvalue())
@@ -124,6 +130,8 @@ def _faults_on_disk(
         yield f"loss: {destroyed[:5]}"
     if strays := [path for path in new if _TEMPORARY.match(Path(path).name)]:
         yield f"left behind: {strays[:3]}"
+    if any(Path(path).name == EXECUTED for path in new):
+        yield "executed: code that the input names"
     for path in new:
         place = sandbox.root / path
         is_small = place.is_file() and not place.is_symlink() and place.stat().st_size < 2**26

@@ -17,7 +17,7 @@ from tritter.storage.records import record_text
 
 _CHECKPOINTS = ("base", "grown", "grown", "sparse", "skilled")
 _MAX_BYTES = 2**26  # more are those of a sparse file, which an earlier damage left
-_KEYS = (ROOT / "tests/config/keys.txt").read_text().split()
+KEYS = (ROOT / "tests/config/keys.txt").read_text().split()
 
 
 def folders(rng: random.Random, sandbox: Sandbox) -> Case:
@@ -178,7 +178,7 @@ def overrides(rng: random.Random, sandbox: Sandbox) -> Case:
     """Settings of train.py: every key with every kind of value, and words that are none."""
     words = []
     for _ in range(rng.choice((1, 1, 2))):
-        key = rng.choice([*_KEYS, *_KEYS, *_GROUPS, *_GROUPS, *_HYDRA])
+        key = rng.choice([*KEYS, *KEYS, *_GROUPS, *_GROUPS, *_HYDRA])
         group, _, rest = key.partition(".")
         if group in ("expansion", "forgetting") and rest and rng.random() < 0.9:
             words.append(f"{group}={rest.partition('.')[0]}")  # else the key is refused unread
@@ -203,7 +203,7 @@ _NEEDED = {
     "generate": ("--checkpoint", "source", "--prompt", "the", "--max-new-tokens", "2"),
     "plan": ("--source", "125M", "--target", "350M", "--gpu-hours", "10"),
 }
-_GROUPS = (*sorted({key.partition(".")[0] for key in _KEYS}), "model", "experiment")
+_GROUPS = (*sorted({key.partition(".")[0] for key in KEYS}), "model", "experiment")
 _HYDRA = (
     *("hydra.run.dir", "hydra.sweep.dir", "hydra.output_subdir", "hydra.launcher._target_"),
     *("hydra.job.name", "hydra.sweeper._target_", "hydra.callbacks.x._target_", "hydra.verbose"),

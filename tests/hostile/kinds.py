@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[Generator, int]] = {
     "reports": (run_generators.reports, 200),
     "validations": (run_generators.validations, 120),
     "runs": (run_generators.runs, 120),
+    "resumptions": (run_generators.resumptions, 300),
     "texts": (run_generators.texts, 140),
     "continued": (run_generators.continued, 60),
 }

@@ -1,6 +1,7 @@
 """Generators of damaged runs, sweeps, texts and benchmarks; each sets up its sandbox."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 
 from tests.hostile import values
 from tests.hostile.case import Case
-from tests.hostile.generators import damage_file
-from tests.hostile.sandbox import Sandbox, special
+from tests.hostile.generators import KEYS, damage_file
+from tests.hostile.sandbox import EXECUTED, Sandbox, special
 from tests.hostile.templates import RUNS, SMALL_RUN
+from tritter.storage.records import record_text
 
 
 def runs(rng: random.Random, sandbox: Sandbox) -> Case:
@@ -22,8 +24,84 @@ def runs(rng: random.Random, sandbox: Sandbox) -> Case:
     words = [word.replace("texts/", f"{sandbox.templates / 'texts'}/") for word in words]
     words = [word.replace("every_n_steps=1", "every_n_steps=0") for word in words]  # it is quicker
     if rng.random() < 0.4:
-        words = ["resume=run"]
+        words[-1] = "resume=run"  # with all that is not replayed of what templates are made with
     return Case(f"{name}: {story}", "train.py", tuple(words), ("inside/run",))
+
+
+def resumptions(rng: random.Random, sandbox: Sandbox) -> Case:
+    """Run folders that come from elsewhere: their record names code, folders and servers."""
+    name = rng.choice(("outputs/runs/one", "run"))
+    folder = sandbox.take(rng.choice(("finished", "unfinished")), name)
+    conf = sandbox.inside / rng.choice((f"{name}/conf", f"{name}-conf", "conf"))
+    command = f"touch {sandbox.root / EXECUTED}"
+    _write_evil_options(conf, command)
+    (sandbox.inside / "link").symlink_to(conf)
+    near = os.path.relpath(conf, sandbox.inside)
+    places = (str(conf), near, f"./{near}", f"{folder}/../{near}", f"/proc/self/cwd/{near}")
+    places += (f"/proc/self/root{conf}", f"//{conf}", f"{conf}/.", "link", "/", "/etc", "..", "~")
+    record = json.loads((folder / "run.json").read_text())
+    sound = [word for word in record["overrides"] if not word.startswith(("data", "cache_dir"))]
+    words = rng.sample(sound, rng.choice((0, 2, len(sound))))
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        words.insert(rng.randint(0, len(words)), _evil_word(rng, rng.choice(places), command))
+    record["overrides"] = words
+    record["config_folders"] = rng.choices(places, k=rng.choice((0, 0, 1, 1, 2)))
+    if rng.random() < 0.2:
+        record["config_name"] = rng.choice(("evil", "../conf/evil", str(conf / "evil"), ""))
+    (folder / "run.json").write_text(record_text(record))
+    typed = [f"resume={name}"] if name == "run" or rng.random() < 0.6 else ["resume=latest"]
+    typed += rng.choice(([], [], ["trainer.progress=off"], ["--cfg", "job"], ["callbacks=none"]))
+    if rng.random() < 0.15:
+        typed = [*sound, f"hydra.run.dir={name}"]
+    story = f"{words} in {record['config_folders']}"
+    unread = ("/", "/etc", str(sandbox.outside))  # a run's own folders are looked through
+    unread += () if conf.is_relative_to(folder) else (str(conf),)
+    return Case(story, "train.py --dry", tuple(typed), (f"inside/{name}",), unread)
+
+
+def _evil_word(rng: random.Random, folder: str, command: str) -> str:
+    """Return an override that executes, sends, scans or writes something, or tries what does."""
+    call = f"{{_target_: os.system, command: '{command}'}}"
+    nested = f"{{_target_: lightning.pytorch.callbacks.Timer, interval: {call}}}"
+    body = rng.choice((call, nested, f"[{call}]", "${oc.env:HOME}", "'${oc.env:HOME}'"))
+    group = rng.choice(_EVIL_GROUPS)
+    return rng.choice(
+        (
+            *(f"evaluation.code_sandbox_command='{command}'", "evaluation.code_sandbox=external"),
+            *("evaluation.allow_code=[humaneval]", f"{group}=evil", f"{group}=[evil]"),
+            *(f"{group}={folder}/{group}/evil", f"+{group}@callbacks=evil", f"{group}={body}"),
+            *(f"+callbacks.x={body}", f"++callbacks.early_stopping={body}", f"growth.at={body}"),
+            *(f"growth.trigger={body}", f"optimizer.betas={body}", f"logger.own={body}"),
+            *(f"+hydra.callbacks.x={body}", "+hydra.callbacks.x._target_=os.system"),
+            *(
+                f"hydra.searchpath=['{folder}']",
+                f"hydra.run.dir='{folder}'",
+                "hydra/launcher=joblib",
+            ),
+            *(f"--config-dir={folder}", "--config-name=evil", "-m", "--experimental-rerun=x"),
+            *(f"cache_dir={folder}/cache", f"callbacks.model_checkpoint.dirpath={folder}"),
+            *("gate.ladder=evil", "logger.wandb.mode=online", "forgetting.distill.teacher=a/b"),
+            *("logger.mlflow.tracking_uri=http://127.0.0.1:9", f"data._target_={folder}"),
+            f"{rng.choice(('', '+', '++', '~'))}{rng.choice(KEYS)}={body}",
+            f"training.{values.word(rng)[:50].encode('ascii', 'ignore').decode()}=1",
+        )
+    )
+
+
+def _write_evil_options(conf: Path, command: str) -> None:
+    """Write an option named evil in each group, and one of a shipped name, which call something."""
+    call = f"{{_target_: os.system, command: '{command}'}}"
+    kind = "lightning.pytorch.callbacks.LearningRateMonitor"
+    body = f"evil:\n  _target_: {kind}\n  logging_interval: {call}\n"
+    for group in _EVIL_GROUPS:
+        (conf / group).mkdir(parents=True)
+        (conf / group / "evil.yaml").write_text(f"# Evil\n{body}")
+    (conf / "expansion/dus.yaml").write_text(f"# Evil\ndus:\n  _target_: os.system\n  x: {call}\n")
+    (conf / "ladder").mkdir()
+    (conf / "ladder/evil.yaml").write_text("# Evil\nrungs: [[forgetting=evil]]\n")
+    (conf / "evil.yaml").write_text(
+        "defaults:\n  - config\n  - override callbacks: evil\n  - _self_\n"
+    )
 
 
 def reports(rng: random.Random, sandbox: Sandbox) -> Case:
@@ -168,6 +246,7 @@ def _changed(rng: random.Random, folder: Path, sandbox: Sandbox) -> str:
     return f"{path.relative_to(sandbox.inside)} changed"
 
 
+_EVIL_GROUPS = ("callbacks", "data", "expansion", "experiment", "forgetting", "growth", "logger")
 _SKILLED = ("spawning", "spawning", "taught")
 _CHOICE = {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
 _QUESTIONS: tuple[tuple[str, dict[str, Any]], ...] = (

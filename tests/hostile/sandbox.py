@@ -14,6 +14,10 @@ from hashlib import sha256
 from pathlib import Path
 
 SECRET = "canary-7f3a9-of-the-hostile-suite"
+EXECUTED = "executed-by-a-case"  # the file that code in a hostile input makes
+
+watched: set[Path] = set()  # folders that a case may not list, nor open files in
+touched: list[str] = []  # of them, what it did
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,16 @@ def confine(folder: Path) -> None:
         if not place.is_relative_to(home) and not str(place).startswith(("/dev/null", "/proc/")):
             raise PermissionError(13, "outside of the sandbox", str(text))
 
+    def note(path: object) -> None:
+        if isinstance(path, str | bytes | os.PathLike):
+            place = Path(os.fsdecode(path)).resolve()
+            # Files below / and those in /etc are everybody's
+            if place in watched or any(p in watched for p in list(place.parents)[:-2]):
+                touched.append(str(place))
+
     def hook(event: str, arguments: tuple) -> None:
+        if watched and event in ("open", "os.listdir", "os.scandir"):
+            note(arguments[0])
         if event == "open":
             path, _, flags = arguments
             if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):

@@ -18,7 +18,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from tests.hostile.case import Case, run_case
 from tests.hostile.kinds import KINDS
-from tests.hostile.sandbox import Sandbox, confine
+from tests.hostile.sandbox import EXECUTED, Sandbox, confine
 
 ADDRESS_SPACE_BYTES = 24 * 2**30  # a last stop; the limit of a case is lower
 
@@ -70,6 +70,9 @@ class _Kept:
 
 def _note_taking(config: Any, *, run_folder: Path) -> _Kept:
     """Stand for the stages where only the way to them is looked at."""
+    asked = config.evaluation
+    if config.resume is not None and (asked.allow_code or asked.code_sandbox_command):
+        Path(EXECUTED).touch()  # a run that is resumed by its record would execute it
     return _Kept()
 
 

@@ -15,6 +15,7 @@ from tritter.terminal import say
 
 if TYPE_CHECKING:
     from tritter.cli.continued import TrainRequest
+    from tritter.config.folders import Front
     from tritter.config.launch.jobs import Outcome
     from tritter.config.schema import RunConfig
 
@@ -48,13 +49,14 @@ def run_train(words: Sequence[str]) -> int:
     Raises:
         RequestError: the options that go with `--checkpoint` are wrong.
     """
-    from tritter.config.folders import composing_from, front_of
+    from tritter.config.folders import composing_from
     from tritter.config.launch.entry import main
 
     given = {_option(word) for word in words}
     if {"-h", "--help"} & set(words):
         asked = _parsed(words)
-        code = main(_pipeline, arguments=[*_outside(asked), *asked.overrides, "--help"])
+        outside = [*_front(asked).flags, *asked.overrides]
+        code = main(_pipeline, arguments=[*outside, "--help"])
         say(HELP)
         return code
     if "--version" in words or not given & set(_VALUED):
@@ -74,9 +76,9 @@ def run_train(words: Sequence[str]) -> int:
     from tritter.cli.continued import continuation
 
     asked = _parsed(words)
-    with composing_from(front_of(asked.config_dir, asked.config_name)):
+    with composing_from(_front(asked)):
         continued = continuation(_request(asked))
-    return main(_pipeline, arguments=[*_outside(asked), *continued])
+    return main(_pipeline, arguments=[*_front(asked).flags, *continued])
 
 
 def train_completions(words: Sequence[str], begun: str) -> list[str]:
@@ -117,6 +119,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    from tritter.config.launch.command_line import split_searchpath
+
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("-cd", "--config-dir", action="append", default=[])
@@ -133,13 +137,19 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
         )
     if known.mode not in (None, "continue"):
         raise RequestError(f"--mode = {known.mode}: allowed is continue.")
+    known.searchpath, known.overrides = split_searchpath(known.overrides)
     return known
 
 
-def _outside(known: argparse.Namespace) -> list[str]:
-    """Return the words that say where options of a person's own are."""
-    words = [f"--config-dir={folder}" for folder in known.config_dir]
-    return words if known.config_name is None else [*words, f"--config-name={known.config_name}"]
+def _front(known: argparse.Namespace) -> "Front":
+    """Return where options of the user's own are.
+
+    Raises:
+        RequestError: a folder does not exist, or none has the file of `--config-name`.
+    """
+    from tritter.config.folders import front_of
+
+    return front_of(known.config_dir, known.config_name, searchpath=known.searchpath)
 
 
 def _request(known: argparse.Namespace) -> "TrainRequest":

@@ -1,13 +1,14 @@
-"""Where option files are: ours, those of installed packages, and those below `--config-dir`.
+"""Where option files are: ours, those of installed packages, and those of the command line.
 
 All are treated alike, and by one scan: composition, help, nearest matches, spelling and completion
 see the same. Nothing is imported for it: the folder of a package is found by its metadata (entry
-points of the group `tritter.config`, as `mine = "minepkg:conf"`).
+points of the group `tritter.config`, as `mine = "minepkg:conf"`). On the command line
+`hydra.searchpath=[DIR]`, Hydra's own spelling, means the same as `--config-dir DIR`.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,7 @@ from tritter.conf_folder import config_folder
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 
 ENTRY_POINTS = "tritter.config"
+SEARCHPATH = "hydra.searchpath"
 CONFIG_NAME = "config"
 LADDERS = "ladder"  # a folder of option files that are chosen as gate.ladder, by no group of theirs
 
@@ -30,12 +32,18 @@ class Front:
     """What a command adds to the options that are installed.
 
     Args:
-        folders: of `--config-dir`, absolute.
+        folders: of `--config-dir` and `hydra.searchpath`, absolute.
         config_name: the file at the root that composition begins with.
     """
 
     folders: tuple[Path, ...] = ()
     config_name: str = CONFIG_NAME
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of a command line that finds the same options."""
+        named = [] if self.config_name == CONFIG_NAME else [f"--config-name={self.config_name}"]
+        return [*(f"--config-dir={folder}" for folder in self.folders), *named]
 
 
 _FRONT: ContextVar[Front | None] = ContextVar("front", default=None)
@@ -55,23 +63,28 @@ def front() -> Front:
     return _FRONT.get() or Front()
 
 
-def front_of(folders: Sequence[str], config_name: str | None) -> Front:
-    """Return what `--config-dir` and `--config-name` mean.
+def front_of(
+    folders: Sequence[str], config_name: str | None, *, searchpath: Sequence[str] = ()
+) -> Front:
+    """Return what `--config-dir`, `--config-name` and `hydra.searchpath` mean.
 
     Raises:
         RequestError: a folder is none, or none holds the file.
     """
-    places = tuple(Path(folder).expanduser().absolute() for folder in folders)
+    asked = [("--config-dir", Path(folder)) for folder in folders]
+    asked += [(SEARCHPATH, _searched_folder(entry)) for entry in searchpath]
+    found = [(key, place.expanduser().absolute()) for key, place in asked]
     problems = [
         Problem(
-            "--config-dir",
+            key,
             place,
             reason="it is no folder" if place.exists() else "there is no such folder",
         )
-        for place in places
+        for key, place in found
         if not place.is_dir()
     ]
     raise_problems(problems)
+    places = tuple(place for _, place in found)
     meant = Front(places, (config_name or CONFIG_NAME).removesuffix(".yaml"))
     with composing_from(meant):
         if config_name is not None and meant.config_name not in (names := config_names()):
@@ -114,10 +127,18 @@ def option_files() -> Options:
     Raises:
         RequestError: two folders have the same option; names both.
     """
+    return _options_in(option_folders().values())
+
+
+def shipped_options() -> Options:
+    """Return the options that are part of Tritter, sorted."""
+    return _options_in([config_folder()])
+
+
+def _options_in(folders: Iterable[Path]) -> Options:
     found: dict[str, dict[str, Path]] = {}
     problems = []
-    folders = option_folders()
-    for folder in folders.values():
+    for folder in folders:
         for path in sorted(folder.rglob("*.yaml")):
             group, name = path.parent.relative_to(folder).as_posix(), path.stem
             if group == "." or group.startswith("hydra"):
@@ -154,18 +175,37 @@ def _body(path: Path, _version: int) -> Mapping[str, object]:
 
 
 def _folder_of(point: EntryPoint) -> Path:
-    """Return the folder that an entry point names; nothing is imported."""
-    top, *inner = point.module.split(".")
-    spec = find_spec(top)  # of "a.b" it would import a
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    for place in places:
-        folder = Path(place, *inner, *point.attr.split("."))
-        if folder.is_dir():
-            return folder
+    """Return the folder that an entry point names."""
+    folder = _package_folder(f"{point.module}.{point.attr}")
+    if folder is not None:
+        return folder
+    top = point.module.partition(".")[0]
+    reason = f"{top} is no package that holds this folder; reinstall it, or remove it"
     raise RequestError(
-        Problem(
-            f"entry point {point.name} of {ENTRY_POINTS}",
-            point.value,
-            reason=f"{top} is no package that holds this folder; reinstall it, or remove it",
-        )
+        Problem(f"entry point {point.name} of {ENTRY_POINTS}", point.value, reason=reason)
     )
+
+
+def _searched_folder(entry: str) -> Path:
+    """Return the folder that an entry of Hydra's search path names.
+
+    Raises:
+        RequestError: no installed package holds it.
+    """
+    if not entry.startswith("pkg://"):
+        return Path(entry.removeprefix("file://"))
+    folder = _package_folder(entry.removeprefix("pkg://").replace("/", "."))
+    if folder is None:
+        reason = "no installed package has this folder; install the package, or name a path"
+        raise RequestError(Problem(SEARCHPATH, entry, reason=reason))
+    return folder
+
+
+def _package_folder(dotted: str) -> Path | None:
+    """Return a folder in a package, given its dotted name; nothing is imported."""
+    top, *inner = dotted.split(".")
+    spec = None
+    with suppress(ValueError):  # of names that no package can have
+        spec = find_spec(top)  # of "a.b" it would import a
+    places = (spec and spec.submodule_search_locations) or ()
+    return next((folder for p in places if (folder := Path(p, *inner)).is_dir()), None)

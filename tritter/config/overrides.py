@@ -16,6 +16,8 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import OverrideParseException
 
+from tritter.config.folders import LADDERS, shipped_options
+from tritter.config.schema import REPLAYED_KEYS
 from tritter.errors import Problem, RequestError, brief, nearest, raise_problems
 
 Options = Mapping[str, Sequence[str]]
@@ -170,6 +172,42 @@ def no_option(group: str, name: str, options: Sequence[str]) -> Problem:
         advice = f"it comes with an extra: pip install 'tritter[{extra}]'"
         return Problem(group, name, reason=reason, advice=advice)
     return Problem(group, name, reason=reason, nearest=nearest(name, options))
+
+
+def not_replayed(words: Sequence[str]) -> list[str]:
+    """Return the words among a run's overrides that `resume` does not take from its folder.
+
+    It takes options that are part of Tritter, and plain values of `REPLAYED_KEYS`.
+    """
+    choices = {group: [*names] for group, names in shipped_options().items()}
+    choices[f"gate.{LADDERS}"] = ["null", *choices.pop(LADDERS)]
+    return [word for word in words if not _is_replayed(word, choices)]
+
+
+def _is_replayed(word: str, choices: Options) -> bool:
+    try:
+        (override,) = parse([word])
+    except RequestError:
+        return False
+    key, value = override.key_or_group, override.value()
+    if override.is_sweep_override() or override.package is not None:
+        return False
+    if key not in choices:
+        return key in REPLAYED_KEYS and _is_plain(value)
+    if override.is_delete():
+        return value is None
+    names = value if isinstance(value, list) else ["null" if value is None else value]
+    return all(name in choices[key] for name in names)
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a value names no class and refers to nothing, at any depth."""
+    if isinstance(value, dict):
+        is_named = any(str(key).startswith("_") for key in value)
+        return not is_named and _is_plain([*value, *value.values()])
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return not (isinstance(value, str) and "${" in value)
 
 
 def refuse_sweeps(overrides: Sequence[Override]) -> None:

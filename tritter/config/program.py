@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tritter.config.folders import CONFIG_NAME, front
-from tritter.config.overrides import as_value
+from tritter.config.folders import front
+from tritter.config.overrides import as_value, not_replayed
 
 
 def program_words() -> tuple[str, ...]:
@@ -23,7 +23,7 @@ def program_words() -> tuple[str, ...]:
 
 def command(words: Sequence[str]) -> str:
     """Return a command line with these words, quoted for a shell; it finds the same options."""
-    return shlex.join([*program_words(), *_front_words(), *words])
+    return shlex.join([*program_words(), *front().flags, *words])
 
 
 def tritter_command(words: Sequence[str]) -> str:
@@ -38,15 +38,16 @@ def tool_command(program: str, words: Sequence[str]) -> str:
     return shlex.join([*start, *words])
 
 
-def resume_command(folder: Path) -> str:
-    """Return the command that goes on with the run in a folder."""
-    return command([f"resume={as_value(str(folder))}"])
+def resume_command(folder: Path, overrides: Sequence[str] = ()) -> str:
+    """Return the command that resumes the run in a folder.
 
-
-def _front_words() -> list[str]:
-    now = front()
-    named = [] if now.config_name == CONFIG_NAME else [f"--config-name={now.config_name}"]
-    return [*(f"--config-dir={folder}" for folder in now.folders), *named]
+    Args:
+        folder: of the run.
+        overrides: those of the run; they are part of the command if `resume` alone does not replay
+            all of them.
+    """
+    needed = overrides if not_replayed(overrides) else ()
+    return command([*needed, f"resume={as_value(str(folder))}"])
 
 
 def _python() -> str:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator
 from tritter.checkpoint.left import digests_of, find_damage, read_left
 from tritter.checkpoint.place import is_within
 from tritter.config.fingerprint import describe_changes, fingerprint
-from tritter.config.folders import front
+from tritter.config.folders import CONFIG_NAME, Front, composing_from, front
 from tritter.config.program import command, program_words, resume_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean
@@ -82,7 +82,7 @@ class RunRecord:
         program: how it was called.
         overrides: of its command line, but for the folder.
         left: of a finished run: place → digest of what it leaves.
-        config_folders: of --config-dir.
+        config_folders: of --config-dir and hydra.searchpath.
         config_name: of --config-name.
     """
 
@@ -92,7 +92,17 @@ class RunRecord:
     overrides: tuple[_Word, ...]
     left: Annotated[dict[str, str], AfterValidator(read_left)]
     config_folders: tuple[_Word, ...] = ()
-    config_name: str | None = None
+    config_name: _Word | None = None
+
+    @property
+    def front(self) -> Front:
+        """Where its options came from."""
+        return Front(tuple(map(Path, self.config_folders)), self.config_name or CONFIG_NAME)
+
+    def resume_command(self, folder: Path) -> str:
+        """Return the command that resumes it, given its folder."""
+        with composing_from(self.front):
+            return resume_command(folder, self.overrides)
 
 
 def check_run_folder(folder: Path, config: RunConfig) -> RunState:
@@ -128,7 +138,7 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
         raise RequestError(
             f"hydra.run.dir = {folder}: it holds a run of another configuration (there → now):\n"
             + "\n".join(f"  {change}" for change in changes)
-            + f"\nLeave them out to go on with it: {resume_command(folder)}\n"
+            + f"\nLeave them out to resume it: {run.resume_command(folder)}\n"
             "Or give another folder as hydra.run.dir to start another run."
         )
     if run.status != "finished":
@@ -161,7 +171,7 @@ def _is_whole(folder: Path, run: RunRecord) -> bool:
             "the run is finished, and what it left is not as it was left:\n"
             + "\n".join(f"  {damage.what}" for damage in changed)
             + f"\nDelete {' and '.join(places)}, and it is made again by: "
-            + resume_command(folder)
+            + run.resume_command(folder)
         )
     return not damages and SUMMARY_FILE in run.left
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from tritter.config.folders import SEARCHPATH
 from tritter.config.launch.flags import FLAGS, REFUSED, SHELL_REQUESTS
 from tritter.errors import Problem, RequestError, nearest
 
@@ -19,6 +20,7 @@ class CommandLine:
         hydra_flags: flags that Hydra answers by itself (--cfg, --info).
         config_folders: of --config-dir, as typed.
         config_name: of --config-name.
+        searchpath: of hydra.searchpath, as typed.
         is_help: -h was given.
         is_hydra_help: --hydra-help was given.
         is_version: --version was given.
@@ -30,6 +32,7 @@ class CommandLine:
     hydra_flags: tuple[str, ...] = ()
     config_folders: tuple[str, ...] = ()
     config_name: str | None = None
+    searchpath: tuple[str, ...] = ()
     is_help: bool = False
     is_hydra_help: bool = False
     is_version: bool = False
@@ -49,12 +52,13 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     """
     known, unknown = _parser().parse_known_intermixed_args(_info_alone(arguments))
     _refuse_unknown(unknown)
-    overrides = tuple(known.overrides)
+    searchpath, overrides = split_searchpath(known.overrides)
     if known.help or known.version:
         return CommandLine(
             overrides,
             config_folders=tuple(known.config_dir),
             config_name=known.config_name,
+            searchpath=searchpath,
             is_help=known.help,
             is_version=known.version and not known.help,
         )
@@ -72,9 +76,32 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
         hydra_flags=tuple(flags),
         config_folders=tuple(known.config_dir),
         config_name=known.config_name,
+        searchpath=searchpath,
         is_hydra_help=known.hydra_help,
         shell_request=request,
     )
+
+
+def split_searchpath(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the entries of `hydra.searchpath` among some words, and the other words.
+
+    Raises:
+        RequestError: it is no list of texts.
+    """
+    entries: list[str] = []
+    others: list[str] = []
+    for word in words:
+        if not word.lstrip("+").startswith(f"{SEARCHPATH}="):
+            others.append(word)
+            continue
+        from tritter.config.overrides import parse  # Hydra is slow to import
+
+        value = parse([word])[0].value()
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            reason = f"allowed is a list of folders, {SEARCHPATH}=[DIR], as --config-dir names them"
+            raise RequestError(Problem(SEARCHPATH, word.partition("=")[2], reason=reason))
+        entries += map(str, value)
+    return tuple(entries), tuple(others)
 
 
 def _parser() -> _Parser:

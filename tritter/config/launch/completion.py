@@ -94,7 +94,7 @@ def _config_names(before: Sequence[str]) -> list[str]:
     if command is None:
         return []
     try:
-        with composing_from(front_of(command.config_folders, None)):
+        with composing_from(front_of(command.config_folders, None, searchpath=command.searchpath)):
             return config_names()
     except RequestError:
         return []
@@ -109,7 +109,7 @@ def _settings(before: Sequence[str], word: str) -> list[str]:
     sign = next(sign for sign in ("++", "+", "~", "") if word.startswith(sign))
     bare = word.removeprefix(sign)
     try:
-        meant = front_of(command.config_folders, command.config_name)
+        meant = front_of(command.config_folders, command.config_name, searchpath=command.searchpath)
         with composing_from(meant), composer() as composing:
             found = [*_options(composing, bare, sign=sign)]
             if sign != "~" and bare.partition("=")[0] not in composing.options:

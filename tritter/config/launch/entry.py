@@ -13,7 +13,7 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from tritter import __version__
-from tritter.config.folders import Front, composing_from, front, front_of
+from tritter.config.folders import composing_from, front_of
 from tritter.config.launch.command_line import CommandLine, read_command_line
 from tritter.config.launch.help import help_text
 from tritter.config.launch.words import UNFORESEEN, check_words, said
@@ -62,7 +62,9 @@ def _run(words: list[str], pipeline: "Pipeline") -> int:
     if command.is_version:
         say(f"tritter {__version__}")
         return 0
-    with composing_from(front_of(command.config_folders, command.config_name)):
+    with composing_from(
+        front_of(command.config_folders, command.config_name, searchpath=command.searchpath)
+    ):
         if command.is_help:
             say(help_text(command.overrides))
             return 0
@@ -73,16 +75,11 @@ def _run(words: list[str], pipeline: "Pipeline") -> int:
 
             say(hydra_help())
             return 0
-        # Hydra and the checks of targets take half a second to import, which --help does not need
-        from tritter.config.launch.resume import recorded_front
-
-        is_said = command.is_multirun or front() != Front()
-        recorded = None if is_said else recorded_front(command.overrides)
-        with composing_from(recorded or front()):
-            return _act(command, pipeline, words)
+        return _act(command, pipeline, words)
 
 
 def _act(command: CommandLine, pipeline: "Pipeline", words: list[str]) -> int:
+    # Hydra and the checks of targets take half a second to import, which --help does not need
     from tritter.config.launch.plan import make_plan
 
     if command.hydra_flags:
@@ -137,6 +134,7 @@ def _show(command: CommandLine) -> int:
 
 def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
     from tritter.config.launch.jobs import read_status, start_run
+    from tritter.config.launch.resume import recorded_words
     from tritter.config.program import resume_command
     from tritter.config.run_folder import SUMMARY_FILE, RunState, require_writable
 
@@ -145,7 +143,7 @@ def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
         say(f"This run is finished; nothing to do. Its summary: {job.folder / SUMMARY_FILE}")
         return 0
     require_writable(job.folder, key="hydra.run.dir")
-    goes_on = f"Go on with:\n  {resume_command(job.folder)}"
+    goes_on = f"Go on with:\n  {resume_command(job.folder, recorded_words(job.overrides))}"
     try:
         start_run(job, pipeline)
     except Stopped as stop:

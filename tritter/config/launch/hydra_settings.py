@@ -30,6 +30,7 @@ ALLOWED = {
     "launcher": "how the jobs of a sweep are started, by a launcher that is installed",
     "sweeper": "which jobs a sweep has, by a sweeper that is installed",
     "job.config.override_dirname": "how a job's folder is called after its overrides",
+    "searchpath": "folders with options of your own, as --config-dir; on the command line only",
     "verbose": "what Hydra says of itself",
     "hydra_logging.root.level": "how much of it",
     "job_logging.root.level": "how much is logged in the run folder",
@@ -41,7 +42,7 @@ _REASONS = {
     "job.env_set": "set the environment before the command: NAME=VALUE python train.py",
     "job.env_copy": "set the environment before the command: NAME=VALUE python train.py",
     "callbacks": "they run before a request is checked",
-    "searchpath": "options are read from conf/ and from --config-dir DIR",
+    "searchpath": "only the command line adds folders: hydra.searchpath=[DIR] or --config-dir DIR",
     "job_logging": "a run logs to a file in its folder; the terminal is for progress and the table",
     "hydra_logging": "Hydra's own log is no part of a run",
     "runtime": "Hydra fills it in",
@@ -86,6 +87,7 @@ def _refusals(
 ) -> Iterator[Problem]:
     settings, usual = (leaves(OmegaConf.to_container(c)) for c in (composed, default))
     changed = {key for key in {*settings, *usual} if settings.get(key) != usual.get(key)}
+    changed |= {"searchpath"} & {key for key in settings if settings[key]}  # of --config-name, too
     typed = {
         o.key_or_group.replace("/", ".").removeprefix("hydra."): o
         for o in overrides
@@ -156,7 +158,8 @@ def _value_problems(composed: DictConfig) -> Iterator[Problem]:
 
 
 def _is_allowed(key: str) -> bool:
-    return _is_below(key, ALLOWED)
+    # What is typed of the search path was taken from the command line before it comes here
+    return _is_below(key, ALLOWED) and not _is_below(key, ("searchpath",))
 
 
 def _is_below(key: str, sections: Any) -> bool:

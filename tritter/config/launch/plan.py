@@ -37,6 +37,7 @@ from tritter.data.contents import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.families import Config
 from tritter.storage.lock import LOCK_NAME, check_free
+from tritter.terminal import say
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -87,6 +88,8 @@ class Plan:
 def make_plan(command: CommandLine) -> Plan:
     """Compose, validate and place every job; writes nothing.
 
+    What a resumed run replays is printed first, before any data or weights are opened.
+
     Raises:
         RequestError: whatever is wrong, with the command or with any of its jobs.
     """
@@ -95,6 +98,8 @@ def make_plan(command: CommandLine) -> Plan:
         resumed = None if command.is_multirun else resumption(composing, overrides)
         if resumed is not None:
             overrides = list(resumed.overrides)
+            for note in resumed.notes:
+                say(note, is_error=bool(command.hydra_flags))
         parsed = parse(overrides, loader=composing.loader)
         check_command_line(parsed, composing.options)
         if not command.is_multirun:
@@ -173,7 +178,8 @@ def _plan_run(
     composed = composing.compose(overrides, rules=_OF_RUNS[:1] if resumed else _OF_RUNS)
     if composed.hydra.mode == RunMode.MULTIRUN:
         return _plan_sweep(composing, overrides, overrides)
-    if not is_shown and (swept := composed.hydra.sweeper.get("params")):
+    is_single = not is_shown and resumed is None  # a job of a sweep can be resumed by itself
+    if is_single and (swept := composed.hydra.sweeper.get("params")):
         names = ", ".join(map(str, swept))
         raise RequestError(
             f"hydra.sweeper.params names values of {names} for a sweep, and this is a single run: "
@@ -182,8 +188,7 @@ def _plan_run(
     folder = resumed.folder if resumed else Path(composed.hydra.run.dir).absolute()
     state = check_run_folder(folder, composed.config)
     job = Job(tuple(overrides), composed.config, folder, state, composed)
-    notes = resumed.notes if resumed else ()
-    return Plan(_words_for_hydra(composing, overrides), (job,), notes=notes)
+    return Plan(_words_for_hydra(composing, overrides), (job,))
 
 
 def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) -> Plan:

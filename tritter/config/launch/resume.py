@@ -1,8 +1,8 @@
-"""A run that is gone on with: its folder, and the overrides that it recorded there.
+"""A run that is resumed: its folder, and the overrides that it recorded there.
 
-The folder may come from anywhere. Of what it holds only overrides are replayed, which are checked
-as if they were typed, and none that name code, Hydra's own settings or what lies in the
-environment.
+The folder may come from anywhere. Of what it records only options that are part of Tritter and
+plain values of listed keys are replayed (`schema.REPLAYED_KEYS`). Everything else, the folders of
+its options included, has to be typed by somebody who trusts it.
 """
 
 from collections.abc import Sequence
@@ -11,25 +11,22 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Override
 
-from tritter.checkpoint.place import is_within
-from tritter.config.folders import Front, front_of
+from tritter.config.folders import Front, composing_from, front
 from tritter.config.launch.composition import Composer
-from tritter.config.overrides import as_value, parse
+from tritter.config.overrides import as_value, not_replayed, parse
 from tritter.config.program import command
 from tritter.config.run_folder import find_run, read_run
-from tritter.errors import Problem, RequestError
-
-_NOT_REPLAYED = ("_target_", "${")  # classes by name; the environment and other resolvers
+from tritter.errors import RequestError, brief
 
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """A run to go on with.
+    """A run to resume.
 
     Args:
-        folder: where it lies.
+        folder: of the run.
         overrides: those that it recorded, and those typed now, which win.
-        notes: what to tell of it, a line each.
+        notes: what to print before anything that they name is opened, a line each.
     """
 
     folder: Path
@@ -53,58 +50,26 @@ def resumption(composing: Composer, overrides: Sequence[str]) -> Resumption | No
             f"resume = {value}: it chooses the folder, and so does hydra.run.dir; give one of them."
         )
     folder, notes = find_run(str(value))
-    recorded = read_run(folder).overrides
-    keys = {override.key_or_group for override in typed}
-    refused = [w for w in recorded if not _is_replayed(w) and _key(w) not in keys]
-    if refused:
-        words = [*recorded, f"resume={as_value(str(folder))}"]
+    run = read_run(folder)
+    kept = [word for word in run.overrides if not _is_overridden(word, run.overrides, typed)]
+    words = [*kept, *(o.input_line or "" for o in typed if o.key_or_group != "resume")]
+    meant = front() if front() != Front() else run.front
+    if refused := [*(meant.flags if front() == Front() else ()), *not_replayed(kept)]:
+        with composing_from(meant):
+            whole = command([*words, f"resume={as_value(str(folder))}"])
         raise RequestError(
-            f"resume = {value}: the run was started with {', '.join(refused)}, and what names "
-            "code, Hydra's own settings or the environment is not taken from a folder. If you "
-            f"trust it, type the whole command:\n  {command(words)}"
+            f"resume = {value}: the run was started with {', '.join(map(brief, refused))}. A run "
+            "folder may come from anywhere, so only shipped options and plain settings are "
+            f"replayed. If you trust the rest, type the whole command:\n  {whole}"
         )
-    kept = [word for word in recorded if not _is_overridden(word, recorded, typed)]
-    added = [o.input_line or "" for o in typed if o.key_or_group != "resume"]
-    told = f"resume     {folder}{': ' if kept else ''}{' '.join(kept)}"
-    last = asked[-1].input_line or ""
-    return Resumption(folder, (*kept, *added, last), (*notes, told))
-
-
-def recorded_front(words: Sequence[str]) -> Front | None:
-    """Return where the options of the run came from that `resume=` among some words means.
-
-    Raises:
-        RequestError: its folders are gone, or lie in the run's own.
-    """
-    asked = [word for word in words if word.lstrip("+").startswith("resume=")]
-    value = parse(asked)[-1].value() if asked else None
-    if value is None or isinstance(value, list | dict):
-        return None
-    try:
-        folder, _ = find_run(str(value))
-        run = read_run(folder)
-    except RequestError:  # told when the run is looked for
-        return None
-    inside = [place for place in run.config_folders if is_within(Path(place), folder)]
-    gone = [place for place in run.config_folders if not Path(place).is_dir()]
-    if inside or gone:
-        reason = "what names code is not taken from a run's folder" if inside else "it is not there"
-        reason += "; name the folder of its options with --config-dir"
-        raise RequestError(
-            Problem("resume", value, reason=f"its --config-dir was {(inside or gone)[0]}, {reason}")
-        )
-    return front_of(run.config_folders, run.config_name)
+    replayed = f"resume     {folder}{': ' if kept else ''}{' '.join(kept)}"
+    return Resumption(folder, (*words, asked[-1].input_line or ""), (*notes, replayed))
 
 
 def recorded_words(overrides: Sequence[str]) -> tuple[str, ...]:
     """Return what a run records of its overrides: not where it lies."""
     left_out = ("resume", "hydra.run.dir", "hydra.sweep.dir")
     return tuple(word for word in overrides if _key(word) not in left_out)
-
-
-def _is_replayed(word: str) -> bool:
-    is_plain = not any(sign in word for sign in _NOT_REPLAYED)
-    return is_plain and not _key(word).startswith(("hydra", "-"))
 
 
 def _is_overridden(word: str, recorded: Sequence[str], typed: Sequence[Override]) -> bool:
