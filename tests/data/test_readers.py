@@ -205,7 +205,7 @@ def test_a_parquet_bomb_is_refused_in_little_memory(tmp_path: Path, row: dict[st
         "import resource, sys\nfrom pathlib import Path\n"
         "from tritter.data.readers import *\n"
         "reading = Reading(key='k', text_field='text')\n"
-        "assert not list(reading.texts(Path(sys.argv[1])))\n"
+        "assert sum(1 for _ in reading.texts(Path(sys.argv[1]))) < 4\n"
         "try: check_expansion(Path(sys.argv[1]))\nexcept WrongRecordError as error: print(error)\n"
         "print(*reading.problems, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
     )

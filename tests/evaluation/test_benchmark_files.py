@@ -208,9 +208,18 @@ def test_a_limit_takes_of_all_parts(tmp_path: Path) -> None:
     assert kept.total == 100 and found.limited(None) is found.limited(100) is found
 
 
-@pytest.mark.parametrize("limit", [None, 3])
-def test_a_parquet_bomb_is_refused_in_little_memory(tmp_path: Path, limit: int | None) -> None:
-    row = {"question": "", "answer": True, "passage": ""}
+@pytest.mark.parametrize(
+    ("limit", "more", "why"),
+    [
+        (None, {}, "is larger than 256 MiB when unpacked"),
+        (3, {}, "record 1: the question has more than 1048576 characters"),
+        (3, {"other": [""]}, "is larger than 256 MiB when unpacked"),
+    ],
+)
+def test_a_parquet_bomb_is_refused_in_little_memory(
+    tmp_path: Path, limit: int | None, more: dict[str, object], why: str
+) -> None:
+    row = {"question": "", "answer": True, "passage": "", **more}
     (tmp_path / "boolq.parquet").write_bytes(parquet_bomb(row))  # 40 GB
     program = (
         "import resource, sys\nfrom pathlib import Path\n"
@@ -225,7 +234,7 @@ def test_a_parquet_bomb_is_refused_in_little_memory(tmp_path: Path, limit: int |
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60
     )
-    assert "boolq.parquet is larger than 256 MiB when unpacked" in done.stdout, done
+    assert "boolq.parquet" in done.stdout and why in done.stdout, done
     assert int(done.stdout.split()[-1]) < 1000  # MB; torch has a third of them
 
 

@@ -221,7 +221,7 @@ def _check_files(source: DatasetName) -> None:
         _Unreadable: names the first of them.
     """
     place = Path(source.name)
-    files = [place]
+    files = [place] if place.is_file() else []
     if place.is_dir():
         try:
             check_folder(place)

@@ -13,6 +13,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from tritter.data.records import (
     array_elements,
     missing_field,
     parse,
-    shown,
     text_of,
 )
 from tritter.errors import TritterError
@@ -40,7 +40,8 @@ MAX_PROBLEMS_OF_FILE = 10
 MAX_PROBLEMS_SHOWN = 100
 _PIECE_BYTES = 2**20
 _PARQUET_ROWS = 256
-_MAX_FIXED_BYTES = 1024  # of a value of fixed length: numbers and identifiers have 32 at most
+_SHARED_ROWS = 4096  # of a batch in which texts are shared
+_DICTIONARY_PAGE, _NEXT_INT = b"\x15\x04", b"\x15"
 _ROW_BYTES = 8  # at least, so that rows without values are limited as well
 _PACKED = ".gz"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -290,7 +291,7 @@ def parquet_records(
 
     Args:
         columns: returns the columns to read, of those in the file; None: all.
-        count: receives the decoded bytes of the next rows before they are decoded; may raise.
+        count: receives the bytes of the next rows before records are made of them; may raise.
 
     Raises:
         WrongRecordError: it is no parquet file, or its columns decode to far more than its size.
@@ -308,7 +309,7 @@ def _parquet_batches(
     columns: Callable[[Sequence[str]], list[str]] | None,
     count: Callable[[int], None],
 ) -> Iterator[Any]:
-    """Yield record batches in which texts are still in their dictionaries, each text once."""
+    """Yield record batches of bounded size; a text that many rows share may be there only once."""
     try:
         arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError as error:
@@ -316,35 +317,65 @@ def _parquet_batches(
     with open_file(path) as opened:
         try:
             metadata = parquet.read_metadata(opened)
-            _check_row_groups(metadata, packed_bytes=os.fstat(opened.fileno()).st_size)
             leaves = [metadata.schema.column(index) for index in range(metadata.num_columns)]
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-            with parquet.ParquetFile(opened, read_dictionary=texts) as file:
-                names = None if columns is None else columns(file.schema_arrow.names)
-                for group in range(metadata.num_row_groups):  # each has its own dictionaries
-                    for batch in file.iter_batches(_PARQUET_ROWS, [group], names):
+            for group in range(metadata.num_row_groups):
+                rows = _batch_rows(opened, metadata.row_group(group), leaves)
+                shared = [] if rows else texts
+                with parquet.ParquetFile(opened, read_dictionary=shared, metadata=metadata) as file:
+                    names = None if columns is None else columns(file.schema_arrow.names)
+                    for batch in file.iter_batches(rows or _SHARED_ROWS, [group], names):
                         count(_decoded_bytes(batch))
                         yield batch
         except arrow.ArrowException as error:
             raise WrongRecordError(f"is no parquet file ({_short(error)})") from error
 
 
-def _check_row_groups(metadata: Any, *, packed_bytes: int) -> None:
-    """Refuse what a single batch could decode to, whatever its number of rows.
+def _batch_rows(file: BufferedReader, group: Any, leaves: Sequence[Any]) -> int:
+    """Return how many rows of a row group may be decoded at a time.
+
+    Returns:
+        0 if single rows may be too large, since their lists repeat texts: the texts have to stay
+        in their dictionaries then. That copies a whole dictionary for each batch.
 
     Raises:
-        WrongRecordError: pages or lists are far larger than the file, or single values are.
+        WrongRecordError: pages, numbers of values or values are too large for the size of the file.
     """
-    for group in range(metadata.num_row_groups):
-        expansion = _Expansion(packed_bytes)
-        for index in range(metadata.num_columns):
-            leaf = metadata.schema.column(index)
-            chunk = metadata.row_group(group).column(index)
-            expansion.count(chunk.total_uncompressed_size)
-            if leaf.max_repetition_level:
-                expansion.count(8 * chunk.num_values)
-            if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" and leaf.length > _MAX_FIXED_BYTES:
-                raise WrongRecordError(f"has values of {leaf.length} bytes in {shown(leaf.path)}")
+    expansion = _Expansion(os.fstat(file.fileno()).st_size)
+    rows = _PARQUET_ROWS
+    for index, leaf in enumerate(leaves):
+        chunk = group.column(index)
+        expansion.count(chunk.total_uncompressed_size)
+        if leaf.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
+            value_bytes = 8
+        elif "DELTA_BYTE_ARRAY" in chunk.encodings:  # each value may repeat the one before
+            value_bytes = chunk.total_uncompressed_size
+        else:
+            value_bytes = _dictionary_bytes(file, chunk)
+        rows = min(rows, max(1, FREE_EXPANSION_BYTES // max(1, value_bytes)))
+        if leaf.max_repetition_level:
+            expansion.count(8 * chunk.num_values)
+            if value_bytes * chunk.num_values > expansion.limit_bytes:
+                rows = 0
+    return rows
+
+
+def _dictionary_bytes(file: BufferedReader, chunk: Any) -> int:
+    """Return the decoded size of a column's dictionary, which no value in it exceeds."""
+    start = chunk.data_page_offset
+    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
+        start = chunk.dictionary_page_offset
+    file.seek(start)
+    header = file.read(16)
+    # A PageHeader of Thrift's compact protocol begins with its type and its decoded size
+    if header[:2] != _DICTIONARY_PAGE or header[2:3] != _NEXT_INT:
+        return 0
+    size = 0
+    for place, byte in enumerate(header[3:8]):
+        size |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            break
+    return size >> 1  # zigzag
 
 
 def _decoded_bytes(column: Any) -> int:
