@@ -136,19 +136,39 @@ def test_a_folder_of_mixed_files_says_what_it_skipped(place: Path) -> None:
     assert note == "x: 12 files read; skipped 2 (folder 1, link to nothing 1)"
 
 
-def test_links_are_followed(place: Path) -> None:
-    (place / "elsewhere/deep").mkdir(parents=True)
-    (place / "elsewhere/deep/c.txt").write_text("text")
-    (place / "blobs").mkdir()
-    (place / "blobs/0123").write_text('"text"')
-    (place / "old/blob.jsonl").symlink_to("../blobs/0123")
-    (place / "old/folder").symlink_to(place / "elsewhere")
-    (place / "old/twice").symlink_to(place / "elsewhere/deep")
+def test_links_inside_are_followed(place: Path) -> None:
+    elsewhere, blobs = place / "old/.elsewhere", place / "old/.blobs"
+    (elsewhere / "deep").mkdir(parents=True)
+    (elsewhere / "deep/c.txt").write_text("text")
+    blobs.mkdir()
+    (blobs / "0123").write_text('"text"')
+    (place / "old/blob.jsonl").symlink_to(".blobs/0123")
+    (place / "old/folder").symlink_to(elsewhere)
+    (place / "old/twice").symlink_to(elsewhere / "deep")
     assert names(found(place, "old"), place) == [
         "old/a.txt", "old/blob.jsonl", "old/folder/deep/c.txt"
     ]  # fmt: skip
     assert names(found(place, "old/blob.jsonl"), place) == ["old/blob.jsonl"]
     check(place / "old", place / "old/blob.jsonl")
+
+
+@pytest.mark.parametrize("word", ["old", "old/*", "old/*/c.txt"])
+def test_links_out_of_a_folder_are_refused(run_there: Run, place: Path, word: str) -> None:
+    (place / "secret").mkdir()
+    (place / "secret/c.txt").write_text("a secret")
+    (place / "old/b.txt").symlink_to("../secret/c.txt")
+    (place / "old/deep").symlink_to("../secret")
+    result = run_there(f"data.old=@{word}", "data.new=stdlib:prose")
+    assert (result.code, result.written) == (2, [])
+    assert "leads out of the folder" in result.err and str(place / "old") in result.err
+    (place / "hub/datasets--a--b/snapshots").mkdir(parents=True)  # as the hub's cache is laid out
+    (place / "secret").rename(place / "hub/datasets--a--b/blobs")
+    snapshot = place / "hub/datasets--a--b/snapshots/0123"
+    (place / "old").rename(snapshot)
+    for link, end in (("b.txt", "../../blobs/c.txt"), ("deep", "../../blobs")):
+        (snapshot / link).unlink()
+        (snapshot / link).symlink_to(end)
+    assert len(found(place, "hub/datasets--a--b/snapshots/0123").files) == 3
 
 
 def test_a_link_may_be_named_by_its_own_name(

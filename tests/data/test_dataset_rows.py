@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ import datasets
 import pytest
 
 from tests.data.hub import COMMIT, serve_hub
+from tests.hostile.values import parquet_bomb
+from tritter.data import readers
 from tritter.data.dataset_name import DatasetName, check_place, parse_name
 from tritter.data.dataset_rows import dataset_texts, resolve_dataset
 from tritter.data.readers import TextFileError
@@ -177,6 +180,93 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     save("alone", alone=ROWS)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "needs datasets to be read: pip install 'tritter[data]'" in problem("alone")
+
+
+# A folder reads nothing outside itself
+
+
+@pytest.mark.parametrize("file", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "../secret.jsonl",
+        "a/../../secret.jsonl",
+        "@/secret.jsonl",
+        "file:@/secret.jsonl",
+        "file://@/secret.jsonl",
+        "zip://a.jsonl::@/secret.zip",
+        "hf://datasets/me/stories/train.jsonl",
+        "http://127.0.0.1:PORT/a.jsonl",
+        "http:127.0.0.1:PORT/a.jsonl",
+        "inner/secret.jsonl",
+    ],
+)
+def test_a_card_names_nothing_outside(place: Path, file: str, entry: str) -> None:
+    (place / "data").mkdir()
+    lines("secret.jsonl", [{"text": "a secret"}])
+    lines("data/train.jsonl", [{"text": "a"}])
+    if entry.startswith("inner"):
+        (place / "data/inner").symlink_to(place)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        entry = entry.replace("@", str(place)).replace("PORT", str(server.getsockname()[1]))
+        for number, files in enumerate(
+            (entry, ["train.jsonl", entry], [{"split": "train", "path": [entry]}])
+        ):
+            configs = [
+                {"config_name": "good", "data_files": "train.jsonl"},
+                {"config_name": f"bad{number}", "data_files": files},
+            ]
+            if number == 1:
+                configs[1] = {"config_name": "bad", "data_files": "*", "data_dir": entry}
+            card = json.dumps({"configs": configs})
+            mark = "\ufeff" if number == 2 else ""  # which the library skips
+            text = f"{mark}---\n{card}\n---\n" if file == "README.md" else card
+            (place / "data" / file).write_text(text)
+            said = problem("data")
+            if entry.startswith("inner"):
+                assert "inner leads out of the folder" in said
+            else:
+                assert f"@/data/{file} names" in said and "not in the folder" in said
+                assert entry.replace(str(place), "@") in said
+            assert "a secret" not in said
+            with pytest.raises(RequestError, match=r"^data.new: "):
+                check_place("data.new", "data", parse_name("data.new", "data"))
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+@pytest.mark.parametrize("name", ["../secret/data-00000-of-00001.arrow", "@/secret/x.arrow"])
+def test_a_saved_data_set_names_nothing_outside(place: Path, name: str) -> None:
+    save("secret", alone={"text": ["a secret"]})
+    save("data", train=ROWS)
+    for file, change in (
+        ("data/train/state.json", {"_data_files": [{"filename": name.replace("@", str(place))}]}),
+        ("data/dataset_dict.json", {"splits": ["train", "../secret"]}),
+    ):
+        before = (place / file).read_text()
+        (place / file).write_text(json.dumps(json.loads(before) | change))
+        assert f"@/{file} names" in problem("data") and "not in the folder" in problem("data")
+        (place / file).write_text(before)
+    assert texts("data") == ROWS["body"]
+
+
+def test_files_that_decode_to_far_too_much_are_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "FREE_EXPANSION_BYTES", 2**20)
+    (place / "data").mkdir()
+    for name, content in (
+        ("a.parquet", parquet_bomb({"text": ""}, size=2**14)),
+        ("a.txt.gz", gzip.compress(b"a" * 2**22)),
+    ):
+        for path in (place / name, place / "data" / name):
+            path.write_bytes(content)
+        for word in (name, "data"):
+            assert f"{name} unpacks to more than 1 MB" in problem(word)
+        (place / "data" / name).unlink()
+    (place / "data/a.zip").write_bytes(b"PK")
+    assert "can't be read" in problem("data") or "are read, not @/data/a.zip" in problem("data")
 
 
 # The hub

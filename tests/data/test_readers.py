@@ -5,14 +5,18 @@ import io
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
+from tests.hostile.values import parquet_bomb
 from tritter.data import readers
-from tritter.data.readers import Reading, SpentError, TextFileError, text_suffix
+from tritter.data.readers import Reading, SpentError, TextFileError, parquet_records, text_suffix
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\n"}]
@@ -187,7 +191,54 @@ def test_what_unpacks_to_too_much_is_refused_on_the_way(
 ) -> None:
     monkeypatch.setattr(readers, "FREE_EXPANSION_BYTES", 2**20)
     (tmp_path / name).write_bytes(bomb(8 * 2**20))
-    assert "unpacks to more than 1 MB, 200 times what it is" in problem(tmp_path / name)
+    assert "unpacks to more than 1 MB, and a packed file may have 1 MB or 200" in problem(
+        tmp_path / name
+    )
+
+
+@pytest.mark.parametrize("row", [{"text": ""}, {"text": "", "more": [""]}, {"text": [""]}], ids=str)
+def test_a_parquet_bomb_is_refused_in_little_memory(tmp_path: Path, row: dict[str, object]) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet_bomb(row))  # 20 GB
+    assert path.stat().st_size < 5000
+    program = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from tritter.data.readers import *\n"
+        "reading = Reading(key='k', text_field='text')\n"
+        "assert sum(1 for _ in reading.texts(Path(sys.argv[1]))) < 4\n"
+        "try: check_expansion(Path(sys.argv[1]))\nexcept WrongRecordError as error: print(error)\n"
+        "print(*reading.problems, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.count("unpacks to more than 64 MB") == 2, done
+    assert int(done.stdout.split()[-1]) < 600  # MB
+
+
+@pytest.mark.parametrize("limit", [2**20, 100])  # texts beyond it are not in the dictionary
+def test_records_of_parquet_are_what_pyarrow_reads(tmp_path: Path, limit: int) -> None:
+    words = [None, "", *(f"ä{number}" * 50 for number in range(10))] * 65
+    lists = [None, [], ["a", None, "ä"], *(["b", f"c{number}"] for number in range(7))] * 78
+    table = pa.table(
+        {
+            "text": words,
+            "large": pa.array(words, pa.large_string()),
+            "same": pa.array(words).dictionary_encode(),
+            "bytes": pa.array([word and word.encode() for word in words]),
+            "number": [None, 1] * 390,
+            "list": lists,
+            "deep": [{"a": [{"b": "c"}], "n": 1.5}, None] * 390,
+            "map": pa.array([[("a", "b")], []] * 390, pa.map_(pa.string(), pa.string())),
+        }
+    )
+    parquet.write_table(
+        table, tmp_path / "a.parquet", row_group_size=500, dictionary_pagesize_limit=limit
+    )
+    expected = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    sizes: list[int] = []
+    assert list(parquet_records(tmp_path / "a.parquet", count=sizes.append)) == expected
+    assert sum(sizes) > sum(len(word or "") for word in words) * 4
 
 
 def test_free_expansion_is_not_refused(tmp_path: Path) -> None:

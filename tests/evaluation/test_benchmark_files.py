@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import pytest
 
 from tests.evaluation.programs import MBPP_ROWS
 from tests.evaluation.published import PUBLISHED
+from tests.hostile.values import parquet_bomb
 from tritter.data.benchmark_names import GROUPS, HUB_NAMES
 from tritter.errors import RequestError
+from tritter.evaluation.benchmarks import files
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
 from tritter.evaluation.benchmarks.nulls import null_scores
 from tritter.evaluation.benchmarks.records import Question
@@ -204,8 +208,64 @@ def test_a_limit_takes_of_all_parts(tmp_path: Path) -> None:
     assert kept.total == 100 and found.limited(None) is found.limited(100) is found
 
 
+@pytest.mark.parametrize(
+    ("limit", "more", "why"),
+    [
+        (None, {}, "is larger than 256 MiB when unpacked"),
+        (3, {}, "record 1: the question has more than 1048576 characters"),
+        (3, {"other": [""]}, "is larger than 256 MiB when unpacked"),
+    ],
+)
+def test_a_parquet_bomb_is_refused_in_little_memory(
+    tmp_path: Path, limit: int | None, more: dict[str, object], why: str
+) -> None:
+    row = {"question": "", "answer": True, "passage": "", **more}
+    (tmp_path / "boolq.parquet").write_bytes(parquet_bomb(row))  # 40 GB
+    program = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from tritter.errors import RequestError\n"
+        "from tritter.evaluation.benchmarks.files import TasksFolder, load\n"
+        "from tritter.evaluation.benchmarks.table import BENCHMARKS\n"
+        "folder = TasksFolder(Path(sys.argv[1]), key='--tasks-path')\n"
+        f"try: load([BENCHMARKS['boolq']], folder, limit={limit})\n"
+        "except RequestError as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert "boolq.parquet" in done.stdout and why in done.stdout, done
+    assert int(done.stdout.split()[-1]) < 1000  # MB; torch has a third of them
+
+
+def test_a_limit_ends_the_reading_of_a_large_parquet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 10 * 2**20)
+    row = {"question": "", "answer": True, "passage": ""}
+    (tmp_path / "boolq.parquet").write_bytes(parquet_bomb(row, size=2**14))
+    folder = TasksFolder(tmp_path, key="--tasks-path")
+    (found,) = load([BENCHMARKS["boolq"]], folder, limit=3)
+    assert len(found.limited(3).questions) == 3 and found.total < 1000
+    with pytest.raises(RequestError, match=r"boolq.parquet is larger than 10 MiB when unpacked"):
+        load([BENCHMARKS["boolq"]], folder)
+    monkeypatch.setattr(files, "SPREAD_ROWS", 20)
+    assert load([BENCHMARKS["boolq"]], folder, limit=3)[0].total == 20
+    (tmp_path / "boolq.parquet").write_bytes(parquet_bomb(row, size=2**21, rows=1))
+    with pytest.raises(RequestError, match=r"record 1: the question has more than 1048576 char"):
+        load([BENCHMARKS["boolq"]], folder)
+
+
+def test_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "secret.jsonl").write_text('{"passage": "p", "question": "q", "answer": true}\n')
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/boolq.jsonl").symlink_to("../secret.jsonl")
+    with pytest.raises(RequestError, match=r"--tasks-path: .*boolq.jsonl leads out of the folder"):
+        load([BENCHMARKS["boolq"]], TasksFolder(tmp_path / "tasks", key="--tasks-path"))
+
+
 class Refusing:
-    def run(self, program: str) -> Outcome:
+    def run(self, program: str, tests: str = "") -> Outcome:
         return Outcome("return" in program)
 
     def check(self) -> None: ...

@@ -2,16 +2,17 @@
 
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.evaluation.programs import HUMANEVAL_ROWS, MBPP_ROWS
+from tests.evaluation.programs import CHEATS, HUMANEVAL_ROWS, MBPP_ROWS, SQUARE_TESTS
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks.files import TasksFolder, load, questions_of
-from tritter.evaluation.benchmarks.programs import program
+from tritter.evaluation.benchmarks.programs import is_passed
 from tritter.evaluation.benchmarks.table import BENCHMARKS
 from tritter.evaluation.code import sandbox as code
 from tritter.evaluation.code.sandbox import ExternalSandbox, Limits, NamespaceSandbox, Outcome
@@ -80,10 +81,11 @@ def test_neither_the_home_nor_the_environment_is_there(monkeypatch: pytest.Monke
         f"assert not os.path.exists({str(Path(__file__))!r})\n"
         "assert os.listdir('.') == [] and os.getcwd() == '/work'\n"
         "assert not [d for d in range(3, 64) if os.path.exists(f'/dev/fd/{d}')]\n"
-        "for descriptor in range(3, 64):\n"
-        "    try: os.fstat(descriptor)\n"
+        "import stat\n"
+        "for descriptor in range(64):\n"
+        "    try: mode = os.fstat(descriptor).st_mode\n"
         "    except OSError: continue\n"
-        "    raise AssertionError(descriptor)\n"
+        "    assert stat.S_ISFIFO(mode), descriptor\n"
     )
     assert outcome.is_passed, outcome.output
 
@@ -107,10 +109,59 @@ def test_right_programs_pass_and_wrong_ones_fail() -> None:
         solutions = {str(row["task_id"]): row[field] for row in rows}
         for key, question in found.items():
             solution = solutions[key.removeprefix("MBPP/")]
-            assert NamespaceSandbox().run(program(question, solution)).is_passed
+            assert is_passed(NamespaceSandbox(), question, solution)
             wrong = solution.replace("return", "return None and")
-            assert not NamespaceSandbox().run(program(question, wrong)).is_passed
-            assert not NamespaceSandbox().run(program(question, "")).is_passed
+            assert not is_passed(NamespaceSandbox(), question, wrong)
+            assert not is_passed(NamespaceSandbox(), question, "")
+
+
+@held_here
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_no_program_passes_without_its_tests(cheat: str) -> None:
+    outcome = QUICK.run(CHEATS[cheat], SQUARE_TESTS)
+    assert not outcome.is_passed, outcome.output
+
+
+@held_here
+def test_tests_judge_what_a_right_program_returns() -> None:
+    program = (
+        "import math\nfrom collections import Counter\n"
+        "class Node:\n    def __init__(self, n): self.n, self.next = n, None\n"
+        "def square(x): return x * x\n"
+        "def sum(a, b): return a + b\n"
+        "def total(node): return node.n + (total(node.next) if node.next else 0)\n"
+        "def values(*x, **y):\n"
+        "    return [(*x, y), {*x}, Counter(x), b'z', 1j, None, float('inf'), '\\ud800']\n"
+        "def numbers(n): yield from range(n)\n"
+        "def kinds(x, kind): return [y for y in x if isinstance(y, kind)]\n"
+        "def fail(): raise KeyError('no')\n"
+    )
+    tests = (
+        "root = Node(1)\nroot.next = Node(2)\nassert total(root) == 3 and root.next.n == 2\n"
+        "assert math.isclose(square(1.5), 2.25) and square(10**5000) == 10**10000\n"
+        "assert values(1, 2, a=(3,)) == [(1, 2, {'a': (3,)}), {1, 2}, {1: 1, 2: 1}, b'z', 1j,"
+        " None, float('inf'), '\\ud800']\n"
+        "assert list(numbers(3)) == [0, 1, 2] and next(numbers(1)) == 0\n"
+        "assert kinds([1, 'a'], str) == ['a'] and root is not Node(1)\n"
+        "try: fail()\nexcept KeyError: pass\n"
+    )
+    outcome = PATIENT.run(program, tests)
+    assert outcome.is_passed, outcome.output
+    assert PATIENT.run(program, "assert sum(2, 3) == 5").is_passed
+    for wrong in ("assert square(2) == 5", "assert square(2) == 4; missing()", "fail()", "("):
+        assert not PATIENT.run(program, wrong).is_passed
+
+
+@held_here
+def test_nothing_is_written_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    write = (
+        "import os\nfor end in range(64):\n    try: os.pwrite(end, b'x' * 10**6, 0)\n"
+        "    except OSError: continue\n    raise AssertionError(end)\n"
+    )
+    outcome = PATIENT.run(write)
+    assert outcome.is_passed, outcome.output
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
@@ -128,9 +179,7 @@ def test_all_canonical_solutions_pass(name: str, field: str, key: str) -> None:
     failed = [
         name
         for name, question in found.questions.items()
-        if not NamespaceSandbox()
-        .run(program(question, solutions[name.removeprefix("MBPP/")]))
-        .is_passed
+        if not is_passed(NamespaceSandbox(), question, solutions[name.removeprefix("MBPP/")])
     ]
     assert failed == []
 
@@ -139,9 +188,9 @@ def test_all_canonical_solutions_pass(name: str, field: str, key: str) -> None:
 class Open(NamespaceSandbox):
     """A sandbox that is none: the negative control of the check."""
 
-    def run(self, program: str) -> Outcome:
+    def run(self, program: str, tests: str = "") -> Outcome:
         command = [sys.executable, "-I", "-"]
-        return code._run(command, program, self.limits, environment={"A": "b"})
+        return code._run(command, program, tests, self.limits, environment={"A": "b"})
 
 
 def test_a_sandbox_that_does_not_hold_is_refused() -> None:
@@ -167,6 +216,7 @@ def test_an_external_command_reads_the_program() -> None:
     outer.check()
     assert outer.run("print('here')").output.startswith("here")
     assert not outer.run("raise SystemExit(0)").is_passed
-    for command, said in (("/no/such/command", "cannot be run"), ("cat", "does not run a Python")):
+    assert not outer.run(CHEATS["announces itself and waits for the tests"], SQUARE_TESTS).is_passed
+    for command, said in (("/no/such/command", "cannot be run"), ("cat", "must read a Python")):
         with pytest.raises(RequestError, match=said):
             ExternalSandbox(command).check()

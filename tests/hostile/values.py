@@ -1,10 +1,15 @@
 """Hostile words, JSON values and bytes, drawn from a seeded generator."""
 
 import gzip
+import io
 import json
 import random
 import struct
+from collections.abc import Mapping
 from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
 
 ESCAPES = ("\x1b[2J\x1b[31mred", "\x1b]0;title\x07", "a\rb", "\x9b31m", "a\u202eb", "\x00", "\x7f")
 NUMBERS = (
@@ -26,6 +31,20 @@ _SMALL_JSON: tuple[Any, ...] = (
     *([], {}, [None], [1, 2], ["a"], {"a": 1}, [[]], {"": None}, [10**6], {"rope_type": "x"}),
     *ESCAPES,
 )
+
+
+def parquet_bomb(row: Mapping[str, Any], *, rows: int = 1000, size: int = 20 * 2**20) -> bytes:
+    """Return a small parquet file of equal rows whose texts, in lists too, have `size` letters."""
+    columns: dict[str, Any] = {}
+    for name, value in row.items():
+        text = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), ["a" * size])
+        if isinstance(value, list):
+            columns[name] = pa.ListArray.from_arrays(pa.array(range(rows + 1), pa.int32()), text)
+        else:
+            columns[name] = text if isinstance(value, str) else pa.array([value] * rows)
+    file = io.BytesIO()
+    parquet.write_table(pa.table(columns), file, compression="zstd", store_schema=False)
+    return file.getvalue()
 
 
 def word(rng: random.Random) -> str:

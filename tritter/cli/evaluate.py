@@ -155,7 +155,9 @@ def _benchmarks(request: EvaluateRequest) -> _Benchmarks:
     questions: dict[str, Questions] = {}
     if request.tasks_path is not None:
         folder = TasksFolder(request.tasks_path, key="--tasks-path")
-        questions = {held.benchmark.name: held for held in load(chosen, folder)}
+        questions = {
+            held.benchmark.name: held for held in load(chosen, folder, limit=request.limit)
+        }
     require_harness()
     return _Benchmarks(chosen, questions, sandbox)
 

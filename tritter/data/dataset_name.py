@@ -1,11 +1,14 @@
 """How a data set is called: one of the hub, or one that lies on disk; found before it is opened."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
-from tritter.errors import Problem, RequestError, did_you_mean
+from tritter.errors import Problem, RequestError, TritterError, did_you_mean
+from tritter.storage.links import check_inside, check_tree
+from tritter.storage.reading import read_object, read_text, require_file
 
 PREFIX = "hf:"
 FORM = "hf:OWNER/NAME[@REVISION][/CONFIG][:SPLIT][[FROM:TO]][#COLUMN]"
@@ -25,6 +28,8 @@ BUILDERS = {
     **{f"{ending}.gz": builder for ending, builder in _PLAIN.items()},
 }
 _SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # by `save_to_disk`
+_CARD, _CARD_ALONE = "README.md", ".huggingface.yaml"
+_ELSEWHERE = re.compile(r"[\w+.-]*:|.*(?:://|::)|/|(?:.*/)?\.\.(?:/|$)", re.DOTALL)
 _TAIL = (
     r"(?::(?P<split>\w[\w.-]*))?"
     r"(?P<slice>\[(?P<start>\d*):(?P<stop>\d*)\])?"
@@ -138,6 +143,10 @@ def check_place(key: str, word: str, source: DatasetName) -> None:
     if place.suffix == ".py" or (place / f"{place.name}.py").is_file():
         reason = "it is a script, and a data set's script is never run; name its data"
     elif place.is_dir():
+        try:
+            check_folder(place)
+        except TritterError as error:
+            raise RequestError(f"{key}: {error}") from error
         return
     elif place.is_file():
         if file_ending(place):
@@ -151,6 +160,64 @@ def check_place(key: str, word: str, source: DatasetName) -> None:
         hub = f"; of the hub it would be {PREFIX}{word}" if is_like_hub else ""
         reason = f"there is no such file or folder{where}{hub}.{near}".removesuffix(".")
     raise RequestError(Problem(key, word, reason=reason))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a dataset folder that reads something outside itself: by a link, or by a name in it.
+
+    Raises:
+        TritterError: names the file, and the entry in it.
+    """
+    check_tree(folder)
+    for path, entry in _entries(folder):
+        if _ELSEWHERE.match(entry) or "\0" in entry:
+            raise TritterError(
+                f"{path} names {entry[:200]!r}, which is not in the folder; nothing there is read. "
+                "Put the data into the folder and name it by its path there."
+            )
+        check_inside(path.parent, entry)
+
+
+def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield file and entry of the names of data in the files that `datasets` reads for them."""
+    for path in (folder / _CARD, folder / _CARD_ALONE):
+        if path.is_file():
+            require_file(path)
+            try:  # as `datasets` does, so that nothing is read differently
+                if path.name == _CARD:
+                    card = import_module("huggingface_hub").DatasetCard.load(path).data.to_dict()
+                else:
+                    card = import_module("yaml").safe_load(read_text(path))
+            except Exception as error:  # of several libraries
+                raise TritterError(f"{path} cannot be read ({type(error).__name__}).") from error
+            configs = card.get("configs") if isinstance(card, dict) else None
+            for config in configs if isinstance(configs, list) else ():
+                if isinstance(config, dict):
+                    yield from ((path, each) for each in _patterns(config.get("data_files")))
+                    yield from ((path, each) for each in _patterns(config.get("data_dir")))
+    for path in folder.glob("dataset_dict.json"):
+        yield from ((path, each) for each in _patterns(read_object(path).get("splits")))
+    for path in folder.rglob("state.json"):
+        files = read_object(path).get("_data_files")
+        for each in files if isinstance(files, list) else ():
+            if isinstance(each, dict):
+                yield from ((path, name) for name in _patterns(each.get("filename")))
+
+
+def _patterns(value: object) -> Iterator[str]:
+    """Yield the patterns of a `data_files`: one, several, or those of splits."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for each in value:
+            if isinstance(each, dict):
+                paths = each.get("path")
+                yield from (str(path) for path in (paths if isinstance(paths, list) else [paths]))
+            else:
+                yield str(each)
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from (str(path) for path in (each if isinstance(each, list) else [each]))
 
 
 def _is_there(path: str) -> bool:

@@ -7,12 +7,14 @@ from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from tritter.data.dataset_name import DatasetName
-from tritter.data.readers import MAX_PROBLEMS_OF_FILE, TextFileError
+from tritter.data.dataset_name import BUILDERS, DatasetName, check_folder, file_ending
+from tritter.data.readers import MAX_PROBLEMS_OF_FILE, TextFileError, check_expansion
 from tritter.data.records import DEFAULT_FIELD, WrongRecordError, form_fields, shown, text_of
 from tritter.errors import TritterError, nearest
+from tritter.storage.links import check_inside
 
 _BATCH_ROWS = 256
 _LOOKED_AT_ROWS = 100  # for what columns hold, where the data set doesn't say
@@ -204,10 +206,48 @@ def _at_hand(source: DatasetName) -> DatasetName:
 def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]:
     """Return split → rows; of a data set that was saved without splits, None → rows."""
     library = _library()
+    if source.is_on_disk:
+        _check_files(source)
     if source.is_on_disk and source.is_saved:
         saved = library.load_from_disk(source.name)
         return saved if isinstance(saved, Mapping) else {None: saved}
     return library.load_dataset(**_arguments(source), streaming=is_streamed)
+
+
+def _check_files(source: DatasetName) -> None:
+    """Refuse files that are outside a dataset folder, of other kinds, or decode to far too much.
+
+    Raises:
+        _Unreadable: names the first of them.
+    """
+    place = Path(source.name)
+    files = [place] if place.is_file() else []
+    if place.is_dir():
+        try:
+            check_folder(place)
+        except TritterError as error:
+            raise _Unreadable(f"is refused: {error}") from error
+        if source.is_saved:
+            return
+        found = _builder(source)[0].config.data_files or {}
+        files = [Path(str(file)) for of_split in found.values() for file in of_split]
+    for file in files:
+        if not file_ending(file):
+            raise _Unreadable(f"is refused: of files {', '.join(BUILDERS)} are read, not {file}")
+        try:
+            check_inside(place, str(file))
+            status = file.stat()
+            _check_expansion(file, status.st_size, status.st_mtime_ns)
+        except WrongRecordError as error:
+            raise _Unreadable(f"is refused: {file} {error}") from error
+        except TritterError as error:
+            raise _Unreadable(f"is refused: {error}") from error
+
+
+@cache
+def _check_expansion(file: Path, size: int, modified_ns: int) -> None:
+    """Check a file once, as long as it does not change."""
+    check_expansion(file)
 
 
 def _split(source: DatasetName, opened: Mapping[str | None, Any]) -> str | None:

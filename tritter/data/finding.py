@@ -5,13 +5,15 @@ import stat
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from tritter.data.built_in import is_built_in
 from tritter.data.dataset_name import PREFIX
 from tritter.data.readers import TEXT_SUFFIXES, text_suffix
 from tritter.data.records import shown
-from tritter.errors import Problem, RequestError, did_you_mean
+from tritter.errors import Problem, RequestError, TritterError, did_you_mean
+from tritter.storage.links import check_inside
 
 _Identity = tuple[int, int]  # device and number of a folder
 _GLOB_SIGNS = set("*?[")
@@ -59,11 +61,13 @@ def find_text_files(key: str, paths: Iterable[str]) -> tuple[Path, ...]:
 def find_texts(key: str, paths: Iterable[str]) -> FoundTexts:
     """Find the text files that paths mean.
 
-    A folder means all files of known kinds below it, but hidden ones; links are followed. Built-in
-    texts and data sets are no files and are passed over.
+    A folder means all files of known kinds below it, but hidden ones. Links in it are followed if
+    they end inside it, or in the hub's cache where a download belongs to it. Built-in texts and
+    datasets are not files and are skipped.
 
     Raises:
-        RequestError: a path means no text file; says what was found instead.
+        RequestError: a path means no text file, and what was found instead; or a link in a folder
+            leads out of it.
     """
     files: dict[Path, None] = {}
     skipped: Counter[str] = Counter()
@@ -95,6 +99,9 @@ def _found(key: str, path: str) -> FoundTexts:
         raise RequestError(Problem(key, path, reason=_not_read([place])))
     if _GLOB_SIGNS & set(path):
         matches = sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
+        folder = Path(*takewhile(lambda part: not _GLOB_SIGNS & set(part), place.parts))
+        for match in matches:
+            _check_link(key, folder, match)
         return _known(key, path, matches, where="the glob")
     beside = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
     where = "" if place.parent.is_dir() else f"; {place.parent} is no folder either"
@@ -141,6 +148,8 @@ def _below(key: str, folder: Path) -> list[Path]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
+            if entry.is_symlink():
+                _check_link(key, folder, entry)
             if not entry.is_dir():
                 found.append(entry)
             elif entry.is_symlink():
@@ -148,6 +157,15 @@ def _below(key: str, folder: Path) -> list[Path]:
             else:
                 waiting.appendleft((entry, (*above, own)))
     return sorted(found)
+
+
+def _check_link(key: str, folder: Path, place: Path) -> None:
+    """Refuse what leads out of the folder that the user named."""
+    if place.exists():
+        try:
+            check_inside(folder, str(place.relative_to(folder)))
+        except TritterError as error:
+            raise RequestError(Problem(key, str(folder), reason=str(error))) from error
 
 
 def _identity(place: Path) -> _Identity:

@@ -2,7 +2,7 @@
 
 A reader goes on after what it can't read, so that one look at a file finds all that is wrong with
 it; the lines stand in `Reading.problems`. It takes regular files only, in pieces of bounded size:
-a pipe is never waited for, and what unpacks to far more than it is gets refused on the way.
+a pipe is never waited for. A file that unpacks to far more than its size is refused before that.
 """
 
 import gzip
@@ -13,6 +13,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,16 @@ from tritter.storage.reading import open_file
 MAX_TEXT_BYTES = 2**30  # of a file that is one text
 MAX_ARRAY_BYTES = 256 * 2**20  # of a .json, all of which is held as well as what it means
 MAX_LINE_BYTES = 32 * 2**20
-# A .gz is taken for what it unpacks to until it is this many times its own size, and text never is.
+# A .gz or .parquet may decode to this many times its own size. Text never does.
 MAX_EXPANSION = 200
 FREE_EXPANSION_BYTES = 64 * 2**20  # so much, however small the file
 MAX_PROBLEMS_OF_FILE = 10
 MAX_PROBLEMS_SHOWN = 100
 _PIECE_BYTES = 2**20
 _PARQUET_ROWS = 256
+_SHARED_ROWS = 4096  # of a batch in which texts are shared
+_DICTIONARY_PAGE, _NEXT_INT = b"\x15\x04", b"\x15"
+_ROW_BYTES = 8  # at least, so that rows without values are limited as well
 _PACKED = ".gz"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ENCODINGS = {
@@ -154,10 +158,7 @@ class _Stream:
     def __init__(self, file: Any, *, reading: Reading, packed_bytes: int | None) -> None:
         self._file = file
         self._reading = reading
-        self._limit = None
-        if packed_bytes is not None:
-            self._limit = max(FREE_EXPANSION_BYTES, MAX_EXPANSION * packed_bytes)
-        self._num_bytes = 0
+        self._expansion = None if packed_bytes is None else _Expansion(packed_bytes)
 
     def piece(self) -> bytes:
         return self._counted(self._file.read(_PIECE_BYTES))
@@ -166,14 +167,35 @@ class _Stream:
         return self._counted(self._file.readline(max_bytes))
 
     def _counted(self, content: bytes) -> bytes:
-        self._num_bytes += len(content)
-        if self._limit is not None and self._num_bytes > self._limit:
-            raise WrongRecordError(
-                f"unpacks to more than {self._limit // 2**20} MB, {MAX_EXPANSION} times what it "
-                "is; allowed is less, as text never is packed so well"
-            )
+        if self._expansion is not None:
+            self._expansion.count(len(content))
         self._reading.count(len(content))
         return content
+
+
+class _Expansion:
+    """Decoded bytes of a packed file.
+
+    Args:
+        packed_bytes: size of the file.
+    """
+
+    def __init__(self, packed_bytes: int) -> None:
+        self.limit_bytes = max(FREE_EXPANSION_BYTES, MAX_EXPANSION * packed_bytes)
+        self._num_bytes = 0
+
+    def count(self, num_bytes: int) -> None:
+        """Count bytes before or after they are decoded.
+
+        Raises:
+            WrongRecordError: there are more than the limit.
+        """
+        self._num_bytes += num_bytes
+        if self._num_bytes > self.limit_bytes:
+            raise WrongRecordError(
+                f"unpacks to more than {self.limit_bytes // 2**20} MB, and a packed file may have "
+                f"{FREE_EXPANSION_BYTES // 2**20} MB or {MAX_EXPANSION} times its own size"
+            )
 
 
 @contextmanager
@@ -226,23 +248,156 @@ def _lines(path: Path, reading: Reading) -> Iterator[str]:
 
 
 def _rows(path: Path, reading: Reading) -> Iterator[str]:
+    expansion = _Expansion(path.stat().st_size)
+
+    def count(num_bytes: int) -> None:
+        expansion.count(num_bytes)
+        reading.count(num_bytes)
+
+    records = parquet_records(
+        path, columns=lambda names: _columns(names, reading.text_field), count=count
+    )
+    for number, record in enumerate(records, start=1):
+        yield from _record_text(f"{path}, row {number}", record, reading)
+
+
+def check_expansion(path: Path) -> None:
+    """Refuse a packed file that another library should not be given to decode; decodes it once.
+
+    Raises:
+        WrongRecordError: it decodes to more than it may, or is no such file.
+        TritterError: it cannot be read.
+    """
+    if path.suffix.lower() == ".parquet":
+        expansion = _Expansion(path.stat().st_size)
+        for _ in _parquet_batches(path, columns=None, count=expansion.count):
+            pass
+    elif path.suffix.lower() == _PACKED:
+        try:
+            with _opened(path, Reading(key="", text_field=DEFAULT_FIELD)) as stream:
+                while stream.piece():
+                    pass
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise WrongRecordError(f"cannot be unpacked ({error})") from error
+
+
+def parquet_records(
+    path: Path,
+    *,
+    columns: Callable[[Sequence[str]], list[str]] | None = None,
+    count: Callable[[int], None],
+) -> Iterator[dict[str, Any]]:
+    """Yield the records of a .parquet file.
+
+    Args:
+        columns: returns the columns to read, of those in the file; None: all.
+        count: receives the bytes of the next rows before records are made of them; may raise.
+
+    Raises:
+        WrongRecordError: it is no parquet file, or its columns decode to far more than its size.
+        TritterError: it cannot be read.
+    """
+    for batch in _parquet_batches(path, columns=columns, count=count):
+        step = batch.num_rows if _decoded_bytes(batch) < FREE_EXPANSION_BYTES else 1
+        for start in range(0, batch.num_rows, max(1, step)):
+            yield from batch.slice(start, step).to_pylist()
+
+
+def _parquet_batches(
+    path: Path,
+    *,
+    columns: Callable[[Sequence[str]], list[str]] | None,
+    count: Callable[[int], None],
+) -> Iterator[Any]:
+    """Yield record batches of bounded size; a text that many rows share may be there only once."""
     try:
         arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError as error:
         raise WrongRecordError("needs pyarrow to be read: pip install 'tritter[data]'") from error
     with open_file(path) as opened:
         try:
-            with parquet.ParquetFile(opened) as file:
-                names = file.schema_arrow.names
-                columns = _columns(names, reading.text_field)
-                row = 0
-                for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-                    reading.count(batch.nbytes)
-                    for record in batch.to_pylist():
-                        row += 1
-                        yield from _record_text(f"{path}, row {row}", record, reading)
+            metadata = parquet.read_metadata(opened)
+            leaves = [metadata.schema.column(index) for index in range(metadata.num_columns)]
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+            for group in range(metadata.num_row_groups):
+                rows = _batch_rows(opened, metadata.row_group(group), leaves)
+                shared = [] if rows else texts
+                with parquet.ParquetFile(opened, read_dictionary=shared, metadata=metadata) as file:
+                    names = None if columns is None else columns(file.schema_arrow.names)
+                    for batch in file.iter_batches(rows or _SHARED_ROWS, [group], names):
+                        count(_decoded_bytes(batch))
+                        yield batch
         except arrow.ArrowException as error:
             raise WrongRecordError(f"is no parquet file ({_short(error)})") from error
+
+
+def _batch_rows(file: BufferedReader, group: Any, leaves: Sequence[Any]) -> int:
+    """Return how many rows of a row group may be decoded at a time.
+
+    Returns:
+        0 if single rows may be too large, since their lists repeat texts: the texts have to stay
+        in their dictionaries then. That copies a whole dictionary for each batch.
+
+    Raises:
+        WrongRecordError: pages, numbers of values or values are too large for the size of the file.
+    """
+    expansion = _Expansion(os.fstat(file.fileno()).st_size)
+    rows = _PARQUET_ROWS
+    for index, leaf in enumerate(leaves):
+        chunk = group.column(index)
+        expansion.count(chunk.total_uncompressed_size)
+        if leaf.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
+            value_bytes = 8
+        elif "DELTA_BYTE_ARRAY" in chunk.encodings:  # each value may repeat the one before
+            value_bytes = chunk.total_uncompressed_size
+        else:
+            value_bytes = _dictionary_bytes(file, chunk)
+        rows = min(rows, max(1, FREE_EXPANSION_BYTES // max(1, value_bytes)))
+        if leaf.max_repetition_level:
+            expansion.count(8 * chunk.num_values)
+            if value_bytes * chunk.num_values > expansion.limit_bytes:
+                rows = 0
+    return rows
+
+
+def _dictionary_bytes(file: BufferedReader, chunk: Any) -> int:
+    """Return the decoded size of a column's dictionary, which no value in it exceeds."""
+    start = chunk.data_page_offset
+    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
+        start = chunk.dictionary_page_offset
+    file.seek(start)
+    header = file.read(16)
+    # A PageHeader of Thrift's compact protocol begins with its type and its decoded size
+    if header[:2] != _DICTIONARY_PAGE or header[2:3] != _NEXT_INT:
+        return 0
+    size = 0
+    for place, byte in enumerate(header[3:8]):
+        size |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            break
+    return size >> 1  # zigzag
+
+
+def _decoded_bytes(column: Any) -> int:
+    """Return the bytes that a batch or a column has once each row has its own copy of its text."""
+    kind = getattr(column, "type", None)
+    if kind is None:  # a batch
+        return sum(map(_decoded_bytes, column.columns)) + _ROW_BYTES * int(column.num_rows)
+    types = import_module("pyarrow.types")
+    if types.is_struct(kind):
+        return sum(map(_decoded_bytes, column.flatten()))
+    if types.is_map(kind):
+        return _decoded_bytes(column.keys) + _decoded_bytes(column.items) + int(column.nbytes)
+    if types.is_nested(kind) and hasattr(column, "flatten"):  # lists
+        return _decoded_bytes(column.flatten()) + int(column.nbytes)
+    if types.is_dictionary(kind):
+        compute = import_module("pyarrow.compute")
+        try:
+            lengths = compute.binary_length(column.dictionary)
+        except NotImplementedError:  # a dictionary of numbers
+            return int(column.nbytes)
+        return int(compute.sum(compute.take(lengths, column.indices)).as_py() or 0)
+    return int(column.nbytes)
 
 
 def _columns(names: Sequence[str], field: str) -> list[str]:

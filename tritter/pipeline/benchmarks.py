@@ -99,7 +99,8 @@ def benchmark_tasks(asked: EvaluationConfig, *, positions: int) -> tuple[Benchma
     held: Mapping[str, Questions] = {}
     if asked.tasks_path is not None:
         folder = TasksFolder(Path(asked.tasks_path), key="evaluation.tasks_path")
-        held = {each.benchmark.name: each for each in load(chosen, folder)}
+        loaded = load(chosen, folder, limit=asked.task_limit)
+        held = {each.benchmark.name: each for each in loaded}
     require_harness()
     sandbox: Sandbox | None = None
     if set(names) & set(CODE):

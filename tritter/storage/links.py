@@ -1,4 +1,4 @@
-"""Links within a checkpoint or run folder: they may not lead out of it.
+"""Links within a checkpoint, run or dataset folder: they may not lead out of it.
 
 A folder from elsewhere could name any file of this machine in that way, and what is read is copied
 into results; what a run writes would land there.
@@ -85,9 +85,11 @@ def _blobs(place: Path) -> Iterator[str]:
     """Yield where the files of a snapshot in the hub's cache lie: its own blobs, the shared ones.
 
     CACHE/models--OWNER--NAME/snapshots/REVISION links to CACHE/models--OWNER--NAME/blobs, whose
-    entries may link to CACHE/blobs.
+    entries may link to CACHE/blobs. A dataset has `datasets` for `models`.
     """
     for snapshots in place.parents:
-        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith(
+            ("models--", "datasets--")
+        ):
             yield str(snapshots.parent / "blobs")
             yield str(snapshots.parent.parent / "blobs")

@@ -13,18 +13,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tritter.data.readers import FREE_EXPANSION_BYTES, MAX_EXPANSION, parquet_records
+from tritter.data.records import WrongRecordError
 from tritter.errors import Problem, RequestError, TritterError, brief, nearest, raise_problems
 from tritter.evaluation.benchmarks.records import Benchmark, Folder, Format, Question, Row
+from tritter.storage.links import check_inside
 from tritter.storage.reading import open_file, read_text
 
 MAX_FILE_BYTES = 256 * 2**20  # unpacked
+MAX_QUESTION_CHARACTERS = 2**20
 MAX_FILES = 20_000  # looked at below a folder
 MAX_PROBLEMS_OF_FILE = 5
+SPREAD_ROWS = 50_000  # of a .parquet, over which a limited number of questions is spread
+_ROW_BYTES, _VALUE_BYTES = 256, 64  # of a record in memory, without what its values hold
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
 _ROWS_BELOW = "examples"  # of BBH, whose records stand in an object
 
@@ -87,11 +92,19 @@ class TasksFolder:
             for name in sorted(names):
                 if name.lower().endswith(_SUFFIXES):
                     path = Path(place, name)
+                    if path.is_symlink():
+                        self._check_link(str(path.relative_to(self.path)))
                     found[path.relative_to(self.path).as_posix().lower()] = path
             if len(found) > MAX_FILES:
                 reason = f"more than {MAX_FILES} files lie there; name the folder of the benchmarks"
                 raise RequestError(Problem(self.key, str(self.path), reason=reason))
         return found
+
+    def _check_link(self, name: str) -> None:
+        try:
+            check_inside(self.path, name)
+        except TritterError as error:
+            raise RequestError(Problem("", reason=f"{self.key}: {error}")) from error
 
     def all(self, *patterns: str) -> list[Path]:
         """Return the files of the first pattern that any path matches."""
@@ -105,13 +118,16 @@ class TasksFolder:
         """Return the first file of the first pattern that any path matches."""
         return next(iter(self.all(*patterns)), None)
 
-    def rows(self, path: Path) -> Sequence[Row]:
+    def rows(self, path: Path, *, limit: int | None = None) -> Sequence[Row]:
         """Return a file's records.
+
+        Args:
+            limit: records that suffice if the file is too large to be read whole.
 
         Raises:
             TritterError: it can't be read as what it is.
         """
-        return list(_rows(path))
+        return list(_rows(path, limit))
 
     def text(self, path: Path) -> str:
         """Return a small file's text.
@@ -122,8 +138,13 @@ class TasksFolder:
         return read_text(path)
 
 
-def load(benchmarks: Sequence[Benchmark], folder: TasksFolder) -> list[Questions]:
+def load(
+    benchmarks: Sequence[Benchmark], folder: TasksFolder, *, limit: int | None = None
+) -> list[Questions]:
     """Read the benchmarks' questions from files.
+
+    Args:
+        limit: questions that suffice of a file that is too large to be read whole.
 
     Raises:
         RequestError: names all benchmarks without a file and all that is wrong with the others'.
@@ -143,7 +164,7 @@ def load(benchmarks: Sequence[Benchmark], folder: TasksFolder) -> list[Questions
         questions, examples = {}, {}
         for path in files:
             try:
-                rows = folder.rows(path)
+                rows = folder.rows(path, limit=limit)
                 found = dict(_questions(benchmark, path, rows, is_alone=len(files) == 1))
                 shown = _examples(benchmark, folder, path, rows)
             except WrongFileError as error:
@@ -277,7 +298,9 @@ def _question(form: Format, row: object, file: str) -> Question | None:
             raise TypeError(f"{name} = {brief(row[name])} is no {allowed}")
     question = form.question(row, file)
     if question is not None:
-        _as_text("".join((question.prompt, *question.choices)))
+        size = len(_as_text("".join((question.prompt, *question.choices))))
+        if size > MAX_QUESTION_CHARACTERS:
+            raise ValueError(f"the question has more than {MAX_QUESTION_CHARACTERS} characters")
     if question is not None and question.choices:
         if len(question.choices) < 2:
             raise ValueError("there are fewer than two choices")
@@ -302,14 +325,17 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _rows(path: Path) -> Iterator[Any]:
+def _rows(path: Path, limit: int | None) -> Iterator[Any]:
     """Yield the records of a file.
+
+    Args:
+        limit: records that suffice of a .parquet that is larger than `MAX_FILE_BYTES`.
 
     Raises:
         TritterError: it can't be read as what its name says.
     """
     if path.name.lower().endswith(".parquet"):
-        yield from _parquet_rows(path)
+        yield from _parquet_rows(path, limit)
         return
     content = _content(path)
     try:
@@ -337,29 +363,48 @@ def _content(path: Path) -> bytes:
     Raises:
         TritterError: it can't be read, or is too large.
     """
+    limit = MAX_FILE_BYTES
     with open_file(path) as file:
         if path.name.lower().endswith(".gz"):
+            size = os.fstat(file.fileno()).st_size
+            limit = min(limit, max(FREE_EXPANSION_BYTES, MAX_EXPANSION * size))
             try:
                 with gzip.GzipFile(fileobj=file) as unpacked:
-                    content = unpacked.read(MAX_FILE_BYTES + 1)
+                    content = unpacked.read(limit + 1)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise TritterError(f"{path} cannot be unpacked: {error}.") from error
         else:
-            content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise TritterError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB, the most.")
+            content = file.read(limit + 1)
+    if len(content) > limit:
+        raise _too_large(path, limit)
     return content
 
 
-def _parquet_rows(path: Path) -> Iterator[Any]:
+class _SpentError(Exception):
+    """The next rows would exceed the limit of decoded bytes."""
+
+
+def _too_large(path: Path, limit_bytes: int) -> TritterError:
+    return TritterError(f"{path} is larger than {limit_bytes // 2**20} MiB when unpacked.")
+
+
+def _parquet_rows(path: Path, limit: int | None) -> Iterator[Any]:
+    size, found = 0, 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal size
+        size += num_bytes
+        if size > MAX_FILE_BYTES:
+            raise _SpentError
+
     try:
-        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise TritterError(f"{path} needs pyarrow: pip install 'tritter[data]'.") from error
-    with open_file(path) as opened:
-        try:
-            with parquet.ParquetFile(opened) as file:
-                batches = file.iter_batches(batch_size=256)
-                yield from islice((row for batch in batches for row in batch.to_pylist()), 10**6)
-        except arrow.ArrowException as error:
-            raise TritterError(f"{path} is no parquet file: {error}.") from error
+        enough = None if limit is None else max(limit, SPREAD_ROWS)
+        for row in islice(parquet_records(path, count=count), enough):
+            found += 1
+            size += _ROW_BYTES + _VALUE_BYTES * len(row)
+            yield row
+    except WrongRecordError as error:
+        raise TritterError(f"{path} {error}.") from error
+    except _SpentError as error:
+        if limit is None or found < limit:
+            raise _too_large(path, MAX_FILE_BYTES) from error

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks.files import Questions
 from tritter.evaluation.benchmarks.nulls import NullScores, null_scores
-from tritter.evaluation.benchmarks.programs import program
+from tritter.evaluation.benchmarks.programs import is_passed
 from tritter.evaluation.benchmarks.records import Benchmark, Question
 from tritter.evaluation.code.sandbox import Sandbox
 from tritter.evaluation.inference import evaluating
@@ -260,7 +260,7 @@ def _is_right(benchmark: Benchmark, question: Question, text: str, sandbox: Sand
     if benchmark.kind != "code":
         return benchmark.is_right(question, text)
     assert sandbox is not None
-    return sandbox.run(program(question, text)).is_passed
+    return is_passed(sandbox, question, text)
 
 
 def _readable(

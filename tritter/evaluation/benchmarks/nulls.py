@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tritter.evaluation.benchmarks.files import Questions
-from tritter.evaluation.benchmarks.programs import program
+from tritter.evaluation.benchmarks.programs import is_passed
 from tritter.evaluation.benchmarks.records import Question
 from tritter.evaluation.code.sandbox import Sandbox
 
@@ -59,7 +59,7 @@ def null_scores(
     if kind == "code":
         if sandbox is None:
             return NullScores(None, None, None)
-        passed = sum(sandbox.run(program(question, "")).is_passed for question in asked)
+        passed = sum(is_passed(sandbox, question, "") for question in asked)
         return NullScores(None, None, passed / len(asked))
     constant = commonest_share([(each.part, each.answer) for each in everything])
     if kind == "word":

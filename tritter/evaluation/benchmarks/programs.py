@@ -1,5 +1,6 @@
 """Questions that are answered by a program, which is run: HumanEval and MBPP."""
 
+import ast
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tritter.evaluation.benchmarks.records import (
     Question,
     Row,
 )
+from tritter.evaluation.code.sandbox import Sandbox
 
 HUMANEVAL_UNTIL = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 MBPP_UNTIL = ("[DONE]",)
@@ -19,9 +21,9 @@ _PROMPT_IDS, _TEST_IDS = range(1, 11), range(11, 511)  # of MBPP, as its authors
 _SHOTS = 3
 
 
-def program(question: Question, answer: str) -> str:
-    """Return what is run to judge an answer: it fails unless the answer is right."""
-    return f"{question.answer}{answer}\n{question.tests}\n"
+def is_passed(sandbox: Sandbox, question: Question, answer: str) -> bool:
+    """Return whether a program that answers a question passes the question's tests."""
+    return sandbox.run(f"{question.answer}{answer}\n", question.tests).is_passed
 
 
 def mbpp_examples(folder: Folder, path: Path, rows: Sequence[Row]) -> str:
@@ -36,8 +38,19 @@ def _humaneval(row: Row, file: str) -> Question:
     return Question(
         prompt=row["prompt"],
         answer=row["prompt"],
-        tests=f"{row['test']}\ncheck({row['entry_point']})",
+        tests=f"{_helpers(row)}\n{row['test']}\ncheck({row['entry_point']})",
         name=row["task_id"],
+    )
+
+
+def _helpers(row: Row) -> str:
+    """Return what a prompt defines besides the function that it asks for; tests may call it."""
+    try:
+        body = ast.parse(row["prompt"]).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+    return "\n".join(
+        ast.unparse(each) for each in body if getattr(each, "name", "") != row["entry_point"]
     )
 
 

@@ -1,7 +1,7 @@
 """Run a program that nobody read: within limits, and where it reaches nothing.
 
-HumanEval and MBPP ask a model for programs and execute them. They run in a process of their own
-(`warden`), in namespaces of their own; where the system gives none, nothing is run.
+HumanEval and MBPP ask a model for programs and execute them. They run in namespaces of their own
+(`warden`), and their tests in another process there (`judge`). Without namespaces nothing is run.
 """
 
 import json
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.code import probe, warden
+from tritter.evaluation.code import judge, probe, warden
 
 ADVICE = (
     "run Tritter where unprivileged user namespaces are allowed (Linux 5.12 or newer; in a "
@@ -41,7 +41,7 @@ class Limits:
         cpu_seconds: of computing, each process.
         memory_bytes: of addresses, each process.
         file_bytes: of a file that it writes, and of its folder.
-        processes: at a time, the two that watch it and all threads included.
+        processes: at a time, the three that watch and test it and all threads included.
         output_bytes: that it prints.
     """
 
@@ -58,7 +58,7 @@ class Outcome:
     """How a program ended.
 
     Args:
-        is_passed: it ran to its last line.
+        is_passed: it ran to its last line, and so did its tests.
         said: why not, in words; empty where it did.
         output: what it printed, errors too, as far as it was read.
     """
@@ -71,8 +71,13 @@ class Outcome:
 class Sandbox(Protocol):
     """Where programs are run."""
 
-    def run(self, program: str) -> Outcome:
-        """Run a program of Python to its end, or to its limits."""
+    def run(self, program: str, tests: str = "") -> Outcome:
+        """Run a Python program, then its tests, to their end or to the limits.
+
+        Args:
+            tests: Python as well; they run in another process, with the names that they take from
+                the program.
+        """
 
     def check(self) -> None:
         """Try whether it holds.
@@ -88,7 +93,7 @@ class NamespaceSandbox:
 
     limits: Limits = Limits()
 
-    def run(self, program: str) -> Outcome:
+    def run(self, program: str, tests: str = "") -> Outcome:
         interpreter = Path(sys.executable).resolve()
         with tempfile.TemporaryDirectory(prefix="tritter-code-") as root:
             asked = {
@@ -106,7 +111,7 @@ class NamespaceSandbox:
                 },
             }
             command = [str(interpreter), "-I", "-S", "-B", warden.__file__, json.dumps(asked)]
-            return _run(command, program, self.limits)
+            return _run(command, program, tests, self.limits)
 
     def check(self) -> None:
         """Try to break out: read, write and connect outside, fork and allocate without end.
@@ -156,8 +161,9 @@ class ExternalSandbox:
     command: str
     limits: Limits = Limits()
 
-    def run(self, program: str) -> Outcome:
-        return _run(shlex.split(self.command), program, self.limits, environment=dict(os.environ))
+    def run(self, program: str, tests: str = "") -> Outcome:
+        command = shlex.split(self.command)
+        return _run(command, program, tests, self.limits, environment=dict(os.environ))
 
     def check(self) -> None:
         """See that it runs a program, and says so when one fails.
@@ -166,15 +172,16 @@ class ExternalSandbox:
             RequestError: it does not.
         """
         try:
-            is_right = self.run("x = 1").is_passed and not self.run("assert False").is_passed
+            is_right, is_wrong = (self.run("x = 1", f"assert x == {n}").is_passed for n in (1, 2))
         except (OSError, ValueError) as error:
             raise RequestError(
                 f"--code-sandbox = {self.command}: cannot be run ({error})."
             ) from error
-        if not is_right:
+        if is_wrong or not is_right:
             raise RequestError(
-                f"--code-sandbox = {self.command}: it does not run a Python program that it reads "
-                "on its standard input, print what that prints, and end with its exit code."
+                f"--code-sandbox = {self.command}: it must read a Python program on its standard "
+                "input, run it, print its output and end with its exit code. The program starts "
+                "a second Python process."
             )
 
 
@@ -189,56 +196,63 @@ def _places(interpreter: Path) -> list[str]:
 def _run(
     command: Sequence[str],
     program: str,
+    tests: str,
     limits: Limits,
     *,
     environment: dict[str, str] | None = None,
 ) -> Outcome:
-    """Run a command with a program on its standard input; end it, and all it started, in time.
+    """Run a command with a program and its tests on its standard input; end all that it started.
 
     Raises:
         TritterError: the sandbox could not be set up.
     """
-    # A program may end itself before its tests, so only its last line says that it passed. The
-    # two halves keep the word out of the errors in which Python quotes a line.
-    word = (secrets.token_hex(8), secrets.token_hex(8))
-    last = f"\n__import__('os').write(1, ('{word[0]}' + '{word[1]}').encode())\n"
-    with tempfile.TemporaryFile() as file:
-        file.write((program + last).encode("utf-8", errors="surrogatepass"))
-        file.seek(0)
-        process = subprocess.Popen(
-            command,
-            stdin=file,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment or {},
-            cwd="/",
-            close_fds=True,
-            start_new_session=True,
-        )
+    word = [secrets.token_hex(8), secrets.token_hex(8)]
+    source = Path(judge.__file__).read_text(encoding="utf-8")
+    request = {"source": source, "program": program, "tests": tests, "word": word}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,  # a file could be read again, or written
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment or {},
+        cwd="/",
+        start_new_session=True,
+    )
     try:
-        output, said = _read(process, limits)
-        _end(process)
+        output, why = _exchange(process, f"{source}\njudge(**{request!a})\n".encode(), limits)
     finally:
         _end(process)
     text = output.decode("utf-8", errors="replace")
-    if process.returncode == warden.COULD_NOT_SHUT_IN and not said:
+    if process.returncode == warden.COULD_NOT_SHUT_IN and not why:
         raise TritterError(f"code: the sandbox could not be set up ({text}); {ADVICE}.")
-    is_passed = not said and process.returncode == 0 and "".join(word) in text
+    # A program may end early or print anything, but only its judge knows the word
+    is_passed = not why and process.returncode == 0 and "".join(word) in text
     if is_passed:
         return Outcome(True, output=text.replace("".join(word), ""))
-    return Outcome(False, said or f"it ended early, exit code {process.returncode}", text)
+    return Outcome(False, why or f"it ended early, exit code {process.returncode}", text)
 
 
-def _read(process: "subprocess.Popen[bytes]", limits: Limits) -> tuple[bytes, str]:
-    """Return what a process prints until it ends, and why it has to be ended, if it has to."""
-    assert process.stdout is not None
+def _exchange(
+    process: "subprocess.Popen[bytes]", content: bytes, limits: Limits
+) -> tuple[bytes, str]:
+    """Write to a process and return its output until it ends, and why it has to be ended, if so."""
+    assert process.stdin is not None and process.stdout is not None
     deadline = time.monotonic() + limits.seconds
-    output = bytearray()
-    descriptor = process.stdout.fileno()
-    while (left := deadline - time.monotonic()) > 0:
-        if not select.select([descriptor], [], [], left)[0]:
+    output, written = bytearray(), 0
+    reading, writing = process.stdout.fileno(), process.stdin.fileno()
+    os.set_blocking(writing, False)
+    while (remaining := deadline - time.monotonic()) > 0:
+        waiting = [] if process.stdin.closed else [writing]
+        readable, writable, _ = select.select([reading], waiting, [], remaining)
+        if writable:
+            with suppress(BrokenPipeError):
+                written += os.write(writing, content[written : written + 2**16])
+                if written < len(content):
+                    continue
+            process.stdin.close()
+        if not readable:
             continue
-        piece = os.read(descriptor, 2**16)
+        piece = os.read(reading, 2**16)
         if not piece:
             try:
                 process.wait(timeout=max(0.0, deadline - time.monotonic()))
@@ -257,5 +271,6 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
