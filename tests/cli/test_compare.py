@@ -227,8 +227,11 @@ def test_damaged_scores_leave_the_rest(run: Run, runs: Path, damage: Any, said: 
         ("nowhere first", "it is not a folder"),
         ("first better --output page.pdf", "allowed is one of .html, .csv, .json"),
         ("first better --output base.csv", "it is a folder"),
-        ("first better --output there.json --overwrite", "replaces pages alone"),
-        ("first better --output there.json", "it is there already"),
+        (
+            "first better --output there.json --overwrite",
+            "it is not an earlier report of",
+        ),
+        ("first better --output there.json", "it exists already"),
     ],
 )
 def test_refused(run: Run, runs: Path, words: str, said: str) -> None:

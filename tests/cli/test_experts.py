@@ -254,3 +254,68 @@ def test_damaged_experts_are_a_wrong_request(run: Run, place: Path, mixture: Exp
     (place / "whole/state/experts.json").unlink()
     result = run("generate --checkpoint whole --prompt the")
     assert result.code == 2 and "experts.json is missing" in result.err
+
+
+@pytest.mark.parametrize("left", ["adapters", "tensors", "one tensor file"])
+def test_experts_without_their_head_are_no_plain_model(
+    run: Run, place: Path, mixture: ExpertMixture, left: str
+) -> None:
+    """Without `tritter.json`, too, which would name the missing file."""
+    for name in ("tritter.json", "state/experts.json"):
+        (place / "whole" / name).unlink()
+    if left == "tensors":
+        shutil.rmtree(place / "whole/experts")
+    else:
+        (place / "whole/state/experts.safetensors").unlink()
+    if left == "one tensor file":
+        for path in [*place.glob("whole/experts/*/*.json"), *place.glob("whole/experts/e[12]/*")]:
+            path.unlink(missing_ok=True)
+    (place / "notes.txt").write_text(TEXT * 40)
+    before = snapshot(place)
+    for words in (
+        "inspect whole",
+        "generate --checkpoint whole --prompt the",
+        "evaluate --checkpoint whole --data n=notes.txt",
+        "expand --checkpoint whole --method dus --output out",
+        "export --checkpoint whole --output out",
+        "export --checkpoint whole --output out --merge",
+        "export --checkpoint whole --output out --format peft",
+        "validate --source root --result whole",
+        "train --checkpoint whole --data notes.txt --output out data.sequence_length=32 "
+        "forgetting=none",
+        "train --checkpoint whole --data notes.txt --output out data.sequence_length=32 "
+        "forgetting=none experts=dylora",
+    ):
+        result = run(words)
+        assert result.code == 2, (words, result)
+        assert "state/experts.json is missing" in result.err, (words, result.err)
+    with pytest.raises(RequestError, match="is missing"):
+        GrowableCausalLM(place / "whole")
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 8}},
+        {"something_new": 3},
+        {"bias": "all"},
+        {"peft_type": "LOHA"},
+        {"r": 10**9},
+        {"r": True},
+        {"lora_alpha": 0},
+        {"lora_alpha": True},
+        {"target_modules": None},
+        {"target_modules": {"q_proj": 1}},
+    ],
+    ids=str,
+)
+def test_an_adapter_that_generate_refuses_inspect_refuses(
+    run: Run, place: Path, mixture: ExpertMixture, change: dict[str, object]
+) -> None:
+    path = place / "whole/experts/e1/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (place / "whole/tritter.json").unlink()  # which would tell the change before it is read
+    said = {run(words).err for words in ("inspect whole", "generate --checkpoint whole --prompt a")}
+    assert len(said) == 1 and f"adapter_config.json: {next(iter(change))} = " in said.pop()

@@ -1,16 +1,21 @@
 """`--overwrite` replaces a folder that holds a checkpoint and nothing else, for every command."""
 
+import errno
+import json
 import os
 import shutil
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Run, snapshot
-from tritter.checkpoint import read_lineage
+from tritter.checkpoint import lineage_of, read_lineage
+from tritter.checkpoint.history import link_of, verify
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import LlamaPro, Width
@@ -253,6 +258,100 @@ def test_what_comes_meanwhile_is_not_destroyed(
     assert "thesis.tex" in result.err
     assert snapshot(place / "old") == {**before, "thesis.tex": b"years"}
     assert sorted(path.name for path in place.iterdir()) == ["base", "old"]
+
+
+@both
+@pytest.mark.parametrize("system", ["linux", "others"])
+@pytest.mark.parametrize("flag", ["", "--overwrite"])
+@pytest.mark.parametrize("what", ["a result", "an empty folder", "a file"])
+def test_the_slower_of_two_leaves_what_the_faster_wrote(
+    run: Run,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    flag: str,
+    system: str,
+    what: str,
+) -> None:
+    """Something else comes to the output at the last moment, with and without renameat2."""
+    if flag:
+        _old(place)
+    if system == "others":
+        monkeypatch.setattr(atomic, "_renameat2", lambda *_: errno.ENOSYS)
+    sync = atomic._sync_tree
+
+    def interfere(folder: Path) -> None:
+        sync(folder)
+        if flag:
+            (place / "old").rename(place / "older")
+        if what == "a result":
+            shutil.copytree(place / "base", place / "old")
+        elif what == "a file":
+            (place / "old").write_text("years")
+        else:
+            (place / "old").mkdir()
+
+    monkeypatch.setattr(atomic, "_sync_tree", interfere)
+    result = run(f"{words} --output old {flag}")
+    assert (result.code, result.out) == (2, "")
+    assert "old exists now: another process wrote it" in result.err
+    assert "was written all the same" not in result.err
+    if what == "a file":
+        assert (place / "old").read_text() == "years"
+    else:
+        assert snapshot(place / "old") == (snapshot(place / "base") if what == "a result" else {})
+    assert not [path for path in place.iterdir() if path.name.startswith(".")]
+
+
+def test_an_error_does_not_claim_what_another_process_wrote(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interfere(folder: Path) -> None:
+        shutil.copytree(place / "base", place / "old")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic, "_sync_tree", interfere)
+    result = run(f"{COMMANDS['export']} --output old")
+    assert result.code == 1 and "No space left" in result.err
+    assert "was written all the same" not in result.err
+    assert snapshot(place / "old") == snapshot(place / "base")
+
+
+_WAITING = """
+import sys, time
+from pathlib import Path
+from tritter.storage import atomic
+sync = atomic._sync_tree
+def wait(folder):
+    sync(folder)
+    Path(f"ready-{sys.argv[1]}").touch()
+    while len(list(Path().glob("ready-*"))) < 2:
+        time.sleep(0.01)
+atomic._sync_tree = wait
+from tritter.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_of_two_processes_one_result_is_whole_and_the_other_refused(place: Path) -> None:
+    """Both wait with their results made, then place them at once."""
+    own = [sys.executable, "-c", _WAITING]
+    processes = [
+        subprocess.Popen(
+            [*own, name, *WRITING[name].split(), "--output", "old", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in WRITING
+    ]
+    ended = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    assert sorted(code for _, _, code in ended) == [0, 2], ended
+    (printed, _, _), (nothing, error, _) = sorted(ended, key=lambda each: each[2])
+    assert nothing == "" and "error: old exists now: " in error
+    assert json.loads(printed)["model_hash"] == lineage_of(place / "old").model_hash
+    assert not any(verify(link_of(place / "old")))
+    assert not [path for path in place.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])

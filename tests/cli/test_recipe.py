@@ -1,5 +1,6 @@
 """Recipes of `tritter expand`: read strictly, and a circle: recipe → checkpoint → recipe."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import yaml
 
 from tests.cli.conftest import Run, snapshot
 from tritter.checkpoint import lineage_of
+from tritter.cli import expand_place
+from tritter.config import recipe, selection
 
 GROW = """\
 # wider, then deeper
@@ -119,12 +122,39 @@ dtype: int8
 
 
 @pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ("- llama_pro", "llama_pro (in grow.yaml, line 21): of the result, num_hidden_layers = "),
+        ("- width", "width (in grow.yaml, line "),
+        ("- llama_pro: {target_layers: 3}", "llama_pro.target_layers = 3 (in grow.yaml, line 2): "),
+        ("- llama_pro: {target_layer: 3}", "3000 things are wrong with the request:"),
+    ],
+)
+def test_thousands_of_steps_are_refused_at_the_first_that_is_too_large(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, step: str, said: str
+) -> None:
+    """Option files are found once for all of them, and no step after it is planned."""
+    scans, planned, find, plan = [], [], recipe.option_files, expand_place.target_config
+    for module in (recipe, selection):
+        spy = lambda: scans.append("") or find()  # noqa: E731
+        monkeypatch.setattr(module, "option_files", spy)
+    spy_of_plan = lambda config, specs: planned.append("") or plan(config, specs)  # noqa: E731
+    monkeypatch.setattr(expand_place, "target_config", spy_of_plan)
+    command, before = written(place, "steps:\n" + f"{step}\n" * 3000), snapshot(place)
+    start = time.process_time()
+    result = run(f"{command} --output out")
+    assert result.code == 2 and said in result.err
+    assert len(scans) < 10 and len(planned) < 25 and time.process_time() - start < 10
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("steps: [width: {hidden_size: 25}]", "width.hidden_size = 25 (in grow.yaml, line 1): "),
         (
             "steps:\n- width: {hidden_size: 48}\n- width: {hidden_size: 49}",
-            "width.hidden_size = 49 (in grow.yaml, line 2 or 3): ",
+            "width.hidden_size = 49 (in grow.yaml, line 3): ",
         ),
         ("steps: [llama_pro]\ntarget_params: 7B", "7,000,000,000 (in grow.yaml, line 2): "),
         ("steps: [dus, stack]\ntarget_params: 7B", "target_params (in grow.yaml, line 2) with"),
@@ -142,7 +172,7 @@ dtype: int8
         ("steps:\n- !!python/object:os.x {dus: {}}", "line 2: the tag"),
         (
             "steps:\n" + "- width: {hidden_size: 49}\n" * 7,
-            "width.hidden_size = 49 (in grow.yaml, line 2 or 3 or 4 or 5 or 3 more): ",
+            "width.hidden_size = 49 (in grow.yaml, line 2): ",
         ),
         ("steps: [width: {hidden_size: !!int 12a}]", "'12a' is no number"),
         ("steps: [width: {noise: .nan}]", "width.noise"),

@@ -1,6 +1,7 @@
 """`tritter train`: the words of train.py, and a checkpoint that is trained on."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -29,7 +30,7 @@ from tritter.config.launch.help import help_text
 from tritter.config.launch.plan import make_plan
 from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig, TextDataConfig
 from tritter.config.text_resolution import run_text
-from tritter.data import dataset_rows
+from tritter.data import dataset_rows, finding
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import Width
@@ -37,6 +38,7 @@ from tritter.forgetting.ewc import EWCOptions
 
 QUICK = "data.sequence_length=32 data.batch_size=4 logger=csv trainer.progress=off "
 QUICK += "evaluation.sample_tokens=0 evaluation.max_tokens_per_document=48"
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the model grows a layer where data asks for one and keeps what it knew"
 
 
@@ -386,6 +388,43 @@ def test_recorded_text_that_is_not_what_it_was(
     assert again.code == 0, again.err
     assert configs[-1].text.old == ("past",)
     assert "Nothing protects new, which the checkpoint learned." in configs[-1].text.notes
+
+
+@pytest.mark.parametrize("path", ["/", "/**/*", "/*/*/*"])
+def test_a_lineage_that_names_the_disk_is_not_followed_there(
+    run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """As its text and as its parent; the folders that commands list are counted."""
+    expand(texts / "base", texts / "grown", [Width()])
+    rule = {"rule": "threshold", "seed": 0, "validation_fraction": 0.2}
+
+    def name_the_disk(record: dict[str, Any]) -> None:
+        past = {"paths": [path], "sha256": "0" * 64, "num_bytes": 10**12, "read_under": [rule]}
+        parent = {"parent_path": path, "parent_hash": "1" * 64}
+        record |= {"domains": {"past": past}, "split": {**rule, "exceptions": {}}, **parent}
+
+    edit_record(texts / "grown", name_the_disk)
+    (texts / "base").rename(texts / "gone")
+    monkeypatch.setattr(finding, "MAX_RECORDED", 300)
+    listed: list[str] = []
+    for name in ("scandir", "listdir"):
+        original = getattr(os, name)
+        spy = lambda path=".", list_=original: listed.append(os.fspath(path)) or list_(path)  # noqa: E731
+        monkeypatch.setattr(os, name, spy)
+    for words, code in {
+        "history grown": 0,
+        "history grown --verify": 3,  # the record was changed
+        "inspect grown": 0,
+        "evaluate --checkpoint grown": 2,
+        "validate --source gone --result grown": 0,
+        "train --checkpoint grown --data data/pretraining --output out data.sequence_length=32": 2,
+    }.items():
+        listed.clear()
+        result = run(words)
+        elsewhere = [each for each in listed if not each.startswith((str(texts), str(ROOT), "."))]
+        assert result.code == code, (words, result)
+        assert len(elsewhere) < 400, words
+        assert ("at most 300 files and folders" in result.err) == (code == 2), (words, result.err)
 
 
 def as_format_2(record: dict[str, Any], told: dict[str, Any]) -> None:

@@ -5,11 +5,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.data import contents
+from tritter.data import contents, finding
 from tritter.data.contents import TextRequest, check_contents
 from tritter.data.finding import FoundTexts, find_texts
 from tritter.errors import RequestError
@@ -256,3 +257,55 @@ def test_forms_of_records_are_read_by_a_run(run_there: Run, place: Path) -> None
     result = run_there("data.old=@old", "data.new=@new", "data.text_field=body")
     assert result.code == 2
     assert "has no field body (data.text_field = body); it has question, answer" in result.err
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders that are listed; a path of a record is searched through 40 entries at most."""
+    listed: list[str] = []
+    scandir, listdir = os.scandir, os.listdir
+
+    def spy(original: Any) -> Any:
+        def call(path: Any = ".") -> Any:
+            listed.append(os.fspath(path))
+            assert len(listed) < 100, "it walks the disk"
+            return original(path)
+
+        return call
+
+    monkeypatch.setattr(finding, "MAX_RECORDED", 40)
+    monkeypatch.setattr(os, "scandir", spy(scandir))
+    monkeypatch.setattr(os, "listdir", spy(listdir))
+    return listed
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("TREE", "TREE/**/*", "TREE/**/*.txt", "TREE/**/**/**/a0", "TREE/*/*/*", "TREE/a0/link"),
+        *("TREE/a0/*/**/*.txt", "TREE/a0/*/../*/../*/../*", "/", "/**/*", "/*/*/*", "/**"),
+    ],
+)
+def test_what_a_record_names_does_not_walk_the_disk(
+    tmp_path: Path, counted: list[str], pattern: str
+) -> None:
+    for first in range(10):
+        for second in range(10):
+            (tmp_path / f"tree/a{first}/b{second}/c").mkdir(parents=True)
+    (tmp_path / "tree/a0/link").symlink_to(tmp_path / "tree")
+    word = pattern.replace("TREE", str(tmp_path / "tree"))
+    counted.clear()
+    with pytest.raises(RequestError, match="at most 40 files and folders"):
+        find_texts("data.old", [word], is_recorded=True)
+
+
+def test_a_small_folder_that_a_record_names_is_read(tmp_path: Path, counted: list[str]) -> None:
+    (tmp_path / "texts/deep").mkdir(parents=True)
+    for number in range(20):
+        (tmp_path / f"texts/deep/{number}.txt").write_text("text")
+    for name in range(60):  # beside it, which no pattern looks at
+        (tmp_path / f"other{name}").mkdir()
+    for word in ("texts", "texts/*/*.txt", "texts/**/*.txt", "texts/deep/1*.txt"):
+        place = str(tmp_path / word)
+        found = find_texts("data.old", [place], is_recorded=True)
+        assert found == find_texts("data.old", [place]) and len(found.files) in (20, 11)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.experts.mixtures import TARGETS, mixture_of
 from tests.oracle import tiny_llama, tokens
+from tritter.checkpoint.expert_files import is_plain_setting
 from tritter.errors import RequestError, TritterError
 from tritter.experts.adapters import AdapterShape
 from tritter.experts.mixture import ExpertMixture
@@ -96,6 +97,12 @@ def test_what_a_config_may_not_ask_for(theirs: Path, key: str, value: object, sa
     with pytest.raises(TritterError, match="adapter") as caught:
         read_adapter(theirs)
     assert said in str(caught.value)
+
+
+def test_the_defaults_of_peft_are_plain() -> None:
+    """Which `tritter inspect` knows without importing PEFT."""
+    refused = [k for k, v in LoraConfig().to_dict().items() if not is_plain_setting(k, v)]
+    assert refused == []
 
 
 def test_damaged_and_foreign_tensors(theirs: Path, tmp_path: Path) -> None:

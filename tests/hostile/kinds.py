@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[Generator, int]] = {
     "adapters": (run_generators.adapters, 150),
     "benchmarks": (run_generators.benchmarks, 120),
     "reports": (run_generators.reports, 200),
+    "outputs": (run_generators.outputs, 200),
     "validations": (run_generators.validations, 120),
     "runs": (run_generators.runs, 120),
     "resumptions": (run_generators.resumptions, 300),

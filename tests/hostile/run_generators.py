@@ -114,11 +114,50 @@ def reports(rng: random.Random, sandbox: Sandbox) -> Case:
         special(sandbox.inside / "sweep/2", rng.choice(("fifo", "zero", "loop", "link")))
     which = rng.choice((["sweep"], ["sweep"], ["sweep/0", "sweep/1"], ["sweep/0", "sweep"]))
     command = rng.choice(("report", "compare"))
-    words = [command, *which, "--output", rng.choice(("page.html", "page.html", "sweep/0/p.html"))]
+    words = [
+        command,
+        *which,
+        "--output",
+        rng.choice(("page.html", "sweep/p.html", "sweep/0/report.html")),
+    ]
     if command == "report" and rng.random() < 0.3:
         words += rng.choice((["--json"], ["--figures", "figures"], ["--overwrite"]))
-    free = ("inside/page.html", "inside/sweep/0/p.html", "inside/figures")
+    free = ("inside/page.html", "inside/sweep/p.html", "inside/sweep/0/report.html")
+    free += ("inside/figures",)
     return Case("; ".join(stories), "tritter", tuple(words), free)
+
+
+def outputs(rng: random.Random, sandbox: Sandbox) -> Case:
+    """Reports at paths of other files: of what is read, links, special files, damaged reports."""
+    sandbox.take("base", "source")
+    for number in range(2):
+        sandbox.take("finished", f"sweep/{number}")
+    sandbox.take("texts")
+    (sandbox.inside / "thesis.html").write_text("<html><body>years of work</body></html>")
+    words, earlier = rng.choice(_REPORTS)
+    ending = f".{words.rpartition(' ')[2]}"
+    target, free = sandbox.inside / f"out{ending}", tuple[str, ...]()
+    kind = rng.choice((0, 0, 0, 1, 2, 3, 4, 5))
+    below = sorted(sandbox.inside.rglob("*"))
+    if kind == 0:
+        target = rng.choice([path for path in below if path.is_file()])
+    elif kind == 1:
+        target = rng.choice([path for path in below if path.is_dir()]) / f"new{ending}"
+        free = (f"inside/{target.relative_to(sandbox.inside)}",)
+    elif kind == 2:
+        special(target, rng.choice(("fifo", "zero", "sparse", "folder", "loop")))
+    elif kind == 3:
+        places = (sandbox.outside / "secret.txt", sandbox.inside / "thesis.html", Path("no"))
+        special(target, "link", target=rng.choice(places))
+    elif kind == 4:
+        target.write_text(earlier)
+        free = (f"inside/{target.name}",)
+    else:
+        target.write_text(rng.choice(("", "years", earlier[1:], earlier[: len(earlier) // 2])))
+    output = str(target.relative_to(sandbox.inside))
+    case = [*words.split()[:-1], "--output", output]
+    case += ["--overwrite"] if rng.random() < 0.8 else []
+    return Case(f"output kind {kind}, {output}", "tritter", tuple(case), free)
 
 
 def validations(rng: random.Random, sandbox: Sandbox) -> Case:
@@ -247,6 +286,17 @@ def _changed(rng: random.Random, folder: Path, sandbox: Sandbox) -> str:
 
 
 _EVIL_GROUPS = ("callbacks", "data", "expansion", "experiment", "forgetting", "growth", "logger")
+# A command and its format → an earlier report of it
+_REPORTS = (
+    (
+        "evaluate --checkpoint source --data a=texts/new.jsonl json",
+        '{"tritter_report": {"kind": "evaluate"}}',
+    ),
+    ("compare sweep json", '{"tritter_report": {"kind": "compare"}}'),
+    ("compare sweep csv", "run,subject,quantity,value,lower,upper\n"),
+    ("compare sweep html", '<html><meta name="generator" content="tritter 0.1"></html>'),
+    ("report sweep html", '<html><meta name="generator" content="tritter 0.1"></html>'),
+)
 _SKILLED = ("spawning", "spawning", "taught")
 _CHOICE = {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
 _QUESTIONS: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tritter.checkpoint.folder import EXPERTS_FOLDER, read_lineage
-from tritter.errors import Problem, RequestError, TritterError, brief
+from tritter.errors import Problem, RequestError, TritterError, brief, show
 from tritter.limits import MAX_COUNT
 from tritter.storage.links import check_links
 from tritter.storage.reading import read_object, require_file
@@ -28,6 +28,17 @@ BASE = "base"  # the expert without an adapter, the first where there is one
 MAX_EXPERTS = 256
 BASE_BITS = (None, 8, 4)
 ROUTERS = ("learned", "evidence", "both")
+_MAX_RANK = 1024
+# Keys of PEFT's LoRA config that change neither the function nor how an adapter is read
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type",
+    "peft_version", "r", "lora_alpha", "lora_dropout", "revision", "target_modules", "task_type",
+    "ephemeral_gpu_offload", "runtime_config", "eva_config", "corda_config", "loftq_config",
+    "lora_ga_config", "qalora_group_size",
+    "fan_in_fan_out",  # PEFT goes by the layer: true where its matrix lies transposed
+}  # fmt: skip
+# The other keys whose default in PEFT is neither null, false nor empty
+_DEFAULTS = {"bias": "none", "megatron_core": "megatron.core"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _LONGEST_DOMAIN = 256
 
@@ -96,6 +107,49 @@ class ExpertsHead:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """The config of a plain LoRA adapter, ours or stock PEFT's."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> "AdapterConfig":
+        """Read the config of an adapter folder; the one check of all commands.
+
+        Raises:
+            TritterError: it can't be read, or asks for more than plain LoRA; names the key.
+        """
+        path = folder / ADAPTER_FILES[0]
+        config = read_object(path)
+        if config.get("peft_type") != "LORA":
+            found = brief(config.get("peft_type"))
+            raise TritterError(f"{path}: peft_type = {found}; allowed is 'LORA'.")
+        for key, value in config.items():
+            if not is_plain_setting(key, value):
+                raise TritterError(
+                    f"{path}: {show(key)} = {brief(value)} is not read; plain LoRA is."
+                )
+        rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
+        if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
+            raise TritterError(f"{path}: r = {brief(rank)}; allowed is 1 to {_MAX_RANK}.")
+        if type(alpha) not in (int, float) or not 0 < alpha < 1e6:  # type: ignore[operator]
+            allowed = "allowed is above 0 and below 1e6"
+            raise TritterError(f"{path}: lora_alpha = {brief(alpha)}; {allowed}.")
+        names = [targets] if isinstance(targets, str) else targets
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            allowed = "allowed is a name, or a list of names"
+            raise TritterError(f"{path}: target_modules = {brief(targets)}; {allowed}.")
+        return cls(rank, float(alpha), tuple(sorted(names)))  # type: ignore[arg-type]
+
+
+def is_plain_setting(key: str, value: object) -> bool:
+    """Return whether an adapter's config with this setting is one of plain LoRA."""
+    return key in _HARMLESS or value in (_DEFAULTS.get(key), None, False, {}, [])
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertSummary:
     """One expert, by its files' headers."""
 
@@ -108,10 +162,11 @@ class ExpertSummary:
 
 @dataclass(frozen=True, slots=True)
 class ExpertFiles:
-    """The experts of a checkpoint folder, as they lie there."""
+    """The experts of a checkpoint folder, as they lie there, and their adapters' configs."""
 
     source: Path
     head: ExpertsHead
+    configs: Mapping[str, AdapterConfig]
 
     @classmethod
     def read(cls, folder: Path) -> "ExpertFiles | None":
@@ -127,23 +182,24 @@ class ExpertFiles:
             lineage = read_lineage(folder)
             if lineage is not None and HEAD in lineage.file_digests:
                 raise TritterError(f"{path} is missing: the experts in {folder} can't be read.")
+            if found := _without_head(folder):
+                raise TritterError(
+                    f"{folder} contains {found[0]}, but {HEAD} is missing: its experts can't be "
+                    f"read. Restore that file, or remove {TENSORS} and {EXPERTS_FOLDER}/ to use "
+                    "the base alone."
+                )
             return None
-        files = cls(folder, _read_head(path))
-        for file in files.paths():
+        head = _read_head(path)
+        places = {name: folder / EXPERTS_FOLDER / name for name in head.adapters}
+        for file in _paths(head):
             require_file(folder / file, is_read_whole=not file.startswith(EXPERTS_FOLDER))
-        for name in files.head.adapters:
-            TensorFolder.open_file(folder / EXPERTS_FOLDER / name, ADAPTER_FILES[1])
-        return files
-
-    def paths(self) -> Iterator[str]:
-        """Yield the files, relative to the folder."""
-        for name in self.head.adapters:
-            yield from (f"{EXPERTS_FOLDER}/{name}/{file}" for file in ADAPTER_FILES)
-        yield from (HEAD, TENSORS)
+        for place in places.values():
+            TensorFolder.open_file(place, ADAPTER_FILES[1])
+        return cls(folder, head, {name: AdapterConfig.read(p) for name, p in places.items()})
 
     def write(self, folder: Path) -> None:
         """Copy them beside another copy of the model, as they are."""
-        for name in self.paths():
+        for name in _paths(self.head):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source / name, folder / name)
 
@@ -164,19 +220,23 @@ class ExpertFiles:
         return {n: share * sum(each.get(n, 0.0) for each in measured) for n in self.head.names}
 
     def _summary(self, name: str) -> ExpertSummary:
-        folder = self.source / EXPERTS_FOLDER / name
-        config = read_object(folder / ADAPTER_FILES[0])
-        rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
-        names: list[Any] = targets if isinstance(targets, list) else [None]
-        is_list = all(isinstance(each, str) for each in names)
-        if type(rank) is not int or not isinstance(alpha, int | float) or not is_list:
-            raise TritterError(
-                f"{folder / ADAPTER_FILES[0]} is not a plain LoRA config: r = {brief(rank)}, "
-                f"lora_alpha = {brief(alpha)}, target_modules = {brief(targets)}."
-            )
+        config, folder = self.configs[name], self.source / EXPERTS_FOLDER / name
         headers = TensorFolder.open_file(folder, ADAPTER_FILES[1]).headers.values()
         count = sum(prod(header.shape) for header in headers)
-        return ExpertSummary(name, rank, float(alpha), tuple(sorted(names)), count)
+        return ExpertSummary(name, config.rank, config.alpha, config.targets, count)
+
+
+def _paths(head: ExpertsHead) -> Iterator[str]:
+    """Yield the files of experts, relative to their checkpoint folder."""
+    for name in head.adapters:
+        yield from (f"{EXPERTS_FOLDER}/{name}/{file}" for file in ADAPTER_FILES)
+    yield from (HEAD, TENSORS)
+
+
+def _without_head(folder: Path) -> list[str]:
+    """Return the files of experts in a checkpoint folder, relative to it, that no head lists."""
+    patterns = (*(f"{EXPERTS_FOLDER}/*/{file}" for file in ADAPTER_FILES), TENSORS)
+    return sorted(str(p.relative_to(folder)) for each in patterns for p in folder.glob(each))
 
 
 def refuse_experts(folder: Path, *, doing: str, key: str = "checkpoint") -> None:

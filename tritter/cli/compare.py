@@ -12,7 +12,8 @@ from typing import Any
 from rich.text import Text
 
 from tritter.cli.output import new_console, new_table, print_json, shown_path, signs_of
-from tritter.cli.run_folders import check_page, find_runs, metric_rows, read_runs
+from tritter.cli.report_file import FORMATS, ReportFile, mark
+from tritter.cli.run_folders import find_runs, metric_rows, read_runs
 from tritter.config.run_folder import SUMMARY_FILE
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.evaluation.paired_scores import PairedScores
@@ -23,12 +24,10 @@ from tritter.report.page import page
 from tritter.report.page_table import PageTable
 from tritter.report.rows import ACCURACY, last_attempt, score_of
 from tritter.report.runs import Run
-from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_object
 from tritter.storage.records import LINEAGE_NAME
 from tritter.terminal import Console
 
-_KINDS = (".html", ".csv", ".json")
 _DEEPEST = 2  # a checkpoint below its run: attempt_1/trained
 _SHORT = ("role", "run", "status", "verdict")  # columns that stay whole on a narrow terminal
 _PEAK = "performance/peak_memory_bytes"
@@ -46,8 +45,7 @@ def run_compare(
     Raises:
         RequestError: fewer than two runs are found, one is damaged, or the place is taken.
     """
-    if output is not None:
-        _check_output(output, overwrite=overwrite)
+    file = None if output is None else _file(output, overwrite=overwrite)
     found = find_runs([_run_of(folder) for folder in folders])
     if len(found.finished) < 2:
         reason = "one finished run is in it; a comparison needs two or more"
@@ -56,23 +54,33 @@ def run_compare(
     compared = [_compared(p, run) for p, run in zip(found.finished, runs, strict=True)]
     comparison = Comparison(tuple(compared))
     notes = [f"Not finished, and left out: {path}" for path in found.unfinished]
-    numbers = {**comparison.to_dict(), "left_out": [str(path) for path in found.unfinished]}
+    numbers = {
+        **mark("compare"),
+        **comparison.to_dict(),
+        "left_out": [str(path) for path in found.unfinished],
+    }
+    if file is not None:
+        file.write(_content(comparison, file.format, notes, numbers))
     if as_json:
         print_json(numbers)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(output, _content(comparison, output.suffix, notes, numbers))
-    if not as_json:
+    else:
         _print(comparison, notes, output)
     return 0
 
 
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse a file of another kind, and a place where something stands that is not replaced."""
-    if output.suffix not in _KINDS:
-        reason = f"the ending says what is written; allowed is one of {', '.join(_KINDS)}"
+def _file(output: Path, *, overwrite: bool) -> ReportFile:
+    """Return the file to write, of the format that its ending names.
+
+    Raises:
+        RequestError: there is no such format, or the file may not be written.
+    """
+    format = FORMATS.get(output.suffix)
+    if format is None:
+        reason = f"the ending selects the format; allowed is one of {', '.join(FORMATS)}"
         raise RequestError(Problem("--output", str(output), reason=reason))
-    check_page(output, overwrite=overwrite)
+    file = ReportFile(path=output, kind="compare", format=format, overwrite=overwrite)
+    file.check()
+    return file
 
 
 def _run_of(folder: Path) -> Path:
@@ -132,9 +140,9 @@ def _peak_memory(place: Path) -> float | None:
 def _content(
     comparison: Comparison, kind: str, notes: Sequence[str], numbers: Mapping[str, Any]
 ) -> str:
-    if kind == ".json":
+    if kind == "json":
         return json.dumps(numbers, indent=2, allow_nan=False) + "\n"
-    if kind == ".csv":
+    if kind == "csv":
         stream = io.StringIO()
         csv.writer(stream, lineterminator="\n").writerows(comparison.rows())
         # The name of a folder may be no text

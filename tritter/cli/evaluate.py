@@ -1,7 +1,6 @@
 """`tritter evaluate`: a checkpoint's losses on text, and its scores on benchmarks."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +12,11 @@ from torch import nn
 
 from tritter.checkpoint import read_lineage
 from tritter.cli.output import new_console, new_table, print_json, progress_bars, shown_path
+from tritter.cli.report_file import ReportFile, mark
 from tritter.cli.request import damage_is_a_wrong_request
 from tritter.data.benchmark_names import code_problems
 from tritter.data.pretrained import read_tokenizer
-from tritter.errors import Problem, RequestError, raise_problems
+from tritter.errors import RequestError, raise_problems
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
 from tritter.evaluation.benchmarks.harness import (
     Asking,
@@ -40,9 +40,8 @@ from tritter.pipeline.evaluate import (
     read_data_words,
     sequence_length,
 )
-from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
-from tritter.storage.reading import kind_of
+from tritter.storage.names import named_path
 from tritter.terminal import Console
 
 
@@ -77,10 +76,11 @@ def run_evaluate(request: EvaluateRequest, *, overwrite: bool, as_json: bool) ->
         RequestError: the checkpoint, text, a benchmark or a sandbox can't be had.
         TritterError: the model computes what is not finite.
     """
-    if request.output is not None:
-        _check_output(request.output, overwrite=overwrite)
-    benchmarks = _benchmarks(request)
     sources = read_data_words(request.data)
+    file = None
+    if request.output is not None:
+        file = _file(request.output, request, sources, overwrite=overwrite)
+    benchmarks = _benchmarks(request)
     with damage_is_a_wrong_request():
         folder = locate(request.checkpoint)
         config, lineage = read_config(folder), read_lineage(folder)
@@ -112,6 +112,7 @@ def run_evaluate(request: EvaluateRequest, *, overwrite: bool, as_json: bool) ->
     )
     scores = [_scored(model, folder, one, benchmarks, asking) for one in benchmarks.names]
     record = {
+        **mark("evaluate"),
         "checkpoint": str(folder),
         "model_hash": lineage.model_hash if lineage is not None else None,
         "sequence_length": length,
@@ -119,8 +120,8 @@ def run_evaluate(request: EvaluateRequest, *, overwrite: bool, as_json: bool) ->
         "benchmarks": {held.name: _record(held, benchmarks) for held in scores},
         "notes": list(domains.notes),
     }
-    if request.output is not None:
-        write_text_atomic(request.output, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    if file is not None:
+        file.write(json.dumps(record, indent=2, allow_nan=False) + "\n")
     if as_json:
         print_json(record)
     else:
@@ -128,16 +129,22 @@ def run_evaluate(request: EvaluateRequest, *, overwrite: bool, as_json: bool) ->
     return 0
 
 
-def _check_output(target: Path, *, overwrite: bool) -> None:
-    """Refuse a place where something stands that is not to be replaced."""
-    if not os.path.lexists(target):
-        return
-    kind = kind_of(target.lstat().st_mode)
-    if kind != "a file":
-        raise RequestError(Problem("--output", str(target), reason=f"it is {kind}"))
-    if not overwrite:
-        reason = "it exists already; choose another file, or replace it (--overwrite)"
-        raise RequestError(Problem("--output", str(target), reason=reason))
+def _file(
+    output: Path, request: EvaluateRequest, sources: Mapping[str, Sequence[str]], *, overwrite: bool
+) -> ReportFile:
+    """Return the file to write the result to.
+
+    Raises:
+        RequestError: it may not be written.
+    """
+    places = [named_path(request.checkpoint, key="--checkpoint")]
+    places += [named_path(word, key="--data") for words in sources.values() for word in words]
+    places += [] if request.tasks_path is None else [request.tasks_path]
+    file = ReportFile(
+        path=output, kind="evaluate", format="json", overwrite=overwrite, sources=places
+    )
+    file.check()
+    return file
 
 
 def _benchmarks(request: EvaluateRequest) -> _Benchmarks:

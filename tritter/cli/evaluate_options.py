@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from tritter.cli.option import flag, option
+from tritter.cli.option import option
 from tritter.cli.values import place
 from tritter.limits import MAX_COUNT
 
@@ -71,4 +71,3 @@ ResultFile = Annotated[
     Path | None,
     option("--output", "FILE.json", "Write the result to a file, too.", parser=place),
 ]
-Overwrite = Annotated[bool, flag("--overwrite", "Replace the file at --output.")]

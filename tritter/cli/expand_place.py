@@ -74,7 +74,10 @@ def place_of(
     with request.speaks():
         if request.target_params is not None:
             specs = reach_parameters(source.config, specs, request.target_params)
-        target_config(source.config, specs)
+    config = source.config
+    for number, spec in enumerate(specs):
+        with request.speaks(number):
+            config = target_config(config, [spec])
     check_domain_options(request.domain, specs, _unsupported(request))
     return ExpandPlace(source, destination, specs, obstacle)
 

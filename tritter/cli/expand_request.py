@@ -108,9 +108,9 @@ class ExpandRequest:
         finally:
             digests.close()
 
-    def speaks(self) -> AbstractContextManager[None]:
+    def speaks(self, step: int | None = None) -> AbstractContextManager[None]:
         """Let refusals name what a person wrote: options, or keys and lines of the recipe."""
-        return in_options() if self.recipe is None else self.recipe.speaks()
+        return in_options() if self.recipe is None else self.recipe.speaks(step)
 
 
 def _of_recipe(

@@ -296,7 +296,9 @@ def _listed(names: Iterable[str]) -> str:
 def _documents(paths: Sequence[str], text_field: str) -> list[Document]:
     """Return the first documents of a domain; none where its text is not at hand."""
     try:
-        found = source_documents(list(paths), key="domains", text_field=text_field)
+        found = source_documents(
+            list(paths), key="domains", text_field=text_field, is_recorded=True
+        )
         return list(islice(found, _DOCUMENTS)) if paths else []
     except TritterError:
         return []

@@ -191,7 +191,7 @@ def report(
     folders: options.Runs,
     output: options.ReportOutput = None,
     figures: options.Figures = None,
-    overwrite: options.Overwrite = False,
+    overwrite: options.ReportOverwrite = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Put finished runs and sweeps side by side on one HTML page."""
@@ -204,7 +204,7 @@ def report(
 def compare(
     folders: options.Runs,
     output: options.CompareOutput = None,
-    overwrite: options.Overwrite = False,
+    overwrite: options.ReportOverwrite = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Hold finished runs against the first: settings, losses in pairs, cost."""
@@ -297,7 +297,7 @@ def evaluate(
     allow_code: evaluate_options.AllowCode = None,
     code_sandbox: evaluate_options.CodeSandbox = None,
     output: evaluate_options.ResultFile = None,
-    overwrite: evaluate_options.Overwrite = False,
+    overwrite: options.ReportOverwrite = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Take a checkpoint's losses on text and its scores on benchmarks; it is not changed.

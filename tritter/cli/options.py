@@ -131,6 +131,10 @@ Figures = Annotated[
     ),
 ]
 
+ReportOverwrite = Annotated[
+    bool, flag("--overwrite", "Replace an earlier report of the same kind at --output.")
+]
+
 CompareOutput = Annotated[
     Path | None,
     option(

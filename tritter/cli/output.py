@@ -14,6 +14,7 @@ from tritter.errors import TritterError
 from tritter.families import Config, family_of
 from tritter.report.wording import Signs
 from tritter.stopping import Stopped
+from tritter.storage.atomic import identity_of, is_placed_here
 from tritter.terminal import Console, NewBar, ShowProgress
 from tritter.terminal import progress_bars as bars_on
 
@@ -117,25 +118,17 @@ def progress_bars(*, is_shown: bool) -> AbstractContextManager[NewBar]:
 
 @contextmanager
 def says_if_written(target: Path) -> Iterator[None]:
-    """Add to what ends the block early that something stands at `target` now, if it does.
+    """Add to an error that ends the block early that `target` was written, if this process did so.
 
-    Folders appear whole or not at all, so all there is to say is whether this one did.
+    Folders appear whole or not at all, so nothing else needs to be reported.
     """
-    before = _identity(target)
+    before = identity_of(target)
     try:
         yield
     except (Stopped, TritterError) as error:
-        if _identity(target) not in (before, None):
+        if identity_of(target) != before and is_placed_here(target):
             error.add_note(f"{shown_path(target)} was written all the same, and is whole.")
         raise
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.lstat()
-    except (OSError, ValueError):
-        return None
-    return found.st_dev, found.st_ino
 
 
 def shown_path(path: Path) -> str:

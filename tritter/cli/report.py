@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tritter.cli.output import print_json
-from tritter.cli.run_folders import check_page, find_runs, read_runs
+from tritter.cli.report_file import PAGE_NAME, ReportFile, check_place
+from tritter.cli.run_folders import find_runs, read_runs
 from tritter.report.page import page
-from tritter.storage.atomic import atomic_folder, refuse_standing, write_text_atomic
+from tritter.storage.atomic import atomic_folder, refuse_standing
 from tritter.terminal import Console
 
 
@@ -28,17 +29,18 @@ def run_report(
     Raises:
         RequestError: no run is found, one is damaged, or the place is taken.
     """
-    target = output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
-    check_page(target, overwrite=overwrite)
+    found = find_runs(folders)
+    target = output or (folders[0] if len(folders) == 1 else Path()) / PAGE_NAME
+    file = ReportFile(path=target, kind="report", format="html", overwrite=overwrite)
+    file.check()
     if figures is not None:
         refuse_standing(figures, overwrite=False)
-    found = find_runs(folders)
+        check_place(figures, key="--figures")
     runs = read_runs(found.finished)
     notes = [f"Not finished, and left out: {path}" for path in found.unfinished]
     title = f"Runs in {folders[0].resolve().name}" if len(folders) == 1 else "Runs side by side"
     text, pictures = page(runs, title=title, notes=notes)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(target, text)
+    file.write(text)
     if figures is not None:
         with atomic_folder(figures) as temporary:
             for name, picture in pictures.items():

@@ -20,7 +20,7 @@ from tritter.options import leaves
 from tritter.report.plots import Curve, curves_of
 from tritter.report.runs import Run
 from tritter.report.summary_check import check_summary
-from tritter.storage.reading import kind_of, read_object, read_text
+from tritter.storage.reading import read_object, read_text
 
 MAX_RUNS = 1000
 _DEPTH = 3  # below a folder that is named: a sweep of sweeps
@@ -114,21 +114,6 @@ def read_runs(places: Sequence[Path]) -> list[Run]:
     if problems:
         raise_problems(problems)
     return runs
-
-
-def check_page(target: Path, *, overwrite: bool) -> None:
-    """Refuse a place where something stands that is no page to be replaced."""
-    if not os.path.lexists(target):
-        return
-    mode = target.lstat().st_mode
-    if kind_of(mode) != "a file":
-        raise RequestError(Problem("--output", str(target), reason=f"it is {kind_of(mode)}"))
-    if not overwrite:
-        reason = "it is there already; name another file, or replace it with --overwrite"
-        raise RequestError(Problem("--output", str(target), reason=reason))
-    if target.suffix not in (".html", ".htm"):
-        reason = "--overwrite replaces pages alone, .html"
-        raise RequestError(Problem("--output", str(target), reason=reason))
 
 
 def _run(place: Path, *, name: str) -> Run:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,17 +69,21 @@ class Recipe:
         return {name: value for name, value in values.items() if value is not None}
 
     @contextmanager
-    def speaks(self) -> Iterator[None]:
-        """Let refusals of what it asks for name its keys and lines."""
+    def speaks(self, step: int | None = None) -> Iterator[None]:
+        """Let refusals of what it asks for name its keys and lines.
+
+        Args:
+            step: the one that is refused; None: any.
+        """
         try:
             yield
         except RequestError as error:
-            raise RequestError(self._in_its_words(str(error))) from error
+            raise RequestError(self._in_its_words(str(error), step)) from error
 
-    def _in_its_words(self, text: str) -> str:
+    def _in_its_words(self, text: str, step: int | None) -> str:
         def told(found: re.Match[str]) -> str:
             method, field, value = found[1], found[2], found[3] or ""
-            places = self._places(method, field)
+            places = self._places(method, field, step)
             where = f" (in {self.origin.origin_of(places)})" if places else ""
             return f"{method}.{field}{value}{where}" if field else f"{method}{where}"
 
@@ -90,9 +95,9 @@ class Recipe:
             text = stated.sub(lambda m, p=prefix, w=where: f"{p}{m[0]}{w}", text)  # type: ignore[misc]
         return re.sub(r"^checkpoint\b", "--checkpoint", text)
 
-    def _places(self, method: str, field: str | None) -> list[Place]:
+    def _places(self, method: str, field: str | None, step: int | None) -> list[Place]:
         """Return where the steps of a method stand, or their key where they state it."""
-        at = [number for number, step in enumerate(self.steps) if step.name == method]
+        at = [n for n, each in enumerate(self.steps) if each.name == method and step in (None, n)]
         steps: list[Place] = [(_STEPS, number, method) for number in at]
         keys: list[Place] = [] if field is None else [(*place, field) for place in steps]
         return [key for key in keys if key in self.origin.lines] or steps
@@ -155,9 +160,10 @@ def _steps(origin: LinedYaml, problems: list[Problem]) -> tuple[ExpansionSpec, .
         problems.append(Problem(_STEPS, raw, reason, origin=origin.origin(_STEPS)))
         return ()
     steps: list[ExpansionSpec] = []
+    methods = _Methods()
     for number, item in enumerate(raw):
         found: list[Problem] = []
-        step = _step(item, found)
+        step = _step(item, found, methods)
         steps += [] if step is None else [step]
         for each in found:
             keys = each.key.split(".")
@@ -166,7 +172,26 @@ def _steps(origin: LinedYaml, problems: list[Problem]) -> tuple[ExpansionSpec, .
     return tuple(steps)
 
 
-def _step(item: object, problems: list[Problem]) -> ExpansionSpec | None:
+class _Methods:
+    """The expansion methods that there are; their option files are found once for all steps."""
+
+    def __init__(self) -> None:
+        self.names = method_names("expansion")
+        self.keys = cache(method_keys)
+        self._bodies = option_files()["expansion"]
+        self._read: dict[str, tuple[Mapping[str, Any], type[Any] | None, list[Problem]]] = {}
+
+    def named(self, name: str) -> tuple[Mapping[str, Any], type[Any] | None, list[Problem]]:
+        """Return the keys that a method's option file states, its class, and what is wrong."""
+        if name not in self._read:
+            body, reader = body_of(self._bodies[name])[name], Reader(self.keys)
+            assert isinstance(body, Mapping)
+            kind = reader.ask(method_class, "expansion", name, {name: body})
+            self._read[name] = body, kind, reader.problems
+        return self._read[name]
+
+
+def _step(item: object, problems: list[Problem], methods: _Methods) -> ExpansionSpec | None:
     """Return an item of the list, a method's name or that above its options, as an expansion."""
     table = {item: None} if isinstance(item, str) else item
     if not isinstance(table, Mapping) or len(table) != 1:
@@ -175,33 +200,30 @@ def _step(item: object, problems: list[Problem]) -> ExpansionSpec | None:
         return None
     ((name, given),) = table.items()
     given = {} if given is None else given
-    if (near := name.replace("-", "_")) in method_names("expansion") and near != name:
+    if (near := name.replace("-", "_")) in methods.names and near != name:
         problems.append(Problem(name, given or None, "it is spelled so here", nearest=near))
-    elif name not in method_names("expansion"):
-        names = method_names("expansion")
-        reason = f"there is no such method; there are {', '.join(names)}"
-        problems.append(Problem(name, given, reason, nearest=nearest(near, names)))
+    elif name not in methods.names:
+        reason = f"there is no such method; there are {', '.join(methods.names)}"
+        problems.append(Problem(name, given, reason, nearest=nearest(near, methods.names)))
     elif not isinstance(given, Mapping):
         problems.append(Problem(name, given, "it holds keys, as in {target_layers: 6}"))
     elif TARGET in given:
         reason = "a step is a method by name; other classes come in by --config-dir"
         problems.append(Problem(f"{name}.{TARGET}", given[TARGET], reason))
     else:
-        return _specification(name, given, problems)
+        return _specification(name, given, problems, methods)
     return None
 
 
 def _specification(
-    name: str, given: Mapping[str, Any], problems: list[Problem]
+    name: str, given: Mapping[str, Any], problems: list[Problem], methods: _Methods
 ) -> ExpansionSpec | None:
-    body = body_of(option_files()["expansion"][name])[name]
-    assert isinstance(body, Mapping)
-    reader = Reader(method_keys)
-    kind = reader.ask(method_class, "expansion", name, {name: body})
+    body, kind, unfit = methods.named(name)
+    reader = Reader(methods.keys)
     stated = {name: {**body, **given}}
     classes = {} if kind is None else {f"expansion.{name}": kind}
     read = read_methods(reader, "expansion", stated, classes)
-    problems += [_without_group(each) for each in reader.problems]
+    problems += [_without_group(each) for each in (*unfit, *reader.problems)]
     return read[0].options if read else None
 
 

@@ -311,6 +311,7 @@ def _problem(domain: LearnedDomain, *, is_streamed: bool = False) -> str | None:
             domain.text_field,
             is_ranked=bool(domain.ranked),
             is_streamed=is_streamed,
+            is_recorded=True,
         )
     except TritterError as error:
         return str(error).removesuffix(".")
@@ -324,6 +325,7 @@ def _digest(
     is_ranked: bool,
     texts: Texts = None,
     is_streamed: bool = False,
+    is_recorded: bool = False,
 ) -> str:
     documents = source_documents(
         paths,
@@ -332,5 +334,6 @@ def _digest(
         is_ranked=is_ranked,
         texts=texts,
         is_streamed=is_streamed,
+        is_recorded=is_recorded,
     )
     return documents_digest(documents)

@@ -4,8 +4,9 @@ import os
 import stat
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 from tritter.data.built_in import is_built_in
@@ -17,6 +18,7 @@ from tritter.storage.links import check_inside
 
 _Identity = tuple[int, int]  # device and number of a folder
 _GLOB_SIGNS = set("*?[")
+MAX_RECORDED = 100_000  # files and folders that a path of a record may be searched through
 _BROKEN_LINK = "link to nothing"
 _MAX_SHOWN = 5
 _SPECIAL = {
@@ -49,33 +51,40 @@ class FoundTexts:
         return f"{name}: {read} read; skipped {num_skipped} ({_counted(self.skipped)})"
 
 
-def find_text_files(key: str, paths: Iterable[str]) -> tuple[Path, ...]:
+def find_text_files(
+    key: str, paths: Iterable[str], *, is_recorded: bool = False
+) -> tuple[Path, ...]:
     """Return the text files that paths mean, each once, in the order of the paths, then sorted.
 
     Raises:
         RequestError: as `find_texts`.
     """
-    return find_texts(key, paths).files
+    return find_texts(key, paths, is_recorded=is_recorded).files
 
 
-def find_texts(key: str, paths: Iterable[str]) -> FoundTexts:
+def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> FoundTexts:
     """Find the text files that paths mean.
 
     A folder means all files of known kinds below it, but hidden ones. Links in it are followed if
     they end inside it, or in the hub's cache where a download belongs to it. Built-in texts and
     datasets are not files and are skipped.
 
+    Args:
+        is_recorded: nobody typed the paths, a checkpoint names them; it may come from anywhere, so
+            the search is limited.
+
     Raises:
         RequestError: a path means no text file, and what was found instead; or a link in a folder
             leads out of it.
     """
+    limit = MAX_RECORDED if is_recorded else None
     files: dict[Path, None] = {}
     skipped: Counter[str] = Counter()
     for path in paths:
         if is_built_in(path) or path.startswith(PREFIX):
             continue
         try:
-            found = _found(key, path)
+            found = _found(key, path, limit)
         except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
             # What a file system or a pattern can object to; a pattern does so in many ways
             if isinstance(error, RequestError):
@@ -89,15 +98,17 @@ def find_texts(key: str, paths: Iterable[str]) -> FoundTexts:
     return FoundTexts(tuple(files), skipped)
 
 
-def _found(key: str, path: str) -> FoundTexts:
+def _found(key: str, path: str, limit: int | None) -> FoundTexts:
     place = Path(path)
     if place.is_dir():
-        return _known(key, path, _below(key, place), where="the folder")
+        return _known(key, path, _below(key, place, limit), where="the folder")
     if os.path.lexists(place):
         if _kind(place) is None and text_suffix(place):
             return FoundTexts((place,))
         raise RequestError(Problem(key, path, reason=_not_read([place])))
     if _GLOB_SIGNS & set(path):
+        if limit is not None:
+            _check_glob(key, place, limit)
         matches = sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
         folder = Path(*takewhile(lambda part: not _GLOB_SIGNS & set(part), place.parts))
         for match in matches:
@@ -122,12 +133,54 @@ def _known(key: str, path: str, found: Sequence[Path], *, where: str) -> FoundTe
     raise RequestError(Problem(key, path, reason=_not_read(found) if found else nothing))
 
 
-def _below(key: str, folder: Path) -> list[Path]:
+def _check_glob(key: str, pattern: Path, limit: int) -> None:
+    """Refuse a pattern that would be compared with more files and folders than `limit`.
+
+    Raises:
+        RequestError: as said.
+    """
+    first = next(at for at, part in enumerate(pattern.parts) if _GLOB_SIGNS & set(part))
+    parts = pattern.parts[first:]
+    if ".." in parts or parts.count("**") > 1:  # the same folders again and again
+        raise _too_many(key, pattern, limit)
+    level, num_entries = [Path(*pattern.parts[:first])], 0
+    for _ in parts if "**" not in parts else count():
+        below: list[Path] = []
+        for folder in level:
+            with suppress(OSError), os.scandir(folder) as entries:
+                for entry in islice(entries, limit - num_entries + 1):
+                    num_entries += 1
+                    below += [Path(entry.path)] if _is_folder(entry) else []
+            if num_entries > limit:
+                raise _too_many(key, pattern, limit)
+        level = below
+        if not level:
+            return
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or into a folder that is closed to us
+        return False
+
+
+def _too_many(key: str, place: Path, limit: int) -> RequestError:
+    reason = (
+        f"a path that a checkpoint records is searched through at most {limit:,} files and "
+        "folders, and this one takes more"
+    )
+    return RequestError(Problem(key, str(place), reason=reason))
+
+
+def _below(key: str, folder: Path, limit: int | None) -> list[Path]:
     """Return what is no folder below a folder, sorted; a folder that is met again counts once.
 
     Raises:
-        RequestError: a link leads back to where it stands, or a folder can't be listed.
+        RequestError: a link leads back to where it stands, a folder can't be listed, or more than
+            `limit` files and folders are there.
     """
+    num_entries = 0
     found: list[Path] = []
     seen: set[_Identity] = set()
     waiting: deque[tuple[Path, tuple[_Identity, ...]]] = deque([(folder, ())])
@@ -145,6 +198,9 @@ def _below(key: str, folder: Path) -> list[Path]:
             reason = f"the folder can't be listed ({error.strerror})"
             raise RequestError(Problem(key, str(place), reason=reason)) from error
         seen.add(own)
+        num_entries += len(entries)
+        if limit is not None and num_entries > limit:
+            raise _too_many(key, folder, limit)
         for entry in entries:
             if entry.name.startswith("."):
                 continue

@@ -23,6 +23,7 @@ def source_documents(
     is_ranked: bool = False,
     texts: Callable[[], Iterable[str]] | None = None,
     is_streamed: bool = False,
+    is_recorded: bool = False,
 ) -> Sequence[Document]:
     """Return all documents that paths, data sets and built-in texts mean.
 
@@ -32,6 +33,7 @@ def source_documents(
         is_ranked: read them as format 2 did, which counts where a split by rank goes on.
         texts: yields them in place of paths.
         is_streamed: data sets of the hub are read as they come, not fetched first.
+        is_recorded: a checkpoint names the paths; see `find_texts`.
 
     Raises:
         TextFileError: what a source from outside raised, or that it yields something else; or a
@@ -42,7 +44,7 @@ def source_documents(
         return documents_of(_own(texts, key))
     ordered = dict.fromkeys((*(each for each in BUILT_IN_TEXTS if each in paths), *paths))
     built_in = [each for path in filter(is_built_in, ordered) for each in built_in_documents(path)]
-    files = find_text_files(key, paths)
+    files = find_text_files(key, paths, is_recorded=is_recorded)
     if is_ranked:
         files = tuple(file for file in files if file.name.lower().endswith(RANKED_SUFFIXES))
         found = read_texts(files, key=key, text_field=text_field) if files else ()

@@ -20,6 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tritter.checkpoint.expert_files import ADAPTER_FILES, AdapterConfig, is_plain_setting
 from tritter.errors import TritterError
 from tritter.experts.adapters import (
     AdapterShape,
@@ -29,24 +30,14 @@ from tritter.experts.adapters import (
     shape_of,
 )
 from tritter.storage.atomic import atomic_folder
-from tritter.storage.reading import read_object
 from tritter.storage.tensors import TensorFolder, is_finite
 
-CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_NAME, TENSORS_NAME = ADAPTER_FILES
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     rf"{re.escape(_PREFIX)}(?P<layer>[\w.]+)\."
     r"(?:lora_(?P<part>[AB])\.weight|lora_embedding_(?P<looked_up>[AB])|(?P<base>base_layer\.weight))"
 )
-_MAX_RANK = 1024
-# What changes neither the function nor how it is read
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type",
-    "peft_version", "r", "lora_alpha", "lora_dropout", "revision", "target_modules", "task_type",
-    "ephemeral_gpu_offload", "runtime_config", "eva_config", "corda_config", "loftq_config",
-    "lora_ga_config", "qalora_group_size",
-    "fan_in_fan_out",  # PEFT goes by the layer: true where its matrix lies transposed
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +119,9 @@ def write_stored(
     with atomic_folder(folder, overwrite=overwrite) as place:
         save_file(tensors, place / TENSORS_NAME, metadata={"format": "pt"})
         (place / TENSORS_NAME).chmod(0o644)  # as other files; it is made for its owner alone
-        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+        # What a newer PEFT adds is at its default, which needs no entry
+        settings = {k: v for k, v in config.to_dict().items() if is_plain_setting(k, v)}
+        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
         (place / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
 
 
@@ -139,25 +132,13 @@ def read_adapter(folder: Path) -> StoredAdapter:
         TritterError: it is none, asks for more than plain LoRA, or its tensors don't fit its
             config; names the key or the tensor.
     """
-    path = folder / CONFIG_NAME
-    config = read_object(path)
-    if config.get("peft_type") != "LORA":
-        raise TritterError(f"{path}: peft_type = {config.get('peft_type')!r}; LORA is read.")
-    plain = LoraConfig().to_dict()
-    for key, value in config.items():
-        if key not in _HARMLESS and value not in (plain.get(key), None, False, {}, []):
-            raise TritterError(f"{path}: {key} = {value!r} is not read; plain LoRA is.")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
-        raise TritterError(f"{path}: r = {rank!r}; allowed is 1 to {_MAX_RANK}.")
-    if type(alpha) not in (int, float) or not 0 < alpha < 1e6:  # type: ignore[operator]
-        raise TritterError(f"{path}: lora_alpha = {alpha!r}; allowed is above 0 and below 1e6.")
+    config = AdapterConfig.read(folder)
     tensors = TensorFolder.open_file(folder, TENSORS_NAME)
     names = _names(tensors)
-    found = {layer: _pair(tensors, rank, layer, own) for layer, own in names.items()}
+    found = {layer: _pair(tensors, config.rank, layer, own) for layer, own in names.items()}
     targets = tuple(sorted({name.rpartition(".")[2] for name in found}))
     return StoredAdapter(
-        AdapterShape(rank, float(alpha), targets),  # type: ignore[arg-type]
+        AdapterShape(config.rank, config.alpha, targets),
         found,
         frozenset(layer for layer, own in names.items() if own.is_embedding),
         {layer: tensors.get(own.base) for layer, own in names.items() if own.base},

@@ -84,6 +84,7 @@ class ValidationDomains:
                     key=name,
                     text_field=domain.text_field,
                     is_ranked=bool(domain.ranked),
+                    is_recorded=True,
                 ),
                 domain.ranked,
             )

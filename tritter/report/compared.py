@@ -22,6 +22,7 @@ from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped,
 from tritter.report.wording import MISSING, change_text, count_text, score_text, si_text
 
 Scores = Mapping[str, PairedScores]
+CSV_HEADER = ("run", "subject", "quantity", "value", "lower", "upper")
 _CELL_CHARACTERS = 60
 _FEW_RUNS = 6  # that stand beside one another; more stand below
 _FEW_SETTINGS = 5  # that stand beside one another, of many runs
@@ -150,7 +151,7 @@ class Comparison:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return all numbers as rows of a CSV file, its header first."""
-        found: list[tuple[str, ...]] = [("run", "subject", "quantity", "value", "lower", "upper")]
+        found: list[tuple[str, ...]] = [CSV_HEADER]
         for each in self.runs:
             found += [(each.name, "", "status", str(each.run.summary["status"]), "", "")]
             found += [(each.name, "", k, _number(v), "", "") for k, v in each.costs().items()]

@@ -11,6 +11,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from tritter.errors import RequestError, TritterError
@@ -18,12 +19,15 @@ from tritter.stopping import Stopped
 from tritter.storage.reading import kind_of
 
 _AT_FDCWD = -100  # from fcntl.h
-_RENAME_EXCHANGE = 2  # from linux/fs.h
+_RENAME_NEW, _RENAME_EXCHANGE = 1, 2  # RENAME_NOREPLACE and RENAME_EXCHANGE of linux/fs.h
 _NO_LINKS = {
     *(errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK),
     *(errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP),
 }
 _ASIDE = "old-"  # mkdtemp's own characters hold no hyphen
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # why a rename finds its new name taken
+Identity = tuple[int, int]  # device and inode of a file or folder
+_PLACED: set[Identity] = set()  # folders that this process has put in place
 
 
 @contextmanager
@@ -33,7 +37,7 @@ def atomic_folder(
     """Yield a temporary folder beside `target` that becomes `target` when the block ends well.
 
     When the block raises, the temporary folder goes and what stood at `target` stays. Only a real
-    folder is ever replaced.
+    folder is ever replaced, and only the one that was there when the block began.
 
     Args:
         check: called with a folder that is to be replaced; raises when it may not be. It is asked
@@ -41,7 +45,8 @@ def atomic_folder(
 
     Raises:
         RequestError: something stands at `target` already and `overwrite` is off, or it may not
-            be replaced, or the place cannot be written.
+            be replaced, or the place cannot be written; or another process wrote `target`
+            meanwhile, whose result stays.
         TritterError: the disk refused a write on the way (full, read-only).
     """
     check = check or _accept
@@ -52,6 +57,7 @@ def atomic_folder(
         try:
             _remove_leftovers(target)
             _refuse(target, overwrite=overwrite, check=check)  # what was moved aside stands again
+            before = identity_of(target) if overwrite else None
             temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         except OSError as error:
             raise _unwritable(target, error) from error
@@ -59,7 +65,7 @@ def atomic_folder(
             yield temporary
             temporary.chmod(0o755)
             _sync_tree(temporary)
-            _replace_folder(temporary, target, overwrite=overwrite, check=check)
+            _replace_folder(temporary, target, before=before, check=check)
         except OSError as error:
             raise TritterError(
                 f"{target} could not be written: {error}. Nothing was changed."
@@ -68,8 +74,15 @@ def atomic_folder(
             _remove(temporary)
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees the old content or the new, never a part."""
+def write_text_atomic(
+    path: Path, text: str, *, check: Callable[[Path], None] | None = None
+) -> None:
+    """Write a small text file so that a reader sees the old content or the new, never a part.
+
+    Args:
+        check: called with a file that is to be replaced; raises when it may not be. It is called
+            again with the file that was moved away and is about to be deleted.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     descriptor, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
@@ -80,7 +93,10 @@ def write_text_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
-        temporary.replace(path)
+        if check is None:
+            temporary.replace(path)
+        else:
+            _replace_file(temporary, path, check)
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -109,6 +125,22 @@ def copy_tree(source: Path, target: Path) -> None:
             shutil.copyfile(path, place)
 
     shutil.copytree(source, target, dirs_exist_ok=True, copy_function=copy)
+
+
+def _replace_file(new: Path, path: Path, check: Callable[[Path], None]) -> None:
+    """Put `new` at `path`; a file that is there is replaced if `check` allows it."""
+    if _rename_new(new, path):
+        return
+    check(path)
+    if not _exchange(new, path):
+        new.replace(path)
+        return
+    try:
+        check(new)  # the file that was at `path`
+    except BaseException:
+        if not _exchange(new, path):
+            new.replace(path)
+        raise
 
 
 def remove_folder(target: Path) -> None:
@@ -172,44 +204,77 @@ def _accept(folder: Path) -> None:
 
 
 def _replace_folder(
-    new: Path, target: Path, *, overwrite: bool, check: Callable[[Path], None]
+    new: Path, target: Path, *, before: Identity | None, check: Callable[[Path], None]
 ) -> None:
     """Put `new` at `target`; a folder cannot be renamed onto one that is not empty.
-
-    What came to stand there since it was looked for is therefore left alone without `overwrite`.
 
     Where the system can exchange two names in one step, a kill leaves the old folder or the new
     one. Elsewhere there is a moment at which the old one has moved aside and lies in a hidden
     folder beside `target`, from where the next writer puts it back.
+
+    Args:
+        before: the folder at `target` that is to be replaced; None: there was none. What another
+            process has put there since is left alone.
     """
-    if not (overwrite and os.path.lexists(target)):
-        new.replace(target)
-        _sync_folder(target.parent)
-        return
-    _refuse(target, overwrite=True, check=check)
+    own = identity_of(new)
+    if before is None or not os.path.lexists(target):
+        if not _rename_new(new, target):
+            raise _exists_now(target)
+    else:
+        _check_old(target, target, before, check)
+        _swap(new, target, partial(_check_old, target=target, before=before, check=check))
+    if own is not None:
+        _PLACED.add(own)
+    _sync_folder(target.parent)
+
+
+def _swap(new: Path, target: Path, check_old: Callable[[Path], None]) -> None:
+    """Put `new` in the place of the folder at `target`, which goes if `check_old` allows it."""
     if _exchange(new, target):
         try:
-            _check_moved(new, target, check)
+            check_old(new)
         except BaseException:
             if not _exchange(new, target):
                 new.replace(target)
             raise
-    else:
-        old = Path(tempfile.mkdtemp(prefix=_prefix(target) + _ASIDE, dir=target.parent))
-        target.replace(old / target.name)
-        try:
-            _check_moved(old / target.name, target, check)
-            new.replace(target)
-        except BaseException:
-            (old / target.name).replace(target)
-            old.rmdir()
-            raise
-        _remove(old)
-    _sync_folder(target.parent)
+        return
+    old = Path(tempfile.mkdtemp(prefix=_prefix(target) + _ASIDE, dir=target.parent))
+    target.replace(old / target.name)
+    try:
+        check_old(old / target.name)
+        new.replace(target)
+    except BaseException:
+        (old / target.name).replace(target)
+        old.rmdir()
+        raise
+    _remove(old)
 
 
-def _check_moved(old: Path, target: Path, check: Callable[[Path], None]) -> None:
-    """Look once more at what stood at `target` until now: nothing else is ever deleted."""
+def _exists_now(target: Path) -> RequestError:
+    return RequestError(
+        f"{target} exists now: another process wrote it after this command began, and it is left "
+        "as it is. Choose another place."
+    )
+
+
+def identity_of(path: Path) -> Identity | None:
+    """Return what tells a file or folder from all others; None: there is none."""
+    try:
+        found = path.lstat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def is_placed_here(target: Path) -> bool:
+    """Return whether the folder at `target` is one that this process put there."""
+    return identity_of(target) in _PLACED
+
+
+def _check_old(old: Path, target: Path, before: Identity, check: Callable[[Path], None]) -> None:
+    """Check what is, or was until now, at `target` and is about to be deleted."""
+    if identity_of(old) != before:
+        raise _exists_now(target)
     try:
         _refuse(old, overwrite=True, check=check)
     except RequestError as error:
@@ -226,12 +291,34 @@ def _remove(folder: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step (Linux renameat2); return False where that cannot be done."""
+    """Swap two names in one step; return False where that cannot be done."""
+    return _renameat2(first, second, _RENAME_EXCHANGE) == 0
+
+
+def _rename_new(first: Path, second: Path) -> bool:
+    """Rename a file or folder; return False when something has the new name already."""
+    failure = _renameat2(first, second, _RENAME_NEW)
+    if failure in (0, errno.EEXIST):
+        return failure == 0
+    if os.path.lexists(second):
+        return False
+    try:
+        first.rename(second)
+    except OSError as error:
+        if error.errno in _TAKEN:  # it came in between
+            return False
+        raise
+    return True
+
+
+def _renameat2(first: Path, second: Path, flag: int) -> int:
+    """Call Linux's renameat2 and return the number of its error; 0 when it is done."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
-        return False
+        return errno.ENOSYS
     names = (os.fsencode(first.absolute()), os.fsencode(second.absolute()))
-    return renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+    done = renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flag) == 0
+    return 0 if done else ctypes.get_errno()
 
 
 def _prefix(target: Path) -> str:
