@@ -13,6 +13,7 @@ from tritter.data.dataset_name import DatasetName
 from tritter.data.readers import MAX_PROBLEMS_OF_FILE, TextFileError
 from tritter.data.records import DEFAULT_FIELD, WrongRecordError, form_fields, shown, text_of
 from tritter.errors import TritterError, nearest
+from tritter.storage.hub import quiet_hub
 
 _BATCH_ROWS = 256
 _LOOKED_AT_ROWS = 100  # for what columns hold, where the data set doesn't say
@@ -98,7 +99,7 @@ def _library() -> Any:
 def _told(source: DatasetName, key: str) -> Iterator[None]:
     """Say of whatever goes wrong with a data set which one it is."""
     try:
-        with _quiet():
+        with _quiet(), quiet_hub():
             yield
     except (TritterError, GeneratorExit):
         raise
