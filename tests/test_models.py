@@ -70,10 +70,10 @@ def test_missing_keys_get_the_defaults_of_transformers(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "said"),
     [
-        ({"model_type": "bloom"}, RequestError, "'bloom' is not a family that Tritter knows"),
-        ({"model_type": "lama"}, RequestError, "Did you mean 'llama'?"),
-        ({"model_type": ...}, RequestError, "'None' is not a family"),
-        ({"model_type": ["llama"]}, RequestError, "not a family"),
+        ({"model_type": "bloom"}, RequestError, "'bloom' is not supported"),
+        ({"model_type": "lama"}, RequestError, "'lama' is not supported; supported are gemma2,"),
+        ({"model_type": ...}, RequestError, "'None' is not supported"),
+        ({"model_type": ["llama"]}, RequestError, "is not supported"),
         ({"hidden_size": "big"}, TritterError, "hidden_size"),
         ({"num_hidden_layers": 2.5}, TritterError, "num_hidden_layers"),
         ({"num_attention_heads": 5}, TritterError, "not a multiple"),

@@ -20,7 +20,8 @@ class Problem:
 
     Args:
         key: dotted, as it is set; empty where none is to blame.
-        reason: what is allowed, or why the value can't be; without a full stop.
+        reason: what is allowed, or why the value can't be; without a full stop. Without a
+            value it may be a sentence that begins with the key.
         advice: what to do instead; without a full stop.
         nearest: what was probably meant.
         origin: the file that the value stands in; None for the command line.
@@ -46,6 +47,10 @@ class Problem:
         where = f" (in {self.origin})" if self.origin else ""
         stop = "" if reason.endswith((".", "?")) else "."
         suggestion = f" Did you mean {self.nearest}?" if self.nearest else ""
+        if self.nearest and " " in self.nearest:  # words to be copied, without a question mark
+            suggestion = f" Did you mean: {self.nearest}"
+        if not value and reason.startswith(f"{self.key} "):  # a sentence about the key
+            return f"{job}{self.key}{where}{reason[len(self.key) :]}{stop}{suggestion}"
         return f"{job}{self.key}{value}{where}: {reason}{stop}{suggestion}"
 
 

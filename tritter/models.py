@@ -1,5 +1,6 @@
 """Where transformers is used: configs, models and tokenizers, built or loaded."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -327,8 +328,14 @@ def config_of(model: nn.Module) -> Config:
     How wide its FFNs are, their weights say.
 
     Raises:
-        RequestError: the model has none.
+        RequestError: the model has none, or is wrapped by PEFT.
     """
+    peft = sys.modules.get("peft")  # a model that it wraps has imported it
+    if peft is not None and isinstance(model, peft.PeftModel):
+        raise RequestError(
+            f"the model is a PeftModel ({type(model).__name__}), and adapters are not supported "
+            "here: pass model.merge_and_unload(), or the base alone, model.unload()."
+        )
     held = getattr(model, "config", None)
     if held is None or not hasattr(held, "to_dict"):
         raise RequestError(f"{type(model).__name__} has no Hugging Face config.")

@@ -1,10 +1,12 @@
 """`tritter inspect`: numbers by hand, and the map of the last expansion as it was recorded."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Run
@@ -189,3 +191,66 @@ def test_the_folder_of_a_run_is_answered_with_its_checkpoint(run: Run, place: Pa
         result = run(words)
         assert result.code == 2 and "no config.json; one lies in" in result.err, words
         assert "run/checkpoint" in result.err
+
+
+@pytest.fixture
+def hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the hub's cache, with `base` in it as owner/name, laid out as a download is."""
+    repository = place / "cache/models--owner--name"
+    snapshot = repository / "snapshots/0123abcd"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123abcd")
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted((place / "base").iterdir())):
+        shutil.copy(path, repository / f"blobs/{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "cache"))
+    return place / "cache"
+
+
+def test_a_hub_id_is_inspected_from_the_cache(run: Run, hub: Path) -> None:
+    told, expected = run("inspect owner/name --json").json, run("inspect base --json").json
+    assert told.pop("folder") == str(hub / "models--owner--name/snapshots/0123abcd")
+    assert told == {key: value for key, value in expected.items() if key != "folder"}
+    assert "plain folder" in run("history owner/name").out
+
+
+def test_a_folder_wins_over_a_hub_id(run: Run, hub: Path, place: Path) -> None:
+    run("expand base --method dus --output owner/name")
+    assert run("inspect owner/name --json").json["shapes"]["num_hidden_layers"] == 4
+    shutil.rmtree(place / "owner")
+    assert run("inspect owner/name --json").json["shapes"]["num_hidden_layers"] == 3
+
+
+def test_neither_a_folder_nor_on_the_hub(run: Run, hub: Path) -> None:
+    for words, reason in {
+        "inspect owner/other": "checkpoint = owner/other: no such folder, and HF_HUB_OFFLINE is",
+        "history owner/other": "checkpoint = owner/other: no such folder, and HF_HUB_OFFLINE is",
+        "inspect nowhere": "checkpoint = nowhere: no such folder, and no hub id (owner/name).",
+    }.items():
+        refused = run(words)
+        assert (refused.code, refused.out) == (2, "")
+        assert reason in refused.err and len(refused.err.splitlines()) == 2
+
+
+def test_the_hub_client_prints_no_retries(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    log.warning("before")
+
+    def download(*_: object, **__: object) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise errors.LocalEntryNotFoundError("Got: ConnectError: refused\nCheck your connection.")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    refused = run("inspect owner/name")
+    log.warning("after")
+    assert refused.code == 2 and "Retrying" not in caplog.text
+    assert "before" in caplog.text and "after" in caplog.text
+    assert refused.err.splitlines()[0].endswith(
+        "the hub cannot be reached (ConnectError: refused)."
+    )

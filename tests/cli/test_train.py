@@ -200,7 +200,13 @@ def test_places_with_spaces_and_signs(run: Run, texts: Path, configs: list[RunCo
 
 REFUSALS = {
     "--checkpoint base": ("--data is missing",),
-    "--steps 10": ("--steps goes with --checkpoint",),
+    "--steps 10": ("--steps goes with the checkpoint to train, `tritter train DIR`",),
+    "base": ("--data is missing",),
+    "base --checkpoint base --data old": ("base together with --checkpoint: use a plain word",),
+    "base old --data old": ("base and old: tritter train takes one checkpoint",),
+    "bsae --data old": ("--checkpoint = bsae", "Did you mean 'base'?"),
+    "--model base": ("Did you mean: tritter train --checkpoint base",),
+    "base --expansion dus --data old": ("Did you mean expansion=dus?",),
     "--checkpoint base --data old": ("--old-data = null", "replay against forgetting needs"),
     "--checkpoint base --data old --ewc-lambda 3": ("--old-data = null", "ewc against"),
     "--checkpoint base --data old --ewc-lambda x": ("--ewc-lambda = x",),

@@ -61,7 +61,7 @@ def test_hydra_help_lists_exactly_what_works(run: Run, pipeline: FakePipeline) -
         ("--cfg job -p modl", "--cfg job --package modl: package 'modl' not found in config."),
         (
             "--checkpoint base",
-            "Did you mean tritter train --checkpoint, or model=hf model.path=DIR?",
+            "Did you mean: tritter train --checkpoint base, or model=hf model.path=base",
         ),
         ("--confg job", "unrecognized arguments: --confg (see --help). Did you mean --cfg?"),
         ("--multi-run", "Did you mean --multirun?"),

@@ -186,9 +186,12 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
         (["data=letters", "data.num_texts=9"], ["data.num_texts = 9", "at least 10"]),
         (
             ["data=letters", "data.old=x"],
-            ["Letters has no such key, only hf and skills and"],
+            ["data.old is not a key of mine.sources.Letters. Did you mean: data=text data.old=x"],
         ),
-        (["data.num_texts=20"], ["source stdlib has no such key, only letters has"]),
+        (
+            ["data.num_texts=20"],
+            ["data.num_texts requires data=letters. Did you mean: data=letters data.num_texts=20"],
+        ),
         (["data=letters", "data._target_=mine.forgetting.Damp"], ["it is no subclass of"]),
         (["callbacks=loss_logg"], ["Did you mean loss_log?"]),
         (

@@ -230,7 +230,9 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.old=@old data.tasks=[@new,@old] pipeline.target_params=200k": (
         "data.tasks", "one task",
     ),
-    "data.tasks=[stdlib:code]": ("data.tasks", "source stdlib has no such key, only hf"),
+    "data.tasks=[stdlib:code]": (
+        "data.tasks is not a key of data=stdlib (the current source). Did you mean: data=text data",
+    ),
     "data=text data.old=3 data.new=@new": ("data.old = 3", "a path, a list of paths"),
     "data=text data.old=[] data.new=@new": ("data.old = []", "empty"),
     "data=text data.old={prose:{a:b}} data.new=@new": ("data.old.prose", "a path"),
@@ -238,14 +240,14 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.old={x:@old} data.new={x:@new}": ("data.new.x", "already"),
     "data=text data.old=stdlib:prosa data.new=@new": ("stdlib:code", "Did you mean stdlib:prose?"),
     "data=text data.old=@old data.new=@new data.text_feild=a": ("Did you mean data.text_field?",),
-    "data.old=@old": ("data.old", "source stdlib has no such key, only hf"),
+    "data.old=@old": ("data.old is not a key of data=stdlib (the current source).",),
     "data.source=text": ("data.source = text", "choose it with data=text"),
     "model=hf": ("model.path = null", "model.path=DIR"),
     "model=hf model.path=@bsae": ("model.path", "no hub id", "Did you mean 'base'?"),
     "model=hf model.path=@old/b.jsonl": ("it is a file",),
     "model=hf model.path=@old": ("holds no config.json",),
-    "model.path=@base": ("model.path", "model_type llama has no such key, only hf has"),
-    f"{HF} model.hidden_size=64": ("model.hidden_size", "only llama has"),
+    "model.path=@base": ("model.path requires model=hf. Did you mean: model=hf model.path=",),
+    f"{HF} model.hidden_size=64": ("model.hidden_size is not a key of model=hf",),
     "model=hf model.path=@base": ("data.sequence_length = 128", "max_position_embeddings = 64"),
     f"{HF} expansion.width.hidden_size=25": ("expansion.width.hidden_size = 25",),
     f"{HF} expansion=dus expansion.dus.target_layers=9": ("expansion.dus.target_layers = 9",),
@@ -271,7 +273,7 @@ def test_refused(run_there: Run, pipeline: FakePipeline, command: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "removed", "parts"),
     [
-        ({"model_type": "llma"}, (), ("llma", "Did you mean 'llama'?")),
+        ({"model_type": "llma"}, (), ("'llma' is not supported", "llama, mistral, mixtral")),
         ({"model_type": "bloom"}, (), ("bloom", "llama, mistral, mixtral")),
         ({"num_hidden_layers": 0}, (), ("num_hidden_layers = 0",)),
         ({}, ("tokenizer.json",), ("no tokenizer.json", "save_pretrained")),

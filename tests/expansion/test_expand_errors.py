@@ -84,7 +84,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
     "unknown family": (
         _configured(model_type="bloom"),
         RequestError,
-        ["'bloom'", "not a family that Tritter knows", "llama"],
+        ["'bloom'", "is not supported; supported are", "llama"],
     ),
     "family that nobody knows": (
         _configured(model_type="lamma"),

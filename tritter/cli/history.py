@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.text import Text
@@ -23,6 +22,7 @@ from tritter.cli.values import spelled
 from tritter.config.recorded_recipe import recorded_recipe
 from tritter.errors import RequestError
 from tritter.report.wording import count_text
+from tritter.storage.hub import locate
 from tritter.terminal import Console, say
 
 NOT_THERE = "not there: not checked"
@@ -45,13 +45,17 @@ class Checked:
         return "changed" if self.changes else "intact"
 
 
-def run_history(folder: Path, *, verify: bool, as_json: bool) -> int:
-    """Print the chain that ends at `folder`; return 3 when a check found a change.
+def run_history(checkpoint: str, *, verify: bool, as_json: bool) -> int:
+    """Print the chain that ends at a checkpoint; return 3 when a check found a change.
+
+    Args:
+        checkpoint: a folder or a hub id.
 
     Raises:
         RequestError: there is no checkpoint, or its lineage cannot be read (unless it is to be
             verified: then that is a change).
     """
+    folder = locate(checkpoint)
     chain = read_chain(folder)
     if not verify and chain[-1].problem:
         raise RequestError(chain[-1].problem)
@@ -72,10 +76,11 @@ def run_history(folder: Path, *, verify: bool, as_json: bool) -> int:
     return 0 if is_intact else EXIT_NO
 
 
-def print_recipe(folder: Path, *, is_also: Sequence[str]) -> int:
+def print_recipe(checkpoint: str, *, is_also: Sequence[str]) -> int:
     """Print what `tritter expand --recipe` makes the same of the parent by.
 
     Args:
+        checkpoint: a folder or a hub id.
         is_also: other flags that were given.
 
     Raises:
@@ -83,7 +88,7 @@ def print_recipe(folder: Path, *, is_also: Sequence[str]) -> int:
     """
     if is_also:
         raise RequestError(f"--recipe: it prints a file and nothing else, not with {is_also[0]}.")
-    say(recorded_recipe(folder).rstrip("\n"))
+    say(recorded_recipe(locate(checkpoint)).rstrip("\n"))
     return 0
 
 

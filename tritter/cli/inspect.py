@@ -31,6 +31,7 @@ from tritter.families import LogicalTensor, ffn_sizes, on_disk
 from tritter.families.config_file import read_config_file
 from tritter.report.rows import ACCURACY
 from tritter.report.wording import count_text
+from tritter.storage.hub import locate
 from tritter.terminal import Console
 
 _PARTS = ("embedding", "positions", "attention", "FFN", "router", "experts", "norms", "output head")
@@ -79,13 +80,17 @@ class RecordedMap:
         return cls(digest, rows, problem)
 
 
-def run_inspect(folder: Path, *, as_json: bool) -> int:
+def run_inspect(checkpoint: str, *, as_json: bool) -> int:
     """Print what a checkpoint is.
+
+    Args:
+        checkpoint: a folder or a hub id.
 
     Raises:
         RequestError: there is no checkpoint, or it is damaged.
     """
     with damage_is_a_wrong_request():
+        folder = locate(checkpoint)
         source = Source.open(folder, read_config_file(folder))
         dtypes = Counter(source.tensors.headers[t.name].dtype for t in source.stored)
         experts = ExpertFiles.read(folder)

@@ -20,7 +20,9 @@ from tritter.cli import (
     validate_options,
 )
 from tritter.cli.method_options import MethodCommand
+from tritter.cli.option import CheckpointCommand
 from tritter.config.launch.words import UNFORESEEN, check_words, said
+from tritter.config.suggestions import flag_advice
 from tritter.errors import RequestError, TritterError
 from tritter.loading import loading
 from tritter.stopping import Stopped, stopping
@@ -96,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"\nStopped. {' '.join(_notes(stop)) or 'Nothing was written.'}", is_error=True)
         return stop.exit_code
     except typer.TyperException as error:
-        say(f"error: {_usage_error(error)}", is_error=True)
+        say(f"error: {_usage_error(error, words)}", is_error=True)
         return error.exit_code
 
 
@@ -105,13 +107,15 @@ def _notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
 
 
-def _usage_error(error: typer.TyperException) -> str:
+def _usage_error(error: typer.TyperException, words: Sequence[str]) -> str:
     """Return what is wrong with the words, and where the right ones are listed."""
     possibilities = getattr(error, "possibilities", None)
-    message = error.message if possibilities else error.format_message()
-    near = f". Did you mean {possibilities[0]}?" if possibilities else ""
-    context = getattr(error, "ctx", None)
+    context, flag = getattr(error, "ctx", None), getattr(error, "option_name", None)
     place = context.command_path if context is not None else "tritter"
+    near = f". Did you mean {possibilities[0]}?" if possibilities else ""
+    if flag and (advice := flag_advice(flag, words, command=place.rpartition(" ")[2])):
+        near, possibilities = f". {advice}", True
+    message = error.message if possibilities else error.format_message()
     return f"{message}{near}\n`{place} --help` lists what there is."
 
 
@@ -162,7 +166,7 @@ def expand(
 ) -> int:
     """Make a checkpoint deeper, wider or sparse, and write the result as a new checkpoint.
 
-    tritter expand --checkpoint base --method width --hidden-size 512
+    tritter expand base --method width --hidden-size 512
     """
     with loading("torch"):
         from tritter.cli.expand_begin import begin_expand
@@ -222,7 +226,7 @@ def inspect_checkpoint(folder: options.Folder, as_json: options.AsJson = False) 
     return run_inspect(folder, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=CheckpointCommand)
 def export(
     checkpoint: export_options.ExportSource,
     output: export_options.ExportOutput,
@@ -241,7 +245,7 @@ def export(
 ) -> int:
     """Write a checkpoint as a plain folder that any Hugging Face reader loads, or as adapters.
 
-    tritter export --checkpoint grown --output grown-hf
+    tritter export grown --output grown-hf
     """
     with loading("transformers"):
         from tritter.cli.export import ExportRequest, run_export
@@ -263,7 +267,7 @@ def export(
     return run_export(request, overwrite=overwrite, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=CheckpointCommand)
 def generate(
     checkpoint: options.Checkpoint,
     prompt: options.Prompt,
@@ -286,7 +290,7 @@ def generate(
     )
 
 
-@app.command()
+@app.command(cls=CheckpointCommand)
 def evaluate(
     checkpoint: options.Checkpoint,
     tasks: evaluate_options.Tasks = None,
@@ -302,7 +306,7 @@ def evaluate(
 ) -> int:
     """Take a checkpoint's losses on text and its scores on benchmarks; it is not changed.
 
-    tritter evaluate --checkpoint base --tasks reasoning --tasks-path benchmarks
+    tritter evaluate base --tasks reasoning --tasks-path benchmarks
     """
     with loading("transformers"):
         from tritter.cli.evaluate import EvaluateRequest, run_evaluate
@@ -321,7 +325,7 @@ def evaluate(
     return run_evaluate(request, overwrite=overwrite, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=CheckpointCommand)
 def validate(
     source: validate_options.Source,
     result: validate_options.Result,
@@ -332,7 +336,7 @@ def validate(
 ) -> int:
     """Ask the five questions of an expansion about two checkpoints; exit code 3 when one fails.
 
-    tritter validate --source base --result grown
+    tritter validate base grown
     """
     with loading("transformers"):
         from tritter.cli.validate import run_validate
@@ -342,7 +346,7 @@ def validate(
     )
 
 
-@app.command()
+@app.command(cls=CheckpointCommand)
 def plan(
     source: plan_options.Source = None,
     target: plan_options.Target = None,

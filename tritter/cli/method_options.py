@@ -11,8 +11,8 @@ from inspect import Parameter, Signature
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from tritter.cli.option import CheckpointCommand
 from tritter.cli.values import spelled
 from tritter.config.folders import (
     Front,
@@ -36,7 +36,7 @@ _CALLED = {
 _OF_THE_TRAINING = "new_blocks_only"
 
 
-class MethodCommand(TyperCommand):
+class MethodCommand(CheckpointCommand):
     """A command with the options of all methods besides its own; they end up in `ctx.obj`."""
 
     def get_params(self, ctx: Any) -> list[Any]:

@@ -13,7 +13,7 @@ _WRITING = "Writing"
 
 AsJson = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
 Checkpoint = Annotated[str, option("--checkpoint", "SRC", "Folder or hub id of the model.")]
-Folder = Annotated[Path, typer.Argument(help="A checkpoint folder.", metavar="DIR", parser=place)]
+Folder = Annotated[str, typer.Argument(help="Folder or hub id of the checkpoint.", metavar="DIR")]
 Seed = Annotated[
     int, option("--seed", "N", "What random choices are drawn from.", least=0, most=MAX_SEED)
 ]

@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from tritter.config.launch.flags import flag_of
+from tritter.config.suggestions import flag_advice
 from tritter.errors import RequestError, did_you_mean
 from tritter.loading import loading
 from tritter.storage.names import named_path
@@ -21,13 +23,13 @@ if TYPE_CHECKING:
 
 HELP = """
 Training a checkpoint
-  tritter train --checkpoint DIR [--mode continue] [--steps N]
+  tritter train DIR [--mode continue] [--steps N]
                 [--ewc-lambda L] [--data PATH] [--old-data PATH]
                 [--output DIR] [--config-dir DIR]
                 [GROUP=OPTION ...] [KEY=VALUE ...]
 
-  --checkpoint DIR   a folder or hub id of a known family, ours or not:
-                     model=hf, expansion=none
+  DIR                a folder or hub id of a known family, ours or not:
+                     model=hf, expansion=none; also as --checkpoint DIR
   --mode continue    train on; the only mode
   --steps N          training.max_steps
   --ewc-lambda L     forgetting=ewc with this lambda (without it:
@@ -52,6 +54,7 @@ def run_train(words: Sequence[str]) -> int:
     from tritter.config.folders import composing_from
     from tritter.config.launch.entry import main
 
+    words = _with_checkpoint(words)
     given = {_option(word) for word in words}
     if {"-h", "--help"} & set(words):
         asked = _parsed(words)
@@ -64,8 +67,8 @@ def run_train(words: Sequence[str]) -> int:
     if "checkpoint" not in given:
         named = next(word for word in words if _option(word) in _VALUED)
         raise RequestError(
-            f"{named.partition('=')[0]} goes with --checkpoint DIR, the model to train on; without "
-            "a checkpoint everything is set by KEY=VALUE (--help)."
+            f"{named.partition('=')[0]} goes with the checkpoint to train, `tritter train DIR`; "
+            "without a checkpoint everything is set by KEY=VALUE (--help)."
         )
     resumed = next((w for w in words if w.lstrip("+").startswith("resume=")), None)
     if resumed is not None:
@@ -79,6 +82,44 @@ def run_train(words: Sequence[str]) -> int:
     with composing_from(_front(asked)):
         continued = continuation(_request(asked))
     return main(_pipeline, arguments=[*_front(asked).flags, *continued])
+
+
+def _with_checkpoint(words: Sequence[str]) -> list[str]:
+    """Return the words, in which a plain one, the checkpoint, follows its option.
+
+    Raises:
+        RequestError: there are several, or the option as well.
+    """
+    plain = [
+        number
+        for number, (before, word) in enumerate(pairwise(["", *words]))
+        if word[:1] not in ("", "-", "~") and "=" not in word and not _is_value(before, word)
+    ]
+    if not plain:
+        return list(words)
+    named = [words[number] for number in plain]
+    if len(plain) > 1:
+        raise RequestError(
+            f"{' and '.join(named)}: tritter train takes one checkpoint; settings are written "
+            "KEY=VALUE (--help)."
+        )
+    if any(_option(word) == "checkpoint" for word in words):
+        raise RequestError(
+            f"{named[0]} together with --checkpoint: use a plain word (`tritter train DIR`) or the "
+            "option, not both."
+        )
+    return [*words[: plain[0]], f"--checkpoint={named[0]}", *words[plain[0] + 1 :]]
+
+
+def _is_value(before: str, word: str) -> bool:
+    """Return whether a word is the value of the flag before it, or may be: of an unknown one."""
+    if before[:1] != "-" or "=" in before:
+        return False
+    if (flag := flag_of(before)) is None:
+        return True
+    # The value of --info may be missing
+    is_optional = flag.value.startswith("[")
+    return word in flag.choices if is_optional else bool(flag.value or flag.choices)
 
 
 def train_completions(words: Sequence[str], begun: str) -> list[str]:
@@ -132,6 +173,8 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
     known, unknown = parser.parse_known_intermixed_args([_dashed(word) for word in words])
     if unknown:
         near = did_you_mean(unknown[0].partition("=")[0], [f"--{name}" for name in _VALUED])
+        if (advice := flag_advice(unknown[0], words, command="train")) is not None:
+            near = f" {advice}"
         raise RequestError(
             f"{unknown[0]}: tritter train --checkpoint has no such option.{near} (see --help)"
         )

@@ -4,14 +4,14 @@ from typing import Annotated
 
 from tritter.cli.option import option
 
-Source = Annotated[str, option("--source", "A", "Folder or hub id of the model before.")]
-Result = Annotated[str, option("--result", "B", "Folder or hub id of what was made of it.")]
+Source = Annotated[str, option("--source", "SOURCE", "Folder or hub id of the model before.")]
+Result = Annotated[str, option("--result", "RESULT", "Folder or hub id of what was made of it.")]
 Data = Annotated[
     list[str] | None,
     option(
         "--data",
         "[NAME=]PATH",
-        "Text that is to be kept; may be given several times. Default: what B's lineage records.",
+        "Old text; may be repeated. Default: what RESULT's lineage records.",
     ),
 ]
 TargetData = Annotated[
@@ -19,7 +19,7 @@ TargetData = Annotated[
     option(
         "--target-data",
         "[NAME=]PATH",
-        "Text that was to be learned; likewise.",
+        "New text; may be repeated.",
     ),
 ]
 Limit = Annotated[

@@ -18,6 +18,7 @@ from hydra.errors import OverrideParseException
 
 from tritter.config.folders import LADDERS, shipped_options
 from tritter.config.schema import REPLAYED_KEYS
+from tritter.config.suggestions import hint_for
 from tritter.errors import Problem, RequestError, brief, nearest, raise_problems
 
 Options = Mapping[str, Sequence[str]]
@@ -171,6 +172,8 @@ def no_option(group: str, name: str, options: Sequence[str]) -> Problem:
     if (extra := _EXTRAS.get(f"{group}={name}")) is not None:
         advice = f"it comes with an extra: pip install 'tritter[{extra}]'"
         return Problem(group, name, reason=reason, advice=advice)
+    if (hint := hint_for(group, name)) is not None:
+        return Problem(group, name, reason=reason, nearest=hint.advice)
     return Problem(group, name, reason=reason, nearest=nearest(name, options))
 
 

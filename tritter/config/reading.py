@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
-from tritter.config.suggestions import child_names, nearest_key
+from tritter.config.suggestions import child_names, hint_for, nearest_key
 from tritter.errors import Problem, RequestError, nearest
 from tritter.options import join, read_options
 
@@ -71,6 +71,9 @@ class Reader:
             near = nearest(leaf, names, cutoff=0.7)
         place = f"{section} has" if section else "the root has"
         reason = f"there is no such key; {place} {', '.join(names)}" if names else "no such key"
+        if (hint := hint_for(key, value)) is not None:
+            yield Problem(key, value, reason=hint.reason or reason, nearest=hint.advice or None)
+            return
         yield Problem(key, value, reason=reason, nearest=near or nearest_key(key, known))
 
 

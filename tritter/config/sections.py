@@ -11,8 +11,9 @@ from tritter.config.folders import body_of, option_files
 from tritter.config.reading import Reader
 from tritter.config.schema import CheckpointModelConfig, DataConfig, Model, NamedTextConfig
 from tritter.config.skills import SkillsDataConfig
+from tritter.config.suggestions import hint_for
 from tritter.config.text_files import place_of, read_sources, read_tasks
-from tritter.errors import Problem, RequestError, nearest
+from tritter.errors import Problem, RequestError, nearest, show
 from tritter.options import choices, field_keys, is_options, join
 from tritter.storage.names import named_path
 from tritter.targets import TARGET, dotted, resolve
@@ -29,8 +30,8 @@ def model_class(raw: Mapping[str, Any]) -> type[Model]:
     said = raw.get("model_type")
     if isinstance(said, str) and said in _MODELS:
         return _MODELS[said]
-    reason, near = f"allowed is one of {', '.join(_MODELS)}", nearest(str(said), _MODELS)
-    raise RequestError(Problem("model.model_type", said, reason=reason, nearest=near))
+    reason = f"allowed is one of {', '.join(_MODELS)}"
+    raise RequestError(Problem("model.model_type", said, reason=reason))
 
 
 def data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
@@ -60,7 +61,7 @@ def read_model(reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any
     if kind is None:
         return None
     keys = {option: field_keys(record, "") for option, record in _MODELS.items()}
-    choice = f"model_type {raw['model_type']}"
+    choice = "model=hf: a checkpoint has a shape of its own"
     taken = _only_of(reader, "model", keys, raw, choice=choice, own=field_keys(kind, ""))
     if kind is CheckpointModelConfig and taken.get("path") is None:
         reason = "name the checkpoint: a folder or a hub id, model.path=DIR"
@@ -80,7 +81,7 @@ def read_data(
     kind = classes.get("data")
     if kind is None:
         return None
-    own, choice = field_keys(kind, ""), f"source {raw.get('source')}"
+    own, choice = field_keys(kind, ""), f"data={raw.get('source')} (the current source)"
     if "source" not in own:
         choice = dotted(kind)
     taken = _only_of(reader, "data", data_keys(), raw, choice=choice, own=own)
@@ -124,16 +125,22 @@ def _only_of(
 
     Args:
         keys: option → its keys.
-        choice: in words.
+        choice: what was chosen, for messages.
         own: keys of the choice.
     """
-    taken = dict(raw)
-    for key in raw:
-        others = [option for option, theirs in keys.items() if key in theirs]
-        if others and key not in own:
-            have = "have" if len(others) > 1 else "has"
-            reason = f"{choice} has no such key, only {' and '.join(others)} {have}"
-            reader.report(join(name, key), taken.pop(key), reason=reason)
+    taken, files = dict(raw), option_files().get(name, {})
+    for each in raw:
+        others = [option for option, theirs in keys.items() if each in theirs]
+        if not others or each in own:
+            continue
+        key, value = join(name, each), taken.pop(each)
+        option = "text" if "text" in others else others[0]
+        near = f"{name}={option} {key}={show(value)}" if option in files else None
+        if (hint := hint_for(key, value)) is not None:
+            near = hint.advice
+        is_only = len(others) == 1 and others[0] in files
+        needed = f"requires {name}={others[0]}" if is_only else f"is not a key of {choice}"
+        reader.problems.append(Problem(key, reason=f"{key} {needed}", nearest=near))
     return taken
 
 

@@ -1,11 +1,101 @@
-"""Which key was probably meant."""
+"""Which key was probably meant, and what to type in place of habits from other tools."""
 
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
 
-from tritter.errors import is_short_for
+from tritter.errors import is_short_for, show
 
 _OF_SOME_RUNS = ("experts", "growth")  # whose keys are meant least
+_PRESET = re.compile(r"tiny|small|tritter_\w+")
+
+
+def _is_place(value: str) -> bool:
+    """Return whether a value names a folder or a hub id."""
+    return "/" in value or value in (".", "..") or Path(value).is_dir()
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """Advice for what people type who know another tool better.
+
+    Args:
+        typed: pattern of a key, a group or an option with its dashes, matched as a whole.
+        advice: what to type instead. A word in capitals stands for the typed value, `{NAME}` for
+            a named group of the pattern.
+        reason: why the typed word is wrong. Default: the caller's own words.
+        command: the command that it is for, `train` or another one of `tritter`; default: all.
+        is_meant: returns whether the advice fits the typed value.
+    """
+
+    typed: str
+    advice: str = ""
+    reason: str = ""
+    command: str = ""
+    is_meant: Callable[[str], bool] = lambda value: True
+
+
+NO_EPOCHS = "epochs are not supported: set training.max_tokens or training.max_steps"
+_MODEL = (
+    r"--(model|model[-_]path|model[-_]name[-_]or[-_]path|base[-_]model|ckpt|from[-_]pretrained)"
+)
+# The first that fits counts
+HINTS = (
+    Hint("--model", "model=NAME", command="train", is_meant=lambda v: bool(_PRESET.fullmatch(v))),
+    Hint(
+        f"{_MODEL}|--checkpoint",
+        "tritter train --checkpoint DIR, or model=hf model.path=DIR",
+        command="train",
+    ),
+    Hint(_MODEL, "--checkpoint DIR"),
+    Hint("--(num[-_](train[-_])?)?epochs", reason=NO_EPOCHS),
+    Hint("--(num[-_])?gpus", "trainer=gpu trainer.devices=N", command="train"),
+    Hint(
+        "--(?P<key>data|expansion|forgetting|growth|experts|moe_routing|adaptation|pretraining"
+        "|training|optimizer|trainer|gate|pipeline|evaluation|callbacks|logger|experiment"
+        r"|seed|resume|[a-z_]+(\.[a-z_-]+)+)",
+        "{key}=VALUE",
+        command="train",
+    ),
+    Hint("--expansion", "--method METHOD", command="expand"),
+    Hint("model", "model=hf model.path=DIR", is_meant=_is_place),
+    Hint(r"model\.path", "model=hf model.path=DIR"),
+    Hint(
+        r"(?P<key>data\.(new|old|tasks))",
+        "data=hf {key}=SOURCE",
+        is_meant=lambda value: "hf:" in value,
+    ),
+    Hint(r"(?P<key>data\.(new|old|tasks))", "data=text {key}=SOURCE"),
+    Hint(
+        r"((training|pretraining|trainer)\.)?((num_(train_)?)?epochs|(max|min)_epochs)",
+        reason=NO_EPOCHS,
+    ),
+    Hint(r"gate\.(threshold|tolerance|max_forgetting|max_loss_increase)", "gate.retention"),
+    Hint(r"(trainer\.)?(num_)?gpus", "trainer=gpu trainer.devices=N"),
+)
+
+
+def hint_for(typed: str, value: object = None, *, command: str = "train") -> Hint | None:
+    """Return what the table advises in place of a typed word, the value filled in.
+
+    Args:
+        typed: a key, a group or an option with its dashes.
+        value: what was typed after it; None: nothing.
+        command: the command that refuses it.
+    """
+    text = "" if value is None else show(value)
+    for hint in HINTS:
+        found = re.fullmatch(hint.typed, typed)
+        if found is None or hint.command not in ("", command) or not hint.is_meant(text):
+            continue
+        advice = hint.advice.format(**found.groupdict())
+        if text:
+            advice = re.sub(r"\b[A-Z]+\b", lambda _: text, advice)
+        return replace(hint, advice=advice)
+    return None
 
 
 def child_names(keys: Collection[str], section: str) -> list[str]:
@@ -45,3 +135,21 @@ def nearest_key(key: str, known: Collection[str], *, first: Collection[str] = ()
 
 def _is_of_some_runs(key: str) -> bool:
     return key.partition(".")[0] in _OF_SOME_RUNS
+
+
+def flag_advice(flag: str, arguments: Sequence[str], *, command: str) -> str | None:
+    """Return what to type in place of an unknown option, as a sentence.
+
+    Args:
+        flag: as it was typed, `--expansion` or `--expansion=dus`.
+        arguments: all that was typed, among which the value may be the next word.
+    """
+    name = flag.partition("=")[0]
+    values = [word[len(name) + 1 :] for word in arguments if word.startswith(f"{name}=")]
+    values += [after for word, after in pairwise(arguments) if word == name and after[:1] != "-"]
+    if (hint := hint_for(name.lower(), next(iter(values), None), command=command)) is None:
+        return None
+    if not hint.advice:
+        return f"{hint.reason[:1].upper()}{hint.reason[1:]}."
+    words = f": {hint.advice}" if " " in hint.advice else f" {hint.advice}?"
+    return f"Did you mean{words}"

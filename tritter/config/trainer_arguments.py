@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from tritter.config.schema import TrainerConfig
+from tritter.config.suggestions import NO_EPOCHS, hint_for
 from tritter.errors import Problem, nearest
 from tritter.targets import building_problem, imported
 
@@ -29,8 +30,8 @@ _FOLDER = "everything lies in the run folder; say hydra.run.dir"
 _SAVED = "what a run goes on from is always saved; say trainer.save_every_n_steps, and "
 _SAVED += "callbacks=model_checkpoint for further files"
 REFUSED = {
-    "max_epochs": f"the batches of a training never end; {_ENDS}",
-    "min_epochs": f"the batches of a training never end; {_ENDS}",
+    "max_epochs": NO_EPOCHS,
+    "min_epochs": NO_EPOCHS,
     "max_time": _ENDS,
     "max_steps": _ENDS,
     "min_steps": _STOPS,
@@ -86,8 +87,10 @@ def argument_problems(arguments: Mapping[str, Any]) -> Iterator[Problem]:
             allowed = sorted({*_OWN, *known})
             reason = f"there is no such key; trainer has {', '.join(allowed)}"
             near = nearest(name, allowed)
-            full = None if near is None else f"trainer.{near}"
-            yield Problem(f"trainer.{name}", value, reason=reason, nearest=full)
+            meant = None if near is None else f"trainer.{near}"
+            if (hint := hint_for(f"trainer.{name}", value)) is not None:
+                reason, meant = hint.reason or reason, hint.advice or None
+            yield Problem(f"trainer.{name}", value, reason=reason, nearest=meant)
         else:
             yield from _by_value(name, value)
 

@@ -14,6 +14,7 @@ from tritter.data.dataset_name import BUILDERS, DatasetName, check_folder, file_
 from tritter.data.readers import MAX_PROBLEMS_OF_FILE, TextFileError, check_expansion
 from tritter.data.records import DEFAULT_FIELD, WrongRecordError, form_fields, shown, text_of
 from tritter.errors import TritterError, nearest
+from tritter.storage.hub import quiet_hub
 from tritter.storage.links import check_inside
 
 _BATCH_ROWS = 256
@@ -100,7 +101,7 @@ def _library() -> Any:
 def _told(source: DatasetName, key: str) -> Iterator[None]:
     """Say of whatever goes wrong with a data set which one it is."""
     try:
-        with _quiet():
+        with _quiet(), quiet_hub():
             yield
     except (TritterError, GeneratorExit):
         raise

@@ -122,7 +122,8 @@ class Width:
         }
         if not family.subtracts_mean:
             ratio = planned_rms_ratio(old.hidden_size, new.hidden_size, init=self.init)
-            target["rms_norm_eps"] = float(config["rms_norm_eps"]) * ratio**2  # type: ignore[arg-type]
+            eps = float(config["rms_norm_eps"]) * ratio**2  # type: ignore[arg-type]
+            target["rms_norm_eps"] = float(f"{eps:.15g}")  # 8e-07, not 7.999999999999999e-07
         widest, grown = old.intermediate_size, new.intermediate_size
         sizes = [round(size * grown / widest) for size in ffn_sizes(config)]
         key = family.sizes["intermediate_size"]
@@ -197,6 +198,8 @@ class Width:
         heads = new.num_attention_heads
         if not family.heads_divide_hidden or new.hidden_size % heads == 0:
             return
+        if self.hidden_size is None:
+            raise RequestError(self._uneven_heads(family, old, new))
         multiples = (new.hidden_size // heads * heads, -(-new.hidden_size // heads) * heads)
         nearest = " or ".join(
             str(size)
@@ -207,6 +210,18 @@ class Width:
         raise RequestError(
             f"expansion.width.hidden_size = {new.hidden_size}: {family.model_type} accepts only "
             f"multiples of its {heads} attention heads; nearest: {nearest}."
+        )
+
+    def _uneven_heads(self, family: Family, old: Dimensions, new: Dimensions) -> str:
+        """Say which head counts fit a hidden size that was not asked for."""
+        heads, hidden_size = new.num_attention_heads, new.hidden_size
+        counts = range(old.num_attention_heads, hidden_size + 1)
+        fitting = [n for n in counts if not (hidden_size % n or n % new.num_key_value_heads)]
+        near = [n for n in fitting if n < heads][-1:] + [n for n in fitting if n > heads][:1]
+        return (
+            f"expansion.width.num_attention_heads = {heads}: {family.model_type} accepts only head "
+            f"counts that divide its hidden size of {hidden_size}; nearest: "
+            f"{' or '.join(map(str, near)) or 'none'}."
         )
 
     def _target_dimensions(self, family: Family, old: Dimensions) -> Dimensions:

@@ -1,6 +1,6 @@
 """All tables of families, and the one that a config.json means."""
 
-from tritter.errors import RequestError, did_you_mean
+from tritter.errors import RequestError
 from tritter.families.dimensions import Config
 from tritter.families.family import Family
 from tritter.families.gemma2 import GEMMA2
@@ -53,10 +53,9 @@ def family_of(config: Config) -> Family:
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         reason = f" ({_REASONS[model_type]})" if model_type in _REASONS else ""
-        near = "" if reason else did_you_mean(model_type, FAMILIES)
         raise RequestError(
-            f"model_type '{model_type}' is not a family that Tritter knows{reason}; it knows "
-            f"{', '.join(sorted(FAMILIES))}.{near}"
+            f"model_type '{model_type}' is not supported{reason}; supported are "
+            f"{', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[model_type]
 

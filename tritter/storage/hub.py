@@ -1,6 +1,9 @@
 """A checkpoint by its name: a folder as it is, or one that the hub gives."""
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tritter.errors import RequestError
@@ -24,13 +27,38 @@ def locate(checkpoint: str, *, key: str = "checkpoint") -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         raise RequestError(f"{key} = {checkpoint}: no such folder, and no hub id (owner/name).")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(checkpoint, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise RequestError(
-            f"{key} = {checkpoint}: no such folder, and the hub does not give it "
-            f"({type(error).__name__}: {error})."
-        ) from error
+        with quiet_hub():
+            return Path(snapshot_download(checkpoint, allow_patterns=patterns))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = f"no such folder, and {_reason(error)}"
+        raise RequestError(f"{key} = {checkpoint}: {reason}.") from error
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keep the hub client's own lines, one for each retry, from the terminal; errors are raised."""
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line why the hub's client has no such model."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "on the hub it is gated: accept its terms there, then run `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no such model; a private one needs `hf auth login`"
+    if isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        return f"HF_HUB_OFFLINE is set and the hub's cache lacks it ({constants.HF_HUB_CACHE})"
+    reached = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"the hub cannot be reached ({reached.removeprefix('Got: ')})"

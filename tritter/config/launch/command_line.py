@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from tritter.config.folders import SEARCHPATH
 from tritter.config.launch.flags import FLAGS, REFUSED, SHELL_REQUESTS
+from tritter.config.suggestions import flag_advice
 from tritter.errors import Problem, RequestError, nearest
 
 
@@ -51,7 +52,7 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
         RequestError: a flag that there is not, that Tritter refuses, or that goes with another.
     """
     known, unknown = _parser().parse_known_intermixed_args(_info_alone(arguments))
-    _refuse_unknown(unknown)
+    _refuse_unknown(unknown, arguments)
     searchpath, overrides = split_searchpath(known.overrides)
     if known.help or known.version:
         return CommandLine(
@@ -140,15 +141,20 @@ def _info_alone(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _refuse_unknown(words: Sequence[str]) -> None:
-    """Refuse flags that there are not, and name the flag that was probably meant."""
+def _refuse_unknown(words: Sequence[str], arguments: Sequence[str]) -> None:
+    """Refuse flags that there are not, and name what was probably meant.
+
+    Args:
+        words: the unknown flags.
+        arguments: all that was typed.
+    """
     if not words:
         return
     names = {flag.names[-1].strip("-"): flag.names[-1] for flag in FLAGS}
     near = nearest(words[0].partition("=")[0].strip("-"), names) if len(words) == 1 else None
     meant = f" Did you mean {names[near]}?" if near else ""
-    if words[0].partition("=")[0] == "--checkpoint":
-        meant = " Did you mean tritter train --checkpoint, or model=hf model.path=DIR?"
+    if (advice := flag_advice(words[0], arguments, command="train")) is not None:
+        meant = f" {advice}"
     raise RequestError(f"unrecognized arguments: {' '.join(words)} (see --help).{meant}")
 
 
