@@ -441,7 +441,7 @@ _REPLAYED = {
         "learning_rate warmup_ratio max_steps max_tokens schedule decay_ratio minimum_ratio",
     ),
     "gate": "enabled strict retention confidence ladder max_attempts",
-    "pipeline": "target_params max_rounds strategy",
+    "pipeline": "target_params max_rounds strategy keep_stages dtype",
     "optimizer": "betas eps momentum nesterov weight_decay carry",
     "trainer": "accelerator devices strategy precision gradient_clip_val log_every_n_steps "
     "max_non_finite_steps save_every_n_steps progress check_memory activation_checkpointing "
