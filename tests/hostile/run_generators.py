@@ -34,7 +34,7 @@ def resumptions(rng: random.Random, sandbox: Sandbox) -> Case:
     folder = sandbox.take(rng.choice(("finished", "unfinished")), name)
     conf = sandbox.inside / rng.choice((f"{name}/conf", f"{name}-conf", "conf"))
     command = f"touch {sandbox.root / EXECUTED}"
-    _write_evil_options(conf, command)
+    _write_evil_options(conf, command, has_shadow=rng.random() < 0.3)
     (sandbox.inside / "link").symlink_to(conf)
     near = os.path.relpath(conf, sandbox.inside)
     places = (str(conf), near, f"./{near}", f"{folder}/../{near}", f"/proc/self/cwd/{near}")
@@ -88,15 +88,18 @@ def _evil_word(rng: random.Random, folder: str, command: str) -> str:
     )
 
 
-def _write_evil_options(conf: Path, command: str) -> None:
-    """Write an option named evil in each group, and one of a shipped name, which call something."""
+def _write_evil_options(conf: Path, command: str, *, has_shadow: bool) -> None:
+    """Write options that call a command: evil in each group, and perhaps one of a shipped name."""
     call = f"{{_target_: os.system, command: '{command}'}}"
     kind = "lightning.pytorch.callbacks.LearningRateMonitor"
     body = f"evil:\n  _target_: {kind}\n  logging_interval: {call}\n"
     for group in _EVIL_GROUPS:
         (conf / group).mkdir(parents=True)
         (conf / group / "evil.yaml").write_text(f"# Evil\n{body}")
-    (conf / "expansion/dus.yaml").write_text(f"# Evil\ndus:\n  _target_: os.system\n  x: {call}\n")
+    if has_shadow:
+        (conf / "expansion/dus.yaml").write_text(
+            f"# Evil\ndus:\n  _target_: os.system\n  x: {call}\n"
+        )
     (conf / "ladder").mkdir()
     (conf / "ladder/evil.yaml").write_text("# Evil\nrungs: [[forgetting=evil]]\n")
     (conf / "evil.yaml").write_text(
