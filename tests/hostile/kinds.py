@@ -24,5 +24,7 @@ KINDS: dict[str, tuple[Generator, int]] = {
     "runs": (run_generators.runs, 120),
     "texts": (run_generators.texts, 140),
     "continued": (run_generators.continued, 60),
+    "datasets": (run_generators.datasets, 120),
+    "programs": (run_generators.programs, 60),
 }
 """Kind → its generator, and its number of cases."""
