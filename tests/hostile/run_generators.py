@@ -91,7 +91,7 @@ def datasets(rng: random.Random, sandbox: Sandbox) -> Case:
     sandbox.take("texts")
     source = rng.choice(("data=hf", "data=hf", "data=text"))
     words = [source if word == "data=text" else word for word in SMALL_RUN]
-    words += ["data.new=data", "data.old=stdlib:prose", "cache_dir=cache", "hydra.run.dir=run"]
+    words += ["data.new=data", "data.old=texts/old", "cache_dir=cache", "hydra.run.dir=run"]
     if rng.random() < 0.3:
         words = [
             "evaluate",
