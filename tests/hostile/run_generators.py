@@ -1,12 +1,14 @@
-"""Generators of damaged runs, sweeps, texts and benchmarks; each sets up its sandbox."""
+"""Generators of damaged runs, sweeps, data and benchmarks, and of cheating programs."""
 
 import json
 import os
 import random
 import shutil
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
+from tests.evaluation.programs import CHEATS, SQUARE_TESTS
 from tests.hostile import values
 from tests.hostile.case import Case
 from tests.hostile.generators import KEYS, damage_file
@@ -191,11 +193,102 @@ def benchmarks(rng: random.Random, sandbox: Sandbox) -> Case:
     story = f"{path.name} changed"
     if rng.random() < 0.3:
         story = damage_file(rng, path, sandbox)
+    elif rng.random() < 0.2:
+        story = _bomb(rng, folder / f"{name}.parquet", row)
     words = ["evaluate", "--checkpoint", "source", "--tasks", name, "--tasks-path", "tasks"]
     words += ["--limit", "3", "--output", "out.json"]
     if rng.random() < 0.2:
         words += [rng.choice(("--tasks", "--limit", "--data", "--allow-code")), values.word(rng)]
     return Case(story, "tritter", tuple(words), ("inside/out.json",))
+
+
+def datasets(rng: random.Random, sandbox: Sandbox) -> Case:
+    """Dataset folders that name or link what is outside, or decode to far too much."""
+    folder = sandbox.inside / "data"
+    (folder / "deep").mkdir(parents=True)
+    shutil.copy(sandbox.templates / "texts/new.jsonl", folder / "train.jsonl")
+    stories = [rng.choice(_ENTICED)(rng, folder, sandbox) for _ in range(rng.choice((1, 1, 2)))]
+    sandbox.take("texts")
+    source = rng.choice(("data=hf", "data=hf", "data=text"))
+    words = [source if word == "data=text" else word for word in SMALL_RUN]
+    words += ["data.new=data", "data.old=texts/old", "cache_dir=cache", "hydra.run.dir=run"]
+    if rng.random() < 0.3:
+        words = [
+            "evaluate",
+            "--checkpoint",
+            "base",
+            "--data",
+            f"new={rng.choice(('hf:./data', 'data'))}",
+            "--output",
+            "out.json",
+        ]
+        sandbox.take("base")
+        return Case("; ".join(stories), "tritter", tuple(words), ("inside/out.json",))
+    return Case("; ".join(stories), "train.py", tuple(words), ("inside/run", "inside/cache"))
+
+
+def programs(rng: random.Random, sandbox: Sandbox) -> Case:
+    """Programs that pass their tests only by a cheat, or by several after each other."""
+    names = rng.sample(sorted(CHEATS), rng.choice((1, 2, 2, 3)))
+    parts = [CHEATS[name] for name in names]
+    if rng.random() < 0.5:  # each goes on where the one before failed
+        parts = [f"try:\n{indent(part, '    ')}\nexcept Exception: pass\n" for part in parts]
+    if rng.random() < 0.2:
+        parts[-1] = str(values.mutated_bytes(rng, parts[-1].encode()), "utf-8", "surrogateescape")
+    return Case("; ".join(names), "judge", ("".join(parts), SQUARE_TESTS))
+
+
+def _card(rng: random.Random, folder: Path, sandbox: Sandbox) -> str:
+    outside = rng.choice(("../outside", str(sandbox.outside), f"file://{sandbox.outside}"))
+    entry = rng.choice(
+        (
+            *(f"{outside}/{name}" for name in ("secret.txt", "*.txt", "thesis/*", "**")),
+            *("http://127.0.0.1:9/a.txt", "hf://datasets/a/b/c.txt", f"zip://a::{outside}/a.zip"),
+            values.word(rng),
+        )
+    )
+    config: dict[str, Any] = {"config_name": "default", "data_files": entry}
+    kind = rng.randrange(4)
+    if kind == 0:
+        config["data_files"] = [{"split": "train", "path": ["train.jsonl", entry]}]
+    elif kind == 1:
+        config = {"config_name": "default", "data_dir": entry}
+    elif kind == 2:
+        config = values.mutated_json(rng, config)
+    card = values.json_bytes({"configs": [config]})
+    if rng.random() < 0.3:
+        (folder / ".huggingface.yaml").write_bytes(card)
+    else:
+        (folder / "README.md").write_bytes(b"---\n" + card + b"\n---\n")
+    return f"data_files {entry[:80]!r}"
+
+
+def _linked(rng: random.Random, folder: Path, sandbox: Sandbox) -> str:
+    name, end = rng.choice((("a.txt", "secret.txt"), ("deep/a.txt", "secret.txt"), ("all", "")))
+    special(folder / name, "link", target=sandbox.outside / end)
+    return f"{name} links outside"
+
+
+def _saved(rng: random.Random, folder: Path, sandbox: Sandbox) -> str:
+    (folder / "dataset_dict.json").write_text(
+        json.dumps({"splits": [rng.choice(("deep", "../../outside", str(sandbox.outside), "no"))]})
+    )
+    files = [{"filename": rng.choice(("a.arrow", "../../../outside/secret.txt", values.word(rng)))}]
+    (folder / "deep/state.json").write_bytes(values.json_bytes({"_data_files": files}))
+    (folder / "deep/dataset_info.json").write_text("{}")
+    return "a saved data set that names files"
+
+
+def _bombed(rng: random.Random, folder: Path, sandbox: Sandbox) -> str:
+    return _bomb(rng, folder / "train.parquet", {"text": ""})
+
+
+def _bomb(rng: random.Random, path: Path, row: dict[str, Any]) -> str:
+    more = rng.choice(({}, {"other": [""]}, {"other": ""}))
+    rows, size = rng.choice(((1000, 20 * 2**20), (10**6, 100), (300, 2**20)))
+    known = {key: value for key, value in row.items() if not isinstance(value, dict)}
+    path.write_bytes(values.parquet_bomb({**known, **more}, rows=rows, size=size))
+    return f"{path.name} of {rows} rows with {size} letters"
 
 
 def adapters(rng: random.Random, sandbox: Sandbox) -> Case:
@@ -300,6 +393,7 @@ _REPORTS = (
     ("compare sweep html", '<html><meta name="generator" content="tritter 0.1"></html>'),
     ("report sweep html", '<html><meta name="generator" content="tritter 0.1"></html>'),
 )
+_ENTICED = (_card, _card, _card, _linked, _saved, _bombed)
 _SKILLED = ("spawning", "spawning", "taught")
 _CHOICE = {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
 _QUESTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
