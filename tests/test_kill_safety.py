@@ -20,7 +20,7 @@ import pytest
 from tests import oracle
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.folder import file_digests
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import LlamaPro, Width
 from tritter.storage import atomic
@@ -220,7 +220,7 @@ def test_what_appears_meanwhile_is_not_overwritten(scene: Scene) -> None:
         if done == total:
             scene.expand(seed=OLD_SEED, is_overwriting=False)
 
-    with pytest.raises(TritterError, match="could not be written"):
+    with pytest.raises(RequestError, match="exists now"):
         expand(scene.source, scene.destination, SPECS, seed=NEW_SEED, progress=other_finishes_first)
     assert scene.state() == OLD_SEED
     assert [path.name for path in scene.place.iterdir()] == ["grown"]
