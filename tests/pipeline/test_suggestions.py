@@ -45,6 +45,7 @@ def test_kept(commands: Callable[..., list[str]]) -> None:
     assert "expansion=dus" in lines[2] and "llama_pro" not in lines[2]
     assert "-m tritter generate --checkpoint 'outputs/runs/a b/checkpoint'" in lines[-3]
     assert not any("resume" in line for line in lines)
+    assert commands("ungated") == commands("kept")
 
 
 def test_tritter_is_called_as_a_shell_finds_it(

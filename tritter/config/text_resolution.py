@@ -23,8 +23,9 @@ from tritter.config.schema import (
 )
 from tritter.config.text_files import domain_key, text_field
 from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
+from tritter.data.contents import CHECKED_BYTES
 from tritter.data.documents import documents_digest
-from tritter.data.readers import TextFileError
+from tritter.data.readers import SpentError, TextFileError
 from tritter.data.sources import quick_pieces, recorded_paths, source_documents
 from tritter.data.split import SplitRule, one_sided
 from tritter.errors import Problem, RequestError, TritterError
@@ -88,9 +89,14 @@ def side_problems(text: RunText) -> Iterator[Problem]:
     for domain in text.domains:
         if domain.texts is not None:
             continue
-        found = quick_pieces(domain.paths, key=domain.key, text_field=domain.text_field)
+        found = quick_pieces(
+            domain.paths,
+            key=domain.key,
+            text_field=domain.text_field,
+            max_bytes=CHECKED_BYTES,
+        )
         reason = None
-        with suppress(TextFileError):  # of what can't be read, the run lists all
+        with suppress(TextFileError, SpentError):  # what can't be read, the run lists
             if found is not None:
                 reason = one_sided(found, rule=text.split.as_rule, sides=text.split.exceptions)
         if reason is not None:

@@ -55,11 +55,16 @@ def source_documents(
     return Documents.of(chain(read, (piece for text in held for piece in pieces(text))))
 
 
-def quick_pieces(paths: Sequence[str], *, key: str, text_field: str) -> Iterator[str] | None:
+def quick_pieces(
+    paths: Sequence[str], *, key: str, text_field: str, max_bytes: int
+) -> Iterator[str] | None:
     """Return an iterator over the documents that paths and skills mean, before it reads them.
 
     None where the standard library is among them, whose hundreds of documents take seconds to
     gather, or a data set of the hub: that would have to be downloaded or streamed first.
+
+    Args:
+        max_bytes: of files; the iterator raises `SpentError` beyond.
 
     Raises:
         RequestError: a path means no text file.
@@ -68,7 +73,9 @@ def quick_pieces(paths: Sequence[str], *, key: str, text_field: str) -> Iterator
     if set(paths) & set(BUILT_IN_TEXTS) or not all(source.is_on_disk for source in sources):
         return None
     files = find_text_files(key, paths)
-    read = text_pieces(files, key=key, text_field=text_field) if files else iter(())
+    read: Iterator[str] = iter(())
+    if files:
+        read = text_pieces(files, key=key, text_field=text_field, max_bytes=max_bytes)
     skills = (SkillText.named(key, path).texts() for path in paths if is_built_in(path))
     rows = (dataset_texts(source, key=key, is_streamed=True) for source in sources)
     texts = chain.from_iterable(chain(skills, rows))

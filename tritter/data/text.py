@@ -26,13 +26,16 @@ def read_texts(
     return texts
 
 
-def text_pieces(files: Sequence[Path], *, key: str, text_field: str) -> Iterator[str]:
+def text_pieces(
+    files: Sequence[Path], *, key: str, text_field: str, max_bytes: int | None = None
+) -> Iterator[str]:
     """Yield the texts of some files cut into their `pieces`, which is all that is held of them.
 
     Raises:
         TextFileError: as `read_texts`, once all was read.
+        SpentError: `max_bytes` were read.
     """
-    reading, is_blank = Reading(key=key, text_field=text_field), True
+    reading, is_blank = Reading(key=key, text_field=text_field, max_bytes=max_bytes), True
     for path in files:
         for piece in reading.pieces(path):
             is_blank = False

@@ -28,7 +28,6 @@ from tritter.families import forward_flops, training_flops
 from tritter.forgetting.fisher import Estimator, diagonal_fisher, shared_fisher
 from tritter.forgetting.quadratic import QuadraticPenalty
 from tritter.options import Count, options
-from tritter.seeds import derived_seed
 from tritter.training import Needs, Preparation, Prepared, Task
 
 _PURPOSE = "fisher"  # of the draw that the first Fisher and all later ones share
@@ -104,11 +103,7 @@ class EWC(QuadraticPenalty):
         chosen = given.draw(self.num_sequences, _PURPOSE, domains=domains)
         given.say(f"Fisher of {len(chosen)} sequences of {', '.join(domains)}")
         fisher = diagonal_fisher(
-            given.model,
-            chosen,
-            estimator=self.estimator,
-            seed=given.seed(_PURPOSE, "labels"),
-            progress=given.progress,
+            given.model, chosen, estimator=self.estimator, progress=given.progress
         )
         return Prepared(
             state={self.kind: fisher},
@@ -133,7 +128,6 @@ class EWC(QuadraticPenalty):
             importance = {**free, **importance}
             domains = self._fisher_domains(task, tuple(task.old_sequences))
             self._sequences = task.draw(self.num_sequences, _PURPOSE, domains=domains)
-            self._label_seed = derived_seed(task.seed, _PURPOSE, "labels")
         self.hold(model, importance)
 
     def _fisher_domains(self, of: Preparation | Task, domains: tuple[str, ...]) -> tuple[str, ...]:
@@ -143,9 +137,7 @@ class EWC(QuadraticPenalty):
     def look(self, model: nn.Module, step: int) -> float:
         if not self._is_due(model, step):
             return 0.0
-        taken = shared_fisher(
-            model, self._sequences, estimator=self.estimator, seed=self._label_seed
-        )
+        taken = shared_fisher(model, self._sequences, estimator=self.estimator)
         for name, held in self.importance.items():
             torch.maximum(held, self._looked(name, taken[name] / self._scale).to(held), out=held)
         return self._flops(model, self._sequences)

@@ -27,7 +27,6 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.kept import kept_text
 from tritter.pipeline.ledger import StageResult
-from tritter.seeds import derived_seed
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hub import locate
 from tritter.storage.tensors import TensorFolder
@@ -133,7 +132,7 @@ def _preparation(
         draw=draw,
         sequence_length=context.config.data.sequence_length,
         end_of_text_id=context.end_of_text_id,
-        seed=partial(derived_seed, _task_seed(context, arm)),
+        seed=lambda *words: context.seed(*words, *arm.purpose),
         state=state,
         say=partial(context.say, "importance"),
     )
