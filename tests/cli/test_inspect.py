@@ -240,6 +240,7 @@ def test_the_hub_client_prints_no_retries(
     log = logging.getLogger("huggingface_hub")
     monkeypatch.setattr(log, "handlers", [caplog.handler])
     log.warning("before")
+
     def download(*_: object, **__: object) -> None:
         logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
         raise errors.LocalEntryNotFoundError("Got: ConnectError: refused\nCheck your connection.")

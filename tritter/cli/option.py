@@ -27,7 +27,7 @@ class CheckpointCommand(TyperCommand):
         words = {each.name: ctx.params.pop(f"{each.name}_word") for each in self._named}
         words = {name: word for name, word in words.items() if word is not None}
         options = [each for each in self._named if ctx.params[each.name] is not None]
-        shown = " ".join([ctx.command_path, *(each.metavar for each in self._named)])
+        shown = " ".join([ctx.command_path, *(str(each.metavar) for each in self._named)])
         if words and options:
             names = " and ".join(each.opts[0] for each in options)
             plain = " ".join(words.values())
