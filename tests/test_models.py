@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests import oracle
+from tritter import GrowableCausalLM, depth_upscale, width_upscale
 from tritter.errors import RequestError, TritterError
 from tritter.experts.adapters import AdapterShape, put_on
 from tritter.families import LLAMA
@@ -246,3 +247,14 @@ def test_a_new_model_leaves_all_random_generators_as_they_are(
     new_model(read_config(folder), seed=3)
     put_on(load_model(folder), "one", AdapterShape(2, 4.0, ("q_proj",)), seed=3)
     assert torch.equal(torch.get_rng_state(), before) and not seeded
+
+
+def test_a_peft_model_is_named_as_such() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(oracle.tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    for use in (width_upscale, depth_upscale, GrowableCausalLM):
+        with pytest.raises(RequestError, match=r"is a PeftModel.*model\.merge_and_unload\(\)"):
+            use(wrapped)
+    merged = wrapped.merge_and_unload()
+    assert depth_upscale(merged, 4).config.num_hidden_layers == 4

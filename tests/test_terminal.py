@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ from tritter.checkpoint.folder import write_lineage
 from tritter.models import read_config
 from tritter.terminal import Console, harmless, say
 
+ROOT = Path(__file__).parents[1]
 CLEAR, TITLE, BIDI, C1 = "\x1b[2J", "\x1b]0;owned\x07", "\u202etxt.exe", "\x9b31m"
 HOSTILE = f"a{CLEAR}b{TITLE}c{BIDI}d{C1}\x08\r\x7f\ud800"
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
@@ -113,3 +118,42 @@ def test_fields_of_a_lineage_and_the_card_made_of_them(run: Run, place: Path) ->
     ):
         assert not STEERING.search(card)
         assert "<script>" not in card and "\n# Title" not in card and "[a](" not in card
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-m", "tritter", "history", "base"),
+        ("-m", "tritter", "history", "base", "--json"),
+        (str(ROOT / "train.py"), "--help"),
+    ],
+)
+def test_a_reader_that_leaves_ends_the_program_quietly(place: Path, words: tuple[str, ...]) -> None:  # noqa: F811
+    """As behind `| head -1`: here the reader has left before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        [sys.executable, *words],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_no_line_in_a_pipe_ends_with_blanks(run: Run, place: Path) -> None:  # noqa: F811
+    run("expand base --method dus --output deep")
+    for words in ("inspect deep", "history deep", "expand base --method width --dry-run"):
+        lines = run(words).out.splitlines()
+        assert len(lines) > 3 and not [line for line in lines if line != line.rstrip()], words
+
+
+def test_blanks_go_from_the_ends_of_lines_alone() -> None:
+    stream = io.StringIO()
+    table = Table("a", "b", box=None)
+    table.add_row("x  y", "1 ")
+    table.add_row("", "")
+    Console(file=stream, width=40).print(table, " z  ", end="\n\n")
+    assert stream.getvalue() == " a     b\n x  y  1\n\n z\n\n"

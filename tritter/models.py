@@ -51,7 +51,7 @@ _SMALL_FILES = {".json", ".jinja", ".model", ".txt"}
 
 
 def read_config(folder: Path) -> Config:
-    """Return the content of a folder's config.json with all defaults written out.
+    """Return the content of a folder's config.json with the defaults of its own class written out.
 
     Where its layers' FFNs differ in width, `ffn_sizes` says so.
 
@@ -60,10 +60,14 @@ def read_config(folder: Path) -> Config:
         TritterError: there is none, it is not a config that transformers accepts, or its sizes
             are beyond all limits.
     """
-    config = _stock_config(folder).to_dict()
-    # Where the folder lies on this machine is no part of the model; stock saves leave it out too.
-    config.pop("_name_or_path", None)
+    config = _plain(_stock_config(folder))
     return with_live_sizes(family_of(config), config, folder)
+
+
+def _plain(config: PreTrainedConfig) -> Config:
+    """Return a config as stock saves write it: without its place, and general unused defaults."""
+    plain: Config = config.to_diff_dict()
+    return {key: value for key, value in plain.items() if key != "_name_or_path"}
 
 
 def _stock_config(folder: Path) -> PreTrainedConfig:
@@ -337,10 +341,9 @@ def config_of(model: nn.Module) -> Config:
             "here: pass model.merge_and_unload(), or the base alone, model.unload()."
         )
     held = getattr(model, "config", None)
-    if held is None or not hasattr(held, "to_dict"):
+    if held is None or not hasattr(held, "to_diff_dict"):
         raise RequestError(f"{type(model).__name__} has no Hugging Face config.")
-    config = held.to_dict()
-    config.pop("_name_or_path", None)
+    config = _plain(held)
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None or family.has_experts:
         return config

@@ -16,7 +16,8 @@ class Stopped(BaseException):
     No KeyboardInterrupt: typer and Lightning catch that one and say nothing.
 
     Args:
-        signal_number: SIGINT for Ctrl-C, SIGTERM as schedulers send it.
+        signal_number: SIGINT for Ctrl-C, SIGTERM as schedulers send it, SIGPIPE when nobody reads
+            what is printed.
         where: what was being done, and where it goes on: "at step 3 of …"; None: nothing that
             would go on.
 
@@ -32,7 +33,7 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM, as a shell has it."""
+        """130 after Ctrl-C, 143 after SIGTERM, 141 when nobody reads on, as a shell has it."""
         return 128 + self.signal_number
 
 

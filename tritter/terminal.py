@@ -6,6 +6,9 @@ override of direction could turn a line around. All that is printed goes through
 no visible sign appears as its escape.
 """
 
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +17,8 @@ from functools import cache
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
+
+from tritter.stopping import Stopped
 
 _LAYOUT = "\n\t"
 ShowProgress = Callable[[int, int], None]  # done, of how many
@@ -37,7 +42,21 @@ def harmless(text: str) -> str:
 def say(text: str, *, is_error: bool = False) -> None:
     """Print a line, whatever is in it and whatever the terminal's encoding."""
     stream = sys.stderr if is_error else sys.stdout
-    print(_shown(text, getattr(stream, "encoding", None) or "utf-8"), file=stream, flush=True)
+    shown = _shown(text, getattr(stream, "encoding", None) or "utf-8")
+    try:
+        print(shown, file=stream, flush=True)
+    except BrokenPipeError as error:
+        raise Stopped(signal.SIGPIPE) from error
+
+
+def close_pipe() -> None:
+    """Let nothing more go to a reader that left (`| head`): Python flushes when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
 
 
 def _shown(text: str, encoding: str) -> str:
@@ -45,17 +64,43 @@ def _shown(text: str, encoding: str) -> str:
 
 
 class Console(RichConsole):
-    """Rich's console, whose text is harmless in tables, notes and progress alike."""
+    """Rich's console, whose text is harmless in tables, notes and progress alike.
+
+    In a file or a pipe no line ends with blanks.
+    """
+
+    def on_broken_pipe(self) -> None:
+        raise Stopped(signal.SIGPIPE)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            # Control codes are Rich's own: what was given as text never becomes one
-            if segment.control or (segment.text.isascii() and segment.text.isprintable()):
-                yield segment
-            else:
-                yield Segment(_shown(segment.text, self.encoding), segment.style)
+        segments = map(self._harmless, super().render(renderable, options))
+        return segments if self.is_terminal else _without_trailing_blanks(segments)
+
+    def _harmless(self, segment: Segment) -> Segment:
+        # Control codes are Rich's own: what was given as text never becomes one
+        if segment.control or (segment.text.isascii() and segment.text.isprintable()):
+            return segment
+        return Segment(_shown(segment.text, self.encoding), segment.style)
+
+
+def _without_trailing_blanks(segments: Iterable[Segment]) -> Iterator[Segment]:
+    blanks: list[Segment] = []  # which end the line, or come before further text
+    for segment in segments:
+        if segment.control:
+            yield segment
+            continue
+        text = re.sub(" +\n", "\n", segment.text)
+        body = text.rstrip(" ")
+        if body and not body.startswith("\n"):
+            yield from blanks
+        if body:
+            blanks.clear()
+            yield Segment(body, segment.style)
+        if len(body) < len(text):
+            blanks.append(Segment(text[len(body) :], segment.style))
+    yield from blanks
 
 
 def shows_bar(mode: str, console: Console) -> bool:

@@ -174,6 +174,39 @@ def test_target_params_takes_the_nearest_shape(run: Run, place: Path) -> None:
     assert not (place / "far").exists()
 
 
+def test_the_config_holds_what_changed_and_no_general_defaults(run: Run, place: Path) -> None:
+    run("expand base --method width --hidden-size 40 --output wide")
+    before, after = (json.loads((place / n / "config.json").read_text()) for n in ("base", "wide"))
+    assert after.keys() == before.keys()
+    changed = {key: value for key, value in after.items() if value != before[key]}
+    assert changed == {"hidden_size": 40, "intermediate_size": 67, "rms_norm_eps": 0.0006}
+    record = json.loads((place / "wide/tritter.json").read_text())["expansion_history"][0]
+    assert "id2label" not in {*record["source_config"], *record["target_config"]}
+
+
+def test_head_counts_are_blamed_for_a_hidden_size_that_was_not_typed(run: Run, place: Path) -> None:
+    words = "--num-heads 10 --num-kv-heads 2 --head-strategy gqa"
+    refused = run(f"expand base --method width {words}")
+    assert refused.code == 2 and "--hidden-size" not in refused.err
+    assert "--num-heads = 10: llama accepts only head counts that divide" in refused.err
+    assert "nearest: 8 or 12." in refused.err
+
+
+def test_a_plain_word_is_the_checkpoint(run: Run, place: Path) -> None:
+    run("expand base --method width --output a")
+    run("expand --checkpoint base --method width --output b")
+    assert snapshot(place / "a").keys() == snapshot(place / "b").keys()
+    weights = [snapshot(place / name)["model.safetensors"] for name in "ab"]
+    assert weights[0] == weights[1]
+    shown = run("plan base --target 40k --gpu-hours 1 --json").json
+    assert shown == run("plan --source base --target 40k --gpu-hours 1 --json").json
+    said = run("generate base --prompt grows --json").json
+    assert said == run("generate --checkpoint base --prompt grows --json").json
+    for option in ("", "--checkpoint "):
+        assert run(f"export {option}a --output hf{len(option)}").code == 0
+    assert snapshot(place / "hf0") == snapshot(place / "hf13")
+
+
 def test_dtype_and_shards(run: Run, place: Path) -> None:
     words = "--method width --dtype bfloat16 --max-shard-size 20kB"
     assert run(f"expand --checkpoint base {words}").code == 0

@@ -95,6 +95,17 @@ def test_long_names_in_the_tree_stay_whole(run: Run, place: Path) -> None:
     assert "└── wide  (width)" in said
 
 
+def test_names_in_the_table_are_not_broken(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "qwen3-instruct-grown-for-legal-texts"
+    assert run(f"expand base --method width,llama-pro --output {name}").code == 0
+    for columns in ("40", "60", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        table = run(f"history {name}").out.partition("\n\n")[0]
+        assert {name, "llama-pro", "plain"} <= {*table.split()}, columns
+
+
 def test_the_newest_checkpoint_tells_the_steps_after(run: Run, chain: Path) -> None:
     shutil.copytree(chain / "deep", chain / "trained")
     lineage = read_lineage(chain / "deep")

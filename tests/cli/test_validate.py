@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from tests import oracle
-from tests.cli.conftest import Run, snapshot
+from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.pipeline.tiny import FIXTURES
 from tritter.checkpoint.folder import LINEAGE_NAME
 from tritter.families import count_parameters
@@ -138,6 +139,28 @@ def test_folders_without_tokenizers_and_with_other_vocabularies(
     assert "no new parameters" in checks["gradient_flow"]["detail"]
 
 
+def test_unrelated_checkpoints_are_named_with_both_numbers(run: Run, place: Path) -> None:
+    """Of two plain folders nothing is known; two results of one base and swapped ones are."""
+    oracle.saved(oracle.tiny_llama(vocab_size=VOCABULARY, initializer_range=0.1), place / "other")
+    assert run("expand base --method width --output wide").code == 0
+    assert run("expand base --method dus --output deep").code == 0
+    assert run("expand other --method width --output far").code == 0
+    numbers = re.compile(r"; mean squared .*, allowed 1e-06; largest .*, allowed 0.0001")
+    for words, said in {
+        "base other": "no lineage says that the result was made from the source",
+        "other wide": "unrelated checkpoints: the result starts from another model",
+        "far wide": "unrelated checkpoints: they start from different models",
+        "wide deep": "unrelated checkpoints: neither was made from the other",
+        "deep base": "no lineage says that the result was made from the source",
+    }.items():
+        detail = checks_of(run(f"validate {words} --json"))["forward_equivalence"]["detail"]
+        assert detail.startswith(said) and numbers.search(detail), words
+    related = checks_of(run("validate base deep --json"))["forward_equivalence"]
+    assert related["detail"].startswith("dus does not claim it; mean squared difference")
+    assert checks_of(run("validate base wide --json"))["forward_equivalence"]["verdict"] == "passed"
+    assert run("validate --source base --result wide").out == run("validate base wide").out
+
+
 def test_a_trained_checkpoint_is_asked_about_the_text_that_it_records(
     run: Run, tmp_path: Path
 ) -> None:
@@ -158,7 +181,7 @@ def test_a_trained_checkpoint_is_asked_about_the_text_that_it_records(
         ("--source base --result text", "--result"),
         ("--source base --result base --data nowhere.txt", "--data"),
         ("--source base --result base --data text --limit 3", "limit"),
-        ("--source base", "result"),
+        ("--source base", "Missing --result"),
     ],
 )
 def test_what_can_not_be_asked_is_refused(

@@ -51,6 +51,8 @@ def test_hydra_help_lists_exactly_what_works(run: Run, pipeline: FakePipeline) -
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("-m seed=0,0", "jobs 0 and 1 are equal (seed=0): list a value once."),
+        ("-m seed=0,1 gate=off,off", "jobs 2 and 3 are equal (seed=1 gate=off)"),
         ("--package model", "--package goes with --cfg job"),
         ("--resolve seed=1", "--resolve goes with --cfg job"),
         ("--cfg job --info", "--cfg and --info: each asks for something else"),

@@ -184,6 +184,11 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "expansion=width expansion.width.int=fresh": ("Did you mean expansion.width.init?",),
     "expansion.width.hidden_size=48": ("expansion.width.hidden_size = 48", "at least 64"),
     "expansion.width.hidden_size=90": ("expansion.width.hidden_size = 90", "nearest: 88 or 92"),
+    "expansion.width.num_attention_heads=6 expansion.width.num_key_value_heads=2 "
+    "expansion.width.head_strategy=gqa": (
+        "expansion.width.num_attention_heads = 6: llama accepts only head counts that divide its",
+        "hidden size of 64; nearest: 8.",
+    ),
     "expansion=stack expansion.stack.target_layers=7": (
         "expansion.stack.target_layers = 7",
         "nearest: 6 or 9",

@@ -89,7 +89,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
     "family that nobody knows": (
         _configured(model_type="lamma"),
         RequestError,
-        ["'lamma'", "Did you mean 'llama'?"],
+        ["'lamma' is not supported; supported are gemma2,", "llama, mistral"],
     ),
     "config lacks the hidden size": (
         _configured(hidden_size=..., head_dim=...),

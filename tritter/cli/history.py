@@ -14,6 +14,7 @@ from tritter.cli.output import (
     new_console,
     new_table,
     print_json,
+    print_whole_words,
     short,
     shown_path,
     signs_of,
@@ -184,7 +185,7 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
             *([row.state] if is_verified else []),
         ]
         table.add_row(*(signs_of(console).printable(cell) for cell in cells))
-    console.print(table)
+    print_whole_words(console, table)
     console.print()
     _print_tree(rows, console)
     if is_verified:

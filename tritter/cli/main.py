@@ -3,6 +3,7 @@
 Nothing here imports torch: `tritter --help` and refused words answer at once.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from tritter.config.suggestions import flag_advice
 from tritter.errors import RequestError, TritterError
 from tritter.loading import loading
 from tritter.stopping import Stopped, stopping
-from tritter.terminal import say
+from tritter.terminal import close_pipe, say
 
 
 class Commands(TyperGroup):
@@ -45,8 +46,8 @@ app = typer.Typer(
     cls=Commands,
     help="Grow language models: exact expansion of Hugging Face checkpoints, and their lineage.",
     epilog="Exit codes: 0 done, 1 failed, 2 the request is wrong and nothing was written, "
-    "3 a check said no, 130 and 143 stopped by Ctrl-C or SIGTERM. Options may be spelled with - or "
-    "_.",
+    "3 a check said no, 130 and 143 stopped by Ctrl-C or SIGTERM, 141 the reader of a pipe left. "
+    "Options may be spelled with - or _.",
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda name: name.replace("_", "-"),
@@ -95,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {said(error)}", is_error=True)
         return 1
     except Stopped as stop:
+        if stop.signal_number == signal.SIGPIPE:  # nobody reads on, as behind `| head`
+            close_pipe()
+            return stop.exit_code
         say(f"\nStopped. {' '.join(_notes(stop)) or 'Nothing was written.'}", is_error=True)
         return stop.exit_code
     except typer.TyperException as error:

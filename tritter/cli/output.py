@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +16,7 @@ from tritter.families import Config, family_of
 from tritter.report.wording import Signs
 from tritter.stopping import Stopped
 from tritter.storage.atomic import identity_of, is_placed_here
-from tritter.terminal import Console, NewBar, ShowProgress
+from tritter.terminal import Console, NewBar, ShowProgress, say
 from tritter.terminal import progress_bars as bars_on
 
 HASH_CHARACTERS = 12
@@ -50,7 +51,7 @@ def short(digest: str | None) -> str:
 
 def print_json(content: Mapping[str, Any]) -> None:
     """Print one JSON object."""
-    print(json.dumps(content, indent=2, allow_nan=False))
+    say(json.dumps(content, indent=2, allow_nan=False))
 
 
 def new_console() -> Console:
@@ -84,6 +85,15 @@ def new_table(*headers: str, numbers: Sequence[str] = (), wrapped: Sequence[str]
             no_wrap=header not in wrapped,
         )
     return table
+
+
+def print_whole_words(console: Console, table: Table) -> None:
+    """Print a table whose lines break between words alone, wider than the terminal if need be."""
+    for column in table.columns:
+        texts = map(str, (column.header, *column.cells))
+        words = [word for text in texts for word in ([text] if column.no_wrap else text.split())]
+        column.min_width = max(map(cell_len, words), default=0)
+    console.print(table, crop=False)
 
 
 def print_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:

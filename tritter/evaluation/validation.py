@@ -38,8 +38,10 @@ def equivalence_check(
     relative = float(difference.abs().max() / before.std())
     is_same = error < MSE_BOUND and relative < EXACT_JUMP
     verdict: Verdict = "passed" if is_same else "failed"
-    detail = f"the largest difference is {relative:.2g} of the logits' deviation, allowed "
-    detail += f"{EXACT_JUMP:g}"
+    detail = (
+        f"mean squared difference of the logits {error:.2g}, allowed {MSE_BOUND:g}; largest "
+        f"difference {relative:.2g} standard deviations, allowed {EXACT_JUMP:g}"
+    )
     if not is_same and reason_not_asked is not None:
         verdict, detail = "not_asked", f"{reason_not_asked}; {detail}"
     elif not is_same and rounded and relative < rounded_bound:

@@ -215,7 +215,7 @@ class Width:
     def _uneven_heads(self, family: Family, old: Dimensions, new: Dimensions) -> str:
         """Say which head counts fit a hidden size that was not asked for."""
         heads, hidden_size = new.num_attention_heads, new.hidden_size
-        counts = range(old.num_attention_heads, hidden_size + 1)
+        counts = range(old.num_attention_heads + 1, hidden_size + 1)
         fitting = [n for n in counts if not (hidden_size % n or n % new.num_key_value_heads)]
         near = [n for n in fitting if n < heads][-1:] + [n for n in fitting if n > heads][:1]
         return (

@@ -34,6 +34,7 @@ from tritter.families import Config, count_parameters, family_of, layout, positi
 from tritter.models import load_model, read_config
 from tritter.pipeline.validation_text import ValidationDomains, ValidationText, is_trained
 from tritter.planning.machine import machine_memory
+from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
 from tritter.training.gradient_flow import NewUnits, tried
 
@@ -167,15 +168,47 @@ def _answers(
 
 def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tensor | None) -> Check:
     if before is None or after is None:
-        reason = f"vocabularies of {source.vocab_size:,} and {result.vocab_size:,} tokens say "
-        return _not_asked("forward_equivalence", "logits", f"{reason}nothing that compares")
-    return equivalence_check(
+        check = _not_asked(
+            "forward_equivalence",
+            "logits",
+            f"vocabularies of {source.vocab_size:,} and {result.vocab_size:,} tokens have no "
+            "logits to compare",
+        )
+        return _with_relation(check, source, result)
+    check = equivalence_check(
         before,
         after,
         reason_not_asked=_why_not_same(source, result),
         rounded=" and ".join(_rounded_to(source, result)),
         rounded_bound=rounded_jump(has_experts=family_of(result.config).has_experts),
     )
+    return check if check.verdict == "passed" else _with_relation(check, source, result)
+
+
+def _with_relation(check: Check, source: Side, result: Side) -> Check:
+    """Return a check whose detail says first when the result was not made from the source."""
+    reason = _why_unrelated(source, result)
+    return check if reason is None else replace(check, detail=f"{reason}; {check.detail}")
+
+
+def _why_unrelated(source: Side, result: Side) -> str | None:
+    """Return why the result does not count as made from the source; None: it was."""
+    before, after = source.lineage, result.lineage
+    if after is None:
+        return "no lineage says that the result was made from the source"
+    if before is None:
+        tensors = TensorFolder.open(source.folder)
+        found = merkle_hash({n: tensor_digest(n, tensors.get(n)) for n in tensors.files})
+        is_root = found == after.base_model_hash
+        return None if is_root else "unrelated checkpoints: the result starts from another model"
+    if before.base_model_hash != after.base_model_hash:
+        return "unrelated checkpoints: they start from different models"
+    old, new = ([(r.method, r.timestamp) for r in x.expansion_history] for x in (before, after))
+    if old == new[: len(old)]:
+        return None
+    if new == old[: len(new)]:
+        return "the source was made from the result: swap the two"
+    return "unrelated checkpoints: neither was made from the other"
 
 
 def _rounded_to(source: Side, result: Side) -> list[str]:

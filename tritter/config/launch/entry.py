@@ -6,6 +6,7 @@ job is composed and validated here first, and Hydra is only started on a request
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -19,7 +20,7 @@ from tritter.config.launch.help import help_text
 from tritter.config.launch.words import UNFORESEEN, check_words, said
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
-from tritter.terminal import say
+from tritter.terminal import close_pipe, say
 
 if TYPE_CHECKING:
     from tritter.config.launch.jobs import Pipeline
@@ -52,6 +53,9 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
         say(f"error: {said(error)}", is_error=True)
         return 1
     except Stopped as stop:
+        if stop.signal_number == signal.SIGPIPE:  # nobody reads on, as behind `| head`
+            close_pipe()
+            return stop.exit_code
         where = f" {stop.where}" if stop.where else ""
         say("\n".join(["", f"Stopped{where}.", *stop.advice]), is_error=True)
         return stop.exit_code

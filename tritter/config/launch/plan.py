@@ -207,6 +207,7 @@ def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) ->
     if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
         return _plan_adaptive(composing, task, shared, hydra=hydra, words=words_for_hydra)
     split = split_sweep(task)
+    _refuse_equal_jobs(split)
     jobs = _plan_jobs(composing, split, shared, device_rule(hydra))
     if len({job.folder for job in jobs}) < len(jobs):
         raise RequestError(
@@ -215,6 +216,24 @@ def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) ->
         )
     how = launching(hydra, num_jobs=len(jobs))
     return Plan(words_for_hydra, jobs, sweep_folder, how, notes=_notes(how))
+
+
+def _refuse_equal_jobs(split: Sequence[Sequence[str]]) -> None:
+    """Refuse a sweep in which jobs have the same overrides, as of `seed=0,0`.
+
+    Raises:
+        RequestError: names the jobs.
+    """
+    numbers: dict[tuple[str, ...], list[int]] = {}
+    for number, words in enumerate(split):
+        numbers.setdefault(tuple(words), []).append(number)
+    raise_problems(
+        [
+            Problem("", reason=f"jobs {listed} are equal ({' '.join(words)}): list a value once.")
+            for words, equal in numbers.items()
+            if len(equal) > 1 and (listed := f"{', '.join(map(str, equal[:-1]))} and {equal[-1]}")
+        ]
+    )
 
 
 def _plan_adaptive(
