@@ -52,7 +52,7 @@ def test_every_option_reaches_the_export(run: Run, place: Path) -> None:
     assert (plain["format"], plain["state"], plain["notes"]) == ("hf", None, [])
     assert plain["source_hash"] == plain["model_hash"]  # the same tensors
     assert run("export --checkpoint base --output out").code == 2
-    again = run("export --checkpoint base --output out --overwrite --json").json
+    again = run("export --checkpoint base --output out --overwrite --dtype bfloat16 --json").json
     assert again["model_hash"] != plain["model_hash"]
 
 

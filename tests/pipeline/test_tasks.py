@@ -52,7 +52,8 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def words(code: Path) -> tuple[str, ...]:
-    return (f"data.tasks=[{NEW},{code},{NEW}]", "control=true", "optimizer.carry=true")
+    tasks = f"data.tasks=[{NEW},{code},{NEW}]"
+    return (tasks, "control=true", "optimizer.carry=true", "pipeline.keep_stages=true")
 
 
 @pytest.fixture(scope="module")
