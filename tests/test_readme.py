@@ -174,6 +174,7 @@ def _leave_checkpoints(words: list[str]) -> None:
     tokenizer = train_tokenizer([TextDocument("d", "the class is one\n")], vocab_size=300)
     save_tokenizer(tokenizer, base, end_of_text=END_OF_TEXT)
     read = [word for option, word in pairwise(words) if option in CHECKPOINTS]
+    read += words[2:3] if words[0] == "validate" else []
     for name in read:
         if name.startswith("base-"):
             expand(base, Path(name), [Width()])
@@ -281,6 +282,10 @@ def check_install(words: list[str]) -> None:
 CHECKPOINTS = (
     "--checkpoint",
     "--result",
+    "evaluate",
+    "expand",
+    "export",
+    "generate",
     "history",
     "inspect",
 )  # the words that name one which is read
