@@ -120,3 +120,11 @@ def test_a_base_needs_a_rate_of_its_own() -> None:
         load_config(["pretraining.learning_rate=null"])
     config = load_config(["training.learning_rate=null", "gate.ladder=gentler"])
     assert [each.training.learning_rate for each in config.attempts] == [3e-3, 3e-3, 1e-3]
+
+
+def test_a_ladder_that_raises_the_rate_is_reported() -> None:
+    config = load_config(["training.learning_rate=1e-5", "gate.ladder=gentler"])
+    (note,) = rate_notes(config, source_config(config))
+    assert "rung 2 raises training.learning_rate from 1e-05 to 0.001" in note
+    assert "gate.max_attempts=2" in note
+    assert not rate_notes(replace(config, rungs=config.rungs[:1]), source_config(config))

@@ -38,18 +38,25 @@ def default_rate(model: Model) -> tuple[float, str]:
 
 
 def rate_notes(config: RunConfig, source: Config) -> tuple[str, ...]:
-    """Say that the rate is one for small bases, where a large checkpoint is trained at it.
+    """Return warnings: a rate for small bases on a large checkpoint, a rung that raises the rate.
 
     Args:
         source: config of what the run starts from.
     """
     rate, parameters = config.training.learning_rate, count_parameters(source)
+    raised = tuple(
+        f"gate.ladder = {config.gate.ladder}: rung {number} raises training.learning_rate from "
+        f"{rate:g} to {rung.training.learning_rate:g}; gate.max_attempts={number} leaves it out."
+        for number, rung in enumerate(config.rungs, start=1)
+        if rung.training.learning_rate > rate
+    )
     is_adam = "adam" in config.optimizer.target.lower()
     is_given = isinstance(config.model, CheckpointModelConfig)
     if not (is_given and is_adam and config.experts is None) or rate < _HIGH or parameters < _LARGE:
-        return ()
+        return raised
     start = next(text for limit, text in _STARTS if limit is None or parameters < limit)
     return (
+        *raised,
         f"training.learning_rate = {rate:g} is a rate for small bases, at which a pretrained model "
         f"of {parameters / 1e6:,.0f} M parameters forgets; training.learning_rate={start} is a "
         "start.",
