@@ -259,7 +259,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *SMALL, *QUICK.split(), "data=text", f"data.old={{past:{place}/texts/old}}",
         f"data.new={place}/texts/new", "data.vocab_size=280", "training.max_steps=3", "seed=5",
         "pretraining.max_steps=5", f"cache_dir={place}/cache", "gate='off'",
-        "data.validation_fraction=0.3",
+        "data.validation_fraction=0.3", "pipeline.keep_stages=true",
     ]  # fmt: skip
     (place / "run").mkdir()
     run_pipeline(load_config(words), run_folder=place / "run")
@@ -430,7 +430,9 @@ def test_a_lineage_that_names_the_disk_is_not_followed_there(
         elsewhere = [each for each in listed if not each.startswith((str(texts), str(ROOT), "."))]
         assert result.code == code, (words, result)
         assert len(elsewhere) < 400, words
-        assert ("at most 300 files and folders" in result.err) == (code == 2), (words, result.err)
+        reasons = ("at most 300 files and folders", "leads out of the folder")  # / may hold links
+        is_refused = any(reason in result.err for reason in reasons)
+        assert is_refused == (code == 2), (words, result.err)
 
 
 def as_format_2(record: dict[str, Any], told: dict[str, Any]) -> None:

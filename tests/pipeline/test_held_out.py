@@ -215,7 +215,8 @@ def test_a_run_that_is_rolled_back_has_learned_nothing(
     _, checkpoint, _ = base
     write_files(tmp_path / "third", texts("third"))
     monkeypatch.setattr("tritter.pipeline.run.decide", lambda *_, **__: "rolled_back")
-    kept, _, summary = run(tmp_path, "back", *continued(checkpoint, f"data.new={tmp_path}/third"))
+    words = continued(checkpoint, f"data.new={tmp_path}/third")
+    kept, _, summary = run(tmp_path, "back", *words, "gate=default")
     assert summary["status"] == "rolled_back"
     before, after = read_lineage(checkpoint), read_lineage(kept)
     assert before is not None and after is not None

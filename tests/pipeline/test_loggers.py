@@ -91,7 +91,7 @@ def test_one_process_leaves_one_folder_of_each_run_over_the_training_step(
     assert steps_of(second, "eval/old/loss") == [6] == steps_of(second, "score/old/loss")
     assert steps_of(second, "plots/training.path") == [6] == steps_of(second, "samples.path")
     assert steps_of(control, "train/loss") == [1, 2, 3, 4, 5, 6]
-    assert (second.summary["status"], second.summary["new/verdict"]) == ("kept", "undecided")
+    assert (second.summary["status"], second.summary["new/verdict"]) == ("ungated", "reported")
     assert second.config["training"]["max_steps"] == 6
     (upload,) = [line for line in capsys.readouterr().out.splitlines() if "wandb sync" in line]
     command = upload.partition("#")[0].replace("sync", "sync --dry-run")

@@ -183,7 +183,7 @@ def test_a_sweep_ends_and_says_how_it_goes_on(run: Run, tmp_path: Path, signal_a
     assert not (tmp_path / "sweep/1").exists()
     again = run(*printed_words(ended), is_alone=True)
     assert again.code == 0, again.err
-    assert [status_of(tmp_path / f"sweep/{n}")["status"] for n in (0, 1)] == ["kept", "kept"]
+    assert [status_of(tmp_path / f"sweep/{n}")["status"] for n in (0, 1)] == ["ungated"] * 2
 
 
 @pytest.mark.skipif(processes.start_method("cpu") != "fork", reason="spawning takes seconds")
