@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-slow docs demo bench benchmarks
+.PHONY: help setup lint types test test-full test-slow docs demo bench benchmarks
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,7 +20,10 @@ types: setup ## mypy on tritter/ and train.py
 	$(BIN)/mypy
 
 test: setup ## the quick tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(PYTEST)
+
+test-full: setup ## all tests but the slow ones
+	$(PYTEST) -m "not slow"
 
 test-slow: setup ## the tests that train for minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

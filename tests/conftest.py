@@ -1,21 +1,18 @@
-"""One thread (shared cores), no network, quiet libraries."""
+"""What holds for every test: stored compositions, suites, one seed, a log as before."""
 
 import gc
 import logging
-import os
 import signal
 from collections.abc import Iterator
-
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ["WANDB_MODE"] = "offline"
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import pytest
 import torch
 from hypothesis import settings
 from transformers.utils import logging as transformers_logging
+
+from tests import IMPORT_TORCH_SECONDS
+from tests.compositions import keep_compositions
+from tests.suites import Suites
 
 # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -25,6 +22,11 @@ torch.set_num_threads(1)
 settings.register_profile("tritter", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("tritter")
 transformers_logging.disable_progress_bar()
+keep_compositions()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Suites(config, import_torch_seconds=IMPORT_TORCH_SECONDS))
 
 
 def pytest_collection_finish() -> None:

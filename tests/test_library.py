@@ -103,6 +103,7 @@ def _attended(attention: nn.Module, rotary: nn.Module, x: torch.Tensor) -> torch
     return attention(x, turned, attention_mask=mask)[0]
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("family", generic(RMS))
 @pytest.mark.parametrize("case", HEADS)
 def test_an_attention_with_more_heads_computes_the_same(family: str, case: str) -> None:

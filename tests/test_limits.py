@@ -213,6 +213,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("value", ["9" * 31, "9" * 5_000, "1e99"], ids=["31", "5000", "1e99"])
 def test_options_of_expand(run: Run, place: Path, command: str, value: str) -> None:  # noqa: F811
@@ -223,6 +224,7 @@ def test_options_of_expand(run: Run, place: Path, command: str, value: str) -> N
     assert not (place / "out").exists()
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "words",
     [

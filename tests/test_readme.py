@@ -20,6 +20,7 @@ from tests.evaluation.test_benchmark_files import written
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
 from tests.report.conftest import SUMMARY
 from tritter.cli import main
+from tritter.config.components import trainer_parameters
 from tritter.config.launch.command_line import CommandLine, read_command_line
 from tritter.config.launch.completion import shell_script
 from tritter.config.launch.composition import composer
@@ -27,7 +28,6 @@ from tritter.config.launch.help import help_text
 from tritter.config.launch.hydra_help import hydra_help
 from tritter.config.launch.plan import make_plan
 from tritter.config.run_folder import RUNS_FOLDER, write_run_file
-from tritter.config.trainer_arguments import trainer_parameters
 from tritter.config.validation import known_keys, source_config
 from tritter.data.documents import Document as TextDocument
 from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer

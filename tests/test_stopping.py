@@ -54,6 +54,7 @@ def test_another_thread_has_no_handlers_and_no_harm() -> None:
     assert ends == [True]
 
 
+@pytest.mark.quick_cases(2)
 @BOTH
 @pytest.mark.parametrize("at", [0, 9])
 @pytest.mark.parametrize(

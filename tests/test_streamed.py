@@ -55,6 +55,7 @@ def assert_the_same(folder: Path) -> StreamedModel:
     return model
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", generic())
 def test_every_family(tmp_path: Path, family: str) -> None:
     for tied in (False, True):

@@ -24,6 +24,7 @@ LAYOUTS: tuple[LayoutKind, ...] = ("hub", "live")
 # Shards
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_sharded_in_sharded_out(tmp_path: Path, family: str, tied: bool) -> None:
@@ -80,6 +81,7 @@ def test_shards_of_a_sharded_result_go_in_again(tmp_path: Path, family: str) -> 
 # Experts
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_experts_in_shards_of_either_layout(tmp_path: Path, family: str) -> None:
     """One tensor for each matrix of an expert, or one for a layer's: the values are the same."""
@@ -129,6 +131,7 @@ def _assert_equal_peaks(rows: Sequence[Row]) -> None:
     assert large.growth_mb - small.growth_mb < 0.4 * (large.source_mb - small.source_mb), rows
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
     rows = list(benchmark([20, 80], methods=["dus"], hidden_size=256, place=tmp_path))

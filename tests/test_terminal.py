@@ -71,6 +71,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_arguments(run: Run, place: Path, command: str) -> None:  # noqa: F811
     result = run("", *(word.format("x" + CLEAR + BIDI) for word in command.split()))

@@ -42,9 +42,9 @@ from tritter.families import (
 from tritter.families.config_file import refused_as, sane_config
 from tritter.stock_routers import AddedExperts
 from tritter.storage.links import check_links
-from tritter.storage.padding import stripped
 from tritter.storage.reading import require_file
 from tritter.storage.tensors import TensorFolder, is_computed
+from tritter.storage.writer import stripped
 
 # Of these transformers may read any by itself.
 _SMALL_FILES = {".json", ".jinja", ".model", ".txt"}

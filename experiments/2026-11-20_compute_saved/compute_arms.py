@@ -24,8 +24,7 @@ from tritter.families import Config, family_of, training_flops
 from tritter.models import config_of, new_model
 from tritter.moe_routing import RoutingObjective, RoutingSettings
 from tritter.seeds import derived_seed
-from tritter.training.optimizer import OptimizerSettings, build_optimizer
-from tritter.training.schedule import Schedule
+from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
 
 SEQUENCE_LENGTH = 128
 WARMUP_STEPS = 50

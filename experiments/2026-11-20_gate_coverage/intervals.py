@@ -11,7 +11,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from tritter.evaluation.bootstrap import studentised_errors
+from tritter.evaluation.statistics import studentised_errors
 
 # Each cuts what is left at least in half, or converges quadratically
 _ROOT_STEPS = 60

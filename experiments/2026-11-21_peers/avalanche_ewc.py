@@ -58,7 +58,7 @@ def compared(seed: int, *, avalanche_batch: int, ewc_lambda: float) -> Row:
 
     from tests import oracle
     from tritter.forgetting import EWC
-    from tritter.forgetting.fisher import diagonal_fisher
+    from tritter.forgetting.quadratic import diagonal_fisher
     from tritter.training import Task
 
     torch.manual_seed(seed)

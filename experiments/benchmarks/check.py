@@ -81,8 +81,7 @@ def run_expansion(source: Path, destination: Path, method: str) -> float:
 def run_check(source: Path, result: Path, contender: str) -> None:
     """Compare both in this process, after telling the parent that everything is imported."""
     from tritter.cli.measure import random_tokens
-    from tritter.evaluation.folder_jump import folder_jump
-    from tritter.evaluation.jump import logit_jump
+    from tritter.evaluation.jump import folder_jump, logit_jump
     from tritter.models import load_model, read_config, unloaded_model
 
     tokens = random_tokens(read_config(result))

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tritter.growth.grower import Grower
 from tritter.growth.look import Looking, attach
-from tritter.growth.names import INITIALISERS, TRIGGERS
 from tritter.growth.options import GrowthOptions, Timing
+from tritter.growth.triggers import INITIALISERS, TRIGGERS
 from tritter.training.surgery import apply_plain
 
 BLOCKS, STEPS, EVENTS = 12, 3, 5

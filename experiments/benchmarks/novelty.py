@@ -34,12 +34,12 @@ from tritter.data.corpus import build_corpus  # noqa: E402
 from tritter.data.skills import SKILLS  # noqa: E402
 from tritter.data.tokenizer import END_OF_TEXT  # noqa: E402
 from tritter.data.tokens import TokenisedDocuments, pack  # noqa: E402
-from tritter.families.llama import llama_config  # noqa: E402
+from tritter.families.tables import llama_config  # noqa: E402
 from tritter.models import new_model  # noqa: E402
 from tritter.novelty import NoveltyDetector, NoveltyOptions, Observation, SkillLibrary, observe  # noqa: E402
-from tritter.novelty.bursts import NovelSamples  # noqa: E402
+from tritter.novelty.detectors import NovelSamples  # noqa: E402
+from tritter.novelty.library import ProjectionOptions  # noqa: E402
 from tritter.novelty.observation import joined  # noqa: E402
-from tritter.novelty.projection import ProjectionOptions  # noqa: E402
 from tritter.novelty.statistics import share_bound  # noqa: E402
 
 LENGTH, BATCH, PHASE, CALIBRATION = 128, 16, 40, 30

@@ -56,6 +56,7 @@ def held(folder: Path) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

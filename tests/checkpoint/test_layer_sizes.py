@@ -60,6 +60,7 @@ def models(draw: st.DrawFn, family: str) -> nn.Module:
     return uneven(family, sizes, hidden_size=hidden, **options).double()
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic(GROWABLE))
 @settings(max_examples=5)
 @given(data=st.data())
@@ -190,6 +191,7 @@ GROWN: list[tuple[list[ExpansionSpec], Sequence[int]]] = [
 ]
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("family", generic(GROWABLE))
 @pytest.mark.parametrize(("specs", "sizes"), GROWN, ids=["fresh", "net2net", "llama_pro", "both"])
 def test_expansions_on_top_keep_the_function(

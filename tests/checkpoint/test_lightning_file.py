@@ -74,6 +74,7 @@ def convert(path: Path, model: nn.Module, destination: Path, **options: Any) -> 
     return tuple(filter(None, (found.left_out, found.why_no_moments)))
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("optimize", [adamw, two_groups])
 def test_the_model_and_whose_moments_are_whose(
@@ -219,6 +220,7 @@ def _backwards(module: nn.Module) -> Any:
     return torch.optim.AdamW(list(module.parameters())[::-1], lr=1e-3)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("optimize", "reason"),
     [
@@ -254,6 +256,7 @@ STATES: dict[str, tuple[Callable[[list[Any]], object], str]] = {
 }
 
 
+@pytest.mark.quick_cases(5)
 @pytest.mark.parametrize("name", STATES)
 def test_a_damaged_state_is_left_out(tmp_path: Path, name: str) -> None:
     change, reason = STATES[name]

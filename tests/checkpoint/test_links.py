@@ -71,6 +71,7 @@ OUTSIDE: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("change", OUTSIDE.values(), ids=OUTSIDE.keys())
 def test_no_command_follows_a_link_out_of_the_folder(
     run: Run, place: Path, change: Callable[[Path], object]

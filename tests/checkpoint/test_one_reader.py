@@ -78,6 +78,7 @@ FOLLOWED = {
 }
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("change", FOLLOWED.values(), ids=FOLLOWED.keys())
 def test_what_transformers_loads_is_what_is_read(
     run: Run, place: Path, change: Callable[[Path], object]

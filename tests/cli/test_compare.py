@@ -13,10 +13,8 @@ import torch
 from tests.cli.conftest import Run
 from tests.report.conftest import SUMMARY
 from tests.report.test_runs import SETTINGS
-from tritter.evaluation.bootstrap import NUM_RESAMPLES
 from tritter.evaluation.gate import MIN_DOCUMENTS
-from tritter.evaluation.paired_scores import PairedScores
-from tritter.evaluation.statistics import relative_harm
+from tritter.evaluation.statistics import NUM_RESAMPLES, PairedScores, relative_harm
 
 DOCUMENTS = 60
 

@@ -13,7 +13,7 @@ from tritter.checkpoint import read_lineage
 from tritter.data.documents import Document
 from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
 from tritter.models import load_model, save_tokenizer
-from tritter.moe_routing.separate import shared_names
+from tritter.moe_routing.stages import shared_names
 from tritter.stock_routers import stock_obstacle
 
 ADD = "expand --checkpoint base --method moe-add --num-experts 2"

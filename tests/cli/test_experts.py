@@ -30,7 +30,7 @@ from tritter.expand import plan_expansion
 from tritter.expansion import Dus
 from tritter.experts.mixture import ExpertMixture
 from tritter.experts.stored import ExpertFolder
-from tritter.growth.language_model import GrowableCausalLM
+from tritter.growth.growable import GrowableCausalLM
 from tritter.models import load_model, named_tensors, read_config
 from tritter.storage.writer import TensorStream
 

@@ -12,7 +12,7 @@ from tests.oracle import saved, stock
 from tests.oracle.families import tiny
 from tritter.checkpoint import read_lineage
 from tritter.cli import measure
-from tritter.evaluation.folder_jump import folder_jump
+from tritter.evaluation.jump import folder_jump
 
 
 @pytest.fixture

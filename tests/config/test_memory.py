@@ -12,9 +12,9 @@ import torch
 
 from tests.config.conftest import FakePipeline, Result
 from tritter.config import memory
+from tritter.config.components import kept_per_parameter
 from tritter.config.launch.composition import load_config
 from tritter.config.memory import HeldMemory, memory_notes, memory_problems, trainings
-from tritter.config.optimizers import kept_per_parameter
 from tritter.config.schema import RunConfig
 from tritter.config.validation import source_config
 from tritter.families import family_of

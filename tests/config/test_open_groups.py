@@ -9,11 +9,10 @@ import pytest
 import torch
 from lightning import Trainer
 
+from tritter.config.components import REFUSED, kept_per_parameter, trainer_parameters
 from tritter.config.launch.composition import Composer, composer
 from tritter.config.memory import trainings
-from tritter.config.optimizers import kept_per_parameter
 from tritter.config.schema import RunConfig
-from tritter.config.trainer_arguments import REFUSED, trainer_parameters
 from tritter.config.validation import known_config
 from tritter.errors import RequestError
 
@@ -192,9 +191,9 @@ def test_every_shipped_optimizer_is_right_or_says_what_it_needs(path: Path) -> N
 @pytest.mark.parametrize("kind", ["dylora", "single_lora"])
 def test_a_quantised_base_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     words = (f"experts={kind}", "forgetting=none", "experts.base_bits=4")
-    monkeypatch.setattr("tritter.config.experts.find_spec", lambda name: None)
+    monkeypatch.setattr("tritter.config.methods.find_spec", lambda name: None)
     assert "tritter[8bit]" in refusal(*words)
-    monkeypatch.setattr("tritter.config.experts.find_spec", lambda name: object())
+    monkeypatch.setattr("tritter.config.methods.find_spec", lambda name: object())
     asked = load(*words).experts
     assert asked is not None and asked.options.base_bits == 4
 

@@ -22,7 +22,7 @@ from tritter.cli import main as tritter
 from tritter.conf_folder import config_folder
 from tritter.config.folders import composing_from, front_of
 from tritter.config.launch.completion import completions
-from tritter.pipeline.suggestions import next_commands
+from tritter.pipeline.run import next_commands
 from tritter.storage.reading import read_object
 
 ROOT = config_folder().parent

@@ -12,8 +12,8 @@ from tests.pipeline.tiny import FIXTURES
 from tritter.conf_folder import config_folder
 from tritter.config.fingerprint import fingerprint
 from tritter.config.launch.composition import load_config
-from tritter.config.rates import rate_notes
 from tritter.config.schema import CheckpointModelConfig
+from tritter.config.training_steps import rate_notes
 from tritter.config.validation import source_config
 from tritter.errors import RequestError
 from tritter.families.presets import PRESETS

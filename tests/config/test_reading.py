@@ -3,8 +3,8 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from tritter.config import reading
-from tritter.config.reading import Reader
+from tritter.config import selection
+from tritter.config.selection import Reader
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.options import Text, options
 
@@ -122,7 +122,7 @@ def test_what_is_allowed_is_said_in_words(name: str, expected: str) -> None:
 
 
 def test_a_renamed_key_is_refused_with_its_new_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "RENAMED", {"thing.size": "thing.count", "old": "thing"})
+    monkeypatch.setattr(selection, "RENAMED", {"thing.size": "thing.count", "old": "thing"})
     _, (problem,) = read(size=3)
     assert str(problem) == "thing.size = 3: it is called thing.count now."
     reader = Reader(lambda: KEYS)

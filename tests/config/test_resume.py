@@ -12,14 +12,14 @@ import pytest
 
 from tests.config.conftest import FakePipeline, Result
 from tritter.conf_folder import config_folder
-from tritter.config import sections
+from tritter.config import validation
+from tritter.config.components import REFUSED, trainer_parameters
 from tritter.config.fingerprint import fingerprint
 from tritter.config.folders import body_of, shipped_options
 from tritter.config.launch import plan
 from tritter.config.overrides import not_replayed
 from tritter.config.run_folder import read_run
 from tritter.config.schema import REPLAYED_KEYS
-from tritter.config.trainer_arguments import REFUSED, trainer_parameters
 from tritter.config.validation import known_keys
 from tritter.options import leaves
 from tritter.storage.records import record_text
@@ -346,10 +346,10 @@ def test_sources_are_printed_before_they_are_opened(
     edit(Path("outputs/runs/one"), overrides=[*words, "evaluation.tasks_path=tasks"])
     seen: list[str] = []
     monkeypatch.setattr(plan, "say", lambda text, **_: seen.append(text))
-    place, sources = sections.checkpoint_place, sections.read_sources
-    monkeypatch.setattr(sections, "checkpoint_place", lambda p: seen.append("model") or place(p))
+    place, sources = validation.checkpoint_place, validation.read_sources
+    monkeypatch.setattr(validation, "checkpoint_place", lambda p: seen.append("model") or place(p))
     monkeypatch.setattr(
-        sections, "read_sources", lambda *a, **o: seen.append("data") or sources(*a, **o)
+        validation, "read_sources", lambda *a, **o: seen.append("data") or sources(*a, **o)
     )
     assert run("resume=latest").code == 2  # there is no such folder
     assert seen[0].endswith(f"one: {' '.join(words)} evaluation.tasks_path=tasks")

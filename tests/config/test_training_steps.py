@@ -10,7 +10,7 @@ from tritter import ContinuedPretrainingConfig
 from tritter.config.fingerprint import fingerprint
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
-from tritter.pipeline.schedules import recorded_rate
+from tritter.pipeline.base import recorded_rate
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def apart(family: str) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("family", generic())
 def test_a_packed_document_has_the_logits_that_it_has_alone(family: str) -> None:
     alone, model = tiny(family).double(), apart(family)

@@ -63,6 +63,7 @@ def test_it_keeps_and_draws_what_a_reservoir_of_tokens_would(count, size, seed):
         assert drawn == other.next_sequences(7)[:, 0].tolist()
 
 
+@pytest.mark.full
 def test_every_example_is_kept_with_the_same_chance() -> None:
     trials, count, size = 2000, 12, 4
     kept = Counter(

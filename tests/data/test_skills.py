@@ -79,6 +79,7 @@ def test_a_trace_leads_where_the_story_ends() -> None:
         assert steps.endswith(f"= {end.split()[0]}")
 
 
+@pytest.mark.full
 def test_a_call_is_json_between_its_signs_and_says_what_was_asked() -> None:
     names = set()
     for question in SKILLS["tool_call"].questions(NUMBER):
@@ -104,6 +105,7 @@ def test_facts_are_asked_in_wordings_that_no_text_has() -> None:
     assert len(questions) >= 90
 
 
+@pytest.mark.quick_cases(1)
 @ALL
 def test_no_question_occurs_in_a_text_of_any_skill(skill: Skill) -> None:
     """Nor would the answer that was seen help: a prompt with its answer is nowhere."""
@@ -124,6 +126,7 @@ def _drawn(skill: Skill):
     return (skill.exercise(Draw("test", index)) for index in range(10_000))
 
 
+@pytest.mark.quick_cases(1)
 @ALL
 def test_texts_go_on_from_texts_and_questions_from_questions(skill: Skill) -> None:
     assert list(skill.texts(40)) == list(skill.texts(90))[:40]

@@ -62,6 +62,7 @@ def test_a_library_without_sources_is_refused(tmp_path):
         stdlib.gather(tmp_path)
 
 
+@pytest.mark.full
 def test_the_real_library():
     text = stdlib.gather()
     assert 300 < len(text.prose) < 900 and 300 < len(text.code) < 900

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.data.tokens import TokenisedDocuments
-from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import PairedScores
 
 
 class Bigram(nn.Module):

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from tritter.errors import TritterError
 from tritter.evaluation.gate import decide, new_capability_check, retention_check
-from tritter.evaluation.paired_scores import PairedScores
-from tritter.evaluation.statistics import drop_in_points, performance_delta, relative_harm
+from tritter.evaluation.statistics import (
+    PairedScores,
+    drop_in_points,
+    performance_delta,
+    relative_harm,
+)
 
 FORMAT_1 = Path(__file__).parents[1] / "fixtures/format_1/finished"
 LIMITS = {"bound": 0.05, "confidence": 0.95}

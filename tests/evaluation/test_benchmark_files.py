@@ -208,6 +208,7 @@ def test_a_limit_takes_of_all_parts(tmp_path: Path) -> None:
     assert kept.total == 100 and found.limited(None) is found.limited(100) is found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("limit", "more", "why"),
     [

@@ -102,6 +102,7 @@ def stock_task(name: str) -> Any:
     return loaded
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in SAID])
 def test_choices_score_as_lm_evals_own_task_scores_them(
     model: Any, tokenizer: PreTrainedTokenizerFast, name: str

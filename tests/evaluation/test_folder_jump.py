@@ -12,8 +12,7 @@ from tests import oracle
 from tests.oracle.families import doubled, generic, tiny
 from tritter import streamed
 from tritter.errors import TritterError
-from tritter.evaluation.folder_jump import folder_jump
-from tritter.evaluation.jump import logit_jump
+from tritter.evaluation.jump import folder_jump, logit_jump
 from tritter.expand import Expanded, expand
 from tritter.expansion import Dus, ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, Width
 from tritter.models import load_model
@@ -40,6 +39,7 @@ def damaged(folder: Path, name: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "specs", [[Dus()], [Width(init="net2net", noise=0.02)]], ids=["dus", "width"]
 )
@@ -57,6 +57,7 @@ def test_figures_are_those_of_loaded_models(
         assert jump.relative_to_std == pytest.approx(expected.relative_to_std, rel=1e-4)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic())
 def test_exact_growth_of_every_family_parts_nowhere(tmp_path: Path, family: str) -> None:
     source, result = made(
@@ -68,6 +69,7 @@ def test_exact_growth_of_every_family_parts_nowhere(tmp_path: Path, family: str)
     assert found.parting(result.plan.parameter_map.layer_sources) == "the final norm or the head"
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("specs", EXACT.values(), ids=EXACT)
 def test_the_damaged_layer_is_named(tmp_path: Path, specs: list[ExpansionSpec]) -> None:
     source, result = made(tmp_path, "llama", specs)

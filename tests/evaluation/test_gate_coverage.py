@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.special import stdtrit
 
-from tritter.evaluation.estimate import bounded_ratio, ratio_of_sums
+from tritter.evaluation.statistics import bounded_ratio, ratio_of_sums
 
 FOLDER = "experiments.2026-11-20_gate_coverage"
 simulation = importlib.import_module(f"{FOLDER}.gate_coverage")
@@ -20,6 +20,7 @@ def sample(name, num_samples, n, seed=0):
     return DAMAGES[name].sample(num_samples, n, torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("name", DAMAGES)
 def test_the_truth_of_a_damage_is_what_many_documents_say(name):
     drawn = sample(name, 1, 2_000_000)

@@ -8,7 +8,7 @@ import torch
 
 from tritter.errors import TritterError
 from tritter.evaluation.losses import document_losses
-from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import PairedScores
 
 EOT = 0
 

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tritter.evaluation.samples import prompt_in_words, sample_text
+from tritter.evaluation.inference import prompt_in_words, sample_text
 
 
 def successor_table(*pairs: tuple[int, int]) -> torch.Tensor:

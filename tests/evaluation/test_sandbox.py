@@ -30,6 +30,7 @@ except RequestError as error:
 held_here = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 
+@pytest.mark.quick_cases(1)
 @held_here
 @pytest.mark.parametrize("attempt", ["while True: pass", "import time; time.sleep(60)"])
 def test_what_does_not_end(attempt: str) -> None:
@@ -38,6 +39,7 @@ def test_what_does_not_end(attempt: str) -> None:
     assert outcome.said in ("it took longer than 3 s", "it ended early, exit code 137")
 
 
+@pytest.mark.quick_cases(2)
 @held_here
 @pytest.mark.parametrize(
     ("attempt", "said"),
@@ -115,6 +117,7 @@ def test_right_programs_pass_and_wrong_ones_fail() -> None:
             assert not is_passed(NamespaceSandbox(), question, "")
 
 
+@pytest.mark.quick_cases(6)
 @held_here
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_no_program_passes_without_its_tests(cheat: str) -> None:
@@ -122,6 +125,7 @@ def test_no_program_passes_without_its_tests(cheat: str) -> None:
     assert not outcome.is_passed, outcome.output
 
 
+@pytest.mark.full
 @held_here
 def test_tests_judge_what_a_right_program_returns() -> None:
     program = (

@@ -7,8 +7,13 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from tritter.errors import TritterError
-from tritter.evaluation.estimate import Estimate, bounded_ratio, ratio_of_sums
-from tritter.evaluation.statistics import carrying_items, relative_harm
+from tritter.evaluation.statistics import (
+    Estimate,
+    bounded_ratio,
+    carrying_items,
+    ratio_of_sums,
+    relative_harm,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

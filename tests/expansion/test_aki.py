@@ -15,7 +15,7 @@ from tests.oracle.families import generic, tiny
 from tritter.checkpoint.state import read_state, write_state
 from tritter.expand import expand
 from tritter.expansion import Width, build_steps
-from tritter.expansion.spaces import tensors_above
+from tritter.expansion.width import tensors_above
 from tritter.families import family_of
 from tritter.parameter_map import carried
 from tritter.parameter_map.carry import carry
@@ -75,6 +75,7 @@ def test_what_has_no_layer_above_grows_as_under_net2net() -> None:
     assert set(own) == {"embed", "final_norm", "head", *norms, *of_last}
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", generic())
 def test_it_changes_the_function_and_says_so(tmp_path: Path, family: str) -> None:
     model = tiny(family)

@@ -59,6 +59,7 @@ EXACT: dict[str, list[ExpansionSpec]] = {
 }
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize(("eps", "tied"), EPS_AND_TIES)
 @pytest.mark.parametrize("specs", EXACT.values(), ids=EXACT.keys())
 def test_stock_model_computes_the_same(
@@ -73,6 +74,7 @@ def test_stock_model_computes_the_same(
     assert result.parameters_after > result.parameters_before
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("specs", EXACT.values(), ids=EXACT.keys())
 def test_identity_in_float64(tmp_path: Path, specs: list[ExpansionSpec], tied: bool) -> None:
@@ -190,6 +192,7 @@ def _unit(tensor_map: TensorMap) -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("specs", EXACT.values(), ids=EXACT.keys())
 def test_gradient_of_the_expanded_model_is_the_mapped_gradient(
@@ -213,7 +216,7 @@ def test_gradient_of_the_expanded_model_is_the_mapped_gradient(
 
 def test_copies_of_the_residual_stream_share_equally() -> None:
     """Unequal shares would break the gradient identity above; see AxisMap.tiled."""
-    from tritter.expansion.spaces import residual_map
+    from tritter.expansion.width import residual_map
 
     residual = residual_map(24, 60, is_repeated=True)
     shares = residual.share[residual.source >= 0]
@@ -221,6 +224,7 @@ def test_copies_of_the_residual_stream_share_equally() -> None:
     assert residual.num_copies == 2
 
 
+@pytest.mark.full
 def test_every_new_parameter_gets_a_gradient_within_two_steps(tmp_path: Path) -> None:
     model = oracle.tiny_llama(rms_norm_eps=1e-6)
     source = oracle.saved(model, tmp_path / "source")
@@ -251,6 +255,7 @@ def test_every_new_parameter_gets_a_gradient_within_two_steps(tmp_path: Path) ->
             assert bool(mask.all()), f"{spec.name}: {name} has {int((~mask).sum())} dead entries"
 
 
+@pytest.mark.full
 def test_unequal_clones_diverge_and_equal_ones_do_not(tmp_path: Path) -> None:
     gaps = {}
     for shares in ("unequal", "equal"):

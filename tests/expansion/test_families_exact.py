@@ -165,6 +165,7 @@ def _assert_kept(model: PreTrainedModel, specs: list[ExpansionSpec], *, seed: in
     assert found.compared >= sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic())
 @settings(max_examples=20)
 @given(data=st.data())
@@ -178,6 +179,7 @@ def test_any_width_keeps_function_and_gradient(family: str, data: st.DataObject)
         assume(False)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", generic())
 @pytest.mark.parametrize("order", ["width first", "depth first"])
 @settings(max_examples=8)
@@ -258,6 +260,7 @@ CASES = [
 ]
 
 
+@pytest.mark.quick_cases(5)
 @pytest.mark.parametrize(("eps", "tied"), EPS_AND_TIES)
 @pytest.mark.parametrize(("family", "specs"), CASES)
 def test_stock_model_from_disk_computes_the_same(
@@ -302,6 +305,7 @@ def test_odd_hidden_sizes_are_for_those_that_accept_them(tmp_path: Path) -> None
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     "spec",
     [

@@ -26,6 +26,7 @@ from tritter.parameter_map import AxisFactor, AxisMap
 IDENTITY, STOCK, GRADIENT = 1e-10, 1e-4, 1e-9
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", FURTHER)
 def test_stock_classes_compute_the_same_from_disk(tmp_path: Path, family: str) -> None:
     model = tiny(family, tie_word_embeddings=True)
@@ -38,6 +39,7 @@ def test_stock_classes_compute_the_same_from_disk(tmp_path: Path, family: str) -
     assert sum(p.numel() for p in after.parameters()) == result.parameters_after
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("family", FURTHER)
 def test_the_gradient_is_the_mapped_one(family: str) -> None:
     model = tiny(family).double()
@@ -91,6 +93,7 @@ NORMED: dict[str, Width] = {
 }
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("case", NORMED)
 @pytest.mark.parametrize("eps", [1e-3, 1e-6])
 def test_heads_that_are_copied_alike_keep_their_common_norm(case: str, eps: float) -> None:

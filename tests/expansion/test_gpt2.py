@@ -162,6 +162,7 @@ def _step(model: PreTrainedModel, spec: ExpansionSpec) -> ResolvedExpansion:
     return step
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize(
     ("name", "position"),
     [
@@ -234,6 +235,7 @@ def _spoiled(
 # What layers compute by their number, and what else is refused
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "spec", [Dus(identity_init=True), LlamaPro(), Stack(), Interpolate()], ids=lambda s: s.name
 )

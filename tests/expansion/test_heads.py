@@ -11,8 +11,7 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import DENSE, LAYER_NORM, OWN, RMS, STACKED, generic, tiny
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec, LlamaPro, Width, build_steps
-from tritter.expansion.head_maps import copied_heads, head_maps, split_heads
-from tritter.expansion.heads import check_heads
+from tritter.expansion.heads import check_heads, copied_heads, head_maps, split_heads
 from tritter.families import Config, Dimensions, family_of
 from tritter.models import disk_tensors
 from tritter.parameter_map import Quantity, map_tensor
@@ -108,6 +107,7 @@ def test_every_query_meets_a_copy_of_its_key_value_head(data: st.DataObject) -> 
 # What is exact, and what follows
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("family", generic(RMS))
 def test_fewer_queries_a_group_keep_the_function_but_not_the_moments_of_k_and_v(
     family: str,
@@ -153,6 +153,7 @@ def test_split_is_no_claim_of_exactness_and_only_moves_weights(family: str) -> N
     assert step.target_config.get("query_pre_attn_scalar") == config.get("query_pre_attn_scalar")
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", generic(SPLITTING))
 def test_split_with_a_wider_model_is_the_split_model(family: str) -> None:
     """Not exact itself, it still lets everything beside it be: the two grow independently."""
@@ -315,6 +316,7 @@ def test_impossible_heads_are_refused_with_what_is_possible(
 # Clones and new parameters
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("shares", "parts"), [("unequal", True), ("equal", False)])
 def test_clones_of_query_heads_diverge_by_unequal_shares_only(shares: str, parts: bool) -> None:
     """4 query heads become 8 within their groups; after 200 steps of AdamW at 1e-3: 0.32 and 0."""
@@ -345,6 +347,7 @@ NEW_PARAMETERS: dict[str, list[ExpansionSpec]] = {
 LAYER_NORM_TOO = ("net2net", "aki")
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("family", generic(DENSE))
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("case", NEW_PARAMETERS)

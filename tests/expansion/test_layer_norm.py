@@ -31,7 +31,7 @@ from tritter.expansion import (
     Width,
     build_steps,
 )
-from tritter.expansion.width_map import width_map
+from tritter.expansion.width import width_map
 from tritter.families import family_of
 from tritter.models import disk_tensors, live_tensors, read_config
 from tritter.parameter_map import AxisFactor, AxisMap, TensorMap
@@ -61,6 +61,7 @@ EXACT: dict[str, list[ExpansionSpec]] = {
 }
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(("family", "options"), [(f, o) for f in OPTIONS for o in OPTIONS[f]])
 @pytest.mark.parametrize("specs", EXACT)
 def test_function_and_gradient_are_kept(family: str, options: str, specs: str) -> None:
@@ -192,6 +193,7 @@ def test_q_k_and_v_in_blocks_in_place_of_heads_are_seen() -> None:
     assert oracle_growth.errors(model, [_with_maps(step, changed)]).logits > 1e-2
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize(
     ("name", "position"),
     [
@@ -226,6 +228,7 @@ def test_one_permuted_index_is_seen(name: str, position: int) -> None:
     assert oracle_growth.errors(model, [_with_maps(step, {name: moved})]).logits > SEEN
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("kind", ["attention.o", "attention.o_bias", "ffn.down", "ffn.down_bias"])
 @pytest.mark.parametrize("is_parallel", [False, True])
 def test_one_output_that_is_not_zeroed_is_seen(kind: str, is_parallel: bool) -> None:
@@ -324,6 +327,7 @@ def test_state_has_the_names_on_disk_and_follows(tmp_path: Path) -> None:
 # Neurons
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", LAYER_NORM)
 @pytest.mark.parametrize("initialiser", ["gradmax", "split", "random"])
 def test_ffns_without_gates_grow_neurons(family: str, initialiser: str) -> None:

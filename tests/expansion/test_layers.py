@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritter.errors import RequestError
-from tritter.expansion.layers import (
+from tritter.expansion.depth import (
     block_insertion_sources,
     depth_upscale_sources,
     interpolation_sources,

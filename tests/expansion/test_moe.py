@@ -43,6 +43,7 @@ TOKENS = oracle.tokens()
 # Exactness
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("eps", [1e-3, 1e-6])
 @pytest.mark.parametrize("spec", EXACT.values(), ids=EXACT.keys())
@@ -90,6 +91,7 @@ def cases(draw: st.DrawFn) -> tuple[PreTrainedModel, Moe]:
     return tiny(family, **options).double(), spec
 
 
+@pytest.mark.full
 @settings(max_examples=60)
 @given(case=cases(), seed=st.integers(0, 5))
 def test_any_shape_any_number_of_experts(case: tuple[PreTrainedModel, Moe], seed: int) -> None:
@@ -100,6 +102,7 @@ def test_any_shape_any_number_of_experts(case: tuple[PreTrainedModel, Moe], seed
     assert family_of(config).count_parameters(config) == result.num_parameters()
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("eps", [1e-3, 1e-6])
 @pytest.mark.parametrize("family", PARTNERS)
@@ -119,6 +122,7 @@ def test_stock_class_from_disk(tmp_path: Path, family: str, eps: float, tied: bo
         assert result.lineage.expansion_history[-1].claims_exact
 
 
+@pytest.mark.full
 def test_silent_experts_keep_the_function_whatever_the_noise(tmp_path: Path) -> None:
     model = tiny("qwen2")
     source = oracle.saved(model, tmp_path / "source")
@@ -162,6 +166,7 @@ WHAT_FOLLOWS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(("family", "changes"), WHAT_FOLLOWS.values(), ids=WHAT_FOLLOWS.keys())
 def test_what_the_dense_config_says_the_partner_says_too(
     tmp_path: Path, family: str, changes: dict[str, Any]
@@ -203,6 +208,7 @@ def spoiled(model: PreTrainedModel, spec: Moe, **changes: Any) -> float:
     return identity_error(model, oracle_growth.grown(model, [wrong]), TOKENS)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -227,6 +233,7 @@ def wrong_maps(model: PreTrainedModel, spec: Moe, change: Any) -> float:
     return identity_error(model, oracle_growth.grown(model, [wrong]), TOKENS)
 
 
+@pytest.mark.full
 def test_wrong_maps_would_be_seen() -> None:
     model, halves = tiny("llama").double(), EXACT["halves"]
 
@@ -255,6 +262,7 @@ def test_wrong_maps_would_be_seen() -> None:
 # Noise and drop-upcycling
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_noise_moves_the_function_a_little_and_spares_the_first_copy(family: str) -> None:
     model = tiny(family, initializer_range=0.1)
@@ -283,6 +291,7 @@ def test_copies_get_noise_of_their_own() -> None:
     assert all(torch.equal(twice[0][name], twice[1][name]) for name in twice[0])
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("granularity", [1, 2])
 def test_drop_upcycling_redraws_the_same_neurons_of_all_three_matrices(granularity: int) -> None:
     model = tiny("llama", intermediate_size=80)
@@ -343,6 +352,7 @@ COMBINATIONS: dict[str, list[ExpansionSpec]] = {
 }
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("specs", COMBINATIONS.values(), ids=COMBINATIONS.keys())
 @pytest.mark.parametrize("family", PARTNERS)
 def test_combinations_are_exact(family: str, specs: list[ExpansionSpec]) -> None:

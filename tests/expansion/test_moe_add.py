@@ -70,6 +70,7 @@ def _difference64(before: nn.Module, after: nn.Module) -> float:
 # replicate: exact in stock classes
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("eps", [1e-3, 1e-6])
@@ -87,6 +88,7 @@ def test_replicated_experts_keep_the_function_in_stock_classes(
     assert result.lineage.expansion_history[-1].claims_exact
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_noise_makes_replicas_differ_and_the_claim_is_dropped(tmp_path: Path, family: str) -> None:
     model = tiny_moe(family)
@@ -104,6 +106,7 @@ def test_doubling_the_experts_alone_would_change_the_function(tmp_path: Path) ->
     assert oracle.relative_difference(model, oracle.stock(result.folder), oracle.tokens()) > 1e-2
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_replicas_are_the_mapped_gradients(tmp_path: Path, family: str) -> None:
     """With equal copies the routing is the same, so here it is an identity, not a policy."""
@@ -129,6 +132,7 @@ def test_gradients_of_replicas_are_the_mapped_gradients(tmp_path: Path, family: 
 # append: exact in our module
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "spec",
@@ -233,6 +237,7 @@ def test_noise_is_relative_to_the_source_and_differs_between_clones(tmp_path: Pa
     assert torch.equal(router[4], router[0])
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("spec", [MoeAdd(num_experts=3), MoeAdd(addition="replicate")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_as_predicted(tmp_path: Path, family: str, spec: MoeAdd) -> None:
@@ -241,6 +246,7 @@ def test_parameters_are_as_predicted(tmp_path: Path, family: str, spec: MoeAdd) 
     assert counted == result.parameters_after
 
 
+@pytest.mark.full
 @given(
     experts=st.integers(2, 6),
     top_k=st.integers(1, 3),
@@ -271,6 +277,7 @@ def test_any_number_may_be_appended(
 # further expansions, lineage, state
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize(
     "more",
@@ -441,6 +448,7 @@ def test_a_dense_model_is_sent_to_moe_first(tmp_path: Path) -> None:
         target_config(all_dense, [MoeAdd()])
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("spec", [MoeAdd(), MoeAdd(addition="replicate")])
 @pytest.mark.parametrize("is_at_once", [True, False])
 def test_no_more_experts_while_the_last_ones_are_closed(
@@ -494,6 +502,7 @@ def test_notes_say_what_stock_classes_need() -> None:
 # live models
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_live_model_keeps_its_function_and_its_closed_experts(family: str) -> None:
     model = tiny_moe(family)

@@ -23,6 +23,7 @@ FOUR = Moe(num_experts=4)  # of which a token takes 2
 FAMILIES = list(PARTNERS)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_live_models_and_files_grow_alike(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
@@ -67,6 +68,7 @@ def test_the_default_kernel_stays_where_it_can(tmp_path: Path) -> None:
     assert all(oracle.logits(model, oracle.tokens()).isfinite().all() for model in ours.values())
 
 
+@pytest.mark.full
 def test_a_bf16_source_stays_bf16_and_as_near(tmp_path: Path) -> None:
     """Copies and halves are exact in bf16 as well: nothing is rounded."""
     for family in FAMILIES:

@@ -86,6 +86,7 @@ TENSOR_AXES = [
 ]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("name", "position"), TENSOR_AXES)
 def test_one_permuted_index_is_seen(family: str, name: str, position: int) -> None:
@@ -121,6 +122,7 @@ OWN_TENSOR_AXES = [
 ]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(("family", "name", "position"), OWN_TENSOR_AXES)
 def test_one_permuted_index_of_what_only_this_family_has_is_seen(
     family: str, name: str, position: int
@@ -157,6 +159,7 @@ IDENTITIES: list[ExpansionSpec] = [
 ]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["attention.o", "ffn.down", "attention.o_bias"])
 @pytest.mark.parametrize("spec", IDENTITIES, ids=str)
@@ -189,6 +192,7 @@ def test_original_and_copy_in_each_others_place_are_seen_by_their_gradients(fami
 # A forgotten eps
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", generic(RMS))
 @pytest.mark.parametrize("init", ["fresh", "net2net", "zero_pad"])
 def test_an_eps_that_stays_is_seen(family: str, init: str) -> None:
@@ -233,6 +237,7 @@ def _forgetful(axis_map: AxisMap, *, scale: float) -> AxisFactor:
     return AxisFactor.writes_nonlinear(axis_map)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("eps", [1e-3, 1e-6])
 def test_the_float64_level_sees_them_at_either_eps(
     monkeypatch: pytest.MonkeyPatch, eps: float
@@ -248,6 +253,7 @@ def test_the_float64_level_sees_them_at_either_eps(
 # Gemma's offset and embedding scale
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("init", ["fresh", "net2net"])
 def test_gains_that_forget_the_offset_are_seen(init: str) -> None:
     model = tiny("gemma3_text").double()
@@ -261,6 +267,7 @@ def test_gains_that_forget_the_offset_are_seen(init: str) -> None:
         assert oracle_growth.errors(model, [spoiled]).logits > SEEN, name
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("name", "position", "is_tied"),
     [("embed", 1, False), ("embed", 1, True), ("final_norm", 0, True)],
@@ -284,6 +291,7 @@ def test_an_embedding_scale_that_is_not_made_up_for_is_seen(
 # A scale where none may stand
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("scale", [0.9, 1.1])
 def test_a_scaled_router_is_seen(family: str, scale: float) -> None:
@@ -376,6 +384,7 @@ def _rewired(
     return _with_maps(step, changed)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unequal_residual_shares_keep_the_function_and_break_the_gradient(family: str) -> None:
     model = FAMILIES[family]().double()
@@ -458,6 +467,7 @@ def _gaps_after_training(step: ResolvedExpansion, model: PreTrainedModel) -> dic
     return _gaps(grown, step)
 
 
+@pytest.mark.full
 def test_clones_diverge_by_unequal_shares_or_noise_and_not_otherwise() -> None:
     """A doubled one-layer Llama after 300 steps of AdamW at 1e-3: gap between the copies.
 

@@ -67,6 +67,7 @@ def told_and_taken(source: Path, result: Path, specs: Sequence[ExpansionSpec]) -
     return told, taken(lambda: expand(source, result, plan))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("specs", "is_whole"),
     [

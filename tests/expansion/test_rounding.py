@@ -37,11 +37,12 @@ BF16: dict[str, tuple[list[ExpansionSpec], float, float]] = {
 }
 # Each family meets every other case quickly, and each case every other family
 ROUNDED = [
-    pytest.param(family, case, marks=marks_of(family) or (pytest.mark.slow,) * ((i + j) % 2))
+    pytest.param(family, case, marks=(*marks_of(family), *(pytest.mark.slow,) * ((i + j) % 2)))
     for (i, case), (j, family) in product(enumerate(BF16), enumerate(OWN))
 ]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(("family", "case"), ROUNDED)
 def test_bf16_stays_bf16_and_rounds_within_its_bound(
     tmp_path: Path, family: str, case: str
@@ -89,6 +90,7 @@ def _error(before: nn.Module, after: nn.Module, family: str) -> float:
     return float(by_position.median() if family in SPARSE else by_position.max())
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("family", generic(RMS))
 @pytest.mark.parametrize("init", INITS)
 def test_float32_of_a_bf16_source_is_exact(tmp_path: Path, family: str, init: str) -> None:

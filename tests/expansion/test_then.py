@@ -148,6 +148,7 @@ def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Polic
     assert_same({n: carried_mask(m, masks.__getitem__) for n, m in one.tensors.items()}, marked)
 
 
+@pytest.mark.full
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_chain_is_one_map(data: st.DataObject) -> None:
@@ -164,6 +165,7 @@ def test_a_chain_is_one_map(data: st.DataObject) -> None:
         check_chain(CONFIGS[family] | sizes, specs, policy=policy)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_chain_through_every_kind_of_fill_is_one_map(policy: Policy) -> None:
     noisy = Width(init="net2net", noise=0.01)

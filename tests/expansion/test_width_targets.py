@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.oracle.families import RMS
 from tritter.errors import RequestError
 from tritter.expansion import Width, build_steps
-from tritter.expansion.head_maps import split_shares
+from tritter.expansion.heads import split_shares
 from tritter.families import FAMILIES, LLAMA, Config
 from tritter.models import new_model
 

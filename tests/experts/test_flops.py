@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests import oracle
 from tests.oracle.families import tiny
 from tritter.experts.adapters import AdapterShape, is_of_adapter
-from tritter.experts.flops import forward_flops_of, step_flops_of
 from tritter.experts.gates import Routing
 from tritter.experts.mixture import ROUTER, ExpertMixture, RouterKind
+from tritter.experts.module import forward_flops_of, step_flops_of
 from tritter.families import Flops, forward_flops
-from tritter.training.compute import flops_of_sequence
+from tritter.training.parameters import flops_of_sequence
 
 LENGTH = 12
 IDS = oracle.tokens(batch=1, length=LENGTH)
@@ -72,6 +72,7 @@ def check(mixture: ExpertMixture) -> None:
     assert base < found < ours < 3 * found
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("family", "tied", "router", "targets"),
     [
@@ -120,6 +121,7 @@ CHOICES: dict[str, Callable[[str], bool]] = {
 }
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("family", "choice"),
     [("llama", choice) for choice in CHOICES]

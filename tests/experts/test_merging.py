@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritter.experts.adapters import Factors
-from tritter.experts.merging import lost_share, merged
+from tritter.experts.changes import lost_share, merged
 
 
 def adapters(*ranks: int, rows: int, columns: int, seed: int = 0) -> list[Factors]:

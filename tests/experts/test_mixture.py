@@ -13,8 +13,7 @@ from tests.oracle.families import tiny
 from tritter.errors import RequestError
 from tritter.experts.adapters import AdapterShape, adapted_layers, base_name, parameters_of
 from tritter.experts.gates import Routing
-from tritter.experts.mixing import Dispatch
-from tritter.experts.mixture import ExpertMixture
+from tritter.experts.mixture import Dispatch, ExpertMixture
 
 MODES = [Routing(), Routing(top_k=2), Routing(top_k=1), Routing(top_k=2, temperature=0.5)]
 
@@ -127,6 +126,7 @@ def test_choices_are_each_computed_once() -> None:
             assert dispatch.tokens[own].tolist() == chosen[:, number].nonzero()[:, 0].tolist()
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3_text", "mixtral"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_families_train_experts_and_routers_alone(family: str, checkpointing: bool) -> None:

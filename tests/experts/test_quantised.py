@@ -28,8 +28,8 @@ from tritter.experts.adapters import (
     base_bits,
     decoder_layers,
 )
-from tritter.experts.flops import step_flops_of
 from tritter.experts.mixture import ExpertMixture
+from tritter.experts.module import step_flops_of
 from tritter.experts.stored import ExpertFolder
 from tritter.experts.whole import load_whole
 from tritter.models import config_of, live_shape, load_model

@@ -54,6 +54,7 @@ def difference(one: Any, other: Any) -> float:
     return float((logits(one, tokens()) - logits(other, tokens())).abs().max())
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_a_mixture_is_the_same_after_reading(tmp_path: Path, kind: str, top_k: int | None) -> None:

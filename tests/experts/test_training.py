@@ -213,6 +213,7 @@ class Moves(Callback):
         )
 
 
+@pytest.mark.full
 def test_a_step_moves_the_expert_of_its_text_alone(tmp_path: Path) -> None:
     watching = Moves()
     train(tmp_path, None, watching)
@@ -223,6 +224,7 @@ def test_a_step_moves_the_expert_of_its_text_alone(tmp_path: Path) -> None:
     assert found == expected
 
 
+@pytest.mark.full
 def test_full_with_whatever_makes_room(tmp_path: Path) -> None:
     _, stopped = train(tmp_path / "stop", asked(max_experts=2))
     assert ("refused", "expert_1") in kinds(stopped), "the nearest learns it"
@@ -250,6 +252,7 @@ def test_the_most_similar_become_one(tmp_path: Path) -> None:
     assert len(spawned) == 3, "text of the merged ones is known"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "killed_at", [pytest.param(4, marks=SLOW), 10, pytest.param(17, marks=SLOW)]
 )
@@ -265,6 +268,7 @@ def test_resumed_it_ends_alike(tmp_path: Path, killed_at: int) -> None:
     assert happened == {"spawned", "mature", "widened", "frozen"}
 
 
+@pytest.mark.full
 def test_in_bfloat16_they_come_and_resume_too(tmp_path: Path) -> None:
     halves = replace(ONE, precision="bf16-true")
     module, result = train(tmp_path / "whole", settings=halves)
@@ -276,6 +280,7 @@ def test_in_bfloat16_they_come_and_resume_too(tmp_path: Path) -> None:
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("router", [pytest.param("learned", marks=SLOW), "both"])
 def test_learned_routers_resume_too(tmp_path: Path, router: str) -> None:
     options = asked(router=router, targets=("q_proj",), entropy=0.01)
@@ -306,6 +311,7 @@ class Digests(Callback):
         torch.save([held, states], self.folder / f"rank{trainer.global_rank}.pt")
 
 
+@pytest.mark.full
 @needs_fork
 def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
     options = asked(stall_steps=2, stall_gain=10.0, max_rank=4)
@@ -320,6 +326,7 @@ def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
     assert {kind for kind, _ in kinds(expected)} == {"spawned", "mature", "widened", "frozen"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("killed_at", [3, pytest.param(6, marks=SLOW)])
 def test_an_expert_of_before_is_widened_in_its_place(tmp_path: Path, killed_at: int) -> None:
     """Optimizers match state by position, so that the order of adapters has to return too."""
@@ -333,6 +340,7 @@ def test_an_expert_of_before_is_widened_in_its_place(tmp_path: Path, killed_at: 
     assert ("widened", "expert_1") in kinds(result)
 
 
+@pytest.mark.full
 def test_one_of_several_batches_of_a_step_may_be_new(tmp_path: Path) -> None:
     settings = replace(ONE, arguments={"accumulate_grad_batches": 2})
     options = asked(in_a_row=1, min_samples=8)
@@ -341,6 +349,7 @@ def test_one_of_several_batches_of_a_step_may_be_new(tmp_path: Path) -> None:
     assert result.reports["experts"]["batches"]["idle"] >= 2
 
 
+@pytest.mark.full
 def test_a_refused_step_is_no_stall(tmp_path: Path) -> None:
     options = asked(stall_steps=2, stall_gain=-100.0, max_rank=4)
     _, result = train(tmp_path, options, NotFinite(6), stream="aaaaaaaaaaaa")
@@ -348,6 +357,7 @@ def test_a_refused_step_is_no_stall(tmp_path: Path) -> None:
     assert not [kind for kind, _ in kinds(result) if kind in ("widened", "frozen")]
 
 
+@pytest.mark.full
 def test_a_teacher_leaves_usage_as_it_was(tmp_path: Path) -> None:
     _, result = train(tmp_path, asked(distill=0.5, maturity_steps=20), stream="aaaaaaaaaaaa")
     gates = result.reports["experts"]["usage_over_time"]["gates"]["expert_1"]
@@ -368,6 +378,7 @@ def test_who_teaches_a_young_expert_drops_out_nothing() -> None:
     assert found[0] == found[1] > 0
 
 
+@pytest.mark.full
 def test_who_learns_another_skill_is_trained_again(tmp_path: Path) -> None:
     options = asked(max_experts=2, stall_steps=2, stall_gain=10.0, max_rank=2)
     watching = Moves()
@@ -392,6 +403,7 @@ class NotFinite(Callback):
             loss.data.fill_(float("nan"))
 
 
+@pytest.mark.full
 @needs_fork
 def test_killed_by_a_signal(tmp_path: Path) -> None:
     train(tmp_path / "whole", stream="aaaabbbb")
@@ -407,6 +419,7 @@ def test_killed_by_a_signal(tmp_path: Path) -> None:
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.full
 def test_of_batches_gathered_for_a_step_none_is_lost(tmp_path: Path) -> None:
     settings = replace(ONE, arguments={"accumulate_grad_batches": 2})
     _, expected = train(tmp_path / "whole", stream="aaaabbbb", settings=settings)

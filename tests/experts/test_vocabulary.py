@@ -29,11 +29,17 @@ from tritter.experts.adapters import (
     shape_of,
     take_off,
 )
-from tritter.experts.changes import RouterRow, evicted, router_names, spawned, widened
+from tritter.experts.changes import (
+    RouterRow,
+    evicted,
+    lost_share,
+    merged,
+    router_names,
+    spawned,
+    widened,
+)
 from tritter.experts.gates import Routing, gates_of
-from tritter.experts.merging import lost_share, merged
-from tritter.experts.mixing import Dispatch, mixed
-from tritter.experts.mixture import ExpertMixture
+from tritter.experts.mixture import Dispatch, ExpertMixture, mixed
 from tritter.experts.peft_folder import TENSORS_NAME, put_values, read_adapter, write_adapter
 from tritter.training import surgery
 from tritter.training.parameters import disk_values
@@ -234,6 +240,7 @@ class Life(Callback):
         assert (own["lm_head.lora_B.new.weight"][:, 3:] == 0).all()
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("tied", [False, True])
 def test_experts_on_the_vocabulary_come_grow_and_go(tmp_path: Path, tied: bool) -> None:
     mixture = ExpertMixture(oracle.tiny_llama(tie_word_embeddings=tied), router="both")
@@ -365,6 +372,7 @@ def evident(family: str, *, tied: bool) -> ExpertMixture:
     return mixture
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(("family", "tied"), MODELS)
 def test_an_expert_alone_is_the_adapter_that_stock_peft_loads(
     tmp_path: Path, family: str, tied: bool

@@ -60,6 +60,7 @@ def test_every_table_has_its_oracle() -> None:
     assert {f for f in OWN if FAMILIES[f].has_experts} == set(SPARSE)
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize(("family", "options"), CASES)
 def test_names_in_memory_and_on_disk_are_those_of_the_stock_class(
     tmp_path: Path, family: str, options: dict[str, object]

@@ -61,6 +61,7 @@ def step(model: PreTrainedModel) -> None:
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("family", generic())
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_forward_pass_and_a_full_training_step(family: str, tied: bool) -> None:
@@ -99,6 +100,7 @@ CHOICES: dict[str, Callable[[LogicalTensor], bool]] = {
 }
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("family", generic())
 @pytest.mark.parametrize(
     ("choice", "tied"),
@@ -143,6 +145,7 @@ def test_every_choice_above_trains_something_somewhere() -> None:
     assert empty == {"nothing"}
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("family", SPARSE)
 @pytest.mark.parametrize("choice", ["everything", "routers", "last layer", "head"])
 def test_a_loss_of_the_routers_does_not_pass_through_what_stands_above(

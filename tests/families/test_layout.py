@@ -97,6 +97,7 @@ def test_a_checkpoint_of_either_layout_is_matched_in_full(tmp_path: Path, family
 SPECS: list[list[ExpansionSpec]] = [[LlamaPro()], [Stack(identity_init=True), LlamaPro()]]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("specs", SPECS, ids=str)
 @pytest.mark.parametrize("family", SPARSE)
 def test_either_layout_in_and_out(tmp_path: Path, family: str, specs: list[ExpansionSpec]) -> None:

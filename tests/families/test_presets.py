@@ -44,6 +44,7 @@ def test_published_shapes_have_their_published_counts() -> None:
     assert LLAMA.count_parameters(PRESETS["tritter_10b"].config()) == 10_731_524_096
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("preset", ALL, ids=list(PRESETS))
 def test_an_option_file_composes_to_its_preset(preset: Preset, tmp_path: Path) -> None:
     config = load_config([f"model={preset.name}", f"cache_dir={tmp_path}"])

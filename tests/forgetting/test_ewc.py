@@ -16,7 +16,7 @@ from tritter.expansion import Dus, LlamaPro, Width
 from tritter.families import LLAMA
 from tritter.forgetting import EWC
 from tritter.forgetting.ewc import ElasticWeightConsolidation
-from tritter.forgetting.fisher import diagonal_fisher
+from tritter.forgetting.quadratic import diagonal_fisher
 from tritter.parameter_map.carry import carry
 from tritter.training import Task
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.oracle.families import SPARSE, tiny
-from tritter.forgetting.fisher import diagonal_fisher, has_experts
+from tritter.forgetting.quadratic import diagonal_fisher, has_experts
 
 
 def looped(model: nn.Module, sequences: Tensor) -> dict[str, Tensor]:
@@ -79,6 +79,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(p.grad is None and p.requires_grad for p in sparse.parameters())
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", SPARSE)
 def test_experts_are_taken_sequence_by_sequence(family: str, tied: bool) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.training.test_fit import task
 from tritter.forgetting import EWC, OnlineEWC
-from tritter.forgetting.fisher import diagonal_fisher
-from tritter.forgetting.online_ewc import OnlineEWCOptions, left_kind
+from tritter.forgetting.ewc import OnlineEWCOptions, left_kind
+from tritter.forgetting.quadratic import diagonal_fisher
 from tritter.training import Preparation, Task
 
 TEXT = {"a": oracle.tokens(batch=6, seed=11), "b": oracle.tokens(batch=5, seed=12)}

@@ -13,8 +13,7 @@ from tritter.expand import expand, plan_expansion
 from tritter.expansion import LlamaPro, Width
 from tritter.families import LLAMA
 from tritter.forgetting import EWC, L2SP, SI, OnlineEWC
-from tritter.forgetting.fisher import diagonal_fisher
-from tritter.forgetting.quadratic import QuadraticPenalty
+from tritter.forgetting.quadratic import QuadraticPenalty, diagonal_fisher
 
 METHODS = {
     "ewc": lambda: EWC(ewc_lambda=3.0),
@@ -35,6 +34,7 @@ def pulls(method: QuadraticPenalty, model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_that_followed_pulls_as_one_begun_on_the_grown_model(
     tmp_path: Path, name: str

@@ -15,7 +15,7 @@ from tests.training.test_fit import SETTINGS, batches
 from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.forgetting.path_integral import PathIntegral
-from tritter.forgetting.weight_path import WeightPath
+from tritter.forgetting.si import WeightPath
 from tritter.training import BaseModule, OptimizerSettings, Schedule, fit
 
 

@@ -15,7 +15,7 @@ from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.families import training_flops
 from tritter.forgetting import EWC
 from tritter.forgetting.ewc import EWCOptions, has_new_values
-from tritter.forgetting.fisher import diagonal_fisher
+from tritter.forgetting.quadratic import diagonal_fisher
 from tritter.models import config_of
 from tritter.training import ForgettingMethod, Task, fit
 
@@ -159,6 +159,7 @@ class Kills(ForgettingMethod):
         return 0.0
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("killed_at", [3, 5, 7])
 def test_killed_between_looks_it_ends_with_the_same_bits(tmp_path: Path, killed_at: int) -> None:
     settings = replace(SETTINGS, save_every_n_steps=2)

@@ -14,7 +14,7 @@ from tests.training.test_fit import batches
 from tritter.errors import RequestError, TritterError
 from tritter.families import forward_flops
 from tritter.forgetting import SelfReplay
-from tritter.forgetting.writing import (
+from tritter.forgetting.replay import (
     Written,
     _Draw,
     distinct_share,

@@ -16,7 +16,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.expand.live import ModelExpander
 from tritter.expansion import Dus, Width
 from tritter.forgetting import SI, Replay
-from tritter.forgetting.fisher import diagonal_fisher
+from tritter.forgetting.quadratic import diagonal_fisher
 from tritter.forgetting.si import recorded_importance
 from tritter.parameter_map.carry import carry
 from tritter.training import ForgettingMethod, Preparation, SideLoss, Task, fit
@@ -149,6 +149,7 @@ class Routers(SideLoss):
         return 3 * next(model.parameters()).sum(), {}
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("beside", ["nothing", "replay", "another loss", "a side loss"])
 def test_what_it_sees_is_the_new_text_alone(tmp_path: Path, beside: str) -> None:
     """One step of several batches: ω is −g·Δθ with the mean gradient of their new rows."""

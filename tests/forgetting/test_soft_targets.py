@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritter.forgetting.soft_targets import soft_target_loss
+from tritter.forgetting.distill import soft_target_loss
 
 B, T, V = 3, 5, 11
 

@@ -13,10 +13,9 @@ from tritter.conf_folder import config_folder
 from tritter.growth.grower import Grower
 from tritter.growth.initialisers import Initialiser, Layer
 from tritter.growth.look import Look, Looking, attach
-from tritter.growth.names import INITIALISERS, TRIGGERS
 from tritter.growth.options import GrowthOptions, Timing
 from tritter.growth.places import FfnPlace, ffn_places
-from tritter.growth.triggers import Trigger
+from tritter.growth.triggers import INITIALISERS, TRIGGERS, Trigger
 
 
 def asked(name: str = "foam", **changes: Any) -> GrowthOptions:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.growth.given import layer_of, looked_at
 from tests.oracle.families import GROWABLE, generic, key_of, tiny
-from tritter.growth.change import LayerGrowth, growth_change
+from tritter.growth.grower import LayerGrowth, growth_change
 from tritter.growth.initialisers import (
     GradMax,
     Initialiser,
@@ -18,8 +18,8 @@ from tritter.growth.initialisers import (
     Random,
     SourceNoise,
     Split,
+    orthogonalised,
 )
-from tritter.growth.orthogonal import orthogonalised
 from tritter.growth.places import ffn_places
 from tritter.training.surgery import apply_plain
 
@@ -39,6 +39,7 @@ def grow(
     return neurons
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("family", generic(GROWABLE))
 @pytest.mark.parametrize("initialiser", [GradMax(), Split(), Random()], ids=repr)
 def test_exact_ones_keep_the_function(family: str, initialiser: Initialiser) -> None:

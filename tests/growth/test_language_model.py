@@ -42,6 +42,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, steps
     return loss.item()
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("initialiser", ["gradmax", "split", "random"])
 @pytest.mark.parametrize("family", generic(GROWABLE))
 def test_the_function_is_kept_in_two_events(family: str, initialiser: str) -> None:
@@ -94,6 +95,7 @@ def test_moments_follow_for_all_that_is_trained(freeze: bool) -> None:
     train(model, optimizer, ids)
 
 
+@pytest.mark.full
 def test_a_state_goes_on_in_a_new_model() -> None:
     ids = oracle.tokens()
     model = GrowableCausalLM(tiny("llama"), enable_replacement=True, **GROWING)
@@ -125,6 +127,7 @@ def test_a_state_goes_on_in_a_new_model() -> None:
     assert third.neurons != model.neurons
 
 
+@pytest.mark.full
 def test_a_saved_one_is_stock_and_goes_on(tmp_path: Path) -> None:
     base = oracle.saved(tiny("qwen3"), tmp_path / "base")
     model = GrowableCausalLM(base, trigger=SecondLayer(), growth_cooldown=3)
@@ -226,6 +229,7 @@ def test_optimizers_made_anew_are_followed_from_their_first_step() -> None:
         assert {p for g in optimizer.param_groups for p in g["params"]} == set(model.parameters())
 
 
+@pytest.mark.full
 def test_the_readmes_snippets(tmp_path: Path) -> None:
     """As they stand there, but for the import, the folder, and what a loop has around them."""
     folder = oracle.saved(tiny("qwen2"), tmp_path / "qwen")
@@ -290,6 +294,7 @@ def test_a_model_is_taken_over_by_who_comes_last() -> None:
         first.check_and_grow()
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "gradient checkpointing"])
 def test_bfloat16_and_gradient_checkpointing(is_checkpointed: bool) -> None:
     stock, ids = tiny("llama").to(torch.bfloat16).train(), oracle.tokens()

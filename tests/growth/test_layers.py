@@ -360,6 +360,7 @@ def test_checks_come_no_sooner_than_asked() -> None:
     assert grown == [1, 6, 11]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_a_narrow_block_fits_better_once_it_has_grown(gated: bool) -> None:
     losses = {}

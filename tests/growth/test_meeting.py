@@ -5,7 +5,7 @@ import torch
 
 from tests import oracle
 from tests.growth.given import asked, grower
-from tritter.growth.meeting import Curve, best_step, fitted
+from tritter.growth.triggers import Curve, best_step, fitted
 
 
 def drawn(curve: Curve, *, first: int, last: int, noise: float, seed: int = 0) -> list[float]:

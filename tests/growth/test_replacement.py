@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.growth.given import asked, grower, looked_at
 from tests.oracle.families import tiny
-from tritter.growth.grower import Grower
+from tritter.growth.grower import Grower, dead_neurons, wanda_scores
 from tritter.growth.places import ffn_places
-from tritter.growth.replacement import dead_neurons, wanda_scores
 from tritter.training.surgery import apply_plain
 
 DEAD = (3, 7)

@@ -119,6 +119,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "killed_at", [8, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 13))]
@@ -139,6 +140,7 @@ def test_resumed_after_events_it_ends_alike(tmp_path: Path, kind: str, killed_at
     assert_same(dict(whole.model.state_dict()), dict(parts.model.state_dict()), "")
 
 
+@pytest.mark.full
 @needs_fork
 def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
     _, expected = train(tmp_path / "whole", settings=TWO)
@@ -149,6 +151,7 @@ def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
     assert len(expected.reports["growth"]["events"]) >= 3
 
 
+@pytest.mark.full
 @needs_fork
 def test_two_processes_resume_between_batches_of_a_step(tmp_path: Path) -> None:
     settings = replace(ACCUMULATED, devices=2, strategy="ddp")
@@ -178,6 +181,7 @@ class NotFinite(Callback):
             pl_module.model.model.norm.weight.data.copy_(self.kept)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("trigger", ["schedule", "meeting"])
 def test_a_refused_step_at_an_event_grows_nothing(tmp_path: Path, trigger: str) -> None:
     at = (7, 9) if trigger == "schedule" else None
@@ -201,6 +205,7 @@ class Digests(Callback):
         torch.save([held, states], self.folder / f"rank{trainer.global_rank}.pt")
 
 
+@pytest.mark.full
 @needs_fork
 def test_ranks_hold_the_same_bits(tmp_path: Path) -> None:
     train(tmp_path / "run", None, Digests(tmp_path), settings=TWO)
@@ -209,6 +214,7 @@ def test_ranks_hold_the_same_bits(tmp_path: Path) -> None:
     assert first[0]["model.layers.0.mlp.up_proj.weight"].shape[0] > 40
 
 
+@pytest.mark.full
 @needs_fork
 def test_killed_by_a_signal_on_one_of_two_ranks(tmp_path: Path) -> None:
     train(tmp_path / "whole", settings=TWO)
@@ -218,6 +224,7 @@ def test_killed_by_a_signal_on_one_of_two_ranks(tmp_path: Path) -> None:
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.full
 def test_killed_by_a_signal(tmp_path: Path) -> None:
     train(tmp_path / "whole")
     process = multiprocessing.get_context("fork").Process(
@@ -263,6 +270,7 @@ class Rows(Callback):
         }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_optimizer_rows_neither_change_nor_spike(tmp_path: Path, factor: float) -> None:
     at, rows = 20, Rows(20)
@@ -285,6 +293,7 @@ def test_optimizer_rows_neither_change_nor_spike(tmp_path: Path, factor: float) 
     assert 0 < float(new) / factor <= 1.5 * float(old)
 
 
+@pytest.mark.full
 def test_updates_of_young_neurons_are_scaled_and_of_no_others(tmp_path: Path) -> None:
     """Held to the same training without the factor, up to the first step after the event."""
     ends = []

@@ -14,9 +14,8 @@ from tritter.growth.grower import Grower
 from tritter.growth.initialisers import GradMax
 from tritter.growth.look import some_rows
 from tritter.growth.method import NeuronGrowth
-from tritter.growth.names import TRIGGERS
 from tritter.growth.options import GrowthOptions, Timing
-from tritter.growth.triggers import Percentile, View
+from tritter.growth.triggers import TRIGGERS, Percentile, View
 
 CHECKS = 1_500
 HIDDEN_SIZE = 24  # of the oracle
@@ -45,6 +44,7 @@ def long_tailed(count: int, *, generator: torch.Generator) -> Tensor:
     return torch.randn(count, generator=generator).exp()
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("num_layers", [1, 2, 6])
 @pytest.mark.parametrize("percentile", [90.0, 75.0])
 @pytest.mark.parametrize(
@@ -100,6 +100,7 @@ def stepped(engine: Grower, model: nn.Module, steps: int, *, seed: int = 0) -> l
     return found
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("cooldown", [7, 20, 50])
 @pytest.mark.parametrize("trigger", ["percentile", "within_layer", "schedule"])
 def test_no_more_events_than_the_cooldown_allows(cooldown: int, trigger: str) -> None:

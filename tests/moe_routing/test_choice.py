@@ -13,7 +13,7 @@ from tritter.expansion.specification import build_steps
 from tritter.models import config_of
 from tritter.moe_routing import best_experts, distill_experts, expert_utility
 from tritter.moe_routing.distill import soft_divergence
-from tritter.moe_routing.separate import shared_names
+from tritter.moe_routing.stages import shared_names
 from tritter.stock_routers import AddedExperts, Routing
 
 TEXT = torch.cat([batch["input_ids"] for batch in DOMAIN])
@@ -63,6 +63,7 @@ def test_soft_divergence_by_hand() -> None:
     assert float(soft_divergence(said, said, temperature=3.0)) == pytest.approx(0, abs=1e-7)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_new_experts_come_nearer_to_the_teacher_and_stay_closed(family: str) -> None:
     model, teacher = grown(family), oracle.tiny_llama()

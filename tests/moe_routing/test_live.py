@@ -12,14 +12,14 @@ from tests import oracle
 from tests.moe_routing.test_stages import DOMAIN, OLD, Batch, grown, moved, values
 from tests.stock_routers.models import tiny_moe
 from tritter.errors import TritterError
-from tritter.forgetting.fisher import diagonal_fisher
+from tritter.forgetting.quadratic import diagonal_fisher
 from tritter.moe_routing import (
     adapt_router,
     distill_experts,
     expert_utility,
     train_new_experts,
 )
-from tritter.moe_routing.separate import shared_names
+from tritter.moe_routing.stages import shared_names
 
 RATE, DECAY, NEW = 1e-2, 0.3, 4  # experts from the fourth on are new
 
@@ -84,6 +84,7 @@ def alike(model: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=2e-6, msg=name)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("replay", [None, OLD], ids=["alone", "with old text"])
 def test_routers_are_adapted_as_by_hand(replay: list[Batch] | None) -> None:
     model, other = grown(noise=0.5), grown(noise=0.5)
@@ -153,6 +154,7 @@ def test_an_error_amid_the_steps_leaves_the_model_as_it_stands() -> None:
         assert all(p.grad is None for p in model.parameters()) and not model.training
 
 
+@pytest.mark.full
 def test_a_loader_without_a_length_is_read_once() -> None:
     model, other = grown(), grown()
     for each, loader in ((model, iter(DOMAIN)), (other, DOMAIN)):
@@ -181,6 +183,7 @@ def test_a_step_that_is_not_finite_is_not_taken(capfd: pytest.CaptureFixture[str
     assert capfd.readouterr() == ("", "")  # no bar, no table, no advice of a library
 
 
+@pytest.mark.full
 def test_a_model_trains_in_its_own_dtype_and_keeps_its_mode() -> None:
     model = grown().to(torch.bfloat16).eval()
     adapt_router(model, [4, 5], DOMAIN)
@@ -199,6 +202,7 @@ def test_ctrl_c_is_that_of_any_other_call() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.full
 def test_each_module_gets_its_own_mode_back() -> None:
     model, teacher, sequences = grown(noise=0.5), oracle.tiny_llama(), DOMAIN[0]["input_ids"]
     model.train().model.layers[0].eval()
@@ -226,6 +230,7 @@ STAGES: dict[str, Callable[[nn.Module, nn.Module, int], None]] = {
 }
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_layers_draw_follows_from_the_seed(stage: str) -> None:
     """Whatever torch's own generator was used for before, which stays as it is."""

@@ -20,7 +20,7 @@ from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import TritterError
 from tritter.moe_routing import OldRouting, RoutingObjective, RoutingSettings, routing_divergence
-from tritter.moe_routing.opening import ExpertOpening, Unfreezing
+from tritter.moe_routing.stages import ExpertOpening, Unfreezing
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.training import (
     BaseModule,
@@ -96,6 +96,7 @@ def max_load(model: nn.Module) -> float:
     return max(float(load.max() / load.float().mean()) for load in loads)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "settings", [replace(UNHELD, auxiliary_loss=0.1), replace(UNHELD, bias_update_rate=0.02)],
     ids=["auxiliary loss", "selection bias"],
@@ -117,6 +118,7 @@ def test_the_selection_bias_is_no_part_of_what_is_saved(tmp_path: Path) -> None:
     assert not any("bias" in name for name in model.state_dict())
 
 
+@pytest.mark.full
 def test_terms_and_statistics_are_logged(tmp_path: Path) -> None:
     settings = RoutingSettings(hold_old=0.1, encouragement=0.1, new_experts=(3,))
     model = tiny_moe("qwen3_moe")
@@ -195,6 +197,7 @@ def divergence(model: nn.Module, old: OldRouting) -> Tensor:
         return torch.stack([routing_divergence(p.flatten(0, 1), r.logits) for p, r in pairs]).mean()
 
 
+@pytest.mark.full
 def test_old_routing_is_held(tmp_path: Path) -> None:
     text = oracle.tokens(vocab_size=97, batch=12, length=16, seed=9).int()
     moved = {}
@@ -249,6 +252,7 @@ def test_experts_are_opened_and_the_base_unfrozen_step_by_step(tmp_path: Path) -
     assert watch.moved == [False, False, False, True, True, True]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kills", [(3,), (7,), (10, 12)], ids=str)
 def test_bitwise_as_if_never_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: tuple[int, ...]
@@ -302,6 +306,7 @@ def _kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "build_trainer", with_killer)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(processes.start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_two_processes_give_the_weights_and_the_routing_of_one(tmp_path: Path) -> None:
     """The balance is that of the whole batch, and the opened experts come back open."""

@@ -12,7 +12,7 @@ from tests.stock_routers.models import tiny_moe
 from tritter.data.documents import Document
 from tritter.data.tokenizer import train_tokenizer
 from tritter.errors import RequestError
-from tritter.moe_routing.separate import shared_names
+from tritter.moe_routing.stages import shared_names
 from tritter.stock_routers import AddedExperts
 
 TEXT = "the model grows an expert where data asks for one and keeps what it knew\n"

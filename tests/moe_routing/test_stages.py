@@ -13,7 +13,7 @@ from tritter.expand.live import ModelExpander
 from tritter.expansion import MoeAdd
 from tritter.models import config_of
 from tritter.moe_routing import adapt_router, new_expert_mass, train_new_experts
-from tritter.moe_routing.separate import shared_names
+from tritter.moe_routing.stages import shared_names
 from tritter.stock_routers import AddedExperts, Routing
 
 Batch = dict[str, Tensor]
@@ -59,6 +59,7 @@ def task_loss(model: nn.Module, batches: list[Batch]) -> float:
         return float(model(input_ids=ids, labels=ids).loss)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_routers_alone_are_trained_and_learn_to_use_the_new_experts(family: str) -> None:
     model = grown(family)
@@ -83,6 +84,7 @@ def test_encouragement_raises_the_new_experts_mass() -> None:
     assert masses[1] > masses[0] + 0.05
 
 
+@pytest.mark.full
 def test_encouragement_does_not_run_away() -> None:
     """Raw logits, as in the specification, could be pushed without limit; probabilities can't."""
     model = grown()
@@ -91,6 +93,7 @@ def test_encouragement_does_not_run_away() -> None:
     assert torch.isfinite(oracle.logits(model, DOMAIN[0]["input_ids"])).all()
 
 
+@pytest.mark.full
 def test_replay_keeps_the_old_text_nearer() -> None:
     rises = []
     for replay in (None, OLD):
@@ -110,6 +113,7 @@ def test_frozen_routers_are_only_opened() -> None:
     assert not moved(model, before) and AddedExperts.of(model) is None
 
 
+@pytest.mark.full
 def test_retrained_rows_start_anew() -> None:
     rows = {}
     for update in ("fine_tune", "retrain"):
@@ -141,6 +145,7 @@ def test_an_error_leaves_gradients_needed_as_before() -> None:
         assert set(shared_names(model)) <= {name for name, _ in model.named_parameters()}
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_experts_learn_while_the_base_stays_bit_for_bit(family: str) -> None:
     model = grown(family)
@@ -153,6 +158,7 @@ def test_new_experts_learn_while_the_base_stays_bit_for_bit(family: str) -> None
     assert task_loss(model, DOMAIN) < loss - 0.3
 
 
+@pytest.mark.full
 def test_routers_and_all_else_take_part_when_asked_for() -> None:
     model = grown()
     adapt_router(model, [4, 5], DOMAIN)
@@ -164,6 +170,7 @@ def test_routers_and_all_else_take_part_when_asked_for() -> None:
     assert moved(model, before) == set(before)
 
 
+@pytest.mark.full
 def test_the_base_is_unfrozen_on_schedule() -> None:
     model = grown()
     adapt_router(model, [4, 5], DOMAIN)

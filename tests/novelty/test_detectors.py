@@ -12,10 +12,16 @@ from torch import Tensor
 from tests.novelty.given import SIZE, centre_of, drawn, library
 from tritter.errors import RequestError
 from tritter.novelty import NoveltyDetector, Observation, SkillLibrary
-from tritter.novelty.cosine import CosineNovelty, mean_cosines
-from tritter.novelty.detectors import Detector, LossNovelty, MahalanobisNovelty
-from tritter.novelty.names import DETECTORS, detector_of
-from tritter.novelty.projection import (
+from tritter.novelty.detectors import (
+    DETECTORS,
+    CosineNovelty,
+    Detector,
+    LossNovelty,
+    MahalanobisNovelty,
+    detector_of,
+    mean_cosines,
+)
+from tritter.novelty.library import (
     Projection,
     ProjectionOptions,
     contrast,

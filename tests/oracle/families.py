@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tests.suites import SIX_FAMILIES
 from tritter.expansion import Width
 
 _SHAPE: dict[str, Any] = {
@@ -75,7 +76,7 @@ RMS = tuple(family for family in OWN if family not in LAYER_NORM)
 HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text", *LAYER_NORM)
 GEMMA = ("gemma2", "gemma3_text")
 # Made of mechanisms that the others prove, or that tests/expansion/test_further_families.py does;
-# generic tests of them are for the slow suite
+# generic tests of them are slow, but for those of the six
 FURTHER = ("smollm3", "granite", "olmo2", "phi3", "glm4", "gemma2", *LAYER_NORM)
 
 
@@ -102,8 +103,10 @@ def key_of(family: str, name: str) -> str:
 
 
 def marks_of(family: str) -> tuple[pytest.MarkDecorator, ...]:
-    """Return the marks of a generic test of a family: the further ones are slow."""
-    return (pytest.mark.slow,) if family in FURTHER else ()
+    """Return the marks of a generic test of a family: six are quick, the further ones slow."""
+    if family in SIX_FAMILIES:
+        return ()
+    return (pytest.mark.slow,) if family in FURTHER else (pytest.mark.full,)
 
 
 def generic(families: Iterable[str] = tuple(OWN)) -> list[Any]:

@@ -79,6 +79,7 @@ def test_a_map_without_chance_has_one_digest_for_all_seeds() -> None:
     assert digest(Dus(), seed=0) == digest(Dus(), seed=1)
 
 
+@pytest.mark.full
 def test_the_digest_is_the_same_in_another_process() -> None:
     """Python salts str hashes per process; nothing of that may enter."""
     output = subprocess.run(

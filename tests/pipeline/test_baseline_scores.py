@@ -42,6 +42,7 @@ def begin(folder: Path, cache: Path, *overrides: str) -> dict[str, Any]:
     return dict(json.loads((folder / "scores" / "baseline.json").read_text(encoding="utf-8")))
 
 
+@pytest.mark.full
 def test_two_jobs_of_a_sweep_score_their_base_once(tmp_path: Path, scored: list[str]) -> None:
     first = begin(tmp_path / "0", tmp_path / "cache", "forgetting=none")
     second = begin(tmp_path / "1", tmp_path / "cache", "forgetting=l2sp", "expansion=dus")

@@ -122,6 +122,7 @@ def test_the_training_goes_on_where_the_base_stopped(carried: Path, place: Path,
     assert [verify(link) for link in read_chain(carried / "checkpoint")] == [(), ()]
 
 
+@pytest.mark.full
 def test_and_the_next_one_where_that_stopped(carried: Path, place: Path, run: Run) -> None:
     words = ("expansion=none", "optimizer.carry=true", *CONSTANT)
     run("next", *words, given="carried/checkpoint")
@@ -144,6 +145,7 @@ def test_a_base_that_leaves_moments_is_an_entry_of_its_own(carried: Path, place:
     assert kept["plain"] and not any(kept["plain"])
 
 
+@pytest.mark.full
 def test_growth_control_and_rounds_carry_through_their_maps(
     run: Run, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +177,7 @@ def test_a_given_state_is_kept_beside_the_start_whether_it_is_used_or_not(
     assert read_state(place / "kept/attempt_1/trained") is None
 
 
+@pytest.mark.full
 def test_routers_begin_anew_after_a_stage_of_their_own(run: Run, place: Path) -> None:
     run("sparse", "expansion=moe", "expansion.moe.num_experts=4", "optimizer.carry=true")
     added = (
@@ -208,6 +211,7 @@ def test_nothing_to_carry_is_refused_before_anything_is_written(case: str, place
         _config(place, "optimizer.carry=true", *words)
 
 
+@pytest.mark.full
 def test_a_checkpoint_without_moments_is_refused(place: Path, run: Run, tmp_path: Path) -> None:
     run("plain", "expansion=none", "training.max_steps=1")
     with pytest.raises(RequestError, match=r"plain/checkpoint has no state/ with Adam's moments"):

@@ -19,8 +19,8 @@ from tests.pipeline.conftest import SMALL
 from tests.pipeline.test_given import FAST, texts
 from tritter import models
 from tritter.config.launch.composition import load_config
-from tritter.evaluation import estimate
-from tritter.evaluation.bootstrap import studentised_errors
+from tritter.evaluation import statistics
+from tritter.evaluation.statistics import studentised_errors
 from tritter.families import family_of, training_flops
 from tritter.models import read_config
 from tritter.pipeline import run_pipeline
@@ -57,7 +57,7 @@ def as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
             return studentised_errors(*sums)
 
     monkeypatch.setattr(models, "_made_ready", eager)
-    monkeypatch.setattr(estimate, "studentised_errors", uncounted)
+    monkeypatch.setattr(statistics, "studentised_errors", uncounted)
     monkeypatch.setattr(counting, "num_keys", lambda length, window=None: length**2)
 
 
@@ -70,6 +70,7 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], int]:
     return json.loads(outcome.summary_path.read_text()), counter.get_total_flops()
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("as_computed")
 @pytest.mark.parametrize(
     "words",
@@ -138,6 +139,7 @@ def test_every_pass_of_experts_that_are_gone_on_with_is_counted(
     assert summary["flops"]["total"] == counted
 
 
+@pytest.mark.full
 def test_a_sample_reads_each_token_once(tmp_path: Path, places: tuple[str, ...]) -> None:
     """Stock models read the whole prefix again for each word, which is recomputation."""
     words = [*QUICK, *SMALL_MODEL, *places, "expansion=none"]
@@ -150,6 +152,7 @@ def test_a_sample_reads_each_token_once(tmp_path: Path, places: tuple[str, ...])
     assert 4 * forward.of(25) <= told <= 4 * forward.of(29)
 
 
+@pytest.mark.full
 def test_new_blocks_alone_cost_what_their_gradients_do(
     tmp_path: Path, places: tuple[str, ...]
 ) -> None:

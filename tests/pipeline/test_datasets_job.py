@@ -28,6 +28,7 @@ def save(folder: Path, column: str, *, of: int) -> None:
     datasets.Dataset.from_dict({column: texts, "n": [*range(40)]}).save_to_disk(folder)
 
 
+@pytest.mark.full
 def test_a_run_on_data_sets_and_another_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_run_the_whole_job(run_job: Run, tmp_path: Path, trainer: str) -> None:
     methods = ["forgetting=replay"] if trainer == "fsdp" else []

@@ -152,6 +152,7 @@ def test_the_meter_sees_a_file_that_is_written_in_place(tmp_path: Path) -> None:
     assert f"{path} has other bytes" in meter.rewritten
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("words", "is_given", "most"),
     [
@@ -182,6 +183,7 @@ def test_the_weights_of_a_run_take_twice_source_and_result(
     assert use["state"]["peak"] > use["state"]["end"] == kept
 
 
+@pytest.mark.full
 def test_a_run_that_is_rolled_back_ends_with_its_baseline_alone(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +205,7 @@ def test_a_run_that_is_rolled_back_ends_with_its_baseline_alone(
     assert summary["disk"]["state"]["end"] == 0
 
 
+@pytest.mark.full
 def test_weights_are_linked_and_outlive_their_other_names(
     run: Run, cache: Path, tmp_path: Path
 ) -> None:
@@ -266,6 +269,7 @@ def means(context: RunContext, name: str) -> dict[str, float]:
     return {subject: each.mean() for subject, each in context.read_scores(name).items()}
 
 
+@pytest.mark.full
 def test_published_weights_have_the_dtype_of_the_source_and_are_what_is_scored(
     run: Run, source: Path, tmp_path: Path, cache: Path
 ) -> None:
@@ -285,6 +289,7 @@ def test_published_weights_have_the_dtype_of_the_source_and_are_what_is_scored(
     assert losses(context, load_model(whole)) != scored  # the negative control
 
 
+@pytest.mark.full
 def test_later_tasks_start_from_unrounded_weights_and_each_is_scored_as_rounded(
     run: Run, source: Path, tmp_path: Path, cache: Path
 ) -> None:
@@ -302,6 +307,7 @@ def test_later_tasks_start_from_unrounded_weights_and_each_is_scored_as_rounded(
     assert losses(context, model) == scored
 
 
+@pytest.mark.full
 def test_a_round_that_is_rolled_back_publishes_the_rounded_one_before(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +345,7 @@ def end_after(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, *, is_befo
     monkeypatch.setattr(owner, name, ended)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("owner", "name", "is_before"),
     [
@@ -366,6 +373,7 @@ def test_a_run_that_ends_around_a_removal_goes_on_to_the_same_files(
     assert not list((tmp_path / "run/attempt_1").glob("*_again"))
 
 
+@pytest.mark.full
 def test_a_deleted_result_is_made_again_from_the_start(run: Run, tmp_path: Path) -> None:
     run()
     kept = tmp_path / "run/checkpoint"
@@ -396,6 +404,7 @@ def test_history_reports_a_removed_parent(
     assert run_history(folder / "checkpoint", verify=True, as_json=True) != 0
 
 
+@pytest.mark.full
 def test_keep_stages_keeps_them_and_may_be_changed_on_the_way(run: Run, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         end_after(trained, "_unlink_weights", patch, is_before=False)

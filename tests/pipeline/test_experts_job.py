@@ -48,6 +48,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in sorted(found.items())}
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "experts",
     [
@@ -90,6 +91,7 @@ def test_killed_and_resumed_it_leaves_the_same(tmp_path: Path, experts: Sequence
         assert spawned and set(record["usage"]["new"]) == set(record["names"])
 
 
+@pytest.mark.full
 def test_tasks_and_a_checkpoint_that_is_gone_on_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,12 +123,14 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(
     assert again["experts"]["names"][: summary["experts"]["number"]] == summary["experts"]["names"]
 
 
+@pytest.mark.full
 def test_replayed_rows_are_no_novelty(tmp_path: Path) -> None:
     words = [word for word in PLAIN if word != "forgetting=none"]
     summary = run(tmp_path / "run", tmp_path / "cache", [*words, "forgetting=replay", *DYLORA])
     assert summary["experts"]["number"] >= 1
 
 
+@pytest.mark.full
 def test_what_an_expansion_added_is_part_of_the_frozen_base(tmp_path: Path) -> None:
     words = [word for word in PLAIN if word != "expansion=none"]
     words += ["expansion=width", "pipeline.keep_stages=true", *DYLORA]

@@ -98,6 +98,7 @@ def test_a_base_is_trained_on_text_of_ones_own(run: Run, library: Path, tmp_path
     assert base["old"] == told["old"] and base["seed"] == 0
 
 
+@pytest.mark.full
 def test_a_base_is_found_again_wherever_its_text_lies(
     run: Run, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_base_is_found_again_wherever_its_text_lies(
     assert first["final"] == second["final"]
 
 
+@pytest.mark.full
 def test_named_domains_and_built_in_text(run: Run, library: Path) -> None:
     summary = run(
         *TEXT_MODEL, "data=text", "data.text_field=body", "evaluation.sample_tokens=0",
@@ -122,6 +124,7 @@ def test_named_domains_and_built_in_text(run: Run, library: Path) -> None:
     assert summary["baseline"]["prose"]["n"] > 50
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("family", "words"),
     [
@@ -158,6 +161,7 @@ def test_a_plain_checkpoint(
     assert lineage.training_config["training"]["learning_rate"] == 1e-5
 
 
+@pytest.mark.full
 def test_the_root_has_the_hash_that_expand_gives_it(
     run: Run, library: Path, tmp_path: Path
 ) -> None:
@@ -166,6 +170,7 @@ def test_the_root_has_the_hash_that_expand_gives_it(
     assert lineage_of(tmp_path / "run/baseline").model_hash == grown.lineage.parent_hash
 
 
+@pytest.mark.full
 def test_its_own_tokenizer_and_end_of_text_are_used(
     run: Run, library: Path, tmp_path: Path
 ) -> None:
@@ -204,6 +209,7 @@ def test_a_checkpoint_of_ours_goes_on_in_its_lineage(
     assert not [change for link in chain if link.can_be_checked for change in verify(link)]
 
 
+@pytest.mark.full
 def test_with_the_installations_text(
     run: Run, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +220,7 @@ def test_with_the_installations_text(
     assert summary["domains"] == {"old": ["prose"], "new": ["code"]}
 
 
+@pytest.mark.full
 def test_without_old_text_nothing_is_said_of_retention(
     run: Run, library: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +253,7 @@ def no_end_of_text(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content | {"eos_token_id": None}))
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("damage", "said"),
     [(other_shape, "has shape"), (no_end_of_text, "eos_token")],
@@ -280,6 +288,7 @@ def test_text_that_fills_no_sequence_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run/pretraining").exists()
 
 
+@pytest.mark.full
 def test_a_run_goes_on_without_its_source_but_not_with_other_text(
     run: Run, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,11 +314,12 @@ def _interrupted(*arguments: Any, **options: Any) -> None:
     raise InterruptedError
 
 
+@pytest.mark.full
 def test_without_old_text_the_model_writes_it_once(
     run: Run, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A method that needs old text looks at what the model wrote, also when the run goes on."""
-    from tritter.forgetting import EWC, self_replay
+    from tritter.forgetting import EWC, replay
     from tritter.training import BaseModule, Task
 
     words = [word for word in text_words(library) if not word.startswith("data.old")]
@@ -319,7 +329,7 @@ def test_without_old_text_the_model_writes_it_once(
     words += ["forgetting.ewc.num_sequences=8", "trainer.save_every_n_steps=2"]
     told: list[Task] = []
     times: list[int] = []
-    begin, write = EWC.begin_task, self_replay.write_text
+    begin, write = EWC.begin_task, replay.write_text
 
     def telling(self: EWC, model: torch.nn.Module, task: Task) -> None:
         told.append(task)
@@ -330,7 +340,7 @@ def test_without_old_text_the_model_writes_it_once(
         return write(*args, **kwargs)
 
     monkeypatch.setattr(EWC, "begin_task", telling)
-    monkeypatch.setattr(self_replay, "write_text", counting)
+    monkeypatch.setattr(replay, "write_text", counting)
     whole = run(*words)
     with monkeypatch.context() as patch:
         patch.setattr(BaseModule, "training_step", _dies_at(3, BaseModule.training_step))
@@ -359,6 +369,7 @@ def _dies_at(step: int, training_step: Any) -> Any:
     return stepped
 
 
+@pytest.mark.full
 def test_a_teacher_that_is_named_is_learned_from(run: Run, library: Path, tmp_path: Path) -> None:
     """The model before the expansion by its place: the same bits; one of other words: refused."""
     words = (*TEXT_MODEL, *text_words(library), "expansion=width", "forgetting=distill")

@@ -46,6 +46,7 @@ def _run(folder: Path, place: Path, cache: Path, *words: str) -> dict[str, Any]:
     return json.loads(run_pipeline(config, run_folder=folder).summary_path.read_text())
 
 
+@pytest.mark.full
 def test_a_run_that_is_too_short_leaves_experts_half_open(
     place: Path, cache: Path, tmp_path: Path
 ) -> None:

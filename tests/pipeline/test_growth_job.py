@@ -62,6 +62,7 @@ def test_what_a_run_tells_and_leaves(tmp_path: Path) -> None:
     assert fit["fit"] > 0 and (tmp_path / "run/plots/growth.png").is_file()
 
 
+@pytest.mark.full
 def test_flops_are_those_of_the_shapes_that_each_step_had(tmp_path: Path) -> None:
     """With what is read before and after each event, to see that the function is kept."""
     from tritter.families import forward_flops, training_flops
@@ -75,6 +76,7 @@ def test_flops_are_those_of_the_shapes_that_each_step_had(tmp_path: Path) -> Non
     assert summary["flops"]["fit"] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.full
 def test_a_grown_model_is_exported_and_grows_on(tmp_path: Path, capsys: Any) -> None:
     words = ("growth.trigger=within_layer", "growth.gradient_percentile=94", "forgetting=none")
     summary = run(tmp_path / "first", *OFTEN, *words, "growth.max_new_parameters=150")
@@ -112,6 +114,7 @@ def test_a_grown_model_is_exported_and_grows_on(tmp_path: Path, capsys: Any) -> 
     assert "growth" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_tasks_in_a_row_count_on(tmp_path: Path) -> None:
     (new,) = (word.partition("=")[2] for word in TINY if word.startswith("data.new"))
     other = tmp_path / "other.jsonl"
@@ -127,6 +130,7 @@ def test_tasks_in_a_row_count_on(tmp_path: Path) -> None:
     assert lineage is not None and len(lineage.expansion_history) == 2
 
 
+@pytest.mark.full
 def test_only_the_ffns_are_trained(tmp_path: Path) -> None:
     run(tmp_path / "run", *OFTEN, "growth.freeze_attention=true", "forgetting=none")
     before, after = (load_model(tmp_path / "run" / n) for n in ("baseline", "checkpoint"))
@@ -138,6 +142,7 @@ def test_only_the_ffns_are_trained(tmp_path: Path) -> None:
             assert not torch.equal(parameter, moved[name][tuple(map(slice, parameter.shape))])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["ewc", "si", "l2sp"])
 def test_old_neurons_are_held_and_new_ones_are_free(tmp_path: Path, method: str) -> None:
     """A firm λ holds what is old, through an event, and leaves what is new to the training."""
@@ -158,6 +163,7 @@ def test_old_neurons_are_held_and_new_ones_are_free(tmp_path: Path, method: str)
     assert moved["held"] < 0.9 * moved["free"]
 
 
+@pytest.mark.full
 def test_layers_that_thaw_grow_from_then_on(tmp_path: Path) -> None:
     words = ("forgetting=freeze", "forgetting.freeze.layers=0", "forgetting.freeze.until=3")
     summary = run(tmp_path / "run", *OFTEN, *words)
@@ -165,6 +171,7 @@ def test_layers_that_thaw_grow_from_then_on(tmp_path: Path) -> None:
     assert events == [(2, 1), (4, 0), (4, 1)]
 
 
+@pytest.mark.full
 def test_a_thaw_does_not_train_what_growth_leaves_out(tmp_path: Path) -> None:
     words = ("forgetting=freeze", "forgetting.freeze.layers=0", "forgetting.freeze.until=3")
     run(tmp_path / "run", *OFTEN, *words, "growth.freeze_attention=true")
@@ -173,6 +180,7 @@ def test_a_thaw_does_not_train_what_growth_leaves_out(tmp_path: Path) -> None:
     assert torch.equal(before.get_parameter(name), after.get_parameter(name))
 
 
+@pytest.mark.full
 def test_gradients_of_what_grew_late_are_seen(tmp_path: Path) -> None:
     """However rarely steps are logged."""
     words = ("training.max_steps=28", "growth.trigger=schedule", "growth.at=[21]")

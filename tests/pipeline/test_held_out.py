@@ -149,6 +149,7 @@ WAYS: list[Callable[[Path], list[str]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("seed", [1, 3])
 @pytest.mark.parametrize("way", WAYS)
 def test_whatever_way_a_checkpoint_is_trained_on(
@@ -163,6 +164,7 @@ def test_whatever_way_a_checkpoint_is_trained_on(
     assert not second.learned & second.held_out
 
 
+@pytest.mark.full
 def test_all_that_was_learned_is_old_in_every_generation(
     base: tuple[Path, Path, Fed], tmp_path: Path
 ) -> None:
@@ -209,6 +211,7 @@ def test_text_that_was_learned_is_trained_again_under_its_name(
     assert "notes is trained on again, so it is not old." in said.text.notes
 
 
+@pytest.mark.full
 def test_a_run_that_is_rolled_back_has_learned_nothing(
     base: tuple[Path, Path, Fed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +226,7 @@ def test_a_run_that_is_rolled_back_has_learned_nothing(
     assert (after.domains, after.split) == (before.domains, before.split)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -282,6 +286,7 @@ def by_rank(place: Path) -> Fed:
     return found
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_format_1_goes_on_with_its_split(format_1: Path, tmp_path: Path) -> None:
     before = by_rank(format_1)
     old = [path.read_text() for path in sorted((format_1 / "text/old").iterdir())]

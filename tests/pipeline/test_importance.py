@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.config.launch.composition import load_config
-from tritter.forgetting import EWC, ewc, fisher
+from tritter.forgetting import EWC, ewc, quadratic
 from tritter.pipeline import Outcome, run, run_pipeline
 from tritter.terminal import Console
 from tritter.training import Task
@@ -21,6 +21,7 @@ from tritter.training import Task
 Run = Callable[..., Outcome]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("expansion", ["dus", "width"])
 def test_normalised_importance_of_copies_is_that_of_the_model_that_did_not_grow(
     run_job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expansion: str
@@ -47,6 +48,7 @@ def test_normalised_importance_of_copies_is_that_of_the_model_that_did_not_grow(
     )
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_scoring_and_importances_show_progress_on_a_terminal(
     run_tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
@@ -67,6 +69,7 @@ def state_of(folder: Path) -> dict[str, dict[str, Tensor]]:
     return {kind: dict(LazyTensors(tensors)) for kind, tensors in state.kinds.items()}
 
 
+@pytest.mark.full
 def test_what_one_training_leaves_the_next_takes_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +107,7 @@ def test_what_one_training_leaves_the_next_takes_up(
         assert bool((after["online_fisher"][name] >= kept + latest_fisher[name] - 1e-9).all())
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("method", "estimator"), [("ewc", "empirical"), ("ewc", "true"), ("online_ewc", "empirical")]
 )
@@ -112,7 +116,7 @@ def test_every_fisher_is_taken_on_the_sequences_of_the_first(
 ) -> None:
     """At unmoved weights a later Fisher then equals the first, and their maximum keeps its bits."""
     taken: list[Tensor] = []
-    begin, estimate = EWC.begin_task, fisher.diagonal_fisher
+    begin, estimate = EWC.begin_task, quadratic.diagonal_fisher
 
     def recording(model: nn.Module, sequences: Tensor, **options: Any) -> dict[str, Tensor]:
         taken.append(sequences)
@@ -127,7 +131,7 @@ def test_every_fisher_is_taken_on_the_sequences_of_the_first(
             assert torch.equal(value, first[name]), name
 
     monkeypatch.setattr(EWC, "begin_task", begin_and_look)
-    for module in (ewc, fisher):
+    for module in (ewc, quadratic):
         monkeypatch.setattr(module, "diagonal_fisher", recording)
     keys = {"num_sequences": 16, "refresh_steps": 1, "estimator": estimator}
     options = [f"forgetting.{method}.{key}={value}" for key, value in keys.items()]

@@ -48,6 +48,7 @@ def check(curves: Mapping[str, list[int]], *, is_grown: bool) -> None:
     assert curves["score/old/loss"] == [STEPS]
 
 
+@pytest.mark.full
 def test_tensorboard_has_each_training_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs tritter[tensorboard]")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -76,6 +77,7 @@ def runs_of(mlflow: Any, folder: Path) -> dict[str, Any]:
     return {run.info.run_name: (client, run) for run in runs}
 
 
+@pytest.mark.full
 def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, mlflow: Any) -> None:
     folder = broken_off_and_resumed(tmp_path, "[csv,mlflow]")
     runs = runs_of(mlflow, folder)
@@ -93,6 +95,7 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, mlflow: Any) -> None:
         assert run.data.params["training/max_steps"] == str(STEPS)
 
 
+@pytest.mark.full
 def test_a_run_that_mlflow_does_not_have_any_more_is_a_new_one(tmp_path: Path, mlflow: Any) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

@@ -23,8 +23,7 @@ from tritter.models import load_model
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.importance import task
-from tritter.pipeline.kept import kept_text
+from tritter.pipeline.importance import kept_text, task
 from tritter.pipeline.ledger import Ledger
 from tritter.terminal import Console
 from tritter.training import Task
@@ -116,6 +115,7 @@ def test_a_text_at_hand_stands_for_itself(left: Path) -> None:
     assert not kept_text(context_of(left), Arm("attempt_1", ())).sequences
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("method", ["ewc", "online_ewc"])
 def test_methods_that_need_old_text_take_it(left: Path, other: Path, method: str) -> None:
     words = [word for word in without_text(left, other) if "forgetting" not in word]
@@ -145,6 +145,7 @@ def test_other_lengths_are_refused_where_they_would_be_taken(
         load_config(without_text(left, other, "data.sequence_length=16"))
 
 
+@pytest.mark.full
 def test_it_goes_along_with_an_expansion_and_not_with_an_export(left: Path, tmp_path: Path) -> None:
     grown, plain = tmp_path / "grown", tmp_path / "plain"
     words = ["--checkpoint", str(left / "checkpoint"), "--output"]

@@ -58,6 +58,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     yield names
 
 
+@pytest.mark.full
 def test_attempts_are_what_runs_of_their_own_would_be(
     run_tiny: Run, tmp_path: Path, failing: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

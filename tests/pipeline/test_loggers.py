@@ -63,6 +63,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
     return opened
 
 
+@pytest.mark.full
 def test_one_process_leaves_one_folder_of_each_run_over_the_training_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.models import load_model
 from tritter.moe_routing import DistillationModule
-from tritter.moe_routing.separate import shared_names
+from tritter.moe_routing.stages import shared_names
 from tritter.pipeline import Outcome, run_pipeline, stages
 from tritter.stock_routers import AddedExperts, stock_obstacle
 from tritter.training.module import TaskLoss
@@ -100,6 +100,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("case", ["cloned", *OPTIONS])
 def test_new_experts_are_trained_and_the_base_stays(
     add: Run, cloned: Path, tmp_path: Path, case: str
@@ -135,6 +136,7 @@ def differs(first: Tensor, second: Tensor) -> bool:
     return not torch.equal(first, second)
 
 
+@pytest.mark.full
 def test_new_experts_learn_from_a_teacher_and_the_base_is_unfrozen(
     add: Run, sparse: Path, tmp_path: Path
 ) -> None:
@@ -165,6 +167,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("before", ["adaptation", "training", "evaluation"])
 def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     add: Run, cloned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
@@ -180,6 +183,7 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     assert whole is not None and parts is not None and whole.model_hash == parts.model_hash
 
 
+@pytest.mark.full
 def test_a_run_killed_while_a_teacher_teaches_goes_on_amid_the_stage(
     add: Run, sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +219,7 @@ def test_a_run_killed_while_a_teacher_teaches_goes_on_amid_the_stage(
     assert (attempt / "distill/metrics.csv").is_file() and not (attempt / "distill/saved").exists()
 
 
+@pytest.mark.full
 def test_half_open_experts_are_opened_by_the_next_run(
     add: Run, cache: Path, tmp_path: Path
 ) -> None:

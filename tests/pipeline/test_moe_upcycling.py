@@ -54,6 +54,7 @@ def test_ewc_holds_the_copies_as_it_held_the_ffn(run_job: Run, plain: Path, tmp_
     assert moved(tmp_path, "block_sparse_moe.gate") > 0.5 * moved(plain, "block_sparse_moe.gate")
 
 
+@pytest.mark.full
 def test_without_noise_it_is_held_to_exactness(run_job: Run, tmp_path: Path) -> None:
     options = ("expansion=[llama_pro,moe]", "expansion.moe.noise=0", "forgetting=[l2sp,replay]")
     run_job(tmp_path, *options, "expansion.moe.experts_per_token=1")

@@ -9,10 +9,10 @@ from lightning import Callback
 
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
-from tritter.config.callbacks import metric_names
+from tritter.config.components import metric_names
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import Outcome, run_pipeline
-from tritter.pipeline.schedules import recorded_rate, schedule_of
+from tritter.pipeline.base import recorded_rate, schedule_of
 
 
 def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -55,6 +55,7 @@ class Logged(Callback):
         Path(self.path).write_text(json.dumps(sorted(trainer.callback_metrics)))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("expansion", ["none", "moe"])
 def test_what_can_be_monitored_is_what_is_logged(tmp_path: Path, expansion: str) -> None:
     path = tmp_path / "logged.json"

@@ -15,7 +15,7 @@ from tritter.checkpoint import read_lineage
 from tritter.checkpoint.history import read_chain, verify
 from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.config.launch.composition import load_config
-from tritter.config.rules.forgetting import method_problems
+from tritter.config.rules import method_problems
 from tritter.config.selection import Selected
 from tritter.expand import Change
 from tritter.models import load_model
@@ -57,6 +57,7 @@ def hash_of(folder: Path) -> str:
     return lineage.model_hash
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("case", CASES)
 def test_what_it_leaves_is_taken_up_by_the_next_training(
     tmp_path: Path, cache: Path, case: str
@@ -85,6 +86,7 @@ def test_what_it_leaves_is_taken_up_by_the_next_training(
     assert any(bool((added_up[name] > left[name]).any()) for name in left)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_killed_in_mid_step_it_ends_with_the_same_bits(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
@@ -114,6 +116,7 @@ def test_two_methods_that_prepare_one_kind_are_refused(cache: Path) -> None:
     assert "forgetting = " in told and "more than one of them prepares omega" in told
 
 
+@pytest.mark.full
 def test_what_it_does_not_need_is_not_made(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def test_its_base_is_another_and_a_stream_is_called_as_before(done: Path) -> Non
     assert _recorded_settings(done / "checkpoint", "text")["data.packing"] == "documents"
 
 
+@pytest.mark.full
 def test_what_it_keeps_is_refused_as_a_stream(
     done: Path, run_tiny: Callable[..., Outcome], cache: Path, tmp_path: Path
 ) -> None:

@@ -118,6 +118,7 @@ def test_metrics_and_plots_are_left(default_run: Path) -> None:
     assert plots == ["domains.png", "forgetting.png", "retention_and_gain.png", "training.png"]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("expansion", ["none", "[width,llama_pro]", "[dus,width]"])
 def test_a_list_of_expansions_is_carried_out_in_order(
     run_job: Run, tmp_path: Path, expansion: str
@@ -167,6 +168,7 @@ def summary_vocab(folder: Path) -> int:
     return int(json.loads((folder / "config.json").read_text())["vocab_size"])
 
 
+@pytest.mark.full
 def test_shuffled_labels_are_rolled_back(
     run_job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +248,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("before", ["expansion", "training", "evaluation", "checks", "publish"])
 def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     run_job: Run,
@@ -273,6 +276,7 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     assert first["final"] == second["final"] and first["gate"] == second["gate"]
 
 
+@pytest.mark.full
 def test_new_blocks_only_moves_nothing_else(run_job: Run, tmp_path: Path) -> None:
     words = ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true")
     run_job(tmp_path / "run", *words, "pipeline.keep_stages=true")
@@ -284,6 +288,7 @@ def test_new_blocks_only_moves_nothing_else(run_job: Run, tmp_path: Path) -> Non
     assert {int(name.split(".")[2]) for name in moved} == new_layers
 
 
+@pytest.mark.full
 def test_a_damaged_base_in_the_cache_is_made_again(
     run_tiny: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -310,6 +315,7 @@ def test_a_cache_that_cannot_be_written_is_named(run_tiny: Run, tmp_path: Path) 
         run_tiny(tmp_path / "run", cache_dir=tmp_path / "file" / "cache")
 
 
+@pytest.mark.full
 def test_dus_reports_its_jump(run_job: Run, tmp_path: Path) -> None:
     run_job(tmp_path / "run", "expansion=dus", "training.max_steps=2")
     summary = summary_of(tmp_path / "run")

@@ -126,6 +126,7 @@ def test_rounds_see_new_data_in_an_order_of_their_own(grown: Path) -> None:
     assert first != second
 
 
+@pytest.mark.full
 def test_a_plan_uses_the_methods_that_are_named(run_job: Run, tmp_path: Path) -> None:
     run_job(
         tmp_path / "run",
@@ -139,6 +140,7 @@ def test_a_plan_uses_the_methods_that_are_named(run_job: Run, tmp_path: Path) ->
     assert summary["target"]["reaches_target"]
 
 
+@pytest.mark.full
 def test_max_rounds_stops_before_the_target(run_job: Run, tmp_path: Path) -> None:
     run_job(tmp_path / "run", *GROW, "pipeline.max_rounds=1")
     summary = summary_of(tmp_path / "run")
@@ -160,6 +162,7 @@ def fail_round(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(verdict, "checks", checks)
 
 
+@pytest.mark.full
 def test_a_round_that_is_rolled_back_stops_the_loop(
     run_job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +186,7 @@ def test_a_round_that_is_rolled_back_stops_the_loop(
     assert parent == (tmp_path / "run/round_1/expanded").resolve()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("module", "name", "arm"),
     [

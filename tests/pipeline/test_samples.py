@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.oracle.families import tiny
-from tritter.pipeline.samples import said
+from tritter.pipeline.stages import said
 
 
 @pytest.mark.parametrize("positions", [2, 16, 40])

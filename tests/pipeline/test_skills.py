@@ -13,7 +13,7 @@ from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.data.skills import SKILLS
-from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, run, run_pipeline, stages
 
 JOB = (
@@ -91,6 +91,7 @@ def test_the_gate_asks_for_each_domain_and_each_task(trained: Path) -> None:
     assert "not surely above chance" in tasks["retention", "sorting/accuracy"]["detail"]
 
 
+@pytest.mark.full
 def test_accuracies_are_logged_and_shown(
     trained: Path, run_skills: Job, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +105,7 @@ def test_accuracies_are_logged_and_shown(
     assert "answers    right ones are counted of key_value, identity, sorting" in shown
 
 
+@pytest.mark.full
 def test_a_run_that_was_stopped_between_tasks_ends_alike(
     trained: Path, run_skills: Job, tmp_path: Path
 ) -> None:
@@ -116,6 +118,7 @@ def test_a_run_that_was_stopped_between_tasks_ends_alike(
     assert again["lineage"]["model_hash"] == uninterrupted["lineage"]["model_hash"]
 
 
+@pytest.mark.full
 def test_a_checkpoint_is_asked_the_same_again(
     trained: Path, run_skills: Job, tmp_path: Path
 ) -> None:

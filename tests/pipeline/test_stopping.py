@@ -121,6 +121,7 @@ def status_of(folder: Path) -> dict[str, object]:
     return json.loads((folder / "status.json").read_text())
 
 
+@pytest.mark.quick_cases(1)
 @BOTH
 @pytest.mark.parametrize(
     "step", [5, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 7))], ids=str
@@ -158,6 +159,7 @@ def test_a_second_signal_ends_it_at_once(
     assert result(tmp_path / "run") == result(whole)
 
 
+@pytest.mark.quick_cases(1)
 @BOTH
 @pytest.mark.parametrize("stage", ["baseline", "expansion", "evaluation"])
 def test_any_other_stage_says_that_it_starts_again(
@@ -175,6 +177,7 @@ def test_any_other_stage_says_that_it_starts_again(
     assert (tmp_path / "run/summary.json").exists()
 
 
+@pytest.mark.full
 def test_a_sweep_ends_and_says_how_it_goes_on(run: Run, tmp_path: Path, signal_at: During) -> None:
     words = ("-m", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     with signal_at(SignalAt(3, signal.SIGTERM)):
@@ -186,6 +189,7 @@ def test_a_sweep_ends_and_says_how_it_goes_on(run: Run, tmp_path: Path, signal_a
     assert [status_of(tmp_path / f"sweep/{n}")["status"] for n in (0, 1)] == ["ungated"] * 2
 
 
+@pytest.mark.full
 @pytest.mark.skipif(processes.start_method("cpu") != "fork", reason="spawning takes seconds")
 @pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)], ids=str)
 def test_processes_stop_together_and_go_on(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tritter.config.launch.composition import load_config
-from tritter.pipeline.suggestions import next_commands
+from tritter.pipeline.run import next_commands
 
 FOLDER = Path("outputs/runs/a b")
 

@@ -14,13 +14,12 @@ from tests.pipeline.plug import plug_pulled
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoint import read_lineage
 from tritter.config.launch.composition import load_config
-from tritter.evaluation.paired_scores import PairedScores
-from tritter.evaluation.statistics import relative_harm
+from tritter.evaluation.statistics import PairedScores, relative_harm
 from tritter.pipeline import Outcome, run, run_pipeline, stages
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult
-from tritter.pipeline.loggers import counted_on
+from tritter.pipeline.metrics import counted_on
 
 NEW = FIXTURES / "text/new.jsonl"
 JOB = [word for word in TINY if not word.startswith("data.new=")]
@@ -165,6 +164,7 @@ def test_steps_are_counted_on_in_what_is_logged(trained: Path) -> None:
     ]
 
 
+@pytest.mark.full
 def test_what_came_in_a_later_task_was_trained_from_there_on(
     run_tasks: Run, words: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -176,6 +176,7 @@ def test_what_came_in_a_later_task_was_trained_from_there_on(
     assert steps == [("growth", 18), ("growth", 12), ("growth", 6)]
 
 
+@pytest.mark.full
 def test_a_logger_of_a_later_task_counts_on(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
     assert counted_on(logger, 0) is logger
@@ -187,6 +188,7 @@ def test_a_logger_of_a_later_task_counts_on(tmp_path: Path) -> None:
     assert rows[0]["step"] == "42" and later.save_dir == logger.save_dir
 
 
+@pytest.mark.full
 def test_a_run_that_was_stopped_between_tasks_ends_with_the_same_weights(
     trained: Path, run_tasks: Run, words: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -204,6 +206,7 @@ def test_a_run_that_was_stopped_between_tasks_ends_with_the_same_weights(
     )
 
 
+@pytest.mark.full
 def test_each_task_stops_by_a_named_domain_also_when_gone_on_with(
     run_tasks: Run, code: Path, tmp_path: Path
 ) -> None:
@@ -229,6 +232,7 @@ def test_each_task_stops_by_a_named_domain_also_when_gone_on_with(
     assert all("EarlyStopping" in task["ended_early"] for task in tasks)
 
 
+@pytest.mark.full
 def test_what_is_broken_off_is_followed_by_no_task_and_rolled_back(
     run_tasks: Run, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +254,7 @@ def test_what_is_broken_off_is_followed_by_no_task_and_rolled_back(
     assert not kept.expansion_history
 
 
+@pytest.mark.full
 def test_an_old_domain_that_comes_again_is_kept_until_then(run_tasks: Run, tmp_path: Path) -> None:
     """It is replayed in the tasks before its own, and held against the beginning at the end."""
     old = FIXTURES / "text/old"
@@ -265,6 +270,7 @@ def test_an_old_domain_that_comes_again_is_kept_until_then(run_tasks: Run, tmp_p
     assert kept == {"old", "new"} and outcome.status == "ungated"
 
 
+@pytest.mark.full
 def test_what_a_checkpoint_learned_comes_again_as_a_later_task(
     trained: Path, run_tasks: Run, code: Path, tmp_path: Path
 ) -> None:

@@ -178,6 +178,7 @@ def test_a_flipped_bit_in_a_trained_model_is_not_published(run: Run, trained: Pa
     assert f"{path.parent} is gone: attempt_1.fit is done again" in again.out
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", ["config.json", "tritter.json"])
 def test_an_edited_record_is_told(run: Run, trained: Path, name: str) -> None:
     edits = {
@@ -195,6 +196,7 @@ def test_an_edited_record_is_told(run: Run, trained: Path, name: str) -> None:
     assert run(trained).code == 0
 
 
+@pytest.mark.full
 def test_another_checkpoint_with_a_record_of_its_own_is_told(run: Run, trained: Path) -> None:
     shutil.rmtree(trained / "attempt_1/trained")
     shutil.copytree(trained / "baseline", trained / "attempt_1/trained")
@@ -202,6 +204,7 @@ def test_another_checkpoint_with_a_record_of_its_own_is_told(run: Run, trained: 
     assert ended.code == 1 and "is another checkpoint" in ended.err
 
 
+@pytest.mark.full
 def test_what_is_made_again_leaves_what_follows_as_it_is(run: Run, finished: Path) -> None:
     before = result(finished)
     (finished / "scores/baseline.json").unlink()
@@ -217,6 +220,7 @@ def test_what_is_made_again_leaves_what_follows_as_it_is(run: Run, finished: Pat
     assert "nothing to do" in run(finished).out
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "name", ["checkpoint/model.safetensors", "summary.json", "scores/attempt_1-trained.json"]
 )
@@ -254,6 +258,7 @@ def test_a_damaged_log_is_told_before_the_training_goes_on(run: Run, unfinished:
     assert run(unfinished).code == 0
 
 
+@pytest.mark.full
 def test_a_log_may_go_and_a_damaged_one_is_told(run: Run, trained: Path) -> None:
     log = trained / "attempt_1/metrics.csv"
     before = log.read_text()

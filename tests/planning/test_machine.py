@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from tritter.planning import machine
-from tritter.planning.machine import machine_memory
+from tritter.planning import memory
+from tritter.planning.memory import machine_memory
 
 MB = 2**20
 
 
 @pytest.fixture(autouse=True)
 def _physical(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_physical", lambda: iter([1000 * MB]))
+    monkeypatch.setattr(memory, "_physical", lambda: iter([1000 * MB]))
 
 
 def limited(place: Path, lines: str, **limits: object) -> int | None:
@@ -48,7 +48,7 @@ def test_the_smallest_limit_counts(
 
 def test_without_groups_it_is_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine_memory(process_groups=tmp_path / "none", groups=tmp_path) == 1000 * MB
-    monkeypatch.setattr(machine, "_physical", lambda: iter(()))
+    monkeypatch.setattr(memory, "_physical", lambda: iter(()))
     assert machine_memory(process_groups=tmp_path / "none", groups=tmp_path) is None
 
 

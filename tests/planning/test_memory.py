@@ -117,6 +117,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_autograd_keeps(name: str, precision: str) -> None:

@@ -24,7 +24,7 @@ from tritter.planning import (
     plan_expansion_path,
     plan_growth,
 )
-from tritter.planning.cost import training_flops_per_token
+from tritter.planning.plan import training_flops_per_token
 from tritter.planning.shapes import aspect_ratio
 
 SMALL: Config = tiny_llama().config.to_dict()
@@ -38,6 +38,7 @@ def planned(source: float, target: float, strategy: str, *, hours: float = 1e9) 
     return plan_growth(shape.config, int(target * 1e9), gpu_hours=hours, strategy=strategy)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("source", "target"), PATHS)
 def test_a_plan_reaches_its_target_by_steps_that_follow(
@@ -56,6 +57,7 @@ def test_a_plan_reaches_its_target_by_steps_that_follow(
     assert plan.reached_parameters == plan.steps[-1].target_parameters
 
 
+@pytest.mark.full
 def test_the_specifications_example_takes_three_steps() -> None:
     assert len(planned(3, 10, "balanced").steps) == 3
 
@@ -68,6 +70,7 @@ def test_strategies_do_what_they_are_called() -> None:
     assert turned[0].method == "width" and turned[-1].method == "dus"
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("source", "target"), [(3, 10), (7, 14)])
 def test_balanced_ends_nearer_to_the_presets_proportions(source: float, target: float) -> None:
     def miss(strategy: str) -> float:
@@ -78,6 +81,7 @@ def test_balanced_ends_nearer_to_the_presets_proportions(source: float, target: 
     assert miss("balanced") <= min(miss("depth_first"), miss("width_first")) + 0.15
 
 
+@pytest.mark.full
 @settings(max_examples=15, deadline=None)
 @given(
     growth=st.floats(1.3, 60),
@@ -128,6 +132,7 @@ def test_tokens_and_hours_by_hand() -> None:
     assert per_token / (6 * 10_731_524_096) == pytest.approx(1, abs=0.1)  # the usual 6 N D
 
 
+@pytest.mark.full
 def test_hours_know_windows_and_what_is_frozen() -> None:
     source = {**PRESETS["tritter_7b"].config(), "model_type": "mistral"}
     hours = {}
@@ -151,6 +156,7 @@ def test_hours_know_windows_and_what_is_frozen() -> None:
     assert hours[None, True] / whole == pytest.approx((3 * full - 2 * projections) / (3 * full))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("due", [5, 20])
 def test_growth_pays_from_where_the_curves_cross(due: float) -> None:
     """Of the curves themselves, on a grid; both begin at the source's loss."""
@@ -198,6 +204,7 @@ def test_a_budget_too_small_says_what_it_reaches() -> None:
     assert not any(step.is_affordable for step in nothing.steps)
 
 
+@pytest.mark.full
 def test_auto_takes_the_least_predicted_loss() -> None:
     for source, target in ((3, 10), (7, 14)):
         plan = planned(source, target, "auto", hours=3000)
@@ -206,6 +213,7 @@ def test_auto_takes_the_least_predicted_loss() -> None:
         assert plan.predicted_loss == plan.alternatives[plan.strategy] <= least + 0.002
 
 
+@pytest.mark.full
 def test_losses_fall_and_a_larger_budget_never_predicts_a_larger_one() -> None:
     plan = planned(3, 10, "balanced")
     source = CHINCHILLA.loss(plan.source_parameters, 20 * plan.source_parameters)
@@ -215,6 +223,7 @@ def test_losses_fall_and_a_larger_budget_never_predicts_a_larger_one() -> None:
     assert spent == sorted(spent, reverse=True)
 
 
+@pytest.mark.full
 def test_methods_with_options_of_their_own_keep_them() -> None:
     methods = GrowthMethods(depth=LlamaPro(), width=Width(init="net2net", shares="equal"))
     source = PRESETS["tritter_3b"].config()
@@ -224,6 +233,7 @@ def test_methods_with_options_of_their_own_keep_them() -> None:
     assert specs and all((spec.init, spec.shares) == ("net2net", "equal") for spec in specs)
 
 
+@pytest.mark.full
 def test_the_names_of_the_specification() -> None:
     steps = tritter.plan_expansion_path(3e9, 10e9, 5000.0, "balanced")
     assert steps and all(isinstance(step, tritter.ExpansionStep) for step in steps)

@@ -16,13 +16,16 @@ from tritter.errors import TritterError
 from tritter.pipeline.metrics import wandb_summary
 from tritter.report.comparison import figures
 from tritter.report.drawing import new_figure
-from tritter.report.experts import experts_table, experts_text, page_tables, usage_table
-from tritter.report.experts_plot import (
+from tritter.report.experts import (
     draw_ranks,
     draw_routing,
     draw_similarity,
     draw_usage,
     experts_figure,
+    experts_table,
+    experts_text,
+    page_tables,
+    usage_table,
 )
 from tritter.report.experts_record import ExpertsRecord
 from tritter.report.page import page
@@ -145,6 +148,7 @@ def test_a_picture_has_its_place_where_nothing_was_spawned() -> None:
         FigureCanvasAgg(experts_figure(found, end=END, borders=[32])).draw()
 
 
+@pytest.mark.full
 def test_page_and_plots_have_them_where_there_are_some(summary: dict[str, Any], tmp_path) -> None:  # type: ignore[no-untyped-def]
     made = summary | {"experts": experts()}
     assert "experts.png" in {path.name for path in plot_run(made, None, tmp_path / "a")}
@@ -224,6 +228,7 @@ def test_what_is_no_record_of_experts_is_refused(
         check_summary(summary | replaced(whole, ("experts", *place), value))
 
 
+@pytest.mark.full
 def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
     """Each value in its turn is gone, or of another kind, or out of all bounds."""
     made, shown, refused = experts(), 0, 0

@@ -15,13 +15,16 @@ from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
 from tritter.pipeline.metrics import wandb_summary
 from tritter.report.drawing import MAX_COLUMNS, new_figure
-from tritter.report.growth import MAX_ROWS, growth_table, growth_text, nothing_grew
-from tritter.report.growth_plot import (
+from tritter.report.growth import (
+    MAX_ROWS,
     draw_neurons,
     draw_pressure,
     flops_course,
     growth_figure,
+    growth_table,
+    growth_text,
     mark_growth,
+    nothing_grew,
     parameter_course,
 )
 from tritter.report.growth_record import GrowthRecord
@@ -199,6 +202,7 @@ def test_what_is_no_growth_is_refused(
         check_summary(summary | replaced(whole, ("growth", *place), value))
 
 
+@pytest.mark.full
 def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
     """Each value in its turn is gone, or of another kind, or out of all bounds."""
     made = growth(checks=4, grows_every=2, replaces=True)

@@ -16,8 +16,14 @@ from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
 from tritter.pipeline.metrics import wandb_summary
 from tritter.report.drawing import new_figure
-from tritter.report.matrix import MAX_ROWS, mean_transfers, transfer_rows, transfer_table
-from tritter.report.matrix_plot import draw_matrix, matrix_figure
+from tritter.report.matrix import (
+    MAX_ROWS,
+    draw_matrix,
+    matrix_figure,
+    mean_transfers,
+    transfer_rows,
+    transfer_table,
+)
 from tritter.report.page import page
 from tritter.report.plots import plot_run
 from tritter.report.summary_check import check_summary
@@ -79,6 +85,7 @@ def test_right_answers_have_a_panel_of_their_own() -> None:
     assert matrix_figure(matrix("code")).get_figwidth() < figure.get_figwidth()
 
 
+@pytest.mark.full
 def test_page_and_plots_have_it_where_there_are_tasks(summary: dict[str, Any], tmp_path) -> None:  # type: ignore[no-untyped-def]
     made = summary | {"matrix": matrix("code", "sums")}
     written = {path.name for path in plot_run(made, None, tmp_path)}

@@ -56,6 +56,7 @@ def run_of(summary: dict[str, Any], name: str, seed: int) -> Run:
     )
 
 
+@pytest.mark.full
 def test_nothing_of_an_ungated_run_has_the_colour_of_a_verdict(summary: dict[str, Any]) -> None:
     for run, is_coloured in ((summary, True), (ungated(summary), False)):
         text, _ = page([run_of(run, "run", 0)], title="One")
@@ -104,11 +105,13 @@ def test_text_of_a_run_is_text(summary: dict[str, Any]) -> None:
     assert " ".join(found.words).count(HOSTILE) >= 5
 
 
+@pytest.mark.full
 def test_a_run_that_broke_down_has_a_page(rolled_back: dict[str, Any]) -> None:
     text, _ = page([run_of(rolled_back, "broken", 0)], title="One")
     assert 'class="rolled_back"' in text and "not finite" in text
 
 
+@pytest.mark.full
 def test_tasks_have_a_table(summary: dict[str, Any]) -> None:
     final = summary["final"]
     tasks = [{"domains": [name], "final": final, "steps": 5} for name in ("code", "prose")]
@@ -116,6 +119,7 @@ def test_tasks_have_a_table(summary: dict[str, Any]) -> None:
     assert "loss after each task" in text and "2: prose" in text
 
 
+@pytest.mark.full
 def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, Any]) -> None:
     """Formulas, breaks, and losses that no axis holds: each has a place or is a gap."""
     name = "$\\frac{$\n\x1b[31m\u202e\udc80" + "x" * 5000
@@ -129,6 +133,7 @@ def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, 
     assert all(len(picture) > 2000 for picture in pictures.values())
 
 
+@pytest.mark.full
 def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None:
     many = [Run(str(n), summary, SETTINGS | {"training.learning_rate": n}) for n in range(50)]
     changes = figures(grouped(many))["changes"]
@@ -157,6 +162,7 @@ def test_rounds_are_compared_from_the_base_to_their_end(summary: dict[str, Any])
     assert "loss at the end of each round" in page([run], title="Rounds")[0]
 
 
+@pytest.mark.full
 def test_growth_has_its_map_and_columns_where_some_run_may_grow(
     summary_with_control: dict[str, Any],
 ) -> None:
@@ -184,6 +190,7 @@ def test_growth_has_its_map_and_columns_where_some_run_may_grow(
     assert words.count("- - 532 k") == 1  # the one that was not to grow, by its columns
 
 
+@pytest.mark.full
 def test_of_very_many_events_the_page_has_the_first(summary: dict[str, Any]) -> None:
     made = growth(layers=130, checks=400, grows_every=1)
     text, _ = page([run_of(summary | {"growth": made}, "many", 0)], title="Many")
@@ -194,6 +201,7 @@ def test_of_very_many_events_the_page_has_the_first(summary: dict[str, Any]) -> 
     assert "Growth: nothing grew in 17 checks" in text and "event by event" not in text
 
 
+@pytest.mark.full
 def test_a_name_of_a_growth_is_text(summary: dict[str, Any]) -> None:
     made = growth()
     made["options"]["trigger"] = HOSTILE

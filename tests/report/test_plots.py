@@ -45,6 +45,7 @@ def test_draws_plots_with_something_in_them(summary_with_control, metrics_csv, t
         assert 200 < is_coloured.sum() < 0.2 * is_coloured.size
 
 
+@pytest.mark.full
 def test_plots_depend_on_the_numbers(summary, tmp_path):
     first = plot_run(summary, None, tmp_path / "a")
     summary["attempts"][0]["final"]["prose"]["loss"] = 3.9
@@ -53,6 +54,7 @@ def test_plots_depend_on_the_numbers(summary, tmp_path):
     assert first[1].read_bytes() == second[1].read_bytes(), "the paired changes are the same"
 
 
+@pytest.mark.full
 def test_each_domain_has_its_curve_where_it_was_evaluated_on_the_way(summary, tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("eval/code/loss,eval/prose/loss,step\n3.4,3.1,0\n3.0,3.3,50\n")
@@ -64,6 +66,7 @@ def test_each_domain_has_its_curve_where_it_was_evaluated_on_the_way(summary, tm
     assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.full
 def test_what_was_before_and_beside_a_training_is_in_its_picture(summary, tmp_path):
     """The base's level, the rounds before the last one, the control: each changes the picture."""
     path, pictures = tmp_path / "metrics.csv", []
@@ -103,6 +106,7 @@ def test_curves_are_read_between_the_blanks(metrics_csv):
     assert len(curves["train/loss"].steps) == 60 and curves["train/loss"].values[0] == 4.0
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "content", [None, "", HEADER, HEADER + "0,,,,\n", "step,train/loss\n5,nan\n"]
 )
@@ -135,6 +139,7 @@ def test_many_domains_each_get_a_panel(summary, tmp_path):
     assert wide.shape[1] > narrow.shape[1]
 
 
+@pytest.mark.full
 def test_growth_has_its_picture_and_is_marked_in_that_of_forgetting(summary, tmp_path):
     path = tmp_path / "metrics.csv"
     header = "step,eval/code/loss,growth/flops\n"

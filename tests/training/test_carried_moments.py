@@ -62,6 +62,7 @@ def transplanted(
 CASES = [("llama", name, is_tied) for name in SPECS for is_tied in (False, True)]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("family", "name", "tied"), [*CASES, ("phi3", "both", False), ("olmo2", "net2net", False)]
 )
@@ -131,6 +132,7 @@ def test_another_optimizer_is_refused() -> None:
         moments_by_name(sgd, model, live_layout(model))
 
 
+@pytest.mark.full
 def test_state_on_files_follows_as_on_a_live_optimizer(tmp_path: Path) -> None:
     specs = [Width(init="net2net"), LlamaPro()]
     with oracle.float64_casts():

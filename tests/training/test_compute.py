@@ -18,9 +18,9 @@ from tritter.moe_routing import (
     only_trainable,
     separate_experts,
 )
-from tritter.moe_routing.opening import Unfreezing
+from tritter.moe_routing.stages import Unfreezing
 from tritter.training import BaseModule, OptimizerSettings, Schedule
-from tritter.training.compute import trained_tensors
+from tritter.training.parameters import trained_tensors
 
 LENGTH = 16
 HELD = RoutingSettings(auxiliary_loss=0.01, z_loss=1e-3, hold_old=1.0)

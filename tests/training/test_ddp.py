@@ -32,7 +32,7 @@ from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.datamodule import EvaluationText
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.forgetting import EWC, L2SP, SI, Distill, Freeze, Replay
-from tritter.forgetting.fisher import diagonal_fisher
+from tritter.forgetting.quadratic import diagonal_fisher
 from tritter.targets import NamedTarget
 from tritter.training import (
     BaseModule,
@@ -190,6 +190,7 @@ def weights(model: nn.Module) -> str:
     return digest([*model.parameters()])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("methods", METHODS)
 def test_two_processes_give_the_weights_of_one(tmp_path: Path, methods: str) -> None:
     rows = Rows()
@@ -218,6 +219,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path, methods: str) -> 
                 torch.testing.assert_close(other.get(name), tensors.get(name), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.full
 def test_ranks_agree_bit_for_bit_on_different_rows(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path / "ranks")
     model, _ = train(tmp_path / "run", TWO, ranks, dropout=0.2)
@@ -238,6 +240,7 @@ def test_the_comparison_would_find_ranks_that_drift(tmp_path: Path) -> None:
     assert agree[:2] == [True, True] and not any(agree[2:])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kills", [(7,), (10, 12)], ids=str)
 def test_bitwise_as_if_never_killed(tmp_path: Path, kills: tuple[int, ...]) -> None:
     whole, expected = train(tmp_path / "whole", TWO, dropout=0.2)
@@ -252,6 +255,7 @@ def test_bitwise_as_if_never_killed(tmp_path: Path, kills: tuple[int, ...]) -> N
     assert losses[0] == losses[1]
 
 
+@pytest.mark.full
 def test_the_random_state_of_each_rank_counts(tmp_path: Path) -> None:
     """The negative control: with the other rank's state a resumed run ends elsewhere."""
     whole, _ = train(tmp_path / "whole", TWO, dropout=0.2)
@@ -265,6 +269,7 @@ def test_the_random_state_of_each_rank_counts(tmp_path: Path) -> None:
     assert weights(parts) != weights(whole)
 
 
+@pytest.mark.full
 def test_a_killed_process_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
     whole, _ = train(tmp_path / "whole", TWO)
     with pytest.raises(TritterError, match=r"training process 1 .*SIGKILL"):
@@ -321,6 +326,7 @@ def _is_running(process_id: int) -> bool:
     return state != "Z"  # whoever adopts it may not have looked yet
 
 
+@pytest.mark.full
 def test_another_number_of_processes_is_refused_in_our_words(tmp_path: Path) -> None:
     train(tmp_path, TWO)
     with pytest.raises(TritterError, match=r"^trainer\.devices = 1: .* of 2 processes"):
@@ -329,6 +335,7 @@ def test_another_number_of_processes_is_refused_in_our_words(tmp_path: Path) -> 
         train(tmp_path, replace(TWO, devices=4))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("bad", [range(3, 5), range(2, STEPS)], ids=["two", "all from 2"])
 def test_a_step_that_one_rank_refuses_no_rank_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: range

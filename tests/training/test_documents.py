@@ -24,8 +24,8 @@ from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import sequence_losses
 from tritter.families import training_flops
 from tritter.forgetting import SI, Distill, Replay
-from tritter.forgetting.fisher import diagonal_fisher
-from tritter.forgetting.writing import _Draw, _texts
+from tritter.forgetting.quadratic import diagonal_fisher
+from tritter.forgetting.replay import _Draw, _texts
 from tritter.models import config_of
 from tritter.moe_routing.objective import OldRouting, RoutingObjective, RoutingSettings
 from tritter.training import (
@@ -294,6 +294,7 @@ def test_tokens_lengths_and_flops_are_those_of_documents(tmp_path: Path) -> None
     assert float(logged["performance/padding_fraction"]) == pytest.approx(last / (8 * 16))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(processes.start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     one, expected = train(tmp_path / "one", ONE)

@@ -13,7 +13,7 @@ from tests.training import test_moments as moments
 from tests.training.test_moments import BATCHES
 from tests.training.test_their_callbacks import ADAMW, killed, same_weights, train
 from tritter.config.launch.composition import load_config
-from tritter.config.rules.moments import carry_problems
+from tritter.config.rules import carry_problems
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
 from tritter.training import OptimizerSettings

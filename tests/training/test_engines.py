@@ -27,9 +27,9 @@ from tritter.training import (
     OptimizerSettings,
     Schedule,
     TrainerSettings,
-    compiled,
     fit,
 )
+from tritter.training import module as training_module
 
 PLAIN = replace(SETTINGS, save_every_n_steps=3)
 _AGAIN: dict[str, Any] = {"activation_checkpointing": True}
@@ -47,7 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         made.append(len(inputs))
         return graph.forward
 
-    monkeypatch.setattr(compiled, "BACKEND", backend)
+    monkeypatch.setattr(training_module, "BACKEND", backend)
     torch.compiler.reset()
     yield made
     torch.compiler.reset()
@@ -153,6 +153,7 @@ def test_routers_compute_their_activations_again(tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+@pytest.mark.full
 def test_a_compiled_step_gives_the_same_weights(tmp_path: Path, calls: list[int]) -> None:
     plain, _ = train(tmp_path / "plain", PLAIN)
     one, _ = train(tmp_path / "one", COMPILED)
@@ -189,7 +190,7 @@ def test_compiled_code_passes_over_hooks_that_came_later(
     tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: unless the model itself computes, growth sees no tokens."""
-    monkeypatch.setattr(compiled.CompiledModel, "__setattr__", _never_watched)
+    monkeypatch.setattr(training_module.CompiledModel, "__setattr__", _never_watched)
     seen: list[int] = []
     looks = Looking.looks
     monkeypatch.setattr(Looking, "looks", lambda one: seen.append(len(looks(one))) or looks(one))

@@ -87,6 +87,7 @@ def test_same_seed_same_weights(tmp_path: Path) -> None:
         assert torch.equal(parameter, second.model.get_parameter(name)), name
 
 
+@pytest.mark.full
 def test_what_layers_drop_out_follows_from_the_seed(tmp_path: Path) -> None:
     """Whatever torch's own generator was used for before; stock GPT-2 drops out a tenth."""
     found = []

@@ -98,6 +98,7 @@ def distance(first: nn.Module, second: nn.Module) -> float:
 BATCHES = SEQUENCES[:36].view(12, 3, 16)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen2_moe"])
 def test_two_trainings_with_carried_moments_are_one_of_a_bare_adamw(
     tmp_path: Path, family: str
@@ -174,6 +175,7 @@ def _disk_name(model: nn.Module, logical: str) -> str:
     return name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "spec"),
     [("llama", LlamaPro()), ("mixtral", MoeAdd(num_experts=2, init="clone"))],
@@ -203,6 +205,7 @@ def test_what_is_new_begins_anew_with_steps_of_its_own(
         assert left.step == 9 and not left.other_steps
 
 
+@pytest.mark.full
 def test_steps_of_its_own_follow_the_next_expansion(tmp_path: Path) -> None:
     source = _with_moments(tmp_path, tiny("llama"))
     grown = expand(source, tmp_path / "grown", [LlamaPro()])
@@ -244,6 +247,7 @@ def test_experts_that_stand_apart_have_moments_of_their_own(tmp_path: Path) -> N
     assert not torch.equal(left.kinds["exp_avg"].get(one), state.kinds["exp_avg"].get(one))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kill_at", [2, 5])
 def test_a_killed_training_goes_on_with_them_bit_by_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int

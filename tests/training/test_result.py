@@ -32,6 +32,7 @@ class Refused:
         raise self.error
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_full_disk_is_told_and_the_training_goes_on(
     tmp_path: Path, settings: TrainerSettings
@@ -45,6 +46,7 @@ def test_a_full_disk_is_told_and_the_training_goes_on(
     assert weights(parts) == weights(whole)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("error", [RequestError("data.new = x: gone"), TritterError("a\nb: c")])
 def test_an_error_of_ours_keeps_its_kind_and_its_text(
@@ -81,6 +83,7 @@ class Grows(Callback):
         norm.weight = nn.Parameter(torch.cat([norm.weight.detach(), torch.ones(2)]))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_parameter_that_is_new_arrives(tmp_path: Path, settings: TrainerSettings) -> None:
     written = Written(tmp_path / "written")
@@ -111,12 +114,14 @@ class SeenBy(Callback):
         self.path.with_name(f"seen by {trainer.global_rank}").write_text(str(seen))
 
 
+@pytest.mark.full
 def test_no_rank_goes_on_before_the_result_is_written(tmp_path: Path) -> None:
     path = tmp_path / "result"
     train(tmp_path / "run", TWO, SeenBy(path), write_result=Slow(path))
     assert [(tmp_path / f"seen by {rank}").read_text() for rank in (0, 1)] == ["True"] * 2
 
 
+@pytest.mark.full
 def test_nothing_of_the_weights_comes_back(tmp_path: Path) -> None:
     one, _ = train(tmp_path / "one", ONE, write_result=Slow(tmp_path / "a"))
     two, result = train(tmp_path / "two", TWO, write_result=Slow(tmp_path / "b"))

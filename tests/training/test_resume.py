@@ -19,7 +19,7 @@ from tests.training.test_fit import SETTINGS, task
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import TritterError
 from tritter.forgetting import EWC, L2SP, SI, Distill, Freeze, OnlineEWC, Replay
-from tritter.forgetting.fisher import diagonal_fisher
+from tritter.forgetting.quadratic import diagonal_fisher
 from tritter.training import (
     BaseModule,
     FitResult,
@@ -112,6 +112,7 @@ def train(
     return model, result
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     "kills",
@@ -136,6 +137,7 @@ def test_bitwise_as_if_never_killed(
     assert losses[0] == losses[1] and losses[0][0][0] == "2"  # steps that are finished
 
 
+@pytest.mark.full
 def test_without_saved_state_it_starts_again_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def test_a_saved_state_holds_no_pickle(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(content["callbacks"]) >= {"ForgettingCallback", "RandomState", "FiniteGuard"}
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("damage", ["truncated", "newer", "empty"])
 def test_a_damaged_saved_state_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
@@ -199,6 +202,7 @@ def test_codec_keeps_what_it_is_given() -> None:
         encode({"where": [0, {1}]}, {}, place="it")
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_after_the_last_step_and_before_the_result_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

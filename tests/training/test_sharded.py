@@ -110,6 +110,7 @@ _ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "engine", ["plain", pytest.param("accumulated and recomputed", marks=pytest.mark.slow)]
 )
@@ -131,6 +132,7 @@ def test_parts_in_two_processes_give_the_weights_of_one(tmp_path: Path, engine: 
         assert values[0] and values[1] == pytest.approx(values[0], rel=1e-5), name
 
 
+@pytest.mark.full
 def test_layers_are_found_whatever_their_class_calls_them(tmp_path: Path) -> None:
     still = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     models = [tiny("gpt2", tie_word_embeddings=True, **still) for _ in range(2)]
@@ -155,6 +157,7 @@ class Skip(Callback):
             batch["input_ids"][1] = batch["input_ids"][0]
 
 
+@pytest.mark.full
 def test_bitwise_as_if_never_killed(tmp_path: Path) -> None:
     whole, expected = train(tmp_path / "whole", SHARED, dropout=0.2)
     with pytest.raises(Exception, match="Killed: killed"):

@@ -190,6 +190,7 @@ def stopped_and_expanded(
     return train(folder / "disk", model=model, settings=settings, steps=steps)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
 def test_bits_are_those_of_stopping_expanding_on_disk_and_going_on(
     tmp_path: Path, specs: list[ExpansionSpec]
@@ -202,6 +203,7 @@ def test_bits_are_those_of_stopping_expanding_on_disk_and_going_on(
     assert_same_end(tmp_path / "live", tmp_path / "disk")
 
 
+@pytest.mark.full
 @needs_fork
 def test_bits_are_the_same_on_two_processes(tmp_path: Path) -> None:
     train(tmp_path / "live", Grow(), settings=TWO)
@@ -221,6 +223,7 @@ def test_bits_are_the_same_after_a_hundred_steps(tmp_path: Path, settings: Train
     assert_same_end(tmp_path / "live", tmp_path / "disk")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kill_at", [AT + 1, AT + 3])
 def test_bits_are_the_same_when_killed_after_it(tmp_path: Path, kill_at: int) -> None:
     settings = replace(ONE, save_every_n_steps=2)
@@ -238,6 +241,7 @@ def test_bits_are_the_same_when_killed_after_it(tmp_path: Path, kill_at: int) ->
     assert [entry["step"] for entry in parts.journal] == [AT]
 
 
+@pytest.mark.full
 @needs_fork
 def test_bits_are_the_same_when_one_of_two_processes_is_killed_after_it(tmp_path: Path) -> None:
     settings = replace(TWO, save_every_n_steps=2)
@@ -248,6 +252,7 @@ def test_bits_are_the_same_when_one_of_two_processes_is_killed_after_it(tmp_path
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.full
 def test_moments_that_are_not_mapped_end_elsewhere(tmp_path: Path) -> None:
     """The negative control of the proof."""
     train(tmp_path / "live", Grow(policy="zero"))
@@ -321,6 +326,7 @@ def test_what_each_weight_did_is_recorded_through_a_change(tmp_path: Path) -> No
     assert left[name][rows:].count_nonzero() and not torch.equal(left[name], after[name])
 
 
+@pytest.mark.full
 def test_averages_follow_by_the_rule_of_weights_and_through_a_resume(tmp_path: Path) -> None:
     class Averages(EMAWeightAveraging):
         """Notes the averages around the change."""
@@ -378,6 +384,7 @@ class OneLayer(Grow):
             surgery.apply(trainer, pl_module, change, reason="one layer")
 
 
+@pytest.mark.full
 def test_one_layer_alone_gets_wider_and_a_killed_training_goes_on_with_it(tmp_path: Path) -> None:
     settings = replace(ONE, save_every_n_steps=2)
     whole = train(tmp_path / "whole", OneLayer(), settings=settings)
@@ -440,6 +447,7 @@ class Double(Grow):
             assert hasattr(held, "gain") == (trainer.global_step == self.at)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kill_at", [AT + 1, AT + 3])
 def test_declared_parameters_are_changed_added_and_removed(tmp_path: Path, kill_at: int) -> None:
     settings = replace(ONE, save_every_n_steps=1)
@@ -467,6 +475,7 @@ class Wrong(Callback):
         setattr(self, "on_train_batch_end" if hook == "twice" else hook, ask)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("hook", "specs", "reason"),
     [
@@ -514,6 +523,7 @@ def test_between_two_batches_of_a_step_nothing_changes() -> None:
     assert watching.refused == 2 and len(module.journal) == 2
 
 
+@pytest.mark.full
 @needs_fork
 def test_processes_that_disagree_are_told(tmp_path: Path) -> None:
     with pytest.raises(TritterError, match="disagree on how the model is to change"):

@@ -175,6 +175,7 @@ def test_gathered_gradients_are_one_step_of_a_larger_batch(tmp_path: Path) -> No
     assert (result.steps, result.num_tokens) == (1, GATHERED * 4 * 16)
 
 
+@pytest.mark.full
 @DEVICES
 def test_gathered_gradients_resume_bit_for_bit(tmp_path: Path, devices: int) -> None:
     whole, expected = train(tmp_path / "whole", gathered=GATHERED, devices=devices)
@@ -198,6 +199,7 @@ def test_tokens_and_flops_are_those_of_all_batches(tmp_path: Path) -> None:
     assert gathered.flops == GATHERED * plain.flops
 
 
+@pytest.mark.full
 @DEVICES
 def test_an_early_end_is_at_the_end_of_a_step_and_is_not_trained_on_from(
     tmp_path: Path, devices: int
@@ -243,6 +245,7 @@ def test_two_whose_states_nothing_tells_apart_are_refused(tmp_path: Path) -> Non
     assert train(tmp_path, one, named)[1].steps == STEPS
 
 
+@pytest.mark.full
 @DEVICES
 def test_checkpoints_lie_below_the_training_as_if_never_killed(
     tmp_path: Path, devices: int
@@ -277,6 +280,7 @@ def test_checkpoints_lie_below_the_training_as_if_never_killed(
     }
 
 
+@pytest.mark.full
 @DEVICES
 @pytest.mark.parametrize("last", [7, STEPS], ids=["between", "after the last step"])
 def test_averaged_weights_are_as_if_never_killed(tmp_path: Path, devices: int, last: int) -> None:

@@ -15,7 +15,7 @@ from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import document_losses
 from tritter.targets import NamedTarget
 from tritter.training import TrainerSettings, processes, read_metrics
-from tritter.training.before import losses_before
+from tritter.training.trainer import losses_before
 
 pytestmark = pytest.mark.skipif(
     processes.start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
@@ -52,6 +52,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {n: [(int(r["step"]), float(r[n])) for r in rows if r.get(n)] for n in NAMES}
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("settings", [ONE, TWO], ids=["one", "two"])
 def test_the_weights_are_those_of_a_training_without(tmp_path: Path, settings) -> None:  # type: ignore[no-untyped-def]
     without, _ = train(tmp_path / "without", settings, dropout=0.2)
@@ -62,6 +63,7 @@ def test_the_weights_are_those_of_a_training_without(tmp_path: Path, settings) -
     assert result.evaluation_flops > 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kill_at", [3, 7, 13])
 def test_a_killed_training_has_the_same_curves_and_weights(tmp_path: Path, kill_at: int) -> None:
     whole, expected = train(tmp_path / "whole", ONE, dropout=0.2, evaluation=text())
@@ -74,6 +76,7 @@ def test_a_killed_training_has_the_same_curves_and_weights(tmp_path: Path, kill_
     assert replace(result, seconds=0.0) == replace(expected, seconds=0.0)
 
 
+@pytest.mark.full
 def test_the_last_evaluation_is_what_scoring_the_same_text_says(tmp_path: Path) -> None:
     model, _ = train(tmp_path / "one", ONE, evaluation=text())
     train(tmp_path / "two", TWO, evaluation=text(batch_size=3))
@@ -88,6 +91,7 @@ def test_the_last_evaluation_is_what_scoring_the_same_text_says(tmp_path: Path) 
         assert two == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("settings", [ONE, TWO], ids=["one", "two"])
 def test_what_is_said_before_is_what_the_first_step_says(tmp_path: Path, settings) -> None:  # type: ignore[no-untyped-def]
     """In bits with one process; of two each adds up its part."""
@@ -117,6 +121,7 @@ class Watch(Callback):
         assert pl_module.training and all(module.training for module in pl_module.modules())
 
 
+@pytest.mark.full
 def test_callbacks_meet_lightnings_own_loop(tmp_path: Path) -> None:
     watch = Watch()
     train(tmp_path, ONE, watch, evaluation=text())
@@ -126,6 +131,7 @@ def test_callbacks_meet_lightnings_own_loop(tmp_path: Path) -> None:
     assert losses == pytest.approx([loss for _, loss in logged])
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kill_at", [None, 8])
 @pytest.mark.parametrize("settings", [ONE, TWO], ids=["one", "two"])
 def test_early_stopping_goes_by_what_is_evaluated(
@@ -161,6 +167,7 @@ def test_the_part_is_drawn_by_its_seed_and_no_larger_than_asked() -> None:
     assert text(1).lengths  # one window is always taken
 
 
+@pytest.mark.full
 def test_the_row_of_a_step_has_rate_and_gradient_norm(tmp_path: Path) -> None:
     train(tmp_path, ONE)
     rows = [row for row in read_metrics(tmp_path) if row.get("train/loss")]

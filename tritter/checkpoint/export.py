@@ -32,9 +32,8 @@ from tritter.families import (
 )
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import merkle_hash
-from tritter.storage.padding import padded
 from tritter.storage.tensors import is_finite
-from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
+from tritter.storage.writer import TensorEntry, TensorStream, padded, write_tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,10 @@ from tritter.families import Config, ffn_sizes, on_disk, padded_shapes
 from tritter.storage.atomic import atomic_folder, link_or_copy, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
 from tritter.storage.links import check_links
-from tritter.storage.padding import padded
 from tritter.storage.reading import read_json
 from tritter.storage.records import LINEAGE_NAME, record_text
 from tritter.storage.tensors import INDEX_NAME, TensorFolder
-from tritter.storage.writer import TensorStream, write_tensors
+from tritter.storage.writer import TensorStream, padded, write_tensors
 
 CARD_NAME = "README.md"
 HEADER_MARK = "#header"

@@ -14,9 +14,8 @@ from tritter.errors import RequestError, TritterError
 from tritter.families import Config, Family, StoredTensor, family_of, match, padded_shapes
 from tritter.storage.hashing import DigestQueue, bounded_digest
 from tritter.storage.links import check_inside
-from tritter.storage.padding import stripped
 from tritter.storage.tensors import TensorFolder
-from tritter.storage.writer import TensorEntry, TensorStream
+from tritter.storage.writer import TensorEntry, TensorStream, stripped
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,7 @@ from tritter.errors import Problem, RequestError, TritterError, did_you_mean
 from tritter.families import Config, check_config, family_of
 from tritter.families.config_file import no_config, with_silent
 from tritter.storage.links import check_links
-from tritter.storage.names import named_path
-from tritter.storage.reading import read_object
+from tritter.storage.reading import named_path, read_object
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -16,13 +16,12 @@ from tritter.cli.report_file import FORMATS, ReportFile, mark
 from tritter.cli.run_folders import find_runs, metric_rows, read_runs
 from tritter.config.run_folder import SUMMARY_FILE
 from tritter.errors import Problem, RequestError, TritterError
-from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline.scoring import MAX_SCORE_BYTES, score_file
-from tritter.report.bounds import LARGEST
 from tritter.report.compared import Compared, Comparison, Scores, letter
 from tritter.report.page import page
 from tritter.report.page_table import PageTable
-from tritter.report.rows import ACCURACY, last_attempt, score_of
+from tritter.report.rows import ACCURACY, LARGEST, last_attempt, score_of
 from tritter.report.runs import Run
 from tritter.storage.reading import read_object
 from tritter.storage.records import LINEAGE_NAME

@@ -15,7 +15,7 @@ from tritter.config.schema import DatasetsConfig, RunConfig, TextDataConfig, Tex
 from tritter.config.text_files import place_of, read_sources
 from tritter.data.dataset_name import dataset_names
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
-from tritter.storage.names import named_path
+from tritter.storage.reading import named_path
 
 # Keys that options set, by the names under which a person gave them.
 _OPTION_OF_KEY = {

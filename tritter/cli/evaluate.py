@@ -28,7 +28,7 @@ from tritter.evaluation.benchmarks.hub import score_from_hub
 from tritter.evaluation.benchmarks.records import Benchmark
 from tritter.evaluation.benchmarks.table import benchmarks_of
 from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
-from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import PairedScores
 from tritter.experts.whole import load_whole
 from tritter.families import family_of, position_limit
 from tritter.models import load_tokenizer, read_config
@@ -41,7 +41,7 @@ from tritter.pipeline.evaluate import (
     sequence_length,
 )
 from tritter.storage.hub import locate
-from tritter.storage.names import named_path
+from tritter.storage.reading import named_path
 from tritter.terminal import Console
 
 

@@ -13,7 +13,7 @@ from tritter.config.recipe import Recipe, read_recipe
 from tritter.errors import Problem, RequestError, TritterError, raise_problems, show
 from tritter.expansion import ExpansionSpec
 from tritter.storage.hashing import DigestQueue
-from tritter.storage.names import named_path
+from tritter.storage.reading import named_path
 from tritter.storage.tensors import TensorFolder
 
 

@@ -33,7 +33,7 @@ from tritter.models import read_config
 from tritter.report.wording import count_text, si_text
 from tritter.stock_routers import AddedExperts, stock_obstacle
 from tritter.storage.hub import locate
-from tritter.storage.names import named_path
+from tritter.storage.reading import named_path
 from tritter.storage.tensors import WEIGHT_DTYPES
 
 if TYPE_CHECKING:

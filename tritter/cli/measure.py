@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tritter.checkpoint import record_step0_error
 from tritter.errors import TritterError
-from tritter.evaluation.folder_jump import folder_jump
 from tritter.evaluation.gate import EXACT_JUMP
+from tritter.evaluation.jump import folder_jump
 from tritter.evaluation.validation import rounded_jump
 from tritter.expand import Expanded
 from tritter.families import Config, family_of

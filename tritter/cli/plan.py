@@ -34,8 +34,7 @@ from tritter.planning import (
     plan_growth,
 )
 from tritter.planning.guide import size_guide
-from tritter.planning.plan import LAW_RESOLUTION, SMALL_MODEL_BEATEN_FROM
-from tritter.planning.scaling_law import SMALLEST_MODEL
+from tritter.planning.plan import LAW_RESOLUTION, SMALL_MODEL_BEATEN_FROM, SMALLEST_MODEL
 from tritter.report.wording import count_text, si_text
 from tritter.terminal import Console
 

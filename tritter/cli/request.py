@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 from tritter.cli.method_options import method_bodies, method_options
 from tritter.cli.values import spelled
-from tritter.config.reading import Reader
-from tritter.config.selection import Selected, method_class, read_methods
+from tritter.config.selection import Reader, Selected, method_class, read_methods
 from tritter.errors import (
     Problem,
     RequestError,

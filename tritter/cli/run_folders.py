@@ -13,7 +13,7 @@ from typing import Any
 from tritter.checkpoint.history import read_chain
 from tritter.cli.history import made_by, steps_after
 from tritter.cli.output import short
-from tritter.config.program import resume_command
+from tritter.config.overrides import resume_command
 from tritter.config.run_folder import RUN_FILE, SUMMARY_FILE
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.options import leaves

@@ -12,7 +12,7 @@ from tritter.config.launch.flags import flag_of
 from tritter.config.suggestions import flag_advice
 from tritter.errors import RequestError, did_you_mean
 from tritter.loading import loading
-from tritter.storage.names import named_path
+from tritter.storage.reading import named_path
 from tritter.terminal import say
 
 if TYPE_CHECKING:

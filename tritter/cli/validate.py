@@ -15,10 +15,9 @@ from tritter.config.text_files import named_after, read_sources
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.evaluation.gate import Check
 from tritter.families.config_file import no_config
-from tritter.pipeline.validate import Side, validate
-from tritter.pipeline.validation_text import ValidationText
+from tritter.pipeline.validate import Side, ValidationText, validate
 from tritter.storage.hub import locate
-from tritter.storage.names import named_path
+from tritter.storage.reading import named_path
 
 _STYLES = {"passed": "green", "failed": "bold red", "undecided": "yellow", "not_asked": "dim"}
 

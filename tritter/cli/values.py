@@ -7,7 +7,7 @@ import typer
 from tritter.config.counts import BYTE_UNITS, COUNT_UNITS, parse_count
 from tritter.errors import RequestError, brief
 from tritter.limits import MAX_BYTES, MAX_PARAMETERS
-from tritter.storage.names import named_path
+from tritter.storage.reading import named_path
 
 _MAX_FLOPS = 10**24  # a second, of one device
 

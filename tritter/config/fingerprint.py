@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from tritter.config.components import WITHOUT_EFFECT as NO_EFFECT
 from tritter.config.schema import SECTIONS, RunConfig
-from tritter.config.trainer_arguments import WITHOUT_EFFECT as NO_EFFECT
 from tritter.data.skills import PREFIX
 from tritter.errors import show
 from tritter.options import leaves

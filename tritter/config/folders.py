@@ -127,12 +127,18 @@ def option_files() -> Options:
     Raises:
         RequestError: two folders have the same option; names both.
     """
-    return _options_in(option_folders().values())
+    folders = tuple(option_folders().values())
+    return shipped_options() if folders == (config_folder(),) else _options_in(folders)
 
 
 def shipped_options() -> Options:
     """Return the options that are part of Tritter, sorted."""
-    return _options_in([config_folder()])
+    return _shipped_options(config_folder())
+
+
+@cache
+def _shipped_options(folder: Path) -> Options:
+    return _options_in([folder])
 
 
 def _options_in(folders: Iterable[Path]) -> Options:

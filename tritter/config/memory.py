@@ -11,9 +11,9 @@ from itertools import accumulate, islice
 from typing import Literal
 
 from tritter.checkpoint.usable import checkpoint_config
-from tritter.config.optimizers import kept_per_parameter
-from tritter.config.rounds import planned_rounds
-from tritter.config.rules.freezing import num_frozen
+from tritter.config.components import kept_per_parameter
+from tritter.config.ladder import planned_rounds
+from tritter.config.rules import num_frozen
 from tritter.config.schema import ModelConfig, RunConfig
 from tritter.config.selection import Selected
 from tritter.errors import Problem, RequestError
@@ -21,7 +21,7 @@ from tritter.expansion import target_config
 from tritter.families import Config, family_of
 from tritter.families.presets import PRESETS
 from tritter.planning import TrainingSetup, training_memory
-from tritter.planning.machine import machine_memory
+from tritter.planning.memory import machine_memory
 
 _FLOAT32 = 4
 _PATH_COPIES = 4  # ω, the weights at the start and before a step, its gradients

@@ -17,13 +17,12 @@ from pydantic import Field
 from tritter.config.counts import BYTE_UNITS, COUNT_UNITS, parse_count
 from tritter.config.folders import body_of, option_files
 from tritter.config.lined_yaml import LinedYaml, Place, read_lined_yaml
-from tritter.config.reading import Reader
-from tritter.config.selection import method_class, method_keys, method_names, read_methods
+from tritter.config.selection import Reader, method_class, method_keys, method_names, read_methods
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.expansion import ExpansionSpec
 from tritter.limits import MAX_BYTES, MAX_PARAMETERS
 from tritter.options import options, read_options
-from tritter.storage.names import named_path
+from tritter.storage.reading import named_path
 from tritter.targets import TARGET
 
 _STEPS = "steps"

@@ -15,15 +15,14 @@ from tritter.checkpoint.left import digests_of, find_damage, read_left
 from tritter.checkpoint.place import is_within
 from tritter.config.fingerprint import describe_changes, fingerprint
 from tritter.config.folders import CONFIG_NAME, Front, composing_from, front
-from tritter.config.program import command, program_words, resume_command
+from tritter.config.overrides import command, program_words, resume_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean
 from tritter.options import options, read_options
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.links import check_tree
 from tritter.storage.lock import LOCK_NAME
-from tritter.storage.names import named_path
-from tritter.storage.reading import read_object
+from tritter.storage.reading import named_path, read_object
 from tritter.storage.records import read_record, record_text
 
 FORMAT_VERSION = 2  # 2: overrides, what was left, a digest of the whole

@@ -4,7 +4,7 @@ The defaults live in `conf/`, nowhere else; a field's type says what a value may
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from tritter.config.counts import parse_count
-from tritter.config.evaluation_config import EvaluationConfig
-from tritter.config.gate_config import GateConfig
 from tritter.limits import (
     MAX_COUNT,
     MAX_LAYERS,
@@ -23,11 +21,56 @@ from tritter.limits import (
     MAX_WIDTH,
 )
 from tritter.options import Count, Text, WholeNumber, join, options
-from tritter.targets import NamedTarget
+from tritter.targets import TARGET, NamedTarget, dotted, identity
+
+
+@options
+class EvaluationConfig:
+    """How domains are scored and sampled, and which benchmarks are asked besides.
+
+    Args:
+        every_n_steps: of the training, between two evaluations; 0: none. A number once validated:
+            None is a tenth of the training.
+        task_questions: of each domain that generated skills teach; 0: none.
+        tasks: benchmarks, and groups of them.
+        tasks_path: folder with their files, absolute once validated; None: the hub.
+        task_limit: so many questions of each; None: all.
+        allow_code: benchmarks whose answers are programs, which may be run.
+        code_sandbox: Tritter's own, or a command of the user's.
+        code_sandbox_command: reads a program on its standard input.
+    """
+
+    max_tokens_per_document: Annotated[int, Field(ge=2, le=MAX_COUNT)]
+    batch_size: Count
+    sample_tokens: WholeNumber
+    every_n_steps: WholeNumber | None
+    task_questions: Annotated[int, Field(ge=0, le=MAX_COUNT)]
+    tasks: list[str]
+    tasks_path: Text | None
+    task_limit: Count | None
+    allow_code: list[str]
+    code_sandbox: Literal["namespaces", "external"]
+    code_sandbox_command: Text | None
+
+
+@options
+class GateConfig:
+    """When a grown model is kept, and what is tried after it was not.
+
+    Args:
+        ladder: by name; None: nothing is.
+        max_attempts: the first counts; None: one, and one for each rung of the ladder.
+    """
+
+    enabled: bool
+    strict: bool
+    retention: Annotated[float, Field(ge=0)]
+    confidence: Annotated[float, Field(gt=0.5, le=0.999)]
+    ladder: Text | None = None
+    max_attempts: Count | None = None
+
 
 if TYPE_CHECKING:
-    from tritter.config.experts_config import ExpertsConfig
-    from tritter.config.growth_config import GrowthConfig
     from tritter.config.run_text import RunText
     from tritter.config.selection import Selected
     from tritter.expansion import ExpansionSpec
@@ -465,3 +508,68 @@ _REPLAYED = {
 REPLAYED_KEYS = frozenset(
     join(place, key) for place in _REPLAYED for key in _REPLAYED[place].split()
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """The LoRA experts of a run.
+
+    Args:
+        kind: the class of the method; `options` what is asked of it.
+    """
+
+    kind: Any
+    options: Any
+
+    @property
+    def name(self) -> str:
+        return str(self.kind.name)
+
+    @property
+    def is_dynamic(self) -> bool:
+        return bool(self.kind.is_dynamic)
+
+    def made(self) -> Any:
+        """Return the method."""
+        return self.kind(self.options)
+
+    def plain(self) -> dict[str, Any]:
+        """Return what determines it, as plain values."""
+        values = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
+        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {"name": self.name, **listed, **identity(self.kind)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowthConfig:
+    """How neurons grow in a run.
+
+    Args:
+        kind: the class of the method; `options` what is asked of it.
+        parts: key (`trigger`, `initialiser`) → a record that does its work.
+    """
+
+    kind: Any
+    options: Any
+    parts: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Its trigger and its initialiser, as reports name it."""
+        parts = (self.plain()[key] for key in ("trigger", "initialiser"))
+        return "+".join(p if isinstance(p, str) else p[TARGET].rpartition(".")[2] for p in parts)
+
+    def made(self) -> Any:
+        """Return the method."""
+        return self.kind(self.options, **self.parts)
+
+    def plain(self) -> dict[str, Any]:
+        """Return what determines it, as plain values: of classes from outside their files, too."""
+        values = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()
+        }
+        for key, part in self.parts.items():
+            outside = identity(type(part))
+            if outside or not isinstance(values[key], str):
+                values[key] = {TARGET: dotted(type(part)), **asdict(part), **outside}
+        return values | identity(self.kind)

@@ -6,10 +6,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import ClassVar, Literal
 
 from tritter.checkpoint.learned import told_apart
 from tritter.config.schema import DataConfig, NamedTextConfig, TextDataConfig, TextSources
-from tritter.config.skills import SkillsDataConfig
 from tritter.data.built_in import built_in_path, is_built_in
 from tritter.data.contents import TextRequest
 from tritter.data.dataset_name import PREFIX, check_place, parse_name
@@ -17,6 +17,7 @@ from tritter.data.finding import find_texts
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.skills import SKILLS, skill_path
 from tritter.errors import Problem, RequestError, nearest
+from tritter.options import Text, options
 
 Place = Callable[[str, str], str]  # key and word as typed → what is kept of it
 
@@ -267,3 +268,19 @@ def _absolute(key: str, path: str) -> str:
         return str(place.parent.resolve() / place.name if is_name else place.resolve())
     except (OSError, ValueError, RuntimeError) as error:
         raise RequestError(Problem(key, path, reason=f"that is no path ({error})")) from error
+
+
+@options
+class SkillsDataConfig(NamedTextConfig):
+    """Generated skills, beside any other text; each word that is named is a domain of its own.
+
+    Args:
+        old: None: what the checkpoint learned; of a new base `base_domains`.
+        new: `new_domain` where neither it nor `tasks` is named.
+        text_field: of records.
+    """
+
+    base_domains: ClassVar[tuple[str, ...]] = ("stdlib:prose",)
+    new_domain: ClassVar[str] = "arithmetic"
+    source: Literal["skills"]
+    text_field: Text

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import torch
 
-from tritter.evaluation.estimate import Estimate, finite_or_none
 from tritter.evaluation.jump import Jump
-from tritter.evaluation.paired_scores import PairedScores
 from tritter.evaluation.statistics import (
+    Estimate,
+    PairedScores,
     above_chance,
     carrying_items,
     drop_in_points,
+    finite_or_none,
     relative_harm,
 )
 

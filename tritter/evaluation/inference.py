@@ -1,6 +1,6 @@
 """Look at a model without changing it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,3 +30,65 @@ def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter (a model without parameters is on the CPU)."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def prompt_in_words(
+    token_ids: Sequence[int],
+    decode: Callable[[list[int]], str],
+    *,
+    skipped_tokens: int,
+    max_tokens: int,
+) -> list[int]:
+    """Return tokens from within a document that begin and end with whole words.
+
+    Args:
+        decode: of the tokenizer.
+        skipped_tokens: where it begins at the earliest; of a short document its half.
+        max_tokens: how many it is at most.
+    """
+    begins = _word_starts(token_ids, decode)
+    first = min(skipped_tokens, len(token_ids) // 2)
+    start = next((at for at in begins if at >= first), first)
+    stop = max((at for at in begins if start < at <= start + max_tokens), default=start)
+    if stop == start or start + max_tokens >= len(token_ids):
+        stop = min(start + max_tokens, len(token_ids))
+    return list(token_ids[start:stop])
+
+
+def _word_starts(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[int]:
+    """Return the places of tokens before which a word ends: they begin with white space."""
+    starts = []
+    for at in range(1, len(token_ids)):
+        pair, first = decode(list(token_ids[at - 1 : at + 1])), decode([token_ids[at - 1]])
+        # Together, because some tokenizers drop the space of a text's first token
+        if pair.startswith(first) and pair[len(first) :][:1].isspace():
+            starts.append(at)
+    return starts
+
+
+def sample_text(
+    model: nn.Module,
+    *,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    end_of_text_id: int,
+) -> list[int]:
+    """Continue a prompt greedily and return the new tokens only, without end-of-text.
+
+    The whole prefix is read again for each token: no cache whose layout differs between families,
+    and a sample is short.
+
+    Args:
+        prompt_ids: read after an end-of-text, as every document is in training; may be empty.
+    """
+    prefix = [end_of_text_id, *prompt_ids]
+    new: list[int] = []
+    with evaluating(model) as device:
+        for _ in range(max_new_tokens):
+            input_ids = torch.tensor([prefix + new], device=device)
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            token = int(logits[0, -1].argmax())
+            if token == end_of_text_id:
+                break
+            new.append(token)
+    return new

@@ -1,13 +1,16 @@
 """How far a model's function moved when it was expanded."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tritter.errors import TritterError
-from tritter.evaluation.estimate import finite_or_none
 from tritter.evaluation.inference import evaluating
+from tritter.evaluation.statistics import finite_or_none
+from tritter.streamed import StreamedModel, blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +50,115 @@ def logit_jump(before_model: nn.Module, after_model: nn.Module, input_ids: Tenso
 def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     with evaluating(model) as device, torch.autocast(device.type, enabled=False):
         return model(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
+
+
+# How far a model's function moved when it was expanded, of models of any size.
+#
+# The weights stay on disk (`tritter.streamed`): one layer after the other is run, then logits are
+# compared for a part of the vocabulary at a time.
+#
+# Shapes: B sequences, T tokens, V part of the vocabulary, H hidden size.
+
+_ROUNDING = 1e-4  # of the largest hidden state, far above float32's
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FolderJump:
+    """A jump, and where it comes from.
+
+    Args:
+        states: the kept hidden states of both models, before the first layer and behind each.
+    """
+
+    jump: Jump
+    states: tuple[Sequence[Tensor], Sequence[Tensor]]
+
+    def parting(self, layer_sources: Sequence[int]) -> str:
+        """Name the place of the result at which hidden states leave what the source computes.
+
+        Args:
+            layer_sources: of each layer of the result, the layer that it copies.
+        """
+        layer = _parted_layer(*self.states, layer_sources)
+        if layer is None:
+            return "the final norm or the head"
+        return "the embedding" if layer < 0 else f"layer {layer}"
+
+
+def folder_jump(
+    before: Path, after: Path, input_ids: Tensor, *, progress: Progress | None = None
+) -> FolderJump:
+    """Compare the models of two folders on the same tokens, in float32.
+
+    Args:
+        input_ids: int64 [B, T].
+        progress: called with bytes used so far and how many will be.
+
+    Raises:
+        TritterError: one can't be built or is damaged, or the two have different vocabularies.
+    """
+    used = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal used
+        used += num_bytes
+        if progress is not None:
+            progress(used, total)
+
+    models = [StreamedModel(folder, input_ids, on_read=count) for folder in (before, after)]
+    total = sum(model.num_bytes for model in models)
+    sizes = [model.vocab_size for model in models]
+    if sizes[0] != sizes[1]:
+        raise TritterError(
+            f"evaluation: vocabularies of {sizes[0]} tokens before and {sizes[1]} after the "
+            "expansion cannot be compared; the vocabulary must stay"
+        )
+    step = min(model.rows_of_a_block for model in models)
+    largest, moments = torch.zeros(()), torch.zeros(3, dtype=torch.float64)
+    for rows in blocks(slice(0, sizes[0]), step):
+        old_BTV, new_BTV = (model.logits(rows) for model in models)
+        largest = torch.maximum(largest, (new_BTV - old_BTV).abs().max())  # keeps NaN
+        moments += _moments(old_BTV)
+    jump = Jump(float(largest), float(largest.double() / _deviation(moments)))
+    return FolderJump(jump, (models[0].states, models[1].states))
+
+
+def _moments(values: Tensor) -> Tensor:
+    """Return number, sum and sum of squares, float64 [3]."""
+    wide = values.double()
+    return torch.stack([torch.tensor(wide.numel()).double(), wide.sum(), wide.square().sum()])
+
+
+def _deviation(moments: Tensor) -> Tensor:
+    """Return the standard deviation, as `Tensor.std` has it."""
+    number, total, squares = moments
+    return ((squares - total**2 / number).clamp(min=0) / (number - 1)).sqrt()
+
+
+def _parted_layer(
+    before: Sequence[Tensor], after: Sequence[Tensor], layer_sources: Sequence[int]
+) -> int | None:
+    """Return the first layer of the result whose output is not one of the source; -1: its input.
+
+    A copy of the layer that is due does its work or, where there are more copies of it, may leave
+    it to the next one; any other layer adds nothing. A wider stream begins with the old one.
+    """
+    if not _are_same(before[0], after[0]):
+        return -1
+    done = 0  # layers of the source whose work is done
+    for layer, source in enumerate(layer_sources):
+        output = after[layer + 1]
+        if source == done and _are_same(before[done + 1], output):
+            done += 1
+            continue
+        is_due = source == done and source not in layer_sources[layer + 1 :]
+        if is_due or not _are_same(before[done], output):
+            return layer
+    return None
+
+
+def _are_same(old: Tensor, new: Tensor) -> bool:
+    moved = (new[..., : old.shape[-1]] - old).abs().max()
+    return bool(moved <= _ROUNDING * old.abs().max())

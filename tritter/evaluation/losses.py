@@ -14,7 +14,7 @@ from tritter.data.tokens import TokenisedDocuments
 from tritter.data.windows import IGNORED, window_batches, window_tensors, windows_of
 from tritter.errors import TritterError
 from tritter.evaluation.inference import evaluating
-from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import PairedScores
 
 
 def document_losses(

@@ -1,14 +1,251 @@
 """Paired comparison of two models on the same items: how much worse the second one is."""
 
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tritter.errors import TritterError
-from tritter.evaluation.bootstrap import NUM_RESAMPLES
-from tritter.evaluation.estimate import Estimate, bounded_ratio, ratio_of_sums
-from tritter.evaluation.paired_scores import PairedScores
+
+FORMAT_VERSION = 2
+Unit = Literal["nats", "accuracy"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairedScores:
+    """What one model scored on the items of one domain or task.
+
+    Attributes:
+        identifiers: one per item, a document or a question; two records pair up when these agree.
+        values: float64 [n], summed over an item: nats of a document, right answers to a question.
+        weights: name → int64 [n], positive: what a sum of values is divided by. Losses have
+            `tokens` and `bytes`, accuracies `answers`.
+        unit: `nats`, where less is better, or `accuracy`, where more is.
+        chance: accuracy of guessing; 0 for losses.
+    """
+
+    identifiers: tuple[str, ...]
+    values: Tensor
+    weights: Mapping[str, Tensor]
+    unit: Unit
+    chance: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.identifiers)
+
+    @property
+    def per(self) -> str:
+        """The weight that changes are said per: losses per byte outlive another tokenizer."""
+        return "bytes" if self.unit == "nats" else "answers"
+
+    @property
+    def above_chance(self) -> Tensor:
+        """Return the values without what guessing reaches, float64 [n]."""
+        return self.values - self.chance * self.weights[self.per]
+
+    def mean(self) -> float:
+        """Return nats per token, or the part of right answers: the number that people know."""
+        return self._mean("tokens" if self.unit == "nats" else "answers")[0]
+
+    def record(self) -> dict[str, float | int | None]:
+        """Return the record of summary.json; what is not finite becomes None."""
+        if self.unit == "accuracy":
+            accuracy, error = self._mean("answers")
+            return {"accuracy": accuracy, "standard_error": finite_or_none(error), "n": len(self)}
+        loss, error = self._mean("tokens")
+        loss_per_byte, error_per_byte = self._mean("bytes")
+        return {
+            "loss": finite_or_none(loss),
+            "loss_per_byte": finite_or_none(loss_per_byte),
+            "standard_error": finite_or_none(error),
+            "loss_per_byte_standard_error": finite_or_none(error_per_byte),
+            "n": len(self),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain record that JSON can hold."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "identifiers": list(self.identifiers),
+            "values": self.values.tolist(),
+            "weights": {name: weight.tolist() for name, weight in self.weights.items()},
+            "unit": self.unit,
+            "chance": self.chance,
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "PairedScores":
+        """Read what `to_dict` wrote, or the document losses of format 1.
+
+        Raises:
+            TritterError: the record has another format version, or is none.
+        """
+        if not isinstance(record, dict):
+            raise TritterError("scores are no record. Score the model again.")
+        version = record.get("format_version")
+        if version not in (1, FORMAT_VERSION):
+            raise TritterError(
+                f"scores have format_version={version!r}; this program reads up to "
+                f"{FORMAT_VERSION}. Score the model again."
+            )
+        try:
+            read = cls._read(_from_format_1(record) if version == 1 else record)
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TritterError(f"scores are damaged ({error!r}).") from error
+        columns = (read.values, *read.weights.values())
+        if any(column.shape != (len(read),) for column in columns):
+            raise TritterError("scores are damaged: as many numbers as items belong.")
+        return read
+
+    @classmethod
+    def _read(cls, record: Mapping[str, Any]) -> "PairedScores":
+        if record["unit"] not in get_args(Unit):
+            raise ValueError(f"unit {record['unit']!r}")
+        names = ("tokens", "bytes") if record["unit"] == "nats" else ("answers",)
+        return cls(
+            identifiers=tuple(str(name) for name in record["identifiers"]),
+            values=torch.tensor(record["values"], dtype=torch.float64),
+            weights={
+                name: torch.tensor(record["weights"][name], dtype=torch.int64) for name in names
+            },
+            unit=record["unit"],
+            chance=float(record["chance"]),
+        )
+
+    def _mean(self, weight: str) -> tuple[float, float]:
+        """Return a mean and its standard error, clustered by item."""
+        ratio = ratio_of_sums(self.values, self.weights[weight].double())
+        return ratio.value, ratio.standard_error
+
+
+def _from_format_1(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return document losses as they are written today."""
+    return {
+        "identifiers": record["identifiers"],
+        "values": record["nats"],
+        "weights": {"tokens": record["num_tokens"], "bytes": record["num_bytes"]},
+        "unit": "nats",
+        "chance": 0.0,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A ratio of sums, its standard error and the number of independent documents behind it."""
+
+    value: float
+    standard_error: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Estimate:
+    """A value with bounds.
+
+    Attributes:
+        value: what was measured.
+        standard_error: of the value.
+        n: independent documents behind it.
+        errors: float64 [R], sorted: errors in units of their own standard error that samples like
+            this one make, or their quantiles. Empty where nothing is known of them.
+    """
+
+    value: float
+    standard_error: float
+    n: int
+    errors: Tensor
+
+    def upper(self, confidence: float) -> float:
+        """Return the one-sided upper bound: the truth lies below it with this confidence.
+
+        Args:
+            confidence: from 0.5; above R / (R + 1) no bound is known.
+        """
+        return self.value + self._margin(-self.errors.flip(0), confidence)
+
+    def lower(self, confidence: float) -> float:
+        """Return the one-sided lower bound: the truth lies above it with this confidence."""
+        return self.value - self._margin(self.errors, confidence)
+
+    def documents_to_decide(
+        self, bound: float, confidence: float, power: float = 0.8
+    ) -> int | None:
+        """Return how many documents like these would settle on which side of `bound` the truth is.
+
+        Assumes that the value stays where it is, that the error falls with the root of n, and that
+        what the bound is wider than a normal one, in standard errors, does so too: it is skewness.
+
+        Returns:
+            The total number of documents, or None when no number is known to be enough.
+        """
+        distance = abs(self.value - bound)
+        is_below = self.value < bound
+        margin = (self.upper if is_below else self.lower)(confidence) - self.value
+        if not math.isfinite(margin) or distance == 0:
+            return None
+        z, root = NormalDist().inv_cdf(confidence), math.sqrt(self.n)
+        deviation = self.standard_error * root
+        excess = max(0.0, abs(margin) - z * self.standard_error) * root
+        # distance · x² = (z(confidence) + z(power)) · deviation · x + excess · root, with x = √n
+        linear = (z + NormalDist().inv_cdf(power)) * deviation
+        x = (linear + math.sqrt(linear**2 + 4 * distance * excess * root)) / (2 * distance)
+        return max(2, math.ceil(x**2))
+
+    def _margin(self, errors: Tensor, confidence: float) -> float:
+        """Return how far the bound lies from the value, for sorted errors towards the value."""
+        if self.standard_error == 0:
+            return 0.0
+        rank = math.ceil(confidence * (len(errors) + 1))
+        if not len(errors) or rank > len(errors):
+            return math.inf
+        return max(0.0, self.standard_error * float(errors[rank - 1]))
+
+
+def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Ratio:
+    """Return Σ numerator / Σ denominator over independent documents.
+
+    The standard error is the linearised (Taylor) one of survey sampling (Cochran, Sampling
+    Techniques, 6.4), each document one cluster, with the residual of a document divided by
+    1 - its share of the denominator: this is the delete-one jackknife, and it keeps the error
+    honest when a few long documents dominate.
+
+    Args:
+        numerators: float64 [n], one sum per document.
+        denominators: float64 [n], positive.
+    """
+    n = len(numerators)
+    total = denominators.sum()
+    value = numerators.sum() / total
+    if n < 2:
+        return Ratio(float(value), math.inf, n=n)
+    leverage = denominators / total
+    residuals = (numerators - value * denominators) / total / (1 - leverage)
+    # n - 1 over n is the jackknife's factor; the leverage already undid the lost degree of freedom.
+    variance = residuals.square().sum() * (n - 1) / n
+    return Ratio(float(value), float(torch.sqrt(variance)), n=n)
+
+
+def bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
+    """Return `ratio_of_sums` with the errors that resamples of the documents make.
+
+    Args:
+        numerators, denominators: as there.
+    """
+    ratio = ratio_of_sums(numerators, denominators)
+    if ratio.n < 2:
+        errors = torch.empty(0, dtype=torch.float64)
+    else:
+        errors = studentised_errors(numerators, denominators)
+    return Estimate(ratio.value, ratio.standard_error, n=ratio.n, errors=errors)
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number that JSON can hold: None for what is missing, infinite or not a number."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def relative_harm(before: PairedScores, after: PairedScores) -> Estimate:
@@ -147,3 +384,85 @@ def _check_paired(before: PairedScores, after: PairedScores) -> None:
             f"evaluation: {before.identifiers[index]!r} has {int(old[index])} {before.per} before "
             f"and {int(new[index])} after; both must score the same"
         )
+
+
+# The studentised bootstrap of a ratio of sums (bootstrap-t; Efron 1979, Hall 1988).
+#
+# How far a ratio lies from the truth, in units of its own standard error, is learned from
+# resamples of the documents. Where a few documents carry the change, that distribution is far
+# from Student's t, whose bounds promise too much there.
+#
+# R resamples · n documents
+
+NUM_RESAMPLES = 1999
+# One seed for every gate: the same scores have the same bounds
+_SEED = 20261120
+_MOST_DRAWS_AT_ONCE = 2_000_000
+# A variance below this part of its terms is what rounding left of zero
+_ROUNDING = 1e-12
+
+
+def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
+    """Return (ratio of a resample − ratio) / standard error of the resample, sorted.
+
+    The standard error is that of `ratio_of_sums`, with the leverages of the documents at hand. The
+    result does not depend on the order of the documents, nor on the units of either sum.
+
+    Args:
+        numerators: float64 [..., n], n ≥ 2.
+        denominators: float64 [..., n], positive.
+
+    Returns:
+        float64 [..., NUM_RESAMPLES]. Infinite where a resample moved although its documents agree
+        with each other: nothing is known of such an error.
+    """
+    numerators, denominators = _in_order(numerators, denominators)
+    total = denominators.sum(dim=-1, keepdim=True)
+    shares = denominators / total
+    residuals = numerators / total - shares * (numerators.sum(dim=-1, keepdim=True) / total)
+    weights = (1 - shares).square().reciprocal()
+    columns_nK = torch.stack(
+        [
+            residuals,
+            shares,
+            weights * residuals.square(),
+            weights * residuals * shares,
+            weights * shares.square(),
+        ],
+        dim=-1,
+    )
+    n = shares.shape[-1]
+    sums = [torch.tensordot(counts, columns_nK, dims=([1], [-2])) for counts in _resamples(n)]
+    sums_RK = torch.cat(sums).movedim(0, -2)
+    return _errors(sums_RK, n=n).sort(dim=-1).values
+
+
+def _errors(sums_RK: Tensor, *, n: int) -> Tensor:
+    """Return the studentised error of each resample; unsorted [..., R]."""
+    residual, share, squares, products, shares = sums_RK.unbind(dim=-1)
+    moved = residual / share
+    # Σ w (e − moved · b)² over the resample, multiplied out
+    terms = squares + moved.square() * shares
+    spread = terms - 2 * moved * products
+    spread = torch.where(spread > _ROUNDING * terms, spread, 0.0)
+    standard_error = (spread * (n - 1) / n).sqrt() / share
+    return torch.where(moved == 0, 0.0, moved / standard_error)
+
+
+def _in_order(numerators: Tensor, denominators: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort by numerator, and by denominator where that is equal."""
+    for is_last in (False, True):
+        order = (numerators if is_last else denominators).argsort(dim=-1, stable=True)
+        numerators, denominators = numerators.gather(-1, order), denominators.gather(-1, order)
+    return numerators, denominators
+
+
+def _resamples(n: int) -> Iterator[Tensor]:
+    """Yield how often each resample holds each document, float64 [some resamples, n]."""
+    generator = torch.Generator().manual_seed(_SEED)
+    at_once = max(1, _MOST_DRAWS_AT_ONCE // n)
+    for start in range(0, NUM_RESAMPLES, at_once):
+        rows = min(at_once, NUM_RESAMPLES - start)
+        drawn = torch.randint(n, (rows, n), generator=generator)
+        drawn += n * torch.arange(rows).unsqueeze(1)
+        yield torch.bincount(drawn.flatten(), minlength=rows * n).view(rows, n).double()

@@ -22,7 +22,7 @@ from tritter.data.questions import Question
 from tritter.data.windows import IGNORED
 from tritter.errors import TritterError
 from tritter.evaluation.inference import evaluating
-from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import PairedScores
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,16 +1,15 @@
 """Expansion carried out: source folder → maps → destination folder, or on a live model."""
 
-from tritter.expand.change import Change, declared
+from tritter.expand.change import Change, PlannedExpansion, declared
 from tritter.expand.folder import (
     Expanded,
     expand,
     plan_expansion,
     planned,
     room_for,
+    state_stream,
 )
-from tritter.expand.planned import PlannedExpansion
 from tritter.expand.room import Room, check_room, free_bytes, size_text
-from tritter.expand.state import state_stream
 
 __all__ = [
     "Change",

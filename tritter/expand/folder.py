@@ -21,12 +21,11 @@ from tritter.checkpoint.expert_files import refuse_experts
 from tritter.checkpoint.folder import Artifact
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.place import check_output, check_replaceable
-from tritter.checkpoint.state import read_state
+from tritter.checkpoint.state import State, read_state, write_state
 from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES, TokenizerFiles
 from tritter.errors import RequestError
-from tritter.expand.planned import PlannedExpansion
+from tritter.expand.change import PlannedExpansion
 from tritter.expand.room import Room, check_room, in_flight_bytes
-from tritter.expand.state import MappedState, state_streams
 from tritter.expansion import (
     ExpansionSpec,
     ResolvedExpansion,
@@ -39,20 +38,20 @@ from tritter.families import (
     LayoutKind,
     StoredTensor,
     count_parameters,
+    family_of,
     layout,
     padded_shapes,
 )
 from tritter.loadable import check_loadable
 from tritter.models import read_config
 from tritter.parameter_map import TensorMap
-from tritter.parameter_map.carry import Policy
+from tritter.parameter_map.carry import Policy, StateKind, followed, has_state
 from tritter.parameter_map.rows import WeightReader
 from tritter.stock_routers import AddedExperts
 from tritter.storage.hashing import file_digest, merkle_hash
-from tritter.storage.names import named_path
-from tritter.storage.padding import padded
-from tritter.storage.tensors import is_finite
-from tritter.storage.writer import Pieces, TensorEntry, TensorStream
+from tritter.storage.reading import named_path
+from tritter.storage.tensors import TensorFolder, is_finite
+from tritter.storage.writer import Pieces, TensorEntry, TensorStream, padded
 
 Progress = Callable[[int, int], None]
 
@@ -343,3 +342,72 @@ def _record(step: ResolvedExpansion, *, seed: int) -> ExpansionRecord:
         map_digest=step.parameter_map.digest(),
         claims_exact=step.spec.is_exact,
     )
+
+
+def state_stream(
+    plan: PlannedExpansion, rule: StateKind, tensors: TensorFolder, *, moments: Policy = "carry"
+) -> TensorStream:
+    """Return one kind of state of the expanded model, by name on disk; absent what starts anew."""
+    source_family, family = family_of(plan.config), family_of(plan.target_config)
+    disk_names = {t.name: t.disk_name for t in source_family.logical_tensors(plan.config)}
+    held = {name: on_disk for name, on_disk in disk_names.items() if on_disk in tensors.headers}
+    maps = plan.parameter_map.tensors
+    targets = [
+        t
+        for t in family.logical_tensors(plan.target_config)
+        if has_state(maps[t.name], rule, held.__contains__, policy=moments)
+    ]
+    entries = tuple(
+        TensorEntry(
+            t.disk_name,
+            tensors.torch_dtype(held[maps[t.name].origin or ""]),
+            family.shape(t, plan.target_config),
+        )
+        for t in targets
+    )
+
+    def read(name: str) -> Tensor:
+        return tensors.get(held[name])
+
+    values = ((t.disk_name, followed(maps[t.name], rule, read, policy=moments)) for t in targets)
+    return TensorStream(entries, values)
+
+
+def state_streams(
+    plan: PlannedExpansion, state: State, *, moments: Policy = "carry"
+) -> dict[str, TensorStream]:
+    """Return all kinds of a state, of the expanded model."""
+    return {
+        kind: state_stream(plan, state.rules[kind], held, moments=moments)
+        for kind, held in state.kinds.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class MappedState:
+    """State that follows an expansion, tensor by tensor."""
+
+    plan: PlannedExpansion
+    state: State
+    moments: Policy
+    max_shard_bytes: int
+
+    def write(self, folder: Path) -> None:
+        state = self.state
+        write_state(
+            folder,
+            state_streams(self.plan, state, moments=self.moments),
+            step=state.step,
+            other_steps=_carried_steps(self.plan, state),
+            rules=state.rules,
+            max_shard_bytes=self.max_shard_bytes,
+        )
+
+
+def _carried_steps(plan: PlannedExpansion, state: State) -> dict[str, int]:
+    """Return the steps of parameters that are not those of most, by name on disk."""
+    names = {t.name: t.disk_name for t in family_of(plan.config).logical_tensors(plan.config)}
+    targets = family_of(plan.target_config).logical_tensors(plan.target_config)
+    maps = plan.parameter_map.tensors
+    origins = {t.disk_name: names.get(maps[t.name].origin or "", "") for t in targets}
+    return {n: state.other_steps[o] for n, o in origins.items() if o in state.other_steps}

@@ -22,8 +22,7 @@ from tritter.expansion import (
     checked_specs,
     composed,
 )
-from tritter.expansion.head_maps import copied_sources, split_shares
-from tritter.expansion.heads import Strategy
+from tritter.expansion.heads import Strategy, copied_sources, split_shares
 from tritter.expansion.width import Init, Shares
 from tritter.families import Config, family_of, layout, match, unpack_all
 from tritter.models import config_of, model_with_tensors

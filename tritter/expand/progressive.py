@@ -12,7 +12,7 @@ from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.families import Config
 from tritter.models import read_config
 from tritter.storage.hashing import merkle_hash
-from tritter.storage.names import named_path
+from tritter.storage.reading import named_path
 from tritter.storage.tensors import TensorFolder
 
 

@@ -1,29 +1,23 @@
 """Depth: layers copied into new places.
 
-A depth expansion is a rule of `tritter.expansion.layers` and a choice: what further copies of a
+A depth expansion is a rule of `tritter.expansion.depth` and a choice: what further copies of a
 layer begin as. As they are, they change the function; as identities, which write zeros to the
 residual stream, they keep it.
 """
 
+import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from tritter.errors import RequestError
-from tritter.expansion.layers import (
-    block_insertion_sources,
-    depth_upscale_sources,
-    interpolation_sources,
-    repeated_layers,
-    stack_sources,
-)
-from tritter.families import Config, Family
+from tritter.families import Config, Family, Port, logical_name
 from tritter.limits import MAX_LAYERS
 from tritter.options import options
-
-if TYPE_CHECKING:
-    from tritter.parameter_map import ParameterMap
+from tritter.parameter_map import ParameterMap, TensorMap
+from tritter.seeds import derived_seed
 
 
 class CopiedLayers(ABC):
@@ -59,8 +53,7 @@ class CopiedLayers(ABC):
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> "ParameterMap":
-        from tritter.expansion.layer_map import layer_map  # a plan needs no maps, nor torch
+    ) -> ParameterMap:
 
         sources = self.layer_sources(family.dimensions(source).num_hidden_layers)
         identities = repeated_layers(sources) if self.is_exact else frozenset()
@@ -187,3 +180,193 @@ class LlamaPro(CopiedLayers):
         return block_insertion_sources(
             layers, target_layers=self.target_layers, positions=self.positions
         )
+
+
+_SILENT_NOISE = 0.01
+
+
+def layer_map(
+    family: Family,
+    target: Config,
+    layer_sources: Sequence[int],
+    *,
+    identities: frozenset[int],
+    seed: int,
+) -> ParameterMap:
+    """Return the map that gives each target layer the tensors of its source layer.
+
+    Args:
+        target: the config afterwards; each layer's pattern is that of its source layer.
+        identities: target layers whose writes to the residual stream become zero, and whose
+            moments and importances start anew.
+        seed: of the noise behind silent norms.
+    """
+    tensors: dict[str, TensorMap] = {}
+    for tensor in family.logical_tensors(target):
+        if tensor.layer is None:
+            tensors[tensor.name] = TensorMap(source=tensor.name)
+            continue
+        is_identity = tensor.layer in identities
+        is_zeroed = is_identity and family.branch_output(tensor)
+        output = tensor.axes[0]
+        # A row that writes nothing to a gain of zero would stay so: rows that an expansion before
+        # this one left zero are among what is copied. Silent as the norm is, noise costs nothing.
+        is_silenced = output.port is Port.WRITE and output.space.is_branch_output
+        tensors[tensor.name] = TensorMap(
+            source=logical_name(
+                tensor.kind, layer=layer_sources[tensor.layer], expert=tensor.expert
+            ),
+            is_zeroed=is_zeroed,
+            offset=family.norm_offset if is_zeroed and tensor.is_norm else 0.0,
+            state="fresh" if is_identity else "carry",
+            is_copy=is_identity and is_silenced,
+            noise=_SILENT_NOISE if is_identity and is_silenced else 0.0,
+            noise_seed=derived_seed(seed, "noise", tensor.name) if is_silenced else 0,
+        )
+    return ParameterMap(tensors=tensors, layer_sources=tuple(layer_sources))
+
+
+# Which layer each target layer copies, under every depth rule.
+#
+# A rule returns a list of source layers, one per target layer. The first occurrence of a layer is
+# the layer itself; every further one is a copy.
+
+
+def depth_upscale_sources(
+    layers: int, *, target_layers: int | None = None, drop_layers: int | None = None
+) -> tuple[int, ...]:
+    """Return the source layer of every target layer under SOLAR's rule (arXiv 2312.15166).
+
+    Raises:
+        RequestError: no m fits, or target and m contradict each other; names what would work.
+    """
+    target = target_layers
+    if target is None:
+        target = 2 * (layers - drop_layers) if drop_layers is not None else _default_target(layers)
+    allowed = range(layers + 1 + (layers + 1) % 2, 2 * layers + 1, 2)
+    if target not in allowed:
+        closest = _closest(target, allowed)
+        by_drop = target_layers is None and drop_layers is not None
+        key, value = ("drop_layers", drop_layers) if by_drop else ("target_layers", target)
+        raise RequestError(
+            f"expansion.dus.{key} = {value}: from {layers} layers dus reaches the even counts "
+            f"{_listed(allowed)} (dropping {_listed([layers - t // 2 for t in allowed])} layers); "
+            f"nearest: {layers - closest // 2 if by_drop else closest}."
+        )
+    drop = layers - target // 2
+    if drop_layers is not None and drop_layers != drop:
+        raise RequestError(
+            f"expansion.dus.drop_layers = {drop_layers} contradicts target_layers = {target}: "
+            f"from {layers} layers, {target} need drop_layers = {drop}, and drop_layers = "
+            f"{drop_layers} gives {2 * (layers - drop_layers)}."
+        )
+    return (*range(layers - drop), *range(drop, layers))
+
+
+def stack_sources(
+    layers: int, *, target_layers: int | None = None, is_partial: bool = False
+) -> tuple[int, ...]:
+    """Return the source layer of every target layer when whole copies stand on each other.
+
+    Args:
+        target_layers: a multiple of `layers`. Default: twice.
+        is_partial: any count above `layers` will do; the last copy is cut after its first ones.
+
+    Raises:
+        RequestError: the count is no multiple, or not above `layers`; names the nearest that are.
+    """
+    target = 2 * layers if target_layers is None else target_layers
+    _check_grows("stack", target, layers, at_least=layers + 1 if is_partial else 2 * layers)
+    rest = target % layers
+    if rest and not is_partial:
+        multiples = sorted({max(target - rest, 2 * layers), target - rest + layers})
+        raise RequestError(
+            f"expansion.stack.target_layers = {target}: stack takes whole copies of the {layers} "
+            f"layers; nearest: {' or '.join(map(str, multiples))}. With expansion.stack.partial "
+            f"the last copy may be cut, here after its first {_layers_text(rest)}."
+        )
+    return tuple(layer % layers for layer in range(target))
+
+
+def interpolation_sources(layers: int, *, target_layers: int | None = None) -> tuple[int, ...]:
+    """Return the source layer of every target layer when copies stand behind their layers.
+
+    Every layer stands ⌊t/n⌋ times in a row; what remains of t gives single layers one copy more,
+    spread evenly over the gaps between the layers, so that below 2n no copy follows the last one.
+
+    Args:
+        target_layers: t, any count above `layers`. Default: 1.5 n, rounded up.
+
+    Raises:
+        RequestError: t is not above `layers`.
+    """
+    target = layers + math.ceil(layers / 2) if target_layers is None else target_layers
+    _check_grows("interpolate", target, layers, at_least=layers + 1)
+    times, rest = divmod(target, layers)
+    once_more = {(2 * copy + 1) * (layers - 1) // (2 * rest) for copy in range(rest)}
+    return tuple(
+        layer for layer in range(layers) for _ in range(times + (1 if layer in once_more else 0))
+    )
+
+
+def block_insertion_sources(
+    layers: int, *, target_layers: int | None = None, positions: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Return the source layer of every target layer when copies follow chosen layers.
+
+    Raises:
+        RequestError: a position does not exist, or target and positions contradict each other.
+    """
+    if positions is not None:
+        wrong = [position for position in positions if not 0 <= position < layers]
+        if wrong or not positions:
+            raise RequestError(
+                f"expansion.llama_pro.positions = {list(positions)}: name at least one source "
+                f"layer from 0 to {layers - 1} that a new block is to follow."
+            )
+        if target_layers is not None and target_layers != layers + len(positions):
+            raise RequestError(
+                f"expansion.llama_pro.target_layers = {target_layers} contradicts the "
+                f"{len(positions)} positions: {layers} + {len(positions)} = "
+                f"{layers + len(positions)}."
+            )
+        return tuple(sorted([*range(layers), *positions]))
+    target = layers + math.ceil(layers / 2) if target_layers is None else target_layers
+    _check_grows("llama_pro", target, layers, at_least=layers + 1)
+    added = target - layers
+    spread = [math.ceil((block + 1) * layers / added) - 1 for block in range(added)]
+    return tuple(sorted([*range(layers), *spread]))
+
+
+def repeated_layers(sources: Sequence[int]) -> frozenset[int]:
+    """Return the target layers that are further copies of a layer that stands already."""
+    first = {source: target for target, source in reversed(list(enumerate(sources)))}
+    return frozenset(target for target, source in enumerate(sources) if first[source] != target)
+
+
+def _default_target(layers: int) -> int:
+    target = 2 * round(1.5 * layers / 2)
+    return target if layers < target <= 2 * layers else 2 * layers
+
+
+def _check_grows(method: str, target: int, layers: int, *, at_least: int) -> None:
+    if target <= layers:
+        raise RequestError(
+            f"expansion.{method}.target_layers = {target}: the model has {_layers_text(layers)} "
+            f"already; ask for at least {at_least}."
+        )
+
+
+def _layers_text(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"
+
+
+def _listed(values: Sequence[int]) -> str:
+    texts = [str(value) for value in values]
+    if len(texts) <= 6:
+        return ", ".join(texts)
+    return ", ".join([*texts[:3], "…", texts[-1]])
+
+
+def _closest(value: int, allowed: Sequence[int]) -> int:
+    return min(allowed, key=lambda candidate: (abs(candidate - value), candidate))

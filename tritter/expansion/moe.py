@@ -11,18 +11,33 @@ which a token takes k, gets 1/C of the gradient and, since its tokens are k/C of
 each, 1/(C·k) of the gradient's variance (measured with 8 and 2: 0.051–0.059 for 0.0625).
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from tritter.errors import RequestError
-from tritter.expansion.partners import ExpertSizes, partner_config, partner_of
-from tritter.families import Config, Family, ffn_sizes
+from tritter.families import (
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    Config,
+    Family,
+    LogicalTensor,
+    ffn_sizes,
+    logical_name,
+)
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS
 from tritter.options import options
+from tritter.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
+from tritter.seeds import derived_seed
 
 if TYPE_CHECKING:
-    from tritter.parameter_map import ParameterMap
+    from torch import Tensor
 
 DEFAULT_COPIES, DEFAULT_COPIES_PER_TOKEN = 8, 2
 
@@ -92,8 +107,7 @@ class Moe:
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> "ParameterMap":
-        from tritter.expansion.moe_map import Copies  # a plan needs no maps, nor torch
+    ) -> ParameterMap:
 
         copies = Copies(
             partner_of(family),
@@ -177,3 +191,296 @@ def _check_count(name: str, value: int, *, at_least: int, multiple_of: int) -> N
 def _nearest_divisor(size: int, wanted: int) -> int:
     divisors = (count for count in range(1, size + 1) if size % count == 0)
     return min(divisors, key=lambda count: abs(count - wanted))
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """The maps of one upcycling.
+
+    Args:
+        partner: the family with experts; `target` is a config of it.
+        num_experts: of a layer; the other options likewise as `Moe` has them.
+    """
+
+    partner: Family
+    target: Config
+    _: KW_ONLY
+    num_experts: int
+    experts_per_token: int
+    granularity: int
+    noise: float
+    reinit_fraction: float
+    _factors: dict[tuple[int, bool], AxisFactor] = field(default_factory=dict, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Neurons of one expert."""
+        return self.partner.dimensions(self.target).expert_size
+
+    @property
+    def share(self) -> float:
+        """What a copy gets of the dense gradient when the router is balanced."""
+        return self.granularity / self.num_experts
+
+    @property
+    def has_shared_expert(self) -> bool:
+        return self.partner.dimensions(self.target).shared_expert_size > 0
+
+    def parameter_map(self, *, seed: int) -> ParameterMap:
+        tensors = {
+            tensor.name: self.tensor_map(tensor, seed=seed)
+            for tensor in self.partner.logical_tensors(self.target)
+        }
+        layers = self.partner.dimensions(self.target).num_hidden_layers
+        return ParameterMap(tensors=tensors, layer_sources=tuple(range(layers)))
+
+    def tensor_map(self, tensor: LogicalTensor, *, seed: int) -> TensorMap:
+        import torch
+
+        if tensor.expert is not None:
+            return self._expert(tensor, tensor.expert, seed=seed)
+        if tensor.kind == "router":
+            return self._router(tensor, seed=seed)
+        shape = self.partner.shape(tensor, self.target)
+        if tensor.kind == "shared_expert_gate":
+            return TensorMap.created(shape, Fill())  # a sigmoid of zero: one half
+        source = logical_name(tensor.kind.replace("shared_expert.", "ffn."), layer=tensor.layer)
+        if tensor.kind == "shared_expert.down":
+            one = torch.ones(shape[0], dtype=torch.float64)
+            doubled = AxisFactor(torch.arange(shape[0]), weight=2 * one, gradient=one / 2)
+            return TensorMap(source=source, axes=(doubled, None))
+        return TensorMap(source=source)
+
+    def _router(self, tensor: LogicalTensor, *, seed: int) -> TensorMap:
+        """Draw the rows so that the logits have about unit scale, whatever the hidden size."""
+        shape = self.partner.shape(tensor, self.target)
+        fill = Fill(
+            kind="random",
+            std=1 / math.sqrt(shape[1]),
+            seed=derived_seed(seed, "fill", tensor.name),
+            repeat=self.granularity,
+        )
+        return TensorMap.created(shape, fill)
+
+    def _expert(self, tensor: LogicalTensor, expert: int, *, seed: int) -> TensorMap:
+        copy, piece = divmod(expert, self.granularity)
+        is_down = tensor.kind == "experts.down"
+        stem = f"layers.{tensor.layer}.experts.{expert}"
+        factor = self._factor(piece, stem, is_down=is_down, seed=seed)
+        scale = self._scale(is_down=is_down)
+        fill = Fill(kind="matched", scale=scale, seed=derived_seed(seed, "fill", tensor.name))
+        return TensorMap(
+            source=logical_name(tensor.kind.replace("experts.", "ffn."), layer=tensor.layer),
+            axes=(None, factor) if is_down else (factor, None),
+            fill=fill if self.reinit_fraction else Fill(),
+            is_zeroed=is_down and self.has_shared_expert,
+            # Behind silent outputs there is no gradient that dense moments could stand for
+            state="fresh" if self.has_shared_expert else "carry",
+            noise=scale * self.noise if copy else 0.0,
+            noise_seed=derived_seed(seed, "noise", tensor.name),
+            is_copy=copy > 0,
+        )
+
+    def _scale(self, *, is_down: bool) -> float:
+        """Return what the weights are multiplied with.
+
+        The k weights of a token are split over the pieces, so what these write is as many times
+        as large.
+        """
+        return float(self.granularity) if is_down else 1.0
+
+    def _factor(self, piece: int, stem: str, *, is_down: bool, seed: int) -> AxisFactor:
+        """Return the factors along an expert's neurons.
+
+        The same for all copies where nothing is redrawn: kept for each, they would take more
+        memory than the largest tensor.
+        """
+        import torch
+
+        if (piece, is_down) in self._factors:
+            return self._factors[piece, is_down]
+        index = torch.arange(piece * self.size, (piece + 1) * self.size)
+        index[self._redrawn(seed=derived_seed(seed, "redrawn", stem))] = -1
+        scale = self._scale(is_down=is_down)
+        kept = (index >= 0).double()
+        chosen = self.experts_per_token / self.granularity
+        factor = AxisFactor(
+            index,
+            weight=kept * scale,
+            gradient=kept * self.share / scale,
+            squared=kept * self.share / chosen / scale**2,
+        )
+        if not self.reinit_fraction:
+            self._factors[piece, is_down] = factor
+        return factor
+
+    def _redrawn(self, *, seed: int) -> Tensor:
+        """Return which neurons of an expert are drawn anew, the same for gate, up and down."""
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        count = round(self.reinit_fraction * self.size)
+        return torch.randperm(self.size, generator=generator)[:count]
+
+
+# Dense families, and the family with experts that computes the same with one expert's weights.
+#
+# A partner's config states every key that its class reads: where dense and sparse class have
+# other defaults (eps, rotary base, sliding window), a default would change the function in
+# silence.
+
+PARTNERS: Mapping[str, Family] = {
+    "llama": MIXTRAL,
+    "mistral": MIXTRAL,
+    "qwen2": QWEN2_MOE,
+    "qwen3": QWEN3_MOE,
+}
+# What a dense class reads and its partner does not, or reads in another sense
+_DENSE_KEYS = ("pretraining_tp", "mlp_bias", "layer_types", "max_window_layers")
+# Why a family stays dense although there is one with experts that is named like it
+_REASONS: Mapping[str, str] = {
+    "phi3": "phimoe has LayerNorm in place of RMSNorm and routes by a rule of its own",
+    "granite": "the experts of granitemoe share one tensor on disk, which is not read",
+}
+_MISTRAL_WINDOW = 4096  # what the class takes where the config is silent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSizes:
+    """What the target has in place of an FFN.
+
+    Args:
+        num_experts: of a sparse layer.
+        experts_per_token: k.
+        expert_size: intermediate size of one expert.
+        dense_layers: layers that keep their FFN.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    dense_layers: tuple[int, ...]
+
+
+def partner_of(family: Family) -> Family:
+    """Return the family that a dense family becomes.
+
+    Raises:
+        RequestError: it has experts already, or there is no partner; names those that have one.
+    """
+    if family.model_type in PARTNERS:
+        return PARTNERS[family.model_type]
+    having = ", ".join(f"{dense} ({sparse.model_type})" for dense, sparse in PARTNERS.items())
+    if family.has_experts:
+        raise RequestError(
+            f"expansion.moe makes a dense model sparse, and {family.model_type} has experts "
+            f"already; it takes {having}. To add experts use expansion=moe_add."
+        )
+    reason = _REASONS.get(family.model_type, "transformers has none for it")
+    raise RequestError(
+        f"expansion.moe: {family.model_type} is one of the families without a MoE partner "
+        f"({reason}); those that have one: {having}."
+    )
+
+
+def partner_config(family: Family, config: Config, sizes: ExpertSizes) -> Config:
+    """Return the config of the partner, whose tensors are all as large as the source's.
+
+    Raises:
+        RequestError: the source has something that its partner has no place for.
+    """
+    partner = partner_of(family)
+    dimensions = family.dimensions(config)
+    for key in ("rms_norm_eps", "rope_parameters"):
+        if config.get(key) is None:
+            raise RequestError(f"config.json: {key} is missing, and {partner.model_type} needs it.")
+    kept = {key: value for key, value in config.items() if key not in _DENSE_KEYS}
+    return {
+        **kept,
+        "model_type": partner.model_type,
+        "architectures": [partner.architecture],
+        "num_key_value_heads": dimensions.num_key_value_heads,
+        "head_dim": dimensions.head_dim,
+        partner.sizes["num_experts"]: sizes.num_experts,
+        partner.sizes["experts_per_token"]: sizes.experts_per_token,
+        partner.sizes["expert_size"]: sizes.expert_size,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        **_OWN_KEYS[partner.model_type](config, sizes),
+    }
+
+
+def _mixtral(config: Config, sizes: ExpertSizes) -> Config:
+    biases = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
+    if biases:
+        raise RequestError(
+            f"config.json: {biases[0]} = True, and mixtral, the partner of "
+            f"{config['model_type']}, has no biases."
+        )
+    if sizes.dense_layers:
+        raise RequestError(
+            f"expansion.moe.layers leaves layers {_listed(sizes.dense_layers)} dense, and in "
+            "mixtral every layer has experts; leave it away (qwen2 and qwen3 may have both)."
+        )
+    is_llama = config["model_type"] == "llama"
+    window = None if is_llama else config.get("sliding_window", _MISTRAL_WINDOW)
+    return {"sliding_window": window, "router_jitter_noise": 0.0}
+
+
+def _qwen2_moe(config: Config, sizes: ExpertSizes) -> Config:
+    is_windowed = bool(config.get("use_sliding_window", False))
+    return {
+        **_pattern(sizes),
+        "qkv_bias": True,
+        "shared_expert_intermediate_size": config["intermediate_size"],
+        "use_sliding_window": is_windowed,
+        "sliding_window": config.get("sliding_window") if is_windowed else None,
+        "layer_types": _attention_kinds(config),
+        "max_window_layers": config.get("max_window_layers", config["num_hidden_layers"]),
+    }
+
+
+def _qwen3_moe(config: Config, sizes: ExpertSizes) -> Config:
+    kinds = set(_attention_kinds(config))
+    if len(kinds) > 1:
+        raise RequestError(
+            "config.json: layer_types mixes full and sliding attention, and qwen3_moe, the partner "
+            "of qwen3, has one kind for all layers."
+        )
+    is_windowed = kinds == {"sliding_attention"}
+    return {
+        **_pattern(sizes),
+        "attention_bias": bool(config.get("attention_bias", False)),
+        "use_sliding_window": is_windowed,
+        "sliding_window": config.get("sliding_window") if is_windowed else None,
+    }
+
+
+def _pattern(sizes: ExpertSizes) -> Config:
+    return {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(sizes.dense_layers),
+        "norm_topk_prob": True,  # without it k experts of equal weights add up to less than one
+    }
+
+
+def _attention_kinds(config: Config) -> list[object]:
+    """Return the kind of attention of every layer, derived as Qwen's classes do if not stated."""
+    layers, stated = config["num_hidden_layers"], config.get("layer_types")
+    assert isinstance(layers, int)
+    if isinstance(stated, list | tuple):
+        return list(stated)
+    first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else layers
+    assert isinstance(first, int)
+    return ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+_OWN_KEYS: Mapping[str, Callable[[Config, ExpertSizes], Config]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+}

@@ -6,9 +6,8 @@ from typing import Any
 
 from tritter.errors import RequestError
 from tritter.expansion.depth import Dus, Interpolate, LlamaPro, Stack
-from tritter.expansion.moe import Moe
+from tritter.expansion.moe import Moe, partner_of
 from tritter.expansion.moe_add import MoeAdd, sparse_layers
-from tritter.expansion.partners import partner_of
 from tritter.expansion.specification import ExpansionSpec, is_possible, target_config
 from tritter.expansion.width import Width
 from tritter.families import Config, count_parameters, family_of

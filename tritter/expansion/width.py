@@ -13,35 +13,212 @@ A LayerNorm subtracts the mean over the stream besides, which directions of zero
 copies of the stream alone, the same number of each coordinate, leave mean, deviation and eps.
 """
 
+from __future__ import annotations
+
 import math
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import Field
 
 from tritter.errors import RequestError
 from tritter.expansion.heads import (
+    HeadMaps,
     Strategy,
     are_copied_alike,
     check_filling_heads,
     check_heads,
     check_normed_heads,
+    copied_sources,
+    head_maps,
     head_targets,
+    split_shares,
     spreads_groups,
 )
-from tritter.expansion.rotary import check_rotary
 from tritter.families import (
+    Axis,
     Config,
     Dimensions,
     Family,
+    LogicalTensor,
+    Port,
+    Space,
     ffn_sizes,
     with_ffn_sizes,
 )
 from tritter.limits import MAX_WIDTH
 from tritter.options import options
+from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
+from tritter.seeds import derived_seed
 
 if TYPE_CHECKING:
-    from tritter.parameter_map import ParameterMap
+    pass
+
+# Spaces of units that are computed from the stream and read back into it
+_UNITS = ("ffn", "shared_ffn", "query")
+_KEPT = ("vocab", "positions", "routes", "shared_gate")
+
+
+@dataclass(frozen=True, slots=True)
+class Spaces:
+    """The maps of all spaces under one width expansion.
+
+    Args:
+        residual: of the residual stream, and of all that a norm stands between it and.
+        heads: of attention.
+        is_tied: the embedding is the head as well.
+        embedding_scale: what the embedding is multiplied with, so that it writes the same stream
+            where the model scales it by the root of the hidden size; 1 where it does not.
+        units_are_copied: new neurons of an FFN copy old ones.
+        equal_shares: copies divide what reads them equally.
+        seed: of the choice which neurons are copied.
+    """
+
+    residual: AxisMap
+    heads: HeadMaps
+    is_tied: bool
+    embedding_scale: float
+    units_are_copied: bool
+    equal_shares: bool
+    seed: int
+    _units: dict[Space, AxisMap] = field(default_factory=dict, repr=False)
+
+    def factors(
+        self, tensor: LogicalTensor, old_shape: Sequence[int], new_shape: Sequence[int]
+    ) -> tuple[AxisFactor | None, ...]:
+        """Return the factors along each axis of a tensor, None where nothing changes."""
+        sizes = zip(tensor.axes, old_shape, new_shape, strict=True)
+        return tuple(self._factor(axis, old, new) for axis, old, new in sizes)
+
+    def _factor(self, axis: Axis, old_size: int, new_size: int) -> AxisFactor | None:
+        if axis.space.kind in _KEPT:
+            return None
+        if axis.space.kind == "head_dim":
+            return self.heads.per_head
+        axis_map = self._axis_map(axis.space, old_size, new_size)
+        match axis.port:
+            case Port.WRITE:
+                factor = AxisFactor.writes(axis_map)
+            case Port.WRITE_SCALED:
+                factor = AxisFactor.writes(axis_map.rebalanced(scale=self.embedding_scale))
+            case Port.WRITE_NONLINEAR:
+                factor = AxisFactor.writes_nonlinear(axis_map)
+            case Port.ABSORBED:
+                factor = AxisFactor.writes_into_norm(axis_map, scale=rms_ratio(self.residual))
+            case Port.READ:
+                factor = AxisFactor.reads(axis_map)
+            case Port.GAIN:
+                # q and k have the new eps's scale already, and their copies the old mean square
+                is_of_heads = axis.space.kind in ("query", "key_value")
+                ratio = 1.0 if is_of_heads else rms_ratio(self.residual)
+                factor = AxisFactor.gain(axis_map, rms_ratio=ratio)
+        return None if factor.is_identity and axis_map.is_identity else factor
+
+    def _axis_map(self, space: Space, old_size: int, new_size: int) -> AxisMap:
+        match space.kind:
+            case "query":
+                return self.heads.query
+            case "key_value":
+                return self.heads.key_value
+            case "qkv":
+                assert self.heads.together is not None, "such heads are never split"
+                return self.heads.together
+            case "head_input":
+                return self._head_input
+            case "ffn" | "shared_ffn":
+                if space not in self._units:
+                    self._units[space] = self._neurons(space, old_size, new_size)
+                return self._units[space]
+            case "attention_input" | "ffn_input":
+                return self.residual
+            case _:
+                assert space.is_stream, f"width does not know the space {space.name}"
+                return self.residual
+
+    @property
+    def _head_input(self) -> AxisMap:
+        """The map between the final norm and the head.
+
+        A tied embedding has one value in both of its roles: what the head's columns would have to
+        lose to the copies, and to the embedding's own scale, goes into the final norm's gain.
+        """
+        if not self.is_tied:
+            return self.residual
+        scale = 1 / (self.residual.num_copies * self.embedding_scale)
+        return self.residual.rebalanced(scale=scale)
+
+    def _neurons(self, space: Space, old_size: int, new_size: int) -> AxisMap:
+        if not self.units_are_copied:
+            return AxisMap.padded(old_size, new_size)
+        seed = derived_seed(self.seed, "copies", space.name)
+        source = copied_sources(old_size, new_size, seed=seed)
+        share = split_shares(source, old_size, equal=self.equal_shares)
+        return AxisMap.copied(old_size, source, share)
+
+
+def residual_map(old_size: int, new_size: int, *, is_repeated: bool) -> AxisMap:
+    """Return the map of the residual stream: one block and new directions, or whole repeats."""
+    if is_repeated:
+        return AxisMap.tiled(old_size, new_size)
+    return AxisMap.padded(old_size, new_size)
+
+
+def rms_ratio(residual: AxisMap) -> float:
+    """Return the grown stream's root mean square over the old one's: √(k·d/D)."""
+    return math.sqrt(residual.num_copies * residual.old_size / residual.new_size)
+
+
+def width_fill(
+    tensor: LogicalTensor,
+    shape: Sequence[int],
+    factors: Sequence[AxisFactor | None],
+    *,
+    seed: int,
+) -> Fill:
+    """Choose what new coordinates hold: whatever they write to old ones, or old ones to them, is 0.
+
+    New directions of the residual stream are written by nobody and read at random; new neurons
+    and heads are computed at random and read by nobody. So one side of each is always zero, the
+    function is kept, and the other side gives the zero one a gradient.
+    """
+    if tensor.is_norm:
+        return Fill(kind="mean")
+    kinds = {_fill_kind(axis) for axis, factor in zip(tensor.axes, factors, strict=True) if factor}
+    if "random" not in kinds or "zero" in kinds or len(shape) != 2:
+        return Fill()
+    std = 1 / math.sqrt(shape[-1])
+    return Fill(kind="random", std=std, seed=derived_seed(seed, "fill", tensor.name))
+
+
+def first_copies(factor: AxisFactor) -> AxisFactor:
+    """Return a factor with its second copies made new coordinates."""
+    import torch
+
+    is_first = ~factor.is_duplicate
+    return AxisFactor(
+        torch.where(is_first, factor.index, -1),
+        factor.weight * is_first,
+        factor.gradient * is_first,
+    )
+
+
+def tensors_above(tensors: Sequence[LogicalTensor]) -> dict[str, str]:
+    """Return for each tensor of a layer the same one of the next layer up that has it."""
+    above: dict[str, str] = {}
+    nearest: dict[tuple[str, int | None], str] = {}
+    for tensor in reversed([tensor for tensor in tensors if tensor.layer is not None]):
+        within_layer = tensor.kind, tensor.expert
+        if within_layer in nearest:
+            above[tensor.name] = nearest[within_layer]
+        nearest[within_layer] = tensor.name
+    return above
+
+
+def _fill_kind(axis: Axis) -> Literal["zero", "random"]:
+    reads_new_unit = axis.port is Port.READ and axis.space.kind in _UNITS
+    return "zero" if axis.space.is_stream or reads_new_unit else "random"
+
 
 Init = Literal["fresh", "net2net", "zero_pad", "aki"]
 Shares = Literal["unequal", "equal"]
@@ -131,8 +308,7 @@ class Width:
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> "ParameterMap":
-        from tritter.expansion.width_map import width_map  # a plan needs no maps, nor torch
+    ) -> ParameterMap:
 
         return width_map(
             family,
@@ -284,4 +460,122 @@ def _check_not_smaller(old: Dimensions, new: Dimensions) -> None:
             "expansion.width: every target equals what the model has already "
             f"(hidden_size {old.hidden_size}, intermediate_size {ffn_size(old)}, "
             f"num_attention_heads {old.num_attention_heads}); ask for a larger one."
+        )
+
+
+def width_map(
+    family: Family,
+    source: Config,
+    target: Config,
+    *,
+    init: str,
+    strategy: Strategy,
+    is_repeated: bool,
+    equal_shares: bool,
+    noise: float,
+    seed: int,
+) -> ParameterMap:
+    """Return the map from the source's tensors to the wider target's.
+
+    Args:
+        is_repeated: the residual stream is repeated as a whole; what else, as `Width` has it.
+    """
+    old, new = family.dimensions(source), family.dimensions(target)
+    is_scaled = any(a.port is Port.WRITE_SCALED for t in family.tensors for a in t.axes)
+    spaces = Spaces(
+        residual=residual_map(old.hidden_size, new.hidden_size, is_repeated=is_repeated),
+        # A norm over all heads hands the gradient of each on to all: shares that differ between
+        # copies would be mixed, and moments could not follow
+        heads=head_maps(
+            old, new, strategy=strategy, equal_shares=equal_shares or family.norms_all_heads
+        ),
+        is_tied=bool(source.get("tie_word_embeddings")),
+        embedding_scale=(old.hidden_size / new.hidden_size) ** 0.5 if is_scaled else 1.0,
+        units_are_copied=init != "fresh",
+        equal_shares=equal_shares,
+        seed=seed,
+    )
+    logical = family.logical_tensors(source)
+    maps = {
+        tensor.name: _tensor_map(tensor, spaces, family, source, target, noise=noise)
+        for tensor in logical
+    }
+    if init == "aki":
+        # Norms stand between a stream that is written and readers that stay the layer's own
+        above = tensors_above([t for t in logical if not t.is_of_norm])
+        maps |= {name: _from_above(maps[name], donor) for name, donor in above.items()}
+    return ParameterMap(tensors=maps, layer_sources=tuple(range(old.num_hidden_layers)))
+
+
+def _tensor_map(
+    tensor: LogicalTensor,
+    spaces: Spaces,
+    family: Family,
+    source: Config,
+    target: Config,
+    *,
+    noise: float,
+) -> TensorMap:
+    shape = family.shape(tensor, target)
+    factors = spaces.factors(tensor, family.shape(tensor, source), shape)
+    is_scaled_gain = tensor.is_norm and any(
+        factor is not None and bool((factor.weight != 1).any()) for factor in factors
+    )
+    return TensorMap(
+        source=tensor.name,
+        axes=factors,
+        fill=width_fill(tensor, shape, factors, seed=spaces.seed),
+        noise=noise,
+        noise_seed=derived_seed(spaces.seed, "noise", tensor.name),
+        offset=family.norm_offset if is_scaled_gain else 0.0,
+    )
+
+
+def _from_above(tensor_map: TensorMap, donor: str) -> TensorMap:
+    """Let what second copies compute come from the layer above; their state starts anew."""
+    output, *inputs = tensor_map.axes
+    if output is None or not bool(output.is_duplicate.any()):
+        return tensor_map
+    fill = Fill(kind="copy", donor=replace(tensor_map, source=donor))
+    return replace(tensor_map, axes=(first_copies(output), *inputs), fill=fill)
+
+
+_FACTORS = ("short_factor", "long_factor")  # of LongRoPE, one for each pair that is turned
+
+
+def check_rotary(
+    family: Family, config: Config, old: Dimensions, new: Dimensions, *, is_split: bool
+) -> None:
+    """Refuse sizes with which rotary positions would turn something else.
+
+    Args:
+        is_split: heads are split in two.
+
+    Raises:
+        RequestError: says what stands against it.
+    """
+    stated = config.get("rope_parameters") or config.get("rope_scaling")
+    rope: Mapping[str, object] = stated if isinstance(stated, Mapping) else {}
+    has_factors = any(rope.get(key) for key in _FACTORS)
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if is_split and (family.turns_neighbours or has_factors or share not in (None, 1)):
+        reason = (
+            f"{family.model_type} turns coordinates 2i and 2i + 1 together"
+            if family.turns_neighbours
+            else f"{family.model_type} has a factor for each pair (LongRoPE)"
+            if has_factors
+            else f"of each head {share} is turned"
+        )
+        raise RequestError(
+            "expansion.width.head_strategy = split takes coordinates i and i + head_dim/2 for "
+            f"pairs that rotary positions turn, and {reason}; use fresh, copy or gqa."
+        )
+    before = old.hidden_size // old.num_attention_heads
+    after = new.hidden_size // new.num_attention_heads
+    if has_factors and after != before:
+        raise RequestError(
+            f"expansion.width.hidden_size = {new.hidden_size} with num_attention_heads = "
+            f"{new.num_attention_heads}: {family.model_type} counts the factors of its LongRoPE by "
+            f"hidden_size // num_attention_heads = {before}, which would be {after}; let them grow "
+            "in proportion."
         )

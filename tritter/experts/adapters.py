@@ -1,7 +1,7 @@
 """PEFT's LoRA layers in a model: put on, named, taken off. All that we know of them stands here.
 
 PEFT's own forward pass runs with no adapter active, so that a layer computes what its base does,
-quantised or not; what the adapters add is computed in `tritter.experts.mixing`.
+quantised or not; what the adapters add is computed in `tritter.experts.mixture`.
 """
 
 import re

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -11,19 +12,125 @@ from torch import Tensor, distributed
 
 from tritter.data.apart import kept_tokens
 from tritter.data.ranks import this_rank
-from tritter.experts.adapters import AdapterShape, parameters_of, shape_of
-from tritter.experts.changing import Changing
-from tritter.experts.exemplars import Exemplars
-from tritter.experts.figures import Figures, gradient_norms
-from tritter.experts.losses import usage
+from tritter.data.reservoir import Reservoir
+from tritter.experts.adapters import (
+    AdapterShape,
+    adapted_layers,
+    factors,
+    parameters_of,
+    set_rank,
+    shape_of,
+)
+from tritter.experts.changes import (
+    RouterRow,
+    evicted,
+    lost_share,
+    merged,
+    router_names,
+    spawned,
+    widened,
+)
+from tritter.experts.gates import Gates
+from tritter.experts.losses import entropies, usage
+from tritter.experts.mixture import ExpertMixture
 from tritter.experts.module import ExpertModule
 from tritter.experts.roster import FIRST, Novel, Roster
 from tritter.families import forward_flops
-from tritter.models import config_of
+from tritter.models import config_of, live_shape
 from tritter.novelty import Observation, observe
 from tritter.novelty.observation import joined
 from tritter.seeds import derived_seed
+from tritter.training import surgery
 from tritter.training.work import WorkCount, ends_step
+
+
+@dataclass(frozen=True, slots=True)
+class Changing:
+    """A training between two of its steps."""
+
+    trainer: Trainer
+    module: ExpertModule
+
+    def spawn(self, name: str, shape: AdapterShape, *, seed: int) -> None:
+        """Add an expert that computes nothing yet, with router rows of zeros."""
+        mixture, model = self.module.mixture, self.module.model
+        size: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
+        mixture.open(name, shape, seed=seed)
+        rows = {router: RouterRow(torch.zeros(size), 0.0) for router in router_names(mixture)}
+        surgery.apply(self.trainer, self.module, spawned(mixture, name, rows), reason="spawned")
+
+    def evict(self, name: str) -> None:
+        """Take an expert off, with all that is kept of it."""
+        mixture = self.module.mixture
+        surgery.apply(self.trainer, self.module, evicted(mixture, name), reason="evicted")
+        mixture.close(name)
+
+    def widen(self, name: str, rank: int, *, seed: int) -> None:
+        """Give an expert a larger rank; the function is kept."""
+        change = widened(self.module.mixture, name, rank, seed=seed)
+        surgery.apply(self.trainer, self.module, change, reason="widened")
+        set_rank(self.module.model, name, rank)
+
+    def freeze(self, name: str, projections: Sequence[str] | None) -> bool:
+        """Train an expert no more, or only not in layers of some names; return whether whole."""
+        own = parameters_of(self.module.model, name)
+        chosen = [
+            key
+            for key in own
+            if projections is None or any(f".{each}." in key for each in projections)
+        ]
+        surgery.freeze(self.trainer, self.module, chosen)
+        return len(chosen) == len(own)
+
+    def thaw(self, name: str) -> None:
+        """Let an expert be trained again."""
+        own = parameters_of(self.module.model, name)
+        surgery.thaw(self.trainer, self.module, [k for k in own if not own[k].requires_grad])
+
+    def merge(self, kept: str, gone: str, weights: Sequence[float]) -> float:
+        """Let an expert be the mean of itself and another, weighted; return the share that is lost.
+
+        Its moments begin anew: they were of other factors.
+        """
+        model, (optimizer,) = self.module.model, self.trainer.optimizers
+        parts = [weight / sum(weights) for weight in weights]
+        shape, lost = shape_of(model, kept), []
+        for _, layer in adapted_layers(model):
+            both = [factors(layer, kept), factors(layer, gone)]
+            if both[0] is None or both[1] is None:
+                continue
+            pair = [each for each in both if each is not None]
+            one = merged(pair, parts, rank=shape.rank, alpha=shape.alpha)
+            lost.append(lost_share(pair, parts, one))
+            with torch.no_grad():
+                pair[0].down.copy_(one.down)
+                pair[0].up.copy_(one.up)
+            for parameter in (pair[0].down, pair[0].up):
+                optimizer.state.pop(parameter, None)
+        return sum(lost) / max(1, len(lost))
+
+    def parameters_with(self, shape: AdapterShape) -> int:
+        """Count what the adapters would have with another one, on the layers of the first."""
+        return self._count() + self._size(shape)
+
+    def parameters_beside_first(self, shape: AdapterShape) -> int:
+        """Count what the first adapter and another one would have."""
+        return self._of(self.module.mixture.adapters[0]) + self._size(shape)
+
+    def parameters_widened(self, name: str) -> int:
+        """Count what the adapters would have with one of twice its rank."""
+        return self._count() + self._of(name)
+
+    def _count(self) -> int:
+        return sum(map(self._of, self.module.mixture.adapters))
+
+    def _of(self, name: str) -> int:
+        return sum(each.numel() for each in parameters_of(self.module.model, name).values())
+
+    def _size(self, shape: AdapterShape) -> int:
+        first = self.module.mixture.adapters[0]
+        return self._of(first) // shape_of(self.module.model, first).rank * shape.rank
+
 
 EXPERTS = "experts"
 
@@ -398,3 +505,134 @@ def _of_all(own: Any) -> list[Any]:
     if rank.count > 1:
         distributed.all_gather_object(held, own)
     return held
+
+
+class Figures:
+    """Mean gates between two entries of the log, and what became of gates and ranks."""
+
+    def __init__(self) -> None:
+        self._usage: dict[str, list[float]] = {}  # since it was logged last
+        self._over_time: dict[str, Any] = {"steps": [], "usage": [], "ranks": []}
+
+    def note(self, usage: Mapping[str, float]) -> None:
+        """Take the mean gate of each expert in a batch."""
+        for name, value in usage.items():
+            self._usage.setdefault(name, []).append(value)
+
+    def logged(
+        self, mixture: ExpertMixture, gates: Sequence[Gates], *, step: int
+    ) -> dict[str, float]:
+        """Return metrics since the last entry, and of the last gates; the next begins anew."""
+        model, times = mixture.model, self._over_time
+        means = {n: sum(v) / len(v) for n, v in self._usage.items() if n in mixture.names}
+        ranks = {name: shape_of(model, name).rank for name in mixture.adapters}
+        times["steps"].append(step)
+        times["usage"].append(means)
+        times["ranks"].append(ranks)
+        self._usage = {}
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        whole = sum(prod(live_shape(p)) for p in model.parameters())
+        values = {f"experts/usage/{name}": value for name, value in means.items()}
+        values |= {f"experts/rank/{name}": float(rank) for name, rank in ranks.items()}
+        values["experts/number"] = float(len(mixture.adapters))
+        values["experts/trainable_share"] = trained / whole
+        if gates:
+            told = torch.stack([entropies(each.probabilities.detach()).mean() for each in gates])
+            values["experts/routing_entropy"] = float(told.mean())
+            values["experts/dropped"] = sum(each.dropped for each in gates) / len(gates)
+        return values
+
+    def report(self) -> dict[str, Any]:
+        """Return gates and ranks over time, as summary.json has them; null where there was none."""
+        times = self._over_time
+        found = {}
+        for kind, of, rows in (("usage", "gates", "usage"), ("ranks", "ranks", "ranks")):
+            names = dict.fromkeys(name for row in times[rows] for name in row)
+            values = {name: [row.get(name) for row in times[rows]] for name in names}
+            found[f"{kind}_over_time"] = {"steps": times["steps"], of: values}
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"usage": self._usage, "over_time": self._over_time}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._usage = {name: list(each) for name, each in state["usage"].items()}
+        self._over_time = {name: list(each) for name, each in state["over_time"].items()}
+
+
+def gradient_norms(mixture: ExpertMixture) -> dict[str, float]:
+    """Return the gradient norm of each expert's parameters."""
+    found = {}
+    for name in mixture.adapters:
+        own = parameters_of(mixture.model, name).values()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
+        found[f"experts/gradient_norm/{name}"] = float(norm)
+    return found
+
+
+# A few sequences of each expert's text, seen again while others learn.
+#
+# Where a token does not tell yet whose text it begins, all experts take part, and what one learns
+# there would push out what the others said. A small share of their text in each batch holds it.
+
+
+class Exemplars:
+    """A reservoir of sequences for each expert.
+
+    Args:
+        capacity: sequences of each.
+        seed: of which are kept and drawn.
+    """
+
+    def __init__(self, capacity: int, *, seed: int) -> None:
+        self.capacity, self._seed = capacity, seed
+        self._held: dict[str, Reservoir] = {}
+        self._turn = 0
+        self.owed = 0.0  # rows of a batch that are not given yet
+
+    def add(self, expert: str, sequences: Tensor) -> None:
+        """Offer sequences [N, T] of an expert's text."""
+        if expert not in self._held:
+            own = derived_seed(self._seed, "exemplars", expert)
+            self._held[expert] = Reservoir(self.capacity, seed=own)
+        self._held[expert].add(sequences)
+
+    def sample(self, count: int, *, without: str) -> Tensor:
+        """Return sequences of all experts but one in turn, int64 [count, T]; of none, none."""
+        others = [name for name in self._held if name != without]
+        if not others:
+            return torch.empty(0, 0, dtype=torch.int64)
+        turns = [others[(self._turn + number) % len(others)] for number in range(count)]
+        self._turn += count
+        return torch.cat([self._held[name].next_sequences(1) for name in turns])
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of one sequence; 0 while there is none."""
+        return max((each.sequence_length for each in self._held.values()), default=0)
+
+    def move(self, expert: str, *, heir: str | None) -> None:
+        """Forget an expert's, or let another have them."""
+        gone = self._held.pop(expert, None)
+        if gone is not None and heir is not None:
+            self.add(heir, gone.sequences)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it, in plain containers and tensors."""
+        return {
+            "held": {name: each.state_dict() for name, each in self._held.items()},
+            "turn": self._turn,
+            "owed": self.owed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what was saved, as far as there is room."""
+        self._held, self._turn = {}, int(state["turn"])
+        self.owed = float(state["owed"])
+        for name, each in state["held"].items():
+            own = derived_seed(self._seed, "exemplars", name)
+            self._held[name] = Reservoir(self.capacity, seed=own)
+            if len(each["sequences"]) > self.capacity:  # fewer are kept from here on
+                self._held[name].add(each["sequences"])
+            else:
+                self._held[name].load_state_dict(each)

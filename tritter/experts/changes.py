@@ -4,7 +4,7 @@ Each is a change of parameters by name: moments and all other state follow its m
 does not name stays as it is, bit for bit.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tritter.errors import RequestError
 from tritter.expand import Change
 from tritter.expand.change import declared
-from tritter.experts.adapters import parameters_of, shape_of
+from tritter.experts.adapters import Factors, parameters_of, shape_of
 from tritter.experts.mixture import ROUTER, ExpertMixture
 from tritter.families import StoredTensor
 from tritter.parameter_map import AxisFactor, Fill, TensorMap
@@ -151,3 +151,45 @@ def _plain_factor(source: Tensor) -> AxisFactor:
     """Return the factor of an axis whose coordinates are kept, dropped or new, none scaled."""
     kept = (source != NO_SOURCE).double()
     return AxisFactor(source, kept, kept)
+
+
+def merged(
+    parts: Sequence[Factors], weights: Sequence[float], *, rank: int, alpha: float
+) -> Factors:
+    """Return the adapter of a rank that is nearest to Σ wᵢ · (α/r)ᵢ · Bᵢ Aᵢ (Eckart–Young).
+
+    The sum is never formed: with [B₁ …] = Q S and [A₁ …]ᵀ = P T it is Q (S Tᵀ) Pᵀ, so that only a
+    matrix of the sum of the ranks is decomposed.
+
+    Args:
+        weights: how much each counts, such as its mean gate.
+        rank: of the result; where the sum has less, the rest is zero.
+        alpha: of the result; α / rank is part of it, and taken out of B.
+    """
+    scaled = zip(parts, weights, strict=True)
+    up = torch.cat([w * each.scaling * each.up.double() for each, w in scaled], dim=1)  # [out, R]
+    down = torch.cat([each.down.double() for each in parts])  # [R, in]
+    q, s = torch.linalg.qr(up)
+    p, t = torch.linalg.qr(down.T)
+    left, values, right = torch.linalg.svd(s @ t.T)
+    number = min(rank, len(values))
+    root = values[:number].sqrt()
+    example, scaling = parts[0].down, alpha / rank
+    new_up = _padded((q @ left[:, :number]) * root / scaling, rank, dim=1)
+    new_down = _padded((root[:, None] * right[:number]) @ p.T, rank, dim=0)
+    return Factors(new_down.to(example), new_up.to(example), scaling, parts[0].gain)
+
+
+def lost_share(parts: Sequence[Factors], weights: Sequence[float], result: Factors) -> float:
+    """Return ‖sum − result‖ / ‖sum‖ (Frobenius): what a merge leaves out; 0 of a sum of zeros."""
+    whole = sum((w * each.delta().double() for each, w in zip(parts, weights, strict=True)))
+    assert isinstance(whole, Tensor)
+    norm = float(whole.norm())
+    return float((whole - result.delta().double()).norm()) / norm if norm else 0.0
+
+
+def _padded(values: Tensor, size: int, *, dim: int) -> Tensor:
+    """Return a matrix with zeros behind, so that a dimension has a size."""
+    shape = list(values.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([values, values.new_zeros(shape)], dim=dim) if shape[dim] else values

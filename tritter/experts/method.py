@@ -11,7 +11,7 @@ from tritter.experts.module import ExpertLosses
 from tritter.experts.options import AdapterOptions, DynamicOptions, Timing
 from tritter.experts.roster import FIRST, Roster
 from tritter.novelty import NoveltyDetector
-from tritter.novelty.names import detector_of
+from tritter.novelty.detectors import detector_of
 
 ONLY = "lora"  # what the one adapter of single_lora is called
 

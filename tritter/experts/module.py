@@ -1,26 +1,33 @@
 """The LightningModule of a mixture of LoRA experts: what its loss is, and what is saved of it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from tritter.data.apart import labels_of
 from tritter.data.windows import IGNORED
 from tritter.evaluation.inference import modes_kept
-from tritter.experts.adapters import AdapterShape, adapter_names, shape_of
+from tritter.experts.adapters import (
+    AdapterShape,
+    adapted_layers,
+    adapter_names,
+    decoder_layers,
+    factors,
+    shape_of,
+)
 from tritter.experts.changes import router_names
-from tritter.experts.flops import forward_flops_of, step_flops_of
 from tritter.experts.gates import Gates, Routing
 from tritter.experts.losses import balance_loss, entropy_loss, z_loss
-from tritter.experts.mixture import ExpertMixture
-from tritter.families import Flops
+from tritter.experts.mixture import ROUTER, ExpertMixture
+from tritter.families import Adapters, Flops, Gating, LowRank, forward_flops
+from tritter.models import config_of
 from tritter.training import BaseModule
-from tritter.training.compute import StepFlops
 from tritter.training.module import TaskLoss
+from tritter.training.parameters import WRAPPED, StepFlops, flops_of_sequence, live_layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,3 +167,62 @@ class ExpertModule(BaseModule):
         return kl_div(
             log_softmax(own[kept].float(), dim=-1), told, reduction="batchmean", log_target=True
         )
+
+
+# What a mixture of experts costs in model FLOPs: the base, the adapters and what gates them.
+#
+# Counted as in `tritter.families.flops`. Where experts are chosen (`top_k`), each is counted with
+# an even share of the tokens; the lookups of evidence are free.
+
+
+def step_flops_of(mixture: ExpertMixture) -> Flops:
+    """Return the FLOPs of a training step on one sequence, with what needs a gradient now."""
+    return flops_of_sequence(mixture.model, adapters=adapters_of(mixture))
+
+
+def forward_flops_of(mixture: ExpertMixture) -> Flops:
+    """Return the FLOPs of reading one sequence, output head included."""
+    return forward_flops(config_of(mixture.model), adapters=adapters_of(mixture))
+
+
+def adapters_of(mixture: ExpertMixture) -> Adapters:
+    """Return what stands beside the base's own tensors in a mixture."""
+    number, top_k = len(mixture.names), mixture.routing.top_k
+    share = 1 if top_k is None or top_k >= number else top_k / number
+    places, low_rank = dict(_places(mixture.model)), {}
+    for name, layer in adapted_layers(mixture.model):
+        found = (factors(layer, expert) for expert in mixture.adapters)
+        beside = [
+            LowRank(
+                rank=each.rank,
+                trains_down=each.down.requires_grad,
+                trains_up=each.up.requires_grad,
+                share=share,
+            )
+            for each in found
+            if each is not None
+        ]
+        first, *others = places[name]
+        low_rank[first] = beside
+        low_rank |= {other: [replace(each, has_down=False) for each in beside] for other in others}
+    return Adapters(low_rank, dict(_gating(mixture)))
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield (name of a layer with adapters, logical names of its matrix or matrices)."""
+    for stored in live_layout(model):
+        layer, is_wrapped, _ = stored.name.partition(f"{WRAPPED}.weight")
+        if is_wrapped:
+            yield layer, tuple(part.tensor.name for part in stored.parts)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, adapted in adapted_layers(model):
+        if adapted is head:  # where it is tied, its weight is the embedding's
+            yield name, ("head",)
+
+
+def _gating(mixture: ExpertMixture) -> Iterator[tuple[int, Gating]]:
+    """Yield (number, gating) of the decoder layers whose gates are learned."""
+    for number, layer in decoder_layers(mixture.model).items():
+        router = getattr(layer, ROUTER, None) or getattr(mixture.model, ROUTER, None)
+        if router is not None:
+            yield number, Gating(len(mixture.names), router.weight.requires_grad)

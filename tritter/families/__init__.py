@@ -1,7 +1,7 @@
 """Family tables: one data file per architecture, and what can be counted from its shapes."""
 
 from tritter.families.checks import check_config, check_size, check_values, with_live_sizes
-from tritter.families.dimensions import Config, Dimensions
+from tritter.families.dimensions import Config, Dimensions, ffn_sizes, on_disk, with_ffn_sizes
 from tritter.families.family import Family
 from tritter.families.flops import (
     NO_ADAPTERS,
@@ -13,9 +13,9 @@ from tritter.families.flops import (
     forward_flops,
     training_flops,
 )
-from tritter.families.layer_sizes import ffn_sizes, on_disk, with_ffn_sizes
 from tritter.families.layout import (
     LayoutKind,
+    Places,
     StoredTensor,
     layout,
     match,
@@ -23,13 +23,18 @@ from tritter.families.layout import (
     padded_shapes,
     unpack_all,
 )
-from tritter.families.llama import LLAMA, llama_config
 from tritter.families.logical import Axis, LogicalTensor, Port, Space, logical_name
-from tritter.families.mistral import MIXTRAL
-from tritter.families.places import Places
-from tritter.families.qwen2 import QWEN2_MOE
-from tritter.families.qwen3 import QWEN3_MOE
-from tritter.families.tables import FAMILIES, count_parameters, family_of, position_limit
+from tritter.families.tables import (
+    FAMILIES,
+    LLAMA,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    count_parameters,
+    family_of,
+    llama_config,
+    position_limit,
+)
 
 __all__ = [
     "FAMILIES",

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tritter.errors import RequestError, TritterError, brief
-from tritter.families.dimensions import Config, require_size
+from tritter.families.dimensions import FFN_SIZES, Config, check_ffn_sizes, require_size
 from tritter.families.family import Family
-from tritter.families.layer_sizes import FFN_SIZES, check_ffn_sizes
 from tritter.limits import (
     MAX_LABELS,
     MAX_LAYERS,

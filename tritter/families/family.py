@@ -8,8 +8,15 @@ from math import prod
 from typing import Literal
 
 from tritter.errors import RequestError, brief
-from tritter.families.dimensions import DENSE_SIZES, Config, Dimensions, read_dimensions
-from tritter.families.layer_sizes import FFN_SIZES, ffn_sizes, with_ffn_sizes
+from tritter.families.dimensions import (
+    DENSE_SIZES,
+    FFN_SIZES,
+    Config,
+    Dimensions,
+    ffn_sizes,
+    read_dimensions,
+    with_ffn_sizes,
+)
 from tritter.families.logical import LogicalTensor, Port
 
 

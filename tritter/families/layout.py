@@ -9,13 +9,13 @@ wherever it lies: `pack` and `unpack` turn it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from tritter.errors import TritterError
-from tritter.families.dimensions import Config
-from tritter.families.layer_sizes import FFN_SIZES, on_disk
+from tritter.errors import RequestError, TritterError, did_you_mean
+from tritter.families.dimensions import FFN_SIZES, Config, on_disk
 from tritter.families.logical import Axis, Fused, LogicalTensor
 from tritter.families.tables import family_of
 
@@ -225,3 +225,70 @@ def _check_names(model_type: str, held: set[str], expected: set[str]) -> None:
 def _some(names: list[str], limit: int = 5) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"
+
+
+# Word → kinds of logical tensors, whole or up to a dot or a dash; norms go with what they feed
+PARTS: dict[str, tuple[str, ...]] = {
+    "embed": ("embed",),
+    "head": ("head",),
+    "norm": ("final_norm",),
+    "attention": ("attention",),
+    "ffn": ("ffn", "shared_expert"),
+    "experts": ("experts",),
+    "router": ("router",),
+}
+_RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
+_ALLOWED = f"allowed are layers by number, 0 or 0-3, and {', '.join(PARTS)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What some words mean; a tied head is the embedding, by either name.
+
+    Args:
+        parts: words of `PARTS`.
+        layers: first and last layer of each range.
+    """
+
+    parts: tuple[str, ...]
+    layers: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def read(cls, words: Sequence[str | int]) -> Places:
+        """Read words such as `0-3`, `7` and `embed`; commas within one part it, too.
+
+        Raises:
+            RequestError: there are none, or one is no such word.
+        """
+        single = [each.strip() for word in words for each in str(word).split(",")]
+        if not single:
+            raise RequestError(f"it is empty; {_ALLOWED}.")
+        parts, layers = [], []
+        for word in single:
+            if word in PARTS:
+                parts.append(word)
+                continue
+            found = _RANGE.fullmatch(word)
+            first, last = (int(n or found[1]) for n in found.groups()) if found else (1, 0)
+            if first > last:
+                raise RequestError(f"{word or 'nothing'}: {_ALLOWED}.{did_you_mean(word, PARTS)}")
+            layers.append((first, last))
+        return cls(tuple(parts), tuple(layers))
+
+    @property
+    def last_layer(self) -> int:
+        """The highest number of all; -1 where there is none."""
+        return max((last for _, last in self.layers), default=-1)
+
+    def has(self, tensor: LogicalTensor, *, is_tied: bool) -> bool:
+        """Say whether a tensor lies at one of the places."""
+        layer = tensor.layer
+        if layer is not None and any(first <= layer <= last for first, last in self.layers):
+            return True
+        if is_tied and tensor.kind == "embed" and "head" in self.parts:
+            return True
+        return any(_is_of(tensor.kind, kind) for word in self.parts for kind in PARTS[word])
+
+
+def _is_of(kind: str, part: str) -> bool:
+    return kind == part or kind.startswith((f"{part}.", f"{part}_"))

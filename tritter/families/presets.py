@@ -13,7 +13,7 @@ import yaml
 from tritter.conf_folder import config_folder
 from tritter.errors import RequestError, did_you_mean
 from tritter.families.dimensions import Config
-from tritter.families.llama import llama_config
+from tritter.families.tables import llama_config
 
 _UNITS = {"m": 10**6, "b": 10**9}
 VOCABULARY = 32_000  # what the parameter counts in the presets' names are for

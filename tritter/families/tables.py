@@ -1,21 +1,503 @@
 """All tables of families, and the one that a config.json means."""
 
 from tritter.errors import RequestError
-from tritter.families.dimensions import Config
+from tritter.families.decoder import (
+    ATTENTION_INPUT,
+    EXPERT_SIZES,
+    FFN,
+    FFN_INPUT,
+    HEAD_INPUT,
+    KEY_VALUE,
+    QUERY,
+    RESIDUAL,
+    VOCABULARY,
+    attention,
+    decoder_tensors,
+    dense_ffn,
+    experts,
+    ffn_norm,
+    shared_expert,
+)
+from tritter.families.dimensions import DENSE_SIZES, Config
 from tritter.families.family import Family
-from tritter.families.gemma2 import GEMMA2
-from tritter.families.gemma3 import GEMMA3_TEXT
-from tritter.families.glm4 import GLM4
-from tritter.families.gpt2 import GPT2
-from tritter.families.gpt_neox import GPT_NEOX
-from tritter.families.granite import GRANITE
-from tritter.families.llama import LLAMA
-from tritter.families.mistral import MISTRAL, MIXTRAL
-from tritter.families.olmo2 import OLMO2
-from tritter.families.phi3 import PHI3
-from tritter.families.qwen2 import QWEN2, QWEN2_MOE
-from tritter.families.qwen3 import QWEN3, QWEN3_MOE
-from tritter.families.smollm3 import SMOLLM3
+from tritter.families.logical import Axis, LayerKind, LogicalTensor, Port, Space
+
+# The parts of decoders with LayerNorm: norms with biases, one tensor for q, k and v, a plain FFN.
+#
+# A LayerNorm subtracts the mean over the residual stream and divides by its deviation. Whole
+# copies of the stream leave both as they are, and eps with them.
+
+# Of each head its q, its k and its v; heads are copied unscaled, so one port does for all three
+QKV = Space("qkv", "qkv_size")
+_POSITIONS = Space("positions", "max_position_embeddings", "model")
+
+
+def embedding(name: str) -> LogicalTensor:
+    """Return the embedding of tokens, called so on disk."""
+    axes = (Axis(VOCABULARY, Port.READ), RESIDUAL)
+    return LogicalTensor(kind="embed", disk_name=f"{name}.weight", axes=axes)
+
+
+def learned_positions(name: str) -> LogicalTensor:
+    """Return the embedding of places in a sequence, called so on disk."""
+    axes = (Axis(_POSITIONS, Port.READ), RESIDUAL)
+    return LogicalTensor(kind="embed_positions", disk_name=f"{name}.weight", axes=axes)
+
+
+def layer_norm_attention(
+    *,
+    norm: str,
+    qkv: str,
+    output: str,
+    bias_key: str = "",
+    are_apart: bool = False,
+    is_transposed: bool = False,
+) -> tuple[LogicalTensor, ...]:
+    """Return the norm before attention and its projections, called so on disk.
+
+    Args:
+        bias_key: config key that adds biases to the projections; empty: always.
+        are_apart: the tensor of q, k and v holds all of q, then k, then v, not head by head.
+        is_transposed: matrices lie inputs first.
+    """
+    read, together = Axis(ATTENTION_INPUT, Port.READ), Axis(QKV, Port.WRITE_NONLINEAR)
+    written = {
+        "q": Axis(QUERY, Port.WRITE_NONLINEAR),
+        "k": Axis(KEY_VALUE, Port.WRITE_NONLINEAR),
+        "v": Axis(KEY_VALUE, Port.WRITE),
+    }
+    projections = (
+        [
+            tensor
+            for name, axis in written.items()
+            for tensor in _linear(f"attention.{name}", f"{qkv}.{name}", axis, read, bias_key,
+                                  within=qkv, is_transposed=is_transposed)
+        ]
+        if are_apart
+        else _linear("attention.qkv", qkv, together, read, bias_key, is_transposed=is_transposed)
+    )  # fmt: skip
+    return (
+        *layer_norm("attention_norm", norm, ATTENTION_INPUT),
+        *projections,
+        *_linear("attention.o", output, RESIDUAL, Axis(QUERY, Port.READ), bias_key,
+                 is_transposed=is_transposed),
+    )  # fmt: skip
+
+
+def plain_ffn(
+    *, norm: str, up: str, down: str, is_transposed: bool = False
+) -> tuple[LogicalTensor, ...]:
+    """Return the norm before an FFN without a gate and its projections, called so on disk."""
+    read, written = Axis(FFN_INPUT, Port.READ), Axis(FFN, Port.WRITE_NONLINEAR)
+    return (
+        *layer_norm("ffn_norm", norm, FFN_INPUT),
+        *_linear("ffn.up", up, written, read, is_transposed=is_transposed),
+        *_linear("ffn.down", down, RESIDUAL, Axis(FFN, Port.READ), is_transposed=is_transposed),
+    )
+
+
+def head(disk_name: str, live_name: str) -> LogicalTensor:
+    """Return the head, absent where it is tied."""
+    return LogicalTensor(
+        kind="head",
+        disk_name=f"{disk_name}.weight",
+        axes=(Axis(VOCABULARY, Port.WRITE), Axis(HEAD_INPUT, Port.READ)),
+        unless="tie_word_embeddings",
+        live_name=f"{live_name}.weight",
+    )
+
+
+def layer_norm(
+    kind: str, name: str, space: Space, *, layers: LayerKind = "all"
+) -> tuple[LogicalTensor, ...]:
+    """Return the gain of a LayerNorm and its bias, which lies in what the norm writes."""
+    gain, bias = (Axis(space, port) for port in (Port.GAIN, Port.WRITE))
+    return (
+        LogicalTensor(kind=kind, disk_name=f"{name}.weight", axes=(gain,), layers=layers),
+        LogicalTensor(kind=f"{kind}_bias", disk_name=f"{name}.bias", axes=(bias,), layers=layers),
+    )
+
+
+def _linear(
+    kind: str,
+    name: str,
+    output: Axis,
+    read: Axis,
+    bias_key: str = "",
+    *,
+    within: str = "",
+    is_transposed: bool = False,
+) -> tuple[LogicalTensor, ...]:
+    return (
+        LogicalTensor(
+            kind=kind,
+            disk_name=f"{name}.weight",
+            axes=(output, read),
+            layers="all",
+            is_transposed=is_transposed,
+            within=f"{within}.weight" if within else "",
+        ),
+        LogicalTensor(
+            kind=f"{kind}_bias",
+            disk_name=f"{name}.bias",
+            axes=(output,),
+            layers="all",
+            only_if=bias_key,
+            within=f"{within}.bias" if within else "",
+        ),
+    )
+
+
+SMOLLM3 = Family(
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    heads_divide_hidden=False,
+    tensors=decoder_tensors(
+        *attention(biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(bias_key="mlp_bias"),
+    ),
+    per_layer_config_keys=("layer_types", "no_rope_layers"),
+    windows="layer_types",
+)
+
+
+QWEN3 = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    heads_divide_hidden=False,
+    tensors=decoder_tensors(
+        *attention(query_norm="each head", biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(),
+    ),
+    per_layer_config_keys=("layer_types",),
+    windows="layer_types",
+)
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    heads_divide_hidden=False,
+    tensors=decoder_tensors(
+        *attention(query_norm="each head", biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(layers="dense"),
+        *experts(module="mlp", gate="gate_proj", up="up_proj", down="down_proj", layers="sparse"),
+    ),
+    sizes={**EXPERT_SIZES, "num_experts": "num_local_experts"},
+    per_layer_config_keys=("layer_types",),
+    windows="all",
+    sparse_layers="pattern",
+)
+
+
+QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    heads_divide_hidden=False,
+    tensors=decoder_tensors(*attention(biases="qkv"), ffn_norm(), *dense_ffn()),
+    per_layer_config_keys=("layer_types",),
+    windows="layer_types",
+)
+
+QWEN2_MOE = Family(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    heads_divide_hidden=False,
+    tensors=decoder_tensors(
+        *attention(biases="qkv", bias_key="qkv_bias"),
+        ffn_norm(),
+        *dense_ffn(layers="dense"),
+        *experts(module="mlp", gate="gate_proj", up="up_proj", down="down_proj", layers="sparse"),
+        *shared_expert(),
+    ),
+    sizes={
+        **EXPERT_SIZES,
+        "num_experts": "num_experts",
+        "shared_expert_size": "shared_expert_intermediate_size",
+    },
+    per_layer_config_keys=("layer_types",),
+    windows="layer_types",
+    sparse_layers="pattern",
+)
+
+
+# Phi-3 and Phi-4: q, k and v are one tensor, and so are gate and up.
+#
+# Heads keep their size whatever grows, and with it the share of it that is turned (Phi-4-mini
+# turns three quarters) and LongRoPE's factor for each turned pair.
+
+PHI3 = Family(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    heads_divide_hidden=False,
+    tensors=decoder_tensors(
+        *attention(within="self_attn.qkv_proj"),
+        ffn_norm(),
+        *dense_ffn(within="mlp.gate_up_proj"),
+    ),
+    windows="all",
+)
+
+
+# OLMo 2: norms behind attention and FFN and none before; one norm over the queries of all heads.
+#
+# That norm takes the mean square over all heads, and so does the one over the keys. Copies of all
+# of them leave it as it is; other heads beside the old ones would change what the old ones
+# compute.
+
+OLMO2 = Family(
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    heads_divide_hidden=False,
+    tensors=decoder_tensors(
+        *attention(
+            has_input_norm=False,
+            query_norm="all heads",
+            output_norm="post_attention_layernorm",
+            biases="qkvo",
+            bias_key="attention_bias",
+        ),
+        *dense_ffn(output_norm="post_feedforward_layernorm"),
+    ),
+)
+
+
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    heads_divide_hidden=False,
+    tensors=decoder_tensors(*attention(), ffn_norm(), *dense_ffn()),
+    windows="all",
+)
+
+MIXTRAL = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    heads_divide_hidden=False,
+    tensors=decoder_tensors(
+        *attention(),
+        ffn_norm(),
+        *experts(module="block_sparse_moe", gate="w1", up="w3", down="w2", layers="all"),
+    ),
+    sizes={
+        **EXPERT_SIZES,
+        "num_experts": "num_local_experts",
+        "expert_size": "intermediate_size",
+    },
+    sparse_layers="all",
+    windows="all",
+)
+
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    heads_divide_hidden=True,
+    tensors=decoder_tensors(
+        *attention(biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(bias_key="mlp_bias"),
+    ),
+)
+
+
+def llama_config(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    tie_word_embeddings: bool,
+    rms_norm_eps: float,
+    rope_theta: float,
+    max_position_embeddings: int,
+    initializer_range: float,
+) -> Config:
+    """Return the content of a config.json for a new Llama model (end of text is token 0)."""
+    return {
+        "architectures": [LLAMA.architecture],
+        "model_type": LLAMA.model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": hidden_size // num_attention_heads,
+        "hidden_act": "silu",
+        "tie_word_embeddings": tie_word_embeddings,
+        "rms_norm_eps": rms_norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        "max_position_embeddings": max_position_embeddings,
+        "initializer_range": initializer_range,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        "dtype": "float32",
+    }
+
+
+# Granite: Llama's tensors, and four constants that the model multiplies with.
+#
+# `embedding_multiplier`, `attention_multiplier`, `residual_multiplier` and `logits_scaling`
+# depend on no size, so whatever grows they stay: a map that keeps what each of them is multiplied
+# with keeps the function. (Under μP another width would get others, and compute something else.)
+
+GRANITE = Family(
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    heads_divide_hidden=False,
+    tensors=decoder_tensors(
+        *attention(biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(bias_key="mlp_bias"),
+    ),
+)
+
+
+# GPT-NeoX (Pythia): LayerNorm, q, k and v of each head together, a plain FFN, an untied head.
+#
+# Attention and FFN of a layer read the same stream, or one after the other. A share of each head
+# is turned, a quarter in Pythia.
+
+_NEOX_LAYER = "gpt_neox.layers.{layer}."
+_OF_HEADS = ("num_key_value_heads", "head_dim")  # one of each per query head; hidden size by heads
+
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    architecture="GPTNeoXForCausalLM",
+    heads_divide_hidden=True,
+    tensors=(
+        embedding("gpt_neox.embed_in"),
+        *layer_norm_attention(
+            norm=_NEOX_LAYER + "input_layernorm",
+            qkv=_NEOX_LAYER + "attention.query_key_value",
+            output=_NEOX_LAYER + "attention.dense",
+            bias_key="attention_bias",
+        ),
+        *plain_ffn(
+            norm=_NEOX_LAYER + "post_attention_layernorm",
+            up=_NEOX_LAYER + "mlp.dense_h_to_4h",
+            down=_NEOX_LAYER + "mlp.dense_4h_to_h",
+        ),
+        *layer_norm("final_norm", "gpt_neox.final_layer_norm", HEAD_INPUT, layers="none"),
+        head("embed_out", "lm_head"),
+    ),
+    sizes={name: key for name, key in DENSE_SIZES.items() if name not in _OF_HEADS},
+    subtracts_mean=True,
+    parallel_if="use_parallel_residual",
+)
+
+
+# GPT-2: LayerNorm, learned positions, q, k and v side by side, a plain FFN, a tied head.
+#
+# Its matrices lie transposed. The table of positions has a row for each place in a sequence, and
+# grows with the stream alone.
+
+_MODEL = "transformer."
+_GPT2_LAYER = _MODEL + "h.{layer}."
+
+GPT2 = Family(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    heads_divide_hidden=True,
+    tensors=(
+        embedding(_MODEL + "wte"),
+        learned_positions(_MODEL + "wpe"),
+        *layer_norm_attention(
+            norm=_GPT2_LAYER + "ln_1",
+            qkv=_GPT2_LAYER + "attn.c_attn",
+            output=_GPT2_LAYER + "attn.c_proj",
+            are_apart=True,
+            is_transposed=True,
+        ),
+        *plain_ffn(
+            norm=_GPT2_LAYER + "ln_2",
+            up=_GPT2_LAYER + "mlp.c_fc",
+            down=_GPT2_LAYER + "mlp.c_proj",
+            is_transposed=True,
+        ),
+        *layer_norm("final_norm", _MODEL + "ln_f", HEAD_INPUT, layers="none"),
+        head("lm_head", "lm_head"),
+    ),
+    sizes={
+        "num_hidden_layers": "n_layer",
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_attention_heads": "n_head",
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "n_positions",
+    },
+    subtracts_mean=True,
+    ffn_ratio=4,
+    numbered_if="scale_attn_by_inverse_layer_idx",
+    omitted_prefix=_MODEL,
+)
+
+
+GLM4 = Family(
+    model_type="glm4",
+    architecture="Glm4ForCausalLM",
+    heads_divide_hidden=False,
+    tensors=decoder_tensors(
+        *attention(output_norm="post_self_attn_layernorm", biases="qkv", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(output_norm="post_mlp_layernorm", within="mlp.gate_up_proj"),
+    ),
+    turns_neighbours=True,
+)
+
+
+GEMMA3_TEXT = Family(
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    heads_divide_hidden=True,
+    tensors=decoder_tensors(
+        *attention(
+            query_norm="each head",
+            output_norm="post_attention_layernorm",
+            biases="qkvo",
+            bias_key="attention_bias",
+        ),
+        ffn_norm("pre_feedforward_layernorm"),
+        *dense_ffn(output_norm="post_feedforward_layernorm"),
+        embedding_port=Port.WRITE_SCALED,
+    ),
+    per_layer_config_keys=("layer_types",),
+    windows="layer_types",
+    norm_offset=1.0,
+)
+
+
+# Gemma 2: as Gemma 3 without norms per head; scores and logits are capped by a tanh.
+#
+# The caps, and `query_pre_attn_scalar` in place of the size of a head, are constants: heads that
+# are kept or copied have the same scores, and a head that reads the same stream the same logits.
+
+GEMMA2 = Family(
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    heads_divide_hidden=True,
+    tensors=decoder_tensors(
+        *attention(
+            output_norm="post_attention_layernorm", biases="qkvo", bias_key="attention_bias"
+        ),
+        ffn_norm("pre_feedforward_layernorm"),
+        *dense_ffn(output_norm="post_feedforward_layernorm"),
+        embedding_port=Port.WRITE_SCALED,
+    ),
+    per_layer_config_keys=("layer_types",),
+    windows="layer_types",
+    norm_offset=1.0,
+)
+
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family

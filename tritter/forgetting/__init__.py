@@ -2,12 +2,10 @@
 
 from tritter.forgetting.build import build_methods, needs_of
 from tritter.forgetting.distill import Distill
-from tritter.forgetting.ewc import EWC
+from tritter.forgetting.ewc import EWC, OnlineEWC
 from tritter.forgetting.freeze import Freeze
 from tritter.forgetting.l2sp import L2SP
-from tritter.forgetting.online_ewc import OnlineEWC
-from tritter.forgetting.replay import Replay
-from tritter.forgetting.self_replay import SelfReplay
+from tritter.forgetting.replay import Replay, SelfReplay
 from tritter.forgetting.si import SI
 
 __all__ = [

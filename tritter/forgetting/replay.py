@@ -6,16 +6,182 @@ time, and so is that of each old domain among them; the new data keeps its order
 sees a prefix of what a run without it sees. Cost: a share of the steps.
 """
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
+from torch import Tensor, nn
 
+from tritter.data.apart import apart_of
 from tritter.data.batches import BatchStream
 from tritter.data.replay import ReplayBuffer
 from tritter.data.slots import Weighting
-from tritter.options import WholeNumber, options
-from tritter.training import ForgettingMethod, Needs, Task
+from tritter.errors import RequestError, TritterError
+from tritter.evaluation.inference import evaluating
+from tritter.families import family_of, forward_flops
+from tritter.options import Count, WholeNumber, options
+from tritter.training import ForgettingMethod, Needs, Preparation, Prepared, Task
+
+# Text that a model writes by itself, and what of it is worth reading again.
+#
+# A text begins with an end of text and goes on past every other one, as packed training text does
+# (where a model reads documents apart, it begins anew there); what is longer than a sequence goes
+# on from the half sequence before it. Each token is read once (keys and values are kept) and
+# drawn from softmax(logits / temperature), cut to the fewest tokens whose chances add up to
+# `top_p` (arXiv 1904.09751).
+#
+# Models at low temperatures fall into loops, at high ones into noise. Both are told by numbers
+# that need no other model: the share of distinct runs of four tokens, and the text's perplexity
+# under the model that wrote it.
+#
+# B  texts at a time      T  tokens of a sequence      V  vocabulary
+
+RUN_TOKENS = 4
+_SAY_EVERY_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Written:
+    """Sequences that a model wrote.
+
+    Attributes:
+        sequences: int32 [N, T].
+        nats: float64 [N], mean −log p of a sequence's tokens under the model as it is, whatever
+            the temperature was; of what an end of text, which begins a text, nothing is counted.
+    """
+
+    sequences: Tensor
+    nats: Tensor
+
+
+def write_text(
+    model: nn.Module,
+    *,
+    num_sequences: int,
+    sequence_length: int,
+    end_of_text_id: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    sequences_per_text: int = 1,
+    batch_size: int = 64,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Written:
+    """Let a causal language model write.
+
+    Args:
+        sequences_per_text: in a row, before the next text begins.
+        batch_size: texts that are written at a time; another number draws other texts.
+        say: told how long it may take, and now and then how far it is.
+
+    Raises:
+        TritterError: the model's logits are not finite.
+    """
+    num_texts = -(-num_sequences // sequences_per_text)
+    pieces: list[Tensor] = []
+    nats: list[Tensor] = []
+    progress = _Progress(num_texts, say)
+    with evaluating(model) as device:
+        generator = torch.Generator(device).manual_seed(seed)
+        for first in range(0, num_texts, batch_size):
+            count = min(batch_size, num_texts - first)
+            begin = torch.full((count, 1), end_of_text_id, device=device)
+            length = sequences_per_text * sequence_length
+            draw = _Draw(temperature=temperature, top_p=top_p, generator=generator)
+            texts, costs = _texts(model, begin, length, sequence_length, draw)
+            pieces.append(texts.view(-1, sequence_length).int().cpu())
+            nats.append(costs.view(-1, sequence_length).cpu())
+            progress.done(first + count)
+    costs_NT = torch.cat(nats)[:num_sequences].double()
+    counted = costs_NT.isfinite()
+    mean = costs_NT.nan_to_num().sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+    return Written(sequences=torch.cat(pieces)[:num_sequences], nats=mean)
+
+
+def lengths_read(num_sequences: int, sequence_length: int) -> tuple[int, ...]:
+    """Return how many tokens are read in one go, each time, for a text of so many sequences."""
+    left, lengths = num_sequences * sequence_length - 1, list[int]()
+    begins_with = 1
+    while left > 0:
+        drawn = min(left, sequence_length - begins_with)
+        lengths.append(begins_with + drawn - 1)
+        left, begins_with = left - drawn, max(1, sequence_length // 2)
+    return tuple(lengths)
+
+
+def distinct_share(sequences: Tensor) -> Tensor:
+    """Return of each sequence [N, T] the share of its runs of four tokens that differ, [N].
+
+    1 where no run comes twice; 1 / (T − 3) where one token is repeated all along; 1 of a sequence
+    that is too short for a run.
+    """
+    runs = sequences.long().unfold(1, min(RUN_TOKENS, sequences.shape[1]), 1)  # [N, R, 4]
+    shares = [len(each.unique(dim=0)) / len(each) for each in runs]
+    return torch.tensor(shares, dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Draw:
+    """How the next token is drawn."""
+
+    temperature: float
+    top_p: float
+    generator: torch.Generator
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
+        """Return int64 [B, 1]."""
+        chances = (logits_BV / self.temperature).softmax(dim=-1)
+        if self.top_p < 1:
+            ordered, places = chances.sort(dim=-1, descending=True)
+            before = ordered.cumsum(dim=-1) - ordered
+            chances = torch.zeros_like(chances).scatter(
+                -1, places, torch.where(before < self.top_p, ordered, 0.0)
+            )
+        return torch.multinomial(chances, 1, generator=self.generator)
+
+
+def _texts(
+    model: nn.Module, begin: Tensor, length: int, window: int, draw: _Draw
+) -> tuple[Tensor, Tensor]:
+    """Return texts, int64 [B, length], and −log p of each token [B, length], NaN for the first."""
+    apart = apart_of(model)
+    tokens, costs = [begin], [torch.full(begin.shape, math.nan, device=begin.device)]
+    read, cache, held = begin, None, 0
+    for _ in range(length - 1):
+        if held + read.shape[1] > window - 1:  # as much before a token as in training, at most
+            read, cache, held = torch.cat(tokens[-max(1, window // 2) :], dim=1), None, 0
+        held += read.shape[1]
+        told: dict[str, Tensor] = {}
+        if apart is not None:
+            told = apart.going_on(torch.cat(tokens[-held:], dim=1), num_read=read.shape[1])
+        output = model(input_ids=read, past_key_values=cache, use_cache=True, **told)
+        cache, logits = output.past_key_values, output.logits[:, -1].float()  # [B, V]
+        if not bool(logits.isfinite().all()):
+            raise TritterError("the model's logits are not finite: it can't write text to replay.")
+        read = draw(logits)
+        tokens.append(read)
+        costs.append(-logits.log_softmax(dim=-1).gather(1, read))
+    return torch.cat(tokens, dim=1), torch.cat(costs, dim=1)
+
+
+class _Progress:
+    """Says how long the rest may take, after the first part and every ten seconds."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self._total, self._say = total, say
+        self._since = self._said = time.perf_counter()
+
+    def done(self, count: int) -> None:
+        now = time.perf_counter()
+        is_first = self._said == self._since
+        if count < self._total and (is_first or now - self._said > _SAY_EVERY_SECONDS):
+            left = (now - self._since) / count * (self._total - count)
+            self._say(f"{count} of {self._total} texts written, about {left:.0f} s left")
+            self._said = now
 
 
 @options
@@ -74,3 +240,161 @@ class Replay(ForgettingMethod):
             losses=task.old_losses if self.weighting == "loss" else None,
         )
         return batches.with_replay(buffer, self.fraction)
+
+
+# Self-replay (arXiv 2605.26097): the model writes its old text before it learns the new one.
+#
+# What it writes at the weights that the training starts from is sorted, kept in the run's folder,
+# and mixed into the batches as replay mixes old text. Rehearsal of what a network itself puts out
+# is as old as Robins 1995 (pseudorehearsal); of language models see also LAMOL, arXiv 1909.03329.
+#
+# When to use: the old text is gone, or was never at hand. What the model says worst it says
+# seldom, so it protects less than real old text does. Cost: one forward pass over each token that
+# is written, one token at a time, before the training; then as replay.
+
+
+@options
+class SelfReplayOptions:
+    """What share of the batches the model writes, how it writes, and what of it is kept."""
+
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    num_sequences: Count = 512
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    sequences_per_text: Count = 4
+    min_distinct: Annotated[float, Field(ge=0, le=1)] = 0.5
+    min_perplexity: Annotated[float, Field(ge=1)] = 1.5
+    max_perplexity: Annotated[float, Field(gt=1)] | None = None
+
+
+class SelfReplay(ForgettingMethod):
+    """Mix sequences that the model wrote into the batches.
+
+    Args:
+        fraction: share of all sequences that it wrote, 0 ≤ fraction < 1.
+        num_sequences: that it writes.
+        temperature: by which logits are divided.
+        top_p: tokens are drawn from the fewest whose chances add up to it.
+        sequences_per_text: in a row, before the next text begins.
+        min_distinct: least share of distinct runs of four tokens; what has less repeats itself.
+        min_perplexity: least perplexity of a sequence under the model that wrote it.
+        max_perplexity: largest one; None: the size of the vocabulary, where guessing is.
+    """
+
+    name = "self_replay"
+    Options = SelfReplayOptions
+
+    def __init__(
+        self,
+        *,
+        fraction: float,
+        num_sequences: int = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        sequences_per_text: int = 4,
+        min_distinct: float = 0.5,
+        min_perplexity: float = 1.5,
+        max_perplexity: float | None = None,
+    ) -> None:
+        self.fraction = fraction
+        self.num_sequences = num_sequences
+        self.temperature = temperature
+        self.top_p = top_p
+        self.sequences_per_text = sequences_per_text
+        self.min_distinct = min_distinct
+        self.min_perplexity = min_perplexity
+        self.max_perplexity = max_perplexity
+
+    @classmethod
+    def needs(cls, options: Any) -> Needs:
+        return Needs(writes=True, mixes=True)
+
+    def prepare(self, given: Preparation) -> Prepared:
+        from tritter.models import config_of  # transformers, which a refusal does not wait for
+
+        config, length = config_of(given.model), given.sequence_length
+        vocab_size = family_of(config).dimensions(config).vocab_size
+        given.say(f"the model writes {self.num_sequences} sequences of {length} tokens to replay")
+        written = write_text(
+            given.model,
+            num_sequences=self.num_sequences,
+            sequence_length=length,
+            end_of_text_id=given.end_of_text_id,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            sequences_per_text=self.sequences_per_text,
+            seed=given.seed("self_replay"),
+            say=given.say,
+        )
+        sorted_out = self.sort_out(written, vocab_size=vocab_size)
+        flops = forward_flops(config)
+        num_texts = -(-self.num_sequences // self.sequences_per_text)
+        kept = sorted_out.kept
+        return Prepared(
+            written=kept,
+            flops=num_texts * sum(map(flops.of, lengths_read(self.sequences_per_text, length))),
+            found={"written": {**sorted_out.dropped, "kept": len(kept)}},
+            notes=(sorted_out.note(self.num_sequences, length),),
+        )
+
+    def sort_out(self, written: Written, *, vocab_size: int) -> "SortedOut":
+        """Drop what repeats itself, and what the model finds too likely or too unlikely.
+
+        Raises:
+            RequestError: nothing is left.
+        """
+        highest = self.max_perplexity or float(vocab_size)
+        repeats = distinct_share(written.sequences) < self.min_distinct
+        too_low = ~repeats & (written.nats < math.log(self.min_perplexity))
+        too_high = ~repeats & (written.nats > math.log(highest))
+        kept = ~(repeats | too_low | too_high)
+        dropped = {
+            "repeat_themselves": int(repeats.sum()),
+            "perplexity_too_low": int(too_low.sum()),
+            "perplexity_too_high": int(too_high.sum()),
+        }
+        if not kept.any():
+            reasons = [f"{count} {_WORDS[why]}" for why, count in dropped.items() if count]
+            raise RequestError(
+                f"forgetting.self_replay: of {len(kept)} sequences that the model wrote none is "
+                f"fit to be replayed ({', '.join(reasons)}; their mean perplexity is "
+                f"{float(written.nats.mean().exp()):.4g}). Give old text (data.old), try another "
+                "forgetting.self_replay.temperature, or widen min_distinct, min_perplexity and "
+                "max_perplexity."
+            )
+        nats = float(written.nats[kept].mean())
+        return SortedOut(written.sequences[torch.where(kept)[0]], dropped, nats)
+
+    def mix(self, batches: BatchStream, task: Task) -> BatchStream:
+        assert task.written is not None
+        buffer = ReplayBuffer.of_domains({"written": task.written}, seed=task.seed)
+        return batches.with_replay(buffer, self.fraction)
+
+
+_WORDS = {
+    "repeat_themselves": "repeat themselves",
+    "perplexity_too_low": "of too low a perplexity",
+    "perplexity_too_high": "of too high a perplexity",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SortedOut:
+    """What was kept, int32 [N, T], and how many sequences were dropped, by reason.
+
+    Args:
+        nats: mean −log p of a token of what was kept, under the model that wrote it.
+    """
+
+    kept: Tensor
+    dropped: dict[str, int]
+    nats: float
+
+    def note(self, count: int, length: int) -> str:
+        """Say what there was and what was dropped."""
+        told = [f"{number} {_WORDS[why]}" for why, number in self.dropped.items() if number]
+        dropped = f"; dropped were {', '.join(told)}" if told else ""
+        return (
+            f"self_replay: the model wrote {count} sequences of {length} tokens at perplexity "
+            f"{math.exp(self.nats):.3g}, {len(self.kept)} are replayed{dropped}."
+        )

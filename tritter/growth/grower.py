@@ -12,18 +12,150 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tritter.expand import Change
-from tritter.growth.change import LayerGrowth, growth_change, module_change
-from tritter.growth.initialisers import Initialiser, Layer
+from tritter.expand.change import declared
+from tritter.families import LogicalTensor, Port, family_of, with_ffn_sizes
+from tritter.growth.initialisers import Initialiser, Layer, NewNeurons
 from tritter.growth.look import Look
-from tritter.growth.maturity import Maturity
 from tritter.growth.options import GrowthOptions, Timing
-from tritter.growth.places import FfnPlace, ffn_places
-from tritter.growth.pressure import Pressure
-from tritter.growth.replacement import dead_neurons, wanda_scores
+from tritter.growth.places import FFN, FfnPlace, ffn_places, ffn_tensors
 from tritter.growth.triggers import Trigger, View, affordable, is_plateau
+from tritter.models import config_of
+from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
+from tritter.parameter_map.axis_map import NO_SOURCE
 from tritter.seeds import derived_seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerGrowth:
+    """What becomes of one FFN.
+
+    Args:
+        neurons: k new ones.
+        recycled: int64 [r], r ≤ k: the places of dead neurons that the first of them take; the
+            others are appended.
+    """
+
+    neurons: NewNeurons
+    recycled: Tensor
+
+    @property
+    def born(self) -> int:
+        """How many are appended."""
+        return self.neurons.gate.shape[0] - len(self.recycled)
+
+    def places(self, width: int) -> Tensor:
+        """Return where the new neurons stand, int64 [k], in an FFN that was `width` wide."""
+        return torch.cat([self.recycled, torch.arange(width, width + self.born)])
+
+
+def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Change:
+    """Return the change of a live model whose layers get new neurons."""
+    config = config_of(model)
+    family = family_of(config)
+    logical = family.logical_tensors(config)
+    widths = [family.dimensions(config, layer=n).intermediate_size
+              for n in range(family.dimensions(config).num_hidden_layers)]  # fmt: skip
+    maps = dict(ParameterMap.identity([t.name for t in logical], num_layers=len(widths)).tensors)
+    for layer, growth in growths.items():
+        unit_map = neuron_map(growth, widths[layer])
+        maps |= {t.name: _tensor_map(t, growth, unit_map) for t in ffn_tensors(config, layer)}
+        widths[layer] += growth.born
+    parameter_map = ParameterMap(maps, tuple(range(len(widths))))
+    target = with_ffn_sizes(config, widths, key=family.sizes["intermediate_size"])
+    return Change.of(parameter_map, config, target)
+
+
+def module_change(
+    model: nn.Module, places: Mapping[int, FfnPlace], growths: Mapping[int, LayerGrowth]
+) -> Change:
+    """Return the same change of a module that no family knows.
+
+    Args:
+        places: layer → where its neurons lie.
+    """
+    before, after, maps = [], [], {}
+    for layer, growth in growths.items():
+        place = places[layer]
+        unit_map = neuron_map(growth, place.width(model))
+        parts = {place.gate: "gate", place.up: "up", place.down: "down"}
+        for name, dim in place.axes(model):
+            shape = list(model.get_parameter(name).shape)
+            before.append(declared(name, tuple(shape)))
+            shape[dim] += growth.born
+            after.append(declared(name, tuple(shape)))
+            axes: list[AxisFactor | None] = [None] * len(shape)
+            axes[dim] = unit_map.factor(Port.WRITE if dim == 0 else Port.READ)
+            fill = _given(growth, parts.get(name))
+            source = before[-1].parts[0].tensor.name
+            maps[source] = TensorMap(source=source, axes=tuple(axes), fill=fill)
+    return Change(config={}, before=tuple(before), after=tuple(after), tensors=maps)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NeuronMap:
+    """The map of an FFN's neurons, in which recycled ones have lost what they were.
+
+    Args:
+        source: int64 [N], as in AxisMap; `share` likewise, float64 [N].
+    """
+
+    source: Tensor
+    share: Tensor
+
+    def factor(self, port: Port) -> AxisFactor:
+        """Return the factor of an axis of neurons."""
+        kept = (self.source != NO_SOURCE).double()
+        match port:
+            case Port.WRITE:
+                return AxisFactor(self.source, kept, self.share)
+            case Port.WRITE_NONLINEAR:  # p = 1, so that gradients have the share as well
+                return AxisFactor(self.source, kept, self.share)
+            case Port.READ:
+                return AxisFactor(self.source, self.share, kept)
+        raise AssertionError(f"neurons have no port {port}")
+
+
+def neuron_map(growth: LayerGrowth, width: int) -> NeuronMap:
+    """Return the map of the neurons of an FFN that was `width` wide.
+
+    Without recycled ones it is an AxisMap: what copies share adds up to what their source wrote.
+    """
+    source = torch.cat([torch.arange(width), torch.full((growth.born,), NO_SOURCE)])
+    share = torch.ones(len(source), dtype=torch.float64)
+    source[growth.recycled] = NO_SOURCE
+    places = growth.places(width)
+    share[places] = 0.0
+    if growth.neurons.source is not None:
+        source[places] = growth.neurons.source
+        for place, copied in zip(places.tolist(), growth.neurons.source.tolist(), strict=True):
+            taken = growth.neurons.share * float(share[copied])
+            share[place] = taken
+            share[copied] -= taken
+    if not len(growth.recycled):
+        AxisMap.copied(width, source, share)  # raises where the function would not be kept
+    return NeuronMap(source, share)
+
+
+def _tensor_map(tensor: LogicalTensor, growth: LayerGrowth, unit_map: NeuronMap) -> TensorMap:
+    factors = tuple(
+        unit_map.factor(axis.port) if axis.space.kind == FFN else None for axis in tensor.axes
+    )
+    part = tensor.kind.removeprefix("ffn.") if len(tensor.axes) == 2 else None
+    return TensorMap(source=tensor.name, axes=factors, fill=_given(growth, part))
+
+
+def _given(growth: LayerGrowth, part: str | None) -> Fill:
+    """Return what stands in new neurons; biases, which are no part, begin at zero."""
+    if growth.neurons.source is not None or part is None:
+        return Fill()
+    if part == "up" and growth.neurons.up is None:
+        part = "gate"  # where there is no gate, up is all that neurons read by
+    values: Tensor = getattr(growth.neurons, part)
+    return Fill(kind="given", values=values.contiguous())
+
 
 MAX_LOSSES = 20_000  # of the last steps
 MAX_ROWS = 1_000  # of the growth map
@@ -377,3 +509,254 @@ class Grower:
             sources=sources,
             seed=derived_seed(self.seed, "growth", place.layer, step),
         )
+
+
+class Pressure:
+    """Moving averages of the gradient norms of every neuron, and of the whole gradient.
+
+    ema ← decay · ema + (1 − decay) · |∇w|, of a neuron over its rows of gate and up. A step whose
+    gradient is not finite is left out, as it is refused.
+
+    Args:
+        decay: of both averages.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self.neurons: dict[int, Tensor] = {}  # layer → float32 [F]
+        self._whole = torch.zeros(())
+
+    @torch.no_grad()
+    def observe(
+        self, model: nn.Module, places: Sequence[FfnPlace], *, whole: Tensor | None = None
+    ) -> None:
+        """Take the gradients that the parameters hold.
+
+        Args:
+            whole: norm of the whole gradient, where `model` is a part of what is trained.
+        """
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not gradients:
+            return
+        norm = (nn.utils.get_total_norm(gradients) if whole is None else whole).float()
+        is_finite = torch.isfinite(norm)
+        self._whole = self._next(self._whole.to(norm), norm, is_finite)
+        for place in places:
+            norms = _row_norms(model, place)
+            before = self.neurons.get(place.layer, torch.zeros_like(norms)).to(norms)
+            self.neurons[place.layer] = self._next(before, norms, is_finite)
+
+    def of_layers(self, places: Sequence[FfnPlace]) -> Tensor:
+        """Return each layer's mean in proportion to the whole gradient's norm, float64 [L].
+
+        What is common to all, a falling loss or a hard batch, is no sign of one layer.
+        """
+        means = torch.stack([self.neurons[place.layer].mean() for place in places])
+        return (means / self._whole.clamp_min(1e-30)).double().cpu()
+
+    def grow(self, layer: int, places: Tensor, width: int) -> None:
+        """Let new neurons begin with the mean of their layer."""
+        old = self.neurons[layer]
+        new = old.new_full((width,), float(old.mean()))
+        new[: len(old)] = old
+        new[places.to(new.device)] = old.mean()
+        self.neurons[layer] = new
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"neurons": dict(self.neurons), "whole": self._whole}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.neurons = {int(layer): value for layer, value in state["neurons"].items()}
+        self._whole = state["whole"]
+
+    def _next(self, before: Tensor, now: Tensor, is_finite: Tensor) -> Tensor:
+        return torch.where(is_finite, torch.lerp(now, before, self._decay), before)
+
+
+def _row_norms(model: nn.Module, place: FfnPlace) -> Tensor:
+    """Return the norm of each neuron's rows, float32 [F]."""
+    parts = [model.get_parameter(name) for name in place.rows]
+    norms = [
+        torch.linalg.vector_norm(
+            place.turned(part.grad),
+            dim=1,
+            dtype=torch.promote_types(part.dtype, torch.float32),
+        ).float()
+        for part in parts
+        if part.grad is not None
+    ]
+    if not norms:
+        return parts[0].new_zeros(place.width(model), dtype=torch.float32)
+    return torch.stack(norms).square().sum(dim=0).sqrt()
+
+
+def wanda_scores(model: nn.Module, place: FfnPlace, look: Look) -> Tensor:
+    """Return |w|·‖x‖ of every neuron, float32 [F]: Sun et al. 2023, arXiv 2306.11695.
+
+    x is what a neuron computes of the tokens, as a root mean square; w its column of down, 1 where
+    nobody knows it.
+    """
+    gate, up, down = place.weights(model)
+    computed = look.computed
+    if computed is None:
+        summed = F.linear(look.inputs, gate, place.bias(model, place.gate))  # [T, F]
+        computed = place.activation(model)(summed)
+        if up is not None and place.up is not None:
+            computed = computed * F.linear(look.inputs, up, place.bias(model, place.up))
+    strength = computed.square().mean(dim=0).sqrt()
+    return strength if down is None else strength * torch.linalg.vector_norm(down, dim=0)
+
+
+def dead_neurons(
+    scores: Mapping[int, Tensor], young: Mapping[int, Tensor], *, quantile: float
+) -> dict[int, Tensor]:
+    """Return layer → int64 [d], its dead neurons, those of the lowest score first.
+
+    Args:
+        scores: layer → float32 [F].
+        young: layer → int64 [k], neurons that can't be dead.
+        quantile: of the scores of all layers together, each in proportion to its layer's median,
+            below which a mature neuron is dead.
+    """
+    relative = {n: each / each.median().clamp_min(1e-30) for n, each in scores.items()}
+    threshold = torch.quantile(_sampled(list(relative.values())), quantile)
+    found = {}
+    for layer, each in relative.items():
+        is_dead = each < threshold
+        is_dead |= each == 0
+        is_dead[young[layer].to(each.device)] = False
+        places = is_dead.nonzero().squeeze(1)
+        found[layer] = places[each[places].argsort(stable=True)].cpu()
+    return found
+
+
+def _sampled(values: Sequence[Tensor], limit: int = 2**20) -> Tensor:
+    """Return values in one row, evenly thinned: torch takes no quantile of more than 2**24."""
+    row = torch.cat(list(values))
+    return row[:: -(-len(row) // limit)]
+
+
+# How old neurons are, and larger updates for the young ones.
+#
+# The update is scaled, not the gradient: Adam does not see how large a gradient is.
+
+OLD = -(2**31)  # when neurons were born that stood there before
+
+
+class Maturity:
+    """When each neuron was born.
+
+    Args:
+        age: steps after which a neuron is mature.
+        factor: on the updates of young ones.
+    """
+
+    def __init__(self, *, age: int, factor: float) -> None:
+        self._age = age
+        self._factor = factor
+        self._latest = OLD  # step of the last birth
+        self._born: dict[int, Tensor] = {}  # layer → int64 [F], the steps taken then
+        self._before: dict[tuple[str, int], Tensor] = {}
+        self._young: dict[int, Tensor] = {}
+        self._measured: tuple[FfnPlace, ...] = ()
+        self._whole: dict[str, Tensor] = {}
+        self.update_norms: dict[str, float] = {}  # of the last step that was measured
+        self._sums: dict[str, list[float]] = {}  # of all of them: sum, number
+
+    def begin(self, widths: Mapping[int, int]) -> None:
+        """Take the neurons of a model that begins for mature."""
+        self._born = {n: torch.full((w,), OLD, dtype=torch.int64) for n, w in widths.items()}
+
+    def grow(self, layer: int, places: Tensor, width: int, *, step: int) -> None:
+        """Let neurons be born."""
+        old = self._born[layer]
+        self._born[layer] = torch.cat([old, old.new_full((width - len(old),), step)])
+        self._born[layer][places] = step
+        self._latest = max(self._latest, step)
+
+    def young(self, layer: int, step: int) -> Tensor:
+        """Return which neurons of a layer are not mature after so many steps, int64 [k]."""
+        return (step - self._born[layer] < self._age).nonzero().squeeze(1)
+
+    def ages(self, step: int) -> list[int]:
+        """Return the ages of all young neurons, in steps."""
+        born = (self._born[layer][self.young(layer, step)] for layer in self._born)
+        return [step - each for layer in born for each in layer.tolist()]
+
+    @torch.no_grad()
+    def before_update(
+        self, model: nn.Module, places: Sequence[FfnPlace], step: int, *, is_measured: bool = False
+    ) -> None:
+        """Keep what young neurons are, right before the optimizer's step.
+
+        Args:
+            step: steps taken.
+            is_measured: find `update_norms`, of the layers that have young neurons.
+        """
+        self._before, self._young, self._measured = {}, {}, ()
+        if step - self._latest >= self._age:
+            return
+        for place in places:
+            if len(young := self.young(place.layer, step)):
+                self._young[place.layer] = young
+                for name, dim in place.parts:
+                    parameter = model.get_parameter(name)
+                    index = young.to(parameter.device)
+                    self._before[name, dim] = parameter.detach().index_select(dim, index)
+        self._measured = tuple(p for p in places if is_measured and p.layer in self._young)
+        self._whole = {
+            name: model.get_parameter(name).detach().clone()
+            for place in self._measured
+            for name in place.rows
+        }
+
+    @torch.no_grad()
+    def after_update(self, model: nn.Module, places: Sequence[FfnPlace]) -> None:
+        """Let young neurons go further the way that the optimizer took them."""
+        by_name = {name: p.layer for p in places for name, _ in p.parts}
+        for (name, dim), before in self._before.items():
+            parameter = model.get_parameter(name)
+            index = self._young[by_name[name]].to(parameter.device)
+            moved = parameter.detach().index_select(dim, index)
+            scaled = torch.lerp(before.float(), moved.float(), self._factor).to(parameter.dtype)
+            parameter.detach().index_copy_(dim, index, scaled)
+        self._before = {}
+        if self._measured:
+            self.update_norms = self._norms(model)
+            for name, norm in self.update_norms.items():
+                total, number = self._sums.get(name, [0.0, 0.0])
+                self._sums[name] = [total + norm, number + 1]
+
+    def mean_update_norm(self, name: str) -> float | None:
+        """Return the mean of `update_norms` over a training; None where nothing was measured."""
+        total, number = self._sums.get(name, [0.0, 0.0])
+        return total / number if number else None
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = {name: list(each) for name, each in self._sums.items()}
+        return {"born": dict(self._born), "update_norms": dict(self.update_norms), "sums": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._born = {int(layer): value for layer, value in state["born"].items()}
+        self._latest = max(int(born.max()) for born in self._born.values())
+        self.update_norms = dict(state["update_norms"])
+        self._sums = {name: list(each) for name, each in state["sums"].items()}
+
+    def _norms(self, model: nn.Module) -> dict[str, float]:
+        """Return the mean norm of a neuron's update, of young and of mature ones."""
+        sums = {"young": [0.0, 0], "old": [0.0, 0]}
+        for place in self._measured:
+            moves = [
+                torch.linalg.vector_norm(
+                    place.turned(model.get_parameter(name).detach() - self._whole[name]), dim=1
+                )
+                for name in place.rows
+            ]
+            norms = torch.stack(moves).square().sum(dim=0).sqrt()
+            is_young = torch.zeros_like(norms, dtype=torch.bool)
+            is_young[self._young[place.layer].to(norms.device)] = True
+            for name, chosen in (("young", norms[is_young]), ("old", norms[~is_young])):
+                sums[name][0] += float(chosen.sum())
+                sums[name][1] += len(chosen)
+        self._whole = {}
+        return {name: total / count for name, (total, count) in sums.items() if count}

@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tritter.growth.initialisers import Initialiser
-from tritter.growth.names import INITIALISERS, TRIGGERS
 from tritter.growth.options import GrowthOptions, Timing
 from tritter.growth.places import freeze_all_but_ffns
-from tritter.growth.triggers import Trigger
+from tritter.growth.triggers import INITIALISERS, TRIGGERS, Trigger
 
 
 class NeuronGrowth:

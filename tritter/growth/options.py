@@ -22,8 +22,8 @@ class GrowthOptions:
     """The keys of `growth`.
 
     Args:
-        trigger: a name of ours (`tritter.growth.names`), or `_target_` and options of a class from
-            outside; `initialiser` likewise.
+        trigger: a name of ours (`tritter.growth.triggers`), or `_target_` and options of a class
+            from outside; `initialiser` likewise.
         growth_cooldown: steps from the beginning, and between two events. None: 200, or in a
             training shorter than 2,000 steps in proportion less; `check_every` (100) and
             `maturation_age` (500) likewise.

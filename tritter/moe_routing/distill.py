@@ -17,15 +17,19 @@ from tritter.errors import RequestError
 from tritter.evaluation.inference import modes_kept
 from tritter.families import forward_flops
 from tritter.models import config_of
-from tritter.moe_routing.live import Batch, LoaderBatches, fit_live
 from tritter.moe_routing.objective import RoutingObjective, RoutingSettings
-from tritter.moe_routing.separate import separate_experts
-from tritter.moe_routing.stages import checked_experts
-from tritter.moe_routing.trainable import only_trainable
+from tritter.moe_routing.stages import (
+    Batch,
+    LoaderBatches,
+    checked_experts,
+    fit_live,
+    only_trainable,
+    separate_experts,
+)
 from tritter.stock_routers import Routing
 from tritter.training import BaseModule, OptimizerSettings, Schedule
-from tritter.training.compute import StepFlops, flops_of_sequence
 from tritter.training.module import TaskLoss
+from tritter.training.parameters import StepFlops, flops_of_sequence
 
 
 class DistillationModule(BaseModule):

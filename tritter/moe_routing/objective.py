@@ -6,13 +6,15 @@ were. All terms are taken from raw logits and averaged over the layers that have
 Shapes: N sequences of T tokens, E experts.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 
 from tritter.data.apart import apart_of, lengths_of
 from tritter.data.ranks import this_rank
@@ -20,16 +22,9 @@ from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, evaluating
 from tritter.families import backward_flops, forward_flops
 from tritter.models import config_of
-from tritter.moe_routing.losses import (
-    load_balancing_loss,
-    new_expert_mass,
-    router_z_loss,
-    routing_divergence,
-)
-from tritter.moe_routing.statistics import bias_update, expert_counts, routing_statistics
 from tritter.stock_routers import Record, Routing
 from tritter.training import SideLoss
-from tritter.training.compute import trained_tensors
+from tritter.training.parameters import trained_tensors
 from tritter.training.work import ends_step
 
 
@@ -312,3 +307,174 @@ def _without_graph(record: Record) -> Record:
         logits=record.logits.detach(),
         probabilities=record.probabilities.detach(),
     )
+
+
+# Losses on router logits, each a pure function of one layer's tensors.
+#
+# All of them start from raw logits: a softmax of a softmax would be nearly uniform whatever the
+# router does. They compute in float32, or float64 for float64 logits, and average over tokens.
+#
+# Shapes: N tokens, E experts, k experts per token. Tokens of several layers may stand in one
+# tensor, as transformers has it, or each layer may have its own loss.
+
+
+def load_balancing_loss(
+    logits: Tensor, selected: Tensor, *, counts: Tensor | None = None
+) -> Tensor:
+    """Return E · Σ f_e · P_e: the price of an unequal load (arXiv 2101.03961, eq. 4-6).
+
+    f_e is the number of tokens sent to expert e over N, P_e the mean of its probability; even
+    routing gives k. Where transformers computes it over the same tokens it has the same value.
+
+    Args:
+        logits: [N, E].
+        selected: int64 [N, k], the experts that the tokens were sent to.
+        counts: int64 [E], the load of a batch that these tokens are a part of, as processes that
+            train together have it: the mean of their losses is then that of the whole batch.
+    """
+    num_experts = logits.shape[-1]
+    probabilities = _wide(logits).softmax(dim=-1)
+    if counts is None:
+        counts = torch.bincount(selected.flatten(), minlength=num_experts)
+    load = counts.to(probabilities.dtype) * selected.shape[-1] / counts.sum()
+    return num_experts * (load * probabilities.mean(dim=0)).sum()
+
+
+def router_z_loss(logits: Tensor) -> Tensor:
+    """Return the mean of (log Σ exp logits)², which keeps logits small (arXiv 2202.08906, eq. 5).
+
+    Args:
+        logits: [N, E].
+    """
+    return _wide(logits).logsumexp(dim=-1).square().mean()
+
+
+def routing_divergence(old_probabilities: Tensor, logits: Tensor) -> Tensor:
+    """Return KL(old ‖ new), nats per token: how far a router has moved from where it was.
+
+    Experts that were added since have no old probability, so whatever they take counts as moved.
+
+    Args:
+        old_probabilities: [N, E_old] of the old router on the same tokens, E_old ≤ E.
+        logits: [N, E].
+    """
+    logits = _wide(logits)
+    old = old_probabilities.detach().to(logits.dtype)
+    log_new = F.log_softmax(logits, dim=-1)[:, : old.shape[-1]]
+    log_new = log_new.masked_fill(old == 0, 0.0)  # 0 · log 0 is 0, and so is its gradient
+    return (torch.xlogy(old, old) - old * log_new).sum(dim=-1).mean()
+
+
+def new_expert_mass(
+    logits: Tensor, experts: Sequence[int], *, weights: Tensor | None = None
+) -> Tensor:
+    """Return the mean probability that the router gives to some experts together, from 0 to 1.
+
+    Args:
+        logits: [N, E].
+        experts: their indices.
+        weights: [N], of the tokens in the mean; equal ones of 1/N by default.
+    """
+    mass = _wide(logits).softmax(dim=-1)[:, list(experts)].sum(dim=-1)
+    return mass.mean() if weights is None else (weights.to(mass.dtype) * mass).sum()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+# How evenly the routers of a model use their experts.
+#
+# Shapes: N tokens, E experts, k experts per token.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerStatistics:
+    """The use of one layer's experts over some tokens.
+
+    Args:
+        layer: number of the layer.
+        load: per expert, its part of all assignments; they add up to 1.
+        max_load: the largest load over the mean one; 1 is even, E/k all to the same experts.
+        load_entropy: of `load`, over that of an even one: 1 is even.
+        entropy: of the router's probabilities for one token, nats, on average; 0 is certain.
+        dropped_fraction: of all assignments, those that experts of limited capacity would drop.
+    """
+
+    layer: int
+    load: tuple[float, ...]
+    max_load: float
+    load_entropy: float
+    entropy: float
+    dropped_fraction: float
+
+
+def layer_statistics(record: Record, *, capacity_factor: float) -> LayerStatistics:
+    """Return the statistics of one layer over the tokens of a forward pass.
+
+    Args:
+        capacity_factor: an expert takes at most that many times its even part. Stock models drop
+            nothing: this says what a deployment with such a limit would lose.
+    """
+    probabilities = record.probabilities.detach()
+    num_experts = probabilities.shape[-1]
+    counts = expert_counts(record.selected, num_experts)
+    load = counts.double() / counts.sum()
+    entropy = -torch.xlogy(probabilities, probabilities).sum(dim=-1).mean()
+    return LayerStatistics(
+        layer=record.layer,
+        load=tuple(load.tolist()),
+        max_load=float(load.max() * num_experts),
+        load_entropy=load_entropy(counts),
+        entropy=float(entropy),
+        dropped_fraction=dropped_fraction(counts, capacity_factor=capacity_factor),
+    )
+
+
+def routing_statistics(
+    records: Iterable[Record], *, capacity_factor: float
+) -> tuple[LayerStatistics, ...]:
+    """Return the statistics of every layer that recorded; see `layer_statistics`."""
+    return tuple(layer_statistics(record, capacity_factor=capacity_factor) for record in records)
+
+
+def expert_counts(selected: Tensor, num_experts: int) -> Tensor:
+    """Return int64 [E], how many tokens each expert got; counts of several batches add up.
+
+    Args:
+        selected: int64 [N, k].
+    """
+    return torch.bincount(selected.flatten(), minlength=num_experts)
+
+
+def load_entropy(counts: Tensor) -> float:
+    """Return the entropy of the load over that of an even one, from 0 to 1.
+
+    Args:
+        counts: [E].
+    """
+    load = counts.double() / counts.sum()
+    return float(-torch.xlogy(load, load).sum()) / math.log(len(counts))
+
+
+def dropped_fraction(counts: Tensor, *, capacity_factor: float) -> float:
+    """Return the part of all assignments beyond a capacity of ⌈factor · N · k / E⌉ per expert.
+
+    Args:
+        counts: [E], of the tokens that share the capacity.
+    """
+    total = int(counts.sum())
+    capacity = math.ceil(capacity_factor * total / len(counts))
+    return int((counts - capacity).clamp(min=0).sum()) / total
+
+
+def bias_update(selection_bias: Tensor, load: Tensor, *, rate: float) -> Tensor:
+    """Return the next selection bias: b + rate · sign(mean load − load) (arXiv 2408.15664, alg. 1).
+
+    Args:
+        selection_bias: [E].
+        load: [E], counts or parts of the step's assignments.
+        rate: u of the paper, in probability per step.
+    """
+    load = load.to(selection_bias.dtype)
+    return selection_bias + rate * (load.mean() - load).sign()

@@ -5,24 +5,132 @@ experts learn the domain while the base stays as it is. The main job does the sa
 batches, methods against forgetting and saved state.
 """
 
-from collections.abc import Iterable, Sequence, Sized
-from contextlib import nullcontext
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
+from itertools import chain, cycle, repeat
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from lightning import Callback
-from torch import nn
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, device, nn
+from torch.utils.hooks import RemovableHandle
 
-from tritter.errors import RequestError
-from tritter.families import LogicalTensor
-from tritter.moe_routing.live import Batch, LoaderBatches, fit_live
+from tritter.data.apart import labels_of
+from tritter.errors import RequestError, TritterError
+from tritter.evaluation.inference import device_of, modes_kept
+from tritter.expand import declared
+from tritter.families import LogicalTensor, layout
+from tritter.models import config_of
 from tritter.moe_routing.objective import RoutingObjective, RoutingSettings
-from tritter.moe_routing.opening import ExpertOpening, Unfreezing
-from tritter.moe_routing.separate import separate_experts
-from tritter.moe_routing.trainable import is_router, only_trainable
 from tritter.seeds import derived_seed
 from tritter.stock_routers import AddedExperts, Routing
-from tritter.training import BaseModule, OptimizerSettings, Schedule
+from tritter.stopping import Stopped
+from tritter.terminal import Console
+from tritter.training import BaseModule, OptimizerSettings, Schedule, SideLoss, TrainerSettings, fit
+from tritter.training.checkpoint_io import random_state, restore_random_state
+from tritter.training.module import base_of
+from tritter.training.parameters import BASE, NEW, live_layout
+
+Batch = Mapping[str, Tensor]
+_OLD = "old_input_ids"
+
+
+class LoaderBatches:
+    """What a loader gives in some epochs; one without a length is read whole first.
+
+    Args:
+        loader: `{"input_ids": integers [B, T]}`; iterated once for each epoch.
+        replay: the same of old text; each batch takes one of them along.
+    """
+
+    def __init__(
+        self, loader: Iterable[Batch], epochs: int, *, replay: Iterable[Batch] | None = None
+    ) -> None:
+        if not isinstance(loader, Sized):
+            loader, epochs = [*chain.from_iterable(repeat(loader, epochs))], 1
+        self._loader, self._epochs, self._replay = loader, epochs, replay
+        self._length = len(loader) * epochs
+        self.side_losses = () if replay is None else (OldText(),)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        old = None if self._replay is None else cycle(self._replay)
+        for batch in chain.from_iterable(repeat(self._loader, self._epochs)):
+            yield batch if old is None else {**batch, _OLD: next(old)["input_ids"]}
+
+
+class OldText(SideLoss):
+    """The next-token loss of the old text that `LoaderBatches` sends along."""
+
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], *, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        ids = batch[_OLD]
+        loss = model(input_ids=ids, labels=ids, use_cache=False, output_router_logits=False).loss
+        return loss, {"train/old_loss": loss}
+
+
+def fit_live(
+    module: BaseModule, batches: LoaderBatches, *, seed: int, controls: Sequence[Callback] = ()
+) -> None:
+    """Train a live model where it lies; it stays there, in the modes that it was in.
+
+    Torch's global generators are left as they were.
+
+    Args:
+        seed: of what layers draw in training, as for dropout.
+
+    Raises:
+        TritterError: a step was not finite; the weights are those from before it.
+    """
+    if not len(batches):
+        return
+    model = module.model
+    home, random = device_of(model), random_state()
+    try:
+        with modes_kept(model), TemporaryDirectory(prefix="tritter-") as folder:
+            result = fit(
+                module,
+                batches,
+                settings=_settings(home, seed),
+                folder=Path(folder),
+                label="adaptation",
+                console=Console(quiet=True),
+                controls=controls,
+            )
+    except Stopped as stopped:
+        if stopped.signal_number == signal.SIGINT:
+            raise KeyboardInterrupt from stopped  # as in any other call
+        raise
+    finally:
+        restore_random_state(random)
+        model.to(home)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = None
+    if result.stopped_because is not None:
+        raise TritterError(f"adaptation: {result.stopped_because}.")
+
+
+def _settings(home: device, seed: int) -> TrainerSettings:
+    """Return those of a model as it is: in its own dtype, on its own device."""
+    return TrainerSettings(
+        accelerator="gpu" if home.type == "cuda" else home.type,
+        devices=1 if home.index is None else [home.index],
+        precision="32-true",
+        max_non_finite_steps=0,
+        save_every_n_steps=0,
+        progress="off",
+        seed=seed,
+    )
+
 
 ROUTER_UPDATES = ("fine_tune", "retrain", "frozen")
 
@@ -220,3 +328,245 @@ def _known_steps(loader: Iterable[Batch], epochs: int) -> int:
             "offset is to be 0."
         )
     return epochs * len(loader)
+
+
+class ExpertOpening(Callback):
+    """Raise the router offset of appended experts before each step of a training.
+
+    Args:
+        added: what they are when the training begins.
+        anneal_steps: steps from the appending on, after which the offset is 0.
+    """
+
+    def __init__(self, added: AddedExperts, *, anneal_steps: int) -> None:
+        self._added = added
+        self._anneal_steps = anneal_steps
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._at(trainer.global_step).apply(base_of(pl_module).model)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._at(trainer.global_step).apply(base_of(pl_module).model)
+
+    def _at(self, step: int) -> AddedExperts:
+        return self._added.at(self._added.step + step, anneal_steps=self._anneal_steps)
+
+
+class Unfreezing(Callback):
+    """Hold parameters still until a step, then let them be trained.
+
+    They need gradients from now on, so that the optimizer takes them in at the start; one that has
+    none in a step is passed over there: it is not decayed and has no state. In one process only:
+    DDP waits for the gradients of all that it was shown.
+
+    Args:
+        parameters: those that are held.
+        after_steps: of this training.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, after_steps: int) -> None:
+        self._parameters = tuple(parameters)
+        self._after_steps = after_steps
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for parameter in self._parameters:
+            parameter.requires_grad_(trainer.global_step >= self._after_steps)
+
+
+def is_router(tensor: LogicalTensor) -> bool:
+    """Return whether a tensor is a router's."""
+    return tensor.kind == "router"
+
+
+@contextmanager
+def only_trainable(model: nn.Module, is_trained: Callable[[LogicalTensor], bool]) -> Iterator[None]:
+    """Let only some tensors of a live model need a gradient inside the block, whatever happens.
+
+    Args:
+        is_trained: says so of a tensor; a parameter that holds several needs a gradient for all
+            of them, or none.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    known = {stored.name: stored for stored in live_layout(model)}
+    try:
+        for name, parameter in model.named_parameters():
+            stored = known.get(name) or declared(name, tuple(parameter.shape))
+            parameter.requires_grad_(all(is_trained(part.tensor) for part in stored.parts))
+        yield
+    finally:
+        for parameter, needed in before:
+            parameter.requires_grad_(needed)
+
+
+# Some experts of a layer on their own, so that the others can be frozen.
+#
+# A stock model holds all experts of a layer in one parameter, which is trained whole or not at
+# all: with a gradient of zero its old part would still move under weight decay and old momentum.
+# Here the parameter is taken apart into that of the base's experts, which needs no gradient and
+# so stays out of the optimizer, and that of the new ones; each forward pass puts them together.
+# Cost: a copy of the experts' weights in every forward pass.
+
+_HANDLES = "separate_experts_handles"
+
+
+class SeparateExperts:
+    """The experts of a model, taken apart at one index.
+
+    Args:
+        model: a stock model with experts, which is changed.
+        first_new: experts from this one on are new.
+
+    Raises:
+        RequestError: the model has no experts, or none on one of the sides.
+    """
+
+    def __init__(self, model: nn.Module, first_new: int) -> None:
+        routing = Routing.of(model)
+        if routing is None:
+            raise RequestError("adaptation: the model has no experts.")
+        if not 0 < first_new < routing.num_experts:
+            raise RequestError(
+                f"adaptation: new experts from {first_new} on; of {routing.num_experts} experts "
+                f"allowed is 1 to {routing.num_experts - 1}."
+            )
+        self.first_new = first_new
+        self.names = shared_names(model)
+        self._attributes: dict[nn.Module, list[str]] = {}
+        for name in self.names:
+            module, _, attribute = name.rpartition(".")
+            self._attributes.setdefault(model.get_submodule(module), []).append(attribute)
+
+    def take_apart(self) -> None:
+        """Replace each shared parameter by its two parts; the base's needs no gradient."""
+        for module, attributes in self._attributes.items():
+            for attribute in attributes:
+                _split(module, attribute, self.first_new)
+            _join_while_computing(module, attributes)
+
+    def join(self) -> None:
+        """Put the parts together again; the base's values are those from before, bit for bit."""
+        for module, attributes in self._attributes.items():
+            for handle in module.__dict__.pop(_HANDLES):
+                handle.remove()
+            for attribute in attributes:
+                _unite(module, attribute)
+
+    def follow(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return values by parameter name for the parts in place of the whole."""
+        followed = dict(values)
+        for name in self.names:
+            if name in followed:
+                whole = followed.pop(name)
+                followed[name + BASE] = whole[: self.first_new]
+                followed[name + NEW] = whole[self.first_new :]
+        return followed
+
+
+@contextmanager
+def separate_experts(model: nn.Module, first_new: int) -> Iterator[SeparateExperts]:
+    """Take the experts of a model apart inside the block, and join them whatever happens.
+
+    Raises:
+        RequestError: the model has no experts, or none on one of the sides.
+    """
+    parts = SeparateExperts(model, first_new)
+    parts.take_apart()
+    try:
+        yield parts
+    finally:
+        parts.join()
+
+
+def shared_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters that all experts of a layer share."""
+    config = config_of(model)
+    stored = layout(config, "live")
+    return tuple(tensor.name for tensor in stored if tensor.is_of_experts)
+
+
+def _split(module: nn.Module, attribute: str, first_new: int) -> None:
+    whole = module.get_parameter(attribute)
+    delattr(module, attribute)
+    base = nn.Parameter(whole.detach()[:first_new].clone(), requires_grad=False)
+    new = nn.Parameter(whole.detach()[first_new:].clone(), requires_grad=whole.requires_grad)
+    module.register_parameter(attribute + BASE, base)
+    module.register_parameter(attribute + NEW, new)
+
+
+def _unite(module: nn.Module, attribute: str) -> None:
+    parts = [module.get_parameter(attribute + ending) for ending in (BASE, NEW)]
+    for ending in (BASE, NEW):
+        delattr(module, attribute + ending)
+    whole = torch.cat([part.detach() for part in parts])
+    requires_grad = any(part.requires_grad for part in parts)
+    module.register_parameter(attribute, nn.Parameter(whole, requires_grad=requires_grad))
+
+
+def _join_while_computing(module: nn.Module, attributes: Sequence[str]) -> None:
+    """Let a module find the whole under its old name during its forward pass."""
+    handles: list[RemovableHandle] = [
+        module.register_forward_pre_hook(partial(_put_together, tuple(attributes))),
+        module.register_forward_hook(partial(_forget, tuple(attributes)), always_call=True),
+    ]
+    module.__dict__[_HANDLES] = handles
+
+
+def _put_together(attributes: Sequence[str], module: nn.Module, arguments: Any) -> None:
+    for attribute in attributes:
+        # Tensors that are no parameters where gradients are taken of a functional call
+        parts = (getattr(module, attribute + ending) for ending in (BASE, NEW))
+        setattr(module, attribute, torch.cat(tuple(parts)))
+
+
+def _forget(attributes: Sequence[str], module: nn.Module, arguments: Any, output: Any) -> None:
+    for attribute in attributes:
+        module.__dict__.pop(attribute, None)
+
+
+# Which expert a domain moves most: the one to clone for it.
+#
+# Utility of an expert = mean over batches of Σ |∂L/∂w · w| over its weights: the first-order
+# change of the loss if they were taken away (Molchanov et al. 2019, arXiv 1906.10771, without the
+# square). The choice of what to clone by gradients is that of Expert Upcycling (arXiv
+# 2604.19835); here the most useful expert of each layer gives all the new ones of it.
+
+
+def expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) -> Tensor:
+    """Return the utility of every expert, [layers that have experts, E].
+
+    Args:
+        sequences: integers [N, T], of the domain.
+
+    Raises:
+        RequestError: the model has no experts, or there is no sequence.
+    """
+    routing = Routing.of(model)
+    if routing is None or not len(sequences):
+        raise RequestError("expert utility needs a model with experts, and text.")
+    shared = [stored for stored in live_layout(model) if stored.is_of_experts]
+    weights = [model.get_parameter(stored.name) for stored in shared]
+    rows: dict[int | None, int] = {layer: row for row, layer in enumerate(routing.layers)}
+    utility = torch.zeros(len(rows), routing.num_experts)
+    device, batches = weights[0].device, sequences.split(batch_size)
+    with modes_kept(model):
+        model.eval()
+        for batch in batches:
+            ids = batch.long().to(device)
+            loss = model(input_ids=ids, labels=labels_of(model, ids), use_cache=False).loss
+            for stored, weight, gradient in zip(
+                shared, weights, torch.autograd.grad(loss, weights), strict=True
+            ):
+                change = (gradient * weight).detach().abs().flatten(1).sum(dim=1)
+                utility[rows[stored.layer]] += change.float().cpu() / len(batches)
+    return utility
+
+
+def best_experts(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) -> tuple[int, ...]:
+    """Return the expert of the highest utility, for each layer that has experts."""
+    return tuple(expert_utility(model, sequences, batch_size=batch_size).argmax(dim=1).tolist())

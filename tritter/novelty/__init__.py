@@ -5,8 +5,8 @@ same before and after its expert has learned it.
 """
 
 from tritter.novelty.detector import NoveltyDetector
+from tritter.novelty.detectors import NoveltyOptions
 from tritter.novelty.library import SkillLibrary
 from tritter.novelty.observation import Observation, observe
-from tritter.novelty.options import NoveltyOptions
 
 __all__ = ["NoveltyDetector", "NoveltyOptions", "Observation", "SkillLibrary", "observe"]

@@ -3,18 +3,63 @@
 B samples of a batch
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from tritter.novelty.library import SkillLibrary
-from tritter.novelty.observation import Observation
-from tritter.options import options
+from tritter.errors import Problem, RequestError, TritterError, nearest, raise_problems
+from tritter.novelty.library import SkillLibrary, embedded
+from tritter.novelty.observation import Observation, joined
+from tritter.novelty.statistics import share_bound
+from tritter.options import Count, WholeNumber, checked, options, read_options
+
+Confidence = Annotated[float, Field(ge=0.5, lt=1)]
+
+
+@options
+class NoveltyOptions:
+    """When a run of batches is called new, or known.
+
+    Args:
+        min_samples: that a decision rests on, at least.
+        in_a_row: batches above the threshold, one after the other.
+        confidence: of the bound that has to lie beyond the threshold, one-sided.
+        cooldown: batches behind something new in which nothing else is called so.
+        moving_average: share of its old value in the novelty that is compared; 0: none.
+    """
+
+    min_samples: Annotated[int, Field(ge=2, le=1_000_000)] = 32
+    in_a_row: Count = 2
+    confidence: Confidence = 0.99
+    cooldown: WholeNumber = 30
+    moving_average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+@options
+class BurstOptions:
+    """When novel samples of mixed batches are handed over.
+
+    Args:
+        min_samples: alike ones, of a burst.
+        window_samples: seen last, among which they are.
+        usual_share: of samples of known skills that may look novel.
+        confidence: with which their share is above that of the largest group of known samples.
+        similarity: cosine of whitened features with the mean of those it joins, at least.
+    """
+
+    min_samples: Annotated[int, Field(ge=2, le=1_000_000)] = 32
+    window_samples: Count = 1024
+    usual_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    confidence: Confidence = 0.99
+    similarity: Annotated[float, Field(ge=-1, le=1)] = 0.3
+
 
 THRESHOLD = 6.0  # deviations of batch means
 
@@ -121,3 +166,314 @@ class LossNovelty(Detector):
 
     def limit(self, library: SkillLibrary) -> float:
         return self.threshold
+
+
+# The detector of the DyLoRA plan: cosine of mean embeddings, against a falling threshold.
+#
+# B samples of a batch · K skills · E size of an embedding
+
+Reduction = Literal["max", "mean", "median"]
+_Similarity = Annotated[float, Field(ge=-1, le=1)]
+
+
+@options
+class CosineNovelty(Detector):
+    """A batch is unusual if the cosine of its mean embedding with the library's is too small.
+
+    Novelty is 1 − cosine. Raw features all look alike, so that without a trained head little is
+    ever below 0.75; with `mean` and `median` a repeated skill may count as new, since the other
+    skills take part in it.
+
+    Args:
+        threshold: of the cosine, with no skill known.
+        decay: δ of τ_k = threshold − δ · log(1 + k) with k skills known.
+        lowest, highest: between which τ_k stays.
+        reduction: over the library.
+    """
+
+    threshold: _Similarity = 0.75
+    decay: Annotated[float, Field(ge=0)] = 0.0
+    lowest: _Similarity = 0.0
+    highest: _Similarity = 0.99
+    reduction: Reduction = "max"
+
+    def tau(self, num_skills: int) -> float:
+        """Return τ_k."""
+        tau = self.threshold - self.decay * math.log1p(num_skills)
+        return min(max(tau, self.lowest), self.highest)
+
+    def limit(self, library: SkillLibrary) -> float:
+        return 1 - self.tau(len(library))
+
+    def against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
+        skills = torch.stack([skill.embedding for skill in library])
+        values_KB = mean_cosines(embedded(seen.features, library.projection), skills)
+        return {skill.name: 1 - each for skill, each in zip(library, values_KB, strict=True)}
+
+    def score(self, seen: Observation, library: SkillLibrary) -> Scores:
+        against = self.against(seen, library)
+        by_skill = {name: float(values.mean()) for name, values in against.items()}
+        values_KB = torch.stack(list(against.values()))
+        skills_KE = torch.stack([skill.embedding for skill in library])
+        samples_KB = 1 - _unit(skills_KE) @ embedded(seen.features, library.projection).T
+        order, count = values_KB.mean(dim=1).argsort(), len(values_KB)
+        # Of a median the one or two skills in the middle are the batch's, for all its samples
+        chosen = {
+            "max": order[:1],
+            "mean": order,
+            "median": order[(count - 1) // 2 : count // 2 + 1],
+        }[self.reduction]
+        reduced = {"max": samples_KB.amin(0), "mean": samples_KB.mean(0)}
+        return Scores(
+            values=values_KB[chosen].mean(dim=0),
+            samples=reduced.get(self.reduction, samples_KB.quantile(0.5, dim=0)),
+            threshold=self.limit(library),
+            nearest=min(by_skill, key=by_skill.__getitem__),
+            by_skill=by_skill,
+        )
+
+
+def mean_cosines(samples_BE: Tensor, skills_KE: Tensor) -> Tensor:
+    """Return the cosines of a batch's mean with each skill, as values [K, B] of its samples.
+
+    The mean of a row is the cosine itself, exactly; what a sample's value differs from it by is the
+    sample's influence on it (the infinitesimal jackknife), so that intervals can be taken.
+
+    Args:
+        samples_BE: float64, unit vectors.
+        skills_KE: float64, of any length.
+    """
+    mean_E = samples_BE.mean(dim=0)
+    norm = mean_E.norm().clamp_min(1e-12)
+    along_KB = _unit(skills_KE) @ samples_BE.T / norm
+    cosine_K1 = along_KB.mean(dim=1, keepdim=True)
+    length_B = samples_BE @ mean_E / norm.square()
+    return along_KB - cosine_K1 * (length_B - 1)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+# Novelty of single samples: novel ones of mixed batches are gathered until they make a burst.
+#
+# A batch of which a tenth is new looks hardly unusual as a whole. Here each sample counts by
+# itself, and those that are alike are handed over together, for training on them alone.
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Burst:
+    """Alike novel samples.
+
+    Args:
+        seen: what the base says of them.
+        rows: what the caller gave of each, as its token ids.
+        share: of all samples of the window; its lower bound lies above `usual`.
+    """
+
+    seen: Observation
+    rows: tuple[Tensor, ...]
+    share: float
+    lower: float
+    usual: float
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Group:
+    """Alike samples, and when each was seen; `direction` [H] is the sum of their unit offsets."""
+
+    seen: list[Observation]
+    rows: list[Tensor]
+    directions: list[Tensor]
+    at: list[int]
+
+    def is_like(self, direction: Tensor, least: float) -> bool:
+        mean = normalize(torch.stack(self.directions).sum(dim=0), dim=0)
+        return float(mean @ direction) >= least
+
+    def keep_from(self, first: int) -> None:
+        kept = [index for index, at in enumerate(self.at) if at >= first]
+        for name in ("seen", "rows", "directions", "at"):
+            held = getattr(self, name)
+            setattr(self, name, [held[index] for index in kept])
+
+
+class NovelSamples:
+    """Gathers novel samples, whichever batches they come in.
+
+    A sample is novel if it is less like anything known than all but `usual_share` of held-out
+    samples are. Of those that lie in one direction from what the base knows, `min_samples` are a
+    burst, once they are more of the samples seen last than the largest such group was of the
+    held-out ones: with a confidence, against the upper bound of that.
+    """
+
+    def __init__(
+        self, detector: Detector, library: SkillLibrary, asked: BurstOptions | None = None
+    ) -> None:
+        self.detector, self.library = detector, library
+        self.options = asked or BurstOptions()
+        self._threshold, self._usual, self._count = float("nan"), 1.0, 0
+        self._groups: list[_Group] = []
+
+    def calibrate(self, batches: Sequence[Observation]) -> None:
+        """Learn from held-out batches of known skills what samples of these look like.
+
+        They are to be others than those that the library rests on.
+
+        Raises:
+            RequestError: they are too few to tell the usual share.
+        """
+        samples = torch.cat([self.detector.score(each, self.library).samples for each in batches])
+        share = self.options.usual_share
+        if len(samples) * share < 1:
+            raise RequestError(
+                f"novelty: {len(samples)} samples don't tell what a share of {share:g} of them "
+                f"looks like; that takes {int(1 / share) + 1}."
+            )
+        self._threshold = float(samples.quantile(1 - share))
+        groups: list[_Group] = []
+        for each in batches:
+            self._gather(each, [torch.zeros(0)] * len(each), groups, at=0)
+        alike = max((len(group.at) for group in groups), default=0)
+        self._usual = share_bound(alike, len(samples), confidence=0.95, is_lower=False)
+
+    def novel(self, seen: Observation) -> Tensor:
+        """Return which samples are novel, bool [B].
+
+        Raises:
+            RequestError: `calibrate` was not called.
+        """
+        if self._threshold != self._threshold:
+            raise RequestError("novelty: calibrate the bursts on held-out batches first.")
+        return self.detector.score(seen, self.library).samples > self._threshold
+
+    def add(self, seen: Observation, rows: Sequence[Tensor]) -> Burst | None:
+        """Take a batch; return a burst as soon as there is one, and forget its samples.
+
+        Args:
+            rows: whatever training on a sample takes, one tensor for each.
+        """
+        assert len(rows) == len(seen), "each sample has something that it can be trained on by"
+        self._gather(seen, rows, self._groups, at=self._count)
+        self._count += len(seen)
+        for group in self._groups:
+            group.keep_from(self._count - self.options.window_samples)
+        self._groups = [group for group in self._groups if group.at]
+        return self._burst()
+
+    def state_dict(self) -> dict[str, Any]:
+        groups = [
+            {
+                "seen": [each.state_dict() for each in group.seen],
+                "rows": list(group.rows),
+                "directions": list(group.directions),
+                "at": list(group.at),
+            }
+            for group in self._groups
+        ]
+        return {
+            "format_version": FORMAT_VERSION,
+            "threshold": self._threshold,
+            "usual": self._usual,
+            "count": self._count,
+            "groups": groups,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            TritterError: it is of another format.
+        """
+        if state.get("format_version") != FORMAT_VERSION:
+            raise TritterError(
+                f"novelty: gathered samples of format {state.get('format_version')}; this Tritter "
+                f"reads {FORMAT_VERSION}"
+            )
+        self._threshold, self._usual = state["threshold"], state["usual"]
+        self._count = state["count"]
+        self._groups = [
+            _Group(
+                seen=[Observation.of_state(each) for each in held["seen"]],
+                rows=list(held["rows"]),
+                directions=list(held["directions"]),
+                at=list(held["at"]),
+            )
+            for held in state["groups"]
+        ]
+
+    def _gather(
+        self, seen: Observation, rows: Sequence[Tensor], groups: list[_Group], *, at: int
+    ) -> None:
+        """Put the novel samples of a batch into the groups they are like, or into new ones."""
+        novel = self.novel(seen).nonzero().flatten()
+        centre = self.library.gaussian(self.library.reference.name)
+        directions = normalize(centre.whitened(seen.features[novel]), dim=1)
+        for index, direction in zip(novel.tolist(), directions, strict=True):
+            least = self.options.similarity
+            group = next((g for g in groups if g.is_like(direction, least)), None)
+            if group is None:
+                group = _Group(seen=[], rows=[], directions=[], at=[])
+                groups.append(group)
+            group.seen.append(seen.rows(torch.tensor([index])))
+            group.rows.append(rows[index].detach().clone())
+            group.directions.append(direction)
+            group.at.append(at + index)
+
+    def _burst(self) -> Burst | None:
+        asked = self.options
+        window = min(self._count, asked.window_samples)
+        for group in self._groups:
+            n = len(group.at)
+            lower = share_bound(n, window, confidence=asked.confidence, is_lower=True)
+            if n >= asked.min_samples and lower > self._usual:
+                self._groups.remove(group)
+                return Burst(
+                    seen=joined(group.seen),
+                    rows=tuple(group.rows),
+                    share=n / window,
+                    lower=lower,
+                    usual=self._usual,
+                )
+        return None
+
+
+DETECTORS: Mapping[str, type[Detector]] = {
+    "loss": LossNovelty,
+    "mahalanobis": MahalanobisNovelty,
+    "cosine": CosineNovelty,
+}
+
+
+def detector_of(
+    asked: "str | Mapping[str, Any] | Detector", *, key: str = "novelty.detector"
+) -> Detector:
+    """Return a detector: by its name, by `name` and options of it, or one that was made.
+
+    Args:
+        key: of it in messages.
+
+    Raises:
+        RequestError: there is no such detector, or an option is wrong.
+    """
+    if isinstance(asked, Detector):
+        raise_problems(checked(asked, prefix=key))
+        return asked
+    given = {"name": asked} if isinstance(asked, str) else dict(asked)
+    name = str(given.pop("name", ""))
+    if name not in DETECTORS:
+        raise RequestError(
+            Problem(
+                key,
+                name,
+                reason=f"the detectors are {', '.join(DETECTORS)}",
+                nearest=nearest(name, DETECTORS),
+            )
+        )
+    problems: list[Problem] = []
+    made = read_options(DETECTORS[name], given, prefix=key, problems=problems)
+    raise_problems(problems)
+    assert made is not None, "options without a problem make a record"
+    return made

@@ -1,15 +1,19 @@
 """Move values through a tensor map: weights, and all that lives on them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tritter.parameter_map.tensor_map import AxisFactor, Fill, TensorMap
 
-Read = Callable[[str], Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Read = Callable[[str], "Tensor"]
 
 
 class Quantity(Enum):
@@ -24,6 +28,8 @@ class Quantity(Enum):
 
     def factor(self, axis: AxisFactor) -> Tensor:
         """Return the float64 [N] factors of this quantity along one axis."""
+        import torch
+
         match self:
             case Quantity.WEIGHT | Quantity.DISPLACEMENT:
                 return axis.weight
@@ -66,6 +72,8 @@ def rounded_weight(tensor_map: TensorMap, read: Read, dtype: torch.dtype) -> Ten
     What no map touches keeps its bits.
     """
 
+    import torch
+
     def read_wide(name: str) -> Tensor:
         tensor = read(name)
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -90,6 +98,8 @@ def map_tensor(
     Args:
         donor: what a fill of kind `copy` takes its values from, in the target's shape.
     """
+    import torch
+
     if source is None:
         created = torch.zeros(tensor_map.shape)
         if quantity is not Quantity.WEIGHT:
@@ -134,6 +144,8 @@ def carried(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
     Args:
         source_mask: bool, the source tensor's shape; None where the map has no source.
     """
+    import torch
+
     if source_mask is None:
         return torch.zeros(tensor_map.shape, dtype=torch.bool)
     mask = _select(tensor_map, source_mask)
@@ -187,6 +199,8 @@ def flagged(axes: Sequence[AxisFactor | None], flags: Callable[[AxisFactor], Ten
     Args:
         flags: of an axis, bool [N].
     """
+    import torch
+
     mask = torch.zeros((1,) * len(axes), dtype=torch.bool)
     for dimension, axis in enumerate(axes):
         if axis is not None:
@@ -198,6 +212,8 @@ def flagged(axes: Sequence[AxisFactor | None], flags: Callable[[AxisFactor], Ten
 
 def compute_dtype(source: Tensor) -> torch.dtype:
     """Return what a tensor is computed on in."""
+    import torch
+
     return torch.float64 if source.dtype == torch.float64 else torch.float32
 
 
@@ -228,6 +244,8 @@ def taken(values: Tensor, dimension: int, index: Tensor) -> Tensor:
 
     What the index leaves in place, which is most of it, is copied in one piece.
     """
+    import torch
+
     new_size, old_size = index.numel(), values.shape[dimension]
     size = min(new_size, old_size)
     moved = (index[:size] != torch.arange(size, device=index.device)).nonzero()
@@ -255,6 +273,8 @@ def _filled(
     donor: Tensor | None = None,
 ) -> Tensor:
     """Fill the entries without a source; `like` is the source, whose spread `matched` takes."""
+    import torch
+
     match fill.kind:
         case "zero":
             return values.masked_fill_(~has_source, 0)
@@ -286,12 +306,16 @@ def _filled(
 
 
 def _drawn(values: Tensor, seed: int, *, std: float, mean: float = 0.0) -> Tensor:
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(values.shape, generator=generator).mul_(std)
     return (drawn.add_(mean) if mean else drawn).to(values)
 
 
 def _with_noise(values: Tensor, tensor_map: TensorMap, source: Tensor) -> Tensor:
+    import torch
+
     is_copy = flagged(tensor_map.axes, lambda axis: axis.is_duplicate) | tensor_map.is_copy
     std = tensor_map.noise * float(source.double().std())
     noise = _drawn(values, tensor_map.noise_seed, std=std)

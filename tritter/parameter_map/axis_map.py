@@ -7,11 +7,15 @@ share s(j), so that Σ_{j: g(j)=k} p(j)·s(j) = 1 for each old k. A coordinate w
 new: its row of E and its column of C are zero, and a fill says what stands there instead.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 NO_SOURCE = -1
 
@@ -36,6 +40,8 @@ class AxisMap:
     share: Tensor
 
     def __post_init__(self) -> None:
+        import torch
+
         is_inside = (self.source >= NO_SOURCE) & (self.source < self.old_size)
         if not bool(is_inside.all()):
             raise ValueError(
@@ -54,6 +60,8 @@ class AxisMap:
 
     @property
     def is_identity(self) -> bool:
+        import torch
+
         return self.new_size == self.old_size and bool(
             (self.source == torch.arange(self.old_size)).all()
             and (self.scale == 1).all()
@@ -67,30 +75,36 @@ class AxisMap:
         Raises:
             ValueError: the coordinates do not all have the same number of copies.
         """
+        import torch
+
         counts = torch.bincount(self.source[self.source >= 0], minlength=self.old_size)
         if int(counts.min()) != int(counts.max()):
             raise ValueError("the coordinates do not all have the same number of copies")
         return int(counts[0])
 
     @classmethod
-    def identity(cls, size: int) -> "AxisMap":
+    def identity(cls, size: int) -> AxisMap:
         return cls.padded(size, size)
 
     @classmethod
-    def padded(cls, old_size: int, new_size: int) -> "AxisMap":
+    def padded(cls, old_size: int, new_size: int) -> AxisMap:
         """Keep the old block in front and add new coordinates behind it."""
+        import torch
+
         source = torch.arange(new_size)
         source[old_size:] = NO_SOURCE
         kept = (source >= 0).double()
         return cls(old_size=old_size, source=source, scale=kept, share=kept.clone())
 
     @classmethod
-    def tiled(cls, old_size: int, new_size: int) -> "AxisMap":
+    def tiled(cls, old_size: int, new_size: int) -> AxisMap:
         """Repeat the whole block ⌊N/n⌋ times with equal shares; the remainder is new.
 
         The residual stream has to grow this way: an RMSNorm is exact only if each coordinate has
         the same number of copies, and its backward pass mixes copies of unequal share.
         """
+        import torch
+
         copies = new_size // old_size
         source = torch.full((new_size,), NO_SOURCE, dtype=torch.int64)
         source[: copies * old_size] = torch.arange(old_size).repeat(copies)
@@ -98,14 +112,18 @@ class AxisMap:
         return cls(old_size=old_size, source=source, scale=kept, share=kept / copies)
 
     @classmethod
-    def copied(cls, old_size: int, source: Sequence[int] | Tensor, share: Tensor) -> "AxisMap":
+    def copied(cls, old_size: int, source: Sequence[int] | Tensor, share: Tensor) -> AxisMap:
         """Copy `source[j]` unscaled to coordinate j and read it with `share[j]`."""
+        import torch
+
         source = torch.as_tensor(source, dtype=torch.int64)
         kept = (source >= 0).double()
         return cls(old_size=old_size, source=source, scale=kept, share=share.double() * kept)
 
-    def repeated(self, width: int) -> "AxisMap":
+    def repeated(self, width: int) -> AxisMap:
         """Let each coordinate stand for `width` consecutive ones (heads of `width` dimensions)."""
+        import torch
+
         inner = torch.arange(width)
         blocks = self.source.repeat_interleave(width)
         source = torch.where(blocks >= 0, blocks * width + inner.repeat(self.new_size), NO_SOURCE)
@@ -116,7 +134,7 @@ class AxisMap:
             share=self.share.repeat_interleave(width),
         )
 
-    def rebalanced(self, *, scale: float) -> "AxisMap":
+    def rebalanced(self, *, scale: float) -> AxisMap:
         """Write every coordinate `scale` times as large and let consumers read it back."""
         return AxisMap(
             old_size=self.old_size,
@@ -134,6 +152,8 @@ class AxisMap:
         return self._dense(self.share).T
 
     def _dense(self, values: Tensor) -> Tensor:
+        import torch
+
         dense = torch.zeros(self.new_size, self.old_size, dtype=torch.float64)
         kept = (self.source >= 0).nonzero().squeeze(1)
         dense[kept, self.source[kept]] = values[kept]

@@ -1,15 +1,17 @@
 """What an expansion does to each tensor: its source, its factors, what fills its gaps."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from tritter.parameter_map.axis_map import AxisMap
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,18 +33,18 @@ class AxisFactor:
     squared: Tensor | None = None
 
     @classmethod
-    def writes(cls, axis_map: AxisMap) -> "AxisFactor":
+    def writes(cls, axis_map: AxisMap) -> AxisFactor:
         """A linear producer: weights by p, gradients by s."""
         return cls(axis_map.source, axis_map.scale, axis_map.share)
 
     @classmethod
-    def writes_nonlinear(cls, axis_map: AxisMap) -> "AxisFactor":
+    def writes_nonlinear(cls, axis_map: AxisMap) -> AxisFactor:
         """A producer behind a nonlinearity (FFN gate, q, k): unscaled, gradients by p·s."""
         kept = (axis_map.source >= 0).double()
         return cls(axis_map.source, kept, axis_map.scale * axis_map.share)
 
     @classmethod
-    def writes_into_norm(cls, axis_map: AxisMap, *, scale: float) -> "AxisFactor":
+    def writes_into_norm(cls, axis_map: AxisMap, *, scale: float) -> AxisFactor:
         """A producer whose scale the norm behind it takes out again.
 
         Args:
@@ -53,12 +55,12 @@ class AxisFactor:
         return cls(axis_map.source, kept * scale, axis_map.scale * axis_map.share / scale)
 
     @classmethod
-    def reads(cls, axis_map: AxisMap) -> "AxisFactor":
+    def reads(cls, axis_map: AxisMap) -> AxisFactor:
         """A consumer: weights by s, gradients by p."""
         return cls(axis_map.source, axis_map.share, axis_map.scale)
 
     @classmethod
-    def gain(cls, output: AxisMap, *, rms_ratio: float) -> "AxisFactor":
+    def gain(cls, output: AxisMap, *, rms_ratio: float) -> AxisFactor:
         """A norm's gain, which reads one space and writes another diagonally.
 
         Args:
@@ -75,6 +77,8 @@ class AxisFactor:
 
     @property
     def is_identity(self) -> bool:
+        import torch
+
         return bool(
             (self.index == torch.arange(self.index.numel())).all()
             and (self.weight == 1).all()
@@ -84,6 +88,8 @@ class AxisFactor:
     @property
     def is_duplicate(self) -> Tensor:
         """Bool [N]: the coordinate copies a source that an earlier coordinate copies already."""
+        import torch
+
         seen: set[int] = set()
         flags = []
         for source in self.index.tolist():
@@ -116,7 +122,7 @@ class Fill:
     seed: int = 0
     scale: float = 1.0
     repeat: int = 1
-    donor: "TensorMap | None" = None
+    donor: TensorMap | None = None
     values: Tensor | None = field(default=None, compare=False)
 
     def description(self) -> list[object]:
@@ -150,11 +156,11 @@ class TensorMap:
             (Gemma's norms: 1).
     """
 
-    source: "str | TensorMap | None"
+    source: str | TensorMap | None
     axes: tuple[AxisFactor | None, ...] = ()
     fill: Fill = Fill()
     shape: tuple[int, ...] = ()
-    blend: "tuple[str | TensorMap, ...]" = ()
+    blend: tuple[str | TensorMap, ...] = ()
     is_zeroed: bool = False
     state: Literal["carry", "fresh"] = "carry"
     noise: float = 0.0
@@ -163,7 +169,7 @@ class TensorMap:
     offset: float = 0.0
 
     @classmethod
-    def created(cls, shape: tuple[int, ...], fill: Fill) -> "TensorMap":
+    def created(cls, shape: tuple[int, ...], fill: Fill) -> TensorMap:
         """Return the map of a tensor that the source has not."""
         return cls(source=None, shape=shape, fill=fill, state="fresh")
 
@@ -178,14 +184,14 @@ class TensorMap:
         before = self.source
         return self.keeps_weights and (not isinstance(before, TensorMap) or before.is_verbatim)
 
-    def after(self, maps: "Mapping[str, TensorMap]") -> "TensorMap":
+    def after(self, maps: Mapping[str, TensorMap]) -> TensorMap:
         """Return this map behind those that make its source model, as one from their own source.
 
         The parts are kept and applied in turn: fills, noise and mean moments are taken of what
         each of them sees, so no product of factors could stand for two of them.
         """
 
-        def behind(source: "str | TensorMap") -> "str | TensorMap":
+        def behind(source: str | TensorMap) -> str | TensorMap:
             found = maps[source] if isinstance(source, str) else source.after(maps)
             return found.source if found._is_nothing and found.source is not None else found
 
@@ -246,11 +252,11 @@ class ParameterMap:
     layer_sources: tuple[int, ...]
 
     @classmethod
-    def identity(cls, names: Iterable[str], *, num_layers: int) -> "ParameterMap":
+    def identity(cls, names: Iterable[str], *, num_layers: int) -> ParameterMap:
         """Return the map that leaves all tensors as they are."""
         return cls({name: TensorMap(source=name) for name in names}, tuple(range(num_layers)))
 
-    def then(self, other: "ParameterMap") -> "ParameterMap":
+    def then(self, other: ParameterMap) -> ParameterMap:
         """Return the map that does this one's work and then the other's."""
         return ParameterMap(
             {name: tensor_map.after(self.tensors) for name, tensor_map in other.tensors.items()},
@@ -269,6 +275,8 @@ def _described(source: str | TensorMap | None) -> object:
 
 
 def _tensor_digest(*tensors: Tensor) -> str:
+    import torch
+
     digest = hashlib.sha256()
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().flatten()

@@ -1,5 +1,6 @@
 """The base model: trained once on the old domains, cached by the hash of what made it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,30 +10,30 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from tritter.checkpoint import Lineage, write_checkpoint
+from tritter.checkpoint import Lineage, lineage_of, write_checkpoint
 from tritter.checkpoint.left import checkpoint_changes
+from tritter.checkpoint.record import training_record
 from tritter.checkpoint.state import copy_states, read_state
 from tritter.config.fingerprint import effective_arguments, optimizer_record
-from tritter.config.schema import DataConfig
+from tritter.config.schema import DataConfig, TrainingConfig
 from tritter.config.validation import source_config
 from tritter.data.cache import one_at_a_time, set_aside
 from tritter.data.tokenizer import END_OF_TEXT
 from tritter.errors import TritterError
 from tritter.families import Config, count_parameters
 from tritter.forgetting.path_integral import PathIntegral
-from tritter.forgetting.weight_path import RECORDED
+from tritter.forgetting.si import RECORDED
 from tritter.models import named_tensors, new_model, save_tokenizer
 from tritter.pipeline import importance, moments
+from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import content_key
-from tritter.pipeline.loggers import open_loggers
-from tritter.pipeline.metrics import wandb_finished, write_rows
-from tritter.pipeline.schedules import schedule_of
+from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
 from tritter.pipeline.trained import accept
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_text
 from tritter.storage.writer import TensorStream
-from tritter.training import BaseModule, FitResult, discard_saved, fit, read_metrics
+from tritter.training import BaseModule, FitResult, Schedule, discard_saved, fit, read_metrics
 from tritter.training.metrics import MAX_METRICS_BYTES
 
 _OF_DATASETS = ("text_column", "max_rows", "streaming", "weights")  # the last of new domains alone
@@ -248,3 +249,49 @@ def _is_intact(folder: Path) -> bool:
     if problem is not None:
         set_aside(folder, reason=problem)
     return problem is None
+
+
+def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedule:
+    """Return the schedule that a training's config describes.
+
+    Args:
+        start_rate: that the training before it ended with.
+    """
+    return Schedule(
+        learning_rate=training.learning_rate,
+        max_steps=training.max_steps,
+        warmup_ratio=training.warmup_ratio,
+        shape=training.schedule,
+        decay_ratio=training.decay_ratio,
+        minimum_ratio=training.minimum_ratio,
+        start_rate=start_rate,
+    )
+
+
+def last_rate(context: RunContext, arm: Arm) -> float:
+    """Return the rate of the last step of what an arm starts from; 0 where it is not recorded."""
+    told = lineage_of(context.folder / arm.start).training_config
+    return recorded_rate(told)
+
+
+def recorded_rate(told: Mapping[str, Any]) -> float:
+    """Return the last rate of the training that a lineage's record tells of.
+
+    Where an older record does not say it, it is that of the last step that was asked for.
+    """
+    rate = told.get("last_rate")
+    if isinstance(rate, int | float) and 0 <= rate < math.inf:
+        return float(rate)
+    try:
+        training = training_record(told)
+        schedule = Schedule(
+            learning_rate=float(training["learning_rate"]),
+            max_steps=int(training["max_steps"]),
+            warmup_ratio=float(training["warmup_ratio"]),
+            shape=str(training["schedule"]),
+            decay_ratio=float(training["decay_ratio"]),
+            minimum_ratio=float(training["minimum_ratio"]),
+        )
+        return schedule.last_rate
+    except (KeyError, TypeError, ValueError):  # of a model from elsewhere, or damaged
+        return 0.0

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from tritter.config.evaluation_config import EvaluationConfig
-from tritter.config.rules.benchmarks import KEY
+from tritter.config.rules import KEY
+from tritter.config.schema import EvaluationConfig
 from tritter.data.benchmark_names import CODE, benchmark_names
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
 from tritter.evaluation.benchmarks.harness import (
@@ -26,7 +26,7 @@ from tritter.evaluation.benchmarks.hub import score_from_hub
 from tritter.evaluation.benchmarks.records import Benchmark
 from tritter.evaluation.benchmarks.table import BENCHMARKS
 from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
-from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader
 from tritter.models import wrapped_tokenizer
 

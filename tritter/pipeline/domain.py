@@ -31,7 +31,7 @@ from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import run_arm, run_baseline
 from tritter.pipeline.scoring import score_records
 from tritter.storage.atomic import atomic_folder
-from tritter.storage.names import named_path
+from tritter.storage.reading import named_path
 from tritter.terminal import Console
 
 ARM = "adapted"

@@ -19,8 +19,8 @@ from tritter.data.split import Earlier
 from tritter.data.tokens import TokenisedDocuments, tokenise
 from tritter.errors import RequestError
 from tritter.evaluation.losses import document_losses
-from tritter.evaluation.paired_scores import PairedScores
-from tritter.pipeline.corpora import all_documents
+from tritter.evaluation.statistics import PairedScores
+from tritter.pipeline.context import all_documents
 from tritter.terminal import NewBar, no_bar
 
 MAX_TOKENS_PER_DOCUMENT = 1024  # as conf/evaluation/default.yaml has it

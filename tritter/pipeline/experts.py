@@ -21,11 +21,10 @@ from tritter.data.apart import lengths_of
 from tritter.errors import RequestError, did_you_mean
 from tritter.experts.adapters import is_of_adapter, shape_of
 from tritter.experts.callback import EXPERTS, ExpertCallback, Known
-from tritter.experts.flops import forward_flops_of
 from tritter.experts.losses import usage as mean_gates
 from tritter.experts.method import DynamicExperts, Experts, SingleLora
 from tritter.experts.mixture import ROUTER, ExpertMixture, mixture_on
-from tritter.experts.module import ExpertModule
+from tritter.experts.module import ExpertModule, forward_flops_of
 from tritter.experts.stored import ExpertFolder
 from tritter.experts.whole import load_whole
 from tritter.families import Config, Flops, family_of, forward_flops

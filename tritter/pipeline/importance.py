@@ -15,17 +15,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from tritter.checkpoint import lineage_of
+from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.state import LazyTensors, read_state, write_state
 from tritter.data.sequence_file import read_sequences, write_sequences
+from tritter.data.sequences import drawn_equally
 from tritter.errors import RequestError
 from tritter.expand import state_stream
+from tritter.families import family_of
 from tritter.forgetting import build_methods, needs_of
-from tritter.forgetting.weight_path import RECORDED
+from tritter.forgetting.si import RECORDED
 from tritter.models import disk_tensors, live_tensors, load_model, read_config
 from tritter.parameter_map.carry import StateKind
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.kept import kept_text
 from tritter.pipeline.ledger import StageResult
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hub import locate
@@ -240,3 +242,48 @@ def _states(context: RunContext, arm: Arm) -> Iterator[tuple[str, Ruled]]:
         if state is not None:
             held = sorted(kinds & state.kinds.keys())
             yield from ((kind, (state.kinds[kind], state.rules[kind])) for kind in held)
+
+
+def kept_text(context: RunContext, arm: Arm) -> KeptSequences:
+    """Return what lies beside an arm's start of domains whose text the run has not.
+
+    Nothing where no method needs old text.
+
+    Raises:
+        RequestError: it does not fit the run's sequences or the model's vocabulary.
+        TritterError: the file is damaged.
+    """
+    if not any(needs.old_text for needs in needs_of(context.config.forgetting)):
+        return KeptSequences()
+    folder = context.folder / arm.start
+    kept = KeptSequences.read(folder).without((*context.old_of(arm), *context.new_of(arm)))
+    config, data = read_config(folder), context.config.data
+    for problem in kept.misfits(
+        sequence_length=data.sequence_length,
+        packing=data.packing,
+        vocab_size=family_of(config).dimensions(config).vocab_size,
+    ):
+        raise RequestError(problem)
+    return kept
+
+
+def left_sequences(context: RunContext, arm: Arm) -> KeptSequences:
+    """Return what an arm's training leaves of its text, and of what earlier ones kept.
+
+    A uniform sample of each domain's training sequences, whose losses are measured later.
+    """
+    keep = max((needs.keeps for needs in needs_of(context.config.forgetting)), default=0)
+    beside = KeptSequences.read(context.folder / arm.start)
+    text = (*context.old_of(arm), *context.new_of(arm)) if keep else ()
+    held, left = context.training_sequences(text), beside.without(text)
+    sampled = {
+        name: drawn_equally({name: each}, keep, seed=lambda name: context.seed("kept", name)).int()
+        for name, each in held.items()
+    }
+    is_apart = context.config.data.packing == "documents"
+    return KeptSequences(
+        {**left.sequences, **sampled},
+        left.losses,
+        {**left.num_seen, **{name: len(each) for name, each in held.items()}},
+        left.of_documents.union(sampled if is_apart else ()),
+    )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tritter.config.rounds import planned_rounds
+from tritter.config.ladder import planned_rounds
 from tritter.evaluation.gate import Status
 from tritter.models import read_config
 from tritter.pipeline.arm import Arm, tasks_of

@@ -13,7 +13,7 @@ from torch import nn
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
 from tritter.evaluation.losses import document_losses, window_lengths
-from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
 from tritter.families import Flops
 from tritter.storage.atomic import write_text_atomic

@@ -1,8 +1,10 @@
 """What the stages do; each reads what earlier ones left on disk, so a run can stop between."""
 
+import json
+import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +14,34 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from tritter.checkpoint import Lineage, lineage_of, record_step0_error
+from tritter.data.apart import apart_of, lengths_of
+from tritter.data.cache import one_at_a_time
 from tritter.data.datamodule import EvaluationText
-from tritter.errors import RequestError
+from tritter.data.tokens import TokenisedDocuments
+from tritter.errors import RequestError, TritterError
+from tritter.evaluation.inference import prompt_in_words, sample_text
 from tritter.evaluation.jump import logit_jump
-from tritter.families import count_parameters, forward_flops
+from tritter.evaluation.statistics import PairedScores
+from tritter.experts.whole import load_whole
+from tritter.families import count_parameters, forward_flops, position_limit, training_flops
 from tritter.forgetting import build_methods
 from tritter.forgetting.freeze import hold_still
-from tritter.models import load_model, read_config
-from tritter.moe_routing import is_router, redraw_rows
+from tritter.models import config_of, load_model, read_config
+from tritter.moe_routing import (
+    DistillationModule,
+    best_experts,
+    is_router,
+    only_new_experts,
+    redraw_rows,
+)
 from tritter.pipeline import experts, growth, importance, moe, moments
 from tritter.pipeline.arm import Arm
-from tritter.pipeline.base import obtain_base
-from tritter.pipeline.baseline_scores import score_baseline
-from tritter.pipeline.context import RunContext
+from tritter.pipeline.base import last_rate, obtain_base, schedule_of
+from tritter.pipeline.context import MAX_POSITIONS, RunContext
 from tritter.pipeline.disk import release_start, write_expanded
 from tritter.pipeline.given import copy_given
-from tritter.pipeline.ledger import StageResult
-from tritter.pipeline.samples import said
-from tritter.pipeline.schedules import last_rate, schedule_of
-from tritter.pipeline.scoring import score_file
+from tritter.pipeline.ledger import StageResult, content_key
+from tritter.pipeline.scoring import MAX_SCORE_BYTES, score_file, told
 from tritter.pipeline.trained import (
     TrainedWriter,
     accept,
@@ -40,18 +51,22 @@ from tritter.pipeline.trained import (
     round_weights,
     with_routing,
 )
-from tritter.storage.atomic import atomic_folder, copy_tree
+from tritter.storage.atomic import atomic_folder, copy_tree, write_text_atomic
+from tritter.storage.hashing import tensor_digest
+from tritter.storage.hub import locate
+from tritter.storage.reading import read_object
 from tritter.training import (
     BaseModule,
     FitResult,
     ForgettingMethod,
+    Schedule,
     Task,
     WriteResult,
     discard_saved,
     fit,
     metrics_files,
 )
-from tritter.training.before import losses_before
+from tritter.training.trainer import losses_before
 from tritter.training.validation import evaluation_flops
 
 JUMP_SEQUENCES = 8
@@ -378,3 +393,190 @@ def _layer_note(sources: tuple[int, ...], name: str) -> str:
     if sources == tuple(range(len(sources))):
         return ""
     return f"{name}: layers from {' '.join(map(str, sources))}"
+
+
+SAMPLE_PROMPT_TOKENS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What two models say to one prompt, as in summary.json, and the FLOPs of it."""
+
+    texts: dict[str, str]
+    flops: float
+
+
+def said(context: RunContext, domain: str, before: Any, after: Any) -> Said:
+    document = context.corpus.domains[domain].validation.document(0)
+    # Documents begin with headings and imports, which show less than what comes after them.
+    tokenizer, max_new = context.corpus.tokenizer, context.config.evaluation.sample_tokens
+    # Of learned positions there are no more; the last token that is said is not read
+    positions = position_limit(config_of(before)) or MAX_POSITIONS
+    prompt = prompt_in_words(
+        document[: 4 * SAMPLE_PROMPT_TOKENS].tolist(),
+        tokenizer.decode,
+        skipped_tokens=SAMPLE_PROMPT_TOKENS,
+        max_tokens=min(SAMPLE_PROMPT_TOKENS, positions // 2),
+    )
+    max_new = min(max_new, positions - len(prompt))
+    texts, flops = {}, 0.0
+    for name, model in (("before", before), ("after", after)):
+        tokens = sample_text(
+            model,
+            prompt_ids=prompt,
+            max_new_tokens=max_new,
+            end_of_text_id=context.end_of_text_id,
+        )
+        texts[name] = str(tokenizer.decode(tokens))
+        # End of text, the prompt and what was said; the last token is not read any more
+        said = min(len(tokens), max_new - 1)
+        flops += experts.reading_flops(model).of(1 + len(prompt) + said)
+    record = {"domain": domain, "prompt": str(tokenizer.decode(prompt)), **texts}
+    return Said(record, flops)
+
+
+FORMAT_VERSION = 1
+NAME = "baseline"
+_EXPERT_FILES = ("experts/", "state/experts.")
+
+logger = logging.getLogger(__name__)
+
+
+def score_baseline(context: RunContext, folder: Path) -> None:
+    """Put the scores of the run's base into the run folder, from the cache where it has them.
+
+    Raises:
+        RequestError: the cache cannot be written.
+    """
+    made_from = _made_from(context, folder)
+    place = context.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
+    target = context.folder / score_file(NAME)
+    if (scores := _intact_scores(place)) is None:
+        with one_at_a_time(place):
+            if (scores := _intact_scores(place)) is None:  # nor from a job beside this one
+                model = load_model if context.config.experts is None else load_whole
+                context.score(model(folder), NAME)
+                scores = json.loads(target.read_text(encoding="utf-8"))
+                content = {
+                    "format_version": FORMAT_VERSION,
+                    "made_from": made_from,
+                    "sha256": content_key(scores),
+                    "scores": scores,
+                }
+                write_text_atomic(place, json.dumps(content))
+                return
+    write_text_atomic(target, json.dumps(scores))
+    known = {name: PairedScores.from_dict(held) for name, held in scores.items()}
+    context.say("", f"{told(known)} (scored before)")
+
+
+def _made_from(context: RunContext, folder: Path) -> dict[str, Any]:
+    """Return everything that determines the scores, to the last bit."""
+    is_gpu = context.device.type == "cuda"
+    made_from = {
+        "format_version": FORMAT_VERSION,
+        "torch": torch.__version__,
+        "model": lineage_of(folder).model_hash,
+        "config": dict(read_config(folder)),
+        "text": {
+            name: _text_digest(context.corpus.domains[name].validation) for name in context.domains
+        },
+        "tasks": {task.name: task.digest for task in context.tasks},
+        "end_of_text": context.end_of_text_id,
+        "sequence_length": context.config.data.sequence_length,
+        "batch_size": context.config.evaluation.batch_size,
+        "device": torch.cuda.get_device_name(context.device) if is_gpu else "cpu",
+        "threads": None if is_gpu else torch.get_num_threads(),
+    }
+    digests = lineage_of(folder).file_digests
+    of_experts = {n: d for n, d in digests.items() if n.startswith(_EXPERT_FILES)}
+    if of_experts and context.config.experts is not None:
+        made_from["experts"] = of_experts
+    return made_from
+
+
+def _text_digest(documents: TokenisedDocuments) -> str:
+    """Hash the documents that are scored, in their order, as they were cut into tokens."""
+    parts = {"tokens": documents.tokens, "offsets": documents.offsets, "bytes": documents.num_bytes}
+    digests = {name: tensor_digest(name, tensor) for name, tensor in parts.items()}
+    return content_key({**digests, "identifiers": list(documents.identifiers)})
+
+
+def _intact_scores(place: Path) -> dict[str, Any] | None:
+    """Return what the cache holds; None where it holds nothing, or not what it once held."""
+    if not place.exists():
+        return None
+    try:
+        content = read_object(place, limit_bytes=MAX_SCORE_BYTES)
+    except TritterError as error:
+        logger.warning("%s is scored anew: %s", place, error)
+        return None
+    scores = content.get("scores")
+    if not isinstance(scores, dict) or content.get("sha256") != content_key(scores):
+        logger.warning("%s is scored anew: it is not what was once written there", place)
+        return None
+    return scores
+
+
+def choice(context: RunContext, arm: Arm) -> StageResult:
+    """Choose the expert of each layer that the new domains' text moves most."""
+    folder = context.folder / arm.start
+    sequences = moe.spread(context, context.new_of(arm), moe.UTILITY_SEQUENCES)
+    model = context.reading(load_model(folder)).to(context.device)
+    chosen = best_experts(model, sequences)
+    context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
+    config = read_config(folder)
+    flops = training_flops(config, is_trained=lambda tensor: tensor.is_per_expert)
+    return StageResult(
+        found={"clone_from": list(chosen)},
+        flops={"choose": flops.of_all(lengths_of(apart_of(model), sequences))},
+    )
+
+
+def distillation(context: RunContext, arm: Arm) -> StageResult:
+    """Let the new experts learn from the teacher on the new domains, while no token meets them."""
+    options, place = context.config.adaptation, moe.teacher_of(arm)
+    start = moe.expanded_folder(context, arm)
+    added = moe.appended(context, arm)
+    assert place is not None and added is not None
+    model, folder = context.reading(load_model(start)), context.folder / arm.name / "distill"
+    target, steps = context.folder / arm.name / "distilled", options.distill_steps
+    write = TrainedWriter(
+        start=start,
+        target=target,
+        lineage=child_of(
+            context, arm, start, target, stage="distillation of new experts", is_adapted=True
+        ),
+        added=added,
+        moments=moments.passed_on(
+            context, start, is_trained=lambda tensor: tensor.expert in added.experts
+        ),
+    )
+    context.say("distill", f"{steps} steps of the new experts, after {place}")
+    with only_new_experts(model, added.experts):
+        module = DistillationModule(
+            model,
+            context.reading(load_model(locate(place))),
+            new_experts=added.experts,
+            temperature=options.distill_temperature,
+            auxiliary_loss=context.config.moe_routing.auxiliary_loss,
+            schedule=Schedule.constant(context.config.training.learning_rate, max_steps=steps),
+            optimizer=context.optimizer_settings,
+        )
+        result = fit(
+            module,
+            context.batches(context.new_of(arm), purpose="distill", max_steps=steps),
+            settings=context.trainer_settings,
+            folder=folder,
+            label="distill",
+            console=context.console,
+            write_result=write,
+        )
+    accept(target)
+    context.ledger.watch_disk()
+    discard_saved(folder)
+    return StageResult(
+        found=fit_found(result),
+        flops={arm.label("distill"): result.flops},
+        leaves=(f"{arm.name}/distilled",),
+    )

@@ -31,7 +31,7 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.experts import ExpertsAsked, base_of, left_beside, reading_flops_of
 from tritter.pipeline.growth import GrowthAsked
-from tritter.pipeline.kept import left_sequences
+from tritter.pipeline.importance import left_sequences
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.storage.tensors import is_finite, main_dtype
 from tritter.storage.writer import TensorStream

@@ -1,23 +1,24 @@
 """Ways from one size to another: shapes that exist, what they cost, what a budget reaches."""
 
-from tritter.planning.cost import Device
 from tritter.planning.memory import (
+    ShardingPlan,
     TrainingMemory,
     TrainingSetup,
+    sharding_plan,
     states_bytes,
     training_memory,
 )
-from tritter.planning.named_size import NamedShape, named_shape, preset_shape
 from tritter.planning.plan import (
+    CHINCHILLA,
     Assumptions,
+    Device,
     ExpansionStep,
     GrowthPlan,
+    ScalingLaw,
     plan_expansion_path,
     plan_growth,
 )
-from tritter.planning.scaling_law import CHINCHILLA, ScalingLaw
-from tritter.planning.shapes import GrowthMethods, Shape
-from tritter.planning.sharding import ShardingPlan, sharding_plan
+from tritter.planning.shapes import GrowthMethods, NamedShape, Shape, named_shape, preset_shape
 
 __all__ = [
     "CHINCHILLA",

@@ -6,8 +6,11 @@ a fused attention kernel. What a GPU needs besides (CUDA's own context, fragment
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tritter.errors import RequestError, did_you_mean
 from tritter.families import (
@@ -264,3 +267,109 @@ def _autocast_bytes(config: Config, setup: TrainingSetup) -> int:
         return _count([t for t in stored if len(t.shape) > 1 and not is_looked_up(t)])
 
     return width * over_layers(config, multiplied)
+
+
+PROCESS_GROUPS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+# Version 1 writes a huge number where there is no limit, rounded down to a page.
+_NO_LIMIT = 2**62
+
+
+def machine_memory(*, process_groups: Path = PROCESS_GROUPS, groups: Path = GROUPS) -> int | None:
+    """Return the bytes that this process may use: the machine's, or its group's if that is less.
+
+    Args:
+        process_groups: the file that lists the groups of the process.
+        groups: where the groups' own files are mounted.
+
+    Returns:
+        None where the system does not tell.
+    """
+    found = [*_physical(), *_group_limits(process_groups, groups)]
+    return min(found) if found else None
+
+
+def _physical() -> Iterator[int]:
+    try:
+        yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # a system that has no such numbers
+        return
+
+
+def _group_limits(process_groups: Path, groups: Path) -> Iterator[int]:
+    """Yield the limits of the process's group and of those above it, of both versions.
+
+    In a container the path may be one of the host, which does not exist within: then the mount's
+    own file holds the limit.
+    """
+    try:
+        lines = process_groups.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            mount, name = groups, "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = groups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = mount / path.strip("/")
+        for folder in (group, *group.parents):
+            yield from _limit(folder / name)
+            if folder == mount:
+                break
+
+
+def _limit(file: Path) -> Iterator[int]:
+    try:
+        limit = int(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent, or "max"
+        return
+    if 0 < limit < _NO_LIMIT:
+        yield limit
+
+
+# How FSDP2 shares the parameters of a model out, from shapes alone.
+#
+# Every parameter is cut along its first dimension into as many pieces as there are ranks, of
+# equal height but for the last ones. A layer is whole on every rank while it computes.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardingPlan:
+    """What each rank holds.
+
+    Args:
+        parameters: by rank, of its own.
+        gathered: of the largest group that is whole on every rank for a time: a layer, or what
+            stands in none (embeddings, the last norm, the head).
+    """
+
+    parameters: tuple[int, ...]
+    gathered: int
+
+
+def sharding_plan(config: Config, *, ranks: int) -> ShardingPlan:
+    """Return what each of so many ranks holds of a model of this config.
+
+    Raises:
+        RequestError: unknown family, or no ranks.
+    """
+    if ranks < 1:
+        raise RequestError(f"ranks = {ranks}: a whole number, at least 1.")
+    groups = Counter[int | None]()
+    parts = [0] * ranks
+    for stored in layout(config, "live"):
+        size = math.prod(stored.shape)
+        groups[stored.layer] += size
+        for rank, rows in enumerate(_rows(stored.shape, ranks)):
+            parts[rank] += rows * size // stored.shape[0]
+    return ShardingPlan(parameters=tuple(parts), gathered=max(groups.values()))
+
+
+def _rows(shape: Sequence[int], ranks: int) -> list[int]:
+    """Return how much of the first dimension each rank has; the last ones may have nothing."""
+    height = -(-shape[0] // ranks)
+    return [max(0, min(height, shape[0] - rank * height)) for rank in range(ranks)]

@@ -7,14 +7,12 @@ from math import isinf
 
 from tritter.errors import RequestError
 from tritter.expansion import ExpansionSpec
-from tritter.families import Config, count_parameters
-from tritter.planning.cost import Device, training_flops_per_token
-from tritter.planning.memory import TrainingMemory, TrainingSetup, training_memory
-from tritter.planning.named_size import named_shape
-from tritter.planning.scaling_law import CHINCHILLA, ScalingLaw
+from tritter.families import Config, count_parameters, training_flops
+from tritter.planning.memory import TrainingMemory, TrainingSetup, is_attention, training_memory
 from tritter.planning.shapes import (
     GrowthMethods,
     Shape,
+    named_shape,
     reached,
     specs_like,
 )
@@ -26,6 +24,125 @@ from tritter.planning.strategy import (
     lopsidedness,
     strategies_of,
 )
+
+# What a model of N parameters loses after D tokens, as published: a prediction, no measurement.
+#
+# Chinchilla's parametric law L(N, D) = E + A/N^α + B/D^β (Hoffmann et al. 2022, arXiv 2203.15556,
+# equation 2) with the constants of the corrected fit to its data (Besiroglu et al. 2024, arXiv
+# 2404.10102). The constants belong to that study's text and tokenizer: differences between two
+# plans say more than the numbers do, and the law does not see a model's shape.
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingLaw:
+    """L(N, D) = E + A/N^α + B/D^β, in nats per token.
+
+    Args:
+        irreducible: E, the loss of a perfect model.
+        parameter_scale: A.
+        token_scale: B.
+        parameter_exponent: α.
+        token_exponent: β.
+    """
+
+    irreducible: float
+    parameter_scale: float
+    token_scale: float
+    parameter_exponent: float
+    token_exponent: float
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        """Return the predicted loss of a model trained from scratch."""
+        data_term = self.token_scale / tokens**self.token_exponent
+        return self._limit(parameters) + data_term
+
+    def tokens_for(self, parameters: float, loss: float) -> float:
+        """Return after how many tokens a model of this size, from scratch, has this loss.
+
+        Raises:
+            ValueError: a model of this size never has it.
+        """
+        gap = loss - self._limit(parameters)
+        if gap <= 0:
+            raise ValueError(f"{parameters:,.0f} parameters never come to a loss of {loss}")
+        return float((self.token_scale / gap) ** (1 / self.token_exponent))
+
+    def loss_after_growth(self, loss: float, *, parameters: float, tokens: float) -> float:
+        """Return the predicted loss of a grown model that started at `loss` and saw `tokens`.
+
+        It goes on like a model of its size from scratch that has just come to that loss. This
+        takes the expansion as exact; the jump of one that is not is not predicted.
+
+        Args:
+            loss: of the model before it grew.
+            parameters: of the grown model.
+            tokens: of the training after the growth.
+        """
+        return self.loss(parameters, self.tokens_for(parameters, loss) + tokens)
+
+    def _limit(self, parameters: float) -> float:
+        return self.irreducible + self.parameter_scale / parameters**self.parameter_exponent
+
+
+SMALLEST_MODEL = 44_000_000  # parameters; below it the law is stretched beyond its data
+CHINCHILLA = ScalingLaw(
+    irreducible=1.8172,
+    parameter_scale=482.01,
+    token_scale=2085.43,
+    parameter_exponent=0.3478,
+    token_exponent=0.3658,
+)
+
+
+A100_BF16_FLOPS = 312e12  # dense, per second, as NVIDIA states it
+DEFAULT_MFU = 0.4
+_SECONDS_PER_HOUR = 3600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """The hardware that GPU-hours are of.
+
+    Args:
+        flops_per_second: peak of one device in the precision trained in.
+        mfu: model FLOPs utilisation, the share of the peak that training reaches.
+
+    Raises:
+        RequestError: no device has such a speed.
+    """
+
+    flops_per_second: float = A100_BF16_FLOPS
+    mfu: float = DEFAULT_MFU
+
+    def __post_init__(self) -> None:
+        if not 0 < self.flops_per_second < float("inf"):
+            raise RequestError(
+                f"device_flops = {self.flops_per_second:g}: FLOPs per second of one device, above "
+                f"0, such as {A100_BF16_FLOPS:g} (A100, bf16)."
+            )
+        if not 0 < self.mfu <= 1:
+            raise RequestError(
+                f"mfu = {self.mfu:g}: the share of the device's peak that training reaches, above "
+                f"0 and at most 1, such as {DEFAULT_MFU}."
+            )
+
+    def hours(self, flops: float) -> float:
+        """Return the GPU-hours that so many FLOPs take."""
+        return flops / (self.flops_per_second * self.mfu) / _SECONDS_PER_HOUR
+
+    def flops(self, hours: float) -> float:
+        """Return the FLOPs that so many GPU-hours pay for."""
+        return hours * _SECONDS_PER_HOUR * self.flops_per_second * self.mfu
+
+
+def training_flops_per_token(config: Config, setup: TrainingSetup) -> float:
+    """Return the mean FLOPs of a token in a training step: matrices, output head, attention."""
+    flops = training_flops(
+        config,
+        is_trained=lambda tensor: not (setup.is_attention_frozen and is_attention(tensor)),
+    )
+    return flops.per_token(setup.sequence_length)
+
 
 MAX_TOKENS_PER_PARAMETER = 1e6  # far beyond, no predicted loss differs from the limit it tends to
 TOKENS_PER_PARAMETER = 20.0  # compute-optimal after Hoffmann et al. 2022, table 3

@@ -11,13 +11,15 @@ from itertools import starmap
 from typing import Any
 
 from tritter.errors import TritterError
-from tritter.evaluation.estimate import finite_or_none
 from tritter.evaluation.gate import MIN_DOCUMENTS
-from tritter.evaluation.paired_scores import PairedScores
-from tritter.evaluation.statistics import drop_in_points, relative_harm
-from tritter.report.bounds import LARGEST
+from tritter.evaluation.statistics import (
+    PairedScores,
+    drop_in_points,
+    finite_or_none,
+    relative_harm,
+)
 from tritter.report.page_table import PageTable
-from tritter.report.rows import ScoreChange, last_attempt
+from tritter.report.rows import LARGEST, ScoreChange, last_attempt
 from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped, tells
 from tritter.report.wording import MISSING, change_text, count_text, score_text, si_text
 

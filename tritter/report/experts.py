@@ -1,10 +1,16 @@
 """LoRA experts in words and numbers: the tables of a run, on the terminal and on the page."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from tritter.report.experts_record import ExpertRow, ExpertsRecord
+from tritter.report.drawing import CYCLE, GREEN, GREY, new_figure, panel, say, shortened, some
+from tritter.report.experts_record import BASE, Course, ExpertRow, ExpertsRecord
 from tritter.report.page_table import PageTable
 from tritter.report.rich_table import new_table
 from tritter.report.wording import MISSING, Signs, count_text
@@ -160,3 +166,188 @@ def _percent(share: float | None) -> str:
 
 def _similar(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3g}"
+
+
+_DRAWN = 24  # experts and domains of a picture
+_MOST_NUMBERED = 10  # of both, with numbers in their cells
+_MOST_MARKED = 60  # spawns, and points that have a mark of their own
+_LABEL_CHARACTERS = 14
+_STYLES = ("-", "--", ":", "-.")
+
+
+def experts_figure(experts: ExpertsRecord, *, end: int, borders: Sequence[int] = ()) -> Figure:
+    """Return the picture of a run's experts.
+
+    Args:
+        end: steps of the run.
+        borders: steps at which its next task began.
+    """
+    height = 5.4 + 0.16 * min(len(experts.usage), _DRAWN)
+    figure, panels = new_figure(rows=2, columns=2, width=9.6, height=height)
+    for axes, draw in zip(panels, _panels(experts, end=end, borders=borders), strict=True):
+        draw(axes)
+    return figure
+
+
+def experts_panels(
+    experts: ExpertsRecord, *, name: str, end: int, borders: Sequence[int], is_alone: bool
+) -> list[Figure]:
+    """Return the same panels one by one, as the page has them.
+
+    Args:
+        name: of the run.
+        is_alone: no other run has experts; of several, routing alone is drawn.
+    """
+    figures = []
+    for draw in _panels(experts, end=end, borders=borders)[: None if is_alone else 1]:
+        figure, axes = panel(height=3.0 + 0.12 * min(len(experts.usage), _DRAWN))
+        draw(axes)
+        axes.set_title(shortened(f"{name}: {axes.get_title()}"), fontsize=9)
+        figures.append(figure)
+    return figures
+
+
+def _panels(
+    experts: ExpertsRecord, *, end: int, borders: Sequence[int]
+) -> list[Callable[[Axes], None]]:
+    spawned = [each.step for each in experts.spawned if each.step is not None]
+    mark = partial(_mark, spawned=spawned[:_MOST_MARKED], borders=borders, end=end)
+    return [
+        partial(draw_routing, experts=experts),
+        partial(draw_similarity, experts=experts),
+        partial(draw_ranks, experts=experts, end=end, mark=mark),
+        partial(draw_usage, experts=experts, mark=mark),
+    ]
+
+
+def draw_routing(axes: Axes, experts: ExpertsRecord) -> None:
+    """Draw where each domain's held-out text goes: domains over experts, mean gates in per cent."""
+    axes.set_title("routing by skill: mean gate [%]", fontsize=10)
+    most = set(experts.by_usage[:_DRAWN])
+    names = [name for name in experts.names if name in most]
+    domains = list(experts.usage)[:_DRAWN]
+    if not names or not domains:
+        _say(axes, "not known")
+        return
+    shares = [[experts.usage[domain].get(name) for name in names] for domain in domains]
+    _draw_cells(axes, domains, names, shares, scale=100, colours="Blues")
+
+
+def draw_similarity(axes: Axes, experts: ExpertsRecord) -> None:
+    """Draw how like what was known each spawned expert's batches were: spawned over known."""
+    axes.set_title("similarity at creation", fontsize=10)
+    found = experts.similarities[:_DRAWN]
+    known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[:_DRAWN]
+    if not found:
+        _say(axes, "nothing was spawned" if not experts.spawned else "not known")
+        return
+    values = [[similarity.get(name) for name in known] for _, similarity in found]
+    _draw_cells(axes, [expert for expert, _ in found], known, values, scale=1, colours="Purples")
+
+
+def draw_ranks(
+    axes: Axes, experts: ExpertsRecord, *, end: int, mark: Callable[[Axes], None]
+) -> None:
+    """Draw each adapter's rank over the steps; where no course is known, that of the end."""
+    axes.set_title("ranks", fontsize=10)
+    course = experts.ranks_over_time
+    if not course.steps:
+        course = Course((0, end), {name: (rank, rank) for name, rank in experts.ranks.items()})
+    if not course.values:
+        _say(axes, "not known")
+        return
+    if course.steps[-1] < end:
+        held = {name: (*ranks, ranks[-1]) for name, ranks in course.values.items()}
+        course = Course((*course.steps, end), held)
+    _draw_courses(axes, course, experts, is_stepped=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("rank")
+    mark(axes)
+
+
+def draw_usage(axes: Axes, experts: ExpertsRecord, *, mark: Callable[[Axes], None]) -> None:
+    """Draw each expert's mean gate over the steps."""
+    axes.set_title("usage while training", fontsize=10)
+    if not experts.gates.steps or not experts.gates.values:
+        _say(axes, "not known")
+        return
+    _draw_courses(axes, experts.gates, experts, is_stepped=False)
+    axes.set_ylim(0, 105)
+    axes.set_ylabel("mean gate [%]")
+    mark(axes)
+
+
+def _draw_courses(axes: Axes, course: Course, experts: ExpertsRecord, *, is_stepped: bool) -> None:
+    steps = some(course.steps)
+    order = dict.fromkeys((*experts.names, *course.values))
+    shown = [name for name in order if name in course.values][:_DRAWN]
+    adapters = [name for name in shown if name != BASE]
+    for name in shown:
+        values = [np.nan if v is None else float(v) for v in some(course.values[name])]
+        number = 0 if name == BASE else adapters.index(name)
+        color = GREY if name == BASE else CYCLE[number % len(CYCLE)]
+        style = _STYLES[number // len(CYCLE) % len(_STYLES)]
+        # Equal ranks lie on each other: the first are thicker, and seen beside the last
+        below = min(len(shown) - 1 - shown.index(name), 5) if is_stepped else 0
+        marker = "o" if len(steps) <= _MOST_MARKED and not is_stepped else ""
+        look = {
+            "color": color,
+            "linestyle": style,
+            "marker": marker,
+            "linewidth": 1.3 + 1.2 * below,
+        }
+        label = shortened(name, _LABEL_CHARACTERS)
+        if is_stepped:
+            axes.step(steps, values, where="post", label=label, **look)
+        else:
+            percent = 100 * np.asarray(values)
+            axes.plot(steps, percent, label=label, markersize=2.5, **look)  # type: ignore[arg-type]
+    if len(shown) < len(course.values):
+        axes.plot([], [], linestyle="none", label=f"and {len(course.values) - len(shown)} more")
+    axes.legend(frameon=False, fontsize=7, ncols=1 + len(shown) // 8)
+    axes.set_xlabel("training step")
+
+
+def _say(axes: Axes, text: str) -> None:
+    say(axes, text)
+    axes.set_xticks([])
+
+
+def _mark(axes: Axes, *, spawned: Sequence[int], borders: Sequence[int], end: int) -> None:
+    """Mark spawns at the foot, and where the next task began through the whole panel."""
+    if spawned:
+        place = axes.get_xaxis_transform()
+        axes.plot(spawned, [0.0] * len(spawned), "^", transform=place, color=GREEN, markersize=6,
+                  clip_on=False, zorder=5)  # fmt: skip
+    for step in borders[:_MOST_MARKED]:
+        axes.axvline(step, color=GREY, linestyle="-.", linewidth=0.8)
+    axes.set_xlim(0, max(end, *spawned, 1))
+
+
+def _draw_cells(
+    axes: Axes,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    scale: float,
+    colours: str,
+) -> None:
+    """Draw numbers of 0 to 1 as cells, white where they are 0; others as the nearer of the two."""
+    known = np.asarray([[np.nan if v is None else v for v in row] for row in values], dtype=float)
+    axes.set_facecolor("#DDDDDD")  # seen through where nothing is known
+    shown = np.ma.masked_invalid(np.clip(known, 0, 1))
+    axes.imshow(shown, cmap=colours, vmin=0, vmax=1, aspect="auto")
+    axes.grid(visible=False)
+    label = partial(shortened, most=_LABEL_CHARACTERS)
+    axes.set_xticks(range(len(columns)), list(map(label, columns)), rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), list(map(label, rows)))
+    axes.tick_params(labelsize=8, length=0)
+    if max(len(rows), len(columns)) > _MOST_NUMBERED:
+        return
+    for (row, column), value in np.ndenumerate(known):
+        text = "-" if np.isnan(value) else f"{scale * value:.{0 if scale > 1 else 2}f}"
+        text = text if len(text) < 8 else f"{scale * value:.1g}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8,
+                  color="white" if value > 0.6 else "black")  # fmt: skip

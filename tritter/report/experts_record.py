@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from tritter.report.bounds import Count, Number
+from tritter.report.rows import Count, Number
 
 BASE = "base"  # the gate of a base without an adapter
 _MOST = 1000  # experts, and domains

@@ -1,9 +1,18 @@
 """Growth in words and numbers: the table of a run, and what may help where nothing grew."""
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate, groupby
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from numpy.typing import NDArray
 from rich.table import Table
 
+from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, say, some
 from tritter.report.growth_record import GrownLayer, GrowthRecord
 from tritter.report.rich_table import new_table
 from tritter.report.wording import MISSING, Signs, count_text
@@ -117,3 +126,191 @@ def _caption(growth: GrowthRecord, layers: Sequence[GrownLayer]) -> str:
     elif len(layers) < number:
         lines.append(f"{len(layers)} of {number} layers grew")
     return "\n".join(lines)
+
+
+_MOST_POINTS = 60  # that have a mark of their own
+_MOST_LINES = 20  # marked through the whole panel; of more, short ones at its foot
+_LOGARITHMIC_FROM = 20.0  # largest pressure over the smallest
+
+
+def growth_figure(growth: GrowthRecord, *, end: int, end_flops: float | None = None) -> Figure:
+    """Return the map of a run's growth, and its parameters over steps and over FLOPs.
+
+    Args:
+        end: steps of the training.
+        end_flops: that the training took; None: not known, and the curve ends at the last event.
+    """
+    figure, panels = new_figure(rows=2, columns=2, width=9.6, height=6.2)
+    draw_neurons(panels[0], growth, end=end)
+    draw_pressure(panels[1], growth, end=end)
+    draw_parameters(panels[2], *parameter_course(growth, end=end))
+    panels[2].set_xlabel("training step")
+    panels[2].sharex(panels[0])
+    draw_parameters(panels[3], *flops_course(growth, end_flops=end_flops))
+    label_flops(panels[3])
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8
+        )
+    return figure
+
+
+def mark_growth(
+    axes: Axes, steps: Sequence[float], *, color: str = GREEN, is_alone: bool = True
+) -> None:
+    """Mark the steps at which neurons were born or replaced.
+
+    Args:
+        is_alone: no other run is in the panel, so lines may go through the whole of it.
+    """
+    if steps:
+        top = 1.0 if is_alone and len(steps) <= _MOST_LINES else 0.05
+        place = axes.get_xaxis_transform()
+        axes.vlines(steps, 0, top, transform=place, color=color, linestyle=(0, (1, 1.5)),
+                    linewidth=1, label="neurons grew")  # fmt: skip
+
+
+def draw_neurons(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
+    """Draw each layer's neurons over the steps, relative to the first ones, and its events."""
+    edges, widths = _widths(growth, end=end)
+    change = 100 * (widths / np.asarray(growth.before, dtype=float) - 1)
+    low, high = min(0.0, change.min()), max(1.0, change.max())
+    _draw_map(axes, edges, change, "Blues", Normalize(low, high), "neurons more than before [%]")
+    size = 6 if len(growth.events) <= 100 else 3
+    born = [(event.step, event.layer) for event in growth.events if event.born]
+    replaced = [(event.step, event.layer) for event in growth.events if event.replaced]
+    mark = partial(axes.plot, linestyle="none", clip_on=False)  # the last step is at the border
+    if born:
+        steps, layers = zip(*born, strict=True)
+        mark(steps, layers, marker="^", color=ORANGE, markersize=size, markeredgecolor="white",
+             markeredgewidth=0.6, label="born")  # fmt: skip
+    if replaced:
+        steps, layers = zip(*replaced, strict=True)
+        mark(steps, layers, marker="o", color="black", markersize=1.6 * size,
+             markerfacecolor="none", label="dead ones replaced")  # fmt: skip
+    axes.set_title("neurons" if growth.events else "neurons: nothing grew", fontsize=10)
+
+
+def draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
+    """Draw each layer's pressure at each check, back to the check before."""
+    axes.set_title("pressure at the checks", fontsize=10)
+    if not growth.steps:
+        say(axes, "no check")
+        return
+    steps = np.asarray(some(growth.steps), dtype=float)
+    gap = steps[1] - steps[0] if len(steps) > 1 else steps[0]
+    edges = np.concatenate([[max(0.0, steps[0] - max(gap, 1.0))], steps])
+    if edges[0] == edges[1]:  # a check after no step
+        edges[0] -= 1.0
+    rows = [[np.nan if p is None else p for p in row] for row in some(growth.pressure)]
+    pressure = np.asarray(rows, dtype=float)
+    known = pressure[np.isfinite(pressure)]
+    low, high = (known.min(), known.max()) if known.size else (0.0, 1.0)
+    norm: Normalize = Normalize(low, high if high > low else low + max(abs(low), 1.0))
+    if low > 0 and high > _LOGARITHMIC_FROM * low:
+        norm = LogNorm(low, high)
+    label = "neurons' gradient norm / whole one's"
+    _draw_map(axes, edges, pressure, "viridis", norm, label)
+    axes.set_xlim(0, max(end, edges[-1]))
+
+
+def parameter_course(growth: GrowthRecord, *, end: int) -> tuple[Sequence[float], Sequence[float]]:
+    """Return steps, and the parameters from each of them on; nothing where they are not known."""
+    if growth.parameters_before is None:
+        return (), ()
+    known = [(event.step, event.parameters) for event in growth.events]
+    points = [(step, value) for step, value in known if value is not None]
+    values = [growth.parameters_before, *(value for _, value in points)]
+    last = max(end, 0, *(step for step, _ in points))
+    return [0, *(step for step, _ in points), last], [*values, values[-1]]
+
+
+def flops_course(
+    growth: GrowthRecord, *, end_flops: float | None
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Return FLOPs of the training, and the parameters from each of them on; likewise."""
+    if growth.parameters_before is None:
+        return (), ()
+    known = [
+        (float(event.flops), event.parameters)
+        for event in growth.events
+        if event.flops is not None and event.parameters is not None
+    ]
+    # What is spent never falls: a summary that says so is not drawn backwards
+    spent = list(accumulate((max(0.0, flops) for flops, _ in known), max, initial=0.0))
+    values = [growth.parameters_before, *(value for _, value in known)]
+    if end_flops is not None and end_flops > spent[-1]:
+        return [*spent, end_flops], [*values, values[-1]]
+    return spent, values
+
+
+def draw_parameters(
+    axes: Axes,
+    places: Sequence[float],
+    values: Sequence[float],
+    *,
+    color: str = BLUE,
+    marker: str = "o",
+) -> None:
+    """Draw the parameters as steps, each from its place on."""
+    axes.set_title("parameters of the model", fontsize=10)
+    if not places:
+        say(axes, "not known")
+        return
+    shown = marker if len(places) <= _MOST_POINTS else ""
+    axes.step(places, values, where="post", color=color, marker=shown, markersize=3, linewidth=1.2)
+    axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.set_ylabel("parameters")
+
+
+def label_flops(axes: Axes) -> None:
+    """Say that an axis is FLOPs."""
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.set_xlabel("FLOPs of the training")
+
+
+def _widths(growth: GrowthRecord, *, end: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return edges of intervals [n + 1], and the neurons of every layer within each [n, L].
+
+    From the events alone: what a layer has between two of them is what the first one left.
+    """
+    now = np.asarray(growth.before, dtype=float)
+    edges, rows = [0.0], [now.copy()]
+    # Of very many as many are kept as can be seen: each row is of all layers
+    steps = some(growth.event_steps)
+    of_steps = set(steps)
+    for step, events in groupby(growth.events, key=lambda event: event.step):
+        for event in events:
+            now[event.layer] = event.neurons
+        if step in of_steps and step > 0:
+            edges.append(float(step))
+            rows.append(now.copy())
+        elif step == 0:
+            rows[0] = now.copy()
+    last = max(float(end), *map(float, growth.steps[-1:]), edges[-1])
+    # What grew after the very last step has no time left: it is given a sliver
+    sliver = max(last, 1.0) / 200
+    return np.asarray([*edges, max(last, edges[-1] + sliver)]), np.asarray(rows)
+
+
+def _draw_map(
+    axes: Axes,
+    edges: NDArray[np.float64],
+    values: NDArray[np.float64],
+    colours: str,
+    norm: Normalize,
+    label: str,
+) -> None:
+    """Draw [n, L] values as cells between n + 1 edges."""
+    layers = np.arange(values.shape[1] + 1) - 0.5
+    axes.set_facecolor("#DDDDDD")  # seen through where nothing is known
+    mesh = axes.pcolormesh(edges, layers, values.T, cmap=colours, norm=norm, rasterized=True)
+    axes.grid(visible=False)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_ylim(-0.5, values.shape[1] - 0.5)
+    axes.set_ylabel("layer")
+    axes.set_xlabel("training step")
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    figure.colorbar(mesh, ax=axes).set_label(label, fontsize=8)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Required
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from tritter.report.bounds import Count, Number
+from tritter.report.rows import Count, Number
 
 _MOST_LAYERS = 1024
 _Width = Annotated[int, Field(ge=1, le=10**9)]

@@ -1,15 +1,23 @@
 """Every domain after every task: what summary.json's `matrix` has to be, and its table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Required
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 from rich.table import Table
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from tritter.report.bounds import Count, Number
+from tritter.report.drawing import new_figure, shortened
 from tritter.report.rich_table import new_table
+from tritter.report.rows import Count, Number
 from tritter.report.wording import MISSING, Signs
 
 MAX_ROWS = 24
@@ -135,3 +143,105 @@ def loss_text(value: float | None) -> str:
 def transfer_text(value: float | None) -> str:
     """Return a difference of losses per byte, with its sign."""
     return MISSING if value is None else f"{value:+.4f}"
+
+
+_DRAWN = 40  # rows and domains that are drawn; more are no picture
+_MOST_NUMBERED = 12  # of both, with numbers in their cells
+_SATURATED_PERCENT = 50.0  # a change beyond it has the colour of it
+_LABEL_CHARACTERS = 16
+
+
+def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
+    """Return the picture of a run's matrix: the losses, and the right answers where there are."""
+    names = [list(matrix["domains"])[:_DRAWN], list(matrix.get("accuracy") or {})[:_DRAWN]]
+    panels = [each for each in names if each]
+    rows = min(len(matrix["rows"]), _DRAWN)
+    width = 1.2 + sum(1.4 + 0.75 * len(each) for each in panels)
+    figure, axes = new_figure(columns=len(panels), width=width, height=1.8 + 0.42 * rows)
+    draw_matrix(axes[0], matrix)
+    if len(panels) > 1:
+        draw_accuracies(axes[1], matrix)
+    return figure
+
+
+def draw_matrix(axes: Axes, matrix: Mapping[str, Any]) -> None:
+    """Draw tasks over domains: colours are changes from the first row, numbers nats per byte.
+
+    A frame is around what a task was about.
+    """
+    losses = _numbers(matrix["loss_per_byte"])[:, :_DRAWN]
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        change = 100 * (losses / losses[:1] - 1)
+    known = np.abs(change[np.isfinite(change)])
+    limit = float(np.clip(known.max() if known.size else 0.0, 1.0, _SATURATED_PERCENT))
+    shown = np.ma.masked_invalid(np.clip(change, -limit, limit))
+    is_dark = np.ma.filled(np.abs(shown) > 0.6 * limit, False)
+    texts = [[f"{loss:.3g}" for loss in row] for row in losses]
+    names = matrix["domains"][:_DRAWN]
+    norm = TwoSlopeNorm(0.0, -limit, limit)
+    image = _draw_cells(axes, matrix, names, shown, texts, is_dark, norm=norm, colours="RdBu_r")
+    axes.set_title("loss per byte; framed: the task's domains", fontsize=9)
+    bar = _figure_of(axes).colorbar(
+        image, ax=axes, extend="both" if limit == _SATURATED_PERCENT else None
+    )
+    bar.set_label("change from the baseline [%]", fontsize=8)
+
+
+def draw_accuracies(axes: Axes, matrix: Mapping[str, Any]) -> None:
+    """Draw tasks over what has right answers: their part."""
+    names = list(matrix["accuracy"])[:_DRAWN]
+    parts = _numbers([matrix["accuracy"][name] for name in names]).T
+    shown = 100 * np.ma.masked_invalid(np.clip(parts, 0, 1))
+    is_dark = np.ma.filled(shown > 60, False)
+    texts = [[f"{100 * part:.0f}" for part in row] for row in parts]
+    _draw_cells(axes, matrix, names, shown, texts, is_dark, norm=Normalize(0, 100), colours="Blues")
+    axes.set_title("right answers [%]", fontsize=9)
+
+
+def _draw_cells(
+    axes: Axes,
+    matrix: Mapping[str, Any],
+    names: Sequence[str],
+    shown: NDArray[np.float64],
+    texts: Sequence[Sequence[str]],
+    is_dark: NDArray[np.bool_],
+    *,
+    norm: Normalize,
+    colours: str,
+) -> AxesImage:
+    """Draw rows over names, with a number in each cell where there are not too many."""
+    rows = matrix["rows"][:_DRAWN]
+    axes.set_facecolor("#DDDDDD")  # seen through where nothing is known
+    image = axes.imshow(shown, cmap=colours, norm=norm, aspect="auto")
+    axes.grid(visible=False)
+    axes.set_xticks(
+        range(len(names)),
+        [shortened(name, _LABEL_CHARACTERS) for name in names],
+        rotation=30,
+        ha="right",
+    )
+    axes.set_yticks(range(len(rows)), [shortened(name, _LABEL_CHARACTERS) for name in rows])
+    axes.tick_params(labelsize=8, length=0)
+    if max(len(names), len(rows)) <= _MOST_NUMBERED:
+        for (row, column), dark in np.ndenumerate(is_dark):
+            text = texts[row][column]
+            axes.text(column, row, "?" if text == "nan" else text, fontsize=8, ha="center",
+                      va="center", color="white" if dark else "black")  # fmt: skip
+    for row, trained in enumerate((matrix.get("trained") or [])[:_DRAWN]):
+        for name in (each for each in trained if each in names):
+            corner = (names.index(name) - 0.5, row - 0.5)
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.6))
+    return image
+
+
+def _numbers(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
+    known = [
+        [np.nan if value is None else value for value in row[:_DRAWN]] for row in rows[:_DRAWN]
+    ]
+    return np.asarray(known, dtype=float)
+
+
+def _figure_of(axes: Axes) -> Figure:
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    return figure

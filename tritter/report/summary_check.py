@@ -8,10 +8,10 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from tritter.errors import TritterError
-from tritter.report.bounds import Count, Number
 from tritter.report.experts_record import ExpertsSummary
 from tritter.report.growth_record import GrowthSummary
 from tritter.report.matrix import MatrixSummary
+from tritter.report.rows import Count, Number
 
 _Costs = dict[str, Number | None]
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tritter.errors import RequestError
-from tritter.storage.names import named_path
+from tritter.storage.reading import named_path
 
 
 def locate(checkpoint: str, *, key: str = "checkpoint") -> Path:

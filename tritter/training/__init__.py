@@ -17,20 +17,18 @@ from tritter.training.forgetting_method import (
     Values,
 )
 from tritter.training.metrics import metrics_files, read_metrics
-from tritter.training.optimizer import OptimizerSettings
-from tritter.training.schedule import Schedule
+from tritter.training.optimizer import OptimizerSettings, Schedule
 
 if TYPE_CHECKING:
     from tritter.training.fitting import discard_saved, fit
-    from tritter.training.module import BaseModule
+    from tritter.training.module import BaseModule, SideLoss
     from tritter.training.result import FitResult, WriteResult
-    from tritter.training.side_loss import SideLoss
     from tritter.training.trainer import TrainerSettings
 
 _WITH_LIGHTNING = {
     "BaseModule": "module",
     "FitResult": "result",
-    "SideLoss": "side_loss",
+    "SideLoss": "module",
     "TrainerSettings": "trainer",
     "WriteResult": "result",
     "discard_saved": "fitting",

@@ -26,17 +26,13 @@ from tritter.training.callbacks import (
     RandomState,
     StepProgress,
 )
-from tritter.training.compiled import CompiledModel
 from tritter.training.forgetting_method import Task
 from tritter.training.gradient_flow import GradientFlow
-from tritter.training.held import HeldBytes
 from tritter.training.metrics import METRICS_NAME, set_metrics_aside
-from tritter.training.module import BaseModule
+from tritter.training.module import BaseModule, CompiledModel, TheirCallbacks
 from tritter.training.processes import worker_processes
-from tritter.training.result import Conclusion, FitResult, Watching, WriteResult
-from tritter.training.save_state import EndOfTraining, SaveState
-from tritter.training.stop_request import StopRequest
-from tritter.training.their_callbacks import TheirCallbacks
+from tritter.training.result import Conclusion, FitResult, HeldBytes, Watching, WriteResult
+from tritter.training.save_state import EndOfTraining, SaveState, StopRequest
 from tritter.training.trainer import (
     TrainerSettings,
     build_trainer,

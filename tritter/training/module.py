@@ -1,30 +1,61 @@
 """LightningModules around stock transformers models."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tritter.data.apart import labels_of
 from tritter.data.ranks import this_rank
 from tritter.data.windows import IGNORED
+from tritter.errors import RequestError
 from tritter.evaluation.losses import nats_per_row
 from tritter.families import Flops, forward_flops
 from tritter.models import config_of
-from tritter.training.compiled import CompiledModel
-from tritter.training.compute import StepFlops, flops_of_sequence
+from tritter.targets import TARGET, NamedTarget, built, imported
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.moments import Moments, start_from
-from tritter.training.optimizer import OptimizerSettings, build_optimizer
+from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
+from tritter.training.parameters import StepFlops, flops_of_sequence
 from tritter.training.reshape import Entry, replay
-from tritter.training.schedule import Schedule
 from tritter.training.sharded import is_sharded, let_go, shard
-from tritter.training.side_loss import SideLoss
-from tritter.training.their_callbacks import TheirCallbacks
+
+
+class SideLoss:
+    """Base of all of them; the LightningModule holds them as a list.
+
+    Args:
+        forward_options: what the model is called with besides, in the forward pass of the task.
+        flops: model FLOPs that it took before the first step.
+    """
+
+    forward_options: Mapping[str, bool] = {}
+    flops = 0.0
+
+    def loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], *, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what is added to the loss, and its terms by the names of their metrics.
+
+        Args:
+            batch: what the task's forward pass was of, which lies right behind.
+            step: optimizer steps of this training so far.
+        """
+        raise NotImplementedError
+
+    def step_flops(self, model: nn.Module) -> float:
+        """Count the FLOPs of a step besides those of the task, of all processes together."""
+        return 0.0
+
+    def callbacks(self) -> tuple[Callback, ...]:
+        """Return what drives it."""
+        return ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -215,3 +246,90 @@ def base_of(module: LightningModule) -> BaseModule:
     """Return a module that a callback of ours is called with, as what it is."""
     assert isinstance(module, BaseModule)
     return module
+
+
+BACKEND = "inductor"
+
+
+class CompiledModel:
+    """Calls a model as torch.compile makes it: the same modules, parameters and names.
+
+    Compiled at the first call, in the process that trains. Evaluations are better off with the
+    model itself: each shape of theirs would be compiled too.
+
+    Args:
+        model: it stays as it is.
+
+    Attributes:
+        is_watched: hooks stand on modules inside, which compiled code would pass over: the model
+            itself computes until they are gone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._compiled: Callable[..., Any] | None = None
+        self.is_watched = False
+
+    def __call__(self, **inputs: Any) -> Any:
+        if self.is_watched:
+            return self._model(**inputs)
+        if self._compiled is None:
+            self._compiled = torch.compile(self._model, backend=BACKEND)
+        return self._compiled(**inputs)
+
+    def forget(self) -> None:
+        """Compile at the next call what the model is then.
+
+        By itself torch would do so a few times, and then never compile the model again.
+        """
+        if self._compiled is not None:
+            self._compiled = None
+            torch.compiler.reset()
+
+
+CHECKPOINTS_NAME = "checkpoints"  # where a ModelCheckpoint writes, below the training's folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TheirCallbacks:
+    """What a LightningModule adds to the callbacks of its Trainer, when the fit begins.
+
+    Args:
+        options: in the order in which they were asked for.
+        folder: of the training.
+        last: stands behind them.
+    """
+
+    options: Sequence[NamedTarget]
+    folder: Path
+    last: Callback
+
+    def build(self) -> list[Callback]:
+        """Return them all, those that write checkpoints before `last`.
+
+        Raises:
+            RequestError: two of them save their state under one name.
+        """
+        named = {one.name: self._build(one) for one in self.options}
+        _check_states(named)
+        return [*named.values(), self.last]
+
+    def _build(self, options: NamedTarget) -> Callback:
+        body = dict(options.body)
+        if issubclass(imported(body[TARGET]), ModelCheckpoint):  # which would take it from the cwd
+            body["dirpath"] = str(self.folder / (body.get("dirpath") or CHECKPOINTS_NAME))
+        callback = built(body)
+        assert isinstance(callback, Callback)
+        return callback
+
+
+def _check_states(named: Mapping[str, Callback]) -> None:
+    first: dict[str, str] = {}
+    for name, callback in named.items():
+        other = first.setdefault(callback.state_key, name)
+        if other != name and type(callback).state_dict is not Callback.state_dict:
+            raise RequestError(
+                f"callbacks.{name} and callbacks.{other} are both {callback.state_key}: nothing "
+                "tells their saved states apart; let them differ in what they monitor, or leave "
+                "one out."
+            )

@@ -1,6 +1,7 @@
 """The optimizer: which class, and which parameters it holds, in which groups, in which order."""
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,3 +54,88 @@ def build_optimizer(
         for name, value in settings.arguments.items()
     }
     return kind(groups, lr=learning_rate, **arguments)
+
+
+# A share of a short training rounds to no step or one: the first update would be at full rate,
+# while Adam's second moments rest on a single gradient.
+MINIMUM_WARMUP_STEPS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Warm-up, then constant, cosine or warmup-stable-decay.
+
+    `rewarm` is `cosine` whose warm-up begins at the rate that an earlier training ended with:
+    re-warming and re-decaying (Ibrahim et al. 2024, arXiv 2403.08763).
+
+    Args:
+        learning_rate: the peak.
+        max_steps: optimizer steps of the whole training.
+        warmup_ratio: share of the steps over which the rate rises linearly to its peak; above 0
+            at least `MINIMUM_WARMUP_STEPS`, or a quarter of a training too short for them.
+        shape: `constant`, `cosine`, `rewarm`, or `wsd` (arXiv 2404.06395: constant, then a linear
+            decay).
+        decay_ratio: share of the steps that decay, for `wsd`.
+        minimum_ratio: what is left of the peak at the end of all but `constant`.
+        start_rate: where the warm-up of `rewarm` begins.
+    """
+
+    learning_rate: float
+    max_steps: int
+    warmup_ratio: float = 0.05
+    shape: str = "cosine"
+    decay_ratio: float = 0.2
+    minimum_ratio: float = 0.0
+    start_rate: float = 0.0
+
+    @classmethod
+    def constant(cls, learning_rate: float, *, max_steps: int) -> "Schedule":
+        """Return one rate from the first step to the last."""
+        return cls(
+            learning_rate=learning_rate, max_steps=max_steps, warmup_ratio=0.0, shape="constant"
+        )
+
+    @property
+    def warmup_steps(self) -> int:
+        if not self.warmup_ratio:
+            return 0
+        return max(self.asked_warmup_steps, min(MINIMUM_WARMUP_STEPS, self.max_steps // 4))
+
+    @property
+    def asked_warmup_steps(self) -> int:
+        """Steps of the warm-up by the ratio alone."""
+        return round(self.warmup_ratio * self.max_steps)
+
+    @property
+    def last_rate(self) -> float:
+        """The rate of the last step."""
+        return self.rate(self.max_steps - 1)
+
+    def rate(self, step: int) -> float:
+        """Return the rate of step `step` (from 0)."""
+        return self.learning_rate * self.factor(step)
+
+    def factor(self, step: int) -> float:
+        """Return the share of the peak rate that step `step` (from 0) uses."""
+        if step < self.warmup_steps:
+            risen = (step + 1) / self.warmup_steps
+            start = self.start_rate / self.learning_rate if self.shape == "rewarm" else 0.0
+            return start + (1 - start) * risen
+        match self.shape:
+            case "constant":
+                return 1.0
+            case "cosine" | "rewarm":
+                return self._cosine(step)
+            case "wsd":
+                return self._decay(step)
+        raise ValueError(f"training.schedule = '{self.shape}': constant, cosine, wsd or rewarm.")
+
+    def _cosine(self, step: int) -> float:
+        progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
+        wave = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        return self.minimum_ratio + (1 - self.minimum_ratio) * wave
+
+    def _decay(self, step: int) -> float:
+        decay_steps = max(1, round(self.decay_ratio * self.max_steps))
+        left = min(1.0, max(0.0, (self.max_steps - step) / decay_steps))
+        return self.minimum_ratio + (1 - self.minimum_ratio) * left

@@ -1,12 +1,12 @@
 """The parameters of a live model, experts that stand apart included, as its family knows them."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from tritter.families import StoredTensor, layout
+from tritter.families import NO_ADAPTERS, Adapters, Flops, StoredTensor, layout, training_flops
 from tritter.families.layout import Part
 from tritter.models import config_of
 
@@ -58,3 +58,51 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     for name in [name.removesuffix(BASE) for name in state if name.endswith(BASE)]:
         state[name] = torch.cat([state.pop(name + BASE), state.pop(name + NEW)])
     return state
+
+
+@dataclass(frozen=True, slots=True)
+class StepFlops:
+    """FLOPs of a step, whatever it reads.
+
+    Args:
+        sequence: of each sequence, or document where models read these apart.
+        besides: of the step, of all processes together.
+    """
+
+    sequence: Flops
+    besides: float = 0.0
+
+    def of(self, lengths: Mapping[int, int]) -> float:
+        """Return the FLOPs of a step on sequences, by length how many of all processes."""
+        return self.sequence.of_all(lengths) + self.besides
+
+
+def flops_of_sequence(
+    model: nn.Module,
+    *,
+    routed_to: Collection[int] | None = None,
+    adapters: Adapters = NO_ADAPTERS,
+) -> Flops:
+    """Return the FLOPs of a step on one sequence, with what needs a gradient now.
+
+    Args:
+        routed_to: the experts that share the tokens evenly. Default: all.
+        adapters: what stands beside the model's own tensors.
+    """
+    config, trained = config_of(model), trained_tensors(model)
+    return training_flops(
+        config,
+        is_trained=lambda tensor: tensor.name in trained,
+        routed_to=routed_to,
+        adapters=adapters,
+    )
+
+
+def trained_tensors(model: nn.Module) -> frozenset[str]:
+    """Return the logical names of what needs a gradient in a live model."""
+    return frozenset(
+        part.tensor.name
+        for stored in live_layout(model)
+        if model.get_parameter(stored.name).requires_grad
+        for part in stored.parts
+    )

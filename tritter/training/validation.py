@@ -16,7 +16,7 @@ from tritter.data.datamodule import EvaluationText
 from tritter.families import Flops
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.module import base_of
-from tritter.training.stop_request import StopRequest
+from tritter.training.save_state import StopRequest
 from tritter.training.work import ends_step
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tritter.data.apart import apart_of, lengths_read
 from tritter.expand import Change
-from tritter.training.compute import StepFlops
 from tritter.training.module import base_of
+from tritter.training.parameters import StepFlops
 
 
 def ends_step(trainer: Trainer, batch_idx: int) -> bool:

@@ -16,6 +16,7 @@ from hydra.plugins.completion_plugin import CompletionPlugin
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
+from tritter.config.components import REFUSED, trainer_parameters
 from tritter.config.folders import composing_from, config_names, front, front_of
 from tritter.config.ladder import LADDER, ladder_names
 from tritter.config.launch.command_line import CommandLine, read_command_line
@@ -23,7 +24,6 @@ from tritter.config.launch.composition import Composer, composer
 from tritter.config.launch.flags import FLAGS, SHELL_REQUESTS, flag_of
 from tritter.config.launch.hydra_settings import is_for_runs
 from tritter.config.overrides import first_value, forced, normalise, option_of_nothing, parse
-from tritter.config.trainer_arguments import REFUSED, trainer_parameters
 from tritter.errors import RequestError
 
 _GROUPS_OF_HYDRA = ("hydra/launcher", "hydra/sweeper")

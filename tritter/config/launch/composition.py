@@ -23,10 +23,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
+from tritter.config.components import clashes
 from tritter.config.folders import LADDERS, body_of, front, option_files, option_folders
 from tritter.config.ladder import RUNG_GROUPS, choice_problems, of_rung, on_top, rungs_of
 from tritter.config.launch.hydra_settings import hydra_problems
-from tritter.config.named import clashes
 from tritter.config.overrides import (
     forced,
     no_option,
@@ -35,10 +35,9 @@ from tritter.config.overrides import (
     parse,
     refuse_sweeps,
 )
-from tritter.config.reading import Origin
 from tritter.config.run_folder import check_overrides
 from tritter.config.schema import ONE_OF, OPEN_GROUPS, RunConfig
-from tritter.config.selection import METHOD_GROUPS, method_names, nesting_problems
+from tritter.config.selection import METHOD_GROUPS, Origin, method_names, nesting_problems
 from tritter.config.suggestions import nearest_key
 from tritter.config.training_steps import settled
 from tritter.config.validation import Rule, validate

@@ -101,7 +101,7 @@ def _act(command: CommandLine, pipeline: "Pipeline", words: list[str]) -> int:
 def _answer_shell(request: str) -> int:
     """Print what a shell evaluates, or what may stand at the end of $COMP_LINE, a line each."""
     from tritter.config.launch.completion import line_completions, shell_script
-    from tritter.config.program import program_words
+    from tritter.config.overrides import program_words
 
     if request == "query=bash":
         found = line_completions(os.environ.get("COMP_LINE", ""))
@@ -139,7 +139,7 @@ def _show(command: CommandLine) -> int:
 def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
     from tritter.config.launch.jobs import read_status, start_run
     from tritter.config.launch.resume import recorded_words
-    from tritter.config.program import resume_command
+    from tritter.config.overrides import resume_command
     from tritter.config.run_folder import SUMMARY_FILE, RunState, require_writable
 
     job = plan.jobs[0]

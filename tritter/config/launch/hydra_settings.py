@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tritter.config.launch.launchers import launcher_problems
 from tritter.config.launch.optuna import sweeper_problems
-from tritter.config.reading import Origin
+from tritter.config.selection import Origin
 from tritter.errors import Problem, nearest
 from tritter.options import leaves
 from tritter.targets import TARGET, argument_problems, dotted

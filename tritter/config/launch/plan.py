@@ -27,7 +27,7 @@ from tritter.config.overrides import (
     refuse_sweeps,
     split_sweep,
 )
-from tritter.config.rules.engines import compiler_problems
+from tritter.config.rules import compiler_problems
 from tritter.config.run_folder import OUTPUT_FILE, RUN_FILE, RunState, check_run_folder
 from tritter.config.schema import RunConfig
 from tritter.config.text_files import text_requests

@@ -13,8 +13,7 @@ from hydra.core.override_parser.types import Override
 
 from tritter.config.folders import Front, composing_from, front
 from tritter.config.launch.composition import Composer
-from tritter.config.overrides import as_value, not_replayed, parse
-from tritter.config.program import command
+from tritter.config.overrides import as_value, command, not_replayed, parse
 from tritter.config.run_folder import find_run, read_run
 from tritter.errors import RequestError, brief
 

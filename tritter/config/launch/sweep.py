@@ -22,8 +22,7 @@ from tritter.config.launch.plan import Plan
 from tritter.config.launch.side_by_side import STOPPING_FILE, SweptJobs
 from tritter.config.launch.starting import start_hydra
 from tritter.config.launch.sweep_table import print_sweep, sweep_rows
-from tritter.config.overrides import as_value, quoted
-from tritter.config.program import command
+from tritter.config.overrides import as_value, command, quoted
 from tritter.config.run_folder import require_writable
 from tritter.errors import TritterError
 from tritter.stopping import Stopped

@@ -19,7 +19,7 @@ from tritter.evaluation.benchmarks.programs import is_passed
 from tritter.evaluation.benchmarks.records import Benchmark, Question
 from tritter.evaluation.code.sandbox import Sandbox
 from tritter.evaluation.inference import evaluating
-from tritter.evaluation.paired_scores import PairedScores
+from tritter.evaluation.statistics import PairedScores
 
 Tokenizer = Any  # of transformers
 MISSING = (

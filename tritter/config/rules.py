@@ -1,0 +1,641 @@
+"""What of a run a way of computing it can't do: compiled code, parts of weights, Apple's GPUs."""
+
+import math
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tritter.checkpoint.kept_sequences import KeptSequences
+from tritter.checkpoint.usable import checkpoint_config, checkpoint_place
+from tritter.config.folders import body_of, option_files
+from tritter.config.ladder import planned_rounds
+from tritter.config.schema import (
+    AdaptationConfig,
+    CheckpointModelConfig,
+    DatasetsConfig,
+    MoeRoutingConfig,
+    RunConfig,
+)
+from tritter.data.benchmark_names import CODE, benchmark_names, code_problems
+from tritter.errors import Problem, RequestError, TritterError, nearest, show
+from tritter.expansion import MoeAdd, target_config
+from tritter.families import Config, LogicalTensor, Places, family_of
+from tritter.storage.reading import read_object
+from tritter.targets import TARGET, imported
+
+_SHARDED_METHODS = ("replay",)  # of forgetting, which look at no parameter
+_SHARDED_OPTIMIZERS = ("AdamW", "Adam", "NAdam", "SGD")  # entry by entry
+_SHARDED_PRECISIONS = ("32-true", "bf16-mixed")  # the others are not tried
+
+
+def compile_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield what of a run compiled code can't follow."""
+    if config.trainer.compile and config.experts is not None:
+        reason = (
+            "which tokens an adapter computes is another question in each batch, and every "
+            "answer would be compiled; with experts use trainer.compile=false"
+        )
+        yield Problem("trainer.compile", True, reason=reason)
+
+
+def compile_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
+    """Yield why the model that is trained can't be compiled.
+
+    Args:
+        source: config.json of the model that the run starts from.
+    """
+    if not config.trainer.compile:
+        return
+    grown = target_config(source, config.expansion)
+    if family_of(grown).has_experts:
+        reason = (
+            f"{grown['model_type']} has experts, and how many tokens each gets is another number "
+            "in each batch, every one of which would be compiled; use trainer.compile=false"
+        )
+        yield Problem("trainer.compile", True, reason=reason)
+
+
+def sharding_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield what of a run needs whole weights, of which a process of trainer=fsdp holds a part."""
+    if config.trainer.strategy != "fsdp":
+        return
+    for key, value, reason in _of_whole_weights(config):
+        yield Problem(key, value, reason=f"{reason}; with whole weights in each, use trainer=ddp")
+    if config.trainer.precision not in _SHARDED_PRECISIONS:
+        reason = f"with trainer=fsdp allowed are {' and '.join(_SHARDED_PRECISIONS)}"
+        yield Problem("trainer.precision", config.trainer.precision, reason=reason)
+    if config.trainer.compile:
+        reason = "gathering a layer breaks the graph; compile, or share the weights"
+        yield Problem("trainer.compile", True, reason=reason)
+
+
+def _of_whole_weights(config: RunConfig) -> Iterator[tuple[str, object, str]]:
+    """Yield key, value and reason of what has to see whole weights."""
+    if config.growth is not None:
+        reason = (
+            "neurons grow in whole weights, and each process holds a part of them; expand "
+            "between trainings (growth=none expansion=width)"
+        )
+        yield "growth", config.growth.kind.__name__, reason
+    if config.experts is not None:
+        reason = "adapters are spawned beside whole weights, and each process holds a part"
+        yield "experts", config.experts.kind.__name__, reason
+    names = [one.name for one in config.forgetting if one.name not in _SHARDED_METHODS]
+    if names:
+        reason = (
+            "they look at whole weights or gradients, and each process holds a part; allowed "
+            f"are none and {', '.join(_SHARDED_METHODS)}"
+        )
+        yield "forgetting", names, reason
+    name = config.optimizer.target.rpartition(".")[2]
+    if config.optimizer.target.partition(".")[0] != "torch" or name not in _SHARDED_OPTIMIZERS:
+        reason = (
+            f"{name} may look at more of a parameter than one entry, and each process holds a "
+            f"part; allowed are {', '.join(_SHARDED_OPTIMIZERS)}"
+        )
+        yield "optimizer", name, reason
+    if config.optimizer.carry:
+        reason = "moments follow whole weights, and each process holds a part; leave it out"
+        yield "optimizer.carry", True, reason
+    for one in config.callbacks:
+        kinds = imported(one.body[TARGET]).__mro__
+        if any(kind.__name__ == "WeightAveraging" for kind in kinds):
+            reason = "an average is of whole weights, and each process holds a part"
+            yield f"callbacks.{one.name}.{TARGET}", one.body[TARGET], reason
+
+
+def sharding_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
+    """Yield why the weights of the model that is trained can't be shared out.
+
+    Args:
+        source: config.json of the model that the run starts from.
+    """
+    if config.trainer.strategy != "fsdp":
+        return
+    grown = target_config(source, config.expansion)
+    if family_of(grown).has_experts:
+        reason = (
+            f"{grown['model_type']} has experts, whose routers are watched and opened in whole "
+            "weights; use trainer=ddp"
+        )
+        yield Problem("trainer.strategy", "fsdp", reason=reason)
+
+
+def compiler_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield that this machine can't compile; whoever only looks at a config is not told."""
+    if not config.trainer.compile:
+        return
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    compiler = os.environ.get("CXX", usual)
+    if shutil.which(compiler) is None:
+        reason = (
+            f"torch.compile needs a C++ compiler, and there is no {compiler} on this machine; "
+            f"install {usual} or name another in CXX, or use trainer.compile=false"
+        )
+        yield Problem("trainer.compile", True, reason=reason)
+
+
+def apple_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield what Apple's GPUs can't do."""
+    trainer = config.trainer
+    if trainer.accelerator != "mps":
+        return
+    if trainer.strategy != "auto":
+        reason = "there is one Apple GPU in a machine; use trainer=mps, which trains in one process"
+        yield Problem("trainer.strategy", trainer.strategy, reason=reason)
+    if trainer.precision == "64-true":
+        reason = "Apple's GPUs have no float64; on trainer=mps use 32-true or bf16-mixed"
+        yield Problem("trainer.precision", trainer.precision, reason=reason)
+    if config.growth is not None:
+        reason = (
+            "new neurons are made in float64, which Apple's GPUs have not; with growth use "
+            "trainer=cpu"
+        )
+        yield Problem("trainer.accelerator", trainer.accelerator, reason=reason)
+
+
+KEY = "evaluation.tasks"
+
+
+def benchmark_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield what is wrong with the benchmarks of a run, but for their files."""
+    asked = config.evaluation
+    try:
+        names = benchmark_names(asked.tasks, key=KEY)
+    except RequestError as error:
+        yield from error.problems
+        return
+    yield from code_problems(names, asked.allow_code, key=KEY, allowing="evaluation.allow_code")
+    if asked.tasks_path is not None and not Path(asked.tasks_path).is_dir():
+        yield Problem("evaluation.tasks_path", asked.tasks_path, reason="there is no such folder")
+    is_external = asked.code_sandbox == "external"
+    if is_external and not asked.code_sandbox_command and set(names) & set(CODE):
+        reason = "name the command that reads a program on its standard input"
+        yield Problem("evaluation.code_sandbox_command", None, reason=reason)
+    for domain in config.text.domains:
+        if domain.name in names:
+            reason = "a domain has that name already"
+            yield Problem(KEY, domain.name, reason=reason)
+
+
+def precision_problems(config: RunConfig) -> Iterator[Problem]:
+    if config.trainer.precision == "16-mixed" and config.trainer.accelerator == "cpu":
+        reason = "float16 needs a GPU; on trainer=cpu use bf16-mixed or 32-true"
+        yield Problem("trainer.precision", "16-mixed", reason=reason)
+
+
+def device_problems(config: RunConfig) -> Iterator[Problem]:
+    trainer, batch_size = config.trainer, config.data.batch_size
+    if trainer.strategy == "auto":
+        if trainer.devices > 1:
+            reason = "several devices train together with trainer=ddp; else allowed is 1"
+            yield Problem("trainer.devices", trainer.devices, reason=reason)
+        return
+    if trainer.devices == 1:
+        reason = (
+            f"trainer={trainer.strategy} is for 2 or more; for one device use trainer=cpu or "
+            "trainer=gpu"
+        )
+        yield Problem("trainer.devices", 1, reason=reason)
+    if trainer.accelerator == "auto":
+        reason = f"trainer={trainer.strategy} has to be told which devices; allowed are cpu and gpu"
+        yield Problem("trainer.accelerator", "auto", reason=reason)
+    if batch_size % trainer.devices:
+        reason = (
+            f"each of trainer.devices = {trainer.devices} takes an equal part; nearest: "
+            f"{nearest_multiples(batch_size, trainer.devices)}"
+        )
+        yield Problem("data.batch_size", batch_size, reason=reason)
+
+
+def nearest_multiples(value: int, divisor: int) -> str:
+    """Return the multiples of a number on both sides of a value, in words."""
+    below, above = value // divisor * divisor, -(-value // divisor) * divisor
+    return f"{below} or {above}" if below else str(above)
+
+
+def method_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield which methods wait for rows that nobody mixes in, or make what another makes too."""
+    needs = [one.kind.needs(one.options) for one in config.forgetting]
+    for what in ("prepares", "leaves"):
+        counts = Counter(kind for each in needs for kind in getattr(each, what))
+        if twice := [kind for kind, count in counts.items() if count > 1]:
+            reason = f"more than one of them {what} {', '.join(twice)}; leave one out"
+            yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
+    is_mixed = any(each.mixes for each in needs)
+    for one, needed in zip(config.forgetting, needs, strict=True):
+        if needed.replayed_rows and not is_mixed:
+            reason = (
+                "there are no old rows, as no method replays any; allowed is new, or replay "
+                f"beside it: forgetting=[replay,{one.name}]"
+            )
+            yield Problem(f"forgetting.{one.name}.rows", one.options.rows, reason=reason)
+
+
+def method_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
+    """Yield what can't be had of a model that the run starts from.
+
+    Args:
+        source: its config.json; of a base that is to be trained the vocabulary is not known yet.
+    """
+    is_known = isinstance(config.model, CheckpointModelConfig)
+    for one in config.forgetting:
+        place = one.kind.needs(one.options).teacher_place
+        if place is not None:
+            key = f"forgetting.{one.name}.teacher"
+            yield from teacher_problems(place, source if is_known else None, key=key)
+    yield from freezing_problems(config, source)
+    yield from kept_problems(config)
+
+
+_KEY = "forgetting.freeze"
+_GROWING = ("ffn.gate", "ffn.up", "ffn.down")  # what is trained under growth.freeze_attention
+
+
+def freezing(config: RunConfig) -> Any | None:
+    """Return the options of `freeze`; None where nothing is frozen by it."""
+    return next((one.options for one in config.forgetting if one.name == "freeze"), None)
+
+
+def freezing_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
+    """Yield what can't be frozen of the models that are trained.
+
+    Args:
+        source: config.json of the model that the run starts from.
+    """
+    options = freezing(config)
+    if options is None:
+        return
+    steps, at = config.training.max_steps, options.first_step(config.training.max_steps)
+    if at is not None and at >= steps:
+        reason = (
+            f"the training has training.max_steps = {steps}; allowed is less, or null for never"
+        )
+        yield Problem(f"{_KEY}.until", options.until, reason=reason)
+    if options.new_only and (reason := _why_nothing_is_new(config)):
+        yield Problem(f"{_KEY}.new_only", True, reason=reason)
+    grown = _grown(config, source)
+    if options.old_experts and not family_of(grown[-1]).has_experts:
+        reason = "the model is dense and has no experts; name layers instead"
+        yield Problem(f"{_KEY}.old_experts", True, reason=reason)
+    if options.places is not None and (reason := _why_no_places(options.places, grown)):
+        yield Problem(f"{_KEY}.layers", options.layers, reason=reason)
+
+
+def num_frozen(config: RunConfig, trained: Config, before: Config) -> int:
+    """Return how many parameters of a training may stay out of the optimizer to its end.
+
+    At most: where a parameter is frozen in part, the optimizer holds the whole of it.
+
+    Args:
+        before: config.json of the model before the expansion.
+    """
+    options, family = freezing(config), family_of(trained)
+    if config.growth is not None and config.growth.options.freeze_attention:
+        sizes = (prod(family.shape(tensor, trained)) for tensor, _ in _tensors(trained)
+                 if tensor.kind in _GROWING)  # fmt: skip
+        return family.count_parameters(trained) - sum(sizes)
+    if options is None or options.until is not None:
+        return 0
+    frozen = 0
+    appends = any(getattr(spec, "is_append", False) for spec in config.expansion)
+    places = options.places
+    for tensor, is_tied in _tensors(trained):
+        is_held = places is not None and places.has(tensor, is_tied=is_tied)
+        if is_held or (options.old_experts and tensor.is_per_expert and not appends):
+            frozen += prod(family.shape(tensor, trained))
+    return max(frozen, family.count_parameters(before)) if options.new_only else frozen
+
+
+def _grown(config: RunConfig, source: Config) -> tuple[Config, ...]:
+    """Return what is trained, the smallest first."""
+    control = (source,) if config.control else ()
+    if config.pipeline.target_params is not None:
+        return *control, *(shape.config for shape in planned_rounds(config, source))
+    return *control, target_config(source, config.expansion)
+
+
+def _why_nothing_is_new(config: RunConfig) -> str:
+    specs, is_planned = config.expansion, config.pipeline.target_params is not None
+    if config.control:
+        return "the control does not grow, and nothing of it would be trained; leave one out"
+    if len(config.text.tasks) > 1:
+        return "the model grows for the first task alone, and the others add nothing new"
+    if not specs and not is_planned:
+        return "without an expansion nothing is new; choose one, or name layers instead"
+    if specs and all(s.expansion_type == "depth" and not s.is_exact for s in specs):
+        names = " and ".join(spec.name for spec in specs)
+        return f"{names} only copies layers, which are not new; use llama_pro, width or moe"
+    return ""
+
+
+def _why_no_places(places: Places, grown: tuple[Config, ...]) -> str:
+    smallest = grown[0]
+    layers = family_of(smallest).dimensions(smallest).num_hidden_layers
+    if places.last_layer >= layers:
+        which = "smallest model that is trained" if len(grown) > 1 else "model that is trained"
+        return f"the {which} has {layers} layers; allowed are 0 to {layers - 1}"
+    for word in places.parts:
+        one = Places.read([word])
+        if not any(one.has(tensor, is_tied=is_tied) for tensor, is_tied in _tensors(grown[-1])):
+            return f"the model has no {word}; leave it out"
+    for each in grown:
+        if all(places.has(tensor, is_tied=is_tied) for tensor, is_tied in _tensors(each)):
+            return "that is all of the model, and nothing is left to train"
+    return ""
+
+
+def _tensors(config: Config) -> Iterator[tuple[LogicalTensor, bool]]:
+    """Yield the tensors of a model, each with whether its head is tied."""
+    tensors = family_of(config).logical_tensors(config)
+    is_tied = all(tensor.kind != "head" for tensor in tensors)
+    yield from ((tensor, is_tied) for tensor in tensors)
+
+
+def kept_text(config: RunConfig) -> KeptSequences:
+    """Return it.
+
+    Raises:
+        TritterError: the file is damaged.
+    """
+    if not isinstance(config.model, CheckpointModelConfig):
+        return KeptSequences()
+    beside = KeptSequences.read(Path(config.model.path))
+    return beside.without((*config.text.old, *config.text.new))
+
+
+def kept_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield why methods that need old text can't take what was kept."""
+    if not any(one.kind.needs(one.options).old_text for one in config.forgetting):
+        return
+    data = config.data
+    yield from kept_text(config).misfits(sequence_length=data.sequence_length, packing=data.packing)
+
+
+_ROUTER_KEYS = ("router_epochs", "router_max_steps", "router_learning_rate", "encouragement")
+_PLACE_OF_ADDED = Path("state", "router.json")
+
+
+def expert_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
+    """Yield which keys of `moe_routing` and `adaptation` would have no effect, or a wrong one.
+
+    Args:
+        source: config.json of the model that the run starts from.
+    """
+    has_experts = family_of(source).has_experts
+    if not has_experts and not any(spec.name == "moe" for spec in config.expansion):
+        reason = "the model is dense and has no routers; use expansion=moe"
+        yield from _without_effect("moe_routing", config.moe_routing, reason)
+    elif config.moe_routing.hold_old:
+        yield from _hold_problems(config, has_experts=has_experts)
+    yield from _init_problems(config, source, has_experts=has_experts)
+    if appends_experts(config):
+        yield from _adaptation_problems(config)
+    else:
+        reason = "no experts are being appended; use expansion=moe_add"
+        yield from _without_effect("adaptation", config.adaptation, reason)
+
+
+def _without_effect(
+    section: str, record: MoeRoutingConfig | AdaptationConfig, reason: str
+) -> Iterator[Problem]:
+    for key, value, default in _changed(section, record):
+        yield Problem(f"{section}.{key}", value, reason=f"{reason}, or leave it at {show(default)}")
+
+
+def _changed(
+    section: str, record: MoeRoutingConfig | AdaptationConfig
+) -> Iterator[tuple[str, object, object]]:
+    """Yield the keys that are not as the option `default` has them: key, value, default."""
+    defaults = body_of(option_files()[section]["default"])
+    for key, value in asdict(record).items():
+        if value != defaults[key]:
+            yield key, value, defaults[key]
+
+
+def _hold_problems(config: RunConfig, *, has_experts: bool) -> Iterator[Problem]:
+    key, held = "moe_routing.hold_old", config.moe_routing.hold_old
+    if not has_experts:
+        reason = "the model that the run starts from is dense, so there is no old routing to hold; "
+        yield Problem(key, held, reason=f"{reason}allowed is 0")
+    if not config.text.old:
+        yield Problem(key, held, reason="it needs old text, data.old; or leave it at 0")
+
+
+def _init_problems(config: RunConfig, source: Config, *, has_experts: bool) -> Iterator[Problem]:
+    """Yield why new experts can't begin as was asked for."""
+    key = "expansion.moe_add.init"
+    for position, spec in enumerate(config.expansion):
+        if not isinstance(spec, MoeAdd):
+            continue
+        if spec.is_chosen_by_data and not has_experts:
+            reason = (
+                "the experts that moe makes of one FFN are alike; use clone, or add experts to a "
+                "model that has some"
+            )
+            yield Problem(key, "best", reason=reason)
+        before = [s.name for s in config.expansion[:position] if s.expansion_type == "depth"]
+        if spec.is_chosen_by_data and before:
+            reason = (
+                "the experts are chosen layer by layer in the model that the run starts from; let "
+                f"moe_add come before {' and '.join(before)}"
+            )
+            yield Problem(key, "best", reason=reason)
+        if spec.teacher is not None:
+            yield from teacher_problems(spec.teacher, source, key="expansion.moe_add.teacher")
+
+
+def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterator[Problem]:
+    """Yield why a teacher can't be learned from, as far as its config.json says.
+
+    Args:
+        source: that of the model that learns; None where its vocabulary is not known yet.
+    """
+    try:
+        config = checkpoint_config(checkpoint_place(teacher, key=key), key=key)
+    except RequestError as error:
+        yield from error.problems
+        return
+    if config is None or source is None:
+        return
+    if config["vocab_size"] != source["vocab_size"]:
+        reason = (
+            f"it has {config['vocab_size']} tokens, the model that the run starts from "
+            f"{source['vocab_size']}; allowed is a teacher with the same tokenizer"
+        )
+        yield Problem(key, teacher, reason=reason)
+
+
+def appends_experts(config: RunConfig) -> bool:
+    """Return whether experts are appended, or were and are not open yet."""
+    model = config.model
+    return any(getattr(spec, "is_append", False) for spec in config.expansion) or (
+        isinstance(model, CheckpointModelConfig) and Path(model.path, _PLACE_OF_ADDED).is_file()
+    )
+
+
+def _adaptation_problems(config: RunConfig) -> Iterator[Problem]:
+    adaptation = config.adaptation
+    reason = "with adaptation.router_update = frozen there is no router stage; use fine_tune or "
+    for key, value, _ in _changed("adaptation", adaptation):
+        if key in _ROUTER_KEYS and adaptation.router_update == "frozen":
+            yield Problem(f"adaptation.{key}", value, reason=f"{reason}retrain")
+    grown = [s.name for s in config.expansion if s.expansion_type in ("depth", "width")]
+    if adaptation.freeze_base and grown:
+        reason = f"what {' and '.join(grown)} added would be frozen as well; use "
+        yield Problem(
+            "adaptation.freeze_base", True, reason=f"{reason}adaptation.freeze_base=false"
+        )
+    if adaptation.unfreeze_after is not None and (reason := _why_not_unfrozen(config)):
+        yield Problem("adaptation.unfreeze_after", adaptation.unfreeze_after, reason=reason)
+
+
+def _why_not_unfrozen(config: RunConfig) -> str:
+    after, steps = config.adaptation.unfreeze_after, config.training.max_steps
+    if not config.adaptation.freeze_base:
+        return "with adaptation.freeze_base = false nothing is frozen"
+    if after is not None and after >= steps:
+        return f"the training has training.max_steps = {steps}; allowed is less, or null for never"
+    if config.trainer.strategy != "auto":
+        return (
+            "processes that train together need the same parameters throughout; use trainer=cpu "
+            "or trainer=gpu"
+        )
+    return ""
+
+
+_MOMENTS_KEY = "optimizer.carry"
+_HEAD = Path("state/state.json")
+# Beginnings of dotted names: bitsandbytes' have bits and pages in theirs
+_WITH_MOMENTS = tuple(
+    f"{library}.optim.{name}"
+    for library in ("torch", "bitsandbytes")
+    for name in ("adam.Adam", "adamw.AdamW")
+)
+_MOMENTS = {"exp_avg", "exp_avg_sq"}
+
+
+def carry_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield why trainings can't start from moments, as far as files are at hand."""
+    if not config.optimizer.carry:
+        return
+    for reason in _reasons(config):
+        yield Problem(_MOMENTS_KEY, True, reason=reason)
+    if isinstance(config.model, CheckpointModelConfig) and Path(config.model.path).is_dir():
+        yield from given_problems(Path(config.model.path))
+
+
+def given_problems(folder: Path) -> list[Problem]:
+    """Return why trainings can't start from the moments beside a checkpoint."""
+    try:
+        if kinds_beside(folder) >= _MOMENTS:
+            return []
+    except TritterError as error:
+        return [Problem(_MOMENTS_KEY, True, reason=str(error))]
+    reason = (
+        f"{folder} has no state/ with Adam's moments (exp_avg and exp_avg_sq); a run with "
+        "optimizer.carry=true leaves them beside what it trained, and tritter export takes "
+        "them from a .ckpt. Leave optimizer.carry out to start without"
+    )
+    return [Problem(_MOMENTS_KEY, True, reason=reason)]
+
+
+def kinds_beside(folder: Path) -> set[str]:
+    """Return the kinds of state that lie beside a checkpoint's weights.
+
+    Raises:
+        TritterError: what says so is damaged.
+    """
+    kinds = read_object(folder / _HEAD).get("kinds") if (folder / _HEAD).exists() else ()
+    return {kind for kind in kinds if isinstance(kind, str)} if isinstance(kinds, list) else set()
+
+
+def _reasons(config: RunConfig) -> Iterator[str]:
+    """Yield why moments can't be carried through the map of a run, or have no use there."""
+    optimizer, options = config.optimizer, config.adaptation
+    name = optimizer.target.rpartition(".")[2]
+    other = "; choose optimizer=adamw, or leave optimizer.carry out"
+    if not optimizer.target.startswith(_WITH_MOMENTS):
+        yield (
+            f"{name} has other state than the two moments of Adam and AdamW, which are carried"
+            f"{other}"
+        )
+    elif optimizer.arguments.get("amsgrad"):
+        yield f"with optimizer.amsgrad = true there is a third moment, which is not carried{other}"
+    if any(spec.new_blocks_only for spec in config.expansion):
+        yield (
+            "with expansion.llama_pro.new_blocks_only = true only new blocks are trained, and "
+            "they have no moments yet; leave one of the two out"
+        )
+    if (frozen := freezing(config)) is not None and frozen.new_only:
+        yield (
+            "with forgetting.freeze.new_only = true only what is new is trained, and it has no "
+            "moments yet; leave one of the two out"
+        )
+    appends = any(isinstance(s, MoeAdd) and s.addition == "append" for s in config.expansion)
+    if appends and options.freeze_base and options.unfreeze_after is None:
+        yield (
+            "with adaptation.freeze_base = true only appended experts are trained, and they have "
+            "no moments yet; leave it out, or set adaptation.freeze_base=false or "
+            "adaptation.unfreeze_after"
+        )
+
+
+def replay_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield what is wrong: two methods that replay, a share of nothing, unknown domains."""
+    mixing = [one for one in config.forgetting if one.kind.needs(one.options).mixes]
+    if len(mixing) > 1:
+        names = [one.name for one in mixing]
+        reason = f"{' and '.join(names)} both mix old text into the batches; choose one of them"
+        yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
+    gathered = config.trainer_arguments.get("accumulate_grad_batches", 1)
+    sequences = config.training.max_steps * gathered * config.data.batch_size
+    for one in mixing:
+        fraction = getattr(one.options, "fraction", None)
+        if fraction is not None and math.floor(sequences * fraction) < 1:
+            reason = (
+                f"of the {sequences} sequences that are trained on not one would be replayed; "
+                f"use at least {1 / sequences:.2g}, or leave {one.name} out"
+            )
+            yield Problem(f"forgetting.{one.name}.fraction", fraction, reason=reason)
+        if one.name == "replay":
+            yield from _weight_problems(one.options.weights or {}, config)
+
+
+def _weight_problems(weights: Mapping[str, float], config: RunConfig) -> Iterator[Problem]:
+    key, old = "forgetting.replay.weights", config.text.old
+    tasks, kept = chain.from_iterable(config.text.tasks[:-1]), kept_text(config).sequences
+    known = tuple(dict.fromkeys([*old, *tasks, *kept]))
+    unknown = [name for name in weights if name not in known]
+    for name in unknown:
+        reason = f"there is no such old domain; there are {', '.join(known) or 'none'}"
+        near = nearest(name, known)
+        yield Problem(f"{key}.{name}", weights[name], reason=reason, nearest=near)
+    if not unknown and old and not any(weights.get(name, 1) for name in old):
+        reason = "every old domain has the weight 0; leave replay out instead"
+        yield Problem(key, dict(weights), reason=reason)
+
+
+def weight_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield the domains that are none of the new ones, or that a task is about alone."""
+    data = config.data
+    if not isinstance(data, DatasetsConfig) or not data.weights:
+        return
+    mixed = [name for task in config.text.tasks if len(task) > 1 for name in task]
+    new = [name for task in config.text.tasks for name in task]
+    for name, weight in data.weights.items():
+        key = f"data.weights.{name}"
+        if name not in new:
+            known = tuple(dict.fromkeys(new))
+            reason = f"there is no such new domain; there are {', '.join(known) or 'none'}"
+            yield Problem(key, weight, reason=reason, nearest=nearest(name, known))
+        elif name not in mixed:
+            reason = "its task has no other domain, so that nothing is weighed; leave it out"
+            yield Problem(key, weight, reason=reason)
