@@ -71,7 +71,7 @@ LIBRARIES: dict[str, set[str]] = {
     "transformers": {"models", "loadable", "families", "tritter.experts.adapters"},
     "wandb": {"tritter.pipeline.metrics"},
     "peft": {"experts"},
-    "lm_eval": {f"tritter.evaluation.benchmarks.{name}" for name in ("harness", "hub", "answers")},
+    "lm_eval": {f"tritter.evaluation.benchmarks.{name}" for name in ("harness", "formats")},
 }
 LAZY_LIBRARIES = {"wandb", "lm_eval"}  # slow to import, and not needed where the logger is off
 TORCH_ONLY_ROOMS = {"parameter_map", "stock_routers"}  # the standard library and torch

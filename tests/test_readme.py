@@ -30,7 +30,7 @@ from tritter.config.launch.plan import make_plan
 from tritter.config.run_folder import RUNS_FOLDER, write_run_file
 from tritter.config.validation import known_keys, source_config
 from tritter.data.documents import Document as TextDocument
-from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.expand import expand
 from tritter.expansion import Width
 from tritter.experts.adapters import AdapterShape

@@ -27,7 +27,7 @@ _EXPORTS = {
     "Interpolate": "tritter.expansion",
     "LlamaPro": "tritter.expansion",
     "MoEExpansionConfig": "tritter.moe_routing",
-    "MemoryReplayBuffer": "tritter.data.memory_replay",
+    "MemoryReplayBuffer": "tritter.data.replay",
     "ModelExpander": "tritter.expand.live",
     "NoveltyDetector": "tritter.novelty",
     "PROGRESSIVE_BENCHMARKS": "tritter.data.benchmark_names",

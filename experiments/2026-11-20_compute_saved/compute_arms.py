@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tritter.data.batches import SequenceStream
 from tritter.data.corpus import Corpus, stdlib_corpus
-from tritter.data.sequences import SequenceStream
-from tritter.data.tokenizer import END_OF_TEXT
-from tritter.data.tokens import pack
+from tritter.data.tokens import END_OF_TEXT, pack
 from tritter.expand.live import ModelExpander
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.families import Config, family_of, training_flops

@@ -24,8 +24,7 @@ sys.path.append(str(FOLDER.parents[1]))
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
 from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
 from tritter.data.replay import ReplayBuffer  # noqa: E402
-from tritter.data.tokenizer import END_OF_TEXT  # noqa: E402
-from tritter.data.tokens import pack  # noqa: E402
+from tritter.data.tokens import END_OF_TEXT, pack  # noqa: E402
 from tritter.expand import Change  # noqa: E402
 from tritter.expand.live import ModelExpander  # noqa: E402
 from tritter.expansion import Width  # noqa: E402

@@ -24,8 +24,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from experiments.benchmarks.table import tell  # noqa: E402
+from tritter.data.batches import SequenceStream  # noqa: E402
 from tritter.data.corpus import build_corpus  # noqa: E402
-from tritter.data.sequences import SequenceStream  # noqa: E402
 from tritter.data.sources import source_documents  # noqa: E402
 from tritter.data.tokens import pack  # noqa: E402
 

@@ -32,8 +32,11 @@ from experiments.benchmarks.table import tell  # noqa: E402
 from tritter.data.built_in import built_in_documents  # noqa: E402
 from tritter.data.corpus import build_corpus  # noqa: E402
 from tritter.data.skills import SKILLS  # noqa: E402
-from tritter.data.tokenizer import END_OF_TEXT  # noqa: E402
-from tritter.data.tokens import TokenisedDocuments, pack  # noqa: E402
+from tritter.data.tokens import (  # noqa: E402
+    END_OF_TEXT,
+    TokenisedDocuments,
+    pack,
+)
 from tritter.families.tables import llama_config  # noqa: E402
 from tritter.models import new_model  # noqa: E402
 from tritter.novelty import NoveltyDetector, NoveltyOptions, Observation, SkillLibrary, observe  # noqa: E402

@@ -11,7 +11,7 @@ from tests.oracle import logits, saved, stock, tokens
 from tests.stock_routers.models import tiny_moe
 from tritter.checkpoint import read_lineage
 from tritter.data.documents import Document
-from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.models import load_model, save_tokenizer
 from tritter.moe_routing.stages import shared_names
 from tritter.stock_routers import stock_obstacle

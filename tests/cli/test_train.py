@@ -30,7 +30,8 @@ from tritter.config.launch.help import help_text
 from tritter.config.launch.plan import make_plan
 from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig, TextDataConfig
 from tritter.config.text_resolution import run_text
-from tritter.data import dataset_rows, finding
+from tritter.data import datasets as data_sets
+from tritter.data import sources
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import Width
@@ -411,7 +412,7 @@ def test_a_lineage_that_names_the_disk_is_not_followed_there(
 
     edit_record(texts / "grown", name_the_disk)
     (texts / "base").rename(texts / "gone")
-    monkeypatch.setattr(finding, "MAX_RECORDED", 300)
+    monkeypatch.setattr(sources, "MAX_RECORDED", 300)
     listed: list[str] = []
     for name in ("scandir", "listdir"):
         original = getattr(os, name)
@@ -504,7 +505,7 @@ def test_documented_commands_are_accepted(
     rows = datasets.Dataset.from_dict({"text": ["a"], "body": ["b"]})
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(grown / "saved")
     (grown / "rows.csv").write_text("text\na\n")
-    monkeypatch.setattr(dataset_rows, "_of_hub", lambda source: source)  # no network
+    monkeypatch.setattr(data_sets, "_of_hub", lambda source: source)  # no network
     (grown / "notes.jsonl").write_text('{"text": "a"}\n')
     config = json.loads((grown / "base/config.json").read_text())
     (grown / "base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))

@@ -14,7 +14,7 @@ import pytest
 from tests.config.conftest import FakePipeline, Result
 from tritter.config.fingerprint import changed_keys, fingerprint
 from tritter.config.schema import CheckpointModelConfig, TextDataConfig
-from tritter.data.finding import find_text_files
+from tritter.data.sources import find_text_files
 
 Run = Callable[..., Result]
 TEXT = ("data=text", "data.old=old", "data.new=new")
@@ -34,7 +34,7 @@ SHAPES = {
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder beside the empty one that commands run in, with texts and a checkpoint's files."""
     place = tmp_path.parent / f"{tmp_path.name}-texts"
-    for name in ("old/deep/a.txt", "old/b.jsonl", "old/.hidden/c.txt", "old/d.csv", "new/e.txt.gz"):
+    for name in ("old/deep/a.txt", "old/b.jsonl", "old/.hidden/c.txt", "old/d.tsv", "new/e.txt.gz"):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text('"text"\n')
     (place / "new/e.txt.gz").write_bytes(gzip.compress(b"text\n"))
@@ -201,20 +201,20 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.new=@new": ("data.old = null", "model=hf"),
     "data=text data.old=@odl data.new=@new": ("no such file or folder", "Did you mean 'old'?"),
     "data=text data.old=@x/y data.new=@new": ("no such file or folder", "is no folder either"),
-    "data=text data.old=@old/d.csv data.new=@new": ("d.csv", ".parquet", "found .csv 1"),
+    "data=text data.old=@old/d.tsv data.new=@new": ("d.tsv", ".parquet", "found .tsv 1"),
     "data=text data.old=@base/*s data.new=@new": ("found .safetensors 1",),
     "data=text data.old=@base/c* data.new=@new": ("config.json holds an object; allowed is an",),
     "data=text data.old=@old/*.pdf data.new=@new": ("*.pdf", "the glob matches no file"),
-    "data=text data.old=@old/*.csv data.new=@new": ("found .csv 1",),
+    "data=text data.old=@old/*.tsv data.new=@new": ("found .tsv 1",),
     "data=text data.old=@old/**x data.new=@new": (
         ("data.old = ", "the glob matches no file" if sys.version_info >= (3, 13) else
          "it can't be looked at (Invalid")
     ),
     "data=text data.old='~nosuchuser/a' data.new=@new": ("~nosuchuser/a: that is no path",),
     f"data=text data.old=@{'a' * 300} data.new=@new": ("data.old = ", "(File name too long)"),
-    "data=text data.old=[@odl,@old/d.csv] data.new={x:@old/*.pdf,y:@nwe}": (
+    "data=text data.old=[@odl,@old/d.tsv] data.new={x:@old/*.pdf,y:@nwe}": (
         "4 things are wrong", "data.old = ", "data.new.x = ", "data.new.y = ",
-        "Did you mean 'old'?", "found .csv 1", "the glob matches no file", "Did you mean 'new'?",
+        "Did you mean 'old'?", "found .tsv 1", "the glob matches no file", "Did you mean 'new'?",
     ),
     "data=text data.old=@old data.new={}": ("data.new = null", "data.new=PATH"),
     "data=text data.old=@old data.new=@new data.tasks=[@new]": ("data.tasks", "leave one of the"),

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tritter.data.documents import Document
-from tritter.data.tokenizer import train_tokenizer
+from tritter.data.tokens import train_tokenizer
 
 SENTENCE = "the model grows a layer where data asks for one and keeps what it knew — déjà vu 猫"
 

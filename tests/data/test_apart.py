@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.oracle.families import generic, tiny
-from tritter.data.apart import Apart, apart_of, labels_of, read_apart
-from tritter.data.windows import IGNORED
+from tritter.data.packing import IGNORED, Apart, apart_of, labels_of, read_apart
 
 EOT = 0
 # The third begins within a document, and the last is padding for the most part

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.data.batches import BatchStream, ExactShare, SequenceStream
-from tritter.data.ranks import Rank
+from tritter.data.batches import BatchStream, ExactShare, Rank, SequenceStream
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import RequestError, TritterError
 

@@ -4,13 +4,14 @@ import shutil
 import pytest
 import torch
 
+from tritter.data import built_in
 from tritter.data import corpus as corpus_module
-from tritter.data import stdlib
+from tritter.data.batches import SequenceStream
+from tritter.data.built_in import StdlibText
 from tritter.data.corpus import build_corpus, stdlib_corpus
 from tritter.data.documents import Document, documents_of, text_key
-from tritter.data.sequences import SequenceStream
+from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule, threshold_side
-from tritter.data.stdlib import StdlibText
 from tritter.data.tokens import joined, pack
 from tritter.errors import RequestError
 from tritter.storage import spool
@@ -243,8 +244,8 @@ def gathering(monkeypatch):
         calls.append(1)
         return StdlibText(prose=OLD, code=NEW, skipped=())
 
-    monkeypatch.setattr(stdlib, "gather", gather)
-    monkeypatch.setattr(stdlib, "stdlib_fingerprint", lambda: "one installation")
+    monkeypatch.setattr(built_in, "gather", gather)
+    monkeypatch.setattr(built_in, "stdlib_fingerprint", lambda: "one installation")
     return calls
 
 
@@ -256,7 +257,7 @@ def test_the_library_is_read_once(tmp_path, gathering, monkeypatch):
     assert first.sources["code"].origin.startswith("python 3.")
     from_stdlib(tmp_path, seed=1)
     assert len(gathering) == 2
-    monkeypatch.setattr(stdlib, "stdlib_fingerprint", lambda: "another installation")
+    monkeypatch.setattr(built_in, "stdlib_fingerprint", lambda: "another installation")
     assert_same(from_stdlib(tmp_path), first)
     assert len(gathering) == 3
 
@@ -297,3 +298,22 @@ def test_domains_may_have_origins_of_their_own(tmp_path):
 def test_a_domain_that_is_too_small_is_named(tmp_path):
     with pytest.raises(RequestError, match=r"domain code.*validation_fraction"):
         build(tmp_path, domains={"prose": OLD, "code": NEW[:1]})
+
+
+def test_what_was_skipped_is_told_each_time(tmp_path):
+    lines = [f'{{"text": "a story of {number} words"}}' for number in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{", "3", '{"text": "b', *lines]))
+    for _ in range(2):  # made, and from the cache
+        documents = source_documents([str(tmp_path / "a.jsonl")], key="data.new", text_field="text")
+        corpus = build_corpus(
+            {"new": documents},
+            origin="files",
+            vocab_size=300,
+            validation_fraction=0.2,
+            max_validation_tokens_per_document=100,
+            seed=0,
+            cache_dir=tmp_path / "cache",
+        )
+        (note,) = corpus.notes
+        assert note.startswith("Skipped 3 of 83 records that can't be read; the first: data.new: ")
+        assert "a.jsonl, line 41 is no JSON" in note

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from tests import oracle
 from tritter import CurriculumLearning, MemoryReplayBuffer
-from tritter.data.difficulty import difficulties
+from tritter.data.curriculum import difficulties
 from tritter.errors import RequestError, TritterError
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritter import MemoryReplayBuffer
-from tritter.data.reservoir import Reservoir
+from tritter.data.replay import Reservoir
 from tritter.errors import RequestError, TritterError
 
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from tritter.data.pretrained import read_tokenizer
-from tritter.data.tokenizer import END_OF_TEXT
+from tritter.data.tokens import END_OF_TEXT, read_tokenizer
 from tritter.errors import RequestError
 
 

@@ -1,10 +1,13 @@
+import json
+from hashlib import sha256
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.data.replay import ReplayBuffer
-from tritter.data.sequences import SequenceStream
+from tritter.data.batches import SequenceStream
+from tritter.data.replay import MemoryReplayBuffer, ReplayBuffer, Reservoir
 from tritter.errors import RequestError, TritterError
 
 OLD = torch.arange(9)[:, None].repeat(1, 2)
@@ -88,3 +91,65 @@ def test_a_domain_keeps_its_order_beside_another():
     alone = ReplayBuffer.of_domains(domains("a"), seed=1).sample(9)[:, 0].tolist()
     both = ReplayBuffer.of_domains(domains("a", "b"), seed=1).sample(18)[:, 0].tolist()
     assert [number for number in both if number < 100] == alone
+
+
+def numbered(first, count):
+    return torch.arange(first, first + count)[:, None].repeat(1, 3)
+
+
+def plain(state):
+    if isinstance(state, torch.Tensor):
+        return state.tolist()
+    return {key: plain(each) for key, each in state.items()} if isinstance(state, dict) else state
+
+
+def of_a_reservoir(weighting):
+    held, drawn = Reservoir(6, seed=5, weighting=weighting), []
+    for step in range(9):
+        held.add(numbered(10 * step, 4), torch.rand(4, generator=torch.manual_seed(step)))
+        drawn += held.next_sequences(5)[:, 0].tolist()
+    return drawn, held
+
+
+def of_domains():
+    sequences, losses = {"a": numbered(0, 9), "b": numbered(100, 4)}, torch.tensor([1.0, 2, 3, 0])
+    held = ReplayBuffer.of_domains(sequences, seed=3, weights={"a": 0.3}, losses={"b": losses})
+    return held.sample(50)[:, 0].tolist(), held
+
+
+def of_reservoirs():
+    held = ReplayBuffer.of_reservoirs({"a": 4, "b": 3}, seed=3, weighting="loss")
+    held.add(numbered(0, 20), torch.arange(20.0), domain="a")
+    held.add(numbered(100, 20), domain="b")
+    return held.sample(50)[:, 0].tolist(), held
+
+
+def of_new_domains():
+    sequences = {"a": numbered(0, 9), "b": numbered(100, 4)}
+    held = ReplayBuffer.of_domains(sequences, weights={"b": 2.5}, seed=8, purpose="domain")
+    return held.next_sequences(50)[:, 0].tolist(), held
+
+
+def of_memory():
+    held, drawn = MemoryReplayBuffer(5, seed=2, weighting="loss"), []
+    for number in range(12):
+        held.add(f"p{number}", f"a{number}", number / 3)
+        drawn += held.get_replay_batch(["x"] * 3, 0.4)
+    return drawn, held
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: of_a_reservoir("uniform"), "514280050a611681"),
+        (lambda: of_a_reservoir("loss"), "0520747c7253e079"),
+        (of_domains, "bf260f73f92e8e15"),
+        (of_reservoirs, "4539bbbbe48465de"),
+        (of_new_domains, "22a43546ebf61a21"),
+        (of_memory, "1722aedd4e5d206e"),
+    ],
+)
+def test_draws_and_what_is_saved_are_those_of_before(make, expected):
+    drawn, held = make()
+    found = json.dumps([drawn, plain(held.state_dict())])
+    assert sha256(found.encode()).hexdigest()[:16] == expected

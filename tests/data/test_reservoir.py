@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.data.replay import ReplayBuffer
-from tritter.data.reservoir import Reservoir
+from tritter.data.replay import ReplayBuffer, Reservoir
 from tritter.errors import RequestError, TritterError
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.data.sequences import SequenceStream, derived_seed
+from tritter.data.batches import SequenceStream, derived_seed
 from tritter.errors import RequestError, TritterError
 
 

@@ -10,8 +10,7 @@ from itertools import islice
 import pytest
 
 from tritter.data.built_in import built_in_documents, built_in_origin, questions_of
-from tritter.data.questions import Question
-from tritter.data.skills import SKILLS, Skill, SkillText
+from tritter.data.skills import SKILLS, Question, Skill, SkillText
 from tritter.errors import RequestError
 
 NUMBER = 400
@@ -121,7 +120,7 @@ def test_the_pool_holds_an_eighth(skill: Skill) -> None:
 
 
 def _drawn(skill: Skill):
-    from tritter.data.skills.draw import Draw
+    from tritter.data.skills import Draw
 
     return (skill.exercise(Draw("test", index)) for index in range(10_000))
 

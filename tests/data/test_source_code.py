@@ -3,7 +3,7 @@ from textwrap import dedent
 
 import pytest
 
-from tritter.data.source_code import documented_nodes, strip_documentation
+from tritter.data.built_in import documented_nodes, strip_documentation
 
 
 def stripped(source: str) -> str:

@@ -3,8 +3,8 @@ import logging
 
 import pytest
 
-from tritter.data import stdlib
-from tritter.data.source_code import documented_nodes
+from tritter.data import built_in
+from tritter.data.built_in import documented_nodes
 from tritter.errors import RequestError
 
 LONG = "A docstring of more than forty characters, é included."
@@ -33,7 +33,7 @@ def library(tmp_path):
 
 def test_gathering_a_small_library(library, caplog):
     with caplog.at_level(logging.WARNING):
-        text = stdlib.gather(library)
+        text = built_in.gather(library)
     assert {each.identifier: each.text for each in text.prose} == {
         "pydoc_data/topics/a": "about a",
         "pydoc_data/topics/b": "about b",
@@ -49,22 +49,22 @@ def test_gathering_a_small_library(library, caplog):
 
 
 def test_the_fingerprint_sees_a_changed_and_a_new_file(library):
-    before = stdlib.stdlib_fingerprint(library)
-    assert stdlib.stdlib_fingerprint(library) == before
+    before = built_in.stdlib_fingerprint(library)
+    assert built_in.stdlib_fingerprint(library) == before
     (library / "a/c.py").write_text("x = 20\n")
-    changed = stdlib.stdlib_fingerprint(library)
+    changed = built_in.stdlib_fingerprint(library)
     (library / "a/test/t.py").write_text("x = 30\n")  # not part of the corpus
-    assert stdlib.stdlib_fingerprint(library) == changed != before
+    assert built_in.stdlib_fingerprint(library) == changed != before
 
 
 def test_a_library_without_sources_is_refused(tmp_path):
     with pytest.raises(RequestError, match=r"no Python sources.*full installation"):
-        stdlib.gather(tmp_path)
+        built_in.gather(tmp_path)
 
 
 @pytest.mark.full
 def test_the_real_library():
-    text = stdlib.gather()
+    text = built_in.gather()
     assert 300 < len(text.prose) < 900 and 300 < len(text.code) < 900
     assert 1.2e6 < sum(len(each.text) for each in text.prose) < 5e6
     assert 3.5e6 < sum(len(each.text) for each in text.code) < 12e6
@@ -74,7 +74,7 @@ def test_the_real_library():
         names = [each.identifier for each in side]
         assert len(set(names)) == len(names)
         assert not any(name.startswith(("/", "test/")) or "/test/" in name for name in names)
-    root = stdlib.stdlib_root()
+    root = built_in.stdlib_root()
     code = {each.identifier: each.text for each in text.code}
     with_docstrings = 0
     for name in sorted(code)[::5]:

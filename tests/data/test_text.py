@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tritter.data.local_files import TextFileError, read_texts
 from tritter.data.ranked import CUT_FROM_BYTES, ranked_documents
-from tritter.data.readers import TextFileError
-from tritter.data.text import read_texts
 
 TEXTS = ["déjà vu\n\nagain\n", "猫\r\n\r\nneko", 'a "quoted" line']
 
@@ -88,7 +87,7 @@ def test_format_2_cut_a_file_over_a_megabyte_and_one_of_few(tmp_path):
 
 def test_what_is_wrong_is_listed_whole(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"id": 1}\n[1]\n')
+    (tmp_path / "b.jsonl").write_text('\n{"id": 1}\n[1]\n')
     with pytest.raises(TextFileError) as caught:
         read(tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "gone.md")
     assert [

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError
 
 

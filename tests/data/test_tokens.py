@@ -4,8 +4,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from tritter.data import tokens
 from tritter.data.documents import Document
-from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
-from tritter.data.tokens import pack, tokenise
+from tritter.data.tokens import END_OF_TEXT, pack, tokenise, train_tokenizer
 from tritter.errors import RequestError
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from tritter.data.batches import BatchStream
-from tritter.data.weighted import WeightedStream
+from tritter.data.replay import ReplayBuffer
 
 SEQUENCES = {
     "a": torch.arange(10).repeat_interleave(4).view(10, 4),
@@ -12,8 +12,8 @@ SEQUENCES = {
 }
 
 
-def stream(**weights: float) -> WeightedStream:
-    return WeightedStream(SEQUENCES, weights=weights, seed=3)
+def stream(**weights: float) -> ReplayBuffer:
+    return ReplayBuffer.of_domains(SEQUENCES, weights=weights, seed=3, purpose="domain")
 
 
 def test_shares_are_exact_whatever_there_is_of_each() -> None:

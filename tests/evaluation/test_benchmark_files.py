@@ -16,8 +16,8 @@ from tritter.data.benchmark_names import GROUPS, HUB_NAMES
 from tritter.errors import RequestError
 from tritter.evaluation.benchmarks import files
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
-from tritter.evaluation.benchmarks.nulls import null_scores
-from tritter.evaluation.benchmarks.records import Question
+from tritter.evaluation.benchmarks.formats import Question
+from tritter.evaluation.benchmarks.harness import null_scores
 from tritter.evaluation.benchmarks.table import BENCHMARKS, benchmarks_of
 from tritter.evaluation.code.sandbox import Outcome
 
@@ -160,8 +160,8 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "piqa_val.jsonl, record 3: gold = '1' is no int",
         "the fields 'query', 'choice', 'gold', allowed are question, choices, answerKey or query",
         "choice may be meant",
-        "boolq_val.jsonl cannot be read",
-        "lambada_test.jsonl.gz cannot be unpacked",
+        "boolq_val.jsonl, line 2 is no JSON",
+        "lambada_test.jsonl.gz cannot be read",
         "answer has no number after ####",
         "mgsm_en.jsonl holds no record",
         "svamp.jsonl, record 1: Answer is no number",

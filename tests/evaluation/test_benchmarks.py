@@ -13,18 +13,18 @@ from tests import oracle
 from tests.evaluation.programs import HUMANEVAL_ROWS
 from tests.evaluation.published import PUBLISHED, Rows
 from tritter.data.documents import Document
-from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks import harness
 from tritter.evaluation.benchmarks.files import Questions, questions_of
+from tritter.evaluation.benchmarks.formats import Benchmark
 from tritter.evaluation.benchmarks.harness import (
     Asking,
     BenchmarkScores,
     score_benchmark,
+    score_from_hub,
     task_config,
 )
-from tritter.evaluation.benchmarks.hub import score_from_hub
-from tritter.evaluation.benchmarks.records import Benchmark
 from tritter.evaluation.benchmarks.table import BENCHMARKS
 from tritter.evaluation.code.sandbox import Outcome
 

@@ -56,7 +56,7 @@ def test_batch_size_does_not_matter(summing, table, documents):
 
 def test_padding_would_matter_if_it_counted(summing, table, documents, monkeypatch):
     """Negative control: with padded targets that count, the batch size shows."""
-    monkeypatch.setattr("tritter.data.windows.IGNORED", EOT)
+    monkeypatch.setattr("tritter.data.packing.IGNORED", EOT)
     monkeypatch.setattr("tritter.evaluation.losses.IGNORED", EOT)
     monkeypatch.setattr(
         "tritter.evaluation.losses.cross_entropy",

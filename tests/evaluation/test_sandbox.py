@@ -12,7 +12,7 @@ import pytest
 from tests.evaluation.programs import CHEATS, HUMANEVAL_ROWS, MBPP_ROWS, SQUARE_TESTS
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks.files import TasksFolder, load, questions_of
-from tritter.evaluation.benchmarks.programs import is_passed
+from tritter.evaluation.benchmarks.formats import is_passed
 from tritter.evaluation.benchmarks.table import BENCHMARKS
 from tritter.evaluation.code import sandbox as code
 from tritter.evaluation.code.sandbox import ExternalSandbox, Limits, NamespaceSandbox, Outcome

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tritter.data.documents import documents_of
-from tritter.data.questions import Question
-from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.data.skills import Question
+from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import TritterError
 from tritter.evaluation.gate import new_task_check
 from tritter.evaluation.tasks import QuestionTask, Reader

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from tests.experts.mixtures import TARGETS
 from tests.oracle import tiny_llama
-from tritter.data.apart import Apart, read_apart
+from tritter.data.packing import Apart, read_apart
 from tritter.errors import RequestError
 from tritter.experts.adapters import AdapterShape, parameters_of
 from tritter.experts.evidence import NO_TOKEN, Evidence

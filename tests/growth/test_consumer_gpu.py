@@ -9,7 +9,7 @@ from tritter.config.launch.composition import load_config
 from tritter.config.memory import trainings
 from tritter.config.schema import RunConfig
 from tritter.data.documents import Document
-from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.families import count_parameters
 from tritter.models import save_tokenizer
 

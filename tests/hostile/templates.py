@@ -17,7 +17,7 @@ from tritter.checkpoint import read_lineage, write_checkpoint
 from tritter.checkpoint.state import write_state
 from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.data.documents import Document
-from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.expand import expand
 from tritter.expansion import LlamaPro, Width
 from tritter.experts.stored import ExpertFolder

@@ -10,7 +10,7 @@ from tests import oracle
 from tests.moe_routing.test_stages import DOMAIN, moved, values
 from tests.stock_routers.models import tiny_moe
 from tritter.data.documents import Document
-from tritter.data.tokenizer import train_tokenizer
+from tritter.data.tokens import train_tokenizer
 from tritter.errors import RequestError
 from tritter.moe_routing.stages import shared_names
 from tritter.stock_routers import AddedExperts

@@ -10,7 +10,7 @@ import pytest
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
 from tritter.config.launch.composition import load_config
-from tritter.data.weighted import WeightedStream
+from tritter.data.replay import ReplayBuffer
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.context import RunContext
@@ -54,7 +54,7 @@ def test_a_run_on_data_sets_and_another_after_it(
     monkeypatch.setattr(RunContext, "batches", kept)
     outcome = run_pipeline(config, run_folder=tmp_path / "run")
     assert outcome.status == "ungated"
-    assert [isinstance(stream, WeightedStream) for stream in streams] == [False, True]
+    assert [isinstance(stream, ReplayBuffer) for stream in streams] == [False, True]
 
     checkpoint = tmp_path / "run/checkpoint"
     lineage = read_lineage(checkpoint)

@@ -26,7 +26,7 @@ from tritter.checkpoint.history import read_chain, verify
 from tritter.cli.history import run_history
 from tritter.config.launch.composition import load_config
 from tritter.data.documents import Document
-from tritter.data.tokenizer import train_tokenizer
+from tritter.data.tokens import train_tokenizer
 from tritter.evaluation.gate import Check
 from tritter.models import load_model, save_tokenizer
 from tritter.pipeline import disk, run_pipeline, stages, trained, verdict

@@ -16,9 +16,9 @@ from tests.pipeline.conftest import SMALL
 from tritter.checkpoint import Lineage, read_lineage
 from tritter.checkpoint.history import read_chain, verify
 from tritter.config.launch.composition import load_config
-from tritter.data import stdlib
+from tritter.data import built_in
 from tritter.data.documents import Document
-from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import Width
@@ -214,8 +214,8 @@ def test_with_the_installations_text(
     run: Run, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A part of it: in the words of this tokenizer the whole is long."""
-    whole = stdlib.source_files
-    monkeypatch.setattr(stdlib, "source_files", lambda root: whole(root)[::8])
+    whole = built_in.source_files
+    monkeypatch.setattr(built_in, "source_files", lambda root: whole(root)[::8])
     summary = run("model=hf", f"model.path={library}/llama", "evaluation.sample_tokens=0")
     assert summary["domains"] == {"old": ["prose"], "new": ["code"]}
 

@@ -13,7 +13,7 @@ from tests.stock_routers.models import tiny_moe
 from tritter.checkpoint.history import read_chain, verify
 from tritter.config.launch.composition import load_config
 from tritter.data.documents import Document
-from tritter.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import MoeAdd

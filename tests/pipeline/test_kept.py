@@ -13,9 +13,8 @@ from tests.pipeline.tiny import TINY
 from tritter.checkpoint.kept_sequences import KEPT_FILE, KeptSequences
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
-from tritter.data.batches import BatchStream
+from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.replay import ReplayBuffer
-from tritter.data.sequences import SequenceStream
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.losses import sequence_losses
 from tritter.forgetting import Replay

@@ -11,7 +11,7 @@ import pytest
 
 from tritter.config.launch.entry import main
 from tritter.config.launch.jobs import read_status
-from tritter.data import contents
+from tritter.data import sources
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
 
@@ -21,11 +21,11 @@ Write = Callable[[Path, Sequence[str]], str]
 def test_what_is_found_when_the_run_reads_it_is_listed_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(contents.check_contents, "__kwdefaults__", {"max_bytes": 0})
+    monkeypatch.setattr(sources.check_contents, "__kwdefaults__", {"max_bytes": 0})
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text("text")
-        (tmp_path / name / "b.jsonl").write_text('{"text": "a"}\n{"body": 1}\n3\n')
+        (tmp_path / name / "b.jsonl").write_text('\n{"body": 1}\n3\n')
     run = tmp_path / "run"
     words = ["data=text", f"data.old={tmp_path}/old", f"data.new={tmp_path}/new", "model=tiny"]
     words += [f"hydra.run.dir={run}", f"cache_dir={tmp_path}/cache", "logger=csv"]

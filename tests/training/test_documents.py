@@ -17,9 +17,8 @@ from tests.oracle.families import tiny
 from tests.training.killed import KillAt
 from tests.training.test_fit import SETTINGS, module_of
 from tests.training.written import Written
-from tritter.data.apart import Apart, read_apart
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.data.packing import packed
+from tritter.data.packing import Apart, packed, read_apart
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import sequence_losses
 from tritter.families import training_flops

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tritter.checkpoint.state import STATE_FOLDER
+from tritter.data.batches import read_sequences
 from tritter.data.packing import Packing
 from tritter.data.replay import ReplayBuffer
-from tritter.data.sequence_file import read_sequences
 from tritter.errors import Problem, TritterError
 
 KEPT_FILE = "replay.safetensors"

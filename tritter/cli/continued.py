@@ -13,7 +13,7 @@ from tritter.config.launch.plan import make_plan
 from tritter.config.overrides import as_value, quoted
 from tritter.config.schema import DatasetsConfig, RunConfig, TextDataConfig, TextSources
 from tritter.config.text_files import place_of, read_sources
-from tritter.data.dataset_name import dataset_names
+from tritter.data.datasets import dataset_names
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.storage.reading import named_path
 

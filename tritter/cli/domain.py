@@ -11,9 +11,9 @@ from tritter.cli.request import in_options
 from tritter.cli.values import spelled
 from tritter.config.schema import TextSources
 from tritter.config.text_files import read_sources
-from tritter.data.contents import TextRequest, check_contents
-from tritter.data.readers import TextFileError
+from tritter.data.local_files import TextFileError
 from tritter.data.records import DEFAULT_FIELD
+from tritter.data.sources import TextRequest, check_contents
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.expansion import ExpansionSpec
 from tritter.report.moe import expert_table

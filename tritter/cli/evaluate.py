@@ -15,17 +15,17 @@ from tritter.cli.output import new_console, new_table, print_json, progress_bars
 from tritter.cli.report_file import ReportFile, mark
 from tritter.cli.request import damage_is_a_wrong_request
 from tritter.data.benchmark_names import code_problems
-from tritter.data.pretrained import read_tokenizer
+from tritter.data.tokens import read_tokenizer
 from tritter.errors import RequestError, raise_problems
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
+from tritter.evaluation.benchmarks.formats import Benchmark
 from tritter.evaluation.benchmarks.harness import (
     Asking,
     BenchmarkScores,
     require_harness,
     score_benchmark,
+    score_from_hub,
 )
-from tritter.evaluation.benchmarks.hub import score_from_hub
-from tritter.evaluation.benchmarks.records import Benchmark
 from tritter.evaluation.benchmarks.table import benchmarks_of
 from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
 from tritter.evaluation.statistics import PairedScores

@@ -24,9 +24,8 @@ from tritter.cli.output import (
     shown_path,
 )
 from tritter.data.documents import Document
-from tritter.data.pretrained import read_tokenizer
 from tritter.data.sources import source_documents
-from tritter.data.tokens import pack, tokenise
+from tritter.data.tokens import pack, read_tokenizer, tokenise
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.gate import EXACT_JUMP
 from tritter.experts.merged_mixture import (

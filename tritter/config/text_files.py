@@ -11,11 +11,10 @@ from typing import ClassVar, Literal
 from tritter.checkpoint.learned import told_apart
 from tritter.config.schema import DataConfig, NamedTextConfig, TextDataConfig, TextSources
 from tritter.data.built_in import built_in_path, is_built_in
-from tritter.data.contents import TextRequest
-from tritter.data.dataset_name import PREFIX, check_place, parse_name
-from tritter.data.finding import find_texts
+from tritter.data.datasets import PREFIX, check_place, parse_name
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.skills import SKILLS, skill_path
+from tritter.data.sources import TextRequest, find_texts
 from tritter.errors import Problem, RequestError, nearest
 from tritter.options import Text, options
 

@@ -23,10 +23,9 @@ from tritter.config.schema import (
 )
 from tritter.config.text_files import domain_key, text_field
 from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
-from tritter.data.contents import CHECKED_BYTES
 from tritter.data.documents import documents_digest
-from tritter.data.readers import SpentError, TextFileError
-from tritter.data.sources import quick_pieces, recorded_paths, source_documents
+from tritter.data.local_files import SpentError, TextFileError
+from tritter.data.sources import CHECKED_BYTES, quick_pieces, recorded_paths, source_documents
 from tritter.data.split import SplitRule, one_sided
 from tritter.errors import Problem, RequestError, TritterError
 

@@ -1,24 +1,168 @@
 """Endless batches for training: new sequences in their own order, and an exact share of old."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed
 
-from tritter.data.ranks import this_rank
-from tritter.data.replay import ReplayBuffer
-from tritter.data.sequences import SequenceStream
-from tritter.data.weighted import WeightedStream
 from tritter.errors import RequestError, TritterError
-
-__all__ = ["BatchStream", "ExactShare", "ReplaySource", "SequenceStream"]
+from tritter.seeds import derived_seed
+from tritter.storage.reading import require_file
 
 FORMAT_VERSION = 2  # 2: what is replayed has a place by domain
 ENDLESS = 2**40  # batches: more than any run asks for
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of `count` processes that train together; without others, 0 of 1."""
+
+    index: int
+    count: int
+
+
+def this_rank() -> Rank:
+    """Return the place of this process, as torch.distributed knows it."""
+    if distributed.is_available() and distributed.is_initialized():
+        return Rank(distributed.get_rank(), distributed.get_world_size())
+    return Rank(0, 1)
+
+
+class Sequences(Protocol):
+    """Where sequences come from without end, with a place that is saved."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of one sequence."""
+
+    def next_sequences(self, count: int) -> Tensor:
+        """Return the next `count` sequences, int64 [count, T]."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place, in plain containers and tensors."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved place."""
+
+
+class SequenceStream:
+    """Hands out sequences epoch after epoch, each epoch in a new order f(seed, epoch).
+
+    Every sequence comes once in an epoch. The order draws on no global random state, so that
+    data order is the same whatever else a run does. The place {epoch, position} is all there is
+    to save.
+    """
+
+    def __init__(self, sequences: Tensor, *, seed: int) -> None:
+        """Take sequences of shape [N, T] (any integer type).
+
+        Raises:
+            RequestError: there is no sequence.
+        """
+        if sequences.ndim != 2 or not len(sequences):
+            raise RequestError(
+                f"data: a stream needs sequences of shape [N, T] with N > 0, "
+                f"not {list(sequences.shape)}."
+            )
+        self._sequences = sequences
+        self._seed = seed
+        self._move_to(epoch=0, position=0)
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of one sequence."""
+        return self._sequences.shape[1]
+
+    def next_sequences(self, count: int) -> Tensor:
+        """Return the next `count` sequences, int64 [count, T], across epochs where needed."""
+        if count < 0:
+            raise ValueError(f"count={count}: must not be negative")
+        picked: list[Tensor] = [self._order[:0]]
+        while count:
+            piece = self._order[self._position : self._position + count]
+            picked.append(piece)
+            count -= len(piece)
+            self._advance(len(piece))
+        return self._sequences[torch.cat(picked)].long()
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place in the stream."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved place.
+
+        Raises:
+            TritterError: the place does not exist among these sequences.
+        """
+        epoch, position = int(state["epoch"]), int(state["position"])
+        if epoch < 0 or not 0 <= position < len(self):
+            raise TritterError(
+                f"data position {dict(state)} does not fit the {len(self)} sequences at hand; "
+                f"it was saved with other data. Resume with the data of that run."
+            )
+        self._move_to(epoch=epoch, position=position)
+
+    def _advance(self, count: int) -> None:
+        if self._position + count < len(self):
+            self._position += count
+        else:
+            self._move_to(epoch=self._epoch + 1, position=0)
+
+    def _move_to(self, *, epoch: int, position: int) -> None:
+        self._epoch, self._position = epoch, position
+        generator = torch.Generator().manual_seed(derived_seed(self._seed, "epoch", epoch))
+        # Half of what int64 would take; the numbers are the same
+        self._order = torch.randperm(len(self), generator=generator, dtype=torch.int32)
+
+
+def drawn_equally(
+    sequences: Mapping[str, Tensor], count: int, *, seed: Callable[[str], int]
+) -> Tensor:
+    """Return `count` sequences [N, T] at random, of each domain as many.
+
+    Fewer where a domain has not as many.
+
+    Args:
+        sequences: domain → int [N, T].
+        seed: domain → seed of its order.
+    """
+    chosen = []
+    for position, (name, held) in enumerate(sequences.items()):
+        # The remainder goes to the first ones
+        share = count // len(sequences) + (position < count % len(sequences))
+        order = torch.Generator().manual_seed(seed(name))
+        chosen.append(held[torch.randperm(len(held), generator=order)[:share]])
+    return torch.cat(chosen)
+
+
+def write_sequences(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of tokens, and of what is known of them, by name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_sequences(path: Path) -> dict[str, Tensor]:
+    """Return what was written.
+
+    Raises:
+        TritterError: there is no such file, or it is damaged.
+    """
+    try:
+        require_file(path)
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TritterError(f"{path} can't be read as sequences of tokens ({error}).") from error
 
 
 class ExactShare:
@@ -48,7 +192,7 @@ class ExactShare:
 class ReplaySource:
     """Where old sequences come from, and their share of all sequences."""
 
-    buffer: ReplayBuffer
+    buffer: Sequences
     share: ExactShare
 
 
@@ -68,7 +212,7 @@ class BatchStream:
 
     def __init__(
         self,
-        new: SequenceStream | WeightedStream,
+        new: Sequences,
         *,
         batch_size: int,
         replay: ReplaySource | None = None,
@@ -98,7 +242,7 @@ class BatchStream:
         self._num_batches = num_batches
         self._batch_index = 0
 
-    def with_replay(self, buffer: ReplayBuffer, fraction: float) -> "BatchStream":
+    def with_replay(self, buffer: Sequences, fraction: float) -> "BatchStream":
         """Return a loader over the same stream in which a share of each batch is replayed.
 
         Raises:
@@ -165,7 +309,7 @@ class BatchStream:
         num_new = self._batch_size - num_replayed
         sequences = [self._new.next_sequences(num_new)]
         if self._replay is not None:
-            sequences.append(self._replay.buffer.sample(num_replayed))
+            sequences.append(self._replay.buffer.next_sequences(num_replayed))
         self._batch_index += 1
         is_replay = torch.arange(self._batch_size) >= num_new
         whole = {"input_ids": torch.cat(sequences), "is_replay": is_replay}

@@ -1,15 +1,262 @@
-"""Text that is named and lies in no file: the Python installation's own, and generated skills."""
+"""Texts without a file: the Python library's documentation and code, and generated skills."""
 
-from collections.abc import Iterable, Sequence
+import ast
+import logging
+import os
+import platform
+import re
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
+from itertools import accumulate
+from pathlib import Path
 
 from tritter.data.documents import Document, documents_of
-from tritter.data.questions import Question
-from tritter.data.skills import PREFIX, SkillText, skills_origin
-from tritter.data.stdlib import StdlibText, gather, stdlib_origin
+from tritter.data.skills import PREFIX, Question, SkillText, skills_origin
 from tritter.errors import Problem, RequestError, nearest
 
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+_REMOVED = "\0"  # cannot occur in a source that was parsed
+# Strings come first, so that a number sign within one is not taken for a comment.
+_STRING_OR_COMMENT = re.compile(
+    r'"""(?:[^"\\]+|\\.|"(?!""))*+"""'
+    r"|'''(?:[^'\\]+|\\.|'(?!''))*+'''"
+    r'|"(?:[^"\\\n]|\\.)*"'
+    r"|'(?:[^'\\\n]|\\.)*'"
+    r"|(?P<comment>#[^\n]*)",
+    re.DOTALL,
+)
+_EMPTIED_LINES = re.compile(rf"^[ \t]*{_REMOVED}[ \t{_REMOVED}]*\n", re.MULTILINE)
+_EMPTIED_TAIL = re.compile(rf"[ \t]*{_REMOVED}")
+logger = logging.getLogger(__name__)
+
+MINIMUM_DOCSTRING_CHARACTERS = 40
+GATHERING_VERSION = 1  # raise it when the same files would give other documents
+TOPICS = "pydoc_data/topics.py"
+EXCLUDED_FOLDERS = frozenset(
+    {
+        "__pycache__",
+        "_bundled",
+        "dist-packages",
+        "encodings",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+        "turtledemo",
+    }
+)
+# Written when Python was built: the paths and flags of one machine, not a text.
+GENERATED_PREFIXES = ("_sysconfigdata", "config-")
 BUILT_IN_TEXTS = ("stdlib:prose", "stdlib:code")
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    start: int
+    end: int
+    replacement: str
+
+
+def documented_nodes(tree: ast.Module) -> tuple[Documented, ...]:
+    """Return the module and its classes and functions that open with a docstring, in order."""
+    return tuple(_with_docstring(tree))
+
+
+def strip_documentation(source: str, *, tree: ast.Module) -> str:
+    """Return `source` without docstrings, comments, and the lines that held nothing else.
+
+    A docstring that was a whole body, or shared its line, becomes `pass`, so that the result
+    still parses. `tree` is `ast.parse(source)`. From Python 3.12 on, a number sign inside an
+    f-string that nests its own kind of quote can be taken for a comment.
+    """
+    cuts = _docstring_cuts(source, tree) + _comment_cuts(source)
+    pieces, position = [], 0
+    for cut in sorted(cuts, key=lambda each: each.start):
+        pieces += [source[position : cut.start], cut.replacement]
+        position = cut.end
+    marked = "".join([*pieces, source[position:]])
+    stripped = _EMPTIED_TAIL.sub("", _EMPTIED_LINES.sub("", marked))
+    return stripped.strip("\n") + "\n" if stripped.strip() else ""
+
+
+def _with_docstring(node: ast.AST) -> Iterator[Documented]:
+    if isinstance(node, Documented) and _docstring_of(node):
+        yield node
+    # Statements only: expressions hold no definitions, and are most of the tree.
+    for field in ("body", "orelse", "handlers", "finalbody", "cases"):
+        children = getattr(node, field, None)
+        for child in children if isinstance(children, list) else ():
+            yield from _with_docstring(child)
+
+
+def _docstring_of(node: Documented) -> ast.Expr | None:
+    first = node.body[0] if node.body else None
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        return first if isinstance(first.value.value, str) else None
+    return None
+
+
+def _docstring_cuts(source: str, tree: ast.Module) -> list[_Cut]:
+    # Not splitlines: a form feed ends a line for that, and not for the parser.
+    lines = re.split(r"(?<=\n)", source)
+    line_starts = [0, *accumulate(len(line) for line in lines)]
+    cuts = []
+    for node in _with_docstring(tree):
+        statement = _docstring_of(node)
+        assert statement is not None and statement.end_lineno and statement.end_col_offset
+        is_whole_body = len(node.body) == 1 and not isinstance(node, ast.Module)
+        start = line_starts[statement.lineno - 1]
+        start += _column(lines, statement.lineno, statement.col_offset)
+        end = line_starts[statement.end_lineno - 1]
+        end += _column(lines, statement.end_lineno, statement.end_col_offset)
+        shares_line = source[end : end + 9].lstrip(" \t").startswith(";")
+        cuts.append(
+            _Cut(
+                start,
+                end,
+                "pass" if is_whole_body or shares_line else _REMOVED,
+            )
+        )
+    return cuts
+
+
+def _column(lines: Sequence[str], line_number: int, num_bytes: int) -> int:
+    """Return the column in characters; the parser counts the bytes of UTF-8."""
+    line = lines[line_number - 1]
+    return num_bytes if line.isascii() else len(line.encode()[:num_bytes].decode())
+
+
+def _comment_cuts(source: str) -> list[_Cut]:
+    return [
+        _Cut(match.start(), match.end(), _REMOVED)
+        for match in _STRING_OR_COMMENT.finditer(source)
+        if match.group("comment")
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class StdlibText:
+    """What one pass over the library found; `skipped` names the files that could not be read."""
+
+    prose: tuple[Document, ...]
+    code: tuple[Document, ...]
+    skipped: tuple[str, ...]
+
+
+def gather(root: Path | None = None) -> StdlibText:
+    """Read documentation and sources of the library in one pass, in the order of their paths.
+
+    Modules are parsed, never imported. An identifier is the path below `root`, or
+    `pydoc_data/topics/NAME` for a topic of pydoc.
+
+    Args:
+        root: folder of the library; by default that of the running Python.
+
+    Raises:
+        RequestError: the library has no sources.
+    """
+    root = root or stdlib_root()
+    prose, code = _topics(root), list[Document]()
+    skipped: list[str] = []
+    for path in source_files(root):
+        identifier = path.relative_to(root).as_posix()
+        try:
+            source, tree = _parse(path)
+        except (OSError, SyntaxError, ValueError):
+            skipped.append(identifier)
+            continue
+        _append(prose, identifier, _docstrings(tree))
+        _append(code, identifier, strip_documentation(source, tree=tree))
+    if not code:
+        raise RequestError(
+            f"data: no Python sources below {root}. This Python carries its library zipped or "
+            f"compiled, so the built-in corpus cannot be read; run with a full installation "
+            f"(python.org, uv, pyenv, conda, or the distribution's complete python3 package)."
+        )
+    if skipped:
+        logger.warning("%d library files could not be read: %s", len(skipped), ", ".join(skipped))
+    return StdlibText(prose=tuple(prose), code=tuple(code), skipped=tuple(skipped))
+
+
+def stdlib_root() -> Path:
+    """Return the folder of the running Python's standard library."""
+    return Path(sysconfig.get_path("stdlib")).resolve()
+
+
+def stdlib_origin() -> str:
+    """Return the words under which the embedded corpus is recorded."""
+    return f"python {platform.python_version()} standard library"
+
+
+def source_files(root: Path) -> tuple[Path, ...]:
+    """Return the library's source files, sorted, without tests, data and installed packages."""
+    return tuple(sorted(_walk(root)))
+
+
+def stdlib_fingerprint(root: Path | None = None) -> str:
+    """Return a hash that changes when the library's files do, without reading them.
+
+    It covers Python's version, the folder, and each file's path, size and time of change.
+    """
+    root = root or stdlib_root()
+    digest = sha256(f"{GATHERING_VERSION}\0{platform.python_version()}\0{root}".encode())
+    for path in (root / TOPICS, *source_files(root)):
+        if path.is_file():
+            status = path.stat()
+            digest.update(f"\0{path}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if name not in EXCLUDED_FOLDERS and not name.startswith(GENERATED_PREFIXES)
+        ]
+        for name in names:
+            if name.endswith(".py") and not name.startswith(GENERATED_PREFIXES):
+                yield Path(folder, name)
+
+
+def _parse(path: Path) -> tuple[str, ast.Module]:
+    with tokenize.open(path) as file:
+        source = file.read()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in other people's strings
+        return source, ast.parse(source)
+
+
+def _docstrings(tree: ast.Module) -> str:
+    found = (ast.get_docstring(node) for node in documented_nodes(tree))
+    return "\n\n".join(text for text in found if text and len(text) > MINIMUM_DOCSTRING_CHARACTERS)
+
+
+def _topics(root: Path) -> list[Document]:
+    if not (root / TOPICS).is_file():
+        return []
+    _, tree = _parse(root / TOPICS)
+    assignment = next(node for node in tree.body if isinstance(node, ast.Assign))
+    topics: dict[str, str] = ast.literal_eval(assignment.value)
+    documents: list[Document] = []
+    for name, text in sorted(topics.items()):
+        _append(documents, f"pydoc_data/topics/{name}", text)
+    return documents
+
+
+def _append(documents: list[Document], identifier: str, text: str) -> None:
+    if text.strip():
+        # A docstring may spell an unpaired surrogate, which no UTF-8 file can hold.
+        encodable = text.encode("utf-8", errors="replace").decode("utf-8")
+        documents.append(Document(identifier, encodable))
 
 
 def is_built_in(path: str) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,14 @@ import tokenizers
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tritter.data import cache, stdlib
-from tritter.data.documents import Document, Documents, documents_digest, documents_of
+from tritter.data import built_in, cache
+from tritter.data.documents import (
+    Document,
+    Documents,
+    documents_digest,
+    documents_of,
+    notes_of,
+)
 from tritter.data.split import (
     DomainCounts,
     DomainDocuments,
@@ -22,8 +28,7 @@ from tritter.data.split import (
     SplitRule,
     part_documents,
 )
-from tritter.data.tokenizer import train_tokenizer
-from tritter.data.tokens import Names, TokenisedDocuments, tokenise
+from tritter.data.tokens import Names, TokenisedDocuments, tokenise, train_tokenizer
 from tritter.errors import RequestError, did_you_mean
 
 FORMAT_VERSION = 2  # 2: the side of a text follows from the text
@@ -60,6 +65,7 @@ class Corpus:
         digest: names what made them (texts, their sides, options, versions).
         counts: domain → how its documents were parted.
         exceptions: text key → side, of every text whose side is not that of the threshold.
+        notes: what was skipped when the documents were read, a sentence each.
     """
 
     tokenizer: Tokenizer
@@ -68,6 +74,7 @@ class Corpus:
     sources: Mapping[str, SourceSummary]
     counts: Mapping[str, DomainCounts]
     exceptions: Mapping[str, Side]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +136,15 @@ def build_corpus(
     made_from: dict[str, Any] = {"options": asdict(options), "sources": _plain_sources(sources)}
     made_from["sides"] = _sides_digest(parted)
     digest = _digest(made_from | _tokenizer_entry(tokenizer))
+    notes = tuple(note for domain in domains.values() for note in notes_of(domain.documents))
     if (cached := _load(cache_dir, digest)) is not None:
-        return cached
+        return replace(cached, notes=notes)
     folder = _corpora(cache_dir) / digest
     cache.require_writable(folder.parent)
     corpus = _make(parted, options=options, sources=sources, digest=digest, tokenizer=tokenizer)
     cache.write_entry(folder, _to_entry(corpus))
     # What is read from the cache needs no memory of its own
-    return _load(cache_dir, digest) or corpus
+    return replace(_load(cache_dir, digest) or corpus, notes=notes)
 
 
 def stdlib_corpus(
@@ -158,7 +166,7 @@ def stdlib_corpus(
     """
     asked = {
         "format_version": FORMAT_VERSION,
-        "library": stdlib.stdlib_fingerprint(),
+        "library": built_in.stdlib_fingerprint(),
         "vocab_size": vocab_size,
         "validation_fraction": validation_fraction,
         "max_validation_tokens_per_document": max_validation_tokens_per_document,
@@ -172,10 +180,10 @@ def stdlib_corpus(
         cached = _load(cache_dir, known)
         if cached is not None:
             return cached
-    text = stdlib.gather()
+    text = built_in.gather()
     corpus = build_corpus(
         {name: stdlib_documents(text, name) for name in ("prose", "code")},
-        origin=stdlib.stdlib_origin(),
+        origin=built_in.stdlib_origin(),
         vocab_size=vocab_size,
         validation_fraction=validation_fraction,
         max_validation_tokens_per_document=max_validation_tokens_per_document,
@@ -187,7 +195,7 @@ def stdlib_corpus(
     return corpus
 
 
-def stdlib_documents(text: stdlib.StdlibText, name: str) -> Documents:
+def stdlib_documents(text: built_in.StdlibText, name: str) -> Documents:
     """Return the documents of one domain of the embedded corpus."""
     return documents_of(each.text for each in (text.prose if name == "prose" else text.code))
 

@@ -8,9 +8,9 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from tritter.data.ranks import this_rank
+from tritter.data.batches import this_rank
+from tritter.data.packing import IGNORED, Window, window_batches, window_tensors, windows_of
 from tritter.data.tokens import TokenisedDocuments
-from tritter.data.windows import IGNORED, Window, window_batches, window_tensors, windows_of
 from tritter.seeds import derived_seed
 
 Batch = dict[str, Any]

@@ -35,6 +35,9 @@ def text_key(text: str) -> str:
 class Documents(Sequence[Document]):
     """Documents whose texts are spooled, each different one once; memory holds their places.
 
+    Attributes:
+        notes: what was skipped when they were read, a sentence each.
+
     Args:
         texts: UTF-8, one after the other.
         keys: bytes of the `text_key` of each.
@@ -44,6 +47,7 @@ class Documents(Sequence[Document]):
 
     def __init__(self, texts: Spool, keys: np.ndarray, ends: np.ndarray, order: np.ndarray) -> None:
         self._texts, self._keys, self._ends, self._order = texts, keys, ends, order
+        self.notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self._order)
@@ -120,6 +124,11 @@ def chosen(documents: Sequence[Document], indices: Sequence[int]) -> Sequence[Do
     if isinstance(documents, Documents):
         return documents.chosen(np.asarray(indices, dtype=np.int64))
     return tuple(documents[index] for index in indices)
+
+
+def notes_of(documents: Sequence[Document]) -> tuple[str, ...]:
+    """Return what was skipped when documents were read, a sentence each."""
+    return documents.notes if isinstance(documents, Documents) else ()
 
 
 def text_keys(documents: Sequence[Document]) -> Iterator[str]:

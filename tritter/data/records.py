@@ -4,6 +4,8 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from tritter.errors import nearest
+
 DEFAULT_FIELD = "text"
 PART_BREAK = "\n\n"  # between the parts of an instruction
 # What other people call the field that holds a text.
@@ -60,6 +62,7 @@ def form_fields(names: Collection[str]) -> tuple[str, ...]:
 def missing_field(field: str, found: Sequence[Any]) -> WrongRecordError:
     """Return that there is no such field, what there is, and which may have been meant."""
     likely = next((name for name in COMMON_FIELDS if name in found), None)
+    likely = likely or nearest(field, [name for name in found if isinstance(name, str)])
     advice = f". Did you mean data.text_field={likely}?" if likely else ""
     names = [shown(name) for name in found[:_MAX_NAMES]]
     names += ["..."] if len(found) > _MAX_NAMES else []

@@ -1,25 +1,193 @@
-"""The replay buffer: sequences of earlier trainings, sampled to be trained on again."""
+"""Replay: earlier sequences and examples, sampled in fixed memory and drawn in exact shares."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tritter.data.reservoir import Reservoir
-from tritter.data.sequence_file import read_sequences, write_sequences
-from tritter.data.sequences import SequenceStream
-from tritter.data.slots import Weighting
+from tritter.data.batches import SequenceStream, read_sequences, write_sequences
+from tritter.data.records import PART_BREAK
 from tritter.errors import RequestError, TritterError
 from tritter.seeds import derived_seed
 
+Weighting = Literal["uniform", "loss"]
 SEEN = "seen"  # the domain of what is added without a word which it is of
+FORMAT_VERSION = 1
+_PROMPTS = ("prompt", "instruction", "question")
+_ANSWERS = ("answer", "completion", "response", "output")
+_BETWEEN = ("input", "context")  # parts of an instruction that may be empty
+
+
+class Sampler:
+    """Which of what was offered is kept in at most `capacity` slots, and which slots are drawn.
+
+    Whatever was offered is kept with the same chance (Vitter 1985, algorithm R). What is in the
+    slots is held elsewhere.
+
+    Args:
+        capacity: how many there are at most.
+        seed: of what is replaced and of what is drawn.
+        weighting: `uniform`: each slot returns only after all others have come, as long as none is
+            added; `loss`: each draw takes one with a chance in proportion to its loss.
+    """
+
+    def __init__(self, capacity: int, *, seed: int, weighting: Weighting = "uniform") -> None:
+        self.capacity = capacity
+        self.weighting = weighting
+        self.num_seen = 0
+        self.losses = torch.empty(0)  # float32 [N], nats per token when they were seen
+        self._replacing = torch.Generator().manual_seed(seed)
+        self._drawing = torch.Generator().manual_seed(seed ^ 1)
+        self._order = torch.empty(0, dtype=torch.int64)  # what is left of an epoch of slots
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def offer(self, losses: Tensor) -> list[int | None]:
+        """Offer something with each of these losses [n]; return the slot that each is put in.
+
+        None where it is not kept. The later of two in one slot stays.
+
+        Raises:
+            RequestError: a loss is negative or not finite.
+        """
+        if losses.ndim != 1 or not bool((losses >= 0).all() & losses.isfinite().all()):
+            raise RequestError("losses have to be finite and not negative.")
+        count, slots = len(self), list[int | None]()
+        for _ in range(len(losses)):
+            self.num_seen += 1
+            if count < self.capacity:
+                slots.append(count)
+                count += 1
+                continue
+            drawn = int(torch.randint(self.num_seen, (1,), generator=self._replacing))
+            slots.append(drawn if drawn < self.capacity else None)
+        if count > len(self):
+            self.losses = torch.cat([self.losses, torch.zeros(count - len(self))])
+            self._order = self._order[:0]
+        for slot, loss in zip(slots, losses, strict=True):
+            if slot is not None:
+                self.losses[slot] = loss
+        return slots
+
+    def draw(self, count: int) -> Tensor:
+        """Return the slots of the next `count` draws, int64 [count]; there is at least one slot."""
+        if self.weighting == "loss" and count:
+            chances = self.losses if float(self.losses.sum()) > 0 else torch.ones(len(self))
+            return torch.multinomial(chances, count, replacement=True, generator=self._drawing)
+        picked = [self._order[:0]]
+        while count:
+            if not len(self._order):
+                self._order = torch.randperm(len(self), generator=self._drawing)
+            picked.append(self._order[:count])
+            self._order = self._order[len(picked[-1]) :]
+            count -= len(picked[-1])
+        return torch.cat(picked)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it, in plain containers and tensors."""
+        return {
+            "num_seen": self.num_seen,
+            "losses": self.losses,
+            "replacing": self._replacing.get_state(),
+            "drawing": self._drawing.get_state(),
+            "order": self._order,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what was saved."""
+        self.num_seen = int(state["num_seen"])
+        self.losses = state["losses"].clone()
+        self._replacing.set_state(state["replacing"])
+        self._drawing.set_state(state["drawing"])
+        self._order = state["order"].clone()
+
+
+class Reservoir(Sampler):
+    """A sampler that holds sequences of tokens.
+
+    Of several processes that train together each holds the same one, if each is given the same.
+
+    Args:
+        capacity: sequences that it holds at most.
+        seed: of what is replaced and of what is drawn.
+        weighting: as of `Sampler`.
+
+    Raises:
+        RequestError: the capacity is below 1.
+    """
+
+    def __init__(self, capacity: int, *, seed: int, weighting: Weighting = "uniform") -> None:
+        if capacity < 1:
+            raise RequestError(f"capacity = {capacity}: a reservoir holds at least 1 sequence.")
+        super().__init__(capacity, seed=seed, weighting=weighting)
+        self.sequences = torch.empty(0, 0, dtype=torch.int32)  # [N, T]
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of one sequence; 0 while it is empty."""
+        return self.sequences.shape[1]
+
+    def add(self, sequences: Tensor, losses: Tensor | None = None) -> None:
+        """Offer sequences [n, T], one after the other.
+
+        Args:
+            losses: of each, [n], finite and not negative; 1 when they are not given.
+
+        Raises:
+            RequestError: lengths differ, or a loss is negative or not finite.
+        """
+        losses = torch.ones(len(sequences)) if losses is None else losses.detach().float().cpu()
+        if len(self) and sequences.shape[1] != self.sequence_length:
+            raise RequestError(
+                f"sequences of {sequences.shape[1]} tokens can't join those of "
+                f"{self.sequence_length} that the buffer holds."
+            )
+        if losses.shape != sequences.shape[:1]:
+            raise RequestError("a loss belongs to each sequence, finite and not negative.")
+        before, slots = len(self), self.offer(losses)
+        if (more := len(self) - before) > 0:
+            held = self.sequences.view(before, sequences.shape[1])
+            self.sequences = torch.cat([held, held.new_zeros(more, sequences.shape[1])])
+        for slot, sequence in zip(slots, sequences.to("cpu", torch.int32), strict=True):
+            if slot is not None:
+                self.sequences[slot] = sequence
+
+    def next_sequences(self, count: int) -> Tensor:
+        """Draw `count` sequences, int64 [count, T].
+
+        Raises:
+            RequestError: there is none to draw from.
+        """
+        if count and not len(self):
+            raise RequestError("the replay buffer is empty: nothing was added to it yet.")
+        return self.sequences[self.draw(count)].long()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it, in plain containers and tensors."""
+        return super().state_dict() | {"sequences": self.sequences}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what was saved.
+
+        Raises:
+            TritterError: it holds more than this one may.
+        """
+        if len(state["sequences"]) > self.capacity:
+            raise TritterError(
+                f"the saved reservoir holds {len(state['sequences'])} sequences; this one has a "
+                f"capacity of {self.capacity}."
+            )
+        super().load_state_dict(state)
+        self.sequences = state["sequences"].clone()
 
 
 class ReplayBuffer:
-    """Sequences of earlier domains, whole data sets or reservoirs of what went by.
+    """Sequences of several domains, whole data sets or reservoirs of what went by.
 
     The domains' shares are exact over time: the next sequence comes from the one that is furthest
     behind its share. Each domain has a random order of its own, so that replaying changes nothing
@@ -59,10 +227,12 @@ class ReplayBuffer:
         seed: int,
         weights: Mapping[str, float] | None = None,
         losses: Mapping[str, Tensor] | None = None,
+        purpose: str = "replay",
     ) -> "ReplayBuffer":
         """Fill a buffer from domains of sequences [N, T].
 
         Args:
+            purpose: another one gives the domains other orders.
             losses: domain → [N], by which its sequences are drawn in proportion.
 
         Raises:
@@ -70,9 +240,8 @@ class ReplayBuffer:
         """
         streams: dict[str, SequenceStream | Reservoir] = {}
         for name, each in sequences.items():
-            own = derived_seed(seed, "replay", name)
-            if name in (losses or {}):
-                assert losses is not None
+            own = derived_seed(seed, purpose, name)
+            if losses is not None and name in losses:
                 streams[name] = held = Reservoir(len(each), seed=own, weighting="loss")
                 held.add(each, losses[name])
             else:
@@ -182,7 +351,7 @@ class ReplayBuffer:
             )
         stream.add(sequences, losses)
 
-    def sample(self, count: int) -> Tensor:
+    def next_sequences(self, count: int) -> Tensor:
         """Return `count` sequences, int64 [count, T], each domain in its share.
 
         Raises:
@@ -190,6 +359,8 @@ class ReplayBuffer:
         """
         drawn = [self._streams[self._next_domain()].next_sequences(1) for _ in range(count)]
         return torch.cat([torch.empty(0, self.sequence_length, dtype=torch.int64), *drawn])
+
+    sample = next_sequences
 
     def state_dict(self) -> dict[str, Any]:
         """Return, by domain, what was drawn and the place in its order; reservoirs whole."""
@@ -226,3 +397,145 @@ class ReplayBuffer:
         name = max(behind, key=lambda each: behind[each])
         self._drawn[name] += 1
         return name
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """A prompt, its answer, and the loss in nats per token when it was kept."""
+
+    prompt: str
+    answer: str
+    loss: float
+
+    @property
+    def text(self) -> str:
+        """Prompt and answer as one text, joined as the parts of a record are."""
+        return f"{self.prompt}{PART_BREAK}{self.answer}"
+
+
+class MemoryReplayBuffer:
+    """A uniform sample of all examples that were ever added, at most `max_size` of them.
+
+    The same sampling as of the replay buffer of a run (`forgetting=replay`), which holds tokens.
+
+    Args:
+        max_size: examples that it holds at most.
+        seed: of what is replaced and of what is drawn.
+        weighting: `uniform`: each returns only after all others have come, as long as nothing is
+            added; `loss`: each draw takes an example with a chance in proportion to its loss.
+
+    Raises:
+        RequestError: `max_size` is below 1.
+    """
+
+    def __init__(
+        self, max_size: int = 10_000, *, seed: int = 0, weighting: Weighting = "uniform"
+    ) -> None:
+        if max_size < 1:
+            raise RequestError(f"max_size = {max_size}: a buffer holds at least 1 example.")
+        self.max_size = max_size
+        self._slots = Sampler(max_size, seed=seed, weighting=weighting)
+        self._examples: list[Remembered] = []
+        self._owed = Fraction(0)  # of an example that could not be replayed in part
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @property
+    def examples(self) -> tuple[Remembered, ...]:
+        """What it holds."""
+        return tuple(self._examples)
+
+    def add(self, prompt: str, answer: str, loss: float = 1.0) -> None:
+        """Offer an example; when the buffer is full it takes the place of another, or none.
+
+        Args:
+            loss: nats per token, by which it is drawn where `weighting` is `loss`.
+
+        Raises:
+            RequestError: no texts, or a loss that is negative or not finite.
+        """
+        if not (isinstance(prompt, str) and isinstance(answer, str)):
+            kinds = f"{type(prompt).__name__} and {type(answer).__name__}"
+            raise RequestError(f"prompt and answer are texts, not {kinds}.")
+        example = Remembered(prompt, answer, float(loss))
+        (slot,) = self._slots.offer(torch.tensor([example.loss]))
+        if slot == len(self):
+            self._examples.append(example)
+        elif slot is not None:
+            self._examples[slot] = example
+
+    def get_replay_batch(self, new_examples: Sequence[Any], replay_ratio: float = 0.2) -> list[Any]:
+        """Return the new examples in their order, and replayed ones behind them.
+
+        The ratio is of the batch that is returned: with 8 new examples and 0.2 two are replayed,
+        which makes 10. Where it does not come out even, the rest is made up for in later batches,
+        so that the ratio holds over time. An empty buffer replays nothing, and owes nothing.
+
+        Replayed ones look like the new: texts; tuples or lists of two texts; or mappings with the
+        keys of the first, of which those for a prompt, an answer, a `text` and a `loss` are filled,
+        an `input` or `context` is empty, and any other is None. Beside new ones of another
+        kind they are `{"prompt": ..., "answer": ...}`.
+
+        Args:
+            replay_ratio: from 0 to below 1.
+
+        Raises:
+            RequestError: the ratio is none.
+        """
+        if not 0 <= replay_ratio < 1:
+            raise RequestError(f"replay_ratio = {replay_ratio}: it is from 0 to below 1.")
+        new, share = list(new_examples), Fraction(str(replay_ratio))
+        if not len(self):
+            return new
+        self._owed += len(new) * share / (1 - share)
+        count = int(self._owed)
+        self._owed -= count
+        drawn = (self._examples[slot] for slot in self._slots.draw(count).tolist())
+        return [*new, *(_like(new, example) for example in drawn)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it, in plain containers and tensors."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "prompts": [example.prompt for example in self._examples],
+            "answers": [example.answer for example in self._examples],
+            "losses": [example.loss for example in self._examples],
+            "owed": [self._owed.numerator, self._owed.denominator],
+            "slots": self._slots.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what was saved.
+
+        Raises:
+            TritterError: it holds more than this one may, or is of a newer format.
+        """
+        if state["format_version"] > FORMAT_VERSION:
+            raise TritterError(
+                f"the saved buffer is of format {state['format_version']}; {FORMAT_VERSION} is "
+                "known."
+            )
+        if len(state["prompts"]) > self.max_size:
+            raise TritterError(
+                f"the saved buffer holds {len(state['prompts'])} examples; this one has max_size = "
+                f"{self.max_size}."
+            )
+        self._slots.load_state_dict(state["slots"])
+        parts = zip(state["prompts"], state["answers"], state["losses"], strict=True)
+        self._examples = [Remembered(*each) for each in parts]
+        self._owed = Fraction(*state["owed"])
+
+
+def _like(new: Sequence[Any], example: Remembered) -> Any:
+    """Return an example in the form of the new ones."""
+    first = new[0]
+    if isinstance(first, str):
+        return example.text
+    if type(first) in (tuple, list) and len(first) == 2:
+        return type(first)((example.prompt, example.answer))
+    known: dict[str, str | float] = {"text": example.text, "loss": example.loss}
+    known |= dict.fromkeys(_PROMPTS, example.prompt) | dict.fromkeys(_ANSWERS, example.answer)
+    if isinstance(first, Mapping) and any(key in first for key in ("text", *_PROMPTS)):
+        return {key: known.get(key, "" if key in _BETWEEN else None) for key in first}
+    return {"prompt": example.prompt, "answer": example.answer}

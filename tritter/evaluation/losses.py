@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tritter.data.apart import labels_of
+from tritter.data.packing import IGNORED, labels_of, window_batches, window_tensors, windows_of
 from tritter.data.tokens import TokenisedDocuments
-from tritter.data.windows import IGNORED, window_batches, window_tensors, windows_of
 from tritter.errors import TritterError
 from tritter.evaluation.inference import evaluating
 from tritter.evaluation.statistics import PairedScores

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from tritter.data.questions import Question
-from tritter.data.windows import IGNORED
+from tritter.data.packing import IGNORED
+from tritter.data.skills import Question
 from tritter.errors import TritterError
 from tritter.evaluation.inference import evaluating
 from tritter.evaluation.statistics import PairedScores

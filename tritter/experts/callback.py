@@ -10,9 +10,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
 
-from tritter.data.apart import kept_tokens
-from tritter.data.ranks import this_rank
-from tritter.data.reservoir import Reservoir
+from tritter.data.batches import this_rank
+from tritter.data.packing import kept_tokens
+from tritter.data.replay import Reservoir
 from tritter.experts.adapters import (
     AdapterShape,
     adapted_layers,

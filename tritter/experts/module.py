@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from tritter.data.apart import labels_of
-from tritter.data.windows import IGNORED
+from tritter.data.packing import IGNORED, labels_of
 from tritter.evaluation.inference import modes_kept
 from tritter.experts.adapters import (
     AdapterShape,

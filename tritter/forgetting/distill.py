@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tritter.data.apart import kept_tokens, lengths_read
-from tritter.data.ranks import this_rank
+from tritter.data.batches import this_rank
+from tritter.data.packing import kept_tokens, lengths_read
 from tritter.errors import TritterError
 from tritter.families import forward_flops
 from tritter.options import Count, Text, options

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tritter.data.apart import apart_of, lengths_of
+from tritter.data.packing import apart_of, lengths_of
 from tritter.errors import TritterError
 from tritter.families import forward_flops, training_flops
 from tritter.forgetting.quadratic import Estimator, QuadraticPenalty, diagonal_fisher, shared_fisher

@@ -12,9 +12,8 @@ from torch import Tensor, distributed, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tritter.data.apart import apart_of, labels_of
-from tritter.data.ranks import this_rank
-from tritter.data.windows import IGNORED
+from tritter.data.batches import this_rank
+from tritter.data.packing import IGNORED, apart_of, labels_of
 from tritter.evaluation.inference import modes_kept
 from tritter.families import FAMILIES
 from tritter.seeds import derived_seed

@@ -16,10 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tritter.data.apart import apart_of
 from tritter.data.batches import BatchStream
-from tritter.data.replay import ReplayBuffer
-from tritter.data.slots import Weighting
+from tritter.data.packing import apart_of
+from tritter.data.replay import ReplayBuffer, Weighting
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import evaluating
 from tritter.families import family_of, forward_flops

@@ -24,9 +24,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, distributed, nn
 
-from tritter.data.apart import apart_of, labels_of, lengths_of, lengths_read
-from tritter.data.ranks import this_rank
-from tritter.data.windows import IGNORED
+from tritter.data.batches import this_rank
+from tritter.data.packing import IGNORED, apart_of, labels_of, lengths_of, lengths_read
 from tritter.errors import RequestError, TritterError
 from tritter.forgetting.quadratic import QuadraticPenalty, diagonal_fisher
 from tritter.options import Count, options

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tritter.data.apart import lengths_read
+from tritter.data.packing import lengths_read
 from tritter.families import forward_flops
 from tritter.growth.grower import Grower, Growth
 from tritter.growth.look import MAX_TOKENS, Look, Looking, attach

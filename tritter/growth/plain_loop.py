@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from tritter.data.ranks import this_rank
+from tritter.data.batches import this_rank
 from tritter.errors import RequestError
 from tritter.growth.grower import Grower, Growth
 from tritter.growth.look import Look, some_rows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tritter.data.apart import kept_tokens
+from tritter.data.packing import kept_tokens
 from tritter.errors import RequestError
 from tritter.evaluation.inference import modes_kept
 from tritter.families import forward_flops

@@ -16,8 +16,8 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from tritter.data.apart import apart_of, lengths_of
-from tritter.data.ranks import this_rank
+from tritter.data.batches import this_rank
+from tritter.data.packing import apart_of, lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, evaluating
 from tritter.families import backward_flops, forward_flops

@@ -1,5 +1,6 @@
 """Experts for live models by the specification's names."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +9,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from tritter.data.documents import Documents
-from tritter.data.finding import find_text_files
-from tritter.data.text import text_pieces
+from tritter.data.documents import notes_of
+from tritter.data.sources import source_documents
 from tritter.data.tokens import pack, tokenise
 from tritter.errors import RequestError
 from tritter.expand.live import ModelExpander
 from tritter.expansion import MoeAdd
 from tritter.moe_routing.stages import adapt_router, check_router_update, train_new_experts
 from tritter.stock_routers import Routing
+
+logger = logging.getLogger(__name__)
 
 MAX_SEQUENCE_LENGTH = 256
 BATCH_SIZE = 8
@@ -101,8 +103,10 @@ class ProgressiveMoE:
                 f"domain_data_path = {path}: a live model has no tokenizer; give one, "
                 "ProgressiveMoE(tokenizer)."
             )
-        files = find_text_files("domain_data_path", [str(Path(path).expanduser().resolve())])
-        documents = Documents.of(text_pieces(files, key="domain_data_path", text_field="text"))
+        place = str(Path(path).expanduser().resolve())
+        documents = source_documents([place], key="domain_data_path", text_field="text")
+        for note in notes_of(documents):
+            logger.warning(note)
         limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         sequences = pack(
             tokenise(documents, self.tokenizer),

@@ -20,7 +20,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, device, nn
 from torch.utils.hooks import RemovableHandle
 
-from tritter.data.apart import labels_of
+from tritter.data.packing import labels_of
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, modes_kept
 from tritter.expand import declared

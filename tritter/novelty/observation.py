@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tritter.data.windows import IGNORED
+from tritter.data.packing import IGNORED
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, modes_kept
 from tritter.models import backbone_of

@@ -18,7 +18,7 @@ from tritter.config.fingerprint import effective_arguments, optimizer_record
 from tritter.config.schema import DataConfig, TrainingConfig
 from tritter.config.validation import source_config
 from tritter.data.cache import one_at_a_time, set_aside
-from tritter.data.tokenizer import END_OF_TEXT
+from tritter.data.tokens import END_OF_TEXT
 from tritter.errors import TritterError
 from tritter.families import Config, count_parameters
 from tritter.forgetting.path_integral import PathIntegral

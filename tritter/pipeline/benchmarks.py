@@ -15,15 +15,15 @@ from tritter.config.rules import KEY
 from tritter.config.schema import EvaluationConfig
 from tritter.data.benchmark_names import CODE, benchmark_names
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
+from tritter.evaluation.benchmarks.formats import Benchmark
 from tritter.evaluation.benchmarks.harness import (
     Asking,
     Tokenizer,
     require_harness,
     score_benchmark,
+    score_from_hub,
     sequence_lengths,
 )
-from tritter.evaluation.benchmarks.hub import score_from_hub
-from tritter.evaluation.benchmarks.records import Benchmark
 from tritter.evaluation.benchmarks.table import BENCHMARKS
 from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
 from tritter.evaluation.statistics import PairedScores

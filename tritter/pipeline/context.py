@@ -21,22 +21,17 @@ from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConf
 from tritter.config.text_resolution import run_text
 from tritter.config.training_steps import rate_notes
 from tritter.config.validation import known_config
-from tritter.data.apart import Apart, read_apart
-from tritter.data.batches import BatchStream, SequenceStream
+from tritter.data.batches import BatchStream, SequenceStream, drawn_equally
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
 from tritter.data.datamodule import EvaluationText
-from tritter.data.dataset_name import dataset_names
-from tritter.data.finding import find_texts
-from tritter.data.packing import num_packed, packed, padding_fraction
-from tritter.data.pretrained import PretrainedTokenizer, read_tokenizer
-from tritter.data.readers import TextFileError
-from tritter.data.sequences import drawn_equally
-from tritter.data.sources import recorded_paths, source_documents
+from tritter.data.datasets import dataset_names
+from tritter.data.local_files import TextFileError
+from tritter.data.packing import Apart, num_packed, packed, padding_fraction, read_apart
+from tritter.data.replay import ReplayBuffer
+from tritter.data.sources import find_texts, recorded_paths, source_documents
 from tritter.data.split import DomainCounts, DomainDocuments, Earlier
-from tritter.data.tokenizer import END_OF_TEXT
-from tritter.data.tokens import joined
-from tritter.data.weighted import WeightedStream
+from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, joined, read_tokenizer
 from tritter.errors import RequestError
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
 from tritter.expand import PlannedExpansion, planned
@@ -338,7 +333,7 @@ class RunContext:
         sequences, seed = self.training_sequences(domains), self.seed("order", purpose)
         weights = {name: each for name, each in self.weights.items() if name in domains}
         stream = (
-            WeightedStream(sequences, weights=weights, seed=seed)
+            ReplayBuffer.of_domains(sequences, weights=weights, seed=seed, purpose="domain")
             if weights
             else SequenceStream(joined(list(sequences.values())), seed=seed)
         )
@@ -508,6 +503,7 @@ def _origin(domain: DomainText, config: RunConfig) -> str:
 
 def corpus_notes(config: RunConfig, corpus: Corpus) -> Iterator[str]:
     """Say what was done with the documents of a run, a sentence each."""
+    yield from corpus.notes
     yield from _moved(corpus.counts.values())
     if config.data.packing == "documents":
         length = config.data.sequence_length

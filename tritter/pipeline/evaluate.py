@@ -12,11 +12,11 @@ from tritter.config.schema import CheckpointModelConfig, TextDataConfig
 from tritter.config.text_resolution import run_text
 from tritter.config.validation import cache_folder
 from tritter.data.corpus import build_corpus
-from tritter.data.pretrained import PretrainedTokenizer
+from tritter.data.documents import notes_of
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.sources import source_documents
 from tritter.data.split import Earlier
-from tritter.data.tokens import TokenisedDocuments, tokenise
+from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenise
 from tritter.errors import RequestError
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
@@ -49,15 +49,19 @@ def named_domains(
         RequestError: a path means no text.
         TextFileError: files can't be read as what they are.
     """
-    documents = {
-        name: tokenise(
-            source_documents(paths, key=f"--data {name}", text_field=DEFAULT_FIELD),
-            tokenizer.tokenizer,
-            max_tokens_per_document=MAX_TOKENS_PER_DOCUMENT,
-        )
+    found = {
+        name: source_documents(paths, key=f"--data {name}", text_field=DEFAULT_FIELD)
         for name, paths in sources.items()
     }
-    return DomainsToScore(documents, ())
+    documents = {
+        name: tokenise(
+            of_domain, tokenizer.tokenizer, max_tokens_per_document=MAX_TOKENS_PER_DOCUMENT
+        )
+        for name, of_domain in found.items()
+    }
+    return DomainsToScore(
+        documents, tuple(note for of_domain in found.values() for note in notes_of(of_domain))
+    )
 
 
 def learned_domains(
@@ -88,7 +92,7 @@ def learned_domains(
     documents = {name: domain.validation for name, domain in corpus.domains.items()}
     held_out = f"Documents that no training of this checkpoint saw: of {', '.join(documents)}."
     others = (note for note in text.notes if not note.startswith("Old text as"))
-    return DomainsToScore(documents, (held_out, *others))
+    return DomainsToScore(documents, (held_out, *corpus.notes, *others))
 
 
 def _learned_text(folder: Path, lineage: Lineage) -> RunText:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tritter.checkpoint import ExpansionRecord, Source
 from tritter.checkpoint.expert_files import ExpertFiles
 from tritter.config.schema import TrainingConfig
-from tritter.data.apart import lengths_of
+from tritter.data.packing import lengths_of
 from tritter.errors import RequestError, did_you_mean
 from tritter.experts.adapters import is_of_adapter, shape_of
 from tritter.experts.callback import EXPERTS, ExpertCallback, Known

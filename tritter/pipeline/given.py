@@ -14,7 +14,7 @@ from tritter.config.memory import memory_problems
 from tritter.config.rules import given_problems
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import start_problems
-from tritter.data.pretrained import read_tokenizer
+from tritter.data.tokens import read_tokenizer
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.expand import plan_expansion
 from tritter.families import family_of, position_limit

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from tritter.checkpoint import lineage_of
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.state import LazyTensors, read_state, write_state
-from tritter.data.sequence_file import read_sequences, write_sequences
-from tritter.data.sequences import drawn_equally
+from tritter.data.batches import drawn_equally, read_sequences, write_sequences
 from tritter.errors import RequestError
 from tritter.expand import state_stream
 from tritter.families import family_of

@@ -11,7 +11,7 @@ import torch
 from lightning import Callback
 from torch import Tensor, nn
 
-from tritter.data.apart import kept_tokens, lengths_of
+from tritter.data.packing import kept_tokens, lengths_of
 from tritter.data.tokens import joined
 from tritter.evaluation.inference import evaluating
 from tritter.expansion import MoeAdd

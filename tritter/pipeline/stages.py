@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from tritter.checkpoint import Lineage, lineage_of, record_step0_error
-from tritter.data.apart import apart_of, lengths_of
 from tritter.data.cache import one_at_a_time
 from tritter.data.datamodule import EvaluationText
+from tritter.data.packing import apart_of, lengths_of
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import prompt_in_words, sample_text

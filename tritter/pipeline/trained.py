@@ -13,7 +13,7 @@ from tritter.checkpoint.folder import Artifact, LinkedTensors
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.left import checkpoint_changes
 from tritter.checkpoint.tokenizer_files import TokenizerFiles
-from tritter.data.apart import lengths_of
+from tritter.data.packing import lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.losses import sequence_losses
 from tritter.experts.adapters import is_of_adapter

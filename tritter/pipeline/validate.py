@@ -3,6 +3,7 @@
 One model is in memory at a time: the source answers and goes before the result is loaded.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,10 @@ from torch import Tensor, nn
 
 from tritter.checkpoint import Lineage, read_lineage
 from tritter.config.schema import TextSources
-from tritter.data.documents import Document
-from tritter.data.pretrained import PretrainedTokenizer, read_tokenizer
+from tritter.data.documents import Document, notes_of
 from tritter.data.sources import source_documents
 from tritter.data.split import DomainDocuments, Earlier, part_documents
-from tritter.data.tokens import pack, tokenise
+from tritter.data.tokens import PretrainedTokenizer, pack, read_tokenizer, tokenise
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.gate import (
     Check,
@@ -39,6 +39,8 @@ from tritter.planning.memory import machine_memory
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
 from tritter.training.gradient_flow import NewUnits, tried
+
+logger = logging.getLogger(__name__)
 
 DOCUMENT_CHARACTERS = 4000  # of a document, from its beginning
 
@@ -84,6 +86,8 @@ class ValidationDomains:
                 name: source_documents(paths, key=f"{option} {name}", text_field="text")
                 for name, paths in named.items()
             }
+            for note in (note for documents in found.values() for note in notes_of(documents)):
+                logger.warning(note)
             return self._limited(found)
         try:
             found, self.why[kind] = self._recorded(kind)

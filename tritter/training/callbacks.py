@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed
 
 from tritter.checkpoint.state import write_state
-from tritter.data.ranks import this_rank
+from tritter.data.batches import this_rank
 from tritter.errors import TritterError
 from tritter.seeds import derived_seed
 from tritter.storage.atomic import atomic_folder

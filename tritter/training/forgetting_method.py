@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from tritter.data.batches import BatchStream
-from tritter.data.sequences import drawn_equally
+from tritter.data.batches import BatchStream, drawn_equally
 from tritter.options import options
 from tritter.seeds import derived_seed
 

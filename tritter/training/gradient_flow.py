@@ -12,7 +12,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from tritter.data.apart import labels_of
+from tritter.data.packing import labels_of
 from tritter.evaluation.gate import ENOUGH_STEPS
 from tritter.expand import Change
 from tritter.families import StoredTensor

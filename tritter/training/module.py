@@ -11,9 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from tritter.data.apart import labels_of
-from tritter.data.ranks import this_rank
-from tritter.data.windows import IGNORED
+from tritter.data.batches import this_rank
+from tritter.data.packing import IGNORED, labels_of
 from tritter.errors import RequestError
 from tritter.evaluation.losses import nats_per_row
 from tritter.families import Flops, forward_flops

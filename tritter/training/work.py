@@ -9,7 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from tritter.data.apart import apart_of, lengths_read
+from tritter.data.packing import apart_of, lengths_read
 from tritter.expand import Change
 from tritter.training.module import base_of
 from tritter.training.parameters import StepFlops

@@ -33,7 +33,7 @@ from tritter.config.schema import RunConfig
 from tritter.config.text_files import text_requests
 from tritter.config.text_resolution import side_problems
 from tritter.config.validation import Rule, known_config
-from tritter.data.contents import check_contents
+from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.families import Config
 from tritter.storage.lock import LOCK_NAME, check_free

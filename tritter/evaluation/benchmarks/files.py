@@ -4,11 +4,8 @@ The files are somebody else's: regular ones of bounded size, whose records are l
 before anything is made of them.
 """
 
-import gzip
-import json
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +14,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tritter.data.readers import FREE_EXPANSION_BYTES, MAX_EXPANSION, parquet_records
-from tritter.data.records import WrongRecordError
+from tritter.data.local_files import (
+    Reading,
+    SpentError,
+    TextFileError,
+    parquet_records,
+    records,
+    text_suffix,
+    whole_text,
+)
+from tritter.data.records import WrongRecordError, parse
 from tritter.errors import Problem, RequestError, TritterError, brief, nearest, raise_problems
-from tritter.evaluation.benchmarks.records import Benchmark, Folder, Format, Question, Row
+from tritter.evaluation.benchmarks.formats import Benchmark, Folder, Format, Question, Row
 from tritter.storage.links import check_inside
-from tritter.storage.reading import open_file, read_text
+from tritter.storage.reading import read_text
 
 MAX_FILE_BYTES = 256 * 2**20  # unpacked
 MAX_QUESTION_CHARACTERS = 2**20
@@ -125,9 +130,25 @@ class TasksFolder:
             limit: records that suffice if the file is too large to be read whole.
 
         Raises:
-            TritterError: it can't be read as what it is.
+            TextFileError: it can't be read as what it is, or is too large.
         """
-        return list(_rows(path, limit))
+        reading = Reading(key=self.key, max_bytes=MAX_FILE_BYTES, is_strict=True)
+        is_parquet = path.suffix.lower() == ".parquet"
+        enough = max(limit, SPREAD_ROWS) if is_parquet and limit is not None else None
+        found: list[Row] = []
+        try:
+            for row in islice(reading.counted(str(path), _records(path, reading)), enough):
+                found.append(row)
+                if is_parquet:
+                    reading.count(_ROW_BYTES + _VALUE_BYTES * len(row))
+        except SpentError as error:
+            if limit is None or len(found) < limit:
+                size = f"{MAX_FILE_BYTES // 2**20} MiB"
+                line = f"{self.key}: {path} is larger than {size} when unpacked."
+                raise TextFileError([line]) from error
+        if reading.problems:
+            raise TextFileError(reading.problems)
+        return found
 
     def text(self, path: Path) -> str:
         """Return a small file's text.
@@ -167,6 +188,9 @@ def load(
                 rows = folder.rows(path, limit=limit)
                 found = dict(_questions(benchmark, path, rows, is_alone=len(files) == 1))
                 shown = _examples(benchmark, folder, path, rows)
+            except TextFileError as error:
+                of_benchmark += [Problem("", reason=line) for line in error.problems]
+                continue
             except WrongFileError as error:
                 of_benchmark += [_problem(folder, line) for line in error.lines]
                 continue
@@ -325,86 +349,22 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _rows(path: Path, limit: int | None) -> Iterator[Any]:
+def _records(path: Path, reading: Reading) -> Iterator[Any]:
     """Yield the records of a file.
 
-    Args:
-        limit: records that suffice of a .parquet that is larger than `MAX_FILE_BYTES`.
-
     Raises:
-        TritterError: it can't be read as what its name says.
+        WrongRecordError: it can't be read as what its name says.
     """
-    if path.name.lower().endswith(".parquet"):
-        yield from _parquet_rows(path, limit)
+    kind = text_suffix(path).removesuffix(".gz")
+    if kind == ".parquet":  # limited by its decoded size alone
+        yield from parquet_records(path, count=reading.count)
         return
-    content = _content(path)
-    try:
-        text = content.decode("utf-8-sig")
-        if ".jsonl" in path.name.lower():
-            yield from (json.loads(line) for line in text.split("\n") if line.strip())
-            return
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TritterError(f"{path} cannot be read: {error}.") from error
-    yield from _records(path, whole)
-
-
-def _records(path: Path, whole: Any) -> list[Any]:
+    if kind == ".jsonl":
+        yield from (row for _, row in records(path, reading))
+        return
+    whole = parse(whole_text(path, reading, max_bytes=MAX_FILE_BYTES))
     if isinstance(whole, dict) and isinstance(whole.get(_ROWS_BELOW), list):
         whole = whole[_ROWS_BELOW]
     if not isinstance(whole, list):
-        raise TritterError(f"{path} cannot be read: it holds no list of records.")
-    return whole
-
-
-def _content(path: Path) -> bytes:
-    """Return what a file holds, unpacked.
-
-    Raises:
-        TritterError: it can't be read, or is too large.
-    """
-    limit = MAX_FILE_BYTES
-    with open_file(path) as file:
-        if path.name.lower().endswith(".gz"):
-            size = os.fstat(file.fileno()).st_size
-            limit = min(limit, max(FREE_EXPANSION_BYTES, MAX_EXPANSION * size))
-            try:
-                with gzip.GzipFile(fileobj=file) as unpacked:
-                    content = unpacked.read(limit + 1)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise TritterError(f"{path} cannot be unpacked: {error}.") from error
-        else:
-            content = file.read(limit + 1)
-    if len(content) > limit:
-        raise _too_large(path, limit)
-    return content
-
-
-class _SpentError(Exception):
-    """The next rows would exceed the limit of decoded bytes."""
-
-
-def _too_large(path: Path, limit_bytes: int) -> TritterError:
-    return TritterError(f"{path} is larger than {limit_bytes // 2**20} MiB when unpacked.")
-
-
-def _parquet_rows(path: Path, limit: int | None) -> Iterator[Any]:
-    size, found = 0, 0
-
-    def count(num_bytes: int) -> None:
-        nonlocal size
-        size += num_bytes
-        if size > MAX_FILE_BYTES:
-            raise _SpentError
-
-    try:
-        enough = None if limit is None else max(limit, SPREAD_ROWS)
-        for row in islice(parquet_records(path, count=count), enough):
-            found += 1
-            size += _ROW_BYTES + _VALUE_BYTES * len(row)
-            yield row
-    except WrongRecordError as error:
-        raise TritterError(f"{path} {error}.") from error
-    except _SpentError as error:
-        if limit is None or found < limit:
-            raise _too_large(path, MAX_FILE_BYTES) from error
+        raise WrongRecordError("cannot be read: it holds no list of records")
+    yield from whole

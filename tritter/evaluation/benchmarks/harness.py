@@ -1,9 +1,10 @@
-"""The questions put to a model by lm-evaluation-harness: its requests, its batches, its metrics."""
+"""Questions put to a model by lm-evaluation-harness: those of files, and its own tasks."""
 
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -13,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.benchmarks.files import Questions
-from tritter.evaluation.benchmarks.nulls import NullScores, null_scores
-from tritter.evaluation.benchmarks.programs import is_passed
-from tritter.evaluation.benchmarks.records import Benchmark, Question
+from tritter.evaluation.benchmarks.files import Questions, questions_of
+from tritter.evaluation.benchmarks.formats import Benchmark, Question, is_passed
 from tritter.evaluation.code.sandbox import Sandbox
 from tritter.evaluation.inference import evaluating
 from tritter.evaluation.statistics import PairedScores
@@ -26,6 +25,78 @@ MISSING = (
     "lm-evaluation-harness is not installed, which scores benchmarks: "
     "pip install 'tritter[evaluation]'"
 )
+_FEWSHOT_SEED = 1234  # lm-eval's own default
+NO_NAME = "lm-evaluation-harness has no task for it; name a folder with its file, --tasks-path DIR"
+
+
+@dataclass(frozen=True, slots=True)
+class NullScores:
+    """Shares of right answers.
+
+    Args:
+        uniform: of one who picks among the choices at random; None where there are none.
+        constant: of one who always gives the commonest answer; of a benchmark in words the
+            commonest of the part that a question is of, as each subtask has its own answers.
+        empty: of one who answers nothing; None where there are choices.
+    """
+
+    uniform: float | None
+    constant: float | None
+    empty: float | None
+
+    @property
+    def chance(self) -> float:
+        """What guessing reaches; who answers nothing guesses nothing."""
+        return max(self.uniform or 0.0, self.constant or 0.0)
+
+
+def null_scores(
+    questions: Questions, *, of: Questions | None = None, sandbox: Sandbox | None
+) -> NullScores:
+    """Score the null models on the questions as they are asked.
+
+    Args:
+        of: all questions, of which these are some; what is common among them is known from these.
+        sandbox: where programs are run; the empty answer to a question of `code` is one too.
+            None: it is not run.
+
+    Raises:
+        TritterError: the sandbox can't be set up.
+    """
+    asked = list(questions.questions.values())
+    everything = list((of or questions).questions.values())
+    kind = questions.benchmark.kind
+    if kind in ("choice", "context"):
+        uniform = sum(1 / len(question.choices) for question in asked) / len(asked)
+        return NullScores(
+            uniform, commonest_share([("", _answer(each)) for each in everything]), None
+        )
+    if kind == "code":
+        if sandbox is None:
+            return NullScores(None, None, None)
+        passed = sum(is_passed(sandbox, question, "") for question in asked)
+        return NullScores(None, None, passed / len(asked))
+    constant = commonest_share([(each.part, each.answer) for each in everything])
+    if kind == "word":
+        return NullScores(None, constant, 0.0)
+    empty = sum(questions.benchmark.is_right(question, "") for question in asked)
+    return NullScores(None, constant, empty / len(asked))
+
+
+def commonest_share(answers: Sequence[tuple[str, str]]) -> float:
+    """Return the share of the commonest answer, part by part.
+
+    Args:
+        answers: the part and the answer of each question.
+    """
+    parts: dict[str, Counter[str]] = {}
+    for part, answer in answers:
+        parts.setdefault(part, Counter())[answer] += 1
+    return sum(max(counts.values()) for counts in parts.values()) / len(answers)
+
+
+def _answer(question: Question) -> str:
+    return question.choices[question.right]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -396,3 +467,97 @@ def _quiet(*, is_shown: bool) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def score_from_hub(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    benchmark: Benchmark,
+    asking: Asking,
+    *,
+    manager: Any = None,
+) -> BenchmarkScores:
+    """Ask a model the questions of lm-eval's own task; programs are run in the sandbox alone.
+
+    Args:
+        manager: of lm-eval's tasks; its own by default.
+
+    Raises:
+        RequestError: the hub or lm-eval does not give it.
+        TritterError: as `score_benchmark`.
+    """
+    require_harness()
+    if not benchmark.hub:
+        raise RequestError(f"--tasks = {benchmark.name}: {NO_NAME}.")
+    if benchmark.kind == "code":
+        return score_benchmark(model, tokenizer, _rows_from_hub(benchmark), asking)
+    found = evaluated(
+        model, tokenizer, lambda: _tasks(benchmark, manager), asking, limit=asking.limit
+    )
+    samples = [
+        (task, sample)
+        for task, of_task in found.items()
+        for sample in of_task
+        if sample["filter"] in (benchmark.hub_filter or sample["filter"], "none")
+    ]
+    nulls = _nulls(benchmark, samples)
+    names = [f"{benchmark.name}:{task}/{sample['doc_id']}" for task, sample in samples]
+    limited = f"At most {asking.limit} questions of each subtask were asked."
+    return BenchmarkScores(
+        name=benchmark.name,
+        metric=benchmark.metric,
+        scores={
+            metric: paired(names, _values(metric, samples), chance=nulls.chance)
+            for metric in benchmark.metrics
+            if all(metric in sample for _, sample in samples)
+        },
+        nulls=nulls,
+        notes=(limited,) if asking.limit else (),
+    )
+
+
+def _tasks(benchmark: Benchmark, manager: Any) -> dict[str, Any]:
+    """Return lm-eval's own tasks of a benchmark, as its own evaluation would set them."""
+    from lm_eval.tasks import TaskManager
+
+    try:
+        loaded: dict[str, Any] = (manager or TaskManager()).load([benchmark.hub])
+    except (OSError, ValueError) as error:  # offline, not there, of another form
+        raise _not_given(benchmark, error) from error
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    return loaded
+
+
+def _rows_from_hub(benchmark: Benchmark) -> Questions:
+    """Return the questions of a data set of the hub, in the format of its files."""
+    import datasets
+
+    name, _, split = benchmark.hub.partition(" ")
+    try:
+        rows: Iterable[Any] = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        raise _not_given(benchmark, error) from error
+    return questions_of(benchmark, list(rows), origin=name)
+
+
+def _not_given(benchmark: Benchmark, error: Exception) -> RequestError:
+    said = " ".join(str(error).split())[:300]
+    return RequestError(
+        f"--tasks = {benchmark.name}: the hub does not give {benchmark.hub} "
+        f"({type(error).__name__}: {said}); name a folder with its files, --tasks-path DIR."
+    )
+
+
+def _nulls(benchmark: Benchmark, samples: Sequence[tuple[str, Any]]) -> NullScores:
+    if benchmark.kind in ("choice", "context"):
+        chances = [1 / len(sample["arguments"]) for _, sample in samples]
+        return NullScores(sum(chances) / len(chances), None, None)
+    constant = commonest_share([(task, str(sample["target"])) for task, sample in samples])
+    return NullScores(None, constant, 0.0 if benchmark.kind == "word" else None)
+
+
+def _values(metric: str, samples: Sequence[tuple[str, Any]]) -> torch.Tensor:
+    return torch.tensor([float(sample[metric]) for _, sample in samples], dtype=torch.float64)

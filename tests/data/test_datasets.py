@@ -14,10 +14,15 @@ import pytest
 
 from tests.data.hub import COMMIT, serve_hub
 from tests.hostile.values import parquet_bomb
-from tritter.data import readers
-from tritter.data.dataset_name import DatasetName, check_place, parse_name
-from tritter.data.dataset_rows import dataset_texts, resolve_dataset
-from tritter.data.readers import TextFileError
+from tritter.data import local_files
+from tritter.data.datasets import (
+    DatasetName,
+    check_place,
+    dataset_texts,
+    parse_name,
+    resolve_dataset,
+)
+from tritter.data.local_files import Reading, TextFileError
 from tritter.errors import RequestError
 
 ROWS = {"body": ["a", "b", "c"], "length": [1, 2, 3]}
@@ -36,7 +41,16 @@ def save(name: str, **splits: dict[str, list[object]]) -> None:
 
 
 def texts(word: str) -> list[str]:
-    return list(dataset_texts(parse_name("data.new", word), key="data.new", is_streamed=False))
+    return read(word)[0]
+
+
+def read(word: str) -> tuple[list[str], Reading]:
+    """Return the texts of a data set, and what was skipped and wrong."""
+    reading = Reading(key="data.new", text_field="text")
+    found = list(dataset_texts(parse_name("data.new", word), reading, is_streamed=False))
+    if reading.problems:
+        raise TextFileError(reading.problems)
+    return found, reading
 
 
 def problem(word: str) -> str:
@@ -150,6 +164,16 @@ def test_a_row_without_a_text_is_passed_over() -> None:
     assert (texts("holes"), texts("holes.jsonl#body")) == (["a", "", "b"], ["a"])
 
 
+def test_rows_that_hold_no_text_are_skipped_and_counted() -> None:
+    said = {"role": "user", "content": "a"}
+    save("said", alone={"messages": [[said], [{"role": None, "content": "b"}], [said]]})
+    found, reading = read("said")
+    assert found == ["user: a"] * 2
+    (note,) = reading.notes
+    assert note.startswith("Skipped 1 of 3 records that can't be read; the first: data.new: hf:")
+    assert note.endswith("/said, row 1 messages: number 1, role: holds null, no text.")
+
+
 @pytest.mark.parametrize(
     ("word", "told"),
     [
@@ -174,12 +198,6 @@ def test_data_sets_that_are_refused(word: str, told: str) -> None:
     Path("broken.json").write_text("{")
     Path("empty").mkdir()
     assert problem(word).startswith(f"data.new: hf:@/{word}") and told in problem(word)
-
-
-def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    save("alone", alone=ROWS)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "needs datasets to be read: pip install 'tritter[data]'" in problem("alone")
 
 
 # A folder reads nothing outside itself
@@ -256,7 +274,7 @@ def test_a_saved_data_set_names_nothing_outside(place: Path, name: str) -> None:
 def test_files_that_decode_to_far_too_much_are_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "FREE_EXPANSION_BYTES", 2**20)
+    monkeypatch.setattr(local_files, "FREE_EXPANSION_BYTES", 2**20)
     (place / "data").mkdir()
     for name, content in (
         ("a.parquet", parquet_bomb({"text": ""}, size=2**14)),
@@ -275,14 +293,15 @@ def test_files_that_decode_to_far_too_much_are_refused(
 
 ASK = """
 import sys
-from tritter.data.dataset_name import parse_name
-from tritter.data.dataset_rows import dataset_texts, resolve_dataset
+from tritter.data.datasets import dataset_texts, parse_name, resolve_dataset
+from tritter.data.local_files import Reading
 is_streamed, *words = sys.argv[1:]
 for word in words:
     name = parse_name("key", word)
     try:
         told = str(resolve_dataset(name, key="key"))
-        texts = dataset_texts(name, key="key", is_streamed=is_streamed == "True")
+        reading = Reading(key="key", text_field="text")
+        texts = dataset_texts(name, reading, is_streamed=is_streamed == "True")
         print(told, *texts)
     except ValueError as error:
         print(error)

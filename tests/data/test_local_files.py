@@ -15,8 +15,14 @@ import pytest
 from pyarrow import parquet
 
 from tests.hostile.values import parquet_bomb
-from tritter.data import readers
-from tritter.data.readers import Reading, SpentError, TextFileError, parquet_records, text_suffix
+from tritter.data import local_files
+from tritter.data.local_files import (
+    Reading,
+    SpentError,
+    TextFileError,
+    parquet_records,
+    text_suffix,
+)
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\n"}]
@@ -64,6 +70,14 @@ def texts_of(path: Path, *, field: str = "text") -> list[str]:
     return found
 
 
+def skipping(path: Path, *, field: str = "text") -> tuple[list[str], list[str]]:
+    """Return the texts of a file in which nothing is wrong, and what was skipped."""
+    reading = Reading(key="data.new", text_field=field)
+    found = list(reading.texts(path))
+    assert not reading.problems
+    return found, reading.notes
+
+
 def problem(path: Path, *, field: str = "text") -> str:
     with pytest.raises(TextFileError) as caught:
         texts_of(path, field=field)
@@ -104,20 +118,23 @@ def test_forms_are_for_the_field_that_was_not_chosen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("record", "said"), WRONG)
-def test_a_wrong_record_is_named_and_the_others_are_read(
+def test_a_wrong_record_is_skipped_and_a_file_of_them_refused(
     tmp_path: Path, record: str, said: str
 ) -> None:
     path = packed(tmp_path / "a.jsonl", f'"one"\n{record}\n"three"\n'.encode())
-    assert f"{path}, line 2 " in problem(path)
-    assert said in problem(path)
-    reading = Reading(key="data.new", text_field="text")
-    assert list(reading.texts(path)) == ["one", "three"]
+    found, (note,) = skipping(path)
+    assert found == ["one", "three"]
+    assert note.startswith("Skipped 1 of 3 records that can't be read; the first: data.new: ")
+    assert f"{path}, line 2 " in note and said in note
+    assert len(note) < 1000 and "\n" not in note
+    alone = packed(tmp_path / "b.jsonl", f"{record}\n".encode())
+    assert f"{alone}, line 1 " in problem(alone) and said in problem(alone)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('["a", 3]', "a.json, record 2 is no JSON object and no text, but a number"),
+        ("[3]", "a.json, record 1 is no JSON object and no text, but a number"),
         ('{"text": "a"}', "holds an object; allowed is an array of records or of texts"),
         ("", "holds no array"),
         ('["a"', "is no JSON (Expecting ',' or ']'"),
@@ -151,7 +168,7 @@ def test_another_encoding_is_named(tmp_path: Path, encoding: str, named: str, en
     ("name", "content", "said"),
     [
         ("a.txt", b"caf\xe9", "is no UTF-8 (byte 3 is 0xe9)"),
-        ("a.jsonl", b'"a"\n"\xe9"\n', "line 2 is no UTF-8 (byte 1 is 0xe9)"),
+        ("a.jsonl", b'\n"\xe9"\n', "line 2 is no UTF-8 (byte 1 is 0xe9)"),
         ("a.txt", b"\xed\xa0\x80", "is no UTF-8"),
         ("a.txt", b"text\0", "holds a byte 0, at 4"),
         ("a.txt", bytes(5000), "holds a byte 0, at 0"),
@@ -189,7 +206,7 @@ def bomb(size: int) -> bytes:
 def test_what_unpacks_to_too_much_is_refused_on_the_way(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "FREE_EXPANSION_BYTES", 2**20)
+    monkeypatch.setattr(local_files, "FREE_EXPANSION_BYTES", 2**20)
     (tmp_path / name).write_bytes(bomb(8 * 2**20))
     assert "unpacks to more than 1 MB, and a packed file may have 1 MB or 200" in problem(
         tmp_path / name
@@ -204,7 +221,7 @@ def test_a_parquet_bomb_is_refused_in_little_memory(tmp_path: Path, row: dict[st
     assert path.stat().st_size < 5000
     program = (
         "import re, sys\nfrom pathlib import Path\n"
-        "from tritter.data.readers import *\n"
+        "from tritter.data.local_files import *\n"
         "reading = Reading(key='k', text_field='text')\n"
         "assert sum(1 for _ in reading.texts(Path(sys.argv[1]))) < 4\n"
         "try: check_expansion(Path(sys.argv[1]))\nexcept WrongRecordError as error: print(error)\n"
@@ -250,13 +267,13 @@ def test_free_expansion_is_not_refused(tmp_path: Path) -> None:
 
 
 def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr(readers, "MAX_TEXT_BYTES", 5000)
-    monkeypatch.setattr(readers, "MAX_ARRAY_BYTES", 5000)
+    monkeypatch.setattr(local_files, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(local_files, "MAX_TEXT_BYTES", 5000)
+    monkeypatch.setattr(local_files, "MAX_ARRAY_BYTES", 5000)
     long = json.dumps("a" * 6000)
     path = packed(tmp_path / "a.jsonl", f'"one"\n{long}\n"three"\n'.encode())
-    assert f"{path}, line 2 is longer than 0 MB" in problem(path)
-    assert list(Reading(key="k", text_field="text").texts(path)) == ["one", "three"]
+    found, (note,) = skipping(path)
+    assert f"{path}, line 2 is longer than 0 MB" in note and found == ["one", "three"]
     for name in ("a.txt", "a.json"):
         assert "is larger than 0 MB" in problem(packed(tmp_path / name, f"[{long}]".encode()))
 
@@ -310,16 +327,6 @@ def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
     assert reading.problems == [f"data.new: {path} changed while it was read."]
 
 
-def test_parquet_without_pyarrow_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "a.parquet").touch()
-    assert "needs pyarrow to be read: pip install 'tritter[data]'" in problem(
-        tmp_path / "a.parquet"
-    )
-
-
 def test_parquet(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -339,5 +346,35 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_other_endings_are_none() -> None:
     assert text_suffix(Path("a.JSONL.gz")) == ".jsonl.gz"
-    for name in ("a.csv", "a.parquet.gz", "txt", "a.gz", "a"):
+    for name in ("a.tsv", "a.parquet.gz", "txt", "a.gz", "a"):
         assert text_suffix(Path(name)) == ""
+
+
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz"])
+def test_a_table(tmp_path: Path, ending: str) -> None:
+    path = packed(tmp_path / f"a{ending}", b'\xef\xbb\xbfid,text\n1,"a, ""b""\nc"\n2,\n')
+    assert texts_of(path) == ['a, "b"\nc', ""]
+    assert texts_of(path, field="id") == ["1", "2"]
+    assert "has no field txet" in problem(path, field="txet")
+    assert "Did you mean data.text_field=text?" in problem(path, field="txet")
+    packed(path, b"instruction,input,output\nAdd.,1,2\n")
+    assert texts_of(path) == ["Add.\n\n1\n\n2"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (b"1", "line 3 data.text_field = text: holds null, no text"),
+        (b"1,\xe9", "line 3 is no UTF-8 (byte 0 is 0xe9)"),
+        (b'1,"a"b', "line 3 ',' expected after '\"'"),
+        (b"1," + b"a" * 2000, "line 3 is longer than 0 MB, the most"),
+    ],
+)
+def test_a_wrong_row_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes, said: str
+) -> None:
+    monkeypatch.setattr(local_files, "MAX_LINE_BYTES", 1000)
+    path = packed(tmp_path / "a.csv", b"id,text\n0,one\n" + row + b"\n2,three\n")
+    found, (note,) = skipping(path)
+    assert found == ["one", "three"] and said in note
+    assert "is no table" in problem(packed(path, b'"a"b\n'))

@@ -1,0 +1,563 @@
+"""What benchmarks are: their published formats, their prompts, how an answer is judged.
+
+The prompts are those of lm-evaluation-harness 0.4.13, word for word, where it has the benchmark.
+"""
+
+import ast
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from tritter.data.benchmark_names import HUB_NAMES
+from tritter.evaluation.code.sandbox import Sandbox
+
+Kind = Literal["choice", "context", "word", "answer", "code"]
+Row = Mapping[str, Any]
+METRICS: dict[Kind, tuple[str, ...]] = {
+    "choice": ("acc", "acc_norm"),
+    "context": ("acc",),
+    "word": ("acc",),
+    "answer": ("exact_match",),
+    "code": ("pass@1",),
+}
+TEXT, CHOICES, NUMBER, OBJECT = str, list, int, dict
+_LETTERS = "ABCDEFGHIJ"
+_TRUTHFUL_EXAMPLES = """\
+Q: What is human life expectancy in the United States?
+A: Human life expectancy in the United States is 78 years.
+
+Q: Who was president of the United States in 1955?
+A: Dwight D. Eisenhower was president of the United States in 1955.
+
+Q: Which party did he belong to?
+A: He belonged to the Republican Party.
+
+Q: What is the square root of banana?
+A: I have no comment.
+
+Q: How does a telescope work?
+A: Telescopes use lenses or mirrors to focus light and make objects appear closer.
+
+Q: Where were the 1992 Olympics held?
+A: The 1992 Olympics were held in Barcelona, Spain."""
+# Language → what joins a premise to its cause and to its effect
+_CONNECTORS = {
+    "et": ("sest", "seetõttu"),
+    "ht": ("poukisa", "donk sa"),
+    "it": ("perché", "quindi"),
+    "id": ("karena", "maka"),
+    "qu": ("imataq", "chaymi"),
+    "sw": ("kwa sababu", "kwa hiyo"),
+    "zh": ("因为", "所以"),
+    "ta": ("காரணமாக", "எனவே"),
+    "th": ("เพราะ", "ดังนั้น"),
+    "tr": ("çünkü", "bu yüzden"),
+    "vi": ("bởi vì", "vì vậy"),
+}
+_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_SHOTS = 5
+# Language → what stands before the question and before the answer
+_WORDS = {
+    "bn": ("প্রশ্ন: ", "Answer:"),
+    "de": ("Frage: ", "Antwort:"),
+    "en": ("Question: ", "Answer:"),
+    "es": ("Pregunta: ", "Respuesta:"),
+    "fr": ("Question : ", "Réponse :"),
+    "ja": ("問題： ", "Answer:"),  # noqa: RUF001
+    "ru": ("Задача: ", "Answer:"),
+    "sw": ("Swali: ", "Answer:"),
+    "te": ("ప్రశ్న: ", "Answer:"),
+    "th": ("โจทย์: ", "Answer:"),
+    "zh": ("问题： ", "Answer:"),  # noqa: RUF001
+}
+MGSM_UNTIL = tuple(sorted({words[0].strip() for words in _WORDS.values()}))
+HUMANEVAL_UNTIL = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+MBPP_UNTIL = ("[DONE]",)
+_PROMPT_IDS, _TEST_IDS = range(1, 11), range(11, 511)  # of MBPP, as its authors parted it
+_MBPP_SHOTS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One question.
+
+    Args:
+        prompt: what the model reads; of kind `context` what it is to predict after each choice.
+        choices: what may follow (`choice`), or what may come before (`context`).
+        right: index of the right choice.
+        answer: the right one, in words (`word`, `answer`).
+        tests: program that fails unless the answer is right (`code`).
+        part: of the benchmark: a subject, a language, a subtask.
+        name: of its own, where its file has one.
+    """
+
+    prompt: str
+    choices: tuple[str, ...] = ()
+    right: int = 0
+    answer: str = ""
+    tests: str = ""
+    part: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One form in which a benchmark is published.
+
+    Args:
+        fields: name → type that a record has there.
+        question: makes a question of a record and its file's name; None of a record that is not
+            asked. What it raises says that the record does not hold what it should.
+    """
+
+    fields: Mapping[str, type | tuple[type, ...]]
+    question: Callable[[Row, str], Question | None]
+
+    def fits(self, row: object) -> bool:
+        """Say whether a record has the fields, whatever they hold."""
+        return isinstance(row, Mapping) and set(self.fields) <= set(row)
+
+
+class Folder(Protocol):
+    """Files to look for examples in."""
+
+    def first(self, *patterns: str) -> Path | None:
+        """Return the first file whose path matches one of the patterns, in their order."""
+
+    def rows(self, path: Path) -> Sequence[Row]:
+        """Return a file's records."""
+
+    def text(self, path: Path) -> str:
+        """Return a small file's text."""
+
+
+Examples = Callable[[Folder, Path, Sequence[Row]], str]
+
+
+def no_examples(folder: Folder, path: Path, rows: Sequence[Row]) -> str:
+    """Ask without examples."""
+    return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """A benchmark.
+
+    Args:
+        metric: the one that it is known by, that is gated.
+        files: patterns of paths below the folder of files, the best first: the first one that any
+            file has decides.
+        formats: that its records may have.
+        hub_filter: of lm-eval's filters, the one whose scores count; empty: the only one.
+        examples: what stands before all questions of a file.
+        until: what ends an answer that is generated.
+        max_new_tokens: of an answer.
+        is_right: judges a generated answer.
+        separator: between prompt and choice.
+    """
+
+    name: str
+    kind: Kind
+    metric: str
+    files: tuple[str, ...]
+    formats: tuple[Format, ...]
+    hub_filter: str = ""
+    examples: Examples = no_examples
+    until: tuple[str, ...] = ()
+    max_new_tokens: int = 256
+    is_right: Callable[[Question, str], bool] = field(default=lambda question, text: False)
+    separator: str = " "
+
+    @property
+    def hub(self) -> str:
+        """What it is called on the hub; empty where it is not there."""
+        return HUB_NAMES[self.name]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All that are counted, the one that it is known by first."""
+        return (self.metric, *(name for name in METRICS[self.kind] if name != self.metric))
+
+
+def queried(prompt: Callable[[str], str]) -> Format:
+    """Return llm-foundry's form (`query`, `choices`, `gold`).
+
+    Args:
+        prompt: makes the prompt of a query.
+    """
+
+    def question(row: Row, file: str) -> Question:
+        return Question(
+            prompt=prompt(row["query"]), choices=_texts(row["choices"]), right=row["gold"]
+        )
+
+    return Format({"query": TEXT, "choices": CHOICES, "gold": NUMBER}, question)
+
+
+def labelled(
+    field: str, prompt: Callable[[str, Mapping[str, Any]], str], *, is_by_letter: bool = False
+) -> Format:
+    """Return AI2's form: choices with labels, and the label of the right one.
+
+    Args:
+        field: that holds the question.
+        prompt: makes the prompt of the question and the choices.
+        is_by_letter: the label is what is predicted.
+    """
+
+    def question(row: Row, file: str) -> Question:
+        choices = row["choices"]
+        labels = _texts(choices["label"])
+        return Question(
+            prompt=prompt(row[field], choices),
+            choices=labels if is_by_letter else _texts(choices["text"]),
+            right=labels.index(row["answerKey"].strip()),
+        )
+
+    return Format({field: TEXT, "choices": OBJECT, "answerKey": TEXT}, question)
+
+
+def asked(query: str) -> str:
+    """Return `Question: … Answer:`; the query may begin with its `Question:` itself."""
+    return f"Question: {query.strip().removeprefix('Question:').strip()}\nAnswer:"
+
+
+def by_letters(question: str, choices: Sequence[str]) -> str:
+    """Return the question with its choices lettered."""
+    lines = [f"{letter}. {text}" for letter, text in zip(_LETTERS, choices, strict=False)]
+    return "\n".join([question, *lines, "Answer:"])
+
+
+def _hellaswag(row: Row, file: str) -> Question:
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    endings = tuple(_wikihow(ending) for ending in _texts(row["endings"]))
+    return Question(prompt=_wikihow(context), choices=endings, right=int(row["label"]))
+
+
+def _wikihow(text: str) -> str:
+    plain = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return plain.replace("  ", " ")
+
+
+def _winogrande(row: Row, file: str) -> Question:
+    start, blank, end = row["sentence"].partition("_")
+    if not blank:
+        raise ValueError("sentence has no _ to put an option in")
+    options = (row["option1"], row["option2"])
+    contexts = tuple(start + option for option in options)
+    return Question(prompt=end.strip(), choices=contexts, right={"1": 0, "2": 1}[row["answer"]])
+
+
+def _winogrande_foundry(row: Row, file: str) -> Question:
+    contexts = _texts(row["context_options"])
+    return Question(prompt=row["continuation"].strip(), choices=contexts, right=row["gold"])
+
+
+def _piqa(row: Row, file: str) -> Question:
+    return Question(
+        prompt=asked(row["goal"]), choices=(row["sol1"], row["sol2"]), right=row["label"]
+    )
+
+
+def _boolq(field: str) -> Callable[[Row, str], Question]:
+    def question(row: Row, file: str) -> Question:
+        prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+        return Question(prompt=prompt, choices=("no", "yes"), right=int(row[field]))
+
+    return question
+
+
+def passage(query: str) -> str:
+    """Return llm-foundry's query of BoolQ in lm-eval's words."""
+    return query.strip().removeprefix("Passage:").strip() + "\nAnswer:"
+
+
+def _mmlu(row: Row, file: str) -> Question:
+    subject = str(row.get("subject", ""))
+    about = "The following are multiple choice questions (with answers)"
+    head = f"{about} about {subject.replace('_', ' ')}.\n\n" if subject else ""
+    choices = _texts(row["choices"])
+    prompt = head + by_letters(row["question"].strip(), choices)
+    letters = tuple(_LETTERS[: len(choices)])
+    return Question(prompt=prompt, choices=letters, right=row["answer"], part=subject)
+
+
+def _truthfulqa(row: Row, file: str) -> Question:
+    """Shuffle the choices: the right one always stands first, where an undecided model ends too."""
+    targets = row["mc1_targets"]
+    if "choices" in targets:
+        pairs = list(zip(_texts(targets["choices"]), targets["labels"], strict=True))
+    else:
+        pairs = [(str(text), label) for text, label in targets.items()]
+    random.Random(row["question"]).shuffle(pairs)
+    labels = [label for _, label in pairs]
+    if labels.count(1) != 1:
+        raise ValueError("mc1_targets has not one right answer")
+    return Question(
+        prompt=f"{_TRUTHFUL_EXAMPLES}\n\nQ: {row['question']}\nA:",
+        choices=tuple(text for text, _ in pairs),
+        right=labels.index(1),
+    )
+
+
+def _xcopa(row: Row, file: str) -> Question:
+    language = next((part for part in re.split(r"\W", file) if part in _CONNECTORS), None)
+    if language is None:
+        raise ValueError(f"the file's name says none of the languages {', '.join(_CONNECTORS)}")
+    cause, effect = _CONNECTORS[language]
+    connector = {"cause": cause, "effect": effect}[row["question"]]
+    choices = (row["choice1"], row["choice2"])
+    return Question(
+        prompt=f"{row['premise'].strip()[:-1]} {connector}",
+        choices=tuple(choice[0].lower() + choice[1:] for choice in choices),
+        right=row["label"],
+        part=language,
+    )
+
+
+def _lambada(row: Row, file: str) -> Question:
+    start, _, last = row["text"].rpartition(" ")
+    return Question(prompt=start, answer=last)
+
+
+def _lambada_foundry(row: Row, file: str) -> Question:
+    return Question(prompt=row["context"], answer=row["continuation"].strip())
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
+        raise TypeError(f"{values!r} is no list of texts")
+    return tuple(values)
+
+
+_COMMONSENSE = {"query": TEXT, "choices": CHOICES, "gold": NUMBER}
+HELLASWAG = (
+    Format(
+        {
+            "activity_label": TEXT,
+            "ctx_a": TEXT,
+            "ctx_b": TEXT,
+            "endings": CHOICES,
+            "label": (int, str),
+        },
+        _hellaswag,
+    ),
+    queried(lambda query: query),
+)
+ARC = (labelled("question", lambda question, choices: asked(question)), queried(asked))
+OPENBOOKQA = (
+    labelled("question_stem", lambda question, choices: question),
+    queried(lambda query: query),
+)
+COMMONSENSEQA = (
+    labelled(
+        "question",
+        lambda question, choices: by_letters(f"Question: {question.strip()}", choices["text"]),
+        is_by_letter=True,
+    ),
+    queried(lambda query: query.replace("\nChoices:", "", 1)),
+)
+PIQA = (
+    Format({"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": NUMBER}, _piqa),
+    queried(asked),
+)
+WINOGRANDE = (
+    Format({"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": TEXT}, _winogrande),
+    Format({"context_options": CHOICES, "continuation": TEXT, "gold": NUMBER}, _winogrande_foundry),
+)
+BOOLQ = (
+    Format({"passage": TEXT, "question": TEXT, "answer": bool}, _boolq("answer")),
+    Format({"passage": TEXT, "question": TEXT, "label": NUMBER}, _boolq("label")),
+    queried(passage),
+)
+MMLU = (Format({"question": TEXT, "choices": CHOICES, "answer": NUMBER}, _mmlu),)
+TRUTHFULQA = (Format({"question": TEXT, "mc1_targets": OBJECT}, _truthfulqa),)
+XCOPA = (
+    Format(
+        {"premise": TEXT, "choice1": TEXT, "choice2": TEXT, "question": TEXT, "label": NUMBER},
+        _xcopa,
+    ),
+)
+LAMBADA = (
+    Format({"context": TEXT, "continuation": TEXT}, _lambada_foundry),
+    Format({"text": TEXT}, _lambada),
+)
+
+
+def is_number_right(question: Question, text: str) -> bool:
+    """Say whether the last number of an answer is the right one."""
+    found = [one or other for one, other in _NUMBER.findall(text)]
+    number = _number(found[-1]) if found else None
+    return number is not None and number == _number(question.answer)
+
+
+def is_formula_right(question: Question, text: str) -> bool:
+    """Compare a formula as lm-eval's hendrycks_math does; what is boxed counts first."""
+    # lm-eval's own table of spellings; it brings the data sets library
+    from lm_eval.tasks.hendrycks_math.utils import is_equiv, last_boxed_only_string
+
+    boxed = last_boxed_only_string(text)
+    if boxed is not None:
+        return bool(is_equiv(_unboxed(boxed), question.answer))
+    parts = text.split("$")
+    found = "$".join(parts[1:-1]) if len(parts) > 2 else text
+    return bool(is_equiv(found, question.answer))
+
+
+def is_conclusion_right(question: Question, text: str) -> bool:
+    """Compare what follows `the answer is`, up to the sentence's last character."""
+    found = re.search(r"(?<=the answer is )(.*)(?=.)", text)
+    return found is not None and found[0].strip() == question.answer
+
+
+def train_examples(folder: Folder, path: Path, rows: Sequence[Row]) -> str:
+    """Return the first five records of GSM8K's training file, or nothing without one."""
+    found = folder.first(r"gsm8k.*train", r"train.*gsm8k")
+    shown = folder.rows(found)[:_SHOTS] if found is not None else []
+    return "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in shown)
+
+
+def thought_examples(folder: Folder, path: Path, rows: Sequence[Row]) -> str:
+    """Return BBH's own prompt for a subtask (three worked examples), or nothing without one."""
+    name = re.escape(path.name.partition(".")[0])
+    found = folder.first(rf"prompts?/{name}\.txt$")
+    if found is None:
+        return ""
+    text = folder.text(found)
+    return text.partition("\n-----\n")[2].strip() + "\n\n" if "\n-----\n" in text else text
+
+
+def _gsm8k(row: Row, file: str) -> Question:
+    _, mark, answer = row["answer"].rpartition("####")
+    if not mark or _number(answer) is None:
+        raise ValueError("answer has no number after ####")
+    return Question(prompt=f"Question: {row['question']}\nAnswer:", answer=answer.strip())
+
+
+def _svamp(row: Row, file: str) -> Question:
+    body = row["Body"].strip()
+    body += "" if body.endswith((".", "?", "!")) else "."
+    prompt = f"Question: {body} {row['Question'].strip()}\nAnswer:"
+    answer = _number(str(row["Answer"]))
+    if answer is None:
+        raise ValueError("Answer is no number")
+    return Question(prompt=prompt, answer=str(answer))
+
+
+def _mgsm(row: Row, file: str) -> Question:
+    language = row.get("lang") or next((p for p in re.split(r"[\W_]", file) if p in _WORDS), None)
+    if language not in _WORDS:
+        raise ValueError(f"lang is none of {', '.join(_WORDS)}")
+    before, after = _WORDS[language]
+    answer = row.get("answer_number", row.get("answer"))
+    if _number(str(answer)) is None:
+        raise ValueError("answer is no number")
+    question = str(row["question"]).removeprefix(before)
+    return Question(prompt=f"{before}{question}\n{after}", answer=str(answer), part=str(language))
+
+
+def _math(row: Row, file: str) -> Question:
+    answer = row.get("answer") or _boxed(row["solution"])
+    part = str(row.get("subject") or row.get("type") or "")
+    return Question(prompt=f"Problem: {row['problem']}\nAnswer:", answer=answer, part=part)
+
+
+def _bbh(row: Row, file: str) -> Question:
+    part = file.partition(".")[0]
+    prompt = f"Q: {row['input']}\nA: Let's think step by step.\n"
+    return Question(prompt=prompt, answer=row["target"], part=part)
+
+
+def _number(text: str) -> Decimal | None:
+    try:
+        number = Decimal(text.strip().replace(",", "").replace("$", "").rstrip("."))
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
+
+
+def _boxed(solution: str) -> str:
+    """Return what the last \\boxed of a solution holds, braces in pairs."""
+    start = solution.rfind("\\boxed{")
+    if start < 0:
+        raise ValueError("solution has no \\boxed answer")
+    depth = 0
+    for position in range(start + len("\\boxed"), len(solution)):
+        depth += {"{": 1, "}": -1}.get(solution[position], 0)
+        if depth == 0:
+            return solution[start + len("\\boxed{") : position]
+    raise ValueError("solution has an open brace")
+
+
+def _unboxed(boxed: str) -> str:
+    return boxed.removeprefix("\\boxed ").removeprefix("\\boxed{").removesuffix("}")
+
+
+GSM8K = (Format({"question": TEXT, "answer": TEXT}, _gsm8k),)
+SVAMP = (Format({"Body": TEXT, "Question": TEXT, "Answer": (int, float, str)}, _svamp),)
+MGSM = (Format({"question": TEXT, "answer": (int, str, type(None))}, _mgsm),)
+MATH = (Format({"problem": TEXT, "solution": TEXT}, _math),)
+BBH = (Format({"input": TEXT, "target": TEXT}, _bbh),)
+
+
+def is_passed(sandbox: Sandbox, question: Question, answer: str) -> bool:
+    """Return whether a program that answers a question passes the question's tests."""
+    return sandbox.run(f"{question.answer}{answer}\n", question.tests).is_passed
+
+
+def mbpp_examples(folder: Folder, path: Path, rows: Sequence[Row]) -> str:
+    """Return the file's first three tasks of those that are meant for prompts, or nothing."""
+    shown = [row for row in rows if row["task_id"] in _PROMPT_IDS][:_MBPP_SHOTS]
+    return "".join(f"{_mbpp_prompt(row)}{row['code']}\n[DONE]\n\n" for row in shown)
+
+
+def _humaneval(row: Row, file: str) -> Question:
+    if not row["entry_point"].isidentifier():
+        raise ValueError("entry_point is no name")
+    return Question(
+        prompt=row["prompt"],
+        answer=row["prompt"],
+        tests=f"{_helpers(row)}\n{row['test']}\ncheck({row['entry_point']})",
+        name=row["task_id"],
+    )
+
+
+def _helpers(row: Row) -> str:
+    """Return what a prompt defines besides the function that it asks for; tests may call it."""
+    try:
+        body = ast.parse(row["prompt"]).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+    return "\n".join(
+        ast.unparse(each) for each in body if getattr(each, "name", "") != row["entry_point"]
+    )
+
+
+def _mbpp(row: Row, file: str) -> Question | None:
+    if row["task_id"] not in _TEST_IDS:
+        return None
+    tests = [test for test in row["test_list"] if isinstance(test, str) and test.strip()]
+    if not tests:
+        raise ValueError("test_list has no test")
+    setup = row.get("test_setup_code") or ""
+    return Question(
+        prompt=_mbpp_prompt(row), tests="\n".join([setup, *tests]), name=f"MBPP/{row['task_id']}"
+    )
+
+
+def _mbpp_prompt(row: Row) -> str:
+    tests = "\n".join(row["test_list"])
+    return (
+        f"You are an expert Python programmer, and here is your task: {row['text']} Your code "
+        f"should pass these tests:\n\n{tests}\n[BEGIN]\n"
+    )
+
+
+HUMANEVAL = (
+    Format({"task_id": TEXT, "prompt": TEXT, "entry_point": TEXT, "test": TEXT}, _humaneval),
+)
+MBPP = (Format({"task_id": NUMBER, "text": TEXT, "code": TEXT, "test_list": CHOICES}, _mbpp),)
