@@ -87,9 +87,9 @@ class Suites:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        terminalreporter.write_line(
-            f"CPU time of these tests: {sum(self.costs.values()):.0f} x `import torch`"
-        )
+        if self.costs:
+            total = sum(self.costs.values())
+            terminalreporter.write_line(f"CPU time of these tests: {total:.0f} x `import torch`")
         for line in self.over_budget:
             terminalreporter.write_line(line, red=True)
 

@@ -33,6 +33,7 @@ LIGO = "2026-11-20_ligo"
 COMMANDS = re.findall(r"^python .*$", (FOLDER / "README.md").read_text("utf-8"), re.MULTILINE)
 
 
+@pytest.mark.full
 def test_precision_runs_and_writes_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,6 +47,7 @@ def test_precision_runs_and_writes_its_rows(
     assert rows[0].keys() == _columns("precision.csv")
 
 
+@pytest.mark.full
 def test_fisher_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = "--hidden-sizes 32 --runs 1 --sequences 4 --batch-size 2"
     output = tmp_path / "rows.csv"
@@ -79,6 +81,7 @@ def test_novelty_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert (stream["found"], stream["recognised"], stream["largest_delay"]) == ("2", "2", "2")
 
 
+@pytest.mark.full
 def test_corpus_memory_measures_a_text(tmp_path: Path) -> None:
     corpus_memory.write_text(tmp_path / "text.txt", megabytes=1)
     row = corpus_memory.measure(tmp_path / "text.txt")
@@ -181,6 +184,7 @@ def _small_corpus(seed: int, cache: Path) -> Corpus:
     )
 
 
+@pytest.mark.full
 def test_width_moments_arms_run_and_copies_can_stay_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +208,7 @@ def test_width_moments_arms_run_and_copies_can_stay_copies(
     assert abs(losses("random_padding", policy="zero", domain="code")[0] - ungrown[0]) > 1e-3
 
 
+@pytest.mark.full
 def test_compute_saved_runs_and_is_summarised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +246,7 @@ def test_compute_saved_runs_and_is_summarised(
             )
 
 
+@pytest.mark.full
 def test_routers_of_an_arm_are_balanced_in_it_and_in_its_branches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +282,7 @@ def test_a_saving_is_read_off_between_the_points() -> None:
     assert summary.spread([0.3, 0.4, 0.5]) == "40 ± 10"
 
 
+@pytest.mark.full
 def test_ligo_starts_at_the_expansion_and_is_compared_at_equal_flops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

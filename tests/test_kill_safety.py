@@ -144,6 +144,7 @@ def assert_rerun(scene: Scene) -> None:
     assert [path.name for path in scene.place.iterdir()] == ["grown"]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("is_overwriting", [False, True], ids=["new", "overwriting"])
 @pytest.mark.parametrize("call", [5, 20, 35])
 def test_killed_on_the_way_leaves_what_stood_there(

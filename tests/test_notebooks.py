@@ -122,6 +122,7 @@ def test_compare_runs_says_when_there_is_nothing(tmp_path, monkeypatch):
         _run(next(path for path in NOTEBOOKS if path.name == "compare_runs.ipynb"))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", ["first_expansion", "growing_network"])
 def test_what_needs_no_run_says_what_it_promises(name, tmp_path, monkeypatch):
     """They assert what they claim: equal logits, gradients that follow, growth that is silent."""
@@ -134,6 +135,7 @@ def test_what_needs_no_run_says_what_it_promises(name, tmp_path, monkeypatch):
         assert losses["grows"] < losses["stays"]
 
 
+@pytest.mark.full
 def test_a_stream_of_skills_is_told(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "outputs/runs/skills"
     folder.mkdir(parents=True)

@@ -6,10 +6,11 @@ import re
 import shlex
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([^`\n]+)`")
+T = TypeVar("T")
 _LANGUAGES = {"bash", "python", "text"}
 
 
@@ -95,6 +97,12 @@ class Document:
 
 HOUSE = [Document(path) for path in DOCUMENTS]
 COMMANDS = list(dict.fromkeys(command for doc in HOUSE for command in doc.commands))
+
+
+def quick_of_readme(items: Iterable[T], is_of_readme: Callable[[T], bool]) -> list[Any]:
+    """Return parameters of a test: those of the README are quick, those of other pages full."""
+    full = pytest.mark.full
+    return [pytest.param(item, marks=() if is_of_readme(item) else full) for item in items]
 
 
 # Commands
@@ -322,7 +330,9 @@ def check_command(command: str) -> None:
     raise LookupError(f"no test knows what to do with: {command}")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", quick_of_readme(COMMANDS, set(Document(README).commands).__contains__)
+)
 def test_command(command, place):
     check_command(command)
     assert not (place / "cache").exists()
@@ -374,7 +384,12 @@ def test_every_block_is_of_a_kind_that_is_checked():
 
 
 @pytest.mark.parametrize(
-    "document", [d for d in HOUSE if d.blocks("python")], ids=lambda document: document.name
+    "document",
+    quick_of_readme(
+        [document for document in HOUSE if document.blocks("python")],
+        lambda document: document.path == README,
+    ),
+    ids=lambda document: document.name,
 )
 def test_snippets_run_in_order(document, place):
     saved(tiny_llama(), place / "base")

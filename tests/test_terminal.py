@@ -121,6 +121,7 @@ def test_fields_of_a_lineage_and_the_card_made_of_them(run: Run, place: Path) ->
         assert "<script>" not in card and "\n# Title" not in card and "[a](" not in card
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "words",
     [

@@ -63,6 +63,7 @@ def test_experts_are_added_and_trained_in_one_go(run: Run, base: Path) -> None:
     assert history.code == 0 and "2 intact" in history.out
 
 
+@pytest.mark.full
 def test_old_text_is_mixed_in_and_the_best_expert_cloned(run: Run, base: Path) -> None:
     result = run(f"{TRAIN} --old-data old --expert-init best --output grown --json")
     assert result.code == 0, result.err
@@ -78,6 +79,7 @@ def test_old_text_is_mixed_in_and_the_best_expert_cloned(run: Run, base: Path) -
     assert lineage.training_config["old"]["old"]["num_documents"] == 12
 
 
+@pytest.mark.full
 def test_a_name_that_was_taken_is_not_told_of_other_text(run: Run, base: Path) -> None:
     assert run(TRAIN).code == 0
     write_texts(base.parent / "data/other", "and then")
@@ -87,6 +89,7 @@ def test_a_name_that_was_taken_is_not_told_of_other_text(run: Run, base: Path) -
     assert "on code_2: " in result.out and "on code: " not in result.out
 
 
+@pytest.mark.full
 def test_a_teacher_is_learnt_from(run: Run, base: Path) -> None:
     result = run(f"{TRAIN} --expert-init distill --teacher base --output grown --json")
     assert result.code == 0, result.err
@@ -113,6 +116,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.quick_cases(5)
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_cannot_be_done_is_refused_and_nothing_written(
     run: Run, base: Path, words: str
@@ -166,6 +170,7 @@ def test_text_that_is_too_short_is_refused(run: Run, base: Path) -> None:
     assert snapshot(base.parent) == before
 
 
+@pytest.mark.full
 def test_what_the_source_learned_is_old_and_its_split_goes_on(run: Run, base: Path) -> None:
     assert run(TRAIN).code == 0
     again = "--checkpoint base-moe-add --method moe-add --num-experts 1 --output again --steps 3"

@@ -19,6 +19,7 @@ from tritter.checkpoint import read_lineage
 TOKENS = tokens(VOCABULARY)
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize(
     "words",
@@ -218,6 +219,7 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
     assert json.loads((place / "base-width" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.quick_cases(10)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -350,6 +352,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tiny_llama(), tmp_path_factory.mktemp("bare") / "source")
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize("words", ["", "--dry-run"])
 @pytest.mark.parametrize(("damage", "said"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_damaged_source_is_a_wrong_request(

@@ -26,6 +26,7 @@ def bytes_of(folder: Path) -> int:
     return sum(len(content) for content in snapshot(folder).values())
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "words",
     [

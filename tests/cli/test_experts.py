@@ -294,6 +294,7 @@ def test_experts_without_their_head_are_no_plain_model(
     assert snapshot(place) == before
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     "change",
     [

@@ -107,6 +107,7 @@ def test_what_is_left_out_is_told(run: Run, place: Path) -> None:
 # Refusals
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize(
     ("words", "told"),
     [

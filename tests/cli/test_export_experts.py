@@ -166,6 +166,7 @@ def test_one_expert_alone_is_merged_exactly(run: Run, place: Path) -> None:
     assert difference.abs().max() < 1e-4
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -51,6 +51,7 @@ def test_an_intact_chain(run: Run, chain: Path) -> None:
     assert [link["methods"] for link in content["chain"]] == [[], ["width"], ["llama_pro", "dus"]]
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("name", ["base", "wide", "deep"])
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_every_changed_byte_is_named_with_exit_code_3(

@@ -56,11 +56,13 @@ def loaded(*words: str, code: int = 0) -> set[str]:
     return set(said(*words, code=code)[-1].split()[1:])
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("words", [("--help",), *((name, "--help") for name in COMMANDS)], ids=str)
 def test_help_waits_for_nothing(words: tuple[str, ...]) -> None:
     assert loaded(*words) == set()
 
 
+@pytest.mark.full
 def test_history_reads_no_tensor() -> None:
     assert loaded("history", str(FORMAT_1)) <= {"pydantic"}  # Typer reads an argument with it
 
@@ -69,6 +71,7 @@ def test_a_plan_builds_no_maps() -> None:
     assert loaded("plan", "--source=3B", "--target=5B", "--gpu-hours=99") <= {"pydantic"}
 
 
+@pytest.mark.full
 def test_inspect_asks_the_tables_and_not_transformers() -> None:
     assert loaded("inspect", str(FORMAT_1)) <= {"torch", "pydantic"}
 
@@ -78,6 +81,7 @@ def test_a_wrong_word_does_not_wait_for_transformers() -> None:
     assert "transformers" not in loaded(*words, code=2)
 
 
+@pytest.mark.full
 def test_an_expansion_reads_weights_while_the_rest_is_imported(tmp_path: Path) -> None:
     words = ("expand", "--checkpoint", str(FORMAT_1), "--method", "llama-pro", "--no-measure")
     lines = said(*words, "--output", str(tmp_path / "out"), before=SPY)

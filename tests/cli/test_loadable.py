@@ -34,6 +34,7 @@ def _configure(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize(("values", "said"), UNBUILDABLE.values(), ids=UNBUILDABLE.keys())
 @pytest.mark.parametrize(
     "words",

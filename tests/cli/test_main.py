@@ -31,6 +31,7 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("words", ["--help", "expand --help", "train --help", "expand --hepl"])
 def test_help_and_usage_errors_take_less_than_a_second_and_no_torch(words: str) -> None:
     program = (
@@ -51,6 +52,7 @@ def test_the_version(run: Run, words: str) -> None:
     assert (result.code, result.out) == (0, f"tritter {tritter.__version__}\n")
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("program", [["-m", "tritter"], [str(ROOT / "train.py")]])
 def test_programs_that_python_starts(program: list[str]) -> None:
     said = subprocess.run(
@@ -72,6 +74,7 @@ def test_each_command_has_help(run: Run, command: str) -> None:
     assert run(f"{command} --help").code == 0
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -162,6 +165,7 @@ def test_the_console_script_points_here() -> None:
     assert getattr(importlib.import_module(module), function) is main
 
 
+@pytest.mark.full
 def test_a_terminal_that_knows_ascii_alone_is_enough(place: Path) -> None:
     program = "import sys; from tritter.cli import main; sys.exit(main(sys.argv[1:]))"
     for words in ("expand --help", "expand --checkpoint base --method width", "inspect base-width"):

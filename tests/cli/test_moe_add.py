@@ -50,6 +50,7 @@ def test_replicate_is_stock_loadable(run: Run, base: Path) -> None:
     assert run("export --checkpoint base-moe-add --output out").code == 0
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     ("words", "told"),
     [

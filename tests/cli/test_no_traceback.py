@@ -56,6 +56,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("word", STRANGE.values(), ids=STRANGE.keys())
 def test_strange_words(run: Run, place: Path, word: str) -> None:
     for command in COMMANDS:
@@ -127,6 +128,7 @@ READERS += (
 )
 
 
+@pytest.mark.quick_cases(12)
 @pytest.mark.parametrize("content", FILES.values(), ids=FILES.keys())
 @pytest.mark.parametrize("name", NAMES)
 def test_strange_files(run: Run, place: Path, name: str, content: Callable[[Path], object]) -> None:

@@ -156,6 +156,7 @@ STANDING: dict[str, Callable[[Path], str]] = {
 }
 
 
+@pytest.mark.quick_cases(6)
 @both
 @pytest.mark.parametrize("make", STANDING.values(), ids=STANDING.keys())
 def test_anything_else_is_refused_and_stays(
@@ -194,6 +195,7 @@ INSIDE_OR_ABOVE = {
 }
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS.keys())
 @pytest.mark.parametrize("flag", ["", "--overwrite"])
 @pytest.mark.parametrize("output", INSIDE_OR_ABOVE.values(), ids=INSIDE_OR_ABOVE.keys())
@@ -261,6 +263,7 @@ def test_what_comes_meanwhile_is_not_destroyed(
     assert sorted(path.name for path in place.iterdir()) == ["base", "old"]
 
 
+@pytest.mark.quick_cases(3)
 @both
 @pytest.mark.parametrize("system", ["linux", "others"])
 @pytest.mark.parametrize("flag", ["", "--overwrite"])
@@ -334,6 +337,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.full
 def test_of_two_processes_one_result_is_whole_and_the_other_refused(place: Path) -> None:
     """Both wait with their results made, then place them at once."""
     own = [sys.executable, "-c", _WAITING]

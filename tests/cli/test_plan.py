@@ -114,6 +114,7 @@ def test_the_guide(run: Run, place: Path) -> None:
     assert [row["target_parameters"] for row in rows][2] == 10_731_524_096
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize(
     ("words", "messages"),
     [

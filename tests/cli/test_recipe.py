@@ -148,6 +148,7 @@ def test_thousands_of_steps_are_refused_at_the_first_that_is_too_large(
     assert snapshot(place) == before
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -67,6 +67,7 @@ def test_no_file_of_a_checkpoint_run_or_dataset_is_replaced(
     assert _tree(place) == before
 
 
+@pytest.mark.quick_cases(6)
 @every
 @pytest.mark.parametrize(
     ("folder", "reason"),
@@ -136,6 +137,7 @@ OTHERS: dict[str, Callable[[Path], None]] = {
 }
 
 
+@pytest.mark.quick_cases(6)
 @every
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS.keys())
 @pytest.mark.usefixtures("no_work")
@@ -177,6 +179,7 @@ def test_the_page_of_a_run_may_be_in_it(run: Run, place: Path) -> None:
     assert result.code == 2 and "--figures = first/figures: " in result.err
 
 
+@pytest.mark.quick_cases(3)
 @every
 @pytest.mark.parametrize("overwrite", ["", "--overwrite"])
 def test_a_file_that_comes_meanwhile_stays(

@@ -233,6 +233,7 @@ REFUSALS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize("words", REFUSALS)
 def test_refused(run: Run, texts: Path, configs: list[RunConfig], words: str) -> None:
     before = snapshot(texts)
@@ -317,6 +318,7 @@ def test_the_settings_are_those_of_the_recorded_training(trained: Path, texts: P
     assert [w for w in continuation(typed) if w.startswith("seed")] == ["seed=5"]
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
@@ -492,6 +494,7 @@ def test_documented_sweeps_are_planned(command: str) -> None:
         assert plan.jobs or "hydra/sweeper=optuna" in words, "Optuna thinks of its own"
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("command", [c for c in dict.fromkeys(DOCUMENTED) if " -m " not in c])
 def test_documented_commands_are_accepted(
     run: Run,

@@ -21,6 +21,7 @@ Run = Callable[..., Result]
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="it is for bash")
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     ("words", "found"),
     [
@@ -136,6 +137,7 @@ class Bash:
         os.waitpid(self._process, 0)
 
 
+@pytest.mark.full
 @needs_bash
 def test_bash_completes_train_py(tmp_path: Path) -> None:
     write_examples(tmp_path / "site", conf=tmp_path / "conf")
@@ -161,6 +163,7 @@ def test_bash_completes_train_py(tmp_path: Path) -> None:
         bash.close()
 
 
+@pytest.mark.full
 @needs_bash
 def test_bash_completes_tritter(tmp_path: Path) -> None:
     (tmp_path / "tritter").write_text(f'#!/bin/sh\nexec {sys.executable} -m tritter "$@"\n')

@@ -34,6 +34,7 @@ def test_a_run(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
     assert status["overrides"] == ["training.max_steps=7", "gate=strict"]
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     ("words", "same"),
     [
@@ -68,6 +69,7 @@ def test_both_spellings_are_the_same(
     assert pipeline.configs[0] == pipeline.configs[1]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "word",
     [
@@ -113,6 +115,7 @@ def test_a_finished_run_is_not_run_again(run: Run, pipeline: FakePipeline) -> No
     assert result.written == before
 
 
+@pytest.mark.full
 def test_a_folder_in_which_a_process_runs_is_refused(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -208,6 +211,7 @@ def test_the_table_of_a_sweep_has_experts_where_some_job_has_them(
     assert "experts" not in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_a_sweep_over_keys_of_swept_methods(run: Run, pipeline: FakePipeline) -> None:
     words = ("forgetting=l2sp,[replay,l2sp]", "forgetting.l2sp.l2sp-lambda=1,3")
     assert run("-m", *words).code == 0
@@ -215,6 +219,7 @@ def test_a_sweep_over_keys_of_swept_methods(run: Run, pipeline: FakePipeline) ->
     assert lambdas == [1.0, 3.0, 1.0, 3.0]
 
 
+@pytest.mark.full
 def test_a_sweep_with_a_strict_gate(run: Run) -> None:
     assert run("-m", "seed=0,3").code == 0
     assert run("-m", "seed=0,3", "gate=strict").code == 3
@@ -233,6 +238,7 @@ def test_a_sweep_goes_on_in_its_folder(run: Run, pipeline: FakePipeline) -> None
     assert "seed: 1 → 2" in refused.err
 
 
+@pytest.mark.full
 def test_an_ungated_job_is_finished(run: Run, pipeline: FakePipeline) -> None:
     words = ("-m", "seed=0,4", "gate=off", "hydra.sweep.dir=here")
     first = run(*words)
@@ -243,6 +249,7 @@ def test_an_ungated_job_is_finished(run: Run, pipeline: FakePipeline) -> None:
     assert read_status(Path("here/1"))["status"] == "ungated"
 
 
+@pytest.mark.full
 def test_the_shipped_ablation(run: Run, pipeline: FakePipeline) -> None:
     assert run("-m", "experiment=ablation").code == 0
     pairs = {
@@ -318,6 +325,7 @@ def test_a_name_with_an_unbroken_space_is_recorded(
     assert run("resume=here").code == 1 and len(pipeline.configs) == 2
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("make", "said"),
     [

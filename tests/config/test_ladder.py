@@ -64,6 +64,7 @@ def test_what_a_rung_stands_in_place_of(words: list[str], rung: list[str], left:
     assert on_top(words, rung) == [*left, *rung]
 
 
+@pytest.mark.full
 def test_everything_wrong_of_all_rungs_is_told_at_once(tmp_path: Path) -> None:
     text = MINE.replace("learning-rate=1e-3", "lerning_rate=1e-3").replace("=3,", "=-3,")
     told = refused(tmp_path, text)
@@ -102,6 +103,7 @@ def test_what_makes_no_sense_is_refused(composing: Composer, words: list[str], t
     assert told in str(caught.value)
 
 
+@pytest.mark.full
 def test_the_content_of_a_ladder_counts_and_runs_without_one_are_what_they_were(
     tmp_path: Path,
 ) -> None:
@@ -113,6 +115,7 @@ def test_the_content_of_a_ladder_counts_and_runs_without_one_are_what_they_were(
     assert line.startswith("gate.rungs") and "0.001" in line and "0.002" in line
 
 
+@pytest.mark.full
 def test_each_job_of_a_sweep_has_its_ladder(
     run: Callable[..., Result], pipeline: FakePipeline
 ) -> None:

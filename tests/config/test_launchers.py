@@ -21,6 +21,7 @@ from tritter.config.schema import RunConfig
 from tritter.storage.lock import process_in
 
 
+@pytest.mark.full
 def test_a_job_in_another_process_records_where_its_options_came_from(
     run: Run, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -51,6 +52,7 @@ def test_a_plugin_that_is_missing_is_named_with_its_extra(
     assert f"pip install 'tritter[{extra}]'" in result.err and len(result.err.splitlines()) == 2
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -90,6 +92,7 @@ def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert how("BasicLauncher", 24) == (1, None)
 
 
+@pytest.mark.full
 def test_jobs_side_by_side_have_to_fit_together(
     run: Run, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +109,7 @@ class _Killed(BaseException):
     pass
 
 
+@pytest.mark.full
 def test_a_job_that_kills_its_process_does_not_end_the_sweep(
     run: Run, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +182,7 @@ def test_a_sweep_does_not_lie_in_a_run(run: Run) -> None:
     assert "hydra.sweep.dir = " in result.err and "it is the folder of a run" in result.err
 
 
+@pytest.mark.full
 def test_wandb_groups_by_the_sweep_or_the_experiment(run: Run, pipeline: FakePipeline) -> None:
     own = "hydra.sweep.subdir=a/b${hydra.job.num}"
     assert run("-m", "seed=0,3", own, "hydra.sweep.dir=here").code == 0

@@ -243,6 +243,7 @@ def test_on_a_gpu_its_memory_counts(
     assert "and this machine has" in problems(config)
 
 
+@pytest.mark.full
 def test_a_checkpoint_is_looked_at_too(
     run: Run, tmp_path: Path, has: Callable[[int], None]
 ) -> None:

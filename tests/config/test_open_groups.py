@@ -53,11 +53,13 @@ def test_further_arguments_of_the_trainer_come_with_the_run() -> None:
     }
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_resume_can_not_bear_is_refused_with_the_reason(name: str) -> None:
     assert REFUSED[name] in refusal(f"trainer.{name}=1")
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize(
     ("word", "said"),
     [
@@ -85,6 +87,7 @@ def test_what_is_wrong_is_told(word: str, said: str) -> None:
     assert said in refusal(word)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -109,6 +112,7 @@ def test_two_that_save_their_state_under_one_name_are_refused() -> None:
     assert "as callbacks.early_stopping does" in refusal("callbacks=[early_stopping]", body)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("names", "word", "said"),
     [
@@ -171,11 +175,13 @@ def test_callbacks_keep_their_order_and_null_switches_one_off() -> None:
     assert load().callbacks == ()
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("path", sorted((CONF / "callbacks").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_callback_is_right(path: Path) -> None:
     load(f"callbacks={path.stem}")
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("path", sorted((CONF / "optimizer").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_optimizer_is_right_or_says_what_it_needs(path: Path) -> None:
     if "8bit" in path.stem:
@@ -226,6 +232,7 @@ def test_memory_counts_what_an_optimizer_keeps() -> None:
     assert 0 <= difference - 4 * parameters < 1000  # a step count for each tensor
 
 
+@pytest.mark.full
 def test_nothing_is_imported_from_lightning_where_nothing_asks_for_it() -> None:
     """The dry construction is for what is asked for besides."""
     import subprocess

@@ -50,6 +50,7 @@ PACKAGES = {
 }
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_composes(composing: Composer, name: str) -> None:
     if name in PACKAGES:
@@ -73,6 +74,7 @@ def test_keys_are_the_frozen_interface() -> None:
     assert list(known_keys()) == frozen, "a change of the interface: is it meant?"
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("group", METHOD_GROUPS)
 def test_option_files_state_the_defaults_of_the_records(composing: Composer, group: str) -> None:
     for path in (path for path in OPTION_FILES if path.parent.name == group):
@@ -97,6 +99,7 @@ def test_hydras_folders_are_those_that_resume_looks_in(composing: Composer) -> N
     assert hydra.job.chdir is False
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     ("expansion", "forgetting"),
     list(product(["none", "[]", "dus", "[width,llama_pro]"], ["none", "[l2sp,replay]", "replay"])),

@@ -28,6 +28,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakePipeline, "__call__", run)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("measuring")
 def test_a_sweep_that_goes_on_thinks_of_the_same_jobs(run: Run, pipeline: FakePipeline) -> None:
     words = (*OPTUNA, RATE, "seed=choice(0,1)")
@@ -55,6 +56,7 @@ def test_a_sweep_that_goes_on_thinks_of_the_same_jobs(run: Run, pipeline: FakePi
     assert other.code == 0 and pipeline.configs[-1].training.learning_rate != asked[0][0]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

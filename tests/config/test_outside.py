@@ -111,6 +111,7 @@ GROWTH = (
 )
 
 
+@pytest.mark.full
 def test_a_model_grows_by_a_trigger_and_an_initialiser_from_outside(
     outside: tuple[Path, list[str]],
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_model_grows_by_a_trigger_and_an_initialiser_from_outside(
     assert "growth.trigger.cuont" in refused.stderr and "Did you mean Silent?" in refused.stderr
 
 
+@pytest.mark.quick_cases(1)
 def test_an_expansion_from_outside_is_a_method_of_the_command(
     outside: tuple[Path, list[str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -164,6 +166,7 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
     assert config["num_hidden_layers"] == tiny_llama().config.num_hidden_layers + 2
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -222,6 +225,7 @@ def test_its_options_are_judged_like_ours(
     assert not (folder.parent / "outputs").exists()
 
 
+@pytest.mark.full
 def test_a_run_with_it_goes_on_only_with_the_same_class(
     tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +308,7 @@ SPELLINGS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_hydras_own_spelling_finds_the_same_options(
     conf: Path, run: Callable[..., Result], pipeline: FakePipeline, spelling: str
@@ -345,6 +350,7 @@ def test_no_option_file_extends_the_search_path(conf: Path, run: Callable[..., R
     assert refused.code == 2 and "hydra.searchpath=[DIR] or --config-dir DIR" in refused.err
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("found_by", [["-cd", "conf"], ["--config-dir=conf", "-cn=my_run"]])
 def test_commands_that_are_printed_find_the_same_options(
     conf: Path, run: Callable[..., Result], pipeline: FakePipeline, found_by: list[str]

@@ -62,6 +62,7 @@ def checkpoint(place: Path, record: dict[str, Any] | None) -> Path:
     return place
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "hf"])
 @pytest.mark.parametrize("training", ["default", "quick"])
 def test_a_preset_keeps_its_rate(model: str, training: str) -> None:
@@ -73,6 +74,7 @@ def test_a_preset_keeps_its_rate(model: str, training: str) -> None:
     assert typed.rate_note == "" and fingerprint(typed) == fingerprint(config)
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     ("record", "rate"),
     [

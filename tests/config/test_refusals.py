@@ -265,6 +265,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.mark.quick_cases(40)
 @pytest.mark.parametrize("command", REFUSALS)
 def test_refused(run: Callable[..., Result], pipeline: FakePipeline, command: str) -> None:
     result = run(*command.split(" "))

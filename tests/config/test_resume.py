@@ -97,6 +97,7 @@ CODE = ("evaluation.allow_code=[humaneval]", "evaluation.tasks=[humaneval]")
 EXTERNAL = ("evaluation.code_sandbox=external", "evaluation.code_sandbox_command='sh -c \"a b\"'")
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     "words",
     [
@@ -261,6 +262,7 @@ ORDINARY = [
 ]
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("command", ORDINARY)
 def test_an_ordinary_run_is_resumed_by_resume_alone(
     run: Run, pipeline: FakePipeline, command: str
@@ -404,6 +406,7 @@ def test_latest_skips_what_is_no_run_and_says_which_it_takes(run: Run, tmp_path:
     assert refused.code == 2 and str(runs / "torn/run.json") in refused.err
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     "name", ["a b", "it's", 'say "x"', "a=b", "[x]", "{y}", "$HOME", "-m", "1e5", "a,b", "ä"]
 )
@@ -426,6 +429,7 @@ def test_it_is_for_the_command_line_alone(run: Run) -> None:
     assert run("resume=two").code == 2
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("place", [".hydra/config.yaml", "train.log", "attempt_1", "scores/x.json"])
 @pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
 def test_a_run_folder_that_leads_elsewhere_is_refused(

@@ -260,6 +260,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+@pytest.mark.quick_cases(12)
 @pytest.mark.parametrize("command", REFUSALS)
 def test_refused(run_there: Run, pipeline: FakePipeline, command: str) -> None:
     result = run_there(*command.split(" "))

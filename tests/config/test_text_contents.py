@@ -278,6 +278,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return listed
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     "pattern",
     [

@@ -170,6 +170,7 @@ def test_documents_that_carry_the_change(make_losses):
     assert carrying_items(before, before) == ()
 
 
+@pytest.mark.full
 def test_upper_bound_covers_and_errors_per_token_do_not():
     """Documents of uneven length, each with its own effect; the truth is a rise of 2 %."""
     num_corpora, n, truth = 600, 60, 1.02

@@ -114,7 +114,7 @@ def test_every_new_parameter_moves_within_three_steps(family: str) -> None:
             assert share > 0.9, name
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("family", "noise"), [*((family, 0.01) for family in PARTNERS), ("llama", 0.0)]
 )

@@ -65,6 +65,7 @@ def test_on_a_quadratic_midpoint_gradients_add_up_to_the_fall_of_the_loss() -> N
     assert fall > 1 and omega == pytest.approx(fall, rel=1e-12)
 
 
+@pytest.mark.full
 def test_with_gradients_at_the_start_of_steps_the_error_halves_with_the_steps() -> None:
     errors = []
     for step in (1e-3, 5e-4, 2.5e-4):

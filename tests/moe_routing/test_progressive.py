@@ -39,6 +39,7 @@ def test_experts_are_added_behind_a_closed_door_and_opened_by_the_stages() -> No
     assert not torch.equal(oracle.logits(grown, ids), oracle.logits(model, ids))
 
 
+@pytest.mark.full
 def test_with_text_they_are_trained_at_once(tmp_path: Path) -> None:
     (tmp_path / "code.txt").write_text(TEXT * 60)
     tokenizer = train_tokenizer([Document("d", TEXT * 20)], vocab_size=260)

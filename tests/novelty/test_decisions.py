@@ -111,7 +111,7 @@ def _stationary(kind: str, seed: int, steps: int) -> Iterator[Observation]:
         )
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "kind",
     [

@@ -227,6 +227,7 @@ def test_weights_are_linked_and_outlive_their_other_names(
     assert {place: digest(path) for place, path in weights.items()} == before
 
 
+@pytest.mark.full
 def test_a_source_of_another_tool_is_copied(run: Run, source: Path, tmp_path: Path) -> None:
     """That tool may save over it in place."""
     run(*WIDTH, model=source)

@@ -124,7 +124,7 @@ def test_named_domains_and_built_in_text(run: Run, library: Path) -> None:
     assert summary["baseline"]["prose"]["n"] > 50
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "words"),
     [

@@ -21,7 +21,7 @@ from tritter.training import Task
 Run = Callable[..., Outcome]
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("expansion", ["dus", "width"])
 def test_normalised_importance_of_copies_is_that_of_the_model_that_did_not_grow(
     run_job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expansion: str
@@ -48,7 +48,7 @@ def test_normalised_importance_of_copies_is_that_of_the_model_that_did_not_grow(
     )
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_scoring_and_importances_show_progress_on_a_terminal(
     run_tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool

@@ -112,6 +112,7 @@ def test_attempts_are_what_runs_of_their_own_would_be(
         assert lineage_of(folder / f"attempt_{number}/trained").model_hash == trained.model_hash
 
 
+@pytest.mark.full
 def test_tasks_are_tried_again_and_what_is_left_is_the_baseline_when_nothing_helps(
     run_tiny: Run, tmp_path: Path, failing: set[str]
 ) -> None:

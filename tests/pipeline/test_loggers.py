@@ -152,6 +152,7 @@ def log_of(records: list[bytes]) -> bytes:
     return log
 
 
+@pytest.mark.full
 def test_each_training_is_a_run_of_its_own_and_stays_it(
     runs: list[FakeRun], tmp_path: Path
 ) -> None:

@@ -55,7 +55,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield found
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("shape", "method"),
     [(WIDE, "forgetting=ewc"), (DEEP, "forgetting=[l2sp,distill]")],

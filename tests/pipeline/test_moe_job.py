@@ -100,7 +100,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("case", ["cloned", *OPTIONS])
 def test_new_experts_are_trained_and_the_base_stays(
     add: Run, cloned: Path, tmp_path: Path, case: str
@@ -298,6 +298,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_would_have_no_effect_is_refused(words: str) -> None:
     with pytest.raises(RequestError) as refusal:

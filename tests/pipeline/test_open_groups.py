@@ -15,6 +15,7 @@ from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.base import recorded_rate, schedule_of
 
 
+@pytest.mark.full
 def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path) -> None:
     words = (
         "callbacks=[model_checkpoint,lr_monitor,device_stats]",

@@ -57,7 +57,7 @@ def hash_of(folder: Path) -> str:
     return lineage.model_hash
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
 def test_what_it_leaves_is_taken_up_by_the_next_training(
     tmp_path: Path, cache: Path, case: str

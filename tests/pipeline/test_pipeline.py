@@ -118,7 +118,7 @@ def test_metrics_and_plots_are_left(default_run: Path) -> None:
     assert plots == ["domains.png", "forgetting.png", "retention_and_gain.png", "training.png"]
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("expansion", ["none", "[width,llama_pro]", "[dus,width]"])
 def test_a_list_of_expansions_is_carried_out_in_order(
     run_job: Run, tmp_path: Path, expansion: str
@@ -217,6 +217,7 @@ def test_too_few_documents_are_undecided_with_the_number_needed(
     assert read_lineage(tmp_path / "run/checkpoint").expansion_history  # type: ignore[union-attr]
 
 
+@pytest.mark.full
 def test_gate_off_keeps_any_result_and_reports_its_checks(
     run_job: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

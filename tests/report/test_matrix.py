@@ -128,6 +128,7 @@ def test_what_is_no_matrix_is_refused(
         check_summary(summary | replaced(whole, ("matrix", *place), value))
 
 
+@pytest.mark.full
 def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
     made, shown = matrix("code", "sums") | {"accuracy": {"sums": [0.1, 0.2, 0.3]}}, 0
     for place in places(made):

@@ -62,7 +62,7 @@ def transplanted(
 CASES = [("llama", name, is_tied) for name in SPECS for is_tied in (False, True)]
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("family", "name", "tied"), [*CASES, ("phi3", "both", False), ("olmo2", "net2net", False)]
 )

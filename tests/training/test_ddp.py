@@ -335,7 +335,7 @@ def test_another_number_of_processes_is_refused_in_our_words(tmp_path: Path) -> 
         train(tmp_path, replace(TWO, devices=4))
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("bad", [range(3, 5), range(2, STEPS)], ids=["two", "all from 2"])
 def test_a_step_that_one_rank_refuses_no_rank_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: range

@@ -310,6 +310,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.full
 def test_bitwise_as_if_never_killed(tmp_path: Path) -> None:
     whole, expected = train(tmp_path / "whole", ONE, dropout=0.2)
     with pytest.raises(Exception, match="killed"):

@@ -52,7 +52,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {n: [(int(r["step"]), float(r[n])) for r in rows if r.get(n)] for n in NAMES}
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("settings", [ONE, TWO], ids=["one", "two"])
 def test_the_weights_are_those_of_a_training_without(tmp_path: Path, settings) -> None:  # type: ignore[no-untyped-def]
     without, _ = train(tmp_path / "without", settings, dropout=0.2)
