@@ -99,7 +99,7 @@ def test_a_command_that_is_stopped_too_late_says_what_stands(
     def stop(*words: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("tritter.cli.expand._print", stop)
+    monkeypatch.setattr("tritter.cli.expand._print_shapes", stop)
     monkeypatch.setattr("tritter.cli.export._print", stop)
     result = run(words)
     assert result.code == 143

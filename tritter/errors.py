@@ -1,6 +1,8 @@
 """Errors that a person reads: the key, the value, what is allowed and a nearest match."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -12,6 +14,48 @@ class Unsaid(Enum):
     """Stands where a problem is about no value."""
 
     VALUE = "value"
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """How a person sets keys: by options of a command, or in a file.
+
+    Args:
+        name: returns what was typed in the place of a dotted key; None: there is no way to set
+            it, and advice on it is left out.
+        origin: returns the file and line of its value; None: the command line.
+    """
+
+    name: Callable[[str], str | None] = str
+    origin: Callable[[str], str | None] = lambda key: None
+
+    @classmethod
+    def of(cls, names: Mapping[str, str | None]) -> "Names":
+        """Return names of some keys; others have their own name."""
+        return cls(lambda key: names.get(key, key))
+
+
+_NAMES = ContextVar("names", default=Names())  # noqa: B039 # it is frozen
+
+
+@contextmanager
+def naming(names: Names) -> Iterator[None]:
+    """Let errors of a block call keys as a person typed them."""
+    token = _NAMES.set(names)
+    try:
+        yield
+    finally:
+        _NAMES.reset(token)
+
+
+def key_name(key: str) -> str:
+    """Return what a person types to set a dotted key."""
+    return _NAMES.get().name(key) or key
+
+
+def setting(key: str, value: object) -> str:
+    """Return what a person types to set a dotted key to a value."""
+    return f"{key_name(key)}={show(value)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +83,23 @@ class Problem:
     found_by: int = 1
 
     def __str__(self) -> str:
+        names = _NAMES.get()
+        can_be_set = names.name(self.key) is not None
         job = f"{self.job}: " if self.job else ""
-        reason = f"{self.reason}; {self.advice}" if self.advice else self.reason
-        if not self.key:
-            return f"{job}{reason}"
-        value = "" if self.value is Unsaid.VALUE else f" = {show(self.value)}"
-        where = f" (in {self.origin})" if self.origin else ""
+        reason = f"{self.reason}; {self.advice}" if self.advice and can_be_set else self.reason
         stop = "" if reason.endswith((".", "?")) else "."
-        suggestion = f" Did you mean {self.nearest}?" if self.nearest else ""
-        if self.nearest and " " in self.nearest:  # words to be copied, without a question mark
-            suggestion = f" Did you mean: {self.nearest}"
+        if not self.key or not can_be_set:
+            return f"{job}{reason}{stop if self.key else ''}"
+        key, origin = key_name(self.key), self.origin or names.origin(self.key)
+        value = "" if self.value is Unsaid.VALUE else f" = {show(self.value)}"
+        where = f" (in {origin})" if origin else ""
+        near = key_name(self.nearest) if self.nearest else ""
+        suggestion = f" Did you mean {near}?" if near else ""
+        if " " in near:  # words to be copied, without a question mark
+            suggestion = f" Did you mean: {near}"
         if not value and reason.startswith(f"{self.key} "):  # a sentence about the key
-            return f"{job}{self.key}{where}{reason[len(self.key) :]}{stop}{suggestion}"
-        return f"{job}{self.key}{value}{where}: {reason}{stop}{suggestion}"
+            return f"{job}{key}{where}{reason[len(self.key) :]}{stop}{suggestion}"
+        return f"{job}{key}{value}{where}: {reason}{stop}{suggestion}"
 
 
 class TritterError(ValueError):
@@ -70,6 +118,17 @@ class RequestError(TritterError):
         super().__init__(str(said))
         alone = said if isinstance(said, Problem) else Problem("", reason=said)
         self.problems = tuple(problems) or (alone,)
+
+
+def refused(key: str, value: object, reason: str, *, near: str | None = None) -> RequestError:
+    """Return the refusal of one value.
+
+    Args:
+        key: dotted, as it is set in a configuration.
+        reason: what is allowed, or why the value can't be; without a full stop.
+        near: what was probably meant.
+    """
+    return RequestError(Problem(key, value, reason, nearest=near))
 
 
 def refusal(problems: Collection[Problem]) -> RequestError:

@@ -100,7 +100,7 @@ def test_without_a_sandbox_no_program_is_run(
     def refuse(self: object) -> None:
         raise RequestError("code: this system gives no sandbox that holds; --code-sandbox CMD.")
 
-    monkeypatch.setattr("tritter.cli.evaluate.NamespaceSandbox.check", refuse)
+    monkeypatch.setattr("tritter.evaluation.code.sandbox.NamespaceSandbox.check", refuse)
     words = "evaluate --checkpoint base --tasks humaneval --tasks-path files --allow-code humaneval"
     result = run(words)
     assert result.code == 2 and "no sandbox that holds" in result.err

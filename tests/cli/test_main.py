@@ -16,8 +16,8 @@ import pytest
 import tritter
 from tests.cli.conftest import Run
 from tritter.cli import main
-from tritter.cli.method_options import method_options
-from tritter.cli.values import spelled
+from tritter.cli.methods import method_options
+from tritter.cli.options import spelled
 from tritter.expansion import EXPANSIONS
 from tritter.expansion.heads import STRATEGIES
 from tritter.expansion.width import Init, Shares

@@ -8,8 +8,8 @@ import yaml
 
 from tests.cli.conftest import Run, snapshot
 from tritter.checkpoint import lineage_of
-from tritter.cli import expand_place
 from tritter.config import recipe, selection
+from tritter.expansion import specification
 
 GROW = """\
 # wider, then deeper
@@ -134,12 +134,12 @@ def test_thousands_of_steps_are_refused_at_the_first_that_is_too_large(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, step: str, said: str
 ) -> None:
     """Option files are found once for all of them, and no step after it is planned."""
-    scans, planned, find, plan = [], [], recipe.option_files, expand_place.target_config
+    scans, planned, find, plan = [], [], recipe.option_files, specification.target_config
     for module in (recipe, selection):
         spy = lambda: scans.append("") or find()  # noqa: E731
         monkeypatch.setattr(module, "option_files", spy)
     spy_of_plan = lambda config, specs: planned.append("") or plan(config, specs)  # noqa: E731
-    monkeypatch.setattr(expand_place, "target_config", spy_of_plan)
+    monkeypatch.setattr(specification, "target_config", spy_of_plan)
     command, before = written(place, "steps:\n" + f"{step}\n" * 3000), snapshot(place)
     start = time.process_time()
     result = run(f"{command} --output out")
@@ -158,7 +158,7 @@ def test_thousands_of_steps_are_refused_at_the_first_that_is_too_large(
             "width.hidden_size = 49 (in grow.yaml, line 3): ",
         ),
         ("steps: [llama_pro]\ntarget_params: 7B", "7,000,000,000 (in grow.yaml, line 2): "),
-        ("steps: [dus, stack]\ntarget_params: 7B", "target_params (in grow.yaml, line 2) with"),
+        ("steps: [dus, stack]\ntarget_params: 7B", "target_params (in grow.yaml, line 2): with"),
         ("steps: []", "a recipe holds steps"),
         ("width: {hidden_size: 48}", "a recipe holds steps"),
         ("- width", "a recipe holds steps"),

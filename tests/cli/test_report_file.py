@@ -43,8 +43,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("it began to work")
 
-    for name in ("evaluate.load_whole", "compare.read_runs", "report.read_runs"):
-        monkeypatch.setattr(f"tritter.cli.{name}", fail)
+    for name in ("experts.whole.load_whole", "cli.compare.read_runs", "cli.report.read_runs"):
+        monkeypatch.setattr(f"tritter.{name}", fail)
 
 
 def _tree(place: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -20,10 +19,9 @@ from tests.pipeline.conftest import SMALL
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.history import learned_text
 from tritter.checkpoint.learned import Learned
-from tritter.cli import continued, main
+from tritter.cli import main
 from tritter.cli import train as train_module
-from tritter.cli.continued import TrainRequest, continuation
-from tritter.cli.train import HELP
+from tritter.cli.train import continuation
 from tritter.config.launch.command_line import read_command_line
 from tritter.config.launch.composition import load_config
 from tritter.config.launch.help import help_text
@@ -83,17 +81,19 @@ def data_of(config: RunConfig) -> TextDataConfig:
 
 def test_without_a_checkpoint_it_is_the_program_behind_train_py(run: Run) -> None:
     for flag in ("--help", "-h", "--checkpoint base --help"):
-        assert run(f"train {flag}").out.strip() == f"{help_text()}\n{HELP}".strip()
+        assert run(f"train {flag}").out.startswith(help_text())
     result = run("train expansion=dsu")
     assert result.code == 2
     assert "dsu" in result.err
     assert run("train --cfg job").code == 0
 
 
-def test_help_names_every_option() -> None:
+def test_help_names_every_option(run: Run) -> None:
+    said = run("train --help").out
     for option in train_module._VALUED:
-        assert f"--{option} " in HELP
-    assert max(map(len, HELP.splitlines())) <= 100
+        assert f"{option} " in said
+    assert set(train_module._OPTIONS.values()) <= set(train_module._VALUED)
+    assert max(map(len, said.splitlines())) <= 100
 
 
 def test_a_checkpoint_is_trained_with_a_method_from_outside(
@@ -215,8 +215,8 @@ REFUSALS = {
     "--checkpoint base --data old --mode grow": ("--mode = grow", "continue"),
     "--checkpoint base --data old --setps 3": ("--setps", "Did you mean '--steps'?"),
     "--checkpoint base --data old -m": ("-m",),
-    "--checkpoint base --data": ("--data", "expected one argument"),
-    "--checkpoint": ("--checkpoint", "expected one argument"),
+    "--checkpoint base --data": ("--data", "requires an argument"),
+    "--checkpoint": ("--checkpoint", "requires an argument"),
     "--checkpoint bsae --data old": ("--checkpoint = bsae", "Did you mean 'base'?"),
     "--checkpoint old --data old": ("--checkpoint = ", "config.json"),
     "--checkpoint base --data odl": ("--data = ", "Did you mean 'old'?"),
@@ -311,11 +311,11 @@ def test_every_checkpoint_of_a_run_knows_its_old_text(
 
 
 def test_the_settings_are_those_of_the_recorded_training(trained: Path, texts: Path) -> None:
-    request = TrainRequest(checkpoint=str(trained / "run/checkpoint"), data=("old",))
-    words = continuation(request)
+    checkpoint = str(trained / "run/checkpoint")
+    words = continuation(checkpoint, data=["old"], settings={})
     assert "data.sequence_length=32" in words and "seed=5" in words
-    typed = TrainRequest(checkpoint=request.checkpoint, data=("old",), overrides=("seed=5",))
-    assert [w for w in continuation(typed) if w.startswith("seed")] == ["seed=5"]
+    typed = continuation(checkpoint, data=["old"], settings={}, words=["seed=5"])
+    assert [w for w in typed if w.startswith("seed")] == ["seed=5"]
 
 
 @pytest.mark.quick_cases(4)
@@ -525,11 +525,6 @@ def test_the_specifications_example_is_documented() -> None:
         "tritter train --checkpoint ./grown --mode continue --steps 100 --ewc-lambda 1000 "
         "--data ./data/pretraining"
     ) in DOCUMENTED
-
-
-def test_every_key_that_options_set_has_its_option() -> None:
-    options = set(re.findall(r"--[a-z-]+", HELP))
-    assert set(continued._OPTION_OF_KEY.values()) <= options
 
 
 def test_evaluate_takes_the_losses_of_what_was_held_out(

@@ -3,7 +3,7 @@
 import pytest
 import typer
 
-from tritter.cli.values import byte_count, parameter_count
+from tritter.cli.options import byte_count, parameter_count
 
 
 @pytest.mark.parametrize(

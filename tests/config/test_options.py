@@ -26,6 +26,9 @@ NEEDED = {
     "data=hf": ["data.old=stdlib:prose", "data.new=stdlib:code"],
     "data=text": ["data.old=stdlib:prose", "data.new=stdlib:code"],
     "model=hf": ["model.path=owner/name"],
+    "experiment=continued": [
+        *("model.path=owner/name", "data.old=stdlib:prose", "data.new=stdlib:code")
+    ],
 }
 # Options that need another one before them, whatever the base: a dense model has no experts.
 FIRST = {"expansion=moe_add": "moe"}

@@ -322,7 +322,11 @@ def test_no_run_lies_in_the_checkpoint_that_it_starts_from(
 GPT2 = {"model_type": "gpt2", "vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 4}
 OF_GPT2: dict[str, tuple[str, ...]] = {
     "data.sequence_length=65": ("sequence_length = 65", "config.json.n_positions = 64"),
-    "expansion=width": ("hidden_size = 48 with init = fresh", "LayerNorm", "init=net2net"),
+    "expansion=width": (
+        "hidden_size = 48 with expansion.width.init = fresh",
+        "LayerNorm",
+        "init=net2net",
+    ),
     "expansion=none experts=dylora experts.base_bits=8": ("base_bits = 8", "lie transposed"),
 }
 

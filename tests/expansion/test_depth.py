@@ -48,7 +48,7 @@ def _config(layers: int, *, is_tied: bool = False) -> Config:
         (
             24,
             {"target_layers": 48, "drop_layers": 8},
-            ["drop_layers = 8 contradicts", "need drop_layers = 0", "gives 32"],
+            ["drop_layers = 8: it contradicts", "48 need 0", "gives 32"],
         ),
     ],
 )

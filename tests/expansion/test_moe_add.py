@@ -420,7 +420,7 @@ def test_experts_that_share_a_tensor_are_not_rounded_to_the_first_one(tmp_path: 
 
 BAD: list[tuple[MoeAdd, str]] = [
     (MoeAdd(clone_from=(4,)), "there is no expert 4; allowed are 0 to 3"),
-    (MoeAdd(clone_from=(0, 1)), "one for each of the 3 layers"),
+    (MoeAdd(clone_from=(0, 1)), "one for each of 3 layers"),
     (MoeAdd(clone_from=(0,), init="mean"), "init=mean clones none"),
     (MoeAdd(init="random", noise=0.5), "init=random makes none"),
     (MoeAdd(init="distill", teacher="x", num_experts=1), "allowed is at least 2"),

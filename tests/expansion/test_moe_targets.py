@@ -56,12 +56,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Moe, str]] = {
         r"experts_per_token = 5.*at most 4",
     ),
     "default k of too few": ("llama", {}, Moe(num_experts=1), "num_experts = 1.*at least 2"),
-    "pieces": ("llama", {}, Moe(granularity=3), r"granularity = 3 .*40 neurons; nearest: 2"),
+    "pieces": ("llama", {}, Moe(granularity=3), r"granularity = 3: .*40 neurons; nearest: 2"),
     "pieces of experts": (
         "llama",
         {},
         Moe(granularity=2, num_experts=7),
-        r"num_experts = 7: allowed is a multiple of granularity = 2.*nearest: 6 or 8",
+        r"num_experts = 7: allowed is a multiple of expansion.moe.granularity = 2.*nearest: 6 or 8",
     ),
     "pieces of a token": (
         "llama",
@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Moe, str]] = {
         r"experts_per_token = 2.*at least 4; nearest: 4",
     ),
     "all layers": ("mistral", {}, Moe(layers=(0,)), "leaves layers 1, 2 dense.*mixtral"),
-    "layer that is not there": ("qwen3", {}, Moe(layers=(1, 3)), r"layers = \[1, 3\].*0 to 2"),
+    "layer that is not there": ("qwen3", {}, Moe(layers=(1, 3)), r"layers = \[1,3\].*0 to 2"),
     "no layer": ("qwen3", {}, Moe(layers=()), r"layers = \[\]"),
     "mixed attention": (
         "qwen3",

@@ -9,12 +9,12 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from tritter.forgetting.path_integral import PathIntegral
 
 from tests import oracle
 from tests.training.test_fit import SETTINGS, batches
 from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.data.batches import BatchStream, SequenceStream
+from tritter.forgetting.path_integral import PathIntegral
 from tritter.forgetting.si import WeightPath
 from tritter.training import BaseModule, OptimizerSettings, Schedule, fit
 

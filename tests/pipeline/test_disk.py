@@ -23,7 +23,7 @@ from tests.pipeline.tiny import FIXTURES, TINY
 from tests.test_kill_safety import run_child
 from tritter.checkpoint import lineage_of
 from tritter.checkpoint.history import read_chain, verify
-from tritter.cli.history import run_history
+from tritter.cli import main
 from tritter.config.launch.composition import load_config
 from tritter.data.documents import Document
 from tritter.data.tokens import train_tokenizer
@@ -392,17 +392,18 @@ def test_history_reports_a_removed_parent(
     folder = tmp_path / "run"
     assert not list((folder / "attempt_1").rglob("*.safetensors"))
     capsys.readouterr()
-    assert run_history(folder / "checkpoint", verify=True, as_json=True) == 0
+    history = ["history", str(folder / "checkpoint"), "--verify"]
+    assert main([*history, "--json"]) == 0
     chain = json.loads(capsys.readouterr().out)["chain"]
     assert [each["state"] for each in chain] == ["intact", "removed", "intact"]
     assert chain[1]["made_by"] == "width, removed" and chain[1]["parameters"] > 0
-    assert run_history(folder / "checkpoint", verify=True, as_json=False) == 0
+    assert main(history) == 0
     assert "1 removed by their run" in " ".join(capsys.readouterr().out.split())
     # The negative control: weights that are gone without the mark of a run
     ledger = json.loads((folder / "ledger.json").read_text())
     del ledger["removed"]
     (folder / "ledger.json").write_text(json.dumps(ledger))
-    assert run_history(folder / "checkpoint", verify=True, as_json=True) != 0
+    assert main([*history, "--json"]) != 0
 
 
 @pytest.mark.full

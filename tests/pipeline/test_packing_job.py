@@ -10,7 +10,7 @@ import torch
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.kept_sequences import KeptSequences
-from tritter.cli.continued import _recorded_settings
+from tritter.cli.train import _recorded_settings
 from tritter.config.fingerprint import changed_keys, fingerprint
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
@@ -46,7 +46,7 @@ def test_its_base_is_another_and_a_stream_is_called_as_before(done: Path) -> Non
     assert "packing" not in stream["data"]
     assert changed_keys(stream, documents) == ["data.packing"]
     # A command that goes on with the checkpoint packs as it was packed
-    assert _recorded_settings(done / "checkpoint", "text")["data.packing"] == "documents"
+    assert _recorded_settings(done / "checkpoint", is_text=True)["data.packing"] == "documents"
 
 
 @pytest.mark.full

@@ -86,12 +86,12 @@ def test_of_many_the_most_used_are_shown() -> None:
     names = [f"expert_{number}" for number in range(40)]
     usage = {f"d{n}": {name: n * i / 1000 for i, name in enumerate(names)} for n in range(30)}
     found = record_of({"names": names, "usage": usage})
-    table = usage_table(found, signs=SIGNS)
-    assert [column.header for column in table.columns] == ["domain", *names[-6:]]
+    table = usage_table(found)
+    assert list(table.header) == ["domain", *names[-6:]]
     assert str(table.caption).splitlines() == [
         "34 experts more are in summary.json", "14 domains more are in summary.json",
     ]  # fmt: skip
-    assert experts_table(found, signs=SIGNS).row_count == 16
+    assert len(experts_table(found).rows) == 16
     width, height = experts_figure(found, end=5).get_size_inches()
     assert max(width, height) * 150 < 2**12
 
@@ -244,8 +244,8 @@ def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
             if found is None:
                 continue
             assert experts_text(found)
-            experts_table(found, signs=SIGNS)
-            usage_table(found, signs=SIGNS)
+            experts_table(found)
+            usage_table(found)
             page_tables(found)
             if shown % 50 == 0:  # drawing takes its time
                 FigureCanvasAgg(experts_figure(found, end=0)).draw()

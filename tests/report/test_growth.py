@@ -68,8 +68,8 @@ def test_of_many_layers_those_that_grew_most_are_shown(summary: dict[str, Any]) 
     born: Counter[int] = Counter()
     for event in made["events"]:
         born[event["layer"]] += event["born"]
-    table = growth_table(record_of(made), signs=SIGNS)
-    shown = [int(cell) for cell in table.columns[0].cells]
+    table = growth_table(record_of(made))
+    shown = [int(row[0]) for row in table.rows]
     assert len(shown) == MAX_ROWS and shown == sorted(shown)
     assert min(born[layer] for layer in shown) >= max(born[n] for n in born if n not in shown)
     text = printed(summary | {"growth": made})
@@ -218,7 +218,7 @@ def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
             found = GrowthRecord.of(changed)
             assert found is not None
             assert growth_text(found, signs=SIGNS) and found.name
-            growth_table(found, signs=SIGNS)
+            growth_table(found)
             if shown % 20 == 0:  # drawing takes its time
                 FigureCanvasAgg(growth_figure(found, end=0, end_flops=1.0)).draw()
             shown += 1

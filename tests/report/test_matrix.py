@@ -54,8 +54,8 @@ def test_the_table_has_what_was_learned_and_what_became_of_it(summary: dict[str,
 
 def test_of_very_many_domains_the_first_are_shown() -> None:
     made = matrix(*(f"d{number}" for number in range(60)))
-    table = transfer_table(made, signs=SIGNS)
-    assert table.row_count == MAX_ROWS + 1 and len(transfer_rows(made)) == 61
+    table = transfer_table(made)
+    assert len(table.rows) == MAX_ROWS + 1 and len(transfer_rows(made)) == 61
     assert "37 more are in summary.json" in str(table.caption)
     width, height = matrix_figure(made).get_size_inches()
     assert max(width, height) * 150 < 2**13
@@ -138,7 +138,7 @@ def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
                 check_summary(summary | changed)
             except TritterError:
                 continue
-            transfer_table(changed["matrix"], signs=SIGNS)
+            transfer_table(changed["matrix"])
             mean_transfers(changed["matrix"])
             if shown % 10 == 0:
                 FigureCanvasAgg(matrix_figure(changed["matrix"])).draw()

@@ -16,7 +16,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.data import DataLoader
-from tritter.forgetting.path_integral import PathIntegral
 
 from tests import oracle
 from tests.oracle.families import tiny
@@ -29,6 +28,7 @@ from tritter.expand import Change, declared, expand
 from tritter.expand.live import ModelExpander
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.families import family_of, with_ffn_sizes
+from tritter.forgetting.path_integral import PathIntegral
 from tritter.models import config_of, load_model
 from tritter.parameter_map import AxisFactor, AxisMap, Fill, TensorMap
 from tritter.parameter_map.carry import MOMENTS, Policy

@@ -20,7 +20,7 @@ from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.checkpoint.record import Lineage
 from tritter.checkpoint.source import Source
 from tritter.checkpoint.state import write_state
-from tritter.errors import RequestError, TritterError
+from tritter.errors import Problem, RequestError, TritterError, refused
 from tritter.families import (
     Config,
     LayoutKind,
@@ -262,10 +262,12 @@ def _rounded(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
     if is_finite(rounded):
         return rounded
     if not is_finite(value):
-        raise RequestError(f"{weights.name}: {name} holds values that are not finite.")
-    raise RequestError(
-        f"dtype = {str(dtype).removeprefix('torch.')}: {weights.name} holds {name}, whose largest "
-        f"value is {float(value.abs().max()):.3g}; allowed is bfloat16 or float32."
+        raise RequestError(Problem(weights.name, reason=f"{name} holds values that are not finite"))
+    raise refused(
+        "dtype",
+        str(dtype).removeprefix("torch."),
+        f"{weights.name} holds {name}, whose largest value is {float(value.abs().max()):.3g}; "
+        "allowed is bfloat16 or float32",
     )
 
 

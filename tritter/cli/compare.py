@@ -1,49 +1,56 @@
 """`tritter compare`: runs side by side in the terminal, on a page, or in a file of numbers."""
 
+from __future__ import annotations
+
 import csv
 import io
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from tritter.cli.output import new_console, new_table, print_json, shown_path, signs_of
-from tritter.cli.report_file import FORMATS, ReportFile, mark
-from tritter.cli.run_folders import find_runs, metric_rows, read_runs
-from tritter.config.run_folder import SUMMARY_FILE
+from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, place
+from tritter.cli.output import new_console, print_json, shown_path, signs_of
+from tritter.cli.report import find_runs, metric_rows, read_runs
 from tritter.errors import Problem, RequestError, TritterError
-from tritter.evaluation.statistics import PairedScores
-from tritter.pipeline.scoring import MAX_SCORE_BYTES, score_file
-from tritter.report.compared import Compared, Comparison, Scores, letter
-from tritter.report.page import page
-from tritter.report.page_table import PageTable
-from tritter.report.rows import ACCURACY, LARGEST, last_attempt, score_of
-from tritter.report.runs import Run
 from tritter.storage.reading import read_object
-from tritter.storage.records import LINEAGE_NAME
+from tritter.storage.records import LINEAGE_NAME, SUMMARY_FILE
 from tritter.terminal import Console
 
+if TYPE_CHECKING:
+    from tritter.cli.report_file import ReportFile
+    from tritter.report.compared import Compared, Comparison, Scores
+    from tritter.report.runs import Run
+    from tritter.report.table import Table
+
 _DEEPEST = 2  # a checkpoint below its run: attempt_1/trained
-_SHORT = ("role", "run", "status", "verdict")  # columns that stay whole on a narrow terminal
+_WHOLE = ("role", "run", "status", "verdict")  # columns that stay whole on a narrow terminal
 _PEAK = "performance/peak_memory_bytes"
 
 
-def run_compare(
-    folders: Sequence[Path], *, output: Path | None, overwrite: bool, as_json: bool
+def compare(
+    folders: Runs,
+    output: Annotated[
+        Path | None,
+        option(
+            "--output",
+            "FILE",
+            "Also write a page (.html), or the numbers (.csv, .json).",
+            parser=place,
+        ),
+    ] = None,
+    overwrite: ReportOverwrite = False,
+    as_json: AsJson = False,
 ) -> int:
-    """Print the comparison, or write it; return 0.
+    """Hold finished runs against the first: settings, losses in pairs, cost."""
+    from tritter.cli.report_file import mark
+    from tritter.report.compared import Comparison
 
-    Args:
-        folders: of runs, of what holds them, or checkpoints that runs left.
-        output: a page, or a file of numbers, by its ending.
-
-    Raises:
-        RequestError: fewer than two runs are found, one is damaged, or the place is taken.
-    """
     file = None if output is None else _file(output, overwrite=overwrite)
     found = find_runs([_run_of(folder) for folder in folders])
     if len(found.finished) < 2:
@@ -73,6 +80,8 @@ def _file(output: Path, *, overwrite: bool) -> ReportFile:
     Raises:
         RequestError: there is no such format, or the file may not be written.
     """
+    from tritter.cli.report_file import FORMATS, ReportFile
+
     format = FORMATS.get(output.suffix)
     if format is None:
         reason = f"the ending selects the format; allowed is one of {', '.join(FORMATS)}"
@@ -91,6 +100,8 @@ def _run_of(folder: Path) -> Path:
 
 
 def _compared(place: Path, run: Run) -> Compared:
+    from tritter.report.compared import Compared
+
     scores, why_not = None, ""
     try:
         scores = _scores(place, run)
@@ -105,6 +116,10 @@ def _scores(place: Path, run: Run) -> Scores:
     Raises:
         TritterError: it is not there, damaged, or not what its summary says.
     """
+    from tritter.evaluation.statistics import PairedScores
+    from tritter.pipeline.scoring import MAX_SCORE_BYTES, score_file
+    from tritter.report.rows import last_attempt, score_of
+
     summary = run.summary
     rounds, attempts = summary.get("rounds") or (), summary["attempts"]
     name = f"round_{len(rounds)}" if rounds else f"attempt_{max(1, len(attempts))}"
@@ -127,6 +142,8 @@ def _scores(place: Path, run: Run) -> Scores:
 
 def _peak_memory(place: Path) -> float | None:
     """Return the most memory that a run wrote down; None where it did not."""
+    from tritter.report.rows import LARGEST
+
     try:
         cells = [row.get(_PEAK) for row in metric_rows(place / "metrics.csv")]
         values = [float(cell) for cell in cells if cell]
@@ -139,6 +156,8 @@ def _peak_memory(place: Path) -> float | None:
 def _content(
     comparison: Comparison, kind: str, notes: Sequence[str], numbers: Mapping[str, Any]
 ) -> str:
+    from tritter.report.page import page
+
     if kind == "json":
         return json.dumps(numbers, indent=2, allow_nan=False) + "\n"
     if kind == "csv":
@@ -153,6 +172,8 @@ def _content(
 
 
 def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) -> None:
+    from tritter.report.compared import letter
+
     console = new_console()
     signs = signs_of(console)
     for number, each in enumerate(comparison.runs):
@@ -166,22 +187,20 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
         console.print(Text(f"written  {signs_of(console).printable(shown_path(output))}"))
 
 
-def _print_table(console: Console, title: str, table: PageTable) -> None:
-    signs = signs_of(console)
-    names = [f"{name}{' ' * table.header[:at].count(name)}" for at, name in enumerate(table.header)]
-    numbers = [names[at] for at in table.numbers]
-    wrapped = [name for name in names if name not in numbers and name.strip() not in _SHORT]
-    shown = new_table(*map(signs.printable, names), numbers=numbers, wrapped=wrapped)
+def _print_table(console: Console, title: str, table: Table) -> None:
+    """Print a table; what a row has in common with the one before is left out of it."""
+    from tritter.report.table import label
+
+    signs, rows = signs_of(console), []
     before = ""
-    for row in table.rows:
-        is_again = table.header[0] in ("domain", "setting") and row[0] == before
-        before = row[0]
-        first = row[0].removesuffix(ACCURACY)  # a long name is broken between words
-        first += "" if table.header[0] != "domain" or first == row[0] else " right"
-        cells = ("" if is_again else first, *row[1:])
-        shown.add_row(*(Text(signs.printable(cell)) for cell in cells))
+    for first, *others in table.rows:
+        is_again = table.header[0] in ("domain", "setting") and first == before
+        before = first
+        rows.append(("" if is_again else label(first), *others))
+    whole = [at for at, name in enumerate(table.header) if at in table.numbers or name in _WHOLE]
     console.print(Text(signs.printable(title), style="bold"))
-    console.print(shown)
+    shown = replace(table, rows=tuple(rows), caption="")
+    console.print(shown.to_rich(signs, whole=whole))
     if table.caption:
         console.print(Text(signs.printable(table.caption), style="dim"))
     console.print()

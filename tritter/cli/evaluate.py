@@ -1,123 +1,173 @@
 """`tritter evaluate`: a checkpoint's losses on text, and its scores on benchmarks."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch import nn
-
-from tritter.checkpoint import read_lineage
-from tritter.cli.output import new_console, new_table, print_json, progress_bars, shown_path
-from tritter.cli.report_file import ReportFile, mark
-from tritter.cli.request import damage_is_a_wrong_request
-from tritter.data.benchmark_names import code_problems
-from tritter.data.tokens import read_tokenizer
+from tritter.cli.options import AsJson, Checkpoint, ReportOverwrite, option, place
+from tritter.cli.output import (
+    new_console,
+    new_table,
+    print_json,
+    progress_bars,
+    refuse_damage,
+    shown_path,
+)
 from tritter.errors import RequestError, raise_problems
-from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
-from tritter.evaluation.benchmarks.formats import Benchmark
-from tritter.evaluation.benchmarks.harness import (
-    Asking,
-    BenchmarkScores,
-    require_harness,
-    score_benchmark,
-    score_from_hub,
-)
-from tritter.evaluation.benchmarks.table import benchmarks_of
-from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
-from tritter.evaluation.statistics import PairedScores
-from tritter.experts.whole import load_whole
-from tritter.families import family_of, position_limit
-from tritter.models import load_tokenizer, read_config
-from tritter.pipeline.evaluate import (
-    DomainsToScore,
-    domain_losses,
-    learned_domains,
-    named_domains,
-    read_data_words,
-    sequence_length,
-)
+from tritter.limits import MAX_COUNT
+from tritter.loading import loading
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.terminal import Console
 
+if TYPE_CHECKING:
+    from torch import nn
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateRequest:
-    """What is asked, as typed."""
+    from tritter.cli.report_file import ReportFile
+    from tritter.evaluation.benchmarks.files import Questions
+    from tritter.evaluation.benchmarks.formats import Benchmark
+    from tritter.evaluation.benchmarks.harness import Asking, BenchmarkScores
+    from tritter.evaluation.code.sandbox import Sandbox
+    from tritter.evaluation.statistics import PairedScores
 
-    checkpoint: str
-    tasks: tuple[str, ...] = ()
-    tasks_path: Path | None = None
-    data: tuple[str, ...] = ()
-    limit: int | None = None
-    batch_size: int = 16
-    allow_code: tuple[str, ...] = ()
-    code_sandbox: str | None = None
-    output: Path | None = None
+_CODE = "Programs that the model writes (humaneval, mbpp)"
 
 
-@dataclass(frozen=True, slots=True)
-class _Benchmarks:
-    """Benchmarks that are asked: with their questions, where these come from files."""
+def _names(incomplete: str) -> list[str]:
+    """Return what the last benchmark of a list may become, for a shell."""
+    from tritter.data.benchmark_names import GROUPS, HUB_NAMES
 
-    names: tuple[Benchmark, ...]
-    questions: Mapping[str, Questions]
-    sandbox: Sandbox | None
+    done = incomplete[: incomplete.rfind(",") + 1]
+    names = dict.fromkeys([*GROUPS, *HUB_NAMES])
+    return [found for name in names if (found := done + name).startswith(incomplete)]
 
 
-def run_evaluate(request: EvaluateRequest, *, overwrite: bool, as_json: bool) -> int:
-    """Evaluate and print; return 0. Nothing of the checkpoint is changed.
+Tasks = Annotated[
+    list[str] | None,
+    option(
+        "--tasks",
+        "NAME,..",
+        "Benchmarks, or groups of them: base_capabilities, code, math, reasoning.",
+        completes=_names,
+    ),
+]
+TasksPath = Annotated[
+    Path | None,
+    option(
+        "--tasks-path",
+        "DIR",
+        "Folder with the benchmarks' files, at any depth. Default: the hub.",
+        parser=place,
+    ),
+]
+Data = Annotated[
+    list[str] | None,
+    option(
+        "--data",
+        "NAME=PATH",
+        "Text (file, folder, glob; again for more) whose loss is taken. Default, without "
+        "--tasks: what was held out of the text that the checkpoint learned.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    option("--limit", "N", "Ask N questions of each benchmark.", least=1, most=MAX_COUNT),
+]
+BatchSize = Annotated[
+    int, option("--batch-size", "N", "Texts that are read at a time.", least=1, most=MAX_COUNT)
+]
+AllowCode = Annotated[
+    list[str] | None,
+    option("--allow-code", "NAME,..", "Run the programs of these benchmarks.", panel=_CODE),
+]
+CodeSandbox = Annotated[
+    str | None,
+    option(
+        "--code-sandbox",
+        "CMD",
+        "A command that reads a program on its standard input and runs it, in place of "
+        "Tritter's own sandbox.",
+        panel=_CODE,
+    ),
+]
+ResultFile = Annotated[
+    Path | None,
+    option("--output", "FILE.json", "Write the result to a file, too.", parser=place),
+]
 
-    Raises:
-        RequestError: the checkpoint, text, a benchmark or a sandbox can't be had.
-        TritterError: the model computes what is not finite.
+
+def evaluate(
+    checkpoint: Checkpoint,
+    tasks: Tasks = None,
+    tasks_path: TasksPath = None,
+    data: Data = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
+    allow_code: AllowCode = None,
+    code_sandbox: CodeSandbox = None,
+    output: ResultFile = None,
+    overwrite: ReportOverwrite = False,
+    as_json: AsJson = False,
+) -> int:
+    """Take a checkpoint's losses on text and its scores on benchmarks; it is not changed.
+
+    tritter evaluate base --tasks reasoning --tasks-path benchmarks
     """
-    sources = read_data_words(request.data)
-    file = None
-    if request.output is not None:
-        file = _file(request.output, request, sources, overwrite=overwrite)
-    benchmarks = _benchmarks(request)
-    with damage_is_a_wrong_request():
-        folder = locate(request.checkpoint)
+    with loading("transformers"):
+        import torch
+
+        from tritter.checkpoint import read_lineage
+        from tritter.cli.report_file import mark
+        from tritter.data.tokens import read_tokenizer
+        from tritter.evaluation.benchmarks.harness import Asking
+        from tritter.evaluation.benchmarks.table import benchmarks_of
+        from tritter.experts.whole import load_whole
+        from tritter.families import family_of, position_limit
+        from tritter.models import read_config
+        from tritter.pipeline import evaluate as losses_of
+
+    sources = losses_of.read_data_words(data or ())
+    places = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
+    places += [named_path(word, key="--data") for words in sources.values() for word in words]
+    file = _file(output, places, overwrite=overwrite)
+    chosen = benchmarks_of(_listed(tasks), key="--tasks")
+    sandbox = _sandbox(chosen, _listed(allow_code), code_sandbox)
+    questions = _questions(chosen, tasks_path, limit)
+    with refuse_damage():
+        folder = locate(checkpoint, key="--checkpoint")
         config, lineage = read_config(folder), read_lineage(folder)
-        vocab_size = family_of(config).dimensions(config).vocab_size
-        tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
-        domains = DomainsToScore({}, ())
+        dimensions = family_of(config).dimensions(config)
+        tokenizer = read_tokenizer(folder, vocab_size=dimensions.vocab_size)
+        domains = losses_of.DomainsToScore({}, ())
         if sources:
-            domains = named_domains(sources, tokenizer)
-        elif not benchmarks.names:
-            domains = learned_domains(folder, lineage, tokenizer)
+            domains = losses_of.named_domains(sources, tokenizer)
+        elif not chosen:
+            domains = losses_of.learned_domains(folder, lineage, tokenizer)
         model = load_whole(folder)
         _check_finite(model, folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    length = sequence_length(lineage, position_limit(config))
+    length = losses_of.sequence_length(lineage, position_limit(config))
     with progress_bars(is_shown=not as_json) as new_bar:
-        losses = domain_losses(
-            model,
-            domains.documents,
-            tokenizer,
-            length=length,
-            batch_size=request.batch_size,
+        losses = losses_of.domain_losses(
+            model, domains.documents, tokenizer, length=length, batch_size=batch_size,
             new_bar=new_bar,
-        )
-    asking = Asking(
-        limit=request.limit,
-        batch_size=request.batch_size,
-        sandbox=benchmarks.sandbox,
-        is_shown=not as_json,
-    )
-    scores = [_scored(model, folder, one, benchmarks, asking) for one in benchmarks.names]
+        )  # fmt: skip
+    asking = Asking(limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json)
+    scores = [_scored(model, folder, each, questions, asking) for each in chosen]
     record = {
         **mark("evaluate"),
         "checkpoint": str(folder),
         "model_hash": lineage.model_hash if lineage is not None else None,
         "sequence_length": length,
-        "losses": {name: held.record() for name, held in losses.items()},
-        "benchmarks": {held.name: _record(held, benchmarks) for held in scores},
+        "losses": {name: found.record() for name, found in losses.items()},
+        "benchmarks": {
+            found.name: _record(found, each, questions)
+            for found, each in zip(scores, chosen, strict=True)
+        },
         "notes": list(domains.notes),
     }
     if file is not None:
@@ -125,48 +175,52 @@ def run_evaluate(request: EvaluateRequest, *, overwrite: bool, as_json: bool) ->
     if as_json:
         print_json(record)
     else:
-        _print(losses, scores, notes=domains.notes, output=request.output)
+        _print(losses, scores, notes=domains.notes, output=output)
     return 0
 
 
-def _file(
-    output: Path, request: EvaluateRequest, sources: Mapping[str, Sequence[str]], *, overwrite: bool
-) -> ReportFile:
-    """Return the file to write the result to.
+def _listed(words: Sequence[str] | None) -> list[str]:
+    return [name for word in words or () for name in word.split(",")]
+
+
+def _file(output: Path | None, sources: Sequence[Path], *, overwrite: bool) -> ReportFile | None:
+    """Return the file to write the result to; None where none is named.
 
     Raises:
         RequestError: it may not be written.
     """
-    places = [named_path(request.checkpoint, key="--checkpoint")]
-    places += [named_path(word, key="--data") for words in sources.values() for word in words]
-    places += [] if request.tasks_path is None else [request.tasks_path]
+    from tritter.cli.report_file import ReportFile
+
+    if output is None:
+        return None
     file = ReportFile(
-        path=output, kind="evaluate", format="json", overwrite=overwrite, sources=places
+        path=output, kind="evaluate", format="json", overwrite=overwrite, sources=sources
     )
     file.check()
     return file
 
 
-def _benchmarks(request: EvaluateRequest) -> _Benchmarks:
-    """Return the benchmarks, once everything about them is found to be in order."""
-    words = [name for word in request.tasks for name in word.split(",")]
-    chosen = benchmarks_of(words, key="--tasks")
-    allowed = [name for word in request.allow_code for name in word.split(",")]
-    sandbox = _sandbox(chosen, allowed, request.code_sandbox)
-    if request.tasks_path is not None and not chosen:
-        raise RequestError(
-            f"--tasks-path = {request.tasks_path}: name the benchmarks, --tasks NAMES."
-        )
-    if not chosen:
-        return _Benchmarks((), {}, None)
-    questions: dict[str, Questions] = {}
-    if request.tasks_path is not None:
-        folder = TasksFolder(request.tasks_path, key="--tasks-path")
-        questions = {
-            held.benchmark.name: held for held in load(chosen, folder, limit=request.limit)
-        }
-    require_harness()
-    return _Benchmarks(chosen, questions, sandbox)
+def _questions(
+    chosen: Sequence[Benchmark], tasks_path: Path | None, limit: int | None
+) -> dict[str, Questions]:
+    """Return the questions of benchmarks, where they come from files.
+
+    Raises:
+        RequestError: a file is missing or damaged, or no benchmark is named.
+        TritterError: lm-eval is not installed.
+    """
+    from tritter.evaluation.benchmarks.files import TasksFolder, load
+    from tritter.evaluation.benchmarks.harness import require_harness
+
+    if tasks_path is not None and not chosen:
+        raise RequestError(f"--tasks-path = {tasks_path}: name the benchmarks, --tasks NAMES.")
+    questions = {}
+    if tasks_path is not None:
+        files = TasksFolder(tasks_path, key="--tasks-path")
+        questions = {found.benchmark.name: found for found in load(chosen, files, limit=limit)}
+    if chosen:
+        require_harness()
+    return questions
 
 
 def _sandbox(
@@ -177,10 +231,12 @@ def _sandbox(
     Raises:
         RequestError: a benchmark is not allowed to run programs, or no sandbox can be had.
     """
+    from tritter.data.benchmark_names import code_problems
+    from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox
+
     names = [benchmark.name for benchmark in chosen]
     raise_problems(code_problems(names, allowed, key="--tasks", allowing="--allow-code"))
-    asked = [benchmark.name for benchmark in chosen if benchmark.kind == "code"]
-    if not asked:
+    if not any(benchmark.kind == "code" for benchmark in chosen):
         return None
     sandbox: Sandbox = ExternalSandbox(command) if command else NamespaceSandbox()
     sandbox.check()
@@ -188,13 +244,19 @@ def _sandbox(
 
 
 def _scored(
-    model: nn.Module, folder: Path, benchmark: Benchmark, benchmarks: _Benchmarks, asking: Asking
+    model: nn.Module,
+    folder: Path,
+    benchmark: Benchmark,
+    questions: Mapping[str, Questions],
+    asking: Asking,
 ) -> BenchmarkScores:
+    from tritter.evaluation.benchmarks.harness import score_benchmark, score_from_hub
+    from tritter.models import load_tokenizer
+
     tokenizer = load_tokenizer(folder)
-    questions = benchmarks.questions.get(benchmark.name)
-    if questions is None:
+    if (of_files := questions.get(benchmark.name)) is None:
         return score_from_hub(model, tokenizer, benchmark, asking)
-    return score_benchmark(model, tokenizer, questions, asking)
+    return score_benchmark(model, tokenizer, of_files, asking)
 
 
 def _check_finite(model: nn.Module, folder: Path) -> None:
@@ -203,23 +265,24 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
         raise RequestError(f"{folder}: {broken[0]} holds values that are not finite.")
 
 
-def _record(scores: BenchmarkScores, benchmarks: _Benchmarks) -> dict[str, Any]:
-    questions = benchmarks.questions.get(scores.name)
-    hub = next(one.hub for one in benchmarks.names if one.name == scores.name)
-    known = scores.known_by.record()
+def _record(
+    scores: BenchmarkScores, benchmark: Benchmark, questions: Mapping[str, Questions]
+) -> dict[str, Any]:
+    known, nulls = scores.known_by.record(), scores.nulls
+    of_files = questions.get(scores.name)
     return {
         "metric": scores.metric,
         "score": known["accuracy"],
         "standard_error": known["standard_error"],
         "n": known["n"],
-        "chance": scores.nulls.chance,
+        "chance": nulls.chance,
         "null_models": {
-            "uniform": scores.nulls.uniform,
-            "constant": scores.nulls.constant,
-            "empty": scores.nulls.empty,
+            "uniform": nulls.uniform,
+            "constant": nulls.constant,
+            "empty": nulls.empty,
         },
         "metrics": {metric: held.mean() for metric, held in scores.scores.items()},
-        "source": list(questions.files) if questions is not None else f"hub: {hub}",
+        "source": f"hub: {benchmark.hub}" if of_files is None else list(of_files.files),
         "limited": list(scores.notes),
     }
 

@@ -1,18 +1,32 @@
 """`tritter expand`: read the request, show what comes of it, write it."""
 
+from __future__ import annotations
+
 import shlex
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 
-from tritter.checkpoint import Lineage
-from tritter.cli.domain import print_domain, train_domain
-from tritter.cli.expand_place import ExpandPlace
-from tritter.cli.expand_request import ExpandRequest
-from tritter.cli.expand_room import RoomTold, room_json
-from tritter.cli.measure import Measurement, measure
+from tritter.cli.methods import method_names, option_names, specs_of
+from tritter.cli.options import (
+    WRITING,
+    AsJson,
+    Checkpoint,
+    MaxShardSize,
+    Overwrite,
+    Seed,
+    choice,
+    flag,
+    is_typed,
+    option,
+    parameter_count,
+    place,
+    spelled,
+)
 from tritter.cli.output import (
     EXIT_NO,
     SHAPES,
@@ -22,28 +36,42 @@ from tritter.cli.output import (
     print_json,
     print_lines,
     progress_bars,
+    refuse_damage,
     says_if_written,
     shapes_of,
     short,
     shown_path,
+    signs_of,
 )
-from tritter.cli.request import choice, damage_is_a_wrong_request
-from tritter.cli.values import spelled
-from tritter.errors import show
-from tritter.expand import (
-    Expanded,
-    PlannedExpansion,
-    Room,
-    expand,
-    plan_expansion,
-    room_for,
+from tritter.errors import (
+    Names,
+    Problem,
+    RequestError,
+    TritterError,
+    naming,
+    raise_problems,
+    show,
 )
-from tritter.expansion import ExpansionSpec, ResolvedExpansion
-from tritter.families import Config, family_of, on_disk
-from tritter.parameter_map.carry import POLICIES
+from tritter.limits import MAX_COUNT
+from tritter.loading import loading
 from tritter.report.wording import count_text
-from tritter.storage.tensors import WEIGHT_DTYPES
+from tritter.storage.hashing import DigestQueue
+from tritter.storage.hub import locate
+from tritter.storage.reading import named_path
+from tritter.storage.tensors import WEIGHT_DTYPES, TensorFolder
 from tritter.terminal import Console, say
+
+if TYPE_CHECKING:
+    import torch
+
+    from tritter.checkpoint import Lineage, Source
+    from tritter.cli.measure import Measurement
+    from tritter.config.recipe import Recipe, Settings
+    from tritter.config.schema import TextSources
+    from tritter.expand import Expanded, PlannedExpansion, Room
+    from tritter.expansion import ExpansionSpec, ResolvedExpansion
+    from tritter.families import Config
+    from tritter.pipeline.domain import DomainExpansion
 
 # Field, the value that leaves the function alone, and the words that ask for it.
 _EXACT_CHOICES: tuple[tuple[str, Any, str], ...] = (
@@ -53,182 +81,665 @@ _EXACT_CHOICES: tuple[tuple[str, Any, str], ...] = (
     ("init", "fresh", "--width-init fresh"),
     ("head_strategy", "copy", "--head-strategy copy"),
 )
+# Keys of the run that trains experts on a domain, and of the expansion itself
+_NAMES = {
+    "data.new": "--domain-data",
+    "data.old": "--old-data",
+    "model.path": "--checkpoint",
+    "training.max_steps": "--steps",
+    "training.learning_rate": "--learning-rate",
+    "trainer.check_memory": None,
+    "target_params": "--target-params",
+    "dtype": "--dtype",
+}
+_SHARD_BYTES = 5 * 10**9
+DEFAULT_STEPS = 200
+DEFAULT_LEARNING_RATE = 1e-4
+DEFAULT_DOMAIN = "new"
 
 
-def run_expand(
-    request: ExpandRequest, place: ExpandPlace, *, dry_run: bool, overwrite: bool, as_json: bool
+def _methods(incomplete: str) -> list[str]:
+    """Return what the last method of a list may become, for a shell."""
+    from tritter.cli.methods import method_bodies
+
+    done = incomplete[: incomplete.rfind(",") + 1]
+    return [
+        found for name in method_bodies() if (found := done + spelled(name)).startswith(incomplete)
+    ]
+
+
+Method = Annotated[
+    list[str] | None,
+    option(
+        "--method",
+        "METHOD,..",
+        "dus, stack, interpolate, llama-pro, width, moe or moe-add; several, joined by "
+        "commas, in their order.",
+        completes=_methods,
+    ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    option(
+        "--recipe",
+        "FILE",
+        "In place of --method: YAML with a list of steps and their options.",
+        parser=place,
+    ),
+]
+Output = Annotated[
+    Path | None, option("--output", "DST", "New folder. Default: SRC-METHOD.", parser=place)
+]
+ConfigDir = Annotated[
+    list[str] | None,
+    option("--config-dir -cd", "DIR", "Folder of option files of yours; see docs/extending.md."),
+]
+TargetParams = Annotated[
+    int | None,
+    option(
+        "--target-params",
+        "COUNT",
+        "Nearest real shape to so many parameters, such as 7B or 350M.",
+        parser=parameter_count,
+    ),
+]
+Moments = Annotated[
+    str,
+    option(
+        "--moments",
+        "carry|zero|reset-new",
+        "What becomes of optimizer state beside the model.",
+        panel=WRITING,
+    ),
+]
+DType = Annotated[
+    str | None,
+    option(
+        "--dtype",
+        "float32|bfloat16|float16|float64",
+        "Of the result. Default: the source's.",
+        panel=WRITING,
+    ),
+]
+Measure = Annotated[
+    bool | None,
+    flag(
+        "--measure/--no-measure",
+        "Compare source and result in stock models, layer by layer, and record the step-0 error.  "
+        "Default: measured.",
+        panel=WRITING,
+    ),
+]
+DryRun = Annotated[bool, flag("--dry-run", "Show the result, write nothing.", panel=WRITING)]
+
+_DOMAIN = "New experts on a domain (moe-add)"
+
+Domain = Annotated[
+    str | None,
+    option(
+        "--domain",
+        "NAME",
+        "moe-add: what the text at --domain-data is called. Default: new.",
+        panel=_DOMAIN,
+    ),
+]
+DomainData = Annotated[
+    list[str] | None,
+    option(
+        "--domain-data",
+        "PATH",
+        "moe-add: text (file, folder, glob; again for more) that routers and new experts are "
+        "trained on at once.",
+        panel=_DOMAIN,
+    ),
+]
+OldData = Annotated[
+    list[str] | None,
+    option(
+        "--old-data",
+        "PATH",
+        "With --domain-data: text of which two fifths are mixed in, so that it is kept.",
+        panel=_DOMAIN,
+    ),
+]
+DomainSteps = Annotated[
+    int | None,
+    option(
+        "--steps",
+        "N",
+        "With --domain-data: steps of the new experts' training. Default: 200.",
+        least=1,
+        most=MAX_COUNT,
+        panel=_DOMAIN,
+    ),
+]
+LearningRate = Annotated[
+    float | None,
+    option(
+        "--learning-rate",
+        "X",
+        "With --domain-data: of the new experts, at its peak. Default: 1e-4.",
+        panel=_DOMAIN,
+    ),
+]
+
+
+def expand(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    method: Method = None,
+    recipe: RecipeFile = None,
+    output: Output = None,
+    config_dir: ConfigDir = None,
+    target_params: TargetParams = None,
+    domain: Domain = None,
+    domain_data: DomainData = None,
+    old_data: OldData = None,
+    steps: DomainSteps = None,
+    learning_rate: LearningRate = None,
+    moments: Moments = "carry",
+    seed: Seed = 0,
+    dtype: DType = None,
+    max_shard_size: MaxShardSize = _SHARD_BYTES,
+    measure: Measure = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> int:
-    """Carry the request out, or only plan it, and print what came of it.
+    """Make a checkpoint deeper, wider or sparse, and write the result as a new checkpoint.
+
+    tritter expand base --method width --hidden-size 512
+    """
+    with loading("torch"):
+        from tritter.config.recipe import read_recipe
+
+    file = None if recipe is None else read_recipe(recipe)
+    settings = _settings(context, file)
+    with naming(_names(file)):
+        specs = _specs(method, context.obj) if file is None else file.steps
+        of_domain = (domain, domain_data, old_data, steps, learning_rate)
+        is_trained = any(value is not None for value in of_domain)
+        with _begun_digests(checkpoint, is_read=not (dry_run or is_trained)) as digests:
+            with loading("transformers"):
+                import tritter.expand  # noqa: F401 # while digests are computed
+            job = _located(checkpoint, specs, settings, file, digests)
+            if not dry_run and job.obstacle(overwrite=overwrite):
+                raise RequestError(job.obstacle(overwrite=overwrite))
+            text = _domain_text(domain, domain_data, old_data) if is_trained else None
+            _check_domain(job, text, is_measured=measure)
+            with says_if_written(job.destination):
+                if dry_run:
+                    result = _planned(job, overwrite=overwrite)
+                elif text is not None:
+                    rate = DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate
+                    task = {"steps": steps or DEFAULT_STEPS, "learning_rate": rate}
+                    result = _trained(job, text, task, overwrite=overwrite, is_quiet=as_json)
+                else:
+                    result = _written(
+                        job, measures=measure is not False, overwrite=overwrite, is_quiet=as_json
+                    )
+                if as_json:
+                    print_json(result.to_dict())
+                else:
+                    result.print()
+    return _exit_code(result.measured)
+
+
+def _exit_code(measured: Measurement | None) -> int:
+    if measured is None or not measured.is_broken:
+        return 0
+    say(
+        "error: the method claims to keep the function, and the result does not: it parts from "
+        f"the source at {measured.parting}; please report this with the output of "
+        "`tritter inspect`.",
+        is_error=True,
+    )
+    return EXIT_NO
+
+
+def _names(file: Recipe | None, step: int | None = None) -> Names:
+    """Return how refusals call keys: by options, or by the keys and lines of a recipe."""
+    return Names.of({**option_names(), **_NAMES}) if file is None else file.names(step)
+
+
+def _settings(context: typer.Context, file: Recipe | None) -> Settings:
+    """Return what else decides the result, from the command line or from the recipe.
 
     Raises:
-        RequestError: an option or the destination cannot be had; nothing is written.
-        TritterError: writing failed, or a tensor turned out damaged while it was read.
+        RequestError: they state different things, or options say what the steps are as well.
     """
-    with says_if_written(place.destination):
-        if request.domain.is_given and not dry_run:
-            return _run_domain(request, place, overwrite=overwrite, as_json=as_json)
-        return _run_map(request, place, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
+    from tritter.config.recipe import Settings
+    from tritter.parameter_map.carry import POLICIES
+
+    typed, stated = context.params, {} if file is None else file.given()
+    if "output" in stated:
+        stated["output"] = named_path(stated["output"], key="output")
+    if file is not None:
+        methods = {"method": ",".join(typed["method"] or ()), **context.obj}
+        problems = [
+            Problem(f"--{spelled(name)}", value, f"--recipe {file.path} says what the steps are")
+            for name, value in methods.items()
+            if value
+        ]
+        problems += [
+            Problem(
+                f"--{spelled(name)}",
+                typed[name],
+                f"{file.origin.origin(name)} says {name} = {show(value)}; leave one of the two out",
+            )
+            for name, value in stated.items()
+            if is_typed(context, name) and typed[name] != value
+        ]
+        raise_problems(problems)
+    values = {each.name: typed[each.name] for each in fields(Settings)} | stated
+    values["moments"] = choice("--moments", values["moments"], POLICIES)
+    if values["dtype"] is not None:
+        values["dtype"] = choice("--dtype", values["dtype"], WEIGHT_DTYPES)
+    return Settings(**values)
 
 
-def _run_map(
-    request: ExpandRequest, place: ExpandPlace, *, dry_run: bool, overwrite: bool, as_json: bool
-) -> int:
-    """Expand, or only plan it, and print what came of it."""
-    moments = choice("moments", request.moments, POLICIES)
-    dtype = None
-    if request.dtype is not None:
-        dtype = getattr(torch, choice("dtype", request.dtype, WEIGHT_DTYPES))
+def _specs(methods: Sequence[str] | None, options: Mapping[str, Any]) -> tuple[ExpansionSpec, ...]:
+    if not methods:
+        raise RequestError(
+            "--method is missing: name what is to grow, --method width, or a file of steps, "
+            "--recipe grow.yaml."
+        )
+    return specs_of(method_names(methods), options)
+
+
+@contextmanager
+def _begun_digests(checkpoint: str, *, is_read: bool) -> Iterator[DigestQueue]:
+    """Yield the digests of the source's tensors, begun while all else is still to be imported.
+
+    Args:
+        is_read: its tensors will be. Whether it is a source at all is found out by who reads it.
+    """
+    digests = DigestQueue()
+    with suppress(OSError, TritterError):
+        if is_read:
+            folder = TensorFolder.open(named_path(checkpoint, key="checkpoint"))
+            digests.begin(folder.raw(), check=folder.check_unchanged)
+    try:
+        yield digests
+    finally:
+        digests.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """An expansion that can be had, as far as configs tell.
+
+    Args:
+        recipe: that named the steps; None: options did.
+    """
+
+    source: Source
+    destination: Path
+    specs: tuple[ExpansionSpec, ...]
+    settings: Settings
+    recipe: Recipe | None
+
+    def obstacle(self, *, overwrite: bool) -> str:
+        """Return why the result can't be written there as things are; empty: it can."""
+        from tritter.checkpoint.place import check_output
+
+        try:
+            check_output(self.destination, sources=[self.source.folder], overwrite=overwrite)
+        except RequestError as error:
+            return str(error)
+        return ""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        import torch
+
+        return None if self.settings.dtype is None else getattr(torch, self.settings.dtype)
+
+
+def _located(
+    checkpoint: str,
+    specs: tuple[ExpansionSpec, ...],
+    settings: Settings,
+    recipe: Recipe | None,
+    digests: DigestQueue,
+) -> _Job:
+    """Find the source and the destination, and resolve the sizes of expansions; writes nothing.
+
+    Raises:
+        RequestError: one of them can't be had.
+    """
+    from tritter.checkpoint import Source
+    from tritter.checkpoint.expert_files import refuse_experts
+    from tritter.expansion.specification import target_config
+    from tritter.expansion.targets import reach_parameters
+    from tritter.models import read_config
+
+    with refuse_damage():
+        folder = locate(checkpoint, key="--checkpoint")
+        source = Source.open(folder, read_config(folder), digests=digests)
+        refuse_experts(folder, doing="an expansion", key="--checkpoint")
+    destination = settings.output and Path(settings.output)
+    if settings.target_params is not None:
+        specs = reach_parameters(source.config, specs, settings.target_params)
+    config = source.config
+    for number, spec in enumerate(specs):
+        with naming(_names(recipe, number)):
+            config = target_config(config, [spec])
+    return _Job(
+        source=source,
+        destination=destination or _default_output(checkpoint, folder, specs),
+        specs=specs,
+        settings=settings,
+        recipe=recipe,
+    )
+
+
+def _default_output(checkpoint: str, folder: Path, specs: Sequence[ExpansionSpec]) -> Path:
+    """Return SRC-METHOD: next to a folder, and here for a model from the hub."""
+    ending = "-".join(spelled(spec.name) for spec in specs)
+    if Path(checkpoint).is_dir():
+        near = folder if folder.name not in ("", "..") else folder.resolve()
+        return near.with_name(f"{near.name}-{ending}")
+    return Path(f"{checkpoint.rstrip('/').rpartition('/')[2]}-{ending}")
+
+
+# Experts that are trained on a domain
+
+
+@dataclass(frozen=True, slots=True)
+class _DomainText:
+    """Domain → absolute paths: of text to be learned, and of text to be kept."""
+
+    new: TextSources
+    old: TextSources
+
+
+def _domain_text(
+    domain: str | None, data: Sequence[str] | None, old_data: Sequence[str] | None
+) -> _DomainText:
+    """Return the text that the options name.
+
+    Raises:
+        RequestError: there is none, a path means none, or old and new text share a name.
+    """
+    from tritter.config.text_files import read_sources
+
+    if not data:
+        raise RequestError(
+            "--domain-data is missing: name the text that the new experts are to learn, "
+            "--domain-data PATH."
+        )
+    name = domain or DEFAULT_DOMAIN
+    problems: list[Problem] = []
+    new = read_sources("--domain-data", list(data), default_name=name, problems=problems)
+    old = read_sources(
+        "--old-data", list(old_data or ()) or None, default_name="old", problems=problems
+    )
+    raise_problems(problems)
+    if name in old:
+        raise RequestError(f"--domain = {name}: that is what the old text is called.")
+    return _DomainText(new, old)
+
+
+def _check_domain(job: _Job, text: _DomainText | None, *, is_measured: bool | None) -> None:
+    """Refuse a training on a domain that can't be had; writes nothing.
+
+    Raises:
+        RequestError: no text, or none that can be read; no experts to train on it; or an option
+            that a training can't honour.
+    """
+    from tritter.data.records import DEFAULT_FIELD
+    from tritter.data.sources import TextRequest, check_contents
+
+    if text is None:
+        if any(getattr(spec, "teacher", None) for spec in job.specs):
+            raise RequestError(
+                "--expert-init = distill: new experts learn from a teacher on text; name it, "
+                "--domain-data PATH."
+            )
+        return
+    if not any(getattr(spec, "is_append", False) for spec in job.specs):
+        methods = ",".join(spelled(spec.name) for spec in job.specs)
+        raise RequestError(
+            f"--domain-data: --method {methods} appends no experts that could learn it; moe-add "
+            "does, with --addition append."
+        )
+    settings = job.settings
+    unsupported = (
+        ("dtype", settings.dtype, None),
+        ("measure", is_measured, None),
+        ("moments", settings.moments, "carry"),
+        ("max-shard-size", settings.max_shard_size, _SHARD_BYTES),
+    )
+    for name, value, default in unsupported:
+        if value not in (None, default):
+            raise RequestError(
+                f"--{name} = {value}: not with --domain-data, which trains the model and writes "
+                "it in float32; `tritter export` converts it."
+            )
+    check_contents(
+        TextRequest(key, tuple(paths), DEFAULT_FIELD)
+        for key, sources in (("--domain-data", text.new), ("--old-data", text.old))
+        for paths in sources.values()
+    )
+
+
+# Results
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Result:
+    """What came of a job, or what would.
+
+    Args:
+        lineage: of the checkpoint that was written; None: nothing was.
+        room: that a dry run found to be needed.
+        training: of experts on a domain.
+    """
+
+    job: _Job
+    plan: PlannedExpansion
     lineage: Lineage | None = None
     measured: Measurement | None = None
     room: Room | None = None
+    training: DomainExpansion | None = None
+    obstacles: tuple[str, ...] = ()
 
-    with request.speaks():
-        plan = plan_expansion(place.source, place.specs, seed=request.seed)
-        if dry_run:
-            room = room_for(place.opened, plan, dtype=dtype, moments=moments)
-    if not dry_run:
-        with request.speaks(), progress_bars(is_shown=not as_json) as new_bar:
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON shows it."""
+        plan, lineage, destination = self.plan, self.lineage, self.job.destination
+        first, last = plan.steps[0].source_config, plan.steps[-1].target_config
+        plain = {
+            "source": str(self.job.source.folder),
+            "destination": str(destination),
+            "written": lineage is not None,
+            "shapes": {"before": shapes_of(first), "after": shapes_of(last)},
+            "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
+            "parameters_on_disk": {"before": _on_disk(first), "after": _on_disk(last)},
+            "dtype": self.job.settings.dtype,
+            "seed": self.job.settings.seed,
+            "steps": [
+                {
+                    "method": step.spec.name,
+                    "expansion_type": step.spec.expansion_type,
+                    "options": step.options,
+                    "layer_sources": list(step.parameter_map.layer_sources),
+                    "is_exact": step.spec.is_exact,
+                    "notes": list(step.notes),
+                    "map_digest": step.parameter_map.digest(),
+                }
+                for step in plan.steps
+            ],
+            "model_hash": lineage.model_hash if lineage else None,
+            "parent_hash": lineage.parent_hash if lineage else None,
+            "step0_error": self.measured.error if self.measured else None,
+        }
+        if self.training is not None:
+            plain |= {"experts": self.training.experts, "scores": self.training.scores}
+        if self.room is not None:
+            plain |= _room_json(self.room, destination)
+        return plain
 
-            def look(made: Expanded) -> None:
-                nonlocal measured
-                with damage_is_a_wrong_request():
-                    wanted = request.is_measured is not False
-                    bar = new_bar("MB checked") if wanted else None
-                    measured = measure(place.source, made, is_wanted=wanted, progress=bar)
+    def print(self) -> None:
+        """Print it for a person."""
+        console, settings, here = new_console(), self.job.settings, self.job.destination
+        _print_shapes(console, self.plan)
+        lines: list[tuple[str, str]] = []
+        for position, step in enumerate(self.plan.steps):
+            lines += _step_lines(step, is_first=position == 0)
+        specs = [step.spec for step in self.plan.steps]
+        exactness = _exactness(specs, is_recipe=self.job.recipe is not None)
+        if self.training is not None:
+            exactness += " at step 0, before the new experts were trained"
+        lines.append(("exact", exactness))
+        if self.measured is not None:
+            lines.append(("step 0", self.measured.text))
+        if settings.dtype is not None:
+            lines.append(("dtype", spelled(settings.dtype)))
+        if self.lineage is not None:
+            lines.append(("hash", short(self.lineage.model_hash)))
+        if self.room is not None:
+            lines += _room_lines(self.room, here)
+        console.print()
+        print_lines(console, lines)
+        console.print()
+        place = shlex.quote(shown_path(here))
+        if self.lineage is not None:
+            print_command(console, "written", shown_path(here))
+            print_command(console, "next   ", f"tritter inspect {place}")
+        else:
+            print_command(console, "dry run", f"nothing was written; it would go to {place}")
+        for obstacle in self.obstacles:
+            print_command(console, "refused", obstacle)
+        if self.training is not None:
+            _print_domain(console, self.training)
 
-            made = expand(
-                place.opened,
-                place.destination,
-                plan,
-                dtype=dtype,
-                max_shard_bytes=request.max_shard_bytes,
-                overwrite=overwrite,
-                moments=moments,
-                progress=new_bar("tensors"),
-                before_placing=look,
-            )
-            lineage = made.lineage
-    if as_json:
-        plain = _as_json(plan, lineage, place, request)
-        error = measured.error if measured else None
-        print_json({**plain, "step0_error": error, **room_json(room, place.destination)})
-    else:
-        _print(plan, lineage, place, request, measured, room)
-    if measured is not None and measured.is_broken:
-        say(
-            "error: the method claims to keep the function, and the result does not: it parts from "
-            f"the source at {measured.parting}; please report this with the output of "
-            "`tritter inspect`.",
-            is_error=True,
+
+def _planned(job: _Job, *, overwrite: bool) -> _Result:
+    """Return what the job would come to; writes nothing."""
+    from tritter.expand import check_room, plan_expansion, room_for
+
+    plan = plan_expansion(job.source.folder, job.specs, seed=job.settings.seed or 0)
+    moments = job.settings.moments or "carry"
+    room = room_for(job.source, plan, dtype=job.dtype, moments=moments)
+    obstacles = [job.obstacle(overwrite=overwrite)]
+    try:
+        check_room(job.destination, room)
+    except RequestError as error:
+        obstacles.append(str(error))
+    return _Result(job=job, plan=plan, room=room, obstacles=tuple(filter(None, obstacles)))
+
+
+def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _Result:
+    """Expand the checkpoint, and compare the result with it before it appears.
+
+    Raises:
+        TritterError: writing failed, or a tensor turned out damaged while it was read.
+    """
+    from tritter.cli.measure import measure
+    from tritter.expand import expand, plan_expansion
+
+    settings = job.settings
+    measured: list[Measurement] = []
+    plan = plan_expansion(job.source.folder, job.specs, seed=settings.seed or 0)
+    with progress_bars(is_shown=not is_quiet) as new_bar:
+
+        def look(made: Expanded) -> None:
+            bar = new_bar("MB checked") if measures else None
+            with refuse_damage():
+                found = measure(job.source.folder, made, is_wanted=measures, progress=bar)
+            measured.append(found)
+
+        made = expand(
+            job.source,
+            job.destination,
+            plan,
+            dtype=job.dtype,
+            max_shard_bytes=settings.max_shard_size or _SHARD_BYTES,
+            overwrite=overwrite,
+            moments=settings.moments or "carry",
+            progress=new_bar("tensors"),
+            before_placing=look,
         )
-        return EXIT_NO
-    return 0
+    return _Result(job=job, plan=plan, lineage=made.lineage, measured=measured[0])
 
 
-def _run_domain(
-    request: ExpandRequest, place: ExpandPlace, *, overwrite: bool, as_json: bool
-) -> int:
-    """Expand, train the new experts on the domain, and print what came of it."""
-    console = Console(quiet=True) if as_json else new_console()
-    made = train_domain(
-        request.domain,
-        place.source,
-        place.destination,
-        place.specs,
-        seed=request.seed,
-        console=console,
+def _trained(
+    job: _Job, text: _DomainText, task: Mapping[str, Any], *, overwrite: bool, is_quiet: bool
+) -> _Result:
+    """Add the experts and train them.
+
+    Raises:
+        RequestError: the checkpoint has no tokenizer, or the text is too small; nothing is
+            written.
+        TritterError: a stage failed; nothing is left.
+    """
+    from tritter.cli.measure import Measurement
+    from tritter.pipeline.domain import DomainTask, expand_for_domain
+
+    made = expand_for_domain(
+        job.source.folder,
+        job.destination,
+        job.specs,
+        DomainTask(new=text.new, old=text.old, seed=job.settings.seed or 0, **task),
+        console=Console(quiet=True) if is_quiet else new_console(),
         overwrite=overwrite,
     )
-    plan, error = made.plan, made.lineage.expansion_history[-1].step0_error
-    if as_json:
-        plain = _as_json(plan, made.lineage, place, request)
-        print_json({**plain, "step0_error": error, "experts": made.experts, "scores": made.scores})
-        return 0
-    text = "not finite" if error is None else f"{error:.1e} of the logits' deviation on its text"
-    measured = Measurement(error, False, text)
-    _print(plan, made.lineage, place, request, measured)
-    print_domain(console, made.experts, made.scores)
-    return 0
+    error = made.lineage.expansion_history[-1].step0_error
+    words = "not finite" if error is None else f"{error:.1e} of the logits' deviation on its text"
+    measured = Measurement(error, False, words)
+    return _Result(job=job, plan=made.plan, lineage=made.lineage, measured=measured, training=made)
 
 
-def _as_json(
-    plan: PlannedExpansion, lineage: Lineage | None, place: ExpandPlace, request: ExpandRequest
-) -> dict[str, Any]:
-    first, last = plan.steps[0], plan.steps[-1]
+def _room_json(room: Room, destination: Path) -> dict[str, Any]:
+    """Return disk and memory requirements in bytes."""
+    from tritter.expand import free_bytes
+
     return {
-        "source": str(place.source),
-        "destination": str(place.destination),
-        "written": lineage is not None,
-        "shapes": {
-            "before": shapes_of(first.source_config),
-            "after": shapes_of(last.target_config),
+        "disk": {
+            "needed_bytes": room.disk,
+            "weights_bytes": room.weights,
+            "state_bytes": room.state,
+            "free_bytes": free_bytes(destination),
         },
-        "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
-        "parameters_on_disk": {
-            "before": _on_disk(first.source_config),
-            "after": _on_disk(last.target_config),
-        },
-        "dtype": request.dtype,
-        "seed": request.seed,
-        "steps": [
-            {
-                "method": step.spec.name,
-                "expansion_type": step.spec.expansion_type,
-                "options": step.options,
-                "layer_sources": list(step.parameter_map.layer_sources),
-                "is_exact": step.spec.is_exact,
-                "notes": list(step.notes),
-                "map_digest": step.parameter_map.digest(),
-            }
-            for step in plan.steps
-        ],
-        "model_hash": lineage.model_hash if lineage else None,
-        "parent_hash": lineage.parent_hash if lineage else None,
+        "memory_bytes": room.memory,
     }
 
 
+def _room_lines(room: Room, destination: Path) -> list[tuple[str, str]]:
+    """Return disk and memory requirements as lines."""
+    from tritter.expand import free_bytes, size_text
+
+    free = free_bytes(destination)
+    rest = "what is free there is not known" if free is None else f"{size_text(free)} free"
+    parts = [f"weights {size_text(room.weights)}"]
+    parts += [f"state {size_text(room.state)}"] * bool(room.state)
+    disk = f"{size_text(room.disk)} ({', '.join(parts)}), written once; {rest}"
+    memory = (
+        f"at most {size_text(room.memory)} to write it, of which {size_text(room.process)} are "
+        "the program"
+    )
+    return [("disk", disk), ("memory", memory)]
+
+
+def _print_domain(console: Console, made: DomainExpansion) -> None:
+    """Print the loss of each domain and where its tokens go."""
+    from tritter.report.moe import expert_table
+
+    table = new_table("loss", "before", "after", numbers=("before", "after"))
+    for domain, before in made.scores["before"].items():
+        after = made.scores["after"][domain]
+        table.add_row(domain, *(f"{record['loss']:.3f}" for record in (before, after)))
+    console.print()
+    console.print(table)
+    console.print()
+    console.print(expert_table(made.experts).to_rich(signs_of(console)))
+
+
 def _on_disk(config: Config) -> int:
+    from tritter.families import family_of, on_disk
+
     return family_of(config).count_parameters(on_disk(config))
-
-
-def _print(
-    plan: PlannedExpansion,
-    lineage: Lineage | None,
-    place: ExpandPlace,
-    request: ExpandRequest,
-    measured: Measurement | None,
-    room: Room | None = None,
-) -> None:
-    console = new_console()
-    _print_shapes(console, plan)
-    lines: list[tuple[str, str]] = []
-    for position, step in enumerate(plan.steps):
-        lines += _step_lines(step, is_first=position == 0)
-    exactness = _exactness([step.spec for step in plan.steps], is_recipe=request.recipe is not None)
-    since = " at step 0, before the new experts were trained" if request.domain.is_given else ""
-    lines.append(("exact", exactness + since))
-    if measured is not None:
-        lines.append(("step 0", measured.text))
-    if request.dtype is not None:
-        lines.append(("dtype", spelled(request.dtype)))
-    if lineage is not None:
-        lines.append(("hash", short(lineage.model_hash)))
-    obstacles = [place.obstacle]
-    if room is not None:
-        told = RoomTold.of(room, place.destination)
-        lines += told.lines
-        obstacles.append(told.obstacle)
-    console.print()
-    print_lines(console, lines)
-    console.print()
-    here = shlex.quote(shown_path(place.destination))
-    if lineage is not None:
-        print_command(console, "written", shown_path(place.destination))
-        print_command(console, "next   ", f"tritter inspect {here}")
-    else:
-        print_command(console, "dry run", f"nothing was written; it would go to {here}")
-        for obstacle in filter(None, obstacles):
-            print_command(console, "refused", obstacle)
 
 
 def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
@@ -274,8 +785,8 @@ def _exactness(specs: Sequence[ExpansionSpec], *, is_recipe: bool) -> str:
 
 def _made_exact_by(spec: Any, *, is_recipe: bool) -> str:
     """Name the one option, if there is one, that alone would make a method exact."""
-    for option, value, words in _EXACT_CHOICES:
-        if hasattr(spec, option) and replace(spec, **{option: value}).is_exact:
-            told = f"{option}: {show(value)}" if is_recipe else words
-            return f" (exact with {told})"
+    for key, value, words in _EXACT_CHOICES:
+        if hasattr(spec, key) and replace(spec, **{key: value}).is_exact:
+            named = f"{key}: {show(value)}" if is_recipe else words
+            return f" (exact with {named})"
     return ""

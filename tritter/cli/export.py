@@ -1,75 +1,129 @@
 """`tritter export`: a checkpoint, or a .ckpt of Lightning, as a plain stock folder."""
 
+from __future__ import annotations
+
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-
-from tritter.checkpoint import Source
-from tritter.checkpoint.expert_files import ExpertFiles
-from tritter.checkpoint.export import Exported, Weights, export_model
-from tritter.checkpoint.folder import Artifact
-from tritter.checkpoint.lightning_file import read_lightning_file
-from tritter.checkpoint.place import check_output
-from tritter.checkpoint.tokenizer_files import TokenizerFiles
+from tritter.cli.options import (
+    AsJson,
+    MaxShardSize,
+    Overwrite,
+    choice,
+    flag,
+    option,
+    place,
+)
 from tritter.cli.output import (
     new_console,
     print_command,
     print_json,
     print_lines,
     progress_bar,
+    refuse_damage,
     says_if_written,
     short,
     shown_path,
 )
-from tritter.cli.request import choice, damage_is_a_wrong_request, in_options
-from tritter.errors import RequestError
-from tritter.families import Config, LayoutKind, family_of
-from tritter.loadable import check_loadable
-from tritter.models import read_config
+from tritter.errors import Names, RequestError, naming
+from tritter.loading import loading
 from tritter.report.wording import count_text, si_text
-from tritter.stock_routers import AddedExperts, stock_obstacle
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
+    import torch
+
+    from tritter.checkpoint.export import Exported, Weights
+    from tritter.checkpoint.folder import Artifact
     from tritter.cli.export_experts import Merge
+    from tritter.families import Config, LayoutKind
 
 FORMATS = ("hf", "peft")
+_NO_FOLDER = "{} is a file; the state of a folder says which experts are new."
+_NAMES = Names.of({"dtype": "--dtype"})
 LAYOUTS: dict[str, LayoutKind] = {"hub": "hub", "fused": "live"}
+_CKPT = "Of a .ckpt"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportRequest:
-    """The words of the command, numbers read.
-
-    Args:
-        dtype: None: that of most values of a folder, the widest of a file.
-        expert_layout: None: as on the hub.
-        config: of a file: a folder or hub id with config.json, or that file.
-        prefix: of a file: what stands before the model's own names.
-        is_without_state: of a file: leave the optimizer's moments out.
-        is_without_new_experts: of a folder: leave out appended experts that are not open yet.
-        is_merged: of a folder with LoRA experts: make one of them, or put them into the base.
-        rank: of merged experts as an adapter; None: as much as loses nothing.
-    """
-
-    checkpoint: str
-    output: Path
-    format: str
-    dtype: str | None
-    expert_layout: str | None
-    max_shard_bytes: int
-    config: str | None
-    prefix: str | None
-    is_without_state: bool
-    is_without_new_experts: bool
-    is_merged: bool
-    rank: int | None
+ExportSource = Annotated[
+    str, option("--checkpoint", "SRC", "Folder or hub id of the model, or a .ckpt of Lightning.")
+]
+ExportOutput = Annotated[Path, option("--output", "DST", "New folder.", parser=place)]
+Format = Annotated[
+    str,
+    option(
+        "--format",
+        "hf|peft",
+        "hf: a plain folder of Hugging Face transformers; peft: each LoRA expert as a stock "
+        "adapter.",
+    ),
+]
+ExportDType = Annotated[
+    str | None,
+    option(
+        "--dtype",
+        "float32|bfloat16|float16|float64",
+        "Of all tensors. Default: that of the checkpoint.",
+    ),
+]
+ExpertLayout = Annotated[
+    str | None,
+    option(
+        "--expert-layout",
+        "hub|fused",
+        "Each matrix of an expert on its own, or the experts of a layer in one tensor. "
+        "Default: hub.",
+    ),
+]
+ConfigOf = Annotated[
+    str | None,
+    option(
+        "--config",
+        "PATH",
+        "What a .ckpt holds: a config.json, or a folder (or hub id) with one and a tokenizer.",
+        panel=_CKPT,
+    ),
+]
+Prefix = Annotated[
+    str | None,
+    option(
+        "--prefix",
+        "PREFIX",
+        "What stands before the model's names, such as student.; the rest is left out. "
+        "Default: found, and nothing is left out.",
+        panel=_CKPT,
+    ),
+]
+DropNewExperts = Annotated[
+    bool,
+    flag(
+        "--drop-new-experts",
+        "Of a folder: leave out appended experts that are not wholly open yet.",
+    ),
+]
+MergeExperts = Annotated[
+    bool,
+    flag(
+        "--merge",
+        "Of a folder with LoRA experts: put them into the base (hf), or make one adapter of them "
+        "(peft), by mean gates. Lossy; it says how much.",
+    ),
+]
+MergedRank = Annotated[
+    int | None,
+    option(
+        "--rank",
+        "R",
+        "With --format peft --merge: of the one adapter. Default: as much as loses nothing.",
+        least=1,
+        most=1024,
+    ),
+]
+NoState = Annotated[bool, flag("--no-state", "Leave the optimizer's moments out.", panel=_CKPT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,166 +133,188 @@ class _Origin:
     weights: Weights
     artifacts: Sequence[Artifact]
     notes: tuple[str, ...] = ()
-    merged: "Merge | None" = None
+    merged: Merge | None = None
+    dtype: torch.dtype | None = None
 
 
-def run_export(request: ExportRequest, *, overwrite: bool, as_json: bool) -> int:
-    """Write the folder and print what it holds.
+def export(
+    checkpoint: ExportSource,
+    output: ExportOutput,
+    format: Format = "hf",
+    dtype: ExportDType = None,
+    expert_layout: ExpertLayout = None,
+    max_shard_size: MaxShardSize = 5 * 10**9,
+    config: ConfigOf = None,
+    prefix: Prefix = None,
+    no_state: NoState = False,
+    drop_new_experts: DropNewExperts = False,
+    merge: MergeExperts = False,
+    rank: MergedRank = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> int:
+    """Write a checkpoint as a plain folder that any Hugging Face reader loads, or as adapters.
 
-    Raises:
-        RequestError: the checkpoint, an option or the destination cannot be had; nothing is
-            written.
-        TritterError: writing failed, or a tensor turned out damaged while it was read.
+    tritter export grown --output grown-hf
     """
-    choice("format", request.format, FORMATS)
-    dtype = None
-    if request.dtype is not None:
-        dtype = getattr(torch, choice("dtype", request.dtype, WEIGHT_DTYPES))
-    is_file = named_path(request.checkpoint, key="--checkpoint").is_file()
-    _check_expert_options(request, is_file=is_file)
-    if request.format == "peft":
-        return _run_adapters(request, dtype=dtype, overwrite=overwrite, as_json=as_json)
-    check_output(request.output, sources=_places(request), overwrite=overwrite)
-    with damage_is_a_wrong_request():
-        origin = _file(request) if is_file else _folder(request)
+    choice("--format", format, FORMATS)
+    dtype = None if dtype is None else choice("--dtype", dtype, WEIGHT_DTYPES)
+    is_file = named_path(checkpoint, key="--checkpoint").is_file()
+    if is_file and (merge or format == "peft"):
+        raise RequestError(
+            f"{'--merge' if merge else '--format = peft'}: --checkpoint {checkpoint} is a file; "
+            "allowed is a folder with LoRA experts."
+        )
+    if rank is not None and not (merge and format == "peft"):
+        raise RequestError(f"--rank = {rank}: allowed with --format peft --merge.")
+    of_file = {"--config": config, "--prefix": prefix, "--no-state": no_state or None}
+    of_experts = {"--expert-layout": expert_layout, "--drop-new-experts": drop_new_experts or None}
+    if format == "peft":
+        _refuse({**of_file, **of_experts}, "allowed with --format hf; adapters have none.")
+        return _export_adapters(
+            checkpoint, output, is_merged=merge, rank=rank, dtype=dtype, overwrite=overwrite,
+            as_json=as_json,
+        )  # fmt: skip
+    if not is_file:
+        reason = (
+            f"--checkpoint {checkpoint} is no file; a folder has a config and names of its own, "
+            "and its state/ is never exported."
+        )
+        _refuse(of_file, reason)
+    with loading("transformers"):
+        import torch
+
+        from tritter.checkpoint.export import export_model
+        from tritter.checkpoint.place import check_output
+        from tritter.loadable import check_loadable
+
+    sources = [named_path(name, key="--checkpoint") for name in (checkpoint, config) if name]
+    check_output(output, sources=sources, overwrite=overwrite)
+    with refuse_damage():
+        if is_file:
+            _refuse({"--drop-new-experts": drop_new_experts or None}, _NO_FOLDER.format(checkpoint))
+            origin = _of_file(checkpoint, config, prefix=prefix, with_state=not no_state)
+        else:
+            origin = _of_folder(checkpoint, is_without_new=drop_new_experts, is_merged=merge)
         check_loadable(origin.weights.config, folder=origin.weights.places[-1])
-    layout = _layout(request.expert_layout, origin.weights.config)
-    if dtype is None and is_file:
-        dtype = origin.weights.widest_dtype
-    with says_if_written(request.output):
-        with in_options(), progress_bar(is_shown=not as_json) as progress:
+    layout = _layout(expert_layout, origin.weights.config)
+    with says_if_written(output):
+        with progress_bar(is_shown=not as_json) as progress, naming(_NAMES):
             exported = export_model(
                 origin.weights,
-                request.output,
-                dtype=dtype,
+                output,
+                dtype=origin.dtype if dtype is None else getattr(torch, dtype),
                 expert_layout=layout,
                 artifacts=origin.artifacts,
-                max_shard_bytes=request.max_shard_bytes,
+                max_shard_bytes=max_shard_size,
                 overwrite=overwrite,
                 progress=progress,
             )
         if as_json:
-            print_json(_as_json(request, origin, exported))
+            print_json({"source": checkpoint, **_as_json(origin, exported)})
         else:
             _print(origin, exported)
     return 0
 
 
-def _check_expert_options(request: ExportRequest, *, is_file: bool) -> None:
-    """Refuse options that speak of LoRA experts, or of none, where that can't be."""
-    if is_file and (request.is_merged or request.format == "peft"):
-        option = "--merge" if request.is_merged else "--format = peft"
-        raise RequestError(
-            f"{option}: --checkpoint {request.checkpoint} is a file; allowed is a folder with "
-            "LoRA experts."
-        )
-    if request.rank is not None and not (request.is_merged and request.format == "peft"):
-        raise RequestError(f"--rank = {request.rank}: allowed with --format peft --merge.")
-    of_models = {
-        "--config": request.config,
-        "--prefix": request.prefix,
-        "--no-state": request.is_without_state or None,
-        "--expert-layout": request.expert_layout,
-        "--drop-new-experts": request.is_without_new_experts or None,
-    }
-    given = [option for option, value in of_models.items() if value is not None]
-    if given and request.format == "peft":
-        raise RequestError(f"{', '.join(given)}: allowed with --format hf; adapters have none.")
+def _refuse(options: Mapping[str, object], reason: str) -> None:
+    """Refuse the options among some that were typed."""
+    if typed := [option for option, value in options.items() if value is not None]:
+        raise RequestError(f"{', '.join(typed)}: {reason}")
 
 
-def _run_adapters(
-    request: ExportRequest, *, dtype: torch.dtype | None, overwrite: bool, as_json: bool
+def _export_adapters(
+    checkpoint: str,
+    output: Path,
+    *,
+    is_merged: bool,
+    rank: int | None,
+    dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> int:
     """Write LoRA experts as adapters, and print what they are."""
-    from tritter.cli.export_experts import (
-        LARGEST_RANK,
-        base_of,
-        check_place,
-        export_adapters,
-        merge,
-        print_adapters,
-    )
+    with loading("transformers"):
+        import torch
 
-    with damage_is_a_wrong_request():
-        folder = locate(request.checkpoint)
-        check_place(request.output, source=folder, overwrite=overwrite)
-        Source.open(folder, read_config(folder))  # which holds it against its own record
+        from tritter.checkpoint import Source
+        from tritter.checkpoint.expert_files import ExpertFiles
+        from tritter.cli.export_experts import (
+            LARGEST_RANK,
+            base_of,
+            check_place,
+            export_adapters,
+            merge,
+            print_adapters,
+        )
+        from tritter.models import read_config
+
+    with refuse_damage():
+        folder = locate(checkpoint, key="--checkpoint")
+        check_place(output, source=folder, overwrite=overwrite)
+        Source.open(folder, read_config(folder))  # compares it with its own record
         if ExpertFiles.read(folder) is None:
             raise RequestError(
                 f"--format = peft: {folder} has no LoRA experts; allowed is hf, a plain folder."
             )
-        merged = None
-        if request.is_merged:
-            merged = merge(folder, rank=request.rank, largest_rank=LARGEST_RANK)
-    told = export_adapters(
+        merged = merge(folder, rank=rank, largest_rank=LARGEST_RANK) if is_merged else None
+    record = export_adapters(
         folder,
-        request.output,
-        base=base_of(request.checkpoint, folder),
+        output,
+        base=base_of(checkpoint, folder),
         merged=merged,
-        dtype=dtype,
+        dtype=None if dtype is None else getattr(torch, dtype),
         overwrite=overwrite,
     )
-    with says_if_written(request.output):
+    with says_if_written(output):
         if as_json:
-            print_json(told)
+            print_json(record)
         else:
-            print_adapters(told, merged)
+            print_adapters(record, merged)
     return 0
 
 
-def _folder(request: ExportRequest) -> _Origin:
-    misplaced = {
-        "--config": request.config,
-        "--prefix": request.prefix,
-        "--no-state": request.is_without_state or None,
-    }
-    given = [option for option, value in misplaced.items() if value is not None]
-    if given:
-        raise RequestError(
-            f"{', '.join(given)}: --checkpoint {request.checkpoint} is no file; a folder has a "
-            "config and names of its own, and its state/ is never exported."
-        )
-    folder = locate(request.checkpoint)
-    source = Source.open(folder, read_config(folder))
-    weights = Weights.of(source)
-    is_download = not named_path(request.checkpoint, key="--checkpoint").exists()
-    if is_download:  # which lies under its commit's name
-        weights = replace(weights, name=request.checkpoint)
+def _of_folder(checkpoint: str, *, is_without_new: bool, is_merged: bool) -> _Origin:
+    from tritter.checkpoint import Source
+    from tritter.checkpoint.expert_files import ExpertFiles
+    from tritter.checkpoint.export import Weights
+    from tritter.checkpoint.tokenizer_files import TokenizerFiles
+    from tritter.models import read_config
+    from tritter.stock_routers import stock_obstacle
+
+    folder = locate(checkpoint, key="--checkpoint")
+    weights = Weights.of(Source.open(folder, read_config(folder)))
+    if not named_path(checkpoint, key="--checkpoint").exists():
+        weights = replace(weights, name=checkpoint)  # a download is in a folder of its commit
     obstacle, notes = stock_obstacle(folder), tuple[str, ...]()
-    if request.is_without_new_experts:
+    if is_without_new:
         weights, notes = _without_new_experts(weights, folder)
     elif obstacle is not None:
         raise RequestError(
             f"{folder}: {obstacle}. Train the model until the offset is 0, or leave them out with "
             "--drop-new-experts."
         )
-    merged = _merged(request, folder)
-    if merged is not None:
-        from tritter.cli.export_experts import with_merged
+    experts = ExpertFiles.read(folder)
+    if experts is None and is_merged:
+        raise RequestError(f"--merge: {folder} has no LoRA experts.")
+    merged = None
+    if experts is not None:
+        if not is_merged:
+            raise RequestError(
+                f"{folder} holds LoRA experts ({', '.join(experts.head.names)}), which a plain "
+                "folder can't mix: --format peft writes each as an adapter, --merge puts them into "
+                "the base (lossy; it says how much)."
+            )
+        from tritter.cli.export_experts import merge, with_merged
 
+        merged = merge(folder)
         weights = with_merged(weights, merged)
     return _Origin(weights, [TokenizerFiles(folder)], notes, merged)
 
 
-def _merged(request: ExportRequest, folder: Path) -> "Merge | None":
-    """Return the LoRA experts of a folder as one, where it has any and that is asked."""
-    files = ExpertFiles.read(folder)
-    if files is None:
-        if request.is_merged:
-            raise RequestError(f"--merge: {folder} has no LoRA experts.")
-        return None
-    if not request.is_merged:
-        raise RequestError(
-            f"{folder} holds LoRA experts ({', '.join(files.head.names)}), which a plain folder "
-            "can't mix: --format peft writes each as an adapter, --merge puts them into the base "
-            "(lossy; it says how much)."
-        )
-    from tritter.cli.export_experts import merge
-
-    return merge(folder)
-
-
 def _without_new_experts(weights: Weights, folder: Path) -> tuple[Weights, tuple[str, ...]]:
+    from tritter.stock_routers import AddedExperts
+
     added = AddedExperts.read(folder)
     if added is None or added.is_settled:
         raise RequestError(
@@ -248,58 +324,54 @@ def _without_new_experts(weights: Weights, folder: Path) -> tuple[Weights, tuple
     return weights.without_experts(added.num_settled_experts), (note,)
 
 
-def _file(request: ExportRequest) -> _Origin:
-    path = named_path(request.checkpoint, key="--checkpoint")
-    if request.is_without_new_experts:
-        raise RequestError(f"--drop-new-experts: {path.name} is a file; a folder's state says it.")
-    if request.config is None:
+def _of_file(
+    checkpoint: str, config: str | None, *, prefix: str | None, with_state: bool
+) -> _Origin:
+    from tritter.checkpoint.lightning_file import read_lightning_file
+    from tritter.checkpoint.tokenizer_files import TokenizerFiles
+    from tritter.models import read_config
+
+    path = named_path(checkpoint, key="--checkpoint")
+    if config is None:
         raise RequestError(
             f"--config is missing: {path.name} does not say what its model is; a config.json, or "
             "a folder that holds one, does."
         )
-    folder = _config_folder(request.config)
-    found = read_lightning_file(path, read_config(folder), prefix=request.prefix)
-    weights = replace(found.weights, places=(path, folder))
-    notes = (found.left_out, found.why_no_moments)
-    if request.is_without_state:
-        weights, notes = replace(weights, moments=None), (found.left_out, "")
-    has_tokenizer = not named_path(request.config, key="--config").is_file()
-
-    beside = [TokenizerFiles(folder)] if has_tokenizer else []
-    return _Origin(weights, beside, tuple(note for note in notes if note))
-
-
-def _config_folder(config: str) -> Path:
-    path = named_path(config, key="--config")
-    if not path.is_file():
-        return locate(config)
-    if path.name != "config.json":
+    config_path = named_path(config, key="--config")
+    if config_path.is_file() and config_path.name != "config.json":
         raise RequestError(f"--config = {config}: allowed is a config.json, or a folder with one.")
-    return path.parent
-
-
-def _places(request: ExportRequest) -> list[Path]:
-    """Return the folders and files that were named to be read; a hub id is none."""
-    named = (request.checkpoint, request.config)
-    return [named_path(word, key="--checkpoint") for word in named if word is not None]
+    has_tokenizer = not config_path.is_file()
+    folder = locate(config, key="--config") if has_tokenizer else config_path.parent
+    found = read_lightning_file(path, read_config(folder), prefix=prefix)
+    weights, notes = replace(found.weights, places=(path, folder)), [found.left_out]
+    if with_state:
+        notes.append(found.why_no_moments)
+    else:
+        weights = replace(weights, moments=None)
+    artifacts = [TokenizerFiles(folder)] if has_tokenizer else []
+    notes = [note for note in notes if note]
+    return _Origin(weights, artifacts, tuple(notes), dtype=weights.widest_dtype)
 
 
 def _layout(word: str | None, config: Config) -> LayoutKind:
+    from tritter.families import family_of
+
     if word is None:
         return "hub"
     if not family_of(config).has_experts:
         raise RequestError(
             f"--expert-layout = {word}: a {config['model_type']} model has no experts."
         )
-    return LAYOUTS[choice("expert-layout", word, list(LAYOUTS))]
+    return LAYOUTS[choice("--expert-layout", word, list(LAYOUTS))]
 
 
-def _as_json(request: ExportRequest, origin: _Origin, exported: Exported) -> dict[str, Any]:
+def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
+    from tritter.families import family_of
+
     moments = origin.weights.moments
     return {
-        "source": request.checkpoint,
         "destination": str(exported.folder),
-        "format": request.format,
+        "format": "hf",
         "dtype": exported.config["dtype"],
         "parameters": family_of(exported.config).count_parameters(exported.config),
         "bytes": exported.num_bytes,
@@ -313,6 +385,8 @@ def _as_json(request: ExportRequest, origin: _Origin, exported: Exported) -> dic
 
 
 def _print(origin: _Origin, exported: Exported) -> None:
+    from tritter.families import family_of
+
     console = new_console()
     family, moments = family_of(exported.config), origin.weights.moments
     parameters = count_text(family.count_parameters(exported.config))

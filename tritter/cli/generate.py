@@ -1,49 +1,60 @@
 """`tritter generate`: a checkpoint continues a text, through stock transformers."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch import Tensor, nn
-
-from tritter.cli.output import new_console, print_json
-from tritter.cli.request import damage_is_a_wrong_request
+from tritter.cli.options import AsJson, Checkpoint, Seed, option
+from tritter.cli.output import new_console, print_json, refuse_damage
 from tritter.errors import RequestError, TritterError
-from tritter.experts.whole import load_whole
-from tritter.families import Config, position_limit
-from tritter.families.config_file import refused_as
-from tritter.models import load_tokenizer, read_config
+from tritter.limits import MAX_NEW_TOKENS
+from tritter.loading import loading
 from tritter.storage.hub import locate
 from tritter.storage.tensors import WEIGHT_DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tritter.families import Config
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def run_generate(
-    checkpoint: str,
-    *,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    as_json: bool,
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, option("--prompt", "TEXT", "What is to be continued.")],
+    max_new_tokens: Annotated[
+        int,
+        option(
+            "--max-new-tokens", "N", "At most so many tokens more.", least=1, most=MAX_NEW_TOKENS
+        ),
+    ] = 50,
+    temperature: Annotated[
+        float, option("--temperature", "X", "0 takes the likeliest token each time.", least=0)
+    ] = 0.0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
 ) -> int:
-    """Print the prompt and its continuation.
+    """Continue a text with a checkpoint, through stock transformers."""
+    with loading("transformers"):
+        import torch
 
-    Raises:
-        RequestError: the checkpoint cannot be loaded, has no tokenizer, or has no room for the
-            prompt and the new tokens, or its weights are not finite.
-        TritterError: what it computes from them is not finite.
-    """
-    with damage_is_a_wrong_request():
-        folder = locate(checkpoint)
+        from tritter.experts.whole import load_whole
+        from tritter.families.config_file import refused_as
+        from tritter.models import load_tokenizer, read_config
+
+    with refuse_damage():
+        folder = locate(checkpoint, key="--checkpoint")
         config = read_config(folder)
         _check_tokenizer(folder)
         tokenizer = load_tokenizer(folder)
         with refused_as(f"{folder} holds no usable tokenizer"):
             input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         _check_room(config, num_tokens=input_ids.shape[-1], max_new_tokens=max_new_tokens)
-        model = load_whole(folder, dtype=_dtype(config))
+        is_known = config.get("dtype") in WEIGHT_DTYPES
+        dtype = getattr(torch, str(config["dtype"])) if is_known else torch.float32
+        model = load_whole(folder, dtype=dtype)
         _check_finite(model, folder)
     with refused_as(f"transformers can't generate from {folder}"):
         new_ids = continuation(
@@ -56,7 +67,8 @@ def run_generate(
         )
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
     if as_json:
-        print_json(_as_json(prompt, text, new_ids, temperature=temperature, seed=seed))
+        numbers = {"num_new_tokens": len(new_ids), "temperature": temperature, "seed": seed}
+        print_json({"prompt": prompt, "text": text, **numbers})
     else:
         new_console().print(prompt + text, soft_wrap=True)
     return 0
@@ -72,8 +84,10 @@ def continuation(
     pad_token_id: int | None,
 ) -> list[int]:
     """Return the new tokens only; greedy at temperature 0, else drawn from `seed`."""
+    import torch
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert isinstance(model, nn.Module)
+    assert isinstance(model, torch.nn.Module)
     model.to(device).eval()
     # What generation_config.json adds to a temperature is switched off: the options say it all.
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None}
@@ -116,12 +130,6 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
         )
 
 
-def _dtype(config: Config) -> torch.dtype:
-    word = config.get("dtype")
-    dtype: torch.dtype = getattr(torch, str(word)) if word in WEIGHT_DTYPES else torch.float32
-    return dtype
-
-
 def _check_tokenizer(folder: Path) -> None:
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise RequestError(
@@ -132,6 +140,8 @@ def _check_tokenizer(folder: Path) -> None:
 def _check_room(config: Config, *, num_tokens: int, max_new_tokens: int) -> None:
     if num_tokens == 0:
         raise RequestError("--prompt = (empty): give the model at least one token to continue.")
+    from tritter.families import position_limit
+
     positions = position_limit(config)
     if positions is not None and num_tokens + max_new_tokens > positions:
         room = positions - num_tokens
@@ -140,15 +150,3 @@ def _check_room(config: Config, *, num_tokens: int, max_new_tokens: int) -> None
             f"--max-new-tokens = {max_new_tokens}: the prompt has {num_tokens} tokens and the "
             f"model reads {positions}; {allowed}."
         )
-
-
-def _as_json(
-    prompt: str, text: str, new_ids: list[int], *, temperature: float, seed: int
-) -> dict[str, Any]:
-    return {
-        "prompt": prompt,
-        "text": text,
-        "num_new_tokens": len(new_ids),
-        "temperature": temperature,
-        "seed": seed,
-    }

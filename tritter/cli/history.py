@@ -1,14 +1,16 @@
 """`tritter history`: the chain of checkpoints as a table and a tree, and whether it holds."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from tritter.checkpoint.history import Difference, Link, read_chain, verify
+from tritter.cli.options import AsJson, Folder, flag, spelled
 from tritter.cli.output import (
     EXIT_NO,
     new_console,
@@ -19,12 +21,13 @@ from tritter.cli.output import (
     shown_path,
     signs_of,
 )
-from tritter.cli.values import spelled
-from tritter.config.recorded_recipe import recorded_recipe
 from tritter.errors import RequestError
 from tritter.report.wording import count_text
 from tritter.storage.hub import locate
 from tritter.terminal import Console, say
+
+if TYPE_CHECKING:
+    from tritter.checkpoint.history import Difference, Link
 
 NOT_THERE = "not there: not checked"
 _FEW_EXPERTS = 2  # that are named in the table; those of more stand in the tree
@@ -46,30 +49,39 @@ class Checked:
         return "changed" if self.changes else "intact"
 
 
-def run_history(checkpoint: str, *, verify: bool, as_json: bool) -> int:
-    """Print the chain that ends at a checkpoint; return 3 when a check found a change.
+def history(
+    folder: Folder,
+    verify: Annotated[
+        bool, flag("--verify", "Hash all that can be reached again; 3 if something changed.")
+    ] = False,
+    recipe: Annotated[
+        bool,
+        flag(
+            "--recipe",
+            "Print the recipe of `expand` that makes it of its parent, and nothing else.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Show the chain of checkpoints that led to one, and check it against its hashes."""
+    if recipe:
+        return _print_recipe(folder, is_also=[*["--verify"] * verify, *["--json"] * as_json])
+    from tritter.checkpoint.history import read_chain
 
-    Args:
-        checkpoint: a folder or a hub id.
-
-    Raises:
-        RequestError: there is no checkpoint, or its lineage cannot be read (unless it is to be
-            verified: then that is a change).
-    """
-    folder = locate(checkpoint)
-    chain = read_chain(folder)
+    place = locate(folder)
+    chain = read_chain(place)
+    # A check reports damage as a change
     if not verify and chain[-1].problem:
         raise RequestError(chain[-1].problem)
     rows = _checked(chain, verify=verify, is_quiet=as_json)
     is_intact = not any(row.changes for row in rows)
     if as_json:
-        newest = chain[-1]
         print_json(
             {
-                "folder": str(folder),
+                "folder": str(place),
                 "verified": verify,
                 "intact": is_intact if verify else None,
-                "chain": [_row_json(row, newest) for row in rows],
+                "chain": [_row_json(row, chain[-1]) for row in rows],
             }
         )
     else:
@@ -77,16 +89,14 @@ def run_history(checkpoint: str, *, verify: bool, as_json: bool) -> int:
     return 0 if is_intact else EXIT_NO
 
 
-def print_recipe(checkpoint: str, *, is_also: Sequence[str]) -> int:
-    """Print what `tritter expand --recipe` makes the same of the parent by.
-
-    Args:
-        checkpoint: a folder or a hub id.
-        is_also: other flags that were given.
+def _print_recipe(checkpoint: str, *, is_also: Sequence[str]) -> int:
+    """Print the recipe with which `tritter expand` makes the same checkpoint of its parent.
 
     Raises:
-        RequestError: there is no checkpoint, or none that an expansion made; or other flags.
+        RequestError: no expansion made this checkpoint, or other flags were typed.
     """
+    from tritter.config.recorded_recipe import recorded_recipe
+
     if is_also:
         raise RequestError(f"--recipe: it prints a file and nothing else, not with {is_also[0]}.")
     say(recorded_recipe(locate(checkpoint)).rstrip("\n"))
@@ -101,6 +111,8 @@ def _checked(chain: Sequence[Link], *, verify: bool, is_quiet: bool) -> list[Che
 
 
 def _changes(link: Link) -> tuple[Difference, ...] | None:
+    from tritter.checkpoint.history import verify
+
     return verify(link) if link.can_be_checked else None
 
 

@@ -1,38 +1,40 @@
 """`tritter inspect`: what a checkpoint is, and how its last expansion made it."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from tritter.checkpoint import ExpansionRecord, Source
-from tritter.checkpoint.expert_files import ExpertFiles
-from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
-from tritter.cli.expert_table import experts_json, print_experts
-from tritter.cli.map_table import MapRow, map_rows, rebuilt_map
+from tritter.cli.options import AsJson, Folder, spelled
 from tritter.cli.output import (
     SHAPES,
     new_console,
     new_table,
     print_json,
     print_lines,
+    refuse_damage,
     shapes_of,
     short,
     signs_of,
 )
-from tritter.cli.request import damage_is_a_wrong_request
-from tritter.cli.values import spelled
 from tritter.errors import TritterError
-from tritter.families import LogicalTensor, ffn_sizes, on_disk
-from tritter.families.config_file import read_config_file
+from tritter.loading import loading
 from tritter.report.rows import ACCURACY
 from tritter.report.wording import count_text
 from tritter.storage.hub import locate
 from tritter.terminal import Console
+
+if TYPE_CHECKING:
+    from tritter.checkpoint import ExpansionRecord, Source
+    from tritter.checkpoint.expert_files import ExpertFiles
+    from tritter.cli.map_table import MapRow
+    from tritter.families import LogicalTensor
 
 _PARTS = ("embedding", "positions", "attention", "FFN", "router", "experts", "norms", "output head")
 _PART_OF = {
@@ -66,7 +68,9 @@ class RecordedMap:
     problem: str | None
 
     @classmethod
-    def of(cls, record: ExpansionRecord) -> "RecordedMap":
+    def of(cls, record: ExpansionRecord) -> RecordedMap:
+        from tritter.cli.map_table import map_rows, rebuilt_map
+
         if record.expansion_type in _WITHOUT_MAP:
             return cls(None, (), None)
         try:
@@ -80,30 +84,28 @@ class RecordedMap:
         return cls(digest, rows, problem)
 
 
-def run_inspect(checkpoint: str, *, as_json: bool) -> int:
-    """Print what a checkpoint is.
+def inspect(folder: Folder, as_json: AsJson = False) -> int:
+    """Show a checkpoint's shapes and parameters, and the map of its last expansion."""
+    with loading("torch"):
+        from tritter.checkpoint import Source
+        from tritter.checkpoint.expert_files import ExpertFiles
+        from tritter.families.config_file import read_config_file
 
-    Args:
-        checkpoint: a folder or a hub id.
-
-    Raises:
-        RequestError: there is no checkpoint, or it is damaged.
-    """
-    with damage_is_a_wrong_request():
-        folder = locate(checkpoint)
-        source = Source.open(folder, read_config_file(folder))
+    with refuse_damage():
+        place = locate(folder)
+        source = Source.open(place, read_config_file(place))
         dtypes = Counter(source.tensors.headers[t.name].dtype for t in source.stored)
-        experts = ExpertFiles.read(folder)
-        told = None if experts is None else experts_json(experts)
+        experts = ExpertFiles.read(place)
+        experts_record = None if experts is None else _experts_json(experts)
     lineage = source.lineage
     last = lineage.expansion_history[-1] if lineage and lineage.expansion_history else None
     last_map = RecordedMap.of(last) if last else None
     if as_json:
-        print_json({**_as_json(source, dtypes, last_map), "experts": told})
+        print_json({**_as_json(source, dtypes, last_map), "experts": experts_record})
     else:
         _print(source, dtypes, last, last_map)
         if experts is not None:
-            print_experts(new_console(), experts)
+            _print_experts(new_console(), experts)
     return 0
 
 
@@ -123,6 +125,8 @@ def _part(tensor: LogicalTensor) -> str:
 def _as_json(
     source: Source, dtypes: Mapping[str, int], last_map: RecordedMap | None
 ) -> dict[str, Any]:
+    from tritter.families import ffn_sizes, on_disk
+
     lineage = source.lineage
     return {
         "folder": str(source.folder),
@@ -191,6 +195,8 @@ def _scored(name: str, score: float) -> tuple[str, str]:
 
 
 def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) -> None:
+    from tritter.families import ffn_sizes, on_disk
+
     table = new_table("shape", "", numbers=("",))
     for name, size in shapes_of(source.config).items():
         table.add_row(SHAPES[name], str(size))
@@ -224,6 +230,8 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
 
 def _beside(folder: Path) -> list[str]:
     """Return what lies beside config and weights: tokenizer files, then what is in `state/`."""
+    from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
+
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     state = folder / "state"
     return [*names, *sorted(f"state/{each.name}" for each in state.glob("*"))]
@@ -267,3 +275,63 @@ def _print_map(console: Console, last: RecordedMap) -> None:
         "weight, gradient: factors where an entry has a source; fill: what stands where it has "
         "none, random with its standard deviation; state: whether moments follow"
     )
+
+
+def _experts_json(files: ExpertFiles) -> dict[str, Any]:
+    """Return everything that the files say without a tensor being opened.
+
+    Raises:
+        TritterError: an expert's config can't be read.
+    """
+    head = files.head
+    adapters = {
+        each.name: {
+            "rank": each.rank,
+            "alpha": each.alpha,
+            "targets": list(each.targets),
+            "parameters": each.num_parameters,
+        }
+        for each in files.summaries()
+    }
+    return {
+        "names": list(head.names),
+        "router": head.router,
+        "is_shared": head.is_shared,
+        "top_k": head.top_k,
+        "temperature": head.temperature,
+        "capacity_factor": head.capacity_factor,
+        "adapters": adapters,
+        "usage": {domain: dict(gates) for domain, gates in head.usage.items()},
+        "mean_gates": files.mean_gates(),
+    }
+
+
+def _print_experts(console: Console, files: ExpertFiles) -> None:
+    """Print the experts as a table, and how they are mixed."""
+    head = files.head
+    table = new_table(
+        "expert", "rank", "alpha", "parameters", "on",
+        numbers=("rank", "alpha", "parameters"), wrapped=("on",),
+    )  # fmt: skip
+    shapes = {each.name: each for each in files.summaries()}
+    signs = signs_of(console)
+    for name in head.names:
+        cells = ("-", "-", "-", "the base itself")
+        if (shape := shapes.get(name)) is not None:
+            count, targets = count_text(shape.num_parameters), " ".join(shape.targets)
+            cells = (str(shape.rank), f"{shape.alpha:g}", count, targets)
+        table.add_row(name, *(Text(signs.printable(cell)) for cell in cells))
+    console.print()
+    console.print(table)
+    console.print()
+    mixed = "all" if head.top_k is None else f"the best {head.top_k}"
+    whose = "one for all layers" if head.is_shared else "one in each layer"
+    router = {"learned": whose, "evidence": "token counts", "both": f"{whose}, and token counts"}
+    lines = [
+        ("router", router[head.router]),
+        ("mixed", f"{mixed}, temperature {head.temperature:g}"),
+    ]
+    for number, (domain, gates) in enumerate(head.usage.items()):
+        shown = ", ".join(f"{name} {gates.get(name, 0.0):.2f}" for name in head.names)
+        lines.append(("" if number else "mean gates", f"{domain}: {shown}"))
+    print_lines(console, lines)

@@ -1,88 +1,183 @@
-"""Every option once: its spelling, its limits, its line of help."""
+"""Options that several commands share: how one is declared, and what is typed after it."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperArgument, TyperCommand
 
-from tritter.cli.option import flag, option
-from tritter.cli.values import byte_count, parameter_count, place, spelled
-from tritter.limits import MAX_NEW_TOKENS, MAX_SEED
+from tritter.config.counts import BYTE_UNITS, COUNT_UNITS, parse_count
+from tritter.errors import Problem, RequestError, brief, nearest
+from tritter.limits import MAX_BYTES, MAX_PARAMETERS, MAX_SEED
+from tritter.storage.reading import named_path
 
-_WRITING = "Writing"
+# Options that name a checkpoint, in the order of their plain words
+_CHECKPOINTS = ("checkpoint", "source", "result")
+_MAX_FLOPS = 10**24  # a second, of one device
+Name = TypeVar("Name", bound=str)
+
+
+class CheckpointCommand(TyperCommand):
+    """A command whose checkpoints are typed as plain words, or after their options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        options = {each.name: each for each in self.params}
+        self._named = [options[name] for name in _CHECKPOINTS if name in options]
+        self._is_required = any(each.required for each in self._named)
+        for each in self._named:
+            each.required = False
+        self.params = [*map(_plain_word, self._named), *self.params]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        words = {each.name: ctx.params.pop(f"{each.name}_word") for each in self._named}
+        words = {name: word for name, word in words.items() if word is not None}
+        options = [each for each in self._named if ctx.params[each.name] is not None]
+        shown = " ".join([ctx.command_path, *(str(each.metavar) for each in self._named)])
+        if words and options:
+            names = " and ".join(each.opts[0] for each in options)
+            plain = " ".join(words.values())
+            ctx.fail(f"{plain} together with {names}: use plain words (`{shown}`) or options.")
+        ctx.params |= words
+        missing = [each for each in self._named if ctx.params[each.name] is None]
+        if missing and self._is_required and not ctx.resilient_parsing:
+            names = " and ".join(each.opts[0] for each in missing)
+            ctx.fail(f"Missing {names}: type `{shown}` with a folder or a hub id.")
+        for name in words:
+            ctx.set_parameter_source(name, ctx.get_parameter_source(f"{name}_word"))
+        return rest
+
+
+def _plain_word(option: Any) -> TyperArgument:
+    """Return the plain word that stands for an option, which then refers to it in the help."""
+    word = TyperArgument(
+        param_decls=[f"{option.name}_word"],
+        type_descriptor=option.type_descriptor,
+        metavar=option.metavar,
+        help=option.help,
+    )
+    option.help = f"The same as {option.metavar}."
+    return word
+
+
+def option(
+    names: str,
+    metavar: str,
+    told: str,
+    *,
+    panel: str | None = None,
+    parser: Callable[[str], Any] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    shows_default: bool = True,
+    completes: Callable[[str], list[str]] | None = None,
+) -> Any:
+    """Return Typer's description of an option.
+
+    Args:
+        names: as it is typed, one or two, parted by a blank.
+        metavar: what stands for its value in the help.
+        told: its line of help.
+        panel: under which heading it stands.
+        completes: returns what a shell may put in place of a value that is begun.
+    """
+    return typer.Option(
+        *names.split(),
+        metavar=metavar,
+        help=told,
+        rich_help_panel=panel,
+        parser=parser,
+        min=least,
+        max=most,
+        show_default=shows_default,
+        autocompletion=completes,
+    )
+
+
+def flag(names: str, told: str, *, panel: str | None = None) -> Any:
+    """Return Typer's description of an option without a value."""
+    return option(names, " ", told, panel=panel)
+
+
+def spelled(name: str) -> str:
+    """Return a name as the command line writes it: dashes for underscores."""
+    return name.replace("_", "-")
+
+
+def choice(option: str, word: str, allowed: Sequence[Name]) -> Name:
+    """Return the allowed word that an option's value spells, with - or _.
+
+    Raises:
+        RequestError: it is none of them.
+    """
+    for name in allowed:
+        if name == word.replace("-", "_"):
+            return name
+    shown = [spelled(name) for name in allowed]
+    reason = f"allowed is one of {', '.join(shown)}"
+    raise RequestError(Problem(option, word, reason=reason, nearest=nearest(spelled(word), shown)))
+
+
+def parameter_count(text: str) -> int:
+    """Return a count: 7B, 1.5b, 350M, 7e9, 7_000_000.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    example = "a count above 0, such as 7B, 350M or 7e9"
+    return _scaled(str(text), COUNT_UNITS, example=example, limit=MAX_PARAMETERS)
+
+
+def flops_rate(text: str) -> int:
+    """Return FLOPs per second: 312T, 9.89e14.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    example = "FLOPs per second above 0, such as 312T or 9.89e14"
+    return _scaled(str(text), COUNT_UNITS, example=example, limit=_MAX_FLOPS)
+
+
+def byte_count(text: str) -> int:
+    """Return a number of bytes: 5GB, 500MB (powers of 1000), 4GiB (of 1024).
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    example = "a size above 0, such as 5GB, 500MB or 4GiB"
+    return _scaled(str(text), BYTE_UNITS, example=example, limit=MAX_BYTES)
+
+
+def place(text: str) -> Path:
+    """Return a path as it was typed, `~` opened.
+
+    Raises:
+        typer.BadParameter: no file could have that name.
+    """
+    try:
+        return named_path(str(text), key="path")
+    except RequestError as error:
+        raise typer.BadParameter(str(error).removeprefix("path = ")) from error
+
+
+def _scaled(text: str, units: dict[str, int], *, example: str, limit: int) -> int:
+    value = parse_count(text, units)
+    if value is None:
+        raise typer.BadParameter(f"{brief(text)} is not {example}.")
+    if value > limit:
+        raise typer.BadParameter(f"{brief(text)} is above {limit:.0e}, the most that is allowed.")
+    return value
+
+
+WRITING = "Writing"
 
 AsJson = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
 Checkpoint = Annotated[str, option("--checkpoint", "SRC", "Folder or hub id of the model.")]
 Folder = Annotated[str, typer.Argument(help="Folder or hub id of the checkpoint.", metavar="DIR")]
 Seed = Annotated[
     int, option("--seed", "N", "What random choices are drawn from.", least=0, most=MAX_SEED)
-]
-
-# expand
-
-
-def _methods(incomplete: str) -> list[str]:
-    """Return what the last method of a list may become, for a shell."""
-    from tritter.cli.method_options import method_bodies
-
-    done = incomplete[: incomplete.rfind(",") + 1]
-    return [
-        found for name in method_bodies() if (found := done + spelled(name)).startswith(incomplete)
-    ]
-
-
-Method = Annotated[
-    list[str] | None,
-    option(
-        "--method",
-        "METHOD,..",
-        "dus, stack, interpolate, llama-pro, width, moe or moe-add; several, joined by "
-        "commas, in their order.",
-        completes=_methods,
-    ),
-]
-Recipe = Annotated[
-    Path | None,
-    option(
-        "--recipe",
-        "FILE",
-        "In place of --method: YAML with a list of steps and their options.",
-        parser=place,
-    ),
-]
-Output = Annotated[
-    Path | None, option("--output", "DST", "New folder. Default: SRC-METHOD.", parser=place)
-]
-ConfigDir = Annotated[
-    list[str] | None,
-    option("--config-dir -cd", "DIR", "Folder of option files of yours; see docs/extending.md."),
-]
-TargetParams = Annotated[
-    int | None,
-    option(
-        "--target-params",
-        "COUNT",
-        "Nearest real shape to so many parameters, such as 7B or 350M.",
-        parser=parameter_count,
-    ),
-]
-Moments = Annotated[
-    str,
-    option(
-        "--moments",
-        "carry|zero|reset-new",
-        "What becomes of optimizer state beside the model.",
-        panel=_WRITING,
-    ),
-]
-DType = Annotated[
-    str | None,
-    option(
-        "--dtype",
-        "float32|bfloat16|float16|float64",
-        "Of the result. Default: the source's.",
-        panel=_WRITING,
-    ),
 ]
 MaxShardSize = Annotated[
     int,
@@ -92,73 +187,22 @@ MaxShardSize = Annotated[
         "Largest file, such as 500MB or 4GiB. Default: 5GB.",
         parser=byte_count,
         shows_default=False,
-        panel=_WRITING,
+        panel=WRITING,
     ),
 ]
-Measure = Annotated[
-    bool | None,
-    flag(
-        "--measure/--no-measure",
-        "Compare source and result in stock models, layer by layer, and record the step-0 error.  "
-        "Default: measured.",
-        panel=_WRITING,
-    ),
-]
-DryRun = Annotated[bool, flag("--dry-run", "Show the result, write nothing.", panel=_WRITING)]
-Overwrite = Annotated[bool, flag("--overwrite", "Replace what is at DST.", panel=_WRITING)]
-
-# report
-
+Overwrite = Annotated[bool, flag("--overwrite", "Replace what is at DST.", panel=WRITING)]
 Runs = Annotated[
     list[Path],
     typer.Argument(
         help="Folders of runs, or folders that hold them.", metavar="RUN_OR_SWEEP...", parser=place
     ),
 ]
-ReportOutput = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        help="The page. Default: report.html in the folder, or here if there are several.",
-        metavar="FILE.html",
-        parser=place,
-    ),
-]
-Figures = Annotated[
-    Path | None,
-    typer.Option(
-        "--figures", help="New folder for the figures as PNG files.", metavar="DIR", parser=place
-    ),
-]
-
 ReportOverwrite = Annotated[
     bool, flag("--overwrite", "Replace an earlier report of the same kind at --output.")
 ]
 
-CompareOutput = Annotated[
-    Path | None,
-    option(
-        "--output", "FILE", "Also write a page (.html), or the numbers (.csv, .json).", parser=place
-    ),
-]
 
-# history
-
-Verify = Annotated[
-    bool, flag("--verify", "Hash all that can be reached again; 3 if something changed.")
-]
-AsRecipe = Annotated[
-    bool,
-    flag("--recipe", "Print the recipe of `expand` that makes it of its parent, and nothing else."),
-]
-
-# generate
-
-Prompt = Annotated[str, option("--prompt", "TEXT", "What is to be continued.")]
-MaxNewTokens = Annotated[
-    int,
-    option("--max-new-tokens", "N", "At most so many tokens more.", least=1, most=MAX_NEW_TOKENS),
-]
-Temperature = Annotated[
-    float, option("--temperature", "X", "0 takes the likeliest token each time.", least=0)
-]
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Return whether an option is on the command line, in place of a default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

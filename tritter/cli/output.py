@@ -1,23 +1,27 @@
 """What all commands print with: tables that survive a pipe, or one JSON object."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from tritter.errors import TritterError
-from tritter.families import Config, family_of
+from tritter.errors import RequestError, TritterError
 from tritter.report.wording import Signs
 from tritter.stopping import Stopped
 from tritter.storage.atomic import identity_of, is_placed_here
 from tritter.terminal import Console, NewBar, ShowProgress, say
 from tritter.terminal import progress_bars as bars_on
+
+if TYPE_CHECKING:
+    from tritter.families import Config
 
 HASH_CHARACTERS = 12
 EXIT_NO = 3  # a check said no
@@ -39,6 +43,8 @@ SHAPES = {
 
 def shapes_of(config: Config) -> dict[str, int]:
     """Return the sizes of a model by config.json's words; what it does not have is left out."""
+    from tritter.families import family_of
+
     dimensions = family_of(config).dimensions(config)
     sizes = {name: int(getattr(dimensions, name)) for name in SHAPES}
     return {name: size for name, size in sizes.items() if size}
@@ -124,6 +130,17 @@ def progress_bars(*, is_shown: bool) -> AbstractContextManager[NewBar]:
     """Return progress bars on standard error, if that is a terminal."""
     console = Console(stderr=True)
     return bars_on(console, is_shown=is_shown and console.is_terminal)
+
+
+@contextmanager
+def refuse_damage() -> Iterator[None]:
+    """Refuse a checkpoint that cannot be opened as what it is: the wrong thing to ask for."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except TritterError as error:
+        raise RequestError(str(error)) from error
 
 
 @contextmanager

@@ -1,88 +1,339 @@
 """`tritter plan`: the steps to a size, what each costs, and the commands that carry them out."""
 
-from dataclasses import asdict
-from typing import Any
+from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tritter.cli.methods import method_options
+from tritter.cli.options import AsJson, flag, flops_rate, option, parameter_count, spelled
 from tritter.cli.output import (
     new_console,
     new_table,
     print_command,
     print_json,
     print_lines,
+    refuse_damage,
     shapes_of,
+    shown_path,
     signs_of,
 )
-from tritter.cli.plan_request import (
-    PlanRequest,
-    command_notes,
-    expand_commands,
-    in_plan_options,
-    read_source,
-    read_target,
-    training_setup,
-)
-from tritter.cli.values import spelled
-from tritter.errors import RequestError
-from tritter.planning import (
-    Assumptions,
-    Device,
-    ExpansionStep,
-    GrowthPlan,
-    NamedShape,
-    TrainingMemory,
-    TrainingSetup,
-    plan_growth,
-)
-from tritter.planning.guide import size_guide
-from tritter.planning.plan import LAW_RESOLUTION, SMALL_MODEL_BEATEN_FROM, SMALLEST_MODEL
+from tritter.errors import Names, Problem, RequestError, naming, nearest
+from tritter.limits import MAX_COUNT
 from tritter.report.wording import count_text, si_text
+from tritter.storage.hub import locate
 from tritter.terminal import Console
 
+if TYPE_CHECKING:
+    from tritter.expansion import ExpansionSpec
+    from tritter.planning import (
+        Assumptions,
+        ExpansionStep,
+        GrowthPlan,
+        NamedShape,
+        TrainingMemory,
+        TrainingSetup,
+    )
+
 _MEASURED = "measured below 0.3 M parameters, three seeds"
+_NAMES = Names.of(
+    {
+        key: f"--{spelled(key)}"
+        for key in (
+            *("source", "target", "gpu_hours", "strategy", "device_flops", "mfu", "optimizer"),
+            *("tokens_per_parameter", "precision", "batch_size", "sequence_length"),
+        )
+    }
+)
+_COST = "Cost"
+_MEMORY = "Memory"
+
+Source = Annotated[
+    str | None,
+    option(
+        "--source",
+        "3B|DIR",
+        "A count such as 3B (the nearest preset), a preset, a folder or a hub id.",
+    ),
+]
+Target = Annotated[str | None, option("--target", "10B", "A count such as 10B, or a preset.")]
+GpuHours = Annotated[float | None, option("--gpu-hours", "H", "The budget.")]
+Strategy = Annotated[
+    str,
+    option(
+        "--strategy",
+        "auto|depth_first|width_first|balanced",
+        "What grows first; auto: the least predicted loss for the budget.",
+    ),
+]
+DeviceFlops = Annotated[
+    int,
+    option(
+        "--device-flops",
+        "F",
+        "Peak FLOPs per second of one GPU, such as 989T. Default: 312T (A100, bf16).",
+        parser=flops_rate,
+        shows_default=False,
+        panel=_COST,
+    ),
+]
+Mfu = Annotated[
+    float, option("--mfu", "U", "Share of the peak that training reaches.", panel=_COST)
+]
+TokensPerParameter = Annotated[
+    float,
+    option(
+        "--tokens-per-parameter",
+        "X",
+        "Tokens to train on for each parameter that a step adds.",
+        panel=_COST,
+    ),
+]
+Precision = Annotated[
+    str, option("--precision", "32-true|bf16-mixed|bf16-true|..", "Of the training.", panel=_MEMORY)
+]
+Optimizer = Annotated[
+    str, option("--optimizer", "adamw|adamw8bit", "Of the training.", panel=_MEMORY)
+]
+FreezeAttention = Annotated[
+    bool, flag("--freeze-attention", "Attention is not trained.", panel=_MEMORY)
+]
+BatchSize = Annotated[
+    int,
+    option(
+        "--batch-size", "N", "Sequences on the GPU at once.", least=1, most=MAX_COUNT, panel=_MEMORY
+    ),
+]
+SequenceLength = Annotated[
+    int | None,
+    option(
+        "--sequence-length",
+        "N",
+        "Tokens of a sequence. Default: 2048, or as many positions as the model has learned.",
+        least=1,
+        most=MAX_COUNT,
+        panel=_MEMORY,
+    ),
+]
+GradientCheckpointing = Annotated[
+    bool,
+    flag(
+        "--gradient-checkpointing",
+        "Activations are computed again in the backward pass.",
+        panel=_MEMORY,
+    ),
+]
+Guide = Annotated[bool, flag("--guide", "Print the size guide, counted from shapes, and no plan.")]
 
 
-def run_plan(request: PlanRequest, *, as_json: bool) -> int:
-    """Print a plan.
+def plan(
+    source: Source = None,
+    target: Target = None,
+    gpu_hours: GpuHours = None,
+    strategy: Strategy = "auto",
+    device_flops: DeviceFlops = 312 * 10**12,
+    mfu: Mfu = 0.4,
+    tokens_per_parameter: TokensPerParameter = 20.0,
+    precision: Precision = "bf16-mixed",
+    optimizer: Optimizer = "adamw",
+    freeze_attention: FreezeAttention = False,
+    batch_size: BatchSize = 1,
+    sequence_length: SequenceLength = None,
+    gradient_checkpointing: GradientCheckpointing = False,
+    guide: Guide = False,
+    as_json: AsJson = False,
+) -> int:
+    """Plan the expansions from one size to another: shapes, tokens, GPU-hours, memory.
 
-    Raises:
-        RequestError: an option is missing or not allowed, the target is not larger than the
-            source, or can't be reached.
+    tritter plan --source 3B --target 10B --gpu-hours 5000
     """
-    if request.source is None or request.target is None or request.gpu_hours is None:
-        missing = [
-            f"--{spelled(name)}"
-            for name in ("source", "target", "gpu_hours")
-            if getattr(request, name) is None
-        ]
+    if guide:
+        return _print_guide(as_json=as_json)
+    if source is None or target is None or gpu_hours is None:
+        needed = {"--source": source, "--target": target, "--gpu-hours": gpu_hours}
+        missing = [name for name, value in needed.items() if value is None]
         raise RequestError(
             f"{' and '.join(missing)}: a plan needs --source, --target and --gpu-hours; "
             "`tritter plan --guide` needs nothing."
         )
-    with in_plan_options():
-        source = read_source(request.source)
-        assumptions = Assumptions(
-            device=Device(flops_per_second=request.device_flops, mfu=request.mfu),
-            tokens_per_parameter=request.tokens_per_parameter,
-            setup=training_setup(request, source),
+    from tritter.planning import Assumptions, Device, TrainingSetup, plan_growth
+
+    with naming(_NAMES):
+        start = _read_source(source)
+        setup = TrainingSetup(
+            precision=precision,
+            optimizer=optimizer,
+            is_attention_frozen=freeze_attention,
+            batch_size=batch_size,
+            sequence_length=_sequence_length(sequence_length, start),
+            is_checkpointed=gradient_checkpointing,
         )
-        plan = plan_growth(
-            source.config,
-            read_target(request.target),
-            gpu_hours=request.gpu_hours,
-            strategy=request.strategy.replace("-", "_"),
+        assumptions = Assumptions(
+            device=Device(flops_per_second=device_flops, mfu=mfu),
+            tokens_per_parameter=tokens_per_parameter,
+            setup=setup,
+        )
+        made = plan_growth(
+            start.config,
+            _read_target(target),
+            gpu_hours=gpu_hours,
+            strategy=strategy.replace("-", "_"),
             assumptions=assumptions,
         )
-    commands = list(expand_commands(plan, request.source, source))
-    notes = list(command_notes(commands))
+    commands = list(_expand_commands(made, source, start))
+    notes = list(_command_notes(commands))
     if as_json:
-        print_json(_as_json(plan, source, commands, assumptions) | {"notes": notes})
+        print_json(_as_json(made, start, commands, assumptions) | {"notes": notes})
     else:
-        _print(plan, source, commands, notes, assumptions)
+        _print(made, start, commands, notes, assumptions)
     return 0
 
 
-def print_guide(*, as_json: bool) -> int:
+def _sequence_length(asked: int | None, source: NamedShape) -> int:
+    """Return how long sequences are: no longer than a model has learned positions.
+
+    Raises:
+        RequestError: a longer one is asked for.
+    """
+    from tritter.families import family_of
+    from tritter.planning import TrainingSetup
+
+    family = family_of(source.config)
+    learned = family.dimensions(source.config).max_position_embeddings
+    if asked is not None and 0 < learned < asked:
+        reason = (
+            f"{source.name} has learned {family.positions_key} = {learned} positions; allowed is "
+            "at most that"
+        )
+        raise RequestError(Problem("sequence_length", asked, reason))
+    usual = TrainingSetup().sequence_length
+    return asked or min(usual, learned or usual)
+
+
+def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterator[str]:
+    """Yield the `tritter expand` command of each step, each reading what the one before wrote.
+
+    Args:
+        text: the source as it was typed.
+        source: what it means; without a checkpoint, the commands read a folder of its name.
+    """
+    name = _folder_name(source.name if _is_place(text) else source.name.split()[0])
+    checkpoint = text if _is_place(text) else name
+    for step in plan.steps:
+        output = f"{name}-{_compact(step.target_parameters)}"
+        words = ["tritter", "expand", "--checkpoint", checkpoint]
+        words += ["--method", spelled(step.method), *_spec_options(step.spec), "--output", output]
+        yield shlex.join(words)
+        checkpoint = output
+
+
+def _command_notes(commands: Sequence[str]) -> Iterator[str]:
+    """Yield what a person has to supply for the commands of a plan, a sentence each."""
+    words = shlex.split(commands[0])
+    source, result = words[words.index("--checkpoint") + 1], words[-1]
+    if not _is_place(source):
+        yield f"{source} is a shape, not a checkpoint: put a folder or hub id in its place."
+    train = shlex.join(["tritter", "train", "--checkpoint", result, "--data", "TEXT"])
+    told = f"{train} leaves it in {shlex.quote(f'{result}-continued/checkpoint')}"
+    if len(commands) == 1:
+        yield f"The result is to be trained: {told}."
+    else:
+        yield (
+            f"Each result is to be trained before the next step: {told}, and that is then the "
+            "next step's --checkpoint."
+        )
+
+
+def _spec_options(spec: ExpansionSpec) -> list[str]:
+    """Return the options that stand for what differs from a method's defaults."""
+    words: list[str] = []
+    by_field = {
+        takers[spec.name]: option
+        for option, takers in method_options().items()
+        if spec.name in takers
+    }
+    for field in fields(spec):  # type: ignore[arg-type] # each is a dataclass
+        value = getattr(spec, field.name)
+        if value != field.default:
+            words.append(f"--{spelled(by_field[field.name])}")
+            words += [] if value is True else [str(value)]
+    return words
+
+
+def _is_place(source: str) -> bool:
+    return Path(source).is_dir() or "/" in source
+
+
+def _read_source(text: str) -> NamedShape:
+    """Return the shape that `--source` means.
+
+    Raises:
+        RequestError: it is no checkpoint, preset or count.
+    """
+    from tritter.families import count_parameters
+    from tritter.families.config_file import read_config_file
+    from tritter.families.presets import PRESETS, find_preset
+    from tritter.planning import NamedShape, named_shape, preset_shape
+
+    if _is_place(text):
+        with refuse_damage():
+            folder = locate(text, key="--source")
+            config = read_config_file(folder)
+        return NamedShape(shown_path(folder), config, count_parameters(config))
+    if _spelled_preset(text) in PRESETS:
+        return preset_shape(find_preset(text))
+    folders = [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()]
+    return named_shape(_count("source", text, near=folders))
+
+
+def _read_target(text: str) -> int:
+    """Return the count that `--target` means.
+
+    Raises:
+        RequestError: it is no preset or count.
+    """
+    from tritter.families.presets import PRESETS, find_preset
+    from tritter.planning import preset_shape
+
+    if _spelled_preset(text) in PRESETS:
+        return preset_shape(find_preset(text)).parameters
+    return _count("target", text)
+
+
+def _spelled_preset(text: str) -> str:
+    return text.lower().replace("-", "_")
+
+
+def _count(key: str, text: str, *, near: Sequence[str] = ()) -> int:
+    from tritter.families.presets import PRESETS
+
+    try:
+        return parameter_count(text)
+    except typer.BadParameter as error:
+        places = ", a checkpoint folder" if key == "source" else ""
+        reason = f"give a count of parameters such as 3B{places} or a preset: {', '.join(PRESETS)}"
+        meant = nearest(_spelled_preset(text), [*PRESETS, *near])
+        raise RequestError(Problem(key, text, reason, nearest=meant)) from error
+
+
+def _folder_name(name: str) -> str:
+    return Path(name).resolve().name
+
+
+def _compact(count: int) -> str:
+    """Return a count as a part of a folder's name: 4.42B, 213k."""
+    return count_text(count).replace(" ", "")
+
+
+def _print_guide(*, as_json: bool) -> int:
     """Print the size guide."""
+    from tritter.planning.guide import size_guide
+
     rows = size_guide()
     if as_json:
         print_json({"rows": [asdict(row) for row in rows]})
@@ -142,6 +393,8 @@ def _print(
 
 
 def _heading(plan: GrowthPlan, source: NamedShape) -> list[tuple[str, str]]:
+    from tritter.planning.plan import LAW_RESOLUTION
+
     shapes = shapes_of(plan.source_config)
     size = f"{shapes['num_hidden_layers']} layers of {shapes['hidden_size']}"
     lines = [
@@ -206,6 +459,8 @@ def _print_memory(console: Console, plan: GrowthPlan, setup: TrainingSetup) -> N
 
 
 def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]]:
+    from tritter.planning.plan import SMALLEST_MODEL
+
     device = assumptions.device
     budget, needed = _hours(plan.gpu_hours), _hours(plan.needed_gpu_hours)
     if plan.reaches_target:
@@ -245,6 +500,8 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
 
 def _alone(plan: GrowthPlan) -> str:
     """Say what the control comes to: spending the budget on the source as it is."""
+    from tritter.planning.plan import LAW_RESOLUTION
+
     gap = plan.ungrown_loss - plan.predicted_loss
     beside = "no other than the plan's"
     if abs(gap) >= LAW_RESOLUTION:
@@ -263,6 +520,8 @@ def _alone(plan: GrowthPlan) -> str:
 
 def _advice(tokens_per_parameter: float) -> str:
     """Say what our experiments measured of growth with so many tokens a parameter."""
+    from tritter.planning.plan import SMALL_MODEL_BEATEN_FROM
+
     if tokens_per_parameter < SMALL_MODEL_BEATEN_FROM:
         return (
             "train the source on where that comes out level: one layer grown to eight, with "

@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 from tritter.checkpoint.expert_files import ADAPTER_FILES
 from tritter.checkpoint.place import is_within
-from tritter.config.run_folder import RUN_FILE
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.report.compared import CSV_HEADER
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import kind_of, open_file, read_object
-from tritter.storage.records import LINEAGE_NAME
+from tritter.storage.records import LINEAGE_NAME, RUN_FILE
 
 _KEY = "--output"
 PAGE_NAME = "report.html"  # the one report that a run folder may contain

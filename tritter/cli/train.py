@@ -1,114 +1,200 @@
 """`tritter train`: the program behind train.py, and the training of a checkpoint that exists."""
 
-import argparse
+from __future__ import annotations
+
 import os
+import re
 import shlex
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+from typer.core import TyperCommand
+
+from tritter.cli.options import option, place
 from tritter.config.launch.flags import flag_of
 from tritter.config.suggestions import flag_advice
-from tritter.errors import RequestError, did_you_mean
+from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, naming
 from tritter.loading import loading
 from tritter.storage.reading import named_path
 from tritter.terminal import say
 
 if TYPE_CHECKING:
-    from tritter.cli.continued import TrainRequest
-    from tritter.config.folders import Front
     from tritter.config.launch.jobs import Outcome
-    from tritter.config.schema import RunConfig
+    from tritter.config.schema import RunConfig, TextSources
 
-HELP = """
-Training a checkpoint
-  tritter train DIR [--mode continue] [--steps N]
-                [--ewc-lambda L] [--data PATH] [--old-data PATH]
-                [--output DIR] [--config-dir DIR]
-                [GROUP=OPTION ...] [KEY=VALUE ...]
+# Keys that options set
+_OPTIONS = {
+    "data.old": "--old-data",
+    "data.new": "--data",
+    "training.max_steps": "--steps",
+    "forgetting.ewc.ewc_lambda": "--ewc-lambda",
+    "hydra.run.dir": "--output",
+    "model.path": "--checkpoint",
+}
+_VALUED = ("--checkpoint", "--mode", "--steps", "--ewc-lambda", "--data", "--old-data", "--output")
+_PLAIN = re.compile(r"[\w./+-]+")  # needs no quotes in an override, nor within a list of one
 
-  DIR                a folder or hub id of a known family, ours or not:
-                     model=hf, expansion=none; also as --checkpoint DIR
-  --mode continue    train on; the only mode
-  --steps N          training.max_steps
-  --ewc-lambda L     forgetting=ewc with this lambda (without it:
-                     forgetting=replay)
-  --data PATH        new text: file, folder or glob of .txt, .jsonl and the
-                     like; may be repeated
-  --old-data PATH    old text, in the same forms; by default all that the
-                     checkpoint learned
-  --output DIR       folder of the run, with the result in DIR/checkpoint;
-                     default: DIR-continued
-  --config-dir DIR   options of yours (docs/extending.md)"""
+CheckpointDir = Annotated[
+    str | None,
+    option(
+        "--checkpoint",
+        "DIR",
+        "A folder or hub id of a known family, ours or not; also as a plain word. It takes "
+        "experiment=continued: model=hf, data=text, expansion=none.",
+    ),
+]
+Mode = Annotated[str | None, option("--mode", "continue", "Continue training; the only mode.")]
+Steps = Annotated[str | None, option("--steps", "N", "training.max_steps.")]
+EwcLambda = Annotated[
+    str | None,
+    option("--ewc-lambda", "L", "forgetting=ewc with this lambda (without it: forgetting=replay)."),
+]
+NewData = Annotated[
+    list[str] | None,
+    option(
+        "--data",
+        "PATH",
+        "New data: file, folder or glob of .txt, .jsonl and the like; may be repeated.",
+    ),
+]
+OldData = Annotated[
+    list[str] | None,
+    option(
+        "--old-data",
+        "PATH",
+        "Old data, in the same forms. Default: all that the checkpoint learned.",
+    ),
+]
+RunDir = Annotated[
+    Path | None,
+    option(
+        "--output",
+        "DIR",
+        "Folder of the run, with the result in DIR/checkpoint. Default: DIR-continued.",
+        parser=place,
+    ),
+]
 
-_VALUED = ("checkpoint", "mode", "steps", "ewc-lambda", "data", "old-data", "output")
+
+class TrainCommand(TyperCommand):
+    """A command whose other words, --help included, belong to train.py."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+        super().__init__(*args, **{**kwargs, "add_help_option": False})
+        self.context_settings = {**self.context_settings, **settings}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not {"-h", "--help"} & set(args):
+            return super().parse_args(ctx, args)
+        # Help needs no values, which Typer reads with pydantic
+        _, ctx.args, _ = self.make_parser(ctx).parse_args(list(args))
+        ctx.params = {each.name: None for each in self.params}
+        return list(ctx.args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        from typer._click.shell_completion import CompletionItem
+
+        return [CompletionItem(found) for found in _completions(ctx.args, incomplete)]
 
 
-def run_train(words: Sequence[str]) -> int:
-    """Run a command line of `tritter train` and return the exit code.
-
-    Raises:
-        RequestError: the options that go with `--checkpoint` are wrong.
-    """
-    from tritter.config.folders import composing_from
+def train(
+    context: typer.Context,
+    checkpoint: CheckpointDir = None,
+    mode: Mode = None,
+    steps: Steps = None,
+    ewc_lambda: EwcLambda = None,
+    data: NewData = None,
+    old_data: OldData = None,
+    output: RunDir = None,
+) -> int:
+    """Grow and train a model on real text; the same program as train.py."""
     from tritter.config.launch.entry import main
 
-    words = _with_checkpoint(words)
-    given = {_option(word) for word in words}
+    plain, words = _parted(context.args)
     if {"-h", "--help"} & set(words):
-        asked = _parsed(words)
-        outside = [*_front(asked).flags, *asked.overrides]
-        code = main(_pipeline, arguments=[*outside, "--help"])
-        say(HELP)
+        code = main(_pipeline, arguments=words)
+        say("\n".join(_help(context.command.params)))
         return code
-    if "--version" in words or not given & set(_VALUED):
+    typed = [each for each, value in context.params.items() if value]
+    if "--version" in words or not (typed or plain):
         return main(_pipeline, arguments=words)
-    if "checkpoint" not in given:
-        named = next(word for word in words if _option(word) in _VALUED)
-        raise RequestError(
-            f"{named.partition('=')[0]} goes with the checkpoint to train, `tritter train DIR`; "
-            "without a checkpoint everything is set by KEY=VALUE (--help)."
-        )
-    resumed = next((w for w in words if w.lstrip("+").startswith("resume=")), None)
-    if resumed is not None:
-        raise RequestError(
-            f"{resumed}: a run is gone on with by itself, with its own checkpoint and text: "
-            f"{shlex.join(['tritter', 'train', resumed])}"
-        )
-    from tritter.cli.continued import continuation
-
-    asked = _parsed(words)
-    with composing_from(_front(asked)):
-        continued = continuation(_request(asked))
-    return main(_pipeline, arguments=[*_front(asked).flags, *continued])
+    checkpoint = _named_checkpoint(plain, checkpoint, typed)
+    _check_flags(words)
+    if mode not in (None, "continue"):
+        raise RequestError(f"--mode = {mode}: allowed is continue.")
+    settings: dict[str, str | None] = {
+        "training.max_steps": steps,
+        "hydra.run.dir": _word(str(output or _default_output(checkpoint))),
+    }
+    if ewc_lambda is not None:
+        settings |= {"forgetting": "ewc", "forgetting.ewc.ewc_lambda": ewc_lambda}
+    words = continuation(
+        checkpoint, data=data or (), old_data=old_data or (), settings=settings, words=words
+    )
+    keys = _typed_keys(context.args)
+    with naming(Names.of({k: o for k, o in _OPTIONS.items() if not _is_typed(k, keys)})):
+        return main(_pipeline, arguments=words)
 
 
-def _with_checkpoint(words: Sequence[str]) -> list[str]:
-    """Return the words, in which a plain one, the checkpoint, follows its option.
+def continuation(
+    checkpoint: str,
+    *,
+    data: Sequence[str] = (),
+    old_data: Sequence[str] = (),
+    settings: Mapping[str, str | None],
+    words: Sequence[str] = (),
+) -> list[str]:
+    """Return the words of train.py that train a checkpoint; what was typed as KEY=VALUE wins.
+
+    Args:
+        checkpoint: a folder or hub id.
+        data: paths of new data.
+        old_data: paths of old data; empty: what the checkpoint recorded.
+        settings: key → value of other options; None: not typed.
+        words: flags, GROUP=OPTION and KEY=VALUE words.
 
     Raises:
-        RequestError: there are several, or the option as well.
+        RequestError: there is no such checkpoint, no new data is named, or another seed than the
+            split's was typed.
     """
-    plain = [
-        number
-        for number, (before, word) in enumerate(pairwise(["", *words]))
-        if word[:1] not in ("", "-", "~") and "=" not in word and not _is_value(before, word)
-    ]
-    if not plain:
-        return list(words)
-    named = [words[number] for number in plain]
-    if len(plain) > 1:
-        raise RequestError(
-            f"{' and '.join(named)}: tritter train takes one checkpoint; settings are written "
-            "KEY=VALUE (--help)."
-        )
-    if any(_option(word) == "checkpoint" for word in words):
-        raise RequestError(
-            f"{named[0]} together with --checkpoint: use a plain word (`tritter train DIR`) or the "
-            "option, not both."
-        )
-    return [*words[: plain[0]], f"--checkpoint={named[0]}", *words[plain[0] + 1 :]]
+    from tritter.checkpoint.usable import checkpoint_place
+
+    folder = checkpoint_place(checkpoint, key="--checkpoint")
+    keys = _typed_keys(words)
+    if not data and not any(_is_typed(key, keys) for key in ("data.new", "data.tasks")):
+        raise RequestError("--data is missing: name the text to train on, --data PATH.")
+    new, old, is_of_hub = _sources(data, old_data, words)
+    recorded = _recorded_settings(Path(folder), is_text=not is_of_hub)
+    _check_seed(recorded.get("seed"), words)
+    groups = {"experiment": "continued"}
+    if "experiment" in keys:  # there is one at a time
+        groups = {"model": "hf", "data": "text", "expansion": "none"}
+    defaults = {
+        **groups,
+        **({"data": "hf"} if is_of_hub else {}),
+        "model.path": _word(folder),
+        **recorded,
+        "data.new": _value(new),
+        "data.old": _value(old),
+        **settings,
+    }
+    stated = (f"{k}={v}" for k, v in defaults.items() if v is not None and not _is_typed(k, keys))
+    return [*stated, *words]
+
+
+def _parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return plain words, which are checkpoints, and all others."""
+    plain: list[str] = []
+    others: list[str] = []
+    for before, word in pairwise(["", *words]):
+        is_plain = word[:1] not in ("", "-", "~") and "=" not in word
+        (plain if is_plain and not _is_value(before, word) else others).append(word)
+    return plain, others
 
 
 def _is_value(before: str, word: str) -> bool:
@@ -122,7 +208,169 @@ def _is_value(before: str, word: str) -> bool:
     return word in flag.choices if is_optional else bool(flag.value or flag.choices)
 
 
-def train_completions(words: Sequence[str], begun: str) -> list[str]:
+def _named_checkpoint(plain: Sequence[str], checkpoint: str | None, typed: Sequence[str]) -> str:
+    """Return the one checkpoint that was named.
+
+    Raises:
+        RequestError: there are several, or options that need one and have none.
+    """
+    if len(plain) > 1:
+        raise RequestError(
+            f"{' and '.join(plain)}: tritter train takes one checkpoint; settings are written "
+            "KEY=VALUE (--help)."
+        )
+    if plain and checkpoint is not None:
+        raise RequestError(
+            f"{plain[0]} together with --checkpoint: use a plain word (`tritter train DIR`) or the "
+            "option, not both."
+        )
+    if plain or checkpoint is not None:
+        return plain[0] if plain else str(checkpoint)
+    raise RequestError(
+        f"--{typed[0].replace('_', '-')} goes with the checkpoint to train, `tritter train DIR`; "
+        "without a checkpoint everything is set by KEY=VALUE (--help)."
+    )
+
+
+def _check_flags(words: Sequence[str]) -> None:
+    """Refuse flags that don't go with a checkpoint, and `resume`.
+
+    Raises:
+        RequestError: names the first.
+    """
+    for word in words:
+        if word.lstrip("+").startswith("resume="):
+            raise RequestError(
+                f"{word}: a run is gone on with by itself, with its own checkpoint and text: "
+                f"{shlex.join(['tritter', 'train', word])}"
+            )
+        flag = flag_of(word.partition("=")[0].replace("_", "-"))
+        if word[:1] != "-" or (flag and flag.names[0] in ("-cd", "-cn")):
+            continue
+        near = did_you_mean(word.partition("=")[0], _VALUED)
+        if (advice := flag_advice(word, words, command="train")) is not None:
+            near = f" {advice}"
+        raise RequestError(
+            f"{word}: tritter train --checkpoint has no such option.{near} (see --help)"
+        )
+
+
+def _sources(
+    data: Sequence[str], old_data: Sequence[str], words: Sequence[str]
+) -> tuple[TextSources, TextSources, bool]:
+    """Return domain → paths of new and of old data, and whether they are data sets.
+
+    Raises:
+        RequestError: a path means no data.
+    """
+    from tritter.config.schema import DatasetsConfig, TextDataConfig
+    from tritter.config.text_files import place_of, read_sources
+    from tritter.data.datasets import dataset_names
+    from tritter.errors import raise_problems
+
+    is_of_hub = bool(dataset_names((*data, *old_data))) or "data=hf" in words
+    place_of_word = place_of(DatasetsConfig if is_of_hub else TextDataConfig, {})
+    problems: list[Problem] = []
+    new, old = (
+        read_sources(
+            option,
+            list(paths) or None,
+            default_name=name,
+            problems=problems,
+            place_of_word=place_of_word,
+        )
+        for option, paths, name in (("--data", data, "new"), ("--old-data", old_data, "old"))
+    )
+    raise_problems(problems)
+    return new, old, is_of_hub
+
+
+def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
+    """Return key → value of what a continued training takes from the one before.
+
+    Args:
+        is_text: the data are texts, whose records have a field.
+
+    Raises:
+        RequestError: the lineage can't be read.
+    """
+    from tritter.checkpoint import read_lineage
+
+    try:
+        lineage = read_lineage(folder)
+    except TritterError as error:
+        raise RequestError(f"--checkpoint: {error}") from error
+    if lineage is None:
+        return {}
+    settings: dict[str, Any] = {}
+    if lineage.split is not None:
+        settings["seed"] = lineage.split.seed
+    data = lineage.training_config.get("data")
+    if isinstance(data, Mapping) and isinstance(data.get("sequence_length"), int):
+        settings["data.sequence_length"] = data["sequence_length"]
+        if data.get("packing") == "documents":
+            settings["data.packing"] = "documents"
+    fields = {domain.text_field for domain in lineage.domains.values()}
+    if len(fields) == 1 and is_text:
+        settings["data.text_field"] = _word(fields.pop())
+    return settings
+
+
+def _check_seed(recorded: int | None, words: Sequence[str]) -> None:
+    """Refuse another seed than that of the split: held-out text would be trained on."""
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        if key == "seed" and recorded is not None and value.isdecimal() and int(value) != recorded:
+            raise RequestError(
+                f"seed = {value}: the checkpoint's text was split with seed {recorded}, and text "
+                "that was held out would be trained on. Leave seed out; with train.py model=hf "
+                "another seed orders the data, and the split stays."
+            )
+
+
+def _typed_keys(words: Sequence[str]) -> set[str]:
+    return {word.partition("=")[0].lstrip("+").replace("-", "_") for word in words if "=" in word}
+
+
+def _is_typed(key: str, keys: set[str]) -> bool:
+    """Return whether a key, or one below it, was typed; of a group its name alone counts."""
+    return key in keys or ("." in key and any(each.startswith(f"{key}.") for each in keys))
+
+
+def _value(sources: TextSources) -> str | None:
+    """Return domains and paths as Hydra reads them."""
+    if not sources:
+        return None
+    parts = [f"{name}:[{','.join(map(_word, paths))}]" for name, paths in sources.items()]
+    return "{" + ",".join(parts) + "}"
+
+
+def _word(text: str) -> str:
+    """Return a text as Hydra reads it, in quotes where it is no plain path or name."""
+    from tritter.config.overrides import as_value, quoted
+
+    return as_value(text) if _PLAIN.fullmatch(text) else quoted(text)
+
+
+def _default_output(checkpoint: str) -> Path:
+    """Return DIR-continued next to a folder; of a hub id, in the current one."""
+    folder = named_path(checkpoint, key="--checkpoint")
+    near = folder.resolve() if folder.is_dir() else Path(folder.name)
+    return near.with_name(f"{near.name}-continued")
+
+
+def _help(params: Sequence[Any]) -> Iterator[str]:
+    """Yield the lines on a checkpoint's training, which stand below the help of train.py."""
+    yield "\nTraining a checkpoint"
+    yield "  tritter train DIR [OPTIONS] [--config-dir DIR] [GROUP=OPTION ...] [KEY=VALUE ...]\n"
+    for each in params:
+        label = f"  {each.opts[0]} {each.metavar}"
+        first, *more = textwrap.wrap(each.help, 58)
+        yield f"{label:<21}{first}"
+        yield from (f"{'':<21}{line}" for line in more)
+
+
+def _completions(words: Sequence[str], begun: str) -> list[str]:
     """Return what a shell may put in the place of the word that is begun.
 
     Args:
@@ -138,90 +386,15 @@ def train_completions(words: Sequence[str], begun: str) -> list[str]:
         is_part = bool(whole) and not {word, before}.isdisjoint({"=", ":"})
         whole = [*whole[:-1], whole[-1] + word] if is_part else [*whole, word]
     *earlier, last = whole
-    if earlier and _option(earlier[-1]) in _VALUED:
-        return []
-    kept = [word for before, word in pairwise(["", *earlier]) if not _is_of_training(before, word)]
-    found = completions([*kept, last])
-    if len(found) == 1 and found[0][-1] in "=.":  # else the shell puts a blank behind it
-        found = completions([*kept, *found]) or found
-    found += [f"--{name}" for name in _VALUED if last.startswith("-")]
+    found = completions([*earlier, last])
+    if len(found) == 1 and found[0][-1] in "=.":  # else the shell puts a blank after it
+        found = completions([*earlier, *found]) or found
+    found += _VALUED if last.startswith("-") else ()
     start = last.removesuffix(begun)
     return [one.removeprefix(start) for one in found if one.startswith(last)]
 
 
-def _is_of_training(before: str, word: str) -> bool:
-    """Say whether a word is an option that goes with --checkpoint, or the value of one."""
-    return _option(word) in _VALUED or (_option(before) in _VALUED and "=" not in before)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message} (see tritter train --help).")
-
-
-def _parsed(words: Sequence[str]) -> argparse.Namespace:
-    from tritter.config.launch.command_line import split_searchpath
-
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("-cd", "--config-dir", action="append", default=[])
-    parser.add_argument("-cn", "--config-name")
-    for name in _VALUED:
-        is_list = name in ("data", "old-data")
-        parser.add_argument(f"--{name}", action="append" if is_list else "store")
-    parser.add_argument("overrides", nargs="*")
-    known, unknown = parser.parse_known_intermixed_args([_dashed(word) for word in words])
-    if unknown:
-        near = did_you_mean(unknown[0].partition("=")[0], [f"--{name}" for name in _VALUED])
-        if (advice := flag_advice(unknown[0], words, command="train")) is not None:
-            near = f" {advice}"
-        raise RequestError(
-            f"{unknown[0]}: tritter train --checkpoint has no such option.{near} (see --help)"
-        )
-    if known.mode not in (None, "continue"):
-        raise RequestError(f"--mode = {known.mode}: allowed is continue.")
-    known.searchpath, known.overrides = split_searchpath(known.overrides)
-    return known
-
-
-def _front(known: argparse.Namespace) -> "Front":
-    """Return where options of the user's own are.
-
-    Raises:
-        RequestError: a folder does not exist, or none has the file of `--config-name`.
-    """
-    from tritter.config.folders import front_of
-
-    return front_of(known.config_dir, known.config_name, searchpath=known.searchpath)
-
-
-def _request(known: argparse.Namespace) -> "TrainRequest":
-    from tritter.cli.continued import TrainRequest
-
-    return TrainRequest(
-        checkpoint=known.checkpoint,
-        steps=known.steps,
-        ewc_lambda=known.ewc_lambda,
-        data=tuple(known.data or ()),
-        old_data=tuple(known.old_data or ()),
-        output=None if known.output is None else named_path(known.output, key="--output"),
-        overrides=tuple(known.overrides),
-    )
-
-
-def _option(word: str) -> str:
-    """Return the name of an option, in dashes; of any other word, nothing."""
-    return _dashed(word).partition("=")[0][2:] if word.startswith("--") else ""
-
-
-def _dashed(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-def _pipeline(config: "RunConfig", *, run_folder: Path) -> "Outcome":
+def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     """Run the stages; imported here so that help and refusals don't wait for Lightning."""
     with loading("lightning"):
         from tritter.pipeline import run_pipeline

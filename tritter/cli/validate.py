@@ -1,42 +1,68 @@
 """`tritter validate`: five questions about a pair of checkpoints, each with number and bound."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from rich.text import Text
 
-from tritter.checkpoint.expert_files import refuse_experts
-from tritter.checkpoint.learned import told_apart
-from tritter.cli.output import EXIT_NO, new_console, new_table, print_json, print_lines, signs_of
-from tritter.cli.request import damage_is_a_wrong_request
-from tritter.config.schema import TextSources
-from tritter.config.text_files import named_after, read_sources
+from tritter.cli.options import AsJson, option
+from tritter.cli.output import (
+    EXIT_NO,
+    new_console,
+    new_table,
+    print_json,
+    print_lines,
+    refuse_damage,
+    signs_of,
+)
 from tritter.errors import Problem, RequestError, raise_problems
-from tritter.evaluation.gate import Check
-from tritter.families.config_file import no_config
-from tritter.pipeline.validate import Side, ValidationText, validate
+from tritter.loading import loading
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 
+if TYPE_CHECKING:
+    from tritter.config.schema import TextSources
+    from tritter.evaluation.gate import Check
+
 _STYLES = {"passed": "green", "failed": "bold red", "undecided": "yellow", "not_asked": "dim"}
 
+Source = Annotated[str, option("--source", "SOURCE", "Folder or hub id of the model before.")]
+Result = Annotated[str, option("--result", "RESULT", "Folder or hub id of what was made of it.")]
+OldData = Annotated[
+    list[str] | None,
+    option(
+        "--data",
+        "[NAME=]PATH",
+        "Old text; may be repeated. Default: what RESULT's lineage records.",
+    ),
+]
+TargetData = Annotated[
+    list[str] | None, option("--target-data", "[NAME=]PATH", "New text; may be repeated.")
+]
+Limit = Annotated[
+    int, option("--limit", "N", "Documents of each domain, at most.", least=30, most=10**6)
+]
 
-def run_validate(
-    source: str,
-    result: str,
-    *,
-    data: Sequence[str] | None,
-    target_data: Sequence[str] | None,
-    limit: int,
-    as_json: bool,
+
+def validate(
+    source: Source,
+    result: Result,
+    data: OldData = None,
+    target_data: TargetData = None,
+    limit: Limit = 200,
+    as_json: AsJson = False,
 ) -> int:
-    """Print the answers; the exit code is 3 when one of them is no.
+    """Ask the five questions of an expansion about two checkpoints; exit code 3 when one fails.
 
-    Raises:
-        RequestError: a folder holds no checkpoint of a known family, or is damaged; text can't be
-            found or read.
+    tritter validate base grown
     """
+    with loading("transformers"):
+        from tritter.pipeline.validate import Side, ValidationText, validate
+
     problems: list[Problem] = []
     text = ValidationText(
         kept=_sources("--data", data, problems),
@@ -45,7 +71,7 @@ def run_validate(
     )
     raise_problems(problems)
     folders = [_folder(source, "--source"), _folder(result, "--result")]
-    with damage_is_a_wrong_request():
+    with refuse_damage():
         before, after = map(Side.open, folders)
         checks = validate(before, after, text)
     is_failed = any(check.verdict == "failed" for check in checks)
@@ -64,7 +90,10 @@ def _folder(place: str, option: str) -> Path:
     Raises:
         RequestError: there is none, or it has experts.
     """
-    with damage_is_a_wrong_request():
+    from tritter.checkpoint.expert_files import refuse_experts
+    from tritter.families.config_file import no_config
+
+    with refuse_damage():
         folder = locate(place, key=option)
     if not (folder / "config.json").is_file():
         held = f"the folder holds {no_config(folder)}"
@@ -78,6 +107,9 @@ def _sources(
     option: str, words: Sequence[str] | None, problems: list[Problem]
 ) -> TextSources | None:
     """Return domain → paths of what was typed, as [NAME=]PATH; None where nothing was."""
+    from tritter.checkpoint.learned import told_apart
+    from tritter.config.text_files import named_after, read_sources
+
     if not words:
         return None
     named: dict[str, list[str]] = {}

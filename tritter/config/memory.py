@@ -87,16 +87,15 @@ def memory_problems(config: RunConfig, source: Config) -> list[Problem]:
         return []
     held, place = worst
     fitting = held.parameters * place.limit // place.needed
-    advice = [f"at most about {_count(fitting)} parameters fit", *_what_fits(config, source)]
+    advice = [*_what_fits(config, source), "trainer.check_memory=false tries it all the same"]
     each = f"; each of {held.processes} processes holds its own" if held.processes > 1 else ""
     reason = (
         f"training {held.model} of {_count(held.parameters)} parameters takes "
         f"{_size(place.needed)} before any activation (weights, gradients and optimizer "
         f"{_size(held.states)}, copies {_size(held.copied)}{each}), and "
-        f"{place.name} has {_size(place.limit)}; {'; '.join(advice)}; "
-        "trainer.check_memory=false tries it all the same"
+        f"{place.name} has {_size(place.limit)}; at most about {_count(fitting)} parameters fit"
     )
-    return [Problem("trainer.check_memory", True, reason=reason)]
+    return [Problem("trainer.check_memory", True, reason, "; ".join(advice))]
 
 
 def memory_notes(config: RunConfig, source: Config) -> tuple[str, ...]:

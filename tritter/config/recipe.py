@@ -3,9 +3,7 @@
 The file says what a command line can't: two steps of one method, or the same option of two.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +16,7 @@ from tritter.config.counts import BYTE_UNITS, COUNT_UNITS, parse_count
 from tritter.config.folders import body_of, option_files
 from tritter.config.lined_yaml import LinedYaml, Place, read_lined_yaml
 from tritter.config.selection import Reader, method_class, method_keys, method_names, read_methods
-from tritter.errors import Problem, RequestError, nearest, raise_problems
+from tritter.errors import Names, Problem, RequestError, naming, nearest, raise_problems
 from tritter.expansion import ExpansionSpec
 from tritter.limits import MAX_BYTES, MAX_PARAMETERS
 from tritter.options import options, read_options
@@ -27,7 +25,7 @@ from tritter.targets import TARGET
 
 _STEPS = "steps"
 _MAX_SEED = 2**64 - 1  # runs derive the seeds of their expansions, which have so many bits
-_KEY = re.compile(r"expansion\.(\w+)(?:\.(\w+))?( = (?:\[[^\]]*\]|\S*[^\s:.,;]))?")
+_GROUP = "expansion."  # of the keys of a run, in which a recipe's methods have no group
 
 
 @options
@@ -67,38 +65,31 @@ class Recipe:
         values = {field.name: getattr(self.settings, field.name) for field in fields(Settings)}
         return {name: value for name, value in values.items() if value is not None}
 
-    @contextmanager
-    def speaks(self, step: int | None = None) -> Iterator[None]:
-        """Let refusals of what it asks for name its keys and lines.
+    def names(self, step: int | None = None) -> Names:
+        """Return how refusals call what it asks for: by its keys and lines.
 
         Args:
             step: the one that is refused; None: any.
         """
-        try:
-            yield
-        except RequestError as error:
-            raise RequestError(self._in_its_words(str(error), step)) from error
 
-    def _in_its_words(self, text: str, step: int | None) -> str:
-        def told(found: re.Match[str]) -> str:
-            method, field, value = found[1], found[2], found[3] or ""
-            places = self._places(method, field, step)
-            where = f" (in {self.origin.origin_of(places)})" if places else ""
-            return f"{method}.{field}{value}{where}" if field else f"{method}{where}"
+        def name(key: str) -> str:
+            is_typed = key in ("target_params", "dtype", "checkpoint") and key not in self.given()
+            return f"--{key.replace('_', '-')}" if is_typed else key.removeprefix(_GROUP)
 
-        text = _KEY.sub(told, text)
-        for name in ("target_params", "dtype"):
-            stated = re.compile(rf"^{name}\b( = [^\s:]+)?")
-            where = f" (in {self.origin.origin(name)})" if name in self.given() else ""
-            prefix = "" if where else "--"
-            text = stated.sub(lambda m, p=prefix, w=where: f"{p}{m[0]}{w}", text)  # type: ignore[misc]
-        return re.sub(r"^checkpoint\b", "--checkpoint", text)
+        def origin(key: str) -> str | None:
+            method, _, field = key.removeprefix(_GROUP).partition(".")
+            places = self._places(method, field, step) if key.startswith(_GROUP) else []
+            if places:
+                return self.origin.origin_of(places)
+            return self.origin.origin(key) if key in self.given() else None
 
-    def _places(self, method: str, field: str | None, step: int | None) -> list[Place]:
+        return Names(name, origin)
+
+    def _places(self, method: str, field: str, step: int | None) -> list[Place]:
         """Return where the steps of a method stand, or their key where they state it."""
         at = [n for n, each in enumerate(self.steps) if each.name == method and step in (None, n)]
         steps: list[Place] = [(_STEPS, number, method) for number in at]
-        keys: list[Place] = [] if field is None else [(*place, field) for place in steps]
+        keys: list[Place] = [] if not field else [(*place, field) for place in steps]
         return [key for key in keys if key in self.origin.lines] or steps
 
 
@@ -116,7 +107,13 @@ def read_recipe(path: Path) -> Recipe:
             f"{path}: a recipe holds {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
         )
         raise RequestError(f"{reason}.")
+    with naming(Names(lambda key: key.removeprefix(_GROUP))):
+        return _read(origin)
+
+
+def _read(origin: LinedYaml) -> Recipe:
     problems: list[Problem] = []
+    raw = origin.value
     for name in raw:
         if name not in _KEYS:
             reason = f"there is no such key; a recipe has {', '.join(_KEYS)}"
@@ -165,7 +162,7 @@ def _steps(origin: LinedYaml, problems: list[Problem]) -> tuple[ExpansionSpec, .
         step = _step(item, found, methods)
         steps += [] if step is None else [step]
         for each in found:
-            keys = each.key.split(".")
+            keys = each.key.removeprefix(_GROUP).split(".")
             where = origin.origin(_STEPS, number, *(keys if each.key != _STEPS else ()))
             problems.append(replace(each, origin=where))
     return tuple(steps)
@@ -222,16 +219,8 @@ def _specification(
     stated = {name: {**body, **given}}
     classes = {} if kind is None else {f"expansion.{name}": kind}
     read = read_methods(reader, "expansion", stated, classes)
-    problems += [_without_group(each) for each in (*unfit, *reader.problems)]
+    problems += (*unfit, *reader.problems)
     return read[0].options if read else None
-
-
-def _without_group(problem: Problem) -> Problem:
-    """Return a problem in the words of a recipe, in which a method stands by itself."""
-    near = problem.nearest and problem.nearest.removeprefix("expansion.")
-    reason = problem.reason.replace("expansion.", "")
-    key = problem.key.removeprefix("expansion.")
-    return replace(problem, key=key, reason=reason, nearest=near)
 
 
 def recipe_text(

@@ -17,17 +17,15 @@ from tritter.config.fingerprint import describe_changes, fingerprint
 from tritter.config.folders import CONFIG_NAME, Front, composing_from, front
 from tritter.config.overrides import command, program_words, resume_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
-from tritter.errors import Problem, RequestError, TritterError, did_you_mean
+from tritter.errors import Problem, RequestError, TritterError, did_you_mean, key_name, refused
 from tritter.options import options, read_options
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.links import check_tree
 from tritter.storage.lock import LOCK_NAME
 from tritter.storage.reading import named_path, read_object
-from tritter.storage.records import read_record, record_text
+from tritter.storage.records import RUN_FILE, SUMMARY_FILE, read_record, record_text
 
 FORMAT_VERSION = 2  # 2: overrides, what was left, a digest of the whole
-RUN_FILE = "run.json"
-SUMMARY_FILE = "summary.json"
 RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the time
 
 OUTPUT_FILE = "output.txt"  # what a job printed that ran beside others
@@ -118,27 +116,28 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     is_run = os.path.lexists(folder / RUN_FILE)
     held = folder.iterdir() if folder.exists() else ()
     if not is_run and any(path.name not in _BEFORE_RUN_FILE for path in held):
-        raise RequestError(
-            f"hydra.run.dir = {folder}: output exists and is no run of Tritter (it has no "
-            f"{RUN_FILE}); nothing was touched. Allowed is a new or empty folder, or one of "
-            "an earlier run of the same configuration."
+        reason = (
+            f"output exists and is no run of Tritter (it has no {RUN_FILE}); nothing was touched. "
+            "Allowed is a new or empty folder, or one of an earlier run of the same configuration"
         )
+        raise refused("hydra.run.dir", folder, reason)
     try:
         # What is written below it has to stay there
         check_tree(folder, passed_over=_LOGGER_FOLDERS)
     except TritterError as error:
-        raise RequestError(f"hydra.run.dir = {folder}: {error}") from error
+        raise refused("hydra.run.dir", folder, f"{error}") from error
     _check_settings(folder)
     if not is_run:
         return RunState.NEW
     run = read_run(folder)
     changes = describe_changes(run.fingerprint, fingerprint(config))
     if changes:
+        key = key_name("hydra.run.dir")
         raise RequestError(
-            f"hydra.run.dir = {folder}: it holds a run of another configuration (there → now):\n"
+            f"{key} = {folder}: it holds a run of another configuration (there → now):\n"
             + "\n".join(f"  {change}" for change in changes)
             + f"\nLeave them out to resume it: {run.resume_command(folder)}\n"
-            "Or give another folder as hydra.run.dir to start another run."
+            f"Or give another folder as {key} to start another run."
         )
     if run.status != "finished":
         return RunState.STARTED
@@ -151,9 +150,8 @@ def _check_settings(folder: Path) -> None:
     wrong = [settings] if settings.is_file() else [p for p in settings.glob("*") if p.is_dir()]
     for path in wrong:
         is_, wanted = ("a file", "folder") if path == settings else ("a folder", "file")
-        raise RequestError(
-            f"hydra.run.dir = {folder}: {path} is {is_}, where Hydra writes a {wanted} of its own."
-        )
+        reason = f"{path} is {is_}, where Hydra writes a {wanted} of its own"
+        raise refused("hydra.run.dir", folder, reason)
 
 
 def _is_whole(folder: Path, run: RunRecord) -> bool:
@@ -221,11 +219,9 @@ def require_writable(folder: Path, *, key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         is_writable = os.access(folder, os.W_OK)
     except OSError as error:
-        raise RequestError(
-            f"{key} = {folder}: no folder can be made there ({error.strerror})."
-        ) from error
+        raise refused(key, folder, f"no folder can be made there ({error.strerror})") from error
     if not is_writable:
-        raise RequestError(f"{key} = {folder}: nothing can be written there.")
+        raise refused(key, folder, "nothing can be written there")
 
 
 def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
@@ -306,14 +302,12 @@ def _check_place(folder: Path, config: RunConfig) -> None:
     """Refuse a path that can't become a folder, or lies in the checkpoint that is trained on."""
     model = config.model
     if isinstance(model, CheckpointModelConfig) and is_within(folder, Path(model.path)):
-        raise RequestError(
-            f"hydra.run.dir = {folder}: it lies in the checkpoint that the run starts from, "
-            f"{model.path}; a run stands beside it."
-        )
+        reason = f"it is in the checkpoint that the run starts from, {model.path}; choose a place"
+        raise refused("hydra.run.dir", folder, f"{reason} next to it")
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise RequestError(f"hydra.run.dir = {folder}: {place} is a file; a folder is needed.")
+        raise refused("hydra.run.dir", folder, f"{place} is a file; a folder is needed")
     if not os.access(place, os.W_OK):
-        raise RequestError(f"hydra.run.dir = {folder}: {place} can't be written to.")
+        raise refused("hydra.run.dir", folder, f"{place} can't be written to")

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from tritter.config.folders import body_of, option_files
 from tritter.config.suggestions import child_names, hint_for, nearest_key
-from tritter.errors import Problem, RequestError, nearest
+from tritter.errors import Problem, RequestError, key_name, nearest
 from tritter.options import is_options, join, read_options
 from tritter.targets import TARGET, resolve
 
@@ -72,7 +72,7 @@ class Reader:
         if not section:
             names = sorted([*names, *_KEYLESS_GROUPS])
             near = nearest(leaf, names, cutoff=0.7)
-        place = f"{section} has" if section else "the root has"
+        place = f"{key_name(section)} has" if section else "the root has"
         reason = f"there is no such key; {place} {', '.join(names)}" if names else "no such key"
         if (hint := hint_for(key, value)) is not None:
             yield Problem(key, value, reason=hint.reason or reason, nearest=hint.advice or None)

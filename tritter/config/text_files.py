@@ -15,7 +15,7 @@ from tritter.data.datasets import PREFIX, check_place, parse_name
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.skills import SKILLS, skill_path
 from tritter.data.sources import TextRequest, find_texts
-from tritter.errors import Problem, RequestError, nearest
+from tritter.errors import Problem, RequestError, key_name, nearest
 from tritter.options import Text, options
 
 Place = Callable[[str, str], str]  # key and word as typed → what is kept of it
@@ -221,7 +221,7 @@ def text_requests(data: DataConfig) -> tuple[TextRequest, ...]:
     if not isinstance(data, NamedTextConfig):
         return ()
     return tuple(
-        TextRequest(domain_key(data, name), tuple(paths), text_field(data))
+        TextRequest(key_name(domain_key(data, name)), tuple(paths), text_field(data))
         for sources in (data.old_sources, data.new_sources)  # a task's are among them
         for name, paths in sources.items()
     )

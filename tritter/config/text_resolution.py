@@ -27,7 +27,7 @@ from tritter.data.documents import documents_digest
 from tritter.data.local_files import SpentError, TextFileError
 from tritter.data.sources import CHECKED_BYTES, quick_pieces, recorded_paths, source_documents
 from tritter.data.split import SplitRule, one_sided
-from tritter.errors import Problem, RequestError, TritterError
+from tritter.errors import Problem, RequestError, TritterError, key_name
 
 DEFAULT_FRACTION = 0.2  # of a split that begins; a lineage's own goes on
 Texts = Callable[[], Iterable[str]] | None
@@ -109,7 +109,7 @@ def _learned(model: Model) -> Learned:
     try:
         return learned_text(Path(model.path))
     except TritterError as error:
-        raise RequestError(f"model.path: {error}") from error
+        raise RequestError(f"{key_name('model.path')}: {error}") from error
 
 
 def _kept(model: Model) -> Collection[str]:
@@ -119,7 +119,7 @@ def _kept(model: Model) -> Collection[str]:
     try:
         return KeptSequences.read(Path(model.path)).sequences
     except TritterError as error:
-        raise RequestError(f"model.path: {error}") from error
+        raise RequestError(f"{key_name('model.path')}: {error}") from error
 
 
 def _split(learned: Learned, data: DataConfig, *, seed: int, notes: list[str]) -> TextSplit:

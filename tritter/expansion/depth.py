@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from tritter.errors import RequestError
+from tritter.errors import Problem, RequestError, key_name, refused
 from tritter.families import Config, Family, Port, logical_name
 from tritter.limits import MAX_LAYERS
 from tritter.options import options
@@ -42,12 +42,13 @@ class CopiedLayers(ABC):
 
     def target_config(self, family: Family, config: Config) -> Config:
         if family.numbered_if and config.get(family.numbered_if):
-            raise RequestError(
-                f"expansion={getattr(self, 'name', 'depth')}: config.json says "
-                f"{family.numbered_if} = true, so that each layer of this {family.model_type} "
-                "divides its attention scores by its own number, and layers at other places would "
-                "compute something else; grow its width."
+            reason = (
+                f"config.json says {family.numbered_if} = true, so that each layer of this "
+                f"{family.model_type} divides its attention scores by its own number, and layers "
+                "at other places would compute something else; grow its width"
             )
+            method = getattr(self, "name", "depth")
+            raise RequestError(Problem(f"expansion.{method}", reason=reason))
         sources = self.layer_sources(family.dimensions(config).num_hidden_layers)
         return family.with_layers(config, sources)
 
@@ -248,17 +249,20 @@ def depth_upscale_sources(
         closest = _closest(target, allowed)
         by_drop = target_layers is None and drop_layers is not None
         key, value = ("drop_layers", drop_layers) if by_drop else ("target_layers", target)
-        raise RequestError(
-            f"expansion.dus.{key} = {value}: from {layers} layers dus reaches the even counts "
-            f"{_listed(allowed)} (dropping {_listed([layers - t // 2 for t in allowed])} layers); "
-            f"nearest: {layers - closest // 2 if by_drop else closest}."
+        raise refused(
+            f"expansion.dus.{key}",
+            value,
+            f"from {layers} layers dus reaches the even counts {_listed(allowed)} "
+            f"(dropping {_listed([layers - t // 2 for t in allowed])} layers); "
+            f"nearest: {layers - closest // 2 if by_drop else closest}",
         )
     drop = layers - target // 2
     if drop_layers is not None and drop_layers != drop:
-        raise RequestError(
-            f"expansion.dus.drop_layers = {drop_layers} contradicts target_layers = {target}: "
-            f"from {layers} layers, {target} need drop_layers = {drop}, and drop_layers = "
-            f"{drop_layers} gives {2 * (layers - drop_layers)}."
+        raise refused(
+            "expansion.dus.drop_layers",
+            drop_layers,
+            f"it contradicts {key_name('expansion.dus.target_layers')} = {target}: from {layers} "
+            f"layers, {target} need {drop}, and {drop_layers} gives {2 * (layers - drop_layers)}",
         )
     return (*range(layers - drop), *range(drop, layers))
 
@@ -280,10 +284,12 @@ def stack_sources(
     rest = target % layers
     if rest and not is_partial:
         multiples = sorted({max(target - rest, 2 * layers), target - rest + layers})
-        raise RequestError(
-            f"expansion.stack.target_layers = {target}: stack takes whole copies of the {layers} "
-            f"layers; nearest: {' or '.join(map(str, multiples))}. With expansion.stack.partial "
-            f"the last copy may be cut, here after its first {_layers_text(rest)}."
+        raise refused(
+            "expansion.stack.target_layers",
+            target,
+            f"stack takes whole copies of the {layers} layers; nearest: "
+            f"{' or '.join(map(str, multiples))}. With {key_name('expansion.stack.partial')} the "
+            f"last copy may be cut, here after its first {_layers_text(rest)}",
         )
     return tuple(layer % layers for layer in range(target))
 
@@ -320,15 +326,18 @@ def block_insertion_sources(
     if positions is not None:
         wrong = [position for position in positions if not 0 <= position < layers]
         if wrong or not positions:
-            raise RequestError(
-                f"expansion.llama_pro.positions = {list(positions)}: name at least one source "
-                f"layer from 0 to {layers - 1} that a new block is to follow."
+            raise refused(
+                "expansion.llama_pro.positions",
+                list(positions),
+                f"name at least one source layer from 0 to {layers - 1} that a new "
+                "block is to follow",
             )
         if target_layers is not None and target_layers != layers + len(positions):
-            raise RequestError(
-                f"expansion.llama_pro.target_layers = {target_layers} contradicts the "
-                f"{len(positions)} positions: {layers} + {len(positions)} = "
-                f"{layers + len(positions)}."
+            raise refused(
+                "expansion.llama_pro.target_layers",
+                target_layers,
+                f"it contradicts the {len(positions)} positions: {layers} + {len(positions)} "
+                f"= {layers + len(positions)}",
             )
         return tuple(sorted([*range(layers), *positions]))
     target = layers + math.ceil(layers / 2) if target_layers is None else target_layers
@@ -351,9 +360,10 @@ def _default_target(layers: int) -> int:
 
 def _check_grows(method: str, target: int, layers: int, *, at_least: int) -> None:
     if target <= layers:
-        raise RequestError(
-            f"expansion.{method}.target_layers = {target}: the model has {_layers_text(layers)} "
-            f"already; ask for at least {at_least}."
+        raise refused(
+            f"expansion.{method}.target_layers",
+            target,
+            f"the model has {_layers_text(layers)} already; ask for at least {at_least}",
         )
 
 

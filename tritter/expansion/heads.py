@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from tritter.errors import RequestError
+from tritter.errors import key_name, refused
 from tritter.families import Dimensions
 from tritter.parameter_map import AxisFactor, AxisMap
 
@@ -67,6 +67,7 @@ def check_heads(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None
         _check_split(old, new)
         return
     heads, kv_heads = new.num_attention_heads, new.num_key_value_heads
+    heads_key, kv_key, strategy_key = _keys()
     if heads % kv_heads:
         multiples = (heads // kv_heads * kv_heads, -(-heads // kv_heads) * kv_heads)
         possible = [
@@ -74,24 +75,28 @@ def check_heads(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None
             for count in multiples
             if count >= old.num_attention_heads and replace(new, num_attention_heads=count) != old
         ]
-        raise RequestError(
-            f"expansion.width.num_attention_heads = {heads} is not a multiple of "
-            f"num_key_value_heads = {kv_heads}; nearest: {' or '.join(map(str, possible))}."
+        raise refused(
+            "expansion.width.num_attention_heads",
+            heads,
+            f"it is not a multiple of {kv_key} = {kv_heads}; nearest: "
+            f"{' or '.join(map(str, possible))}",
         )
     if strategy == "copy" and group_size(new) != group_size(old):
-        raise RequestError(
-            f"expansion.width.num_attention_heads = {heads} with num_key_value_heads = {kv_heads}: "
-            f"head_strategy=copy clones whole groups of {group_size(old)} query heads, so "
-            f"num_attention_heads must be {group_size(old) * kv_heads} (or use head_strategy=gqa, "
-            "which copies within a group, or fresh)."
+        raise refused(
+            "expansion.width.num_attention_heads",
+            f"{heads} with {kv_key} = {kv_heads}",
+            f"{strategy_key}=copy clones whole groups of {group_size(old)} query heads, so it must "
+            f"be {group_size(old) * kv_heads} (or use {strategy_key}=gqa, which copies within a "
+            "group, or fresh)",
         )
     copies = kv_heads // old.num_key_value_heads if strategy == "gqa" else 1
     least = -(-group_size(old) // copies)
     if group_size(new) < least:
-        raise RequestError(
-            f"expansion.width.num_key_value_heads = {kv_heads} with num_attention_heads = {heads} "
-            f"leaves {group_size(new)} query heads a group where the model has {group_size(old)}; "
-            f"num_attention_heads must be at least {least * kv_heads}."
+        raise refused(
+            "expansion.width.num_key_value_heads",
+            f"{kv_heads} with {heads_key} = {heads}",
+            f"it leaves {group_size(new)} query heads a group where the model has "
+            f"{group_size(old)}; {heads_key} must be at least {least * kv_heads}",
         )
 
 
@@ -108,12 +113,14 @@ def check_normed_heads(
     if strategy == "split" or are_copied_alike(old, new, strategy=strategy):
         return
     heads, kv_heads = old.num_attention_heads, old.num_key_value_heads
-    raise RequestError(
-        f"expansion.width.num_attention_heads = {new.num_attention_heads} with "
-        f"num_key_value_heads = {new.num_key_value_heads}: {model_type} norms the queries of all "
-        "heads together, and the keys, so each head is copied equally often or none; allowed are "
-        f"head_strategy=copy with {heads} and {kv_heads} times a whole number, head_strategy=gqa "
-        f"with a multiple of {heads}, or the counts that the model has."
+    _, kv_key, strategy_key = _keys()
+    raise refused(
+        "expansion.width.num_attention_heads",
+        f"{new.num_attention_heads} with {kv_key} = {new.num_key_value_heads}",
+        f"{model_type} norms the queries of all heads together, and the keys, so each head is "
+        f"copied equally often or none; allowed are {strategy_key}=copy with {heads} and "
+        f"{kv_heads} times a whole number, {strategy_key}=gqa with a multiple of {heads}, or the "
+        "counts that the model has",
     )
 
 
@@ -126,17 +133,22 @@ def check_filling_heads(
         RequestError: says which counts can be had.
     """
     if strategy in ("gqa", "split"):
-        raise RequestError(
-            f"expansion.width.head_strategy = {strategy}: {model_type} has a key and a value for "
-            "each query head, and the three lie together in one tensor; use copy or fresh."
+        raise refused(
+            "expansion.width.head_strategy",
+            strategy,
+            f"{model_type} has a key and a value for each query head, and the "
+            "three lie together in one tensor; use copy or fresh",
         )
     allowed = new.hidden_size // old.head_dim
     for name in ("num_attention_heads", "num_key_value_heads"):
         if getattr(new, name) != allowed:
-            raise RequestError(
-                f"expansion.width.{name} = {getattr(new, name)}: the heads of {model_type} are "
-                f"together as wide as the stream and keep their size of {old.head_dim}, so at "
-                f"hidden_size = {new.hidden_size} allowed is only {allowed}; leave it out."
+            hidden_size = key_name("expansion.width.hidden_size")
+            raise refused(
+                f"expansion.width.{name}",
+                getattr(new, name),
+                f"the heads of {model_type} are together as wide as the stream and "
+                f"keep their size of {old.head_dim}, so at {hidden_size} = "
+                f"{new.hidden_size} allowed is only {allowed}; leave it out",
             )
 
 
@@ -157,6 +169,15 @@ def spreads_groups(old: Dimensions, new: Dimensions) -> bool:
     return group_size(new) < group_size(old)
 
 
+def _keys() -> tuple[str, str, str]:
+    """Return what a person types for the two counts of heads, and for the strategy."""
+    heads, kv_heads = "num_attention_heads", "num_key_value_heads"
+    of_heads, of_kv_heads, strategy = (
+        key_name(f"expansion.width.{name}") for name in (heads, kv_heads, "head_strategy")
+    )
+    return of_heads, of_kv_heads, strategy
+
+
 def group_size(dimensions: Dimensions) -> int:
     """Return how many query heads a key/value head serves."""
     return dimensions.num_attention_heads // dimensions.num_key_value_heads
@@ -164,17 +185,21 @@ def group_size(dimensions: Dimensions) -> int:
 
 def _check_split(old: Dimensions, new: Dimensions) -> None:
     if old.head_dim % 4:
-        raise RequestError(
-            "expansion.width.head_strategy = split halves the size of a head, and rotary positions "
-            f"need an even one: head_dim {old.head_dim} is no multiple of 4. fresh, copy and gqa "
-            "keep the size."
+        raise refused(
+            "expansion.width.head_strategy",
+            "split",
+            "it halves the size of a head, and rotary positions need an even one: "
+            f"head_dim {old.head_dim} is no multiple of 4. fresh, copy and gqa "
+            "keep the size",
         )
     for name in ("num_attention_heads", "num_key_value_heads"):
         asked, made = getattr(new, name), 2 * getattr(old, name)
         if asked != made:
-            raise RequestError(
-                f"expansion.width.{name} = {asked}: head_strategy=split makes two heads of each, "
-                f"so it can only be {made}; leave it out."
+            raise refused(
+                f"expansion.width.{name}",
+                asked,
+                f"{key_name('expansion.width.head_strategy')}=split makes two heads of "
+                f"each, so it can only be {made}; leave it out",
             )
 
 

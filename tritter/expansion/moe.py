@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from tritter.errors import RequestError
+from tritter.errors import Problem, RequestError, key_name, refused, setting
 from tritter.families import (
     MIXTRAL,
     QWEN2_MOE,
@@ -85,17 +85,21 @@ class Moe:
         dimensions = family.dimensions(config)
         if widths := ffn_sizes(config):
             raise RequestError(
-                f"expansion.moe: the FFNs of this model are {min(widths)} to {max(widths)} wide, "
-                "and experts have one width in all layers; export --format hf pads them to the "
-                "widest, and what it writes can be expanded."
+                Problem(
+                    "expansion.moe",
+                    reason=f"the FFNs of this model are {min(widths)} to {max(widths)} wide, and "
+                    "experts have one width in all layers; export --format hf pads them "
+                    "to the widest, and what it writes can be expanded",
+                )
             )
         self._check_counts()
         size, rest = divmod(dimensions.intermediate_size, self.granularity)
         if rest:
-            raise RequestError(
-                f"expansion.moe.granularity = {self.granularity} does not divide the FFN's "
-                f"{dimensions.intermediate_size} neurons; nearest: "
-                f"{_nearest_divisor(dimensions.intermediate_size, self.granularity)}."
+            raise refused(
+                "expansion.moe.granularity",
+                self.granularity,
+                f"it does not divide the FFN's {dimensions.intermediate_size} neurons; "
+                f"nearest: {_nearest_divisor(dimensions.intermediate_size, self.granularity)}",
             )
         sizes = ExpertSizes(
             num_experts=self.total_experts,
@@ -159,9 +163,10 @@ class Moe:
             return ()
         wrong = [layer for layer in self.layers if not 0 <= layer < layers]
         if wrong or not self.layers:
-            raise RequestError(
-                f"expansion.moe.layers = {list(self.layers)}: name at least one layer from 0 to "
-                f"{layers - 1} that is to get experts."
+            raise refused(
+                "expansion.moe.layers",
+                list(self.layers),
+                f"name at least one layer from 0 to {layers - 1} that is to get experts",
             )
         return tuple(sorted(set(range(layers)) - set(self.layers)))
 
@@ -170,9 +175,11 @@ class Moe:
         _check_count("num_experts", total, at_least=2 * pieces, multiple_of=pieces)
         _check_count("experts_per_token", chosen, at_least=pieces, multiple_of=pieces)
         if chosen > total:
-            raise RequestError(
-                f"expansion.moe.experts_per_token = {chosen}: a token cannot take more than the "
-                f"{total} experts of a layer; allowed is at most {total}."
+            raise refused(
+                "expansion.moe.experts_per_token",
+                chosen,
+                f"a token cannot take more than the {total} experts of a layer; "
+                f"allowed is at most {total}",
             )
 
 
@@ -181,10 +188,12 @@ def _check_count(name: str, value: int, *, at_least: int, multiple_of: int) -> N
         return
     below = value - value % multiple_of
     counts = sorted({max(below, at_least), max(below + multiple_of, at_least)})
-    whole = f"a multiple of granularity = {multiple_of}, and " if multiple_of > 1 else ""
-    raise RequestError(
-        f"expansion.moe.{name} = {value}: allowed is {whole}at least {at_least}; nearest: "
-        f"{' or '.join(map(str, counts))}."
+    granularity = key_name("expansion.moe.granularity")
+    whole = f"a multiple of {granularity} = {multiple_of}, and " if multiple_of > 1 else ""
+    raise refused(
+        f"expansion.moe.{name}",
+        value,
+        f"allowed is {whole}at least {at_least}; nearest: {' or '.join(map(str, counts))}",
     )
 
 
@@ -373,13 +382,20 @@ def partner_of(family: Family) -> Family:
     having = ", ".join(f"{dense} ({sparse.model_type})" for dense, sparse in PARTNERS.items())
     if family.has_experts:
         raise RequestError(
-            f"expansion.moe makes a dense model sparse, and {family.model_type} has experts "
-            f"already; it takes {having}. To add experts use expansion=moe_add."
+            Problem(
+                "expansion.moe",
+                reason="it makes a dense model sparse, and "
+                f"{family.model_type} has experts already; it takes {having}. To add experts use "
+                f"{setting('expansion', 'moe_add')}",
+            )
         )
     reason = _REASONS.get(family.model_type, "transformers has none for it")
     raise RequestError(
-        f"expansion.moe: {family.model_type} is one of the families without a MoE partner "
-        f"({reason}); those that have one: {having}."
+        Problem(
+            "expansion.moe",
+            reason=f"{family.model_type} is one of the families without a MoE partner ({reason}); "
+            f"those that have one: {having}",
+        )
     )
 
 
@@ -418,10 +434,11 @@ def _mixtral(config: Config, sizes: ExpertSizes) -> Config:
             f"{config['model_type']}, has no biases."
         )
     if sizes.dense_layers:
-        raise RequestError(
-            f"expansion.moe.layers leaves layers {_listed(sizes.dense_layers)} dense, and in "
-            "mixtral every layer has experts; leave it away (qwen2 and qwen3 may have both)."
+        reason = (
+            f"it leaves layers {_listed(sizes.dense_layers)} dense, and in mixtral every layer has "
+            "experts; leave it out (qwen2 and qwen3 may have both)"
         )
+        raise RequestError(Problem("expansion.moe.layers", reason=reason))
     is_llama = config["model_type"] == "llama"
     window = None if is_llama else config.get("sliding_window", _MISTRAL_WINDOW)
     return {"sliding_window": window, "router_jitter_noise": 0.0}

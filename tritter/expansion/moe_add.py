@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from tritter.errors import RequestError
+from tritter.errors import Problem, RequestError, key_name, refused, setting
 from tritter.expansion.specification import ResolvedExpansion
 from tritter.families import Config, Family, LogicalTensor, family_of, logical_name
 from tritter.limits import MAX_EXPERTS
@@ -87,17 +87,21 @@ class MoeAdd:
         if self.is_append:
             added = self.num_experts or DEFAULT_APPENDED
             if self.init == "distill" and added < size.experts_per_token:
-                raise RequestError(
-                    f"expansion.moe_add.num_experts = {added}: init=distill sends every token to "
+                raise refused(
+                    "expansion.moe_add.num_experts",
+                    added,
+                    f"{key_name('expansion.moe_add.init')}=distill sends every token to "
                     f"{size.experts_per_token} of the new experts; allowed is at least "
-                    f"{size.experts_per_token}."
+                    f"{size.experts_per_token}",
                 )
             return {**config, num_experts: size.num_experts + added}
         if self.num_experts not in (None, size.num_experts):
-            raise RequestError(
-                f"expansion.moe_add.num_experts = {self.num_experts}: addition=replicate doubles "
-                f"the {size.num_experts} experts, so it adds {size.num_experts}; addition=append "
-                "adds any number."
+            addition = key_name("expansion.moe_add.addition")
+            raise refused(
+                "expansion.moe_add.num_experts",
+                self.num_experts,
+                f"{addition}=replicate doubles the {size.num_experts} experts, so it adds "
+                f"{size.num_experts}; {addition}=append adds any number",
             )
         return {
             **config,
@@ -109,9 +113,11 @@ class MoeAdd:
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
         if self.is_chosen_by_data:
-            raise RequestError(
-                "expansion.moe_add.init = best: domain data chooses the expert, so it works in a "
-                "run of train.py, and with --domain-data; or use clone with clone_from."
+            raise refused(
+                "expansion.moe_add.init",
+                "best",
+                "domain data chooses the expert, so it works in a run of train.py, and with "
+                f"--domain-data; or use clone with {key_name('expansion.moe_add.clone_from')}",
             )
 
         layers, chosen = sparse_layers(family, source), self.clone_from or (0,)
@@ -139,46 +145,49 @@ class MoeAdd:
         return (f"{grown}, {per_token} (active parameters {before:,} → {after:,})",)
 
     def _check_options(self) -> None:
+        init, addition = map(key_name, ("expansion.moe_add.init", "expansion.moe_add.addition"))
         if not self.is_append and (self.init != "clone" or self.clone_from is not None):
             key, value = (
                 ("init", self.init)
                 if self.init != "clone"
                 else ("clone_from", list(self.clone_from or ()))
             )
-            raise RequestError(
-                f"expansion.moe_add.{key} = {value}: addition=replicate clones every expert; "
-                "addition=append takes it."
+            raise refused(
+                f"expansion.moe_add.{key}",
+                value,
+                f"{addition}=replicate clones every expert; {addition}=append takes it",
             )
         if (self.init == "distill") != (self.teacher is not None):
-            raise RequestError(
-                f"expansion.moe_add.teacher = {self.teacher or 'null'}: init=distill learns from a "
-                f"teacher, a folder or hub id, and no other init has one (init = {self.init})."
+            raise refused(
+                "expansion.moe_add.teacher",
+                self.teacher,
+                f"{init}=distill learns from a teacher, a folder or hub id, and no other has one "
+                f"({init} = {self.init})",
             )
         if self.init in ("mean", "random") and self.clone_from is not None:
-            raise RequestError(
-                f"expansion.moe_add.clone_from = {list(self.clone_from)}: init={self.init} clones "
-                "none; use init=clone."
+            raise refused(
+                "expansion.moe_add.clone_from",
+                list(self.clone_from),
+                f"{init}={self.init} clones none; use {init}=clone",
             )
         if self.init == "random" and self.noise not in (0, DEFAULT_NOISE):
-            raise RequestError(
-                f"expansion.moe_add.noise = {self.noise} goes on copies, and init=random makes "
-                "none; use init=clone or init=mean."
+            raise refused(
+                "expansion.moe_add.noise",
+                self.noise,
+                f"it goes on copies, and {init}=random makes none; use {init}=clone or {init}=mean",
             )
 
     def _check_clone_from(self, num_experts: int, layers: Sequence[int]) -> None:
         if self.clone_from is None:
             return
-        key = f"expansion.moe_add.clone_from = {list(self.clone_from)}"
-        if len(self.clone_from) not in (1, len(layers)):
-            raise RequestError(
-                f"{key}: allowed is one expert, or one for each of the {len(layers)} layers that "
-                "have experts."
-            )
         wrong = [expert for expert in self.clone_from if not 0 <= expert < num_experts]
-        if wrong:
-            raise RequestError(
-                f"{key}: there is no expert {wrong[0]}; allowed are 0 to {num_experts - 1}."
-            )
+        reason = ""
+        if len(self.clone_from) not in (1, len(layers)):
+            reason = f"allowed is one expert, or one for each of {len(layers)} layers with experts"
+        elif wrong:
+            reason = f"there is no expert {wrong[0]}; allowed are 0 to {num_experts - 1}"
+        if reason:
+            raise refused("expansion.moe_add.clone_from", list(self.clone_from), reason)
 
 
 def closed_experts(
@@ -198,9 +207,12 @@ def closed_experts(
             continue
         if closed:
             raise RequestError(
-                f"expansion.moe_add: the router offset of experts {closed[0]} to {closed[-1]}, "
-                "which were appended before, is not 0 yet; train the model until it is, then add "
-                "more."
+                Problem(
+                    "expansion.moe_add",
+                    reason=f"the router offset of experts {closed[0]} to {closed[-1]}, which were "
+                    "appended before, is not 0 yet; train the model until it is, then add "
+                    "more",
+                )
             )
         if step.spec.is_append:
             old, new = (
@@ -221,8 +233,11 @@ def sparse_layers(family: Family, config: Config) -> tuple[int, ...]:
     sparse = tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
     if not sparse:
         raise RequestError(
-            f"expansion.moe_add: a {family.model_type} model without experts has none to add to; "
-            "use moe first (expansion=[moe,moe_add], or --method moe,moe-add)."
+            Problem(
+                "expansion.moe_add",
+                reason=f"a {family.model_type} model without experts has none to add to; use moe "
+                f"first ({setting('expansion', ['moe', 'moe_add'])})",
+            )
         )
     return sparse
 

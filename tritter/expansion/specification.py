@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from tritter.errors import RequestError, brief, raise_problems
+from tritter.errors import Problem, RequestError, brief, raise_problems
 from tritter.families import Config, Family, check_size, family_of
 from tritter.options import checked, is_options
 
@@ -91,7 +91,9 @@ def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
         check_size(family_of(target), target)
     except RequestError as error:
         reason = str(error).removeprefix("config.json: ")
-        raise RequestError(f"expansion.{spec.name}: of the result, {reason}") from error
+        raise RequestError(
+            Problem(f"expansion.{spec.name}", reason=f"of the result, {reason}")
+        ) from error
     return target
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tritter.errors import RequestError
+from tritter.errors import Problem, RequestError, refused
 from tritter.expansion.depth import Dus, Interpolate, LlamaPro, Stack
 from tritter.expansion.moe import Moe, partner_of
 from tritter.expansion.moe_add import MoeAdd, sparse_layers
@@ -34,16 +34,18 @@ def reach_parameters(
     """
     if len(specs) != 1:
         names = ", ".join(spec.name for spec in specs)
-        raise RequestError(
-            f"target_params with the methods {names}: it is open which of them is to reach it; "
-            "use it with one method, or give each method its own target."
+        reason = (
+            f"with the methods {names} it is open which of them is to reach it; use it with one "
+            "method, or give each method its own target"
         )
+        raise RequestError(Problem("target_params", reason=reason))
     (spec,) = specs
     source = count_parameters(config)
     if target <= source:
-        raise RequestError(
-            f"target_params = {target:,}: the model has {source:,} already; an expansion only "
-            "grows."
+        raise refused(
+            "target_params",
+            f"{target:,}",
+            f"the model has {source:,} already; an expansion only grows",
         )
     candidates: list[tuple[ExpansionSpec, int]] = []
     for candidate in _candidates(config, spec):
@@ -52,13 +54,16 @@ def reach_parameters(
             if candidates[-1][1] > target:  # they come in growing order
                 break
     if not candidates:
-        raise RequestError(f"target_params: {spec.name} has no shape to offer for this model.")
+        raise RequestError(
+            Problem("target_params", reason=f"{spec.name} has no shape to offer for this model")
+        )
     best, count = min(candidates, key=lambda pair: abs(pair[1] - target))
     if abs(count - target) > TOLERANCE * target:
-        raise RequestError(
-            f"target_params = {target:,}: {spec.name} comes no nearer than {count:,} "
-            f"({_describe(best)}), more than 10 % off; its smallest step gives "
-            f"{candidates[0][1]:,}."
+        raise refused(
+            "target_params",
+            f"{target:,}",
+            f"{spec.name} comes no nearer than {count:,} ({_describe(best)}), more "
+            f"than 10 % off; its smallest step gives {candidates[0][1]:,}",
         )
     return (best,)
 
@@ -94,10 +99,8 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
         case MoeAdd(num_experts=None):
             yield spec
         case _:
-            raise RequestError(
-                f"target_params and a target of {spec.name}'s own ({_describe(spec)}) are both "
-                "given; give one of them."
-            )
+            reason = f"{spec.name} has a target of its own ({_describe(spec)}); give one of them"
+            raise RequestError(Problem("target_params", reason=reason))
 
 
 def _most(size: int, limit: int, growth: int = _MAX_GROWTH) -> int:

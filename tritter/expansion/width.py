@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from tritter.errors import RequestError
+from tritter.errors import Problem, RequestError, key_name, refused
 from tritter.expansion.heads import (
     HeadMaps,
     Strategy,
@@ -341,16 +341,21 @@ class Width:
 
     def _check_noise(self) -> None:
         if self.noise and self.init == "fresh" and self.strategy in ("fresh", "split"):
-            raise RequestError(
-                f"expansion.width.noise = {self.noise} goes on copies, and init=fresh makes none; "
-                "use init=net2net or init=zero_pad, or noise=0."
+            init = key_name("expansion.width.init")
+            raise refused(
+                "expansion.width.noise",
+                self.noise,
+                f"it goes on copies, and {init}=fresh makes none; use {init}=net2net or "
+                f"{init}=zero_pad, or {key_name('expansion.width.noise')}=0",
             )
 
     def _check_layers(self, config: Config) -> None:
         if self.init == "aki" and ffn_sizes(config):
-            raise RequestError(
-                "expansion.width.init = aki: neurons come from the layer above, and here the FFNs "
-                "of the layers differ in width; use fresh, net2net or zero_pad."
+            raise refused(
+                "expansion.width.init",
+                "aki",
+                "neurons come from the layer above, and here the FFNs of the layers "
+                "differ in width; use fresh, net2net or zero_pad",
             )
 
     def _check_mean(self, family: Family, old: Dimensions, new: Dimensions) -> None:
@@ -362,12 +367,15 @@ class Width:
             return
         multiples = {copies * hidden_size, -(-new.hidden_size // hidden_size) * hidden_size}
         nearest = " or ".join(str(size) for size in sorted(multiples) if size > hidden_size)
-        raise RequestError(
-            f"expansion.width.hidden_size = {new.hidden_size} with init = {self.init}: "
+        init = key_name("expansion.width.init")
+        raise refused(
+            "expansion.width.hidden_size",
+            f"{new.hidden_size} with {init} = {self.init}",
             f"{family.model_type} has LayerNorm, which subtracts the mean over the stream, so new "
             "directions beside the old ones would change what it computes, and whole copies of "
-            f"the stream would not: use init=net2net with hidden_size={nearest}. FFN "
-            "(intermediate_size) and depth grow by any amount."
+            f"the stream would not: use {init}=net2net with "
+            f"{key_name('expansion.width.hidden_size')}={nearest}. FFN "
+            f"({key_name('expansion.width.intermediate_size')}) and depth grow by any amount",
         )
 
     def _check_hidden_size(self, family: Family, old: Dimensions, new: Dimensions) -> None:
@@ -375,7 +383,7 @@ class Width:
         if not family.heads_divide_hidden or new.hidden_size % heads == 0:
             return
         if self.hidden_size is None:
-            raise RequestError(self._uneven_heads(family, old, new))
+            raise self._uneven_heads(family, old, new)
         multiples = (new.hidden_size // heads * heads, -(-new.hidden_size // heads) * heads)
         nearest = " or ".join(
             str(size)
@@ -383,21 +391,24 @@ class Width:
             if size >= old.hidden_size
             and replace(self, hidden_size=size)._target_dimensions(family, old) != old
         )
-        raise RequestError(
-            f"expansion.width.hidden_size = {new.hidden_size}: {family.model_type} accepts only "
-            f"multiples of its {heads} attention heads; nearest: {nearest}."
+        raise refused(
+            "expansion.width.hidden_size",
+            new.hidden_size,
+            f"{family.model_type} accepts only multiples of its {heads} attention "
+            f"heads; nearest: {nearest}",
         )
 
-    def _uneven_heads(self, family: Family, old: Dimensions, new: Dimensions) -> str:
-        """Say which head counts fit a hidden size that was not asked for."""
+    def _uneven_heads(self, family: Family, old: Dimensions, new: Dimensions) -> RequestError:
+        """Return a refusal that names head counts that fit a hidden size nobody asked for."""
         heads, hidden_size = new.num_attention_heads, new.hidden_size
         counts = range(old.num_attention_heads + 1, hidden_size + 1)
         fitting = [n for n in counts if not (hidden_size % n or n % new.num_key_value_heads)]
         near = [n for n in fitting if n < heads][-1:] + [n for n in fitting if n > heads][:1]
-        return (
-            f"expansion.width.num_attention_heads = {heads}: {family.model_type} accepts only head "
-            f"counts that divide its hidden size of {hidden_size}; nearest: "
-            f"{' or '.join(map(str, near)) or 'none'}."
+        return refused(
+            "expansion.width.num_attention_heads",
+            heads,
+            f"{family.model_type} accepts only head counts that divide its hidden size of "
+            f"{hidden_size}; nearest: {' or '.join(map(str, near)) or 'none'}",
         )
 
     def _target_dimensions(self, family: Family, old: Dimensions) -> Dimensions:
@@ -451,15 +462,20 @@ def _check_not_smaller(old: Dimensions, new: Dimensions) -> None:
         ("num_key_value_heads", old.num_key_value_heads, new.num_key_value_heads),
     ):
         if after < before:
-            raise RequestError(
-                f"expansion.width.{name} = {after} is smaller than the model's {before}; an "
-                f"expansion only grows: at least {before}."
+            raise refused(
+                f"expansion.width.{name}",
+                after,
+                f"it is smaller than the model's {before}; an expansion only grows: at "
+                f"least {before}",
             )
     if old == new:
         raise RequestError(
-            "expansion.width: every target equals what the model has already "
-            f"(hidden_size {old.hidden_size}, intermediate_size {ffn_size(old)}, "
-            f"num_attention_heads {old.num_attention_heads}); ask for a larger one."
+            Problem(
+                "expansion.width",
+                reason="every target equals what the model has already (hidden_size "
+                f"{old.hidden_size}, intermediate_size {ffn_size(old)}, num_attention_heads "
+                f"{old.num_attention_heads}); ask for a larger one",
+            )
         )
 
 
@@ -566,16 +582,19 @@ def check_rotary(
             if has_factors
             else f"of each head {share} is turned"
         )
-        raise RequestError(
-            "expansion.width.head_strategy = split takes coordinates i and i + head_dim/2 for "
-            f"pairs that rotary positions turn, and {reason}; use fresh, copy or gqa."
+        raise refused(
+            "expansion.width.head_strategy",
+            "split",
+            "it takes coordinates i and i + head_dim/2 for pairs that rotary "
+            f"positions turn, and {reason}; use fresh, copy or gqa",
         )
     before = old.hidden_size // old.num_attention_heads
     after = new.hidden_size // new.num_attention_heads
     if has_factors and after != before:
-        raise RequestError(
-            f"expansion.width.hidden_size = {new.hidden_size} with num_attention_heads = "
-            f"{new.num_attention_heads}: {family.model_type} counts the factors of its LongRoPE by "
-            f"hidden_size // num_attention_heads = {before}, which would be {after}; let them grow "
-            "in proportion."
+        heads = key_name("expansion.width.num_attention_heads")
+        raise refused(
+            "expansion.width.hidden_size",
+            f"{new.hidden_size} with {heads} = {new.num_attention_heads}",
+            f"{family.model_type} counts the factors of its LongRoPE by hidden_size // "
+            f"num_attention_heads = {before}, which would be {after}; let them grow in proportion",
         )

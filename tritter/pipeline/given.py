@@ -15,7 +15,7 @@ from tritter.config.rules import given_problems
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import start_problems
 from tritter.data.tokens import read_tokenizer
-from tritter.errors import Problem, RequestError, TritterError, raise_problems
+from tritter.errors import Problem, RequestError, TritterError, key_name, raise_problems
 from tritter.expand import plan_expansion
 from tritter.families import family_of, position_limit
 from tritter.models import read_config
@@ -116,7 +116,7 @@ def _wrong_request() -> Iterator[None]:
     try:
         yield
     except TritterError as error:
-        raise RequestError(f"model.path: {error}") from error
+        raise RequestError(f"{key_name('model.path')}: {error}") from error
 
 
 def check_teacher(context: RunContext) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritter.errors import RequestError, did_you_mean
+from tritter.errors import RequestError, nearest, refused
 from tritter.families import (
     Config,
     Family,
@@ -74,16 +74,14 @@ class TrainingSetup:
             ("optimizer", self.optimizer, OPTIMIZERS),
         ):
             if value not in allowed:
-                raise RequestError(
-                    f"{key} = {value}: allowed is one of {', '.join(allowed)}."
-                    f"{did_you_mean(value, allowed)}"
-                )
+                reason = f"allowed is one of {', '.join(allowed)}"
+                raise refused(key, value, reason, near=nearest(value, allowed))
         for key, count in (
             ("batch_size", self.batch_size),
             ("sequence_length", self.sequence_length),
         ):
             if count < 1:
-                raise RequestError(f"{key} = {count}: a whole number, at least 1.")
+                raise refused(key, count, "a whole number, at least 1")
 
     @property
     def num_tokens(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isinf
 
-from tritter.errors import RequestError
+from tritter.errors import RequestError, refused
 from tritter.expansion import ExpansionSpec
 from tritter.families import Config, count_parameters, training_flops
 from tritter.planning.memory import TrainingMemory, TrainingSetup, is_attention, training_memory
@@ -116,14 +116,18 @@ class Device:
 
     def __post_init__(self) -> None:
         if not 0 < self.flops_per_second < float("inf"):
-            raise RequestError(
-                f"device_flops = {self.flops_per_second:g}: FLOPs per second of one device, above "
-                f"0, such as {A100_BF16_FLOPS:g} (A100, bf16)."
+            raise refused(
+                "device_flops",
+                f"{self.flops_per_second:g}",
+                f"FLOPs per second of one device, above 0, such as {A100_BF16_FLOPS:g} "
+                "(A100, bf16)",
             )
         if not 0 < self.mfu <= 1:
-            raise RequestError(
-                f"mfu = {self.mfu:g}: the share of the device's peak that training reaches, above "
-                f"0 and at most 1, such as {DEFAULT_MFU}."
+            raise refused(
+                "mfu",
+                f"{self.mfu:g}",
+                "the share of the device's peak that training reaches, above 0 and at "
+                f"most 1, such as {DEFAULT_MFU}",
             )
 
     def hours(self, flops: float) -> float:
@@ -172,9 +176,11 @@ class Assumptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.tokens_per_parameter <= MAX_TOKENS_PER_PARAMETER:
-            raise RequestError(
-                f"tokens_per_parameter = {self.tokens_per_parameter:g}: a number above 0 and at "
-                f"most {MAX_TOKENS_PER_PARAMETER:g}, such as {TOKENS_PER_PARAMETER:g}."
+            raise refused(
+                "tokens_per_parameter",
+                f"{self.tokens_per_parameter:g}",
+                f"a number above 0 and at most {MAX_TOKENS_PER_PARAMETER:g}, such as "
+                f"{TOKENS_PER_PARAMETER:g}",
             )
 
 
@@ -304,7 +310,7 @@ def plan_growth(
     assumptions = assumptions or Assumptions()
     check_strategy(strategy, methods)
     if not 0 < gpu_hours < float("inf"):
-        raise RequestError(f"gpu_hours = {gpu_hours:g}: a budget is above 0.")
+        raise refused("gpu_hours", f"{gpu_hours:g}", "a budget is above 0")
     plans: list[GrowthPlan] = []
     refusals: list[RequestError] = []
     for name in strategies_of(strategy, methods):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from tritter.errors import RequestError
+from tritter.errors import RequestError, refused
 from tritter.expansion import Dus, ExpansionSpec, Width, target_config
 from tritter.expansion.specification import is_possible
 from tritter.families import Config, Dimensions, count_parameters, family_of
@@ -256,9 +256,11 @@ def named_shape(parameters: int) -> NamedShape:
     shapes = near or [_with_other_depth(preset, parameters) for preset in PRESETS.values()]
     best = min(shapes, key=lambda shape: _miss(shape, parameters))
     if _miss(best, parameters) > TOLERANCE:
-        raise RequestError(
-            f"source = {parameters:,} parameters: the presets, with up to twice their layers or "
-            f"fewer, come no nearer than {best.parameters:,}; give a checkpoint folder."
+        raise refused(
+            "source",
+            f"{parameters:,} parameters",
+            "the presets, with up to twice their layers or fewer, "
+            f"come no nearer than {best.parameters:,}; give a checkpoint folder",
         )
     return best
 

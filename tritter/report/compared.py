@@ -18,9 +18,9 @@ from tritter.evaluation.statistics import (
     finite_or_none,
     relative_harm,
 )
-from tritter.report.page_table import PageTable
 from tritter.report.rows import LARGEST, ScoreChange, last_attempt
 from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped, tells
+from tritter.report.table import Table
 from tritter.report.wording import MISSING, change_text, count_text, score_text, si_text
 
 Scores = Mapping[str, PairedScores]
@@ -113,7 +113,7 @@ class Comparison:
         subjects = dict.fromkeys(row.domain for each in self.runs for row in each.run.rows)
         return tuple(_difference(s, first, other) for s in subjects for other in others)
 
-    def tables(self) -> dict[str, PageTable]:
+    def tables(self) -> dict[str, Table]:
         """Return title → table, those that have rows."""
         tables = {
             "Settings that differ": self._settings(),
@@ -175,20 +175,20 @@ class Comparison:
     def _keys(self) -> tuple[str, ...]:
         return differing_keys([each.run for each in self.runs])
 
-    def _settings(self) -> PageTable:
+    def _settings(self) -> Table:
         """Return the settings with the runs beside them; of many runs fewer, and below them."""
         runs, keys = self.runs, self._keys
         if len(runs) <= _FEW_RUNS:
             beside = ((key, *(_short(r.run.settings.get(key)) for r in runs)) for key in keys)
-            return PageTable(("setting", *(each.name for each in runs)), tuple(beside))
+            return Table(("setting", *(each.name for each in runs)), tuple(beside))
         told = _telling(keys, [each.run for each in runs])
         shorter = "left out is what all runs that have it have alike; --json has all"
         caption = "" if told == keys else shorter
         if len(told) <= _FEW_SETTINGS:
             below = ((r.name, *(_short(r.run.settings.get(key)) for key in told)) for r in runs)
-            return PageTable(("run", *told), tuple(below) if told else (), caption=caption)
+            return Table(("run", *told), tuple(below) if told else (), caption=caption)
         rows = tuple((key, *each) for key in told for each in self._values(key))
-        return PageTable(("setting", "value", "runs"), rows, caption=caption)
+        return Table(("setting", "value", "runs"), rows, caption=caption)
 
     def _values(self, key: str) -> list[tuple[str, str]]:
         """Return each value of a setting, and the runs that have it."""
@@ -200,7 +200,7 @@ class Comparison:
             for those in held.values()
         ]
 
-    def _verdicts(self) -> PageTable:
+    def _verdicts(self) -> Table:
         rows = []
         for each in self.runs:
             failed = [
@@ -213,9 +213,9 @@ class Comparison:
             said = (str(each.run.summary["status"]).replace("_", " "), ", ".join(failed) or MISSING)
             rows.append((each.name, *said, *sizes))
         header = ("run", "status", "failed or undecided", "parameters before", "after")
-        return PageTable(header, tuple(rows), (3, 4))
+        return Table(header, tuple(rows), (3, 4))
 
-    def _scores(self) -> PageTable:
+    def _scores(self) -> Table:
         subjects = dict.fromkeys((r.domain, r.role) for each in self.runs for r in each.run.rows)
         has_grown = any(each.run.summary.get("expansion") for each in self.runs)
         stages = ("before", "expanded", "trained") if has_grown else ("before", "trained")
@@ -238,9 +238,9 @@ class Comparison:
             "nats per token, or right answers; change from before to trained, per byte in % with "
             "the one-sided bounds of the gate: on old text forgetting, on new text gain"
         )
-        return PageTable(header, rows, tuple(range(3, 4 + len(stages))), caption)
+        return Table(header, rows, tuple(range(3, 4 + len(stages))), caption)
 
-    def _differences(self) -> PageTable:
+    def _differences(self) -> Table:
         rows = tuple(
             (
                 *(each.subject, each.run, _difference_text(each.change)),
@@ -253,9 +253,9 @@ class Comparison:
             f"in %, with the two-sided {CONFIDENCE:.0%} interval of the paired bootstrap; below "
             "zero the run is better (of right answers above zero)"
         )
-        return PageTable(("domain", "run", "difference", "documents", ""), rows, (2, 3), caption)
+        return Table(("domain", "run", "difference", "documents", ""), rows, (2, 3), caption)
 
-    def _seeds(self) -> PageTable:
+    def _seeds(self) -> Table:
         """Return each group's mean over its seeds; empty where every run is alone."""
         domains = dict.fromkeys(row.domain for each in self.runs for row in each.run.losses)
         rows = []
@@ -266,9 +266,9 @@ class Comparison:
                     rows.append((domain, group.name, str(len(group.runs)), change_text(change)))
         rows.sort(key=lambda row: list(domains).index(row[0]))
         caption = f"change of loss per byte in %: mean with Student's {CONFIDENCE:.0%} interval"
-        return PageTable(("domain", "group", "seeds", "change"), tuple(rows), (2, 3), caption)
+        return Table(("domain", "group", "seeds", "change"), tuple(rows), (2, 3), caption)
 
-    def _costs(self) -> PageTable:
+    def _costs(self) -> Table:
         header = ("run", "FLOPs", "of all", "tokens", "steps", "seconds", "of all", "peak memory")
         rows = tuple(
             (each.name, *starmap(_cost_text, list(each.costs().items())[:7])) for each in self.runs
@@ -277,7 +277,7 @@ class Comparison:
             "the training's and the whole run's; seconds depend on what else the machine did; "
             "memory in bytes"
         )
-        return PageTable(header, rows, tuple(range(1, 8)), caption)
+        return Table(header, rows, tuple(range(1, 8)), caption)
 
     def _run_json(self, each: Compared) -> dict[str, Any]:
         return {

@@ -7,61 +7,56 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.table import Table
 
 from tritter.report.drawing import CYCLE, GREEN, GREY, new_figure, panel, say, shortened, some
 from tritter.report.experts_record import BASE, Course, ExpertRow, ExpertsRecord
-from tritter.report.page_table import PageTable
-from tritter.report.rich_table import new_table
-from tritter.report.wording import MISSING, Signs, count_text
+from tritter.report.table import Table, left_out
+from tritter.report.wording import MISSING, count_text
 
 MAX_ROWS = 16
 MAX_COLUMNS = 6  # experts side by side on a terminal
 _NAME_CHARACTERS = 12
+_KIND_CHARACTERS = 40
 _MOST = 100  # rows and columns on the page; summary.json has all
 
 
-def experts_table(experts: ExpertsRecord, *, signs: Signs) -> Table:
+def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
     """Return a row per expert: where it was born and why, its rank and how much it is used."""
-    table = new_table(f"LoRA experts ({signs.shortened(experts.kind, 40)})")
-    for name in ("expert", "born in"):
-        table.add_column(name, overflow="fold")
-    for name in ("step", "batches", "novelty", "limit", "rank", "usage %"):
-        table.add_column(name, justify="right", overflow="fold")
-    table.add_column("", overflow="fold")
-    rows = experts.rows
-    for row in rows[:MAX_ROWS]:
-        name, domain, *numbers, state = expert_cells(row)
-        names = (signs.shortened(text, _NAME_CHARACTERS) for text in (name, domain))
-        table.add_row(*names, *numbers, state)
-    table.caption = "usage: mean gate over the domains; batches: that the decision took"
-    if len(rows) > MAX_ROWS:
-        table.caption += f"\n{len(rows) - MAX_ROWS} more are in summary.json"
-    return table
+    header = ("expert", "born in", "step", "batches", "novelty", "limit", "rank", "usage %", "")
+    lines = ["usage: mean gate over the domains; batches: that the decision took"]
+    lines += filter(None, [left_out(len(experts.rows), most)])
+    return Table(
+        header,
+        tuple(tuple(expert_cells(row)) for row in experts.rows[:most]),
+        numbers=tuple(range(2, 8)),
+        title=f"LoRA experts ({experts.kind[:_KIND_CHARACTERS]})",
+        caption="\n".join(lines),
+        names={0: _NAME_CHARACTERS, 1: _NAME_CHARACTERS},
+    )
 
 
-def usage_table(experts: ExpertsRecord, *, signs: Signs) -> Table:
+def usage_table(
+    experts: ExpertsRecord, *, most: int = MAX_ROWS, most_columns: int = MAX_COLUMNS
+) -> Table:
     """Return a row per domain: how its held-out text is routed; of many experts the most used."""
-    table = new_table("Routing: mean gate in %")
-    table.add_column("domain", overflow="fold")
-    most = set(experts.by_usage[:MAX_COLUMNS])
-    shown = [name for name in experts.names if name in most]
-    for name in shown:
-        label = signs.shortened(name, _NAME_CHARACTERS)
-        table.add_column(label, justify="right", overflow="fold")
-    for domain, shares in list(experts.usage.items())[:MAX_ROWS]:
-        label = signs.shortened(domain, _NAME_CHARACTERS)
-        table.add_row(label, *(_percent(shares.get(name)) for name in shown))
-    left_out = [
-        f"{number} {what} more are in summary.json"
-        for number, what in (
-            (len(experts.names) - len(shown), "experts"),
-            (len(experts.usage) - MAX_ROWS, "domains"),
-        )
-        if number > 0
-    ]
-    table.caption = "\n".join(left_out) or None
-    return table
+    used = set(experts.by_usage[:most_columns])
+    shown = [name for name in experts.names if name in used]
+    rows = tuple(
+        (domain, *(_percent(shares.get(name)) for name in shown))
+        for domain, shares in list(experts.usage.items())[:most]
+    )
+    lines = (
+        left_out(len(experts.names), len(shown), of="experts "),
+        left_out(len(experts.usage), most, of="domains "),
+    )
+    return Table(
+        ("domain", *shown),
+        rows,
+        numbers=tuple(range(1, 1 + len(shown))),
+        title="Routing: mean gate in %",
+        caption="\n".join(filter(None, lines)),
+        names=dict.fromkeys(range(1 + len(shown)), _NAME_CHARACTERS),
+    )
 
 
 def experts_text(experts: ExpertsRecord) -> str:
@@ -104,34 +99,13 @@ def expert_cells(row: ExpertRow) -> list[str]:
     ]
 
 
-def page_tables(experts: ExpertsRecord) -> list[PageTable]:
+def page_tables(experts: ExpertsRecord) -> list[Table]:
     """Return what the page has of a run's experts: them, routing, similarity, and events."""
-    return [_experts(experts), _usage(experts), _similarity(experts), _events(experts)]
+    usage = usage_table(experts, most=_MOST, most_columns=_MOST)
+    return [experts_table(experts, most=_MOST), usage, _similarity(experts), _events(experts)]
 
 
-def _experts(experts: ExpertsRecord) -> PageTable:
-    header = (
-        *("LoRA expert", "born in", "step", "batches", "novelty", "threshold", "rank", "usage %"),
-        "state",
-    )
-    rows = tuple(tuple(expert_cells(row)) for row in experts.rows[:_MOST])
-    caption = (
-        "batches: that the decision to spawn took; usage: mean gate over the domains' held-out text"
-    )
-    return PageTable(header, rows, tuple(range(2, 8)), caption + _left_out(experts.rows))
-
-
-def _usage(experts: ExpertsRecord) -> PageTable:
-    shown = experts.names[:_MOST]
-    rows = tuple(
-        (domain, *(_percent(shares.get(name)) for name in shown))
-        for domain, shares in list(experts.usage.items())[:_MOST]
-    )
-    numbers = tuple(range(1, 1 + len(shown)))
-    return PageTable(("domain", *shown), rows, numbers, "routing by domain: mean gate in %")
-
-
-def _similarity(experts: ExpertsRecord) -> PageTable:
+def _similarity(experts: ExpertsRecord) -> Table:
     found = experts.similarities[:_MOST]
     known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[:_MOST]
     rows = tuple(
@@ -139,21 +113,17 @@ def _similarity(experts: ExpertsRecord) -> PageTable:
         for expert, similarity in found
     )
     caption = "similarity of an expert's batches to what was known when it was spawned"
-    return PageTable(("spawned", *known), rows, tuple(range(1, 1 + len(known))), caption)
+    return Table(("spawned", *known), rows, tuple(range(1, 1 + len(known))), caption)
 
 
-def _events(experts: ExpertsRecord) -> PageTable:
+def _events(experts: ExpertsRecord) -> Table:
     rows = tuple(
         (_count(event.step), event.kind, event.expert, event.why)
         for event in experts.events[:_MOST]
     )
-    caption = f"experts, event by event{_left_out(experts.events)}"
-    return PageTable(("step", "event", "expert", "because"), rows, (0,), caption)
-
-
-def _left_out(parts: Sequence[object]) -> str:
-    number = len(parts) - _MOST
-    return f"; {number} more are in summary.json" if number > 0 else ""
+    lines = ["experts, event by event", left_out(len(experts.events), _MOST)]
+    caption = "; ".join(filter(None, lines))
+    return Table(("step", "event", "expert", "because"), rows, (0,), caption)
 
 
 def _count(value: int | None) -> str:

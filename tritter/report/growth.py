@@ -10,11 +10,10 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
-from rich.table import Table
 
 from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, say, some
 from tritter.report.growth_record import GrownLayer, GrowthRecord
-from tritter.report.rich_table import new_table
+from tritter.report.table import Table
 from tritter.report.wording import MISSING, Signs, count_text
 
 MAX_ROWS = 16
@@ -27,26 +26,24 @@ _HINTS = {
 }
 
 
-def growth_table(growth: GrowthRecord, *, signs: Signs) -> Table:
+def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
     """Return a row per layer that grew; of many, those that grew most."""
     layers = growth.layers
-    table = new_table(_title(growth), caption=_caption(growth, layers))
     has_dead = any(layer.died for layer in layers)
     counts = ["born", "replaced", *(["left dead"] if has_dead else [])]
-    for name in ("layer", "neurons", *counts, "change"):
-        table.add_column(name, justify="right", overflow="fold")
-    table.add_column("after steps", overflow="fold")
-    for layer in most_grown(layers):
-        table.add_row(
+    header = ("layer", "neurons", *counts, "change", "after steps")
+    rows = tuple(
+        (
             str(layer.layer),
-            f"{layer.before} {signs.arrow} {layer.after}",
-            str(layer.born),
-            str(layer.replaced),
-            *([str(layer.died)] if has_dead else []),
+            f"{layer.before} → {layer.after}",
+            *map(str, (layer.born, layer.replaced, *([layer.died] if has_dead else []))),
             change_of_function(layer.function_change),
             steps_text([event.step for event in layer.events]),
         )
-    return table
+        for layer in most_grown(layers, most)
+    )
+    caption = _caption(growth, layers, most)
+    return Table(header, rows, tuple(range(len(header) - 1)), caption, title=_title(growth))
 
 
 def growth_text(growth: GrowthRecord, *, signs: Signs) -> str:
@@ -113,16 +110,16 @@ def _title(growth: GrowthRecord) -> str:
     said = f"Growth: {growth.born} born"
     if growth.replaced:
         said += f", {growth.replaced} replaced"
-    return f"{said} in {number} {'event' if number == 1 else 'events'}"
+    return f"{said} in {number} {'event' if number == 1 else 'events'}, {growth.checks} checks"
 
 
-def _caption(growth: GrowthRecord, layers: Sequence[GrownLayer]) -> str:
+def _caption(growth: GrowthRecord, layers: Sequence[GrownLayer], most: int) -> str:
     lines = ["change: of the logits at an event, the largest, in their deviation"]
     if any(layer.died for layer in layers):
         lines.append("left dead: found dead at an event, and not used again")
     number = len(growth.before)
-    if len(layers) > MAX_ROWS:
-        lines.append(f"{len(layers)} of {number} layers grew; shown: the {MAX_ROWS} that grew most")
+    if len(layers) > most:
+        lines.append(f"{len(layers)} of {number} layers grew; shown: the {most} that grew most")
     elif len(layers) < number:
         lines.append(f"{len(layers)} of {number} layers grew")
     return "\n".join(lines)

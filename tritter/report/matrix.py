@@ -12,13 +12,12 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
-from rich.table import Table
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from tritter.report.drawing import new_figure, shortened
-from tritter.report.rich_table import new_table
 from tritter.report.rows import Count, Number
-from tritter.report.wording import MISSING, Signs
+from tritter.report.table import Table, left_out
+from tritter.report.wording import MISSING
 
 MAX_ROWS = 24
 _MOST = 1000  # rows, and domains
@@ -102,31 +101,32 @@ def transfer_rows(matrix: Mapping[str, Any]) -> tuple[TransferRow, ...]:
     return tuple(found)
 
 
-def transfer_table(matrix: Mapping[str, Any], *, signs: Signs) -> Table:
+def transfer_table(matrix: Mapping[str, Any], *, most: int = MAX_ROWS) -> Table:
     """Return a row per domain that was learned: its losses per byte, and the transfers."""
-    rows = transfer_rows(matrix)
-    table = new_table(
-        "Transfer between tasks, in nats per byte; negative is good",
-        caption="backward: what later tasks changed; forward: what earlier ones did",
-    )
-    for name in ("domain", "learned in"):
-        table.add_column(name, overflow="fold")
-    for name in ("before", "then", "at the end", "backward", "forward"):
-        table.add_column(name, justify="right", overflow="fold")
-    for row in rows[:MAX_ROWS]:
-        losses = (row.before, row.right_after, row.at_the_end)
-        table.add_row(
-            signs.shortened(row.domain, _DOMAIN_CHARACTERS),
-            signs.shortened(row.learned, _DOMAIN_CHARACTERS),
-            *map(loss_text, losses),
+    found = transfer_rows(matrix)
+    rows = [
+        (
+            row.domain,
+            row.learned,
+            *map(loss_text, (row.before, row.right_after, row.at_the_end)),
             *map(transfer_text, (row.backward, row.forward)),
         )
-    if len(rows) > MAX_ROWS:
-        table.caption = f"{table.caption}\n{len(rows) - MAX_ROWS} more are in summary.json"
-    if len(rows) > 1:
-        table.add_section()
-        table.add_row("mean", "", "", "", "", *mean_transfers(matrix))
-    return table
+        for row in found[:most]
+    ]
+    lines = ["backward: what later tasks changed; forward: what earlier ones did"]
+    lines += filter(None, [left_out(len(found), most)])
+    rules = (len(rows),) if len(found) > 1 else ()
+    if rules:
+        rows.append(("mean", "", "", "", "", *mean_transfers(matrix)))
+    return Table(
+        ("domain", "learned in", "before", "then", "at the end", "backward", "forward"),
+        tuple(rows),
+        numbers=tuple(range(2, 7)),
+        title="Transfer between tasks, in nats per byte; negative is good",
+        caption="\n".join(lines),
+        names={0: _DOMAIN_CHARACTERS, 1: _DOMAIN_CHARACTERS},
+        rules=rules,
+    )
 
 
 def mean_transfers(matrix: Mapping[str, Any]) -> tuple[str, str]:

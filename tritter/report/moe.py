@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
-from rich.table import Table
+from tritter.report.table import Table
 
 MAX_COLUMNS = 12
 
@@ -20,25 +19,18 @@ def expert_table(experts: Mapping[str, Any]) -> Table:
     if number > MAX_COLUMNS:
         total = [sum(shares) for shares in zip(*usage.values(), strict=True)]
         shown = sorted(sorted(shown, key=lambda expert: -total[expert])[:MAX_COLUMNS])
-    table = Table(
-        title=f"Experts: % of a domain's assignments, {experts['experts_per_token']} per token",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
+    header = ["domain", *(f"{each}{'*' if each in new else ''}" for each in shown)]
+    header += ["* new"] * bool(new)
+    rows = tuple(
+        (
+            domain,
+            *(_percent(shares[expert]) for expert in shown),
+            *([_percent(sum(shares[expert] for expert in new))] if new else []),
+        )
+        for domain, shares in usage.items()
     )
-    table.add_column("domain", overflow="fold")
-    for expert in shown:
-        table.add_column(f"{expert}{'*' if expert in new else ''}", justify="right")
-    if new:
-        table.add_column("* new", justify="right")
-    for domain, shares in usage.items():
-        cells = [_percent(shares[expert]) for expert in shown]
-        if new:
-            cells.append(_percent(sum(shares[expert] for expert in new)))
-        table.add_row(domain, *cells)
-    return table
+    title = f"Experts: % of a domain's assignments, {experts['experts_per_token']} per token"
+    return Table(tuple(header), rows, tuple(range(1, len(header))), title=title)
 
 
 def bias_text(experts: Mapping[str, Any]) -> str | None:

@@ -13,20 +13,21 @@ from tritter.report.captions import CAPTIONS, TITLES
 from tritter.report.comparison import MOST_GROUPS, figures
 from tritter.report.drawing import DPI
 from tritter.report.experts import experts_text, page_tables, share_text
-from tritter.report.growth import change_of_function, growth_text, most_grown, steps_text
+from tritter.report.growth import change_of_function, growth_table, growth_text
 from tritter.report.growth_record import GrowthRecord
-from tritter.report.matrix import loss_text, mean_transfers, transfer_rows, transfer_text
-from tritter.report.page_table import PageTable
-from tritter.report.rows import DomainRow, checks, last_attempt, score_of, subjects
+from tritter.report.matrix import transfer_table
+from tritter.report.rows import DomainRow, checks, last_attempt, score_of
 from tritter.report.runs import Group, Run, differing_keys, grouped, with_controls
+from tritter.report.table import Table, left_out
+from tritter.report.tables import result_table, stage_table, task_table
 from tritter.report.wording import (
     MISSING,
     Signs,
     change_text,
     count_text,
     score_text,
+    seconds_text,
     si_text,
-    stages,
 )
 
 _CELL_CHARACTERS = 160  # of a setting
@@ -45,7 +46,7 @@ def page(
     *,
     title: str,
     notes: Sequence[str] = (),
-    beside: Mapping[str, PageTable] | None = None,
+    beside: Mapping[str, Table] | None = None,
 ) -> tuple[str, dict[str, bytes]]:
     """Return the page, and its figures by file name as PNG.
 
@@ -76,7 +77,7 @@ def page(
             for name, found in pictures.items()
         ],
         lineage="\n".join(_tree(runs)),
-        differing=PageTable((), ()) if beside else _differing(runs),
+        differing=Table((), ()) if beside else _differing(runs),
         runs=[_details(run) for run in runs],
     )
     files = {
@@ -103,7 +104,7 @@ def _lead(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     return said
 
 
-def _overview(groups: Sequence[Group]) -> PageTable:
+def _overview(groups: Sequence[Group]) -> Table:
     """Return a row per run: its verdict, each domain's change, size and cost."""
     runs = [(group, run) for group in groups for run in group.runs]
     domains = tuple(dict.fromkeys((r.domain, r.role) for _, run in runs for r in run.rows))
@@ -126,12 +127,12 @@ def _overview(groups: Sequence[Group]) -> PageTable:
             count_text((run.summary.get("parameters") or {}).get("final")),
             str(run.steps),
             si_text((run.summary.get("flops") or {}).get("total")),
-            _seconds((run.summary.get("seconds") or {}).get("total")),
+            seconds_text((run.summary.get("seconds") or {}).get("total")),
         )
         for group, run in runs
     )
     caption = "change of loss per byte in %, with one-sided bounds over documents"
-    return PageTable(header, rows, tuple(range(4, len(header))), caption)
+    return Table(header, rows, tuple(range(4, len(header))), caption)
 
 
 def _change_of(rows: Sequence[DomainRow], domain: str) -> str:
@@ -154,18 +155,14 @@ def _words(status: object) -> str:
     return str(status).replace("_", " ")
 
 
-def _seconds(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1f}"
-
-
-def _differing(runs: Sequence[Run]) -> PageTable:
+def _differing(runs: Sequence[Run]) -> Table:
     """Return the settings that differ; the longer of settings and runs goes down the page."""
     keys = differing_keys(runs)
     if len(runs) > len(keys):
         by_run = tuple((run.name, *(_plain(run.settings.get(k)) for k in keys)) for run in runs)
-        return PageTable(("run", *keys), by_run if keys else ())
+        return Table(("run", *keys), by_run if keys else ())
     rows = ((key, *(_plain(run.settings.get(key)) for run in runs)) for key in keys)
-    return PageTable(("setting", *(run.name for run in runs)), tuple(rows))
+    return Table(("setting", *(run.name for run in runs)), tuple(rows))
 
 
 def _plain(value: Any) -> str:
@@ -195,12 +192,16 @@ def _details(run: Run) -> dict[str, Any]:
         f"{key}={'+'.join(map(str, summary.get(key) or ())) or 'none'}"
         for key in ("expansion", "forgetting")
     )
-    tables = [_scores(run), _attempts(summary), _tasks(summary), _transfers(run)]
-    tables += [_gate(summary), _costs(summary)]
+    tables = [result_table(summary, [*run.rows, *run.control_rows]), _attempts(summary)]
+    if len(summary.get("tasks") or ()) > 1:
+        tables.append(task_table(summary))
+    if run.matrix:
+        tables.append(transfer_table(run.matrix, most=_MOST_EVENTS))
+    tables += [_gate(summary), stage_table(summary)]
     notes = [str(note) for note in summary.get("notes") or ()]
     if run.growth is not None:
         methods += f", growth={run.growth.name}"
-        tables += [_grown_layers(run.growth), _growth_events(run.growth)]
+        tables += [growth_table(run.growth, most=_MOST_EVENTS), _growth_events(run.growth)]
         notes.insert(0, f"Growth: {growth_text(run.growth, signs=Signs.for_encoding('utf-8'))}.")
     if run.experts is not None:
         methods += f", experts={run.experts.kind}"
@@ -219,31 +220,7 @@ def _details(run: Run) -> dict[str, Any]:
     }
 
 
-def _grown_layers(growth: GrowthRecord) -> PageTable:
-    """Return a row per layer that grew; empty where nothing did."""
-    layers = growth.layers
-    rows = tuple(
-        (
-            *(str(count) for count in (layer.layer, layer.before, layer.after)),
-            *(str(count) for count in (layer.born, layer.replaced, layer.died)),
-            change_of_function(layer.function_change),
-            steps_text([event.step for event in layer.events]),
-        )
-        for layer in most_grown(layers, _MOST_EVENTS)
-    )
-    header = (
-        *("layer", "neurons before", "after", "born", "replaced", "left dead"),
-        *("largest function change", "after steps"),
-    )
-    caption = (
-        f"growth: {len(layers)} of {len(growth.before)} layers grew, in {len(growth.events)} "
-        f"events and {growth.checks} checks; left dead: found dead, and not used again; function "
-        "change: of the logits at an event, in their standard deviation"
-    )
-    return PageTable(header, rows, tuple(range(7)), caption + _left_out(layers))
-
-
-def _growth_events(growth: GrowthRecord) -> PageTable:
+def _growth_events(growth: GrowthRecord) -> Table:
     """Return a row per layer and step; empty where nothing grew."""
     rows = tuple(
         (
@@ -260,36 +237,17 @@ def _growth_events(growth: GrowthRecord) -> PageTable:
         *("step", "layer", "born", "replaced", "left dead", "neurons", "pressure"),
         *("function change", "parameters", "FLOPs until then"),
     )
-    caption = f"growth, event by event{_left_out(growth.events)}"
-    return PageTable(header, rows, tuple(range(len(header))), caption)
+    lines = ["growth, event by event", left_out(len(growth.events), _MOST_EVENTS)]
+    caption = "; ".join(filter(None, lines))
+    return Table(header, rows, tuple(range(len(header))), caption)
 
 
-def _left_out(parts: Sequence[object]) -> str:
-    number = len(parts) - _MOST_EVENTS
-    return f"; {number} more are in summary.json" if number > 0 else ""
-
-
-def _scores(run: Run) -> PageTable:
-    header = ("domain", "role", "before", "expanded", "trained", "change", "verdict")
-    rows = tuple(
-        (
-            row.domain,
-            row.role if not row.is_control else f"{row.role}, control",
-            *(score_text(score) for score in (row.before, row.expanded, row.trained)),
-            change_text(row.change),
-            row.verdict or MISSING,
-        )
-        for row in (*run.rows, *run.control_rows)
-    )
-    return PageTable(header, rows, (2, 3, 4, 5), "loss in nats per token; change in % per byte")
-
-
-def _attempts(summary: Mapping[str, Any]) -> PageTable:
+def _attempts(summary: Mapping[str, Any]) -> Table:
     """Return what each attempt or round was and how it ended; empty where there was one."""
     rounds = summary.get("rounds") or ()
     parts = rounds or summary["attempts"]
     if len(parts) < 2:
-        return PageTable((), ())
+        return Table((), ())
     domains = list(summary["baseline"])
     rows = tuple(
         (
@@ -301,7 +259,7 @@ def _attempts(summary: Mapping[str, Any]) -> PageTable:
     )
     header = ("round" if rounds else "attempt", *domains, "verdict")
     numbers = tuple(range(1, 1 + len(domains)))
-    return PageTable(header, rows, numbers, f"loss at the end of each {header[0]}")
+    return Table(header, rows, numbers, f"loss at the end of each {header[0]}")
 
 
 def _what(part: Mapping[str, Any], *, is_round: bool) -> Sequence[str]:
@@ -310,57 +268,8 @@ def _what(part: Mapping[str, Any], *, is_round: bool) -> Sequence[str]:
     return part.get("overrides") or ["as asked for"]
 
 
-def _tasks(summary: Mapping[str, Any]) -> PageTable:
-    """Return every domain's loss after each task; empty where there is one task."""
-    tasks = summary.get("tasks") or ()
-    if len(tasks) < 2:
-        return PageTable((), ())
-    names = [f"{n}: {' '.join(task['domains'])}" for n, task in enumerate(tasks, start=1)]
-    scores = [summary["baseline"], *(task["final"] for task in tasks)]
-    rows = tuple(
-        (subject, *(score_text(score_of(each, subject)) for each in scores))
-        for subject, _ in subjects(summary)
-    )
-    header = ("domain", "before", *names)
-    return PageTable(header, rows, tuple(range(1, len(header))), "loss after each task")
-
-
-def _transfers(run: Run) -> PageTable:
-    """Return a row per domain that was learned; empty of a run of one task."""
-    if not run.matrix:
-        return PageTable((), ())
-    rows = tuple(
-        (
-            row.domain,
-            row.learned,
-            *map(loss_text, (row.before, row.right_after, row.at_the_end)),
-            *map(transfer_text, (row.backward, row.forward)),
-        )
-        for row in transfer_rows(run.matrix)
-    )
-    mean = ("mean", "", "", "", "", *mean_transfers(run.matrix))
-    header = (
-        *("domain", "learned in", "before", "right after it", "at the end"),
-        *("backward transfer", "forward transfer"),
-    )
-    caption = (
-        "in nats per byte, negative is good; backward: from right after the domain was learned to "
-        "the end; forward: what was learned before it changed of it"
-    )
-    return PageTable(header, (*rows, mean) if rows else (), tuple(range(2, 7)), caption)
-
-
-def _gate(summary: Mapping[str, Any]) -> PageTable:
+def _gate(summary: Mapping[str, Any]) -> Table:
     made = checks(last_attempt(summary))
     keys = ("check", "subject", "verdict", "detail")
     rows = tuple(tuple(str(check.get(key, MISSING)) for key in keys) for check in made)
-    return PageTable(("check", "of", "verdict", "because"), rows)
-
-
-def _costs(summary: Mapping[str, Any]) -> PageTable:
-    seconds, flops = summary.get("seconds") or {}, summary.get("flops") or {}
-    rows = tuple(
-        (name, _seconds(seconds.get(name)), si_text(flops.get(name, 0.0)))
-        for name in stages(seconds, flops)
-    )
-    return PageTable(("stage", "seconds", "FLOPs"), rows, (1, 2))
+    return Table(("check", "of", "verdict", "because"), rows)

@@ -1,11 +1,11 @@
 """The table at the end of a run, from summary.json alone."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from tritter.report.experts import experts_table, experts_text, usage_table
@@ -14,28 +14,20 @@ from tritter.report.growth import growth_table, growth_text
 from tritter.report.growth_record import GrowthRecord
 from tritter.report.matrix import transfer_table
 from tritter.report.moe import bias_text, expert_table
-from tritter.report.rich_table import new_table
-from tritter.report.rows import ACCURACY, DomainRow, checks, domain_rows, last_attempt, score_of
+from tritter.report.rows import DomainRow, checks, domain_rows, last_attempt, score_of
+from tritter.report.table import STYLES, Table, label
 from tritter.report.wording import (
     MISSING,
     Signs,
     change_text,
     count_text,
     score_text,
+    seconds_text,
     si_text,
     stages,
 )
 from tritter.terminal import Console
 
-_STYLES = {
-    "passed": "green",
-    "kept": "bold green",
-    "failed": "bold red",
-    "rolled_back": "bold red",
-    "undecided": "yellow",
-    "ungated": "cyan",
-    "reported": "cyan",
-}
 _FEW_TASKS = 3  # whose domains stand above the columns; those of more below the table
 _STATUS_WORDS = {
     "kept": "kept",
@@ -66,23 +58,9 @@ def print_summary(
         folder: the run folder; with it the checkpoint is named by a path that can be copied.
     """
     signs = Signs.for_encoding(console.encoding)
-    tables = [result_table(summary, signs=signs)]
-    if len(summary.get("tasks") or []) > 1:
-        tables.append(task_table(summary, signs=signs))
-    if matrix := summary.get("matrix"):
-        tables.append(transfer_table(matrix, signs=signs))
-    if experts := summary.get("moe"):
-        tables.append(expert_table(experts))
-    if (growth := GrowthRecord.of(summary)) is not None and growth.events:
-        tables.append(growth_table(growth, signs=signs))
-    if (added := ExpertsRecord.of(summary)) is not None:
-        tables.append(experts_table(added, signs=signs))
-        if added.usage and len(added.names) > 1:
-            tables.append(usage_table(added, signs=signs))
-    tables.append(stage_table(summary))
-    for table in tables:
+    for table in _tables(summary):
         console.print()
-        console.print(table)
+        console.print(table.to_rich(signs))
     console.print()
     console.print(_grid(summary_lines(summary, signs=signs)))
     if checkpoint := summary.get("checkpoint"):
@@ -94,63 +72,88 @@ def print_summary(
         console.print(_grid(_sample_lines(sample, signs=signs)))
 
 
-def result_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
+def _tables(summary: Mapping[str, Any]) -> Iterator[Table]:
+    """Yield the tables of a run."""
+    yield result_table(summary, domain_rows(summary))
+    if len(summary.get("tasks") or []) > 1:
+        yield task_table(summary)
+    if matrix := summary.get("matrix"):
+        yield transfer_table(matrix)
+    if experts := summary.get("moe"):
+        yield expert_table(experts)
+    if (growth := GrowthRecord.of(summary)) is not None and growth.events:
+        yield growth_table(growth)
+    if (added := ExpertsRecord.of(summary)) is not None:
+        yield experts_table(added)
+        if added.usage and len(added.names) > 1:
+            yield usage_table(added)
+    yield stage_table(summary)
+
+
+def result_table(summary: Mapping[str, Any], rows: Sequence[DomainRow]) -> Table:
     """Return one row per domain: nats per token at each stage, change per byte, verdict."""
-    table = new_table("Loss in nats per token; change in % per byte")
-    _add_columns(table, "domain", "role", justify="left")
     # Without an expansion it repeats `before`, and would break the lines of a narrow terminal
     has_grown = bool(last_attempt(summary).get("expansion"))
     scored = ("before", "expanded", "trained") if has_grown else ("before", "trained")
-    _add_columns(table, *scored, "change", justify="right")
-    _add_columns(table, "verdict", justify="left")
-    is_control = False
-    for row in domain_rows(summary):
-        if row.is_control and not is_control:
-            table.add_section()
-            table.add_row("control:")
-            is_control = True
-        table.add_row(*_cells(row, scored, signs=signs))
-    table.caption = _caption(summary)
-    return table
+    header = ("domain", "role", *scored, "change", "verdict")
+    cells = [
+        (
+            label(row.domain),
+            row.role,
+            *(score_text(getattr(row, stage)) for stage in scored),
+            change_text(row.change),
+            row.verdict or MISSING,
+        )
+        for row in rows
+    ]
+    rules = [number for number, row in enumerate(rows) if row.is_control][:1]
+    for number in rules:
+        cells.insert(number, ("control:", *[""] * (len(header) - 1)))
+    return Table(
+        header,
+        tuple(cells),
+        numbers=tuple(range(2, 3 + len(scored))),
+        title="Loss in nats per token; change in % per byte",
+        caption=_caption(summary),
+        names={0: _DOMAIN_CHARACTERS},
+        rules=tuple(rules),
+    )
 
 
-def task_table(summary: Mapping[str, Any], *, signs: Signs) -> Table:
+def task_table(summary: Mapping[str, Any]) -> Table:
     """Return one row per domain: nats per token before, and after each task in its turn."""
     attempt = last_attempt(summary)
     columns = [("before", summary["baseline"])]
-    if attempt["expansion"]:
+    if attempt.get("expansion") and attempt.get("expanded"):
         columns.append(("expanded", attempt["expanded"]))
     named = [f"{n}: {' '.join(task['domains'])}" for n, task in enumerate(summary["tasks"], 1)]
     are_few = len(named) <= _FEW_TASKS
     for number, (name, task) in enumerate(zip(named, summary["tasks"], strict=True), start=1):
         columns.append((name if are_few else str(number), task["final"]))
-    caption = "" if are_few else signs.printable(", ".join(named))
-    table = new_table("Loss in nats per token after each task", caption=caption)
-    _add_columns(table, "domain", justify="left")
-    _add_columns(table, *(signs.printable(name) for name, _ in columns), justify="right")
-    for row in domain_rows(summary):
-        if not row.is_control:
-            cells = (score_text(score_of(scores, row.domain)) for _, scores in columns)
-            table.add_row(_label(row, signs=signs), *cells)
-    return table
+    rows = tuple(
+        (label(row.domain), *(score_text(score_of(scores, row.domain)) for _, scores in columns))
+        for row in domain_rows(summary)
+        if not row.is_control
+    )
+    return Table(
+        ("domain", *(name for name, _ in columns)),
+        rows,
+        numbers=tuple(range(1, 1 + len(columns))),
+        title="Loss in nats per token after each task",
+        caption="" if are_few else ", ".join(named),
+        names={0: _DOMAIN_CHARACTERS},
+    )
 
 
 def stage_table(summary: Mapping[str, Any]) -> Table:
     """Return seconds and FLOPs of each stage."""
     seconds, flops = summary.get("seconds") or {}, summary.get("flops") or {}
-    table = new_table("Cost")
-    _add_columns(table, "stage", justify="left")
-    _add_columns(table, "seconds", "FLOPs", justify="right")
-    for name in stages(seconds, flops):
-        if name == "total":
-            table.add_section()
-        took = seconds.get(name)
-        table.add_row(
-            name,
-            MISSING if took is None else f"{took:.1f}",
-            si_text(flops.get(name, 0.0)),
-        )
-    return table
+    names = stages(seconds, flops)
+    rows = tuple(
+        (name, seconds_text(seconds.get(name)), si_text(flops.get(name, 0.0))) for name in names
+    )
+    rules = (len(rows) - 1,) if "total" in names else ()
+    return Table(("stage", "seconds", "FLOPs"), rows, (1, 2), title="Cost", rules=rules)
 
 
 def summary_lines(summary: Mapping[str, Any], *, signs: Signs) -> list[SummaryLine]:
@@ -160,7 +163,7 @@ def summary_lines(summary: Mapping[str, Any], *, signs: Signs) -> list[SummaryLi
     words = _STATUS_WORDS.get(status, status)
     if status == "rolled_back" and len(summary.get("rounds") or []) > 1:
         words = "rolled back: the checkpoint is that of the round before"
-    lines = [SummaryLine("status", words, style=_STYLES.get(status, ""))]
+    lines = [SummaryLine("status", words, style=STYLES.get(status, ""))]
     if rounds := summary.get("rounds"):
         lines.append(SummaryLine("rounds", _rounds_text(summary, rounds)))
     lines += _attempt_lines(summary.get("attempts") or [], signs=signs)
@@ -191,7 +194,7 @@ def _attempt_lines(attempts: Sequence[Mapping[str, Any]], *, signs: Signs) -> li
             if check["check"] in ("retention", "new_capability") and check.get("value") is not None
         )
         text = f"{number}: {did}: {changes}; {status.replace('_', ' ')}"
-        lines.append(SummaryLine("", signs.printable(text), style=_STYLES.get(status, "")))
+        lines.append(SummaryLine("", signs.printable(text), style=STYLES.get(status, "")))
     return lines
 
 
@@ -206,29 +209,6 @@ def _rounds_text(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]
         f"{len(rounds)} of {len(target['planned'])} planned: {done}; target "
         f"{count_text(target['target_params'])} {reached}. The table shows the last"
     )
-
-
-def _add_columns(table: Table, *names: str, justify: Literal["left", "right"]) -> None:
-    for name in names:
-        # Folded where the terminal is narrow: an ellipsis would hide digits, and is not ASCII.
-        table.add_column(name, justify=justify, overflow="fold")
-
-
-def _cells(row: DomainRow, scored: Sequence[str], *, signs: Signs) -> list[str | Text]:
-    verdict = row.verdict or MISSING
-    return [
-        _label(row, signs=signs),
-        row.role,
-        *(score_text(getattr(row, stage)) for stage in scored),
-        Text(change_text(row.change)),
-        Text(verdict, style=_STYLES.get(verdict, "")),
-    ]
-
-
-def _label(row: DomainRow, *, signs: Signs) -> Text:
-    name = row.domain.removesuffix(ACCURACY)
-    text = signs.shortened(name, _DOMAIN_CHARACTERS)
-    return Text(text if name == row.domain else f"{text} right")
 
 
 def _caption(summary: Mapping[str, Any]) -> str:
@@ -254,7 +234,7 @@ def _needs_words(check: Mapping[str, Any]) -> bool:
 def _reason(check: Mapping[str, Any], *, signs: Signs) -> SummaryLine:
     what = f"{check['check']} of {check.get('subject')}: {check.get('detail')}"
     verdict = str(check["verdict"])
-    return SummaryLine(verdict, signs.printable(what), style=_STYLES[verdict])
+    return SummaryLine(verdict, signs.printable(what), style=STYLES[verdict])
 
 
 def _jump_text(summary: Mapping[str, Any]) -> str | None:
@@ -285,9 +265,9 @@ def _sample_lines(sample: Mapping[str, Any], *, signs: Signs) -> list[SummaryLin
     return lines
 
 
-def _grid(lines: Iterable[SummaryLine]) -> Table:
+def _grid(lines: Iterable[SummaryLine]) -> RichTable:
     """Set labels beside their text, which wraps within its own column."""
-    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid = RichTable.grid(padding=(0, 1, 0, 0))
     grid.add_column(width=11, overflow="fold")
     grid.add_column(overflow="fold")
     for line in lines:

@@ -74,6 +74,11 @@ def si_text(value: float | None) -> str:
     return f"{value / 1000**power:#.3g}".removesuffix(".") + f" {_PREFIXES[power - 1]}"
 
 
+def seconds_text(value: float | None) -> str:
+    """Return seconds with one decimal."""
+    return MISSING if value is None else f"{value:.1f}"
+
+
 def stages(*totals: Mapping[str, float]) -> tuple[str, ...]:
     """Return the stages named in any of the mappings, in order of first appearance, total last."""
     names = dict.fromkeys(name for total in totals for name in total)

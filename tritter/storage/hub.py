@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tritter.errors import RequestError
+from tritter.errors import refused
 from tritter.storage.reading import named_path
 
 
@@ -25,7 +25,7 @@ def locate(checkpoint: str, *, key: str = "checkpoint") -> Path:
     if folder.exists():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
-        raise RequestError(f"{key} = {checkpoint}: no such folder, and no hub id (owner/name).")
+        raise refused(key, checkpoint, "no such folder, and no hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -35,7 +35,7 @@ def locate(checkpoint: str, *, key: str = "checkpoint") -> Path:
             return Path(snapshot_download(checkpoint, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = f"no such folder, and {_reason(error)}"
-        raise RequestError(f"{key} = {checkpoint}: {reason}.") from error
+        raise refused(key, checkpoint, reason) from error
 
 
 @contextmanager

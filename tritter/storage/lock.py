@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tritter.errors import RequestError
+from tritter.errors import RequestError, refused
 
 LOCK_NAME = ".lock"
 _MAX_BYTES = 200
@@ -125,9 +125,7 @@ def _lock(descriptor: int, folder: Path, *, key: str) -> None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         holder = os.pread(descriptor, _MAX_BYTES, 0).decode(errors="replace")
-        raise RequestError(
-            f"{key} = {folder}: {holder or 'another process'} is running there; wait until it has "
-            "ended, or name another folder."
-        ) from error
+        reason = f"{holder or 'another process'} is running there; wait until it has ended, or name"
+        raise refused(key, folder, f"{reason} another folder") from error
     except OSError:  # no locks here
         return

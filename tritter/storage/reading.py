@@ -15,7 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from tritter.errors import RequestError, TritterError, brief
+from tritter.errors import RequestError, TritterError, brief, key_name
 
 # File name → bytes up to which it is read; the largest real ones are a tenth of that.
 _MAX_BYTES = {
@@ -204,7 +204,7 @@ def named_path(name: str | os.PathLike[str], *, key: str) -> Path:
     """
     reason = _why_not(name)
     if reason is not None:
-        raise RequestError(f"{key} = {brief(name)}: {reason}.")
+        raise RequestError(f"{key_name(key)} = {brief(name)}: {reason}.")
     path = Path(name).expanduser()
     # What stands before a .. need not exist, and then the system finds nothing behind it
     return path.resolve() if ".." in path.parts else path

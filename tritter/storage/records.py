@@ -10,6 +10,7 @@ from tritter.errors import TritterError
 from tritter.storage.reading import read_object, read_text
 
 LINEAGE_NAME = "tritter.json"
+RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"  # of a run folder
 LEDGER_NAME = "ledger.json"  # of a run folder: what its stages left
 _DIGEST = "record_digest"
 

@@ -20,19 +20,13 @@ from omegaconf import DictConfig
 from tritter.config.launch.composition import composer, plain_config
 from tritter.config.launch.resume import recorded_words
 from tritter.config.overrides import quoted
-from tritter.config.run_folder import (
-    SUMMARY_FILE,
-    RunState,
-    check_run_folder,
-    write_json,
-    write_run_file,
-)
+from tritter.config.run_folder import RunState, check_run_folder, write_json, write_run_file
 from tritter.config.schema import RunConfig
 from tritter.config.validation import validate
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped
 from tritter.storage.lock import alone_in
-from tritter.storage.records import read_record
+from tritter.storage.records import SUMMARY_FILE, read_record
 from tritter.terminal import say
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from tritter.config.overrides import (
     split_sweep,
 )
 from tritter.config.rules import compiler_problems
-from tritter.config.run_folder import OUTPUT_FILE, RUN_FILE, RunState, check_run_folder
+from tritter.config.run_folder import OUTPUT_FILE, RunState, check_run_folder
 from tritter.config.schema import RunConfig
 from tritter.config.text_files import text_requests
 from tritter.config.text_resolution import side_problems
@@ -37,6 +37,7 @@ from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.families import Config
 from tritter.storage.lock import LOCK_NAME, check_free
+from tritter.storage.records import RUN_FILE
 from tritter.terminal import say
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"

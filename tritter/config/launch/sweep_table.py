@@ -9,9 +9,9 @@ from rich.text import Text
 
 from tritter.config.launch.jobs import STATUS_FILE, read_status
 from tritter.config.launch.plan import Job
-from tritter.config.run_folder import SUMMARY_FILE
 from tritter.storage.lock import is_held
 from tritter.storage.reading import read_object
+from tritter.storage.records import SUMMARY_FILE
 from tritter.terminal import Console
 
 

@@ -1,0 +1,217 @@
+"""Options of `tritter expand` that belong to a method, and the expansions that they describe.
+
+Options are the keys that a method's option file states. Help reads the files and imports nothing;
+what a value may be is judged by the method's own record, when the command runs.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentError, ArgumentParser
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from inspect import Parameter, Signature
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tritter.cli.options import CheckpointCommand, spelled
+from tritter.config.folders import (
+    Front,
+    body_of,
+    composing_from,
+    front,
+    front_of,
+    option_files,
+)
+from tritter.config.launch.help import comments
+from tritter.errors import Problem, RequestError, nearest, raise_problems
+from tritter.targets import TARGET
+
+if TYPE_CHECKING:
+    from tritter.config.selection import Reader
+    from tritter.expansion import ExpansionSpec
+
+# Keys that the command line calls otherwise: by fewer words, or by which `init` is meant
+_CALLED = {
+    "width.num_attention_heads": "num_heads",
+    "width.num_key_value_heads": "num_kv_heads",
+    "width.init": "width_init",
+    "moe.layers": "sparse_layers",
+    "moe_add.init": "expert_init",
+}
+_OF_THE_TRAINING = "new_blocks_only"
+
+
+class MethodCommand(CheckpointCommand):
+    """A command with the options of all methods besides its own; they end up in `ctx.obj`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return [*super().get_params(ctx), *_parameters(front())]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.with_resource(composing_from(front_of(_folders(args), None)))
+        rest = super().parse_args(ctx, args)
+        given = {name: ctx.params.pop(name) for name in method_options()}
+        ctx.obj = {name: value for name, value in given.items() if value is not None}
+        return rest
+
+
+def _folders(words: Sequence[str]) -> list[str]:
+    """Return what --config-dir names, which says what other options there are."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config-dir", "--config_dir", "-cd", action="append", default=[])
+    try:
+        return list(parser.parse_known_args(list(words))[0].config_dir)
+    except ArgumentError:  # the folder is missing, which is told where options are read
+        return []
+
+
+def method_bodies() -> dict[str, dict[str, Any]]:
+    """Return method → key → default, as the option files state them."""
+    return _bodies(front())
+
+
+@cache
+def _bodies(_of: Front) -> dict[str, dict[str, Any]]:
+    files = option_files()["expansion"]
+    bodies = {name: body_of(path).get(name) for name, path in files.items() if name != "none"}
+    return {name: body for name, body in bodies.items() if isinstance(body, dict)}
+
+
+def method_options() -> dict[str, dict[str, str]]:
+    """Return option → method that takes it → what it is called there."""
+    options: dict[str, dict[str, str]] = {}
+    for method, body in method_bodies().items():
+        for key in body:
+            if key not in (TARGET, _OF_THE_TRAINING):
+                option = _CALLED.get(f"{method}.{key}", key)
+                options.setdefault(option, {})[method] = key
+    return options
+
+
+@cache
+def _parameters(_of: Front) -> list[Any]:
+    """Return the options as Typer makes them of a function's parameters."""
+
+    def carrier() -> None: ...
+
+    carrier.__signature__ = Signature(list(_declared()))  # type: ignore[attr-defined]
+    one = typer.Typer(add_completion=False, context_settings={"help_option_names": []})
+    one.command()(carrier)
+    return typer.main.get_command(one).params
+
+
+def _declared() -> Iterator[Parameter]:
+    notes = {method: comments(option_files()["expansion"][method]) for method in method_bodies()}
+    for option, takers in method_options().items():
+        helps: dict[str, list[str]] = {}
+        for method, key in takers.items():
+            helps.setdefault(_help_of(method, key, notes[method].get(key, "")), []).append(method)
+        is_flag = all(method_bodies()[method][key] is False for method, key in takers.items())
+        declared = typer.Option(
+            f"--{spelled(option)}",
+            metavar=" " if is_flag else "VALUE",
+            help=" ".join(f"{spelled(', '.join(names))}: {text}." for text, names in helps.items()),
+            rich_help_panel="Methods",
+        )
+        kind: Any = bool if is_flag else str
+        annotation = Annotated[kind | None, declared]
+        yield Parameter(option, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _help_of(method: str, key: str, comment: str) -> str:
+    """Return a comment as a line of help, the default named."""
+    default = method_bodies()[method][key]
+    stated = [] if default is None or default is False else [f"default: {default}"]
+    line = "; ".join([*filter(None, [comment]), *stated]).replace("null = ", "default: ")
+    return line.replace("[", r"\[")  # which is markup else
+
+
+def option_names() -> dict[str, str | None]:
+    """Return dotted key → option, of all methods."""
+    names: dict[str, str | None] = {"expansion": "--method"}
+    for method in method_bodies():
+        names[f"expansion.{method}"] = f"--method {spelled(method)}"
+    for option, takers in method_options().items():
+        names |= {f"expansion.{m}.{key}": f"--{spelled(option)}" for m, key in takers.items()}
+    return names
+
+
+def method_names(words: Sequence[str]) -> tuple[str, ...]:
+    """Return the methods named by `--method`, in order.
+
+    Raises:
+        RequestError: one does not exist; names those that do.
+    """
+    names = [name.strip().replace("-", "_") for word in words for name in word.split(",")]
+    for name in names:
+        if name not in method_bodies():
+            shown, allowed = spelled(name), [*map(spelled, method_bodies())]
+            reason = f"there are {', '.join(allowed)}; several are joined by commas"
+            near = nearest(shown, allowed)
+            raise RequestError(Problem("expansion", shown, reason, nearest=near))
+    return tuple(names)
+
+
+def specs_of(methods: Sequence[str], given: Mapping[str, Any]) -> tuple[ExpansionSpec, ...]:
+    """Return the expansions that methods and options describe.
+
+    Args:
+        given: option → what was typed.
+
+    Raises:
+        RequestError: an option that no method takes, or that several would; a value that is not
+            allowed. All problems at once.
+    """
+    from tritter.config.selection import Reader
+
+    problems = []
+    fields: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    for option in given:
+        takers = method_options()[option]
+        taking = [name for name in methods if name in takers]
+        if len(taking) == 1:
+            fields[taking[0]][takers[taking[0]]] = given[option]
+        else:
+            problems.append(_misplaced(option, given[option], methods=methods, taking=taking))
+    raise_problems(problems)
+    reader = Reader(tuple)
+    specs = [_spec(reader, name, fields[name]) for name in methods]
+    raise_problems(reader.problems)
+    return tuple(spec for spec in specs if spec is not None)
+
+
+def _misplaced(
+    option: str, value: Any, *, methods: Sequence[str], taking: Sequence[str]
+) -> Problem:
+    key = f"--{spelled(option)}"
+    if taking:
+        reason = (
+            f"{_listed(taking)} would {'both' if len(taking) == 2 else 'all'} take it; expand in "
+            "commands of their own to say which"
+        )
+    else:
+        takers = list(method_options()[option])
+        reason = (
+            f"--method {','.join(map(spelled, methods))} does not take it; {_listed(takers)} "
+            f"{'does' if len(takers) == 1 else 'do'}"
+        )
+    return Problem(key, value, reason=reason)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return `dus, stack and llama-pro` for these names."""
+    *others, last = map(spelled, names)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _spec(reader: Reader, name: str, typed: Mapping[str, Any]) -> ExpansionSpec | None:
+    """Read a method's options as a configuration's are read, defaults filled in."""
+    from tritter.config.selection import method_class, read_methods
+    from tritter.options import from_word
+
+    body = method_bodies()[name]
+    record = method_class("expansion", name, {name: body})
+    values = {key: from_word(record, key, word) for key, word in typed.items()}
+    bodies, classes = {name: {**body, **values}}, {f"expansion.{name}": record}
+    return next((one.options for one in read_methods(reader, "expansion", bodies, classes)), None)
