@@ -23,7 +23,7 @@ from tritter.expand.live import (
 from tritter.expansion import Dus, ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, Width
 
 ALIASES = {"GrowableQwen": "GrowableCausalLM"}  # the README's names
-FIXTURES = Path(__file__).parent / "fixtures/format_1"
+FIXTURES = Path(__file__).parent / "fixtures/tiny_run"
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

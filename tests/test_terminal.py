@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tritter.checkpoint import read_lineage
 from tritter.checkpoint.card import export_card, model_card
 from tritter.checkpoint.folder import write_lineage
 from tritter.models import read_config
+from tritter.storage.records import validated
 from tritter.terminal import Console, harmless, say
 
 ROOT = Path(__file__).parents[1]
@@ -102,11 +104,11 @@ def test_fields_of_a_lineage_and_the_card_made_of_them(run: Run, place: Path) ->
     lineage = read_lineage(folder)
     assert lineage is not None
     config = read_config(folder)
-    plain = lineage.to_dict()
+    plain = json.loads(json.dumps(asdict(lineage)))
     name = f"m{CLEAR}|</td><script>x</script>\n# Title\n[a](http://b)"
     plain["expansion_history"][0].update(method=name, expansion_type=name, timestamp=name)
     plain["benchmark_scores"] = {name: 1.0}
-    hostile = type(lineage).from_dict(json.loads(json.dumps(plain)), origin="here")
+    hostile = validated(plain, type(lineage), what="here")
     write_lineage(folder, hostile, config)
     for words in (["inspect"], ["history"], ["history", "--verify"]):
         result = run("", *words, str(folder))

@@ -106,7 +106,7 @@ def test_the_folder_says_what_is_padding_and_config_json_does_not(tmp_path: Path
     plain = json.loads((folder / "config.json").read_text())
     assert plain["intermediate_size"] == 40 and "ffn_sizes" not in plain
     lineage = read_lineage(folder)
-    assert lineage is not None and lineage.ffn_sizes == SIZES and lineage.format_version == 4
+    assert lineage is not None and lineage.ffn_sizes == SIZES
     assert read_config(folder)["ffn_sizes"] == list(SIZES)
     assert "FFN 7 to 40" in (folder / "README.md").read_text()
     gate = load_file(folder / "model.safetensors")["model.layers.2.mlp.gate_proj.weight"]

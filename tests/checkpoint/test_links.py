@@ -160,7 +160,7 @@ def test_a_record_names_no_file_behind_a_link(run: Run, place: Path) -> None:
     """A link in a folder that only the record speaks of."""
     import json
 
-    from tritter.checkpoint.folder import record_text
+    from tritter.storage.records import signed_text
 
     assert run("expand --checkpoint base --method dus --output grown --no-measure").code == 0
     (place / "secret.txt").write_text(SECRET)
@@ -169,7 +169,7 @@ def test_a_record_names_no_file_behind_a_link(run: Run, place: Path) -> None:
     path = place / "grown" / "tritter.json"
     plain = json.loads(path.read_text())
     plain["file_digests"]["notes/a.txt"] = "0" * 64
-    path.write_text(record_text(plain))
+    path.write_text(signed_text(plain))
     refused = run("export --checkpoint grown --output out")
     assert refused.code == 2
     assert "notes/a.txt leads out of the folder" in refused.err
@@ -182,17 +182,17 @@ def test_a_record_names_no_file_outside(run: Run, place: Path) -> None:
     """Digests in a record would tell whether a file elsewhere holds what somebody guesses."""
     import json
 
-    from tritter.checkpoint.folder import record_text
+    from tritter.storage.records import signed_text
 
     assert run("expand --checkpoint base --method dus --output grown --no-measure").code == 0
     (place / "secret.txt").write_text(SECRET)
     path = place / "grown" / "tritter.json"
     plain = json.loads(path.read_text())
     plain["file_digests"]["../secret.txt"] = "0" * 64
-    path.write_text(record_text(plain))
+    path.write_text(signed_text(plain))
     refused = run("export --checkpoint grown --output out")
     assert refused.code == 2
-    assert "allowed is names of files inside the folder" in refused.err
+    assert "allowed is the name of a file inside the folder" in refused.err
     verified = run("history grown --verify")
     assert verified.code == 3
-    assert "names of files inside the folder" in " ".join(verified.out.split())
+    assert "name of a file inside the folder" in " ".join(verified.out.split())

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tritter.checkpoint import FORMAT_VERSION, ExpansionRecord, Lineage, read_lineage
+from tritter.checkpoint import ExpansionRecord, Lineage, read_lineage
 from tritter.errors import TritterError
+from tritter.storage.records import FORMAT_VERSION, plain_record
 
 RECORD = ExpansionRecord(
     timestamp="2026-01-02T03:04:05+00:00",
@@ -49,14 +50,14 @@ def _write(folder: Path, plain: object) -> Path:
 
 
 def test_round_trip_through_json(tmp_path: Path) -> None:
-    assert read_lineage(_write(tmp_path, LINEAGE.to_dict())) == LINEAGE
+    assert read_lineage(_write(tmp_path, plain_record(LINEAGE))) == LINEAGE
 
 
 def test_the_record_has_the_fields_that_the_format_promises() -> None:
     promised = {"format_version", "model_hash", "parent_hash", "base_model_hash", "step", "epoch"}
     promised |= {"tensor_digests", "file_digests", "expansion_history", "best_loss"}
     promised |= {"benchmark_scores", "training_config"}
-    plain = LINEAGE.to_dict()
+    plain = plain_record(LINEAGE)
     assert promised <= set(plain)
     promised = {"timestamp", "expansion_type", "source_config", "target_config", "method"}
     promised |= {"continued_training_steps", "performance_delta", "map_digest", "layer_sources"}
@@ -68,11 +69,11 @@ def test_a_plain_folder_has_no_lineage(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
-    newer = {**LINEAGE.to_dict(), "format_version": FORMAT_VERSION + 1, "new_field": 1}
+    newer = {**plain_record(LINEAGE), "format_version": FORMAT_VERSION + 1, "new_field": 1}
     with pytest.raises(TritterError) as error:
         read_lineage(_write(tmp_path, newer))
     assert f"format_version {FORMAT_VERSION + 1}" in str(error.value)
-    assert f"reads up to {FORMAT_VERSION}" in str(error.value)
+    assert f"reads {FORMAT_VERSION}" in str(error.value)
     assert "tritter.json" in str(error.value)
 
 
@@ -98,6 +99,8 @@ def _in_history(**changes: object) -> Callable[[dict[str, Any]], object]:
     ("change", "said"),
     [
         (_without("format_version"), "format_version None"),
+        (_without("format"), "development version"),
+        (_with(format="ledger"), "not a lineage: format = 'ledger'"),
         (_with(format_version="1"), "format_version '1'"),
         (_without("model_hash"), "model_hash"),
         (_with(favourite_colour="red"), "favourite_colour"),
@@ -139,17 +142,17 @@ def _in_history(**changes: object) -> Callable[[dict[str, Any]], object]:
         (_in_history(performance_delta=None), "performance_delta"),
         (_in_history(mood="good"), "expansion_history.1.mood"),
         (_with(expansion_history=None), "not a lineage"),
-        (_with(expansion_history=[{"method": "dus"}]), "layer_sources"),
+        (_with(expansion_history=[{"method": "dus"}]), "timestamp is missing"),
         (_with(expansion_history=["dus"]), "not a lineage"),
-        (lambda plain: [plain], "not a lineage"),
-        (lambda plain: "lineage", "not a lineage"),
+        (lambda plain: [plain], "no JSON object"),
+        (lambda plain: "lineage", "no JSON object"),
     ],
 )
 def test_what_is_no_lineage_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], object], said: str
 ) -> None:
     with pytest.raises(TritterError) as error:
-        read_lineage(_write(tmp_path, change(LINEAGE.to_dict())))
+        read_lineage(_write(tmp_path, change(plain_record(LINEAGE))))
     assert re.search(said, str(error.value))
     assert "tritter.json" in str(error.value)
     assert len(str(error.value)) < 800

@@ -144,3 +144,20 @@ def test_a_wrong_request_is_told_and_nothing_is_written(
     assert result.code == 2, result.out
     assert told in " ".join(result.err.split())
     assert snapshot(place) == before
+
+
+def test_a_checkpoint_of_a_development_version_is_read_as_a_plain_folder(
+    run: Run, place: Path
+) -> None:
+    assert run("expand --checkpoint base --method width --output grown --no-measure").code == 0
+    path = place / "grown/tritter.json"
+    plain = json.loads(path.read_text())
+    del plain["format"]
+    path.write_text(json.dumps(plain | {"format_version": 4}))
+    for words in ("inspect grown", "export --checkpoint grown --output out"):
+        refused = run(words)
+        assert refused.code == 2 and "development version" in refused.err
+        assert "--ignore-lineage" in refused.err and not (place / "out").exists()
+    words = "export --checkpoint grown --output out --ignore-lineage --dtype float32"
+    assert run(words).code == 0 and not (place / "out/tritter.json").exists()
+    assert run("inspect out").code == 0

@@ -18,7 +18,7 @@ from tests.cli.test_experts import USAGE, mixture, write_with_experts
 from tests.experts.mixtures import TARGETS, mixture_of
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
 from tritter.checkpoint import lineage_of, write_lineage
-from tritter.checkpoint.learned import LearnedDomain
+from tritter.checkpoint.record import LearnedDomain
 from tritter.experts.adapters import adapted_layers, factors
 from tritter.experts.mixture import ExpertMixture
 from tritter.experts.stored import ExpertFolder

@@ -25,7 +25,7 @@ def spy(folder):
     return opened(folder)
 TensorFolder.open = spy
 """
-FORMAT_1 = Path(__file__).parents[1] / "fixtures/format_1/finished/checkpoint"
+TINY_RUN = Path(__file__).parents[1] / "fixtures/tiny_run/finished/checkpoint"
 COMMANDS = (
     "compare",
     "expand",
@@ -64,7 +64,7 @@ def test_help_waits_for_nothing(words: tuple[str, ...]) -> None:
 
 @pytest.mark.full
 def test_history_reads_no_tensor() -> None:
-    assert loaded("history", str(FORMAT_1)) <= {"pydantic"}  # Typer reads an argument with it
+    assert loaded("history", str(TINY_RUN)) <= {"pydantic"}  # Typer reads an argument with it
 
 
 def test_a_plan_builds_no_maps() -> None:
@@ -73,17 +73,17 @@ def test_a_plan_builds_no_maps() -> None:
 
 @pytest.mark.full
 def test_inspect_asks_the_tables_and_not_transformers() -> None:
-    assert loaded("inspect", str(FORMAT_1)) <= {"torch", "pydantic"}
+    assert loaded("inspect", str(TINY_RUN)) <= {"torch", "pydantic"}
 
 
 def test_a_wrong_word_does_not_wait_for_transformers() -> None:
-    words = ("expand", "--checkpoint", str(FORMAT_1), "--method", "widht")
+    words = ("expand", "--checkpoint", str(TINY_RUN), "--method", "widht")
     assert "transformers" not in loaded(*words, code=2)
 
 
 @pytest.mark.full
 def test_an_expansion_reads_weights_while_the_rest_is_imported(tmp_path: Path) -> None:
-    words = ("expand", "--checkpoint", str(FORMAT_1), "--method", "llama-pro", "--no-measure")
+    words = ("expand", "--checkpoint", str(TINY_RUN), "--method", "llama-pro", "--no-measure")
     lines = said(*words, "--output", str(tmp_path / "out"), before=SPY)
     assert lines[0].split()[:2] == ["AT", "FIRST"]
     assert set(lines[0].split()[2:]) <= {"torch", "pydantic"}

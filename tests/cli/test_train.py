@@ -17,8 +17,6 @@ from tests.cli.conftest import Run, snapshot
 from tests.config.test_outside import write_examples
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoint import read_lineage
-from tritter.checkpoint.history import learned_text
-from tritter.checkpoint.learned import Learned
 from tritter.cli import main
 from tritter.cli import train as train_module
 from tritter.cli.train import continuation
@@ -27,7 +25,6 @@ from tritter.config.launch.composition import load_config
 from tritter.config.launch.help import help_text
 from tritter.config.launch.plan import make_plan
 from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig, TextDataConfig
-from tritter.config.text_resolution import run_text
 from tritter.data import datasets as data_sets
 from tritter.data import sources
 from tritter.errors import RequestError
@@ -405,12 +402,12 @@ def test_a_lineage_that_names_the_disk_is_not_followed_there(
 ) -> None:
     """As its text and as its parent; the folders that commands list are counted."""
     expand(texts / "base", texts / "grown", [Width()])
-    rule = {"rule": "threshold", "seed": 0, "validation_fraction": 0.2}
+    rule = {"seed": 0, "validation_fraction": 0.2}
 
     def name_the_disk(record: dict[str, Any]) -> None:
-        past = {"paths": [path], "sha256": "0" * 64, "num_bytes": 10**12, "read_under": [rule]}
+        past = {"paths": [path], "sha256": "0" * 64, "num_bytes": 10**12}
         parent = {"parent_path": path, "parent_hash": "1" * 64}
-        record |= {"domains": {"past": past}, "split": {**rule, "exceptions": {}}, **parent}
+        record |= {"domains": {"past": past}, "split": rule, **parent}
 
     edit_record(texts / "grown", name_the_disk)
     (texts / "base").rename(texts / "gone")
@@ -436,39 +433,6 @@ def test_a_lineage_that_names_the_disk_is_not_followed_there(
         reasons = ("at most 300 files and folders", "leads out of the folder")  # / may hold links
         is_refused = any(reason in result.err for reason in reasons)
         assert is_refused == (code == 2), (words, result.err)
-
-
-def as_format_2(record: dict[str, Any], told: dict[str, Any]) -> None:
-    del record["split"], record["domains"]
-    record |= {"format_version": 2, "training_config": told}
-
-
-@pytest.mark.parametrize(
-    "told",
-    [
-        {"old": {"prose": {"origin": "python 3.11.2 standard library", "sha256": "x"}}},
-        {"old": {"prose": {"paths": ["stdlib:prose"]}}},
-        {"made_from": {"data": {"source": "stdlib", "validation_fraction": 0.2}, "seed": 0}},
-    ],
-)
-def test_text_of_the_installation_is_always_at_hand(place: Path, told: dict[str, Any]) -> None:
-    expand(place / "base", place / "grown", [Width()])
-    edit_record(place / "grown", lambda record: as_format_2(record, told))
-    text = run_text(
-        CheckpointModelConfig(model_type="hf", path=str(place / "grown")),
-        load_config().data,
-        seed=3,
-    )
-    assert (text.old, text.new) == (("prose",), ("code",))
-    assert text.split.seed == (0 if "made_from" in told else 3)
-    assert any("3.11.2" in note for note in text.notes) == ("3.11.2" in str(told))
-
-
-@pytest.mark.parametrize("told", [{}, {"old": []}, {"old": {"x": 3}}, {"made_from": 3, "data": 1}])
-def test_a_record_that_says_nothing(place: Path, told: dict[str, Any]) -> None:
-    expand(place / "base", place / "grown", [Width()])
-    edit_record(place / "grown", lambda record: as_format_2(record, told))
-    assert learned_text(place / "grown") == Learned()
 
 
 # What is documented
@@ -512,7 +476,7 @@ def test_documented_commands_are_accepted(
     (grown / "notes.jsonl").write_text('{"text": "a"}\n')
     config = json.loads((grown / "base/config.json").read_text())
     (grown / "base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
-    with_moments = ROOT / "tests/fixtures/format_1/with_moments"
+    with_moments = ROOT / "tests/fixtures/tiny_run/with_moments"
     shutil.copytree(with_moments, grown / "outputs/runs/first/checkpoint")
     words = shlex.split(command)
     assert words[:2] in (["python", "train.py"], ["tritter", "train"])

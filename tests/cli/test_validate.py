@@ -164,7 +164,7 @@ def test_unrelated_checkpoints_are_named_with_both_numbers(run: Run, place: Path
 def test_a_trained_checkpoint_is_asked_about_the_text_that_it_records(
     run: Run, tmp_path: Path
 ) -> None:
-    """A run of format 1: the held-out part of what it kept and learned."""
+    """The held-out part of what a run kept and learned."""
     folder = FIXTURES / "finished"
     result = run(f"validate --source {folder / 'baseline'} --result {folder / 'checkpoint'} --json")
     checks = checks_of(result)

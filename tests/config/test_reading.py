@@ -3,7 +3,6 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from tritter.config import selection
 from tritter.config.selection import Reader
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.options import Text, options
@@ -119,16 +118,6 @@ def test_a_missing_key_is_a_problem() -> None:
 def test_what_is_allowed_is_said_in_words(name: str, expected: str) -> None:
     _, (problem,) = read(**{name: [["x"]]})
     assert problem.reason == f"allowed is {expected}"
-
-
-def test_a_renamed_key_is_refused_with_its_new_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "RENAMED", {"thing.size": "thing.count", "old": "thing"})
-    _, (problem,) = read(size=3)
-    assert str(problem) == "thing.size = 3: it is called thing.count now."
-    reader = Reader(lambda: KEYS)
-    reader.report_unknown("old", {"rate": 1, "mode": "off"})
-    assert [problem.key for problem in reader.problems] == ["old.rate", "old.mode"]
-    assert "it is called thing.rate now" in str(reader.problems[0])
 
 
 def test_refusals_hold_their_problems() -> None:

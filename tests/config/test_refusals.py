@@ -37,8 +37,6 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "steps=3": ("Did you mean training.max_steps?",),
     "optimizer.wd=1": ("Did you mean optimizer.weight_decay?",),
     "data.bs=4": ("Did you mean data.batch_size?",),
-    "routing.z_loss=0.1": ("routing.z_loss = 0.1", "it is called moe_routing.z_loss now"),
-    "routing=default": ("routing = default", "it is called moe_routing now"),
     "learning_rate=3": ("learning_rate = 3", "Did you mean training.learning_rate?"),
     "optimizr.weight_decay=1": ("Did you mean optimizer.weight_decay?",),
     "+training.foo=3": ("training.foo = 3", "no such key", "max_steps"),

@@ -22,7 +22,7 @@ from tritter.config.run_folder import read_run
 from tritter.config.schema import REPLAYED_KEYS
 from tritter.config.validation import known_keys
 from tritter.options import leaves
-from tritter.storage.records import record_text
+from tritter.storage.records import signed_text
 
 Run = Callable[..., Result]
 ROOT = config_folder().parent
@@ -38,7 +38,7 @@ def printed_words(text: str) -> list[str]:
 def edit(folder: Path, **changes: Any) -> None:
     """Change a run file as somebody would who can compute its digest."""
     plain = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(record_text({**plain, **changes}))
+    (folder / "run.json").write_text(signed_text({**plain, **changes}))
 
 
 @pytest.mark.parametrize("resume", ["latest", "outputs/runs/one", "'outputs/runs/one'"])

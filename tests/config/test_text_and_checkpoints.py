@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
+from tritter.checkpoint.record import StateHead
 from tritter.config.fingerprint import changed_keys, fingerprint
 from tritter.config.schema import CheckpointModelConfig, TextDataConfig
 from tritter.data.sources import find_text_files
+from tritter.storage.records import record_text
 
 Run = Callable[..., Result]
 TEXT = ("data=text", "data.old=old", "data.new=new")
@@ -189,8 +191,8 @@ def test_what_a_training_recorded_does_in_place_of_old_text(run_there: Run, plac
     refused = run_there(*words, "forgetting=si")
     assert refused.code == 2 and "si against forgetting needs old text" in refused.err
     (place / "base/state").mkdir()
-    head = {"format_version": 1, "step": 3, "kinds": ["path_integral", "displacement"]}
-    (place / "base/state/state.json").write_text(json.dumps(head))
+    head = StateHead(step=3, kinds=("path_integral", "displacement"))
+    (place / "base/state/state.json").write_text(record_text(head))
     assert run_there(*words, "forgetting=si").code == 0
     assert "ewc against forgetting needs" in run_there(*words, "forgetting=[si,ewc]").err
 

@@ -99,7 +99,7 @@ def test_what_a_corpus_holds(tmp_path):
 def test_the_tokenizer_never_sees_validation_or_other_domains(tmp_path):
     corpus = build(tmp_path, tokenizer_domains=["prose"])
     held_out = set(corpus.domains["prose"].validation.identifiers)
-    rule = SplitRule(rule="threshold", seed=0, validation_fraction=0.2)
+    rule = SplitRule(seed=0, validation_fraction=0.2)
     others = (f"zzzz {number}" * 50 for number in range(99))
     other = (text for text in others if threshold_side(text_key(text), rule) == "validation")
     altered = [
@@ -119,7 +119,7 @@ def test_the_second_time_it_is_loaded_and_the_same(tmp_path, making):
     first, second = build(tmp_path), build(tmp_path)
     assert len(making) == 1
     assert_same(first, second)
-    folder = tmp_path / "corpora" / "v3" / first.digest
+    folder = tmp_path / "corpora" / "1" / first.digest
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     assert [path.name for path in folder.parent.iterdir()] == [first.digest]
 
@@ -165,7 +165,7 @@ def damage_removed(path):
 )
 def test_a_damaged_entry_is_set_aside_and_made_again(tmp_path, making, caplog, name, damage):
     first = build(tmp_path)
-    folder = tmp_path / "corpora" / "v3" / first.digest
+    folder = tmp_path / "corpora" / "1" / first.digest
     damage(folder / name)
     with caplog.at_level(logging.WARNING):
         second = build(tmp_path)
@@ -179,7 +179,7 @@ def test_a_damaged_entry_is_set_aside_and_made_again(tmp_path, making, caplog, n
 
 def test_an_empty_folder_and_a_file_in_its_place_are_not_trusted(tmp_path, making):
     first = build(tmp_path)
-    folder = tmp_path / "corpora" / "v3" / first.digest
+    folder = tmp_path / "corpora" / "1" / first.digest
     shutil.rmtree(folder)
     folder.mkdir()
     assert_same(build(tmp_path), first)
@@ -191,7 +191,7 @@ def test_an_empty_folder_and_a_file_in_its_place_are_not_trusted(tmp_path, makin
 
 def test_an_entry_under_the_name_of_another_is_not_trusted(tmp_path, making):
     first, second = build(tmp_path), build(tmp_path, seed=1)
-    corpora = tmp_path / "corpora" / "v3"
+    corpora = tmp_path / "corpora" / "1"
     shutil.rmtree(corpora / first.digest)
     shutil.copytree(corpora / second.digest, corpora / first.digest)
     assert_same(build(tmp_path), first)
@@ -209,7 +209,7 @@ def test_a_lost_race_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "_make", slow)
     mine = build(tmp_path)
     assert_same(mine, build(tmp_path))
-    assert [path.name for path in (tmp_path / "corpora" / "v3").iterdir()] == [mine.digest]
+    assert [path.name for path in (tmp_path / "corpora" / "1").iterdir()] == [mine.digest]
 
 
 def test_a_cache_that_cannot_be_written_is_refused_before_any_work(tmp_path, making):
@@ -226,7 +226,7 @@ def test_wrong_requests_are_refused(tmp_path):
         build(tmp_path, domains={})
     with pytest.raises(RequestError, match=r"data\.vocab_size"):
         build(tmp_path, vocab_size=10)
-    assert not list((tmp_path / "corpora" / "v3").glob("*"))
+    assert not list((tmp_path / "corpora" / "1").glob("*"))
 
 
 def from_stdlib(cache_dir, **changes):
@@ -265,7 +265,7 @@ def test_the_library_is_read_once(tmp_path, gathering, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"\xff", b"../../somewhere", b"0" * 64, b"x\ny"])
 def test_a_damaged_note_costs_only_another_reading(tmp_path, gathering, content):
     first = from_stdlib(tmp_path)
-    (note,) = (tmp_path / "corpora" / "v3" / "stdlib").iterdir()
+    (note,) = (tmp_path / "corpora" / "1" / "stdlib").iterdir()
     note.write_bytes(content)
     assert_same(from_stdlib(tmp_path), first)
     assert len(gathering) == 2
@@ -275,7 +275,7 @@ def test_a_damaged_note_costs_only_another_reading(tmp_path, gathering, content)
 
 def test_a_damaged_entry_behind_a_note_is_made_again(tmp_path, gathering):
     first = from_stdlib(tmp_path)
-    damage_flipped(tmp_path / "corpora" / "v3" / first.digest / "tokens.safetensors")
+    damage_flipped(tmp_path / "corpora" / "1" / first.digest / "tokens.safetensors")
     assert_same(from_stdlib(tmp_path), first)
     assert len(gathering) == 2
 

@@ -2,13 +2,11 @@
 
 import gzip
 import json
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from tritter.data.local_files import TextFileError, read_texts
-from tritter.data.ranked import CUT_FROM_BYTES, ranked_documents
 
 TEXTS = ["déjà vu\n\nagain\n", "猫\r\n\r\nneko", 'a "quoted" line']
 
@@ -50,39 +48,6 @@ def test_a_record_is_a_document(tmp_path, ending):
 def test_an_unpaired_surrogate_can_be_encoded(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n')
     assert read(tmp_path / "a.jsonl") == ["a?b"]
-
-
-def ranked(*files: Path):
-    return ranked_documents(found(*files))
-
-
-def test_documents_of_format_2_are_named_by_file_and_content(tmp_path):
-    (tmp_path / "a.jsonl").write_text(jsonl(TEXTS))
-    before = {document.identifier for document in ranked(tmp_path / "a.jsonl")}
-    assert "a.jsonl:" + sha256(TEXTS[2].encode()).hexdigest()[:16] in before
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/a.jsonl").write_text(jsonl(["first", " ", *reversed(TEXTS)]))
-    after = {document.identifier for document in ranked(tmp_path / "b/a.jsonl")}
-    assert before < after and len(after) == len(before) + 1
-
-
-def long_text(size: int) -> str:
-    paragraphs = [f"paragraph {number} " + "word " * (number % 90) for number in range(size // 100)]
-    return "\n\n".join(paragraphs)
-
-
-def test_format_2_cut_a_file_over_a_megabyte_and_one_of_few(tmp_path):
-    text = long_text(3 * CUT_FROM_BYTES)
-    for number in range(30):  # enough documents: the others stay whole
-        (tmp_path / f"short-{number}.txt").write_text(f"{number} " + long_text(60_000))
-    (tmp_path / "long.txt").write_text(text)
-    documents = ranked(*sorted(tmp_path.iterdir()))
-    pieces = [each.text for each in documents if each.identifier.startswith("long")]
-    assert "".join(pieces) == text and len(pieces) > 20
-    assert len(documents) == len(pieces) + 30
-    assert len(ranked(tmp_path / "short-1.txt")) > 1
-    (tmp_path / "record.jsonl").write_text(jsonl([text]))
-    assert len(ranked(tmp_path / "record.jsonl")) == 1
 
 
 def test_what_is_wrong_is_listed_whole(tmp_path):

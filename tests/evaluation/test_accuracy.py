@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from tritter.evaluation.statistics import (
     relative_harm,
 )
 
-FORMAT_1 = Path(__file__).parents[1] / "fixtures/format_1/finished"
 LIMITS = {"bound": 0.05, "confidence": 0.95}
 
 
@@ -128,25 +126,6 @@ def test_an_accuracy_survives_json(make_answers):
             PairedScores.from_dict(answers.to_dict() | damage)
 
 
-def test_losses_of_format_1_load_and_are_judged_as_they_were():
-    """The numbers that the run wrote into its summary then, to the last bit."""
-    summary = json.loads((FORMAT_1 / "summary.json").read_text())
-    before, after = (
-        {
-            domain: PairedScores.from_dict(record)
-            for domain, record in json.loads((FORMAT_1 / f"scores/{name}.json").read_text()).items()
-        }
-        for name in ("baseline", "attempt_1-trained")
-    )
-    assert {name: scores.record() for name, scores in before.items()} == summary["baseline"]
-    assert {name: scores.record() for name, scores in after.items()} == summary["final"]
-    for check in summary["gate"]:
-        if check["check"] in ("retention", "new_capability"):
-            domain = check["subject"]
-            assert relative_harm(before[domain], after[domain]).value == check["value"]
-            assert performance_delta(before[domain], after[domain]) == check["value"]
-
-
 @pytest.mark.parametrize(
     ("rise", "numbers"),
     [
@@ -155,7 +134,7 @@ def test_losses_of_format_1_load_and_are_judged_as_they_were():
     ],
 )
 def test_bounds_of_losses_are_those_of_document_losses(make_losses, rise, numbers):
-    """Bit for bit what format 1 was judged by, resamples and all."""
+    """Bit for bit, resamples and all."""
     before = torch.tensor([100.0, 210.0, 90.0, 160.0, 120.0, 80.0]).repeat(6) + torch.arange(36)
     noise = torch.tensor([0.01, -0.01, 0.02, -0.02, 0.005, -0.005]).repeat(6)
     after = make_losses(before * (1 + rise + noise))

@@ -147,9 +147,14 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
     "pickles only": (_pickled, TritterError, ["pytorch_model.bin", "never read"]),
     "lineage is no JSON": (_bytes("tritter.json", b"{"), TritterError, ["tritter.json"]),
     "lineage from the future": (
-        _bytes("tritter.json", b'{"format_version": 99}'),
+        _bytes("tritter.json", b'{"format": "lineage", "format_version": 99}'),
         TritterError,
-        ["format_version 99", "reads up to"],
+        ["format_version 99", "reads 1"],
+    ),
+    "lineage of a development version": (
+        _bytes("tritter.json", b'{"format_version": 4}'),
+        TritterError,
+        ["development version", "--ignore-lineage"],
     ),
 }
 

@@ -165,7 +165,9 @@ def test_the_state_says_which_experts_are_closed(tmp_path: Path) -> None:
     result = _expanded(tmp_path, tiny_moe("mixtral"), MoeAdd(num_experts=2))
     assert AddedExperts.read(result.folder) == AddedExperts(experts=(4, 5))
     plain = json.loads((result.folder / "state" / "router.json").read_text())
+    assert len(plain.pop("record_digest")) == 64
     assert plain == {
+        "format": "router state",
         "format_version": 1,
         "new_experts": [4, 5],
         "offset": "-inf",

@@ -13,7 +13,7 @@ from tests.hostile import values
 from tests.hostile.case import Case
 from tests.hostile.sandbox import Sandbox, special
 from tests.hostile.templates import ROOT
-from tritter.storage.records import record_text
+from tritter.storage.records import signed_text
 
 _CHECKPOINTS = ("base", "grown", "grown", "sparse", "skilled")
 _MAX_BYTES = 2**26  # more are those of a sparse file, which an earlier damage left
@@ -76,12 +76,12 @@ def records(rng: random.Random, sandbox: Sandbox) -> Case:
     plain = json.loads(path.read_text())
     for _ in range(rng.choice((1, 1, 1, 3))):
         plain = values.mutated_json(rng, plain)
-    if path.name == "tritter.json" and isinstance(plain, dict) and rng.random() < 0.5:
-        plain["record_digest"] = None  # so that what is wrong is read, not only noticed
     content = values.json_bytes(plain)
-    if path.name == "experts.json" and isinstance(plain, dict) and rng.random() < 0.8:
+    is_record = path.name in ("tritter.json", "state.json", "experts.json")
+    if is_record and isinstance(plain, dict) and rng.random() < 0.8:
+        # So that what is wrong is read, not only noticed
         with suppress(ValueError):  # what is no text can't be digested
-            content = record_text(plain).encode()
+            content = signed_text(plain).encode()
     path.write_bytes(content)
     if (folder / "experts").is_dir() and rng.random() < 0.5:
         (folder / "tritter.json").unlink()  # which would tell the change before it is read

@@ -139,7 +139,7 @@ def test_a_base_that_leaves_moments_is_an_entry_of_its_own(carried: Path, place:
         state, lineage = read_state(base), read_lineage(base)
         assert lineage is not None
         made_from = lineage.training_config["made_from"]["optimizer"]
-        kept["optimizer.carry" if "carry" in made_from else "plain"].append(state)
+        kept["optimizer.carry" if made_from["carry"] else "plain"].append(state)
     (with_moments,) = kept["optimizer.carry"]
     assert set(with_moments.kinds) == set(MOMENTS) and with_moments.step == 4
     assert kept["plain"] and not any(kept["plain"])

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from tritter.pipeline import run_pipeline
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
 
-FORMAT_1 = Path(__file__).parents[1] / "fixtures/format_1"
 QUICK = [
     *(word for word in SMALL if not word.startswith("model.")), "pretraining.max_steps=2",
     "training.max_steps=2", "data.sequence_length=32", "data.vocab_size=280", "gate='off'",
@@ -179,13 +177,13 @@ def test_all_that_was_learned_is_old_in_every_generation(
     }  # fmt: skip
     assert summary["data"]["new"]["documents"] == 49
     kept = summary["data"]["new"]
-    assert kept["train"] + kept["validation"] + kept["left_out"] == 49
+    assert kept["train"] + kept["validation"] == 49
     assert kept["held_out_before"] == len(set(map(text_key, texts("of old")[:9])) & first.held_out)
     grown = expand(second_checkpoint, tmp_path / "grown", [Width(hidden_size=32)])
     lineage = read_lineage(grown.folder)
     assert lineage is not None and lineage.split is not None
     assert list(lineage.domains) == ["past", "notes", "new"]
-    assert (lineage.split.rule, lineage.split.seed) == ("threshold", 3)
+    assert lineage.split.seed == 3
     assert lineage.domains["past"].paths == (f"{place}/old",)
     # The third generation: another `new`, and text of all that came before
     write_files(tmp_path / "fourth", [*texts("fourth"), *texts("third"), *texts("and now")])
@@ -255,123 +253,3 @@ def test_learned_text_that_is_not_at_hand(
     assert "Nothing protects past, notes, which the checkpoint learned." in typed.text.notes
     now = fed(typed)
     assert not now.held_out & first.learned and not now.learned & first.held_out
-
-
-# Checkpoints that were split by rank
-
-
-@pytest.fixture
-def format_1(tmp_path: Path) -> Path:
-    shutil.copytree(FORMAT_1, tmp_path / "fx")
-    for record in (tmp_path / "fx").rglob("tritter.json"):
-        record.write_text(record.read_text().replace("/tmp/fx/", f"{tmp_path}/fx/"))
-    return tmp_path / "fx"
-
-
-def by_rank(place: Path) -> Fed:
-    """The split of the fixtures as README says it, worked out here: seed 0, a fifth held out."""
-    old = {path.name: path.read_text() for path in sorted((place / "text/old").iterdir())}
-    lines = (place / "text/new.jsonl").read_text().splitlines()
-    domains = {
-        "old": list(old.items()),
-        "new": [("new.jsonl", json.loads(line)["text"]) for line in lines],
-    }
-    found = Fed({}, {})
-    for domain, named in domains.items():
-        names = {f"{name}:{sha256(text.encode()).hexdigest()[:16]}": text for name, text in named}
-        ranked = sorted(names, key=lambda name: sha256(f"0\0{name}".encode()).digest())
-        held = ranked[: round(0.2 * len(ranked))]
-        found.validation[domain] = {text_key(names[name]) for name in held}
-        found.train[domain] = {text_key(names[name]) for name in ranked[len(held) :]}
-    return found
-
-
-@pytest.mark.full
-def test_a_checkpoint_of_format_1_goes_on_with_its_split(format_1: Path, tmp_path: Path) -> None:
-    before = by_rank(format_1)
-    old = [path.read_text() for path in sorted((format_1 / "text/old").iterdir())]
-    write_files(tmp_path / "third", [*texts("third"), *old])
-    words = continued(format_1 / "finished/checkpoint", f"data.new={tmp_path}/third")
-    checkpoint, now, _ = run(tmp_path, "second", *words, "seed=4")
-    assert (now.train["old"], now.validation["old"]) == (
-        before.train["old"],
-        before.validation["old"],
-    )
-    assert (now.train["new"], now.validation["new"]) == (
-        before.train["new"],
-        before.validation["new"],
-    )
-    assert not now.held_out & before.learned and not now.learned & before.held_out
-    assert now.train["new_2"] | now.validation["new_2"] >= before.learned - before.train["new"]
-    lineage = read_lineage(checkpoint)
-    assert lineage is not None and lineage.split is not None
-    assert [rule.rule for rule in lineage.domains["old"].read_under] == ["ranked"]
-    assert [rule.rule for rule in lineage.domains["new_2"].read_under] == ["threshold"]
-    assert (lineage.split.rule, lineage.split.seed) == ("threshold", 0)
-    # Its text changed, every text keeps its side
-    changed = write_files(tmp_path / "changed", [*old[3:], *texts("fifth")], start="y")
-    named = [f"data.old={{old:{changed}}}", f"data.new={tmp_path}/third"]
-    later = fed(context_of(tmp_path, *continued(checkpoint, *named)))
-    assert later.train.keys() == {"old", "new_2"}
-    assert not later.held_out & (before.learned | now.learned)
-    assert not later.learned & (before.held_out | now.held_out)
-    # Its text gone, what it held out is still known
-    shutil.rmtree(format_1 / "text")
-    again = write_files(tmp_path / "again", [*texts("fourth"), *old], start="x")
-    third = continued(checkpoint, f"data.new={again}", "data.old={}", "forgetting=none")
-    later = fed(context_of(tmp_path, *third))
-    assert not later.held_out & (before.learned | now.learned)
-    assert not later.learned & (before.held_out | now.held_out)
-
-
-def test_other_text_in_place_of_that_of_format_1(format_1: Path, tmp_path: Path) -> None:
-    """The text that was ranked is at hand still, and says what may not change sides."""
-    before = by_rank(format_1)
-    old = [path.read_text() for path in sorted((format_1 / "text/old").iterdir())]
-    other = write_files(tmp_path / "other", [*old[3:], *texts("fifth")], start="y")
-    words = continued(format_1 / "finished/checkpoint", f"data.old={other}")
-    third = write_files(tmp_path / "third", texts("third"))
-    context = context_of(tmp_path, *words, f"data.new={third}")
-    assert context.old_domains == ("old",)
-    now = fed(context)
-    assert not now.held_out & before.learned and not now.learned & before.held_out
-    assert now.learned & before.learned and now.held_out & before.held_out
-
-
-def test_text_of_format_1_that_was_moved_is_known_again(format_1: Path, tmp_path: Path) -> None:
-    before = by_rank(format_1)
-    (format_1 / "text").rename(tmp_path / "moved")
-    write_files(tmp_path / "third", texts("third"))
-    words = continued(format_1 / "finished/checkpoint", f"data.new={tmp_path}/third")
-    with pytest.raises(RequestError, match=r"old can't be used.*new can't be used"):
-        context_of(tmp_path, *words)
-    typed = context_of(tmp_path, *words, f"data.old={{a:{tmp_path}/moved/old,b:{tmp_path}/moved}}")
-    assert typed.old_domains == ("old", "b")
-    assert fed(typed).validation["old"] == before.validation["old"]
-
-
-SECOND = 7  # a seed under which some held-out documents are those of seed 0
-
-
-def test_ancestors_of_format_1_are_asked_too(format_1: Path, tmp_path: Path) -> None:
-    """A chain of two trainings, each of which recorded its own text alone, and its own split."""
-    record = json.loads((format_1 / "finished/checkpoint/tritter.json").read_text())
-    told = record["training_config"]
-    assert set(told["new"]) == {"new"} and told["seed"] == 0
-    told |= {"old": {}, "seed": SECOND}
-    told["new"] = {
-        "old": json.loads((format_1 / "finished/baseline/tritter.json").read_text())[
-            "training_config"
-        ]["old"]["old"]
-    }
-    (format_1 / "finished/checkpoint/tritter.json").write_text(json.dumps(record))
-    write_files(tmp_path / "third", texts("third"))
-    context = context_of(
-        tmp_path, *continued(format_1 / "finished/checkpoint", f"data.new={tmp_path}/third")
-    )
-    (old, _) = context.text.domains
-    assert [(rule.rule, rule.seed) for rule in old.ranked] == [("ranked", 0), ("ranked", SECOND)]
-    now, before = fed(context), by_rank(format_1)
-    assert not now.validation["old"] & before.train["old"]
-    assert not now.train["old"] & before.validation["old"]
-    assert context.corpus.counts["old"].left_out > 0

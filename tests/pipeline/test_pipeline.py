@@ -19,7 +19,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.pipeline import Outcome, stages, verdict
 from tritter.pipeline.metrics import wandb_summary
 from tritter.report.plots import read_curves
-from tritter.report.summary_check import check_summary
+from tritter.report.summary import check_summary
 from tritter.training import BaseModule
 from tritter.training.module import TaskLoss
 

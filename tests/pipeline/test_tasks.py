@@ -18,7 +18,7 @@ from tritter.evaluation.statistics import PairedScores, relative_harm
 from tritter.pipeline import Outcome, run, run_pipeline, stages
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.ledger import StageResult
+from tritter.pipeline.ledger import StageResult, TrainingFound
 from tritter.pipeline.metrics import counted_on
 
 NEW = FIXTURES / "text/new.jsonl"
@@ -242,7 +242,8 @@ def test_what_is_broken_off_is_followed_by_no_task_and_rolled_back(
         result = whole(context, arm, **kwargs)
         if arm.name != "attempt_1_task_2":
             return result
-        return replace(result, found={**result.found, "stopped_because": "not finite"})
+        assert isinstance(result.found, TrainingFound)
+        return replace(result, found=replace(result.found, stopped_because="not finite"))
 
     monkeypatch.setattr(stages, "training", broken)
     run_tasks(tmp_path / "run", words[0], "gate=default")

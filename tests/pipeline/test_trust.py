@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.tiny import FIXTURES, TINY
+from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
 from tritter.config.launch.entry import main
 from tritter.pipeline import run_pipeline, stages
@@ -239,13 +239,14 @@ def test_a_finished_run_is_believed_when_what_it_names_is_whole(
     assert "nothing to do" in run(finished).out
 
 
-@pytest.mark.parametrize("name", ["unfinished", "finished"])
-def test_a_run_of_format_1_is_refused_by_its_version(run: Run, tmp_path: Path, name: str) -> None:
-    shutil.copytree(FIXTURES / name, tmp_path / "run")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    ended = run(tmp_path / "run")
-    assert ended.code == 2 and "format 1" in ended.err and "format 2" in ended.err
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+def test_a_run_of_a_development_version_is_refused_as_such(run: Run, unfinished: Path) -> None:
+    plain = json.loads((unfinished / "run.json").read_text())
+    del plain["format"]
+    (unfinished / "run.json").write_text(json.dumps(plain))
+    before = {path: path.stat().st_mtime_ns for path in unfinished.rglob("*")}
+    ended = run(unfinished)
+    assert ended.code == 2 and "development version" in ended.err
+    assert {path: path.stat().st_mtime_ns for path in unfinished.rglob("*")} == before
 
 
 def test_a_damaged_log_is_told_before_the_training_goes_on(run: Run, unfinished: Path) -> None:

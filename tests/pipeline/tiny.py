@@ -6,7 +6,7 @@ from typing import Any
 
 from tritter.evaluation.gate import EXACT_JUMP, MEMORY_BOUND
 
-FIXTURES = Path(__file__).parents[1] / "fixtures/format_1"
+FIXTURES = Path(__file__).parents[1] / "fixtures/tiny_run"
 TINY = (
     "model.hidden_size=16",
     "model.intermediate_size=32",

@@ -27,11 +27,10 @@ from tritter.report.experts import (
     page_tables,
     usage_table,
 )
-from tritter.report.experts_record import ExpertsRecord
 from tritter.report.page import page
 from tritter.report.plots import plot_run
 from tritter.report.runs import grouped, with_controls
-from tritter.report.summary_check import check_summary
+from tritter.report.summary import ExpertsRecord, check_summary
 from tritter.report.wording import Signs
 
 SIGNS = Signs.for_encoding("utf-8")

@@ -27,8 +27,7 @@ from tritter.report.growth import (
     nothing_grew,
     parameter_course,
 )
-from tritter.report.growth_record import GrowthRecord
-from tritter.report.summary_check import check_summary
+from tritter.report.summary import GrowthRecord, check_summary
 from tritter.report.wording import Signs
 
 SIGNS = Signs.for_encoding("utf-8")

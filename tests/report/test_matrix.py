@@ -26,7 +26,7 @@ from tritter.report.matrix import (
 )
 from tritter.report.page import page
 from tritter.report.plots import plot_run
-from tritter.report.summary_check import check_summary
+from tritter.report.summary import check_summary
 from tritter.report.wording import Signs
 
 SIGNS = Signs.for_encoding("utf-8")

@@ -12,7 +12,7 @@ from tests.report.growing import growth
 from tritter.errors import TritterError
 from tritter.report.comparison import _front
 from tritter.report.runs import Interval, Run, differing_keys, grouped, with_controls
-from tritter.report.summary_check import check_summary
+from tritter.report.summary import check_summary
 
 SETTINGS = {
     "seed": 0,

@@ -11,6 +11,7 @@ from tests import oracle
 from tests.stock_routers.models import tiny_moe
 from tritter.errors import TritterError
 from tritter.stock_routers import AddedExperts, Routing, router_offset
+from tritter.storage.records import signed_text
 
 ADDED = AddedExperts(experts=(4, 5))
 
@@ -58,21 +59,21 @@ def test_a_model_that_has_no_such_experts() -> None:
     ("change", "word"),
     [
         ({"format_version": 2}, "format_version 2; this Tritter reads 1"),
-        ({"new_experts": []}, "one behind the other"),
-        ({"new_experts": [4, 6]}, "one behind the other"),
-        ({"new_experts": ["4"]}, "indices"),
-        ({"new_experts": 4}, "indices"),
+        ({"new_experts": []}, "one after the other"),
+        ({"new_experts": [4, 6]}, "one after the other"),
+        ({"new_experts": ["4"]}, "new_experts"),
+        ({"new_experts": 4}, "new_experts"),
         ({"offset": 1.0}, "offset"),
-        ({"offset": "-infinity"}, "damaged"),
+        ({"offset": "-infinity"}, "offset"),
         ({"offset": True}, "offset"),
-        ({"step": -1}, "count"),
-        ({"anneal_steps": 2.5}, "count"),
+        ({"step": -1}, "step"),
+        ({"anneal_steps": 2.5}, "anneal_steps"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, change: dict[str, Any], word: str) -> None:
     ADDED.write(tmp_path)
     path = tmp_path / "state" / "router.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    path.write_text(signed_text({**json.loads(path.read_text()), **change}))
     with pytest.raises(TritterError, match=word) as error:
         AddedExperts.read(tmp_path)
     assert "router.json" in str(error.value)
@@ -82,5 +83,5 @@ def test_damage_is_named(tmp_path: Path, change: dict[str, Any], word: str) -> N
 def test_what_is_no_record(tmp_path: Path, text: str) -> None:
     ADDED.write(tmp_path)
     (tmp_path / "state" / "router.json").write_text(text)
-    with pytest.raises(TritterError, match="damaged"):
+    with pytest.raises(TritterError, match=r"router\.json"):
         AddedExperts.read(tmp_path)

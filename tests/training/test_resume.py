@@ -171,7 +171,11 @@ def test_a_damaged_saved_state_is_told(
         path = tmp_path / "saved" / "tensors.safetensors"
         path.write_bytes(path.read_bytes()[:100])
     else:
-        text = json.dumps({"format_version": 99}) if damage == "newer" else ""
+        text = (
+            json.dumps({"format": "saved training", "format_version": 99})
+            if damage == "newer"
+            else ""
+        )
         (tmp_path / "saved" / "checkpoint.json").write_text(text)
     with pytest.raises(TritterError, match="format_version 99" if damage == "newer" else "damaged"):
         train(tmp_path, METHODS["none"], monkeypatch)

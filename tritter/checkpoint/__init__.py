@@ -7,11 +7,10 @@ from tritter.checkpoint.folder import (
     write_checkpoint,
     write_lineage,
 )
-from tritter.checkpoint.record import FORMAT_VERSION, ExpansionRecord, Lineage
+from tritter.checkpoint.record import ExpansionRecord, Lineage
 from tritter.checkpoint.source import Source
 
 __all__ = [
-    "FORMAT_VERSION",
     "ExpansionRecord",
     "Lineage",
     "Source",

@@ -7,27 +7,27 @@ listed and checked by whatever needs no model. `tritter.experts.stored` makes a 
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from tritter.checkpoint.folder import EXPERTS_FOLDER, read_lineage
 from tritter.errors import Problem, RequestError, TritterError, brief, show
 from tritter.limits import MAX_COUNT
 from tritter.storage.links import check_links
 from tritter.storage.reading import read_object, require_file
-from tritter.storage.records import read_record
+from tritter.storage.records import Count, WholeNumber, read_record, record
 from tritter.storage.tensors import TensorFolder
 
-FORMAT_VERSION = 1
 HEAD, TENSORS = "state/experts.json", "state/experts.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 BASE = "base"  # the expert without an adapter, the first where there is one
 MAX_EXPERTS = 256
-BASE_BITS = (None, 8, 4)
-ROUTERS = ("learned", "evidence", "both")
+RouterKind = Literal["learned", "evidence", "both"]
 _MAX_RANK = 1024
 # Keys of PEFT's LoRA config that change neither the function nor how an adapter is read
 _HARMLESS = {
@@ -40,70 +40,76 @@ _HARMLESS = {
 # The other keys whose default in PEFT is neither null, false nor empty
 _DEFAULTS = {"bias": "none", "megatron_core": "megatron.core"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_LONGEST_DOMAIN = 256
+_Positive = Annotated[float, Field(gt=0, le=MAX_COUNT)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
+class EvidenceHead:
+    """How evidence routes: the keywords of `tritter.experts.evidence.Evidence`."""
+
+    window: Count
+    scale: _Positive
+    prior: Annotated[float, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
+    end_of_text_id: WholeNumber | None
+
+
+@record
 class ExpertsHead:
-    """What `state/experts.json` says; made only of values that are allowed.
+    """What `state/experts.json` says.
 
     Args:
         names: experts in the order of gates, the base first where it is one of them.
         has_base: it is.
         is_shared: one learned router for all layers.
-        router: one of `ROUTERS`.
+        router: what routes tokens to experts.
         top_k: experts that a token takes; None: all.
         temperature: which logits are divided by.
         capacity_factor: in training; None: no limit.
-        evidence: window, scale, prior and end_of_text_id, where evidence routes.
+        evidence: its settings, where evidence routes.
         usage: domain → expert → mean gate on its text, as far as it was measured.
         base_bits: 8 or 4, that bitsandbytes held the base in when they were trained, and in which
-            it is run; None: as it stands in the folder.
+            it is run; None: as it is in the folder.
         extra: whatever else a training left, as `tritter.training.checkpoint_io` encodes it.
-        tensors_sha256: of the file of tensors beside it.
+        tensors_sha256: of the file of tensors next to it.
 
     Raises:
-        TritterError: names the value and what is allowed.
+        TritterError: the values do not fit each other; names one of them.
     """
+
+    FORMAT: ClassVar[str] = "mixture of experts"
 
     names: tuple[str, ...]
     has_base: bool = False
     is_shared: bool = False
-    router: str = "learned"
-    top_k: int | None = None
-    temperature: float = 1.0
-    capacity_factor: float | None = None
-    evidence: Mapping[str, Any] | None = None
-    usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    base_bits: int | None = None
+    router: RouterKind = "learned"
+    top_k: Count | None = None
+    temperature: _Positive = 1.0
+    capacity_factor: _Positive | None = None
+    evidence: EvidenceHead | None = None
+    usage: Mapping[Annotated[str, Field(max_length=256)], Mapping[str, _Share]] = field(
+        default_factory=dict
+    )
+    base_bits: Literal[4, 8] | None = None
     extra: Any = None
     tensors_sha256: str = ""
 
     def __post_init__(self) -> None:
         check_names(self.names)
-        for name in ("has_base", "is_shared"):
-            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "true, false")
         if self.has_base and self.names[0] != BASE:
             raise TritterError(f"names = {brief(self.names)}: the first is {BASE}.")
-        _check("router", self.router, self.router in ROUTERS, ", ".join(ROUTERS))
-        _check_number("top_k", self.top_k, is_whole=True, may_be_none=True)
-        _check_number("temperature", self.temperature)
-        _check_number("capacity_factor", self.capacity_factor, may_be_none=True)
-        _check_evidence(self.evidence, is_needed=self.router != "learned")
-        _check_usage(self.usage)
-        is_held = self.base_bits is None or type(self.base_bits) is int
-        is_held &= self.base_bits in BASE_BITS
-        _check("base_bits", self.base_bits, is_held, "null, 8, 4")
-        _check("tensors_sha256", self.tensors_sha256, isinstance(self.tensors_sha256, str), "text")
+        if (self.evidence is None) != (self.router == "learned"):
+            found, allowed = "null", "an object"
+            if self.router == "learned":
+                found, allowed = allowed, found
+            raise TritterError(
+                f"evidence = {found}; allowed is {allowed} where router = {self.router}."
+            )
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """The experts that have an adapter."""
         return self.names[1:] if self.has_base else self.names
-
-    def to_dict(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in self.__slots__}
-        return {"format_version": FORMAT_VERSION, **plain, "names": list(self.names)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +195,7 @@ class ExpertFiles:
                     "the base alone."
                 )
             return None
-        head = _read_head(path)
+        head = read_record(path, ExpertsHead)
         places = {name: folder / EXPERTS_FOLDER / name for name in head.adapters}
         for file in _paths(head):
             require_file(folder / file, is_read_whole=not file.startswith(EXPERTS_FOLDER))
@@ -267,77 +273,18 @@ def refuse_experts(folder: Path, *, doing: str, key: str = "checkpoint") -> None
         raise RequestError(Problem(key, folder, reason=reason, advice=advice))
 
 
-def check_names(names: object) -> None:
-    """Refuse names of experts that are no names of folders, or not told apart.
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names of experts that are no names of folders, or that occur twice.
 
     Raises:
         TritterError: names the first.
     """
-    is_list = isinstance(names, tuple | list) and 1 <= len(names) <= MAX_EXPERTS
-    _check("names", names, is_list, f"a list of 1 to {MAX_EXPERTS} names")
-    assert isinstance(names, tuple | list)
+    if not 1 <= len(names) <= MAX_EXPERTS:
+        allowed = f"a list of 1 to {MAX_EXPERTS} names"
+        raise TritterError(f"names = {brief(names)}; allowed is {allowed}.")
     for name in names:
-        is_name = isinstance(name, str) and _NAME.fullmatch(name) is not None
-        _check("names", name, is_name, "1 to 64 letters, digits, - and _, a letter or digit first")
+        if _NAME.fullmatch(name) is None:
+            allowed = "1 to 64 letters, digits, - and _, a letter or digit first"
+            raise TritterError(f"names = {brief(name)}; allowed is {allowed}.")
     if len(set(names)) < len(names):
-        raise TritterError(f"names = {brief(names)}: one stands there twice.")
-
-
-def _read_head(path: Path) -> ExpertsHead:
-    plain = {"base_bits": None} | read_record(path, format_version=FORMAT_VERSION)
-    del plain["format_version"]
-    known = set(ExpertsHead.__slots__)
-    if plain.keys() != known:
-        wrong = sorted(plain.keys() ^ known)[0]
-        what = "unknown" if wrong in plain else "missing"
-        raise TritterError(f"{path}: {brief(wrong)} is {what}; it has: {', '.join(sorted(known))}.")
-    names = plain["names"]
-    try:
-        return ExpertsHead(**{**plain, "names": tuple(names) if type(names) is list else names})
-    except TritterError as error:
-        raise TritterError(f"{path}: {error}") from error
-
-
-def _check(key: str, value: object, is_allowed: bool, allowed: str) -> None:
-    if not is_allowed:
-        raise TritterError(f"{key} = {brief(value)}; allowed is {allowed}.")
-
-
-def _check_number(
-    key: str, value: object, *, is_whole: bool = False, may_be_none: bool = False
-) -> None:
-    """Refuse what is no number above 0."""
-    if value is None and may_be_none:
-        return
-    kind = "a whole number from 1" if is_whole else "a number above 0"
-    is_number = type(value) is int or (type(value) is float and not is_whole)
-    is_allowed = is_number and 0 < value <= MAX_COUNT  # type: ignore[operator]
-    _check(key, value, is_allowed, f"{kind} to {MAX_COUNT}{' or null' if may_be_none else ''}")
-
-
-def _check_evidence(evidence: object, *, is_needed: bool) -> None:
-    if not is_needed:
-        return _check("evidence", evidence, evidence is None, "null where the router is learned")
-    keys = {"window", "scale", "prior", "end_of_text_id"}
-    is_record = isinstance(evidence, Mapping) and evidence.keys() == keys
-    _check("evidence", evidence, is_record, f"an object with {', '.join(sorted(keys))}")
-    assert isinstance(evidence, Mapping)
-    _check_number("evidence.window", evidence["window"], is_whole=True)
-    _check_number("evidence.scale", evidence["scale"])
-    prior, end = evidence["prior"], evidence["end_of_text_id"]
-    is_finite = type(prior) in (int, float) and isfinite(prior) and abs(prior) <= MAX_COUNT
-    _check("evidence.prior", prior, is_finite, "a finite number")
-    is_token = end is None or (type(end) is int and 0 <= end <= MAX_COUNT)
-    return _check("evidence.end_of_text_id", end, is_token, "a token, or null")
-
-
-def _check_usage(usage: object) -> None:
-    is_table = isinstance(usage, Mapping) and all(isinstance(d, Mapping) for d in usage.values())
-    _check("usage", usage, is_table, "domain → expert → mean gate")
-    assert isinstance(usage, Mapping)
-    for domain, gates in usage.items():
-        is_text = isinstance(domain, str) and len(domain) <= _LONGEST_DOMAIN
-        _check("usage", domain, is_text, "a domain's name")
-        for name, gate in gates.items():
-            is_share = type(gate) in (int, float) and 0 <= gate <= 1
-            _check(f"usage.{domain}.{brief(name)}", gate, is_share, "a number from 0 to 1")
+        raise TritterError(f"names = {brief(names)}: one occurs twice.")

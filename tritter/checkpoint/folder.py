@@ -5,24 +5,27 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 from tritter.checkpoint.card import model_card
 from tritter.checkpoint.record import Lineage
-from tritter.errors import TritterError
 from tritter.families import Config, ffn_sizes, on_disk, padded_shapes
 from tritter.storage.atomic import atomic_folder, link_or_copy, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
 from tritter.storage.links import check_links
-from tritter.storage.reading import read_json
-from tritter.storage.records import LINEAGE_NAME, record_text
+from tritter.storage.records import LINEAGE_NAME, read_record, record_text
 from tritter.storage.tensors import INDEX_NAME, TensorFolder
 from tritter.storage.writer import TensorStream, padded, write_tensors
 
 CARD_NAME = "README.md"
 HEADER_MARK = "#header"
 EXPERTS_FOLDER = "experts"
+_ADVICE = (
+    "To use its weights, write them as a plain Hugging Face folder: tritter export --checkpoint "
+    "FOLDER --output NEW --format hf --ignore-lineage"
+)
 _EXPERT = re.compile(rf"{EXPERTS_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)/adapter_config\.json")
 
 
@@ -109,7 +112,7 @@ def write_checkpoint(
         card = model_card(complete, config, experts=expert_names(sorted(files)))
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         complete = replace(complete, file_digests=file_digests(folder))
-        _dump(folder / LINEAGE_NAME, complete)
+        write_text_atomic(folder / LINEAGE_NAME, record_text(complete))
         if before_placing is not None:
             before_placing(folder)
     return lineage_of(target)
@@ -126,7 +129,8 @@ def write_lineage(folder: Path, lineage: Lineage, config: Config) -> None:
     card = model_card(lineage, config, experts=expert_names(lineage.file_digests))
     write_text_atomic(folder / CARD_NAME, card)
     digests = {**lineage.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
-    _dump(folder / LINEAGE_NAME, replace(lineage, file_digests=digests))
+    text = record_text(replace(lineage, file_digests=digests))
+    write_text_atomic(folder / LINEAGE_NAME, text)
 
 
 def record_step0_error(folder: Path, error: float | None, config: Config, *, num_new: int) -> None:
@@ -145,17 +149,22 @@ def read_lineage(folder: Path) -> Lineage | None:
     """Return a folder's lineage, or None for a plain Hugging Face folder.
 
     Raises:
-        TritterError: tritter.json is unreadable or comes from a newer format, or a link leads out
-            of the folder.
+        TritterError: tritter.json is unreadable or of another format, or a link leads out of the
+            folder.
     """
     check_links(folder)
     path = folder / LINEAGE_NAME
     if not path.exists():
         return None
-    plain = read_json(path)
-    if not isinstance(plain, dict):
-        raise TritterError(f"{path} is not a lineage.")
-    return Lineage.from_dict(plain, origin=str(path))
+    found = path.stat()
+    return _lineage_in(path, (found.st_ino, found.st_mtime_ns, found.st_size))
+
+
+@lru_cache(maxsize=32)
+def _lineage_in(path: Path, state: tuple[int, ...]) -> Lineage:
+    """Return the lineage in a file, which is read once as long as its state stays."""
+    # One that was edited is read all the same: `history --verify` names what changed
+    return read_record(path, Lineage, advice=_ADVICE, is_signed=False)
 
 
 def expert_names(files: Iterable[str]) -> tuple[str, ...]:
@@ -183,7 +192,3 @@ def file_digests(folder: Path) -> dict[str, str]:
         elif name != LINEAGE_NAME:
             digests[name] = file_digest(path)
     return digests
-
-
-def _dump(path: Path, lineage: Lineage) -> None:
-    write_text_atomic(path, record_text(lineage.to_dict()))

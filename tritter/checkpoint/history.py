@@ -1,21 +1,19 @@
 """The chain of checkpoints behind one: found by hash, and hashed again when asked."""
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 from tritter.checkpoint.folder import HEADER_MARK, expert_names, read_lineage
-from tritter.checkpoint.learned import Learned, with_domains
 from tritter.checkpoint.record import ExpansionRecord, Lineage
 from tritter.errors import RequestError, TritterError
 from tritter.families import count_parameters
 from tritter.families.config_file import no_config, read_config_file
 from tritter.storage.hashing import bounded_digest, header_digest, merkle_hash, tensor_digest
 from tritter.storage.links import check_inside, check_links
-from tritter.storage.reading import read_object, read_text
-from tritter.storage.records import LEDGER_NAME, LINEAGE_NAME, record_text
+from tritter.storage.reading import read_object
+from tritter.storage.records import LEDGER_NAME, LINEAGE_NAME, is_unchanged
 from tritter.storage.tensors import TensorFolder
 
 Progress = Callable[[int, int], None]
@@ -140,26 +138,6 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
     return tuple(reversed(links))
 
 
-def learned_text(folder: Path) -> Learned:
-    """Return what a checkpoint folder's lineage learned.
-
-    Format 2 recorded the last training alone: of such a lineage the ancestors are asked too, as
-    far as their folders are found.
-
-    Raises:
-        TritterError: tritter.json can't be read.
-    """
-    lineage = read_lineage(folder)
-    if lineage is None:
-        return Learned()
-    domains = dict(lineage.domains)
-    if lineage.split is not None and lineage.split.rule == "ranked":
-        for link in reversed(read_chain(folder)[:-1]):
-            if link.lineage is not None:
-                domains = with_domains(domains, link.lineage.domains)
-    return Learned(lineage.split, domains)
-
-
 def verify(link: Link, *, progress: Progress | None = None) -> tuple[Difference, ...]:
     """Hash a checkpoint's tensors and files again and return what is not as it was written.
 
@@ -281,10 +259,13 @@ def _record_changes(link: Link) -> Iterator[Difference]:
     lineage = link.lineage
     if lineage is not None and merkle_hash(lineage.tensor_digests) != lineage.model_hash:
         yield Difference(LINEAGE_NAME, None, "its hash does not follow from its tensors' digests")
-    if lineage is not None and link.folder is not None and lineage.record_digest is not None:
-        text = read_text(link.folder / LINEAGE_NAME)
-        if text != record_text(json.loads(text)):
-            yield Difference(LINEAGE_NAME, None, "changed")
+    if link.folder is not None and lineage is not None:
+        yield from _edits(link.folder / LINEAGE_NAME)
+
+
+def _edits(path: Path) -> Iterator[Difference]:
+    if not is_unchanged(path):
+        yield Difference(path.name, None, "changed")
 
 
 def _tensor_changes(folder: Path, link: Link, progress: Progress | None) -> Iterator[Difference]:

@@ -10,6 +10,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, lineage_of, read_lineage
 from tritter.checkpoint.history import link_of, verify
@@ -17,6 +20,16 @@ from tritter.checkpoint.record import Lineage
 from tritter.errors import TritterError
 from tritter.storage.hashing import file_digest
 from tritter.storage.records import LINEAGE_NAME
+
+
+def _is_inner_place(place: str) -> str:
+    path = PurePosixPath(place)
+    if path.is_absolute() or not path.parts or ".." in path.parts:
+        raise ValueError("it is outside the run's folder")
+    return place
+
+
+InnerPlace = Annotated[str, AfterValidator(_is_inner_place)]  # relative to a run's folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +76,6 @@ def find_damage(folder: Path, left: Mapping[str, str]) -> tuple[Damage, ...]:
     return tuple(damage for place in left for damage in _damage(folder, place, left[place]))
 
 
-def read_left(plain: object) -> dict[str, str]:
-    """Return a record of places and digests as it was stored.
-
-    Raises:
-        ValueError: it is something else, or names a place outside the folder.
-    """
-    if not isinstance(plain, dict) or not all(isinstance(value, str) for value in plain.values()):
-        raise ValueError("what was left is no mapping of places to digests")
-    for place in plain:
-        path = PurePosixPath(place)
-        if path.is_absolute() or not path.parts or ".." in path.parts:
-            raise ValueError(f"'{place}' lies outside the run's folder")
-    return plain
-
-
 def _damage(folder: Path, place: str, digest: str) -> Iterator[Damage]:
     path = folder / place
     if not path.exists():
@@ -101,8 +99,8 @@ def _file_problem(path: Path, digest: str) -> str | None:
 def checkpoint_changes(folder: Path) -> Iterator[str]:
     """Yield what is not as a checkpoint's own record says, each with its file and tensor."""
     link = link_of(folder)
-    if link.problem is None and (link.lineage is None or link.lineage.record_digest is None):
-        yield f"{folder / LINEAGE_NAME}: {'missing' if link.lineage is None else 'changed'}"
+    if link.problem is None and link.lineage is None:
+        yield f"{folder / LINEAGE_NAME}: missing"
         return
     for change in verify(link):
         if change.file != CARD_NAME:  # prose, and written anew with every record

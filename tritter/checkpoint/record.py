@@ -1,18 +1,26 @@
 """What a checkpoint knows of itself: parents, expansions, cost, scores. Plain, versioned data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal
 
-from tritter.checkpoint.learned import LearnedDomain, TextSplit, learned_from, split_to_plain
-from tritter.checkpoint.typed import read_record
-from tritter.errors import TritterError, brief
+from pydantic import Field
 
-FORMAT_VERSION = 4  # 2: stock_loadable; 3: split and domains; 4: ffn_sizes
+from tritter.data.split import SplitRule
+from tritter.limits import MAX_LAYERS
+from tritter.storage.records import Finite, InnerName, Seed, Sha256, Text, WholeNumber, record
+
 StockLoadable = Literal["yes", "after adaptation"]
 
+_MOST_ENTRIES = Field(max_length=2**20)
+_MOST_LAYERS = Field(max_length=MAX_LAYERS)
+_Plain = Annotated[Mapping[str, Any], _MOST_ENTRIES]
+_TensorDigests = Annotated[Mapping[str, Sha256], _MOST_ENTRIES]
+_FileDigests = Annotated[Mapping[InnerName, Sha256], _MOST_ENTRIES]
+_Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@record
 class ExpansionRecord:
     """One expansion, and what the training after it made of it.
 
@@ -32,22 +40,41 @@ class ExpansionRecord:
         performance_delta: domain → relative change of the loss per byte, once gated.
     """
 
-    timestamp: str
-    expansion_type: str
-    method: str
-    options: Mapping[str, Any]
-    seed: int
-    source_config: Mapping[str, Any]
-    target_config: Mapping[str, Any]
-    layer_sources: tuple[int, ...]
-    map_digest: str
+    timestamp: Text
+    expansion_type: Text
+    method: Text
+    options: _Plain
+    seed: Seed
+    source_config: _Plain
+    target_config: _Plain
+    layer_sources: Annotated[tuple[_Layer, ...], _MOST_LAYERS]
+    map_digest: Sha256
     claims_exact: bool
-    step0_error: float | None = None
-    continued_training_steps: int = 0
-    performance_delta: Mapping[str, float] = field(default_factory=dict)
+    step0_error: Finite | None = None
+    continued_training_steps: WholeNumber = 0
+    performance_delta: Mapping[str, Finite] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record
+class LearnedDomain:
+    """A domain that a lineage was trained on.
+
+    Args:
+        origin: in words.
+        num_documents: of all its documents; `num_bytes` and `sha256` likewise.
+        paths: where it was; none where that was not recorded.
+        text_field: of its records.
+    """
+
+    origin: str = ""
+    num_documents: int = 0
+    num_bytes: int = 0
+    sha256: str = ""
+    paths: tuple[str, ...] = ()
+    text_field: str = "text"
+
+
+@record
 class Lineage:
     """The content of tritter.json.
 
@@ -71,57 +98,57 @@ class Lineage:
         stock_loadable: `yes`, or `after adaptation` while appended experts are not wholly open:
             until then stock classes load the tensors and compute something else.
         ffn_sizes: width of each layer's FFN where they differ; the files are padded to the widest.
-        record_digest: SHA-256 of everything else in the record, filled in when it is written.
     """
 
-    model_hash: str
-    base_model_hash: str
-    tensor_digests: Mapping[str, str]
-    file_digests: Mapping[str, str]
-    parent_hash: str | None = None
-    parent_path: str | None = None
-    parent_tensor_digests: Mapping[str, str] | None = None
-    parent_file_digests: Mapping[str, str] | None = None
-    expansion_history: tuple[ExpansionRecord, ...] = ()
-    step: int = 0
-    epoch: int = 0
-    best_loss: float | None = None
-    benchmark_scores: Mapping[str, float] = field(default_factory=dict)
-    training_config: Mapping[str, Any] = field(default_factory=dict)
-    split: TextSplit | None = None
+    FORMAT: ClassVar[str] = "lineage"
+
+    model_hash: Sha256
+    base_model_hash: Sha256
+    tensor_digests: _TensorDigests
+    file_digests: _FileDigests
+    parent_hash: Sha256 | None = None
+    parent_path: Text | None = None
+    parent_tensor_digests: _TensorDigests | None = None
+    parent_file_digests: _FileDigests | None = None
+    expansion_history: Annotated[tuple[ExpansionRecord, ...], _MOST_LAYERS] = ()
+    step: WholeNumber = 0
+    epoch: WholeNumber = 0
+    best_loss: Finite | None = None
+    benchmark_scores: Mapping[str, Finite] = field(default_factory=dict)
+    training_config: _Plain = field(default_factory=dict)
+    split: SplitRule | None = None
     domains: Mapping[str, LearnedDomain] = field(default_factory=dict)
     stock_loadable: StockLoadable = "yes"
-    ffn_sizes: tuple[int, ...] = ()
-    format_version: int = FORMAT_VERSION
-    record_digest: str | None = None
+    ffn_sizes: Annotated[tuple[WholeNumber, ...], _MOST_LAYERS] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        split = None if self.split is None else split_to_plain(self.split)
-        return {**asdict(self), "split": split}
 
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any], *, origin: str) -> "Lineage":
-        """Rebuild a lineage.
+@record
+class StateRule:
+    """How a kind of state follows a map, as a checkpoint states it; see `StateKind`."""
 
-        Raises:
-            TritterError: it comes from a newer format, or an entry is missing, unknown, of
-                another type or out of range.
-        """
-        version = plain.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise TritterError(
-                f"{origin}: format_version {brief(version)}; this Tritter reads up to "
-                f"{FORMAT_VERSION}."
-            )
-        rest = {name: value for name, value in plain.items() if name not in ("split", "domains")}
-        read: Lineage = read_record(cls, rest, origin=origin)
-        learned = learned_from(plain, origin=origin)
-        return replace(
-            read,
-            split=learned.split,
-            domains=learned.domains,
-            format_version=FORMAT_VERSION,
-        )
+    quantity: Literal[
+        "weight", "gradient", "squared_gradient", "path_integral", "penalty", "displacement"
+    ]
+    new_entries: Literal["zero", "mean", "as_weights"]
+
+
+@record
+class StateHead:
+    """The content of `state/state.json`.
+
+    Args:
+        step: optimizer steps behind the state.
+        kinds: what there is, each in a folder of its name.
+        other_steps: name on disk → steps, of parameters that have another number of them.
+        rules: how kinds follow a map that are not Tritter's own.
+    """
+
+    FORMAT: ClassVar[str] = "training state"
+
+    step: WholeNumber
+    kinds: tuple[str, ...]
+    other_steps: Mapping[str, WholeNumber] = field(default_factory=dict)
+    rules: Mapping[str, StateRule] = field(default_factory=dict)
 
 
 def training_record(training_config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -45,10 +45,18 @@ class Source:
     digests: DigestQueue
 
     @classmethod
-    def open(cls, folder: Path, config: Config, *, digests: DigestQueue | None = None) -> Source:
+    def open(
+        cls,
+        folder: Path,
+        config: Config,
+        *,
+        digests: DigestQueue | None = None,
+        has_lineage: bool = True,
+    ) -> Source:
         """Open a folder and hold its tensors against its config.
 
         Args:
+            has_lineage: False takes it for a plain folder, whatever tritter.json says.
             digests: a queue that has begun to hash the folder's tensors.
 
         Raises:
@@ -68,7 +76,7 @@ class Source:
                 )
         _check_ties(folder, tensors, family, config, embedding=stored[0].name)
         check_tokenizer_files(folder)
-        lineage = read_lineage(folder)
+        lineage = read_lineage(folder) if has_lineage else None
         if lineage is not None:
             _check_files(folder, lineage)
         places = {

@@ -6,23 +6,20 @@ not Tritter's own states its rule there, so that it follows an expansion by any 
 left it: what registered it isn't asked for.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from tritter.checkpoint.record import StateHead, StateRule
 from tritter.errors import TritterError, brief
-from tritter.limits import MAX_COUNT
 from tritter.parameter_map import Quantity
 from tritter.parameter_map.carry import OURS, STATE_KINDS, StateKind, is_kind_name
-from tritter.storage.reading import read_object
+from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
 
-FORMAT_VERSION = 2  # written where parameters differ in their steps; else 1, which is the same
 STATE_FOLDER = "state"
 _HEAD = "state.json"
 
@@ -76,69 +73,47 @@ def write_state(
             (place / kind).mkdir()
             write_tensors(place / kind, stream, max_shard_bytes=max_shard_bytes)
             written.append(kind)
-    head: dict[str, Any] = {"format_version": 1, "step": step, "kinds": written}
-    if stated := {kind: rules[kind].to_dict() for kind in written if kind not in OURS}:
-        head["rules"] = stated
-    if other_steps:
-        head |= {"format_version": FORMAT_VERSION, "other_steps": dict(other_steps)}
-    (place / _HEAD).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+    head = StateHead(
+        step=step,
+        kinds=tuple(written),
+        other_steps=dict(other_steps or {}),
+        rules={
+            kind: StateRule(
+                quantity=rules[kind].quantity.value, new_entries=rules[kind].new_entries
+            )
+            for kind in written
+            if kind not in OURS
+        },
+    )
+    (place / _HEAD).write_text(record_text(head), encoding="utf-8")
 
 
 def read_state(folder: Path) -> State | None:
     """Return the state beside a model, or None where there is none.
 
     Raises:
-        TritterError: it is damaged, or of a newer format.
+        TritterError: it is damaged, or of another format.
     """
     path = folder / STATE_FOLDER / _HEAD
     if not path.exists():
         return None
-    try:
-        head = read_object(path)
-        version, step, kinds = head["format_version"], head["step"], head["kinds"]
-        others, rules = head.get("other_steps", {}), head.get("rules", {})
-    except TritterError as error:
-        raise TritterError(f"{path} is damaged: {error}") from error
-    except KeyError as error:
-        raise TritterError(f"{path} is damaged ({error!r}).") from error
-    if version not in (1, FORMAT_VERSION):
-        raise TritterError(
-            f"{path}: format_version {brief(version)}; this Tritter reads 1 and {FORMAT_VERSION}."
-        )
-    if not isinstance(others, dict):
-        raise TritterError(f"{path} is damaged: other_steps = {brief(others)}; allowed is a table.")
-    for steps in (step, *others.values()):
-        if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps <= MAX_COUNT:
-            raise TritterError(
-                f"{path} is damaged: step = {brief(steps)}; allowed is a whole number from 0 to "
-                f"{MAX_COUNT}."
-            )
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-        raise TritterError(f"{path} is damaged: kinds = {brief(kinds)}; allowed are names.")
-    if not isinstance(rules, dict):
-        raise TritterError(f"{path} is damaged: rules = {brief(rules)}; allowed is a table.")
-    known = {kind: _rule(path, kind, rules.get(kind)) for kind in kinds}
-    opened = {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in kinds}
-    return State(step, opened, others, known)
+    head = read_record(path, StateHead)
+    rules = {kind: _rule(path, kind, head.rules.get(kind)) for kind in head.kinds}
+    opened = {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in head.kinds}
+    return State(head.step, opened, head.other_steps, rules)
 
 
-def _rule(path: Path, kind: str, stated: object) -> StateKind:
+def _rule(path: Path, kind: str, stated: StateRule | None) -> StateKind:
     """Return how a kind of state follows a map: as registered, or else as the file states."""
     registered = STATE_KINDS.get(kind)
-    if not is_kind_name(kind) or stated is None:
-        if registered is None:
-            raise TritterError(
-                f"{path} names a kind that is not known, and states no rule for it: {brief(kind)}."
-            )
-        return registered
-    try:
-        rule = StateKind.from_dict(stated)
-    except (LookupError, TypeError, ValueError) as error:
-        allowed = ", ".join(quantity.value for quantity in Quantity)
+    if not is_kind_name(kind) or (registered is None and stated is None):
         raise TritterError(
-            f"{path} is damaged: the rule of {brief(kind)} is {brief(stated)}; allowed are "
-            f"quantity ({allowed}) and new_entries (zero, mean, as_weights)."
-        ) from error
+            f"{path} names a kind that is not known, and states no rule for it: {brief(kind)}."
+        )
+    if stated is None:
+        assert registered is not None
+        return registered
+    rule = StateKind(Quantity(stated.quantity), stated.new_entries)
     if registered not in (None, rule):
         raise TritterError(f"{path}: the rule of {kind} is another than the one registered for it.")
     return rule

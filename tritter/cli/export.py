@@ -8,6 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
+
+from tritter.checkpoint import Source
+from tritter.checkpoint.expert_files import HEAD, ExpertFiles
+from tritter.checkpoint.export import Exported, Weights
+from tritter.checkpoint.folder import Artifact
+from tritter.checkpoint.lightning_file import read_lightning_file
+from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.cli.options import (
     AsJson,
     MaxShardSize,
@@ -44,7 +52,6 @@ if TYPE_CHECKING:
     from tritter.families import Config, LayoutKind
 
 FORMATS = ("hf", "peft")
-_NO_FOLDER = "{} is a file; the state of a folder says which experts are new."
 _NAMES = Names.of({"dtype": "--dtype"})
 LAYOUTS: dict[str, LayoutKind] = {"hub": "hub", "fused": "live"}
 _CKPT = "Of a .ckpt"
@@ -105,6 +112,14 @@ DropNewExperts = Annotated[
         "Of a folder: leave out appended experts that are not wholly open yet.",
     ),
 ]
+IgnoreLineage = Annotated[
+    bool,
+    flag(
+        "--ignore-lineage",
+        "Of a folder: read its weights as a plain Hugging Face folder's, whatever tritter.json "
+        "says. For checkpoints from before the first release.",
+    ),
+]
 MergeExperts = Annotated[
     bool,
     flag(
@@ -148,6 +163,7 @@ def export(
     prefix: Prefix = None,
     no_state: NoState = False,
     drop_new_experts: DropNewExperts = False,
+    ignore_lineage: IgnoreLineage = False,
     merge: MergeExperts = False,
     rank: MergedRank = None,
     overwrite: Overwrite = False,
@@ -168,9 +184,15 @@ def export(
     if rank is not None and not (merge and format == "peft"):
         raise RequestError(f"--rank = {rank}: allowed with --format peft --merge.")
     of_file = {"--config": config, "--prefix": prefix, "--no-state": no_state or None}
-    of_experts = {"--expert-layout": expert_layout, "--drop-new-experts": drop_new_experts or None}
+    of_folder = {
+        "--drop-new-experts": drop_new_experts or None,
+        "--ignore-lineage": ignore_lineage or None,
+    }
     if format == "peft":
-        _refuse({**of_file, **of_experts}, "allowed with --format hf; adapters have none.")
+        _refuse(
+            {**of_file, "--expert-layout": expert_layout, **of_folder},
+            "allowed with --format hf; adapters have none.",
+        )
         return _export_adapters(
             checkpoint, output, is_merged=merge, rank=rank, dtype=dtype, overwrite=overwrite,
             as_json=as_json,
@@ -192,10 +214,15 @@ def export(
     check_output(output, sources=sources, overwrite=overwrite)
     with refuse_damage():
         if is_file:
-            _refuse({"--drop-new-experts": drop_new_experts or None}, _NO_FOLDER.format(checkpoint))
+            _refuse(of_folder, f"{checkpoint} is a file; allowed is a folder.")
             origin = _of_file(checkpoint, config, prefix=prefix, with_state=not no_state)
         else:
-            origin = _of_folder(checkpoint, is_without_new=drop_new_experts, is_merged=merge)
+            origin = _of_folder(
+                checkpoint,
+                is_without_new=drop_new_experts,
+                is_merged=merge,
+                has_lineage=not ignore_lineage,
+            )
         check_loadable(origin.weights.config, folder=origin.weights.places[-1])
     layout = _layout(expert_layout, origin.weights.config)
     with says_if_written(output):
@@ -274,16 +301,16 @@ def _export_adapters(
     return 0
 
 
-def _of_folder(checkpoint: str, *, is_without_new: bool, is_merged: bool) -> _Origin:
-    from tritter.checkpoint import Source
-    from tritter.checkpoint.expert_files import ExpertFiles
+def _of_folder(
+    checkpoint: str, *, is_without_new: bool, is_merged: bool, has_lineage: bool
+) -> _Origin:
     from tritter.checkpoint.export import Weights
     from tritter.checkpoint.tokenizer_files import TokenizerFiles
     from tritter.models import read_config
     from tritter.stock_routers import stock_obstacle
 
     folder = locate(checkpoint, key="--checkpoint")
-    weights = Weights.of(Source.open(folder, read_config(folder)))
+    weights = Weights.of(Source.open(folder, read_config(folder), has_lineage=has_lineage))
     if not named_path(checkpoint, key="--checkpoint").exists():
         weights = replace(weights, name=checkpoint)  # a download is in a folder of its commit
     obstacle, notes = stock_obstacle(folder), tuple[str, ...]()
@@ -294,7 +321,8 @@ def _of_folder(checkpoint: str, *, is_without_new: bool, is_merged: bool) -> _Or
             f"{folder}: {obstacle}. Train the model until the offset is 0, or leave them out with "
             "--drop-new-experts."
         )
-    experts = ExpertFiles.read(folder)
+    is_plain = not has_lineage and not (folder / HEAD).exists()
+    experts = None if is_plain else ExpertFiles.read(folder)
     if experts is None and is_merged:
         raise RequestError(f"--merge: {folder} has no LoRA experts.")
     merged = None
@@ -327,8 +355,6 @@ def _without_new_experts(weights: Weights, folder: Path) -> tuple[Weights, tuple
 def _of_file(
     checkpoint: str, config: str | None, *, prefix: str | None, with_state: bool
 ) -> _Origin:
-    from tritter.checkpoint.lightning_file import read_lightning_file
-    from tritter.checkpoint.tokenizer_files import TokenizerFiles
     from tritter.models import read_config
 
     path = named_path(checkpoint, key="--checkpoint")

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritter.checkpoint import read_lineage
 from tritter.checkpoint.expert_files import ADAPTER_FILES, ExpertFiles
 from tritter.checkpoint.export import Weights
-from tritter.checkpoint.history import learned_text, read_chain
+from tritter.checkpoint.history import read_chain
 from tritter.checkpoint.place import check_output, is_within
 from tritter.cli.output import (
     new_console,
@@ -268,7 +269,8 @@ def _texts(folder: Path, config: Config) -> dict[str, Tensor]:
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
         end = tokenizer.tokenizer.token_to_id(tokenizer.end_of_text)
-        for name, domain in learned_text(folder).domains.items():
+        lineage = read_lineage(folder)
+        for name, domain in (lineage.domains if lineage else {}).items():
             documents = _documents(domain.paths, domain.text_field)
             tokens = tokenise(documents, tokenizer.tokenizer, max_tokens_per_document=length)
             if end is not None and tokens.num_tokens + len(tokens) >= length:

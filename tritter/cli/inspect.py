@@ -28,6 +28,7 @@ from tritter.loading import loading
 from tritter.report.rows import ACCURACY
 from tritter.report.wording import count_text
 from tritter.storage.hub import locate
+from tritter.storage.records import plain_record
 from tritter.terminal import Console
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _as_json(
         if lineage is None
         else {
             key: value
-            for key, value in lineage.to_dict().items()
+            for key, value in plain_record(lineage).items()
             if not key.endswith("_digests") and key != "training_config"
         },
         "last_map": None

@@ -183,7 +183,7 @@ def read_runs(places: Sequence[Path]) -> list[Run]:
 
 def _run(place: Path, *, name: str) -> Run:
     from tritter.report.runs import Run
-    from tritter.report.summary_check import check_summary
+    from tritter.report.summary import check_summary
 
     summary = read_object(place / SUMMARY_FILE)
     check_summary(summary)

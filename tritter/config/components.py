@@ -26,7 +26,7 @@ from tritter.config.schema import (
     TrainerConfig,
     WandbConfig,
 )
-from tritter.config.selection import Reader, new_name
+from tritter.config.selection import Reader
 from tritter.config.suggestions import NO_EPOCHS, hint_for
 from tritter.errors import Problem, RequestError, nearest
 from tritter.targets import (
@@ -270,8 +270,6 @@ def named_class(group: str, name: str, bodies: Mapping[str, Any]) -> type:
         RequestError: it holds no keys, names no class, or one that does not belong there.
     """
     key, body, options = f"{group}.{name}", bodies[name], option_files().get(group, {})
-    if (now := new_name(key)) is not None:
-        raise RequestError(Problem(key, body, reason=f"it is called {now} now"))
     if name == TARGET:
         reason = f"it stands below a name, as {group}.NAME.{TARGET}, in an option file as well"
         raise RequestError(Problem(key, body, reason=reason))
@@ -362,11 +360,7 @@ def read_optimizer(
     arguments = {n: value for n, value in raw.items() if n not in (*own, "name", TARGET)}
     if values is None or kind is None:
         return None
-    old = {name: now for name in arguments if (now := new_name(f"optimizer.{name}"))}
-    for name, now in old.items():
-        reader.report(f"optimizer.{name}", arguments[name], reason=f"it is called {now} now")
-    known = {name: value for name, value in arguments.items() if name not in old}
-    reader.problems += _optimizer_problems(kind, known, values.weight_decay)
+    reader.problems += _optimizer_problems(kind, arguments, values.weight_decay)
     return OptimizerConfig(target=dotted(kind), arguments=arguments, **asdict(values))
 
 

@@ -46,25 +46,13 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
             without = ("task_questions",)
         values = asdict(getattr(config, section))
         result[section] = {key: values[key] for key in values if key not in without}
-    if config.pipeline.dtype == "source":  # as every run was before there was another
-        del result["pipeline"]["dtype"]
-    if config.pipeline.target_params is None:  # one round, as every run had before there were more
-        result["pipeline"] = {k: v for k, v in result["pipeline"].items() if k == "dtype"}
-        if not result["pipeline"]:
-            del result["pipeline"]
-    if not config.evaluation.tasks:  # as every run was before there were any
+    if not config.evaluation.tasks:
         result["evaluation"] = {
             key: value for key, value in result["evaluation"].items() if key not in _OF_BENCHMARKS
         }
-    if config.gate.ladder is None:
-        del result["gate"]["ladder"], result["gate"]["max_attempts"]  # as before there were any
-    else:
+    if config.gate.ladder is not None:
         result["gate"]["rungs"] = [_attempt(rung) for rung in config.rungs]
-    if config.data.packing == "stream":  # as every run was before there was another
-        del result["data"]["packing"]
     result["data"] |= identity(type(config.data))
-    if not config.trainer.compile:  # as in every run before there was a choice
-        del result["trainer"]["compile"]
     result["trainer"] |= effective_arguments(config)
     result["optimizer"] = optimizer_record(config)
     if config.callbacks:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tritter.checkpoint.kept_sequences import KeptSequences
+from tritter.checkpoint.record import StateHead
 from tritter.checkpoint.usable import checkpoint_config, checkpoint_place
 from tritter.config.folders import body_of, option_files
 from tritter.config.ladder import planned_rounds
@@ -27,7 +28,7 @@ from tritter.data.benchmark_names import CODE, benchmark_names, code_problems
 from tritter.errors import Problem, RequestError, TritterError, nearest, show
 from tritter.expansion import MoeAdd, target_config
 from tritter.families import Config, LogicalTensor, Places, family_of
-from tritter.storage.reading import read_object
+from tritter.storage.records import read_record
 from tritter.targets import TARGET, imported
 
 _SHARDED_METHODS = ("replay",)  # of forgetting, which look at no parameter
@@ -553,8 +554,8 @@ def kinds_beside(folder: Path) -> set[str]:
     Raises:
         TritterError: what says so is damaged.
     """
-    kinds = read_object(folder / _HEAD).get("kinds") if (folder / _HEAD).exists() else ()
-    return {kind for kind in kinds if isinstance(kind, str)} if isinstance(kinds, list) else set()
+    path = folder / _HEAD
+    return set(read_record(path, StateHead).kinds) if path.exists() else set()
 
 
 def _reasons(config: RunConfig) -> Iterator[str]:

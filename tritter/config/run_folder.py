@@ -1,31 +1,28 @@
 """A run's folder: may this config write here, has it been here before, where is the last one."""
 
-import json
 import os
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator
 
-from tritter.checkpoint.left import digests_of, find_damage, read_left
+from tritter.checkpoint.left import InnerPlace, digests_of, find_damage
 from tritter.checkpoint.place import is_within
 from tritter.config.fingerprint import describe_changes, fingerprint
 from tritter.config.folders import CONFIG_NAME, Front, composing_from, front
 from tritter.config.overrides import command, program_words, resume_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean, key_name, refused
-from tritter.options import options, read_options
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.links import check_tree
 from tritter.storage.lock import LOCK_NAME
-from tritter.storage.reading import named_path, read_object
-from tritter.storage.records import RUN_FILE, SUMMARY_FILE, read_record, record_text
+from tritter.storage.reading import named_path
+from tritter.storage.records import RUN_FILE, SUMMARY_FILE, read_record, record, record_text
 
-FORMAT_VERSION = 2  # 2: overrides, what was left, a digest of the whole
 RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the time
 
 OUTPUT_FILE = "output.txt"  # what a job printed that ran beside others
@@ -70,7 +67,7 @@ def check_overrides(words: Sequence[str]) -> None:
 _Word = Annotated[str, AfterValidator(_recordable)]
 
 
-@options
+@record
 class RunRecord:
     """What the run file says of a run.
 
@@ -83,11 +80,13 @@ class RunRecord:
         config_name: of --config-name.
     """
 
+    FORMAT: ClassVar[str] = "run"
+
     fingerprint: dict[str, Any]
     status: Literal["running", "finished"]
     program: str
     overrides: tuple[_Word, ...]
-    left: Annotated[dict[str, str], AfterValidator(read_left)]
+    left: dict[InnerPlace, str]
     config_folders: tuple[_Word, ...] = ()
     config_name: _Word | None = None
 
@@ -188,7 +187,7 @@ def write_run_file(
         leaves: what a finished run leaves, relative to its folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    record = RunRecord(
+    run = RunRecord(
         fingerprint=fingerprint(config),
         status=status,
         program=" ".join(program_words()),
@@ -200,13 +199,8 @@ def write_run_file(
     if (folder / RUN_FILE).exists():
         held = read_run(folder)
         words = ("program", "overrides", "config_folders", "config_name")
-        record = replace(record, **{name: getattr(held, name) for name in words})
-    write_json(folder / RUN_FILE, {"format_version": FORMAT_VERSION, **asdict(record)})
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON record, with its digest, whole or not at all."""
-    write_text_atomic(path, record_text(json.loads(json.dumps(content))))
+        run = replace(run, **{name: getattr(held, name) for name in words})
+    write_text_atomic(folder / RUN_FILE, record_text(run))
 
 
 def require_writable(folder: Path, *, key: str) -> None:
@@ -250,28 +244,11 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         RequestError: it can't be read, was changed, or is of another format.
     """
-    path = folder / RUN_FILE
-    advice = f"start in another folder, as {command(['hydra.run.dir=NEW'])}"
+    advice = f"To run it again, start in another folder: {command(['hydra.run.dir=NEW'])}"
     try:
-        found = read_object(path).get("format_version")
-        if found != FORMAT_VERSION:
-            raise RequestError(
-                f"{path}: the run is of format {found!r}; this Tritter goes on with those of "
-                f"format {FORMAT_VERSION}. Its checkpoints can be used all the same; to run it "
-                f"again, {advice}."
-            )
-        plain = read_record(path, format_version=FORMAT_VERSION)
-    except RequestError:
-        raise
-    except ValueError as error:
-        raise RequestError(f"{path} can't be gone by ({error}); {advice}.") from error
-    problems: list[Problem] = []
-    own = {name: value for name, value in plain.items() if name != "format_version"}
-    record = read_options(RunRecord, own, prefix="", problems=problems)
-    if record is None:
-        told = "; ".join(str(problem).rstrip(".") for problem in problems)
-        raise RequestError(f"{path} can't be gone by ({told}); {advice}.")
-    return record
+        return read_record(folder / RUN_FILE, RunRecord)
+    except TritterError as error:
+        raise RequestError(f"{error} {advice}") from error
 
 
 def _latest(folders: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:

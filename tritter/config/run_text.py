@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tritter.checkpoint.learned import LearnedDomain, TextSplit
+from tritter.checkpoint.record import LearnedDomain
 from tritter.data.split import SplitRule
 
 
@@ -15,7 +15,6 @@ class DomainText:
         key: what named it, for messages.
         texts: yields its texts, where no path says where they lie.
         is_streamed: data sets of the hub are read as they come, not fetched first.
-        ranked: the splits by rank that earlier trainings read it under, if any.
     """
 
     name: str
@@ -25,7 +24,6 @@ class DomainText:
     text_field: str
     texts: Callable[[], Iterable[str]] | None = None
     is_streamed: bool = False
-    ranked: tuple[SplitRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,15 +35,13 @@ class RunText:
         domains: old ones first.
         tasks: what is learned one after the other, each as the names of its domains.
         learned: name → what the checkpoint learned before.
-        history: learned domains that were split by rank, where `domains` has other text or none.
         notes: what is worth telling, a sentence each.
     """
 
-    split: TextSplit
+    split: SplitRule
     domains: tuple[DomainText, ...] = ()
     tasks: tuple[tuple[str, ...], ...] = ()
     learned: Mapping[str, LearnedDomain] = field(default_factory=dict)
-    history: tuple[DomainText, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

@@ -14,16 +14,6 @@ Origin = Callable[[str], str | None]
 Answer = TypeVar("Answer")
 _KEYLESS_GROUPS = ("experiment",)  # what they choose sets keys of other groups
 
-# Of a key or of a whole group, refused with its new name for one version: old → new
-RENAMED = {
-    "routing": "moe_routing",
-    "logger.project": "logger.wandb.project",
-    "logger.group": "logger.wandb.group",
-    "logger.tags": "logger.wandb.tags",
-    "optimizer.beta1": "optimizer.betas",
-    "optimizer.beta2": "optimizer.betas",
-}
-
 
 class Reader:
     """Turns mappings into records and collects every problem on the way.
@@ -62,9 +52,6 @@ class Reader:
             for name in value:
                 yield from self._unknown(join(key, str(name)), value[name])
             return
-        if (now := new_name(key)) is not None:
-            yield Problem(key, value, reason=f"it is called {now} now")
-            return
         section, _, leaf = key.rpartition(".")
         known = self._known_keys()
         names = child_names(known, section)
@@ -78,14 +65,6 @@ class Reader:
             yield Problem(key, value, reason=hint.reason or reason, nearest=hint.advice or None)
             return
         yield Problem(key, value, reason=reason, nearest=near or nearest_key(key, known))
-
-
-def new_name(key: str) -> str | None:
-    """Return what a dotted key is called now, by itself or by the group that it stands in."""
-    for old in sorted(RENAMED, key=len, reverse=True):
-        if f"{key}.".startswith(f"{old}."):
-            return RENAMED[old] + key[len(old) :]
-    return None
 
 
 # Group → what its classes have to be subclasses of, by name: importing it is left to a selection.

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from tritter.checkpoint.learned import told_apart
 from tritter.config.schema import DataConfig, NamedTextConfig, TextDataConfig, TextSources
 from tritter.data.built_in import built_in_path, is_built_in
 from tritter.data.datasets import PREFIX, check_place, parse_name
@@ -154,7 +153,7 @@ def _each_named(
 def _name_of(paths: Sequence[str], known: Mapping[str, Sequence[str]]) -> str:
     """Return the name of the domain that has some paths, or one that no other has."""
     same = (name for name, others in known.items() if others == paths)
-    return next(same, None) or told_apart(named_after(paths), known)
+    return next(same, None) or unused_name(named_after(paths), known)
 
 
 def read_tasks(
@@ -214,6 +213,12 @@ def named_after(paths: Sequence[str]) -> str:
         word = place.parent.name
     name = re.sub(r"\W", "_", word.partition(".")[0])
     return name if name.isidentifier() else f"task_{name}"
+
+
+def unused_name(name: str, taken: Mapping[str, object]) -> str:
+    """Return a name that is not taken: NAME, else NAME_2, NAME_3 and so on."""
+    numbers = (f"{name}_{number}" for number in range(2, len(taken) + 3))
+    return next(each for each in (name, *numbers) if each not in taken)
 
 
 def text_requests(data: DataConfig) -> tuple[TextRequest, ...]:

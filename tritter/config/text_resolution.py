@@ -3,15 +3,15 @@
 A checkpoint of ours says what it learned: all of that is old from then on, and its split goes on.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tritter.checkpoint.history import learned_text
+from tritter.checkpoint import Lineage, read_lineage
 from tritter.checkpoint.kept_sequences import KeptSequences
-from tritter.checkpoint.learned import Learned, LearnedDomain, TextSplit, told_apart
+from tritter.checkpoint.record import LearnedDomain
 from tritter.config.run_text import DomainText, RunText
 from tritter.config.schema import (
     CheckpointModelConfig,
@@ -21,7 +21,7 @@ from tritter.config.schema import (
     NamedTextConfig,
     TextSources,
 )
-from tritter.config.text_files import domain_key, text_field
+from tritter.config.text_files import domain_key, text_field, unused_name
 from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
 from tritter.data.documents import documents_digest
 from tritter.data.local_files import SpentError, TextFileError
@@ -43,12 +43,12 @@ def run_text(model: Model, data: DataConfig, *, seed: int) -> RunText:
         RequestError: the lineage can't be read, its split would be left, or text that it learned
             is not at hand and `data.old` names none.
     """
-    learned = _learned(model)
+    lineage = _lineage(model)
+    learned = {} if lineage is None else lineage.domains
     notes: list[str] = []
-    split = _split(learned, data, seed=seed, notes=notes)
-    resolution = _Domains(learned, data, notes)
-    domains, tasks = resolution.resolved()
-    rest = [name for name in learned.domains if name not in {each.name for each in domains}]
+    split = _split(lineage, data, seed=seed, notes=notes)
+    domains, tasks = _Domains(learned, data, notes).resolved()
+    rest = [name for name in learned if name not in {each.name for each in domains}]
     kept = _kept(model)
     if stood_for := [name for name in rest if name in kept]:
         notes.append(
@@ -57,34 +57,15 @@ def run_text(model: Model, data: DataConfig, *, seed: int) -> RunText:
         )
     if bare := [name for name in rest if name not in kept]:
         notes.append(f"Nothing protects {', '.join(bare)}, which the checkpoint learned.")
-    if unsplit := [name for name, domain in learned.domains.items() if not domain.read_under]:
-        notes.append(f"What was held out of {', '.join(unsplit)} is not recorded.")
-    ranked = [n for n in (*rest, *resolution.other_text) if learned.domains[n].ranked]
-    at_hand = [name for name in ranked if _problem(learned.domains[name]) is None]
-    unknown = [name for name in ranked if name not in at_hand]
-    if unknown and not resolution.are_sides_recorded:
-        notes.append(
-            f"What was held out of {', '.join(unknown)} can't be told any more: its split was by "
-            "rank, and its text is not at hand."
-        )
-    return RunText(
-        split=split,
-        domains=domains,
-        tasks=tasks,
-        learned=learned.domains,
-        history=tuple(_recorded(name, learned.domains[name]) for name in at_hand),
-        notes=tuple(notes),
-    )
+    return RunText(split=split, domains=domains, tasks=tasks, learned=learned, notes=tuple(notes))
 
 
 def side_problems(text: RunText) -> Iterator[Problem]:
     """Yield the domains of which all documents would train, or all would validate.
 
-    Left to the run: splits by rank (checkpoints of format 2), a class that yields texts, as its
-    code runs with the run alone, and what `quick_pieces` doesn't read.
+    Left to the run: a class that yields texts, as its code runs with the run alone, and what
+    `quick_pieces` doesn't read.
     """
-    if text.history or any(domain.ranked for domain in text.domains):
-        return
     for domain in text.domains:
         if domain.texts is not None:
             continue
@@ -97,17 +78,17 @@ def side_problems(text: RunText) -> Iterator[Problem]:
         reason = None
         with suppress(TextFileError, SpentError):  # what can't be read, the run lists
             if found is not None:
-                reason = one_sided(found, rule=text.split.as_rule, sides=text.split.exceptions)
+                reason = one_sided(found, rule=text.split)
         if reason is not None:
             paths = domain.paths[0] if len(domain.paths) == 1 else list(domain.paths)
             yield Problem(domain.key, paths, reason=reason)
 
 
-def _learned(model: Model) -> Learned:
+def _lineage(model: Model) -> Lineage | None:
     if not isinstance(model, CheckpointModelConfig) or not Path(model.path).is_dir():
-        return Learned()
+        return None
     try:
-        return learned_text(Path(model.path))
+        return read_lineage(Path(model.path))
     except TritterError as error:
         raise RequestError(f"{key_name('model.path')}: {error}") from error
 
@@ -122,11 +103,11 @@ def _kept(model: Model) -> Collection[str]:
         raise RequestError(f"{key_name('model.path')}: {error}") from error
 
 
-def _split(learned: Learned, data: DataConfig, *, seed: int, notes: list[str]) -> TextSplit:
-    asked, held = data.validation_fraction, learned.split
+def _split(lineage: Lineage | None, data: DataConfig, *, seed: int, notes: list[str]) -> SplitRule:
+    asked, held = data.validation_fraction, None if lineage is None else lineage.split
     if held is None:
         fraction = DEFAULT_FRACTION if asked is None else asked
-        return TextSplit(rule="threshold", seed=seed, validation_fraction=fraction)
+        return SplitRule(seed=seed, validation_fraction=fraction)
     if asked is not None and asked != held.validation_fraction:
         reason = (
             f"the checkpoint's lineage holds out {held.validation_fraction}; with another share "
@@ -138,21 +119,16 @@ def _split(learned: Learned, data: DataConfig, *, seed: int, notes: list[str]) -
         notes.append(
             f"The split goes on with the lineage's seed {held.seed}; seed={seed} orders the data."
         )
-    return TextSplit(
-        rule="threshold",
-        seed=held.seed,
-        validation_fraction=held.validation_fraction,
-        exceptions=held.exceptions,
-    )
+    return held
 
 
 class _Domains:
     """The domains of a run, worked out from what was typed and what the checkpoint learned."""
 
-    def __init__(self, learned: Learned, data: DataConfig, notes: list[str]) -> None:
-        self._learned = learned.domains
-        self.are_sides_recorded = learned.split is not None and learned.split.rule == "threshold"
-        self.other_text: dict[str, None] = {}  # learned domains for which other text stands
+    def __init__(
+        self, learned: Mapping[str, LearnedDomain], data: DataConfig, notes: list[str]
+    ) -> None:
+        self._learned = learned
         self._data = data
         self._notes = notes
         self._is_text = isinstance(data, NamedTextConfig)
@@ -190,7 +166,7 @@ class _Domains:
             known = self._known_as(name, tuple(paths), texts, is_old=is_old)
             if known is None or known in typed:
                 others = {} if is_old else {**self._learned, **self._data.old_sources}
-                known = told_apart(name, {**others, **typed})
+                known = unused_name(name, {**others, **typed})
             if known != name and known not in self._learned:
                 self._notes.append(
                     f"The domain {name} is called {known}: another {name} was learned before."
@@ -203,7 +179,6 @@ class _Domains:
                 text_field=self._text_field,
                 texts=texts,
                 is_streamed=self._is_streamed,
-                ranked=self._ranked(known) if paths else (),
             )
         return list(typed.values())
 
@@ -215,20 +190,11 @@ class _Domains:
             return None
         if texts is None and all(map(is_built_in, paths)):
             return next((n for n, d in self._learned.items() if set(d.paths) == set(paths)), None)
-        digests: dict[bool, str] = {}
-        for known, domain in self._learned.items():
-            is_ranked = bool(domain.ranked)
-            if is_ranked not in digests:
-                # What can't be read is told with all that is wrong with the files
-                with suppress(TextFileError):
-                    digests[is_ranked] = _digest(
-                        paths,
-                        self._text_field,
-                        is_ranked=is_ranked,
-                        texts=texts,
-                        is_streamed=self._is_streamed,
-                    )
-            if domain.sha256 == digests.get(is_ranked):
+        # What can't be read is told with all that is wrong with the files
+        with suppress(TextFileError):
+            digest = _digest(paths, self._text_field, texts=texts, is_streamed=self._is_streamed)
+            same_text = (n for n, domain in self._learned.items() if domain.sha256 == digest)
+            if (known := next(same_text, None)) is not None:
                 return known
         places = {paths}
         with suppress(TextFileError):
@@ -237,28 +203,8 @@ class _Domains:
         is_named = is_old and name in self._learned
         found = next(same_place, name if is_named else None)
         if found is not None:
-            self.other_text[found] = None
-            self._notes.append(self._changed(found))
+            self._notes.append(f"The text of {found} has changed since the checkpoint learned it.")
         return found
-
-    def _ranked(self, name: str) -> tuple[SplitRule, ...]:
-        """Return the splits by rank that a domain goes on with.
-
-        Of other text a rank may be another: where sides are recorded, or the text that was
-        ranked is at hand, these decide.
-        """
-        held = self._learned.get(name)
-        if held is None:
-            return ()
-        if name in self.other_text and (self.are_sides_recorded or _problem(held) is None):
-            return ()
-        return held.ranked
-
-    def _changed(self, name: str) -> str:
-        note = f"The text of {name} has changed since the checkpoint learned it"
-        if self._ranked(name):
-            note += "; its split was by rank, so some documents may have changed sides"
-        return f"{note}."
 
     def _all_learned(self, *, without: set[str]) -> list[DomainText]:
         domains = {n: d for n, d in self._learned.items() if n not in without}
@@ -298,7 +244,6 @@ def _recorded(name: str, domain: LearnedDomain) -> DomainText:
         is_old=True,
         paths=domain.paths,
         text_field=domain.text_field,
-        ranked=domain.ranked,
     )
 
 
@@ -314,7 +259,6 @@ def _problem(domain: LearnedDomain, *, is_streamed: bool = False) -> str | None:
         digest = _digest(
             domain.paths,
             domain.text_field,
-            is_ranked=bool(domain.ranked),
             is_streamed=is_streamed,
             is_recorded=True,
         )
@@ -327,7 +271,6 @@ def _digest(
     paths: tuple[str, ...],
     text_field: str,
     *,
-    is_ranked: bool,
     texts: Texts = None,
     is_streamed: bool = False,
     is_recorded: bool = False,
@@ -336,7 +279,6 @@ def _digest(
         paths,
         key="data",
         text_field=text_field,
-        is_ranked=is_ranked,
         texts=texts,
         is_streamed=is_streamed,
         is_recorded=is_recorded,

@@ -16,7 +16,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.seeds import derived_seed
 from tritter.storage.reading import require_file
 
-FORMAT_VERSION = 2  # 2: what is replayed has a place by domain
+FORMAT_VERSION = 1
 ENDLESS = 2**40  # batches: more than any run asks for
 
 

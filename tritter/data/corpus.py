@@ -21,18 +21,15 @@ from tritter.data.documents import (
 )
 from tritter.data.split import (
     DomainCounts,
-    DomainDocuments,
-    Earlier,
-    Parted,
-    Side,
+    Split,
     SplitRule,
     part_documents,
 )
 from tritter.data.tokens import Names, TokenisedDocuments, tokenise, train_tokenizer
 from tritter.errors import RequestError, did_you_mean
 
-FORMAT_VERSION = 2  # 2: the side of a text follows from the text
-_LAYOUT = "v3"  # of what is cached; 3: the names of documents are tensors
+FORMAT_VERSION = 1
+_LAYOUT = "1"  # of what is cached; folders of other names are from before the release
 _SIDES = ("train", "validation")
 _PARTS = ("tokens", "offsets", "num_bytes")
 
@@ -64,7 +61,6 @@ class Corpus:
     Args:
         digest: names what made them (texts, their sides, options, versions).
         counts: domain → how its documents were parted.
-        exceptions: text key → side, of every text whose side is not that of the threshold.
         notes: what was skipped when the documents were read, a sentence each.
     """
 
@@ -73,7 +69,6 @@ class Corpus:
     digest: str
     sources: Mapping[str, SourceSummary]
     counts: Mapping[str, DomainCounts]
-    exceptions: Mapping[str, Side]
     notes: tuple[str, ...] = ()
 
 
@@ -86,7 +81,7 @@ class _Options:
 
 
 def build_corpus(
-    domain_documents: Mapping[str, Sequence[Document] | DomainDocuments],
+    domains: Mapping[str, Sequence[Document]],
     *,
     origin: str | Mapping[str, str],
     vocab_size: int,
@@ -96,15 +91,14 @@ def build_corpus(
     cache_dir: Path,
     tokenizer_domains: Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
-    earlier: Earlier | None = None,
 ) -> Corpus:
     """Split, train a tokenizer on the train sides, tokenise; or load what did so before.
 
-    The cache lives in `cache_dir/corpora/v3/<digest>`. An entry that is damaged is set aside with a
+    The cache lives in `cache_dir/corpora/1/<digest>`. An entry that is damaged is set aside with a
     warning and made again.
 
     Args:
-        domain_documents: the documents of each domain, old domains first.
+        domains: the documents of each domain, old domains first.
         origin: where they came from, in words, for the record; of all, or domain by domain.
         vocab_size: size of the byte-level vocabulary.
         validation_fraction: share of the documents, per domain, that validate.
@@ -113,16 +107,11 @@ def build_corpus(
         cache_dir: folder of all caches.
         tokenizer_domains: domains that the tokenizer is trained on; by default all.
         tokenizer: of a model that exists; none is trained then, and `vocab_size` is its own.
-        earlier: what earlier trainings did with texts.
 
     Raises:
         RequestError: an option is out of range, a domain is too small or unknown, or the cache
             cannot be written.
     """
-    domains = {
-        name: given if isinstance(given, DomainDocuments) else DomainDocuments(given)
-        for name, given in domain_documents.items()
-    }
     origins = dict.fromkeys(domains, origin) if isinstance(origin, str) else origin
     options = _Options(
         origin="; ".join(dict.fromkeys(origins[name] for name in domains)),
@@ -130,13 +119,13 @@ def build_corpus(
         max_validation_tokens_per_document=max_validation_tokens_per_document,
         tokenizer_domains=_checked_domains(tokenizer_domains, domains),
     )
-    sources = {n: _summary(n, d.documents, origin=origins[n]) for n, d in domains.items()}
-    rule = SplitRule(rule="threshold", seed=seed, validation_fraction=validation_fraction)
-    parted = part_documents(domains, rule=rule, earlier=earlier or Earlier())
+    sources = {n: _summary(n, d, origin=origins[n]) for n, d in domains.items()}
+    rule = SplitRule(seed=seed, validation_fraction=validation_fraction)
+    parted = part_documents(domains, rule=rule)
     made_from: dict[str, Any] = {"options": asdict(options), "sources": _plain_sources(sources)}
     made_from["sides"] = _sides_digest(parted)
     digest = _digest(made_from | _tokenizer_entry(tokenizer))
-    notes = tuple(note for domain in domains.values() for note in notes_of(domain.documents))
+    notes = tuple(note for domain in domains.values() for note in notes_of(domain))
     if (cached := _load(cache_dir, digest)) is not None:
         return replace(cached, notes=notes)
     folder = _corpora(cache_dir) / digest
@@ -235,14 +224,13 @@ def _digest(made_from: Mapping[str, Any]) -> str:
 
 
 def _make(
-    parted: Parted,
+    splits: Mapping[str, Split],
     *,
     options: _Options,
     sources: Mapping[str, SourceSummary],
     digest: str,
     tokenizer: Tokenizer | None,
 ) -> Corpus:
-    splits = parted.domains
     if tokenizer is None:
         training = (each for name in options.tokenizer_domains for each in splits[name].train)
         tokenizer = train_tokenizer(training, vocab_size=options.vocab_size)
@@ -261,14 +249,13 @@ def _make(
         digest=digest,
         sources=dict(sources),
         counts={name: split.counts for name, split in splits.items()},
-        exceptions=dict(parted.exceptions),
     )
 
 
-def _sides_digest(parted: Parted) -> str:
+def _sides_digest(splits: Mapping[str, Split]) -> str:
     """Return a hash of which document of which domain is on which side."""
-    digest = sha256(json.dumps(sorted(parted.exceptions.items())).encode())
-    for name, split in parted.domains.items():
+    digest = sha256()
+    for name, split in splits.items():
         for side in (split.train, split.validation):
             digest.update(f"{name}\0{documents_digest(side)}".encode())
     return digest.hexdigest()
@@ -306,7 +293,6 @@ def _to_entry(corpus: Corpus) -> cache.CacheEntry:
         "digest": corpus.digest,
         "sources": _plain_sources(corpus.sources),
         "counts": {name: asdict(counts) for name, counts in corpus.counts.items()},
-        "exceptions": dict(corpus.exceptions),
     }
     return cache.CacheEntry(tensors=tensors, metadata=metadata, tokenizer=corpus.tokenizer)
 
@@ -330,7 +316,6 @@ def _from_entry(entry: cache.CacheEntry, *, digest: str) -> Corpus:
         digest=digest,
         sources=sources,
         counts={name: DomainCounts(**counts) for name, counts in metadata["counts"].items()},
-        exceptions=metadata["exceptions"],
     )
 
 

@@ -18,11 +18,9 @@ from tritter.data.local_files import (
     SpentError,
     TextFileError,
     no_text,
-    read_texts,
     text_pieces,
     text_suffix,
 )
-from tritter.data.ranked import RANKED_SUFFIXES, ranked_documents
 from tritter.data.records import shown
 from tritter.data.skills import SkillText
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean
@@ -273,7 +271,6 @@ def source_documents(
     *,
     key: str,
     text_field: str,
-    is_ranked: bool = False,
     texts: Callable[[], Iterable[str]] | None = None,
     is_streamed: bool = False,
     is_recorded: bool = False,
@@ -283,7 +280,6 @@ def source_documents(
     Args:
         key: the configuration's key that named them, for messages.
         text_field: of records.
-        is_ranked: read them as format 2 did, which counts where a split by rank goes on.
         texts: yields them in place of paths.
         is_streamed: data sets of the hub are read as they come, not fetched first.
         is_recorded: a checkpoint names the paths; see `find_texts`.
@@ -298,10 +294,6 @@ def source_documents(
     ordered = dict.fromkeys((*(each for each in BUILT_IN_TEXTS if each in paths), *paths))
     built_in = [each for path in filter(is_built_in, ordered) for each in built_in_documents(path)]
     files = find_text_files(key, paths, is_recorded=is_recorded)
-    if is_ranked:
-        files = tuple(file for file in files if file.name.lower().endswith(RANKED_SUFFIXES))
-        found = read_texts(files, key=key, text_field=text_field) if files else ()
-        return (*built_in, *ranked_documents(found))
     reading = Reading(key=key, text_field=text_field)
     rows = _of_datasets(dataset_names(paths), reading, is_streamed=is_streamed)
     whole = chain((document.text for document in built_in), rows)

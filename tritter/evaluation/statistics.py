@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tritter.errors import TritterError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 Unit = Literal["nats", "accuracy"]
 
 
@@ -79,7 +79,7 @@ class PairedScores:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "PairedScores":
-        """Read what `to_dict` wrote, or the document losses of format 1.
+        """Read what `to_dict` wrote.
 
         Raises:
             TritterError: the record has another format version, or is none.
@@ -87,13 +87,13 @@ class PairedScores:
         if not isinstance(record, dict):
             raise TritterError("scores are no record. Score the model again.")
         version = record.get("format_version")
-        if version not in (1, FORMAT_VERSION):
+        if version != FORMAT_VERSION:
             raise TritterError(
-                f"scores have format_version={version!r}; this program reads up to "
+                f"scores have format_version={version!r}; this program reads "
                 f"{FORMAT_VERSION}. Score the model again."
             )
         try:
-            read = cls._read(_from_format_1(record) if version == 1 else record)
+            read = cls._read(record)
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TritterError(f"scores are damaged ({error!r}).") from error
         columns = (read.values, *read.weights.values())
@@ -120,17 +120,6 @@ class PairedScores:
         """Return a mean and its standard error, clustered by item."""
         ratio = ratio_of_sums(self.values, self.weights[weight].double())
         return ratio.value, ratio.standard_error
-
-
-def _from_format_1(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return document losses as they are written today."""
-    return {
-        "identifiers": record["identifiers"],
-        "values": record["nats"],
-        "weights": {"tokens": record["num_tokens"], "bytes": record["num_bytes"]},
-        "unit": "nats",
-        "chance": 0.0,
-    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -201,9 +201,11 @@ def set_rank(model: nn.Module, name: str, rank: int) -> None:
             down.out_features = up.in_features = rank  # type: ignore[assignment]
 
 
-def base_bits(model: nn.Module) -> int | None:
+def base_bits(model: nn.Module) -> Literal[8, 4] | None:
     """Return in how many bits bitsandbytes holds the base of a model; None: it does not."""
-    return next((bits for bits in (8, 4) if vars(model).get(f"is_loaded_in_{bits}bit")), None)
+    if vars(model).get("is_loaded_in_8bit"):
+        return 8
+    return 4 if vars(model).get("is_loaded_in_4bit") else None
 
 
 def layer_number(name: str) -> int | None:

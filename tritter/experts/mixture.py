@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
+from tritter.checkpoint.expert_files import RouterKind
 from tritter.errors import RequestError, did_you_mean
 from tritter.experts.adapters import (
     AdapterShape,
@@ -184,8 +185,6 @@ ROUTER, EVIDENCE = "expert_router", "expert_evidence"
 BASE_EXPERT = "base"
 VOCABULARY = ("embed_tokens", "lm_head")
 _MIXTURE = "expert_mixture"
-
-RouterKind = Literal["learned", "evidence", "both"]
 
 
 class _Mix:

@@ -6,7 +6,7 @@ where everything lies and what may stand in the JSON; tensors and live models ar
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from tritter.checkpoint.expert_files import (
     HEAD,
     TENSORS,
+    EvidenceHead,
     ExpertFiles,
     ExpertsHead,
     check_names,
@@ -28,7 +29,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.experts.adapters import base_bits
 from tritter.experts.evidence import Evidence
 from tritter.experts.gates import Routing
-from tritter.experts.mixture import ExpertMixture, RouterKind
+from tritter.experts.mixture import ExpertMixture
 from tritter.experts.peft_folder import (
     StoredAdapter,
     put_values,
@@ -130,7 +131,7 @@ class ExpertFolder:
         (folder / TENSORS).chmod(0o644)  # as all files of a checkpoint; it is made for its owner
         digest = file_digest(folder / TENSORS)
         head = replace(self.head, extra=extra, tensors_sha256=digest)
-        (folder / HEAD).write_text(record_text(head.to_dict()), encoding="utf-8")
+        (folder / HEAD).write_text(record_text(head), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "ExpertFolder | None":
@@ -181,13 +182,12 @@ class ExpertFolder:
                 f"the experts don't fit the model: they count {self.counts.shape[1]} tokens, its "
                 f"vocabulary has {_config_size(model, 'vocab_size')}."
             )
-        router: RouterKind = head.router  # type: ignore[assignment] # which the head has checked
         mixture = ExpertMixture(
             model,
-            router=router,
+            router=head.router,
             has_base=head.has_base,
             is_shared=head.is_shared,
-            evidence=head.evidence,
+            evidence=None if head.evidence is None else asdict(head.evidence),
         )
         for name, adapter in self.adapters.items():
             mixture.open(name, adapter.shape, seed=0)
@@ -244,10 +244,13 @@ def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
         router.bias = nn.Parameter(pad(router.bias.detach(), (0, 1)))
 
 
-def _weighing(evidence: Evidence) -> dict[str, Any]:
-    """Return the keywords of `Evidence`."""
-    names = ("window", "scale", "prior", "end_of_text_id")
-    return {name: getattr(evidence, name) for name in names}
+def _weighing(evidence: Evidence) -> EvidenceHead:
+    return EvidenceHead(
+        window=evidence.window,
+        scale=evidence.scale,
+        prior=evidence.prior,
+        end_of_text_id=evidence.end_of_text_id,
+    )
 
 
 def _config_size(model: nn.Module, key: str) -> int:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,22 +36,6 @@ class StateKind:
     @property
     def is_as_weights(self) -> bool:
         return self.new_entries == "as_weights"
-
-    def to_dict(self) -> dict[str, str]:
-        """Return the rule as a checkpoint states it."""
-        return {"quantity": self.quantity.value, "new_entries": self.new_entries}
-
-    @classmethod
-    def from_dict(cls, plain: Any) -> "StateKind":
-        """Return the rule that a checkpoint states.
-
-        Raises:
-            LookupError, TypeError, ValueError: it is none.
-        """
-        quantity, new_entries = Quantity(plain["quantity"]), plain["new_entries"]
-        if new_entries not in ("zero", "mean", "as_weights"):
-            raise ValueError(new_entries)
-        return cls(quantity, new_entries)
 
 
 STATE_KINDS: dict[str, StateKind] = {}

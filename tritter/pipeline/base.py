@@ -37,7 +37,8 @@ from tritter.training import BaseModule, FitResult, Schedule, discard_saved, fit
 from tritter.training.metrics import MAX_METRICS_BYTES
 
 _OF_DATASETS = ("text_column", "max_rows", "streaming", "weights")  # the last of new domains alone
-FORMAT_VERSION = 4  # 4: the side of a text follows from the text
+FORMAT_VERSION = 1
+_OF_TRAINER = ("accelerator", "precision", "gradient_clip_val", "devices", "compile")
 
 
 def base_config(context: RunContext) -> Config:
@@ -86,34 +87,23 @@ def _made_from(context: RunContext) -> dict[str, Any]:
     """Return everything that determines the base's weights."""
     config = context.config
     trainer = asdict(config.trainer)
-    # Several processes add up in another order; one alone keeps the name that it always had
-    devices = {"devices": trainer["devices"]} if trainer["devices"] > 1 else {}
-    # Others round in another way, too
-    devices |= {"strategy": "fsdp"} if trainer["strategy"] == "fsdp" else {}
-    devices |= {"compile": True} if trainer["compile"] else {}
-    schedule = schedule_of(config.pretraining)
-    # Only a short training warms up for longer than its share; others keep the name they had
-    is_lengthened = schedule.warmup_steps != schedule.asked_warmup_steps
-    warmup = {"warmup_steps": schedule.warmup_steps} if is_lengthened else {}
-    optimizer = optimizer_record(config)
-    if not optimizer["carry"]:  # one that leaves its moments is another entry
-        del optimizer["carry"]
-    recorded = {"path": list(RECORDED)} if importance.is_recorded(context) else {}
     pretraining = asdict(config.pretraining)
-    del pretraining["max_tokens"]  # the steps that follow from it stand there
+    del pretraining["max_tokens"]  # `max_steps` follows from it
     return {
+        "format": "base",
         "format_version": FORMAT_VERSION,
-        **warmup,
-        **recorded,
+        "recorded": list(RECORDED) if importance.is_recorded(context) else [],
         "torch": torch.__version__,
         "model": base_config(context),
         "corpus": context.corpus.digest,
         "domains": list(context.old_domains),
         "data": _text_options(config.data),
         "pretraining": pretraining,
-        "optimizer": optimizer,
-        "trainer": {key: trainer[key] for key in ("accelerator", "precision", "gradient_clip_val")}
-        | devices
+        "warmup_steps": schedule_of(config.pretraining).warmup_steps,
+        "optimizer": optimizer_record(config),
+        # Several processes add up in another order, and sharded ones round in another way
+        "trainer": {key: trainer[key] for key in _OF_TRAINER}
+        | {"is_sharded": trainer["strategy"] == "fsdp"}
         | effective_arguments(config),
         "seed": config.seed,
     }
@@ -122,8 +112,6 @@ def _made_from(context: RunContext) -> dict[str, Any]:
 def _text_options(data: DataConfig) -> dict[str, Any]:
     """Return the options of the text; which text it is stands in the corpus's digest."""
     where = {"old", "new", "text_field", "validation_fraction", *_OF_DATASETS}
-    if data.packing == "stream":  # as every base was made before there was another
-        where.add("packing")
     return {key: value for key, value in asdict(data).items() if key not in where}
 
 
@@ -168,7 +156,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
             write_result=write,
         )
         _check_whole(context, result)
-    accept(folder)
+    accept(folder, num_processes=context.config.trainer.devices)
     context.ledger.watch_disk()
     discard_saved(working)
     moments.discard_left(working)
@@ -232,7 +220,7 @@ def _base_lineage(context: RunContext, made_from: Mapping[str, Any]) -> Lineage:
             **context.split_record(),
             "made_from": dict(made_from),
         },
-        split=context.split,
+        split=context.text.split,
         domains=context.learned(context.old_domains),
     )
 

@@ -1,7 +1,7 @@
 """What every stage of a run has at hand: the config, the folder, the text, a console."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from tritter.checkpoint.learned import LearnedDomain, TextSplit
+from tritter.checkpoint.record import LearnedDomain
 from tritter.config.memory import memory_notes
 from tritter.config.run_text import DomainText, RunText
 from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig
@@ -26,11 +26,12 @@ from tritter.data.built_in import built_in_origin, is_built_in, questions_of
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
 from tritter.data.datamodule import EvaluationText
 from tritter.data.datasets import dataset_names
+from tritter.data.documents import Document
 from tritter.data.local_files import TextFileError
 from tritter.data.packing import Apart, num_packed, packed, padding_fraction, read_apart
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import find_texts, recorded_paths, source_documents
-from tritter.data.split import DomainCounts, DomainDocuments, Earlier
+from tritter.data.split import DomainCounts
 from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, joined, read_tokenizer
 from tritter.errors import RequestError
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
@@ -302,11 +303,6 @@ class RunContext:
             "seed": self.config.seed,
         }
 
-    @property
-    def split(self) -> TextSplit:
-        """How texts are held out from here on in the lineage."""
-        return replace(self.text.split, exceptions=self.corpus.exceptions)
-
     def learned(self, domains: Sequence[str]) -> dict[str, LearnedDomain]:
         """Return what the lineage has learned once some domains of the run are trained on."""
         places = {domain.name: domain for domain in self.text.domains}
@@ -318,7 +314,6 @@ class RunContext:
                 **source,
                 paths=recorded_paths(places[name].paths, key=places[name].key),
                 text_field=places[name].text_field,
-                read_under=places[name].ranked or (self.text.split.as_rule,),
             )
         return {**self.text.learned, **records}
 
@@ -436,12 +431,10 @@ def run_corpus(config: RunConfig, text: RunText, *, tokenizer: Tokenizer | None)
     }
     if _is_stdlib(text):
         return stdlib_corpus(**asked)
-    history = all_documents(text.history)
     return build_corpus(
         all_documents(text.domains),
         origin={domain.name: _origin(domain, config) for domain in text.domains},
         **asked,
-        earlier=Earlier(split.exceptions, tuple(history.values())),
     )
 
 
@@ -455,25 +448,23 @@ def text_notes(text: RunText) -> tuple[str, ...]:
     return tuple(note for name, texts in found.items() if (note := texts.note(name)) is not None)
 
 
-def all_documents(domains: Iterable[DomainText]) -> dict[str, DomainDocuments]:
-    """Return the documents of all domains, each as its split reads them.
+def all_documents(domains: Iterable[DomainText]) -> dict[str, Sequence[Document]]:
+    """Return the documents of all domains.
 
     Raises:
         TextFileError: lists what can't be read, of all domains.
     """
-    documents: dict[str, DomainDocuments] = {}
+    documents: dict[str, Sequence[Document]] = {}
     problems: list[str] = []
     for domain in domains:
         try:
-            found = source_documents(
+            documents[domain.name] = source_documents(
                 domain.paths,
                 key=domain.key,
                 text_field=domain.text_field,
-                is_ranked=bool(domain.ranked),
                 texts=domain.texts,
                 is_streamed=domain.is_streamed,
             )
-            documents[domain.name] = DomainDocuments(found, domain.ranked)
         except TextFileError as error:
             problems += error.problems
     if problems:
@@ -484,8 +475,7 @@ def all_documents(domains: Iterable[DomainText]) -> dict[str, DomainDocuments]:
 def _is_stdlib(text: RunText) -> bool:
     """Say whether it is the embedded corpus and no more, of which the cache keeps a note."""
     places = [(domain.name, domain.paths) for domain in text.domains]
-    is_plain = not (text.split.exceptions or text.history)
-    return is_plain and places == _STDLIB_DOMAINS and not any(d.ranked for d in text.domains)
+    return places == _STDLIB_DOMAINS
 
 
 def _origin(domain: DomainText, config: RunConfig) -> str:
@@ -527,12 +517,10 @@ def _padded(corpus: Corpus, lengths: tuple[int, int]) -> Iterator[str]:
             )
 
 
-def _moved(counts: Collection[DomainCounts]) -> Iterator[str]:
-    """Say what earlier trainings, or an old domain, did with documents of the run's domains."""
-    reasons = {
-        "learned before, so that they don't validate": sum(c.learned_before for c in counts),
-        "held out before, so that they are not trained on": sum(c.held_out_before for c in counts),
-        "both, so that they are left out": sum(c.left_out for c in counts),
-    }
-    if said := [f"{count} {reason}" for reason, count in reasons.items() if count]:
-        yield f"Documents that were met before: {'; '.join(said)}."
+def _moved(counts: Iterable[DomainCounts]) -> Iterator[str]:
+    """Say how many documents of the run's domains an old domain holds out."""
+    if count := sum(each.held_out_before for each in counts):
+        yield (
+            f"Documents that were met before: {count} held out before, so that they are not "
+            "trained on."
+        )

@@ -15,7 +15,6 @@ from tritter.data.corpus import build_corpus
 from tritter.data.documents import notes_of
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.sources import source_documents
-from tritter.data.split import Earlier
 from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenise
 from tritter.errors import RequestError
 from tritter.evaluation.losses import document_losses
@@ -87,7 +86,6 @@ def learned_domains(
         seed=text.split.seed,
         cache_dir=cache_folder(None),
         tokenizer=tokenizer.tokenizer,
-        earlier=Earlier(text.split.exceptions, tuple(all_documents(text.history).values())),
     )
     documents = {name: domain.validation for name, domain in corpus.domains.items()}
     held_out = f"Documents that no training of this checkpoint saw: of {', '.join(documents)}."

@@ -32,6 +32,7 @@ from tritter.models import config_of, live_shape, load_model, read_config
 from tritter.novelty.statistics import CALIBRATION_BATCHES
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.ledger import EvaluationFound, TrainingFound
 from tritter.training import BaseModule, FitResult
 
 USAGE_SEQUENCES = 16  # of a domain, in which its gates are looked at
@@ -344,16 +345,15 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
     asked = context.config.experts
     if asked is None:
         return None
-    fits = [context.ledger[f"{arm.name}.fit"].found for arm in arms]
+    fits = [context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms]
     record: dict[str, Any] = {"kind": asked.name, "options": asked.plain()}
-    record |= context.ledger[f"{arms[-1].name}.evaluate"].found["experts"]
-    record["phases"] = [
-        context.ledger[f"{a.name}.evaluate"].found["experts"]["usage"] for a in arms
-    ]
-    reports = [fit["reports"].get(EXPERTS) for fit in fits]
-    if None in reports:
+    evaluated = [context.ledger.found(f"{arm.name}.evaluate", EvaluationFound) for arm in arms]
+    uses = [found.experts or {} for found in evaluated]
+    record |= {**uses[-1], "phases": [use["usage"] for use in uses]}
+    reports = [fit.reports[EXPERTS] for fit in fits if EXPERTS in fit.reports]
+    if len(reports) < len(fits):
         return record
-    before = [0, *accumulate(fit["steps"] for fit in fits)]
+    before = [0, *accumulate(fit.steps for fit in fits)]
     events = [
         {**event, "task": number, "step": event["step"] + start}
         for number, (report, start) in enumerate(zip(reports, before, strict=False))

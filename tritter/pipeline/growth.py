@@ -12,6 +12,7 @@ from tritter.families import Config
 from tritter.growth.record import GROWTH, growth_record
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.ledger import TrainingFound
 from tritter.training import FitResult
 
 
@@ -80,8 +81,8 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
     asked = context.config.growth
     if asked is None:
         return None
-    fits = [context.ledger[f"{arm.name}.fit"].found for arm in arms]
-    reports = [fit["reports"][GROWTH] for fit in fits]
+    fits = [context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms]
+    reports = [fit.reports[GROWTH] for fit in fits]
     first, last, before, flops = reports[0], reports[-1], 0, 0.0
     events, steps = [], []
     for number, (fit, report) in enumerate(zip(fits, reports, strict=True)):
@@ -91,7 +92,7 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
             for each in report["events"]
         ]
         steps += [step + before for step in report["map"]["steps"]]
-        before += fit["steps"]
+        before += fit.steps
         flops += report["flops"]
     totals = {
         name: sum(report[name] for report in reports)

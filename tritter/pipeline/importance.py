@@ -27,7 +27,7 @@ from tritter.models import disk_tensors, live_tensors, load_model, read_config
 from tritter.parameter_map.carry import StateKind
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.ledger import StageResult
+from tritter.pipeline.ledger import ImportanceFound, StageResult
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hub import locate
 from tritter.storage.tensors import TensorFolder
@@ -56,7 +56,8 @@ def prepare(context: RunContext, arm: Arm) -> StageResult:
     config, model = read_config(folder), context.reading(load_model(folder)).to(context.device)
     beside = read_state(folder)
     kinds: dict[str, TensorStream] = {}
-    found: dict[str, Any] = {"notes": []}
+    found: dict[str, Any] = {}
+    notes: list[str] = []
     flops, seconds = {arm.label("importance"): 0.0}, dict[str, float]()
     written: Tensor | None = None
     methods = zip(build_methods(context.config.forgetting), _needs(context), strict=True)
@@ -76,26 +77,32 @@ def prepare(context: RunContext, arm: Arm) -> StageResult:
             values = {name: value.cpu() for name, value in prepared.state[kind].items()}
             kinds[kind] = TensorStream.of(disk_tensors(config, values).items())
         found |= prepared.found
-        found["notes"] += prepared.notes
+        notes += prepared.notes
         label = arm.label("importance")
         if needs.writes:
             label, written = arm.label(method.name), prepared.written
             seconds[label] = time.perf_counter() - since
         flops[label] = flops.get(label, 0.0) + prepared.flops
-    found["notes"] += _stand_in_notes(context, arm, beside.kinds if beside else {})
-    for note in found["notes"]:
+    notes += _stand_in_notes(context, arm, beside.kinds if beside else {})
+    for note in notes:
         context.say("", note)
     with atomic_folder(_place(context, arm), overwrite=True) as temporary:
         write_state(temporary, kinds, step=0)
         if written is not None:
             write_sequences(temporary / _WRITTEN_FILE, {WRITTEN: written})
-    return StageResult(found=found, flops=flops, seconds=seconds, leaves=(_folder(arm),))
+    return StageResult(
+        ImportanceFound(notes=tuple(notes), methods=found),
+        flops=flops,
+        seconds=seconds,
+        leaves=(_folder(arm),),
+    )
 
 
-def notes(context: RunContext, arm: Arm) -> list[str]:
+def notes_of(context: RunContext, arm: Arm) -> tuple[str, ...]:
     """Return what is worth telling of what was prepared for an arm, a sentence each."""
-    done = context.ledger.get(key(arm))
-    return [] if done is None else list(done.found.get("notes", ()))
+    if context.ledger.get(key(arm)) is None:
+        return ()
+    return context.ledger.found(key(arm), ImportanceFound).notes
 
 
 def _stand_in_notes(context: RunContext, arm: Arm, beside: Mapping[str, Any]) -> list[str]:

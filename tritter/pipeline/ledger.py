@@ -4,35 +4,158 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from tritter.checkpoint.folder import EXPERTS_FOLDER
-from tritter.checkpoint.left import digests_of, find_damage, read_left
-from tritter.errors import TritterError
+from tritter.checkpoint.left import InnerPlace, digests_of, find_damage
+from tritter.errors import TritterError, brief
+from tritter.evaluation.gate import Status
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.records import LEDGER_NAME, read_record, record_text
+from tritter.storage.records import LEDGER_NAME, read_record, record, record_text, validated
+from tritter.training import FitResult
 
-FORMAT_VERSION = 2  # 2: what each stage left, and a digest of the whole
 _LOG = ".csv"  # what is only looked at: it may be gone, and holds times that differ
 
-_Kind = type | tuple[type, ...]
-# Last word of a stage's name → what later stages take from what it found.
-_FOUND: dict[str, dict[str, _Kind]] = {
-    "baseline": {"parameters": int, "model_hash": str, "corpus": str},
-    "choose": {"clone_from": list},
-    "expand": {"parameters": int, "notes": list},
-    "adapt": {"refused_steps": int, "stopped_because": (str, NoneType)},
-    "fit": {
-        "steps": int,
-        "refused_steps": int,
-        "stopped_because": (str, NoneType),
-        "update_norms": dict,
-    },
-    "evaluate": {"samples": list},
-    "gate": {"status": str, "checks": list},
+
+@record
+class BaselineFound:
+    """What the run starts from.
+
+    Args:
+        corpus: digest of the run's text.
+    """
+
+    parameters: int
+    model_hash: str
+    corpus: str
+
+
+@record
+class ChoiceFound:
+    """The expert of each layer that new ones are cloned from."""
+
+    clone_from: tuple[int, ...]
+
+
+@record
+class ImportanceFound:
+    """What methods against forgetting prepared.
+
+    Args:
+        methods: what they found; plain data.
+    """
+
+    notes: tuple[str, ...] = ()
+    methods: Mapping[str, Any] = field(default_factory=dict)
+
+
+@record
+class ExpansionFound:
+    """What an expansion did.
+
+    Args:
+        parameters: of the expanded model.
+        jump: of the logits; None where nothing was expanded.
+        before: metric → what was evaluated of the model before it.
+    """
+
+    parameters: int
+    notes: tuple[str, ...] = ()
+    jump: Mapping[str, float | None] | None = None
+    before: Mapping[str, float] = field(default_factory=dict)
+
+
+@record
+class TrainingFound:
+    """What a training did; see `FitResult`."""
+
+    steps: int
+    refused_steps: int
+    stopped_because: str | None
+    ended_early: str | None
+    update_norms: Mapping[str, Any]
+    flow: Mapping[str, Any] = field(default_factory=dict)
+    held: Mapping[str, Any] = field(default_factory=dict)
+    packing: Mapping[str, Any] = field(default_factory=dict)
+    reports: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, result: FitResult) -> "TrainingFound":
+        """Return what the ledger keeps of a training."""
+        return cls(**{each.name: getattr(result, each.name) for each in fields(cls)})
+
+
+@record
+class EvaluationFound:
+    """What an evaluation found besides scores.
+
+    Args:
+        samples: of each domain a prompt and how the models continue it.
+        moe: use of a mixture's experts; None of a dense model.
+        experts: use of LoRA experts; None without them.
+    """
+
+    samples: tuple[Mapping[str, str], ...]
+    moe: Mapping[str, Any] | None = None
+    experts: Mapping[str, Any] | None = None
+
+
+@record
+class GateFound:
+    """What the gate decided, and by which checks."""
+
+    status: Status
+    checks: tuple[Mapping[str, Any], ...]
+
+
+@record
+class KeptFound:
+    """The model that a round keeps."""
+
+    model_hash: str
+
+
+@record
+class PublishedFound:
+    """The model that a run keeps.
+
+    Args:
+        expansions: methods that made it, oldest first.
+    """
+
+    model_hash: str
+    parent_hash: str | None
+    base_model_hash: str
+    expansions: tuple[str, ...]
+
+
+Found = (
+    BaselineFound
+    | ChoiceFound
+    | ImportanceFound
+    | ExpansionFound
+    | TrainingFound
+    | EvaluationFound
+    | GateFound
+    | KeptFound
+    | PublishedFound
+)
+F = TypeVar("F", bound=Found)
+# Last word of a stage's name, without its number → what it finds
+_FOUND: dict[str, type[Found]] = {
+    "baseline": BaselineFound,
+    "choose": ChoiceFound,
+    "importance": ImportanceFound,
+    "expand": ExpansionFound,
+    "distill": TrainingFound,
+    "adapt": TrainingFound,
+    "fit": TrainingFound,
+    "evaluate": EvaluationFound,
+    "gate": GateFound,
+    "keep": KeptFound,
+    "publish": PublishedFound,
 }
 
 
@@ -41,17 +164,51 @@ class StageResult:
     """What a stage hands on.
 
     Args:
-        found: plain data that later stages read; larger things lie in files.
+        found: what later stages read; larger things are in files.
         flops: floating-point operations by name of the stage as reports show it.
         seconds: wall time by the same names.
         leaves: what it left that later stages use: checkpoints, folders and files, relative to
             the run's folder.
     """
 
-    found: Mapping[str, Any] = field(default_factory=dict)
+    found: Found
     flops: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     leaves: tuple[str, ...] = ()
+
+
+@record
+class StageRecord:
+    """A finished stage, as the ledger has it.
+
+    Args:
+        found: fields of the stage's own record.
+        left: place, relative to the run's folder → digest of what the stage left there.
+        disk: kind → the most bytes of it in the run folder during the stage.
+    """
+
+    found: Mapping[str, Any]
+    flops: Mapping[str, float]
+    seconds: Mapping[str, float]
+    left: Mapping[InnerPlace, str]
+    disk: Mapping[str, int]
+
+
+@record
+class LedgerRecord:
+    """What `ledger.json` says.
+
+    Args:
+        stages: finished ones, in the order in which they ended.
+        removed: places whose weights no later stage needs.
+        released: places whose weights can be made again, and may be gone.
+    """
+
+    FORMAT: ClassVar[str] = "ledger"
+
+    stages: Mapping[str, StageRecord]
+    removed: tuple[InnerPlace, ...] = ()
+    released: tuple[InnerPlace, ...] = ()
 
 
 class Ledger:
@@ -88,6 +245,16 @@ class Ledger:
         if (done := self.get(stage)) is None:
             raise KeyError(stage)
         return done
+
+    def found(self, stage: str, kind: type[F]) -> F:
+        """Return what a stage that is done found, which is of this kind.
+
+        Raises:
+            KeyError: it is not done.
+        """
+        found = self[stage].found
+        assert isinstance(found, kind), f"{stage} found {type(found).__name__}"
+        return found
 
     def record(self, stage: str, result: StageResult) -> None:
         """Add a finished stage, with the digests of what it left, and write the ledger.
@@ -148,21 +315,22 @@ class Ledger:
             self._write()
 
     def _write(self) -> None:
-        plain = {
-            name: {
-                "found": r.found,
-                "flops": r.flops,
-                "seconds": r.seconds,
-                "left": self._left[name],
-                "disk": dict(self._disk[name]),
-            }
-            for name, r in self._stages.items()
+        stages = {
+            name: StageRecord(
+                found=asdict(result.found),
+                flops=result.flops,
+                seconds=result.seconds,
+                left=self._left[name],
+                disk=dict(self._disk[name]),
+            )
+            for name, result in self._stages.items()
         }
-        record = {"format_version": FORMAT_VERSION, "stages": plain}
-        for name, marked in (("removed", self._removed), ("released", self._released)):
-            if marked:
-                record[name] = sorted(marked)
-        write_text_atomic(self._path, record_text(record))
+        content = LedgerRecord(
+            stages=stages,
+            removed=tuple(sorted(self._removed)),
+            released=tuple(sorted(self._released)),
+        )
+        write_text_atomic(self._path, record_text(content))
 
     def check_left(self) -> tuple[str, ...]:
         """Hold what finished stages left against what the ledger says of it.
@@ -228,45 +396,33 @@ class Ledger:
             self._again.discard(name)
 
     def _read(self) -> None:
-        advice = "start in another folder"
         try:
-            record = read_record(self._path, format_version=FORMAT_VERSION)
-            stages = record["stages"]
-            for name, marked in (("removed", self._removed), ("released", self._released)):
-                marked |= set(read_left(dict.fromkeys(record.get(name, ()), "")))
-            for name, plain in stages.items():
-                left = read_left(plain["left"])
-                self._stages[name] = _result(name, plain, tuple(left))
-                self._left[name] = left
-                self._disk[name] = Counter(plain.get("disk", {}))  # the ledgers of before had none
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, TritterError):
-                raise TritterError(f"{error} Nothing was made of it; {advice}.") from error
-            raise TritterError(f"{self._path} is damaged ({error!r}); {advice}.") from error
+            content = read_record(self._path, LedgerRecord)
+            found = {name: self._found_in(name, each) for name, each in content.stages.items()}
+        except TritterError as error:
+            raise TritterError(
+                f"{error} Nothing was made of it; start in another folder."
+            ) from error
+        self._removed |= set(content.removed)
+        self._released |= set(content.released)
+        for name, each in content.stages.items():
+            self._stages[name] = StageResult(
+                found[name], each.flops, each.seconds, leaves=tuple(each.left)
+            )
+            self._left[name] = dict(each.left)
+            self._disk[name] = Counter(each.disk)
 
-
-def _result(name: str, plain: Mapping[str, Any], leaves: tuple[str, ...]) -> StageResult:
-    """Rebuild a result.
-
-    Raises:
-        ValueError: a value is missing, or of another type than the stage gives it.
-    """
-    for part in ("found", "flops", "seconds"):
-        if not isinstance(plain[part], dict):
-            raise ValueError(f"{name}.{part} is no mapping")
-    costs = [*plain["flops"].values(), *plain["seconds"].values(), *plain.get("disk", {}).values()]
-    if not all(isinstance(cost, int | float) for cost in costs):
-        raise ValueError(f"{name}: a cost is no number")
-    for key, kind in _FOUND.get(name.rpartition(".")[2], {}).items():
-        if not isinstance(plain["found"].get(key), kind):
-            raise ValueError(f"{name}.found.{key} is missing or of another type")
-    return StageResult(plain["found"], plain["flops"], plain["seconds"], leaves)
+    def _found_in(self, stage: str, held: StageRecord) -> Found:
+        kind = _FOUND.get(stage.rpartition(".")[2].partition("_")[0])
+        if kind is None:
+            raise TritterError(f"{self._path} is not a ledger: there is no stage {brief(stage)}.")
+        return validated(held.found, kind, what=f"{self._path} is not a ledger: {stage}")
 
 
 def _outcome(result: StageResult, left: Mapping[str, str]) -> str:
     """Return what later stages go by, as text that two outcomes can be compared by."""
     kept = {place: digest for place, digest in left.items() if not place.endswith(_LOG)}
-    return json.dumps([result.found, kept], sort_keys=True)
+    return json.dumps([asdict(result.found), kept], sort_keys=True)
 
 
 def _with_total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:

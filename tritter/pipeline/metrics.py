@@ -21,8 +21,9 @@ from tritter.config.schema import WandbConfig
 from tritter.evaluation.statistics import finite_or_none
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.report.experts_record import ExpertsRecord
+from tritter.pipeline.ledger import ExpansionFound, TrainingFound
 from tritter.report.rows import ACCURACY, domain_rows
+from tritter.report.summary import ExpertsRecord
 from tritter.storage.atomic import write_text_atomic
 from tritter.targets import TARGET, NamedTarget, built, imported
 from tritter.training import read_metrics
@@ -47,15 +48,15 @@ def score_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
 
 def num_steps(context: RunContext, arm_name: str) -> int:
     """Return the steps that an arm was trained for."""
-    fitted = context.ledger.get(f"{arm_name}.fit")
-    assert fitted is not None
-    return int(fitted.found["steps"])
+    return context.ledger.found(f"{arm_name}.fit", TrainingFound).steps
 
 
 def before_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
     """Return `eval/<domain>/loss` of what an arm expanded; of one that did not grow nothing."""
-    grown = context.ledger.get(f"{arm_name}.expand")
-    return {} if grown is None else dict(grown.found.get("before", {}))
+    stage = f"{arm_name}.expand"
+    if context.ledger.get(stage) is None:
+        return {}
+    return dict(context.ledger.found(stage, ExpansionFound).before)
 
 
 def arm_rows(context: RunContext, arm_name: str) -> list[dict[str, str]]:

@@ -31,6 +31,7 @@ from tritter.moe_routing import (
 )
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.ledger import EvaluationFound, TrainingFound
 from tritter.pipeline.scoring import score_records
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.training import Schedule, SideLoss
@@ -219,14 +220,15 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
         arms: those of an attempt, task after task.
     """
     first, last = arms[0], arms[-1]
-    record = context.ledger[f"{last.name}.evaluate"].found.get("moe")
-    if record is None:
+    found = context.ledger.found(f"{last.name}.evaluate", EvaluationFound)
+    if found.moe is None:
         return None
-    record = dict(record)
+    record = dict(found.moe)
     added = appended(context, first)
     if added is not None:
         steps = router_steps(context, first)
-        trained = sum(context.ledger[f"{arm.name}.fit"].found["steps"] for arm in arms)
+        fits = (context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms)
+        trained = sum(fit.steps for fit in fits)
         now = opened(context, first, added, steps=steps + trained)
         record["new"] = list(added.experts)
         record["router_steps"] = steps

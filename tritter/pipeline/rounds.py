@@ -8,6 +8,7 @@ from tritter.evaluation.gate import Status
 from tritter.models import read_config
 from tritter.pipeline.arm import Arm, tasks_of
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.ledger import BaselineFound, ExpansionFound, GateFound
 from tritter.planning.strategy import TOLERANCE
 
 
@@ -31,8 +32,7 @@ class Trial:
         Raises:
             KeyError: it has not come to that.
         """
-        status: Status = self.context.ledger[self.arms[0].key("gate")].found["status"]
-        return status
+        return self.context.ledger.found(self.arms[0].key("gate"), GateFound).status
 
 
 def planned_attempts(context: RunContext) -> tuple[Trial, ...]:
@@ -81,7 +81,9 @@ def planned_trials(context: RunContext) -> tuple[Trial, ...]:
 def kept_parameters(context: RunContext, arm: Arm) -> int:
     """Return the size of what the run keeps when `arm` was its last."""
     kept = arm.name if Trial(context, (arm,)).status != "rolled_back" else arm.follows
-    return int(context.ledger[f"{kept}.expand" if kept else "baseline"].found["parameters"])
+    if kept is None:
+        return context.ledger.found("baseline", BaselineFound).parameters
+    return context.ledger.found(f"{kept}.expand", ExpansionFound).parameters
 
 
 def target_record(context: RunContext, arm: Arm) -> dict[str, Any]:

@@ -23,7 +23,16 @@ from tritter.pipeline import disk, importance, moe, stages, verdict
 from tritter.pipeline.arm import Arm, tasks_of
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.given import check_given
-from tritter.pipeline.ledger import Ledger, StageResult
+from tritter.pipeline.ledger import (
+    BaselineFound,
+    ChoiceFound,
+    GateFound,
+    KeptFound,
+    Ledger,
+    PublishedFound,
+    StageResult,
+    TrainingFound,
+)
 from tritter.pipeline.metrics import (
     BEFORE,
     before_metrics,
@@ -165,7 +174,7 @@ def _run_tasks(
     for number, arm in enumerate(arms, start=1):
         _run_importance(context, arm)
         run_arm(context, arm, first_step=first_step(context, row, arm))
-        if context.ledger[f"{arm.name}.fit"].found["stopped_because"] is not None:
+        if context.ledger.found(f"{arm.name}.fit", TrainingFound).stopped_because is not None:
             return tuple(arms[:number])
     return tuple(arms)
 
@@ -191,12 +200,12 @@ def _run_importance(context: RunContext, arm: Arm) -> None:
 
 def _gate_stage(trial: Trial) -> Status:
     key = trial.arms[0].key("gate")
-    trial.context.stage(key, lambda: _gate(trial), label="gate")
+    trial.context.stage(key, lambda: StageResult(_gate(trial)), label="gate")
     return trial.status
 
 
 def _keep(context: RunContext, arm: Arm) -> StageResult:
-    return StageResult(found={"model_hash": verdict.complete(context, arm).model_hash})
+    return StageResult(KeptFound(model_hash=verdict.complete(context, arm).model_hash))
 
 
 def run_baseline(context: RunContext) -> None:
@@ -212,10 +221,9 @@ def run_arm(context: RunContext, arm: Arm, *, first_step: int = 0) -> Arm:
     """
     key, label = arm.name, arm.label
     if moe.chooses(arm):
-        chosen = context.stage(
-            f"{key}.choose", partial(stages.choice, context, arm), label="choose"
-        )
-        arm = moe.with_choice(arm, chosen.found["clone_from"])
+        stage = f"{key}.choose"
+        context.stage(stage, partial(stages.choice, context, arm), label="choose")
+        arm = moe.with_choice(arm, context.ledger.found(stage, ChoiceFound).clone_from)
     context.stage(f"{key}.expand", lambda: stages.expansion(context, arm), label=label("expand"))
     if moe.teacher_of(arm) is not None:
         context.stage(f"{key}.distill", lambda: stages.distillation(context, arm), label="distill")
@@ -249,21 +257,21 @@ def _loggers(context: RunContext, arm: Arm, *, first_step: int) -> Iterator[list
         yield loggers
 
 
-def _gate(trial: Trial) -> StageResult:
+def _gate(trial: Trial) -> GateFound:
     checks = verdict.checks(trial.context, trial.arms)
     status = decide(checks) if trial.context.config.gate.enabled else "ungated"
-    return StageResult(found={"status": status, "checks": [check.to_dict() for check in checks]})
+    return GateFound(status=status, checks=tuple(check.to_dict() for check in checks))
 
 
 def _publish(last: Trial, status: Status) -> StageResult:
     lineage = verdict.publish(last.context, last.arms, keep=status != "rolled_back")
     return StageResult(
-        found={
-            "model_hash": lineage.model_hash,
-            "parent_hash": lineage.parent_hash,
-            "base_model_hash": lineage.base_model_hash,
-            "expansions": [record.method for record in lineage.expansion_history],
-        },
+        PublishedFound(
+            model_hash=lineage.model_hash,
+            parent_hash=lineage.parent_hash,
+            base_model_hash=lineage.base_model_hash,
+            expansions=tuple(record.method for record in lineage.expansion_history),
+        ),
         leaves=("checkpoint",),
     )
 
@@ -313,8 +321,9 @@ def _check_text(context: RunContext) -> None:
     if context.tasks:
         named = ", ".join(task.name for task in context.tasks)
         context.say("answers", f"right ones are counted of {named}")
-    begun = context.ledger.get("baseline")
-    if begun is not None and begun.found.get("corpus") not in (None, context.corpus.digest):
+    if context.ledger.get("baseline") is None:
+        return
+    if context.ledger.found("baseline", BaselineFound).corpus != context.corpus.digest:
         raise RequestError(
             f"data: the text has changed since the run in {context.folder} began; put it back, "
             "or begin another run."

@@ -40,7 +40,15 @@ from tritter.pipeline.base import last_rate, obtain_base, schedule_of
 from tritter.pipeline.context import MAX_POSITIONS, RunContext
 from tritter.pipeline.disk import release_start, write_expanded
 from tritter.pipeline.given import copy_given
-from tritter.pipeline.ledger import StageResult, content_key
+from tritter.pipeline.ledger import (
+    BaselineFound,
+    ChoiceFound,
+    EvaluationFound,
+    ExpansionFound,
+    StageResult,
+    TrainingFound,
+    content_key,
+)
 from tritter.pipeline.scoring import MAX_SCORE_BYTES, score_file, told
 from tritter.pipeline.trained import (
     TrainedWriter,
@@ -88,11 +96,11 @@ def baseline(context: RunContext) -> StageResult:
     score_baseline(context, folder)
     lineage, reading = lineage_of(folder), experts.reading_flops_of(context, folder)
     return StageResult(
-        found={
-            "parameters": count_parameters(read_config(folder)),
-            "model_hash": lineage.model_hash,
-            "corpus": context.corpus.digest,
-        },
+        BaselineFound(
+            parameters=count_parameters(read_config(folder)),
+            model_hash=lineage.model_hash,
+            corpus=context.corpus.digest,
+        ),
         flops={**_pretraining_flops(lineage), "baseline": context.scoring_flops(reading)},
         seconds=seconds,
         leaves=("baseline", score_file("baseline")),
@@ -109,7 +117,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     """Expand what the arm starts from, measure the jump and score the result."""
     source, folder = context.folder / arm.start, context.folder / arm.name / "expanded"
     if not arm.specs:
-        return StageResult(found={"parameters": count_parameters(read_config(source)), "notes": []})
+        return StageResult(ExpansionFound(parameters=count_parameters(read_config(source))))
     plan = context.planned(arm)
     write_expanded(context, arm, folder)
     notes = [f"{step.spec.name}: {note}" for step in plan.steps for note in step.notes]
@@ -131,12 +139,12 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     flops["expand"] = context.scoring_flops(forward_flops(config))
     flops["expand"] += _jump_flops(source, folder, tokens)
     return StageResult(
-        found={
-            "parameters": plan.parameters_after,
-            "notes": [note for note in notes if note],
-            "jump": jump.to_dict(),
-            "before": evaluated,
-        },
+        ExpansionFound(
+            parameters=plan.parameters_after,
+            notes=tuple(filter(None, notes)),
+            jump=jump.to_dict(),
+            before=evaluated,
+        ),
         flops=flops,
         leaves=(f"{arm.name}/expanded", score_file(f"{arm.name}-expanded")),
     )
@@ -182,11 +190,11 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
         result = _fit(
             context, arm, module, setup, task, folder=folder, label="router", write_result=write
         )
-    accept(target)
+    accept(target, num_processes=context.config.trainer.devices)
     context.ledger.watch_disk()
     discard_saved(folder)
     return StageResult(
-        found=fit_found(result),
+        TrainingFound.of(result),
         flops={arm.label("adapt"): result.flops},
         leaves=(f"{arm.name}/adapted",),
     )
@@ -231,7 +239,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             observers=observers,
             changers=(*changers, *trainee.changers),
         )
-    accept(write.target)
+    accept(write.target, num_processes=context.config.trainer.devices)
     context.ledger.watch_disk()
     flops = result.flops + measuring_flops(context, write)
     if result.stopped_because is not None:
@@ -245,13 +253,18 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         shutil.rmtree(write.routing_state)
     discard_saved(folder)
     moments.discard_left(folder)
-    found = fit_found(result)
-    for earlier in filter(None, (context.ledger.get(f"{arm.name}.{s}") for s in _EARLIER)):
-        found["refused_steps"] += earlier.found["refused_steps"]
-        found["stopped_because"] = earlier.found["stopped_because"] or found["stopped_because"]
+    found = TrainingFound.of(result)
+    for stage in (f"{arm.name}.{each}" for each in _EARLIER):
+        if context.ledger.get(stage) is not None:
+            earlier = context.ledger.found(stage, TrainingFound)
+            found = replace(
+                found,
+                refused_steps=found.refused_steps + earlier.refused_steps,
+                stopped_because=earlier.stopped_because or found.stopped_because,
+            )
     metrics = [path.relative_to(context.folder).as_posix() for path in metrics_files(folder)]
     return StageResult(
-        found=found,
+        found,
         flops=_fit_flops(arm, flops, result.evaluation_flops),
         seconds={arm.label("validation"): result.evaluation_seconds} if text else {},
         leaves=(f"{arm.name}/trained", *metrics),
@@ -341,13 +354,6 @@ def _fit(
     )
 
 
-def fit_found(result: FitResult) -> dict[str, Any]:
-    """Return what the ledger keeps of a training."""
-    taken = ["steps", "refused_steps", "stopped_because", "ended_early", "update_norms"]
-    taken += ["flow", "held", "packing", "reports"]
-    return {name: getattr(result, name) for name in taken}
-
-
 def evaluation(context: RunContext, arm: Arm) -> StageResult:
     """Score the trained model, and let both models say something."""
     trained = context.reading(
@@ -368,11 +374,11 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
         samples = [said(context, domain, before, trained) for domain in context.domains]
         flops += sum(sample.flops for sample in samples)
     return StageResult(
-        found={
-            "samples": [sample.texts for sample in samples],
-            "moe": moe.usage(context, trained),
-            "experts": experts.usage(context, trained),
-        },
+        EvaluationFound(
+            samples=tuple(sample.texts for sample in samples),
+            moe=moe.usage(context, trained),
+            experts=experts.usage(context, trained),
+        ),
         flops={arm.label("evaluate"): flops},
         leaves=(score_file(f"{arm.name}-trained"),),
     )
@@ -474,6 +480,7 @@ def _made_from(context: RunContext, folder: Path) -> dict[str, Any]:
     """Return everything that determines the scores, to the last bit."""
     is_gpu = context.device.type == "cuda"
     made_from = {
+        "format": "scores",
         "format_version": FORMAT_VERSION,
         "torch": torch.__version__,
         "model": lineage_of(folder).model_hash,
@@ -528,7 +535,7 @@ def choice(context: RunContext, arm: Arm) -> StageResult:
     config = read_config(folder)
     flops = training_flops(config, is_trained=lambda tensor: tensor.is_per_expert)
     return StageResult(
-        found={"clone_from": list(chosen)},
+        ChoiceFound(clone_from=tuple(chosen)),
         flops={"choose": flops.of_all(lengths_of(apart_of(model), sequences))},
     )
 
@@ -572,11 +579,11 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
             console=context.console,
             write_result=write,
         )
-    accept(target)
+    accept(target, num_processes=context.config.trainer.devices)
     context.ledger.watch_disk()
     discard_saved(folder)
     return StageResult(
-        found=fit_found(result),
+        TrainingFound.of(result),
         flops={arm.label("distill"): result.flops},
         leaves=(f"{arm.name}/distilled",),
     )

@@ -11,7 +11,13 @@ from tritter.models import read_config
 from tritter.pipeline import disk, experts, growth, importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.ledger import StageResult
+from tritter.pipeline.ledger import (
+    EvaluationFound,
+    ExpansionFound,
+    GateFound,
+    PublishedFound,
+    TrainingFound,
+)
 from tritter.pipeline.rounds import Trial, target_record
 from tritter.pipeline.scoring import score_records
 
@@ -21,7 +27,7 @@ def summary_record(
     trials: Sequence[Trial],
     *,
     control: Trial,
-    control_gate: StageResult | None,
+    control_gate: GateFound | None,
 ) -> dict[str, Any]:
     """Return the contents of summary.json; the last round or attempt stands in front.
 
@@ -61,8 +67,8 @@ def summary_record(
         "parameters_on_disk": {name: count_parameters(on_disk(c)) for name, c in sizes.items()},
         "disk": disk.record(context),
         "checkpoint": "checkpoint",
-        "lineage": context.ledger["publish"].found,
-        "samples": context.ledger[f"{last.name}.evaluate"].found["samples"],
+        "lineage": asdict(context.ledger.found("publish", PublishedFound)),
+        "samples": list(context.ledger.found(f"{last.name}.evaluate", EvaluationFound).samples),
         "notes": [*context.notes, *_importance_notes(trials)],
     }
     if (used := moe.summary_record(trials[-1].context, arms)) is not None:
@@ -79,42 +85,45 @@ def summary_record(
 
 
 def _importance_notes(trials: Sequence[Trial]) -> list[str]:
-    said = (importance.notes(each.context, arm) for each in trials for arm in each.arms)
+    said = (importance.notes_of(each.context, arm) for each in trials for arm in each.arms)
     return list(dict.fromkeys(chain.from_iterable(said)))
 
 
 def _attempt_record(trial: Trial) -> dict[str, Any]:
     context, arms = trial.context, trial.arms
     first = arms[0]
-    grown = context.ledger[f"{first.name}.expand"]
+    grown = context.ledger.found(f"{first.name}.expand", ExpansionFound)
+    gate = context.ledger.found(first.key("gate"), GateFound)
     start = {"baseline": _scores(context, first.start_scores)} if first.follows else {}
     return {
-        **_arm_record(context, arms, context.ledger[first.key("gate")]),
+        **_arm_record(context, arms, gate),
         "expanded": _scores(
             context, f"{first.name}-expanded" if first.specs else first.start_scores
         ),
-        "jump": grown.found.get("jump"),
+        "jump": grown.jump,
         "forgetting": [options.name for options in context.config.forgetting],
         "overrides": list(trial.overrides),
         **start,
     }
 
 
-def _arm_record(context: RunContext, arms: Sequence[Arm], gate: StageResult) -> dict[str, Any]:
+def _arm_record(context: RunContext, arms: Sequence[Arm], gate: GateFound) -> dict[str, Any]:
     first, last = arms[0], arms[-1]
-    grown = context.ledger[f"{first.name}.expand"]
+    grown, ended = (
+        context.ledger.found(f"{arm.name}.expand", ExpansionFound) for arm in (first, last)
+    )
     tasks = [_task_record(context, arm) for arm in arms]
     return {
         "expansion": [spec.name for spec in first.specs],
-        "status": gate.found["status"],
+        "status": gate.status,
         "final": tasks[-1]["final"],
-        "gate": gate.found["checks"],
+        "gate": list(gate.checks),
         "steps": sum(task["steps"] for task in tasks),
         "ended_early": next((task["ended_early"] for task in tasks if task["ended_early"]), None),
         "refused_steps": sum(task["refused_steps"] for task in tasks),
         "update_norms": tasks[-1]["update_norms"],
-        "parameters": context.ledger[f"{last.name}.expand"].found["parameters"],
-        "notes": grown.found["notes"],
+        "parameters": ended.parameters,
+        "notes": list(grown.notes),
         "flops": sum(task["flops"] for task in tasks),
         "seconds": sum(task["seconds"] for task in tasks),
         "tasks": tasks,
@@ -131,17 +140,17 @@ def _matrix(context: RunContext, first: Arm, tasks: Sequence[dict[str, Any]]) ->
 def _task_record(context: RunContext, arm: Arm) -> dict[str, Any]:
     """Return what one task's training did, and the scores of every domain after it."""
     fitted = context.ledger[f"{arm.name}.fit"]
-    packing = fitted.found.get("packing")
+    found = context.ledger.found(f"{arm.name}.fit", TrainingFound)
     return {
         "domains": list(context.new_of(arm)),
         "final": _scores(context, f"{arm.name}-trained"),
-        "steps": fitted.found["steps"],
-        "ended_early": fitted.found.get("ended_early"),
-        "refused_steps": fitted.found["refused_steps"],
-        "update_norms": fitted.found["update_norms"],
+        "steps": found.steps,
+        "ended_early": found.ended_early,
+        "refused_steps": found.refused_steps,
+        "update_norms": found.update_norms,
         "flops": sum(fitted.flops.values()),
         "seconds": sum(fitted.seconds.values()),
-        **({"packing": packing} if packing else {}),
+        **({"packing": found.packing} if found.packing else {}),
     }
 
 

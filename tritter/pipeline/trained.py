@@ -212,7 +212,7 @@ def child_of(
             "new": context.source_records(context.new_of(arm)),
             **context.split_record(),
         },
-        split=context.split,
+        split=context.text.split,
         domains=context.learned((*context.old_of(arm), *context.new_of(arm))),
     )
 
@@ -252,12 +252,14 @@ def arm_writer(
     )
 
 
-def accept(folder: Path) -> None:
-    """Take what a training left for whole: its digests are those of its record.
+def accept(folder: Path, *, num_processes: int) -> None:
+    """Check the digests of what processes of a training wrote; this one's own is trusted.
 
     Raises:
-        TritterError: they are not.
+        TritterError: they are not those of its record.
     """
+    if num_processes == 1:
+        return
     problem = next(checkpoint_changes(folder), None)
     if problem is not None:
         raise TritterError(f"what was trained is not as it was written: {problem}")

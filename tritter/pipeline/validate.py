@@ -15,7 +15,7 @@ from tritter.checkpoint import Lineage, read_lineage
 from tritter.config.schema import TextSources
 from tritter.data.documents import Document, notes_of
 from tritter.data.sources import source_documents
-from tritter.data.split import DomainDocuments, Earlier, part_documents
+from tritter.data.split import part_documents
 from tritter.data.tokens import PretrainedTokenizer, pack, read_tokenizer, tokenise
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.gate import (
@@ -112,22 +112,14 @@ class ValidationDomains:
             if (name in new) == (kind == "target") and domain.paths
         }
         documents = {
-            name: DomainDocuments(
-                source_documents(
-                    domain.paths,
-                    key=name,
-                    text_field=domain.text_field,
-                    is_ranked=bool(domain.ranked),
-                    is_recorded=True,
-                ),
-                domain.ranked,
+            name: source_documents(
+                domain.paths, key=name, text_field=domain.text_field, is_recorded=True
             )
             for name, domain in wanted.items()
         }
-        rule = replace(lineage.split.as_rule, rule="threshold")
-        parted = part_documents(documents, rule=rule, earlier=Earlier(lineage.split.exceptions, ()))
+        parted = part_documents(documents, rule=lineage.split)
         held_out: dict[str, Sequence[Document]] = {
-            name: split.validation for name, split in parted.domains.items()
+            name: split.validation for name, split in parted.items()
         }
         return held_out, "the result records no such domain"
 

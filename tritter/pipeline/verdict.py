@@ -27,6 +27,7 @@ from tritter.models import read_config
 from tritter.pipeline import moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
+from tritter.pipeline.ledger import ExpansionFound, TrainingFound
 from tritter.pipeline.moe import start_folder
 from tritter.pipeline.trained import fitting_dtype
 from tritter.planning import TrainingSetup, states_bytes
@@ -46,16 +47,16 @@ def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
     gate, first = context.config.gate, arms[0]
     before = context.read_scores(first.start_scores)
     after = context.read_scores(f"{arms[-1].name}-trained")
-    fits = [context.ledger[f"{arm.name}.fit"].found for arm in arms]
-    reasons = (found["stopped_because"] for found in fits)
+    fits = [context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms]
+    reasons = (fit.stopped_because for fit in fits)
     made = [
         training_check(
-            sum(found["refused_steps"] for found in fits),
+            sum(fit.refused_steps for fit in fits),
             aborted_reason=next(filter(None, reasons), None),
         )
     ]
     made += held_checks(context, arms)
-    if (jump := context.ledger[f"{first.name}.expand"].found.get("jump")) is not None:
+    if (jump := context.ledger.found(f"{first.name}.expand", ExpansionFound).jump) is not None:
         made.append(preservation_check(_jump(jump), claims_exact=first.claims_exact))
     bounds = {"bound": gate.retention, "confidence": gate.confidence}
     for subject in context.subjects_of([*context.old_domains, None]):
@@ -154,7 +155,7 @@ def _completed(context: RunContext, arms: Sequence[Arm], lineage: Lineage) -> Li
     )
 
 
-def _jump(plain: dict[str, Any]) -> Jump:
+def _jump(plain: Mapping[str, Any]) -> Jump:
     nan = float("nan")
     values = {key: nan if value is None else value for key, value in plain.items()}
     return Jump(**values)
@@ -166,16 +167,16 @@ def held_checks(context: RunContext, arms: Sequence[Arm]) -> Iterator[Check]:
     Of several tasks it is enough that a parameter was reached in one of them, and the one whose
     memory differs most from what its shapes say stands for all.
     """
-    fits = [context.ledger[f"{arm.name}.fit"].found for arm in arms]
+    fits = [context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms]
     added = moe.appended(context, arms[0])
-    flow = _joined([found.get("flow") or {} for found in fits])
+    flow = _joined([fit.flow for fit in fits])
     check = flow_check(flow, new_experts=() if added is None else added.experts)
     if check is not None and (context.config.experts is None or arms[0].is_control):
         yield check  # of experts, which take turns, it would say nothing
     made = [
-        _memory(context, arm, fit["held"])
+        _memory(context, arm, fit.held)
         for arm, fit in zip(arms, fits, strict=True)
-        if fit.get("held") and (context.config.experts is None or arm.is_control)
+        if fit.held and (context.config.experts is None or arm.is_control)
     ]
     if made:
         yield max(made, key=lambda check: abs(check.value or 0.0))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tritter.report.drawing import CYCLE, GREEN, GREY, new_figure, panel, say, shortened, some
-from tritter.report.experts_record import BASE, Course, ExpertRow, ExpertsRecord
+from tritter.report.summary import BASE, Course, ExpertRow, ExpertsRecord
 from tritter.report.table import Table, left_out
 from tritter.report.wording import MISSING, count_text
 
@@ -222,13 +222,14 @@ def draw_ranks(
     axes.set_title("ranks", fontsize=10)
     course = experts.ranks_over_time
     if not course.steps:
-        course = Course((0, end), {name: (rank, rank) for name, rank in experts.ranks.items()})
+        ranks = {name: (rank, rank) for name, rank in experts.ranks.items()}
+        course = Course(steps=(0, end), ranks=ranks)
     if not course.values:
         _say(axes, "not known")
         return
     if course.steps[-1] < end:
-        held = {name: (*ranks, ranks[-1]) for name, ranks in course.values.items()}
-        course = Course((*course.steps, end), held)
+        longer = {name: (*each, each[-1]) for name, each in course.values.items()}
+        course = Course(steps=(*course.steps, end), ranks=longer)
     _draw_courses(axes, course, experts, is_stepped=True)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylim(bottom=0)

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, say, some
-from tritter.report.growth_record import GrownLayer, GrowthRecord
+from tritter.report.summary import GrownLayer, GrowthRecord
 from tritter.report.table import Table
 from tritter.report.wording import MISSING, Signs, count_text
 

@@ -13,11 +13,17 @@ from tritter.report.captions import CAPTIONS, TITLES
 from tritter.report.comparison import MOST_GROUPS, figures
 from tritter.report.drawing import DPI
 from tritter.report.experts import experts_text, page_tables, share_text
-from tritter.report.growth import change_of_function, growth_table, growth_text
-from tritter.report.growth_record import GrowthRecord
-from tritter.report.matrix import transfer_table
+from tritter.report.growth import (
+    change_of_function,
+    growth_table,
+    growth_text,
+)
+from tritter.report.matrix import (
+    transfer_table,
+)
 from tritter.report.rows import DomainRow, checks, last_attempt, score_of
 from tritter.report.runs import Group, Run, differing_keys, grouped, with_controls
+from tritter.report.summary import GrowthRecord
 from tritter.report.table import Table, left_out
 from tritter.report.tables import result_table, stage_table, task_table
 from tritter.report.wording import (

@@ -15,11 +15,10 @@ from matplotlib.figure import Figure
 
 from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure
 from tritter.report.experts import experts_figure
-from tritter.report.experts_record import ExpertsRecord
 from tritter.report.growth import growth_figure, mark_growth
-from tritter.report.growth_record import GrowthRecord
 from tritter.report.matrix import matrix_figure
 from tritter.report.rows import LARGEST, DomainRow, Score, ScoreChange, domain_rows, last_attempt
+from tritter.report.summary import ExpertsRecord, GrowthRecord
 from tritter.report.wording import change_text
 
 _STAGES = ("before", "after\nexpansion", "after\ntraining")

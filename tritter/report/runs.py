@@ -13,10 +13,9 @@ from typing import Any, TypeGuard
 
 from scipy import stats
 
-from tritter.report.experts_record import ExpertsRecord
-from tritter.report.growth_record import GrowthRecord
 from tritter.report.plots import Curve
 from tritter.report.rows import DomainRow, domain_rows, last_attempt
+from tritter.report.summary import ExpertsRecord, GrowthRecord
 
 _SEED = "seed"
 _MOST_NAMED = 3  # settings in the name of a group, besides the methods

@@ -9,12 +9,11 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from tritter.report.experts import experts_table, experts_text, usage_table
-from tritter.report.experts_record import ExpertsRecord
 from tritter.report.growth import growth_table, growth_text
-from tritter.report.growth_record import GrowthRecord
 from tritter.report.matrix import transfer_table
 from tritter.report.moe import bias_text, expert_table
 from tritter.report.rows import DomainRow, checks, domain_rows, last_attempt, score_of
+from tritter.report.summary import ExpertsRecord, GrowthRecord
 from tritter.report.table import STYLES, Table, label
 from tritter.report.wording import (
     MISSING,

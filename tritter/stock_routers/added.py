@@ -4,21 +4,39 @@ A router offset keeps them out at first and is raised to 0 while the model is tr
 class knows no offset, so a folder with this file computes the right function in Tritter alone.
 """
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from torch import nn
 
-from tritter.errors import RequestError, TritterError, brief
+from tritter.errors import RequestError, TritterError
 from tritter.stock_routers.control import Routing
-from tritter.storage.reading import read_object
+from tritter.storage.records import Finite, WholeNumber, read_record, record, record_text
 
-FORMAT_VERSION = 1
 LOWEST_OFFSET = -20.0  # e⁻²⁰: the smallest weight from which an expert is raised
 _PLACE = ("state", "router.json")
-_CLOSED = "-inf"  # JSON has no number for it
+_CLOSED: Literal["-inf"] = "-inf"  # JSON has no number for it
+
+
+@record
+class _RouterHead:
+    """What `router.json` says; see `AddedExperts`."""
+
+    FORMAT: ClassVar[str] = "router state"
+
+    new_experts: tuple[WholeNumber, ...]
+    offset: Literal["-inf"] | Finite
+    anneal_steps: WholeNumber | None
+    step: WholeNumber
+
+    def __post_init__(self) -> None:
+        experts = self.new_experts
+        if not experts or experts != tuple(range(experts[0], experts[0] + len(experts))):
+            raise ValueError("new_experts; allowed are indices one after the other")
+        if self.offset != _CLOSED and self.offset > 0:
+            raise ValueError(f"offset = {self.offset}; allowed is a number up to 0")
 
 
 def router_offset(step: int, *, anneal_steps: int) -> float:
@@ -93,38 +111,31 @@ class AddedExperts:
         """Write `state/router.json`; meant for a checkpoint folder that is still being made."""
         path = folder.joinpath(*_PLACE)
         path.parent.mkdir(exist_ok=True)
-        plain = {
-            "format_version": FORMAT_VERSION,
-            "new_experts": list(self.experts),
-            "offset": _CLOSED if self.offset == -math.inf else self.offset,
-            "anneal_steps": self.anneal_steps,
-            "step": self.step,
-        }
-        path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+        head = _RouterHead(
+            new_experts=self.experts,
+            offset=_CLOSED if self.offset == -math.inf else self.offset,
+            anneal_steps=self.anneal_steps,
+            step=self.step,
+        )
+        path.write_text(record_text(head), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "AddedExperts | None":
         """Return what a checkpoint folder says; None where no expert is being added.
 
         Raises:
-            TritterError: the file is damaged, or of a newer format.
+            TritterError: the file is damaged, or of another format.
         """
         path = folder.joinpath(*_PLACE)
         if not path.exists():
             return None
-        try:
-            plain = read_object(path)
-            version = plain["format_version"]
-        except (TritterError, KeyError) as error:
-            raise TritterError(f"{path} is damaged ({error}).") from error
-        if version != FORMAT_VERSION:
-            raise TritterError(
-                f"{path}: format_version {brief(version)}; this Tritter reads {FORMAT_VERSION}."
-            )
-        try:
-            return _from_plain(plain)
-        except (KeyError, TypeError, ValueError) as error:
-            raise TritterError(f"{path} is damaged ({error!r}).") from error
+        head = read_record(path, _RouterHead)
+        return cls(
+            experts=head.new_experts,
+            offset=-math.inf if head.offset == _CLOSED else float(head.offset),
+            step=head.step,
+            anneal_steps=head.anneal_steps,
+        )
 
 
 def stock_obstacle(folder: Path) -> str | None:
@@ -142,27 +153,3 @@ def stock_obstacle(folder: Path) -> str | None:
         f"{named} appended and the router offset that keeps them back is {added.offset:g}, not 0 "
         "yet; stock classes know no such offset"
     )
-
-
-def _from_plain(plain: dict[str, object]) -> AddedExperts:
-    experts, offset = plain["new_experts"], plain["offset"]
-    step, anneal_steps = plain["step"], plain["anneal_steps"]
-    if not isinstance(experts, list) or not all(_is_count(expert) for expert in experts):
-        raise ValueError("new_experts is no list of indices")
-    if not experts or experts != list(range(experts[0], experts[0] + len(experts))):
-        raise ValueError("new_experts are not one behind the other")
-    value = -math.inf if offset == _CLOSED else offset
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value <= 0:
-        raise ValueError("offset is no number up to 0")
-    if not _is_count(step) or not (anneal_steps is None or _is_count(anneal_steps)):
-        raise ValueError("step or anneal_steps is no count")
-    return AddedExperts(
-        experts=tuple(experts),
-        offset=float(value),
-        step=step,  # type: ignore[arg-type]
-        anneal_steps=anneal_steps,  # type: ignore[arg-type]
-    )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -125,7 +125,10 @@ def read_json(path: Path, *, limit_bytes: int | None = None) -> Any:
         TritterError: as `read_text`; it is no JSON, is nested too deeply, or holds numbers or text
             that nothing after this could handle.
     """
-    text = read_text(path, limit_bytes=limit_bytes)
+    return _parsed(read_text(path, limit_bytes=limit_bytes), path)
+
+
+def _parsed(text: str, path: Path) -> Any:
     try:
         content = json.loads(text)
         _check_values(content)
@@ -142,7 +145,16 @@ def read_object(path: Path, *, limit_bytes: int | None = None) -> dict[str, Any]
     Raises:
         TritterError: as `read_json`, or it is another kind of value.
     """
-    content = read_json(path, limit_bytes=limit_bytes)
+    return parse_object(read_text(path, limit_bytes=limit_bytes), path=path)
+
+
+def parse_object(text: str, *, path: Path) -> dict[str, Any]:
+    """Return the JSON object that a text is, which was read from `path`.
+
+    Raises:
+        TritterError: as `read_object`.
+    """
+    content = _parsed(text, path)
     if not isinstance(content, dict):
         raise TritterError(f"{path} cannot be read: it holds no JSON object.")
     return content

@@ -1,40 +1,172 @@
-"""JSON records that carry a digest of themselves: one changed bit in them is noticed."""
+"""Records: the JSON files in which Tritter keeps what it knows of its folders.
 
+All are written and read here. On disk a record names its kind (`format`) and its version
+(`format_version`), holds the fields of its class, and ends with the SHA-256 of the rest
+(`record_digest`). The first released version is 1. Folders from before the release have no
+`format`, and are refused as such.
+"""
+
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, dataclass_transform
 
-from tritter.errors import TritterError
-from tritter.storage.reading import read_object, read_text
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
+from tritter.errors import TritterError, brief
+from tritter.limits import MAX_COUNT
+from tritter.storage.reading import parse_object, read_text
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    class Record(DataclassInstance, Protocol):
+        """A class made by `record`."""
+
+        FORMAT: ClassVar[str]
+
+
+FORMAT_VERSION = 1
 LINEAGE_NAME = "tritter.json"
 RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"  # of a run folder
 LEDGER_NAME = "ledger.json"  # of a run folder: what its stages left
 _DIGEST = "record_digest"
+_HEAD = ("format", "format_version", _DIGEST)
+_CONFIG = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+_LONGEST_TEXT = 4096
+_LONGEST_PLACE = 200
+
+Kind = TypeVar("Kind")
+R = TypeVar("R", bound="Record")
 
 
-def record_text(plain: Mapping[str, Any]) -> str:
+def _is_inner_name(name: str) -> str:
+    parts = name.split("/")
+    if "\0" in name or len(name) > _LONGEST_TEXT or not all(parts) or {".", ".."} & set(parts):
+        raise ValueError("allowed is the name of a file inside the folder")
+    return name
+
+
+# Types of fields, each with the limits of what any command can handle
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(max_length=_LONGEST_TEXT, pattern=r"^[^\x00]*$")]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+WholeNumber = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # derived seeds have 64 bits
+Finite = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
+InnerName = Annotated[str, AfterValidator(_is_inner_name)]
+
+
+@dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,)
+)
+def record(kind: type[Kind]) -> type[Kind]:
+    """Make a class a record: frozen, by keyword only, refusing keys that it has no field for.
+
+    As a decorator, in the place of `dataclass`. A record that is a file of its own has a `FORMAT`.
+    Its annotations are checked when it is read, not when a program makes one.
+    """
+    kind.__pydantic_config__ = _CONFIG  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(kind)
+
+
+def plain_record(content: "Record") -> dict[str, Any]:
+    """Return a record as plain values, without its digest."""
+    head = {"format": content.FORMAT, "format_version": FORMAT_VERSION}
+    plain: dict[str, Any] = {**head, **dataclasses.asdict(content)}
+    return plain
+
+
+def record_text(content: "Record") -> str:
     """Return the one text that a record has on disk, its own digest included."""
-    held = json.loads(json.dumps(plain))  # as it is read again: tuples are lists
-    rest = {key: value for key, value in held.items() if key != _DIGEST}
+    return signed_text(plain_record(content))
+
+
+def signed_text(plain: Mapping[str, Any]) -> str:
+    """Return the text of plain values with their digest, as files of records have it."""
+    read_again = json.loads(json.dumps(plain))  # tuples become lists
+    rest = {key: value for key, value in read_again.items() if key != _DIGEST}
     digest = hashlib.sha256(json.dumps(rest).encode()).hexdigest()
     return json.dumps({**rest, _DIGEST: digest}, indent=1) + "\n"
 
 
-def read_record(path: Path, *, format_version: int) -> dict[str, Any]:
-    """Return what `record_text` was given, without the digest.
+def read_record(path: Path, kind: type[R], *, advice: str = "", is_signed: bool = True) -> R:
+    """Read a file that somebody else may have written.
+
+    Args:
+        kind: class of the record that the file has to hold.
+        advice: sentence on what to do with a file from before the release.
+        is_signed: False accepts a record that was edited; see `is_unchanged`.
 
     Raises:
-        TritterError: it can't be read, is of another format, or was changed since it was written.
+        TritterError: it cannot be read, is of another kind or version, was changed since it was
+            written, or a field is missing, unknown, of another type or out of range.
     """
-    plain = read_object(path)
-    found = plain.get("format_version")
-    if found != format_version:
-        raise TritterError(
-            f"{path}: format_version {found!r}; this Tritter reads {format_version}."
-        )
-    if read_text(path) != record_text(plain):
+    text = read_text(path)
+    plain = parse_object(text, path=path)
+    _check_head(path, plain, kind, advice=advice)
+    if is_signed and text != signed_text(plain):
         raise TritterError(f"{path} was changed since it was written: its digest does not fit.")
-    return {key: value for key, value in plain.items() if key != _DIGEST}
+    fields = {key: value for key, value in plain.items() if key not in _HEAD}
+    return validated(fields, kind, what=f"{path} is not a {kind.FORMAT}")
+
+
+def is_unchanged(path: Path) -> bool:
+    """Say whether a record is as it was written; its digest tells.
+
+    Raises:
+        TritterError: the file cannot be read.
+    """
+    text = read_text(path)
+    return text == signed_text(parse_object(text, path=path))
+
+
+def validated(plain: object, kind: type[Kind], *, what: str) -> Kind:
+    """Return plain values as the annotation `kind` has them.
+
+    Args:
+        what: begins the message, such as `run.json is not a run`.
+
+    Raises:
+        TritterError: names the first field that is wrong.
+    """
+    try:
+        read: Kind = _adapter(kind).validate_json(json.dumps(plain), strict=True)  # type: ignore[arg-type]
+        return read
+    except ValidationError as error:
+        raise TritterError(f"{what}: {_first_problem(error)}.") from error
+
+
+@cache
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
+    return TypeAdapter(kind)
+
+
+def _check_head(path: Path, plain: Mapping[str, Any], kind: "type[Record]", *, advice: str) -> None:
+    found, version = plain.get("format"), plain.get("format_version")
+    if found is None:
+        raise TritterError(
+            f"{path} is not a {kind.FORMAT}, or a development version wrote it before the first "
+            f"release of Tritter: it has no `format`. {advice}".rstrip()
+        )
+    if found != kind.FORMAT:
+        raise TritterError(f"{path} is not a {kind.FORMAT}: format = {brief(found)}.")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise TritterError(
+            f"{path}: format_version {brief(version)}; this Tritter reads {FORMAT_VERSION}."
+        )
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "[key]")[:_LONGEST_PLACE]
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{place} is unknown"
+    reason = first["msg"].removeprefix("Value error, ").removesuffix(".")
+    reason = reason.replace("Input should be", "allowed is", 1)
+    return f"{place} = {brief(first['input'])}; {reason}" if place else reason

@@ -8,7 +8,7 @@ holds the digest of the tensors' file and one of itself, which are checked befor
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.plugins import CheckpointIO
@@ -19,10 +19,19 @@ from torch import Tensor
 from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import file_digest
-from tritter.storage.records import read_record, record_text
+from tritter.storage.records import Sha256, read_record, record, record_text
 
-FORMAT_VERSION = 2  # 2: digests
 _TENSORS, _REST = "tensors.safetensors", "checkpoint.json"
+
+
+@record
+class _SavedHead:
+    """What `checkpoint.json` says: the digest of the tensors, and all that is no tensor."""
+
+    FORMAT: ClassVar[str] = "saved training"
+
+    tensors_sha256: Sha256
+    content: Any
 
 
 class SafetensorsCheckpointIO(CheckpointIO):
@@ -41,12 +50,8 @@ class SafetensorsCheckpointIO(CheckpointIO):
         plain = encode(checkpoint, tensors, place="checkpoint")
         with atomic_folder(Path(path), overwrite=True) as folder:
             save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
-            record = {
-                "format_version": FORMAT_VERSION,
-                "tensors_sha256": file_digest(folder / _TENSORS),
-                "content": plain,
-            }
-            (folder / _REST).write_text(record_text(record), encoding="utf-8")
+            head = _SavedHead(tensors_sha256=file_digest(folder / _TENSORS), content=plain)
+            (folder / _REST).write_text(record_text(head), encoding="utf-8")
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -54,15 +59,15 @@ class SafetensorsCheckpointIO(CheckpointIO):
         """Read a checkpoint folder.
 
         Raises:
-            TritterError: it is damaged, or of a newer format.
+            TritterError: it is damaged, or of another format.
         """
         folder = Path(path)
         try:
-            head = read_record(folder / _REST, format_version=FORMAT_VERSION)
-            if file_digest(folder / _TENSORS) != head["tensors_sha256"]:
+            head = read_record(folder / _REST, _SavedHead)
+            if file_digest(folder / _TENSORS) != head.tensors_sha256:
                 raise TritterError(f"{folder / _TENSORS} was changed since it was written.")
             tensors = load_file(folder / _TENSORS, device="cpu")
-            content = decode(head["content"], tensors)
+            content = decode(head.content, tensors)
             if not isinstance(content, dict):
                 raise ValueError("it holds no mapping")
             return content

@@ -4,10 +4,9 @@ import math
 import os
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.utils import run_and_report
@@ -20,30 +19,48 @@ from omegaconf import DictConfig
 from tritter.config.launch.composition import composer, plain_config
 from tritter.config.launch.resume import recorded_words
 from tritter.config.overrides import quoted
-from tritter.config.run_folder import RunState, check_run_folder, write_json, write_run_file
+from tritter.config.run_folder import (
+    RunState,
+    check_run_folder,
+    write_run_file,
+)
 from tritter.config.schema import RunConfig
 from tritter.config.validation import validate
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped
+from tritter.storage.atomic import write_text_atomic
 from tritter.storage.lock import alone_in
-from tritter.storage.records import SUMMARY_FILE, read_record
+from tritter.storage.records import SUMMARY_FILE, read_record, record, record_text
 from tritter.terminal import say
 
 if TYPE_CHECKING:
     from tritter.config.launch.plan import Job
 
-FORMAT_VERSION = 2  # 2: a digest of the whole
 STATUS_FILE = "status.json"
 
 ENDS = ("kept", "rolled_back", "undecided", "ungated")
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "status": str,
-    "exit_code": int,
-    "overrides": list,
-    "metric": (int, float, NoneType),
-    "summary": (str, NoneType),
-    "error": (str, NoneType),
-}
+
+
+@record
+class RunStatus:
+    """How a job ended, or that it is running.
+
+    Args:
+        status: what the gate said; or running, failed, interrupted, not run, unknown.
+        metric: what a sweep minimises; None where there is none, or none that is finite.
+        summary: where summary.json is.
+        error: why it failed.
+    """
+
+    FORMAT: ClassVar[str] = "run status"
+
+    status: str
+    exit_code: int
+    overrides: list[str] = field(default_factory=list)
+    metric: float | None = None
+    summary: str | None = None
+    error: str | None = None
+
 
 EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_NOT_KEPT = 0, 1, 2, 3
 
@@ -199,19 +216,14 @@ def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
 
 def read_status(folder: Path) -> dict[str, Any]:
     """Return what `status.json` says of a job; of one that left none, or a damaged one, that."""
-    empty: dict[str, Any] = {"overrides": [], "metric": None, "summary": None}
     path = folder / STATUS_FILE
     if not path.exists():
         error = f"it left no {STATUS_FILE}"
-        return {**empty, "status": "not run", "exit_code": EXIT_FAILED, "error": error}
+        return asdict(RunStatus(status="not run", exit_code=EXIT_FAILED, error=error))
     try:
-        status = read_record(path, format_version=FORMAT_VERSION)
-        wrong = [key for key, kind in _KINDS.items() if not isinstance(status.get(key), kind)]
-        if wrong:
-            raise TritterError(f"{path}: {', '.join(wrong)} missing or of another type.")
+        return asdict(read_record(path, RunStatus))
     except TritterError as error:
-        return {**empty, "status": "unknown", "exit_code": EXIT_FAILED, "error": str(error)}
-    return status
+        return asdict(RunStatus(status="unknown", exit_code=EXIT_FAILED, error=str(error)))
 
 
 def _write_status(
@@ -224,13 +236,12 @@ def _write_status(
     summary: str | None = None,
     error: str | None = None,
 ) -> None:
-    content = {
-        "format_version": FORMAT_VERSION,
-        "status": status,
-        "exit_code": exit_code,
-        "overrides": list(words),
-        "metric": metric if metric is not None and math.isfinite(metric) else None,
-        "summary": summary,
-        "error": error,
-    }
-    write_json(folder / STATUS_FILE, content)
+    content = RunStatus(
+        status=status,
+        exit_code=exit_code,
+        overrides=list(words),
+        metric=metric if metric is not None and math.isfinite(metric) else None,
+        summary=summary,
+        error=error,
+    )
+    write_text_atomic(folder / STATUS_FILE, record_text(content))
