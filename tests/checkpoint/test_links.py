@@ -21,7 +21,7 @@ COMMANDS = (
     "history base --verify",
     "generate --checkpoint base --prompt the --max-new-tokens 1",
     "plan --source base --target 120k --gpu-hours 1",
-    "train --checkpoint base --data base/README.md --output out",
+    "train --checkpoint base --data secret.txt --output out",
 )
 
 

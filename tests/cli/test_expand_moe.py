@@ -45,7 +45,7 @@ def test_some_layers_and_every_option(run: Run, sources: Path, tmp_path: Path) -
     line = f"expand --checkpoint {sources / 'qwen3'} --method moe {words} --json"
     refused = run(f"{line} --dry-run")
     assert refused.code == 2
-    assert "--granularity = 2 does not divide the FFN's 37 neurons; nearest: 1" in refused.err
+    assert "--granularity = 2: it does not divide the FFN's 37 neurons; nearest: 1" in refused.err
     line = line.replace("--granularity 2 ", "")
     content = run(f"{line} --output {tmp_path / 'grown'}").json
     (step,) = content["steps"]
@@ -93,7 +93,7 @@ def test_the_experts_of_a_result_go_on(run: Run, place: Path) -> None:
         ("--method moe --num-experts 2 --experts-per-token 3", "--experts-per-token = 3: a token"),
         ("--method moe --num-experts 1", "--num-experts = 1"),
         ("--method moe --reinit-fraction 1", "--reinit-fraction = 1:"),
-        ("--method moe --sparse-layers 1", "--sparse-layers leaves layers 0, 2 dense"),
+        ("--method moe --sparse-layers 1", "--sparse-layers: it leaves layers 0, 2 dense"),
         ("--method width --num-experts 4", "--method width does not take it; moe"),
         ("--method width,moe --noise 0.1", "--noise = 0.1: width and moe would both take it"),
         ("--method moe,moe", "mixtral has experts already"),

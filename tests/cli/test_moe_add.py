@@ -75,7 +75,7 @@ def test_what_cannot_be_had_speaks_of_the_option(
 
 def test_a_sparse_model_is_sent_to_the_method_by_its_option(run: Run, base: Path) -> None:
     refused = run(f"{ADD.replace('moe-add', 'moe')} --num-experts 4")
-    assert refused.code == 2 and "use --method=moe-add" in refused.err
+    assert refused.code == 2 and "use --method=moe_add" in refused.err
 
 
 def test_target_params_choose_how_many(run: Run, base: Path) -> None:

@@ -92,7 +92,7 @@ def test_making_an_iterator_moves_nothing_and_iterators_share_one_place():
 def test_state_is_plain_and_of_one_format():
     stream = batches(fraction=0.25)
     assert stream.state_dict() == {
-        "format_version": 2,
+        "format_version": 1,
         "batch_index": 0,
         "new": {"epoch": 0, "position": 0},
         "replay": {"old": {"drawn": 0, "place": {"epoch": 0, "position": 0}}},

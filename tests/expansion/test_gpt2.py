@@ -241,7 +241,7 @@ def _spoiled(
 )
 def test_layers_that_know_their_number_stay_where_they_are(spec: ExpansionSpec) -> None:
     model = tiny("gpt2", scale_attn_by_inverse_layer_idx=True).double()
-    with pytest.raises(RequestError, match=rf"expansion={spec.name}: .*inverse_layer_idx = true"):
+    with pytest.raises(RequestError, match=rf"expansion\.{spec.name}: .*inverse_layer_idx = true"):
         _step(model, spec)
     for width in (Width(init="net2net"), Width(intermediate_size=50)):
         assert oracle_growth.errors(model, [_step(model, width)]).logits < IDENTITY

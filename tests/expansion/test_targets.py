@@ -87,7 +87,7 @@ def test_it_must_be_open_and_clear_what_grows() -> None:
     with pytest.raises(RequestError, match="dus, width"):
         reach_parameters(config(), [Dus(), Width()], 7_000_000_000)
     for spec in (Stack(target_layers=48), Interpolate(target_layers=30)):
-        with pytest.raises(RequestError, match=f"{spec.name}'s own"):
+        with pytest.raises(RequestError, match=f"{spec.name} has a target of its own"):
             reach_parameters(config(), [spec], 7_000_000_000)
     with pytest.raises(RequestError, match="hidden_size 4096"):
         reach_parameters(config(), [Width(hidden_size=4096)], 7_000_000_000)

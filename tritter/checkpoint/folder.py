@@ -15,7 +15,8 @@ from tritter.families import Config, ffn_sizes, on_disk, padded_shapes
 from tritter.storage.atomic import atomic_folder, link_or_copy, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
 from tritter.storage.links import check_links
-from tritter.storage.records import LINEAGE_NAME, read_record, record_text
+from tritter.storage.reading import LINEAGE_NAME
+from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import INDEX_NAME, TensorFolder
 from tritter.storage.writer import TensorStream, padded, write_tensors
 

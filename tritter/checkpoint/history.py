@@ -12,8 +12,8 @@ from tritter.families import count_parameters
 from tritter.families.config_file import no_config, read_config_file
 from tritter.storage.hashing import bounded_digest, header_digest, merkle_hash, tensor_digest
 from tritter.storage.links import check_inside, check_links
-from tritter.storage.reading import read_object
-from tritter.storage.records import LEDGER_NAME, LINEAGE_NAME, is_unchanged
+from tritter.storage.reading import LEDGER_NAME, LINEAGE_NAME, read_object
+from tritter.storage.records import is_unchanged
 from tritter.storage.tensors import TensorFolder
 
 Progress = Callable[[int, int], None]

@@ -19,7 +19,7 @@ from tritter.checkpoint.history import link_of, verify
 from tritter.checkpoint.record import Lineage
 from tritter.errors import TritterError
 from tritter.storage.hashing import file_digest
-from tritter.storage.records import LINEAGE_NAME
+from tritter.storage.reading import LINEAGE_NAME
 
 
 def _is_inner_place(place: str) -> str:

@@ -18,7 +18,7 @@ from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
 from tritter.errors import RequestError, TritterError
 from tritter.parameter_map.carry import STATE_KINDS
 from tritter.storage.atomic import refuse_standing
-from tritter.storage.records import LINEAGE_NAME
+from tritter.storage.reading import LINEAGE_NAME
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME
 
 _PLAIN_NAMES = {"config.json", CARD_NAME, SINGLE_NAME, INDEX_NAME, *TOKENIZER_FILES}

@@ -18,8 +18,7 @@ from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, place
 from tritter.cli.output import new_console, print_json, shown_path, signs_of
 from tritter.cli.report import find_runs, metric_rows, read_runs
 from tritter.errors import Problem, RequestError, TritterError
-from tritter.storage.reading import read_object
-from tritter.storage.records import LINEAGE_NAME, SUMMARY_FILE
+from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
 from tritter.terminal import Console
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ def _scores(place: Path, run: Run) -> Scores:
 
 def _peak_memory(place: Path) -> float | None:
     """Return the most memory that a run wrote down; None where it did not."""
-    from tritter.report.rows import LARGEST
+    from tritter.report.bounds import LARGEST
 
     try:
         cells = [row.get(_PEAK) for row in metric_rows(place / "metrics.csv")]

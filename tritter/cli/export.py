@@ -8,14 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-
-from tritter.checkpoint import Source
-from tritter.checkpoint.expert_files import HEAD, ExpertFiles
-from tritter.checkpoint.export import Exported, Weights
-from tritter.checkpoint.folder import Artifact
-from tritter.checkpoint.lightning_file import read_lightning_file
-from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.cli.options import (
     AsJson,
     MaxShardSize,
@@ -55,6 +47,10 @@ FORMATS = ("hf", "peft")
 _NAMES = Names.of({"dtype": "--dtype"})
 LAYOUTS: dict[str, LayoutKind] = {"hub": "hub", "fused": "live"}
 _CKPT = "Of a .ckpt"
+_NO_FILE = (
+    "--checkpoint {} is no file; a folder has a config and names of its own, and its state/ is "
+    "never exported."
+)
 
 ExportSource = Annotated[
     str, option("--checkpoint", "SRC", "Folder or hub id of the model, or a .ckpt of Lightning.")
@@ -176,13 +172,7 @@ def export(
     choice("--format", format, FORMATS)
     dtype = None if dtype is None else choice("--dtype", dtype, WEIGHT_DTYPES)
     is_file = named_path(checkpoint, key="--checkpoint").is_file()
-    if is_file and (merge or format == "peft"):
-        raise RequestError(
-            f"{'--merge' if merge else '--format = peft'}: --checkpoint {checkpoint} is a file; "
-            "allowed is a folder with LoRA experts."
-        )
-    if rank is not None and not (merge and format == "peft"):
-        raise RequestError(f"--rank = {rank}: allowed with --format peft --merge.")
+    _check_merging(checkpoint, format, is_file=is_file, is_merged=merge, rank=rank)
     of_file = {"--config": config, "--prefix": prefix, "--no-state": no_state or None}
     of_folder = {
         "--drop-new-experts": drop_new_experts or None,
@@ -197,12 +187,10 @@ def export(
             checkpoint, output, is_merged=merge, rank=rank, dtype=dtype, overwrite=overwrite,
             as_json=as_json,
         )  # fmt: skip
-    if not is_file:
-        reason = (
-            f"--checkpoint {checkpoint} is no file; a folder has a config and names of its own, "
-            "and its state/ is never exported."
-        )
-        _refuse(of_file, reason)
+    if is_file:
+        _refuse(of_folder, f"{checkpoint} is a file; allowed is a folder.")
+    else:
+        _refuse(of_file, _NO_FILE.format(checkpoint))
     with loading("transformers"):
         import torch
 
@@ -214,7 +202,6 @@ def export(
     check_output(output, sources=sources, overwrite=overwrite)
     with refuse_damage():
         if is_file:
-            _refuse(of_folder, f"{checkpoint} is a file; allowed is a folder.")
             origin = _of_file(checkpoint, config, prefix=prefix, with_state=not no_state)
         else:
             origin = _of_folder(
@@ -224,14 +211,13 @@ def export(
                 has_lineage=not ignore_lineage,
             )
         check_loadable(origin.weights.config, folder=origin.weights.places[-1])
-    layout = _layout(expert_layout, origin.weights.config)
     with says_if_written(output):
         with progress_bar(is_shown=not as_json) as progress, naming(_NAMES):
             exported = export_model(
                 origin.weights,
                 output,
                 dtype=origin.dtype if dtype is None else getattr(torch, dtype),
-                expert_layout=layout,
+                expert_layout=_layout(expert_layout, origin.weights.config),
                 artifacts=origin.artifacts,
                 max_shard_bytes=max_shard_size,
                 overwrite=overwrite,
@@ -242,6 +228,18 @@ def export(
         else:
             _print(origin, exported)
     return 0
+
+
+def _check_merging(
+    checkpoint: str, format: str, *, is_file: bool, is_merged: bool, rank: int | None
+) -> None:
+    if is_file and (is_merged or format == "peft"):
+        raise RequestError(
+            f"{'--merge' if is_merged else '--format = peft'}: --checkpoint {checkpoint} is a "
+            "file; allowed is a folder with LoRA experts."
+        )
+    if rank is not None and not (is_merged and format == "peft"):
+        raise RequestError(f"--rank = {rank}: allowed with --format peft --merge.")
 
 
 def _refuse(options: Mapping[str, object], reason: str) -> None:
@@ -304,6 +302,8 @@ def _export_adapters(
 def _of_folder(
     checkpoint: str, *, is_without_new: bool, is_merged: bool, has_lineage: bool
 ) -> _Origin:
+    from tritter.checkpoint import Source
+    from tritter.checkpoint.expert_files import HEAD, ExpertFiles
     from tritter.checkpoint.export import Weights
     from tritter.checkpoint.tokenizer_files import TokenizerFiles
     from tritter.models import read_config
@@ -355,6 +355,8 @@ def _without_new_experts(weights: Weights, folder: Path) -> tuple[Weights, tuple
 def _of_file(
     checkpoint: str, config: str | None, *, prefix: str | None, with_state: bool
 ) -> _Origin:
+    from tritter.checkpoint.lightning_file import read_lightning_file
+    from tritter.checkpoint.tokenizer_files import TokenizerFiles
     from tritter.models import read_config
 
     path = named_path(checkpoint, key="--checkpoint")

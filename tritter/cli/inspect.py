@@ -28,7 +28,6 @@ from tritter.loading import loading
 from tritter.report.rows import ACCURACY
 from tritter.report.wording import count_text
 from tritter.storage.hub import locate
-from tritter.storage.records import plain_record
 from tritter.terminal import Console
 
 if TYPE_CHECKING:
@@ -127,6 +126,7 @@ def _as_json(
     source: Source, dtypes: Mapping[str, int], last_map: RecordedMap | None
 ) -> dict[str, Any]:
     from tritter.families import ffn_sizes, on_disk
+    from tritter.storage.records import plain_record
 
     lineage = source.lineage
     return {

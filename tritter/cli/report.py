@@ -21,8 +21,7 @@ from tritter.cli.options import AsJson, ReportOverwrite, Runs, place
 from tritter.cli.output import print_json, short
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.storage.atomic import atomic_folder, refuse_standing
-from tritter.storage.reading import read_object, read_text
-from tritter.storage.records import RUN_FILE, SUMMARY_FILE
+from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, read_object, read_text
 from tritter.terminal import Console
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from tritter.checkpoint.place import is_within
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.report.compared import CSV_HEADER
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.reading import kind_of, open_file, read_object
-from tritter.storage.records import LINEAGE_NAME, RUN_FILE
+from tritter.storage.reading import LINEAGE_NAME, RUN_FILE, kind_of, open_file, read_object
 
 _KEY = "--output"
 PAGE_NAME = "report.html"  # the one report that a run folder may contain

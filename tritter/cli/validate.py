@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.text import Text
 
-from tritter.checkpoint.expert_files import refuse_experts
 from tritter.cli.options import AsJson, option
 from tritter.cli.output import (
     EXIT_NO,
@@ -20,8 +19,6 @@ from tritter.cli.output import (
     refuse_damage,
     signs_of,
 )
-from tritter.config.schema import TextSources
-from tritter.config.text_files import named_after, read_sources, unused_name
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.loading import loading
 from tritter.storage.hub import locate
@@ -93,6 +90,7 @@ def _folder(place: str, option: str) -> Path:
     Raises:
         RequestError: there is none, or it has experts.
     """
+    from tritter.checkpoint.expert_files import refuse_experts
     from tritter.families.config_file import no_config
 
     with refuse_damage():
@@ -109,6 +107,7 @@ def _sources(
     option: str, words: Sequence[str] | None, problems: list[Problem]
 ) -> TextSources | None:
     """Return domain → paths of what was typed, as [NAME=]PATH; None where nothing was."""
+    from tritter.config.text_files import named_after, read_sources, unused_name
 
     if not words:
         return None

@@ -20,8 +20,8 @@ from tritter.errors import Problem, RequestError, TritterError, did_you_mean, ke
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.links import check_tree
 from tritter.storage.lock import LOCK_NAME
-from tritter.storage.reading import named_path
-from tritter.storage.records import RUN_FILE, SUMMARY_FILE, read_record, record, record_text
+from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, named_path
+from tritter.storage.records import read_record, record, record_text
 
 RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the time
 

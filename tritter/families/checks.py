@@ -18,8 +18,7 @@ from tritter.limits import (
     MAX_POSITIONS,
     MAX_TENSORS,
 )
-from tritter.storage.reading import read_object
-from tritter.storage.records import LINEAGE_NAME
+from tritter.storage.reading import LINEAGE_NAME, read_object
 
 _MAX_INTEGER = 2**63 - 1  # what a tensor's index holds
 _MAX_TEXT = 2**16

@@ -17,7 +17,7 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import disk_bytes
 from tritter.storage.atomic import remove_folder
-from tritter.storage.records import LINEAGE_NAME
+from tritter.storage.reading import LINEAGE_NAME
 
 _RECORDS = {"config.json", LINEAGE_NAME, "router.json"}
 _BEFORE_FIT = ("expanded", "distilled", "adapted")

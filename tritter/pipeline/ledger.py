@@ -13,7 +13,8 @@ from tritter.checkpoint.left import InnerPlace, digests_of, find_damage
 from tritter.errors import TritterError, brief
 from tritter.evaluation.gate import Status
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.records import LEDGER_NAME, read_record, record, record_text, validated
+from tritter.storage.reading import LEDGER_NAME
+from tritter.storage.records import read_record, record, record_text, validated
 from tritter.training import FitResult
 
 _LOG = ".csv"  # what is only looked at: it may be gone, and holds times that differ

@@ -18,7 +18,8 @@ from tritter.evaluation.statistics import (
     finite_or_none,
     relative_harm,
 )
-from tritter.report.rows import LARGEST, ScoreChange, last_attempt
+from tritter.report.bounds import LARGEST
+from tritter.report.rows import ScoreChange, last_attempt
 from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped, tells
 from tritter.report.table import Table
 from tritter.report.wording import MISSING, change_text, count_text, score_text, si_text

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tritter.report.bounds import LARGEST
 from tritter.report.drawing import CYCLE, GREY, cut, panel, plain, shortened
 from tritter.report.experts import experts_panels
 from tritter.report.growth import (
@@ -24,7 +25,7 @@ from tritter.report.growth import (
 )
 from tritter.report.matrix import matrix_figure
 from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
-from tritter.report.rows import LARGEST, Role
+from tritter.report.rows import Role
 from tritter.report.runs import Group, Interval, Run, with_controls
 
 MOST_GROUPS = 40  # drawn row by row; the table of the page has all

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
+from tritter.report.bounds import Count, Number
 from tritter.report.drawing import new_figure, shortened
-from tritter.report.rows import Count, Number
 from tritter.report.table import Table, left_out
 from tritter.report.wording import MISSING
 

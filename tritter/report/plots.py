@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from tritter.report.bounds import LARGEST
 from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure
 from tritter.report.experts import experts_figure
 from tritter.report.growth import growth_figure, mark_growth
 from tritter.report.matrix import matrix_figure
-from tritter.report.rows import LARGEST, DomainRow, Score, ScoreChange, domain_rows, last_attempt
+from tritter.report.rows import DomainRow, Score, ScoreChange, domain_rows, last_attempt
 from tritter.report.summary import ExpertsRecord, GrowthRecord
 from tritter.report.wording import change_text
 

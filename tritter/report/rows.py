@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 Role = Literal["old", "new"]
 ACCURACY = "/accuracy"  # behind the name of a domain or task, where its right answers are meant
@@ -173,8 +171,3 @@ def _change(check: Mapping[str, Any], *, before: Score, after: Score) -> ScoreCh
     if not before.loss_per_byte or after.loss_per_byte is None:
         return ScoreChange(None, None, None)
     return ScoreChange(after.loss_per_byte / before.loss_per_byte - 1, None, None)
-
-
-LARGEST = 1e30  # sums and squares of such numbers, and axes over them, are finite
-Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=10**15)]

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Required, TypeVar, dataclass_transfo
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
+from tritter.report.bounds import Count, Number
 from tritter.report.matrix import MatrixSummary
-from tritter.report.rows import Count, Number
 from tritter.storage.records import validated
 
 BASE = "base"  # the gate of a base without an adapter

@@ -17,6 +17,10 @@ from typing import Any
 
 from tritter.errors import RequestError, TritterError, brief, key_name
 
+LINEAGE_NAME = "tritter.json"
+RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"  # of a run folder
+LEDGER_NAME = "ledger.json"  # of a run folder: what its stages left
+
 # File name → bytes up to which it is read; the largest real ones are a tenth of that.
 _MAX_BYTES = {
     "config.json": 4 * 2**20,

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 
 FORMAT_VERSION = 1
-LINEAGE_NAME = "tritter.json"
-RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"  # of a run folder
-LEDGER_NAME = "ledger.json"  # of a run folder: what its stages left
 _DIGEST = "record_digest"
 _HEAD = ("format", "format_version", _DIGEST)
 _CONFIG = {"extra": "forbid", "strict": True, "allow_inf_nan": False}

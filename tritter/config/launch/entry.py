@@ -141,7 +141,7 @@ def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
     from tritter.config.launch.resume import recorded_words
     from tritter.config.overrides import resume_command
     from tritter.config.run_folder import RunState, require_writable
-    from tritter.storage.records import SUMMARY_FILE
+    from tritter.storage.reading import SUMMARY_FILE
 
     job = plan.jobs[0]
     if job.state is RunState.FINISHED:

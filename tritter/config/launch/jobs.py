@@ -30,7 +30,8 @@ from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.lock import alone_in
-from tritter.storage.records import SUMMARY_FILE, read_record, record, record_text
+from tritter.storage.reading import SUMMARY_FILE
+from tritter.storage.records import read_record, record, record_text
 from tritter.terminal import say
 
 if TYPE_CHECKING:

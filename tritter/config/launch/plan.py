@@ -37,7 +37,7 @@ from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.families import Config
 from tritter.storage.lock import LOCK_NAME, check_free
-from tritter.storage.records import RUN_FILE
+from tritter.storage.reading import RUN_FILE
 from tritter.terminal import say
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"

@@ -10,8 +10,7 @@ from rich.text import Text
 from tritter.config.launch.jobs import STATUS_FILE, read_status
 from tritter.config.launch.plan import Job
 from tritter.storage.lock import is_held
-from tritter.storage.reading import read_object
-from tritter.storage.records import SUMMARY_FILE
+from tritter.storage.reading import SUMMARY_FILE, read_object
 from tritter.terminal import Console
 
 
