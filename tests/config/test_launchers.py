@@ -12,6 +12,7 @@ from hydra._internal.core_plugins import basic_launcher
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from tests import compositions
 from tests.config.conftest import FakeOutcome, FakePipeline
 from tests.config.test_entry import Run
 from tritter.config import memory
@@ -45,6 +46,7 @@ def test_a_job_in_another_process_records_where_its_options_came_from(
 def test_a_plugin_that_is_missing_is_named_with_its_extra(
     run: Run, monkeypatch: pytest.MonkeyPatch, group: str, option: str, extra: str
 ) -> None:
+    monkeypatch.setattr(compositions, "_lists", {})  # earlier tests composed the same words
     monkeypatch.delitem(ConfigStore.instance().repo["hydra"][group], f"{option}.yaml", False)
     result = run("-m", f"hydra/{group}={option}", "seed=0,3")
     assert (result.code, result.written) == (2, [])
