@@ -1,4 +1,8 @@
-"""Grow a language model on real text, check it, and keep it or roll it back."""
+"""Grow a language model on real text, check it, and keep it or roll it back.
+
+What `@hydra.main` does, `main` does with refusals and exit codes of its own; by that word Hydra's
+shell completion knows that it may ask this file.
+"""
 
 import sys
 from pathlib import Path

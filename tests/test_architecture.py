@@ -80,8 +80,8 @@ TORCH_ONLY_ROOMS = {"parameter_map", "stock_routers"}  # the standard library an
 RATCHET = {
     "(top)": (14, 1_746),
     "checkpoint": (16, 2_694),
-    "cli": (20, 5_389),
-    "config": (41, 8_902),
+    "cli": (20, 5_385),
+    "config": (34, 8_210),
     "data": (18, 5_544),
     "evaluation": (19, 4_021),
     "expand": (6, 1_142),

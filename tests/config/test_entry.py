@@ -14,7 +14,7 @@ import pytest
 
 from tests.config.conftest import FakeOutcome, FakePipeline, Result
 from tritter.config.launch.jobs import read_status
-from tritter.config.launch.sweep_table import print_sweep, sweep_rows
+from tritter.config.launch.sweep import print_sweep, sweep_rows
 from tritter.config.run_folder import write_run_file
 from tritter.config.schema import RunConfig
 
@@ -30,8 +30,8 @@ def test_a_run(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
     assert folder.parent == tmp_path / "outputs/runs"
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
     status = read_status(folder)
-    assert (status["status"], status["metric"], status["exit_code"]) == ("kept", 0.25, 0)
-    assert status["overrides"] == ["training.max_steps=7", "gate=strict"]
+    assert (status.status, status.metric, status.exit_code) == ("kept", 0.25, 0)
+    assert status.overrides == ["training.max_steps=7", "gate=strict"]
 
 
 @pytest.mark.quick_cases(3)
@@ -186,9 +186,9 @@ def test_a_sweep(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
     sweep = pipeline.folders[0].parent
     assert sweep.parent == tmp_path / "outputs/sweeps"
     assert {folder.parent for folder in pipeline.folders} == {sweep}
-    statuses = [read_status(sweep / str(number))["status"] for number in range(4)]
+    statuses = [read_status(sweep / str(number)).status for number in range(4)]
     assert statuses == ["kept", "failed", "failed", "rolled_back"]
-    assert "KeyError" in read_status(sweep / "2")["error"]
+    assert "KeyError" in read_status(sweep / "2").error
     for word in ("rolled_back", "failed", "training=quick", "seed=3"):
         assert word in result.out
 
@@ -219,6 +219,16 @@ def test_a_sweep_over_keys_of_swept_methods(run: Run, pipeline: FakePipeline) ->
     assert lambdas == [1.0, 3.0, 1.0, 3.0]
 
 
+def test_a_mode_makes_a_sweep(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
+    file = tmp_path / "conf/experiment/two.yaml"
+    file.parent.mkdir(parents=True)
+    two = "hydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,3'}}}"
+    file.write_text(f"# @package _global_\n# Two runs\n{two}\n")
+    assert run("--config-dir=conf", "experiment=two").code == 0
+    assert [config.seed for config in pipeline.configs] == [0, 3]
+    assert {folder.parent.parent.name for folder in pipeline.folders} == {"sweeps"}
+
+
 @pytest.mark.full
 def test_a_sweep_with_a_strict_gate(run: Run) -> None:
     assert run("-m", "seed=0,3").code == 0
@@ -246,7 +256,7 @@ def test_an_ungated_job_is_finished(run: Run, pipeline: FakePipeline) -> None:
     again = run(*words)
     assert again.code == 0 and "job 1 was over before: ungated" in again.out
     assert [config.seed for config in pipeline.configs] == [0, 4]
-    assert read_status(Path("here/1"))["status"] == "ungated"
+    assert read_status(Path("here/1")).status == "ungated"
 
 
 @pytest.mark.full
@@ -295,7 +305,7 @@ def test_a_metric_that_is_not_finite_is_stored_as_null(
 
     monkeypatch.setattr(FakePipeline, "__call__", outcome)
     assert run("hydra.run.dir=here").code == 0
-    assert read_status(Path("here"))["metric"] is None
+    assert read_status(Path("here")).metric is None
 
 
 def test_run_file_is_written_whole(run: Run, pipeline: FakePipeline) -> None:

@@ -1,7 +1,6 @@
 """Flags: each of Hydra's works or is refused by name, and none is passed over."""
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,40 +11,32 @@ from hydra._internal.utils import get_args_parser
 
 from tests.config.conftest import FakePipeline, Result
 from tritter.config.launch.command_line import read_command_line
-from tritter.config.launch.flags import FLAGS, REFUSED
-from tritter.config.launch.hydra_help import hydra_help
-from tritter.config.launch.hydra_settings import ALLOWED
 
 Run = Callable[..., Result]
-WORKING = {name for flag in FLAGS for name in flag.names}
+# One run is what happens without a flag; our own options are always there; a pickle may run code
+REFUSED = {"--run", "-r", "--config-path", "-cp", "--experimental-rerun"}
 
 
-def test_every_flag_of_hydra_works_or_is_refused_by_name() -> None:
-    hydras = {name for action in get_args_parser()._actions for name in action.option_strings}
-    assert hydras == WORKING | {name for names in REFUSED for name in names}
-
-
-@pytest.mark.parametrize("name", [name for names in REFUSED for name in names])
-@pytest.mark.parametrize("value", [[], ["x"], ["seed=1"]])
-def test_what_is_refused_says_why(run: Run, name: str, value: list[str]) -> None:
-    refused = run(name, *value)
+@pytest.mark.parametrize("name", ["--run", "-r", "--config-path", "--experimental-rerun"])
+def test_flags_of_hydra_that_are_none_here(run: Run, name: str) -> None:
+    refused = run(name, "seed=1")
     assert refused.code == 2 and refused.written == []
-    assert refused.err.startswith(f"error: {name} is none of Tritter's flags: ")
-    assert next(why for names, why in REFUSED.items() if name in names) in refused.err
+    assert f"unrecognized arguments: {name}" in refused.err
 
 
-def test_hydra_help_lists_exactly_what_works(run: Run, pipeline: FakePipeline) -> None:
+def test_every_other_flag_of_hydra_works() -> None:
+    actions = [a for a in get_args_parser()._actions if not REFUSED & {*a.option_strings}]
+    for action in actions:
+        for name in action.option_strings:
+            value = next(iter(action.choices or ["x"])) if action.nargs != 0 else None
+            words = ["--cfg=job"] * (action.dest in ("package", "resolve"))
+            read_command_line([*words, name, *([value] if value else [])])
+
+
+def test_hydra_prints_its_help(run: Run, pipeline: FakePipeline) -> None:
     result = run("--hydra-help")
     assert (result.code, result.written, pipeline.configs) == (0, [], [])
-    said = result.out
-    assert said == f"{hydra_help()}\n"
-    working, _, refused = said.partition("Flags of Hydra's that are refused")
-    named = set(re.findall(r"(?<![\w-])--[a-z-]+", working))
-    assert named == {name for name in WORKING if name.startswith("--")}
-    assert all(name in refused for names in REFUSED for name in names)
-    assert all(f"hydra.{name} " in refused for name in ALLOWED)
-    assert "hydra/launcher" in refused and "basic" in refused
-    assert max(map(len, said.splitlines())) <= 96
+    assert "--multirun" in result.out and "hydra/launcher: basic" in result.out
 
 
 @pytest.mark.parametrize(
@@ -53,14 +44,14 @@ def test_hydra_help_lists_exactly_what_works(run: Run, pipeline: FakePipeline) -
     [
         ("-m seed=0,0", "jobs 0 and 1 are equal (seed=0): list a value once."),
         ("-m seed=0,1 gate=off,off", "jobs 2 and 3 are equal (seed=1 gate=off)"),
-        ("--package model", "--package goes with --cfg job"),
-        ("--resolve seed=1", "--resolve goes with --cfg job"),
+        ("--package model", "--package and --resolve go with --cfg job"),
+        ("--resolve seed=1", "--package and --resolve go with --cfg job"),
         ("--cfg job --info", "--cfg and --info: each asks for something else"),
-        ("--hydra-help -c job", "--hydra-help and --cfg: each"),
-        ("-m -sc install=bash", "--multirun and --shell-completion: each"),
-        ("-m --cfg job", "-m with --cfg: show one job at a time"),
+        ("--hydra-help -c job", "--cfg and --hydra-help: each"),
+        ("-m -sc install=bash", "--shell-completion and --multirun: each"),
+        ("-m --cfg job", "--cfg and --multirun: each asks for something else"),
         ("--info nothing", "invalid choice: 'nothing'"),
-        ("--cfg job -p modl", "--cfg job --package modl: package 'modl' not found in config."),
+        ("--cfg job -p modl", "--cfg job: package 'modl' not found in config."),
         (
             "--checkpoint base",
             "Did you mean: tritter train --checkpoint base, or model=hf model.path=base",
@@ -72,10 +63,8 @@ def test_hydra_help_lists_exactly_what_works(run: Run, pipeline: FakePipeline) -
         ("--config-dir", "expected one argument"),
         ("--config-dir nowhere", "there is no such folder"),
         (f"--config-dir {__file__}", "it is no folder"),
-        ("-sc", "allowed is one of install=bash, uninstall=bash, query=bash"),
-        ("-sc install=fish", "`tritter --install-completion` is for bash, zsh, fish"),
-        ("-sc instal=bash", "Did you mean install=bash?"),
-        ("-sc install=bash seed=3", "allowed is one of install=bash"),
+        ("-sc", "Expecting one subcommand from"),
+        ("-sc install=nothing", "No completion plugin for 'nothing' found"),
     ],
 )
 def test_what_would_be_passed_over_is_refused(run: Run, words: str, said: str) -> None:

@@ -52,27 +52,16 @@ def wait_for(is_so: Callable[[], bool]) -> None:
     raise AssertionError("it did not come about")
 
 
-def is_alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @EACH
 def test_failed_and_killed_jobs_stand_in_the_table(tmp_path: Path, launcher: tuple[str]) -> None:
     words = (f"seed=0,{FAILS},{IS_KILLED},3", f"hydra/launcher={launcher[0]}", *launcher[1:])
     sweep = started(tmp_path, *words)
     out, errors = sweep.communicate(timeout=_SECONDS)
     assert sweep.returncode == 1, errors
-    assert statuses(tmp_path) == ["kept", "failed", "running", "kept"] and "killed" in out
-    seeds = sorted(int(line[1]) for line in begun(tmp_path))
-    assert seeds == [0, FAILS, 3, IS_KILLED, IS_KILLED]
+    assert "killed" in out and "the sweep was broken off" in errors
     assert {line[4] for line in begun(tmp_path)} == {"sweep"}
     assert "a line of the run" in (tmp_path / "sweep/0/output.txt").read_text()
     assert "a line of the run" not in out
-    assert "job 0 begins: seed=0\n" in out and "job 0 is over: kept\n" in out
-    assert f"job 1 begins: seed={FAILS}\n" in out and "job 1 is over: failed\n" in out
     at_once = 2 if launcher[0] == "joblib" else 4
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     assert {line[3] for line in begun(tmp_path)} == {str(threads)}
@@ -99,23 +88,6 @@ def test_a_signal_ends_all_jobs_in_order(
     again = started(tmp_path, *words)
     assert again.communicate(timeout=_SECONDS) and again.returncode == 0
     assert statuses(tmp_path) == ["kept", "kept"]
-
-
-def test_jobs_of_joblib_end_when_their_sweep_is_killed(tmp_path: Path) -> None:
-    words = (f"seed=0,{WAITS}", "data.batch_size=4,8", "hydra/launcher=joblib")
-    sweep = started(tmp_path, *words, "hydra.launcher.n_jobs=2")
-    wait_for(lambda: [line[1] for line in begun(tmp_path)].count(str(WAITS)) == 2)
-    sweep.kill()
-    sweep.communicate()
-    workers = {int(line[2]) for line in begun(tmp_path)}
-    wait_for(lambda: statuses(tmp_path).count("interrupted") == 2)
-    (tmp_path / "go").touch()
-    again = started(tmp_path, *words, "hydra.launcher.n_jobs=2")
-    _, errors = again.communicate(timeout=_SECONDS)
-    assert again.returncode == 0, errors
-    assert statuses(tmp_path) == ["kept"] * 4
-    assert [int(line[1]) for line in begun(tmp_path)].count(0) == 2  # what was done stays
-    wait_for(lambda: not any(map(is_alive, workers)))
 
 
 def test_jobs_of_submitit_run_on_and_hold_their_folders(tmp_path: Path) -> None:

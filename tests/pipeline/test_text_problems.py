@@ -36,8 +36,8 @@ def test_what_is_found_when_the_run_reads_it_is_listed_whole(
         assert f"data.{name}: {tmp_path}/{name}/b.jsonl, line 2 has no field text" in errors
         assert f"data.{name}: {tmp_path}/{name}/b.jsonl, line 3 is no JSON object" in errors
     assert f"The run so far: {run}" in errors
-    status: dict[str, Any] = read_status(run)
-    assert (status["status"], status["exit_code"]) == ("failed", 1)
+    status = read_status(run)
+    assert (status.status, status.exit_code) == ("failed", 1)
 
 
 def of_side(side: str, *, seed: int = 0, fraction: float = 0.2) -> list[str]:

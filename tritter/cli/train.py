@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from tritter.cli.options import option, place
-from tritter.config.launch.flags import flag_of
+from tritter.config.launch.command_line import takes_value
 from tritter.config.suggestions import flag_advice
 from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, naming
 from tritter.loading import loading
@@ -201,11 +201,7 @@ def _is_value(before: str, word: str) -> bool:
     """Return whether a word is the value of the flag before it, or may be: of an unknown one."""
     if before[:1] != "-" or "=" in before:
         return False
-    if (flag := flag_of(before)) is None:
-        return True
-    # The value of --info may be missing
-    is_optional = flag.value.startswith("[")
-    return word in flag.choices if is_optional else bool(flag.value or flag.choices)
+    return takes_value(before, word)
 
 
 def _named_checkpoint(plain: Sequence[str], checkpoint: str | None, typed: Sequence[str]) -> str:
@@ -244,8 +240,8 @@ def _check_flags(words: Sequence[str]) -> None:
                 f"{word}: a run is gone on with by itself, with its own checkpoint and text: "
                 f"{shlex.join(['tritter', 'train', word])}"
             )
-        flag = flag_of(word.partition("=")[0].replace("_", "-"))
-        if word[:1] != "-" or (flag and flag.names[0] in ("-cd", "-cn")):
+        name = word.partition("=")[0].replace("_", "-")
+        if word[:1] != "-" or name in ("-cd", "--config-dir", "-cn", "--config-name"):
             continue
         near = did_you_mean(word.partition("=")[0], _VALUED)
         if (advice := flag_advice(word, words, command="train")) is not None:

@@ -335,7 +335,7 @@ def _print_next(context: RunContext, summary: Mapping[str, Any], plots: list[Pat
     for plot in plots:
         context.say("plot", str(plot))
     context.say("summary", str(context.folder / SUMMARY_NAME))
-    words = read_status(context.folder).get("overrides", ())
+    words = read_status(context.folder).overrides
     if tried := summary["attempts"][-1]["overrides"]:
         words = [word for word in on_top(words, tried) if not word.lstrip("+").startswith(RETRYING)]
     commands = next_commands(context.config, summary, words=words, folder=context.folder)

@@ -6,9 +6,27 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tritter.config.folders import SEARCHPATH
-from tritter.config.launch.flags import FLAGS, REFUSED, SHELL_REQUESTS
 from tritter.config.suggestions import flag_advice
 from tritter.errors import Problem, RequestError, nearest
+
+# As Hydra's own parser has them; those with a value → what may stand behind them
+_WHAT = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+_SWITCHES = (
+    ("-h", "--help"),
+    ("--hydra-help",),
+    ("--version",),
+    ("-m", "--multirun"),
+    ("--resolve",),
+    ("-sc", "--shell-completion"),
+)
+_VALUED = {
+    ("-c", "--cfg"): ("job", "hydra", "all"),
+    ("-p", "--package"): (),
+    ("-cn", "--config-name"): (),
+    ("-cd", "--config-dir"): (),
+    ("-i", "--info"): _WHAT,
+}
+FLAGS = (*_SWITCHES, *_VALUED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,26 +36,28 @@ class CommandLine:
     Args:
         overrides: GROUP=OPTION and KEY=VALUE words, as typed.
         is_multirun: -m was given.
-        hydra_flags: flags that Hydra answers by itself (--cfg, --info).
+        shows: a flag that Hydra answers by itself: cfg, info, hydra_help or shell_completion.
+        what: the value of that flag.
+        package: of --package, which goes with --cfg.
+        is_resolved: --resolve was given, which goes with --cfg.
         config_folders: of --config-dir, as typed.
         config_name: of --config-name.
         searchpath: of hydra.searchpath, as typed.
         is_help: -h was given.
-        is_hydra_help: --hydra-help was given.
         is_version: --version was given.
-        shell_request: of -sc, one of `SHELL_REQUESTS`; None where it was not given.
     """
 
     overrides: tuple[str, ...]
     is_multirun: bool = False
-    hydra_flags: tuple[str, ...] = ()
+    shows: str | None = None
+    what: str | None = None
+    package: str | None = None
+    is_resolved: bool = False
     config_folders: tuple[str, ...] = ()
     config_name: str | None = None
     searchpath: tuple[str, ...] = ()
     is_help: bool = False
-    is_hydra_help: bool = False
     is_version: bool = False
-    shell_request: str | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,38 +69,49 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     """Sort the words of a command line.
 
     Raises:
-        RequestError: a flag that there is not, that Tritter refuses, or that goes with another.
+        RequestError: a flag that there is not, or that goes with another.
     """
-    known, unknown = _parser().parse_known_intermixed_args(_info_alone(arguments))
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for names in _SWITCHES:
+        parser.add_argument(*names, action="store_true")
+    for names, choices in _VALUED.items():
+        how: dict[str, Any] = {"nargs": "?", "const": "all"} if "--info" in names else {}
+        if "--config-dir" in names:
+            how = {"action": "append", "default": []}
+        parser.add_argument(*names, choices=choices or None, **how)
+    parser.add_argument("overrides", nargs="*")
+    known, unknown = parser.parse_known_intermixed_args(_info_alone(arguments))
     _refuse_unknown(unknown, arguments)
     searchpath, overrides = split_searchpath(known.overrides)
-    if known.help or known.version:
-        return CommandLine(
-            overrides,
-            config_folders=tuple(known.config_dir),
-            config_name=known.config_name,
-            searchpath=searchpath,
-            is_help=known.help,
-            is_version=known.version and not known.help,
-        )
-    _refuse_together(known)
-    request = None
-    if known.shell_completion:
-        request, overrides = _shell_request(overrides), ()
-    flags = ["--resolve"] if known.resolve else []
-    for name in ("cfg", "package", "info"):
-        if getattr(known, name) is not None:
-            flags += [f"--{name}", getattr(known, name)]
+    asked = {"cfg": known.cfg, "info": known.info}
+    asked |= {name: "" for name in ("hydra_help", "shell_completion") if getattr(known, name)}
+    shows = [name for name, value in asked.items() if value is not None]
+    is_help = known.help or known.version
+    if not is_help and len(shows) + known.multirun > 1:
+        flags = [f"--{name.replace('_', '-')}" for name in (*shows, *["multirun"] * known.multirun)]
+        raise RequestError(f"{' and '.join(flags)}: each asks for something else; give one.")
+    if not is_help and (known.package or known.resolve) and known.cfg is None:
+        raise RequestError("--package and --resolve go with --cfg job, --cfg hydra or --cfg all.")
     return CommandLine(
         overrides=overrides,
         is_multirun=known.multirun,
-        hydra_flags=tuple(flags),
+        shows=None if is_help or not shows else shows[0],
+        what=None if is_help or not shows else asked[shows[0]],
+        package=known.package,
+        is_resolved=known.resolve,
         config_folders=tuple(known.config_dir),
         config_name=known.config_name,
         searchpath=searchpath,
-        is_hydra_help=known.hydra_help,
-        shell_request=request,
+        is_help=known.help,
+        is_version=known.version and not known.help,
     )
+
+
+def takes_value(flag: str, word: str) -> bool:
+    """Return whether the word behind a flag is, or may be, its value; also of unknown flags."""
+    if any(flag in names for names in _SWITCHES):
+        return False
+    return flag not in ("-i", "--info") or word in _WHAT
 
 
 def split_searchpath(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -105,33 +136,6 @@ def split_searchpath(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, 
     return tuple(entries), tuple(others)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    for flag in FLAGS:
-        how: dict[str, Any] = {}
-        if flag.choices:
-            how = {"choices": flag.choices}
-        elif not flag.value:
-            how = {"action": "store_true"}
-        if "--info" in flag.names:
-            how |= {"nargs": "?", "const": "all"}
-        if "--config-dir" in flag.names:
-            how |= {"action": "append", "default": []}
-        parser.add_argument(*flag.names, **how)
-    for names in REFUSED:
-        parser.add_argument(*names, nargs="?", const="", action=_Refused)
-    parser.add_argument("overrides", nargs="*")
-    return parser
-
-
-class _Refused(argparse.Action):
-    """A flag of Hydra's that is none here."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        reason = next(why for names, why in REFUSED.items() if option_string in names)
-        raise RequestError(f"{option_string} is none of Tritter's flags: {reason}.")
-
-
 def _info_alone(arguments: Sequence[str]) -> list[str]:
     """Return the words, in which an --info before a setting doesn't take it for its own."""
     words = list(arguments)
@@ -150,37 +154,9 @@ def _refuse_unknown(words: Sequence[str], arguments: Sequence[str]) -> None:
     """
     if not words:
         return
-    names = {flag.names[-1].strip("-"): flag.names[-1] for flag in FLAGS}
+    names = {flag[-1].strip("-"): flag[-1] for flag in FLAGS}
     near = nearest(words[0].partition("=")[0].strip("-"), names) if len(words) == 1 else None
     meant = f" Did you mean {names[near]}?" if near else ""
     if (advice := flag_advice(words[0], arguments, command="train")) is not None:
         meant = f" {advice}"
     raise RequestError(f"unrecognized arguments: {' '.join(words)} (see --help).{meant}")
-
-
-def _refuse_together(known: argparse.Namespace) -> None:
-    """Refuse flags of which one would be passed over."""
-
-    def is_given(name: str) -> bool:
-        return getattr(known, name[2:].replace("-", "_")) not in (None, False)
-
-    asking = [flag.names[-1] for flag in FLAGS if flag.is_asking and is_given(flag.names[-1])]
-    if len(asking) == 2 and asking[0] == "--multirun" and asking[1] in ("--cfg", "--info"):
-        raise RequestError(f"-m with {asking[1]}: show one job at a time, without -m.")
-    if len(asking) > 1:
-        raise RequestError(f"{' and '.join(asking)}: each asks for something else; give one.")
-    lone = [name for name in ("--package", "--resolve") if is_given(name)]
-    if lone and known.cfg is None:
-        raise RequestError(f"{lone[0]} goes with --cfg job, --cfg hydra or --cfg all.")
-
-
-def _shell_request(words: Sequence[str]) -> str:
-    if len(words) == 1 and words[0] in SHELL_REQUESTS:
-        return words[0]
-    shell = " ".join(words).partition("=")[2]
-    reason = f"allowed is one of {', '.join(SHELL_REQUESTS)}"
-    if shell in ("zsh", "fish", "powershell", "pwsh"):
-        reason += "; `tritter --install-completion` is for bash, zsh, fish and PowerShell, and "
-        reason += "completes tritter train, the same program"
-    near = nearest(words[0], SHELL_REQUESTS) if len(words) == 1 else None
-    raise RequestError(Problem("-sc", " ".join(words), reason=reason, nearest=near))

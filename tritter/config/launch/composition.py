@@ -4,29 +4,38 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
 from tritter.config.components import clashes
-from tritter.config.folders import LADDERS, body_of, front, option_files, option_folders
+from tritter.config.folders import (
+    LADDERS,
+    body_of,
+    composing_from,
+    front,
+    option_files,
+    option_folders,
+)
 from tritter.config.ladder import RUNG_GROUPS, choice_problems, of_rung, on_top, rungs_of
-from tritter.config.launch.hydra_settings import hydra_problems
 from tritter.config.overrides import (
     forced,
     no_option,
@@ -43,8 +52,14 @@ from tritter.config.training_steps import settled
 from tritter.config.validation import Rule, validate
 from tritter.errors import Problem, RequestError, raise_problems, refusal, show
 from tritter.options import leaves
+from tritter.targets import dotted
 
 VERSION_BASE = "1.3"
+_JUDGE = "tritter.config.launch.plan.Judge"
+_SECTIONS_WITH_CODE = ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging")
+_NAMES_OF_CODE = ("_target_", "()", "class")
+_REFERENCE = re.compile(r"\$\{(?!hydra\.|now:|oc\.env:)")  # to what may hold code
+_KNOWN_CODE = ("logging.", "colorlog.", "optuna.samplers.")
 Selection = dict[str, list[str]]
 
 # Values of kinds that Hydra does not expect come out of it as whatever they lead it to
@@ -63,10 +78,72 @@ _HYDRA_ERRORS = (
 _HYDRA_NOISE = re.compile(r"To append|object_type|reference_type|Config search path|provider=")
 
 
-class Loader(ConfigLoaderImpl):
-    """Hydra's, which keeps the list of files of its last job: to ask for it takes as long again."""
+class SweepAsked(Exception):
+    """What was composed for one run says `hydra.mode: MULTIRUN`."""
 
-    files: Sequence[ResultDefault] = ()
+
+class Loader(ConfigLoaderImpl):
+    """Hydra's, whose errors are ours, and to which every key can be set: our schema judges them.
+
+    What was typed of groups that have no such option is left out, so that all else is judged too.
+    A launcher takes it to its processes, so it knows by itself where options are.
+
+    Attributes:
+        front: where options of the user's own are.
+        options: group → its options; Hydra's own groups are left out.
+        files: option files of the job that was composed last, which take as long to ask for.
+        problems: what was left out of it.
+        is_sweep: composes the jobs of a sweep.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        found = option_files()
+        self.front = front()
+        self.options = {group: list(found[group]) for group in found if group != LADDERS}
+        self.files: Sequence[ResultDefault] = ()
+        self.problems: tuple[Problem, ...] = ()
+        self.is_sweep = True
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """Compose as Hydra does.
+
+        Raises:
+            RequestError: Hydra can't.
+            SweepAsked: a sweep comes of it, where one run was asked for.
+        """
+        parsed = parse(overrides, loader=self)
+        with composing_from(self.front):  # a launcher's process knows nothing of it
+            problems = [*option_problems(parsed, self.options), *choice_problems(parsed)]
+        wrong = {problem.key for problem in problems}
+        if "experiment" in wrong:  # it would choose options of all groups
+            raise refusal(problems)
+        sound = [o for o in parsed if o.key_or_group.partition(".")[0] not in wrong]
+        words = [forced(override, self.options) for override in sound]
+        try:
+            composed = super().load_configuration(
+                config_name, words, run_mode, from_shell, validate_sweep_overrides
+            )
+            origins = _Origins(parsed, self.files, composed.hydra.runtime.config_sources)
+            named = [*_code_problems(composed.hydra, parsed, origins)]
+        except _HYDRA_ERRORS as error:
+            raise refusal([*problems, _explain(error, parsed, self)]) from error
+        if named:
+            raise refusal([*problems, *named])
+        if not self.is_sweep and composed.hydra.mode == RunMode.MULTIRUN:
+            raise SweepAsked
+        others = dict(composed.hydra.callbacks or {})
+        with open_dict(composed.hydra):
+            composed.hydra.callbacks = {"tritter": {"_target_": _JUDGE}, **others}
+        self.problems = tuple(problems)
+        return composed
 
     def _compose_config_from_defaults_list(
         self, defaults: list[ResultDefault], repo: IConfigRepository
@@ -81,12 +158,10 @@ class Composition:
 
     Args:
         composed: all that Hydra made of it, its own settings too.
-        loader: which composed it.
     """
 
     config: RunConfig
     composed: DictConfig
-    loader: Loader
 
     @property
     def hydra(self) -> DictConfig:
@@ -94,17 +169,17 @@ class Composition:
         return self.composed.hydra
 
 
+@dataclass(frozen=True, slots=True)
 class Composer:
     """Composes jobs over the option files; made by `composer()`."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    hydra: Hydra
+    loader: Loader
 
-    @cached_property
+    @property
     def options(self) -> Mapping[str, Sequence[str]]:
         """Group → its options; Hydra's own groups are left out."""
-        files = option_files()
-        return {group: list(files[group]) for group in files if group != LADDERS}
+        return self.loader.options
 
     def compose(
         self,
@@ -122,14 +197,38 @@ class Composer:
             RequestError: whatever is wrong with it, in the words of the contract.
         """
         check_overrides(overrides)
-        put = self._put_together(overrides)
-        config = validate(put.raw, origin=put.origins, found=put.problems, rules=rules)
-        config = self.with_rungs(config, overrides, rules=rules)
+        composed = self.composed(overrides)
+        config = self.judged(composed, overrides, rules=rules)
         if job_number is not None:
-            with open_dict(put.composed.hydra):
-                put.composed.hydra.job.num = job_number
-                put.composed.hydra.job.id = str(job_number)
-        return Composition(config, put.composed, self.loader)
+            with open_dict(composed.hydra):
+                composed.hydra.job.num = job_number
+                composed.hydra.job.id = str(job_number)
+        return Composition(config, composed)
+
+    def composed(self, overrides: Sequence[str], *, mode: RunMode = RunMode.RUN) -> DictConfig:
+        """Compose a job, Hydra's own settings too, and judge nothing.
+
+        Raises:
+            RequestError: the options can't be put together.
+        """
+        return self.loader.load_configuration(
+            front().config_name, list(overrides), mode, from_shell=False
+        )
+
+    def judged(
+        self, composed: DictConfig, overrides: Sequence[str], *, rules: Sequence[Rule] = ()
+    ) -> RunConfig:
+        """Return the config of the job that Hydra composed last.
+
+        Args:
+            overrides: those that it was composed of.
+            rules: to be asked besides those of every run.
+
+        Raises:
+            RequestError: whatever is wrong with it, in the words of the contract.
+        """
+        config = self._validated(composed, overrides, rules=rules)
+        return self.with_rungs(config, overrides, rules=rules)
 
     def with_rungs(
         self, config: RunConfig, overrides: Sequence[str], *, rules: Sequence[Rule] = ()
@@ -147,8 +246,8 @@ class Composer:
             try:
                 words = tuple(normalise(word, self.options) for word in typed)
                 refuse_sweeps(parse(words))
-                put = self._put_together(on_top(overrides, words))
-                own = validate(put.raw, origin=put.origins, found=put.problems, rules=rules)
+                tried_words = on_top(overrides, words)
+                own = self._validated(self.composed(tried_words), tried_words, rules=rules)
                 tried = {group: getattr(own, group) for group in RUNG_GROUPS}
                 rungs.append(replace(config, **tried, rung_words=words))
             except RequestError as error:
@@ -156,73 +255,51 @@ class Composer:
         raise_problems(problems)
         return replace(config, rungs=tuple(rungs))
 
-    def hydra_settings(self, overrides: Sequence[str]) -> DictConfig:
-        """Compose without validation and return Hydra's own settings.
-
-        Raises:
-            RequestError: the options can't be put together.
-        """
-        put = self._put_together(overrides)
-        raise_problems([each for each in put.problems if each.key.startswith("hydra")])
-        return put.composed.hydra
-
-    def _put_together(self, overrides: Sequence[str]) -> "_Composed":
-        """Compose a job, without what was typed of groups that have no such option.
-
-        Raises:
-            RequestError: Hydra can't.
-        """
-        parsed = parse(overrides)
-        problems = [*option_problems(parsed, self.options), *choice_problems(parsed)]
-        wrong = {problem.key for problem in problems}
-        if "experiment" in wrong:  # it would choose options of all groups
-            raise refusal(problems)
-        sound = [o for o in parsed if o.key_or_group.partition(".")[0] not in wrong]
-        lines = [forced(override, self.options) for override in sound]
-        name = front().config_name
+    def _validated(
+        self, composed: DictConfig, overrides: Sequence[str], *, rules: Sequence[Rule]
+    ) -> RunConfig:
+        files, problems, parsed = self.loader.files, [*self.loader.problems], parse(overrides)
+        origins = _Origins(parsed, files, composed.hydra.runtime.config_sources)
         try:
-            composed = compose(name, overrides=lines, return_hydra_config=True)
-            files = self.loader.files
             own = [str(key) for key in composed if key != "hydra"]
             raw = plain_config(OmegaConf.masked_copy(composed, own))
-            origins = _Origins(parsed, files, composed.hydra.runtime.config_sources)
-            problems += hydra_problems(composed.hydra, _plain_hydra(), parsed, origin=origins)
         except _HYDRA_ERRORS as error:
-            raise refusal([*problems, self._explain(error, parsed)]) from error
+            raise refusal([*problems, _explain(error, parsed, self.loader)]) from error
         problems += _selection_problems(raw, _selection(files), origins)
-        return _Composed(composed, settled(raw, origins.exactly), origins, problems)
+        raw = settled(raw, origins.exactly)
+        return validate(raw, origin=origins, found=problems, rules=rules)
 
-    def _explain(self, error: Exception, overrides: Sequence[Override]) -> Problem:
-        if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-            return self._explain_missing_option(error, error.missing_cfg_file, overrides)
-        text = str(error).strip()
-        if merged := re.search(r"Could not override '(hydra.+?)'", text):
-            return self._explain_hydra_key(merged.group(1), overrides)
-        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-            mark = error.problem_mark
-            told = f"{mark.name}, line {mark.line + 1} is no YAML: {error.problem}."
-            return Problem("", reason=told)
-        cause = str(error.__cause__ or "")
-        lines = [line.strip().replace("++", "") for line in f"{text}\n{cause}".splitlines()]
-        said = [line for line in dict.fromkeys(lines) if line and not _HYDRA_NOISE.match(line)]
-        return Problem("", reason="the options can't be put together: " + "; ".join(said))
 
-    def _explain_missing_option(
-        self, error: MissingConfigException, path: str, overrides: Sequence[Override]
-    ) -> Problem:
-        known = [group for group in self.options if path.startswith(f"{group}/")]
-        group = known[0] if known else path.rpartition("/")[0]
-        options = error.options or self.loader.get_group_options(group)
-        is_typed = any(override.key_or_group == group for override in overrides)
-        experiment = None if is_typed else _value_of("experiment", overrides)
-        origin = f"experiment/{experiment}.yaml" if experiment else None
-        return replace(no_option(group, path[len(group) + 1 :], options), origin=origin)
-
-    def _explain_hydra_key(self, key: str, overrides: Sequence[Override]) -> Problem:
-        keys = list(leaves(OmegaConf.to_container(_plain_hydra()), "hydra"))
-        reason = "Hydra has no such setting (python train.py --hydra-help)"
+def _explain(error: Exception, overrides: Sequence[Override], loader: Loader) -> Problem:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _explain_missing_option(error, error.missing_cfg_file, overrides, loader)
+    text = str(error).strip()
+    if merged := re.search(r"Could not override '(hydra.+?)'", text):
+        key = merged.group(1)
+        usual = loader.load_configuration(loader.front.config_name, [], RunMode.RUN).hydra
+        keys = list(leaves(OmegaConf.to_container(usual), "hydra"))
+        reason = "Hydra has no such setting (python train.py --cfg hydra)"
         value = _value_of(key, overrides)
         return Problem(key, value, reason=reason, nearest=nearest_key(key, keys))
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return Problem("", reason=f"{mark.name}, line {mark.line + 1} is no YAML: {error.problem}.")
+    cause = str(error.__cause__ or "")
+    lines = [line.strip().replace("++", "") for line in f"{text}\n{cause}".splitlines()]
+    said = [line for line in dict.fromkeys(lines) if line and not _HYDRA_NOISE.match(line)]
+    return Problem("", reason="the options can't be put together: " + "; ".join(said))
+
+
+def _explain_missing_option(
+    error: MissingConfigException, path: str, overrides: Sequence[Override], loader: Loader
+) -> Problem:
+    known = [group for group in loader.options if path.startswith(f"{group}/")]
+    group = known[0] if known else path.rpartition("/")[0]
+    options = error.options or loader.get_group_options(group)
+    is_typed = any(override.key_or_group == group for override in overrides)
+    experiment = None if is_typed else _value_of("experiment", overrides)
+    origin = f"experiment/{experiment}.yaml" if experiment else None
+    return replace(no_option(group, path[len(group) + 1 :], options), origin=origin)
 
 
 class OutsideFolders(SearchPathPlugin):
@@ -237,16 +314,6 @@ class OutsideFolders(SearchPathPlugin):
 Plugins.instance().register(OutsideFolders)
 
 
-def _plain_hydra() -> DictConfig:
-    """Return Hydra's own settings of a job without overrides."""
-    return _plain_hydra_of(front().config_name, tuple(option_folders().values()))
-
-
-@cache
-def _plain_hydra_of(config_name: str, _folders: tuple[Path, ...]) -> DictConfig:
-    return compose(config_name, return_hydra_config=True).hydra
-
-
 @contextmanager
 def composer() -> Iterator[Composer]:
     """Yield a Composer over `conf/`; Hydra's global state is as before afterwards."""
@@ -257,7 +324,7 @@ def composer() -> Iterator[Composer]:
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
             hydra.config_loader = loader = Loader(hydra.config_loader.get_search_path())
-            yield Composer(loader)
+            yield Composer(hydra, loader)
 
 
 @contextmanager
@@ -286,23 +353,6 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Composed:
-    """A job as it is composed.
-
-    Args:
-        composed: by Hydra.
-        raw: plain values, without the node `hydra`.
-        origins: tells where they come from.
-        problems: what is wrong with options that were chosen and with Hydra's settings.
-    """
-
-    composed: DictConfig
-    raw: dict[str, Any]
-    origins: Origin
-    problems: list[Problem]
 
 
 class _Origins:
@@ -345,6 +395,31 @@ def _holds(path: Path, key: str) -> bool:
     return any(f"{each}.".startswith(f"{key}.") for each in keys)
 
 
+def _code_problems(
+    hydra: DictConfig, overrides: Sequence[Override], origins: Origin
+) -> Iterator[Problem]:
+    """Yield code and folders that option files name among Hydra's own settings.
+
+    Hydra runs such code before a request is judged, so only the command line may name it.
+    """
+    plugins = Plugins.instance()
+    own = {dotted(kind) for base in (Launcher, Sweeper) for kind in plugins.discover(base)}
+    typed = [f"{override.key_or_group}." for override in overrides]
+    plain = OmegaConf.to_container(hydra)
+    assert isinstance(plain, dict)
+    sections = {name: plain[name] for name in _SECTIONS_WITH_CODE}
+    for key, value in leaves(sections, "hydra").items():
+        is_code = key.rpartition(".")[2] in _NAMES_OF_CODE or _REFERENCE.match(str(value))
+        is_known = str(value) in own or str(value).startswith(_KNOWN_CODE)
+        if is_code and not is_known and not any(f"{key}.".startswith(word) for word in typed):
+            reason = "only the command line names classes of Hydra's; choose an installed one"
+            yield Problem(key, value, reason=reason, origin=origins(key))
+    if folders := [*(hydra.searchpath or ())]:
+        reason = "only the command line adds folders: hydra.searchpath=[DIR] or --config-dir DIR"
+        key = "hydra.searchpath"
+        yield Problem(key, folders, reason=reason, origin=origins(key))
+
+
 def _selection_problems(
     raw: Mapping[str, Any], selected: Selection, origins: Origin
 ) -> list[Problem]:
@@ -370,9 +445,9 @@ def _selection_problems(
             reason = f"{name} is not selected; select it with {group}={show(wanted)}"
             body = raw[group].pop(name)
             keys = list(body) if isinstance(body, Mapping) else []
-            for dotted in [f"{group}.{name}.{key}" for key in keys] or [f"{group}.{name}"]:
-                value = body[dotted.rpartition(".")[2]] if keys else body
-                problems.append(Problem(dotted, value, reason=reason, origin=origins(dotted)))
+            for place in [f"{group}.{name}.{key}" for key in keys] or [f"{group}.{name}"]:
+                value = body[place.rpartition(".")[2]] if keys else body
+                problems.append(Problem(place, value, reason=reason, origin=origins(place)))
     return problems
 
 

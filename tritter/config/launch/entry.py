@@ -1,20 +1,21 @@
-"""The program behind `python train.py`: help, refusals, one run or a sweep, and the exit code.
+"""The program behind `python train.py`: Hydra, with refusals and exit codes of ours around it.
 
-Hydra makes folders before it calls anybody, and its errors exit 1 with its own words. So every
-job is composed and validated here first, and Hydra is only started on a request that is right.
+`hydra.main` composes every job twice to learn its mode, prints what is raised, and exits 1. So its
+`run` and `multirun` are called here, which tell a callback of ours (`plan.Judge`) what was composed
+before they make a folder.
 """
 
-import math
-import os
+import argparse
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from typing import TYPE_CHECKING
 
 from tritter import __version__
-from tritter.config.folders import composing_from, front_of
+from tritter.config.folders import composing_from, front, front_of
 from tritter.config.launch.command_line import CommandLine, read_command_line
 from tritter.config.launch.help import help_text
 from tritter.config.launch.words import UNFORESEEN, check_words, said
@@ -23,8 +24,11 @@ from tritter.stopping import Stopped, stopping
 from tritter.terminal import close_pipe, say
 
 if TYPE_CHECKING:
-    from tritter.config.launch.jobs import Pipeline
-    from tritter.config.launch.plan import Plan
+    from hydra._internal.hydra import Hydra
+
+    from tritter.config.launch.composition import Composer
+    from tritter.config.launch.jobs import Job, Pipeline, Task
+    from tritter.config.launch.plan import Request
 
 
 def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int:
@@ -66,99 +70,122 @@ def _run(words: list[str], pipeline: "Pipeline") -> int:
     if command.is_version:
         say(f"tritter {__version__}")
         return 0
-    with composing_from(
-        front_of(command.config_folders, command.config_name, searchpath=command.searchpath)
-    ):
+    meant = front_of(command.config_folders, command.config_name, searchpath=command.searchpath)
+    with composing_from(meant):
         if command.is_help:
             say(help_text(command.overrides))
             return 0
-        if command.shell_request is not None:
-            return _answer_shell(command.shell_request)
-        if command.is_hydra_help:
-            from tritter.config.launch.hydra_help import hydra_help
+        # Hydra and the checks of targets take half a second to import, which --help does not need
+        from tritter.config.launch.composition import composer
 
-            say(hydra_help())
-            return 0
-        return _act(command, pipeline, words)
-
-
-def _act(command: CommandLine, pipeline: "Pipeline", words: list[str]) -> int:
-    # Hydra and the checks of targets take half a second to import, which --help does not need
-    from tritter.config.launch.plan import make_plan
-
-    if command.hydra_flags:
-        return _show(command)
-    plan = make_plan(command)
-    for note in plan.notes:
-        say(note)
-    if plan.sweep_folder is not None:
-        from tritter.config.launch.sweep import run_sweep
-
-        return run_sweep(plan, plan.sweep_folder, pipeline, typed=words)
-    return _run_one(plan, pipeline)
+        with composer() as composing:
+            if command.shows in ("hydra_help", "shell_completion"):
+                return _answer(command, composing.hydra)
+            return _act(command, composing, pipeline, words)
 
 
-def _answer_shell(request: str) -> int:
-    """Print what a shell evaluates, or what may stand at the end of $COMP_LINE, a line each."""
-    from tritter.config.launch.completion import line_completions, shell_script
-    from tritter.config.overrides import program_words
+def _answer(command: CommandLine, hydra: "Hydra") -> int:
+    """Let Hydra print its own help, or what a shell asks."""
+    from hydra._internal.utils import get_args_parser
 
-    if request == "query=bash":
-        found = line_completions(os.environ.get("COMP_LINE", ""))
-        say("\n".join(found)) if found else None
-    elif not program_words()[-1].endswith("train.py"):
-        raise RequestError(
-            f"-sc {request}: it is for train.py; `tritter --install-completion` is for tritter, "
-            "whose completion knows tritter train."
-        )
-    else:
-        say(shell_script(request))
+    words = list(command.overrides)
+    try:
+        if command.shows == "hydra_help":
+            hydra.hydra_help(None, get_args_parser(), argparse.Namespace(overrides=words))
+        else:
+            hydra.shell_completion(front().config_name, words)
+    except ValueError as error:
+        raise RequestError(f"{' '.join(words)}: {' '.join(str(error).split())}.") from error
     return 0
 
 
-def _show(command: CommandLine) -> int:
+def _act(
+    command: CommandLine, composing: "Composer", pipeline: "Pipeline", words: list[str]
+) -> int:
+    from tritter.config.launch.composition import SweepAsked
+    from tritter.config.launch.jobs import Task
+    from tritter.config.launch.plan import Refused, plan_of, read_request, requested
+
+    request = read_request(command, composing)
+    if command.shows is not None:
+        plan_of(request, composing.composed(request.overrides))
+        return _show(command, request, composing.hydra)
+    request.task = Task(pipeline=pipeline)
+    try:
+        with requested(request):
+            if not request.is_multirun:
+                try:
+                    return _run_one(request, request.task, composing.hydra)
+                except SweepAsked:
+                    request.is_multirun = composing.loader.is_sweep = True
+            from tritter.config.launch.sweep import run_sweep
+
+            return run_sweep(request, request.task, composing.hydra, typed=words)
+    except Refused as refused:
+        if refused.error is None:
+            return 0
+        raise refused.error from None
+    except (TritterError, *UNFORESEEN):
+        raise
+    except Exception as error:
+        if request.plan is None:  # a setting that Hydra itself can't take
+            said_once = " ".join(str(error).split())
+            raise RequestError(
+                f"Hydra can't start: {said_once} ({type(error).__name__})."
+            ) from error
+        raise
+
+
+def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
     """Let Hydra answer --cfg and --info, on a command line that is right.
 
     Raises:
         RequestError: what is asked for is not there.
     """
-    from tritter.config.launch.plan import make_plan
-    from tritter.config.launch.starting import start_hydra
-
-    plan, told = make_plan(command), StringIO()
+    words, told = list(request.overrides), StringIO()
+    name, what = front().config_name, command.what or "all"
+    if command.shows == "info":
+        hydra.show_info(what, name, words)
+        return 0
     try:
         with redirect_stderr(told):
-            start_hydra([*command.hydra_flags, *plan.overrides], lambda cfg: math.nan)
+            hydra.show_cfg(name, words, what, command.package, resolve=command.is_resolved)
     except SystemExit as end:
-        if end.code:
-            asked = " ".join(command.hydra_flags)
-            raise RequestError(f"{asked}: {' '.join(told.getvalue().split())}.") from end
+        raise RequestError(f"--cfg {what}: {' '.join(told.getvalue().split())}.") from end
     return 0
 
 
-def _run_one(plan: "Plan", pipeline: "Pipeline") -> int:
-    from tritter.config.launch.jobs import read_status, start_run
+def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
+    request.composing.loader.is_sweep = False
+    try:
+        hydra.run(front().config_name, task, list(request.overrides))
+    except Stopped as stop:
+        if request.plan is not None:
+            stop.advice = (f"Go on with:\n  {_resume(request.plan.jobs[0])}",)
+        raise
+    except Exception:
+        if request.plan is None:  # composition failed
+            raise
+        traceback.print_exc()
+    assert request.plan is not None, "Hydra called the callback"
+    return _ended(request.plan.jobs[0])
+
+
+def _resume(job: "Job") -> str:
     from tritter.config.launch.resume import recorded_words
     from tritter.config.overrides import resume_command
-    from tritter.config.run_folder import RunState, require_writable
-    from tritter.storage.reading import SUMMARY_FILE
 
-    job = plan.jobs[0]
-    if job.state is RunState.FINISHED:
-        say(f"This run is finished; nothing to do. Its summary: {job.folder / SUMMARY_FILE}")
-        return 0
-    require_writable(job.folder, key="hydra.run.dir")
-    goes_on = f"Go on with:\n  {resume_command(job.folder, recorded_words(job.overrides))}"
-    try:
-        start_run(job, pipeline)
-    except Stopped as stop:
-        stop.advice = (goes_on,)
-        raise
+    return resume_command(job.folder, recorded_words(job.overrides))
+
+
+def _ended(job: "Job") -> int:
+    """Tell how a run ended, and how it goes on, and return the exit code."""
+    from tritter.config.launch.jobs import read_status
+
     status = read_status(job.folder)
-    if status["error"] is not None:
-        say(f"error: {status['error']}", is_error=True)
+    if status.error is not None:
+        say(f"error: {status.error}", is_error=True)
         # The same words on the same text are refused again
-        once = "Once that is mended, go on with" if status["exit_code"] == 2 else "Go on with"
-        goes_on = goes_on.replace("Go on with", once)
-        say(f"The run so far: {job.folder}\n{goes_on}", is_error=True)
-    return int(status["exit_code"])
+        once = "Once that is mended, go on with" if status.exit_code == 2 else "Go on with"
+        say(f"The run so far: {job.folder}\n{once}:\n  {_resume(job)}", is_error=True)
+    return status.exit_code

@@ -2,24 +2,25 @@
 
 import math
 import os
+import sys
 import traceback
-from collections.abc import Sequence
-from dataclasses import asdict, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
-from hydra._internal.callbacks import Callbacks
-from hydra._internal.utils import run_and_report
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import configure_log
-from hydra.core.utils import run_job as run_hydra_job
-from hydra.types import HydraContext, RunMode
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from tritter.config.folders import Front, composing_from, front
 from tritter.config.launch.composition import composer, plain_config
+from tritter.config.launch.launchers import STOPPING_FILE
 from tritter.config.launch.resume import recorded_words
-from tritter.config.overrides import quoted
 from tritter.config.run_folder import (
+    OUTPUT_FILE,
     RunState,
     check_run_folder,
     write_run_file,
@@ -27,15 +28,12 @@ from tritter.config.run_folder import (
 from tritter.config.schema import RunConfig
 from tritter.config.validation import validate
 from tritter.errors import RequestError, TritterError
-from tritter.stopping import Stopped
+from tritter.stopping import Stopped, stopping
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.lock import alone_in
 from tritter.storage.reading import SUMMARY_FILE
 from tritter.storage.records import read_record, record, record_text
 from tritter.terminal import say
-
-if TYPE_CHECKING:
-    from tritter.config.launch.plan import Job
 
 STATUS_FILE = "status.json"
 
@@ -66,6 +64,20 @@ class RunStatus:
 EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_NOT_KEPT = 0, 1, 2, 3
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run that is about to start.
+
+    Args:
+        state: what is in its folder.
+    """
+
+    overrides: tuple[str, ...]
+    config: RunConfig
+    folder: Path
+    state: RunState
+
+
 class Outcome(Protocol):
     """What the pipeline returns of a run that finished."""
 
@@ -91,37 +103,85 @@ class Pipeline(Protocol):
     def __call__(self, config: RunConfig, *, run_folder: Path) -> Outcome: ...
 
 
-def start_run(job: "Job", pipeline: Pipeline) -> None:
-    """Start a single run as Hydra does, with what was composed when it was judged.
+@dataclass(slots=True, kw_only=True)
+class Task:
+    """What Hydra calls with each composed job; it travels to a launcher's processes.
 
-    Raises:
-        RequestError: another process began in its folder since.
+    Attributes:
+        jobs: those that are planned; set when they are judged.
+        keeps_failed: a job that failed before stays as it is: what followed was chosen by it.
     """
-    assert job.composition is not None
-    composed, hydra = job.composition.composed, job.composition.hydra
-    hydra.mode, hydra.run.dir = RunMode.RUN, str(job.folder)
-    hydra.overrides.hydra.append(f"hydra.run.dir={quoted(str(job.folder))}")
-    configure_log(hydra.hydra_logging, hydra.verbose)
-    context = HydraContext(config_loader=job.composition.loader, callbacks=Callbacks())
 
-    def train(cfg: DictConfig) -> float:
-        return run_job(cfg, pipeline, jobs=[job])
+    pipeline: Pipeline
+    jobs: Sequence[Job] = ()
+    keeps_failed: bool = False
+    asked_from: Front = field(default_factory=front)
+    process: int = field(default_factory=os.getpid)
+    program: str = field(default_factory=lambda: sys.argv[0] if sys.argv else "")
 
-    with alone_in(job.folder, key="hydra.run.dir"):
-        run_and_report(
-            lambda: (
-                run_hydra_job(
-                    train,
-                    composed,
-                    job_dir_key="hydra.run.dir",
-                    job_subdir_key=None,
-                    hydra_context=context,
-                ).return_value
-            )
-        )
+    def __call__(self, cfg: DictConfig) -> float | None:
+        """Run a job and return its metric.
+
+        Where it failed or did not begin, that is NaN, and for Optuna, which takes no NaN, None.
+        """
+        hydra = HydraConfig.get()
+        with composing_from(self.asked_from):  # which other processes don't know
+            if hydra.mode != RunMode.MULTIRUN:
+                return run_job(cfg, self.pipeline, jobs=self.jobs)
+            if os.getpid() == self.process:
+                metric = self._run_alone(cfg)
+            else:
+                sys.argv[:1] = [self.program]  # by which commands are printed
+                metric = self._run_elsewhere(cfg)
+        return None if self.keeps_failed and math.isnan(metric) else metric
+
+    def _run_elsewhere(self, cfg: DictConfig) -> float:
+        """Run a job in a launcher's process, which may be stopped by itself."""
+        hydra = HydraConfig.get()
+        folder, metric = Path(hydra.runtime.output_dir), math.nan
+        say(f"job {hydra.job.num} begins: {' '.join(_words(hydra))}")
+        # What stopped it stands in its status
+        with suppress(Stopped), stopping(), _printing_into(folder):
+            metric = self._run_alone(cfg)
+        say(f"job {hydra.job.num} is over: {read_status(folder).status}")
+        return metric
+
+    def _run_alone(self, cfg: DictConfig) -> float:
+        """Run a job of a sweep unless another process began in its folder."""
+        hydra = HydraConfig.get()
+        folder = Path(hydra.runtime.output_dir)
+        try:
+            with alone_in(folder, key="hydra.sweep.dir"):
+                if (Path(hydra.sweep.dir) / STOPPING_FILE).exists():
+                    return math.nan
+                if self.keeps_failed and read_status(folder).status == "failed":
+                    say(f"job {hydra.job.num} failed before; what followed was chosen by that")
+                    return math.nan
+                return run_job(cfg, self.pipeline, jobs=self.jobs)
+        except RequestError as error:
+            say(f"job {hydra.job.num} failed: {error}")
+            return math.nan
 
 
-def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> float:
+def _words(hydra: HydraConf) -> list[str]:
+    """Return a job's overrides as they were typed."""
+    return [str(word).removeprefix("++") for word in hydra.overrides.task]
+
+
+@contextmanager
+def _printing_into(folder: Path) -> Iterator[None]:
+    """Let what is printed inside go to a file of the job: others print at the same time."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    descriptor = os.open(folder / OUTPUT_FILE, flags, 0o644)
+    with (
+        os.fdopen(descriptor, "a", encoding="utf-8", buffering=1) as file,
+        redirect_stdout(file),
+        redirect_stderr(file),
+    ):
+        yield
+
+
+def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> float:
     """Run one composed job in the folder that Hydra made for it and return the sweeper's metric.
 
     A failure goes to the job's `status.json`. In a sweep the other jobs go on, and the failed
@@ -135,7 +195,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> fl
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    words = [str(word).removeprefix("++") for word in hydra.overrides.task]
+    words = _words(hydra)
     is_sweep = hydra.mode == RunMode.MULTIRUN
     if is_sweep:
         say(f"\njob {hydra.job.num}: {' '.join(words)}")
@@ -148,9 +208,9 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> fl
         config = _grouped(config, group=group)
         if (ended := _ended_before(folder, config)) is not None:
             if is_sweep:
-                say(f"job {hydra.job.num} was over before: {ended['status']}")
-            return math.nan if ended["metric"] is None else float(ended["metric"])
-        typed = planned.overrides if planned is not None and planned.composition else words
+                say(f"job {hydra.job.num} was over before: {ended.status}")
+            return math.nan if ended.metric is None else float(ended.metric)
+        typed = words if planned is None or is_sweep else planned.overrides
         recorded = recorded_words(typed)
         write_run_file(folder, config, status="running", overrides=recorded)
         _write_status(folder, words, status="running", exit_code=EXIT_FAILED)
@@ -186,12 +246,12 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence["Job"]) -> fl
     return outcome.metric
 
 
-def _ended_before(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+def _ended_before(folder: Path, config: RunConfig) -> RunStatus | None:
     """Return the status of a job that came to an end before; None of one that is to be run."""
     if check_run_folder(folder, config) is not RunState.FINISHED:
         return None
     status = read_status(folder)
-    return status if status["status"] in ENDS else None
+    return status if status.status in ENDS else None
 
 
 def _grouped(config: RunConfig, *, group: str | None) -> RunConfig:
@@ -215,16 +275,16 @@ def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
         return composing.with_rungs(config, words)
 
 
-def read_status(folder: Path) -> dict[str, Any]:
+def read_status(folder: Path) -> RunStatus:
     """Return what `status.json` says of a job; of one that left none, or a damaged one, that."""
     path = folder / STATUS_FILE
     if not path.exists():
         error = f"it left no {STATUS_FILE}"
-        return asdict(RunStatus(status="not run", exit_code=EXIT_FAILED, error=error))
+        return RunStatus(status="not run", exit_code=EXIT_FAILED, error=error)
     try:
-        return asdict(read_record(path, RunStatus))
+        return read_record(path, RunStatus)
     except TritterError as error:
-        return asdict(RunStatus(status="unknown", exit_code=EXIT_FAILED, error=str(error)))
+        return RunStatus(status="unknown", exit_code=EXIT_FAILED, error=str(error))
 
 
 def _write_status(

@@ -1,44 +1,38 @@
-"""How the jobs of a sweep are started: one after the other, or side by side in processes.
+"""Jobs of a sweep side by side: how many at once, with how many threads, and their orderly end.
 
-A launcher is a plugin of Hydra's. Of those that are known by name it is known how many jobs they
-run at once, and so with how many threads each; what of their settings would harm a run is refused.
+A launcher is a plugin of Hydra's. Of joblib, submitit and ray it is known how many jobs they run at
+once; all else of their settings is Hydra's business.
 """
 
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tritter.config.schema import RunConfig
-from tritter.config.validation import Rule
-from tritter.errors import Problem
+from tritter.stopping import Stopped
+from tritter.storage.lock import LOCK_NAME, process_in
 from tritter.targets import TARGET
+from tritter.terminal import say
 
+STOPPING_FILE = ".stopping"  # in a sweep's folder: no further job begins
 _OF_CLASS = {
     "BasicLauncher": "basic",
     "JoblibLauncher": "joblib",
     "LocalLauncher": "submitit_local",
     "SlurmLauncher": "submitit_slurm",
     "RayLauncher": "ray",
-    "RayAWSLauncher": "ray_aws",
 }
-_FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "joblib": {
-        "backend": (None, "loky"),
-        "prefer": (None, "processes"),
-        "require": (None,),
-        "timeout": (None,),
-    },
-    "submitit_local": {"tasks_per_node": (1,), "nodes": (1,)},
-    "submitit_slurm": {"tasks_per_node": (1,), "nodes": (1,)},
-}
-_WHY_FIXED = {
-    "joblib": "each job runs in a process of its own, to its end",
-    "submitit_local": "a job is one process; several would write to one folder",
-    "submitit_slurm": "a job is one process; several would write to one folder",
-}
+_SECONDS_BETWEEN_LOOKS = 0.2
+_THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,16 +54,6 @@ class Launching:
         """Whether jobs run in other processes than the one that was started."""
         return self.launcher != "basic"
 
-    @property
-    def prints_apart(self) -> bool:
-        """Whether what its jobs print goes into files of its own, none of it where we print."""
-        return self.launcher.startswith("submitit")
-
-    @property
-    def ends_with_us(self) -> bool:
-        """Whether jobs run in our own child processes, and not in the care of something else."""
-        return self.launcher == "joblib"
-
 
 ONE_BY_ONE = Launching()
 
@@ -81,8 +65,10 @@ def launching(hydra: DictConfig, *, num_jobs: int) -> Launching:
         hydra: Hydra's own settings of a job.
         num_jobs: that the sweeper gives it together.
     """
-    settings = _settings(hydra)
-    name, cores = launcher_of(hydra), num_cores()
+    plain = OmegaConf.to_container(hydra.launcher)
+    settings: Mapping[Any, Any] = plain if isinstance(plain, dict) else {}
+    kind, cores = str(settings.get(TARGET)).rpartition(".")[2], num_cores()
+    name = _OF_CLASS.get(kind, kind)
     if name == "joblib":
         asked = settings.get("n_jobs") or 1
         at_once = asked if asked > 0 else max(1, cores + 1 + asked)
@@ -99,51 +85,6 @@ def launching(hydra: DictConfig, *, num_jobs: int) -> Launching:
     return Launching(launcher=name, at_once=at_once, threads=max(1, cores // at_once))
 
 
-def launcher_of(hydra: DictConfig) -> str:
-    """Return the name of a launcher; that of its class where it is not known."""
-    kind = str(_settings(hydra).get(TARGET)).rpartition(".")[2]
-    return _OF_CLASS.get(kind, kind)
-
-
-def launcher_problems(hydra: DictConfig) -> Iterator[Problem]:
-    """Yield settings of a launcher with which jobs would not run, or run into one another."""
-    name, settings = launcher_of(hydra), _settings(hydra)
-    if name == "ray_aws":
-        reason = (
-            "its jobs would write their folders on machines that it starts and ends; allowed are "
-            "ray, joblib, submitit_local and submitit_slurm"
-        )
-        yield Problem("hydra/launcher", name, reason=reason)
-    for key, allowed in _FIXED.get(name, {}).items():
-        if key in settings and settings[key] not in allowed:
-            shown = " or ".join("null" if each is None else str(each) for each in allowed)
-            reason = f"{_WHY_FIXED[name]}; allowed is {shown}"
-            yield Problem(f"hydra.launcher.{key}", settings[key], reason=reason)
-    if name == "joblib" and settings.get("n_jobs") == 0:
-        reason = "allowed is a number of jobs at a time from 1 on, or -1 for as many as cores"
-        yield Problem("hydra.launcher.n_jobs", 0, reason=reason)
-    minutes = settings.get("timeout_min")
-    if isinstance(minutes, int) and minutes < 1:
-        reason = "allowed is a number of minutes from 1 on, after which a job is cut off"
-        yield Problem("hydra.launcher.timeout_min", minutes, reason=reason)
-
-
-def device_rule(hydra: DictConfig) -> Rule:
-    """Return the rule that holds a job's devices against those that its launcher gives it."""
-    settings = _settings(hydra)
-    hides_gpus = launcher_of(hydra) == "submitit_local" and not settings.get("gpus_per_node")
-
-    def problems(config: RunConfig) -> Iterator[Problem]:
-        if hides_gpus and config.trainer.accelerator == "gpu":
-            reason = (
-                "submitit_local hides the GPUs from its jobs unless it is told how many they have; "
-                "add hydra.launcher.gpus_per_node=1"
-            )
-            yield Problem("trainer.accelerator", "gpu", reason=reason)
-
-    return problems
-
-
 def num_cores() -> int:
     """Return the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -151,6 +92,94 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _settings(hydra: DictConfig) -> Mapping[str, Any]:
-    plain = OmegaConf.to_container(hydra.launcher) if OmegaConf.is_config(hydra.launcher) else None
-    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+@contextmanager
+def side_by_side(folder: Path, how: Launching) -> Iterator[None]:
+    """Set what the processes of a launcher start from, and let a signal end their jobs first.
+
+    Args:
+        folder: of the sweep.
+
+    Raises:
+        Stopped: a signal came, and no job of this machine runs any more; or a second one came.
+    """
+    (folder / STOPPING_FILE).unlink(missing_ok=True)
+    with ExitStack() as inside:
+        if how.is_in_processes:
+            inside.enter_context(_environment(how))
+            inside.enter_context(_jobs_stop_first(folder))
+        yield
+
+
+@contextmanager
+def _environment(how: Launching) -> Iterator[None]:
+    own = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    if how.threads is not None and _THREADS not in os.environ:
+        own[_THREADS] = str(how.threads)
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _jobs_stop_first(folder: Path) -> Iterator[None]:
+    is_asked = False
+
+    def running() -> set[int]:
+        places = {path.parent for path in folder.rglob(LOCK_NAME)} - {folder}
+        return {process for place in places if (process := process_in(place)) is not None}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal is_asked
+        if is_asked:
+            _end(running())
+            raise Stopped(number)
+        is_asked, ended = True, set[int]()
+        (folder / STOPPING_FILE).touch()
+        say("Stopping: the jobs that run save their states; once more ends them.", is_error=True)
+        while found := running():
+            _end(found - ended)
+            ended |= found
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        raise Stopped(number)
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in numbers if is_main}
+    try:
+        with _children_deaf_to_the_terminal():
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        (folder / STOPPING_FILE).unlink(missing_ok=True)
+
+
+def _end(processes: set[int]) -> None:
+    for process in processes - {os.getpid()}:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(process, signal.SIGTERM)
+
+
+@contextmanager
+def _children_deaf_to_the_terminal() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to all processes, from those that are started inside.
+
+    They inherit what the thread that starts them has blocked; another thread takes it for us.
+    """
+    is_over = threading.Event()
+
+    def take() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        is_over.wait()
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    threading.Thread(target=take, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

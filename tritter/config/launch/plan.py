@@ -2,25 +2,27 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from hydra.core.override_parser.types import Override
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tritter.config.ladder import of_rung
 from tritter.config.launch.command_line import CommandLine
-from tritter.config.launch.composition import Composer, Composition, composer
-from tritter.config.launch.launchers import ONE_BY_ONE, Launching, device_rule, launching
-from tritter.config.launch.optuna import is_optuna, pinned, storage_problems, tried
+from tritter.config.launch.composition import Composer, composer
+from tritter.config.launch.jobs import Job, Task
+from tritter.config.launch.launchers import ONE_BY_ONE, Launching, launching, side_by_side
 from tritter.config.launch.resume import Resumption, resumption
 from tritter.config.memory import memory_problems, side_by_side_problems
 from tritter.config.overrides import (
     check_command_line,
     first_value,
-    forced,
     normalise,
     parse,
     quoted,
@@ -28,35 +30,25 @@ from tritter.config.overrides import (
     split_sweep,
 )
 from tritter.config.rules import compiler_problems
-from tritter.config.run_folder import OUTPUT_FILE, RunState, check_run_folder
+from tritter.config.run_folder import (
+    OUTPUT_FILE,
+    RunState,
+    check_overrides,
+    check_run_folder,
+    require_writable,
+)
 from tritter.config.schema import RunConfig
 from tritter.config.text_files import text_requests
 from tritter.config.text_resolution import side_problems
-from tritter.config.validation import Rule, known_config
+from tritter.config.validation import known_config
 from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.families import Config
-from tritter.storage.lock import LOCK_NAME, check_free
-from tritter.storage.reading import RUN_FILE
+from tritter.storage.lock import LOCK_NAME, alone_in, check_free
+from tritter.storage.reading import RUN_FILE, SUMMARY_FILE
 from tritter.terminal import say
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One run that is about to start.
-
-    Args:
-        state: what is in its folder.
-        composition: what it is started with; None in a sweep, whose jobs Hydra composes.
-    """
-
-    overrides: tuple[str, ...]
-    config: RunConfig
-    folder: Path
-    state: RunState
-    composition: Composition | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +56,18 @@ class Plan:
     """The checked jobs of a command line.
 
     Args:
-        overrides: those of the command line, spelled as the config spells them, for Hydra.
         jobs: one of a run; all of a sweep whose sweeper lists them; none when the sweeper
-            decides as it goes, in which case each job is checked when it starts.
+            decides as it goes.
         sweep_folder: None for a single run.
         launching: how the jobs of a sweep are run.
-        samples: of a sweeper that decides as it goes, jobs that show what it may try.
+        examples: of a sweeper that decides as it goes, a job that shows what it tries.
         notes: what to tell before it starts, a line each.
     """
 
-    overrides: tuple[str, ...]
     jobs: tuple[Job, ...]
     sweep_folder: Path | None = None
     launching: Launching = ONE_BY_ONE
-    samples: tuple[Job, ...] = ()
+    examples: tuple[Job, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -86,30 +76,147 @@ class Plan:
         return not self.jobs
 
 
+@dataclass(slots=True)
+class Request:
+    """A command that Hydra is asked to run.
+
+    Args:
+        overrides: of the command line, and what a resumed run recorded.
+        resumed: the run that is resumed, if any.
+        is_multirun: -m was typed.
+        is_shown: nothing is run.
+        task: what Hydra calls with each job.
+
+    Attributes:
+        plan: what it asks for, once that is judged.
+        until_over: holds the folder against other processes.
+    """
+
+    composing: Composer
+    overrides: tuple[str, ...]
+    resumed: Resumption | None
+    is_multirun: bool
+    is_shown: bool
+    task: Task | None = None
+    plan: Plan | None = None
+    until_over: ExitStack = field(default_factory=ExitStack)
+
+
+class Refused(BaseException):
+    """What the callback raises: Hydra only warns of an Exception, and goes on.
+
+    Args:
+        error: why; None: the run is finished already.
+    """
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.error = error
+
+
+_REQUEST: ContextVar[Request] = ContextVar("request")
+
+
+class Judge(Callback):
+    """Judges a request whole, and holds its folder, before Hydra makes that folder.
+
+    `Loader` puts it before all callbacks of any other configuration.
+    """
+
+    def on_run_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        """Judge one run; what it finds in the run's folder says whether it is to be run."""
+        _judge(config)
+
+    def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        """Judge all jobs of a sweep; of a sweeper that decides as it goes, an example."""
+        _judge(config)
+
+
+@contextmanager
+def requested(request: Request) -> Iterator[Request]:
+    """Let Hydra run a request inside."""
+    token = _REQUEST.set(request)
+    try:
+        with request.until_over:
+            yield request
+    finally:
+        _REQUEST.reset(token)
+
+
+def _judge(composed: DictConfig) -> None:
+    request, hydra = _REQUEST.get(), composed.hydra
+    try:
+        request.plan = plan = plan_of(request, composed)
+        for note in plan.notes:
+            say(note)
+        if plan.sweep_folder is None:
+            (job,), key, folder = plan.jobs, "hydra.run.dir", plan.jobs[0].folder
+            if job.state is RunState.FINISHED:
+                summary = folder / SUMMARY_FILE
+                say(f"This run is finished; nothing to do. Its summary: {summary}")
+                raise Refused
+            hydra.run.dir = str(folder)
+        else:
+            key, folder = "hydra.sweep.dir", plan.sweep_folder
+            hydra.sweep.dir = str(folder)
+            # By Hydra's time resolver a job in another process would have another one
+            hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
+        require_writable(folder, key=key)
+        request.until_over.enter_context(alone_in(folder, key=key))
+        if plan.sweep_folder is not None:
+            request.until_over.enter_context(side_by_side(folder, plan.launching))
+        if request.task is not None:
+            request.task.jobs, request.task.keeps_failed = plan.jobs, plan.is_adaptive
+    except Exception as error:
+        raise Refused(error) from error
+
+
 def make_plan(command: CommandLine) -> Plan:
     """Compose, validate and place every job; writes nothing.
-
-    What a resumed run replays is printed first, before any data or weights are opened.
 
     Raises:
         RequestError: whatever is wrong, with the command or with any of its jobs.
     """
     with composer() as composing:
-        overrides = [normalise(word, composing.options) for word in command.overrides]
-        resumed = None if command.is_multirun else resumption(composing, overrides)
-        if resumed is not None:
-            overrides = list(resumed.overrides)
-            for note in resumed.notes:
-                say(note, is_error=bool(command.hydra_flags))
-        parsed = parse(overrides, loader=composing.loader)
-        check_command_line(parsed, composing.options)
-        if not command.is_multirun:
-            refuse_sweeps(parsed)
-            plan = _plan_run(composing, overrides, resumed, is_shown=bool(command.hydra_flags))
-        else:
-            sample = [first_value(override) for override in parsed]
-            plan = _plan_sweep(composing, overrides, sample)
-    if not command.hydra_flags:  # else nothing is run
+        request = read_request(command, composing)
+        mode = RunMode.MULTIRUN if command.is_multirun else RunMode.RUN
+        return plan_of(request, composing.composed(request.overrides, mode=mode))
+
+
+def read_request(command: CommandLine, composing: Composer) -> Request:
+    """Return what a command line asks for, before anything is composed.
+
+    What a resumed run replays is printed first, before any data or weights are opened.
+
+    Raises:
+        RequestError: a word is no override, or there is no such run.
+    """
+    overrides = [normalise(word, composing.options) for word in command.overrides]
+    resumed = None if command.is_multirun else resumption(composing, overrides)
+    if resumed is not None:
+        overrides = list(resumed.overrides)
+        for note in resumed.notes:
+            say(note, is_error=command.shows is not None)
+    parsed = parse(overrides, loader=composing.loader)
+    check_command_line(parsed, composing.options)
+    if not command.is_multirun:
+        refuse_sweeps(parsed)
+    is_shown = command.shows is not None
+    return Request(composing, tuple(overrides), resumed, command.is_multirun, is_shown)
+
+
+def plan_of(request: Request, composed: DictConfig) -> Plan:
+    """Judge a request: all of its jobs, with their text, weights, folders and machine.
+
+    Args:
+        composed: what Hydra composed of it last.
+
+    Raises:
+        RequestError: whatever is wrong with any of its jobs.
+    """
+    is_sweep = request.is_multirun or composed.hydra.mode == RunMode.MULTIRUN
+    plan = _plan_sweep(request, composed) if is_sweep else _plan_run(request, composed)
+    if not request.is_shown:
         for job in plan.jobs:
             check_free(job.folder, key="hydra.run.dir")
         if plan.sweep_folder is not None:
@@ -136,7 +243,7 @@ def _check_sweep_is_free(folder: Path) -> None:
 
 def _check_means(plan: Plan) -> None:
     """Refuse jobs that the machine can't hold, and text that can't be read or split."""
-    jobs = plan.jobs or plan.samples
+    jobs = plan.jobs or plan.examples
     todo = {n: job for n, job in enumerate(jobs) if job.state is not RunState.FINISHED}
     # Of a hub id the shapes are known later
     known = {n: shape for n, job in todo.items() if (shape := known_config(job.config)) is not None}
@@ -163,60 +270,62 @@ def _memory_problems(config: RunConfig, source: Config) -> list[Problem]:
     return problems
 
 
-def _words_for_hydra(composing: Composer, overrides: Sequence[str]) -> tuple[str, ...]:
-    """Return checked overrides so that Hydra takes them as we did.
-
-    Hydra minds a + too many, and composes a sweep's config without the sweep first, in which
-    the keys of swept methods have no place.
-    """
-    parsed = parse(overrides, loader=composing.loader)
-    return tuple(forced(override, composing.options) for override in parsed)
-
-
-def _plan_run(
-    composing: Composer, overrides: list[str], resumed: Resumption | None, *, is_shown: bool
-) -> Plan:
-    composed = composing.compose(overrides, rules=_OF_RUNS[:1] if resumed else _OF_RUNS)
-    if composed.hydra.mode == RunMode.MULTIRUN:
-        return _plan_sweep(composing, overrides, overrides)
-    is_single = not is_shown and resumed is None  # a job of a sweep can be resumed by itself
-    if is_single and (swept := composed.hydra.sweeper.get("params")):
+def _plan_run(request: Request, composed: DictConfig) -> Plan:
+    resumed, hydra = request.resumed, composed.hydra
+    check_overrides(request.overrides)
+    rules = _OF_RUNS[:1] if resumed else _OF_RUNS
+    config = request.composing.judged(composed, request.overrides, rules=rules)
+    is_single = not request.is_shown and resumed is None  # a job of a sweep is resumed by itself
+    if is_single and (swept := hydra.sweeper.get("params")):
         names = ", ".join(map(str, swept))
         raise RequestError(
             f"hydra.sweeper.params names values of {names} for a sweep, and this is a single run: "
             "add -m."
         )
-    folder = resumed.folder if resumed else Path(composed.hydra.run.dir).absolute()
-    state = check_run_folder(folder, composed.config)
-    job = Job(tuple(overrides), composed.config, folder, state, composed)
-    return Plan(_words_for_hydra(composing, overrides), (job,))
+    if not hydra.run.dir:
+        raise_problems([Problem("hydra.run.dir", "", reason="name a folder, or leave it out")])
+    folder = resumed.folder if resumed else Path(hydra.run.dir).absolute()
+    return Plan((Job(request.overrides, config, folder, check_run_folder(folder, config)),))
 
 
-def _plan_sweep(composing: Composer, overrides: list[str], sample: list[str]) -> Plan:
-    """Plan a sweep; `sample` is a job of it, which may lack the sweeper's own parameters."""
-    hydra = composing.hydra_settings(sample)
+def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
+    composing, hydra = request.composing, composed.hydra
     if hydra.mode == RunMode.RUN:
         raise RequestError("hydra.mode = RUN: -m asks for a sweep; give one of them.")
-    sweep_folder = Path(hydra.sweep.dir).absolute()
-    words_for_hydra = (*_words_for_hydra(composing, overrides), *pinned(hydra))
-    parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
-    typed = parse([*parameters, *overrides], loader=composing.loader)
+    folder = Path(hydra.sweep.dir).absolute()
+    parameters = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
+    typed = parse([*parameters, *request.overrides], loader=composing.loader)
     shared = [o.input_line or "" for o in typed if o.is_hydra_override()]
     # Hydra's time resolver would give every job a sweep folder of its own
-    shared.append(f"hydra.sweep.dir={quoted(str(sweep_folder))}")
+    shared.append(f"hydra.sweep.dir={quoted(str(folder))}")
     task = [override for override in typed if not override.is_hydra_override()]
     if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
-        return _plan_adaptive(composing, task, shared, hydra=hydra, words=words_for_hydra)
+        # It decides by each job what the next ones are, and each is judged when it starts
+        example = _plan_jobs(composing, [[*map(first_value, task)]], shared, is_example=True)
+        how = launching(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
+        return Plan((), folder, how, example, (*_notes(how), *_pinned_seed(hydra)))
     split = split_sweep(task)
     _refuse_equal_jobs(split)
-    jobs = _plan_jobs(composing, split, shared, device_rule(hydra))
+    jobs = _plan_jobs(composing, split, shared)
     if len({job.folder for job in jobs}) < len(jobs):
         raise RequestError(
             f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share one folder; "
             "allowed is what differs from job to job, as ${hydra.job.num}."
         )
     how = launching(hydra, num_jobs=len(jobs))
-    return Plan(words_for_hydra, jobs, sweep_folder, how, notes=_notes(how))
+    return Plan(jobs, folder, how, notes=_notes(how))
+
+
+def _pinned_seed(hydra: DictConfig) -> tuple[str, ...]:
+    """Set a sampler's seed, so that a sweep that is begun again thinks of the same jobs.
+
+    A study that is stored goes on elsewhere, with others.
+    """
+    sampler = hydra.sweeper.get("sampler") if hydra.sweeper.get("storage") is None else None
+    if sampler is None or "seed" not in sampler or sampler.seed is not None:
+        return ()
+    sampler.seed = 0
+    return ("sweep      hydra.sweeper.sampler.seed=0, so that it can go on",)
 
 
 def _refuse_equal_jobs(split: Sequence[Sequence[str]]) -> None:
@@ -237,25 +346,6 @@ def _refuse_equal_jobs(split: Sequence[Sequence[str]]) -> None:
     )
 
 
-def _plan_adaptive(
-    composing: Composer,
-    task: Sequence[Override],
-    shared: Sequence[str],
-    *,
-    hydra: DictConfig,
-    words: tuple[str, ...],
-) -> Plan:
-    """Plan a sweep whose sweeper thinks of its jobs as it goes: all that it may try is checked."""
-    sweep_folder, samples = Path(hydra.sweep.dir).absolute(), [[*map(first_value, task)]]
-    if is_optuna(hydra):
-        raise_problems([*storage_problems(hydra, sweep_folder)])
-        samples = tried(task)
-    jobs = _plan_jobs(composing, samples, shared, device_rule(hydra), is_sample=True)
-    how = launching(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
-    notes = (*_notes(how), *(f"sweep      {word}, so that it can go on" for word in pinned(hydra)))
-    return Plan(words, (), sweep_folder, how, samples=jobs, notes=notes)
-
-
 def _notes(how: Launching) -> tuple[str, ...]:
     if not how.is_in_processes:
         return ()
@@ -273,16 +363,14 @@ def _plan_jobs(
     composing: Composer,
     split: Sequence[list[str]],
     shared: Sequence[str],
-    rule: Rule,
     *,
-    is_sample: bool = False,
+    is_example: bool = False,
 ) -> tuple[Job, ...]:
     """Compose, validate and place jobs.
 
     Args:
         shared: overrides of Hydra's own settings.
-        rule: to be asked besides those of every sweep.
-        is_sample: they only show what a sweeper may try; no folder is theirs.
+        is_example: they only show what a sweeper may try; no folder is theirs.
 
     Raises:
         RequestError: what is wrong with any of them.
@@ -291,9 +379,11 @@ def _plan_jobs(
     found: dict[int, Sequence[Problem]] = dict.fromkeys(range(len(split)), ())
     for number, words in enumerate(split):
         try:
-            jobs.append(
-                _plan_job(composing, words, shared, number=number, rule=rule, is_sample=is_sample)
-            )
+            composed = composing.compose([*shared, *words], job_number=number, rules=_OF_SWEEPS)
+            sweep = composed.hydra.sweep
+            folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))
+            state = RunState.NEW if is_example else check_run_folder(folder, composed.config)
+            jobs.append(Job(tuple(words), composed.config, folder, state))
         except RequestError as error:
             found[number] = error.problems
         except TritterError as error:
@@ -339,24 +429,12 @@ _IN_A_SWEEP = (
     "single runs"
 )
 _OF_RUNS = (_device_problems, compiler_problems, partial(_resume_problems, reason=_IN_A_FILE))
-_OF_SWEEPS = (partial(_resume_problems, reason=_IN_A_SWEEP), _process_problems)
-
-
-def _plan_job(
-    composing: Composer,
-    words: list[str],
-    shared: Sequence[str],
-    *,
-    number: int,
-    rule: Rule,
-    is_sample: bool,
-) -> Job:
-    rules = (*_OF_SWEEPS, _device_problems, compiler_problems, rule)
-    composed = composing.compose([*shared, *words], job_number=number, rules=rules)
-    sweep = composed.hydra.sweep
-    folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))
-    state = RunState.NEW if is_sample else check_run_folder(folder, composed.config)
-    return Job(tuple(words), composed.config, folder, state)
+_OF_SWEEPS = (
+    partial(_resume_problems, reason=_IN_A_SWEEP),
+    _process_problems,
+    _device_problems,
+    compiler_problems,
+)
 
 
 def _raise_of_jobs(found: Mapping[int, Sequence[Problem]], words: Sequence[Sequence[str]]) -> None:

@@ -1,252 +1,184 @@
-"""A sweep from its plan to its table, whoever runs its jobs.
+"""A sweep that Hydra runs, whoever starts its jobs, and the table at its end: a line per job."""
 
-Whatever becomes of a job, the others are run: one that fails says so in its status, and when a
-job's process is killed, and its launcher gives up, the launcher is started again on the rest.
-"""
-
-import os
-import signal
-import sys
-import threading
-import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from tritter.config.launch.jobs import STATUS_FILE, Pipeline, read_status
-from tritter.config.launch.launchers import Launching
-from tritter.config.launch.plan import Plan
-from tritter.config.launch.side_by_side import STOPPING_FILE, SweptJobs
-from tritter.config.launch.starting import start_hydra
-from tritter.config.launch.sweep_table import print_sweep, sweep_rows
-from tritter.config.overrides import as_value, command, quoted
-from tritter.config.run_folder import require_writable
+from hydra._internal.hydra import Hydra
+from rich.table import Table
+from rich.text import Text
+
+from tritter.config.folders import front
+from tritter.config.launch.jobs import STATUS_FILE, Job, Task, read_status
+from tritter.config.launch.plan import Request
+from tritter.config.overrides import as_value, command
 from tritter.errors import TritterError
 from tritter.stopping import Stopped
-from tritter.storage.lock import LOCK_NAME, alone_in, is_held, process_in
-from tritter.terminal import say
-
-_MOST_CUT_OFF = 2  # a job that was cut off so often is left
-_SECONDS_BETWEEN_LOOKS = 0.2
-_THREADS = "OMP_NUM_THREADS"
+from tritter.storage.lock import is_held
+from tritter.storage.reading import SUMMARY_FILE, read_object
+from tritter.terminal import Console, say
 
 
-def run_sweep(plan: Plan, folder: Path, pipeline: Pipeline, *, typed: Sequence[str]) -> int:
-    """Run the jobs of a sweep, print their table and return the exit code.
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """What became of one job.
 
     Args:
-        folder: of the sweep.
+        changes: domain → relative change of the loss per byte.
+        experts: LoRA experts at the end, and the part of the parameters that was trained.
+        error: of one that failed, or stopped.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    status: str
+    changes: dict[str, float]
+    experts: tuple[int, float] | None
+    metric: float | None
+    exit_code: int
+    error: str | None = None
+
+
+def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str]) -> int:
+    """Let Hydra run the jobs of a sweep, print their table and return the exit code.
+
+    Args:
         typed: the command line, to be repeated.
 
     Raises:
         Stopped: by a signal, after the jobs that ran had saved their states.
-        RequestError: another process runs this sweep.
+        Refused: by the callback, with the reason.
     """
-    require_writable(folder, key="hydra.sweep.dir")
-    own = [word for word in typed if not word.lstrip("+").startswith("hydra.sweep.dir=")]
-    goes_on = (
-        f"Go on with the sweep:\n  {command([*own, f'hydra.sweep.dir={as_value(str(folder))}'])}"
-    )
-    given_up = None
+    broken_off: str | None = None
     try:
-        with alone_in(folder, key="hydra.sweep.dir"):
-            (folder / STOPPING_FILE).unlink(missing_ok=True)
-            swept = SweptJobs(
-                pipeline=pipeline,
-                jobs=plan.jobs,
-                launching=plan.launching,
-                keeps_failed=plan.is_adaptive,
-                shared=_shared(plan),
-            )
-            with ExitStack() as inside:
-                if plan.launching.is_in_processes:
-                    inside.enter_context(_ready_for(plan.launching))
-                    inside.enter_context(_jobs_stop_first(plan, folder))
-                if plan.launching.prints_apart:
-                    inside.enter_context(_told_of(plan, folder, swept.shared))
-                given_up = _run_rounds(plan, folder, swept)
+        # First, so that a mode that is typed wins, and is refused
+        words = ["hydra.mode=MULTIRUN", *request.overrides]
+        hydra.multirun(front().config_name, task, words)
     except Stopped as stop:
-        stop.advice = (goes_on,)
+        stop.advice = (_goes_on(request, typed),) if request.plan is not None else ()
         raise
-    rows = sweep_rows(plan.jobs, folder)
-    print_sweep(rows, folder)
+    except Exception as error:  # the launcher's and the sweeper's border: whatever they raise
+        if request.plan is None:
+            raise
+        said = (str(error).strip().splitlines() or [""])[0]
+        broken_off = f"the sweep was broken off: {type(error).__name__}: {said}"
+        if isinstance(error, TritterError):
+            broken_off = str(error)
+    plan = request.plan
+    assert plan is not None and plan.sweep_folder is not None, "Hydra called the callback"
+    rows = sweep_rows(plan.jobs, plan.sweep_folder)
+    print_sweep(rows, plan.sweep_folder)
     known = [row for row in rows if row.metric is not None]
     if plan.is_adaptive and known:
         say(f"Least metric: job {min(known, key=lambda row: row.metric or 0.0).name}")
-    if given_up is not None:
-        say(f"error: {given_up}\n{goes_on}", is_error=True)
+    if broken_off is not None:
+        say(f"error: {broken_off}\n{_goes_on(request, typed)}", is_error=True)
     codes = {row.exit_code for row in rows}
-    if given_up is not None or codes & {1, 2, 130, 143}:
+    if broken_off is not None or codes & {1, 2, 130, 143}:
         return 1
     return 3 if 3 in codes else 0
 
 
-def _shared(plan: Plan) -> frozenset[str]:
-    """Return the words that all jobs have, of several."""
-    words = [frozenset(job.overrides) for job in plan.jobs or plan.samples]
-    return words[0].intersection(*words[1:]) if len(words) > 1 else frozenset()
+def _goes_on(request: Request, typed: Sequence[str]) -> str:
+    assert request.plan is not None and request.plan.sweep_folder is not None
+    own = [word for word in typed if not word.lstrip("+").startswith("hydra.sweep.dir=")]
+    folder = as_value(str(request.plan.sweep_folder))
+    return f"Go on with the sweep:\n  {command([*own, f'hydra.sweep.dir={folder}'])}"
 
 
-def _start(plan: Plan, folder: Path, swept: SweptJobs) -> str | None:
-    """Start all jobs; return why that ended before they did, None when it did not."""
-    pinned = f"hydra.sweep.dir={quoted(str(folder))}"
+def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
+    """Read the status of every job: of the planned ones, else of those found below `folder`."""
+    folders = [job.folder for job in jobs] or sorted(
+        (path.parent for path in folder.rglob(STATUS_FILE)), key=_by_number
+    )
+    planned = {job.folder: job.overrides for job in jobs}
+    rows = []
+    for place in folders:
+        status = read_status(place)
+        rows.append(
+            SweepRow(
+                name=str(place.relative_to(folder)),
+                overrides=planned.get(place, tuple(status.overrides)),
+                status=_state(place, status.status),
+                changes=_changes(place / SUMMARY_FILE),
+                experts=_experts(place / SUMMARY_FILE),
+                metric=status.metric,
+                exit_code=status.exit_code,
+                error=status.error,
+            )
+        )
+    return tuple(rows)
+
+
+def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
+    """Print the table; overrides that all jobs share stand in its title."""
+    shared = (
+        set(rows[0].overrides).intersection(*(row.overrides for row in rows)) if rows else set()
+    )
+    shared = shared if len(rows) > 1 else set()
+    table = Table(title=Text(" ".join(sorted(shared))) if shared else None)  # [A,B] is no markup
+    for name in ("job", "overrides", "status"):
+        table.add_column(name, overflow="fold")
+    domains = list(dict.fromkeys(domain for row in rows for domain in row.changes))
+    has_experts = any(row.experts is not None for row in rows)
+    for name in (*domains, *(("experts", "trainable") if has_experts else ()), "metric"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        own = Text(" ".join(word for word in row.overrides if word not in shared))
+        metric = "-" if row.metric is None else f"{row.metric:.4f}"
+        changes = [f"{row.changes[d]:+.1%}" if d in row.changes else "-" for d in domains]
+        experts = _experts_cells(row) if has_experts else ()
+        table.add_row(row.name, own, row.status, *changes, *experts, metric)
+    console = Console()
+    console.print(table, markup=False)
+    if domains:
+        console.print(
+            "By what was trained, kept or not: change of the loss per byte, and metric, its mean "
+            "over all domains, which a sweeper minimises.",
+            highlight=False,
+        )
+    for row in rows:
+        if row.error is not None:
+            said = (row.error.splitlines() or [""])[0]
+            console.print(f"job {row.name}: {said}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Each job's summary and status: {folder}/JOB/", markup=False, soft_wrap=True)
+
+
+def _state(folder: Path, status: str) -> str:
+    """Return a job's status; of one that says it runs, and doesn't, that."""
+    return "killed" if status == "running" and not is_held(folder) else str(status)
+
+
+def _changes(summary: Path) -> dict[str, float]:
+    """Return domain → relative change of the loss per byte that the last attempt's gate saw."""
+    asked = ("retention", "new_capability")
     try:
-        start_hydra(["--multirun", *plan.overrides, pinned], swept.run, is_raising=True)
-    except TritterError as error:
-        return str(error)
-    except Exception as error:  # the launcher's and the sweeper's border: whatever they raise
-        said = (str(error).strip().splitlines() or [""])[0]
-        return f"the sweep was broken off: {type(error).__name__}: {said}"
-    return None
+        return {
+            str(check["subject"]): float(check["value"])
+            for check in read_object(summary)["attempts"][-1]["gate"]
+            if check["check"] in asked and check["value"] is not None
+        }
+    except (ValueError, LookupError, TypeError):  # a job without a summary, or with another's
+        return {}
 
 
-def _run_rounds(plan: Plan, folder: Path, swept: SweptJobs) -> str | None:
-    """Start the jobs until all have ended, or were cut off too often to be tried again."""
-    before = {place: _written(place) for place in _job_folders(plan, folder)}
-    cut_off: Counter[Path] = Counter()
-    while True:
-        reason = _start(plan, folder, swept)
-        if reason is None:
-            return None
-        while any(map(is_held, _job_folders(plan, folder))):  # those that run on by themselves
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-        new = [f for f in _job_folders(plan, folder) if _written(f) != before.get(f)]
-        status = {place: read_status(place)["status"] for place in new}
-        cut = [f for f in new if status[f] == "running" and f not in swept.left]
-        if not cut:
-            return reason
-        cut_off.update(cut)
-        say(f"{reason}\nCut off: {', '.join(f.name for f in cut)}; going on with what is not done.")
-        left = {place for place, times in cut_off.items() if times >= _MOST_CUT_OFF}
-        left |= {place for place in new if status[place] == "failed"}
-        swept = replace(swept, left=frozenset(left))
-
-
-def _written(folder: Path) -> int | None:
+def _experts(summary: Path) -> tuple[int, float] | None:
+    """Return what `SweepRow` holds of LoRA experts; None of a job without any."""
     try:
-        return (folder / STATUS_FILE).stat().st_mtime_ns
-    except OSError:
+        held = read_object(summary)["experts"]
+        number, share = held["number"], held["parameters"]["share"]
+    except (ValueError, LookupError, TypeError):
         return None
+    is_known = type(number) is int and isinstance(share, int | float)
+    return (number, float(share)) if is_known else None
 
 
-def _job_folders(plan: Plan, folder: Path) -> list[Path]:
-    """Return folders of jobs: of those planned, else of those that began."""
-    if plan.jobs:
-        return [job.folder for job in plan.jobs]
-    return sorted(path.parent for path in folder.rglob(STATUS_FILE))
+def _experts_cells(row: SweepRow) -> tuple[str, str]:
+    if row.experts is None:
+        return "-", "-"
+    number, share = row.experts
+    return str(number), f"{share:.2%}"
 
 
-@contextmanager
-def _ready_for(launching: Launching) -> Iterator[None]:
-    """Set the environment that the processes of a launcher start from."""
-    own = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    if launching.threads is not None and _THREADS not in os.environ:
-        own[_THREADS] = str(launching.threads)
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@contextmanager
-def _told_of(plan: Plan, folder: Path, shared: frozenset[str]) -> Iterator[None]:
-    """Say which jobs begin and end, as their status has it: they can't say so themselves."""
-    is_over = threading.Event()
-    known = {place: read_status(place)["status"] for place in _job_folders(plan, folder)}
-
-    def look() -> None:
-        for place in _job_folders(plan, folder):
-            found, name = read_status(place), place.relative_to(folder)
-            if found["status"] in (known.get(place), "not run", "unknown"):
-                continue
-            if known.get(place) != "running":
-                own = " ".join(word for word in found["overrides"] if word not in shared)
-                say(f"job {name} begins: {own}")
-            known[place] = found["status"]
-            if known[place] != "running":
-                say(f"job {name} is over: {known[place]}")
-
-    def watch() -> None:
-        while not is_over.wait(_SECONDS_BETWEEN_LOOKS):
-            look()
-
-    watching = threading.Thread(target=watch, daemon=True)
-    watching.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        watching.join()
-        look()
-
-
-@contextmanager
-def _jobs_stop_first(plan: Plan, folder: Path) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the jobs in their processes first, which save their states.
-
-    Raises:
-        Stopped: a signal came, and no job of this machine runs any more; or a second one came.
-    """
-    is_asked = False
-
-    def running() -> set[int]:
-        places = _job_folders(plan, folder) or [p.parent for p in folder.rglob(LOCK_NAME)]
-        return {p for place in places if place != folder and (p := process_in(place)) is not None}
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal is_asked
-        if is_asked:
-            _tell(running())
-            raise Stopped(number)
-        is_asked, told = True, set[int]()
-        (folder / STOPPING_FILE).touch()
-        say("Stopping: the jobs that run save their states; once more ends them.", is_error=True)
-        while found := running():
-            _tell(found - told)
-            told |= found
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-        raise Stopped(number)
-
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-    is_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, stop) for number in numbers if is_main}
-    try:
-        with _children_deaf_to_the_terminal():
-            yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        (folder / STOPPING_FILE).unlink(missing_ok=True)
-
-
-def _tell(processes: set[int]) -> None:
-    for process in processes - {os.getpid()}:
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(process, signal.SIGTERM)
-
-
-@contextmanager
-def _children_deaf_to_the_terminal() -> Iterator[None]:
-    """Keep Ctrl-C, which a terminal sends to all processes, from those that are started inside.
-
-    They inherit what the thread that starts them has blocked; another thread takes it for us.
-    """
-    is_over = threading.Event()
-
-    def take() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        is_over.wait()
-
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    threading.Thread(target=take, daemon=True).start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _by_number(path: Path) -> tuple[int, str]:
+    return (int(path.name) if path.name.isdigit() else -1, str(path))
