@@ -26,6 +26,7 @@ NEEDED = {
     "data=hf": ["data.old=stdlib:prose", "data.new=stdlib:code"],
     "data=text": ["data.old=stdlib:prose", "data.new=stdlib:code"],
     "model=hf": ["model.path=owner/name"],
+    "experiment=consumer_gpu": ["data.old=stdlib:prose", "data.new=stdlib:code"],
     "experiment=continued": [
         *("model.path=owner/name", "data.old=stdlib:prose", "data.new=stdlib:code")
     ],
@@ -44,12 +45,8 @@ def words_for(name: str) -> list[str]:
 
 # Options that need a package which is not installed with Tritter.
 PACKAGES = {
-    "experiment=consumer_gpu": "bitsandbytes",
     "logger=mlflow": "mlflow",
     "logger=tensorboard": "tensorboard",
-    "optimizer=adamw8bit": "bitsandbytes",
-    "optimizer=lion8bit": "bitsandbytes",
-    "optimizer=paged_adamw8bit": "bitsandbytes",
 }
 
 

@@ -6,6 +6,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from peft import PeftModel
@@ -20,8 +21,8 @@ from tests.oracle import logits, saved, tiny_llama, tokens
 from tests.pipeline.test_experts_job import PLAIN, files, run
 from tests.training.killed import KillAt, Killed
 from tritter.checkpoint.expert_files import ExpertFiles
-from tritter.errors import RequestError, TritterError
-from tritter.experts import whole
+from tritter.errors import RequestError
+from tritter.experts import quantised
 from tritter.experts.adapters import (
     AdapterShape,
     adapted_layers,
@@ -33,9 +34,6 @@ from tritter.experts.module import step_flops_of
 from tritter.experts.stored import ExpertFolder
 from tritter.experts.whole import load_whole
 from tritter.models import config_of, live_shape, load_model
-
-bitsandbytes = pytest.importorskip("bitsandbytes")
-quantised = pytest.importorskip("tritter.experts.quantised")
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
 STREAM = "aaaaaabbbb"
@@ -224,7 +222,7 @@ def test_what_is_counted_is_as_it_was() -> None:
     assert counted[0] == counted[1] == counted[2]
 
 
-def test_a_run_leaves_the_base_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_leaves_the_base_as_it_was(tmp_path: Path) -> None:
     words = [*PLAIN, "experts=single_lora", "experts.rank=2", "experts.base_bits=4"]
     summary = run(tmp_path / "run", tmp_path / "cache", words)
     baseline, kept = (tmp_path / "run" / name for name in ("baseline", "checkpoint"))
@@ -238,6 +236,3 @@ def test_a_run_leaves_the_base_as_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     on += ["model=hf", f"model.path={kept}", "experts=single_lora"]
     with pytest.raises(RequestError, match=r"base_bits = 8.*in 4 bits. Did you mean 4\?"):
         run(tmp_path / "on", tmp_path / "cache", [*on, "experts.base_bits=8"])
-    monkeypatch.setattr(whole, "find_spec", lambda name: None)
-    with pytest.raises(TritterError, match=r"tritter\[8bit\]"):
-        load_whole(kept)

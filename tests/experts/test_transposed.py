@@ -87,7 +87,6 @@ def test_new_experts_train_alone_and_change_nothing_at_first() -> None:
 
 
 def test_what_can_not_be_quantised_is_refused() -> None:
-    pytest.importorskip("bitsandbytes")
     from tritter.experts.quantised import quantise
 
     with pytest.raises(RequestError, match="no linear layer that bitsandbytes holds"):

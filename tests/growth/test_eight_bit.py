@@ -13,8 +13,6 @@ from tests.training.killed import KillAt, Killed
 from tests.training.test_surgery import assert_same
 from tritter.training import OptimizerSettings
 
-pytest.importorskip("bitsandbytes", reason="needs tritter[8bit]")
-
 UP = "model.layers.1.mlp.up_proj.weight"
 CODED = OptimizerSettings(
     target="bitsandbytes.optim.AdamW8bit",

@@ -19,7 +19,6 @@ from tritter.pipeline import run_pipeline
 from tritter.training import OptimizerSettings
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 
-pytest.importorskip("bitsandbytes", reason="needs tritter[8bit]")
 SMALLEST = 64  # of a tensor whose moments are in 8 bits; here few have 4,096 numbers
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,6 @@ from tritter.expansion import Dus
 from tritter.training import OptimizerSettings, eight_bit
 from tritter.training.moments import carried_moments, moments_by_name, put_moments
 from tritter.training.parameters import live_layout
-
-bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs tritter[8bit]")
 
 # FFN matrices have 960 numbers before and 1,440 after: coded in both, in neither, in the second
 CODED, FLOAT, CROSSING = 64, 10_000, 1_000

@@ -1,7 +1,6 @@
 """`experts`: one class with its keys, and what of a run does not go together with it."""
 
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +44,6 @@ def experts_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield what of a run does not go together with experts."""
     if config.experts is None:
         return
-    bits = config.experts.options.base_bits
-    if bits is not None and find_spec("bitsandbytes") is None:
-        reason = "it needs bitsandbytes, which is not installed: pip install 'tritter[8bit]'"
-        yield Problem("experts.base_bits", bits, reason=reason)
     if config.pipeline.target_params is not None:
         reason = "a run that grows to a size trains all of it; leave it out, or experts=none"
         yield Problem("pipeline.target_params", config.pipeline.target_params, reason=reason)

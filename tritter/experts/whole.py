@@ -1,13 +1,11 @@
 """A checkpoint's model as it is to be run: with its experts where it has any."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from tritter.checkpoint.expert_files import ExpertFiles
-from tritter.errors import TritterError
 from tritter.models import load_model
 
 
@@ -21,19 +19,13 @@ def load_whole(
             it has run on a base held as it was when they were trained.
 
     Raises:
-        TritterError: as `load_model` and `ExpertFolder.read`; or the base is to be held by
-            bitsandbytes, which is not installed.
+        TritterError: as `load_model` and `ExpertFolder.read`.
     """
     files = ExpertFiles.read(folder)
     bits = base_bits if files is None else files.head.base_bits
-    if bits is not None and find_spec("bitsandbytes") is None:
-        raise TritterError(
-            f"{folder}: its experts run on a base in {bits} bits, which needs bitsandbytes: "
-            "pip install 'tritter[8bit]'."
-        )
     model = load_model(folder, dtype=dtype)
     if bits is not None:
-        from tritter.experts.quantised import quantise  # bitsandbytes may not be installed
+        from tritter.experts.quantised import quantise  # slow to import
 
         quantise(model, bits)
     if files is not None:
