@@ -4,6 +4,7 @@ A name counts in option files and on the command line of the person who runs the
 in a checkpoint, a run folder or in data is text, and never comes here.
 """
 
+import ast
 import inspect
 import logging
 import sys
@@ -11,8 +12,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from importlib import import_module
+from importlib.util import find_spec
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +80,24 @@ def resolve(key: str, target: object, *, base: str | None = None) -> Any:
     return found
 
 
-def dotted(kind: type) -> str:
+def dotted(kind: type | str) -> str:
     """Return the name by which a class is found."""
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def identity(kind: type) -> dict[str, str | None]:
+def identity(kind: type | str) -> dict[str, str | None]:
     """Return what tells a class from outside from another one: its name, and its file's SHA-256.
 
     Of ours the version tells, and of the libraries that we stand on theirs.
+
+    Args:
+        kind: the class, or its dotted name; one of those libraries is then not imported.
     """
-    if kind.__module__.partition(".")[0] in _WITH_A_VERSION:
+    module = kind if isinstance(kind, str) else kind.__module__
+    if module.partition(".")[0] in _WITH_A_VERSION:
         return {}
+    if isinstance(kind, str):
+        return identity(imported(kind))
     try:
         digest = sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
     except (TypeError, OSError):  # it stands in no file
@@ -95,29 +105,71 @@ def identity(kind: type) -> dict[str, str | None]:
     return {TARGET: dotted(kind), "sha256": digest}
 
 
+@lru_cache
+def parsed_module(name: str) -> ast.Module:
+    """Return the source of a module that is not imported, since that is slow.
+
+    Args:
+        name: dotted; a package's is its `__init__`.
+    """
+    top, *rest = name.split(".")
+    spec = find_spec(top)
+    assert spec is not None and spec.submodule_search_locations
+    place = Path(spec.submodule_search_locations[0], *rest)
+    path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def parameters_of(kind: type | str) -> Mapping[str, Parameter]:
+    """Return the arguments of a class.
+
+    Args:
+        kind: the class; or the dotted name of one whose source is read in place of an import.
+    """
+    if not isinstance(kind, str):
+        return inspect.signature(kind).parameters
+    module, _, name = kind.rpartition(".")
+    classes = (n for n in parsed_module(module).body if isinstance(n, ast.ClassDef))
+    body = next((node.body for node in classes if node.name == name), [])
+    functions = (node for node in body if isinstance(node, ast.FunctionDef))
+    made = next((each.args for each in functions if each.name == "__init__"), None)
+    if made is None:
+        return inspect.signature(imported(kind)).parameters
+    required = [Parameter.empty] * (len(made.args) - len(made.defaults))
+    defaults = [*required, *made.defaults, *(each or Parameter.empty for each in made.kw_defaults)]
+    stated = zip([*made.args, *made.kwonlyargs], defaults, strict=True)
+    return {
+        each.arg: Parameter(each.arg, Parameter.KEYWORD_ONLY, default=default)
+        for each, default in stated
+        if each.arg != "self"
+    }
+
+
 def argument_problems(
-    kind: type, arguments: Mapping[str, Any], *, key: str, given: tuple[str, ...] = ()
+    kind: type | str, arguments: Mapping[str, Any], *, key: str, given: tuple[str, ...] = ()
 ) -> Iterator[Problem]:
     """Yield arguments that a class doesn't take, and those that it needs besides.
 
     Args:
+        kind: see `parameters_of`.
         key: below which the arguments stand.
         given: arguments that are given by ourselves.
     """
-    parameters = inspect.signature(kind).parameters
+    parameters = parameters_of(kind)
+    name_of_class = dotted(kind).rpartition(".")[2]
     named = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     # Lightning passes what it doesn't know on to where nobody tells a typo
-    is_open = len(named) < len(parameters) and not kind.__module__.startswith("lightning.")
+    is_open = len(named) < len(parameters) and not dotted(kind).startswith("lightning.")
     allowed = [name for name in named if name not in given]
     for name, value in arguments.items():
         if name not in allowed and not is_open:
-            reason = f"{kind.__name__} has no such argument; it has {', '.join(allowed) or 'none'}"
+            reason = f"{name_of_class} has no such argument; it has {', '.join(allowed) or 'none'}"
             near = nearest(name, allowed)
             full = None if near is None else f"{key}.{near}"
             yield Problem(f"{key}.{name}", value, reason=reason, nearest=full)
     for name in allowed:
         if parameters[name].default is inspect.Parameter.empty and name not in arguments:
-            yield Problem(f"{key}.{name}", reason=f"{kind.__name__} needs it")
+            yield Problem(f"{key}.{name}", reason=f"{name_of_class} needs it")
 
 
 def building_problem(kind: type, arguments: Mapping[str, Any], *, key: str) -> Any | Problem:

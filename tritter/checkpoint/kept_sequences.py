@@ -5,18 +5,21 @@ They stand for the text of a domain that a later training has no more. The file 
 `ReplayBuffer`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tritter.checkpoint.state import STATE_FOLDER
 from tritter.data.batches import read_sequences
 from tritter.data.packing import Packing
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import Problem, TritterError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEPT_FILE = "replay.safetensors"
 _OF_DOCUMENTS = "of_documents/"  # before a domain's name
@@ -41,6 +44,8 @@ class KeptSequences:
 
     def write(self, folder: Path) -> None:
         """Write it beside a model; meant for a checkpoint folder that is still being made."""
+        import torch
+
         if not self.sequences:
             return
         sizes = {name: len(each) for name, each in self.sequences.items()}
@@ -52,7 +57,7 @@ class KeptSequences:
         buffer.save(folder / STATE_FOLDER / KEPT_FILE, beside=marks)
 
     @classmethod
-    def read(cls, folder: Path) -> "KeptSequences":
+    def read(cls, folder: Path) -> KeptSequences:
         """Return what lies beside a model.
 
         Raises:
@@ -73,7 +78,7 @@ class KeptSequences:
             frozenset(key.removeprefix(_OF_DOCUMENTS) for key in marked),
         )
 
-    def without(self, names: Collection[str]) -> "KeptSequences":
+    def without(self, names: Collection[str]) -> KeptSequences:
         """Return the same without some domains."""
         left = [name for name in self.sequences if name not in names]
         return KeptSequences(

@@ -6,11 +6,12 @@ not Tritter's own states its rule there, so that it follows an expansion by any 
 left it: what registered it isn't asked for.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tritter.checkpoint.record import StateHead, StateRule
 from tritter.errors import TritterError, brief
@@ -19,6 +20,9 @@ from tritter.parameter_map.carry import OURS, STATE_KINDS, StateKind, is_kind_na
 from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STATE_FOLDER = "state"
 _HEAD = "state.json"
@@ -149,7 +153,7 @@ def _stream(tensors: TensorFolder, names: Sequence[str]) -> TensorStream:
 
 
 @dataclass(frozen=True, slots=True)
-class LazyTensors(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, "Tensor"]):
     """The tensors of one kind by name on disk, each read whenever it is asked for."""
 
     folder: TensorFolder

@@ -1,12 +1,10 @@
 """`callbacks`: Lightning's and anybody's, by `_target_`; what a run can't bear of them."""
 
 import ast
-import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import lru_cache
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from tritter.config.folders import body_of, option_files
+from tritter.config.folders import body_of, option_files, shipped_options
 from tritter.config.rules import appends_experts, freezing
 from tritter.config.schema import (
     LoggerConfig,
@@ -36,6 +34,8 @@ from tritter.targets import (
     building_problem,
     dotted,
     imported,
+    parameters_of,
+    parsed_module,
     quietly,
     resolve,
 )
@@ -321,8 +321,8 @@ _SIDE = 16  # of the matrix that a step is tried with
 _OWN = ("params", "lr")  # which Tritter gives
 
 
-def optimizer_class(raw: Mapping[str, Any]) -> type:
-    """Return the class of an optimizer, by its name or by `_target_`.
+def optimizer_class(raw: Mapping[str, Any]) -> type | str:
+    """Return the class of an optimizer, by its name or by `_target_`; of one of torch its name.
 
     Raises:
         RequestError: there is none of this name, or both are given, or neither.
@@ -338,6 +338,8 @@ def optimizer_class(raw: Mapping[str, Any]) -> type:
         return resolve(f"optimizer.{TARGET}", target, base=OPTIMIZER)
     classes, spelled = _classes(), _spelling(str(name))
     if (found := classes.get(spelled)) is not None:
+        if not found.startswith(_EIGHT_BIT):
+            return found
         with quietly():
             return resolve("optimizer.name", found, base=OPTIMIZER)
     names = {spelling: target.rpartition(".")[2] for spelling, target in classes.items()}
@@ -363,14 +365,16 @@ def read_optimizer(
 
 def _classes() -> dict[str, str]:
     """Return, by spelling, the dotted names of torch's optimizers and bitsandbytes'."""
-    torch_optim, base = imported(_TORCH), imported(OPTIMIZER)
-    names = [
-        f"{_TORCH}.{name}"
-        for name, kind in vars(torch_optim).items()
-        if inspect.isclass(kind) and issubclass(kind, base) and kind is not base
-    ]
+    names, renamed = list[str](), list[str]()
+    for node in parsed_module(_TORCH).body:  # `from torch.optim.sgd import SGD as SGD`
+        if isinstance(node, ast.ImportFrom):
+            own = [each.name for each in node.names if each.name[0].isupper()]
+            names += [f"{node.module}.{name}" for name in own if name != "Optimizer"]
+        elif isinstance(node, ast.Assign):  # `Muon.__module__ = "torch.optim"`
+            renamed.append(ast.unparse(node.targets[0]).partition(".")[0])
     names += [f"{_EIGHT_BIT}.{name}" for name in _OF_BITSANDBYTES]
-    return {_spelling(name.rpartition(".")[2]): name for name in reversed(names)}
+    found = {_spelling(name.rpartition(".")[2]): name for name in reversed(names)}
+    return found | {_spelling(name): f"{_TORCH}.{name}" for name in renamed if name[0].isupper()}
 
 
 def _spelling(name: str) -> str:
@@ -378,17 +382,28 @@ def _spelling(name: str) -> str:
 
 
 def _optimizer_problems(
-    kind: type, arguments: Mapping[str, Any], weight_decay: float | None
+    kind: type | str, arguments: Mapping[str, Any], weight_decay: float | None
 ) -> list[Problem]:
     if "lr" in arguments:
         reason = "the schedule gives it; say training.learning_rate"
         return [Problem("optimizer.lr", arguments["lr"], reason=reason)]
-    if weight_decay is not None and "weight_decay" not in inspect.signature(kind).parameters:
-        reason = f"{kind.__name__} has none; set optimizer.weight_decay=null"
+    if weight_decay is not None and "weight_decay" not in parameters_of(kind):
+        reason = f"{dotted(kind).rpartition('.')[2]} has none; set optimizer.weight_decay=null"
         return [Problem("optimizer.weight_decay", weight_decay, reason=reason)]
-    return list(argument_problems(kind, arguments, key="optimizer", given=_OWN)) or _tried(
-        kind, arguments
-    )
+    if found := list(argument_problems(kind, arguments, key="optimizer", given=_OWN)):
+        return found
+    if _is_shipped(kind, arguments):
+        return []
+    return _tried(imported(kind) if isinstance(kind, str) else kind, arguments)
+
+
+def _is_shipped(kind: type | str, arguments: Mapping[str, Any]) -> bool:
+    """Return whether an option of ours has the same arguments, which a test has tried."""
+    own = [*(field.name for field in fields(OptimizerValues)), "name"]
+    bodies = map(body_of, shipped_options()["optimizer"].values())
+    named = _spelling(dotted(kind).rpartition(".")[2])
+    same = [body for body in bodies if _spelling(str(body["name"])) == named]
+    return any({k: body[k] for k in body if k not in own} == arguments for body in same)
 
 
 def _tried(kind: Any, arguments: Mapping[str, Any]) -> list[Problem]:
@@ -480,17 +495,9 @@ def split_trainer(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return own, {name: value for name, value in raw.items() if name not in own}
 
 
-@lru_cache
 def trainer_parameters() -> tuple[str, ...]:
     """Return the arguments of Lightning's Trainer, read from its source: importing it is slow."""
-    spec = find_spec("lightning")
-    assert spec is not None and spec.submodule_search_locations
-    path = Path(spec.submodule_search_locations[0]) / "pytorch/trainer/trainer.py"
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    kind = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Trainer")
-    made = next(n for n in kind.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
-    names = [each.arg for each in (*made.args.args, *made.args.kwonlyargs)]
-    return tuple(name for name in names if name != "self")
+    return tuple(parameters_of("lightning.pytorch.trainer.trainer.Trainer"))
 
 
 def trainer_argument_problems(arguments: Mapping[str, Any]) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from tritter.config.schema import SECTIONS, RunConfig
 from tritter.data.skills import PREFIX
 from tritter.errors import show
 from tritter.options import leaves
-from tritter.targets import TARGET, identity, imported
+from tritter.targets import TARGET, identity
 
 # What may differ between the parts of one run: where it is, who watches, and how.
 _WITHOUT_EFFECT = {
@@ -57,8 +57,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     result["optimizer"] = optimizer_record(config)
     if config.callbacks:
         result["callbacks"] = {
-            one.name: {**one.body, **identity(imported(one.body[TARGET]))}
-            for one in config.callbacks
+            one.name: {**one.body, **identity(one.body[TARGET])} for one in config.callbacks
         }
     if config.growth is not None:
         result["growth"] = config.growth.plain()
@@ -106,7 +105,7 @@ def optimizer_record(config: RunConfig) -> dict[str, Any]:
         "weight_decay": optimizer.weight_decay,
         "carry": optimizer.carry,
         **optimizer.arguments,
-        **identity(imported(optimizer.target)),
+        **identity(optimizer.target),
     }
 
 

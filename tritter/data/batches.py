@@ -1,20 +1,20 @@
 """Endless batches for training: new sequences in their own order, and an exact share of old."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tritter.errors import RequestError, TritterError
 from tritter.seeds import derived_seed
 from tritter.storage.reading import require_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 ENDLESS = 2**40  # batches: more than any run asks for
@@ -30,6 +30,8 @@ class Rank:
 
 def this_rank() -> Rank:
     """Return the place of this process, as torch.distributed knows it."""
+    from torch import distributed
+
     if distributed.is_available() and distributed.is_initialized():
         return Rank(distributed.get_rank(), distributed.get_world_size())
     return Rank(0, 1)
@@ -85,6 +87,8 @@ class SequenceStream:
 
     def next_sequences(self, count: int) -> Tensor:
         """Return the next `count` sequences, int64 [count, T], across epochs where needed."""
+        import torch
+
         if count < 0:
             raise ValueError(f"count={count}: must not be negative")
         picked: list[Tensor] = [self._order[:0]]
@@ -120,6 +124,8 @@ class SequenceStream:
             self._move_to(epoch=self._epoch + 1, position=0)
 
     def _move_to(self, *, epoch: int, position: int) -> None:
+        import torch
+
         self._epoch, self._position = epoch, position
         generator = torch.Generator().manual_seed(derived_seed(self._seed, "epoch", epoch))
         # Half of what int64 would take; the numbers are the same
@@ -137,6 +143,8 @@ def drawn_equally(
         sequences: domain → int [N, T].
         seed: domain → seed of its order.
     """
+    import torch
+
     chosen = []
     for position, (name, held) in enumerate(sequences.items()):
         # The remainder goes to the first ones
@@ -148,6 +156,8 @@ def drawn_equally(
 
 def write_sequences(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors of tokens, and of what is known of them, by name."""
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
@@ -158,6 +168,9 @@ def read_sequences(path: Path) -> dict[str, Tensor]:
     Raises:
         TritterError: there is no such file, or it is damaged.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         require_file(path)
         return load_file(path)
@@ -242,7 +255,7 @@ class BatchStream:
         self._num_batches = num_batches
         self._batch_index = 0
 
-    def with_replay(self, buffer: Sequences, fraction: float) -> "BatchStream":
+    def with_replay(self, buffer: Sequences, fraction: float) -> BatchStream:
         """Return a loader over the same stream in which a share of each batch is replayed.
 
         Raises:
@@ -297,6 +310,8 @@ class BatchStream:
         self._batch_index = int(state["batch_index"])
 
     def _next_batch(self) -> dict[str, Tensor]:
+        import torch
+
         rank = this_rank()
         if self._batch_size % rank.count:
             raise RequestError(

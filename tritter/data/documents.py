@@ -1,15 +1,18 @@
 """Documents: texts cut by their own size alone, and told apart by what they say."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import overload
-
-import numpy as np
+from typing import TYPE_CHECKING, overload
 
 from tritter.errors import RequestError
 from tritter.storage.spool import Spool
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PIECE_CHARACTERS = 20_000
 NAME_CHARACTERS = 40
@@ -55,8 +58,10 @@ class Documents(Sequence[Document]):
     @overload
     def __getitem__(self, index: int) -> Document: ...
     @overload
-    def __getitem__(self, index: slice) -> "Documents": ...
-    def __getitem__(self, index: int | slice) -> "Document | Documents":
+    def __getitem__(self, index: slice) -> Documents: ...
+    def __getitem__(self, index: int | slice) -> Document | Documents:
+        import numpy as np
+
         if isinstance(index, slice):
             return self.chosen(np.arange(len(self))[index])
         place = self._order[index]
@@ -68,7 +73,7 @@ class Documents(Sequence[Document]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def chosen(self, indices: np.ndarray) -> "Documents":
+    def chosen(self, indices: np.ndarray) -> Documents:
         """Return some of them, by their indices, in that order."""
         return Documents(self._texts, self._keys, self._ends, self._order[indices])
 
@@ -84,8 +89,10 @@ class Documents(Sequence[Document]):
         return self._texts.read(start, int(self._ends[place]))
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> "Documents":
+    def of(cls, texts: Iterable[str]) -> Documents:
         """Take texts, in the order of their keys; of those with the same words the least."""
+        import numpy as np
+
         spool, keys, ends = Spool(), Spool(), Spool()
         for text in texts:
             spool.append(text.encode())
@@ -98,6 +105,8 @@ class Documents(Sequence[Document]):
 
     def _least(self, order: np.ndarray) -> np.ndarray:
         """Return, of places sorted by key, the index of the least text of each key."""
+        import numpy as np
+
         in_order = self._keys[order]
         is_first = np.ones(len(order), dtype=bool)
         is_first[1:] = in_order[1:] != in_order[:-1]
@@ -121,6 +130,8 @@ def documents_of(texts: Iterable[str]) -> Documents:
 
 def chosen(documents: Sequence[Document], indices: Sequence[int]) -> Sequence[Document]:
     """Return some documents by their indices; spooled ones stay so."""
+    import numpy as np
+
     if isinstance(documents, Documents):
         return documents.chosen(np.asarray(indices, dtype=np.int64))
     return tuple(documents[index] for index in indices)

@@ -3,20 +3,22 @@
 B sequences or windows in a batch · T tokens of each
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
-
-import numpy as np
-import torch
-from torch import Tensor, distributed, nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.data.batches import this_rank
 from tritter.data.tokens import TokenisedDocuments, check_packs, pack
 from tritter.errors import RequestError
 from tritter.storage.spool import Spool
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
 
 IGNORED = -100  # a target that does not count
 Packing = Literal["stream", "documents"]
@@ -62,6 +64,8 @@ def window_tensors(
     A causal model does not look to the right, so padding needs no attention mask, only its targets
     must not count.
     """
+    import torch
+
     shape = (len(batch), batch[0].length)
     input_ids = torch.full(shape, end_of_text_id, dtype=torch.int64)
     targets = torch.full(shape, IGNORED, dtype=torch.int64)
@@ -147,6 +151,8 @@ def _placed(documents: TokenisedDocuments, room: int) -> _Pieces:
 
     What fills a sequence to its end has no closing end of text, unless one stands there by itself.
     """
+    import numpy as np
+
     offsets = documents.offsets.numpy()
     lengths = np.diff(offsets)
     num_full, rest = lengths // room, lengths % room
@@ -176,6 +182,8 @@ def best_fit(sizes: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         The bin of each, and how much lay in it before.
     """
+    import numpy as np
+
     bins, before = np.empty_like(sizes), np.empty_like(sizes)
     waiting: list[list[int]] = [[] for _ in range(room + 1)]  # bins by the room that is left
     rooms, num_bins = 0, 0  # bit r: a bin with room r waits
@@ -198,6 +206,8 @@ def best_fit(sizes: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
 def _laid(
     documents: TokenisedDocuments, pieces: _Pieces, sequence_length: int, end_of_text_id: int
 ) -> Tensor:
+    import numpy as np
+
     tokens, spool = documents.tokens.numpy(), Spool()
     num_rows = max(1, LAID_TOKENS // sequence_length)
     for first in range(0, pieces.num_sequences, num_rows):
@@ -214,6 +224,8 @@ def _laid(
 
 def _runs(starts: np.ndarray, *, lengths: np.ndarray) -> np.ndarray:
     """Return start, start + 1, … of each run of a length, one run after the other."""
+    import numpy as np
+
     begins = np.cumsum(lengths) - lengths
     return np.repeat(starts - begins, lengths) + np.arange(int(lengths.sum()))
 
@@ -238,12 +250,16 @@ class Apart:
 
     def positions(self, input_ids: Tensor) -> Tensor:
         """Return the place of each token in its document, int64 [B, T]."""
+        import torch
+
         places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         is_start = input_ids == self.end_of_text_id
         return places - (places * is_start).cummax(dim=1).values
 
     def padding(self, input_ids: Tensor) -> Tensor:
         """Return which tokens are padding, bool [B, T]: ends of text behind another."""
+        import torch
+
         is_end = input_ids == self.end_of_text_id
         return torch.cat([torch.zeros_like(is_end[:, :1]), is_end[:, 1:] & is_end[:, :-1]], dim=1)
 
@@ -254,6 +270,8 @@ class Apart:
             seen: int64 [B, S], what it reads now, and before it what it has keys and values of.
             num_read: tokens that it reads now.
         """
+        import torch
+
         positions, places = self.positions(seen), torch.arange(seen.shape[1], device=seen.device)
         is_last = places >= seen.shape[1] - 1 - positions[:, -1:]  # [B, S]
         return {"attention_mask": is_last.long(), "position_ids": positions[:, -num_read:]}
@@ -264,6 +282,8 @@ class Apart:
         The end of text that a document begins at counts as one of its tokens; the one that closes
         the last document of a sequence is alone.
         """
+        import torch
+
         is_kept = ~self.padding(input_ids)
         is_start = is_kept & (self.positions(input_ids) == 0)
         document = is_start.flatten().cumsum(0)[is_kept.flatten()] - 1
@@ -317,6 +337,9 @@ def lengths_read(model: nn.Module, input_ids: Tensor) -> dict[int, int]:
     Args:
         input_ids: int64 [B, T] of this process.
     """
+    import torch
+    from torch import distributed
+
     apart = apart_of(model)
     if this_rank().count == 1:
         return lengths_of(apart, input_ids)

@@ -1,18 +1,20 @@
 """Replay: earlier sequences and examples, sampled in fixed memory and drawn in exact shares."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.data.batches import SequenceStream, read_sequences, write_sequences
 from tritter.data.records import PART_BREAK
 from tritter.errors import RequestError, TritterError
 from tritter.seeds import derived_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Weighting = Literal["uniform", "loss"]
 SEEN = "seen"  # the domain of what is added without a word which it is of
@@ -36,6 +38,8 @@ class Sampler:
     """
 
     def __init__(self, capacity: int, *, seed: int, weighting: Weighting = "uniform") -> None:
+        import torch
+
         self.capacity = capacity
         self.weighting = weighting
         self.num_seen = 0
@@ -55,6 +59,8 @@ class Sampler:
         Raises:
             RequestError: a loss is negative or not finite.
         """
+        import torch
+
         if losses.ndim != 1 or not bool((losses >= 0).all() & losses.isfinite().all()):
             raise RequestError("losses have to be finite and not negative.")
         count, slots = len(self), list[int | None]()
@@ -76,6 +82,8 @@ class Sampler:
 
     def draw(self, count: int) -> Tensor:
         """Return the slots of the next `count` draws, int64 [count]; there is at least one slot."""
+        import torch
+
         if self.weighting == "loss" and count:
             chances = self.losses if float(self.losses.sum()) > 0 else torch.ones(len(self))
             return torch.multinomial(chances, count, replacement=True, generator=self._drawing)
@@ -122,6 +130,8 @@ class Reservoir(Sampler):
     """
 
     def __init__(self, capacity: int, *, seed: int, weighting: Weighting = "uniform") -> None:
+        import torch
+
         if capacity < 1:
             raise RequestError(f"capacity = {capacity}: a reservoir holds at least 1 sequence.")
         super().__init__(capacity, seed=seed, weighting=weighting)
@@ -141,6 +151,8 @@ class Reservoir(Sampler):
         Raises:
             RequestError: lengths differ, or a loss is negative or not finite.
         """
+        import torch
+
         losses = torch.ones(len(sequences)) if losses is None else losses.detach().float().cpu()
         if len(self) and sequences.shape[1] != self.sequence_length:
             raise RequestError(
@@ -228,7 +240,7 @@ class ReplayBuffer:
         weights: Mapping[str, float] | None = None,
         losses: Mapping[str, Tensor] | None = None,
         purpose: str = "replay",
-    ) -> "ReplayBuffer":
+    ) -> ReplayBuffer:
         """Fill a buffer from domains of sequences [N, T].
 
         Args:
@@ -256,7 +268,7 @@ class ReplayBuffer:
         seed: int,
         weighting: Weighting = "uniform",
         weights: Mapping[str, float] | None = None,
-    ) -> "ReplayBuffer":
+    ) -> ReplayBuffer:
         """Return an empty buffer that keeps a sample of what is added to it.
 
         Args:
@@ -281,7 +293,7 @@ class ReplayBuffer:
         seed: int,
         weighting: Weighting = "uniform",
         weights: Mapping[str, float] | None = None,
-    ) -> "ReplayBuffer":
+    ) -> ReplayBuffer:
         """Return a buffer of reservoirs as `save` left them, from which drawing begins anew.
 
         Raises:
@@ -314,6 +326,8 @@ class ReplayBuffer:
         Raises:
             RequestError: a domain is a data set, which lies elsewhere already.
         """
+        import torch
+
         tensors = dict(beside or {})
         for name, stream in self._streams.items():
             if not isinstance(stream, Reservoir):
@@ -357,6 +371,8 @@ class ReplayBuffer:
         Raises:
             RequestError: nothing was added yet.
         """
+        import torch
+
         drawn = [self._streams[self._next_domain()].next_sequences(1) for _ in range(count)]
         return torch.cat([torch.empty(0, self.sequence_length, dtype=torch.int64), *drawn])
 
@@ -455,6 +471,8 @@ class MemoryReplayBuffer:
         Raises:
             RequestError: no texts, or a loss that is negative or not finite.
         """
+        import torch
+
         if not (isinstance(prompt, str) and isinstance(answer, str)):
             kinds = f"{type(prompt).__name__} and {type(answer).__name__}"
             raise RequestError(f"prompt and answer are texts, not {kinds}.")

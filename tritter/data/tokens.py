@@ -1,21 +1,22 @@
 """Tokenizers, trained or of a checkpoint, and documents as tokens that know their bytes."""
 
+from __future__ import annotations
+
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
-
-import numpy as np
-import torch
-from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, overload
 
 from tritter.data.documents import Document
 from tritter.errors import RequestError, TritterError
 from tritter.storage.reading import read_json, require_file
 from tritter.storage.spool import Spool
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+    from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
 MINIMUM_VOCAB_SIZE = 257  # every byte, and the end of a text
@@ -36,6 +37,8 @@ def train_tokenizer(documents: Iterable[Document], *, vocab_size: int) -> Tokeni
     Raises:
         RequestError: `vocab_size` has no room for all bytes and the end of a text.
     """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     if vocab_size < MINIMUM_VOCAB_SIZE:
         raise RequestError(
             f"data.vocab_size={vocab_size}: a byte-level vocabulary needs at least "
@@ -75,6 +78,8 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
         RequestError: there is no tokenizer.json, it is damaged, it gives tokens that the model
             has no embedding for, or no end of text is stated.
     """
+    from tokenizers import Tokenizer
+
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise RequestError(f"{folder} holds no tokenizer.json.")
@@ -203,6 +208,8 @@ def tokenise(
     Raises:
         RequestError: `max_tokens_per_document` is too small for one character.
     """
+    import numpy as np
+
     limit = max_tokens_per_document
     if limit is not None and limit < MINIMUM_DOCUMENT_TOKENS:
         raise RequestError(
@@ -260,6 +267,8 @@ def pack(documents: TokenisedDocuments, *, sequence_length: int, end_of_text_id:
     Raises:
         RequestError: as `check_packs`.
     """
+    import torch
+
     num_sequences = check_packs(documents, sequence_length=sequence_length)
     stream = Spool()
     for first in range(0, len(documents), PACKED_DOCUMENTS):
@@ -284,6 +293,9 @@ def joined(sequences: Sequence[Tensor]) -> Tensor:
 
 
 def _int64(numbers: array) -> Tensor:
+    import numpy as np
+    import torch
+
     return torch.from_numpy(np.frombuffer(numbers, dtype=np.int64).copy())
 
 

@@ -1,10 +1,14 @@
 """Look at a model without changing it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @contextmanager
@@ -21,6 +25,8 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Put a model into eval and inference mode, yield its device, then set all modes back."""
+    import torch
+
     with modes_kept(model), torch.inference_mode():
         model.eval()
         yield device_of(model)
@@ -28,6 +34,8 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter (a model without parameters is on the CPU)."""
+    import torch
+
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
@@ -81,6 +89,8 @@ def sample_text(
     Args:
         prompt_ids: read after an end-of-text, as every document is in training; may be empty.
     """
+    import torch
+
     prefix = [end_of_text_id, *prompt_ids]
     new: list[int] = []
     with evaluating(model) as device:

@@ -9,12 +9,13 @@ training step's FLOPs where it is as large as what is trained; its weights; the 
 are those of the task, and their gradient is all that is held of that size.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
 from pydantic import Field
-from torch import Tensor, nn
 
 from tritter.data.batches import this_rank
 from tritter.data.packing import kept_tokens, lengths_read
@@ -22,6 +23,10 @@ from tritter.errors import TritterError
 from tritter.families import forward_flops
 from tritter.options import Count, Text, options
 from tritter.training import ForgettingMethod, Needs, Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 # T² · KL(teacher ‖ student) at temperature T, a few tokens at a time (arXiv 1503.02531, sec. 2).
 #
@@ -35,7 +40,7 @@ from tritter.training import ForgettingMethod, Needs, Task
 CHUNK_ENTRIES = 2**20  # of one tensor of a chunk, tokens times vocabulary
 _NEVER = -1e30  # as a logit: no probability, and finite, so that no product with it is undefined
 
-Logits = Callable[[slice], Tensor]
+Logits = Callable[[slice], "Tensor"]
 
 
 def soft_target_loss(
@@ -67,49 +72,61 @@ def soft_target_loss(
         chunk_entries: bound on n · V.
     """
     options = (temperature, top_k, left_out, chunk_entries)
-    loss: Tensor = _SoftTargetLoss.apply(said, wanted, places, options)
+    loss: Tensor = _autograd_function().apply(said, wanted, places, options)
     return loss
 
 
-class _SoftTargetLoss(torch.autograd.Function):
-    """The loss with its gradient, which is made with it: the teacher is asked once."""
+@cache
+def _autograd_function() -> type[torch.autograd.Function]:
+    """Return the loss with its gradient, which is made with it: the teacher is asked once."""
+    import torch
 
-    @staticmethod
-    def forward(ctx: Any, said: Tensor, wanted: Logits, places: Tensor, options: Any) -> Tensor:
-        temperature, top_k, left_out, chunk_entries = options
-        flat = said.view(-1, said.shape[-1])
-        dtype = torch.promote_types(said.dtype, torch.float32)
-        total = torch.zeros((), dtype=dtype, device=said.device)
-        gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
-        step = max(1, chunk_entries // flat.shape[-1])
-        for start in range(0, len(places), step):
-            part = slice(start, start + step)
-            logits = [flat[places[part]], wanted(part)]
-            scaled = [each.to(dtype) / temperature for each in logits]
-            if left_out is not None:
-                token = (left_out[part] >= 0).nonzero().squeeze(-1)
-                for each in scaled:
-                    each[token, left_out[part][token]] = _NEVER
-            log_q, log_p = (each.log_softmax(dim=-1) for each in scaled)
-            divergence, slope = _divergence(log_p, log_q, top_k)
-            total += divergence
-            if gradient is not None:
-                gradient[places[part]] = slope.to(gradient.dtype)
-        ctx.temperature, ctx.shape = temperature, said.shape
+    class SoftTargetLoss(torch.autograd.Function):
+        forward = staticmethod(_forward)
+        backward = staticmethod(_backward)
+
+    return SoftTargetLoss
+
+
+def _forward(ctx: Any, said: Tensor, wanted: Logits, places: Tensor, options: Any) -> Tensor:
+    import torch
+
+    temperature, top_k, left_out, chunk_entries = options
+    flat = said.view(-1, said.shape[-1])
+    dtype = torch.promote_types(said.dtype, torch.float32)
+    total = torch.zeros((), dtype=dtype, device=said.device)
+    gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
+    step = max(1, chunk_entries // flat.shape[-1])
+    for start in range(0, len(places), step):
+        part = slice(start, start + step)
+        logits = [flat[places[part]], wanted(part)]
+        scaled = [each.to(dtype) / temperature for each in logits]
+        if left_out is not None:
+            token = (left_out[part] >= 0).nonzero().squeeze(-1)
+            for each in scaled:
+                each[token, left_out[part][token]] = _NEVER
+        log_q, log_p = (each.log_softmax(dim=-1) for each in scaled)
+        divergence, slope = _divergence(log_p, log_q, top_k)
+        total += divergence
         if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return temperature**2 * total
+            gradient[places[part]] = slope.to(gradient.dtype)
+    ctx.temperature, ctx.shape = temperature, said.shape
+    if gradient is not None:
+        ctx.save_for_backward(gradient)
+    return temperature**2 * total
 
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        # In place: nobody comes here twice, which torch would tell by the version of the tensor
-        gradient.mul_(outer[0] * ctx.temperature)
-        return gradient.view(ctx.shape), None, None, None
+
+def _backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+    (gradient,) = ctx.saved_tensors
+    # In place: nobody comes here twice, which torch would tell by the version of the tensor
+    gradient.mul_(outer[0] * ctx.temperature)
+    return gradient.view(ctx.shape), None, None, None
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
     """Return KL(p ‖ q), summed over tokens, and its slope in the logits of q; both [n, V]."""
+    import torch
+
     if top_k is None or top_k >= log_p.shape[-1]:
         p = log_p.exp()
         divergence = (p * (log_p - log_q)).sum()
@@ -192,6 +209,8 @@ class Distill(ForgettingMethod):
 
         Over those of all processes: each averages its own gradients with the others'.
         """
+        import torch
+
         rows, length = self._rows(batch), batch["input_ids"].shape[1]
         input_ids, ranks = batch["input_ids"][rows], this_rank().count
         lengths = lengths_read(model, input_ids)
@@ -223,6 +242,8 @@ class Distill(ForgettingMethod):
 
     def _rows(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return which rows of a batch it is of, int64 [n]."""
+        import torch
+
         is_old = batch.get("is_replay")
         if is_old is None:
             is_old = torch.zeros(len(batch["input_ids"]), dtype=torch.bool)
@@ -235,6 +256,8 @@ class Distill(ForgettingMethod):
         Args:
             kept: bool [n·T], the tokens that are asked about; None: all.
         """
+        import torch
+
         from tritter.models import backbone_of, head_of  # transformers, as below
 
         assert self._teacher is not None
@@ -256,4 +279,6 @@ class Distill(ForgettingMethod):
 
 def _next_tokens(input_ids: Tensor) -> Tensor:
     """Return the token behind each, of all rows in a line; behind a row's last one is none."""
+    import torch
+
     return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -1)], dim=1).flatten()

@@ -15,13 +15,13 @@ When to use: some old text may be kept, and not be trained on. Cost: passes over
 the weights (four while F is taken), one pass over them per step.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from tritter.data.packing import apart_of, lengths_of
 from tritter.errors import TritterError
@@ -112,6 +112,8 @@ class EWC(QuadraticPenalty):
         )
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
+        import torch
+
         fisher = task.state.get(self.kind)
         if fisher is None and self.at != "expanded":
             raise TritterError(
@@ -135,6 +137,8 @@ class EWC(QuadraticPenalty):
         return domains
 
     def look(self, model: nn.Module, step: int) -> float:
+        import torch
+
         if not self._is_due(model, step):
             return 0.0
         taken = shared_fisher(model, self._sequences, estimator=self.estimator)
@@ -177,6 +181,8 @@ def mean_importance(importance: Mapping[str, Tensor]) -> float:
     Raises:
         TritterError: all of them are zero.
     """
+    import torch
+
     total, count = 0.0, 0
     for value in importance.values():
         total += float(value.sum(dtype=torch.float64))
@@ -201,6 +207,8 @@ class ElasticWeightConsolidation:
     def __init__(
         self, model: nn.Module, dataloader: Iterable[Mapping[str, Tensor]], lambda_ewc: float = 1e3
     ) -> None:
+        import torch
+
         self.model = model
         self.lambda_ewc = lambda_ewc
         total: dict[str, Tensor] = {}
@@ -217,6 +225,8 @@ class ElasticWeightConsolidation:
 
     def penalty(self) -> Tensor:
         """Return ½ λ Σ F (θ − θ*)², a scalar to add to the loss."""
+        import torch
+
         terms = [
             (self.fisher[name] * (parameter - self.optimal_params[name]).square()).sum()
             for name, parameter in self.model.named_parameters()
@@ -236,6 +246,8 @@ class ElasticWeightConsolidation:
 # of EWC, with one more copy of the weights.
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from tritter.expand import Change
 
 
@@ -270,6 +282,8 @@ class OnlineEWC(EWC):
         return replace(needs, state=(kind,), leaves=(kind,), copies=needs.copies + 1)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
+        import torch
+
         kept = task.state.get(self.left_kind, {})
         parameters = dict(model.named_parameters())
         self._earlier = {n: (self.gamma * value).to(parameters[n]) for n, value in kept.items()}
@@ -290,7 +304,7 @@ class OnlineEWC(EWC):
         earlier = self._earlier.get(name)
         return fisher if earlier is None else fisher + earlier
 
-    def parameters_changed(self, change: "Change") -> None:
+    def parameters_changed(self, change: Change) -> None:
         super().parameters_changed(change)
         self._earlier = change.state(self.left_kind, self._earlier)
 

@@ -10,13 +10,13 @@ place first (`until`; from the top down as in Howard & Ruder 2018, ULMFiT, arXiv
 Cost: less than nothing, but for a copy and a mask of parameters that are frozen in part.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from tritter.errors import Problem, RequestError
 from tritter.families import Places, StoredTensor
@@ -24,6 +24,8 @@ from tritter.options import Count, Text, options
 from tritter.training import ForgettingMethod, Needs, Task
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from tritter.expand import Change
 
 Order = Literal["together", "top_down"]
@@ -143,6 +145,8 @@ class Freeze(ForgettingMethod):
                 gradient.masked_fill_(mask, 0)
 
     def look(self, model: nn.Module, step: int) -> float:
+        import torch
+
         self._step = step
         with torch.no_grad():
             for name, mask in self._held.items():
@@ -152,7 +156,7 @@ class Freeze(ForgettingMethod):
             del self._held[name], self._values[name]
         return 0.0
 
-    def parameters_changed(self, change: "Change") -> None:
+    def parameters_changed(self, change: Change) -> None:
         """Refuse what it would have to follow: what is frozen stays as it is."""
         altered = {stored.name for stored in change.altered} | set(change.removed)
         frozen = self._thaws.keys() - set(self.thawed(self._step))
@@ -172,6 +176,8 @@ class Freeze(ForgettingMethod):
         self, model: nn.Module, places: tuple[StoredTensor, ...], task: Task
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters of which something is frozen, and a mask of what is."""
+        import torch
+
         wanted, is_tied = self.options.places, _is_tied(places)
         for stored in places:
             tensors = [part.tensor for part in stored.parts]

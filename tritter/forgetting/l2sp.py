@@ -5,16 +5,19 @@ every importance-weighted penalty, which it equals with all importances one. Wha
 added is free: it has no past to return to. Cost: one copy of the weights.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
-from torch import nn
 
 from tritter.forgetting.quadratic import QuadraticPenalty
 from tritter.options import options
 from tritter.training import Needs, Task
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tritter.expand import Change
 
 
@@ -45,6 +48,6 @@ class L2SP(QuadraticPenalty):
     def begin_task(self, model: nn.Module, task: Task) -> None:
         self.hold(model, task.carried)
 
-    def parameters_changed(self, change: "Change") -> None:
+    def parameters_changed(self, change: Change) -> None:
         super().parameters_changed(change)
         self.importance = {name: (held != 0).to(held) for name, held in self.importance.items()}

@@ -4,13 +4,10 @@ The penalty's gradient is added in place of a term in the loss: the same step, w
 graph over all parameters.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
-
-import torch
-from torch import Tensor, distributed, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, apart_of, labels_of
@@ -20,6 +17,9 @@ from tritter.seeds import derived_seed
 from tritter.training import ForgettingMethod
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
     from tritter.expand import Change
 
 
@@ -57,6 +57,8 @@ class QuadraticPenalty(ForgettingMethod):
 
     def logged_loss(self, model: nn.Module) -> float:
         """Return ½ λ Σ importance · (θ − θ*)², summed in float64."""
+        import torch
+
         total = torch.zeros((), dtype=torch.float64)
         for name, parameter in model.named_parameters():
             if name in self.importance:
@@ -67,9 +69,11 @@ class QuadraticPenalty(ForgettingMethod):
                 total += (importance * moved.double().square()).sum().cpu()
         return 0.5 * self.strength * float(total)
 
-    def parameters_changed(self, change: "Change") -> None:
+    def parameters_changed(self, change: Change) -> None:
         """Map anchors as weights and importances by their rule; what is new is free."""
         # What was never held may be copied from: there the importance is zero, and no anchor counts
+        import torch
+
         unheld = (stored for stored in change.before if stored.name not in self.anchor)
         device = next((value.device for value in self.anchor.values()), None)
         zeros = {stored.name: torch.zeros(stored.shape, device=device) for stored in unheld}
@@ -93,7 +97,7 @@ class QuadraticPenalty(ForgettingMethod):
 # the model itself, which is the Fisher in the strict sense.
 
 Estimator = Literal["empirical", "true"]
-Parameters = Mapping[str, Tensor]
+Parameters = Mapping[str, "Tensor"]
 _HELD_VALUES = 2**19  # of gradients: more of them wait for memory, fewer for the next call
 
 
@@ -123,6 +127,8 @@ def diagonal_fisher(
         Parameter name → float32 tensor of the parameter's shape, averaged over the sequences. A
         tied parameter stands once, with the sum of what it does in both roles.
     """
+    import torch
+
     parameters = {name: p.detach().float() for name, p in model.named_parameters()}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     # Routing has no batching rule, nor has the look for boundaries between documents
@@ -150,6 +156,9 @@ def shared_fisher(
     model: nn.Module, sequences: Tensor, *, estimator: Estimator = "empirical", seed: int = 0
 ) -> dict[str, Tensor]:
     """Return the same, the sequences dealt out to the processes of a training; on all of them."""
+    import torch
+    from torch import distributed
+
     rank = this_rank()
     if rank.count == 1:
         return diagonal_fisher(model, sequences, estimator=estimator, seed=seed)
@@ -174,6 +183,9 @@ def _vectorised_squares(
     model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
     """Return the sum of the squared per-sequence gradients, all sequences at once."""
+    from torch.func import grad, vmap
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     per_sequence = vmap(grad(_sequence_loss, argnums=1), in_dims=(None, None, 0, 0))
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
         gradients = per_sequence(model, parameters, input_ids, labels)
@@ -184,6 +196,8 @@ def _looped_squares(
     model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
     """Return the same, sequence after sequence."""
+    import torch
+
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for sequence, wanted in zip(input_ids, labels, strict=True):
@@ -200,6 +214,9 @@ def _sequence_loss(
     model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
 ) -> Tensor:
     """Mean next-token loss of one sequence; input_ids [T], labels [T - 1], or IGNORED."""
+    from torch import nn
+    from torch.func import functional_call
+
     arguments = {"input_ids": input_ids.unsqueeze(0), "use_cache": False}
     logits = functional_call(model, dict(parameters), (), arguments).logits[0]  # [T, V]
     return nn.functional.cross_entropy(logits[:-1].float(), labels, ignore_index=IGNORED)
@@ -209,6 +226,8 @@ def _labels(
     model: nn.Module, input_ids: Tensor, estimator: Estimator, generator: torch.Generator
 ) -> Tensor:
     """Return the labels of positions 0 … T-2, int64 [B, T - 1]."""
+    import torch
+
     targets = labels_of(model, input_ids)[:, 1:]
     if estimator == "empirical":
         return targets

@@ -6,15 +6,15 @@ time, and so is that of each old domain among them; the new data keeps its order
 sees a prefix of what a run without it sees. Cost: a share of the steps.
 """
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from tritter.data.batches import BatchStream
 from tritter.data.packing import apart_of
@@ -24,6 +24,10 @@ from tritter.evaluation.inference import evaluating
 from tritter.families import family_of, forward_flops
 from tritter.options import Count, WholeNumber, options
 from tritter.training import ForgettingMethod, Needs, Preparation, Prepared, Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 # Text that a model writes by itself, and what of it is worth reading again.
 #
@@ -80,6 +84,8 @@ def write_text(
     Raises:
         TritterError: the model's logits are not finite.
     """
+    import torch
+
     num_texts = -(-num_sequences // sequences_per_text)
     pieces: list[Tensor] = []
     nats: list[Tensor] = []
@@ -118,6 +124,8 @@ def distinct_share(sequences: Tensor) -> Tensor:
     1 where no run comes twice; 1 / (T − 3) where one token is repeated all along; 1 of a sequence
     that is too short for a run.
     """
+    import torch
+
     runs = sequences.long().unfold(1, min(RUN_TOKENS, sequences.shape[1]), 1)  # [N, R, 4]
     shares = [len(each.unique(dim=0)) / len(each) for each in runs]
     return torch.tensor(shares, dtype=torch.float64)
@@ -133,6 +141,8 @@ class _Draw:
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
         """Return int64 [B, 1]."""
+        import torch
+
         chances = (logits_BV / self.temperature).softmax(dim=-1)
         if self.top_p < 1:
             ordered, places = chances.sort(dim=-1, descending=True)
@@ -147,6 +157,8 @@ def _texts(
     model: nn.Module, begin: Tensor, length: int, window: int, draw: _Draw
 ) -> tuple[Tensor, Tensor]:
     """Return texts, int64 [B, length], and −log p of each token [B, length], NaN for the first."""
+    import torch
+
     apart = apart_of(model)
     tokens, costs = [begin], [torch.full(begin.shape, math.nan, device=begin.device)]
     read, cache, held = begin, None, 0
@@ -336,12 +348,14 @@ class SelfReplay(ForgettingMethod):
             notes=(sorted_out.note(self.num_sequences, length),),
         )
 
-    def sort_out(self, written: Written, *, vocab_size: int) -> "SortedOut":
+    def sort_out(self, written: Written, *, vocab_size: int) -> SortedOut:
         """Drop what repeats itself, and what the model finds too likely or too unlikely.
 
         Raises:
             RequestError: nothing is left.
         """
+        import torch
+
         highest = self.max_perplexity or float(vocab_size)
         repeats = distinct_share(written.sequences) < self.min_distinct
         too_low = ~repeats & (written.nats < math.log(self.min_perplexity))

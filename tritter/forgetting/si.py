@@ -16,13 +16,13 @@ When to use: no old text is at hand, and the model's own training was recorded. 
 the weights, a few passes over them per step.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import Field
-from torch import Tensor, distributed, nn
 
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, apart_of, labels_of, lengths_of, lengths_read
@@ -32,6 +32,8 @@ from tritter.options import Count, options
 from tritter.training import Needs, Preparation, Prepared, Task, Values
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from tritter.expand import Change
 
 
@@ -117,6 +119,9 @@ class SI(QuadraticPenalty):
 
     def observe_batch(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         """Add the gradient of the new rows' loss to what the step is to be seen by."""
+        import torch
+        from torch import nn
+
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if self._own is None:
             self._own = {name: torch.zeros_like(p) for name, p in trained.items()}
@@ -154,7 +159,7 @@ class SI(QuadraticPenalty):
         flops, self._flops = self._flops, 0.0
         return flops
 
-    def parameters_changed(self, change: "Change") -> None:
+    def parameters_changed(self, change: Change) -> None:
         start = change.state("anchor", self.anchor)  # of what has no importance too
         super().parameters_changed(change)
         self.anchor = start
@@ -198,6 +203,9 @@ def estimated_importance(fisher: Values, *, length: int) -> Values:
 
 def _of_all_processes(gradients: Values, rows: float) -> float:
     """Add up gradients in place over the processes of a training; return the sum of their rows."""
+    import torch
+    from torch import distributed
+
     if this_rank().count == 1:
         return rows
     first = next(iter(gradients.values()))
@@ -237,53 +245,62 @@ class WeightPath:
         self._gradients: dict[str, Tensor] = {}  # room for those of a step
         self._pending: tuple[str, ...] = ()  # what has a gradient in the step that is taken
 
-    @torch.no_grad()
     def before_step(self, model: nn.Module, gradients: Mapping[str, Tensor] | None = None) -> None:
         """Take the gradients of a step that is about to be taken.
 
         Args:
             gradients: by parameter name; None: those that the parameters hold.
         """
-        self.take_up(model)
-        if gradients is None:
-            held = ((name, p.grad) for name, p in model.named_parameters())
-            gradients = {name: gradient for name, gradient in held if gradient is not None}
-        given = list(gradients.values())
-        # A step that is not finite is refused, and moves nothing
-        is_finite = bool(torch.isfinite(nn.utils.get_total_norm(given)))
-        self._pending = tuple(gradients) if is_finite else ()
-        for name in gradients.keys() - self._gradients.keys():
-            self._gradients[name] = torch.empty_like(self._before[name])
-        if self._pending:
-            torch._foreach_copy_([self._gradients[name] for name in gradients], given)
-            torch._foreach_copy_([self._before[name] for name in gradients], self._weights(model))
+        import torch
+        from torch import nn
 
-    @torch.no_grad()
+        with torch.no_grad():
+            self.take_up(model)
+            if gradients is None:
+                held = ((name, p.grad) for name, p in model.named_parameters())
+                gradients = {name: gradient for name, gradient in held if gradient is not None}
+            given = list(gradients.values())
+            # A step that is not finite is refused, and moves nothing
+            is_finite = bool(torch.isfinite(nn.utils.get_total_norm(given)))
+            self._pending = tuple(gradients) if is_finite else ()
+            for name in gradients.keys() - self._gradients.keys():
+                self._gradients[name] = torch.empty_like(self._before[name])
+            if self._pending:
+                torch._foreach_copy_([self._gradients[name] for name in gradients], given)
+                torch._foreach_copy_(
+                    [self._before[name] for name in gradients], self._weights(model)
+                )
+
     def after_step(self, model: nn.Module) -> None:
         """Add the step's −g·Δθ; nothing where none was taken."""
-        if self._pending:
-            moved = [self._before[name] for name in self._pending]
-            torch._foreach_sub_(moved, self._weights(model))  # −Δθ
-            omega = [self.path_integral[name] for name in self._pending]
-            torch._foreach_addcmul_(omega, [self._gradients[n] for n in self._pending], moved)
-        self._pending = ()
+        import torch
+
+        with torch.no_grad():
+            if self._pending:
+                moved = [self._before[name] for name in self._pending]
+                torch._foreach_sub_(moved, self._weights(model))  # −Δθ
+                omega = [self.path_integral[name] for name in self._pending]
+                torch._foreach_addcmul_(omega, [self._gradients[n] for n in self._pending], moved)
+            self._pending = ()
 
     def _weights(self, model: nn.Module) -> list[Tensor]:
         """Return the weights of what has a gradient in the step."""
         held: dict[str, Tensor] = dict(model.named_parameters())
         return [held[name] for name in self._pending]
 
-    @torch.no_grad()
     def take_up(self, model: nn.Module) -> None:
         """Begin for what is trained and was not met before."""
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and name not in self._before:
-                wide = torch.promote_types(parameter.dtype, torch.float32)
-                self._before[name] = torch.empty_like(parameter, dtype=wide)
-                start = self.start.get(name)
-                self.start[name] = parameter.clone() if start is None else start.to(parameter)
-                omega = self.path_integral.get(name, torch.zeros_like(parameter))
-                self.path_integral[name] = omega.to(self._before[name])
+        import torch
+
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and name not in self._before:
+                    wide = torch.promote_types(parameter.dtype, torch.float32)
+                    self._before[name] = torch.empty_like(parameter, dtype=wide)
+                    start = self.start.get(name)
+                    self.start[name] = parameter.clone() if start is None else start.to(parameter)
+                    omega = self.path_integral.get(name, torch.zeros_like(parameter))
+                    self.path_integral[name] = omega.to(self._before[name])
 
     def displacement(self, model: nn.Module) -> dict[str, Tensor]:
         """Return Δ by parameter name: how far each weight is from where it began."""
@@ -293,7 +310,7 @@ class WeightPath:
             if name in self.path_integral
         }
 
-    def parameters_changed(self, change: "Change", *, start: dict[str, Tensor]) -> None:
+    def parameters_changed(self, change: Change, *, start: dict[str, Tensor]) -> None:
         """Follow a change of the live model; what is new has done nothing yet.
 
         Args:

@@ -5,18 +5,20 @@ nothing at first; with both it would never learn. Without a gate it is y += down
 begins with down = 0.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
-from torch.nn import functional as F
 
 from tritter.growth.look import Look
 from tritter.options import options
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Against = Literal["none", "neighbours", "activations"]
 MAX_NEIGHBOURS = 16
@@ -37,6 +39,9 @@ def orthogonalised(
             uncorrelated.
         inputs: [T, H], of `activations`.
     """
+    import torch
+    from torch import Tensor
+
     if against == "none":
         return rows
     metric = None
@@ -59,6 +64,8 @@ def orthogonalised(
 
 def _without(row: Tensor, others: Tensor, metric: Tensor | None) -> Tensor:
     """Return a row minus its projection on the span of others, by the inner product of a metric."""
+    import torch
+
     seen = others if metric is None else others @ metric  # [m, H]
     coefficients = torch.linalg.lstsq(
         (seen @ others.T).double(), (seen @ row).double()[:, None], driver="gelsd"
@@ -95,6 +102,8 @@ class Layer:
 
     def drawn(self, count: int, size: int) -> Tensor:
         """Return standard normal numbers [count, size], by the seed alone."""
+        import torch
+
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(count, size, generator=generator).to(self.gate)
 
@@ -109,6 +118,8 @@ class Layer:
 
     def opened(self) -> Tensor:
         """Return σ of what gates read, [T, F]."""
+        from torch.nn import functional as F
+
         return self.activation(F.linear(self.look.inputs, self.gate, self.gate_bias))
 
 
@@ -164,6 +175,8 @@ class GradMax(Initialiser):
     """
 
     def neurons(self, layer: Layer) -> NewNeurons:
+        import torch
+
         if layer.up is None or layer.down is None:
             return self._without_gates(layer)
         inputs, deltas = layer.look.inputs, layer.look.output_gradients  # [T, H]
@@ -196,6 +209,8 @@ class GradMax(Initialiser):
         return NewNeurons(gate=gates, up=torch.zeros_like(gates), down=down * lengths)
 
     def _without_gates(self, layer: Layer) -> NewNeurons:
+        import torch
+
         inputs, deltas = layer.look.inputs, layer.look.output_gradients  # [T, H], [T, O]
         count, width = len(layer.sources), layer.gate.shape[1]
         drawn = layer.drawn(width + count, count + 2)
@@ -257,6 +272,8 @@ class SourceNoise(Initialiser):
     noise: Annotated[float, Field(ge=0)] = 0.1
 
     def neurons(self, layer: Layer) -> NewNeurons:
+        from torch import Tensor
+
         source, inputs, made = layer.sources, layer.look.inputs, dict[str, Tensor]()
         for (name, existing), part in zip(layer.read_by, _halves(layer), strict=False):
             rows = existing[source] + self.noise * existing.std() * part
@@ -270,6 +287,8 @@ class Random(Initialiser):
     """New directions of the strength that the layer's have; they write nothing at first."""
 
     def neurons(self, layer: Layer) -> NewNeurons:
+        from torch import Tensor
+
         inputs, made = layer.look.inputs, dict[str, Tensor]()
         for (name, existing), part in zip(layer.read_by, _halves(layer), strict=False):
             rows = orthogonalised(part, existing, against=self.orthogonalise, inputs=inputs)
@@ -292,6 +311,8 @@ def _strength(existing: Tensor, rows: Tensor, inputs: Tensor) -> Tensor:
 
     A direction that hardly any input has would be stretched without end, so there is one.
     """
+    import torch
+
     usual = torch.linalg.vector_norm(inputs @ existing.T, dim=0).median()
     own = torch.linalg.vector_norm(inputs @ rows.T, dim=0)
     longest = _LONGEST * _median_norm(existing) / torch.linalg.vector_norm(rows, dim=1)
@@ -299,6 +320,8 @@ def _strength(existing: Tensor, rows: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _median_norm(rows: Tensor) -> Tensor:
+    import torch
+
     return torch.linalg.vector_norm(rows, dim=1).median()
 
 
@@ -323,6 +346,8 @@ def _first_left(moment: Tensor, start: Tensor) -> Tensor:
 
 def _subspace(square: Tensor, start: Tensor) -> Tensor:
     """Return the leading eigenvectors of a symmetric matrix [H, H], by subspace iteration."""
+    import torch
+
     largest = square.abs().max().clamp_min(1e-30)
     square = (square / largest).double()
     basis = torch.linalg.qr(start[:, : square.shape[0]].double()).Q

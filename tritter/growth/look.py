@@ -1,15 +1,17 @@
 """What goes into an FFN and what gradient comes back out, of some tokens of one step."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from typing import TYPE_CHECKING, Any
 
 from tritter.growth.places import FfnPlace
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
 MAX_TOKENS = 1024  # of a step, of all processes
 
@@ -48,6 +50,8 @@ class Looking:
     def hook(self, layer: int) -> Callable[..., None]:
         """Return a forward hook of the FFN of a layer."""
 
+        import torch
+
         def see(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             if not (module.training and output.requires_grad):
                 return
@@ -64,6 +68,8 @@ class Looking:
 
     def looks(self) -> dict[int, Look]:
         """Return layer → what was seen of it; a pass without a backward one counts for nothing."""
+        import torch
+
         found = {}
         for layer, inputs in self._inputs.items():
             pairs = [
@@ -93,6 +99,8 @@ def some_rows(values: Tensor, count: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _places(size: int, count: int) -> Tensor:
+    import torch
+
     drawn = torch.randperm(size, generator=torch.Generator().manual_seed(size))
     return drawn[:count].sort().values
 

@@ -1,14 +1,17 @@
 """Neuron growth as a choice of a run: what is asked of it, and what it puts into a training."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.growth.initialisers import Initialiser
 from tritter.growth.options import GrowthOptions, Timing
 from tritter.growth.places import freeze_all_but_ffns
 from tritter.growth.triggers import INITIALISERS, TRIGGERS, Trigger
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class NeuronGrowth:

@@ -1,14 +1,17 @@
 """Where neurons can grow: the FFNs of a live model, and places of modules of one's own."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from tritter.errors import RequestError
 from tritter.families import Config, LogicalTensor, family_of
 from tritter.models import config_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 FFN = "ffn"  # kind of the space that grows
 
@@ -71,6 +74,8 @@ class FfnPlace:
 
     def bias(self, model: nn.Module, name: str) -> Tensor | None:
         """Return what neurons add to what one of `rows` reads [F], detached, in float32."""
+        from torch import Tensor
+
         held = _owner(model, name).bias
         return held.detach().float() if isinstance(held, Tensor) else None
 
@@ -160,6 +165,8 @@ def ffn_tensors(config: Config, layer: int) -> list[LogicalTensor]:
 
 def _check_plain(model: nn.Module, places: tuple[FfnPlace, ...]) -> None:
     """Refuse layers that something stands in front of, such as an adapter."""
+    import torch
+
     parameters = dict(model.named_parameters())
     for place in places:
         for name, _ in place.parts:

@@ -4,19 +4,22 @@ A trigger is asked at each check and decides by what it is shown, which is saved
 it has no state of its own.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from tritter.growth.initialisers import GradMax, Initialiser, Random, SourceNoise, Split
 from tritter.growth.options import GrowthOptions, Timing
 from tritter.options import options
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -133,6 +136,8 @@ class WithinLayer(Trigger):
     """
 
     def decide(self, view: View) -> Mapping[int, int]:
+        import torch
+
         found = {}
         for layer, pressures in enumerate(view.neuron_pressures):
             threshold = torch.quantile(pressures.float(), view.options.gradient_percentile / 100)
@@ -199,6 +204,8 @@ def is_plateau(view: View, threshold: float) -> bool:
 
     The window is `growth.plateau_steps` long; as long as it is not full there is no plateau.
     """
+    import torch
+
     count = view.options.plateau_steps
     if len(view.losses) < count:
         return False
@@ -236,7 +243,6 @@ def _rank(num_old: int, percentile: float) -> int:
 # loss.
 
 SIZE_EXPONENT = 0.076
-_EXPONENTS = torch.linspace(0.05, 1.5, 59, dtype=torch.float64)
 _LEAST_STEPS, _BINS, _MOMENTS = 40, 24, 64
 
 
@@ -262,6 +268,8 @@ def fitted(losses: Sequence[float], *, first_step: int) -> Curve | None:
     By least squares over means of bins that grow with the step, so that late steps, of which there
     are many, do not decide alone.
     """
+    import torch
+
     if len(losses) < _LEAST_STEPS:
         return None
     steps = torch.arange(first_step, first_step + len(losses), dtype=torch.float64)
@@ -275,7 +283,7 @@ def fitted(losses: Sequence[float], *, first_step: int) -> Curve | None:
     means = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, place, values)[held] / count[held]
     at = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, place, steps)[held] / count[held]
     best: tuple[float, Curve] | None = None
-    for exponent in _EXPONENTS.tolist():
+    for exponent in torch.linspace(0.05, 1.5, 59, dtype=torch.float64).tolist():
         powers = torch.stack([torch.ones_like(at), at**-exponent], dim=1)
         solution = torch.linalg.lstsq(powers, means[:, None]).solution.squeeze(1)
         error = float((powers @ solution - means).square().sum())

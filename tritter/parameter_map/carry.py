@@ -1,16 +1,18 @@
 """What lives on parameters beside the weights, carried through one expansion or several."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from tritter.errors import TritterError
 from tritter.parameter_map.apply import Quantity, Read, flagged, is_new, map_tensor, mapped
 from tritter.parameter_map.tensor_map import TensorMap
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Policy = Literal["carry", "zero", "reset_new"]
 POLICIES: tuple[Policy, ...] = ("carry", "zero", "reset_new")
@@ -103,6 +105,8 @@ def carry(
             copies included; `zero` starts all anew; `reset_new` carries the first copy of each
             coordinate and treats further copies as new (asymmetric, as in arXiv 2602.02472).
     """
+    import torch
+
     rule = _rule(kind)
     state = map_tensor(tensor_map, source, quantity=rule.quantity)
     if rule.is_as_weights:

@@ -3,14 +3,18 @@
 What is computed on stays in the processor's cache, and nothing is as large as a whole tensor.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tritter.parameter_map.apply import Read, compute_dtype, is_new, mapped, rounded_weight, taken
 from tritter.parameter_map.tensor_map import AxisFactor, TensorMap
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 BLOCK_ENTRIES = 2**17
 # torch draws normal numbers in groups of so many: blocks of whole groups follow one another as one
@@ -71,7 +75,7 @@ class WeightReader:
         for block in rows.blocks():
             yield block.to(dtype)
 
-    def _rows(self, step: TensorMap) -> "_Rows | None":
+    def _rows(self, step: TensorMap) -> _Rows | None:
         """Return what makes rows of a target one after the other, if its map allows that."""
         if not makes_rows(step):
             return None
@@ -134,6 +138,8 @@ class _Rows:
             yield self._block(begin, min(begin + height, rows))
 
     def _block(self, begin: int, end: int) -> Tensor:
+        import torch
+
         if self._step.is_zeroed:
             return torch.zeros((end - begin, self._shape[1]), dtype=self._dtype)
         values = self._taken(begin, end).to(self._dtype, copy=True)
@@ -160,6 +166,8 @@ class _Rows:
         return part if self._columns is None else taken(part, 1, self._columns.index)
 
     def _taken_rows(self, begin: int, end: int) -> Tensor:
+        import torch
+
         assert self._rows is not None
         index = self._rows.index[begin:end].clamp(min=0)
         first, count = int(index[0]), end - begin
@@ -196,6 +204,8 @@ class _Rows:
 
     def _filler(self, spread: Callable[[], Spread]) -> Callable[[int, int], Tensor]:
         """Return what gives rows of which the new entries are taken."""
+        import torch
+
         fill, source, columns = self._step.fill, self._source, self._shape[1]
         match fill.kind:
             case "random":
@@ -227,6 +237,8 @@ class _Rows:
 
 def _drawn(seed: int, *, std: float, mean: float = 0.0) -> Callable[[torch.Size], Tensor]:
     """Return what goes on drawing normal numbers, as one draw for the whole tensor would."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
 
     def draw(shape: torch.Size) -> Tensor:
@@ -253,6 +265,8 @@ def _spread_of(source: Tensor) -> Spread:
 
 def _as_float32(value: float, error: float, exact: Callable[[], float]) -> float:
     """Return a number that float32 rounds as it rounds the exact one, which is slow to compute."""
+    import torch
+
     low, high = torch.tensor([value - error, value + error], dtype=torch.float64).float()
     return value if bool(low == high) else exact()
 
@@ -264,4 +278,6 @@ def _new(axis: AxisFactor | None) -> Tensor | None:
 
 
 def _flags(flags: Tensor | None, size: int) -> Tensor:
+    import torch
+
     return torch.zeros(size, dtype=torch.bool) if flags is None else flags

@@ -11,11 +11,10 @@ import tempfile
 import warnings
 from typing import IO, TYPE_CHECKING
 
-import numpy as np
-
 from tritter.errors import TritterError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 IN_MEMORY_BYTES = 64 * 2**20  # of one spool
@@ -86,6 +85,8 @@ class Spool:
 
         What is appended later is not in it.
         """
+        import numpy as np
+
         if not self._size:
             return np.empty(0, dtype=dtype)
         if self._file is None:

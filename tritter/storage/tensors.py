@@ -13,8 +13,6 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from tritter.errors import TritterError
 from tritter.storage.hashing import RawTensor
 from tritter.storage.links import check_links
@@ -167,6 +165,8 @@ class TensorReader:
         Raises:
             TritterError: the file is damaged.
         """
+        from safetensors import SafetensorError, safe_open
+
         file_name = self._folder.headers[name].file
         path = self._folder.folder / file_name
         try:
@@ -253,6 +253,8 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
+    from safetensors import SafetensorError, safe_open
+
     path = folder / file_name
     require_file(path, is_read_whole=False)
     headers, stamp = {}, _stamp(path)

@@ -5,21 +5,23 @@ of their own: the LightningModule holds them as a list, and one callback drives 
 for them before the training (an importance, masks, a teacher) is made only when one needs it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
-
-from torch import Tensor, nn
 
 from tritter.data.batches import BatchStream, drawn_equally
 from tritter.options import options
 from tritter.seeds import derived_seed
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from tritter.expand import Change
 
-Values = Mapping[str, Tensor]  # by parameter name
+Values = Mapping[str, "Tensor"]  # by parameter name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +263,7 @@ class ForgettingMethod:
         """Return the penalty's present value, logged as `forgetting/<name>/loss`."""
         return None
 
-    def parameters_changed(self, change: "Change") -> None:
+    def parameters_changed(self, change: Change) -> None:
         """Follow a change of the live model; see `Change.state` and `Change.masks`."""
 
     def end_task(self, model: nn.Module) -> Mapping[str, Values]:

@@ -1,15 +1,18 @@
 """The optimizer: which class, and which parameters it holds, in which groups, in which order."""
 
+from __future__ import annotations
+
 import inspect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from tritter.targets import imported
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +92,7 @@ class Schedule:
     start_rate: float = 0.0
 
     @classmethod
-    def constant(cls, learning_rate: float, *, max_steps: int) -> "Schedule":
+    def constant(cls, learning_rate: float, *, max_steps: int) -> Schedule:
         """Return one rate from the first step to the last."""
         return cls(
             learning_rate=learning_rate, max_steps=max_steps, warmup_ratio=0.0, shape="constant"

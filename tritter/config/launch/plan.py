@@ -407,6 +407,8 @@ def _process_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _device_problems(config: RunConfig) -> Iterator[Problem]:
+    if config.trainer.accelerator not in ("gpu", "mps"):
+        return
     import torch
 
     if config.trainer.accelerator == "mps" and not torch.backends.mps.is_available():
