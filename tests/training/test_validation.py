@@ -1,5 +1,6 @@
 """Evaluations on the way: the same text each time, and the weights of a training without."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tests import oracle
 from tests.training.killed import KillAt, Killed
 from tests.training.test_ddp import ONE, STEPS, TWO, train, weights
 from tritter.data.datamodule import EvaluationText
+from tritter.data.packing import IGNORED
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import document_losses
 from tritter.targets import NamedTarget
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 EVERY = 6  # of 20 steps
 NAMES = ("eval/old/loss", "eval/new/loss")
+OTHERS = tuple(f"eval/{d}/{name}" for d in ("old", "new") for name in ("perplexity", "accuracy"))
 
 
 def documents(seed: int) -> TokenisedDocuments:
@@ -49,7 +52,7 @@ def text(max_tokens: int = 10**6, *, batch_size: int = 4, seed: int = 0) -> Eval
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     rows = read_metrics(folder)
-    return {n: [(int(r["step"]), float(r[n])) for r in rows if r.get(n)] for n in NAMES}
+    return {n: [(int(r["step"]), float(r[n])) for r in rows if r.get(n)] for n in NAMES + OTHERS}
 
 
 @pytest.mark.full
@@ -92,6 +95,29 @@ def test_the_last_evaluation_is_what_scoring_the_same_text_says(tmp_path: Path) 
 
 
 @pytest.mark.full
+def test_accuracy_and_perplexity_beside_a_loop_of_its_own(tmp_path: Path) -> None:
+    """Every one of two processes adds up its part; another batch size makes no difference."""
+    model, _ = train(tmp_path / "one", ONE, evaluation=text())
+    train(tmp_path / "two", TWO, evaluation=text(batch_size=3))
+    one, two = curves(tmp_path / "one"), curves(tmp_path / "two")
+    for domain in DOMAINS:
+        right = count = 0
+        for batch in text(batch_size=1):
+            if batch["domain"] == domain:
+                said = model(batch["input_ids"]).logits[0].argmax(-1)
+                asked = batch["targets"][0] != IGNORED
+                right += int((said == batch["targets"][0])[asked].sum())
+                count += int(asked.sum())
+        loss, perplexity, accuracy = (
+            one[f"eval/{domain}/{name}"][-1][1] for name in ("loss", "perplexity", "accuracy")
+        )
+        assert accuracy == pytest.approx(right / count, rel=1e-6)
+        assert perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+        assert two[f"eval/{domain}/accuracy"][0] == one[f"eval/{domain}/accuracy"][0]
+        assert domain == "old" or right > 0
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("settings", [ONE, TWO], ids=["one", "two"])
 def test_what_is_said_before_is_what_the_first_step_says(tmp_path: Path, settings) -> None:  # type: ignore[no-untyped-def]
     """In bits with one process; of two each adds up its part."""
@@ -102,9 +128,9 @@ def test_what_is_said_before_is_what_the_first_step_says(tmp_path: Path, setting
     before, random = weights(model), torch.get_rng_state()
     losses = losses_before(model, text(), settings)
     assert weights(model) == before and torch.equal(torch.get_rng_state(), random)
-    assert tuple(losses) == NAMES and not list(Path.cwd().glob("*profile*"))
+    assert {*losses} == {*NAMES, *OTHERS} and not list(Path.cwd().glob("*profile*"))
     first = {name: curve[0] for name, curve in curves(tmp_path).items()}
-    assert first == {n: (0, pytest.approx(losses[n], rel=1e-6)) for n in NAMES}
+    assert first == {n: (0, pytest.approx(losses[n], rel=1e-6)) for n in losses}
 
 
 class Watch(Callback):

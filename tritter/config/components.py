@@ -62,6 +62,7 @@ _METRICS = (
     "performance/flops",
     "performance/peak_memory_bytes",
 )
+_EVALUATED = ("loss", "perplexity", "accuracy")
 _OF_ROUTERS = (
     "routing/auxiliary_loss",
     "routing/z_loss",
@@ -103,7 +104,7 @@ def metric_names(config: RunConfig) -> tuple[str, ...]:
         *(("performance/padding_fraction",) if config.data.packing == "documents" else ()),
         *(() if is_dense else _OF_ROUTERS),
         *(("routing/old_divergence",) if config.moe_routing.hold_old else ()),
-        *(f"eval/{domain.name}/loss" for domain in domains),
+        *(f"eval/{domain.name}/{name}" for name in _EVALUATED for domain in domains),
         *(f"forgetting/{one.name}/loss" for one in config.forgetting if one.kind.is_logged()),
         *(_OF_EXPERTS if config.experts is not None and config.experts.is_dynamic else ()),
     )

@@ -52,7 +52,7 @@ def num_steps(context: RunContext, arm_name: str) -> int:
 
 
 def before_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
-    """Return `eval/<domain>/loss` of what an arm expanded; of one that did not grow nothing."""
+    """Return `eval/<domain>/…` of what an arm expanded; of one that did not grow nothing."""
     stage = f"{arm_name}.expand"
     if context.ledger.get(stage) is None:
         return {}

@@ -1,5 +1,6 @@
 """LightningModules around stock transformers models."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
 
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, labels_of
@@ -157,23 +159,35 @@ class BaseModule(LightningModule):
         # Apple's GPUs have no float64
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self._evaluated = {
-            domain: torch.zeros(2, dtype=dtype, device=self.device) for domain in domains
+            f"eval/{domain}/{name}": MeanMetric().set_dtype(dtype).to(self.device)
+            for domain in domains
+            for name in ("loss", "accuracy")
         }
 
     def validation_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
-        """Add up nats and tokens of a domain's windows."""
+        """Add up the loss and the accuracy of a domain's windows, weighted by their tokens."""
         targets = batch["targets"]  # [B, T]
-        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
-        nats = nats_per_row(logits, targets).sum()
-        sums = [nats, (targets != IGNORED).sum().to(nats)]
-        self._evaluated[batch["domain"]] += torch.stack(sums).to(self._evaluated[batch["domain"]])
+        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits  # [B, T, V]
+        tokens = (targets != IGNORED).sum()
+        sums = {
+            "loss": nats_per_row(logits, targets).sum(),
+            "accuracy": (logits.argmax(-1) == targets).sum(),
+        }
+        for name, total in sums.items():
+            metric = self._evaluated[f"eval/{batch['domain']}/{name}"]
+            metric.update(total.to(metric.dtype) / tokens, weight=tokens)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean next-token loss of each domain, nats per token, over all processes."""
+        """Log each domain's mean next-token loss in nats, perplexity and accuracy.
+
+        They are means over the tokens of all processes, which torchmetrics adds up.
+        """
         let_go(self.model)
-        for domain, own in self._evaluated.items():
-            nats, tokens = self.trainer.strategy.reduce(own, reduce_op="sum").tolist()
-            self.log(f"eval/{domain}/loss", nats / tokens)
+        for name, metric in self._evaluated.items():
+            value = float(metric.compute())
+            self.log(name, value)
+            if name.endswith("/loss"):
+                self.log(name.removesuffix("loss") + "perplexity", math.exp(min(value, 700)))
         self._log_finished_steps()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -155,7 +155,7 @@ def torch_settings_kept() -> Iterator[None]:
 def losses_before(
     model: nn.Module, text: EvaluationText, settings: TrainerSettings
 ) -> dict[str, float]:
-    """Return `eval/<domain>/loss` of a model as its training would log it, in nats per token.
+    """Return `eval/<domain>/…` of a model as its training would log them.
 
     By the same loop in the same precision, in one process. One that is not finite is left out.
     No random generator moves; the model comes back on the CPU, in that precision.
@@ -172,8 +172,11 @@ def losses_before(
     restore_random_state(random)
     model.to("cpu")
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    names = (f"eval/{domain}/loss" for domain in text.domains)
-    return {name: logged[name] for name in names if math.isfinite(logged.get(name, math.nan))}
+    return {
+        name: value
+        for name, value in logged.items()
+        if name.startswith("eval/") and math.isfinite(value)
+    }
 
 
 # A fit whose weights, gradients and moments lie in parts on several processes.
