@@ -48,6 +48,7 @@ def test_hydra_help_lists_exactly_what_works(run: Run, pipeline: FakePipeline) -
     assert max(map(len, said.splitlines())) <= 96
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -98,6 +99,7 @@ def test_help_and_version_win() -> None:
     assert command.is_help and not command.is_version
 
 
+@pytest.mark.full
 def test_help_answers_without_what_is_slow() -> None:
     program = (
         "import sys; from tritter.config.launch.entry import main; "

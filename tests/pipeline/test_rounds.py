@@ -44,6 +44,17 @@ def grown(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_rounds_reach_the_target(run_tiny: Run, tmp_path: Path) -> None:
+    run_tiny(tmp_path / "run", "pipeline.target_params=20k", "forgetting=replay")
+    summary = summary_of(tmp_path / "run")
+    rounds, target = summary["rounds"], summary["target"]
+    assert len(rounds) > 1 and target["reaches_target"] and summary["attempts"] == rounds[-1:]
+    assert [record["parameters"] for record in rounds] == target["planned"]
+    assert abs(summary["parameters"]["final"] / 20_000 - 1) <= 0.1
+    assert rounds[1]["baseline"] == rounds[0]["final"] and summary["final"] == rounds[-1]["final"]
+
+
+@pytest.mark.full
 def test_every_round_is_told_and_the_last_stands_in_front(grown: Path) -> None:
     summary = summary_of(grown)
     rounds, target = summary["rounds"], summary["target"]
@@ -214,6 +225,7 @@ def test_a_stopped_loop_goes_on_to_the_same_weights(
     )
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
