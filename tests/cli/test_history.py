@@ -18,8 +18,11 @@ def expanded(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(sources / "llama", place / "base")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        assert main(["expand", "--checkpoint", "base", "--output", "wide", "--method", "width"]) == 0
-        assert main(["expand", "--checkpoint", "wide", "--output", "deep", "--method", "llama-pro,dus"]) == 0
+        for words in (
+            "base --output wide --method width",
+            "wide --output deep --method llama-pro,dus",
+        ):
+            assert main(f"expand --checkpoint {words}".split()) == 0
     return place
 
 
