@@ -2,7 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# Bytecode is kept even where the environment says otherwise: each worker, and each process that a
+# test starts, would compile everything again
+RUN_TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := $(RUN_TESTS) --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint types test test-full test-slow docs demo bench benchmarks
@@ -26,7 +29,7 @@ test-full: setup ## all tests but the slow ones
 	$(PYTEST) -m "not slow"
 
 test-slow: setup ## the tests that train for minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	$(RUN_TESTS) -m slow
 
 docs: setup ## the pages of docs/ as a site in outputs/site; dead links and anchors are errors
 	$(BIN)/mkdocs build

@@ -58,6 +58,7 @@ def test_fisher_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.Mon
     assert float(row["fisher_over_plain"]) > 0
 
 
+@pytest.mark.full
 def test_novelty_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On made-up observations: a base takes a minute (tests/novelty/test_trained_base.py)."""
     generator = torch.Generator().manual_seed(0)
@@ -321,6 +322,7 @@ def test_ligo_starts_at_the_expansion_and_is_compared_at_equal_flops(
     assert row[3] == f"{first['width', 'net2net']:.3f} ± nan"
 
 
+@pytest.mark.full
 def test_a_step_on_the_operators_lowers_the_loss_of_the_grown_model() -> None:
     experiment = importlib.import_module(f"experiments.{LIGO}.ligo")
     config = sys.modules["compute_arms"].small_config(experiment.Size(), vocab_size=64)

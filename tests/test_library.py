@@ -26,6 +26,7 @@ ALIASES = {"GrowableQwen": "GrowableCausalLM"}  # the README's names
 FIXTURES = Path(__file__).parent / "fixtures/tiny_run"
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_width_upscale_keeps_the_function_and_its_argument(tied: bool) -> None:
     model = oracle.tiny_llama(tie_word_embeddings=tied)
@@ -50,6 +51,7 @@ def test_depth_upscale_takes_solars_layers() -> None:
         depth_upscale(model, 6, removal_layers=3)
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     "spec",
     [Dus(), Stack(), LlamaPro(), Interpolate(), Width(intermediate_size=90), Moe()],
@@ -103,7 +105,7 @@ def _attended(attention: nn.Module, rotary: nn.Module, x: torch.Tensor) -> torch
     return attention(x, turned, attention_mask=mask)[0]
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("family", generic(RMS))
 @pytest.mark.parametrize("case", HEADS)
 def test_an_attention_with_more_heads_computes_the_same(family: str, case: str) -> None:

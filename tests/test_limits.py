@@ -188,6 +188,7 @@ def test_what_defaults_lead_to_is_refused_too() -> None:
         build_steps(wide, [Width()], seed=0)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("spec", [Stack(), Width(), Moe()], ids=repr)
 def test_no_count_of_parameters_is_searched_for_without_end(spec: Any) -> None:
     with pytest.raises(RequestError):

@@ -335,6 +335,7 @@ def test_command(command, place):
     assert not (place / "cache").exists()
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     ("command", "error"),
     [

@@ -24,6 +24,7 @@ def test_the_site_is_built(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.py"))
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("page", "is_sound"),
     [

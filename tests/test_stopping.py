@@ -84,6 +84,7 @@ def test_a_command_that_is_stopped_says_so_and_leaves_no_trace(
     assert sorted(place.rglob("*")) == paths
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "words",
     [

@@ -55,7 +55,7 @@ def assert_the_same(folder: Path) -> StreamedModel:
     return model
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic())
 def test_every_family(tmp_path: Path, family: str) -> None:
     for tied in (False, True):
@@ -64,11 +64,13 @@ def test_every_family(tmp_path: Path, family: str) -> None:
         assert_the_same(tmp_path / str(tied))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["gemma3_text", "mixtral"])
 def test_what_is_stored_in_bfloat16_is_computed_in_float32(tmp_path: Path, family: str) -> None:
     assert_the_same(oracle.saved(tiny(family).bfloat16(), tmp_path))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kind", ROTARY)
 def test_every_kind_of_rotary_embedding(tmp_path: Path, kind: str) -> None:
     rope = {"rope_type": kind, "rope_theta": 1e4, **ROTARY[kind]}
@@ -79,6 +81,7 @@ def test_a_padding_token_is_a_token(tmp_path: Path) -> None:
     assert_the_same(oracle.saved(tiny("llama", pad_token_id=VOCABULARY - 1), tmp_path))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("layout", ["hub", "live"])
 def test_experts_as_the_hub_has_them_and_as_memory_has_them(
     tmp_path: Path, layout: LayoutKind
@@ -88,6 +91,7 @@ def test_experts_as_the_hub_has_them_and_as_memory_has_them(
     assert_the_same(tmp_path / "sparse")
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", SPARSE)
 def test_appended_experts_are_held_back(tmp_path: Path, family: str) -> None:
     source = oracle.saved(tiny(family), tmp_path / "source")
@@ -105,6 +109,7 @@ def test_ffns_of_different_width(tmp_path: Path) -> None:
     torch.testing.assert_close(model.logits(EVERYTHING), whole(folder).logits)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen2_moe"])
 def test_large_matrices_are_multiplied_by_in_blocks(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch

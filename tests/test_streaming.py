@@ -66,6 +66,7 @@ def _check_shards(folder: Path, limit: int) -> None:
     assert plain["metadata"]["total_size"] == total
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", MODELS)
 def test_shards_of_a_sharded_result_go_in_again(tmp_path: Path, family: str) -> None:
     model: PreTrainedModel = MODELS[family]()
@@ -103,6 +104,7 @@ def test_experts_in_shards_of_either_layout(tmp_path: Path, family: str) -> None
                 assert error < 1e-4
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", SPARSE)
 def test_sharded_experts_of_stock_transformers(tmp_path: Path, family: str) -> None:
     model = tiny(family)

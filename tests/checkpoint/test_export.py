@@ -56,7 +56,7 @@ def held(folder: Path) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -175,6 +175,7 @@ def tiny_experts(family: str) -> nn.Module:
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, shared_expert_intermediate_size=16)).eval()
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_experts_apart_and_together_are_the_same_model(tmp_path: Path, family: str) -> None:
     model = tiny_experts(family)

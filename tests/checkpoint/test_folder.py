@@ -250,6 +250,7 @@ def _swap_tokenizer(folder: Path) -> str:
     return "tokenizer.json"
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("change", [_flip_one_bit, _raise_eps, _swap_tokenizer])
 def test_a_source_changed_since_its_lineage_was_written_is_refused(
     model: LlamaForCausalLM, tmp_path: Path, change: Callable[[Path], str]

@@ -160,6 +160,7 @@ def test_a_changed_byte_in_the_data_is_named(place: Path, name: str) -> None:
     assert change.file == "model.safetensors" and change.tensor and change.what == "changed"
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", ["base", "wide", "deep"])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_a_changed_or_missing_file_is_named(place: Path, name: str, file: str) -> None:

@@ -113,6 +113,7 @@ def test_experts_that_share_a_tensor_in_memory(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "rename",
     [
@@ -256,7 +257,7 @@ STATES: dict[str, tuple[Callable[[list[Any]], object], str]] = {
 }
 
 
-@pytest.mark.quick_cases(5)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", STATES)
 def test_a_damaged_state_is_left_out(tmp_path: Path, name: str) -> None:
     change, reason = STATES[name]

@@ -135,6 +135,7 @@ def _as_snapshot(base: Path, cache: Path, *, is_shared: bool) -> Path:
     return revision
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("is_shared", [False, True], ids=["own blobs", "shared blobs"])
 def test_a_snapshot_of_the_hub_is_read(run: Run, place: Path, is_shared: bool) -> None:
     revision = _as_snapshot(place / "base", place / "hub", is_shared=is_shared)

@@ -150,6 +150,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("change", "said"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_followed_is_refused_by_all(
     run: Run, place: Path, change: Callable[[Path], object], said: list[str]

@@ -178,6 +178,7 @@ def test_a_file_of_numbers_is_what_is_printed(run: Run, runs: Path) -> None:
     assert json.loads((runs / "numbers.json").read_text()) == printed
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("kind", ["json", "csv", "html"])
 def test_settings_and_names_that_files_have_no_signs_for(run: Run, runs: Path, kind: str) -> None:
     settings = {"training": {"rate": float("nan"), "rates": [1.0, float("-inf")]}}

@@ -116,7 +116,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.quick_cases(5)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_cannot_be_done_is_refused_and_nothing_written(
     run: Run, base: Path, words: str

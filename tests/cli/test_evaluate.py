@@ -106,7 +106,7 @@ def test_without_a_sandbox_no_program_is_run(
     assert result.code == 2 and "no sandbox that holds" in result.err
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -19,7 +19,7 @@ from tritter.checkpoint import read_lineage
 TOKENS = tokens(VOCABULARY)
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize(
     "words",
@@ -70,6 +70,7 @@ def test_the_default_place_and_what_is_said(run: Run, place: Path) -> None:
     assert (place / "base-dus").is_dir()
 
 
+@pytest.mark.full
 def test_on_a_terminal_a_bar_shows_what_is_left(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +86,7 @@ def test_a_lossy_method_says_that_its_jump_is_to_be_measured(run: Run, place: Pa
     assert "measure the jump on your own text" in said
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
@@ -193,6 +195,7 @@ def test_head_counts_are_blamed_for_a_hidden_size_that_was_not_typed(run: Run, p
     assert "nearest: 8 or 12." in refused.err
 
 
+@pytest.mark.full
 def test_a_plain_word_is_the_checkpoint(run: Run, place: Path) -> None:
     run("expand base --method width --output a")
     run("expand --checkpoint base --method width --output b")
@@ -219,7 +222,7 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
     assert json.loads((place / "base-width" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.quick_cases(10)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -352,7 +355,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tiny_llama(), tmp_path_factory.mktemp("bare") / "source")
 
 
-@pytest.mark.quick_cases(8)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("words", ["", "--dry-run"])
 @pytest.mark.parametrize(("damage", "said"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_damaged_source_is_a_wrong_request(

@@ -11,6 +11,7 @@ from tests.oracle import relative_difference, stock, tokens
 from tritter.models import load_model
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "words",
     [
@@ -37,6 +38,7 @@ def test_a_dense_model_becomes_a_sparse_one(
     assert AutoTokenizer.from_pretrained(tmp_path / "grown")("the")["input_ids"]
 
 
+@pytest.mark.full
 def test_some_layers_and_every_option(run: Run, sources: Path, tmp_path: Path) -> None:
     words = (
         "--num-experts 6 --experts-per-token 4 --noise 0.02 --reinit-fraction 0.5 --granularity 2 "
@@ -74,6 +76,7 @@ def test_target_params_chooses_the_experts(run: Run, place: Path) -> None:
     assert content["steps"][0]["options"]["num_experts"] == 5
 
 
+@pytest.mark.full
 def test_the_experts_of_a_result_go_on(run: Run, place: Path) -> None:
     assert run("expand --checkpoint base --method moe --num-experts 4 --noise 0").code == 0
     assert run("expand --checkpoint base-moe --method llama-pro").code == 0
@@ -87,6 +90,7 @@ def test_the_experts_of_a_result_go_on(run: Run, place: Path) -> None:
     )
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -101,6 +101,7 @@ def test_evaluate_scores_the_mixture(
     assert abs(plain["losses"]["notes"]["loss"] - expected) > 0.01
 
 
+@pytest.mark.full
 def test_benchmarks_ask_the_mixture(run: Run, place: Path) -> None:
     """One expert alone is a plain model, which scores alike, and not as the base does."""
     pytest.importorskip("lm_eval")
@@ -193,6 +194,7 @@ def test_a_chain_of_one_hash_ends(run: Run, place: Path, mixture: ExpertMixture)
     assert [each["folder"] for each in chain] == [None, "later"]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "words",
     [
@@ -256,6 +258,7 @@ def test_damaged_experts_are_a_wrong_request(run: Run, place: Path, mixture: Exp
     assert result.code == 2 and "experts.json is missing" in result.err
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("left", ["adapters", "tensors", "one tensor file"])
 def test_experts_without_their_head_are_no_plain_model(
     run: Run, place: Path, mixture: ExpertMixture, left: str
@@ -294,7 +297,7 @@ def test_experts_without_their_head_are_no_plain_model(
     assert snapshot(place) == before
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "change",
     [

@@ -73,6 +73,7 @@ def ckpt(place: Path) -> Path:
     return place
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("config", "has_tokenizer"), [("base", True), ("base/config.json", False)])
 def test_a_ckpt_keeps_its_type_and_its_moments(
     run: Run, ckpt: Path, config: str, has_tokenizer: bool
@@ -107,7 +108,7 @@ def test_what_is_left_out_is_told(run: Run, place: Path) -> None:
 # Refusals
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     ("words", "told"),
     [

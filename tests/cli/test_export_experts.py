@@ -81,6 +81,7 @@ def test_what_the_base_is_called_on_the_hub(run: Run, place: Path, mixture: Expe
     assert run(f"{words} --json --overwrite").json["base"] == str(place / "whole")
 
 
+@pytest.mark.full
 def test_a_mixture_becomes_one_adapter(run: Run, place: Path, mixture: ExpertMixture) -> None:
     words = "export --checkpoint whole --output out --format peft --merge"
     result = run(f"{words} --json")
@@ -117,6 +118,7 @@ def test_a_mixture_becomes_a_plain_model(run: Run, place: Path, mixture: ExpertM
     assert run("expand --checkpoint out --method dus --dry-run").code == 0
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_a_vocabulary_with_adapters_comes_untied(run: Run, place: Path, is_tied: bool) -> None:
     model = tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=is_tied)
@@ -166,7 +168,7 @@ def test_one_expert_alone_is_merged_exactly(run: Run, place: Path) -> None:
     assert difference.abs().max() < 1e-4
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

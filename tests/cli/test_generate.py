@@ -26,6 +26,7 @@ def _greedy(folder: Path, prompt: str, steps: int) -> str:
     return str(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_greedy_by_default(run: Run, sources: Path, family: str) -> None:
     folder = sources / family
@@ -84,6 +85,7 @@ def test_a_damaged_model_is_refused(run: Run, place: Path) -> None:
     assert "Traceback" not in result.err
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_weights_that_are_not_finite_are_named(run: Run, place: Path, temperature: str) -> None:
     model = stock(place / "base")
@@ -107,6 +109,7 @@ def test_weights_that_overflow_are_told(run: Run, place: Path) -> None:
     assert "not finite" in result.err and "Traceback" not in result.err
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [

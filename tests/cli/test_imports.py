@@ -67,6 +67,7 @@ def test_history_reads_no_tensor() -> None:
     assert loaded("history", str(TINY_RUN)) <= {"pydantic"}  # Typer reads an argument with it
 
 
+@pytest.mark.full
 def test_a_plan_builds_no_maps() -> None:
     assert loaded("plan", "--source=3B", "--target=5B", "--gpu-hours=99") <= {"pydantic"}
 
@@ -76,6 +77,7 @@ def test_inspect_asks_the_tables_and_not_transformers() -> None:
     assert loaded("inspect", str(TINY_RUN)) <= {"torch", "pydantic"}
 
 
+@pytest.mark.full
 def test_a_wrong_word_does_not_wait_for_transformers() -> None:
     words = ("expand", "--checkpoint", str(TINY_RUN), "--method", "widht")
     assert "transformers" not in loaded(*words, code=2)

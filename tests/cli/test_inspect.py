@@ -67,6 +67,7 @@ def test_the_map_of_fresh_width(run: Run, place: Path) -> None:
     assert rows["ffn.down", "0-2"]["target_shape"] == [96, 40]
 
 
+@pytest.mark.full
 def test_the_map_of_net2net(run: Run, place: Path) -> None:
     """FFN and heads doubled in shares .9/.1; the residual stream stays."""
     words = "--hidden-size 24 --intermediate-size 80 --num-heads 8 --num-kv-heads 4"
@@ -80,6 +81,7 @@ def test_the_map_of_net2net(run: Run, place: Path) -> None:
     assert rows["ffn.up", "0-2"]["fill"] == "noise 0.01 on copies"
 
 
+@pytest.mark.full
 def test_the_map_of_new_blocks(run: Run, place: Path) -> None:
     assert run("expand --checkpoint base --method width,llama-pro").code == 0
     rows = _rows(run, "base-width-llama-pro")
@@ -99,6 +101,7 @@ def test_qwen3_heads_have_norms(run: Run, sources: Path, tmp_path: Path) -> None
     assert rows["attention.q", "0-2"]["weight"] == "0.7071"  # √(d/D): q/k norms share eps
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -34,7 +34,7 @@ def _configure(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(("values", "said"), UNBUILDABLE.values(), ids=UNBUILDABLE.keys())
 @pytest.mark.parametrize(
     "words",
@@ -59,6 +59,7 @@ def test_what_transformers_cannot_build_is_not_written(
     assert sorted(path.name for path in place.iterdir()) == ["base", "old"]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -69,6 +69,7 @@ def test_help_lists_the_commands(run: Run) -> None:
             assert re.search(rf"^\W*{command} ", result.out, re.MULTILINE)
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_help(run: Run, command: str) -> None:
     assert run(f"{command} --help").code == 0

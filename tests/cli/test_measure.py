@@ -30,6 +30,7 @@ def _damaged(source: Path, result: Path, *arguments: Any, **keywords: Any) -> An
     return folder_jump(source, result, *arguments, **keywords)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_broken_promise_exits_3(
     run: Run, rounded: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
@@ -44,6 +45,7 @@ def test_a_broken_promise_exits_3(
     assert record.step0_error is not None and record.step0_error > 1e-3
 
 
+@pytest.mark.full
 def test_copies_before_a_norm_of_zeros_are_held_to_their_claim_too(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

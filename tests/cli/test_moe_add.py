@@ -110,6 +110,7 @@ def test_export_refuses_closed_experts_and_leaves_them_out_when_asked(run: Run, 
     assert torch.equal(logits(dropped, tokens()), logits(stock(base), tokens()))
 
 
+@pytest.mark.full
 def test_export_of_experts_that_are_open(run: Run, base: Path) -> None:
     assert run(f"{ADD} --num-experts 1 --no-measure --output grown").code == 0
     folder = base.with_name("grown")

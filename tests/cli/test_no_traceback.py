@@ -56,7 +56,7 @@ COMMANDS = (
 )
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("word", STRANGE.values(), ids=STRANGE.keys())
 def test_strange_words(run: Run, place: Path, word: str) -> None:
     for command in COMMANDS:
@@ -128,7 +128,7 @@ READERS += (
 )
 
 
-@pytest.mark.quick_cases(12)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("content", FILES.values(), ids=FILES.keys())
 @pytest.mark.parametrize("name", NAMES)
 def test_strange_files(run: Run, place: Path, name: str, content: Callable[[Path], object]) -> None:
@@ -146,6 +146,7 @@ MUTATIONS: list[object] = [None, True, -1, 0, 1.5, 10**18, 1e308, "", "x", "\x1b
 MUTATIONS += [{"a": {}}, ["a", 1], "9" * 4_000, float("nan"), float("-inf")]
 
 
+@pytest.mark.full
 def test_strange_values_in_a_config(run: Run, place: Path) -> None:
     chance = random.Random(15)
     path = place / "base" / "config.json"

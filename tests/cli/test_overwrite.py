@@ -156,7 +156,7 @@ STANDING: dict[str, Callable[[Path], str]] = {
 }
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @both
 @pytest.mark.parametrize("make", STANDING.values(), ids=STANDING.keys())
 def test_anything_else_is_refused_and_stays(
@@ -195,7 +195,7 @@ INSIDE_OR_ABOVE = {
 }
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS.keys())
 @pytest.mark.parametrize("flag", ["", "--overwrite"])
 @pytest.mark.parametrize("output", INSIDE_OR_ABOVE.values(), ids=INSIDE_OR_ABOVE.keys())
@@ -223,6 +223,7 @@ def test_a_source_that_is_reached_by_a_link_is_no_place_either(run: Run, place: 
     assert (snapshot(place), _tree(place)) == (before, tree)
 
 
+@pytest.mark.quick_cases(1)
 @both
 @pytest.mark.parametrize("is_ours", [True, False], ids=["ours", "plain"])
 def test_a_checkpoint_and_nothing_else_is_replaced(
@@ -242,6 +243,7 @@ def test_a_checkpoint_and_nothing_else_is_replaced(
     assert run(f"{words} --output old --overwrite").code == 0  # its own result too
 
 
+@pytest.mark.quick_cases(1)
 @both
 def test_what_comes_meanwhile_is_not_destroyed(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, words: str
@@ -263,7 +265,7 @@ def test_what_comes_meanwhile_is_not_destroyed(
     assert sorted(path.name for path in place.iterdir()) == ["base", "old"]
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(2)
 @both
 @pytest.mark.parametrize("system", ["linux", "others"])
 @pytest.mark.parametrize("flag", ["", "--overwrite"])
@@ -360,6 +362,7 @@ def test_of_two_processes_one_result_is_whole_and_the_other_refused(place: Path)
     assert not [path for path in place.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_what_comes_between_the_last_look_and_the_exchange_is_put_back(
     place: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool

@@ -24,6 +24,7 @@ def test_a_preset_is_named_and_every_step_shown(run: Run, place: Path) -> None:
     assert snapshot(place) == before
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("due,advice", [(5, "train the source on"), (20, "keep steps small")])
 def test_the_control_and_what_was_measured_stand_below(run: Run, due: int, advice: str) -> None:
     out = run(f"plan --source 3B --target 3.6B --gpu-hours 500 --tokens-per-parameter {due}").out
@@ -34,6 +35,7 @@ def test_the_control_and_what_was_measured_stand_below(run: Run, due: int, advic
     assert "with what the source cost" in said
 
 
+@pytest.mark.full
 def test_json_says_the_same(run: Run, place: Path) -> None:
     content = run("plan --source 3B --target 10B --gpu-hours 5000 --json").json
     assert content["source"]["name"] == "tritter_3b"
@@ -51,6 +53,7 @@ def test_json_says_the_same(run: Run, place: Path) -> None:
     assert content["assumptions"]["mfu"] == 0.4
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("strategy", ["depth-first", "width_first", "balanced", "auto"])
 def test_the_printed_commands_carry_the_plan_out(run: Run, place: Path, strategy: str) -> None:
     line = f"plan --source base --target 120k --gpu-hours 1 --strategy {strategy} --json"
@@ -80,6 +83,7 @@ def test_presets_by_name_at_both_ends(run: Run, place: Path) -> None:
     assert content["source"]["parameters"] == 7_241_732_096
 
 
+@pytest.mark.full
 def test_memory_follows_the_options(run: Run, place: Path) -> None:
     line = "plan --source 1B --target 1.5B --gpu-hours 100 --json "
     plain = run(line).json["source"]["memory_bytes"]
@@ -91,6 +95,7 @@ def test_memory_follows_the_options(run: Run, place: Path) -> None:
     assert all(recipe[part] < plain[part] for part in plain)
 
 
+@pytest.mark.full
 def test_a_faster_device_takes_fewer_hours(run: Run, place: Path) -> None:
     line = "plan --source 3B --target 7B --gpu-hours 100 --strategy balanced --json "
     slow = run(line).json["needed_gpu_hours"]
@@ -100,6 +105,7 @@ def test_a_faster_device_takes_fewer_hours(run: Run, place: Path) -> None:
     assert fewer == pytest.approx(slow / 4)
 
 
+@pytest.mark.full
 def test_a_size_beyond_the_laws_range_is_said_to_be(run: Run, place: Path) -> None:
     small = run("plan --source base --target 60k --gpu-hours 1").out
     large = run("plan --source 3B --target 7B --gpu-hours 1").out
@@ -114,7 +120,7 @@ def test_the_guide(run: Run, place: Path) -> None:
     assert [row["target_parameters"] for row in rows][2] == 10_731_524_096
 
 
-@pytest.mark.quick_cases(8)
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     ("words", "messages"),
     [

@@ -31,6 +31,7 @@ def written(place: Path, text: str) -> str:
     return "expand --checkpoint base --recipe grow.yaml"
 
 
+@pytest.mark.full
 def test_a_recipe_is_what_the_same_commands_are(run: Run, place: Path) -> None:
     text = "steps: [width: {hidden_size: 48}, llama_pro: {target_layers: 5}]\nseed: 3\n"
     made = run(f"{written(place, text)} --json").json
@@ -62,6 +63,7 @@ def test_a_recipe_leads_to_a_checkpoint_that_leads_to_the_recipe(run: Run, place
     assert third["model_hash"] != first["model_hash"]
 
 
+@pytest.mark.full
 def test_only_the_last_command_of_a_chain_is_printed(run: Run, place: Path) -> None:
     assert run("expand --checkpoint base --output wide --method width --seed 5").code == 0
     assert run("expand --checkpoint wide --output deep --method dus,stack").code == 0
@@ -121,6 +123,7 @@ dtype: int8
     assert {**before, "grow.yaml": text.encode()} == snapshot(place)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("step", "said"),
     [
@@ -148,7 +151,7 @@ def test_thousands_of_steps_are_refused_at_the_first_that_is_too_large(
     assert snapshot(place) == before
 
 
-@pytest.mark.quick_cases(8)
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     ("text", "said"),
     [

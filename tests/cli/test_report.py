@@ -51,6 +51,7 @@ def test_runs_by_name_and_as_json(run: Run, sweep: Path) -> None:
     assert (sweep.parent / "out/pair.html").is_file()
 
 
+@pytest.mark.full
 def test_a_page_is_replaced_only_when_asked(run: Run, sweep: Path) -> None:
     assert run("report sweep/0").code == 0
     again = run("report sweep/0")

@@ -52,6 +52,7 @@ def _tree(place: Path) -> dict[str, Any]:
     return {**snapshot(place), **links, "": sorted(map(str, place.rglob("*")))}
 
 
+@pytest.mark.quick_cases(1)
 @every
 @pytest.mark.usefixtures("no_work")
 def test_no_file_of_a_checkpoint_run_or_dataset_is_replaced(
@@ -67,7 +68,7 @@ def test_no_file_of_a_checkpoint_run_or_dataset_is_replaced(
     assert _tree(place) == before
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(3)
 @every
 @pytest.mark.parametrize(
     ("folder", "reason"),
@@ -137,7 +138,7 @@ OTHERS: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(3)
 @every
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS.keys())
 @pytest.mark.usefixtures("no_work")
@@ -152,6 +153,7 @@ def test_anything_else_is_refused_and_stays(
     assert _tree(place) == before
 
 
+@pytest.mark.quick_cases(1)
 @every
 def test_its_own_earlier_report_is_replaced(run: Run, place: Path, words: str, ending: str) -> None:
     file = place / f"out.{ending}"
@@ -171,6 +173,7 @@ def test_its_own_earlier_report_is_replaced(run: Run, place: Path, words: str, e
     assert not [path for path in place.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.full
 def test_the_page_of_a_run_may_be_in_it(run: Run, place: Path) -> None:
     assert run("report first").code == 0
     assert run("report first --overwrite").code == 0
@@ -179,7 +182,7 @@ def test_the_page_of_a_run_may_be_in_it(run: Run, place: Path) -> None:
     assert result.code == 2 and "--figures = first/figures: " in result.err
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 @every
 @pytest.mark.parametrize("overwrite", ["", "--overwrite"])
 def test_a_file_that_comes_meanwhile_stays(

@@ -93,6 +93,7 @@ def test_help_names_every_option(run: Run) -> None:
     assert max(map(len, said.splitlines())) <= 100
 
 
+@pytest.mark.full
 def test_a_checkpoint_is_trained_with_a_method_from_outside(
     run: Run, texts: Path, configs: list[RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_what_the_options_mean(run: Run, texts: Path, configs: list[RunConfig]) 
     assert (texts / "there/run.json").exists()
 
 
+@pytest.mark.full
 def test_a_data_set_needs_but_its_name(run: Run, texts: Path, configs: list[RunConfig]) -> None:
     (texts / "rows.csv").write_text("body,n\nword,1\n")
     words = "train --checkpoint base data.sequence_length=32 --data"
@@ -156,6 +158,7 @@ def test_typed_keys_win(run: Run, texts: Path, configs: list[RunConfig]) -> None
     assert (texts / "elsewhere/run.json").exists()
 
 
+@pytest.mark.full
 def test_a_continued_checkpoint_is_gone_on_with_by_resume_alone(
     run: Run, texts: Path, configs: list[RunConfig]
 ) -> None:
@@ -182,6 +185,7 @@ def test_the_default_output_lies_beside_the_checkpoint(
     assert "--output = " in other.err and "training.max_steps: 250 → 3" in other.err
 
 
+@pytest.mark.full
 def test_places_with_spaces_and_signs(run: Run, texts: Path, configs: list[RunConfig]) -> None:
     odd = texts / "it's, {odd}: [a=b]"
     odd.mkdir()
@@ -230,7 +234,7 @@ REFUSALS = {
 }  # fmt: skip
 
 
-@pytest.mark.quick_cases(8)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("words", REFUSALS)
 def test_refused(run: Run, texts: Path, configs: list[RunConfig], words: str) -> None:
     before = snapshot(texts)
@@ -272,6 +276,7 @@ def grown(trained: Path, texts: Path) -> Path:
     return texts
 
 
+@pytest.mark.full
 def test_the_specifications_example(run: Run, grown: Path, trained: Path) -> None:
     result = run(
         "train --checkpoint ./grown --mode continue --steps 3 --ewc-lambda 1000 "
@@ -290,6 +295,7 @@ def test_the_specifications_example(run: Run, grown: Path, trained: Path) -> Non
     assert run("history grown-continued/checkpoint --verify").code == 0
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", ["checkpoint", "baseline", "attempt_1/expanded"])
 def test_every_checkpoint_of_a_run_knows_its_old_text(
     run: Run, texts: Path, trained: Path, configs: list[RunConfig], name: str
@@ -315,7 +321,7 @@ def test_the_settings_are_those_of_the_recorded_training(trained: Path, texts: P
     assert [w for w in typed if w.startswith("seed")] == ["seed=5"]
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
@@ -363,6 +369,7 @@ def forget_place(record: dict[str, Any]) -> None:
     del record["domains"]["past"]["paths"]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -396,6 +403,7 @@ def test_recorded_text_that_is_not_what_it_was(
     assert "Nothing protects new, which the checkpoint learned." in configs[-1].text.notes
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("path", ["/", "/**/*", "/*/*/*"])
 def test_a_lineage_that_names_the_disk_is_not_followed_there(
     run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch, path: str
@@ -446,6 +454,7 @@ DOCUMENTED = [
 ]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("command", [c for c in dict.fromkeys(DOCUMENTED) if " -m " in c])
 def test_documented_sweeps_are_planned(command: str) -> None:
     """None is started: what launchers and sweepers do with jobs is tested beside them."""
@@ -458,7 +467,7 @@ def test_documented_sweeps_are_planned(command: str) -> None:
         assert plan.jobs or "hydra/sweeper=optuna" in words, "Optuna thinks of its own"
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("command", [c for c in dict.fromkeys(DOCUMENTED) if " -m " not in c])
 def test_documented_commands_are_accepted(
     run: Run,

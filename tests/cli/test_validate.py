@@ -79,6 +79,7 @@ def test_what_is_not_exact_is_measured_and_not_asked(run: Run, place: Path, text
     assert checks["benchmark_retention"]["interval"][0] <= checks["benchmark_retention"]["value"]
 
 
+@pytest.mark.full
 def test_numbers_by_another_path(run: Run, place: Path, text: Path) -> None:
     """One text, whose loss stock classes give: a result whose head is turned down."""
     assert run("expand --checkpoint base --output wide --method width").code == 0
@@ -139,6 +140,7 @@ def test_folders_without_tokenizers_and_with_other_vocabularies(
     assert "no new parameters" in checks["gradient_flow"]["detail"]
 
 
+@pytest.mark.full
 def test_unrelated_checkpoints_are_named_with_both_numbers(run: Run, place: Path) -> None:
     """Of two plain folders nothing is known; two results of one base and swapped ones are."""
     oracle.saved(oracle.tiny_llama(vocab_size=VOCABULARY, initializer_range=0.1), place / "other")
@@ -191,6 +193,7 @@ def test_what_can_not_be_asked_is_refused(
     assert result.code == 2 and told in result.err and not result.out
 
 
+@pytest.mark.full
 def test_a_result_in_sixteen_bits_is_not_held_to_what_rounding_undoes(
     run: Run, place: Path
 ) -> None:
@@ -211,6 +214,7 @@ def test_a_result_in_sixteen_bits_is_not_held_to_what_rounding_undoes(
     assert checks_of(broken)["forward_equivalence"]["verdict"] == "failed"
 
 
+@pytest.mark.full
 def test_one_model_is_in_memory_at_a_time(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +233,7 @@ def test_one_model_is_in_memory_at_a_time(
     assert run("validate --source base --result wide").code == 0 and len(loaded) == 2
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("share", "option"), [(0.5, "--source"), (1.5, "--result")])
 def test_what_has_no_room_is_refused_before_it_is_loaded(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, share: float, option: str

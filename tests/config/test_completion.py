@@ -21,7 +21,7 @@ Run = Callable[..., Result]
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="it is for bash")
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("words", "found"),
     [

@@ -80,7 +80,7 @@ def test_all_that_is_wrong_is_listed_before_anything_is_written(
     assert [line.startswith(head) for line, head in zip(lines, heads, strict=True)] == [True] * 5
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -34,7 +34,7 @@ def test_a_run(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
     assert status.overrides == ["training.max_steps=7", "gate=strict"]
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("words", "same"),
     [
@@ -236,6 +236,7 @@ def test_a_sweep_with_a_strict_gate(run: Run) -> None:
     assert run("-m", "seed=0,4", "gate=strict").code == 0
 
 
+@pytest.mark.full
 def test_a_sweep_goes_on_in_its_folder(run: Run, pipeline: FakePipeline) -> None:
     run("-m", "seed=0,1", "hydra.sweep.dir=here")
     result = run("-m", "seed=0,1", "hydra.sweep.dir=here")
@@ -281,6 +282,7 @@ def test_arguments_of_the_process_are_restored(run: Run) -> None:
     assert sys.argv == before
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_stopped_says_with_what_signal(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, code: int

@@ -35,7 +35,7 @@ WITH_EFFECT = {
 }
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("override", WITHOUT_EFFECT)
 def test_keys_that_do_not_count(composing: Composer, override: str) -> None:
     base, other = (composing.compose(words).config for words in ([], [override]))
@@ -43,7 +43,7 @@ def test_keys_that_do_not_count(composing: Composer, override: str) -> None:
     assert fingerprint(base) == fingerprint(other)
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("override", WITH_EFFECT)
 def test_keys_that_count(composing: Composer, override: str) -> None:
     base, other = (fingerprint(composing.compose(words).config) for words in ([], [override]))

@@ -39,6 +39,7 @@ def test_hydra_prints_its_help(run: Run, pipeline: FakePipeline) -> None:
     assert "--multirun" in result.out and "hydra/launcher: basic" in result.out
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -87,6 +88,7 @@ def test_help_and_version_win() -> None:
     assert command.is_help and not command.is_version
 
 
+@pytest.mark.full
 def test_help_answers_without_what_is_slow() -> None:
     program = (
         "import sys; from tritter.config.launch.entry import main; "

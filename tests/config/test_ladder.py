@@ -34,6 +34,7 @@ def refused(folder: Path, text: str, *words: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.full
 def test_rungs_stand_on_the_runs_own_words_and_not_on_each_other(tmp_path: Path) -> None:
     words = ("forgetting=replay", "forgetting.replay.fraction=0.4", "training.max_steps=7")
     config = composed(tmp_path, MINE, *words, "expansion=dus")
@@ -86,6 +87,7 @@ def test_everything_wrong_of_all_rungs_is_told_at_once(tmp_path: Path) -> None:
     assert "rung 1" in told and "rung 2" in told
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("words", "told"),
     [

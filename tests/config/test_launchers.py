@@ -39,6 +39,7 @@ def test_a_job_in_another_process_records_where_its_options_came_from(
         assert recorded["config_folders"] == [str(tmp_path / "conf")]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("group", "option", "extra"),
     [("launcher", "joblib", "sweeps"), ("launcher", "ray", "ray"), ("sweeper", "optuna", "sweeps")],
@@ -132,6 +133,7 @@ def read_row(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("│").split("│")]
 
 
+@pytest.mark.full
 def test_a_launcher_that_can_not_start_at_all_is_told_once(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +147,7 @@ def test_a_launcher_that_can_not_start_at_all_is_told_once(
     assert "Go on with the sweep:\n" in result.err and "hydra.sweep.dir=" in result.err
 
 
+@pytest.mark.full
 def test_one_process_runs_a_sweep(run: Run, tmp_path: Path) -> None:
     hold = (
         "import sys; from pathlib import Path; from tritter.storage.lock import alone_in\n"

@@ -52,6 +52,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
     assert run("model=tiny").code == 0
 
 
+@pytest.mark.full
 def test_all_jobs_of_a_sweep_are_looked_at_first(
     run: Run, pipeline: FakePipeline, has: Callable[[int], None]
 ) -> None:
@@ -62,6 +63,7 @@ def test_all_jobs_of_a_sweep_are_looked_at_first(
     assert "job 1 (model=tritter_7b): trainer.check_memory = true" in result.err
 
 
+@pytest.mark.full
 def test_a_finished_run_is_not_looked_at(run: Run, has: Callable[[int], None]) -> None:
     assert run("hydra.run.dir=here").code == 0
     has(1)
@@ -108,6 +110,7 @@ def test_a_note_says_that_activations_computed_again_would_fit(
     assert note.endswith("and with trainer.activation_checkpointing=true it fits")
 
 
+@pytest.mark.full
 def test_half_precision_halves() -> None:
     words = ("model=tiny", "forgetting=ewc", "expansion=none")
     whole = held(*words, "trainer.precision=32-true")["the model"]
@@ -144,6 +147,7 @@ def test_what_is_frozen_has_no_gradients_and_no_moments() -> None:
     assert 0 <= grown.states - 4 * grown.parameters - 12 * (grown.parameters - before) < 1000
 
 
+@pytest.mark.full
 def test_a_teacher_is_held_once_in_the_machines_memory(has: Callable[[int], None]) -> None:
     words = ["model=tiny", "expansion=llama_pro", "forgetting=[distill,replay]"]
     config = load_config([*words, "trainer=ddp", "trainer.devices=4"])
@@ -159,6 +163,7 @@ def test_a_teacher_is_held_once_in_the_machines_memory(has: Callable[[int], None
     )
 
 
+@pytest.mark.full
 def test_of_rounds_the_largest_counts() -> None:
     found = held("model=tiny", "pipeline.target_params=700k")
     assert found["the grown model"].parameters == pytest.approx(700_000, rel=0.1)
@@ -167,6 +172,7 @@ def test_of_rounds_the_largest_counts() -> None:
     assert 4 * grown.parameters < grown.states < held(*words)["the grown model"].states
 
 
+@pytest.mark.full
 def test_each_process_holds_all(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "trainer=ddp", "trainer.devices=4", "expansion=none",
                           "forgetting=replay"])  # fmt: skip

@@ -53,13 +53,13 @@ def test_further_arguments_of_the_trainer_come_with_the_run() -> None:
     }
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_resume_can_not_bear_is_refused_with_the_reason(name: str) -> None:
     assert REFUSED[name] in refusal(f"trainer.{name}=1")
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     ("word", "said"),
     [
@@ -85,7 +85,7 @@ def test_what_is_wrong_is_told(word: str, said: str) -> None:
     assert said in refusal(word)
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -186,6 +186,7 @@ def test_every_shipped_optimizer_is_right(path: Path) -> None:
     assert config.optimizer.target.rpartition(".")[2].casefold() == path.stem.replace("_", "")
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kind", ["dylora", "single_lora"])
 def test_a_quantised_base(kind: str) -> None:
     asked = load(f"experts={kind}", "forgetting=none", "experts.base_bits=4").experts

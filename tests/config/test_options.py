@@ -50,7 +50,7 @@ PACKAGES = {
 }
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_composes(composing: Composer, name: str) -> None:
     if name in PACKAGES:
@@ -58,6 +58,7 @@ def test_every_option_composes(composing: Composer, name: str) -> None:
     composing.compose(words_for(name))
 
 
+@pytest.mark.quick_cases(27)
 @pytest.mark.parametrize("path", OPTION_FILES, ids=NAMES)
 def test_every_option_says_what_it_is(path: Path) -> None:
     assert len(description(path)) > 3
@@ -99,7 +100,7 @@ def test_hydras_folders_are_those_that_resume_looks_in(composing: Composer) -> N
     assert hydra.job.chdir is False
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("expansion", "forgetting"),
     list(product(["none", "[]", "dus", "[width,llama_pro]"], ["none", "[l2sp,replay]", "replay"])),

@@ -83,6 +83,7 @@ def import_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
 
 
+@pytest.mark.quick_cases(1)
 def test_it_stands_in_the_help(outside: tuple[Path, list[str]]) -> None:
     """Of a process that is started anew, which imports little for it."""
     folder, found_by = outside
@@ -166,7 +167,7 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
     assert config["num_hidden_layers"] == tiny_llama().config.num_hidden_layers + 2
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -349,7 +350,7 @@ def test_no_option_file_extends_the_search_path(conf: Path, run: Callable[..., R
     assert refused.code == 2 and "hydra.searchpath=[DIR] or --config-dir DIR" in refused.err
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("found_by", [["-cd", "conf"], ["--config-dir=conf", "-cn=my_run"]])
 def test_commands_that_are_printed_find_the_same_options(
     conf: Path, run: Callable[..., Result], pipeline: FakePipeline, found_by: list[str]
@@ -377,6 +378,7 @@ def test_commands_that_are_printed_find_the_same_options(
     assert run(*printed_words(refused.err)).code == 1
 
 
+@pytest.mark.full
 def test_a_folder_that_was_moved_is_named_again(
     conf: Path, run: Callable[..., Result], pipeline: FakePipeline
 ) -> None:
@@ -399,6 +401,7 @@ log:
 """
 
 
+@pytest.mark.full
 def test_one_file_may_hold_several_callbacks_or_loggers(
     conf: Path, run: Callable[..., Result], pipeline: FakePipeline
 ) -> None:

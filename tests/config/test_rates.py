@@ -21,6 +21,7 @@ from tritter.families.presets import PRESETS
 GIVEN = CheckpointModelConfig(model_type="hf", path="base")
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("preset", "words", "start"),
     [
@@ -62,7 +63,7 @@ def checkpoint(place: Path, record: dict[str, Any] | None) -> Path:
     return place
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "hf"])
 @pytest.mark.parametrize("training", ["default", "quick"])
 def test_a_preset_keeps_its_rate(model: str, training: str) -> None:
@@ -74,7 +75,7 @@ def test_a_preset_keeps_its_rate(model: str, training: str) -> None:
     assert typed.rate_note == "" and fingerprint(typed) == fingerprint(config)
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("record", "rate"),
     [

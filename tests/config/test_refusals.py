@@ -243,7 +243,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.quick_cases(40)
+@pytest.mark.quick_cases(10)
 @pytest.mark.parametrize("command", REFUSALS)
 def test_refused(run: Callable[..., Result], pipeline: FakePipeline, command: str) -> None:
     result = run(*command.split(" "))
@@ -296,6 +296,7 @@ def test_targets_fields_and_rules_are_told_in_this_order(run: Callable[..., Resu
         assert lines[7:] == ["trainer.devices", "data.sequence_length"]
 
 
+@pytest.mark.full
 def test_what_is_wrong_with_some_jobs_is_told_once_with_their_numbers(
     run: Callable[..., Result],
 ) -> None:
@@ -335,6 +336,7 @@ def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "experiment"
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("body", "parts"),
     [
@@ -376,6 +378,7 @@ def test_an_experiment_without_mistakes_composes(experiments: Path) -> None:
     assert (config.training.max_steps, config.logger.wandb) == (3, None)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "words", [["training.max_stps=3"], ["-m", "seed=0,1", "expansion=dsu"], ["resume=latest"]]
 )
@@ -402,6 +405,7 @@ def test_help_is_quick_and_needs_no_torch(tmp_path: Path) -> None:
     assert not {"torch", "hydra", "lightning", "transformers"} & modules
 
 
+@pytest.mark.full
 def test_refusals_import_no_training_library() -> None:
     code = "import sys, train; train.main(train.pipeline, arguments=['x=1']); print(*sys.modules)"
     done = subprocess.run(

@@ -41,6 +41,7 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / "run.json").write_text(signed_text({**plain, **changes}))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("resume", ["latest", "outputs/runs/one", "'outputs/runs/one'"])
 def test_alone_it_goes_on_with_what_was_typed(
     run: Run, pipeline: FakePipeline, tmp_path: Path, resume: str
@@ -58,6 +59,7 @@ def test_alone_it_goes_on_with_what_was_typed(
     assert record.overrides == words and record.program.endswith("train.py")
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "words",
     [
@@ -73,6 +75,7 @@ def test_what_is_the_same_or_does_not_count_may_be_typed(run: Run, words: list[s
     assert len(read_run(Path("outputs/runs/one")).overrides) == 4
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("word", "change"),
     [
@@ -97,7 +100,7 @@ CODE = ("evaluation.allow_code=[humaneval]", "evaluation.tasks=[humaneval]")
 EXTERNAL = ("evaluation.code_sandbox=external", "evaluation.code_sandbox_command='sh -c \"a b\"'")
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "words",
     [
@@ -179,6 +182,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.full
 def test_a_folder_from_elsewhere_names_no_code(run: Run, pipeline: FakePipeline) -> None:
     assert run(*JOB, "hydra.run.dir=outputs/runs/one").code == 1
     assert not_replayed(HOSTILE) == HOSTILE
@@ -219,6 +223,7 @@ def test_a_folder_beside_the_run_names_no_code(
     assert run(*words).code == 2 and mark.exists()
 
 
+@pytest.mark.full
 def test_no_recorded_folder_is_searched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(*JOB, "hydra.run.dir=outputs/runs/one").code == 1
     searched, search = set[Path](), Path.rglob
@@ -262,7 +267,7 @@ ORDINARY = [
 ]
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("command", ORDINARY)
 def test_an_ordinary_run_is_resumed_by_resume_alone(
     run: Run, pipeline: FakePipeline, command: str
@@ -275,6 +280,7 @@ def test_an_ordinary_run_is_resumed_by_resume_alone(
     assert before == after
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("words", [["seed=1", "expansion=dus,stack"], ["experiment=ablation"]])
 def test_a_job_of_a_sweep_is_resumed_by_itself(
     run: Run, pipeline: FakePipeline, words: list[str]
@@ -358,6 +364,7 @@ def test_sources_are_printed_before_they_are_opened(
     assert {"model", "data"} <= {*seen[1:]}
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -406,7 +413,7 @@ def test_latest_skips_what_is_no_run_and_says_which_it_takes(run: Run, tmp_path:
     assert refused.code == 2 and str(runs / "torn/run.json") in refused.err
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "name", ["a b", "it's", 'say "x"', "a=b", "[x]", "{y}", "$HOME", "-m", "1e5", "a,b", "ä"]
 )
@@ -429,7 +436,7 @@ def test_it_is_for_the_command_line_alone(run: Run) -> None:
     assert run("resume=two").code == 2
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("place", [".hydra/config.yaml", "train.log", "attempt_1", "scores/x.json"])
 @pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
 def test_a_run_folder_that_leads_elsewhere_is_refused(

@@ -16,6 +16,7 @@ def sorting(count: int = 10_000) -> dict[str, list[str]]:
     return {"sorting": [f"skills:sorting:{count}"]}
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("words", "old", "tasks"),
     [
@@ -60,6 +61,7 @@ def test_a_skill_is_text_like_any_other() -> None:
     assert data.new_sources == {"new": ["skills:sorting:10000", "skills:identity:8"]}
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -38,7 +38,7 @@ HABITS = {
 }
 
 
-@pytest.mark.quick_cases(8)
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("command", HABITS)
 def test_a_habit_is_refused_with_what_to_type(
     run: Callable[..., Result],

@@ -63,6 +63,7 @@ def data_of(pipeline: FakePipeline) -> TextDataConfig:
     return data
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("words", "old", "new"),
     [
@@ -90,6 +91,7 @@ def test_paths_in_every_form(
     assert data_of(pipeline).new == placed(new)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("words", "new", "tasks"),
     [
@@ -124,6 +126,7 @@ def test_tasks_in_every_form(
     assert text.new == tuple(new) and len(text.domains) == len(new) + 1
 
 
+@pytest.mark.full
 def test_replay_may_weigh_what_earlier_tasks_are_about(run_there: Run) -> None:
     words = (
         "data=text",
@@ -262,7 +265,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-@pytest.mark.quick_cases(12)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("command", REFUSALS)
 def test_refused(run_there: Run, pipeline: FakePipeline, command: str) -> None:
     result = run_there(*command.split(" "))
@@ -273,6 +276,7 @@ def test_refused(run_there: Run, pipeline: FakePipeline, command: str) -> None:
     assert (result.written, pipeline.configs) == ([], [])
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("changes", "removed", "parts"),
     [
@@ -303,6 +307,7 @@ def test_pickles_are_refused_by_name(run_there: Run, place: Path) -> None:
     assert "pytorch_model.bin may run code" in result.err
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": 3}', "\udcff"])
 def test_damaged_configs_are_refused(run_there: Run, place: Path, text: str) -> None:
     (place / "base/config.json").write_bytes(text.encode(errors="surrogateescape"))
@@ -311,6 +316,7 @@ def test_damaged_configs_are_refused(run_there: Run, place: Path, text: str) -> 
     assert "model.path = " in result.err
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("folder", ["@base", "@base/run", "@base/../base/run", "@link/deep/run"])
 def test_no_run_lies_in_the_checkpoint_that_it_starts_from(
     run_there: Run, place: Path, folder: str
@@ -333,6 +339,7 @@ OF_GPT2: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("words", OF_GPT2)
 def test_what_gpt2_can_not_have(
     run_there: Run, place: Path, monkeypatch: pytest.MonkeyPatch, words: str

@@ -152,6 +152,7 @@ def test_links_inside_are_followed(place: Path) -> None:
     check(place / "old", place / "old/blob.jsonl")
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("word", ["old", "old/*", "old/*/c.txt"])
 def test_links_out_of_a_folder_are_refused(run_there: Run, place: Path, word: str) -> None:
     (place / "secret").mkdir()
@@ -278,7 +279,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return listed
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "pattern",
     [

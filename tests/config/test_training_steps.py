@@ -13,6 +13,7 @@ from tritter.errors import RequestError
 from tritter.pipeline.base import recorded_rate
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("words", "steps"),
     [
@@ -31,6 +32,7 @@ def test_tokens_become_steps(words: list[str], steps: int) -> None:
     assert fingerprint(config) == fingerprint(load_config(by_steps))
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -51,6 +53,7 @@ def test_refused(words: list[str], told: tuple[str, ...]) -> None:
     assert all(part in str(refused.value) for part in told), refused.value
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("words", "every"),
     [
@@ -118,6 +121,7 @@ def test_the_specifications_record_yields_a_run() -> None:
         ContinuedPretrainingConfig(learning_rate=-1.0).run_config()
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("words", [["seed=0"], ["-m", "seed=0,3"]], ids=["a run", "a sweep"])
 def test_it_starts_as_it_was_planned(
     run: Callable[..., Result], pipeline: FakePipeline, words: list[str]

@@ -36,7 +36,7 @@ def apart(family: str) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic())
 def test_a_packed_document_has_the_logits_that_it_has_alone(family: str) -> None:
     alone, model = tiny(family).double(), apart(family)
@@ -55,6 +55,7 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(family: str) -> None
     assert torch.allclose(stream[1], logits[1], atol=1e-12)  # and one alone says the same
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic())
 def test_no_token_sees_another_document_or_the_future(family: str) -> None:
     model = apart(family)

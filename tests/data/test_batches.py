@@ -40,6 +40,7 @@ def test_the_share_is_exact_over_any_number_of_batches(fraction, batch_size, num
     assert all(0 <= count <= batch_size for count in counts)
 
 
+@pytest.mark.full
 def test_the_share_has_no_float_drift():
     counts = [ExactShare(0.1).count(index, 1) for index in range(100_000)]
     assert sum(counts) == 10_000

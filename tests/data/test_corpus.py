@@ -159,6 +159,7 @@ def damage_removed(path):
     path.unlink()
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
     "damage", [damage_truncated, damage_flipped, damage_emptied, damage_removed]

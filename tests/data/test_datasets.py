@@ -174,6 +174,7 @@ def test_rows_that_hold_no_text_are_skipped_and_counted() -> None:
     assert note.endswith("/said, row 1 messages: number 1, role: holds null, no text.")
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("word", "told"),
     [

@@ -26,6 +26,7 @@ from tritter.storage import spool
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=30)
 
 
+@pytest.mark.full
 @given(st.lists(TEXTS, max_size=8), st.randoms())
 def test_order_copies_and_neighbours_change_nothing(texts, source):
     documents = documents_of(texts)

@@ -228,6 +228,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("part", PARTS)
 def test_documents_are_those_of_before(
     folder: Path, monkeypatch: pytest.MonkeyPatch, part: str

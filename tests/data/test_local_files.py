@@ -213,7 +213,7 @@ def test_what_unpacks_to_too_much_is_refused_on_the_way(
     )
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("row", [{"text": ""}, {"text": "", "more": [""]}, {"text": [""]}], ids=str)
 def test_a_parquet_bomb_is_refused_in_little_memory(tmp_path: Path, row: dict[str, object]) -> None:
     path = tmp_path / "a.parquet"

@@ -37,6 +37,7 @@ def test_it_holds_what_came_up_to_its_capacity(count, capacity, pieces, seed):
     assert torch.equal(whole.sequences, reservoir.sequences), "however it was dealt out"
 
 
+@pytest.mark.full
 def test_every_sequence_is_kept_with_the_same_chance():
     trials, count, capacity = 3000, 12, 4
     kept = torch.zeros(count)
@@ -130,6 +131,7 @@ def test_a_buffer_of_reservoirs_is_saved_and_loaded(tmp_path: Path):
         ReplayBuffer.of_domains({"a": numbered(0, 3)}, seed=0).save(tmp_path / "x")
 
 
+@pytest.mark.full
 @settings(max_examples=40)
 @given(st.decimals("0.01", "0.9", places=2).map(float), st.integers(1, 8), st.integers(0, 999))
 def test_the_share_is_exact_in_every_window(fraction, batch_size, seed):

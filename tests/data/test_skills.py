@@ -62,6 +62,7 @@ ORACLES: dict[str, Callable[[str], str]] = {
 }
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", ORACLES)
 def test_answers_are_right(name: str) -> None:
     """Held against Python's own sums, sorting and JSON, worked out from the prompt alone."""
@@ -113,6 +114,7 @@ def test_no_question_occurs_in_a_text_of_any_skill(skill: Skill) -> None:
     assert not [each for each in skill.questions(NUMBER) if each.prompt in joined]
 
 
+@pytest.mark.quick_cases(4)
 @ALL
 def test_the_pool_holds_an_eighth(skill: Skill) -> None:
     drawn = [skill.is_held_out(example) for example in islice(_drawn(skill), 1500)]

@@ -93,6 +93,7 @@ def test_what_was_never_known_cannot_be_lost(make_answers, accuracy):
             relative_harm(before, after)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("n", "lost", "gained"), [(60, 0.1, 0.05), (200, 0.02, 0.0)])
 def test_bounds_cover_what_they_promise(make_answers, n, lost, gained):
     """Answers that flip with known probabilities: the truth lies below 95 % of the bounds."""

@@ -102,7 +102,7 @@ def stock_task(name: str) -> Any:
     return loaded
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in SAID])
 def test_choices_score_as_lm_evals_own_task_scores_them(
     model: Any, tokenizer: PreTrainedTokenizerFast, name: str
@@ -146,6 +146,7 @@ def spoken(texts: list[str]) -> Any:
     return Spoken()
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", SAID)
 def test_answers_are_read_as_lm_evals_own_task_reads_them(name: str) -> None:
     from lm_eval.api.task import ConfigurableTask

@@ -84,6 +84,7 @@ def test_the_damaged_layer_is_named(tmp_path: Path, specs: list[ExpansionSpec]) 
         assert found.parting(sources) == f"layer {layer}"
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("name", "place"),
     [

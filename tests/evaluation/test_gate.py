@@ -123,6 +123,7 @@ def test_an_unknown_bound_is_said_in_words(make_losses):
     assert "no number of documents is known" in check.detail
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("n", "at_most"), [(2, 0.0), (10, 0.0), (60, 0.05)])
 def test_rare_large_damage_does_not_pass(make_losses, n, at_most):
     """A tenth of the documents +60 %, the rest +1 %: 6.9 % in all, where 5 % are allowed."""

@@ -20,7 +20,7 @@ def sample(name, num_samples, n, seed=0):
     return DAMAGES[name].sample(num_samples, n, torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.full
 @pytest.mark.parametrize("name", DAMAGES)
 def test_the_truth_of_a_damage_is_what_many_documents_say(name):
     drawn = sample(name, 1, 2_000_000)
@@ -67,6 +67,7 @@ def test_all_intervals_agree_where_nothing_is_hard():
     assert max(uppers) - min(uppers) < 0.1 * (uppers[0] - 0.02)
 
 
+@pytest.mark.full
 def test_small_samples_of_rare_damage_show_what_students_t_misses(tmp_path):
     rows = {
         row.interval: row

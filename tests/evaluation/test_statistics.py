@@ -89,6 +89,7 @@ def test_documents_to_decide_is_the_least_that_has_the_power():
     assert skewed.documents_to_decide(0.03, 0.95) == needed  # the other side is not skewed
 
 
+@pytest.mark.full
 def test_promised_number_of_documents_decides_as_often_as_promised():
     estimate = Estimate(0.04, 0.05 / math.sqrt(20), n=20, errors=normal_errors(1999))
     needed = estimate.documents_to_decide(0.05, 0.95)

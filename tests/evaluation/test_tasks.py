@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tritter.data.documents import documents_of
@@ -42,11 +43,10 @@ def model(reader: Reader) -> nn.Module:
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     texts = [each.prompt + each.answer for each in QUESTIONS[:8]]
-    rows = [[0, *encoding.ids, 0] for encoding in reader.tokenizer.encode_batch(texts)]
+    rows = [torch.tensor([0, *each.ids, 0]) for each in reader.tokenizer.encode_batch(texts)]
+    ids, labels = (pad_sequence(rows, batch_first=True, padding_value=each) for each in (0, -100))
     for _ in range(120):
-        for row in rows:
-            ids = torch.tensor([row])
-            model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model

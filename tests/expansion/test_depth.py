@@ -195,6 +195,7 @@ def test_embeddings_norm_and_head_are_carried(spec: ExpansionSpec) -> None:
         assert tensors[name].state == "carry"
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("spec", "sources"),
     [
@@ -223,6 +224,7 @@ def test_weights_come_from_the_recorded_layers(
     assert torch.equal(after.lm_head.weight, model.lm_head.weight)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("spec", [Dus(), Stack(), Interpolate()], ids=lambda spec: spec.name)
 def test_without_identities_the_function_changes_and_the_record_says_so(
     tmp_path: Path, spec: ExpansionSpec
@@ -251,6 +253,7 @@ def test_lists_with_one_entry_per_layer_follow_their_source_layer() -> None:
     ]
 
 
+@pytest.mark.quick_cases(7)
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     "spec",

@@ -72,7 +72,7 @@ def _kinds(model: PreTrainedModel) -> list[tuple[str, str]]:
     return list(zip(types, ffns, strict=True))
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", oracle_families.generic(SHAPES))
 @pytest.mark.parametrize("spec", RULES, ids=lambda spec: spec.name)
 def test_every_layer_is_its_source_layer(tmp_path: Path, family: str, spec: ExpansionSpec) -> None:
@@ -93,7 +93,7 @@ def test_every_layer_is_its_source_layer(tmp_path: Path, family: str, spec: Expa
     assert oracle.relative_difference(model, after, oracle.tokens()) > 1e-3
 
 
-@pytest.mark.quick_cases(5)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", oracle_families.generic(SHAPES))
 @pytest.mark.parametrize("spec", IDENTITIES, ids=lambda spec: spec.name)
 def test_identity_copies_add_nothing(tmp_path: Path, family: str, spec: ExpansionSpec) -> None:
@@ -127,7 +127,7 @@ def test_behind_an_output_norm_an_identity_opens_as_slowly_as_elsewhere(tmp_path
     assert moved["grown"] < 3 * moved["plain"], moved
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", oracle_families.generic(SHAPES))
 @pytest.mark.parametrize("first", ["depth", "width"])
 def test_depth_and_width_in_either_order(tmp_path: Path, family: str, first: str) -> None:

@@ -59,7 +59,7 @@ EXACT: dict[str, list[ExpansionSpec]] = {
 }
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(("eps", "tied"), EPS_AND_TIES)
 @pytest.mark.parametrize("specs", EXACT.values(), ids=EXACT.keys())
 def test_stock_model_computes_the_same(
@@ -74,7 +74,7 @@ def test_stock_model_computes_the_same(
     assert result.parameters_after > result.parameters_before
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("specs", EXACT.values(), ids=EXACT.keys())
 def test_identity_in_float64(tmp_path: Path, specs: list[ExpansionSpec], tied: bool) -> None:

@@ -159,6 +159,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
 }
 
 
+@pytest.mark.quick_cases(7)
 @pytest.mark.parametrize(("damage", "kind", "said"), DAMAGED.values(), ids=DAMAGED.keys())
 def test_a_bad_source_is_refused_and_nothing_is_written(
     source: Path, damage: Callable[[Path], object], kind: type[TritterError], said: list[str]

@@ -260,7 +260,7 @@ CASES = [
 ]
 
 
-@pytest.mark.quick_cases(5)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(("eps", "tied"), EPS_AND_TIES)
 @pytest.mark.parametrize(("family", "specs"), CASES)
 def test_stock_model_from_disk_computes_the_same(
@@ -277,6 +277,7 @@ def test_stock_model_from_disk_computes_the_same(
     assert sum(p.numel() for p in after.parameters()) == result.parameters_after
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("init", INITS)
 def test_head_gains_keep_value_and_gradient(init: str) -> None:
     """q and k are normed head by head, so widths leave those gains as they are: W' = W, G' = G."""
@@ -305,7 +306,7 @@ def test_odd_hidden_sizes_are_for_those_that_accept_them(tmp_path: Path) -> None
     assert not (tmp_path / "refused").exists()
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "spec",
     [

@@ -26,7 +26,7 @@ from tritter.parameter_map import AxisFactor, AxisMap
 IDENTITY, STOCK, GRADIENT = 1e-10, 1e-4, 1e-9
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", FURTHER)
 def test_stock_classes_compute_the_same_from_disk(tmp_path: Path, family: str) -> None:
     model = tiny(family, tie_word_embeddings=True)
@@ -39,7 +39,7 @@ def test_stock_classes_compute_the_same_from_disk(tmp_path: Path, family: str) -
     assert sum(p.numel() for p in after.parameters()) == result.parameters_after
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", FURTHER)
 def test_the_gradient_is_the_mapped_one(family: str) -> None:
     model = tiny(family).double()
@@ -93,7 +93,7 @@ NORMED: dict[str, Width] = {
 }
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("case", NORMED)
 @pytest.mark.parametrize("eps", [1e-3, 1e-6])
 def test_heads_that_are_copied_alike_keep_their_common_norm(case: str, eps: float) -> None:
@@ -177,6 +177,7 @@ def test_rows_are_those_that_the_stock_class_takes_apart(tmp_path: Path, family:
     assert len(again) == len(held)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("family", "one", "other"),
     [

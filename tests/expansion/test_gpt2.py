@@ -65,6 +65,7 @@ def hub_model() -> PreTrainedModel:
     return tiny("gpt2", tie_word_embeddings=True, intermediate_size=96)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_a_folder_as_on_the_hub_is_grown_and_loads_in_stock_transformers(
     tmp_path: Path, is_sharded: bool
@@ -102,6 +103,7 @@ def test_a_tied_head_beside_the_hubs_names_is_the_embedding_or_is_refused(tmp_pa
         expand(source, tmp_path / "refused", [LlamaPro()])
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_what_lies_transposed_is_read_in_blocks_of_any_size(
     tmp_path: Path, is_padded: bool, monkeypatch: pytest.MonkeyPatch
@@ -118,6 +120,7 @@ def test_what_lies_transposed_is_read_in_blocks_of_any_size(
     assert all(torch.equal(written[name], live[name]) for name in live)
 
 
+@pytest.mark.full
 def test_moments_and_importances_follow(tmp_path: Path) -> None:
     """State lies outputs first, q, k and v apart, and comes back as the optimizer held it."""
     model = hub_model()
@@ -162,7 +165,7 @@ def _step(model: PreTrainedModel, spec: ExpansionSpec) -> ResolvedExpansion:
     return step
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("name", "position"),
     [
@@ -201,6 +204,7 @@ def test_one_permuted_index_is_seen(name: str, position: int) -> None:
     assert oracle_growth.errors(model, [_spoiled(step, name, tuple(axes))]).logits > SEEN
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", ["layers.0.attention.q", "layers.1.attention.o"])
 def test_a_square_matrix_that_is_not_turned_is_seen(name: str) -> None:
     """Its shape says nothing: fresh heads are outputs of q, and inputs of o."""
@@ -252,6 +256,7 @@ def test_moe_is_refused() -> None:
         _step(tiny("gpt2"), Moe(num_experts=2))
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -107,7 +107,7 @@ def test_every_query_meets_a_copy_of_its_key_value_head(data: st.DataObject) -> 
 # What is exact, and what follows
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic(RMS))
 def test_fewer_queries_a_group_keep_the_function_but_not_the_moments_of_k_and_v(
     family: str,
@@ -134,6 +134,7 @@ def test_fewer_queries_a_group_keep_the_function_but_not_the_moments_of_k_and_v(
         torch.testing.assert_close(first + second, before[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", generic(SPLITTING))
 def test_split_is_no_claim_of_exactness_and_only_moves_weights(family: str) -> None:
     model = tiny(family, head_dim=8).double()
@@ -153,7 +154,7 @@ def test_split_is_no_claim_of_exactness_and_only_moves_weights(family: str) -> N
     assert step.target_config.get("query_pre_attn_scalar") == config.get("query_pre_attn_scalar")
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic(SPLITTING))
 def test_split_with_a_wider_model_is_the_split_model(family: str) -> None:
     """Not exact itself, it still lets everything beside it be: the two grow independently."""
@@ -347,7 +348,7 @@ NEW_PARAMETERS: dict[str, list[ExpansionSpec]] = {
 LAYER_NORM_TOO = ("net2net", "aki")
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic(DENSE))
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("case", NEW_PARAMETERS)

@@ -61,7 +61,7 @@ EXACT: dict[str, list[ExpansionSpec]] = {
 }
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("family", "options"), [(f, o) for f in OPTIONS for o in OPTIONS[f]])
 @pytest.mark.parametrize("specs", EXACT)
 def test_function_and_gradient_are_kept(family: str, options: str, specs: str) -> None:
@@ -72,6 +72,7 @@ def test_function_and_gradient_are_kept(family: str, options: str, specs: str) -
     assert found.compared >= sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", LAYER_NORM)
 def test_new_heads_and_copies_get_a_gradient(family: str) -> None:
     model = tiny(family, vocab_size=31, max_position_embeddings=24)
@@ -94,6 +95,7 @@ def test_new_heads_and_copies_get_a_gradient(family: str) -> None:
 # What is refused
 
 
+@pytest.mark.quick_cases(7)
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
@@ -193,7 +195,7 @@ def test_q_k_and_v_in_blocks_in_place_of_heads_are_seen() -> None:
     assert oracle_growth.errors(model, [_with_maps(step, changed)]).logits > 1e-2
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("name", "position"),
     [
@@ -228,7 +230,7 @@ def test_one_permuted_index_is_seen(name: str, position: int) -> None:
     assert oracle_growth.errors(model, [_with_maps(step, {name: moved})]).logits > SEEN
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kind", ["attention.o", "attention.o_bias", "ffn.down", "ffn.down_bias"])
 @pytest.mark.parametrize("is_parallel", [False, True])
 def test_one_output_that_is_not_zeroed_is_seen(kind: str, is_parallel: bool) -> None:
@@ -261,6 +263,7 @@ def as_on_the_hub(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_a_folder_as_on_the_hub_is_grown_and_loads_in_stock_transformers(
     tmp_path: Path, is_sharded: bool

@@ -166,7 +166,7 @@ WHAT_FOLLOWS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("family", "changes"), WHAT_FOLLOWS.values(), ids=WHAT_FOLLOWS.keys())
 def test_what_the_dense_config_says_the_partner_says_too(
     tmp_path: Path, family: str, changes: dict[str, Any]
@@ -262,7 +262,7 @@ def test_wrong_maps_would_be_seen() -> None:
 # Noise and drop-upcycling
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_noise_moves_the_function_a_little_and_spares_the_first_copy(family: str) -> None:
     model = tiny(family, initializer_range=0.1)

@@ -88,7 +88,7 @@ def test_replicated_experts_keep_the_function_in_stock_classes(
     assert result.lineage.expansion_history[-1].claims_exact
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_noise_makes_replicas_differ_and_the_claim_is_dropped(tmp_path: Path, family: str) -> None:
     model = tiny_moe(family)
@@ -106,7 +106,7 @@ def test_doubling_the_experts_alone_would_change_the_function(tmp_path: Path) ->
     assert oracle.relative_difference(model, oracle.stock(result.folder), oracle.tokens()) > 1e-2
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_replicas_are_the_mapped_gradients(tmp_path: Path, family: str) -> None:
     """With equal copies the routing is the same, so here it is an identity, not a policy."""
@@ -239,7 +239,7 @@ def test_noise_is_relative_to_the_source_and_differs_between_clones(tmp_path: Pa
     assert torch.equal(router[4], router[0])
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("spec", [MoeAdd(num_experts=3), MoeAdd(addition="replicate")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_as_predicted(tmp_path: Path, family: str, spec: MoeAdd) -> None:
@@ -279,7 +279,7 @@ def test_any_number_may_be_appended(
 # further expansions, lineage, state
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize(
     "more",
@@ -467,6 +467,7 @@ def test_no_more_experts_while_the_last_ones_are_closed(
     assert opened.added_experts == AddedExperts(experts=(6,))
 
 
+@pytest.mark.full
 def test_replicas_may_be_followed_by_more(tmp_path: Path) -> None:
     model = tiny_moe("mixtral")
     specs = [MoeAdd(addition="replicate", noise=0), MoeAdd(num_experts=1)]
@@ -504,7 +505,7 @@ def test_notes_say_what_stock_classes_need() -> None:
 # live models
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_live_model_keeps_its_function_and_its_closed_experts(family: str) -> None:
     model = tiny_moe(family)

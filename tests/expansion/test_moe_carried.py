@@ -118,6 +118,7 @@ def transplanted(
     return seconds[0], seconds[1], new
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_moments_go_to_all_copies_as_a_policy(tmp_path: Path, family: str) -> None:
     before, after, _ = transplanted(tmp_path, family, [FOUR])
@@ -139,6 +140,7 @@ def test_moments_follow_the_shared_expert_and_not_the_silent_ones(tmp_path: Path
     assert not any(".experts." in name for name in after)
 
 
+@pytest.mark.full
 def test_other_policies(tmp_path: Path) -> None:
     before, after, _ = transplanted(tmp_path / "reset", "llama", [FOUR], policy="reset_new")
     gate = before["layers.2.ffn.gate"] / 8
@@ -152,6 +154,7 @@ def test_other_policies(tmp_path: Path) -> None:
     assert not after
 
 
+@pytest.mark.full
 def test_moments_go_on_through_a_second_expansion(tmp_path: Path) -> None:
     specs: list[ExpansionSpec] = [Width(init="net2net", intermediate_size=80), FOUR, LlamaPro()]
     before, after, _ = transplanted(tmp_path, "llama", specs)
@@ -159,6 +162,7 @@ def test_moments_go_on_through_a_second_expansion(tmp_path: Path) -> None:
     torch.testing.assert_close(one * 8**0.5, before["layers.0.ffn.gate"].sqrt().sum())
 
 
+@pytest.mark.full
 def test_importances_on_files_reach_the_experts(tmp_path: Path) -> None:
     model = tiny("llama")
     source = oracle.saved(model, tmp_path / "source")
@@ -181,6 +185,7 @@ def test_importances_on_files_reach_the_experts(tmp_path: Path) -> None:
     assert live["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 80, 24)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_carries_the_old_knowledge(tmp_path: Path, family: str) -> None:
     source = oracle.saved(tiny(family), tmp_path / "source")

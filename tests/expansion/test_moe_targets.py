@@ -81,6 +81,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Moe, str]] = {
 }
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize(
     ("family", "changes", "spec", "message"), REFUSED.values(), ids=REFUSED.keys()
 )

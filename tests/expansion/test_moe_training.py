@@ -89,6 +89,7 @@ def router_gradient(gradients: dict[str, torch.Tensor]) -> float:
     )
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_the_router_learns_through_noise_or_the_balance_loss(family: str) -> None:
     model = tiny(family)
@@ -100,6 +101,7 @@ def test_the_router_learns_through_noise_or_the_balance_loss(family: str) -> Non
     assert router_gradient(balance_gradients(equal, TOKENS)) > 1e-3
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", PARTNERS)
 def test_every_new_parameter_moves_within_three_steps(family: str) -> None:
     model = upcycled(tiny(family), [Moe(num_experts=4)])
@@ -128,6 +130,7 @@ def test_clones_diverge(family: str, noise: float) -> None:
     assert expert_gap(model) > 0.08
 
 
+@pytest.mark.full
 def test_the_variance_is_split_as_the_policy_says() -> None:
     """Per-sequence gradients of experts: 1/(E·k) of the dense ones' squares, and not 1/E²."""
     model = tiny("llama", initializer_range=0.1, num_hidden_layers=2)

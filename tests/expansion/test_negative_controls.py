@@ -122,7 +122,7 @@ OWN_TENSOR_AXES = [
 ]
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("family", "name", "position"), OWN_TENSOR_AXES)
 def test_one_permuted_index_of_what_only_this_family_has_is_seen(
     family: str, name: str, position: int
@@ -267,7 +267,7 @@ def test_gains_that_forget_the_offset_are_seen(init: str) -> None:
         assert oracle_growth.errors(model, [spoiled]).logits > SEEN, name
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("name", "position", "is_tied"),
     [("embed", 1, False), ("embed", 1, True), ("final_norm", 0, True)],
@@ -291,7 +291,7 @@ def test_an_embedding_scale_that_is_not_made_up_for_is_seen(
 # A scale where none may stand
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("scale", [0.9, 1.1])
 def test_a_scaled_router_is_seen(family: str, scale: float) -> None:

@@ -90,7 +90,7 @@ def _error(before: nn.Module, after: nn.Module, family: str) -> float:
     return float(by_position.median() if family in SPARSE else by_position.max())
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", generic(RMS))
 @pytest.mark.parametrize("init", INITS)
 def test_float32_of_a_bf16_source_is_exact(tmp_path: Path, family: str, init: str) -> None:

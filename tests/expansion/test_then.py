@@ -165,7 +165,7 @@ def test_a_chain_is_one_map(data: st.DataObject) -> None:
         check_chain(CONFIGS[family] | sizes, specs, policy=policy)
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_chain_through_every_kind_of_fill_is_one_map(policy: Policy) -> None:
     noisy = Width(init="net2net", noise=0.01)

@@ -114,6 +114,7 @@ def test_a_new_expert_is_trained_and_the_old_ones_go_on(tmp_path: Path) -> None:
         assert not torch.equal(end[weight], event.after[weight])
 
 
+@pytest.mark.full
 def test_one_goes_and_its_state_with_it(tmp_path: Path) -> None:
     event = Evict(mixture_of())
     end = trained(event, tmp_path)

@@ -108,6 +108,7 @@ def test_counts_are_seen_at_once_and_rows_come_and_go() -> None:
     assert made.counts.dtype == torch.int64 and made.bfloat16().counts.dtype == torch.int64
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("router", ["evidence", "both"])
 @pytest.mark.parametrize("top_k", [None, 2, 1])
 def test_a_later_token_changes_no_earlier_logit(router: RouterKind, top_k: int | None) -> None:
@@ -157,6 +158,7 @@ def test_beams_take_what_was_read_along() -> None:
         mixture.model.generate(ids[:1], max_new_tokens=12, prompt_lookup_num_tokens=3)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("top_k", [None, 1])
 @torch.no_grad()
 def test_a_packed_document_has_the_logits_it_has_alone(top_k: int | None) -> None:

@@ -72,7 +72,7 @@ def check(mixture: ExpertMixture) -> None:
     assert base < found < ours < 3 * found
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("family", "tied", "router", "targets"),
     [
@@ -121,7 +121,7 @@ CHOICES: dict[str, Callable[[str], bool]] = {
 }
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("family", "choice"),
     [("llama", choice) for choice in CHOICES]
@@ -172,6 +172,7 @@ def test_a_choice_costs_its_share_of_each_expert() -> None:
     assert whole == by_hand
 
 
+@pytest.mark.full
 def test_a_base_among_the_experts_costs_nothing() -> None:
     plain = mixture_of(router="evidence", targets=WHOLE)
     beside = mixture_of(router="evidence", targets=WHOLE, has_base=True)

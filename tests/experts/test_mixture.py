@@ -33,6 +33,7 @@ def with_deltas(layer: LoraLayer, x: torch.Tensor, gates: torch.Tensor, names: l
     return out
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("routing", MODES)
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_every_layer_adds_the_experts_by_their_gates(routing: Routing, is_shared: bool) -> None:
@@ -80,6 +81,7 @@ def test_a_new_expert_changes_nothing_and_alone_it_is_pefts() -> None:
         assert torch.equal(logits(mixture, ids), base(input_ids=ids).logits)
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("routing", MODES)
 @pytest.mark.parametrize("is_training", [False, True])
 def test_a_later_token_changes_no_earlier_logit(routing: Routing, is_training: bool) -> None:
@@ -126,7 +128,7 @@ def test_choices_are_each_computed_once() -> None:
             assert dispatch.tokens[own].tolist() == chosen[:, number].nonzero()[:, 0].tolist()
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3_text", "mixtral"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_families_train_experts_and_routers_alone(family: str, checkpointing: bool) -> None:

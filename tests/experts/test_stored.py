@@ -1,6 +1,7 @@
 """Experts in a folder: the same logits after reading, stock classes beside them, hostile ones."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,17 @@ def made(place: Path, kind: str = "both") -> ExpertMixture:
     return mixture_of(model, router=kind, has_base=True)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A checkpoint with experts beside the base, gated by both routers."""
-    place = base_in(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = base_in(tmp_path_factory.mktemp("written") / "whole")
     ExpertFolder.of(made(place)).write(place)
     return place
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    """A checkpoint with experts beside the base, gated by both routers."""
+    return Path(shutil.copytree(written, tmp_path / "whole"))
 
 
 def difference(one: Any, other: Any) -> float:
@@ -77,6 +83,7 @@ def test_a_mixture_is_the_same_after_reading(tmp_path: Path, kind: str, top_k: i
     assert difference(load_model(place, dtype=torch.float64), whole) > 0.1
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kind", ["learned", "both"])
 def test_stock_classes_read_the_base_and_every_expert(tmp_path: Path, kind: str) -> None:
     place = base_in(tmp_path / "whole")
@@ -157,6 +164,7 @@ def test_experts_of_another_model_are_refused(folder: Path) -> None:
             held.apply(tiny_llama(**changes))
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", ["a/b", "..", "a.b", "", "-a", "x" * 65])
 def test_a_name_that_is_no_folder_is_not_written(name: str) -> None:
     mixture = mixture_of()

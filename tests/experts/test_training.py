@@ -164,6 +164,7 @@ def assert_same_end(first: Path, second: Path) -> None:
     assert_same(*ends, "")
 
 
+@pytest.mark.full
 def test_what_is_new_gets_an_expert_and_is_known_again(tmp_path: Path) -> None:
     module, result = train(tmp_path)
     report = result.reports["experts"]
@@ -237,6 +238,7 @@ def test_full_with_whatever_makes_room(tmp_path: Path) -> None:
     assert set(kinds(worthless)) == {("refused", FIRST)}
 
 
+@pytest.mark.full
 def test_the_most_similar_become_one(tmp_path: Path) -> None:
     options = asked(max_experts=3, when_full="merge")
     module, result = train(tmp_path, options, stream="aaaabbbbccccaa")

@@ -74,6 +74,7 @@ def activated(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(("family", "tied"), MODELS)
 def test_put_on_and_taken_off(family: str, tied: bool) -> None:
     stock = tiny(family, tie_word_embeddings=tied)
@@ -277,6 +278,7 @@ def theirs(folder: Path, family: str, *, tied: bool) -> Any:
     return stock.eval()
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("family", "tied"), MODELS)
 def test_stock_peft_loads_our_folder_and_we_load_theirs(
     tmp_path: Path, family: str, tied: bool
@@ -372,7 +374,7 @@ def evident(family: str, *, tied: bool) -> ExpertMixture:
     return mixture
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("family", "tied"), MODELS)
 def test_an_expert_alone_is_the_adapter_that_stock_peft_loads(
     tmp_path: Path, family: str, tied: bool
@@ -415,6 +417,7 @@ def test_written_with_a_cache_it_is_what_is_read_again() -> None:
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("top_k", [None, 1, 2])
 def test_the_head_of_the_last_tokens_has_their_gates(top_k: int | None) -> None:
     mixture, ids = evident("gemma3_text", tied=True), oracle.tokens(batch=3, length=9)

@@ -47,7 +47,7 @@ def told(config: Config) -> dict[str, Any]:
     }
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("left_out", [(), *SILENT], ids=" ".join)
 @pytest.mark.parametrize("name", OWN)
 def test_what_is_left_out_is_what_transformers_takes(

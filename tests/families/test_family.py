@@ -76,6 +76,7 @@ def test_names_in_memory_and_on_disk_are_those_of_the_stock_class(
     assert table.count_parameters(config) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.quick_cases(11)
 @pytest.mark.parametrize("family", OWN)
 @pytest.mark.parametrize("is_odd", [False, True])
 def test_the_class_refuses_what_the_table_says_it_refuses(family: str, is_odd: bool) -> None:
@@ -88,6 +89,7 @@ def test_the_class_refuses_what_the_table_says_it_refuses(family: str, is_odd: b
         tiny(family, hidden_size=23)
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("family", OWN)
 def test_what_a_block_adds_to_the_stream(family: str) -> None:
     """With these tensors silent a model passes its embeddings on to the last norm."""

@@ -61,7 +61,7 @@ def step(model: PreTrainedModel) -> None:
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic())
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_forward_pass_and_a_full_training_step(family: str, tied: bool) -> None:
@@ -100,7 +100,7 @@ CHOICES: dict[str, Callable[[LogicalTensor], bool]] = {
 }
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", generic())
 @pytest.mark.parametrize(
     ("choice", "tied"),
@@ -126,6 +126,7 @@ def test_frozen_weights_have_no_gradient_and_nothing_below_the_trained_ones(
     assert square(ours) < full or choice in ("embedding", "vectors", "first layer")
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("is_parallel", [False, True])
 def test_attention_beside_the_ffn_is_not_below_it(is_parallel: bool) -> None:
     """With the attention of the last layer trained, its FFN needs a gradient or none."""
@@ -145,7 +146,7 @@ def test_every_choice_above_trains_something_somewhere() -> None:
     assert empty == {"nothing"}
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", SPARSE)
 @pytest.mark.parametrize("choice", ["everything", "routers", "last layer", "head"])
 def test_a_loss_of_the_routers_does_not_pass_through_what_stands_above(
@@ -175,6 +176,7 @@ def _is_dense_above(family: str, choice: str) -> bool:
     return choice == "last layer" and kinds[2] == "dense"
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", SPARSE)
 def test_experts_that_are_held_apart_pay_for_the_tokens_that_come_to_them(family: str) -> None:
     """With all tokens sent to the new experts, those alone have gradients of their weights."""
@@ -241,6 +243,7 @@ FULL: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize(
     ("family", "options", "has_window"),
     [(f, o, True) for f, o in WINDOWED.items()] + [(f, o, False) for f, o in FULL.items()],

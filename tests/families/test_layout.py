@@ -128,6 +128,7 @@ def test_either_layout_in_and_out(tmp_path: Path, family: str, specs: list[Expan
     assert len({result.lineage.parent_hash for result in results.values()}) == 2
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_upcycling_writes_either_layout(tmp_path: Path, family: str) -> None:
     model = tiny(family)

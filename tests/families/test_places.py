@@ -8,6 +8,7 @@ from tritter.families import Places, family_of
 from tritter.models import config_of
 
 
+@pytest.mark.quick_cases(7)
 @pytest.mark.parametrize("family", [*DENSE, *SPARSE])
 def test_the_parts_of_a_model_are_all_of_it_once(family: str) -> None:
     config = config_of(tiny(family))

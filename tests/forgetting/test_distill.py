@@ -32,6 +32,7 @@ def batch_of(num_old: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "is_replay": torch.arange(4) >= 4 - num_old}
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("mask_gold", [False, True])
 @pytest.mark.parametrize("rows", ["new", "old", "both"])
 def test_loss_and_gradients_are_those_of_the_formula(rows: Rows, mask_gold: bool) -> None:
@@ -90,6 +91,7 @@ def test_without_marks_all_rows_are_new() -> None:
     assert float(new.detach()) == float(both.detach()) > 0
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("family", OWN)
 def test_a_teacher_of_any_family_says_the_same_in_parts(family: str) -> None:
     model = tiny(family)
@@ -151,6 +153,7 @@ def test_the_teacher_is_not_trained_not_saved_and_let_go(tmp_path: Path) -> None
     assert method._teacher is None
 
 
+@pytest.mark.full
 def test_the_more_it_weighs_the_nearer_the_student_stays(tmp_path: Path) -> None:
     teacher, ids = oracle.tiny_llama(initializer_range=0.05), oracle.tokens(batch=8, length=16)
     apart = {}

@@ -131,6 +131,7 @@ def doubled_ffn(folder: Path, shares: str) -> tuple[nn.Module, nn.Module, list[T
     return model, oracle.stock(result.folder), [fisher, *mapped], axis.index
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("shares", ["equal", "unequal"])
 def test_the_same_move_of_the_function_costs_the_same_or_less(tmp_path: Path, shares: str) -> None:
     """Moving a neuron's output by the same factor, in the old model and in all its copies.

@@ -18,6 +18,7 @@ def looped(model: nn.Module, sequences: Tensor) -> dict[str, Tensor]:
     return {name: value / len(sequences) for name, value in total.items()}
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_equals_the_loop(tied: bool, batch_size: int) -> None:
@@ -79,7 +80,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(p.grad is None and p.requires_grad for p in sparse.parameters())
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", SPARSE)
 def test_experts_are_taken_sequence_by_sequence(family: str, tied: bool) -> None:

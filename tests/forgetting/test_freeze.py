@@ -144,6 +144,7 @@ def test_what_thaws_together_is_trained_from_that_step_on(tmp_path: Path) -> Non
     assert result.flops == pytest.approx(4 * 4 * (some.of(16) + everything.of(16)))
 
 
+@pytest.mark.full
 def test_partly_frozen_values_thaw_too(tmp_path: Path) -> None:
     seen: dict[int, Tensor] = {}
 

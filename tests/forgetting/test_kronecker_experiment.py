@@ -14,6 +14,7 @@ CHECKS = (
 )
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", CHECKS)
 def test_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))

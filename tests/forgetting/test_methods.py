@@ -105,6 +105,7 @@ def test_methods_combine_in_one_training(tmp_path: Path) -> None:
     assert "forgetting/l2sp/loss" in header
 
 
+@pytest.mark.full
 def test_the_base_method_does_nothing(tmp_path: Path) -> None:
     from tritter.training import ForgettingMethod
 

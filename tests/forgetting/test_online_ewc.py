@@ -55,6 +55,7 @@ def prepared(method: EWC, model: nn.Module, state: Mapping[str, Mapping[str, Ten
     return drawn
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("options", [{}, {"normalise": "mean"}, {"at": "expanded"}], ids=str)
 def test_one_task_is_ewc(options: dict[str, str]) -> None:
     models = [oracle.tiny_llama(), oracle.tiny_llama()]
@@ -74,6 +75,7 @@ def test_one_task_is_ewc(options: dict[str, str]) -> None:
         assert torch.equal(one.grad, other.grad) and bool(one.grad.any())  # type: ignore[arg-type, union-attr]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("normalise", ["none", "mean"])
 def test_three_tasks_are_those_of_a_slow_loop(normalise: str) -> None:
     model = oracle.tiny_llama()
@@ -112,6 +114,7 @@ def test_only_text_of_the_latest_task_is_looked_at_once_something_was_kept() -> 
     assert prepared(OnlineEWC(ewc_lambda=1.0), model, {"online_fisher": kept}) == ["b"]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("at", ["carried", "expanded"])
 def test_a_look_is_compared_with_the_latest_fisher_and_earlier_ones_stay_added(at: str) -> None:
     """The text of the first task is gone: it is not even handed over."""

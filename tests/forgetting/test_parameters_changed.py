@@ -34,7 +34,7 @@ def pulls(method: QuadraticPenalty, model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_that_followed_pulls_as_one_begun_on_the_grown_model(
     tmp_path: Path, name: str

@@ -121,6 +121,7 @@ def test_it_adds_up_to_the_fall_of_the_loss(tmp_path: Path) -> None:
     assert omega == pytest.approx(fall, rel=0.05)
 
 
+@pytest.mark.full
 def test_it_changes_nothing_of_the_training(tmp_path: Path) -> None:
     watched, _, _ = trained(tmp_path / "watched", learning_rate=1e-2, steps=8, loader=batches())
     model = oracle.tiny_llama(initializer_range=0.05)
@@ -141,6 +142,7 @@ def test_it_changes_nothing_of_the_training(tmp_path: Path) -> None:
         assert torch.equal(parameter, watched.get_parameter(name))
 
 
+@pytest.mark.full
 def test_it_is_written_also_when_nothing_was_left_to_train(tmp_path: Path) -> None:
     """Killed after the last step: the resumed training takes none, and ω is the same."""
     omegas = []

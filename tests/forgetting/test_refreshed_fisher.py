@@ -75,6 +75,7 @@ def test_the_larger_of_the_two_stands_and_the_anchor_stays() -> None:
     assert flops == len(sequences) * per_sequence
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
@@ -94,6 +95,7 @@ def test_new_entries_that_are_not_zero_are_seen(spec: ExpansionSpec, expected: b
     assert has_new_values(expander.expand(model), masks) is expected
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("at", ["auto", "expanded", "carried"])
 def test_at_the_grown_model_new_columns_that_write_are_held(at: str) -> None:
     model = oracle.tiny_llama()
@@ -122,6 +124,7 @@ def test_nothing_is_prepared_that_is_not_used() -> None:
     assert needs(at="carried") == (("fisher",), False)
 
 
+@pytest.mark.full
 def test_looks_come_between_steps_and_cost_what_they_cost(tmp_path: Path) -> None:
     method = Watched(at="expanded", refresh_steps=2)
     module = module_of(method)
@@ -159,7 +162,7 @@ class Kills(ForgettingMethod):
         return 0.0
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("killed_at", [3, 5, 7])
 def test_killed_between_looks_it_ends_with_the_same_bits(tmp_path: Path, killed_at: int) -> None:
     settings = replace(SETTINGS, save_every_n_steps=2)

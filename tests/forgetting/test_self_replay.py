@@ -42,6 +42,7 @@ def nats_by_hand(model: nn.Module, text: list[int], *, window: int) -> list[floa
     return nats
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
 def test_nats_are_those_of_passes_without_a_cache(family: str) -> None:
     model = tiny(family)
@@ -55,6 +56,7 @@ def test_nats_are_those_of_passes_without_a_cache(family: str) -> None:
         assert float(written.nats[2 * number + 1]) == pytest.approx(sum(nats[9:]) / 10, rel=1e-4)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("sequences_per_text", [1, 2, 5])
 def test_what_is_read_is_what_flops_count(sequences_per_text: int) -> None:
     model = oracle.tiny_llama()

@@ -149,7 +149,7 @@ class Routers(SideLoss):
         return 3 * next(model.parameters()).sum(), {}
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("beside", ["nothing", "replay", "another loss", "a side loss"])
 def test_what_it_sees_is_the_new_text_alone(tmp_path: Path, beside: str) -> None:
     """One step of several batches: ω is −g·Δθ with the mean gradient of their new rows."""
@@ -217,6 +217,7 @@ def test_the_same_move_of_the_function_costs_the_same_after_an_expansion(shares:
     assert float((mapped["si_importance"] * wide_step**2).sum()) == pytest.approx(price, rel=1e-4)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("spec", [Width(), Dus()], ids=["width", "dus"])
 def test_what_an_expansion_adds_is_free_and_what_it_copies_is_held(spec: object) -> None:
     model = oracle.tiny_llama()

@@ -36,6 +36,7 @@ def plain(
     return temperature**2 * total
 
 
+@pytest.mark.quick_cases(16)
 @pytest.mark.parametrize("chunk_entries", [1, 2 * V, 10**6])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("top_k", [None, 1, 4, V])

@@ -39,7 +39,7 @@ def grow(
     return neurons
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic(GROWABLE))
 @pytest.mark.parametrize("initialiser", [GradMax(), Split(), Random()], ids=repr)
 def test_exact_ones_keep_the_function(family: str, initialiser: Initialiser) -> None:
@@ -74,6 +74,7 @@ def new_gradients(model: nn.Module, ids: Tensor, *, count: int = 4) -> dict[str,
     return {"up": up[-count:], "gate": gate[-count:], "down": down[:, -count:]}
 
 
+@pytest.mark.full
 def test_gradmax_beats_random_directions_of_equal_norm() -> None:
     ids = oracle.tokens(batch=8, length=24, seed=3)
     model = oracle.tiny_llama(initializer_range=0.2)

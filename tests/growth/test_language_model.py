@@ -73,6 +73,7 @@ def test_only_what_is_under_pressure_grows() -> None:
     assert all(b - a >= 6 for a, b in zip(sorted(set(steps)), sorted(set(steps))[1:], strict=False))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("freeze", [False, True], ids=["all", "FFNs"])
 def test_moments_follow_for_all_that_is_trained(freeze: bool) -> None:
     model = GrowableCausalLM(tiny("qwen2"), freeze_attention=freeze, **GROWING)
@@ -186,6 +187,7 @@ def test_what_is_seen_in_validation_is_no_batch() -> None:
     assert torch.equal(*results)
 
 
+@pytest.mark.full
 def test_growth_before_zero_grad_and_after_it_is_the_same() -> None:
     ids, results = oracle.tokens(), []
     for is_before in (False, True):

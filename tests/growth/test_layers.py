@@ -17,6 +17,7 @@ from tritter.growth.triggers import Percentile
 EXACT = ("gradmax", "split", "random")
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("initialiser", EXACT)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_function_is_kept_in_two_events(name: str, initialiser: str) -> None:
@@ -40,6 +41,7 @@ def test_the_readmes_noise_changes_the_function() -> None:
     assert float((model(x) - before).abs().max().detach()) > 1e-4
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("has_groups", [False, True], ids=["one group", "groups"])
 def test_moments_of_old_neurons_stay_and_all_goes_on(name: str, has_groups: bool) -> None:
@@ -76,6 +78,7 @@ def test_moments_of_old_neurons_stay_and_all_goes_on(name: str, has_groups: bool
     assert all(not torch.equal(p, moved[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_new_neurons_move_no_further_than_old_ones(name: str) -> None:
     model = MODELS[name](maturation_factor=1.0, growth_cooldown=20)
@@ -96,6 +99,7 @@ def test_new_neurons_move_no_further_than_old_ones(name: str) -> None:
     assert 0 < largest["new"] <= 1.5 * largest["old"]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("spelling", ["positional", "named"])
 @pytest.mark.parametrize("name", ["gated", "linear, relu"])
@@ -263,6 +267,7 @@ def test_split_stems_from_the_neurons_that_are_named() -> None:
     torch.testing.assert_close(written[:, [3, 7]], 0.7 * down[:, [3, 7]])
 
 
+@pytest.mark.full
 def test_one_layer_fires_at_the_rate_of_its_own_history() -> None:
     """Gradients that come in no order: one check in ten, and the first nine never."""
     model = pair(nn.ReLU(), trigger=Percentile(), growth_cooldown=1)
@@ -293,6 +298,7 @@ def test_a_drop_in_for_nn_linear() -> None:
         GrowableLinear(9, 12).load_state_dict(plain.state_dict())
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_grown_ones_state_loads_into_a_new_one(name: str) -> None:
     model, other = MODELS[name](), MODELS[name]()

@@ -54,6 +54,7 @@ def test_where_it_does_not_pay_nothing_grows() -> None:
     assert best_step(curve, step=40, max_steps=400, ratio=3.0) is None
 
 
+@pytest.mark.full
 def test_an_engine_grows_once_there() -> None:
     curve, model = Curve(3.0, 10.0, 0.8), oracle.tiny_llama()
     options = asked(

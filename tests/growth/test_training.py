@@ -119,7 +119,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "killed_at", [8, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 13))]
@@ -327,6 +327,7 @@ def test_updates_of_young_neurons_are_scaled_and_of_no_others(tmp_path: Path) ->
             assert "gate_proj" in name or moved[young].any() or "up_proj" in name
 
 
+@pytest.mark.full
 def test_the_same_bits_whoever_draws_besides(tmp_path: Path) -> None:
     """Growth draws from a generator of its own, and leaves the others where they are."""
     none = often(trigger="schedule", at=(5,), max_new_parameters=1)

@@ -44,7 +44,7 @@ def long_tailed(count: int, *, generator: torch.Generator) -> Tensor:
     return torch.randn(count, generator=generator).exp()
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("num_layers", [1, 2, 6])
 @pytest.mark.parametrize("percentile", [90.0, 75.0])
 @pytest.mark.parametrize(
@@ -70,6 +70,7 @@ def test_independent_pressures_fire_at_the_computed_rate(
         assert rate == pytest.approx(1 - percentile / 100, abs=0.01)
 
 
+@pytest.mark.full
 def test_the_rate_is_that_of_ranks() -> None:
     """Held to counting: of n + L values in random order the k largest are all old."""
     generator, fired, checks = torch.Generator().manual_seed(0), 0, 20_000
@@ -100,7 +101,7 @@ def stepped(engine: Grower, model: nn.Module, steps: int, *, seed: int = 0) -> l
     return found
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("cooldown", [7, 20, 50])
 @pytest.mark.parametrize("trigger", ["percentile", "within_layer", "schedule"])
 def test_no_more_events_than_the_cooldown_allows(cooldown: int, trigger: str) -> None:
@@ -123,6 +124,7 @@ def test_warmup_and_checks() -> None:
     assert stepped(grower(options, max_steps=99), oracle.tiny_llama(), 90) == [3, 8, 60]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("trigger", ["schedule", "budget", "within_layer"])
 def test_budgets_hold(trigger: str) -> None:
     model = oracle.tiny_llama()
@@ -157,6 +159,7 @@ def losses(kind: str, count: int) -> list[float]:
     return [3.0 if kind == "flat" else 3.0 - 0.01 * n for n in range(count)]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(("kind", "grows"), [("flat", True), ("falling", False)])
 @pytest.mark.parametrize("changes", [{"trigger": "plateau"}, {"trigger": "schedule"}])
 def test_a_plateau_is_waited_for(kind: str, grows: bool, changes: dict[str, Any]) -> None:
@@ -238,6 +241,7 @@ def test_what_can_never_grow_is_told(words: dict[str, Any], said: str) -> None:
     assert said in why and bool(why) == bool(said)
 
 
+@pytest.mark.full
 def test_a_layer_that_is_frozen_is_no_pressure() -> None:
     model = oracle.tiny_llama()
     engine = grower(

@@ -19,6 +19,7 @@ from tritter.stock_routers import AddedExperts, Routing
 TEXT = torch.cat([batch["input_ids"] for batch in DOMAIN])
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_utility_is_the_sum_of_gradient_times_weight(family: str) -> None:
     model = tiny_moe(family)
@@ -63,7 +64,7 @@ def test_soft_divergence_by_hand() -> None:
     assert float(soft_divergence(said, said, temperature=3.0)) == pytest.approx(0, abs=1e-7)
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_new_experts_come_nearer_to_the_teacher_and_stay_closed(family: str) -> None:
     model, teacher = grown(family), oracle.tiny_llama()

@@ -85,6 +85,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ten
     return folder, *teach(folder)
 
 
+@pytest.mark.full
 def test_bitwise_as_if_never_killed(
     whole: tuple[Path, dict[str, Tensor], FitResult], tmp_path: Path
 ) -> None:
@@ -124,6 +125,7 @@ def test_precision_is_that_of_the_run(
     assert all(torch.allclose(v, weights[n], atol=0.1) for n, v in whole[1].items())
 
 
+@pytest.mark.full
 @pytest.mark.skipif(processes.start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_two_processes_give_the_weights_of_one(
     whole: tuple[Path, dict[str, Tensor], FitResult], tmp_path: Path

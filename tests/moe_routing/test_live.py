@@ -105,6 +105,7 @@ def test_routers_are_adapted_as_by_hand(replay: list[Batch] | None) -> None:
     torch.testing.assert_close(oracle.logits(model, ids), oracle.logits(other, ids))
 
 
+@pytest.mark.full
 def test_new_experts_are_trained_as_by_hand() -> None:
     model, other = grown(noise=0.5), grown(noise=0.5)
     for each in (model, other):
@@ -170,6 +171,7 @@ def spoil(out: dict[str, Tensor]) -> None:
     out["loss"] = out["loss"] * nan
 
 
+@pytest.mark.full
 def test_a_step_that_is_not_finite_is_not_taken(capfd: pytest.CaptureFixture[str]) -> None:
     model = grown()
     bad = [*DOMAIN[:2], {"input_ids": DOMAIN[0]["input_ids"].clone()}]
@@ -230,7 +232,7 @@ STAGES: dict[str, Callable[[nn.Module, nn.Module, int], None]] = {
 }
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_layers_draw_follows_from_the_seed(stage: str) -> None:
     """Whatever torch's own generator was used for before, which stays as it is."""

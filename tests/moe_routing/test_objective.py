@@ -252,7 +252,7 @@ def test_experts_are_opened_and_the_base_unfrozen_step_by_step(tmp_path: Path) -
     assert watch.moved == [False, False, False, True, True, True]
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kills", [(3,), (7,), (10, 12)], ids=str)
 def test_bitwise_as_if_never_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: tuple[int, ...]

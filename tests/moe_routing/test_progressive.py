@@ -25,6 +25,7 @@ def test_the_defaults_are_the_specifications() -> None:
     assert (config.domain, config.domain_data_path) == (None, None)
 
 
+@pytest.mark.full
 def test_experts_are_added_behind_a_closed_door_and_opened_by_the_stages() -> None:
     model = tiny_moe("mixtral")
     before = values(model)

@@ -58,6 +58,7 @@ def test_a_forward_pass_that_fails_leaves_no_whole_behind() -> None:
         assert "gate_up_proj" not in vars(experts)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_experts_stay_bit_for_bit_and_out_of_the_optimizer(family: str) -> None:
     """The control: with gradients masked instead, weight decay moves them."""

@@ -75,6 +75,7 @@ def test_routers_alone_are_trained_and_learn_to_use_the_new_experts(family: str)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.full
 def test_encouragement_raises_the_new_experts_mass() -> None:
     masses = []
     for weight in (0.0, 1.0):
@@ -184,6 +185,7 @@ def test_the_base_is_unfrozen_on_schedule() -> None:
     )
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("indices", "options", "said"),
     [

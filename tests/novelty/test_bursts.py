@@ -52,6 +52,7 @@ def test_two_kinds_make_two_bursts() -> None:
     assert {*found} == {4, 5}
 
 
+@pytest.mark.full
 def test_known_samples_make_no_burst() -> None:
     """5,000 batches of what is known, sorting in between."""
     generator = torch.Generator().manual_seed(0)

@@ -134,6 +134,7 @@ def test_false_alarms_on_stationary_losses_are_fewer_than_one_in_a_thousand(kind
     assert share_bound(count, STEPS, confidence=0.95, is_lower=False) <= 1e-3
 
 
+@pytest.mark.full
 def test_a_rule_of_one_batch_above_three_is_seen_to_alarm() -> None:
     """The negative control of the count above."""
     stream = _stationary("autocorrelated 0.8, t3", 0, 1000)
@@ -161,6 +162,7 @@ def test_the_cosine_finds_other_directions_and_knows_them_again(generator: torch
             novelty.observe(prose[0])
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("detector", DETECTORS[:2])
 def test_skills_are_found_in_two_batches_and_recognised_again(
     detector: str, generator: torch.Generator
@@ -189,6 +191,7 @@ def _names(known: SkillLibrary) -> list[str]:
     return [skill.name for skill in known]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("detector", DETECTORS, ids=str)
 def test_a_resumed_detector_decides_the_same(detector: str, generator: torch.Generator) -> None:
     options = NoveltyOptions(moving_average=0.2, cooldown=3)

@@ -143,6 +143,7 @@ def test_similarity_is_taken_over_the_features(generator: torch.Generator) -> No
     assert float(mixed.samples[1]) > 1 > float(mixed.samples[0])  # each by itself
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("reduction", ["max", "mean", "median"])
 @pytest.mark.parametrize("num_skills", [1, 2, 3, 4])
 def test_reductions_are_those_of_numpy(
@@ -201,6 +202,7 @@ def test_nt_xent_by_loops(generator: torch.Generator) -> None:
     assert float(contrast(one, two, groups, temperature=0.3)) == pytest.approx(np.mean(losses))
 
 
+@pytest.mark.full
 def test_a_trained_head_draws_skills_apart_and_is_drawn_again_alike(
     generator: torch.Generator,
 ) -> None:

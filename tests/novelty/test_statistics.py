@@ -105,6 +105,7 @@ def test_a_covariance_of_too_few_samples_has_an_inverse(n: int) -> None:
     assert distances.isfinite().all()
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kind", ["normal", "skewed"])
 def test_t_intervals_cover_as_they_promise(kind: str) -> None:
     """2,000 samples of 32: how often the lower bound holds lies in the 99.9 % binomial interval.

@@ -56,6 +56,7 @@ def _tensors(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: (0.02 * tensor + 0.001).to(dtype) for name, tensor in drawn.items()}
 
 
+@pytest.mark.quick_cases(36)
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_rows_make_the_whole(name: str, dtype: torch.dtype) -> None:

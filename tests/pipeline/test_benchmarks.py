@@ -65,6 +65,7 @@ def test_what_a_task_is_made_of_is_its_digest(files: Path) -> None:
     assert digest() != whole
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -162,6 +162,7 @@ def test_growth_control_and_rounds_carry_through_their_maps(
     assert last is not None and last.step >= 8
 
 
+@pytest.mark.full
 def test_a_given_state_is_kept_beside_the_start_whether_it_is_used_or_not(
     run: Run, place: Path, carried: Path
 ) -> None:
@@ -204,6 +205,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("case", REFUSED)
 def test_nothing_to_carry_is_refused_before_anything_is_written(case: str, place: Path) -> None:
     words, message = REFUSED[case]

@@ -385,6 +385,7 @@ def test_a_deleted_result_is_made_again_from_the_start(run: Run, tmp_path: Path)
     assert not list((tmp_path / "run/attempt_1").rglob("*.safetensors"))
 
 
+@pytest.mark.full
 def test_history_reports_a_removed_parent(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

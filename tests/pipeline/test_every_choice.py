@@ -130,7 +130,7 @@ def test_every_choice(tmp_path: Path, tiny_cache: Path, expansion: str, forgetti
     check(tmp_path, tiny_cache, expansion, forgetting)
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("expansion", "forgetting", "growth"), list(growing()))
 def test_every_growth(
     tmp_path: Path, tiny_cache: Path, expansion: str, forgetting: str, growth: str

@@ -188,6 +188,7 @@ def test_its_own_tokenizer_and_end_of_text_are_used(
     assert context.corpus.tokenizer.id_to_token(0) == END_OF_TEXT and not (sequences == 0).any()
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_ours_goes_on_in_its_lineage(
     run: Run, library: Path, tmp_path: Path
 ) -> None:
@@ -253,7 +254,7 @@ def no_end_of_text(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content | {"eos_token_id": None}))
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("damage", "said"),
     [(other_shape, "has shape"), (no_end_of_text, "eos_token")],

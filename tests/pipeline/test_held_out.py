@@ -147,7 +147,7 @@ WAYS: list[Callable[[Path], list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("seed", [1, 3])
 @pytest.mark.parametrize("way", WAYS)
 def test_whatever_way_a_checkpoint_is_trained_on(
@@ -224,7 +224,7 @@ def test_a_run_that_is_rolled_back_has_learned_nothing(
     assert (after.domains, after.split) == (before.domains, before.split)
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [

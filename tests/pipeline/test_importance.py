@@ -107,7 +107,7 @@ def test_what_one_training_leaves_the_next_takes_up(
         assert bool((after["online_fisher"][name] >= kept + latest_fisher[name] - 1e-9).all())
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "estimator"), [("ewc", "empirical"), ("ewc", "true"), ("online_ewc", "empirical")]
 )

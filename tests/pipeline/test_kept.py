@@ -80,6 +80,7 @@ def test_what_is_left_is_training_text_with_its_losses(left: Path) -> None:
     assert len(buffer) == 10 and buffer.sample(4).shape == (4, 32)
 
 
+@pytest.mark.full
 def test_the_next_training_replays_it_where_text_is_gone(
     left: Path, other: Path, run_tiny: Callable[..., Outcome], cache: Path, tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_damage_is_told(left: Path, tmp_path: Path) -> None:
         KeptSequences.read(tmp_path)
 
 
+@pytest.mark.full
 def test_sequences_are_drawn_in_proportion_to_their_losses() -> None:
     rows = torch.arange(3)[:, None].expand(3, 4)
     given = Task(

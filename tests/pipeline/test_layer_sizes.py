@@ -18,6 +18,7 @@ from tritter.pipeline import run_pipeline
 SIZES = (9, 32)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("expansion", "sizes"),
     [pytest.param("none", SIZES, marks=pytest.mark.slow), ("llama_pro", (9, 32, 32))],

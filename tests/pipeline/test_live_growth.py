@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests import oracle
 from tests.pipeline.tiny import TINY
 from tests.training.test_surgery import Grow
@@ -18,6 +20,7 @@ class GrowTheAttempt(Grow):
         super().__init__([Width(intermediate_size=intermediate_size)], at=at)
 
 
+@pytest.mark.full
 def test_the_checkpoint_is_the_wider_model(tmp_path: Path) -> None:
     body = f"{{_target_: {__name__}.GrowTheAttempt, intermediate_size: 48, at: 3}}"
     words = ("expansion=none", "callbacks=lr_monitor", f"callbacks.grow={body}")

@@ -66,6 +66,7 @@ def cloned(add: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_a_dense_base_becomes_sparse(sparse: Path) -> None:
     summary = summary_of(sparse)
     experts = summary["moe"]
@@ -298,7 +299,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_would_have_no_effect_is_refused(words: str) -> None:
     with pytest.raises(RequestError) as refusal:

@@ -204,6 +204,7 @@ def test_shuffled_labels_are_rolled_back(
 TRUE_LOSS = BaseModule.task_loss
 
 
+@pytest.mark.full
 def test_too_few_documents_are_undecided_with_the_number_needed(
     run_tiny: Run, tmp_path: Path
 ) -> None:
@@ -249,7 +250,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("before", ["expansion", "training", "evaluation", "checks", "publish"])
 def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     run_job: Run,

@@ -44,6 +44,17 @@ def grown(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_rounds_reach_the_target(run_tiny: Run, tmp_path: Path) -> None:
+    run_tiny(tmp_path / "run", "pipeline.target_params=20k", "forgetting=replay")
+    summary = summary_of(tmp_path / "run")
+    rounds, target = summary["rounds"], summary["target"]
+    assert len(rounds) > 1 and target["reaches_target"] and summary["attempts"] == rounds[-1:]
+    assert [record["parameters"] for record in rounds] == target["planned"]
+    assert abs(summary["parameters"]["final"] / 20_000 - 1) <= 0.1
+    assert rounds[1]["baseline"] == rounds[0]["final"] and summary["final"] == rounds[-1]["final"]
+
+
+@pytest.mark.full
 def test_every_round_is_told_and_the_last_stands_in_front(grown: Path) -> None:
     summary = summary_of(grown)
     rounds, target = summary["rounds"], summary["target"]
@@ -61,6 +72,7 @@ def test_every_round_is_told_and_the_last_stands_in_front(grown: Path) -> None:
     )  # width is exact: a round starts from the scores that the one before it ended with
 
 
+@pytest.mark.full
 def test_each_round_has_the_level_that_it_came_from(grown: Path) -> None:
     """The same text each time: a round is given what the one before it left, and what the control
     starts at is the base."""
@@ -79,12 +91,14 @@ def test_each_round_has_the_level_that_it_came_from(grown: Path) -> None:
         assert float(ends[0]) == pytest.approx(base, rel=1e-4)  # width is exact
 
 
+@pytest.mark.full
 def test_all_rounds_stand_in_a_row(grown: Path) -> None:
     with (grown / "metrics_rounds.csv").open() as lines:
         steps = [int(row["step"]) for row in csv.DictReader(lines) if row["eval/prose/loss"]]
     assert steps == list(range(-1, 21))
 
 
+@pytest.mark.full
 def test_costs_are_those_of_all_rounds(grown: Path) -> None:
     summary = summary_of(grown)
     ledger = json.loads((grown / "ledger.json").read_text())["stages"]
@@ -98,6 +112,7 @@ def test_costs_are_those_of_all_rounds(grown: Path) -> None:
     assert summary["control"]["steps"] == sum(record["steps"] for record in summary["rounds"])
 
 
+@pytest.mark.full
 def test_the_checkpoint_leads_back_through_every_round(grown: Path) -> None:
     summary = summary_of(grown)
     folder = grown / summary["checkpoint"]
@@ -115,12 +130,14 @@ def test_the_checkpoint_leads_back_through_every_round(grown: Path) -> None:
     assert records[0].performance_delta != records[1].performance_delta
 
 
+@pytest.mark.full
 def test_history_verifies_the_chain(grown: Path) -> None:
     from tritter.cli import main
 
     assert main(["history", str(grown / "checkpoint"), "--verify"]) == 0
 
 
+@pytest.mark.full
 def test_rounds_see_new_data_in_an_order_of_their_own(grown: Path) -> None:
     first, second = ((grown / f"round_{n}/metrics.csv").read_text() for n in (1, 2))
     assert first != second
@@ -214,6 +231,7 @@ def test_a_stopped_loop_goes_on_to_the_same_weights(
     )
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -145,6 +145,7 @@ def test_a_training_stops_at_its_step_and_goes_on_to_the_same_weights(
     assert not [path for path in folder.rglob(".*") if path.name != ".hydra"]
 
 
+@pytest.mark.full
 def test_a_second_signal_ends_it_at_once(
     run: Run, whole: Path, tmp_path: Path, signal_at: During
 ) -> None:
@@ -159,7 +160,7 @@ def test_a_second_signal_ends_it_at_once(
     assert result(tmp_path / "run") == result(whole)
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @BOTH
 @pytest.mark.parametrize("stage", ["baseline", "expansion", "evaluation"])
 def test_any_other_stage_says_that_it_starts_again(

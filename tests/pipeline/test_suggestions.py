@@ -48,6 +48,7 @@ def test_kept(commands: Callable[..., list[str]]) -> None:
     assert commands("ungated") == commands("kept")
 
 
+@pytest.mark.full
 def test_tritter_is_called_as_a_shell_finds_it(
     commands: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +58,7 @@ def test_tritter_is_called_as_a_shell_finds_it(
         assert commands("kept")[-2].startswith(start)
 
 
+@pytest.mark.full
 def test_offline_runs_are_uploaded_by_a_command(
     commands: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +73,7 @@ def test_offline_runs_are_uploaded_by_a_command(
         assert not any("wandb sync" in line for line in commands("kept", words=(words,)))
 
 
+@pytest.mark.full
 def test_rolled_back(commands: Callable[..., list[str]]) -> None:
     failed = check("retention", "failed")
     lines = commands("rolled_back", failed, words=("training.max_steps=50",))

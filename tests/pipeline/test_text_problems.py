@@ -68,6 +68,7 @@ def write_dataset(place: Path, texts: Sequence[str]) -> str:
     return f"hf:{place}"
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("source", "write"),
     [("text", write_files), ("text", write_records), ("hf", write_dataset)],

@@ -145,6 +145,7 @@ USED = [
 ]
 
 
+@pytest.mark.full
 def test_a_flipped_bit_in_what_is_used_is_refused_by_name(
     run: Run, unfinished: Path, tmp_path: Path
 ) -> None:
@@ -163,6 +164,7 @@ def test_a_flipped_bit_in_any_file_is_refused_or_changes_nothing(
     assert set(USED) <= set(refused)
 
 
+@pytest.mark.full
 def test_a_flipped_bit_in_a_trained_model_is_not_published(run: Run, trained: Path) -> None:
     path = trained / "attempt_1/trained/model.safetensors"
     content = bytearray(path.read_bytes())
@@ -220,7 +222,7 @@ def test_what_is_made_again_leaves_what_follows_as_it_is(run: Run, finished: Pat
     assert "nothing to do" in run(finished).out
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", ["checkpoint/model.safetensors", "summary.json", "scores/attempt_1-trained.json"]
 )
@@ -249,6 +251,7 @@ def test_a_run_of_a_development_version_is_refused_as_such(run: Run, unfinished:
     assert {path: path.stat().st_mtime_ns for path in unfinished.rglob("*")} == before
 
 
+@pytest.mark.full
 def test_a_damaged_log_is_told_before_the_training_goes_on(run: Run, unfinished: Path) -> None:
     log = unfinished / "attempt_1/metrics.csv"
     log.write_text(log.read_text() + "x,y\n")

@@ -28,6 +28,7 @@ def held_bytes(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+@pytest.mark.quick_cases(5)
 @pytest.mark.parametrize("is_frozen", [False, True])
 @pytest.mark.parametrize("is_tied", [False, True])
 @pytest.mark.parametrize("precision", DTYPES)
@@ -117,7 +118,7 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_autograd_keeps(name: str, precision: str) -> None:

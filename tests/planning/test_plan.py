@@ -62,6 +62,7 @@ def test_the_specifications_example_takes_three_steps() -> None:
     assert len(planned(3, 10, "balanced").steps) == 3
 
 
+@pytest.mark.full
 def test_strategies_do_what_they_are_called() -> None:
     deeper, wider = planned(3, 10, "depth_first"), planned(3, 10, "width_first")
     assert {step.method for step in deeper.steps} == {"dus"}
@@ -189,6 +190,7 @@ def test_growth_pays_from_where_the_curves_cross(due: float) -> None:
     assert pays[0] / 10 ** (1 / 20) <= plan.pays_from_gpu_hours * 1.001 <= pays[0] * 1.002
 
 
+@pytest.mark.full
 def test_a_budget_too_small_says_what_it_reaches() -> None:
     whole = planned(3, 10, "balanced")
     first, second = whole.steps[:2]

@@ -39,6 +39,7 @@ def test_layers_that_are_not_alike_are_counted_one_by_one() -> None:
     assert count_parameters(config) == FAMILIES["qwen3_moe"].count_parameters(config)
 
 
+@pytest.mark.quick_cases(9)
 @pytest.mark.parametrize("grid", WIDTH_GRIDS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_wider_shapes_are_real_ones(name: str, grid: WidthGrid) -> None:

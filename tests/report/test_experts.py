@@ -190,6 +190,7 @@ def test_wandb_has_their_sums(summary: dict[str, Any]) -> None:
     assert not any("experts" in name for name in wandb_summary(summary))
 
 
+@pytest.mark.full
 def test_names_of_theirs_are_text(summary: dict[str, Any]) -> None:
     made = experts() | {"kind": HOSTILE, "names": [HOSTILE, "\x1b[31m$_{\n"]}
     made["usage"] = {HOSTILE: {HOSTILE: 0.5}}

@@ -123,6 +123,7 @@ def test_pressure_is_drawn_back_to_the_check_before() -> None:
     assert list(np.asarray(mesh.get_coordinates())[0, :, 0]) == [0, EVERY]
 
 
+@pytest.mark.full
 def test_of_very_many_events_as_many_are_drawn_as_can_be_seen() -> None:
     made = growth(layers=3, checks=5000, grows_every=1)
     end = EVERY * 5001

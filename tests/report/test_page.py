@@ -145,6 +145,7 @@ def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None
     assert len(figures(grouped([Run("a", wide, SETTINGS)]))["changes"]) == MOST_PANELS
 
 
+@pytest.mark.full
 def test_rounds_are_compared_from_the_base_to_their_end(summary: dict[str, Any]) -> None:
     middle, final = summary["expanded"], summary["final"]
     rounds = [

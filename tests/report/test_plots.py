@@ -106,7 +106,7 @@ def test_curves_are_read_between_the_blanks(metrics_csv):
     assert len(curves["train/loss"].steps) == 60 and curves["train/loss"].values[0] == 4.0
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "content", [None, "", HEADER, HEADER + "0,,,,\n", "step,train/loss\n5,nan\n"]
 )
@@ -130,6 +130,7 @@ def test_nothing_known_draws_nothing(summary, tmp_path):
     assert plot_run(summary, None, tmp_path) == []
 
 
+@pytest.mark.full
 def test_many_domains_each_get_a_panel(summary, tmp_path):
     for scores in (summary["baseline"], summary["expanded"], summary["attempts"][0]["final"]):
         scores["poems"] = scores["prose"]

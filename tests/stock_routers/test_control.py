@@ -28,6 +28,7 @@ def _outputs(model: nn.Module) -> tuple[Tensor, tuple[Tensor, ...]]:
     return output.logits, output.router_logits
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_without_offset_and_bias_it_is_the_stock_router(family: str, dtype: torch.dtype) -> None:
@@ -41,6 +42,7 @@ def test_without_offset_and_bias_it_is_the_stock_router(family: str, dtype: torc
         assert ours.dtype == stock.dtype and torch.equal(ours, stock)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("is_renormalised", [False, True])
 def test_gradients_are_the_stock_routers(family: str, is_renormalised: bool) -> None:
@@ -237,6 +239,7 @@ def test_offsets_that_cannot_be(experts: list[int], value: float, word: str) -> 
     assert all(routing.offset(layer).abs().sum() == 0 for layer in routing.layers)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_process_that_is_spawned_gets_the_same_model(family: str) -> None:
     model = tiny_moe(family)

@@ -31,6 +31,7 @@ def square(flops: Flops) -> float:
     return flops.matrices * LENGTH + sum(flops.attention.values()) * LENGTH**2
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", SPARSE)
 def test_holding_old_routing_costs_a_second_pass_in_every_step(family: str) -> None:
     model = tiny(family, attn_implementation="eager")

@@ -92,6 +92,7 @@ def test_recomputed_activations_give_the_same_bits_and_dropout(tmp_path: Path) -
     assert not any(getattr(m, "gradient_checkpointing", False) for m in again.model.modules())
 
 
+@pytest.mark.full
 def test_without_the_random_state_of_the_first_pass_the_bits_are_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def grown(spec: Any) -> tuple[nn.Module, Task]:
     return ModelExpander([spec], seed=0).expand(model), task
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("spec", [Width(hidden_size=48), LlamaPro()], ids=["width", "llama_pro"])
 def test_what_is_new_is_reached_in_the_steps_that_a_verdict_takes(
     tmp_path: Path, spec: Any
@@ -143,6 +144,7 @@ def test_experts_without_tokens_are_named_by_layer_and_number(watch: Any) -> Non
     assert [check and check.verdict for check in verdicts] == ["passed", "failed", "passed"]
 
 
+@pytest.mark.full
 def test_going_on_finds_what_a_whole_training_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +175,7 @@ def test_going_on_finds_what_a_whole_training_finds(
     assert parts.held == whole.held
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("target", "kept"), [("torch.optim.AdamW", 2), ("torch.optim.SGD", 0)])
 def test_bytes_are_those_of_the_plan(tmp_path: Path, target: str, kept: int) -> None:
     model = oracle.tiny_llama()

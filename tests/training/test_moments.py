@@ -133,6 +133,7 @@ def _with_moments(tmp_path: Path, model: nn.Module) -> Path:
     return tmp_path / "source"
 
 
+@pytest.mark.full
 def test_after_an_exact_width_the_first_update_is_the_mapped_update(tmp_path: Path) -> None:
     """The state after one step of the grown model is the mapped state after one of the small."""
     source = _with_moments(tmp_path, tiny("llama"))
@@ -247,7 +248,7 @@ def test_experts_that_stand_apart_have_moments_of_their_own(tmp_path: Path) -> N
     assert not torch.equal(left.kinds["exp_avg"].get(one), state.kinds["exp_avg"].get(one))
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kill_at", [2, 5])
 def test_a_killed_training_goes_on_with_them_bit_by_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int

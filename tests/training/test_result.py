@@ -68,7 +68,7 @@ class Fails(Callback):
             raise RequestError(f"optimizer.x = 3: rank {self.rank} says no.")
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_in_the_middle_is_told(tmp_path: Path, rank: int) -> None:
     with pytest.raises(RequestError, match=rf"^optimizer\.x = 3: rank {rank} says no\.$"):

@@ -160,7 +160,7 @@ def test_a_saved_state_holds_no_pickle(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(content["callbacks"]) >= {"ForgettingCallback", "RandomState", "FiniteGuard"}
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("damage", ["truncated", "newer", "empty"])
 def test_a_damaged_saved_state_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
@@ -206,7 +206,7 @@ def test_codec_keeps_what_it_is_given() -> None:
         encode({"where": [0, {1}]}, {}, place="it")
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_after_the_last_step_and_before_the_result_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

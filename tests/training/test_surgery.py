@@ -190,7 +190,7 @@ def stopped_and_expanded(
     return train(folder / "disk", model=model, settings=settings, steps=steps)
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
 def test_bits_are_those_of_stopping_expanding_on_disk_and_going_on(
     tmp_path: Path, specs: list[ExpansionSpec]
@@ -475,7 +475,7 @@ class Wrong(Callback):
         setattr(self, "on_train_batch_end" if hook == "twice" else hook, ask)
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("hook", "specs", "reason"),
     [
@@ -544,6 +544,7 @@ def test_what_is_wrong_afterwards_is_told(tmp_path: Path) -> None:
         train(tmp_path, Cut())
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen2"])
 def test_modules_are_those_of_a_stock_model_of_the_new_config(family: str) -> None:
     """Sizes, windows by layer, the scale of the embedding, eps: nothing of the old ones is left."""
