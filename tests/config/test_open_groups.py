@@ -195,9 +195,9 @@ def test_every_shipped_optimizer_is_right_or_says_what_it_needs(path: Path) -> N
 @pytest.mark.parametrize("kind", ["dylora", "single_lora"])
 def test_a_quantised_base_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     words = (f"experts={kind}", "forgetting=none", "experts.base_bits=4")
-    monkeypatch.setattr("tritter.config.methods.find_spec", lambda name: None)
+    monkeypatch.setattr("tritter.experts.method.find_spec", lambda name: None)
     assert "tritter[8bit]" in refusal(*words)
-    monkeypatch.setattr("tritter.config.methods.find_spec", lambda name: object())
+    monkeypatch.setattr("tritter.experts.method.find_spec", lambda name: object())
     asked = load(*words).experts
     assert asked is not None and asked.options.base_bits == 4
 

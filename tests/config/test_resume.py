@@ -249,7 +249,7 @@ ORDINARY = [
     "forgetting=[ewc,replay] forgetting.ewc.at=expanded forgetting.replay.weights={prose:2}",
     "forgetting=[freeze,distill] forgetting.freeze.layers=[0] forgetting.distill.rows=new",
     "~forgetting forgetting=none ~expansion",
-    "growth=foam growth.trigger=schedule growth.at=[50,100] expansion=none",
+    "growth=foam growth.trigger={name:schedule,at:[50,100]} expansion=none",
     "trainer=auto +trainer.accumulate_grad_batches=2 trainer.deterministic=true trainer=cpu",
     "control=true gate=strict gate.retention=0.1 gate.ladder=gentler gate.max_attempts=2",
     "gate.ladder=null gate=off pipeline.max_rounds=1 pipeline.target_params=300k",

@@ -337,7 +337,7 @@ OF_GPT2: dict[str, tuple[str, ...]] = {
 def test_what_gpt2_can_not_have(
     run_there: Run, place: Path, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
-    monkeypatch.setattr("tritter.config.methods.find_spec", lambda name: name)  # bitsandbytes
+    monkeypatch.setattr("tritter.experts.method.find_spec", lambda name: name)  # bitsandbytes
     shutil.rmtree(place / "base")
     (place / "base").mkdir()
     (place / "base/config.json").write_text(json.dumps({**GPT2, "n_positions": 64}))

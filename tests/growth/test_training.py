@@ -20,7 +20,7 @@ from tests.training.test_fit import SETTINGS
 from tests.training.test_surgery import assert_same
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.growth.callback import GradientPressure, NeuronGrowthCallback
-from tritter.growth.options import GrowthOptions
+from tritter.growth.triggers import GrowthOptions
 from tritter.training import (
     BaseModule,
     FitResult,

@@ -9,7 +9,7 @@ from tritter.config.schema import SECTIONS, RunConfig
 from tritter.data.skills import PREFIX
 from tritter.errors import show
 from tritter.options import leaves
-from tritter.targets import TARGET, identity, imported
+from tritter.targets import Component, identity, imported
 
 # What may differ between the parts of one run: where it is, who watches, and how.
 _WITHOUT_EFFECT = {
@@ -56,14 +56,11 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     result["trainer"] |= effective_arguments(config)
     result["optimizer"] = optimizer_record(config)
     if config.callbacks:
-        result["callbacks"] = {
-            one.name: {**one.body, **identity(imported(one.body[TARGET]))}
-            for one in config.callbacks
-        }
+        result["callbacks"] = {one.name: one.plain() for one in config.callbacks}
     if config.growth is not None:
         result["growth"] = config.growth.plain()
     if config.experts is not None:
-        result["experts"] = config.experts.plain()
+        result["experts"] = {"name": config.experts.name, **config.experts.plain()}
     return result | _methods(config)
 
 
@@ -76,14 +73,11 @@ def _attempt(config: RunConfig) -> dict[str, Any]:
 
 
 def _methods(config: RunConfig) -> dict[str, Any]:
-    methods = {
-        "expansion": [(spec.name, type(spec), spec) for spec in config.expansion],
-        "forgetting": [(one.name, one.kind, one.options) for one in config.forgetting],
-    }
+    expansion = [Component(name=s.name, kind=type(s), options=s) for s in config.expansion]
     result = {}
-    for group, chosen in methods.items():
-        bodies = {n: {**_plain(asdict(options)), **identity(k)} for n, k, options in chosen}
-        result[group] = {"methods": [name for name, _, _ in chosen], **bodies}
+    for group, chosen in (("expansion", expansion), ("forgetting", config.forgetting)):
+        bodies = {one.name: one.plain() for one in chosen}
+        result[group] = {"methods": [*bodies], **bodies}
     return result
 
 
@@ -124,7 +118,3 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[
     before, after = leaves(old), leaves(new)
     both = {key: (before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in before | after}
     return {key: (a, b) for key, (a, b) in both.items() if a != b}
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: list(value) if isinstance(value, tuple) else value for k, value in values.items()}

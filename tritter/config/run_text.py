@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.record import LearnedDomain
 from tritter.data.split import SplitRule
 
@@ -35,6 +36,7 @@ class RunText:
         domains: old ones first.
         tasks: what is learned one after the other, each as the names of its domains.
         learned: name → what the checkpoint learned before.
+        kept: sequences beside the checkpoint, of what it learned and the run has no text of.
         notes: what is worth telling, a sentence each.
     """
 
@@ -42,6 +44,7 @@ class RunText:
     domains: tuple[DomainText, ...] = ()
     tasks: tuple[tuple[str, ...], ...] = ()
     learned: Mapping[str, LearnedDomain] = field(default_factory=dict)
+    kept: KeptSequences = field(default_factory=KeptSequences, compare=False)
     notes: tuple[str, ...] = ()
 
     @property

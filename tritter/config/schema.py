@@ -4,7 +4,7 @@ The defaults live in `conf/`, nowhere else; a field's type says what a value may
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -21,7 +21,7 @@ from tritter.limits import (
     MAX_WIDTH,
 )
 from tritter.options import Count, Text, WholeNumber, join, options
-from tritter.targets import TARGET, NamedTarget, dotted, identity
+from tritter.targets import Component
 
 
 @options
@@ -72,7 +72,6 @@ class GateConfig:
 
 if TYPE_CHECKING:
     from tritter.config.run_text import RunText
-    from tritter.config.selection import Selected
     from tritter.expansion import ExpansionSpec
 
 _IN_WORDS = BeforeValidator(lambda v: (parse_count(v) if isinstance(v, str) else None) or v)
@@ -345,7 +344,7 @@ class LoggerConfig:
     """
 
     wandb: WandbConfig | None
-    others: tuple[NamedTarget, ...]
+    others: tuple[Component, ...]
 
 
 @options
@@ -401,7 +400,7 @@ class RunConfig(RootValues):
     data: DataConfig
     text: "RunText"
     expansion: "tuple[ExpansionSpec, ...]"
-    forgetting: "tuple[Selected, ...]"
+    forgetting: tuple[Component, ...]
     pretraining: TrainingConfig
     training: TrainingConfig
     gate: GateConfig
@@ -409,13 +408,13 @@ class RunConfig(RootValues):
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     trainer_arguments: Mapping[str, Any]
-    callbacks: tuple[NamedTarget, ...]
+    callbacks: tuple[Component, ...]
     logger: LoggerConfig
     evaluation: EvaluationConfig
     moe_routing: MoeRoutingConfig
     adaptation: AdaptationConfig
-    growth: "GrowthConfig | None" = None
-    experts: "ExpertsConfig | None" = None
+    growth: Component | None = None
+    experts: Component | None = None
     rungs: "tuple[RunConfig, ...]" = ()
     rung_words: tuple[str, ...] = ()  # of one of them: its overrides
     rate_note: str = ""  # why training.learning_rate has its value, where nobody set one
@@ -472,7 +471,7 @@ _REPLAYED = {
     "forgetting.si": "si_lambda xi num_sequences",
     "growth": "trigger initialiser gradient_percentile pressure_decay history_checks check_every "
     "growth_cooldown warmup_steps max_growth_per_step maturation_age maturation_factor "
-    "plateau_threshold plateau_steps max_new_parameters max_extra_flops at enable_replacement "
+    "plateau_threshold plateau_steps max_new_parameters max_extra_flops enable_replacement "
     "dead_quantile freeze_attention",
     "experts": "rank alpha targets learning_rate base_bits max_experts max_trainable_parameters "
     "when_full top_k router shared_router prior evidence_scale evidence_window balance entropy z "
@@ -508,68 +507,3 @@ _REPLAYED = {
 REPLAYED_KEYS = frozenset(
     join(place, key) for place in _REPLAYED for key in _REPLAYED[place].split()
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertsConfig:
-    """The LoRA experts of a run.
-
-    Args:
-        kind: the class of the method; `options` what is asked of it.
-    """
-
-    kind: Any
-    options: Any
-
-    @property
-    def name(self) -> str:
-        return str(self.kind.name)
-
-    @property
-    def is_dynamic(self) -> bool:
-        return bool(self.kind.is_dynamic)
-
-    def made(self) -> Any:
-        """Return the method."""
-        return self.kind(self.options)
-
-    def plain(self) -> dict[str, Any]:
-        """Return what determines it, as plain values."""
-        values = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
-        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        return {"name": self.name, **listed, **identity(self.kind)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GrowthConfig:
-    """How neurons grow in a run.
-
-    Args:
-        kind: the class of the method; `options` what is asked of it.
-        parts: key (`trigger`, `initialiser`) → a record that does its work.
-    """
-
-    kind: Any
-    options: Any
-    parts: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Its trigger and its initialiser, as reports name it."""
-        parts = (self.plain()[key] for key in ("trigger", "initialiser"))
-        return "+".join(p if isinstance(p, str) else p[TARGET].rpartition(".")[2] for p in parts)
-
-    def made(self) -> Any:
-        """Return the method."""
-        return self.kind(self.options, **self.parts)
-
-    def plain(self) -> dict[str, Any]:
-        """Return what determines it, as plain values: of classes from outside their files, too."""
-        values = {
-            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()
-        }
-        for key, part in self.parts.items():
-            outside = identity(type(part))
-            if outside or not isinstance(values[key], str):
-                values[key] = {TARGET: dotted(type(part)), **asdict(part), **outside}
-        return values | identity(self.kind)

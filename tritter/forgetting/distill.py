@@ -9,7 +9,7 @@ training step's FLOPs where it is as large as what is trained; its weights; the 
 are those of the task, and their gradient is all that is held of that size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from tritter.data.batches import this_rank
 from tritter.data.packing import kept_tokens, lengths_read
-from tritter.errors import TritterError
+from tritter.errors import Problem, TritterError
 from tritter.families import forward_flops
-from tritter.options import Count, Text, options
+from tritter.options import Count, RunRequest, Text, options
 from tritter.training import ForgettingMethod, Needs, Task
 
 # T² · KL(teacher ‖ student) at temperature T, a few tokens at a time (arXiv 1503.02531, sec. 2).
@@ -178,9 +178,17 @@ class Distill(ForgettingMethod):
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        return Needs(
-            teacher=True, teacher_place=options.teacher, replayed_rows=options.rows == "old"
-        )
+        return Needs(teacher=True, teacher_place=options.teacher)
+
+    @classmethod
+    def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
+        is_mixed = any(one.kind.needs(one.options).mixes for one in run.forgetting)
+        if options.rows == "old" and not is_mixed:
+            reason = (
+                "there are no old rows, as no method replays any; allowed is new, or replay "
+                "beside it: forgetting=[replay,distill]"
+            )
+            yield Problem("forgetting.distill.rows", options.rows, reason=reason)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         if task.teacher is None:

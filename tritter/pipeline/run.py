@@ -389,7 +389,7 @@ def _after_kept(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
         yield {"control": "true"}, "the base that does not grow beside it"
     if not isinstance(config.model, CheckpointModelConfig):
         yield {"seed": str(config.seed + 1)}, "whether it holds with another seed"
-    is_dynamic = config.experts is not None and config.experts.is_dynamic
+    is_dynamic = config.experts is not None and config.experts.kind.is_dynamic
     if is_dynamic and not isinstance(config.model, CheckpointModelConfig):
         yield {"experts": "single_lora"}, "one adapter for everything, beside it"
     elif not isinstance(config.model, CheckpointModelConfig) and config.experts is None:
