@@ -14,11 +14,10 @@ from tests.config.conftest import FakePipeline, Result
 from tritter.conf_folder import config_folder
 from tritter.config import validation
 from tritter.config.components import REFUSED, trainer_parameters
-from tritter.config.fingerprint import fingerprint
 from tritter.config.folders import body_of, shipped_options
 from tritter.config.launch import plan
 from tritter.config.overrides import not_replayed
-from tritter.config.run_folder import read_run
+from tritter.config.run_folder import fingerprint, read_run
 from tritter.config.schema import REPLAYED_KEYS
 from tritter.config.validation import known_keys
 from tritter.options import leaves

@@ -14,12 +14,12 @@ from tritter.config.folders import body_of, option_files
 from tritter.config.schema import (
     AdaptationConfig,
     CheckpointModelConfig,
-    DatasetsConfig,
     MoeRoutingConfig,
     RunConfig,
 )
 from tritter.config.selection import weightless_methods
 from tritter.data.benchmark_names import CODE, benchmark_names, code_problems
+from tritter.data.options import DatasetsConfig
 from tritter.errors import Problem, RequestError, TritterError, nearest, show
 from tritter.expansion import target_config
 from tritter.families import Config, family_of

@@ -12,19 +12,24 @@ from pathlib import Path
 from tritter.checkpoint import Lineage, read_lineage
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.record import LearnedDomain
-from tritter.config.run_text import DomainText, RunText
 from tritter.config.schema import (
     CheckpointModelConfig,
-    DataConfig,
-    DatasetsConfig,
+    DomainText,
     Model,
-    NamedTextConfig,
-    TextSources,
+    RunText,
 )
-from tritter.config.text_files import domain_key, text_field, unused_name
 from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
 from tritter.data.documents import documents_digest
 from tritter.data.local_files import SpentError, TextFileError
+from tritter.data.options import (
+    DataConfig,
+    DatasetsConfig,
+    NamedTextConfig,
+    TextSources,
+    domain_key,
+    text_field,
+    unused_name,
+)
 from tritter.data.sources import CHECKED_BYTES, quick_pieces, recorded_paths, source_documents
 from tritter.data.split import SplitRule, one_sided
 from tritter.errors import Problem, RequestError, TritterError, key_name

@@ -46,11 +46,9 @@ from tritter.config.schema import (
     OPEN_GROUPS,
     SECTIONS,
     CheckpointModelConfig,
-    DataConfig,
     EvaluationConfig,
     Model,
     ModelConfig,
-    NamedTextConfig,
     OptimizerValues,
     RootValues,
     RunConfig,
@@ -68,13 +66,19 @@ from tritter.config.selection import (
     read_methods,
 )
 from tritter.config.suggestions import hint_for
-from tritter.config.text_files import SkillsDataConfig, place_of, read_sources, read_tasks
 from tritter.config.text_resolution import run_text
 from tritter.config.training_steps import (
     PRESET_RATE,
     default_rate,
     with_evaluation_steps,
     with_steps,
+)
+from tritter.data.options import (
+    DataConfig,
+    NamedTextConfig,
+    SkillsDataConfig,
+    read_named,
+    with_skills,
 )
 from tritter.errors import Problem, RequestError, nearest, raise_problems, show
 from tritter.expansion import target_config
@@ -150,8 +154,9 @@ def read_data(
     del taken[TARGET]
     if issubclass(kind, SkillsDataConfig):
         is_new = classes.get("model") is not CheckpointModelConfig
-        taken = _with_defaults(kind, taken, is_new=is_new)
-    sources = _read_sources(reader, taken, kind) if issubclass(kind, NamedTextConfig) else {}
+        taken = with_skills(kind, taken, is_new=is_new)
+    is_named = issubclass(kind, NamedTextConfig)
+    sources = read_named(taken, kind, reader.problems) if is_named else {}
     blank: dict[str, Any] = {name: [] if name == "tasks" else {} for name in sources}
     values = reader.read(kind, {**taken, **blank}, prefix="data")
     return None if values is None else replace(values, **sources)
@@ -204,56 +209,6 @@ def _only_of(
         needed = f"requires {name}={others[0]}" if is_only else f"is not a key of {choice}"
         reader.problems.append(Problem(key, reason=f"{key} {needed}", nearest=near))
     return taken
-
-
-def _with_defaults(
-    kind: type[SkillsDataConfig], raw: Mapping[str, Any], *, is_new: bool
-) -> dict[str, Any]:
-    """Return a section in which is said what skills stand for null.
-
-    Args:
-        is_new: the base is, so that nothing was learned before.
-    """
-    named = dict(raw)
-    if is_new and raw.get("old") is None:
-        named["old"] = list(kind.base_domains)
-    if raw.get("tasks") is None and raw.get("new") is None:
-        named["new"] = kind.new_domain
-    return named
-
-
-def _read_sources(
-    reader: Reader, raw: Mapping[str, Any], kind: type[NamedTextConfig]
-) -> dict[str, Any]:
-    """Return `old`, `new` and `tasks` as paths; None of what is old: what a checkpoint learned."""
-    place_of_word, is_each_named = place_of(kind, raw), issubclass(kind, SkillsDataConfig)
-    sources: dict[str, Any] = {}
-    for name in ("old", "new"):
-        sources[name] = read_sources(
-            f"data.{name}",
-            raw.get(name),
-            default_name=None if is_each_named else name,
-            problems=reader.problems,
-            place_of_word=place_of_word,
-            known=sources.get("old", {}),
-        )
-    tasks, has_new = raw.get("tasks"), raw.get("new") not in (None, {})
-    sources["tasks"] = []
-    if tasks is not None:
-        sources["tasks"] = read_tasks(
-            tasks,
-            sources["old"],
-            reader.problems,
-            place_of_word,
-            default_name=None if is_each_named else "text",
-        )
-    if has_new and tasks is not None:
-        reason = "data.new is the one task of a run that has no list; leave one of the two out"
-        reader.report("data.tasks", tasks, reason=reason)
-    elif not has_new and tasks is None:
-        reason = "name the text to train on: files, folders or globs, data.new=PATH"
-        reader.report("data.new", None, reason=reason)
-    return sources if raw.get("old") is not None else {**sources, "old": None}
 
 
 Bodies = Mapping[str, Mapping[str, Any]]  # group → its body

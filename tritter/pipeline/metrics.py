@@ -16,7 +16,7 @@ from uuid import uuid4
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
-from tritter.config.fingerprint import fingerprint
+from tritter.config.run_folder import fingerprint
 from tritter.config.schema import WandbConfig
 from tritter.evaluation.statistics import finite_or_none
 from tritter.pipeline.arm import Arm

@@ -30,9 +30,9 @@ from tritter.config.overrides import (
 from tritter.config.rules import compiler_problems
 from tritter.config.run_folder import OUTPUT_FILE, RunState, check_run_folder
 from tritter.config.schema import RunConfig
-from tritter.config.text_files import text_requests
 from tritter.config.text_resolution import side_problems
 from tritter.config.validation import Rule, known_config
+from tritter.data.options import text_requests
 from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.families import Config
