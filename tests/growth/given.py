@@ -31,6 +31,11 @@ def asked(name: str = "foam", **changes: Any) -> GrowthOptions:
     return options
 
 
+def scheduled(*at: int) -> dict[str, Any]:
+    """Return a `growth.trigger` that fires after these steps."""
+    return {"name": "schedule", "at": list(at)}
+
+
 def grower(
     options: GrowthOptions,
     *,
