@@ -95,12 +95,12 @@ RATCHET = {
     "parameter_map": (7, 1_327),
     "pipeline": (24, 6_129),
     "planning": (6, 1_545),
-    "report": (18, 3_970),
+    "report": (18, 3_963),
     "stock_routers": (3, 449),
     "storage": (11, 2_074),
     "training": (21, 3_949),
 }
-MAX_LONELY_MODULES = 30  # with a single caller, which is in their own room
+MAX_LONELY_MODULES = 28  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_FILE_LINES = 800

@@ -12,13 +12,8 @@ import pytest
 from tests import oracle
 from tests.cli.conftest import Run, place, run, sources  # noqa: F401
 from tritter.config.launch.composition import load_config
-from tritter.config.schema import (
-    SECTIONS,
-    DatasetsConfig,
-    RootValues,
-    StdlibDataConfig,
-    TextDataConfig,
-)
+from tritter.config.schema import SECTIONS, RootValues
+from tritter.data.options import DatasetsConfig, StdlibDataConfig, TextDataConfig
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.expansion import EXPANSIONS, Dus, Moe, MoeAdd, Stack, Width, build_steps
 from tritter.expansion.targets import reach_parameters

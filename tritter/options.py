@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
+from typing import Annotated, Any, Protocol, TypeVar, dataclass_transform, get_args, get_type_hints
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError, WithJsonSchema
 
-from tritter.errors import Problem, RequestError, nearest
+from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.limits import MAX_COUNT
+from tritter.targets import TARGET, Component, dotted, resolve
 
 Record = TypeVar("Record")
 Unknown = Callable[[str, object], Iterator[Problem]]
@@ -60,7 +61,8 @@ def options(record: type[Record]) -> type[Record]:
 def is_options(record: object) -> bool:
     """Say whether a class is a record that refuses unknown keys, as `options` makes them."""
     settings = getattr(record, "__pydantic_config__", {})
-    return dataclasses.is_dataclass(record) and settings.get("extra") == "forbid"
+    is_own = "__dataclass_fields__" in getattr(record, "__dict__", {})
+    return is_own and settings.get("extra") == "forbid"
 
 
 def read_options(
@@ -92,6 +94,91 @@ def read_options(
         found = _judged(error, schema, raw, prefix, unknown or _unknown_by(schema, prefix))
         problems += found.values()
         return None
+
+
+def component_class(key: str, target: object, *, base: str | None = None) -> type[Any]:
+    """Return the class that a component names, which has a record of options or is one.
+
+    Args:
+        key: of the component.
+        target: the value of its `_target_`.
+        base: dotted name of the class that it has to be a subclass of.
+
+    Raises:
+        RequestError: there is no such class, or it has no such record.
+    """
+    key = f"{key}.{TARGET}"
+    kind: type[Any] = resolve(key, target, base=base)
+    if not is_options(getattr(kind, "Options", kind)):
+        where = "its Options are" if hasattr(kind, "Options") else "it is"
+        reason = f"{where} no record of options (see tritter.options.options)"
+        raise RequestError(Problem(key, target, reason=reason))
+    return kind
+
+
+def read_component(
+    key: str,
+    kind: type[Any],
+    body: Mapping[str, object],
+    *,
+    problems: list[Problem],
+    unknown: Unknown | None = None,
+) -> Component | None:
+    """Return a component whose class was found, or None when there were problems.
+
+    Args:
+        key: of the component.
+        body: what the config holds below the key.
+        problems: gets one for each key that is wrong; `unknown` as in `read_options`.
+    """
+    values = {name: value for name, value in body.items() if name != TARGET}
+    record = getattr(kind, "Options", kind)
+    found = read_options(record, values, prefix=key, problems=problems, unknown=unknown)
+    if found is None:
+        return None
+    return Component(name=str(getattr(kind, "name", None) or found.name), kind=kind, options=found)
+
+
+Part = TypeVar("Part")
+
+
+def read_part(key: str, value: object, named: Mapping[str, type[Part]], *, base: type[Any]) -> Part:
+    """Return the record that an option holds: a trigger, an initialiser, a detector.
+
+    Args:
+        key: of the option.
+        value: a name, `{name: NAME, OPTION: VALUE}`, `{_target_: CLASS, OPTION: VALUE}` of a class
+            from outside, or the record itself.
+        named: name → class.
+        base: of all of them, and of classes from outside.
+
+    Raises:
+        RequestError: it is none of these, or an option is wrong.
+    """
+    problems: list[Problem] = []
+    if isinstance(value, base):
+        raise_problems(checked(value, prefix=key))
+        made: Part = value
+        return made
+    body = dict(value) if isinstance(value, Mapping) else {"name": value}
+    if TARGET in body:
+        kind = component_class(key, body.pop(TARGET), base=dotted(base))
+    elif (name := body.pop("name", None)) in named:
+        kind = named[str(name)]
+    else:
+        said = value if name is None else name
+        reason = f"allowed is one of {', '.join(named)}, or {{{TARGET}: CLASS}} of your own"
+        raise RequestError(Problem(key, said, reason=reason, nearest=nearest(str(said), named)))
+    part = read_options(kind, body, prefix=key, problems=problems)
+    raise_problems(problems)
+    assert part is not None, "options without a problem make a record"
+    return part
+
+
+def part_field(key: str, named: Mapping[str, type[Any]], *, base: type[Any]) -> tuple[Any, ...]:
+    """Return the annotations of a field that `read_part` reads; see there."""
+    reads = PlainValidator(lambda value: read_part(key, value, named, base=base))
+    return reads, WithJsonSchema({})
 
 
 def field_keys(record: type, prefix: str) -> tuple[str, ...]:
@@ -270,3 +357,43 @@ def _allowed_by(schema: Schema) -> str:
 def _limits(schema: Schema) -> str:
     parts = [f"{word} {schema[name]}" for name, word in _NUMBER_LIMITS.items() if name in schema]
     return " " + " and ".join(parts) if parts else ""
+
+
+class RunRequest(Protocol):
+    """What the rules of a feature read of a run: its sections, as `RunConfig` holds them.
+
+    A rule that reads a section which is wrong by itself is not asked.
+    """
+
+    adaptation: Any
+    callbacks: Any
+    control: Any
+    data: Any
+    expansion: Any
+    experts: Any
+    forgetting: Any
+    growth: Any
+    model: Any
+    moe_routing: Any
+    optimizer: Any
+    pipeline: Any
+    text: Any
+    trainer: Any
+    trainer_arguments: Any
+    training: Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The models of a run, as far as their configs say.
+
+    Args:
+        source: config.json of the model that the run starts from.
+        trained: config.json of the models that are trained, the smallest first.
+        folder: of the checkpoint that the run starts from; None: it is not at hand, or made by
+            the run.
+    """
+
+    source: dict[str, Any]
+    trained: tuple[dict[str, Any], ...]
+    folder: Path | None = None

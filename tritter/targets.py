@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from hashlib import sha256
 from importlib import import_module
@@ -27,20 +27,32 @@ _WITH_A_VERSION = ("tritter", "lightning", "torch", "bitsandbytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NamedTarget:
-    """Something that a run is asked for by `_target_`, in plain values, which travel to workers.
+class Component:
+    """A class that a config names, and its options.
 
     Args:
         name: its key in its group.
-        body: `_target_`, and the arguments.
+        kind: the class.
+        options: a record of its `Options`; of a class without one what the config holds, its
+            arguments by name and `_target_`.
     """
 
     name: str
-    body: Mapping[str, Any]
+    kind: Any
+    options: Any
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {name: value for name, value in self.body.items() if name != TARGET}
+        """Return the options by name."""
+        if not isinstance(self.options, Mapping):
+            return values_of(self.options)
+        return {name: value for name, value in self.options.items() if name != TARGET}
+
+    def plain(self) -> dict[str, Any]:
+        """Return what determines it, as plain values; of a class from outside, its file as well."""
+        is_record = not isinstance(self.options, Mapping)
+        values = values_of(self.options) if is_record else self.options
+        return {**plain(values), **identity(self.kind)}
 
 
 def imported(target: str) -> Any:
@@ -143,6 +155,24 @@ def parameters_of(kind: type | str) -> Mapping[str, Parameter]:
         for each, default in stated
         if each.arg != "self"
     }
+
+
+def values_of(record: Any) -> dict[str, Any]:
+    """Return field → value of a record."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def plain(value: Any) -> Any:
+    """Return a value as plain ones; of a record that an option holds what a person would write."""
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    if not is_dataclass(value) or isinstance(value, type):
+        return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+    kind, name = type(value), getattr(value, "name", "")
+    values, outside = plain(values_of(value)), identity(kind)
+    if outside or not name:
+        return {TARGET: dotted(kind), **values, **outside}
+    return name if value == kind() else {"name": name, **values}
 
 
 def argument_problems(

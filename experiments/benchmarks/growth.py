@@ -18,8 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tritter.growth.grower import Grower
 from tritter.growth.look import Looking, attach
-from tritter.growth.options import GrowthOptions, Timing
-from tritter.growth.triggers import INITIALISERS, TRIGGERS
+from tritter.growth.triggers import INITIALISERS, TRIGGERS, GrowthOptions, Timing
 from tritter.training.surgery import apply_plain
 
 BLOCKS, STEPS, EVENTS = 12, 3, 5
@@ -28,10 +27,11 @@ BATCH, LENGTH = 8, 128
 
 def options(initialiser: str) -> GrowthOptions:
     return GrowthOptions(
-        trigger="schedule", initialiser=initialiser, gradient_percentile=90.0, pressure_decay=0.9,
+        trigger=TRIGGERS["schedule"](), initialiser=INITIALISERS[initialiser](),
+        gradient_percentile=90.0, pressure_decay=0.9,
         history_checks=100, check_every=10**6, growth_cooldown=1, warmup_steps=0,
         max_growth_per_step=10, maturation_age=500, maturation_factor=2.0, plateau_threshold=None,
-        plateau_steps=100, max_new_parameters=None, max_extra_flops=None, at=None,
+        plateau_steps=100, max_new_parameters=None, max_extra_flops=None,
         enable_replacement=False, dead_quantile=0.01, freeze_attention=False,
     )  # fmt: skip
 
@@ -39,8 +39,7 @@ def options(initialiser: str) -> GrowthOptions:
 def engine(model: LlamaForCausalLM, initialiser: str) -> Grower:
     asked = options(initialiser)
     made = Grower(
-        asked, TRIGGERS["schedule"](), INITIALISERS[initialiser](),
-        timing=Timing.of(asked, max_steps=None), seed=0,
+        asked, timing=Timing.of(asked, max_steps=None), seed=0,
     )  # fmt: skip
     made.begin(model)
     return made

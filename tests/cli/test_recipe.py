@@ -8,7 +8,8 @@ import yaml
 
 from tests.cli.conftest import Run, snapshot
 from tritter.checkpoint import lineage_of
-from tritter.config import recipe, selection
+from tritter.cli import recipe
+from tritter.config import selection
 from tritter.expansion import specification
 
 GROW = """\

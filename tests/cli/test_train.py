@@ -24,9 +24,10 @@ from tritter.config.launch.command_line import read_command_line
 from tritter.config.launch.composition import load_config
 from tritter.config.launch.help import help_text
 from tritter.config.launch.plan import make_plan
-from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig, TextDataConfig
+from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.data import datasets as data_sets
 from tritter.data import sources
+from tritter.data.options import DatasetsConfig, TextDataConfig
 from tritter.errors import RequestError
 from tritter.expand import expand
 from tritter.expansion import Width

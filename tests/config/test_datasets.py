@@ -9,7 +9,7 @@ import pytest
 from tests.config.conftest import FakePipeline, Result
 from tritter.config.launch.composition import load_config
 from tritter.config.overrides import normalise
-from tritter.config.schema import DatasetsConfig
+from tritter.data.options import DatasetsConfig
 
 Run = Callable[..., Result]
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from tritter.config.fingerprint import changed_keys, fingerprint
 from tritter.config.launch.composition import Composer
+from tritter.config.run_folder import changed_keys, fingerprint
 
 WITHOUT_EFFECT = [
     "resume=x",

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.config.fingerprint import describe_changes, fingerprint
 from tritter.config.folders import composing_from, front_of
 from tritter.config.ladder import on_top
 from tritter.config.launch.composition import Composer, composer
+from tritter.config.run_folder import describe_changes, fingerprint
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 

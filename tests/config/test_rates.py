@@ -10,8 +10,8 @@ import pytest
 
 from tests.pipeline.tiny import FIXTURES
 from tritter.conf_folder import config_folder
-from tritter.config.fingerprint import fingerprint
 from tritter.config.launch.composition import load_config
+from tritter.config.run_folder import fingerprint
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.training_steps import rate_notes
 from tritter.config.validation import source_config

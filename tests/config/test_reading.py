@@ -5,7 +5,9 @@ from pydantic import Field
 
 from tritter.config.selection import Reader
 from tritter.errors import Problem, RequestError, raise_problems
-from tritter.options import Text, options
+from tritter.growth.triggers import TRIGGERS, Plateau, Scheduled, Trigger
+from tritter.options import Text, options, read_part
+from tritter.targets import identity, plain
 
 
 @options
@@ -126,3 +128,53 @@ def test_refusals_hold_their_problems() -> None:
         raise_problems(problems)
     assert [problem.key for problem in caught.value.problems] == ["thing.count", "thing.rate"]
     assert str(caught.value).startswith("2 things are wrong with the request:\n  thing.count = x")
+
+
+@options
+class Own(Trigger):
+    """From outside: no growth at all."""
+
+    patience: Annotated[int, Field(ge=1)] = 3
+
+    def decide(self, view: object) -> dict[int, int]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("typed", "made", "recorded"),
+    [
+        ("plateau", Plateau(), "plateau"),
+        ({"name": "plateau"}, Plateau(), "plateau"),
+        (
+            {"name": "schedule", "at": [3, 5]},
+            Scheduled(at=(3, 5)),
+            {"name": "schedule", "at": [3, 5]},
+        ),
+        (
+            {"_target_": f"{__name__}.Own", "patience": 2},
+            Own(patience=2),
+            {"_target_": f"{__name__}.Own", "patience": 2, **identity(Own)},
+        ),
+    ],
+)
+def test_a_part_is_a_name_or_a_class_with_options(
+    typed: object, made: Trigger, recorded: object
+) -> None:
+    part = read_part("growth.trigger", typed, TRIGGERS, base=Trigger)
+    assert part == made and plain(part) == recorded
+    assert read_part("growth.trigger", part, TRIGGERS, base=Trigger) is part
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("platau", "Did you mean plateau?"),
+        (None, "allowed is one of percentile"),
+        ({"name": "plateau", "treshold": 1}, "Did you mean threshold?"),
+        ({"name": "plateau", "threshold": 0}, r"growth\.trigger\.threshold = 0: .*above 0"),
+        ({"_target_": "tritter.options.options"}, "no subclass of"),
+    ],
+)
+def test_a_part_that_there_is_not_is_refused(typed: object, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        read_part("growth.trigger", typed, TRIGGERS, base=Trigger)

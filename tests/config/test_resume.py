@@ -14,11 +14,10 @@ from tests.config.conftest import FakePipeline, Result
 from tritter.conf_folder import config_folder
 from tritter.config import validation
 from tritter.config.components import REFUSED, trainer_parameters
-from tritter.config.fingerprint import fingerprint
 from tritter.config.folders import body_of, shipped_options
 from tritter.config.launch import plan
 from tritter.config.overrides import not_replayed
-from tritter.config.run_folder import read_run
+from tritter.config.run_folder import fingerprint, read_run
 from tritter.config.schema import REPLAYED_KEYS
 from tritter.config.validation import known_keys
 from tritter.options import leaves
@@ -254,7 +253,7 @@ ORDINARY = [
     "forgetting=[ewc,replay] forgetting.ewc.at=expanded forgetting.replay.weights={prose:2}",
     "forgetting=[freeze,distill] forgetting.freeze.layers=[0] forgetting.distill.rows=new",
     "~forgetting forgetting=none ~expansion",
-    "growth=foam growth.trigger=schedule growth.at=[50,100] expansion=none",
+    "growth=foam growth.trigger={name:schedule,at:[50,100]} expansion=none",
     "trainer=auto +trainer.accumulate_grad_batches=2 trainer.deterministic=true trainer=cpu",
     "control=true gate=strict gate.retention=0.1 gate.ladder=gentler gate.max_attempts=2",
     "gate.ladder=null gate=off pipeline.max_rounds=1 pipeline.target_params=300k",

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tritter.config.fingerprint import changed_keys, fingerprint
 from tritter.config.launch.composition import load_config
+from tritter.config.run_folder import changed_keys, fingerprint
 from tritter.errors import RequestError
 
 BASE = {"prose": ["stdlib:prose"]}

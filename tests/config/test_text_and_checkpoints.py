@@ -13,8 +13,9 @@ import pytest
 
 from tests.config.conftest import FakePipeline, Result
 from tritter.checkpoint.record import StateHead
-from tritter.config.fingerprint import changed_keys, fingerprint
-from tritter.config.schema import CheckpointModelConfig, TextDataConfig
+from tritter.config.run_folder import changed_keys, fingerprint
+from tritter.config.schema import CheckpointModelConfig
+from tritter.data.options import TextDataConfig
 from tritter.data.sources import find_text_files
 from tritter.storage.records import record_text
 

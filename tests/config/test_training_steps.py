@@ -7,8 +7,8 @@ import pytest
 
 from tests.config.conftest import FakePipeline, Result
 from tritter import ContinuedPretrainingConfig
-from tritter.config.fingerprint import fingerprint
 from tritter.config.launch.composition import load_config
+from tritter.config.run_folder import fingerprint
 from tritter.errors import RequestError
 from tritter.pipeline.base import recorded_rate
 

@@ -9,16 +9,16 @@ from torch import nn
 from tests import oracle
 from tests.oracle.growth import masks_of
 from tests.training.test_fit import SCHEDULE, batches, module_of, run, task
-from tritter.config.selection import Selected
 from tritter.expansion import LlamaPro, Width, build_steps
 from tritter.forgetting import L2SP, Replay, build_methods
 from tritter.models import read_config
+from tritter.targets import Component
 
 
 def test_options_become_methods_in_the_order_asked_for() -> None:
     chosen = [
-        Selected(L2SP, L2SP.Options(l2sp_lambda=3.0)),
-        Selected(Replay, Replay.Options(fraction=0.5)),
+        Component(name=L2SP.name, kind=L2SP, options=L2SP.Options(l2sp_lambda=3.0)),
+        Component(name=Replay.name, kind=Replay, options=Replay.Options(fraction=0.5)),
     ]
     methods = build_methods(chosen)
     assert [method.name for method in methods] == ["l2sp", "replay"]

@@ -10,20 +10,30 @@ import yaml
 from torch import Tensor, nn
 
 from tritter.conf_folder import config_folder
+from tritter.errors import Problem, raise_problems
 from tritter.growth.grower import Grower
 from tritter.growth.initialisers import Initialiser, Layer
 from tritter.growth.look import Look, Looking, attach
-from tritter.growth.options import GrowthOptions, Timing
 from tritter.growth.places import FfnPlace, ffn_places
-from tritter.growth.triggers import INITIALISERS, TRIGGERS, Trigger
+from tritter.growth.triggers import GrowthOptions, Timing, Trigger
+from tritter.options import read_options
 
 
 def asked(name: str = "foam", **changes: Any) -> GrowthOptions:
     """Return the options of `conf/growth`, with changes."""
     path: Path = config_folder() / f"growth/{name}.yaml"
     body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    problems: list[Problem] = []
     del body["_target_"]
-    return replace(GrowthOptions(**body), **changes)
+    options = read_options(GrowthOptions, {**body, **changes}, prefix="growth", problems=problems)
+    raise_problems(problems)
+    assert options is not None
+    return options
+
+
+def scheduled(*at: int) -> dict[str, Any]:
+    """Return a `growth.trigger` that fires after these steps."""
+    return {"name": "schedule", "at": list(at)}
 
 
 def grower(
@@ -35,10 +45,9 @@ def grower(
     initialiser: Initialiser | None = None,
     tokens_per_step: int = 64,
 ) -> Grower:
+    parts = {"trigger": trigger, "initialiser": initialiser}
     return Grower(
-        options,
-        trigger or TRIGGERS[str(options.trigger)](),
-        initialiser or INITIALISERS[str(options.initialiser)](),
+        replace(options, **{name: part for name, part in parts.items() if part is not None}),
         timing=Timing.of(options, max_steps=max_steps),
         seed=seed,
         tokens_per_step=tokens_per_step,

@@ -8,6 +8,7 @@ import torch
 from lightning import Callback
 from torch import Tensor
 
+from tests.growth.given import scheduled
 from tests.growth.test_training import ONE, assert_same_end, often, train
 from tests.training.killed import KillAt, Killed
 from tests.training.test_surgery import assert_same
@@ -57,7 +58,7 @@ class Moves(Callback):
 def test_new_rows_do_not_leap(tmp_path: Path) -> None:
     at = 20
     options = often(
-        trigger="schedule", at=(at,), growth_cooldown=1, maturation_factor=1.0, maturation_age=200
+        trigger=scheduled(at), growth_cooldown=1, maturation_factor=1.0, maturation_age=200
     )
     rows = Moves(at)
     train(tmp_path, options, rows, optimizer=CODED, settings=ONE, steps=45, rate=1e-3)

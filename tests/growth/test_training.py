@@ -14,13 +14,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.growth.given import asked, grower
+from tests.growth.given import asked, grower, scheduled
 from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
 from tests.training.test_surgery import assert_same
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.growth.callback import GradientPressure, NeuronGrowthCallback
-from tritter.growth.options import GrowthOptions
+from tritter.growth.triggers import GrowthOptions
 from tritter.training import (
     BaseModule,
     FitResult,
@@ -184,8 +184,7 @@ class NotFinite(Callback):
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("trigger", ["schedule", "meeting"])
 def test_a_refused_step_at_an_event_grows_nothing(tmp_path: Path, trigger: str) -> None:
-    at = (7, 9) if trigger == "schedule" else None
-    options = often(trigger=trigger, at=at)
+    options = often(trigger=scheduled(7, 9) if trigger == "schedule" else trigger)
     _, result = train(tmp_path, options, NotFinite(6))
     assert result.refused_steps == 1
     steps = {event["step"] for event in result.reports["growth"]["events"]}
@@ -275,7 +274,7 @@ class Rows(Callback):
 def test_optimizer_rows_neither_change_nor_spike(tmp_path: Path, factor: float) -> None:
     at, rows = 20, Rows(20)
     options = often(
-        trigger="schedule", at=(at,), growth_cooldown=1, maturation_factor=factor,
+        trigger=scheduled(at), growth_cooldown=1, maturation_factor=factor,
         maturation_age=200,
     )  # fmt: skip
     train(tmp_path, options, rows, steps=45, rate=1e-3)
@@ -299,7 +298,7 @@ def test_updates_of_young_neurons_are_scaled_and_of_no_others(tmp_path: Path) ->
     ends = []
     for factor in (1.0, 2.0):
         options = often(
-            trigger="schedule", at=(6,), maturation_factor=factor, maturation_age=99,
+            trigger=scheduled(6), maturation_factor=factor, maturation_age=99,
             initialiser="random",
         )  # fmt: skip
         folder = tmp_path / str(factor)
@@ -330,8 +329,8 @@ def test_updates_of_young_neurons_are_scaled_and_of_no_others(tmp_path: Path) ->
 @pytest.mark.full
 def test_the_same_bits_whoever_draws_besides(tmp_path: Path) -> None:
     """Growth draws from a generator of its own, and leaves the others where they are."""
-    none = often(trigger="schedule", at=(5,), max_new_parameters=1)
-    some = often(trigger="schedule", at=(STEPS - 2,))
+    none = often(trigger=scheduled(5), max_new_parameters=1)
+    some = often(trigger=scheduled(STEPS - 2))
     states = []
     for name, options in (("none", none), ("some", some)):
         train(tmp_path / name, options, settings=replace(ONE, save_every_n_steps=STEPS))

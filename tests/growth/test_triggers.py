@@ -9,13 +9,11 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.growth.given import asked, grower
+from tests.growth.given import asked, grower, scheduled
 from tritter.growth.grower import Grower
-from tritter.growth.initialisers import GradMax
 from tritter.growth.look import some_rows
 from tritter.growth.method import NeuronGrowth
-from tritter.growth.options import GrowthOptions, Timing
-from tritter.growth.triggers import TRIGGERS, Percentile, View
+from tritter.growth.triggers import GrowthOptions, Percentile, Timing, View
 
 CHECKS = 1_500
 HIDDEN_SIZE = 24  # of the oracle
@@ -120,7 +118,7 @@ def test_no_more_events_than_the_cooldown_allows(cooldown: int, trigger: str) ->
 def test_warmup_and_checks() -> None:
     options = asked(trigger="schedule", growth_cooldown=1, check_every=10, warmup_steps=45)
     assert stepped(grower(options, max_steps=99), oracle.tiny_llama(), 90) == [50, 60, 70, 80, 90]
-    options = asked(trigger="schedule", growth_cooldown=1, at=(3, 8, 60))
+    options = asked(trigger=scheduled(3, 8, 60), growth_cooldown=1)
     assert stepped(grower(options, max_steps=99), oracle.tiny_llama(), 90) == [3, 8, 60]
 
 
@@ -144,9 +142,8 @@ def test_budgets_hold(trigger: str) -> None:
 def test_flops_are_a_budget_too() -> None:
     model = oracle.tiny_llama()
     each = 3 * HIDDEN_SIZE * 6 * 64  # of a neuron and a step
-    options = asked(
-        trigger="schedule", growth_cooldown=1, at=(50,), max_extra_flops=float(7 * each * 50)
-    )
+    flops = float(7 * each * 50)
+    options = asked(trigger=scheduled(50), growth_cooldown=1, max_extra_flops=flops)
     engine = grower(options, max_steps=100)
     engine.begin(model)
     for parameter in model.parameters():
@@ -231,13 +228,12 @@ def test_after_the_last_step_nothing_is_born() -> None:
     ({"history_checks": 1}, "too few for growth.gradient_percentile"),
     ({"gradient_percentile": 99.9}, "too few for growth.gradient_percentile"),
     ({}, ""),
-    ({"trigger": "schedule", "at": (5,)}, ""),
+    ({"trigger": scheduled(5)}, ""),
     ({"trigger": "plateau", "plateau_steps": 100}, ""),
 ])  # fmt: skip
 def test_what_can_never_grow_is_told(words: dict[str, Any], said: str) -> None:
     options = asked(**words)
-    made = NeuronGrowth(options, TRIGGERS[str(options.trigger)](), GradMax())
-    why = made.why_never(max_steps=250, num_layers=3)
+    why = NeuronGrowth(options).why_never(max_steps=250, num_layers=3)
     assert said in why and bool(why) == bool(said)
 
 

@@ -72,7 +72,11 @@ def _evil_word(rng: random.Random, folder: str, command: str) -> str:
             *(f"evaluation.code_sandbox_command='{command}'", "evaluation.code_sandbox=external"),
             *("evaluation.allow_code=[humaneval]", f"{group}=evil", f"{group}=[evil]"),
             *(f"{group}={folder}/{group}/evil", f"+{group}@callbacks=evil", f"{group}={body}"),
-            *(f"+callbacks.x={body}", f"++callbacks.early_stopping={body}", f"growth.at={body}"),
+            *(
+                f"+callbacks.x={body}",
+                f"++callbacks.early_stopping={body}",
+                f"growth.trigger={body}",
+            ),
             *(f"growth.trigger={body}", f"optimizer.betas={body}", f"logger.own={body}"),
             *(f"+hydra.callbacks.x={body}", "+hydra.callbacks.x._target_=os.system"),
             *(

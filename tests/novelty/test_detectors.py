@@ -18,7 +18,6 @@ from tritter.novelty.detectors import (
     Detector,
     LossNovelty,
     MahalanobisNovelty,
-    detector_of,
     mean_cosines,
 )
 from tritter.novelty.library import (
@@ -29,7 +28,7 @@ from tritter.novelty.library import (
     train_projection,
 )
 from tritter.novelty.statistics import Moments
-from tritter.options import options
+from tritter.options import options, read_part
 
 
 @pytest.fixture
@@ -250,7 +249,7 @@ def test_scores_follow_their_samples(batch: int, size: int, num_skills: int, see
     seen = drawn(2.0, generator=generator, size=size, batch=batch)
     order = torch.randperm(batch, generator=generator)
     for name in DETECTORS:
-        detector = detector_of(name)
+        detector = DETECTORS[name]()
         scores, shuffled = (detector.score(x, known) for x in (seen, seen.rows(order)))
         assert scores.values.shape == scores.samples.shape == (batch,)
         assert scores.by_skill.keys() == {f"skill {number}" for number in range(num_skills)}
@@ -282,14 +281,18 @@ def test_a_detector_from_outside_decides(generator: torch.Generator) -> None:
     assert found == ["unsure", "known", "unsure", "new", "unsure"]
 
 
+def read_detector(value: object) -> Detector:
+    return read_part("novelty.detector", value, DETECTORS, base=Detector)
+
+
 def test_detectors_are_chosen_by_name_and_options() -> None:
-    assert detector_of("mahalanobis") == MahalanobisNovelty()
-    assert detector_of({"name": "cosine", "reduction": "mean"}).reduction == "mean"
+    assert read_detector("mahalanobis") == MahalanobisNovelty()
+    assert read_detector({"name": "cosine", "reduction": "mean"}).reduction == "mean"
     made = LossNovelty(threshold=4.0)
-    assert detector_of(made) is made
+    assert read_detector(made) is made
     with pytest.raises(RequestError, match="Did you mean mahalanobis"):
-        detector_of("mahalanobi")
+        read_detector("mahalanobi")
     with pytest.raises(RequestError, match=r"novelty\.detector\.reduction"):
-        detector_of({"name": "cosine", "reduction": "least"})
+        read_detector({"name": "cosine", "reduction": "least"})
     with pytest.raises(RequestError, match=r"novelty\.detector\.threshold"):
-        detector_of(LossNovelty(threshold=-1.0))
+        read_detector(LossNovelty(threshold=-1.0))

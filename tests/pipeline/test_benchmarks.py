@@ -9,8 +9,8 @@ import pytest
 from tests.evaluation.programs import HUMANEVAL_ROWS
 from tests.evaluation.published import PUBLISHED
 from tests.evaluation.test_benchmark_files import written
-from tritter.config.fingerprint import fingerprint
 from tritter.config.launch.composition import load_config
+from tritter.config.run_folder import fingerprint
 from tritter.errors import RequestError
 from tritter.evaluation.benchmarks.harness import Asking, score_benchmark
 from tritter.models import load_model, load_tokenizer

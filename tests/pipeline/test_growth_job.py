@@ -183,6 +183,6 @@ def test_a_thaw_does_not_train_what_growth_leaves_out(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_gradients_of_what_grew_late_are_seen(tmp_path: Path) -> None:
     """However rarely steps are logged."""
-    words = ("training.max_steps=28", "growth.trigger=schedule", "growth.at=[21]")
+    words = ("training.max_steps=28", "growth.trigger={name:schedule,at:[21]}")
     summary = run(tmp_path / "run", "expansion=none", "growth=foam", *words, "forgetting=none")
     assert is_within(summary)["gradient_flow"] and summary["growth"]["born"] == 20

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from tests.pipeline.offline_wandb import OfflineRun, offline_runs
 from tests.pipeline.tiny import TINY
-from tritter.config.fingerprint import fingerprint
 from tritter.config.launch.composition import load_config
+from tritter.config.run_folder import fingerprint
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger

@@ -16,11 +16,13 @@ from tritter.checkpoint.history import read_chain, verify
 from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.config.launch.composition import load_config
 from tritter.config.rules import method_problems
-from tritter.config.selection import Selected
 from tritter.expand import Change
 from tritter.models import load_model
 from tritter.pipeline import importance, run_pipeline
+from tritter.targets import Component
 from tritter.training import processes
+
+OUTSIDE = Component(name=Outside.name, kind=Outside, options=Options())
 
 CASES = {
     "dus": ("expansion=dus",),
@@ -41,7 +43,7 @@ def run(folder: Path, cache: Path, *words: str, given: Path | None = None) -> di
     start = [] if given is None else ["model=hf", f"model.path={given}"]
     own = ["forgetting=none", "evaluation.sample_tokens=0", f"cache_dir={cache}"]
     config = load_config([*base, *start, *own, *words])
-    config = replace(config, forgetting=(Selected(Outside, Options()),))
+    config = replace(config, forgetting=(OUTSIDE,))
     return json.loads(run_pipeline(config, run_folder=folder).summary_path.read_text())
 
 
@@ -111,7 +113,7 @@ def test_killed_in_mid_step_it_ends_with_the_same_bits(
 
 def test_two_methods_that_prepare_one_kind_are_refused(cache: Path) -> None:
     config = load_config([*TINY, "forgetting=none", f"cache_dir={cache}"])
-    config = replace(config, forgetting=(Selected(Outside, Options()),) * 2)
+    config = replace(config, forgetting=(OUTSIDE,) * 2)
     told = " ".join(map(str, method_problems(config)))
     assert "forgetting = " in told and "more than one of them prepares omega" in told
 

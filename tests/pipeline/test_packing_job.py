@@ -11,8 +11,8 @@ from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.cli.train import _recorded_settings
-from tritter.config.fingerprint import changed_keys, fingerprint
 from tritter.config.launch.composition import load_config
+from tritter.config.run_folder import changed_keys, fingerprint
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.training import read_metrics

@@ -168,7 +168,12 @@ def test_steps_are_counted_on_in_what_is_logged(trained: Path) -> None:
 def test_what_came_in_a_later_task_was_trained_from_there_on(
     run_tasks: Run, words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    grown = ("growth=gradmax", "growth.at=[2]", "growth.max_growth_per_step=1", "expansion=none")
+    grown = (
+        "growth=gradmax",
+        "growth.trigger={name:schedule,at:[2]}",
+        "growth.max_growth_per_step=1",
+        "expansion=none",
+    )
     run_tasks(tmp_path / "run", words[0], *grown)
     lineage = read_lineage(tmp_path / "run/checkpoint")
     assert lineage is not None

@@ -41,6 +41,7 @@ def growth(
             )
     return {
         "options": {"trigger": "percentile", "initialiser": "gradmax", "growth_cooldown": 25},
+        "advice": "a lower growth.gradient_percentile",
         "events": events,
         **{name: sum(event[name] for event in events) for name in ("born", "replaced", "died")},
         "checks": checks,

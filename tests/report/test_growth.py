@@ -85,7 +85,7 @@ def test_nothing_grown_is_one_line_with_what_to_try(summary: dict[str, Any]) -> 
     assert "growth nothing grew in 17 checks; try a lower growth.gradient_percentile" in text
     assert "a shorter growth.growth_cooldown (25) or growth.check_every, or a longer" in text
     assert "Growth:" not in text
-    made["options"]["trigger"] = {"_target_": "mine.Own"}
+    made |= {"advice": ""}  # of a trigger from outside
     assert nothing_grew(record_of(made)).startswith("nothing grew in 17 checks; try a shorter")
     made["options"] |= {"check_every": 1}
     assert "check_every" not in nothing_grew(record_of(made))  # nothing is shorter

@@ -13,11 +13,13 @@ from rich.console import Console
 from tests.pipeline.outside_method import Options, Outside
 from tests.report.spawning import experts
 from tritter.config.launch.composition import load_config
-from tritter.config.selection import Selected
 from tritter.pipeline import metrics
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.metrics import log_result_to_wandb, wandb_logger, wandb_summary
+from tritter.targets import Component
+
+OUTSIDE = Component(name=Outside.name, kind=Outside, options=Options())
 
 
 def test_the_verdict_of_each_domain_is_there(summary_with_control):
@@ -73,7 +75,7 @@ def test_a_method_from_outside_is_a_tag_as_ours_are(
 
     monkeypatch.setattr(wandb, "init", init)
     config = load_config(["logger=wandb", "logger.wandb.tags=[mine]", "expansion=[width,dus]"])
-    config = replace(config, forgetting=(Selected(Outside, Options()), *config.forgetting))
+    config = replace(config, forgetting=(OUTSIDE, *config.forgetting))
     context = RunContext(
         config=config, folder=tmp_path, console=Console(quiet=True), ledger=Ledger(tmp_path)
     )

@@ -33,7 +33,7 @@ from tritter.data.datamodule import EvaluationText
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.forgetting import EWC, L2SP, SI, Distill, Freeze, Replay
 from tritter.forgetting.quadratic import diagonal_fisher
-from tritter.targets import NamedTarget
+from tritter.targets import Component
 from tritter.training import (
     BaseModule,
     FitResult,
@@ -139,7 +139,7 @@ def train(
     loggers: Sequence[Any] = (),
     write_result: WriteResult | None = None,
     evaluation: EvaluationText | None = None,
-    theirs: Sequence[NamedTarget] = (),
+    theirs: Sequence[Component] = (),
 ) -> tuple[nn.Module, FitResult]:
     """Train; the model that is returned is read from what the processes wrote."""
     torch.manual_seed(7)

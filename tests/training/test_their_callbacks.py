@@ -17,7 +17,7 @@ from tests import oracle
 from tests.training.test_fit import SETTINGS
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import RequestError
-from tritter.targets import NamedTarget
+from tritter.targets import Component, imported
 from tritter.training import (
     BaseModule,
     FitResult,
@@ -94,13 +94,13 @@ class Order(Callback):
         Path(self.path).write_text(json.dumps(names))
 
 
-def asked(key: str, target: str, **arguments: Any) -> NamedTarget:
-    return NamedTarget(name=key, body={"_target_": target, **arguments})
+def asked(key: str, target: str, **arguments: Any) -> Component:
+    return Component(name=key, kind=imported(target), options={"_target_": target, **arguments})
 
 
 def train(
     folder: Path,
-    *theirs: NamedTarget,
+    *theirs: Component,
     devices: int = 1,
     gathered: int = 1,
     steps: int = STEPS,
@@ -148,7 +148,7 @@ def leave(path: Path, model: nn.Module, result: FitResult) -> None:
     save_file({name: value.clone() for name, value in model.state_dict().items()}, path)
 
 
-def killed(folder: Path, step: int, *theirs: NamedTarget, **options: Any) -> None:
+def killed(folder: Path, step: int, *theirs: Component, **options: Any) -> None:
     with pytest.raises(Exception, match="killed"):
         train(folder, *theirs, asked("kill", f"{HERE}.KillAt", step=step), **options)
 

@@ -245,6 +245,21 @@ def _without_head(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for each in patterns for p in folder.glob(each))
 
 
+def experts_in(folder: Path | None, *, key: str) -> ExpertFiles | None:
+    """Return the experts of a checkpoint; None where it has none, or is not at hand.
+
+    Args:
+        key: that named the folder.
+
+    Raises:
+        RequestError: they are damaged.
+    """
+    try:
+        return None if folder is None or not folder.is_dir() else ExpertFiles.read(folder)
+    except TritterError as error:
+        raise RequestError(Problem(key, folder, reason=str(error).rstrip("."))) from error
+
+
 def refuse_experts(folder: Path, *, doing: str, key: str = "checkpoint") -> None:
     """Refuse a checkpoint with experts for what would leave them behind, or break them.
 
@@ -257,11 +272,7 @@ def refuse_experts(folder: Path, *, doing: str, key: str = "checkpoint") -> None
         TritterError: its lineage is damaged, or of a newer format.
     """
     read_lineage(folder)  # what is wrong with that is no matter of experts
-    try:
-        files = ExpertFiles.read(folder)
-    except TritterError as error:
-        raise RequestError(Problem(key, folder, reason=str(error).rstrip("."))) from error
-    if files is not None:
+    if (files := experts_in(folder, key=key)) is not None:
         reason = (
             f"it holds experts ({', '.join(files.head.names)}), which stand on its base as it is; "
             f"{doing} would leave them behind"

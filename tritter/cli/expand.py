@@ -66,8 +66,8 @@ if TYPE_CHECKING:
 
     from tritter.checkpoint import Lineage, Source
     from tritter.cli.measure import Measurement
-    from tritter.config.recipe import Recipe, Settings
-    from tritter.config.schema import TextSources
+    from tritter.cli.recipe import Recipe, Settings
+    from tritter.data.options import TextSources
     from tritter.expand import Expanded, PlannedExpansion, Room
     from tritter.expansion import ExpansionSpec, ResolvedExpansion
     from tritter.families import Config
@@ -251,7 +251,7 @@ def expand(
     tritter expand base --method width --hidden-size 512
     """
     with loading("torch"):
-        from tritter.config.recipe import read_recipe
+        from tritter.cli.recipe import read_recipe
 
     file = None if recipe is None else read_recipe(recipe)
     settings = _settings(context, file)
@@ -308,7 +308,7 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
     Raises:
         RequestError: they state different things, or options say what the steps are as well.
     """
-    from tritter.config.recipe import Settings
+    from tritter.cli.recipe import Settings
     from tritter.parameter_map.carry import POLICIES
 
     typed, stated = context.params, {} if file is None else file.given()
@@ -462,7 +462,7 @@ def _domain_text(
     Raises:
         RequestError: there is none, a path means none, or old and new text share a name.
     """
-    from tritter.config.text_files import read_sources
+    from tritter.data.options import read_sources
 
     if not data:
         raise RequestError(

@@ -95,7 +95,7 @@ def _print_recipe(checkpoint: str, *, is_also: Sequence[str]) -> int:
     Raises:
         RequestError: no expansion made this checkpoint, or other flags were typed.
     """
-    from tritter.config.recipe import recorded_recipe
+    from tritter.cli.recipe import recorded_recipe
 
     if is_also:
         raise RequestError(f"--recipe: it prints a file and nothing else, not with {is_also[0]}.")

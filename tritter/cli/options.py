@@ -7,9 +7,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperArgument, TyperCommand
 
-from tritter.config.counts import BYTE_UNITS, COUNT_UNITS, parse_count
 from tritter.errors import Problem, RequestError, brief, nearest
-from tritter.limits import MAX_BYTES, MAX_PARAMETERS, MAX_SEED
+from tritter.limits import BYTE_UNITS, COUNT_UNITS, MAX_BYTES, MAX_PARAMETERS, MAX_SEED, parse_count
 from tritter.storage.reading import named_path
 
 # Options that name a checkpoint, in the order of their plain words

@@ -24,7 +24,8 @@ from tritter.terminal import say
 
 if TYPE_CHECKING:
     from tritter.config.launch.jobs import Outcome
-    from tritter.config.schema import RunConfig, TextSources
+    from tritter.config.schema import RunConfig
+    from tritter.data.options import TextSources
 
 # Keys that options set
 _OPTIONS = {
@@ -259,9 +260,8 @@ def _sources(
     Raises:
         RequestError: a path means no data.
     """
-    from tritter.config.schema import DatasetsConfig, TextDataConfig
-    from tritter.config.text_files import place_of, read_sources
     from tritter.data.datasets import dataset_names
+    from tritter.data.options import DatasetsConfig, TextDataConfig, place_of, read_sources
     from tritter.errors import raise_problems
 
     is_of_hub = bool(dataset_names((*data, *old_data))) or "data=hf" in words

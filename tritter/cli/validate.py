@@ -25,7 +25,7 @@ from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 
 if TYPE_CHECKING:
-    from tritter.config.schema import TextSources
+    from tritter.data.options import TextSources
     from tritter.evaluation.gate import Check
 
 _STYLES = {"passed": "green", "failed": "bold red", "undecided": "yellow", "not_asked": "dim"}
@@ -107,7 +107,7 @@ def _sources(
     option: str, words: Sequence[str] | None, problems: list[Problem]
 ) -> TextSources | None:
     """Return domain → paths of what was typed, as [NAME=]PATH; None where nothing was."""
-    from tritter.config.text_files import named_after, read_sources, unused_name
+    from tritter.data.options import named_after, read_sources, unused_name
 
     if not words:
         return None

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from tritter.config.folders import body_of, option_files, shipped_options
-from tritter.config.rules import appends_experts, freezing
+from tritter.config.rules import appends_experts, callbacks_of
 from tritter.config.schema import (
     LoggerConfig,
     ModelConfig,
@@ -29,7 +29,7 @@ from tritter.config.suggestions import NO_EPOCHS, hint_for
 from tritter.errors import Problem, RequestError, nearest
 from tritter.targets import (
     TARGET,
-    NamedTarget,
+    Component,
     argument_problems,
     building_problem,
     dotted,
@@ -82,7 +82,7 @@ _OF_EXPERTS = (
 
 def read_callbacks(
     reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any]
-) -> tuple[NamedTarget, ...]:
+) -> tuple[Component, ...]:
     """Return the callbacks of a run, in the order in which they were asked for."""
     owners: dict[str, str] = {}
     for name, body in bodies.items():
@@ -90,7 +90,19 @@ def read_callbacks(
         if (kind := classes.get(key)) is not None:
             made, problems = built_for_trial(key, kind, body)
             reader.problems += problems or _judged(key, made, body, owners)
-    return tuple(NamedTarget(name=name, body=body) for name, body in bodies.items())
+    return _named("callbacks", bodies, classes)
+
+
+def _named(
+    group: str, bodies: Mapping[str, Any], classes: Mapping[str, Any]
+) -> tuple[Component, ...]:
+    """Return the entries of a group whose classes were found."""
+    kinds = {name: classes.get(f"{group}.{name}") for name in bodies}
+    return tuple(
+        Component(name=name, kind=kinds[name], options=body)
+        for name, body in bodies.items()
+        if kinds[name] is not None
+    )
 
 
 def metric_names(config: RunConfig) -> tuple[str, ...]:
@@ -106,25 +118,25 @@ def metric_names(config: RunConfig) -> tuple[str, ...]:
         *(("routing/old_divergence",) if config.moe_routing.hold_old else ()),
         *(f"eval/{domain.name}/{name}" for name in _EVALUATED for domain in domains),
         *(f"forgetting/{one.name}/loss" for one in config.forgetting if one.kind.is_logged()),
-        *(_OF_EXPERTS if config.experts is not None and config.experts.is_dynamic else ()),
+        *(_OF_EXPERTS if config.experts is not None and config.experts.kind.is_dynamic else ()),
     )
 
 
 def monitor_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield who would wait for a metric that never comes; strangers may log what they like."""
-    is_strange = any(not one.body[TARGET].startswith("lightning.") for one in config.callbacks)
+    is_strange = any(not dotted(one.kind).startswith("lightning.") for one in config.callbacks)
     if is_strange or any(asking_problems(config)):
         return
     known = metric_names(config)
-    checkpoints = _of("ModelCheckpoint", config)
-    for one in (*_of("EarlyStopping", config), *checkpoints):
-        monitor = one.body.get("monitor")
+    checkpoints = callbacks_of("ModelCheckpoint", config)
+    for one in (*callbacks_of("EarlyStopping", config), *checkpoints):
+        monitor = one.options.get("monitor")
         allowed = (*known, "step", "epoch") if one in checkpoints else known
         if monitor is not None and monitor not in allowed:
             reason = f"no training logs it; it is one of {', '.join(known)}"
             key, near = f"callbacks.{one.name}.monitor", nearest(monitor, allowed)
             yield Problem(key, monitor, reason=reason, nearest=near)
-        elif one not in checkpoints and _is_strict_too_early(one.body):
+        elif one not in checkpoints and _is_strict_too_early(one.options):
             reason = f"before the first step, when it is first asked, there is no {monitor} yet"
             yield Problem(f"callbacks.{one.name}.strict", True, reason=reason)
 
@@ -137,14 +149,8 @@ def _is_strict_too_early(body: Mapping[str, Any]) -> bool:
 def asking_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield whom nobody would ask."""
     reason = "it is asked when the training is evaluated, and evaluation.every_n_steps = 0"
-    for one in () if config.evaluation.every_n_steps else _of("EarlyStopping", config):
-        yield Problem(f"callbacks.{one.name}.{TARGET}", one.body[TARGET], reason=reason)
-
-
-def _of(name: str, config: RunConfig) -> list[NamedTarget]:
-    """Return the callbacks whose class is one of Lightning's, or made from it."""
-    kinds = {one.name: imported(one.body[TARGET]).__mro__ for one in config.callbacks}
-    return [one for one in config.callbacks if any(k.__name__ == name for k in kinds[one.name])]
+    for one in () if config.evaluation.every_n_steps else callbacks_of("EarlyStopping", config):
+        yield Problem(f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason=reason)
 
 
 def averaging_problems(config: RunConfig) -> Iterator[Problem]:
@@ -154,13 +160,14 @@ def averaging_problems(config: RunConfig) -> Iterator[Problem]:
         "adaptation.freeze_base": appends_experts(config) and config.adaptation.freeze_base,
     }
     told = next((f"{key} = true" for key, is_asked in asked.items() if is_asked), None)
-    told = told or ("forgetting=freeze" if freezing(config) else None)
+    freezing = (f"forgetting={one.name}" for one in config.forgetting if one.kind.freezes)
+    told = told or next(freezing, None)
     reason = f"with {told} old weights are frozen, and an average moves them by its "
     reason += "rounding; leave one of the two out"
     if config.experts is not None:
         told, reason = "experts", "an average has no experts that came on the way; leave it out"
-    for one in _of("WeightAveraging", config) if told else ():
-        yield Problem(f"callbacks.{one.name}.{TARGET}", one.body[TARGET], reason=reason)
+    for one in callbacks_of("WeightAveraging", config) if told else ():
+        yield Problem(f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason=reason)
 
 
 def _judged(
@@ -220,7 +227,7 @@ def read_loggers(
             reader.problems += map(_with_extra, _problems(f"logger.{name}", kind, body))
     return LoggerConfig(
         wandb=None if wandb is None or wandb.mode == "off" else wandb,
-        others=tuple(NamedTarget(name=name, body=body) for name, body in others.items()),
+        others=_named("logger", others, classes),
     )
 
 

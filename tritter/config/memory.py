@@ -13,15 +13,14 @@ from typing import Literal
 from tritter.checkpoint.usable import checkpoint_config
 from tritter.config.components import kept_per_parameter
 from tritter.config.ladder import planned_rounds
-from tritter.config.rules import num_frozen
 from tritter.config.schema import ModelConfig, RunConfig
-from tritter.config.selection import Selected
 from tritter.errors import Problem, RequestError
 from tritter.expansion import target_config
 from tritter.families import Config, family_of
 from tritter.families.presets import PRESETS
 from tritter.planning import TrainingSetup, training_memory
 from tritter.planning.memory import machine_memory
+from tritter.targets import Component
 
 _FLOAT32 = 4
 _PATH_COPIES = 4  # ω, the weights at the start and before a step, its gradients
@@ -220,7 +219,7 @@ def _held(
     if before is None:
         copies = _recorded(config) * memory.parameters_bytes
     else:
-        if frozen := num_frozen(config, model_config, before):
+        if frozen := _num_frozen(config, model_config, before):
             trained = max(0, (count if trained is None else trained) - frozen)
         copies = sum(_copies(one) for one in config.forgetting) * memory.parameters_bytes
         teacher = of_one * _teacher_parameters(config, before)
@@ -238,6 +237,15 @@ def _held(
     )
 
 
+def _num_frozen(config: RunConfig, trained: Config, before: Config) -> int:
+    """Return how many parameters of a training may stay out of the optimizer to its end."""
+    growth = config.growth
+    if growth is not None and (frozen := growth.kind.num_frozen(growth.options, trained)):
+        return int(frozen)
+    each = (one.kind.num_frozen(one.options, trained, before, config) for one in config.forgetting)
+    return max(each, default=0)
+
+
 def _teacher_parameters(config: RunConfig, before: Config) -> int:
     """Return how many parameters a teacher has; of a hub id, which is not at hand, none."""
     needs = [one.kind.needs(one.options) for one in config.forgetting]
@@ -246,12 +254,12 @@ def _teacher_parameters(config: RunConfig, before: Config) -> int:
     return sum(_parameters(each) for each in known if each is not None)
 
 
-def _copies(one: Selected) -> int:
+def _copies(one: Component) -> int:
     """Return how many tensors as large as the model a method holds."""
     return int(one.kind.needs(one.options).copies)
 
 
-def _holds(one: Selected) -> bool:
+def _holds(one: Component) -> bool:
     return bool(_copies(one) or one.kind.needs(one.options).teacher)
 
 

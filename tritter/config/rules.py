@@ -1,37 +1,31 @@
 """What of a run a way of computing it can't do: compiled code, parts of weights, Apple's GPUs."""
 
-import math
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import chain
-from math import prod
 from pathlib import Path
-from typing import Any
 
-from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.record import StateHead
 from tritter.checkpoint.usable import checkpoint_config, checkpoint_place
 from tritter.config.folders import body_of, option_files
-from tritter.config.ladder import planned_rounds
 from tritter.config.schema import (
     AdaptationConfig,
     CheckpointModelConfig,
-    DatasetsConfig,
     MoeRoutingConfig,
     RunConfig,
 )
+from tritter.config.selection import weightless_methods
 from tritter.data.benchmark_names import CODE, benchmark_names, code_problems
+from tritter.data.options import DatasetsConfig
 from tritter.errors import Problem, RequestError, TritterError, nearest, show
-from tritter.expansion import MoeAdd, target_config
-from tritter.families import Config, LogicalTensor, Places, family_of
+from tritter.expansion import target_config
+from tritter.families import Config, family_of
 from tritter.storage.records import read_record
-from tritter.targets import TARGET, imported
+from tritter.targets import TARGET, Component
 
-_SHARDED_METHODS = ("replay",)  # of forgetting, which look at no parameter
 _SHARDED_OPTIMIZERS = ("AdamW", "Adam", "NAdam", "SGD")  # entry by entry
 _SHARDED_PRECISIONS = ("32-true", "bf16-mixed")  # the others are not tried
 
@@ -79,22 +73,12 @@ def sharding_problems(config: RunConfig) -> Iterator[Problem]:
 
 def _of_whole_weights(config: RunConfig) -> Iterator[tuple[str, object, str]]:
     """Yield key, value and reason of what has to see whole weights."""
-    if config.growth is not None:
-        reason = (
-            "neurons grow in whole weights, and each process holds a part of them; expand "
-            "between trainings (growth=none expansion=width)"
-        )
-        yield "growth", config.growth.kind.__name__, reason
-    if config.experts is not None:
-        reason = "adapters are spawned beside whole weights, and each process holds a part"
-        yield "experts", config.experts.kind.__name__, reason
-    names = [one.name for one in config.forgetting if one.name not in _SHARDED_METHODS]
-    if names:
-        reason = (
-            "they look at whole weights or gradients, and each process holds a part; allowed "
-            f"are none and {', '.join(_SHARDED_METHODS)}"
-        )
-        yield "forgetting", names, reason
+    for group, chosen in (("growth", config.growth), ("experts", config.experts)):
+        if chosen is not None:
+            yield group, chosen.kind.__name__, chosen.kind.whole_weights
+    if names := [one.name for one in config.forgetting if one.kind.uses_weights]:
+        reason = "they look at whole weights or gradients, and each process holds a part; allowed "
+        yield "forgetting", names, f"{reason}are {' and '.join(['none', *weightless_methods()])}"
     name = config.optimizer.target.rpartition(".")[2]
     if config.optimizer.target.partition(".")[0] != "torch" or name not in _SHARDED_OPTIMIZERS:
         reason = (
@@ -105,11 +89,14 @@ def _of_whole_weights(config: RunConfig) -> Iterator[tuple[str, object, str]]:
     if config.optimizer.carry:
         reason = "moments follow whole weights, and each process holds a part; leave it out"
         yield "optimizer.carry", True, reason
-    for one in config.callbacks:
-        kinds = imported(one.body[TARGET]).__mro__
-        if any(kind.__name__ == "WeightAveraging" for kind in kinds):
-            reason = "an average is of whole weights, and each process holds a part"
-            yield f"callbacks.{one.name}.{TARGET}", one.body[TARGET], reason
+    for one in callbacks_of("WeightAveraging", config):
+        reason = "an average is of whole weights, and each process holds a part"
+        yield f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason
+
+
+def callbacks_of(name: str, config: RunConfig) -> list[Component]:
+    """Return the callbacks whose class is one of Lightning's, or made from it."""
+    return [one for one in config.callbacks if name in (k.__name__ for k in one.kind.__mro__)]
 
 
 def sharding_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
@@ -154,12 +141,6 @@ def apple_problems(config: RunConfig) -> Iterator[Problem]:
     if trainer.precision == "64-true":
         reason = "Apple's GPUs have no float64; on trainer=mps use 32-true or bf16-mixed"
         yield Problem("trainer.precision", trainer.precision, reason=reason)
-    if config.growth is not None:
-        reason = (
-            "new neurons are made in float64, which Apple's GPUs have not; with growth use "
-            "trainer=cpu"
-        )
-        yield Problem("trainer.accelerator", trainer.accelerator, reason=reason)
 
 
 KEY = "evaluation.tasks"
@@ -223,21 +204,22 @@ def nearest_multiples(value: int, divisor: int) -> str:
 
 
 def method_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield which methods wait for rows that nobody mixes in, or make what another makes too."""
+    """Yield which methods make what another makes too, or use weights that are frozen."""
     needs = [one.kind.needs(one.options) for one in config.forgetting]
     for what in ("prepares", "leaves"):
         counts = Counter(kind for each in needs for kind in getattr(each, what))
         if twice := [kind for kind, count in counts.items() if count > 1]:
             reason = f"more than one of them {what} {', '.join(twice)}; leave one out"
             yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
-    is_mixed = any(each.mixes for each in needs)
-    for one, needed in zip(config.forgetting, needs, strict=True):
-        if needed.replayed_rows and not is_mixed:
-            reason = (
-                "there are no old rows, as no method replays any; allowed is new, or replay "
-                f"beside it: forgetting=[replay,{one.name}]"
-            )
-            yield Problem(f"forgetting.{one.name}.rows", one.options.rows, reason=reason)
+    names = [one.name for one in config.forgetting if one.kind.uses_weights]
+    if names and config.experts is not None:
+        reason = "they hold weights of the base, which is frozen; with experts allowed are "
+        reason += " and ".join(["none", *weightless_methods()])
+        yield Problem("forgetting", names, reason=reason)
+    mixing = [one.name for one, each in zip(config.forgetting, needs, strict=True) if each.mixes]
+    if len(mixing) > 1:
+        reason = f"{' and '.join(mixing)} both mix old text into the batches; choose one of them"
+        yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
 
 
 def method_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
@@ -252,132 +234,11 @@ def method_start_problems(config: RunConfig, source: Config) -> Iterator[Problem
         if place is not None:
             key = f"forgetting.{one.name}.teacher"
             yield from teacher_problems(place, source if is_known else None, key=key)
-    yield from freezing_problems(config, source)
-    yield from kept_problems(config)
-
-
-_KEY = "forgetting.freeze"
-_GROWING = ("ffn.gate", "ffn.up", "ffn.down")  # what is trained under growth.freeze_attention
-
-
-def freezing(config: RunConfig) -> Any | None:
-    """Return the options of `freeze`; None where nothing is frozen by it."""
-    return next((one.options for one in config.forgetting if one.name == "freeze"), None)
-
-
-def freezing_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
-    """Yield what can't be frozen of the models that are trained.
-
-    Args:
-        source: config.json of the model that the run starts from.
-    """
-    options = freezing(config)
-    if options is None:
-        return
-    steps, at = config.training.max_steps, options.first_step(config.training.max_steps)
-    if at is not None and at >= steps:
-        reason = (
-            f"the training has training.max_steps = {steps}; allowed is less, or null for never"
+    if any(one.kind.needs(one.options).old_text for one in config.forgetting):
+        data = config.data
+        yield from config.text.kept.misfits(
+            sequence_length=data.sequence_length, packing=data.packing
         )
-        yield Problem(f"{_KEY}.until", options.until, reason=reason)
-    if options.new_only and (reason := _why_nothing_is_new(config)):
-        yield Problem(f"{_KEY}.new_only", True, reason=reason)
-    grown = _grown(config, source)
-    if options.old_experts and not family_of(grown[-1]).has_experts:
-        reason = "the model is dense and has no experts; name layers instead"
-        yield Problem(f"{_KEY}.old_experts", True, reason=reason)
-    if options.places is not None and (reason := _why_no_places(options.places, grown)):
-        yield Problem(f"{_KEY}.layers", options.layers, reason=reason)
-
-
-def num_frozen(config: RunConfig, trained: Config, before: Config) -> int:
-    """Return how many parameters of a training may stay out of the optimizer to its end.
-
-    At most: where a parameter is frozen in part, the optimizer holds the whole of it.
-
-    Args:
-        before: config.json of the model before the expansion.
-    """
-    options, family = freezing(config), family_of(trained)
-    if config.growth is not None and config.growth.options.freeze_attention:
-        sizes = (prod(family.shape(tensor, trained)) for tensor, _ in _tensors(trained)
-                 if tensor.kind in _GROWING)  # fmt: skip
-        return family.count_parameters(trained) - sum(sizes)
-    if options is None or options.until is not None:
-        return 0
-    frozen = 0
-    appends = any(getattr(spec, "is_append", False) for spec in config.expansion)
-    places = options.places
-    for tensor, is_tied in _tensors(trained):
-        is_held = places is not None and places.has(tensor, is_tied=is_tied)
-        if is_held or (options.old_experts and tensor.is_per_expert and not appends):
-            frozen += prod(family.shape(tensor, trained))
-    return max(frozen, family.count_parameters(before)) if options.new_only else frozen
-
-
-def _grown(config: RunConfig, source: Config) -> tuple[Config, ...]:
-    """Return what is trained, the smallest first."""
-    control = (source,) if config.control else ()
-    if config.pipeline.target_params is not None:
-        return *control, *(shape.config for shape in planned_rounds(config, source))
-    return *control, target_config(source, config.expansion)
-
-
-def _why_nothing_is_new(config: RunConfig) -> str:
-    specs, is_planned = config.expansion, config.pipeline.target_params is not None
-    if config.control:
-        return "the control does not grow, and nothing of it would be trained; leave one out"
-    if len(config.text.tasks) > 1:
-        return "the model grows for the first task alone, and the others add nothing new"
-    if not specs and not is_planned:
-        return "without an expansion nothing is new; choose one, or name layers instead"
-    if specs and all(s.expansion_type == "depth" and not s.is_exact for s in specs):
-        names = " and ".join(spec.name for spec in specs)
-        return f"{names} only copies layers, which are not new; use llama_pro, width or moe"
-    return ""
-
-
-def _why_no_places(places: Places, grown: tuple[Config, ...]) -> str:
-    smallest = grown[0]
-    layers = family_of(smallest).dimensions(smallest).num_hidden_layers
-    if places.last_layer >= layers:
-        which = "smallest model that is trained" if len(grown) > 1 else "model that is trained"
-        return f"the {which} has {layers} layers; allowed are 0 to {layers - 1}"
-    for word in places.parts:
-        one = Places.read([word])
-        if not any(one.has(tensor, is_tied=is_tied) for tensor, is_tied in _tensors(grown[-1])):
-            return f"the model has no {word}; leave it out"
-    for each in grown:
-        if all(places.has(tensor, is_tied=is_tied) for tensor, is_tied in _tensors(each)):
-            return "that is all of the model, and nothing is left to train"
-    return ""
-
-
-def _tensors(config: Config) -> Iterator[tuple[LogicalTensor, bool]]:
-    """Yield the tensors of a model, each with whether its head is tied."""
-    tensors = family_of(config).logical_tensors(config)
-    is_tied = all(tensor.kind != "head" for tensor in tensors)
-    yield from ((tensor, is_tied) for tensor in tensors)
-
-
-def kept_text(config: RunConfig) -> KeptSequences:
-    """Return it.
-
-    Raises:
-        TritterError: the file is damaged.
-    """
-    if not isinstance(config.model, CheckpointModelConfig):
-        return KeptSequences()
-    beside = KeptSequences.read(Path(config.model.path))
-    return beside.without((*config.text.old, *config.text.new))
-
-
-def kept_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield why methods that need old text can't take what was kept."""
-    if not any(one.kind.needs(one.options).old_text for one in config.forgetting):
-        return
-    data = config.data
-    yield from kept_text(config).misfits(sequence_length=data.sequence_length, packing=data.packing)
 
 
 _ROUTER_KEYS = ("router_epochs", "router_max_steps", "router_learning_rate", "encouragement")
@@ -391,17 +252,26 @@ def expert_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
         source: config.json of the model that the run starts from.
     """
     has_experts = family_of(source).has_experts
-    if not has_experts and not any(spec.name == "moe" for spec in config.expansion):
+    if not family_of(target_config(source, config.expansion)).has_experts:
         reason = "the model is dense and has no routers; use expansion=moe"
         yield from _without_effect("moe_routing", config.moe_routing, reason)
     elif config.moe_routing.hold_old:
         yield from _hold_problems(config, has_experts=has_experts)
-    yield from _init_problems(config, source, has_experts=has_experts)
+    for position, spec in enumerate(config.expansion):
+        before = config.expansion[:position]
+        yield from getattr(spec, "problems", _none)(before, has_experts=has_experts)
+        if (teacher := getattr(spec, "teacher", None)) is not None:
+            yield from teacher_problems(teacher, source, key=f"expansion.{spec.name}.teacher")
     if appends_experts(config):
         yield from _adaptation_problems(config)
     else:
         reason = "no experts are being appended; use expansion=moe_add"
         yield from _without_effect("adaptation", config.adaptation, reason)
+
+
+def _none(*_: object, **__: object) -> Iterator[Problem]:
+    """Yield nothing: an expansion without rules of its own."""
+    yield from ()
 
 
 def _without_effect(
@@ -428,29 +298,6 @@ def _hold_problems(config: RunConfig, *, has_experts: bool) -> Iterator[Problem]
         yield Problem(key, held, reason=f"{reason}allowed is 0")
     if not config.text.old:
         yield Problem(key, held, reason="it needs old text, data.old; or leave it at 0")
-
-
-def _init_problems(config: RunConfig, source: Config, *, has_experts: bool) -> Iterator[Problem]:
-    """Yield why new experts can't begin as was asked for."""
-    key = "expansion.moe_add.init"
-    for position, spec in enumerate(config.expansion):
-        if not isinstance(spec, MoeAdd):
-            continue
-        if spec.is_chosen_by_data and not has_experts:
-            reason = (
-                "the experts that moe makes of one FFN are alike; use clone, or add experts to a "
-                "model that has some"
-            )
-            yield Problem(key, "best", reason=reason)
-        before = [s.name for s in config.expansion[:position] if s.expansion_type == "depth"]
-        if spec.is_chosen_by_data and before:
-            reason = (
-                "the experts are chosen layer by layer in the model that the run starts from; let "
-                f"moe_add come before {' and '.join(before)}"
-            )
-            yield Problem(key, "best", reason=reason)
-        if spec.teacher is not None:
-            yield from teacher_problems(spec.teacher, source, key="expansion.moe_add.teacher")
 
 
 def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterator[Problem]:
@@ -575,53 +422,13 @@ def _reasons(config: RunConfig) -> Iterator[str]:
             "with expansion.llama_pro.new_blocks_only = true only new blocks are trained, and "
             "they have no moments yet; leave one of the two out"
         )
-    if (frozen := freezing(config)) is not None and frozen.new_only:
-        yield (
-            "with forgetting.freeze.new_only = true only what is new is trained, and it has no "
-            "moments yet; leave one of the two out"
-        )
-    appends = any(isinstance(s, MoeAdd) and s.addition == "append" for s in config.expansion)
+    appends = any(getattr(spec, "is_append", False) for spec in config.expansion)
     if appends and options.freeze_base and options.unfreeze_after is None:
         yield (
             "with adaptation.freeze_base = true only appended experts are trained, and they have "
             "no moments yet; leave it out, or set adaptation.freeze_base=false or "
             "adaptation.unfreeze_after"
         )
-
-
-def replay_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield what is wrong: two methods that replay, a share of nothing, unknown domains."""
-    mixing = [one for one in config.forgetting if one.kind.needs(one.options).mixes]
-    if len(mixing) > 1:
-        names = [one.name for one in mixing]
-        reason = f"{' and '.join(names)} both mix old text into the batches; choose one of them"
-        yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
-    gathered = config.trainer_arguments.get("accumulate_grad_batches", 1)
-    sequences = config.training.max_steps * gathered * config.data.batch_size
-    for one in mixing:
-        fraction = getattr(one.options, "fraction", None)
-        if fraction is not None and math.floor(sequences * fraction) < 1:
-            reason = (
-                f"of the {sequences} sequences that are trained on not one would be replayed; "
-                f"use at least {1 / sequences:.2g}, or leave {one.name} out"
-            )
-            yield Problem(f"forgetting.{one.name}.fraction", fraction, reason=reason)
-        if one.name == "replay":
-            yield from _weight_problems(one.options.weights or {}, config)
-
-
-def _weight_problems(weights: Mapping[str, float], config: RunConfig) -> Iterator[Problem]:
-    key, old = "forgetting.replay.weights", config.text.old
-    tasks, kept = chain.from_iterable(config.text.tasks[:-1]), kept_text(config).sequences
-    known = tuple(dict.fromkeys([*old, *tasks, *kept]))
-    unknown = [name for name in weights if name not in known]
-    for name in unknown:
-        reason = f"there is no such old domain; there are {', '.join(known) or 'none'}"
-        near = nearest(name, known)
-        yield Problem(f"{key}.{name}", weights[name], reason=reason, nearest=near)
-    if not unknown and old and not any(weights.get(name, 1) for name in old):
-        reason = "every old domain has the weight 0; leave replay out instead"
-        yield Problem(key, dict(weights), reason=reason)
 
 
 def weight_problems(config: RunConfig) -> Iterator[Problem]:

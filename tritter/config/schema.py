@@ -3,15 +3,15 @@
 The defaults live in `conf/`, nowhere else; a field's type says what a value may be.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from tritter.config.counts import parse_count
+from tritter.data.options import DataConfig as DataConfig  # docs/extending.md names it here
 from tritter.limits import (
     MAX_COUNT,
     MAX_LAYERS,
@@ -19,9 +19,10 @@ from tritter.limits import (
     MAX_POSITIONS,
     MAX_SEED,
     MAX_WIDTH,
+    parse_count,
 )
 from tritter.options import Count, Text, WholeNumber, join, options
-from tritter.targets import TARGET, NamedTarget, dotted, identity
+from tritter.targets import Component
 
 
 @options
@@ -71,8 +72,9 @@ class GateConfig:
 
 
 if TYPE_CHECKING:
-    from tritter.config.run_text import RunText
-    from tritter.config.selection import Selected
+    from tritter.checkpoint.kept_sequences import KeptSequences
+    from tritter.checkpoint.record import LearnedDomain
+    from tritter.data.split import SplitRule
     from tritter.expansion import ExpansionSpec
 
 _IN_WORDS = BeforeValidator(lambda v: (parse_count(v) if isinstance(v, str) else None) or v)
@@ -108,143 +110,6 @@ class CheckpointModelConfig:
 
 
 Model = ModelConfig | CheckpointModelConfig
-
-# Domain → absolute paths (files, folders, globs) and built-in texts, in plain containers: they
-# are part of the fingerprint, which is JSON.
-TextSources = dict[str, list[str]]
-
-
-@options
-class DataConfig:
-    """How text becomes batches; each option of `data` names a class made from this one.
-
-    A class from outside says which domains there are, and yields the texts of each.
-
-    Args:
-        packing: see `tritter.data.packing`.
-        validation_fraction: None: that of the checkpoint's lineage, or a fifth of a new one.
-    """
-
-    old_domains: ClassVar[tuple[str, ...]] = ()
-    new_domains: ClassVar[tuple[str, ...]] = ()
-    # 256 bytes and the end-of-text token are the least that byte-level BPE holds
-    vocab_size: Annotated[int, Field(ge=257, le=1_000_000)]
-    sequence_length: Annotated[int, Field(ge=2, le=MAX_COUNT)]
-    batch_size: Count
-    packing: Literal["stream", "documents"] = "stream"  # of a source from outside that does not say
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None
-
-    def texts(self, domain: str) -> Iterable[str]:
-        """Yield the texts of a domain, where `sources` don't say where they lie."""
-        raise NotImplementedError(f"{type(self).__name__} has to yield the texts of {domain}")
-
-    @property
-    def old_sources(self) -> TextSources:
-        """Old domain → where its text lies; nowhere: `texts` yields it."""
-        return {name: [] for name in self.old_domains}
-
-    @property
-    def new_sources(self) -> TextSources:
-        return {name: [] for name in self.new_domains}
-
-    @property
-    def task_sources(self) -> tuple[TextSources, ...]:
-        """Tasks, trained one after the other, each as its domains and where their text lies."""
-        return (self.new_sources,)
-
-    @property
-    def is_old_named(self) -> bool:
-        """False: all that a checkpoint learned is old besides."""
-        return True
-
-
-@options
-class StdlibDataConfig(DataConfig):
-    """The text of the Python installation."""
-
-    source: Literal["stdlib"]
-
-    @property
-    def old_sources(self) -> TextSources:
-        return {"prose": ["stdlib:prose"]}
-
-    @property
-    def new_sources(self) -> TextSources:
-        return {"code": ["stdlib:code"]}
-
-    @property
-    def is_old_named(self) -> bool:
-        return False
-
-
-@options
-class NamedTextConfig(DataConfig):
-    """Text that is named place by place.
-
-    Args:
-        old: None: what the checkpoint learned, if anything; empty: nothing.
-        new: what is learned; empty where `tasks` says it.
-        tasks: what is learned one after the other; empty: `new` is the one task.
-    """
-
-    old: TextSources | None
-    new: TextSources
-    tasks: list[TextSources]
-
-    @property
-    def old_sources(self) -> TextSources:
-        return self.old or {}
-
-    @property
-    def new_sources(self) -> TextSources:
-        """New domain → paths; what is old, and comes again in a later task, stays old."""
-        again = {name for task in self.tasks[1:] for name in task if name in self.old_sources}
-        return {
-            name: paths
-            for task in self.task_sources
-            for name, paths in task.items()
-            if name not in again or task is self.tasks[0]
-        }
-
-    @property
-    def task_sources(self) -> tuple[TextSources, ...]:
-        return tuple(self.tasks) or (self.new,)
-
-    @property
-    def is_old_named(self) -> bool:
-        return self.old is not None
-
-
-@options
-class TextDataConfig(NamedTextConfig):
-    """Text of one's own.
-
-    Args:
-        text_field: of records.
-    """
-
-    source: Literal["text"]
-    text_field: Text
-
-
-@options
-class DatasetsConfig(NamedTextConfig):
-    """Data sets of the hub or on disk, through the `datasets` library.
-
-    `old`, `new` and `tasks` name them with what is meant of each: column and rows stand there.
-
-    Args:
-        streaming: those of the hub are read as they come, not fetched first.
-        text_column: of those that name none.
-        max_rows: the first of those that name no rows; None: all.
-        weights: new domain → its weight among those of its task; None: all of it is mixed.
-    """
-
-    source: Literal["hf"]
-    streaming: bool
-    text_column: Text | None
-    max_rows: Count | None
-    weights: dict[str, Annotated[float, Field(gt=0)]] | None
 
 
 @options
@@ -345,7 +210,7 @@ class LoggerConfig:
     """
 
     wandb: WandbConfig | None
-    others: tuple[NamedTarget, ...]
+    others: tuple[Component, ...]
 
 
 @options
@@ -386,6 +251,54 @@ class RootValues:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DomainText:
+    """One domain of a run: where its text lies, and how it is read.
+
+    Args:
+        key: what named it, for messages.
+        texts: yields its texts, where no path says where they lie.
+        is_streamed: data sets of the hub are read as they come, not fetched first.
+    """
+
+    name: str
+    key: str
+    is_old: bool
+    paths: tuple[str, ...]
+    text_field: str
+    texts: Callable[[], Iterable[str]] | None = None
+    is_streamed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunText:
+    """All text of a run.
+
+    Args:
+        split: of the lineage, or the one that begins here.
+        domains: old ones first.
+        tasks: what is learned one after the other, each as the names of its domains.
+        learned: name → what the checkpoint learned before.
+        kept: sequences beside the checkpoint, of what it learned and the run has no text of.
+        notes: what is worth telling, a sentence each.
+    """
+
+    split: "SplitRule"
+    domains: tuple[DomainText, ...]
+    tasks: tuple[tuple[str, ...], ...]
+    learned: "Mapping[str, LearnedDomain]"
+    kept: "KeptSequences" = field(compare=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def old(self) -> tuple[str, ...]:
+        return tuple(domain.name for domain in self.domains if domain.is_old)
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        return tuple(domain.name for domain in self.domains if not domain.is_old)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig(RootValues):
     """Everything a run is asked to do; `expansion` and `forgetting` are ordered.
 
@@ -399,9 +312,9 @@ class RunConfig(RootValues):
     cache_dir: Path  # type: ignore[assignment] # found by now
     model: Model
     data: DataConfig
-    text: "RunText"
+    text: RunText
     expansion: "tuple[ExpansionSpec, ...]"
-    forgetting: "tuple[Selected, ...]"
+    forgetting: tuple[Component, ...]
     pretraining: TrainingConfig
     training: TrainingConfig
     gate: GateConfig
@@ -409,13 +322,13 @@ class RunConfig(RootValues):
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     trainer_arguments: Mapping[str, Any]
-    callbacks: tuple[NamedTarget, ...]
+    callbacks: tuple[Component, ...]
     logger: LoggerConfig
     evaluation: EvaluationConfig
     moe_routing: MoeRoutingConfig
     adaptation: AdaptationConfig
-    growth: "GrowthConfig | None" = None
-    experts: "ExpertsConfig | None" = None
+    growth: Component | None = None
+    experts: Component | None = None
     rungs: "tuple[RunConfig, ...]" = ()
     rung_words: tuple[str, ...] = ()  # of one of them: its overrides
     rate_note: str = ""  # why training.learning_rate has its value, where nobody set one
@@ -472,7 +385,7 @@ _REPLAYED = {
     "forgetting.si": "si_lambda xi num_sequences",
     "growth": "trigger initialiser gradient_percentile pressure_decay history_checks check_every "
     "growth_cooldown warmup_steps max_growth_per_step maturation_age maturation_factor "
-    "plateau_threshold plateau_steps max_new_parameters max_extra_flops at enable_replacement "
+    "plateau_threshold plateau_steps max_new_parameters max_extra_flops enable_replacement "
     "dead_quantile freeze_attention",
     "experts": "rank alpha targets learning_rate base_bits max_experts max_trainable_parameters "
     "when_full top_k router shared_router prior evidence_scale evidence_window balance entropy z "
@@ -508,68 +421,3 @@ _REPLAYED = {
 REPLAYED_KEYS = frozenset(
     join(place, key) for place in _REPLAYED for key in _REPLAYED[place].split()
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertsConfig:
-    """The LoRA experts of a run.
-
-    Args:
-        kind: the class of the method; `options` what is asked of it.
-    """
-
-    kind: Any
-    options: Any
-
-    @property
-    def name(self) -> str:
-        return str(self.kind.name)
-
-    @property
-    def is_dynamic(self) -> bool:
-        return bool(self.kind.is_dynamic)
-
-    def made(self) -> Any:
-        """Return the method."""
-        return self.kind(self.options)
-
-    def plain(self) -> dict[str, Any]:
-        """Return what determines it, as plain values."""
-        values = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
-        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        return {"name": self.name, **listed, **identity(self.kind)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GrowthConfig:
-    """How neurons grow in a run.
-
-    Args:
-        kind: the class of the method; `options` what is asked of it.
-        parts: key (`trigger`, `initialiser`) → a record that does its work.
-    """
-
-    kind: Any
-    options: Any
-    parts: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Its trigger and its initialiser, as reports name it."""
-        parts = (self.plain()[key] for key in ("trigger", "initialiser"))
-        return "+".join(p if isinstance(p, str) else p[TARGET].rpartition(".")[2] for p in parts)
-
-    def made(self) -> Any:
-        """Return the method."""
-        return self.kind(self.options, **self.parts)
-
-    def plain(self) -> dict[str, Any]:
-        """Return what determines it, as plain values: of classes from outside their files, too."""
-        values = {
-            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()
-        }
-        for key, part in self.parts.items():
-            outside = identity(type(part))
-            if outside or not isinstance(values[key], str):
-                values[key] = {TARGET: dotted(type(part)), **asdict(part), **outside}
-        return values | identity(self.kind)

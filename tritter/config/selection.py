@@ -1,14 +1,14 @@
-"""The ordered groups: which methods a config selects, each a class of its own with its options."""
+"""The groups of methods: what a config selects, each a class of its own with its options."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from tritter.config.folders import body_of, option_files
 from tritter.config.suggestions import child_names, hint_for, nearest_key
 from tritter.errors import Problem, RequestError, key_name, nearest
-from tritter.options import is_options, join, read_options
-from tritter.targets import TARGET, resolve
+from tritter.options import component_class, join, read_component, read_options
+from tritter.targets import TARGET, Component, resolve
 
 Origin = Callable[[str], str | None]
 Answer = TypeVar("Answer")
@@ -47,6 +47,14 @@ class Reader:
             record_type, raw, prefix=prefix, problems=self.problems, unknown=self._unknown
         )
 
+    def component(
+        self, key: str, kind: type[Any] | None, body: Mapping[str, object]
+    ) -> Component | None:
+        """Return a component; None when its class was not found, or there were problems."""
+        if kind is None:
+            return None
+        return read_component(key, kind, body, problems=self.problems, unknown=self._unknown)
+
     def _unknown(self, key: str, value: object) -> Iterator[Problem]:
         if isinstance(value, Mapping) and value:
             for name in value:
@@ -72,6 +80,11 @@ METHOD_GROUPS: Mapping[str, str | None] = {
     "expansion": None,
     "forgetting": "tritter.training.forgetting_method.ForgettingMethod",
 }
+# Likewise of groups of which one option is chosen, and what their option `none` means
+CHOSEN_GROUPS = {
+    "growth": ("tritter.growth.method.NeuronGrowth", "nothing grows"),
+    "experts": ("tritter.experts.method.Experts", "there are no adapters"),
+}
 # What an expansion has, which is a record of its options and no subclass of anything.
 _EXPANSION = (
     *("name", "expansion_type", "is_exact", "new_blocks_only"),
@@ -79,37 +92,37 @@ _EXPANSION = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Selected:
-    """One method of a run: the class that an option names, and what is asked of it."""
-
-    kind: type[Any]
-    options: Any
-
-    @property
-    def name(self) -> str:
-        return self.kind.name
-
-    def plain(self) -> dict[str, Any]:
-        """Return the options as plain values."""
-        return {field.name: getattr(self.options, field.name) for field in fields(self.options)}
-
-
 def method_names(group: str) -> list[str]:
     """Return the options of an ordered group, but for `none`."""
     return [name for name in option_files().get(group, {}) if name != "none"]
 
 
+def weightless_methods() -> list[str]:
+    """Return the methods against forgetting that use no weights; for messages."""
+    found = []
+    for name in method_names("forgetting"):
+        with suppress(RequestError):  # told where it is selected
+            body = body_of(option_files()["forgetting"][name])
+            found += [] if method_class("forgetting", name, body).uses_weights else [name]
+    return found
+
+
 def method_keys() -> list[str]:
     """Return the dotted keys of all methods, as their files state them."""
     files = option_files()
-    return [
+    keys = [
         f"{group}.{name}.{key}"
         for group in METHOD_GROUPS
         for name, path in files.get(group, {}).items()
         for key in _own_body(name, body_of(path))
-        if key != TARGET
     ]
+    keys += [
+        f"{group}.{key}"
+        for group in CHOSEN_GROUPS
+        for path in files.get(group, {}).values()
+        for key in body_of(path)
+    ]
+    return [key for key in dict.fromkeys(keys) if not key.endswith(TARGET)]
 
 
 def method_class(group: str, name: str, bodies: Mapping[str, Any]) -> type[Any]:
@@ -123,42 +136,44 @@ def method_class(group: str, name: str, bodies: Mapping[str, Any]) -> type[Any]:
         raise RequestError(_no_method(group, name, bodies))
     if not isinstance(body, Mapping):
         raise RequestError(Problem(key, body, reason="it holds keys; choose an option of it"))
-    kind: type[Any] = resolve(f"{key}.{TARGET}", body.get(TARGET), base=METHOD_GROUPS[group])
-    if (reason := _unfit(group, name, kind, _record(group, kind))) is not None:
-        raise RequestError(Problem(f"{key}.{TARGET}", body[TARGET], reason=reason))
+    place, target = f"{key}.{TARGET}", body.get(TARGET)
+    if group == "expansion":
+        kind = resolve(place, target)
+        missing = [each for each in _EXPANSION if not hasattr(kind, each)]
+        if isinstance(kind, type) and missing:
+            reason = f"it is no expansion: it has no {', '.join(missing)}"
+            raise RequestError(Problem(place, target, reason=reason))
+    kind = component_class(key, target, base=METHOD_GROUPS[group])
+    if kind.name != name:
+        reason = f"the class calls itself {kind.name}, and its option {name}; let them be the same"
+        raise RequestError(Problem(place, target, reason=reason))
     return kind
+
+
+def chosen_class(group: str, body: Mapping[str, Any]) -> type[Any] | None:
+    """Return the class that a group of one names; None where it is `none`.
+
+    Raises:
+        RequestError: it is none, or keys are set of what was not chosen.
+    """
+    if not body:
+        return None
+    base, nothing = CHOSEN_GROUPS[group]
+    if TARGET in body:
+        return component_class(group, body[TARGET], base=base)
+    key, value = next(iter(body.items()))
+    choice = next(name for name in option_files().get(group, {}) if name != "none")
+    reason = f"{nothing} with {group}=none, which has no keys; choose {group}={choice}"
+    raise RequestError(Problem(f"{group}.{key}", value, reason=reason))
 
 
 def read_methods(
     reader: Reader, group: str, bodies: Mapping[str, Any], classes: Mapping[str, type[Any]]
-) -> tuple[Selected, ...]:
+) -> tuple[Component, ...]:
     """Return the methods of an ordered group whose classes were found and that can be read."""
-    selected = []
-    for name, raw in bodies.items():
-        if (kind := classes.get(f"{group}.{name}")) is not None:
-            body = {word: value for word, value in raw.items() if word != TARGET}
-            options = reader.read(_record(group, kind), body, prefix=f"{group}.{name}")
-            selected += [] if options is None else [Selected(kind, options)]
-    return tuple(selected)
-
-
-def _record(group: str, kind: type[Any]) -> Any:
-    """Return the record of a method's options; an expansion is one itself."""
-    return kind if group == "expansion" else getattr(kind, "Options", None)
-
-
-def _unfit(group: str, name: str, kind: Any, record: Any) -> str | None:
-    """Return why a class can't be a method of a group; None when it can."""
-    if group == "expansion" and isinstance(kind, type):
-        missing = [each for each in _EXPANSION if not hasattr(kind, each)]
-        if missing:
-            return f"it is no expansion: it has no {', '.join(missing)}"
-    if not isinstance(record, type) or not is_options(record):
-        where = "it is" if group == "expansion" else "its Options are"
-        return f"{where} no record of options (see tritter.options.options)"
-    if kind.name != name:
-        return f"the class calls itself {kind.name}, and its option {name}; let them be the same"
-    return None
+    keys = {f"{group}.{name}": body for name, body in bodies.items()}
+    read = [reader.component(key, classes.get(key), body) for key, body in keys.items()]
+    return tuple(each for each in read if each is not None)
 
 
 def _own_body(name: str, body: Mapping[str, object]) -> Mapping[str, object]:

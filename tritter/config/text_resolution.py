@@ -3,7 +3,7 @@
 A checkpoint of ours says what it learned: all of that is old from then on, and its split goes on.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -12,19 +12,24 @@ from pathlib import Path
 from tritter.checkpoint import Lineage, read_lineage
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.record import LearnedDomain
-from tritter.config.run_text import DomainText, RunText
 from tritter.config.schema import (
     CheckpointModelConfig,
-    DataConfig,
-    DatasetsConfig,
+    DomainText,
     Model,
-    NamedTextConfig,
-    TextSources,
+    RunText,
 )
-from tritter.config.text_files import domain_key, text_field, unused_name
 from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
 from tritter.data.documents import documents_digest
 from tritter.data.local_files import SpentError, TextFileError
+from tritter.data.options import (
+    DataConfig,
+    DatasetsConfig,
+    NamedTextConfig,
+    TextSources,
+    domain_key,
+    text_field,
+    unused_name,
+)
 from tritter.data.sources import CHECKED_BYTES, quick_pieces, recorded_paths, source_documents
 from tritter.data.split import SplitRule, one_sided
 from tritter.errors import Problem, RequestError, TritterError, key_name
@@ -48,16 +53,24 @@ def run_text(model: Model, data: DataConfig, *, seed: int) -> RunText:
     notes: list[str] = []
     split = _split(lineage, data, seed=seed, notes=notes)
     domains, tasks = _Domains(learned, data, notes).resolved()
-    rest = [name for name in learned if name not in {each.name for each in domains}]
-    kept = _kept(model)
-    if stood_for := [name for name in rest if name in kept]:
+    names = {each.name for each in domains}
+    rest = [name for name in learned if name not in names]
+    kept = _kept(model).without(names)
+    if stood_for := [name for name in rest if name in kept.sequences]:
         notes.append(
             f"Sequences of {', '.join(stood_for)} lie beside the checkpoint; methods against "
             "forgetting take them in place of text."
         )
-    if bare := [name for name in rest if name not in kept]:
+    if bare := [name for name in rest if name not in kept.sequences]:
         notes.append(f"Nothing protects {', '.join(bare)}, which the checkpoint learned.")
-    return RunText(split=split, domains=domains, tasks=tasks, learned=learned, notes=tuple(notes))
+    return RunText(
+        split=split,
+        domains=domains,
+        tasks=tasks,
+        learned=learned,
+        kept=kept,
+        notes=tuple(notes),
+    )
 
 
 def side_problems(text: RunText) -> Iterator[Problem]:
@@ -93,12 +106,12 @@ def _lineage(model: Model) -> Lineage | None:
         raise RequestError(f"{key_name('model.path')}: {error}") from error
 
 
-def _kept(model: Model) -> Collection[str]:
-    """Return the domains of which sequences lie beside the checkpoint."""
+def _kept(model: Model) -> KeptSequences:
+    """Return what lies beside the checkpoint."""
     if not isinstance(model, CheckpointModelConfig):
-        return ()
+        return KeptSequences()
     try:
-        return KeptSequences.read(Path(model.path)).sequences
+        return KeptSequences.read(Path(model.path))
     except TritterError as error:
         raise RequestError(f"{key_name('model.path')}: {error}") from error
 

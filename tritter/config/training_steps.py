@@ -8,11 +8,11 @@ from typing import Any
 
 from tritter.checkpoint import read_lineage
 from tritter.checkpoint.record import training_record
-from tritter.config.counts import parse_count
 from tritter.config.schema import CheckpointModelConfig, Model, RunConfig
 from tritter.config.selection import Origin, Reader
 from tritter.errors import TritterError
 from tritter.families import Config, count_parameters
+from tritter.limits import parse_count
 
 TRAININGS = ("pretraining", "training")
 STEPS, TOKENS = "max_steps", "max_tokens"

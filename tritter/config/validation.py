@@ -4,9 +4,11 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from tritter.checkpoint.expert_files import experts_in, refuse_experts
 from tritter.checkpoint.usable import checkpoint_config, checkpoint_place
 from tritter.config.components import (
     BASES,
@@ -23,17 +25,6 @@ from tritter.config.components import (
 )
 from tritter.config.folders import body_of, option_files
 from tritter.config.ladder import ladder_problems, pipeline_problems, planned_rounds
-from tritter.config.methods import (
-    chosen_keys,
-    experts_class,
-    experts_problems,
-    experts_start_problems,
-    growth_class,
-    growth_problems,
-    growth_start_problems,
-    read_experts,
-    read_growth,
-)
 from tritter.config.rules import (
     apple_problems,
     benchmark_problems,
@@ -42,27 +33,22 @@ from tritter.config.rules import (
     compile_start_problems,
     device_problems,
     expert_problems,
-    kept_text,
     kinds_beside,
     method_problems,
     method_start_problems,
     nearest_multiples,
     precision_problems,
-    replay_problems,
     sharding_problems,
     sharding_start_problems,
     weight_problems,
 )
 from tritter.config.schema import (
-    ONE_OF,
     OPEN_GROUPS,
     SECTIONS,
     CheckpointModelConfig,
-    DataConfig,
     EvaluationConfig,
     Model,
     ModelConfig,
-    NamedTextConfig,
     OptimizerValues,
     RootValues,
     RunConfig,
@@ -70,15 +56,16 @@ from tritter.config.schema import (
     WandbConfig,
 )
 from tritter.config.selection import (
+    CHOSEN_GROUPS,
     METHOD_GROUPS,
     Origin,
     Reader,
+    chosen_class,
     method_class,
     method_keys,
     read_methods,
 )
 from tritter.config.suggestions import hint_for
-from tritter.config.text_files import SkillsDataConfig, place_of, read_sources, read_tasks
 from tritter.config.text_resolution import run_text
 from tritter.config.training_steps import (
     PRESET_RATE,
@@ -86,13 +73,20 @@ from tritter.config.training_steps import (
     with_evaluation_steps,
     with_steps,
 )
+from tritter.data.options import (
+    DataConfig,
+    NamedTextConfig,
+    SkillsDataConfig,
+    read_named,
+    with_skills,
+)
 from tritter.errors import Problem, RequestError, nearest, raise_problems, show
 from tritter.expansion import target_config
 from tritter.families import Config, check_size, family_of, llama_config, position_limit
 from tritter.limits import MAX_BATCH_TOKENS
-from tritter.options import choices, field_keys, is_options, join, leaves
+from tritter.options import Start, choices, component_class, field_keys, join, leaves
 from tritter.storage.reading import named_path
-from tritter.targets import TARGET, dotted, resolve
+from tritter.targets import TARGET, Component, dotted
 
 _MODELS = {word: kind for kind in get_args(Model) for word in choices(kind, "model_type")}
 
@@ -116,11 +110,7 @@ def data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
     Raises:
         RequestError: it is none of ours nor made from `DataConfig`, or `source` says another one.
     """
-    key = f"data.{TARGET}"
-    kind: type[DataConfig] = resolve(key, raw.get(TARGET), base=dotted(DataConfig))
-    if not is_options(kind) or "__dataclass_fields__" not in vars(kind):
-        reason = "it is no record of options (see tritter.options.options)"
-        raise RequestError(Problem(key, raw[TARGET], reason=reason))
+    kind = component_class("data", raw.get(TARGET), base=dotted(DataConfig))
     said = raw.get("source")
     if "source" in field_keys(kind, "") and said not in choices(kind, "source"):
         reason = f"allowed is one of {', '.join(data_keys())}"
@@ -164,8 +154,9 @@ def read_data(
     del taken[TARGET]
     if issubclass(kind, SkillsDataConfig):
         is_new = classes.get("model") is not CheckpointModelConfig
-        taken = _with_defaults(kind, taken, is_new=is_new)
-    sources = _read_sources(reader, taken, kind) if issubclass(kind, NamedTextConfig) else {}
+        taken = with_skills(kind, taken, is_new=is_new)
+    is_named = issubclass(kind, NamedTextConfig)
+    sources = read_named(taken, kind, reader.problems) if is_named else {}
     blank: dict[str, Any] = {name: [] if name == "tasks" else {} for name in sources}
     values = reader.read(kind, {**taken, **blank}, prefix="data")
     return None if values is None else replace(values, **sources)
@@ -220,66 +211,14 @@ def _only_of(
     return taken
 
 
-def _with_defaults(
-    kind: type[SkillsDataConfig], raw: Mapping[str, Any], *, is_new: bool
-) -> dict[str, Any]:
-    """Return a section in which is said what skills stand for null.
-
-    Args:
-        is_new: the base is, so that nothing was learned before.
-    """
-    named = dict(raw)
-    if is_new and raw.get("old") is None:
-        named["old"] = list(kind.base_domains)
-    if raw.get("tasks") is None and raw.get("new") is None:
-        named["new"] = kind.new_domain
-    return named
-
-
-def _read_sources(
-    reader: Reader, raw: Mapping[str, Any], kind: type[NamedTextConfig]
-) -> dict[str, Any]:
-    """Return `old`, `new` and `tasks` as paths; None of what is old: what a checkpoint learned."""
-    place_of_word, is_each_named = place_of(kind, raw), issubclass(kind, SkillsDataConfig)
-    sources: dict[str, Any] = {}
-    for name in ("old", "new"):
-        sources[name] = read_sources(
-            f"data.{name}",
-            raw.get(name),
-            default_name=None if is_each_named else name,
-            problems=reader.problems,
-            place_of_word=place_of_word,
-            known=sources.get("old", {}),
-        )
-    tasks, has_new = raw.get("tasks"), raw.get("new") not in (None, {})
-    sources["tasks"] = []
-    if tasks is not None:
-        sources["tasks"] = read_tasks(
-            tasks,
-            sources["old"],
-            reader.problems,
-            place_of_word,
-            default_name=None if is_each_named else "text",
-        )
-    if has_new and tasks is not None:
-        reason = "data.new is the one task of a run that has no list; leave one of the two out"
-        reader.report("data.tasks", tasks, reason=reason)
-    elif not has_new and tasks is None:
-        reason = "name the text to train on: files, folders or globs, data.new=PATH"
-        reader.report("data.new", None, reason=reason)
-    return sources if raw.get("old") is not None else {**sources, "old": None}
-
-
 Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
 
 _OF_ONE = {
     "model": model_class,
     "data": data_class,
     "optimizer": optimizer_class,
-    "growth": growth_class,
-    "experts": experts_class,
+    **{group: partial(chosen_class, group) for group in CHOSEN_GROUPS},
 }
-_OPTIONAL = ONE_OF  # absent: nothing is chosen
 _OF_SEVERAL = {**dict.fromkeys(METHOD_GROUPS, method_class), **dict.fromkeys(BASES, named_class)}
 _NOTHING = {"logger": "csv"}  # what stands for nothing in a group of several; else none
 
@@ -287,9 +226,9 @@ _NOTHING = {"logger": "csv"}  # what stands for nothing in a group of several; e
 def group_bodies(reader: Reader, raw: Mapping[str, Any]) -> Bodies:
     """Return the body of each group, without what stands for nothing and what is switched off."""
     bodies = {}
-    for group in (*SECTIONS, "optimizer", *_OPTIONAL, *_OF_SEVERAL):
+    for group in (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_OF_SEVERAL):
         body = raw.get(group)
-        if body is None and group in (*_OF_SEVERAL, *_OPTIONAL):
+        if body is None and group in (*_OF_SEVERAL, *CHOSEN_GROUPS):
             body = {}
         if not isinstance(body, Mapping):
             reader.report(group, body, reason="it holds keys; choose an option of it")
@@ -338,7 +277,7 @@ def known_keys() -> tuple[str, ...]:
         keys += dict.fromkeys(key for record in records for key in field_keys(record, name))
     keys += {f"data.{key}" for own in data_keys().values() for key in own} - {*keys}
     keys += [*field_keys(OptimizerValues, "optimizer"), *field_keys(WandbConfig, "logger.wandb")]
-    return tuple(sorted([*keys, *method_keys(), *chosen_keys()]))
+    return tuple(sorted([*keys, *method_keys()]))
 
 
 Rule = Callable[[RunConfig], Iterable[Problem]]
@@ -349,8 +288,6 @@ _READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], 
     "evaluation": read_evaluation,
     "optimizer": read_optimizer,
     "callbacks": read_callbacks,
-    "growth": read_growth,
-    "experts": read_experts,
     "logger": read_loggers,
 }
 
@@ -417,12 +354,22 @@ def validate(
         values["text"] = run_text(config.model, config.data, seed=config.seed)
         return ()
 
-    for asked in ((set_text,), (*_RULES, *rules), (_begin_problems,)):
+    for asked in ((set_text,), (*_RULES, *_of_features(values), *rules), (_begin_problems,)):
         unread |= {problem.key.partition(".")[0] for problem in problems}
         told = [problem for rule in asked for problem in _found(rule, sound)]
         problems += [replace(problem, found_by=3) for problem in told]
     raise_problems(problems)
     return RunConfig(**values)
+
+
+def _of_features(values: Mapping[str, Any]) -> list[Rule]:
+    """Return the rules of the methods that could be read, one by one."""
+    return [partial(one.kind.problems, one.options) for one in _features(values)]
+
+
+def _features(values: Mapping[str, Any]) -> list[Component]:
+    chosen = [*values.get("forgetting", ()), values.get("growth"), values.get("experts")]
+    return [one for one in chosen if one is not None]
 
 
 def _found(rule: Rule, config: RunConfig) -> Sequence[Problem]:
@@ -445,6 +392,8 @@ def _read(
     for name, body in bodies.items():
         if name in METHOD_GROUPS:
             values[name] = read_methods(reader, name, body, classes)
+        elif name in CHOSEN_GROUPS:
+            values[name] = reader.component(name, classes.get(name), body)
         elif name in _READERS:
             values[name] = _READERS[name](reader, body, classes)
         else:
@@ -456,7 +405,7 @@ def _read(
     values["cache_dir"] = root and reader.ask(cache_folder, root.cache_dir)
     read = {name: value for name, value in values.items() if value is not None}
     # Nothing was chosen: so it was asked, and read
-    read |= {group: None for group in ONE_OF if not bodies.get(group, True)}
+    read |= {group: None for group in CHOSEN_GROUPS if not bodies.get(group, True)}
     return read if root is None else {**asdict(root), **read}
 
 
@@ -498,14 +447,24 @@ def start_problems(
     Args:
         folder: where it lies; None: it is not at hand, or made by the run.
     """
-    problems = [*_length_problems(config, source)] or _expansion_problems(config, source)
-    return problems or [
+    if problems := [*_length_problems(config, source)]:
+        return problems
+    try:
+        trained = _trained(config, source)
+    except RequestError as error:
+        return error.problems
+    if config.experts is None and experts_in(folder, key="model.path") is not None:
+        assert folder is not None
+        refuse_experts(folder, doing="a training with experts=none", key="model.path")
+    start = Start(source=source, trained=trained, folder=folder)
+    chosen = (*config.forgetting, config.growth, config.experts)
+    features = [one for one in chosen if one is not None]
+    return [
         *expert_problems(config, source),
         *method_start_problems(config, source),
-        *growth_start_problems(config, source),
         *compile_start_problems(config, source),
         *sharding_start_problems(config, source),
-        *experts_start_problems(config, source, folder),
+        *chain(*(one.kind.start_problems(one.options, config, start) for one in features)),
     ]
 
 
@@ -574,7 +533,7 @@ def _lacks_old_text(config: RunConfig, needs: Any) -> bool:
     """Say whether a method can't do without, given what lies beside the checkpoint."""
     assert isinstance(config.model, CheckpointModelConfig)
     folder = Path(config.model.path)
-    if not needs.old_text or kept_text(config).sequences:
+    if not needs.old_text or config.text.kept.sequences:
         return False
     return not (needs.instead and kinds_beside(folder) >= set(needs.instead))
 
@@ -627,15 +586,16 @@ def _schedule_problems(config: RunConfig, prefix: str) -> Iterator[Problem]:
         yield Problem(f"{prefix}.decay_ratio", training.decay_ratio, reason=reason)
 
 
-def _expansion_problems(config: RunConfig, source: Config) -> Sequence[Problem]:
-    try:
-        if config.pipeline.target_params is not None:
-            planned_rounds(config, source)
-        else:
-            target_config(source, config.expansion)
-    except RequestError as error:
-        return error.problems
-    return ()
+def _trained(config: RunConfig, source: Config) -> tuple[Config, ...]:
+    """Return config.json of the models that are trained, the smallest first.
+
+    Raises:
+        RequestError: an expansion can't be had.
+    """
+    control = (source,) if config.control else ()
+    if config.pipeline.target_params is not None:
+        return *control, *(shape.config for shape in planned_rounds(config, source))
+    return *control, target_config(source, config.expansion)
 
 
 _RULES: tuple[Rule, ...] = (
@@ -652,11 +612,8 @@ _RULES: tuple[Rule, ...] = (
     apple_problems,
     compile_problems,
     sharding_problems,
-    replay_problems,
     weight_problems,
     method_problems,
-    growth_problems,
-    experts_problems,
     pipeline_problems,
     carry_problems,
     asking_problems,

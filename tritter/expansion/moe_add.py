@@ -10,14 +10,14 @@ classes compute as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from tritter.errors import Problem, RequestError, key_name, refused, setting
-from tritter.expansion.specification import ResolvedExpansion
+from tritter.expansion.specification import ExpansionSpec, ResolvedExpansion
 from tritter.families import Config, Family, LogicalTensor, family_of, logical_name
 from tritter.limits import MAX_EXPERTS
 from tritter.options import Text, options
@@ -74,6 +74,29 @@ class MoeAdd:
     def is_exact(self) -> bool:
         """True of append whatever the new experts hold: no token meets them at step 0."""
         return self.is_append or self.noise == 0
+
+    def problems(self, before: Sequence[ExpansionSpec], *, has_experts: bool) -> Iterator[Problem]:
+        """Yield why new experts can't begin in a run as was asked for.
+
+        Args:
+            before: expansions of the run before this one.
+            has_experts: the model that the run starts from has some.
+        """
+        if not self.is_chosen_by_data:
+            return
+        key, reason = "expansion.moe_add.init", ""
+        if not has_experts:
+            reason = (
+                "the experts that moe makes of one FFN are alike; use clone, or add experts to a "
+                "model that has some"
+            )
+            yield Problem(key, self.init, reason=reason)
+        if deeper := [spec.name for spec in before if spec.expansion_type == "depth"]:
+            reason = (
+                "the experts are chosen layer by layer in the model that the run starts from; let "
+                f"moe_add come before {' and '.join(deeper)}"
+            )
+            yield Problem(key, self.init, reason=reason)
 
     def target_config(self, family: Family, config: Config) -> Config:
         layers = sparse_layers(family, config)

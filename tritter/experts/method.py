@@ -1,17 +1,22 @@
 """LoRA experts as a choice of a run: what is asked of them, and what they put into a training."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import nn
 
+from tritter.checkpoint.expert_files import ExpertFiles, experts_in
+from tritter.errors import Problem
 from tritter.experts.adapters import AdapterShape, adaptable
 from tritter.experts.mixture import ExpertMixture
 from tritter.experts.module import ExpertLosses
 from tritter.experts.options import AdapterOptions, DynamicOptions, Timing
 from tritter.experts.roster import FIRST, Roster
+from tritter.families import family_of
 from tritter.novelty import NoveltyDetector
-from tritter.novelty.detectors import detector_of
+from tritter.options import RunRequest, Start
+from tritter.training.optimizer import adam_problems
 
 ONLY = "lora"  # what the one adapter of single_lora is called
 
@@ -25,19 +30,61 @@ class Experts(ABC):
 
     Options: ClassVar[type[AdapterOptions]]
     name: ClassVar[str]
+    first: ClassVar[str]  # what its first expert is called
     is_dynamic: ClassVar[bool]
+    whole_weights: ClassVar[str] = (  # why it can't train with trainer=fsdp
+        "adapters are spawned beside whole weights, and each process holds a part"
+    )
 
     def __init__(self, asked: Any) -> None:
         self.asked = asked
 
     @classmethod
-    @abstractmethod
-    def check(cls, asked: Any) -> None:
-        """Refuse options that name what there is not, before anything is built.
+    def problems(cls, asked: Any, run: RunRequest) -> Iterator[Problem]:
+        """Yield what of a run does not go together with experts."""
+        if run.pipeline.target_params is not None:
+            reason = "a run that grows to a size trains all of it; leave it out, or experts=none"
+            yield Problem("pipeline.target_params", run.pipeline.target_params, reason=reason)
+        if run.growth is not None:
+            reason = "neurons grow in a base that is trained, and under experts it is frozen"
+            yield Problem("growth", run.growth.kind.__name__, reason=reason)
+        yield from adam_problems(run.optimizer, doing="experts come and go with Adam's two moments")
+        if run.optimizer.carry:
+            reason = "moments of the base are carried, which is frozen; those of experts begin anew"
+            yield Problem("optimizer.carry", True, reason=reason)
 
-        Raises:
-            RequestError: says which.
-        """
+    @classmethod
+    def start_problems(cls, asked: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
+        """Yield why experts can't be put on, or gone on with, in what a run starts from."""
+        family = family_of(start.source)
+        if asked.base_bits is not None and any(each.is_transposed for each in family.tensors):
+            reason = (
+                f"the matrices of {family.model_type} lie transposed, and none would be quantised"
+            )
+            yield Problem("experts.base_bits", asked.base_bits, reason=reason, nearest="null")
+        files = experts_in(start.folder, key="model.path")
+        if files is not None:
+            yield from cls._further_problems(asked, files)
+
+    @classmethod
+    def _further_problems(cls, asked: Any, files: ExpertFiles) -> Iterator[Problem]:
+        """Yield why a checkpoint's experts can't be gone on with."""
+        names = files.head.names
+        if names[0] != cls.first:
+            reason = (
+                f"the checkpoint has the experts {', '.join(names)}, none of which is its "
+                f"{cls.first}"
+            )
+            yield Problem("experts", cls.name, reason=reason)
+        if asked.base_bits != (bits := files.head.base_bits):
+            held = "as it stands in the folder" if bits is None else f"in {bits} bits"
+            reason = f"the experts of the checkpoint were trained on a base {held}"
+            near = "null" if bits is None else str(bits)
+            yield Problem("experts.base_bits", asked.base_bits, reason=reason, nearest=near)
+        router = getattr(asked, "router", "evidence")
+        if router != files.head.router:
+            reason = f"the experts of the checkpoint are mixed by {files.head.router}"
+            yield Problem("experts.router", router, reason=reason, nearest=files.head.router)
 
     @abstractmethod
     def begin(self, model: nn.Module, *, end_of_text_id: int, seed: int) -> ExpertMixture:
@@ -64,11 +111,8 @@ class SingleLora(Experts):
 
     Options = AdapterOptions
     name = "single_lora"
+    first = ONLY
     is_dynamic = False
-
-    @classmethod
-    def check(cls, asked: Any) -> None:
-        """Find nothing: there is no name among its options."""
 
     def begin(self, model: nn.Module, *, end_of_text_id: int, seed: int) -> ExpertMixture:
         mixture = ExpertMixture(model, router="evidence")  # of one expert, whose gates are 1
@@ -81,11 +125,34 @@ class DynamicExperts(Experts):
 
     Options = DynamicOptions
     name = "dylora"
+    first = FIRST
     is_dynamic = True
 
     @classmethod
-    def check(cls, asked: Any) -> None:
-        detector_of(asked.detector, key="experts.detector")
+    def problems(cls, asked: Any, run: RunRequest) -> Iterator[Problem]:
+        yield from super().problems(asked, run)
+        if asked.max_rank < asked.rank:
+            reason = f"below experts.rank = {asked.rank}, that experts begin with"
+            yield Problem("experts.max_rank", asked.max_rank, reason=reason)
+        if asked.router == "evidence" and asked.shared_router:
+            reason = "experts.router=evidence has no learned router; allowed with learned and both"
+            yield Problem("experts.shared_router", True, reason=reason)
+        if asked.boundaries == "detected":
+            yield from _detection_problems(asked, run)
+        elif asked.when_full == "merge":
+            reason = "similarity is that of what novelty looks at; with boundaries=told use evict"
+            yield Problem("experts.when_full", "merge", reason=reason)
+
+    @classmethod
+    def start_problems(cls, asked: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
+        yield from super().start_problems(asked, run, start)
+        is_new = experts_in(start.folder, key="model.path") is None
+        if is_new and asked.boundaries == "detected" and not run.text.old:
+            reason = (
+                "what is new is told by what the base knows, of which text is looked at, and "
+                "never trained on; name some, or say experts.boundaries=told"
+            )
+            yield Problem("data.old", {}, reason=reason)
 
     def begin(self, model: nn.Module, *, end_of_text_id: int, seed: int) -> ExpertMixture:
         asked: DynamicOptions = self.asked
@@ -123,5 +190,17 @@ class DynamicExperts(Experts):
         timing = Timing.of(asked, max_steps=max_steps)
         if asked.boundaries == "told":
             return Roster(asked, timing=timing, detector=None)
-        detector = NoveltyDetector(detector=detector_of(asked.detector), options=asked.novelty)
+        detector = NoveltyDetector(detector=asked.detector, options=asked.novelty)
         return Roster(asked, timing=timing, detector=detector)
+
+
+def _detection_problems(asked: DynamicOptions, run: RunRequest) -> Iterator[Problem]:
+    """Yield why no decision on novelty could be made."""
+    batch, steps, least = run.data.batch_size, run.training.max_steps, 2
+    if batch < least:
+        reason = f"novelty is told by the spread of a batch; allowed is at least {least}"
+        yield Problem("data.batch_size", batch, reason=reason)
+    seen = steps * int(run.trainer_arguments.get("accumulate_grad_batches", 1)) * batch
+    if asked.min_samples > seen:
+        reason = f"a training of {steps} steps sees {seen:,} sequences, too few for any decision"
+        yield Problem("experts.min_samples", asked.min_samples, reason=reason)

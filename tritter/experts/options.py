@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from tritter.limits import MAX_PARAMETERS
-from tritter.novelty import NoveltyOptions
-from tritter.options import Count, Text, WholeNumber, options
+from tritter.novelty.detectors import DETECTORS, Detector, NoveltyOptions
+from tritter.options import Count, Text, WholeNumber, options, part_field
 
 MAX_RANK, MAX_EXPERTS = 1024, 256
 _Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
@@ -47,7 +47,7 @@ class DynamicOptions(AdapterOptions):
         router: see `tritter.experts.mixture`.
         shared_router: one learned router for all layers.
         prior, evidence_scale, evidence_window: of `Evidence`.
-        detector: of novelty: a name of ours, or `name` and options of it.
+        detector: of novelty, as `tritter.options.read_part` reads it.
         min_samples, in_a_row, confidence, cooldown, moving_average: of a decision on novelty.
         min_gain: nats per token that a new skill is harder for the base than its own text, at
             least; below it an expert is not worth its weights.
@@ -78,7 +78,7 @@ class DynamicOptions(AdapterOptions):
     prior: float
     evidence_scale: Annotated[float, Field(gt=0)]
     evidence_window: Count
-    detector: str | dict[str, Any]
+    detector: Annotated[Detector, *part_field("experts.detector", DETECTORS, base=Detector)]
     min_samples: Annotated[int, Field(ge=2, le=1_000_000)]
     in_a_row: Count
     confidence: Annotated[float, Field(ge=0.5, lt=1)]

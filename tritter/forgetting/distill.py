@@ -11,7 +11,7 @@ are those of the task, and their gradient is all that is held of that size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,9 +19,9 @@ from pydantic import Field
 
 from tritter.data.batches import this_rank
 from tritter.data.packing import kept_tokens, lengths_read
-from tritter.errors import TritterError
+from tritter.errors import Problem, TritterError
 from tritter.families import forward_flops
-from tritter.options import Count, Text, options
+from tritter.options import Count, RunRequest, Text, options
 from tritter.training import ForgettingMethod, Needs, Task
 
 if TYPE_CHECKING:
@@ -195,9 +195,17 @@ class Distill(ForgettingMethod):
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        return Needs(
-            teacher=True, teacher_place=options.teacher, replayed_rows=options.rows == "old"
-        )
+        return Needs(teacher=True, teacher_place=options.teacher)
+
+    @classmethod
+    def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
+        is_mixed = any(one.kind.needs(one.options).mixes for one in run.forgetting)
+        if options.rows == "old" and not is_mixed:
+            reason = (
+                "there are no old rows, as no method replays any; allowed is new, or replay "
+                "beside it: forgetting=[replay,distill]"
+            )
+            yield Problem("forgetting.distill.rows", options.rows, reason=reason)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         if task.teacher is None:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from tritter.errors import Problem, RequestError
-from tritter.families import Places, StoredTensor
-from tritter.options import Count, Text, options
+from tritter.families import Config, LogicalTensor, Places, StoredTensor, family_of
+from tritter.options import Count, RunRequest, Start, Text, options
 from tritter.training import ForgettingMethod, Needs, Task
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Freeze(ForgettingMethod):
 
     name = "freeze"
     Options = FreezeOptions
+    freezes = True
 
     def __init__(
         self,
@@ -106,6 +108,54 @@ class Freeze(ForgettingMethod):
         self._step = 0
         self._held: dict[str, Tensor] = {}  # parameter → mask of the entries that are not
         self._values: dict[str, Tensor] = {}  # what stands there
+
+    @classmethod
+    def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
+        steps, at = run.training.max_steps, options.first_step(run.training.max_steps)
+        if at is not None and at >= steps:
+            reason = (
+                f"the training has training.max_steps = {steps}; allowed is less, or null for never"
+            )
+            yield Problem(f"{_KEY}.until", options.until, reason=reason)
+        if options.new_only and run.optimizer.carry:
+            reason = (
+                f"with {_KEY}.new_only = true only what is new is trained, and it has no moments "
+                "yet; leave one of the two out"
+            )
+            yield Problem("optimizer.carry", True, reason=reason)
+        if run.growth is None:
+            return
+        if options.new_only:
+            reason = (
+                "neurons that grow would change what is frozen in part; with growth=none it works"
+            )
+            yield Problem(f"{_KEY}.new_only", True, reason=reason)
+        if options.until is None and options.places is not None and "ffn" in options.places.parts:
+            reason = "the FFNs, in which neurons grow, would be frozen; freeze attention, or an end"
+            yield Problem(f"{_KEY}.layers", options.layers, reason=reason)
+
+    @classmethod
+    def start_problems(cls, options: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
+        if options.new_only and (reason := _why_nothing_is_new(run)):
+            yield Problem(f"{_KEY}.new_only", True, reason=reason)
+        if options.old_experts and not family_of(start.trained[-1]).has_experts:
+            reason = "the model is dense and has no experts; name layers instead"
+            yield Problem(f"{_KEY}.old_experts", True, reason=reason)
+        places = options.places
+        if places is not None and (reason := _why_no_places(places, start.trained)):
+            yield Problem(f"{_KEY}.layers", options.layers, reason=reason)
+
+    @classmethod
+    def num_frozen(cls, options: Any, trained: Config, before: Config, run: RunRequest) -> int:
+        if options.until is not None:
+            return 0
+        family, places, frozen = family_of(trained), options.places, 0
+        appends = any(getattr(spec, "is_append", False) for spec in run.expansion)
+        for tensor, is_tied in _tensors(trained):
+            is_held = places is not None and places.has(tensor, is_tied=is_tied)
+            if is_held or (options.old_experts and tensor.is_per_expert and not appends):
+                frozen += prod(family.shape(tensor, trained))
+        return max(frozen, family.count_parameters(before)) if options.new_only else frozen
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
@@ -216,3 +266,40 @@ def _height(name: str, layers: dict[str, int | None], embeddings: Collection[str
 
 def _is_tied(places: tuple[StoredTensor, ...]) -> bool:
     return all(part.tensor.kind != "head" for stored in places for part in stored.parts)
+
+
+def _why_nothing_is_new(run: RunRequest) -> str:
+    specs, is_planned = run.expansion, run.pipeline.target_params is not None
+    if run.control:
+        return "the control does not grow, and nothing of it would be trained; leave one out"
+    if len(run.text.tasks) > 1:
+        return "the model grows for the first task alone, and the others add nothing new"
+    if not specs and not is_planned:
+        return "without an expansion nothing is new; choose one, or name layers instead"
+    if specs and all(s.expansion_type == "depth" and not s.is_exact for s in specs):
+        names = " and ".join(spec.name for spec in specs)
+        return f"{names} only copies layers, which are not new; use llama_pro, width or moe"
+    return ""
+
+
+def _why_no_places(places: Places, grown: tuple[Config, ...]) -> str:
+    smallest = grown[0]
+    layers = family_of(smallest).dimensions(smallest).num_hidden_layers
+    if places.last_layer >= layers:
+        which = "smallest model that is trained" if len(grown) > 1 else "model that is trained"
+        return f"the {which} has {layers} layers; allowed are 0 to {layers - 1}"
+    for word in places.parts:
+        one = Places.read([word])
+        if not any(one.has(tensor, is_tied=is_tied) for tensor, is_tied in _tensors(grown[-1])):
+            return f"the model has no {word}; leave it out"
+    for each in grown:
+        if all(places.has(tensor, is_tied=is_tied) for tensor, is_tied in _tensors(each)):
+            return "that is all of the model, and nothing is left to train"
+    return ""
+
+
+def _tensors(config: Config) -> Iterator[tuple[LogicalTensor, bool]]:
+    """Yield the tensors of a model, each with whether its head is tied."""
+    tensors = family_of(config).logical_tensors(config)
+    is_tied = all(tensor.kind != "head" for tensor in tensors)
+    yield from ((tensor, is_tied) for tensor in tensors)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -19,10 +20,10 @@ from pydantic import Field
 from tritter.data.batches import BatchStream
 from tritter.data.packing import apart_of
 from tritter.data.replay import ReplayBuffer, Weighting
-from tritter.errors import RequestError, TritterError
+from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.evaluation.inference import evaluating
 from tritter.families import family_of, forward_flops
-from tritter.options import Count, WholeNumber, options
+from tritter.options import Count, RunRequest, WholeNumber, options
 from tritter.training import ForgettingMethod, Needs, Preparation, Prepared, Task
 
 if TYPE_CHECKING:
@@ -212,6 +213,18 @@ class ReplayOptions:
     keep: WholeNumber = 0
 
 
+def _fraction_problems(name: str, options: Any, run: RunRequest) -> Iterator[Problem]:
+    """Yield that not one sequence of a training would be replayed."""
+    gathered = run.trainer_arguments.get("accumulate_grad_batches", 1)
+    sequences = run.training.max_steps * gathered * run.data.batch_size
+    if math.floor(sequences * options.fraction) < 1:
+        reason = (
+            f"of the {sequences} sequences that are trained on not one would be replayed; "
+            f"use at least {1 / sequences:.2g}, or leave {name} out"
+        )
+        yield Problem(f"forgetting.{name}.fraction", options.fraction, reason=reason)
+
+
 class Replay(ForgettingMethod):
     """Mix old sequences into the batches.
 
@@ -224,6 +237,7 @@ class Replay(ForgettingMethod):
 
     name = "replay"
     Options = ReplayOptions
+    uses_weights = False
 
     def __init__(
         self,
@@ -241,6 +255,21 @@ class Replay(ForgettingMethod):
     @classmethod
     def needs(cls, options: Any) -> Needs:
         return Needs(old_text=True, mixes=True, keeps=options.keep)
+
+    @classmethod
+    def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
+        yield from _fraction_problems(cls.name, options, run)
+        key, old, weights = "forgetting.replay.weights", run.text.old, options.weights or {}
+        earlier = chain.from_iterable(run.text.tasks[:-1])
+        known = tuple(dict.fromkeys([*old, *earlier, *run.text.kept.sequences]))
+        unknown = [name for name in weights if name not in known]
+        for name in unknown:
+            reason = f"there is no such old domain; there are {', '.join(known) or 'none'}"
+            near = nearest(name, known)
+            yield Problem(f"{key}.{name}", weights[name], reason=reason, nearest=near)
+        if not unknown and old and not any(weights.get(name, 1) for name in old):
+            reason = "every old domain has the weight 0; leave replay out instead"
+            yield Problem(key, dict(weights), reason=reason)
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         # The place in the buffer is part of the batches' place, which checkpoints keep
@@ -319,6 +348,10 @@ class SelfReplay(ForgettingMethod):
     @classmethod
     def needs(cls, options: Any) -> Needs:
         return Needs(writes=True, mixes=True)
+
+    @classmethod
+    def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
+        yield from _fraction_problems(cls.name, options, run)
 
     def prepare(self, given: Preparation) -> Prepared:
         from tritter.models import config_of  # transformers, which a refusal does not wait for

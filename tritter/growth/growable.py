@@ -3,11 +3,11 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial, reduce
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, Unpack
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -23,18 +23,27 @@ from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.expand.folder import known_digests
 from tritter.families import Config, family_of
 from tritter.growth.grower import Grower, Growth
-from tritter.growth.initialisers import Initialiser
-from tritter.growth.options import COOLDOWN, MATURATION_AGE, GrowthOptions, Timing
+from tritter.growth.initialisers import GradMax, Initialiser
 from tritter.growth.places import FfnPlace, freeze_all_but_ffns
 from tritter.growth.plain_loop import PlainLoop
 from tritter.growth.record import growth_record, map_digest
-from tritter.growth.triggers import INITIALISERS, TRIGGERS, Trigger
+from tritter.growth.triggers import (
+    COOLDOWN,
+    INITIALISERS,
+    MATURATION_AGE,
+    TRIGGERS,
+    GrowthOptions,
+    Percentile,
+    Timing,
+    Trigger,
+)
 from tritter.models import config_of, load_model, named_tensors, read_config
-from tritter.options import read_options
+from tritter.options import read_options, read_part
 from tritter.storage.hashing import merkle_hash
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.storage.writer import TensorStream
+from tritter.targets import plain, values_of
 
 Counts = dict[str, int]
 
@@ -148,9 +157,6 @@ def counted(growth: Growth | None) -> Counts:
     }
 
 
-Part = TypeVar("Part", Trigger, Initialiser)
-
-
 class GrowthKeywords(TypedDict, total=False):
     """The keywords of all growable modules; what is left out is as the README has it.
 
@@ -212,7 +218,7 @@ _USUAL: Mapping[str, Any] = {
     "max_new_parameters": None,
 }
 # Of a training whose end is known, or asked elsewhere
-_ELSEWHERE: Mapping[str, Any] = {"max_extra_flops": None, "at": None, "freeze_attention": False}
+_ELSEWHERE: Mapping[str, Any] = {"max_extra_flops": None, "freeze_attention": False}
 
 
 def made_grower(asked: GrowthKeywords) -> Grower:
@@ -230,10 +236,14 @@ def made_grower(asked: GrowthKeywords) -> Grower:
     ]
     raise_problems(problems)
     values = {**_USUAL, **given}
-    trigger = _part("trigger", values["trigger"], _TRIGGERS, Trigger)
-    initialiser = _part("initialiser", values["initialiser"], INITIALISERS, Initialiser)
-    values |= {"trigger": type(trigger).__name__, "initialiser": type(initialiser).__name__}
-    options = read_options(GrowthOptions, {**values, **_ELSEWHERE}, prefix="", problems=problems)
+    if (kind := TRIGGERS.get(str(values["trigger"]))) is not None and kind.needs_end:
+        reason = "it acts until an end that a loop of one's own doesn't say; allowed is one of "
+        reason += f"{', '.join(_TRIGGERS)}, or a Trigger"
+        raise RequestError(Problem("trigger", kind.name, reason=reason))
+    trigger = read_part("trigger", values["trigger"], _TRIGGERS, base=Trigger)
+    initialiser = read_part("initialiser", values["initialiser"], INITIALISERS, base=Initialiser)
+    values |= {"trigger": Percentile.name, "initialiser": GradMax.name, **_ELSEWHERE}
+    options = read_options(GrowthOptions, values, prefix="", problems=problems)
     raise_problems(problems)
     assert options is not None, "there would be a problem"
     timing = Timing(
@@ -244,23 +254,13 @@ def made_grower(asked: GrowthKeywords) -> Grower:
         maturation_age=values["maturation_age"],
         max_steps=None,
     )
-    return Grower(options, trigger, initialiser, timing=timing, seed=seed)
+    return Grower(
+        replace(options, trigger=trigger, initialiser=initialiser), timing=timing, seed=seed
+    )
 
 
-# Those that have to know where a training ends are of runs
-_TRIGGERS = {n: kind for n, kind in TRIGGERS.items() if n not in ("budget", "meeting")}
-
-
-def _part(key: str, said: Any, ours: Mapping[str, type[Part]], base: type[Any]) -> Part:
-    if isinstance(said, base):
-        found: Part = said
-        return found
-    if isinstance(said, str) and said in ours:
-        return ours[said]()
-    reason = f"allowed is one of {', '.join(ours)}, or a {base.__name__}"
-    if said == "budget":
-        reason = f"it spends evenly until an end that a loop of one's own doesn't say; {reason}"
-    raise RequestError(Problem(key, said, reason=reason, nearest=nearest(str(said), ours)))
+# Others have to know where a training ends
+_TRIGGERS = {name: kind for name, kind in TRIGGERS.items() if not kind.needs_end}
 
 
 class GrowableLinear(GrowableLayer, nn.Linear):
@@ -586,7 +586,7 @@ class GrowableCausalLM(Growable, nn.Module):
         return growth_record(
             self._start,
             config_of(self.model),
-            options=asdict(grower.asked),
+            options=plain(values_of(grower.asked)),
             seed=grower.seed,
             digest=map_digest(self._loop.journal),
             is_exact=grower.is_exact,

@@ -17,11 +17,10 @@ from torch.nn import functional as F
 from tritter.expand import Change
 from tritter.expand.change import declared
 from tritter.families import LogicalTensor, Port, family_of, with_ffn_sizes
-from tritter.growth.initialisers import Initialiser, Layer, NewNeurons
+from tritter.growth.initialisers import Layer, NewNeurons
 from tritter.growth.look import Look
-from tritter.growth.options import GrowthOptions, Timing
 from tritter.growth.places import FFN, FfnPlace, ffn_places, ffn_tensors
-from tritter.growth.triggers import Trigger, View, affordable, is_plateau
+from tritter.growth.triggers import GrowthOptions, Timing, View, affordable, is_plateau
 from tritter.models import config_of
 from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.parameter_map.axis_map import NO_SOURCE
@@ -222,15 +221,13 @@ class Grower:
     def __init__(
         self,
         asked: GrowthOptions,
-        trigger: Trigger,
-        initialiser: Initialiser,
         *,
         timing: Timing,
         seed: int,
         tokens_per_step: int = 0,
     ) -> None:
         self.asked, self.timing = asked, timing
-        self.trigger, self.initialiser = trigger, initialiser
+        self.trigger, self.initialiser = asked.trigger, asked.initialiser
         self.pressure = Pressure(asked.pressure_decay)
         self.maturity = Maturity(age=timing.maturation_age, factor=asked.maturation_factor)
         self.counts, self.map = Counts(), GrowthMap()
@@ -242,7 +239,7 @@ class Grower:
         self.seed = seed
         self._tokens_per_step = tokens_per_step
         self._history: list[list[float]] = []
-        has_losses = trigger.needs_losses or asked.plateau_threshold is not None
+        has_losses = asked.trigger.needs_losses or asked.plateau_threshold is not None
         self._losses: deque[float] = deque(
             maxlen=max(asked.plateau_steps, MAX_LOSSES) if has_losses else 0
         )
@@ -296,7 +293,7 @@ class Grower:
     def may_grow_after(self, step: int) -> bool:
         """Say whether the model may grow after so many steps, so that it has to be looked at."""
         is_last = step == self.timing.max_steps  # what is born then would never be trained
-        is_cool = self._is_cool(step) or not self.trigger.waits(self.asked)
+        is_cool = self._is_cool(step) or not self.trigger.waits()
         return self._is_due(step) and is_cool and not is_last
 
     def is_check(self, step: int) -> bool:
@@ -431,7 +428,7 @@ class Grower:
         return torch.cat([young, self._new[layer]]).unique()
 
     def _is_due(self, step: int) -> bool:
-        return self.trigger.is_due(step, self.timing, self.asked)
+        return self.trigger.is_due(step, self.timing)
 
     def _is_cool(self, step: int) -> bool:
         return step - self.counts.last_step >= self.timing.cooldown

@@ -150,6 +150,7 @@ class Initialiser(ABC):
         orthogonalise: new directions against those that the layer has.
     """
 
+    name: ClassVar[str] = ""  # of ours, in `INITIALISERS`
     is_exact: ClassVar[bool] = True  # the function is kept
 
     orthogonalise: Against = "none"
@@ -173,6 +174,8 @@ class GradMax(Initialiser):
     rows along the right singular vectors of M make it long: as long as the median of the layer's
     columns, and no row answers more strongly than the layer's do.
     """
+
+    name: ClassVar[str] = "gradmax"
 
     def neurons(self, layer: Layer) -> NewNeurons:
         import torch
@@ -245,6 +248,8 @@ class Split(Initialiser):
         share: of the output, of the new one.
     """
 
+    name: ClassVar[str] = "split"
+
     share: Annotated[float, Field(gt=0, lt=1)] = 0.3
 
     def neurons(self, layer: Layer) -> NewNeurons:
@@ -266,6 +271,8 @@ class SourceNoise(Initialiser):
         noise: its standard deviation, relative to that of the layer's weights.
     """
 
+    name: ClassVar[str] = "source_noise"
+
     is_exact: ClassVar[bool] = False
 
     orthogonalise: Against = "neighbours"
@@ -285,6 +292,8 @@ class SourceNoise(Initialiser):
 @options
 class Random(Initialiser):
     """New directions of the strength that the layer's have; they write nothing at first."""
+
+    name: ClassVar[str] = "random"
 
     def neurons(self, layer: Layer) -> NewNeurons:
         from torch import Tensor

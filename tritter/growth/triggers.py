@@ -7,16 +7,56 @@ it has no state of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
+from tritter.errors import Problem
 from tritter.growth.initialisers import GradMax, Initialiser, Random, SourceNoise, Split
-from tritter.growth.options import GrowthOptions, Timing
-from tritter.options import options
+from tritter.limits import MAX_PARAMETERS
+from tritter.options import Count, WholeNumber, options, part_field
+
+REFERENCE_STEPS = 2_000  # of a training that the README's numbers are for
+COOLDOWN, CHECK_EVERY, MATURATION_AGE = 200, 100, 500  # the README's
+WARMUP_SHARE = 0.05  # of a training; its first gradients say little
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """The schedules of growth in steps of one training.
+
+    Args:
+        max_steps: of the training; None: not known, as in a loop of one's own.
+    """
+
+    check_every: int
+    cooldown: int
+    warmup: int
+    maturation_age: int
+    max_steps: int | None
+
+    @classmethod
+    def of(cls, asked: GrowthOptions, *, max_steps: int | None) -> Timing:
+        """Return what `asked` means in a training of so many steps."""
+        part = 1.0 if max_steps is None else min(1.0, max_steps / REFERENCE_STEPS)
+
+        def scaled(value: int | None, usual: int) -> int:
+            return max(1, ceil(usual * part)) if value is None else value
+
+        warmup = asked.warmup_steps
+        if warmup is None:
+            warmup = ceil(WARMUP_SHARE * (max_steps or REFERENCE_STEPS))
+        return cls(
+            check_every=scaled(asked.check_every, CHECK_EVERY),
+            cooldown=scaled(asked.growth_cooldown, COOLDOWN),
+            warmup=warmup,
+            maturation_age=scaled(asked.maturation_age, MATURATION_AGE),
+            max_steps=max_steps,
+        )
+
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,15 +104,20 @@ class View:
 class Trigger(ABC):
     """Decides at a check; from outside, a record of options with this base."""
 
+    name: ClassVar[str] = ""  # of ours, in `TRIGGERS`
+    advice: ClassVar[str] = ""  # what to try where nothing grew
     needs_losses: ClassVar[bool] = False
-    needs_budget: ClassVar[bool] = False
-    takes_steps: ClassVar[bool] = False  # `growth.at`
+    needs_end: ClassVar[bool] = False  # it has to know where the training ends
 
-    def is_due(self, step: int, timing: Timing, asked: GrowthOptions) -> bool:
+    def problems(self, asked: GrowthOptions, *, max_steps: int) -> Iterator[Problem]:
+        """Yield why it can't decide in a training of so many steps, whatever the model."""
+        yield from ()
+
+    def is_due(self, step: int, timing: Timing) -> bool:
         """Say whether the trigger is asked after so many steps."""
         return step >= timing.warmup and step % timing.check_every == 0
 
-    def waits(self, asked: GrowthOptions) -> bool:
+    def waits(self) -> bool:
         """Say whether the cooldown holds for it."""
         return True
 
@@ -96,6 +141,9 @@ class Percentile(Trigger):
     For pressures that come in no particular order a layer grows at `rate` of the checks: the rank
     of a new value among n old ones is uniform.
     """
+
+    name: ClassVar[str] = "percentile"
+    advice: ClassVar[str] = "a lower growth.gradient_percentile"
 
     def decide(self, view: View) -> Mapping[int, int]:
         old = view.history.flatten()
@@ -135,6 +183,8 @@ class WithinLayer(Trigger):
     There are always some, so every layer grows whenever the cooldown allows it.
     """
 
+    name: ClassVar[str] = "within_layer"
+
     def decide(self, view: View) -> Mapping[int, int]:
         import torch
 
@@ -148,29 +198,47 @@ class WithinLayer(Trigger):
 
 @options
 class Plateau(Trigger):
-    """The layer of the highest pressure, when the loss falls no longer."""
+    """The layer of the highest pressure, when the loss falls no longer.
 
+    Args:
+        threshold: relative change of the loss within `growth.plateau_steps`, below which it grows.
+    """
+
+    name: ClassVar[str] = "plateau"
+    advice: ClassVar[str] = "a higher threshold of growth.trigger"
     needs_losses: ClassVar[bool] = True
 
+    threshold: Annotated[float, Field(gt=0)] = 0.01
+
     def decide(self, view: View) -> Mapping[int, int]:
-        if not is_plateau(view, view.options.plateau_threshold or 0.01):
+        if not is_plateau(view, self.threshold):
             return {}
         return {view.highest: view.options.max_growth_per_step}
 
 
 @options
 class Scheduled(Trigger):
-    """All layers, after the steps of `growth.at`, or whenever the cooldown allows it."""
+    """All layers, after certain steps, or whenever the cooldown allows it.
 
-    takes_steps: ClassVar[bool] = True
+    Args:
+        at: the steps, whatever the cooldown; None: at each check.
+    """
 
-    def waits(self, asked: GrowthOptions) -> bool:
-        return asked.at is None
+    name: ClassVar[str] = "schedule"
+    advice: ClassVar[str] = "steps of growth.trigger.at that the training reaches"
 
-    def is_due(self, step: int, timing: Timing, asked: GrowthOptions) -> bool:
-        if asked.at is not None:
-            return step in asked.at
-        return Trigger.is_due(self, step, timing, asked)
+    at: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+
+    def problems(self, asked: GrowthOptions, *, max_steps: int) -> Iterator[Problem]:
+        if late := [step for step in self.at or () if step >= max_steps]:
+            reason = f"the training has training.max_steps = {max_steps}; allowed are steps before"
+            yield Problem("growth.trigger.at", late, reason=reason)
+
+    def waits(self) -> bool:
+        return self.at is None
+
+    def is_due(self, step: int, timing: Timing) -> bool:
+        return Trigger.is_due(self, step, timing) if self.at is None else step in self.at
 
     def decide(self, view: View) -> Mapping[int, int]:
         return dict.fromkeys(range(len(view.pressures)), view.options.max_growth_per_step)
@@ -184,7 +252,14 @@ class Budget(Trigger):
     often, and `max_growth_per_step` how much at most in one event.
     """
 
-    needs_budget: ClassVar[bool] = True
+    name: ClassVar[str] = "budget"
+    advice: ClassVar[str] = "a larger budget"
+    needs_end: ClassVar[bool] = True
+
+    def problems(self, asked: GrowthOptions, *, max_steps: int) -> Iterator[Problem]:
+        if not (asked.max_new_parameters or asked.max_extra_flops):
+            reason = "say what it may spend: growth.max_new_parameters or growth.max_extra_flops"
+            yield Problem("growth.trigger", self.name, reason=reason)
 
     def decide(self, view: View) -> Mapping[int, int]:
         timing, asked = view.timing, view.options
@@ -324,7 +399,9 @@ class Meeting(Trigger):
         times: how often it may grow.
     """
 
+    name: ClassVar[str] = "meeting"
     needs_losses: ClassVar[bool] = True
+    needs_end: ClassVar[bool] = True
 
     times: Annotated[int, Field(ge=1, le=100)] = 1
 
@@ -346,16 +423,64 @@ class Meeting(Trigger):
 
 
 TRIGGERS: Mapping[str, type[Trigger]] = {
-    "percentile": Percentile,
-    "plateau": Plateau,
-    "schedule": Scheduled,
-    "budget": Budget,
-    "meeting": Meeting,
-    "within_layer": WithinLayer,
+    kind.name: kind for kind in (Percentile, Plateau, Scheduled, Budget, Meeting, WithinLayer)
 }
 INITIALISERS: Mapping[str, type[Initialiser]] = {
-    "gradmax": GradMax,
-    "split": Split,
-    "source_noise": SourceNoise,
-    "random": Random,
+    kind.name: kind for kind in (GradMax, Split, SourceNoise, Random)
 }
+
+_Percent = Annotated[float, Field(gt=0, lt=100)]
+_Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+@options
+class GrowthOptions:
+    """The keys of `growth`.
+
+    Args:
+        trigger: as `tritter.options.read_part` reads it; `initialiser` likewise.
+        growth_cooldown: steps from the beginning, and between two events. None: 200, or in a
+            training shorter than 2,000 steps in proportion less; `check_every` (100) and
+            `maturation_age` (500) likewise.
+        warmup_steps: None: a twentieth of the training.
+        gradient_percentile: of the pressures of all layers at earlier checks.
+        pressure_decay: of the moving average of gradients.
+        history_checks: earlier checks that count.
+        max_growth_per_step: neurons, of a layer in an event.
+        maturation_factor: on the updates of young neurons.
+        plateau_threshold: relative change of the loss below which growth waits no longer; None:
+            growth does not wait for a plateau.
+        plateau_steps: that the change is taken over.
+        max_new_parameters: of a training; None: no limit.
+        max_extra_flops: of what new neurons add to a training; None: no limit.
+        enable_replacement: dead neurons are used again, before others are added.
+        dead_quantile: of all layers' Wanda scores, below which a mature neuron is dead.
+        freeze_attention: the FFNs alone are trained.
+    """
+
+    trigger: Annotated[Trigger, *part_field("growth.trigger", TRIGGERS, base=Trigger)]
+    initialiser: Annotated[
+        Initialiser, *part_field("growth.initialiser", INITIALISERS, base=Initialiser)
+    ]
+    gradient_percentile: _Percent
+    pressure_decay: Annotated[float, Field(ge=0, lt=1)]
+    history_checks: Count
+    check_every: Count | None
+    growth_cooldown: Count | None
+    warmup_steps: WholeNumber | None
+    max_growth_per_step: Count
+    maturation_age: WholeNumber | None
+    maturation_factor: Annotated[float, Field(gt=0)]
+    plateau_threshold: Annotated[float, Field(gt=0)] | None
+    plateau_steps: Annotated[int, Field(ge=2, le=100_000)]
+    max_new_parameters: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)] | None
+    max_extra_flops: Annotated[float, Field(gt=0)] | None
+    enable_replacement: bool
+    dead_quantile: _Share
+    freeze_attention: bool
+
+    @property
+    def name(self) -> str:
+        """Its trigger and its initialiser, as reports name it."""
+        parts = (type(self.trigger), type(self.initialiser))
+        return "+".join(kind.name or kind.__name__ for kind in parts)

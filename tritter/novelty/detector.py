@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tritter.errors import RequestError, TritterError, raise_problems
-from tritter.novelty.detectors import Detector, NoveltyOptions, detector_of
+from tritter.novelty.detectors import DETECTORS, Detector, NoveltyOptions
 from tritter.novelty.library import Gather, Skill, SkillLibrary, alone
 from tritter.novelty.observation import Observation
 from tritter.novelty.statistics import t_interval
-from tritter.options import checked
+from tritter.options import checked, read_part
 
 FORMAT_VERSION = 1
 _NEW = ""  # the name of a run of batches that are like no skill
@@ -69,7 +69,7 @@ class NoveltyDetector:
         options: NoveltyOptions | None = None,
     ) -> None:
         self.library = SkillLibrary() if library is None else library
-        self.detector = detector_of(detector)
+        self.detector = read_part("novelty.detector", detector, DETECTORS, base=Detector)
         self.options = options or NoveltyOptions()
         raise_problems(checked(self.options, prefix="novelty"))
         self._run = _NEW  # what the batches of the run are like

@@ -7,18 +7,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tritter.errors import Problem, RequestError, TritterError, nearest, raise_problems
+from tritter.errors import RequestError, TritterError
 from tritter.novelty.library import SkillLibrary, embedded
 from tritter.novelty.observation import Observation, joined
 from tritter.novelty.statistics import share_bound
-from tritter.options import Count, WholeNumber, checked, options, read_options
+from tritter.options import Count, WholeNumber, options
 
 Confidence = Annotated[float, Field(ge=0.5, lt=1)]
 
@@ -87,6 +87,8 @@ class Scores:
 class Detector(ABC):
     """Says how unlike each known skill samples are; from outside, options with this base."""
 
+    name: ClassVar[str] = ""  # of ours, in `DETECTORS`
+
     @abstractmethod
     def against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
         """Return skill → novelty of each sample against it, float64 [B]; large is unlike.
@@ -121,6 +123,8 @@ class Detector(ABC):
 class MahalanobisNovelty(Detector):
     """The z-score of the distance of a batch's mean features from each known skill."""
 
+    name: ClassVar[str] = "mahalanobis"
+
     threshold: Annotated[float, Field(gt=0)] = THRESHOLD
 
     def against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
@@ -144,6 +148,8 @@ class LossNovelty(Detector):
     Args:
         with_features: False: the loss alone.
     """
+
+    name: ClassVar[str] = "loss"
 
     threshold: Annotated[float, Field(gt=0)] = THRESHOLD
     with_features: bool = True
@@ -190,6 +196,8 @@ class CosineNovelty(Detector):
         lowest, highest: between which τ_k stays.
         reduction: over the library.
     """
+
+    name: ClassVar[str] = "cosine"
 
     threshold: _Similarity = 0.75
     decay: Annotated[float, Field(ge=0)] = 0.0
@@ -441,39 +449,5 @@ class NovelSamples:
 
 
 DETECTORS: Mapping[str, type[Detector]] = {
-    "loss": LossNovelty,
-    "mahalanobis": MahalanobisNovelty,
-    "cosine": CosineNovelty,
+    kind.name: kind for kind in (LossNovelty, MahalanobisNovelty, CosineNovelty)
 }
-
-
-def detector_of(
-    asked: "str | Mapping[str, Any] | Detector", *, key: str = "novelty.detector"
-) -> Detector:
-    """Return a detector: by its name, by `name` and options of it, or one that was made.
-
-    Args:
-        key: of it in messages.
-
-    Raises:
-        RequestError: there is no such detector, or an option is wrong.
-    """
-    if isinstance(asked, Detector):
-        raise_problems(checked(asked, prefix=key))
-        return asked
-    given = {"name": asked} if isinstance(asked, str) else dict(asked)
-    name = str(given.pop("name", ""))
-    if name not in DETECTORS:
-        raise RequestError(
-            Problem(
-                key,
-                name,
-                reason=f"the detectors are {', '.join(DETECTORS)}",
-                nearest=nearest(name, DETECTORS),
-            )
-        )
-    problems: list[Problem] = []
-    made = read_options(DETECTORS[name], given, prefix=key, problems=problems)
-    raise_problems(problems)
-    assert made is not None, "options without a problem make a record"
-    return made

@@ -14,10 +14,11 @@ from tritter.checkpoint import Lineage, lineage_of, write_checkpoint
 from tritter.checkpoint.left import checkpoint_changes
 from tritter.checkpoint.record import training_record
 from tritter.checkpoint.state import copy_states, read_state
-from tritter.config.fingerprint import effective_arguments, optimizer_record
-from tritter.config.schema import DataConfig, TrainingConfig
+from tritter.config.run_folder import effective_arguments, optimizer_record
+from tritter.config.schema import TrainingConfig
 from tritter.config.validation import source_config
 from tritter.data.cache import one_at_a_time, set_aside
+from tritter.data.options import DataConfig
 from tritter.data.tokens import END_OF_TEXT
 from tritter.errors import TritterError
 from tritter.families import Config, count_parameters

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from tritter.checkpoint.record import LearnedDomain
 from tritter.config.memory import memory_notes
-from tritter.config.run_text import DomainText, RunText
-from tritter.config.schema import CheckpointModelConfig, DatasetsConfig, RunConfig
+from tritter.config.schema import (
+    CheckpointModelConfig,
+    DomainText,
+    RunConfig,
+    RunText,
+)
 from tritter.config.text_resolution import run_text
 from tritter.config.training_steps import rate_notes
 from tritter.config.validation import known_config
@@ -28,6 +32,7 @@ from tritter.data.datamodule import EvaluationText
 from tritter.data.datasets import dataset_names
 from tritter.data.documents import Document
 from tritter.data.local_files import TextFileError
+from tritter.data.options import DatasetsConfig
 from tritter.data.packing import Apart, num_packed, packed, padding_fraction, read_apart
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import find_texts, recorded_paths, source_documents

@@ -17,7 +17,8 @@ from tritter.checkpoint import Lineage, lineage_of, read_lineage, write_lineage
 from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.config.launch.composition import load_config
 from tritter.config.overrides import quoted
-from tritter.config.schema import RunConfig, TextSources
+from tritter.config.schema import RunConfig
+from tritter.data.options import TextSources
 from tritter.expand import PlannedExpansion
 from tritter.expand.folder import known_digests
 from tritter.expansion import ExpansionSpec, MoeAdd, ResolvedExpansion

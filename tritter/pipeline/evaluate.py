@@ -7,12 +7,12 @@ from pathlib import Path
 from torch import nn
 
 from tritter.checkpoint import Lineage
-from tritter.config.run_text import RunText
-from tritter.config.schema import CheckpointModelConfig, TextDataConfig
+from tritter.config.schema import CheckpointModelConfig, RunText
 from tritter.config.text_resolution import run_text
 from tritter.config.validation import cache_folder
 from tritter.data.corpus import build_corpus
 from tritter.data.documents import notes_of
+from tritter.data.options import TextDataConfig
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.sources import source_documents
 from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenise

@@ -57,8 +57,8 @@ def method_of(context: RunContext, arm: Arm) -> Experts | None:
     asked = context.config.experts
     if asked is None or arm.is_control:
         return None
-    made: Experts = asked.made()
-    return made
+    method: Experts = asked.kind(asked.options)
+    return method
 
 
 def training_of(context: RunContext, arm: Arm) -> TrainingConfig:
@@ -229,7 +229,9 @@ class ExpertsAsked:
         if asked is None or arm.is_control:
             return None
         return cls(
-            name=asked.name, options=asked.plain(), seed=context.seed("experts", *arm.purpose)
+            name=asked.name,
+            options={"name": asked.name, **asked.plain()},
+            seed=context.seed("experts", *arm.purpose),
         )
 
     def records(self, config: Config, result: FitResult) -> list[ExpansionRecord]:
@@ -346,7 +348,8 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
     if asked is None:
         return None
     fits = [context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms]
-    record: dict[str, Any] = {"kind": asked.name, "options": asked.plain()}
+    options = {"name": asked.name, **asked.plain()}
+    record: dict[str, Any] = {"kind": asked.name, "options": options}
     evaluated = [context.ledger.found(f"{arm.name}.evaluate", EvaluationFound) for arm in arms]
     uses = [found.experts or {} for found in evaluated]
     record |= {**uses[-1], "phases": [use["usage"] for use in uses]}

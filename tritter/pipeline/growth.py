@@ -27,7 +27,7 @@ def begin(
     asked = context.config.growth
     if asked is None or arm.is_control:
         return (), ()
-    method = asked.made()
+    method = asked.kind(asked.options)
     method.freeze(model)
     data, trainer = context.config.data, context.trainer_settings
     tokens = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
@@ -100,6 +100,7 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
     }
     return {
         "options": {**asked.plain(), **first["timing"]},
+        "advice": asked.options.trigger.advice,
         "events": events,
         **totals,
         "neurons": {"before": first["neurons"]["before"], "after": last["neurons"]["after"]},

@@ -16,7 +16,7 @@ from uuid import uuid4
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
-from tritter.config.fingerprint import fingerprint
+from tritter.config.run_folder import fingerprint
 from tritter.config.schema import WandbConfig
 from tritter.evaluation.statistics import finite_or_none
 from tritter.pipeline.arm import Arm
@@ -25,7 +25,7 @@ from tritter.pipeline.ledger import ExpansionFound, TrainingFound
 from tritter.report.rows import ACCURACY, domain_rows
 from tritter.report.summary import ExpertsRecord
 from tritter.storage.atomic import write_text_atomic
-from tritter.targets import TARGET, NamedTarget, built, imported
+from tritter.targets import Component, built
 from tritter.training import read_metrics
 
 WANDB_STEP = "trainer/global_step"  # as Lightning's logger calls it
@@ -396,20 +396,20 @@ def _close(logger: Logger, error: type[BaseException] | None, *_: object) -> Non
     logger.finalize("success" if error is None else "failed")
 
 
-def _built(named: NamedTarget, context: RunContext, part: str | None) -> Logger:
+def _built(named: Component, context: RunContext, part: str | None) -> Logger:
     """Build a logger that writes below the run folder, unless it is told another place.
 
     One that names its runs is told the part's name; of others each part has a folder.
     """
-    body = dict(named.body)
-    takes = inspect.signature(imported(body[TARGET])).parameters
+    body = dict(named.options)
+    takes = inspect.signature(named.kind).parameters
     has_names = "run_name" in takes
     if "save_dir" in takes:
         folder = context.folder / str(body.get("save_dir") or named.name)
         body["save_dir"] = str(folder if part is None or has_names else folder / part)
     if has_names:
         body["run_name"] = body.get("run_name") or run_name(context, part)
-    if issubclass(imported(body[TARGET]), MLFlowLogger) and body.get("run_id") is None:
+    if issubclass(named.kind, MLFlowLogger) and body.get("run_id") is None:
         kept = f"{named.name}_id" if part is None else f"{named.name}_id.{part}"
         return _same_run(body, context.folder / kept)
     logger = built(body)

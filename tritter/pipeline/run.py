@@ -345,7 +345,6 @@ def _print_next(context: RunContext, summary: Mapping[str, Any], plots: list[Pat
 
 
 _WITH_BODY = ("expansion", "experts")
-_REPLAYING = ("replay", "self_replay")
 _LARGEST_FRACTION = 0.5  # of replayed or of validation text: beyond it the other half suffers
 
 
@@ -389,7 +388,7 @@ def _after_kept(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
         yield {"control": "true"}, "the base that does not grow beside it"
     if not isinstance(config.model, CheckpointModelConfig):
         yield {"seed": str(config.seed + 1)}, "whether it holds with another seed"
-    is_dynamic = config.experts is not None and config.experts.is_dynamic
+    is_dynamic = config.experts is not None and config.experts.kind.is_dynamic
     if is_dynamic and not isinstance(config.model, CheckpointModelConfig):
         yield {"experts": "single_lora"}, "one adapter for everything, beside it"
     elif not isinstance(config.model, CheckpointModelConfig) and config.experts is None:
@@ -421,12 +420,12 @@ def _twice_as_long(config: RunConfig) -> dict[str, str]:
 
 def _stronger_protection(config: RunConfig) -> Advice:
     names = [options.name for options in config.forgetting]
-    replay = next((one for one in config.forgetting if one.name in _REPLAYING), None)
+    replay = next((one for one in config.forgetting if one.kind.needs(one.options).mixes), None)
     if replay is None:
         yield {"forgetting": _listed([*names, "replay"])}, "old text mixed in"
-    elif replay.options.fraction < _LARGEST_FRACTION:
-        fraction = min(_LARGEST_FRACTION, 2 * replay.options.fraction)
-        yield {f"forgetting.{replay.name}.fraction": f"{fraction:g}"}, "more old text mixed in"
+    elif (fraction := getattr(replay.options, "fraction", 1.0)) < _LARGEST_FRACTION:
+        more = min(_LARGEST_FRACTION, 2 * fraction)
+        yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "more old text mixed in"
     # Beside replay the one that kept most: experiments/2026-11-21_forgetting_methods
     if "distill" not in names and config.experts is None:
         protected = ["distill", *names] if names else ["distill", "replay"]

@@ -35,6 +35,7 @@ from tritter.pipeline.importance import left_sequences
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.storage.tensors import is_finite, main_dtype
 from tritter.storage.writer import TensorStream
+from tritter.targets import plain
 from tritter.training import FitResult
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.parameters import whole_state
@@ -207,7 +208,7 @@ def child_of(
             "stage": stage,
             "training": asdict(config.training),
             **{name: asdict(getattr(config, name)) for name in sections},
-            "forgetting": [{"name": one.name, **one.plain()} for one in config.forgetting],
+            "forgetting": [{"name": one.name, **plain(one.arguments)} for one in config.forgetting],
             "old": context.source_records(context.old_of(arm)),
             "new": context.source_records(context.new_of(arm)),
             **context.split_record(),

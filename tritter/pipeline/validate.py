@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tritter.checkpoint import Lineage, read_lineage
-from tritter.config.schema import TextSources
 from tritter.data.documents import Document, notes_of
+from tritter.data.options import TextSources
 from tritter.data.sources import source_documents
 from tritter.data.split import part_documents
 from tritter.data.tokens import PretrainedTokenizer, pack, read_tokenizer, tokenise

@@ -278,7 +278,8 @@ def _name(run: Run, keys: Sequence[str], *, beside: Collection[str]) -> str:
         methods["experts"] = [] if run.experts is None else [_short(run.experts.kind)]
     parts = [f"{key}={'+'.join(names) or 'none'}" for key, names in methods.items()]
     most = len(parts) + _MOST_NAMED
-    own = [key for key in keys if run.settings.get(key) is not None and key not in _NAMED_BY_GROWTH]
+    told = [key for key in keys if run.settings.get(key) is not None]
+    own = [key for key in told if key.removesuffix(".name") not in _NAMED_BY_GROWTH]
     parts += [f"{key.rpartition('.')[2]}={_short(run.settings[key])}" for key in own]
     name = " ".join(parts[:most]) + (" …" if len(parts) > most else "")
     return name if len(name) <= _NAME_CHARACTERS else name[: _NAME_CHARACTERS - 2] + ".."

@@ -18,7 +18,7 @@ from tritter.errors import TritterError
 from tritter.models import activations_recomputed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import remove_folder
-from tritter.targets import NamedTarget
+from tritter.targets import Component
 from tritter.terminal import Console
 from tritter.training.callbacks import (
     FiniteGuard,
@@ -59,7 +59,7 @@ def fit(
     observers: Sequence[Callback] = (),
     controls: Sequence[Callback] = (),
     changers: Sequence[Callback] = (),
-    theirs: Sequence[NamedTarget] = (),
+    theirs: Sequence[Component] = (),
     write_result: WriteResult | None = None,
     evaluation: EvaluationText | None = None,
 ) -> FitResult:

@@ -7,14 +7,17 @@ for them before the training (an importance, masks, a teacher) is made only when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.data.batches import BatchStream, drawn_equally
-from tritter.options import options
+from tritter.errors import Problem
+from tritter.families import Config
+from tritter.options import RunRequest, Start, options
 from tritter.seeds import derived_seed
+from tritter.targets import Component
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,7 +47,6 @@ class Needs:
         writes: its `prepare` returns text that the model itself wrote. Where there is no text of
             the old domains, methods that need it get this.
         mixes: its `mix` puts old sequences into the batches, which one method of a run may.
-        replayed_rows: rows of old text in the batches, which another method mixes in.
         keeps: sequences of each domain's training text that are left beside the trained model, to
             stand for text that a later training has no more.
         copies: tensors as large as the model that it holds during a training.
@@ -60,7 +62,6 @@ class Needs:
     teacher_place: str | None = None
     writes: bool = False
     mixes: bool = False
-    replayed_rows: bool = False
     keeps: int = 0
     copies: int = 0
 
@@ -175,6 +176,30 @@ class ForgettingMethod:
 
     name = "method"
     Options: ClassVar[type[Any]] = NoOptions  # whose fields are the arguments of the method
+    uses_weights: ClassVar[bool] = True  # False: it only chooses what is trained on
+    freezes: ClassVar[bool] = False  # parts of the model are not trained
+
+    @classmethod
+    def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
+        """Yield what of a run does not go together with the method."""
+        yield from ()
+
+    @classmethod
+    def start_problems(cls, options: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
+        """Yield what the method can't do with the models of a run."""
+        yield from ()
+
+    @classmethod
+    def num_frozen(cls, options: Any, trained: Config, before: Config, run: RunRequest) -> int:
+        """Return how many parameters of a model may stay out of the optimizer to the end.
+
+        At most: where a parameter is frozen in part, the optimizer holds the whole of it.
+
+        Args:
+            trained: config.json of the model.
+            before: that of the model before the expansion.
+        """
+        return 0
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
@@ -279,3 +304,13 @@ class ForgettingMethod:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` returned."""
+
+
+def build_methods(chosen: Sequence[Component]) -> tuple[ForgettingMethod, ...]:
+    """Build methods in the order asked for; their options are their arguments."""
+    return tuple(one.kind(**one.arguments) for one in chosen)
+
+
+def needs_of(chosen: Sequence[Component]) -> tuple[Needs, ...]:
+    """Return what each method needs, in the order asked for."""
+    return tuple(one.kind.needs(one.options) for one in chosen)

@@ -19,7 +19,7 @@ from tritter.errors import RequestError
 from tritter.evaluation.losses import nats_per_row
 from tritter.families import Flops, forward_flops
 from tritter.models import config_of
-from tritter.targets import TARGET, NamedTarget, built, imported
+from tritter.targets import Component, built
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.moments import Moments, start_from
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
@@ -313,7 +313,7 @@ class TheirCallbacks:
         last: stands behind them.
     """
 
-    options: Sequence[NamedTarget]
+    options: Sequence[Component]
     folder: Path
     last: Callback
 
@@ -327,9 +327,9 @@ class TheirCallbacks:
         _check_states(named)
         return [*named.values(), self.last]
 
-    def _build(self, options: NamedTarget) -> Callback:
-        body = dict(options.body)
-        if issubclass(imported(body[TARGET]), ModelCheckpoint):  # which would take it from the cwd
+    def _build(self, options: Component) -> Callback:
+        body = dict(options.options)
+        if issubclass(options.kind, ModelCheckpoint):  # which would take it from the cwd
             body["dirpath"] = str(self.folder / (body.get("dirpath") or CHECKPOINTS_NAME))
         callback = built(body)
         assert isinstance(callback, Callback)

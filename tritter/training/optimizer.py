@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tritter.errors import Problem
 from tritter.targets import imported
 
 if TYPE_CHECKING:
@@ -29,6 +30,24 @@ class OptimizerSettings:
     target: str = "torch.optim.AdamW"  # arXiv 1711.05101
     weight_decay: float | None = 0.01
     arguments: Mapping[str, Any] = field(default_factory=lambda: {"betas": (0.9, 0.95)})
+
+
+_ADAMS = ("Adam", "AdamW", "Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
+
+
+def adam_problems(optimizer: Any, *, doing: str) -> Iterator[Problem]:
+    """Yield that an optimizer is no Adam whose moments can follow a change of the model.
+
+    Args:
+        optimizer: as a config has it.
+        doing: what needs it.
+    """
+    name = optimizer.target.rpartition(".")[2]
+    if name not in _ADAMS or optimizer.arguments.get("amsgrad"):
+        reason = (
+            f"{doing}, and {name} has other state; allowed are {', '.join(_ADAMS)} without amsgrad"
+        )
+        yield Problem("optimizer", name, reason=reason)
 
 
 def build_optimizer(

@@ -38,9 +38,9 @@ from tritter.config.run_folder import (
     require_writable,
 )
 from tritter.config.schema import RunConfig
-from tritter.config.text_files import text_requests
 from tritter.config.text_resolution import side_problems
 from tritter.config.validation import known_config
+from tritter.data.options import text_requests
 from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.families import Config

@@ -1,21 +1,177 @@
-"""Which text `data.old` and `data.new` mean, domain by domain."""
+"""The options of `data`, and which text they name: domain by domain, task by task."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from tritter.config.schema import DataConfig, NamedTextConfig, TextDataConfig, TextSources
+from pydantic import Field
+
 from tritter.data.built_in import built_in_path, is_built_in
 from tritter.data.datasets import PREFIX, check_place, parse_name
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.skills import SKILLS, skill_path
 from tritter.data.sources import TextRequest, find_texts
 from tritter.errors import Problem, RequestError, key_name, nearest
-from tritter.options import Text, options
+from tritter.limits import MAX_COUNT
+from tritter.options import Count, Text, options
+
+# Domain → absolute paths (files, folders, globs) and built-in texts, in plain containers: they
+# are part of the fingerprint, which is JSON.
+TextSources = dict[str, list[str]]
+
+
+@options
+class DataConfig:
+    """How text becomes batches; each option of `data` names a class made from this one.
+
+    A class from outside says which domains there are, and yields the texts of each.
+
+    Args:
+        packing: see `tritter.data.packing`.
+        validation_fraction: None: that of the checkpoint's lineage, or a fifth of a new one.
+    """
+
+    old_domains: ClassVar[tuple[str, ...]] = ()
+    new_domains: ClassVar[tuple[str, ...]] = ()
+    # 256 bytes and the end-of-text token are the least that byte-level BPE holds
+    vocab_size: Annotated[int, Field(ge=257, le=1_000_000)]
+    sequence_length: Annotated[int, Field(ge=2, le=MAX_COUNT)]
+    batch_size: Count
+    packing: Literal["stream", "documents"] = "stream"  # of a source from outside that does not say
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None
+
+    def texts(self, domain: str) -> Iterable[str]:
+        """Yield the texts of a domain, where `sources` don't say where they lie."""
+        raise NotImplementedError(f"{type(self).__name__} has to yield the texts of {domain}")
+
+    @property
+    def old_sources(self) -> TextSources:
+        """Old domain → where its text lies; nowhere: `texts` yields it."""
+        return {name: [] for name in self.old_domains}
+
+    @property
+    def new_sources(self) -> TextSources:
+        return {name: [] for name in self.new_domains}
+
+    @property
+    def task_sources(self) -> tuple[TextSources, ...]:
+        """Tasks, trained one after the other, each as its domains and where their text lies."""
+        return (self.new_sources,)
+
+    @property
+    def is_old_named(self) -> bool:
+        """False: all that a checkpoint learned is old besides."""
+        return True
+
+
+@options
+class StdlibDataConfig(DataConfig):
+    """The text of the Python installation."""
+
+    source: Literal["stdlib"]
+
+    @property
+    def old_sources(self) -> TextSources:
+        return {"prose": ["stdlib:prose"]}
+
+    @property
+    def new_sources(self) -> TextSources:
+        return {"code": ["stdlib:code"]}
+
+    @property
+    def is_old_named(self) -> bool:
+        return False
+
+
+@options
+class NamedTextConfig(DataConfig):
+    """Text that is named place by place.
+
+    Args:
+        old: None: what the checkpoint learned, if anything; empty: nothing.
+        new: what is learned; empty where `tasks` says it.
+        tasks: what is learned one after the other; empty: `new` is the one task.
+    """
+
+    old: TextSources | None
+    new: TextSources
+    tasks: list[TextSources]
+
+    @property
+    def old_sources(self) -> TextSources:
+        return self.old or {}
+
+    @property
+    def new_sources(self) -> TextSources:
+        """New domain → paths; what is old, and comes again in a later task, stays old."""
+        again = {name for task in self.tasks[1:] for name in task if name in self.old_sources}
+        return {
+            name: paths
+            for task in self.task_sources
+            for name, paths in task.items()
+            if name not in again or task is self.tasks[0]
+        }
+
+    @property
+    def task_sources(self) -> tuple[TextSources, ...]:
+        return tuple(self.tasks) or (self.new,)
+
+    @property
+    def is_old_named(self) -> bool:
+        return self.old is not None
+
+
+@options
+class TextDataConfig(NamedTextConfig):
+    """Text of one's own.
+
+    Args:
+        text_field: of records.
+    """
+
+    source: Literal["text"]
+    text_field: Text
+
+
+@options
+class DatasetsConfig(NamedTextConfig):
+    """Data sets of the hub or on disk, through the `datasets` library.
+
+    `old`, `new` and `tasks` name them with what is meant of each: column and rows stand there.
+
+    Args:
+        streaming: those of the hub are read as they come, not fetched first.
+        text_column: of those that name none.
+        max_rows: the first of those that name no rows; None: all.
+        weights: new domain → its weight among those of its task; None: all of it is mixed.
+    """
+
+    source: Literal["hf"]
+    streaming: bool
+    text_column: Text | None
+    max_rows: Count | None
+    weights: dict[str, Annotated[float, Field(gt=0)]] | None
+
+
+@options
+class SkillsDataConfig(NamedTextConfig):
+    """Generated skills, beside any other text; each word that is named is a domain of its own.
+
+    Args:
+        old: None: what the checkpoint learned; of a new base `base_domains`.
+        new: `new_domain` where neither it nor `tasks` is named.
+        text_field: of records.
+    """
+
+    base_domains: ClassVar[tuple[str, ...]] = ("stdlib:prose",)
+    new_domain: ClassVar[str] = "arithmetic"
+    source: Literal["skills"]
+    text_field: Text
+
 
 Place = Callable[[str, str], str]  # key and word as typed → what is kept of it
 
@@ -204,6 +360,56 @@ def read_tasks(
     return tasks
 
 
+def with_skills(
+    kind: type[SkillsDataConfig], raw: Mapping[str, Any], *, is_new: bool
+) -> dict[str, Any]:
+    """Return a section in which is said what skills stand for null.
+
+    Args:
+        is_new: the base is, so that nothing was learned before.
+    """
+    named = dict(raw)
+    if is_new and raw.get("old") is None:
+        named["old"] = list(kind.base_domains)
+    if raw.get("tasks") is None and raw.get("new") is None:
+        named["new"] = kind.new_domain
+    return named
+
+
+def read_named(
+    raw: Mapping[str, Any], kind: type[NamedTextConfig], problems: list[Problem]
+) -> dict[str, Any]:
+    """Return `old`, `new` and `tasks` as paths; None of what is old: what a checkpoint learned."""
+    place_of_word, is_each_named = place_of(kind, raw), issubclass(kind, SkillsDataConfig)
+    sources: dict[str, Any] = {}
+    for name in ("old", "new"):
+        sources[name] = read_sources(
+            f"data.{name}",
+            raw.get(name),
+            default_name=None if is_each_named else name,
+            problems=problems,
+            place_of_word=place_of_word,
+            known=sources.get("old", {}),
+        )
+    tasks, has_new = raw.get("tasks"), raw.get("new") not in (None, {})
+    sources["tasks"] = []
+    if tasks is not None:
+        sources["tasks"] = read_tasks(
+            tasks,
+            sources["old"],
+            problems,
+            place_of_word,
+            default_name=None if is_each_named else "text",
+        )
+    if has_new and tasks is not None:
+        reason = "data.new is the one task of a run that has no list; leave one of the two out"
+        problems.append(Problem("data.tasks", tasks, reason=reason))
+    elif not has_new and tasks is None:
+        reason = "name the text to train on: files, folders or globs, data.new=PATH"
+        problems.append(Problem("data.new", None, reason=reason))
+    return sources if raw.get("old") is not None else {**sources, "old": None}
+
+
 def named_after(paths: Sequence[str]) -> str:
     """Return what a domain is called that nobody named: after its first path."""
     first = next(iter(paths), "")
@@ -272,19 +478,3 @@ def _absolute(key: str, path: str) -> str:
         return str(place.parent.resolve() / place.name if is_name else place.resolve())
     except (OSError, ValueError, RuntimeError) as error:
         raise RequestError(Problem(key, path, reason=f"that is no path ({error})")) from error
-
-
-@options
-class SkillsDataConfig(NamedTextConfig):
-    """Generated skills, beside any other text; each word that is named is a domain of its own.
-
-    Args:
-        old: None: what the checkpoint learned; of a new base `base_domains`.
-        new: `new_domain` where neither it nor `tasks` is named.
-        text_field: of records.
-    """
-
-    base_domains: ClassVar[tuple[str, ...]] = ("stdlib:prose",)
-    new_domain: ClassVar[str] = "arithmetic"
-    source: Literal["skills"]
-    text_field: Text
