@@ -210,19 +210,31 @@ def check_same(source: Path, place: Path, *, mergekit: str) -> None:
         raise RuntimeError("mergekit and Tritter wrote different tensors")
 
 
-def run_command(source: Path, result: Path, case: str, *, is_checked: bool) -> WholeCommand:
-    """Run `tritter expand` as a person would, and look at it from outside until it ends."""
+def case_words(source: Path, case: str) -> list[str]:
+    """Return the options of `tritter expand` that mean a case."""
     config = json.loads((source / "config.json").read_text())
-    method = {
+    return {
         "dus": "--method dus",
         "ffn": f"--method width --width-init net2net --intermediate-size "
         f"{config['intermediate_size'] * 3 // 2}",
         "width": f"--method width --hidden-size {config['hidden_size'] * 3 // 2}",
         "moe": "--method moe --num-experts 4",
-    }[case]
+    }[case].split()
+
+
+def run_command(source: Path, result: Path, case: str, *, is_checked: bool) -> WholeCommand:
+    """Run `tritter expand` as a person would, and look at it from outside until it ends."""
     places = ["--checkpoint", str(source), "--output", str(result)]
     options = [f"--max-shard-size={SHARD_BYTES}", "--measure" if is_checked else "--no-measure"]
-    words = [sys.executable, "-m", "tritter", "expand", *places, *method.split(), *options]
+    words = [
+        sys.executable,
+        "-m",
+        "tritter",
+        "expand",
+        *places,
+        *case_words(source, case),
+        *options,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     began, first_byte, peak = time.perf_counter(), None, 0
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, env=environment) as process:

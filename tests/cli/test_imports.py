@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-SLOW = {"torch", "transformers", "lightning", "hydra", "pydantic"}
+from tests.cli.test_compare import scored, write_run
+
+SLOW = {"torch", "transformers", "lightning", "datasets", "matplotlib", "hydra", "pydantic"}
 PROGRAM = """
 import gc, sys
 from tritter.cli import main
@@ -17,13 +19,12 @@ print("LOADED", *sorted(name for name in {names} if name in sys.modules))
 sys.exit(code)
 """
 SPY = """
-from tritter.storage.tensors import TensorFolder
-opened = TensorFolder.open
-def spy(folder):
-    TensorFolder.open = opened
+from tritter.checkpoint import folder
+written = folder.write_tensors
+def spy(*given, **options):
     print("AT FIRST", *sorted(name for name in {names} if name in sys.modules))
-    return opened(folder)
-TensorFolder.open = spy
+    return written(*given, **options)
+folder.write_tensors = spy
 """
 TINY_RUN = Path(__file__).parents[1] / "fixtures/tiny_run/finished/checkpoint"
 COMMANDS = (
@@ -73,18 +74,46 @@ def test_a_plan_builds_no_maps() -> None:
 
 
 @pytest.mark.full
-def test_inspect_asks_the_tables_and_not_transformers() -> None:
+def test_inspect_needs_torch_for_a_map_alone() -> None:
+    assert loaded("inspect", str(TINY_RUN.parent / "baseline")) <= {"pydantic"}
     assert loaded("inspect", str(TINY_RUN)) <= {"torch", "pydantic"}
 
 
-@pytest.mark.full
-def test_a_wrong_word_does_not_wait_for_transformers() -> None:
-    words = ("expand", "--checkpoint", str(TINY_RUN), "--method", "widht")
-    assert "transformers" not in loaded(*words, code=2)
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--method widht",
+        "--method width --hidden-size 1",
+        "--method dus --output tests",
+        "--method dus --targt-layers 4",
+    ],
+)
+def test_a_refused_expansion_waits_for_nothing(words: str) -> None:
+    assert loaded("expand", str(TINY_RUN), *words.split(), code=2) <= {"pydantic"}
 
 
 @pytest.mark.full
-def test_an_expansion_reads_weights_while_the_rest_is_imported(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_refused_at_once() -> None:
+    assert loaded("expand", "nowhere", "--method", "dus", code=2) <= {"pydantic"}
+
+
+@pytest.mark.full
+def test_a_dry_run_builds_maps_and_does_not_ask_transformers() -> None:
+    words = ("expand", str(TINY_RUN), "--method", "dus", "--dry-run")
+    assert loaded(*words) <= {"torch", "pydantic"}
+
+
+@pytest.mark.full
+def test_a_comparison_needs_torch_for_its_bounds_alone(tmp_path: Path) -> None:
+    for seed, name in enumerate(("first", "second")):
+        write_run(tmp_path / name, {"prose": scored(2.0, seed=seed)})
+    found = loaded("compare", str(tmp_path / "first"), str(tmp_path / "second"))
+    assert found <= {"torch", "pydantic"}
+
+
+@pytest.mark.full
+def test_an_expansion_writes_before_transformers_is_imported(tmp_path: Path) -> None:
     words = ("expand", "--checkpoint", str(TINY_RUN), "--method", "llama-pro", "--no-measure")
     lines = said(*words, "--output", str(tmp_path / "out"), before=SPY)
     assert lines[0].split()[:2] == ["AT", "FIRST"]

@@ -408,14 +408,28 @@ def test_help_is_quick_and_needs_no_torch(tmp_path: Path) -> None:
     assert not {"torch", "hydra", "lightning", "transformers"} & modules
 
 
-@pytest.mark.full
-def test_refusals_import_no_training_library() -> None:
-    code = "import sys, train; train.main(train.pipeline, arguments=['x=1']); print(*sys.modules)"
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["growht=x"],
+        ["trainer.max_stepz=3"],
+        ["optimizer.beta=[0.9,0.99]"],
+        ["model=hf", "model.path=nowhere"],
+        ["expansion=width", "expansion.width.hidden_size=1"],
+        ["forgetting=[ewc,replay,si]", "growth=foam", "growht=x"],
+        ["--cfg", "job"],
+    ],
+    ids=" ".join,
+)
+def test_refusals_import_no_training_library(words: list[str]) -> None:
+    code = f"import sys, train; train.main(train.pipeline, arguments={words})\n"
+    code += "print('\\n', *sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     modules = set(done.stdout.splitlines()[-1].split())
-    assert not {"torch", "numpy", "lightning", "transformers", "wandb"} & modules
+    assert not {"torch", "numpy", "lightning", "transformers", "datasets", "wandb"} & modules
 
 
 def _program(words: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":

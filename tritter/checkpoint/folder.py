@@ -64,6 +64,7 @@ def write_checkpoint(
     config: Config,
     tensors: TensorStream | LinkedTensors,
     lineage: Callable[[], Lineage],
+    final_config: Callable[[], Config] | None = None,
     artifacts: Iterable[Artifact | None],
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
@@ -76,6 +77,7 @@ def write_checkpoint(
 
     Args:
         tensors: by name on disk, streamed; or files of another folder that are written already.
+        final_config: asked once the tensors are written, for what config.json is to state.
         lineage: asked once the tensors are written where they come from; hashes and digests of
             the answer are filled in from what was written. One without a base hash starts a chain.
         artifacts: what stands beside the model; None where there is none of a kind.
@@ -97,6 +99,7 @@ def write_checkpoint(
         else:
             stream = padded(tensors, padded_shapes(config))
             tensor_digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
+        config = config if final_config is None else final_config()
         write_config(folder, config)
         for artifact in filter(None, artifacts):
             artifact.write(folder)

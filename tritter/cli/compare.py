@@ -115,8 +115,7 @@ def _scores(place: Path, run: Run) -> Scores:
     Raises:
         TritterError: it is not there, damaged, or not what its summary says.
     """
-    from tritter.evaluation.statistics import PairedScores
-    from tritter.pipeline.scoring import MAX_SCORE_BYTES, score_file
+    from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
     from tritter.report.rows import last_attempt, score_of
 
     summary = run.summary

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,10 +55,9 @@ from tritter.errors import (
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
 from tritter.report.wording import count_text
-from tritter.storage.hashing import DigestQueue
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
-from tritter.storage.tensors import WEIGHT_DTYPES, TensorFolder
+from tritter.storage.tensors import WEIGHT_DTYPES
 from tritter.terminal import Console, say
 
 if TYPE_CHECKING:
@@ -259,14 +258,16 @@ def expand(
         specs = _specs(method, context.obj) if file is None else file.steps
         of_domain = (domain, domain_data, old_data, steps, learning_rate)
         is_trained = any(value is not None for value in of_domain)
-        with _begun_digests(checkpoint, is_read=not (dry_run or is_trained)) as digests:
-            with loading("transformers"):
+        job = _located(checkpoint, specs, settings, file)
+        if not dry_run and job.obstacle(overwrite=overwrite):
+            raise RequestError(job.obstacle(overwrite=overwrite))
+        text = _domain_text(domain, domain_data, old_data) if is_trained else None
+        _check_domain(job, text, is_measured=measure)
+        with closing(job.source.digests) as digests:
+            if not (dry_run or is_trained):
+                digests.begin(job.source.tensors.raw(), check=job.source.tensors.check_unchanged)
+            with loading("torch"):
                 import tritter.expand  # noqa: F401 # while digests are computed
-            job = _located(checkpoint, specs, settings, file, digests)
-            if not dry_run and job.obstacle(overwrite=overwrite):
-                raise RequestError(job.obstacle(overwrite=overwrite))
-            text = _domain_text(domain, domain_data, old_data) if is_trained else None
-            _check_domain(job, text, is_measured=measure)
             with says_if_written(job.destination):
                 if dry_run:
                     result = _planned(job, overwrite=overwrite)
@@ -347,24 +348,6 @@ def _specs(methods: Sequence[str] | None, options: Mapping[str, Any]) -> tuple[E
     return specs_of(method_names(methods), options)
 
 
-@contextmanager
-def _begun_digests(checkpoint: str, *, is_read: bool) -> Iterator[DigestQueue]:
-    """Yield the digests of the source's tensors, begun while all else is still to be imported.
-
-    Args:
-        is_read: its tensors will be. Whether it is a source at all is found out by who reads it.
-    """
-    digests = DigestQueue()
-    with suppress(OSError, TritterError):
-        if is_read:
-            folder = TensorFolder.open(named_path(checkpoint, key="checkpoint"))
-            digests.begin(folder.raw(), check=folder.check_unchanged)
-    try:
-        yield digests
-    finally:
-        digests.close()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     """An expansion that can be had, as far as configs tell.
@@ -401,7 +384,6 @@ def _located(
     specs: tuple[ExpansionSpec, ...],
     settings: Settings,
     recipe: Recipe | None,
-    digests: DigestQueue,
 ) -> _Job:
     """Find the source and the destination, and resolve the sizes of expansions; writes nothing.
 
@@ -412,11 +394,10 @@ def _located(
     from tritter.checkpoint.expert_files import refuse_experts
     from tritter.expansion.specification import target_config
     from tritter.expansion.targets import reach_parameters
-    from tritter.models import read_config
 
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
-        source = Source.open(folder, read_config(folder), digests=digests)
+        source = Source.open(folder, _config_of(folder))
         refuse_experts(folder, doing="an expansion", key="--checkpoint")
     destination = settings.output and Path(settings.output)
     if settings.target_params is not None:
@@ -432,6 +413,20 @@ def _located(
         settings=settings,
         recipe=recipe,
     )
+
+
+def _config_of(folder: Path) -> Config:
+    """Return a folder's config, by its family's table if it states all that the table needs."""
+    from tritter.families.config_file import read_config_file
+
+    try:
+        return read_config_file(folder)
+    except RequestError:
+        raise
+    except TritterError:
+        from tritter.models import read_config
+
+        return read_config(folder)
 
 
 def _default_output(checkpoint: str, folder: Path, specs: Sequence[ExpansionSpec]) -> Path:
@@ -617,9 +612,9 @@ class _Result:
 
 def _planned(job: _Job, *, overwrite: bool) -> _Result:
     """Return what the job would come to; writes nothing."""
-    from tritter.expand import check_room, plan_expansion, room_for
+    from tritter.expand import check_room, plan_by_tables, room_for
 
-    plan = plan_expansion(job.source.folder, job.specs, seed=job.settings.seed or 0)
+    plan = plan_by_tables(job.source, job.specs, seed=job.settings.seed or 0)
     moments = job.settings.moments or "carry"
     room = room_for(job.source, plan, dtype=job.dtype, moments=moments)
     obstacles = [job.obstacle(overwrite=overwrite)]
@@ -636,15 +631,16 @@ def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _
     Raises:
         TritterError: writing failed, or a tensor turned out damaged while it was read.
     """
-    from tritter.cli.measure import measure
-    from tritter.expand import expand, plan_expansion
+    from tritter.expand import expand, plan_by_tables
 
     settings = job.settings
     measured: list[Measurement] = []
-    plan = plan_expansion(job.source.folder, job.specs, seed=settings.seed or 0)
+    plan = plan_by_tables(job.source, job.specs, seed=settings.seed or 0)
     with progress_bars(is_shown=not is_quiet) as new_bar:
 
         def look(made: Expanded) -> None:
+            from tritter.cli.measure import measure
+
             bar = new_bar("MB checked") if measures else None
             with refuse_damage():
                 found = measure(job.source.folder, made, is_wanted=measures, progress=bar)

@@ -1,16 +1,19 @@
 """The map of a recorded expansion, rebuilt from its record and read as a table."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tritter.checkpoint import ExpansionRecord
 from tritter.errors import TritterError
 from tritter.expansion import EXPANSIONS
 from tritter.families import Config, check_config, family_of
 from tritter.parameter_map import ParameterMap, TensorMap
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MOST_VALUES = 3
 
@@ -106,6 +109,8 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 def _factors(tensor_map: TensorMap, quantity: str) -> str:
     """Return the different products of the axes' factors over entries that have a source."""
+    import torch
+
     values = torch.ones(1, dtype=torch.float64)
     for axis in tensor_map.axes:
         if axis is not None:

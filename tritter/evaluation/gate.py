@@ -5,13 +5,12 @@ reason to pass or to fail. Damage that is rare does not show in few documents, s
 `MIN_DOCUMENTS` no bound is trusted.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from tritter.evaluation.jump import Jump
 from tritter.evaluation.statistics import (
     Estimate,
     PairedScores,
@@ -21,6 +20,9 @@ from tritter.evaluation.statistics import (
     finite_or_none,
     relative_harm,
 )
+
+if TYPE_CHECKING:
+    from tritter.evaluation.jump import Jump
 
 Verdict = Literal["passed", "failed", "undecided", "reported", "not_asked"]
 Status = Literal["kept", "rolled_back", "undecided", "ungated"]
@@ -288,6 +290,8 @@ def _harm_check(
     bound: float,
     confidence: float,
 ) -> Check:
+    import torch
+
     before, after, items = compared.before, compared.after, compared.items
     if not_finite := int((~torch.isfinite(after.values)).sum()):
         detail = f"the loss is not finite on {not_finite} of {len(after)} documents"

@@ -1,18 +1,26 @@
 """Paired comparison of two models on the same items: how much worse the second one is."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Any, Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tritter.errors import TritterError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FORMAT_VERSION = 1
+MAX_SCORE_BYTES = 2**30  # of a file of scores
 Unit = Literal["nats", "accuracy"]
+
+
+def score_file(name: str) -> str:
+    """Return where the scores of one name lie, relative to the run's folder."""
+    return f"scores/{name}.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +86,7 @@ class PairedScores:
         }
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "PairedScores":
+    def from_dict(cls, record: dict[str, Any]) -> PairedScores:
         """Read what `to_dict` wrote.
 
         Raises:
@@ -102,7 +110,9 @@ class PairedScores:
         return read
 
     @classmethod
-    def _read(cls, record: Mapping[str, Any]) -> "PairedScores":
+    def _read(cls, record: Mapping[str, Any]) -> PairedScores:
+        import torch
+
         if record["unit"] not in get_args(Unit):
             raise ValueError(f"unit {record['unit']!r}")
         names = ("tokens", "bytes") if record["unit"] == "nats" else ("answers",)
@@ -206,6 +216,8 @@ def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Ratio:
         numerators: float64 [n], one sum per document.
         denominators: float64 [n], positive.
     """
+    import torch
+
     n = len(numerators)
     total = denominators.sum()
     value = numerators.sum() / total
@@ -224,6 +236,8 @@ def bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
     Args:
         numerators, denominators: as there.
     """
+    import torch
+
     ratio = ratio_of_sums(numerators, denominators)
     if ratio.n < 2:
         errors = torch.empty(0, dtype=torch.float64)
@@ -306,6 +320,8 @@ def above_chance(scores: PairedScores) -> Estimate:
 
 
 def _relative_value(before: PairedScores, after: PairedScores) -> float:
+    import torch
+
     _check_paired(before, after)
     total = before.above_chance.sum()
     is_finite = torch.isfinite(total) and torch.isfinite(after.values).all()
@@ -327,6 +343,8 @@ def _drop(before: PairedScores, after: PairedScores, *, out_of: Tensor) -> Estim
     changed, or none, their spread alone would be far too sure. Resamples of such items would know
     no bound at all.
     """
+    import torch
+
     lost = before.values - after.values
     weight = before.weights[before.per].double().mean()
     more = torch.stack([weight, -weight])
@@ -341,6 +359,7 @@ def _student_errors(n: int) -> Tensor:
 
     float64 [R]; empty below two items, where nothing is known.
     """
+    import torch
     from scipy.special import stdtrit  # half a second, which no gate of losses needs
 
     if n < 2:
@@ -350,6 +369,8 @@ def _student_errors(n: int) -> Tensor:
 
 
 def _check_paired(before: PairedScores, after: PairedScores) -> None:
+    import torch
+
     if (before.unit, before.chance) != (after.unit, after.chance):
         raise TritterError(
             f"evaluation: {before.unit} with chance {before.chance:g} before stands against "
@@ -405,6 +426,8 @@ def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
         float64 [..., NUM_RESAMPLES]. Infinite where a resample moved although its documents agree
         with each other: nothing is known of such an error.
     """
+    import torch
+
     numerators, denominators = _in_order(numerators, denominators)
     total = denominators.sum(dim=-1, keepdim=True)
     shares = denominators / total
@@ -428,6 +451,8 @@ def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
 
 def _errors(sums_RK: Tensor, *, n: int) -> Tensor:
     """Return the studentised error of each resample; unsorted [..., R]."""
+    import torch
+
     residual, share, squares, products, shares = sums_RK.unbind(dim=-1)
     moved = residual / share
     # Σ w (e − moved · b)² over the resample, multiplied out
@@ -448,6 +473,8 @@ def _in_order(numerators: Tensor, denominators: Tensor) -> tuple[Tensor, Tensor]
 
 def _resamples(n: int) -> Iterator[Tensor]:
     """Yield how often each resample holds each document, float64 [some resamples, n]."""
+    import torch
+
     generator = torch.Generator().manual_seed(_SEED)
     at_once = max(1, _MOST_DRAWS_AT_ONCE // n)
     for start in range(0, NUM_RESAMPLES, at_once):

@@ -4,6 +4,7 @@ from tritter.expand.change import Change, PlannedExpansion, declared
 from tritter.expand.folder import (
     Expanded,
     expand,
+    plan_by_tables,
     plan_expansion,
     planned,
     room_for,
@@ -20,6 +21,7 @@ __all__ = [
     "declared",
     "expand",
     "free_bytes",
+    "plan_by_tables",
     "plan_expansion",
     "planned",
     "room_for",

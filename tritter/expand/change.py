@@ -170,6 +170,7 @@ class PlannedExpansion:
         parameters_before: counted from shapes, ties once.
         parameters_after: the same of the result.
         added_experts: those of the result that are not open yet, if any.
+        is_confirmed: transformers was asked; else `config` lacks the defaults that only it knows.
     """
 
     config: Config
@@ -179,6 +180,7 @@ class PlannedExpansion:
     parameters_before: int
     parameters_after: int
     added_experts: AddedExperts | None = None
+    is_confirmed: bool = True
 
     @property
     def target_config(self) -> Config:

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.checkpoint.state import State, read_state, write_state
 from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES, TokenizerFiles
-from tritter.errors import RequestError
+from tritter.errors import RequestError, TritterError
 from tritter.expand.change import PlannedExpansion
 from tritter.expand.room import Room, check_room, in_flight_bytes
 from tritter.expansion import (
@@ -35,6 +35,7 @@ from tritter.expansion import (
 )
 from tritter.expansion.moe_add import closed_experts
 from tritter.families import (
+    Config,
     LayoutKind,
     StoredTensor,
     count_parameters,
@@ -42,8 +43,6 @@ from tritter.families import (
     layout,
     padded_shapes,
 )
-from tritter.loadable import check_loadable
-from tritter.models import read_config
 from tritter.parameter_map import TensorMap
 from tritter.parameter_map.carry import Policy, StateKind, followed, has_state
 from tritter.parameter_map.rows import WeightReader
@@ -101,13 +100,50 @@ def plan_expansion(
 
 def planned(source: Path, specs: Sequence[ExpansionSpec], *, seed: int) -> PlannedExpansion:
     """Do the same for checked specs; none are allowed."""
-    config = read_config(source)
+    from tritter.loadable import check_loadable
+    from tritter.models import read_config
+
     if specs:
         refuse_experts(source, doing="an expansion")
+    plan = _planned(source, read_config(source), specs, seed=seed)
+    if specs:
+        check_loadable(plan.target_config, folder=source)
+    return plan
+
+
+def plan_by_tables(
+    source: Source, specs: Sequence[ExpansionSpec], *, seed: int = 0
+) -> PlannedExpansion:
+    """Do the same by the families' tables alone, since transformers takes seconds to import.
+
+    `expand` asks transformers once the tensors are written, before the result is placed.
+    """
+    plan = _planned(source.folder, source.config, specs, seed=seed)
+    return replace(plan, is_confirmed=False)
+
+
+def _confirmed(plan: PlannedExpansion, source: Path) -> PlannedExpansion:
+    """Return a plan with all that configs say, after transformers was asked.
+
+    Raises:
+        RequestError: transformers can't build the result.
+    """
+    if plan.is_confirmed:
+        return plan
+    try:
+        found = planned(source, [step.spec for step in plan.steps], seed=plan.seed)
+    except TritterError as error:
+        raise RequestError(str(error)) from error
+    digests = [[step.parameter_map.digest() for step in each.steps] for each in (plan, found)]
+    assert digests[0] == digests[1], "the family's table and transformers read another model"
+    return found
+
+
+def _planned(
+    source: Path, config: Config, specs: Sequence[ExpansionSpec], *, seed: int
+) -> PlannedExpansion:
     steps = build_steps(config, specs, seed=seed)
     target = steps[-1].target_config if steps else config
-    if steps:
-        check_loadable(target, folder=source)
     return PlannedExpansion(
         config=config,
         steps=steps,
@@ -167,11 +203,13 @@ def expand(
     opened = source if isinstance(source, Source) else Source.open(folder, plan.config)
     check_room(destination, room_for(opened, plan, dtype=dtype, moments=moments))
     stated = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    confirmed = cache(partial(_confirmed, plan, folder))
     write_checkpoint(
         destination,
-        config={**plan.target_config, **stated},
+        config=plan.target_config,
+        final_config=lambda: {**confirmed().target_config, **stated},
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
-        lineage=lambda: _child_lineage(opened, plan, destination),
+        lineage=lambda: _child_lineage(opened, confirmed(), destination),
         artifacts=_followed(plan, folder, moments, max_shard_bytes),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from tritter.errors import RequestError
 from tritter.families import Config, LogicalTensor, family_of
-from tritter.models import config_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -112,6 +111,8 @@ def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
     Raises:
         RequestError: it has experts, adapters, or no config of a family that is known.
     """
+    from tritter.models import config_of
+
     config = config_of(model)
     family = family_of(config)
     if family.has_experts:

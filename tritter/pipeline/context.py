@@ -39,6 +39,7 @@ from tritter.data.sources import find_texts, recorded_paths, source_documents
 from tritter.data.split import DomainCounts
 from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, joined, read_tokenizer
 from tritter.errors import RequestError
+from tritter.evaluation.statistics import score_file
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
 from tritter.expand import PlannedExpansion, planned
 from tritter.families import Flops, family_of, position_limit
@@ -46,7 +47,7 @@ from tritter.models import read_config
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.benchmarks import benchmark_tasks
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.scoring import Scores, Scoring, score_file, told, write_scores
+from tritter.pipeline.scoring import Scores, Scoring, told, write_scores
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.hub import locate

@@ -13,7 +13,7 @@ from torch import nn
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
 from tritter.evaluation.losses import document_losses, window_lengths
-from tritter.evaluation.statistics import PairedScores
+from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores
 from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
 from tritter.families import Flops
 from tritter.storage.atomic import write_text_atomic
@@ -21,7 +21,6 @@ from tritter.storage.reading import read_object
 from tritter.terminal import NewBar, no_bar
 
 Scores = dict[str, PairedScores]  # of domains by their name, of tasks by their subject
-MAX_SCORE_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,11 +86,6 @@ class Scoring:
         for task in self.tasks:
             lengths.update(task.lengths(self.reader))
         return reading.of_all(lengths)
-
-
-def score_file(name: str) -> str:
-    """Return where the scores of one name lie, relative to the run's folder."""
-    return f"scores/{name}.json"
 
 
 def write_scores(path: Path, scores: Mapping[str, PairedScores]) -> None:

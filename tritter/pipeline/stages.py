@@ -21,7 +21,7 @@ from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import prompt_in_words, sample_text
 from tritter.evaluation.jump import logit_jump
-from tritter.evaluation.statistics import PairedScores
+from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
 from tritter.experts.whole import load_whole
 from tritter.families import count_parameters, forward_flops, position_limit, training_flops
 from tritter.forgetting import build_methods
@@ -49,7 +49,7 @@ from tritter.pipeline.ledger import (
     TrainingFound,
     content_key,
 )
-from tritter.pipeline.scoring import MAX_SCORE_BYTES, score_file, told
+from tritter.pipeline.scoring import told
 from tritter.pipeline.trained import (
     TrainedWriter,
     accept,

@@ -3,14 +3,13 @@
 Each is one panel, narrow enough for a phone; the page sets them side by side where it is wide.
 """
 
+from __future__ import annotations
+
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from typing import TYPE_CHECKING
 
 from tritter.report.bounds import LARGEST
 from tritter.report.drawing import CYCLE, GREY, cut, panel, plain, shortened
@@ -27,6 +26,11 @@ from tritter.report.matrix import matrix_figure
 from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
 from tritter.report.rows import Role
 from tritter.report.runs import Group, Interval, Run, with_controls
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 MOST_GROUPS = 40  # drawn row by row; the table of the page has all
 MOST_PANELS = 24
@@ -55,6 +59,8 @@ class _Line:
 
     @property
     def handle(self) -> Line2D:
+        from matplotlib.lines import Line2D
+
         style = "--" if self.group.is_control else "-"
         lines = textwrap.wrap(plain(self.label), _LINE_CHARACTERS, max_lines=3, placeholder=" ..")
         text = "\n".join(lines)
@@ -96,6 +102,8 @@ def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str
 
 def _legend(figure: Figure, lines: Sequence[_Line]) -> None:
     """Name what is drawn below it, and make the figure as much higher as that takes."""
+    from matplotlib.lines import Line2D
+
     handles = [line.handle for line in lines[:_MOST_NAMED]]
     if len(lines) > _MOST_NAMED:
         rest = f"and {len(lines) - _MOST_NAMED} more: see the table"

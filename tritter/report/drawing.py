@@ -1,11 +1,14 @@
 """Colours, empty figures and short texts that all plots share."""
 
-from collections.abc import Sequence
-from typing import TypeVar
+from __future__ import annotations
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 _T = TypeVar("_T")
 DPI = 150
@@ -21,6 +24,8 @@ def new_figure(
     *, rows: int = 1, columns: int = 1, width: float, height: float
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure of our own (no pyplot, so nothing global) and its panels in reading order."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     panels = [
         axes for line in figure.subplots(rows, columns, squeeze=False).tolist() for axes in line
@@ -63,6 +68,8 @@ def say(axes: Axes, text: str) -> None:
 
 def some(values: Sequence[_T]) -> Sequence[_T]:
     """Return all values, or of very many as many as a picture has columns, the last among them."""
+    import numpy as np
+
     if len(values) <= MAX_COLUMNS:
         return values
     chosen = np.linspace(0, len(values) - 1, MAX_COLUMNS).astype(int)

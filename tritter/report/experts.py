@@ -1,17 +1,19 @@
 """LoRA experts in words and numbers: the tables of a run, on the terminal and on the page."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
-
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING
 
 from tritter.report.drawing import CYCLE, GREEN, GREY, new_figure, panel, say, shortened, some
 from tritter.report.summary import BASE, Course, ExpertRow, ExpertsRecord
 from tritter.report.table import Table, left_out
 from tritter.report.wording import MISSING, count_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MAX_ROWS = 16
 MAX_COLUMNS = 6  # experts side by side on a terminal
@@ -219,6 +221,8 @@ def draw_ranks(
     axes: Axes, experts: ExpertsRecord, *, end: int, mark: Callable[[Axes], None]
 ) -> None:
     """Draw each adapter's rank over the steps; where no course is known, that of the end."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_title("ranks", fontsize=10)
     course = experts.ranks_over_time
     if not course.steps:
@@ -250,6 +254,8 @@ def draw_usage(axes: Axes, experts: ExpertsRecord, *, mark: Callable[[Axes], Non
 
 
 def _draw_courses(axes: Axes, course: Course, experts: ExpertsRecord, *, is_stepped: bool) -> None:
+    import numpy as np
+
     steps = some(course.steps)
     order = dict.fromkeys((*experts.names, *course.values))
     shown = [name for name in order if name in course.values][:_DRAWN]
@@ -306,6 +312,8 @@ def _draw_cells(
     colours: str,
 ) -> None:
     """Draw numbers of 0 to 1 as cells, white where they are 0; others as the nearer of the two."""
+    import numpy as np
+
     known = np.asarray([[np.nan if v is None else v for v in row] for row in values], dtype=float)
     axes.set_facecolor("#DDDDDD")  # seen through where nothing is known
     shown = np.ma.masked_invalid(np.clip(known, 0, 1))

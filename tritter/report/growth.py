@@ -1,20 +1,23 @@
 """Growth in words and numbers: the table of a run, and what may help where nothing grew."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, groupby
-
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, say, some
 from tritter.report.summary import GrownLayer, GrowthRecord
 from tritter.report.table import Table
 from tritter.report.wording import MISSING, Signs, count_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 MAX_ROWS = 16
 _MOST_STEPS = 4  # named of a layer's events
@@ -164,6 +167,9 @@ def mark_growth(
 
 def draw_neurons(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     """Draw each layer's neurons over the steps, relative to the first ones, and its events."""
+    import numpy as np
+    from matplotlib.colors import Normalize
+
     edges, widths = _widths(growth, end=end)
     change = 100 * (widths / np.asarray(growth.before, dtype=float) - 1)
     low, high = min(0.0, change.min()), max(1.0, change.max())
@@ -185,6 +191,9 @@ def draw_neurons(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
 
 def draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     """Draw each layer's pressure at each check, back to the check before."""
+    import numpy as np
+    from matplotlib.colors import LogNorm, Normalize
+
     axes.set_title("pressure at the checks", fontsize=10)
     if not growth.steps:
         say(axes, "no check")
@@ -245,6 +254,8 @@ def draw_parameters(
     marker: str = "o",
 ) -> None:
     """Draw the parameters as steps, each from its place on."""
+    from matplotlib.ticker import EngFormatter
+
     axes.set_title("parameters of the model", fontsize=10)
     if not places:
         say(axes, "not known")
@@ -257,6 +268,8 @@ def draw_parameters(
 
 def label_flops(axes: Axes) -> None:
     """Say that an axis is FLOPs."""
+    from matplotlib.ticker import EngFormatter
+
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set_xlabel("FLOPs of the training")
 
@@ -266,6 +279,8 @@ def _widths(growth: GrowthRecord, *, end: int) -> tuple[NDArray[np.float64], NDA
 
     From the events alone: what a layer has between two of them is what the first one left.
     """
+    import numpy as np
+
     now = np.asarray(growth.before, dtype=float)
     edges, rows = [0.0], [now.copy()]
     # Of very many as many are kept as can be seen: each row is of all layers
@@ -294,6 +309,10 @@ def _draw_map(
     label: str,
 ) -> None:
     """Draw [n, L] values as cells between n + 1 edges."""
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     layers = np.arange(values.shape[1] + 1) - 0.5
     axes.set_facecolor("#DDDDDD")  # seen through where nothing is known
     mesh = axes.pcolormesh(edges, layers, values.T, cmap=colours, norm=norm, rasterized=True)

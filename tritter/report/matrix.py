@@ -1,16 +1,11 @@
 """Every domain after every task: what summary.json's `matrix` has to be, and its table."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Required
+from typing import TYPE_CHECKING, Annotated, Any, Required
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, TwoSlopeNorm
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.patches import Rectangle
-from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
@@ -18,6 +13,14 @@ from tritter.report.bounds import Count, Number
 from tritter.report.drawing import new_figure, shortened
 from tritter.report.table import Table, left_out
 from tritter.report.wording import MISSING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from numpy.typing import NDArray
 
 MAX_ROWS = 24
 _MOST = 1000  # rows, and domains
@@ -169,6 +172,9 @@ def draw_matrix(axes: Axes, matrix: Mapping[str, Any]) -> None:
 
     A frame is around what a task was about.
     """
+    import numpy as np
+    from matplotlib.colors import TwoSlopeNorm
+
     losses = _numbers(matrix["loss_per_byte"])[:, :_DRAWN]
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         change = 100 * (losses / losses[:1] - 1)
@@ -189,6 +195,9 @@ def draw_matrix(axes: Axes, matrix: Mapping[str, Any]) -> None:
 
 def draw_accuracies(axes: Axes, matrix: Mapping[str, Any]) -> None:
     """Draw tasks over what has right answers: their part."""
+    import numpy as np
+    from matplotlib.colors import Normalize
+
     names = list(matrix["accuracy"])[:_DRAWN]
     parts = _numbers([matrix["accuracy"][name] for name in names]).T
     shown = 100 * np.ma.masked_invalid(np.clip(parts, 0, 1))
@@ -210,6 +219,9 @@ def _draw_cells(
     colours: str,
 ) -> AxesImage:
     """Draw rows over names, with a number in each cell where there are not too many."""
+    import numpy as np
+    from matplotlib.patches import Rectangle
+
     rows = matrix["rows"][:_DRAWN]
     axes.set_facecolor("#DDDDDD")  # seen through where nothing is known
     image = axes.imshow(shown, cmap=colours, norm=norm, aspect="auto")
@@ -235,6 +247,8 @@ def _draw_cells(
 
 
 def _numbers(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
+    import numpy as np
+
     known = [
         [np.nan if value is None else value for value in row[:_DRAWN]] for row in rows[:_DRAWN]
     ]
@@ -242,6 +256,8 @@ def _numbers(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
 
 
 def _figure_of(axes: Axes) -> Figure:
+    from matplotlib.figure import Figure
+
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     return figure

@@ -1,12 +1,13 @@
 """One self-contained HTML page of several runs: their text is escaped, nothing is loaded."""
 
+from __future__ import annotations
+
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from tritter import __version__
 from tritter.report.captions import CAPTIONS, TITLES
@@ -35,6 +36,9 @@ from tritter.report.wording import (
     seconds_text,
     si_text,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _CELL_CHARACTERS = 160  # of a setting
 _MOST_EVENTS = 100  # of a run's growth, row by row; summary.json has all

@@ -1,17 +1,14 @@
 """Plots of a finished run, from summary.json and metrics.csv alone."""
 
+from __future__ import annotations
+
 import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from tritter.report.bounds import LARGEST
 from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure
@@ -21,6 +18,10 @@ from tritter.report.matrix import matrix_figure
 from tritter.report.rows import DomainRow, Score, ScoreChange, domain_rows, last_attempt
 from tritter.report.summary import ExpertsRecord, GrowthRecord
 from tritter.report.wording import change_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _STAGES = ("before", "after\nexpansion", "after\ntraining")
 SMOOTHED_FROM_POINTS = 40
@@ -53,6 +54,8 @@ def plot_run(
         earlier: curves of the rounds before the one that metrics.csv is of.
         control: curves of the base that did not grow.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in domain_rows(summary) if not row.change.in_points]
     curves = read_curves(metrics_csv) if metrics_csv else ()
@@ -188,7 +191,7 @@ class _Course:
     values: tuple[float, ...]
 
     @classmethod
-    def of(cls, curve: Curve, *, first_step: int) -> "_Course":
+    def of(cls, curve: Curve, *, first_step: int) -> _Course:
         num_before = sum(step < 0 for step in curve.steps)
         steps = tuple(first_step + step for step in curve.steps[num_before:])
         before = curve.values[0] if num_before else None
@@ -311,6 +314,8 @@ def _draw_curve(axes: Axes, curve: Curve, *, color: str) -> None:
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Return the means of as many values in a row, without blanks at the ends."""
+    import numpy as np
+
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(values), window)
     return [float(mean) for mean in windows.mean(axis=1)]
 

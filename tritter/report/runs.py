@@ -3,6 +3,8 @@
 Everything is read from what runs leave: summary.json, their metrics and the settings of run.json.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +12,6 @@ from functools import cached_property
 from itertools import accumulate
 from statistics import fmean, stdev
 from typing import Any, TypeGuard
-
-from scipy import stats
 
 from tritter.report.plots import Curve
 from tritter.report.rows import DomainRow, domain_rows, last_attempt
@@ -164,7 +164,7 @@ class Group:
     runs: tuple[Run, ...]
     is_control: bool = False
 
-    def change(self, domain: str) -> "Interval | None":
+    def change(self, domain: str) -> Interval | None:
         """Return the mean change of a domain's loss over the seeds."""
         rows = [row for run in self.runs for row in run.rows if row.domain == domain]
         values = [row.change.value for row in rows if row.change.value is not None]
@@ -173,7 +173,7 @@ class Group:
             return Interval(values[0], change.lower, change.upper, is_over_seeds=False)
         return Interval.of(values)
 
-    def mean(self, of: Callable[[Run], float | None]) -> "Interval | None":
+    def mean(self, of: Callable[[Run], float | None]) -> Interval | None:
         """Return the mean of a number that runs have."""
         return Interval.of([value for run in self.runs if (value := of(run)) is not None])
 
@@ -193,14 +193,16 @@ class Interval:
     is_over_seeds: bool = True
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Interval | None":
+    def of(cls, values: Sequence[float]) -> Interval | None:
         finite = [value for value in values if math.isfinite(value)]
         if not finite or len(finite) < len(values):
             return None
         mean, n = fmean(finite), len(finite)
         if n == 1:
             return cls(mean, None, None)
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stdev(finite) / math.sqrt(n)
+        from scipy.special import stdtrit  # half a second, which a single run does not need
+
+        half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(finite) / math.sqrt(n)
         return cls(mean, mean - half, mean + half)
 
 

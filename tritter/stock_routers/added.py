@@ -4,16 +4,19 @@ A router offset keeps them out at first and is raised to 0 while the model is tr
 class knows no offset, so a folder with this file computes the right function in Tritter alone.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tritter.errors import RequestError, TritterError
 from tritter.stock_routers.control import Routing
 from tritter.storage.records import Finite, WholeNumber, read_record, record, record_text
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LOWEST_OFFSET = -20.0  # e⁻²⁰: the smallest weight from which an expert is raised
 _PLACE = ("state", "router.json")
@@ -77,13 +80,13 @@ class AddedExperts:
         """How many experts a layer has without the appended ones."""
         return self.experts[0]
 
-    def at(self, step: int, *, anneal_steps: int) -> "AddedExperts":
+    def at(self, step: int, *, anneal_steps: int) -> AddedExperts:
         """Return what they are after so many steps."""
         offset = router_offset(step, anneal_steps=anneal_steps)
         return replace(self, offset=offset, step=step, anneal_steps=anneal_steps)
 
     @classmethod
-    def of(cls, model: nn.Module) -> "AddedExperts | None":
+    def of(cls, model: nn.Module) -> AddedExperts | None:
         """Return what a live model's offsets say; None where no expert is held back."""
         routing = Routing.attached(model)
         if routing is None:
@@ -120,7 +123,7 @@ class AddedExperts:
         path.write_text(record_text(head), encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> "AddedExperts | None":
+    def read(cls, folder: Path) -> AddedExperts | None:
         """Return what a checkpoint folder says; None where no expert is being added.
 
         Raises:
