@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.experts.mixtures import TARGETS, mixture_of
 from tests.novelty.given import library
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
-from tritter.checkpoint.artifacts import read_artifacts
+from tritter.checkpoint import Source
 from tritter.checkpoint.expert_files import ADAPTER_FILES, HEAD, TENSORS, ExpertFiles
 from tritter.errors import RequestError, TritterError
 from tritter.experts.adapters import AdapterShape
@@ -128,7 +128,7 @@ def test_no_experts_are_no_experts(tmp_path: Path) -> None:
 
 def test_experts_go_along_as_they_are(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
-    for artifact in read_artifacts(folder):
+    for artifact in Source(folder, {}, None).artifacts():
         artifact.write(tmp_path / "copy")
     names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.parent != folder]
     assert len(names) == 8

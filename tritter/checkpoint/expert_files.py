@@ -7,7 +7,7 @@ listed and checked by whatever needs no model. `tritter.experts.stored` makes a 
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -18,8 +18,7 @@ from pydantic import Field
 from tritter.checkpoint.folder import EXPERTS_FOLDER, read_lineage
 from tritter.errors import Problem, RequestError, TritterError, brief, show
 from tritter.limits import MAX_COUNT
-from tritter.storage.links import check_links
-from tritter.storage.reading import read_object, require_file
+from tritter.storage.reading import check_links, read_object, require_file
 from tritter.storage.records import Count, WholeNumber, read_record, record
 from tritter.storage.tensors import TensorFolder
 
@@ -175,8 +174,11 @@ class ExpertFiles:
     configs: Mapping[str, AdapterConfig]
 
     @classmethod
-    def read(cls, folder: Path) -> "ExpertFiles | None":
+    def read(cls, folder: Path, *, recorded: Collection[str] | None = None) -> "ExpertFiles | None":
         """Return the experts of a folder, None where there are none; opens no tensor.
+
+        Args:
+            recorded: files that the folder's lineage names; None: the lineage was not read yet.
 
         Raises:
             TritterError: a file is missing, damaged, too large or of a newer format, or a link
@@ -185,8 +187,7 @@ class ExpertFiles:
         check_links(folder)
         path = folder / HEAD
         if not path.exists():
-            lineage = read_lineage(folder)
-            if lineage is not None and HEAD in lineage.file_digests:
+            if HEAD in (_recorded(folder) if recorded is None else recorded):
                 raise TritterError(f"{path} is missing: the experts in {folder} can't be read.")
             if found := _without_head(folder):
                 raise TritterError(
@@ -239,26 +240,36 @@ def _paths(head: ExpertsHead) -> Iterator[str]:
     yield from (HEAD, TENSORS)
 
 
+def _recorded(folder: Path) -> Collection[str]:
+    """Return the files that a folder's lineage names."""
+    lineage = read_lineage(folder)
+    return () if lineage is None else lineage.file_digests
+
+
 def _without_head(folder: Path) -> list[str]:
     """Return the files of experts in a checkpoint folder, relative to it, that no head lists."""
     patterns = (*(f"{EXPERTS_FOLDER}/*/{file}" for file in ADAPTER_FILES), TENSORS)
     return sorted(str(p.relative_to(folder)) for each in patterns for p in folder.glob(each))
 
 
-def refuse_experts(folder: Path, *, doing: str, key: str = "checkpoint") -> None:
+def refuse_experts(
+    folder: Path, *, doing: str, key: str = "checkpoint", recorded: Collection[str] | None = None
+) -> None:
     """Refuse a checkpoint with experts for what would leave them behind, or break them.
 
     Args:
         doing: what was asked for, as `an expansion`.
         key: that named the folder.
+        recorded: as `ExpertFiles.read`.
 
     Raises:
         RequestError: it has experts, or they are damaged; says what to do instead.
         TritterError: its lineage is damaged, or of a newer format.
     """
-    read_lineage(folder)  # what is wrong with that is no matter of experts
+    if recorded is None:
+        recorded = _recorded(folder)  # what is wrong with that is no matter of experts
     try:
-        files = ExpertFiles.read(folder)
+        files = ExpertFiles.read(folder, recorded=recorded)
     except TritterError as error:
         raise RequestError(Problem(key, folder, reason=str(error).rstrip("."))) from error
     if files is not None:

@@ -417,7 +417,8 @@ def _located(
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
         source = Source.open(folder, read_config(folder), digests=digests)
-        refuse_experts(folder, doing="an expansion", key="--checkpoint")
+        names = source.recorded_files
+        refuse_experts(folder, doing="an expansion", key="--checkpoint", recorded=names)
     destination = settings.output and Path(settings.output)
     if settings.target_params is not None:
         specs = reach_parameters(source.config, specs, settings.target_params)
@@ -575,7 +576,7 @@ class _Result:
             "step0_error": self.measured.error if self.measured else None,
         }
         if self.training is not None:
-            plain |= {"experts": self.training.experts, "scores": self.training.scores}
+            plain |= {"experts": self.training.experts.plain(), "scores": self.training.scores}
         if self.room is not None:
             plain |= _room_json(self.room, destination)
         return plain
@@ -619,7 +620,7 @@ def _planned(job: _Job, *, overwrite: bool) -> _Result:
     """Return what the job would come to; writes nothing."""
     from tritter.expand import check_room, plan_expansion, room_for
 
-    plan = plan_expansion(job.source.folder, job.specs, seed=job.settings.seed or 0)
+    plan = plan_expansion(job.source, job.specs, seed=job.settings.seed or 0)
     moments = job.settings.moments or "carry"
     room = room_for(job.source, plan, dtype=job.dtype, moments=moments)
     obstacles = [job.obstacle(overwrite=overwrite)]
@@ -641,14 +642,15 @@ def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _
 
     settings = job.settings
     measured: list[Measurement] = []
-    plan = plan_expansion(job.source.folder, job.specs, seed=settings.seed or 0)
+    plan = plan_expansion(job.source, job.specs, seed=settings.seed or 0)
     with progress_bars(is_shown=not is_quiet) as new_bar:
 
-        def look(made: Expanded) -> None:
+        def look(made: Expanded) -> Lineage:
             bar = new_bar("MB checked") if measures else None
             with refuse_damage():
                 found = measure(job.source.folder, made, is_wanted=measures, progress=bar)
             measured.append(found)
+            return found.lineage
 
         made = expand(
             job.source,
@@ -687,7 +689,7 @@ def _trained(
     )
     error = made.lineage.expansion_history[-1].step0_error
     words = "not finite" if error is None else f"{error:.1e} of the logits' deviation on its text"
-    measured = Measurement(error, False, words)
+    measured = Measurement(made.lineage, error, False, words)
     return _Result(job=job, plan=made.plan, lineage=made.lineage, measured=measured, training=made)
 
 

@@ -25,8 +25,7 @@ from tritter.cli.output import (
 )
 from tritter.errors import TritterError
 from tritter.loading import loading
-from tritter.report.rows import ACCURACY
-from tritter.report.wording import count_text
+from tritter.report.wording import ACCURACY, count_text
 from tritter.storage.hub import locate
 from tritter.terminal import Console
 
@@ -88,14 +87,13 @@ def inspect(folder: Folder, as_json: AsJson = False) -> int:
     """Show a checkpoint's shapes and parameters, and the map of its last expansion."""
     with loading("torch"):
         from tritter.checkpoint import Source
-        from tritter.checkpoint.expert_files import ExpertFiles
         from tritter.families.config_file import read_config_file
 
     with refuse_damage():
         place = locate(folder)
         source = Source.open(place, read_config_file(place))
         dtypes = Counter(source.tensors.headers[t.name].dtype for t in source.stored)
-        experts = ExpertFiles.read(place)
+        experts = source.experts
         experts_record = None if experts is None else _experts_json(experts)
     lineage = source.lineage
     last = lineage.expansion_history[-1] if lineage and lineage.expansion_history else None
@@ -231,7 +229,7 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
 
 def _beside(folder: Path) -> list[str]:
     """Return what lies beside config and weights: tokenizer files, then what is in `state/`."""
-    from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
+    from tritter.checkpoint.folder import TOKENIZER_FILES
 
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     state = folder / "state"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tritter.checkpoint import record_step0_error
+from tritter.checkpoint import Lineage, record_step0_error
 from tritter.errors import TritterError
 from tritter.evaluation.gate import EXACT_JUMP
 from tritter.evaluation.jump import folder_jump
@@ -28,6 +28,7 @@ class Measurement:
     """What was measured, in words as well.
 
     Args:
+        lineage: of the result, with the error.
         error: max |Δ logits| / std(logits) on random tokens; None when not measured.
         is_broken: a method that claims exactness missed it by more than rounding; of a dense
             result in 16 bits, whose rounding is not known, by a deviation of the logits.
@@ -35,6 +36,7 @@ class Measurement:
         parting: where a broken result leaves what the source computes.
     """
 
+    lineage: Lineage
     error: float | None
     is_broken: bool
     text: str
@@ -58,7 +60,7 @@ def measure(
         TritterError: transformers can't build one of them, or it computes nothing.
     """
     if not is_wanted:
-        return Measurement(None, False, "not measured")
+        return Measurement(result.lineage, None, False, "not measured")
 
     def show(done: int, total: int) -> None:
         if progress is not None:
@@ -77,7 +79,8 @@ def measure(
         ) from raised
     jump = found.jump
     error = jump.to_dict()["relative_to_std"]
-    record_step0_error(result.folder, error, config, num_new=len(result.steps))
+    new = len(result.steps)
+    lineage = record_step0_error(result.folder, result.lineage, error, config, num_new=new)
     claims_exact = all(step.spec.is_exact for step in result.steps)
     rounded = _rounded_to(source, result, claims_exact=claims_exact)
     bound = rounded_jump(has_experts=family_of(config).has_experts) if rounded else EXACT_JUMP
@@ -85,7 +88,7 @@ def measure(
     note = f", rounding to {' and '.join(rounded)} included" if rounded else ""
     text = f"{jump.relative_to_std:.1e} of the logits' deviation on random tokens{note}"
     parting = found.parting(result.plan.parameter_map.layer_sources) if is_broken else ""
-    return Measurement(error, is_broken, text, parting)
+    return Measurement(lineage, error, is_broken, text, parting)
 
 
 def random_tokens(config: Config) -> Tensor:
