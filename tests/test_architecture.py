@@ -79,8 +79,8 @@ TORCH_ONLY_ROOMS = {"parameter_map", "stock_routers"}  # the standard library an
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
     "(top)": (14, 1_764),
-    "checkpoint": (14, 2_782),
-    "cli": (20, 5_389),
+    "checkpoint": (14, 2_764),
+    "cli": (20, 5_384),
     "config": (41, 8_901),
     "data": (18, 5_542),
     "evaluation": (19, 4_020),
@@ -95,7 +95,7 @@ RATCHET = {
     "parameter_map": (7, 1_307),
     "pipeline": (23, 6_141),
     "planning": (6, 1_545),
-    "report": (15, 3_917),
+    "report": (15, 3_911),
     "stock_routers": (3, 449),
     "storage": (10, 2_066),
     "training": (21, 3_927),

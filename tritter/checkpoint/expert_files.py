@@ -155,23 +155,18 @@ def is_plain_setting(key: str, value: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertSummary:
-    """One expert, by its files' headers."""
-
-    name: str
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    num_parameters: int
-
-
-@dataclass(frozen=True, slots=True)
 class ExpertFiles:
-    """The experts of a checkpoint folder, as they lie there, and their adapters' configs."""
+    """The experts of a checkpoint folder, as they lie there.
+
+    Args:
+        configs: expert that has an adapter → its config.
+        num_parameters: expert → parameters of its adapter.
+    """
 
     source: Path
     head: ExpertsHead
     configs: Mapping[str, AdapterConfig]
+    num_parameters: Mapping[str, int]
 
     @classmethod
     def read(cls, folder: Path, *, recorded: Collection[str] | None = None) -> "ExpertFiles | None":
@@ -200,23 +195,15 @@ class ExpertFiles:
         places = {name: folder / EXPERTS_FOLDER / name for name in head.adapters}
         for file in _paths(head):
             require_file(folder / file, is_read_whole=not file.startswith(EXPERTS_FOLDER))
-        for place in places.values():
-            TensorFolder.open_file(place, ADAPTER_FILES[1])
-        return cls(folder, head, {name: AdapterConfig.read(p) for name, p in places.items()})
+        sizes = {name: _num_parameters(place) for name, place in places.items()}
+        configs = {name: AdapterConfig.read(place) for name, place in places.items()}
+        return cls(folder, head, configs, sizes)
 
     def write(self, folder: Path) -> None:
         """Copy them beside another copy of the model, as they are."""
         for name in _paths(self.head):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source / name, folder / name)
-
-    def summaries(self) -> tuple[ExpertSummary, ...]:
-        """Return what the headers say of each expert that has an adapter.
-
-        Raises:
-            TritterError: a config can't be read.
-        """
-        return tuple(self._summary(name) for name in self.head.adapters)
 
     def mean_gates(self) -> dict[str, float] | None:
         """Return name → mean gate over the domains that it was measured on; None of none."""
@@ -226,11 +213,10 @@ class ExpertFiles:
         share = 1 / len(measured)
         return {n: share * sum(each.get(n, 0.0) for each in measured) for n in self.head.names}
 
-    def _summary(self, name: str) -> ExpertSummary:
-        config, folder = self.configs[name], self.source / EXPERTS_FOLDER / name
-        headers = TensorFolder.open_file(folder, ADAPTER_FILES[1]).headers.values()
-        count = sum(prod(header.shape) for header in headers)
-        return ExpertSummary(name, config.rank, config.alpha, config.targets, count)
+
+def _num_parameters(place: Path) -> int:
+    headers = TensorFolder.open_file(place, ADAPTER_FILES[1]).headers.values()
+    return sum(prod(header.shape) for header in headers)
 
 
 def _paths(head: ExpertsHead) -> Iterator[str]:

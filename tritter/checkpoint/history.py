@@ -258,12 +258,8 @@ def _record_changes(link: Link) -> Iterator[Difference]:
     if lineage is not None and merkle_hash(lineage.tensor_digests) != lineage.model_hash:
         yield Difference(LINEAGE_NAME, None, "its hash does not follow from its tensors' digests")
     if link.folder is not None and lineage is not None:
-        yield from _edits(link.folder / LINEAGE_NAME)
-
-
-def _edits(path: Path) -> Iterator[Difference]:
-    if not is_unchanged(path):
-        yield Difference(path.name, None, "changed")
+        is_edited = not is_unchanged(link.folder / LINEAGE_NAME)
+        yield from [Difference(LINEAGE_NAME, None, "changed")] * is_edited
 
 
 def _tensor_changes(folder: Path, link: Link, progress: Progress | None) -> Iterator[Difference]:

@@ -277,20 +277,16 @@ def _print_map(console: Console, last: RecordedMap) -> None:
 
 
 def _experts_json(files: ExpertFiles) -> dict[str, Any]:
-    """Return everything that the files say without a tensor being opened.
-
-    Raises:
-        TritterError: an expert's config can't be read.
-    """
+    """Return everything that the files say without a tensor being opened."""
     head = files.head
     adapters = {
-        each.name: {
+        name: {
             "rank": each.rank,
             "alpha": each.alpha,
             "targets": list(each.targets),
-            "parameters": each.num_parameters,
+            "parameters": files.num_parameters[name],
         }
-        for each in files.summaries()
+        for name, each in files.configs.items()
     }
     return {
         "names": list(head.names),
@@ -312,12 +308,11 @@ def _print_experts(console: Console, files: ExpertFiles) -> None:
         "expert", "rank", "alpha", "parameters", "on",
         numbers=("rank", "alpha", "parameters"), wrapped=("on",),
     )  # fmt: skip
-    shapes = {each.name: each for each in files.summaries()}
     signs = signs_of(console)
     for name in head.names:
         cells = ("-", "-", "-", "the base itself")
-        if (shape := shapes.get(name)) is not None:
-            count, targets = count_text(shape.num_parameters), " ".join(shape.targets)
+        if (shape := files.configs.get(name)) is not None:
+            count, targets = count_text(files.num_parameters[name]), " ".join(shape.targets)
             cells = (str(shape.rank), f"{shape.alpha:g}", count, targets)
         table.add_row(name, *(Text(signs.printable(cell)) for cell in cells))
     console.print()

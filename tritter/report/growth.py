@@ -38,7 +38,7 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
             f"{layer.before} → {layer.after}",
             *map(str, (layer.born, layer.replaced, *([layer.died] if has_dead else []))),
             change_of_function(layer.function_change),
-            steps_text([event.step for event in layer.events]),
+            steps_text(layer.steps),
         )
         for layer in most_grown(layers, most)
     )

@@ -7,7 +7,7 @@ Numbers are bounded by what drawing and adding them can bear. What is written is
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, groupby, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import (
@@ -77,30 +77,16 @@ class GrowthEvent(Part):
 
 @dataclass(frozen=True, slots=True)
 class GrownLayer:
-    """What all events made of one layer."""
+    """What all events made of one layer; of the function's changes the largest."""
 
     layer: int
     before: int
     after: int
-    events: tuple[GrowthEvent, ...]
-
-    @property
-    def born(self) -> int:
-        return sum(event.born for event in self.events)
-
-    @property
-    def replaced(self) -> int:
-        return sum(event.replaced for event in self.events)
-
-    @property
-    def died(self) -> int:
-        return sum(event.died for event in self.events)
-
-    @property
-    def function_change(self) -> float | None:
-        """The largest of its events."""
-        known = (e.function_change for e in self.events if e.function_change is not None)
-        return max(known, default=None)
+    born: int
+    replaced: int
+    died: int
+    function_change: float | None
+    steps: tuple[int, ...]
 
 
 class _Neurons(Part):
@@ -184,13 +170,21 @@ class GrowthRecord(Part):
     @property
     def layers(self) -> tuple[GrownLayer, ...]:
         """The layers that grew, from the first one on."""
-        of_layer: dict[int, list[GrowthEvent]] = {}
-        before, after = self.neurons.before, self.neurons.after
-        for event in self.events:
-            of_layer.setdefault(event.layer, []).append(event)
-        return tuple(
-            GrownLayer(layer, before[layer], after[layer], tuple(of_layer[layer]))
-            for layer in sorted(of_layer)
+        by_layer = sorted(self.events, key=lambda event: event.layer)
+        grouped = groupby(by_layer, key=lambda event: event.layer)
+        return tuple(self._layer(layer, list(own)) for layer, own in grouped)
+
+    def _layer(self, layer: int, own: Sequence[GrowthEvent]) -> GrownLayer:
+        changes = (e.function_change for e in own if e.function_change is not None)
+        return GrownLayer(
+            layer=layer,
+            before=self.neurons.before[layer],
+            after=self.neurons.after[layer],
+            born=sum(event.born for event in own),
+            replaced=sum(event.replaced for event in own),
+            died=sum(event.died for event in own),
+            function_change=max(changes, default=None),
+            steps=tuple(event.step for event in own),
         )
 
 
