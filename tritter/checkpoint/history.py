@@ -257,9 +257,9 @@ def _record_changes(link: Link) -> Iterator[Difference]:
     lineage = link.lineage
     if lineage is not None and merkle_hash(lineage.tensor_digests) != lineage.model_hash:
         yield Difference(LINEAGE_NAME, None, "its hash does not follow from its tensors' digests")
-    if link.folder is not None and lineage is not None:
-        is_edited = not is_unchanged(link.folder / LINEAGE_NAME)
-        yield from [Difference(LINEAGE_NAME, None, "changed")] * is_edited
+    record = None if link.folder is None or lineage is None else link.folder / LINEAGE_NAME
+    if record is not None and not is_unchanged(record):
+        yield Difference(LINEAGE_NAME, None, "changed")
 
 
 def _tensor_changes(folder: Path, link: Link, progress: Progress | None) -> Iterator[Difference]:
