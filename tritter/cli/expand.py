@@ -648,7 +648,7 @@ def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _
         def look(made: Expanded) -> Lineage:
             bar = new_bar("MB checked") if measures else None
             with refuse_damage():
-                found = measure(job.source.folder, made, is_wanted=measures, progress=bar)
+                found = measure(job.source, made, is_wanted=measures, progress=bar)
             measured.append(found)
             return found.lineage
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tritter.checkpoint import Lineage, record_step0_error
+from tritter.checkpoint import Lineage, Source, record_step0_error
 from tritter.errors import TritterError
 from tritter.evaluation.gate import EXACT_JUMP
 from tritter.evaluation.jump import folder_jump
@@ -44,7 +43,7 @@ class Measurement:
 
 
 def measure(
-    source: Path,
+    source: Source,
     result: Expanded,
     *,
     is_wanted: bool,
@@ -68,14 +67,14 @@ def measure(
 
     config = read_config(result.folder)
     try:
-        found = folder_jump(source, result.folder, random_tokens(config), progress=show)
+        found = folder_jump(source.folder, result.folder, random_tokens(config), progress=show)
     except TritterError:
         raise
     # The border to classes that trust their config: a value of it may break them in any way
     except Exception as raised:
         raise TritterError(
-            f"{source} cannot be measured: its model fails on tokens ({raised!r}); --no-measure "
-            "expands it all the same."
+            f"{source.folder} cannot be measured: its model fails on tokens ({raised!r}); "
+            "--no-measure expands it all the same."
         ) from raised
     jump = found.jump
     error = jump.to_dict()["relative_to_std"]
@@ -100,12 +99,9 @@ def random_tokens(config: Config) -> Tensor:
     return torch.randint(0, vocab_size, shape, generator=generator)
 
 
-def _rounded_to(source: Path, result: Expanded, *, claims_exact: bool) -> list[str]:
+def _rounded_to(source: Source, result: Expanded, *, claims_exact: bool) -> list[str]:
     """Return the types below float32 that values were computed for; copies lose nothing."""
-    before, after = (
-        {header.dtype for header in TensorFolder.open(folder).headers.values()}
-        for folder in (source, result.folder)
-    )
+    before, after = source.tensors.dtypes, TensorFolder.open(result.folder).dtypes
     maps = result.plan.parameter_map.tensors.values()
     if before == after and len(after) == 1 and all(_is_copied(m, claims_exact) for m in maps):
         return []

@@ -27,10 +27,7 @@ from tritter.report.growth import (
     label_flops,
     mark_growth,
 )
-from tritter.report.matrix import (
-    matrix_figure,
-    transfer_table,
-)
+from tritter.report.matrix import matrix_figure, transfer_table
 from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
 from tritter.report.rows import DomainRow, Role, change_text, score_of, score_text
 from tritter.report.runs import (

@@ -158,6 +158,11 @@ class TensorFolder:
         return self.headers[name].shape
 
     @property
+    def dtypes(self) -> frozenset[str]:
+        """All dtypes of its tensors, as torch calls them without "torch."."""
+        return frozenset(header.dtype for header in self.headers.values())
+
+    @property
     def main_dtype(self) -> str:
         """The dtype of most values, as torch calls it without "torch."."""
         counts = Counter[str]()
