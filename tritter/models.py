@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,8 +41,7 @@ from tritter.families import (
 )
 from tritter.families.config_file import refused_as, sane_config
 from tritter.stock_routers import AddedExperts
-from tritter.storage.links import check_links
-from tritter.storage.reading import require_file
+from tritter.storage.reading import check_links, require_file
 from tritter.storage.tensors import TensorFolder, is_computed
 from tritter.storage.writer import stripped
 
@@ -50,18 +49,27 @@ from tritter.storage.writer import stripped
 _SMALL_FILES = {".json", ".jinja", ".model", ".txt"}
 
 
-def read_config(folder: Path) -> Config:
+def read_config(folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> Config:
     """Return the content of a folder's config.json with the defaults of its own class written out.
 
     Where its layers' FFNs differ in width, `ffn_sizes` says so.
+
+    Args:
+        ffn_sizes: those of the folder's lineage; None: it was not read yet.
 
     Raises:
         RequestError: a family that there is no table for; names those there are.
         TritterError: there is none, it is not a config that transformers accepts, or its sizes
             are beyond all limits.
     """
-    config = _plain(_stock_config(folder))
-    return with_live_sizes(family_of(config), config, folder)
+    return _config_in(folder, _stock_config(folder), ffn_sizes)
+
+
+def _config_in(
+    folder: Path, stock: PreTrainedConfig, ffn_sizes: Sequence[int] | None = None
+) -> Config:
+    config = _plain(stock)
+    return with_live_sizes(family_of(config), config, folder, ffn_sizes=ffn_sizes)
 
 
 def _plain(config: PreTrainedConfig) -> Config:
@@ -95,24 +103,33 @@ def new_model(config: Config, *, seed: int) -> nn.Module:
     return _made_ready(model)
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(
+    folder: Path, *, dtype: torch.dtype = torch.float32, config: Config | None = None
+) -> nn.Module:
     """Load a causal language model from safetensors; never runs code from the folder.
 
     Experts that are being added get the router offset that the folder's state says, so that the
     model computes what it should where stock classes alone would not. FFNs that are padded on disk
     get the width that they have.
 
+    Args:
+        config: of a folder that this process wrote or has checked; None checks the folder first.
+
     Raises:
         TritterError: transformers cannot load it, a tensor is missing or left over, or what should
             be padding is none.
     """
-    _check_small_files(folder)
-    config = _stock_config(folder)
-    TensorFolder.open(folder)  # one reader decides for all commands what is taken
+    if config is None:
+        _check_small_files(folder)
+        stock = _stock_config(folder)
+        config = _config_in(folder, stock)
+        TensorFolder.open(folder)  # one reader decides for all commands what is taken
+    else:
+        stock = stock_config_of(config)
     with refused_as(f"{folder} cannot be loaded as a model"), quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=config,
+            config=stock,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -123,7 +140,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
     wrong = {key: value for key, value in report.items() if value}
     if wrong:
         raise TritterError(f"{folder} does not fit its config.json: {wrong}")
-    for stored in _narrower(read_config(folder)):
+    for stored in _narrower(config):
         value = model.get_parameter(stored.name).detach()
         live = stripped(value, stored.shape, name=f"{folder}: {stored.name}")
         set_parameter(model, stored.name, live.clone())
@@ -144,7 +161,8 @@ def unloaded_model(folder: Path) -> nn.Module:
         TritterError: transformers cannot build it.
     """
     _check_small_files(folder)
-    stock, config = _stock_config(folder), read_config(folder)
+    stock = _stock_config(folder)
+    config = _config_in(folder, stock)
     with refused_as(f"{folder} cannot be loaded as a model"), quiet():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from tritter.checkpoint.artifacts import read_artifacts
+from tritter.checkpoint import Source
 from tritter.checkpoint.state import read_state, write_state
 from tritter.stock_routers import AddedExperts
 from tritter.storage.writer import TensorStream
@@ -25,9 +25,9 @@ def test_every_piece_writes_itself_as_it_was_read(tmp_path: Path) -> None:
     AddedExperts(experts=(4, 5)).at(1, anneal_steps=4).write(source)
     held = contents(source)
     assert len(held) == 4
-    for artifact in read_artifacts(source):
+    for artifact in Source(source, {}, None).artifacts():
         artifact.write(target)
     assert contents(target) == held
-    for artifact in read_artifacts(bare):
+    for artifact in Source(bare, {}, None).artifacts():
         artifact.write(target / "..")
     assert read_state(tmp_path) is None  # what is not there is not made up

@@ -25,7 +25,7 @@ from tests.oracle.qwen3 import tiny_qwen3
 from tests.storage.test_tensors import file_size_limit
 from tritter.checkpoint import Source, read_lineage
 from tritter.checkpoint.export import Exported, Weights, export_model
-from tritter.checkpoint.tokenizer_files import TokenizerFiles
+from tritter.checkpoint.folder import TokenizerFiles
 from tritter.errors import RequestError, TritterError
 from tritter.expand import expand
 from tritter.expansion import LlamaPro, Width

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.conftest import Run, place, run, snapshot, sources
 from tritter.errors import TritterError
-from tritter.storage.links import check_links
+from tritter.storage.reading import check_links
 
 __all__ = ["place", "run", "sources"]
 SECRET = "the secret of another folder"

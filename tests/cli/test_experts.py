@@ -24,7 +24,7 @@ from tritter.checkpoint import (
     write_checkpoint,
     write_lineage,
 )
-from tritter.checkpoint.tokenizer_files import TokenizerFiles
+from tritter.checkpoint.folder import TokenizerFiles
 from tritter.errors import RequestError
 from tritter.expand import plan_expansion
 from tritter.expansion import Dus

@@ -23,6 +23,7 @@ from tritter.conf_folder import config_folder
 from tritter.config.folders import composing_from, front_of
 from tritter.config.launch.completion import completions
 from tritter.pipeline.run import next_commands
+from tritter.report.summary import Summary
 from tritter.storage.reading import read_object
 
 ROOT = config_folder().parent
@@ -362,7 +363,8 @@ def test_commands_that_are_printed_find_the_same_options(
     assert replace(pipeline.configs[1], resume=None) == pipeline.configs[0]
     name = "my_run" if len(found_by[1:]) and "my_run" in found_by[1] else None
     with composing_from(front_of([str(conf)], name)):
-        summary = {"status": "kept", "gate": []}
+        plain = {"status": "kept", "domains": {}, "baseline": {}, "attempts": []}
+        summary = Summary.of(plain)
         lines = next_commands(pipeline.configs[0], summary, words=words, folder=conf.parent / "one")
     assert "control=true" in lines[0]
     pasted = run(*printed_words(lines[0].partition("   #")[0]), "hydra.run.dir=two")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.experts.mixtures import TARGETS, mixture_of
 from tests.novelty.given import library
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
-from tritter.checkpoint.artifacts import read_artifacts
+from tritter.checkpoint import Source
 from tritter.checkpoint.expert_files import ADAPTER_FILES, HEAD, TENSORS, ExpertFiles
 from tritter.errors import RequestError, TritterError
 from tritter.experts.adapters import AdapterShape
@@ -135,21 +135,23 @@ def test_no_experts_are_no_experts(tmp_path: Path) -> None:
 
 def test_experts_go_along_as_they_are(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
-    for artifact in read_artifacts(folder):
+    for artifact in Source(folder, {}, None).artifacts():
         artifact.write(tmp_path / "copy")
     names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.parent != folder]
     assert len(names) == 8
     assert all((tmp_path / "copy" / n).read_bytes() == (folder / n).read_bytes() for n in names)
     assert {path.stat().st_mode & 0o777 for path in map(folder.joinpath, names)} == {0o644}
-    summaries = ExpertFiles.read(folder).summaries()  # type: ignore[union-attr]
-    assert [(e.name, e.rank, e.alpha) for e in summaries] == [
+    files = ExpertFiles.read(folder)
+    assert files is not None
+    assert [(name, each.rank, each.alpha) for name, each in files.configs.items()] == [
         ("e0", 2, 4.0),
         ("e1", 4, 9.0),
         ("e2", 3, 8.0),
     ]
-    assert (set(summaries[0].targets), summaries[2].targets) == (set(TARGETS), ("q_proj",))
+    first, last = files.configs["e0"], files.configs["e2"]
+    assert (set(first.targets), last.targets) == (set(TARGETS), ("q_proj",))
     # A 2 · in + B out · 2, of q 24 → 24, v 24 → 12, down 40 → 24, in 3 layers
-    assert summaries[0].num_parameters == 3 * 2 * (48 + 36 + 64)
+    assert files.num_parameters["e0"] == 3 * 2 * (48 + 36 + 64)
 
 
 def test_experts_of_another_model_are_refused(folder: Path) -> None:

@@ -14,8 +14,8 @@ from tests import oracle
 from tests.experts.mixtures import mixture_of
 from tests.oracle.families import tiny
 from tritter.checkpoint import read_lineage, write_checkpoint
+from tritter.checkpoint.folder import TokenizerFiles
 from tritter.checkpoint.state import write_state
-from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.expand import expand

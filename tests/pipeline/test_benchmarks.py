@@ -15,7 +15,7 @@ from tritter.errors import RequestError
 from tritter.evaluation.benchmarks.harness import Asking, score_benchmark
 from tritter.models import load_model, load_tokenizer
 from tritter.pipeline import Outcome
-from tritter.pipeline.benchmarks import BenchmarkTask, benchmark_tasks
+from tritter.pipeline.context import BenchmarkTask, benchmark_tasks
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from tests import oracle
 from tests.oracle.sizes import uneven, written
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoint import read_lineage
+from tritter.checkpoint.folder import TokenizerFiles
 from tritter.checkpoint.history import read_chain, verify
-from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.config.launch.composition import load_config
 from tritter.models import load_model, read_config
 from tritter.pipeline import run_pipeline

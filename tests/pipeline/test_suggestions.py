@@ -10,8 +10,14 @@ import pytest
 
 from tritter.config.launch.composition import load_config
 from tritter.pipeline.run import next_commands
+from tritter.report.summary import Summary
 
 FOLDER = Path("outputs/runs/a b")
+
+
+def summary_of(status: str, *checks: dict[str, Any], attempts: int = 1) -> Summary:
+    plain = {"status": status, "gate": checks, "domains": {}, "baseline": {}}
+    return Summary.of(plain | {"attempts": [{"final": {}}] * attempts})
 
 
 def check(name: str, verdict: str, **more: Any) -> dict[str, Any]:
@@ -26,7 +32,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
     def suggested(status: str, *checks: dict[str, Any], words: tuple[str, ...] = ()) -> list[str]:
         config = load_config(words)
-        summary = {"status": status, "gate": list(checks)}
+        summary = summary_of(status, *checks)
         lines = next_commands(config, summary, words=words, folder=FOLDER)
         for line in lines:
             program, _, rest = line.partition("train.py ")
@@ -107,8 +113,8 @@ def test_undecided(commands: Callable[..., list[str]]) -> None:
 def test_what_was_not_kept_is_found(tmp_path: Path) -> None:
     (tmp_path / "attempt_2" / "trained").mkdir(parents=True)
     (tmp_path / "attempt_2" / "trained" / "model.safetensors").touch()
-    summary = {"status": "rolled_back", "gate": [], "attempts": [{}, {}]}
-    told = next_commands(load_config(()), summary, words=(), folder=tmp_path)
+    two, one = (summary_of("rolled_back", attempts=number) for number in (2, 1))
+    told = next_commands(load_config(()), two, words=(), folder=tmp_path)
     assert f"inspect {tmp_path}/attempt_2/trained   # what was trained and not kept" in told[-3]
-    gone = next_commands(load_config(()), summary | {"attempts": [{}]}, words=(), folder=tmp_path)
+    gone = next_commands(load_config(()), one, words=(), folder=tmp_path)
     assert not any("trained" in line for line in gone)

@@ -3,17 +3,20 @@
 import json
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
 from tritter.config.launch.entry import main
-from tritter.pipeline import run_pipeline, stages
+from tritter.pipeline import Outcome, run_pipeline, stages
 from tritter.pipeline.trained import TrainedWriter
+from tritter.storage import hashing, reading, records
 
 FLIPS_PER_FILE = 3
 # Never read again: the run's own log and what is rewritten when it goes on
@@ -271,3 +274,28 @@ def test_a_log_may_go_and_a_damaged_one_is_told(run: Run, trained: Path) -> None
     assert ended.code == 1 and str(log) in ended.err
     log.unlink()
     assert run(trained).code == 0
+
+
+def test_each_folder_is_read_once(
+    run_tiny: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Config and lineage of what the run wrote are parsed once; weights are not hashed again."""
+    reads, hashed = Counter[str](), list[str]()
+    read, digest = reading.read_text, hashing.tensor_digest
+
+    def counted(path: Path, **options: object) -> str:
+        if path.name in ("config.json", "tritter.json") and path.is_relative_to(tmp_path):
+            reads[str(path.relative_to(tmp_path))] += 1
+        return read(path, **options)  # type: ignore[arg-type]
+
+    def noted(name: str, tensor: Tensor) -> str:
+        hashed.append(name)
+        return digest(name, tensor)
+
+    monkeypatch.setattr(reading, "read_text", counted)
+    monkeypatch.setattr(records, "read_text", counted)
+    monkeypatch.setattr(hashing, "tensor_digest", noted)
+    run_tiny(tmp_path)
+    assert set(reads.values()) == {1} and not hashed
+    places = {str(Path(name).parent) for name in reads}
+    assert places == {"baseline", "attempt_1/expanded", "attempt_1/trained"}

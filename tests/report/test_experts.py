@@ -14,7 +14,6 @@ from tests.report.test_page import HOSTILE, run_of, seen
 from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
 from tritter.pipeline.metrics import wandb_summary
-from tritter.report.comparison import figures
 from tritter.report.drawing import new_figure
 from tritter.report.experts import (
     draw_ranks,
@@ -27,18 +26,21 @@ from tritter.report.experts import (
     page_tables,
     usage_table,
 )
-from tritter.report.page import page
+from tritter.report.page import figures, page
 from tritter.report.plots import plot_run
 from tritter.report.runs import grouped, with_controls
-from tritter.report.summary import ExpertsRecord, check_summary
+from tritter.report.summary import ExpertsRecord, Summary
 from tritter.report.wording import Signs
 
 SIGNS = Signs.for_encoding("utf-8")
 END = 96
 
 
+LEAST = {"status": "kept", "domains": {}, "baseline": {}, "attempts": []}
+
+
 def record_of(made: dict[str, Any]) -> ExpertsRecord:
-    found = ExpertsRecord.of({"experts": made})
+    found = Summary.of(LEAST | {"experts": made}).experts
     assert found is not None
     return found
 
@@ -150,8 +152,10 @@ def test_a_picture_has_its_place_where_nothing_was_spawned() -> None:
 @pytest.mark.full
 def test_page_and_plots_have_them_where_there_are_some(summary: dict[str, Any], tmp_path) -> None:  # type: ignore[no-untyped-def]
     made = summary | {"experts": experts()}
-    assert "experts.png" in {path.name for path in plot_run(made, None, tmp_path / "a")}
-    assert "experts.png" not in {path.name for path in plot_run(summary, None, tmp_path / "b")}
+    assert "experts.png" in {path.name for path in plot_run(Summary.of(made), (), tmp_path / "a")}
+    assert "experts.png" not in {
+        path.name for path in plot_run(Summary.of(summary), (), tmp_path / "b")
+    }
     one = run_of(made, "one", 0)
     text, pictures = page([one], title="One")
     names = [name for name in pictures if name.startswith("experts")]
@@ -180,14 +184,14 @@ def test_groups_are_named_by_them(summary_with_control: dict[str, Any]) -> None:
     assert "experts=none" in names[1]
     control = next(group for group in with_controls(grouped([first])) if group.is_control)
     assert control.name == "control, not grown: forgetting=ewc"
-    assert control.runs[0].experts is None
+    assert control.runs[0].summary.experts is None
 
 
 def test_wandb_has_their_sums(summary: dict[str, Any]) -> None:
-    told = wandb_summary(summary | {"experts": experts()})
+    told = wandb_summary(Summary.of(summary | {"experts": experts()}))
     assert told["experts/number"] == 2 and told["experts/spawned"] == 3
     assert told["experts/trainable_share"] == 0.031 and told["experts/trainable"] == 12_400
-    assert not any("experts" in name for name in wandb_summary(summary))
+    assert not any("experts" in name for name in wandb_summary(Summary.of(summary)))
 
 
 @pytest.mark.full
@@ -223,9 +227,9 @@ def test_what_is_no_record_of_experts_is_refused(
     summary: dict[str, Any], place: tuple[str | int, ...], value: Any, said: str
 ) -> None:
     whole = {"experts": experts()}
-    check_summary(summary | whole)
+    Summary.of(summary | whole)
     with pytest.raises(TritterError, match=said):
-        check_summary(summary | replaced(whole, ("experts", *place), value))
+        Summary.of(summary | replaced(whole, ("experts", *place), value))
 
 
 @pytest.mark.full
@@ -236,11 +240,10 @@ def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
         for value in (GONE, None, "$_{", -1, 0, 10**20, 1e30, -1e30, math.nan, [], {}):
             changed = replaced({"experts": made}, ("experts", *place), value)
             try:
-                check_summary(summary | changed)
+                found = Summary.of(summary | changed).experts
             except TritterError:
                 refused += 1
                 continue
-            found = ExpertsRecord.of(changed)
             if found is None:
                 continue
             assert experts_text(found)

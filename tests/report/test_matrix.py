@@ -26,7 +26,7 @@ from tritter.report.matrix import (
 )
 from tritter.report.page import page
 from tritter.report.plots import plot_run
-from tritter.report.summary import check_summary
+from tritter.report.summary import Matrix, Summary
 from tritter.report.wording import Signs
 
 SIGNS = Signs.for_encoding("utf-8")
@@ -53,7 +53,7 @@ def test_the_table_has_what_was_learned_and_what_became_of_it(summary: dict[str,
 
 
 def test_of_very_many_domains_the_first_are_shown() -> None:
-    made = matrix(*(f"d{number}" for number in range(60)))
+    made = Matrix(**matrix(*(f"d{number}" for number in range(60))))
     table = transfer_table(made)
     assert len(table.rows) == MAX_ROWS + 1 and len(transfer_rows(made)) == 61
     assert "37 more are in summary.json" in str(table.caption)
@@ -65,7 +65,7 @@ def test_the_picture_has_each_change_and_frames_what_was_trained() -> None:
     made = matrix("code", "sums", "code")
     made["loss_per_byte"][2][2] = None
     _, (axes,) = new_figure(width=4, height=3)
-    draw_matrix(axes, made)
+    draw_matrix(axes, Matrix(**made))
     cells = np.ma.asarray(axes.images[0].get_array())
     assert cells[0].tolist() == [0, 0, 0]
     assert cells[1].tolist() == pytest.approx([10, -50, 10])
@@ -78,17 +78,17 @@ def test_the_picture_has_each_change_and_frames_what_was_trained() -> None:
 
 def test_right_answers_have_a_panel_of_their_own() -> None:
     made = matrix("code", "sums") | {"accuracy": {"sums": [0.0, None, 0.876]}}
-    figure = matrix_figure(made)
+    figure = matrix_figure(Matrix(**made))
     axes = next(each for each in figure.axes if each.get_title() == "right answers [%]")
     assert [text.get_text() for text in axes.texts] == ["0", "?", "88"]
     assert [p.get_xy() for p in axes.patches if isinstance(p, Rectangle)] == [(-0.5, 1.5)]
-    assert matrix_figure(matrix("code")).get_figwidth() < figure.get_figwidth()
+    assert matrix_figure(Matrix(**matrix("code"))).get_figwidth() < figure.get_figwidth()
 
 
 @pytest.mark.full
 def test_page_and_plots_have_it_where_there_are_tasks(summary: dict[str, Any], tmp_path) -> None:  # type: ignore[no-untyped-def]
     made = summary | {"matrix": matrix("code", "sums")}
-    written = {path.name for path in plot_run(made, None, tmp_path)}
+    written = {path.name for path in plot_run(Summary.of(made), (), tmp_path)}
     assert "matrix.png" in written
     text, pictures = page([run_of(made, "tasks", 0), run_of(summary, "one", 1)], title="Both")
     assert [name for name in pictures if name.startswith("matrix")] == ["matrix.png"]
@@ -98,10 +98,10 @@ def test_page_and_plots_have_it_where_there_are_tasks(summary: dict[str, Any], t
 
 
 def test_wandb_has_the_means(summary: dict[str, Any]) -> None:
-    told = wandb_summary(summary | {"matrix": matrix("code", "sums")})
+    told = wandb_summary(Summary.of(summary | {"matrix": matrix("code", "sums")}))
     assert told["transfer/backward"] == pytest.approx(0.155)
     assert told["transfer/forward"] == pytest.approx(0.2)
-    assert not any(name.startswith("transfer") for name in wandb_summary(summary))
+    assert not any(name.startswith("transfer") for name in wandb_summary(Summary.of(summary)))
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,9 @@ def test_what_is_no_matrix_is_refused(
     summary: dict[str, Any], place: tuple[str | int, ...], value: Any, said: str
 ) -> None:
     whole = {"matrix": matrix("code", "sums")}
-    check_summary(summary | whole)
+    Summary.of(summary | whole)
     with pytest.raises(TritterError, match=said):
-        check_summary(summary | replaced(whole, ("matrix", *place), value))
+        Summary.of(summary | replaced(whole, ("matrix", *place), value))
 
 
 @pytest.mark.full
@@ -135,12 +135,14 @@ def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
         for value in (GONE, None, "x", "$_{", 0, -1e30, 10**20, 1e30, math.nan, [], {}, ["$x"]):
             changed = replaced({"matrix": copy.deepcopy(made)}, ("matrix", *place), value)
             try:
-                check_summary(summary | changed)
+                read = Summary.of(summary | changed).matrix
             except TritterError:
                 continue
-            transfer_table(changed["matrix"])
-            mean_transfers(changed["matrix"])
+            if read is None:
+                continue
+            transfer_table(read)
+            mean_transfers(read)
             if shown % 10 == 0:
-                FigureCanvasAgg(matrix_figure(changed["matrix"])).draw()
+                FigureCanvasAgg(matrix_figure(read)).draw()
             shown += 1
     assert shown > 50

@@ -5,17 +5,26 @@ import matplotlib.image
 import pytest
 
 from tests.report.growing import growth
+from tritter.report import plots
 from tritter.report.plots import (
     _courses,
     _forgetting_figure,
     curves_of,
     last_flops,
-    plot_run,
-    read_curves,
 )
 from tritter.report.rows import domain_rows
+from tritter.report.summary import Summary
 
 HEADER = "epoch,eval/code/loss,forgetting/l2sp/loss,step,train/loss\n"
+
+
+def read_curves(path):
+    rows = csv.DictReader(path.read_text().splitlines()) if path and path.exists() else ()
+    return curves_of(list(rows))
+
+
+def plot_run(plain, path, folder, **options):
+    return plots.plot_run(Summary.of(plain), read_curves(path), folder, **options)
 
 
 @pytest.fixture
@@ -89,7 +98,7 @@ def test_what_was_before_and_beside_a_training_is_in_its_picture(summary, tmp_pa
 
 
 def test_rounds_are_counted_on_from_one_another(summary):
-    (row,) = (row for row in domain_rows(summary) if row.domain == "code")
+    (row,) = (row for row in domain_rows(Summary.of(summary)) if row.domain == "code")
     rows = [{"step": str(step), "eval/code/loss": str(step)} for step in (-1, 0, 30, 50)]
     curves = curves_of(rows)
     courses = _courses(row, [curves, (), curves_of(rows[:3]), curves_of(rows[1:])])
@@ -162,7 +171,7 @@ def test_growth_has_its_picture_and_is_marked_in_that_of_forgetting(summary, tmp
 def test_growth_of_a_last_round_is_marked_behind_the_rounds_before(summary):
     rows = [{"step": str(step), "eval/code/loss": "3.0"} for step in (0, 50)]
     rounds = [curves_of(rows), curves_of(rows)]
-    row = [row for row in domain_rows(summary) if row.domain == "code"]
+    row = [row for row in domain_rows(Summary.of(summary)) if row.domain == "code"]
     figure = _forgetting_figure(row, rounds, (), borders=(), born=(12, 36), is_grown=True)
     marked = [
         segment[0][0]

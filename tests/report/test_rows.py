@@ -1,7 +1,12 @@
 import pytest
 
-from tritter.report.rows import domain_rows
-from tritter.report.wording import change_text, score_text
+from tritter.report import rows
+from tritter.report.rows import change_text, score_text
+from tritter.report.summary import Summary
+
+
+def domain_rows(plain):
+    return rows.domain_rows(Summary.of(plain))
 
 
 def test_a_row_joins_the_stages_and_the_check_of_its_domain(summary):
@@ -15,10 +20,10 @@ def test_a_row_joins_the_stages_and_the_check_of_its_domain(summary):
 
 
 def test_control_rows_come_last_and_were_never_expanded(summary_with_control):
-    rows = domain_rows(summary_with_control)
-    assert [row.is_control for row in rows] == [False, False, True, True]
-    assert rows[2].expanded is None and rows[2].trained.loss == 3.69
-    assert rows[2].before == rows[0].before
+    found = domain_rows(summary_with_control)
+    assert [row.is_control for row in found] == [False, False, True, True]
+    assert found[2].expanded is None and found[2].trained.loss == 3.69
+    assert found[2].before == found[0].before
 
 
 def test_after_a_rollback_the_rows_show_what_was_refused(rolled_back):
@@ -36,7 +41,9 @@ def test_without_checks_the_change_is_the_ratio_per_byte(summary):
 
 
 def test_an_attempt_that_broke_off_has_rows_without_scores(summary):
-    summary["attempts"] = [{"expansion": ["width"], "gate": [], "status": "rolled_back"}]
+    summary["attempts"] = [
+        {"expansion": ["width"], "final": {}, "gate": [], "status": "rolled_back"}
+    ]
     assert all(row.trained.loss is None for row in domain_rows(summary))
 
 

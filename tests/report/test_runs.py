@@ -2,7 +2,8 @@
 
 import copy
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from scipy import stats
 
 from tests.report.growing import growth
 from tritter.errors import TritterError
-from tritter.report.comparison import _front
+from tritter.report.page import _front
 from tritter.report.runs import Interval, Run, differing_keys, grouped, with_controls
-from tritter.report.summary import check_summary
+from tritter.report.summary import Summary
 
 SETTINGS = {
     "seed": 0,
@@ -29,7 +30,7 @@ def run_of(summary: dict[str, Any], name: str, change: float, **settings: Any) -
         if check["check"] == "retention":
             check["value"] = change
     values = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
-    return Run(name=name, summary=summary, settings=values)
+    return Run(name=name, summary=Summary.of(summary), settings=values)
 
 
 def test_seeds_are_one_group_and_other_settings_are_another(summary: dict[str, Any]) -> None:
@@ -42,7 +43,7 @@ def test_seeds_are_one_group_and_other_settings_are_another(summary: dict[str, A
     assert second.name == "expansion=width forgetting=ewc learning_rate=0.01"
     assert differing_keys([*runs, other]) == ("seed", "training.learning_rate")
     found = first.change("prose")
-    assert found is not None and found.is_over_seeds
+    assert found is not None
     low, high = stats.t.interval(0.95, 2, loc=np.mean(changes), scale=stats.sem(changes))
     assert (found.value, found.lower, found.upper) == pytest.approx((0.02, low, high))
 
@@ -51,7 +52,7 @@ def test_a_single_run_has_the_bounds_of_its_gate(summary: dict[str, Any]) -> Non
     (group,) = grouped([run_of(summary, "a", 0.0102)])
     found = group.change("prose")
     interval = summary["gate"][0]["interval"]
-    assert found == Interval(0.0102, *interval, is_over_seeds=False)
+    assert found == Interval(0.0102, *interval)
     assert group.change("of no run") is None
 
 
@@ -69,8 +70,8 @@ def test_tokens_of_a_step_and_borders_of_tasks(summary: dict[str, Any]) -> None:
     run = run_of(summary, "a", 0.0, trainer__accumulate_grad_batches=3)
     assert run.tokens_per_step == 4 * 8 * 3
     tasks = [{"domains": ["x"], "final": {}, "steps": steps} for steps in (5, 7, 9)]
-    several = Run(name="a", summary=run.summary | {"tasks": tasks}, settings={})  # type: ignore[operator]
-    assert several.borders == (5, 12) and several.tokens_per_step is None
+    several = Run(name="a", summary=Summary.of(summary | {"tasks": tasks}), settings={})
+    assert several.summary.borders == (5, 12) and several.tokens_per_step is None
 
 
 @pytest.mark.parametrize(
@@ -96,16 +97,15 @@ def test_tokens_of_a_step_and_borders_of_tasks(summary: dict[str, Any]) -> None:
 def test_what_is_no_summary_is_refused(
     summary: dict[str, Any], key: str, value: Any, said: str
 ) -> None:
-    check_summary(summary)
+    Summary.of(summary)
     with pytest.raises(TritterError, match=said):
-        check_summary(summary | {key: value})
+        Summary.of(summary | {key: value})
 
 
 def test_what_an_older_version_left_out_is_a_gap(summary: dict[str, Any]) -> None:
     least = {key: summary[key] for key in ("status", "domains", "baseline")}
     least["attempts"] = [{"final": summary["final"]}]
-    check_summary(least)
-    run = Run("old", least, {})
+    run = Run("old", Summary.of(least), {})
     assert (run.steps, run.expansions, run.cost("flops"), run.seed) == (0, (), None, None)
     assert run.rows[0].verdict is None and run.rows[0].change.lower is None
 
@@ -113,19 +113,23 @@ def test_what_an_older_version_left_out_is_a_gap(summary: dict[str, Any]) -> Non
 def test_what_methods_prepare_is_a_cost_of_their_training(summary: dict[str, Any]) -> None:
     prepared = {"importance": 1.0, "self_replay": 2.0, "choose": 4.0, "distill": 8.0, "adapt": 16.0}
     (attempt,) = summary["attempts"]
-    for of in ("flops", "seconds"):
+    kinds: tuple[Literal["flops", "seconds"], ...] = ("flops", "seconds")
+    for of in kinds:
         stages = {**summary[of], **prepared}
-        run = Run("a", summary | {of: stages, "attempts": [{**attempt, of: 1000.0}]}, {})
+        run = Run(
+            "a", Summary.of(summary | {of: stages, "attempts": [{**attempt, of: 1000.0}]}), {}
+        )
         assert run.cost(of) == 1031.0
 
 
 def test_a_control_stands_beside_its_group_once(summary_with_control: dict[str, Any]) -> None:
     """That of a sweep over expansions is the same training each time."""
     runs = [
-        Run("a", summary_with_control | {"expansion": ["width"]}, SETTINGS),
-        Run(
-            "b", summary_with_control | {"expansion": ["dus"]}, SETTINGS | {"expansion.methods": 1}
-        ),
+        Run(name, Summary.of(summary_with_control | {"expansion": [method]}), settings)
+        for name, method, settings in (
+            ("a", "width", SETTINGS),
+            ("b", "dus", SETTINGS | {"expansion.methods": 1}),
+        )
     ]
     groups = with_controls(grouped(runs))
     assert [group.is_control for group in groups] == [False, True, False]
@@ -140,7 +144,8 @@ def test_options_of_a_method_do_not_name_what_the_method_does(summary: dict[str,
         run_of(summary, "a", 0.0),
         run_of(summary, "b", 0.0, forgetting__methods=["replay"], forgetting__replay__keep=0),
     ]
-    runs[1].summary["forgetting"] = ["replay"]  # type: ignore[index]
+    changed = runs[1].summary.model_copy(update={"forgetting": ["replay"]})
+    runs[1] = replace(runs[1], summary=changed)
     names = [group.name for group in grouped(runs)]
     assert names == ["expansion=width forgetting=ewc", "expansion=width forgetting=replay"]
 
@@ -159,14 +164,14 @@ def test_growth_names_a_group_where_some_run_may_grow(
     groups = with_controls(grouped(runs[1:]))
     control = groups[1]
     assert control.is_control and "growth" not in control.name
-    assert control.runs[0].growth is None and control.runs[0].births == ()
+    assert control.runs[0].summary.growth is None and control.runs[0].births == ()
 
 
 def test_neurons_of_a_last_round_are_born_after_the_rounds_before(summary: dict[str, Any]) -> None:
     made = growth(checks=7)
     single = summary | {"growth": made}
     single["attempts"][0]["steps"] = 90
-    assert Run("a", single, {}).births == (36, 72)
+    assert Run("a", Summary.of(single), {}).births == (36, 72)
     rounds = [{"final": summary["final"], "steps": steps} for steps in (50, 90)]
-    several = Run("a", summary | {"growth": made, "rounds": rounds}, {})
+    several = Run("a", Summary.of(summary | {"growth": made, "rounds": rounds}), {})
     assert several.births == (86, 122) and several.last_steps == 90

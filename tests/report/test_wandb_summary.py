@@ -17,13 +17,14 @@ from tritter.pipeline import metrics
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.metrics import log_result_to_wandb, wandb_logger, wandb_summary
+from tritter.report.summary import Summary
 from tritter.targets import Component
 
 OUTSIDE = Component(name=Outside.name, kind=Outside, options=Options())
 
 
 def test_the_verdict_of_each_domain_is_there(summary_with_control):
-    told = wandb_summary(summary_with_control)
+    told = wandb_summary(Summary.of(summary_with_control))
     last = summary_with_control["attempts"][-1]
     assert told["status"] == summary_with_control["status"]
     assert told["flops"] == summary_with_control["flops"]["total"]
@@ -47,17 +48,22 @@ def test_lengths_of_packed_documents_and_similarities_are_tables(
         console=Console(quiet=True),
         ledger=Ledger(tmp_path),
     )
-    tasks = [{"domains": ["code"]}, {"packing": {"packed_sequence_length_histogram": histogram}}]
-    log_result_to_wandb(context, summary | {"tasks": tasks, "samples": []}, [], step=7)
+    task: dict[str, Any] = {"domains": ["code"], "final": {}, "steps": 4}
+    packing = {"packed_sequence_length_histogram": histogram}
+    tasks = [task, task | {"packing": packing}]
+
+    def log(**changes: Any) -> None:
+        made = Summary.of(summary | {"samples": []} | changes)
+        log_result_to_wandb(context, made, [], step=7)
+
+    log(tasks=tasks)
     table = told["performance/packed_sequence_length_histogram"]
     assert table.columns == ["task", "tokens", "documents"]
     assert table.data == [[2, "8-15", 3], [2, "16-31", 5]]
     told.clear()
-    log_result_to_wandb(context, summary | {"tasks": tasks[:1], "samples": []}, [], step=7)
+    log(tasks=tasks[:1])
     assert told == {"trainer/global_step": 7}
-    log_result_to_wandb(
-        context, summary | {"tasks": [], "samples": [], "experts": experts()}, [], step=7
-    )
+    log(tasks=[], experts=experts())
     table = told["experts/similarity_scores_on_creation"]
     assert table.columns == ["expert", "step", "known", "similarity"]
     assert table.data[:2] == [["expert_1", 12, "base", 0.41], ["expert_2", 40, "base", 0.52]]

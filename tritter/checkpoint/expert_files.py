@@ -7,7 +7,7 @@ listed and checked by whatever needs no model. `tritter.experts.stored` makes a 
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -18,8 +18,7 @@ from pydantic import Field
 from tritter.checkpoint.folder import EXPERTS_FOLDER, read_lineage
 from tritter.errors import Problem, RequestError, TritterError, brief, show
 from tritter.limits import MAX_COUNT
-from tritter.storage.links import check_links
-from tritter.storage.reading import read_object, require_file
+from tritter.storage.reading import check_links, read_object, require_file
 from tritter.storage.records import Count, WholeNumber, read_record, record
 from tritter.storage.tensors import TensorFolder
 
@@ -156,27 +155,25 @@ def is_plain_setting(key: str, value: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertSummary:
-    """One expert, by its files' headers."""
-
-    name: str
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    num_parameters: int
-
-
-@dataclass(frozen=True, slots=True)
 class ExpertFiles:
-    """The experts of a checkpoint folder, as they lie there, and their adapters' configs."""
+    """The experts of a checkpoint folder, as they lie there.
+
+    Args:
+        configs: expert that has an adapter → its config.
+        num_parameters: expert → parameters of its adapter.
+    """
 
     source: Path
     head: ExpertsHead
     configs: Mapping[str, AdapterConfig]
+    num_parameters: Mapping[str, int]
 
     @classmethod
-    def read(cls, folder: Path) -> "ExpertFiles | None":
+    def read(cls, folder: Path, *, recorded: Collection[str] | None = None) -> "ExpertFiles | None":
         """Return the experts of a folder, None where there are none; opens no tensor.
+
+        Args:
+            recorded: files that the folder's lineage names; None: the lineage was not read yet.
 
         Raises:
             TritterError: a file is missing, damaged, too large or of a newer format, or a link
@@ -185,8 +182,7 @@ class ExpertFiles:
         check_links(folder)
         path = folder / HEAD
         if not path.exists():
-            lineage = read_lineage(folder)
-            if lineage is not None and HEAD in lineage.file_digests:
+            if HEAD in (_recorded(folder) if recorded is None else recorded):
                 raise TritterError(f"{path} is missing: the experts in {folder} can't be read.")
             if found := _without_head(folder):
                 raise TritterError(
@@ -199,23 +195,15 @@ class ExpertFiles:
         places = {name: folder / EXPERTS_FOLDER / name for name in head.adapters}
         for file in _paths(head):
             require_file(folder / file, is_read_whole=not file.startswith(EXPERTS_FOLDER))
-        for place in places.values():
-            TensorFolder.open_file(place, ADAPTER_FILES[1])
-        return cls(folder, head, {name: AdapterConfig.read(p) for name, p in places.items()})
+        sizes = {name: _num_parameters(place) for name, place in places.items()}
+        configs = {name: AdapterConfig.read(place) for name, place in places.items()}
+        return cls(folder, head, configs, sizes)
 
     def write(self, folder: Path) -> None:
         """Copy them beside another copy of the model, as they are."""
         for name in _paths(self.head):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source / name, folder / name)
-
-    def summaries(self) -> tuple[ExpertSummary, ...]:
-        """Return what the headers say of each expert that has an adapter.
-
-        Raises:
-            TritterError: a config can't be read.
-        """
-        return tuple(self._summary(name) for name in self.head.adapters)
 
     def mean_gates(self) -> dict[str, float] | None:
         """Return name → mean gate over the domains that it was measured on; None of none."""
@@ -225,11 +213,10 @@ class ExpertFiles:
         share = 1 / len(measured)
         return {n: share * sum(each.get(n, 0.0) for each in measured) for n in self.head.names}
 
-    def _summary(self, name: str) -> ExpertSummary:
-        config, folder = self.configs[name], self.source / EXPERTS_FOLDER / name
-        headers = TensorFolder.open_file(folder, ADAPTER_FILES[1]).headers.values()
-        count = sum(prod(header.shape) for header in headers)
-        return ExpertSummary(name, config.rank, config.alpha, config.targets, count)
+
+def _num_parameters(place: Path) -> int:
+    headers = TensorFolder.open_file(place, ADAPTER_FILES[1]).headers.values()
+    return sum(prod(header.shape) for header in headers)
 
 
 def _paths(head: ExpertsHead) -> Iterator[str]:
@@ -239,40 +226,55 @@ def _paths(head: ExpertsHead) -> Iterator[str]:
     yield from (HEAD, TENSORS)
 
 
+def _recorded(folder: Path) -> Collection[str]:
+    """Return the files that a folder's lineage names."""
+    lineage = read_lineage(folder)
+    return () if lineage is None else lineage.file_digests
+
+
 def _without_head(folder: Path) -> list[str]:
     """Return the files of experts in a checkpoint folder, relative to it, that no head lists."""
     patterns = (*(f"{EXPERTS_FOLDER}/*/{file}" for file in ADAPTER_FILES), TENSORS)
     return sorted(str(p.relative_to(folder)) for each in patterns for p in folder.glob(each))
 
 
-def experts_in(folder: Path | None, *, key: str) -> ExpertFiles | None:
+def experts_in(
+    folder: Path | None, *, key: str, recorded: Collection[str] | None = None
+) -> ExpertFiles | None:
     """Return the experts of a checkpoint; None where it has none, or is not at hand.
 
     Args:
         key: that named the folder.
+        recorded: as `ExpertFiles.read`.
 
     Raises:
         RequestError: they are damaged.
     """
+    if folder is None or not folder.is_dir():
+        return None
     try:
-        return None if folder is None or not folder.is_dir() else ExpertFiles.read(folder)
+        return ExpertFiles.read(folder, recorded=recorded)
     except TritterError as error:
         raise RequestError(Problem(key, folder, reason=str(error).rstrip("."))) from error
 
 
-def refuse_experts(folder: Path, *, doing: str, key: str = "checkpoint") -> None:
+def refuse_experts(
+    folder: Path, *, doing: str, key: str = "checkpoint", recorded: Collection[str] | None = None
+) -> None:
     """Refuse a checkpoint with experts for what would leave them behind, or break them.
 
     Args:
         doing: what was asked for, as `an expansion`.
         key: that named the folder.
+        recorded: as `ExpertFiles.read`.
 
     Raises:
         RequestError: it has experts, or they are damaged; says what to do instead.
         TritterError: its lineage is damaged, or of a newer format.
     """
-    read_lineage(folder)  # what is wrong with that is no matter of experts
-    if (files := experts_in(folder, key=key)) is not None:
+    if recorded is None:
+        recorded = _recorded(folder)  # what is wrong with that is no matter of experts
+    if (files := experts_in(folder, key=key, recorded=recorded)) is not None:
         reason = (
             f"it holds experts ({', '.join(files.head.names)}), which stand on its base as it is; "
             f"{doing} would leave them behind"

@@ -1,6 +1,7 @@
 """Write and read checkpoint folders: model, tokenizer, model card and tritter.json as one."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -14,11 +15,61 @@ from tritter.checkpoint.record import Lineage
 from tritter.families import Config, ffn_sizes, on_disk, padded_shapes
 from tritter.storage.atomic import atomic_folder, link_or_copy, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
-from tritter.storage.links import check_links
-from tritter.storage.reading import LINEAGE_NAME
+from tritter.storage.reading import LINEAGE_NAME, check_links, read_object, require_file
 from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import INDEX_NAME, TensorFolder
 from tritter.storage.writer import TensorStream, padded, write_tensors
+
+# Tokenizer and generation files
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """Tokenizer and generation files, as they stand beside a model in `source`."""
+
+    source: Path
+
+    def write(self, folder: Path) -> None:
+        """Copy them.
+
+        Raises:
+            TritterError: what `check_tokenizer_files` refuses.
+        """
+        for path in check_tokenizer_files(self.source):
+            shutil.copyfile(path, folder / path.name)
+
+
+def check_tokenizer_files(source: Path) -> list[Path]:
+    """Return the files that there are to copy.
+
+    Raises:
+        TritterError: one is a link that leads out of the folder, or no file, or too large, or
+            settings that are no JSON object.
+    """
+    check_links(source)
+    paths = [source / name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
+    for path in paths:
+        if path.name in _SETTINGS:
+            read_object(path)
+        else:
+            require_file(path)
+    return paths
+
+
+# Checkpoint folders
 
 CARD_NAME = "README.md"
 HEADER_MARK = "#header"
@@ -69,7 +120,7 @@ def write_checkpoint(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
-    before_placing: Callable[[Path], None] | None = None,
+    before_placing: Callable[[Path, Lineage], Lineage] | None = None,
 ) -> Lineage:
     """Write a checkpoint folder whole, or not at all.
 
@@ -82,8 +133,8 @@ def write_checkpoint(
             the answer are filled in from what was written. One without a base hash starts a chain.
         artifacts: what stands beside the model; None where there is none of a kind.
         check: raises when a folder that stands at `target` may not be replaced.
-        before_placing: called with the finished folder while the old one still stands; may look
-            at it, write into its record, and raise.
+        before_placing: called with the finished folder and its lineage while the old one still
+            stands; may write the lineage anew, returns what is in the folder then, and may raise.
 
     Returns:
         The lineage as written.
@@ -118,8 +169,8 @@ def write_checkpoint(
         complete = replace(complete, file_digests=file_digests(folder))
         write_text_atomic(folder / LINEAGE_NAME, record_text(complete))
         if before_placing is not None:
-            before_placing(folder)
-    return lineage_of(target)
+            complete = before_placing(folder, complete)
+    return complete
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -128,25 +179,31 @@ def write_config(folder: Path, config: Config) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def write_lineage(folder: Path, lineage: Lineage, config: Config) -> None:
-    """Replace a checkpoint's record and card without touching its tensors."""
+def write_lineage(folder: Path, lineage: Lineage, config: Config) -> Lineage:
+    """Replace a checkpoint's record and card without touching its tensors; return the record."""
     card = model_card(lineage, config, experts=expert_names(lineage.file_digests))
     write_text_atomic(folder / CARD_NAME, card)
     digests = {**lineage.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
-    text = record_text(replace(lineage, file_digests=digests))
-    write_text_atomic(folder / LINEAGE_NAME, text)
+    written = replace(lineage, file_digests=digests)
+    write_text_atomic(folder / LINEAGE_NAME, record_text(written))
+    return written
 
 
-def record_step0_error(folder: Path, error: float | None, config: Config, *, num_new: int) -> None:
+def record_step0_error(
+    folder: Path, lineage: Lineage, error: float | None, config: Config, *, num_new: int
+) -> Lineage:
     """Write the measured error of a whole expansion into its `num_new` newest records.
 
     Args:
+        lineage: of the folder.
         error: max |Δ logits| / std(logits); None when it is not finite.
+
+    Returns:
+        The lineage as written.
     """
-    lineage = lineage_of(folder)
     old, new = lineage.expansion_history[:-num_new], lineage.expansion_history[-num_new:]
     history = (*old, *(replace(record, step0_error=error) for record in new))
-    write_lineage(folder, replace(lineage, expansion_history=history), config)
+    return write_lineage(folder, replace(lineage, expansion_history=history), config)
 
 
 def read_lineage(folder: Path) -> Lineage | None:

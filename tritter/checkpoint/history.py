@@ -6,14 +6,13 @@ from math import prod
 from pathlib import Path
 
 from tritter.checkpoint.folder import HEADER_MARK, expert_names, read_lineage
-from tritter.checkpoint.record import ExpansionRecord, Lineage
+from tritter.checkpoint.record import ExpansionRecord, LedgerRecord, Lineage
 from tritter.errors import RequestError, TritterError
 from tritter.families import count_parameters
 from tritter.families.config_file import no_config, read_config_file
 from tritter.storage.hashing import bounded_digest, header_digest, merkle_hash, tensor_digest
-from tritter.storage.links import check_inside, check_links
-from tritter.storage.reading import LEDGER_NAME, LINEAGE_NAME, read_object
-from tritter.storage.records import is_unchanged
+from tritter.storage.reading import LEDGER_NAME, LINEAGE_NAME, check_inside, check_links
+from tritter.storage.records import is_unchanged, read_record
 from tritter.storage.tensors import TensorFolder
 
 Progress = Callable[[int, int], None]
@@ -55,11 +54,10 @@ class Link:
         folder = self.folder.resolve()
         run = folder.parent.parent  # of RUN/attempt_1/expanded
         try:
-            ledger = read_object(run / LEDGER_NAME)
+            ledger = read_record(run / LEDGER_NAME, LedgerRecord)
         except TritterError:
             return False
-        marked = [ledger.get("removed"), ledger.get("released")]
-        return any(isinstance(m, list) and str(folder.relative_to(run)) in m for m in marked)
+        return folder.relative_to(run).as_posix() in (*ledger.removed, *ledger.released)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -259,13 +257,9 @@ def _record_changes(link: Link) -> Iterator[Difference]:
     lineage = link.lineage
     if lineage is not None and merkle_hash(lineage.tensor_digests) != lineage.model_hash:
         yield Difference(LINEAGE_NAME, None, "its hash does not follow from its tensors' digests")
-    if link.folder is not None and lineage is not None:
-        yield from _edits(link.folder / LINEAGE_NAME)
-
-
-def _edits(path: Path) -> Iterator[Difference]:
-    if not is_unchanged(path):
-        yield Difference(path.name, None, "changed")
+    record = None if link.folder is None or lineage is None else link.folder / LINEAGE_NAME
+    if record is not None and not is_unchanged(record):
+        yield Difference(LINEAGE_NAME, None, "changed")
 
 
 def _tensor_changes(folder: Path, link: Link, progress: Progress | None) -> Iterator[Difference]:

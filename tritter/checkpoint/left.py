@@ -9,10 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Annotated
-
-from pydantic import AfterValidator
+from pathlib import Path
 
 from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, lineage_of, read_lineage
 from tritter.checkpoint.history import link_of, verify
@@ -20,16 +17,6 @@ from tritter.checkpoint.record import Lineage
 from tritter.errors import TritterError
 from tritter.storage.hashing import file_digest
 from tritter.storage.reading import LINEAGE_NAME
-
-
-def _is_inner_place(place: str) -> str:
-    path = PurePosixPath(place)
-    if path.is_absolute() or not path.parts or ".." in path.parts:
-        raise ValueError("it is outside the run's folder")
-    return place
-
-
-InnerPlace = Annotated[str, AfterValidator(_is_inner_place)]  # relative to a run's folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +39,22 @@ class Damage:
         return not self.is_gone and self.what.endswith(": missing")
 
 
-def digests_of(folder: Path, places: Iterable[str]) -> dict[str, str]:
+def digests_of(
+    folder: Path, places: Iterable[str], *, lineages: Mapping[str, Lineage] | None = None
+) -> dict[str, str]:
     """Return place → digest of what was left: checkpoints, files, and all files of other folders.
 
     Args:
         places: relative to `folder`.
+        lineages: place → lineage, of checkpoints that this process wrote or has open.
     """
     digests: dict[str, str] = {}
+    known = lineages or {}
     for place in places:
         path = folder / place
         if path.is_file():
             digests[place] = file_digest(path)
-        elif (lineage := read_lineage(path)) is not None:
+        elif (lineage := known.get(place) or read_lineage(path)) is not None:
             digests[place] = _checkpoint_digest(lineage)
         else:
             files = sorted(file for file in path.rglob("*") if file.is_file())

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, lineage_of
+from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, TOKENIZER_FILES, lineage_of
 from tritter.checkpoint.kept_sequences import KEPT_FILE
 from tritter.checkpoint.state import STATE_FOLDER
-from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
 from tritter.errors import RequestError, TritterError
 from tritter.parameter_map.carry import STATE_KINDS
 from tritter.storage.atomic import refuse_standing

@@ -1,4 +1,4 @@
-"""What a checkpoint knows of itself: parents, expansions, cost, scores. Plain, versioned data."""
+"""Records in checkpoint and run folders: lineage, training state, ledger. Plain data."""
 
 from collections.abc import Mapping
 from dataclasses import field
@@ -149,6 +149,40 @@ class StateHead:
     kinds: tuple[str, ...]
     other_steps: Mapping[str, WholeNumber] = field(default_factory=dict)
     rules: Mapping[str, StateRule] = field(default_factory=dict)
+
+
+@record
+class StageRecord:
+    """A finished stage of a run, as its ledger has it.
+
+    Args:
+        found: fields of the stage's own record.
+        left: place in the run folder → digest of what the stage left there.
+        disk: kind → the most bytes of it in the run folder during the stage.
+    """
+
+    found: Mapping[str, Any]
+    flops: Mapping[str, float]
+    seconds: Mapping[str, float]
+    left: Mapping[InnerName, str]
+    disk: Mapping[str, int]
+
+
+@record
+class LedgerRecord:
+    """The content of `ledger.json` in a run folder.
+
+    Args:
+        stages: finished ones, in the order in which they ended.
+        removed: places whose weights no later stage needs.
+        released: places whose weights can be made again, and may be gone.
+    """
+
+    FORMAT: ClassVar[str] = "ledger"
+
+    stages: Mapping[str, StageRecord]
+    removed: tuple[InnerName, ...] = ()
+    released: tuple[InnerName, ...] = ()
 
 
 def training_record(training_config: Mapping[str, Any]) -> Mapping[str, Any]:

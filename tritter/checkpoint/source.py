@@ -1,48 +1,54 @@
-"""A checkpoint opened for reading: matched to its family, hashed while it is read."""
+"""A checkpoint folder opened for reading: matched to its family, hashed while it is read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritter.checkpoint.folder import CARD_NAME, read_lineage
+from tritter.checkpoint.expert_files import ExpertFiles
+from tritter.checkpoint.folder import (
+    CARD_NAME,
+    Artifact,
+    TokenizerFiles,
+    check_tokenizer_files,
+    read_lineage,
+)
 from tritter.checkpoint.record import Lineage
-from tritter.checkpoint.tokenizer_files import check_tokenizer_files
 from tritter.errors import RequestError, TritterError
 from tritter.families import Config, Family, StoredTensor, family_of, match, padded_shapes
 from tritter.storage.hashing import DigestQueue, bounded_digest
-from tritter.storage.links import check_inside
+from tritter.storage.reading import check_inside
 from tritter.storage.tensors import TensorFolder
-from tritter.storage.writer import TensorEntry, TensorStream, stripped
+from tritter.storage.writer import Pieces, TensorEntry, TensorStream, stripped
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from tritter.checkpoint.kept_sequences import KeptSequences
+    from tritter.checkpoint.state import State
+    from tritter.stock_routers import AddedExperts
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Source:
-    """The tensors of a checkpoint folder by logical name, read one at a time.
+    """A checkpoint folder that is opened once: each of its records and headers is read once.
+
+    Its tensors are read by logical name, one at a time.
 
     Args:
-        lineage: what the folder says of itself; None for a plain Hugging Face folder.
-        stored: the tensors as they lie in the files.
-        places: logical name → (stored tensor, number of its part).
-        live_shapes: name in the files → shape, of tensors that are padded there.
-        digests: of what was read so far, computed aside.
+        config: of its model.
+        lineage: its tritter.json; None for a plain Hugging Face folder.
+        digests: of the tensors, computed while they are read.
     """
 
     folder: Path
     config: Config
-    family: Family
-    tensors: TensorFolder
     lineage: Lineage | None
-    stored: tuple[StoredTensor, ...]
-    places: dict[str, tuple[StoredTensor, int]]
-    live_shapes: dict[str, tuple[int, ...]]
-    digests: DigestQueue
+    digests: DigestQueue = field(default_factory=DigestQueue, repr=False, compare=False)
 
     @classmethod
     def open(
@@ -53,7 +59,7 @@ class Source:
         digests: DigestQueue | None = None,
         has_lineage: bool = True,
     ) -> Source:
-        """Open a folder and hold its tensors against its config.
+        """Open a folder from anywhere and check it against its config and its lineage.
 
         Args:
             has_lineage: False takes it for a plain folder, whatever tritter.json says.
@@ -64,29 +70,111 @@ class Source:
             TritterError: files are damaged or missing, tensors are left over, missing or of
                 another shape, or files beside them changed since the lineage was written.
         """
-        family = family_of(config)
-        tensors = TensorFolder.open(folder)
-        stored = match(config, tensors.files)
-        on_disk = padded_shapes(config)
-        for tensor in stored:
-            found, wanted = tensors.shape(tensor.name), on_disk.get(tensor.name, tensor.shape)
+        lineage = read_lineage(folder) if has_lineage else None
+        source = cls(folder, config, lineage, digests or DigestQueue())
+        source.check()
+        return source
+
+    @classmethod
+    def written(cls, folder: Path, config: Config, lineage: Lineage) -> Source:
+        """Return a folder that this process wrote or has checked; it is not checked again."""
+        return cls(folder, config, lineage, DigestQueue.of(lineage.tensor_digests))
+
+    def check(self) -> None:
+        """Check the folder's files and headers against its config and its lineage.
+
+        Raises:
+            RequestError: the family is not known.
+            TritterError: as `open`.
+        """
+        folder, on_disk = self.folder, padded_shapes(self.config)
+        for tensor in self.stored:
+            found = self.tensors.shape(tensor.name)
+            wanted = on_disk.get(tensor.name, tensor.shape)
             if wanted != found:
                 raise TritterError(
                     f"{folder}: {tensor.name} has shape {found}, but config.json asks for {wanted}."
                 )
-        _check_ties(folder, tensors, family, config, embedding=stored[0].name)
+        self._check_ties()
         check_tokenizer_files(folder)
-        lineage = read_lineage(folder) if has_lineage else None
-        if lineage is not None:
-            _check_files(folder, lineage)
-        places = {
+        if self.lineage is not None:
+            _check_files(folder, self.lineage)
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @cached_property
+    def tensors(self) -> TensorFolder:
+        """The tensors as they are in the files."""
+        return TensorFolder.open(self.folder)
+
+    @cached_property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The model's tensors as the files hold them, the embedding first."""
+        return match(self.config, self.tensors.files)
+
+    @cached_property
+    def places(self) -> dict[str, tuple[StoredTensor, int]]:
+        """Logical name → (stored tensor, number of its part)."""
+        return {
             part.tensor.name: (tensor, number)
-            for tensor in stored
+            for tensor in self.stored
             for number, part in enumerate(tensor.parts)
         }
-        live = {tensor.name: tensor.shape for tensor in stored if tensor.name in on_disk}
-        queue = digests or DigestQueue()
-        return cls(folder, config, family, tensors, lineage, stored, places, live, queue)
+
+    @cached_property
+    def live_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name in the files → shape without padding, of tensors that are padded there."""
+        on_disk = padded_shapes(self.config)
+        return {tensor.name: tensor.shape for tensor in self.stored if tensor.name in on_disk}
+
+    @cached_property
+    def added(self) -> AddedExperts | None:
+        """Appended experts and their router offset; None without any."""
+        from tritter.stock_routers import AddedExperts  # needs torch
+
+        return AddedExperts.read(self.folder)
+
+    @cached_property
+    def experts(self) -> ExpertFiles | None:
+        """The LoRA experts next to the model; None without any."""
+        return ExpertFiles.read(self.folder, recorded=self.recorded_files)
+
+    @property
+    def own_lineage(self) -> Lineage:
+        """The lineage of a folder that Tritter wrote."""
+        assert self.lineage is not None, f"{self.folder} has no lineage"
+        return self.lineage
+
+    @property
+    def recorded_files(self) -> Collection[str]:
+        """Names of the files that the lineage has digests of."""
+        return () if self.lineage is None else self.lineage.file_digests
+
+    @cached_property
+    def state(self) -> State | None:
+        """The training state next to the model; None without any."""
+        from tritter.checkpoint.state import read_state  # needs torch
+
+        return read_state(self.folder)
+
+    @cached_property
+    def kept(self) -> KeptSequences:
+        """The sequences kept next to the model for later training."""
+        from tritter.checkpoint.kept_sequences import KeptSequences  # needs torch
+
+        return KeptSequences.read(self.folder)
+
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """Return everything next to the model, each piece as it writes itself.
+
+        Raises:
+            TritterError: one is damaged, or of another format.
+        """
+        tokenizer = TokenizerFiles(self.folder)
+        found = (tokenizer, self.state, self.added, self.kept, self.experts)
+        return tuple(each for each in found if each is not None)
 
     def read(self, name: str) -> Tensor:
         """Read one tensor by its logical name; of experts that share one, its part alone."""
@@ -114,7 +202,13 @@ class Source:
             TensorEntry(stored.name, self.tensors.torch_dtype(stored.name), stored.shape)
             for stored in self.stored
         )
-        return TensorStream(entries, ((e.name, self.read_stored(e.name)) for e in entries))
+        return TensorStream(entries, ((e.name, self._unread(e.name)) for e in entries))
+
+    def _unread(self, name: str) -> Tensor | Pieces:
+        """Return a tensor to be written as it is; one without padding keeps its digest."""
+        if name in self.live_shapes:
+            return self.read_stored(name)
+        return Pieces(lambda: iter([self.read_stored(name)]), partial(self.digests.digest, name))
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor by its logical name."""
@@ -164,22 +258,20 @@ class Source:
             )
         return digests
 
+    def _check_ties(self) -> None:
+        """Refuse a head that config.json ties to the embedding, and that is another in the files.
 
-def _check_ties(
-    folder: Path, tensors: TensorFolder, family: Family, config: Config, *, embedding: str
-) -> None:
-    """Refuse a head that config.json ties to the embedding, and that is another in the files.
-
-    transformers cuts such a tie when it loads the folder; leaving the head out would change the
-    function in silence.
-    """
-    for name in sorted(family.tied_names(config) & set(tensors.files)):
-        if not tensors.get(name).equal(tensors.get(embedding)):
-            raise TritterError(
-                f"{folder}: {name} differs from {embedding}, although config.json ties them. Say "
-                "which it is: set tie_word_embeddings to false there to keep both, or take "
-                f"{name} out of the files."
-            )
+        transformers cuts such a tie when it loads the folder; leaving the head out would change
+        the function in silence.
+        """
+        tensors, embedding = self.tensors, self.stored[0].name
+        for name in sorted(self.family.tied_names(self.config) & set(tensors.files)):
+            if not tensors.get(name).equal(tensors.get(embedding)):
+                raise TritterError(
+                    f"{self.folder}: {name} differs from {embedding}, although config.json ties "
+                    "them. Say which it is: set tie_word_embeddings to false there to keep both, "
+                    f"or take {name} out of the files."
+                )
 
 
 def _check_files(folder: Path, lineage: Lineage) -> None:

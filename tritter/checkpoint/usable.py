@@ -5,10 +5,9 @@ from pathlib import Path
 
 from tritter.checkpoint.expert_files import refuse_experts
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean
-from tritter.families import Config, check_config, family_of
-from tritter.families.config_file import no_config, with_silent
-from tritter.storage.links import check_links
-from tritter.storage.reading import named_path, read_object
+from tritter.families import Config
+from tritter.families.config_file import read_config_file
+from tritter.storage.reading import named_path
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -49,20 +48,8 @@ def checkpoint_config(
         return RequestError(Problem(key, path, reason=reason))
 
     try:
-        check_links(folder)
+        config = read_config_file(folder)
     except TritterError as error:
-        raise refused(str(error).rstrip(".")) from error
-    if not (folder / "config.json").exists():
-        raise refused(f"the folder holds {no_config(folder)}")
-    try:
-        config = read_object(folder / "config.json")
-    except TritterError as error:
-        raise refused(str(error).rstrip(".")) from error
-    try:
-        check_config(family_of(config), config)
-        config = with_silent(config)
-        check_config(family_of(config), config)
-    except RequestError as error:
         raise refused(str(error).rstrip(".")) from error
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for kind in _PICKLES for file in folder.glob(kind))

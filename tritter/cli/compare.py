@@ -116,12 +116,12 @@ def _scores(place: Path, run: Run) -> Scores:
         TritterError: it is not there, damaged, or not what its summary says.
     """
     from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
-    from tritter.report.rows import last_attempt, score_of
+    from tritter.report.rows import score_of
 
     summary = run.summary
-    rounds, attempts = summary.get("rounds") or (), summary["attempts"]
+    rounds, attempts = summary.rounds, summary.attempts
     name = f"round_{len(rounds)}" if rounds else f"attempt_{max(1, len(attempts))}"
-    tasks = len(last_attempt(summary).get("tasks") or ())
+    tasks = len(summary.last_attempt.tasks)
     task = f"_task_{tasks}" if tasks > 1 else ""
     path = place / score_file(f"{name}{task}-trained")
     if not os.path.lexists(path):
@@ -130,7 +130,7 @@ def _scores(place: Path, run: Run) -> Scores:
     scores = {subject: PairedScores.from_dict(held) for subject, held in plain.items()}
     for row in run.rows:
         told = scores.get(row.domain)
-        stated = score_of((rounds or attempts or [summary])[-1].get("final"), row.domain).value
+        stated = score_of((rounds or [summary.last_attempt])[-1].final, row.domain).value
         if told is None or stated is None:
             continue
         if not math.isclose(told.mean(), stated, rel_tol=1e-6, abs_tol=1e-9):
@@ -140,7 +140,7 @@ def _scores(place: Path, run: Run) -> Scores:
 
 def _peak_memory(place: Path) -> float | None:
     """Return the most memory that a run wrote down; None where it did not."""
-    from tritter.report.bounds import LARGEST
+    from tritter.report.summary import LARGEST
 
     try:
         cells = [row.get(_PEAK) for row in metric_rows(place / "metrics.csv")]

@@ -398,7 +398,8 @@ def _located(
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
         source = Source.open(folder, _config_of(folder))
-        refuse_experts(folder, doing="an expansion", key="--checkpoint")
+        names = source.recorded_files
+        refuse_experts(folder, doing="an expansion", key="--checkpoint", recorded=names)
     destination = settings.output and Path(settings.output)
     if settings.target_params is not None:
         specs = reach_parameters(source.config, specs, settings.target_params)
@@ -570,7 +571,7 @@ class _Result:
             "step0_error": self.measured.error if self.measured else None,
         }
         if self.training is not None:
-            plain |= {"experts": self.training.experts, "scores": self.training.scores}
+            plain |= {"experts": self.training.experts.plain(), "scores": self.training.scores}
         if self.room is not None:
             plain |= _room_json(self.room, destination)
         return plain
@@ -638,13 +639,14 @@ def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _
     plan = plan_by_tables(job.source, job.specs, seed=settings.seed or 0)
     with progress_bars(is_shown=not is_quiet) as new_bar:
 
-        def look(made: Expanded) -> None:
+        def look(made: Expanded) -> Lineage:
             from tritter.cli.measure import measure
 
             bar = new_bar("MB checked") if measures else None
             with refuse_damage():
-                found = measure(job.source.folder, made, is_wanted=measures, progress=bar)
+                found = measure(job.source, made, is_wanted=measures, progress=bar)
             measured.append(found)
+            return found.lineage
 
         made = expand(
             job.source,
@@ -683,7 +685,7 @@ def _trained(
     )
     error = made.lineage.expansion_history[-1].step0_error
     words = "not finite" if error is None else f"{error:.1e} of the logits' deviation on its text"
-    measured = Measurement(error, False, words)
+    measured = Measurement(made.lineage, error, False, words)
     return _Result(job=job, plan=made.plan, lineage=made.lineage, measured=measured, training=made)
 
 

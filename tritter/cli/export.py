@@ -38,6 +38,7 @@ from tritter.storage.tensors import WEIGHT_DTYPES
 if TYPE_CHECKING:
     import torch
 
+    from tritter.checkpoint import Source
     from tritter.checkpoint.export import Exported, Weights
     from tritter.checkpoint.folder import Artifact
     from tritter.cli.export_experts import Merge
@@ -263,7 +264,6 @@ def _export_adapters(
         import torch
 
         from tritter.checkpoint import Source
-        from tritter.checkpoint.expert_files import ExpertFiles
         from tritter.cli.export_experts import (
             LARGEST_RANK,
             base_of,
@@ -277,8 +277,8 @@ def _export_adapters(
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
         check_place(output, source=folder, overwrite=overwrite)
-        Source.open(folder, read_config(folder))  # compares it with its own record
-        if ExpertFiles.read(folder) is None:
+        source = Source.open(folder, read_config(folder))  # compares it with its own record
+        if source.experts is None:
             raise RequestError(
                 f"--format = peft: {folder} has no LoRA experts; allowed is hf, a plain folder."
             )
@@ -303,26 +303,27 @@ def _of_folder(
     checkpoint: str, *, is_without_new: bool, is_merged: bool, has_lineage: bool
 ) -> _Origin:
     from tritter.checkpoint import Source
-    from tritter.checkpoint.expert_files import HEAD, ExpertFiles
+    from tritter.checkpoint.expert_files import HEAD
     from tritter.checkpoint.export import Weights
-    from tritter.checkpoint.tokenizer_files import TokenizerFiles
+    from tritter.checkpoint.folder import TokenizerFiles
     from tritter.models import read_config
     from tritter.stock_routers import stock_obstacle
 
     folder = locate(checkpoint, key="--checkpoint")
-    weights = Weights.of(Source.open(folder, read_config(folder), has_lineage=has_lineage))
+    source = Source.open(folder, read_config(folder), has_lineage=has_lineage)
+    weights = Weights.of(source)
     if not named_path(checkpoint, key="--checkpoint").exists():
         weights = replace(weights, name=checkpoint)  # a download is in a folder of its commit
     obstacle, notes = stock_obstacle(folder), tuple[str, ...]()
     if is_without_new:
-        weights, notes = _without_new_experts(weights, folder)
+        weights, notes = _without_new_experts(weights, source)
     elif obstacle is not None:
         raise RequestError(
             f"{folder}: {obstacle}. Train the model until the offset is 0, or leave them out with "
             "--drop-new-experts."
         )
     is_plain = not has_lineage and not (folder / HEAD).exists()
-    experts = None if is_plain else ExpertFiles.read(folder)
+    experts = None if is_plain else source.experts
     if experts is None and is_merged:
         raise RequestError(f"--merge: {folder} has no LoRA experts.")
     merged = None
@@ -340,13 +341,11 @@ def _of_folder(
     return _Origin(weights, [TokenizerFiles(folder)], notes, merged)
 
 
-def _without_new_experts(weights: Weights, folder: Path) -> tuple[Weights, tuple[str, ...]]:
-    from tritter.stock_routers import AddedExperts
-
-    added = AddedExperts.read(folder)
+def _without_new_experts(weights: Weights, source: Source) -> tuple[Weights, tuple[str, ...]]:
+    added = source.added
     if added is None or added.is_settled:
         raise RequestError(
-            f"--drop-new-experts: {folder} has no appended experts that are not wholly open."
+            f"--drop-new-experts: {source.folder} has no appended experts that are not wholly open."
         )
     note = f"without the {len(added.experts)} appended experts of each layer"
     return weights.without_experts(added.num_settled_experts), (note,)
@@ -355,8 +354,8 @@ def _without_new_experts(weights: Weights, folder: Path) -> tuple[Weights, tuple
 def _of_file(
     checkpoint: str, config: str | None, *, prefix: str | None, with_state: bool
 ) -> _Origin:
+    from tritter.checkpoint.folder import TokenizerFiles
     from tritter.checkpoint.lightning_file import read_lightning_file
-    from tritter.checkpoint.tokenizer_files import TokenizerFiles
     from tritter.models import read_config
 
     path = named_path(checkpoint, key="--checkpoint")

@@ -100,8 +100,9 @@ def merge(folder: Path, *, rank: int | None = None, largest_rank: int | None = N
         RequestError: it has no adapter.
         TritterError: the experts are damaged, or the model can't be loaded.
     """
-    files, held = ExpertFiles.read(folder), ExpertFolder.read(folder)
-    assert files is not None and held is not None
+    files = ExpertFiles.read(folder)
+    assert files is not None
+    held = ExpertFolder.of_files(files)
     config = read_config(folder)
     texts, mixture = _texts(folder, config), held.apply(load_model(folder))
     stored = files.mean_gates()

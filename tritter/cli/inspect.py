@@ -25,8 +25,7 @@ from tritter.cli.output import (
 )
 from tritter.errors import TritterError
 from tritter.loading import loading
-from tritter.report.rows import ACCURACY
-from tritter.report.wording import count_text
+from tritter.report.wording import ACCURACY, count_text
 from tritter.storage.hub import locate
 from tritter.terminal import Console
 
@@ -88,14 +87,13 @@ def inspect(folder: Folder, as_json: AsJson = False) -> int:
     """Show a checkpoint's shapes and parameters, and the map of its last expansion."""
     with loading("torch"):
         from tritter.checkpoint import Source
-        from tritter.checkpoint.expert_files import ExpertFiles
         from tritter.families.config_file import read_config_file
 
     with refuse_damage():
         place = locate(folder)
         source = Source.open(place, read_config_file(place))
         dtypes = Counter(source.tensors.headers[t.name].dtype for t in source.stored)
-        experts = ExpertFiles.read(place)
+        experts = source.experts
         experts_record = None if experts is None else _experts_json(experts)
     lineage = source.lineage
     last = lineage.expansion_history[-1] if lineage and lineage.expansion_history else None
@@ -231,7 +229,7 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
 
 def _beside(folder: Path) -> list[str]:
     """Return what lies beside config and weights: tokenizer files, then what is in `state/`."""
-    from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES
+    from tritter.checkpoint.folder import TOKENIZER_FILES
 
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     state = folder / "state"
@@ -279,20 +277,16 @@ def _print_map(console: Console, last: RecordedMap) -> None:
 
 
 def _experts_json(files: ExpertFiles) -> dict[str, Any]:
-    """Return everything that the files say without a tensor being opened.
-
-    Raises:
-        TritterError: an expert's config can't be read.
-    """
+    """Return everything that the files say without a tensor being opened."""
     head = files.head
     adapters = {
-        each.name: {
+        name: {
             "rank": each.rank,
             "alpha": each.alpha,
             "targets": list(each.targets),
-            "parameters": each.num_parameters,
+            "parameters": files.num_parameters[name],
         }
-        for each in files.summaries()
+        for name, each in files.configs.items()
     }
     return {
         "names": list(head.names),
@@ -314,12 +308,11 @@ def _print_experts(console: Console, files: ExpertFiles) -> None:
         "expert", "rank", "alpha", "parameters", "on",
         numbers=("rank", "alpha", "parameters"), wrapped=("on",),
     )  # fmt: skip
-    shapes = {each.name: each for each in files.summaries()}
     signs = signs_of(console)
     for name in head.names:
         cells = ("-", "-", "-", "the base itself")
-        if (shape := shapes.get(name)) is not None:
-            count, targets = count_text(shape.num_parameters), " ".join(shape.targets)
+        if (shape := files.configs.get(name)) is not None:
+            count, targets = count_text(files.num_parameters[name]), " ".join(shape.targets)
             cells = (str(shape.rank), f"{shape.alpha:g}", count, targets)
         table.add_row(name, *(Text(signs.printable(cell)) for cell in cells))
     console.print()

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tritter.checkpoint import record_step0_error
+from tritter.checkpoint import Lineage, Source, record_step0_error
 from tritter.errors import TritterError
 from tritter.evaluation.gate import EXACT_JUMP
 from tritter.evaluation.jump import folder_jump
@@ -28,6 +27,7 @@ class Measurement:
     """What was measured, in words as well.
 
     Args:
+        lineage: of the result, with the error.
         error: max |Δ logits| / std(logits) on random tokens; None when not measured.
         is_broken: a method that claims exactness missed it by more than rounding; of a dense
             result in 16 bits, whose rounding is not known, by a deviation of the logits.
@@ -35,6 +35,7 @@ class Measurement:
         parting: where a broken result leaves what the source computes.
     """
 
+    lineage: Lineage
     error: float | None
     is_broken: bool
     text: str
@@ -42,7 +43,7 @@ class Measurement:
 
 
 def measure(
-    source: Path,
+    source: Source,
     result: Expanded,
     *,
     is_wanted: bool,
@@ -58,7 +59,7 @@ def measure(
         TritterError: transformers can't build one of them, or it computes nothing.
     """
     if not is_wanted:
-        return Measurement(None, False, "not measured")
+        return Measurement(result.lineage, None, False, "not measured")
 
     def show(done: int, total: int) -> None:
         if progress is not None:
@@ -66,18 +67,19 @@ def measure(
 
     config = read_config(result.folder)
     try:
-        found = folder_jump(source, result.folder, random_tokens(config), progress=show)
+        found = folder_jump(source.folder, result.folder, random_tokens(config), progress=show)
     except TritterError:
         raise
     # The border to classes that trust their config: a value of it may break them in any way
     except Exception as raised:
         raise TritterError(
-            f"{source} cannot be measured: its model fails on tokens ({raised!r}); --no-measure "
-            "expands it all the same."
+            f"{source.folder} cannot be measured: its model fails on tokens ({raised!r}); "
+            "--no-measure expands it all the same."
         ) from raised
     jump = found.jump
     error = jump.to_dict()["relative_to_std"]
-    record_step0_error(result.folder, error, config, num_new=len(result.steps))
+    new = len(result.steps)
+    lineage = record_step0_error(result.folder, result.lineage, error, config, num_new=new)
     claims_exact = all(step.spec.is_exact for step in result.steps)
     rounded = _rounded_to(source, result, claims_exact=claims_exact)
     bound = rounded_jump(has_experts=family_of(config).has_experts) if rounded else EXACT_JUMP
@@ -85,7 +87,7 @@ def measure(
     note = f", rounding to {' and '.join(rounded)} included" if rounded else ""
     text = f"{jump.relative_to_std:.1e} of the logits' deviation on random tokens{note}"
     parting = found.parting(result.plan.parameter_map.layer_sources) if is_broken else ""
-    return Measurement(error, is_broken, text, parting)
+    return Measurement(lineage, error, is_broken, text, parting)
 
 
 def random_tokens(config: Config) -> Tensor:
@@ -97,12 +99,9 @@ def random_tokens(config: Config) -> Tensor:
     return torch.randint(0, vocab_size, shape, generator=generator)
 
 
-def _rounded_to(source: Path, result: Expanded, *, claims_exact: bool) -> list[str]:
+def _rounded_to(source: Source, result: Expanded, *, claims_exact: bool) -> list[str]:
     """Return the types below float32 that values were computed for; copies lose nothing."""
-    before, after = (
-        {header.dtype for header in TensorFolder.open(folder).headers.values()}
-        for folder in (source, result.folder)
-    )
+    before, after = source.tensors.dtypes, TensorFolder.open(result.folder).dtypes
     maps = result.plan.parameter_map.tensors.values()
     if before == after and len(after) == 1 and all(_is_copied(m, claims_exact) for m in maps):
         return []

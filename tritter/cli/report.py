@@ -182,18 +182,15 @@ def read_runs(places: Sequence[Path]) -> list[Run]:
 
 def _run(place: Path, *, name: str) -> Run:
     from tritter.report.runs import Run
-    from tritter.report.summary import check_summary
+    from tritter.report.summary import Summary
 
-    summary = read_object(place / SUMMARY_FILE)
-    check_summary(summary)
+    summary = Summary.read(place / SUMMARY_FILE)
     record = read_object(place / RUN_FILE) if (place / RUN_FILE).exists() else {}
     settings = record.get("fingerprint")
     return Run(
         name=name,
         summary=summary,
-        settings=_settings(settings)
-        if isinstance(settings, dict)
-        else {"seed": summary.get("seed")},
+        settings=_settings(settings) if isinstance(settings, dict) else {"seed": summary.seed},
         curves=_curves(place, "rounds") or _curves(place),
         control=_curves(place, "control"),
         pretraining=_curves(place, "pretraining"),

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator
 
-from tritter.checkpoint.left import InnerPlace, digests_of, find_damage
+from tritter.checkpoint.left import digests_of, find_damage
 from tritter.checkpoint.place import is_within
 from tritter.config.components import WITHOUT_EFFECT as NO_EFFECT
 from tritter.config.folders import CONFIG_NAME, Front, composing_from, front
@@ -31,10 +31,9 @@ from tritter.errors import (
 )
 from tritter.options import leaves
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.links import check_tree
 from tritter.storage.lock import LOCK_NAME
-from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, named_path
-from tritter.storage.records import read_record, record, record_text
+from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, check_tree, named_path
+from tritter.storage.records import InnerName, read_record, record, record_text
 from tritter.targets import Component, identity
 
 RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the time
@@ -100,7 +99,7 @@ class RunRecord:
     status: Literal["running", "finished"]
     program: str
     overrides: tuple[_Word, ...]
-    left: dict[InnerPlace, str]
+    left: dict[InnerName, str]
     config_folders: tuple[_Word, ...] = ()
     config_name: _Word | None = None
 

@@ -17,8 +17,7 @@ from tritter.data.local_files import Reading, TextFileError, check_expansion
 from tritter.data.records import DEFAULT_FIELD, WrongRecordError, form_fields, shown, text_of
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean, nearest
 from tritter.storage.hub import quiet_hub
-from tritter.storage.links import check_inside, check_tree
-from tritter.storage.reading import read_object, read_text, require_file
+from tritter.storage.reading import check_inside, check_tree, read_object, read_text, require_file
 
 PREFIX = "hf:"
 FORM = "hf:OWNER/NAME[@REVISION][/CONFIG][:SPLIT][[FROM:TO]][#COLUMN]"

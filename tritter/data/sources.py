@@ -24,7 +24,7 @@ from tritter.data.local_files import (
 from tritter.data.records import shown
 from tritter.data.skills import SkillText
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean
-from tritter.storage.links import check_inside
+from tritter.storage.reading import check_inside
 
 _Identity = tuple[int, int]  # device and number of a folder
 _GLOB_SIGNS = set("*?[")

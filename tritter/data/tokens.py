@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from tritter.data.documents import Document
 from tritter.errors import RequestError, TritterError
-from tritter.storage.reading import read_json, require_file
+from tritter.storage.reading import read_object, require_file
 from tritter.storage.spool import Spool
 
 if TYPE_CHECKING:
@@ -126,10 +126,9 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = read_json(path)
+        return read_object(path)
     except TritterError as error:
         raise RequestError(str(error)) from error
-    return content if isinstance(content, dict) else {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,14 +3,17 @@
 from tritter.expand.change import Change, PlannedExpansion, declared
 from tritter.expand.folder import (
     Expanded,
+    Room,
+    check_room,
     expand,
+    free_bytes,
     plan_by_tables,
     plan_expansion,
     planned,
     room_for,
+    size_text,
     state_stream,
 )
-from tritter.expand.room import Room, check_room, free_bytes, size_text
 
 __all__ = [
     "Change",

@@ -1,10 +1,14 @@
 """Expand a checkpoint folder: source → maps → destination, one tensor in memory at a time."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial, reduce
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,18 +18,21 @@ from tritter.checkpoint import (
     ExpansionRecord,
     Lineage,
     Source,
-    lineage_of,
+    read_lineage,
     write_checkpoint,
 )
 from tritter.checkpoint.expert_files import refuse_experts
-from tritter.checkpoint.folder import Artifact
-from tritter.checkpoint.kept_sequences import KeptSequences
+from tritter.checkpoint.folder import (
+    TOKENIZER_FILES,
+    Artifact,
+    TokenizerFiles,
+    check_tokenizer_files,
+)
+from tritter.checkpoint.kept_sequences import KEPT_FILE
 from tritter.checkpoint.place import check_output, check_replaceable
-from tritter.checkpoint.state import State, read_state, write_state
-from tritter.checkpoint.tokenizer_files import TOKENIZER_FILES, TokenizerFiles
+from tritter.checkpoint.state import STATE_FOLDER, State, write_state
 from tritter.errors import RequestError, TritterError
 from tritter.expand.change import PlannedExpansion
-from tritter.expand.room import Room, check_room, in_flight_bytes
 from tritter.expansion import (
     ExpansionSpec,
     ResolvedExpansion,
@@ -35,7 +42,6 @@ from tritter.expansion import (
 )
 from tritter.expansion.moe_add import closed_experts
 from tritter.families import (
-    Config,
     LayoutKind,
     StoredTensor,
     count_parameters,
@@ -45,12 +51,163 @@ from tritter.families import (
 )
 from tritter.parameter_map import TensorMap
 from tritter.parameter_map.carry import Policy, StateKind, followed, has_state
+from tritter.parameter_map.held import held_bytes
 from tritter.parameter_map.rows import WeightReader
 from tritter.stock_routers import AddedExperts
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import TensorFolder, is_finite
-from tritter.storage.writer import Pieces, TensorEntry, TensorStream, padded
+from tritter.storage.writer import (
+    HELD_TENSORS,
+    KEPT_BYTES,
+    Pieces,
+    TensorEntry,
+    TensorStream,
+    num_threads,
+    padded,
+)
+
+# Disk and memory requirements
+
+_BYTES_OF_A_NAME = 512  # of one tensor in a file's header, in the index and in the record
+_BYTES_OF_RECORDS = 2**16  # the record, the card and the configs, without names
+_WIDE = 4  # bytes of what is computed in float32
+_AT_ONCE_PADDED = 3  # its pieces, the whole, and the one that is filled up
+_AT_ONCE_OF_STATE = 4  # gathered along each axis, multiplied, and with a mean in new entries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Bytes that an expansion takes.
+
+    Args:
+        weights: of the result on disk, padding included.
+        state: of what follows beside it: moments, importances, kept sequences.
+        others: tokenizer files, and headers, configs and records, estimated.
+        in_flight: memory at most for the tensors that are read, computed and written at a time.
+        process: memory that the process has held already.
+    """
+
+    weights: int
+    state: int
+    others: int
+    in_flight: int
+    process: int
+
+    @property
+    def disk(self) -> int:
+        """What the temporary folder takes that becomes the result: no byte is written twice."""
+        return self.weights + self.state + self.others
+
+    @property
+    def memory(self) -> int:
+        return self.process + self.in_flight
+
+    @classmethod
+    def of(
+        cls,
+        weights: Sequence[TensorEntry],
+        state: Sequence[TensorEntry],
+        *,
+        source: Source,
+        in_flight: int,
+    ) -> "Room":
+        """Return what it takes to write these tensors, made of those of a source."""
+        kept = source.folder / STATE_FOLDER / KEPT_FILE
+        files = sum(path.stat().st_size for path in check_tokenizer_files(source.folder))
+        return cls(
+            weights=sum(entry.num_bytes for entry in weights),
+            state=sum(e.num_bytes for e in state) + (kept.stat().st_size if kept.is_file() else 0),
+            others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(state)),
+            in_flight=in_flight,
+            process=_held_bytes(),
+        )
+
+
+def in_flight_bytes(
+    targets: Sequence[StoredTensor],
+    maps: Mapping[str, TensorMap],
+    state: Sequence[TensorEntry],
+    *,
+    source: Source,
+    padded: Collection[str],
+) -> int:
+    """Return the memory that tensors take at most that are made and written at a time.
+
+    Each of the writer's threads makes a target in blocks of rows, or whole where its rows do not
+    follow from rows. State comes whole: read and mapped, while the two before it are written.
+
+    Args:
+        maps: of the targets' parts, by logical name.
+        padded: names of targets that are put together, and filled up, before they are written.
+    """
+
+    def shape_of(name: str) -> tuple[int, ...]:
+        stored, number = source.places[name]
+        return source.family.shape(stored.parts[number].tensor, source.config)
+
+    usual, rare = [], 0
+    for target in targets:
+        parts = [held_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
+        origins = {maps[part.tensor.name].origin for part in target.parts}
+        is_whole = target.name in padded
+        copied = [o for o in origins if o and source.places[o][0].name in source.live_shapes]
+        usual.append(
+            max(part.usual for part in parts)
+            + _AT_ONCE_PADDED * _WIDE * prod(target.shape) * (is_whole or target.is_transposed)
+            + _WIDE * max((prod(shape_of(name)) for name in copied), default=0)
+        )
+        rare = max(rare, *(part.rare for part in parts))
+    weights = sum(sorted(usual)[-num_threads() :]) + rare
+    largest = max((entry.num_bytes for entry in state), default=0)
+    return KEPT_BYTES + max(weights, (HELD_TENSORS + _AT_ONCE_OF_STATE) * largest)
+
+
+def _held_bytes() -> int:
+    """Return what this process has held at most so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_bytes(destination: Path) -> int | None:
+    """Return what is free on the disk that a folder would lie on; None where it does not say."""
+    place = destination.absolute()
+    while not place.is_dir():
+        place = place.parent
+    try:
+        usage = shutil.disk_usage(place)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
+
+
+def check_room(destination: str | os.PathLike[str], room: Room) -> None:
+    """Refuse a result that the disk has no room for.
+
+    Raises:
+        RequestError: says what it takes and what is free.
+    """
+    free = free_bytes(Path(destination))
+    if free is not None and room.disk > free:
+        raise RequestError(
+            f"{destination}: the result takes {size_text(room.disk)} (weights "
+            f"{size_text(room.weights)}, state {size_text(room.state)}), and {size_text(free)} are "
+            "free on the disk there. What it replaces goes only once it is whole. Choose another "
+            "place, or a smaller dtype."
+        )
+
+
+def size_text(num_bytes: int) -> str:
+    """Return a size as a person reads it: 1.53 GB."""
+    value, unit = float(num_bytes), "bytes"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
+# Expansions of folders
 
 Progress = Callable[[int, int], None]
 
@@ -62,11 +219,6 @@ class Expanded:
     folder: Path
     plan: PlannedExpansion
     lineage: Lineage
-
-    @classmethod
-    def of(cls, folder: Path, plan: PlannedExpansion) -> "Expanded":
-        """Return what a plan made at `folder`."""
-        return cls(folder, plan, lineage_of(folder))
 
     @property
     def steps(self) -> tuple[ResolvedExpansion, ...]:
@@ -85,7 +237,7 @@ class Expanded:
 
 
 def plan_expansion(
-    source: str | os.PathLike[str], specs: Sequence[ExpansionSpec], *, seed: int = 0
+    source: str | os.PathLike[str] | Source, specs: Sequence[ExpansionSpec], *, seed: int = 0
 ) -> PlannedExpansion:
     """Resolve `specs` against the checkpoint at `source`; reads no tensor.
 
@@ -95,19 +247,24 @@ def plan_expansion(
             are not open yet, or a source with LoRA experts.
         TritterError: the source has no usable config or generation settings.
     """
-    return planned(named_path(source, key="source"), checked_specs(specs), seed=seed)
+    specs = checked_specs(specs)
+    if not isinstance(source, Source):
+        folder = named_path(source, key="source")
+        from tritter.models import read_config
+
+        source = Source(folder, read_config(folder), read_lineage(folder))
+    return planned(source, specs, seed=seed)
 
 
-def planned(source: Path, specs: Sequence[ExpansionSpec], *, seed: int) -> PlannedExpansion:
+def planned(source: Source, specs: Sequence[ExpansionSpec], *, seed: int) -> PlannedExpansion:
     """Do the same for checked specs; none are allowed."""
     from tritter.loadable import check_loadable
-    from tritter.models import read_config
 
     if specs:
-        refuse_experts(source, doing="an expansion")
-    plan = _planned(source, read_config(source), specs, seed=seed)
+        refuse_experts(source.folder, doing="an expansion", recorded=source.recorded_files)
+    plan = _planned(source, specs, seed=seed)
     if specs:
-        check_loadable(plan.target_config, folder=source)
+        check_loadable(plan.target_config, folder=source.folder)
     return plan
 
 
@@ -118,11 +275,10 @@ def plan_by_tables(
 
     `expand` asks transformers once the tensors are written, before the result is placed.
     """
-    plan = _planned(source.folder, source.config, specs, seed=seed)
-    return replace(plan, is_confirmed=False)
+    return replace(_planned(source, specs, seed=seed), is_confirmed=False)
 
 
-def _confirmed(plan: PlannedExpansion, source: Path) -> PlannedExpansion:
+def _confirmed(plan: PlannedExpansion, source: Source) -> PlannedExpansion:
     """Return a plan with all that configs say, after transformers was asked.
 
     Raises:
@@ -130,7 +286,10 @@ def _confirmed(plan: PlannedExpansion, source: Path) -> PlannedExpansion:
     """
     if plan.is_confirmed:
         return plan
+    from tritter.models import read_config
+
     try:
+        source = Source(source.folder, read_config(source.folder), source.lineage)
         found = planned(source, [step.spec for step in plan.steps], seed=plan.seed)
     except TritterError as error:
         raise RequestError(str(error)) from error
@@ -139,9 +298,8 @@ def _confirmed(plan: PlannedExpansion, source: Path) -> PlannedExpansion:
     return found
 
 
-def _planned(
-    source: Path, config: Config, specs: Sequence[ExpansionSpec], *, seed: int
-) -> PlannedExpansion:
+def _planned(source: Source, specs: Sequence[ExpansionSpec], *, seed: int) -> PlannedExpansion:
+    config = source.config
     steps = build_steps(config, specs, seed=seed)
     target = steps[-1].target_config if steps else config
     return PlannedExpansion(
@@ -151,7 +309,7 @@ def _planned(
         seed=seed,
         parameters_before=count_parameters(config),
         parameters_after=count_parameters(target),
-        added_experts=added_experts(AddedExperts.read(source), steps),
+        added_experts=added_experts(source.added, steps),
     )
 
 
@@ -167,7 +325,7 @@ def expand(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     progress: Progress | None = None,
-    before_placing: Callable[["Expanded"], None] | None = None,
+    before_placing: Callable[["Expanded"], Lineage] | None = None,
 ) -> Expanded:
     """Apply `specs` in order to the checkpoint at `source` and write the result.
 
@@ -186,7 +344,8 @@ def expand(
             or `live`, the experts of a layer in one tensor, as transformers holds them.
         overwrite: replace a checkpoint that stands at `destination`; nothing else is replaced.
         progress: called with (tensors written, tensors in all).
-        before_placing: called with the result while it lies in a temporary folder; may raise.
+        before_placing: called with the result while it lies in a temporary folder; may write its
+            lineage anew, returns the one that is there then, and may raise.
 
     Raises:
         RequestError: no spec, unknown family, targets that cannot be had, no place or room for a
@@ -199,24 +358,28 @@ def expand(
     check_output(destination, sources=[folder], overwrite=overwrite)
     plan = specs
     if not isinstance(plan, PlannedExpansion):
-        plan = plan_expansion(folder, plan, seed=seed)
+        plan = plan_expansion(source, plan, seed=seed)
     opened = source if isinstance(source, Source) else Source.open(folder, plan.config)
     check_room(destination, room_for(opened, plan, dtype=dtype, moments=moments))
     stated = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    confirmed = cache(partial(_confirmed, plan, folder))
-    write_checkpoint(
+
+    def look(place: Path, lineage: Lineage) -> Lineage:
+        return before_placing(Expanded(place, plan, lineage)) if before_placing else lineage
+
+    confirmed = cache(partial(_confirmed, plan, opened))
+    lineage = write_checkpoint(
         destination,
         config=plan.target_config,
         final_config=lambda: {**confirmed().target_config, **stated},
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
         lineage=lambda: _child_lineage(opened, confirmed(), destination),
-        artifacts=_followed(plan, folder, moments, max_shard_bytes),
+        artifacts=_followed(plan, opened, moments, max_shard_bytes),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         check=partial(check_replaceable, sources=[folder]),
-        before_placing=before_placing and (lambda place: before_placing(Expanded.of(place, plan))),
+        before_placing=look,
     )
-    return Expanded.of(destination, plan)
+    return Expanded(destination, plan, lineage)
 
 
 def room_for(
@@ -231,7 +394,7 @@ def room_for(
     Raises:
         TritterError: the state beside the source is damaged.
     """
-    state = read_state(opened.folder)
+    state = opened.state
     streams = {} if state is None else state_streams(plan, state, moments=moments)
     others = [entry for each in streams.values() for entry in each.entries]
     stream = _stream(opened, plan, dtype=dtype, kind="hub", progress=None)
@@ -248,16 +411,16 @@ def room_for(
 
 
 def _followed(
-    plan: PlannedExpansion, source: Path, moments: Policy, max_shard_bytes: int
+    plan: PlannedExpansion, source: Source, moments: Policy, max_shard_bytes: int
 ) -> tuple[Artifact | None, ...]:
     """Return what stands beside the source as it stands beside the result; reads no tensor.
 
     Raises:
         TritterError: the state beside the source is damaged.
     """
-    state = read_state(source)
+    state = source.state
     carried = None if state is None else MappedState(plan, state, moments, max_shard_bytes)
-    return TokenizerFiles(source), carried, plan.added_experts, KeptSequences.read(source)
+    return TokenizerFiles(source.folder), carried, plan.added_experts, source.kept
 
 
 def _stream(

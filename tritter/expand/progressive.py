@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from tritter.checkpoint import ExpansionRecord, Source, read_lineage
-from tritter.checkpoint.state import LazyTensors, read_state
+from tritter.checkpoint.state import LazyTensors
 from tritter.families import Config
 from tritter.models import read_config
 from tritter.storage.hashing import merkle_hash
 from tritter.storage.reading import named_path
-from tritter.storage.tensors import TensorFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +51,17 @@ class ProgressiveCheckpoint:
             TritterError: it is damaged, or of a newer format.
         """
         place = named_path(folder, key="folder")
-        config, lineage, state = read_config(place), read_lineage(place), read_state(place)
+        config, lineage = read_config(place), read_lineage(place)
+        source = Source(place, config, lineage)
+        state = source.state
         if lineage is None:
-            base_hash = merkle_hash(Source.open(place, config).read_digests())
+            source.check()
+            base_hash = merkle_hash(source.read_digests())
         else:
             base_hash = lineage.base_model_hash
         kinds = None if state is None else {k: LazyTensors(v) for k, v in state.kinds.items()}
         return cls(
-            model_state_dict=LazyTensors(TensorFolder.open(place)),
+            model_state_dict=LazyTensors(source.tensors),
             optimizer_state_dict=kinds,
             scheduler_state_dict=None if state is None else {"last_epoch": state.step},
             expansion_history=lineage.expansion_history if lineage else (),

@@ -142,8 +142,16 @@ class ExpertFolder:
                 not finite, sizes don't fit each other, or a link leads out of the folder.
         """
         files = ExpertFiles.read(folder)
-        if files is None:
-            return None
+        return None if files is None else cls.of_files(files)
+
+    @classmethod
+    def of_files(cls, files: ExpertFiles) -> "ExpertFolder":
+        """Return the experts of files whose heads were read.
+
+        Raises:
+            TritterError: as `read`.
+        """
+        folder = files.source
         tensors = _read_tensors(folder / TENSORS, files.head)
         try:
             extra = decode(files.head.extra, tensors)

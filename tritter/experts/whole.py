@@ -6,24 +6,30 @@ import torch
 from torch import nn
 
 from tritter.checkpoint.expert_files import ExpertFiles
+from tritter.families import Config
 from tritter.models import load_model
 
 
 def load_whole(
-    folder: Path, *, dtype: torch.dtype = torch.float32, base_bits: int | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    base_bits: int | None = None,
+    config: Config | None = None,
 ) -> nn.Module:
     """Load a checkpoint's model, which runs its experts where it has any.
 
     Args:
         base_bits: 8 or 4, in which the base is to be held for experts that it will get; those that
             it has run on a base held as it was when they were trained.
+        config: as `load_model`.
 
     Raises:
         TritterError: as `load_model` and `ExpertFolder.read`.
     """
     files = ExpertFiles.read(folder)
     bits = base_bits if files is None else files.head.base_bits
-    model = load_model(folder, dtype=dtype)
+    model = load_model(folder, dtype=dtype, config=config)
     if bits is not None:
         from tritter.experts.quantised import quantise  # slow to import
 
@@ -31,7 +37,5 @@ def load_whole(
     if files is not None:
         from tritter.experts.stored import ExpertFolder  # slow to import, and seldom needed
 
-        experts = ExpertFolder.read(folder)
-        assert experts is not None
-        experts.apply(model)
+        ExpertFolder.of_files(files).apply(model)
     return model

@@ -5,7 +5,7 @@ a million layers. So nothing is handed to it that has not been here.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tritter.errors import RequestError, TritterError, brief
@@ -100,8 +100,13 @@ def check_size(family: Family, config: Config) -> None:
         )
 
 
-def with_live_sizes(family: Family, config: Config, folder: Path) -> Config:
+def with_live_sizes(
+    family: Family, config: Config, folder: Path, *, ffn_sizes: Sequence[int] | None = None
+) -> Config:
     """Return the config of a folder's config.json with the widths that its tritter.json states.
+
+    Args:
+        ffn_sizes: those widths; None: the file was not read yet.
 
     Raises:
         RequestError: config.json states them itself.
@@ -113,10 +118,11 @@ def with_live_sizes(family: Family, config: Config, folder: Path) -> Config:
             f"stand in {LINEAGE_NAME}, beside a model that is padded to the widest."
         )
     path = folder / LINEAGE_NAME
-    sizes = read_object(path).get(FFN_SIZES) if path.exists() else None
-    if not sizes:
+    if ffn_sizes is None and path.exists():
+        ffn_sizes = read_object(path).get(FFN_SIZES)
+    if not ffn_sizes:
         return config
-    live = {**config, FFN_SIZES: sizes}
+    live = {**config, FFN_SIZES: ffn_sizes}
     try:
         _check_ffn_sizes(family, live)
     except RequestError as error:

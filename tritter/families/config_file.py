@@ -18,8 +18,7 @@ from tritter.families import (
     family_of,
     with_live_sizes,
 )
-from tritter.storage.links import check_links
-from tritter.storage.reading import read_object
+from tritter.storage.reading import check_links, read_object
 from tritter.storage.tensors import SINGLE_NAME
 
 _LONGEST_REASON = 300

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from tritter.checkpoint import ExpansionRecord, Lineage, Source, write_checkpoint
 from tritter.checkpoint.expert_files import refuse_experts
+from tritter.checkpoint.folder import TokenizerFiles
 from tritter.checkpoint.place import check_output, check_replaceable
-from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.expand.folder import known_digests
 from tritter.families import Config, family_of

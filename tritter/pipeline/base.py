@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from tritter.checkpoint import Lineage, lineage_of, write_checkpoint
+from tritter.checkpoint import Lineage, write_checkpoint
 from tritter.checkpoint.left import checkpoint_changes
 from tritter.checkpoint.record import training_record
 from tritter.checkpoint.state import copy_states, read_state
@@ -30,7 +30,7 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import content_key
 from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
-from tritter.pipeline.trained import accept
+from tritter.pipeline.trained import check_trained
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_text
 from tritter.storage.writer import TensorStream
@@ -157,7 +157,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
             write_result=write,
         )
         _check_whole(context, result)
-    accept(folder, num_processes=context.config.trainer.devices)
+    check_trained(context, folder)
     context.ledger.watch_disk()
     discard_saved(working)
     moments.discard_left(working)
@@ -259,8 +259,7 @@ def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedul
 
 def last_rate(context: RunContext, arm: Arm) -> float:
     """Return the rate of the last step of what an arm starts from; 0 where it is not recorded."""
-    told = lineage_of(context.folder / arm.start).training_config
-    return recorded_rate(told)
+    return recorded_rate(context.source(arm.start).own_lineage.training_config)
 
 
 def recorded_rate(told: Mapping[str, Any]) -> float:

@@ -3,9 +3,12 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
+from importlib.metadata import version
 from itertools import chain
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,15 @@ from lightning.pytorch.loggers import WandbLogger
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from tritter.checkpoint import Lineage, Source, lineage_of, read_lineage
 from tritter.checkpoint.record import LearnedDomain
+from tritter.checkpoint.usable import checkpoint_config
 from tritter.config.memory import memory_notes
+from tritter.config.rules import KEY
 from tritter.config.schema import (
     CheckpointModelConfig,
     DomainText,
+    EvaluationConfig,
     RunConfig,
     RunText,
 )
@@ -26,6 +33,7 @@ from tritter.config.text_resolution import run_text
 from tritter.config.training_steps import rate_notes
 from tritter.config.validation import known_config
 from tritter.data.batches import BatchStream, SequenceStream, drawn_equally
+from tritter.data.benchmark_names import CODE, benchmark_names
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
 from tritter.data.datamodule import EvaluationText
@@ -38,20 +46,32 @@ from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import find_texts, recorded_paths, source_documents
 from tritter.data.split import DomainCounts
 from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, joined, read_tokenizer
-from tritter.errors import RequestError
-from tritter.evaluation.statistics import score_file
+from tritter.errors import RequestError, TritterError, key_name
+from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
+from tritter.evaluation.benchmarks.formats import Benchmark
+from tritter.evaluation.benchmarks.harness import (
+    Asking,
+    require_harness,
+    score_benchmark,
+    score_from_hub,
+    sequence_lengths,
+)
+from tritter.evaluation.benchmarks.harness import (
+    Tokenizer as StockTokenizer,
+)
+from tritter.evaluation.benchmarks.table import BENCHMARKS
+from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
+from tritter.evaluation.statistics import PairedScores, score_file
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
 from tritter.expand import PlannedExpansion, planned
-from tritter.families import Flops, family_of, position_limit
-from tritter.models import read_config
+from tritter.families import Flops, position_limit
+from tritter.models import read_config, wrapped_tokenizer
 from tritter.pipeline.arm import Arm
-from tritter.pipeline.benchmarks import benchmark_tasks
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.scoring import Scores, Scoring, told, write_scores
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.hub import locate
-from tritter.storage.tensors import main_dtype
 from tritter.targets import dotted
 from tritter.terminal import Console, NewBar, progress_bars, shows_bar
 from tritter.training import OptimizerSettings, TrainerSettings
@@ -67,6 +87,7 @@ class RunContext:
 
     Args:
         wandb_loggers: of the W&B runs that are open, one for all attempts: part → logger.
+        sources: place in the folder → the checkpoint there, as far as it was opened.
     """
 
     config: RunConfig
@@ -74,6 +95,7 @@ class RunContext:
     console: Console
     ledger: Ledger
     wandb_loggers: dict[str | None, WandbLogger] = field(default_factory=dict, repr=False)
+    sources: dict[str, Source] = field(default_factory=dict, repr=False, compare=False)
     _planned: dict[Arm, PlannedExpansion] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -106,13 +128,23 @@ class RunContext:
         return tuple(dict.fromkeys(name for name in met if name not in self.new_of(arm)))
 
     @cached_property
-    def given(self) -> Path | None:
-        """The checkpoint that the run starts from; None when it pretrains a base."""
+    def given(self) -> Source | None:
+        """The checkpoint that the run starts from; None when it pretrains a base.
+
+        Raises:
+            RequestError: it can't be opened as what it is: the wrong thing to ask for.
+        """
         model = self.config.model
         if not isinstance(model, CheckpointModelConfig):
             return None
-        is_copied = self.ledger.get("baseline") is not None
-        return self.folder / "baseline" if is_copied else locate(model.path)
+        if self.ledger.get("baseline") is not None:
+            return self.source("baseline")
+        folder = locate(model.path)
+        checkpoint_config(str(folder), with_experts=True)
+        try:
+            return Source(folder, read_config(folder), read_lineage(folder))
+        except TritterError as error:
+            raise RequestError(f"{key_name('model.path')}: {error}") from error
 
     @cached_property
     def text(self) -> RunText:
@@ -120,15 +152,15 @@ class RunContext:
         config = self.config
         if self.given is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
             return config.text
-        here = CheckpointModelConfig(model_type="hf", path=str(self.given))
+        here = CheckpointModelConfig(model_type="hf", path=str(self.given.folder))
         return run_text(here, config.data, seed=config.seed)
 
     @cached_property
     def given_tokenizer(self) -> PretrainedTokenizer | None:
         if self.given is None:
             return None
-        vocab_size = family_of(config := read_config(self.given)).dimensions(config).vocab_size
-        return read_tokenizer(self.given, vocab_size=vocab_size)
+        vocab_size = self.given.family.dimensions(self.given.config).vocab_size
+        return read_tokenizer(self.given.folder, vocab_size=vocab_size)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -138,7 +170,7 @@ class RunContext:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of what the run is made from, a sentence each."""
-        source = known_config(self.config) if self.given is None else read_config(self.given)
+        source = known_config(self.config) if self.given is None else self.given.config
         assert source is not None  # only that of a hub id is not known, and it is given
         sizes = (*memory_notes(self.config, source), *rate_notes(self.config, source))
         found = corpus_notes(self.config, self.corpus)
@@ -159,7 +191,7 @@ class RunContext:
         asked = self.config.pipeline.dtype
         if asked != "source" or self.given is None:
             return "float32" if asked == "source" else asked
-        found = main_dtype(self.folder / "baseline")
+        found = self.source("baseline").tensors.main_dtype
         return found if found in PUBLISHED_DTYPES else "float32"
 
     @property
@@ -218,14 +250,28 @@ class RunContext:
         elapsed = time.perf_counter() - since - sum(result.seconds.values())
         seconds = {**result.seconds, label: elapsed + result.seconds.get(label, 0.0)}
         result = replace(result, seconds=seconds)
-        self.ledger.record(key, result)
+        lineages = {place: s.lineage for place, s in self.sources.items() if s.lineage is not None}
+        self.ledger.record(key, result, lineages=lineages)
         return result
+
+    def source(self, place: str) -> Source:
+        """Return a checkpoint of the run folder; it was checked when the run began, or written."""
+        if place not in self.sources:
+            self.wrote(place, lineage_of(self.folder / place))
+        return self.sources[place]
+
+    def wrote(self, place: str, lineage: Lineage) -> Source:
+        """Take up a checkpoint that was written to the run folder just now."""
+        folder = self.folder / place
+        config = read_config(folder, ffn_sizes=list(lineage.ffn_sizes))
+        self.sources[place] = Source.written(folder, config, lineage)
+        return self.sources[place]
 
     def planned(self, arm: Arm) -> PlannedExpansion:
         """Return what an arm's expansions make of where it starts; its map is built once."""
         if arm not in self._planned:
             seed = self.seed("expansion", *arm.purpose)
-            self._planned[arm] = planned(self.folder / arm.start, arm.specs, seed=seed)
+            self._planned[arm] = planned(self.source(arm.start), arm.specs, seed=seed)
         return self._planned[arm]
 
     def say(self, label: str, text: str) -> None:
@@ -364,7 +410,7 @@ class RunContext:
         options = self.config.evaluation
         asked = {d.name: questions_of(d.paths, options.task_questions) for d in self.text.domains}
         skills = (QuestionTask(name, name, asked[name]) for name in asked if asked[name])
-        source = known_config(self.config) if self.given is None else read_config(self.given)
+        source = known_config(self.config) if self.given is None else self.given.config
         length = (source and position_limit(source)) or MAX_POSITIONS
         return (*skills, *benchmark_tasks(options, positions=length))
 
@@ -530,3 +576,93 @@ def _moved(counts: Iterable[DomainCounts]) -> Iterator[str]:
             f"Documents that were met before: {count} held out before, so that they are not "
             "trained on."
         )
+
+
+# Benchmarks
+
+
+@dataclass(frozen=True, eq=False)
+class BenchmarkTask:
+    """A benchmark, scored by the metric that it is known by.
+
+    Args:
+        questions: None: the hub has them.
+        positions: tokens that the run's models read.
+    """
+
+    benchmark: Benchmark
+    questions: Questions | None
+    asking: Asking
+    positions: int
+    domain: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.benchmark.name
+
+    @cached_property
+    def digest(self) -> str:
+        held: Any = f"hub: {self.benchmark.hub}"
+        if self.questions is not None:
+            asked = self.questions.limited(self.asking.limit)
+            held = [
+                (name, astuple(asked.questions[name]), asked.examples[name])
+                for name in asked.questions
+            ]
+        return sha256(dumps([held, self.asking.limit, version("lm_eval")]).encode()).hexdigest()
+
+    def score(self, model: nn.Module, reader: Reader) -> PairedScores:
+        """Ask a model all questions.
+
+        Raises:
+            RequestError: the hub does not give them.
+            TritterError: the model computes what is not finite.
+        """
+        asking = replace(self.asking, batch_size=reader.batch_size)
+        if self.questions is None:
+            found = score_from_hub(model, _tokenizer(reader), self.benchmark, asking)
+        else:
+            found = score_benchmark(model, _tokenizer(reader), self.questions, asking)
+        return found.known_by
+
+    def lengths(self, reader: Reader) -> Sequence[int]:
+        """Return the tokens of each sequence; generated answers count as long as they may be.
+
+        Of a benchmark from the hub nothing is known before.
+        """
+        if self.questions is None:
+            return ()
+        asked = self.questions.limited(self.asking.limit)
+        return sequence_lengths(_tokenizer(reader), asked, length=self.positions)
+
+
+def benchmark_tasks(asked: EvaluationConfig, *, positions: int) -> tuple[BenchmarkTask, ...]:
+    """Return the benchmarks of a run, once their files, lm-eval and the sandbox were tried.
+
+    Raises:
+        RequestError: one of them can't be had.
+    """
+    names = benchmark_names(asked.tasks, key=KEY)
+    if not names:
+        return ()
+    chosen = [BENCHMARKS[name] for name in names]
+    held: Mapping[str, Questions] = {}
+    if asked.tasks_path is not None:
+        folder = TasksFolder(Path(asked.tasks_path), key="evaluation.tasks_path")
+        loaded = load(chosen, folder, limit=asked.task_limit)
+        held = {each.benchmark.name: each for each in loaded}
+    require_harness()
+    sandbox: Sandbox | None = None
+    if set(names) & set(CODE):
+        command = asked.code_sandbox_command
+        is_external = asked.code_sandbox == "external" and command is not None
+        sandbox = ExternalSandbox(str(command)) if is_external else NamespaceSandbox()
+        sandbox.check()
+    asking = Asking(limit=asked.task_limit, sandbox=sandbox, is_null_run=False)
+    return tuple(BenchmarkTask(each, held.get(each.name), asking, positions) for each in chosen)
+
+
+def _tokenizer(reader: Reader) -> StockTokenizer:
+    end_of_text = reader.tokenizer.id_to_token(reader.end_of_text_id)
+    assert end_of_text is not None
+    return wrapped_tokenizer(reader.tokenizer, end_of_text=end_of_text)

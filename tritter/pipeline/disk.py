@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tritter.expand import expand, size_text
+from tritter.expand import Expanded, expand, size_text
 from tritter.pipeline import moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
@@ -70,9 +70,10 @@ def release_start(context: RunContext, arm: Arm) -> bool:
     Those of an expanded checkpoint may: if the run is killed in between, the next call expands
     again, from the same source and seed.
     """
-    folder, place = moe.start_folder(context, arm), f"{arm.name}/expanded"
-    if folder != context.folder / place:
+    place = f"{arm.name}/expanded"
+    if moe.start_place(context, arm) != place:
         return False
+    folder = context.folder / place
     if context.ledger.is_incomplete(place):
         context.say("expand", f"the weights of {folder} were removed; expanding again")
         again = context.folder / arm.name / _AGAIN
@@ -110,11 +111,11 @@ def report(use: Mapping[str, Mapping[str, int]]) -> str:
     )
 
 
-def write_expanded(context: RunContext, arm: Arm, folder: Path) -> None:
+def write_expanded(context: RunContext, arm: Arm, folder: Path) -> Expanded:
     """Expand what an arm starts from into a folder."""
     # In float32 whatever the source is stored in: an exact map is exact only before rounding
-    expand(
-        context.folder / arm.start,
+    return expand(
+        context.source(arm.start),
         folder,
         context.planned(arm),
         dtype=torch.float32,

@@ -7,13 +7,13 @@ the end. What is written is one checkpoint whose parent is the source.
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tritter.checkpoint import Lineage, lineage_of, read_lineage, write_lineage
+from tritter.checkpoint import Lineage, read_lineage, write_lineage
 from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.config.launch.composition import load_config
 from tritter.config.overrides import quoted
@@ -31,6 +31,7 @@ from tritter.pipeline.given import check_given
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import run_arm, run_baseline
 from tritter.pipeline.scoring import score_records
+from tritter.report.summary import MoeRecord
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.reading import named_path
 from tritter.terminal import Console
@@ -74,7 +75,7 @@ class DomainExpansion:
     plan: PlannedExpansion
     lineage: Lineage
     scores: dict[str, dict[str, Any]]
-    experts: dict[str, Any]
+    experts: MoeRecord
 
 
 def expand_for_domain(
@@ -120,8 +121,7 @@ def expand_for_domain(
         check = partial(check_replaceable, sources=sources)
         with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
             shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
-            _adopt(temporary, context, source=source, destination=destination)
-            lineage = lineage_of(temporary)
+            lineage = _adopt(temporary, context, source=source, destination=destination)
         return DomainExpansion(plan=plan, lineage=lineage, scores=scores, experts=used)
 
 
@@ -132,7 +132,7 @@ def _teachers(specs: Sequence[ExpansionSpec]) -> list[Path]:
 
 
 def _told(
-    used: Mapping[str, Any], task: DomainTask, new: Sequence[str], step: ResolvedExpansion
+    used: MoeRecord, task: DomainTask, new: Sequence[str], step: ResolvedExpansion
 ) -> ResolvedExpansion:
     """Return a step that says what became of its experts, in place of what was to be done.
 
@@ -142,7 +142,7 @@ def _told(
     if not isinstance(step.spec, MoeAdd):
         return step
     domains = " and ".join(new)
-    trained = f"on {domains}: {used['router_steps']} steps of the routers, {task.steps} of the "
+    trained = f"on {domains}: {used.router_steps} steps of the routers, {task.steps} of the "
     return replace(step, notes=(step.notes[0], trained + "new experts; open to all tokens"))
 
 
@@ -181,11 +181,11 @@ def _value(sources: TextSources) -> str:
     return "{" + ",".join(parts) + "}"
 
 
-def _adopt(folder: Path, context: RunContext, *, source: Path, destination: Path) -> None:
+def _adopt(folder: Path, context: RunContext, *, source: Path, destination: Path) -> Lineage:
     """Let a checkpoint be the child of the source, in place of folders that will be gone."""
-    root = lineage_of(context.folder / "baseline")
+    root, kept = context.source("baseline").own_lineage, context.source("checkpoint")
     adopted = replace(
-        lineage_of(folder),
+        kept.own_lineage,
         parent_hash=root.model_hash,
         parent_path=os.path.relpath(source.resolve(), destination.resolve()),
     )
@@ -195,4 +195,4 @@ def _adopt(folder: Path, context: RunContext, *, source: Path, destination: Path
             parent_tensor_digests=root.tensor_digests,
             parent_file_digests=known_digests(source),
         )
-    write_lineage(folder, adopted, read_config(folder))
+    return write_lineage(folder, adopted, kept.config)

@@ -7,7 +7,6 @@ from functools import partial
 from hashlib import sha256
 from itertools import accumulate
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from lightning import Callback
 from torch import Tensor, nn
 
 from tritter.checkpoint import ExpansionRecord, Source
-from tritter.checkpoint.expert_files import ExpertFiles
 from tritter.config.schema import TrainingConfig
 from tritter.data.packing import lengths_of
 from tritter.errors import RequestError, did_you_mean
@@ -28,11 +26,13 @@ from tritter.experts.module import ExpertModule, forward_flops_of
 from tritter.experts.stored import ExpertFolder
 from tritter.experts.whole import load_whole
 from tritter.families import Config, Flops, family_of, forward_flops
-from tritter.models import config_of, live_shape, load_model, read_config
+from tritter.models import config_of, live_shape, load_model
 from tritter.novelty.statistics import CALIBRATION_BATCHES
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import EvaluationFound, TrainingFound
+from tritter.report.summary import ExpertsRecord
+from tritter.storage.records import validated
 from tritter.training import BaseModule, FitResult
 
 USAGE_SEQUENCES = 16  # of a domain, in which its gates are looked at
@@ -67,12 +67,13 @@ def training_of(context: RunContext, arm: Arm) -> TrainingConfig:
     return asked if method is None else replace(asked, learning_rate=method.asked.learning_rate)
 
 
-def load_start(context: RunContext, arm: Arm, folder: Path) -> nn.Module:
+def load_start(context: RunContext, arm: Arm, source: Source) -> nn.Module:
     """Load what an arm's training starts from: experts and all, or for the control the base."""
     method = method_of(context, arm)
     if method is None:
-        return load_model(folder)
-    return load_whole(folder, base_bits=method.asked.base_bits)
+        return load_model(source.folder, config=source.config)
+    bits = method.asked.base_bits
+    return load_whole(source.folder, config=source.config, base_bits=bits)
 
 
 def begin(context: RunContext, arm: Arm, model: nn.Module, *, max_steps: int) -> Trainee:
@@ -154,9 +155,9 @@ def _go_on(context: RunContext, arm: Arm, mixture: ExpertMixture, method: Expert
     Raises:
         RequestError: they are other than what is asked for.
     """
-    folder = context.folder / arm.start
-    stored = ExpertFolder.read(folder)
-    assert stored is not None
+    files = context.source(arm.start).experts
+    assert files is not None
+    stored = ExpertFolder.of_files(files)
     mixture.extra = dict(stored.extra)
     frozen = set(mixture.extra.get("frozen", ()))
     for name, parameter in mixture.model.named_parameters():
@@ -267,11 +268,6 @@ def left_beside(model: nn.Module) -> ExpertFolder | None:
     )
 
 
-def base_of(folder: Path) -> Source:
-    """Open the base that experts stand on, which their training leaves as it is."""
-    return Source.open(folder, read_config(folder))
-
-
 @torch.no_grad()
 def usage(context: RunContext, model: nn.Module) -> dict[str, Any] | None:
     """Return what becomes of each domain's text: the mean gate of each expert; None without any."""
@@ -321,11 +317,11 @@ def reading_flops(model: nn.Module) -> Flops:
     return forward_flops(config_of(model)) if mixture is None else forward_flops_of(mixture)
 
 
-def reading_flops_of(context: RunContext, folder: Path) -> Flops:
+def reading_flops_of(context: RunContext, source: Source) -> Flops:
     """Return the same of a checkpoint that a run starts from, as the run reads it."""
-    if context.config.experts is None or ExpertFiles.read(folder) is None:
-        return forward_flops(read_config(folder))
-    return reading_flops(load_whole(folder))
+    if context.config.experts is None or source.experts is None:
+        return forward_flops(source.config)
+    return reading_flops(load_whole(source.folder, config=source.config))
 
 
 def usage_flops(context: RunContext, model: nn.Module) -> float:
@@ -342,7 +338,7 @@ def _looked_at(context: RunContext, domain: str) -> Tensor:
     return context.drawn_equally([domain], USAGE_SEQUENCES, "usage").long()
 
 
-def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] | None:
+def summary_record(context: RunContext, arms: Sequence[Arm]) -> ExpertsRecord | None:
     """Return what became of experts in the trainings of an attempt, task after task."""
     asked = context.config.experts
     if asked is None:
@@ -355,7 +351,7 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
     record |= {**uses[-1], "phases": [use["usage"] for use in uses]}
     reports = [fit.reports[EXPERTS] for fit in fits if EXPERTS in fit.reports]
     if len(reports) < len(fits):
-        return record
+        return validated(record, ExpertsRecord, what="summary.json: experts")
     before = [0, *accumulate(fit.steps for fit in fits)]
     events = [
         {**event, "task": number, "step": event["step"] + start}
@@ -366,7 +362,7 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
     record |= {"spawned": spawned, "events": events, "batches": reports[-1]["batches"]}
     for name, values in (("usage_over_time", "gates"), ("ranks_over_time", "ranks")):
         record[name] = _joined([report[name] for report in reports], values, before)
-    return record
+    return validated(record, ExpertsRecord, what="summary.json: experts")
 
 
 def _joined(

@@ -1,13 +1,10 @@
 """The base that is given: a checkpoint, ours or not, instead of one that is trained here."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from tritter.checkpoint import Lineage, Source, write_checkpoint
-from tritter.checkpoint.artifacts import read_artifacts
 from tritter.checkpoint.folder import LinkedTensors
 from tritter.checkpoint.usable import checkpoint_config
 from tritter.config.memory import memory_problems
@@ -25,6 +22,7 @@ from tritter.pipeline.base import base_config
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.importance import teacher_place
 from tritter.storage.hub import locate
+from tritter.storage.writer import TensorStream
 
 
 def check_given(context: RunContext) -> None:
@@ -37,21 +35,18 @@ def check_given(context: RunContext) -> None:
     attempts = [context.of_attempt(n) for n in range(1, 1 + len(context.config.attempts))]
     for each in attempts:
         check_teacher(each)
-    if context.given is None:
+    if (given := context.given) is None:
         return
-    checkpoint_config(str(context.given), with_experts=True)
-    with _wrong_request():
-        config = read_config(context.given)
     for each in attempts:
-        raise_problems(start_problems(each.config, config, folder=context.given))
-        raise_problems(memory_problems(each.config, config))
+        raise_problems(start_problems(each.config, given.config, folder=given.folder))
+        raise_problems(memory_problems(each.config, given.config))
     if context.config.optimizer.carry:
-        raise_problems(given_problems(context.given))
+        raise_problems(given_problems(given.folder))
     for expansion in dict.fromkeys(each.config.expansion for each in attempts):
         if expansion and context.config.pipeline.target_params is None:
             # Which expert is cloned may be chosen by data later; for what is checked here it is one
             arm = moe.with_choice(Arm("given", expansion), [0])
-            plan_expansion(context.given, arm.specs)
+            plan_expansion(given, arm.specs)
 
 
 def copy_given(context: RunContext, target: Path) -> Lineage:
@@ -66,21 +61,23 @@ def copy_given(context: RunContext, target: Path) -> Lineage:
         RequestError: the checkpoint is damaged, does not fit its config, or was changed since
             its lineage was written.
     """
-    model = context.config.model
-    assert isinstance(model, CheckpointModelConfig)
-    folder = locate(model.path)
-    with _wrong_request():
-        config = read_config(folder)
-        source, artifacts = Source.open(folder, config), read_artifacts(folder)
-        is_linked = _is_linkable(source)
+    model, source = context.config.model, context.given
+    assert isinstance(model, CheckpointModelConfig) and source is not None
+    try:
+        source.check()
+        tensors: TensorStream | LinkedTensors = source.stream()
+        if _is_linkable(source):
+            tensors = LinkedTensors(source.folder, source.read_digests())
         return write_checkpoint(
             target,
-            config=config,
-            tensors=LinkedTensors(folder, source.read_digests()) if is_linked else source.stream(),
+            config=source.config,
+            tensors=tensors,
             lineage=lambda: _lineage(source, target, path=model.path),
-            artifacts=artifacts,
+            artifacts=source.artifacts(),
             overwrite=True,
         )
+    except TritterError as error:
+        raise RequestError(f"{key_name('model.path')}: {error}") from error
 
 
 def _is_linkable(source: Source) -> bool:
@@ -110,15 +107,6 @@ def _lineage(source: Source, target: Path, *, path: str) -> Lineage:
     return replace(held, parent_path=os.path.relpath(parent, target.resolve()))
 
 
-@contextmanager
-def _wrong_request() -> Iterator[None]:
-    """Refuse a checkpoint that can't be opened as what it is: the wrong thing to ask for."""
-    try:
-        yield
-    except TritterError as error:
-        raise RequestError(f"{key_name('model.path')}: {error}") from error
-
-
 def check_teacher(context: RunContext) -> None:
     """Refuse a teacher that reads other tokens than the run's models, or too few of them.
 
@@ -146,7 +134,7 @@ def check_teacher(context: RunContext) -> None:
 def _why_not(context: RunContext, folder: Path) -> str | None:
     """Return why the run can't learn from the model in a folder; None: it can."""
     config, start = read_config(folder), context.given
-    of_run = base_config(context) if start is None else read_config(start)
+    of_run = base_config(context) if start is None else start.config
     sizes = [family_of(each).dimensions(each).vocab_size for each in (config, of_run)]
     if sizes[0] != sizes[1]:
         return (

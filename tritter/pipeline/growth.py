@@ -13,6 +13,8 @@ from tritter.growth.record import GROWTH, growth_record
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import TrainingFound
+from tritter.report.summary import GrowthRecord
+from tritter.storage.records import validated
 from tritter.training import FitResult
 
 
@@ -76,7 +78,7 @@ def _seed(context: RunContext, arm: Arm) -> int:
     return context.seed("growth", *arm.purpose)
 
 
-def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] | None:
+def summary_record(context: RunContext, arms: Sequence[Arm]) -> GrowthRecord | None:
     """Return what grew in the trainings of an attempt, task after task; None: nothing was to."""
     asked = context.config.growth
     if asked is None:
@@ -98,7 +100,7 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
         name: sum(report[name] for report in reports)
         for name in ("born", "replaced", "died", "checks", "extra_flops")
     }
-    return {
+    record = {
         "options": {**asked.plain(), **first["timing"]},
         "advice": asked.options.trigger.advice,
         "events": events,
@@ -119,3 +121,4 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
         "function_change": max(report["function_change"] for report in reports),
         "update_norms": last["update_norms"],
     }
+    return validated(record, GrowthRecord, what="summary.json: growth")

@@ -14,16 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tritter.checkpoint import lineage_of
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.state import LazyTensors, read_state, write_state
 from tritter.data.batches import drawn_equally, read_sequences, write_sequences
 from tritter.errors import RequestError
 from tritter.expand import state_stream
-from tritter.families import family_of
 from tritter.forgetting import build_methods, needs_of
 from tritter.forgetting.si import RECORDED
-from tritter.models import disk_tensors, live_tensors, load_model, read_config
+from tritter.models import disk_tensors, live_tensors, load_model
 from tritter.parameter_map.carry import StateKind
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
@@ -52,9 +50,9 @@ def is_recorded(context: RunContext) -> bool:
 
 def prepare(context: RunContext, arm: Arm) -> StageResult:
     """Let methods look at the weights that an arm starts from, and keep what they make of it."""
-    folder = context.folder / arm.start
-    config, model = read_config(folder), context.reading(load_model(folder)).to(context.device)
-    beside = read_state(folder)
+    start = context.source(arm.start)
+    config, beside = start.config, start.state
+    model = context.reading(load_model(start.folder, config=config)).to(context.device)
     kinds: dict[str, TensorStream] = {}
     found: dict[str, Any] = {}
     notes: list[str] = []
@@ -183,8 +181,12 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
 def _teacher(context: RunContext, arm: Arm) -> nn.Module:
     """Return the model that the arm's training learns from, frozen."""
     place = teacher_place(context)
-    folder = context.folder / arm.start if place is None else locate(place)
-    return context.reading(load_model(folder)).eval().requires_grad_(False)
+    if place is not None:
+        model = load_model(locate(place))
+    else:
+        start = context.source(arm.start)
+        model = load_model(start.folder, config=start.config)
+    return context.reading(model).eval().requires_grad_(False)
 
 
 def teacher_place(context: RunContext) -> str | None:
@@ -218,7 +220,7 @@ def _old_sequences(context: RunContext, arm: Arm, written: Tensor | None) -> Map
 def _latest(context: RunContext, arm: Arm) -> tuple[str, ...]:
     """Return the old domains that the start was trained on last; all where none is known to be."""
     old = context.old_of(arm)
-    trained_on = lineage_of(context.folder / arm.start).training_config.get("new")
+    trained_on = context.source(arm.start).own_lineage.training_config.get("new")
     known = trained_on if isinstance(trained_on, Mapping) else {}
     return tuple(name for name in old if name in known) or old
 
@@ -243,8 +245,11 @@ def _states(context: RunContext, arm: Arm) -> Iterator[tuple[str, Ruled]]:
     needs = _needs(context)
     prepared = {kind for each in needs for kind in each.prepares}
     beside = {kind for each in needs for kind in each.state} - prepared
-    for folder, kinds in ((_folder(arm), prepared), (arm.start, beside)):
-        state = read_state(context.folder / folder) if kinds else None
+    for kinds, read in (
+        (prepared, lambda: read_state(_place(context, arm))),
+        (beside, lambda: context.source(arm.start).state),
+    ):
+        state = read() if kinds else None
         if state is not None:
             held = sorted(kinds & state.kinds.keys())
             yield from ((kind, (state.kinds[kind], state.rules[kind])) for kind in held)
@@ -261,13 +266,12 @@ def kept_text(context: RunContext, arm: Arm) -> KeptSequences:
     """
     if not any(needs.old_text for needs in needs_of(context.config.forgetting)):
         return KeptSequences()
-    folder = context.folder / arm.start
-    kept = KeptSequences.read(folder).without((*context.old_of(arm), *context.new_of(arm)))
-    config, data = read_config(folder), context.config.data
+    start, data = context.source(arm.start), context.config.data
+    kept = start.kept.without((*context.old_of(arm), *context.new_of(arm)))
     for problem in kept.misfits(
         sequence_length=data.sequence_length,
         packing=data.packing,
-        vocab_size=family_of(config).dimensions(config).vocab_size,
+        vocab_size=start.family.dimensions(start.config).vocab_size,
     ):
         raise RequestError(problem)
     return kept
@@ -279,7 +283,7 @@ def left_sequences(context: RunContext, arm: Arm) -> KeptSequences:
     A uniform sample of each domain's training sequences, whose losses are measured later.
     """
     keep = max((needs.keeps for needs in needs_of(context.config.forgetting)), default=0)
-    beside = KeptSequences.read(context.folder / arm.start)
+    beside = context.source(arm.start).kept
     text = (*context.old_of(arm), *context.new_of(arm)) if keep else ()
     held, left = context.training_sequences(text), beside.without(text)
     sampled = {

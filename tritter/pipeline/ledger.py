@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from tritter.checkpoint.folder import EXPERTS_FOLDER
-from tritter.checkpoint.left import InnerPlace, digests_of, find_damage
+from tritter.checkpoint.left import digests_of, find_damage
+from tritter.checkpoint.record import LedgerRecord, Lineage, StageRecord
 from tritter.errors import TritterError, brief
 from tritter.evaluation.gate import Status
 from tritter.storage.atomic import write_text_atomic
@@ -170,46 +171,16 @@ class StageResult:
         seconds: wall time by the same names.
         leaves: what it left that later stages use: checkpoints, folders and files, relative to
             the run's folder.
+        left: their digests, which the ledger adds.
+        disk: kind → the most bytes of it in the run folder during the stage; likewise.
     """
 
     found: Found
     flops: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     leaves: tuple[str, ...] = ()
-
-
-@record
-class StageRecord:
-    """A finished stage, as the ledger has it.
-
-    Args:
-        found: fields of the stage's own record.
-        left: place, relative to the run's folder → digest of what the stage left there.
-        disk: kind → the most bytes of it in the run folder during the stage.
-    """
-
-    found: Mapping[str, Any]
-    flops: Mapping[str, float]
-    seconds: Mapping[str, float]
-    left: Mapping[InnerPlace, str]
-    disk: Mapping[str, int]
-
-
-@record
-class LedgerRecord:
-    """What `ledger.json` says.
-
-    Args:
-        stages: finished ones, in the order in which they ended.
-        removed: places whose weights no later stage needs.
-        released: places whose weights can be made again, and may be gone.
-    """
-
-    FORMAT: ClassVar[str] = "ledger"
-
-    stages: Mapping[str, StageRecord]
-    removed: tuple[InnerPlace, ...] = ()
-    released: tuple[InnerPlace, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    disk: Mapping[str, int] = field(default_factory=dict)
 
 
 class Ledger:
@@ -224,9 +195,7 @@ class Ledger:
         self._folder = folder
         self._path = folder / LEDGER_NAME
         self._stages: dict[str, StageResult] = {}
-        self._left: dict[str, dict[str, str]] = {}
-        self._disk: dict[str, Counter[str]] = {}  # stage → the most bytes of a kind during it
-        self._watched: Counter[str] = Counter()  # the same of the stage that is going on
+        self._watched: Counter[str] = Counter()  # the most bytes of a kind during this stage
         self._again: set[str] = set()  # stages that are done, and of whose things one is gone
         self._removed: set[str] = set()  # places whose weights no later stage needs
         self._released: set[str] = set()  # places whose weights can be made again, and may be gone
@@ -257,20 +226,25 @@ class Ledger:
         assert isinstance(found, kind), f"{stage} found {type(found).__name__}"
         return found
 
-    def record(self, stage: str, result: StageResult) -> None:
+    def record(
+        self, stage: str, result: StageResult, *, lineages: Mapping[str, Lineage] | None = None
+    ) -> None:
         """Add a finished stage, with the digests of what it left, and write the ledger.
 
         A stage that was done again keeps its place. When it came out otherwise, the stages after
         it went by what is no more, and are forgotten.
+
+        Args:
+            lineages: place → lineage, of checkpoints in the run folder that are open.
         """
-        left = digests_of(self._folder, result.leaves)
+        left = digests_of(self._folder, result.leaves, lineages=lineages)
+        self.watch_disk()
+        result = replace(result, left=left, disk=dict(self._watched))
         if stage in self._again:
             self._again.remove(stage)
-            if self._outcome(stage) != _outcome(result, left):
+            if _outcome(self._stages[stage]) != _outcome(result):
                 self._forget_after(stage)
-        self.watch_disk()
-        self._stages[stage], self._left[stage], self._disk[stage] = result, left, self._watched
-        self._watched = Counter()
+        self._stages[stage], self._watched = result, Counter()
         for marked in (self._removed, self._released, self._incomplete):
             marked.difference_update(left)
         self._write()
@@ -301,7 +275,7 @@ class Ledger:
         Raises:
             TritterError: it came out otherwise.
         """
-        left = next(left for left in self._left.values() if place in left)
+        left = next(each.left for each in self._stages.values() if place in each.left)
         for damage in find_damage(self._folder, {place: left[place]}):
             raise TritterError(
                 f"{damage.what}. This stage does not come out as before; start in another folder."
@@ -309,7 +283,7 @@ class Ledger:
         self._incomplete.discard(place)
 
     def _mark(self, marked: set[str], place: str) -> None:
-        known = {name for left in self._left.values() for name in left}
+        known = {name for each in self._stages.values() for name in each.left}
         new = {name for name in known if name == place or name.startswith(f"{place}/")} - marked
         if new:
             marked |= new
@@ -321,8 +295,8 @@ class Ledger:
                 found=asdict(result.found),
                 flops=result.flops,
                 seconds=result.seconds,
-                left=self._left[name],
-                disk=dict(self._disk[name]),
+                left=result.left,
+                disk=result.disk,
             )
             for name, result in self._stages.items()
         }
@@ -348,9 +322,9 @@ class Ledger:
         changed: list[str] = []
         places: list[str] = []
         gone: dict[str, str] = {}
-        for stage, left in self._left.items():
-            for place in (place for place in left if place not in self._removed):
-                damages = find_damage(self._folder, {place: left[place]})
+        for stage, done in self._stages.items():
+            for place in (place for place in done.left if place not in self._removed):
+                damages = find_damage(self._folder, {place: done.left[place]})
                 if place in self._released and any(each.is_missing for each in damages):
                     self._incomplete.add(place)
                     continue
@@ -368,9 +342,9 @@ class Ledger:
                 + " and ".join(dict.fromkeys(places))
                 + ", and the run makes it again; or start in another folder."
             )
-        before = list(self._left)[: max((list(self._left).index(name) for name in gone), default=0)]
-        for stage in before:
-            for place in sorted(self._removed.intersection(self._left[stage])):
+        names = list(self._stages)
+        for stage in names[: max((names.index(name) for name in gone), default=0)]:
+            for place in sorted(self._removed.intersection(self._stages[stage].left)):
                 gone.setdefault(stage, f"{self._folder / place} was removed")
         self._again = set(gone)
         return tuple(f"{what}: {stage} is done again" for stage, what in gone.items())
@@ -385,15 +359,12 @@ class Ledger:
 
     def peak(self, kind: str) -> int:
         """Return the most bytes of `weights` or `state` that the run folder had so far."""
-        return max((disk[kind] for disk in self._disk.values()), default=0)
-
-    def _outcome(self, stage: str) -> str:
-        return _outcome(self._stages[stage], self._left[stage])
+        return max((each.disk.get(kind, 0) for each in self._stages.values()), default=0)
 
     def _forget_after(self, stage: str) -> None:
         names = list(self._stages)
         for name in names[names.index(stage) + 1 :]:
-            del self._stages[name], self._left[name], self._disk[name]
+            del self._stages[name]
             self._again.discard(name)
 
     def _read(self) -> None:
@@ -408,10 +379,8 @@ class Ledger:
         self._released |= set(content.released)
         for name, each in content.stages.items():
             self._stages[name] = StageResult(
-                found[name], each.flops, each.seconds, leaves=tuple(each.left)
+                found[name], each.flops, each.seconds, tuple(each.left), each.left, each.disk
             )
-            self._left[name] = dict(each.left)
-            self._disk[name] = Counter(each.disk)
 
     def _found_in(self, stage: str, held: StageRecord) -> Found:
         kind = _FOUND.get(stage.rpartition(".")[2].partition("_")[0])
@@ -420,9 +389,9 @@ class Ledger:
         return validated(held.found, kind, what=f"{self._path} is not a ledger: {stage}")
 
 
-def _outcome(result: StageResult, left: Mapping[str, str]) -> str:
+def _outcome(result: StageResult) -> str:
     """Return what later stages go by, as text that two outcomes can be compared by."""
-    kept = {place: digest for place, digest in left.items() if not place.endswith(_LOG)}
+    kept = {place: digest for place, digest in result.left.items() if not place.endswith(_LOG)}
     return json.dumps([asdict(result.found), kept], sort_keys=True)
 
 

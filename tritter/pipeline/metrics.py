@@ -22,8 +22,9 @@ from tritter.evaluation.statistics import finite_or_none
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import ExpansionFound, TrainingFound
-from tritter.report.rows import ACCURACY, domain_rows
-from tritter.report.summary import ExpertsRecord
+from tritter.report.rows import domain_rows
+from tritter.report.summary import Summary
+from tritter.report.wording import ACCURACY
 from tritter.storage.atomic import write_text_atomic
 from tritter.targets import Component, built
 from tritter.training import read_metrics
@@ -92,15 +93,20 @@ def joined_rows(context: RunContext, arms: Sequence[Arm]) -> list[dict[str, str]
     return rows
 
 
-def write_metrics(context: RunContext, arms: Sequence[Arm], *, of: str = "") -> Path:
+def write_metrics(
+    context: RunContext, arms: Sequence[Arm], *, of: str = ""
+) -> list[dict[str, str]]:
     """Write what arms logged in a row: the step before them, their trainings, their scores.
 
     Args:
         of: what they are, where they are not the run itself: `control` in metrics_control.csv.
+
+    Returns:
+        The rows.
     """
-    path = context.folder / (f"metrics_{of}.csv" if of else "metrics.csv")
-    write_rows(path, joined_rows(context, arms))
-    return path
+    rows = joined_rows(context, arms)
+    write_rows(context.folder / (f"metrics_{of}.csv" if of else "metrics.csv"), rows)
+    return rows
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -113,29 +119,32 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     write_text_atomic(path, text.getvalue())
 
 
-def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what stands beside a run in W&B's tables, from summary.json."""
-    jump = summary.get("jump") or {}
+def wandb_summary(summary: Summary) -> dict[str, Any]:
+    """Return what stands beside a run in W&B's tables."""
     values: dict[str, Any] = {
-        "status": summary["status"],
-        "parameters/before": summary["parameters"]["baseline"],
-        "parameters/after": summary["parameters"]["final"],
-        "jump/relative_to_std": jump.get("relative_to_std"),
-        "flops": summary["flops"]["total"],
+        "status": summary.status,
+        "parameters/before": summary.parameters["baseline"],
+        "parameters/after": summary.parameters["final"],
+        "jump/relative_to_std": None if summary.jump is None else summary.jump.relative_to_std,
+        "flops": summary.flops["total"],
     }
-    if (growth := summary.get("growth")) is not None:
-        values |= {f"growth/{name}": growth[name] for name in ("born", "replaced", "died")}
-        values["growth/parameters"] = growth["parameters"]["after"]
-    if (experts := ExpertsRecord.of(summary)) is not None:
+    if (growth := summary.growth) is not None:
+        values |= {
+            "growth/born": growth.born,
+            "growth/replaced": growth.replaced,
+            "growth/died": growth.died,
+            "growth/parameters": growth.parameters.after,
+        }
+    if (experts := summary.experts) is not None:
         values |= {
             "experts/number": experts.number,
             "experts/spawned": len(experts.spawned),
-            "experts/trainable": experts.trainable,
-            "experts/trainable_share": experts.share,
+            "experts/trainable": experts.parameters.trainable,
+            "experts/trainable_share": experts.parameters.share,
         }
-    matrix = summary.get("matrix") or {}
-    for way in ("backward", "forward"):
-        values[f"transfer/{way}"] = matrix.get(f"mean_{way}_transfer")
+    if (matrix := summary.matrix) is not None:
+        values["transfer/backward"] = matrix.mean_backward_transfer
+        values["transfer/forward"] = matrix.mean_forward_transfer
     for row in domain_rows(summary):
         name = f"control/{row.domain}" if row.is_control else row.domain
         values |= {
@@ -149,7 +158,7 @@ def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def log_result_to_wandb(
-    context: RunContext, summary: Mapping[str, Any], plots: Sequence[Path], *, step: int
+    context: RunContext, summary: Summary, plots: Sequence[Path], *, step: int
 ) -> None:
     """Log summary, samples and plots of a finished run to its W&B run, if there is one.
 
@@ -161,7 +170,7 @@ def log_result_to_wandb(
         return
     import wandb
 
-    samples = [list(sample.values()) for sample in summary["samples"]]
+    samples = [sample.plain() for sample in summary.samples]
     media: dict[str, Any] = {f"plots/{plot.stem}": wandb.Image(str(plot)) for plot in plots}
     if lengths := _packed_lengths(summary):
         columns = ["task", "tokens", "documents"]
@@ -172,25 +181,24 @@ def log_result_to_wandb(
         table = wandb.Table(columns=columns, data=similarities)
         media["experts/similarity_scores_on_creation"] = table
     if samples:
-        media["samples"] = wandb.Table(columns=list(summary["samples"][0]), data=samples)
+        rows = [list(sample.values()) for sample in samples]
+        media["samples"] = wandb.Table(columns=list(samples[0]), data=rows)
     logger.log_metrics(media, step=step)
     logger.experiment.summary.update(wandb_summary(summary))
 
 
-def _packed_lengths(summary: Mapping[str, Any]) -> list[list[Any]]:
+def _packed_lengths(summary: Summary) -> list[list[Any]]:
     """Return task, tokens and how many documents had so many, of a run that packs documents."""
     return [
         [number, tokens, documents]
-        for number, task in enumerate(summary["tasks"], start=1)
-        for tokens, documents in task.get("packing", {})
-        .get("packed_sequence_length_histogram", {})
-        .items()
+        for number, task in enumerate(summary.tasks, start=1)
+        for tokens, documents in task.packing.packed_sequence_length_histogram.items()
     ]
 
 
-def _similarities(summary: Mapping[str, Any]) -> list[list[Any]]:
+def _similarities(summary: Summary) -> list[list[Any]]:
     """Return spawned expert, step, what was known, and how like it the batches were."""
-    experts = ExpertsRecord.of(summary)
+    experts = summary.experts
     return [
         [spawn.expert, spawn.step, known, similarity]
         for spawn in (experts.spawned if experts is not None else ())

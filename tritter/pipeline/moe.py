@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import EvaluationFound, TrainingFound
 from tritter.pipeline.scoring import score_records
+from tritter.report.summary import MoeRecord
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.training import Schedule, SideLoss
 
@@ -61,23 +61,19 @@ class Setup:
         return values if self.parts is None else self.parts.follow(values)
 
 
-def expanded_folder(context: RunContext, arm: Arm) -> Path:
-    """Return the checkpoint of an arm before any training of it."""
-    return context.folder / (f"{arm.name}/expanded" if arm.specs else arm.start)
+def expanded_place(arm: Arm) -> str:
+    """Return where the checkpoint of an arm is before any training of it."""
+    return f"{arm.name}/expanded" if arm.specs else arm.start
 
 
-def start_folder(context: RunContext, arm: Arm) -> Path:
-    """Return the checkpoint that an arm's training starts from."""
-    if router_steps(context, arm):
-        return context.folder / arm.name / "adapted"
-    return before_routers(context, arm)
+def start_place(context: RunContext, arm: Arm) -> str:
+    """Return where the checkpoint is that an arm's training starts from."""
+    return f"{arm.name}/adapted" if router_steps(context, arm) else before_routers(arm)
 
 
-def before_routers(context: RunContext, arm: Arm) -> Path:
-    """Return the checkpoint that an arm's router stage starts from, if it has one."""
-    if teacher_of(arm) is not None:
-        return context.folder / arm.name / "distilled"
-    return expanded_folder(context, arm)
+def before_routers(arm: Arm) -> str:
+    """Return where the checkpoint is that an arm's router stage starts from, if it has one."""
+    return expanded_place(arm) if teacher_of(arm) is None else f"{arm.name}/distilled"
 
 
 def teacher_of(arm: Arm) -> str | None:
@@ -110,7 +106,7 @@ def spread(context: RunContext, domains: Sequence[str], count: int) -> Tensor:
 
 def appended(context: RunContext, arm: Arm) -> AddedExperts | None:
     """Return the experts that an arm has to open; None where it has none of that kind."""
-    added = AddedExperts.read(expanded_folder(context, arm))
+    added = context.source(expanded_place(arm)).added
     return None if added is None or added.is_settled else added
 
 
@@ -213,7 +209,7 @@ def usage_flops(context: RunContext, config: Config) -> float:
     return sum(flops.of_all(lengths_of(context.apart, each)) for each in looked)
 
 
-def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] | None:
+def summary_record(context: RunContext, arms: Sequence[Arm]) -> MoeRecord | None:
     """Return `moe` of summary.json for arms that were evaluated; None for a dense model.
 
     Args:
@@ -242,7 +238,7 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> dict[str, Any] |
             domain: {"with": biased[domain]["loss"], "without": stock[domain]["loss"]}
             for domain in context.domains
         }
-    return record
+    return MoeRecord.model_construct(**record)
 
 
 def _num_sequences(context: RunContext, domains: Sequence[str]) -> int:
@@ -291,6 +287,7 @@ def _objective(
 def _old_routing(context: RunContext, arm: Arm) -> OldRouting:
     """Look at where the arm's model sends old text before any of its trainings."""
     chosen = context.drawn_equally(context.old_of(arm), HELD_SEQUENCES, "hold_old", *arm.purpose)
-    model = context.reading(load_model(expanded_folder(context, arm))).to(context.device)
+    start = context.source(expanded_place(arm))
+    model = context.reading(load_model(start.folder, config=start.config)).to(context.device)
     batch_size = max(1, context.config.data.batch_size // 4)
     return OldRouting.of(model, chosen, batch_size=batch_size)

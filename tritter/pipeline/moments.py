@@ -8,11 +8,11 @@ from pathlib import Path
 from lightning import Callback
 from torch import nn
 
+from tritter.checkpoint import Source
 from tritter.checkpoint.folder import Artifact
-from tritter.checkpoint.state import copy_states, read_state
+from tritter.checkpoint.state import State, copy_states, read_state
 from tritter.errors import RequestError
-from tritter.families import LogicalTensor, family_of
-from tritter.models import read_config
+from tritter.families import LogicalTensor
 from tritter.parameter_map.carry import MOMENTS
 from tritter.pipeline.context import RunContext
 from tritter.training.fitting import LEFT_NAME
@@ -26,7 +26,7 @@ def keepers(context: RunContext, folder: Path) -> tuple[Callback, ...]:
     return (MomentKeeper(folder / _FOLDER),) if context.config.optimizer.carry else ()
 
 
-def carried(context: RunContext, start: Path, model: nn.Module) -> Mapping[str, Moments]:
+def carried(context: RunContext, start: Source, model: nn.Module) -> Mapping[str, Moments]:
     """Return the moments that a training starts from, by parameter name.
 
     Args:
@@ -39,12 +39,11 @@ def carried(context: RunContext, start: Path, model: nn.Module) -> Mapping[str, 
     """
     if not context.config.optimizer.carry:
         return {}
-    state = read_state(start)
-    found = {} if state is None else moments_of(state, model)
+    found = {} if start.state is None else moments_of(start.state, model)
     if not found:
         raise RequestError(
-            f"optimizer.carry = true: nothing that is trained from {start} has moments of Adam's; "
-            "leave optimizer.carry out."
+            f"optimizer.carry = true: nothing that is trained from {start.folder} has moments of "
+            "Adam's; leave optimizer.carry out."
         )
     trained = sum(parameter.requires_grad for parameter in model.parameters())
     anew = f"; {trained - len(found)} begin anew" if trained > len(found) else ""
@@ -72,31 +71,28 @@ class LeftState:
 class PassedOn:
     """Writes the moments of a checkpoint beside a model of which a stage trained a part."""
 
-    start: Path
+    state: State
     trained: frozenset[str]
 
     def write(self, folder: Path) -> None:
-        state = read_state(self.start)
-        assert state is not None
-        copy_states([state], folder, is_kept=self._is_kept)
+        copy_states([self.state], folder, is_kept=self._is_kept)
 
     def _is_kept(self, kind: str, name: str) -> bool:
         return kind in MOMENTS and name not in self.trained
 
 
 def passed_on(
-    context: RunContext, start: Path, *, is_trained: Callable[[LogicalTensor], bool]
+    context: RunContext, start: Source, *, is_trained: Callable[[LogicalTensor], bool]
 ) -> Artifact | None:
     """Return what writes a checkpoint's moments beside a model of which a stage trained a part.
 
     Routers and new experts have moments of their own in the stages before the training, so those
     of a part that was trained are dropped: it begins anew there.
     """
-    if not context.config.optimizer.carry or read_state(start) is None:
+    if not context.config.optimizer.carry or start.state is None:
         return None
-    config = read_config(start)
-    tensors = family_of(config).logical_tensors(config)
-    return PassedOn(start, frozenset(t.disk_name for t in tensors if is_trained(t)))
+    tensors = start.family.logical_tensors(start.config)
+    return PassedOn(start.state, frozenset(t.disk_name for t in tensors if is_trained(t)))
 
 
 def discard_left(folder: Path) -> None:

@@ -1,15 +1,14 @@
 """The rounds of a run, each from what the last kept, and the attempts of a run of one round."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from tritter.config.ladder import planned_rounds
 from tritter.evaluation.gate import Status
-from tritter.models import read_config
 from tritter.pipeline.arm import Arm, tasks_of
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import BaselineFound, ExpansionFound, GateFound
 from tritter.planning.strategy import TOLERANCE
+from tritter.report.summary import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def planned_trials(context: RunContext) -> tuple[Trial, ...]:
     config = context.config
     if config.pipeline.target_params is None:
         return planned_attempts(context)
-    shapes = planned_rounds(config, read_config(context.folder / "baseline"))
+    shapes = planned_rounds(config, context.source("baseline").config)
     counts = " → ".join(f"{shape.parameters:,}" for shape in shapes)
     context.say("plan", f"{len(shapes)} rounds to {counts} parameters")
     arms = (
@@ -86,15 +85,15 @@ def kept_parameters(context: RunContext, arm: Arm) -> int:
     return context.ledger.found(f"{kept}.expand", ExpansionFound).parameters
 
 
-def target_record(context: RunContext, arm: Arm) -> dict[str, Any]:
+def target_record(context: RunContext, arm: Arm) -> Target:
     """Return, for summary.json, how far a run that grows to a size has come."""
     config = context.config
     target = config.pipeline.target_params
     assert target is not None
-    planned = planned_rounds(config, read_config(context.folder / "baseline"))
+    planned = planned_rounds(config, context.source("baseline").config)
     miss = abs(kept_parameters(context, arm) / target - 1)
-    return {
-        "target_params": target,
-        "planned": [shape.parameters for shape in planned],
-        "reaches_target": miss <= TOLERANCE,
-    }
+    return Target(
+        target_params=target,
+        planned=[shape.parameters for shape in planned],
+        reaches_target=miss <= TOLERANCE,
+    )

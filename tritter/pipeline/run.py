@@ -1,13 +1,11 @@
 """One run from its config to a summary, a table and a checkpoint that was kept or rolled back."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
@@ -48,6 +46,7 @@ from tritter.pipeline.metrics import (
 from tritter.pipeline.rounds import Trial, planned_trials
 from tritter.pipeline.summary import summary_record
 from tritter.report.plots import curves_of, plot_run
+from tritter.report.summary import Check, Summary
 from tritter.report.tables import print_summary
 from tritter.storage.atomic import write_text_atomic
 from tritter.terminal import Console
@@ -109,25 +108,24 @@ def _run_stages(context: RunContext) -> Outcome:
         context, trials, control=control, control_gate=_gate(control) if control.arms else None
     )
     path = run_folder / SUMMARY_NAME
-    write_text_atomic(path, json.dumps(summary, indent=1) + "\n")
-    metrics_csv = write_metrics(context, last.arms)
+    write_text_atomic(path, summary.text())
+    rows = write_metrics(context, last.arms)
     before = [each for each in trials[:-1] if each.arms[0].is_round]
     if before:
         write_metrics(context, [arm for each in trials for arm in each.arms], of="rounds")
-    if control.arms:
-        write_metrics(context, control.arms, of="control")
+    beside = write_metrics(context, control.arms, of="control") if control.arms else []
     plots = plot_run(
         summary,
-        metrics_csv,
+        curves_of(rows),
         run_folder / "plots",
         earlier=[curves_of(joined_rows(context, each.arms)) for each in before],
-        control=curves_of(joined_rows(context, control.arms)),
+        control=curves_of(beside),
     )
     own = [arm.name for trial in trials for arm in trial.arms if arm.part is None]
     step = sum(num_steps(context, name) for name in own)
     log_result_to_wandb(context, summary, plots, step=step)
     print_summary(summary, console=context.console, folder=run_folder)
-    context.say("disk", disk.report(summary["disk"]))
+    context.say("disk", disk.report(summary.disk))
     _print_next(last.context, summary, plots)
     leaves = (SUMMARY_NAME, "checkpoint", "scores")
     return Outcome(status=status, metric=_metric(summary), summary_path=path, leaves=leaves)
@@ -276,11 +274,12 @@ def _publish(last: Trial, status: Status) -> StageResult:
     )
 
 
-def _metric(summary: dict[str, Any]) -> float:
+def _metric(summary: Summary) -> float:
     # Of what was kept, all runs that are rolled back would have the number of their base
-    trained = summary["attempts"][-1]["final"]
-    losses = [record["loss_per_byte"] for record in trained.values() if "loss" in record]
-    return math.nan if None in losses else float(sum(losses) / len(losses))
+    trained = summary.last_attempt.final
+    losses = [trained[name].loss_per_byte for name in (*summary.domains.old, *summary.domains.new)]
+    known = [loss for loss in losses if loss is not None]
+    return math.nan if len(known) < len(losses) else sum(known) / len(known)
 
 
 def _announce(context: RunContext) -> None:
@@ -330,13 +329,13 @@ def _check_text(context: RunContext) -> None:
         )
 
 
-def _print_next(context: RunContext, summary: Mapping[str, Any], plots: list[Path]) -> None:
+def _print_next(context: RunContext, summary: Summary, plots: list[Path]) -> None:
     context.console.print()
     for plot in plots:
         context.say("plot", str(plot))
     context.say("summary", str(context.folder / SUMMARY_NAME))
     words = read_status(context.folder).overrides
-    if tried := summary["attempts"][-1]["overrides"]:
+    if tried := summary.last_attempt.overrides:
         words = [word for word in on_top(words, tried) if not word.lstrip("+").startswith(RETRYING)]
     commands = next_commands(context.config, summary, words=words, folder=context.folder)
     context.console.print("\nNext:", highlight=False)
@@ -349,21 +348,20 @@ _LARGEST_FRACTION = 0.5  # of replayed or of validation text: beyond it the othe
 
 
 def next_commands(
-    config: RunConfig, summary: Mapping[str, Any], *, words: Sequence[str], folder: Path
+    config: RunConfig, summary: Summary, *, words: Sequence[str], folder: Path
 ) -> list[str]:
     """Return commands that suit the verdict, each with a comment why.
 
     Args:
-        summary: the contents of summary.json.
         words: the overrides that were typed, as Hydra reads them.
         folder: of the run.
     """
     advice = {"rolled_back": _after_rollback, "undecided": _undecided}
-    changes = advice.get(str(summary["status"]), _after_kept)(config, summary)
+    changes = advice.get(summary.status, _after_kept)(config, summary)
     typed = [word for word in words if word.partition("=")[0].lstrip("+") != "resume"]
     lines = [f"{_changed(typed, change)}   # {why}" for change, why in changes]
     checkpoint = str(folder / "checkpoint")
-    if summary["status"] != "rolled_back":
+    if summary.status != "rolled_back":
         lines.append(tritter_command(["generate", "--checkpoint", checkpoint, "--prompt", "TEXT"]))
     elif any((trained := _last_trained(folder, summary)).glob("*.safetensors")):
         refused = tritter_command(["inspect", str(trained)])
@@ -376,14 +374,14 @@ def next_commands(
     return lines
 
 
-def _last_trained(folder: Path, summary: Mapping[str, Any]) -> Path:
-    return folder / f"attempt_{len(summary.get('attempts', ()))}" / "trained"
+def _last_trained(folder: Path, summary: Summary) -> Path:
+    return folder / f"attempt_{len(summary.attempts)}" / "trained"
 
 
 Advice = Iterator[tuple[dict[str, str], str]]
 
 
-def _after_kept(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
+def _after_kept(config: RunConfig, summary: Summary) -> Advice:
     if not config.control and config.expansion:
         yield {"control": "true"}, "the base that does not grow beside it"
     if not isinstance(config.model, CheckpointModelConfig):
@@ -398,8 +396,8 @@ def _after_kept(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
         yield {"expansion": other}, "another expansion"
 
 
-def _after_rollback(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
-    failed = {check["check"] for check in summary["gate"] if check["verdict"] == "failed"}
+def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
+    failed = {check.check for check in summary.gate if check.verdict == "failed"}
     if "retention" in failed:
         yield from _stronger_protection(config)
     if "new_capability" in failed:
@@ -432,28 +430,28 @@ def _stronger_protection(config: RunConfig) -> Advice:
         yield {"forgetting": _listed(protected)}, "the old answers held as well"
 
 
-def _undecided(config: RunConfig, summary: Mapping[str, Any]) -> Advice:
-    undecided = [check for check in summary["gate"] if check["verdict"] == "undecided"]
-    if any(check["check"] == "new_capability" and not _is_below(check) for check in undecided):
+def _undecided(config: RunConfig, summary: Summary) -> Advice:
+    undecided = [check for check in summary.gate if check.verdict == "undecided"]
+    if any(check.check == "new_capability" and not _is_below(check) for check in undecided):
         yield _twice_as_long(config), "more steps"
     needs = [
-        (check["documents_needed"] / check["n"], check)
+        (check.documents_needed / check.n, check)
         for check in undecided
-        if check.get("documents_needed") and check.get("n")
+        if check.documents_needed and check.n
     ]
     if not needs or isinstance(config.model, CheckpointModelConfig):
         return  # a checkpoint keeps the split that its lineage records
     factor, check = max(needs, key=lambda need: need[0])
     fraction = factor * (config.data.validation_fraction or DEFAULT_FRACTION)
     if factor > 1 and fraction <= _LARGEST_FRACTION:
-        told = f"{check['documents_needed']} documents of {check['subject']} to decide on"
+        told = f"{check.documents_needed} documents of {check.subject} to decide on"
         yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, told
 
 
-def _is_below(check: Mapping[str, Any]) -> bool:
+def _is_below(check: Check) -> bool:
     """Say whether the whole interval lies below the bound, and only documents are missing."""
-    upper = (check.get("interval") or [None, None])[1]
-    return upper is not None and upper < check["bound"]
+    upper = check.bounds[1]
+    return upper is not None and check.bound is not None and upper < check.bound
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from lightning import Callback
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
-from tritter.checkpoint import Lineage, lineage_of, record_step0_error
+from tritter.checkpoint import Lineage, Source, lineage_of, record_step0_error
 from tritter.data.cache import one_at_a_time
 from tritter.data.datamodule import EvaluationText
 from tritter.data.packing import apart_of, lengths_of
@@ -26,7 +26,7 @@ from tritter.experts.whole import load_whole
 from tritter.families import count_parameters, forward_flops, position_limit, training_flops
 from tritter.forgetting import build_methods
 from tritter.forgetting.freeze import hold_still
-from tritter.models import config_of, load_model, read_config
+from tritter.models import config_of, load_model
 from tritter.moe_routing import (
     DistillationModule,
     best_experts,
@@ -86,18 +86,21 @@ def baseline(context: RunContext) -> StageResult:
     folder = context.folder / "baseline"
     seconds = {}
     if context.given is not None:
-        context.say("baseline", f"the checkpoint {context.given}; pretraining does not apply")
-        copy_given(context, folder)
+        place = context.given.folder
+        context.say("baseline", f"the checkpoint {place}; pretraining does not apply")
+        lineage = copy_given(context, folder)
     else:
         base = obtain_base(context)
         seconds["pretraining"] = base.seconds
         with atomic_folder(folder, overwrite=True) as temporary:
             copy_tree(base.folder, temporary)
-    score_baseline(context, folder)
-    lineage, reading = lineage_of(folder), experts.reading_flops_of(context, folder)
+        lineage = lineage_of(folder)
+    source = context.wrote("baseline", lineage)
+    score_baseline(context, source)
+    reading = experts.reading_flops_of(context, source)
     return StageResult(
         BaselineFound(
-            parameters=count_parameters(read_config(folder)),
+            parameters=count_parameters(source.config),
             model_hash=lineage.model_hash,
             corpus=context.corpus.digest,
         ),
@@ -115,11 +118,12 @@ def _pretraining_flops(lineage: Lineage) -> dict[str, float]:
 
 def expansion(context: RunContext, arm: Arm) -> StageResult:
     """Expand what the arm starts from, measure the jump and score the result."""
-    source, folder = context.folder / arm.start, context.folder / arm.name / "expanded"
+    source, place = context.source(arm.start), f"{arm.name}/expanded"
     if not arm.specs:
-        return StageResult(ExpansionFound(parameters=count_parameters(read_config(source))))
+        return StageResult(ExpansionFound(parameters=count_parameters(source.config)))
     plan = context.planned(arm)
-    write_expanded(context, arm, folder)
+    made = write_expanded(context, arm, context.folder / place)
+    grown = context.wrote(place, made.lineage)
     notes = [f"{step.spec.name}: {note}" for step in plan.steps for note in step.notes]
     notes += [_layer_note(step.parameter_map.layer_sources, step.spec.name) for step in plan.steps]
     context.say(
@@ -129,15 +133,17 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     )
     for note in filter(None, notes):
         context.say("", note)
-    before, after, tokens = load_model(source), load_model(folder), _jump_tokens(context)
+    before, after = (load_model(each.folder, config=each.config) for each in (source, grown))
+    tokens = _jump_tokens(context)
     jump = logit_jump(before, after, tokens)
-    config = read_config(folder)
-    error = jump.to_dict()["relative_to_std"]
-    record_step0_error(folder, error, config, num_new=len(arm.specs))
+    error, num_new = jump.to_dict()["relative_to_std"], len(arm.specs)
+    lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_new)
+    context.sources[place] = replace(grown, lineage=lineage)
     context.score(after, f"{arm.name}-expanded")
     evaluated, flops = _before(context, before)
-    flops["expand"] = context.scoring_flops(forward_flops(config))
-    flops["expand"] += _jump_flops(source, folder, tokens)
+    flops["expand"] = context.scoring_flops(forward_flops(grown.config))
+    passes = [forward_flops(each.config).of(tokens.shape[1]) for each in (source, grown)]
+    flops["expand"] += len(tokens) * sum(passes)
     return StageResult(
         ExpansionFound(
             parameters=plan.parameters_after,
@@ -146,7 +152,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
             before=evaluated,
         ),
         flops=flops,
-        leaves=(f"{arm.name}/expanded", score_file(f"{arm.name}-expanded")),
+        leaves=(place, score_file(f"{arm.name}-expanded")),
     )
 
 
@@ -161,16 +167,18 @@ def _before(context: RunContext, model: nn.Module) -> tuple[dict[str, float], di
 
 def adaptation(context: RunContext, arm: Arm) -> StageResult:
     """Train the routers alone to send the new domains to the experts that were appended."""
-    start, folder = moe.before_routers(context, arm), context.folder / arm.name / "router"
+    start, folder = context.source(moe.before_routers(arm)), context.folder / arm.name / "router"
     options, steps = context.config.adaptation, moe.router_steps(context, arm)
     added = moe.appended(context, arm)
     assert added is not None
-    model = context.reading(load_model(start))
+    model = context.reading(load_model(start.folder, config=start.config))
     if options.router_update == "retrain":
         redraw_rows(model, added.experts, seed=context.seed("router", *arm.purpose))
-    target = context.folder / arm.name / "adapted"
+    place = f"{arm.name}/adapted"
+    target = context.folder / place
     write = TrainedWriter(
-        start=start,
+        start=start.folder,
+        start_config=start.config,
         target=target,
         lineage=child_of(context, arm, start, target, stage="router adaptation", is_adapted=True),
         added=added,
@@ -190,20 +198,20 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
         result = _fit(
             context, arm, module, setup, task, folder=folder, label="router", write_result=write
         )
-    accept(target, num_processes=context.config.trainer.devices)
+    accept(context, place)
     context.ledger.watch_disk()
     discard_saved(folder)
     return StageResult(
         TrainingFound.of(result),
         flops={arm.label("adapt"): result.flops},
-        leaves=(f"{arm.name}/adapted",),
+        leaves=(place,),
     )
 
 
 def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> StageResult:
     """Continue on the new domains under the methods against forgetting."""
     frees_start = release_start(context, arm)
-    start = moe.start_folder(context, arm)
+    start = context.source(moe.start_place(context, arm))
     asked = experts.training_of(context, arm)
     settings = replace(asked, max_steps=asked.max_steps * arm.num_trainings)
     model = context.reading(experts.load_start(context, arm, start))
@@ -239,17 +247,19 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             observers=observers,
             changers=(*changers, *trainee.changers),
         )
-    accept(write.target, num_processes=context.config.trainer.devices)
+    place = f"{arm.name}/trained"
+    accept(context, place)
     context.ledger.watch_disk()
-    flops = result.flops + measuring_flops(context, write)
+    flops = result.flops + measuring_flops(context, write, place)
     if result.stopped_because is not None:
         context.say("", f"training was broken off: {result.stopped_because}")
     if result.ended_early is not None:
         context.say("", f"training ended early, at step {result.steps}: {result.ended_early}")
     if write.routing_state is not None:
         context.say("", "with the selection bias, which is not saved:")
-        context.score(with_routing(write.target, write.routing_state), f"{arm.name}-biased")
-        flops += context.scoring_flops(forward_flops(read_config(start)))
+        biased = with_routing(context.source(place), write.routing_state)
+        context.score(biased, f"{arm.name}-biased")
+        flops += context.scoring_flops(forward_flops(start.config))
         shutil.rmtree(write.routing_state)
     discard_saved(folder)
     moments.discard_left(folder)
@@ -267,7 +277,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         found,
         flops=_fit_flops(arm, flops, result.evaluation_flops),
         seconds={arm.label("validation"): result.evaluation_seconds} if text else {},
-        leaves=(f"{arm.name}/trained", *metrics),
+        leaves=(place, *metrics),
     )
 
 
@@ -356,21 +366,19 @@ def _fit(
 
 def evaluation(context: RunContext, arm: Arm) -> StageResult:
     """Score the trained model, and let both models say something."""
-    trained = context.reading(
-        experts.load_start(context, arm, context.folder / arm.name / "trained")
-    )
+    source = context.source(f"{arm.name}/trained")
+    trained = context.reading(experts.load_start(context, arm, source))
     if not arm.is_final:
         round_weights(trained, context.published_dtype)
     who = "the control" if arm.is_control else "the trained model"
     context.say("evaluate", f"{who} on {', '.join(context.domains)}")
     context.score(trained, f"{arm.name}-trained")
-    config = read_config(context.folder / arm.name / "trained")
     samples, flops = [], context.scoring_flops(experts.reading_flops(trained))
-    flops += moe.usage_flops(context, config) + experts.usage_flops(context, trained)
+    flops += moe.usage_flops(context, source.config) + experts.usage_flops(context, trained)
     is_last = arm.task == len(context.text.tasks) - 1
     if is_last and not arm.is_control and context.config.evaluation.sample_tokens:
         start = "baseline" if arm.task else arm.start
-        before = experts.load_start(context, arm, context.folder / start)
+        before = experts.load_start(context, arm, context.source(start))
         samples = [said(context, domain, before, trained) for domain in context.domains]
         flops += sum(sample.flops for sample in samples)
     return StageResult(
@@ -388,11 +396,6 @@ def _jump_tokens(context: RunContext) -> Tensor:
     """Return real text of every domain, int64 [B, T]."""
     sequences = context.training_sequences(context.domains).values()
     return torch.cat([each[:JUMP_SEQUENCES] for each in sequences]).long()
-
-
-def _jump_flops(before: Path, after: Path, tokens: Tensor) -> float:
-    passes = [forward_flops(read_config(folder)) for folder in (before, after)]
-    return len(tokens) * sum(flops.of(tokens.shape[1]) for flops in passes)
 
 
 def _layer_note(sources: tuple[int, ...], name: str) -> str:
@@ -448,20 +451,20 @@ _EXPERT_FILES = ("experts/", "state/experts.")
 logger = logging.getLogger(__name__)
 
 
-def score_baseline(context: RunContext, folder: Path) -> None:
+def score_baseline(context: RunContext, source: Source) -> None:
     """Put the scores of the run's base into the run folder, from the cache where it has them.
 
     Raises:
         RequestError: the cache cannot be written.
     """
-    made_from = _made_from(context, folder)
+    made_from = _made_from(context, source)
     place = context.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
     target = context.folder / score_file(NAME)
     if (scores := _intact_scores(place)) is None:
         with one_at_a_time(place):
             if (scores := _intact_scores(place)) is None:  # nor from a job beside this one
-                model = load_model if context.config.experts is None else load_whole
-                context.score(model(folder), NAME)
+                load = load_model if context.config.experts is None else load_whole
+                context.score(load(source.folder, config=source.config), NAME)
                 scores = json.loads(target.read_text(encoding="utf-8"))
                 content = {
                     "format_version": FORMAT_VERSION,
@@ -476,15 +479,15 @@ def score_baseline(context: RunContext, folder: Path) -> None:
     context.say("", f"{told(known)} (scored before)")
 
 
-def _made_from(context: RunContext, folder: Path) -> dict[str, Any]:
+def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
     """Return everything that determines the scores, to the last bit."""
     is_gpu = context.device.type == "cuda"
     made_from = {
         "format": "scores",
         "format_version": FORMAT_VERSION,
         "torch": torch.__version__,
-        "model": lineage_of(folder).model_hash,
-        "config": dict(read_config(folder)),
+        "model": source.own_lineage.model_hash,
+        "config": dict(source.config),
         "text": {
             name: _text_digest(context.corpus.domains[name].validation) for name in context.domains
         },
@@ -495,7 +498,7 @@ def _made_from(context: RunContext, folder: Path) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(context.device) if is_gpu else "cpu",
         "threads": None if is_gpu else torch.get_num_threads(),
     }
-    digests = lineage_of(folder).file_digests
+    digests = source.own_lineage.file_digests
     of_experts = {n: d for n, d in digests.items() if n.startswith(_EXPERT_FILES)}
     if of_experts and context.config.experts is not None:
         made_from["experts"] = of_experts
@@ -527,13 +530,12 @@ def _intact_scores(place: Path) -> dict[str, Any] | None:
 
 def choice(context: RunContext, arm: Arm) -> StageResult:
     """Choose the expert of each layer that the new domains' text moves most."""
-    folder = context.folder / arm.start
+    start = context.source(arm.start)
     sequences = moe.spread(context, context.new_of(arm), moe.UTILITY_SEQUENCES)
-    model = context.reading(load_model(folder)).to(context.device)
+    model = context.reading(load_model(start.folder, config=start.config)).to(context.device)
     chosen = best_experts(model, sequences)
     context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
-    config = read_config(folder)
-    flops = training_flops(config, is_trained=lambda tensor: tensor.is_per_expert)
+    flops = training_flops(start.config, is_trained=lambda tensor: tensor.is_per_expert)
     return StageResult(
         ChoiceFound(clone_from=tuple(chosen)),
         flops={"choose": flops.of_all(lengths_of(apart_of(model), sequences))},
@@ -543,13 +545,15 @@ def choice(context: RunContext, arm: Arm) -> StageResult:
 def distillation(context: RunContext, arm: Arm) -> StageResult:
     """Let the new experts learn from the teacher on the new domains, while no token meets them."""
     options, place = context.config.adaptation, moe.teacher_of(arm)
-    start = moe.expanded_folder(context, arm)
+    start = context.source(moe.expanded_place(arm))
     added = moe.appended(context, arm)
     assert place is not None and added is not None
-    model, folder = context.reading(load_model(start)), context.folder / arm.name / "distill"
-    target, steps = context.folder / arm.name / "distilled", options.distill_steps
+    model = context.reading(load_model(start.folder, config=start.config))
+    folder, steps = context.folder / arm.name / "distill", options.distill_steps
+    target = context.folder / arm.name / "distilled"
     write = TrainedWriter(
-        start=start,
+        start=start.folder,
+        start_config=start.config,
         target=target,
         lineage=child_of(
             context, arm, start, target, stage="distillation of new experts", is_adapted=True
@@ -579,7 +583,7 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
             console=context.console,
             write_result=write,
         )
-    accept(target, num_processes=context.config.trainer.devices)
+    accept(context, f"{arm.name}/distilled")
     context.ledger.watch_disk()
     discard_saved(folder)
     return StageResult(

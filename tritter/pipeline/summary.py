@@ -7,7 +7,6 @@ from typing import Any
 
 from tritter.evaluation.transfer import LearnedTask, transfer_matrix
 from tritter.families import count_parameters, on_disk
-from tritter.models import read_config
 from tritter.pipeline import disk, experts, growth, importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
@@ -20,6 +19,19 @@ from tritter.pipeline.ledger import (
 )
 from tritter.pipeline.rounds import Trial, target_record
 from tritter.pipeline.scoring import score_records
+from tritter.report.summary import (
+    Attempt,
+    Check,
+    Domains,
+    Jump,
+    Matrix,
+    Packing,
+    Sample,
+    Score,
+    Scores,
+    Summary,
+    TaskRecord,
+)
 
 
 def summary_record(
@@ -28,7 +40,7 @@ def summary_record(
     *,
     control: Trial,
     control_gate: GateFound | None,
-) -> dict[str, Any]:
+) -> Summary:
     """Return the contents of summary.json; the last round or attempt stands in front.
 
     Args:
@@ -39,49 +51,53 @@ def summary_record(
     arms = trials[-1].arms
     first, last = arms[0], arms[-1]
     records = [_attempt_record(each) for each in trials]
-    attempt, status = records[-1], records[-1]["status"]
+    attempt = records[-1]
     places = {"baseline": "baseline", "final": "checkpoint"}
-    sizes = {name: read_config(context.folder / place) for name, place in places.items()}
-    is_kept = status != "rolled_back"
-    summary: dict[str, Any] = {
-        "format_version": 1,
-        "status": status,
-        "domains": {"old": list(context.old_domains), "new": list(context.new_domains)},
-        "data": {name: asdict(counts) for name, counts in context.corpus.counts.items()},
-        "expansion": [
-            name for each in (records if last.is_round else [attempt]) for name in each["expansion"]
-        ],
-        "forgetting": attempt["forgetting"],
-        "seed": context.config.seed,
-        "baseline": _scores(context, "baseline"),
-        "expanded": attempt["expanded"],
-        "final": attempt["final"] if is_kept else _scores(context, first.start_scores),
-        "gate": attempt["gate"],
-        "attempts": [attempt] if last.is_round else records,
-        "tasks": attempt["tasks"],
-        **({"matrix": attempt["matrix"]} if "matrix" in attempt else {}),
-        "jump": attempt["jump"],
-        "flops": context.ledger.flops(),
-        "seconds": context.ledger.seconds(),
-        "parameters": {name: count_parameters(config) for name, config in sizes.items()},
-        "parameters_on_disk": {name: count_parameters(on_disk(c)) for name, c in sizes.items()},
-        "disk": disk.record(context),
-        "checkpoint": "checkpoint",
-        "lineage": asdict(context.ledger.found("publish", PublishedFound)),
-        "samples": list(context.ledger.found(f"{last.name}.evaluate", EvaluationFound).samples),
-        "notes": [*context.notes, *_importance_notes(trials)],
-    }
-    if (used := moe.summary_record(trials[-1].context, arms)) is not None:
-        summary["moe"] = used
-    if (grew := growth.summary_record(trials[-1].context, arms)) is not None:
-        summary["growth"] = grew
-    if (spawned := experts.summary_record(trials[-1].context, arms)) is not None:
-        summary["experts"] = spawned
-    if last.is_round:
-        summary |= {"rounds": records, "target": target_record(context, last)}
-    if control_gate is not None:
-        summary["control"] = _arm_record(control.context, control.arms, control_gate)
-    return summary
+    sizes = {name: context.source(place).config for name, place in places.items()}
+    is_kept = attempt.status != "rolled_back"
+    evaluated = context.ledger.found(f"{last.name}.evaluate", EvaluationFound)
+    own = trials[-1].context
+    return Summary(
+        format_version=1,
+        status=trials[-1].status,
+        domains=Domains(old=list(context.old_domains), new=list(context.new_domains)),
+        data={name: asdict(counts) for name, counts in context.corpus.counts.items()},
+        expansion=[n for each in (records if last.is_round else [attempt]) for n in each.expansion],
+        forgetting=attempt.forgetting,
+        seed=context.config.seed,
+        baseline=_scores(context, "baseline"),
+        expanded=attempt.expanded,
+        final=attempt.final if is_kept else _scores(context, first.start_scores),
+        gate=attempt.gate,
+        attempts=[attempt] if last.is_round else records,
+        tasks=attempt.tasks,
+        jump=attempt.jump,
+        flops=context.ledger.flops(),
+        seconds=context.ledger.seconds(),
+        parameters={name: count_parameters(config) for name, config in sizes.items()},
+        parameters_on_disk={name: count_parameters(on_disk(c)) for name, c in sizes.items()},
+        disk=disk.record(context),
+        checkpoint="checkpoint",
+        lineage=asdict(context.ledger.found("publish", PublishedFound)),
+        samples=[Sample(**each) for each in evaluated.samples],
+        notes=[*context.notes, *_importance_notes(trials)],
+        **_known(
+            matrix=attempt.matrix,
+            moe=moe.summary_record(own, arms),
+            growth=growth.summary_record(own, arms),
+            experts=experts.summary_record(own, arms),
+            rounds=records if last.is_round else None,
+            target=target_record(context, last) if last.is_round else None,
+            control=None
+            if control_gate is None
+            else Attempt(**_arm_record(control.context, control.arms, control_gate)),
+        ),
+    )
+
+
+def _known(**parts: Any) -> dict[str, Any]:
+    """Return the parts that there are; a summary does not name the others."""
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _importance_notes(trials: Sequence[Trial]) -> list[str]:
@@ -89,25 +105,24 @@ def _importance_notes(trials: Sequence[Trial]) -> list[str]:
     return list(dict.fromkeys(chain.from_iterable(said)))
 
 
-def _attempt_record(trial: Trial) -> dict[str, Any]:
+def _attempt_record(trial: Trial) -> Attempt:
     context, arms = trial.context, trial.arms
     first = arms[0]
-    grown = context.ledger.found(f"{first.name}.expand", ExpansionFound)
+    jump = context.ledger.found(f"{first.name}.expand", ExpansionFound).jump
     gate = context.ledger.found(first.key("gate"), GateFound)
-    start = {"baseline": _scores(context, first.start_scores)} if first.follows else {}
-    return {
+    expanded = f"{first.name}-expanded" if first.specs else first.start_scores
+    return Attempt(
         **_arm_record(context, arms, gate),
-        "expanded": _scores(
-            context, f"{first.name}-expanded" if first.specs else first.start_scores
-        ),
-        "jump": grown.jump,
-        "forgetting": [options.name for options in context.config.forgetting],
-        "overrides": list(trial.overrides),
-        **start,
-    }
+        expanded=_scores(context, expanded),
+        jump=None if jump is None else Jump.model_construct(**dict[str, Any](jump)),
+        forgetting=[options.name for options in context.config.forgetting],
+        overrides=list(trial.overrides),
+        **_known(baseline=_scores(context, first.start_scores) if first.follows else None),
+    )
 
 
 def _arm_record(context: RunContext, arms: Sequence[Arm], gate: GateFound) -> dict[str, Any]:
+    """Return what attempts and the control have alike."""
     first, last = arms[0], arms[-1]
     grown, ended = (
         context.ledger.found(f"{arm.name}.expand", ExpansionFound) for arm in (first, last)
@@ -116,43 +131,49 @@ def _arm_record(context: RunContext, arms: Sequence[Arm], gate: GateFound) -> di
     return {
         "expansion": [spec.name for spec in first.specs],
         "status": gate.status,
-        "final": tasks[-1]["final"],
-        "gate": list(gate.checks),
-        "steps": sum(task["steps"] for task in tasks),
-        "ended_early": next((task["ended_early"] for task in tasks if task["ended_early"]), None),
-        "refused_steps": sum(task["refused_steps"] for task in tasks),
-        "update_norms": tasks[-1]["update_norms"],
+        "final": tasks[-1].final,
+        "gate": [Check.model_construct(**check) for check in gate.checks],
+        "steps": sum(task.steps for task in tasks),
+        "ended_early": next((task.ended_early for task in tasks if task.ended_early), None),
+        "refused_steps": sum(task.refused_steps for task in tasks),
+        "update_norms": tasks[-1].update_norms,
         "parameters": ended.parameters,
         "notes": list(grown.notes),
-        "flops": sum(task["flops"] for task in tasks),
-        "seconds": sum(task["seconds"] for task in tasks),
+        "flops": sum(task.flops or 0.0 for task in tasks),
+        "seconds": sum(task.seconds or 0.0 for task in tasks),
         "tasks": tasks,
         **({"matrix": _matrix(context, first, tasks)} if len(tasks) > 1 else {}),
     }
 
 
-def _matrix(context: RunContext, first: Arm, tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    learned = [LearnedTask(task["domains"], task["final"]) for task in tasks]
-    start = _scores(context, first.start_scores)
-    return transfer_matrix(start, learned, learned_before=context.old_domains)
+def _matrix(context: RunContext, first: Arm, tasks: Sequence[TaskRecord]) -> Matrix:
+    learned = [LearnedTask(task.domains, _plain(task.final)) for task in tasks]
+    start = _plain(_scores(context, first.start_scores))
+    made = transfer_matrix(start, learned, learned_before=context.old_domains)
+    return Matrix.model_construct(**made)
 
 
-def _task_record(context: RunContext, arm: Arm) -> dict[str, Any]:
+def _task_record(context: RunContext, arm: Arm) -> TaskRecord:
     """Return what one task's training did, and the scores of every domain after it."""
     fitted = context.ledger[f"{arm.name}.fit"]
     found = context.ledger.found(f"{arm.name}.fit", TrainingFound)
-    return {
-        "domains": list(context.new_of(arm)),
-        "final": _scores(context, f"{arm.name}-trained"),
-        "steps": found.steps,
-        "ended_early": found.ended_early,
-        "refused_steps": found.refused_steps,
-        "update_norms": found.update_norms,
-        "flops": sum(fitted.flops.values()),
-        "seconds": sum(fitted.seconds.values()),
-        **({"packing": found.packing} if found.packing else {}),
-    }
+    return TaskRecord(
+        domains=list(context.new_of(arm)),
+        final=_scores(context, f"{arm.name}-trained"),
+        steps=found.steps,
+        ended_early=found.ended_early,
+        refused_steps=found.refused_steps,
+        update_norms=dict(found.update_norms),
+        flops=sum(fitted.flops.values()),
+        seconds=sum(fitted.seconds.values()),
+        **_known(packing=Packing(**found.packing) if found.packing else None),
+    )
 
 
-def _scores(context: RunContext, name: str) -> dict[str, Any]:
-    return score_records(context.read_scores(name))
+def _scores(context: RunContext, name: str) -> Scores:
+    records = score_records(context.read_scores(name))
+    return {subject: Score.model_construct(**record) for subject, record in records.items()}
+
+
+def _plain(scores: Scores) -> dict[str, dict[str, Any]]:
+    return {subject: score.plain() for subject, score in scores.items()}

@@ -8,32 +8,30 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tritter.checkpoint import Lineage, lineage_of, write_checkpoint
-from tritter.checkpoint.folder import Artifact, LinkedTensors
+from tritter.checkpoint import Lineage, Source, lineage_of, write_checkpoint
+from tritter.checkpoint.folder import Artifact, LinkedTensors, TokenizerFiles
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.left import checkpoint_changes
-from tritter.checkpoint.tokenizer_files import TokenizerFiles
 from tritter.data.packing import lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.losses import sequence_losses
 from tritter.experts.adapters import is_of_adapter
 from tritter.experts.mixture import ROUTER
-from tritter.families import Config, family_of
+from tritter.families import Config
 from tritter.models import (
     config_of,
     load_model,
-    read_config,
     stored_tensors,
     weightless_model,
 )
 from tritter.pipeline import moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.experts import ExpertsAsked, base_of, left_beside, reading_flops_of
+from tritter.pipeline.experts import ExpertsAsked, left_beside, reading_flops_of
 from tritter.pipeline.growth import GrowthAsked
 from tritter.pipeline.importance import left_sequences
 from tritter.stock_routers import AddedExperts, Routing
-from tritter.storage.tensors import is_finite, main_dtype
+from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorStream
 from tritter.targets import plain
 from tritter.training import FitResult
@@ -50,7 +48,8 @@ class TrainedWriter:
     Args:
         dtype: of its weights. Training is in float32; only what the run publishes is rounded.
         frees_start: the start's weights can be made again, and go before the result is written.
-        lineage: of the child, all but the steps and what follows from them.
+        lineage: of the child, all but the steps and what follows from them; tensor digests and
+            FFN widths are the start's.
         steps_before: optimizer steps of the arm before this training.
         earlier_steps: those of the tasks before, since the last expansion.
         added: appended experts as the expansion left them; settled ones are forgotten.
@@ -63,6 +62,7 @@ class TrainedWriter:
     """
 
     start: Path
+    start_config: Config
     target: Path
     lineage: Lineage
     dtype: str = "float32"
@@ -83,20 +83,20 @@ class TrainedWriter:
         if added is not None and self.anneal_steps is not None:
             added = added.at(added.step + steps, anneal_steps=self.anneal_steps)
         is_settled = added is None or added.is_settled
-        start = read_config(self.start)
+        start = self.start_config
         if self.frees_start:
             _unlink_weights(self.start, model)
-        config = start
+        config, base = start, Source.written(self.start, start, self.lineage)
         tensors: TensorStream | LinkedTensors
         if self.experts is None:
             config = _followed(start, model)
             trained = dict(stored_tensors(whole_state(model), config))
             dtype = fitting_dtype(trained.values(), self.dtype)
             config["dtype"], tensors = dtype, TensorStream.of(trained.items()).to(_torch(dtype))
-        elif main_dtype(self.start) == self.dtype:
-            tensors = LinkedTensors(self.start, lineage_of(self.start).tensor_digests)
+        elif base.tensors.main_dtype == self.dtype:
+            tensors = LinkedTensors(self.start, self.lineage.tensor_digests)
         else:
-            tensors = base_of(self.start).stream().to(_torch(self.dtype))
+            tensors = base.stream().to(_torch(self.dtype))
             config = {**config, "dtype": self.dtype}
         grown = [] if self.growth is None else self.growth.records(start, config, result)
         grown += [] if self.experts is None else self.experts.records(config, result)
@@ -170,13 +170,13 @@ def _measured(kept: KeptSequences, model: nn.Module) -> KeptSequences:
     return replace(kept, losses=losses)
 
 
-def measuring_flops(context: RunContext, written: TrainedWriter) -> float:
+def measuring_flops(context: RunContext, written: TrainedWriter, place: str) -> float:
     """Count the FLOPs of the losses that a writer has left its kept sequences with."""
     kept = written.kept
     looked = [rows for name, rows in kept.sequences.items() if name not in kept.losses]
     if not looked:
         return 0.0
-    flops = reading_flops_of(context, written.target)
+    flops = reading_flops_of(context, context.source(place))
     return sum(flops.of_all(lengths_of(context.apart, rows)) for rows in looked)
 
 
@@ -188,7 +188,7 @@ def _followed(config: Config, model: nn.Module) -> Config:
 
 
 def child_of(
-    context: RunContext, arm: Arm, start: Path, target: Path, *, stage: str, is_adapted: bool
+    context: RunContext, arm: Arm, start: Source, target: Path, *, stage: str, is_adapted: bool
 ) -> Lineage:
     """Return the lineage of what an arm's training leaves at `target`, but for its steps.
 
@@ -196,14 +196,14 @@ def child_of(
         stage: what the training is called in the record.
         is_adapted: appended experts are opened on the way.
     """
-    config, parent = context.config, lineage_of(start)
+    config, parent = context.config, start.own_lineage
     sections: tuple[str, ...] = ()
-    if family_of(read_config(start)).has_experts:
+    if start.family.has_experts:
         sections = ("moe_routing", "adaptation") if is_adapted else ("moe_routing",)
     return replace(
         parent,
         parent_hash=parent.model_hash,
-        parent_path=os.path.relpath(start, target),
+        parent_path=os.path.relpath(start.folder, target),
         training_config={
             "stage": stage,
             "training": asdict(config.training),
@@ -218,23 +218,24 @@ def child_of(
     )
 
 
-def _dtype_of(context: RunContext, arm: Arm, start: Path) -> str:
+def _dtype_of(context: RunContext, arm: Arm, start: Source) -> str:
     """Return the dtype of what an arm's training leaves: later ones start from float32."""
     if arm.is_final:
         return context.published_dtype
     is_frozen = context.config.experts is not None and not arm.is_control
-    return main_dtype(start) if is_frozen else "float32"
+    return start.tensors.main_dtype if is_frozen else "float32"
 
 
 def arm_writer(
     context: RunContext, arm: Arm, *, is_routed: bool, frees_start: bool
 ) -> TrainedWriter:
     """Return what writes an arm when it is trained."""
-    start, folder = moe.start_folder(context, arm), context.folder / arm.name
+    start, folder = context.source(moe.start_place(context, arm)), context.folder / arm.name
     target, added = folder / "trained", moe.appended(context, arm)
     has_bias = is_routed and context.config.moe_routing.bias_update_rate
     return TrainedWriter(
-        start=start,
+        start=start.folder,
+        start_config=start.config,
         target=target,
         dtype=_dtype_of(context, arm, start),
         frees_start=frees_start,
@@ -242,7 +243,7 @@ def arm_writer(
             context, arm, start, target, stage="continued training", is_adapted=added is not None
         ),
         steps_before=moe.router_steps(context, arm),
-        earlier_steps=lineage_of(start).step if arm.task else 0,
+        earlier_steps=start.own_lineage.step if arm.task else 0,
         added=added,
         anneal_steps=None if added is None else moe.anneal_steps(context, arm, added),
         moments=moments.LeftState(folder),
@@ -253,22 +254,32 @@ def arm_writer(
     )
 
 
-def accept(folder: Path, *, num_processes: int) -> None:
+def accept(context: RunContext, place: str) -> None:
+    """Take up what a training wrote to the run folder.
+
+    Raises:
+        TritterError: several processes wrote it, and its digests are not those of its record.
+    """
+    check_trained(context, context.folder / place)
+    context.wrote(place, lineage_of(context.folder / place))
+
+
+def check_trained(context: RunContext, folder: Path) -> None:
     """Check the digests of what processes of a training wrote; this one's own is trusted.
 
     Raises:
         TritterError: they are not those of its record.
     """
-    if num_processes == 1:
+    if context.config.trainer.devices == 1:
         return
     problem = next(checkpoint_changes(folder), None)
     if problem is not None:
         raise TritterError(f"what was trained is not as it was written: {problem}")
 
 
-def with_routing(folder: Path, routing_state: Path) -> nn.Module:
+def with_routing(source: Source, routing_state: Path) -> nn.Module:
     """Load a trained model with its routers' biases."""
-    model = load_model(folder)
+    model = load_model(source.folder, config=source.config)
     routing = Routing.of(model)
     assert routing is not None
     routing.load_state_dict(SafetensorsCheckpointIO().load_checkpoint(routing_state))

@@ -171,8 +171,8 @@ class Side:
         vocab_size = family_of(config).dimensions(config).vocab_size
         if (folder / "tokenizer.json").is_file():
             tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
-        dtypes = {header.dtype for header in TensorFolder.open(folder).headers.values()}
-        return cls(folder, config, read_lineage(folder), tokenizer, frozenset(dtypes))
+        dtypes = TensorFolder.open(folder).dtypes
+        return cls(folder, config, read_lineage(folder), tokenizer, dtypes)
 
     def load(self) -> nn.Module:
         """Return the model in float32, on the GPU where there is one.

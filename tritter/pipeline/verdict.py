@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from tritter.checkpoint import Lineage, Source, lineage_of, write_checkpoint, write_lineage
-from tritter.checkpoint.artifacts import read_artifacts
+from tritter.checkpoint import Lineage, Source, write_checkpoint, write_lineage
 from tritter.config.components import kept_per_parameter
 from tritter.evaluation.gate import (
     Check,
@@ -23,16 +22,13 @@ from tritter.evaluation.gate import (
 )
 from tritter.evaluation.jump import Jump
 from tritter.evaluation.statistics import PairedScores, performance_delta
-from tritter.models import read_config
 from tritter.pipeline import moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import ExpansionFound, TrainingFound
-from tritter.pipeline.moe import start_folder
 from tritter.pipeline.trained import fitting_dtype
 from tritter.planning import TrainingSetup, states_bytes
 from tritter.storage.atomic import atomic_folder, copy_tree
-from tritter.storage.tensors import main_dtype
 
 
 def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
@@ -86,10 +82,12 @@ def _learned_on_the_way(context: RunContext, arms: Sequence[Arm]) -> dict[str, P
 
 def complete(context: RunContext, arm: Arm) -> Lineage:
     """Write into a kept round's own folder what its training made of it: the next starts there."""
-    folder = context.folder / arm.name / "trained"
-    lineage = lineage_of(folder)
+    place = f"{arm.name}/trained"
+    trained = context.source(place)
+    lineage = trained.own_lineage
     completed = replace(_completed(context, (arm,), lineage), parent_path=lineage.parent_path)
-    write_lineage(folder, completed, read_config(folder))
+    completed = write_lineage(trained.folder, completed, trained.config)
+    context.sources[place] = replace(trained, lineage=completed)
     return completed
 
 
@@ -102,30 +100,32 @@ def publish(context: RunContext, arms: Sequence[Arm], *, keep: bool) -> Lineage:
         arms: those of the attempt, task after task.
     """
     first, last = arms[0], arms[-1]
-    source = context.folder / (f"{last.name}/trained" if keep else first.start)
+    source = context.source(f"{last.name}/trained" if keep else first.start)
     target = context.folder / "checkpoint"
-    lineage = lineage_of(source)
+    lineage = source.own_lineage
     if keep:
         lineage = _completed(context, arms, lineage)
     elif first.follows:
         lineage = replace(lineage, parent_path=f"../{first.follows}/expanded")
-    config, dtype = read_config(source), context.published_dtype
+    config, dtype = source.config, context.published_dtype
     is_ready = last.is_final if keep else first.follows is None
-    if is_ready or main_dtype(source) == dtype:
+    if is_ready or source.tensors.main_dtype == dtype:
         with atomic_folder(target, overwrite=True) as temporary:
-            copy_tree(source, temporary)
-            write_lineage(temporary, lineage, config)
-        return lineage_of(target)
-    opened = Source.open(source, config)
-    dtype = fitting_dtype((opened.read_stored(each.name) for each in opened.stored), dtype)
-    return write_checkpoint(
-        target,
-        config={**config, "dtype": dtype},
-        tensors=opened.stream().to(getattr(torch, dtype)),
-        lineage=lambda: lineage,
-        artifacts=read_artifacts(source),
-        overwrite=True,
-    )
+            copy_tree(source.folder, temporary)
+            written = write_lineage(temporary, lineage, config)
+    else:
+        dtype = fitting_dtype((source.read_stored(each.name) for each in source.stored), dtype)
+        config = {**config, "dtype": dtype}
+        written = write_checkpoint(
+            target,
+            config=config,
+            tensors=source.stream().to(getattr(torch, dtype)),
+            lineage=lambda: lineage,
+            artifacts=source.artifacts(),
+            overwrite=True,
+        )
+    context.sources["checkpoint"] = Source.written(target, config, written)
+    return written
 
 
 def _completed(context: RunContext, arms: Sequence[Arm], lineage: Lineage) -> Lineage:
@@ -135,9 +135,9 @@ def _completed(context: RunContext, arms: Sequence[Arm], lineage: Lineage) -> Li
     after = context.read_scores(f"{last.name}-trained")
     delta = {d: performance_delta(before[d], after[d]) for d in context.domains}
     history = list(lineage.expansion_history)
-    start, steps_before = len(lineage_of(context.folder / first.start).expansion_history), 0
+    start, steps_before = len(context.source(first.start).own_lineage.expansion_history), 0
     for arm in arms:  # in each of which experts or neurons may have come
-        made = lineage_of(context.folder / arm.name / "trained")
+        made = context.source(f"{arm.name}/trained").own_lineage
         for position in range(start, len(made.expansion_history)):
             history[position] = replace(
                 history[position],
@@ -151,7 +151,7 @@ def _completed(context: RunContext, arms: Sequence[Arm], lineage: Lineage) -> Li
         expansion_history=tuple(history),
         benchmark_scores=means,
         best_loss=fmean(means[domain] for domain in context.new_of(last)),
-        parent_path=f"../{start_folder(context, last).relative_to(context.folder)}",
+        parent_path=f"../{moe.start_place(context, last)}",
     )
 
 
@@ -201,7 +201,7 @@ def _memory(context: RunContext, arm: Arm, held: Mapping[str, Any]) -> Check:
         optimizer="adamw8bit" if "8bit" in optimizer.target else "adamw",
     )
     expected = states_bytes(
-        read_config(context.folder / arm.name / "trained"),
+        context.source(f"{arm.name}/trained").config,
         setup,
         trained=[(size, count) for size, count in held["trained"]],
         kept_per_parameter=kept_per_parameter(optimizer),

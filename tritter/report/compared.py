@@ -18,11 +18,11 @@ from tritter.evaluation.statistics import (
     finite_or_none,
     relative_harm,
 )
-from tritter.report.bounds import LARGEST
-from tritter.report.rows import ScoreChange, last_attempt
+from tritter.report.rows import ScoreChange, change_text, score_text
 from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped, tells
+from tritter.report.summary import LARGEST
 from tritter.report.table import Table
-from tritter.report.wording import MISSING, change_text, count_text, score_text, si_text
+from tritter.report.wording import MISSING, count_text, si_text
 
 Scores = Mapping[str, PairedScores]
 CSV_HEADER = ("run", "subject", "quantity", "value", "lower", "upper")
@@ -58,20 +58,20 @@ class Compared:
 
     def costs(self) -> dict[str, float | None]:
         """Return what it took, by name: of its training, and of the whole run."""
-        total = {of: (self.run.summary.get(of) or {}).get("total") for of in ("flops", "seconds")}
-        if total["seconds"] is None:
-            took = (self.run.summary.get("seconds") or {}).values()
-            total["seconds"] = sum(value for value in took if value is not None) or None
+        summary = self.run.summary
+        total_seconds = summary.seconds.get("total")
+        if total_seconds is None:
+            total_seconds = sum(filter(None, summary.seconds.values())) or None
         return {
             "training_flops": self.run.cost("flops"),
-            "total_flops": total["flops"],
+            "total_flops": summary.flops.get("total"),
             "training_tokens": self.tokens,
             "steps": self.run.steps,
             "training_seconds": self.run.cost("seconds"),
-            "total_seconds": total["seconds"],
+            "total_seconds": total_seconds,
             "peak_memory_bytes": self.peak_memory,
-            "parameters_before": (self.run.summary.get("parameters") or {}).get("baseline"),
-            "parameters_after": (self.run.summary.get("parameters") or {}).get("final"),
+            "parameters_before": summary.parameters.get("baseline"),
+            "parameters_after": summary.parameters.get("final"),
         }
 
 
@@ -156,7 +156,7 @@ class Comparison:
         """Return all numbers as rows of a CSV file, its header first."""
         found: list[tuple[str, ...]] = [CSV_HEADER]
         for each in self.runs:
-            found += [(each.name, "", "status", str(each.run.summary["status"]), "", "")]
+            found += [(each.name, "", "status", each.run.summary.status, "", "")]
             found += [(each.name, "", k, _number(v), "", "") for k, v in each.costs().items()]
             for row in each.run.rows:
                 for stage in ("before", "expanded", "trained"):
@@ -205,20 +205,20 @@ class Comparison:
         rows = []
         for each in self.runs:
             failed = [
-                f"{check['check']} of {check.get('subject')}"
-                for check in last_attempt(each.run.summary).get("gate") or []
-                if check["verdict"] in ("failed", "undecided")
+                f"{check.check} of {check.subject}"
+                for check in each.run.summary.last_attempt.gate
+                if check.verdict in ("failed", "undecided")
             ]
             costs = each.costs()
             sizes = (count_text(costs[f"parameters_{when}"]) for when in ("before", "after"))
-            said = (str(each.run.summary["status"]).replace("_", " "), ", ".join(failed) or MISSING)
+            said = (each.run.summary.status.replace("_", " "), ", ".join(failed) or MISSING)
             rows.append((each.name, *said, *sizes))
         header = ("run", "status", "failed or undecided", "parameters before", "after")
         return Table(header, tuple(rows), (3, 4))
 
     def _scores(self) -> Table:
         subjects = dict.fromkeys((r.domain, r.role) for each in self.runs for r in each.run.rows)
-        has_grown = any(each.run.summary.get("expansion") for each in self.runs)
+        has_grown = any(each.run.summary.expansion for each in self.runs)
         stages = ("before", "expanded", "trained") if has_grown else ("before", "trained")
         rows = tuple(
             (
@@ -283,7 +283,7 @@ class Comparison:
     def _run_json(self, each: Compared) -> dict[str, Any]:
         return {
             "name": each.name,
-            "status": each.run.summary["status"],
+            "status": each.run.summary.status,
             "seed": each.run.seed,
             **each.costs(),
             "subjects": [

@@ -63,19 +63,20 @@ def usage_table(
 
 def experts_text(experts: ExpertsRecord) -> str:
     """Say in a line what the experts came to."""
+    sizes, routing = experts.parameters, experts.routing
     parts = [f"{experts.number} at the end, {len(experts.spawned)} spawned"]
-    if experts.trainable is not None:
-        share = "" if experts.share is None else f" ({share_text(experts.share)})"
-        parts.append(f"{count_text(experts.trainable)} parameters trained{share}")
+    if sizes.trainable is not None:
+        share = "" if sizes.share is None else f" ({share_text(sizes.share)})"
+        parts.append(f"{count_text(sizes.trainable)} parameters trained{share}")
     if experts.batches:
         counted = (f"{number:,} {kind}" for kind, number in experts.batches.items())
         parts.append(f"batches: {', '.join(counted)}")
     if refused := experts.refused:
         parts.append(f"{len(refused)} refused, last: {refused[-1].why or 'no reason is recorded'}")
-    if len(experts.names) > 1 and (experts.top_k or experts.temperature) is not None:
-        way = "dense" if not experts.top_k else f"top-{experts.top_k}"
-        warmth = "" if experts.temperature is None else f" at temperature {experts.temperature:.3g}"
-        parts.append(f"routed {way}{warmth}")
+    if len(experts.names) > 1 and (routing.top_k or routing.temperature) is not None:
+        way = "dense" if not routing.top_k else f"top-{routing.top_k}"
+        warmth = routing.temperature
+        parts.append(f"routed {way}" + ("" if warmth is None else f" at temperature {warmth:.3g}"))
     return "; ".join(parts)
 
 
@@ -244,10 +245,10 @@ def draw_ranks(
 def draw_usage(axes: Axes, experts: ExpertsRecord, *, mark: Callable[[Axes], None]) -> None:
     """Draw each expert's mean gate over the steps."""
     axes.set_title("usage while training", fontsize=10)
-    if not experts.gates.steps or not experts.gates.values:
+    if not experts.usage_over_time.steps or not experts.usage_over_time.values:
         _say(axes, "not known")
         return
-    _draw_courses(axes, experts.gates, experts, is_stepped=False)
+    _draw_courses(axes, experts.usage_over_time, experts, is_stepped=False)
     axes.set_ylim(0, 105)
     axes.set_ylabel("mean gate [%]")
     mark(axes)

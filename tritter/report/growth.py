@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 16
 _MOST_STEPS = 4  # named of a layer's events
+_HINTS = {
+    "percentile": "a lower growth.gradient_percentile",
+    "plateau": "a higher growth.plateau_threshold",
+    "schedule": "steps in growth.at that the training reaches",
+    "budget": "a larger budget",
+}
 
 
 def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
@@ -35,7 +41,7 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
             f"{layer.before} → {layer.after}",
             *map(str, (layer.born, layer.replaced, *([layer.died] if has_dead else []))),
             change_of_function(layer.function_change),
-            steps_text([event.step for event in layer.events]),
+            steps_text(layer.steps),
         )
         for layer in most_grown(layers, most)
     )
@@ -47,16 +53,17 @@ def growth_text(growth: GrowthRecord, *, signs: Signs) -> str:
     """Say in a line what growth came to, or what to try where nothing grew."""
     if not growth.events:
         return nothing_grew(growth)
-    before, after = sum(growth.before), sum(growth.after)
+    before, after = sum(growth.neurons.before), sum(growth.neurons.after)
     parts = []
-    if growth.parameters_before is not None and growth.parameters_after is not None:
-        sizes = map(count_text, (growth.parameters_before, growth.parameters_after))
+    if growth.parameters.before is not None and growth.parameters.after is not None:
+        sizes = map(count_text, (growth.parameters.before, growth.parameters.after))
         parts.append(f"parameters {f' {signs.arrow} '.join(sizes)}")
     parts.append(f"neurons {before:,} {signs.arrow} {after:,}")
     if growth.young is not None:
         parts.append(f"{growth.young} of them young at the end")
-    if growth.young_norm is not None and growth.old_norm is not None:
-        young, old = growth.young_norm, growth.old_norm
+    norms = growth.update_norms
+    if norms is not None and norms.young is not None and norms.old is not None:
+        young, old = norms.young, norms.old
         parts.append(f"a young one moved by {young:.2g} a step, an old one by {old:.2g}")
     return "; ".join(parts)
 
@@ -73,8 +80,8 @@ def nothing_grew(growth: GrowthRecord) -> str:
     keys = [_with_steps(growth, key) for key in timed if growth.options.get(key) != 1]
     ways = [f"a shorter {' or '.join(keys)}"] if keys else []
     ways.append("a longer training")
-    if growth.advice:
-        ways.insert(0, growth.advice)
+    if (hint := _HINTS.get(growth.trigger)) is not None:
+        ways.insert(0, hint)
     *others, last = ways
     return f"nothing grew in {number}; try {', '.join(others) + ', or ' if others else ''}{last}"
 
@@ -114,7 +121,7 @@ def _caption(growth: GrowthRecord, layers: Sequence[GrownLayer], most: int) -> s
     lines = ["change: of the logits at an event, the largest, in their deviation"]
     if any(layer.died for layer in layers):
         lines.append("left dead: found dead at an event, and not used again")
-    number = len(growth.before)
+    number = len(growth.neurons.before)
     if len(layers) > most:
         lines.append(f"{len(layers)} of {number} layers grew; shown: the {most} that grew most")
     elif len(layers) < number:
@@ -171,7 +178,7 @@ def draw_neurons(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     from matplotlib.colors import Normalize
 
     edges, widths = _widths(growth, end=end)
-    change = 100 * (widths / np.asarray(growth.before, dtype=float) - 1)
+    change = 100 * (widths / np.asarray(growth.neurons.before, dtype=float) - 1)
     low, high = min(0.0, change.min()), max(1.0, change.max())
     _draw_map(axes, edges, change, "Blues", Normalize(low, high), "neurons more than before [%]")
     size = 6 if len(growth.events) <= 100 else 3
@@ -195,15 +202,15 @@ def draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     from matplotlib.colors import LogNorm, Normalize
 
     axes.set_title("pressure at the checks", fontsize=10)
-    if not growth.steps:
+    if not growth.map.steps:
         say(axes, "no check")
         return
-    steps = np.asarray(some(growth.steps), dtype=float)
+    steps = np.asarray(some(growth.map.steps), dtype=float)
     gap = steps[1] - steps[0] if len(steps) > 1 else steps[0]
     edges = np.concatenate([[max(0.0, steps[0] - max(gap, 1.0))], steps])
     if edges[0] == edges[1]:  # a check after no step
         edges[0] -= 1.0
-    rows = [[np.nan if p is None else p for p in row] for row in some(growth.pressure)]
+    rows = [[np.nan if p is None else p for p in row] for row in some(growth.map.pressure)]
     pressure = np.asarray(rows, dtype=float)
     known = pressure[np.isfinite(pressure)]
     low, high = (known.min(), known.max()) if known.size else (0.0, 1.0)
@@ -217,11 +224,11 @@ def draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
 
 def parameter_course(growth: GrowthRecord, *, end: int) -> tuple[Sequence[float], Sequence[float]]:
     """Return steps, and the parameters from each of them on; nothing where they are not known."""
-    if growth.parameters_before is None:
+    if growth.parameters.before is None:
         return (), ()
     known = [(event.step, event.parameters) for event in growth.events]
     points = [(step, value) for step, value in known if value is not None]
-    values = [growth.parameters_before, *(value for _, value in points)]
+    values = [growth.parameters.before, *(value for _, value in points)]
     last = max(end, 0, *(step for step, _ in points))
     return [0, *(step for step, _ in points), last], [*values, values[-1]]
 
@@ -230,7 +237,7 @@ def flops_course(
     growth: GrowthRecord, *, end_flops: float | None
 ) -> tuple[Sequence[float], Sequence[float]]:
     """Return FLOPs of the training, and the parameters from each of them on; likewise."""
-    if growth.parameters_before is None:
+    if growth.parameters.before is None:
         return (), ()
     known = [
         (float(event.flops), event.parameters)
@@ -239,7 +246,7 @@ def flops_course(
     ]
     # What is spent never falls: a summary that says so is not drawn backwards
     spent = list(accumulate((max(0.0, flops) for flops, _ in known), max, initial=0.0))
-    values = [growth.parameters_before, *(value for _, value in known)]
+    values = [growth.parameters.before, *(value for _, value in known)]
     if end_flops is not None and end_flops > spent[-1]:
         return [*spent, end_flops], [*values, values[-1]]
     return spent, values
@@ -281,7 +288,7 @@ def _widths(growth: GrowthRecord, *, end: int) -> tuple[NDArray[np.float64], NDA
     """
     import numpy as np
 
-    now = np.asarray(growth.before, dtype=float)
+    now = np.asarray(growth.neurons.before, dtype=float)
     edges, rows = [0.0], [now.copy()]
     # Of very many as many are kept as can be seen: each row is of all layers
     steps = some(growth.event_steps)
@@ -294,7 +301,7 @@ def _widths(growth: GrowthRecord, *, end: int) -> tuple[NDArray[np.float64], NDA
             rows.append(now.copy())
         elif step == 0:
             rows[0] = now.copy()
-    last = max(float(end), *map(float, growth.steps[-1:]), edges[-1])
+    last = max(float(end), *map(float, growth.map.steps[-1:]), edges[-1])
     # What grew after the very last step has no time left: it is given a sliver
     sliver = max(last, 1.0) / 200
     return np.asarray([*edges, max(last, edges[-1] + sliver)]), np.asarray(rows)

@@ -1,16 +1,13 @@
-"""Every domain after every task: what summary.json's `matrix` has to be, and its table."""
+"""Every domain after every task: table and picture of a summary's matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Required
+from typing import TYPE_CHECKING
 
-from pydantic import AfterValidator, Field
-from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
-
-from tritter.report.bounds import Count, Number
 from tritter.report.drawing import new_figure, shortened
+from tritter.report.summary import Matrix
 from tritter.report.table import Table, left_out
 from tritter.report.wording import MISSING
 
@@ -23,43 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_ROWS = 24
-_MOST = 1000  # rows, and domains
 _DOMAIN_CHARACTERS = 20
-_Transfer = dict[str, Number | None]
-_Row = Annotated[list[Number | None], Field(max_length=_MOST)]
-
-
-class _Matrix(TypedDict, total=False):
-    rows: Required[Annotated[list[str], Field(min_length=1, max_length=_MOST)]]
-    domains: Required[Annotated[list[str], Field(min_length=1, max_length=_MOST)]]
-    loss_per_byte: Required[list[_Row]]
-    trained: list[list[str]]
-    accuracy: dict[str, _Row]
-    own: dict[str, Count]
-    backward_transfer: _Transfer
-    forward_transfer: _Transfer
-    mean_backward_transfer: Number | None
-    mean_forward_transfer: Number | None
-
-
-def _consistent(matrix: _Matrix) -> _Matrix:
-    """Refuse a matrix whose parts are not of the rows and domains that it names."""
-    number, domains = len(matrix["rows"]), matrix["domains"]
-    losses = matrix["loss_per_byte"]
-    if len(losses) != number or any(len(row) != len(domains) for row in losses):
-        raise ValueError(f"loss_per_byte is not of {number} rows and {len(domains)} domains")
-    if len(set(domains)) < len(domains):
-        raise ValueError("a domain stands in it twice")
-    if any(len(row) != number for row in matrix.get("accuracy", {}).values()):
-        raise ValueError(f"an accuracy is not of {number} rows")
-    if "trained" in matrix and len(matrix["trained"]) != number:
-        raise ValueError(f"trained is not of {number} rows")
-    if any(row >= number for row in matrix.get("own", {}).values()):
-        raise ValueError(f"a domain's own row is none of {number}")
-    return matrix
-
-
-MatrixSummary = Annotated[_Matrix, AfterValidator(_consistent)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +44,9 @@ class TransferRow:
     forward: float | None
 
 
-def transfer_rows(matrix: Mapping[str, Any]) -> tuple[TransferRow, ...]:
+def transfer_rows(matrix: Matrix) -> tuple[TransferRow, ...]:
     """Return a row per domain that was learned, and their means where there are several."""
-    rows, losses = matrix["rows"], matrix["loss_per_byte"]
-    own = matrix.get("own") or {}
-    backward, forward = (matrix.get(f"{n}_transfer") or {} for n in ("backward", "forward"))
+    rows, losses, own = matrix.rows, matrix.loss_per_byte, matrix.own
     found = [
         TransferRow(
             domain=name,
@@ -95,16 +54,16 @@ def transfer_rows(matrix: Mapping[str, Any]) -> tuple[TransferRow, ...]:
             before=losses[0][place],
             right_after=losses[own[name]][place],
             at_the_end=losses[-1][place],
-            backward=backward.get(name),
-            forward=forward.get(name),
+            backward=matrix.backward_transfer.get(name),
+            forward=matrix.forward_transfer.get(name),
         )
-        for place, name in enumerate(matrix["domains"])
+        for place, name in enumerate(matrix.domains)
         if name in own
     ]
     return tuple(found)
 
 
-def transfer_table(matrix: Mapping[str, Any], *, most: int = MAX_ROWS) -> Table:
+def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
     """Return a row per domain that was learned: its losses per byte, and the transfers."""
     found = transfer_rows(matrix)
     rows = [
@@ -132,10 +91,10 @@ def transfer_table(matrix: Mapping[str, Any], *, most: int = MAX_ROWS) -> Table:
     )
 
 
-def mean_transfers(matrix: Mapping[str, Any]) -> tuple[str, str]:
+def mean_transfers(matrix: Matrix) -> tuple[str, str]:
     """Return the means of backward and forward transfer, in words."""
-    backward, forward = (matrix.get(f"mean_{n}_transfer") for n in ("backward", "forward"))
-    return transfer_text(backward), transfer_text(forward)
+    means = (matrix.mean_backward_transfer, matrix.mean_forward_transfer)
+    return transfer_text(means[0]), transfer_text(means[1])
 
 
 def loss_text(value: float | None) -> str:
@@ -154,11 +113,11 @@ _SATURATED_PERCENT = 50.0  # a change beyond it has the colour of it
 _LABEL_CHARACTERS = 16
 
 
-def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
+def matrix_figure(matrix: Matrix) -> Figure:
     """Return the picture of a run's matrix: the losses, and the right answers where there are."""
-    names = [list(matrix["domains"])[:_DRAWN], list(matrix.get("accuracy") or {})[:_DRAWN]]
+    names = [matrix.domains[:_DRAWN], list(matrix.accuracy)[:_DRAWN]]
     panels = [each for each in names if each]
-    rows = min(len(matrix["rows"]), _DRAWN)
+    rows = min(len(matrix.rows), _DRAWN)
     width = 1.2 + sum(1.4 + 0.75 * len(each) for each in panels)
     figure, axes = new_figure(columns=len(panels), width=width, height=1.8 + 0.42 * rows)
     draw_matrix(axes[0], matrix)
@@ -167,7 +126,7 @@ def matrix_figure(matrix: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def draw_matrix(axes: Axes, matrix: Mapping[str, Any]) -> None:
+def draw_matrix(axes: Axes, matrix: Matrix) -> None:
     """Draw tasks over domains: colours are changes from the first row, numbers nats per byte.
 
     A frame is around what a task was about.
@@ -175,7 +134,7 @@ def draw_matrix(axes: Axes, matrix: Mapping[str, Any]) -> None:
     import numpy as np
     from matplotlib.colors import TwoSlopeNorm
 
-    losses = _numbers(matrix["loss_per_byte"])[:, :_DRAWN]
+    losses = _numbers(matrix.loss_per_byte)[:, :_DRAWN]
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         change = 100 * (losses / losses[:1] - 1)
     known = np.abs(change[np.isfinite(change)])
@@ -183,7 +142,7 @@ def draw_matrix(axes: Axes, matrix: Mapping[str, Any]) -> None:
     shown = np.ma.masked_invalid(np.clip(change, -limit, limit))
     is_dark = np.ma.filled(np.abs(shown) > 0.6 * limit, False)
     texts = [[f"{loss:.3g}" for loss in row] for row in losses]
-    names = matrix["domains"][:_DRAWN]
+    names = matrix.domains[:_DRAWN]
     norm = TwoSlopeNorm(0.0, -limit, limit)
     image = _draw_cells(axes, matrix, names, shown, texts, is_dark, norm=norm, colours="RdBu_r")
     axes.set_title("loss per byte; framed: the task's domains", fontsize=9)
@@ -193,13 +152,13 @@ def draw_matrix(axes: Axes, matrix: Mapping[str, Any]) -> None:
     bar.set_label("change from the baseline [%]", fontsize=8)
 
 
-def draw_accuracies(axes: Axes, matrix: Mapping[str, Any]) -> None:
+def draw_accuracies(axes: Axes, matrix: Matrix) -> None:
     """Draw tasks over what has right answers: their part."""
     import numpy as np
     from matplotlib.colors import Normalize
 
-    names = list(matrix["accuracy"])[:_DRAWN]
-    parts = _numbers([matrix["accuracy"][name] for name in names]).T
+    names = list(matrix.accuracy)[:_DRAWN]
+    parts = _numbers([matrix.accuracy[name] for name in names]).T
     shown = 100 * np.ma.masked_invalid(np.clip(parts, 0, 1))
     is_dark = np.ma.filled(shown > 60, False)
     texts = [[f"{100 * part:.0f}" for part in row] for row in parts]
@@ -209,7 +168,7 @@ def draw_accuracies(axes: Axes, matrix: Mapping[str, Any]) -> None:
 
 def _draw_cells(
     axes: Axes,
-    matrix: Mapping[str, Any],
+    matrix: Matrix,
     names: Sequence[str],
     shown: NDArray[np.float64],
     texts: Sequence[Sequence[str]],
@@ -222,7 +181,7 @@ def _draw_cells(
     import numpy as np
     from matplotlib.patches import Rectangle
 
-    rows = matrix["rows"][:_DRAWN]
+    rows = matrix.rows[:_DRAWN]
     axes.set_facecolor("#DDDDDD")  # seen through where nothing is known
     image = axes.imshow(shown, cmap=colours, norm=norm, aspect="auto")
     axes.grid(visible=False)
@@ -239,7 +198,7 @@ def _draw_cells(
             text = texts[row][column]
             axes.text(column, row, "?" if text == "nan" else text, fontsize=8, ha="center",
                       va="center", color="white" if dark else "black")  # fmt: skip
-    for row, trained in enumerate((matrix.get("trained") or [])[:_DRAWN]):
+    for row, trained in enumerate(matrix.trained[:_DRAWN]):
         for name in (each for each in trained if each in names):
             corner = (names.index(name) - 0.5, row - 0.5)
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.6))

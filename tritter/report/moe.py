@@ -1,20 +1,19 @@
 """Where the tokens of each domain go, from `moe` of summary.json."""
 
-from collections.abc import Mapping
-from typing import Any
-
+from tritter.report.summary import MoeRecord
 from tritter.report.table import Table
+from tritter.report.wording import MISSING
 
 MAX_COLUMNS = 12
 
 
-def expert_table(experts: Mapping[str, Any]) -> Table:
+def expert_table(experts: MoeRecord) -> Table:
     """Return a row per domain: each expert's part of its assignments, as a mean over the layers.
 
     Of many experts the most used ones stand for all; appended ones are added up as well.
     """
-    usage = {domain: _mean(layers) for domain, layers in experts["usage"].items()}
-    new, number = list(experts.get("new") or ()), int(experts["number"])
+    usage = {domain: _mean(layers) for domain, layers in experts.usage.items()}
+    new, number = experts.new, experts.number
     shown = list(range(number))
     if number > MAX_COLUMNS:
         total = [sum(shares) for shares in zip(*usage.values(), strict=True)]
@@ -29,20 +28,20 @@ def expert_table(experts: Mapping[str, Any]) -> Table:
         )
         for domain, shares in usage.items()
     )
-    title = f"Experts: % of a domain's assignments, {experts['experts_per_token']} per token"
+    title = f"Experts: % of a domain's assignments, {experts.experts_per_token} per token"
     return Table(tuple(header), rows, tuple(range(1, len(header))), title=title)
 
 
-def bias_text(experts: Mapping[str, Any]) -> str | None:
+def bias_text(experts: MoeRecord) -> str | None:
     """Say what the selection bias, which is not saved, does to the loss; None where there is none.
 
     The bias is that of `moe_routing.bias_update_rate`.
     """
-    effect = experts.get("selection_bias")
+    effect = experts.selection_bias
     if not effect:
         return None
     parts = [
-        f"{domain} {losses['with']:.3f} with, {losses['without']:.3f} without"
+        f"{domain} {loss_text(losses.get('with'))} with, {loss_text(losses.get('without'))} without"
         for domain, losses in effect.items()
     ]
     return f"loss under the selection bias, which is not saved: {'; '.join(parts)}"
@@ -50,6 +49,11 @@ def bias_text(experts: Mapping[str, Any]) -> str | None:
 
 def _mean(layers: list[list[float]]) -> list[float]:
     return [sum(column) / len(layers) for column in zip(*layers, strict=True)]
+
+
+def loss_text(value: float | None) -> str:
+    """Return nats per token with three decimals."""
+    return MISSING if value is None else f"{value:.3f}"
 
 
 def _percent(share: float) -> str:

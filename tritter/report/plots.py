@@ -1,23 +1,19 @@
-"""Plots of a finished run, from summary.json and metrics.csv alone."""
+"""Plots of a finished run, from its summary and its curves alone."""
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tritter.report.bounds import LARGEST
 from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure
 from tritter.report.experts import experts_figure
 from tritter.report.growth import growth_figure, mark_growth
 from tritter.report.matrix import matrix_figure
-from tritter.report.rows import DomainRow, Score, ScoreChange, domain_rows, last_attempt
-from tritter.report.summary import ExpertsRecord, GrowthRecord
-from tritter.report.wording import change_text
+from tritter.report.rows import DomainRow, ScoreChange, change_text, domain_rows
+from tritter.report.summary import LARGEST, Score, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,8 +34,8 @@ class Curve:
 
 
 def plot_run(
-    summary: Mapping[str, Any],
-    metrics_csv: Path | None,
+    summary: Summary,
+    curves: Sequence[Curve],
     folder: Path,
     *,
     earlier: Sequence[Sequence[Curve]] = (),
@@ -48,35 +44,37 @@ def plot_run(
     """Draw what the run has data for and return the files written (PNG, 150 dpi).
 
     Args:
-        summary: the contents of summary.json.
-        metrics_csv: Lightning's CSV with a `step` column and blanks; may be missing or empty.
+        curves: of what was trained last.
         folder: created when it does not exist.
-        earlier: curves of the rounds before the one that metrics.csv is of.
+        earlier: curves of the rounds before.
         control: curves of the base that did not grow.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in domain_rows(summary) if not row.change.in_points]
-    curves = read_curves(metrics_csv) if metrics_csv else ()
-    is_grown = bool(last_attempt(summary).get("expansion"))
-    growth, matrix = GrowthRecord.of(summary), summary.get("matrix")
+    attempt, growth, experts = summary.last_attempt, summary.growth, summary.experts
+    matrix, end = summary.matrix, attempt.steps
     figures = {
         "domains.png": _domains_figure(rows),
         "forgetting.png": _forgetting_figure(
             rows,
             [*earlier, curves],
             control,
-            borders=_borders(summary),
+            borders=summary.borders,
             born=() if growth is None else growth.event_steps,
-            is_grown=is_grown,
+            is_grown=bool(attempt.expansion),
         ),
         "training.png": _training_figure(curves),
         "retention_and_gain.png": _tradeoff_figure(rows),
-        "growth.png": None if growth is None else _growth_figure(growth, summary, curves),
-        "experts.png": _experts_figure(summary),
-        "matrix.png": None if not matrix else matrix_figure(matrix),
+        "growth.png": None,
+        "experts.png": None,
+        "matrix.png": None if matrix is None else matrix_figure(matrix),
     }
+    if growth is not None:
+        figures["growth.png"] = growth_figure(growth, end=end, end_flops=last_flops(curves))
+    if experts is not None:
+        figures["experts.png"] = experts_figure(experts, end=end, borders=summary.borders)
     written = []
     for name, figure in figures.items():
         if figure is not None:
@@ -85,34 +83,11 @@ def plot_run(
     return written
 
 
-def _growth_figure(
-    growth: GrowthRecord, summary: Mapping[str, Any], curves: Sequence[Curve]
-) -> Figure:
-    end = last_attempt(summary).get("steps") or 0
-    return growth_figure(growth, end=end, end_flops=last_flops(curves))
-
-
-def _experts_figure(summary: Mapping[str, Any]) -> Figure | None:
-    experts = ExpertsRecord.of(summary)
-    if experts is None:
-        return None
-    attempt = last_attempt(summary)
-    return experts_figure(experts, end=attempt.get("steps") or 0, borders=_borders(summary))
-
-
 def last_flops(curves: Sequence[Curve]) -> float | None:
     """Return the FLOPs that a training which may grow said last that it took."""
     said = (curve.values[-1] for curve in reversed(curves) if curve.name == GROWTH_FLOPS)
     last = next(said, math.nan)
     return last if 0 < last < LARGEST else None
-
-
-def read_curves(metrics_csv: Path) -> tuple[Curve, ...]:
-    """Read the curves of a metrics.csv; a missing or empty file has none."""
-    if not metrics_csv.is_file():
-        return ()
-    with metrics_csv.open(newline="") as lines:
-        return curves_of(list(csv.DictReader(lines)))
 
 
 def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:
@@ -238,12 +213,6 @@ def _forgetting_figure(
     note = f"always the same part of the validation text; dotted: {level}"
     figure.supxlabel(note, fontsize=7, color=GREY)
     return figure
-
-
-def _borders(summary: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the steps at which a run went on to its next task."""
-    steps = accumulate(task["steps"] for task in summary.get("tasks") or [])
-    return tuple(steps)[:-1]
 
 
 def _courses(row: DomainRow, rounds: Sequence[Sequence[Curve]]) -> list[_Course]:

@@ -1,30 +1,14 @@
 """Rows of a run's result, read from its summary.json; table and plots show the same ones."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from tritter.report.summary import Attempt, Check, Score, Scores, Summary
+from tritter.report.wording import ACCURACY, MISSING
 
 Role = Literal["old", "new"]
-ACCURACY = "/accuracy"  # behind the name of a domain or task, where its right answers are meant
+UNKNOWN = "?"
 _CHECK_OF_ROLE: dict[Role, str] = {"old": "retention", "new": "new_capability"}
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One domain or task at one stage: nats per token and per byte, or the part of right answers.
-
-    None where not known, or of the other kind.
-    """
-
-    loss: float | None
-    loss_per_byte: float | None
-    standard_error: float | None
-    accuracy: float | None = None
-
-    @property
-    def value(self) -> float | None:
-        """The one of both kinds that there is."""
-        return self.loss if self.accuracy is None else self.accuracy
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,104 +54,101 @@ class DomainRow:
     verdict: str | None
 
 
-def last_attempt(summary: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what the last attempt scored, also when it was rolled back afterwards."""
-    attempts: Sequence[Mapping[str, Any]] = summary.get("attempts") or []
-    return attempts[-1] if attempts else summary
-
-
-def domain_rows(summary: Mapping[str, Any]) -> tuple[DomainRow, ...]:
+def domain_rows(summary: Summary) -> tuple[DomainRow, ...]:
     """Return one row per domain, the old ones first, then the same for the control if there is one.
 
     The scores after training are those of the last attempt: after a rollback the summary's own
     `final` repeats the baseline, and a person wants to see what was refused.
     """
-    attempt = last_attempt(summary)
-    rows = _rows(summary, attempt, expanded=attempt.get("expanded") or summary.get("expanded"))
-    if control := summary.get("control"):
-        rows += _rows(summary, control, expanded=None)
+    attempt = summary.last_attempt
+    rows = _rows(summary, attempt, expanded=attempt.expanded or summary.expanded)
+    if summary.control is not None:
+        rows += _rows(summary, summary.control, expanded=None)
     return rows
 
 
-def checks(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """Return the gate's checks of an attempt, a control or a summary."""
-    return record.get("gate") or []
-
-
-def _rows(
-    summary: Mapping[str, Any],
-    trained: Mapping[str, Any],
-    *,
-    expanded: Mapping[str, Any] | None,
-) -> tuple[DomainRow, ...]:
+def _rows(summary: Summary, trained: Attempt, *, expanded: Scores | None) -> tuple[DomainRow, ...]:
     return tuple(
         _row(subject, role, summary=summary, trained=trained, expanded=expanded)
         for subject, role in subjects(summary)
     )
 
 
-def subjects(summary: Mapping[str, Any]) -> tuple[tuple[str, Role], ...]:
+def subjects(summary: Summary) -> tuple[tuple[str, Role], ...]:
     """Return what a run scored, with its role: each domain, what it teaches, then other tasks."""
-    domains, scored = summary.get("domains") or {}, summary.get("baseline") or {}
-    roles: tuple[Role, ...] = ("old", "new")
+    domains: dict[Role, list[str]] = {"old": summary.domains.old, "new": summary.domains.new}
     found: list[tuple[str, Role]] = []
-    for role in roles:
-        for name in domains.get(role, []):
+    for role, names in domains.items():
+        for name in names:
             found.append((name, role))
-            if {"accuracy", "loss"} <= scored.get(name, {}).keys():
+            scored = summary.baseline.get(name, Score()).model_fields_set
+            if {"accuracy", "loss"} <= scored:
                 found.append((f"{name}{ACCURACY}", role))
     known = {name for name, _ in found}
-    return (*found, *((f"{name}{ACCURACY}", "old") for name in scored if name not in known))
+    others = (name for name in summary.baseline if name not in known)
+    return (*found, *((f"{name}{ACCURACY}", "old") for name in others))
 
 
 def _row(
-    domain: str,
-    role: Role,
-    *,
-    summary: Mapping[str, Any],
-    trained: Mapping[str, Any],
-    expanded: Mapping[str, Any] | None,
+    domain: str, role: Role, *, summary: Summary, trained: Attempt, expanded: Scores | None
 ) -> DomainRow:
     # A round of several states what it started from
-    before = score_of(trained.get("baseline") or summary.get("baseline"), domain)
-    after = score_of(trained.get("final"), domain)
-    check = next(
-        (
-            check
-            for check in checks(trained)
-            if check["check"] == _CHECK_OF_ROLE[role] and check.get("subject") == domain
-        ),
-        {},
-    )
+    before = score_of(trained.baseline or summary.baseline, domain)
+    after = score_of(trained.final, domain)
+    wanted = (_CHECK_OF_ROLE[role], domain)
+    check = next((each for each in trained.gate if (each.check, each.subject) == wanted), None)
     return DomainRow(
         domain=domain,
         role=role,
-        is_control=trained is summary.get("control"),
+        is_control=trained is summary.control,
         before=before,
         expanded=None if expanded is None else score_of(expanded, domain),
         trained=after,
         change=_change(check, before=before, after=after),
-        bound=check.get("bound"),
-        verdict=check.get("verdict"),
+        bound=None if check is None else check.bound,
+        verdict=None if check is None else check.verdict,
     )
 
 
-def score_of(scores: Mapping[str, Any] | None, domain: str) -> Score:
+def score_of(scores: Scores, domain: str) -> Score:
     """Return one score of a record as summary.json has it: a domain's loss, or what it teaches."""
-    record = (scores or {}).get(domain.removesuffix(ACCURACY), {})
-    if "loss" not in record or domain.endswith(ACCURACY):
-        error = record.get("accuracy_standard_error", record.get("standard_error"))
-        return Score(None, None, error, record.get("accuracy"))
-    return Score(*(record.get(name) for name in ("loss", "loss_per_byte", "standard_error")))
+    found = scores.get(domain.removesuffix(ACCURACY), Score())
+    if "loss" in found.model_fields_set and not domain.endswith(ACCURACY):
+        kept = ("loss", "loss_per_byte", "standard_error")
+        return Score.model_construct(**{name: getattr(found, name) for name in kept})
+    error = found.accuracy_standard_error
+    error = found.standard_error if error is None else error
+    return Score.model_construct(accuracy=found.accuracy, standard_error=error)
 
 
-def _change(check: Mapping[str, Any], *, before: Score, after: Score) -> ScoreChange:
+def _change(check: Check | None, *, before: Score, after: Score) -> ScoreChange:
     """Take the gate's paired change; without a check the plain ratio, which has no bounds."""
     if before.accuracy is not None and after.accuracy is not None:
         return ScoreChange(after.accuracy - before.accuracy, None, None, in_points=True)
-    if check:
-        lower, upper = check.get("interval") or (None, None)
-        return ScoreChange(check.get("value"), lower, upper)
+    if check is not None:
+        return ScoreChange(check.value, *check.bounds)
     if not before.loss_per_byte or after.loss_per_byte is None:
         return ScoreChange(None, None, None)
     return ScoreChange(after.loss_per_byte / before.loss_per_byte - 1, None, None)
+
+
+def score_text(score: Score | None) -> str:
+    """Return nats per token with three decimals, or right answers in per cent."""
+    if score is not None and score.accuracy is not None:
+        return f"{score.accuracy:.1%}"
+    return MISSING if score is None or score.loss is None else f"{score.loss:.3f}"
+
+
+def change_text(change: ScoreChange) -> str:
+    """Return a change in per cent with its bounds, or in points."""
+    if change.value is None:
+        return MISSING
+    if change.in_points:
+        return f"{100 * change.value:+.1f} points"
+    value, lower, upper = map(_percent, (change.value, change.lower, change.upper))
+    has_bounds = change.lower is not None or change.upper is not None
+    return f"{value} [{lower}, {upper}]" if has_bounds else value
+
+
+def _percent(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{100 * value:+.2f}"

@@ -9,13 +9,12 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from statistics import fmean, stdev
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from tritter.report.plots import Curve
-from tritter.report.rows import DomainRow, domain_rows, last_attempt
-from tritter.report.summary import ExpertsRecord, GrowthRecord
+from tritter.report.rows import DomainRow, domain_rows
+from tritter.report.summary import Attempt, Summary, ends_of
 
 _SEED = "seed"
 _MOST_NAMED = 3  # settings in the name of a group, besides the methods
@@ -33,7 +32,6 @@ class Run:
 
     Args:
         name: that tells it from the others of the report.
-        summary: the contents of summary.json.
         settings: dotted key → value of its configuration, as its fingerprint has them.
         curves: its losses over the steps, those of all rounds in a row.
         control: those of the base that did not grow.
@@ -42,7 +40,7 @@ class Run:
     """
 
     name: str
-    summary: Mapping[str, Any]
+    summary: Summary
     settings: Mapping[str, Any]
     curves: tuple[Curve, ...] = ()
     control: tuple[Curve, ...] = ()
@@ -55,14 +53,15 @@ class Run:
         summary = self.summary
         if len(self._parts) > 1:
             # What a round was held against is the round before it, the control's base the run's
-            last = {"final": self._parts[-1]["final"], "expanded": self._parts[0].get("expanded")}
-            summary = {**summary, "attempts": [last]}
+            first, last = self._parts[0], self._parts[-1]
+            joined = Attempt.model_construct(final=last.final, expanded=first.expanded)
+            summary = summary.model_copy(update={"attempts": [joined]})
         return tuple(row for row in domain_rows(summary) if not row.is_control)
 
     @property
-    def _parts(self) -> Sequence[Mapping[str, Any]]:
+    def _parts(self) -> Sequence[Attempt]:
         """Its rounds, or its last attempt."""
-        return self.summary.get("rounds") or [last_attempt(self.summary)]
+        return self.summary.rounds or [self.summary.last_attempt]
 
     @property
     def losses(self) -> tuple[DomainRow, ...]:
@@ -75,11 +74,11 @@ class Run:
 
     @property
     def seed(self) -> Any:
-        return self.settings.get(_SEED, self.summary.get(_SEED))
+        return self.settings.get(_SEED, self.summary.seed)
 
     @property
     def steps(self) -> int:
-        return sum(part.get("steps") or 0 for part in self._parts)
+        return sum(part.steps for part in self._parts)
 
     @property
     def tokens_per_step(self) -> int | None:
@@ -93,58 +92,30 @@ class Run:
     @property
     def expansions(self) -> tuple[int, ...]:
         """Steps at which it grew: before the first, and at the end of each round but the last."""
-        if not self.summary.get("expansion"):
-            return ()
-        return (0, *_ends(self.summary.get("rounds") or ()))
-
-    @property
-    def borders(self) -> tuple[int, ...]:
-        """Steps at which it went on to its next task."""
-        return _ends(self.summary.get("tasks") or ())
-
-    @cached_property
-    def growth(self) -> GrowthRecord | None:
-        """How its neurons grew; None: it was not to grow."""
-        return GrowthRecord.of(self.summary)
-
-    @cached_property
-    def experts(self) -> ExpertsRecord | None:
-        """Its LoRA experts; None: it has none."""
-        return ExpertsRecord.of(self.summary)
-
-    @property
-    def matrix(self) -> Mapping[str, Any] | None:
-        """Every domain after every task; None of a run of one task, or an older one."""
-        return self.summary.get("matrix")
+        return (0, *ends_of(self.summary.rounds)) if self.summary.expansion else ()
 
     @property
     def births(self) -> tuple[int, ...]:
         """Steps at which neurons grew; of several rounds those of the last."""
-        if self.growth is None:
-            return ()
-        first = self.steps - self.last_steps
-        return tuple(first + step for step in self.growth.event_steps)
+        growth, first = self.summary.growth, self.steps - self.last_steps
+        return () if growth is None else tuple(first + step for step in growth.event_steps)
 
     @property
     def last_steps(self) -> int:
         """Steps of its last round, or of its last attempt."""
-        return self._parts[-1].get("steps") or 0
+        return self._parts[-1].steps
 
-    def cost(self, of: str) -> float | None:
+    def cost(self, of: Literal["flops", "seconds"]) -> float | None:
         """Return `flops` or `seconds` of its training, and of what its methods prepare for it.
 
         Of all rounds or of the last attempt, without the base; None where an older summary does
         not say.
         """
-        stages, trained = self.summary.get(of) or {}, [part.get(of) for part in self._parts]
+        stages, trained = getattr(self.summary, of), [getattr(part, of) for part in self._parts]
         known = [value for value in trained if isinstance(value, int | float)]
         if len(known) < len(trained):
             return stages.get("fit")
         return sum(known) + sum(stages.get(name) or 0.0 for name in _PREPARED)
-
-
-def _ends(parts: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    return tuple(accumulate(part.get("steps") or 0 for part in parts))[:-1]
 
 
 def _is_count(value: object) -> TypeGuard[int]:
@@ -170,7 +141,7 @@ class Group:
         values = [row.change.value for row in rows if row.change.value is not None]
         if len(values) == 1 and len(rows) == 1:
             change = rows[0].change
-            return Interval(values[0], change.lower, change.upper, is_over_seeds=False)
+            return Interval(values[0], change.lower, change.upper)
         return Interval.of(values)
 
     def mean(self, of: Callable[[Run], float | None]) -> Interval | None:
@@ -184,13 +155,11 @@ class Interval:
 
     Args:
         lower: None where it is not known.
-        is_over_seeds: False: the one-sided bounds of one run's gate, over its documents.
     """
 
     value: float
     lower: float | None
     upper: float | None
-    is_over_seeds: bool = True
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval | None:
@@ -215,8 +184,8 @@ def grouped(runs: Iterable[Run]) -> tuple[Group, ...]:
     groups = [tuple(each) for each in held.values()]
     firsts = [each[0] for each in groups]
     keys = [key for key in differing_keys(firsts) if key != _SEED and tells(key, firsts)]
-    ways = {"growth": any(run.growth is not None for run in firsts)}
-    ways["experts"] = any(run.experts is not None for run in firsts)
+    ways = {"growth": any(run.summary.growth is not None for run in firsts)}
+    ways["experts"] = any(run.summary.experts is not None for run in firsts)
     beside = [way for way, is_there in ways.items() if is_there]
     names = [_name(each[0], keys, beside=beside) for each in groups]
     return tuple(
@@ -231,7 +200,8 @@ def with_controls(groups: Iterable[Group]) -> tuple[Group, ...]:
     seen: list[list[Any]] = []
     for group in groups:
         found.append(group)
-        scores = [run.summary["control"]["final"] for run in group.runs if run.control_rows]
+        controls = (run.summary.control for run in group.runs)
+        scores = [control.final for control in controls if control is not None and control.final]
         if scores and scores not in seen:
             seen.append(scores)
             runs = tuple(_control_of(run) for run in group.runs if run.control_rows)
@@ -243,20 +213,11 @@ def with_controls(groups: Iterable[Group]) -> tuple[Group, ...]:
 
 def _control_of(run: Run) -> Run:
     """Return a run's control as if it were the run."""
-    control = run.summary["control"]
-    own: dict[str, Any] = {
-        "attempts": [control],
-        "expansion": (),
-        "rounds": (),
-        "tasks": control.get("tasks") or (),
-        "flops": {},
-        "seconds": {},
-    }
-    summary = {
-        k: v
-        for k, v in run.summary.items()
-        if k not in ("control", "expanded", "growth", "experts", "matrix")
-    } | own
+    control = run.summary.control
+    assert control is not None
+    own = {"attempts": [control], "tasks": control.tasks, "expansion": [], "rounds": []}
+    nothing = dict.fromkeys(("control", "expanded", "growth", "experts", "matrix"))
+    summary = run.summary.model_copy(update={**own, **nothing, "flops": {}, "seconds": {}})
     return Run(run.name, summary, run.settings, run.control)
 
 
@@ -273,11 +234,12 @@ def _name(run: Run, keys: Sequence[str], *, beside: Collection[str]) -> str:
         beside: `growth` where some of all runs may grow while they are trained, `experts` where
             some have them.
     """
-    methods = {key: _methods(run, key) for key in ("expansion", "forgetting")}
+    summary = run.summary
+    methods = {"expansion": summary.expansion, "forgetting": summary.forgetting}
     if "growth" in beside:
-        methods["growth"] = [] if run.growth is None else [_short(run.growth.name)]
+        methods["growth"] = [] if summary.growth is None else [_short(summary.growth.name)]
     if "experts" in beside:
-        methods["experts"] = [] if run.experts is None else [_short(run.experts.kind)]
+        methods["experts"] = [] if summary.experts is None else [_short(summary.experts.kind)]
     parts = [f"{key}={'+'.join(names) or 'none'}" for key, names in methods.items()]
     most = len(parts) + _MOST_NAMED
     told = [key for key in keys if run.settings.get(key) is not None]
@@ -291,10 +253,6 @@ def tells(key: str, runs: Sequence[Run]) -> bool:
     """Tell whether a setting says more than the methods do: those that have it differ in it."""
     values = {repr(run.settings[key]) for run in runs if key in run.settings}
     return len(values) > 1 and not key.endswith(".methods")
-
-
-def _methods(run: Run, key: str) -> list[str]:
-    return [str(name) for name in run.summary.get(key) or ()]
 
 
 def _short(value: Any) -> str:

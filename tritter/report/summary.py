@@ -1,35 +1,48 @@
-"""What summary.json of a run has to be, and its records of growth and LoRA experts.
+"""summary.json of a run: one model for the run that writes it and for everything that reads it.
 
-It may come from anywhere and from any version: it may hold more than is read here, and less.
-Numbers are bounded by what drawing and adding them can bear.
+A file may come from anywhere and from any version: it may hold more than the model, and less.
+Numbers are bounded by what drawing and adding them can bear. What is written is what was set.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
+from dataclasses import dataclass
+from itertools import accumulate, chain, groupby, pairwise
+from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal, Required, TypeVar, dataclass_transform
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Self,  # typing has it from Python 3.11 on
+)
 
-from pydantic import Field
-from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tritter.report.bounds import Count, Number
-from tritter.report.matrix import MatrixSummary
+from tritter.storage.reading import read_object
 from tritter.storage.records import validated
+
+LARGEST = 1e30  # sums and squares of such numbers, and axes over them, are finite
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
 
 BASE = "base"  # the gate of a base without an adapter
 _MOST = 1000  # experts, and domains
 _MOST_EVENTS = 100_000
 _MOST_LAYERS = 1024
 
-Kind = TypeVar("Kind")
 
+class Part(BaseModel):
+    """A part of a summary: frozen; keys that it has no field for are kept as they are.
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
-def _part(kind: type[Kind]) -> type[Kind]:
-    """Make a class a part of a summary: frozen, by keyword only; other keys are passed over."""
-    kind.__pydantic_config__ = {"extra": "ignore", "strict": True}  # type: ignore[attr-defined]
-    return dataclass(frozen=True, kw_only=True)(kind)
+    `model_construct` makes one of numbers that a run measured, whatever they are.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    def plain(self) -> dict[str, Any]:
+        """Return the part as JSON holds it: what was set, and nothing else."""
+        return self.model_dump(exclude_unset=True)
 
 
 # Growth
@@ -38,8 +51,7 @@ _Width = Annotated[int, Field(ge=1, le=10**9)]
 _Widths = Annotated[tuple[_Width, ...], Field(min_length=1, max_length=_MOST_LAYERS)]
 
 
-@_part
-class GrowthEvent:
+class GrowthEvent(Part):
     """One layer that grew after a step.
 
     Args:
@@ -65,52 +77,44 @@ class GrowthEvent:
 
 @dataclass(frozen=True, slots=True)
 class GrownLayer:
-    """What all events made of one layer."""
+    """What all events made of one layer; of the function's changes the largest."""
 
     layer: int
     before: int
     after: int
-    events: tuple[GrowthEvent, ...]
-
-    @property
-    def born(self) -> int:
-        return sum(event.born for event in self.events)
-
-    @property
-    def replaced(self) -> int:
-        return sum(event.replaced for event in self.events)
-
-    @property
-    def died(self) -> int:
-        return sum(event.died for event in self.events)
-
-    @property
-    def function_change(self) -> float | None:
-        """The largest of its events."""
-        known = (e.function_change for e in self.events if e.function_change is not None)
-        return max(known, default=None)
+    born: int
+    replaced: int
+    died: int
+    function_change: float | None
+    steps: tuple[int, ...]
 
 
-@_part
-class _Neurons:
+class _Neurons(Part):
     before: _Widths
     after: _Widths
 
 
-@_part
-class _GrowthMap:
+class _Sizes(Part):
+    before: Count | None = None
+    after: Count | None = None
+
+
+class _Norms(Part):
+    young: Number | None = None
+    old: Number | None = None
+
+
+class _GrowthMap(Part):
     steps: tuple[Count, ...] = ()
     neurons: tuple[tuple[_Width, ...], ...] = ()
     pressure: tuple[tuple[Number | None, ...], ...] = ()
 
 
-@_part
-class GrowthRecord:
+class GrowthRecord(Part):
     """A run's growth.
 
     Args:
         options: of `growth`, as they were asked for.
-        advice: of its trigger, what to try where nothing grew.
         checks: how often the trigger was asked.
         neurons: of each layer, before and after.
         parameters: of the model that grew, before and after.
@@ -122,78 +126,41 @@ class GrowthRecord:
     events: Annotated[tuple[GrowthEvent, ...], Field(max_length=_MOST_EVENTS)]
     born: Count
     neurons: _Neurons
-    options: Mapping[str, Any] = field(default_factory=dict)
-    advice: str = ""
+    options: Mapping[str, Any] = {}
     replaced: Count = 0
     died: Count = 0
     checks: Count = 0
-    parameters: Mapping[str, Count] = field(default_factory=dict)
+    parameters: _Sizes = _Sizes()
     young: Count | None = None
-    map: _GrowthMap | None = None
+    map: _GrowthMap = _GrowthMap()
     function_change: Number | None = None
-    update_norms: Mapping[str, Number | None] | None = None
+    update_norms: _Norms | None = None
 
-    def __post_init__(self) -> None:
-        number = len(self.before)
-        if len(self.after) != number:
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        number, seen = len(self.neurons.before), self.map
+        if len(self.neurons.after) != number:
             raise ValueError("neurons after are of another number of layers than those before")
         steps = [event.step for event in self.events]
         if steps != sorted(steps):
             raise ValueError("the steps of its events do not ascend")
         if any(event.layer >= number for event in self.events):
             raise ValueError(f"an event is in a layer that is none of {number}")
-        if any(later <= earlier for earlier, later in pairwise(self.steps)):
+        if any(later <= earlier for earlier, later in pairwise(seen.steps)):
             raise ValueError("the steps of its map do not ascend")
-        seen = self.map or _GrowthMap()
         for name, rows in (("neurons", seen.neurons), ("pressure", seen.pressure)):
             if len(rows) != len(seen.steps) or any(len(row) != number for row in rows):
                 raise ValueError(f"{name} of its map are not of {number} layers at each step")
-
-    @classmethod
-    def of(cls, summary: Mapping[str, Any]) -> "GrowthRecord | None":
-        """Return what a summary says of growth; None of a run that was not to grow."""
-        found = summary.get("growth")
-        return validated(found, cls, what="it is no summary of a run: growth") if found else None
-
-    @property
-    def before(self) -> tuple[int, ...]:
-        """Neurons of each layer."""
-        return self.neurons.before
-
-    @property
-    def after(self) -> tuple[int, ...]:
-        return self.neurons.after
-
-    @property
-    def parameters_before(self) -> int | None:
-        return self.parameters.get("before")
-
-    @property
-    def parameters_after(self) -> int | None:
-        return self.parameters.get("after")
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Steps of the checks."""
-        return () if self.map is None else self.map.steps
-
-    @property
-    def pressure(self) -> Sequence[Sequence[float | None]]:
-        """Pressure of each layer, at each check."""
-        return () if self.map is None else self.map.pressure
-
-    @property
-    def young_norm(self) -> float | None:
-        return (self.update_norms or {}).get("young")
-
-    @property
-    def old_norm(self) -> float | None:
-        return (self.update_norms or {}).get("old")
+        return self
 
     @property
     def name(self) -> str:
         """Its trigger and its initialiser."""
         return "+".join(_name(self.options.get(key)) for key in ("trigger", "initialiser"))
+
+    @property
+    def trigger(self) -> str:
+        return _name(self.options.get("trigger"))
 
     @property
     def event_steps(self) -> tuple[int, ...]:
@@ -203,19 +170,28 @@ class GrowthRecord:
     @property
     def layers(self) -> tuple[GrownLayer, ...]:
         """The layers that grew, from the first one on."""
-        of_layer: dict[int, list[GrowthEvent]] = {}
-        for event in self.events:
-            of_layer.setdefault(event.layer, []).append(event)
-        return tuple(
-            GrownLayer(layer, self.before[layer], self.after[layer], tuple(of_layer[layer]))
-            for layer in sorted(of_layer)
+        by_layer = sorted(self.events, key=lambda event: event.layer)
+        grouped = groupby(by_layer, key=lambda event: event.layer)
+        return tuple(self._layer(layer, list(own)) for layer, own in grouped)
+
+    def _layer(self, layer: int, own: Sequence[GrowthEvent]) -> GrownLayer:
+        changes = (e.function_change for e in own if e.function_change is not None)
+        return GrownLayer(
+            layer=layer,
+            before=self.neurons.before[layer],
+            after=self.neurons.after[layer],
+            born=sum(event.born for event in own),
+            replaced=sum(event.replaced for event in own),
+            died=sum(event.died for event in own),
+            function_change=max(changes, default=None),
+            steps=tuple(event.step for event in own),
         )
 
 
 def _name(option: object) -> str:
     """Return what an option is called: by a name of ours, or the class of somebody's own."""
     if isinstance(option, Mapping):
-        option = option.get("name") or str(option.get("_target_", "")).rpartition(".")[2]
+        option = str(option.get("_target_", "")).rpartition(".")[2]
     return str(option or "?")
 
 
@@ -233,8 +209,7 @@ _Rows = Annotated[
 ]
 
 
-@_part
-class Spawn:
+class Spawn(Part):
     """An expert that was spawned.
 
     Args:
@@ -248,15 +223,14 @@ class Spawn:
     expert: str = "?"
     step: Count | None = None
     domain: str | None = None
-    similarity: _Shares = field(default_factory=dict)
+    similarity: _Shares = {}
     score: Number | None = None
     threshold: Number | None = None
     batches: Count | None = None
     samples: Count | None = None
 
 
-@_part
-class ExpertEvent:
+class ExpertEvent(Part):
     """What happened to an expert, and why.
 
     Args:
@@ -270,13 +244,12 @@ class ExpertEvent:
     gone: str | None = None
 
 
-@_part
-class Course:
+class Course(Part):
     """A number of each expert over the steps; None before it exists and where it is not known."""
 
     steps: Annotated[tuple[Count, ...], Field(max_length=_MOST_EVENTS)] = ()
-    gates: _Rows = field(default_factory=dict)
-    ranks: _Rows = field(default_factory=dict)
+    gates: _Rows = {}
+    ranks: _Rows = {}
 
     @property
     def values(self) -> Mapping[str, Sequence[float | None]]:
@@ -284,15 +257,13 @@ class Course:
         return self.gates or self.ranks
 
 
-@_part
-class _Parameters:
+class _Parameters(Part):
     base: Count | None = None
     trainable: Count | None = None
     share: Number | None = None
 
 
-@_part
-class _Routing:
+class _Routing(Part):
     top_k: Count | None = None
     temperature: Number | None = None
 
@@ -316,8 +287,7 @@ class ExpertRow:
 _MOST_OF_THEM = Field(max_length=_MOST_EVENTS)
 
 
-@_part
-class ExpertsRecord:
+class ExpertsRecord(Part):
     """A run's LoRA experts.
 
     Args:
@@ -334,15 +304,16 @@ class ExpertsRecord:
     names: Annotated[tuple[str, ...], Field(max_length=_MOST)] = ()
     spawned: Annotated[tuple[Spawn, ...], _MOST_OF_THEM] = ()
     events: Annotated[tuple[ExpertEvent, ...], _MOST_OF_THEM] = ()
-    usage: Annotated[dict[str, _Shares], Field(max_length=_MOST)] = field(default_factory=dict)
-    usage_over_time: Course = field(default_factory=Course)
-    ranks: dict[str, Count] = field(default_factory=dict)
-    ranks_over_time: Course = field(default_factory=Course)
-    parameters: _Parameters = field(default_factory=_Parameters)
-    batches: dict[str, Count] = field(default_factory=dict)
-    routing: _Routing = field(default_factory=_Routing)
+    usage: Annotated[dict[str, _Shares], Field(max_length=_MOST)] = {}
+    usage_over_time: Course = Course()
+    ranks: dict[str, Count] = {}
+    ranks_over_time: Course = Course()
+    parameters: _Parameters = _Parameters()
+    batches: dict[str, Count] = {}
+    routing: _Routing = _Routing()
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
         courses = (
             ("usage_over_time", self.usage_over_time),
             ("ranks_over_time", self.ranks_over_time),
@@ -353,45 +324,13 @@ class ExpertsRecord:
             if any(len(each) != len(course.steps) for each in course.values.values()):
                 number = len(course.steps)
                 raise ValueError(f"{name} has not one number for each of its {number} steps")
+        return self
 
-    @classmethod
-    def of(cls, summary: Mapping[str, Any]) -> "ExpertsRecord | None":
-        """Return what a summary says of LoRA experts; None of a run that has none."""
-        found = summary.get("experts")
-        if not found:
-            return None
-        what = "it is no summary of a run: experts"
-        read = validated(_without_nulls(found), cls, what=what)
-        names = read.names or tuple(dict.fromkeys(chain(*read.usage.values(), read.ranks)))
-        number = len(names) - (BASE in names) if read.number is None else read.number
-        return replace(read, names=names, number=number)
-
-    @property
-    def gates(self) -> Course:
-        return self.usage_over_time
-
-    @property
-    def base(self) -> int | None:
-        """Parameters of the frozen base."""
-        return self.parameters.base
-
-    @property
-    def trainable(self) -> int | None:
-        """Parameters of the adapters and the router."""
-        return self.parameters.trainable
-
-    @property
-    def share(self) -> float | None:
-        """Share of the trainable parameters among all."""
-        return self.parameters.share
-
-    @property
-    def top_k(self) -> int | None:
-        return self.routing.top_k
-
-    @property
-    def temperature(self) -> float | None:
-        return self.routing.temperature
+    def completed(self) -> Self:
+        """Return the record with the names and their number, which some versions left out."""
+        names = self.names or tuple(dict.fromkeys(chain(*self.usage.values(), self.ranks)))
+        number = len(names) - (BASE in names) if self.number is None else self.number
+        return self.model_copy(update={"names": names, "number": number})
 
     @property
     def rows(self) -> tuple[ExpertRow, ...]:
@@ -442,91 +381,294 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
+# Tasks in a row
+
+_Transfer = dict[str, Number | None]
+_Row = Annotated[list[Number | None], Field(max_length=_MOST)]
+_Names = Annotated[list[str], Field(min_length=1, max_length=_MOST)]
+
+
+class Matrix(Part):
+    """Every domain after every task.
+
+    Args:
+        rows: what the rows are called: the model before the first task, and after each.
+        loss_per_byte: row by row, of the domains in their order.
+        trained: row by row, the domains of the task.
+        accuracy: domain → its part of right answers, row by row.
+        own: domain → the row after the task in which it was learned first.
+    """
+
+    rows: _Names
+    domains: _Names
+    loss_per_byte: list[_Row]
+    trained: list[list[str]] = []
+    accuracy: dict[str, _Row] = {}
+    own: dict[str, Count] = {}
+    backward_transfer: _Transfer = {}
+    forward_transfer: _Transfer = {}
+    mean_backward_transfer: Number | None = None
+    mean_forward_transfer: Number | None = None
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        number, domains, losses = len(self.rows), self.domains, self.loss_per_byte
+        if len(losses) != number or any(len(row) != len(domains) for row in losses):
+            raise ValueError(f"loss_per_byte is not of {number} rows and {len(domains)} domains")
+        if len(set(domains)) < len(domains):
+            raise ValueError("a domain stands in it twice")
+        if any(len(row) != number for row in self.accuracy.values()):
+            raise ValueError(f"an accuracy is not of {number} rows")
+        if "trained" in self.model_fields_set and len(self.trained) != number:
+            raise ValueError(f"trained is not of {number} rows")
+        if any(row >= number for row in self.own.values()):
+            raise ValueError(f"a domain's own row is none of {number}")
+        return self
+
+
+# Mixtures of experts
+
+_OfOne = Annotated[float, Field(ge=0, le=1)]
+
+
+class MoeRecord(Part):
+    """Where the tokens of each domain go.
+
+    Args:
+        usage: domain → layer by layer, each expert's part of the assignments.
+        new: experts that were appended.
+        router_steps: of the router stage.
+        is_open: stock classes compute the same function.
+        selection_bias: domain → loss `with` and `without` it.
+    """
+
+    number: Annotated[int, Field(ge=1, le=_MOST_EVENTS)]
+    experts_per_token: Count
+    usage: dict[str, Annotated[list[list[_OfOne]], Field(min_length=1)]]
+    layers: list[Count] = []
+    new: list[Count] = []
+    router_steps: Count | None = None
+    is_open: bool | None = None
+    selection_bias: dict[str, dict[Literal["with", "without"], Number | None]] = {}
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        rows = (row for layers in self.usage.values() for row in layers)
+        if any(len(row) != self.number for row in rows):
+            raise ValueError(f"usage is not of {self.number} experts")
+        if any(expert >= self.number for expert in self.new):
+            raise ValueError(f"a new expert is none of {self.number}")
+        return self
+
+
 # The summary
 
-_Costs = dict[str, Number | None]
+_Costs = Mapping[str, Number | None]
+Status = Literal["kept", "rolled_back", "undecided", "ungated"]
 
 
-class _Score(TypedDict, total=False):
-    loss: Number | None
-    loss_per_byte: Number | None
-    standard_error: Number | None
-    accuracy: Number | None
-    accuracy_standard_error: Number | None
+class Score(Part):
+    """A domain's loss in nats per token and per byte, the part of right answers, or both.
 
-
-_Scores = dict[str, _Score]
-
-
-class _Check(TypedDict, total=False):
-    check: Required[str]
-    verdict: Required[str]
-    subject: str
-    detail: str
-    value: Number | None
-    bound: Number | None
-    interval: tuple[Number | None, Number | None] | None
-
-
-class _Task(TypedDict):
-    domains: list[str]
-    final: _Scores
-    steps: Count
-
-
-class _Trained(TypedDict, total=False):
-    final: Required[_Scores]
-    status: str
-    expansion: list[str]
-    overrides: list[str]
-    expanded: _Scores | None
-    baseline: _Scores
-    gate: list[_Check]
-    steps: Count
-    tasks: list[_Task]
-    flops: Number | _Costs
-    seconds: Number | _Costs
-
-
-class _Sample(TypedDict, total=False):
-    domain: str
-    prompt: str
-    before: str
-    after: str
-
-
-class _Domains(TypedDict, total=False):
-    old: list[str]
-    new: list[str]
-
-
-class _Summary(TypedDict, total=False):
-    status: Required[Literal["kept", "rolled_back", "undecided", "ungated"]]
-    domains: Required[_Domains]
-    baseline: Required[_Scores]
-    attempts: Required[list[_Trained]]
-    expansion: list[str]
-    forgetting: list[str]
-    seed: int
-    expanded: _Scores | None
-    control: _Trained
-    rounds: list[_Trained]
-    tasks: list[_Task]
-    flops: _Costs
-    seconds: _Costs
-    parameters: dict[str, Count]
-    samples: list[_Sample]
-    notes: list[str]
-    growth: GrowthRecord | None
-    experts: ExpertsRecord | None
-    matrix: MatrixSummary | None
-
-
-def check_summary(summary: Mapping[str, Any]) -> None:
-    """Refuse what is no summary of a run; it may have more than is read here, and less.
-
-    Raises:
-        TritterError: says where, and what is wrong.
+    None where not known, or of the other kind.
     """
-    plain = {**summary, "experts": _without_nulls(summary.get("experts"))}
-    validated(plain, _Summary, what="it is no summary of a run")
+
+    loss: Number | None = None
+    loss_per_byte: Number | None = None
+    standard_error: Number | None = None
+    accuracy: Number | None = None
+    accuracy_standard_error: Number | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The loss, or of right answers their part."""
+        return self.loss if self.accuracy is None else self.accuracy
+
+
+Scores = dict[str, Score]
+
+
+class Check(Part):
+    """One question of the gate, and its answer."""
+
+    check: str
+    verdict: str
+    subject: str = ""
+    detail: str = ""
+    value: Number | None = None
+    bound: Number | None = None
+    interval: tuple[Number | None, Number | None] | None = None
+    confidence: Number | None = None
+    n: Count | None = None
+    documents_needed: Count | None = None
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """The interval; None where a side is not known."""
+        return self.interval or (None, None)
+
+
+class Packing(Part):
+    """How a task's documents were packed: tokens (`8-15`) → documents with so many."""
+
+    packed_sequence_length_histogram: dict[str, Count] = {}
+
+
+class TaskRecord(Part):
+    """One task of a training in a row of tasks, and the scores after it."""
+
+    domains: list[str]
+    final: Scores
+    steps: Count
+    ended_early: str | None = None
+    refused_steps: Count = 0
+    update_norms: dict[str, Any] = {}
+    flops: Number | None = None
+    seconds: Number | None = None
+    packing: Packing = Packing()
+
+
+class Jump(Part):
+    """How far an expansion moved the logits."""
+
+    max_absolute: Number | None = None
+    relative_to_std: Number | None = None
+
+
+class Attempt(Part):
+    """An attempt, a round or the control: how it was trained, scored and judged.
+
+    Args:
+        overrides: what set it apart from the first attempt.
+        baseline: of a round that follows another: what it started from.
+    """
+
+    final: Scores
+    status: str | None = None
+    expansion: list[str] = []
+    forgetting: list[str] = []
+    overrides: list[str] = []
+    expanded: Scores | None = None
+    baseline: Scores = {}
+    gate: list[Check] = []
+    jump: Jump | None = None
+    steps: Count = 0
+    ended_early: str | None = None
+    refused_steps: Count = 0
+    update_norms: dict[str, Any] = {}
+    parameters: Count | None = None
+    notes: list[str] = []
+    tasks: list[TaskRecord] = []
+    matrix: Matrix | None = None
+    flops: Number | _Costs | None = None
+    seconds: Number | _Costs | None = None
+
+
+class Sample(Part):
+    """A prompt, and how the models before and after continue it."""
+
+    domain: str = ""
+    prompt: str = ""
+    before: str = ""
+    after: str = ""
+
+
+class Domains(Part):
+    """Names of the old and the new domains."""
+
+    old: list[str] = []
+    new: list[str] = []
+
+
+class Target(Part):
+    """How far a run that grows to a size has come."""
+
+    target_params: Count
+    planned: list[Count]
+    reaches_target: bool
+
+
+class Summary(Part):
+    """The content of summary.json; the last round or attempt is repeated at its top.
+
+    Args:
+        final: of what was kept; each attempt has its own.
+        data: domain → counts of its documents.
+        disk: kind → bytes in the run folder.
+        lineage: of the checkpoint.
+    """
+
+    format_version: int = 1
+    status: Status
+    domains: Domains
+    baseline: Scores
+    attempts: list[Attempt]
+    data: dict[str, Any] = {}
+    expansion: list[str] = []
+    forgetting: list[str] = []
+    seed: int | None = None
+    expanded: Scores | None = None
+    final: Scores = {}
+    gate: list[Check] = []
+    control: Attempt | None = None
+    rounds: list[Attempt] = []
+    target: Target | None = None
+    tasks: list[TaskRecord] = []
+    matrix: Matrix | None = None
+    jump: Jump | None = None
+    flops: _Costs = {}
+    seconds: _Costs = {}
+    parameters: dict[str, Count] = {}
+    parameters_on_disk: dict[str, Count] = {}
+    disk: dict[str, dict[str, Count]] = {}
+    checkpoint: str = ""
+    lineage: Any = None
+    samples: list[Sample] = []
+    notes: list[str] = []
+    moe: MoeRecord | None = None
+    growth: GrowthRecord | None = None
+    experts: ExpertsRecord | None = None
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Self:
+        """Return the summary that plain values are.
+
+        Raises:
+            TritterError: they are none; says where, and what is wrong.
+        """
+        experts = _without_nulls(plain.get("experts"))
+        held = {**plain, "experts": None if experts == {} else experts}
+        read = validated(held, cls, what="it is no summary of a run")
+        if read.experts is None:
+            return read
+        return read.model_copy(update={"experts": read.experts.completed()})
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return the summary in a file.
+
+        Raises:
+            TritterError: it cannot be read, or is none.
+        """
+        return cls.of(read_object(path))
+
+    def text(self) -> str:
+        """Return the file's text."""
+        return json.dumps(self.plain(), indent=1) + "\n"
+
+    @property
+    def last_attempt(self) -> Attempt:
+        """The last attempt, also when it was rolled back afterwards."""
+        if self.attempts:
+            return self.attempts[-1]
+        return Attempt.model_construct(final=self.final, gate=self.gate, expansion=self.expansion)
+
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """Steps at which the run went on to its next task."""
+        return ends_of(self.tasks)
+
+
+def ends_of(parts: Sequence[Attempt | TaskRecord]) -> tuple[int, ...]:
+    """Return the steps at which parts of a training end, but for the last."""
+    return tuple(accumulate(part.steps for part in parts))[:-1]

@@ -7,8 +7,7 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from tritter.report.rows import ACCURACY
-from tritter.report.wording import Signs
+from tritter.report.wording import ACCURACY, Signs
 
 STYLES = {
     "passed": "green",

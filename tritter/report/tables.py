@@ -1,9 +1,8 @@
 """The table at the end of a run, from summary.json alone."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -12,19 +11,10 @@ from tritter.report.experts import experts_table, experts_text, usage_table
 from tritter.report.growth import growth_table, growth_text
 from tritter.report.matrix import transfer_table
 from tritter.report.moe import bias_text, expert_table
-from tritter.report.rows import DomainRow, checks, domain_rows, last_attempt, score_of
-from tritter.report.summary import ExpertsRecord, GrowthRecord
+from tritter.report.rows import DomainRow, change_text, domain_rows, score_of, score_text
+from tritter.report.summary import Attempt, Check, Jump, Sample, Summary, Target
 from tritter.report.table import STYLES, Table, label
-from tritter.report.wording import (
-    MISSING,
-    Signs,
-    change_text,
-    count_text,
-    score_text,
-    seconds_text,
-    si_text,
-    stages,
-)
+from tritter.report.wording import MISSING, Signs, count_text, seconds_text, si_text, stages
 from tritter.terminal import Console
 
 _FEW_TASKS = 3  # whose domains stand above the columns; those of more below the table
@@ -47,13 +37,10 @@ class SummaryLine:
     style: str = ""
 
 
-def print_summary(
-    summary: Mapping[str, Any], *, console: Console, folder: Path | None = None
-) -> None:
+def print_summary(summary: Summary, *, console: Console, folder: Path | None = None) -> None:
     """Print a finished run: its verdict, the losses per domain, what it cost, and a sample.
 
     Args:
-        summary: the contents of summary.json.
         folder: the run folder; with it the checkpoint is named by a path that can be copied.
     """
     signs = Signs.for_encoding(console.encoding)
@@ -62,37 +49,37 @@ def print_summary(
         console.print(table.to_rich(signs))
     console.print()
     console.print(_grid(summary_lines(summary, signs=signs)))
-    if checkpoint := summary.get("checkpoint"):
+    if checkpoint := summary.checkpoint:
         path = str(checkpoint if folder is None else folder / checkpoint)
         # Never broken into lines: a person copies it.
         console.print(Text(f"{'checkpoint':<12}{signs.printable(path)}"), soft_wrap=True)
-    for sample in summary.get("samples") or []:
+    for sample in summary.samples:
         console.print()
         console.print(_grid(_sample_lines(sample, signs=signs)))
 
 
-def _tables(summary: Mapping[str, Any]) -> Iterator[Table]:
+def _tables(summary: Summary) -> Iterator[Table]:
     """Yield the tables of a run."""
     yield result_table(summary, domain_rows(summary))
-    if len(summary.get("tasks") or []) > 1:
+    if len(summary.tasks) > 1:
         yield task_table(summary)
-    if matrix := summary.get("matrix"):
-        yield transfer_table(matrix)
-    if experts := summary.get("moe"):
-        yield expert_table(experts)
-    if (growth := GrowthRecord.of(summary)) is not None and growth.events:
+    if summary.matrix is not None:
+        yield transfer_table(summary.matrix)
+    if summary.moe is not None:
+        yield expert_table(summary.moe)
+    if (growth := summary.growth) is not None and growth.events:
         yield growth_table(growth)
-    if (added := ExpertsRecord.of(summary)) is not None:
+    if (added := summary.experts) is not None:
         yield experts_table(added)
         if added.usage and len(added.names) > 1:
             yield usage_table(added)
     yield stage_table(summary)
 
 
-def result_table(summary: Mapping[str, Any], rows: Sequence[DomainRow]) -> Table:
+def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
     """Return one row per domain: nats per token at each stage, change per byte, verdict."""
     # Without an expansion it repeats `before`, and would break the lines of a narrow terminal
-    has_grown = bool(last_attempt(summary).get("expansion"))
+    has_grown = bool(summary.last_attempt.expansion)
     scored = ("before", "expanded", "trained") if has_grown else ("before", "trained")
     header = ("domain", "role", *scored, "change", "verdict")
     cells = [
@@ -119,16 +106,16 @@ def result_table(summary: Mapping[str, Any], rows: Sequence[DomainRow]) -> Table
     )
 
 
-def task_table(summary: Mapping[str, Any]) -> Table:
+def task_table(summary: Summary) -> Table:
     """Return one row per domain: nats per token before, and after each task in its turn."""
-    attempt = last_attempt(summary)
-    columns = [("before", summary["baseline"])]
-    if attempt.get("expansion") and attempt.get("expanded"):
-        columns.append(("expanded", attempt["expanded"]))
-    named = [f"{n}: {' '.join(task['domains'])}" for n, task in enumerate(summary["tasks"], 1)]
+    attempt = summary.last_attempt
+    columns = [("before", summary.baseline)]
+    if attempt.expansion and attempt.expanded:
+        columns.append(("expanded", attempt.expanded))
+    named = [f"{n}: {' '.join(task.domains)}" for n, task in enumerate(summary.tasks, 1)]
     are_few = len(named) <= _FEW_TASKS
-    for number, (name, task) in enumerate(zip(named, summary["tasks"], strict=True), start=1):
-        columns.append((name if are_few else str(number), task["final"]))
+    for number, (name, task) in enumerate(zip(named, summary.tasks, strict=True), start=1):
+        columns.append((name if are_few else str(number), task.final))
     rows = tuple(
         (label(row.domain), *(score_text(score_of(scores, row.domain)) for _, scores in columns))
         for row in domain_rows(summary)
@@ -144,9 +131,9 @@ def task_table(summary: Mapping[str, Any]) -> Table:
     )
 
 
-def stage_table(summary: Mapping[str, Any]) -> Table:
+def stage_table(summary: Summary) -> Table:
     """Return seconds and FLOPs of each stage."""
-    seconds, flops = summary.get("seconds") or {}, summary.get("flops") or {}
+    seconds, flops = summary.seconds, summary.flops
     names = stages(seconds, flops)
     rows = tuple(
         (name, seconds_text(seconds.get(name)), si_text(flops.get(name, 0.0))) for name in names
@@ -155,110 +142,103 @@ def stage_table(summary: Mapping[str, Any]) -> Table:
     return Table(("stage", "seconds", "FLOPs"), rows, (1, 2), title="Cost", rules=rules)
 
 
-def summary_lines(summary: Mapping[str, Any], *, signs: Signs) -> list[SummaryLine]:
+def summary_lines(summary: Summary, *, signs: Signs) -> list[SummaryLine]:
     """Return what stands below the tables: status and reasons, jump, parameters."""
-    attempt = last_attempt(summary)
-    status = str(summary["status"])
-    words = _STATUS_WORDS.get(status, status)
-    if status == "rolled_back" and len(summary.get("rounds") or []) > 1:
+    attempt, status = summary.last_attempt, summary.status
+    words = _STATUS_WORDS[status]
+    if status == "rolled_back" and len(summary.rounds) > 1:
         words = "rolled back: the checkpoint is that of the round before"
     lines = [SummaryLine("status", words, style=STYLES.get(status, ""))]
-    if rounds := summary.get("rounds"):
-        lines.append(SummaryLine("rounds", _rounds_text(summary, rounds)))
-    lines += _attempt_lines(summary.get("attempts") or [], signs=signs)
-    lines += [_reason(check, signs=signs) for check in checks(attempt) if _needs_words(check)]
-    if (jump := _jump_text(summary)) is not None:
+    if summary.target is not None:
+        lines.append(SummaryLine("rounds", _rounds_text(summary.rounds, summary.target)))
+    lines += _attempt_lines(summary.attempts, signs=signs)
+    lines += [_reason(check, signs=signs) for check in attempt.gate if _needs_words(check)]
+    if (jump := _jump_text(summary.jump)) is not None:
         lines.append(SummaryLine("jump", jump))
     lines.append(SummaryLine("parameters", _parameters_text(summary, signs=signs)))
-    if (growth := GrowthRecord.of(summary)) is not None:
+    if (growth := summary.growth) is not None:
         lines.append(SummaryLine("growth", growth_text(growth, signs=signs)))
-    if (added := ExpertsRecord.of(summary)) is not None:
+    if (added := summary.experts) is not None:
         lines.append(SummaryLine("experts", signs.printable(experts_text(added))))
-    if (text := bias_text(summary.get("moe") or {})) is not None:
+    if summary.moe is not None and (text := bias_text(summary.moe)) is not None:
         lines.append(SummaryLine("bias", text))
     return lines
 
 
-def _attempt_lines(attempts: Sequence[Mapping[str, Any]], *, signs: Signs) -> list[SummaryLine]:
+def _attempt_lines(attempts: Sequence[Attempt], *, signs: Signs) -> list[SummaryLine]:
     """Return a line per attempt, where there are several: what it was, and how it ended."""
     if len(attempts) < 2:
         return []
     lines = [SummaryLine("attempts", f"{len(attempts)}; the table shows the last")]
     for number, attempt in enumerate(attempts, start=1):
-        status = str(attempt.get("status"))
-        did = " ".join(attempt.get("overrides") or ["as asked for"])
+        status = str(attempt.status)
+        did = " ".join(attempt.overrides or ["as asked for"])
         changes = ", ".join(
-            f"{check['subject']} {check['value']:+.1%}"
-            for check in checks(attempt)
-            if check["check"] in ("retention", "new_capability") and check.get("value") is not None
+            f"{check.subject} {check.value:+.1%}"
+            for check in attempt.gate
+            if check.check in ("retention", "new_capability") and check.value is not None
         )
         text = f"{number}: {did}: {changes}; {status.replace('_', ' ')}"
         lines.append(SummaryLine("", signs.printable(text), style=STYLES.get(status, "")))
     return lines
 
 
-def _rounds_text(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
-    target = summary["target"]
+def _rounds_text(rounds: Sequence[Attempt], target: Target) -> str:
     done = ", ".join(
-        f"{count_text(record['parameters'])} {record['status'].replace('_', ' ')}"
-        for record in rounds
+        f"{count_text(each.parameters)} {str(each.status).replace('_', ' ')}" for each in rounds
     )
-    reached = "reached" if target["reaches_target"] else "not reached"
+    reached = "reached" if target.reaches_target else "not reached"
     return (
-        f"{len(rounds)} of {len(target['planned'])} planned: {done}; target "
-        f"{count_text(target['target_params'])} {reached}. The table shows the last"
+        f"{len(rounds)} of {len(target.planned)} planned: {done}; target "
+        f"{count_text(target.target_params)} {reached}. The table shows the last"
     )
 
 
-def _caption(summary: Mapping[str, Any]) -> str:
-    confidence = next(
-        (check["confidence"] for check in checks(last_attempt(summary)) if check.get("confidence")),
-        None,
-    )
+def _caption(summary: Summary) -> str:
+    gate = summary.last_attempt.gate
+    confidence = next((check.confidence for check in gate if check.confidence), None)
     lines = ["change: before to trained"]
     if confidence is not None:
         lines[0] += f", paired, with one-sided {confidence:.0%} bounds"
-    if summary.get("control"):
+    if summary.control is not None:
         lines.append("control: trained alike, not grown")
     return "\n".join(lines)
 
 
-def _needs_words(check: Mapping[str, Any]) -> bool:
-    is_broken_off = check["check"] == "training" and bool(check.get("value"))
-    return check["verdict"] in ("failed", "undecided") or (
-        check["verdict"] == "reported" and is_broken_off
+def _needs_words(check: Check) -> bool:
+    is_broken_off = check.check == "training" and bool(check.value)
+    return check.verdict in ("failed", "undecided") or (
+        check.verdict == "reported" and is_broken_off
     )
 
 
-def _reason(check: Mapping[str, Any], *, signs: Signs) -> SummaryLine:
-    what = f"{check['check']} of {check.get('subject')}: {check.get('detail')}"
-    verdict = str(check["verdict"])
-    return SummaryLine(verdict, signs.printable(what), style=STYLES[verdict])
+def _reason(check: Check, *, signs: Signs) -> SummaryLine:
+    what = signs.printable(f"{check.check} of {check.subject}: {check.detail}")
+    return SummaryLine(check.verdict, what, style=STYLES[check.verdict])
 
 
-def _jump_text(summary: Mapping[str, Any]) -> str | None:
-    jump = summary.get("jump")
-    if not jump or jump.get("max_absolute") is None or jump.get("relative_to_std") is None:
+def _jump_text(jump: Jump | None) -> str | None:
+    if jump is None or jump.max_absolute is None or jump.relative_to_std is None:
         return None
     return (
-        f"logits moved by up to {jump['max_absolute']:.1e} when expanded, "
-        f"{jump['relative_to_std']:.1e} of their deviation"
+        f"logits moved by up to {jump.max_absolute:.1e} when expanded, "
+        f"{jump.relative_to_std:.1e} of their deviation"
     )
 
 
-def _parameters_text(summary: Mapping[str, Any], *, signs: Signs) -> str:
-    parameters = summary.get("parameters") or {}
-    before, after = parameters.get("baseline"), parameters.get("final")
-    if (experts := ExpertsRecord.of(summary)) is not None:  # beside a base that stays as it is
-        return f"{count_text(before)} + {count_text(experts.trainable)} experts"
+def _parameters_text(summary: Summary, *, signs: Signs) -> str:
+    before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
+    if summary.experts is not None:  # beside a base that stays as it is
+        return f"{count_text(before)} + {count_text(summary.experts.parameters.trainable)} experts"
     text = f"{count_text(before)} {signs.arrow} {count_text(after)}"
     return f"{text} ({after / before:.2f} times)" if before and after else text
 
 
-def _sample_lines(sample: Mapping[str, Any], *, signs: Signs) -> list[SummaryLine]:
+def _sample_lines(sample: Sample, *, signs: Signs) -> list[SummaryLine]:
     lines = []
-    for name in ("prompt", "before", "after"):
-        words = " ".join(str(sample.get(name) or "").split())
+    said = {"prompt": sample.prompt, "before": sample.before, "after": sample.after}
+    for name, words in said.items():
+        words = " ".join(words.split())
         text = signs.shortened(words, _SAMPLE_CHARACTERS)
         lines.append(SummaryLine(name, text or MISSING))
     return lines

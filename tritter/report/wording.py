@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tritter.report.rows import Score, ScoreChange
-
+ACCURACY = "/accuracy"  # behind the name of a domain or task, where its right answers are meant
 MISSING = "-"
-UNKNOWN = "?"
 _PREFIXES = "kMGTPE"
 
 
@@ -35,28 +33,6 @@ class Signs:
         return text if len(text) <= num_characters else text[: num_characters - 2] + ".."
 
 
-def score_text(score: Score | None) -> str:
-    """Return nats per token with three decimals, or right answers in per cent."""
-    if score is not None and score.accuracy is not None:
-        return f"{score.accuracy:.1%}"
-    return MISSING if score is None or score.loss is None else f"{score.loss:.3f}"
-
-
-def change_text(change: ScoreChange) -> str:
-    """Return a change in per cent with its bounds, or in points."""
-    if change.value is None:
-        return MISSING
-    if change.in_points:
-        return f"{100 * change.value:+.1f} points"
-    value, lower, upper = map(_percent, (change.value, change.lower, change.upper))
-    has_bounds = change.lower is not None or change.upper is not None
-    return f"{value} [{lower}, {upper}]" if has_bounds else value
-
-
-def _percent(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{100 * value:+.2f}"
-
-
 def count_text(value: float | None) -> str:
     """Return how many parameters, tokens or steps, with three digits: 1.23 M, 7.24 B."""
     return si_text(value).replace(" G", " B")
@@ -79,7 +55,7 @@ def seconds_text(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1f}"
 
 
-def stages(*totals: Mapping[str, float]) -> tuple[str, ...]:
+def stages(*totals: Mapping[str, float | None]) -> tuple[str, ...]:
     """Return the stages named in any of the mappings, in order of first appearance, total last."""
     names = dict.fromkeys(name for total in totals for name in total)
     return (*(name for name in names if name != "total"), *(["total"] if "total" in names else []))

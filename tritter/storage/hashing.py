@@ -103,6 +103,12 @@ def _no_check() -> None:
     """Find nothing wrong."""
 
 
+def _known(digest: str) -> Future[str]:
+    found: Future[str] = Future()
+    found.set_result(digest)
+    return found
+
+
 class DigestQueue:
     """Digests of tensors, computed in a worker thread while its callers go on.
 
@@ -116,6 +122,14 @@ class DigestQueue:
         self._room = BoundedSemaphore(_MAX_WAITING)
         self._are_added, self._is_over = Event(), Event()
         self._check = _no_check
+
+    @classmethod
+    def of(cls, digests: Mapping[str, str]) -> DigestQueue:
+        """Return a queue of known digests: tensors of these names are not hashed."""
+        queue = cls()
+        for name, digest in digests.items():
+            queue._digests[name] = _known(digest)
+        return queue
 
     def begin(self, tensors: Iterable[RawTensor], *, check: Callable[[], None] = _no_check) -> None:
         """Hash tensors, one after the other, until the first is added or the queue is closed.
@@ -164,9 +178,7 @@ class DigestQueue:
                 if self._is_over.is_set():
                     return
                 digest.update(tensor.held[begin : begin + _PIECE_BYTES])
-            found: Future[str] = Future()
-            found.set_result(digest.hexdigest())
-            self._digests.setdefault(tensor.name, found)
+            self._digests.setdefault(tensor.name, _known(digest.hexdigest()))
             if self._are_added.is_set():
                 return
 

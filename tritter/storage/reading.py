@@ -1,15 +1,17 @@
-"""Files that somebody else may have written, read without trust: regular files of bounded size.
+"""The door for files and folders that somebody else may have written: all are opened here.
 
 A checkpoint folder comes from anywhere. A pipe in it would never end, a device may do anything, a
-link to the zero device or a file that was blown up would fill memory. So whatever is read whole
-goes through here, and a file that a library opens by itself is looked at here first.
+link to the zero device or a file that was blown up would fill memory. A link could name any file of
+this machine, and what is read is copied into results. So files are opened here, regular ones of
+bounded size and depth; a file that a library opens by itself is checked here first; and links may
+not lead out of their folder. Code behind this door trusts what it gets.
 """
 
 import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -122,32 +124,12 @@ def read_text(path: Path, *, limit_bytes: int | None = None) -> str:
         raise TritterError(f"{path} cannot be read: it is not UTF-8 text.") from error
 
 
-def read_json(path: Path, *, limit_bytes: int | None = None) -> Any:
-    """Return what a small JSON file holds.
-
-    Raises:
-        TritterError: as `read_text`; it is no JSON, is nested too deeply, or holds numbers or text
-            that nothing after this could handle.
-    """
-    return _parsed(read_text(path, limit_bytes=limit_bytes), path)
-
-
-def _parsed(text: str, path: Path) -> Any:
-    try:
-        content = json.loads(text)
-        _check_values(content)
-    except RecursionError as error:
-        raise TritterError(f"{path} cannot be read: it is nested too deeply.") from error
-    except ValueError as error:
-        raise TritterError(f"{path} cannot be read: {_reason(error)}.") from error
-    return content
-
-
 def read_object(path: Path, *, limit_bytes: int | None = None) -> dict[str, Any]:
     """Return the JSON object that a small file holds.
 
     Raises:
-        TritterError: as `read_json`, or it is another kind of value.
+        TritterError: as `read_text`; it is no JSON object, is nested too deeply, or holds numbers
+            or text that nothing after this could handle.
     """
     return parse_object(read_text(path, limit_bytes=limit_bytes), path=path)
 
@@ -158,7 +140,13 @@ def parse_object(text: str, *, path: Path) -> dict[str, Any]:
     Raises:
         TritterError: as `read_object`.
     """
-    content = _parsed(text, path)
+    try:
+        content = json.loads(text)
+        _check_values(content)
+    except RecursionError as error:
+        raise TritterError(f"{path} cannot be read: it is nested too deeply.") from error
+    except ValueError as error:
+        raise TritterError(f"{path} cannot be read: {_reason(error)}.") from error
     if not isinstance(content, dict):
         raise TritterError(f"{path} cannot be read: it holds no JSON object.")
     return content
@@ -244,3 +232,88 @@ def _why_not(name: object) -> str | None:
     if max(sizes, default=0) > _MAX_NAME_BYTES or sum(sizes) + len(sizes) > _MAX_PATH_BYTES:
         return f"a name has at most {_MAX_NAME_BYTES} bytes, a path at most {_MAX_PATH_BYTES}"
     return None
+
+
+# Links within a folder
+
+# Folders inside a checkpoint in which something is read, by us or by transformers.
+_INNER_FOLDERS = ("state", "experts", "additional_chat_templates")
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a checkpoint folder with a link that ends outside; reads no file.
+
+    The folder itself may be a link. In a snapshot of the hub's cache, links may end among the
+    blobs that belong to it, as all of its files do.
+
+    Raises:
+        TritterError: names the link and where it ends.
+    """
+    for path in _entries(folder):
+        if path.is_symlink():
+            check_inside(folder, str(path.relative_to(folder)))
+
+
+def check_tree(folder: Path, *, passed_over: Container[str] = ()) -> None:
+    """Refuse a folder with a link that leads out of it, or with what is neither file nor folder.
+
+    Looks at names alone: a pipe or a device is not opened.
+
+    Args:
+        passed_over: folders directly in it whose contents belong to somebody else.
+
+    Raises:
+        TritterError: names it.
+    """
+    for above, folders, files in os.walk(folder):
+        if Path(above).parent == folder and Path(above).name in passed_over:
+            folders.clear()
+            continue
+        for path in (Path(above, name) for name in (*folders, *files)):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                check_inside(folder, str(path.relative_to(folder)))
+            elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise TritterError(f"{path} is {kind_of(mode)}, not a file.")
+
+
+def check_inside(folder: Path, name: str) -> None:
+    """Refuse a name, as a record may hold it, that leads out of a checkpoint folder, or nowhere.
+
+    Raises:
+        TritterError: says where it leads.
+    """
+    place, end = os.path.realpath(folder), os.path.realpath(folder / name)
+    if Path(end).is_symlink():  # no end was found
+        raise TritterError(f"{folder}: {name} is a link that leads in a circle.")
+    roots = [place, *_blobs(Path(place))]
+    if not any(end == root or end.startswith(root + os.sep) for root in roots):
+        raise TritterError(
+            f"{folder}: {name} leads out of the folder, to {end}; nothing there is read. Put the "
+            "file itself into the folder."
+        )
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    try:
+        for entry in os.scandir(folder):
+            yield Path(entry.path)
+            if entry.name in _INNER_FOLDERS and entry.is_dir(follow_symlinks=False):
+                for above, folders, files in os.walk(entry.path):
+                    yield from (Path(above, name) for name in (*folders, *files))
+    except OSError:  # no folder, or one that can't be read: whoever reads a file of it says so
+        return
+
+
+def _blobs(place: Path) -> Iterator[str]:
+    """Yield where the files of a snapshot in the hub's cache lie: its own blobs, the shared ones.
+
+    CACHE/models--OWNER--NAME/snapshots/REVISION links to CACHE/models--OWNER--NAME/blobs, whose
+    entries may link to CACHE/blobs. A dataset has `datasets` for `models`.
+    """
+    for snapshots in place.parents:
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith(
+            ("models--", "datasets--")
+        ):
+            yield str(snapshots.parent / "blobs")
+            yield str(snapshots.parent.parent / "blobs")

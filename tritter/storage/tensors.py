@@ -15,8 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from tritter.errors import TritterError
 from tritter.storage.hashing import RawTensor
-from tritter.storage.links import check_links
-from tritter.storage.reading import MAX_HEADER_BYTES, open_file, read_object, require_file
+from tritter.storage.reading import (
+    MAX_HEADER_BYTES,
+    check_links,
+    open_file,
+    read_object,
+    require_file,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +155,19 @@ class TensorFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.headers[name].shape
 
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """All dtypes of its tensors, as torch calls them without "torch."."""
+        return frozenset(header.dtype for header in self.headers.values())
+
+    @property
+    def main_dtype(self) -> str:
+        """The dtype of most values, as torch calls it without "torch."."""
+        counts = Counter[str]()
+        for header in self.headers.values():
+            counts[header.dtype] += prod(header.shape)
+        return counts.most_common(1)[0][0]
+
 
 class TensorReader:
     """Reads many tensors of a folder: the last file stays open, its header was read once."""
@@ -178,14 +196,6 @@ class TensorReader:
         except (SafetensorError, OSError, MemoryError) as error:
             raise TritterError(f"{path} cannot be read ({error}).") from error
         return tensor
-
-
-def main_dtype(folder: Path) -> str:
-    """Return the dtype of most of a folder's values, as torch calls it without "torch."."""
-    tensors, counts = TensorFolder.open(folder), Counter[str]()
-    for name in tensors.files:
-        counts[str(tensors.torch_dtype(name)).removeprefix("torch.")] += prod(tensors.shape(name))
-    return counts.most_common(1)[0][0]
 
 
 def is_computed(name: str) -> bool:

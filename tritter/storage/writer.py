@@ -72,7 +72,8 @@ class Pieces:
         """Make all of it."""
         import torch  # headers are written without it
 
-        return torch.cat([piece.reshape(-1) for piece in self.make()]).view(shape)
+        pieces = [piece.reshape(-1) for piece in self.make()]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,7 @@ from tritter.data.local_files import (
 from tritter.data.records import WrongRecordError, parse
 from tritter.errors import Problem, RequestError, TritterError, brief, nearest, raise_problems
 from tritter.evaluation.benchmarks.formats import Benchmark, Folder, Format, Question, Row
-from tritter.storage.links import check_inside
-from tritter.storage.reading import read_text
+from tritter.storage.reading import check_inside, read_text
 
 MAX_FILE_BYTES = 256 * 2**20  # unpacked
 MAX_QUESTION_CHARACTERS = 2**20
