@@ -20,6 +20,7 @@ from tritter.config.overrides import not_replayed
 from tritter.config.run_folder import fingerprint, read_run
 from tritter.config.schema import REPLAYED_KEYS
 from tritter.config.validation import known_keys
+from tritter.data import options
 from tritter.options import leaves
 from tritter.storage.records import signed_text
 
@@ -353,10 +354,10 @@ def test_sources_are_printed_before_they_are_opened(
     edit(Path("outputs/runs/one"), overrides=[*words, "evaluation.tasks_path=tasks"])
     seen: list[str] = []
     monkeypatch.setattr(plan, "say", lambda text, **_: seen.append(text))
-    place, sources = validation.checkpoint_place, validation.read_sources
+    place, sources = validation.checkpoint_place, options.read_sources
     monkeypatch.setattr(validation, "checkpoint_place", lambda p: seen.append("model") or place(p))
     monkeypatch.setattr(
-        validation, "read_sources", lambda *a, **o: seen.append("data") or sources(*a, **o)
+        options, "read_sources", lambda *a, **o: seen.append("data") or sources(*a, **o)
     )
     assert run("resume=latest").code == 2  # there is no such folder
     assert seen[0].endswith(f"one: {' '.join(words)} evaluation.tasks_path=tasks")

@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 16
 _MOST_STEPS = 4  # named of a layer's events
-_HINTS = {
-    "percentile": "a lower growth.gradient_percentile",
-    "plateau": "a higher growth.plateau_threshold",
-    "schedule": "steps in growth.at that the training reaches",
-    "budget": "a larger budget",
-}
 
 
 def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
@@ -80,8 +74,8 @@ def nothing_grew(growth: GrowthRecord) -> str:
     keys = [_with_steps(growth, key) for key in timed if growth.options.get(key) != 1]
     ways = [f"a shorter {' or '.join(keys)}"] if keys else []
     ways.append("a longer training")
-    if (hint := _HINTS.get(growth.trigger)) is not None:
-        ways.insert(0, hint)
+    if growth.advice:
+        ways.insert(0, growth.advice)
     *others, last = ways
     return f"nothing grew in {number}; try {', '.join(others) + ', or ' if others else ''}{last}"
 

@@ -115,6 +115,7 @@ class GrowthRecord(Part):
 
     Args:
         options: of `growth`, as they were asked for.
+        advice: of its trigger, what to try where nothing grew.
         checks: how often the trigger was asked.
         neurons: of each layer, before and after.
         parameters: of the model that grew, before and after.
@@ -127,6 +128,7 @@ class GrowthRecord(Part):
     born: Count
     neurons: _Neurons
     options: Mapping[str, Any] = {}
+    advice: str = ""
     replaced: Count = 0
     died: Count = 0
     checks: Count = 0
@@ -159,10 +161,6 @@ class GrowthRecord(Part):
         return "+".join(_name(self.options.get(key)) for key in ("trigger", "initialiser"))
 
     @property
-    def trigger(self) -> str:
-        return _name(self.options.get("trigger"))
-
-    @property
     def event_steps(self) -> tuple[int, ...]:
         """Steps after which it grew, each once."""
         return tuple(dict.fromkeys(event.step for event in self.events))
@@ -191,7 +189,7 @@ class GrowthRecord(Part):
 def _name(option: object) -> str:
     """Return what an option is called: by a name of ours, or the class of somebody's own."""
     if isinstance(option, Mapping):
-        option = str(option.get("_target_", "")).rpartition(".")[2]
+        option = option.get("name") or str(option.get("_target_", "")).rpartition(".")[2]
     return str(option or "?")
 
 

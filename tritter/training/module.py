@@ -158,24 +158,20 @@ class BaseModule(LightningModule):
         domains = self.trainer.datamodule.evaluation.domains  # type: ignore[attr-defined]
         # Apple's GPUs have no float64
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self._evaluated = {
-            f"eval/{domain}/{name}": MeanMetric().set_dtype(dtype).to(self.device)
-            for domain in domains
-            for name in ("loss", "accuracy")
-        }
+        self._losses, self._accuracies = (
+            {domain: _mean().set_dtype(dtype).to(self.device) for domain in domains}
+            for _ in range(2)
+        )
 
     def validation_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
         """Add up the loss and the accuracy of a domain's windows, weighted by their tokens."""
-        targets = batch["targets"]  # [B, T]
+        targets, domain = batch["targets"], batch["domain"]  # [B, T]
         logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits  # [B, T, V]
         tokens = (targets != IGNORED).sum()
-        sums = {
-            "loss": nats_per_row(logits, targets).sum(),
-            "accuracy": (logits.argmax(-1) == targets).sum(),
-        }
-        for name, total in sums.items():
-            metric = self._evaluated[f"eval/{batch['domain']}/{name}"]
-            metric.update(total.to(metric.dtype) / tokens, weight=tokens)
+        right = (logits.argmax(-1) == targets).sum()
+        loss, accuracy = self._losses[domain], self._accuracies[domain]
+        loss.update(nats_per_row(logits, targets).sum().to(loss.dtype) / tokens, weight=tokens)
+        accuracy.update(right.to(accuracy.dtype) / tokens, weight=tokens)
 
     def on_validation_epoch_end(self) -> None:
         """Log each domain's mean next-token loss in nats, perplexity and accuracy.
@@ -183,11 +179,11 @@ class BaseModule(LightningModule):
         They are means over the tokens of all processes, which torchmetrics adds up.
         """
         let_go(self.model)
-        for name, metric in self._evaluated.items():
-            value = float(metric.compute())
-            self.log(name, value)
-            if name.endswith("/loss"):
-                self.log(name.removesuffix("loss") + "perplexity", math.exp(min(value, 700)))
+        for domain in self._losses:
+            loss = float(self._losses[domain].compute())
+            self.log(f"eval/{domain}/loss", loss)
+            self.log(f"eval/{domain}/perplexity", math.exp(min(loss, 700)))
+            self.log(f"eval/{domain}/accuracy", float(self._accuracies[domain].compute()))
         self._log_finished_steps()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -245,6 +241,11 @@ class BaseModule(LightningModule):
                 method.observe_gradients(self.model)
             for method in self.methods:
                 method.add_to_gradients(self.model)
+
+
+def _mean() -> MeanMetric:
+    """Return a weighted mean that is NaN where a value is: torchmetrics would leave it out."""
+    return MeanMetric(nan_strategy="disable")
 
 
 def _mean_count(counted: Tensor) -> Tensor:
