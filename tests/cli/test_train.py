@@ -105,7 +105,7 @@ def test_a_checkpoint_is_trained_with_a_method_from_outside(
     result = run(f"{line} forgetting.damp.share=0.25 data.sequence_length=32")
     assert result.code == 0, result.err
     (one,) = configs[0].forgetting
-    assert (one.name, one.plain()) == ("damp", {"share": 0.25})
+    assert (one.name, one.arguments) == ("damp", {"share": 0.25})
     assert run(f"{line} --config-dir nowhere").code == 2
 
 

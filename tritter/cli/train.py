@@ -352,7 +352,7 @@ def _default_output(checkpoint: str) -> Path:
     """Return DIR-continued next to a folder; of a hub id, in the current one."""
     folder = named_path(checkpoint, key="--checkpoint")
     near = folder.resolve() if folder.is_dir() else Path(folder.name)
-    return near.with_name(f"{near.name}-continued")
+    return near.parent / f"{near.name}-continued"
 
 
 def _help(params: Sequence[Any]) -> Iterator[str]:
