@@ -79,7 +79,7 @@ TORCH_ONLY_ROOMS = {"parameter_map", "stock_routers"}  # the standard library an
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
     "(top)": (14, 2_002),
-    "checkpoint": (14, 2_792),
+    "checkpoint": (14, 2_725),
     "cli": (21, 5_858),
     "config": (27, 6_682),
     "data": (19, 6_101),
@@ -97,7 +97,7 @@ RATCHET = {
     "planning": (6, 1_545),
     "report": (15, 3_967),
     "stock_routers": (3, 452),
-    "storage": (10, 2_075),
+    "storage": (10, 2_040),
     "training": (21, 4_004),
 }
 MAX_LONELY_MODULES = 28  # with a single caller, which is in their own room

@@ -18,7 +18,24 @@ def model_card(lineage: Lineage, config: Config, *, experts: Sequence[str] = ())
         experts: adapters that lie in `experts/`.
     """
     lines = _introduction(config, "Made with Tritter; `tritter.json` holds the lineage.")
-    lines += _experts(experts)
+    if experts:
+        names = [_cell(name) for name in experts]
+        listed = ", ".join(f"`{name}`" for name in names)
+        lines += [
+            "The model above is the base alone. `experts/` holds LoRA adapters on it, each as "
+            f"stock PEFT loads it ({listed}); `state/experts.*` says how they are mixed for each "
+            "token.",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            "",
+            f'one = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER/experts/{names[0]}")',
+            "```",
+            "",
+            "All together, mixed: `tritter generate --checkpoint PATH_OF_THIS_FOLDER "
+            "--prompt TEXT`, and `tritter evaluate`.",
+            "",
+        ]
     lines += _history(lineage) + _scores(lineage)
     lines += [f"Model hash `{lineage.model_hash}`", ""]
     return "\n".join(lines)
@@ -44,7 +61,8 @@ def export_card(
     """
     dtype = config["dtype"]
     lines = _introduction(config, f"Exported with Tritter: all tensors in {dtype}.")
-    lines += [line for note in notes for line in (_sentence(note), "")]
+    for note in notes:
+        lines += [" ".join(harmless(note).split()).replace("<", "&lt;"), ""]
     if lineage is not None:
         lines += _history(lineage) + _scores(lineage)
     lines += [
@@ -85,26 +103,6 @@ def _introduction(config: Config, origin: str) -> list[str]:
     ]
 
 
-def _experts(names: Sequence[str]) -> list[str]:
-    if not names:
-        return []
-    listed = ", ".join(f"`{_cell(name)}`" for name in names)
-    return [
-        "The model above is the base alone. `experts/` holds LoRA adapters on it, each as stock "
-        f"PEFT loads it ({listed}); `state/experts.*` says how they are mixed for each token.",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "",
-        f'one = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER/experts/{_cell(names[0])}")',
-        "```",
-        "",
-        "All together, mixed: `tritter generate --checkpoint PATH_OF_THIS_FOLDER --prompt TEXT`, "
-        "and `tritter evaluate`.",
-        "",
-    ]
-
-
 def _history(lineage: Lineage) -> list[str]:
     if not lineage.expansion_history:
         return ["Not expanded: this is the start of its chain.", ""]
@@ -139,11 +137,6 @@ def _scores(lineage: Lineage) -> list[str]:
         else:
             lines.append(f"| {_cell(name)} | {score:.4f} |")
     return [each for table in (lines, answers) if len(table) > num_heads for each in (*table, "")]
-
-
-def _sentence(text: str) -> str:
-    """Return a sentence as text of Markdown."""
-    return " ".join(harmless(text).split()).replace("<", "&lt;")
 
 
 def _cell(name: str) -> str:

@@ -184,7 +184,9 @@ class ExpertFiles:
         if not path.exists():
             if HEAD in (_recorded(folder) if recorded is None else recorded):
                 raise TritterError(f"{path} is missing: the experts in {folder} can't be read.")
-            if found := _without_head(folder):
+            patterns = (*(f"{EXPERTS_FOLDER}/*/{file}" for file in ADAPTER_FILES), TENSORS)
+            unlisted = [path for pattern in patterns for path in folder.glob(pattern)]
+            if found := sorted(str(path.relative_to(folder)) for path in unlisted):
                 raise TritterError(
                     f"{folder} contains {found[0]}, but {HEAD} is missing: its experts can't be "
                     f"read. Restore that file, or remove {TENSORS} and {EXPERTS_FOLDER}/ to use "
@@ -195,7 +197,10 @@ class ExpertFiles:
         places = {name: folder / EXPERTS_FOLDER / name for name in head.adapters}
         for file in _paths(head):
             require_file(folder / file, is_read_whole=not file.startswith(EXPERTS_FOLDER))
-        sizes = {name: _num_parameters(place) for name, place in places.items()}
+        sizes = {}
+        for name, place in places.items():
+            headers = TensorFolder.open_file(place, ADAPTER_FILES[1]).headers.values()
+            sizes[name] = sum(prod(header.shape) for header in headers)
         configs = {name: AdapterConfig.read(place) for name, place in places.items()}
         return cls(folder, head, configs, sizes)
 
@@ -214,11 +219,6 @@ class ExpertFiles:
         return {n: share * sum(each.get(n, 0.0) for each in measured) for n in self.head.names}
 
 
-def _num_parameters(place: Path) -> int:
-    headers = TensorFolder.open_file(place, ADAPTER_FILES[1]).headers.values()
-    return sum(prod(header.shape) for header in headers)
-
-
 def _paths(head: ExpertsHead) -> Iterator[str]:
     """Yield the files of experts, relative to their checkpoint folder."""
     for name in head.adapters:
@@ -230,12 +230,6 @@ def _recorded(folder: Path) -> Collection[str]:
     """Return the files that a folder's lineage names."""
     lineage = read_lineage(folder)
     return () if lineage is None else lineage.file_digests
-
-
-def _without_head(folder: Path) -> list[str]:
-    """Return the files of experts in a checkpoint folder, relative to it, that no head lists."""
-    patterns = (*(f"{EXPERTS_FOLDER}/*/{file}" for file in ADAPTER_FILES), TENSORS)
-    return sorted(str(p.relative_to(folder)) for each in patterns for p in folder.glob(each))
 
 
 def experts_in(

@@ -221,7 +221,9 @@ def export_model(
         for artifact in artifacts:
             artifact.write(folder)
         if weights.moments is not None:
-            _write_moments(folder, weights.moments, max_shard_bytes=max_shard_bytes)
+            moments = {k: TensorStream.of(m.items()) for k, m in weights.moments.kinds.items()}
+            step = weights.moments.step
+            write_state(folder, moments, step=step, max_shard_bytes=max_shard_bytes)
         origin_hash, model_hash = weights.finish(), merkle_hash(digests)
         hashes = {"origin_hash": origin_hash, "model_hash": model_hash}
         card = export_card(
@@ -269,8 +271,3 @@ def _rounded(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
         f"{weights.name} holds {name}, whose largest value is {float(value.abs().max()):.3g}; "
         "allowed is bfloat16 or float32",
     )
-
-
-def _write_moments(folder: Path, moments: Moments, *, max_shard_bytes: int) -> None:
-    kinds = {kind: TensorStream.of(held.items()) for kind, held in moments.kinds.items()}
-    write_state(folder, kinds, step=moments.step, max_shard_bytes=max_shard_bytes)

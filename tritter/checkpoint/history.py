@@ -192,7 +192,10 @@ def _parent(child: Link, *, passed_over: Collection[Path]) -> Link:
     candidates = [each for each in _candidates(child.folder, hinted) if each not in passed_over]
     for folder in candidates:
         link = link_of(folder)
-        if link.lineage is not None and wanted in _hashes(link.lineage):
+        if link.lineage is None:
+            continue
+        # The hash that it states, or the one that follows from its digests
+        if wanted in (link.lineage.model_hash, merkle_hash(link.lineage.tensor_digests)):
             return link
     for folder in candidates:
         if _is_plain_parent(folder, lineage, is_hinted=folder == hinted):
@@ -227,11 +230,6 @@ def _candidates(folder: Path, hinted: Path | None) -> Iterator[Path]:
         # Hidden ones are being written, or were left behind by a kill
         if path != folder.resolve() and not path.name.startswith("."):
             yield path
-
-
-def _hashes(lineage: Lineage) -> set[str]:
-    """Return the hash that a lineage states, and the one that follows from its digests."""
-    return {lineage.model_hash, merkle_hash(lineage.tensor_digests)}
 
 
 def _is_plain_parent(folder: Path, child: Lineage, *, is_hinted: bool) -> bool:

@@ -76,15 +76,12 @@ def _damage(folder: Path, place: str, digest: str) -> Iterator[Damage]:
         yield from (Damage(place, what) for what in changes)
         if not changes and _checkpoint_digest(lineage_of(path)) != digest:
             yield Damage(place, f"{path} is another checkpoint than the one that was left there")
-    elif (problem := _file_problem(path, digest)) is not None:
-        yield Damage(place, problem)
-
-
-def _file_problem(path: Path, digest: str) -> str | None:
-    try:
-        return None if file_digest(path) == digest else f"{path}: changed"
-    except (OSError, TritterError) as error:
-        return str(error)
+    else:
+        try:
+            if file_digest(path) != digest:
+                yield Damage(place, f"{path}: changed")
+        except (OSError, TritterError) as error:
+            yield Damage(place, str(error))
 
 
 def checkpoint_changes(folder: Path) -> Iterator[str]:

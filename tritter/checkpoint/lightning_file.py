@@ -19,7 +19,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from tritter.checkpoint.export import Moments, Weights
 from tritter.errors import RequestError, TritterError, did_you_mean
-from tritter.families import Config, Family, StoredTensor, family_of, match
+from tritter.families import Config, StoredTensor, family_of, match
 from tritter.parameter_map.carry import MOMENTS
 from tritter.storage.hashing import file_digest
 from tritter.storage.reading import require_file
@@ -62,21 +62,40 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
     content = _load(path)
     tensors = _state_dict(path, content)
     family = family_of(config)
-    anchor = family.logical_tensors(config)[0].disk_name
-    chosen = _prefix(path, tensors, anchor, given=prefix)
+    embedding = family.logical_tensors(config)[0].disk_name
+    chosen = _prefix(path, tensors, embedding, given=prefix)
     left_out = why_no_moments = ""
     if prefix is not None and (others := [n for n in tensors if not n.startswith(chosen)]):
         left_out = f"{len(others)} tensors outside '{prefix}' were left out: {_some(others)}"
         tensors = {name: value for name, value in tensors.items() if name.startswith(chosen)}
-    stored = _matched(path, family, config, tensors, chosen)
-    _check_ties(path, family, config, tensors, chosen)
-    values = _logical_values(stored, tensors, chosen)
+    stored = _matched(path, config, tensors, chosen)
+    for name in family.tied_names(config):
+        tied = tensors.get(chosen + name)
+        if tied is not None and not torch.equal(tied, tensors[chosen + embedding]):
+            raise TritterError(
+                f"{path}: {name} differs from the embedding, but the config ties the two "
+                "(tie_word_embeddings = true)."
+            )
+    values = {
+        part.name: value
+        for tensor in stored
+        for part, value in tensor.unpack(tensors[chosen + tensor.name].detach())
+    }
     try:
         moments = named_moments(content, tensors, stored=stored, prefix=chosen)
     except MomentsLeftOut as reason:
         moments = None
         why_no_moments = f"the optimizer's state was left out: {reason}"
-    return LightningFile(_weights(path, config, values, moments), left_out, why_no_moments)
+    weights = Weights(
+        name=path.name,
+        config=config,
+        read=values.__getitem__,
+        dtype=lambda name: values[name].dtype,
+        finish=lambda: file_digest(path),
+        moments=moments,
+        places=(path,),
+    )
+    return LightningFile(weights, left_out, why_no_moments)
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -183,7 +202,7 @@ def _prefix(path: Path, tensors: Mapping[str, Tensor], anchor: str, *, given: st
 
 
 def _matched(
-    path: Path, family: Family, config: Config, tensors: Mapping[str, Tensor], prefix: str
+    path: Path, config: Config, tensors: Mapping[str, Tensor], prefix: str
 ) -> tuple[StoredTensor, ...]:
     elsewhere = [name for name in tensors if not name.startswith(prefix)]
     names = [name.removeprefix(prefix) for name in tensors if name not in elsewhere]
@@ -202,43 +221,6 @@ def _matched(
             dtype = tensors[prefix + tensor.name].dtype
             raise TritterError(f"{path}: {tensor.name} is of type {dtype}.")
     return stored
-
-
-def _check_ties(
-    path: Path, family: Family, config: Config, tensors: Mapping[str, Tensor], prefix: str
-) -> None:
-    embedding = tensors[prefix + family.logical_tensors(config)[0].disk_name]
-    for name in family.tied_names(config):
-        tied = tensors.get(prefix + name)
-        if tied is not None and not torch.equal(tied, embedding):
-            raise TritterError(
-                f"{path}: {name} differs from the embedding, but the config ties the two "
-                "(tie_word_embeddings = true)."
-            )
-
-
-def _logical_values(
-    stored: tuple[StoredTensor, ...], tensors: Mapping[str, Tensor], prefix: str
-) -> dict[str, Tensor]:
-    return {
-        part.name: value
-        for tensor in stored
-        for part, value in tensor.unpack(tensors[prefix + tensor.name].detach())
-    }
-
-
-def _weights(
-    path: Path, config: Config, values: Mapping[str, Tensor], moments: Moments | None
-) -> Weights:
-    return Weights(
-        name=path.name,
-        config=config,
-        read=values.__getitem__,
-        dtype=lambda name: values[name].dtype,
-        finish=lambda: file_digest(path),
-        moments=moments,
-        places=(path,),
-    )
 
 
 def _some(names: list[str], limit: int = 5) -> str:
@@ -274,7 +256,18 @@ def named_moments(
     Raises:
         MomentsLeftOut: there are none, they are not Adam's, or their owners are not certain.
     """
-    groups, state = _one_optimizer(content)
+    optimizers = content.get("optimizer_states")
+    if not isinstance(optimizers, Sequence) or optimizers in ([], [{}]):
+        raise MomentsLeftOut("the file holds none")
+    if len(optimizers) > 1:
+        raise MomentsLeftOut(f"the file holds {len(optimizers)} optimizers")
+    try:
+        groups = [[int(at) for at in group["params"]] for group in optimizers[0]["param_groups"]]
+        state = dict(optimizers[0]["state"])  # position → moments
+    except (KeyError, TypeError, ValueError) as error:
+        raise MomentsLeftOut("it is not laid out as torch's optimizers are") from error
+    if not all(isinstance(held, Mapping) for held in state.values()):
+        raise MomentsLeftOut("it is not laid out as torch's optimizers are")
     owners = _owners(groups, tensors, {prefix + tensor.name for tensor in stored})
     by_name = {
         name: state[position]
@@ -291,30 +284,14 @@ def named_moments(
         for kind, moment in _adams(held, tensor):
             for part, value in tensor.unpack(moment):
                 kinds[kind][part.disk_name] = value
-        steps.add(_step(held))
+        try:
+            steps.add(int(held["step"]))
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise MomentsLeftOut("it does not say after how many steps it stands") from error
     if len(steps) != 1:
         counts = f"from {min(steps)} to {max(steps)}" if steps else "none"
         raise MomentsLeftOut(f"its parameters do not share one step count ({counts})")
     return Moments(steps.pop(), kinds)
-
-
-def _one_optimizer(
-    content: Mapping[str, Any],
-) -> tuple[list[list[int]], Mapping[Any, Mapping[str, Any]]]:
-    """Return the positions in each group, and position → state."""
-    states = content.get("optimizer_states")
-    if not isinstance(states, Sequence) or states in ([], [{}]):
-        raise MomentsLeftOut("the file holds none")
-    if len(states) > 1:
-        raise MomentsLeftOut(f"the file holds {len(states)} optimizers")
-    try:
-        groups = [[int(at) for at in group["params"]] for group in states[0]["param_groups"]]
-        state = dict(states[0]["state"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise MomentsLeftOut("it is not laid out as torch's optimizers are") from error
-    if not all(isinstance(held, Mapping) for held in state.values()):
-        raise MomentsLeftOut("it is not laid out as torch's optimizers are")
-    return groups, state
 
 
 def _owners(
@@ -348,10 +325,3 @@ def _adams(held: Mapping[str, Any], tensor: StoredTensor) -> Iterator[tuple[str,
         if not is_finite(moment):
             raise MomentsLeftOut(f"{kind} of {tensor.name} holds values that are not finite")
         yield kind, moment
-
-
-def _step(held: Mapping[str, Any]) -> int:
-    try:
-        return int(held["step"])
-    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise MomentsLeftOut("it does not say after how many steps it stands") from error

@@ -80,7 +80,11 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
             f"{folder} holds more than a checkpoint, and is not replaced: {shown}{more}. Choose "
             "another place, or move them away."
         )
-    if listed is None and not _has_weights(folder):
+    if listed is not None:
+        return
+    names = {path.name for path in folder.iterdir()}
+    has_shards = INDEX_NAME in names and any(_SHARD.fullmatch(name) for name in names)
+    if "config.json" not in names or not (SINGLE_NAME in names or has_shards):
         raise RequestError(
             f"{folder} holds no checkpoint (config.json and {SINGLE_NAME}), and nothing else is "
             "replaced. Choose another place."
@@ -159,9 +163,3 @@ def _is_expected_folder(name: str, listed: set[str] | None) -> bool:
 
 def _state_folders() -> set[str]:
     return {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
-
-
-def _has_weights(folder: Path) -> bool:
-    names = {path.name for path in folder.iterdir()}
-    has_shards = INDEX_NAME in names and any(_SHARD.fullmatch(name) for name in names)
-    return "config.json" in names and (SINGLE_NAME in names or has_shards)

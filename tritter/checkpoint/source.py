@@ -95,10 +95,28 @@ class Source:
                 raise TritterError(
                     f"{folder}: {tensor.name} has shape {found}, but config.json asks for {wanted}."
                 )
-        self._check_ties()
+        # transformers cuts such a tie when it loads the folder; leaving the head out would change
+        # the function in silence
+        tensors, embedding = self.tensors, self.stored[0].name
+        for name in sorted(self.family.tied_names(self.config) & set(tensors.files)):
+            if not tensors.get(name).equal(tensors.get(embedding)):
+                raise TritterError(
+                    f"{folder}: {name} differs from {embedding}, although config.json ties "
+                    "them. Say which it is: set tie_word_embeddings to false there to keep both, "
+                    f"or take {name} out of the files."
+                )
         check_tokenizer_files(folder)
-        if self.lineage is not None:
-            _check_files(folder, self.lineage)
+        changed = []
+        for name, digest in ({} if self.lineage is None else self.lineage.file_digests).items():
+            check_inside(folder, name)
+            path = folder / name
+            # The card may be edited; `history --verify` names every change
+            if name != CARD_NAME and path.is_file() and bounded_digest(path) != digest:
+                changed.append(name)
+        if changed:
+            raise TritterError(
+                f"{folder} was changed since its lineage was written: {', '.join(changed)}."
+            )
 
     @property
     def family(self) -> Family:
@@ -257,35 +275,3 @@ class Source:
                 f"{self.folder} was changed since its lineage was written: {', '.join(changed)}."
             )
         return digests
-
-    def _check_ties(self) -> None:
-        """Refuse a head that config.json ties to the embedding, and that is another in the files.
-
-        transformers cuts such a tie when it loads the folder; leaving the head out would change
-        the function in silence.
-        """
-        tensors, embedding = self.tensors, self.stored[0].name
-        for name in sorted(self.family.tied_names(self.config) & set(tensors.files)):
-            if not tensors.get(name).equal(tensors.get(embedding)):
-                raise TritterError(
-                    f"{self.folder}: {name} differs from {embedding}, although config.json ties "
-                    "them. Say which it is: set tie_word_embeddings to false there to keep both, "
-                    f"or take {name} out of the files."
-                )
-
-
-def _check_files(folder: Path, lineage: Lineage) -> None:
-    """Refuse a source whose config or tokenizer is not the one that its lineage speaks of.
-
-    The card may be edited; `history --verify` names every change.
-    """
-    changed = []
-    for name, digest in lineage.file_digests.items():
-        check_inside(folder, name)
-        path = folder / name
-        if name != CARD_NAME and path.is_file() and bounded_digest(path) != digest:
-            changed.append(name)
-    if changed:
-        raise TritterError(
-            f"{folder} was changed since its lineage was written: {', '.join(changed)}."
-        )

@@ -69,9 +69,17 @@ def process_in(folder: Path) -> int | None:
     try:
         check_free(folder, key="")
     except RequestError:
-        said = _HOLDER.fullmatch(_holder(folder))
-        if said is not None and said["host"] == socket.gethostname():
-            return int(said["number"])
+        try:
+            descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:  # it ended meanwhile
+            return None
+        try:
+            content = os.pread(descriptor, _MAX_BYTES, 0).decode(errors="replace")
+        finally:
+            os.close(descriptor)
+        holder = _HOLDER.fullmatch(content)
+        if holder is not None and holder["host"] == socket.gethostname():
+            return int(holder["number"])
     return None
 
 
@@ -82,18 +90,6 @@ def is_held(folder: Path) -> bool:
     except RequestError:
         return True
     return False
-
-
-def _holder(folder: Path) -> str:
-    """Return what the holder of a folder wrote of itself; nothing when it ended meanwhile."""
-    try:
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return ""
-    try:
-        return os.pread(descriptor, _MAX_BYTES, 0).decode(errors="replace")
-    finally:
-        os.close(descriptor)
 
 
 def _locked(path: Path, folder: Path, *, key: str) -> int | None:
@@ -108,16 +104,10 @@ def _locked(path: Path, folder: Path, *, key: str) -> int | None:
         except RequestError:
             os.close(descriptor)
             raise
-        if _is_at(path, descriptor):
-            return descriptor
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(path), os.fstat(descriptor)):
+                return descriptor
         os.close(descriptor)  # its last holder took the file away meanwhile
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _lock(descriptor: int, folder: Path, *, key: str) -> None:

@@ -104,7 +104,18 @@ def read_record(path: Path, kind: type[R], *, advice: str = "", is_signed: bool 
     """
     text = read_text(path)
     plain = parse_object(text, path=path)
-    _check_head(path, plain, kind, advice=advice)
+    found, version = plain.get("format"), plain.get("format_version")
+    if found is None:
+        raise TritterError(
+            f"{path} is not a {kind.FORMAT}, or a development version wrote it before the first "
+            f"release of Tritter: it has no `format`. {advice}".rstrip()
+        )
+    if found != kind.FORMAT:
+        raise TritterError(f"{path} is not a {kind.FORMAT}: format = {brief(found)}.")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise TritterError(
+            f"{path}: format_version {brief(version)}; this Tritter reads {FORMAT_VERSION}."
+        )
     if is_signed and text != signed_text(plain):
         raise TritterError(f"{path} was changed since it was written: its digest does not fit.")
     fields = {key: value for key, value in plain.items() if key not in _HEAD}
@@ -140,21 +151,6 @@ def validated(plain: object, kind: type[Kind], *, what: str) -> Kind:
 @cache
 def _adapter(kind: Any) -> "TypeAdapter[Any]":
     return TypeAdapter(kind)
-
-
-def _check_head(path: Path, plain: Mapping[str, Any], kind: "type[Record]", *, advice: str) -> None:
-    found, version = plain.get("format"), plain.get("format_version")
-    if found is None:
-        raise TritterError(
-            f"{path} is not a {kind.FORMAT}, or a development version wrote it before the first "
-            f"release of Tritter: it has no `format`. {advice}".rstrip()
-        )
-    if found != kind.FORMAT:
-        raise TritterError(f"{path} is not a {kind.FORMAT}: format = {brief(found)}.")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise TritterError(
-            f"{path}: format_version {brief(version)}; this Tritter reads {FORMAT_VERSION}."
-        )
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -93,7 +93,13 @@ class TensorFolder:
                 or one of a type that models are not made of.
         """
         check_links(folder)
-        _refuse_rank_files(folder)
+        # What torch.distributed left of a model: transformers takes it before anything else
+        ranks = sorted(path.name for path in folder.glob("shard-*.safetensors"))
+        if any(_RANK_FILE.fullmatch(name) for name in ranks):
+            raise TritterError(
+                f"{folder} holds parts of a distributed checkpoint ({ranks[0]}), which are not "
+                f"read; save the whole model as {SINGLE_NAME} in a folder of its own."
+            )
         if os.path.lexists(folder / SINGLE_NAME):
             return cls(folder, _headers_in(folder, SINGLE_NAME))
         if os.path.lexists(folder / INDEX_NAME):
@@ -210,42 +216,13 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-def _refuse_rank_files(folder: Path) -> None:
-    """Refuse what torch.distributed left of a model: transformers takes it before anything else."""
-    ranks = sorted(path.name for path in folder.glob("shard-*.safetensors"))
-    if any(_RANK_FILE.fullmatch(name) for name in ranks):
-        raise TritterError(
-            f"{folder} holds parts of a distributed checkpoint ({ranks[0]}), which are not read; "
-            f"save the whole model as {SINGLE_NAME} in a folder of its own."
-        )
-
-
 def _indexed_headers(folder: Path) -> dict[str, Header]:
-    """Return what lies in the files of an index."""
-    named = _read_index(folder / INDEX_NAME)
-    headers: dict[str, Header] = {}
-    for file in sorted(set(named.values())):
-        for name, header in _headers_in(folder, file).items():
-            if name in headers:
-                raise TritterError(
-                    f"{folder}: the tensor '{name}' lies in {headers[name].file} and in {file}; "
-                    "take it out of one of them."
-                )
-            headers[name] = header
-    for name, file in named.items():
-        if is_computed(name):
-            continue
-        if name not in headers or headers[name].file != file:
-            raise TritterError(f"{folder / file} lacks the tensor '{name}' that the index names.")
-    return headers
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    """Return tensor name → file name.
+    """Return what lies in the files of an index.
 
     Raises:
-        TritterError: it is no index that transformers could read.
+        TritterError: it is no index that transformers could read, or the files don't fit it.
     """
+    index = folder / INDEX_NAME
     try:
         content = read_object(index)
     except TritterError as error:
@@ -259,7 +236,21 @@ def _read_index(index: Path) -> dict[str, str]:
     for file in files.values():
         if not isinstance(file, str) or Path(file).name != file:
             raise TritterError(f"{index} points outside its folder: '{file}'.")
-    return files
+    headers: dict[str, Header] = {}
+    for file in sorted(set(files.values())):
+        for name, header in _headers_in(folder, file).items():
+            if name in headers:
+                raise TritterError(
+                    f"{folder}: the tensor '{name}' lies in {headers[name].file} and in {file}; "
+                    "take it out of one of them."
+                )
+            headers[name] = header
+    for name, file in files.items():
+        if is_computed(name):
+            continue
+        if name not in headers or headers[name].file != file:
+            raise TritterError(f"{folder / file} lacks the tensor '{name}' that the index names.")
+    return headers
 
 
 def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:

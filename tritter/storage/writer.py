@@ -125,7 +125,9 @@ def write_tensors(
         OSError: the disk refused a write.
     """
     shards = _split(stream.entries, max_shard_bytes)
-    names = _shard_names(len(shards))
+    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [SINGLE_NAME]
     pending = iter(stream.tensors)
     digests: dict[str, Callable[[], str]] = {}
     with _one_thread_each(), _Crew() as crew:
@@ -138,7 +140,14 @@ def write_tensors(
                     del content
     assert next(pending, None) is None, "more tensors came than were announced"
     if len(shards) > 1:
-        _write_index(folder, shards, names)
+        weight_map = {
+            entry.name: file_name
+            for entries, file_name in zip(shards, names, strict=True)
+            for entry in entries
+        }
+        total = sum(entry.num_bytes for entry in stream.entries)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return {name: digest() for name, digest in digests.items()}
 
 
@@ -321,23 +330,6 @@ def _split(entries: Sequence[TensorEntry], max_shard_bytes: int) -> list[list[Te
         shards[-1].append(entry)
         size += entry.num_bytes
     return shards
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return [SINGLE_NAME]
-    return [f"model-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
-
-
-def _write_index(
-    folder: Path, shards: Sequence[Sequence[TensorEntry]], names: Sequence[str]
-) -> None:
-    weight_map = {
-        entry.name: name for entries, name in zip(shards, names, strict=True) for entry in entries
-    }
-    total = sum(entry.num_bytes for entries in shards for entry in entries)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _check(entry: TensorEntry, name: str, content: Tensor | Pieces) -> None:
