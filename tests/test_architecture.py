@@ -82,7 +82,7 @@ RATCHET = {
     "checkpoint": (14, 2_725),
     "cli": (21, 5_858),
     "config": (27, 6_682),
-    "data": (19, 6_101),
+    "data": (19, 6_008),
     "evaluation": (19, 4_061),
     "expand": (5, 1_195),
     "expansion": (8, 2_500),

@@ -96,7 +96,10 @@ class SequenceStream:
             piece = self._order[self._position : self._position + count]
             picked.append(piece)
             count -= len(piece)
-            self._advance(len(piece))
+            if self._position + len(piece) < len(self):
+                self._position += len(piece)
+            else:
+                self._move_to(epoch=self._epoch + 1, position=0)
         return self._sequences[torch.cat(picked)].long()
 
     def state_dict(self) -> dict[str, int]:
@@ -116,12 +119,6 @@ class SequenceStream:
                 f"it was saved with other data. Resume with the data of that run."
             )
         self._move_to(epoch=epoch, position=position)
-
-    def _advance(self, count: int) -> None:
-        if self._position + count < len(self):
-            self._position += count
-        else:
-            self._move_to(epoch=self._epoch + 1, position=0)
 
     def _move_to(self, *, epoch: int, position: int) -> None:
         import torch
@@ -275,8 +272,26 @@ class BatchStream:
         return self._num_batches
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        import torch
+
         while True:
-            yield self._next_batch()
+            rank = this_rank()
+            if self._batch_size % rank.count:
+                raise RequestError(
+                    f"data.batch_size={self._batch_size}: must be a multiple of trainer.devices="
+                    f"{rank.count}."
+                )
+            num_replayed = 0
+            if self._replay is not None:
+                num_replayed = self._replay.share.count(self._batch_index, self._batch_size)
+            num_new = self._batch_size - num_replayed
+            sequences = [self._new.next_sequences(num_new)]
+            if self._replay is not None:
+                sequences.append(self._replay.buffer.next_sequences(num_replayed))
+            self._batch_index += 1
+            is_replay = torch.arange(self._batch_size) >= num_new
+            whole = {"input_ids": torch.cat(sequences), "is_replay": is_replay}
+            yield {name: rows[rank.index :: rank.count] for name, rows in whole.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the new and the replayed sequences, in plain containers."""
@@ -308,24 +323,3 @@ class BatchStream:
         if self._replay is not None:
             self._replay.buffer.load_state_dict(state["replay"])
         self._batch_index = int(state["batch_index"])
-
-    def _next_batch(self) -> dict[str, Tensor]:
-        import torch
-
-        rank = this_rank()
-        if self._batch_size % rank.count:
-            raise RequestError(
-                f"data.batch_size={self._batch_size}: must be a multiple of trainer.devices="
-                f"{rank.count}."
-            )
-        num_replayed = 0
-        if self._replay is not None:
-            num_replayed = self._replay.share.count(self._batch_index, self._batch_size)
-        num_new = self._batch_size - num_replayed
-        sequences = [self._new.next_sequences(num_new)]
-        if self._replay is not None:
-            sequences.append(self._replay.buffer.next_sequences(num_replayed))
-        self._batch_index += 1
-        is_replay = torch.arange(self._batch_size) >= num_new
-        whole = {"input_ids": torch.cat(sequences), "is_replay": is_replay}
-        return {name: rows[rank.index :: rank.count] for name, rows in whole.items()}

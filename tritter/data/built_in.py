@@ -77,7 +77,11 @@ def strip_documentation(source: str, *, tree: ast.Module) -> str:
     still parses. `tree` is `ast.parse(source)`. From Python 3.12 on, a number sign inside an
     f-string that nests its own kind of quote can be taken for a comment.
     """
-    cuts = _docstring_cuts(source, tree) + _comment_cuts(source)
+    cuts = _docstring_cuts(source, tree) + [
+        _Cut(match.start(), match.end(), _REMOVED)
+        for match in _STRING_OR_COMMENT.finditer(source)
+        if match.group("comment")
+    ]
     pieces, position = [], 0
     for cut in sorted(cuts, key=lambda each: each.start):
         pieces += [source[position : cut.start], cut.replacement]
@@ -134,14 +138,6 @@ def _column(lines: Sequence[str], line_number: int, num_bytes: int) -> int:
     return num_bytes if line.isascii() else len(line.encode()[:num_bytes].decode())
 
 
-def _comment_cuts(source: str) -> list[_Cut]:
-    return [
-        _Cut(match.start(), match.end(), _REMOVED)
-        for match in _STRING_OR_COMMENT.finditer(source)
-        if match.group("comment")
-    ]
-
-
 @dataclass(frozen=True, slots=True)
 class StdlibText:
     """What one pass over the library found; `skipped` names the files that could not be read."""
@@ -164,8 +160,14 @@ def gather(root: Path | None = None) -> StdlibText:
         RequestError: the library has no sources.
     """
     root = root or stdlib_root()
-    prose, code = _topics(root), list[Document]()
+    prose, code = list[Document](), list[Document]()
     skipped: list[str] = []
+    if (root / TOPICS).is_file():
+        _, tree = _parse(root / TOPICS)
+        assignment = next(node for node in tree.body if isinstance(node, ast.Assign))
+        topics: dict[str, str] = ast.literal_eval(assignment.value)
+        for name, text in sorted(topics.items()):
+            _append(prose, f"pydoc_data/topics/{name}", text)
     for path in source_files(root):
         identifier = path.relative_to(root).as_posix()
         try:
@@ -173,7 +175,9 @@ def gather(root: Path | None = None) -> StdlibText:
         except (OSError, SyntaxError, ValueError):
             skipped.append(identifier)
             continue
-        _append(prose, identifier, _docstrings(tree))
+        docstrings = (ast.get_docstring(node) or "" for node in documented_nodes(tree))
+        long = (text for text in docstrings if len(text) > MINIMUM_DOCSTRING_CHARACTERS)
+        _append(prose, identifier, "\n\n".join(long))
         _append(code, identifier, strip_documentation(source, tree=tree))
     if not code:
         raise RequestError(
@@ -198,7 +202,17 @@ def stdlib_origin() -> str:
 
 def source_files(root: Path) -> tuple[Path, ...]:
     """Return the library's source files, sorted, without tests, data and installed packages."""
-    return tuple(sorted(_walk(root)))
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if name not in EXCLUDED_FOLDERS and not name.startswith(GENERATED_PREFIXES)
+        ]
+        for name in names:
+            if name.endswith(".py") and not name.startswith(GENERATED_PREFIXES):
+                found.append(Path(folder, name))
+    return tuple(sorted(found))
 
 
 def stdlib_fingerprint(root: Path | None = None) -> str:
@@ -215,41 +229,12 @@ def stdlib_fingerprint(root: Path | None = None) -> str:
     return digest.hexdigest()
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if name not in EXCLUDED_FOLDERS and not name.startswith(GENERATED_PREFIXES)
-        ]
-        for name in names:
-            if name.endswith(".py") and not name.startswith(GENERATED_PREFIXES):
-                yield Path(folder, name)
-
-
 def _parse(path: Path) -> tuple[str, ast.Module]:
     with tokenize.open(path) as file:
         source = file.read()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes in other people's strings
         return source, ast.parse(source)
-
-
-def _docstrings(tree: ast.Module) -> str:
-    found = (ast.get_docstring(node) for node in documented_nodes(tree))
-    return "\n\n".join(text for text in found if text and len(text) > MINIMUM_DOCSTRING_CHARACTERS)
-
-
-def _topics(root: Path) -> list[Document]:
-    if not (root / TOPICS).is_file():
-        return []
-    _, tree = _parse(root / TOPICS)
-    assignment = next(node for node in tree.body if isinstance(node, ast.Assign))
-    topics: dict[str, str] = ast.literal_eval(assignment.value)
-    documents: list[Document] = []
-    for name, text in sorted(topics.items()):
-        _append(documents, f"pydoc_data/topics/{name}", text)
-    return documents
 
 
 def _append(documents: list[Document], identifier: str, text: str) -> None:

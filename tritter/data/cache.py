@@ -78,7 +78,11 @@ def write_entry(folder: Path, entry: CacheEntry) -> None:
     """
     try:
         with atomic_folder(folder) as temporary:
-            _write_files(temporary, entry)
+            save_file(dict(entry.tensors), temporary / _TENSORS, metadata={"format": "pt"})
+            (temporary / _METADATA).write_text(_json(entry.metadata), encoding="utf-8")
+            entry.tokenizer.save(str(temporary / _TOKENIZER))
+            checksums = {name: file_digest(temporary / name) for name in _FILES}
+            (temporary / _CHECKSUMS).write_text(_json(checksums), encoding="utf-8")
     except TritterError as error:
         if not folder.exists():
             raise _unwritable(folder.parent, error) from error
@@ -172,14 +176,6 @@ def _unwritable(folder: Path, error: Exception) -> RequestError:
         f"cache_dir: {folder} cannot be written ({reason}). "
         "Name a folder that can be: cache_dir=PATH."
     )
-
-
-def _write_files(folder: Path, entry: CacheEntry) -> None:
-    save_file(dict(entry.tensors), folder / _TENSORS, metadata={"format": "pt"})
-    (folder / _METADATA).write_text(_json(entry.metadata), encoding="utf-8")
-    entry.tokenizer.save(str(folder / _TOKENIZER))
-    checksums = {name: file_digest(folder / name) for name in _FILES}
-    (folder / _CHECKSUMS).write_text(_json(checksums), encoding="utf-8")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

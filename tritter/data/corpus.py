@@ -119,11 +119,24 @@ def build_corpus(
         max_validation_tokens_per_document=max_validation_tokens_per_document,
         tokenizer_domains=_checked_domains(tokenizer_domains, domains),
     )
-    sources = {n: _summary(n, d, origin=origins[n]) for n, d in domains.items()}
+    sources = {
+        name: SourceSummary(
+            name=name,
+            origin=origins[name],
+            num_documents=len(documents),
+            num_bytes=sum(len(document.text.encode()) for document in documents),
+            sha256=documents_digest(documents),
+        )
+        for name, documents in domains.items()
+    }
     rule = SplitRule(seed=seed, validation_fraction=validation_fraction)
     parted = part_documents(domains, rule=rule)
     made_from: dict[str, Any] = {"options": asdict(options), "sources": _plain_sources(sources)}
-    made_from["sides"] = _sides_digest(parted)
+    sides = sha256()  # of which document of which domain is on which side
+    for name, split in parted.items():
+        for side in (split.train, split.validation):
+            sides.update(f"{name}\0{documents_digest(side)}".encode())
+    made_from["sides"] = sides.hexdigest()
     digest = _digest(made_from | _tokenizer_entry(tokenizer))
     notes = tuple(note for domain in domains.values() for note in notes_of(domain))
     if (cached := _load(cache_dir, digest)) is not None:
@@ -208,16 +221,6 @@ def _checked_domains(asked: Sequence[str] | None, available: Mapping[str, Any]) 
     return chosen
 
 
-def _summary(name: str, documents: Sequence[Document], *, origin: str) -> SourceSummary:
-    return SourceSummary(
-        name=name,
-        origin=origin,
-        num_documents=len(documents),
-        num_bytes=sum(len(document.text.encode()) for document in documents),
-        sha256=documents_digest(documents),
-    )
-
-
 def _digest(made_from: Mapping[str, Any]) -> str:
     versions = {"format_version": FORMAT_VERSION, "tokenizers": tokenizers.__version__}
     return sha256(json.dumps({**versions, **made_from}, sort_keys=True).encode()).hexdigest()
@@ -250,15 +253,6 @@ def _make(
         sources=dict(sources),
         counts={name: split.counts for name, split in splits.items()},
     )
-
-
-def _sides_digest(splits: Mapping[str, Split]) -> str:
-    """Return a hash of which document of which domain is on which side."""
-    digest = sha256()
-    for name, split in splits.items():
-        for side in (split.train, split.validation):
-            digest.update(f"{name}\0{documents_digest(side)}".encode())
-    return digest.hexdigest()
 
 
 def _tokenizer_entry(tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -301,10 +295,15 @@ def _from_entry(entry: cache.CacheEntry, *, digest: str) -> Corpus:
     metadata = entry.metadata
     if metadata.get("digest") != digest or metadata.get("format_version") != FORMAT_VERSION:
         raise cache.BrokenEntryError("it holds another corpus than its name says")
-    domains = {
-        name: Domain(name=name, **{side: _side(entry, name, side) for side in _SIDES})
-        for name in metadata["counts"]
-    }
+    domains = {}
+    for name in metadata["counts"]:
+        sides = {}
+        for side in _SIDES:
+            parts = (*_PARTS, "names", "name_ends")
+            held = {part: entry.tensors[f"{name}.{side}.{part}"] for part in parts}
+            identifiers = Names(held.pop("names"), held.pop("name_ends"))
+            sides[side] = TokenisedDocuments(**held, identifiers=identifiers)
+        domains[name] = Domain(name=name, **sides)
     names = [field.name for field in fields(SourceSummary)]
     sources = {
         name: SourceSummary(**{key: source[key] for key in names})
@@ -317,14 +316,6 @@ def _from_entry(entry: cache.CacheEntry, *, digest: str) -> Corpus:
         sources=sources,
         counts={name: DomainCounts(**counts) for name, counts in metadata["counts"].items()},
     )
-
-
-def _side(entry: cache.CacheEntry, name: str, side: str) -> TokenisedDocuments:
-    held = {
-        part: entry.tensors[f"{name}.{side}.{part}"] for part in (*_PARTS, "names", "name_ends")
-    }
-    identifiers = Names(held.pop("names"), held.pop("name_ends"))
-    return TokenisedDocuments(**held, identifiers=identifiers)
 
 
 def _plain_sources(sources: Mapping[str, SourceSummary]) -> dict[str, dict[str, Any]]:

@@ -69,7 +69,17 @@ def difficulties(
         found = by
     else:
         raise RequestError(f"{len(by)} difficulties are given for {len(examples)} examples.")
-    return [_finite(place, value) for place, value in enumerate(found)]
+    numbers = []
+    for place, value in enumerate(found):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            number = math.nan
+        if not math.isfinite(number):
+            reason = f"that of example {place} is {value!r:.60}; a difficulty is a finite number"
+            raise RequestError(Problem("difficulty", reason=reason))
+        numbers.append(number)
+    return numbers
 
 
 def _value(example: Any, key: str) -> Any:
@@ -90,17 +100,6 @@ def _said(place: int, example: Any, key: str) -> Any:
         advice = "loss needs a model and a tokenizer" if key == LOSS else ""
         raise RequestError(Problem("difficulty", key, reason, advice, nearest=near))
     return value
-
-
-def _finite(place: int, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if not math.isfinite(number):
-        reason = f"that of example {place} is {value!r:.60}; a difficulty is a finite number"
-        raise RequestError(Problem("difficulty", reason=reason))
-    return number
 
 
 def _length(place: int, example: Any, tokenizer: Tokenizer | None) -> int:
@@ -299,9 +298,15 @@ class CurriculumSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         end = (self._position // self._num_draws + 1) * self._num_draws
         while self._position < end:
-            drawn = self._at(self._position)
+            stage = sum(start <= self._position for start in self._starts) - 1
+            epoch, index = divmod(self._position - self._starts[stage], self._sizes[stage])
+            if self._shuffled is None or self._shuffled[0] != (stage, epoch):
+                own = derived_seed(self._seed, "curriculum", stage, epoch)
+                generator = torch.Generator().manual_seed(own)
+                places = torch.randperm(self._sizes[stage], generator=generator)
+                self._shuffled = (stage, epoch), self._order[places]
             self._position += 1
-            yield drawn
+            yield int(self._shuffled[1][index])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the order, and what is easy and hard."""
@@ -333,14 +338,3 @@ class CurriculumSampler(Sampler[int]):
             )
         self._order, self._position = state["order"].clone(), int(state["position"])
         self._shuffled = None
-
-    def _at(self, position: int) -> int:
-        """Return what is drawn at a position."""
-        stage = sum(start <= position for start in self._starts) - 1
-        epoch, index = divmod(position - self._starts[stage], self._sizes[stage])
-        if self._shuffled is None or self._shuffled[0] != (stage, epoch):
-            own = derived_seed(self._seed, "curriculum", stage, epoch)
-            generator = torch.Generator().manual_seed(own)
-            places = torch.randperm(self._sizes[stage], generator=generator)
-            self._shuffled = (stage, epoch), self._order[places]
-        return int(self._shuffled[1][index])

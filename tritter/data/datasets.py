@@ -365,18 +365,13 @@ def _reason(source: DatasetName, error: Exception) -> str:
         return f"is not on the hub as OWNER/NAME, or needs a login there ({told.removesuffix('.')})"
     if "scripts are no longer supported" in told:
         return "is a script, and a data set's script is never run; name its data"
-    if configs := _configs(told):
+    listed = re.search(r"(?:BuilderConfig|[cC]onfig).*\[('[^\]]*')\]", told)
+    if configs := re.findall(r"'([^']+)'", listed[1]) if listed else []:
         asked = "has several configs" if source.config is None else f"has no config {source.config}"
         near = nearest(source.config or "", configs)
         advice = f". Did you mean {near}?" if near else ""
         return f"{asked}; there are {_listed(configs)}{advice}"
     return f"can't be read ({type(error).__name__}: {told})"
-
-
-def _configs(told: str) -> list[str]:
-    """Return the configs that an error of the library lists."""
-    found = re.search(r"(?:BuilderConfig|[cC]onfig).*\[('[^\]]*')\]", told)
-    return re.findall(r"'([^']+)'", found[1]) if found else []
 
 
 def _arguments(source: DatasetName) -> dict[str, Any]:

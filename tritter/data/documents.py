@@ -66,7 +66,9 @@ class Documents(Sequence[Document]):
             return self.chosen(np.arange(len(self))[index])
         place = self._order[index]
         text = self._text(place).decode()
-        return Document(_named(self._key(place), text), text)
+        # Tells the text from others, and a person finds it by its beginning
+        name = f"{self._key(place)[:16]} {' '.join(text[:NAME_CHARACTERS].split())}"
+        return Document(name, text)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -100,14 +102,7 @@ class Documents(Sequence[Document]):
             ends.append(len(spool).to_bytes(8, "little"))
         found = cls(spool, keys.array("V32"), ends.array("<i8"), np.empty(0, dtype=np.int64))
         order = np.argsort(keys.array("S32"), kind="stable")
-        found._order = order[found._least(order)]
-        return found
-
-    def _least(self, order: np.ndarray) -> np.ndarray:
-        """Return, of places sorted by key, the index of the least text of each key."""
-        import numpy as np
-
-        in_order = self._keys[order]
+        in_order = found._keys[order]
         is_first = np.ones(len(order), dtype=bool)
         is_first[1:] = in_order[1:] != in_order[:-1]
         first = np.flatnonzero(is_first)
@@ -115,8 +110,9 @@ class Documents(Sequence[Document]):
             begin = first[group]
             end = first[group + 1] if group + 1 < len(first) else len(order)
             # As bytes of UTF-8 texts have the order of their characters
-            first[group] = min(range(begin, end), key=lambda at: self._text(np.int64(order[at])))
-        return first
+            first[group] = min(range(begin, end), key=lambda at: found._text(np.int64(order[at])))
+        found._order = order[first]
+        return found
 
 
 def documents_of(texts: Iterable[str]) -> Documents:
@@ -147,11 +143,6 @@ def text_keys(documents: Sequence[Document]) -> Iterator[str]:
     if isinstance(documents, Documents):
         return documents.keys()
     return (text_key(document.text) for document in documents)
-
-
-def _named(key: str, text: str) -> str:
-    """Return a name that tells a text from others, and by which a person finds it."""
-    return f"{key[:16]} {' '.join(text[:NAME_CHARACTERS].split())}"
 
 
 def pieces(text: str) -> Iterator[str]:

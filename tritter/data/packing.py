@@ -96,9 +96,21 @@ def packed(
     if packing == "stream":
         return pack(documents, sequence_length=sequence_length, end_of_text_id=end_of_text_id)
     num_packed(documents, packing=packing, sequence_length=sequence_length)
-    return _laid(
-        documents, _placed(documents, sequence_length - 1), sequence_length, end_of_text_id
-    )
+    import numpy as np
+
+    pieces = _placed(documents, sequence_length - 1)
+    tokens, spool = documents.tokens.numpy(), Spool()
+    num_rows = max(1, LAID_TOKENS // sequence_length)
+    for first in range(0, pieces.num_sequences, num_rows):
+        count = min(num_rows, pieces.num_sequences - first)
+        laid = np.full(count * sequence_length, end_of_text_id, dtype=np.int32)
+        part = slice(*np.searchsorted(pieces.rows, (first, first + count)).tolist())
+        lengths = pieces.lengths[part]
+        places = (pieces.rows[part] - first) * sequence_length + pieces.columns[part]
+        run = partial(_runs, lengths=lengths)
+        laid[run(places)] = tokens[run(pieces.starts[part])]
+        spool.append(laid.data.cast("B"))
+    return spool.tensor("i4").view(-1, sequence_length)
 
 
 def num_packed(documents: TokenisedDocuments, *, packing: Packing, sequence_length: int) -> int:
@@ -201,25 +213,6 @@ def best_fit(sizes: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
         waiting[found - size].append(chosen)
         rooms |= 1 << (found - size)
     return bins, before
-
-
-def _laid(
-    documents: TokenisedDocuments, pieces: _Pieces, sequence_length: int, end_of_text_id: int
-) -> Tensor:
-    import numpy as np
-
-    tokens, spool = documents.tokens.numpy(), Spool()
-    num_rows = max(1, LAID_TOKENS // sequence_length)
-    for first in range(0, pieces.num_sequences, num_rows):
-        count = min(num_rows, pieces.num_sequences - first)
-        laid = np.full(count * sequence_length, end_of_text_id, dtype=np.int32)
-        part = slice(*np.searchsorted(pieces.rows, (first, first + count)).tolist())
-        lengths = pieces.lengths[part]
-        places = (pieces.rows[part] - first) * sequence_length + pieces.columns[part]
-        run = partial(_runs, lengths=lengths)
-        laid[run(places)] = tokens[run(pieces.starts[part])]
-        spool.append(laid.data.cast("B"))
-    return spool.tensor("i4").view(-1, sequence_length)
 
 
 def _runs(starts: np.ndarray, *, lengths: np.ndarray) -> np.ndarray:

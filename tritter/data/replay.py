@@ -373,8 +373,19 @@ class ReplayBuffer:
         """
         import torch
 
-        drawn = [self._streams[self._next_domain()].next_sequences(1) for _ in range(count)]
-        return torch.cat([torch.empty(0, self.sequence_length, dtype=torch.int64), *drawn])
+        sequences = [torch.empty(0, self.sequence_length, dtype=torch.int64)]
+        for _ in range(count):
+            # From the domain that is furthest behind its share. A reservoir to which nothing was
+            # added waits, and is caught up with.
+            number = sum(self._drawn.values()) + 1
+            filled = [name for name, stream in self._streams.items() if len(stream)]
+            behind = {name: self._shares[name] * number - self._drawn[name] for name in filled}
+            if not behind:
+                raise RequestError("the replay buffer is empty: nothing was added to it yet.")
+            name = max(behind, key=lambda each: behind[each])
+            self._drawn[name] += 1
+            sequences.append(self._streams[name].next_sequences(1))
+        return torch.cat(sequences)
 
     sample = next_sequences
 
@@ -399,20 +410,6 @@ class ReplayBuffer:
         for name, stream in self._streams.items():
             self._drawn[name] = int(state[name]["drawn"])
             stream.load_state_dict(state[name]["place"])
-
-    def _next_domain(self) -> str:
-        """Count one sequence for the domain that is furthest behind its share, and return it.
-
-        A reservoir to which nothing was added waits, and is caught up with.
-        """
-        number = sum(self._drawn.values()) + 1
-        filled = [name for name, stream in self._streams.items() if len(stream)]
-        behind = {name: self._shares[name] * number - self._drawn[name] for name in filled}
-        if not behind:
-            raise RequestError("the replay buffer is empty: nothing was added to it yet.")
-        name = max(behind, key=lambda each: behind[each])
-        self._drawn[name] += 1
-        return name
 
 
 @dataclass(frozen=True, slots=True)

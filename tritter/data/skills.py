@@ -272,7 +272,9 @@ class Skill:
             if len(found) == number or in_vain == _MOST_IN_VAIN:
                 break
             in_vain = in_vain + 1 if example.prompt in found else 0
-            found.setdefault(example.prompt, self._question(example))
+            asked = f"{self.name}: {example.prompt}"
+            question = Question(asked, example.prompt, example.answer, example.choices)
+            found.setdefault(example.prompt, question)
         return tuple(found.values())
 
     def example(self, side: str, index: int, *, seed: int = SEED) -> Example:
@@ -287,11 +289,6 @@ class Skill:
 
     def _examples(self, side: str, *, seed: int) -> Iterator[Example]:
         return (self.example(side, index, seed=seed) for index in count())
-
-    def _question(self, example: Example) -> Question:
-        return Question(
-            f"{self.name}: {example.prompt}", example.prompt, example.answer, example.choices
-        )
 
 
 _EXERCISES: tuple[Exercise, ...] = (

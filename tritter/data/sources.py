@@ -162,19 +162,14 @@ def _check_glob(key: str, pattern: Path, limit: int) -> None:
             with suppress(OSError), os.scandir(folder) as entries:
                 for entry in islice(entries, limit - num_entries + 1):
                     num_entries += 1
-                    below += [Path(entry.path)] if _is_folder(entry) else []
+                    # Passed over: a link in a circle, or into a folder that is closed to us
+                    with suppress(OSError):
+                        below += [Path(entry.path)] if entry.is_dir() else []
             if num_entries > limit:
                 raise _too_many(key, pattern, limit)
         level = below
         if not level:
             return
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link in a circle, or into a folder that is closed to us
-        return False
 
 
 def _too_many(key: str, place: Path, limit: int) -> RequestError:
@@ -199,7 +194,8 @@ def _below(key: str, folder: Path, limit: int | None) -> list[Path]:
     while waiting:
         place, above = waiting.popleft()
         try:
-            own = _identity(place)
+            status = place.stat()
+            own = status.st_dev, status.st_ino
             if own in above:
                 reason = "the link leads back to a folder that it stands in; remove it"
                 raise RequestError(Problem(key, str(place), reason=reason))
@@ -234,11 +230,6 @@ def _check_link(key: str, folder: Path, place: Path) -> None:
             check_inside(folder, str(place.relative_to(folder)))
         except TritterError as error:
             raise RequestError(Problem(key, str(folder), reason=str(error))) from error
-
-
-def _identity(place: Path) -> _Identity:
-    status = place.stat()
-    return status.st_dev, status.st_ino
 
 
 def _kind(place: Path) -> str | None:
@@ -411,17 +402,14 @@ def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_
         and not dataset_names(request.paths)
         and all((request, path) in blank and not problems[request, path] for path in paths)
     ]
-    found += _unopened((request.key, dataset_names(request.paths)) for request in requests)
-    if found:
-        raise RequestError(str(TextFileError(found)))
-
-
-def _unopened(asked: Iterable[tuple[str, tuple[str, ...]]]) -> Iterator[str]:
-    for key, name in dict.fromkeys((key, name) for key, names in asked for name in names):
+    named = ((request.key, name) for request in requests for name in dataset_names(request.paths))
+    for key, name in dict.fromkeys(named):
         try:
             recorded_paths([name], key=key)
         except TextFileError as error:
-            yield from error.problems
+            found += error.problems
+    if found:
+        raise RequestError(str(TextFileError(found)))
 
 
 def _size(path: Path) -> int:

@@ -86,29 +86,25 @@ def part_documents(
     held_out: set[str] = set()
     parted = {}
     for name, documents in domains.items():
-        parted[name] = _part_one(documents, rule=rule, held_out=held_out)
-        if (reason := _one_sided(parted[name].counts, rule)) is not None:
+        different = distinct(documents)
+        train, validation, num_known = array("q"), array("q"), 0
+        for index, key in enumerate(text_keys(different)):
+            if threshold_side(key, rule) == "train":
+                train.append(index)
+            else:
+                validation.append(index)
+                num_known += key in held_out
+        counts = DomainCounts(
+            documents=len(different),
+            train=len(train),
+            validation=len(validation),
+            held_out_before=num_known,
+        )
+        parted[name] = Split(chosen(different, train), chosen(different, validation), counts)
+        if (reason := _one_sided(counts, rule)) is not None:
             raise RequestError(f"data: domain {name}: {reason}.")
         held_out.update(text_keys(parted[name].validation))
     return parted
-
-
-def _part_one(documents: Sequence[Document], *, rule: SplitRule, held_out: set[str]) -> Split:
-    documents = distinct(documents)
-    train, validation, num_known = array("q"), array("q"), 0
-    for index, key in enumerate(text_keys(documents)):
-        if threshold_side(key, rule) == "train":
-            train.append(index)
-        else:
-            validation.append(index)
-            num_known += key in held_out
-    counts = DomainCounts(
-        documents=len(documents),
-        train=len(train),
-        validation=len(validation),
-        held_out_before=num_known,
-    )
-    return Split(chosen(documents, train), chosen(documents, validation), counts)
 
 
 def one_sided(texts: Iterable[str], *, rule: SplitRule) -> str | None:

@@ -15,7 +15,7 @@ from tritter.storage.reading import read_object, require_file
 from tritter.storage.spool import Spool
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
     from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
@@ -223,10 +223,17 @@ def tokenise(
         with _specials_as_text(tokenizer):
             encodings = encode([document.text for document in batch], add_special_tokens=False)
         for document, encoding in zip(batch, encodings, strict=True):
-            num_kept = _num_kept(encoding, limit=limit)
+            num_kept, text = len(encoding), document.text
+            if limit is not None and num_kept > limit:
+                # A byte-level token may hold a part of a character; its neighbours share its
+                # offsets then.
+                offsets, num_kept = encoding.offsets, limit
+                while num_kept and offsets[num_kept][0] < offsets[num_kept - 1][1]:
+                    num_kept -= 1
+                text = text[: offsets[num_kept - 1][1]] if num_kept else ""
             tokens.append(np.asarray(encoding.ids[:num_kept], dtype=np.int32).data.cast("B"))
             ends.append(ends[-1] + num_kept)
-            num_bytes.append(_num_bytes(document.text, encoding, num_kept=num_kept))
+            num_bytes.append(len(text.encode()))
             names.append(document.identifier.encode())
             name_ends.append(len(names))
     return TokenisedDocuments(
@@ -319,20 +326,3 @@ def _specials_as_text(tokenizer: Tokenizer) -> Iterator[None]:
         yield
     finally:
         tokenizer.encode_special_tokens = before
-
-
-def _num_kept(encoding: Encoding, *, limit: int | None) -> int:
-    num_tokens = len(encoding)
-    if limit is None or num_tokens <= limit:
-        return num_tokens
-    # A byte-level token may hold a part of a character; its neighbours then share its offsets.
-    offsets, kept = encoding.offsets, limit
-    while kept and offsets[kept][0] < offsets[kept - 1][1]:
-        kept -= 1
-    return kept
-
-
-def _num_bytes(text: str, encoding: Encoding, *, num_kept: int) -> int:
-    if num_kept < len(encoding):
-        text = text[: encoding.offsets[num_kept - 1][1]] if num_kept else ""
-    return len(text.encode())
