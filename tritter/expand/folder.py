@@ -24,7 +24,6 @@ from tritter.checkpoint import (
 from tritter.checkpoint.expert_files import refuse_experts
 from tritter.checkpoint.folder import (
     TOKENIZER_FILES,
-    Artifact,
     TokenizerFiles,
     check_tokenizer_files,
 )
@@ -114,13 +113,14 @@ class Room:
     ) -> "Room":
         """Return what it takes to write these tensors, made of those of a source."""
         kept = source.folder / STATE_FOLDER / KEPT_FILE
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
         files = sum(path.stat().st_size for path in check_tokenizer_files(source.folder))
         return cls(
             weights=sum(entry.num_bytes for entry in weights),
             state=sum(e.num_bytes for e in state) + (kept.stat().st_size if kept.is_file() else 0),
             others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(state)),
             in_flight=in_flight,
-            process=_held_bytes(),
+            process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         )
 
 
@@ -161,12 +161,6 @@ def in_flight_bytes(
     weights = sum(sorted(usual)[-num_threads() :]) + rare
     largest = max((entry.num_bytes for entry in state), default=0)
     return KEPT_BYTES + max(weights, (HELD_TENSORS + _AT_ONCE_OF_STATE) * largest)
-
-
-def _held_bytes() -> int:
-    """Return what this process has held at most so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def free_bytes(destination: Path) -> int | None:
@@ -367,13 +361,15 @@ def expand(
         return before_placing(Expanded(place, plan, lineage)) if before_placing else lineage
 
     confirmed = cache(partial(_confirmed, plan, opened))
+    state = opened.state
+    carried = None if state is None else MappedState(plan, state, moments, max_shard_bytes)
     lineage = write_checkpoint(
         destination,
         config=plan.target_config,
         final_config=lambda: {**confirmed().target_config, **stated},
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
         lineage=lambda: _child_lineage(opened, confirmed(), destination),
-        artifacts=_followed(plan, opened, moments, max_shard_bytes),
+        artifacts=(TokenizerFiles(opened.folder), carried, plan.added_experts, opened.kept),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         check=partial(check_replaceable, sources=[folder]),
@@ -410,19 +406,6 @@ def room_for(
     return Room.of(weights, others, source=opened, in_flight=in_flight)
 
 
-def _followed(
-    plan: PlannedExpansion, source: Source, moments: Policy, max_shard_bytes: int
-) -> tuple[Artifact | None, ...]:
-    """Return what stands beside the source as it stands beside the result; reads no tensor.
-
-    Raises:
-        TritterError: the state beside the source is damaged.
-    """
-    state = source.state
-    carried = None if state is None else MappedState(plan, state, moments, max_shard_bytes)
-    return TokenizerFiles(source.folder), carried, plan.added_experts, source.kept
-
-
 def _stream(
     source: Source,
     plan: PlannedExpansion,
@@ -433,7 +416,12 @@ def _stream(
 ) -> TensorStream:
     config, maps = plan.target_config, plan.parameter_map.tensors
     targets = layout(config, kind)
-    dtypes = {t.name: dtype or _dtype_of(t, source, maps) for t in targets}
+    dtypes = {}
+    for target in targets:
+        # That of what it stems from; of the embedding, if it stems from nothing. Experts that
+        # share a tensor get the one that holds all of them without rounding.
+        origins = (maps[part.tensor.name].origin or "embed" for part in target.parts)
+        dtypes[target.name] = dtype or reduce(torch.promote_types, map(source.dtype, origins))
     entries = tuple(TensorEntry(t.name, dtypes[t.name], t.shape) for t in targets)
     reader = WeightReader(source.read)
 
@@ -473,15 +461,6 @@ def _stream(
     return TensorStream(entries, tensors())
 
 
-def _dtype_of(target: StoredTensor, source: Source, maps: Mapping[str, TensorMap]) -> torch.dtype:
-    """Return the dtype of what a target stems from; of the embedding, if it stems from nothing.
-
-    Experts that share a tensor get the one that holds all of them without rounding.
-    """
-    origins = (maps[part.tensor.name].origin or "embed" for part in target.parts)
-    return reduce(torch.promote_types, map(source.dtype, origins))
-
-
 def added_experts(
     held: AddedExperts | None, steps: Sequence[ResolvedExpansion]
 ) -> AddedExperts | None:
@@ -504,6 +483,21 @@ def _child_lineage(source: Source, plan: PlannedExpansion, destination: Path) ->
     parent = source.lineage
     digests = source.read_digests()
     parent_hash = merkle_hash(digests)
+    history = list(parent.expansion_history if parent else ())
+    for position, step in enumerate(plan.steps):
+        record = ExpansionRecord(
+            timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+            expansion_type=step.spec.expansion_type,
+            method=step.spec.name,
+            options=step.options,
+            seed=plan.seed + position,
+            source_config=step.source_config,
+            target_config=step.target_config,
+            layer_sources=step.parameter_map.layer_sources,
+            map_digest=step.parameter_map.digest(),
+            claims_exact=step.spec.is_exact,
+        )
+        history.append(record)
     return Lineage(
         model_hash="",
         parent_hash=parent_hash,
@@ -513,10 +507,7 @@ def _child_lineage(source: Source, plan: PlannedExpansion, destination: Path) ->
         base_model_hash=parent.base_model_hash if parent else parent_hash,
         tensor_digests={},
         file_digests={},
-        expansion_history=(
-            *(parent.expansion_history if parent else ()),
-            *(_record(step, seed=plan.seed + position) for position, step in enumerate(plan.steps)),
-        ),
+        expansion_history=tuple(history),
         stock_loadable="yes" if plan.added_experts is None else "after adaptation",
         training_config=parent.training_config if parent else {},
         split=parent.split if parent else None,
@@ -528,21 +519,6 @@ def known_digests(folder: Path) -> dict[str, str]:
     """Digest the files that a plain Hugging Face folder needs, and no other it may hold."""
     names = [name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()]
     return {name: file_digest(folder / name) for name in names}
-
-
-def _record(step: ResolvedExpansion, *, seed: int) -> ExpansionRecord:
-    return ExpansionRecord(
-        timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
-        expansion_type=step.spec.expansion_type,
-        method=step.spec.name,
-        options=step.options,
-        seed=seed,
-        source_config=step.source_config,
-        target_config=step.target_config,
-        layer_sources=step.parameter_map.layer_sources,
-        map_digest=step.parameter_map.digest(),
-        claims_exact=step.spec.is_exact,
-    )
 
 
 def state_stream(
@@ -594,21 +570,18 @@ class MappedState:
     max_shard_bytes: int
 
     def write(self, folder: Path) -> None:
-        state = self.state
+        plan, state = self.plan, self.state
+        # Parameters whose steps are not those of most, by name on disk
+        names = {t.name: t.disk_name for t in family_of(plan.config).logical_tensors(plan.config)}
+        targets = family_of(plan.target_config).logical_tensors(plan.target_config)
+        maps = plan.parameter_map.tensors
+        origins = {t.disk_name: names.get(maps[t.name].origin or "", "") for t in targets}
+        steps = {n: state.other_steps[o] for n, o in origins.items() if o in state.other_steps}
         write_state(
             folder,
-            state_streams(self.plan, state, moments=self.moments),
+            state_streams(plan, state, moments=self.moments),
             step=state.step,
-            other_steps=_carried_steps(self.plan, state),
+            other_steps=steps,
             rules=state.rules,
             max_shard_bytes=self.max_shard_bytes,
         )
-
-
-def _carried_steps(plan: PlannedExpansion, state: State) -> dict[str, int]:
-    """Return the steps of parameters that are not those of most, by name on disk."""
-    names = {t.name: t.disk_name for t in family_of(plan.config).logical_tensors(plan.config)}
-    targets = family_of(plan.target_config).logical_tensors(plan.target_config)
-    maps = plan.parameter_map.tensors
-    origins = {t.disk_name: names.get(maps[t.name].origin or "", "") for t in targets}
-    return {n: state.other_steps[o] for n, o in origins.items() if o in state.other_steps}

@@ -241,12 +241,16 @@ def depth_upscale_sources(
     Raises:
         RequestError: no m fits, or target and m contradict each other; names what would work.
     """
-    target = target_layers
-    if target is None:
-        target = 2 * (layers - drop_layers) if drop_layers is not None else _default_target(layers)
+    if target_layers is not None:
+        target = target_layers
+    elif drop_layers is not None:
+        target = 2 * (layers - drop_layers)
+    else:
+        target = 2 * round(1.5 * layers / 2)
+        target = target if layers < target <= 2 * layers else 2 * layers
     allowed = range(layers + 1 + (layers + 1) % 2, 2 * layers + 1, 2)
     if target not in allowed:
-        closest = _closest(target, allowed)
+        closest = min(allowed, key=lambda count: (abs(count - target), count))
         by_drop = target_layers is None and drop_layers is not None
         key, value = ("drop_layers", drop_layers) if by_drop else ("target_layers", target)
         raise refused(
@@ -353,11 +357,6 @@ def repeated_layers(sources: Sequence[int]) -> frozenset[int]:
     return frozenset(target for target, source in enumerate(sources) if first[source] != target)
 
 
-def _default_target(layers: int) -> int:
-    target = 2 * round(1.5 * layers / 2)
-    return target if layers < target <= 2 * layers else 2 * layers
-
-
 def _check_grows(method: str, target: int, layers: int, *, at_least: int) -> None:
     if target <= layers:
         raise refused(
@@ -376,7 +375,3 @@ def _listed(values: Sequence[int]) -> str:
     if len(texts) <= 6:
         return ", ".join(texts)
     return ", ".join([*texts[:3], "…", texts[-1]])
-
-
-def _closest(value: int, allowed: Sequence[int]) -> int:
-    return min(allowed, key=lambda candidate: (abs(candidate - value), candidate))

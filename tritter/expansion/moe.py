@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -35,9 +35,6 @@ from tritter.limits import MAX_EXPERTS, MAX_LAYERS
 from tritter.options import options
 from tritter.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
 from tritter.seeds import derived_seed
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 DEFAULT_COPIES, DEFAULT_COPIES_PER_TOKEN = 8, 2
 
@@ -92,18 +89,29 @@ class Moe:
                     "to the widest, and what it writes can be expanded",
                 )
             )
-        self._check_counts()
-        size, rest = divmod(dimensions.intermediate_size, self.granularity)
+        total, chosen, pieces = self.total_experts, self.chosen_experts, self.granularity
+        _check_count("num_experts", total, at_least=2 * pieces, multiple_of=pieces)
+        _check_count("experts_per_token", chosen, at_least=pieces, multiple_of=pieces)
+        if chosen > total:
+            raise refused(
+                "expansion.moe.experts_per_token",
+                chosen,
+                f"a token cannot take more than the {total} experts of a layer; "
+                f"allowed is at most {total}",
+            )
+        width = dimensions.intermediate_size
+        size, rest = divmod(width, pieces)
         if rest:
+            divisors = (count for count in range(1, width + 1) if width % count == 0)
+            nearest = min(divisors, key=lambda count: abs(count - pieces))
             raise refused(
                 "expansion.moe.granularity",
-                self.granularity,
-                f"it does not divide the FFN's {dimensions.intermediate_size} neurons; "
-                f"nearest: {_nearest_divisor(dimensions.intermediate_size, self.granularity)}",
+                pieces,
+                f"it does not divide the FFN's {width} neurons; nearest: {nearest}",
             )
         sizes = ExpertSizes(
-            num_experts=self.total_experts,
-            experts_per_token=self.chosen_experts,
+            num_experts=total,
+            experts_per_token=chosen,
             expert_size=size,
             dense_layers=self._dense_layers(dimensions.num_hidden_layers),
         )
@@ -170,18 +178,6 @@ class Moe:
             )
         return tuple(sorted(set(range(layers)) - set(self.layers)))
 
-    def _check_counts(self) -> None:
-        total, chosen, pieces = self.total_experts, self.chosen_experts, self.granularity
-        _check_count("num_experts", total, at_least=2 * pieces, multiple_of=pieces)
-        _check_count("experts_per_token", chosen, at_least=pieces, multiple_of=pieces)
-        if chosen > total:
-            raise refused(
-                "expansion.moe.experts_per_token",
-                chosen,
-                f"a token cannot take more than the {total} experts of a layer; "
-                f"allowed is at most {total}",
-            )
-
 
 def _check_count(name: str, value: int, *, at_least: int, multiple_of: int) -> None:
     if value >= at_least and value % multiple_of == 0:
@@ -195,11 +191,6 @@ def _check_count(name: str, value: int, *, at_least: int, multiple_of: int) -> N
         value,
         f"allowed is {whole}at least {at_least}; nearest: {' or '.join(map(str, counts))}",
     )
-
-
-def _nearest_divisor(size: int, wanted: int) -> int:
-    divisors = (count for count in range(1, size + 1) if size % count == 0)
-    return min(divisors, key=lambda count: abs(count - wanted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,9 +239,15 @@ class Copies:
 
         if tensor.expert is not None:
             return self._expert(tensor, tensor.expert, seed=seed)
-        if tensor.kind == "router":
-            return self._router(tensor, seed=seed)
         shape = self.partner.shape(tensor, self.target)
+        if tensor.kind == "router":
+            fill = Fill(
+                kind="random",
+                std=1 / math.sqrt(shape[1]),  # logits of about unit scale, whatever the hidden size
+                seed=derived_seed(seed, "fill", tensor.name),
+                repeat=self.granularity,
+            )
+            return TensorMap.created(shape, fill)
         if tensor.kind == "shared_expert_gate":
             return TensorMap.created(shape, Fill())  # a sigmoid of zero: one half
         source = logical_name(tensor.kind.replace("shared_expert.", "ffn."), layer=tensor.layer)
@@ -259,17 +256,6 @@ class Copies:
             doubled = AxisFactor(torch.arange(shape[0]), weight=2 * one, gradient=one / 2)
             return TensorMap(source=source, axes=(doubled, None))
         return TensorMap(source=source)
-
-    def _router(self, tensor: LogicalTensor, *, seed: int) -> TensorMap:
-        """Draw the rows so that the logits have about unit scale, whatever the hidden size."""
-        shape = self.partner.shape(tensor, self.target)
-        fill = Fill(
-            kind="random",
-            std=1 / math.sqrt(shape[1]),
-            seed=derived_seed(seed, "fill", tensor.name),
-            repeat=self.granularity,
-        )
-        return TensorMap.created(shape, fill)
 
     def _expert(self, tensor: LogicalTensor, expert: int, *, seed: int) -> TensorMap:
         copy, piece = divmod(expert, self.granularity)
@@ -309,7 +295,10 @@ class Copies:
         if (piece, is_down) in self._factors:
             return self._factors[piece, is_down]
         index = torch.arange(piece * self.size, (piece + 1) * self.size)
-        index[self._redrawn(seed=derived_seed(seed, "redrawn", stem))] = -1
+        # Neurons that are drawn anew are the same for gate, up and down
+        generator = torch.Generator().manual_seed(derived_seed(seed, "redrawn", stem))
+        num_redrawn = round(self.reinit_fraction * self.size)
+        index[torch.randperm(self.size, generator=generator)[:num_redrawn]] = -1
         scale = self._scale(is_down=is_down)
         kept = (index >= 0).double()
         chosen = self.experts_per_token / self.granularity
@@ -322,14 +311,6 @@ class Copies:
         if not self.reinit_fraction:
             self._factors[piece, is_down] = factor
         return factor
-
-    def _redrawn(self, *, seed: int) -> Tensor:
-        """Return which neurons of an expert are drawn anew, the same for gate, up and down."""
-        import torch
-
-        generator = torch.Generator().manual_seed(seed)
-        count = round(self.reinit_fraction * self.size)
-        return torch.randperm(self.size, generator=generator)[:count]
 
 
 # Dense families, and the family with experts that computes the same with one expert's weights.
@@ -434,8 +415,9 @@ def _mixtral(config: Config, sizes: ExpertSizes) -> Config:
             f"{config['model_type']}, has no biases."
         )
     if sizes.dense_layers:
+        listed = ", ".join(map(str, sizes.dense_layers))
         reason = (
-            f"it leaves layers {_listed(sizes.dense_layers)} dense, and in mixtral every layer has "
+            f"it leaves layers {listed} dense, and in mixtral every layer has "
             "experts; leave it out (qwen2 and qwen3 may have both)"
         )
         raise RequestError(Problem("expansion.moe.layers", reason=reason))
@@ -490,10 +472,6 @@ def _attention_kinds(config: Config) -> list[object]:
     first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else layers
     assert isinstance(first, int)
     return ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]
-
-
-def _listed(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 _OWN_KEYS: Mapping[str, Callable[[Config, ExpertSizes], Config]] = {

@@ -307,8 +307,11 @@ class Addition:
     ) -> TensorMap:
         """Return the map of a new expert's matrix; its state starts anew, whatever it holds."""
         if self.init == "random":
+            import torch
+
+            nothing = torch.zeros(shape[0], dtype=torch.float64)
             axes: list[AxisFactor | None] = [None] * len(shape)
-            axes[0] = _without_source(shape[0])
+            axes[0] = AxisFactor(torch.full((shape[0],), -1), nothing, nothing.clone())
             fill = Fill("matched", seed=derived_seed(self.seed, "fill", tensor.name))
             return TensorMap(_of_expert(tensor, 0), tuple(axes), fill=fill, state="fresh")
         blend = tuple(_of_expert(tensor, e) for e in range(1, num_old))
@@ -361,10 +364,3 @@ class Addition:
 def _of_expert(tensor: LogicalTensor, expert: int) -> str:
     """Return the name of the same matrix of another expert."""
     return logical_name(tensor.kind, layer=tensor.layer, expert=expert)
-
-
-def _without_source(size: int) -> AxisFactor:
-    import torch
-
-    nothing = torch.zeros(size, dtype=torch.float64)
-    return AxisFactor(torch.full((size,), -1), nothing, nothing.clone())

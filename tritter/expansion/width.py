@@ -184,7 +184,11 @@ def width_fill(
     """
     if tensor.is_norm:
         return Fill(kind="mean")
-    kinds = {_fill_kind(axis) for axis, factor in zip(tensor.axes, factors, strict=True) if factor}
+    kinds = set()
+    for axis, factor in zip(tensor.axes, factors, strict=True):
+        if factor:
+            reads_new_unit = axis.port is Port.READ and axis.space.kind in _UNITS
+            kinds.add("zero" if axis.space.is_stream or reads_new_unit else "random")
     if "random" not in kinds or "zero" in kinds or len(shape) != 2:
         return Fill()
     std = 1 / math.sqrt(shape[-1])
@@ -213,11 +217,6 @@ def tensors_above(tensors: Sequence[LogicalTensor]) -> dict[str, str]:
             above[tensor.name] = nearest[within_layer]
         nearest[within_layer] = tensor.name
     return above
-
-
-def _fill_kind(axis: Axis) -> Literal["zero", "random"]:
-    reads_new_unit = axis.port is Port.READ and axis.space.kind in _UNITS
-    return "zero" if axis.space.is_stream or reads_new_unit else "random"
 
 
 Init = Literal["fresh", "net2net", "zero_pad", "aki"]
@@ -519,7 +518,12 @@ def width_map(
     if init == "aki":
         # Norms stand between a stream that is written and readers that stay the layer's own
         above = tensors_above([t for t in logical if not t.is_of_norm])
-        maps |= {name: _from_above(maps[name], donor) for name, donor in above.items()}
+        for name, donor in above.items():
+            # What second copies compute comes from the layer above; their state starts anew
+            output, *inputs = maps[name].axes
+            if output is not None and bool(output.is_duplicate.any()):
+                fill = Fill(kind="copy", donor=replace(maps[name], source=donor))
+                maps[name] = replace(maps[name], axes=(first_copies(output), *inputs), fill=fill)
     return ParameterMap(tensors=maps, layer_sources=tuple(range(old.num_hidden_layers)))
 
 
@@ -545,15 +549,6 @@ def _tensor_map(
         noise_seed=derived_seed(spaces.seed, "noise", tensor.name),
         offset=family.norm_offset if is_scaled_gain else 0.0,
     )
-
-
-def _from_above(tensor_map: TensorMap, donor: str) -> TensorMap:
-    """Let what second copies compute come from the layer above; their state starts anew."""
-    output, *inputs = tensor_map.axes
-    if output is None or not bool(output.is_duplicate.any()):
-        return tensor_map
-    fill = Fill(kind="copy", donor=replace(tensor_map, source=donor))
-    return replace(tensor_map, axes=(first_copies(output), *inputs), fill=fill)
 
 
 _FACTORS = ("short_factor", "long_factor")  # of LongRoPE, one for each pair that is turned

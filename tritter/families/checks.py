@@ -66,7 +66,13 @@ def check_values(family: Family, config: Config) -> None:
                 f"config.json: {name} = {brief(config[name])}; {family.model_type} calls this "
                 f"{key}, and one name is enough: state {key} alone."
             )
-    _check_epsilon(config)
+    for key in _EPSILONS:
+        value = config.get(key, 0)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:  # type: ignore[operator]
+            raise RequestError(
+                f"config.json: {key} = {brief(value)}; allowed is a number from 0 on."
+            )
 
 
 def check_config(family: Family, config: Config) -> None:
@@ -76,7 +82,24 @@ def check_config(family: Family, config: Config) -> None:
         RequestError: names the key, the value and what is allowed.
     """
     check_values(family, config)
-    _check_lists(family, config)
+    layers = family.dimensions(config).num_hidden_layers
+    for key in family.per_layer_config_keys:
+        values = config.get(key)
+        if values is None:
+            continue
+        if not isinstance(values, list | tuple) or len(values) != layers:
+            raise RequestError(
+                f"config.json: {key} = {brief(values)}; allowed is a list of num_hidden_layers = "
+                f"{layers} entries."
+            )
+    _check_ffn_sizes(family, config)
+    exempt = config.get("mlp_only_layers")
+    exempt = () if exempt is None else exempt
+    is_list = isinstance(exempt, list | tuple) and len(exempt) <= layers
+    if not is_list or not all(isinstance(layer, int) for layer in exempt):  # type: ignore[attr-defined]
+        raise RequestError(
+            f"config.json: mlp_only_layers = {brief(exempt)}; allowed is a list of layers."
+        )
     check_size(family, config)
 
 
@@ -153,16 +176,6 @@ def _check_value(key: str, value: object) -> None:
         refuse(f"allowed is text of at most {_MAX_TEXT:,} characters")
 
 
-def _check_epsilon(config: Config) -> None:
-    for key in _EPSILONS:
-        value = config.get(key, 0)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 <= value < math.inf:  # type: ignore[operator]
-            raise RequestError(
-                f"config.json: {key} = {brief(value)}; allowed is a number from 0 on."
-            )
-
-
 def _check_ffn_sizes(family: Family, config: Config) -> None:
     if FFN_SIZES not in config:
         return
@@ -183,25 +196,3 @@ def _check_ffn_sizes(family: Family, config: Config) -> None:
         widest=sizes.intermediate_size,
         key=family.sizes["intermediate_size"],
     )
-
-
-def _check_lists(family: Family, config: Config) -> None:
-    layers = family.dimensions(config).num_hidden_layers
-    for key in family.per_layer_config_keys:
-        values = config.get(key)
-        if values is None:
-            continue
-        if not isinstance(values, list | tuple) or len(values) != layers:
-            raise RequestError(
-                f"config.json: {key} = {brief(values)}; allowed is a list of num_hidden_layers = "
-                f"{layers} entries."
-            )
-    _check_ffn_sizes(family, config)
-    exempt = config.get("mlp_only_layers")
-    if exempt is None:
-        return
-    is_list = isinstance(exempt, list | tuple) and len(exempt) <= layers
-    if not is_list or not all(isinstance(layer, int) for layer in exempt):  # type: ignore[attr-defined]
-        raise RequestError(
-            f"config.json: mlp_only_layers = {brief(exempt)}; allowed is a list of layers."
-        )

@@ -132,7 +132,18 @@ def sane_config(folder: Path) -> tuple[Family, Config]:
         raise TritterError(f"{folder} {lacks}.")
     plain = read_object(path)
     family = family_of(plain)
-    _refuse_other_weights(folder, plain)
+    # With any of these, transformers would take other weights than `TensorFolder`
+    named = plain.get("transformers_weights")
+    if named is not None:
+        raise TritterError(
+            f"{folder}: config.json names a file of weights itself (transformers_weights = "
+            f"{brief(named)}); take that out and call the file {SINGLE_NAME}."
+        )
+    if (folder / "adapter_config.json").exists():
+        raise TritterError(
+            f"{folder} holds an adapter (adapter_config.json) beside the model, which peft adds on "
+            "loading; merge it into the weights, or take it out."
+        )
     with refused_as(f"{path} is not a usable config"):
         check_values(family, plain)
     skipped = (*_NAMING_CODE, "_name_or_path")
@@ -152,13 +163,8 @@ def refused_as(what: str) -> Iterator[None]:
     # The border to libraries that build what a file says: packages that are not installed, bad
     # ranges, endless nesting and failed assertions come out of them as whatever they happen to be
     except Exception as error:
-        raise TritterError(f"{what}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    """Return what a library said, without its advice on further lines."""
-    text = " ".join(str(error).split())
-    return text[:_LONGEST_REASON] or type(error).__name__
+        reason = " ".join(str(error).split())  # without the advice on further lines
+        raise TritterError(f"{what}: {reason[:_LONGEST_REASON] or type(error).__name__}") from error
 
 
 def with_silent(plain: Config) -> Config:
@@ -192,22 +198,3 @@ _IS_WINDOWED: Mapping[str, Callable[[Any, int], bool]] = {
     "gemma2": lambda c, layer: layer % 2 == 0,
     "gemma3_text": lambda c, layer: bool((layer + 1) % c["sliding_window_pattern"]),
 }
-
-
-def _refuse_other_weights(folder: Path, config: Mapping[str, object]) -> None:
-    """Refuse a folder in which transformers would take other weights than `TensorFolder`.
-
-    Raises:
-        TritterError: says which.
-    """
-    named = config.get("transformers_weights")
-    if named is not None:
-        raise TritterError(
-            f"{folder}: config.json names a file of weights itself (transformers_weights = "
-            f"{brief(named)}); take that out and call the file {SINGLE_NAME}."
-        )
-    if (folder / "adapter_config.json").exists():
-        raise TritterError(
-            f"{folder} holds an adapter (adapter_config.json) beside the model, which peft adds on "
-            "loading; merge it into the weights, or take it out."
-        )

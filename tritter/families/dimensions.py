@@ -176,13 +176,9 @@ def check_ffn_sizes(config: Config, *, layers: int, widest: int, key: str) -> No
         RequestError: says what is allowed.
     """
     sizes = ffn_sizes(config)
-    are_sizes = len(sizes) == layers and all(_is_size(size) for size in sizes)
+    are_sizes = len(sizes) == layers and all(type(size) is int and size >= 1 for size in sizes)
     if not are_sizes or max(sizes) != widest:
         raise RequestError(
             f"{FFN_SIZES} = {brief(config.get(FFN_SIZES))}; allowed is a width from 1 for each of "
             f"the {layers} layers, the widest of them {key} = {widest}."
         )
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

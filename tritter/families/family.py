@@ -133,7 +133,13 @@ class Family:
         tensors = list(before)
         for layer, kind in enumerate(self.layer_kinds(config)):
             templates = [t.for_layer(layer) for t in per_layer if t.layers in ("all", kind)]
-            tensors += _with_experts(templates, dimensions.num_experts)
+            per_expert = [template for template in templates if template.is_per_expert]
+            for template in templates:
+                if not template.is_per_expert:
+                    tensors.append(template)
+                elif template is per_expert[0]:  # all are written out in its place
+                    for expert in range(dimensions.num_experts):
+                        tensors += [each.for_expert(expert) for each in per_expert]
         tensors += after
         return tuple(tensor for tensor in tensors if tensor.exists(config))
 
@@ -180,8 +186,13 @@ class Family:
 
     def count_active_parameters(self, config: Config) -> int:
         """Count the parameters that one token meets: of the experts, those it is routed to."""
+        sizes = self.dimensions(config)
+        share = sizes.experts_per_token / sizes.num_experts if sizes.num_experts else 1.0
         return round(
-            sum(size * self._active_share(t, config) for t, size in self._sizes_of_tensors(config))
+            sum(
+                size * (share if tensor.is_per_expert else 1.0)
+                for tensor, size in self._sizes_of_tensors(config)
+            )
         )
 
     def attention_window(self, config: Config, layer: int) -> int | None:
@@ -232,12 +243,6 @@ class Family:
                     experts = same.num_experts if template.is_per_expert else 1
                     yield template, times * experts, dimensions
 
-    def _active_share(self, tensor: LogicalTensor, config: Config) -> float:
-        if not tensor.is_per_expert:
-            return 1.0
-        dimensions = self.dimensions(config)
-        return dimensions.experts_per_token / dimensions.num_experts
-
     @cached_property
     def _sections(self) -> tuple[list[LogicalTensor], list[LogicalTensor], list[LogicalTensor]]:
         is_layer = [tensor.is_per_layer for tensor in self.tensors]
@@ -245,15 +250,3 @@ class Family:
         last = len(is_layer) - is_layer[::-1].index(True)
         tensors = list(self.tensors)
         return tensors[:first], tensors[first:last], tensors[last:]
-
-
-def _with_experts(templates: Sequence[LogicalTensor], num_experts: int) -> list[LogicalTensor]:
-    """Write the templates of experts out, expert by expert, at the place of the first one."""
-    per_expert = [template for template in templates if template.is_per_expert]
-    written: list[LogicalTensor] = []
-    for template in templates:
-        if not template.is_per_expert:
-            written.append(template)
-        elif template is per_expert[0]:
-            written += [t.for_expert(expert) for expert in range(num_experts) for t in per_expert]
-    return written

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.families.dimensions import FFN_SIZES, Config, on_disk
-from tritter.families.logical import Axis, Fused, LogicalTensor
+from tritter.families.logical import Axis, LogicalTensor
 from tritter.families.tables import family_of
 
 if TYPE_CHECKING:
@@ -124,9 +124,11 @@ def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
     for tensor in family.logical_tensors(config):
         shape = family.shape(tensor, config)
         part, name = Part(tensor), tensor.disk_name
-        if kind == "live" and tensor.fused is not None:
-            part, name = _place_in(tensor.fused, tensor, shape), tensor.fused.name
-            shape = (num_experts, tensor.fused.num_blocks * shape[0], *shape[1:])
+        if kind == "live" and (fused := tensor.fused) is not None:
+            assert tensor.expert is not None
+            rows = slice(fused.block * shape[0], (fused.block + 1) * shape[0])
+            part, name = Part(tensor, (tensor.expert, rows)), fused.name
+            shape = (num_experts, fused.num_blocks * shape[0], *shape[1:])
         elif tensor.within:
             name, first = tensor.within, shapes.get(tensor.within, (0,))[0]
             end = first + shape[0]
@@ -136,14 +138,11 @@ def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
             name = tensor.live_name or name
         places.setdefault(name, []).append(part)
         shapes[name] = shape
-    return tuple(
-        StoredTensor(name, _as_stored(shapes[name], parts[0]), tuple(parts))
-        for name, parts in places.items()
-    )
-
-
-def _as_stored(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
-    return shape[::-1] if part.tensor.is_transposed else shape
+    stored = []
+    for name, parts in places.items():
+        shape = shapes[name][::-1] if parts[0].tensor.is_transposed else shapes[name]
+        stored.append(StoredTensor(name, shape, tuple(parts)))
+    return tuple(stored)
 
 
 def padded_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -172,7 +171,17 @@ def match(config: Config, names: Iterable[str]) -> tuple[StoredTensor, ...]:
         if prefix := family.omitted_prefix:
             others.append(tuple(replace(s, name=s.name.removeprefix(prefix)) for s in expected))
         expected = max((expected, *others), key=lambda each: len(held & {s.name for s in each}))
-    _check_names(family.model_type, held, {stored.name for stored in expected})
+    names = {stored.name for stored in expected}
+    extra, missing = sorted(held - names), sorted(names - held)
+    problems = []
+    if extra:
+        problems.append(
+            f"{len(extra)} tensors that {family.model_type} does not have: {_some(extra)}"
+        )
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
+    if problems:
+        raise TritterError("The checkpoint does not fit its config.json: " + "; ".join(problems))
     return expected
 
 
@@ -202,24 +211,6 @@ def unpack_all(places: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> 
 def _or_zero(values: Mapping[str, Tensor], *, like: Tensor) -> Read:
     zero = like.new_zeros(())
     return lambda name: values.get(name, zero)
-
-
-def _place_in(fused: Fused, tensor: LogicalTensor, shape: tuple[int, ...]) -> Part:
-    """Return an expert's matrix as a part of the tensor that its layer's experts share."""
-    assert tensor.expert is not None
-    rows = slice(fused.block * shape[0], (fused.block + 1) * shape[0])
-    return Part(tensor, (tensor.expert, rows))
-
-
-def _check_names(model_type: str, held: set[str], expected: set[str]) -> None:
-    extra, missing = sorted(held - expected), sorted(expected - held)
-    parts = []
-    if extra:
-        parts.append(f"{len(extra)} tensors that {model_type} does not have: {_some(extra)}")
-    if missing:
-        parts.append(f"{len(missing)} tensors are missing: {_some(missing)}")
-    if parts:
-        raise TritterError("The checkpoint does not fit its config.json: " + "; ".join(parts))
 
 
 def _some(names: list[str], limit: int = 5) -> str:
@@ -287,8 +278,8 @@ class Places:
             return True
         if is_tied and tensor.kind == "embed" and "head" in self.parts:
             return True
-        return any(_is_of(tensor.kind, kind) for word in self.parts for kind in PARTS[word])
-
-
-def _is_of(kind: str, part: str) -> bool:
-    return kind == part or kind.startswith((f"{part}.", f"{part}_"))
+        kinds = [kind for word in self.parts for kind in PARTS[word]]
+        return any(
+            tensor.kind == kind or tensor.kind.startswith((f"{kind}.", f"{kind}_"))
+            for kind in kinds
+        )

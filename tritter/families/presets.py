@@ -6,7 +6,6 @@ They are the options `conf/model/tritter_*.yaml`, whose first lines say what mod
 import math
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 
 import yaml
 
@@ -53,19 +52,18 @@ class Preset:
         return llama_config(vocab_size=vocab_size, **sizes)
 
 
-def _read(path: Path) -> Preset:
-    size = path.stem.removeprefix("tritter_")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    wanted = [field.name for field in fields(Preset) if field.name in values]
-    return Preset(
-        name=path.stem,
-        nominal_parameters=int(size[:-1]) * _UNITS[size[-1]],
-        **{name: values[name] for name in wanted},
-    )
-
-
 def _read_all() -> dict[str, Preset]:
-    presets = map(_read, (config_folder() / "model").glob("tritter_*.yaml"))
+    presets = []
+    for path in (config_folder() / "model").glob("tritter_*.yaml"):
+        size = path.stem.removeprefix("tritter_")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        wanted = [field.name for field in fields(Preset) if field.name in values]
+        preset = Preset(
+            name=path.stem,
+            nominal_parameters=int(size[:-1]) * _UNITS[size[-1]],
+            **{name: values[name] for name in wanted},
+        )
+        presets.append(preset)
     by_size = sorted(presets, key=lambda preset: preset.nominal_parameters)
     return {preset.name: preset for preset in by_size}
 
