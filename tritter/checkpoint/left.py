@@ -64,24 +64,24 @@ def digests_of(
 
 def find_damage(folder: Path, left: Mapping[str, str]) -> tuple[Damage, ...]:
     """Hash what was left again and return what is not as `digests_of` found it."""
-    return tuple(damage for place in left for damage in _damage(folder, place, left[place]))
-
-
-def _damage(folder: Path, place: str, digest: str) -> Iterator[Damage]:
-    path = folder / place
-    if not path.exists():
-        yield Damage(place, f"{path} is gone", is_gone=True)
-    elif path.is_dir():
-        changes = list(checkpoint_changes(path))
-        yield from (Damage(place, what) for what in changes)
-        if not changes and _checkpoint_digest(lineage_of(path)) != digest:
-            yield Damage(place, f"{path} is another checkpoint than the one that was left there")
-    else:
-        try:
-            if file_digest(path) != digest:
-                yield Damage(place, f"{path}: changed")
-        except (OSError, TritterError) as error:
-            yield Damage(place, str(error))
+    found = []
+    for place, digest in left.items():
+        path = folder / place
+        if not path.exists():
+            found.append(Damage(place, f"{path} is gone", is_gone=True))
+        elif path.is_dir():
+            changes = list(checkpoint_changes(path))
+            found += [Damage(place, what) for what in changes]
+            if not changes and _checkpoint_digest(lineage_of(path)) != digest:
+                what = f"{path} is another checkpoint than the one that was left there"
+                found.append(Damage(place, what))
+        else:
+            try:
+                if file_digest(path) != digest:
+                    found.append(Damage(place, f"{path}: changed"))
+            except (OSError, TritterError) as error:
+                found.append(Damage(place, str(error)))
+    return tuple(found)
 
 
 def checkpoint_changes(folder: Path) -> Iterator[str]:

@@ -100,7 +100,15 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
 
 def _load(path: Path) -> Mapping[str, Any]:
     require_file(path, is_read_whole=False)
-    _refuse_packed(path)
+    # torch never packs what it writes, and an archive that has to be unpacked may be endless
+    if is_zipfile(path):  # otherwise of torch before 1.6, or damaged, which its reader says
+        with suppress(BadZipFile), ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != ZIP_STORED:
+                    raise TritterError(
+                        f"{path} is a packed archive ({entry.filename}: {entry.compress_size} "
+                        f"bytes unpack to {entry.file_size}); torch.save packs nothing."
+                    )
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -114,23 +122,6 @@ def _load(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise TritterError(f"{path} is not a checkpoint: it holds a {type(content).__name__}.")
     return content
-
-
-def _refuse_packed(path: Path) -> None:
-    """Refuse an archive that has to be unpacked: torch never writes one, and it may be endless.
-
-    Raises:
-        TritterError: names the first entry that is packed.
-    """
-    if not is_zipfile(path):  # of torch before 1.6, or damaged, which its reader says
-        return
-    with suppress(BadZipFile), ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != ZIP_STORED:
-                raise TritterError(
-                    f"{path} is a packed archive ({entry.filename}: {entry.compress_size} bytes "
-                    f"unpack to {entry.file_size}); torch.save packs nothing."
-                )
 
 
 def _why_not(path: Path, error: Exception) -> str:

@@ -10,8 +10,6 @@ from tritter.data.split import SplitRule
 from tritter.limits import MAX_LAYERS
 from tritter.storage.records import Finite, InnerName, Seed, Sha256, Text, WholeNumber, record
 
-StockLoadable = Literal["yes", "after adaptation"]
-
 _MOST_ENTRIES = Field(max_length=2**20)
 _MOST_LAYERS = Field(max_length=MAX_LAYERS)
 _Plain = Annotated[Mapping[str, Any], _MOST_ENTRIES]
@@ -118,7 +116,7 @@ class Lineage:
     training_config: _Plain = field(default_factory=dict)
     split: SplitRule | None = None
     domains: Mapping[str, LearnedDomain] = field(default_factory=dict)
-    stock_loadable: StockLoadable = "yes"
+    stock_loadable: Literal["yes", "after adaptation"] = "yes"
     ffn_sizes: Annotated[tuple[WholeNumber, ...], _MOST_LAYERS] = ()
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from tritter.data import built_in, cache
 from tritter.data.documents import (
     Document,
-    Documents,
     documents_digest,
     documents_of,
     notes_of,
@@ -184,7 +183,10 @@ def stdlib_corpus(
             return cached
     text = built_in.gather()
     corpus = build_corpus(
-        {name: stdlib_documents(text, name) for name in ("prose", "code")},
+        {
+            "prose": documents_of(document.text for document in text.prose),
+            "code": documents_of(document.text for document in text.code),
+        },
         origin=built_in.stdlib_origin(),
         vocab_size=vocab_size,
         validation_fraction=validation_fraction,
@@ -195,11 +197,6 @@ def stdlib_corpus(
     )
     cache.write_note(note, corpus.digest)
     return corpus
-
-
-def stdlib_documents(text: built_in.StdlibText, name: str) -> Documents:
-    """Return the documents of one domain of the embedded corpus."""
-    return documents_of(each.text for each in (text.prose if name == "prose" else text.code))
 
 
 def _corpora(cache_dir: Path) -> Path:

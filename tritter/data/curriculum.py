@@ -24,7 +24,6 @@ By = str | Callable[[Any], float] | Sequence[float] | Tensor
 Model = Callable[..., Any]
 Tokenizer = Callable[[str], Any]
 FORMAT_VERSION = 1
-THIRDS = (1 / 3, 1 / 3, 1 / 3)
 
 
 def difficulties(
@@ -182,7 +181,7 @@ class CurriculumLearning:
         *,
         model: Model | None = None,
         tokenizer: Tokenizer | None = None,
-        fractions: Sequence[float] = THIRDS,
+        fractions: Sequence[float] = (1 / 3, 1 / 3, 1 / 3),
     ) -> None:
         is_whole = isclose(sum(fractions), 1.0, abs_tol=1e-6)
         if len(fractions) != 3 or not is_whole or not min(fractions) >= 0:

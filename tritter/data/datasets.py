@@ -306,7 +306,14 @@ def _of_hub(source: DatasetName) -> DatasetName:
 
 def _resolved(source: DatasetName) -> DatasetName:
     if not source.is_on_disk:
-        source = _at_hand(source)
+        builder, _ = _builder(source)
+        config = builder.config.name.partition("-sample_by=")[0]
+        cached, asked = str(builder.hash or ""), source.revision or ""
+        if _COMMIT.fullmatch(cached):
+            if _COMMIT.fullmatch(asked) and cached != asked:
+                reason = f"is not at hand; of {source.name} the revision {cached} is cached"
+                raise _Unreadable(reason)
+            source = replace(source, revision=cached, config=config)
     opened = _open(source, is_streamed=True)
     split = _split(source, opened)
     columns = _columns(source, opened[split])
@@ -374,16 +381,6 @@ def _reason(source: DatasetName, error: Exception) -> str:
     return f"can't be read ({type(error).__name__}: {told})"
 
 
-def _arguments(source: DatasetName) -> dict[str, Any]:
-    """Return what `load_dataset` takes for a data set; a file of plain text is one row."""
-    if source.builder is not None:
-        path, own = source.builder
-        by = _WHOLE_TEXTS if path == "text" else {}
-        return {"path": path, "data_files": source.name, **own, **by}
-    builder, by = _builder(source)
-    return _named(source) | (_WHOLE_TEXTS if builder.name == "text" else by)
-
-
 def _named(source: DatasetName) -> dict[str, Any]:
     revision = {} if source.revision is None else {"revision": source.revision}
     # Without the address a folder of that name in the current one would be taken
@@ -403,22 +400,6 @@ def _builder(source: DatasetName) -> tuple[Any, dict[str, str]]:
         raise
 
 
-def _at_hand(source: DatasetName) -> DatasetName:
-    """Return a data set of the hub with the config and the commit that are at hand.
-
-    Raises:
-        _Unreadable: another commit is asked for than the one that is cached.
-    """
-    builder, _ = _builder(source)
-    config = builder.config.name.partition("-sample_by=")[0]
-    held, asked = str(builder.hash or ""), source.revision or ""
-    if not _COMMIT.fullmatch(held):
-        return source
-    if _COMMIT.fullmatch(asked) and held != asked:
-        raise _Unreadable(f"is not at hand; of {source.name} the revision {held} is cached")
-    return replace(source, revision=held, config=config)
-
-
 def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]:
     """Return split → rows; of a data set that was saved without splits, None → rows."""
     library = _library()
@@ -427,7 +408,17 @@ def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]
     if source.is_on_disk and source.is_saved:
         saved = library.load_from_disk(source.name)
         return saved if isinstance(saved, Mapping) else {None: saved}
-    return library.load_dataset(**_arguments(source), streaming=is_streamed)
+    if source.builder is not None:
+        path, own = source.builder
+        arguments = {"path": path, "data_files": source.name, **own}
+        is_plain_text = path == "text"
+    else:
+        builder, own = _builder(source)
+        is_plain_text = builder.name == "text"
+        arguments = _named(source) | ({} if is_plain_text else own)
+    if is_plain_text:  # a file of it is one row
+        arguments |= _WHOLE_TEXTS
+    return library.load_dataset(**arguments, streaming=is_streamed)
 
 
 def _check_files(source: DatasetName) -> None:

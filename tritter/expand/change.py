@@ -84,7 +84,13 @@ class Change:
         origins = {
             stored.name: tuple(part.tensor.name for part in stored.parts) for stored in self.before
         }
-        return tuple(s for s in self.after if origins.get(s.name, ()) != self._kept_origins(s))
+        altered = []
+        for stored in self.after:
+            maps = [self.tensors[part.tensor.name] for part in stored.parts]
+            is_kept = all(m.is_verbatim and m.state == "carry" and not m.is_copy for m in maps)
+            if not is_kept or origins.get(stored.name, ()) != tuple(m.origin or "" for m in maps):
+                altered.append(stored)
+        return tuple(altered)
 
     @property
     def stems(self) -> dict[str, str]:
@@ -150,12 +156,6 @@ class Change:
                 if has_state(tensor_map, rule, by_name.__contains__, policy=policy)
             },
         )
-
-    def _kept_origins(self, stored: StoredTensor) -> tuple[str, ...] | None:
-        """Return what a parameter's parts are, where all are taken over with their state."""
-        maps = [self.tensors[part.tensor.name] for part in stored.parts]
-        is_kept = all(m.is_verbatim and m.state == "carry" and not m.is_copy for m in maps)
-        return tuple(m.origin or "" for m in maps) if is_kept else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -101,8 +101,7 @@ class MoeAdd:
     def target_config(self, family: Family, config: Config) -> Config:
         layers = sparse_layers(family, config)
         size = family.dimensions(config)
-        self._check_options()
-        self._check_clone_from(size.num_experts, layers)
+        self._check_options(size.num_experts, len(layers))
         num_experts, experts_per_token = (
             family.sizes["num_experts"],
             family.sizes["experts_per_token"],
@@ -167,7 +166,7 @@ class MoeAdd:
         per_token = f"{old.experts_per_token} → {new.experts_per_token} per token"
         return (f"{grown}, {per_token} (active parameters {before:,} → {after:,})",)
 
-    def _check_options(self) -> None:
+    def _check_options(self, num_experts: int, num_layers: int) -> None:
         init, addition = map(key_name, ("expansion.moe_add.init", "expansion.moe_add.addition"))
         if not self.is_append and (self.init != "clone" or self.clone_from is not None):
             key, value = (
@@ -199,18 +198,15 @@ class MoeAdd:
                 self.noise,
                 f"it goes on copies, and {init}=random makes none; use {init}=clone or {init}=mean",
             )
-
-    def _check_clone_from(self, num_experts: int, layers: Sequence[int]) -> None:
-        if self.clone_from is None:
-            return
-        wrong = [expert for expert in self.clone_from if not 0 <= expert < num_experts]
+        donors = () if self.clone_from is None else self.clone_from
+        wrong = [expert for expert in donors if not 0 <= expert < num_experts]
         reason = ""
-        if len(self.clone_from) not in (1, len(layers)):
-            reason = f"allowed is one expert, or one for each of {len(layers)} layers with experts"
+        if self.clone_from is not None and len(donors) not in (1, num_layers):
+            reason = f"allowed is one expert, or one for each of {num_layers} layers with experts"
         elif wrong:
             reason = f"there is no expert {wrong[0]}; allowed are 0 to {num_experts - 1}"
         if reason:
-            raise refused("expansion.moe_add.clone_from", list(self.clone_from), reason)
+            raise refused("expansion.moe_add.clone_from", list(donors), reason)
 
 
 def closed_experts(

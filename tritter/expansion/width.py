@@ -382,7 +382,20 @@ class Width:
         if not family.heads_divide_hidden or new.hidden_size % heads == 0:
             return
         if self.hidden_size is None:
-            raise self._uneven_heads(family, old, new)
+            # Nobody asked for the hidden size: name head counts that fit it
+            counts = range(old.num_attention_heads + 1, new.hidden_size + 1)
+            fitting = [
+                count
+                for count in counts
+                if not (new.hidden_size % count or count % new.num_key_value_heads)
+            ]
+            near = [n for n in fitting if n < heads][-1:] + [n for n in fitting if n > heads][:1]
+            raise refused(
+                "expansion.width.num_attention_heads",
+                heads,
+                f"{family.model_type} accepts only head counts that divide its hidden size of "
+                f"{new.hidden_size}; nearest: {' or '.join(map(str, near)) or 'none'}",
+            )
         multiples = (new.hidden_size // heads * heads, -(-new.hidden_size // heads) * heads)
         nearest = " or ".join(
             str(size)
@@ -395,19 +408,6 @@ class Width:
             new.hidden_size,
             f"{family.model_type} accepts only multiples of its {heads} attention "
             f"heads; nearest: {nearest}",
-        )
-
-    def _uneven_heads(self, family: Family, old: Dimensions, new: Dimensions) -> RequestError:
-        """Return a refusal that names head counts that fit a hidden size nobody asked for."""
-        heads, hidden_size = new.num_attention_heads, new.hidden_size
-        counts = range(old.num_attention_heads + 1, hidden_size + 1)
-        fitting = [n for n in counts if not (hidden_size % n or n % new.num_key_value_heads)]
-        near = [n for n in fitting if n < heads][-1:] + [n for n in fitting if n > heads][:1]
-        return refused(
-            "expansion.width.num_attention_heads",
-            heads,
-            f"{family.model_type} accepts only head counts that divide its hidden size of "
-            f"{hidden_size}; nearest: {' or '.join(map(str, near)) or 'none'}",
         )
 
     def _target_dimensions(self, family: Family, old: Dimensions) -> Dimensions:

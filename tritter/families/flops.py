@@ -217,7 +217,9 @@ class _Walk:
         self._adapters = adapters
         self._gates = False  # whether the gates of adapters need a gradient
         vocabulary, hidden = self._held["embed"]
-        stream = self._lookup(vocabulary, hidden)
+        # Whether the residual stream needs a gradient
+        stream = self._low_rank("embed", hidden, vocabulary, read=False, is_lookup=True)
+        stream |= not self._trained.isdisjoint(("embed", "embed_positions"))
         for layer in range(len(kinds)):
             window = family.attention_window(config, layer)
             self._gates = self._gating(layer, hidden, stream)
@@ -305,11 +307,6 @@ class _Walk:
         self._add(rows * columns, read + (name in self._trained), is_routed=is_routed)
         added = name not in ("head", "embed") and self._low_rank(name, rows, columns, read)
         return self._needs(read or added, name, *behind)
-
-    def _lookup(self, vocabulary: int, hidden: int) -> bool:
-        """Add what adapters compute of an embedding; return whether the stream needs a gradient."""
-        added = self._low_rank("embed", hidden, vocabulary, read=False, is_lookup=True)
-        return added or not self._trained.isdisjoint(("embed", "embed_positions"))
 
     def _gating(self, layer: int, hidden: int, stream: bool) -> bool:
         """Add the product that gates come from; return whether these need a gradient."""

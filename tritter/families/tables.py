@@ -29,7 +29,6 @@ EXPERT_SIZES = {
 }
 
 Biases = Literal["none", "qkv", "qkvo"]
-QueryNorm = Literal["none", "each head", "all heads"]
 
 
 def decoder_tensors(
@@ -63,7 +62,7 @@ def decoder_tensors(
 def attention(
     *,
     has_input_norm: bool = True,
-    query_norm: QueryNorm = "none",
+    query_norm: Literal["none", "each head", "all heads"] = "none",
     output_norm: str = "",
     biases: Biases = "none",
     bias_key: str = "",
