@@ -102,27 +102,6 @@ class Room:
     def memory(self) -> int:
         return self.process + self.in_flight
 
-    @classmethod
-    def of(
-        cls,
-        weights: Sequence[TensorEntry],
-        state: Sequence[TensorEntry],
-        *,
-        source: Source,
-        in_flight: int,
-    ) -> "Room":
-        """Return what it takes to write these tensors, made of those of a source."""
-        kept = source.folder / STATE_FOLDER / KEPT_FILE
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes
-        files = sum(path.stat().st_size for path in check_tokenizer_files(source.folder))
-        return cls(
-            weights=sum(entry.num_bytes for entry in weights),
-            state=sum(e.num_bytes for e in state) + (kept.stat().st_size if kept.is_file() else 0),
-            others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(state)),
-            in_flight=in_flight,
-            process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        )
-
 
 def in_flight_bytes(
     targets: Sequence[StoredTensor],
@@ -403,7 +382,16 @@ def room_for(
         source=opened,
         padded=shapes,
     )
-    return Room.of(weights, others, source=opened, in_flight=in_flight)
+    kept = opened.folder / STATE_FOLDER / KEPT_FILE
+    files = sum(path.stat().st_size for path in check_tokenizer_files(opened.folder))
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return Room(
+        weights=sum(entry.num_bytes for entry in weights),
+        state=sum(e.num_bytes for e in others) + (kept.stat().st_size if kept.is_file() else 0),
+        others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(others)),
+        in_flight=in_flight,
+        process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    )
 
 
 def _stream(

@@ -55,10 +55,33 @@ class CopiedLayers(ABC):
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
-
+        """Return the map that gives each target layer the tensors of its source layer."""
         sources = self.layer_sources(family.dimensions(source).num_hidden_layers)
+        # What these write to the residual stream becomes zero; their state starts anew
         identities = repeated_layers(sources) if self.is_exact else frozenset()
-        return layer_map(family, target, sources, identities=identities, seed=seed)
+        tensors: dict[str, TensorMap] = {}
+        for tensor in family.logical_tensors(target):
+            if tensor.layer is None:
+                tensors[tensor.name] = TensorMap(source=tensor.name)
+                continue
+            is_identity = tensor.layer in identities
+            is_zeroed = is_identity and family.branch_output(tensor)
+            output = tensor.axes[0]
+            # A row that writes nothing to a gain of zero would stay so: rows that an expansion
+            # before this one left zero are among what is copied. Silent as the norm is, noise
+            # costs nothing.
+            is_silenced = output.port is Port.WRITE and output.space.is_branch_output
+            layer = sources[tensor.layer]
+            tensors[tensor.name] = TensorMap(
+                source=logical_name(tensor.kind, layer=layer, expert=tensor.expert),
+                is_zeroed=is_zeroed,
+                offset=family.norm_offset if is_zeroed and tensor.is_norm else 0.0,
+                state="fresh" if is_identity else "carry",
+                is_copy=is_identity and is_silenced,
+                noise=_SILENT_NOISE if is_identity and is_silenced else 0.0,
+                noise_seed=derived_seed(seed, "noise", tensor.name) if is_silenced else 0,
+            )
+        return ParameterMap(tensors=tensors, layer_sources=sources)
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         return ()
@@ -184,47 +207,6 @@ class LlamaPro(CopiedLayers):
 
 
 _SILENT_NOISE = 0.01
-
-
-def layer_map(
-    family: Family,
-    target: Config,
-    layer_sources: Sequence[int],
-    *,
-    identities: frozenset[int],
-    seed: int,
-) -> ParameterMap:
-    """Return the map that gives each target layer the tensors of its source layer.
-
-    Args:
-        target: the config afterwards; each layer's pattern is that of its source layer.
-        identities: target layers whose writes to the residual stream become zero, and whose
-            moments and importances start anew.
-        seed: of the noise behind silent norms.
-    """
-    tensors: dict[str, TensorMap] = {}
-    for tensor in family.logical_tensors(target):
-        if tensor.layer is None:
-            tensors[tensor.name] = TensorMap(source=tensor.name)
-            continue
-        is_identity = tensor.layer in identities
-        is_zeroed = is_identity and family.branch_output(tensor)
-        output = tensor.axes[0]
-        # A row that writes nothing to a gain of zero would stay so: rows that an expansion before
-        # this one left zero are among what is copied. Silent as the norm is, noise costs nothing.
-        is_silenced = output.port is Port.WRITE and output.space.is_branch_output
-        tensors[tensor.name] = TensorMap(
-            source=logical_name(
-                tensor.kind, layer=layer_sources[tensor.layer], expert=tensor.expert
-            ),
-            is_zeroed=is_zeroed,
-            offset=family.norm_offset if is_zeroed and tensor.is_norm else 0.0,
-            state="fresh" if is_identity else "carry",
-            is_copy=is_identity and is_silenced,
-            noise=_SILENT_NOISE if is_identity and is_silenced else 0.0,
-            noise_seed=derived_seed(seed, "noise", tensor.name) if is_silenced else 0,
-        )
-    return ParameterMap(tensors=tensors, layer_sources=tuple(layer_sources))
 
 
 # Which layer each target layer copies, under every depth rule.
