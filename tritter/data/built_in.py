@@ -77,11 +77,24 @@ def strip_documentation(source: str, *, tree: ast.Module) -> str:
     still parses. `tree` is `ast.parse(source)`. From Python 3.12 on, a number sign inside an
     f-string that nests its own kind of quote can be taken for a comment.
     """
-    cuts = _docstring_cuts(source, tree) + [
+    cuts = [
         _Cut(match.start(), match.end(), _REMOVED)
         for match in _STRING_OR_COMMENT.finditer(source)
         if match.group("comment")
     ]
+    # Not splitlines: a form feed ends a line for that, and not for the parser.
+    lines = re.split(r"(?<=\n)", source)
+    line_starts = [0, *accumulate(len(line) for line in lines)]
+    for node in _with_docstring(tree):
+        statement = _docstring_of(node)
+        assert statement is not None and statement.end_lineno and statement.end_col_offset
+        is_whole_body = len(node.body) == 1 and not isinstance(node, ast.Module)
+        start = line_starts[statement.lineno - 1]
+        start += _column(lines, statement.lineno, statement.col_offset)
+        end = line_starts[statement.end_lineno - 1]
+        end += _column(lines, statement.end_lineno, statement.end_col_offset)
+        shares_line = source[end : end + 9].lstrip(" \t").startswith(";")
+        cuts.append(_Cut(start, end, "pass" if is_whole_body or shares_line else _REMOVED))
     pieces, position = [], 0
     for cut in sorted(cuts, key=lambda each: each.start):
         pieces += [source[position : cut.start], cut.replacement]
@@ -106,30 +119,6 @@ def _docstring_of(node: Documented) -> ast.Expr | None:
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
         return first if isinstance(first.value.value, str) else None
     return None
-
-
-def _docstring_cuts(source: str, tree: ast.Module) -> list[_Cut]:
-    # Not splitlines: a form feed ends a line for that, and not for the parser.
-    lines = re.split(r"(?<=\n)", source)
-    line_starts = [0, *accumulate(len(line) for line in lines)]
-    cuts = []
-    for node in _with_docstring(tree):
-        statement = _docstring_of(node)
-        assert statement is not None and statement.end_lineno and statement.end_col_offset
-        is_whole_body = len(node.body) == 1 and not isinstance(node, ast.Module)
-        start = line_starts[statement.lineno - 1]
-        start += _column(lines, statement.lineno, statement.col_offset)
-        end = line_starts[statement.end_lineno - 1]
-        end += _column(lines, statement.end_lineno, statement.end_col_offset)
-        shares_line = source[end : end + 9].lstrip(" \t").startswith(";")
-        cuts.append(
-            _Cut(
-                start,
-                end,
-                "pass" if is_whole_body or shares_line else _REMOVED,
-            )
-        )
-    return cuts
 
 
 def _column(lines: Sequence[str], line_number: int, num_bytes: int) -> int:

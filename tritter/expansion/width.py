@@ -281,8 +281,7 @@ class Width:
     def target_config(self, family: Family, config: Config) -> Config:
         old = family.dimensions(config)
         new = self._target_dimensions(family, old)
-        self._check_noise()
-        self._check_layers(config)
+        self._check_init(config)
         _check_not_smaller(old, new)
         self._check_mean(family, old, new)
         if family.heads_fill_hidden:
@@ -338,7 +337,7 @@ class Width:
             return (sizes,)
         return sizes, "a key/value head serves fewer queries: moments of k and v carry the mean"
 
-    def _check_noise(self) -> None:
+    def _check_init(self, config: Config) -> None:
         if self.noise and self.init == "fresh" and self.strategy in ("fresh", "split"):
             init = key_name("expansion.width.init")
             raise refused(
@@ -347,8 +346,6 @@ class Width:
                 f"it goes on copies, and {init}=fresh makes none; use {init}=net2net or "
                 f"{init}=zero_pad, or {key_name('expansion.width.noise')}=0",
             )
-
-    def _check_layers(self, config: Config) -> None:
         if self.init == "aki" and ffn_sizes(config):
             raise refused(
                 "expansion.width.init",
