@@ -16,7 +16,7 @@ from tritter.data.packing import IGNORED
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import document_losses
 from tritter.targets import Component, imported
-from tritter.training import TrainerSettings, processes, read_metrics
+from tritter.training import TrainerSettings, module, processes, read_metrics
 from tritter.training.trainer import losses_before
 
 pytestmark = pytest.mark.skipif(
@@ -200,3 +200,10 @@ def test_the_row_of_a_step_has_rate_and_gradient_norm(tmp_path: Path) -> None:
     rates = [float(row["train/learning_rate"]) for row in rows]
     assert len(rates) == STEPS // 2 and max(rates) == pytest.approx(1e-3) and min(rates) > 0
     assert all(float(row["train/gradient_norm"]) > 0 for row in rows)
+
+
+def test_a_loss_that_is_not_a_number_stays_one() -> None:
+    total = module._sum()
+    for value in (1.0, math.nan, 2.0):
+        total.update(torch.tensor(value))
+    assert math.isnan(float(total.compute()))

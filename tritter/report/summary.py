@@ -42,7 +42,8 @@ class Part(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """Return the part as JSON holds it: what was set, and nothing else."""
-        return self.model_dump(exclude_unset=True)
+        # A list of numbers, in a part that a run measured, may stand for a tuple
+        return self.model_dump(exclude_unset=True, warnings=False)
 
 
 # Growth

@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, labels_of
@@ -26,6 +26,8 @@ from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimi
 from tritter.training.parameters import StepFlops, flops_of_sequence
 from tritter.training.reshape import Entry, replay
 from tritter.training.sharded import is_sharded, let_go, shard
+
+_SUMMED = ("nats", "right", "tokens")  # of a domain's windows in an evaluation
 
 
 class SideLoss:
@@ -158,20 +160,18 @@ class BaseModule(LightningModule):
         domains = self.trainer.datamodule.evaluation.domains  # type: ignore[attr-defined]
         # Apple's GPUs have no float64
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self._losses, self._accuracies = (
-            {domain: _mean().set_dtype(dtype).to(self.device) for domain in domains}
-            for _ in range(2)
-        )
+        self._sums = {
+            domain: {name: _sum().set_dtype(dtype).to(self.device) for name in _SUMMED}
+            for domain in domains
+        }
 
     def validation_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
-        """Add up the loss and the accuracy of a domain's windows, weighted by their tokens."""
-        targets, domain = batch["targets"], batch["domain"]  # [B, T]
+        """Add up nats, right predictions and tokens of a domain's windows."""
+        targets, sums = batch["targets"], self._sums[batch["domain"]]  # [B, T]
         logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits  # [B, T, V]
-        tokens = (targets != IGNORED).sum()
-        right = (logits.argmax(-1) == targets).sum()
-        loss, accuracy = self._losses[domain], self._accuracies[domain]
-        loss.update(nats_per_row(logits, targets).sum().to(loss.dtype) / tokens, weight=tokens)
-        accuracy.update(right.to(accuracy.dtype) / tokens, weight=tokens)
+        sums["nats"].update(nats_per_row(logits, targets).sum())
+        sums["right"].update((logits.argmax(-1) == targets).sum())
+        sums["tokens"].update((targets != IGNORED).sum())
 
     def on_validation_epoch_end(self) -> None:
         """Log each domain's mean next-token loss in nats, perplexity and accuracy.
@@ -179,11 +179,11 @@ class BaseModule(LightningModule):
         They are means over the tokens of all processes, which torchmetrics adds up.
         """
         let_go(self.model)
-        for domain in self._losses:
-            loss = float(self._losses[domain].compute())
-            self.log(f"eval/{domain}/loss", loss)
-            self.log(f"eval/{domain}/perplexity", math.exp(min(loss, 700)))
-            self.log(f"eval/{domain}/accuracy", float(self._accuracies[domain].compute()))
+        for domain, sums in self._sums.items():
+            nats, right, tokens = (float(sums[name].compute()) for name in _SUMMED)
+            self.log(f"eval/{domain}/loss", nats / tokens)
+            self.log(f"eval/{domain}/perplexity", math.exp(min(nats / tokens, 700)))
+            self.log(f"eval/{domain}/accuracy", right / tokens)
         self._log_finished_steps()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -243,9 +243,12 @@ class BaseModule(LightningModule):
                 method.add_to_gradients(self.model)
 
 
-def _mean() -> MeanMetric:
-    """Return a weighted mean that is NaN where a value is: torchmetrics would leave it out."""
-    return MeanMetric(nan_strategy="disable")
+def _sum() -> SumMetric:
+    """Return a sum that is NaN where a value is: torchmetrics would leave it out.
+
+    MeanMetric is of no use here: with this setting it forgets its weights (torchmetrics 1.9).
+    """
+    return SumMetric(nan_strategy="disable")
 
 
 def _mean_count(counted: Tensor) -> Tensor:
