@@ -133,6 +133,7 @@ def draw_matrix(axes: Axes, matrix: Matrix) -> None:
     """
     import numpy as np
     from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.figure import Figure
 
     losses = _numbers(matrix.loss_per_byte)[:, :_DRAWN]
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -146,9 +147,9 @@ def draw_matrix(axes: Axes, matrix: Matrix) -> None:
     norm = TwoSlopeNorm(0.0, -limit, limit)
     image = _draw_cells(axes, matrix, names, shown, texts, is_dark, norm=norm, colours="RdBu_r")
     axes.set_title("loss per byte; framed: the task's domains", fontsize=9)
-    bar = _figure_of(axes).colorbar(
-        image, ax=axes, extend="both" if limit == _SATURATED_PERCENT else None
-    )
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    bar = figure.colorbar(image, ax=axes, extend="both" if limit == _SATURATED_PERCENT else None)
     bar.set_label("change from the baseline [%]", fontsize=8)
 
 
@@ -212,11 +213,3 @@ def _numbers(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
         [np.nan if value is None else value for value in row[:_DRAWN]] for row in rows[:_DRAWN]
     ]
     return np.asarray(known, dtype=float)
-
-
-def _figure_of(axes: Axes) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    return figure
