@@ -93,7 +93,7 @@ RATCHET = {
     "moe_routing": (5, 1_399),
     "novelty": (6, 1_613),
     "parameter_map": (7, 1_327),
-    "pipeline": (23, 6_147),
+    "pipeline": (23, 6_056),
     "planning": (6, 1_513),
     "report": (15, 3_858),
     "stock_routers": (3, 452),

@@ -44,7 +44,6 @@ from tritter.data.options import DatasetsConfig
 from tritter.data.packing import Apart, num_packed, packed, padding_fraction, read_apart
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import find_texts, recorded_paths, source_documents
-from tritter.data.split import DomainCounts
 from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, joined, read_tokenizer
 from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
@@ -481,7 +480,8 @@ def run_corpus(config: RunConfig, text: RunText, *, tokenizer: Tokenizer | None)
         "cache_dir": config.cache_dir,
         "tokenizer": tokenizer,
     }
-    if _is_stdlib(text):
+    # Of the embedded corpus alone the cache keeps a note
+    if [(domain.name, domain.paths) for domain in text.domains] == _STDLIB_DOMAINS:
         return stdlib_corpus(**asked)
     return build_corpus(
         all_documents(text.domains),
@@ -524,12 +524,6 @@ def all_documents(domains: Iterable[DomainText]) -> dict[str, Sequence[Document]
     return documents
 
 
-def _is_stdlib(text: RunText) -> bool:
-    """Say whether it is the embedded corpus and no more, of which the cache keeps a note."""
-    places = [(domain.name, domain.paths) for domain in text.domains]
-    return places == _STDLIB_DOMAINS
-
-
 def _origin(domain: DomainText, config: RunConfig) -> str:
     if domain.texts is not None:
         return dotted(type(config.data))
@@ -546,18 +540,14 @@ def _origin(domain: DomainText, config: RunConfig) -> str:
 def corpus_notes(config: RunConfig, corpus: Corpus) -> Iterator[str]:
     """Say what was done with the documents of a run, a sentence each."""
     yield from corpus.notes
-    yield from _moved(corpus.counts.values())
-    if config.data.packing == "documents":
-        length = config.data.sequence_length
-        yield from _padded(corpus, (length, 2 * length))
-
-
-def _padded(corpus: Corpus, lengths: tuple[int, int]) -> Iterator[str]:
-    """Say of which domains more than a tenth is padding, as of documents of one length.
-
-    Args:
-        lengths: of sequences, those that are and longer ones.
-    """
+    if count := sum(each.held_out_before for each in corpus.counts.values()):
+        yield (
+            f"Documents that were met before: {count} held out before, so that they are not "
+            "trained on."
+        )
+    if config.data.packing != "documents":
+        return
+    lengths = (config.data.sequence_length, 2 * config.data.sequence_length)
     for name, domain in corpus.domains.items():
         if not domain.train.num_tokens:
             continue
@@ -567,15 +557,6 @@ def _padded(corpus: Corpus, lengths: tuple[int, int]) -> Iterator[str]:
                 f"Of the training sequences of {name} {share:.0%} is padding: its documents fill "
                 f"no {lengths[0]} tokens; data.sequence_length={lengths[1]} leaves {longer:.0%}."
             )
-
-
-def _moved(counts: Iterable[DomainCounts]) -> Iterator[str]:
-    """Say how many documents of the run's domains an old domain holds out."""
-    if count := sum(each.held_out_before for each in counts):
-        yield (
-            f"Documents that were met before: {count} held out before, so that they are not "
-            "trained on."
-        )
 
 
 # Benchmarks

@@ -94,7 +94,9 @@ def expand_for_domain(
             destination is no place for a result; nothing is written.
         TritterError: a stage failed; nothing is left.
     """
-    sources = [source, *_teachers(specs)]
+    teachers = [spec.teacher for spec in specs if isinstance(spec, MoeAdd) and spec.teacher]
+    key = "expansion.moe_add.teacher"
+    sources = [source, *(named_path(teacher, key=key) for teacher in teachers)]
     check_output(destination, sources=sources, overwrite=overwrite)
     place = next(folder for folder in destination.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=place) as name:
@@ -123,12 +125,6 @@ def expand_for_domain(
             shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
             lineage = _adopt(temporary, context, source=source, destination=destination)
         return DomainExpansion(plan=plan, lineage=lineage, scores=scores, experts=used)
-
-
-def _teachers(specs: Sequence[ExpansionSpec]) -> list[Path]:
-    """Return the folders that new experts learn from."""
-    named = (spec.teacher for spec in specs if isinstance(spec, MoeAdd) and spec.teacher)
-    return [named_path(teacher, key="expansion.moe_add.teacher") for teacher in named]
 
 
 def _told(
