@@ -37,7 +37,7 @@ def logit_jump(before_model: nn.Module, after_model: nn.Module, input_ids: Tenso
     Raises:
         TritterError: the two have different vocabularies.
     """
-    before, after = _logits(before_model, input_ids), _logits(after_model, input_ids)
+    before, after = logits_of(before_model, input_ids), logits_of(after_model, input_ids)
     if before.shape != after.shape:
         raise TritterError(
             f"evaluation: logits of shape {list(before.shape)} before and {list(after.shape)} "
@@ -47,7 +47,8 @@ def logit_jump(before_model: nn.Module, after_model: nn.Module, input_ids: Tenso
     return Jump(max_absolute=float(largest), relative_to_std=float(largest / before.std()))
 
 
-def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Return logits, float32 [B, T, V], for tokens int64 [B, T]."""
     with evaluating(model) as device, torch.autocast(device.type, enabled=False):
         return model(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
 

@@ -173,16 +173,14 @@ class RunContext:
         assert source is not None  # only that of a hub id is not known, and it is given
         sizes = (*memory_notes(self.config, source), *rate_notes(self.config, source))
         found = corpus_notes(self.config, self.corpus)
-        text = (*text_notes(self.text), *self.text.notes)
-        return tuple(filter(None, (*text, *found, *self._pages, self.config.rate_note, *sizes)))
-
-    @property
-    def _pages(self) -> Iterator[str]:
-        """Say of a paged optimizer that a CPU has no other memory to move its moments to."""
-        name = self.config.optimizer.target.rpartition(".")[2]
+        # Of each domain whose paths mean other files too, what was skipped
+        skipped = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
+        text = (*skipped, *self.text.notes)
+        paged, name = "", self.config.optimizer.target.rpartition(".")[2]
         if name.startswith("Paged") and self.device.type == "cpu":
             same = name.removeprefix("Paged")
-            yield f"On the CPU nothing is paged: {name} does what {same} does."
+            paged = f"On the CPU nothing is paged: {name} does what {same} does."
+        return tuple(filter(None, (*text, *found, paged, self.config.rate_note, *sizes)))
 
     @cached_property
     def published_dtype(self) -> str:
@@ -368,24 +366,20 @@ class RunContext:
             )
         return {**self.text.learned, **records}
 
-    @property
-    def weights(self) -> Mapping[str, float]:
-        """New domain → its weight among those of its task; nothing where all are mixed."""
-        data = self.config.data
-        return (data.weights or {}) if isinstance(data, DatasetsConfig) else {}
-
     def batches(self, domains: Sequence[str], *, purpose: str, max_steps: int) -> BatchStream:
         """Return endless batches of some domains in an order of their own."""
         sequences, seed = self.training_sequences(domains), self.seed("order", purpose)
-        weights = {name: each for name, each in self.weights.items() if name in domains}
+        data = self.config.data
+        # New domain → its weight among those of its task; nothing where all are mixed
+        asked = (data.weights or {}) if isinstance(data, DatasetsConfig) else {}
+        weights = {name: each for name, each in asked.items() if name in domains}
         stream = (
             ReplayBuffer.of_domains(sequences, weights=weights, seed=seed, purpose="domain")
             if weights
             else SequenceStream(joined(list(sequences.values())), seed=seed)
         )
-        batch_size = self.config.data.batch_size
         num_batches = max_steps * self.trainer_settings.accumulate_grad_batches
-        return BatchStream(stream, batch_size=batch_size, num_batches=num_batches)
+        return BatchStream(stream, batch_size=data.batch_size, num_batches=num_batches)
 
     @cached_property
     def evaluation_text(self) -> EvaluationText | None:
@@ -488,16 +482,6 @@ def run_corpus(config: RunConfig, text: RunText, *, tokenizer: Tokenizer | None)
         origin={domain.name: _origin(domain, config) for domain in text.domains},
         **asked,
     )
-
-
-def text_notes(text: RunText) -> tuple[str, ...]:
-    """Say of each domain whose paths mean other files too what was skipped.
-
-    Raises:
-        RequestError: a path means no text file any more.
-    """
-    found = {domain.name: find_texts(domain.key, domain.paths) for domain in text.domains}
-    return tuple(note for name, texts in found.items() if (note := texts.note(name)) is not None)
 
 
 def all_documents(domains: Iterable[DomainText]) -> dict[str, Sequence[Document]]:

@@ -32,7 +32,6 @@ from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
 from tritter.training import Needs, Preparation, Task, Values
 
-Ruled = tuple[TensorFolder, StateKind]
 WRITTEN = "written"  # by the model: stands for an old domain where there is none
 _WRITTEN_FILE = "written.safetensors"
 
@@ -236,7 +235,7 @@ def _place(context: RunContext, arm: Arm) -> Path:
     return context.folder / _folder(arm)
 
 
-def _states(context: RunContext, arm: Arm) -> Iterator[tuple[str, Ruled]]:
+def _states(context: RunContext, arm: Arm) -> Iterator[tuple[str, tuple[TensorFolder, StateKind]]]:
     """Yield each kind of state that the arm's methods need, as it was before the expansion."""
     needs = _needs(context)
     prepared = {kind for each in needs for kind in each.prepares}

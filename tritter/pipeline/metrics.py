@@ -60,14 +60,6 @@ def before_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
     return dict(context.ledger.found(stage, ExpansionFound).before)
 
 
-def arm_rows(context: RunContext, arm_name: str) -> list[dict[str, str]]:
-    """Return what an arm logged, in the order of its steps, from `BEFORE` on."""
-    rows = read_metrics(context.folder / arm_name)
-    if before := before_metrics(context, arm_name):
-        rows.insert(0, {"step": str(BEFORE)} | {name: str(v) for name, v in before.items()})
-    return rows
-
-
 def first_step(context: RunContext, arms: Sequence[Arm], arm: Arm) -> int:
     """Return where an arm's steps stand among those of the arms that are trained in a row."""
     before = takewhile(lambda each: each.name != arm.name, arms)
@@ -82,7 +74,9 @@ def joined_rows(context: RunContext, arms: Sequence[Arm]) -> list[dict[str, str]
     rows: list[dict[str, str]] = []
     for arm in arms:
         first = first_step(context, arms, arm)
-        logged = arm_rows(context, arm.name)
+        logged = read_metrics(context.folder / arm.name)
+        if before := before_metrics(context, arm.name):
+            logged.insert(0, {"step": str(BEFORE)} | {k: str(v) for k, v in before.items()})
         last: dict[str, object] = {"step": num_steps(context, arm.name)}
         logged.append({k: str(v) for k, v in (last | score_metrics(context, arm.name)).items()})
         rows += [

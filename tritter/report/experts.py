@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tritter.report.drawing import CYCLE, GREEN, GREY, new_figure, panel, say, shortened, some
-from tritter.report.summary import BASE, Course, ExpertRow, ExpertsRecord
+from tritter.report.summary import BASE, Course, ExpertsRecord, Spawn
 from tritter.report.table import Table, left_out
 from tritter.report.wording import MISSING, count_text
 
@@ -27,9 +27,15 @@ def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
     header = ("expert", "born in", "step", "batches", "novelty", "limit", "rank", "usage %", "")
     lines = ["usage: mean gate over the domains; batches: that the decision took"]
     lines += filter(None, [left_out(len(experts.rows), most)])
+    rows = []
+    for row in experts.rows[:most]:
+        spawn = row.spawn or Spawn()
+        cells = [row.name, spawn.domain or MISSING, *map(_count, (spawn.step, spawn.batches))]
+        cells += [*map(_number, (spawn.score, spawn.threshold)), _count(row.rank)]
+        rows.append((*cells, _percent(row.usage), row.state))
     return Table(
         header,
-        tuple(tuple(expert_cells(row)) for row in experts.rows[:most]),
+        tuple(rows),
         numbers=tuple(range(2, 8)),
         title=f"LoRA experts ({experts.kind[:_KIND_CHARACTERS]})",
         caption="\n".join(lines),
@@ -83,22 +89,6 @@ def experts_text(experts: ExpertsRecord) -> str:
 def share_text(share: float | None) -> str:
     """Return the trainable share in per cent."""
     return MISSING if share is None else f"{100 * share:.3g} %"
-
-
-def expert_cells(row: ExpertRow) -> list[str]:
-    """Return name, domain, step, batches, novelty, threshold, rank, usage in per cent and state."""
-    spawn = row.spawn
-    if spawn is None:
-        return [row.name, MISSING, *[MISSING] * 4, _count(row.rank), _percent(row.usage), row.state]
-    return [
-        row.name,
-        spawn.domain or MISSING,
-        *map(_count, (spawn.step, spawn.batches)),
-        *map(_number, (spawn.score, spawn.threshold)),
-        _count(row.rank),
-        _percent(row.usage),
-        row.state,
-    ]
 
 
 def page_tables(experts: ExpertsRecord) -> list[Table]:

@@ -8,7 +8,7 @@ from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, say, some
-from tritter.report.summary import GrownLayer, GrowthRecord
+from tritter.report.summary import GrowthRecord
 from tritter.report.table import Table
 from tritter.report.wording import MISSING, Signs, count_text
 
@@ -29,6 +29,7 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
     has_dead = any(layer.died for layer in layers)
     counts = ["born", "replaced", *(["left dead"] if has_dead else [])]
     header = ("layer", "neurons", *counts, "change", "after steps")
+    grown = sorted(layers, key=lambda layer: -(layer.born + layer.replaced))[:most]
     rows = tuple(
         (
             str(layer.layer),
@@ -37,7 +38,7 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
             change_of_function(layer.function_change),
             steps_text(layer.steps),
         )
-        for layer in most_grown(layers, most)
+        for layer in sorted(grown, key=lambda layer: layer.layer)
     )
     lines = ["change: of the logits at an event, the largest, in their deviation"]
     if has_dead:
@@ -93,12 +94,6 @@ def nothing_grew(growth: GrowthRecord) -> str:
         ways.insert(0, growth.advice)
     *others, last = ways
     return f"nothing grew in {number}; try {', '.join(others) + ', or ' if others else ''}{last}"
-
-
-def most_grown(layers: Sequence[GrownLayer], most: int = MAX_ROWS) -> list[GrownLayer]:
-    """Return the layers that grew most, in their order."""
-    chosen = sorted(layers, key=lambda layer: -(layer.born + layer.replaced))[:most]
-    return sorted(chosen, key=lambda layer: layer.layer)
 
 
 def steps_text(steps: Sequence[int]) -> str:

@@ -299,7 +299,20 @@ def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
         return None
     figure, (axes,) = new_figure(width=5.6, height=4.2)
     for old, new in pairs:
-        _draw_pair(axes, old, new)
+        assert old.change.value is not None and new.change.value is not None
+        kind = "control, not grown" if old.is_control else "grown"
+        axes.errorbar(
+            -100 * new.change.value,
+            100 * old.change.value,
+            # The gain is the fall: its lower error is the change's upper one
+            xerr=_errors(new.change.above, new.change.below),
+            yerr=_errors(old.change.below, old.change.above),
+            color=ORANGE if old.is_control else BLUE,
+            marker="s" if old.is_control else "o",
+            linestyle="none",
+            capsize=3,
+            label=f"{kind}: {old.domain} against {new.domain}",
+        )
     for bound in sorted({old.bound for old, _ in pairs if old.bound is not None}):
         axes.axhline(100 * bound, color=GREY, linestyle="--", linewidth=1)
         axes.annotate(
@@ -319,23 +332,6 @@ def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
     axes.set_ylabel("forgetting: rise of the loss\non the old domain [% per byte]")
     figure.legend(loc="outside upper center", frameon=False, fontsize=8)
     return figure
-
-
-def _draw_pair(axes: Axes, old: DomainRow, new: DomainRow) -> None:
-    assert old.change.value is not None and new.change.value is not None
-    kind = "control, not grown" if old.is_control else "grown"
-    axes.errorbar(
-        -100 * new.change.value,
-        100 * old.change.value,
-        # The gain is the fall: its lower error is the change's upper one
-        xerr=_errors(new.change.above, new.change.below),
-        yerr=_errors(old.change.below, old.change.above),
-        color=ORANGE if old.is_control else BLUE,
-        marker="s" if old.is_control else "o",
-        linestyle="none",
-        capsize=3,
-        label=f"{kind}: {old.domain} against {new.domain}",
-    )
 
 
 def _errors(below: float | None, above: float | None) -> list[list[float]]:
