@@ -93,7 +93,7 @@ RATCHET = {
     "moe_routing": (5, 1_399),
     "novelty": (6, 1_613),
     "parameter_map": (7, 1_327),
-    "pipeline": (23, 6_021),
+    "pipeline": (23, 6_015),
     "planning": (6, 1_513),
     "report": (15, 3_792),
     "stock_routers": (3, 452),

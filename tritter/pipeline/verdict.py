@@ -1,7 +1,7 @@
 """The end of a run: the gate's checks, and the checkpoint that follows from them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -165,7 +165,13 @@ def held_checks(context: RunContext, arms: Sequence[Arm]) -> Iterator[Check]:
     """
     fits = [context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms]
     added = moe.appended(context, arms[0])
-    flow = _joined([fit.flow for fit in fits])
+    watched = [fit.flow for fit in fits if fit.flow]
+    flow: dict[str, Any] = {}  # what none of the trainings reached
+    if watched:
+        flow["steps"] = sum(each["steps"] for each in watched)
+        for kind in ("without_gradient", "without_tokens"):
+            first, *others = (each[kind] for each in watched)
+            flow[kind] = [name for name in first if all(name in other for other in others)]
     check = flow_check(flow, new_experts=() if added is None else added.experts)
     if check is not None and (context.config.experts is None or arms[0].is_control):
         yield check  # of experts, which take turns, it would say nothing
@@ -186,15 +192,3 @@ def held_checks(context: RunContext, arms: Sequence[Arm]) -> Iterator[Check]:
             made.append(memory_check(fit.held, expected=expected))
     if made:
         yield max(made, key=lambda check: abs(check.value or 0.0))
-
-
-def _joined(flows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what none of the trainings reached, of at least one that was watched."""
-    watched = [flow for flow in flows if flow]
-    if not watched:
-        return {}
-    joined: dict[str, Any] = {"steps": sum(flow["steps"] for flow in watched)}
-    for kind in ("without_gradient", "without_tokens"):
-        first, *others = (flow[kind] for flow in watched)
-        joined[kind] = [name for name in first if all(name in other for other in others)]
-    return joined
