@@ -199,7 +199,11 @@ def flow_check(
     if flow["steps"] < least_steps:
         detail = f"a training of fewer than {least_steps} steps does not show it"
         return Check("gradient_flow", "parameters", "reported", detail, n=flow["steps"])
-    is_lost = any(set(new_experts) <= numbers for numbers in _by_layer(idle)) and new_experts
+    by_layer: dict[str, set[int]] = {}
+    for name in idle:  # such as layers.3.experts.7
+        _, layer, _, number = name.split(".")
+        by_layer.setdefault(layer, set()).add(int(number))
+    is_lost = new_experts and any(set(new_experts) <= numbers for numbers in by_layer.values())
     verdict: Verdict = "failed" if dead or is_lost else "passed"
     return Check(
         "gradient_flow",
@@ -245,15 +249,6 @@ def report_only(check: Check) -> Check:
     """Return a check as `gate=off` records it: its numbers without a bound or a verdict."""
     detail = f"{check.detail}; gate=off enforces nothing"
     return replace(check, verdict="reported", detail=detail, bound=None, documents_needed=None)
-
-
-def _by_layer(experts: Iterable[str]) -> Iterable[set[int]]:
-    """Return the numbers of experts, named as layers.3.experts.7, of each layer together."""
-    numbers: dict[str, set[int]] = {}
-    for name in experts:
-        _, layer, _, number = name.split(".")
-        numbers.setdefault(layer, set()).add(int(number))
-    return numbers.values()
 
 
 def _listed(names: Sequence[str]) -> str:

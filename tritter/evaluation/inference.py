@@ -54,24 +54,18 @@ def prompt_in_words(
         skipped_tokens: where it begins at the earliest; of a short document its half.
         max_tokens: how many it is at most.
     """
-    begins = _word_starts(token_ids, decode)
+    begins = []  # tokens before which a word ends: they begin with white space
+    for at in range(1, len(token_ids)):
+        pair, before = decode(list(token_ids[at - 1 : at + 1])), decode([token_ids[at - 1]])
+        # Together, because some tokenizers drop the space of a text's first token
+        if pair.startswith(before) and pair[len(before) :][:1].isspace():
+            begins.append(at)
     first = min(skipped_tokens, len(token_ids) // 2)
     start = next((at for at in begins if at >= first), first)
     stop = max((at for at in begins if start < at <= start + max_tokens), default=start)
     if stop == start or start + max_tokens >= len(token_ids):
         stop = min(start + max_tokens, len(token_ids))
     return list(token_ids[start:stop])
-
-
-def _word_starts(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[int]:
-    """Return the places of tokens before which a word ends: they begin with white space."""
-    starts = []
-    for at in range(1, len(token_ids)):
-        pair, first = decode(list(token_ids[at - 1 : at + 1])), decode([token_ids[at - 1]])
-        # Together, because some tokenizers drop the space of a text's first token
-        if pair.startswith(first) and pair[len(first) :][:1].isspace():
-            starts.append(at)
-    return starts
 
 
 def sample_text(

@@ -37,7 +37,7 @@ def logit_jump(before_model: nn.Module, after_model: nn.Module, input_ids: Tenso
     Raises:
         TritterError: the two have different vocabularies.
     """
-    before, after = _logits(before_model, input_ids), _logits(after_model, input_ids)
+    before, after = logits_of(before_model, input_ids), logits_of(after_model, input_ids)
     if before.shape != after.shape:
         raise TritterError(
             f"evaluation: logits of shape {list(before.shape)} before and {list(after.shape)} "
@@ -47,7 +47,8 @@ def logit_jump(before_model: nn.Module, after_model: nn.Module, input_ids: Tenso
     return Jump(max_absolute=float(largest), relative_to_std=float(largest / before.std()))
 
 
-def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Return logits, float32 [B, T, V], for tokens int64 [B, T]."""
     with evaluating(model) as device, torch.autocast(device.type, enabled=False):
         return model(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
 
@@ -116,25 +117,19 @@ def folder_jump(
             "expansion cannot be compared; the vocabulary must stay"
         )
     step = min(model.rows_of_a_block for model in models)
-    largest, moments = torch.zeros(()), torch.zeros(3, dtype=torch.float64)
+    largest = torch.zeros(())
+    moments = torch.zeros(3, dtype=torch.float64)  # number, sum and sum of squares
     for rows in blocks(slice(0, sizes[0]), step):
         old_BTV, new_BTV = (model.logits(rows) for model in models)
         largest = torch.maximum(largest, (new_BTV - old_BTV).abs().max())  # keeps NaN
-        moments += _moments(old_BTV)
-    jump = Jump(float(largest), float(largest.double() / _deviation(moments)))
+        wide = old_BTV.double()
+        number = torch.tensor(wide.numel()).double()
+        moments += torch.stack([number, wide.sum(), wide.square().sum()])
+    number, total_logits, squares = moments
+    # As `Tensor.std` has it
+    deviation = ((squares - total_logits**2 / number).clamp(min=0) / (number - 1)).sqrt()
+    jump = Jump(float(largest), float(largest.double() / deviation))
     return FolderJump(jump, (models[0].states, models[1].states))
-
-
-def _moments(values: Tensor) -> Tensor:
-    """Return number, sum and sum of squares, float64 [3]."""
-    wide = values.double()
-    return torch.stack([torch.tensor(wide.numel()).double(), wide.sum(), wide.square().sum()])
-
-
-def _deviation(moments: Tensor) -> Tensor:
-    """Return the standard deviation, as `Tensor.std` has it."""
-    number, total, squares = moments
-    return ((squares - total**2 / number).clamp(min=0) / (number - 1)).sqrt()
 
 
 def _parted_layer(

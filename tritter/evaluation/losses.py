@@ -60,7 +60,14 @@ def document_losses(
             done += len(batch)
             if progress is not None:
                 progress(done, len(windows))
-    return _without_empty(documents, nats)
+    num_tokens = documents.offsets.diff()
+    kept = num_tokens.nonzero().flatten()
+    return PairedScores(
+        identifiers=tuple(documents.identifiers[index] for index in kept.tolist()),
+        values=nats[kept],
+        weights={"tokens": num_tokens[kept], "bytes": documents.num_bytes[kept]},
+        unit="nats",
+    )
 
 
 def sequence_losses(model: nn.Module, sequences: Tensor, *, batch_size: int = 16) -> Tensor:
@@ -94,14 +101,3 @@ def nats_per_row(logits: Tensor, targets: Tensor) -> Tensor:
     if nats_BT.device.type == "mps":  # which has no float64
         nats_BT = nats_BT.cpu()
     return nats_BT.double().sum(dim=1)
-
-
-def _without_empty(documents: TokenisedDocuments, nats: Tensor) -> PairedScores:
-    num_tokens = documents.offsets.diff()
-    kept = num_tokens.nonzero().flatten()
-    return PairedScores(
-        identifiers=tuple(documents.identifiers[index] for index in kept.tolist()),
-        values=nats[kept],
-        weights={"tokens": num_tokens[kept], "bytes": documents.num_bytes[kept]},
-        unit="nats",
-    )

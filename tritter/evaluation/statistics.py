@@ -428,7 +428,9 @@ def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
     """
     import torch
 
-    numerators, denominators = _in_order(numerators, denominators)
+    for is_last in (False, True):  # sorted by numerator, and by denominator where that is equal
+        order = (numerators if is_last else denominators).argsort(dim=-1, stable=True)
+        numerators, denominators = numerators.gather(-1, order), denominators.gather(-1, order)
     total = denominators.sum(dim=-1, keepdim=True)
     shares = denominators / total
     residuals = numerators / total - shares * (numerators.sum(dim=-1, keepdim=True) / total)
@@ -461,14 +463,6 @@ def _errors(sums_RK: Tensor, *, n: int) -> Tensor:
     spread = torch.where(spread > _ROUNDING * terms, spread, 0.0)
     standard_error = (spread * (n - 1) / n).sqrt() / share
     return torch.where(moved == 0, 0.0, moved / standard_error)
-
-
-def _in_order(numerators: Tensor, denominators: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort by numerator, and by denominator where that is equal."""
-    for is_last in (False, True):
-        order = (numerators if is_last else denominators).argsort(dim=-1, stable=True)
-        numerators, denominators = numerators.gather(-1, order), denominators.gather(-1, order)
-    return numerators, denominators
 
 
 def _resamples(n: int) -> Iterator[Tensor]:

@@ -100,12 +100,13 @@ class QuestionTask:
             raise TritterError(f"evaluation: the task {self.name} has no questions")
         rows = self._rows(reader)
         read = iter(_read(model, rows, reader))
-        values = [
-            _is_likeliest(question, [next(read).nats for _ in question.choices])
-            if question.choices
-            else next(read).is_greedy
-            for question in self.questions
-        ]
+        values = []
+        for question in self.questions:
+            if question.choices:
+                nats = [next(read).nats for _ in question.choices]
+                values.append(question.choices[nats.index(min(nats))] == question.answer)
+            else:
+                values.append(next(read).is_greedy)
         return PairedScores(
             identifiers=tuple(question.identifier for question in self.questions),
             values=torch.tensor(values, dtype=torch.float64),
@@ -127,10 +128,13 @@ class QuestionTask:
             [encoding.ids for encoding in reader.tokenizer.encode_batch(texts, False, False)]
             for texts in ([prompt for prompt, _ in pairs], [p + answer for p, answer in pairs])
         )
-        return [
-            _Row(tuple(ids), _num_shared(prompt, ids))
-            for prompt, ids in zip(prompts, texts, strict=True)
-        ]
+        rows = []
+        for prompt, ids in zip(prompts, texts, strict=True):
+            # Where the prompt's last token reaches into the answer it is predicted with it
+            shared = enumerate(zip(prompt, ids, strict=False))
+            start = next((at for at, (one, other) in shared if one != other), len(prompt))
+            rows.append(_Row(tuple(ids), start))
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,19 +151,6 @@ class _Found:
 
     is_greedy: bool
     nats: float
-
-
-def _num_shared(prompt: Sequence[int], text: Sequence[int]) -> int:
-    """Return how many tokens of a text are the prompt's alone.
-
-    Where the last one reaches into the answer it has to be predicted with it.
-    """
-    pairs = zip(prompt, text, strict=False)
-    return next((at for at, (one, other) in enumerate(pairs) if one != other), len(prompt))
-
-
-def _is_likeliest(question: Question, nats: Sequence[float]) -> bool:
-    return question.choices[nats.index(min(nats))] == question.answer
 
 
 def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[_Found]:

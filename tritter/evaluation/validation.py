@@ -2,11 +2,9 @@
 
 from math import inf
 
-import torch
 from torch import Tensor, nn
 
 from tritter.evaluation.gate import EXACT_JUMP, MEMORY_BOUND, Check, Verdict
-from tritter.evaluation.inference import evaluating
 
 MSE_BOUND = 1e-6  # of logits, as the specification has it (section 9.1)
 _ROUNDED_JUMP = 1.0
@@ -80,9 +78,3 @@ def parameter_bytes(model: nn.Module) -> int:
     """Return the bytes that a model's parameters hold, each storage once."""
     held = {p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     return sum(held.values())
-
-
-def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Return logits, float32 [B, T, V], for tokens int64 [B, T]."""
-    with evaluating(model) as device, torch.autocast(device.type, enabled=False):
-        return model(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()

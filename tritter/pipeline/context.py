@@ -44,7 +44,6 @@ from tritter.data.options import DatasetsConfig
 from tritter.data.packing import Apart, num_packed, packed, padding_fraction, read_apart
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import find_texts, recorded_paths, source_documents
-from tritter.data.split import DomainCounts
 from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, joined, read_tokenizer
 from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
@@ -174,16 +173,14 @@ class RunContext:
         assert source is not None  # only that of a hub id is not known, and it is given
         sizes = (*memory_notes(self.config, source), *rate_notes(self.config, source))
         found = corpus_notes(self.config, self.corpus)
-        text = (*text_notes(self.text), *self.text.notes)
-        return tuple(filter(None, (*text, *found, *self._pages, self.config.rate_note, *sizes)))
-
-    @property
-    def _pages(self) -> Iterator[str]:
-        """Say of a paged optimizer that a CPU has no other memory to move its moments to."""
-        name = self.config.optimizer.target.rpartition(".")[2]
+        # Of each domain whose paths mean other files too, what was skipped
+        skipped = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
+        text = (*skipped, *self.text.notes)
+        paged, name = "", self.config.optimizer.target.rpartition(".")[2]
         if name.startswith("Paged") and self.device.type == "cpu":
             same = name.removeprefix("Paged")
-            yield f"On the CPU nothing is paged: {name} does what {same} does."
+            paged = f"On the CPU nothing is paged: {name} does what {same} does."
+        return tuple(filter(None, (*text, *found, paged, self.config.rate_note, *sizes)))
 
     @cached_property
     def published_dtype(self) -> str:
@@ -369,24 +366,20 @@ class RunContext:
             )
         return {**self.text.learned, **records}
 
-    @property
-    def weights(self) -> Mapping[str, float]:
-        """New domain → its weight among those of its task; nothing where all are mixed."""
-        data = self.config.data
-        return (data.weights or {}) if isinstance(data, DatasetsConfig) else {}
-
     def batches(self, domains: Sequence[str], *, purpose: str, max_steps: int) -> BatchStream:
         """Return endless batches of some domains in an order of their own."""
         sequences, seed = self.training_sequences(domains), self.seed("order", purpose)
-        weights = {name: each for name, each in self.weights.items() if name in domains}
+        data = self.config.data
+        # New domain → its weight among those of its task; nothing where all are mixed
+        asked = (data.weights or {}) if isinstance(data, DatasetsConfig) else {}
+        weights = {name: each for name, each in asked.items() if name in domains}
         stream = (
             ReplayBuffer.of_domains(sequences, weights=weights, seed=seed, purpose="domain")
             if weights
             else SequenceStream(joined(list(sequences.values())), seed=seed)
         )
-        batch_size = self.config.data.batch_size
         num_batches = max_steps * self.trainer_settings.accumulate_grad_batches
-        return BatchStream(stream, batch_size=batch_size, num_batches=num_batches)
+        return BatchStream(stream, batch_size=data.batch_size, num_batches=num_batches)
 
     @cached_property
     def evaluation_text(self) -> EvaluationText | None:
@@ -481,23 +474,14 @@ def run_corpus(config: RunConfig, text: RunText, *, tokenizer: Tokenizer | None)
         "cache_dir": config.cache_dir,
         "tokenizer": tokenizer,
     }
-    if _is_stdlib(text):
+    # Of the embedded corpus alone the cache keeps a note
+    if [(domain.name, domain.paths) for domain in text.domains] == _STDLIB_DOMAINS:
         return stdlib_corpus(**asked)
     return build_corpus(
         all_documents(text.domains),
         origin={domain.name: _origin(domain, config) for domain in text.domains},
         **asked,
     )
-
-
-def text_notes(text: RunText) -> tuple[str, ...]:
-    """Say of each domain whose paths mean other files too what was skipped.
-
-    Raises:
-        RequestError: a path means no text file any more.
-    """
-    found = {domain.name: find_texts(domain.key, domain.paths) for domain in text.domains}
-    return tuple(note for name, texts in found.items() if (note := texts.note(name)) is not None)
 
 
 def all_documents(domains: Iterable[DomainText]) -> dict[str, Sequence[Document]]:
@@ -524,12 +508,6 @@ def all_documents(domains: Iterable[DomainText]) -> dict[str, Sequence[Document]
     return documents
 
 
-def _is_stdlib(text: RunText) -> bool:
-    """Say whether it is the embedded corpus and no more, of which the cache keeps a note."""
-    places = [(domain.name, domain.paths) for domain in text.domains]
-    return places == _STDLIB_DOMAINS
-
-
 def _origin(domain: DomainText, config: RunConfig) -> str:
     if domain.texts is not None:
         return dotted(type(config.data))
@@ -546,18 +524,14 @@ def _origin(domain: DomainText, config: RunConfig) -> str:
 def corpus_notes(config: RunConfig, corpus: Corpus) -> Iterator[str]:
     """Say what was done with the documents of a run, a sentence each."""
     yield from corpus.notes
-    yield from _moved(corpus.counts.values())
-    if config.data.packing == "documents":
-        length = config.data.sequence_length
-        yield from _padded(corpus, (length, 2 * length))
-
-
-def _padded(corpus: Corpus, lengths: tuple[int, int]) -> Iterator[str]:
-    """Say of which domains more than a tenth is padding, as of documents of one length.
-
-    Args:
-        lengths: of sequences, those that are and longer ones.
-    """
+    if count := sum(each.held_out_before for each in corpus.counts.values()):
+        yield (
+            f"Documents that were met before: {count} held out before, so that they are not "
+            "trained on."
+        )
+    if config.data.packing != "documents":
+        return
+    lengths = (config.data.sequence_length, 2 * config.data.sequence_length)
     for name, domain in corpus.domains.items():
         if not domain.train.num_tokens:
             continue
@@ -567,15 +541,6 @@ def _padded(corpus: Corpus, lengths: tuple[int, int]) -> Iterator[str]:
                 f"Of the training sequences of {name} {share:.0%} is padding: its documents fill "
                 f"no {lengths[0]} tokens; data.sequence_length={lengths[1]} leaves {longer:.0%}."
             )
-
-
-def _moved(counts: Iterable[DomainCounts]) -> Iterator[str]:
-    """Say how many documents of the run's domains an old domain holds out."""
-    if count := sum(each.held_out_before for each in counts):
-        yield (
-            f"Documents that were met before: {count} held out before, so that they are not "
-            "trained on."
-        )
 
 
 # Benchmarks

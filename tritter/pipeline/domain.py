@@ -21,7 +21,7 @@ from tritter.config.schema import RunConfig
 from tritter.data.options import TextSources
 from tritter.expand import PlannedExpansion
 from tritter.expand.folder import known_digests
-from tritter.expansion import ExpansionSpec, MoeAdd, ResolvedExpansion
+from tritter.expansion import ExpansionSpec, MoeAdd
 from tritter.families import position_limit
 from tritter.models import read_config
 from tritter.pipeline import moe, verdict
@@ -94,7 +94,9 @@ def expand_for_domain(
             destination is no place for a result; nothing is written.
         TritterError: a stage failed; nothing is left.
     """
-    sources = [source, *_teachers(specs)]
+    teachers = [spec.teacher for spec in specs if isinstance(spec, MoeAdd) and spec.teacher]
+    key = "expansion.moe_add.teacher"
+    sources = [source, *(named_path(teacher, key=key) for teacher in teachers)]
     check_output(destination, sources=sources, overwrite=overwrite)
     place = next(folder for folder in destination.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=place) as name:
@@ -112,8 +114,14 @@ def expand_for_domain(
         used = moe.summary_record(context, (arm,))
         assert used is not None
         plan = context.planned(arm)
-        told = partial(_told, used, task, context.new_of(arm))
-        plan = replace(plan, steps=tuple(map(told, plan.steps)))
+        domains = " and ".join(context.new_of(arm))  # as the run calls them, which may differ
+        trained = f"on {domains}: {used.router_steps} steps of the routers, {task.steps} of the "
+        trained += "new experts; open to all tokens"
+        steps = [  # which say what became of their experts, in place of what was to be done
+            replace(step, notes=(step.notes[0], trained)) if isinstance(step.spec, MoeAdd) else step
+            for step in plan.steps
+        ]
+        plan = replace(plan, steps=tuple(steps))
         scores = {
             "before": score_records(context.read_scores("baseline")),
             "after": score_records(context.read_scores(f"{ARM}-trained")),
@@ -123,27 +131,6 @@ def expand_for_domain(
             shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
             lineage = _adopt(temporary, context, source=source, destination=destination)
         return DomainExpansion(plan=plan, lineage=lineage, scores=scores, experts=used)
-
-
-def _teachers(specs: Sequence[ExpansionSpec]) -> list[Path]:
-    """Return the folders that new experts learn from."""
-    named = (spec.teacher for spec in specs if isinstance(spec, MoeAdd) and spec.teacher)
-    return [named_path(teacher, key="expansion.moe_add.teacher") for teacher in named]
-
-
-def _told(
-    used: MoeRecord, task: DomainTask, new: Sequence[str], step: ResolvedExpansion
-) -> ResolvedExpansion:
-    """Return a step that says what became of its experts, in place of what was to be done.
-
-    Args:
-        new: domains as the run calls them: a name may have been taken.
-    """
-    if not isinstance(step.spec, MoeAdd):
-        return step
-    domains = " and ".join(new)
-    trained = f"on {domains}: {used.router_steps} steps of the routers, {task.steps} of the "
-    return replace(step, notes=(step.notes[0], trained + "new experts; open to all tokens"))
 
 
 def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:

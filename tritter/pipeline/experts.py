@@ -195,24 +195,16 @@ def _known(context: RunContext, *, is_told: bool) -> Known:
     sequences = context.training_sequences(context.old_domains)
     tokens = [each.flatten().long() for each in sequences.values()]
     size = context.config.data.batch_size
-    batches: Mapping[str, Sequence[Tensor]] = {
-        domain: () if is_told else _batches(each, size, seed=context.seed("known", domain))
-        for domain, each in sequences.items()
-    }
+    batches: dict[str, Sequence[Tensor]] = {}
+    for domain, each in sequences.items():
+        batches[domain] = ()
+        if not is_told:  # as many as it takes to know what is usual; each as rarely as can be
+            generator = torch.Generator().manual_seed(context.seed("known", domain))
+            wanted, order = CALIBRATION_BATCHES * size, torch.empty(0, dtype=torch.int64)
+            while len(order) < wanted:
+                order = torch.cat([order, torch.randperm(len(each), generator=generator)])
+            batches[domain] = each[order[:wanted]].long().split(size)
     return Known(batches=batches, tokens=torch.cat([torch.empty(0, dtype=torch.int64), *tokens]))
-
-
-def _batches(sequences: Tensor, size: int, *, seed: int) -> Sequence[Tensor]:
-    """Return as many batches as it takes to know what is usual; each sequence as rarely as can be.
-
-    Raises:
-        RequestError: there are too few sequences for a batch.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    wanted, order = CALIBRATION_BATCHES * size, torch.empty(0, dtype=torch.int64)
-    while len(order) < wanted:
-        order = torch.cat([order, torch.randperm(len(sequences), generator=generator)])
-    return sequences[order[:wanted]].long().split(size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,7 +66,11 @@ def copy_given(context: RunContext, target: Path) -> Lineage:
     try:
         source.check()
         tensors: TensorStream | LinkedTensors = source.stream()
-        if _is_linkable(source):
+        # Nothing will ever write into weight files that the run shares: Tritter and the hub's cache
+        # replace files whole. A folder of another tool may be saved over in place. A file with
+        # tensors that the model does not have is written anew.
+        is_stable = source.lineage is not None or source.folder.parent.name == "snapshots"
+        if is_stable and {t.name for t in source.stored} == set(source.tensors.files):
             tensors = LinkedTensors(source.folder, source.read_digests())
         return write_checkpoint(
             target,
@@ -78,16 +82,6 @@ def copy_given(context: RunContext, target: Path) -> Lineage:
         )
     except TritterError as error:
         raise RequestError(f"{key_name('model.path')}: {error}") from error
-
-
-def _is_linkable(source: Source) -> bool:
-    """Say whether the run may share the weight files: nothing will ever write into them.
-
-    Tritter and the hub's cache replace files whole. A folder of another tool may be saved over in
-    place. A file with tensors that the model does not have is written anew.
-    """
-    is_stable = source.lineage is not None or source.folder.parent.name == "snapshots"
-    return is_stable and {t.name for t in source.stored} == set(source.tensors.files)
 
 
 def _lineage(source: Source, target: Path, *, path: str) -> Lineage:

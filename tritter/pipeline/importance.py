@@ -32,7 +32,6 @@ from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
 from tritter.training import Needs, Preparation, Task, Values
 
-Ruled = tuple[TensorFolder, StateKind]
 WRITTEN = "written"  # by the model: stands for an old domain where there is none
 _WRITTEN_FILE = "written.safetensors"
 
@@ -163,7 +162,14 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
     written = None
     if any(each.writes for each in needs):
         written = read_sequences(_place(context, arm) / _WRITTEN_FILE)[WRITTEN]
-    teacher = _teacher(context, arm) if has_teacher else None
+    teacher = None  # the model that the training learns from, frozen
+    if has_teacher:
+        place, start = teacher_place(context), context.source(arm.start)
+        if place is None:
+            model = load_model(start.folder, config=start.config)
+        else:
+            model = load_model(locate(place))
+        teacher = context.reading(model).eval().requires_grad_(False)
     return Task(
         seed=_task_seed(context, arm),
         old_sequences=_old_sequences(context, arm, written) if has_old else {},
@@ -176,17 +182,6 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
         state_before={kind: LazyTensors(held) for kind, (held, _) in states.items()},
         teacher=teacher,
     )
-
-
-def _teacher(context: RunContext, arm: Arm) -> nn.Module:
-    """Return the model that the arm's training learns from, frozen."""
-    place = teacher_place(context)
-    if place is not None:
-        model = load_model(locate(place))
-    else:
-        start = context.source(arm.start)
-        model = load_model(start.folder, config=start.config)
-    return context.reading(model).eval().requires_grad_(False)
 
 
 def teacher_place(context: RunContext) -> str | None:
@@ -240,7 +235,7 @@ def _place(context: RunContext, arm: Arm) -> Path:
     return context.folder / _folder(arm)
 
 
-def _states(context: RunContext, arm: Arm) -> Iterator[tuple[str, Ruled]]:
+def _states(context: RunContext, arm: Arm) -> Iterator[tuple[str, tuple[TensorFolder, StateKind]]]:
     """Yield each kind of state that the arm's methods need, as it was before the expansion."""
     needs = _needs(context)
     prepared = {kind for each in needs for kind in each.prepares}

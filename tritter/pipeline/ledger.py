@@ -243,7 +243,10 @@ class Ledger:
         if stage in self._again:
             self._again.remove(stage)
             if _outcome(self._stages[stage]) != _outcome(result):
-                self._forget_after(stage)
+                names = list(self._stages)
+                for name in names[names.index(stage) + 1 :]:
+                    del self._stages[name]
+                    self._again.discard(name)
         self._stages[stage], self._watched = result, Counter()
         for marked in (self._removed, self._released, self._incomplete):
             marked.difference_update(left)
@@ -361,16 +364,16 @@ class Ledger:
         """Return the most bytes of `weights` or `state` that the run folder had so far."""
         return max((each.disk.get(kind, 0) for each in self._stages.values()), default=0)
 
-    def _forget_after(self, stage: str) -> None:
-        names = list(self._stages)
-        for name in names[names.index(stage) + 1 :]:
-            del self._stages[name]
-            self._again.discard(name)
-
     def _read(self) -> None:
         try:
             content = read_record(self._path, LedgerRecord)
-            found = {name: self._found_in(name, each) for name, each in content.stages.items()}
+            found: dict[str, Found] = {}
+            for stage, each in content.stages.items():
+                kind = _FOUND.get(stage.rpartition(".")[2].partition("_")[0])
+                wrong = f"{self._path} is not a ledger"
+                if kind is None:
+                    raise TritterError(f"{wrong}: there is no stage {brief(stage)}.")
+                found[stage] = validated(each.found, kind, what=f"{wrong}: {stage}")
         except TritterError as error:
             raise TritterError(
                 f"{error} Nothing was made of it; start in another folder."
@@ -381,12 +384,6 @@ class Ledger:
             self._stages[name] = StageResult(
                 found[name], each.flops, each.seconds, tuple(each.left), each.left, each.disk
             )
-
-    def _found_in(self, stage: str, held: StageRecord) -> Found:
-        kind = _FOUND.get(stage.rpartition(".")[2].partition("_")[0])
-        if kind is None:
-            raise TritterError(f"{self._path} is not a ledger: there is no stage {brief(stage)}.")
-        return validated(held.found, kind, what=f"{self._path} is not a ledger: {stage}")
 
 
 def _outcome(result: StageResult) -> str:

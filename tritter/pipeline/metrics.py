@@ -60,14 +60,6 @@ def before_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
     return dict(context.ledger.found(stage, ExpansionFound).before)
 
 
-def arm_rows(context: RunContext, arm_name: str) -> list[dict[str, str]]:
-    """Return what an arm logged, in the order of its steps, from `BEFORE` on."""
-    rows = read_metrics(context.folder / arm_name)
-    if before := before_metrics(context, arm_name):
-        rows.insert(0, {"step": str(BEFORE)} | {name: str(v) for name, v in before.items()})
-    return rows
-
-
 def first_step(context: RunContext, arms: Sequence[Arm], arm: Arm) -> int:
     """Return where an arm's steps stand among those of the arms that are trained in a row."""
     before = takewhile(lambda each: each.name != arm.name, arms)
@@ -82,7 +74,9 @@ def joined_rows(context: RunContext, arms: Sequence[Arm]) -> list[dict[str, str]
     rows: list[dict[str, str]] = []
     for arm in arms:
         first = first_step(context, arms, arm)
-        logged = arm_rows(context, arm.name)
+        logged = read_metrics(context.folder / arm.name)
+        if before := before_metrics(context, arm.name):
+            logged.insert(0, {"step": str(BEFORE)} | {k: str(v) for k, v in before.items()})
         last: dict[str, object] = {"step": num_steps(context, arm.name)}
         logged.append({k: str(v) for k, v in (last | score_metrics(context, arm.name)).items()})
         rows += [
@@ -172,11 +166,21 @@ def log_result_to_wandb(
 
     samples = [sample.plain() for sample in summary.samples]
     media: dict[str, Any] = {f"plots/{plot.stem}": wandb.Image(str(plot)) for plot in plots}
-    if lengths := _packed_lengths(summary):
+    lengths = [
+        [number, tokens, documents]
+        for number, task in enumerate(summary.tasks, start=1)
+        for tokens, documents in task.packing.packed_sequence_length_histogram.items()
+    ]
+    if lengths:
         columns = ["task", "tokens", "documents"]
         table = wandb.Table(columns=columns, data=lengths)
         media["performance/packed_sequence_length_histogram"] = table
-    if similarities := _similarities(summary):
+    similarities = [
+        [spawn.expert, spawn.step, known, similarity]
+        for spawn in (summary.experts.spawned if summary.experts is not None else ())
+        for known, similarity in spawn.similarity.items()
+    ]
+    if similarities:
         columns = ["expert", "step", "known", "similarity"]
         table = wandb.Table(columns=columns, data=similarities)
         media["experts/similarity_scores_on_creation"] = table
@@ -185,25 +189,6 @@ def log_result_to_wandb(
         media["samples"] = wandb.Table(columns=list(samples[0]), data=rows)
     logger.log_metrics(media, step=step)
     logger.experiment.summary.update(wandb_summary(summary))
-
-
-def _packed_lengths(summary: Summary) -> list[list[Any]]:
-    """Return task, tokens and how many documents had so many, of a run that packs documents."""
-    return [
-        [number, tokens, documents]
-        for number, task in enumerate(summary.tasks, start=1)
-        for tokens, documents in task.packing.packed_sequence_length_histogram.items()
-    ]
-
-
-def _similarities(summary: Summary) -> list[list[Any]]:
-    """Return spawned expert, step, what was known, and how like it the batches were."""
-    experts = summary.experts
-    return [
-        [spawn.expert, spawn.step, known, similarity]
-        for spawn in (experts.spawned if experts is not None else ())
-        for known, similarity in spawn.similarity.items()
-    ]
 
 
 def run_name(context: RunContext, part: str | None = None) -> str:
@@ -247,7 +232,10 @@ def _new_wandb_logger(context: RunContext, settings: WandbConfig, part: str | No
     import wandb
 
     config = context.config
-    run_id = _run_id(context.folder / ("wandb_id" if part is None else f"wandb_id.{part}"))
+    kept = context.folder / ("wandb_id" if part is None else f"wandb_id.{part}")
+    if not kept.exists():
+        write_text_atomic(kept, uuid4().hex[:8])
+    run_id = kept.read_text(encoding="utf-8")  # the same when the run is resumed
     _mend_killed_wandb(context.folder / "wandb", run_id)
     # Not through Lightning, which passes an option that W&B warns about; so its axis is set here
     run = wandb.init(
@@ -301,13 +289,6 @@ def _mend_killed_wandb(folder: Path, run_id: str) -> None:
 
 def _names(options: Sequence[Any]) -> list[str]:
     return [one.name for one in options] or ["none"]
-
-
-def _run_id(path: Path) -> str:
-    """Return the id of the run in W&B, the same when it is resumed."""
-    if not path.exists():
-        write_text_atomic(path, uuid4().hex[:8])
-    return path.read_text(encoding="utf-8")
 
 
 def counted_on(logger: Logger, first_step: int) -> Logger:

@@ -115,7 +115,7 @@ def router_steps(context: RunContext, arm: Arm) -> int:
     added, options = appended(context, arm), context.config.adaptation
     if added is None or added.step or options.router_update == "frozen":
         return 0
-    sequences = options.router_epochs * _num_sequences(context, context.new_of(arm))
+    sequences = options.router_epochs * sum(map(context.num_sequences, context.new_of(arm)))
     steps = math.ceil(sequences / context.config.data.batch_size)
     return min(steps, options.router_max_steps or steps)
 
@@ -241,11 +241,6 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> MoeRecord | None
     return MoeRecord.model_construct(**record)
 
 
-def _num_sequences(context: RunContext, domains: Sequence[str]) -> int:
-    """Return how many training sequences some domains have, without making them."""
-    return sum(map(context.num_sequences, domains))
-
-
 def _loads(model: nn.Module, routing: Routing, sequences: Tensor) -> list[list[float]]:
     """Return [layer][expert], each expert's part of the assignments, those of padding left out."""
     counts = torch.zeros(len(routing.layers), routing.num_experts)
@@ -280,14 +275,11 @@ def _objective(
     settings = RoutingSettings(
         **values, encouragement=encouragement, new_experts=tuple(new_experts)
     )
-    old = _old_routing(context, arm) if settings.hold_old else None
+    old = None
+    if settings.hold_old:  # where the arm's model sends old text before any of its trainings
+        held = context.drawn_equally(context.old_of(arm), HELD_SEQUENCES, "hold_old", *arm.purpose)
+        start = context.source(expanded_place(arm))
+        before = context.reading(load_model(start.folder, config=start.config)).to(context.device)
+        batch_size = max(1, context.config.data.batch_size // 4)
+        old = OldRouting.of(before, held, batch_size=batch_size)
     return RoutingObjective(model, settings, old=old)
-
-
-def _old_routing(context: RunContext, arm: Arm) -> OldRouting:
-    """Look at where the arm's model sends old text before any of its trainings."""
-    chosen = context.drawn_equally(context.old_of(arm), HELD_SEQUENCES, "hold_old", *arm.purpose)
-    start = context.source(expanded_place(arm))
-    model = context.reading(load_model(start.folder, config=start.config)).to(context.device)
-    batch_size = max(1, context.config.data.batch_size // 4)
-    return OldRouting.of(model, chosen, batch_size=batch_size)

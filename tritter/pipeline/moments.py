@@ -75,10 +75,11 @@ class PassedOn:
     trained: frozenset[str]
 
     def write(self, folder: Path) -> None:
-        copy_states([self.state], folder, is_kept=self._is_kept)
-
-    def _is_kept(self, kind: str, name: str) -> bool:
-        return kind in MOMENTS and name not in self.trained
+        copy_states(
+            [self.state],
+            folder,
+            is_kept=lambda kind, name: kind in MOMENTS and name not in self.trained,
+        )
 
 
 def passed_on(

@@ -77,21 +77,18 @@ def planned_trials(context: RunContext) -> tuple[Trial, ...]:
     return tuple(Trial(context, (arm,)) for arm in arms)
 
 
-def kept_parameters(context: RunContext, arm: Arm) -> int:
-    """Return the size of what the run keeps when `arm` was its last."""
-    kept = arm.name if Trial(context, (arm,)).status != "rolled_back" else arm.follows
-    if kept is None:
-        return context.ledger.found("baseline", BaselineFound).parameters
-    return context.ledger.found(f"{kept}.expand", ExpansionFound).parameters
-
-
 def target_record(context: RunContext, arm: Arm) -> Target:
     """Return, for summary.json, how far a run that grows to a size has come."""
     config = context.config
     target = config.pipeline.target_params
     assert target is not None
     planned = planned_rounds(config, context.source("baseline").config)
-    miss = abs(kept_parameters(context, arm) / target - 1)
+    kept = arm.name if Trial(context, (arm,)).status != "rolled_back" else arm.follows
+    if kept is None:
+        parameters = context.ledger.found("baseline", BaselineFound).parameters
+    else:
+        parameters = context.ledger.found(f"{kept}.expand", ExpansionFound).parameters
+    miss = abs(parameters / target - 1)
     return Target(
         target_params=target,
         planned=[shape.parameters for shape in planned],

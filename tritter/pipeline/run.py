@@ -170,7 +170,11 @@ def _run_tasks(
     """
     row = [*so_far, *arms]
     for number, arm in enumerate(arms, start=1):
-        _run_importance(context, arm)
+        # The control begins where the attempt did, for which it was made
+        is_prepared = arm.is_control and not arm.follows
+        if importance.is_needed(context) and not is_prepared:
+            prepare = partial(importance.prepare, context, arm)
+            context.stage(importance.key(arm), prepare, label=arm.label("importance"))
         run_arm(context, arm, first_step=first_step(context, row, arm))
         if context.ledger.found(f"{arm.name}.fit", TrainingFound).stopped_because is not None:
             return tuple(arms[:number])
@@ -187,13 +191,6 @@ def _run_control(last: Trial, *, num_rounds: int) -> Trial:
     arms = _run_tasks(context, tasks_of(first, len(context.text.tasks)))
     disk.remove(context, f"{arms[-1].name}/trained")
     return replace(last, arms=arms)
-
-
-def _run_importance(context: RunContext, arm: Arm) -> None:
-    if not importance.is_needed(context) or (arm.is_control and not arm.follows):
-        return  # the control begins where the attempt did, for which it was made
-    label = arm.label("importance")
-    context.stage(importance.key(arm), lambda: importance.prepare(context, arm), label=label)
 
 
 def _gate_stage(trial: Trial) -> Status:
@@ -361,9 +358,10 @@ def next_commands(
     typed = [word for word in words if word.partition("=")[0].lstrip("+") != "resume"]
     lines = [f"{_changed(typed, change)}   # {why}" for change, why in changes]
     checkpoint = str(folder / "checkpoint")
+    trained = folder / f"attempt_{len(summary.attempts)}" / "trained"
     if summary.status != "rolled_back":
         lines.append(tritter_command(["generate", "--checkpoint", checkpoint, "--prompt", "TEXT"]))
-    elif any((trained := _last_trained(folder, summary)).glob("*.safetensors")):
+    elif any(trained.glob("*.safetensors")):
         refused = tritter_command(["inspect", str(trained)])
         lines.append(f"{refused}   # what was trained and not kept")
     lines.append(tritter_command(["history", checkpoint, "--verify"]))
@@ -372,10 +370,6 @@ def next_commands(
         runs = tool_command("wandb", ["sync", str(folder / "wandb")])
         lines.append(f"{runs}/offline-run-*   # upload to W&B")  # unquoted: the shell expands it
     return lines
-
-
-def _last_trained(folder: Path, summary: Summary) -> Path:
-    return folder / f"attempt_{len(summary.attempts)}" / "trained"
 
 
 Advice = Iterator[tuple[dict[str, str], str]]

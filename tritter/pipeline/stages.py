@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from lightning import Callback
 from lightning.pytorch.loggers import Logger
-from torch import Tensor, nn
+from torch import nn
 
-from tritter.checkpoint import Lineage, Source, lineage_of, record_step0_error
+from tritter.checkpoint import Source, lineage_of, record_step0_error
 from tritter.data.cache import one_at_a_time
 from tritter.data.datamodule import EvaluationText
 from tritter.data.packing import apart_of, lengths_of
@@ -98,22 +98,19 @@ def baseline(context: RunContext) -> StageResult:
     source = context.wrote("baseline", lineage)
     score_baseline(context, source)
     reading = experts.reading_flops_of(context, source)
+    flops = {"baseline": context.scoring_flops(reading)}
+    if (stated := lineage.training_config.get("flops")) is not None:
+        flops = {"pretraining": float(stated), **flops}
     return StageResult(
         BaselineFound(
             parameters=count_parameters(source.config),
             model_hash=lineage.model_hash,
             corpus=context.corpus.digest,
         ),
-        flops={**_pretraining_flops(lineage), "baseline": context.scoring_flops(reading)},
+        flops=flops,
         seconds=seconds,
         leaves=("baseline", score_file("baseline")),
     )
-
-
-def _pretraining_flops(lineage: Lineage) -> dict[str, float]:
-    """Return what the base's pretraining cost, where its lineage states it."""
-    stated = lineage.training_config.get("flops")
-    return {} if stated is None else {"pretraining": float(stated)}
 
 
 def expansion(context: RunContext, arm: Arm) -> StageResult:
@@ -125,16 +122,20 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     made = write_expanded(context, arm, context.folder / place)
     grown = context.wrote(place, made.lineage)
     notes = [f"{step.spec.name}: {note}" for step in plan.steps for note in step.notes]
-    notes += [_layer_note(step.parameter_map.layer_sources, step.spec.name) for step in plan.steps]
+    for step in plan.steps:
+        layers = step.parameter_map.layer_sources
+        if layers != tuple(range(len(layers))):
+            notes.append(f"{step.spec.name}: layers from {' '.join(map(str, layers))}")
     context.say(
         "expand",
         f"{' then '.join(spec.name for spec in arm.specs)}: {plan.parameters_before:,} → "
         f"{plan.parameters_after:,} parameters",
     )
-    for note in filter(None, notes):
+    for note in notes:
         context.say("", note)
     before, after = (load_model(each.folder, config=each.config) for each in (source, grown))
-    tokens = _jump_tokens(context)
+    texts = context.training_sequences(context.domains).values()
+    tokens = torch.cat([each[:JUMP_SEQUENCES] for each in texts]).long()  # [B, T]
     jump = logit_jump(before, after, tokens)
     error, num_new = jump.to_dict()["relative_to_std"], len(arm.specs)
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_new)
@@ -147,7 +148,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     return StageResult(
         ExpansionFound(
             parameters=plan.parameters_after,
-            notes=tuple(filter(None, notes)),
+            notes=tuple(notes),
             jump=jump.to_dict(),
             before=evaluated,
         ),
@@ -390,18 +391,6 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
         flops={arm.label("evaluate"): flops},
         leaves=(score_file(f"{arm.name}-trained"),),
     )
-
-
-def _jump_tokens(context: RunContext) -> Tensor:
-    """Return real text of every domain, int64 [B, T]."""
-    sequences = context.training_sequences(context.domains).values()
-    return torch.cat([each[:JUMP_SEQUENCES] for each in sequences]).long()
-
-
-def _layer_note(sources: tuple[int, ...], name: str) -> str:
-    if sources == tuple(range(len(sources))):
-        return ""
-    return f"{name}: layers from {' '.join(map(str, sources))}"
 
 
 SAMPLE_PROMPT_TOKENS = 24

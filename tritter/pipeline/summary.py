@@ -128,6 +128,12 @@ def _arm_record(context: RunContext, arms: Sequence[Arm], gate: GateFound) -> di
         context.ledger.found(f"{arm.name}.expand", ExpansionFound) for arm in (first, last)
     )
     tasks = [_task_record(context, arm) for arm in arms]
+    parts: dict[str, Any] = {}
+    if len(tasks) > 1:
+        learned = [LearnedTask(task.domains, _plain(task.final)) for task in tasks]
+        start = _plain(_scores(context, first.start_scores))
+        made = transfer_matrix(start, learned, learned_before=context.old_domains)
+        parts["matrix"] = Matrix.model_construct(**made)
     return {
         "expansion": [spec.name for spec in first.specs],
         "status": gate.status,
@@ -142,15 +148,8 @@ def _arm_record(context: RunContext, arms: Sequence[Arm], gate: GateFound) -> di
         "flops": sum(task.flops or 0.0 for task in tasks),
         "seconds": sum(task.seconds or 0.0 for task in tasks),
         "tasks": tasks,
-        **({"matrix": _matrix(context, first, tasks)} if len(tasks) > 1 else {}),
+        **parts,
     }
-
-
-def _matrix(context: RunContext, first: Arm, tasks: Sequence[TaskRecord]) -> Matrix:
-    learned = [LearnedTask(task.domains, _plain(task.final)) for task in tasks]
-    start = _plain(_scores(context, first.start_scores))
-    made = transfer_matrix(start, learned, learned_before=context.old_domains)
-    return Matrix.model_construct(**made)
 
 
 def _task_record(context: RunContext, arm: Arm) -> TaskRecord:

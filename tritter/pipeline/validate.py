@@ -24,11 +24,11 @@ from tritter.evaluation.gate import (
     new_capability_check,
     retention_check,
 )
+from tritter.evaluation.jump import logits_of
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.validation import (
     equivalence_check,
-    logits_of,
     parameter_bytes,
     rounded_jump,
     scaling_check,

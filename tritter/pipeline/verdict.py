@@ -1,6 +1,7 @@
 """The end of a run: the gate's checks, and the checkpoint that follows from them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -53,7 +54,8 @@ def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
     ]
     made += held_checks(context, arms)
     if (jump := context.ledger.found(f"{first.name}.expand", ExpansionFound).jump) is not None:
-        made.append(preservation_check(_jump(jump), claims_exact=first.claims_exact))
+        values = {key: math.nan if value is None else value for key, value in jump.items()}
+        made.append(preservation_check(Jump(**values), claims_exact=first.claims_exact))
     bounds = {"bound": gate.retention, "confidence": gate.confidence}
     for subject in context.subjects_of([*context.old_domains, None]):
         made.append(retention_check(subject, before[subject], after[subject], **bounds))
@@ -155,12 +157,6 @@ def _completed(context: RunContext, arms: Sequence[Arm], lineage: Lineage) -> Li
     )
 
 
-def _jump(plain: Mapping[str, Any]) -> Jump:
-    nan = float("nan")
-    values = {key: nan if value is None else value for key, value in plain.items()}
-    return Jump(**values)
-
-
 def held_checks(context: RunContext, arms: Sequence[Arm]) -> Iterator[Check]:
     """Yield the checks of gradient flow and memory of an attempt.
 
@@ -169,41 +165,30 @@ def held_checks(context: RunContext, arms: Sequence[Arm]) -> Iterator[Check]:
     """
     fits = [context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms]
     added = moe.appended(context, arms[0])
-    flow = _joined([fit.flow for fit in fits])
+    watched = [fit.flow for fit in fits if fit.flow]
+    flow: dict[str, Any] = {}  # what none of the trainings reached
+    if watched:
+        flow["steps"] = sum(each["steps"] for each in watched)
+        for kind in ("without_gradient", "without_tokens"):
+            first, *others = (each[kind] for each in watched)
+            flow[kind] = [name for name in first if all(name in other for other in others)]
     check = flow_check(flow, new_experts=() if added is None else added.experts)
     if check is not None and (context.config.experts is None or arms[0].is_control):
         yield check  # of experts, which take turns, it would say nothing
-    made = [
-        _memory(context, arm, fit.held)
-        for arm, fit in zip(arms, fits, strict=True)
-        if fit.held and (context.config.experts is None or arm.is_control)
-    ]
-    if made:
-        yield max(made, key=lambda check: abs(check.value or 0.0))
-
-
-def _joined(flows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what none of the trainings reached, of at least one that was watched."""
-    watched = [flow for flow in flows if flow]
-    if not watched:
-        return {}
-    joined: dict[str, Any] = {"steps": sum(flow["steps"] for flow in watched)}
-    for kind in ("without_gradient", "without_tokens"):
-        first, *others = (flow[kind] for flow in watched)
-        joined[kind] = [name for name in first if all(name in other for other in others)]
-    return joined
-
-
-def _memory(context: RunContext, arm: Arm, held: Mapping[str, Any]) -> Check:
     optimizer, trainer = context.config.optimizer, context.config.trainer
     setup = TrainingSetup(
         precision=trainer.precision,
         optimizer="adamw8bit" if "8bit" in optimizer.target else "adamw",
     )
-    expected = states_bytes(
-        context.source(f"{arm.name}/trained").config,
-        setup,
-        trained=[(size, count) for size, count in held["trained"]],
-        kept_per_parameter=kept_per_parameter(optimizer),
-    )
-    return memory_check(held, expected=expected)
+    made = []
+    for arm, fit in zip(arms, fits, strict=True):
+        if fit.held and (context.config.experts is None or arm.is_control):
+            expected = states_bytes(
+                context.source(f"{arm.name}/trained").config,
+                setup,
+                trained=[(size, count) for size, count in fit.held["trained"]],
+                kept_per_parameter=kept_per_parameter(optimizer),
+            )
+            made.append(memory_check(fit.held, expected=expected))
+    if made:
+        yield max(made, key=lambda check: abs(check.value or 0.0))

@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def training_memory(config: Config, setup: TrainingSetup) -> TrainingMemory:
     Raises:
         RequestError: unknown family.
     """
-    parameter_bytes, _ = _BYTES[setup.precision]
+    parameter_bytes, width = _BYTES[setup.precision]
 
     def trained(config: Config) -> list[StoredTensor]:
         is_frozen = setup.is_attention_frozen
@@ -123,11 +124,13 @@ def training_memory(config: Config, setup: TrainingSetup) -> TrainingMemory:
     def optimizer_bytes(config: Config) -> int:
         return sum(_optimizer_bytes(math.prod(t.shape), setup) for t in trained(config))
 
+    # The peak is at the start of the backward pass: logits and their gradient besides
+    logits = family_of(config).dimensions(config).vocab_size * (width + _FLOAT32)
     return TrainingMemory(
         parameters_bytes=parameter_bytes * count_parameters(config),
         gradients_bytes=parameter_bytes * over_layers(config, lambda c: _count(trained(c))),
         optimizer_bytes=over_layers(config, optimizer_bytes),
-        activations_bytes=_activations_bytes(config, setup),
+        activations_bytes=saved_bytes(config, setup) + setup.num_tokens * logits,
     )
 
 
@@ -217,14 +220,6 @@ def saved_bytes(config: Config, setup: TrainingSetup) -> int:
     return setup.num_tokens * (kept + end) + _autocast_bytes(config, setup)
 
 
-def _activations_bytes(config: Config, setup: TrainingSetup) -> int:
-    """Estimate the peak, at the start of the backward pass: logits and their gradient besides."""
-    sizes = family_of(config).dimensions(config)
-    _, width = _BYTES[setup.precision]
-    logits = sizes.vocab_size * (width + _FLOAT32)
-    return saved_bytes(config, setup) + setup.num_tokens * logits
-
-
 def _layer_bytes(family: Family, config: Config, layer: int, setup: TrainingSetup) -> int:
     """Return the bytes that one layer keeps per token."""
     sizes = family.dimensions(config, layer=layer)
@@ -284,14 +279,12 @@ def machine_memory(*, process_groups: Path = PROCESS_GROUPS, groups: Path = GROU
         None where the system does not tell.
     """
     found = [*_physical(), *_group_limits(process_groups, groups)]
-    return min(found) if found else None
+    return min(found, default=None)
 
 
 def _physical() -> Iterator[int]:
-    try:
+    with suppress(ValueError, OSError, AttributeError):  # a system that has no such numbers
         yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # a system that has no such numbers
-        return
 
 
 def _group_limits(process_groups: Path, groups: Path) -> Iterator[int]:
@@ -315,18 +308,12 @@ def _group_limits(process_groups: Path, groups: Path) -> Iterator[int]:
             continue
         group = mount / path.strip("/")
         for folder in (group, *group.parents):
-            yield from _limit(folder / name)
+            with suppress(OSError, ValueError):  # absent, or "max"
+                limit = int((folder / name).read_text(encoding="utf-8"))
+                if 0 < limit < _NO_LIMIT:
+                    yield limit
             if folder == mount:
                 break
-
-
-def _limit(file: Path) -> Iterator[int]:
-    try:
-        limit = int(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent, or "max"
-        return
-    if 0 < limit < _NO_LIMIT:
-        yield limit
 
 
 # How FSDP2 shares the parameters of a model out, from shapes alone.
@@ -362,12 +349,8 @@ def sharding_plan(config: Config, *, ranks: int) -> ShardingPlan:
     for stored in layout(config, "live"):
         size = math.prod(stored.shape)
         groups[stored.layer] += size
-        for rank, rows in enumerate(_rows(stored.shape, ranks)):
+        height = -(-stored.shape[0] // ranks)
+        for rank in range(ranks):  # the last ones may have nothing
+            rows = max(0, min(height, stored.shape[0] - rank * height))
             parts[rank] += rows * size // stored.shape[0]
     return ShardingPlan(parameters=tuple(parts), gathered=max(groups.values()))
-
-
-def _rows(shape: Sequence[int], ranks: int) -> list[int]:
-    """Return how much of the first dimension each rank has; the last ones may have nothing."""
-    height = -(-shape[0] // ranks)
-    return [max(0, min(height, shape[0] - rank * height)) for rank in range(ranks)]

@@ -323,7 +323,13 @@ def plan_growth(
             refusals.append(error)
     if not plans:
         raise refusals[0]
-    return _best(plans, is_compared=strategy == AUTO)
+    least = min(plan.predicted_loss for plan in plans)
+    level = [plan for plan in plans if plan.predicted_loss <= least + LAW_RESOLUTION]
+    ends = [plan.steps[-1] for plan in level]
+    shapes = [Shape(end.spec, end.target_config, end.target_parameters) for end in ends]
+    best = min(range(len(level)), key=lambda number: lopsidedness(shapes[number]))
+    losses = {plan.strategy: plan.predicted_loss for plan in plans}
+    return replace(level[best], alternatives=losses if strategy == AUTO else {})
 
 
 def plan_expansion_path(
@@ -498,17 +504,3 @@ def _due_tokens(before: _Point | ExpansionStep, shape: Shape, assumptions: Assum
 def _hours_for(config: Config, num_tokens: float, assumptions: Assumptions) -> float:
     flops = num_tokens * training_flops_per_token(config, assumptions.setup)
     return assumptions.device.hours(flops)
-
-
-def _best(plans: Sequence[GrowthPlan], *, is_compared: bool) -> GrowthPlan:
-    """Return the plan of least predicted loss; where they are level, the best proportioned."""
-    least = min(plan.predicted_loss for plan in plans)
-    level = [plan for plan in plans if plan.predicted_loss <= least + LAW_RESOLUTION]
-    best = min(level, key=lambda plan: _lopsidedness(plan))
-    losses = {plan.strategy: plan.predicted_loss for plan in plans}
-    return replace(best, alternatives=losses if is_compared else {})
-
-
-def _lopsidedness(plan: GrowthPlan) -> float:
-    last = plan.steps[-1]
-    return lopsidedness(Shape(last.spec, last.target_config, last.target_parameters))

@@ -144,7 +144,10 @@ def _next_shape(
             turn = max(usual) * _MOST_LOPSIDED if request.methods.depth else math.inf
             return wider(turn) or deeper(0.0)
     both = [shape for shape in (deeper(0.0), wider(math.inf)) if shape is not None]
-    return _best_proportioned(both, waypoint, slack=slack)
+    near = [shape for shape in both if _miss(shape, waypoint) <= math.log(slack)]
+    if near:
+        return min(near, key=lopsidedness)
+    return min(both, key=lambda shape: _miss(shape, waypoint), default=None)
 
 
 def _deeper(
@@ -176,16 +179,6 @@ def _wider(
             if _miss(shape, waypoint) <= math.log(slack):
                 return shape
     return min(found, key=lambda shape: _miss(shape, waypoint), default=None)
-
-
-def _best_proportioned(shapes: list[Shape], waypoint: float, *, slack: float) -> Shape | None:
-    """Return the shape nearest to the presets' proportions of those that are near the waypoint."""
-    if not shapes:
-        return None
-    near = [shape for shape in shapes if _miss(shape, waypoint) <= math.log(slack)]
-    if not near:
-        return min(shapes, key=lambda shape: _miss(shape, waypoint))
-    return min(near, key=lopsidedness)
 
 
 def lopsidedness(shape: Shape) -> float:

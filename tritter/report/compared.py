@@ -7,7 +7,6 @@ pairs, by the bootstrap that the gate uses. Else it is said that the two are not
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import starmap
 from typing import Any
 
 from tritter.errors import TritterError
@@ -188,18 +187,15 @@ class Comparison:
         if len(told) <= _FEW_SETTINGS:
             below = ((r.name, *(_short(r.run.settings.get(key)) for key in told)) for r in runs)
             return Table(("run", *told), tuple(below) if told else (), caption=caption)
-        rows = tuple((key, *each) for key in told for each in self._values(key))
-        return Table(("setting", "value", "runs"), rows, caption=caption)
-
-    def _values(self, key: str) -> list[tuple[str, str]]:
-        """Return each value of a setting, and the runs that have it."""
-        held: dict[str, list[Compared]] = {}
-        for each in self.runs:
-            held.setdefault(repr(each.run.settings.get(key)), []).append(each)
-        return [
-            (_short(those[0].run.settings.get(key)), " ".join(each.name for each in those))
-            for those in held.values()
-        ]
+        rows = []
+        for key in told:
+            by_value: dict[str, list[Compared]] = {}
+            for each in runs:
+                by_value.setdefault(repr(each.run.settings.get(key)), []).append(each)
+            for those in by_value.values():
+                value = _short(those[0].run.settings.get(key))
+                rows.append((key, value, " ".join(each.name for each in those)))
+        return Table(("setting", "value", "runs"), tuple(rows), caption=caption)
 
     def _verdicts(self) -> Table:
         rows = []
@@ -271,14 +267,18 @@ class Comparison:
 
     def _costs(self) -> Table:
         header = ("run", "FLOPs", "of all", "tokens", "steps", "seconds", "of all", "peak memory")
-        rows = tuple(
-            (each.name, *starmap(_cost_text, list(each.costs().items())[:7])) for each in self.runs
-        )
+        rows = []
+        for each in self.runs:
+            cells = [
+                si_text(value) if name.endswith(("flops", "bytes")) else count_text(value)
+                for name, value in list(each.costs().items())[:7]
+            ]
+            rows.append((each.name, *cells))
         caption = (
             "the training's and the whole run's; seconds depend on what else the machine did; "
             "memory in bytes"
         )
-        return Table(header, rows, tuple(range(1, 8)), caption)
+        return Table(header, tuple(rows), tuple(range(1, 8)), caption)
 
     def _run_json(self, each: Compared) -> dict[str, Any]:
         return {
@@ -327,7 +327,9 @@ def _difference(subject: str, first: Compared, other: Compared) -> PairedDiffere
             return PairedDifference(subject, other.name, why_not=f"{each.name} did not score it")
     assert first.scores is not None and other.scores is not None
     before, after = first.scores[subject], other.scores[subject]
-    if not _are_same(before, after):
+    kinds = [(each.unit, each.chance, each.identifiers) for each in (before, after)]
+    sizes = [each.weights[each.per] for each in (before, after)]  # such as the bytes of each
+    if kinds[0] != kinds[1] or not (sizes[0] == sizes[1]).all():
         return PairedDifference(subject, other.name, why_not="not paired: other documents")
     try:
         is_loss = before.unit == "nats"
@@ -356,15 +358,6 @@ def _difference_text(change: ScoreChange) -> str:
     return text.replace(" points", f" {bounds} points")
 
 
-def _are_same(first: PairedScores, second: PairedScores) -> bool:
-    """Say whether two records are about the same items: their digests, and bytes of each."""
-    return (first.unit, first.chance, first.identifiers) == (
-        second.unit,
-        second.chance,
-        second.identifiers,
-    ) and bool((first.weights[first.per] == second.weights[second.per]).all())
-
-
 def _change_json(change: ScoreChange) -> dict[str, Any]:
     return {
         "value": change.value,
@@ -376,10 +369,6 @@ def _change_json(change: ScoreChange) -> dict[str, Any]:
 
 def _bounds(change: ScoreChange) -> tuple[str, str, str]:
     return _number(change.value), _number(change.lower), _number(change.upper)
-
-
-def _cost_text(name: str, value: float | None) -> str:
-    return si_text(value) if name.endswith(("flops", "bytes")) else count_text(value)
 
 
 def _number(value: float | None) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tritter.report.drawing import CYCLE, GREEN, GREY, new_figure, panel, say, shortened, some
-from tritter.report.summary import BASE, Course, ExpertRow, ExpertsRecord
+from tritter.report.summary import BASE, Course, ExpertsRecord, Spawn
 from tritter.report.table import Table, left_out
 from tritter.report.wording import MISSING, count_text
 
@@ -27,9 +27,15 @@ def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
     header = ("expert", "born in", "step", "batches", "novelty", "limit", "rank", "usage %", "")
     lines = ["usage: mean gate over the domains; batches: that the decision took"]
     lines += filter(None, [left_out(len(experts.rows), most)])
+    rows = []
+    for row in experts.rows[:most]:
+        spawn = row.spawn or Spawn()
+        cells = [row.name, spawn.domain or MISSING, *map(_count, (spawn.step, spawn.batches))]
+        cells += [*map(_number, (spawn.score, spawn.threshold)), _count(row.rank)]
+        rows.append((*cells, _percent(row.usage), row.state))
     return Table(
         header,
-        tuple(tuple(expert_cells(row)) for row in experts.rows[:most]),
+        tuple(rows),
         numbers=tuple(range(2, 8)),
         title=f"LoRA experts ({experts.kind[:_KIND_CHARACTERS]})",
         caption="\n".join(lines),
@@ -85,48 +91,24 @@ def share_text(share: float | None) -> str:
     return MISSING if share is None else f"{100 * share:.3g} %"
 
 
-def expert_cells(row: ExpertRow) -> list[str]:
-    """Return name, domain, step, batches, novelty, threshold, rank, usage in per cent and state."""
-    spawn = row.spawn
-    if spawn is None:
-        return [row.name, MISSING, *[MISSING] * 4, _count(row.rank), _percent(row.usage), row.state]
-    numbers = (spawn.score, spawn.threshold)
-    return [
-        row.name,
-        spawn.domain or MISSING,
-        *map(_count, (spawn.step, spawn.batches)),
-        *(MISSING if value is None else f"{value:.3g}" for value in numbers),
-        _count(row.rank),
-        _percent(row.usage),
-        row.state,
-    ]
-
-
 def page_tables(experts: ExpertsRecord) -> list[Table]:
     """Return what the page has of a run's experts: them, routing, similarity, and events."""
     usage = usage_table(experts, most=_MOST, most_columns=_MOST)
-    return [experts_table(experts, most=_MOST), usage, _similarity(experts), _events(experts)]
-
-
-def _similarity(experts: ExpertsRecord) -> Table:
     found = experts.similarities[:_MOST]
     known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[:_MOST]
     rows = tuple(
-        (expert, *(_similar(similarity.get(name)) for name in known))
-        for expert, similarity in found
+        (expert, *(_number(similarity.get(name)) for name in known)) for expert, similarity in found
     )
     caption = "similarity of an expert's batches to what was known when it was spawned"
-    return Table(("spawned", *known), rows, tuple(range(1, 1 + len(known))), caption)
-
-
-def _events(experts: ExpertsRecord) -> Table:
+    similarity = Table(("spawned", *known), rows, tuple(range(1, 1 + len(known))), caption)
     rows = tuple(
         (_count(event.step), event.kind, event.expert, event.why)
         for event in experts.events[:_MOST]
     )
     lines = ["experts, event by event", left_out(len(experts.events), _MOST)]
     caption = "; ".join(filter(None, lines))
-    return Table(("step", "event", "expert", "because"), rows, (0,), caption)
+    events = Table(("step", "event", "expert", "because"), rows, (0,), caption)
+    return [experts_table(experts, most=_MOST), usage, similarity, events]
 
 
 def _count(value: int | None) -> str:
@@ -137,7 +119,7 @@ def _percent(share: float | None) -> str:
     return MISSING if share is None else f"{100 * share:.0f}"
 
 
-def _similar(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3g}"
 
 

@@ -8,7 +8,7 @@ from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, say, some
-from tritter.report.summary import GrownLayer, GrowthRecord
+from tritter.report.summary import GrowthRecord
 from tritter.report.table import Table
 from tritter.report.wording import MISSING, Signs, count_text
 
@@ -29,6 +29,7 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
     has_dead = any(layer.died for layer in layers)
     counts = ["born", "replaced", *(["left dead"] if has_dead else [])]
     header = ("layer", "neurons", *counts, "change", "after steps")
+    grown = sorted(layers, key=lambda layer: -(layer.born + layer.replaced))[:most]
     rows = tuple(
         (
             str(layer.layer),
@@ -37,10 +38,22 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
             change_of_function(layer.function_change),
             steps_text(layer.steps),
         )
-        for layer in most_grown(layers, most)
+        for layer in sorted(grown, key=lambda layer: layer.layer)
     )
-    caption = _caption(growth, layers, most)
-    return Table(header, rows, tuple(range(len(header) - 1)), caption, title=_title(growth))
+    lines = ["change: of the logits at an event, the largest, in their deviation"]
+    if has_dead:
+        lines.append("left dead: found dead at an event, and not used again")
+    number = len(growth.neurons.before)
+    if len(layers) > most:
+        lines.append(f"{len(layers)} of {number} layers grew; shown: the {most} that grew most")
+    elif len(layers) < number:
+        lines.append(f"{len(layers)} of {number} layers grew")
+    title = f"Growth: {growth.born} born"
+    if growth.replaced:
+        title += f", {growth.replaced} replaced"
+    events = f"{len(growth.events)} {'event' if len(growth.events) == 1 else 'events'}"
+    title += f" in {events}, {growth.checks} checks"
+    return Table(header, rows, tuple(range(len(header) - 1)), "\n".join(lines), title=title)
 
 
 def growth_text(growth: GrowthRecord, *, signs: Signs) -> str:
@@ -70,25 +83,17 @@ def nothing_grew(growth: GrowthRecord) -> str:
             "growth.warmup_steps or growth.check_every, or a longer training"
         )
     number = "one check" if growth.checks == 1 else f"{growth.checks:,} checks"
-    timed = ("growth_cooldown", "check_every")
-    keys = [_with_steps(growth, key) for key in timed if growth.options.get(key) != 1]
+    keys = []
+    for key in ("growth_cooldown", "check_every"):
+        steps = growth.options.get(key)
+        if steps != 1:
+            keys.append(f"growth.{key}" + (f" ({steps})" if isinstance(steps, int) else ""))
     ways = [f"a shorter {' or '.join(keys)}"] if keys else []
     ways.append("a longer training")
     if growth.advice:
         ways.insert(0, growth.advice)
     *others, last = ways
     return f"nothing grew in {number}; try {', '.join(others) + ', or ' if others else ''}{last}"
-
-
-def _with_steps(growth: GrowthRecord, key: str) -> str:
-    steps = growth.options.get(key)
-    return f"growth.{key} ({steps})" if isinstance(steps, int) else f"growth.{key}"
-
-
-def most_grown(layers: Sequence[GrownLayer], most: int = MAX_ROWS) -> list[GrownLayer]:
-    """Return the layers that grew most, in their order."""
-    chosen = sorted(layers, key=lambda layer: -(layer.born + layer.replaced))[:most]
-    return sorted(chosen, key=lambda layer: layer.layer)
 
 
 def steps_text(steps: Sequence[int]) -> str:
@@ -101,26 +106,6 @@ def steps_text(steps: Sequence[int]) -> str:
 def change_of_function(value: float | None) -> str:
     """Return a change of the logits, in their standard deviation."""
     return MISSING if value is None else f"{value:.1e}"
-
-
-def _title(growth: GrowthRecord) -> str:
-    number = len(growth.events)
-    said = f"Growth: {growth.born} born"
-    if growth.replaced:
-        said += f", {growth.replaced} replaced"
-    return f"{said} in {number} {'event' if number == 1 else 'events'}, {growth.checks} checks"
-
-
-def _caption(growth: GrowthRecord, layers: Sequence[GrownLayer], most: int) -> str:
-    lines = ["change: of the logits at an event, the largest, in their deviation"]
-    if any(layer.died for layer in layers):
-        lines.append("left dead: found dead at an event, and not used again")
-    number = len(growth.neurons.before)
-    if len(layers) > most:
-        lines.append(f"{len(layers)} of {number} layers grew; shown: the {most} that grew most")
-    elif len(layers) < number:
-        lines.append(f"{len(layers)} of {number} layers grew")
-    return "\n".join(lines)
 
 
 _MOST_POINTS = 60  # that have a mark of their own

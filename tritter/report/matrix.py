@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tritter.report.drawing import new_figure, shortened
@@ -23,63 +22,23 @@ MAX_ROWS = 24
 _DOMAIN_CHARACTERS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class TransferRow:
-    """A domain's losses per byte, and what the other tasks did to it.
-
-    Args:
-        learned: the row in which it was learned first, such as `task 1`.
-        before: of the model that the run started from.
-        right_after: behind the task in which it was learned.
-        backward: what later tasks changed of it; negative is good.
-        forward: what earlier tasks changed of it; likewise.
-    """
-
-    domain: str
-    learned: str
-    before: float | None
-    right_after: float | None
-    at_the_end: float | None
-    backward: float | None
-    forward: float | None
-
-
-def transfer_rows(matrix: Matrix) -> tuple[TransferRow, ...]:
-    """Return a row per domain that was learned, and their means where there are several."""
-    rows, losses, own = matrix.rows, matrix.loss_per_byte, matrix.own
-    found = [
-        TransferRow(
-            domain=name,
-            learned="before" if own[name] == 0 else rows[own[name]],
-            before=losses[0][place],
-            right_after=losses[own[name]][place],
-            at_the_end=losses[-1][place],
-            backward=matrix.backward_transfer.get(name),
-            forward=matrix.forward_transfer.get(name),
-        )
-        for place, name in enumerate(matrix.domains)
-        if name in own
-    ]
-    return tuple(found)
-
-
 def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
     """Return a row per domain that was learned: its losses per byte, and the transfers."""
-    found = transfer_rows(matrix)
-    rows = [
-        (
-            row.domain,
-            row.learned,
-            *map(loss_text, (row.before, row.right_after, row.at_the_end)),
-            *map(transfer_text, (row.backward, row.forward)),
-        )
-        for row in found[:most]
-    ]
+    losses, own = matrix.loss_per_byte, matrix.own
+    found = [(place, name) for place, name in enumerate(matrix.domains) if name in own]
+    rows = []
+    for place, name in found[:most]:
+        shown = (0, own[name], -1)  # before, right after the task that was about it, at the end
+        transfers = (matrix.backward_transfer.get(name), matrix.forward_transfer.get(name))
+        learned = "before" if own[name] == 0 else matrix.rows[own[name]]
+        values = map(loss_text, (losses[number][place] for number in shown))
+        rows.append((name, learned, *values, *map(transfer_text, transfers)))
     lines = ["backward: what later tasks changed; forward: what earlier ones did"]
     lines += filter(None, [left_out(len(found), most)])
     rules = (len(rows),) if len(found) > 1 else ()
     if rules:
-        rows.append(("mean", "", "", "", "", *mean_transfers(matrix)))
+        means = (matrix.mean_backward_transfer, matrix.mean_forward_transfer)
+        rows.append(("mean", "", "", "", "", *map(transfer_text, means)))
     return Table(
         ("domain", "learned in", "before", "then", "at the end", "backward", "forward"),
         tuple(rows),
@@ -89,12 +48,6 @@ def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
         names={0: _DOMAIN_CHARACTERS, 1: _DOMAIN_CHARACTERS},
         rules=rules,
     )
-
-
-def mean_transfers(matrix: Matrix) -> tuple[str, str]:
-    """Return the means of backward and forward transfer, in words."""
-    means = (matrix.mean_backward_transfer, matrix.mean_forward_transfer)
-    return transfer_text(means[0]), transfer_text(means[1])
 
 
 def loss_text(value: float | None) -> str:
@@ -133,6 +86,7 @@ def draw_matrix(axes: Axes, matrix: Matrix) -> None:
     """
     import numpy as np
     from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.figure import Figure
 
     losses = _numbers(matrix.loss_per_byte)[:, :_DRAWN]
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -146,9 +100,9 @@ def draw_matrix(axes: Axes, matrix: Matrix) -> None:
     norm = TwoSlopeNorm(0.0, -limit, limit)
     image = _draw_cells(axes, matrix, names, shown, texts, is_dark, norm=norm, colours="RdBu_r")
     axes.set_title("loss per byte; framed: the task's domains", fontsize=9)
-    bar = _figure_of(axes).colorbar(
-        image, ax=axes, extend="both" if limit == _SATURATED_PERCENT else None
-    )
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    bar = figure.colorbar(image, ax=axes, extend="both" if limit == _SATURATED_PERCENT else None)
     bar.set_label("change from the baseline [%]", fontsize=8)
 
 
@@ -212,11 +166,3 @@ def _numbers(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
         [np.nan if value is None else value for value in row[:_DRAWN]] for row in rows[:_DRAWN]
     ]
     return np.asarray(known, dtype=float)
-
-
-def _figure_of(axes: Axes) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    return figure

@@ -12,7 +12,10 @@ def expert_table(experts: MoeRecord) -> Table:
 
     Of many experts the most used ones stand for all; appended ones are added up as well.
     """
-    usage = {domain: _mean(layers) for domain, layers in experts.usage.items()}
+    usage = {
+        domain: [sum(column) / len(layers) for column in zip(*layers, strict=True)]
+        for domain, layers in experts.usage.items()
+    }
     new, number = experts.new, experts.number
     shown = list(range(number))
     if number > MAX_COLUMNS:
@@ -45,10 +48,6 @@ def bias_text(experts: MoeRecord) -> str | None:
         for domain, losses in effect.items()
     ]
     return f"loss under the selection bias, which is not saved: {'; '.join(parts)}"
-
-
-def _mean(layers: list[list[float]]) -> list[float]:
-    return [sum(column) / len(layers) for column in zip(*layers, strict=True)]
 
 
 def loss_text(value: float | None) -> str:

@@ -28,7 +28,7 @@ from tritter.report.growth import (
 )
 from tritter.report.matrix import matrix_figure, transfer_table
 from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
-from tritter.report.rows import DomainRow, Role, change_text, score_of, score_text
+from tritter.report.rows import Role, change_text, score_of, score_text
 from tritter.report.runs import (
     CONFIDENCE,
     Group,
@@ -38,7 +38,7 @@ from tritter.report.runs import (
     grouped,
     with_controls,
 )
-from tritter.report.summary import LARGEST, Attempt, GrowthRecord, Summary
+from tritter.report.summary import LARGEST, GrowthRecord, Summary
 from tritter.report.table import Table, left_out
 from tritter.report.tables import result_table, stage_table, task_table
 from tritter.report.wording import MISSING, Signs, count_text, seconds_text, si_text
@@ -46,7 +46,6 @@ from tritter.report.wording import MISSING, Signs, count_text, seconds_text, si_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 _CELL_CHARACTERS = 160  # of a setting
 _MOST_EVENTS = 100  # of a run's growth, row by row; summary.json has all
@@ -111,7 +110,12 @@ def page(
         beside: title → table, of what stands below the table of all runs.
     """
     groups = grouped(runs)
-    pictures = {name: [_png(figure) for figure in found] for name, found in figures(groups).items()}
+    pictures: dict[str, list[bytes]] = {}
+    for name, found in figures(groups).items():
+        streams = [io.BytesIO() for _ in found]
+        for figure, stream in zip(found, streams, strict=True):
+            figure.savefig(stream, format="png", dpi=DPI)
+        pictures[name] = [stream.getvalue() for stream in streams]
     environment = Environment(
         loader=PackageLoader("tritter.report", ""), autoescape=True, undefined=StrictUndefined
     )
@@ -144,12 +148,6 @@ def page(
     return text.translate(_UNSEEN).encode("utf-8", "replace").decode("utf-8"), files
 
 
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=DPI)
-    return stream.getvalue()
-
-
 def _lead(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     number = "one finished run" if len(runs) == 1 else f"{len(runs)} finished runs"
     if len(groups) < len(runs):
@@ -171,40 +169,28 @@ def _overview(groups: Sequence[Group]) -> Table:
     experts = ("experts", "trainable share") if has_experts else ()
     cost = ("parameters", "steps", "FLOPs", "seconds")
     header = ("run", "group", "seed", "status", *changes, *growth, *experts, *cost)
-    rows = tuple(
-        (
-            run.name,
-            group.name,
-            str(run.seed),
-            _words(run.summary.status),
-            *(_change_of(run.rows, domain) for domain, _ in domains),
-            *(_growth_of(run) if has_growth else ()),
-            *(_experts_of(run) if has_experts else ()),
-            count_text(run.summary.parameters.get("final")),
-            str(run.steps),
-            si_text(run.summary.flops.get("total")),
-            seconds_text(run.summary.seconds.get("total")),
-        )
-        for group, run in runs
-    )
+    rows = []
+    for group, run in runs:
+        summary = run.summary
+        cells = [run.name, group.name, str(run.seed), _words(summary.status)]
+        for domain, _ in domains:
+            found = (change_text(row.change) for row in run.rows if row.domain == domain)
+            cells.append(next(found, MISSING))
+        if summary.growth is not None:
+            after = summary.growth.parameters.after
+            cells += [str(summary.growth.born), count_text(after)]
+        elif has_growth:
+            cells += [MISSING, MISSING]
+        if summary.experts is not None:
+            share = summary.experts.parameters.share
+            cells += [str(summary.experts.number), share_text(share)]
+        elif has_experts:
+            cells += [MISSING, MISSING]
+        cells += [count_text(summary.parameters.get("final")), str(run.steps)]
+        cells += [si_text(summary.flops.get("total")), seconds_text(summary.seconds.get("total"))]
+        rows.append(tuple(cells))
     caption = "change of loss per byte in %, with one-sided bounds over documents"
-    return Table(header, rows, tuple(range(4, len(header))), caption)
-
-
-def _change_of(rows: Sequence[DomainRow], domain: str) -> str:
-    return next((change_text(row.change) for row in rows if row.domain == domain), MISSING)
-
-
-def _growth_of(run: Run) -> tuple[str, str]:
-    if run.summary.growth is None:
-        return MISSING, MISSING
-    return str(run.summary.growth.born), count_text(run.summary.growth.parameters.after)
-
-
-def _experts_of(run: Run) -> tuple[str, str]:
-    if run.summary.experts is None:
-        return MISSING, MISSING
-    return str(run.summary.experts.number), share_text(run.summary.experts.parameters.share)
+    return Table(header, tuple(rows), tuple(range(4, len(header))), caption)
 
 
 def _words(status: object) -> str:
@@ -252,14 +238,15 @@ def _details(run: Run) -> dict[str, Any]:
         tables.append(task_table(summary))
     if summary.matrix:
         tables.append(transfer_table(summary.matrix, most=_MOST_EVENTS))
-    tables += [_gate(summary), stage_table(summary)]
+    checks = tuple(
+        (each.check, each.subject or MISSING, each.verdict, each.detail or MISSING)
+        for each in summary.last_attempt.gate
+    )
+    tables += [Table(("check", "of", "verdict", "because"), checks), stage_table(summary)]
     notes = list(summary.notes)
     if growth is not None:
         methods += f", growth={growth.name}"
-        tables += [
-            growth_table(growth, most=_MOST_EVENTS),
-            _growth_events(growth),
-        ]
+        tables += [growth_table(growth, most=_MOST_EVENTS), _growth_events(growth)]
         notes.insert(0, f"Growth: {growth_text(growth, signs=Signs.for_encoding('utf-8'))}.")
     if experts is not None:
         methods += f", experts={experts.kind}"
@@ -304,31 +291,16 @@ def _attempts(summary: Summary) -> Table:
     if len(parts) < 2:
         return Table((), ())
     domains = list(summary.baseline)
-    rows = tuple(
-        (
-            f"{number}: {' '.join(_what(each, is_round=bool(rounds)))}",
-            *(score_text(score_of(each.final, domain)) for domain in domains),
-            _words(each.status or MISSING),
-        )
-        for number, each in enumerate(parts, start=1)
-    )
+    rows = []
+    for number, each in enumerate(parts, start=1):
+        changes = each.overrides or ["as asked for"]
+        if rounds:
+            changes = each.expansion or ["not expanded"]
+        scores = (score_text(score_of(each.final, domain)) for domain in domains)
+        rows.append((f"{number}: {' '.join(changes)}", *scores, _words(each.status or MISSING)))
     header = ("round" if rounds else "attempt", *domains, "verdict")
     numbers = tuple(range(1, 1 + len(domains)))
-    return Table(header, rows, numbers, f"loss at the end of each {header[0]}")
-
-
-def _what(part: Attempt, *, is_round: bool) -> Sequence[str]:
-    if is_round:
-        return part.expansion or ["not expanded"]
-    return part.overrides or ["as asked for"]
-
-
-def _gate(summary: Summary) -> Table:
-    rows = tuple(
-        (each.check, each.subject or MISSING, each.verdict, each.detail or MISSING)
-        for each in summary.last_attempt.gate
-    )
-    return Table(("check", "of", "verdict", "because"), rows)
+    return Table(header, tuple(rows), numbers, f"loss at the end of each {header[0]}")
 
 
 # Figures over several runs, each one panel that fits a phone
@@ -358,40 +330,26 @@ class _Line:
         number = len(self.group.runs)
         return f"{self.group.name} ({number} {'run' if number == 1 else 'runs'})"
 
-    @property
-    def handle(self) -> Line2D:
-        from matplotlib.lines import Line2D
-
-        style = "--" if self.group.is_control else "-"
-        lines = textwrap.wrap(plain(self.label), _LINE_CHARACTERS, max_lines=3, placeholder=" ..")
-        text = "\n".join(lines)
-        return Line2D([], [], color=self.color, linestyle=style, label=text, markersize=5,
-                      marker=self.marker, markerfacecolor=self.filling)  # fmt: skip
-
 
 def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
     """Return the figures that the runs have data for, by what they are about."""
-    lines = _lines(groups)
-    made = {
-        "tradeoff": _tradeoff(lines),
-        "losses": _losses(lines),
-        "changes": _changes(lines[:MOST_GROUPS]),
-        "cost": _costs(lines[:MOST_GROUPS]),
-        "growth": _growth(lines),
-        "experts": _experts([run for group in groups for run in group.runs]),
-        "matrix": _matrices([run for group in groups for run in group.runs]),
-    }
-    return {name: found for name, found in made.items() if found}
-
-
-def _lines(groups: Sequence[Group]) -> list[_Line]:
     lines: list[_Line] = []
     number = -1
     for group in with_controls(groups):
         number += not group.is_control
         color, marker = CYCLE[number % len(CYCLE)], _MARKERS[number % len(_MARKERS)]
         lines.append(_Line(group, color, marker))
-    return lines
+    runs = [run for group in groups for run in group.runs]
+    made = {
+        "tradeoff": _tradeoff(lines),
+        "losses": _losses(lines),
+        "changes": _changes(lines[:MOST_GROUPS]),
+        "cost": _costs(lines[:MOST_GROUPS]),
+        "growth": _growth(lines),
+        "experts": _experts(runs),
+        "matrix": _matrices(runs),
+    }
+    return {name: found for name, found in made.items() if found}
 
 
 def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str, Role]]:
@@ -405,7 +363,14 @@ def _legend(figure: Figure, lines: Sequence[_Line]) -> None:
     """Name what is drawn below it, and make the figure as much higher as that takes."""
     from matplotlib.lines import Line2D
 
-    handles = [line.handle for line in lines[:_MOST_NAMED]]
+    handles = []
+    for line in lines[:_MOST_NAMED]:
+        style = "--" if line.group.is_control else "-"
+        rows = textwrap.wrap(plain(line.label), _LINE_CHARACTERS, max_lines=3, placeholder=" ..")
+        handles.append(
+            Line2D([], [], color=line.color, linestyle=style, label="\n".join(rows), markersize=5,
+                   marker=line.marker, markerfacecolor=line.filling)
+        )  # fmt: skip
     if len(lines) > _MOST_NAMED:
         rest = f"and {len(lines) - _MOST_NAMED} more: see the table"
         handles.append(Line2D([], [], linestyle="none", label=rest))
@@ -431,7 +396,18 @@ def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
             if x is not None and y is not None:
                 axes.plot(-100 * x.value, 100 * y.value, line.marker, color=line.color,
                           markerfacecolor=line.filling, alpha=0.35, ms=4)  # fmt: skip
-        _draw_point(axes, line, gain, retention)
+        below, above = _bars(gain)
+        axes.errorbar(
+            -100 * gain.value,
+            100 * retention.value,
+            xerr=[[100 * above], [100 * below]],  # the gain is the fall
+            yerr=[[100 * side] for side in _bars(retention)],
+            color=line.color,
+            marker=line.marker,
+            markerfacecolor=line.filling,
+            linestyle="none",
+            capsize=3,
+        )
     front = _front([(-gain.value, retention.value) for _, gain, retention in points])
     axes.plot(*zip(*((100 * x, 100 * y) for x, y in front), strict=True), color=GREY, ls=":", lw=1)
     axes.axhline(0, color=GREY, linewidth=0.8)
@@ -441,21 +417,6 @@ def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
     best = [point for point in points if (-point[1].value, point[2].value) in front]
     _legend(figure, [line for line, _, _ in sorted(points, key=lambda each: each not in best)])
     return [figure]
-
-
-def _draw_point(axes: Axes, line: _Line, gain: Interval, retention: Interval) -> None:
-    below, above = _bars(gain)
-    axes.errorbar(
-        -100 * gain.value,
-        100 * retention.value,
-        xerr=[[100 * above], [100 * below]],  # the gain is the fall
-        yerr=[[100 * side] for side in _bars(retention)],
-        color=line.color,
-        marker=line.marker,
-        markerfacecolor=line.filling,
-        linestyle="none",
-        capsize=3,
-    )
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -574,8 +535,13 @@ def _changes(lines: Sequence[_Line]) -> list[Figure]:
 
 def _costs(lines: Sequence[_Line]) -> list[Figure]:
     """FLOPs and seconds of the training, group by group."""
+
+    def tera_flops(run: Run) -> float | None:
+        flops = run.cost("flops")
+        return None if flops is None else 1e-12 * flops
+
     known: dict[str, Callable[[Run], float | None]] = {
-        "TFLOPs of the training": lambda run: _scaled(run.cost("flops"), 1e-12),
+        "TFLOPs of the training": tera_flops,
         "seconds of the training": lambda run: run.cost("seconds"),
     }
     made = []
@@ -648,10 +614,6 @@ def _matrices(runs: Sequence[Run]) -> list[Figure]:
         figure.axes[0].set_title(shortened(run.name), fontsize=9)
         made.append(figure)
     return made
-
-
-def _scaled(value: float | None, scale: float) -> float | None:
-    return None if value is None else scale * value
 
 
 def _bars_of(

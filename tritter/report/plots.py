@@ -12,7 +12,7 @@ from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure
 from tritter.report.experts import experts_figure
 from tritter.report.growth import growth_figure, mark_growth
 from tritter.report.matrix import matrix_figure
-from tritter.report.rows import DomainRow, ScoreChange, change_text, domain_rows
+from tritter.report.rows import DomainRow, change_text, domain_rows
 from tritter.report.summary import LARGEST, Score, Summary
 
 if TYPE_CHECKING:
@@ -98,13 +98,13 @@ def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:
     table = [row for row in rows if row.get("step")]
     found = dict.fromkeys(name for row in table for name in row)
     names = [name for name in found if name and (name.endswith("/loss") or name == GROWTH_FLOPS)]
-    curves = (_curve(name, table) for name in names)
-    return tuple(curve for curve in curves if curve.steps)
-
-
-def _curve(name: str, table: Sequence[Mapping[str, str]]) -> Curve:
-    points = [(int(float(row["step"])), float(row[name])) for row in table if row.get(name)]
-    return Curve(name, tuple(step for step, _ in points), tuple(value for _, value in points))
+    curves = []
+    for name in names:
+        rows = [row for row in table if row.get(name)]
+        steps = tuple(int(float(row["step"])) for row in rows)
+        if steps:
+            curves.append(Curve(name, steps, tuple(float(row[name]) for row in rows)))
+    return tuple(curves)
 
 
 def _domains_figure(rows: Sequence[DomainRow]) -> Figure | None:
@@ -119,7 +119,9 @@ def _domains_figure(rows: Sequence[DomainRow]) -> Figure | None:
             if control.is_control and control.domain == row.domain:
                 scores = (control.before, None, control.trained)
                 _draw_stages(axes, scores, label="control, not grown", color=ORANGE)
-        axes.set_title(f"{row.domain} ({row.role}): {_percent(row.change)}", fontsize=10)
+        is_known = row.change.value is not None
+        change = f"{change_text(row.change)} %" if is_known else "change unknown"
+        axes.set_title(f"{row.domain} ({row.role}): {change}", fontsize=10)
         axes.set_xticks(range(len(_STAGES)), _STAGES)
         axes.set_xlim(-0.35, 2.35)
         axes.margins(y=0.15)
@@ -164,13 +166,6 @@ class _Course:
     first_step: int
     steps: tuple[int, ...]
     values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, curve: Curve, *, first_step: int) -> _Course:
-        num_before = sum(step < 0 for step in curve.steps)
-        steps = tuple(first_step + step for step in curve.steps[num_before:])
-        before = curve.values[0] if num_before else None
-        return cls(before, first_step, steps, curve.values[num_before:])
 
 
 def _forgetting_figure(
@@ -221,7 +216,10 @@ def _courses(row: DomainRow, rounds: Sequence[Sequence[Curve]]) -> list[_Course]
     for curve in (each for curves in rounds for each in curves):
         if curve.name == f"eval/{row.domain}/loss" and curve.steps[-1] >= 0:
             first_step = courses[-1].steps[-1] if courses else 0
-            courses.append(_Course.of(curve, first_step=first_step))
+            num_before = sum(step < 0 for step in curve.steps)
+            before = curve.values[0] if num_before else None
+            steps = tuple(first_step + step for step in curve.steps[num_before:])
+            courses.append(_Course(before, first_step, steps, curve.values[num_before:]))
     return courses
 
 
@@ -262,23 +260,22 @@ def _training_figure(curves: Sequence[Curve]) -> Figure | None:
     figure, panels = new_figure(rows=len(groups), width=6.4, height=0.8 + 2.8 * len(groups))
     for group, axes in zip(groups, panels, strict=True):
         for index, curve in enumerate(group):
-            _draw_curve(axes, curve, color=CYCLE[index % len(CYCLE)])
+            color = CYCLE[index % len(CYCLE)]
+            if len(curve.values) < SMOOTHED_FROM_POINTS:
+                axes.plot(
+                    curve.steps, curve.values, "o-", color=color, markersize=3, label=curve.name
+                )
+                continue
+            axes.plot(curve.steps, curve.values, color=color, alpha=0.25, linewidth=0.8)
+            window = len(curve.values) // 20
+            label = f"{curve.name} (mean of {window} points)"
+            mean = running_mean(curve.values, window)
+            first = window // 2  # centred: a trailing mean would lag behind a falling loss
+            axes.plot(curve.steps[first : first + len(mean)], mean, color=color, label=label)
         axes.set_ylabel("penalty" if group is penalties else "loss [nats per token]")
         axes.legend(frameon=False, fontsize=8)
     panels[-1].set_xlabel("training step")
     return figure
-
-
-def _draw_curve(axes: Axes, curve: Curve, *, color: str) -> None:
-    if len(curve.values) < SMOOTHED_FROM_POINTS:
-        axes.plot(curve.steps, curve.values, "o-", color=color, markersize=3, label=curve.name)
-        return
-    axes.plot(curve.steps, curve.values, color=color, alpha=0.25, linewidth=0.8)
-    window = len(curve.values) // 20
-    label = f"{curve.name} (mean of {window} points)"
-    mean = running_mean(curve.values, window)
-    first = window // 2  # centred: a trailing mean would lag behind a falling loss
-    axes.plot(curve.steps[first : first + len(mean)], mean, color=color, label=label)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -302,7 +299,20 @@ def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
         return None
     figure, (axes,) = new_figure(width=5.6, height=4.2)
     for old, new in pairs:
-        _draw_pair(axes, old, new)
+        assert old.change.value is not None and new.change.value is not None
+        kind = "control, not grown" if old.is_control else "grown"
+        axes.errorbar(
+            -100 * new.change.value,
+            100 * old.change.value,
+            # The gain is the fall: its lower error is the change's upper one
+            xerr=_errors(new.change.above, new.change.below),
+            yerr=_errors(old.change.below, old.change.above),
+            color=ORANGE if old.is_control else BLUE,
+            marker="s" if old.is_control else "o",
+            linestyle="none",
+            capsize=3,
+            label=f"{kind}: {old.domain} against {new.domain}",
+        )
     for bound in sorted({old.bound for old, _ in pairs if old.bound is not None}):
         axes.axhline(100 * bound, color=GREY, linestyle="--", linewidth=1)
         axes.annotate(
@@ -324,27 +334,6 @@ def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
     return figure
 
 
-def _draw_pair(axes: Axes, old: DomainRow, new: DomainRow) -> None:
-    assert old.change.value is not None and new.change.value is not None
-    kind = "control, not grown" if old.is_control else "grown"
-    axes.errorbar(
-        -100 * new.change.value,
-        100 * old.change.value,
-        # The gain is the fall: its lower error is the change's upper one
-        xerr=_errors(new.change.above, new.change.below),
-        yerr=_errors(old.change.below, old.change.above),
-        color=ORANGE if old.is_control else BLUE,
-        marker="s" if old.is_control else "o",
-        linestyle="none",
-        capsize=3,
-        label=f"{kind}: {old.domain} against {new.domain}",
-    )
-
-
 def _errors(below: float | None, above: float | None) -> list[list[float]]:
     """Return what matplotlib takes for two sides; an unknown side has no bar."""
     return [[100 * (below or 0.0)], [100 * (above or 0.0)]]
-
-
-def _percent(change: ScoreChange) -> str:
-    return "change unknown" if change.value is None else f"{change_text(change)} %"

@@ -68,10 +68,26 @@ def domain_rows(summary: Summary) -> tuple[DomainRow, ...]:
 
 
 def _rows(summary: Summary, trained: Attempt, *, expanded: Scores | None) -> tuple[DomainRow, ...]:
-    return tuple(
-        _row(subject, role, summary=summary, trained=trained, expanded=expanded)
-        for subject, role in subjects(summary)
-    )
+    rows = []
+    for domain, role in subjects(summary):
+        # A round of several states what it started from
+        before = score_of(trained.baseline or summary.baseline, domain)
+        after = score_of(trained.final, domain)
+        wanted = (_CHECK_OF_ROLE[role], domain)
+        check = next((each for each in trained.gate if (each.check, each.subject) == wanted), None)
+        row = DomainRow(
+            domain=domain,
+            role=role,
+            is_control=trained is summary.control,
+            before=before,
+            expanded=None if expanded is None else score_of(expanded, domain),
+            trained=after,
+            change=_change(check, before=before, after=after),
+            bound=None if check is None else check.bound,
+            verdict=None if check is None else check.verdict,
+        )
+        rows.append(row)
+    return tuple(rows)
 
 
 def subjects(summary: Summary) -> tuple[tuple[str, Role], ...]:
@@ -87,27 +103,6 @@ def subjects(summary: Summary) -> tuple[tuple[str, Role], ...]:
     known = {name for name, _ in found}
     others = (name for name in summary.baseline if name not in known)
     return (*found, *((f"{name}{ACCURACY}", "old") for name in others))
-
-
-def _row(
-    domain: str, role: Role, *, summary: Summary, trained: Attempt, expanded: Scores | None
-) -> DomainRow:
-    # A round of several states what it started from
-    before = score_of(trained.baseline or summary.baseline, domain)
-    after = score_of(trained.final, domain)
-    wanted = (_CHECK_OF_ROLE[role], domain)
-    check = next((each for each in trained.gate if (each.check, each.subject) == wanted), None)
-    return DomainRow(
-        domain=domain,
-        role=role,
-        is_control=trained is summary.control,
-        before=before,
-        expanded=None if expanded is None else score_of(expanded, domain),
-        trained=after,
-        change=_change(check, before=before, after=after),
-        bound=None if check is None else check.bound,
-        verdict=None if check is None else check.verdict,
-    )
 
 
 def score_of(scores: Scores, domain: str) -> Score:
@@ -145,10 +140,9 @@ def change_text(change: ScoreChange) -> str:
         return MISSING
     if change.in_points:
         return f"{100 * change.value:+.1f} points"
-    value, lower, upper = map(_percent, (change.value, change.lower, change.upper))
+    value, lower, upper = (
+        UNKNOWN if each is None else f"{100 * each:+.2f}"
+        for each in (change.value, change.lower, change.upper)
+    )
     has_bounds = change.lower is not None or change.upper is not None
     return f"{value} [{lower}, {upper}]" if has_bounds else value
-
-
-def _percent(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{100 * value:+.2f}"

@@ -5,7 +5,7 @@ Numbers are bounded by what drawing and adding them can bear. What is written is
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, groupby, pairwise
 from pathlib import Path
@@ -159,7 +159,13 @@ class GrowthRecord(Part):
     @property
     def name(self) -> str:
         """Its trigger and its initialiser."""
-        return "+".join(_name(self.options.get(key)) for key in ("trigger", "initialiser"))
+        names = []
+        for option in (self.options.get("trigger"), self.options.get("initialiser")):
+            name = option
+            if isinstance(option, Mapping):  # a name of ours, or the class of somebody's own
+                name = option.get("name") or str(option.get("_target_", "")).rpartition(".")[2]
+            names.append(str(name or "?"))
+        return "+".join(names)
 
     @property
     def event_steps(self) -> tuple[int, ...]:
@@ -170,28 +176,22 @@ class GrowthRecord(Part):
     def layers(self) -> tuple[GrownLayer, ...]:
         """The layers that grew, from the first one on."""
         by_layer = sorted(self.events, key=lambda event: event.layer)
-        grouped = groupby(by_layer, key=lambda event: event.layer)
-        return tuple(self._layer(layer, list(own)) for layer, own in grouped)
-
-    def _layer(self, layer: int, own: Sequence[GrowthEvent]) -> GrownLayer:
-        changes = (e.function_change for e in own if e.function_change is not None)
-        return GrownLayer(
-            layer=layer,
-            before=self.neurons.before[layer],
-            after=self.neurons.after[layer],
-            born=sum(event.born for event in own),
-            replaced=sum(event.replaced for event in own),
-            died=sum(event.died for event in own),
-            function_change=max(changes, default=None),
-            steps=tuple(event.step for event in own),
-        )
-
-
-def _name(option: object) -> str:
-    """Return what an option is called: by a name of ours, or the class of somebody's own."""
-    if isinstance(option, Mapping):
-        option = option.get("name") or str(option.get("_target_", "")).rpartition(".")[2]
-    return str(option or "?")
+        layers = []
+        for layer, events in groupby(by_layer, key=lambda event: event.layer):
+            own = list(events)
+            changes = (e.function_change for e in own if e.function_change is not None)
+            grown = GrownLayer(
+                layer=layer,
+                before=self.neurons.before[layer],
+                after=self.neurons.after[layer],
+                born=sum(event.born for event in own),
+                replaced=sum(event.replaced for event in own),
+                died=sum(event.died for event in own),
+                function_change=max(changes, default=None),
+                steps=tuple(event.step for event in own),
+            )
+            layers.append(grown)
+        return tuple(layers)
 
 
 # LoRA experts: any part may be missing, or null
@@ -334,12 +334,25 @@ class ExpertsRecord(Part):
     @property
     def rows(self) -> tuple[ExpertRow, ...]:
         """Those that are there, and those that were and are gone."""
-        gone = (spawn.expert for spawn in self.spawned)
-        return tuple(self._row(name) for name in dict.fromkeys((*self.names, *gone)))
+        rows = []
+        for name in dict.fromkeys((*self.names, *(spawn.expert for spawn in self.spawned))):
+            # A name may come again after an eviction: the last is the one that is there
+            spawn = next((each for each in reversed(self.spawned) if each.expert == name), None)
+            state = "" if spawn is None else "young"
+            for event in self.events:
+                if name == (event.gone or event.expert):
+                    state = _STATES.get(event.kind, state)
+            if name in self.names and state in _ENDS:
+                state = ""
+            row = ExpertRow(name, spawn, self.ranks.get(name), self.mean_usage(name), state)
+            rows.append(row)
+        return tuple(rows)
 
     def mean_usage(self, name: str) -> float | None:
         """Return the mean gate of an expert over the domains that have one for it."""
-        return _mean(shares.get(name) for shares in self.usage.values())
+        gates = [shares.get(name) for shares in self.usage.values()]
+        known = [gate for gate in gates if gate is not None]
+        return fmean(known) if known else None
 
     @property
     def by_usage(self) -> tuple[str, ...]:
@@ -356,28 +369,12 @@ class ExpertsRecord(Part):
         """Spawns that were refused."""
         return tuple(event for event in self.events if event.kind == "refused")
 
-    def _row(self, name: str) -> ExpertRow:
-        # A name may come again after an eviction: the last is the one that is there
-        spawn = next((each for each in reversed(self.spawned) if each.expert == name), None)
-        state = "" if spawn is None else "young"
-        for event in self.events:
-            if name == (event.gone or event.expert):
-                state = _STATES.get(event.kind, state)
-        if name in self.names and state in _ENDS:
-            state = ""
-        return ExpertRow(name, spawn, self.ranks.get(name), self.mean_usage(name), state)
-
 
 def _without_nulls(plain: object) -> object:
     """Return plain values without keys whose value is null: they are as good as missing."""
     if isinstance(plain, Mapping):
         return {key: _without_nulls(value) for key, value in plain.items() if value is not None}
     return [_without_nulls(item) for item in plain] if isinstance(plain, list | tuple) else plain
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
 
 
 # Tasks in a row

@@ -12,7 +12,7 @@ from tritter.report.growth import growth_table, growth_text
 from tritter.report.matrix import transfer_table
 from tritter.report.moe import bias_text, expert_table
 from tritter.report.rows import DomainRow, change_text, domain_rows, score_of, score_text
-from tritter.report.summary import Attempt, Check, Jump, Sample, Summary, Target
+from tritter.report.summary import Attempt, Jump, Summary
 from tritter.report.table import STYLES, Table, label
 from tritter.report.wording import MISSING, Signs, count_text, seconds_text, si_text, stages
 from tritter.terminal import Console
@@ -55,7 +55,12 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
         console.print(Text(f"{'checkpoint':<12}{signs.printable(path)}"), soft_wrap=True)
     for sample in summary.samples:
         console.print()
-        console.print(_grid(_sample_lines(sample, signs=signs)))
+        lines = []
+        said = {"prompt": sample.prompt, "before": sample.before, "after": sample.after}
+        for name, words in said.items():
+            text = signs.shortened(" ".join(words.split()), _SAMPLE_CHARACTERS)
+            lines.append(SummaryLine(name, text or MISSING))
+        console.print(_grid(lines))
 
 
 def _tables(summary: Summary) -> Iterator[Table]:
@@ -95,12 +100,19 @@ def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
     rules = [number for number, row in enumerate(rows) if row.is_control][:1]
     for number in rules:
         cells.insert(number, ("control:", *[""] * (len(header) - 1)))
+    gate = summary.last_attempt.gate
+    confidence = next((check.confidence for check in gate if check.confidence), None)
+    lines = ["change: before to trained"]
+    if confidence is not None:
+        lines[0] += f", paired, with one-sided {confidence:.0%} bounds"
+    if summary.control is not None:
+        lines.append("control: trained alike, not grown")
     return Table(
         header,
         tuple(cells),
         numbers=tuple(range(2, 3 + len(scored))),
         title="Loss in nats per token; change in % per byte",
-        caption=_caption(summary),
+        caption="\n".join(lines),
         names={0: _DOMAIN_CHARACTERS},
         rules=tuple(rules),
     )
@@ -150,9 +162,23 @@ def summary_lines(summary: Summary, *, signs: Signs) -> list[SummaryLine]:
         words = "rolled back: the checkpoint is that of the round before"
     lines = [SummaryLine("status", words, style=STYLES.get(status, ""))]
     if summary.target is not None:
-        lines.append(SummaryLine("rounds", _rounds_text(summary.rounds, summary.target)))
+        rounds, target = summary.rounds, summary.target
+        done = ", ".join(
+            f"{count_text(each.parameters)} {str(each.status).replace('_', ' ')}" for each in rounds
+        )
+        reached = "reached" if target.reaches_target else "not reached"
+        progress = (
+            f"{len(rounds)} of {len(target.planned)} planned: {done}; target "
+            f"{count_text(target.target_params)} {reached}. The table shows the last"
+        )
+        lines.append(SummaryLine("rounds", progress))
     lines += _attempt_lines(summary.attempts, signs=signs)
-    lines += [_reason(check, signs=signs) for check in attempt.gate if _needs_words(check)]
+    for check in attempt.gate:
+        is_broken_off = check.check == "training" and bool(check.value)
+        is_notable = check.verdict == "reported" and is_broken_off
+        if is_notable or check.verdict in ("failed", "undecided"):
+            what = signs.printable(f"{check.check} of {check.subject}: {check.detail}")
+            lines.append(SummaryLine(check.verdict, what, style=STYLES[check.verdict]))
     if (jump := _jump_text(summary.jump)) is not None:
         lines.append(SummaryLine("jump", jump))
     lines.append(SummaryLine("parameters", _parameters_text(summary, signs=signs)))
@@ -183,40 +209,6 @@ def _attempt_lines(attempts: Sequence[Attempt], *, signs: Signs) -> list[Summary
     return lines
 
 
-def _rounds_text(rounds: Sequence[Attempt], target: Target) -> str:
-    done = ", ".join(
-        f"{count_text(each.parameters)} {str(each.status).replace('_', ' ')}" for each in rounds
-    )
-    reached = "reached" if target.reaches_target else "not reached"
-    return (
-        f"{len(rounds)} of {len(target.planned)} planned: {done}; target "
-        f"{count_text(target.target_params)} {reached}. The table shows the last"
-    )
-
-
-def _caption(summary: Summary) -> str:
-    gate = summary.last_attempt.gate
-    confidence = next((check.confidence for check in gate if check.confidence), None)
-    lines = ["change: before to trained"]
-    if confidence is not None:
-        lines[0] += f", paired, with one-sided {confidence:.0%} bounds"
-    if summary.control is not None:
-        lines.append("control: trained alike, not grown")
-    return "\n".join(lines)
-
-
-def _needs_words(check: Check) -> bool:
-    is_broken_off = check.check == "training" and bool(check.value)
-    return check.verdict in ("failed", "undecided") or (
-        check.verdict == "reported" and is_broken_off
-    )
-
-
-def _reason(check: Check, *, signs: Signs) -> SummaryLine:
-    what = signs.printable(f"{check.check} of {check.subject}: {check.detail}")
-    return SummaryLine(check.verdict, what, style=STYLES[check.verdict])
-
-
 def _jump_text(jump: Jump | None) -> str | None:
     if jump is None or jump.max_absolute is None or jump.relative_to_std is None:
         return None
@@ -232,16 +224,6 @@ def _parameters_text(summary: Summary, *, signs: Signs) -> str:
         return f"{count_text(before)} + {count_text(summary.experts.parameters.trainable)} experts"
     text = f"{count_text(before)} {signs.arrow} {count_text(after)}"
     return f"{text} ({after / before:.2f} times)" if before and after else text
-
-
-def _sample_lines(sample: Sample, *, signs: Signs) -> list[SummaryLine]:
-    lines = []
-    said = {"prompt": sample.prompt, "before": sample.before, "after": sample.after}
-    for name, words in said.items():
-        words = " ".join(words.split())
-        text = signs.shortened(words, _SAMPLE_CHARACTERS)
-        lines.append(SummaryLine(name, text or MISSING))
-    return lines
 
 
 def _grid(lines: Iterable[SummaryLine]) -> RichTable:

@@ -402,9 +402,10 @@ def is_formula_right(question: Question, text: str) -> bool:
 
     boxed = last_boxed_only_string(text)
     if boxed is not None:
-        return bool(is_equiv(_unboxed(boxed), question.answer))
-    parts = text.split("$")
-    found = "$".join(parts[1:-1]) if len(parts) > 2 else text
+        found = boxed.removeprefix("\\boxed ").removeprefix("\\boxed{").removesuffix("}")
+    else:
+        parts = text.split("$")
+        found = "$".join(parts[1:-1]) if len(parts) > 2 else text
     return bool(is_equiv(found, question.answer))
 
 
@@ -491,10 +492,6 @@ def _boxed(solution: str) -> str:
         if depth == 0:
             return solution[start + len("\\boxed{") : position]
     raise ValueError("solution has an open brace")
-
-
-def _unboxed(boxed: str) -> str:
-    return boxed.removeprefix("\\boxed ").removeprefix("\\boxed{").removesuffix("}")
 
 
 GSM8K = (Format({"question": TEXT, "answer": TEXT}, _gsm8k),)

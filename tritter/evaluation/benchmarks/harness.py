@@ -68,9 +68,8 @@ def null_scores(
     kind = questions.benchmark.kind
     if kind in ("choice", "context"):
         uniform = sum(1 / len(question.choices) for question in asked) / len(asked)
-        return NullScores(
-            uniform, commonest_share([("", _answer(each)) for each in everything]), None
-        )
+        answers = [("", each.choices[each.right]) for each in everything]
+        return NullScores(uniform, commonest_share(answers), None)
     if kind == "code":
         if sandbox is None:
             return NullScores(None, None, None)
@@ -93,10 +92,6 @@ def commonest_share(answers: Sequence[tuple[str, str]]) -> float:
     for part, answer in answers:
         parts.setdefault(part, Counter())[answer] += 1
     return sum(max(counts.values()) for counts in parts.values()) / len(answers)
-
-
-def _answer(question: Question) -> str:
-    return question.choices[question.right]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +235,10 @@ def evaluated(
     length = max_length(model)
     # lm-eval looks at tensors outside of its own no_grad, so inference mode would not do
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
-        _check_finite(model)
+        # Else every choice would be as likely as any other, and not a number
+        first = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+        if not model(input_ids=first).logits.isfinite().all():
+            raise TritterError("the model's logits are not finite, so no benchmark can be scored.")
         with _quiet(is_shown=asking.is_shown):
             task_dict = tasks()
             lm = HFLM(
@@ -249,14 +247,17 @@ def evaluated(
                 batch_size=asking.batch_size,
                 max_length=length,
             )
-            found = evaluate(
+            results = evaluate(
                 lm=lm, task_dict=task_dict, limit=limit, bootstrap_iters=0, log_samples=True
             )
-    assert found is not None
-    samples: dict[str, list[dict[str, Any]]] = found["samples"]
+    assert results is not None
+    samples: dict[str, list[dict[str, Any]]] = results["samples"]
     for name, of_task in samples.items():
         of_task.sort(key=lambda sample: int(sample["doc_id"]))
-        _check_likelihoods(name, [answer for each in of_task for answer in each["filtered_resps"]])
+        answers = [answer for each in of_task for answer in each["filtered_resps"]]
+        found = [answer[0] for answer in answers if isinstance(answer, tuple | list)]
+        if not all(map(math.isfinite, found)):
+            raise TritterError(f"{name}: the model gives a likelihood that is not finite.")
     return samples
 
 
@@ -311,20 +312,19 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
             "target_delimiter": "",
             "doc_to_target": lambda doc: f"{benchmark.separator}{question(doc).answer}",
         }
+    tokens = min(benchmark.max_new_tokens, length // 2)
     return config | {
         "output_type": "generate_until",
         "doc_to_target": lambda doc: question(doc).answer,
         "process_results": lambda doc, texts: {
             benchmark.metric: float(_is_right(benchmark, question(doc), texts[0], sandbox))
         },
-        "generation_kwargs": _generation(benchmark, length),
+        "generation_kwargs": {
+            "until": list(benchmark.until),
+            "max_gen_toks": tokens,
+            "do_sample": False,
+        },
     }
-
-
-def _generation(benchmark: Benchmark, length: int) -> dict[str, Any]:
-    """Return how an answer is generated: greedily, to where it ends."""
-    tokens = min(benchmark.max_new_tokens, length // 2)
-    return {"until": list(benchmark.until), "max_gen_toks": tokens, "do_sample": False}
 
 
 def _is_right(benchmark: Benchmark, question: Question, text: str, sandbox: Sandbox | None) -> bool:
@@ -347,7 +347,8 @@ def _readable(
     kept = [
         name
         for name, question in questions.questions.items()
-        if max(_num_tokens(tokenizer, text) for text in _predicted(question)) < length
+        if max(_num_tokens(tokenizer, text) for text in question.choices or (question.answer,))
+        < length
     ]
     number = len(questions.questions) - len(kept)
     if not kept:
@@ -386,11 +387,6 @@ def _read(prompt: str, question: Question, benchmark: Benchmark) -> list[str]:
     return [f"{prompt} {choice}" for choice in question.choices] or [prompt]
 
 
-def _predicted(question: Question) -> tuple[str, ...]:
-    """Return what of a question the model is to predict."""
-    return question.choices or (question.answer,)
-
-
 def _notes(tokenizer: Tokenizer, questions: Questions, *, length: int) -> Iterator[str]:
     """Say what was limited, and what of the prompts did not fit."""
     benchmark, asked = questions.benchmark, list(questions.questions)
@@ -402,18 +398,15 @@ def _notes(tokenizer: Tokenizer, questions: Questions, *, length: int) -> Iterat
                 f"Answers end after {length // 2} tokens in place of {benchmark.max_new_tokens}: "
                 f"the model reads {length}."
             )
-    cut = sum(_num_tokens(tokenizer, _longest(questions, name)) > room for name in asked)
+    cut = 0
+    for name in asked:
+        texts = _read(questions.prompt(name), questions.questions[name], benchmark)
+        cut += _num_tokens(tokenizer, max(texts, key=len)) > room
     if cut:
         yield (
             f"{cut} of {len(asked)} prompts are longer than the {room} tokens that the model reads "
             "of one and lost their beginning."
         )
-
-
-def _longest(questions: Questions, name: str) -> str:
-    """Return the longest text that is put to the model for a question."""
-    question = questions.questions[name]
-    return max(_read(questions.prompt(name), question, questions.benchmark), key=len)
 
 
 def _num_tokens(tokenizer: Tokenizer, text: str) -> int:
@@ -431,24 +424,6 @@ def max_length(model: nn.Module) -> int:
     if length < 16:
         raise RequestError(f"the model reads {length} tokens, too few for any benchmark.")
     return int(length)
-
-
-def _check_finite(model: nn.Module) -> None:
-    """Refuse a model whose every choice is as likely as any other, and not a number.
-
-    Raises:
-        TritterError: it says so.
-    """
-    device = next(model.parameters()).device
-    logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device)).logits
-    if not logits.isfinite().all():
-        raise TritterError("the model's logits are not finite, so no benchmark can be scored.")
-
-
-def _check_likelihoods(name: str, answers: Sequence[Any]) -> None:
-    found = [answer[0] for answer in answers if isinstance(answer, tuple | list)]
-    if not all(map(math.isfinite, found)):
-        raise TritterError(f"{name}: the model gives a likelihood that is not finite.")
 
 
 @contextmanager
@@ -502,14 +477,17 @@ def score_from_hub(
     ]
     nulls = _nulls(benchmark, samples)
     names = [f"{benchmark.name}:{task}/{sample['doc_id']}" for task, sample in samples]
+    values = {
+        metric: torch.tensor([float(each[metric]) for _, each in samples], dtype=torch.float64)
+        for metric in benchmark.metrics
+        if all(metric in each for _, each in samples)
+    }
     limited = f"At most {asking.limit} questions of each subtask were asked."
     return BenchmarkScores(
         name=benchmark.name,
         metric=benchmark.metric,
         scores={
-            metric: paired(names, _values(metric, samples), chance=nulls.chance)
-            for metric in benchmark.metrics
-            if all(metric in sample for _, sample in samples)
+            metric: paired(names, right, chance=nulls.chance) for metric, right in values.items()
         },
         nulls=nulls,
         notes=(limited,) if asking.limit else (),
@@ -557,7 +535,3 @@ def _nulls(benchmark: Benchmark, samples: Sequence[tuple[str, Any]]) -> NullScor
         return NullScores(sum(chances) / len(chances), None, None)
     constant = commonest_share([(task, str(sample["target"])) for task, sample in samples])
     return NullScores(None, constant, 0.0 if benchmark.kind == "word" else None)
-
-
-def _values(metric: str, samples: Sequence[tuple[str, Any]]) -> torch.Tensor:
-    return torch.tensor([float(sample[metric]) for _, sample in samples], dtype=torch.float64)
