@@ -318,7 +318,8 @@ def _of_folder(
         added = source.added
         if added is None or added.is_settled:
             raise RequestError(
-                f"--drop-new-experts: {source.folder} has no appended experts that are not wholly open."
+                f"--drop-new-experts: {source.folder} has no appended experts that are not "
+                "wholly open."
             )
         weights = weights.without_experts(added.num_settled_experts)
         notes = (f"without the {len(added.experts)} appended experts of each layer",)
