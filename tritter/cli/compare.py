@@ -19,12 +19,10 @@ from tritter.cli.output import new_console, print_json, shown_path, signs_of
 from tritter.cli.report import find_runs, metric_rows, read_runs
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
-from tritter.terminal import Console
 
 if TYPE_CHECKING:
     from tritter.report.compared import Comparison, Scores
     from tritter.report.runs import Run
-    from tritter.report.table import Table
 
 _DEEPEST = 2  # a checkpoint below its run: attempt_1/trained
 _WHOLE = ("role", "run", "status", "verdict")  # columns that stay whole on a narrow terminal
@@ -155,6 +153,7 @@ def _content(
 
 def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) -> None:
     from tritter.report.compared import letter
+    from tritter.report.table import label
 
     console = new_console()
     signs = signs_of(console)
@@ -162,27 +161,19 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
         console.print(Text(f"{letter(number)}  {signs.printable(each.name)}"), soft_wrap=True)
     console.print()
     for title, table in comparison.lettered().tables().items():
-        _print_table(console, title, table)
+        # What a row has in common with the one before is left out of it
+        rows, before, is_grouped = [], "", table.header[0] in ("domain", "setting")
+        for first, *others in table.rows:
+            rows.append(("" if is_grouped and first == before else label(first), *others))
+            before = first
+        whole = [n for n, name in enumerate(table.header) if n in table.numbers or name in _WHOLE]
+        console.print(Text(signs.printable(title), style="bold"))
+        shown = replace(table, rows=tuple(rows), caption="")
+        console.print(shown.to_rich(signs, whole=whole))
+        if table.caption:
+            console.print(Text(signs.printable(table.caption), style="dim"))
+        console.print()
     for note in notes:
         console.print(note, soft_wrap=True)
     if output is not None:
         console.print(Text(f"written  {signs_of(console).printable(shown_path(output))}"))
-
-
-def _print_table(console: Console, title: str, table: Table) -> None:
-    """Print a table; what a row has in common with the one before is left out of it."""
-    from tritter.report.table import label
-
-    signs, rows = signs_of(console), []
-    before = ""
-    for first, *others in table.rows:
-        is_again = table.header[0] in ("domain", "setting") and first == before
-        before = first
-        rows.append(("" if is_again else label(first), *others))
-    whole = [at for at, name in enumerate(table.header) if at in table.numbers or name in _WHOLE]
-    console.print(Text(signs.printable(title), style="bold"))
-    shown = replace(table, rows=tuple(rows), caption="")
-    console.print(shown.to_rich(signs, whole=whole))
-    if table.caption:
-        console.print(Text(signs.printable(table.caption), style="dim"))
-    console.print()

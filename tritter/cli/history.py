@@ -161,6 +161,7 @@ def _row_json(row: Checked, newest: Link) -> dict[str, Any]:
 
 def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
     console = new_console()
+    signs = signs_of(console)
     newest = rows[-1].link
     checks = ("check",) if is_verified else ()
     table = new_table(
@@ -179,24 +180,11 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
             day,
             *([row.state] if is_verified else []),
         ]
-        table.add_row(*(signs_of(console).printable(cell) for cell in cells))
+        table.add_row(*(signs.printable(cell) for cell in cells))
     print_whole_words(console, table)
     console.print()
-    _print_tree(rows, console)
-    if is_verified:
-        _print_verdict(rows, console)
-
-
-def _name(link: Link) -> str:
-    return link.folder.resolve().name if link.folder else f"({short(link.model_hash)})"
-
-
-def _print_tree(rows: Sequence[Checked], console: Console) -> None:
-    """Print the chain as a tree: what a checkpoint is made of stands above it.
-
-    Rich's own tree cuts long lines off, and names of folders are to be copied whole.
-    """
-    signs = signs_of(console)
+    # What a checkpoint is made of stands above it. Rich's own tree cuts long lines off, and names
+    # of folders are to be copied whole
     corner = "+-- " if console.options.ascii_only else "└── "
     for depth, row in enumerate(rows):
         link = row.link
@@ -204,6 +192,12 @@ def _print_tree(rows: Sequence[Checked], console: Console) -> None:
         guide = "    " * (depth - 1) + corner if depth else ""
         label = Text(guide + signs.printable(f"{place}  ({made_by(link)})"))
         console.print(label, soft_wrap=True)
+    if is_verified:
+        _print_verdict(rows, console)
+
+
+def _name(link: Link) -> str:
+    return link.folder.resolve().name if link.folder else f"({short(link.model_hash)})"
 
 
 def _print_verdict(rows: Sequence[Checked], console: Console) -> None:

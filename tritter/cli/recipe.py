@@ -371,12 +371,10 @@ def recipe_text(
         steps: method and options; what is None follows from the rest, and is left out.
         comments: lines at its top.
     """
-    listed = [{m: {k: v for k, v in given.items() if v is not None}} for m, given in steps]
-    lines = [f"# {line}" for line in comments]
-    for step in listed:
-        ((method, given),) = step.items()
-        lines.append(f"- {method}: {_inline(given)}" if given else f"- {method}")
-    lines.insert(len(comments), f"{_STEPS}:")
+    lines = [*(f"# {line}" for line in comments), f"{_STEPS}:"]
+    for method, given in steps:
+        stated = {key: value for key, value in given.items() if value is not None}
+        lines.append(f"- {method}: {_inline(stated)}" if stated else f"- {method}")
     lines += [f"{name}: {_inline(value)}" for name, value in settings.items()]
     return "\n".join(lines) + "\n"
 

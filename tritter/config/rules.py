@@ -40,21 +40,30 @@ def compile_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("trainer.compile", True, reason=reason)
 
 
-def compile_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
-    """Yield why the model that is trained can't be compiled.
+def trainer_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
+    """Yield why the model that is trained can't be compiled, or its weights not be shared out.
 
     Args:
         source: config.json of the model that the run starts from.
     """
-    if not config.trainer.compile:
+    is_sharded = config.trainer.strategy == "fsdp"
+    if not (config.trainer.compile or is_sharded):
         return
     grown = target_config(source, config.expansion)
-    if family_of(grown).has_experts:
+    if not family_of(grown).has_experts:
+        return
+    if config.trainer.compile:
         reason = (
             f"{grown['model_type']} has experts, and how many tokens each gets is another number "
             "in each batch, every one of which would be compiled; use trainer.compile=false"
         )
         yield Problem("trainer.compile", True, reason=reason)
+    if is_sharded:
+        reason = (
+            f"{grown['model_type']} has experts, whose routers are watched and opened in whole "
+            "weights; use trainer=ddp"
+        )
+        yield Problem("trainer.strategy", "fsdp", reason=reason)
 
 
 def sharding_problems(config: RunConfig) -> Iterator[Problem]:
@@ -97,23 +106,6 @@ def _of_whole_weights(config: RunConfig) -> Iterator[tuple[str, object, str]]:
 def callbacks_of(name: str, config: RunConfig) -> list[Component]:
     """Return the callbacks whose class is one of Lightning's, or made from it."""
     return [one for one in config.callbacks if name in (k.__name__ for k in one.kind.__mro__)]
-
-
-def sharding_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
-    """Yield why the weights of the model that is trained can't be shared out.
-
-    Args:
-        source: config.json of the model that the run starts from.
-    """
-    if config.trainer.strategy != "fsdp":
-        return
-    grown = target_config(source, config.expansion)
-    if family_of(grown).has_experts:
-        reason = (
-            f"{grown['model_type']} has experts, whose routers are watched and opened in whole "
-            "weights; use trainer=ddp"
-        )
-        yield Problem("trainer.strategy", "fsdp", reason=reason)
 
 
 def compiler_problems(config: RunConfig) -> Iterator[Problem]:

@@ -30,7 +30,6 @@ from tritter.config.rules import (
     benchmark_problems,
     carry_problems,
     compile_problems,
-    compile_start_problems,
     device_problems,
     expert_problems,
     kinds_beside,
@@ -39,7 +38,7 @@ from tritter.config.rules import (
     nearest_multiples,
     precision_problems,
     sharding_problems,
-    sharding_start_problems,
+    trainer_start_problems,
     weight_problems,
 )
 from tritter.config.schema import (
@@ -466,8 +465,7 @@ def start_problems(
     return [
         *expert_problems(config, source),
         *method_start_problems(config, source),
-        *compile_start_problems(config, source),
-        *sharding_start_problems(config, source),
+        *trainer_start_problems(config, source),
         *chain(*(one.kind.start_problems(one.options, config, start) for one in features)),
     ]
 

@@ -317,22 +317,15 @@ Plugins.instance().register(OutsideFolders)
 def composer() -> Iterator[Composer]:
     """Yield a Composer over `conf/`; Hydra's global state is as before afterwards."""
     raise_problems(nesting_problems())
-    with no_running_hydra():
-        folder = str(config_folder())
+    # A Hydra that is running already (we may be called from one) is set aside
+    running, folder = GlobalHydra.instance().hydra, str(config_folder())
+    GlobalHydra.instance().clear()
+    try:
         with initialize_config_dir(folder, job_name="train", version_base=VERSION_BASE):
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
             hydra.config_loader = loader = Loader(hydra.config_loader.get_search_path())
             yield Composer(hydra, loader)
-
-
-@contextmanager
-def no_running_hydra() -> Iterator[None]:
-    """Set aside a Hydra that is running already (we may be called from one), and bring it back."""
-    running = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        yield
     finally:
         GlobalHydra.instance().hydra = running
 
