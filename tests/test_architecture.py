@@ -80,8 +80,8 @@ TORCH_ONLY_ROOMS = {"parameter_map", "stock_routers"}  # the standard library an
 RATCHET = {
     "(top)": (14, 2_002),
     "checkpoint": (14, 2_714),
-    "cli": (21, 5_858),
-    "config": (27, 6_682),
+    "cli": (21, 5_718),
+    "config": (27, 6_522),
     "data": (19, 5_984),
     "evaluation": (19, 3_989),
     "expand": (5, 1_156),

@@ -19,13 +19,10 @@ from tritter.cli.output import new_console, print_json, shown_path, signs_of
 from tritter.cli.report import find_runs, metric_rows, read_runs
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
-from tritter.terminal import Console
 
 if TYPE_CHECKING:
-    from tritter.cli.report_file import ReportFile
-    from tritter.report.compared import Compared, Comparison, Scores
+    from tritter.report.compared import Comparison, Scores
     from tritter.report.runs import Run
-    from tritter.report.table import Table
 
 _DEEPEST = 2  # a checkpoint below its run: attempt_1/trained
 _WHOLE = ("role", "run", "status", "verdict")  # columns that stay whole on a narrow terminal
@@ -47,16 +44,29 @@ def compare(
     as_json: AsJson = False,
 ) -> int:
     """Hold finished runs against the first: settings, losses in pairs, cost."""
-    from tritter.cli.report_file import mark
-    from tritter.report.compared import Comparison
+    from tritter.cli.report_file import FORMATS, ReportFile, mark
+    from tritter.report.compared import Compared, Comparison
 
-    file = None if output is None else _file(output, overwrite=overwrite)
+    file = None
+    if output is not None:
+        format = FORMATS.get(output.suffix)
+        if format is None:
+            reason = f"the ending selects the format; allowed is one of {', '.join(FORMATS)}"
+            raise RequestError(Problem("--output", str(output), reason=reason))
+        file = ReportFile(path=output, kind="compare", format=format, overwrite=overwrite)
+        file.check()
     found = find_runs([_run_of(folder) for folder in folders])
     if len(found.finished) < 2:
         reason = "one finished run is in it; a comparison needs two or more"
         raise RequestError(Problem("RUN", ", ".join(map(str, folders)), reason=reason))
-    runs = read_runs(found.finished)
-    compared = [_compared(p, run) for p, run in zip(found.finished, runs, strict=True)]
+    compared = []
+    for place_of_run, run in zip(found.finished, read_runs(found.finished), strict=True):
+        scores, why_not = None, ""
+        try:
+            scores = _scores(place_of_run, run)
+        except TritterError as error:
+            why_not = str(error).removesuffix(".")
+        compared.append(Compared(run, scores, why_not, _peak_memory(place_of_run)))
     comparison = Comparison(tuple(compared))
     notes = [f"Not finished, and left out: {path}" for path in found.unfinished]
     numbers = {
@@ -73,40 +83,12 @@ def compare(
     return 0
 
 
-def _file(output: Path, *, overwrite: bool) -> ReportFile:
-    """Return the file to write, of the format that its ending names.
-
-    Raises:
-        RequestError: there is no such format, or the file may not be written.
-    """
-    from tritter.cli.report_file import FORMATS, ReportFile
-
-    format = FORMATS.get(output.suffix)
-    if format is None:
-        reason = f"the ending selects the format; allowed is one of {', '.join(FORMATS)}"
-        raise RequestError(Problem("--output", str(output), reason=reason))
-    file = ReportFile(path=output, kind="compare", format=format, overwrite=overwrite)
-    file.check()
-    return file
-
-
 def _run_of(folder: Path) -> Path:
     """Return the run that left a checkpoint, and any other folder as it is."""
     if not (folder / LINEAGE_NAME).is_file() or (folder / SUMMARY_FILE).exists():
         return folder
     above = list(folder.resolve().parents)[:_DEEPEST]
     return next((each for each in above if (each / SUMMARY_FILE).is_file()), folder)
-
-
-def _compared(place: Path, run: Run) -> Compared:
-    from tritter.report.compared import Compared
-
-    scores, why_not = None, ""
-    try:
-        scores = _scores(place, run)
-    except TritterError as error:
-        why_not = str(error).removesuffix(".")
-    return Compared(run, scores, why_not, _peak_memory(place))
 
 
 def _scores(place: Path, run: Run) -> Scores:
@@ -171,6 +153,7 @@ def _content(
 
 def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) -> None:
     from tritter.report.compared import letter
+    from tritter.report.table import label
 
     console = new_console()
     signs = signs_of(console)
@@ -178,27 +161,19 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
         console.print(Text(f"{letter(number)}  {signs.printable(each.name)}"), soft_wrap=True)
     console.print()
     for title, table in comparison.lettered().tables().items():
-        _print_table(console, title, table)
+        # What a row has in common with the one before is left out of it
+        rows, before, is_grouped = [], "", table.header[0] in ("domain", "setting")
+        for first, *others in table.rows:
+            rows.append(("" if is_grouped and first == before else label(first), *others))
+            before = first
+        whole = [n for n, name in enumerate(table.header) if n in table.numbers or name in _WHOLE]
+        console.print(Text(signs.printable(title), style="bold"))
+        shown = replace(table, rows=tuple(rows), caption="")
+        console.print(shown.to_rich(signs, whole=whole))
+        if table.caption:
+            console.print(Text(signs.printable(table.caption), style="dim"))
+        console.print()
     for note in notes:
         console.print(note, soft_wrap=True)
     if output is not None:
         console.print(Text(f"written  {signs_of(console).printable(shown_path(output))}"))
-
-
-def _print_table(console: Console, title: str, table: Table) -> None:
-    """Print a table; what a row has in common with the one before is left out of it."""
-    from tritter.report.table import label
-
-    signs, rows = signs_of(console), []
-    before = ""
-    for first, *others in table.rows:
-        is_again = table.header[0] in ("domain", "setting") and first == before
-        before = first
-        rows.append(("" if is_again else label(first), *others))
-    whole = [at for at, name in enumerate(table.header) if at in table.numbers or name in _WHOLE]
-    console.print(Text(signs.printable(title), style="bold"))
-    shown = replace(table, rows=tuple(rows), caption="")
-    console.print(shown.to_rich(signs, whole=whole))
-    if table.caption:
-        console.print(Text(signs.printable(table.caption), style="dim"))
-    console.print()

@@ -22,7 +22,6 @@ from tritter.limits import MAX_COUNT
 from tritter.loading import loading
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
-from tritter.terminal import Console
 
 if TYPE_CHECKING:
     from torch import nn
@@ -298,38 +297,16 @@ def _print(
     say = partial(console.print, soft_wrap=True)
     for note in notes:
         say(note)
+    headers: tuple[str, ...] = ("nats per token", "±", "per byte", "documents")
+    table = new_table("loss", *headers, numbers=headers)
+    for name, of_domain in losses.items():
+        record = of_domain.record()
+        sizes = (record["loss"], record["standard_error"], record["loss_per_byte"])
+        table.add_row(name, *(_number(size, "{:.3f}") for size in sizes), str(record["n"]))
     if losses:
-        _print_losses(console, losses)
+        console.print(table)
     if losses and scores:
         say()
-    if scores:
-        _print_scores(console, scores)
-    limited = [(held.name, note) for held in scores for note in held.notes]
-    if limited:
-        say()
-    for name, note in limited:
-        say(f"{name}: {note}")
-    if output is not None:
-        say(f"\nwritten  {shown_path(output)}")
-
-
-def _print_losses(console: Console, losses: Mapping[str, PairedScores]) -> None:
-    headers = ("nats per token", "±", "per byte", "documents")
-    table = new_table("loss", *headers, numbers=headers)
-    for name, held in losses.items():
-        record = held.record()
-        table.add_row(
-            name,
-            *(
-                _number(record[key], "{:.3f}")
-                for key in ("loss", "standard_error", "loss_per_byte")
-            ),
-            str(record["n"]),
-        )
-    console.print(table)
-
-
-def _print_scores(console: Console, scores: Sequence[BenchmarkScores]) -> None:
     headers = ("score", "±", "questions", "uniform", "constant", "empty")
     table = new_table("benchmark", "metric", *headers, numbers=headers)
     for held in scores:
@@ -342,7 +319,15 @@ def _print_scores(console: Console, scores: Sequence[BenchmarkScores]) -> None:
             str(record["n"]),
             *(_number(share, "{:.1%}") for share in (nulls.uniform, nulls.constant, nulls.empty)),
         )
-    console.print(table)
+    if scores:
+        console.print(table)
+    limited = [(held.name, note) for held in scores for note in held.notes]
+    if limited:
+        say()
+    for name, note in limited:
+        say(f"{name}: {note}")
+    if output is not None:
+        say(f"\nwritten  {shown_path(output)}")
 
 
 def _number(value: float | int | None, form: str) -> str:

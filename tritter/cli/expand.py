@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from tritter.cli.recipe import Recipe, Settings
     from tritter.data.options import TextSources
     from tritter.expand import Expanded, PlannedExpansion, Room
-    from tritter.expansion import ExpansionSpec, ResolvedExpansion
+    from tritter.expansion import ExpansionSpec
     from tritter.families import Config
     from tritter.pipeline.domain import DomainExpansion
 
@@ -283,15 +283,11 @@ def expand(
                     print_json(result.to_dict())
                 else:
                     result.print()
-    return _exit_code(result.measured)
-
-
-def _exit_code(measured: Measurement | None) -> int:
-    if measured is None or not measured.is_broken:
+    if result.measured is None or not result.measured.is_broken:
         return 0
     say(
         "error: the method claims to keep the function, and the result does not: it parts from "
-        f"the source at {measured.parting}; please report this with the output of "
+        f"the source at {result.measured.parting}; please report this with the output of "
         "`tritter inspect`.",
         is_error=True,
     )
@@ -573,7 +569,15 @@ class _Result:
         if self.training is not None:
             plain |= {"experts": self.training.experts.plain(), "scores": self.training.scores}
         if self.room is not None:
-            plain |= _room_json(self.room, destination)
+            from tritter.expand import free_bytes
+
+            disk = {
+                "needed_bytes": self.room.disk,
+                "weights_bytes": self.room.weights,
+                "state_bytes": self.room.state,
+                "free_bytes": free_bytes(destination),
+            }
+            plain |= {"disk": disk, "memory_bytes": self.room.memory}
         return plain
 
     def print(self) -> None:
@@ -581,8 +585,13 @@ class _Result:
         console, settings, here = new_console(), self.job.settings, self.job.destination
         _print_shapes(console, self.plan)
         lines: list[tuple[str, str]] = []
-        for position, step in enumerate(self.plan.steps):
-            lines += _step_lines(step, is_first=position == 0)
+        for step in self.plan.steps:
+            texts = list(step.notes)
+            if step.spec.expansion_type == "depth":
+                texts.append(f"layers from {' '.join(map(str, step.parameter_map.layer_sources))}")
+            texts.append(f"map {short(step.parameter_map.digest())}")
+            labels = [spelled(step.spec.name), *[""] * (len(texts) - 1)]
+            lines += zip(labels, texts, strict=True)
         specs = [step.spec for step in self.plan.steps]
         exactness = _exactness(specs, is_recipe=self.job.recipe is not None)
         if self.training is not None:
@@ -689,21 +698,6 @@ def _trained(
     return _Result(job=job, plan=made.plan, lineage=made.lineage, measured=measured, training=made)
 
 
-def _room_json(room: Room, destination: Path) -> dict[str, Any]:
-    """Return disk and memory requirements in bytes."""
-    from tritter.expand import free_bytes
-
-    return {
-        "disk": {
-            "needed_bytes": room.disk,
-            "weights_bytes": room.weights,
-            "state_bytes": room.state,
-            "free_bytes": free_bytes(destination),
-        },
-        "memory_bytes": room.memory,
-    }
-
-
 def _room_lines(room: Room, destination: Path) -> list[tuple[str, str]]:
     """Return disk and memory requirements as lines."""
     from tritter.expand import free_bytes, size_text
@@ -758,16 +752,6 @@ def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
         style="bold",
     )
     console.print(table)
-
-
-def _step_lines(step: ResolvedExpansion, *, is_first: bool) -> list[tuple[str, str]]:
-    """Say what one expansion does: its notes, where layers come from, the map's digest."""
-    texts = list(step.notes)
-    if step.spec.expansion_type == "depth":
-        texts.append(f"layers from {' '.join(map(str, step.parameter_map.layer_sources))}")
-    texts.append(f"map {short(step.parameter_map.digest())}")
-    labels = [spelled(step.spec.name), *[""] * (len(texts) - 1)]
-    return list(zip(labels, texts, strict=True))
 
 
 def _exactness(specs: Sequence[ExpansionSpec], *, is_recipe: bool) -> str:

@@ -38,7 +38,6 @@ from tritter.storage.tensors import WEIGHT_DTYPES
 if TYPE_CHECKING:
     import torch
 
-    from tritter.checkpoint import Source
     from tritter.checkpoint.export import Exported, Weights
     from tritter.checkpoint.folder import Artifact
     from tritter.cli.export_experts import Merge
@@ -316,7 +315,14 @@ def _of_folder(
         weights = replace(weights, name=checkpoint)  # a download is in a folder of its commit
     obstacle, notes = stock_obstacle(folder), tuple[str, ...]()
     if is_without_new:
-        weights, notes = _without_new_experts(weights, source)
+        added = source.added
+        if added is None or added.is_settled:
+            raise RequestError(
+                f"--drop-new-experts: {source.folder} has no appended experts that are not "
+                "wholly open."
+            )
+        weights = weights.without_experts(added.num_settled_experts)
+        notes = (f"without the {len(added.experts)} appended experts of each layer",)
     elif obstacle is not None:
         raise RequestError(
             f"{folder}: {obstacle}. Train the model until the offset is 0, or leave them out with "
@@ -339,16 +345,6 @@ def _of_folder(
         merged = merge(folder)
         weights = with_merged(weights, merged)
     return _Origin(weights, [TokenizerFiles(folder)], notes, merged)
-
-
-def _without_new_experts(weights: Weights, source: Source) -> tuple[Weights, tuple[str, ...]]:
-    added = source.added
-    if added is None or added.is_settled:
-        raise RequestError(
-            f"--drop-new-experts: {source.folder} has no appended experts that are not wholly open."
-        )
-    note = f"without the {len(added.experts)} appended experts of each layer"
-    return weights.without_experts(added.num_settled_experts), (note,)
 
 
 def _of_file(

@@ -47,7 +47,10 @@ def generate(
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
         config = read_config(folder)
-        _check_tokenizer(folder)
+        if not any((folder / name).is_file() for name in _TOKENIZERS):
+            raise RequestError(
+                f"{folder} holds no tokenizer ({', '.join(_TOKENIZERS)}); generate needs one."
+            )
         tokenizer = load_tokenizer(folder)
         with refused_as(f"{folder} holds no usable tokenizer"):
             input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -127,13 +130,6 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
         raise RequestError(
             f"{folder}: {broken[0]}{more} holds values that are not finite (NaN or infinity), so "
             "the model can't say anything; take the checkpoint before it."
-        )
-
-
-def _check_tokenizer(folder: Path) -> None:
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise RequestError(
-            f"{folder} holds no tokenizer ({', '.join(_TOKENIZERS)}); generate needs one."
         )
 
 

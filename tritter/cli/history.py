@@ -65,15 +65,28 @@ def history(
 ) -> int:
     """Show the chain of checkpoints that led to one, and check it against its hashes."""
     if recipe:
-        return _print_recipe(folder, is_also=[*["--verify"] * verify, *["--json"] * as_json])
+        from tritter.cli.recipe import recorded_recipe
+
+        if verify or as_json:
+            other = "--verify" if verify else "--json"
+            raise RequestError(f"--recipe: it prints a file and nothing else, not with {other}.")
+        say(recorded_recipe(locate(folder)).rstrip("\n"))
+        return 0
     from tritter.checkpoint.history import read_chain
+    from tritter.checkpoint.history import verify as differences
 
     place = locate(folder)
     chain = read_chain(place)
     # A check reports damage as a change
     if not verify and chain[-1].problem:
         raise RequestError(chain[-1].problem)
-    rows = _checked(chain, verify=verify, is_quiet=as_json)
+    console = Console(stderr=True)
+    is_shown = verify and console.is_terminal and not as_json
+    with console.status("hashing") if is_shown else nullcontext():
+        rows = [
+            Checked(link, differences(link) if verify and link.can_be_checked else None)
+            for link in chain
+        ]
     is_intact = not any(row.changes for row in rows)
     if as_json:
         print_json(
@@ -87,33 +100,6 @@ def history(
     else:
         _print(rows, is_verified=verify)
     return 0 if is_intact else EXIT_NO
-
-
-def _print_recipe(checkpoint: str, *, is_also: Sequence[str]) -> int:
-    """Print the recipe with which `tritter expand` makes the same checkpoint of its parent.
-
-    Raises:
-        RequestError: no expansion made this checkpoint, or other flags were typed.
-    """
-    from tritter.cli.recipe import recorded_recipe
-
-    if is_also:
-        raise RequestError(f"--recipe: it prints a file and nothing else, not with {is_also[0]}.")
-    say(recorded_recipe(locate(checkpoint)).rstrip("\n"))
-    return 0
-
-
-def _checked(chain: Sequence[Link], *, verify: bool, is_quiet: bool) -> list[Checked]:
-    console = Console(stderr=True)
-    is_shown = verify and console.is_terminal and not is_quiet
-    with console.status("hashing") if is_shown else nullcontext():
-        return [Checked(link, _changes(link) if verify else None) for link in chain]
-
-
-def _changes(link: Link) -> tuple[Difference, ...] | None:
-    from tritter.checkpoint.history import verify
-
-    return verify(link) if link.can_be_checked else None
 
 
 def made_by(link: Link, *, most_experts: int | None = None) -> str:
@@ -152,10 +138,6 @@ def steps_after(link: Link, newest: Link) -> int | None:
     return record.continued_training_steps
 
 
-def _day(link: Link) -> str:
-    return link.made_by[-1].timestamp.partition("T")[0] if link.made_by else ""
-
-
 def _row_json(row: Checked, newest: Link) -> dict[str, Any]:
     link = row.link
     return {
@@ -179,6 +161,7 @@ def _row_json(row: Checked, newest: Link) -> dict[str, Any]:
 
 def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
     console = new_console()
+    signs = signs_of(console)
     newest = rows[-1].link
     checks = ("check",) if is_verified else ()
     table = new_table(
@@ -186,34 +169,22 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
         numbers=("size", "steps after"), wrapped=("checkpoint", "made by", "steps after"),
     )  # fmt: skip
     for row in rows:
-        steps = steps_after(row.link, newest)
+        link, steps = row.link, steps_after(row.link, newest)
+        day = link.made_by[-1].timestamp.partition("T")[0] if link.made_by else ""
         cells = [
-            _name(row.link),
-            made_by(row.link, most_experts=_FEW_EXPERTS),
-            count_text(row.link.num_parameters),
+            _name(link),
+            made_by(link, most_experts=_FEW_EXPERTS),
+            count_text(link.num_parameters),
             "-" if steps is None else str(steps),
-            short(row.link.model_hash),
-            _day(row.link),
+            short(link.model_hash),
+            day,
             *([row.state] if is_verified else []),
         ]
-        table.add_row(*(signs_of(console).printable(cell) for cell in cells))
+        table.add_row(*(signs.printable(cell) for cell in cells))
     print_whole_words(console, table)
     console.print()
-    _print_tree(rows, console)
-    if is_verified:
-        _print_verdict(rows, console)
-
-
-def _name(link: Link) -> str:
-    return link.folder.resolve().name if link.folder else f"({short(link.model_hash)})"
-
-
-def _print_tree(rows: Sequence[Checked], console: Console) -> None:
-    """Print the chain as a tree: what a checkpoint is made of stands above it.
-
-    Rich's own tree cuts long lines off, and names of folders are to be copied whole.
-    """
-    signs = signs_of(console)
+    # What a checkpoint is made of stands above it. Rich's own tree cuts long lines off, and names
+    # of folders are to be copied whole
     corner = "+-- " if console.options.ascii_only else "└── "
     for depth, row in enumerate(rows):
         link = row.link
@@ -221,6 +192,12 @@ def _print_tree(rows: Sequence[Checked], console: Console) -> None:
         guide = "    " * (depth - 1) + corner if depth else ""
         label = Text(guide + signs.printable(f"{place}  ({made_by(link)})"))
         console.print(label, soft_wrap=True)
+    if is_verified:
+        _print_verdict(rows, console)
+
+
+def _name(link: Link) -> str:
+    return link.folder.resolve().name if link.folder else f"({short(link.model_hash)})"
 
 
 def _print_verdict(rows: Sequence[Checked], console: Console) -> None:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from tritter.checkpoint import ExpansionRecord, Source
     from tritter.checkpoint.expert_files import ExpertFiles
     from tritter.cli.map_table import MapRow
-    from tritter.families import LogicalTensor
 
 _PARTS = ("embedding", "positions", "attention", "FFN", "router", "experts", "norms", "output head")
 _PART_OF = {
@@ -112,12 +111,9 @@ def parameters_of_parts(source: Source) -> dict[str, int]:
     counts = dict.fromkeys(_PARTS, 0)
     for tensor in source.family.logical_tensors(source.config):
         size = prod(source.family.shape(tensor, source.config))
-        counts[_part(tensor)] += size
+        part = "norms" if tensor.is_of_norm else _PART_OF[tensor.kind.partition(".")[0]]
+        counts[part] += size
     return {part: count for part, count in counts.items() if count}
-
-
-def _part(tensor: LogicalTensor) -> str:
-    return "norms" if tensor.is_of_norm else _PART_OF[tensor.kind.partition(".")[0]]
 
 
 def _as_json(
@@ -179,18 +175,17 @@ def _print(
             lines.append(("stock classes", f"exact {lineage.stock_loadable}, not yet"))
         if lineage.step:
             lines.append(("trained", f"{lineage.step} steps"))
-        lines += [_scored(name, score) for name, score in lineage.benchmark_scores.items()]
+        for name, score in lineage.benchmark_scores.items():
+            if name.endswith(ACCURACY):  # of a task; else it is the loss on a domain
+                lines.append(
+                    (f"right {name.removesuffix(ACCURACY)}", f"{score:.1%} of the answers")
+                )
+            else:
+                lines.append((f"loss {name}", f"{score:.4f} nats per token"))
     console.print()
     print_lines(console, lines)
     if last is not None and last_map is not None:
         _print_expansion(console, last, last_map)
-
-
-def _scored(name: str, score: float) -> tuple[str, str]:
-    """Return a recorded score as a line: a domain's loss, or a task's right answers."""
-    if name.endswith(ACCURACY):
-        return f"right {name.removesuffix(ACCURACY)}", f"{score:.1%} of the answers"
-    return f"loss {name}", f"{score:.4f} nats per token"
 
 
 def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) -> None:
@@ -252,12 +247,9 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMa
     lines.append(("map", without or last.problem or f"{short(last.digest)}, as recorded"))
     console.print()
     print_lines(console, lines)
-    if last.rows:
-        console.print()
-        _print_map(console, last)
-
-
-def _print_map(console: Console, last: RecordedMap) -> None:
+    if not last.rows:
+        return
+    console.print()
     arrow = signs_of(console).arrow
     headers = ("tensor", "layers", "shape", "weight", "gradient", "fill", "state")
     table = new_table(*headers, wrapped=("tensor", "shape", "fill"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tritter.checkpoint import ExpansionRecord
@@ -88,12 +88,7 @@ def map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tup
         layers.setdefault(row, []).extend([] if tensor.layer is None else [tensor.layer])
     kinds = list(dict.fromkeys(row.kind for row in layers))
     ordered = sorted(layers, key=lambda row: kinds.index(row.kind))
-    return tuple(_with_layers(row, layers[row]) for row in ordered)
-
-
-def _with_layers(row: MapRow, layers: Sequence[int]) -> MapRow:
-    values = {name: getattr(row, name) for name in MapRow.__slots__}
-    return MapRow(**values | {"layers": _ranges(layers)})
+    return tuple(replace(row, layers=_ranges(layers[row])) for row in ordered)
 
 
 def _ranges(numbers: Iterable[int]) -> str:

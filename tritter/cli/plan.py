@@ -222,10 +222,11 @@ def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterato
         text: the source as it was typed.
         source: what it means; without a checkpoint, the commands read a folder of its name.
     """
-    name = _folder_name(source.name if _is_place(text) else source.name.split()[0])
+    name = Path(source.name if _is_place(text) else source.name.split()[0]).resolve().name
     checkpoint = text if _is_place(text) else name
     for step in plan.steps:
-        output = f"{name}-{_compact(step.target_parameters)}"
+        size = count_text(step.target_parameters).replace(" ", "")  # 4.42B, 213k
+        output = f"{name}-{size}"
         words = ["tritter", "expand", "--checkpoint", checkpoint]
         words += ["--method", spelled(step.method), *_spec_options(step.spec), "--output", output]
         yield shlex.join(words)
@@ -319,15 +320,6 @@ def _count(key: str, text: str, *, near: Sequence[str] = ()) -> int:
         reason = f"give a count of parameters such as 3B{places} or a preset: {', '.join(PRESETS)}"
         meant = nearest(_spelled_preset(text), [*PRESETS, *near])
         raise RequestError(Problem(key, text, reason, nearest=meant)) from error
-
-
-def _folder_name(name: str) -> str:
-    return Path(name).resolve().name
-
-
-def _compact(count: int) -> str:
-    """Return a count as a part of a folder's name: 4.42B, 213k."""
-    return count_text(count).replace(" ", "")
 
 
 def _print_guide(*, as_json: bool) -> int:
@@ -470,7 +462,10 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
         text = f"{budget} GPU-hours reach {count_text(plan.reached_parameters)} parameters"
         text += f", not the target, which needs {needed}"
         if plan.reached is not None:
-            text += f": {_shape_text(plan.reached)} in place of step {_first_missing(plan)}"
+            shapes = shapes_of(plan.reached.target_config)
+            shape = f"{shapes['num_hidden_layers']} layers of {shapes['hidden_size']}"
+            first_missing = 1 + sum(step.is_affordable for step in plan.steps)
+            text += f": {spelled(plan.reached.method)} to {shape} in place of step {first_missing}"
         elif plan.reached_parameters == plan.source_parameters:
             text += ": they pay for no expansion at all, only for training the source on"
     stretched = ""
@@ -532,17 +527,6 @@ def _advice(tokens_per_parameter: float) -> str:
         "keep steps small: doublings saved 10 to 26% of the FLOPs from scratch, at 5 to 15 tokens "
         f"a parameter, one layer grown to eight at once nothing, at 20 to 60 ({_MEASURED})"
     )
-
-
-def _shape_text(step: ExpansionStep) -> str:
-    shapes = shapes_of(step.target_config)
-    return (
-        f"{spelled(step.method)} to {shapes['num_hidden_layers']} layers of {shapes['hidden_size']}"
-    )
-
-
-def _first_missing(plan: GrowthPlan) -> int:
-    return 1 + sum(step.is_affordable for step in plan.steps)
 
 
 def _as_json(

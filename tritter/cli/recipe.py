@@ -350,20 +350,13 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
         reason = "a step is a method by name; other classes come in by --config-dir"
         problems.append(Problem(f"{name}.{TARGET}", given[TARGET], reason))
     else:
-        return _specification(name, given, problems, methods)
+        body, kind, unfit = methods.named(name)
+        reader = Reader(methods.keys)
+        classes = {} if kind is None else {f"expansion.{name}": kind}
+        read = read_methods(reader, "expansion", {name: {**body, **given}}, classes)
+        problems += (*unfit, *reader.problems)
+        return read[0].options if read else None
     return None
-
-
-def _specification(
-    name: str, given: Mapping[str, Any], problems: list[Problem], methods: _Methods
-) -> ExpansionSpec | None:
-    body, kind, unfit = methods.named(name)
-    reader = Reader(methods.keys)
-    stated = {name: {**body, **given}}
-    classes = {} if kind is None else {f"expansion.{name}": kind}
-    read = read_methods(reader, "expansion", stated, classes)
-    problems += (*unfit, *reader.problems)
-    return read[0].options if read else None
 
 
 def recipe_text(
@@ -378,12 +371,10 @@ def recipe_text(
         steps: method and options; what is None follows from the rest, and is left out.
         comments: lines at its top.
     """
-    listed = [{m: {k: v for k, v in given.items() if v is not None}} for m, given in steps]
-    lines = [f"# {line}" for line in comments]
-    for step in listed:
-        ((method, given),) = step.items()
-        lines.append(f"- {method}: {_inline(given)}" if given else f"- {method}")
-    lines.insert(len(comments), f"{_STEPS}:")
+    lines = [*(f"# {line}" for line in comments), f"{_STEPS}:"]
+    for method, given in steps:
+        stated = {key: value for key, value in given.items() if value is not None}
+        lines.append(f"- {method}: {_inline(stated)}" if stated else f"- {method}")
     lines += [f"{name}: {_inline(value)}" for name, value in settings.items()]
     return "\n".join(lines) + "\n"
 
@@ -420,8 +411,10 @@ def recorded_recipe(folder: Path) -> str:
         )
     _check_steps(folder, records)
     settings: dict[str, Any] = {"seed": records[0].seed}
-    if (dtype := _stated_dtype(folder, parent)) is not None:
-        settings["dtype"] = dtype
+    own = _dtypes(folder)
+    before = None if parent is None or parent.folder is None else _dtypes(parent.folder)
+    if len(own) == 1 and own != before and own <= set(WEIGHT_DTYPES):
+        settings["dtype"] = next(iter(own))  # it does not follow from the source
     steps = [(record.method, dict(record.options)) for record in records]
     return recipe_text(steps, settings, comments=_comments(link, parent))
 
@@ -443,15 +436,6 @@ def _check_steps(folder: Path, records: Sequence[ExpansionRecord]) -> None:
             f"{folder}: {methods} were carried out by several commands, and the checkpoints "
             "between them are not there; no one recipe makes it of what is."
         )
-
-
-def _stated_dtype(folder: Path, parent: Link | None) -> str | None:
-    """Return the dtype of all tensors where they can't be said to have it from their source."""
-    own = _dtypes(folder)
-    before = None if parent is None or parent.folder is None else _dtypes(parent.folder)
-    if len(own) != 1 or own == before or not own <= set(WEIGHT_DTYPES):
-        return None
-    return next(iter(own))
 
 
 def _dtypes(folder: Path) -> set[str]:

@@ -128,9 +128,13 @@ def train(
     _check_flags(words)
     if mode not in (None, "continue"):
         raise RequestError(f"--mode = {mode}: allowed is continue.")
+    if output is None:  # DIR-continued next to a folder; of a hub id, in the current one
+        folder = named_path(checkpoint, key="--checkpoint")
+        near = folder.resolve() if folder.is_dir() else Path(folder.name)
+        output = near.parent / f"{near.name}-continued"
     settings: dict[str, str | None] = {
         "training.max_steps": steps,
-        "hydra.run.dir": _word(str(output or _default_output(checkpoint))),
+        "hydra.run.dir": _word(str(output)),
     }
     if ewc_lambda is not None:
         settings |= {"forgetting": "ewc", "forgetting.ewc.ewc_lambda": ewc_lambda}
@@ -194,15 +198,10 @@ def _parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
     others: list[str] = []
     for before, word in pairwise(["", *words]):
         is_plain = word[:1] not in ("", "-", "~") and "=" not in word
-        (plain if is_plain and not _is_value(before, word) else others).append(word)
+        is_after_flag = before[:1] == "-" and "=" not in before
+        is_value = is_after_flag and takes_value(before, word)  # or may be: of an unknown flag
+        (plain if is_plain and not is_value else others).append(word)
     return plain, others
-
-
-def _is_value(before: str, word: str) -> bool:
-    """Return whether a word is the value of the flag before it, or may be: of an unknown one."""
-    if before[:1] != "-" or "=" in before:
-        return False
-    return takes_value(before, word)
 
 
 def _named_checkpoint(plain: Sequence[str], checkpoint: str | None, typed: Sequence[str]) -> str:
@@ -346,13 +345,6 @@ def _word(text: str) -> str:
     from tritter.config.overrides import as_value, quoted
 
     return as_value(text) if _PLAIN.fullmatch(text) else quoted(text)
-
-
-def _default_output(checkpoint: str) -> Path:
-    """Return DIR-continued next to a folder; of a hub id, in the current one."""
-    folder = named_path(checkpoint, key="--checkpoint")
-    near = folder.resolve() if folder.is_dir() else Path(folder.name)
-    return near.parent / f"{near.name}-continued"
 
 
 def _help(params: Sequence[Any]) -> Iterator[str]:

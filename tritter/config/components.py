@@ -132,18 +132,15 @@ def monitor_problems(config: RunConfig) -> Iterator[Problem]:
     for one in (*callbacks_of("EarlyStopping", config), *checkpoints):
         monitor = one.options.get("monitor")
         allowed = (*known, "step", "epoch") if one in checkpoints else known
+        # Before the first step of a training there are only metrics of evaluations
+        is_too_early = one.options.get("strict", True) and not str(monitor).startswith("eval/")
         if monitor is not None and monitor not in allowed:
             reason = f"no training logs it; it is one of {', '.join(known)}"
             key, near = f"callbacks.{one.name}.monitor", nearest(monitor, allowed)
             yield Problem(key, monitor, reason=reason, nearest=near)
-        elif one not in checkpoints and _is_strict_too_early(one.options):
+        elif one not in checkpoints and is_too_early:
             reason = f"before the first step, when it is first asked, there is no {monitor} yet"
             yield Problem(f"callbacks.{one.name}.strict", True, reason=reason)
-
-
-def _is_strict_too_early(body: Mapping[str, Any]) -> bool:
-    """Return whether it insists on a metric which no training has before its first step."""
-    return body.get("strict", True) and not str(body.get("monitor")).startswith("eval/")
 
 
 def asking_problems(config: RunConfig) -> Iterator[Problem]:
@@ -179,30 +176,22 @@ def _judged(
         if name in _REFUSED:
             yield Problem(f"{key}.{TARGET}", body[TARGET], reason=_REFUSED[name])
     if "ModelCheckpoint" in names:
-        yield from _checkpoint_problems(key, body)
+        folder = body.get("dirpath")
+        if folder is not None and (Path(folder).is_absolute() or ".." in Path(folder).parts):
+            reason = "it is below the folder of each training, as in checkpoints"
+            yield Problem(f"{key}.dirpath", folder, reason=reason)
+        if (interval := body.get("train_time_interval")) is not None:
+            reason = "nothing rests on the clock; say every_n_train_steps"
+            yield Problem(f"{key}.train_time_interval", interval, reason=reason)
     owner = owners.setdefault(made.state_key, key)
-    if owner != key and type(made).state_dict is not _plain_state_dict(made):
+    # The base of all callbacks has no state
+    base: Any = next(kind for kind in type(made).__mro__ if kind.__name__ == "Callback")
+    if owner != key and type(made).state_dict is not base.state_dict:
         reason = (
             f"it saves its state as {owner} does ({made.state_key}); let them differ "
             "in what they monitor, or leave one out"
         )
         yield Problem(key, body[TARGET], reason=reason)
-
-
-def _plain_state_dict(made: Any) -> Any:
-    """Return the method of the base of all callbacks, which have no state."""
-    base = next(kind for kind in type(made).__mro__ if kind.__name__ == "Callback")
-    return base.state_dict  # type: ignore[attr-defined]
-
-
-def _checkpoint_problems(key: str, arguments: Mapping[str, Any]) -> Iterator[Problem]:
-    folder = arguments.get("dirpath")
-    if folder is not None and (Path(folder).is_absolute() or ".." in Path(folder).parts):
-        reason = "it is below the folder of each training, as in checkpoints"
-        yield Problem(f"{key}.dirpath", folder, reason=reason)
-    if (interval := arguments.get("train_time_interval")) is not None:
-        reason = "nothing rests on the clock; say every_n_train_steps"
-        yield Problem(f"{key}.train_time_interval", interval, reason=reason)
 
 
 _EXTRAS = ("tensorboard", "mlflow")  # of Tritter, by the package that a logger needs
@@ -223,21 +212,19 @@ def read_loggers(
         reader.report("logger.wandb", body, reason="it is called logger.wandb.mode now")
     others = {name: body for name, body in bodies.items() if name != "wandb"}
     for name, body in others.items():
-        if (kind := classes.get(f"logger.{name}")) is not None:
-            reader.problems += map(_with_extra, _problems(f"logger.{name}", kind, body))
+        if (kind := classes.get(f"logger.{name}")) is None:
+            continue
+        for variable, value in _MLFLOW.items():
+            os.environ.setdefault(variable, value)
+        # Some write at once: it is built for trial, in a folder that is gone afterwards
+        with TemporaryDirectory() as folder:
+            given = {"save_dir": folder} if "save_dir" in signature(kind).parameters else {}
+            _, problems = built_for_trial(f"logger.{name}", kind, {**body, **given})
+        reader.problems += map(_with_extra, problems)
     return LoggerConfig(
         wandb=None if wandb is None or wandb.mode == "off" else wandb,
         others=_named("logger", others, classes),
     )
-
-
-def _problems(key: str, kind: type, body: Mapping[str, Any]) -> list[Problem]:
-    """Build a logger for trial, in a folder that is gone afterwards: some write at once."""
-    for name, value in _MLFLOW.items():
-        os.environ.setdefault(name, value)
-    with TemporaryDirectory() as folder:
-        given = {"save_dir": folder} if "save_dir" in signature(kind).parameters else {}
-        return built_for_trial(key, kind, {**body, **given})[1]
 
 
 def _with_extra(problem: Problem) -> Problem:
@@ -400,18 +387,13 @@ def _optimizer_problems(
         return [Problem("optimizer.weight_decay", weight_decay, reason=reason)]
     if found := list(argument_problems(kind, arguments, key="optimizer", given=_OWN)):
         return found
-    if _is_shipped(kind, arguments):
-        return []
-    return _tried(imported(kind) if isinstance(kind, str) else kind, arguments)
-
-
-def _is_shipped(kind: type | str, arguments: Mapping[str, Any]) -> bool:
-    """Return whether an option of ours has the same arguments, which a test has tried."""
     own = [*(field.name for field in fields(OptimizerValues)), "name"]
-    bodies = map(body_of, shipped_options()["optimizer"].values())
     named = _spelling(dotted(kind).rpartition(".")[2])
-    same = [body for body in bodies if _spelling(str(body["name"])) == named]
-    return any({k: body[k] for k in body if k not in own} == arguments for body in same)
+    bodies = map(body_of, shipped_options()["optimizer"].values())
+    shipped = [body for body in bodies if _spelling(str(body["name"])) == named]
+    if any({k: body[k] for k in body if k not in own} == arguments for body in shipped):
+        return []  # a test has tried them
+    return _tried(imported(kind) if isinstance(kind, str) else kind, arguments)
 
 
 def _tried(kind: Any, arguments: Mapping[str, Any]) -> list[Problem]:

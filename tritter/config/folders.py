@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -117,8 +117,16 @@ def option_folders() -> dict[str, Path]:
 @cache
 def _installed_folders(_path: tuple[str, ...]) -> dict[str, Path]:
     """Return what the packages bring that are found on this path; reading all metadata is slow."""
-    points = sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
-    return {f"the package's entry point {p.name} = {p.value}": _folder_of(p) for p in points}
+    folders = {}
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+        folder = _package_folder(f"{point.module}.{point.attr}")
+        if folder is None:
+            top = point.module.partition(".")[0]
+            reason = f"{top} is no package that holds this folder; reinstall it, or remove it"
+            key = f"entry point {point.name} of {ENTRY_POINTS}"
+            raise RequestError(Problem(key, point.value, reason=reason))
+        folders[f"the package's entry point {point.name} = {point.value}"] = folder
+    return folders
 
 
 def option_files() -> Options:
@@ -178,18 +186,6 @@ def _body(path: Path, _version: int) -> Mapping[str, object]:
     if not isinstance(body, Mapping):
         raise RequestError(f"{path} holds no keys.")
     return body
-
-
-def _folder_of(point: EntryPoint) -> Path:
-    """Return the folder that an entry point names."""
-    folder = _package_folder(f"{point.module}.{point.attr}")
-    if folder is not None:
-        return folder
-    top = point.module.partition(".")[0]
-    reason = f"{top} is no package that holds this folder; reinstall it, or remove it"
-    raise RequestError(
-        Problem(f"entry point {point.name} of {ENTRY_POINTS}", point.value, reason=reason)
-    )
 
 
 def _searched_folder(entry: str) -> Path:

@@ -128,17 +128,17 @@ def _file_problems(name: str) -> Iterator[Problem]:
             yield Problem(LADDER, brief(rung), reason=reason, origin=where)
             continue
         for word in rung:
-            if (no_word := _why_no_word(word)) is not None:
-                key, _, value = str(word).partition("=")
-                yield Problem(key, value, reason=no_word, origin=where)
-
-
-def _why_no_word(word: object) -> str | None:
-    if not isinstance(word, str) or "=" not in word:
-        return "an override is written KEY=VALUE, with quotes around one that holds a list"
-    if _key(word).partition(".")[0] not in RUNG_GROUPS:
-        return f"an attempt has its own keys of {', '.join(RUNG_GROUPS)}; all else is the run's"
-    return None
+            if not isinstance(word, str) or "=" not in word:
+                reason = (
+                    "an override is written KEY=VALUE, with quotes around one that holds a list"
+                )
+            elif _key(word).partition(".")[0] not in RUNG_GROUPS:
+                reason = f"an attempt has its own keys of {', '.join(RUNG_GROUPS)}; "
+                reason += "all else is the run's"
+            else:
+                continue
+            key, _, value = str(word).partition("=")
+            yield Problem(key, value, reason=reason, origin=where)
 
 
 _KEYS = {"target": "pipeline.target_params", "strategy": "pipeline.strategy"}  # of the planner

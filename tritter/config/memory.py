@@ -6,8 +6,9 @@ keep. Activations are an estimate, so they only lead to a note.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Literal
 
 from tritter.checkpoint.usable import checkpoint_config
@@ -152,28 +153,22 @@ def trainings(config: RunConfig, source: Config) -> Iterator[HeldMemory]:
     """Yield what each training of a run holds: of the base, of what grew, of the control."""
     if isinstance(config.model, ModelConfig):
         yield _held(config, source, model="the base")
-    for before, grown, trained in _grown(config, source):
-        yield _held(config, grown, model="the grown model", before=before, trained=trained)
-    if not config.expansion and config.pipeline.target_params is None:
-        yield _held(config, source, model="the model", before=source)
-    if config.control:
-        of_control = replace(config, growth=None, experts=None)
-        yield _held(of_control, source, model="the control", before=source)
-
-
-def _grown(config: RunConfig, source: Config) -> Iterator[tuple[Config, Config, int | None]]:
-    """Yield models before and after an expansion, and how many parameters are trained.
-
-    None: all of them.
-    """
+    name = "the grown model"
     if config.pipeline.target_params is not None:
         before = source
         for shape in planned_rounds(config, source):
             new = _parameters(shape.config) - _parameters(before)
-            yield before, shape.config, new if shape.spec.new_blocks_only else None
+            trained = new if shape.spec.new_blocks_only else None
+            yield _held(config, shape.config, model=name, before=before, trained=trained)
             before = shape.config
     elif config.expansion:
-        yield source, target_config(source, config.expansion), _trained(config, source)
+        grown, trained = target_config(source, config.expansion), _trained(config, source)
+        yield _held(config, grown, model=name, before=source, trained=trained)
+    else:
+        yield _held(config, source, model="the model", before=source)
+    if config.control:
+        of_control = replace(config, growth=None, experts=None)
+        yield _held(of_control, source, model="the control", before=source)
 
 
 def _trained(config: RunConfig, source: Config) -> int | None:
@@ -216,8 +211,9 @@ def _held(
         moments = round(kept * memory.parameters_bytes)  # others keep fewer than Adam, or more
     states = memory.parameters_bytes + memory.gradients_bytes + moments
     teacher = 0
-    if before is None:
-        copies = _recorded(config) * memory.parameters_bytes
+    if before is None:  # of a base what is recorded for the run's methods
+        kinds = {kind for one in config.forgetting for kind in one.kind.needs(one.options).state}
+        copies = _PATH_COPIES * memory.parameters_bytes if "path_integral" in kinds else 0
     else:
         if frozen := _num_frozen(config, model_config, before):
             trained = max(0, (count if trained is None else trained) - frozen)
@@ -259,16 +255,6 @@ def _copies(one: Component) -> int:
     return int(one.kind.needs(one.options).copies)
 
 
-def _holds(one: Component) -> bool:
-    return bool(_copies(one) or one.kind.needs(one.options).teacher)
-
-
-def _recorded(config: RunConfig) -> int:
-    """Return the same of what is recorded of a base's training for the run's methods."""
-    kinds = {kind for one in config.forgetting for kind in one.kind.needs(one.options).state}
-    return _PATH_COPIES if "path_integral" in kinds else 0
-
-
 def _parameters(config: Config) -> int:
     return family_of(config).count_parameters(config)
 
@@ -288,7 +274,12 @@ def _worst(
 
 def _places(config: RunConfig, held: HeldMemory, activations: int) -> Iterator[Place]:
     """Yield where a training is held, as far as it is known how much there is."""
-    machine, gpu, each = machine_memory(), _gpu_memory(config), held.device + activations
+    import torch
+
+    machine, gpu, each = machine_memory(), None, held.device + activations
+    if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
+        devices = range(min(config.trainer.devices, torch.cuda.device_count()))
+        gpu = min(int(torch.cuda.get_device_properties(n).total_memory) for n in devices)
     if gpu is not None:
         yield Place("the GPU", gpu, each + held.teacher)
     if machine is not None:
@@ -296,20 +287,14 @@ def _places(config: RunConfig, held: HeldMemory, activations: int) -> Iterator[P
         yield Place("this machine", machine, of_machine + held.start)
 
 
-def _gpu_memory(config: RunConfig) -> int | None:
-    """Return the bytes of the smallest GPU that is used; None when none is."""
-    import torch
-
-    if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
-        return None
-    devices = range(min(config.trainer.devices, torch.cuda.device_count()))
-    return min(int(torch.cuda.get_device_properties(n).total_memory) for n in devices)
-
-
 def _what_fits(config: RunConfig, source: Config) -> Iterator[str]:
     """Yield changes of the run, each of which alone lets it fit."""
     trainer = config.trainer
-    others = tuple(one for one in config.forgetting if not _holds(one))
+    others = tuple(
+        one
+        for one in config.forgetting
+        if not _copies(one) and not one.kind.needs(one.options).teacher
+    )
     names = ",".join(one.name for one in others) or "none"
     one = replace(trainer, strategy="auto", devices=1)
     fewer = replace(trainer, precision=_FEWER_BYTES)
@@ -320,25 +305,16 @@ def _what_fits(config: RunConfig, source: Config) -> Iterator[str]:
     ):
         if changed != config and _worst(changed, source) is None:
             yield f"with {words} it fits"
-    if isinstance(config.model, ModelConfig):
-        fitting = (name for name, smaller in _presets(config, source) if _fits(config, smaller))
-        yield from (f"with model={name} it fits" for name in islice(fitting, 1))
-
-
-def _presets(config: RunConfig, source: Config) -> Iterator[tuple[str, Config]]:
-    """Yield the presets that are smaller than a model, the largest first."""
-    count = _parameters(source)
+    if not isinstance(config.model, ModelConfig):
+        return
     for preset in sorted(PRESETS.values(), key=lambda each: -each.nominal_parameters):
         smaller = preset.config(vocab_size=config.data.vocab_size)
-        if _parameters(smaller) < count:
-            yield preset.name, smaller
-
-
-def _fits(config: RunConfig, source: Config) -> bool:
-    try:
-        return _worst(config, source) is None
-    except RequestError:  # the sizes that are asked for can't be had from this one
-        return False
+        if _parameters(smaller) >= _parameters(source):
+            continue
+        with suppress(RequestError):  # the sizes that are asked for can't be had from this one
+            if _worst(config, smaller) is None:
+                yield f"with model={preset.name} it fits"
+                return
 
 
 def _size(num_bytes: int) -> str:

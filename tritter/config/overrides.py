@@ -57,7 +57,8 @@ def normalise(override: str, options: Options) -> str:
     known = options.get(group)
     if known is None:
         return key + equals + value
-    nothing = option_of_nothing(known)
+    # A group without such an option needs a choice
+    nothing = next((name for name in ("none", "off", "csv") if name in known), None)
     if nothing is not None and (override == f"~{group}" or value in _NOTHING):
         return f"{group}={nothing}"
     if group == "experiment":
@@ -66,11 +67,6 @@ def normalise(override: str, options: Options) -> str:
         key = key.lstrip("+")  # how Hydra's own examples choose one
     value = re.sub(r"[\w-]+", lambda match: _option_spelling(match.group(), known), value)
     return key + equals + value
-
-
-def option_of_nothing(known: Sequence[str]) -> str | None:
-    """Return the option that stands for no choice of a group; None where a choice is needed."""
-    return next((name for name in ("none", "off", "csv") if name in known), None)
 
 
 def _option_spelling(word: str, known: Sequence[str]) -> str:

@@ -40,21 +40,30 @@ def compile_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("trainer.compile", True, reason=reason)
 
 
-def compile_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
-    """Yield why the model that is trained can't be compiled.
+def trainer_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
+    """Yield why the model that is trained can't be compiled, or its weights not be shared out.
 
     Args:
         source: config.json of the model that the run starts from.
     """
-    if not config.trainer.compile:
+    is_sharded = config.trainer.strategy == "fsdp"
+    if not (config.trainer.compile or is_sharded):
         return
     grown = target_config(source, config.expansion)
-    if family_of(grown).has_experts:
+    if not family_of(grown).has_experts:
+        return
+    if config.trainer.compile:
         reason = (
             f"{grown['model_type']} has experts, and how many tokens each gets is another number "
             "in each batch, every one of which would be compiled; use trainer.compile=false"
         )
         yield Problem("trainer.compile", True, reason=reason)
+    if is_sharded:
+        reason = (
+            f"{grown['model_type']} has experts, whose routers are watched and opened in whole "
+            "weights; use trainer=ddp"
+        )
+        yield Problem("trainer.strategy", "fsdp", reason=reason)
 
 
 def sharding_problems(config: RunConfig) -> Iterator[Problem]:
@@ -97,23 +106,6 @@ def _of_whole_weights(config: RunConfig) -> Iterator[tuple[str, object, str]]:
 def callbacks_of(name: str, config: RunConfig) -> list[Component]:
     """Return the callbacks whose class is one of Lightning's, or made from it."""
     return [one for one in config.callbacks if name in (k.__name__ for k in one.kind.__mro__)]
-
-
-def sharding_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
-    """Yield why the weights of the model that is trained can't be shared out.
-
-    Args:
-        source: config.json of the model that the run starts from.
-    """
-    if config.trainer.strategy != "fsdp":
-        return
-    grown = target_config(source, config.expansion)
-    if family_of(grown).has_experts:
-        reason = (
-            f"{grown['model_type']} has experts, whose routers are watched and opened in whole "
-            "weights; use trainer=ddp"
-        )
-        yield Problem("trainer.strategy", "fsdp", reason=reason)
 
 
 def compiler_problems(config: RunConfig) -> Iterator[Problem]:
@@ -255,11 +247,17 @@ def expert_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
     if not family_of(target_config(source, config.expansion)).has_experts:
         reason = "the model is dense and has no routers; use expansion=moe"
         yield from _without_effect("moe_routing", config.moe_routing, reason)
-    elif config.moe_routing.hold_old:
-        yield from _hold_problems(config, has_experts=has_experts)
+    elif held := config.moe_routing.hold_old:
+        key = "moe_routing.hold_old"
+        if not has_experts:
+            reason = "the model that the run starts from is dense, so there is no old routing to "
+            yield Problem(key, held, reason=f"{reason}hold; allowed is 0")
+        if not config.text.old:
+            yield Problem(key, held, reason="it needs old text, data.old; or leave it at 0")
     for position, spec in enumerate(config.expansion):
         before = config.expansion[:position]
-        yield from getattr(spec, "problems", _none)(before, has_experts=has_experts)
+        if (own_rules := getattr(spec, "problems", None)) is not None:
+            yield from own_rules(before, has_experts=has_experts)
         if (teacher := getattr(spec, "teacher", None)) is not None:
             yield from teacher_problems(teacher, source, key=f"expansion.{spec.name}.teacher")
     if appends_experts(config):
@@ -267,11 +265,6 @@ def expert_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
     else:
         reason = "no experts are being appended; use expansion=moe_add"
         yield from _without_effect("adaptation", config.adaptation, reason)
-
-
-def _none(*_: object, **__: object) -> Iterator[Problem]:
-    """Yield nothing: an expansion without rules of its own."""
-    yield from ()
 
 
 def _without_effect(
@@ -289,15 +282,6 @@ def _changed(
     for key, value in asdict(record).items():
         if value != defaults[key]:
             yield key, value, defaults[key]
-
-
-def _hold_problems(config: RunConfig, *, has_experts: bool) -> Iterator[Problem]:
-    key, held = "moe_routing.hold_old", config.moe_routing.hold_old
-    if not has_experts:
-        reason = "the model that the run starts from is dense, so there is no old routing to hold; "
-        yield Problem(key, held, reason=f"{reason}allowed is 0")
-    if not config.text.old:
-        yield Problem(key, held, reason="it needs old text, data.old; or leave it at 0")
 
 
 def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterator[Problem]:

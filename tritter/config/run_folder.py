@@ -138,7 +138,13 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
         check_tree(folder, passed_over=_LOGGER_FOLDERS)
     except TritterError as error:
         raise refused("hydra.run.dir", folder, f"{error}") from error
-    _check_settings(folder)
+    # Before anything else Hydra writes its settings
+    settings = folder / ".hydra"
+    wrong = [settings] if settings.is_file() else [p for p in settings.glob("*") if p.is_dir()]
+    for path in wrong:
+        is_, wanted = ("a file", "folder") if path == settings else ("a folder", "file")
+        reason = f"{path} is {is_}, where Hydra writes a {wanted} of its own"
+        raise refused("hydra.run.dir", folder, reason)
     if not is_run:
         return RunState.NEW
     run = read_run(folder)
@@ -154,16 +160,6 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     if run.status != "finished":
         return RunState.STARTED
     return RunState.FINISHED if _is_whole(folder, run) else RunState.STARTED
-
-
-def _check_settings(folder: Path) -> None:
-    """Refuse what Hydra, which writes its settings before anything else, can't write over."""
-    settings = folder / ".hydra"
-    wrong = [settings] if settings.is_file() else [p for p in settings.glob("*") if p.is_dir()]
-    for path in wrong:
-        is_, wanted = ("a file", "folder") if path == settings else ("a folder", "file")
-        reason = f"{path} is {is_}, where Hydra writes a {wanted} of its own"
-        raise refused("hydra.run.dir", folder, reason)
 
 
 def _is_whole(folder: Path, run: RunRecord) -> bool:
@@ -237,7 +233,8 @@ def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
     Raises:
         RequestError: there is no such run; names what there is.
     """
-    runs = sorted(RUNS_FOLDER.glob(f"*/{RUN_FILE}"), key=_time, reverse=True)
+    found = RUNS_FOLDER.glob(f"*/{RUN_FILE}")
+    runs = sorted(found, key=lambda path: (path.lstat().st_mtime_ns, str(path)), reverse=True)
     folders = [path.parent.absolute() for path in runs]
     if resume == "latest":
         return _latest(folders)
@@ -284,10 +281,6 @@ def _latest(folders: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
     )
 
 
-def _time(path: Path) -> tuple[int, str]:
-    return path.lstat().st_mtime_ns, str(path)
-
-
 def _check_place(folder: Path, config: RunConfig) -> None:
     """Refuse a path that can't become a folder, or lies in the checkpoint that is trained on."""
     model = config.model
@@ -331,10 +324,12 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     its file. Of ours the version of Tritter tells, or every edit of a comment would keep runs from
     going on.
     """
+    paths = [path for domain in config.text.domains for path in domain.paths]
+    asks_questions = any(path.startswith(PREFIX) for path in paths)
     result: dict[str, Any] = {"seed": config.seed, "control": config.control}
     for section in SECTIONS:
         without = _WITHOUT_EFFECT.get(section, ())
-        if section == "evaluation" and not _asks_questions(config):
+        if section == "evaluation" and not asks_questions:
             without = ("task_questions",)
         values = asdict(getattr(config, section))
         result[section] = {key: values[key] for key in values if key not in without}
@@ -371,11 +366,6 @@ def _methods(config: RunConfig) -> dict[str, Any]:
         bodies = {one.name: one.plain() for one in chosen}
         result[group] = {"methods": [*bodies], **bodies}
     return result
-
-
-def _asks_questions(config: RunConfig) -> bool:
-    paths = (path for domain in config.text.domains for path in domain.paths)
-    return any(path.startswith(PREFIX) for path in paths)
 
 
 def effective_arguments(config: RunConfig) -> dict[str, Any]:

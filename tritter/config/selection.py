@@ -29,10 +29,6 @@ class Reader:
     def report(self, key: str, value: object, *, reason: str) -> None:
         self.problems.append(Problem(key, value, reason=reason))
 
-    def report_unknown(self, key: str, value: object) -> None:
-        """Report a key without a place; of a whole unknown section, each key in it."""
-        self.problems += self._unknown(key, value)
-
     def ask(self, question: Callable[..., Answer], *words: Any) -> Answer | None:
         """Return what a function says, or None when it refuses (now reported)."""
         try:

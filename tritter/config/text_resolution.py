@@ -5,7 +5,6 @@ A checkpoint of ours says what it learned: all of that is old from then on, and 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -245,19 +244,16 @@ class _Domains:
                     f"Its {name} was that of {domain.origin}; here it is that of {here}."
                 )
         return [
-            replace(_recorded(name, domain), is_streamed=self._is_streamed)
+            DomainText(
+                name=name,
+                key=f"data.old.{name}",
+                is_old=True,
+                paths=domain.paths,
+                text_field=domain.text_field,
+                is_streamed=self._is_streamed,
+            )
             for name, domain in domains.items()
         ]
-
-
-def _recorded(name: str, domain: LearnedDomain) -> DomainText:
-    return DomainText(
-        name=name,
-        key=f"data.old.{name}",
-        is_old=True,
-        paths=domain.paths,
-        text_field=domain.text_field,
-    )
 
 
 def _problem(domain: LearnedDomain, *, is_streamed: bool = False) -> str | None:

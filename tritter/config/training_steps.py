@@ -51,7 +51,15 @@ def with_steps(
         body = bodies.get(group, {})
         if (asked := body.get(TOKENS)) is None:
             continue
-        tokens, of_step, reason, steps = _count(asked), _tokens_of_step(bodies), None, 1
+        data, trainer = bodies.get("data", {}), bodies.get("trainer", {})
+        factors = [
+            _count(data.get("batch_size")),
+            _count(data.get("sequence_length")),
+            _count(trainer.get("accumulate_grad_batches", 1)),
+        ]
+        known = [factor for factor in factors if factor is not None]
+        of_step = math.prod(known) if len(known) == len(factors) else None
+        tokens, reason, steps = _count(asked), None, 1
         if body.get(STEPS) is not None:
             reason = (
                 f"{group}.{STEPS} = {body[STEPS]} says as well how long the training is; allowed "
@@ -83,18 +91,6 @@ def _rank(file: str | None, group: str) -> int:
     if file is None:
         return 2
     return 0 if file.startswith(f"{group}/") else 1
-
-
-def _tokens_of_step(bodies: Mapping[str, Mapping[str, Any]]) -> int | None:
-    data, trainer = bodies.get("data", {}), bodies.get("trainer", {})
-    factors = [data.get("batch_size"), data.get("sequence_length")]
-    factors.append(trainer.get("accumulate_grad_batches", 1))
-    product = 1
-    for factor in factors:
-        if (count := _count(factor)) is None:
-            return None
-        product *= count
-    return product
 
 
 def _count(value: object) -> int | None:

@@ -30,7 +30,6 @@ from tritter.config.rules import (
     benchmark_problems,
     carry_problems,
     compile_problems,
-    compile_start_problems,
     device_problems,
     expert_problems,
     kinds_beside,
@@ -39,7 +38,7 @@ from tritter.config.rules import (
     nearest_multiples,
     precision_problems,
     sharding_problems,
-    sharding_start_problems,
+    trainer_start_problems,
     weight_problems,
 )
 from tritter.config.schema import (
@@ -86,7 +85,7 @@ from tritter.families import Config, check_size, family_of, llama_config, positi
 from tritter.limits import MAX_BATCH_TOKENS
 from tritter.options import Start, choices, component_class, field_keys, join, leaves
 from tritter.storage.reading import named_path
-from tritter.targets import TARGET, Component, dotted
+from tritter.targets import TARGET, dotted
 
 _MODELS = {word: kind for kind in get_args(Model) for word in choices(kind, "model_type")}
 
@@ -213,13 +212,16 @@ def _only_of(
 
 Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
 
-_OF_ONE = {
+_OF_ONE: Mapping[str, Callable[..., object]] = {
     "model": model_class,
     "data": data_class,
     "optimizer": optimizer_class,
     **{group: partial(chosen_class, group) for group in CHOSEN_GROUPS},
 }
-_OF_SEVERAL = {**dict.fromkeys(METHOD_GROUPS, method_class), **dict.fromkeys(BASES, named_class)}
+_OF_SEVERAL: Mapping[str, Callable[..., type]] = {
+    **dict.fromkeys(METHOD_GROUPS, method_class),
+    **dict.fromkeys(BASES, named_class),
+}
 _NOTHING = {"logger": "csv"}  # what stands for nothing in a group of several; else none
 
 
@@ -244,17 +246,14 @@ def find_classes(reader: Reader, bodies: Bodies) -> dict[str, Any]:
 
     A key is that of a group, or of an entry of a group of several.
     """
-    found = {key: reader.ask(*question) for key, question in _questions(bodies)}
-    return {key: kind for key, kind in found.items() if kind is not None}
-
-
-def _questions(bodies: Bodies) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    found: dict[str, Any] = {}
     for group, body in bodies.items():
         if group in _OF_ONE:
-            yield group, (_OF_ONE[group], body)
+            found[group] = reader.ask(_OF_ONE[group], body)
         for name in body if group in _OF_SEVERAL else ():
-            if f"{group}.{name}" != "logger.wandb":
-                yield f"{group}.{name}", (_OF_SEVERAL[group], group, name, body)
+            if (key := f"{group}.{name}") != "logger.wandb":
+                found[key] = reader.ask(_OF_SEVERAL[group], group, name, body)
+    return {key: kind for key, kind in found.items() if kind is not None}
 
 
 def _several(reader: Reader, group: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -354,22 +353,16 @@ def validate(
         values["text"] = run_text(config.model, config.data, seed=config.seed)
         return ()
 
-    for asked in ((set_text,), (*_RULES, *_of_features(values), *rules), (_begin_problems,)):
+    chosen = (*values.get("forgetting", ()), values.get("growth"), values.get("experts"))
+    of_features: list[Rule] = [
+        partial(one.kind.problems, one.options) for one in chosen if one is not None
+    ]
+    for asked in ((set_text,), (*_RULES, *of_features, *rules), (_begin_problems,)):
         unread |= {problem.key.partition(".")[0] for problem in problems}
         told = [problem for rule in asked for problem in _found(rule, sound)]
         problems += [replace(problem, found_by=3) for problem in told]
     raise_problems(problems)
     return RunConfig(**values)
-
-
-def _of_features(values: Mapping[str, Any]) -> list[Rule]:
-    """Return the rules of the methods that could be read, one by one."""
-    return [partial(one.kind.problems, one.options) for one in _features(values)]
-
-
-def _features(values: Mapping[str, Any]) -> list[Component]:
-    chosen = [*values.get("forgetting", ()), values.get("growth"), values.get("experts")]
-    return [one for one in chosen if one is not None]
 
 
 def _found(rule: Rule, config: RunConfig) -> Sequence[Problem]:
@@ -447,23 +440,32 @@ def start_problems(
     Args:
         folder: where it lies; None: it is not at hand, or made by the run.
     """
-    if problems := [*_length_problems(config, source)]:
-        return problems
+    length, limit = config.data.sequence_length, position_limit(source)
+    if limit is not None and length > limit:
+        where = "model" if isinstance(config.model, ModelConfig) else "config.json"
+        reason = (
+            f"the model has positions for {where}.{family_of(source).positions_key} = {limit}; "
+            "allowed is at most that"
+        )
+        return [Problem("data.sequence_length", length, reason=reason)]
+    trained = [source] if config.control else []
     try:
-        trained = _trained(config, source)
+        if config.pipeline.target_params is not None:
+            trained += (shape.config for shape in planned_rounds(config, source))
+        else:
+            trained.append(target_config(source, config.expansion))
     except RequestError as error:
         return error.problems
     if config.experts is None and experts_in(folder, key="model.path") is not None:
         assert folder is not None
         refuse_experts(folder, doing="a training with experts=none", key="model.path")
-    start = Start(source=source, trained=trained, folder=folder)
+    start = Start(source=source, trained=tuple(trained), folder=folder)
     chosen = (*config.forgetting, config.growth, config.experts)
     features = [one for one in chosen if one is not None]
     return [
         *expert_problems(config, source),
         *method_start_problems(config, source),
-        *compile_start_problems(config, source),
-        *sharding_start_problems(config, source),
+        *trainer_start_problems(config, source),
         *chain(*(one.kind.start_problems(one.options, config, start) for one in features)),
     ]
 
@@ -516,17 +518,14 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
     asked = {one.name: one.kind.needs(one.options) for one in config.forgetting}
     needing = [name for name, needs in asked.items() if _lacks_old_text(config, needs)]
     if needing and not any(needs.writes for needs in asked.values()):
+        others = [name for name, needs in asked.items() if not needs.mixes]
+        # The method that needs no old text replays alone
+        writing = f"[{','.join(['self_replay', *others])}]" if others else "self_replay"
         reason = (
             f"{' and '.join(needing)} against forgetting needs old text; name it, let the model "
-            f"write it (forgetting={_with_self_replay(asked)}), or choose forgetting=none"
+            f"write it (forgetting={writing}), or choose forgetting=none"
         )
         yield Problem("data.old", typed, reason=reason)
-
-
-def _with_self_replay(asked: Mapping[str, Any]) -> str:
-    """Return the methods of a run with the one that needs no old text; it replays alone."""
-    others = [name for name, needs in asked.items() if not needs.mixes]
-    return f"[{','.join(['self_replay', *others])}]" if others else "self_replay"
 
 
 def _lacks_old_text(config: RunConfig, needs: Any) -> bool:
@@ -536,17 +535,6 @@ def _lacks_old_text(config: RunConfig, needs: Any) -> bool:
     if not needs.old_text or config.text.kept.sequences:
         return False
     return not (needs.instead and kinds_beside(folder) >= set(needs.instead))
-
-
-def _length_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
-    length, limit = config.data.sequence_length, position_limit(source)
-    if limit is not None and length > limit:
-        where = "model" if isinstance(config.model, ModelConfig) else "config.json"
-        reason = (
-            f"the model has positions for {where}.{family_of(source).positions_key} = {limit}; "
-            "allowed is at most that"
-        )
-        yield Problem("data.sequence_length", length, reason=reason)
 
 
 def _model_problems(config: RunConfig) -> Iterator[Problem]:
@@ -584,18 +572,6 @@ def _schedule_problems(config: RunConfig, prefix: str) -> Iterator[Problem]:
             f"for; allowed is at most {1 - training.warmup_ratio:g}"
         )
         yield Problem(f"{prefix}.decay_ratio", training.decay_ratio, reason=reason)
-
-
-def _trained(config: RunConfig, source: Config) -> tuple[Config, ...]:
-    """Return config.json of the models that are trained, the smallest first.
-
-    Raises:
-        RequestError: an expansion can't be had.
-    """
-    control = (source,) if config.control else ()
-    if config.pipeline.target_params is not None:
-        return *control, *(shape.config for shape in planned_rounds(config, source))
-    return *control, target_config(source, config.expansion)
 
 
 _RULES: tuple[Rule, ...] = (

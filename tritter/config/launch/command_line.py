@@ -80,7 +80,11 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
             how = {"action": "append", "default": []}
         parser.add_argument(*names, choices=choices or None, **how)
     parser.add_argument("overrides", nargs="*")
-    known, unknown = parser.parse_known_intermixed_args(_info_alone(arguments))
+    words = list(arguments)
+    for place, word in enumerate(words[:-1]):  # an --info does not take the setting after it
+        if word in ("-i", "--info") and "=" in words[place + 1]:
+            words[place] = "--info=all"
+    known, unknown = parser.parse_known_intermixed_args(words)
     _refuse_unknown(unknown, arguments)
     searchpath, overrides = split_searchpath(known.overrides)
     asked = {"cfg": known.cfg, "info": known.info}
@@ -134,15 +138,6 @@ def split_searchpath(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, 
             raise RequestError(Problem(SEARCHPATH, word.partition("=")[2], reason=reason))
         entries += map(str, value)
     return tuple(entries), tuple(others)
-
-
-def _info_alone(arguments: Sequence[str]) -> list[str]:
-    """Return the words, in which an --info before a setting doesn't take it for its own."""
-    words = list(arguments)
-    for place, word in enumerate(words[:-1]):
-        if word in ("-i", "--info") and "=" in words[place + 1]:
-            words[place] = "--info=all"
-    return words
 
 
 def _refuse_unknown(words: Sequence[str], arguments: Sequence[str]) -> None:

@@ -60,7 +60,6 @@ _SECTIONS_WITH_CODE = ("callbacks", "launcher", "sweeper", "hydra_logging", "job
 _NAMES_OF_CODE = ("_target_", "()", "class")
 _REFERENCE = re.compile(r"\$\{(?!hydra\.|now:|oc\.env:)")  # to what may hold code
 _KNOWN_CODE = ("logging.", "colorlog.", "optuna.samplers.")
-Selection = dict[str, list[str]]
 
 # Values of kinds that Hydra does not expect come out of it as whatever they lead it to
 _HYDRA_ERRORS = (
@@ -265,14 +264,26 @@ class Composer:
             raw = plain_config(OmegaConf.masked_copy(composed, own))
         except _HYDRA_ERRORS as error:
             raise refusal([*problems, _explain(error, parsed, self.loader)]) from error
-        problems += _selection_problems(raw, _selection(files), origins)
+        # The options that the defaults lists select for each ordered group
+        paths = [(file.config_path or "").partition("/") for file in files]
+        selected = {
+            group: [option for first, _, option in paths if first == group]
+            for group in (*METHOD_GROUPS, *OPEN_GROUPS)
+        }
+        problems += _selection_problems(raw, selected, origins)
         raw = settled(raw, origins.exactly)
         return validate(raw, origin=origins, found=problems, rules=rules)
 
 
 def _explain(error: Exception, overrides: Sequence[Override], loader: Loader) -> Problem:
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _explain_missing_option(error, error.missing_cfg_file, overrides, loader)
+    if isinstance(error, MissingConfigException) and (path := error.missing_cfg_file):
+        known = [group for group in loader.options if path.startswith(f"{group}/")]
+        group = known[0] if known else path.rpartition("/")[0]
+        options = error.options or loader.get_group_options(group)
+        is_typed = any(override.key_or_group == group for override in overrides)
+        experiment = None if is_typed else _value_of("experiment", overrides)
+        origin = f"experiment/{experiment}.yaml" if experiment else None
+        return replace(no_option(group, path[len(group) + 1 :], options), origin=origin)
     text = str(error).strip()
     if merged := re.search(r"Could not override '(hydra.+?)'", text):
         key = merged.group(1)
@@ -288,18 +299,6 @@ def _explain(error: Exception, overrides: Sequence[Override], loader: Loader) ->
     lines = [line.strip().replace("++", "") for line in f"{text}\n{cause}".splitlines()]
     said = [line for line in dict.fromkeys(lines) if line and not _HYDRA_NOISE.match(line)]
     return Problem("", reason="the options can't be put together: " + "; ".join(said))
-
-
-def _explain_missing_option(
-    error: MissingConfigException, path: str, overrides: Sequence[Override], loader: Loader
-) -> Problem:
-    known = [group for group in loader.options if path.startswith(f"{group}/")]
-    group = known[0] if known else path.rpartition("/")[0]
-    options = error.options or loader.get_group_options(group)
-    is_typed = any(override.key_or_group == group for override in overrides)
-    experiment = None if is_typed else _value_of("experiment", overrides)
-    origin = f"experiment/{experiment}.yaml" if experiment else None
-    return replace(no_option(group, path[len(group) + 1 :], options), origin=origin)
 
 
 class OutsideFolders(SearchPathPlugin):
@@ -318,22 +317,15 @@ Plugins.instance().register(OutsideFolders)
 def composer() -> Iterator[Composer]:
     """Yield a Composer over `conf/`; Hydra's global state is as before afterwards."""
     raise_problems(nesting_problems())
-    with no_running_hydra():
-        folder = str(config_folder())
+    # A Hydra that is running already (we may be called from one) is set aside
+    running, folder = GlobalHydra.instance().hydra, str(config_folder())
+    GlobalHydra.instance().clear()
+    try:
         with initialize_config_dir(folder, job_name="train", version_base=VERSION_BASE):
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
             hydra.config_loader = loader = Loader(hydra.config_loader.get_search_path())
             yield Composer(hydra, loader)
-
-
-@contextmanager
-def no_running_hydra() -> Iterator[None]:
-    """Set aside a Hydra that is running already (we may be called from one), and bring it back."""
-    running = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        yield
     finally:
         GlobalHydra.instance().hydra = running
 
@@ -421,7 +413,7 @@ def _code_problems(
 
 
 def _selection_problems(
-    raw: Mapping[str, Any], selected: Selection, origins: Origin
+    raw: Mapping[str, Any], selected: Mapping[str, list[str]], origins: Origin
 ) -> list[Problem]:
     """Return what Hydra lets pass in the ordered lists, and take it out of `raw`.
 
@@ -449,15 +441,6 @@ def _selection_problems(
                 value = body[place.rpartition(".")[2]] if keys else body
                 problems.append(Problem(place, value, reason=reason, origin=origins(place)))
     return problems
-
-
-def _selection(files: Sequence[ResultDefault]) -> Selection:
-    """Return the options that the defaults lists select for each ordered group."""
-    paths = [(file.config_path or "").partition("/") for file in files]
-    return {
-        group: [option for first, _, option in paths if first == group]
-        for group in (*METHOD_GROUPS, *OPEN_GROUPS)
-    }
 
 
 def _value_of(key: str, overrides: Sequence[Override]) -> object:

@@ -156,6 +156,9 @@ def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
 
 
 def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
+    """Run a single run, tell how it ended and how it goes on, and return the exit code."""
+    from tritter.config.launch.jobs import read_status
+
     request.composing.loader.is_sweep = False
     try:
         hydra.run(front().config_name, task, list(request.overrides))
@@ -168,20 +171,7 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
             raise
         traceback.print_exc()
     assert request.plan is not None, "Hydra called the callback"
-    return _ended(request.plan.jobs[0])
-
-
-def _resume(job: "Job") -> str:
-    from tritter.config.launch.resume import recorded_words
-    from tritter.config.overrides import resume_command
-
-    return resume_command(job.folder, recorded_words(job.overrides))
-
-
-def _ended(job: "Job") -> int:
-    """Tell how a run ended, and how it goes on, and return the exit code."""
-    from tritter.config.launch.jobs import read_status
-
+    (job,) = request.plan.jobs
     status = read_status(job.folder)
     if status.error is not None:
         say(f"error: {status.error}", is_error=True)
@@ -189,3 +179,10 @@ def _ended(job: "Job") -> int:
         once = "Once that is mended, go on with" if status.exit_code == 2 else "Go on with"
         say(f"The run so far: {job.folder}\n{once}:\n  {_resume(job)}", is_error=True)
     return status.exit_code
+
+
+def _resume(job: "Job") -> str:
+    from tritter.config.launch.resume import recorded_words
+    from tritter.config.overrides import resume_command
+
+    return resume_command(job.folder, recorded_words(job.overrides))

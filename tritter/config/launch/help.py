@@ -84,7 +84,12 @@ def help_text(words: Sequence[str] = ()) -> str:
         lines = [f"  {group} ({told})"]
         width = max(len(name) for name in files[group])
         for name, path in files[group].items():
-            lines += _entry(name, description(path), name_width=width)
+            lines += textwrap.wrap(
+                description(path),
+                width=_WIDTH,
+                initial_indent=f"    {name:<{width}}  ",
+                subsequent_indent=" " * (6 + width),
+            ) or [f"    {name}"]
         blocks.append("\n".join(lines))
     return "\n\n".join([blocks[0] + "\n" + blocks[1], *blocks[2:], _TAIL])
 
@@ -128,13 +133,3 @@ def _defaults(folder: Path) -> dict[str, str]:
     entries = [line.strip() for line in text.splitlines() if line.startswith("  - ")]
     pairs = [entry[2:].partition(": ") for entry in entries if ": " in entry]
     return {group: option for group, _, option in pairs}
-
-
-def _entry(name: str, text: str, *, name_width: int) -> list[str]:
-    indent = " " * (6 + name_width)
-    return textwrap.wrap(
-        text,
-        width=_WIDTH,
-        initial_indent=f"    {name:<{name_width}}  ",
-        subsequent_indent=indent,
-    ) or [f"    {name}"]

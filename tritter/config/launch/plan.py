@@ -43,7 +43,6 @@ from tritter.config.validation import known_config
 from tritter.data.options import text_requests
 from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
-from tritter.families import Config
 from tritter.storage.lock import LOCK_NAME, alone_in, check_free
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE
 from tritter.terminal import say
@@ -220,25 +219,17 @@ def plan_of(request: Request, composed: DictConfig) -> Plan:
         for job in plan.jobs:
             check_free(job.folder, key="hydra.run.dir")
         if plan.sweep_folder is not None:
-            _check_sweep_is_free(plan.sweep_folder)
+            folder = plan.sweep_folder
+            if os.path.lexists(folder / RUN_FILE):
+                raise RequestError(
+                    f"hydra.sweep.dir = {folder}: it is the folder of a run, below which no report "
+                    "looks for others; name a folder of the sweep's own."
+                )
+            check_free(folder, key="hydra.sweep.dir")
+            for held in sorted(folder.rglob(LOCK_NAME)):  # a job may run on by itself
+                check_free(held.parent, key="hydra.sweep.dir")
         _check_means(plan)
     return plan
-
-
-def _check_sweep_is_free(folder: Path) -> None:
-    """Refuse a sweep that another process runs, or of which a job runs on by itself.
-
-    Raises:
-        RequestError: says which process; or the folder is that of a run.
-    """
-    if os.path.lexists(folder / RUN_FILE):
-        raise RequestError(
-            f"hydra.sweep.dir = {folder}: it is the folder of a run, below which no report looks "
-            "for others; name a folder of the sweep's own."
-        )
-    check_free(folder, key="hydra.sweep.dir")
-    for held in sorted(folder.rglob(LOCK_NAME)):
-        check_free(held.parent, key="hydra.sweep.dir")
 
 
 def _check_means(plan: Plan) -> None:
@@ -247,7 +238,13 @@ def _check_means(plan: Plan) -> None:
     todo = {n: job for n, job in enumerate(jobs) if job.state is not RunState.FINISHED}
     # Of a hub id the shapes are known later
     known = {n: shape for n, job in todo.items() if (shape := known_config(job.config)) is not None}
-    found = {n: _memory_problems(todo[n].config, known[n]) if n in known else () for n in todo}
+    found: dict[int, list[Problem]] = {n: [] for n in todo}
+    for n, shape in known.items():
+        config = todo[n].config
+        found[n] += memory_problems(config, shape)
+        for number, rung in enumerate(() if found[n] else config.rungs, start=1):
+            of_attempt = memory_problems(rung, shape)
+            found[n] += (of_rung(problem, config.gate, number) for problem in of_attempt)
     _raise_of_jobs(found, [job.overrides for job in jobs])
     raise_problems(
         side_by_side_problems(
@@ -259,15 +256,6 @@ def _check_means(plan: Plan) -> None:
     check_contents(request for job in todo.values() for request in text_requests(job.config.data))
     sides = {n: list(side_problems(job.config.text)) for n, job in todo.items()}
     _raise_of_jobs(sides, [job.overrides for job in jobs])
-
-
-def _memory_problems(config: RunConfig, source: Config) -> list[Problem]:
-    """Return why a run's first attempt can't be held, or its further ones."""
-    problems = memory_problems(config, source)
-    for number, rung in enumerate(() if problems else config.rungs, start=1):
-        held = memory_problems(rung, source)
-        problems += (of_rung(problem, config.gate, number) for problem in held)
-    return problems
 
 
 def _plan_run(request: Request, composed: DictConfig) -> Plan:

@@ -95,11 +95,12 @@ def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
     rows = []
     for place in folders:
         status = read_status(place)
+        is_killed = status.status == "running" and not is_held(place)
         rows.append(
             SweepRow(
                 name=str(place.relative_to(folder)),
                 overrides=planned.get(place, tuple(status.overrides)),
-                status=_state(place, status.status),
+                status="killed" if is_killed else status.status,
                 changes=_changes(place / SUMMARY_FILE),
                 experts=_experts(place / SUMMARY_FILE),
                 metric=status.metric,
@@ -127,8 +128,13 @@ def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
         own = Text(" ".join(word for word in row.overrides if word not in shared))
         metric = "-" if row.metric is None else f"{row.metric:.4f}"
         changes = [f"{row.changes[d]:+.1%}" if d in row.changes else "-" for d in domains]
-        experts = _experts_cells(row) if has_experts else ()
-        table.add_row(row.name, own, row.status, *changes, *experts, metric)
+        cells: list[str | Text] = [row.name, own, row.status, *changes]
+        if has_experts and row.experts is not None:
+            number, share = row.experts
+            cells += [str(number), f"{share:.2%}"]
+        elif has_experts:
+            cells += ["-", "-"]
+        table.add_row(*cells, metric)
     console = Console()
     console.print(table, markup=False)
     if domains:
@@ -142,11 +148,6 @@ def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
             said = (row.error.splitlines() or [""])[0]
             console.print(f"job {row.name}: {said}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Each job's summary and status: {folder}/JOB/", markup=False, soft_wrap=True)
-
-
-def _state(folder: Path, status: str) -> str:
-    """Return a job's status; of one that says it runs, and doesn't, that."""
-    return "killed" if status == "running" and not is_held(folder) else str(status)
 
 
 def _changes(summary: Path) -> dict[str, float]:
@@ -171,13 +172,6 @@ def _experts(summary: Path) -> tuple[int, float] | None:
         return None
     is_known = type(number) is int and isinstance(share, int | float)
     return (number, float(share)) if is_known else None
-
-
-def _experts_cells(row: SweepRow) -> tuple[str, str]:
-    if row.experts is None:
-        return "-", "-"
-    number, share = row.experts
-    return str(number), f"{share:.2%}"
 
 
 def _by_number(path: Path) -> tuple[int, str]:
