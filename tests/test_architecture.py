@@ -80,8 +80,8 @@ TORCH_ONLY_ROOMS = {"parameter_map", "stock_routers"}  # the standard library an
 RATCHET = {
     "(top)": (14, 2_002),
     "checkpoint": (14, 2_792),
-    "cli": (21, 5_718),
-    "config": (27, 6_522),
+    "cli": (21, 5_705),
+    "config": (27, 6_504),
     "data": (19, 6_101),
     "evaluation": (19, 4_061),
     "expand": (5, 1_195),
