@@ -314,7 +314,9 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
     if file is not None:
         methods = {"method": ",".join(typed["method"] or ()), **context.obj}
         problems = [
-            Problem(f"--{spelled(name)}", value, f"--recipe {file.path} says what the steps are")
+            Problem(
+                f"--{spelled(name)}", value, f"--recipe {file.origin.path} says what the steps are"
+            )
             for name, value in methods.items()
             if value
         ]

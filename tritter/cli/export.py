@@ -22,7 +22,7 @@ from tritter.cli.output import (
     print_command,
     print_json,
     print_lines,
-    progress_bar,
+    progress_bars,
     refuse_damage,
     says_if_written,
     short,
@@ -212,7 +212,7 @@ def export(
             )
         check_loadable(origin.weights.config, folder=origin.weights.places[-1])
     with says_if_written(output):
-        with progress_bar(is_shown=not as_json) as progress, naming(_NAMES):
+        with progress_bars(is_shown=not as_json) as new_bar, naming(_NAMES):
             exported = export_model(
                 origin.weights,
                 output,
@@ -221,7 +221,7 @@ def export(
                 artifacts=origin.artifacts,
                 max_shard_bytes=max_shard_size,
                 overwrite=overwrite,
-                progress=progress,
+                progress=new_bar("tensors"),
             )
         if as_json:
             print_json({"source": checkpoint, **_as_json(origin, exported)})

@@ -17,7 +17,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.report.wording import Signs
 from tritter.stopping import Stopped
 from tritter.storage.atomic import identity_of, is_placed_here
-from tritter.terminal import Console, NewBar, ShowProgress, say
+from tritter.terminal import Console, NewBar, say
 from tritter.terminal import progress_bars as bars_on
 
 if TYPE_CHECKING:
@@ -117,13 +117,6 @@ def print_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
 def print_command(console: Console, label: str, command: str) -> None:
     """Print something to be copied: never broken into lines."""
     console.print(Text(f"{label}  {signs_of(console).printable(command)}"), soft_wrap=True)
-
-
-@contextmanager
-def progress_bar(*, is_shown: bool) -> Iterator[ShowProgress | None]:
-    """Yield what shows tensors written, of how many, and the time left, on a terminal."""
-    with progress_bars(is_shown=is_shown) as new_bar:
-        yield new_bar("tensors")
 
 
 def progress_bars(*, is_shown: bool) -> AbstractContextManager[NewBar]:

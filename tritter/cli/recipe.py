@@ -199,10 +199,6 @@ class Recipe:
     settings: Settings
     origin: LinedYaml
 
-    @property
-    def path(self) -> Path:
-        return self.origin.path
-
     def given(self) -> dict[str, Any]:
         """Return what it says beside its steps."""
         values = {field.name: getattr(self.settings, field.name) for field in fields(Settings)}

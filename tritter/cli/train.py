@@ -175,7 +175,15 @@ def continuation(
         raise RequestError("--data is missing: name the text to train on, --data PATH.")
     new, old, is_of_hub = _sources(data, old_data, words)
     recorded = _recorded_settings(Path(folder), is_text=not is_of_hub)
-    _check_seed(recorded.get("seed"), words)
+    seed = recorded.get("seed")
+    for word in words:  # with another seed than the split's, held-out text would be trained on
+        key, _, value = word.lstrip("+").partition("=")
+        if key == "seed" and seed is not None and value.isdecimal() and int(value) != seed:
+            raise RequestError(
+                f"seed = {value}: the checkpoint's text was split with seed {seed}, and text "
+                "that was held out would be trained on. Leave seed out; with train.py model=hf "
+                "another seed orders the data, and the split stays."
+            )
     groups = {"experiment": "continued"}
     if "experiment" in keys:  # there is one at a time
         groups = {"model": "hf", "data": "text", "expansion": "none"}
@@ -309,18 +317,6 @@ def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
     if len(fields) == 1 and is_text:
         settings["data.text_field"] = _word(fields.pop())
     return settings
-
-
-def _check_seed(recorded: int | None, words: Sequence[str]) -> None:
-    """Refuse another seed than that of the split: held-out text would be trained on."""
-    for word in words:
-        key, _, value = word.lstrip("+").partition("=")
-        if key == "seed" and recorded is not None and value.isdecimal() and int(value) != recorded:
-            raise RequestError(
-                f"seed = {value}: the checkpoint's text was split with seed {recorded}, and text "
-                "that was held out would be trained on. Leave seed out; with train.py model=hf "
-                "another seed orders the data, and the split stays."
-            )
 
 
 def _typed_keys(words: Sequence[str]) -> set[str]:

@@ -55,11 +55,6 @@ class HeldMemory:
     processes: int = 1
 
     @property
-    def copied(self) -> int:
-        """All weights besides those that are trained."""
-        return self.copies + self.start + self.teacher
-
-    @property
     def device(self) -> int:
         """Of one process, where the model is."""
         return self.states + self.copies
@@ -87,12 +82,13 @@ def memory_problems(config: RunConfig, source: Config) -> list[Problem]:
         return []
     held, place = worst
     fitting = held.parameters * place.limit // place.needed
+    copied = held.copies + held.start + held.teacher
     advice = [*_what_fits(config, source), "trainer.check_memory=false tries it all the same"]
     each = f"; each of {held.processes} processes holds its own" if held.processes > 1 else ""
     reason = (
         f"training {held.model} of {_count(held.parameters)} parameters takes "
         f"{_size(place.needed)} before any activation (weights, gradients and optimizer "
-        f"{_size(held.states)}, copies {_size(held.copied)}{each}), and "
+        f"{_size(held.states)}, copies {_size(copied)}{each}), and "
         f"{place.name} has {_size(place.limit)}; at most about {_count(fitting)} parameters fit"
     )
     return [Problem("trainer.check_memory", True, reason, "; ".join(advice))]

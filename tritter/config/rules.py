@@ -325,22 +325,20 @@ def _adaptation_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "adaptation.freeze_base", True, reason=f"{reason}adaptation.freeze_base=false"
         )
-    if adaptation.unfreeze_after is not None and (reason := _why_not_unfrozen(config)):
-        yield Problem("adaptation.unfreeze_after", adaptation.unfreeze_after, reason=reason)
-
-
-def _why_not_unfrozen(config: RunConfig) -> str:
-    after, steps = config.adaptation.unfreeze_after, config.training.max_steps
-    if not config.adaptation.freeze_base:
-        return "with adaptation.freeze_base = false nothing is frozen"
-    if after is not None and after >= steps:
-        return f"the training has training.max_steps = {steps}; allowed is less, or null for never"
-    if config.trainer.strategy != "auto":
-        return (
-            "processes that train together need the same parameters throughout; use trainer=cpu "
-            "or trainer=gpu"
-        )
-    return ""
+    after, steps = adaptation.unfreeze_after, config.training.max_steps
+    if after is None:
+        return
+    if not adaptation.freeze_base:
+        reason = "with adaptation.freeze_base = false nothing is frozen"
+    elif after >= steps:
+        reason = f"the training has training.max_steps = {steps}; allowed is less, or null for "
+        reason += "never"
+    elif config.trainer.strategy != "auto":
+        reason = "processes that train together need the same parameters throughout; use "
+        reason += "trainer=cpu or trainer=gpu"
+    else:
+        return
+    yield Problem("adaptation.unfreeze_after", after, reason=reason)
 
 
 _MOMENTS_KEY = "optimizer.carry"
@@ -358,7 +356,32 @@ def carry_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield why trainings can't start from moments, as far as files are at hand."""
     if not config.optimizer.carry:
         return
-    for reason in _reasons(config):
+    optimizer, options = config.optimizer, config.adaptation
+    name = optimizer.target.rpartition(".")[2]
+    other = "; choose optimizer=adamw, or leave optimizer.carry out"
+    reasons: list[str] = []
+    if not optimizer.target.startswith(_WITH_MOMENTS):
+        reasons.append(
+            f"{name} has other state than the two moments of Adam and AdamW, which are carried"
+            f"{other}"
+        )
+    elif optimizer.arguments.get("amsgrad"):
+        reasons.append(
+            f"with optimizer.amsgrad = true there is a third moment, which is not carried{other}"
+        )
+    if any(spec.new_blocks_only for spec in config.expansion):
+        reasons.append(
+            "with expansion.llama_pro.new_blocks_only = true only new blocks are trained, and "
+            "they have no moments yet; leave one of the two out"
+        )
+    appends = any(getattr(spec, "is_append", False) for spec in config.expansion)
+    if appends and options.freeze_base and options.unfreeze_after is None:
+        reasons.append(
+            "with adaptation.freeze_base = true only appended experts are trained, and they have "
+            "no moments yet; leave it out, or set adaptation.freeze_base=false or "
+            "adaptation.unfreeze_after"
+        )
+    for reason in reasons:
         yield Problem(_MOMENTS_KEY, True, reason=reason)
     if isinstance(config.model, CheckpointModelConfig) and Path(config.model.path).is_dir():
         yield from given_problems(Path(config.model.path))
@@ -387,32 +410,6 @@ def kinds_beside(folder: Path) -> set[str]:
     """
     path = folder / _HEAD
     return set(read_record(path, StateHead).kinds) if path.exists() else set()
-
-
-def _reasons(config: RunConfig) -> Iterator[str]:
-    """Yield why moments can't be carried through the map of a run, or have no use there."""
-    optimizer, options = config.optimizer, config.adaptation
-    name = optimizer.target.rpartition(".")[2]
-    other = "; choose optimizer=adamw, or leave optimizer.carry out"
-    if not optimizer.target.startswith(_WITH_MOMENTS):
-        yield (
-            f"{name} has other state than the two moments of Adam and AdamW, which are carried"
-            f"{other}"
-        )
-    elif optimizer.arguments.get("amsgrad"):
-        yield f"with optimizer.amsgrad = true there is a third moment, which is not carried{other}"
-    if any(spec.new_blocks_only for spec in config.expansion):
-        yield (
-            "with expansion.llama_pro.new_blocks_only = true only new blocks are trained, and "
-            "they have no moments yet; leave one of the two out"
-        )
-    appends = any(getattr(spec, "is_append", False) for spec in config.expansion)
-    if appends and options.freeze_base and options.unfreeze_after is None:
-        yield (
-            "with adaptation.freeze_base = true only appended experts are trained, and they have "
-            "no moments yet; leave it out, or set adaptation.freeze_base=false or "
-            "adaptation.unfreeze_after"
-        )
 
 
 def weight_problems(config: RunConfig) -> Iterator[Problem]:

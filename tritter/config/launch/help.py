@@ -75,7 +75,10 @@ def help_text(words: Sequence[str] = ()) -> str:
     asked = [(group, name) for group, _, name in chosen if group.replace("-", "_") in files]
     if asked:
         return "\n\n".join(_of_group(group, names, files) for group, names in asked)
-    defaults = _defaults(config_folder())
+    text = (config_folder() / "config.yaml").read_text(encoding="utf-8")
+    entries = [line.strip() for line in text.splitlines() if line.startswith("  - ")]
+    pairs = [entry[2:].partition(": ") for entry in entries if ": " in entry]
+    defaults = {group: option for group, _, option in pairs}  # in the order of the defaults list
     blocks = [_HEAD]
     for group in dict.fromkeys([*defaults, *files]):
         default = defaults.get(group, "null")
@@ -125,11 +128,3 @@ def comments(path: Path) -> dict[str, str]:
     """Return key → the comment behind it in an option file."""
     split = (line.partition(" # ") for line in path.read_text(encoding="utf-8").splitlines())
     return {line.partition(":")[0].strip(): told.strip() for line, _, told in split if told}
-
-
-def _defaults(folder: Path) -> dict[str, str]:
-    """Read group → default option from config.yaml's defaults list, in its order."""
-    text = (folder / "config.yaml").read_text(encoding="utf-8")
-    entries = [line.strip() for line in text.splitlines() if line.startswith("  - ")]
-    pairs = [entry[2:].partition(": ") for entry in entries if ": " in entry]
-    return {group: option for group, _, option in pairs}

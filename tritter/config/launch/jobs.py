@@ -130,21 +130,15 @@ class Task:
                 return run_job(cfg, self.pipeline, jobs=self.jobs)
             if os.getpid() == self.process:
                 metric = self._run_alone(cfg)
-            else:
+            else:  # in a launcher's process, which may be stopped by itself
                 sys.argv[:1] = [self.program]  # by which commands are printed
-                metric = self._run_elsewhere(cfg)
+                folder, metric = Path(hydra.runtime.output_dir), math.nan
+                say(f"job {hydra.job.num} begins: {' '.join(_words(hydra))}")
+                # What stopped it stands in its status
+                with suppress(Stopped), stopping(), _printing_into(folder):
+                    metric = self._run_alone(cfg)
+                say(f"job {hydra.job.num} is over: {read_status(folder).status}")
         return None if self.keeps_failed and math.isnan(metric) else metric
-
-    def _run_elsewhere(self, cfg: DictConfig) -> float:
-        """Run a job in a launcher's process, which may be stopped by itself."""
-        hydra = HydraConfig.get()
-        folder, metric = Path(hydra.runtime.output_dir), math.nan
-        say(f"job {hydra.job.num} begins: {' '.join(_words(hydra))}")
-        # What stopped it stands in its status
-        with suppress(Stopped), stopping(), _printing_into(folder):
-            metric = self._run_alone(cfg)
-        say(f"job {hydra.job.num} is over: {read_status(folder).status}")
-        return metric
 
     def _run_alone(self, cfg: DictConfig) -> float:
         """Run a job of a sweep unless another process began in its folder."""
