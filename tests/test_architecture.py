@@ -83,7 +83,7 @@ RATCHET = {
     "cli": (21, 5_705),
     "config": (27, 6_504),
     "data": (19, 5_984),
-    "evaluation": (19, 3_989),
+    "evaluation": (19, 3_988),
     "expand": (5, 1_156),
     "expansion": (8, 2_439),
     "experts": (17, 3_722),

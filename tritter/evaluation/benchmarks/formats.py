@@ -334,7 +334,6 @@ def _texts(values: Any) -> tuple[str, ...]:
     return tuple(values)
 
 
-_COMMONSENSE = {"query": TEXT, "choices": CHOICES, "gold": NUMBER}
 HELLASWAG = (
     Format(
         {
