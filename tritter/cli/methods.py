@@ -62,7 +62,7 @@ def _folders(words: Sequence[str]) -> list[str]:
     parser.add_argument("--config-dir", "--config_dir", "-cd", action="append", default=[])
     try:
         return list(parser.parse_known_args(list(words))[0].config_dir)
-    except ArgumentError:  # the folder is missing, which is told where options are read
+    except ArgumentError:  # no folder was typed: reported when the options are read
         return []
 
 

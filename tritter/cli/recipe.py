@@ -458,6 +458,6 @@ def _comments(link: Link, parent: Link | None) -> list[str]:
 
 
 def _word(folder: Path) -> str:
-    """Return a folder's name, which must not end the comment that it stands in."""
+    """Return a folder's name; a line break in it would end the YAML comment it is written in."""
     name = folder.resolve().name
     return name if name.isprintable() else ascii(name)
