@@ -151,6 +151,11 @@ def load_model(
     return _made_ready(model)
 
 
+def non_finite(model: nn.Module) -> list[str]:
+    """Return the names of tensors that hold NaN or infinity."""
+    return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+
+
 def unloaded_model(folder: Path) -> nn.Module:
     """Return the stock model of a folder without its weights: its parameters are on meta.
 

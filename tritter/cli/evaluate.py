@@ -126,7 +126,7 @@ def evaluate(
         from tritter.evaluation.benchmarks.table import benchmarks_of
         from tritter.experts.whole import load_whole
         from tritter.families import family_of, position_limit
-        from tritter.models import read_config
+        from tritter.models import non_finite, read_config
         from tritter.pipeline import evaluate as losses_of
 
     sources = losses_of.read_data_words(data or ())
@@ -147,7 +147,8 @@ def evaluate(
         elif not chosen:
             domains = losses_of.learned_domains(folder, lineage, tokenizer)
         model = load_whole(folder)
-        _check_finite(model, folder)
+        if broken := non_finite(model):
+            raise RequestError(f"{folder}: {broken[0]} holds values that are not finite.")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     length = losses_of.sequence_length(lineage, position_limit(config))
     with progress_bars(is_shown=not as_json) as new_bar:
@@ -256,12 +257,6 @@ def _scored(
     if (of_files := questions.get(benchmark.name)) is None:
         return score_from_hub(model, tokenizer, benchmark, asking)
     return score_benchmark(model, tokenizer, of_files, asking)
-
-
-def _check_finite(model: nn.Module, folder: Path) -> None:
-    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
-    if broken:
-        raise RequestError(f"{folder}: {broken[0]} holds values that are not finite.")
 
 
 def _record(

@@ -124,8 +124,9 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
     Raises:
         RequestError: names the tensors.
     """
-    broken = [n for n, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    if broken:
+    from tritter.models import non_finite
+
+    if broken := non_finite(model):
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise RequestError(
             f"{folder}: {broken[0]}{more} holds values that are not finite (NaN or infinity), so "
