@@ -31,7 +31,7 @@ _EXPORTS = {
     "ModelExpander": "tritter.expand.live",
     "NoveltyDetector": "tritter.novelty",
     "PROGRESSIVE_BENCHMARKS": "tritter.data.benchmark_names",
-    "ProgressiveCheckpoint": "tritter.expand.progressive",
+    "ProgressiveCheckpoint": "tritter.expand.live",
     "ProgressiveMoE": "tritter.moe_routing",
     "Routing": "tritter.experts.gates",
     "SkillLibrary": "tritter.novelty",

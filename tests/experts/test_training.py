@@ -26,15 +26,9 @@ from tritter.experts.module import ExpertModule
 from tritter.experts.options import DynamicOptions
 from tritter.experts.roster import FIRST, Roster
 from tritter.novelty import observe
-from tritter.training import (
-    FitResult,
-    OptimizerSettings,
-    Schedule,
-    TrainerSettings,
-    fit,
-    processes,
-)
+from tritter.training import FitResult, OptimizerSettings, Schedule, TrainerSettings, fit
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.trainer import start_method
 
 BATCH, LENGTH = 8, 12
 ONE = replace(SETTINGS, save_every_n_steps=3)
@@ -43,7 +37,7 @@ RANGES = {"old": (1, 30), "a": (40, 44), "b": (60, 64), "c": (80, 84)}  # of tok
 STREAM = "aaaaaaaabbbbbbbbaaaaoobb"
 SLOW = pytest.mark.slow
 needs_fork = pytest.mark.skipif(
-    processes.start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
+    start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
 )
 
 

@@ -42,8 +42,7 @@ from tritter.experts.gates import Routing, gates_of
 from tritter.experts.mixture import Dispatch, ExpertMixture, mixed
 from tritter.experts.peft_folder import TENSORS_NAME, put_values, read_adapter, write_adapter
 from tritter.training import surgery
-from tritter.training.parameters import disk_values
-from tritter.training.reshape import replay
+from tritter.training.parameters import disk_values, replay
 
 TARGETS = ("q_proj", "embed_tokens", "lm_head")
 MODELS = [(family, tied) for family in ("llama", "gemma3_text") for tied in (False, True)]

@@ -30,15 +30,15 @@ from tritter.training import (
     Task,
     TrainerSettings,
     fit,
-    processes,
 )
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.trainer import start_method
 
 STEPS = 14
 ONE = replace(SETTINGS, save_every_n_steps=3)
 TWO = replace(ONE, devices=2, strategy="ddp")
 needs_fork = pytest.mark.skipif(
-    processes.start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
+    start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
 )
 
 

@@ -23,7 +23,7 @@ from tritter.training import (
     Schedule,
     TrainerSettings,
     fit,
-    processes,
+    trainer,
 )
 
 SEQUENCES = oracle.tokens(vocab_size=97, batch=24, length=16, seed=5).int()
@@ -126,7 +126,7 @@ def test_precision_is_that_of_the_run(
 
 
 @pytest.mark.full
-@pytest.mark.skipif(processes.start_method("cpu") != "fork", reason="spawning takes seconds")
+@pytest.mark.skipif(trainer.start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_two_processes_give_the_weights_of_one(
     whole: tuple[Path, dict[str, Tensor], FitResult], tmp_path: Path
 ) -> None:

@@ -31,8 +31,8 @@ from tritter.training import (
     WriteResult,
     fit,
     fitting,
-    processes,
 )
+from tritter.training.trainer import start_method
 
 SEQUENCES = oracle.tokens(vocab_size=97, batch=40, length=16, seed=5).int()
 UNHELD = RoutingSettings(auxiliary_loss=0.0, z_loss=0.0)
@@ -307,7 +307,7 @@ def _kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.skipif(processes.start_method("cpu") != "fork", reason="spawning takes seconds")
+@pytest.mark.skipif(start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_two_processes_give_the_weights_and_the_routing_of_one(tmp_path: Path) -> None:
     """The balance is that of the whole batch, and the opened experts come back open."""
     settings = RoutingSettings(bias_update_rate=0.01, encouragement=0.1, new_experts=(3,))

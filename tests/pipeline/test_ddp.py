@@ -9,13 +9,13 @@ import pytest
 
 from tritter.models import load_model
 from tritter.pipeline import Outcome
-from tritter.training import processes
+from tritter.training.trainer import start_method
 
 Run = Callable[..., Outcome]
 DOMAINS = ("prose", "code")
 
 pytestmark = pytest.mark.skipif(
-    processes.start_method("cpu") != "fork", reason="spawning takes seconds for each training"
+    start_method("cpu") != "fork", reason="spawning takes seconds for each training"
 )
 
 

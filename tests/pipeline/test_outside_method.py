@@ -20,7 +20,7 @@ from tritter.expand import Change
 from tritter.models import load_model
 from tritter.pipeline import importance, run_pipeline
 from tritter.targets import Component
-from tritter.training import processes
+from tritter.training.trainer import start_method
 
 OUTSIDE = Component(name=Outside.name, kind=Outside, options=Options())
 
@@ -93,7 +93,7 @@ def test_what_it_leaves_is_taken_up_by_the_next_training(
 def test_killed_in_mid_step_it_ends_with_the_same_bits(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
 ) -> None:
-    if trainer == "two processes" and processes.start_method("cpu") != "fork":
+    if trainer == "two processes" and start_method("cpu") != "fork":
         pytest.skip("spawning takes seconds for each training")
     words = (*CASES["width"], TRAINERS[trainer])
     run(tmp_path / "whole", cache, *words)

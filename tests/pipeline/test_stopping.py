@@ -20,7 +20,8 @@ from tests.pipeline.test_trust import Ended, result
 from tests.pipeline.tiny import TINY
 from tritter.config.launch.entry import main
 from tritter.pipeline import Outcome, run_pipeline, stages
-from tritter.training import fitting, processes
+from tritter.training import fitting
+from tritter.training.trainer import start_method
 
 ROOT = Path(__file__).parents[2]
 BOTH = pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_a_sweep_ends_and_says_how_it_goes_on(run: Run, tmp_path: Path, signal_a
 
 
 @pytest.mark.full
-@pytest.mark.skipif(processes.start_method("cpu") != "fork", reason="spawning takes seconds")
+@pytest.mark.skipif(start_method("cpu") != "fork", reason="spawning takes seconds")
 @pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)], ids=str)
 def test_processes_stop_together_and_go_on(
     run: Run, whole_by_two: Path, tmp_path: Path, signal_at: During, numbers: tuple[int, ...]

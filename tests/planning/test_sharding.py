@@ -17,7 +17,7 @@ from tritter.families import Config, count_parameters
 from tritter.families.presets import PRESETS
 from tritter.models import stock_config_of
 from tritter.planning import sharding_plan
-from tritter.training.sharded import shard
+from tritter.training.parameters import shard
 
 CONFIGS = {
     "tritter_1b": PRESETS["tritter_1b"].config(),

@@ -44,12 +44,11 @@ from tritter.training import (
     WriteResult,
     fit,
     fitting,
-    processes,
     read_metrics,
 )
 from tritter.training.callbacks import StepProgress
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
-from tritter.training.processes import _Failure
+from tritter.training.trainer import _Failure, start_method
 
 STEPS = 20  # of 4 sequences out of 40: an epoch of the data ends at step 10
 TWO = replace(SETTINGS, devices=2, strategy="ddp", save_every_n_steps=5)
@@ -66,7 +65,7 @@ METHODS: dict[str, Callable[[], Sequence[ForgettingMethod]]] = {
 }
 
 pytestmark = pytest.mark.skipif(
-    processes.start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
+    start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
 )
 
 
@@ -375,7 +374,7 @@ def test_fork_where_it_is_safe(
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    assert processes.start_method(accelerator) == expected
+    assert start_method(accelerator) == expected
 
 
 @pytest.mark.slow
@@ -383,7 +382,7 @@ def test_spawned_processes_give_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forked, expected = train(tmp_path / "fork", TWO, dropout=0.2)
-    monkeypatch.setattr(processes, "start_method", lambda accelerator: "spawn")
+    monkeypatch.setattr("tritter.training.trainer.start_method", lambda accelerator: "spawn")
     spawned, result = train(tmp_path / "spawn", TWO, dropout=0.2)
     assert weights(spawned) == weights(forked)
     assert replace(result, seconds=0.0) == replace(expected, seconds=0.0)

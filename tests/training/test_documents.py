@@ -36,8 +36,8 @@ from tritter.training import (
     TrainerSettings,
     fit,
     fitting,
-    processes,
     read_metrics,
+    trainer,
 )
 
 EOT = 0
@@ -294,7 +294,7 @@ def test_tokens_lengths_and_flops_are_those_of_documents(tmp_path: Path) -> None
 
 
 @pytest.mark.full
-@pytest.mark.skipif(processes.start_method("cpu") != "fork", reason="spawning takes seconds")
+@pytest.mark.skipif(trainer.start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     one, expected = train(tmp_path / "one", ONE)
     two, result = train(tmp_path / "two", TWO)

@@ -13,10 +13,11 @@ from torch import nn
 
 from tests.training.test_ddp import ONE, TWO, Written, train, weights
 from tritter.errors import RequestError, TritterError
-from tritter.training import FitResult, TrainerSettings, processes
+from tritter.training import FitResult, TrainerSettings
+from tritter.training.trainer import start_method
 
 pytestmark = pytest.mark.skipif(
-    processes.start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
+    start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
 )
 SETTINGS = {"one": ONE, "two": TWO}
 

@@ -27,16 +27,16 @@ from tritter.training import (
     Schedule,
     TrainerSettings,
     fit,
-    processes,
     read_metrics,
 )
+from tritter.training.trainer import start_method
 
 STEPS = 8
 ONE = replace(SETTINGS, save_every_n_steps=3)
 SHARED = replace(ONE, devices=2, strategy="fsdp")
 
 pytestmark = pytest.mark.skipif(
-    processes.start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
+    start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
 )
 
 

@@ -40,11 +40,11 @@ from tritter.training import (
     Schedule,
     TrainerSettings,
     fit,
-    processes,
     surgery,
 )
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
-from tritter.training.reshape import reshape
+from tritter.training.parameters import reshape
+from tritter.training.trainer import start_method
 
 SEED, AT, STEPS = 3, 6, 12
 WIDER: list[ExpansionSpec] = [Width(intermediate_size=60)]  # by half, `fresh`
@@ -58,7 +58,7 @@ SPECS: dict[str, list[ExpansionSpec]] = {
 }
 
 needs_fork = pytest.mark.skipif(
-    processes.start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
+    start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
 )
 
 

@@ -18,16 +18,9 @@ from tests.training.test_fit import SETTINGS
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import RequestError
 from tritter.targets import Component, imported
-from tritter.training import (
-    BaseModule,
-    FitResult,
-    OptimizerSettings,
-    Schedule,
-    fit,
-    processes,
-    read_metrics,
-)
+from tritter.training import BaseModule, FitResult, OptimizerSettings, Schedule, fit, read_metrics
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.trainer import start_method
 
 STEPS, GATHERED = 12, 3
 ADAMW = OptimizerSettings()
@@ -39,7 +32,7 @@ DEVICES = pytest.mark.parametrize(
         pytest.param(
             2,
             marks=pytest.mark.skipif(
-                processes.start_method("cpu") != "fork", reason="the tests' classes come by fork"
+                start_method("cpu") != "fork", reason="the tests' classes come by fork"
             ),
         ),
     ],

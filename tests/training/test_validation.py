@@ -16,11 +16,11 @@ from tritter.data.packing import IGNORED
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import document_losses
 from tritter.targets import Component, imported
-from tritter.training import TrainerSettings, module, processes, read_metrics
-from tritter.training.trainer import losses_before
+from tritter.training import TrainerSettings, module, read_metrics
+from tritter.training.trainer import losses_before, start_method
 
 pytestmark = pytest.mark.skipif(
-    processes.start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
+    start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
 )
 EVERY = 6  # of 20 steps
 NAMES = ("eval/old/loss", "eval/new/loss")

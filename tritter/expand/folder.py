@@ -50,8 +50,7 @@ from tritter.families import (
 )
 from tritter.parameter_map import TensorMap
 from tritter.parameter_map.carry import Policy, StateKind, followed, has_state
-from tritter.parameter_map.held import held_bytes
-from tritter.parameter_map.rows import WeightReader
+from tritter.parameter_map.rows import WeightReader, held_bytes
 from tritter.stock_routers import AddedExperts
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.reading import named_path

@@ -41,7 +41,7 @@ from tritter.novelty import Observation, observe
 from tritter.novelty.observation import joined
 from tritter.seeds import derived_seed
 from tritter.training import surgery
-from tritter.training.work import WorkCount, ends_step
+from tritter.training.callbacks import WorkCount, ends_step
 
 
 @dataclass(frozen=True, slots=True)

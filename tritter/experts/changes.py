@@ -18,7 +18,7 @@ from tritter.experts.adapters import Factors, parameters_of, shape_of
 from tritter.experts.mixture import ROUTER, ExpertMixture
 from tritter.families import StoredTensor
 from tritter.parameter_map import AxisFactor, Fill, TensorMap
-from tritter.parameter_map.axis_map import NO_SOURCE
+from tritter.parameter_map.tensor_map import NO_SOURCE
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,9 +17,9 @@ from tritter.growth.places import ffn_places
 from tritter.growth.record import GROWTH, map_digest
 from tritter.models import config_of
 from tritter.training import surgery
+from tritter.training.callbacks import WorkCount, ends_step
 from tritter.training.gradient_flow import NewUnits
 from tritter.training.module import base_of
-from tritter.training.work import WorkCount, ends_step
 
 _TRIED_SEQUENCES = 2  # of a batch, in which the change of the function is measured
 

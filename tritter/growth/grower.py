@@ -23,7 +23,7 @@ from tritter.growth.places import FFN, FfnPlace, ffn_places, ffn_tensors
 from tritter.growth.triggers import GrowthOptions, Timing, View, affordable, is_plateau
 from tritter.models import config_of
 from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
-from tritter.parameter_map.axis_map import NO_SOURCE
+from tritter.parameter_map.tensor_map import NO_SOURCE
 from tritter.seeds import derived_seed
 
 

@@ -25,7 +25,7 @@ from tritter.growth.grower import Grower, Growth
 from tritter.growth.look import Look, some_rows
 from tritter.growth.places import FfnPlace
 from tritter.growth.record import GROWTH
-from tritter.training.reshape import Entry, entry_of, replay, reshape
+from tritter.training.parameters import Entry, entry_of, replay, reshape
 from tritter.training.surgery import apply_plain
 
 FORMAT_VERSION = 1

@@ -7,7 +7,7 @@ from typing import Any
 
 from tritter.checkpoint import ExpansionRecord
 from tritter.families import Config, family_of
-from tritter.training.reshape import Entry
+from tritter.training.parameters import Entry
 
 GROWTH = "growth"  # type and method in the lineage, reason in a training's journal
 

@@ -17,9 +17,10 @@ from tritter.moe_routing.objective import (
     routing_divergence,
     routing_statistics,
 )
-from tritter.moe_routing.progressive import MoEExpansionConfig, ProgressiveMoE
 from tritter.moe_routing.stages import (
     ExpertOpening,
+    MoEExpansionConfig,
+    ProgressiveMoE,
     SeparateExperts,
     Unfreezing,
     adapt_router,

@@ -24,8 +24,8 @@ from tritter.families import backward_flops, forward_flops
 from tritter.models import config_of
 from tritter.stock_routers import Record, Routing
 from tritter.training import SideLoss
+from tritter.training.callbacks import ends_step
 from tritter.training.parameters import trained_tensors
-from tritter.training.work import ends_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,7 @@ from tritter.parameter_map.apply import (
     new_along,
     rounded_weight,
 )
-from tritter.parameter_map.axis_map import AxisMap
-from tritter.parameter_map.tensor_map import AxisFactor, Fill, ParameterMap, TensorMap
+from tritter.parameter_map.tensor_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 
 __all__ = [
     "AxisFactor",

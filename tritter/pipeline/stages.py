@@ -74,8 +74,8 @@ from tritter.training import (
     fit,
     metrics_files,
 )
+from tritter.training.callbacks import evaluation_flops
 from tritter.training.trainer import losses_before
-from tritter.training.validation import evaluation_flops
 
 JUMP_SEQUENCES = 8
 _EARLIER = ("adapt", "distill")  # trainings of an arm before the one that its checks are of

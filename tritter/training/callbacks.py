@@ -1,19 +1,33 @@
 """Callbacks of every training: methods against forgetting, refused steps, progress."""
 
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed
 
 from tritter.checkpoint.state import write_state
 from tritter.data.batches import this_rank
+from tritter.data.datamodule import EvaluationText
+from tritter.data.packing import apart_of, lengths_read
 from tritter.errors import TritterError
+from tritter.expand import Change
+from tritter.families import Flops
 from tritter.seeds import derived_seed
+from tritter.stopping import Stopped
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.writer import TensorStream
 from tritter.terminal import Console, shows_bar
@@ -21,9 +35,146 @@ from tritter.training import surgery
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import BaseModule, base_of
-from tritter.training.parameters import disk_values
-from tritter.training.sharded import whole
-from tritter.training.work import WorkCount, ends_step
+from tritter.training.parameters import StepFlops, disk_values, whole
+
+
+def ends_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Say whether a batch is the last of those whose gradients are gathered for one step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+class WorkCount(Callback):
+    """Count the tokens that were trained on, and the FLOPs of it, by all processes.
+
+    Attributes:
+        tokens: padding left out.
+        padding: tokens of it.
+        lengths: of documents that were read apart, by length how many.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self.padding = 0, 0
+        self.lengths = Counter[int]()
+        self.flops = 0.0
+        self._step: tuple[object, StepFlops | None] = (None, None)  # what is trained, its FLOPs
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        module = base_of(pl_module)
+        input_ids: Tensor = batch["input_ids"]
+        lengths = {input_ids.shape[1]: len(input_ids) * trainer.world_size}
+        if apart_of(module.model) is not None:
+            lengths = lengths_read(module.model, input_ids)
+            self.lengths.update(lengths)
+        tokens = sum(length * number for length, number in lengths.items())
+        self.tokens += tokens
+        self.padding += input_ids.numel() * trainer.world_size - tokens
+        flags = tuple(parameter.requires_grad for parameter in module.model.parameters())
+        known, flops = self._step
+        if flops is None or known != flags:
+            flops = module.step_flops()
+            self._step = (flags, flops)
+        self.flops += flops.of(lengths)
+
+    def parameters_changed(self, change: Change) -> None:
+        """Count the next step anew."""
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """Count what the next step takes, which another way of computing may change too."""
+        self._step = (None, None)
+
+    def packing(self) -> dict[str, Any]:
+        """Return how full sequences of documents were; nothing of a stream, which is always full.
+
+        The lengths, as powers of two, are those of documents and of the pieces of long ones, with
+        the end of text that each begins at.
+        """
+        histogram = Counter[str]()
+        for length, number in sorted(self.lengths.items()):
+            if length > 1:  # the end of text behind the last document is none
+                low = 1 << (length.bit_length() - 1)
+                histogram[f"{low}-{2 * low - 1}"] += number
+        if not self.lengths:
+            return {}
+        fraction = self.padding / (self.tokens + self.padding)
+        return {
+            "padding_fraction": fraction,
+            "packed_sequence_length_histogram": dict(histogram),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        documents = {"padding": self.padding, "lengths": dict(self.lengths)}
+        return {"tokens": self.tokens, "flops": self.flops, **documents}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.tokens, self.flops = int(state_dict["tokens"]), float(state_dict["flops"])
+        self.padding = int(state_dict.get("padding", 0))
+        held = state_dict.get("lengths", {})
+        self.lengths = Counter({int(length): int(number) for length, number in held.items()})
+
+
+class Performance(Callback):
+    """Log tokens, steps and FLOPs per second, seconds per step and peak memory.
+
+    Evaluations on the way are left out of the time.
+
+    Args:
+        work: counts them; stands before this callback.
+    """
+
+    def __init__(self, work: WorkCount) -> None:
+        self._work = work
+        self._paused = 0.0
+        self._begin()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since += time.perf_counter() - self._paused
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not ends_step(trainer, batch_idx):
+            return
+        self._steps += 1
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        seconds = time.perf_counter() - self._since
+        pl_module.log_dict(
+            {
+                "performance/tokens_per_second": (self._work.tokens - self._tokens) / seconds,
+                "performance/steps_per_second": self._steps / seconds,
+                "performance/step_seconds": seconds / self._steps,
+                "performance/flops": (self._work.flops - self._flops) / seconds,
+                "performance/peak_memory_bytes": float(peak_memory_bytes()),
+            }
+        )
+        if self._work.lengths:
+            padding, tokens = self._work.padding - self._padding, self._work.tokens - self._tokens
+            pl_module.log("performance/padding_fraction", padding / (padding + tokens))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tokens, self._flops = self._work.tokens, self._work.flops
+        self._padding = self._work.padding
+        self._steps, self._since = 0, time.perf_counter()
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak of this process: of the accelerator where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 class ForgettingCallback(Callback):
@@ -308,3 +459,241 @@ def _progress_bar(console: Console) -> Progress:
 def _is_logged(trainer: Trainer) -> bool:
     """Return whether the step that is about to be taken is logged."""
     return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SECONDS_TO_DIE = 10.0
+
+
+class StopRequest:
+    """Whether Ctrl-C or SIGTERM asked this training to stop.
+
+    The first signal is noted and passed on to worker processes, the second ends the training at
+    once. Workers only take note: who started them decides.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._process = os.getpid()
+
+    @property
+    def is_asked(self) -> bool:
+        return self.signal_number is not None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take signals inside.
+
+        Raises:
+            Stopped: a second signal came.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.getsignal(number) for number in _SIGNALS if is_main}
+        try:
+            self.listen()
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def listen(self) -> None:
+        """Take signals from now on; Lightning sets handlers of its own when a fit begins."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._take)
+
+    def note(self, number: int) -> None:
+        """Take note of a signal; the first one counts."""
+        if self.signal_number is None:
+            self.signal_number = number
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        is_worker = os.getpid() != self._process
+        if is_worker or not self.is_asked:
+            self.note(number)
+            if not is_worker:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()  # which it takes as this process took its signal
+            return
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            worker.kill()
+        for worker in workers:  # none of them writes any more when this one says it is over
+            worker.join(_SECONDS_TO_DIE)
+        raise Stopped(number)
+
+
+class SaveState(Checkpoint):
+    """Save what the training needs to go on, every so many steps and when it is to end early.
+
+    Stands last among the callbacks, behind all that write checkpoints, so that it sees what the
+    others did in the step, and in its evaluation if there is one. A training ends where
+    a step does: whoever asks for it between two batches of a step is heard at its end. Of several
+    processes all end at the same step.
+
+    Args:
+        path: of the checkpoint folder, which is replaced whole.
+        every_n_steps: 0 saves only when the training is to end early.
+        stop: whether it is asked to stop, to go on later.
+        guard: whether it is broken off.
+
+    Attributes:
+        ended_early: which callback ended the training before its last step, and why. One that is
+            resumed after that does not train on.
+    """
+
+    def __init__(
+        self, path: Path, *, every_n_steps: int, stop: StopRequest, guard: FiniteGuard
+    ) -> None:
+        self._path = path
+        self._every_n_steps = every_n_steps
+        self._stop = stop
+        self._guard = guard
+        self._is_to_end = False
+        self.has_trained = False
+        self.ended_early: str | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop.listen()
+        if self.ended_early is not None:
+            trainer.should_stop = True
+        for callback in trainer.checkpoint_callbacks:
+            if hasattr(callback, "_last_global_step_saved"):
+                # Else it would save the step it is resumed from again, in the midst of the next
+                callback._last_global_step_saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.has_trained = True
+        self._is_to_end |= trainer.should_stop
+        trainer.should_stop = False
+        if not ends_step(trainer, batch_idx):
+            return
+        agree = trainer.strategy.reduce_boolean_decision
+        trainer.should_stop = agree(self._is_to_end or self._stop.is_asked, all=False)
+        is_stopped = trainer.should_stop and agree(self._stop.is_asked, all=False)
+        if is_stopped:
+            self._stop.note(signal.SIGTERM)  # another process was asked
+        every = self._every_n_steps
+        is_due = is_stopped or bool(every and trainer.global_step % every == 0)
+        is_ours = self._stop.is_asked or self._guard.stopped_because is not None
+        if trainer.should_stop and not is_ours and trainer.global_step < trainer.max_steps:
+            self.ended_early = _who_ended(trainer)
+        if is_due or self.ended_early is not None:
+            trainer.save_checkpoint(self._path, weights_only=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ended_early": self.ended_early}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.ended_early = state_dict["ended_early"]
+
+
+class EndOfTraining(Callback):
+    """Let callbacks end a training that is resumed from its last step, which Lightning passes over.
+
+    Stands first, so that what they leave then is there for those that write it when the fit ends.
+    """
+
+    def __init__(self) -> None:
+        self._has_ended = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._has_ended = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._has_ended:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                callback.on_train_end(trainer, pl_module)
+
+
+def _who_ended(trainer: Trainer) -> str:
+    """Return which callback asked the training to stop, and why, as far as it says."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        reason = getattr(callback, "stopping_reason_message", None)
+        if reason:
+            said = reason.removesuffix(" Signaling Trainer to stop.")
+            return f"{type(callback).__name__}: {said}"
+    return "a callback asked the training to stop"
+
+
+# When a training is evaluated on its way: at its beginning, every so many steps, at its end.
+#
+# Lightning's own validation loop does it, so that loggers and other people's callbacks meet what
+# they know. It is started here: Lightning counts batches instead of steps, would start it behind
+# the saving of a state (a training that goes on from there would miss it), and at step 0 not at
+# all. Weights are the bits of a training without: the loop sets the modes of all modules back,
+# and what is drawn from the random generators is undone.
+
+
+class Validation(Callback):
+    """Start the evaluations of a training, and count their FLOPs and this process's seconds.
+
+    Stands before the callback that saves states, so that a saved state has its evaluation.
+
+    Args:
+        text: what it is evaluated on.
+        stop: a training that is asked to stop is not evaluated at its end.
+    """
+
+    def __init__(self, text: EvaluationText, *, stop: StopRequest) -> None:
+        self._text = text
+        self._stop = stop
+        self._last: int | None = None  # the step of the last evaluation
+        self._has_begun = False
+        self.flops, self.seconds = 0.0, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._has_begun = True
+        if trainer.global_step == 0:
+            self._validate(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        is_due = step % self._text.every_n_steps == 0 or step == trainer.max_steps
+        if is_due and ends_step(trainer, batch_idx):
+            self._validate(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Of one that ends early; what had nothing left to train was evaluated before
+        if trainer.global_step == self._last or not self._has_begun:
+            return
+        if not trainer.strategy.reduce_boolean_decision(self._stop.is_asked, all=False):
+            self._validate(trainer)
+
+    def _validate(self, trainer: Trainer) -> None:
+        """Run the validation loop as the training loop does, and leave no trace in the training."""
+        since = time.perf_counter()
+        loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+        random, is_first = random_state(), connector._first_loop_iter
+        loop.restarting = False  # a training that was resumed would leave batches out
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+        connector._first_loop_iter = is_first
+        restore_random_state(random)
+        self.seconds += time.perf_counter() - since
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = trainer.global_step
+        self.flops += evaluation_flops(base_of(pl_module).reading_flops(), self._text)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self._last, "flops": self.flops}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._last, self.flops = state_dict["last"], float(state_dict["flops"])
+
+
+def evaluation_flops(reading: Flops, text: EvaluationText) -> float:
+    """Count the FLOPs of one evaluation; padding is not counted.
+
+    Args:
+        reading: of a sequence.
+    """
+    return sum(reading.of(length) for length in text.lengths)

@@ -21,26 +21,29 @@ from tritter.storage.atomic import remove_folder
 from tritter.targets import Component
 from tritter.terminal import Console
 from tritter.training.callbacks import (
+    EndOfTraining,
     FiniteGuard,
     ForgettingCallback,
+    Performance,
     RandomState,
+    SaveState,
     StepProgress,
+    StopRequest,
+    Validation,
+    WorkCount,
 )
 from tritter.training.forgetting_method import Task
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.metrics import METRICS_NAME, set_metrics_aside
 from tritter.training.module import BaseModule, CompiledModel, TheirCallbacks
-from tritter.training.processes import worker_processes
 from tritter.training.result import Conclusion, FitResult, HeldBytes, Watching, WriteResult
-from tritter.training.save_state import EndOfTraining, SaveState, StopRequest
 from tritter.training.trainer import (
     TrainerSettings,
     build_trainer,
     quiet_lightning,
     torch_settings_kept,
+    worker_processes,
 )
-from tritter.training.validation import Validation
-from tritter.training.work import Performance, WorkCount
 
 SAVED_NAME = "saved"  # what a killed training goes on from
 LEFT_NAME = "left"  # what methods against forgetting leave for the next training

@@ -17,8 +17,7 @@ from tritter.evaluation.gate import ENOUGH_STEPS
 from tritter.expand import Change
 from tritter.families import StoredTensor
 from tritter.training.module import base_of
-from tritter.training.parameters import live_layout
-from tritter.training.sharded import whole
+from tritter.training.parameters import live_layout, whole
 
 _TRIAL_RATE = 1e-4
 _CLOSELY = 16  # steps, from the first and from a change, that are looked at one by one

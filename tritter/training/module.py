@@ -23,9 +23,15 @@ from tritter.targets import Component, built
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.moments import Moments, start_from
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
-from tritter.training.parameters import StepFlops, flops_of_sequence
-from tritter.training.reshape import Entry, replay
-from tritter.training.sharded import is_sharded, let_go, shard
+from tritter.training.parameters import (
+    Entry,
+    StepFlops,
+    flops_of_sequence,
+    is_sharded,
+    let_go,
+    replay,
+    shard,
+)
 
 _SUMMED = ("nats", "right", "tokens")  # of a domain's windows in an evaluation
 

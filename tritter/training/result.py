@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from tritter.errors import TritterError
 from tritter.families import StoredTensor
-from tritter.training.callbacks import FiniteGuard
+from tritter.training.callbacks import (
+    FiniteGuard,
+    SaveState,
+    StopRequest,
+    Validation,
+    WorkCount,
+    ends_step,
+)
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.module import BaseModule, base_of
-from tritter.training.parameters import live_layout
-from tritter.training.save_state import SaveState, StopRequest
-from tritter.training.sharded import gather, is_sharded, own_part
-from tritter.training.validation import Validation
-from tritter.training.work import WorkCount, ends_step
+from tritter.training.parameters import gather, is_sharded, live_layout, own_part
 
 
 class HeldBytes(Callback):

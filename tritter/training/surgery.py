@@ -22,7 +22,7 @@ from tritter.storage.tensors import is_finite
 from tritter.training.eight_bit import State
 from tritter.training.module import BaseModule
 from tritter.training.moments import Moments, carried_moments, put_moments
-from tritter.training.reshape import Entry, entry_of, reshape
+from tritter.training.parameters import Entry, entry_of, reshape
 
 
 def apply(
