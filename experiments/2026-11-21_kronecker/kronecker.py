@@ -61,13 +61,9 @@ class Kronecker(QuadraticPenalty):
     name = "kronecker"
     Options = KroneckerOptions
 
-    def __init__(
-        self, *, strength: float, num_sequences: int, refresh_steps: int, looks: str
-    ) -> None:
-        super().__init__(strength)
-        self.num_sequences = num_sequences
-        self.refresh_steps = refresh_steps
-        self.looks = looks
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.strength = self.options.strength
         self.factors: Factors = {}
         self.num_looks = 0
 
@@ -76,12 +72,12 @@ class Kronecker(QuadraticPenalty):
         return Needs(old_text=True, copies=3)  # anchors; factors of square matrices take about two
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        self._sequences = task.draw(self.num_sequences, "fisher")
+        self._sequences = task.draw(self.options.num_sequences, "fisher")
         self.anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def look(self, model: nn.Module, step: int) -> float:
         flops = self._step_flops() if step else 0.0
-        times, rest = divmod(step, self.refresh_steps)
+        times, rest = divmod(step, self.options.refresh_steps)
         if rest or times.bit_count() > 1:
             return flops
         factors, diagonal = fisher_factors(model, self._sequences)
@@ -96,7 +92,7 @@ class Kronecker(QuadraticPenalty):
         if name not in self.factors:
             return pair
         held, share = self.factors[name], 1 / (self.num_looks + 1)
-        if self.looks == "mean":
+        if self.options.looks == "mean":
             return held[0].lerp(pair[0], share), held[1].lerp(pair[1], share)
         return torch.cat([held[0], pair[0]]), torch.cat([held[1], pair[1]])
 

@@ -82,45 +82,41 @@ def _autograd_function() -> type[torch.autograd.Function]:
     import torch
 
     class SoftTargetLoss(torch.autograd.Function):
-        forward = staticmethod(_forward)
-        backward = staticmethod(_backward)
+        @staticmethod
+        def forward(ctx: Any, said: Tensor, wanted: Logits, places: Tensor, options: Any) -> Tensor:
+            temperature, top_k, left_out, chunk_entries = options
+            flat = said.view(-1, said.shape[-1])
+            dtype = torch.promote_types(said.dtype, torch.float32)
+            total = torch.zeros((), dtype=dtype, device=said.device)
+            gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
+            step = max(1, chunk_entries // flat.shape[-1])
+            for start in range(0, len(places), step):
+                part = slice(start, start + step)
+                logits = [flat[places[part]], wanted(part)]
+                scaled = [each.to(dtype) / temperature for each in logits]
+                if left_out is not None:
+                    token = (left_out[part] >= 0).nonzero().squeeze(-1)
+                    for each in scaled:
+                        each[token, left_out[part][token]] = _NEVER
+                log_q, log_p = (each.log_softmax(dim=-1) for each in scaled)
+                divergence, slope = _divergence(log_p, log_q, top_k)
+                total += divergence
+                if gradient is not None:
+                    gradient[places[part]] = slope.to(gradient.dtype)
+            ctx.temperature, ctx.shape = temperature, said.shape
+            if gradient is not None:
+                ctx.save_for_backward(gradient)
+            loss: Tensor = temperature**2 * total
+            return loss
+
+        @staticmethod
+        def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+            (gradient,) = ctx.saved_tensors
+            # In place: nobody comes here twice, which torch would tell by the version of the tensor
+            gradient.mul_(outer[0] * ctx.temperature)
+            return gradient.view(ctx.shape), None, None, None
 
     return SoftTargetLoss
-
-
-def _forward(ctx: Any, said: Tensor, wanted: Logits, places: Tensor, options: Any) -> Tensor:
-    import torch
-
-    temperature, top_k, left_out, chunk_entries = options
-    flat = said.view(-1, said.shape[-1])
-    dtype = torch.promote_types(said.dtype, torch.float32)
-    total = torch.zeros((), dtype=dtype, device=said.device)
-    gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
-    step = max(1, chunk_entries // flat.shape[-1])
-    for start in range(0, len(places), step):
-        part = slice(start, start + step)
-        logits = [flat[places[part]], wanted(part)]
-        scaled = [each.to(dtype) / temperature for each in logits]
-        if left_out is not None:
-            token = (left_out[part] >= 0).nonzero().squeeze(-1)
-            for each in scaled:
-                each[token, left_out[part][token]] = _NEVER
-        log_q, log_p = (each.log_softmax(dim=-1) for each in scaled)
-        divergence, slope = _divergence(log_p, log_q, top_k)
-        total += divergence
-        if gradient is not None:
-            gradient[places[part]] = slope.to(gradient.dtype)
-    ctx.temperature, ctx.shape = temperature, said.shape
-    if gradient is not None:
-        ctx.save_for_backward(gradient)
-    return temperature**2 * total
-
-
-def _backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
-    (gradient,) = ctx.saved_tensors
-    # In place: nobody comes here twice, which torch would tell by the version of the tensor
-    gradient.mul_(outer[0] * ctx.temperature)
-    return gradient.view(ctx.shape), None, None, None
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
@@ -175,21 +171,8 @@ class Distill(ForgettingMethod):
     name = "distill"
     Options = DistillOptions
 
-    def __init__(
-        self,
-        *,
-        weight: float,
-        temperature: float = 2.0,
-        rows: Rows = "new",
-        top_k: int | None = None,
-        mask_gold: bool = False,
-        teacher: str | None = None,
-    ) -> None:
-        self.weight = weight
-        self.temperature = temperature
-        self.rows = rows
-        self.top_k = top_k
-        self.mask_gold = mask_gold
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
         self._teacher: nn.Module | None = None
         self._flops = 0.0  # since the last look
 
@@ -219,13 +202,24 @@ class Distill(ForgettingMethod):
         """
         import torch
 
-        rows, length = self._rows(batch), batch["input_ids"].shape[1]
-        input_ids, ranks = batch["input_ids"][rows], this_rank().count
+        from tritter.models import config_of  # transformers, which a refusal does not wait for
+
+        assert self._teacher is not None
+        of_batch, length = batch["input_ids"], batch["input_ids"].shape[1]
+        is_old = batch.get("is_replay")
+        if is_old is None:
+            is_old = torch.zeros(len(of_batch), dtype=torch.bool)
+        chosen = {"new": ~is_old, "old": is_old, "both": torch.ones_like(is_old)}
+        rows = chosen[self.options.rows].nonzero().squeeze(-1).to(of_batch.device)  # [n]
+        input_ids = of_batch[rows]
         lengths = lengths_read(model, input_ids)
-        self._flops += self._flops_of(lengths)
+        self._flops += forward_flops(config_of(self._teacher)).of_all(lengths)
         tokens = torch.arange(length, device=rows.device)
         places, kept = (length * rows[:, None] + tokens).flatten(), kept_tokens(model, input_ids)
-        left_out = _next_tokens(input_ids) if self.mask_gold else None
+        left_out = None
+        if self.options.mask_gold:  # the token behind each; behind a row's last one is none
+            none = torch.full_like(input_ids[:, :1], -1)
+            left_out = torch.cat([input_ids[:, 1:], none], dim=1).flatten()
         if kept is not None:
             kept = kept.flatten()
             places, left_out = places[kept], None if left_out is None else left_out[kept]
@@ -233,12 +227,12 @@ class Distill(ForgettingMethod):
             logits,
             self._answers(input_ids, kept),
             places,
-            temperature=self.temperature,
-            top_k=self.top_k,
+            temperature=self.options.temperature,
+            top_k=self.options.top_k,
             left_out=left_out,
         )
         count = sum(at * number for at, number in lengths.items())
-        return self.weight * total / max(1.0, count / ranks)
+        return self.options.weight * total / max(1.0, count / this_rank().count)
 
     def look(self, model: nn.Module, step: int) -> float:
         flops, self._flops = self._flops, 0.0
@@ -248,16 +242,6 @@ class Distill(ForgettingMethod):
         self._teacher = None
         return {}
 
-    def _rows(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return which rows of a batch it is of, int64 [n]."""
-        import torch
-
-        is_old = batch.get("is_replay")
-        if is_old is None:
-            is_old = torch.zeros(len(batch["input_ids"]), dtype=torch.bool)
-        chosen = {"new": ~is_old, "old": is_old, "both": torch.ones_like(is_old)}[self.rows]
-        return chosen.nonzero().squeeze(-1).to(batch["input_ids"].device)
-
     def _answers(self, input_ids: Tensor, kept: Tensor | None) -> Logits:
         """Let the teacher read rows [n, T], and return what gives its logits, some at a time.
 
@@ -266,7 +250,7 @@ class Distill(ForgettingMethod):
         """
         import torch
 
-        from tritter.models import backbone_of, head_of  # transformers, as below
+        from tritter.models import backbone_of, head_of  # transformers, as above
 
         assert self._teacher is not None
         if not len(input_ids):
@@ -277,16 +261,3 @@ class Distill(ForgettingMethod):
         hidden = read.last_hidden_state.flatten(0, 1)
         hidden = hidden if kept is None else hidden[kept]
         return lambda part: head(hidden[part])
-
-    def _flops_of(self, lengths: Mapping[int, int]) -> float:
-        from tritter.models import config_of  # transformers, which a refusal does not wait for
-
-        assert self._teacher is not None
-        return forward_flops(config_of(self._teacher)).of_all(lengths)
-
-
-def _next_tokens(input_ids: Tensor) -> Tensor:
-    """Return the token behind each, of all rows in a line; behind a row's last one is none."""
-    import torch
-
-    return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -1)], dim=1).flatten()

@@ -26,9 +26,14 @@ from pydantic import Field
 from tritter.data.packing import apart_of, lengths_of
 from tritter.errors import TritterError
 from tritter.families import forward_flops, training_flops
-from tritter.forgetting.quadratic import Estimator, QuadraticPenalty, diagonal_fisher, shared_fisher
+from tritter.forgetting.quadratic import QuadraticPenalty, diagonal_fisher, shared_fisher
 from tritter.options import Count, options
 from tritter.training import Needs, Preparation, Prepared, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tritter.expand import Change
 
 _PURPOSE = "fisher"  # of the draw that the first Fisher and all later ones share
 KINDS = {"diagonal": "fisher", "penalty_preserving": "fisher_penalty"}
@@ -66,24 +71,9 @@ class EWC(QuadraticPenalty):
     Options = EWCOptions
     importance_key = "fisher"
 
-    def __init__(
-        self,
-        *,
-        ewc_lambda: float,
-        normalise: str = "none",
-        estimator: Estimator = "empirical",
-        num_sequences: int = 256,
-        carry: str = "diagonal",
-        at: str = "auto",
-        refresh_steps: int | None = 10,
-    ) -> None:
-        super().__init__(ewc_lambda)
-        self.normalise = normalise
-        self.estimator = estimator
-        self.num_sequences = num_sequences
-        self.kind = KINDS[carry]
-        self.at = at
-        self.refresh_steps = refresh_steps
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.strength, self.kind = self.options.ewc_lambda, KINDS[self.options.carry]
         self._carried: Mapping[str, Tensor] = {}
         self._scale = 1.0
 
@@ -100,10 +90,10 @@ class EWC(QuadraticPenalty):
     def prepare(self, given: Preparation) -> Prepared:
         """Take the Fisher at the weights before the expansion."""
         domains = self._fisher_domains(given, given.domains)
-        chosen = given.draw(self.num_sequences, _PURPOSE, domains=domains)
+        chosen = given.draw(self.options.num_sequences, _PURPOSE, domains=domains)
         given.say(f"Fisher of {len(chosen)} sequences of {', '.join(domains)}")
         fisher = diagonal_fisher(
-            given.model, chosen, estimator=self.estimator, progress=given.progress
+            given.model, chosen, estimator=self.options.estimator, progress=given.progress
         )
         return Prepared(
             state={self.kind: fisher},
@@ -114,22 +104,23 @@ class EWC(QuadraticPenalty):
     def begin_task(self, model: nn.Module, task: Task) -> None:
         import torch
 
-        fisher = task.state.get(self.kind)
-        if fisher is None and self.at != "expanded":
+        at, fisher = self.options.at, task.state.get(self.kind)
+        if fisher is None and at != "expanded":
             raise TritterError(
                 f"forgetting={self.name} was given no Fisher information of the old domains."
             )
         self._carried = task.carried
-        if self.normalise == "mean":  # before the expansion: copies and new entries don't move it
+        if self.options.normalise == "mean":
+            # Before the expansion: copies and new entries don't move it
             self._scale = mean_importance(task.state_before[self.kind])
-        given = {} if fisher is None or self.at == "expanded" else fisher
+        given = {} if fisher is None or at == "expanded" else fisher
         importance = {name: value / self._scale for name, value in given.items()}
-        if self.at != "carried" or self.refresh_steps is not None:
+        if at != "carried" or self.options.refresh_steps is not None:
             # What has no Fisher yet may get one: its anchor is where it begins
             free = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
             importance = {**free, **importance}
             domains = self._fisher_domains(task, tuple(task.old_sequences))
-            self._sequences = task.draw(self.num_sequences, _PURPOSE, domains=domains)
+            self._sequences = task.draw(self.options.num_sequences, _PURPOSE, domains=domains)
         self.hold(model, importance)
 
     def _fisher_domains(self, of: Preparation | Task, domains: tuple[str, ...]) -> tuple[str, ...]:
@@ -139,9 +130,15 @@ class EWC(QuadraticPenalty):
     def look(self, model: nn.Module, step: int) -> float:
         import torch
 
-        if not self._is_due(model, step):
+        if step == 0:  # before anything but the expansion changed the model
+            at = self.options.at
+            is_due = at == "expanded" or (at == "auto" and has_new_values(model, self._carried))
+        else:
+            times, rest = divmod(step, self.options.refresh_steps or step + 1)
+            is_due = rest == 0 and times.bit_count() == 1
+        if not is_due:
             return 0.0
-        taken = shared_fisher(model, self._sequences, estimator=self.estimator)
+        taken = shared_fisher(model, self._sequences, estimator=self.options.estimator)
         for name, held in self.importance.items():
             torch.maximum(held, self._looked(name, taken[name] / self._scale).to(held), out=held)
         return self._flops(model, self._sequences)
@@ -150,20 +147,13 @@ class EWC(QuadraticPenalty):
         """Return the importance that a parameter has by the Fisher of a look alone."""
         return fisher
 
-    def _is_due(self, model: nn.Module, step: int) -> bool:
-        if step == 0:  # before anything but the expansion changed the model
-            is_auto = self.at == "auto" and has_new_values(model, self._carried)
-            return self.at == "expanded" or is_auto
-        times, rest = divmod(step, self.refresh_steps or step + 1)
-        return rest == 0 and times.bit_count() == 1
-
     def _flops(self, model: nn.Module, sequences: Tensor) -> float:
         """Return what the gradients of a training step take, and no update."""
         from tritter.models import config_of  # transformers, which a refusal does not wait for
 
         config = config_of(model)
         flops = training_flops(config)
-        if self.estimator == "true":  # labels take a pass of their own
+        if self.options.estimator == "true":  # labels take a pass of their own
             flops += forward_flops(config)
         return flops.of_all(lengths_of(apart_of(model), sequences))
 
@@ -245,11 +235,6 @@ class ElasticWeightConsolidation:
 # When to use: task after task is trained, and text of those before the latest is gone. Cost: that
 # of EWC, with one more copy of the weights.
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from tritter.expand import Change
-
 
 @options
 class OnlineEWCOptions(EWCOptions):
@@ -270,10 +255,9 @@ class OnlineEWC(EWC):
     name = "online_ewc"
     Options = OnlineEWCOptions
 
-    def __init__(self, *, gamma: float = 1.0, **of_ewc: Any) -> None:
-        super().__init__(**of_ewc)
-        self.gamma = gamma
-        self.left_kind = left_kind(self.kind, self.normalise)
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.left_kind = left_kind(self.kind, self.options.normalise)
         self._earlier: dict[str, Tensor] = {}  # γ F_earlier
 
     @classmethod
@@ -286,7 +270,8 @@ class OnlineEWC(EWC):
 
         kept = task.state.get(self.left_kind, {})
         parameters = dict(model.named_parameters())
-        self._earlier = {n: (self.gamma * value).to(parameters[n]) for n, value in kept.items()}
+        gamma = self.options.gamma
+        self._earlier = {n: (gamma * value).to(parameters[n]) for n, value in kept.items()}
         super().begin_task(model, task)
         self.hold(
             model,

@@ -13,14 +13,14 @@ Cost: less than nothing, but for a copy and a mask of parameters that are frozen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from tritter.errors import Problem, RequestError
-from tritter.families import Config, LogicalTensor, Places, StoredTensor, family_of
+from tritter.families import Config, LogicalTensor, Places, family_of
 from tritter.options import Count, RunRequest, Start, Text, options
 from tritter.training import ForgettingMethod, Needs, Task
 
@@ -92,18 +92,8 @@ class Freeze(ForgettingMethod):
     Options = FreezeOptions
     freezes = True
 
-    def __init__(
-        self,
-        *,
-        layers: Any = None,
-        new_only: bool = False,
-        old_experts: bool = False,
-        until: float | None = None,
-        thaw: Order = "together",
-    ) -> None:
-        self.options = FreezeOptions(
-            layers=layers, new_only=new_only, old_experts=old_experts, until=until, thaw=thaw
-        )
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
         self._thaws: dict[str, int | None] = {}  # parameter → step from which it is trained
         self._step = 0
         self._held: dict[str, Tensor] = {}  # parameter → mask of the entries that are not
@@ -136,7 +126,17 @@ class Freeze(ForgettingMethod):
 
     @classmethod
     def start_problems(cls, options: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
-        if options.new_only and (reason := _why_nothing_is_new(run)):
+        specs, reason = run.expansion, ""
+        if run.control:
+            reason = "the control does not grow, and nothing of it would be trained; leave one out"
+        elif len(run.text.tasks) > 1:
+            reason = "the model grows for the first task alone, and the others add nothing new"
+        elif not specs and run.pipeline.target_params is None:
+            reason = "without an expansion nothing is new; choose one, or name layers instead"
+        elif specs and all(s.expansion_type == "depth" and not s.is_exact for s in specs):
+            names = " and ".join(spec.name for spec in specs)
+            reason = f"{names} only copies layers, which are not new; use llama_pro, width or moe"
+        if options.new_only and reason:
             yield Problem(f"{_KEY}.new_only", True, reason=reason)
         if options.old_experts and not family_of(start.trained[-1]).has_experts:
             reason = "the model is dense and has no experts; name layers instead"
@@ -162,22 +162,42 @@ class Freeze(ForgettingMethod):
         return Needs(carried=options.new_only or options.old_experts)
 
     def freeze(self, model: nn.Module, task: Task, *, max_steps: int) -> None:
+        import torch
+
         from tritter.training.parameters import live_layout  # transformers, as in `distill`
 
-        parameters = dict(model.named_parameters())
-        chosen = dict(self._masks(model, live_layout(model), task))
-        trained = {name: mask for name, mask in chosen.items() if parameters[name].requires_grad}
-        self._held = {name: mask for name, mask in trained.items() if not bool(mask.all())}
-        frozen = [name for name in trained if name not in self._held]
-        hold_still(model, frozen.__contains__)
-        order = {stored.name: stored.layer for stored in live_layout(model)}
-        embeddings = {
-            stored.name
-            for stored in live_layout(model)
-            if stored.parts[0].tensor.kind in ("embed", "embed_positions")
-        }
-        groups = {name: _height(name, order, embeddings) for name in trained}
-        self._thaws = self._schedule(groups, max_steps)
+        asked, stored_in_order = self.options, live_layout(model)
+        wanted, is_tied = (
+            asked.places,
+            all(part.tensor.kind != "head" for stored in stored_in_order for part in stored.parts),
+        )
+        heights: dict[str, float] = {}  # the embedding below all layers, the rest above
+        self._held = {}
+        for stored in stored_in_order:
+            tensors = [part.tensor for part in stored.parts]
+            mask = torch.zeros(stored.shape, dtype=torch.bool)  # of what is frozen
+            if wanted and all(wanted.has(tensor, is_tied=is_tied) for tensor in tensors):
+                mask[...] = True
+            if asked.new_only or (asked.old_experts and tensors[0].is_per_expert):
+                mask |= task.carried[stored.name]
+            parameter = model.get_parameter(stored.name)
+            if not parameter.requires_grad or not bool(mask.any()):
+                continue
+            is_embedding = tensors[0].kind in ("embed", "embed_positions")
+            outside = -1 if is_embedding else math.inf
+            heights[stored.name] = outside if stored.layer is None else stored.layer
+            if bool(mask.all()):
+                parameter.requires_grad_(False)
+            else:
+                self._held[stored.name] = mask
+        end = asked.first_step(max_steps)
+        self._thaws = dict.fromkeys(heights, end)
+        if end is not None and asked.thaw == "top_down":
+            order = sorted(set(heights.values()), reverse=True)
+            self._thaws = {
+                name: math.ceil(end * (order.index(height) + 1) / len(order))
+                for name, height in heights.items()
+            }
 
     def thawed(self, step: int) -> Collection[str]:
         return [name for name, at in self._thaws.items() if at is not None and step >= at]
@@ -207,7 +227,6 @@ class Freeze(ForgettingMethod):
         return 0.0
 
     def parameters_changed(self, change: Change) -> None:
-        """Refuse what it would have to follow: what is frozen stays as it is."""
         altered = {stored.name for stored in change.altered} | set(change.removed)
         frozen = self._thaws.keys() - set(self.thawed(self._step))
         if touched := sorted(altered & frozen):
@@ -221,65 +240,6 @@ class Freeze(ForgettingMethod):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in self._held.keys() - set(state["held"]):  # it thawed before
             del self._held[name], self._values[name]
-
-    def _masks(
-        self, model: nn.Module, places: tuple[StoredTensor, ...], task: Task
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield parameters of which something is frozen, and a mask of what is."""
-        import torch
-
-        wanted, is_tied = self.options.places, _is_tied(places)
-        for stored in places:
-            tensors = [part.tensor for part in stored.parts]
-            mask = torch.zeros(stored.shape, dtype=torch.bool)
-            if wanted and all(wanted.has(tensor, is_tied=is_tied) for tensor in tensors):
-                mask[...] = True
-            if self.options.new_only or (self.options.old_experts and tensors[0].is_per_expert):
-                mask |= task.carried[stored.name]
-            if bool(mask.any()):
-                yield stored.name, mask
-
-    def _schedule(self, heights: dict[str, float], max_steps: int) -> dict[str, int | None]:
-        """Return the step from which each parameter is trained."""
-        end = self.options.first_step(max_steps)
-        if end is None or self.options.thaw == "together":
-            return dict.fromkeys(heights, end)
-        order = sorted(set(heights.values()), reverse=True)
-        at = {height: math.ceil(end * n / len(order)) for n, height in enumerate(order, start=1)}
-        return {name: at[height] for name, height in heights.items()}
-
-
-def hold_still(model: nn.Module, is_frozen: Callable[[str], bool]) -> None:
-    """Let the parameters of some names need no gradient; others stay as they are."""
-    for name, parameter in model.named_parameters():
-        if is_frozen(name):
-            parameter.requires_grad_(False)
-
-
-def _height(name: str, layers: dict[str, int | None], embeddings: Collection[str]) -> float:
-    """Return how far up a parameter stands: the embedding below all layers, the rest above."""
-    layer = layers[name]
-    if layer is not None:
-        return layer
-    return -1 if name in embeddings else math.inf
-
-
-def _is_tied(places: tuple[StoredTensor, ...]) -> bool:
-    return all(part.tensor.kind != "head" for stored in places for part in stored.parts)
-
-
-def _why_nothing_is_new(run: RunRequest) -> str:
-    specs, is_planned = run.expansion, run.pipeline.target_params is not None
-    if run.control:
-        return "the control does not grow, and nothing of it would be trained; leave one out"
-    if len(run.text.tasks) > 1:
-        return "the model grows for the first task alone, and the others add nothing new"
-    if not specs and not is_planned:
-        return "without an expansion nothing is new; choose one, or name layers instead"
-    if specs and all(s.expansion_type == "depth" and not s.is_exact for s in specs):
-        names = " and ".join(spec.name for spec in specs)
-        return f"{names} only copies layers, which are not new; use llama_pro, width or moe"
-    return ""
 
 
 def _why_no_places(places: Places, grown: tuple[Config, ...]) -> str:

@@ -38,8 +38,9 @@ class L2SP(QuadraticPenalty):
     name = "l2sp"
     Options = L2SPOptions
 
-    def __init__(self, *, l2sp_lambda: float) -> None:
-        super().__init__(l2sp_lambda)
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.strength = self.options.l2sp_lambda
 
     @classmethod
     def needs(cls, options: Any) -> Needs:

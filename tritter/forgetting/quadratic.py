@@ -17,7 +17,6 @@ from tritter.seeds import derived_seed
 from tritter.training import ForgettingMethod
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from tritter.expand import Change
@@ -27,16 +26,14 @@ class QuadraticPenalty(ForgettingMethod):
     """Pull every parameter back to its anchor, as firmly as its importance says.
 
     A method fills both when a task begins, by parameter name; what has none is free.
-
-    Args:
-        strength: λ.
     """
 
     kind = "fisher"  # the rule by which an importance follows a map
     importance_key = "importance"  # in what a resumed training goes on from
+    strength: float  # λ, which a method takes from its options
 
-    def __init__(self, strength: float) -> None:
-        self.strength = strength
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
         self.anchor: dict[str, Tensor] = {}
         self.importance: dict[str, Tensor] = {}
 
@@ -71,9 +68,9 @@ class QuadraticPenalty(ForgettingMethod):
 
     def parameters_changed(self, change: Change) -> None:
         """Map anchors as weights and importances by their rule; what is new is free."""
-        # What was never held may be copied from: there the importance is zero, and no anchor counts
         import torch
 
+        # What was never held may be copied from: there the importance is zero, and no anchor counts
         unheld = (stored for stored in change.before if stored.name not in self.anchor)
         device = next((value.device for value in self.anchor.values()), None)
         zeros = {stored.name: torch.zeros(stored.shape, device=device) for stored in unheld}
@@ -131,9 +128,6 @@ def diagonal_fisher(
 
     parameters = {name: p.detach().float() for name, p in model.named_parameters()}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    # Routing has no batching rule, nor has the look for boundaries between documents
-    is_looped = has_experts(model) or apart_of(model) is not None
-    squares = _looped_squares if is_looped else _vectorised_squares
     if batch_size is None:
         num_values = sum(p.numel() for p in parameters.values())
         batch_size = min(32, max(8, _HELD_VALUES // num_values))
@@ -143,8 +137,15 @@ def diagonal_fisher(
         model.eval()
         for batch in sequences.split(batch_size):
             input_ids = batch.long().to(next(iter(parameters.values())).device)
-            labels = _labels(model, input_ids, estimator, generator)
-            for name, square in squares(model, parameters, input_ids, labels).items():
+            labels = labels_of(model, input_ids)[:, 1:]  # [B, T - 1]
+            if estimator == "true":
+                with torch.no_grad():
+                    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+                chances = logits.float().softmax(dim=-1).flatten(0, 1).cpu()
+                drawn = torch.multinomial(chances, 1, generator=generator)
+                drawn = drawn.view(len(input_ids), -1).to(input_ids.device)
+                labels = drawn.masked_fill(labels == IGNORED, IGNORED)
+            for name, square in _squares(model, parameters, input_ids, labels).items():
                 total[name] += square
             done += len(batch)
             if progress is not None:
@@ -179,33 +180,28 @@ def has_experts(model: nn.Module) -> bool:
     return family is not None and family.has_experts
 
 
-def _vectorised_squares(
+def _squares(
     model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
-    """Return the sum of the squared per-sequence gradients, all sequences at once."""
+    """Return the sum of the squared per-sequence gradients."""
+    import torch
     from torch.func import grad, vmap
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    per_sequence = vmap(grad(_sequence_loss, argnums=1), in_dims=(None, None, 0, 0))
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
-        gradients = per_sequence(model, parameters, input_ids, labels)
-    return {name: gradient.square().sum(dim=0) for name, gradient in gradients.items()}
-
-
-def _looped_squares(
-    model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
-) -> dict[str, Tensor]:
-    """Return the same, sequence after sequence."""
-    import torch
-
+    # Routing has no batching rule, nor has the look for boundaries between documents
+    if not has_experts(model) and apart_of(model) is None:
+        per_sequence = vmap(grad(_sequence_loss, argnums=1), in_dims=(None, None, 0, 0))
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
+            gradients = per_sequence(model, parameters, input_ids, labels)
+        return {name: gradient.square().sum(dim=0) for name, gradient in gradients.items()}
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for sequence, wanted in zip(input_ids, labels, strict=True):
         with torch.enable_grad():
             loss = _sequence_loss(model, leaves, sequence, wanted)
         # An expert that no token chose has no gradient
-        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-        for name, gradient in zip(leaves, gradients, strict=True):
+        found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        for name, gradient in zip(leaves, found, strict=True):
             total[name] += gradient.square()
     return total
 
@@ -220,20 +216,3 @@ def _sequence_loss(
     arguments = {"input_ids": input_ids.unsqueeze(0), "use_cache": False}
     logits = functional_call(model, dict(parameters), (), arguments).logits[0]  # [T, V]
     return nn.functional.cross_entropy(logits[:-1].float(), labels, ignore_index=IGNORED)
-
-
-def _labels(
-    model: nn.Module, input_ids: Tensor, estimator: Estimator, generator: torch.Generator
-) -> Tensor:
-    """Return the labels of positions 0 … T-2, int64 [B, T - 1]."""
-    import torch
-
-    targets = labels_of(model, input_ids)[:, 1:]
-    if estimator == "empirical":
-        return targets
-    with torch.no_grad():
-        logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
-    chances = logits.float().softmax(dim=-1).flatten(0, 1).cpu()
-    drawn = torch.multinomial(chances, 1, generator=generator)
-    labels = drawn.view(len(input_ids), -1).to(input_ids.device)
-    return labels.masked_fill(targets == IGNORED, IGNORED)

@@ -90,18 +90,22 @@ def write_text(
     num_texts = -(-num_sequences // sequences_per_text)
     pieces: list[Tensor] = []
     nats: list[Tensor] = []
-    progress = _Progress(num_texts, say)
+    since = latest = time.perf_counter()
     with evaluating(model) as device:
         generator = torch.Generator(device).manual_seed(seed)
+        draw = _Draw(temperature=temperature, top_p=top_p, generator=generator)
         for first in range(0, num_texts, batch_size):
             count = min(batch_size, num_texts - first)
             begin = torch.full((count, 1), end_of_text_id, device=device)
             length = sequences_per_text * sequence_length
-            draw = _Draw(temperature=temperature, top_p=top_p, generator=generator)
             texts, costs = _texts(model, begin, length, sequence_length, draw)
             pieces.append(texts.view(-1, sequence_length).int().cpu())
             nats.append(costs.view(-1, sequence_length).cpu())
-            progress.done(first + count)
+            done, now = first + count, time.perf_counter()
+            if done < num_texts and (latest == since or now - latest > _SAY_EVERY_SECONDS):
+                left = (now - since) / done * (num_texts - done)
+                say(f"{done} of {num_texts} texts written, about {left:.0f} s left")
+                latest = now
     costs_NT = torch.cat(nats)[:num_sequences].double()
     counted = costs_NT.isfinite()
     mean = costs_NT.nan_to_num().sum(dim=1) / counted.sum(dim=1).clamp(min=1)
@@ -180,22 +184,6 @@ def _texts(
     return torch.cat(tokens, dim=1), torch.cat(costs, dim=1)
 
 
-class _Progress:
-    """Says how long the rest may take, after the first part and every ten seconds."""
-
-    def __init__(self, total: int, say: Callable[[str], None]) -> None:
-        self._total, self._say = total, say
-        self._since = self._said = time.perf_counter()
-
-    def done(self, count: int) -> None:
-        now = time.perf_counter()
-        is_first = self._said == self._since
-        if count < self._total and (is_first or now - self._said > _SAY_EVERY_SECONDS):
-            left = (now - self._since) / count * (self._total - count)
-            self._say(f"{count} of {self._total} texts written, about {left:.0f} s left")
-            self._said = now
-
-
 @options
 class ReplayOptions:
     """The exact share of each batch that comes from the old domains.
@@ -239,19 +227,6 @@ class Replay(ForgettingMethod):
     Options = ReplayOptions
     uses_weights = False
 
-    def __init__(
-        self,
-        *,
-        fraction: float,
-        weights: Mapping[str, float] | None = None,
-        weighting: Weighting = "uniform",
-        keep: int = 0,
-    ) -> None:
-        self.fraction = fraction
-        self.weights = weights
-        self.weighting = weighting
-        self.keep = keep
-
     @classmethod
     def needs(cls, options: Any) -> Needs:
         return Needs(old_text=True, mixes=True, keeps=options.keep)
@@ -276,10 +251,10 @@ class Replay(ForgettingMethod):
         buffer = ReplayBuffer.of_domains(
             task.old_sequences,
             seed=task.seed,
-            weights=self.weights,
-            losses=task.old_losses if self.weighting == "loss" else None,
+            weights=self.options.weights,
+            losses=task.old_losses if self.options.weighting == "loss" else None,
         )
-        return batches.with_replay(buffer, self.fraction)
+        return batches.with_replay(buffer, self.options.fraction)
 
 
 # Self-replay (arXiv 2605.26097): the model writes its old text before it learns the new one.
@@ -324,27 +299,6 @@ class SelfReplay(ForgettingMethod):
     name = "self_replay"
     Options = SelfReplayOptions
 
-    def __init__(
-        self,
-        *,
-        fraction: float,
-        num_sequences: int = 512,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        sequences_per_text: int = 4,
-        min_distinct: float = 0.5,
-        min_perplexity: float = 1.5,
-        max_perplexity: float | None = None,
-    ) -> None:
-        self.fraction = fraction
-        self.num_sequences = num_sequences
-        self.temperature = temperature
-        self.top_p = top_p
-        self.sequences_per_text = sequences_per_text
-        self.min_distinct = min_distinct
-        self.min_perplexity = min_perplexity
-        self.max_perplexity = max_perplexity
-
     @classmethod
     def needs(cls, options: Any) -> Needs:
         return Needs(writes=True, mixes=True)
@@ -356,29 +310,28 @@ class SelfReplay(ForgettingMethod):
     def prepare(self, given: Preparation) -> Prepared:
         from tritter.models import config_of  # transformers, which a refusal does not wait for
 
-        config, length = config_of(given.model), given.sequence_length
+        config, length, asked = config_of(given.model), given.sequence_length, self.options
         vocab_size = family_of(config).dimensions(config).vocab_size
-        given.say(f"the model writes {self.num_sequences} sequences of {length} tokens to replay")
+        count, per_text = asked.num_sequences, asked.sequences_per_text
+        given.say(f"the model writes {count} sequences of {length} tokens to replay")
         written = write_text(
             given.model,
-            num_sequences=self.num_sequences,
+            num_sequences=count,
             sequence_length=length,
             end_of_text_id=given.end_of_text_id,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            sequences_per_text=self.sequences_per_text,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            sequences_per_text=per_text,
             seed=given.seed("self_replay"),
             say=given.say,
         )
         sorted_out = self.sort_out(written, vocab_size=vocab_size)
-        flops = forward_flops(config)
-        num_texts = -(-self.num_sequences // self.sequences_per_text)
-        kept = sorted_out.kept
+        flops, kept = forward_flops(config), sorted_out.kept
         return Prepared(
             written=kept,
-            flops=num_texts * sum(map(flops.of, lengths_read(self.sequences_per_text, length))),
+            flops=-(-count // per_text) * sum(map(flops.of, lengths_read(per_text, length))),
             found={"written": {**sorted_out.dropped, "kept": len(kept)}},
-            notes=(sorted_out.note(self.num_sequences, length),),
+            notes=(sorted_out.note(count, length),),
         )
 
     def sort_out(self, written: Written, *, vocab_size: int) -> SortedOut:
@@ -389,9 +342,9 @@ class SelfReplay(ForgettingMethod):
         """
         import torch
 
-        highest = self.max_perplexity or float(vocab_size)
-        repeats = distinct_share(written.sequences) < self.min_distinct
-        too_low = ~repeats & (written.nats < math.log(self.min_perplexity))
+        highest = self.options.max_perplexity or float(vocab_size)
+        repeats = distinct_share(written.sequences) < self.options.min_distinct
+        too_low = ~repeats & (written.nats < math.log(self.options.min_perplexity))
         too_high = ~repeats & (written.nats > math.log(highest))
         kept = ~(repeats | too_low | too_high)
         dropped = {
@@ -414,7 +367,7 @@ class SelfReplay(ForgettingMethod):
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         assert task.written is not None
         buffer = ReplayBuffer.of_domains({"written": task.written}, seed=task.seed)
-        return batches.with_replay(buffer, self.fraction)
+        return batches.with_replay(buffer, self.options.fraction)
 
 
 _WORDS = {

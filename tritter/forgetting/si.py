@@ -60,10 +60,9 @@ class SI(QuadraticPenalty):
     kind = "si_importance"
     importance_key = "si_importance"
 
-    def __init__(self, *, si_lambda: float, xi: float = 1e-4, num_sequences: int = 256) -> None:
-        super().__init__(2 * si_lambda)  # of a penalty with a half
-        self.xi = xi
-        self.num_sequences = num_sequences
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.strength = 2 * self.options.si_lambda  # of a penalty with a half
         self.path = WeightPath(start={})
         self._own: dict[str, Tensor] | None = None  # gradient of the new rows, their loss summed up
         self._own_rows, self._own_lengths = 0.0, Counter[int]()
@@ -85,16 +84,14 @@ class SI(QuadraticPenalty):
         """Pass on Ω of the tasks before the latest, or estimate that of all."""
         if all(kind in given.state for kind in RECORDED):
             return Prepared(state={self.kind: given.state.get(self.kind, {})})
-        from tritter.training.parameters import (
-            flops_of_sequence,  # transformers: a refusal is quick
-        )
+        from tritter.training.parameters import flops_of_sequence  # transformers, for no refusal
 
         if not given.domains:
             raise RequestError(
                 "data.old = null: nobody recorded the path of this model's training, and si "
                 "estimates it on old text; name it, or choose forgetting=l2sp."
             )
-        chosen = given.draw(self.num_sequences, "si")
+        chosen = given.draw(self.options.num_sequences, "si")
         fisher = diagonal_fisher(
             given.model, chosen, seed=given.seed("si"), progress=given.progress
         )
@@ -110,7 +107,7 @@ class SI(QuadraticPenalty):
     def begin_task(self, model: nn.Module, task: Task) -> None:
         omega, moved = (task.state.get(kind, {}) for kind in RECORDED)
         importance = dict(task.state.get(self.kind, {}))
-        for name, latest in recorded_importance(omega, moved, xi=self.xi).items():
+        for name, latest in recorded_importance(omega, moved, xi=self.options.xi).items():
             importance[name] = importance.get(name, 0) + latest
         if not importance:
             raise TritterError("forgetting=si was given no path of an earlier training.")
@@ -141,12 +138,21 @@ class SI(QuadraticPenalty):
         self._own_rows += weight
 
     def observe_gradients(self, model: nn.Module) -> None:
+        import torch
+        from torch import distributed
+
         from tritter.training.parameters import flops_of_sequence  # likewise
 
         if self._own is None:
             self.path.before_step(model)
             return
-        rows = _of_all_processes(self._own, self._own_rows)
+        rows = self._own_rows
+        if this_rank().count > 1:
+            device = next(iter(self._own.values())).device
+            summed = torch.tensor(rows, dtype=torch.float32, device=device)
+            for value in (summed, *self._own.values()):
+                distributed.all_reduce(value)
+            rows = float(summed)
         for value in self._own.values():
             value.div_(rows or 1)
         self.path.before_step(model, self._own)
@@ -201,28 +207,10 @@ def estimated_importance(fisher: Values, *, length: int) -> Values:
     return {name: value * (0.5 * (length - 1)) for name, value in fisher.items()}
 
 
-def _of_all_processes(gradients: Values, rows: float) -> float:
-    """Add up gradients in place over the processes of a training; return the sum of their rows."""
-    import torch
-    from torch import distributed
-
-    if this_rank().count == 1:
-        return rows
-    first = next(iter(gradients.values()))
-    total = torch.tensor(rows, dtype=torch.float32, device=first.device)
-    for value in (total, *gradients.values()):
-        distributed.all_reduce(value)
-    return float(total)
-
-
 # The way that the weights of a training go, and how much of the fall of a loss each did.
 #
 # ω = Σ −g·Δθ over the steps of a training (Zenke et al. 2017, arXiv 1703.04200, eq. 3), where g
 # is the gradient at the start of a step.
-
-if TYPE_CHECKING:
-    from tritter.expand import Change
-
 PATH_INTEGRAL, DISPLACEMENT = "path_integral", "displacement"
 RECORDED = (PATH_INTEGRAL, DISPLACEMENT)  # kinds of state: ω, and Δ, how far each weight came
 

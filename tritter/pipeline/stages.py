@@ -25,7 +25,6 @@ from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_f
 from tritter.experts.whole import load_whole
 from tritter.families import count_parameters, forward_flops, position_limit, training_flops
 from tritter.forgetting import build_methods
-from tritter.forgetting.freeze import hold_still
 from tritter.models import config_of, load_model
 from tritter.moe_routing import (
     DistillationModule,
@@ -306,7 +305,9 @@ def _hold_old(context: RunContext, arm: Arm, model: nn.Module) -> None:
     """Hold all that is old, where an expansion asks for its new blocks alone to be trained."""
     if any(spec.new_blocks_only for spec in arm.specs):
         carried = context.planned(arm).change.masks()
-        hold_still(model, lambda name: bool(carried[name].any()))
+        for name, parameter in model.named_parameters():
+            if bool(carried[name].any()):
+                parameter.requires_grad_(False)
 
 
 def _freeze(

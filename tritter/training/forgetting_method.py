@@ -167,7 +167,7 @@ class NoOptions:
 
 
 class ForgettingMethod:
-    """Base of all methods; each hook does nothing unless a method overrides it.
+    """Base of all methods, made of their options; each hook does nothing unless it is overridden.
 
     Order within a step: `observe_batch` and `extra_loss` before the backward pass; then, on
     unclipped gradients of the task, `observe_gradients` of all methods, and only then
@@ -178,6 +178,9 @@ class ForgettingMethod:
     Options: ClassVar[type[Any]] = NoOptions  # whose fields are the arguments of the method
     uses_weights: ClassVar[bool] = True  # False: it only chooses what is trained on
     freezes: ClassVar[bool] = False  # parts of the model are not trained
+
+    def __init__(self, **arguments: Any) -> None:
+        self.options = self.Options(**arguments)
 
     @classmethod
     def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
