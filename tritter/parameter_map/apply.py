@@ -102,37 +102,34 @@ def map_tensor(
 
     if source is None:
         created = torch.zeros(tensor_map.shape)
-        if quantity is not Quantity.WEIGHT:
-            return created
-        return _filled(created, torch.zeros(tensor_map.shape, dtype=torch.bool), tensor_map.fill)
+        nowhere = torch.zeros(tensor_map.shape, dtype=torch.bool)
+        is_filled = quantity is Quantity.WEIGHT
+        return _filled(created, nowhere, tensor_map.fill) if is_filled else created
     axes = tensor_map.axes or (None,) * source.ndim
     if len(axes) != source.ndim:
         raise ValueError(f"a map of {len(axes)} axes met a tensor of shape {tuple(source.shape)}")
     if quantity is not Quantity.WEIGHT:
         gathered = _gather(source, axes, quantity)
         return torch.zeros_like(gathered) if tensor_map.state == "fresh" else gathered
-    if tensor_map.offset:
-        return _with_offset(tensor_map, source, donor)
+    if offset := tensor_map.offset:  # the map acts on the sum, which is what the model uses
+        effective = map_tensor(
+            replace(tensor_map, offset=0.0),
+            source.to(compute_dtype(source)) + offset,
+            donor=None if donor is None else donor + offset,
+        )
+        return (effective - offset).to(source.dtype)
     values = _gather(source, axes, quantity)
     if tensor_map.is_zeroed:
         return torch.zeros_like(values)
     if tensor_map.noise:
-        values = _with_noise(values, tensor_map, source)
+        is_copy = flagged(axes, lambda axis: axis.is_duplicate) | tensor_map.is_copy
+        std = tensor_map.noise * float(source.double().std())
+        noise = normal_numbers(tensor_map.noise_seed, std=std)(values.shape).to(values)
+        values = torch.where(is_copy.to(values.device), values + noise, values)
     if all(axis is None or bool((axis.index >= 0).all()) for axis in axes):
         return values
     has_source = ~flagged(axes, is_new)
     return _filled(values, has_source.to(values.device), tensor_map.fill, like=source, donor=donor)
-
-
-def _with_offset(tensor_map: TensorMap, source: Tensor, donor: Tensor | None) -> Tensor:
-    """Let the map act on the sum of weight and offset, which is what the model uses."""
-    offset = tensor_map.offset
-    effective = map_tensor(
-        replace(tensor_map, offset=0.0),
-        source.to(compute_dtype(source)) + offset,
-        donor=None if donor is None else donor + offset,
-    )
-    return (effective - offset).to(source.dtype)
 
 
 def carried(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
@@ -148,10 +145,13 @@ def carried(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
 
     if source_mask is None:
         return torch.zeros(tensor_map.shape, dtype=torch.bool)
-    mask = _select(tensor_map, source_mask)
+    mask = source_mask
+    for dimension, axis in enumerate(tensor_map.axes):
+        if axis is not None:
+            mask = mask.index_select(dimension, axis.index.clamp(min=0))
     if tensor_map.is_zeroed or tensor_map.state == "fresh":
         return torch.zeros_like(mask)
-    return mask
+    return mask & ~flagged(tensor_map.axes, is_new) if tensor_map.axes else mask
 
 
 def carried_mask(tensor_map: TensorMap, read: Read) -> Tensor:
@@ -177,15 +177,6 @@ def new_along(tensor_map: TensorMap, dimension: int) -> Tensor | None:
     if earlier is not None:
         flags = flags | earlier[axis.index.clamp(min=0)]
     return flags if bool(flags.any()) else None
-
-
-def _select(tensor_map: TensorMap, source_mask: Tensor) -> Tensor:
-    """Gather a bool mask along the map; coordinates without a source are False."""
-    mask = source_mask
-    for dimension, axis in enumerate(tensor_map.axes):
-        if axis is not None:
-            mask = mask.index_select(dimension, axis.index.clamp(min=0))
-    return mask & ~flagged(tensor_map.axes, is_new) if tensor_map.axes else mask
 
 
 def is_new(axis: AxisFactor) -> Tensor:
@@ -217,11 +208,8 @@ def compute_dtype(source: Tensor) -> torch.dtype:
     return torch.float64 if source.dtype == torch.float64 else torch.float32
 
 
-def _gather(
-    source: Tensor,
-    axes: tuple[AxisFactor | None, ...],
-    quantity: Quantity,
-) -> Tensor:
+def _gather(source: Tensor, axes: Sequence[AxisFactor | None], quantity: Quantity) -> Tensor:
+    """Return the source's entries at their places, each times the factors of its axes."""
     wide_dtype = compute_dtype(source)
     values = source
     for dimension, axis in enumerate(axes):
@@ -287,15 +275,15 @@ def _filled(
             return torch.where(has_source, values, row)
         case "random":
             rows = values[:: fill.repeat]
-            drawn = _drawn(rows, fill.seed, std=fill.std)
+            drawn = normal_numbers(fill.seed, std=fill.std)(rows.shape).to(values)
             if fill.repeat > 1:
                 drawn = drawn.repeat_interleave(fill.repeat, dim=0)
             return torch.where(has_source, values, drawn)
         case "matched":
             assert like is not None, "a matched fill needs a source"
             wide = fill.scale * like.double()
-            drawn = _drawn(values, fill.seed, std=float(wide.std()), mean=float(wide.mean()))
-            return torch.where(has_source, values, drawn)
+            draw = normal_numbers(fill.seed, std=float(wide.std()), mean=float(wide.mean()))
+            return torch.where(has_source, values, draw(values.shape).to(values))
         case "copy":
             assert donor is not None, "a fill that copies needs a donor"
             return torch.where(has_source, values, donor.to(values))
@@ -305,18 +293,14 @@ def _filled(
             return values.masked_scatter_(lacking, fill.values.to(values))
 
 
-def _drawn(values: Tensor, seed: int, *, std: float, mean: float = 0.0) -> Tensor:
+def normal_numbers(seed: int, *, std: float, mean: float = 0.0) -> Callable[[torch.Size], Tensor]:
+    """Return what goes on drawing normal numbers, block by block as one draw of all would."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(values.shape, generator=generator).mul_(std)
-    return (drawn.add_(mean) if mean else drawn).to(values)
 
+    def draw(shape: torch.Size) -> Tensor:
+        drawn = torch.randn(shape, generator=generator).mul_(std)
+        return drawn.add_(mean) if mean else drawn
 
-def _with_noise(values: Tensor, tensor_map: TensorMap, source: Tensor) -> Tensor:
-    import torch
-
-    is_copy = flagged(tensor_map.axes, lambda axis: axis.is_duplicate) | tensor_map.is_copy
-    std = tensor_map.noise * float(source.double().std())
-    noise = _drawn(values, tensor_map.noise_seed, std=std)
-    return torch.where(is_copy.to(values.device), values + noise, values)
+    return draw

@@ -7,10 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
-from tritter.parameter_map.apply import Read, compute_dtype, is_new, mapped, rounded_weight, taken
+from tritter.parameter_map.apply import (
+    Read,
+    compute_dtype,
+    is_new,
+    mapped,
+    normal_numbers,
+    rounded_weight,
+    taken,
+)
 from tritter.parameter_map.tensor_map import AxisFactor, TensorMap
 
 if TYPE_CHECKING:
@@ -69,42 +78,47 @@ class WeightReader:
             for block in self.read(name).reshape(-1).split(BLOCK_ENTRIES):
                 yield block.to(dtype)
             return
-        rows = self._rows(step)
-        if rows is None:
-            yield rounded_weight(step, self.read, dtype)
-            return
-        for block in rows.blocks():
-            yield block.to(dtype)
-
-    def _rows(self, step: TensorMap) -> _Rows | None:
-        """Return what makes rows of a target one after the other, if its map allows that."""
-        if not makes_rows(step):
-            return None
-        assert step.source is not None
-        name, source = self._value(step.source)
-        if source.ndim != 2:
-            return None
-        donor = None if step.fill.donor is None else self._value(step.fill.donor)[1]
-        return _Rows(step, source, donor, lambda: self._spread(name, source))
+        if step.source is not None and makes_rows(step):
+            name, source = self._value(step.source)
+            if source.ndim == 2:
+                donor = None if step.fill.donor is None else self._value(step.fill.donor)[1]
+                spread = partial(self._spread, name, source)
+                for block in _Rows(step, source, donor, spread).blocks():
+                    yield block.to(dtype)
+                return
+        yield rounded_weight(step, self.read, dtype)
 
     def _value(self, source: str | TensorMap) -> tuple[str, Tensor]:
         """Return a tensor of the first model with its name, or what a map made of some, wide."""
+
+        def read_wide(name: str) -> Tensor:
+            tensor = self.read(name)
+            return tensor.to(compute_dtype(tensor))
+
         if isinstance(source, TensorMap) and not source.is_verbatim:
-            return "", mapped(source, self._read_wide)
+            return "", mapped(source, read_wide)
         name = source if isinstance(source, str) else source.origin
         assert name is not None
         return name, self.read(name)
 
-    def _read_wide(self, name: str) -> Tensor:
-        tensor = self.read(name)
-        return tensor.to(compute_dtype(tensor))
-
     def _spread(self, name: str, source: Tensor) -> Spread:
-        found = self.spreads.get(name)
-        if found is None:
-            found = _spread_of(source)
-            if name:
-                self.spreads[name] = found
+        """Sum up block by block; what is small, and what would cancel out, is summed up exactly."""
+        if name in self.spreads:
+            return self.spreads[name]
+        count, total, squares = source.numel(), 0.0, 0.0
+        if count > BLOCK_ENTRIES:
+            for block in source.reshape(-1).split(BLOCK_ENTRIES):
+                wide = block.double()
+                total += float(wide.sum())
+                squares += float(wide.dot(wide))
+        mean = total / max(count, 1)
+        if count <= BLOCK_ENTRIES or count * mean**2 > 0.5 * squares:
+            wide = source.double()
+            found = Spread(float(wide.mean()), float(wide.std()))
+        else:
+            found = Spread(mean, ((squares - count * mean**2) / (count - 1)) ** 0.5)
+        if name:
+            self.spreads[name] = found
         return found
 
 
@@ -114,105 +128,103 @@ class _Rows:
     def __init__(
         self, step: TensorMap, source: Tensor, donor: Tensor | None, spread: Callable[[], Spread]
     ) -> None:
-        self._step, self._source, self._donor = step, source, donor
-        self._rows, self._columns = step.axes or (None, None)
+        self._step, self._source, self._donor, self._spread = step, source, donor, spread
+        self._axes = step.axes or (None, None)
         self._shape = tuple(
             size if axis is None else axis.index.numel()
-            for axis, size in zip((self._rows, self._columns), source.shape, strict=True)
+            for axis, size in zip(self._axes, source.shape, strict=True)
         )
         self._dtype = compute_dtype(source)
-        self._factors = tuple(map(self._factor, (self._rows, self._columns)))
-        new_rows, new_columns = map(_new, (self._rows, self._columns))
-        self._has_new = new_rows is not None or new_columns is not None
-        self._new_rows = _flags(new_rows, self._shape[0])
-        self._new_columns = _flags(new_columns, self._shape[1])
-        self._noise = None if step.is_zeroed or not step.noise else self._noise_drawn(spread)
-        self._fill = self._filler(spread) if self._has_new and not step.is_zeroed else None
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield the weights in order, in the dtype that they are computed in."""
-        rows, columns = self._shape
+        import torch
+
+        (rows, columns), (row_axis, column_axis) = self._shape, self._axes
         height = max(BLOCK_ENTRIES // max(columns, 1) // _DRAWN_TOGETHER, 1) * _DRAWN_TOGETHER
         if columns < _DRAWN_TOGETHER:
             height = max(rows, 1)
-        for begin in range(0, rows, height):
-            yield self._block(begin, min(begin + height, rows))
-
-    def _block(self, begin: int, end: int) -> Tensor:
-        import torch
-
-        if self._step.is_zeroed:
-            return torch.zeros((end - begin, self._shape[1]), dtype=self._dtype)
-        values = self._taken(begin, end).to(self._dtype, copy=True)
-        row_factor, column_factor = self._factors
-        if row_factor is not None:
-            values.mul_(row_factor[begin:end, None])
-        if column_factor is not None:
-            values.mul_(column_factor)
-        if self._noise is not None:
-            is_copy, draw = self._noise
-            noise = draw(values.shape).to(values)
-            if is_copy is None:
-                values.add_(noise)
-            else:
-                values = torch.where(is_copy(begin, end), values + noise, values)
-        if self._fill is None:
-            return values
-        lacking = self._new_rows[begin:end, None] | self._new_columns
-        return torch.where(lacking, self._fill(begin, end).to(values), values)
-
-    def _taken(self, begin: int, end: int) -> Tensor:
-        """Return source entries at their places; anything where there are none."""
-        part = self._source[begin:end] if self._rows is None else self._taken_rows(begin, end)
-        return part if self._columns is None else taken(part, 1, self._columns.index)
-
-    def _taken_rows(self, begin: int, end: int) -> Tensor:
-        import torch
-
-        assert self._rows is not None
-        index = self._rows.index[begin:end].clamp(min=0)
-        first, count = int(index[0]), end - begin
-        if bool((index == torch.arange(first, first + count)).all()):
-            return self._source[first : first + count]
-        return self._source.index_select(0, index)
-
-    def _factor(self, axis: AxisFactor | None) -> Tensor | None:
-        if axis is None or bool((axis.weight == 1).all()):
-            return None
-        return axis.weight.to(self._dtype)
-
-    def _noise_drawn(
-        self, spread: Callable[[], Spread]
-    ) -> tuple[Callable[[int, int], Tensor] | None, Callable[[torch.Size], Tensor]] | None:
-        """Return where noise is added (None: everywhere) and what draws it; None if nowhere."""
-        step = self._step
-        axes = zip((self._rows, self._columns), self._shape, strict=True)
-        rows, columns = (
-            _flags(None if axis is None else axis.is_duplicate, size) for axis, size in axes
+        row_factor, column_factor = (
+            None if axis is None or bool((axis.weight == 1).all()) else axis.weight.to(self._dtype)
+            for axis in self._axes
         )
+        is_zeroed = self._step.is_zeroed
+        add_noise = None if is_zeroed or not self._step.noise else self._noise()
+        new_rows, new_columns = self._flags(is_new)
+        has_new = bool(new_rows.any()) or bool(new_columns.any())
+        fill = self._filler() if has_new and not is_zeroed else None
+        for begin in range(0, rows, height):
+            end = min(begin + height, rows)
+            if is_zeroed:
+                yield torch.zeros((end - begin, columns), dtype=self._dtype)
+                continue
+            # Source entries at their places; anything where there are none
+            part = self._source[begin:end]
+            if row_axis is not None:
+                index = row_axis.index[begin:end].clamp(min=0)
+                first, last = int(index[0]), int(index[0]) + end - begin
+                is_slice = bool((index == torch.arange(first, last)).all())
+                part = self._source[first:last] if is_slice else self._source.index_select(0, index)
+            if column_axis is not None:
+                part = taken(part, 1, column_axis.index)
+            values = part.to(self._dtype, copy=True)
+            if row_factor is not None:
+                values.mul_(row_factor[begin:end, None])
+            if column_factor is not None:
+                values.mul_(column_factor)
+            if add_noise is not None:
+                values = add_noise(values, begin, end)
+            if fill is not None:
+                lacking = new_rows[begin:end, None] | new_columns
+                values = torch.where(lacking, fill(begin, end).to(values), values)
+            yield values
+
+    def _flags(self, flags: Callable[[AxisFactor], Tensor]) -> list[Tensor]:
+        """Return what is flagged along rows and columns, bool [rows] and [columns]."""
+        import torch
+
+        axes = zip(self._axes, self._shape, strict=True)
+        return [torch.zeros(n, dtype=torch.bool) if a is None else flags(a) for a, n in axes]
+
+    def _noise(self) -> Callable[[Tensor, int, int], Tensor] | None:
+        """Return what adds noise to rows; None where nothing is a copy."""
+        import torch
+
+        step = self._step
+        rows, columns = self._flags(lambda axis: axis.is_duplicate)
         if not (step.is_copy or bool(rows.any()) or bool(columns.any())):
             return None
-        found = spread()
+        std = step.noise * self._spread().std
         std = _as_float32(
-            step.noise * found.std,
-            step.noise * found.std * _SUMMATION_ERROR,
-            lambda: step.noise * float(self._source.double().std()),
+            std, std * _SUMMATION_ERROR, lambda: step.noise * float(self._source.double().std())
         )
-        draw = _drawn(step.noise_seed, std=std)
-        if step.is_copy:
-            return None, draw
-        return (lambda begin, end: rows[begin:end, None] | columns), draw
+        draw = normal_numbers(step.noise_seed, std=std)
 
-    def _filler(self, spread: Callable[[], Spread]) -> Callable[[int, int], Tensor]:
+        def add(values: Tensor, begin: int, end: int) -> Tensor:
+            noise = draw(values.shape).to(values)
+            if step.is_copy:
+                return values.add_(noise)
+            return torch.where(rows[begin:end, None] | columns, values + noise, values)
+
+        return add
+
+    def _filler(self) -> Callable[[int, int], Tensor]:
         """Return what gives rows of which the new entries are taken."""
         import torch
 
         fill, source, columns = self._step.fill, self._source, self._shape[1]
         match fill.kind:
             case "random":
-                draw = _drawn(fill.seed, std=fill.std)
+                draw = normal_numbers(fill.seed, std=fill.std)
             case "matched":
-                draw = self._drawn_like_source(spread())
+                spread, scale = self._spread(), fill.scale
+                std, mean = abs(scale) * spread.std, scale * spread.mean
+                error = std * _SUMMATION_ERROR
+                draw = normal_numbers(
+                    fill.seed,
+                    std=_as_float32(std, error, lambda: float((scale * source.double()).std())),
+                    mean=_as_float32(mean, error, lambda: float((scale * source.double()).mean())),
+                )
             case "row_mean":
                 row = source.double().mean(dim=0).to(self._dtype)
                 return lambda begin, end: row
@@ -225,44 +237,6 @@ class _Rows:
                 return lambda begin, end: zero
         return lambda begin, end: draw(torch.Size((end - begin, columns)))
 
-    def _drawn_like_source(self, spread: Spread) -> Callable[[torch.Size], Tensor]:
-        fill, source = self._step.fill, self._source
-        std, mean = abs(fill.scale) * spread.std, fill.scale * spread.mean
-        error = std * _SUMMATION_ERROR
-        return _drawn(
-            fill.seed,
-            std=_as_float32(std, error, lambda: float((fill.scale * source.double()).std())),
-            mean=_as_float32(mean, error, lambda: float((fill.scale * source.double()).mean())),
-        )
-
-
-def _drawn(seed: int, *, std: float, mean: float = 0.0) -> Callable[[torch.Size], Tensor]:
-    """Return what goes on drawing normal numbers, as one draw for the whole tensor would."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(shape: torch.Size) -> Tensor:
-        drawn = torch.randn(shape, generator=generator).mul_(std)
-        return drawn.add_(mean) if mean else drawn
-
-    return draw
-
-
-def _spread_of(source: Tensor) -> Spread:
-    """Sum up block by block; what is small, and what would cancel out, is summed up exactly."""
-    count, total, squares = source.numel(), 0.0, 0.0
-    if count > BLOCK_ENTRIES:
-        for block in source.reshape(-1).split(BLOCK_ENTRIES):
-            wide = block.double()
-            total += float(wide.sum())
-            squares += float(wide.dot(wide))
-    mean = total / max(count, 1)
-    if count <= BLOCK_ENTRIES or count * mean**2 > 0.5 * squares:
-        wide = source.double()
-        return Spread(float(wide.mean()), float(wide.std()))
-    return Spread(mean, ((squares - count * mean**2) / (count - 1)) ** 0.5)
-
 
 def _as_float32(value: float, error: float, exact: Callable[[], float]) -> float:
     """Return a number that float32 rounds as it rounds the exact one, which is slow to compute."""
@@ -270,18 +244,6 @@ def _as_float32(value: float, error: float, exact: Callable[[], float]) -> float
 
     low, high = torch.tensor([value - error, value + error], dtype=torch.float64).float()
     return value if bool(low == high) else exact()
-
-
-def _new(axis: AxisFactor | None) -> Tensor | None:
-    """Return bool [N], which coordinates are new; None where none is."""
-    flags = None if axis is None else is_new(axis)
-    return flags if flags is not None and bool(flags.any()) else None
-
-
-def _flags(flags: Tensor | None, size: int) -> Tensor:
-    import torch
-
-    return torch.zeros(size, dtype=torch.bool) if flags is None else flags
 
 
 _WIDE, _DOUBLE = 4, 8  # bytes of a number that is computed on, of one that is summed up

@@ -87,10 +87,6 @@ class AxisMap:
         return int(counts[0])
 
     @classmethod
-    def identity(cls, size: int) -> AxisMap:
-        return cls.padded(size, size)
-
-    @classmethod
     def padded(cls, old_size: int, new_size: int) -> AxisMap:
         """Keep the old block in front and add new coordinates behind it."""
         import torch
@@ -146,26 +142,6 @@ class AxisMap:
             scale=self.scale * scale,
             share=self.share / scale,
         )
-
-    def producer_matrix(self) -> Tensor:
-        """Return E, float64 [N, n]."""
-        return self._dense(self.scale)
-
-    def consumer_matrix(self) -> Tensor:
-        """Return C, float64 [n, N]."""
-        return self._dense(self.share).T
-
-    def _dense(self, values: Tensor) -> Tensor:
-        import torch
-
-        dense = torch.zeros(self.new_size, self.old_size, dtype=torch.float64)
-        kept = (self.source >= 0).nonzero().squeeze(1)
-        dense[kept, self.source[kept]] = values[kept]
-        return dense
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -378,7 +354,10 @@ class TensorMap:
         ]
         noise = [self.noise, self.noise_seed]
         fill = self.fill.description()
-        source, *blend = map(_described, (self.source, *self.blend))
+        source, *blend = (
+            each.description() if isinstance(each, TensorMap) else each
+            for each in (self.source, *self.blend)
+        )
         plain: list[object] = [source, axes, fill, self.is_zeroed, self.state, *noise]
         # What few maps have is left out where it is absent, so that old digests stay what they are
         rare = {
@@ -422,10 +401,6 @@ class ParameterMap:
         plain = {name: tensor_map.description() for name, tensor_map in self.tensors.items()}
         text = json.dumps([plain, self.layer_sources], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _described(source: str | TensorMap | None) -> object:
-    return source.description() if isinstance(source, TensorMap) else source
 
 
 def _tensor_digest(*tensors: Tensor) -> str:
