@@ -25,7 +25,7 @@ from tritter.expansion import (
 )
 from tritter.families import LLAMA
 from tritter.models import read_config
-from tritter.parameter_map import Quantity, TensorMap, map_tensor, mapped
+from tritter.parameter_map import AxisMap, Quantity, TensorMap, map_tensor, mapped
 
 EXACT: dict[str, list[ExpansionSpec]] = {
     "fresh doubled": [Width()],
@@ -216,9 +216,7 @@ def test_gradient_of_the_expanded_model_is_the_mapped_gradient(
 
 def test_copies_of_the_residual_stream_share_equally() -> None:
     """Unequal shares would break the gradient identity above; see AxisMap.tiled."""
-    from tritter.expansion.width import residual_map
-
-    residual = residual_map(24, 60, is_repeated=True)
+    residual = AxisMap.tiled(24, 60)
     shares = residual.share[residual.source >= 0]
     assert float(shares.max() - shares.min()) == 0.0
     assert residual.num_copies == 2

@@ -31,7 +31,6 @@ from tritter.expansion import (
     Width,
     build_steps,
 )
-from tritter.expansion.width import width_map
 from tritter.families import family_of
 from tritter.models import disk_tensors, live_tensors, read_config
 from tritter.parameter_map import AxisFactor, AxisMap, TensorMap
@@ -137,10 +136,8 @@ def test_new_directions_beside_the_old_ones_are_seen() -> None:
     """Why they are refused: the best that an RMSNorm takes, made by hand, and every eps."""
     model = tiny("gpt_neox").double()
     (right,) = _steps(model, Width(init="net2net"))
-    fresh = width_map(
-        family_of(right.source_config), right.source_config, right.target_config,
-        init="fresh", strategy="fresh", is_repeated=False, equal_shares=True, noise=0.0, seed=0,
-    )  # fmt: skip
+    configs = (right.source_config, right.target_config)
+    fresh = Width().parameter_map(family_of(configs[0]), *configs, seed=0)
     for eps in (1e-3, 0.5e-3, 2e-3):
         target = {**right.target_config, "layer_norm_eps": eps}
         spoiled = replace(right, parameter_map=fresh, target_config=target)

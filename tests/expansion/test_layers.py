@@ -8,13 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritter.errors import RequestError
-from tritter.expansion.depth import (
-    block_insertion_sources,
-    depth_upscale_sources,
-    interpolation_sources,
-    repeated_layers,
-    stack_sources,
-)
+from tritter.expansion.depth import Dus, Interpolate, LlamaPro, Stack, repeated_layers
 
 LAYERS = st.integers(1, 40)
 
@@ -23,9 +17,9 @@ LAYERS = st.integers(1, 40)
 
 
 def test_solar_takes_layers_0_to_23_and_8_to_31() -> None:
-    assert depth_upscale_sources(32, target_layers=48) == (*range(24), *range(8, 32))
-    assert depth_upscale_sources(32, drop_layers=8) == (*range(24), *range(8, 32))
-    assert depth_upscale_sources(32) == (*range(24), *range(8, 32))
+    assert Dus(target_layers=48).layer_sources(32) == (*range(24), *range(8, 32))
+    assert Dus(drop_layers=8).layer_sources(32) == (*range(24), *range(8, 32))
+    assert Dus().layer_sources(32) == (*range(24), *range(8, 32))
 
 
 @pytest.mark.parametrize(
@@ -40,12 +34,12 @@ def test_solar_takes_layers_0_to_23_and_8_to_31() -> None:
     ],
 )
 def test_dus_default(layers: int, sources: tuple[int, ...]) -> None:
-    assert depth_upscale_sources(layers) == sources
+    assert Dus().layer_sources(layers) == sources
 
 
 def test_24_to_48_drops_nothing() -> None:
-    assert depth_upscale_sources(24, target_layers=48) == (*range(24), *range(24))
-    assert depth_upscale_sources(24, target_layers=48, drop_layers=0) == (*range(24), *range(24))
+    assert Dus(target_layers=48).layer_sources(24) == (*range(24), *range(24))
+    assert Dus(target_layers=48, drop_layers=0).layer_sources(24) == (*range(24), *range(24))
 
 
 @given(layers=LAYERS, data=st.data())
@@ -53,12 +47,12 @@ def test_every_even_target_up_to_twice_the_layers_is_two_overlapping_runs(
     layers: int, data: st.DataObject
 ) -> None:
     target = data.draw(st.integers(layers // 2 + 1, layers)) * 2
-    sources = depth_upscale_sources(layers, target_layers=target)
+    sources = Dus(target_layers=target).layer_sources(layers)
     half = target // 2
     assert sources[:half] == tuple(range(half))
     assert sources[half:] == tuple(range(layers - half, layers))
     assert set(sources) == set(range(layers))
-    assert depth_upscale_sources(layers, drop_layers=layers - half) == sources
+    assert Dus(drop_layers=layers - half).layer_sources(layers) == sources
 
 
 # stack
@@ -66,22 +60,22 @@ def test_every_even_target_up_to_twice_the_layers_is_two_overlapping_runs(
 
 @given(layers=LAYERS, copies=st.integers(2, 6))
 def test_stack_repeats_the_whole_stack(layers: int, copies: int) -> None:
-    sources = stack_sources(layers, target_layers=copies * layers)
+    sources = Stack(target_layers=copies * layers).layer_sources(layers)
     assert sources == tuple(range(layers)) * copies
-    assert stack_sources(layers) == tuple(range(layers)) * 2
+    assert Stack().layer_sources(layers) == tuple(range(layers)) * 2
 
 
 @given(layers=LAYERS, data=st.data())
 def test_a_partial_stack_is_layer_i_mod_n(layers: int, data: st.DataObject) -> None:
     target = data.draw(st.integers(layers + 1, 5 * layers))
-    sources = stack_sources(layers, target_layers=target, is_partial=True)
+    sources = Stack(target_layers=target, partial=True).layer_sources(layers)
     assert len(sources) == target
     assert all(source == layer % layers for layer, source in enumerate(sources))
     if target % layers == 0:
-        assert sources == stack_sources(layers, target_layers=target)
+        assert sources == Stack(target_layers=target).layer_sources(layers)
     else:
         with pytest.raises(RequestError, match=r"expansion\.stack\.partial"):
-            stack_sources(layers, target_layers=target)
+            Stack(target_layers=target).layer_sources(layers)
 
 
 # interpolate
@@ -103,7 +97,7 @@ def test_a_partial_stack_is_layer_i_mod_n(layers: int, data: st.DataObject) -> N
     ],
 )
 def test_interpolate(layers: int, target: int | None, sources: tuple[int, ...]) -> None:
-    assert interpolation_sources(layers, target_layers=target) == sources
+    assert Interpolate(target_layers=target).layer_sources(layers) == sources
 
 
 @given(layers=LAYERS, data=st.data())
@@ -111,7 +105,7 @@ def test_interpolation_takes_every_target_as_evenly_as_can_be(
     layers: int, data: st.DataObject
 ) -> None:
     target = data.draw(st.integers(layers + 1, 5 * layers + 1))
-    sources = interpolation_sources(layers, target_layers=target)
+    sources = Interpolate(target_layers=target).layer_sources(layers)
     assert len(sources) == target
     assert all(0 <= second - first <= 1 for first, second in pairwise(sources))
     counts = [Counter(sources)[layer] for layer in range(layers)]
@@ -127,13 +121,13 @@ def test_interpolation_takes_every_target_as_evenly_as_can_be(
 @given(layers=LAYERS, times=st.integers(2, 5))
 def test_whole_multiples_interpolate_like_the_papers_formula(layers: int, times: int) -> None:
     """arXiv 2405.15319, appendix: layer i of the result is layer ⌊i / times⌋."""
-    sources = interpolation_sources(layers, target_layers=times * layers)
+    sources = Interpolate(target_layers=times * layers).layer_sources(layers)
     assert sources == tuple(layer // times for layer in range(times * layers))
 
 
 @given(layers=LAYERS)
 def test_interpolation_by_default_grows_by_half_rounded_up(layers: int) -> None:
-    assert len(interpolation_sources(layers)) == layers + (layers + 1) // 2
+    assert len(Interpolate().layer_sources(layers)) == layers + (layers + 1) // 2
 
 
 # llama_pro
@@ -154,12 +148,12 @@ def test_interpolation_by_default_grows_by_half_rounded_up(layers: int) -> None:
 def test_llama_pro_spreads_evenly(
     layers: int, target: int | None, sources: tuple[int, ...]
 ) -> None:
-    assert block_insertion_sources(layers, target_layers=target) == sources
+    assert LlamaPro(target_layers=target).layer_sources(layers) == sources
 
 
 def test_llama_pro_at_positions() -> None:
-    assert block_insertion_sources(4, positions=(3, 0, 0)) == (0, 0, 0, 1, 2, 3, 3)
-    assert block_insertion_sources(4, positions=(1,), target_layers=5) == (0, 1, 1, 2, 3)
+    assert LlamaPro(positions=(3, 0, 0)).layer_sources(4) == (0, 0, 0, 1, 2, 3, 3)
+    assert LlamaPro(positions=(1,), target_layers=5).layer_sources(4) == (0, 1, 1, 2, 3)
 
 
 # Copies
@@ -183,9 +177,9 @@ def test_repeated_layers_are_the_later_copies(sources: tuple[int, ...], repeated
 def test_all_but_one_of_each_layer_are_copies(layers: int, data: st.DataObject) -> None:
     target = data.draw(st.integers(layers + 1, 4 * layers))
     for sources in (
-        stack_sources(layers, target_layers=target, is_partial=True),
-        interpolation_sources(layers, target_layers=target),
-        block_insertion_sources(layers, target_layers=target),
+        Stack(target_layers=target, partial=True).layer_sources(layers),
+        Interpolate(target_layers=target).layer_sources(layers),
+        LlamaPro(target_layers=target).layer_sources(layers),
     ):
         copies = repeated_layers(sources)
         assert len(copies) == target - layers

@@ -1,6 +1,6 @@
 """Depth: layers copied into new places.
 
-A depth expansion is a rule of `tritter.expansion.depth` and a choice: what further copies of a
+A depth expansion is a rule and a choice: what further copies of a
 layer begin as. As they are, they change the function; as identities, which write zeros to the
 residual stream, they keep it.
 """
@@ -19,6 +19,8 @@ from tritter.options import options
 from tritter.parameter_map import ParameterMap, TensorMap
 from tritter.seeds import derived_seed
 
+_SILENT_NOISE = 0.01
+
 
 class CopiedLayers(ABC):
     """A depth method: its rule says where layers come from, its exactness what copies write."""
@@ -31,8 +33,10 @@ class CopiedLayers(ABC):
     def layer_sources(self, layers: int) -> tuple[int, ...]:
         """Return the source layer of every target layer.
 
+        The first occurrence of a layer is the layer itself; every further one is a copy.
+
         Raises:
-            RequestError: the targets cannot be had from so many layers.
+            RequestError: the targets cannot be had from so many layers; names what would work.
         """
 
     @property
@@ -110,9 +114,36 @@ class Dus(CopiedLayers):
         return self.identity_init
 
     def layer_sources(self, layers: int) -> tuple[int, ...]:
-        return depth_upscale_sources(
-            layers, target_layers=self.target_layers, drop_layers=self.drop_layers
-        )
+        asked, asked_drop = self.target_layers, self.drop_layers
+        allowed = range(layers + 1 + (layers + 1) % 2, 2 * layers + 1, 2)
+        if asked is not None:
+            target = asked
+        elif asked_drop is not None:
+            target = 2 * (layers - asked_drop)
+        else:
+            target = 2 * round(1.5 * layers / 2)
+            target = target if target in allowed else 2 * layers
+        if target not in allowed:
+            closest = min(allowed, key=lambda count: (abs(count - target), count))
+            by_drop = asked is None and asked_drop is not None
+            key, value = ("drop_layers", asked_drop) if by_drop else ("target_layers", target)
+            raise refused(
+                f"expansion.dus.{key}",
+                value,
+                f"from {layers} layers dus reaches the even counts {_listed(allowed)} "
+                f"(dropping {_listed([layers - t // 2 for t in allowed])} layers); "
+                f"nearest: {layers - closest // 2 if by_drop else closest}",
+            )
+        drop = layers - target // 2
+        if asked_drop not in (None, drop):
+            raise refused(
+                "expansion.dus.drop_layers",
+                asked_drop,
+                f"it contradicts {key_name('expansion.dus.target_layers')} = {target}: from "
+                f"{layers} layers, {target} need {drop}, and {asked_drop} gives "
+                f"{2 * (layers - asked_drop)}",
+            )
+        return (*range(layers - drop), *range(drop, layers))
 
 
 @options
@@ -137,7 +168,19 @@ class Stack(CopiedLayers):
         return self.identity_init
 
     def layer_sources(self, layers: int) -> tuple[int, ...]:
-        return stack_sources(layers, target_layers=self.target_layers, is_partial=self.partial)
+        target = self.target_layers or 2 * layers
+        _check_grows("stack", target, layers, at_least=layers + 1 if self.partial else 2 * layers)
+        rest = target % layers
+        if rest and not self.partial:
+            multiples = sorted({max(target - rest, 2 * layers), target - rest + layers})
+            raise refused(
+                "expansion.stack.target_layers",
+                target,
+                f"stack takes whole copies of the {layers} layers; nearest: "
+                f"{' or '.join(map(str, multiples))}. With {key_name('expansion.stack.partial')} "
+                f"the last copy may be cut, here after its first {_layers_text(rest)}",
+            )
+        return tuple(layer % layers for layer in range(target))
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         layers = family.dimensions(source).num_hidden_layers
@@ -149,11 +192,12 @@ class Stack(CopiedLayers):
 class Interpolate(CopiedLayers):
     """Copies between the layers, each directly behind its own (interpolation, arXiv 2405.15319).
 
+    Every layer stands ⌊t/n⌋ times in a row; what remains of t gives single layers one copy more,
+    spread evenly over the gaps between the layers, so that below 2n no copy follows the last one.
     Not function-preserving unless `identity_init`.
 
     Args:
-        target_layers: any count above n; copies are spread as evenly as can be.
-            Default: 1.5 n, rounded up.
+        target_layers: t, any count above n. Default: 1.5 n, rounded up.
         identity_init: zero what the copies write, so that the function is preserved.
     """
 
@@ -166,7 +210,11 @@ class Interpolate(CopiedLayers):
         return self.identity_init
 
     def layer_sources(self, layers: int) -> tuple[int, ...]:
-        return interpolation_sources(layers, target_layers=self.target_layers)
+        target = self.target_layers or math.ceil(1.5 * layers)
+        _check_grows("interpolate", target, layers, at_least=layers + 1)
+        times, rest = divmod(target, layers)
+        once_more = {(2 * copy + 1) * (layers - 1) // (2 * rest) for copy in range(rest)}
+        return tuple(n for n in range(layers) for _ in range(times + (n in once_more)))
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         layers = family.dimensions(source).num_hidden_layers
@@ -201,136 +249,28 @@ class LlamaPro(CopiedLayers):
         return True
 
     def layer_sources(self, layers: int) -> tuple[int, ...]:
-        return block_insertion_sources(
-            layers, target_layers=self.target_layers, positions=self.positions
-        )
-
-
-_SILENT_NOISE = 0.01
-
-
-# Which layer each target layer copies, under every depth rule.
-#
-# A rule returns a list of source layers, one per target layer. The first occurrence of a layer is
-# the layer itself; every further one is a copy.
-
-
-def depth_upscale_sources(
-    layers: int, *, target_layers: int | None = None, drop_layers: int | None = None
-) -> tuple[int, ...]:
-    """Return the source layer of every target layer under SOLAR's rule (arXiv 2312.15166).
-
-    Raises:
-        RequestError: no m fits, or target and m contradict each other; names what would work.
-    """
-    if target_layers is not None:
-        target = target_layers
-    elif drop_layers is not None:
-        target = 2 * (layers - drop_layers)
-    else:
-        target = 2 * round(1.5 * layers / 2)
-        target = target if layers < target <= 2 * layers else 2 * layers
-    allowed = range(layers + 1 + (layers + 1) % 2, 2 * layers + 1, 2)
-    if target not in allowed:
-        closest = min(allowed, key=lambda count: (abs(count - target), count))
-        by_drop = target_layers is None and drop_layers is not None
-        key, value = ("drop_layers", drop_layers) if by_drop else ("target_layers", target)
-        raise refused(
-            f"expansion.dus.{key}",
-            value,
-            f"from {layers} layers dus reaches the even counts {_listed(allowed)} "
-            f"(dropping {_listed([layers - t // 2 for t in allowed])} layers); "
-            f"nearest: {layers - closest // 2 if by_drop else closest}",
-        )
-    drop = layers - target // 2
-    if drop_layers is not None and drop_layers != drop:
-        raise refused(
-            "expansion.dus.drop_layers",
-            drop_layers,
-            f"it contradicts {key_name('expansion.dus.target_layers')} = {target}: from {layers} "
-            f"layers, {target} need {drop}, and {drop_layers} gives {2 * (layers - drop_layers)}",
-        )
-    return (*range(layers - drop), *range(drop, layers))
-
-
-def stack_sources(
-    layers: int, *, target_layers: int | None = None, is_partial: bool = False
-) -> tuple[int, ...]:
-    """Return the source layer of every target layer when whole copies stand on each other.
-
-    Args:
-        target_layers: a multiple of `layers`. Default: twice.
-        is_partial: any count above `layers` will do; the last copy is cut after its first ones.
-
-    Raises:
-        RequestError: the count is no multiple, or not above `layers`; names the nearest that are.
-    """
-    target = 2 * layers if target_layers is None else target_layers
-    _check_grows("stack", target, layers, at_least=layers + 1 if is_partial else 2 * layers)
-    rest = target % layers
-    if rest and not is_partial:
-        multiples = sorted({max(target - rest, 2 * layers), target - rest + layers})
-        raise refused(
-            "expansion.stack.target_layers",
-            target,
-            f"stack takes whole copies of the {layers} layers; nearest: "
-            f"{' or '.join(map(str, multiples))}. With {key_name('expansion.stack.partial')} the "
-            f"last copy may be cut, here after its first {_layers_text(rest)}",
-        )
-    return tuple(layer % layers for layer in range(target))
-
-
-def interpolation_sources(layers: int, *, target_layers: int | None = None) -> tuple[int, ...]:
-    """Return the source layer of every target layer when copies stand behind their layers.
-
-    Every layer stands ⌊t/n⌋ times in a row; what remains of t gives single layers one copy more,
-    spread evenly over the gaps between the layers, so that below 2n no copy follows the last one.
-
-    Args:
-        target_layers: t, any count above `layers`. Default: 1.5 n, rounded up.
-
-    Raises:
-        RequestError: t is not above `layers`.
-    """
-    target = layers + math.ceil(layers / 2) if target_layers is None else target_layers
-    _check_grows("interpolate", target, layers, at_least=layers + 1)
-    times, rest = divmod(target, layers)
-    once_more = {(2 * copy + 1) * (layers - 1) // (2 * rest) for copy in range(rest)}
-    return tuple(
-        layer for layer in range(layers) for _ in range(times + (1 if layer in once_more else 0))
-    )
-
-
-def block_insertion_sources(
-    layers: int, *, target_layers: int | None = None, positions: Sequence[int] | None = None
-) -> tuple[int, ...]:
-    """Return the source layer of every target layer when copies follow chosen layers.
-
-    Raises:
-        RequestError: a position does not exist, or target and positions contradict each other.
-    """
-    if positions is not None:
-        wrong = [position for position in positions if not 0 <= position < layers]
-        if wrong or not positions:
-            raise refused(
-                "expansion.llama_pro.positions",
-                list(positions),
-                f"name at least one source layer from 0 to {layers - 1} that a new "
-                "block is to follow",
-            )
-        if target_layers is not None and target_layers != layers + len(positions):
-            raise refused(
-                "expansion.llama_pro.target_layers",
-                target_layers,
-                f"it contradicts the {len(positions)} positions: {layers} + {len(positions)} "
-                f"= {layers + len(positions)}",
-            )
-        return tuple(sorted([*range(layers), *positions]))
-    target = layers + math.ceil(layers / 2) if target_layers is None else target_layers
-    _check_grows("llama_pro", target, layers, at_least=layers + 1)
-    added = target - layers
-    spread = [math.ceil((block + 1) * layers / added) - 1 for block in range(added)]
-    return tuple(sorted([*range(layers), *spread]))
+        positions, target = self.positions, self.target_layers
+        if positions is not None:
+            if not positions or not all(0 <= position < layers for position in positions):
+                raise refused(
+                    "expansion.llama_pro.positions",
+                    list(positions),
+                    f"name at least one source layer from 0 to {layers - 1} that a new "
+                    "block is to follow",
+                )
+            if target not in (None, layers + len(positions)):
+                raise refused(
+                    "expansion.llama_pro.target_layers",
+                    target,
+                    f"it contradicts the {len(positions)} positions: {layers} + {len(positions)} "
+                    f"= {layers + len(positions)}",
+                )
+            return tuple(sorted([*range(layers), *positions]))
+        target = target or layers + math.ceil(layers / 2)
+        _check_grows("llama_pro", target, layers, at_least=layers + 1)
+        added = target - layers
+        spread = [math.ceil((block + 1) * layers / added) - 1 for block in range(added)]
+        return tuple(sorted([*range(layers), *spread]))
 
 
 def repeated_layers(sources: Sequence[int]) -> frozenset[int]:

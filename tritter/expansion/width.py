@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -37,7 +37,6 @@ from tritter.expansion.heads import (
     spreads_groups,
 )
 from tritter.families import (
-    Axis,
     Config,
     Dimensions,
     Family,
@@ -52,9 +51,6 @@ from tritter.options import options
 from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.seeds import derived_seed
 
-if TYPE_CHECKING:
-    pass
-
 # Spaces of units that are computed from the stream and read back into it
 _UNITS = ("ffn", "shared_ffn", "query")
 _KEPT = ("vocab", "positions", "routes", "shared_gate")
@@ -66,6 +62,7 @@ class Spaces:
 
     Args:
         residual: of the residual stream, and of all that a norm stands between it and.
+        rms_ratio: the grown stream's root mean square over the old one's.
         heads: of attention.
         is_tied: the embedding is the head as well.
         embedding_scale: what the embedding is multiplied with, so that it writes the same stream
@@ -76,6 +73,7 @@ class Spaces:
     """
 
     residual: AxisMap
+    rms_ratio: float
     heads: HeadMaps
     is_tied: bool
     embedding_scale: float
@@ -88,32 +86,31 @@ class Spaces:
         self, tensor: LogicalTensor, old_shape: Sequence[int], new_shape: Sequence[int]
     ) -> tuple[AxisFactor | None, ...]:
         """Return the factors along each axis of a tensor, None where nothing changes."""
-        sizes = zip(tensor.axes, old_shape, new_shape, strict=True)
-        return tuple(self._factor(axis, old, new) for axis, old, new in sizes)
-
-    def _factor(self, axis: Axis, old_size: int, new_size: int) -> AxisFactor | None:
-        if axis.space.kind in _KEPT:
-            return None
-        if axis.space.kind == "head_dim":
-            return self.heads.per_head
-        axis_map = self._axis_map(axis.space, old_size, new_size)
-        match axis.port:
-            case Port.WRITE:
-                factor = AxisFactor.writes(axis_map)
-            case Port.WRITE_SCALED:
-                factor = AxisFactor.writes(axis_map.rebalanced(scale=self.embedding_scale))
-            case Port.WRITE_NONLINEAR:
-                factor = AxisFactor.writes_nonlinear(axis_map)
-            case Port.ABSORBED:
-                factor = AxisFactor.writes_into_norm(axis_map, scale=rms_ratio(self.residual))
-            case Port.READ:
-                factor = AxisFactor.reads(axis_map)
-            case Port.GAIN:
-                # q and k have the new eps's scale already, and their copies the old mean square
-                is_of_heads = axis.space.kind in ("query", "key_value")
-                ratio = 1.0 if is_of_heads else rms_ratio(self.residual)
-                factor = AxisFactor.gain(axis_map, rms_ratio=ratio)
-        return None if factor.is_identity and axis_map.is_identity else factor
+        factors: list[AxisFactor | None] = []
+        for axis, old_size, new_size in zip(tensor.axes, old_shape, new_shape, strict=True):
+            if axis.space.kind in (*_KEPT, "head_dim"):
+                factors.append(self.heads.per_head if axis.space.kind == "head_dim" else None)
+                continue
+            axis_map = self._axis_map(axis.space, old_size, new_size)
+            match axis.port:
+                case Port.WRITE:
+                    factor = AxisFactor.writes(axis_map)
+                case Port.WRITE_SCALED:
+                    factor = AxisFactor.writes(axis_map.rebalanced(scale=self.embedding_scale))
+                case Port.WRITE_NONLINEAR:
+                    factor = AxisFactor.writes_nonlinear(axis_map)
+                case Port.ABSORBED:
+                    factor = AxisFactor.writes_into_norm(axis_map, scale=self.rms_ratio)
+                case Port.READ:
+                    factor = AxisFactor.reads(axis_map)
+                case Port.GAIN:
+                    # q and k have the new eps's scale already, and their copies the old mean square
+                    is_of_heads = axis.space.kind in ("query", "key_value")
+                    ratio = 1.0 if is_of_heads else self.rms_ratio
+                    factor = AxisFactor.gain(axis_map, rms_ratio=ratio)
+            is_kept = factor.is_identity and axis_map.is_identity
+            factors.append(None if is_kept else factor)
+        return tuple(factors)
 
     def _axis_map(self, space: Space, old_size: int, new_size: int) -> AxisMap:
         match space.kind:
@@ -124,49 +121,26 @@ class Spaces:
             case "qkv":
                 assert self.heads.together is not None, "such heads are never split"
                 return self.heads.together
-            case "head_input":
-                return self._head_input
+            case "head_input" if self.is_tied:
+                # A tied embedding has one value in both of its roles: what the head's columns would
+                # have to lose to the copies, and to the embedding's own scale, goes into the final
+                # norm's gain
+                scale = 1 / (self.residual.num_copies * self.embedding_scale)
+                return self.residual.rebalanced(scale=scale)
             case "ffn" | "shared_ffn":
+                if not self.units_are_copied:
+                    return AxisMap.padded(old_size, new_size)
                 if space not in self._units:
-                    self._units[space] = self._neurons(space, old_size, new_size)
+                    seed = derived_seed(self.seed, "copies", space.name)
+                    source = copied_sources(old_size, new_size, seed=seed)
+                    share = split_shares(source, old_size, equal=self.equal_shares)
+                    self._units[space] = AxisMap.copied(old_size, source, share)
                 return self._units[space]
-            case "attention_input" | "ffn_input":
+            case "attention_input" | "ffn_input" | "head_input":
                 return self.residual
             case _:
                 assert space.is_stream, f"width does not know the space {space.name}"
                 return self.residual
-
-    @property
-    def _head_input(self) -> AxisMap:
-        """The map between the final norm and the head.
-
-        A tied embedding has one value in both of its roles: what the head's columns would have to
-        lose to the copies, and to the embedding's own scale, goes into the final norm's gain.
-        """
-        if not self.is_tied:
-            return self.residual
-        scale = 1 / (self.residual.num_copies * self.embedding_scale)
-        return self.residual.rebalanced(scale=scale)
-
-    def _neurons(self, space: Space, old_size: int, new_size: int) -> AxisMap:
-        if not self.units_are_copied:
-            return AxisMap.padded(old_size, new_size)
-        seed = derived_seed(self.seed, "copies", space.name)
-        source = copied_sources(old_size, new_size, seed=seed)
-        share = split_shares(source, old_size, equal=self.equal_shares)
-        return AxisMap.copied(old_size, source, share)
-
-
-def residual_map(old_size: int, new_size: int, *, is_repeated: bool) -> AxisMap:
-    """Return the map of the residual stream: one block and new directions, or whole repeats."""
-    if is_repeated:
-        return AxisMap.tiled(old_size, new_size)
-    return AxisMap.padded(old_size, new_size)
-
-
-def rms_ratio(residual: AxisMap) -> float:
-    """Return the grown stream's root mean square over the old one's: √(k·d/D)."""
-    return math.sqrt(residual.num_copies * residual.old_size / residual.new_size)
 
 
 def width_fill(
@@ -193,18 +167,6 @@ def width_fill(
         return Fill()
     std = 1 / math.sqrt(shape[-1])
     return Fill(kind="random", std=std, seed=derived_seed(seed, "fill", tensor.name))
-
-
-def first_copies(factor: AxisFactor) -> AxisFactor:
-    """Return a factor with its second copies made new coordinates."""
-    import torch
-
-    is_first = ~factor.is_duplicate
-    return AxisFactor(
-        torch.where(is_first, factor.index, -1),
-        factor.weight * is_first,
-        factor.gradient * is_first,
-    )
 
 
 def tensors_above(tensors: Sequence[LogicalTensor]) -> dict[str, str]:
@@ -279,10 +241,24 @@ class Width:
         return cast(Strategy, self.head_strategy or implied)
 
     def target_config(self, family: Family, config: Config) -> Config:
-        old = family.dimensions(config)
+        old, ffns = family.dimensions(config), ffn_sizes(config)
         new = self._target_dimensions(family, old)
-        self._check_init(config)
-        _check_not_smaller(old, new)
+        if self.noise and self.init == "fresh" and self.strategy in ("fresh", "split"):
+            init = key_name("expansion.width.init")
+            raise refused(
+                "expansion.width.noise",
+                self.noise,
+                f"it goes on copies, and {init}=fresh makes none; use {init}=net2net or "
+                f"{init}=zero_pad, or {key_name('expansion.width.noise')}=0",
+            )
+        if self.init == "aki" and ffns:
+            raise refused(
+                "expansion.width.init",
+                "aki",
+                "neurons come from the layer above, and here the FFNs of the layers "
+                "differ in width; use fresh, net2net or zero_pad",
+            )
+        _check_grows(old, new)
         self._check_mean(family, old, new)
         if family.heads_fill_hidden:
             check_filling_heads(family.model_type, old, new, strategy=self.strategy)
@@ -296,29 +272,70 @@ class Width:
             **{key: getattr(new, name) for name, key in family.sizes.items() if name in _GROWING},
         }
         if not family.subtracts_mean:
-            ratio = planned_rms_ratio(old.hidden_size, new.hidden_size, init=self.init)
-            eps = float(config["rms_norm_eps"]) * ratio**2  # type: ignore[arg-type]
+            eps = float(config["rms_norm_eps"]) * self._rms_ratio(old, new) ** 2  # type: ignore[arg-type]
             target["rms_norm_eps"] = float(f"{eps:.15g}")  # 8e-07, not 7.999999999999999e-07
         widest, grown = old.intermediate_size, new.intermediate_size
-        sizes = [round(size * grown / widest) for size in ffn_sizes(config)]
+        sizes = [round(size * grown / widest) for size in ffns]
         key = family.sizes["intermediate_size"]
         return with_ffn_sizes(target, sizes, key=key) if sizes else target
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
+        import torch
 
-        return width_map(
-            family,
-            source,
-            target,
-            init=self.init,
-            strategy=self.strategy,
-            is_repeated=self.init in _REPEATING,
-            equal_shares=self.shares == "equal",
-            noise=self.noise,
+        old, new = family.dimensions(source), family.dimensions(target)
+        is_scaled = any(a.port is Port.WRITE_SCALED for t in family.tensors for a in t.axes)
+        residual = AxisMap.tiled if self.init in _REPEATING else AxisMap.padded
+        equal_shares = self.shares == "equal"
+        spaces = Spaces(
+            residual=residual(old.hidden_size, new.hidden_size),
+            rms_ratio=self._rms_ratio(old, new),
+            # A norm over all heads hands the gradient of each on to all: shares that differ between
+            # copies would be mixed, and moments could not follow
+            heads=head_maps(
+                old,
+                new,
+                strategy=self.strategy,
+                equal_shares=equal_shares or family.norms_all_heads,
+            ),
+            is_tied=bool(source.get("tie_word_embeddings")),
+            embedding_scale=(old.hidden_size / new.hidden_size) ** 0.5 if is_scaled else 1.0,
+            units_are_copied=self.init != "fresh",
+            equal_shares=equal_shares,
             seed=seed,
         )
+        logical, maps = family.logical_tensors(source), dict[str, TensorMap]()
+        for tensor in logical:
+            shape = family.shape(tensor, target)
+            factors = spaces.factors(tensor, family.shape(tensor, source), shape)
+            is_scaled_gain = tensor.is_norm and any(
+                factor is not None and bool((factor.weight != 1).any()) for factor in factors
+            )
+            maps[tensor.name] = TensorMap(
+                source=tensor.name,
+                axes=factors,
+                fill=width_fill(tensor, shape, factors, seed=seed),
+                noise=self.noise,
+                noise_seed=derived_seed(seed, "noise", tensor.name),
+                offset=family.norm_offset if is_scaled_gain else 0.0,
+            )
+        if self.init == "aki":
+            # Norms stand between a stream that is written and readers that stay the layer's own
+            above = tensors_above([tensor for tensor in logical if not tensor.is_of_norm])
+            for name, donor in above.items():
+                # What second copies compute comes from the layer above; their state starts anew
+                output, *inputs = maps[name].axes
+                if output is None or not bool((is_copy := output.is_duplicate).any()):
+                    continue
+                first = AxisFactor(
+                    torch.where(is_copy, -1, output.index),
+                    output.weight * ~is_copy,
+                    output.gradient * ~is_copy,
+                )
+                fill = Fill(kind="copy", donor=replace(maps[name], source=donor))
+                maps[name] = replace(maps[name], axes=(first, *inputs), fill=fill)
+        return ParameterMap(tensors=maps, layer_sources=tuple(range(old.num_hidden_layers)))
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         old, new = family.dimensions(source), family.dimensions(target)
@@ -337,22 +354,10 @@ class Width:
             return (sizes,)
         return sizes, "a key/value head serves fewer queries: moments of k and v carry the mean"
 
-    def _check_init(self, config: Config) -> None:
-        if self.noise and self.init == "fresh" and self.strategy in ("fresh", "split"):
-            init = key_name("expansion.width.init")
-            raise refused(
-                "expansion.width.noise",
-                self.noise,
-                f"it goes on copies, and {init}=fresh makes none; use {init}=net2net or "
-                f"{init}=zero_pad, or {key_name('expansion.width.noise')}=0",
-            )
-        if self.init == "aki" and ffn_sizes(config):
-            raise refused(
-                "expansion.width.init",
-                "aki",
-                "neurons come from the layer above, and here the FFNs of the layers "
-                "differ in width; use fresh, net2net or zero_pad",
-            )
+    def _rms_ratio(self, old: Dimensions, new: Dimensions) -> float:
+        """Return the grown stream's root mean square over the old one's: √(k·d/D)."""
+        copies = new.hidden_size // old.hidden_size if self.init in _REPEATING else 1
+        return math.sqrt(copies * old.hidden_size / new.hidden_size)
 
     def _check_mean(self, family: Family, old: Dimensions, new: Dimensions) -> None:
         """Refuse other directions of the stream than whole copies where norms take their mean."""
@@ -444,13 +449,8 @@ def ffn_size(dimensions: Dimensions) -> int:
     return dimensions.expert_size or dimensions.intermediate_size
 
 
-def planned_rms_ratio(old_size: int, new_size: int, *, init: str) -> float:
-    """Return the grown stream's root mean square over the old one's, √(k·d/D)."""
-    copies = new_size // old_size if init in _REPEATING else 1
-    return math.sqrt(copies * old_size / new_size)
-
-
-def _check_not_smaller(old: Dimensions, new: Dimensions) -> None:
+def _check_grows(old: Dimensions, new: Dimensions) -> None:
+    """Refuse a size that shrinks, and sizes that are all what they were."""
     for name, before, after in (
         ("hidden_size", old.hidden_size, new.hidden_size),
         ("intermediate_size", ffn_size(old), ffn_size(new)),
@@ -473,79 +473,6 @@ def _check_not_smaller(old: Dimensions, new: Dimensions) -> None:
                 f"{old.num_attention_heads}); ask for a larger one",
             )
         )
-
-
-def width_map(
-    family: Family,
-    source: Config,
-    target: Config,
-    *,
-    init: str,
-    strategy: Strategy,
-    is_repeated: bool,
-    equal_shares: bool,
-    noise: float,
-    seed: int,
-) -> ParameterMap:
-    """Return the map from the source's tensors to the wider target's.
-
-    Args:
-        is_repeated: the residual stream is repeated as a whole; what else, as `Width` has it.
-    """
-    old, new = family.dimensions(source), family.dimensions(target)
-    is_scaled = any(a.port is Port.WRITE_SCALED for t in family.tensors for a in t.axes)
-    spaces = Spaces(
-        residual=residual_map(old.hidden_size, new.hidden_size, is_repeated=is_repeated),
-        # A norm over all heads hands the gradient of each on to all: shares that differ between
-        # copies would be mixed, and moments could not follow
-        heads=head_maps(
-            old, new, strategy=strategy, equal_shares=equal_shares or family.norms_all_heads
-        ),
-        is_tied=bool(source.get("tie_word_embeddings")),
-        embedding_scale=(old.hidden_size / new.hidden_size) ** 0.5 if is_scaled else 1.0,
-        units_are_copied=init != "fresh",
-        equal_shares=equal_shares,
-        seed=seed,
-    )
-    logical = family.logical_tensors(source)
-    maps = {
-        tensor.name: _tensor_map(tensor, spaces, family, source, target, noise=noise)
-        for tensor in logical
-    }
-    if init == "aki":
-        # Norms stand between a stream that is written and readers that stay the layer's own
-        above = tensors_above([t for t in logical if not t.is_of_norm])
-        for name, donor in above.items():
-            # What second copies compute comes from the layer above; their state starts anew
-            output, *inputs = maps[name].axes
-            if output is not None and bool(output.is_duplicate.any()):
-                fill = Fill(kind="copy", donor=replace(maps[name], source=donor))
-                maps[name] = replace(maps[name], axes=(first_copies(output), *inputs), fill=fill)
-    return ParameterMap(tensors=maps, layer_sources=tuple(range(old.num_hidden_layers)))
-
-
-def _tensor_map(
-    tensor: LogicalTensor,
-    spaces: Spaces,
-    family: Family,
-    source: Config,
-    target: Config,
-    *,
-    noise: float,
-) -> TensorMap:
-    shape = family.shape(tensor, target)
-    factors = spaces.factors(tensor, family.shape(tensor, source), shape)
-    is_scaled_gain = tensor.is_norm and any(
-        factor is not None and bool((factor.weight != 1).any()) for factor in factors
-    )
-    return TensorMap(
-        source=tensor.name,
-        axes=factors,
-        fill=width_fill(tensor, shape, factors, seed=spaces.seed),
-        noise=noise,
-        noise_seed=derived_seed(spaces.seed, "noise", tensor.name),
-        offset=family.norm_offset if is_scaled_gain else 0.0,
-    )
 
 
 _FACTORS = ("short_factor", "long_factor")  # of LongRoPE, one for each pair that is turned
