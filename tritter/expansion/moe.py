@@ -14,8 +14,8 @@ each, 1/(C·k) of the gradient's variance (measured with 8 and 2: 0.051–0.059 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -109,28 +109,35 @@ class Moe:
                 pieces,
                 f"it does not divide the FFN's {width} neurons; nearest: {nearest}",
             )
-        sizes = ExpertSizes(
-            num_experts=total,
-            experts_per_token=chosen,
-            expert_size=size,
-            dense_layers=self._dense_layers(dimensions.num_hidden_layers),
-        )
-        return partner_config(family, config, sizes)
+        partner = partner_of(family)
+        for key in ("rms_norm_eps", "rope_parameters"):
+            if config.get(key) is None:
+                reason = f"{key} is missing, and {partner.model_type} needs it."
+                raise RequestError(f"config.json: {reason}")
+        dense_layers = self._dense_layers(dimensions.num_hidden_layers)
+        return {
+            **{key: value for key, value in config.items() if key not in _DENSE_KEYS},
+            "model_type": partner.model_type,
+            "architectures": [partner.architecture],
+            "num_key_value_heads": dimensions.num_key_value_heads,
+            "head_dim": dimensions.head_dim,
+            partner.sizes["num_experts"]: total,
+            partner.sizes["experts_per_token"]: chosen,
+            partner.sizes["expert_size"]: size,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+            **_keys_of_partner(partner, config, dense_layers),
+        }
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
-
-        copies = Copies(
-            partner_of(family),
-            target,
-            num_experts=self.total_experts,
-            experts_per_token=self.chosen_experts,
-            granularity=self.granularity,
-            noise=self.noise,
-            reinit_fraction=self.reinit_fraction,
+        partner = partner_of(family)
+        copies = Copies(self, partner, target, seed)
+        return ParameterMap(
+            tensors={t.name: copies.tensor_map(t) for t in partner.logical_tensors(target)},
+            layer_sources=tuple(range(partner.dimensions(target).num_hidden_layers)),
         )
-        return copies.parameter_map(seed=seed)
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         partner = partner_of(family)
@@ -198,54 +205,30 @@ class Copies:
     """The maps of one upcycling.
 
     Args:
+        spec: its options.
         partner: the family with experts; `target` is a config of it.
-        num_experts: of a layer; the other options likewise as `Moe` has them.
+        seed: of fills, noise, and what is drawn anew.
     """
 
+    spec: Moe
     partner: Family
     target: Config
-    _: KW_ONLY
-    num_experts: int
-    experts_per_token: int
-    granularity: int
-    noise: float
-    reinit_fraction: float
+    seed: int
     _factors: dict[tuple[int, bool], AxisFactor] = field(default_factory=dict, repr=False)
 
-    @property
-    def size(self) -> int:
-        """Neurons of one expert."""
-        return self.partner.dimensions(self.target).expert_size
-
-    @property
-    def share(self) -> float:
-        """What a copy gets of the dense gradient when the router is balanced."""
-        return self.granularity / self.num_experts
-
-    @property
-    def has_shared_expert(self) -> bool:
-        return self.partner.dimensions(self.target).shared_expert_size > 0
-
-    def parameter_map(self, *, seed: int) -> ParameterMap:
-        tensors = {
-            tensor.name: self.tensor_map(tensor, seed=seed)
-            for tensor in self.partner.logical_tensors(self.target)
-        }
-        layers = self.partner.dimensions(self.target).num_hidden_layers
-        return ParameterMap(tensors=tensors, layer_sources=tuple(range(layers)))
-
-    def tensor_map(self, tensor: LogicalTensor, *, seed: int) -> TensorMap:
+    def tensor_map(self, tensor: LogicalTensor) -> TensorMap:
+        """Return the map of a tensor of the partner."""
         import torch
 
         if tensor.expert is not None:
-            return self._expert(tensor, tensor.expert, seed=seed)
+            return self._expert(tensor, tensor.expert)
         shape = self.partner.shape(tensor, self.target)
         if tensor.kind == "router":
             fill = Fill(
                 kind="random",
                 std=1 / math.sqrt(shape[1]),  # logits of about unit scale, whatever the hidden size
-                seed=derived_seed(seed, "fill", tensor.name),
-                repeat=self.granularity,
+                seed=derived_seed(self.seed, "fill", tensor.name),
+                repeat=self.spec.granularity,
             )
             return TensorMap.created(shape, fill)
         if tensor.kind == "shared_expert_gate":
@@ -257,60 +240,55 @@ class Copies:
             return TensorMap(source=source, axes=(doubled, None))
         return TensorMap(source=source)
 
-    def _expert(self, tensor: LogicalTensor, expert: int, *, seed: int) -> TensorMap:
-        copy, piece = divmod(expert, self.granularity)
-        is_down = tensor.kind == "experts.down"
-        stem = f"layers.{tensor.layer}.experts.{expert}"
-        factor = self._factor(piece, stem, is_down=is_down, seed=seed)
-        scale = self._scale(is_down=is_down)
-        fill = Fill(kind="matched", scale=scale, seed=derived_seed(seed, "fill", tensor.name))
+    def _expert(self, tensor: LogicalTensor, expert: int) -> TensorMap:
+        spec, dimensions = self.spec, self.partner.dimensions(self.target)
+        copy, piece = divmod(expert, spec.granularity)
+        is_down, is_silent = tensor.kind == "experts.down", dimensions.shared_expert_size > 0
+        # The k weights of a token are split over the pieces: what these write is as much larger
+        scale = float(spec.granularity) if is_down else 1.0
+        factor = self._factors.get((piece, is_down))
+        if factor is None:
+            stem = f"layers.{tensor.layer}.experts.{expert}"
+            factor = self._factor(piece, dimensions.expert_size, scale, stem)
+        if not spec.reinit_fraction:
+            # The same for all copies: kept for each, they would take more than the largest tensor
+            self._factors[piece, is_down] = factor
+        fill = Fill("matched", scale=scale, seed=derived_seed(self.seed, "fill", tensor.name))
         return TensorMap(
             source=logical_name(tensor.kind.replace("experts.", "ffn."), layer=tensor.layer),
             axes=(None, factor) if is_down else (factor, None),
-            fill=fill if self.reinit_fraction else Fill(),
-            is_zeroed=is_down and self.has_shared_expert,
+            fill=fill if spec.reinit_fraction else Fill(),
+            is_zeroed=is_down and is_silent,
             # Behind silent outputs there is no gradient that dense moments could stand for
-            state="fresh" if self.has_shared_expert else "carry",
-            noise=scale * self.noise if copy else 0.0,
-            noise_seed=derived_seed(seed, "noise", tensor.name),
+            state="fresh" if is_silent else "carry",
+            noise=scale * spec.noise if copy else 0.0,
+            noise_seed=derived_seed(self.seed, "noise", tensor.name),
             is_copy=copy > 0,
         )
 
-    def _scale(self, *, is_down: bool) -> float:
-        """Return what the weights are multiplied with.
-
-        The k weights of a token are split over the pieces, so what these write is as many times
-        as large.
-        """
-        return float(self.granularity) if is_down else 1.0
-
-    def _factor(self, piece: int, stem: str, *, is_down: bool, seed: int) -> AxisFactor:
+    def _factor(self, piece: int, size: int, scale: float, stem: str) -> AxisFactor:
         """Return the factors along an expert's neurons.
 
-        The same for all copies where nothing is redrawn: kept for each, they would take more
-        memory than the largest tensor.
+        Args:
+            size: neurons of one expert.
+            scale: what the weights are multiplied with.
+            stem: name of the expert; neurons that are drawn anew are the same in all its tensors.
         """
         import torch
 
-        if (piece, is_down) in self._factors:
-            return self._factors[piece, is_down]
-        index = torch.arange(piece * self.size, (piece + 1) * self.size)
-        # Neurons that are drawn anew are the same for gate, up and down
-        generator = torch.Generator().manual_seed(derived_seed(seed, "redrawn", stem))
-        num_redrawn = round(self.reinit_fraction * self.size)
-        index[torch.randperm(self.size, generator=generator)[:num_redrawn]] = -1
-        scale = self._scale(is_down=is_down)
+        spec = self.spec
+        index = torch.arange(piece * size, (piece + 1) * size)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "redrawn", stem))
+        index[torch.randperm(size, generator=generator)[: round(spec.reinit_fraction * size)]] = -1
         kept = (index >= 0).double()
-        chosen = self.experts_per_token / self.granularity
-        factor = AxisFactor(
+        share = spec.granularity / spec.total_experts  # of the dense gradient, the router balanced
+        chosen = spec.chosen_experts / spec.granularity
+        return AxisFactor(
             index,
             weight=kept * scale,
-            gradient=kept * self.share / scale,
-            squared=kept * self.share / chosen / scale**2,
+            gradient=kept * share / scale,
+            squared=kept * share / chosen / scale**2,
         )
-        if not self.reinit_fraction:
-            self._factors[piece, is_down] = factor
-        return factor
 
 
 # Dense families, and the family with experts that computes the same with one expert's weights.
@@ -333,23 +311,6 @@ _REASONS: Mapping[str, str] = {
     "granite": "the experts of granitemoe share one tensor on disk, which is not read",
 }
 _MISTRAL_WINDOW = 4096  # what the class takes where the config is silent
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertSizes:
-    """What the target has in place of an FFN.
-
-    Args:
-        num_experts: of a sparse layer.
-        experts_per_token: k.
-        expert_size: intermediate size of one expert.
-        dense_layers: layers that keep their FFN.
-    """
-
-    num_experts: int
-    experts_per_token: int
-    expert_size: int
-    dense_layers: tuple[int, ...]
 
 
 def partner_of(family: Family) -> Family:
@@ -380,86 +341,56 @@ def partner_of(family: Family) -> Family:
     )
 
 
-def partner_config(family: Family, config: Config, sizes: ExpertSizes) -> Config:
-    """Return the config of the partner, whose tensors are all as large as the source's.
+def _keys_of_partner(partner: Family, config: Config, dense_layers: tuple[int, ...]) -> Config:
+    """Return what the partner's config says besides, by a dense one.
 
     Raises:
         RequestError: the source has something that its partner has no place for.
     """
-    partner = partner_of(family)
-    dimensions = family.dimensions(config)
-    for key in ("rms_norm_eps", "rope_parameters"):
-        if config.get(key) is None:
-            raise RequestError(f"config.json: {key} is missing, and {partner.model_type} needs it.")
-    kept = {key: value for key, value in config.items() if key not in _DENSE_KEYS}
-    return {
-        **kept,
-        "model_type": partner.model_type,
-        "architectures": [partner.architecture],
-        "num_key_value_heads": dimensions.num_key_value_heads,
-        "head_dim": dimensions.head_dim,
-        partner.sizes["num_experts"]: sizes.num_experts,
-        partner.sizes["experts_per_token"]: sizes.experts_per_token,
-        partner.sizes["expert_size"]: sizes.expert_size,
-        "output_router_logits": False,
-        "router_aux_loss_coef": 0.001,
-        **_OWN_KEYS[partner.model_type](config, sizes),
+    if partner is MIXTRAL:
+        biases = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
+        if biases:
+            raise RequestError(
+                f"config.json: {biases[0]} = True, and mixtral, the partner of "
+                f"{config['model_type']}, has no biases."
+            )
+        if dense_layers:
+            reason = (
+                f"it leaves layers {', '.join(map(str, dense_layers))} dense, and in mixtral every "
+                "layer has experts; leave it out (qwen2 and qwen3 may have both)"
+            )
+            raise RequestError(Problem("expansion.moe.layers", reason=reason))
+        is_llama = config["model_type"] == "llama"
+        window = None if is_llama else config.get("sliding_window", _MISTRAL_WINDOW)
+        return {"sliding_window": window, "router_jitter_noise": 0.0}
+    pattern = {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(dense_layers),
+        "norm_topk_prob": True,  # without it k experts of equal weights add up to less than one
     }
-
-
-def _mixtral(config: Config, sizes: ExpertSizes) -> Config:
-    biases = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
-    if biases:
-        raise RequestError(
-            f"config.json: {biases[0]} = True, and mixtral, the partner of "
-            f"{config['model_type']}, has no biases."
-        )
-    if sizes.dense_layers:
-        listed = ", ".join(map(str, sizes.dense_layers))
-        reason = (
-            f"it leaves layers {listed} dense, and in mixtral every layer has "
-            "experts; leave it out (qwen2 and qwen3 may have both)"
-        )
-        raise RequestError(Problem("expansion.moe.layers", reason=reason))
-    is_llama = config["model_type"] == "llama"
-    window = None if is_llama else config.get("sliding_window", _MISTRAL_WINDOW)
-    return {"sliding_window": window, "router_jitter_noise": 0.0}
-
-
-def _qwen2_moe(config: Config, sizes: ExpertSizes) -> Config:
-    is_windowed = bool(config.get("use_sliding_window", False))
-    return {
-        **_pattern(sizes),
-        "qkv_bias": True,
-        "shared_expert_intermediate_size": config["intermediate_size"],
-        "use_sliding_window": is_windowed,
-        "sliding_window": config.get("sliding_window") if is_windowed else None,
-        "layer_types": _attention_kinds(config),
-        "max_window_layers": config.get("max_window_layers", config["num_hidden_layers"]),
-    }
-
-
-def _qwen3_moe(config: Config, sizes: ExpertSizes) -> Config:
-    kinds = set(_attention_kinds(config))
-    if len(kinds) > 1:
+    kinds = _attention_kinds(config)
+    if partner is QWEN2_MOE:
+        is_windowed = bool(config.get("use_sliding_window", False))
+        return {
+            **pattern,
+            "qkv_bias": True,
+            "shared_expert_intermediate_size": config["intermediate_size"],
+            "use_sliding_window": is_windowed,
+            "sliding_window": config.get("sliding_window") if is_windowed else None,
+            "layer_types": kinds,
+            "max_window_layers": config.get("max_window_layers", config["num_hidden_layers"]),
+        }
+    if len(set(kinds)) > 1:
         raise RequestError(
             "config.json: layer_types mixes full and sliding attention, and qwen3_moe, the partner "
             "of qwen3, has one kind for all layers."
         )
-    is_windowed = kinds == {"sliding_attention"}
+    is_windowed = set(kinds) == {"sliding_attention"}
     return {
-        **_pattern(sizes),
+        **pattern,
         "attention_bias": bool(config.get("attention_bias", False)),
         "use_sliding_window": is_windowed,
         "sliding_window": config.get("sliding_window") if is_windowed else None,
-    }
-
-
-def _pattern(sizes: ExpertSizes) -> Config:
-    return {
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(sizes.dense_layers),
-        "norm_topk_prob": True,  # without it k experts of equal weights add up to less than one
     }
 
 
@@ -472,10 +403,3 @@ def _attention_kinds(config: Config) -> list[object]:
     first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else layers
     assert isinstance(first, int)
     return ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]
-
-
-_OWN_KEYS: Mapping[str, Callable[[Config, ExpertSizes], Config]] = {
-    "mixtral": _mixtral,
-    "qwen2_moe": _qwen2_moe,
-    "qwen3_moe": _qwen3_moe,
-}

@@ -10,9 +10,8 @@ classes compute as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,9 +22,6 @@ from tritter.limits import MAX_EXPERTS
 from tritter.options import Text, options
 from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.seeds import derived_seed
-
-if TYPE_CHECKING:
-    pass
 
 DEFAULT_APPENDED = 4
 DEFAULT_NOISE = 0.01
@@ -102,10 +98,7 @@ class MoeAdd:
         layers = sparse_layers(family, config)
         size = family.dimensions(config)
         self._check_options(size.num_experts, len(layers))
-        num_experts, experts_per_token = (
-            family.sizes["num_experts"],
-            family.sizes["experts_per_token"],
-        )
+        key, key_per_token = family.sizes["num_experts"], family.sizes["experts_per_token"]
         if self.is_append:
             added = self.num_experts or DEFAULT_APPENDED
             if self.init == "distill" and added < size.experts_per_token:
@@ -116,7 +109,7 @@ class MoeAdd:
                     f"{size.experts_per_token} of the new experts; allowed is at least "
                     f"{size.experts_per_token}",
                 )
-            return {**config, num_experts: size.num_experts + added}
+            return {**config, key: size.num_experts + added}
         if self.num_experts not in (None, size.num_experts):
             addition = key_name("expansion.moe_add.addition")
             raise refused(
@@ -127,13 +120,15 @@ class MoeAdd:
             )
         return {
             **config,
-            num_experts: 2 * size.num_experts,
-            experts_per_token: 2 * size.experts_per_token,
+            key: 2 * size.num_experts,
+            key_per_token: 2 * size.experts_per_token,
         }
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
+        import torch
+
         if self.is_chosen_by_data:
             raise refused(
                 "expansion.moe_add.init",
@@ -141,17 +136,75 @@ class MoeAdd:
                 "domain data chooses the expert, so it works in a run of train.py, and with "
                 f"--domain-data; or use clone with {key_name('expansion.moe_add.clone_from')}",
             )
-
         layers, chosen = sparse_layers(family, source), self.clone_from or (0,)
         experts = chosen if len(chosen) > 1 else chosen * len(layers)
-        addition = Addition(
-            is_append=self.is_append,
-            init=self.init,
-            cloned=dict(zip(layers, experts, strict=True)),
+        cloned: dict[int | None, int] = dict(zip(layers, experts, strict=True))
+        old, new = (family.dimensions(config).num_experts for config in (source, target))
+        tensors: dict[str, TensorMap] = {}
+        for tensor in family.logical_tensors(target):
+            name = tensor.name
+            if tensor.kind == "router":
+                tensors[name] = self._router(name, cloned[tensor.layer], old, new, seed)
+            elif tensor.expert is None or (self.is_append and tensor.expert < old):
+                tensors[name] = TensorMap(source=name)
+            elif self.is_append:
+                shape = family.shape(tensor, source)
+                tensors[name] = self._appended(tensor, cloned[tensor.layer], old, shape, seed)
+            else:  # one of two copies; each gets half of the gradient
+                ones = torch.ones(family.shape(tensor, source)[0], dtype=torch.float64)
+                is_copy = tensor.expert >= old
+                tensors[name] = TensorMap(
+                    source=_of_expert(tensor, tensor.expert % old),
+                    axes=(AxisFactor(torch.arange(len(ones)), ones, ones / 2), None),
+                    noise=self.noise if is_copy else 0.0,
+                    noise_seed=derived_seed(seed, "noise", name),
+                    is_copy=is_copy,
+                )
+        num_layers = family.dimensions(source).num_hidden_layers
+        return ParameterMap(tensors=tensors, layer_sources=tuple(range(num_layers)))
+
+    def _appended(
+        self, tensor: LogicalTensor, source: int, num_old: int, shape: Sequence[int], seed: int
+    ) -> TensorMap:
+        """Return the map of a new expert's matrix; its state starts anew, whatever it holds."""
+        import torch
+
+        if self.init == "random":
+            nothing = torch.zeros(shape[0], dtype=torch.float64)
+            axes: list[AxisFactor | None] = [None] * len(shape)
+            axes[0] = AxisFactor(torch.full((shape[0],), -1), nothing, nothing.clone())
+            fill = Fill("matched", seed=derived_seed(seed, "fill", tensor.name))
+            return TensorMap(_of_expert(tensor, 0), tuple(axes), fill=fill, state="fresh")
+        blend = tuple(_of_expert(tensor, e) for e in range(1, num_old))
+        is_mean = self.init == "mean"
+        return TensorMap(
+            source=_of_expert(tensor, 0 if is_mean else source),
+            blend=blend if is_mean else (),
+            state="fresh",
             noise=self.noise,
-            seed=seed,
+            noise_seed=derived_seed(seed, "noise", tensor.name),
+            is_copy=True,
         )
-        return addition.parameter_map(family, source, target)
+
+    def _router(self, name: str, source: int, num_old: int, num_new: int, seed: int) -> TensorMap:
+        import torch
+
+        if not self.is_append:
+            share = torch.full((num_new,), 0.5, dtype=torch.float64)
+            routes = AxisMap.copied(num_old, torch.arange(num_new) % num_old, share)
+            return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None))
+        routes = AxisMap.padded(num_old, num_new)
+        match self.init:
+            case "clone" | "best" | "distill":
+                index = torch.where(routes.source >= 0, routes.source, source)
+                ones = torch.ones(num_new, dtype=torch.float64)
+                donor = TensorMap(name, (AxisFactor(index, ones, ones), None))
+                fill = Fill("copy", donor=donor)
+            case "mean":
+                fill = Fill("row_mean")
+            case _:
+                fill = Fill("matched", seed=derived_seed(seed, "fill", name))
+        return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None), fill=fill)
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         old, new = family.dimensions(source), family.dimensions(target)
@@ -259,102 +312,6 @@ def sparse_layers(family: Family, config: Config) -> tuple[int, ...]:
             )
         )
     return sparse
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Addition:
-    """The maps of one addition.
-
-    Args:
-        is_append: some are appended; else all are doubled.
-        cloned: layer → the expert that is cloned there.
-    """
-
-    is_append: bool
-    init: str
-    cloned: Mapping[int | None, int]
-    noise: float
-    seed: int
-
-    def parameter_map(self, family: Family, source: Config, target: Config) -> ParameterMap:
-        old, new = (family.dimensions(config).num_experts for config in (source, target))
-        tensors: dict[str, TensorMap] = {}
-        for tensor in family.logical_tensors(target):
-            name = tensor.name
-            if tensor.expert is not None and self.is_append and tensor.expert >= old:
-                shape = family.shape(tensor, source)
-                tensors[name] = self._appended(tensor, self.cloned[tensor.layer], old, shape)
-            elif tensor.expert is not None and not self.is_append:
-                rows = family.shape(tensor, source)[0]
-                tensors[name] = self._replicated(tensor, old, rows)
-            elif tensor.kind == "router":
-                tensors[name] = self._router(name, self.cloned[tensor.layer], old, new)
-            else:
-                tensors[name] = TensorMap(source=name)
-        num_layers = family.dimensions(source).num_hidden_layers
-        return ParameterMap(tensors=tensors, layer_sources=tuple(range(num_layers)))
-
-    def _appended(
-        self,
-        tensor: LogicalTensor,
-        source: int,
-        num_old: int,
-        shape: tuple[int, ...],
-    ) -> TensorMap:
-        """Return the map of a new expert's matrix; its state starts anew, whatever it holds."""
-        if self.init == "random":
-            import torch
-
-            nothing = torch.zeros(shape[0], dtype=torch.float64)
-            axes: list[AxisFactor | None] = [None] * len(shape)
-            axes[0] = AxisFactor(torch.full((shape[0],), -1), nothing, nothing.clone())
-            fill = Fill("matched", seed=derived_seed(self.seed, "fill", tensor.name))
-            return TensorMap(_of_expert(tensor, 0), tuple(axes), fill=fill, state="fresh")
-        blend = tuple(_of_expert(tensor, e) for e in range(1, num_old))
-        is_mean = self.init == "mean"
-        return TensorMap(
-            source=_of_expert(tensor, 0 if is_mean else source),
-            blend=blend if is_mean else (),
-            state="fresh",
-            noise=self.noise,
-            noise_seed=derived_seed(self.seed, "noise", tensor.name),
-            is_copy=True,
-        )
-
-    def _replicated(self, tensor: LogicalTensor, num_old: int, rows: int) -> TensorMap:
-        """Return the map of one of two copies; each gets half of the gradient."""
-        import torch
-
-        assert tensor.expert is not None
-        ones = torch.ones(rows, dtype=torch.float64)
-        is_copy = tensor.expert >= num_old
-        return TensorMap(
-            source=_of_expert(tensor, tensor.expert % num_old),
-            axes=(AxisFactor(torch.arange(rows), ones, ones / 2), None),
-            noise=self.noise if is_copy else 0.0,
-            noise_seed=derived_seed(self.seed, "noise", tensor.name),
-            is_copy=is_copy,
-        )
-
-    def _router(self, name: str, source: int, num_old: int, num_new: int) -> TensorMap:
-        import torch
-
-        if not self.is_append:
-            share = torch.full((num_new,), 0.5, dtype=torch.float64)
-            routes = AxisMap.copied(num_old, torch.arange(num_new) % num_old, share)
-            return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None))
-        routes = AxisMap.padded(num_old, num_new)
-        match self.init:
-            case "clone" | "best" | "distill":
-                index = torch.where(routes.source >= 0, routes.source, source)
-                ones = torch.ones(num_new, dtype=torch.float64)
-                donor = TensorMap(name, (AxisFactor(index, ones, ones), None))
-                fill = Fill("copy", donor=donor)
-            case "mean":
-                fill = Fill("row_mean")
-            case _:
-                fill = Fill("matched", seed=derived_seed(self.seed, "fill", name))
-        return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None), fill=fill)
 
 
 def _of_expert(tensor: LogicalTensor, expert: int) -> str:
