@@ -1,6 +1,6 @@
 """What a model's parameters become, by the names that they have in memory."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -33,17 +33,6 @@ Held = Mapping[str, Tensor]
 def declared(name: str, shape: tuple[int, ...]) -> StoredTensor:
     """Return a parameter that no family knows, such as a factor of LoRA, known by its own name."""
     return StoredTensor(name, shape, (Part(LogicalTensor(kind=name, disk_name=name, axes=())),))
-
-
-def _behind_another(outputs: Sequence[Tensor | None], stored: StoredTensor) -> Tensor | None:
-    """Return flags of a stored tensor's outputs, of those of its parts; None flags nothing."""
-    if len(outputs) == 1 or all(flags is None for flags in outputs):
-        return outputs[0]
-    whole = torch.zeros(stored.shape[-1 if stored.is_transposed else 0], dtype=torch.bool)
-    for part, flags in zip(stored.parts, outputs, strict=True):
-        if flags is not None:
-            whole[part.index[-1]] = flags
-    return whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -132,9 +121,16 @@ class Change:
             if stored.is_of_experts:
                 continue
             maps = [self.tensors[part.tensor.name] for part in stored.parts]
-            outputs = [new_along(tensor_map, 0) for tensor_map in maps]
+            output = new_along(maps[0], 0)
+            if len(maps) > 1:  # its outputs are those of its parts, behind one another
+                size = stored.shape[-1 if stored.is_transposed else 0]
+                whole = torch.zeros(size, dtype=torch.bool)
+                for part, tensor_map in zip(stored.parts, maps, strict=True):
+                    if (own := new_along(tensor_map, 0)) is not None:
+                        whole[part.index[-1]] = own
+                output = whole if bool(whole.any()) else None
             others = (new_along(maps[0], dim) for dim in range(1, len(stored.shape)))
-            flags = (_behind_another(outputs, stored), *others)
+            flags = (output, *others)
             if any(each is not None for each in flags):
                 grown[stored.name] = flags[::-1] if stored.is_transposed else flags
         return grown

@@ -4,7 +4,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial, reduce
@@ -48,7 +48,6 @@ from tritter.families import (
     layout,
     padded_shapes,
 )
-from tritter.parameter_map import TensorMap
 from tritter.parameter_map.carry import Policy, StateKind, followed, has_state
 from tritter.parameter_map.rows import WeightReader, held_bytes
 from tritter.stock_routers import AddedExperts
@@ -100,45 +99,6 @@ class Room:
     @property
     def memory(self) -> int:
         return self.process + self.in_flight
-
-
-def in_flight_bytes(
-    targets: Sequence[StoredTensor],
-    maps: Mapping[str, TensorMap],
-    state: Sequence[TensorEntry],
-    *,
-    source: Source,
-    padded: Collection[str],
-) -> int:
-    """Return the memory that tensors take at most that are made and written at a time.
-
-    Each of the writer's threads makes a target in blocks of rows, or whole where its rows do not
-    follow from rows. State comes whole: read and mapped, while the two before it are written.
-
-    Args:
-        maps: of the targets' parts, by logical name.
-        padded: names of targets that are put together, and filled up, before they are written.
-    """
-
-    def shape_of(name: str) -> tuple[int, ...]:
-        stored, number = source.places[name]
-        return source.family.shape(stored.parts[number].tensor, source.config)
-
-    usual, rare = [], 0
-    for target in targets:
-        parts = [held_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
-        origins = {maps[part.tensor.name].origin for part in target.parts}
-        is_whole = target.name in padded
-        copied = [o for o in origins if o and source.places[o][0].name in source.live_shapes]
-        usual.append(
-            max(part.usual for part in parts)
-            + _AT_ONCE_PADDED * _WIDE * prod(target.shape) * (is_whole or target.is_transposed)
-            + _WIDE * max((prod(shape_of(name)) for name in copied), default=0)
-        )
-        rare = max(rare, *(part.rare for part in parts))
-    weights = sum(sorted(usual)[-num_threads() :]) + rare
-    largest = max((entry.num_bytes for entry in state), default=0)
-    return KEPT_BYTES + max(weights, (HELD_TENSORS + _AT_ONCE_OF_STATE) * largest)
 
 
 def free_bytes(destination: Path) -> int | None:
@@ -234,7 +194,7 @@ def planned(source: Source, specs: Sequence[ExpansionSpec], *, seed: int) -> Pla
 
     if specs:
         refuse_experts(source.folder, doing="an expansion", recorded=source.recorded_files)
-    plan = _planned(source, specs, seed=seed)
+    plan = replace(plan_by_tables(source, specs, seed=seed), is_confirmed=True)
     if specs:
         check_loadable(plan.target_config, folder=source.folder)
     return plan
@@ -247,7 +207,19 @@ def plan_by_tables(
 
     `expand` asks transformers once the tensors are written, before the result is placed.
     """
-    return replace(_planned(source, specs, seed=seed), is_confirmed=False)
+    config = source.config
+    steps = build_steps(config, specs, seed=seed)
+    target = steps[-1].target_config if steps else config
+    return PlannedExpansion(
+        config=config,
+        steps=steps,
+        parameter_map=composed(steps, config),
+        seed=seed,
+        parameters_before=count_parameters(config),
+        parameters_after=count_parameters(target),
+        added_experts=added_experts(source.added, steps),
+        is_confirmed=False,
+    )
 
 
 def _confirmed(plan: PlannedExpansion, source: Source) -> PlannedExpansion:
@@ -268,21 +240,6 @@ def _confirmed(plan: PlannedExpansion, source: Source) -> PlannedExpansion:
     digests = [[step.parameter_map.digest() for step in each.steps] for each in (plan, found)]
     assert digests[0] == digests[1], "the family's table and transformers read another model"
     return found
-
-
-def _planned(source: Source, specs: Sequence[ExpansionSpec], *, seed: int) -> PlannedExpansion:
-    config = source.config
-    steps = build_steps(config, specs, seed=seed)
-    target = steps[-1].target_config if steps else config
-    return PlannedExpansion(
-        config=config,
-        steps=steps,
-        parameter_map=composed(steps, config),
-        seed=seed,
-        parameters_before=count_parameters(config),
-        parameters_after=count_parameters(target),
-        added_experts=added_experts(source.added, steps),
-    )
 
 
 def expand(
@@ -372,15 +329,30 @@ def room_for(
     streams = {} if state is None else state_streams(plan, state, moments=moments)
     others = [entry for each in streams.values() for entry in each.entries]
     stream = _stream(opened, plan, dtype=dtype, kind="hub", progress=None)
-    shapes = padded_shapes(plan.target_config)
+    shapes, maps = padded_shapes(plan.target_config), plan.parameter_map.tensors
     weights = padded(stream, shapes).entries
-    in_flight = in_flight_bytes(
-        layout(plan.target_config, "hub"),
-        plan.parameter_map.tensors,
-        others,
-        source=opened,
-        padded=shapes,
-    )
+
+    def shape_of(name: str) -> tuple[int, ...]:
+        stored, number = opened.places[name]
+        return opened.family.shape(stored.parts[number].tensor, opened.config)
+
+    # Each of the writer's threads makes a target in blocks of rows, or whole where its rows do not
+    # follow from rows. State comes whole: read and mapped, while the two before it are written.
+    usual, rare = [], 0
+    for target in layout(plan.target_config, "hub"):
+        parts = [held_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
+        origins = {maps[part.tensor.name].origin for part in target.parts}
+        copied = [o for o in origins if o and opened.places[o][0].name in opened.live_shapes]
+        is_whole = target.name in shapes or target.is_transposed
+        usual.append(
+            max(part.usual for part in parts)
+            + is_whole * _AT_ONCE_PADDED * _WIDE * prod(target.shape)
+            + _WIDE * max((prod(shape_of(name)) for name in copied), default=0)
+        )
+        rare = max(rare, *(part.rare for part in parts))
+    largest = max((entry.num_bytes for entry in others), default=0)
+    of_weights = sum(sorted(usual)[-num_threads() :]) + rare
+    of_state = (HELD_TENSORS + _AT_ONCE_OF_STATE) * largest
     kept = opened.folder / STATE_FOLDER / KEPT_FILE
     files = sum(path.stat().st_size for path in check_tokenizer_files(opened.folder))
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
@@ -388,7 +360,7 @@ def room_for(
         weights=sum(entry.num_bytes for entry in weights),
         state=sum(e.num_bytes for e in others) + (kept.stat().st_size if kept.is_file() else 0),
         others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(others)),
-        in_flight=in_flight,
+        in_flight=KEPT_BYTES + max(of_weights, of_state),
         process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     )
 

@@ -196,22 +196,16 @@ def expand_attention_heads(
         shares=shares,
     )
     (step,) = build_steps(family.with_layers(config, [layer]), [spec], seed=seed)
-    return _rebuilt_attention(attention, step)
-
-
-def _rebuilt_attention(attention: nn.Module, step: ResolvedExpansion) -> nn.Module:
-    """Return a module of the same class with a step's head counts and mapped tensors."""
-    family = family_of(step.source_config)
-    config = deepcopy(attention.config)
+    grown = deepcopy(attention.config)
     for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
         key = family.sizes[name]
-        setattr(config, key, step.target_config[key])
-    new = type(attention)(config, attention.layer_idx).train(attention.training)
+        setattr(grown, key, step.target_config[key])
+    new = type(attention)(grown, layer).train(attention.training)
     prefix = "model.layers.0.self_attn."
     held = {prefix + name: value.detach() for name, value in attention.named_parameters()}
     before, after = (
-        [stored for stored in layout(config, "live") if stored.name.startswith(prefix)]
-        for config in (step.source_config, step.target_config)
+        [stored for stored in layout(each, "live") if stored.name.startswith(prefix)]
+        for each in (step.source_config, step.target_config)
     )
     for stored in before:
         if stored.name not in held:

@@ -64,7 +64,23 @@ def check_heads(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None
         RequestError: the strategy cannot make them; names the nearest that it can.
     """
     if strategy == "split":
-        _check_split(old, new)
+        if old.head_dim % 4:
+            raise refused(
+                "expansion.width.head_strategy",
+                "split",
+                "it halves the size of a head, and rotary positions need an even one: "
+                f"head_dim {old.head_dim} is no multiple of 4. fresh, copy and gqa "
+                "keep the size",
+            )
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            asked, made = getattr(new, name), 2 * getattr(old, name)
+            if asked != made:
+                raise refused(
+                    f"expansion.width.{name}",
+                    asked,
+                    f"{key_name('expansion.width.head_strategy')}=split makes two heads of "
+                    f"each, so it can only be {made}; leave it out",
+                )
         return
     heads, kv_heads = new.num_attention_heads, new.num_key_value_heads
     heads_key, kv_key, strategy_key = _keys()
@@ -171,36 +187,14 @@ def spreads_groups(old: Dimensions, new: Dimensions) -> bool:
 
 def _keys() -> tuple[str, str, str]:
     """Return what a person types for the two counts of heads, and for the strategy."""
-    heads, kv_heads = "num_attention_heads", "num_key_value_heads"
-    of_heads, of_kv_heads, strategy = (
-        key_name(f"expansion.width.{name}") for name in (heads, kv_heads, "head_strategy")
-    )
-    return of_heads, of_kv_heads, strategy
+    names = ("num_attention_heads", "num_key_value_heads", "head_strategy")
+    heads, kv_heads, strategy = (key_name(f"expansion.width.{name}") for name in names)
+    return heads, kv_heads, strategy
 
 
 def group_size(dimensions: Dimensions) -> int:
     """Return how many query heads a key/value head serves."""
     return dimensions.num_attention_heads // dimensions.num_key_value_heads
-
-
-def _check_split(old: Dimensions, new: Dimensions) -> None:
-    if old.head_dim % 4:
-        raise refused(
-            "expansion.width.head_strategy",
-            "split",
-            "it halves the size of a head, and rotary positions need an even one: "
-            f"head_dim {old.head_dim} is no multiple of 4. fresh, copy and gqa "
-            "keep the size",
-        )
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        asked, made = getattr(new, name), 2 * getattr(old, name)
-        if asked != made:
-            raise refused(
-                f"expansion.width.{name}",
-                asked,
-                f"{key_name('expansion.width.head_strategy')}=split makes two heads of "
-                f"each, so it can only be {made}; leave it out",
-            )
 
 
 def _followed(count: int, old_size: int, new_size: int) -> int | None:

@@ -133,7 +133,10 @@ class RoutingObjective(SideLoss):
             batch: what the pass was of; new experts are not encouraged on what is replayed of it.
         """
         records = self._recorded(batch["input_ids"])
-        self.records = tuple(map(_without_graph, records))
+        decided = ("own_logits", "logits", "probabilities")
+        self.records = tuple(
+            replace(r, **{name: getattr(r, name).detach() for name in decided}) for r in records
+        )
         counts = [expert_counts(r.selected, self.routing.num_experts) for r in records]
         self.counts = tuple(_summed(torch.stack(counts)))
         terms = {
@@ -146,7 +149,16 @@ class RoutingObjective(SideLoss):
             "z_loss": _mean([router_z_loss(r.logits) for r in records]),
         }
         if self.settings.new_experts:
-            experts, weights = self.settings.new_experts, self._weights_of_new(batch)
+            # Of tokens that are not replayed, all alike, in all processes: one may hold none of
+            # them, and a small batch none at all
+            input_ids, is_replay = batch["input_ids"], batch.get("is_replay")
+            is_new = torch.ones(len(input_ids), device=input_ids.device)
+            if is_replay is not None:
+                is_new = is_new.masked_fill(is_replay, 0)
+            weights, kept = is_new.repeat_interleave(input_ids.shape[1]), self._kept(input_ids)
+            weights = weights if kept is None else weights[kept]
+            weights = weights / (_summed(weights.sum()) / this_rank().count).clamp(min=1e-6)
+            experts = self.settings.new_experts
             masses = [new_expert_mass(r.logits, experts, weights=weights) for r in records]
             terms["new_expert_mass"] = _mean(masses)
         return terms
@@ -208,21 +220,13 @@ class RoutingObjective(SideLoss):
 
     def _recorded(self, input_ids: Tensor) -> tuple[Record, ...]:
         """Return what the last pass, which was of these, decided; of padding nothing."""
-        records, kept = self.routing.recorded(), self._kept(input_ids)
-        return tuple(records) if kept is None else tuple(_of(each, kept) for each in records)
-
-    def _weights_of_new(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return by which of a batch's tokens, padding left out, those count that are not replayed.
-
-        All alike, and in all processes: one may hold none of them, and a small batch none at all.
-        """
-        input_ids, is_replay = batch["input_ids"], batch.get("is_replay")
-        is_new = torch.ones(len(input_ids), device=input_ids.device)
-        if is_replay is not None:
-            is_new = is_new.masked_fill(is_replay, 0)
-        weights, kept = is_new.repeat_interleave(input_ids.shape[1]), self._kept(input_ids)
-        weights = weights if kept is None else weights[kept]
-        return weights / (_summed(weights.sum()) / this_rank().count).clamp(min=1e-6)
+        records, kept = tuple(self.routing.recorded()), self._kept(input_ids)
+        if kept is None:
+            return records
+        names = ("own_logits", "logits", "probabilities", "selected")
+        return tuple(
+            replace(r, **{name: getattr(r, name)[kept] for name in names}) for r in records
+        )
 
 
 class RoutingCallback(Callback):
@@ -245,11 +249,21 @@ class RoutingCallback(Callback):
         self._counts.append(self._objective.counts)
         if not ends_step(trainer, batch_idx):
             return
-        if self._objective.settings.bias_update_rate:
-            self._move_bias()
+        objective = self._objective
+        if rate := objective.settings.bias_update_rate:
+            loads = [sum(counts) for counts in zip(*self._counts, strict=True)]
+            for record, load in zip(objective.records, loads, strict=True):
+                bias = objective.routing.selection_bias(record.layer)
+                moved = bias_update(bias, load, rate=rate)
+                objective.routing.set_selection_bias(record.layer, moved)
         self._counts.clear()
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            pl_module.log_dict(self._statistics())
+            # Means over the layers, of this process's part of the batch
+            factor = objective.settings.capacity_factor
+            layers = routing_statistics(objective.records, capacity_factor=factor)
+            for name in ("entropy", "max_load", "dropped_fraction"):
+                mean = sum(getattr(layer, name) for layer in layers) / len(layers)
+                pl_module.log(f"routing/{name}", mean)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._objective.routing.stop_recording()
@@ -263,25 +277,6 @@ class RoutingCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._objective.routing.load_state_dict(state_dict["routing"])
 
-    def _move_bias(self) -> None:
-        routing, rate = self._objective.routing, self._objective.settings.bias_update_rate
-        loads = [sum(counts) for counts in zip(*self._counts, strict=True)]
-        for record, load in zip(self._objective.records, loads, strict=True):
-            bias = routing.selection_bias(record.layer)
-            routing.set_selection_bias(record.layer, bias_update(bias, load, rate=rate))
-
-    def _statistics(self) -> dict[str, float]:
-        """Return means over the layers, of this process's part of the batch."""
-        layers = routing_statistics(
-            self._objective.records, capacity_factor=self._objective.settings.capacity_factor
-        )
-        return {
-            "routing/entropy": sum(layer.entropy for layer in layers) / len(layers),
-            "routing/max_load": sum(layer.max_load for layer in layers) / len(layers),
-            "routing/dropped_fraction": sum(layer.dropped_fraction for layer in layers)
-            / len(layers),
-        }
-
 
 def _summed(counts: Tensor) -> Tensor:
     """Return counts of all processes together, in place."""
@@ -292,21 +287,6 @@ def _summed(counts: Tensor) -> Tensor:
 
 def _mean(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)).mean()
-
-
-def _of(record: Record, kept: Tensor) -> Record:
-    """Return what was decided of some tokens."""
-    names = ("own_logits", "logits", "probabilities", "selected")
-    return replace(record, **{name: getattr(record, name)[kept] for name in names})
-
-
-def _without_graph(record: Record) -> Record:
-    return replace(
-        record,
-        own_logits=record.own_logits.detach(),
-        logits=record.logits.detach(),
-        probabilities=record.probabilities.detach(),
-    )
 
 
 # Losses on router logits, each a pure function of one layer's tensors.

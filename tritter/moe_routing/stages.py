@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from tokenizers import Tokenizer
-from torch import Tensor, device, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
 from tritter.data.documents import notes_of
 from tritter.data.packing import labels_of
@@ -106,7 +105,16 @@ def fit_live(
             result = fit(
                 module,
                 batches,
-                settings=_settings(home, seed),
+                # Of a model as it is: in its own dtype, on its own device
+                settings=TrainerSettings(
+                    accelerator="gpu" if home.type == "cuda" else home.type,
+                    devices=1 if home.index is None else [home.index],
+                    precision="32-true",
+                    max_non_finite_steps=0,
+                    save_every_n_steps=0,
+                    progress="off",
+                    seed=seed,
+                ),
                 folder=Path(folder),
                 label="adaptation",
                 console=Console(quiet=True),
@@ -124,19 +132,6 @@ def fit_live(
                 parameter.grad = None
     if result.stopped_because is not None:
         raise TritterError(f"adaptation: {result.stopped_because}.")
-
-
-def _settings(home: device, seed: int) -> TrainerSettings:
-    """Return those of a model as it is: in its own dtype, on its own device."""
-    return TrainerSettings(
-        accelerator="gpu" if home.type == "cuda" else home.type,
-        devices=1 if home.index is None else [home.index],
-        precision="32-true",
-        max_non_finite_steps=0,
-        save_every_n_steps=0,
-        progress="off",
-        seed=seed,
-    )
 
 
 ROUTER_UPDATES = ("fine_tune", "retrain", "frozen")
@@ -186,7 +181,15 @@ def adapt_router(
     added = AddedExperts.of(model)
     controls: list[Callback] = []
     if added is not None:
-        steps = anneal_steps or _known_steps(domain_dataloader, epochs)
+        if anneal_steps:
+            steps = anneal_steps
+        elif isinstance(domain_dataloader, Sized):
+            steps = epochs * len(domain_dataloader)
+        else:
+            raise RequestError(
+                "anneal_steps: the loader has no length; say after how many steps the router "
+                "offset is to be 0."
+            )
         controls = [ExpertOpening(added, anneal_steps=steps)]
     if router_update == "retrain":
         redraw_rows(model, experts, seed=seed)
@@ -323,20 +326,6 @@ def _train(
     fit_live(module, batches, seed=seed, controls=controls)
 
 
-def _known_steps(loader: Iterable[Batch], epochs: int) -> int:
-    """Return the steps of some epochs.
-
-    Raises:
-        RequestError: the loader does not say.
-    """
-    if not isinstance(loader, Sized):
-        raise RequestError(
-            "anneal_steps: the loader has no length; say after how many steps the router "
-            "offset is to be 0."
-        )
-    return epochs * len(loader)
-
-
 class ExpertOpening(Callback):
     """Raise the router offset of appended experts before each step of a training.
 
@@ -453,8 +442,19 @@ class SeparateExperts:
         """Replace each shared parameter by its two parts; the base's needs no gradient."""
         for module, attributes in self._attributes.items():
             for attribute in attributes:
-                _split(module, attribute, self.first_new)
-            _join_while_computing(module, attributes)
+                whole = module.get_parameter(attribute)
+                delattr(module, attribute)
+                base, new = (part.clone() for part in whole.detach().tensor_split([self.first_new]))
+                module.register_parameter(attribute + BASE, nn.Parameter(base, requires_grad=False))
+                needs_grad = whole.requires_grad
+                module.register_parameter(attribute + NEW, nn.Parameter(new, needs_grad))
+            # During its forward pass a module finds the whole under its old name
+            before = partial(_put_together, tuple(attributes))
+            after = partial(_forget, tuple(attributes))
+            module.__dict__[_HANDLES] = [
+                module.register_forward_pre_hook(before),
+                module.register_forward_hook(after, always_call=True),
+            ]
 
     def join(self) -> None:
         """Put the parts together again; the base's values are those from before, bit for bit."""
@@ -462,7 +462,12 @@ class SeparateExperts:
             for handle in module.__dict__.pop(_HANDLES):
                 handle.remove()
             for attribute in attributes:
-                _unite(module, attribute)
+                parts = [module.get_parameter(attribute + ending) for ending in (BASE, NEW)]
+                for ending in (BASE, NEW):
+                    delattr(module, attribute + ending)
+                whole = torch.cat([part.detach() for part in parts])
+                needs_grad = any(part.requires_grad for part in parts)
+                module.register_parameter(attribute, nn.Parameter(whole, needs_grad))
 
     def follow(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return values by parameter name for the parts in place of the whole."""
@@ -492,36 +497,8 @@ def separate_experts(model: nn.Module, first_new: int) -> Iterator[SeparateExper
 
 def shared_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters that all experts of a layer share."""
-    config = config_of(model)
-    stored = layout(config, "live")
+    stored = layout(config_of(model), "live")
     return tuple(tensor.name for tensor in stored if tensor.is_of_experts)
-
-
-def _split(module: nn.Module, attribute: str, first_new: int) -> None:
-    whole = module.get_parameter(attribute)
-    delattr(module, attribute)
-    base = nn.Parameter(whole.detach()[:first_new].clone(), requires_grad=False)
-    new = nn.Parameter(whole.detach()[first_new:].clone(), requires_grad=whole.requires_grad)
-    module.register_parameter(attribute + BASE, base)
-    module.register_parameter(attribute + NEW, new)
-
-
-def _unite(module: nn.Module, attribute: str) -> None:
-    parts = [module.get_parameter(attribute + ending) for ending in (BASE, NEW)]
-    for ending in (BASE, NEW):
-        delattr(module, attribute + ending)
-    whole = torch.cat([part.detach() for part in parts])
-    requires_grad = any(part.requires_grad for part in parts)
-    module.register_parameter(attribute, nn.Parameter(whole, requires_grad=requires_grad))
-
-
-def _join_while_computing(module: nn.Module, attributes: Sequence[str]) -> None:
-    """Let a module find the whole under its old name during its forward pass."""
-    handles: list[RemovableHandle] = [
-        module.register_forward_pre_hook(partial(_put_together, tuple(attributes))),
-        module.register_forward_hook(partial(_forget, tuple(attributes)), always_call=True),
-    ]
-    module.__dict__[_HANDLES] = handles
 
 
 def _put_together(attributes: Sequence[str], module: nn.Module, arguments: Any) -> None:
@@ -642,21 +619,14 @@ class ProgressiveMoE:
                 "layer."
             )
         check_router_update(config.router_update)
-        batches = None
-        if config.domain_data_path is not None:
-            batches = self._batches(model, config.domain_data_path)
-        spec = MoeAdd(num_experts=config.new_experts)
-        grown = ModelExpander([spec], seed=self.seed).expand(model)
+        place, seed = config.domain_data_path, self.seed
+        batches = None if place is None else self._batches(model, place)
+        grown = ModelExpander([MoeAdd(num_experts=config.new_experts)], seed=seed).expand(model)
         if batches is not None:
-            self._train(grown, config, batches)
+            new = range(config.base_experts, config.base_experts + config.new_experts)
+            adapt_router(grown, new, batches, router_update=config.router_update, seed=seed)
+            train_new_experts(grown, new, batches, freeze_base=config.freeze_base, seed=seed)
         return grown
-
-    def _train(
-        self, model: nn.Module, config: MoEExpansionConfig, batches: Iterable[dict[str, Tensor]]
-    ) -> None:
-        new = range(config.base_experts, config.base_experts + config.new_experts)
-        adapt_router(model, new, batches, router_update=config.router_update, seed=self.seed)
-        train_new_experts(model, new, batches, freeze_base=config.freeze_base, seed=self.seed)
 
     def _batches(self, model: nn.Module, path: str) -> list[dict[str, Tensor]]:
         if self.tokenizer is None:

@@ -1,4 +1,8 @@
-"""Callbacks of every training: methods against forgetting, refused steps, progress."""
+"""Callbacks of every training.
+
+They count what its steps take, drive methods against forgetting, refuse steps, keep the random
+state, show progress, evaluate on the way, save states, and see whether the training ends.
+"""
 
 import multiprocessing
 import os
@@ -110,9 +114,7 @@ class WorkCount(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens, self.flops = int(state_dict["tokens"]), float(state_dict["flops"])
-        self.padding = int(state_dict.get("padding", 0))
-        held = state_dict.get("lengths", {})
-        self.lengths = Counter({int(length): int(number) for length, number in held.items()})
+        self.padding, self.lengths = int(state_dict["padding"]), Counter(state_dict["lengths"])
 
 
 class Performance(Callback):
@@ -301,7 +303,12 @@ class FiniteGuard(Callback):
         self.refused_steps += 1
         self._consecutive += 1
         if self._consecutive > self._max_consecutive:
-            self._stop(trainer, norm, loss)
+            shown = "unknown" if loss is None else f"{float(loss):.4g}"
+            self.stopped_because = (
+                f"{self._consecutive} steps in a row were not finite (at step "
+                f"{trainer.global_step}: loss {shown}, gradient norm {float(norm):.4g})"
+            )
+            trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -314,14 +321,6 @@ class FiniteGuard(Callback):
         self._consecutive = int(state_dict["consecutive"])
         self.refused_steps = int(state_dict["refused_steps"])
         self.stopped_because = state_dict["stopped_because"]
-
-    def _stop(self, trainer: Trainer, norm: Tensor, loss: Tensor | None) -> None:
-        shown = "unknown" if loss is None else f"{float(loss):.4g}"
-        self.stopped_because = (
-            f"{self._consecutive} steps in a row were not finite (at step "
-            f"{trainer.global_step}: loss {shown}, gradient norm {float(norm):.4g})"
-        )
-        trainer.should_stop = True
 
 
 class RandomState(Callback):
@@ -408,7 +407,14 @@ class StepProgress(Callback):
             text = f"  {self._label}: goes on from step {self._first}/{self._max_steps}"
             self._console.print(text, highlight=False)
         if self._use_bar:
-            self._bar = _progress_bar(self._console)
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:>4.0f}/{task.total:.0f}  {task.fields[note]}"),
+                TimeRemainingColumn(compact=True),
+                console=self._console,
+                transient=True,
+            )
             self._bar.start()
             self._bar.add_task(self._label, total=self._max_steps, completed=self._first, note="")
 
@@ -443,17 +449,6 @@ class StepProgress(Callback):
 def rate_text(rate: float) -> str:
     """Return how many per second: 1.5k, 37, 0.42."""
     return f"{rate / 1000:.1f}k" if rate >= 999.5 else f"{rate:.2g}" if rate < 1 else f"{rate:.0f}"
-
-
-def _progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:>4.0f}/{task.total:.0f}  {task.fields[note]}"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-    )
 
 
 def _is_logged(trainer: Trainer) -> bool:
@@ -581,7 +576,12 @@ class SaveState(Checkpoint):
         is_due = is_stopped or bool(every and trainer.global_step % every == 0)
         is_ours = self._stop.is_asked or self._guard.stopped_because is not None
         if trainer.should_stop and not is_ours and trainer.global_step < trainer.max_steps:
-            self.ended_early = _who_ended(trainer)
+            self.ended_early = "a callback asked the training to stop"
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if reason := getattr(callback, "stopping_reason_message", None):
+                    reason = reason.removesuffix(" Signaling Trainer to stop.")
+                    self.ended_early = f"{type(callback).__name__}: {reason}"
+                    break
         if is_due or self.ended_early is not None:
             trainer.save_checkpoint(self._path, weights_only=False)
 
@@ -608,16 +608,6 @@ class EndOfTraining(Callback):
         if not self._has_ended:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 callback.on_train_end(trainer, pl_module)
-
-
-def _who_ended(trainer: Trainer) -> str:
-    """Return which callback asked the training to stop, and why, as far as it says."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        reason = getattr(callback, "stopping_reason_message", None)
-        if reason:
-            said = reason.removesuffix(" Signaling Trainer to stop.")
-            return f"{type(callback).__name__}: {said}"
-    return "a callback asked the training to stop"
 
 
 # When a training is evaluated on its way: at its beginning, every so many steps, at its end.

@@ -62,6 +62,8 @@ def write(
     Raises:
         TritterError: a moment that is to be coded is not finite.
     """
+    from bitsandbytes.functional import quantize_blockwise
+
     (place,) = (
         (group, group_index, index)
         for group_index, group in enumerate(optimizer.param_groups)
@@ -79,7 +81,11 @@ def write(
             continue
         if not is_finite(values):  # there are codes for numbers only
             raise TritterError(f"{kind} holds values that are not finite; 8 bits can't hold them.")
-        codes, scales = _coded(values, state[f"qmap{suffix}"])
+        code = state[f"qmap{suffix}"]
+        codes, rest = quantize_blockwise(values, code=code, blocksize=_BLOCK)
+        # On the CPU it takes a zero for the smallest number above zero
+        codes.masked_fill_(values == 0, int(code.abs().argmin()))
+        scales = rest.absmax
         if before is not None and _is_coded(before, suffix):
             _keep_blocks(codes.view(-1), scales, values.view(-1), before, suffix)
         state[f"state{suffix}"].copy_(codes)
@@ -106,16 +112,6 @@ def _values(state: State, suffix: str, device: torch.device) -> Tensor:
     return dequantize_blockwise(
         held, absmax=scales.to(device), code=code.to(device), blocksize=_BLOCK
     )
-
-
-def _coded(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes of the values' shape, and a scale for each block."""
-    from bitsandbytes.functional import quantize_blockwise
-
-    codes, rest = quantize_blockwise(values, code=code, blocksize=_BLOCK)
-    # On the CPU it takes a zero for the smallest number above zero
-    codes.masked_fill_(values == 0, int(code.abs().argmin()))
-    return codes, rest.absmax
 
 
 def _keep_blocks(codes: Tensor, scales: Tensor, values: Tensor, before: State, suffix: str) -> None:

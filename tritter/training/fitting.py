@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 
 from lightning import Callback
@@ -98,30 +97,25 @@ def fit(
     conclusion = Conclusion(watching, saving=saving, stop=stop, write=write_result)
     callbacks = [EndOfTraining(), flow, *observers, *controls, work, held, Performance(work)]
     ours = [guard, bar, RandomState(settings.seed, label=label), *changers, conclusion, validation]
-    callbacks += [*_callbacks_of(module, task, folder, work), *filter(None, ours)]
+    callbacks += [callback for side in module.side_losses for callback in side.callbacks()]
+    if task is not None:
+        callbacks.append(ForgettingCallback(module.methods, task, folder / LEFT_NAME, work=work))
+        assert isinstance(batches, BatchStream)
+        for method in module.methods:
+            batches = method.mix(batches, task)
+    callbacks += filter(None, ours)
     module.their_callbacks = TheirCallbacks(options=theirs, folder=folder, last=saving)
     gc.collect()  # an earlier trainer, its module and callbacks hold each other, moments too
     since = time.perf_counter()
     with _told(stop, label):
-        data = TextModule(_mixed(module, batches, task), evaluation)
+        data = TextModule(batches, evaluation)
         _run(module, data, settings, callbacks, saving=saving, folder=folder, loggers=loggers)
     result = conclusion.result
     assert result is not None
-    _end_if_asked(stop, f"at step {result.steps} of {max_steps} of the {label}")
-    return replace(result, seconds=time.perf_counter() - since)
-
-
-def _mixed(module: BaseModule, batches: Batches, task: Task | None) -> Batches:
-    """Return batches as the methods against forgetting mix them."""
-    if task is None:
-        return batches
-    assert isinstance(batches, BatchStream)
-    return reduce(lambda mixed, method: method.mix(mixed, task), module.methods, batches)
-
-
-def _end_if_asked(stop: StopRequest, where: str) -> None:
     if stop.signal_number is not None:
-        raise Stopped(stop.signal_number, where=f"{where}, which goes on from there")
+        where = f"at step {result.steps} of {max_steps} of the {label}, which goes on from there"
+        raise Stopped(stop.signal_number, where=where)
+    return replace(result, seconds=time.perf_counter() - since)
 
 
 @contextmanager
@@ -142,16 +136,6 @@ def _told(stop: StopRequest, label: str) -> Iterator[None]:
         if stop.signal_number is None:
             raise
         raise Stopped(stop.signal_number, where=where) from error  # workers that hardly began
-
-
-def _callbacks_of(
-    module: BaseModule, task: Task | None, folder: Path, work: WorkCount
-) -> list[Callback]:
-    """Return what drives a module's side losses and its methods against forgetting."""
-    callbacks = [callback for side in module.side_losses for callback in side.callbacks()]
-    if task is not None:
-        callbacks.append(ForgettingCallback(module.methods, task, folder / LEFT_NAME, work=work))
-    return callbacks
 
 
 def discard_saved(folder: Path) -> None:
@@ -184,8 +168,12 @@ def _run(
         trainer = build_trainer(settings, callbacks, module.schedule.max_steps, loggers=own)
         with _taken_up(start, saving):
             trainer.fit(module, datamodule=data, ckpt_path=start)
-    if has_workers:
-        _forward_metrics(folder, loggers)
+    if has_workers and loggers:  # which worker processes can't share
+        with (folder / METRICS_NAME).open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                values = {name: float(row[name]) for name in row if name != "step" and row[name]}
+                for logger in loggers:
+                    logger.log_metrics(values, step=int(row["step"]))
 
 
 @contextmanager
@@ -204,14 +192,3 @@ def _taken_up(start: str | None, saving: SaveState) -> Iterator[None]:
             f"the training can't go on from the saved state {start}: {error}\n"
             f"Delete {start}, and it starts again from its beginning."
         ) from error
-
-
-def _forward_metrics(folder: Path, loggers: Sequence[Logger]) -> None:
-    """Give loggers, which worker processes can't share, what the CSV holds of this part."""
-    if not loggers:
-        return
-    with (folder / METRICS_NAME).open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            values = {name: float(row[name]) for name in row if name != "step" and row[name]}
-            for logger in loggers:
-                logger.log_metrics(values, step=int(row["step"]))

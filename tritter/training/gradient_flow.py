@@ -4,7 +4,7 @@ A step looks at those alone that none has reached yet, which after the first few
 gets one from the tokens alone that it is sent.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tritter.data.packing import labels_of
 from tritter.evaluation.gate import ENOUGH_STEPS
 from tritter.expand import Change
-from tritter.families import StoredTensor
 from tritter.training.module import base_of
 from tritter.training.parameters import live_layout, whole
 
@@ -86,7 +85,10 @@ class Flow:
             if waiting is None or waiting.is_done or self._step - waiting.since < enough:
                 continue
             if stored.is_of_experts:
-                experts |= dict.fromkeys(_experts(stored, waiting.dims[0]))
+                by_place = {part.index[0]: part.tensor for part in stored.parts}
+                for place in waiting.dims[0].nonzero()[:, 0]:
+                    tensor = by_place[int(place)]
+                    experts[f"layers.{tensor.layer}.experts.{tensor.expert}"] = None
                 continue
             parts = [
                 f"{int(pending.sum())} new of {pending.numel()} along dimension {dim}"
@@ -155,15 +157,15 @@ class Flow:
         for stored in live_layout(model):
             if stored.name not in trained or stored.name in self._waiting:
                 continue
-            held = self._restored.pop(stored.name, None)
-            entered = _Waiting(self._dims(stored), step) if held is None else _restored(held)
+            if (held := self._restored.pop(stored.name, None)) is not None:
+                dims = {int(dim): pending.clone() for dim, pending in held["dims"]}
+                entered = _Waiting(dims, int(held["since"]), bool(held["is_done"]))
+            elif stored.is_of_experts:
+                entered = _Waiting({0: torch.ones(stored.shape[0], dtype=torch.bool)}, step)
+            else:
+                flags = enumerate(self._new.get(stored.name, ()))
+                entered = _Waiting({d: each.clone() for d, each in flags if each is not None}, step)
             self._waiting[stored.name] = entered
-
-    def _dims(self, stored: StoredTensor) -> dict[int, Tensor]:
-        if stored.is_of_experts:
-            return {0: torch.ones(stored.shape[0], dtype=torch.bool)}
-        flags = self._new.get(stored.name, ())
-        return {dim: each.clone() for dim, each in enumerate(flags) if each is not None}
 
 
 class GradientFlow(Flow, Callback):
@@ -213,25 +215,9 @@ def tried(model: nn.Module, input_ids: Tensor, new: NewUnits, *, steps: int) -> 
                 parameter.grad = gradient
             del gradients  # which are the parameters' now
             flow.look(model, step=step)
-            _step(parameters)
+            with torch.no_grad():
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter.add_(parameter.grad.sign_(), alpha=-_TRIAL_RATE)
+                        parameter.grad = None
     return flow.found(model, enough=steps)
-
-
-@torch.no_grad()
-def _step(parameters: Iterable[nn.Parameter]) -> None:
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.add_(parameter.grad.sign_(), alpha=-_TRIAL_RATE)
-            parameter.grad = None
-
-
-def _restored(held: Mapping[str, Any]) -> _Waiting:
-    dims = {int(dim): pending.clone() for dim, pending in held["dims"]}
-    return _Waiting(dims, int(held["since"]), bool(held["is_done"]))
-
-
-def _experts(stored: StoredTensor, pending: Tensor) -> list[str]:
-    """Return the names of a layer's experts that are still waited for."""
-    by_place = {part.index[0]: part.tensor for part in stored.parts}
-    tensors = [by_place[int(place)] for place in pending.nonzero()[:, 0]]
-    return [f"layers.{tensor.layer}.experts.{tensor.expert}" for tensor in tensors]

@@ -45,7 +45,9 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
     """
     rows: list[dict[str, str]] = []
     for part in map(_metrics_part, metrics_files(folder)):
-        rows = [row for row in rows if not _is_of_stop(row)]
+        # Some Lightning logged only because an earlier part stopped there. `FiniteGuard` logs the
+        # learning rate of the steps that are due, and of these alone.
+        rows = [row for row in rows if row.get("train/learning_rate") or not row.get("train/loss")]
         if part:
             first = min(int(row["step"]) for row in part)
             again = {name for row in part if int(row["step"]) == first for name in _logged(row)}
@@ -53,14 +55,6 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
                 row for row in rows if int(row["step"]) < first + again.isdisjoint(_logged(row))
             ] + part
     return sorted(rows, key=lambda row: int(row["step"]))
-
-
-def _is_of_stop(row: Mapping[str, str]) -> bool:
-    """Say whether Lightning logged a row only because an earlier part stopped there.
-
-    `FiniteGuard` logs the learning rate of the steps that are due, and of these alone.
-    """
-    return bool(row.get("train/loss")) and not row.get("train/learning_rate")
 
 
 def _logged(row: Mapping[str, str]) -> set[str]:

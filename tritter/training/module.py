@@ -157,7 +157,11 @@ class BaseModule(LightningModule):
             options.update(side.forward_options)
         labels = labels_of(self.model, input_ids)
         if labels is not input_ids:
-            options["num_items_in_batch"] = _mean_count(labels[:, 1:] != IGNORED)
+            # How many there are, as a mean over processes, and at least one among all
+            count, ranks = (labels[:, 1:] != IGNORED).sum(), this_rank().count
+            if ranks > 1:
+                distributed.all_reduce(count)
+            options["num_items_in_batch"] = count.clamp(min=1) / ranks
         model = self.compiled or self.model
         said = model(input_ids=input_ids, labels=labels, use_cache=False, **options)
         return TaskLoss(said.loss, said.logits)
@@ -257,14 +261,6 @@ def _sum() -> SumMetric:
     return SumMetric(nan_strategy="disable")
 
 
-def _mean_count(counted: Tensor) -> Tensor:
-    """Return how many are counted, as a mean over processes, and at least one among all."""
-    count, ranks = counted.sum(), this_rank().count
-    if ranks > 1:
-        distributed.all_reduce(count)
-    return count.clamp(min=1) / ranks
-
-
 def base_of(module: LightningModule) -> BaseModule:
     """Return a module that a callback of ours is called with, as what it is."""
     assert isinstance(module, BaseModule)
@@ -333,26 +329,20 @@ class TheirCallbacks:
         Raises:
             RequestError: two of them save their state under one name.
         """
-        named = {one.name: self._build(one) for one in self.options}
-        _check_states(named)
-        return [*named.values(), self.last]
-
-    def _build(self, options: Component) -> Callback:
-        body = dict(options.options)
-        if issubclass(options.kind, ModelCheckpoint):  # which would take it from the cwd
-            body["dirpath"] = str(self.folder / (body.get("dirpath") or CHECKPOINTS_NAME))
-        callback = built(body)
-        assert isinstance(callback, Callback)
-        return callback
-
-
-def _check_states(named: Mapping[str, Callback]) -> None:
-    first: dict[str, str] = {}
-    for name, callback in named.items():
-        other = first.setdefault(callback.state_key, name)
-        if other != name and type(callback).state_dict is not Callback.state_dict:
-            raise RequestError(
-                f"callbacks.{name} and callbacks.{other} are both {callback.state_key}: nothing "
-                "tells their saved states apart; let them differ in what they monitor, or leave "
-                "one out."
-            )
+        callbacks: list[Callback] = []
+        first: dict[str, str] = {}  # state → name of the callback that saves it
+        for one in self.options:
+            body = dict(one.options)
+            if issubclass(one.kind, ModelCheckpoint):  # which would take it from the cwd
+                body["dirpath"] = str(self.folder / (body.get("dirpath") or CHECKPOINTS_NAME))
+            callback = built(body)
+            assert isinstance(callback, Callback)
+            other = first.setdefault(callback.state_key, one.name)
+            if other != one.name and type(callback).state_dict is not Callback.state_dict:
+                raise RequestError(
+                    f"callbacks.{one.name} and callbacks.{other} are both {callback.state_key}: "
+                    "nothing tells their saved states apart; let them differ in what they monitor, "
+                    "or leave one out."
+                )
+            callbacks.append(callback)
+        return [*callbacks, self.last]

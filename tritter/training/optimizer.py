@@ -147,17 +147,11 @@ class Schedule:
             case "constant":
                 return 1.0
             case "cosine" | "rewarm":
-                return self._cosine(step)
+                progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
+                left = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+                return self.minimum_ratio + (1 - self.minimum_ratio) * left
             case "wsd":
-                return self._decay(step)
+                decay_steps = max(1, round(self.decay_ratio * self.max_steps))
+                left = min(1.0, max(0.0, (self.max_steps - step) / decay_steps))
+                return self.minimum_ratio + (1 - self.minimum_ratio) * left
         raise ValueError(f"training.schedule = '{self.shape}': constant, cosine, wsd or rewarm.")
-
-    def _cosine(self, step: int) -> float:
-        progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
-        wave = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-        return self.minimum_ratio + (1 - self.minimum_ratio) * wave
-
-    def _decay(self, step: int) -> float:
-        decay_steps = max(1, round(self.decay_ratio * self.max_steps))
-        left = min(1.0, max(0.0, (self.max_steps - step) / decay_steps))
-        return self.minimum_ratio + (1 - self.minimum_ratio) * left

@@ -1,4 +1,7 @@
-"""The parameters of a live model, experts that stand apart included, as its family knows them."""
+"""The parameters of a live model: what each holds, in parts on processes, in other shapes.
+
+Experts that stand apart are included, as the model's family knows them.
+"""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -302,19 +305,16 @@ def _adopt_config(model: nn.Module, config: Config) -> None:
             like = next(model.parameters())
             held[parent].add_module(last, stock.to(like).train(model.training))
         elif name in known and name in held:
-            _adopt_sizes(held[name], known[name], stock)
+            module, old = held[name], known[name]
+            for key, value in vars(stock).items():
+                is_plain = isinstance(value, bool | int | float | str | tuple)
+                if is_plain and vars(old).get(key) != value:
+                    setattr(module, key, value)
+            for key, buffer in stock.named_buffers(recurse=False):
+                was = getattr(old, key)
+                if was.shape != buffer.shape or not torch.equal(was, buffer):
+                    setattr(module, key, buffer.to(getattr(module, key).device))
     changed = {key: value for key, value in on_disk(config).items() if own.get(key) != value}
     for stated in {id(c): c for m in held.values() if (c := getattr(m, "config", None))}.values():
         for key, value in changed.items():
             setattr(stated, key, value)
-
-
-def _adopt_sizes(module: nn.Module, before: nn.Module, after: nn.Module) -> None:
-    """Set on a module what stands otherwise in two stock modules, plain values and buffers."""
-    for key, value in vars(after).items():
-        if isinstance(value, bool | int | float | str | tuple) and vars(before).get(key) != value:
-            setattr(module, key, value)
-    for key, buffer in after.named_buffers(recurse=False):
-        old = getattr(before, key)
-        if old.shape != buffer.shape or not torch.equal(old, buffer):
-            setattr(module, key, buffer.to(getattr(module, key).device))

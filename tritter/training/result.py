@@ -11,7 +11,6 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from tritter.errors import TritterError
-from tritter.families import StoredTensor
 from tritter.training.callbacks import (
     FiniteGuard,
     SaveState,
@@ -202,7 +201,8 @@ class Conclusion(Callback):
             self._before = {n: p.detach().to("cpu", copy=True) for n, p in parameters}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        error, module = None, base_of(pl_module)
+        error: TritterError | None = None
+        module = base_of(pl_module)
         if is_sharded(module.model):
             gather(module.model, is_kept=trainer.is_global_zero)
         elif trainer.is_global_zero:
@@ -210,7 +210,13 @@ class Conclusion(Callback):
         if trainer.is_global_zero:
             self.result = self._taken_stock(trainer, module)
             self._before = {}  # the writer may need the memory
-            error = self._written(module.model, self.result)
+            try:
+                if self._write is not None and not self._stop.is_asked:
+                    self._write(module.model, self.result)
+            except TritterError as raised:
+                error = raised
+            except OSError as raised:
+                error = TritterError(f"what was trained could not be written: {raised}.")
         trainer.strategy.reduce_boolean_decision(error is None)
         if error is not None:
             raise error
@@ -246,33 +252,18 @@ class Conclusion(Callback):
             reports={c.report_name: c.report() for c in callbacks if isinstance(c, Reports)},
         )
 
-    def _written(self, model: nn.Module, result: FitResult) -> TritterError | None:
-        """Write the result; return why it could not be written."""
-        if self._write is None or self._stop.is_asked:
-            return None
-        try:
-            self._write(model, result)
-        except TritterError as error:
-            return error
-        except OSError as error:
-            return TritterError(f"what was trained could not be written: {error}.")
-        return None
-
 
 def _update_norms(before: dict[str, Tensor], model: nn.Module) -> dict[str, float]:
     """Compare parameters that have kept their shape."""
     moved: dict[str, float] = {}
     size: dict[str, float] = {}
     for stored in live_layout(model):
-        part, parameter = _part(stored), model.get_parameter(stored.name).detach()
+        outside = stored.name.split(".")[-2]
+        part = outside if stored.layer is None else f"layers.{stored.layer}"
+        parameter = model.get_parameter(stored.name).detach()
         old = before.get(stored.name)
         if old is None or old.shape != parameter.shape:
             continue
         moved[part] = moved.get(part, 0.0) + (parameter - old).double().norm().item() ** 2
         size[part] = size.get(part, 0.0) + old.double().norm().item() ** 2
     return {part: (moved[part] / max(size[part], 1e-30)) ** 0.5 for part in moved}
-
-
-def _part(stored: StoredTensor) -> str:
-    """Return layer number, or the module's name for what stands outside the layers."""
-    return stored.name.split(".")[-2] if stored.layer is None else f"layers.{stored.layer}"

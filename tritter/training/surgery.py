@@ -22,7 +22,7 @@ from tritter.storage.tensors import is_finite
 from tritter.training.eight_bit import State
 from tritter.training.module import BaseModule
 from tritter.training.moments import Moments, carried_moments, put_moments
-from tritter.training.parameters import Entry, entry_of, reshape
+from tritter.training.parameters import entry_of, reshape
 
 
 def apply(
@@ -50,9 +50,13 @@ def apply(
         TritterError: the optimizer does not hold Adam's moments, processes disagree, or what
             holds afterwards does not.
     """
+    model = module.model
     _check_moment(trainer, module)
-    _check_change(trainer, module.model, change)
-    model, (optimizer,) = module.model, trainer.optimizers
+    _check_shapes(model, change)
+    digest, strategy = change.digest(), trainer.strategy
+    if not strategy.reduce_boolean_decision(strategy.broadcast(digest) == digest):
+        raise TritterError("the processes of the training disagree on how the model is to change.")
+    (optimizer,) = trainer.optimizers
     ties, others = _ties(model), _count_others(model, change)
     moments = carried_moments(optimizer, model, change, places=change.altered, policy=policy)
     entry = entry_of(change, step=trainer.global_step, reason=reason)
@@ -62,8 +66,23 @@ def apply(
     module.journal.append(entry)
     _follow_slots(optimizer, module, old, moments, before)
     _wrap(trainer, module)
-    _tell(trainer, module, change, entry)
-    _check_result(optimizer, module, change, ties=ties, num_others=others)
+    for method in module.methods:
+        method.parameters_changed(change)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            average = callback._average_model.module
+            assert isinstance(average, BaseModule)
+            _take_on(average.model, change)
+            average.journal.append(entry)
+        elif hasattr(callback, "parameters_changed"):
+            callback.parameters_changed(change)
+    slots = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if sorted(slots) != sorted(id(p) for p in module.parameters() if p.requires_grad):
+        raise TritterError(
+            "the model was not changed as it should be: the optimizer does not hold what is "
+            "trained."
+        )
+    _check_model(optimizer, model, change, ties=ties, num_others=others)
 
 
 def apply_plain(
@@ -96,28 +115,18 @@ def apply_plain(
         moments = carried_moments(optimizer, model, change, places=change.altered, policy=policy)
     _take_on(model, change)
     new = dict(model.named_parameters())
-    if optimizer is not None:
-        _fill_slots(optimizer, old, new, moments)
+    if optimizer is not None:  # each new parameter, with its state, where the old one stood
+        follows = {id(old[name]): new[name] for name in old if new[name] is not old[name]}
+        for group in optimizer.param_groups:
+            group["params"] = [follows.get(id(each), each) for each in group["params"]]
+        for name in old:
+            if new[name] is not old[name]:
+                optimizer.state.pop(old[name], None)
+        for name, state in moments.items():
+            optimizer.state[new[name]] = state
     for name in new:
         new[name].grad = None  # those of old shapes are of no use to the new ones
     _check_model(optimizer, model, change, ties=ties, num_others=others)
-
-
-def _fill_slots(
-    optimizer: torch.optim.Optimizer,
-    old: Mapping[str, nn.Parameter],
-    new: Mapping[str, nn.Parameter],
-    moments: Mapping[str, Moments],
-) -> None:
-    """Put every new parameter, with its state, where the old one stood."""
-    follows = {id(old[name]): new[name] for name in old if new[name] is not old[name]}
-    for group in optimizer.param_groups:
-        group["params"] = [follows.get(id(parameter), parameter) for parameter in group["params"]]
-    for name in old:
-        if new[name] is not old[name]:
-            optimizer.state.pop(old[name], None)
-    for name, state in moments.items():
-        optimizer.state[new[name]] = state
 
 
 def thaw(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None:
@@ -181,14 +190,6 @@ def _check_moment(trainer: Trainer, module: LightningModule) -> None:
         raise RequestError(f"{len(trainer.optimizers)} optimizers; a model changes under one.")
 
 
-def _check_change(trainer: Trainer, model: nn.Module, change: Change) -> None:
-    _check_shapes(model, change)
-    digest = change.digest()
-    is_same = trainer.strategy.broadcast(digest) == digest
-    if not trainer.strategy.reduce_boolean_decision(is_same):
-        raise TritterError("the processes of the training disagree on how the model is to change.")
-
-
 def _check_shapes(model: nn.Module, change: Change) -> None:
     held = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for stored in change.before:
@@ -235,20 +236,6 @@ def _follow_slots(
         put_moments(optimizer, new[name], values, before=before.get(name))
 
 
-def _tell(trainer: Trainer, module: BaseModule, change: Change, entry: Entry) -> None:
-    """Tell the methods of the module, and the callbacks that ask for it; averages follow."""
-    for method in module.methods:
-        method.parameters_changed(change)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            average = callback._average_model.module
-            assert isinstance(average, BaseModule)
-            _take_on(average.model, change)
-            average.journal.append(entry)
-        elif hasattr(callback, "parameters_changed"):
-            callback.parameters_changed(change)
-
-
 def _ties(model: nn.Module) -> set[frozenset[str]]:
     """Return the names that one parameter goes by, where it has several."""
     names: dict[int, set[str]] = {}
@@ -259,40 +246,13 @@ def _ties(model: nn.Module) -> set[frozenset[str]]:
 
 def _count_others(model: nn.Module, change: Change) -> int:
     """Count the parameters that neither the family nor the change knows."""
-    known = {s.name for s in (*change.before, *change.after)}
-    known |= {s.name for s in _stock(change)}
+    known = {s.name for s in (*change.before, *change.after, *_stock(change))}
     return sum(p.numel() for name, p in model.named_parameters() if name not in known)
-
-
-def _count_known(change: Change) -> int:
-    """Count from shapes what the model holds then of its family's and of the change's own."""
-    stock = {s.name for s in _stock(change)}
-    own = sum(prod(s.shape) for s in change.after if s.name not in stock)
-    return own + (count_parameters(change.config) if change.config else 0)
 
 
 def _stock(change: Change) -> tuple[StoredTensor, ...]:
     """Return the parameters that the family knows; none of a module that is no whole model."""
     return layout(change.config, "live") if change.config else ()
-
-
-def _check_result(
-    optimizer: torch.optim.Optimizer,
-    module: BaseModule,
-    change: Change,
-    *,
-    ties: set[frozenset[str]],
-    num_others: int,
-) -> None:
-    """Check what has to hold after every change of a training."""
-    slots = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    trained = [id(p) for p in module.parameters() if p.requires_grad]
-    if sorted(slots) != sorted(trained):
-        raise TritterError(
-            "the model was not changed as it should be: the optimizer does not hold what is "
-            "trained."
-        )
-    _check_model(optimizer, module.model, change, ties=ties, num_others=num_others)
 
 
 def _check_model(
@@ -307,7 +267,10 @@ def _check_model(
     state = {} if optimizer is None else optimizer.state
     groups = [] if optimizer is None else optimizer.param_groups
     slots = {id(p) for group in groups for p in group["params"]}
-    counted = num_others + _count_known(change)
+    # From shapes: what the model then holds of its family's, of the change's own, and of others
+    stock = {s.name for s in _stock(change)}
+    counted = num_others + sum(prod(s.shape) for s in change.after if s.name not in stock)
+    counted += count_parameters(change.config) if change.config else 0
     own = list(model.parameters())
     found = sum(p.numel() for p in own)
     altered = [model.get_parameter(stored.name) for stored in change.altered]

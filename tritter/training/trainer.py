@@ -78,7 +78,17 @@ def begin_worker(method: str) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    _end_with_parent()
+    # It ends at once when its parent has ended, however that came about. Torch sends an interrupt,
+    # which a process that was started in the background ignores: it would go on, and write into a
+    # folder in which the run has been started again.
+    if (parent := multiprocessing.parent_process()) is not None:
+        sentinel = parent.sentinel
+
+        def watch() -> None:
+            multiprocessing.connection.wait([sentinel])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
     if method == "fork":
         # A fork inherits OpenMP's pool without its threads, and waits for them forever
         torch.set_num_threads(1)
@@ -186,24 +196,6 @@ def worker_processes() -> Iterator[None]:
             os.environ[_PORT] = port
 
 
-def _end_with_parent() -> None:
-    """End this process at once when its parent has ended, however that came about.
-
-    Torch sends an interrupt, which a process that was started in the background ignores: it would
-    go on, and write into a folder in which the run has been started again.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        multiprocessing.connection.wait([sentinel])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 PROFILERS: dict[str, Any] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
@@ -266,10 +258,16 @@ def build_trainer(
     arguments = {"enable_model_summary": False, **settings.arguments}
     if isinstance(name := arguments.get("profiler"), str):
         arguments["profiler"] = PROFILERS[name](filename="profile")  # beside the metrics
+    strategy: Strategy | str = "auto"
+    if settings.strategy == "ddp":
+        strategy = WorkerStrategy(settings.accelerator)
+    elif settings.strategy == "fsdp":
+        assert isinstance(settings.devices, int)
+        strategy = ShardedStrategy(settings.accelerator, devices=settings.devices)
     return Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
-        strategy=_strategy(settings),
+        strategy=strategy,
         precision=settings.precision,  # type: ignore[arg-type]
         gradient_clip_val=settings.gradient_clip_val,
         max_steps=max_steps,
@@ -286,13 +284,6 @@ def build_trainer(
         num_sanity_val_steps=0,
         plugins=[SafetensorsCheckpointIO()],
     )
-
-
-def _strategy(settings: TrainerSettings) -> Strategy | str:
-    if settings.strategy == "fsdp":
-        assert isinstance(settings.devices, int)
-        return ShardedStrategy(settings.accelerator, devices=settings.devices)
-    return WorkerStrategy(settings.accelerator) if settings.strategy == "ddp" else "auto"
 
 
 @contextmanager
