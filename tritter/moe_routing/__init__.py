@@ -11,11 +11,9 @@ from tritter.moe_routing.objective import (
     expert_counts,
     layer_statistics,
     load_balancing_loss,
-    load_entropy,
     new_expert_mass,
     router_z_loss,
     routing_divergence,
-    routing_statistics,
 )
 from tritter.moe_routing.stages import (
     ExpertOpening,
@@ -53,14 +51,12 @@ __all__ = [
     "is_router",
     "layer_statistics",
     "load_balancing_loss",
-    "load_entropy",
     "new_expert_mass",
     "only_new_experts",
     "only_trainable",
     "redraw_rows",
     "router_z_loss",
     "routing_divergence",
-    "routing_statistics",
     "separate_experts",
     "train_new_experts",
 ]

@@ -7,7 +7,7 @@ Shapes: N sequences of T tokens, E experts.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -260,7 +260,7 @@ class RoutingCallback(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             # Means over the layers, of this process's part of the batch
             factor = objective.settings.capacity_factor
-            layers = routing_statistics(objective.records, capacity_factor=factor)
+            layers = [layer_statistics(r, capacity_factor=factor) for r in objective.records]
             for name in ("entropy", "max_load", "dropped_fraction"):
                 mean = sum(getattr(layer, name) for layer in layers) / len(layers)
                 pl_module.log(f"routing/{name}", mean)
@@ -373,18 +373,12 @@ class LayerStatistics:
     """The use of one layer's experts over some tokens.
 
     Args:
-        layer: number of the layer.
-        load: per expert, its part of all assignments; they add up to 1.
         max_load: the largest load over the mean one; 1 is even, E/k all to the same experts.
-        load_entropy: of `load`, over that of an even one: 1 is even.
         entropy: of the router's probabilities for one token, nats, on average; 0 is certain.
         dropped_fraction: of all assignments, those that experts of limited capacity would drop.
     """
 
-    layer: int
-    load: tuple[float, ...]
     max_load: float
-    load_entropy: float
     entropy: float
     dropped_fraction: float
 
@@ -402,20 +396,10 @@ def layer_statistics(record: Record, *, capacity_factor: float) -> LayerStatisti
     load = counts.double() / counts.sum()
     entropy = -torch.xlogy(probabilities, probabilities).sum(dim=-1).mean()
     return LayerStatistics(
-        layer=record.layer,
-        load=tuple(load.tolist()),
         max_load=float(load.max() * num_experts),
-        load_entropy=load_entropy(counts),
         entropy=float(entropy),
         dropped_fraction=dropped_fraction(counts, capacity_factor=capacity_factor),
     )
-
-
-def routing_statistics(
-    records: Iterable[Record], *, capacity_factor: float
-) -> tuple[LayerStatistics, ...]:
-    """Return the statistics of every layer that recorded; see `layer_statistics`."""
-    return tuple(layer_statistics(record, capacity_factor=capacity_factor) for record in records)
 
 
 def expert_counts(selected: Tensor, num_experts: int) -> Tensor:
@@ -425,16 +409,6 @@ def expert_counts(selected: Tensor, num_experts: int) -> Tensor:
         selected: int64 [N, k].
     """
     return torch.bincount(selected.flatten(), minlength=num_experts)
-
-
-def load_entropy(counts: Tensor) -> float:
-    """Return the entropy of the load over that of an even one, from 0 to 1.
-
-    Args:
-        counts: [E].
-    """
-    load = counts.double() / counts.sum()
-    return float(-torch.xlogy(load, load).sum()) / math.log(len(counts))
 
 
 def dropped_fraction(counts: Tensor, *, capacity_factor: float) -> float:

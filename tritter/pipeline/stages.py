@@ -306,8 +306,7 @@ def _hold_old(context: RunContext, arm: Arm, model: nn.Module) -> None:
     if any(spec.new_blocks_only for spec in arm.specs):
         carried = context.planned(arm).change.masks()
         for name, parameter in model.named_parameters():
-            if bool(carried[name].any()):
-                parameter.requires_grad_(False)
+            parameter.requires_grad &= not bool(carried[name].any())
 
 
 def _freeze(

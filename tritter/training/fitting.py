@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lightning import Callback
@@ -34,13 +35,12 @@ from tritter.training.callbacks import (
 from tritter.training.forgetting_method import Task
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.metrics import METRICS_NAME, set_metrics_aside
-from tritter.training.module import BaseModule, CompiledModel, TheirCallbacks
-from tritter.training.result import Conclusion, FitResult, HeldBytes, Watching, WriteResult
+from tritter.training.module import BaseModule, CompiledModel, their_callbacks
+from tritter.training.result import Conclusion, FitResult, HeldBytes, WriteResult
 from tritter.training.trainer import (
     TrainerSettings,
     build_trainer,
-    quiet_lightning,
-    torch_settings_kept,
+    settings_kept,
     worker_processes,
 )
 
@@ -93,8 +93,16 @@ def fit(
     saving = SaveState(saved, every_n_steps=every, stop=stop, guard=guard)
     validation = None if evaluation is None else Validation(evaluation, stop=stop)
     flow, held = GradientFlow({} if task is None else task.new_units), HeldBytes()
-    watching = Watching(guard, work, flow, held, validation)
-    conclusion = Conclusion(watching, saving=saving, stop=stop, write=write_result)
+    conclusion = Conclusion(
+        guard=guard,
+        work=work,
+        flow=flow,
+        held=held,
+        validation=validation,
+        saving=saving,
+        stop=stop,
+        write=write_result,
+    )
     callbacks = [EndOfTraining(), flow, *observers, *controls, work, held, Performance(work)]
     ours = [guard, bar, RandomState(settings.seed, label=label), *changers, conclusion, validation]
     callbacks += [callback for side in module.side_losses for callback in side.callbacks()]
@@ -104,7 +112,7 @@ def fit(
         for method in module.methods:
             batches = method.mix(batches, task)
     callbacks += filter(None, ours)
-    module.their_callbacks = TheirCallbacks(options=theirs, folder=folder, last=saving)
+    module.their_callbacks = partial(their_callbacks, theirs, folder=folder, last=saving)
     gc.collect()  # an earlier trainer, its module and callbacks hold each other, moments too
     since = time.perf_counter()
     with _told(stop, label):
@@ -164,7 +172,7 @@ def _run(
     again = activations_recomputed(module.model) if settings.activation_checkpointing else None
     own = [CSVLogger(folder, name="", version=""), *([] if has_workers else loggers)]
     processes = worker_processes() if has_workers else nullcontext()
-    with again or nullcontext(), processes, quiet_lightning(), torch_settings_kept():
+    with again or nullcontext(), processes, settings_kept():
         trainer = build_trainer(settings, callbacks, module.schedule.max_steps, loggers=own)
         with _taken_up(start, saving):
             trainer.fit(module, datamodule=data, ckpt_path=start)

@@ -5,7 +5,7 @@ gets one from the tokens alone that it is sent.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -113,41 +113,18 @@ class Flow:
             self._waiting.pop(name, None)
 
     def state_dict(self) -> dict[str, Any]:
-        waiting = {
-            name: {
-                "since": each.since,
-                "is_done": each.is_done,
-                "dims": [[dim, pending.clone()] for dim, pending in each.dims.items()],
-            }
-            for name, each in self._waiting.items()
-        }
-        new = {
-            name: [
-                [dim, flags]
-                for dim, flags in enumerate(self._new.get(name, ()))
-                if flags is not None
-            ]
-            for name in sorted(self._changed)
-        }
         return {
             "step": self._step,
             "closely_until": self._closely_until,
-            "waiting": waiting,
-            "new": new,
+            "waiting": {name: asdict(each) for name, each in self._waiting.items()},
+            "new": {name: self._new.get(name, ()) for name in sorted(self._changed)},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._step, self._restored = int(state_dict["step"]), dict(state_dict["waiting"])
         self._closely_until = int(state_dict["closely_until"])
-        changed = {name: dict(flags) for name, flags in state_dict["new"].items()}
-        self._changed = set(changed)
-        self._new = {
-            **self._new,
-            **{
-                name: tuple(flags.get(dim) for dim in range(max(flags, default=-1) + 1))
-                for name, flags in changed.items()
-            },
-        }
+        self._changed = set(state_dict["new"])
+        self._new = {**self._new, **state_dict["new"]}
 
     def _enter(self, model: nn.Module, step: int) -> None:
         """Begin to wait for what is trained and was not before."""
@@ -158,8 +135,7 @@ class Flow:
             if stored.name not in trained or stored.name in self._waiting:
                 continue
             if (held := self._restored.pop(stored.name, None)) is not None:
-                dims = {int(dim): pending.clone() for dim, pending in held["dims"]}
-                entered = _Waiting(dims, int(held["since"]), bool(held["is_done"]))
+                entered = _Waiting(**held)
             elif stored.is_of_experts:
                 entered = _Waiting({0: torch.ones(stored.shape[0], dtype=torch.bool)}, step)
             else:

@@ -109,7 +109,7 @@ class BaseModule(LightningModule):
         self.side_losses = tuple(side_losses)
         self.moments = moments or {}
         self.journal: list[Entry] = []
-        self.their_callbacks: TheirCallbacks | None = None  # set for the time of a fit
+        self.their_callbacks: Callable[[], list[Callback]] = list  # set for the time of a fit
         self.compiled: CompiledModel | None = None  # the same
 
     def configure_model(self) -> None:
@@ -119,7 +119,7 @@ class BaseModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return what stands behind Tritter's own callbacks, built in the process that trains."""
-        return [] if self.their_callbacks is None else self.their_callbacks.build()
+        return self.their_callbacks()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the loss of the task, of side losses and of the methods; each is logged alone."""
@@ -309,40 +309,33 @@ class CompiledModel:
 CHECKPOINTS_NAME = "checkpoints"  # where a ModelCheckpoint writes, below the training's folder
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TheirCallbacks:
-    """What a LightningModule adds to the callbacks of its Trainer, when the fit begins.
+def their_callbacks(
+    options: Sequence[Component], *, folder: Path, last: Callback
+) -> list[Callback]:
+    """Return what a LightningModule adds to the callbacks of its Trainer, when the fit begins.
 
     Args:
         options: in the order in which they were asked for.
         folder: of the training.
-        last: stands behind them.
+        last: stands behind them all, those included that write checkpoints.
+
+    Raises:
+        RequestError: two of them save their state under one name.
     """
-
-    options: Sequence[Component]
-    folder: Path
-    last: Callback
-
-    def build(self) -> list[Callback]:
-        """Return them all, those that write checkpoints before `last`.
-
-        Raises:
-            RequestError: two of them save their state under one name.
-        """
-        callbacks: list[Callback] = []
-        first: dict[str, str] = {}  # state → name of the callback that saves it
-        for one in self.options:
-            body = dict(one.options)
-            if issubclass(one.kind, ModelCheckpoint):  # which would take it from the cwd
-                body["dirpath"] = str(self.folder / (body.get("dirpath") or CHECKPOINTS_NAME))
-            callback = built(body)
-            assert isinstance(callback, Callback)
-            other = first.setdefault(callback.state_key, one.name)
-            if other != one.name and type(callback).state_dict is not Callback.state_dict:
-                raise RequestError(
-                    f"callbacks.{one.name} and callbacks.{other} are both {callback.state_key}: "
-                    "nothing tells their saved states apart; let them differ in what they monitor, "
-                    "or leave one out."
-                )
-            callbacks.append(callback)
-        return [*callbacks, self.last]
+    callbacks: list[Callback] = []
+    first: dict[str, str] = {}  # state → name of the callback that saves it
+    for one in options:
+        body = dict(one.options)
+        if issubclass(one.kind, ModelCheckpoint):  # which would take it from the cwd
+            body["dirpath"] = str(folder / (body.get("dirpath") or CHECKPOINTS_NAME))
+        callback = built(body)
+        assert isinstance(callback, Callback)
+        other = first.setdefault(callback.state_key, one.name)
+        if other != one.name and type(callback).state_dict is not Callback.state_dict:
+            raise RequestError(
+                f"callbacks.{one.name} and callbacks.{other} are both {callback.state_key}: "
+                "nothing tells their saved states apart; let them differ in what they monitor, "
+                "or leave one out."
+            )
+        callbacks.append(callback)
+    return [*callbacks, last]

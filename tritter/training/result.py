@@ -151,25 +151,6 @@ class WriteResult(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Watching:
-    """Those that count during a training.
-
-    Args:
-        guard: refused steps.
-        work: tokens and FLOPs.
-        flow: what got no gradient.
-        held: bytes.
-        validation: FLOPs and seconds of evaluations, if there are any.
-    """
-
-    guard: FiniteGuard
-    work: WorkCount
-    flow: GradientFlow
-    held: HeldBytes
-    validation: Validation | None
-
-
 class Conclusion(Callback):
     """Take stock at the end of a fit, and let rank 0 write what it leaves.
 
@@ -177,7 +158,11 @@ class Conclusion(Callback):
     it is written, or was not; nobody writes for a training that was asked to stop.
 
     Args:
-        watching: what is taken stock of.
+        guard: counts refused steps.
+        work: counts tokens and FLOPs.
+        flow: knows what got no gradient.
+        held: counts bytes.
+        validation: counts FLOPs and seconds of evaluations, if there are any.
         saving: knows whether it ended early.
         stop: whether the training is asked to stop.
         write: None: nothing is left.
@@ -187,10 +172,19 @@ class Conclusion(Callback):
     """
 
     def __init__(
-        self, watching: Watching, *, saving: SaveState, stop: StopRequest, write: WriteResult | None
+        self,
+        *,
+        guard: FiniteGuard,
+        work: WorkCount,
+        flow: GradientFlow,
+        held: HeldBytes,
+        validation: Validation | None,
+        saving: SaveState,
+        stop: StopRequest,
+        write: WriteResult | None,
     ) -> None:
-        self._watching = watching
-        self._saving, self._stop, self._write = saving, stop, write
+        self._guard, self._work, self._flow, self._held = guard, work, flow, held
+        self._validation, self._saving, self._stop, self._write = validation, saving, stop, write
         self._before: dict[str, Tensor] = {}
         self.result: FitResult | None = None
 
@@ -233,22 +227,21 @@ class Conclusion(Callback):
             self._stop.note(given["stopped_by"])
 
     def _taken_stock(self, trainer: Trainer, module: BaseModule) -> FitResult:
-        watching, callbacks = self._watching, trainer.callbacks  # type: ignore[attr-defined]
-        validation = watching.validation
+        validation, callbacks = self._validation, trainer.callbacks  # type: ignore[attr-defined]
         return FitResult(
             steps=trainer.global_step,
-            num_tokens=watching.work.tokens,
-            flops=watching.work.flops + sum(side.flops for side in module.side_losses),
+            num_tokens=self._work.tokens,
+            flops=self._work.flops + sum(side.flops for side in module.side_losses),
             evaluation_flops=0.0 if validation is None else validation.flops,
             evaluation_seconds=0.0 if validation is None else validation.seconds,
-            refused_steps=watching.guard.refused_steps,
-            stopped_because=watching.guard.stopped_because,
+            refused_steps=self._guard.refused_steps,
+            stopped_because=self._guard.stopped_because,
             ended_early=self._saving.ended_early,
             last_rate=module.schedule.rate(trainer.global_step - 1) if trainer.global_step else 0.0,
             update_norms=_update_norms(self._before, module.model),
-            flow=watching.flow.found(module.model),
-            held=watching.held.held,
-            packing=watching.work.packing(),
+            flow=self._flow.found(module.model),
+            held=self._held.held,
+            packing=self._work.packing(),
             reports={c.report_name: c.report() for c in callbacks if isinstance(c, Reports)},
         )
 

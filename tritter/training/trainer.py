@@ -287,10 +287,16 @@ def build_trainer(
 
 
 @contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's notices of what devices it found, and advice that does not apply, away."""
+def settings_kept() -> Iterator[None]:
+    """Keep the process as it is around a trainer, and Lightning's notices away.
+
+    `deterministic` and `benchmark` set something for the whole process. Lightning tells what
+    devices it found, and gives advice that does not apply.
+    """
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    is_benchmark = torch.backends.cudnn.benchmark
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -299,16 +305,6 @@ def quiet_lightning() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def torch_settings_kept() -> Iterator[None]:
-    """Set back what `deterministic` and `benchmark` set for the whole process."""
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    is_benchmark = torch.backends.cudnn.benchmark
-    try:
-        yield
-    finally:
         torch.use_deterministic_algorithms(is_deterministic)
         torch.backends.cudnn.benchmark = is_benchmark
 
@@ -327,7 +323,7 @@ def losses_before(
     never = Schedule.constant(0.0, max_steps=1)
     module = BaseModule(model, schedule=never, optimizer=OptimizerSettings())
     random = random_state()
-    with quiet_lightning(), torch_settings_kept():
+    with settings_kept():
         trainer = build_trainer(alone, [], never.max_steps, loggers=[])
         trainer.validate(module, datamodule=TextModule((), text), verbose=False)
     restore_random_state(random)
