@@ -20,8 +20,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.experts.adapters import AdapterShape
 from tritter.experts.gates import Routing
 from tritter.experts.mixture import ExpertMixture
-from tritter.experts.peft_folder import write_adapter
-from tritter.experts.stored import ExpertFolder, adopt
+from tritter.experts.stored import ExpertFolder, adopt, write_adapter
 from tritter.experts.whole import load_whole
 from tritter.models import load_model
 from tritter.novelty import NoveltyDetector

@@ -40,7 +40,7 @@ from tritter.experts.changes import (
 )
 from tritter.experts.gates import Routing, gates_of
 from tritter.experts.mixture import Dispatch, ExpertMixture, mixed
-from tritter.experts.peft_folder import TENSORS_NAME, put_values, read_adapter, write_adapter
+from tritter.experts.stored import TENSORS_NAME, put_values, read_adapter, write_adapter
 from tritter.training import surgery
 from tritter.training.parameters import disk_values
 from tritter.training.reshape import replay

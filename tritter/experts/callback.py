@@ -30,8 +30,7 @@ from tritter.experts.changes import (
     spawned,
     widened,
 )
-from tritter.experts.gates import Gates
-from tritter.experts.losses import entropies, usage
+from tritter.experts.gates import Gates, entropies, usage
 from tritter.experts.mixture import ExpertMixture
 from tritter.experts.module import ExpertModule
 from tritter.experts.roster import FIRST, Novel, Roster
@@ -41,7 +40,7 @@ from tritter.novelty import Observation, observe
 from tritter.novelty.observation import joined
 from tritter.seeds import derived_seed
 from tritter.training import surgery
-from tritter.training.work import WorkCount, ends_step
+from tritter.training.work import ends_step, work_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +209,7 @@ class ExpertCallback(Callback):
         young = active if is_young and len(module.mixture.names) > 1 else None
         if young != module.young:
             module.young = young
-            _work(trainer).count_anew()
+            work_of(trainer).count_anew()
         if active is not None and self._exemplars is not None:
             self._rehearse(batch, is_old)
 
@@ -226,7 +225,7 @@ class ExpertCallback(Callback):
         else:
             seen = _of_all(_observed(module, own) if len(own) else None)
             expert = roster.see(joined([each for each in seen if each]), everywhere)
-            _work(trainer).flops += _looking_flops(module, *everywhere.shape)
+            work_of(trainer).flops += _looking_flops(module, *everywhere.shape)
         if expert is not None:
             self._take(module, expert, everywhere)
 
@@ -352,7 +351,7 @@ class ExpertCallback(Callback):
                 seen = [_observed(module, ids.to(module.device).long()) for ids in batches]
                 roster.detector.add(domain, seen, is_base=True)
                 for ids in batches:
-                    _work(trainer).flops += _looking_flops(module, *ids.shape)
+                    work_of(trainer).flops += _looking_flops(module, *ids.shape)
 
     def _act(self, changing: Changing, step: int) -> None:
         """Do what is due between two steps."""
@@ -365,7 +364,7 @@ class ExpertCallback(Callback):
             self._grow(changing, roster.active, step)
         if roster.routing != module.mixture.routing:
             module.mixture.routing = roster.routing
-            _work(changing.trainer).count_anew()
+            work_of(changing.trainer).count_anew()
 
     def _take_in(self, changing: Changing, novel: Novel, step: int) -> None:
         """Give a new skill an expert: one of its own, if it is worth one and there is room."""
@@ -480,10 +479,6 @@ class ExpertCallback(Callback):
 def _module(module: LightningModule) -> ExpertModule:
     assert isinstance(module, ExpertModule)
     return module
-
-
-def _work(trainer: Trainer) -> WorkCount:
-    return next(c for c in trainer.callbacks if isinstance(c, WorkCount))  # type: ignore[attr-defined]
 
 
 def _observed(module: ExpertModule, ids: Tensor) -> Observation:

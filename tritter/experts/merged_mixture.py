@@ -10,10 +10,9 @@ from tritter.errors import RequestError
 from tritter.evaluation.inference import evaluating
 from tritter.experts.adapters import AdapterShape, Factors
 from tritter.experts.changes import lost_share, merged
-from tritter.experts.losses import usage
+from tritter.experts.gates import usage
 from tritter.experts.mixture import ExpertMixture
-from tritter.experts.peft_folder import StoredAdapter, put_values
-from tritter.experts.stored import ExpertFolder
+from tritter.experts.stored import ExpertFolder, StoredAdapter, put_values
 
 NAME = "merged"
 

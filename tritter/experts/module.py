@@ -19,8 +19,7 @@ from tritter.experts.adapters import (
     shape_of,
 )
 from tritter.experts.changes import router_names
-from tritter.experts.gates import Gates, Routing
-from tritter.experts.losses import balance_loss, entropy_loss, z_loss
+from tritter.experts.gates import Gates, Routing, balance_loss, entropy_loss, z_loss
 from tritter.experts.mixture import ROUTER, ExpertMixture
 from tritter.families import Adapters, Flops, Gating, LowRank, forward_flops
 from tritter.models import config_of
@@ -34,7 +33,7 @@ class ExpertLosses:
     """Weights of what is added to the loss of the task; 0: it is left out.
 
     Args:
-        balance, entropy, z: of the gates of learned routers, see `tritter.experts.losses`.
+        balance, entropy, z: of the gates of learned routers, see `tritter.experts.gates`.
         distill: of KL(mixture without the young expert ‖ mixture), nats per token.
     """
 

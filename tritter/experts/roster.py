@@ -11,14 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tritter.errors import TritterError
 from tritter.experts.gates import Routing
 from tritter.experts.options import DynamicOptions, Timing
 from tritter.novelty import NoveltyDetector, Observation
-from tritter.novelty.detector import Decision
+from tritter.novelty.detectors import Decision
+from tritter.novelty.library import FORMAT_VERSION, check_format
 from tritter.novelty.statistics import CALIBRATION_BATCHES
 
-FORMAT_VERSION = 1
 FIRST = "expert_0"  # the expert of what the base knows
 _USAGE_DECAY = 0.98
 
@@ -302,11 +301,7 @@ class Roster:
         Raises:
             TritterError: it is of another format.
         """
-        if state.get("format_version") != FORMAT_VERSION:
-            raise TritterError(
-                f"experts: a state of format {state.get('format_version')}; this Tritter reads "
-                f"{FORMAT_VERSION}"
-            )
+        check_format(state, "experts: a state")
         self.members = {
             name: Member(**{**each, "losses": list(each["losses"])})
             for name, each in state["members"].items()
