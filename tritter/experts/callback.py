@@ -21,15 +21,7 @@ from tritter.experts.adapters import (
     set_rank,
     shape_of,
 )
-from tritter.experts.changes import (
-    RouterRow,
-    evicted,
-    lost_share,
-    merged,
-    router_names,
-    spawned,
-    widened,
-)
+from tritter.experts.changes import evicted, lost_share, merged, spawned, widened
 from tritter.experts.gates import Gates, entropies, usage
 from tritter.experts.mixture import ExpertMixture
 from tritter.experts.module import ExpertModule
@@ -52,11 +44,9 @@ class Changing:
 
     def spawn(self, name: str, shape: AdapterShape, *, seed: int) -> None:
         """Add an expert that computes nothing yet, with router rows of zeros."""
-        mixture, model = self.module.mixture, self.module.model
-        size: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
+        mixture = self.module.mixture
         mixture.open(name, shape, seed=seed)
-        rows = {router: RouterRow(torch.zeros(size), 0.0) for router in router_names(mixture)}
-        surgery.apply(self.trainer, self.module, spawned(mixture, name, rows), reason="spawned")
+        surgery.apply(self.trainer, self.module, spawned(mixture, name), reason="spawned")
 
     def evict(self, name: str) -> None:
         """Take an expert off, with all that is kept of it."""
@@ -108,27 +98,15 @@ class Changing:
                 optimizer.state.pop(parameter, None)
         return sum(lost) / max(1, len(lost))
 
-    def parameters_with(self, shape: AdapterShape) -> int:
-        """Count what the adapters would have with another one, on the layers of the first."""
-        return self._count() + self._size(shape)
+    def size(self, *names: str) -> int:
+        """Count the parameters of adapters."""
+        model = self.module.model
+        return sum(p.numel() for name in names for p in parameters_of(model, name).values())
 
-    def parameters_beside_first(self, shape: AdapterShape) -> int:
-        """Count what the first adapter and another one would have."""
-        return self._of(self.module.mixture.adapters[0]) + self._size(shape)
-
-    def parameters_widened(self, name: str) -> int:
-        """Count what the adapters would have with one of twice its rank."""
-        return self._count() + self._of(name)
-
-    def _count(self) -> int:
-        return sum(map(self._of, self.module.mixture.adapters))
-
-    def _of(self, name: str) -> int:
-        return sum(each.numel() for each in parameters_of(self.module.model, name).values())
-
-    def _size(self, shape: AdapterShape) -> int:
+    def size_of(self, shape: AdapterShape) -> int:
+        """Count the parameters that an adapter would have on the layers of the first."""
         first = self.module.mixture.adapters[0]
-        return self._of(first) // shape_of(self.module.model, first).rank * shape.rank
+        return self.size(first) // shape_of(self.module.model, first).rank * shape.rank
 
 
 EXPERTS = "experts"
@@ -190,8 +168,18 @@ class ExpertCallback(Callback):
             self.events = [dict(event) for event in state["events"]]
             self._figures.load_state_dict(state["figures"])
             self.take_up(state)
-        elif not self.roster.expert_of:
-            self._learn_what_is_known(trainer, _module(pl_module))
+        elif not self.roster.expert_of:  # what the base knows is measured, and its tokens counted
+            roster, known, module = self.roster, self._known, _module(pl_module)
+            if module.mixture.evidence is not None:
+                number = module.mixture.names.index(FIRST)
+                module.mixture.evidence.count(number, known.tokens.to(module.device))
+            for domain, batches in known.batches.items():
+                roster.expert_of[domain] = FIRST
+                if roster.detector is not None:
+                    seen = [_observed(module, ids.to(module.device).long()) for ids in batches]
+                    roster.detector.add(domain, seen, is_base=True)
+                    for ids in batches:
+                        work_of(trainer).flops += _looking_flops(module, *ids.shape)
         self.roster.stay_within(_module(pl_module).mixture.adapters)
 
     def on_train_batch_start(
@@ -201,8 +189,15 @@ class ExpertCallback(Callback):
         is_old = batch.get("is_replay", torch.zeros_like(ids[:, 0], dtype=torch.bool))
         own = ids[~is_old]
         everywhere = torch.cat(_of_all(own.cpu()))
-        if len(everywhere):  # else old text alone, which nothing is said of
-            self._see(trainer, module, own, everywhere)
+        expert = None  # of old text alone nothing is said
+        if len(everywhere) and self._skill is not None:
+            expert = self.roster.tell(self._skill, everywhere)
+        elif len(everywhere):
+            seen = _of_all(_observed(module, own) if len(own) else None)
+            expert = self.roster.see(joined([each for each in seen if each]), everywhere)
+            work_of(trainer).flops += _looking_flops(module, *everywhere.shape)
+        if expert is not None:
+            self._take(module, expert, everywhere)
         active = self.roster.active
         self._aims.append(active)
         is_young = active is not None and not self.roster.members[active].is_mature
@@ -212,22 +207,6 @@ class ExpertCallback(Callback):
             work_of(trainer).count_anew()
         if active is not None and self._exemplars is not None:
             self._rehearse(batch, is_old)
-
-    def _see(self, trainer: Trainer, module: ExpertModule, own: Tensor, everywhere: Tensor) -> None:
-        """Find out what sequences are for.
-
-        Args:
-            own: [b, T] of this process; `everywhere` [N, T] of all.
-        """
-        roster = self.roster
-        if self._skill is not None:
-            expert = roster.tell(self._skill, everywhere)
-        else:
-            seen = _of_all(_observed(module, own) if len(own) else None)
-            expert = roster.see(joined([each for each in seen if each]), everywhere)
-            work_of(trainer).flops += _looking_flops(module, *everywhere.shape)
-        if expert is not None:
-            self._take(module, expert, everywhere)
 
     def _take(self, module: ExpertModule, expert: str, sequences: Tensor) -> None:
         """Count sequences [N, T] as text of an expert, and keep some of them."""
@@ -293,7 +272,17 @@ class ExpertCallback(Callback):
                 values["experts/novelty"] = self.roster.score
             module.log_dict(values, sync_dist=True)
         self._aims, self._losses = [], []
-        self._act(Changing(trainer, module), trainer.global_step)
+        # What is due between two steps
+        roster, changing, step = self.roster, Changing(trainer, module), trainer.global_step
+        for name in roster.matured():
+            self._note(step, "mature", name, f"trained for {roster.members[name].steps} steps")
+        if roster.novel is not None:
+            self._take_in(changing, roster.novel, step)
+        elif roster.active is not None and roster.active in mixture.adapters:
+            self._grow(changing, roster.active, step)
+        if roster.routing != mixture.routing:
+            mixture.routing = roster.routing
+            work_of(trainer).count_anew()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mixture = _module(pl_module).mixture
@@ -339,33 +328,6 @@ class ExpertCallback(Callback):
         # Lightning loads callbacks before on_fit_start, where the model has its experts again
         self._restored = state_dict
 
-    def _learn_what_is_known(self, trainer: Trainer, module: ExpertModule) -> None:
-        """Measure what the base knows, and count its tokens."""
-        roster, known = self.roster, self._known
-        if module.mixture.evidence is not None:
-            number = module.mixture.names.index(FIRST)
-            module.mixture.evidence.count(number, known.tokens.to(module.device))
-        for domain, batches in known.batches.items():
-            roster.expert_of[domain] = FIRST
-            if roster.detector is not None:
-                seen = [_observed(module, ids.to(module.device).long()) for ids in batches]
-                roster.detector.add(domain, seen, is_base=True)
-                for ids in batches:
-                    work_of(trainer).flops += _looking_flops(module, *ids.shape)
-
-    def _act(self, changing: Changing, step: int) -> None:
-        """Do what is due between two steps."""
-        roster, module = self.roster, changing.module
-        for name in roster.matured():
-            self._note(step, "mature", name, f"trained for {roster.members[name].steps} steps")
-        if roster.novel is not None:
-            self._take_in(changing, roster.novel, step)
-        elif roster.active is not None and roster.active in module.mixture.adapters:
-            self._grow(changing, roster.active, step)
-        if roster.routing != module.mixture.routing:
-            module.mixture.routing = roster.routing
-            work_of(changing.trainer).count_anew()
-
     def _take_in(self, changing: Changing, novel: Novel, step: int) -> None:
         """Give a new skill an expert: one of its own, if it is worth one and there is room."""
         roster, mixture = self.roster, changing.module.mixture
@@ -378,7 +340,8 @@ class ExpertCallback(Callback):
             return
         obstacle = self._obstacle(changing)
         limit = asked.max_trainable_parameters
-        is_of_use = limit is None or changing.parameters_beside_first(self._shape) <= limit
+        least = changing.size(mixture.adapters[0]) + changing.size_of(self._shape)
+        is_of_use = limit is None or least <= limit
         is_of_use &= asked.when_full != "stop"
         while obstacle and is_of_use and len(mixture.adapters) > 1:
             self._make_room(changing, step)
@@ -395,23 +358,18 @@ class ExpertCallback(Callback):
         skill = self._skill or name
         roster.enrol(skill, name)
         self._take(changing.module, name, novel.sequences)
-        self._note(step, "spawned", name, "something new", **self._born(skill, novel))
-
-    def _born(self, skill: str, novel: Novel) -> dict[str, Any]:
-        """Return by what a new skill was found."""
         found: dict[str, Any] = {"skill": skill, "domain": ", ".join(self._domains)}
-        if novel.decision is None or self.roster.detector is None:
-            return found
-        decision = novel.decision
-        similarity = self.roster.detector.library[skill].similarity_at_creation
-        return found | {
-            "similarity": dict(similarity),
-            "score": decision.score,
-            "threshold": decision.threshold,
-            "batches": decision.num_batches,
-            "samples": decision.num_samples,
-            "gain": novel.gain,
-        }
+        if (decision := novel.decision) is not None and roster.detector is not None:
+            similarity = roster.detector.library[skill].similarity_at_creation
+            found |= {
+                "similarity": dict(similarity),
+                "score": decision.score,
+                "threshold": decision.threshold,
+                "batches": decision.num_batches,
+                "samples": decision.num_samples,
+                "gain": novel.gain,
+            }
+        self._note(step, "spawned", name, "something new", **found)
 
     def _obstacle(self, changing: Changing) -> str:
         """Return why there is no room for another expert; empty: there is."""
@@ -419,7 +377,8 @@ class ExpertCallback(Callback):
         if len(mixture.adapters) >= asked.max_experts:
             return f"experts.max_experts = {asked.max_experts} is reached"
         limit = asked.max_trainable_parameters
-        if limit is not None and changing.parameters_with(self._shape) > limit:
+        number = changing.size(*mixture.adapters) + changing.size_of(self._shape)
+        if limit is not None and number > limit:
             return f"experts.max_trainable_parameters = {limit:,} is reached"
         return ""
 
@@ -462,7 +421,8 @@ class ExpertCallback(Callback):
         due = roster.stalled(rank)
         if due == "widen":
             limit = roster.asked.max_trainable_parameters
-            if limit is not None and changing.parameters_widened(name) > limit:
+            adapters = changing.module.mixture.adapters
+            if limit is not None and changing.size(*adapters, name) > limit:
                 return
             changing.widen(name, 2 * rank, seed=derived_seed(self._seed, name, str(rank)))
             self._note(step, "widened", name, f"it stalled; rank {rank} → {2 * rank}")
@@ -539,12 +499,11 @@ class Figures:
 
     def report(self) -> dict[str, Any]:
         """Return gates and ranks over time, as summary.json has them; null where there was none."""
-        times = self._over_time
-        found = {}
-        for kind, of, rows in (("usage", "gates", "usage"), ("ranks", "ranks", "ranks")):
-            names = dict.fromkeys(name for row in times[rows] for name in row)
-            values = {name: [row.get(name) for row in times[rows]] for name in names}
-            found[f"{kind}_over_time"] = {"steps": times["steps"], of: values}
+        times, found = self._over_time, {}
+        for kind, unit in (("usage", "gates"), ("ranks", "ranks")):
+            names = dict.fromkeys(name for row in times[kind] for name in row)
+            values = {name: [row.get(name) for row in times[kind]] for name in names}
+            found[f"{kind}_over_time"] = {"steps": times["steps"], unit: values}
         return found
 
     def state_dict(self) -> dict[str, Any]:

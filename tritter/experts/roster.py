@@ -113,7 +113,13 @@ class Roster:
         self.aim(None if self.detector.is_run_new else expert)
         if decision.kind != "known":
             return None
-        self._measure(decision.skill, seen)
+        # A new skill is measured again once there is more of it than the burst it was found in
+        held = self._young.get(decision.skill)
+        if held is not None:
+            held.append(seen)
+            if len(held) >= CALIBRATION_BATCHES:
+                self.detector.recalibrate(decision.skill, held)
+                del self._young[decision.skill]
         return expert
 
     def tell(self, skill: str, sequences: Tensor) -> str | None:
@@ -317,14 +323,3 @@ class Roster:
         }
         if self.detector is not None and state["detector"] is not None:
             self.detector.load_state_dict(state["detector"])
-
-    def _measure(self, skill: str, seen: Observation) -> None:
-        """Measure a new skill again once there is more of it than the burst it was found in."""
-        held = self._young.get(skill)
-        if held is None:
-            return
-        held.append(seen)
-        if len(held) >= CALIBRATION_BATCHES:
-            assert self.detector is not None
-            self.detector.recalibrate(skill, held)
-            del self._young[skill]

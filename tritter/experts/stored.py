@@ -17,7 +17,6 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from tritter.checkpoint.expert_files import (
     ADAPTER_FILES,
@@ -41,7 +40,7 @@ from tritter.experts.adapters import (
     shape_of,
 )
 from tritter.experts.gates import Routing
-from tritter.experts.mixture import Evidence, ExpertMixture
+from tritter.experts.mixture import ExpertMixture
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import file_digest
 from tritter.storage.reading import require_file
@@ -110,13 +109,13 @@ def taken(model: nn.Module, name: str) -> StoredAdapter:
     shape, found, embeddings = shape_of(model, name), {}, set()
     for layer_name, layer in adapted_layers(model):
         held = factors(layer, name)
-        if held is not None:
-            found[layer_name] = _copied(held.down), _copied(held.up)
-            if is_embedding(layer):
-                embeddings.add(layer_name)
-    for layer_name, pair in found.items():
-        if not all(map(is_finite, pair)):
+        if held is None:
+            continue
+        found[layer_name] = held.down.detach().cpu().clone(), held.up.detach().cpu().clone()
+        if not all(map(is_finite, found[layer_name])):
             raise TritterError(f"the adapter {name} of {layer_name} is not finite.")
+        if is_embedding(layer):
+            embeddings.add(layer_name)
     return StoredAdapter(shape, found, frozenset(embeddings))
 
 
@@ -161,14 +160,42 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """
     config = AdapterConfig.read(folder)
     tensors = TensorFolder.open_file(folder, TENSORS_NAME)
-    names = _layer_names(tensors)
-    found = {layer: _pair(tensors, config.rank, layer, own) for layer, own in names.items()}
-    targets = tuple(sorted({name.rpartition(".")[2] for name in found}))
+    path = folder / TENSORS_NAME
+    layers: dict[str, dict[str, str]] = {}  # layer → A, B and base → name of the tensor
+    embeddings: dict[str, set[bool]] = {}  # layer → whether its factors look tokens up
+    for name in tensors.headers:
+        match = _KEY.fullmatch(name)
+        if match is None:
+            raise TritterError(
+                f"{path}: {name} is no factor of LoRA on a linear layer or an embedding."
+            )
+        part = match["part"] or match["looked_up"]
+        layers.setdefault(match["layer"], {})[part or "base"] = name
+        if part:
+            embeddings.setdefault(match["layer"], set()).add(match["part"] is None)
+    if not layers:
+        raise TritterError(f"{path} holds no tensors.")
+    found = {}
+    for layer, own in layers.items():
+        if len(embeddings.get(layer, ())) > 1:
+            raise TritterError(f"{path}: {layer} is a linear layer and an embedding at once.")
+        if missing := [part for part in ("B", "A") if part not in own]:
+            raise TritterError(f"{path}: {layer} lacks its {missing[0]}.")
+        down, up = tensors.shape(own["A"]), tensors.shape(own["B"])
+        if (len(down), len(up)) != (2, 2) or (down[0], up[1]) != (config.rank, config.rank):
+            raise TritterError(
+                f"{path}: {layer} has factors of shapes {[list(down), list(up)]}; its config says "
+                f"r = {config.rank}."
+            )
+        found[layer] = tensors.get(own["A"]), tensors.get(own["B"])
+        if not all(map(is_finite, found[layer])):
+            raise TritterError(f"{path}: {layer} holds values that are not finite.")
+    targets = tuple(sorted({layer.rpartition(".")[2] for layer in found}))
     return StoredAdapter(
         AdapterShape(config.rank, config.alpha, targets),
         found,
-        frozenset(layer for layer, own in names.items() if own.is_embedding),
-        {layer: tensors.get(own.base) for layer, own in names.items() if own.base},
+        frozenset(layer for layer, kinds in embeddings.items() if True in kinds),
+        {layer: tensors.get(own["base"]) for layer, own in layers.items() if "base" in own},
     )
 
 
@@ -191,8 +218,10 @@ def put_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
                 f"the adapter does not fit the model: {layer} is an embedding in the "
                 f"{'folder' if layer in stored.embeddings else 'model'} alone."
             )
-        base = layers[layer].get_base_layer().get_parameter("weight")
-        if layer in stored.base and not _is_same(base, stored.base[layer]):
+        base = layers[layer].get_base_layer().get_parameter("weight").detach()
+        theirs = stored.base.get(layer, base)
+        narrower = min(base.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+        if theirs is not base and not torch.equal(base.cpu().to(narrower), theirs.to(narrower)):
             raise TritterError(
                 f"the adapter does not fit the model: the folder holds other base weights of "
                 f"{layer}."
@@ -207,72 +236,6 @@ def put_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
         for layer, (down, up) in stored.factors.items():
             own[layer].down.copy_(down)
             own[layer].up.copy_(up)
-
-
-@dataclass(slots=True)
-class _Names:
-    """What the tensors of one layer are called in a file."""
-
-    down: str = ""
-    up: str = ""
-    base: str = ""
-    is_embedding: bool = False
-
-
-def _layer_names(tensors: TensorFolder) -> dict[str, _Names]:
-    """Return the names of a file's tensors by layer, each layer with both factors."""
-    path = tensors.folder / TENSORS_NAME
-    layers: dict[str, _Names] = {}
-    kinds: dict[str, set[bool]] = {}
-    for name in tensors.headers:
-        match = _KEY.fullmatch(name)
-        if match is None:
-            raise TritterError(
-                f"{path}: {name} is no factor of LoRA on a linear layer or an embedding."
-            )
-        own = layers.setdefault(match["layer"], _Names())
-        if match["base"]:
-            own.base = name
-            continue
-        kinds.setdefault(match["layer"], set()).add(match["part"] is None)
-        own.is_embedding = match["part"] is None
-        if (match["part"] or match["looked_up"]) == "A":
-            own.down = name
-        else:
-            own.up = name
-    if not layers:
-        raise TritterError(f"{path} holds no tensors.")
-    for layer, own in layers.items():
-        if len(kinds.get(layer, ())) > 1:
-            raise TritterError(f"{path}: {layer} is a linear layer and an embedding at once.")
-        if not own.down or not own.up:
-            raise TritterError(f"{path}: {layer} lacks its {'A' if own.up else 'B'}.")
-    return layers
-
-
-def _pair(tensors: TensorFolder, rank: int, layer: str, names: _Names) -> tuple[Tensor, Tensor]:
-    """Return a layer's (A, B), found sound."""
-    path = tensors.folder / TENSORS_NAME
-    shapes = [tensors.shape(names.down), tensors.shape(names.up)]
-    if any(len(shape) != 2 for shape in shapes) or (shapes[0][0], shapes[1][1]) != (rank, rank):
-        raise TritterError(
-            f"{path}: {layer} has factors of shapes {[list(shape) for shape in shapes]}; its "
-            f"config says r = {rank}."
-        )
-    values = tensors.get(names.down), tensors.get(names.up)
-    if not all(map(is_finite, values)):
-        raise TritterError(f"{path}: {layer} holds values that are not finite.")
-    return values
-
-
-def _is_same(own: Tensor, stored: Tensor) -> bool:
-    """Say whether two tensors are one, in the narrower of their dtypes."""
-    dtype = min(own.dtype, stored.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(own.detach().cpu().to(dtype), stored.to(dtype))
-
-
-def _copied(value: Tensor) -> Tensor:
-    return value.detach().cpu().clone()
 
 
 ROOT_OF_AN_EXPERT = "../.."  # what an expert in a checkpoint folder stands on
@@ -327,20 +290,26 @@ class ExpertFolder:
             top_k=routing.top_k,
             temperature=routing.temperature,
             capacity_factor=routing.capacity_factor,
-            evidence=None if evidence is None else _weighing(evidence),
+            evidence=None
+            if evidence is None
+            else EvidenceHead(
+                window=evidence.window,
+                scale=evidence.scale,
+                prior=evidence.prior,
+                end_of_text_id=evidence.end_of_text_id,
+            ),
             usage={domain: dict(gates) for domain, gates in (usage or {}).items()},
             base_bits=base_bits(mixture.model),
-        )
-        routers = tuple(
-            (router.weight.detach().cpu().clone(), router.bias.detach().cpu().clone())
-            for router in mixture.routers()
         )
         held: dict[str, Tensor] = {}
         plain = encode(extra or {}, held, place=_EXTRA)
         made = cls(
             head=head,
             adapters={name: taken(mixture.model, name) for name in head.adapters},
-            routers=routers,
+            routers=tuple(
+                (router.weight.detach().cpu().clone(), router.bias.detach().cpu().clone())
+                for router in mixture.routers()
+            ),
             counts=None if evidence is None else evidence.counts.detach().cpu().clone(),
             extra=decode(plain, held),
         )
@@ -384,7 +353,13 @@ class ExpertFolder:
             TritterError: as `read`.
         """
         folder = files.source
-        tensors = _read_tensors(folder / TENSORS, files.head)
+        require_file(folder / TENSORS)
+        if file_digest(folder / TENSORS) != files.head.tensors_sha256:
+            raise TritterError(f"{folder / TENSORS} was changed since it was written.")
+        try:
+            tensors: dict[str, Tensor] = load_file(folder / TENSORS)
+        except (OSError, SafetensorError, ValueError, MemoryError) as error:
+            raise TritterError(f"{folder / TENSORS} cannot be read ({error}).") from error
         try:
             extra = decode(files.head.extra, tensors)
             if not isinstance(extra, dict):
@@ -416,11 +391,11 @@ class ExpertFolder:
         Raises:
             TritterError: the model is not the one that the experts were taken from: sizes differ.
         """
-        head = self.head
-        if self.counts is not None and self.counts.shape[1] != _config_size(model, "vocab_size"):
+        head, size = self.head, model.config.vocab_size  # type: ignore[union-attr]
+        if self.counts is not None and self.counts.shape[1] != size:
             raise TritterError(
                 f"the experts don't fit the model: they count {self.counts.shape[1]} tokens, its "
-                f"vocabulary has {_config_size(model, 'vocab_size')}."
+                f"vocabulary has {size}."
             )
         mixture = ExpertMixture(
             model,
@@ -469,7 +444,6 @@ def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
     """
     try:
         check_names([name])
-        _check_key(name)
     except TritterError as error:
         raise RequestError(str(error)) from error
     stored = read_adapter(folder)
@@ -479,34 +453,7 @@ def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
     except TritterError:
         mixture.close(name)
         raise
-    for router in mixture.routers():
-        router.weight = nn.Parameter(pad(router.weight.detach(), (0, 0, 0, 1)))
-        router.bias = nn.Parameter(pad(router.bias.detach(), (0, 1)))
-
-
-def _weighing(evidence: Evidence) -> EvidenceHead:
-    return EvidenceHead(
-        window=evidence.window,
-        scale=evidence.scale,
-        prior=evidence.prior,
-        end_of_text_id=evidence.end_of_text_id,
-    )
-
-
-def _config_size(model: nn.Module, key: str) -> int:
-    size: int = getattr(model.config, key)
-    return size
-
-
-def _read_tensors(path: Path, head: ExpertsHead) -> dict[str, Tensor]:
-    require_file(path)
-    if file_digest(path) != head.tensors_sha256:
-        raise TritterError(f"{path} was changed since it was written.")
-    try:
-        found: dict[str, Tensor] = load_file(path)
-        return found
-    except (OSError, SafetensorError, ValueError, MemoryError) as error:
-        raise TritterError(f"{path} cannot be read ({error}).") from error
+    mixture.add_router_rows()
 
 
 def _check_tensors(held: ExpertFolder) -> None:
@@ -516,12 +463,16 @@ def _check_tensors(held: ExpertFolder) -> None:
         TritterError: says which.
     """
     head, number = held.head, len(held.head.names)
-    for name in head.adapters:
-        _check_key(name)
+    for name in head.adapters:  # PEFT's layers hold them in such
+        if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+            raise TritterError(
+                f"{name} can't be an expert's name: something of torch's is called so."
+            )
     if (head.router == "evidence") != (not held.routers):
         raise TritterError(f"router = {head.router}, and there are {len(held.routers)} of them.")
     if (head.router == "learned") != (held.counts is None):
-        raise TritterError(f"router = {head.router}, and counts of tokens {_there(held.counts)}.")
+        there = "are missing" if held.counts is None else "are there"
+        raise TritterError(f"router = {head.router}, and counts of tokens {there}.")
     sizes = set()
     for weight, bias in held.routers:
         if weight.ndim != 2 or bias.shape != weight.shape[:1] or len(weight) != number:
@@ -543,28 +494,13 @@ def _check_tensors(held: ExpertFolder) -> None:
             )
         if not counts.numel() or int(counts.min()) < 0:
             raise TritterError("a count of tokens is below 0, or there is none.")
-    _check_layers(held.adapters)
-
-
-def _check_key(name: str) -> None:
-    """Refuse what PEFT can't keep an adapter under: its layers hold them in such."""
-    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-        raise TritterError(f"{name} can't be an expert's name: something of torch's is called so.")
-
-
-def _check_layers(adapters: Mapping[str, StoredAdapter]) -> None:
-    """Refuse adapters that can't stand on one model."""
-    sizes: dict[str, tuple[str, tuple[int, int]]] = {}
-    for name, adapter in adapters.items():
+    layers: dict[str, tuple[str, tuple[int, int]]] = {}
+    for name, adapter in held.adapters.items():
         for layer, (down, up) in adapter.factors.items():
             size = down.shape[1], up.shape[0]
-            other, known = sizes.setdefault(layer, (name, size))
+            other, known = layers.setdefault(layer, (name, size))
             if known != size:
                 raise TritterError(
                     f"{name} and {other} don't stand on one model: {layer} is {size[0]} → "
                     f"{size[1]} for the one, {known[0]} → {known[1]} for the other."
                 )
-
-
-def _there(value: object) -> str:
-    return "are missing" if value is None else "are there"

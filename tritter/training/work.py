@@ -80,9 +80,8 @@ class WorkCount(Callback):
                 histogram[f"{low}-{2 * low - 1}"] += number
         if not self.lengths:
             return {}
-        fraction = self.padding / (self.tokens + self.padding)
         return {
-            "padding_fraction": fraction,
+            "padding_fraction": self.padding / (self.tokens + self.padding),
             "packed_sequence_length_histogram": dict(histogram),
         }
 
@@ -92,9 +91,8 @@ class WorkCount(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens, self.flops = int(state_dict["tokens"]), float(state_dict["flops"])
-        self.padding = int(state_dict.get("padding", 0))
-        held = state_dict.get("lengths", {})
-        self.lengths = Counter({int(length): int(number) for length, number in held.items()})
+        self.padding = int(state_dict["padding"])
+        self.lengths = Counter({int(n): int(number) for n, number in state_dict["lengths"].items()})
 
 
 class Performance(Callback):
