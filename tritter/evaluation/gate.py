@@ -108,7 +108,10 @@ def retention_check(
     return _harm_check(
         "retention",
         subject,
-        _Comparison(before, after, relative_harm, "{:+.2%} of what is above chance"),
+        before,
+        after,
+        estimate=relative_harm,
+        drop="{:+.2%} of what is above chance",
         verdict=verdict,
         bound=bound,
         confidence=confidence,
@@ -127,11 +130,13 @@ def new_capability_check(
     def verdict(lower: float, upper: float) -> Verdict:
         return "passed" if upper < 0 else "failed" if lower >= 0 else "undecided"
 
-    estimate = relative_harm if before.unit == "nats" else drop_in_points
     return _harm_check(
         "new_capability",
         subject,
-        _Comparison(before, after, estimate, "{:+.2%} points"),
+        before,
+        after,
+        estimate=relative_harm if before.unit == "nats" else drop_in_points,
+        drop="{:+.2%} points",
         verdict=verdict,
         bound=0.0,
         confidence=confidence,
@@ -259,42 +264,25 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + more
 
 
-@dataclass(frozen=True, slots=True)
-class _Comparison:
-    """Two models' scores, how the harm between them is estimated, and how a drop is said."""
-
-    before: PairedScores
-    after: PairedScores
-    estimate: Callable[[PairedScores, PairedScores], Estimate]
-    drop: str
-
-    @property
-    def items(self) -> str:
-        return "documents" if self.before.unit == "nats" else "items"
-
-    def text(self, harm: float) -> str:
-        if self.before.unit == "nats":
-            return f"loss per byte {harm:+.2%}"
-        means = f"accuracy {self.before.mean():.1%} to {self.after.mean():.1%}"
-        return f"{means}, a drop of {self.drop.format(harm)}"
-
-
 def _harm_check(
     name: str,
     subject: str,
-    compared: _Comparison,
+    before: PairedScores,
+    after: PairedScores,
     *,
+    estimate: Callable[[PairedScores, PairedScores], Estimate],
+    drop: str,
     verdict: Callable[[float, float], Verdict],
     bound: float,
     confidence: float,
 ) -> Check:
+    """Estimate the harm to a domain, or to a task whose drop is worded as `drop`, and judge it."""
     import torch
 
-    before, after, items = compared.before, compared.after, compared.items
     if not_finite := int((~torch.isfinite(after.values)).sum()):
         detail = f"the loss is not finite on {not_finite} of {len(after)} documents"
         return Check(name, subject, "failed", detail, bound=bound, n=len(after))
-    harm = compared.estimate(before, after)
+    harm, items = estimate(before, after), "documents" if before.unit == "nats" else "items"
     lower, upper = harm.lower(confidence), harm.upper(confidence)
     is_enough = harm.n >= MIN_DOCUMENTS
     answer: Verdict = verdict(lower, upper) if is_enough else "undecided"
@@ -303,7 +291,11 @@ def _harm_check(
         needed = harm.documents_to_decide(bound, confidence)
     if not is_enough:
         needed = max(MIN_DOCUMENTS, needed or 0)
-    detail = f"{compared.text(harm.value)} on {harm.n} {items}, " + (
+    changed = f"loss per byte {harm.value:+.2%}"
+    if before.unit == "accuracy":
+        changed = f"accuracy {before.mean():.1%} to {after.mean():.1%}, a drop of "
+        changed += drop.format(harm.value)
+    detail = f"{changed} on {harm.n} {items}, " + (
         f"one-sided {confidence:.0%} bounds {_bound_text(lower)} and {_bound_text(upper)}, "
         f"allowed {bound:+.2%}"
         if is_enough

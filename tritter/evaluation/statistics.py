@@ -92,6 +92,8 @@ class PairedScores:
         Raises:
             TritterError: the record has another format version, or is none.
         """
+        import torch
+
         if not isinstance(record, dict):
             raise TritterError("scores are no record. Score the model again.")
         version = record.get("format_version")
@@ -101,30 +103,24 @@ class PairedScores:
                 f"{FORMAT_VERSION}. Score the model again."
             )
         try:
-            read = cls._read(record)
+            if record["unit"] not in get_args(Unit):
+                raise ValueError(f"unit {record['unit']!r}")
+            names = ("tokens", "bytes") if record["unit"] == "nats" else ("answers",)
+            read = cls(
+                identifiers=tuple(str(name) for name in record["identifiers"]),
+                values=torch.tensor(record["values"], dtype=torch.float64),
+                weights={
+                    name: torch.tensor(record["weights"][name], dtype=torch.int64) for name in names
+                },
+                unit=record["unit"],
+                chance=float(record["chance"]),
+            )
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TritterError(f"scores are damaged ({error!r}).") from error
         columns = (read.values, *read.weights.values())
         if any(column.shape != (len(read),) for column in columns):
             raise TritterError("scores are damaged: as many numbers as items belong.")
         return read
-
-    @classmethod
-    def _read(cls, record: Mapping[str, Any]) -> PairedScores:
-        import torch
-
-        if record["unit"] not in get_args(Unit):
-            raise ValueError(f"unit {record['unit']!r}")
-        names = ("tokens", "bytes") if record["unit"] == "nats" else ("answers",)
-        return cls(
-            identifiers=tuple(str(name) for name in record["identifiers"]),
-            values=torch.tensor(record["values"], dtype=torch.float64),
-            weights={
-                name: torch.tensor(record["weights"][name], dtype=torch.int64) for name in names
-            },
-            unit=record["unit"],
-            chance=float(record["chance"]),
-        )
 
     def _mean(self, weight: str) -> tuple[float, float]:
         """Return a mean and its standard error, clustered by item."""
