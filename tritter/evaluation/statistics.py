@@ -128,15 +128,6 @@ class PairedScores:
         return ratio.value, ratio.standard_error
 
 
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """A ratio of sums, its standard error and the number of independent documents behind it."""
-
-    value: float
-    standard_error: float
-    n: int
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Estimate:
     """A value with bounds.
@@ -146,13 +137,13 @@ class Estimate:
         standard_error: of the value.
         n: independent documents behind it.
         errors: float64 [R], sorted: errors in units of their own standard error that samples like
-            this one make, or their quantiles. Empty where nothing is known of them.
+            this one make, or their quantiles. None: nothing is known of them.
     """
 
     value: float
     standard_error: float
     n: int
-    errors: Tensor
+    errors: Tensor | None = None
 
     def upper(self, confidence: float) -> float:
         """Return the one-sided upper bound: the truth lies below it with this confidence.
@@ -160,11 +151,11 @@ class Estimate:
         Args:
             confidence: from 0.5; above R / (R + 1) no bound is known.
         """
-        return self.value + self._margin(-self.errors.flip(0), confidence)
+        return self.value + self._margin(confidence, is_upper=True)
 
     def lower(self, confidence: float) -> float:
         """Return the one-sided lower bound: the truth lies above it with this confidence."""
-        return self.value - self._margin(self.errors, confidence)
+        return self.value - self._margin(confidence, is_upper=False)
 
     def documents_to_decide(
         self, bound: float, confidence: float, power: float = 0.8
@@ -190,23 +181,25 @@ class Estimate:
         x = (linear + math.sqrt(linear**2 + 4 * distance * excess * root)) / (2 * distance)
         return max(2, math.ceil(x**2))
 
-    def _margin(self, errors: Tensor, confidence: float) -> float:
-        """Return how far the bound lies from the value, for sorted errors towards the value."""
+    def _margin(self, confidence: float, *, is_upper: bool) -> float:
+        """Return how far the bound lies from the value."""
         if self.standard_error == 0:
             return 0.0
-        rank = math.ceil(confidence * (len(errors) + 1))
-        if not len(errors) or rank > len(errors):
+        number = 0 if self.errors is None else len(self.errors)
+        rank = math.ceil(confidence * (number + 1))
+        if self.errors is None or rank > number:
             return math.inf
-        return max(0.0, self.standard_error * float(errors[rank - 1]))
+        error = -self.errors[number - rank] if is_upper else self.errors[rank - 1]
+        return max(0.0, self.standard_error * float(error))
 
 
-def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Ratio:
+def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Estimate:
     """Return Σ numerator / Σ denominator over independent documents.
 
     The standard error is the linearised (Taylor) one of survey sampling (Cochran, Sampling
     Techniques, 6.4), each document one cluster, with the residual of a document divided by
     1 - its share of the denominator: this is the delete-one jackknife, and it keeps the error
-    honest when a few long documents dominate.
+    honest when a few long documents dominate. Errors are not resampled.
 
     Args:
         numerators: float64 [n], one sum per document.
@@ -218,12 +211,12 @@ def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Ratio:
     total = denominators.sum()
     value = numerators.sum() / total
     if n < 2:
-        return Ratio(float(value), math.inf, n=n)
+        return Estimate(float(value), math.inf, n=n)
     leverage = denominators / total
     residuals = (numerators - value * denominators) / total / (1 - leverage)
     # n - 1 over n is the jackknife's factor; the leverage already undid the lost degree of freedom.
     variance = residuals.square().sum() * (n - 1) / n
-    return Ratio(float(value), float(torch.sqrt(variance)), n=n)
+    return Estimate(float(value), float(torch.sqrt(variance)), n=n)
 
 
 def bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
@@ -232,14 +225,10 @@ def bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
     Args:
         numerators, denominators: as there.
     """
-    import torch
-
     ratio = ratio_of_sums(numerators, denominators)
     if ratio.n < 2:
-        errors = torch.empty(0, dtype=torch.float64)
-    else:
-        errors = studentised_errors(numerators, denominators)
-    return Estimate(ratio.value, ratio.standard_error, n=ratio.n, errors=errors)
+        return ratio
+    return replace(ratio, errors=studentised_errors(numerators, denominators))
 
 
 def finite_or_none(value: float | None) -> float | None:
@@ -311,8 +300,7 @@ def carrying_items(before: PairedScores, after: PairedScores) -> tuple[str, ...]
 def above_chance(scores: PairedScores) -> Estimate:
     """Estimate the accuracy above that of guessing."""
     ratio = ratio_of_sums(scores.above_chance, scores.weights[scores.per].double())
-    errors = _student_errors(ratio.n)
-    return Estimate(ratio.value, ratio.standard_error, n=ratio.n, errors=errors)
+    return replace(ratio, errors=_student_errors(ratio.n))
 
 
 def _relative_value(before: PairedScores, after: PairedScores) -> float:
@@ -345,21 +333,20 @@ def _drop(before: PairedScores, after: PairedScores, *, out_of: Tensor) -> Estim
     weight = before.weights[before.per].double().mean()
     more = torch.stack([weight, -weight])
     adjusted = ratio_of_sums(torch.cat([lost, more]), torch.cat([out_of, out_of.mean().expand(2)]))
-    value = float(lost.sum() / out_of.sum())
-    n = len(before)
-    return Estimate(value, adjusted.standard_error, n=n, errors=_student_errors(n))
+    value, n = float(lost.sum() / out_of.sum()), len(before)
+    return replace(adjusted, value=value, n=n, errors=_student_errors(n))
 
 
-def _student_errors(n: int) -> Tensor:
+def _student_errors(n: int) -> Tensor | None:
     """Return quantiles of Student's t with n − 1 degrees of freedom in place of resamples' errors.
 
-    float64 [R]; empty below two items, where nothing is known.
+    float64 [R]; None below two items, where nothing is known.
     """
     import torch
     from scipy.special import stdtrit  # half a second, which no gate of losses needs
 
     if n < 2:
-        return torch.empty(0, dtype=torch.float64)
+        return None
     probabilities = torch.arange(1, NUM_RESAMPLES + 1, dtype=torch.float64) / (NUM_RESAMPLES + 1)
     return torch.from_numpy(stdtrit(n - 1, probabilities.numpy()))
 

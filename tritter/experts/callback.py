@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from tritter.data.batches import this_rank
 from tritter.data.packing import kept_tokens
@@ -33,81 +33,6 @@ from tritter.novelty.observation import joined
 from tritter.seeds import derived_seed
 from tritter.training import surgery
 from tritter.training.work import ends_step, work_of
-
-
-@dataclass(frozen=True, slots=True)
-class Changing:
-    """A training between two of its steps."""
-
-    trainer: Trainer
-    module: ExpertModule
-
-    def spawn(self, name: str, shape: AdapterShape, *, seed: int) -> None:
-        """Add an expert that computes nothing yet, with router rows of zeros."""
-        mixture = self.module.mixture
-        mixture.open(name, shape, seed=seed)
-        surgery.apply(self.trainer, self.module, spawned(mixture, name), reason="spawned")
-
-    def evict(self, name: str) -> None:
-        """Take an expert off, with all that is kept of it."""
-        mixture = self.module.mixture
-        surgery.apply(self.trainer, self.module, evicted(mixture, name), reason="evicted")
-        mixture.close(name)
-
-    def widen(self, name: str, rank: int, *, seed: int) -> None:
-        """Give an expert a larger rank; the function is kept."""
-        change = widened(self.module.mixture, name, rank, seed=seed)
-        surgery.apply(self.trainer, self.module, change, reason="widened")
-        set_rank(self.module.model, name, rank)
-
-    def freeze(self, name: str, projections: Sequence[str] | None) -> bool:
-        """Train an expert no more, or only not in layers of some names; return whether whole."""
-        own = parameters_of(self.module.model, name)
-        chosen = [
-            key
-            for key in own
-            if projections is None or any(f".{each}." in key for each in projections)
-        ]
-        surgery.freeze(self.trainer, self.module, chosen)
-        return len(chosen) == len(own)
-
-    def thaw(self, name: str) -> None:
-        """Let an expert be trained again."""
-        own = parameters_of(self.module.model, name)
-        surgery.thaw(self.trainer, self.module, [k for k in own if not own[k].requires_grad])
-
-    def merge(self, kept: str, gone: str, weights: Sequence[float]) -> float:
-        """Let an expert be the mean of itself and another, weighted; return the share that is lost.
-
-        Its moments begin anew: they were of other factors.
-        """
-        model, (optimizer,) = self.module.model, self.trainer.optimizers
-        parts = [weight / sum(weights) for weight in weights]
-        shape, lost = shape_of(model, kept), []
-        for _, layer in adapted_layers(model):
-            both = [factors(layer, kept), factors(layer, gone)]
-            if both[0] is None or both[1] is None:
-                continue
-            pair = [each for each in both if each is not None]
-            one = merged(pair, parts, rank=shape.rank, alpha=shape.alpha)
-            lost.append(lost_share(pair, parts, one))
-            with torch.no_grad():
-                pair[0].down.copy_(one.down)
-                pair[0].up.copy_(one.up)
-            for parameter in (pair[0].down, pair[0].up):
-                optimizer.state.pop(parameter, None)
-        return sum(lost) / max(1, len(lost))
-
-    def size(self, *names: str) -> int:
-        """Count the parameters of adapters."""
-        model = self.module.model
-        return sum(p.numel() for name in names for p in parameters_of(model, name).values())
-
-    def size_of(self, shape: AdapterShape) -> int:
-        """Count the parameters that an adapter would have on the layers of the first."""
-        first = self.module.mixture.adapters[0]
-        return self.size(first) // shape_of(self.module.model, first).rank * shape.rank
-
 
 EXPERTS = "experts"
 
@@ -273,13 +198,14 @@ class ExpertCallback(Callback):
             module.log_dict(values, sync_dist=True)
         self._aims, self._losses = [], []
         # What is due between two steps
-        roster, changing, step = self.roster, Changing(trainer, module), trainer.global_step
+        roster = self.roster
         for name in roster.matured():
-            self._note(step, "mature", name, f"trained for {roster.members[name].steps} steps")
+            why = f"trained for {roster.members[name].steps} steps"
+            self._note(trainer, "mature", name, why)
         if roster.novel is not None:
-            self._take_in(changing, roster.novel, step)
+            self._take_in(trainer, module, roster.novel)
         elif roster.active is not None and roster.active in mixture.adapters:
-            self._grow(changing, roster.active, step)
+            self._grow(trainer, module, roster.active)
         if roster.routing != mixture.routing:
             mixture.routing = roster.routing
             work_of(trainer).count_anew()
@@ -328,36 +254,43 @@ class ExpertCallback(Callback):
         # Lightning loads callbacks before on_fit_start, where the model has its experts again
         self._restored = state_dict
 
-    def _take_in(self, changing: Changing, novel: Novel, step: int) -> None:
+    def _take_in(self, trainer: Trainer, module: ExpertModule, novel: Novel) -> None:
         """Give a new skill an expert: one of its own, if it is worth one and there is room."""
-        roster, mixture = self.roster, changing.module.mixture
-        skill = self._skill or f"skill_{len(roster.expert_of)}_{step}"
-        asked = roster.asked
+        roster, asked, mixture, model = self.roster, self.roster.asked, module.mixture, module.model
+        skill = self._skill or f"skill_{len(roster.expert_of)}_{trainer.global_step}"
         if novel.gain < asked.min_gain:
             roster.enrol(skill, FIRST)
             why = f"gains at most {novel.gain:.3f} nats, below experts.min_gain"
-            self._note(step, "refused", FIRST, why)
+            self._note(trainer, "refused", FIRST, why)
             return
-        obstacle = self._obstacle(changing)
-        limit = asked.max_trainable_parameters
-        least = changing.size(mixture.adapters[0]) + changing.size_of(self._shape)
-        is_of_use = limit is None or least <= limit
+        limit, first = asked.max_trainable_parameters, mixture.adapters[0]
+        new = _size(model, first) // shape_of(model, first).rank * self._shape.rank
+
+        def obstacle() -> str:
+            """Return why there is no room for another expert; empty: there is."""
+            if len(mixture.adapters) >= asked.max_experts:
+                return f"experts.max_experts = {asked.max_experts} is reached"
+            if limit is not None and _size(model, *mixture.adapters) + new > limit:
+                return f"experts.max_trainable_parameters = {limit:,} is reached"
+            return ""
+
+        is_of_use = limit is None or _size(model, first) + new <= limit
         is_of_use &= asked.when_full != "stop"
-        while obstacle and is_of_use and len(mixture.adapters) > 1:
-            self._make_room(changing, step)
-            obstacle = self._obstacle(changing)
-        if obstacle:
+        while (why := obstacle()) and is_of_use and len(mixture.adapters) > 1:
+            self._make_room(trainer, module)
+        if why:
             heir = roster.nearest(novel)
-            self._thaw(changing, heir)
+            self._thaw(trainer, module, heir)
             roster.enrol(skill, heir)
-            self._take(changing.module, heir, novel.sequences)
-            self._note(step, "refused", heir, f"{obstacle}; it learns the new skill too")
+            self._take(module, heir, novel.sequences)
+            self._note(trainer, "refused", heir, f"{why}; it learns the new skill too")
             return
         name = roster.next_name()
-        changing.spawn(name, self._shape, seed=derived_seed(self._seed, name))
+        mixture.open(name, self._shape, seed=derived_seed(self._seed, name))
+        surgery.apply(trainer, module, spawned(mixture, name), reason="spawned")
         skill = self._skill or name
         roster.enrol(skill, name)
-        self._take(changing.module, name, novel.sequences)
+        self._take(module, name, novel.sequences)
         found: dict[str, Any] = {"skill": skill, "domain": ", ".join(self._domains)}
         if (decision := novel.decision) is not None and roster.detector is not None:
             similarity = roster.detector.library[skill].similarity_at_creation
@@ -369,71 +302,89 @@ class ExpertCallback(Callback):
                 "samples": decision.num_samples,
                 "gain": novel.gain,
             }
-        self._note(step, "spawned", name, "something new", **found)
+        self._note(trainer, "spawned", name, "something new", **found)
 
-    def _obstacle(self, changing: Changing) -> str:
-        """Return why there is no room for another expert; empty: there is."""
-        asked, mixture = self.roster.asked, changing.module.mixture
-        if len(mixture.adapters) >= asked.max_experts:
-            return f"experts.max_experts = {asked.max_experts} is reached"
-        limit = asked.max_trainable_parameters
-        number = changing.size(*mixture.adapters) + changing.size_of(self._shape)
-        if limit is not None and number > limit:
-            return f"experts.max_trainable_parameters = {limit:,} is reached"
-        return ""
-
-    def _make_room(self, changing: Changing, step: int) -> None:
-        roster, mixture = self.roster, changing.module.mixture
+    def _make_room(self, trainer: Trainer, module: ExpertModule) -> None:
+        """Let the least used expert go, or the two most similar become one."""
+        roster, mixture = self.roster, module.mixture
         pair = roster.most_similar() if roster.asked.when_full == "merge" else None
         if pair is None:
             gone = roster.least_used()
-            changing.evict(gone)
-            roster.dismiss(gone)
-            self._forget(gone, heir=None)
-            self._note(step, "evicted", gone, "the least used, to make room")
+            self._evict(trainer, module, gone, heir=None)
+            self._note(trainer, "evicted", gone, "the least used, to make room")
             return
         kept, gone = pair
         weights = [max(roster.members[name].usage, 1e-6) for name in pair]
-        lost = changing.merge(kept, gone, weights)
+        weights = [weight / sum(weights) for weight in weights]
+        (optimizer,), shape, lost = trainer.optimizers, shape_of(module.model, kept), []
+        for _, layer in adapted_layers(module.model):
+            both = [each for name in pair if (each := factors(layer, name)) is not None]
+            if len(both) < 2:
+                continue
+            one = merged(both, weights, rank=shape.rank, alpha=shape.alpha)
+            lost.append(lost_share(both, weights, one))
+            for parameter, value in ((both[0].down, one.down), (both[0].up, one.up)):
+                with torch.no_grad():
+                    parameter.copy_(value)
+                optimizer.state.pop(parameter, None)  # its moments were of other factors
         if mixture.evidence is not None:
             numbers = [mixture.names.index(name) for name in pair]
             mixture.evidence.counts[numbers[0]] += mixture.evidence.counts[numbers[1]]
-        self._thaw(changing, kept)
-        changing.evict(gone)
-        roster.dismiss(gone, heir=kept)
-        self._forget(gone, heir=kept)
-        why = f"the most similar, {gone} and {kept}, are one; {100 * lost:.0f} % of it is lost"
-        self._note(step, "merged", kept, why, gone=gone)
+        self._thaw(trainer, module, kept)
+        self._evict(trainer, module, gone, heir=kept)
+        share = 100 * sum(lost) / max(1, len(lost))
+        why = f"the most similar, {gone} and {kept}, are one; {share:.0f} % of it is lost"
+        self._note(trainer, "merged", kept, why, gone=gone)
 
-    def _thaw(self, changing: Changing, name: str) -> None:
+    def _thaw(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
         if self.roster.members[name].is_frozen:
-            changing.thaw(name)
+            own = parameters_of(module.model, name)
+            surgery.thaw(trainer, module, [key for key in own if not own[key].requires_grad])
             self.roster.thaw(name)
 
-    def _forget(self, gone: str, *, heir: str | None) -> None:
+    def _evict(
+        self, trainer: Trainer, module: ExpertModule, gone: str, *, heir: str | None
+    ) -> None:
+        """Take an expert off, with all that is kept of it and no other expert inherits."""
+        surgery.apply(trainer, module, evicted(module.mixture, gone), reason="evicted")
+        module.mixture.close(gone)
+        self.roster.dismiss(gone, heir=heir)
         if self._exemplars is not None:
             self._exemplars.move(gone, heir=heir)
 
-    def _grow(self, changing: Changing, name: str, step: int) -> None:
+    def _grow(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
         """Let an expert that stalls have a larger rank, or be."""
-        roster, model = self.roster, changing.module.model
+        roster, model, mixture = self.roster, module.model, module.mixture
         rank = shape_of(model, name).rank
         due = roster.stalled(rank)
         if due == "widen":
             limit = roster.asked.max_trainable_parameters
-            adapters = changing.module.mixture.adapters
-            if limit is not None and changing.size(*adapters, name) > limit:
+            if limit is not None and _size(model, *mixture.adapters, name) > limit:
                 return
-            changing.widen(name, 2 * rank, seed=derived_seed(self._seed, name, str(rank)))
-            self._note(step, "widened", name, f"it stalled; rank {rank} → {2 * rank}")
+            seed = derived_seed(self._seed, name, str(rank))
+            change = widened(mixture, name, 2 * rank, seed=seed)
+            surgery.apply(trainer, module, change, reason="widened")
+            set_rank(model, name, 2 * rank)
+            self._note(trainer, "widened", name, f"it stalled; rank {rank} → {2 * rank}")
         elif due == "freeze":
             member, parts = roster.members[name], roster.asked.freeze_projections
-            member.is_frozen, member.is_whole = True, changing.freeze(name, parts)
+            own = parameters_of(model, name)
+            chosen = [
+                key for key in own if parts is None or any(f".{each}." in key for each in parts)
+            ]
+            surgery.freeze(trainer, module, chosen)
+            member.is_frozen, member.is_whole = True, len(chosen) == len(own)
             what = "it" if member.is_whole else " and ".join(parts or ())
-            self._note(step, "frozen", name, f"it stalled at rank {rank}; {what} stays as it is")
+            self._note(trainer, "frozen", name, f"it stalled at rank {rank}; {what} stays as it is")
 
-    def _note(self, step: int, kind: str, expert: str, why: str, **more: Any) -> None:
-        self.events.append({"step": step, "kind": kind, "expert": expert, "why": why, **more})
+    def _note(self, trainer: Trainer, kind: str, expert: str, why: str, **more: Any) -> None:
+        record = {"step": trainer.global_step, "kind": kind, "expert": expert, "why": why}
+        self.events.append(record | more)
+
+
+def _size(model: nn.Module, *names: str) -> int:
+    """Count the parameters of adapters."""
+    return sum(p.numel() for name in names for p in parameters_of(model, name).values())
 
 
 def _module(module: LightningModule) -> ExpertModule:

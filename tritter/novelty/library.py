@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -16,7 +18,6 @@ from tritter.novelty.statistics import (
     Calibration,
     Gaussian,
     Moments,
-    merged,
 )
 from tritter.options import Count, WholeNumber, options
 
@@ -445,8 +446,8 @@ class SkillLibrary:
         number = _MOST_FOLDS if len(whole) >= 2 * _MOST_FOLDS else 2
         parts = [whole[fold::number] for fold in range(number)]
         own = [Moments.of(torch.cat([b.features for b in part])) for part in parts]
-        folds = [merged(each) for each in zip(*gather(own), strict=True)]
-        moments = merged(folds)
+        folds = [reduce(add, each) for each in zip(*gather(own), strict=True)]
+        moments = reduce(add, folds)
         size = len(self.reference.mean) if self._skills else len(moments.mean)
         if len(moments.mean) != size:
             raise RequestError(
@@ -465,7 +466,7 @@ class SkillLibrary:
             for measure in ("centre", "distance")
         }
         embedding = embedded(torch.cat([b.features for b in batches]), self.projection).sum(dim=0)
-        loss = merged(gather(Calibration.of(b.losses for part in parts for b in part)))
+        loss = reduce(add, gather(Calibration.of(b.losses for part in parts for b in part)))
         if is_base and loss.batches < CALIBRATION_BATCHES:
             raise RequestError(
                 f"novelty: {loss.batches} batches of '{name}'; to know what is usual of what the "
@@ -478,8 +479,8 @@ class SkillLibrary:
             moments=moments,
             embedding=torch.stack(list(gather(embedding))).sum(dim=0),
             loss=loss,
-            centre=merged(gather(held_out["centre"])),
-            distance=merged(gather(held_out["distance"])),
+            centre=reduce(add, gather(held_out["centre"])),
+            distance=reduce(add, gather(held_out["distance"])),
             similarity_at_creation={},
             digests=tuple(dict.fromkeys(digests))[:MOST_DIGESTS],
         )

@@ -158,7 +158,6 @@ class Benchmark:
         until: what ends an answer that is generated.
         max_new_tokens: of an answer.
         is_right: judges a generated answer.
-        separator: between prompt and choice.
     """
 
     name: str
@@ -171,7 +170,6 @@ class Benchmark:
     until: tuple[str, ...] = ()
     max_new_tokens: int = 256
     is_right: Callable[[Question, str], bool] = field(default=lambda question, text: False)
-    separator: str = " "
 
     @property
     def hub(self) -> str:

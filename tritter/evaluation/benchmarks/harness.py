@@ -294,7 +294,7 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
         },
         "test_split": "test",
         "num_fewshot": 0,  # examples stand in the prompt
-        "target_delimiter": benchmark.separator,
+        "target_delimiter": " ",
         "doc_to_text": lambda doc: questions.prompt(names[doc["number"]]),
         "metric_list": [
             {
@@ -322,7 +322,7 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
         return config | {
             "output_type": "loglikelihood",
             "target_delimiter": "",
-            "doc_to_target": lambda doc: f"{benchmark.separator}{question(doc).answer}",
+            "doc_to_target": lambda doc: f" {question(doc).answer}",
         }
     tokens = min(benchmark.max_new_tokens, length // 2)
 
