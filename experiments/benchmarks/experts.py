@@ -18,8 +18,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tritter.experts.adapters import AdapterShape
-from tritter.experts.gates import Routing
-from tritter.experts.losses import balance_loss, z_loss
+from tritter.experts.gates import Routing, balance_loss, z_loss
 from tritter.experts.mixture import ExpertMixture, RouterKind
 
 ROUNDS, EXPERTS, RANK = 12, 8, 8

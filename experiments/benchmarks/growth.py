@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tritter.growth.grower import Grower
-from tritter.growth.look import Looking, attach
+from tritter.growth.places import Looking, attach
 from tritter.growth.triggers import INITIALISERS, TRIGGERS, GrowthOptions, Timing
 from tritter.training.surgery import apply_plain
 

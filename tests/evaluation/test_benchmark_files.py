@@ -16,9 +16,8 @@ from tritter.data.benchmark_names import GROUPS, HUB_NAMES
 from tritter.errors import RequestError
 from tritter.evaluation.benchmarks import files
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
-from tritter.evaluation.benchmarks.formats import Question
+from tritter.evaluation.benchmarks.formats import BENCHMARKS, Question, benchmarks_of
 from tritter.evaluation.benchmarks.harness import null_scores
-from tritter.evaluation.benchmarks.table import BENCHMARKS, benchmarks_of
 from tritter.evaluation.code.sandbox import Outcome
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
@@ -226,7 +225,7 @@ def test_a_parquet_bomb_is_refused_in_little_memory(
         "import re, sys\nfrom pathlib import Path\n"
         "from tritter.errors import RequestError\n"
         "from tritter.evaluation.benchmarks.files import TasksFolder, load\n"
-        "from tritter.evaluation.benchmarks.table import BENCHMARKS\n"
+        "from tritter.evaluation.benchmarks.formats import BENCHMARKS\n"
         "folder = TasksFolder(Path(sys.argv[1]), key='--tasks-path')\n"
         f"try: load([BENCHMARKS['boolq']], folder, limit={limit})\n"
         "except RequestError as error: print(error)\n"

@@ -17,7 +17,7 @@ from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks import harness
 from tritter.evaluation.benchmarks.files import Questions, questions_of
-from tritter.evaluation.benchmarks.formats import Benchmark
+from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
 from tritter.evaluation.benchmarks.harness import (
     Asking,
     BenchmarkScores,
@@ -25,7 +25,6 @@ from tritter.evaluation.benchmarks.harness import (
     score_from_hub,
     task_config,
 )
-from tritter.evaluation.benchmarks.table import BENCHMARKS
 from tritter.evaluation.code.sandbox import Outcome
 
 lm_eval = pytest.importorskip("lm_eval")

@@ -12,8 +12,7 @@ import pytest
 from tests.evaluation.programs import CHEATS, HUMANEVAL_ROWS, MBPP_ROWS, SQUARE_TESTS
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks.files import TasksFolder, load, questions_of
-from tritter.evaluation.benchmarks.formats import is_passed
-from tritter.evaluation.benchmarks.table import BENCHMARKS
+from tritter.evaluation.benchmarks.formats import BENCHMARKS, is_passed
 from tritter.evaluation.code import sandbox as code
 from tritter.evaluation.code.sandbox import ExternalSandbox, Limits, NamespaceSandbox, Outcome
 
@@ -206,7 +205,8 @@ def test_a_sandbox_that_does_not_hold_is_refused() -> None:
 
 
 def test_without_namespaces_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code, "_places", lambda interpreter: ["/nowhere/at/all"])
+    # A folder of another system is to be mounted, such as /nix/store
+    monkeypatch.setattr(code.os.path, "lexists", lambda path: True)
     with pytest.raises(
         TritterError, match=r"could not be set up .*evaluation.code_sandbox=external"
     ):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tritter.evaluation.transfer import LearnedTask, transfer_matrix
+from tritter.evaluation.statistics import LearnedTask, transfer_matrix
 
 
 def scores(*losses: float | None, accuracy: float | None = None) -> dict[str, dict[str, object]]:

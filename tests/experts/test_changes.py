@@ -18,7 +18,7 @@ from tritter.experts.adapters import (
     set_rank,
     shape_of,
 )
-from tritter.experts.changes import RouterRow, evicted, router_names, spawned, widened
+from tritter.experts.changes import evicted, router_names, spawned, widened
 from tritter.experts.mixture import ExpertMixture
 from tritter.training import surgery
 
@@ -51,9 +51,7 @@ class Event(Callback):
 class Spawn(Event):
     def change(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
         self.mixture.open("new", AdapterShape(5, 10.0, TARGETS), seed=7)
-        rows = {name: RouterRow(torch.ones(24), -2.0) for name in router_names(self.mixture)}
-        change = spawned(self.mixture, "new", rows)
-        surgery.apply(trainer, module, change, reason="spawn")
+        surgery.apply(trainer, module, spawned(self.mixture, "new"), reason="spawn")
 
 
 class Evict(Event):
@@ -106,8 +104,7 @@ def test_a_new_expert_is_trained_and_the_old_ones_go_on(tmp_path: Path) -> None:
     for router in router_names(event.mixture):
         weight, bias = f"{router}.weight", f"{router}.bias"
         assert torch.equal(event.after[weight][:3], event.before[weight])
-        assert torch.equal(event.after[weight][3], torch.ones(24))
-        assert event.after[bias][3] == -2
+        assert not event.after[weight][3].any() and event.after[bias][3] == 0
         assert torch.equal(event.after[f"{weight} exp_avg"][:3], event.before[f"{weight} exp_avg"])
         second = event.after[f"{weight} exp_avg_sq"][3]
         assert torch.allclose(second, event.before[f"{weight} exp_avg_sq"].mean())

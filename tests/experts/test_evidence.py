@@ -15,9 +15,8 @@ from tests.oracle import tiny_llama
 from tritter.data.packing import Apart, read_apart
 from tritter.errors import RequestError
 from tritter.experts.adapters import AdapterShape, parameters_of
-from tritter.experts.evidence import NO_TOKEN, Evidence
 from tritter.experts.gates import Routing
-from tritter.experts.mixture import ExpertMixture, RouterKind
+from tritter.experts.mixture import NO_TOKEN, Evidence, ExpertMixture, RouterKind
 
 END, SIZE = 0, 16
 

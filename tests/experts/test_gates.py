@@ -7,8 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritter.experts.gates import Gates, Routing, gates_of
-from tritter.experts.losses import balance_loss, entropy_loss, usage, z_loss
+from tritter.experts.gates import (
+    Gates,
+    Routing,
+    balance_loss,
+    entropy_loss,
+    gates_of,
+    usage,
+    z_loss,
+)
 
 
 def logits(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -15,7 +15,7 @@ from tritter.checkpoint.expert_files import is_plain_setting
 from tritter.errors import RequestError, TritterError
 from tritter.experts.adapters import AdapterShape
 from tritter.experts.mixture import ExpertMixture
-from tritter.experts.peft_folder import (
+from tritter.experts.stored import (
     CONFIG_NAME,
     TENSORS_NAME,
     put_values,

@@ -20,8 +20,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.experts.adapters import AdapterShape
 from tritter.experts.gates import Routing
 from tritter.experts.mixture import ExpertMixture
-from tritter.experts.peft_folder import write_adapter
-from tritter.experts.stored import ExpertFolder, adopt
+from tritter.experts.stored import ExpertFolder, adopt, write_adapter
 from tritter.experts.whole import load_whole
 from tritter.models import load_model
 from tritter.novelty import NoveltyDetector
@@ -324,7 +323,7 @@ def test_an_adapter_from_anywhere_becomes_an_expert(folder: Path, tmp_path: Path
         assert difference(theirs, mixture.model) < 1e-12
     assert all(not router.weight[-1].any() for router in mixture.routers())
     assert all(len(router.weight) == len(router.bias) == 4 for router in mixture.routers())
-    for name, said in [("theirs", "already"), ("a.b", "names = 'a.b'"), ("keys", "can't be")]:
+    for name, said in [("theirs", "already"), ("a.b", "names = 'a.b'"), ("keys", "torch's own")]:
         with pytest.raises(RequestError, match=said):
             adopt(mixture, name, folder / "experts" / "e0")
     wide = ExpertMixture(tiny_llama(intermediate_size=41))

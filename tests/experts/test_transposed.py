@@ -17,7 +17,7 @@ from tritter.errors import RequestError
 from tritter.experts.adapters import AdapterShape, adaptable
 from tritter.experts.merged_mixture import deltas
 from tritter.experts.mixture import ExpertMixture
-from tritter.experts.peft_folder import put_values, read_adapter, taken, write_adapter
+from tritter.experts.stored import put_values, read_adapter, taken, write_adapter
 from tritter.models import read_config
 
 TARGETS = ("c_attn", "c_proj", "c_fc", "wte", "lm_head")

@@ -30,17 +30,15 @@ from tritter.experts.adapters import (
     take_off,
 )
 from tritter.experts.changes import (
-    RouterRow,
     evicted,
     lost_share,
     merged,
-    router_names,
     spawned,
     widened,
 )
 from tritter.experts.gates import Routing, gates_of
 from tritter.experts.mixture import Dispatch, ExpertMixture, mixed
-from tritter.experts.peft_folder import TENSORS_NAME, put_values, read_adapter, write_adapter
+from tritter.experts.stored import TENSORS_NAME, put_values, read_adapter, write_adapter
 from tritter.training import surgery
 from tritter.training.parameters import disk_values, replay
 
@@ -198,8 +196,7 @@ class Life(Callback):
         if step == 2:
             before = self.alone("first")
             mixture.open("new", AdapterShape(3, 6.0, TARGETS), seed=7)
-            rows = {name: RouterRow(torch.zeros(24), 0.0) for name in router_names(mixture)}
-            surgery.apply(trainer, pl_module, spawned(mixture, "new", rows), reason="spawn")
+            surgery.apply(trainer, pl_module, spawned(mixture, "new"), reason="spawn")
             after = self.alone("first")
         elif step == 4:
             self.drawn_like_peft(model)

@@ -13,8 +13,7 @@ from tritter.conf_folder import config_folder
 from tritter.errors import Problem, raise_problems
 from tritter.growth.grower import Grower
 from tritter.growth.initialisers import Initialiser, Layer
-from tritter.growth.look import Look, Looking, attach
-from tritter.growth.places import FfnPlace, ffn_places
+from tritter.growth.places import FfnPlace, Look, Looking, attach, ffn_places
 from tritter.growth.triggers import GrowthOptions, Timing, Trigger
 from tritter.options import read_options
 

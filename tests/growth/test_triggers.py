@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.growth.given import asked, grower, scheduled
 from tritter.growth.grower import Grower
-from tritter.growth.look import some_rows
 from tritter.growth.method import NeuronGrowth
+from tritter.growth.places import some_rows
 from tritter.growth.triggers import GrowthOptions, Percentile, Timing, View
 
 CHECKS = 1_500

@@ -1,5 +1,8 @@
 """Statistics against numpy, scipy and sums by hand."""
 
+from functools import reduce
+from operator import add
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,6 @@ from tritter.novelty.statistics import (
     Calibration,
     Gaussian,
     Moments,
-    merged,
     share_bound,
     t_interval,
 )
@@ -50,7 +52,7 @@ def test_few_batches_are_filled_up_by_what_is_usual():
 def test_sums_of_processes_are_those_of_one(sizes: list[int], features: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.randn(size, features, generator=generator) for size in sizes]
-    one, many = Moments.of(torch.cat(parts)), merged([Moments.of(part) for part in parts])
+    one, many = Moments.of(torch.cat(parts)), reduce(add, [Moments.of(part) for part in parts])
     assert one.n == many.n
     assert torch.allclose(one.total, many.total) and torch.allclose(one.outer, many.outer)
     left = many - Moments.of(parts[0])
@@ -58,7 +60,7 @@ def test_sums_of_processes_are_those_of_one(sizes: list[int], features: int, see
         left.outer, sum((p.double().T @ p.double() for p in parts[1:]), torch.zeros(1).double())
     )
     losses = [part[:, 0] for part in parts]
-    whole, summed = Calibration.of(losses), merged([Calibration.of([each]) for each in losses])
+    whole, summed = Calibration.of(losses), reduce(add, [Calibration.of([each]) for each in losses])
     assert whole.mean == pytest.approx(np.mean([float(each.mean()) for each in losses]))
     assert (whole.batches, whole.samples) == (summed.batches, summed.samples)
     assert whole.squares == pytest.approx(summed.squares)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tritter.evaluation.transfer import LearnedTask, transfer_matrix
+from tritter.evaluation.statistics import LearnedTask, transfer_matrix
 
 
 def matrix(*stream: str, old: str = "prose") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tests.moe_routing import test_objective as routing
 from tests.planning.test_memory import kept_bytes
 from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS, batches
-from tritter.growth.look import Looking
+from tritter.growth.places import Looking
 from tritter.models import activations_recomputed
 from tritter.moe_routing.objective import RoutingSettings
 from tritter.terminal import Console

@@ -45,7 +45,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 @record
 class EvidenceHead:
-    """How evidence routes: the keywords of `tritter.experts.evidence.Evidence`."""
+    """How evidence routes: the keywords of `tritter.experts.mixture.Evidence`."""
 
     window: Count
     scale: _Positive

@@ -122,8 +122,8 @@ def evaluate(
         from tritter.checkpoint import read_lineage
         from tritter.cli.report_file import mark
         from tritter.data.tokens import read_tokenizer
+        from tritter.evaluation.benchmarks.formats import benchmarks_of
         from tritter.evaluation.benchmarks.harness import Asking
-        from tritter.evaluation.benchmarks.table import benchmarks_of
         from tritter.experts.whole import load_whole
         from tritter.families import family_of, position_limit
         from tritter.models import non_finite, read_config

@@ -37,8 +37,7 @@ from tritter.experts.merged_mixture import (
     mean_gates,
     merged_adapter,
 )
-from tritter.experts.peft_folder import StoredAdapter, write_stored
-from tritter.experts.stored import ExpertFolder
+from tritter.experts.stored import ExpertFolder, StoredAdapter, write_stored
 from tritter.families import Config, family_of, position_limit
 from tritter.models import load_model, read_config
 from tritter.report.wording import count_text

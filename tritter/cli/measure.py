@@ -8,9 +8,8 @@ from torch import Tensor
 
 from tritter.checkpoint import Lineage, Source, record_step0_error
 from tritter.errors import TritterError
-from tritter.evaluation.gate import EXACT_JUMP
+from tritter.evaluation.gate import EXACT_JUMP, rounded_jump
 from tritter.evaluation.jump import folder_jump
-from tritter.evaluation.validation import rounded_jump
 from tritter.expand import Expanded
 from tritter.families import Config, family_of
 from tritter.models import read_config

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.evaluation.statistics import (
@@ -22,6 +23,8 @@ from tritter.evaluation.statistics import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from tritter.evaluation.jump import Jump
 
 Verdict = Literal["passed", "failed", "undecided", "reported", "not_asked"]
@@ -105,7 +108,10 @@ def retention_check(
     return _harm_check(
         "retention",
         subject,
-        _Comparison(before, after, relative_harm, "{:+.2%} of what is above chance"),
+        before,
+        after,
+        estimate=relative_harm,
+        drop="{:+.2%} of what is above chance",
         verdict=verdict,
         bound=bound,
         confidence=confidence,
@@ -124,11 +130,13 @@ def new_capability_check(
     def verdict(lower: float, upper: float) -> Verdict:
         return "passed" if upper < 0 else "failed" if lower >= 0 else "undecided"
 
-    estimate = relative_harm if before.unit == "nats" else drop_in_points
     return _harm_check(
         "new_capability",
         subject,
-        _Comparison(before, after, estimate, "{:+.2%} points"),
+        before,
+        after,
+        estimate=relative_harm if before.unit == "nats" else drop_in_points,
+        drop="{:+.2%} points",
         verdict=verdict,
         bound=0.0,
         confidence=confidence,
@@ -256,42 +264,25 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + more
 
 
-@dataclass(frozen=True, slots=True)
-class _Comparison:
-    """Two models' scores, how the harm between them is estimated, and how a drop is said."""
-
-    before: PairedScores
-    after: PairedScores
-    estimate: Callable[[PairedScores, PairedScores], Estimate]
-    drop: str
-
-    @property
-    def items(self) -> str:
-        return "documents" if self.before.unit == "nats" else "items"
-
-    def text(self, harm: float) -> str:
-        if self.before.unit == "nats":
-            return f"loss per byte {harm:+.2%}"
-        means = f"accuracy {self.before.mean():.1%} to {self.after.mean():.1%}"
-        return f"{means}, a drop of {self.drop.format(harm)}"
-
-
 def _harm_check(
     name: str,
     subject: str,
-    compared: _Comparison,
+    before: PairedScores,
+    after: PairedScores,
     *,
+    estimate: Callable[[PairedScores, PairedScores], Estimate],
+    drop: str,
     verdict: Callable[[float, float], Verdict],
     bound: float,
     confidence: float,
 ) -> Check:
+    """Estimate the harm to a domain, or to a task whose drop is worded as `drop`, and judge it."""
     import torch
 
-    before, after, items = compared.before, compared.after, compared.items
     if not_finite := int((~torch.isfinite(after.values)).sum()):
         detail = f"the loss is not finite on {not_finite} of {len(after)} documents"
         return Check(name, subject, "failed", detail, bound=bound, n=len(after))
-    harm = compared.estimate(before, after)
+    harm, items = estimate(before, after), "documents" if before.unit == "nats" else "items"
     lower, upper = harm.lower(confidence), harm.upper(confidence)
     is_enough = harm.n >= MIN_DOCUMENTS
     answer: Verdict = verdict(lower, upper) if is_enough else "undecided"
@@ -300,7 +291,11 @@ def _harm_check(
         needed = harm.documents_to_decide(bound, confidence)
     if not is_enough:
         needed = max(MIN_DOCUMENTS, needed or 0)
-    detail = f"{compared.text(harm.value)} on {harm.n} {items}, " + (
+    changed = f"loss per byte {harm.value:+.2%}"
+    if before.unit == "accuracy":
+        changed = f"accuracy {before.mean():.1%} to {after.mean():.1%}, a drop of "
+        changed += drop.format(harm.value)
+    detail = f"{changed} on {harm.n} {items}, " + (
         f"one-sided {confidence:.0%} bounds {_bound_text(lower)} and {_bound_text(upper)}, "
         f"allowed {bound:+.2%}"
         if is_enough
@@ -311,7 +306,13 @@ def _harm_check(
             f"about {needed} {items} would decide" if needed else f"no number of {items} is known"
         )
     if before.unit == "nats":
-        detail += _carried_by(carrying_items(before, after), n=harm.n)
+        names = carrying_items(before, after)
+        # The documents that make half of the spread are named where they are few
+        if names and len(names) <= _FEW * harm.n and harm.n >= MIN_DOCUMENTS:
+            shown = ", ".join(map(repr, names[:_MOST_NAMES]))
+            more = ", .." if len(names) > _MOST_NAMES else ""
+            number = "one document" if len(names) == 1 else f"{len(names)} documents"
+            detail += f"; half of the spread comes from {number}: {shown}{more}"
     return Check(
         name,
         subject,
@@ -331,11 +332,75 @@ def _bound_text(value: float) -> str:
     return f"{value:+.2%}" if finite_or_none(value) is not None else "unknown"
 
 
-def _carried_by(names: Sequence[str], *, n: int) -> str:
-    """Name the documents that make half of the spread, where they are few."""
-    if n < MIN_DOCUMENTS or not names or len(names) > _FEW * n:
-        return ""
-    shown = ", ".join(repr(name) for name in names[:_MOST_NAMES])
-    more = ", .." if len(names) > _MOST_NAMES else ""
-    number = "one document" if len(names) == 1 else f"{len(names)} documents"
-    return f"; half of the spread comes from {number}: {shown}{more}"
+MSE_BOUND = 1e-6  # of logits, as the specification has it (section 9.1)
+_ROUNDED_JUMP = 1.0
+
+
+def equivalence_check(
+    before: Tensor,
+    after: Tensor,
+    *,
+    reason_not_asked: str | None,
+    rounded: str = "",
+    rounded_bound: float,
+) -> Check:
+    """Ask whether two models say the same, to rounding.
+
+    Passed when the mean squared difference of logits is below `MSE_BOUND`, and the largest
+    difference below 1e-4 of their standard deviation: logits may be small.
+    What a rounding of the weights to 16 bits may have done is undecided.
+
+    Args:
+        before: logits, float32 [B, T, V].
+        after: the same of the other model.
+        reason_not_asked: why nothing claims it; what differs is told then, and nothing fails.
+        rounded: the types that weights of `after` were computed for, if any is below float32.
+        rounded_bound: of the largest difference, from which on no such rounding explains it.
+    """
+    difference = after - before
+    error = float(difference.square().mean())
+    relative = float(difference.abs().max() / before.std())
+    is_same = error < MSE_BOUND and relative < EXACT_JUMP
+    verdict: Verdict = "passed" if is_same else "failed"
+    detail = (
+        f"mean squared difference of the logits {error:.2g}, allowed {MSE_BOUND:g}; largest "
+        f"difference {relative:.2g} standard deviations, allowed {EXACT_JUMP:g}"
+    )
+    if not is_same and reason_not_asked is not None:
+        verdict, detail = "not_asked", f"{reason_not_asked}; {detail}"
+    elif not is_same and rounded and relative < rounded_bound:
+        verdict = "undecided"
+        detail += f"; rounding to {rounded} is in it, a result in float32 would decide"
+    return Check("forward_equivalence", "logits", verdict, detail, value=error, bound=MSE_BOUND)
+
+
+def rounded_jump(*, has_experts: bool) -> float:
+    """Return what rounding of all weights to 16 bits surely does not do to the logits.
+
+    In deviations of the logits. It may send a token to other experts, which has no bound.
+    """
+    return inf if has_experts else _ROUNDED_JUMP
+
+
+def scaling_check(held: tuple[int, int], counted: tuple[int, int]) -> Check:
+    """Ask whether memory grew as the shapes say.
+
+    Args:
+        held: bytes of the parameters of both models, as loaded.
+        counted: their parameters, counted from shapes.
+    """
+    measured, expected = held[1] / held[0], counted[1] / counted[0]
+    value = measured / expected - 1
+    verdict: Verdict = "passed" if abs(value) <= MEMORY_BOUND else "failed"
+    detail = (
+        f"{held[0]:,} to {held[1]:,} bytes, {measured:.4g} times; by the shapes {counted[0]:,} to "
+        f"{counted[1]:,} parameters, {expected:.4g} times"
+    )
+    bound = MEMORY_BOUND
+    return Check("memory_scaling", "parameters", verdict, detail, value=value, bound=bound)
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Return the bytes that a model's parameters hold, each storage once."""
+    held = {p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return sum(held.values())

@@ -82,10 +82,21 @@ class FolderJump:
         Args:
             layer_sources: of each layer of the result, the layer that it copies.
         """
-        layer = _parted_layer(*self.states, layer_sources)
-        if layer is None:
-            return "the final norm or the head"
-        return "the embedding" if layer < 0 else f"layer {layer}"
+        before, after = self.states
+        if not _are_same(before[0], after[0]):
+            return "the embedding"
+        # A copy of the layer that is due does its work or, where there are more copies of it, may
+        # leave it to the next one; any other layer adds nothing. A wider stream begins with the old
+        done = 0  # layers of the source whose work is done
+        for layer, source in enumerate(layer_sources):
+            output = after[layer + 1]
+            if source == done and _are_same(before[done + 1], output):
+                done += 1
+                continue
+            is_due = source == done and source not in layer_sources[layer + 1 :]
+            if is_due or not _are_same(before[done], output):
+                return f"layer {layer}"
+        return "the final norm or the head"
 
 
 def folder_jump(
@@ -130,28 +141,6 @@ def folder_jump(
     deviation = ((squares - total_logits**2 / number).clamp(min=0) / (number - 1)).sqrt()
     jump = Jump(float(largest), float(largest.double() / deviation))
     return FolderJump(jump, (models[0].states, models[1].states))
-
-
-def _parted_layer(
-    before: Sequence[Tensor], after: Sequence[Tensor], layer_sources: Sequence[int]
-) -> int | None:
-    """Return the first layer of the result whose output is not one of the source; -1: its input.
-
-    A copy of the layer that is due does its work or, where there are more copies of it, may leave
-    it to the next one; any other layer adds nothing. A wider stream begins with the old one.
-    """
-    if not _are_same(before[0], after[0]):
-        return -1
-    done = 0  # layers of the source whose work is done
-    for layer, source in enumerate(layer_sources):
-        output = after[layer + 1]
-        if source == done and _are_same(before[done + 1], output):
-            done += 1
-            continue
-        is_due = source == done and source not in layer_sources[layer + 1 :]
-        if is_due or not _are_same(before[done], output):
-            return layer
-    return None
 
 
 def _are_same(old: Tensor, new: Tensor) -> bool:

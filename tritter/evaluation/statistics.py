@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tritter.errors import TritterError
@@ -92,6 +92,8 @@ class PairedScores:
         Raises:
             TritterError: the record has another format version, or is none.
         """
+        import torch
+
         if not isinstance(record, dict):
             raise TritterError("scores are no record. Score the model again.")
         version = record.get("format_version")
@@ -101,7 +103,18 @@ class PairedScores:
                 f"{FORMAT_VERSION}. Score the model again."
             )
         try:
-            read = cls._read(record)
+            if record["unit"] not in get_args(Unit):
+                raise ValueError(f"unit {record['unit']!r}")
+            names = ("tokens", "bytes") if record["unit"] == "nats" else ("answers",)
+            read = cls(
+                identifiers=tuple(str(name) for name in record["identifiers"]),
+                values=torch.tensor(record["values"], dtype=torch.float64),
+                weights={
+                    name: torch.tensor(record["weights"][name], dtype=torch.int64) for name in names
+                },
+                unit=record["unit"],
+                chance=float(record["chance"]),
+            )
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TritterError(f"scores are damaged ({error!r}).") from error
         columns = (read.values, *read.weights.values())
@@ -109,36 +122,10 @@ class PairedScores:
             raise TritterError("scores are damaged: as many numbers as items belong.")
         return read
 
-    @classmethod
-    def _read(cls, record: Mapping[str, Any]) -> PairedScores:
-        import torch
-
-        if record["unit"] not in get_args(Unit):
-            raise ValueError(f"unit {record['unit']!r}")
-        names = ("tokens", "bytes") if record["unit"] == "nats" else ("answers",)
-        return cls(
-            identifiers=tuple(str(name) for name in record["identifiers"]),
-            values=torch.tensor(record["values"], dtype=torch.float64),
-            weights={
-                name: torch.tensor(record["weights"][name], dtype=torch.int64) for name in names
-            },
-            unit=record["unit"],
-            chance=float(record["chance"]),
-        )
-
     def _mean(self, weight: str) -> tuple[float, float]:
         """Return a mean and its standard error, clustered by item."""
         ratio = ratio_of_sums(self.values, self.weights[weight].double())
         return ratio.value, ratio.standard_error
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """A ratio of sums, its standard error and the number of independent documents behind it."""
-
-    value: float
-    standard_error: float
-    n: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,13 +137,13 @@ class Estimate:
         standard_error: of the value.
         n: independent documents behind it.
         errors: float64 [R], sorted: errors in units of their own standard error that samples like
-            this one make, or their quantiles. Empty where nothing is known of them.
+            this one make, or their quantiles. None: nothing is known of them.
     """
 
     value: float
     standard_error: float
     n: int
-    errors: Tensor
+    errors: Tensor | None = None
 
     def upper(self, confidence: float) -> float:
         """Return the one-sided upper bound: the truth lies below it with this confidence.
@@ -164,11 +151,11 @@ class Estimate:
         Args:
             confidence: from 0.5; above R / (R + 1) no bound is known.
         """
-        return self.value + self._margin(-self.errors.flip(0), confidence)
+        return self.value + self._margin(confidence, is_upper=True)
 
     def lower(self, confidence: float) -> float:
         """Return the one-sided lower bound: the truth lies above it with this confidence."""
-        return self.value - self._margin(self.errors, confidence)
+        return self.value - self._margin(confidence, is_upper=False)
 
     def documents_to_decide(
         self, bound: float, confidence: float, power: float = 0.8
@@ -194,23 +181,25 @@ class Estimate:
         x = (linear + math.sqrt(linear**2 + 4 * distance * excess * root)) / (2 * distance)
         return max(2, math.ceil(x**2))
 
-    def _margin(self, errors: Tensor, confidence: float) -> float:
-        """Return how far the bound lies from the value, for sorted errors towards the value."""
+    def _margin(self, confidence: float, *, is_upper: bool) -> float:
+        """Return how far the bound lies from the value."""
         if self.standard_error == 0:
             return 0.0
-        rank = math.ceil(confidence * (len(errors) + 1))
-        if not len(errors) or rank > len(errors):
+        number = 0 if self.errors is None else len(self.errors)
+        rank = math.ceil(confidence * (number + 1))
+        if self.errors is None or rank > number:
             return math.inf
-        return max(0.0, self.standard_error * float(errors[rank - 1]))
+        error = -self.errors[number - rank] if is_upper else self.errors[rank - 1]
+        return max(0.0, self.standard_error * float(error))
 
 
-def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Ratio:
+def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Estimate:
     """Return Σ numerator / Σ denominator over independent documents.
 
     The standard error is the linearised (Taylor) one of survey sampling (Cochran, Sampling
     Techniques, 6.4), each document one cluster, with the residual of a document divided by
     1 - its share of the denominator: this is the delete-one jackknife, and it keeps the error
-    honest when a few long documents dominate.
+    honest when a few long documents dominate. Errors are not resampled.
 
     Args:
         numerators: float64 [n], one sum per document.
@@ -222,12 +211,12 @@ def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Ratio:
     total = denominators.sum()
     value = numerators.sum() / total
     if n < 2:
-        return Ratio(float(value), math.inf, n=n)
+        return Estimate(float(value), math.inf, n=n)
     leverage = denominators / total
     residuals = (numerators - value * denominators) / total / (1 - leverage)
     # n - 1 over n is the jackknife's factor; the leverage already undid the lost degree of freedom.
     variance = residuals.square().sum() * (n - 1) / n
-    return Ratio(float(value), float(torch.sqrt(variance)), n=n)
+    return Estimate(float(value), float(torch.sqrt(variance)), n=n)
 
 
 def bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
@@ -236,14 +225,10 @@ def bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
     Args:
         numerators, denominators: as there.
     """
-    import torch
-
     ratio = ratio_of_sums(numerators, denominators)
     if ratio.n < 2:
-        errors = torch.empty(0, dtype=torch.float64)
-    else:
-        errors = studentised_errors(numerators, denominators)
-    return Estimate(ratio.value, ratio.standard_error, n=ratio.n, errors=errors)
+        return ratio
+    return replace(ratio, errors=studentised_errors(numerators, denominators))
 
 
 def finite_or_none(value: float | None) -> float | None:
@@ -315,8 +300,7 @@ def carrying_items(before: PairedScores, after: PairedScores) -> tuple[str, ...]
 def above_chance(scores: PairedScores) -> Estimate:
     """Estimate the accuracy above that of guessing."""
     ratio = ratio_of_sums(scores.above_chance, scores.weights[scores.per].double())
-    errors = _student_errors(ratio.n)
-    return Estimate(ratio.value, ratio.standard_error, n=ratio.n, errors=errors)
+    return replace(ratio, errors=_student_errors(ratio.n))
 
 
 def _relative_value(before: PairedScores, after: PairedScores) -> float:
@@ -349,21 +333,20 @@ def _drop(before: PairedScores, after: PairedScores, *, out_of: Tensor) -> Estim
     weight = before.weights[before.per].double().mean()
     more = torch.stack([weight, -weight])
     adjusted = ratio_of_sums(torch.cat([lost, more]), torch.cat([out_of, out_of.mean().expand(2)]))
-    value = float(lost.sum() / out_of.sum())
-    n = len(before)
-    return Estimate(value, adjusted.standard_error, n=n, errors=_student_errors(n))
+    value, n = float(lost.sum() / out_of.sum()), len(before)
+    return replace(adjusted, value=value, n=n, errors=_student_errors(n))
 
 
-def _student_errors(n: int) -> Tensor:
+def _student_errors(n: int) -> Tensor | None:
     """Return quantiles of Student's t with n − 1 degrees of freedom in place of resamples' errors.
 
-    float64 [R]; empty below two items, where nothing is known.
+    float64 [R]; None below two items, where nothing is known.
     """
     import torch
     from scipy.special import stdtrit  # half a second, which no gate of losses needs
 
     if n < 2:
-        return torch.empty(0, dtype=torch.float64)
+        return None
     probabilities = torch.arange(1, NUM_RESAMPLES + 1, dtype=torch.float64) / (NUM_RESAMPLES + 1)
     return torch.from_numpy(stdtrit(n - 1, probabilities.numpy()))
 
@@ -446,33 +429,95 @@ def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
         dim=-1,
     )
     n = shares.shape[-1]
-    sums = [torch.tensordot(counts, columns_nK, dims=([1], [-2])) for counts in _resamples(n)]
-    sums_RK = torch.cat(sums).movedim(0, -2)
-    return _errors(sums_RK, n=n).sort(dim=-1).values
-
-
-def _errors(sums_RK: Tensor, *, n: int) -> Tensor:
-    """Return the studentised error of each resample; unsorted [..., R]."""
-    import torch
-
-    residual, share, squares, products, shares = sums_RK.unbind(dim=-1)
+    generator, sums = torch.Generator().manual_seed(_SEED), []
+    at_once = max(1, _MOST_DRAWS_AT_ONCE // n)
+    for start in range(0, NUM_RESAMPLES, at_once):
+        rows = min(at_once, NUM_RESAMPLES - start)
+        drawn = torch.randint(n, (rows, n), generator=generator)
+        drawn += n * torch.arange(rows).unsqueeze(1)
+        # How often each resample holds each document
+        counts_Rn = torch.bincount(drawn.flatten(), minlength=rows * n).view(rows, n).double()
+        sums.append(torch.tensordot(counts_Rn, columns_nK, dims=([1], [-2])))
+    residual, share, squares, products, shares = torch.cat(sums).movedim(0, -2).unbind(dim=-1)
     moved = residual / share
     # Σ w (e − moved · b)² over the resample, multiplied out
     terms = squares + moved.square() * shares
     spread = terms - 2 * moved * products
     spread = torch.where(spread > _ROUNDING * terms, spread, 0.0)
     standard_error = (spread * (n - 1) / n).sqrt() / share
-    return torch.where(moved == 0, 0.0, moved / standard_error)
+    return torch.where(moved == 0, 0.0, moved / standard_error).sort(dim=-1).values
 
 
-def _resamples(n: int) -> Iterator[Tensor]:
-    """Yield how often each resample holds each document, float64 [some resamples, n]."""
-    import torch
+# What learning one task after another does to every domain: the matrix of scores, and transfer.
+#
+# R[k, d] is the score of domain d after task k, R[0, d] that before the first one. Lopez-Paz and
+# Ranzato 2017 (arXiv 1706.08840, section 2) fill it with accuracies and compare with a model that
+# has learned nothing. Here it holds losses per byte, so that negative is good, and R[0] is the
+# base's own, which may know much already. What was learned before the run has the base's row as
+# its own and counts in backward transfer.
 
-    generator = torch.Generator().manual_seed(_SEED)
-    at_once = max(1, _MOST_DRAWS_AT_ONCE // n)
-    for start in range(0, NUM_RESAMPLES, at_once):
-        rows = min(at_once, NUM_RESAMPLES - start)
-        drawn = torch.randint(n, (rows, n), generator=generator)
-        drawn += n * torch.arange(rows).unsqueeze(1)
-        yield torch.bincount(drawn.flatten(), minlength=rows * n).view(rows, n).double()
+ScoreRecords = Mapping[str, Mapping[str, Any]]  # domain or task → record, as in summary.json
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedTask:
+    """A task that was learned.
+
+    Args:
+        domains: that it was about.
+        scores: of every domain afterwards.
+    """
+
+    domains: Sequence[str]
+    scores: ScoreRecords
+
+
+def transfer_matrix(
+    baseline: ScoreRecords, tasks: Sequence[LearnedTask], *, learned_before: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the matrix and its transfers, as summary.json has them.
+
+    A domain's own task is the first that was about it. Backward transfer is R[last] − R[own], of
+    what was learned before the last task; forward transfer R[own − 1] − R[0], of what was not
+    learned in the first one. A score that is not known is None, and so is what is computed of it.
+
+    Args:
+        baseline: scores before the first task.
+        learned_before: domains that the model had learned already.
+    """
+    rows = [baseline, *(task.scores for task in tasks)]
+    domains = [name for name, record in baseline.items() if "loss" in record]
+    losses = {name: [row[name].get("loss_per_byte") for row in rows] for name in domains}
+    own = {name: 0 for name in learned_before if name in losses}
+    for number, task in enumerate(tasks, start=1):
+        for name in task.domains:
+            own.setdefault(name, number)
+    last = len(tasks)
+    met = [(name, own[name], losses[name]) for name in domains if name in own]
+    backward = {name: _less(each[last], each[k]) for name, k, each in met if k < last}
+    forward = {name: _less(each[k - 1], each[0]) for name, k, each in met if k > 1}
+    return {
+        "rows": ["baseline", *(f"task {number}" for number in range(1, last + 1))],
+        "trained": [[], *(list(task.domains) for task in tasks)],
+        "domains": domains,
+        "loss_per_byte": [list(row) for row in zip(*losses.values(), strict=True)],
+        "accuracy": {
+            name: [row[name].get("accuracy") for row in rows]
+            for name, record in baseline.items()
+            if "accuracy" in record
+        },
+        "own": {name: k for name, k, _ in met},
+        "backward_transfer": backward,
+        "forward_transfer": forward,
+        "mean_backward_transfer": _mean(backward),
+        "mean_forward_transfer": _mean(forward),
+    }
+
+
+def _less(after: float | None, before: float | None) -> float | None:
+    return None if after is None or before is None else after - before
+
+
+def _mean(transfer: Mapping[str, float | None]) -> float | None:
+    known = [value for value in transfer.values() if value is not None]
+    return fmean(known) if known and len(known) == len(transfer) else None

@@ -8,7 +8,7 @@ B rows in a batch · T tokens of the longest row · V vocabulary
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from hashlib import sha256
 from typing import Protocol
@@ -160,30 +160,25 @@ def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[_Found
     with evaluating(model) as device:
         for start in range(0, len(rows), reader.batch_size):
             batch = by_length[start : start + reader.batch_size]
-            found |= zip(
-                batch, _read_batch(model, [rows[i] for i in batch], reader, device), strict=True
-            )
+            texts = [rows[index] for index in batch]
+            length = 1 + max(len(row.ids) for row in texts)
+            input_ids = torch.full((len(texts), length), reader.end_of_text_id)  # [B, T]
+            targets = torch.full((len(texts), length), IGNORED)
+            for number, row in enumerate(texts):
+                ids = torch.tensor(row.ids, dtype=torch.int64)
+                input_ids[number, 1 : 1 + len(ids)] = ids
+                targets[number, row.start : len(ids)] = ids[row.start :]
+            logits_BTV = model(input_ids=input_ids.to(device), use_cache=False).logits.float()
+            nats_BT = cross_entropy(
+                logits_BTV.flatten(0, 1), targets.flatten().to(device), reduction="none"
+            ).view(targets.shape)
+            nats_B = nats_BT.double().sum(dim=1).tolist()
+            said_BT = logits_BTV.argmax(dim=-1).cpu()
+            is_right_B = ((said_BT == targets) | (targets == IGNORED)).all(dim=1)
+            for number, (index, row) in enumerate(zip(batch, texts, strict=True)):
+                after = int(said_BT[number, len(row.ids)])
+                is_closed = after == reader.end_of_text_id or reader.tokenizer.decode(
+                    [after]
+                ).startswith(("\n", "\r"))
+                found[index] = _Found(bool(is_right_B[number]) and is_closed, nats_B[number])
     return [found[index] for index in range(len(rows))]
-
-
-def _read_batch(
-    model: nn.Module, rows: Sequence[_Row], reader: Reader, device: torch.device
-) -> Iterator[_Found]:
-    end, length = reader.end_of_text_id, 1 + max(len(row.ids) for row in rows)
-    input_ids = torch.full((len(rows), length), end)  # [B, T]
-    targets = torch.full((len(rows), length), IGNORED)
-    for number, row in enumerate(rows):
-        ids = torch.tensor(row.ids, dtype=torch.int64)
-        input_ids[number, 1 : 1 + len(ids)] = ids
-        targets[number, row.start : len(ids)] = ids[row.start :]
-    logits_BTV = model(input_ids=input_ids.to(device), use_cache=False).logits.float()
-    nats_BT = cross_entropy(
-        logits_BTV.flatten(0, 1), targets.flatten().to(device), reduction="none"
-    ).view(targets.shape)
-    nats_B = nats_BT.double().sum(dim=1).tolist()
-    said_BT = logits_BTV.argmax(dim=-1).cpu()
-    is_right_B = ((said_BT == targets) | (targets == IGNORED)).all(dim=1)
-    for number, row in enumerate(rows):
-        after = int(said_BT[number, len(row.ids)])
-        is_closed = after == end or reader.tokenizer.decode([after]).startswith(("\n", "\r"))
-        yield _Found(bool(is_right_B[number]) and is_closed, nats_B[number])

@@ -6,7 +6,7 @@ quantised or not; what the adapters add is computed in `tritter.experts.mixture`
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -90,10 +90,18 @@ def put_on(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) -> No
         RequestError: the model has no layer of a name in `targets` that takes an adapter, or an
             adapter `name` already; or nothing can be called so.
     """
-    _check_name(name)
+    is_taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
+    if _NAME.fullmatch(name) is None or is_taken:
+        why = "it is a name of torch's own" if is_taken else "allowed are letters, digits, _ and -"
+        raise RequestError(f"no adapter can be called {name!r}: {why}.")
     if name in adapter_names(model):
         raise RequestError(f"the model has an adapter {name} already.")
-    _check_targets(model, shape.targets)
+    known = adaptable(model)
+    if unknown := [target for target in shape.targets if target not in known]:
+        raise RequestError(
+            f"experts.targets = {unknown[0]}: the model has no linear layer or vocabulary of this "
+            f"name; it has {_listed(known)}.{did_you_mean(unknown[0], known)}"
+        )
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     config = LoraConfig(
         r=shape.rank,
@@ -230,7 +238,8 @@ def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
     Args:
         whole: with the vocabulary.
     """
-    vocabulary = _vocabulary(model) if whole else ()
+    ends = ("get_input_embeddings", "get_output_embeddings") if whole else ()
+    vocabulary = [getattr(model, each)() for each in ends if hasattr(model, each)]
     held = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     return {
         name.rpartition(".")[2]
@@ -259,30 +268,6 @@ def _configs(model: nn.Module) -> dict[str, Any]:
     """Return PEFT's configs of the adapters on a model, which it holds itself."""
     held: dict[str, Any] = getattr(model, "peft_config", {})
     return held
-
-
-def _check_name(name: str) -> None:
-    is_taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
-    if _NAME.fullmatch(name) is None or is_taken:
-        why = "it is a name of torch's own" if is_taken else "allowed are letters, digits, _ and -"
-        raise RequestError(f"no adapter can be called {name!r}: {why}.")
-
-
-def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    known = adaptable(model)
-    for target in targets:
-        if target not in known:
-            raise RequestError(
-                f"experts.targets = {target}: the model has no linear layer or vocabulary of this "
-                f"name; it has {_listed(known)}.{did_you_mean(target, known)}"
-            )
-
-
-def _vocabulary(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the layers from tokens and to them."""
-    names = ("get_input_embeddings", "get_output_embeddings")
-    found = (getattr(model, name)() for name in names if hasattr(model, name))
-    return tuple(layer for layer in found if layer is not None)
 
 
 def _check_known(model: nn.Module, name: str) -> None:

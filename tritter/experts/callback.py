@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from tritter.data.batches import this_rank
 from tritter.data.packing import kept_tokens
@@ -21,17 +21,8 @@ from tritter.experts.adapters import (
     set_rank,
     shape_of,
 )
-from tritter.experts.changes import (
-    RouterRow,
-    evicted,
-    lost_share,
-    merged,
-    router_names,
-    spawned,
-    widened,
-)
-from tritter.experts.gates import Gates
-from tritter.experts.losses import entropies, usage
+from tritter.experts.changes import evicted, lost_share, merged, spawned, widened
+from tritter.experts.gates import Gates, entropies, usage
 from tritter.experts.mixture import ExpertMixture
 from tritter.experts.module import ExpertModule
 from tritter.experts.roster import FIRST, Novel, Roster
@@ -41,96 +32,7 @@ from tritter.novelty import Observation, observe
 from tritter.novelty.observation import joined
 from tritter.seeds import derived_seed
 from tritter.training import surgery
-from tritter.training.callbacks import WorkCount, ends_step
-
-
-@dataclass(frozen=True, slots=True)
-class Changing:
-    """A training between two of its steps."""
-
-    trainer: Trainer
-    module: ExpertModule
-
-    def spawn(self, name: str, shape: AdapterShape, *, seed: int) -> None:
-        """Add an expert that computes nothing yet, with router rows of zeros."""
-        mixture, model = self.module.mixture, self.module.model
-        size: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
-        mixture.open(name, shape, seed=seed)
-        rows = {router: RouterRow(torch.zeros(size), 0.0) for router in router_names(mixture)}
-        surgery.apply(self.trainer, self.module, spawned(mixture, name, rows), reason="spawned")
-
-    def evict(self, name: str) -> None:
-        """Take an expert off, with all that is kept of it."""
-        mixture = self.module.mixture
-        surgery.apply(self.trainer, self.module, evicted(mixture, name), reason="evicted")
-        mixture.close(name)
-
-    def widen(self, name: str, rank: int, *, seed: int) -> None:
-        """Give an expert a larger rank; the function is kept."""
-        change = widened(self.module.mixture, name, rank, seed=seed)
-        surgery.apply(self.trainer, self.module, change, reason="widened")
-        set_rank(self.module.model, name, rank)
-
-    def freeze(self, name: str, projections: Sequence[str] | None) -> bool:
-        """Train an expert no more, or only not in layers of some names; return whether whole."""
-        own = parameters_of(self.module.model, name)
-        chosen = [
-            key
-            for key in own
-            if projections is None or any(f".{each}." in key for each in projections)
-        ]
-        surgery.freeze(self.trainer, self.module, chosen)
-        return len(chosen) == len(own)
-
-    def thaw(self, name: str) -> None:
-        """Let an expert be trained again."""
-        own = parameters_of(self.module.model, name)
-        surgery.thaw(self.trainer, self.module, [k for k in own if not own[k].requires_grad])
-
-    def merge(self, kept: str, gone: str, weights: Sequence[float]) -> float:
-        """Let an expert be the mean of itself and another, weighted; return the share that is lost.
-
-        Its moments begin anew: they were of other factors.
-        """
-        model, (optimizer,) = self.module.model, self.trainer.optimizers
-        parts = [weight / sum(weights) for weight in weights]
-        shape, lost = shape_of(model, kept), []
-        for _, layer in adapted_layers(model):
-            both = [factors(layer, kept), factors(layer, gone)]
-            if both[0] is None or both[1] is None:
-                continue
-            pair = [each for each in both if each is not None]
-            one = merged(pair, parts, rank=shape.rank, alpha=shape.alpha)
-            lost.append(lost_share(pair, parts, one))
-            with torch.no_grad():
-                pair[0].down.copy_(one.down)
-                pair[0].up.copy_(one.up)
-            for parameter in (pair[0].down, pair[0].up):
-                optimizer.state.pop(parameter, None)
-        return sum(lost) / max(1, len(lost))
-
-    def parameters_with(self, shape: AdapterShape) -> int:
-        """Count what the adapters would have with another one, on the layers of the first."""
-        return self._count() + self._size(shape)
-
-    def parameters_beside_first(self, shape: AdapterShape) -> int:
-        """Count what the first adapter and another one would have."""
-        return self._of(self.module.mixture.adapters[0]) + self._size(shape)
-
-    def parameters_widened(self, name: str) -> int:
-        """Count what the adapters would have with one of twice its rank."""
-        return self._count() + self._of(name)
-
-    def _count(self) -> int:
-        return sum(map(self._of, self.module.mixture.adapters))
-
-    def _of(self, name: str) -> int:
-        return sum(each.numel() for each in parameters_of(self.module.model, name).values())
-
-    def _size(self, shape: AdapterShape) -> int:
-        first = self.module.mixture.adapters[0]
-        return self._of(first) // shape_of(self.module.model, first).rank * shape.rank
-
+from tritter.training.callbacks import ends_step, work_of
 
 EXPERTS = "experts"
 
@@ -191,8 +93,18 @@ class ExpertCallback(Callback):
             self.events = [dict(event) for event in state["events"]]
             self._figures.load_state_dict(state["figures"])
             self.take_up(state)
-        elif not self.roster.expert_of:
-            self._learn_what_is_known(trainer, _module(pl_module))
+        elif not self.roster.expert_of:  # what the base knows is measured, and its tokens counted
+            roster, known, module = self.roster, self._known, _module(pl_module)
+            if module.mixture.evidence is not None:
+                number = module.mixture.names.index(FIRST)
+                module.mixture.evidence.count(number, known.tokens.to(module.device))
+            for domain, batches in known.batches.items():
+                roster.expert_of[domain] = FIRST
+                if roster.detector is not None:
+                    seen = [_observed(module, ids.to(module.device).long()) for ids in batches]
+                    roster.detector.add(domain, seen, is_base=True)
+                    for ids in batches:
+                        work_of(trainer).flops += _looking_flops(module, *ids.shape)
         self.roster.stay_within(_module(pl_module).mixture.adapters)
 
     def on_train_batch_start(
@@ -202,33 +114,24 @@ class ExpertCallback(Callback):
         is_old = batch.get("is_replay", torch.zeros_like(ids[:, 0], dtype=torch.bool))
         own = ids[~is_old]
         everywhere = torch.cat(_of_all(own.cpu()))
-        if len(everywhere):  # else old text alone, which nothing is said of
-            self._see(trainer, module, own, everywhere)
+        expert = None  # of old text alone nothing is said
+        if len(everywhere) and self._skill is not None:
+            expert = self.roster.tell(self._skill, everywhere)
+        elif len(everywhere):
+            seen = _of_all(_observed(module, own) if len(own) else None)
+            expert = self.roster.see(joined([each for each in seen if each]), everywhere)
+            work_of(trainer).flops += _looking_flops(module, *everywhere.shape)
+        if expert is not None:
+            self._take(module, expert, everywhere)
         active = self.roster.active
         self._aims.append(active)
         is_young = active is not None and not self.roster.members[active].is_mature
         young = active if is_young and len(module.mixture.names) > 1 else None
         if young != module.young:
             module.young = young
-            _work(trainer).count_anew()
+            work_of(trainer).count_anew()
         if active is not None and self._exemplars is not None:
             self._rehearse(batch, is_old)
-
-    def _see(self, trainer: Trainer, module: ExpertModule, own: Tensor, everywhere: Tensor) -> None:
-        """Find out what sequences are for.
-
-        Args:
-            own: [b, T] of this process; `everywhere` [N, T] of all.
-        """
-        roster = self.roster
-        if self._skill is not None:
-            expert = roster.tell(self._skill, everywhere)
-        else:
-            seen = _of_all(_observed(module, own) if len(own) else None)
-            expert = roster.see(joined([each for each in seen if each]), everywhere)
-            _work(trainer).flops += _looking_flops(module, *everywhere.shape)
-        if expert is not None:
-            self._take(module, expert, everywhere)
 
     def _take(self, module: ExpertModule, expert: str, sequences: Tensor) -> None:
         """Count sequences [N, T] as text of an expert, and keep some of them."""
@@ -294,7 +197,18 @@ class ExpertCallback(Callback):
                 values["experts/novelty"] = self.roster.score
             module.log_dict(values, sync_dist=True)
         self._aims, self._losses = [], []
-        self._act(Changing(trainer, module), trainer.global_step)
+        # What is due between two steps
+        roster = self.roster
+        for name in roster.matured():
+            why = f"trained for {roster.members[name].steps} steps"
+            self._note(trainer, "mature", name, why)
+        if roster.novel is not None:
+            self._take_in(trainer, module, roster.novel)
+        elif roster.active is not None and roster.active in mixture.adapters:
+            self._grow(trainer, module, roster.active)
+        if roster.routing != mixture.routing:
+            mixture.routing = roster.routing
+            work_of(trainer).count_anew()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mixture = _module(pl_module).mixture
@@ -340,150 +254,142 @@ class ExpertCallback(Callback):
         # Lightning loads callbacks before on_fit_start, where the model has its experts again
         self._restored = state_dict
 
-    def _learn_what_is_known(self, trainer: Trainer, module: ExpertModule) -> None:
-        """Measure what the base knows, and count its tokens."""
-        roster, known = self.roster, self._known
-        if module.mixture.evidence is not None:
-            number = module.mixture.names.index(FIRST)
-            module.mixture.evidence.count(number, known.tokens.to(module.device))
-        for domain, batches in known.batches.items():
-            roster.expert_of[domain] = FIRST
-            if roster.detector is not None:
-                seen = [_observed(module, ids.to(module.device).long()) for ids in batches]
-                roster.detector.add(domain, seen, is_base=True)
-                for ids in batches:
-                    _work(trainer).flops += _looking_flops(module, *ids.shape)
-
-    def _act(self, changing: Changing, step: int) -> None:
-        """Do what is due between two steps."""
-        roster, module = self.roster, changing.module
-        for name in roster.matured():
-            self._note(step, "mature", name, f"trained for {roster.members[name].steps} steps")
-        if roster.novel is not None:
-            self._take_in(changing, roster.novel, step)
-        elif roster.active is not None and roster.active in module.mixture.adapters:
-            self._grow(changing, roster.active, step)
-        if roster.routing != module.mixture.routing:
-            module.mixture.routing = roster.routing
-            _work(changing.trainer).count_anew()
-
-    def _take_in(self, changing: Changing, novel: Novel, step: int) -> None:
+    def _take_in(self, trainer: Trainer, module: ExpertModule, novel: Novel) -> None:
         """Give a new skill an expert: one of its own, if it is worth one and there is room."""
-        roster, mixture = self.roster, changing.module.mixture
-        skill = self._skill or f"skill_{len(roster.expert_of)}_{step}"
-        asked = roster.asked
+        roster, asked, mixture, model = self.roster, self.roster.asked, module.mixture, module.model
+        skill = self._skill or f"skill_{len(roster.expert_of)}_{trainer.global_step}"
         if novel.gain < asked.min_gain:
             roster.enrol(skill, FIRST)
             why = f"gains at most {novel.gain:.3f} nats, below experts.min_gain"
-            self._note(step, "refused", FIRST, why)
+            self._note(trainer, "refused", FIRST, why)
             return
-        obstacle = self._obstacle(changing)
-        limit = asked.max_trainable_parameters
-        is_of_use = limit is None or changing.parameters_beside_first(self._shape) <= limit
+        limit, first = asked.max_trainable_parameters, mixture.adapters[0]
+        new = _size(model, first) // shape_of(model, first).rank * self._shape.rank
+
+        def obstacle() -> str:
+            """Return why there is no room for another expert; empty: there is."""
+            if len(mixture.adapters) >= asked.max_experts:
+                return f"experts.max_experts = {asked.max_experts} is reached"
+            if limit is not None and _size(model, *mixture.adapters) + new > limit:
+                return f"experts.max_trainable_parameters = {limit:,} is reached"
+            return ""
+
+        is_of_use = limit is None or _size(model, first) + new <= limit
         is_of_use &= asked.when_full != "stop"
-        while obstacle and is_of_use and len(mixture.adapters) > 1:
-            self._make_room(changing, step)
-            obstacle = self._obstacle(changing)
-        if obstacle:
+        while (why := obstacle()) and is_of_use and len(mixture.adapters) > 1:
+            self._make_room(trainer, module)
+        if why:
             heir = roster.nearest(novel)
-            self._thaw(changing, heir)
+            self._thaw(trainer, module, heir)
             roster.enrol(skill, heir)
-            self._take(changing.module, heir, novel.sequences)
-            self._note(step, "refused", heir, f"{obstacle}; it learns the new skill too")
+            self._take(module, heir, novel.sequences)
+            self._note(trainer, "refused", heir, f"{why}; it learns the new skill too")
             return
         name = roster.next_name()
-        changing.spawn(name, self._shape, seed=derived_seed(self._seed, name))
+        mixture.open(name, self._shape, seed=derived_seed(self._seed, name))
+        surgery.apply(trainer, module, spawned(mixture, name), reason="spawned")
         skill = self._skill or name
         roster.enrol(skill, name)
-        self._take(changing.module, name, novel.sequences)
-        self._note(step, "spawned", name, "something new", **self._born(skill, novel))
-
-    def _born(self, skill: str, novel: Novel) -> dict[str, Any]:
-        """Return by what a new skill was found."""
+        self._take(module, name, novel.sequences)
         found: dict[str, Any] = {"skill": skill, "domain": ", ".join(self._domains)}
-        if novel.decision is None or self.roster.detector is None:
-            return found
-        decision = novel.decision
-        similarity = self.roster.detector.library[skill].similarity_at_creation
-        return found | {
-            "similarity": dict(similarity),
-            "score": decision.score,
-            "threshold": decision.threshold,
-            "batches": decision.num_batches,
-            "samples": decision.num_samples,
-            "gain": novel.gain,
-        }
+        if (decision := novel.decision) is not None and roster.detector is not None:
+            similarity = roster.detector.library[skill].similarity_at_creation
+            found |= {
+                "similarity": dict(similarity),
+                "score": decision.score,
+                "threshold": decision.threshold,
+                "batches": decision.num_batches,
+                "samples": decision.num_samples,
+                "gain": novel.gain,
+            }
+        self._note(trainer, "spawned", name, "something new", **found)
 
-    def _obstacle(self, changing: Changing) -> str:
-        """Return why there is no room for another expert; empty: there is."""
-        asked, mixture = self.roster.asked, changing.module.mixture
-        if len(mixture.adapters) >= asked.max_experts:
-            return f"experts.max_experts = {asked.max_experts} is reached"
-        limit = asked.max_trainable_parameters
-        if limit is not None and changing.parameters_with(self._shape) > limit:
-            return f"experts.max_trainable_parameters = {limit:,} is reached"
-        return ""
-
-    def _make_room(self, changing: Changing, step: int) -> None:
-        roster, mixture = self.roster, changing.module.mixture
+    def _make_room(self, trainer: Trainer, module: ExpertModule) -> None:
+        """Let the least used expert go, or the two most similar become one."""
+        roster, mixture = self.roster, module.mixture
         pair = roster.most_similar() if roster.asked.when_full == "merge" else None
         if pair is None:
             gone = roster.least_used()
-            changing.evict(gone)
-            roster.dismiss(gone)
-            self._forget(gone, heir=None)
-            self._note(step, "evicted", gone, "the least used, to make room")
+            self._evict(trainer, module, gone, heir=None)
+            self._note(trainer, "evicted", gone, "the least used, to make room")
             return
         kept, gone = pair
         weights = [max(roster.members[name].usage, 1e-6) for name in pair]
-        lost = changing.merge(kept, gone, weights)
+        weights = [weight / sum(weights) for weight in weights]
+        (optimizer,), shape, lost = trainer.optimizers, shape_of(module.model, kept), []
+        for _, layer in adapted_layers(module.model):
+            both = [each for name in pair if (each := factors(layer, name)) is not None]
+            if len(both) < 2:
+                continue
+            one = merged(both, weights, rank=shape.rank, alpha=shape.alpha)
+            lost.append(lost_share(both, weights, one))
+            for parameter, value in ((both[0].down, one.down), (both[0].up, one.up)):
+                with torch.no_grad():
+                    parameter.copy_(value)
+                optimizer.state.pop(parameter, None)  # its moments were of other factors
         if mixture.evidence is not None:
             numbers = [mixture.names.index(name) for name in pair]
             mixture.evidence.counts[numbers[0]] += mixture.evidence.counts[numbers[1]]
-        self._thaw(changing, kept)
-        changing.evict(gone)
-        roster.dismiss(gone, heir=kept)
-        self._forget(gone, heir=kept)
-        why = f"the most similar, {gone} and {kept}, are one; {100 * lost:.0f} % of it is lost"
-        self._note(step, "merged", kept, why, gone=gone)
+        self._thaw(trainer, module, kept)
+        self._evict(trainer, module, gone, heir=kept)
+        share = 100 * sum(lost) / max(1, len(lost))
+        why = f"the most similar, {gone} and {kept}, are one; {share:.0f} % of it is lost"
+        self._note(trainer, "merged", kept, why, gone=gone)
 
-    def _thaw(self, changing: Changing, name: str) -> None:
+    def _thaw(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
         if self.roster.members[name].is_frozen:
-            changing.thaw(name)
+            own = parameters_of(module.model, name)
+            surgery.thaw(trainer, module, [key for key in own if not own[key].requires_grad])
             self.roster.thaw(name)
 
-    def _forget(self, gone: str, *, heir: str | None) -> None:
+    def _evict(
+        self, trainer: Trainer, module: ExpertModule, gone: str, *, heir: str | None
+    ) -> None:
+        """Take an expert off, with all that is kept of it and no other expert inherits."""
+        surgery.apply(trainer, module, evicted(module.mixture, gone), reason="evicted")
+        module.mixture.close(gone)
+        self.roster.dismiss(gone, heir=heir)
         if self._exemplars is not None:
             self._exemplars.move(gone, heir=heir)
 
-    def _grow(self, changing: Changing, name: str, step: int) -> None:
+    def _grow(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
         """Let an expert that stalls have a larger rank, or be."""
-        roster, model = self.roster, changing.module.model
+        roster, model, mixture = self.roster, module.model, module.mixture
         rank = shape_of(model, name).rank
         due = roster.stalled(rank)
         if due == "widen":
             limit = roster.asked.max_trainable_parameters
-            if limit is not None and changing.parameters_widened(name) > limit:
+            if limit is not None and _size(model, *mixture.adapters, name) > limit:
                 return
-            changing.widen(name, 2 * rank, seed=derived_seed(self._seed, name, str(rank)))
-            self._note(step, "widened", name, f"it stalled; rank {rank} → {2 * rank}")
+            seed = derived_seed(self._seed, name, str(rank))
+            change = widened(mixture, name, 2 * rank, seed=seed)
+            surgery.apply(trainer, module, change, reason="widened")
+            set_rank(model, name, 2 * rank)
+            self._note(trainer, "widened", name, f"it stalled; rank {rank} → {2 * rank}")
         elif due == "freeze":
             member, parts = roster.members[name], roster.asked.freeze_projections
-            member.is_frozen, member.is_whole = True, changing.freeze(name, parts)
+            own = parameters_of(model, name)
+            chosen = [
+                key for key in own if parts is None or any(f".{each}." in key for each in parts)
+            ]
+            surgery.freeze(trainer, module, chosen)
+            member.is_frozen, member.is_whole = True, len(chosen) == len(own)
             what = "it" if member.is_whole else " and ".join(parts or ())
-            self._note(step, "frozen", name, f"it stalled at rank {rank}; {what} stays as it is")
+            self._note(trainer, "frozen", name, f"it stalled at rank {rank}; {what} stays as it is")
 
-    def _note(self, step: int, kind: str, expert: str, why: str, **more: Any) -> None:
-        self.events.append({"step": step, "kind": kind, "expert": expert, "why": why, **more})
+    def _note(self, trainer: Trainer, kind: str, expert: str, why: str, **more: Any) -> None:
+        record = {"step": trainer.global_step, "kind": kind, "expert": expert, "why": why}
+        self.events.append(record | more)
+
+
+def _size(model: nn.Module, *names: str) -> int:
+    """Count the parameters of adapters."""
+    return sum(p.numel() for name in names for p in parameters_of(model, name).values())
 
 
 def _module(module: LightningModule) -> ExpertModule:
     assert isinstance(module, ExpertModule)
     return module
-
-
-def _work(trainer: Trainer) -> WorkCount:
-    return next(c for c in trainer.callbacks if isinstance(c, WorkCount))  # type: ignore[attr-defined]
 
 
 def _observed(module: ExpertModule, ids: Tensor) -> Observation:
@@ -544,12 +450,11 @@ class Figures:
 
     def report(self) -> dict[str, Any]:
         """Return gates and ranks over time, as summary.json has them; null where there was none."""
-        times = self._over_time
-        found = {}
-        for kind, of, rows in (("usage", "gates", "usage"), ("ranks", "ranks", "ranks")):
-            names = dict.fromkeys(name for row in times[rows] for name in row)
-            values = {name: [row.get(name) for row in times[rows]] for name in names}
-            found[f"{kind}_over_time"] = {"steps": times["steps"], of: values}
+        times, found = self._over_time, {}
+        for kind, unit in (("usage", "gates"), ("ranks", "ranks")):
+            names = dict.fromkeys(name for row in times[kind] for name in row)
+            values = {name: [row.get(name) for row in times[kind]] for name in names}
+            found[f"{kind}_over_time"] = {"steps": times["steps"], unit: values}
         return found
 
     def state_dict(self) -> dict[str, Any]:

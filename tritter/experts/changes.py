@@ -4,12 +4,12 @@ Each is a change of parameters by name: moments and all other state follow its m
 does not name stays as it is, bit for bit.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from tritter.errors import RequestError
 from tritter.expand import Change
@@ -21,38 +21,19 @@ from tritter.parameter_map import AxisFactor, Fill, TensorMap
 from tritter.parameter_map.tensor_map import NO_SOURCE
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RouterRow:
-    """What stands in a router for a new expert.
-
-    Args:
-        weight: [H]; `bias`: a number.
-    """
-
-    weight: Tensor
-    bias: float
-
-
-def spawned(mixture: ExpertMixture, name: str, rows: Mapping[str, RouterRow]) -> Change:
+def spawned(mixture: ExpertMixture, name: str) -> Change:
     """Return the change that an expert is new, whose adapter was put on already.
+
+    Its rows of the routers are zeros.
 
     Args:
         name: of the mixture's last expert.
-        rows: name of each router in the model → its row.
     """
-    model, number = mixture.model, len(mixture.names)
     parts = _Parts()
-    for key, parameter in parameters_of(model, name).items():
+    for key, parameter in parameters_of(mixture.model, name).items():
         values = parameter.detach().clone()
-        fill = Fill(kind="given", values=values)
-        parts.create(key, tuple(values.shape), fill)
-    source = torch.cat([torch.arange(number - 1), torch.tensor([NO_SOURCE])])
-    for router, row in rows.items():
-        axis = _plain_factor(source)
-        weight = Fill(kind="given", values=row.weight.reshape(1, -1))
-        parts.follow(model, f"{router}.weight", (axis, None), weight)
-        bias = Fill(kind="given", values=torch.tensor([row.bias]))
-        parts.follow(model, f"{router}.bias", (axis,), bias)
+        parts.create(key, tuple(values.shape), Fill(kind="given", values=values))
+    parts.follow_routers(mixture, [*range(len(mixture.names) - 1), NO_SOURCE])
     return parts.change()
 
 
@@ -68,12 +49,7 @@ def evicted(mixture: ExpertMixture, name: str) -> Change:
     model, parts = mixture.model, _Parts()
     for key, parameter in parameters_of(model, name).items():
         parts.remove(key, tuple(parameter.shape))
-    number = mixture.names.index(name)
-    source = torch.tensor([n for n in range(len(mixture.names)) if n != number])
-    for router in router_names(mixture):
-        axis = _plain_factor(source)
-        parts.follow(model, f"{router}.weight", (axis, None), Fill())
-        parts.follow(model, f"{router}.bias", (axis,), Fill())
+    parts.follow_routers(mixture, [n for n, each in enumerate(mixture.names) if each != name])
     return parts.change()
 
 
@@ -141,6 +117,12 @@ class _Parts:
         self._after.append(declared(name, after))
         self._maps[name] = TensorMap(source=name, axes=axes, fill=fill)
 
+    def follow_routers(self, mixture: ExpertMixture, source: Sequence[int]) -> None:
+        axis = _plain_factor(torch.tensor(source))
+        for router in router_names(mixture):
+            self.follow(mixture.model, f"{router}.weight", (axis, None), Fill())
+            self.follow(mixture.model, f"{router}.bias", (axis,), Fill())
+
     def change(self) -> Change:
         return Change(
             config={}, before=tuple(self._before), after=tuple(self._after), tensors=self._maps
@@ -175,8 +157,8 @@ def merged(
     number = min(rank, len(values))
     root = values[:number].sqrt()
     example, scaling = parts[0].down, alpha / rank
-    new_up = _padded((q @ left[:, :number]) * root / scaling, rank, dim=1)
-    new_down = _padded((root[:, None] * right[:number]) @ p.T, rank, dim=0)
+    new_up = pad((q @ left[:, :number]) * root / scaling, (0, rank - number))
+    new_down = pad((root[:, None] * right[:number]) @ p.T, (0, 0, 0, rank - number))
     return Factors(new_down.to(example), new_up.to(example), scaling, parts[0].gain)
 
 
@@ -186,10 +168,3 @@ def lost_share(parts: Sequence[Factors], weights: Sequence[float], result: Facto
     assert isinstance(whole, Tensor)
     norm = float(whole.norm())
     return float((whole - result.delta().double()).norm()) / norm if norm else 0.0
-
-
-def _padded(values: Tensor, size: int, *, dim: int) -> Tensor:
-    """Return a matrix with zeros behind, so that a dimension has a size."""
-    shape = list(values.shape)
-    shape[dim] = size - shape[dim]
-    return torch.cat([values, values.new_zeros(shape)], dim=dim) if shape[dim] else values

@@ -4,6 +4,7 @@ Gates of a token depend on that token alone, and, where a capacity is set, on wh
 tokens of its sequence took; never on later ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -72,3 +73,40 @@ def gates_of(logits: Tensor, routing: Routing, *, is_training: bool = False) -> 
     kept = chosen & (chosen.cumsum(dim=1) <= limit)  # the earliest of each sequence
     dropped = 1 - float(kept.sum()) / float(chosen.sum())
     return Gates(weights * kept, kept, probabilities, logits, dropped)
+
+
+def balance_loss(gates: Gates) -> Tensor:
+    """Return n · Σₑ fₑ · Pₑ, the load balancing loss of Switch (arXiv 2101.03961, equation 4).
+
+    f is the share of choices that fall on an expert (in dense mode, of tokens that prefer it) and P
+    its mean probability. It is 1 where all are used alike, and n where one alone is.
+    """
+    number = gates.probabilities.shape[-1]
+    probabilities = gates.probabilities.flatten(0, -2)  # [N, n]
+    if gates.chosen is None:
+        chosen = torch.nn.functional.one_hot(probabilities.argmax(-1), number)
+    else:
+        chosen = gates.chosen.flatten(0, -2)
+    counts = chosen.sum(0).to(probabilities.dtype)
+    shares = counts / counts.sum().clamp_min(1)
+    return number * (shares * probabilities.mean(0)).sum()
+
+
+def entropy_loss(gates: Gates) -> Tensor:
+    """Return the mean entropy of a token's probabilities, nats: small where the router decides."""
+    return entropies(gates.probabilities).mean()
+
+
+def z_loss(gates: Gates) -> Tensor:
+    """Return the mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, equation 5)."""
+    return torch.logsumexp(gates.logits, dim=-1).square().mean()
+
+
+def entropies(probabilities: Tensor) -> Tensor:
+    """Return the entropy along the last dimension, nats; [..., n] → [...]."""
+    return -(probabilities * probabilities.clamp_min(1e-30).log()).sum(-1)
+
+
+def usage(gates: Sequence[Gates]) -> Tensor:
+    """Return the mean gate of each expert over layers and tokens, float32 [n]."""
+    return torch.stack([each.weights.detach().flatten(0, -2).mean(0) for each in gates]).mean(0)

@@ -10,10 +10,9 @@ from tritter.errors import RequestError
 from tritter.evaluation.inference import evaluating
 from tritter.experts.adapters import AdapterShape, Factors
 from tritter.experts.changes import lost_share, merged
-from tritter.experts.losses import usage
+from tritter.experts.gates import usage
 from tritter.experts.mixture import ExpertMixture
-from tritter.experts.peft_folder import StoredAdapter, put_values
-from tritter.experts.stored import ExpertFolder
+from tritter.experts.stored import ExpertFolder, StoredAdapter, put_values
 
 NAME = "merged"
 
@@ -114,7 +113,8 @@ def logit_change(mixture: ExpertMixture, adapter: StoredAdapter, input_ids: Tens
         input_ids: int64 [B, T].
     """
     model = mixture.model
-    name = next(each for each in _names() if each not in mixture.names)
+    numbered = (f"{NAME}_{number}" for number in range(300))
+    name = next(each for each in (NAME, *numbered) if each not in mixture.names)
     with evaluating(model) as device:
         ids = input_ids.to(device)
         before = model(input_ids=ids, use_cache=False).logits.double()
@@ -135,8 +135,3 @@ def _whole_rank(parts: list[Factors]) -> int:
     """Return the rank that a sum of adapters of one layer has at most."""
     sizes = parts[0].down.shape[1], parts[0].up.shape[0]
     return min(sum(part.rank for part in parts), *sizes)
-
-
-def _names() -> list[str]:
-    """Return names for the merged adapter, one of which no expert has."""
-    return [NAME, *(f"{NAME}_{number}" for number in range(300))]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tritter.checkpoint.expert_files import ExpertFiles, experts_in
+from tritter.checkpoint.expert_files import experts_in
 from tritter.errors import Problem
 from tritter.experts.adapters import AdapterShape, adaptable
 from tritter.experts.mixture import ExpertMixture
@@ -63,12 +63,8 @@ class Experts(ABC):
             )
             yield Problem("experts.base_bits", asked.base_bits, reason=reason, nearest="null")
         files = experts_in(start.folder, key="model.path")
-        if files is not None:
-            yield from cls._further_problems(asked, files)
-
-    @classmethod
-    def _further_problems(cls, asked: Any, files: ExpertFiles) -> Iterator[Problem]:
-        """Yield why a checkpoint's experts can't be gone on with."""
+        if files is None:
+            return
         names = files.head.names
         if names[0] != cls.first:
             reason = (
@@ -138,7 +134,15 @@ class DynamicExperts(Experts):
             reason = "experts.router=evidence has no learned router; allowed with learned and both"
             yield Problem("experts.shared_router", True, reason=reason)
         if asked.boundaries == "detected":
-            yield from _detection_problems(asked, run)
+            batch, steps, least = run.data.batch_size, run.training.max_steps, 2
+            if batch < least:
+                reason = f"novelty is told by the spread of a batch; allowed is at least {least}"
+                yield Problem("data.batch_size", batch, reason=reason)
+            seen = steps * int(run.trainer_arguments.get("accumulate_grad_batches", 1)) * batch
+            if asked.min_samples > seen:
+                reason = f"a training of {steps} steps sees {seen:,} sequences, too few for any "
+                reason += "decision"
+                yield Problem("experts.min_samples", asked.min_samples, reason=reason)
         elif asked.when_full == "merge":
             reason = "similarity is that of what novelty looks at; with boundaries=told use evict"
             yield Problem("experts.when_full", "merge", reason=reason)
@@ -192,15 +196,3 @@ class DynamicExperts(Experts):
             return Roster(asked, timing=timing, detector=None)
         detector = NoveltyDetector(detector=asked.detector, options=asked.novelty)
         return Roster(asked, timing=timing, detector=detector)
-
-
-def _detection_problems(asked: DynamicOptions, run: RunRequest) -> Iterator[Problem]:
-    """Yield why no decision on novelty could be made."""
-    batch, steps, least = run.data.batch_size, run.training.max_steps, 2
-    if batch < least:
-        reason = f"novelty is told by the spread of a batch; allowed is at least {least}"
-        yield Problem("data.batch_size", batch, reason=reason)
-    seen = steps * int(run.trainer_arguments.get("accumulate_grad_batches", 1)) * batch
-    if asked.min_samples > seen:
-        reason = f"a training of {steps} steps sees {seen:,} sequences, too few for any decision"
-        yield Problem("experts.min_samples", asked.min_samples, reason=reason)

@@ -1,6 +1,6 @@
 """A mixture of LoRA experts on a live model: adapters, a router in each layer, and the gates."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding, linear, pad
 
 from tritter.checkpoint.expert_files import RouterKind
 from tritter.errors import RequestError, did_you_mean
@@ -24,9 +24,123 @@ from tritter.experts.adapters import (
     put_on,
     take_off,
 )
-from tritter.experts.evidence import Evidence, joined_with_earlier, masked, remember
 from tritter.experts.gates import Gates, Routing, gates_of
 from tritter.models import backbone_of
+
+# What the tokens so far say of whose text this is: naive Bayes on token counts, as router logits.
+#
+# No gradient makes these gates and no old text keeps them: a skill is known by how often each
+# token came in it, and a token counts with the log of its share in one skill over that in
+# another.
+#
+# B sequences · T tokens · n experts · V vocabulary
+
+NO_TOKEN = -1  # stands where there is padding
+_STRENGTH = 1000.0  # tokens of the mean skill that each skill is smoothed with
+_SEEN = "seen_by_experts"  # what a cache of keys and values is told
+_LEAST = -8.0  # of a logit beside the largest, so that no expert's share is nothing at all
+
+
+class Evidence(nn.Module):
+    """Router logits [B, T, n] of token ids [B, T].
+
+    A logit is, up to what all experts share, prior + scale · Σ log p(token | expert) over the last
+    `window` tokens of the document, this one included; never over later ones. Documents begin at
+    the end of text. It is scaled down since neighbouring tokens are not independent. p is that of
+    counts, smoothed by the mean of all skills (Dirichlet): what no skill has seen says nothing.
+
+    Args:
+        vocab_size: V.
+        end_of_text_id: None: a sequence is one document.
+        window: tokens that count.
+        scale: of the sum.
+        prior: of every expert beside the first, nats.
+
+    Attributes:
+        counts: int64 [n, V], how often each token came in the text of each expert.
+    """
+
+    counts: Tensor
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        end_of_text_id: int | None = None,
+        window: int = 128,
+        scale: float = 0.5,
+        prior: float = -1.0,
+    ) -> None:
+        super().__init__()
+        self.end_of_text_id = end_of_text_id
+        self.window, self.scale, self.prior = window, scale, prior
+        # Whole numbers, which no change of a model's dtype rounds
+        self.register_buffer("counts", torch.zeros(0, vocab_size, dtype=torch.int64))
+        self._table: tuple[tuple[int, torch.device], Tensor] | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return logits [B, T, n] in float64, the largest of a token at 0.
+
+        Args:
+            ids: int64 [B, T]; NO_TOKEN where there is padding.
+        """
+        number, (_, length) = len(self.counts), ids.shape
+        is_start = ids == NO_TOKEN
+        if self.end_of_text_id is not None:
+            is_start = is_start | (ids == self.end_of_text_id)  # which tells no skill from another
+        version = (self.counts._version, self.counts.device)
+        if self._table is None or self._table[0] != version:  # log p(token | expert), [n, V]
+            counts = self.counts.double()
+            totals, size = counts.sum(1, keepdim=True), counts.shape[1]
+            mean = ((counts + 0.5) / (totals + 0.5 * size)).mean(0)
+            self._table = version, ((counts + _STRENGTH * mean) / (totals + _STRENGTH)).log()
+        told = self._table[1][:, ids.clamp_min(0)].permute(1, 2, 0)  # [B, T, n]
+        sums = (told * ~is_start.unsqueeze(-1)).cumsum(1)
+        places = torch.arange(length, device=ids.device)
+        begin = (places * is_start).cummax(dim=1).values  # of the document
+        first = torch.maximum(begin, places - self.window + 1)  # [B, T], the first that counts
+        before = pad(sums, (0, 0, 1, 0)).gather(1, first.unsqueeze(-1).expand(-1, -1, number))
+        logits = self.scale * (sums - before)
+        logits = logits + self.prior * (torch.arange(number, device=ids.device) > 0)
+        return (logits - logits.amax(-1, keepdim=True)).clamp_min(_LEAST)
+
+    def add_row(self) -> None:
+        """Make room for an expert, of whose text nothing was counted."""
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(1, self.counts.shape[1])])
+        self._table = None
+
+    def keep_rows(self, kept: Sequence[int]) -> None:
+        """Keep the rows of some experts, in this order."""
+        self.counts = self.counts[list(kept)].clone()
+        self._table = None
+
+    def count(self, number: int, ids: Tensor) -> None:
+        """Count tokens, int64 of any shape, as text of an expert; no padding, no end of text."""
+        is_text = ids != NO_TOKEN
+        if self.end_of_text_id is not None:  # it is no evidence, and what padding is made of
+            is_text &= ids != self.end_of_text_id
+        found = ids[is_text]
+        self.counts[number] += torch.bincount(found, minlength=self.counts.shape[1]).to(self.counts)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a cache is told of the tokens that it holds keys and values of.
+
+    Args:
+        tail: the last of them, int64 [B, ≤ window].
+        number: of all.
+    """
+
+    tail: Tensor
+    number: int
+
+
+def _reordered(cache: Any, reorder: Callable[[Tensor], None], beams: Tensor) -> None:
+    """Let what a cache is told follow its beams."""
+    reorder(beams)
+    seen: _Seen = getattr(cache, _SEEN)
+    seen.tail = seen.tail.index_select(0, beams.to(seen.tail.device))
 
 
 class ExpertRouter(nn.Module):
@@ -50,14 +164,9 @@ class ExpertRouter(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits [B, T, n] for hidden states [B, T, H], in float32 at least."""
-        hidden = unit_rms(hidden)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
         return linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
-
-
-def unit_rms(hidden: Tensor) -> Tensor:
-    """Return hidden states [..., H], in float32 at least, at a root mean square of 1."""
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
 
 
 # What adapters add to the output of a layer, each token by its own gates.
@@ -132,46 +241,31 @@ def mixed(inputs: Tensor, factors: Mapping[int, Factors], dispatch: Dispatch) ->
     if len(tokens) < len(dispatch.weights):
         dispatch = dispatch.last(*places)
     weights = dispatch.weights.to(example.down.dtype)  # [N, n]
-    if dispatch.tokens is None:
-        added = _all(tokens, factors, weights)
-    else:
-        added = _chosen(tokens, factors, weights, dispatch.tokens, dispatch.choices)
+    if dispatch.tokens is None:  # all experts as one low-rank product of the rank R
+        up = torch.cat([each.up for each in factors.values()], dim=1)  # [out, R]
+        gates = [
+            (weights[:, number] * each.scaling).unsqueeze(-1).expand(-1, each.rank)
+            for number, each in factors.items()
+        ]
+        if tokens.is_floating_point():
+            low = linear(tokens, torch.cat([each.down for each in factors.values()]))  # [N, R]
+        else:  # looked up one by one: a sum of ranks by the whole vocabulary is never copied
+            low = torch.cat([_low(tokens, each) for each in factors.values()], dim=1)
+        added = linear(low * torch.cat(gates, dim=1), up)
+    else:  # each expert for the tokens that chose it, which are gathered and added up once
+        standing = [dispatch.tokens[dispatch.choices[number]] for number in factors]
+        is_everywhere = len(factors) == len(dispatch.choices)
+        where = dispatch.tokens if is_everywhere else torch.cat(standing)
+        gathered = tokens.index_select(0, where).split([len(own) for own in standing])
+        parts = []
+        for own, chosen, (number, each) in zip(standing, gathered, factors.items(), strict=True):
+            gate = (weights[own, number] * each.scaling).unsqueeze(-1)  # [n_e, 1]
+            parts.append(linear(_low(chosen, each) * gate, each.up))  # [n_e, out]
+        summed = torch.cat(parts)
+        added = summed.new_zeros(len(tokens), summed.shape[1]).index_add(0, where, summed)
     if example.gain is not None:  # of the layer, and so of all alike
         added = added * example.gain.to(added.dtype)
     return added.unflatten(0, places)
-
-
-def _all(tokens: Tensor, factors: Mapping[int, Factors], weights: Tensor) -> Tensor:
-    """Compute all experts as one low-rank product of the rank R."""
-    up = torch.cat([each.up for each in factors.values()], dim=1)  # [out, R]
-    gates = [
-        (weights[:, number] * each.scaling).unsqueeze(-1).expand(-1, each.rank)
-        for number, each in factors.items()
-    ]
-    if tokens.is_floating_point():
-        low = linear(tokens, torch.cat([each.down for each in factors.values()]))  # [N, R]
-    else:  # looked up one by one: a sum of ranks by the whole vocabulary is never copied
-        low = torch.cat([_low(tokens, each) for each in factors.values()], dim=1)
-    return linear(low * torch.cat(gates, dim=1), up)
-
-
-def _chosen(
-    tokens: Tensor,
-    factors: Mapping[int, Factors],
-    weights: Tensor,
-    places: Tensor,
-    choices: tuple[slice, ...],
-) -> Tensor:
-    """Compute each expert for the tokens that chose it; tokens are gathered and added up once."""
-    standing = [places[choices[number]] for number in factors]
-    where = places if len(factors) == len(choices) else torch.cat(standing)
-    gathered = tokens.index_select(0, where).split([len(own) for own in standing])
-    parts = []
-    for own, inputs, (number, each) in zip(standing, gathered, factors.items(), strict=True):
-        gates = (weights[own, number] * each.scaling).unsqueeze(-1)  # [n_e, 1]
-        parts.append(linear(_low(inputs, each) * gates, each.up))  # [n_e, out]
-    added = torch.cat(parts)
-    return added.new_zeros(len(tokens), added.shape[1]).index_add(0, where, added)
 
 
 def _low(tokens: Tensor, factors: Factors) -> Tensor:
@@ -215,7 +309,7 @@ class ExpertMixture:
     Args:
         model: a causal language model whose decoder layers are named `…layers.N`.
         router: what makes the gates: `learned`, a linear map of the hidden state in each layer;
-            `evidence`, see `tritter.experts.evidence`, for all layers and the vocabulary; or
+            `evidence`, see `tritter.experts.mixture`, for all layers and the vocabulary; or
             `both`, the sum of their logits.
         has_base: the first expert is the base itself, and adds nothing.
         is_shared: one learned router for all layers, in place of one for each.
@@ -261,12 +355,26 @@ class ExpertMixture:
         model.requires_grad_(False)
         self._whole = _Mix()  # of what stands in no layer, or in all alike
         if router != "learned":
-            self._begin_evidence(dict(evidence or {}))
-        self._mixes = {number: self._mix(layer) for number, layer in layers.items()}
-        for number, layer in layers.items():
-            if self._mixes[number] is not self._whole:
-                hook = partial(self._route, self._mixes[number])
-                layer.register_forward_pre_hook(hook, with_kwargs=True)
+            # Tokens are weighed as they enter the backbone
+            vocab_size: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+            self.evidence = Evidence(vocab_size, **(evidence or {}))
+            if has_base:
+                self.evidence.add_row()
+            model.add_module(EVIDENCE, self.evidence.to(next(model.parameters()).device))
+            model.register_forward_pre_hook(_refuse_chosen_logits, with_kwargs=True)
+            backbone = backbone_of(model)
+            backbone.register_forward_pre_hook(self._read, with_kwargs=True)
+            backbone.register_forward_hook(self._remember, with_kwargs=True)
+        self._mixes = dict.fromkeys(layers, self._whole)
+        for number, layer in layers.items() if router != "evidence" else ():
+            owner = model if is_shared else layer
+            if not hasattr(owner, ROUTER):
+                size: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
+                made = ExpertRouter(size, len(self.names)).to(next(model.parameters()).device)
+                owner.add_module(ROUTER, made)
+            mix = _Mix(owner.get_submodule(ROUTER))  # type: ignore[arg-type]
+            self._mixes[number] = mix
+            layer.register_forward_pre_hook(partial(self._route, mix), with_kwargs=True)
 
     def add(self, name: str, shape: AdapterShape, *, seed: int) -> None:
         """Add an expert that computes nothing yet (B = 0), with router rows of zeros.
@@ -275,9 +383,13 @@ class ExpertMixture:
             RequestError: there is one of this name, or a target that the model has not.
         """
         self.open(name, shape, seed=seed)
+        self.add_router_rows()
+
+    def add_router_rows(self) -> None:
+        """Give the learned routers rows of zeros for an expert that was opened."""
         for router in self.routers():
-            router.weight = nn.Parameter(_with_row(router.weight))
-            router.bias = nn.Parameter(_with_row(router.bias))
+            router.weight = nn.Parameter(pad(router.weight.detach(), (0, 0, 0, 1)))
+            router.bias = nn.Parameter(pad(router.bias.detach(), (0, 1)))
 
     def remove(self, name: str) -> None:
         """Take an expert off, with its rows of the routers.
@@ -311,7 +423,12 @@ class ExpertMixture:
         self.names.append(name)
         if self.evidence is not None:
             self.evidence.add_row()
-        self._hook_adapted()
+        for layer_name, layer in adapted_layers(self.model):
+            if layer_name not in self._hooked:
+                layer_at = layer_number(layer_name)
+                mix = self._whole if layer_at is None else self._mixes[layer_at]
+                layer.register_forward_hook(partial(self._add, mix))
+                self._hooked.add(layer_name)
 
     def close(self, name: str) -> None:
         """Take an expert's adapter off; its rows of the routers are the caller's."""
@@ -402,29 +519,6 @@ class ExpertMixture:
                 f"{did_you_mean(name, self.names)}"
             )
 
-    def _begin_evidence(self, asked: dict[str, Any]) -> None:
-        """Weigh tokens as they enter the backbone."""
-        config = self.model.config
-        self.evidence = Evidence(config.vocab_size, **asked)  # type: ignore[union-attr, arg-type]
-        if self.has_base:
-            self.evidence.add_row()
-        self.model.add_module(EVIDENCE, self.evidence.to(next(self.model.parameters()).device))
-        self.model.register_forward_pre_hook(_refuse_chosen_logits, with_kwargs=True)
-        backbone = backbone_of(self.model)
-        backbone.register_forward_pre_hook(self._read, with_kwargs=True)
-        backbone.register_forward_hook(self._remember, with_kwargs=True)
-
-    def _mix(self, layer: nn.Module) -> _Mix:
-        """Return what a decoder layer's gates come from, with a router of its own if it has one."""
-        if self.router == "evidence":
-            return self._whole
-        owner = self.model if self.is_shared else layer
-        if not hasattr(owner, ROUTER):
-            size: int = self.model.config.hidden_size  # type: ignore[union-attr, assignment]
-            like = next(self.model.parameters())
-            owner.add_module(ROUTER, ExpertRouter(size, len(self.names)).to(like.device))
-        return _Mix(owner.get_submodule(ROUTER))  # type: ignore[arg-type]
-
     def _read(self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Weigh the tokens that a forward pass is of; before it, what a cache has read of them."""
         self._whole.forget()
@@ -437,7 +531,18 @@ class ExpertMixture:
         if self._alone is not None:
             self._whole.dispatch = self._only(ids)
             return
-        seen = joined_with_earlier(masked(ids, kwargs.get("attention_mask")), kwargs)
+        seen, mask, cache = ids, kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if mask is not None and mask.ndim == 2:
+            seen = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NO_TOKEN)
+        if cache is not None and (number := cache.get_seq_length()):
+            earlier: _Seen | None = getattr(cache, _SEEN, None)
+            if earlier is None or earlier.number != number or len(earlier.tail) != len(ids):
+                raise RequestError(
+                    "experts.router=evidence: keys and values of tokens that it did not read, or "
+                    "of which some were taken back, as in assisted writing; write with "
+                    "use_cache=False."
+                )
+            seen = torch.cat([earlier.tail.to(ids.device), seen], dim=1)
         self._seen = seen
         assert self.evidence is not None
         logits = self.evidence(seen)[:, -ids.shape[1] :]
@@ -447,8 +552,14 @@ class ExpertMixture:
         self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Leave what was read with the cache of its keys and values."""
-        if self._seen is not None and self.evidence is not None:
-            remember(output, self.evidence.tail(self._seen))
+        cache = getattr(output, "past_key_values", None)
+        if self._seen is None or self.evidence is None or cache is None:
+            return
+        if not hasattr(cache, _SEEN):
+            cache.reorder_cache = partial(_reordered, cache, cache.reorder_cache)
+        # What later tokens depend on: the last ones
+        tail = self._seen[:, -self.evidence.window :]
+        setattr(cache, _SEEN, _Seen(tail, cache.get_seq_length()))
 
     def _route(
         self, mix: _Mix, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
@@ -476,15 +587,13 @@ class ExpertMixture:
     def _only(self, tokens: Tensor) -> Dispatch:
         """Return the dispatch of the one expert that computes every token of [B, T]."""
         assert self._alone is not None
-        return _only(tokens, self.names.index(self._alone), len(self.names))
-
-    def _hook_adapted(self) -> None:
-        for name, layer in adapted_layers(self.model):
-            if name not in self._hooked:
-                number = layer_number(name)
-                mix = self._whole if number is None else self._mixes[number]
-                layer.register_forward_hook(partial(self._add, mix))
-                self._hooked.add(name)
+        number = self.names.index(self._alone)
+        places = torch.arange(tokens.numel(), device=tokens.device)
+        weights = torch.zeros(len(places), len(self.names), device=tokens.device)
+        weights[:, number] = 1.0
+        choices = [slice(0, 0)] * len(self.names)
+        choices[number] = slice(0, len(places))
+        return Dispatch(weights, places, tuple(choices))
 
     def _add(self, mix: _Mix, layer: LoraLinear, args: Sequence[Any], output: Tensor) -> Tensor:
         dispatch = mix.dispatch
@@ -505,17 +614,3 @@ def _refuse_chosen_logits(model: nn.Module, args: Sequence[Any], kwargs: dict[st
     """Refuse a choice of places for the head, whose gates could not be told from the last ones."""
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
         raise RequestError("logits_to_keep: with experts a number of last tokens is allowed.")
-
-
-def _with_row(rows: Tensor) -> Tensor:
-    """Return [n, ...] with a row of zeros behind."""
-    return torch.cat([rows.detach(), rows.new_zeros(1, *rows.shape[1:])])
-
-
-def _only(of: Tensor, number: int, size: int) -> Dispatch:
-    """Return the dispatch of one expert that computes every token of [B, T]."""
-    tokens = torch.arange(of.numel(), device=of.device)
-    weights = torch.zeros(len(tokens), size, device=of.device)
-    weights[:, number] = 1.0
-    places = tuple(slice(0, len(tokens)) if n == number else slice(0, 0) for n in range(size))
-    return Dispatch(weights, tokens, places)

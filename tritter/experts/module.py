@@ -1,11 +1,11 @@
 """The LightningModule of a mixture of LoRA experts: what its loss is, and what is saved of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from tritter.data.packing import IGNORED, labels_of
@@ -19,8 +19,7 @@ from tritter.experts.adapters import (
     shape_of,
 )
 from tritter.experts.changes import router_names
-from tritter.experts.gates import Gates, Routing
-from tritter.experts.losses import balance_loss, entropy_loss, z_loss
+from tritter.experts.gates import Gates, Routing, balance_loss, entropy_loss, z_loss
 from tritter.experts.mixture import ROUTER, ExpertMixture
 from tritter.families import Adapters, Flops, Gating, LowRank, forward_flops
 from tritter.models import config_of
@@ -34,7 +33,7 @@ class ExpertLosses:
     """Weights of what is added to the loss of the task; 0: it is left out.
 
     Args:
-        balance, entropy, z: of the gates of learned routers, see `tritter.experts.losses`.
+        balance, entropy, z: of the gates of learned routers, see `tritter.experts.gates`.
         distill: of KL(mixture without the young expert ‖ mixture), nats per token.
     """
 
@@ -76,7 +75,15 @@ class ExpertModule(BaseModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the loss of the task with all that is added to it; each is logged alone."""
         loss = super().training_step(batch, batch_index)
-        for name, (weight, value) in self._besides(batch).items():
+        asked, found = self.losses, {}
+        gates = self.gates if next(self.mixture.routers(), None) is not None else []
+        for name, measure in (("balance", balance_loss), ("entropy", entropy_loss), ("z", z_loss)):
+            weight = getattr(asked, name)
+            if weight and gates:
+                found[name] = (weight, torch.stack([measure(each) for each in gates]).mean())
+        if asked.distill and self.young is not None:
+            found["distill"] = (asked.distill, self._distance(self.young, batch))
+        for name, (weight, value) in found.items():
             self.log(f"experts/{name}_loss", value.detach().float(), sync_dist=True)
             loss = loss + weight * value.to(loss.dtype)
         self._task = None
@@ -142,18 +149,6 @@ class ExpertModule(BaseModule):
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
 
-    def _besides(self, batch: Mapping[str, Tensor]) -> dict[str, tuple[float, Tensor]]:
-        """Return name → (weight, value) of what is asked for, from the task's forward pass."""
-        asked, found = self.losses, {}
-        gates = self.gates if next(self.mixture.routers(), None) is not None else []
-        for name, measure in (("balance", balance_loss), ("entropy", entropy_loss), ("z", z_loss)):
-            weight = getattr(asked, name)
-            if weight and gates:
-                found[name] = (weight, torch.stack([measure(each) for each in gates]).mean())
-        if asked.distill and self.young is not None:
-            found["distill"] = (asked.distill, self._distance(self.young, batch))
-        return found
-
     def _distance(self, young: str, batch: Mapping[str, Tensor]) -> Tensor:
         """Return KL(mixture without an expert ‖ mixture), mean over tokens, nats."""
         assert self._task is not None
@@ -188,8 +183,15 @@ def adapters_of(mixture: ExpertMixture) -> Adapters:
     """Return what stands beside the base's own tensors in a mixture."""
     number, top_k = len(mixture.names), mixture.routing.top_k
     share = 1 if top_k is None or top_k >= number else top_k / number
-    places, low_rank = dict(_places(mixture.model)), {}
-    for name, layer in adapted_layers(mixture.model):
+    model, places, low_rank = mixture.model, {}, {}
+    for stored in live_layout(model):  # name of a layer with adapters → its logical matrices
+        layer_name, is_wrapped, _ = stored.name.partition(f"{WRAPPED}.weight")
+        if is_wrapped:
+            places[layer_name] = [part.tensor.name for part in stored.parts]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    # Where the head is tied, its weight is the embedding's
+    places |= {name: ["head"] for name, layer in adapted_layers(model) if layer is head}
+    for name, layer in adapted_layers(model):
         found = (factors(layer, expert) for expert in mixture.adapters)
         beside = [
             LowRank(
@@ -204,24 +206,9 @@ def adapters_of(mixture: ExpertMixture) -> Adapters:
         first, *others = places[name]
         low_rank[first] = beside
         low_rank |= {other: [replace(each, has_down=False) for each in beside] for other in others}
-    return Adapters(low_rank, dict(_gating(mixture)))
-
-
-def _places(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield (name of a layer with adapters, logical names of its matrix or matrices)."""
-    for stored in live_layout(model):
-        layer, is_wrapped, _ = stored.name.partition(f"{WRAPPED}.weight")
-        if is_wrapped:
-            yield layer, tuple(part.tensor.name for part in stored.parts)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    for name, adapted in adapted_layers(model):
-        if adapted is head:  # where it is tied, its weight is the embedding's
-            yield name, ("head",)
-
-
-def _gating(mixture: ExpertMixture) -> Iterator[tuple[int, Gating]]:
-    """Yield (number, gating) of the decoder layers whose gates are learned."""
-    for number, layer in decoder_layers(mixture.model).items():
-        router = getattr(layer, ROUTER, None) or getattr(mixture.model, ROUTER, None)
+    gating = {}
+    for n, decoder_layer in decoder_layers(model).items():
+        router = getattr(decoder_layer, ROUTER, None) or getattr(model, ROUTER, None)
         if router is not None:
-            yield number, Gating(len(mixture.names), router.weight.requires_grad)
+            gating[n] = Gating(number, router.weight.requires_grad)
+    return Adapters(low_rank, gating)

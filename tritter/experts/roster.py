@@ -11,14 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tritter.errors import TritterError
 from tritter.experts.gates import Routing
 from tritter.experts.options import DynamicOptions, Timing
 from tritter.novelty import NoveltyDetector, Observation
-from tritter.novelty.detector import Decision
+from tritter.novelty.detectors import Decision
+from tritter.novelty.library import FORMAT_VERSION, check_format
 from tritter.novelty.statistics import CALIBRATION_BATCHES
 
-FORMAT_VERSION = 1
 FIRST = "expert_0"  # the expert of what the base knows
 _USAGE_DECAY = 0.98
 
@@ -114,7 +113,13 @@ class Roster:
         self.aim(None if self.detector.is_run_new else expert)
         if decision.kind != "known":
             return None
-        self._measure(decision.skill, seen)
+        # A new skill is measured again once there is more of it than the burst it was found in
+        held = self._young.get(decision.skill)
+        if held is not None:
+            held.append(seen)
+            if len(held) >= CALIBRATION_BATCHES:
+                self.detector.recalibrate(decision.skill, held)
+                del self._young[decision.skill]
         return expert
 
     def tell(self, skill: str, sequences: Tensor) -> str | None:
@@ -302,11 +307,7 @@ class Roster:
         Raises:
             TritterError: it is of another format.
         """
-        if state.get("format_version") != FORMAT_VERSION:
-            raise TritterError(
-                f"experts: a state of format {state.get('format_version')}; this Tritter reads "
-                f"{FORMAT_VERSION}"
-            )
+        check_format(state, "experts: a state")
         self.members = {
             name: Member(**{**each, "losses": list(each["losses"])})
             for name, each in state["members"].items()
@@ -322,14 +323,3 @@ class Roster:
         }
         if self.detector is not None and state["detector"] is not None:
             self.detector.load_state_dict(state["detector"])
-
-    def _measure(self, skill: str, seen: Observation) -> None:
-        """Measure a new skill again once there is more of it than the burst it was found in."""
-        held = self._young.get(skill)
-        if held is None:
-            return
-        held.append(seen)
-        if len(held) >= CALIBRATION_BATCHES:
-            assert self.detector is not None
-            self.detector.recalibrate(skill, held)
-            del self._young[skill]

@@ -5,43 +5,238 @@ PEFT reads it; `state/experts.*` says how they are mixed. `tritter.checkpoint.ex
 where everything lies and what may stand in the JSON; tensors and live models are known here.
 """
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from tritter.checkpoint.expert_files import (
+    ADAPTER_FILES,
     HEAD,
     TENSORS,
+    AdapterConfig,
     EvidenceHead,
     ExpertFiles,
     ExpertsHead,
     check_names,
+    is_plain_setting,
 )
 from tritter.checkpoint.folder import EXPERTS_FOLDER
 from tritter.errors import RequestError, TritterError
-from tritter.experts.adapters import base_bits
-from tritter.experts.evidence import Evidence
+from tritter.experts.adapters import (
+    AdapterShape,
+    adapted_layers,
+    base_bits,
+    factors,
+    is_embedding,
+    shape_of,
+)
 from tritter.experts.gates import Routing
 from tritter.experts.mixture import ExpertMixture
-from tritter.experts.peft_folder import (
-    StoredAdapter,
-    put_values,
-    read_adapter,
-    taken,
-    write_stored,
-)
+from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import file_digest
 from tritter.storage.reading import require_file
 from tritter.storage.records import record_text
-from tritter.storage.tensors import is_finite
+from tritter.storage.tensors import TensorFolder, is_finite
 from tritter.training.checkpoint_io import decode, encode
+
+# One adapter as a folder of PEFT's format: written for stock PEFT, and read from anywhere.
+#
+# Only plain LoRA of linear layers and embeddings is read; whatever else a config asks for would
+# be left out in silence, and is refused by name. Nothing in such a folder is run or unpickled.
+#
+# Where an adapter stands on the vocabulary, stock PEFT writes the base's own weights of it beside
+# the factors, and puts them in the place of a model's when it loads them. Here a base is never
+# written, and one that is read has to be the model's: then it says nothing, and else the adapter
+# belongs to another base.
+
+CONFIG_NAME, TENSORS_NAME = ADAPTER_FILES
+_PREFIX = "base_model.model."
+_KEY = re.compile(
+    rf"{re.escape(_PREFIX)}(?P<layer>[\w.]+)\."
+    r"(?:lora_(?P<part>[AB])\.weight|lora_embedding_(?P<looked_up>[AB])|(?P<base>base_layer\.weight))"
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredAdapter:
+    """What a folder holds.
+
+    Args:
+        shape: its targets are the last names of the layers below.
+        factors: name of the layer in the stock model → A [r, in_features] and
+            B [out_features, r].
+        embeddings: the layers of these that look tokens up.
+        base: name of a layer → the base's weight of it, where the folder holds one.
+    """
+
+    shape: AdapterShape
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    embeddings: frozenset[str] = frozenset()
+    base: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def write_adapter(
+    model: nn.Module, name: str, folder: Path, *, base: str, overwrite: bool = False
+) -> None:
+    """Write an adapter of a live model, as PEFT's `save_pretrained` would.
+
+    Args:
+        base: hub id or path of the model that it belongs on, as its config says it.
+
+    Raises:
+        RequestError: there is no adapter of this name, or something stands at `folder`.
+        TritterError: a weight is not finite, or the disk refuses.
+    """
+    write_stored(taken(model, name), folder, base=base, overwrite=overwrite)
+
+
+def taken(model: nn.Module, name: str) -> StoredAdapter:
+    """Return an adapter of a live model as it is now, copied to the CPU.
+
+    Raises:
+        RequestError: there is no adapter of this name.
+        TritterError: a weight is not finite.
+    """
+    shape, found, embeddings = shape_of(model, name), {}, set()
+    for layer_name, layer in adapted_layers(model):
+        held = factors(layer, name)
+        if held is None:
+            continue
+        found[layer_name] = held.down.detach().cpu().clone(), held.up.detach().cpu().clone()
+        if not all(map(is_finite, found[layer_name])):
+            raise TritterError(f"the adapter {name} of {layer_name} is not finite.")
+        if is_embedding(layer):
+            embeddings.add(layer_name)
+    return StoredAdapter(shape, found, frozenset(embeddings))
+
+
+def write_stored(
+    stored: StoredAdapter, folder: Path, *, base: str, overwrite: bool = False
+) -> None:
+    """Write an adapter that is no model's any more; see `write_adapter`.
+
+    Raises:
+        RequestError: something stands at `folder`.
+        TritterError: the disk refuses.
+    """
+    shape, tensors = stored.shape, {}
+    for layer, (down, up) in stored.factors.items():
+        part = "lora_embedding_{}" if layer in stored.embeddings else "lora_{}.weight"
+        tensors[f"{_PREFIX}{layer}.{part.format('A')}"] = down.contiguous()
+        tensors[f"{_PREFIX}{layer}.{part.format('B')}"] = up.contiguous()
+    alpha = int(shape.alpha) if shape.alpha == int(shape.alpha) else shape.alpha
+    config = LoraConfig(
+        r=shape.rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=sorted(shape.targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    with atomic_folder(folder, overwrite=overwrite) as place:
+        save_file(tensors, place / TENSORS_NAME, metadata={"format": "pt"})
+        (place / TENSORS_NAME).chmod(0o644)  # as other files; it is made for its owner alone
+        # What a newer PEFT adds is at its default, which needs no entry
+        settings = {k: v for k, v in config.to_dict().items() if is_plain_setting(k, v)}
+        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+        (place / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+
+
+def read_adapter(folder: Path) -> StoredAdapter:
+    """Read an adapter folder, of ours or of stock PEFT.
+
+    Raises:
+        TritterError: it is none, asks for more than plain LoRA, or its tensors don't fit its
+            config; names the key or the tensor.
+    """
+    config = AdapterConfig.read(folder)
+    tensors = TensorFolder.open_file(folder, TENSORS_NAME)
+    path = folder / TENSORS_NAME
+    layers: dict[str, dict[str, str]] = {}  # layer → A, B and base → name of the tensor
+    embeddings: dict[str, set[bool]] = {}  # layer → whether its factors look tokens up
+    for name in tensors.headers:
+        match = _KEY.fullmatch(name)
+        if match is None:
+            raise TritterError(
+                f"{path}: {name} is no factor of LoRA on a linear layer or an embedding."
+            )
+        part = match["part"] or match["looked_up"]
+        layers.setdefault(match["layer"], {})[part or "base"] = name
+        if part:
+            embeddings.setdefault(match["layer"], set()).add(match["part"] is None)
+    if not layers:
+        raise TritterError(f"{path} holds no tensors.")
+    found = {}
+    for layer, own in layers.items():
+        if len(embeddings.get(layer, ())) > 1:
+            raise TritterError(f"{path}: {layer} is a linear layer and an embedding at once.")
+        if missing := [part for part in ("B", "A") if part not in own]:
+            raise TritterError(f"{path}: {layer} lacks its {missing[0]}.")
+        down, up = tensors.shape(own["A"]), tensors.shape(own["B"])
+        if (len(down), len(up)) != (2, 2) or (down[0], up[1]) != (config.rank, config.rank):
+            raise TritterError(
+                f"{path}: {layer} has factors of shapes {[list(down), list(up)]}; its config says "
+                f"r = {config.rank}."
+            )
+        found[layer] = tensors.get(own["A"]), tensors.get(own["B"])
+        if not all(map(is_finite, found[layer])):
+            raise TritterError(f"{path}: {layer} holds values that are not finite.")
+    targets = tuple(sorted({layer.rpartition(".")[2] for layer in found}))
+    return StoredAdapter(
+        AdapterShape(config.rank, config.alpha, targets),
+        found,
+        frozenset(layer for layer, kinds in embeddings.items() if True in kinds),
+        {layer: tensors.get(own["base"]) for layer, own in layers.items() if "base" in own},
+    )
+
+
+def put_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
+    """Give an adapter that a model has already the values of a folder.
+
+    Raises:
+        TritterError: the adapter stands on other layers, or has other sizes, than the folder's; or
+            the folder is of another base.
+    """
+    layers = dict(adapted_layers(model))
+    own = {n: f for n, layer in layers.items() if (f := factors(layer, name)) is not None}
+    if own.keys() != stored.factors.keys():
+        first = sorted(own.keys() ^ stored.factors.keys())[0]
+        where = "the folder" if first in stored.factors else "the model"
+        raise TritterError(f"the adapter does not fit the model: {first} is in {where} alone.")
+    for layer, (down, up) in stored.factors.items():
+        if is_embedding(layers[layer]) != (layer in stored.embeddings):
+            raise TritterError(
+                f"the adapter does not fit the model: {layer} is an embedding in the "
+                f"{'folder' if layer in stored.embeddings else 'model'} alone."
+            )
+        base = layers[layer].get_base_layer().get_parameter("weight").detach()
+        theirs = stored.base.get(layer, base)
+        narrower = min(base.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+        if theirs is not base and not torch.equal(base.cpu().to(narrower), theirs.to(narrower)):
+            raise TritterError(
+                f"the adapter does not fit the model: the folder holds other base weights of "
+                f"{layer}."
+            )
+        for held, value in ((own[layer].down, down), (own[layer].up, up)):
+            if held.shape != value.shape:
+                raise TritterError(
+                    f"the adapter does not fit the model: {layer} is of shape "
+                    f"{list(value.shape)} in the folder and {list(held.shape)} in the model."
+                )
+    with torch.no_grad():
+        for layer, (down, up) in stored.factors.items():
+            own[layer].down.copy_(down)
+            own[layer].up.copy_(up)
+
 
 ROOT_OF_AN_EXPERT = "../.."  # what an expert in a checkpoint folder stands on
 _COUNTS, _ROUTER, _EXTRA = "evidence.counts", "router", "extra"
@@ -95,20 +290,26 @@ class ExpertFolder:
             top_k=routing.top_k,
             temperature=routing.temperature,
             capacity_factor=routing.capacity_factor,
-            evidence=None if evidence is None else _weighing(evidence),
+            evidence=None
+            if evidence is None
+            else EvidenceHead(
+                window=evidence.window,
+                scale=evidence.scale,
+                prior=evidence.prior,
+                end_of_text_id=evidence.end_of_text_id,
+            ),
             usage={domain: dict(gates) for domain, gates in (usage or {}).items()},
             base_bits=base_bits(mixture.model),
-        )
-        routers = tuple(
-            (router.weight.detach().cpu().clone(), router.bias.detach().cpu().clone())
-            for router in mixture.routers()
         )
         held: dict[str, Tensor] = {}
         plain = encode(extra or {}, held, place=_EXTRA)
         made = cls(
             head=head,
             adapters={name: taken(mixture.model, name) for name in head.adapters},
-            routers=routers,
+            routers=tuple(
+                (router.weight.detach().cpu().clone(), router.bias.detach().cpu().clone())
+                for router in mixture.routers()
+            ),
             counts=None if evidence is None else evidence.counts.detach().cpu().clone(),
             extra=decode(plain, held),
         )
@@ -152,7 +353,13 @@ class ExpertFolder:
             TritterError: as `read`.
         """
         folder = files.source
-        tensors = _read_tensors(folder / TENSORS, files.head)
+        require_file(folder / TENSORS)
+        if file_digest(folder / TENSORS) != files.head.tensors_sha256:
+            raise TritterError(f"{folder / TENSORS} was changed since it was written.")
+        try:
+            tensors: dict[str, Tensor] = load_file(folder / TENSORS)
+        except (OSError, SafetensorError, ValueError, MemoryError) as error:
+            raise TritterError(f"{folder / TENSORS} cannot be read ({error}).") from error
         try:
             extra = decode(files.head.extra, tensors)
             if not isinstance(extra, dict):
@@ -184,11 +391,11 @@ class ExpertFolder:
         Raises:
             TritterError: the model is not the one that the experts were taken from: sizes differ.
         """
-        head = self.head
-        if self.counts is not None and self.counts.shape[1] != _config_size(model, "vocab_size"):
+        head, size = self.head, model.config.vocab_size  # type: ignore[union-attr]
+        if self.counts is not None and self.counts.shape[1] != size:
             raise TritterError(
                 f"the experts don't fit the model: they count {self.counts.shape[1]} tokens, its "
-                f"vocabulary has {_config_size(model, 'vocab_size')}."
+                f"vocabulary has {size}."
             )
         mixture = ExpertMixture(
             model,
@@ -237,7 +444,6 @@ def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
     """
     try:
         check_names([name])
-        _check_key(name)
     except TritterError as error:
         raise RequestError(str(error)) from error
     stored = read_adapter(folder)
@@ -247,34 +453,7 @@ def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
     except TritterError:
         mixture.close(name)
         raise
-    for router in mixture.routers():
-        router.weight = nn.Parameter(pad(router.weight.detach(), (0, 0, 0, 1)))
-        router.bias = nn.Parameter(pad(router.bias.detach(), (0, 1)))
-
-
-def _weighing(evidence: Evidence) -> EvidenceHead:
-    return EvidenceHead(
-        window=evidence.window,
-        scale=evidence.scale,
-        prior=evidence.prior,
-        end_of_text_id=evidence.end_of_text_id,
-    )
-
-
-def _config_size(model: nn.Module, key: str) -> int:
-    size: int = getattr(model.config, key)
-    return size
-
-
-def _read_tensors(path: Path, head: ExpertsHead) -> dict[str, Tensor]:
-    require_file(path)
-    if file_digest(path) != head.tensors_sha256:
-        raise TritterError(f"{path} was changed since it was written.")
-    try:
-        found: dict[str, Tensor] = load_file(path)
-        return found
-    except (OSError, SafetensorError, ValueError, MemoryError) as error:
-        raise TritterError(f"{path} cannot be read ({error}).") from error
+    mixture.add_router_rows()
 
 
 def _check_tensors(held: ExpertFolder) -> None:
@@ -284,12 +463,16 @@ def _check_tensors(held: ExpertFolder) -> None:
         TritterError: says which.
     """
     head, number = held.head, len(held.head.names)
-    for name in head.adapters:
-        _check_key(name)
+    for name in head.adapters:  # PEFT's layers hold them in such
+        if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+            raise TritterError(
+                f"{name} can't be an expert's name: something of torch's is called so."
+            )
     if (head.router == "evidence") != (not held.routers):
         raise TritterError(f"router = {head.router}, and there are {len(held.routers)} of them.")
     if (head.router == "learned") != (held.counts is None):
-        raise TritterError(f"router = {head.router}, and counts of tokens {_there(held.counts)}.")
+        there = "are missing" if held.counts is None else "are there"
+        raise TritterError(f"router = {head.router}, and counts of tokens {there}.")
     sizes = set()
     for weight, bias in held.routers:
         if weight.ndim != 2 or bias.shape != weight.shape[:1] or len(weight) != number:
@@ -311,28 +494,13 @@ def _check_tensors(held: ExpertFolder) -> None:
             )
         if not counts.numel() or int(counts.min()) < 0:
             raise TritterError("a count of tokens is below 0, or there is none.")
-    _check_layers(held.adapters)
-
-
-def _check_key(name: str) -> None:
-    """Refuse what PEFT can't keep an adapter under: its layers hold them in such."""
-    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-        raise TritterError(f"{name} can't be an expert's name: something of torch's is called so.")
-
-
-def _check_layers(adapters: Mapping[str, StoredAdapter]) -> None:
-    """Refuse adapters that can't stand on one model."""
-    sizes: dict[str, tuple[str, tuple[int, int]]] = {}
-    for name, adapter in adapters.items():
+    layers: dict[str, tuple[str, tuple[int, int]]] = {}
+    for name, adapter in held.adapters.items():
         for layer, (down, up) in adapter.factors.items():
             size = down.shape[1], up.shape[0]
-            other, known = sizes.setdefault(layer, (name, size))
+            other, known = layers.setdefault(layer, (name, size))
             if known != size:
                 raise TritterError(
                     f"{name} and {other} don't stand on one model: {layer} is {size[0]} → "
                     f"{size[1]} for the one, {known[0]} → {known[1]} for the other."
                 )
-
-
-def _there(value: object) -> str:
-    return "are missing" if value is None else "are there"

@@ -11,15 +11,13 @@ from torch.utils.hooks import RemovableHandle
 
 from tritter.data.packing import lengths_read
 from tritter.families import forward_flops
-from tritter.growth.grower import Grower, Growth
-from tritter.growth.look import MAX_TOKENS, Look, Looking, attach
-from tritter.growth.places import ffn_places
-from tritter.growth.record import GROWTH, map_digest
+from tritter.growth.grower import GROWTH, Grower, Growth, map_digest
+from tritter.growth.places import MAX_TOKENS, Look, Looking, attach, ffn_places
 from tritter.models import config_of
 from tritter.training import surgery
-from tritter.training.callbacks import WorkCount, ends_step
+from tritter.training.callbacks import ends_step, work_of
 from tritter.training.gradient_flow import NewUnits
-from tritter.training.module import base_of
+from tritter.training.module import BaseModule, base_of
 
 _TRIED_SEQUENCES = 2  # of a batch, in which the change of the function is measured
 
@@ -101,11 +99,21 @@ class NeuronGrowthCallback(Callback):
         if self._losses:
             self.grower.note_loss(fmean(self._losses))
             self._losses = []
-        model, step = base_of(pl_module).model, trainer.global_step
-        if self.grower.is_check(step):
-            decided = trainer.strategy.broadcast(self.grower.decide(model, step))
-            if decided:
-                self._grow(trainer, pl_module, decided, batch["input_ids"])
+        module, grower, step = base_of(pl_module), self.grower, trainer.global_step
+        model, growth = module.model, None
+        decided = {}
+        if grower.is_check(step):
+            decided = trainer.strategy.broadcast(grower.decide(model, step))
+        if decided:
+            looks = self._seen.looks()
+            if trainer.world_size > 1:  # the tokens of all processes, in the same order in each
+                for layer, look in looks.items():
+                    own = (look.inputs, look.output_gradients)
+                    gathered = (torch.as_tensor(module.all_gather(each)) for each in own)
+                    looks[layer] = Look(*(each.flatten(0, 1) for each in gathered))
+            growth = grower.growth(model, decided, looks, step=step)
+        if growth is not None:
+            self._grow(trainer, module, growth, batch["input_ids"][:_TRIED_SEQUENCES])
         self._forget_looks(pl_module)
         if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log_dict(self._metrics(trainer, model))
@@ -119,8 +127,12 @@ class NeuronGrowthCallback(Callback):
         self._forget_looks(pl_module)
         module = base_of(pl_module)
         self._last_step = trainer.global_step
-        self._after = _sizes(self.grower, module.model) | {"flops": _work(trainer).flops}
-        self._after["map_digest"] = map_digest(module.journal)
+        self._after = {
+            "neurons": [place.width(module.model) for place in self.grower.places],
+            "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
+            "flops": work_of(trainer).flops,
+            "map_digest": map_digest(module.journal),
+        }
 
     def report(self) -> dict[str, Any]:
         """Return what growth did, as summary.json has it."""
@@ -161,37 +173,21 @@ class NeuronGrowthCallback(Callback):
         # Lightning loads callbacks before on_fit_start, where the model has its shapes again
         self._restored = state_dict
 
-    def _grow(
-        self, trainer: Trainer, pl_module: LightningModule, decided: Mapping[int, int], ids: Tensor
-    ) -> None:
-        module, grower, step = base_of(pl_module), self.grower, trainer.global_step
-        model, tokens = module.model, ids[:_TRIED_SEQUENCES]
-        growth = grower.growth(
-            model,
-            decided,
-            {layer: _of_all(trainer, module, look) for layer, look in self._seen.looks().items()},
-            step=step,
-        )
-        if growth is None:
-            return
+    def _grow(self, trainer: Trainer, module: BaseModule, growth: Growth, tokens: Tensor) -> None:
+        """Change the model, and take down how far its logits moved on some tokens [B, T]."""
+        model, work = module.model, work_of(trainer)
         before, flops = _logits(model, tokens), _reading_flops(model, tokens)
         surgery.apply(trainer, module, growth.change, reason=GROWTH)
-        _work(trainer).flops += flops + _reading_flops(model, tokens)
-        change = trainer.strategy.reduce(
-            _difference(before, _logits(model, tokens)), reduce_op="max"
-        )
-        self._note(trainer, model, growth, function_change=float(change))
-
-    def _note(
-        self, trainer: Trainer, model: nn.Module, growth: Growth, *, function_change: float
-    ) -> None:
+        work.flops += flops + _reading_flops(model, tokens)
+        largest = (_logits(model, tokens) - before).abs().max()
+        change = largest / before.std().clamp_min(1e-30)
         self.grower.grown(
             model,
             growth,
             step=trainer.global_step,
-            function_change=function_change,
+            function_change=float(trainer.strategy.reduce(change, reduce_op="max")),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            flops=_work(trainer).flops,
+            flops=work.flops,
         )
 
     def _forget_looks(self, pl_module: LightningModule) -> None:
@@ -213,7 +209,7 @@ class NeuronGrowthCallback(Callback):
             "growth/died": counts.died,
             "growth/young": len(ages),
             "growth/parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "growth/flops": _work(trainer).flops,
+            "growth/flops": work_of(trainer).flops,
             "growth/function_change": grower.events[-1]["function_change"] if grower.events else 0,
         }
         if ages:
@@ -226,25 +222,6 @@ class NeuronGrowthCallback(Callback):
                 metrics[f"growth/layers/{place.layer}/neurons"] = width
                 metrics[f"growth/layers/{place.layer}/pressure"] = pressure
         return {name: float(value) for name, value in metrics.items()}
-
-
-def _work(trainer: Trainer) -> WorkCount:
-    return next(c for c in trainer.callbacks if isinstance(c, WorkCount))  # type: ignore[attr-defined]
-
-
-def _sizes(grower: Grower, model: nn.Module) -> dict[str, Any]:
-    return {
-        "neurons": [place.width(model) for place in grower.places],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-
-
-def _of_all(trainer: Trainer, module: LightningModule, look: Look) -> Look:
-    """Return the tokens of all processes, in the same order in each."""
-    if trainer.world_size == 1:
-        return look
-    gathered = (module.all_gather(each) for each in (look.inputs, look.output_gradients))
-    return Look(*(torch.as_tensor(each).flatten(0, 1) for each in gathered))
 
 
 def _reading_flops(model: nn.Module, input_ids: Tensor) -> float:
@@ -262,8 +239,3 @@ def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     finally:
         model.train(was_training)
     return logits.float()
-
-
-def _difference(before: Tensor, after: Tensor) -> Tensor:
-    """Return the largest change of a logit, relative to the standard deviation of all."""
-    return (after - before).abs().max() / before.std().clamp_min(1e-30)

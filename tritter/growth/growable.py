@@ -22,11 +22,10 @@ from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.expand.folder import known_digests
 from tritter.families import Config, family_of
-from tritter.growth.grower import Grower, Growth
+from tritter.growth.grower import Grower, Growth, growth_record, map_digest
 from tritter.growth.initialisers import GradMax, Initialiser
 from tritter.growth.places import FfnPlace, freeze_all_but_ffns
 from tritter.growth.plain_loop import PlainLoop
-from tritter.growth.record import growth_record, map_digest
 from tritter.growth.triggers import (
     COOLDOWN,
     INITIALISERS,
@@ -296,7 +295,21 @@ class GrowableLinear(GrowableLayer, nn.Linear):
         self._reader = () if consumer is None else (consumer,)  # no module of this one
         modules: dict[str, nn.Module] = {"layer": self}
         if consumer is not None:
-            _check_consumer(consumer, out_features)
+            if hasattr(consumer, "base_layer"):
+                raise RequestError(
+                    f"consumer = {type(consumer).__name__}: LoRA adapters stand around it, and "
+                    "can't follow; merge them before."
+                )
+            if not isinstance(consumer, nn.Linear):
+                raise RequestError(
+                    f"consumer = {type(consumer).__name__}: an nn.Linear is needed, whose columns "
+                    "read the outputs; experts and others can't follow."
+                )
+            if consumer.in_features != out_features:
+                raise RequestError(
+                    f"consumer reads {consumer.in_features} features, and the layer has "
+                    f"out_features = {out_features}; it has to read all of them, and nothing else."
+                )
             consumer.register_forward_hook(self._see_consumer)
             modules["consumer"] = consumer
         place = FfnPlace(
@@ -309,7 +322,6 @@ class GrowableLinear(GrowableLayer, nn.Linear):
             nn.ModuleDict(modules),
             made_grower(growth),
             places=[place],
-            check_every=growth.get("check_every", 1),
         )
 
     @property
@@ -380,24 +392,6 @@ def _note_parent(module: nn.Module, name: str, submodule: nn.Module | None) -> N
 register_module_module_registration_hook(_note_parent)
 
 
-def _check_consumer(consumer: object, out_features: int) -> None:
-    if hasattr(consumer, "base_layer"):
-        raise RequestError(
-            f"consumer = {type(consumer).__name__}: LoRA adapters stand around it, and can't "
-            "follow; merge them before."
-        )
-    if not isinstance(consumer, nn.Linear):
-        raise RequestError(
-            f"consumer = {type(consumer).__name__}: an nn.Linear is needed, whose columns read "
-            "the outputs; experts and others can't follow."
-        )
-    if consumer.in_features != out_features:
-        raise RequestError(
-            f"consumer reads {consumer.in_features} features, and the layer has out_features = "
-            f"{out_features}; it has to read all of them, and nothing else."
-        )
-
-
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
@@ -447,8 +441,7 @@ class GrowableFFN(GrowableLayer, nn.Module):
             up="up_proj.weight" if gated else None,
             down="down_proj.weight",
         )
-        check_every = growth.get("check_every", 1)
-        self._loop = PlainLoop(self, made_grower(growth), places=[place], check_every=check_every)
+        self._loop = PlainLoop(self, made_grower(growth), places=[place])
 
     @property
     def intermediate_size(self) -> int:
@@ -519,14 +512,14 @@ class GrowableCausalLM(Growable, nn.Module):
             self._folder = locate(fspath(path_or_model), key="path_or_model")
             refuse_experts(self._folder, doing="growth", key="path_or_model")
             self.model = load_model(self._folder, dtype=dtype).train()
-        _check_no_layer_grows_by_itself(self.model)
+        for name, module in self.model.named_modules():
+            if isinstance(module, GrowableLinear):
+                raise RequestError(
+                    f"growth: {name} is a GrowableLinear, whose neurons other tensors of the model "
+                    "have to follow; leave a plain nn.Linear there, and the whole model grows."
+                )
         self._grows = enable_growth
-        self._loop = PlainLoop(
-            self.model,
-            grower,
-            check_every=growth.get("check_every", 1),
-            is_watched=enable_growth,
-        )
+        self._loop = PlainLoop(self.model, grower, is_watched=enable_growth)
         self._start = config_of(self.model)
         if freeze_attention:
             freeze_all_but_ffns(self.model)
@@ -555,14 +548,39 @@ class GrowableCausalLM(Growable, nn.Module):
         tritter.json says how wide they are. A tokenizer comes along from where the model does.
 
         Raises:
-            RequestError: something stands there and `overwrite` is off, or it is no checkpoint.
+            RequestError: something stands there and `overwrite` is off, or it is no checkpoint; the
+                folder that the model comes from was changed since its lineage was written.
         """
-        save_grown(
-            self.model,
-            named_path(folder, key="folder"),
-            origin=self._folder,
-            record=self._record() if self._loop.journal else None,
+        target, origin = named_path(folder, key="folder"), self._folder
+        sources = () if origin is None else (origin,)
+        check_output(target, sources=sources, overwrite=overwrite)
+        known, grower, journal = config_of(self.model), self._loop.grower, self._loop.journal
+        records: tuple[ExpansionRecord, ...] = ()
+        if journal:
+            record = growth_record(
+                self._start,
+                known,
+                options=plain(values_of(grower.asked)),
+                seed=grower.seed,
+                digest=map_digest(journal),
+                is_exact=grower.is_exact,
+            )
+            records = (record,)
+        tensors = [(name, tensor.cpu()) for name, tensor in named_tensors(self.model, known)]
+        widest = reduce(torch.promote_types, (tensor.dtype for _, tensor in tensors))
+        config: Config = {
+            **known,
+            "architectures": [family_of(known).architecture],
+            "dtype": str(widest).removeprefix("torch."),
+        }
+        write_checkpoint(
+            target,
+            config=config,
+            tensors=TensorStream.of(tensors),
+            lineage=lambda: _lineage(origin, target, records),
+            artifacts=[None if origin is None else TokenizerFiles(origin)],
             overwrite=overwrite,
+            check=partial(check_replaceable, sources=sources),
         )
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -581,83 +599,20 @@ class GrowableCausalLM(Growable, nn.Module):
                 raise
             return getattr(self.model, name)
 
-    def _record(self) -> ExpansionRecord:
-        grower = self._loop.grower
-        return growth_record(
-            self._start,
-            config_of(self.model),
-            options=plain(values_of(grower.asked)),
-            seed=grower.seed,
-            digest=map_digest(self._loop.journal),
-            is_exact=grower.is_exact,
-        )
-
 
 GrowableQwen = GrowableCausalLM  # the README's name
 
 
-def _check_no_layer_grows_by_itself(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, GrowableLinear):
-            raise RequestError(
-                f"growth: {name} is a GrowableLinear, whose neurons other tensors of the model "
-                "have to follow; leave a plain nn.Linear there, and the whole model grows."
-            )
-
-
-def save_grown(
-    model: nn.Module,
-    target: Path,
-    *,
-    origin: Path | None,
-    record: ExpansionRecord | None,
-    overwrite: bool,
-) -> None:
-    """Write a checkpoint folder whole, or not at all.
-
-    Args:
-        origin: the folder that the model comes from; its tokenizer goes along.
-        record: of what grew since; None: nothing did.
-
-    Raises:
-        RequestError: something stands there and `overwrite` is off, or it is no checkpoint; the
-            origin was changed since its lineage was written.
-    """
-    sources = () if origin is None else (origin,)
-    check_output(target, sources=sources, overwrite=overwrite)
-    known = config_of(model)
-    tensors = [(name, tensor.cpu()) for name, tensor in named_tensors(model, known)]
-    widest = reduce(torch.promote_types, (tensor.dtype for _, tensor in tensors))
-    config: Config = {
-        **known,
-        "architectures": [family_of(known).architecture],
-        "dtype": str(widest).removeprefix("torch."),
-    }
-    records = () if record is None else (record,)
-    write_checkpoint(
-        target,
-        config=config,
-        tensors=TensorStream.of(tensors),
-        lineage=lambda: _root(records) if origin is None else _child(origin, target, records),
-        artifacts=[None if origin is None else TokenizerFiles(origin)],
-        overwrite=overwrite,
-        check=partial(check_replaceable, sources=sources),
-    )
-
-
-def _root(records: tuple[ExpansionRecord, ...]) -> Lineage:
-    """Return the lineage of a model that came from nowhere; its own hash is the base's."""
-    return Lineage(
-        model_hash="",
-        base_model_hash="",
-        tensor_digests={},
-        file_digests={},
-        expansion_history=records,
-    )
-
-
-def _child(origin: Path, target: Path, records: tuple[ExpansionRecord, ...]) -> Lineage:
-    """Return the lineage of a model whose parent lies in a folder."""
+def _lineage(origin: Path | None, target: Path, records: tuple[ExpansionRecord, ...]) -> Lineage:
+    """Return the lineage of a model that grew; one that came from nowhere is its own base."""
+    if origin is None:
+        return Lineage(
+            model_hash="",
+            base_model_hash="",
+            tensor_digests={},
+            file_digests={},
+            expansion_history=records,
+        )
     source = Source.open(origin, read_config(origin))
     parent, digests = source.lineage, source.read_digests()
     parent_hash = merkle_hash(digests)

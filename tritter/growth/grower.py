@@ -5,8 +5,10 @@ itself, but says what `tritter.training.surgery` is to do.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
 from math import isfinite
 from typing import Any
 
@@ -14,17 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tritter.checkpoint import ExpansionRecord
 from tritter.expand import Change
 from tritter.expand.change import declared
-from tritter.families import LogicalTensor, Port, family_of, with_ffn_sizes
+from tritter.families import Config, Port, family_of, with_ffn_sizes
 from tritter.growth.initialisers import Layer, NewNeurons
-from tritter.growth.look import Look
-from tritter.growth.places import FFN, FfnPlace, ffn_places, ffn_tensors
+from tritter.growth.places import FFN, FfnPlace, Look, ffn_places
 from tritter.growth.triggers import GrowthOptions, Timing, View, affordable, is_plateau
 from tritter.models import config_of
 from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.parameter_map.tensor_map import NO_SOURCE
 from tritter.seeds import derived_seed
+from tritter.training.parameters import Entry
+
+GROWTH = "growth"  # type and method in the lineage, reason in a training's journal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,7 +65,17 @@ def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chang
     maps = dict(ParameterMap.identity([t.name for t in logical], num_layers=len(widths)).tensors)
     for layer, growth in growths.items():
         unit_map = neuron_map(growth, widths[layer])
-        maps |= {t.name: _tensor_map(t, growth, unit_map) for t in ffn_tensors(config, layer)}
+        for tensor in logical:
+            spaces = [axis.space.kind for axis in tensor.axes]
+            if tensor.layer != layer or FFN not in spaces:
+                continue
+            axes = tuple(
+                unit_map.factor(axis.port) if axis.space.kind == FFN else None
+                for axis in tensor.axes
+            )
+            part = tensor.kind.removeprefix("ffn.") if len(axes) == 2 else None
+            fill = _given(growth, part)
+            maps[tensor.name] = TensorMap(source=tensor.name, axes=axes, fill=fill)
         widths[layer] += growth.born
     parameter_map = ParameterMap(maps, tuple(range(len(widths))))
     target = with_ffn_sizes(config, widths, key=family.sizes["intermediate_size"])
@@ -136,14 +151,6 @@ def neuron_map(growth: LayerGrowth, width: int) -> NeuronMap:
     if not len(growth.recycled):
         AxisMap.copied(width, source, share)  # raises where the function would not be kept
     return NeuronMap(source, share)
-
-
-def _tensor_map(tensor: LogicalTensor, growth: LayerGrowth, unit_map: NeuronMap) -> TensorMap:
-    factors = tuple(
-        unit_map.factor(axis.port) if axis.space.kind == FFN else None for axis in tensor.axes
-    )
-    part = tensor.kind.removeprefix("ffn.") if len(tensor.axes) == 2 else None
-    return TensorMap(source=tensor.name, axes=factors, fill=_given(growth, part))
 
 
 def _given(growth: LayerGrowth, part: str | None) -> Fill:
@@ -270,8 +277,14 @@ class Grower:
             widths = {place.layer: place.width(model) for place in self.places}
             self.maturity.begin(widths)
             self.start = list(widths.values())
-        else:
-            self._load(restored)
+            return
+        self.pressure.load_state_dict(restored["pressure"])
+        self.maturity.load_state_dict(restored["maturity"])
+        self._history = [list(each) for each in restored["history"]]
+        self._losses.extend(restored["losses"])
+        self.events = [dict(each) for each in restored["events"]]
+        self.counts, self.map = Counts(**restored["counts"]), GrowthMap(**restored["map"])
+        self.start = list(restored["start"])
 
     @property
     def is_exact(self) -> bool:
@@ -293,28 +306,60 @@ class Grower:
     def may_grow_after(self, step: int) -> bool:
         """Say whether the model may grow after so many steps, so that it has to be looked at."""
         is_last = step == self.timing.max_steps  # what is born then would never be trained
-        is_cool = self._is_cool(step) or not self.trigger.waits()
-        return self._is_due(step) and is_cool and not is_last
+        is_cool = step - self.counts.last_step >= self.timing.cooldown or not self.trigger.waits()
+        return self.trigger.is_due(step, self.timing) and is_cool and not is_last
 
     def is_check(self, step: int) -> bool:
         """Say whether the trigger is asked after so many steps."""
-        return self._is_due(step) and bool(self.pressure.neurons)
+        return self.trigger.is_due(step, self.timing) and bool(self.pressure.neurons)
 
     def decide(self, model: nn.Module, step: int) -> dict[int, int]:
         """Return layer → how many neurons it gets after so many steps; a check, if one is due."""
         if not self.is_check(step):
             return {}
+        # The trigger is shown the layers that are trained, as if they were all
         pressures = self.pressure.of_layers(self.places).tolist()
         trained = [n for n, place in enumerate(self.places) if place.is_trained(model)]
-        view = self._view(model, step, trained, [pressures[n] for n in trained])
+        places = [self.places[n] for n in trained]
+        parameters = [self._neuron_parameters(model, place) for place in places]
+        flops_left = self._flops_left(step)
+        rows = [[row[n] for n in trained] for row in self._history]
+        known = [row for row in rows if _UNTRAINED not in row]
+        view = View(
+            step=step,
+            pressures=torch.tensor([pressures[n] for n in trained], dtype=torch.float64),
+            neuron_pressures=[self.pressure.neurons[place.layer] for place in places],
+            history=torch.tensor(known, dtype=torch.float64).reshape(-1, len(places)),
+            losses=list(self._losses),
+            neuron_parameters=parameters,
+            neuron_flops=[each * flops_left for each in parameters],
+            new_parameters=self.counts.new_parameters,
+            extra_flops=self.counts.extra_flops,
+            num_events=len({event["step"] for event in self.events}),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            options=self.asked,
+            timing=self.timing,
+        )
         decided = dict(self.trigger.decide(view)) if trained and self.may_grow_after(step) else {}
-        if self.asked.plateau_threshold is not None and decided:
-            decided = decided if is_plateau(view, self.asked.plateau_threshold) else {}
+        threshold = self.asked.plateau_threshold
+        if threshold is not None and decided and not is_plateau(view, threshold):
+            decided = {}
         self.counts.checks += 1
-        known = [each if n in trained else _UNTRAINED for n, each in enumerate(pressures)]
-        self._history = [*self._history, known][-self.asked.history_checks :]
+        now = [each if n in trained else _UNTRAINED for n, each in enumerate(pressures)]
+        self._history = [*self._history, now][-self.asked.history_checks :]
         self.map.add(step, [place.width(model) for place in self.places], pressures)
-        return {trained[n]: count for n, count in self._affordable(view, decided).items()}
+        # What the budgets leave of it, layers of high pressure first
+        counts = dict[int, int]()
+        new_parameters, extra_flops = view.new_parameters, view.extra_flops
+        for n in sorted(decided, key=lambda n: -float(view.pressures[n])):
+            most = affordable(view, n, new_parameters=new_parameters, extra_flops=extra_flops)
+            count = min(decided[n], self.asked.max_growth_per_step)
+            count = count if most is None else min(count, most)
+            if count > 0:
+                counts[trained[n]] = count
+                new_parameters += count * view.neuron_parameters[n]
+                extra_flops += count * view.neuron_flops[n]
+        return dict(sorted(counts.items()))
 
     def growth(
         self,
@@ -344,7 +389,10 @@ class Grower:
                 for place in self.places
                 if place.layer in looks
             }
-            young = {layer: self._too_young(layer, step) for layer in scores}
+            young = {layer: self.maturity.young(layer, step) for layer in scores}
+            if step < self.timing.maturation_age:  # nor are those of an expansion old enough
+                for layer in young.keys() & self._new.keys():
+                    young[layer] = torch.cat([young[layer], self._new[layer]]).unique()
             dead = dead_neurons(scores, young, quantile=self.asked.dead_quantile)
         layers, died = {}, {}
         for layer, place in places.items():
@@ -353,11 +401,19 @@ class Grower:
             found = dead.get(layer, torch.empty(0, dtype=torch.int64))
             recycled = found[: min(counts[layer], place.width(model) - 1)]
             died[layer] = len(found) - len(recycled)
-            own = self._sources(
-                layer, recycled, count=counts[layer], asked=(sources or {}).get(layer, ())
-            )
+            gate, up, down = place.weights(model)
+            asked = (sources or {}).get(layer, ())
             neurons = self.initialiser.neurons(
-                self._layer(model, place, looks[layer], own, step=step)
+                Layer(
+                    gate=gate,
+                    up=up,
+                    down=down,
+                    gate_bias=place.bias(model, place.gate),
+                    activation=place.activation(model),
+                    look=looks[layer],
+                    sources=self._sources(layer, recycled, count=counts[layer], asked=asked),
+                    seed=derived_seed(self.seed, "growth", layer, step),
+                )
             )
             layers[layer] = LayerGrowth(neurons=neurons, recycled=recycled)
         if not layers:
@@ -411,67 +467,6 @@ class Grower:
             "start": list(self.start),
         }
 
-    def _load(self, state: Mapping[str, Any]) -> None:
-        self.pressure.load_state_dict(state["pressure"])
-        self.maturity.load_state_dict(state["maturity"])
-        self._history = [list(each) for each in state["history"]]
-        self._losses.extend(state["losses"])
-        self.events = [dict(each) for each in state["events"]]
-        self.counts, self.map = Counts(**state["counts"]), GrowthMap(**state["map"])
-        self.start = list(state["start"])
-
-    def _too_young(self, layer: int, step: int) -> Tensor:
-        """Return the neurons of a layer that can't be dead yet, int64 [k]."""
-        young = self.maturity.young(layer, step)
-        if step >= self.timing.maturation_age or layer not in self._new:
-            return young
-        return torch.cat([young, self._new[layer]]).unique()
-
-    def _is_due(self, step: int) -> bool:
-        return self.trigger.is_due(step, self.timing)
-
-    def _is_cool(self, step: int) -> bool:
-        return step - self.counts.last_step >= self.timing.cooldown
-
-    def _view(
-        self, model: nn.Module, step: int, trained: Sequence[int], pressures: Sequence[float]
-    ) -> View:
-        """Return what the trigger is shown: of the layers that are trained, as if they were all."""
-        places = [self.places[n] for n in trained]
-        parameters = [self._neuron_parameters(model, place) for place in places]
-        flops = self._flops_left(step)
-        rows = [[row[n] for n in trained] for row in self._history]
-        known = [row for row in rows if _UNTRAINED not in row]
-        return View(
-            step=step,
-            pressures=torch.tensor(pressures, dtype=torch.float64),
-            neuron_pressures=[self.pressure.neurons[place.layer] for place in places],
-            history=torch.tensor(known, dtype=torch.float64).reshape(-1, len(places)),
-            losses=list(self._losses),
-            neuron_parameters=parameters,
-            neuron_flops=[each * flops for each in parameters],
-            new_parameters=self.counts.new_parameters,
-            extra_flops=self.counts.extra_flops,
-            num_events=len({event["step"] for event in self.events}),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            options=self.asked,
-            timing=self.timing,
-        )
-
-    def _affordable(self, view: View, decided: Mapping[int, int]) -> dict[int, int]:
-        """Return what the budgets leave of a decision, layers of high pressure first."""
-        left = dict[int, int]()
-        parameters, flops = view.new_parameters, view.extra_flops
-        for layer in sorted(decided, key=lambda n: -float(view.pressures[n])):
-            most = affordable(view, layer, new_parameters=parameters, extra_flops=flops)
-            count = min(decided[layer], self.asked.max_growth_per_step)
-            count = count if most is None else min(count, most)
-            if count > 0:
-                left[layer] = count
-                parameters += count * view.neuron_parameters[layer]
-                flops += count * view.neuron_flops[layer]
-        return dict(sorted(left.items()))
-
     def _flops_left(self, step: int) -> float:
         """Return the training FLOPs of one parameter from here on."""
         steps = 0 if self.timing.max_steps is None else max(0, self.timing.max_steps - step)
@@ -491,21 +486,6 @@ class Grower:
         if len(sources) < count:
             sources = sources.repeat(-(-count // len(sources)))[:count]
         return sources.cpu()
-
-    def _layer(
-        self, model: nn.Module, place: FfnPlace, look: Look, sources: Tensor, *, step: int
-    ) -> Layer:
-        gate, up, down = place.weights(model)
-        return Layer(
-            gate=gate,
-            up=up,
-            down=down,
-            gate_bias=place.bias(model, place.gate),
-            activation=place.activation(model),
-            look=look,
-            sources=sources,
-            seed=derived_seed(self.seed, "growth", place.layer, step),
-        )
 
 
 class Pressure:
@@ -539,7 +519,19 @@ class Pressure:
         is_finite = torch.isfinite(norm)
         self._whole = self._next(self._whole.to(norm), norm, is_finite)
         for place in places:
-            norms = _row_norms(model, place)
+            parts = [model.get_parameter(name) for name in place.rows]
+            rows = [
+                torch.linalg.vector_norm(
+                    place.turned(part.grad),
+                    dim=1,
+                    dtype=torch.promote_types(part.dtype, torch.float32),
+                ).float()
+                for part in parts
+                if part.grad is not None
+            ]
+            norms = parts[0].new_zeros(place.width(model), dtype=torch.float32)
+            if rows:
+                norms = torch.stack(rows).square().sum(dim=0).sqrt()
             before = self.neurons.get(place.layer, torch.zeros_like(norms)).to(norms)
             self.neurons[place.layer] = self._next(before, norms, is_finite)
 
@@ -568,23 +560,6 @@ class Pressure:
 
     def _next(self, before: Tensor, now: Tensor, is_finite: Tensor) -> Tensor:
         return torch.where(is_finite, torch.lerp(now, before, self._decay), before)
-
-
-def _row_norms(model: nn.Module, place: FfnPlace) -> Tensor:
-    """Return the norm of each neuron's rows, float32 [F]."""
-    parts = [model.get_parameter(name) for name in place.rows]
-    norms = [
-        torch.linalg.vector_norm(
-            place.turned(part.grad),
-            dim=1,
-            dtype=torch.promote_types(part.dtype, torch.float32),
-        ).float()
-        for part in parts
-        if part.grad is not None
-    ]
-    if not norms:
-        return parts[0].new_zeros(place.width(model), dtype=torch.float32)
-    return torch.stack(norms).square().sum(dim=0).sqrt()
 
 
 def wanda_scores(model: nn.Module, place: FfnPlace, look: Look) -> Tensor:
@@ -616,7 +591,9 @@ def dead_neurons(
             below which a mature neuron is dead.
     """
     relative = {n: each / each.median().clamp_min(1e-30) for n, each in scores.items()}
-    threshold = torch.quantile(_sampled(list(relative.values())), quantile)
+    row = torch.cat(list(relative.values()))
+    # Evenly thinned: torch takes no quantile of more than 2**24 values
+    threshold = torch.quantile(row[:: -(-len(row) // 2**20)], quantile)
     found = {}
     for layer, each in relative.items():
         is_dead = each < threshold
@@ -625,12 +602,6 @@ def dead_neurons(
         places = is_dead.nonzero().squeeze(1)
         found[layer] = places[each[places].argsort(stable=True)].cpu()
     return found
-
-
-def _sampled(values: Sequence[Tensor], limit: int = 2**20) -> Tensor:
-    """Return values in one row, evenly thinned: torch takes no quantile of more than 2**24."""
-    row = torch.cat(list(values))
-    return row[:: -(-len(row) // limit)]
 
 
 # How old neurons are, and larger updates for the young ones.
@@ -719,7 +690,23 @@ class Maturity:
             parameter.detach().index_copy_(dim, index, scaled)
         self._before = {}
         if self._measured:
-            self.update_norms = self._norms(model)
+            # The mean norm of a neuron's update, of young and of mature ones
+            sums = {"young": [0.0, 0], "old": [0.0, 0]}
+            for place in self._measured:
+                moves = [
+                    torch.linalg.vector_norm(
+                        place.turned(model.get_parameter(name).detach() - self._whole[name]), dim=1
+                    )
+                    for name in place.rows
+                ]
+                norms = torch.stack(moves).square().sum(dim=0).sqrt()
+                is_young = torch.zeros_like(norms, dtype=torch.bool)
+                is_young[self._young[place.layer].to(norms.device)] = True
+                for name, chosen in (("young", norms[is_young]), ("old", norms[~is_young])):
+                    sums[name][0] += float(chosen.sum())
+                    sums[name][1] += len(chosen)
+            self._whole = {}
+            self.update_norms = {n: total / count for n, (total, count) in sums.items() if count}
             for name, norm in self.update_norms.items():
                 total, number = self._sums.get(name, [0.0, 0.0])
                 self._sums[name] = [total + norm, number + 1]
@@ -739,21 +726,41 @@ class Maturity:
         self.update_norms = dict(state["update_norms"])
         self._sums = {name: list(each) for name, each in state["sums"].items()}
 
-    def _norms(self, model: nn.Module) -> dict[str, float]:
-        """Return the mean norm of a neuron's update, of young and of mature ones."""
-        sums = {"young": [0.0, 0], "old": [0.0, 0]}
-        for place in self._measured:
-            moves = [
-                torch.linalg.vector_norm(
-                    place.turned(model.get_parameter(name).detach() - self._whole[name]), dim=1
-                )
-                for name in place.rows
-            ]
-            norms = torch.stack(moves).square().sum(dim=0).sqrt()
-            is_young = torch.zeros_like(norms, dtype=torch.bool)
-            is_young[self._young[place.layer].to(norms.device)] = True
-            for name, chosen in (("young", norms[is_young]), ("old", norms[~is_young])):
-                sums[name][0] += float(chosen.sum())
-                sums[name][1] += len(chosen)
-        self._whole = {}
-        return {name: total / count for name, (total, count) in sums.items() if count}
+
+def map_digest(journal: Iterable[Entry]) -> str:
+    """Return the SHA-256 over the maps of all events of growth in a journal."""
+    maps = (entry["map_digest"] for entry in journal if entry["reason"] == GROWTH)
+    return sha256("".join(maps).encode()).hexdigest()
+
+
+def growth_record(
+    before: Config,
+    after: Config,
+    *,
+    options: Mapping[str, Any],
+    seed: int,
+    digest: str,
+    is_exact: bool,
+    function_change: float | None = None,
+) -> ExpansionRecord:
+    """Return the record of what grew in one training.
+
+    Args:
+        before: config when it began; `after` when it ended.
+        digest: of its maps.
+        is_exact: every event claims to keep the function.
+        function_change: the largest that was measured.
+    """
+    return ExpansionRecord(
+        timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+        expansion_type=GROWTH,
+        method=GROWTH,
+        options=options,
+        seed=seed,
+        source_config=before,
+        target_config=after,
+        layer_sources=tuple(range(family_of(after).dimensions(after).num_hidden_layers)),
+        map_digest=digest,
+        claims_exact=is_exact,
+        step0_error=function_change,
+    )

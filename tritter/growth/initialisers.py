@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from tritter.growth.look import Look
+from tritter.growth.places import Look
 from tritter.options import options
 
 if TYPE_CHECKING:
@@ -54,23 +54,18 @@ def orthogonalised(
     made = list[Tensor]()
     for row in rows:
         nearest = existing[((seen @ row).abs() / norms).topk(min(count, len(existing))).indices]
-        left = _without(row, torch.stack([*nearest, *made[-count:]]), metric)
+        others = torch.stack([*nearest, *made[-count:]])
+        viewed = others if metric is None else others @ metric  # [m, H]
+        # Minus the projection on the span of the others, by the inner product of the metric
+        coefficients = torch.linalg.lstsq(
+            (viewed @ others.T).double(), (viewed @ row).double()[:, None], driver="gelsd"
+        ).solution
+        left = row - (coefficients.squeeze(1).to(row) @ others)
         length = torch.linalg.vector_norm(left)
         if float(length) > 1e-6 * float(torch.linalg.vector_norm(row)):
             row = left * (torch.linalg.vector_norm(row) / length)
         made.append(row)
     return torch.stack(made) if made else rows
-
-
-def _without(row: Tensor, others: Tensor, metric: Tensor | None) -> Tensor:
-    """Return a row minus its projection on the span of others, by the inner product of a metric."""
-    import torch
-
-    seen = others if metric is None else others @ metric  # [m, H]
-    coefficients = torch.linalg.lstsq(
-        (seen @ others.T).double(), (seen @ row).double()[:, None], driver="gelsd"
-    ).solution
-    return row - (coefficients.squeeze(1).to(row) @ others)
 
 
 _POWER_STEPS, _SUBSPACE = 12, 6
@@ -190,15 +185,18 @@ class GradMax(Initialiser):
         gates = torch.cat([gates, layer.drawn(count, width)[led:]])
         gates = orthogonalised(gates, existing, against=self.orthogonalise, inputs=inputs)
         gates = gates * _strength(layer.gate, gates, inputs)
-        wanted, longest = _median_gradient(layer, layer.down), _LONGEST * _median_norm(layer.down.T)
+        # As long a gradient as the median of those of the rows of up, over the tokens looked at
+        wanted = _median_norm(((deltas @ layer.down) * layer.opened()).T @ inputs)
+        longest = _LONGEST * _median_norm(layer.down.T)
         columns: list[Tensor] = []
         for gate in gates:
             opened = layer.activation(inputs @ gate)[:, None]  # [T, 1]
             moment = (deltas * opened).T @ inputs  # [H, H], M_g
             for column in columns[len(columns) // led * led :]:  # or all would write alike
                 moment = moment - torch.outer(column, column @ moment)
-            left = _first_left(moment, layer.drawn(moment.shape[1], _SUBSPACE))
-            columns.append(left)
+            # The first left singular vector of the moment
+            start = layer.drawn(moment.shape[1], _SUBSPACE)
+            columns.append(_subspace(moment @ moment.T, start)[:, 0])
         down = torch.stack(columns, dim=1)  # [H, k], unit length
         reached = torch.stack(
             [
@@ -334,23 +332,12 @@ def _median_norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1).median()
 
 
-def _median_gradient(layer: Layer, down: Tensor) -> Tensor:
-    """Return the median norm of the gradients of the rows of up, over the tokens looked at."""
-    inputs, deltas = layer.look.inputs, layer.look.output_gradients
-    return _median_norm(((deltas @ down) * layer.opened()).T @ inputs)
-
-
 def _directions(moment: Tensor, start: Tensor, count: int) -> Tensor:
     """Return the first right singular vectors of a matrix, as rows [count, H], unit length."""
     found = _subspace(moment.T @ moment, start)
     if count > found.shape[1]:  # more new neurons than dimensions
         found = found.repeat(1, -(-count // found.shape[1]))
     return found[:, :count].T
-
-
-def _first_left(moment: Tensor, start: Tensor) -> Tensor:
-    """Return the first left singular vector of a matrix, unit length."""
-    return _subspace(moment @ moment.T, start)[:, 0]
 
 
 def _subspace(square: Tensor, start: Tensor) -> Tensor:

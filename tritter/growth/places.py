@@ -1,16 +1,18 @@
-"""Where neurons can grow: the FFNs of a live model, and places of modules of one's own."""
+"""Where neurons can grow, in live models and modules of one's own, and which tokens they saw."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from tritter.errors import RequestError
-from tritter.families import Config, LogicalTensor, family_of
+from tritter.families import family_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
 FFN = "ffn"  # kind of the space that grows
 
@@ -89,7 +91,7 @@ class FfnPlace:
         """Return σ, by which a gate opens; where the module has none, nothing stands for it."""
         module = model.get_submodule(self.module)
         name = "act_fn" if hasattr(module, "act_fn") else "act"
-        activation: Callable[[Tensor], Tensor] = getattr(module, name, _as_it_is)
+        activation: Callable[[Tensor], Tensor] = getattr(module, name, lambda values: values)
         return activation
 
     def width(self, model: nn.Module) -> int:
@@ -101,16 +103,14 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.removesuffix(".weight"))
 
 
-def _as_it_is(values: Tensor) -> Tensor:
-    return values
-
-
 def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
     """Return the FFNs of a model, in the order of its layers.
 
     Raises:
         RequestError: it has experts, adapters, or no config of a family that is known.
     """
+    import torch
+
     from tritter.models import config_of
 
     config = config_of(model)
@@ -142,7 +142,19 @@ def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
         )
         for layer, parts in sorted(names.items())
     )
-    _check_plain(model, places)
+    parameters = dict(model.named_parameters())
+    plain = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for name in (name for place in places for name, _ in place.parts):
+        if name not in parameters:  # something stands in front of it, such as an adapter
+            owner = name.removesuffix(".weight")
+            found = [other for other in parameters if other.startswith(f"{owner}.")]
+            has = f"it has {', '.join(found[:3])}" if found else "there is none"
+            raise RequestError(
+                f"growth: {name} is no plain weight of a linear layer ({has}): neurons can't "
+                "grow below LoRA adapters; merge them into the model before, or leave them out."
+            )
+        if parameters[name].dtype not in plain:
+            raise RequestError(f"growth: {name} is quantised; load the model without it.")
     return places
 
 
@@ -154,31 +166,98 @@ def freeze_all_but_ffns(model: nn.Module) -> None:
         parameter.requires_grad_(parameter.requires_grad and name in names)
 
 
-def ffn_tensors(config: Config, layer: int) -> list[LogicalTensor]:
-    """Return the tensors of a layer that have its neurons along an axis, biases included."""
-    tensors = family_of(config).logical_tensors(config)
-    return [
-        tensor
-        for tensor in tensors
-        if tensor.layer == layer and any(axis.space.kind == FFN for axis in tensor.axes)
-    ]
+MAX_TOKENS = 1024  # of a step, of all processes
 
 
-def _check_plain(model: nn.Module, places: tuple[FfnPlace, ...]) -> None:
-    """Refuse layers that something stands in front of, such as an adapter."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """Some tokens of a step, as one FFN saw them.
+
+    Args:
+        inputs: float32 [T, H], what the FFN reads.
+        output_gradients: float32 [T, H], of the loss by what it writes.
+        computed: float32 [T, F], what its neurons computed; None: it follows from the weights.
+    """
+
+    inputs: Tensor
+    output_gradients: Tensor
+    computed: Tensor | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.output_gradients.isfinite().all() and self.inputs.isfinite().all())
+
+
+@dataclass(slots=True)
+class Looking:
+    """Collects tokens of FFNs during the forward and backward passes of a step.
+
+    Args:
+        max_tokens: of each batch; spread over it.
+    """
+
+    max_tokens: int = MAX_TOKENS
+    _inputs: dict[int, list[Tensor]] = field(default_factory=dict)
+    _gradients: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def hook(self, layer: int) -> Callable[..., None]:
+        """Return a forward hook of the FFN of a layer."""
+
+        import torch
+
+        def see(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            if not (module.training and output.requires_grad):
+                return
+            read, index = arguments[0].detach(), len(self._inputs.setdefault(layer, []))
+            self._inputs[layer].append(some_rows(read, self.max_tokens))
+            self._gradients.setdefault(layer, []).append(torch.empty(0))
+
+            def keep(gradient: Tensor) -> None:
+                self._gradients[layer][index] = some_rows(gradient, self.max_tokens)
+
+            output.register_hook(keep)
+
+        return see
+
+    def looks(self) -> dict[int, Look]:
+        """Return layer → what was seen of it; a pass without a backward one counts for nothing."""
+        import torch
+
+        found = {}
+        for layer, inputs in self._inputs.items():
+            pairs = [
+                (x, g) for x, g in zip(inputs, self._gradients[layer], strict=True) if g.numel()
+            ]
+            if pairs:
+                found[layer] = Look(*(torch.cat(each).float() for each in zip(*pairs, strict=True)))
+        return found
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self._inputs.clear()
+        self._gradients.clear()
+
+
+def some_rows(values: Tensor, count: int) -> Tensor:
+    """Return at most so many tokens of values [..., H] as rows: always those of the same places.
+
+    At random places of the batch: evenly spaced ones may all begin a sequence.
+    """
+    rows = values.detach().reshape(-1, values.shape[-1])
+    return rows[_places(len(rows), count).to(rows.device)]
+
+
+@lru_cache(maxsize=16)
+def _places(size: int, count: int) -> Tensor:
     import torch
 
-    parameters = dict(model.named_parameters())
-    for place in places:
-        for name, _ in place.parts:
-            if name not in parameters:
-                owner = name.removesuffix(".weight")
-                found = [other for other in parameters if other.startswith(f"{owner}.")]
-                has = f"it has {', '.join(found[:3])}" if found else "there is none"
-                raise RequestError(
-                    f"growth: {name} is no plain weight of a linear layer ({has}): neurons can't "
-                    "grow below LoRA adapters; merge them into the model before, or leave them out."
-                )
-            if parameters[name].dtype not in (torch.float32, torch.bfloat16, torch.float16,
-                                              torch.float64):  # fmt: skip
-                raise RequestError(f"growth: {name} is quantised; load the model without it.")
+    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    return drawn[:count].sort().values
+
+
+def attach(model: nn.Module, places: Iterable[FfnPlace], seen: Looking) -> list[RemovableHandle]:
+    """Let `seen` collect until the handles that are returned are removed."""
+    return [
+        model.get_submodule(place.module).register_forward_hook(seen.hook(place.layer))
+        for place in places
+    ]

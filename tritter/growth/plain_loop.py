@@ -21,10 +21,8 @@ from torch.optim.optimizer import (
 
 from tritter.data.batches import this_rank
 from tritter.errors import RequestError
-from tritter.growth.grower import Grower, Growth
-from tritter.growth.look import Look, some_rows
-from tritter.growth.places import FfnPlace
-from tritter.growth.record import GROWTH
+from tritter.growth.grower import GROWTH, Grower, Growth
+from tritter.growth.places import FfnPlace, Look, some_rows
 from tritter.training.parameters import Entry, entry_of, replay, reshape
 from tritter.training.surgery import apply_plain
 
@@ -37,7 +35,6 @@ class PlainLoop:
     Args:
         module: by whose parameter names the neurons lie.
         places: of a module that no family knows; None: the FFNs of a whole model.
-        check_every: steps between two checks, at least.
         is_watched: what optimizers do to the module is seen.
     """
 
@@ -47,13 +44,13 @@ class PlainLoop:
         grower: Grower,
         *,
         places: Sequence[FfnPlace] | None = None,
-        check_every: int = 1,
         is_watched: bool = True,
     ) -> None:
         grower.begin(module, places=places)
         self.module, self.grower, self.tokens = module, grower, LastTokens()
         self.journal: list[Entry] = []
-        self._places, self._check_every, self._is_watched = places, check_every, is_watched
+        self._places, self._is_watched = places, is_watched
+        self._check_every = grower.asked.check_every or 1  # steps between two checks, at least
         self._num_steps, self._num_losses = 0, 0
         self._checked, self._decided = -1, dict[int, int]()
         self._is_told, self._is_over, self._has_warned = False, False, False
@@ -118,7 +115,14 @@ class PlainLoop:
         if self._checked >= 0 and step - self._checked < self._check_every:
             return {}
         if not self.grower.pressure.neurons:
-            self._warn_if_blind()
+            is_late = self._num_losses >= self.grower.timing.cooldown
+            if is_late and self._is_watched and not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    "growth: no gradient of what can grow was seen so far: no optimizer of torch's "
+                    "that holds its parameters has taken a step; call attach(optimizer).",
+                    stacklevel=3,
+                )
             return {}
         self._checked, self._decided = step, self.grower.decide(self.module, step)
         return dict(self._decided)
@@ -147,14 +151,32 @@ class PlainLoop:
                 "tokens, and DDP would go on with the old parameters; train with python train.py "
                 "growth=foam trainer=ddp."
             )
-        optimizer = self._trained_by()
+        holding = [each for each in self._optimizers if self._holds(each)]
+        if len(holding) > 1:
+            names = ", ".join(sorted(type(each).__name__ for each in holding))
+            raise RequestError(
+                f"growth: {len(holding)} optimizers train what grows ({names}); it can follow one."
+            )
+        if not holding and not self._is_told:
+            raise RequestError(
+                "growth: no optimizer is known that trains what is about to grow, and one that "
+                "was made before would go on with the old parameters: call attach(optimizer), or "
+                "attach(None) and make yours anew of parameters() after each event."
+            )
         looks = self.tokens.looks(self.module, grower.places)
         growth = grower.growth(self.module, decided, looks, step=step, sources=sources)
         if growth is None:
             return None
         old = {name: self.module.get_parameter(name) for name in self._shapes()}
-        apply_plain(self.module, growth.change, optimizer=optimizer)
-        self._note_gone(old)
+        apply_plain(self.module, growth.change, optimizer=holding[0] if holding else None)
+        # Which parameters were replaced is remembered as long as somebody holds them
+        self._gone = {n: r for n, r in self._gone.items() if r() is not None}
+        for name, parameter in old.items():
+            if self.module.get_parameter(name) is not parameter:
+                self._gone[id(parameter)] = ref(parameter)
+        self._strangers.clear()
+        for each in [o for o in self._optimizers if not self._holds(o)]:
+            self._optimizers.discard(each)
         if growth.change.config:
             self.journal.append(entry_of(growth.change, step=step, reason=GROWTH))
         grower.grown(self.module, growth, step=step)
@@ -211,7 +233,14 @@ class PlainLoop:
         if journal:
             replay(self.module, journal)
         else:
-            values = {n: _padded(self.module.get_parameter(n), s) for n, s in shapes.items()}
+            values = {}
+            for name, shape in shapes.items():  # what fits of the old values, and zeros
+                parameter = self.module.get_parameter(name).detach()
+                common = tuple(
+                    slice(min(sizes)) for sizes in zip(parameter.shape, shape, strict=True)
+                )
+                values[name] = parameter.new_zeros(shape)
+                values[name][common] = parameter[common]
             reshape(self.module, {}, values)
         self.grower.begin(self.module, places=self._places)
         self.tokens.clear()
@@ -256,53 +285,24 @@ class PlainLoop:
         """Say whether an optimizer trains what grows here; once found, it is remembered."""
         if optimizer in self._optimizers:
             return True
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
-        if self._strangers.get(optimizer) == count:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._strangers.get(optimizer) == len(parameters):
             return False
         if self._holds(optimizer):
             self._optimizers.add(optimizer)
             return True
-        if any(self._is_gone(p) for group in optimizer.param_groups for p in group["params"]):
+        if any((gone := self._gone.get(id(p))) and gone() is p for p in parameters):
             raise RequestError(
                 f"growth: {type(optimizer).__name__} trains parameters that were replaced when "
                 "neurons grew, and that no module has; make it anew of parameters(), or "
                 "attach(optimizer) it before they grow."
             )
-        self._strangers[optimizer] = count
+        self._strangers[optimizer] = len(parameters)
         return False
 
     def _holds(self, optimizer: Optimizer) -> bool:
         own = {id(self.module.get_parameter(name)) for name in self._shapes()}
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
-
-    def _note_gone(self, old: Mapping[str, nn.Parameter]) -> None:
-        """Remember which parameters were replaced, as long as somebody holds them."""
-        self._gone = {n: r for n, r in self._gone.items() if r() is not None}
-        for name, parameter in old.items():
-            if self.module.get_parameter(name) is not parameter:
-                self._gone[id(parameter)] = ref(parameter)
-        self._strangers.clear()
-        for each in [o for o in self._optimizers if not self._holds(o)]:
-            self._optimizers.discard(each)
-
-    def _is_gone(self, parameter: nn.Parameter) -> bool:
-        kept = self._gone.get(id(parameter))
-        return kept is not None and kept() is parameter
-
-    def _trained_by(self) -> Optimizer | None:
-        holding = [each for each in self._optimizers if self._holds(each)]
-        if len(holding) > 1:
-            names = ", ".join(sorted(type(each).__name__ for each in holding))
-            raise RequestError(
-                f"growth: {len(holding)} optimizers train what grows ({names}); it can follow one."
-            )
-        if not holding and not self._is_told:
-            raise RequestError(
-                "growth: no optimizer is known that trains what is about to grow, and one that "
-                "was made before would go on with the old parameters: call attach(optimizer), or "
-                "attach(None) and make yours anew of parameters() after each event."
-            )
-        return holding[0] if holding else None
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -310,16 +310,6 @@ class PlainLoop:
             for place in self.grower.places
             for name, _ in place.axes(self.module)
         }
-
-    def _warn_if_blind(self) -> None:
-        is_late = self._num_losses >= self.grower.timing.cooldown
-        if is_late and self._is_watched and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                "growth: no gradient of what can grow was seen so far: no optimizer of torch's "
-                "that holds its parameters has taken a step; call attach(optimizer).",
-                stacklevel=4,
-            )
 
 
 _WATCHING: WeakSet[PlainLoop] = WeakSet()
@@ -379,14 +369,6 @@ def _repeats_closure(optimizer: Optimizer) -> RequestError:
 def _after_step(optimizer: Optimizer, *_: object) -> None:
     for loop in list(_WATCHING):
         loop.after_step(optimizer)
-
-
-def _padded(old: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor of another shape that holds what fits of the old one, and zeros."""
-    new = old.new_zeros(shape)
-    common = tuple(slice(min(a, b)) for a, b in zip(old.shape, shape, strict=True))
-    new[common] = old.detach()[common]
-    return new
 
 
 MAX_TOKENS = 256  # of the last batch, of each layer

@@ -4,8 +4,7 @@ All statistics are taken in the space of the frozen base, which no training move
 same before and after its expert has learned it.
 """
 
-from tritter.novelty.detector import NoveltyDetector
-from tritter.novelty.detectors import NoveltyOptions
+from tritter.novelty.detectors import NoveltyDetector, NoveltyOptions
 from tritter.novelty.library import SkillLibrary
 from tritter.novelty.observation import Observation, observe
 

@@ -1,4 +1,4 @@
-"""How unlike what is known a batch is: by its loss, or by where its features lie.
+"""How unlike what is known a batch is, by its loss or its features, and whether that is new.
 
 B samples of a batch
 """
@@ -14,11 +14,19 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tritter.errors import RequestError, TritterError
-from tritter.novelty.library import SkillLibrary, embedded
+from tritter.errors import RequestError, raise_problems
+from tritter.novelty.library import (
+    FORMAT_VERSION,
+    Gather,
+    Skill,
+    SkillLibrary,
+    alone,
+    check_format,
+    embedded,
+)
 from tritter.novelty.observation import Observation, joined
-from tritter.novelty.statistics import share_bound
-from tritter.options import Count, WholeNumber, options
+from tritter.novelty.statistics import share_bound, t_interval
+from tritter.options import Count, WholeNumber, checked, options, read_part
 
 Confidence = Annotated[float, Field(ge=0.5, lt=1)]
 
@@ -268,8 +276,6 @@ def _unit(vectors: Tensor) -> Tensor:
 # A batch of which a tenth is new looks hardly unusual as a whole. Here each sample counts by
 # itself, and those that are alike are handed over together, for training on them alone.
 
-FORMAT_VERSION = 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Burst:
@@ -369,7 +375,20 @@ class NovelSamples:
         for group in self._groups:
             group.keep_from(self._count - self.options.window_samples)
         self._groups = [group for group in self._groups if group.at]
-        return self._burst()
+        asked, window = self.options, min(self._count, self.options.window_samples)
+        for group in self._groups:
+            n = len(group.at)
+            lower = share_bound(n, window, confidence=asked.confidence, is_lower=True)
+            if n >= asked.min_samples and lower > self._usual:
+                self._groups.remove(group)
+                return Burst(
+                    seen=joined(group.seen),
+                    rows=tuple(group.rows),
+                    share=n / window,
+                    lower=lower,
+                    usual=self._usual,
+                )
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         groups = [
@@ -395,11 +414,7 @@ class NovelSamples:
         Raises:
             TritterError: it is of another format.
         """
-        if state.get("format_version") != FORMAT_VERSION:
-            raise TritterError(
-                f"novelty: gathered samples of format {state.get('format_version')}; this Tritter "
-                f"reads {FORMAT_VERSION}"
-            )
+        check_format(state, "novelty: gathered samples")
         self._threshold, self._usual = state["threshold"], state["usual"]
         self._count = state["count"]
         self._groups = [
@@ -430,24 +445,199 @@ class NovelSamples:
             group.directions.append(direction)
             group.at.append(at + index)
 
-    def _burst(self) -> Burst | None:
-        asked = self.options
-        window = min(self._count, asked.window_samples)
-        for group in self._groups:
-            n = len(group.at)
-            lower = share_bound(n, window, confidence=asked.confidence, is_lower=True)
-            if n >= asked.min_samples and lower > self._usual:
-                self._groups.remove(group)
-                return Burst(
-                    seen=joined(group.seen),
-                    rows=tuple(group.rows),
-                    share=n / window,
-                    lower=lower,
-                    usual=self._usual,
-                )
-        return None
-
 
 DETECTORS: Mapping[str, type[Detector]] = {
     kind.name: kind for kind in (LossNovelty, MahalanobisNovelty, CosineNovelty)
 }
+
+
+_NEW = ""  # the name of a run of batches that are like no skill
+
+Kind = Literal["known", "new", "unsure"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What is decided after a batch, and by which numbers.
+
+    Args:
+        kind: known (as `skill`), new, or unsure as yet.
+        skill: the one that the latest batch is most like.
+        score: novelty of the samples that the decision rests on, the mean; one-sided bounds of it
+            are `lower` and `upper`.
+        threshold: that they are held against.
+        num_samples: that it rests on; `num_batches` likewise.
+        by_skill: novelty of the latest batch against each known skill.
+        reason: why it is unsure.
+    """
+
+    kind: Kind
+    skill: str
+    score: float
+    lower: float
+    upper: float
+    threshold: float
+    num_samples: int
+    num_batches: int
+    by_skill: Mapping[str, float]
+    reason: str = ""
+
+
+class NoveltyDetector:
+    """Decides batch by batch whether what a frozen base sees is new.
+
+    Batches that are alike (unusual, or most like the same skill) follow each other as a run; a
+    decision rests on the latest of a run, as many as hold `min_samples`, and is made where the
+    bound of their mean novelty lies beyond the threshold: the lower one for something new, which
+    takes `in_a_row` batches as well, the upper one for something known.
+
+    Args:
+        library: what is known; an empty one by default.
+        detector: a name (loss, mahalanobis, cosine), `name` and options, or a `Detector`.
+        options: of the decision.
+    """
+
+    def __init__(
+        self,
+        library: SkillLibrary | None = None,
+        *,
+        detector: str | Mapping[str, Any] | Detector = "loss",
+        options: NoveltyOptions | None = None,
+    ) -> None:
+        self.library = SkillLibrary() if library is None else library
+        self.detector = read_part("novelty.detector", detector, DETECTORS, base=Detector)
+        self.options = options or NoveltyOptions()
+        raise_problems(checked(self.options, prefix="novelty"))
+        self._run = _NEW  # what the batches of the run are like
+        self._seen: list[Observation] = []
+        self._values: list[Tensor] = []
+        self._average: float | None = None
+        self._cooldown = 0
+
+    def observe(self, seen: Observation) -> Decision:
+        """Take the next batch, of all processes together, and decide.
+
+        Raises:
+            RequestError: nothing is known yet.
+        """
+        asked = self.options
+        assert self.library.reference.is_base, "a library begins with what the base knows"
+        scores = self.detector.score(seen, self.library)
+        mean = float(scores.values.mean())
+        old = mean if self._average is None else self._average
+        self._average = asked.moving_average * old + (1 - asked.moving_average) * mean
+        values = scores.values + (self._average - mean)
+        like = _NEW if float(values.mean()) > scores.threshold else scores.nearest
+        if like != self._run:
+            self._forget_run()
+        self._run = like
+        self._seen.append(seen)
+        self._values.append(values)
+        # The latest batches of a run are kept, as many as a decision takes
+        while len(self._seen) > max(1, asked.in_a_row):
+            if sum(map(len, self._seen[1:])) < asked.min_samples:
+                break
+            del self._seen[0], self._values[0]
+        num_batches, gathered = len(self._values), torch.cat(self._values)
+        found = t_interval(gathered, confidence=asked.confidence)
+        kind: Kind = "unsure"
+        reason = ""
+        if len(gathered) < asked.min_samples:
+            reason = f"{len(gathered)} of {asked.min_samples} samples"
+        elif like != _NEW:
+            kind = "known" if found.upper <= scores.threshold else "unsure"
+        elif num_batches < asked.in_a_row:
+            reason = f"{num_batches} of {asked.in_a_row} batches in a row"
+        elif self._cooldown:
+            reason = f"cooldown for {self._cooldown} more batches"
+        elif found.lower > scores.threshold:
+            kind = "new"
+        if kind == "unsure" and not reason:
+            reason = "the interval holds the threshold"
+        self._cooldown = asked.cooldown if kind == "new" else max(0, self._cooldown - 1)
+        return Decision(
+            kind=kind,
+            skill=scores.nearest,
+            score=found.value,
+            lower=found.lower,
+            upper=found.upper,
+            threshold=scores.threshold,
+            num_samples=len(gathered),
+            num_batches=num_batches,
+            by_skill=scores.by_skill,
+            reason=reason,
+        )
+
+    @property
+    def is_run_new(self) -> bool:
+        """Say whether the latest batches are like nothing known, decided or not."""
+        return self._run == _NEW and bool(self._seen)
+
+    @property
+    def run(self) -> tuple[Observation, ...]:
+        """The batches that the latest decision rests on."""
+        return tuple(self._seen)
+
+    def add(
+        self,
+        name: str,
+        batches: Sequence[Observation] | None = None,
+        *,
+        is_base: bool = False,
+        gather: Gather = alone,
+    ) -> Skill:
+        """Make something known under a name, by default the batches just called new.
+
+        Raises:
+            RequestError: as `SkillLibrary.add`; or there are no new batches.
+        """
+        if batches is None:
+            if self._run != _NEW or not self._seen:
+                raise RequestError(
+                    f"novelty: nothing new was seen that '{name}' could name; give batches."
+                )
+            batches = self.run
+        skill = self.library.add(name, batches, is_base=is_base, gather=gather)
+        self._begin_anew()
+        return skill
+
+    def recalibrate(
+        self, name: str, batches: Sequence[Observation], *, gather: Gather = alone
+    ) -> Skill:
+        """Replace what is known of a skill; see `SkillLibrary.recalibrate`."""
+        skill = self.library.recalibrate(name, batches, gather=gather)
+        self._begin_anew()
+        return skill
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return library, run, average and cooldown as plain values; options are the caller's."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "library": self.library.state_dict(),
+            "run": self._run,
+            "seen": [each.state_dict() for each in self._seen],
+            "values": list(self._values),
+            "average": self._average,
+            "cooldown": self._cooldown,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            TritterError: it is of another format.
+        """
+        check_format(state, "novelty: a state")
+        self.library.load_state_dict(state["library"])
+        self._run = state["run"]
+        self._seen = [Observation.of_state(each) for each in state["seen"]]
+        self._values = list(state["values"])
+        self._average, self._cooldown = state["average"], state["cooldown"]
+
+    def _forget_run(self) -> None:
+        self._seen, self._values = [], []
+
+    def _begin_anew(self) -> None:
+        """Drop what was measured against an older library."""
+        self._forget_run()
+        self._average = None

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -16,7 +18,6 @@ from tritter.novelty.statistics import (
     Calibration,
     Gaussian,
     Moments,
-    merged,
 )
 from tritter.options import Count, WholeNumber, options
 
@@ -156,36 +157,27 @@ def train_projection(
     weights = [nn.Parameter(getattr(drawn, name)) for name in _TRAINED]
     optimizer = torch.optim.Adam(weights, lr=asked.learning_rate)
     for _ in range(asked.steps):
-        one, two, groups = _pairs(skills, others, asked.pairs, generator)
+        # Half of the pairs, at least one, are of the mix
+        rows = torch.randint(len(others), (max(1, asked.pairs // 2),), generator=generator)
+        which = torch.randint(len(skills), (asked.pairs - len(rows),), generator=generator)
+        one, two = [others[rows]], [others[rows]]
+        for skill in which.tolist():
+            held = skills[skill]
+            pair = torch.randperm(len(held), generator=generator)[:2]
+            one.append(held[pair[:1]])
+            two.append(held[pair[1:]])
+        groups = torch.cat([len(skills) + rows, which])
         head = Projection(drawn.centre, drawn.scale, *weights)
-        views = [_view(head, each, asked.view_dropout, generator) for each in (one, two)]
+        views = []
+        for samples in (torch.cat(one), torch.cat(two)):
+            kept = torch.rand(samples.shape, generator=generator) >= asked.view_dropout
+            viewed = head.of_standardised(samples * kept / (1 - asked.view_dropout))
+            views.append(normalize(viewed, dim=-1))
         loss = contrast(views[0], views[1], groups, temperature=asked.temperature)
         for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
             weight.grad = gradient
         optimizer.step()
     return Projection(drawn.centre, drawn.scale, *(weight.detach() for weight in weights))
-
-
-def _pairs(
-    skills: list[Tensor], mix: Tensor, count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw pairs [count, H] twice and their groups; half of them, at least one, of the mix."""
-    of_mix = max(1, count // 2)
-    rows = torch.randint(len(mix), (of_mix,), generator=generator)
-    one, two = [mix[rows]], [mix[rows]]
-    which = torch.randint(len(skills), (count - of_mix,), generator=generator)
-    for skill in which.tolist():
-        held = skills[skill]
-        pair = torch.randperm(len(held), generator=generator)[:2]
-        one.append(held[pair[:1]])
-        two.append(held[pair[1:]])
-    groups = torch.cat([len(skills) + rows, which])
-    return torch.cat(one), torch.cat(two), groups
-
-
-def _view(head: Projection, features: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    kept = torch.rand(features.shape, generator=generator) >= share
-    return normalize(head.of_standardised(features * kept / (1 - share)), dim=-1)
 
 
 FORMAT_VERSION = 1
@@ -256,6 +248,16 @@ class Skill:
                 "digests": tuple(state["digests"]),
             }
         )
+
+
+def check_format(state: Mapping[str, Any], what: str) -> None:
+    """Refuse what a `state_dict` of another format gave, such as "novelty: a library".
+
+    Raises:
+        TritterError: it is of another format.
+    """
+    if (version := state.get("format_version")) != FORMAT_VERSION:
+        raise TritterError(f"{what} of format {version}; this Tritter reads {FORMAT_VERSION}")
 
 
 def alone(own: Part) -> Sequence[Part]:
@@ -385,7 +387,8 @@ class SkillLibrary:
         """
         skill = self[name]
         calibration: Calibration = getattr(skill, measure)
-        usual = max((_relative(getattr(s, measure)) for s in self if s.is_base), default=0.0)
+        known: list[Calibration] = [getattr(each, measure) for each in self if each.is_base]
+        usual = max((c.own_deviation / abs(c.mean) for c in known if c.mean), default=0.0)
         if measure == "loss":
             return calibration.z(seen.losses, usual=usual, size=len(seen))
         return calibration.z(_measure(self.gaussian(name), measure, seen), usual=usual)
@@ -418,11 +421,7 @@ class SkillLibrary:
         Raises:
             TritterError: it is of another format.
         """
-        if state.get("format_version") != FORMAT_VERSION:
-            raise TritterError(
-                f"novelty: a library of format {state.get('format_version')}; this Tritter reads "
-                f"{FORMAT_VERSION}"
-            )
+        check_format(state, "novelty: a library")
         head = state["projection"]
         self.projection = None if head is None else Projection(**head)
         self._skills = {held["name"]: Skill.of_state(held) for held in state["skills"]}
@@ -438,10 +437,17 @@ class SkillLibrary:
     def _measured(
         self, name: str, batches: Sequence[Observation], *, is_base: bool, gather: Gather
     ) -> Skill:
-        parts = _folds(name, batches)
+        if sum(map(len, batches)) < 4:
+            raise RequestError(f"novelty: '{name}' needs four samples at least.")
+        whole = list(batches)
+        if len(whole) == 1:
+            halves = torch.arange(len(whole[0])).chunk(2)
+            whole = [whole[0].rows(half) for half in halves]
+        number = _MOST_FOLDS if len(whole) >= 2 * _MOST_FOLDS else 2
+        parts = [whole[fold::number] for fold in range(number)]
         own = [Moments.of(torch.cat([b.features for b in part])) for part in parts]
-        folds = [merged(each) for each in zip(*gather(own), strict=True)]
-        moments = merged(folds)
+        folds = [reduce(add, each) for each in zip(*gather(own), strict=True)]
+        moments = reduce(add, folds)
         size = len(self.reference.mean) if self._skills else len(moments.mean)
         if len(moments.mean) != size:
             raise RequestError(
@@ -460,7 +466,7 @@ class SkillLibrary:
             for measure in ("centre", "distance")
         }
         embedding = embedded(torch.cat([b.features for b in batches]), self.projection).sum(dim=0)
-        loss = merged(gather(Calibration.of(b.losses for part in parts for b in part)))
+        loss = reduce(add, gather(Calibration.of(b.losses for part in parts for b in part)))
         if is_base and loss.batches < CALIBRATION_BATCHES:
             raise RequestError(
                 f"novelty: {loss.batches} batches of '{name}'; to know what is usual of what the "
@@ -473,8 +479,8 @@ class SkillLibrary:
             moments=moments,
             embedding=torch.stack(list(gather(embedding))).sum(dim=0),
             loss=loss,
-            centre=merged(gather(held_out["centre"])),
-            distance=merged(gather(held_out["distance"])),
+            centre=reduce(add, gather(held_out["centre"])),
+            distance=reduce(add, gather(held_out["distance"])),
             similarity_at_creation={},
             digests=tuple(dict.fromkeys(digests))[:MOST_DIGESTS],
         )
@@ -492,23 +498,3 @@ def _fitted(moments: Moments, towards: Tensor | None) -> Gaussian:
         moments.shrunk_covariance() if towards is None else moments.covariance_towards(towards)
     )
     return Gaussian.of(moments.mean, covariance)
-
-
-def _folds(name: str, batches: Sequence[Observation]) -> list[list[Observation]]:
-    """Part batches, five-fold or two-fold; a single one is cut in half.
-
-    Raises:
-        RequestError: there are no four samples.
-    """
-    if sum(map(len, batches)) < 4:
-        raise RequestError(f"novelty: '{name}' needs four samples at least.")
-    held = list(batches)
-    if len(held) == 1:
-        halves = torch.arange(len(held[0])).chunk(2)
-        held = [held[0].rows(half) for half in halves]
-    count = _MOST_FOLDS if len(held) >= 2 * _MOST_FOLDS else 2
-    return [held[fold::count] for fold in range(count)]
-
-
-def _relative(calibration: Calibration) -> float:
-    return calibration.own_deviation / abs(calibration.mean) if calibration.mean else 0.0

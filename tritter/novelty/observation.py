@@ -136,10 +136,14 @@ def observe(
         ignore_index=IGNORED, reduction="none",
     )  # fmt: skip
     losses_B = nats_BT.double().sum(dim=1) / predicted.sum(dim=1)
+    features_BH = features_BH.cpu()
+    if (width := features_BH.shape[1]) > most_features:  # lengths are kept on average
+        features_BH = features_BH @ _directions(width, most_features)
+    tokens = [row[own].numpy() for row, own in zip(ids.cpu(), there.bool().cpu(), strict=True)]
     return Observation(
         losses=losses_B.cpu(),
-        features=_narrowed(features_BH.cpu(), most_features),
-        digests=tuple(map(_digest, ids.cpu(), there.bool().cpu())),
+        features=features_BH,
+        digests=tuple(sha256(each.astype("<i8").tobytes()).hexdigest() for each in tokens),
     )
 
 
@@ -161,17 +165,7 @@ def middle_layer(model: nn.Module) -> nn.Module:
     return layers[(len(layers) - 1) // 2]
 
 
-def _narrowed(features_BH: Tensor, size: int) -> Tensor:
-    """Return features, or their parts along `size` random directions, lengths kept on average."""
-    width = features_BH.shape[1]
-    return features_BH if width <= size else features_BH @ _directions(width, size)
-
-
 @cache
 def _directions(width: int, size: int) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
     return torch.randn(width, size, generator=generator) / size**0.5
-
-
-def _digest(ids: Tensor, there: Tensor) -> str:
-    return sha256(ids[there].numpy().astype("<i8").tobytes()).hexdigest()

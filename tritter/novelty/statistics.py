@@ -4,30 +4,15 @@ n samples · H hidden size
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import reduce
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DEVIATION_FLOOR = 0.01  # of the mean: few held-out batches may agree by chance
 CALIBRATION_BATCHES = 30  # from which on their own deviation is trusted alone
-
-
-class Summed(Protocol):
-    """Statistics that add up."""
-
-    def __add__(self, other: Self) -> Self: ...
-
-
-Sums = TypeVar("Sums", bound=Summed)
-
-
-def merged(gathered: Sequence[Sums]) -> Sums:
-    """Return the statistics of all processes (or parts) together, from those of each."""
-    return reduce(lambda one, other: one + other, gathered)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,7 +47,7 @@ from tritter.data.sources import find_texts, recorded_paths, source_documents
 from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, joined, read_tokenizer
 from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
-from tritter.evaluation.benchmarks.formats import Benchmark
+from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
 from tritter.evaluation.benchmarks.harness import (
     Asking,
     require_harness,
@@ -58,7 +58,6 @@ from tritter.evaluation.benchmarks.harness import (
 from tritter.evaluation.benchmarks.harness import (
     Tokenizer as StockTokenizer,
 )
-from tritter.evaluation.benchmarks.table import BENCHMARKS
 from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
 from tritter.evaluation.statistics import PairedScores, score_file
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of

@@ -19,7 +19,7 @@ from tritter.data.packing import lengths_of
 from tritter.errors import RequestError, did_you_mean
 from tritter.experts.adapters import is_of_adapter, shape_of
 from tritter.experts.callback import EXPERTS, ExpertCallback, Known
-from tritter.experts.losses import usage as mean_gates
+from tritter.experts.gates import usage as mean_gates
 from tritter.experts.method import DynamicExperts, Experts, SingleLora
 from tritter.experts.mixture import ROUTER, ExpertMixture, mixture_on
 from tritter.experts.module import ExpertModule, forward_flops_of

@@ -9,7 +9,7 @@ from torch import nn
 
 from tritter.checkpoint import ExpansionRecord
 from tritter.families import Config
-from tritter.growth.record import GROWTH, growth_record
+from tritter.growth.grower import GROWTH, growth_record
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import TrainingFound

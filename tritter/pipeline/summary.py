@@ -5,7 +5,7 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
-from tritter.evaluation.transfer import LearnedTask, transfer_matrix
+from tritter.evaluation.statistics import LearnedTask, transfer_matrix
 from tritter.families import count_parameters, on_disk
 from tritter.pipeline import disk, experts, growth, importance, moe
 from tritter.pipeline.arm import Arm

@@ -20,19 +20,17 @@ from tritter.data.tokens import PretrainedTokenizer, pack, read_tokenizer, token
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.gate import (
     Check,
+    equivalence_check,
     flow_check,
     new_capability_check,
+    parameter_bytes,
     retention_check,
+    rounded_jump,
+    scaling_check,
 )
 from tritter.evaluation.jump import logits_of
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
-from tritter.evaluation.validation import (
-    equivalence_check,
-    parameter_bytes,
-    rounded_jump,
-    scaling_check,
-)
 from tritter.families import Config, count_parameters, family_of, layout, position_limit
 from tritter.models import load_model, read_config
 from tritter.planning.memory import machine_memory

@@ -47,6 +47,11 @@ def ends_step(trainer: Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
+def work_of(trainer: Trainer) -> "WorkCount":
+    """Return what counts the work of a training."""
+    return next(c for c in trainer.callbacks if isinstance(c, WorkCount))  # type: ignore[attr-defined]
+
+
 class WorkCount(Callback):
     """Count the tokens that were trained on, and the FLOPs of it, by all processes.
 

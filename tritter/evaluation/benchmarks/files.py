@@ -96,19 +96,16 @@ class TasksFolder:
             for name in sorted(names):
                 if name.lower().endswith(_SUFFIXES):
                     path = Path(place, name)
-                    if path.is_symlink():
-                        self._check_link(str(path.relative_to(self.path)))
+                    try:
+                        if path.is_symlink():
+                            check_inside(self.path, str(path.relative_to(self.path)))
+                    except TritterError as error:
+                        raise RequestError(Problem("", reason=f"{self.key}: {error}")) from error
                     found[path.relative_to(self.path).as_posix().lower()] = path
             if len(found) > MAX_FILES:
                 reason = f"more than {MAX_FILES} files lie there; name the folder of the benchmarks"
                 raise RequestError(Problem(self.key, str(self.path), reason=reason))
         return found
-
-    def _check_link(self, name: str) -> None:
-        try:
-            check_inside(self.path, name)
-        except TritterError as error:
-            raise RequestError(Problem("", reason=f"{self.key}: {error}")) from error
 
     def all(self, *patterns: str) -> list[Path]:
         """Return the files of the first pattern that any path matches."""
@@ -266,7 +263,18 @@ def _questions(
     """
     if not rows:
         raise WrongFileError([f"{path} holds no record"])
-    form = _format(benchmark, path, rows[0])
+    form = next((form for form in benchmark.formats if form.fits(rows[0])), None)
+    if form is None:
+        allowed = " or ".join(", ".join(form.fields) for form in benchmark.formats)
+        held = list(rows[0]) if isinstance(rows[0], dict) else []
+        missing = [name for name in benchmark.formats[0].fields if name not in held]
+        near = next((n for name in missing if (n := nearest(name, held, cutoff=0.7))), None)
+        advice = f"; {near} may be meant" if near else ""
+        fields = f"its records have the fields {', '.join(map(brief, held))}"
+        said = fields if held else "it holds no objects"
+        raise WrongFileError(
+            [f"{path} is no file of {benchmark.name}: {said}, allowed are {allowed}{advice}"]
+        )
     wrong: list[str] = []
     names: Counter[str] = Counter()
     for number, row in enumerate(rows, start=1):
@@ -290,25 +298,6 @@ def _questions(
         raise WrongFileError([f"{path} holds no record of the test split"])
 
 
-def _format(benchmark: Benchmark, path: Path, row: object) -> Format:
-    form = next((form for form in benchmark.formats if form.fits(row)), None)
-    if form is not None:
-        return form
-    allowed = " or ".join(", ".join(form.fields) for form in benchmark.formats)
-    held = list(row) if isinstance(row, dict) else []
-    missing = [name for name in benchmark.formats[0].fields if name not in held]
-    near = next((n for name in missing if (n := nearest(name, held, cutoff=0.7))), None)
-    advice = f"; {near} may be meant" if near else ""
-    found = (
-        f"its records have the fields {', '.join(map(brief, held))}"
-        if held
-        else "it holds no objects"
-    )
-    raise WrongFileError(
-        [f"{path} is no file of {benchmark.name}: {found}, allowed are {allowed}{advice}"]
-    )
-
-
 def _question(form: Format, row: object, file: str) -> Question | None:
     if not isinstance(row, dict):
         raise TypeError("it is no object")
@@ -320,11 +309,11 @@ def _question(form: Format, row: object, file: str) -> Question | None:
             allowed = " or ".join(each.__name__ for each in kinds)
             raise TypeError(f"{name} = {brief(row[name])} is no {allowed}")
     question = form.question(row, file)
-    if question is not None:
-        size = len(_as_text("".join((question.prompt, *question.choices))))
-        if size > MAX_QUESTION_CHARACTERS:
-            raise ValueError(f"the question has more than {MAX_QUESTION_CHARACTERS} characters")
-    if question is not None and question.choices:
+    if question is None:
+        return None
+    if len(_as_text("".join((question.prompt, *question.choices)))) > MAX_QUESTION_CHARACTERS:
+        raise ValueError(f"the question has more than {MAX_QUESTION_CHARACTERS} characters")
+    if question.choices:
         if len(question.choices) < 2:
             raise ValueError("there are fewer than two choices")
         if not 0 <= question.right < len(question.choices):

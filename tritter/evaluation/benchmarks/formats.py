@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from tritter.data.benchmark_names import HUB_NAMES
+from tritter.data.benchmark_names import HUB_NAMES, benchmark_names
 from tritter.evaluation.code.sandbox import Sandbox
 
 Kind = Literal["choice", "context", "word", "answer", "code"]
@@ -157,7 +158,6 @@ class Benchmark:
         until: what ends an answer that is generated.
         max_new_tokens: of an answer.
         is_right: judges a generated answer.
-        separator: between prompt and choice.
     """
 
     name: str
@@ -170,7 +170,6 @@ class Benchmark:
     until: tuple[str, ...] = ()
     max_new_tokens: int = 256
     is_right: Callable[[Question, str], bool] = field(default=lambda question, text: False)
-    separator: str = " "
 
     @property
     def hub(self) -> str:
@@ -334,57 +333,7 @@ def _texts(values: Any) -> tuple[str, ...]:
     return tuple(values)
 
 
-HELLASWAG = (
-    Format(
-        {
-            "activity_label": TEXT,
-            "ctx_a": TEXT,
-            "ctx_b": TEXT,
-            "endings": CHOICES,
-            "label": (int, str),
-        },
-        _hellaswag,
-    ),
-    queried(lambda query: query),
-)
 ARC = (labelled("question", lambda question, choices: asked(question)), queried(asked))
-OPENBOOKQA = (
-    labelled("question_stem", lambda question, choices: question),
-    queried(lambda query: query),
-)
-COMMONSENSEQA = (
-    labelled(
-        "question",
-        lambda question, choices: by_letters(f"Question: {question.strip()}", choices["text"]),
-        is_by_letter=True,
-    ),
-    queried(lambda query: query.replace("\nChoices:", "", 1)),
-)
-PIQA = (
-    Format({"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": NUMBER}, _piqa),
-    queried(asked),
-)
-WINOGRANDE = (
-    Format({"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": TEXT}, _winogrande),
-    Format({"context_options": CHOICES, "continuation": TEXT, "gold": NUMBER}, _winogrande_foundry),
-)
-BOOLQ = (
-    Format({"passage": TEXT, "question": TEXT, "answer": bool}, _boolq("answer")),
-    Format({"passage": TEXT, "question": TEXT, "label": NUMBER}, _boolq("label")),
-    queried(passage),
-)
-MMLU = (Format({"question": TEXT, "choices": CHOICES, "answer": NUMBER}, _mmlu),)
-TRUTHFULQA = (Format({"question": TEXT, "mc1_targets": OBJECT}, _truthfulqa),)
-XCOPA = (
-    Format(
-        {"premise": TEXT, "choice1": TEXT, "choice2": TEXT, "question": TEXT, "label": NUMBER},
-        _xcopa,
-    ),
-)
-LAMBADA = (
-    Format({"context": TEXT, "continuation": TEXT}, _lambada_foundry),
-    Format({"text": TEXT}, _lambada),
-)
 
 
 def is_number_right(question: Question, text: str) -> bool:
@@ -461,7 +410,16 @@ def _mgsm(row: Row, file: str) -> Question:
 
 
 def _math(row: Row, file: str) -> Question:
-    answer = row.get("answer") or _boxed(row["solution"])
+    answer = row.get("answer")
+    if not answer:  # what the last \boxed of the solution holds, braces in pairs
+        _, mark, boxed = row["solution"].rpartition("\\boxed{")
+        if not mark:
+            raise ValueError("solution has no \\boxed answer")
+        depths = accumulate(({"{": 1, "}": -1}.get(each, 0) for each in boxed), initial=1)
+        end = next((position for position, depth in enumerate(depths) if depth == 0), None)
+        if end is None:
+            raise ValueError("solution has an open brace")
+        answer = boxed[: end - 1]
     part = str(row.get("subject") or row.get("type") or "")
     return Question(prompt=f"Problem: {row['problem']}\nAnswer:", answer=answer, part=part)
 
@@ -480,26 +438,6 @@ def _number(text: str) -> Decimal | None:
     return number if number.is_finite() else None
 
 
-def _boxed(solution: str) -> str:
-    """Return what the last \\boxed of a solution holds, braces in pairs."""
-    start = solution.rfind("\\boxed{")
-    if start < 0:
-        raise ValueError("solution has no \\boxed answer")
-    depth = 0
-    for position in range(start + len("\\boxed"), len(solution)):
-        depth += {"{": 1, "}": -1}.get(solution[position], 0)
-        if depth == 0:
-            return solution[start + len("\\boxed{") : position]
-    raise ValueError("solution has an open brace")
-
-
-GSM8K = (Format({"question": TEXT, "answer": TEXT}, _gsm8k),)
-SVAMP = (Format({"Body": TEXT, "Question": TEXT, "Answer": (int, float, str)}, _svamp),)
-MGSM = (Format({"question": TEXT, "answer": (int, str, type(None))}, _mgsm),)
-MATH = (Format({"problem": TEXT, "solution": TEXT}, _math),)
-BBH = (Format({"input": TEXT, "target": TEXT}, _bbh),)
-
-
 def is_passed(sandbox: Sandbox, question: Question, answer: str) -> bool:
     """Return whether a program that answers a question passes the question's tests."""
     return sandbox.run(f"{question.answer}{answer}\n", question.tests).is_passed
@@ -514,22 +452,17 @@ def mbpp_examples(folder: Folder, path: Path, rows: Sequence[Row]) -> str:
 def _humaneval(row: Row, file: str) -> Question:
     if not row["entry_point"].isidentifier():
         raise ValueError("entry_point is no name")
+    try:  # what the prompt defines besides the function that it asks for, tests may call
+        body = ast.parse(row["prompt"]).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        body = []
+    others = [each for each in body if getattr(each, "name", "") != row["entry_point"]]
+    helpers = "\n".join(map(ast.unparse, others))
     return Question(
         prompt=row["prompt"],
         answer=row["prompt"],
-        tests=f"{_helpers(row)}\n{row['test']}\ncheck({row['entry_point']})",
+        tests=f"{helpers}\n{row['test']}\ncheck({row['entry_point']})",
         name=row["task_id"],
-    )
-
-
-def _helpers(row: Row) -> str:
-    """Return what a prompt defines besides the function that it asks for; tests may call it."""
-    try:
-        body = ast.parse(row["prompt"]).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ""
-    return "\n".join(
-        ast.unparse(each) for each in body if getattr(each, "name", "") != row["entry_point"]
     )
 
 
@@ -553,7 +486,232 @@ def _mbpp_prompt(row: Row) -> str:
     )
 
 
-HUMANEVAL = (
-    Format({"task_id": TEXT, "prompt": TEXT, "entry_point": TEXT, "test": TEXT}, _humaneval),
+def _test_files(name: str) -> tuple[str, ...]:
+    """Return patterns of a benchmark's files: its test split, else its validation split."""
+    return (rf"{name}.*test", rf"{name}.*(val|dev)", rf"{name}(?!.*(train|prompt))")
+
+
+_ALL = (
+    Benchmark(
+        name="hellaswag",
+        kind="choice",
+        metric="acc_norm",
+        files=(r"hellaswag.*val", *_test_files("hellaswag")),  # the test split has no answers
+        formats=(
+            Format(
+                {
+                    "activity_label": TEXT,
+                    "ctx_a": TEXT,
+                    "ctx_b": TEXT,
+                    "endings": CHOICES,
+                    "label": (int, str),
+                },
+                _hellaswag,
+            ),
+            queried(lambda query: query),
+        ),
+    ),
+    Benchmark(
+        name="arc_challenge",
+        kind="choice",
+        metric="acc_norm",
+        files=_test_files("arc.?challenge"),
+        formats=ARC,
+    ),
+    Benchmark(
+        name="arc_easy",
+        kind="choice",
+        metric="acc_norm",
+        files=_test_files("arc.?easy"),
+        formats=ARC,
+    ),
+    Benchmark(
+        name="mmlu",
+        kind="choice",
+        metric="acc",
+        files=_test_files("mmlu"),
+        formats=(Format({"question": TEXT, "choices": CHOICES, "answer": NUMBER}, _mmlu),),
+    ),
+    Benchmark(
+        name="truthfulqa",
+        kind="choice",
+        metric="acc",
+        files=(r"truthful.?qa.*mc", r"truthful.?qa.*(jsonl|json|parquet)"),
+        formats=(Format({"question": TEXT, "mc1_targets": OBJECT}, _truthfulqa),),
+    ),
+    Benchmark(
+        name="winogrande",
+        kind="context",
+        metric="acc",
+        files=(r"winogrande.*val", *_test_files("winogrande")),
+        formats=(
+            Format(
+                {"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": TEXT}, _winogrande
+            ),
+            Format(
+                {"context_options": CHOICES, "continuation": TEXT, "gold": NUMBER},
+                _winogrande_foundry,
+            ),
+        ),
+    ),
+    Benchmark(
+        name="piqa",
+        kind="choice",
+        metric="acc_norm",
+        files=(r"piqa.*val", *_test_files("piqa")),
+        formats=(
+            Format({"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": NUMBER}, _piqa),
+            queried(asked),
+        ),
+    ),
+    Benchmark(
+        name="boolq",
+        kind="choice",
+        metric="acc",
+        files=(r"boolq.*val", *_test_files("boolq")),
+        formats=(
+            Format({"passage": TEXT, "question": TEXT, "answer": bool}, _boolq("answer")),
+            Format({"passage": TEXT, "question": TEXT, "label": NUMBER}, _boolq("label")),
+            queried(passage),
+        ),
+    ),
+    Benchmark(
+        name="openbookqa",
+        kind="choice",
+        metric="acc_norm",
+        files=_test_files("openbook.?qa"),
+        formats=(
+            labelled("question_stem", lambda question, choices: question),
+            queried(lambda query: query),
+        ),
+    ),
+    Benchmark(
+        name="commonsenseqa",
+        kind="choice",
+        metric="acc",
+        files=(r"commonsense.?qa.*val", *_test_files("commonsense.?qa")),
+        formats=(
+            labelled(
+                "question",
+                lambda question, choices: by_letters(
+                    f"Question: {question.strip()}", choices["text"]
+                ),
+                is_by_letter=True,
+            ),
+            queried(lambda query: query.replace("\nChoices:", "", 1)),
+        ),
+    ),
+    Benchmark(
+        name="xcopa",
+        kind="choice",
+        metric="acc",
+        files=_test_files("xcopa"),
+        formats=(
+            Format(
+                {
+                    "premise": TEXT,
+                    "choice1": TEXT,
+                    "choice2": TEXT,
+                    "question": TEXT,
+                    "label": NUMBER,
+                },
+                _xcopa,
+            ),
+        ),
+    ),
+    Benchmark(
+        name="lambada",
+        kind="word",
+        metric="acc",
+        files=_test_files("lambada"),
+        formats=(
+            Format({"context": TEXT, "continuation": TEXT}, _lambada_foundry),
+            Format({"text": TEXT}, _lambada),
+        ),
+    ),
+    Benchmark(
+        name="gsm8k",
+        kind="answer",
+        metric="exact_match",
+        files=_test_files("gsm8k"),
+        formats=(Format({"question": TEXT, "answer": TEXT}, _gsm8k),),
+        hub_filter="flexible-extract",
+        examples=train_examples,
+        until=("Question:", "</s>", "<|im_end|>"),
+        is_right=is_number_right,
+    ),
+    Benchmark(
+        name="svamp",
+        kind="answer",
+        metric="exact_match",
+        files=_test_files("svamp"),
+        formats=(Format({"Body": TEXT, "Question": TEXT, "Answer": (int, float, str)}, _svamp),),
+        until=("Question:", "\n\n"),
+        is_right=is_number_right,
+    ),
+    Benchmark(
+        name="mgsm",
+        kind="answer",
+        metric="exact_match",
+        files=_test_files("mgsm"),
+        formats=(Format({"question": TEXT, "answer": (int, str, type(None))}, _mgsm),),
+        hub_filter="flexible-extract",
+        until=(*MGSM_UNTIL, "</s>", "<|im_end|>"),
+        is_right=is_number_right,
+    ),
+    Benchmark(
+        name="math",
+        kind="answer",
+        metric="exact_match",
+        files=(r"math.?500", r"(hendrycks|minerva|competition).?math.*test", r"(^|/)math.*test"),
+        formats=(Format({"problem": TEXT, "solution": TEXT}, _math),),
+        until=("Problem:",),
+        is_right=is_formula_right,
+    ),
+    Benchmark(
+        name="bbh",
+        kind="answer",
+        metric="exact_match",
+        files=(r"(bbh|big.?bench.?hard)[/_-]",),
+        formats=(Format({"input": TEXT, "target": TEXT}, _bbh),),
+        hub_filter="get-answer",
+        examples=thought_examples,
+        until=("</s>", "Q", "\n\n"),
+        max_new_tokens=1024,
+        is_right=is_conclusion_right,
+    ),
+    Benchmark(
+        name="humaneval",
+        kind="code",
+        metric="pass@1",
+        files=(r"human.?eval",),
+        formats=(
+            Format(
+                {"task_id": TEXT, "prompt": TEXT, "entry_point": TEXT, "test": TEXT}, _humaneval
+            ),
+        ),
+        until=HUMANEVAL_UNTIL,
+        max_new_tokens=1024,
+    ),
+    Benchmark(
+        name="mbpp",
+        kind="code",
+        metric="pass@1",
+        files=_test_files("mbpp"),
+        formats=(
+            Format({"task_id": NUMBER, "text": TEXT, "code": TEXT, "test_list": CHOICES}, _mbpp),
+        ),
+        examples=mbpp_examples,
+        until=MBPP_UNTIL,
+    ),
 )
-MBPP = (Format({"task_id": NUMBER, "text": TEXT, "code": TEXT, "test_list": CHOICES}, _mbpp),)
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
+
+
+def benchmarks_of(words: Sequence[str], *, key: str) -> tuple[Benchmark, ...]:
+    """Return the benchmarks that names mean; see `benchmark_names`.
+
+    Raises:
+        RequestError: names what is none, all at once.
+    """
+    return tuple(BENCHMARKS[name] for name in benchmark_names(words, key=key))

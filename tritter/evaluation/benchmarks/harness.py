@@ -183,20 +183,32 @@ def score_benchmark(
         return {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}}
 
     samples = evaluated(model, tokenizer, tasks, asking)[name]
-    assert len(samples) == len(asked.questions)
+    notes += _notes(tokenizer, asked, length=length)
+    names = [f"{name}:{each}" for each in asked.questions]
+    return _scored(asked.benchmark, names, samples, nulls=nulls, notes=notes)
+
+
+def _scored(
+    benchmark: Benchmark,
+    names: Sequence[str],
+    samples: Sequence[dict[str, Any]],
+    *,
+    nulls: NullScores,
+    notes: Sequence[str],
+) -> BenchmarkScores:
+    """Return lm-eval's records of questions as scores, by each metric that all of them have."""
+    assert len(samples) == len(names)
     values = {
         metric: torch.tensor([float(each[metric]) for each in samples], dtype=torch.float64)
-        for metric in asked.benchmark.metrics
+        for metric in benchmark.metrics
+        if all(metric in each for each in samples)
     }
-    names = tuple(f"{name}:{each}" for each in asked.questions)
     return BenchmarkScores(
-        name=name,
-        metric=asked.benchmark.metric,
-        scores={
-            metric: paired(names, right, chance=nulls.chance) for metric, right in values.items()
-        },
+        name=benchmark.name,
+        metric=benchmark.metric,
+        scores={m: paired(names, right, chance=nulls.chance) for m, right in values.items()},
         nulls=nulls,
-        notes=(*notes, *_notes(tokenizer, asked, length=length)),
+        notes=tuple(notes),
     )
 
 
@@ -282,7 +294,7 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
         },
         "test_split": "test",
         "num_fewshot": 0,  # examples stand in the prompt
-        "target_delimiter": benchmark.separator,
+        "target_delimiter": " ",
         "doc_to_text": lambda doc: questions.prompt(names[doc["number"]]),
         "metric_list": [
             {
@@ -310,28 +322,26 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
         return config | {
             "output_type": "loglikelihood",
             "target_delimiter": "",
-            "doc_to_target": lambda doc: f"{benchmark.separator}{question(doc).answer}",
+            "doc_to_target": lambda doc: f" {question(doc).answer}",
         }
     tokens = min(benchmark.max_new_tokens, length // 2)
+
+    def is_right(doc: dict[str, Any], text: str) -> bool:
+        if kind != "code":
+            return benchmark.is_right(question(doc), text)
+        assert sandbox is not None
+        return is_passed(sandbox, question(doc), text)
+
     return config | {
         "output_type": "generate_until",
         "doc_to_target": lambda doc: question(doc).answer,
-        "process_results": lambda doc, texts: {
-            benchmark.metric: float(_is_right(benchmark, question(doc), texts[0], sandbox))
-        },
+        "process_results": lambda doc, texts: {benchmark.metric: float(is_right(doc, texts[0]))},
         "generation_kwargs": {
             "until": list(benchmark.until),
             "max_gen_toks": tokens,
             "do_sample": False,
         },
     }
-
-
-def _is_right(benchmark: Benchmark, question: Question, text: str, sandbox: Sandbox | None) -> bool:
-    if benchmark.kind != "code":
-        return benchmark.is_right(question, text)
-    assert sandbox is not None
-    return is_passed(sandbox, question, text)
 
 
 def _readable(
@@ -475,23 +485,16 @@ def score_from_hub(
         for sample in of_task
         if sample["filter"] in (benchmark.hub_filter or sample["filter"], "none")
     ]
-    nulls = _nulls(benchmark, samples)
+    if benchmark.kind in ("choice", "context"):
+        chances = [1 / len(sample["arguments"]) for _, sample in samples]
+        nulls = NullScores(sum(chances) / len(chances), None, None)
+    else:
+        constant = commonest_share([(task, str(sample["target"])) for task, sample in samples])
+        nulls = NullScores(None, constant, 0.0 if benchmark.kind == "word" else None)
     names = [f"{benchmark.name}:{task}/{sample['doc_id']}" for task, sample in samples]
-    values = {
-        metric: torch.tensor([float(each[metric]) for _, each in samples], dtype=torch.float64)
-        for metric in benchmark.metrics
-        if all(metric in each for _, each in samples)
-    }
-    limited = f"At most {asking.limit} questions of each subtask were asked."
-    return BenchmarkScores(
-        name=benchmark.name,
-        metric=benchmark.metric,
-        scores={
-            metric: paired(names, right, chance=nulls.chance) for metric, right in values.items()
-        },
-        nulls=nulls,
-        notes=(limited,) if asking.limit else (),
-    )
+    limited = [f"At most {asking.limit} questions of each subtask were asked."]
+    notes = limited if asking.limit else []
+    return _scored(benchmark, names, [each for _, each in samples], nulls=nulls, notes=notes)
 
 
 def _tasks(benchmark: Benchmark, manager: Any) -> dict[str, Any]:
@@ -527,11 +530,3 @@ def _not_given(benchmark: Benchmark, error: Exception) -> RequestError:
         f"--tasks = {benchmark.name}: the hub does not give {benchmark.hub} "
         f"({type(error).__name__}: {said}); name a folder with its files, --tasks-path DIR."
     )
-
-
-def _nulls(benchmark: Benchmark, samples: Sequence[tuple[str, Any]]) -> NullScores:
-    if benchmark.kind in ("choice", "context"):
-        chances = [1 / len(sample["arguments"]) for _, sample in samples]
-        return NullScores(sum(chances) / len(chances), None, None)
-    constant = commonest_share([(task, str(sample["target"])) for task, sample in samples])
-    return NullScores(None, constant, 0.0 if benchmark.kind == "word" else None)

@@ -213,7 +213,12 @@ def judge(*, source: str, program: str, tests: str, word: list[str]) -> None:
     """
     import subprocess
 
-    _hide()
+    try:  # keep other processes of the same user from the memory of this process
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    except (ImportError, OSError, AttributeError, TypeError):  # not on Linux
+        pass
     requests, answers = os.pipe(), os.pipe()
     flags = [("-I", sys.flags.isolated), ("-S", sys.flags.no_site)]
     command = [sys.executable, *(flag for flag, is_on in flags if is_on), "-B", "-X", "utf8"]
@@ -260,16 +265,6 @@ def _test(channel: Channel, program: str, tests: str) -> None:
         except AttributeError:  # the tests raise a NameError if they need it
             continue
     exec(compile(tree, "<tests>", "exec", dont_inherit=True), names)
-
-
-def _hide() -> None:
-    """Keep other processes of the same user from the memory of this process."""
-    try:
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    except (ImportError, OSError, AttributeError, TypeError):  # not on Linux
-        return
 
 
 def _free_names(tree: ast.Module) -> tuple[list[str], list[str]]:

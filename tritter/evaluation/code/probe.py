@@ -21,7 +21,9 @@ def try_all(attempts: dict) -> None:
         "it reads files outside": lambda: secret.read_text(),
         "it writes files outside": lambda: secret.with_name("new").touch(),
         "it writes the libraries": lambda: Path(f"{os.__file__}.new").touch(),
-        "it reaches the network": lambda: _connect(attempts["port"]),
+        "it reaches the network": lambda: socket.create_connection(
+            ("127.0.0.1", attempts["port"]), timeout=2
+        ).close(),
         "it gets more memory than it may": lambda: bytearray(attempts["memory_bytes"]) and None,
         "it inherited an environment": lambda: _refuse_unless({*os.environ} - {"LC_CTYPE"}),
         "it starts as many processes as it likes": lambda: _fork(attempts["processes"]),
@@ -33,10 +35,6 @@ def try_all(attempts: dict) -> None:
         possible.append(what)
     if possible:
         raise SystemExit(", ".join(possible))
-
-
-def _connect(port: int) -> None:
-    socket.create_connection(("127.0.0.1", port), timeout=2).close()
 
 
 def _refuse_unless(names: set) -> None:

@@ -95,10 +95,13 @@ class NamespaceSandbox:
 
     def run(self, program: str, tests: str = "") -> Outcome:
         interpreter = Path(sys.executable).resolve()
+        # What of the system an interpreter needs: its own folder and the libraries
+        own, system = str(interpreter.parents[1]), ["/usr", "/lib", "/lib64", "/nix/store"]
+        needed = [] if own == "/" or Path(own).is_relative_to("/usr") else [own]
         with tempfile.TemporaryDirectory(prefix="tritter-code-") as root:
             asked = {
                 "root": root,
-                "places": _places(interpreter),
+                "places": [place for place in (*system, *needed) if os.path.lexists(place)],
                 "interpreter": str(interpreter),
                 "folder_bytes": self.limits.file_bytes,
                 "limits": {
@@ -185,14 +188,6 @@ class ExternalSandbox:
             )
 
 
-def _places(interpreter: Path) -> list[str]:
-    """Return what of the system an interpreter needs: its own folder and the libraries."""
-    own = str(interpreter.parents[1])
-    system = ["/usr", "/lib", "/lib64", "/nix/store"]
-    needed = [] if own == "/" or Path(own).is_relative_to("/usr") else [own]
-    return [place for place in (*system, *needed) if os.path.lexists(place)]
-
-
 def _run(
     command: Sequence[str],
     program: str,
@@ -221,7 +216,13 @@ def _run(
     try:
         output, why = _exchange(process, f"{source}\njudge(**{request!a})\n".encode(), limits)
     finally:
-        _end(process)
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
     text = output.decode("utf-8", errors="replace")
     if process.returncode == warden.COULD_NOT_SHUT_IN and not why:
         raise TritterError(f"code: the sandbox could not be set up ({text}); {ADVICE}.")
@@ -263,14 +264,3 @@ def _exchange(
         if len(output) > limits.output_bytes:
             return bytes(output), f"it printed more than {limits.output_bytes} bytes"
     return bytes(output), f"it took longer than {limits.seconds:g} s"
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and all of its session; one that has ended is left as it is."""
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            stream.close()

@@ -56,8 +56,14 @@ def shut_in(root: str, *, places: list[str], folder_bytes: int) -> None:
         _unshare(flags)
     else:
         _unshare(flags | _NEWUSER)
-        _map_user(user, group)
-        _write("/proc/sys/user/max_user_namespaces", "0")  # nobody inside gets rights again
+        # In the new user namespace it is who it was outside, and nobody inside gets rights again
+        for path, text in (
+            ("/proc/self/setgroups", "deny"),
+            ("/proc/self/uid_map", f"{user} {user} 1"),
+            ("/proc/self/gid_map", f"{group} {group} 1"),
+            ("/proc/sys/user/max_user_namespaces", "0"),
+        ):
+            Path(path).write_text(text, encoding="ascii")
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     options = f"size={folder_bytes},nr_inodes=4096,mode=0755"
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
@@ -103,20 +109,6 @@ def _keep(place: str, root: str) -> None:
     _checked(done, f"mounting {place} read-only")
 
 
-def _map_user(user: int, group: int) -> None:
-    """Be in the new user namespace who one was outside."""
-    for name, text in (
-        ("setgroups", "deny"),
-        ("uid_map", f"{user} {user} 1"),
-        ("gid_map", f"{group} {group} 1"),
-    ):
-        _write(f"/proc/self/{name}", text)
-
-
-def _write(path: str, text: str) -> None:
-    Path(path).write_text(text, encoding="ascii")
-
-
 def _unshare(flags: int) -> None:
     _checked(_libc.unshare(flags), "unshare")
 
@@ -137,13 +129,6 @@ def _checked(done: int, what: str) -> None:
     if done != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
-
-
-def _run(interpreter: str, limits: dict[str, int]) -> None:
-    """Become the interpreter that runs the program."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    limit(limits)
-    os.execve(interpreter, [interpreter, "-I", "-S", "-B", "-X", "utf8", "-"], {})
 
 
 def _exit_like(status: int) -> None:
@@ -169,7 +154,10 @@ def main() -> None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         program = os.fork()
         if program == 0:
-            _run(asked["interpreter"], asked["limits"])
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            limit(asked["limits"])
+            command = [asked["interpreter"], "-I", "-S", "-B", "-X", "utf8", "-"]
+            os.execve(asked["interpreter"], command, {})
         while True:
             ended, status = os.wait()
             if ended == program:
