@@ -1,4 +1,4 @@
-"""Where a checkpoint may be written, and what may be replaced there: a checkpoint, nothing else.
+"""Where checkpoints are and may be written, and what may be replaced there: a checkpoint alone.
 
 Every command and library function that writes where a person says so asks here, before anything is
 read at length, moved or deleted.
@@ -11,19 +11,23 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from tritter.checkpoint.expert_files import refuse_experts
 from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, TOKENIZER_FILES, lineage_of
-from tritter.checkpoint.kept_sequences import KEPT_FILE
-from tritter.checkpoint.state import STATE_FOLDER
-from tritter.errors import RequestError, TritterError
+from tritter.checkpoint.state import KEPT_FILE, STATE_FOLDER
+from tritter.errors import Problem, RequestError, TritterError, did_you_mean
+from tritter.families import Config
+from tritter.families.config_file import read_config_file
 from tritter.parameter_map.carry import STATE_KINDS
 from tritter.storage.atomic import refuse_standing
-from tritter.storage.reading import LINEAGE_NAME
+from tritter.storage.reading import LINEAGE_NAME, named_path
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME
 
 _PLAIN_NAMES = {"config.json", CARD_NAME, SINGLE_NAME, INDEX_NAME, *TOKENIZER_FILES}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _STATE_FILES = {f"{STATE_FOLDER}/{name}" for name in ("state.json", "router.json", KEPT_FILE)}
 _MAX_SHOWN = 4
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def check_output(
@@ -163,3 +167,61 @@ def _is_expected_folder(name: str, listed: set[str] | None) -> bool:
 
 def _state_folders() -> set[str]:
     return {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
+
+
+# What can be known of a checkpoint folder from its file names and config.json alone
+
+
+def checkpoint_place(path: str, *, key: str = "model.path") -> str:
+    """Return the absolute path of a checkpoint folder; a hub id stays as it is.
+
+    Raises:
+        RequestError: neither a folder nor the form of a hub id.
+    """
+    folder = named_path(path, key=key)
+    if folder.is_dir():
+        return str(folder.resolve())
+    if folder.exists():
+        raise RequestError(Problem(key, path, reason="it is a file; a checkpoint is a folder"))
+    if not _HUB_ID.fullmatch(path):
+        near = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        reason = f"no such folder, and no hub id (owner/name).{did_you_mean(folder.name, near)}"
+        raise RequestError(Problem(key, path, reason=reason.removesuffix(".")))
+    return path
+
+
+def checkpoint_config(
+    path: str, *, key: str = "model.path", with_experts: bool = False
+) -> Config | None:
+    """Return the config.json of a checkpoint folder that can be trained on; None for a hub id.
+
+    Raises:
+        RequestError: no usable config.json, an unknown family, weights that are not in
+            safetensors, no tokenizer.json, or experts, which a training would leave behind.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+
+    def refused(reason: str) -> RequestError:
+        return RequestError(Problem(key, path, reason=reason))
+
+    try:
+        config = read_config_file(folder)
+    except TritterError as error:
+        raise refused(str(error).rstrip(".")) from error
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for kind in _PICKLES for file in folder.glob(kind))
+        reason = "it holds no safetensors"
+        if pickles:
+            reason += f", and {', '.join(pickles)} may run code when loaded; save it with "
+            reason += "save_pretrained of transformers first"
+        raise refused(reason)
+    if not (folder / "tokenizer.json").is_file():
+        raise refused(
+            "it holds no tokenizer.json; save its tokenizer there with save_pretrained of "
+            "transformers"
+        )
+    if not with_experts:
+        refuse_experts(folder, doing="a training", key=key)
+    return config

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from tritter.checkpoint import Lineage, Source, lineage_of, read_lineage
+from tritter.checkpoint.place import checkpoint_config
 from tritter.checkpoint.record import LearnedDomain
-from tritter.checkpoint.usable import checkpoint_config
 from tritter.config.memory import memory_notes
 from tritter.config.rules import KEY
 from tritter.config.schema import (
