@@ -73,8 +73,16 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
         if is_within(source, folder):
             raise _holds_source(folder, source)
     try:
-        listed = _listed(folder)
+        listed, record = None, folder / LINEAGE_NAME
+        if record.is_file() and not record.is_symlink():
+            named = (name.removesuffix(HEADER_MARK) for name in lineage_of(folder).file_digests)
+            listed = {*named, LINEAGE_NAME, CARD_NAME, "config.json"}
         strays = sorted(_strays(folder, listed))
+    except TritterError as error:
+        raise RequestError(
+            f"{folder} is not replaced: what else than a checkpoint it may hold is not known. "
+            f"{error}"
+        ) from error
     except OSError as error:
         raise RequestError(f"{folder} cannot be read: {error.strerror or error}.") from error
     if strays:
@@ -118,55 +126,29 @@ def is_within(path: Path, folder: Path) -> bool:
     return False
 
 
-def _listed(folder: Path) -> set[str] | None:
-    """Return the files that a folder's tritter.json speaks of; None where there is none."""
-    record = folder / LINEAGE_NAME
-    if not record.is_file() or record.is_symlink():
-        return None
-    try:
-        lineage = lineage_of(folder)
-    except TritterError as error:
-        raise RequestError(
-            f"{folder} is not replaced: what else than a checkpoint it may hold is not known. "
-            f"{error}"
-        ) from error
-    named = (name.removesuffix(HEADER_MARK) for name in lineage.file_digests)
-    return {*named, LINEAGE_NAME, CARD_NAME, "config.json"}
-
-
 def _strays(folder: Path, listed: set[str] | None, above: str = "") -> Iterator[str]:
     """Yield what is no file of the checkpoint; of a folder that has no business there its name."""
+    states = {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
     for entry in os.scandir(folder):
         name = above + entry.name
         mode = entry.stat(follow_symlinks=False).st_mode
         if stat.S_ISREG(mode):
-            if not _is_expected(name, listed):
+            is_shard = _SHARD.fullmatch(entry.name) is not None
+            if above.removesuffix("/") in states:
+                is_expected = is_shard or entry.name in (SINGLE_NAME, INDEX_NAME)
+            elif listed is not None:
+                is_expected = name in listed
+            else:
+                is_expected = name in _PLAIN_NAMES or (is_shard and not above)
+            if not is_expected and name not in _STATE_FILES:
                 yield name
-        elif stat.S_ISDIR(mode) and _is_expected_folder(name, listed):
+        elif stat.S_ISDIR(mode) and (
+            name in {STATE_FOLDER, *states}
+            or any(file.startswith(f"{name}/") for file in listed or ())
+        ):
             yield from _strays(folder / entry.name, listed, f"{name}/")
         else:
             yield f"{name}/" if stat.S_ISDIR(mode) else name
-
-
-def _is_expected(name: str, listed: set[str] | None) -> bool:
-    if name in _STATE_FILES:
-        return True
-    folder, _, file = name.rpartition("/")
-    if folder in _state_folders():
-        return file in (SINGLE_NAME, INDEX_NAME) or _SHARD.fullmatch(file) is not None
-    if listed is not None:
-        return name in listed
-    return name in _PLAIN_NAMES or _SHARD.fullmatch(name) is not None
-
-
-def _is_expected_folder(name: str, listed: set[str] | None) -> bool:
-    if name == STATE_FOLDER or name in _state_folders():
-        return True
-    return any(file.startswith(f"{name}/") for file in listed or ())
-
-
-def _state_folders() -> set[str]:
-    return {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
 
 
 # What can be known of a checkpoint folder from its file names and config.json alone

@@ -107,25 +107,24 @@ def read_state(folder: Path) -> State | None:
     if not path.exists():
         return None
     head = read_record(path, StateHead)
-    rules = {kind: _rule(path, kind, head.rules.get(kind)) for kind in head.kinds}
+    rules = {}
+    for kind in head.kinds:  # which follow a map as registered, or else as the file states
+        registered, stated = STATE_KINDS.get(kind), head.rules.get(kind)
+        if stated is not None:
+            rule = StateKind(Quantity(stated.quantity), stated.new_entries)
+        elif registered is not None:
+            rule = registered
+        if not is_kind_name(kind) or (registered is None and stated is None):
+            raise TritterError(
+                f"{path} names a kind that is not known, and states no rule for it: {brief(kind)}."
+            )
+        if registered not in (None, rule):
+            raise TritterError(
+                f"{path}: the rule of {kind} is another than the one registered for it."
+            )
+        rules[kind] = rule
     opened = {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in head.kinds}
     return State(head.step, opened, head.other_steps, rules)
-
-
-def _rule(path: Path, kind: str, stated: StateRule | None) -> StateKind:
-    """Return how a kind of state follows a map: as registered, or else as the file states."""
-    registered = STATE_KINDS.get(kind)
-    if not is_kind_name(kind) or (registered is None and stated is None):
-        raise TritterError(
-            f"{path} names a kind that is not known, and states no rule for it: {brief(kind)}."
-        )
-    if stated is None:
-        assert registered is not None
-        return registered
-    rule = StateKind(Quantity(stated.quantity), stated.new_entries)
-    if registered not in (None, rule):
-        raise TritterError(f"{path}: the rule of {kind} is another than the one registered for it.")
-    return rule
 
 
 def copy_states(
@@ -145,16 +144,13 @@ def copy_states(
     kinds = {}
     for state in states:
         for kind, tensors in state.kinds.items():
-            kinds[kind] = _stream(tensors, [name for name in tensors.files if is_kept(kind, name)])
+            names = [name for name in tensors.files if is_kept(kind, name)]
+            entries = tuple(
+                TensorEntry(name, tensors.torch_dtype(name), tensors.shape(name)) for name in names
+            )
+            kinds[kind] = TensorStream(entries, zip(names, map(tensors.get, names), strict=True))
     last, rules = states[-1], {k: rule for state in states for k, rule in state.rules.items()}
     write_state(folder, kinds, step=last.step, other_steps=last.other_steps, rules=rules)
-
-
-def _stream(tensors: TensorFolder, names: Sequence[str]) -> TensorStream:
-    entries = tuple(
-        TensorEntry(name, tensors.torch_dtype(name), tensors.shape(name)) for name in names
-    )
-    return TensorStream(entries, ((name, tensors.get(name)) for name in names))
 
 
 @dataclass(frozen=True, slots=True)
