@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tritter.errors import RequestError, TritterError, brief
-from tritter.families.dimensions import FFN_SIZES, Config, check_ffn_sizes, require_size
+from tritter.families.dimensions import FFN_SIZES, Config, ffn_sizes, require_size
 from tritter.families.family import Family
 from tritter.families.tables import family_of
 from tritter.limits import (
@@ -243,7 +243,27 @@ def check_values(family: Family, config: Config) -> None:
         RequestError: names the key, the value and what is allowed.
     """
     for key, value in config.items():
-        _check_value(key, value)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        allowed = ""
+        if key in _REFUSED and value:
+            allowed = _REFUSED[key]
+        elif key in _COUNTS and value is not None:
+            if not is_whole or not 0 <= value <= _COUNTS[key]:  # type: ignore[operator]
+                allowed = f"allowed is a whole number from 0 to {_COUNTS[key]:,}"
+        elif key in _FLAGS and not isinstance(value, bool | None):
+            allowed = "allowed is true or false"
+        elif key in _DTYPE_KEYS and value is not None:
+            if not isinstance(value, str) or value.removeprefix("torch.") not in _DTYPES:
+                allowed = f"allowed is one of {', '.join(_DTYPES)}"
+        elif key in _LISTS and value is not None:
+            if not isinstance(value, dict) or len(value) > _LISTS[key]:
+                allowed = f"allowed is an object of at most {_LISTS[key]:,} entries"
+        elif isinstance(value, int) and abs(value) > _MAX_INTEGER:
+            allowed = "no whole number is that large"
+        elif isinstance(value, str) and len(value) > _MAX_TEXT:
+            allowed = f"allowed is text of at most {_MAX_TEXT:,} characters"
+        if allowed:
+            raise RequestError(f"config.json: {key[:60]} = {brief(value)}; {allowed}.")
     for name, key in family.sizes.items():
         if config.get(key) is not None:
             require_size(name, key, config[key])
@@ -339,29 +359,6 @@ def with_live_sizes(
     return live
 
 
-def _check_value(key: str, value: object) -> None:
-    def refuse(allowed: str) -> None:
-        raise RequestError(f"config.json: {key[:60]} = {brief(value)}; {allowed}.")
-
-    if key in _REFUSED and value:
-        refuse(_REFUSED[key])
-    if key in _COUNTS and value is not None:
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _COUNTS[key]:
-            refuse(f"allowed is a whole number from 0 to {_COUNTS[key]:,}")
-    elif key in _FLAGS and not isinstance(value, bool | None):
-        refuse("allowed is true or false")
-    elif key in _DTYPE_KEYS and value is not None:
-        if not isinstance(value, str) or value.removeprefix("torch.") not in _DTYPES:
-            refuse(f"allowed is one of {', '.join(_DTYPES)}")
-    elif key in _LISTS and value is not None:
-        if not isinstance(value, dict) or len(value) > _LISTS[key]:
-            refuse(f"allowed is an object of at most {_LISTS[key]:,} entries")
-    elif isinstance(value, int) and abs(value) > _MAX_INTEGER:
-        refuse("no whole number is that large")
-    elif isinstance(value, str) and len(value) > _MAX_TEXT:
-        refuse(f"allowed is text of at most {_MAX_TEXT:,} characters")
-
-
 def _check_ffn_sizes(family: Family, config: Config) -> None:
     if FFN_SIZES not in config:
         return
@@ -375,10 +372,12 @@ def _check_ffn_sizes(family: Family, config: Config) -> None:
             f"{FFN_SIZES}: in {family.model_type} gate and up are one tensor, and all layers have "
             "one width; allowed are families in which they are two."
         )
-    sizes = family.dimensions(config)
-    check_ffn_sizes(
-        config,
-        layers=sizes.num_hidden_layers,
-        widest=sizes.intermediate_size,
-        key=family.sizes["intermediate_size"],
-    )
+    stated, widest = ffn_sizes(config), family.dimensions(config)
+    layers = widest.num_hidden_layers
+    are_sizes = len(stated) == layers and all(type(size) is int and size >= 1 for size in stated)
+    if not are_sizes or max(stated) != widest.intermediate_size:
+        raise RequestError(
+            f"{FFN_SIZES} = {brief(config.get(FFN_SIZES))}; allowed is a width from 1 for each of "
+            f"the {layers} layers, the widest of them {family.sizes['intermediate_size']} = "
+            f"{widest.intermediate_size}."
+        )
