@@ -28,7 +28,6 @@ from tritter.errors import RequestError, TritterError
 from tritter.families import (
     FAMILIES,
     Config,
-    Family,
     StoredTensor,
     check_config,
     family_of,
@@ -174,7 +173,14 @@ def unloaded_model(folder: Path) -> nn.Module:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
         assert isinstance(model, PreTrainedModel)
-        _compute_buffers(model)
+        for module in model.modules():  # the stock class fills the buffers that no file holds
+            buffers, names = module._buffers, module._non_persistent_buffers_set
+            names = {name for name in names if buffers[name] is not None}
+            for name in names:
+                buffers[name] = torch.empty_like(buffers[name], device="cpu")
+            if names:
+                model._init_weights(module)
+        assert not any(buffer.is_meta for buffer in model.buffers())
         if family_of(config).has_experts:
             model.set_experts_implementation("eager")
         added = AddedExperts.read(folder)
@@ -184,19 +190,6 @@ def unloaded_model(folder: Path) -> nn.Module:
                     set_parameter(model, stored.name, torch.empty(stored.shape))
             added.apply(model)
     return model.eval()
-
-
-def _compute_buffers(model: PreTrainedModel) -> None:
-    """Let the stock class fill the buffers that no file holds, as it does when it loads one."""
-    for module in model.modules():
-        names = [
-            name for name in module._non_persistent_buffers_set if module._buffers[name] is not None
-        ]
-        for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if names:
-            model._init_weights(module)
-    assert not any(buffer.is_meta for buffer in model.buffers())
 
 
 def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tensor]]:
@@ -449,9 +442,21 @@ def check_loadable(config: Config, *, folder: Path) -> None:
     Raises:
         RequestError: says what transformers made of it.
     """
-    _check_generation_settings(folder)
+    settings = folder / "generation_config.json"
+    if settings.exists():
+        try:
+            with refused_as(f"{settings} is not usable"), quiet():
+                read_object(settings)
+                GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except TritterError as error:
+            raise RequestError(str(error)) from error
     family, config = family_of(config), on_disk(config)
-    shallow = family.with_layers(config, _layers_of_each_kind(family, config))
+    kinds: dict[tuple[object, ...], int] = {}  # of layers that the config tells apart → the first
+    stated = [config.get(key) for key in family.per_layer_config_keys]
+    for layer, kind in enumerate(family.layer_kinds(config)):
+        own = [str(values[layer]) for values in stated if isinstance(values, list)]
+        kinds.setdefault((kind, *own), layer)
+    shallow = family.with_layers(config, list(kinds.values()))
     try:
         with torch.device("meta"), quiet():
             stock_config_of(config)
@@ -474,28 +479,6 @@ def check_loadable(config: Config, *, folder: Path) -> None:
             f"config.json: transformers builds another model from it: {wrong[0]} would be of shape "
             f"{found.get(wrong[0])}, not {expected.get(wrong[0])}."
         )
-
-
-def _check_generation_settings(folder: Path) -> None:
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return
-    try:
-        with refused_as(f"{path} is not usable"), quiet():
-            read_object(path)
-            GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except TritterError as error:
-        raise RequestError(str(error)) from error
-
-
-def _layers_of_each_kind(family: Family, config: Config) -> list[int]:
-    """Return the first layer of every kind that a config tells apart."""
-    kinds: dict[tuple[object, ...], int] = {}
-    stated = [config.get(key) for key in family.per_layer_config_keys]
-    for layer, kind in enumerate(family.layer_kinds(config)):
-        own = [str(values[layer]) for values in stated if isinstance(values, list)]
-        kinds.setdefault((kind, *own), layer)
-    return list(kinds.values())
 
 
 def _blamed(config: Config, error: Exception) -> str:

@@ -71,8 +71,15 @@ class Routing:
         """
         routers = dict(_routers(model))
         for layer, router in routers.items():
-            if not hasattr(router, _RECORDER):
-                _attach(layer, router)
+            if hasattr(router, _RECORDER):
+                continue
+            weight: Any = router.weight
+            zeros = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+            router.register_buffer(_OFFSET, zeros, persistent=False)
+            router.register_buffer(_BIAS, zeros.clone(), persistent=False)
+            setattr(router, _RECORDER, _Recorder(layer))
+            # A partial: spawned processes are sent the model, and can't be sent a method
+            router.forward = partial(_forward, router)
         return cls(routers) if routers else None
 
     @classmethod
@@ -124,7 +131,17 @@ class Routing:
             raise RequestError(f"router offset = {value}; allowed is any number, or -inf.")
         indices = torch.as_tensor(list(experts), dtype=torch.int64)
         for layer in self.layers:
-            self._set_offset(layer, indices, value)
+            offset = self.offset(layer)
+            changed = offset.detach().clone()
+            changed[indices.to(offset.device)] = value
+            num_open = int((changed > -math.inf).sum())
+            if num_open < self.top_k:
+                raise RequestError(
+                    f"router offset = {value}: {num_open} experts of layer {layer} would stay "
+                    f"open; each token needs {self.top_k}."
+                )
+            with torch.no_grad():
+                offset.copy_(changed)
 
     def selection_bias(self, layer: int) -> Tensor:
         """Return [E], what is added to a layer's probabilities for the selection alone."""
@@ -210,19 +227,6 @@ class Routing:
     def _recorder(self, layer: int) -> "_Recorder":
         return getattr(self._routers[layer], _RECORDER)
 
-    def _set_offset(self, layer: int, experts: Tensor, value: float) -> None:
-        offset = self.offset(layer)
-        changed = offset.detach().clone()
-        changed[experts.to(offset.device)] = value
-        num_open = int((changed > -math.inf).sum())
-        if num_open < self.top_k:
-            raise RequestError(
-                f"router offset = {value}: {num_open} experts of layer {layer} would stay open; "
-                f"each token needs {self.top_k}."
-            )
-        with torch.no_grad():
-            offset.copy_(changed)
-
 
 class _Recorder:
     """Where a router puts its record; a copy of the model gets an empty one."""
@@ -243,16 +247,6 @@ def _routers(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
         place = _LAYER.search(name)
         if place and type(module).__name__ in _ROUTERS:
             yield int(place[1]), module
-
-
-def _attach(layer: int, router: nn.Module) -> None:
-    weight: Any = router.weight
-    zeros = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
-    router.register_buffer(_OFFSET, zeros, persistent=False)
-    router.register_buffer(_BIAS, zeros.clone(), persistent=False)
-    setattr(router, _RECORDER, _Recorder(layer))
-    # A partial, because processes that are spawned are sent the model, and can't be sent a method
-    router.forward = partial(_forward, router)
 
 
 def _forward(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
