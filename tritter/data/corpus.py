@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,8 @@ def build_corpus(
     }
     rule = SplitRule(seed=seed, validation_fraction=validation_fraction)
     parted = part_documents(domains, rule=rule)
-    made_from: dict[str, Any] = {"options": asdict(options), "sources": _plain_sources(sources)}
+    plain = {name: asdict(source) for name, source in sources.items()}
+    made_from: dict[str, Any] = {"options": asdict(options), "sources": plain}
     sides = sha256()  # of which document of which domain is on which side
     for name, split in parted.items():
         for side in (split.train, split.validation):
@@ -263,7 +264,26 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
     folder = _corpora(cache_dir) / digest
     try:
         entry = cache.read_entry(folder)
-        return None if entry is None else _from_entry(entry, digest=digest)
+        if entry is None:
+            return None
+        metadata, domains = entry.metadata, {}
+        if metadata.get("digest") != digest or metadata.get("format_version") != FORMAT_VERSION:
+            raise cache.BrokenEntryError("it holds another corpus than its name says")
+        for name in metadata["counts"]:
+            sides = {}
+            for side in _SIDES:
+                parts = (*_PARTS, "names", "name_ends")
+                held = {part: entry.tensors[f"{name}.{side}.{part}"] for part in parts}
+                identifiers = Names(held.pop("names"), held.pop("name_ends"))
+                sides[side] = TokenisedDocuments(**held, identifiers=identifiers)
+            domains[name] = Domain(name=name, **sides)
+        return Corpus(
+            tokenizer=entry.tokenizer,
+            domains=domains,
+            digest=digest,
+            sources={n: SourceSummary(**source) for n, source in metadata["sources"].items()},
+            counts={n: DomainCounts(**counts) for n, counts in metadata["counts"].items()},
+        )
     except cache.BrokenEntryError as error:
         cache.set_aside(folder, reason=str(error))
         return None
@@ -282,38 +302,7 @@ def _to_entry(corpus: Corpus) -> cache.CacheEntry:
     metadata = {
         "format_version": FORMAT_VERSION,
         "digest": corpus.digest,
-        "sources": _plain_sources(corpus.sources),
+        "sources": {name: asdict(source) for name, source in corpus.sources.items()},
         "counts": {name: asdict(counts) for name, counts in corpus.counts.items()},
     }
     return cache.CacheEntry(tensors=tensors, metadata=metadata, tokenizer=corpus.tokenizer)
-
-
-def _from_entry(entry: cache.CacheEntry, *, digest: str) -> Corpus:
-    metadata = entry.metadata
-    if metadata.get("digest") != digest or metadata.get("format_version") != FORMAT_VERSION:
-        raise cache.BrokenEntryError("it holds another corpus than its name says")
-    domains = {}
-    for name in metadata["counts"]:
-        sides = {}
-        for side in _SIDES:
-            parts = (*_PARTS, "names", "name_ends")
-            held = {part: entry.tensors[f"{name}.{side}.{part}"] for part in parts}
-            identifiers = Names(held.pop("names"), held.pop("name_ends"))
-            sides[side] = TokenisedDocuments(**held, identifiers=identifiers)
-        domains[name] = Domain(name=name, **sides)
-    names = [field.name for field in fields(SourceSummary)]
-    sources = {
-        name: SourceSummary(**{key: source[key] for key in names})
-        for name, source in metadata["sources"].items()
-    }
-    return Corpus(
-        tokenizer=entry.tokenizer,
-        domains=domains,
-        digest=digest,
-        sources=sources,
-        counts={name: DomainCounts(**counts) for name, counts in metadata["counts"].items()},
-    )
-
-
-def _plain_sources(sources: Mapping[str, SourceSummary]) -> dict[str, dict[str, Any]]:
-    return {name: asdict(source) for name, source in sources.items()}

@@ -4,12 +4,12 @@ The `datasets` library reads them. No script of a data set is ever run.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,10 @@ def parse_name(key: str, word: str) -> DatasetName:
     """
     body = word.removeprefix(PREFIX)
     is_on_disk = not word.startswith(PREFIX) or body.startswith(("/", "./", "../", "~"))
-    if is_on_disk and _is_there(body):
-        return DatasetName(name=_absolute(key, body))
+    if is_on_disk:
+        with suppress(OSError, ValueError, RuntimeError):  # it is no path
+            if Path(body).expanduser().exists():
+                return DatasetName(name=_absolute(key, body))
     match = (_ON_DISK if is_on_disk else _OF_HUB).fullmatch(body)
     if match is None:
         reason = f"allowed is {PLACE_FORM if is_on_disk else FORM}, FROM and TO counted in rows"
@@ -221,25 +223,10 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
 
 def _patterns(value: object) -> Iterator[str]:
     """Yield the patterns of a `data_files`: one, several, or those of splits."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for each in value:
-            if isinstance(each, dict):
-                paths = each.get("path")
-                yield from (str(path) for path in (paths if isinstance(paths, list) else [paths]))
-            else:
-                yield str(each)
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from (str(path) for path in (each if isinstance(each, list) else [each]))
-
-
-def _is_there(path: str) -> bool:
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        return False
+    named = list(value.values()) if isinstance(value, dict) else value
+    for each in named if isinstance(named, list) else [] if named is None else [named]:
+        paths = each.get("path") if isinstance(each, dict) else each
+        yield from (str(path) for path in (paths if isinstance(paths, list) else [paths]))
 
 
 def _absolute(key: str, path: str) -> str:
@@ -289,11 +276,21 @@ def _texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -> Itera
         rows = opened[_split(stated, opened)]
         columns = _columns(stated, rows)
         field = DEFAULT_FIELD if form_fields(columns) == columns else columns[0]
-        for number, record in _records(rows, columns, stated.rows):
-            if len(columns) == 1 and record[columns[0]] is None:
+        (start, stop), wanted = stated.rows, rows.select_columns(list(columns))
+        if hasattr(wanted, "num_rows"):
+            if start >= wanted.num_rows:
+                return
+            wanted = wanted.select(range(start, min(stop or wanted.num_rows, wanted.num_rows)))
+        else:
+            wanted = wanted.skip(start) if start else wanted
+            wanted = wanted if stop is None else wanted.take(stop - start)
+        batches = wanted.iter(batch_size=_BATCH_ROWS)  # of which one is held at a time
+        held = (zip(*(batch[name] for name in columns), strict=True) for batch in batches)
+        for number, values in enumerate(chain.from_iterable(held), start=start):
+            if len(columns) == 1 and values[0] is None:
                 continue
             try:
-                yield text_of(record, field=field)
+                yield text_of(dict(zip(columns, values, strict=True)), field=field)
             except WrongRecordError as error:
                 reading.skip(f"{source}, row {number} {error}")
 
@@ -475,7 +472,19 @@ def _split(source: DatasetName, opened: Mapping[str | None, Any]) -> str | None:
 
 def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
     """Return the columns that hold the texts: one, or those of an instruction."""
-    kinds = _kinds(rows)
+    kinds: dict[str, str] = {}  # column → what it holds, as the data set says, or its first rows
+    if rows.features is not None:
+        dtypes = {name: str(getattr(f, "dtype", "lists")) for name, f in rows.features.items()}
+        is_text = ("string", "large_string", "string_view")
+        kinds = {n: "text" if dtype in is_text else dtype for n, dtype in dtypes.items()}
+    else:
+        found: dict[str, set[str]] = {}
+        for row in islice(rows, _LOOKED_AT_ROWS):
+            for name, value in row.items():
+                of_column = found.setdefault(name, set())
+                if value is not None:
+                    of_column.add("text" if isinstance(value, str) else type(value).__name__)
+        kinds = {name: " and ".join(sorted(held)) or "null" for name, held in found.items()}
     if not kinds:
         raise _Unreadable("holds no rows")
     texts = [name for name, kind in kinds.items() if kind == "text"]
@@ -498,41 +507,6 @@ def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
         f"has no column text, and {which}; it has {_listed(kinds)}. Name one, #COLUMN or "
         "data.text_column=COLUMN"
     )
-
-
-def _kinds(rows: Any) -> dict[str, str]:
-    """Return column → kind of what it holds: as the data set says, else as its first rows show."""
-    if rows.features is not None:
-        dtypes = {name: str(getattr(f, "dtype", "lists")) for name, f in rows.features.items()}
-        is_text = ("string", "large_string", "string_view")
-        return {n: "text" if dtype in is_text else dtype for n, dtype in dtypes.items()}
-    found: dict[str, set[str]] = {}
-    for row in islice(rows, _LOOKED_AT_ROWS):
-        for name, value in row.items():
-            kinds = found.setdefault(name, set())
-            if value is not None:
-                kinds.add("text" if isinstance(value, str) else type(value).__name__)
-    return {name: " and ".join(sorted(kinds)) or "null" for name, kinds in found.items()}
-
-
-def _records(
-    rows: Any, columns: Sequence[str], part: tuple[int, int | None]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield number and record of the rows that are meant, of which a batch is held at a time."""
-    start, stop = part
-    wanted = rows.select_columns(list(columns))
-    if hasattr(wanted, "num_rows"):
-        if start >= wanted.num_rows:
-            return
-        wanted = wanted.select(range(start, min(stop or wanted.num_rows, wanted.num_rows)))
-    else:
-        wanted = wanted.skip(start) if start else wanted
-        wanted = wanted if stop is None else wanted.take(stop - start)
-    number = start
-    for batch in wanted.iter(batch_size=_BATCH_ROWS):
-        for values in zip(*(batch[name] for name in columns), strict=True):
-            yield number, dict(zip(columns, values, strict=True))
-            number += 1
 
 
 def _listed(names: Any) -> str:

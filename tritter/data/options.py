@@ -182,7 +182,17 @@ def text_place(key: str, path: str) -> str:
     Raises:
         RequestError: a path means no text.
     """
-    place = _absolute(key, path)
+    if path.startswith(PREFIX):
+        raise RequestError(Problem(key, path, reason="data sets are read with data=hf"))
+    if is_built_in(path):
+        return built_in_path(key, path)
+    try:
+        named = Path(path).expanduser()
+        # The last name stays as it was typed: a link's own says what kind of file it is
+        is_name = named.name not in ("", "..")
+        place = str(named.parent.resolve() / named.name if is_name else named.resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RequestError(Problem(key, path, reason=f"that is no path ({error})")) from error
     find_texts(key, [place])
     return place
 
@@ -463,18 +473,3 @@ def _paths(key: str, value: object) -> list[str]:
     if not paths:
         raise RequestError(Problem(key, value, reason="the list is empty; name a path"))
     return list(paths)
-
-
-def _absolute(key: str, path: str) -> str:
-    if path.startswith(PREFIX):
-        reason = "data sets are read with data=hf"
-        raise RequestError(Problem(key, path, reason=reason))
-    if is_built_in(path):
-        return built_in_path(key, path)
-    try:
-        place = Path(path).expanduser()
-        # The last name stays as it was typed: a link's own says what kind of file it is
-        is_name = place.name not in ("", "..")
-        return str(place.parent.resolve() / place.name if is_name else place.resolve())
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RequestError(Problem(key, path, reason=f"that is no path ({error})")) from error

@@ -46,10 +46,17 @@ def text_of(record: object, *, field: str) -> str:
         )
     if field in record:
         return _encodable(_as_text(record[field], f"data.text_field = {field}:"))
-    parts = _parts(record) if field == DEFAULT_FIELD else None
-    if parts is None:
+    if field == DEFAULT_FIELD and _MESSAGES in record:
+        return _encodable(PART_BREAK.join(filter(None, _messages(record[_MESSAGES]))))
+    form, held = next(_forms(record), ((), [])) if field == DEFAULT_FIELD else ((), [])
+    if not held:
         raise missing_field(field, list(record))
-    return _encodable(PART_BREAK.join(part for part in parts if part))
+    parts = [
+        _as_text(record[name], f"{name}:")
+        for name, (_, is_needed) in zip(held, form, strict=True)
+        if name is not None and (is_needed or record[name] is not None)
+    ]
+    return _encodable(PART_BREAK.join(filter(None, parts)))
 
 
 def form_fields(names: Collection[str]) -> tuple[str, ...]:
@@ -120,20 +127,6 @@ def shown(name: object) -> str:
     """Return a name of a field for a message: in one line, and not too long."""
     text = repr(name)[1:-1] if isinstance(name, str) else repr(name)
     return text if len(text) <= _MAX_NAME_LENGTH else f"{text[:_MAX_NAME_LENGTH]}..."
-
-
-def _parts(record: Mapping[str, Any]) -> list[str] | None:
-    """Return the parts of an instruction, or None where the record is none."""
-    if _MESSAGES in record:
-        return _messages(record[_MESSAGES])
-    for form, held in _forms(record):
-        return [
-            ""
-            if name is None or (record[name] is None and not is_needed)
-            else _as_text(record[name], f"{name}:")
-            for name, (_, is_needed) in zip(held, form, strict=True)
-        ]
-    return None
 
 
 def _forms(names: Collection[str]) -> Iterator[tuple[_Form, list[str | None]]]:

@@ -24,19 +24,13 @@ from tritter.data.local_files import (
 from tritter.data.records import shown
 from tritter.data.skills import SkillText
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean
-from tritter.storage.reading import check_inside
+from tritter.storage.reading import check_inside, kind_of
 
 _Identity = tuple[int, int]  # device and number of a folder
 _GLOB_SIGNS = set("*?[")
 MAX_RECORDED = 100_000  # files and folders that a path of a record may be searched through
 _BROKEN_LINK = "link to nothing"
 _MAX_SHOWN = 5
-_SPECIAL = {
-    stat.S_IFIFO: "pipe",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "device",
-    stat.S_IFBLK: "device",
-}
 # Of all files together, unpacked; what is beyond is looked at when it is read for the run.
 CHECKED_BYTES = 256 * 2**20
 
@@ -240,7 +234,7 @@ def _kind(place: Path) -> str | None:
         return _BROKEN_LINK
     if stat.S_ISREG(mode):
         return None
-    return "folder" if stat.S_ISDIR(mode) else _SPECIAL.get(stat.S_IFMT(mode), "no file")
+    return kind_of(mode).removeprefix("a ")
 
 
 def _kinds(places: Iterable[Path]) -> Counter[str]:
