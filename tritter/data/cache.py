@@ -78,13 +78,8 @@ def write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, TritterError) as error:
-        raise unwritable(folder, error) from error
-
-
-def unwritable(folder: Path, error: Exception) -> RequestError:
-    """Return that a folder of the cache cannot be written."""
-    reason = getattr(error, "strerror", None) or error
-    return RequestError(
-        f"cache_dir: {folder} cannot be written ({reason}). "
-        "Name a folder that can be: cache_dir=PATH."
-    )
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(
+            f"cache_dir: {folder} cannot be written ({reason}). "
+            "Name a folder that can be: cache_dir=PATH."
+        ) from error

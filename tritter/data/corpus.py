@@ -356,6 +356,7 @@ def _save(corpus: Corpus, folder: Path) -> None:
             (temporary / _METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
             checksums = {name: file_digest(temporary / name) for name in _FILES}
             (temporary / _CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
-    except TritterError as error:
+    except TritterError:
         if not folder.exists():
-            raise cache.unwritable(folder.parent, error) from error
+            with cache.write_errors(folder.parent):
+                raise

@@ -323,9 +323,17 @@ def _library() -> Any:
 
 @contextmanager
 def _told(source: DatasetName, key: str) -> Iterator[None]:
-    """Say of whatever goes wrong with a data set which one it is."""
+    """Say of whatever goes wrong with a data set which one it is.
+
+    The library's bars and remarks are kept from the terminal, which belongs to the run's own.
+    """
+    library = _library()
+    log, was_shown = library.utils.logging, library.is_progress_bar_enabled()
+    verbosity = log.get_verbosity()
+    library.disable_progress_bars()
+    log.set_verbosity(log.CRITICAL)
     try:
-        with _quiet(), quiet_hub():
+        with quiet_hub():
             yield
     except (TritterError, GeneratorExit):
         raise
@@ -334,18 +342,6 @@ def _told(source: DatasetName, key: str) -> Iterator[None]:
     # Libraries of many formats and of the hub stand behind it, and each raises its own.
     except Exception as error:
         raise TextFileError([f"{key}: {source} {_ended(_reason(source, error))}"]) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library's bars and remarks from the terminal, which belongs to the run's own."""
-    library = _library()
-    log, was_shown = library.utils.logging, library.is_progress_bar_enabled()
-    verbosity = log.get_verbosity()
-    library.disable_progress_bars()
-    log.set_verbosity(log.CRITICAL)
-    try:
-        yield
     finally:
         log.set_verbosity(verbosity)
         if was_shown:

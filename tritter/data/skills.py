@@ -53,6 +53,7 @@ SKILL_VERSION = 1  # raise it when the same name, seed and number would give ano
 DEFAULT_COUNT = 10_000
 MAX_COUNT = 10_000_000
 SEED = 0  # of all texts and questions; a lineage records it
+ORIGIN = f"generated skills, version {SKILL_VERSION}, seed {SEED}"  # as it is recorded
 _HELD_OUT = 1 / 8  # of all exercises: these are asked, and no text has them
 _MOST_IN_VAIN = 2_000  # draws without a new question, after which a skill has no more
 
@@ -347,13 +348,3 @@ class SkillText:
     def texts(self) -> Iterator[str]:
         """Yield its texts."""
         return self.skill.texts(self.count)
-
-
-def skill_path(word: str) -> str:
-    """Return how text is named of which only `NAME` or `NAME:COUNT` was said."""
-    return f"{PREFIX}{word}"
-
-
-def skills_origin() -> str:
-    """Return the words under which generated text is recorded."""
-    return f"generated skills, version {SKILL_VERSION}, seed {SEED}"

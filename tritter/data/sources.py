@@ -57,17 +57,6 @@ class FoundTexts:
         return f"{name}: {read} read; skipped {num_skipped} ({_counted(self.skipped)})"
 
 
-def find_text_files(
-    key: str, paths: Iterable[str], *, is_recorded: bool = False
-) -> tuple[Path, ...]:
-    """Return the text files that paths mean, each once, in the order of the paths, then sorted.
-
-    Raises:
-        RequestError: as `find_texts`.
-    """
-    return find_texts(key, paths, is_recorded=is_recorded).files
-
-
 def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> FoundTexts:
     """Find the text files that paths mean.
 
@@ -278,7 +267,7 @@ def source_documents(
         return documents_of(_own(texts, key))
     ordered = dict.fromkeys((*(each for each in BUILT_IN_TEXTS if each in paths), *paths))
     built_in = [each for path in filter(is_built_in, ordered) for each in built_in_documents(path)]
-    files = find_text_files(key, paths, is_recorded=is_recorded)
+    files = find_texts(key, paths, is_recorded=is_recorded).files
     reading = Reading(key=key, text_field=text_field)
     rows = _of_datasets(dataset_names(paths), reading, is_streamed=is_streamed)
     whole = chain((document.text for document in built_in), rows)
@@ -305,7 +294,7 @@ def quick_pieces(
     sources = [parse_name(key, name) for name in dataset_names(paths)]
     if set(paths) & set(BUILT_IN_TEXTS) or not all(source.is_on_disk for source in sources):
         return None
-    files = find_text_files(key, paths)
+    files = find_texts(key, paths).files
     reading = Reading(key=key, text_field=text_field, max_bytes=max_bytes)
     read = text_pieces(files, reading) if files else iter(())
     skills = (SkillText.named(key, path).texts() for path in paths if is_built_in(path))
@@ -355,7 +344,7 @@ class TextRequest:
 
     Args:
         key: that named them, for messages.
-        paths: as `find_text_files` takes them.
+        paths: as `find_texts` takes them.
         text_field: of their records.
     """
 
@@ -373,7 +362,7 @@ def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_
         RequestError: files can't be read as what they are, or hold no text; lists all of it.
     """
     requests = list(dict.fromkeys(requests))
-    asked = {request: find_text_files(request.key, request.paths) for request in requests}
+    asked = {request: find_texts(request.key, request.paths).files for request in requests}
     files = [(request, path) for request, found in asked.items() for path in found]
     problems: dict[tuple[TextRequest, Path], list[str]] = {}
     blank: set[tuple[TextRequest, Path]] = set()
