@@ -14,7 +14,7 @@ from pathlib import Path
 from tritter.checkpoint.expert_files import refuse_experts
 from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, TOKENIZER_FILES, lineage_of
 from tritter.checkpoint.state import KEPT_FILE, STATE_FOLDER
-from tritter.errors import Problem, RequestError, TritterError, did_you_mean
+from tritter.errors import RequestError, TritterError, did_you_mean, refused
 from tritter.families import Config
 from tritter.families.config_file import read_config_file
 from tritter.parameter_map.carry import STATE_KINDS
@@ -164,11 +164,11 @@ def checkpoint_place(path: str, *, key: str = "model.path") -> str:
     if folder.is_dir():
         return str(folder.resolve())
     if folder.exists():
-        raise RequestError(Problem(key, path, reason="it is a file; a checkpoint is a folder"))
+        raise refused(key, path, "it is a file; a checkpoint is a folder")
     if not _HUB_ID.fullmatch(path):
         near = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
         reason = f"no such folder, and no hub id (owner/name).{did_you_mean(folder.name, near)}"
-        raise RequestError(Problem(key, path, reason=reason.removesuffix(".")))
+        raise refused(key, path, reason.removesuffix("."))
     return path
 
 
@@ -185,25 +185,20 @@ def checkpoint_config(
     if not folder.is_dir():
         return None
 
-    def refused(reason: str) -> RequestError:
-        return RequestError(Problem(key, path, reason=reason))
-
     try:
         config = read_config_file(folder)
     except TritterError as error:
-        raise refused(str(error).rstrip(".")) from error
+        raise refused(key, path, str(error).rstrip(".")) from error
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for kind in _PICKLES for file in folder.glob(kind))
         reason = "it holds no safetensors"
         if pickles:
             reason += f", and {', '.join(pickles)} may run code when loaded; save it with "
             reason += "save_pretrained of transformers first"
-        raise refused(reason)
+        raise refused(key, path, reason)
     if not (folder / "tokenizer.json").is_file():
-        raise refused(
-            "it holds no tokenizer.json; save its tokenizer there with save_pretrained of "
-            "transformers"
-        )
+        reason = "it holds no tokenizer.json; save its tokenizer there with save_pretrained of "
+        raise refused(key, path, f"{reason}transformers")
     if not with_experts:
         refuse_experts(folder, doing="a training", key=key)
     return config

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tritter.data.documents import Document, documents_of
 from tritter.data.skills import ORIGIN, PREFIX, Question, SkillText
-from tritter.errors import Problem, RequestError, nearest
+from tritter.errors import RequestError, nearest, refused
 
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -245,7 +245,7 @@ def built_in_path(key: str, path: str) -> str:
     if path in BUILT_IN_TEXTS:
         return path
     reason = f"the built-in texts are {', '.join(BUILT_IN_TEXTS)} and {PREFIX}NAME"
-    raise RequestError(Problem(key, path, reason=reason, nearest=nearest(path, BUILT_IN_TEXTS)))
+    raise refused(key, path, reason, near=nearest(path, BUILT_IN_TEXTS))
 
 
 @cache

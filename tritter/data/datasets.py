@@ -15,7 +15,7 @@ from typing import Any
 
 from tritter.data.local_files import Reading, TextFileError, check_expansion
 from tritter.data.records import DEFAULT_FIELD, WrongRecordError, form_fields, shown, text_of
-from tritter.errors import Problem, RequestError, TritterError, did_you_mean, nearest
+from tritter.errors import RequestError, TritterError, did_you_mean, nearest, refused
 from tritter.storage.hub import quiet_hub
 from tritter.storage.reading import check_inside, check_tree, read_object, read_text, require_file
 
@@ -132,12 +132,11 @@ def parse_name(key: str, word: str) -> DatasetName:
     match = (_ON_DISK if is_on_disk else _OF_HUB).fullmatch(body)
     if match is None:
         reason = f"allowed is {PLACE_FORM if is_on_disk else FORM}, FROM and TO counted in rows"
-        raise RequestError(Problem(key, word, reason=reason))
+        raise refused(key, word, reason)
     found = match.groupdict()
     start, stop = int(found["start"] or 0), int(found["stop"]) if found["stop"] else None
     if stop is not None and stop <= start:
-        reason = f"there is no row from {start} up to, but not including, {stop}"
-        raise RequestError(Problem(key, word, reason=reason))
+        raise refused(key, word, f"there is no row from {start} up to, but not including, {stop}")
     return DatasetName(
         name=_absolute(key, found["name"]) if is_on_disk else found["name"],
         revision=found.get("revision"),
@@ -176,7 +175,7 @@ def check_place(key: str, word: str, source: DatasetName) -> None:
         is_like_hub = not near and _OF_HUB.fullmatch(word)
         hub = f"; of the hub it would be {PREFIX}{word}" if is_like_hub else ""
         reason = f"there is no such file or folder{where}{hub}.{near}".removesuffix(".")
-    raise RequestError(Problem(key, word, reason=reason))
+    raise refused(key, word, reason)
 
 
 def check_folder(folder: Path) -> None:
@@ -186,39 +185,34 @@ def check_folder(folder: Path) -> None:
         TritterError: names the file, and the entry in it.
     """
     check_tree(folder)
-    for path, entry in _entries(folder):
+    named: list[tuple[Path, object]] = []  # file and what it says of data, as `datasets` reads it
+    for path in filter(Path.is_file, (folder / _CARD, folder / _CARD_ALONE)):
+        require_file(path)
+        try:
+            if path.name == _CARD:
+                card = import_module("huggingface_hub").DatasetCard.load(path).data.to_dict()
+            else:
+                card = import_module("yaml").safe_load(read_text(path))
+        except Exception as error:  # of several libraries
+            raise TritterError(f"{path} cannot be read ({type(error).__name__}).") from error
+        configs = card.get("configs") if isinstance(card, dict) else None
+        for config in configs if isinstance(configs, list) else ():
+            if isinstance(config, dict):
+                named += [(path, config.get("data_files")), (path, config.get("data_dir"))]
+    for path in folder.glob("dataset_dict.json"):
+        named.append((path, read_object(path).get("splits")))
+    for path in folder.rglob("state.json"):
+        files = read_object(path).get("_data_files")
+        for each in files if isinstance(files, list) else ():
+            if isinstance(each, dict):
+                named.append((path, each.get("filename")))
+    for path, entry in ((path, entry) for path, value in named for entry in _patterns(value)):
         if _ELSEWHERE.match(entry) or "\0" in entry:
             raise TritterError(
                 f"{path} names {entry[:200]!r}, which is not in the folder; nothing there is read. "
                 "Put the data into the folder and name it by its path there."
             )
         check_inside(path.parent, entry)
-
-
-def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield file and entry of the names of data in the files that `datasets` reads for them."""
-    for path in (folder / _CARD, folder / _CARD_ALONE):
-        if path.is_file():
-            require_file(path)
-            try:  # as `datasets` does, so that nothing is read differently
-                if path.name == _CARD:
-                    card = import_module("huggingface_hub").DatasetCard.load(path).data.to_dict()
-                else:
-                    card = import_module("yaml").safe_load(read_text(path))
-            except Exception as error:  # of several libraries
-                raise TritterError(f"{path} cannot be read ({type(error).__name__}).") from error
-            configs = card.get("configs") if isinstance(card, dict) else None
-            for config in configs if isinstance(configs, list) else ():
-                if isinstance(config, dict):
-                    yield from ((path, each) for each in _patterns(config.get("data_files")))
-                    yield from ((path, each) for each in _patterns(config.get("data_dir")))
-    for path in folder.glob("dataset_dict.json"):
-        yield from ((path, each) for each in _patterns(read_object(path).get("splits")))
-    for path in folder.rglob("state.json"):
-        files = read_object(path).get("_data_files")
-        for each in files if isinstance(files, list) else ():
-            if isinstance(each, dict):
-                yield from ((path, name) for name in _patterns(each.get("filename")))
 
 
 def _patterns(value: object) -> Iterator[str]:
@@ -233,7 +227,7 @@ def _absolute(key: str, path: str) -> str:
     try:
         return str(Path(path).expanduser().resolve())
     except (OSError, ValueError, RuntimeError) as error:
-        raise RequestError(Problem(key, path, reason=f"that is no path ({error})")) from error
+        raise refused(key, path, f"that is no path ({error})") from error
 
 
 class _Unreadable(Exception):

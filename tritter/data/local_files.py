@@ -146,7 +146,16 @@ class Reading:
         except TritterError as error:  # of the opening, with the path in it
             problem = str(error).removesuffix(".")
         finally:
-            self._note(name, num_read)
+            if self._num_skipped and num_read and not self._is_strict:
+                total = num_read + self._num_skipped
+                self.notes.append(
+                    f"Skipped {self._num_skipped:,} of {total:,} records that can't be read; the "
+                    f"first: {self._line(self._skipped[0])}"
+                )
+            elif self._num_skipped:
+                self.problems += map(self._line, self._skipped)
+                if more := self._num_skipped - len(self._skipped):
+                    self.problems.append(self._line(f"{name} has {more} more such places"))
             self.problems += [self._line(problem)] if problem else []
 
     def skip(self, what: str) -> None:
@@ -164,20 +173,6 @@ class Reading:
         self.num_bytes += num_bytes
         if self._max_bytes is not None and self.num_bytes > self._max_bytes:
             raise SpentError
-
-    def _note(self, name: str, num_read: int) -> None:
-        if not self._num_skipped:
-            return
-        if num_read and not self._is_strict:
-            total = num_read + self._num_skipped
-            self.notes.append(
-                f"Skipped {self._num_skipped:,} of {total:,} records that can't be read; the "
-                f"first: {self._line(self._skipped[0])}"
-            )
-            return
-        self.problems += map(self._line, self._skipped)
-        if more := self._num_skipped - len(self._skipped):
-            self.problems.append(self._line(f"{name} has {more} more such places"))
 
     def _line(self, what: str) -> str:
         return f"{self.key}: {what}{'' if what.endswith(('?', '.')) else '.'}"

@@ -16,7 +16,7 @@ from tritter.data.records import DEFAULT_FIELD
 from tritter.data.skills import PREFIX as SKILL_PREFIX
 from tritter.data.skills import SKILLS
 from tritter.data.sources import TextRequest, find_texts
-from tritter.errors import Problem, RequestError, key_name, nearest
+from tritter.errors import Problem, RequestError, key_name, nearest, refused
 from tritter.limits import MAX_COUNT
 from tritter.options import Count, Text, options
 
@@ -184,7 +184,7 @@ def text_place(key: str, path: str) -> str:
         RequestError: a path means no text.
     """
     if path.startswith(PREFIX):
-        raise RequestError(Problem(key, path, reason="data sets are read with data=hf"))
+        raise refused(key, path, "data sets are read with data=hf")
     if is_built_in(path):
         return built_in_path(key, path)
     try:
@@ -193,7 +193,7 @@ def text_place(key: str, path: str) -> str:
         is_name = named.name not in ("", "..")
         place = str(named.parent.resolve() / named.name if is_name else named.resolve())
     except (OSError, ValueError, RuntimeError) as error:
-        raise RequestError(Problem(key, path, reason=f"that is no path ({error})")) from error
+        raise refused(key, path, f"that is no path ({error})") from error
     find_texts(key, [place])
     return place
 
@@ -209,7 +209,7 @@ def skill_place(key: str, word: str) -> str:
         return text_place(key, f"{SKILL_PREFIX}{word}")
     if word.isidentifier() and not Path(word).exists():
         reason = f"there is no such skill, file or folder; the skills are {', '.join(SKILLS)}"
-        raise RequestError(Problem(key, word, reason=reason, nearest=nearest(name, SKILLS)))
+        raise refused(key, word, reason, near=nearest(name, SKILLS))
     return text_place(key, word)
 
 

@@ -12,7 +12,7 @@ from hashlib import sha256
 from itertools import count, islice
 from typing import Any, TypeVar
 
-from tritter.errors import Problem, RequestError, nearest
+from tritter.errors import nearest, refused
 
 _Item = TypeVar("_Item")
 NAMES = (
@@ -334,15 +334,13 @@ class SkillText:
         if name not in SKILLS:
             near = nearest(name, SKILLS)
             reason = f"the skills are {', '.join(SKILLS)}"
-            raise RequestError(
-                Problem(key, path, reason=reason, nearest=near and f"{PREFIX}{near}")
-            )
+            raise refused(key, path, reason, near=near and f"{PREFIX}{near}")
         if not colon:
             return cls(SKILLS[name])
         is_count = number.isascii() and number.isdigit() and len(number) <= len(str(MAX_COUNT))
         if not is_count or not 1 <= int(number) <= MAX_COUNT:
             reason = f"{PREFIX}NAME:COUNT takes the number of examples, 1 to {MAX_COUNT:,}"
-            raise RequestError(Problem(key, path, reason=reason))
+            raise refused(key, path, reason)
         return cls(SKILLS[name], int(number))
 
     def texts(self) -> Iterator[str]:

@@ -23,7 +23,7 @@ from tritter.data.local_files import (
 )
 from tritter.data.records import shown
 from tritter.data.skills import SkillText
-from tritter.errors import Problem, RequestError, TritterError, did_you_mean
+from tritter.errors import RequestError, TritterError, did_you_mean, refused
 from tritter.storage.reading import check_inside, kind_of
 
 _Identity = tuple[int, int]  # device and number of a folder
@@ -85,9 +85,7 @@ def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> 
             if isinstance(error, RequestError):
                 raise
             said = error.strerror if isinstance(error, OSError) else None
-            raise RequestError(
-                Problem(key, path, reason=f"it can't be looked at ({said or error})")
-            ) from error
+            raise refused(key, path, f"it can't be looked at ({said or error})") from error
         files.update(dict.fromkeys(found.files))
         skipped.update(found.skipped)
     return FoundTexts(tuple(files), skipped)
@@ -100,7 +98,7 @@ def _found(key: str, path: str, limit: int | None) -> FoundTexts:
     if os.path.lexists(place):
         if _kind(place) is None and text_suffix(place):
             return FoundTexts((place,))
-        raise RequestError(Problem(key, path, reason=_not_read([place])))
+        raise refused(key, path, _not_read([place]))
     if _GLOB_SIGNS & set(path):
         if limit is not None:
             _check_glob(key, place, limit)
@@ -112,20 +110,20 @@ def _found(key: str, path: str, limit: int | None) -> FoundTexts:
     beside = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
     where = "" if place.parent.is_dir() else f"; {place.parent} is no folder either"
     reason = f"there is no such file or folder{where}.{did_you_mean(place.name, beside)}"
-    raise RequestError(Problem(key, path, reason=reason.removesuffix(".")))
+    raise refused(key, path, reason.removesuffix("."))
 
 
 def _known(key: str, path: str, found: Sequence[Path], *, where: str) -> FoundTexts:
     named = [place for place in found if text_suffix(place)]
     broken = [place for place in named if _kind(place) == _BROKEN_LINK]
     if broken:
-        raise RequestError(Problem(key, str(broken[0]), reason="the link leads to no file"))
+        raise refused(key, str(broken[0]), "the link leads to no file")
     known = [place for place in named if _kind(place) is None]
     if known:
         taken = set(known)
         return FoundTexts(tuple(known), _kinds(place for place in found if place not in taken))
     nothing = f"{where} holds no file" if where == "the folder" else f"{where} matches no file"
-    raise RequestError(Problem(key, path, reason=_not_read(found) if found else nothing))
+    raise refused(key, path, _not_read(found) if found else nothing)
 
 
 def _check_glob(key: str, pattern: Path, limit: int) -> None:
@@ -160,7 +158,7 @@ def _too_many(key: str, place: Path, limit: int) -> RequestError:
         f"a path that a checkpoint records is searched through at most {limit:,} files and "
         "folders, and this one takes more"
     )
-    return RequestError(Problem(key, str(place), reason=reason))
+    return refused(key, str(place), reason)
 
 
 def _below(key: str, folder: Path, limit: int | None) -> list[Path]:
@@ -181,13 +179,13 @@ def _below(key: str, folder: Path, limit: int | None) -> list[Path]:
             own = status.st_dev, status.st_ino
             if own in above:
                 reason = "the link leads back to a folder that it stands in; remove it"
-                raise RequestError(Problem(key, str(place), reason=reason))
+                raise refused(key, str(place), reason)
             if own in seen:
                 continue
             entries = sorted(place.iterdir())
         except OSError as error:
             reason = f"the folder can't be listed ({error.strerror})"
-            raise RequestError(Problem(key, str(place), reason=reason)) from error
+            raise refused(key, str(place), reason) from error
         seen.add(own)
         num_entries += len(entries)
         if limit is not None and num_entries > limit:
@@ -212,7 +210,7 @@ def _check_link(key: str, folder: Path, place: Path) -> None:
         try:
             check_inside(folder, str(place.relative_to(folder)))
         except TritterError as error:
-            raise RequestError(Problem(key, str(folder), reason=str(error))) from error
+            raise refused(key, str(folder), str(error)) from error
 
 
 def _kind(place: Path) -> str | None:
@@ -366,7 +364,11 @@ def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_
     files = [(request, path) for request, found in asked.items() for path in found]
     problems: dict[tuple[TextRequest, Path], list[str]] = {}
     blank: set[tuple[TextRequest, Path]] = set()
-    for request, path in sorted(files, key=lambda file: _size(file[1])):
+    sizes = dict.fromkeys((path for _, path in files), 0)
+    for path in sizes:
+        with suppress(OSError):  # it is gone by now, which reading it will tell
+            sizes[path] = path.stat().st_size
+    for request, path in sorted(files, key=lambda file: sizes[file[1]]):
         reading = Reading(key=request.key, text_field=request.text_field, max_bytes=max_bytes)
         problems[request, path] = reading.problems
         try:
@@ -393,10 +395,3 @@ def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_
             found += error.problems
     if found:
         raise RequestError(str(TextFileError(found)))
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # it is gone by now, which reading it will tell
-        return 0
