@@ -8,14 +8,14 @@ import re
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 
-from tritter.data.documents import Document, documents_of
+from tritter.data.documents import Document, Documents, documents_of
 from tritter.data.skills import ORIGIN, PREFIX, Question, SkillText
 from tritter.errors import RequestError, nearest, refused
 
@@ -249,15 +249,16 @@ def built_in_path(key: str, path: str) -> str:
 
 
 @cache
-def built_in_documents(path: str) -> Sequence[Document]:
-    """Return the documents of a built-in text, those of the library as it names them.
+def built_in_documents(path: str) -> Documents:
+    """Return the documents of a built-in text.
 
     Raises:
         RequestError: there is no such text.
     """
     if built_in_path("data", path).startswith(PREFIX):
         return documents_of(SkillText.named("data", path).texts())
-    return _library().prose if path == "stdlib:prose" else _library().code
+    found = _library().prose if path == "stdlib:prose" else _library().code
+    return documents_of(document.text for document in found)
 
 
 def built_in_origin(paths: Iterable[str]) -> str:

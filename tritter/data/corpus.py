@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tritter.data import built_in, cache
 from tritter.data.documents import (
-    Document,
+    Documents,
     documents_digest,
     documents_of,
     notes_of,
@@ -93,7 +93,7 @@ class _Options:
 
 
 def build_corpus(
-    domains: Mapping[str, Sequence[Document]],
+    domains: Mapping[str, Documents],
     *,
     origin: str | Mapping[str, str],
     vocab_size: int,

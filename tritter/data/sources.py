@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tritter.data.built_in import BUILT_IN_TEXTS, built_in_documents, is_built_in
 from tritter.data.datasets import PREFIX, dataset_names, dataset_texts, parse_name, resolve_dataset
-from tritter.data.documents import Document, Documents, documents_of, pieces
+from tritter.data.documents import Documents, documents_of, pieces
 from tritter.data.local_files import (
     TEXT_SUFFIXES,
     Reading,
@@ -246,7 +246,7 @@ def source_documents(
     texts: Callable[[], Iterable[str]] | None = None,
     is_streamed: bool = False,
     is_recorded: bool = False,
-) -> Sequence[Document]:
+) -> Documents:
     """Return all documents that paths, data sets and built-in texts mean.
 
     Args:
@@ -263,8 +263,7 @@ def source_documents(
     """
     if texts is not None:
         return documents_of(_own(texts, key))
-    ordered = dict.fromkeys((*(each for each in BUILT_IN_TEXTS if each in paths), *paths))
-    built_in = [each for path in filter(is_built_in, ordered) for each in built_in_documents(path)]
+    built_in = (each for path in filter(is_built_in, paths) for each in built_in_documents(path))
     files = find_texts(key, paths, is_recorded=is_recorded).files
     reading = Reading(key=key, text_field=text_field)
     rows = _of_datasets(dataset_names(paths), reading, is_streamed=is_streamed)
