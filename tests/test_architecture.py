@@ -28,7 +28,7 @@ OPEN = {
 
 # Room → rooms that it may import besides; what is missing is refused.
 _MODELS = {"parameter_map", "families", "stock_routers", "models"}
-_CORE = _MODELS | {"loadable", "streamed", "storage", "expansion", "checkpoint", "data"}
+_CORE = _MODELS | {"streamed", "storage", "expansion", "checkpoint", "data"}
 _TRAINING = _CORE | {"expand", "evaluation", "training"}
 _METHODS = {"forgetting", "moe_routing", "growth", "novelty", "experts"}
 _BELOW_PIPELINE = _TRAINING | _METHODS | {"config", "planning"}
@@ -39,7 +39,6 @@ ARROWS: dict[str, set[str]] = {
     "families": {"parameter_map", "storage"},
     "stock_routers": {"storage"},
     "models": {"families", "stock_routers", "storage"},
-    "loadable": {"families", "models", "storage"},
     "streamed": {"families", "models", "storage"},
     "expansion": {"families", "parameter_map"},
     "checkpoint": {"stock_routers", "storage", "families", "parameter_map", "data"},
@@ -68,7 +67,7 @@ LIBRARIES: dict[str, set[str]] = {
     "lightning": {"data", "training", "forgetting", "moe_routing", "growth", "experts", "pipeline"},
     "hydra": {"config", PROGRAM},
     "omegaconf": {"config", PROGRAM},
-    "transformers": {"models", "loadable", "families", "tritter.experts.adapters"},
+    "transformers": {"models", "families", "tritter.experts.adapters"},
     "wandb": {"tritter.pipeline.metrics"},
     "peft": {"experts"},
     "lm_eval": {f"tritter.evaluation.benchmarks.{name}" for name in ("harness", "formats")},

@@ -23,7 +23,7 @@ from experiments.benchmarks import (
 )
 from tests.novelty.given import centre_of, drawn
 from tritter.data.corpus import Corpus, build_corpus
-from tritter.data.documents import Document
+from tritter.data.documents import documents_of
 from tritter.moe_routing import RoutingSettings
 
 FOLDER = Path(streaming.__file__).parent
@@ -173,9 +173,9 @@ def test_one_command_runs_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def _small_corpus(seed: int, cache: Path) -> Corpus:
     texts = [f"text number {number} of a small corpus, for one step\n" * 30 for number in range(9)]
-    documents = [Document(str(number), text) for number, text in enumerate(texts)]
+    documents = documents_of(texts)
     return build_corpus(
-        {"prose": documents, "code": documents[::-1]},
+        {"prose": documents, "code": documents},
         origin="a test",
         vocab_size=300,
         validation_fraction=0.3,

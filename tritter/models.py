@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,7 +42,7 @@ from tritter.families import (
 )
 from tritter.families.config_file import refused_as, sane_config
 from tritter.stock_routers import AddedExperts
-from tritter.storage.reading import check_links, require_file
+from tritter.storage.reading import check_links, read_object, require_file
 from tritter.storage.tensors import TensorFolder, is_computed
 from tritter.storage.writer import stripped
 
@@ -172,7 +173,14 @@ def unloaded_model(folder: Path) -> nn.Module:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
         assert isinstance(model, PreTrainedModel)
-        _compute_buffers(model)
+        for module in model.modules():  # the stock class fills the buffers that no file holds
+            buffers, names = module._buffers, module._non_persistent_buffers_set
+            names = {name for name in names if buffers[name] is not None}
+            for name in names:
+                buffers[name] = torch.empty_like(buffers[name], device="cpu")
+            if names:
+                model._init_weights(module)
+        assert not any(buffer.is_meta for buffer in model.buffers())
         if family_of(config).has_experts:
             model.set_experts_implementation("eager")
         added = AddedExperts.read(folder)
@@ -182,19 +190,6 @@ def unloaded_model(folder: Path) -> nn.Module:
                     set_parameter(model, stored.name, torch.empty(stored.shape))
             added.apply(model)
     return model.eval()
-
-
-def _compute_buffers(model: PreTrainedModel) -> None:
-    """Let the stock class fill the buffers that no file holds, as it does when it loads one."""
-    for module in model.modules():
-        names = [
-            name for name in module._non_persistent_buffers_set if module._buffers[name] is not None
-        ]
-        for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if names:
-            model._init_weights(module)
-    assert not any(buffer.is_meta for buffer in model.buffers())
 
 
 def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tensor]]:
@@ -431,3 +426,71 @@ def weightless_model(config: Config) -> nn.Module:
     """Return the stock model of a config, its weights never drawn; for what its modules are."""
     with torch.random.fork_rng(devices=[]), no_init_weights():
         return AutoModelForCausalLM.from_config(stock_config_of(config), dtype=torch.float32)
+
+
+# Whether transformers can build the model that a config describes, before anything is written
+
+
+def check_loadable(config: Config, *, folder: Path) -> None:
+    """Refuse a config from which transformers would not build the model of its family's table.
+
+    One layer of each kind is built, without memory for its tensors.
+
+    Args:
+        folder: where its generation settings lie, which are read on loading too.
+
+    Raises:
+        RequestError: says what transformers made of it.
+    """
+    settings = folder / "generation_config.json"
+    if settings.exists():
+        try:
+            with refused_as(f"{settings} is not usable"), quiet():
+                read_object(settings)
+                GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except TritterError as error:
+            raise RequestError(str(error)) from error
+    family, config = family_of(config), on_disk(config)
+    kinds: dict[tuple[object, ...], int] = {}  # of layers that the config tells apart → the first
+    stated = [config.get(key) for key in family.per_layer_config_keys]
+    for layer, kind in enumerate(family.layer_kinds(config)):
+        own = [str(values[layer]) for values in stated if isinstance(values, list)]
+        kinds.setdefault((kind, *own), layer)
+    shallow = family.with_layers(config, list(kinds.values()))
+    try:
+        with torch.device("meta"), quiet():
+            stock_config_of(config)
+            model = AutoModelForCausalLM.from_config(stock_config_of(shallow))
+            found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    # The border to classes that trust their config: they raise whatever its values lead them to
+    except Exception as error:
+        raise RequestError(
+            f"config.json: transformers can't build this model: {_blamed(config, error)}."
+        ) from error
+    expected = {stored.name: stored.shape for stored in layout(shallow, "live")}
+    tied = family.tied_names(shallow)
+    wrong = sorted(
+        name
+        for name in (found.keys() | expected.keys()) - tied
+        if found.get(name) != expected.get(name)
+    )
+    if wrong:
+        raise RequestError(
+            f"config.json: transformers builds another model from it: {wrong[0]} would be of shape "
+            f"{found.get(wrong[0])}, not {expected.get(wrong[0])}."
+        )
+
+
+def _blamed(config: Config, error: Exception) -> str:
+    """Name the values of a config that an error speaks of, or say what it says."""
+    if isinstance(error, KeyError) and error.args:
+        for key, value in config.items():
+            nested = value.items() if isinstance(value, dict) else [("", value)]
+            for inner, held in nested:
+                if held == error.args[0]:
+                    name = f"{key}.{inner}" if inner else key
+                    return f"{name} = {held} is not known to it"
+    pad, size = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
+        return f"pad_token_id = {pad} is no token of a vocabulary of {size}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -9,8 +9,7 @@ import pytest
 
 from tests.cli.conftest import Run, snapshot
 from tritter.errors import RequestError, TritterError
-from tritter.loadable import check_loadable
-from tritter.models import read_config
+from tritter.models import check_loadable, read_config
 
 UNBUILDABLE: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "nosuch"}, "hidden_act = nosuch is not known"),

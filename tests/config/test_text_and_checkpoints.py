@@ -16,7 +16,7 @@ from tritter.checkpoint.record import StateHead
 from tritter.config.run_folder import changed_keys, fingerprint
 from tritter.config.schema import CheckpointModelConfig
 from tritter.data.options import TextDataConfig
-from tritter.data.sources import find_text_files
+from tritter.data.sources import find_texts
 from tritter.storage.records import record_text
 
 Run = Callable[..., Result]
@@ -149,7 +149,8 @@ def test_a_single_task_is_what_new_is(run_there: Run, pipeline: FakePipeline) ->
 
 
 def test_a_folder_means_what_is_below_it_and_not_hidden(place: Path) -> None:
-    found = find_text_files("data.old", [f"{place}/old", f"{place}/old/b.jsonl", "stdlib:prose"])
+    paths = [f"{place}/old", f"{place}/old/b.jsonl", "stdlib:prose"]
+    found = find_texts("data.old", paths).files
     assert [str(path.relative_to(place)) for path in found] == ["old/b.jsonl", "old/deep/a.txt"]
 
 

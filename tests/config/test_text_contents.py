@@ -236,7 +236,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(
 
 def test_files_that_vanish_are_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = (place / "old/a.txt", place / "old/b.txt")
-    monkeypatch.setattr(sources, "find_text_files", lambda key, paths: gone)
+    monkeypatch.setattr(sources, "find_texts", lambda key, paths: sources.FoundTexts(tuple(gone)))
     gone[0].unlink()
     with pytest.raises(RequestError, match=r"a.txt cannot be read: there is no") as caught:
         check(place / "old")

@@ -9,7 +9,7 @@ from tritter.data import corpus as corpus_module
 from tritter.data.batches import SequenceStream
 from tritter.data.built_in import StdlibText
 from tritter.data.corpus import build_corpus, stdlib_corpus
-from tritter.data.documents import Document, documents_of, text_key
+from tritter.data.documents import documents_of, text_key
 from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule, threshold_side
 from tritter.data.tokens import joined, pack
@@ -17,7 +17,7 @@ from tritter.errors import RequestError
 from tritter.storage import spool
 
 OLD, NEW = (
-    tuple(Document(f"{name}/{index}", f"{name} says: " + str(index**9) * 9) for index in range(20))
+    documents_of(f"{name} says: " + str(index**9) * 9 for index in range(20))
     for name in ("the old — é", "the new")
 )
 DOMAINS = {"prose": OLD, "code": NEW}
@@ -102,13 +102,10 @@ def test_the_tokenizer_never_sees_validation_or_other_domains(tmp_path):
     rule = SplitRule(seed=0, validation_fraction=0.2)
     others = (f"zzzz {number}" * 50 for number in range(99))
     other = (text for text in others if threshold_side(text_key(text), rule) == "validation")
-    altered = [
-        Document(each.identifier, next(other) if each.identifier in held_out else each.text)
-        for each in OLD
-    ]
+    altered = (next(other) if each.identifier in held_out else each.text for each in OLD)
     domains = {
-        "prose": altered,
-        "code": [Document(each.identifier, each.text[::-1]) for each in NEW],
+        "prose": documents_of(altered),
+        "code": documents_of(each.text[::-1] for each in NEW),
     }
     other = build(tmp_path, domains=domains, tokenizer_domains=["prose"])
     assert other.digest != corpus.digest

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,17 +11,13 @@ from tritter.data import documents as documents_module
 from tritter.data.documents import (
     PIECE_CHARACTERS,
     Document,
-    chosen,
     cut,
-    distinct,
     documents_digest,
     documents_of,
     pieces,
     pieces_of_chunks,
     text_key,
-    text_keys,
 )
-from tritter.errors import RequestError
 from tritter.storage import spool
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -90,9 +87,9 @@ def test_documents_on_disk_are_those_in_memory(monkeypatch):
     monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 0)
     spooled = documents_of(texts)
     assert spooled == held == sorted(held, key=lambda each: text_key(each.text))
-    assert list(text_keys(spooled)) == [text_key(each.text) for each in held]
+    assert list(spooled.keys()) == [text_key(each.text) for each in held]
     assert spooled[3:50:7] == held[3:50:7] and spooled[-1] == held[-1]
-    assert list(chosen(spooled, [5, 2])) == [held[5], held[2]] == list(chosen([*held], [5, 2]))
+    assert list(spooled.chosen(np.array([5, 2]))) == [held[5], held[2]]
     with pytest.raises(IndexError):
         spooled[len(held)]
 
@@ -101,17 +98,6 @@ def test_a_document_is_named_by_what_it_says():
     text = "\n  It begins like this, on two\n lines, and goes on for a while\n"
     (document,) = documents_of([text])
     assert document.identifier == f"{text_key(text)[:16]} It begins like this, on two lines, and"
-
-
-def test_of_equal_documents_the_first_is_kept_and_blank_ones_are_dropped():
-    copies = [Document(f"copy{index}", f"text {index % 10}") for index in range(40)]
-    found = distinct([*copies, Document("blank", " \n")])
-    assert found == copies[:10]
-
-
-def test_one_name_for_two_texts_is_refused():
-    with pytest.raises(RequestError, match="'a'"):
-        distinct([Document("a", "x"), Document("a", "y")])
 
 
 def test_digest_covers_identifiers_texts_and_order():

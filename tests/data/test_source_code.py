@@ -90,5 +90,5 @@ def test_definitions_are_found_in_every_kind_of_block():
             case 1:
                 class Six: "6"
         """)
-    found = documented_nodes(ast.parse(source))
+    found = list(documented_nodes(ast.parse(source)))
     assert [ast.get_docstring(node) for node in found] == list("123456")

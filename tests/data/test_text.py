@@ -6,17 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tritter.data.local_files import TextFileError, read_texts
+from tritter.data.documents import pieces
+from tritter.data.local_files import Reading, TextFileError, text_pieces
 
 TEXTS = ["déjà vu\n\nagain\n", "猫\r\n\r\nneko", 'a "quoted" line']
 
 
 def read(*files: Path, field: str = "text"):
-    return [text for _, texts in found(*files, field=field) for text in texts]
-
-
-def found(*files: Path, field: str = "text"):
-    return read_texts(files, key="data.new", text_field=field)
+    return list(text_pieces(files, Reading(key="data.new", text_field=field)))
 
 
 def jsonl(texts, field="text") -> str:
@@ -29,7 +26,7 @@ def test_a_text_file_is_a_document(tmp_path):
         (tmp_path / f"{number}.txt.gz").write_bytes(gzip.compress(text.encode()))
     for ending in ("txt", "txt.gz"):
         paths = [tmp_path / f"{number}.{ending}" for number in range(3)]
-        assert found(*paths) == tuple((p, (t,)) for p, t in zip(paths, TEXTS, strict=True))
+        assert read(*paths) == [piece for text in TEXTS for piece in pieces(text)]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -42,7 +39,7 @@ def test_a_record_is_a_document(tmp_path, ending):
     content = ("\n" + jsonl([*TEXTS, "  "], "body") + "\n").encode()
     path = tmp_path / f"a.{ending}"
     path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
-    assert read(path, field="body") == [*TEXTS, "  "]
+    assert read(path, field="body") == [piece for text in TEXTS for piece in pieces(text)]
 
 
 def test_an_unpaired_surrogate_can_be_encoded(tmp_path):
@@ -72,5 +69,4 @@ def test_blank_files_hold_no_text(tmp_path):
     with pytest.raises(TextFileError, match=r"data.new: .*a.txt, .*b.txt hold no text"):
         read(tmp_path / "a.txt", tmp_path / "b.txt")
     (tmp_path / "c.md").write_text("text")
-    names = (tmp_path / name for name in ("a.txt", "b.txt", "c.md"))
-    assert [text for text in read(*names) if text.strip()] == ["text"]
+    assert read(*(tmp_path / name for name in ("a.txt", "b.txt", "c.md"))) == ["text"]

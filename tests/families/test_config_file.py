@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from tests import oracle
 from tests.oracle.families import OWN, key_of, tiny
-from tritter.checkpoint.usable import checkpoint_config
+from tritter.checkpoint.place import checkpoint_config
 from tritter.errors import TritterError
 from tritter.families import Config, family_of
 from tritter.families.config_file import read_config_file

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.pipeline.tiny import TINY
-from tritter.checkpoint.kept_sequences import KEPT_FILE, KeptSequences
+from tritter.checkpoint.state import KEPT_FILE, KeptSequences
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
 from tritter.data.batches import BatchStream, SequenceStream

@@ -9,7 +9,7 @@ import torch
 
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
-from tritter.checkpoint.kept_sequences import KeptSequences
+from tritter.checkpoint.state import KeptSequences
 from tritter.cli.train import _recorded_settings
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import changed_keys, fingerprint

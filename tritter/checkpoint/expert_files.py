@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tritter.checkpoint.folder import EXPERTS_FOLDER, read_lineage
-from tritter.errors import Problem, RequestError, TritterError, brief, show
+from tritter.errors import Problem, RequestError, TritterError, brief, refused, show
 from tritter.limits import MAX_COUNT
 from tritter.storage.reading import check_links, read_object, require_file
 from tritter.storage.records import Count, WholeNumber, read_record, record
@@ -249,7 +249,7 @@ def experts_in(
     try:
         return ExpertFiles.read(folder, recorded=recorded)
     except TritterError as error:
-        raise RequestError(Problem(key, folder, reason=str(error).rstrip("."))) from error
+        raise refused(key, folder, str(error).rstrip(".")) from error
 
 
 def refuse_experts(

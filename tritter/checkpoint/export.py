@@ -247,27 +247,26 @@ def _stream(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None,
 ) -> TensorStream:
+    def rounded(name: str) -> Tensor:
+        value = weights.read(name)
+        as_asked = value.to(dtype)
+        if is_finite(as_asked):
+            return as_asked
+        if not is_finite(value):
+            reason = f"{name} holds values that are not finite"
+            raise RequestError(Problem(weights.name, reason=reason))
+        raise refused(
+            "dtype",
+            str(dtype).removeprefix("torch."),
+            f"{weights.name} holds {name}, whose largest value is {float(value.abs().max()):.3g}; "
+            "allowed is bfloat16 or float32",
+        )
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for position, tensor in enumerate(stored):
-            value = tensor.pack(lambda name: _rounded(weights, name, dtype))
-            yield tensor.name, value
+            yield tensor.name, tensor.pack(rounded)
             if progress is not None:
                 progress(position + 1, len(stored))
 
     entries = tuple(TensorEntry(tensor.name, dtype, tensor.shape) for tensor in stored)
     return TensorStream(entries, tensors())
-
-
-def _rounded(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
-    value = weights.read(name)
-    rounded = value.to(dtype)
-    if is_finite(rounded):
-        return rounded
-    if not is_finite(value):
-        raise RequestError(Problem(weights.name, reason=f"{name} holds values that are not finite"))
-    raise refused(
-        "dtype",
-        str(dtype).removeprefix("torch."),
-        f"{weights.name} holds {name}, whose largest value is {float(value.abs().max()):.3g}; "
-        "allowed is bfloat16 or float32",
-    )

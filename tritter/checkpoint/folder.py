@@ -53,13 +53,11 @@ class TokenizerFiles:
 
 
 def check_tokenizer_files(source: Path) -> list[Path]:
-    """Return the files that there are to copy.
+    """Return the files that there are to copy, of a folder that was opened.
 
     Raises:
-        TritterError: one is a link that leads out of the folder, or no file, or too large, or
-            settings that are no JSON object.
+        TritterError: one is no file, or too large, or settings that are no JSON object.
     """
-    check_links(source)
     paths = [source / name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
     for path in paths:
         if path.name in _SETTINGS:

@@ -1,16 +1,31 @@
 """The chain of checkpoints behind one: found by hash, and hashed again when asked."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from tritter.checkpoint.folder import HEADER_MARK, expert_names, read_lineage
+from tritter.checkpoint.folder import (
+    CARD_NAME,
+    HEADER_MARK,
+    expert_names,
+    lineage_of,
+    read_lineage,
+)
 from tritter.checkpoint.record import ExpansionRecord, LedgerRecord, Lineage
 from tritter.errors import RequestError, TritterError
 from tritter.families import count_parameters
 from tritter.families.config_file import no_config, read_config_file
-from tritter.storage.hashing import bounded_digest, header_digest, merkle_hash, tensor_digest
+from tritter.storage.hashing import (
+    bounded_digest,
+    file_digest,
+    header_digest,
+    merkle_hash,
+    tensor_digest,
+)
 from tritter.storage.reading import LEDGER_NAME, LINEAGE_NAME, check_inside, check_links
 from tritter.storage.records import is_unchanged, read_record
 from tritter.storage.tensors import TensorFolder
@@ -127,7 +142,15 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
         if _hint(child) in seen:
             break
         parent = _parent(child, passed_over=seen)
-        links[-1] = _made_from(child, parent)
+        history = child.lineage.expansion_history
+        if parent.lineage is not None:
+            own = history[len(parent.lineage.expansion_history) :]
+        elif child.lineage.parent_hash == child.lineage.base_model_hash:
+            own = history  # what is at the start has no expansions before it
+        else:
+            # Its parent would say how many are its own; one is, unless it was trained.
+            own = () if child.lineage.step else history[-1:]
+        links[-1] = replace(child, made_by=own)
         if parent.folder is not None:
             seen.add(parent.folder.resolve())
         elif parent.model_hash in {link.model_hash for link in links if not link.experts}:
@@ -144,14 +167,31 @@ def verify(link: Link, *, progress: Progress | None = None) -> tuple[Difference,
         progress: called with (tensors hashed, tensors in all).
     """
     assert link.folder is not None
+    changes = [] if link.problem is None else [Difference(LINEAGE_NAME, None, link.problem)]
+    if link.lineage is not None:
+        if merkle_hash(link.lineage.tensor_digests) != link.lineage.model_hash:
+            what = "its hash does not follow from its tensors' digests"
+            changes.append(Difference(LINEAGE_NAME, None, what))
+        if not is_unchanged(link.folder / LINEAGE_NAME):
+            changes.append(Difference(LINEAGE_NAME, None, "changed"))
     tensors = tuple(_tensor_changes(link.folder, link, progress))
+    changes += tensors
     explained = {change.file for change in tensors}  # whose header says no more than that
-    files = _file_changes(link.folder, link.file_digests or {})
-    return (
-        *_record_changes(link),
-        *tensors,
-        *(change for change in files if change.file not in explained),
-    )
+    for name, digest in (link.file_digests or {}).items():
+        file = name.removesuffix(HEADER_MARK)
+        path = link.folder / file
+        hashed = header_digest if name.endswith(HEADER_MARK) else bounded_digest
+        if file in explained:
+            continue
+        try:
+            check_inside(link.folder, file)
+            if not path.is_file():
+                changes.append(Difference(file, None, "missing"))
+            elif hashed(path) != digest:
+                changes.append(Difference(file, None, "changed"))
+        except TritterError as error:
+            changes.append(Difference(name, None, str(error)))
+    return tuple(changes)
 
 
 def link_of(folder: Path) -> Link:
@@ -171,25 +211,16 @@ def link_of(folder: Path) -> Link:
     )
 
 
-def _made_from(child: Link, parent: Link) -> Link:
-    """Return the child with the expansions that it has and its parent has not."""
-    assert child.lineage is not None
-    history = child.lineage.expansion_history
-    if parent.lineage is not None:
-        own = history[len(parent.lineage.expansion_history) :]
-    elif child.lineage.parent_hash == child.lineage.base_model_hash:
-        own = history  # what stands at the start has no expansions behind it
-    else:
-        # Its parent would say how many are its own; one is, unless it was trained.
-        own = () if child.lineage.step else history[-1:]
-    return replace(child, made_by=own)
-
-
 def _parent(child: Link, *, passed_over: Collection[Path]) -> Link:
     assert child.lineage is not None and child.folder is not None
     lineage, wanted = child.lineage, child.lineage.parent_hash
-    hinted = _hint(child)
-    candidates = [each for each in _candidates(child.folder, hinted) if each not in passed_over]
+    hinted, own = _hint(child), child.folder.resolve()
+    candidates = [] if hinted is None or not hinted.is_dir() else [hinted]
+    with suppress(OSError):
+        # Hidden ones are being written, or were left behind by a kill
+        near = sorted(path for path in own.parent.iterdir() if path.is_dir())
+        candidates += [path for path in near if path != own and not path.name.startswith(".")]
+    candidates = [folder for folder in candidates if folder not in passed_over]
     for folder in candidates:
         link = link_of(folder)
         if link.lineage is None:
@@ -197,14 +228,22 @@ def _parent(child: Link, *, passed_over: Collection[Path]) -> Link:
         # The hash that it states, or the one that follows from its digests
         if wanted in (link.lineage.model_hash, merkle_hash(link.lineage.tensor_digests)):
             return link
+    recorded = (lineage.parent_file_digests or {}).get("config.json")
     for folder in candidates:
-        if _is_plain_parent(folder, lineage, is_hinted=folder == hinted):
-            return Link(
-                folder=folder,
-                model_hash=wanted,
-                tensor_digests=lineage.parent_tensor_digests,
-                file_digests=lineage.parent_file_digests,
-            )
+        config = folder / "config.json"
+        if (folder / LINEAGE_NAME).exists() or not config.is_file():
+            continue
+        # Its tensors would tell, but hashing them is what `verify` is for: next to the child, a
+        # config of the recorded digest is enough
+        with suppress(TritterError):  # whatever it is, nothing is taken from it
+            check_links(folder)
+            if folder == hinted or (recorded is not None and bounded_digest(config) == recorded):
+                return Link(
+                    folder=folder,
+                    model_hash=wanted,
+                    tensor_digests=lineage.parent_tensor_digests,
+                    file_digests=lineage.parent_file_digests,
+                )
     if hinted is not None and hinted.is_dir() and (link := link_of(hinted)).problem:
         return link
     return Link(folder=None, model_hash=wanted)
@@ -216,48 +255,6 @@ def _hint(child: Link) -> Path | None:
     if child.folder is None or not child.lineage.parent_path:
         return None
     return (child.folder / child.lineage.parent_path).resolve()
-
-
-def _candidates(folder: Path, hinted: Path | None) -> Iterator[Path]:
-    """Yield the folders in which a parent may lie, the hint first."""
-    if hinted is not None and hinted.is_dir():
-        yield hinted
-    try:
-        beside = sorted(path for path in folder.resolve().parent.iterdir() if path.is_dir())
-    except OSError:
-        return
-    for path in beside:
-        # Hidden ones are being written, or were left behind by a kill
-        if path != folder.resolve() and not path.name.startswith("."):
-            yield path
-
-
-def _is_plain_parent(folder: Path, child: Lineage, *, is_hinted: bool) -> bool:
-    """True for a folder without lineage that has to be the parent that the child describes.
-
-    Its tensors would tell, but hashing them is what `verify` is for: beside the child, a config
-    of the recorded digest is enough.
-    """
-    config = folder / "config.json"
-    if (folder / LINEAGE_NAME).exists() or not config.is_file():
-        return False
-    recorded = (child.parent_file_digests or {}).get("config.json")
-    try:
-        check_links(folder)
-        return is_hinted or (recorded is not None and bounded_digest(config) == recorded)
-    except TritterError:  # whatever it is, nothing is taken from it
-        return False
-
-
-def _record_changes(link: Link) -> Iterator[Difference]:
-    if link.problem is not None:
-        yield Difference(LINEAGE_NAME, None, link.problem)
-    lineage = link.lineage
-    if lineage is not None and merkle_hash(lineage.tensor_digests) != lineage.model_hash:
-        yield Difference(LINEAGE_NAME, None, "its hash does not follow from its tensors' digests")
-    record = None if link.folder is None or lineage is None else link.folder / LINEAGE_NAME
-    if record is not None and not is_unchanged(record):
-        yield Difference(LINEAGE_NAME, None, "changed")
 
 
 def _tensor_changes(folder: Path, link: Link, progress: Progress | None) -> Iterator[Difference]:
@@ -289,16 +286,100 @@ def _tensor_changes(folder: Path, link: Link, progress: Progress | None) -> Iter
             yield Difference(tensors.files[name], name, "added")
 
 
-def _file_changes(folder: Path, recorded: Mapping[str, str]) -> Iterator[Difference]:
-    for name, digest in recorded.items():
-        file = name.removesuffix(HEADER_MARK)
-        path = folder / file
-        hashed = header_digest if name.endswith(HEADER_MARK) else bounded_digest
-        try:
-            check_inside(folder, file)
-            if not path.is_file():
-                yield Difference(file, None, "missing")
-            elif hashed(path) != digest:
-                yield Difference(file, None, "changed")
-        except TritterError as error:
-            yield Difference(name, None, str(error))
+# What a stage leaves in a run's folder, by digest, and whether it is still there as it was left. A
+# checkpoint is known by its own record, which names each of its tensors and files, so that nothing
+# large is hashed to take note of it. Of everything else each file is known by the SHA-256 of its
+# bytes.
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that does not lie there as it was left.
+
+    Args:
+        place: what was left, relative to the run's folder: a checkpoint, or a file.
+        what: what is the matter with it, its file and tensor named.
+        is_gone: there is nothing at all at its place.
+    """
+
+    place: str
+    what: str
+    is_gone: bool = False
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the folder is there and a file of it is not."""
+        return not self.is_gone and self.what.endswith(": missing")
+
+
+def digests_of(
+    folder: Path, places: Iterable[str], *, lineages: Mapping[str, Lineage] | None = None
+) -> dict[str, str]:
+    """Return place → digest of what was left: checkpoints, files, and all files of other folders.
+
+    Args:
+        places: relative to `folder`.
+        lineages: place → lineage, of checkpoints that this process wrote or has open.
+    """
+    digests: dict[str, str] = {}
+    known = lineages or {}
+    for place in places:
+        path = folder / place
+        if path.is_file():
+            digests[place] = file_digest(path)
+        elif (lineage := known.get(place) or read_lineage(path)) is not None:
+            digests[place] = _checkpoint_digest(lineage)
+        else:
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            digests |= {f.relative_to(folder).as_posix(): file_digest(f) for f in files}
+    return digests
+
+
+def find_damage(folder: Path, left: Mapping[str, str]) -> tuple[Damage, ...]:
+    """Hash what was left again and return what is not as `digests_of` found it."""
+    found = []
+    for place, digest in left.items():
+        path = folder / place
+        if not path.exists():
+            found.append(Damage(place, f"{path} is gone", is_gone=True))
+        elif path.is_dir():
+            changes = list(checkpoint_changes(path))
+            found += [Damage(place, what) for what in changes]
+            if not changes and _checkpoint_digest(lineage_of(path)) != digest:
+                what = f"{path} is another checkpoint than the one that was left there"
+                found.append(Damage(place, what))
+        else:
+            try:
+                if file_digest(path) != digest:
+                    found.append(Damage(place, f"{path}: changed"))
+            except (OSError, TritterError) as error:
+                found.append(Damage(place, str(error)))
+    return tuple(found)
+
+
+def checkpoint_changes(folder: Path) -> Iterator[str]:
+    """Yield what is not as a checkpoint's own record says, each with its file and tensor."""
+    link = link_of(folder)
+    if link.problem is None and link.lineage is None:
+        yield f"{folder / LINEAGE_NAME}: missing"
+        return
+    for change in verify(link):
+        if change.file != CARD_NAME:  # prose, and written anew with every record
+            tensor = f", tensor {change.tensor}" if change.tensor else ""
+            yield f"{folder / change.file}{tensor}: {change.what}"
+    if link.file_digests is not None:
+        known = {name.removesuffix(HEADER_MARK) for name in link.file_digests}
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            if not path.is_dir() and not is_hidden and name not in {*known, LINEAGE_NAME}:
+                yield f"{path}: added"
+
+
+def _checkpoint_digest(lineage: Lineage) -> str:
+    """Return the digest of a checkpoint's tensors and files; its card and its record may be
+    written anew when its training has been judged.
+    """
+    files = {name: d for name, d in lineage.file_digests.items() if name != CARD_NAME}
+    text = json.dumps([lineage.model_hash, sorted(files.items())])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -6,7 +6,7 @@ Tensors are mapped from the file, so that memory does not grow with the model.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,28 +118,26 @@ def _load(path: Path) -> Mapping[str, Any]:
         raise TritterError(f"{path} cannot be read ({error.strerror or error}).") from error
     # A hostile or cut-off pickle makes the unpickler raise whatever its bytes lead it to
     except Exception as error:
-        raise TritterError(_why_not(path, error)) from error
+        try:
+            objects = get_unsafe_globals_in_checkpoint(path)
+        # As above: this reads the same bytes, and runs nothing either
+        except Exception:
+            objects = re.findall(r"GLOBAL (\S+)", str(error))
+        if objects:  # torch's own words advise to run what the file holds
+            raise TritterError(
+                f"{path} holds objects beside tensors and plain data, which would have to be run "
+                f"to be read: {_some(sorted(set(objects)))}. Nothing was run. Where the file can "
+                "be trusted, load it and save its state_dict alone: "
+                "torch.save(checkpoint['state_dict'], PATH)."
+            ) from error
+        what = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
+        reason = (what[1] if what else str(error).partition("\n")[0]).strip()
+        raise TritterError(
+            f"{path} is not a checkpoint, or a damaged one ({reason or 'it is empty'})."
+        ) from error
     if not isinstance(content, Mapping):
         raise TritterError(f"{path} is not a checkpoint: it holds a {type(content).__name__}.")
     return content
-
-
-def _why_not(path: Path, error: Exception) -> str:
-    """Say why a file cannot be opened; torch's own words advise to run what it holds."""
-    try:
-        objects = get_unsafe_globals_in_checkpoint(path)
-    # As above: this reads the same bytes, and runs nothing either
-    except Exception:
-        objects = re.findall(r"GLOBAL (\S+)", str(error))
-    if not objects:
-        what = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
-        reason = what[1] if what else str(error).partition("\n")[0]
-        return f"{path} is not a checkpoint, or a damaged one ({reason.strip() or 'it is empty'})."
-    return (
-        f"{path} holds objects beside tensors and plain data, which would have to be run to be "
-        f"read: {_some(sorted(set(objects)))}. Nothing was run. Where the file can be trusted, "
-        "load it and save its state_dict alone: torch.save(checkpoint['state_dict'], PATH)."
-    )
 
 
 def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -149,7 +147,14 @@ def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
         raise TritterError(f"{path} holds no state_dict.")
     # What a module says of itself beside its tensors, under the name that torch gives to it
     held = {n: value for n, value in held.items() if not str(n).endswith("_extra_state")}
-    wrong = [str(name) for name, value in held.items() if not _is_dense(name, value)]
+    wrong = [
+        str(name)
+        for name, value in held.items()
+        if not isinstance(name, str)
+        or not isinstance(value, Tensor)
+        or value.layout != torch.strided
+        or value.is_quantized
+    ]
     if wrong:
         raise TritterError(
             f"{path} holds no state_dict: there are {_some(sorted(wrong))} beside tensors of "
@@ -157,15 +162,6 @@ def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
         )
     named = {_WRAPPERS.sub("", name): value for name, value in held.items()}
     return {name: value for name, value in named.items() if not _DERIVED.search(name)}
-
-
-def _is_dense(name: object, value: object) -> bool:
-    return (
-        isinstance(name, str)
-        and isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and not value.is_quantized
-    )
 
 
 def _prefix(path: Path, tensors: Mapping[str, Tensor], anchor: str, *, given: str | None) -> str:
@@ -272,7 +268,17 @@ def named_moments(
         held = by_name.get(prefix + tensor.name)
         if held is None:
             continue
-        for kind, moment in _adams(held, tensor):
+        for kind in MOMENTS:
+            moment = held.get(kind)
+            if not isinstance(moment, Tensor) or not moment.is_floating_point():
+                raise MomentsLeftOut(f"it is not Adam's: it holds {', '.join(map(str, held))}")
+            if tuple(moment.shape) != tensor.shape:
+                raise MomentsLeftOut(
+                    f"its order is not the model's: {tensor.name} of shape {tensor.shape} would "
+                    f"get moments of shape {tuple(moment.shape)}"
+                )
+            if not is_finite(moment):
+                raise MomentsLeftOut(f"{kind} of {tensor.name} holds values that are not finite")
             for part, value in tensor.unpack(moment):
                 kinds[kind][part.disk_name] = value
         try:
@@ -300,19 +306,3 @@ def _owners(
         f"its groups of {', '.join(map(str, sizes))} parameters are neither all {len(names)} of "
         f"the model nor its {len(matrices)} matrices and {len(vectors)} vectors"
     )
-
-
-def _adams(held: Mapping[str, Any], tensor: StoredTensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield Adam's two moments of one parameter."""
-    for kind in MOMENTS:
-        moment = held.get(kind)
-        if not isinstance(moment, Tensor) or not moment.is_floating_point():
-            raise MomentsLeftOut(f"it is not Adam's: it holds {', '.join(map(str, held))}")
-        if tuple(moment.shape) != tensor.shape:
-            raise MomentsLeftOut(
-                f"its order is not the model's: {tensor.name} of shape {tensor.shape} would get "
-                f"moments of shape {tuple(moment.shape)}"
-            )
-        if not is_finite(moment):
-            raise MomentsLeftOut(f"{kind} of {tensor.name} holds values that are not finite")
-        yield kind, moment

@@ -1,4 +1,4 @@
-"""Where a checkpoint may be written, and what may be replaced there: a checkpoint, nothing else.
+"""Where checkpoints are and may be written, and what may be replaced there: a checkpoint alone.
 
 Every command and library function that writes where a person says so asks here, before anything is
 read at length, moved or deleted.
@@ -11,19 +11,23 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from tritter.checkpoint.expert_files import refuse_experts
 from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, TOKENIZER_FILES, lineage_of
-from tritter.checkpoint.kept_sequences import KEPT_FILE
-from tritter.checkpoint.state import STATE_FOLDER
-from tritter.errors import RequestError, TritterError
+from tritter.checkpoint.state import KEPT_FILE, STATE_FOLDER
+from tritter.errors import RequestError, TritterError, did_you_mean, refused
+from tritter.families import Config
+from tritter.families.config_file import read_config_file
 from tritter.parameter_map.carry import STATE_KINDS
 from tritter.storage.atomic import refuse_standing
-from tritter.storage.reading import LINEAGE_NAME
+from tritter.storage.reading import LINEAGE_NAME, named_path
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME
 
 _PLAIN_NAMES = {"config.json", CARD_NAME, SINGLE_NAME, INDEX_NAME, *TOKENIZER_FILES}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _STATE_FILES = {f"{STATE_FOLDER}/{name}" for name in ("state.json", "router.json", KEPT_FILE)}
 _MAX_SHOWN = 4
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def check_output(
@@ -69,8 +73,16 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
         if is_within(source, folder):
             raise _holds_source(folder, source)
     try:
-        listed = _listed(folder)
+        listed, record = None, folder / LINEAGE_NAME
+        if record.is_file() and not record.is_symlink():
+            named = (name.removesuffix(HEADER_MARK) for name in lineage_of(folder).file_digests)
+            listed = {*named, LINEAGE_NAME, CARD_NAME, "config.json"}
         strays = sorted(_strays(folder, listed))
+    except TritterError as error:
+        raise RequestError(
+            f"{folder} is not replaced: what else than a checkpoint it may hold is not known. "
+            f"{error}"
+        ) from error
     except OSError as error:
         raise RequestError(f"{folder} cannot be read: {error.strerror or error}.") from error
     if strays:
@@ -114,52 +126,79 @@ def is_within(path: Path, folder: Path) -> bool:
     return False
 
 
-def _listed(folder: Path) -> set[str] | None:
-    """Return the files that a folder's tritter.json speaks of; None where there is none."""
-    record = folder / LINEAGE_NAME
-    if not record.is_file() or record.is_symlink():
-        return None
-    try:
-        lineage = lineage_of(folder)
-    except TritterError as error:
-        raise RequestError(
-            f"{folder} is not replaced: what else than a checkpoint it may hold is not known. "
-            f"{error}"
-        ) from error
-    named = (name.removesuffix(HEADER_MARK) for name in lineage.file_digests)
-    return {*named, LINEAGE_NAME, CARD_NAME, "config.json"}
-
-
 def _strays(folder: Path, listed: set[str] | None, above: str = "") -> Iterator[str]:
     """Yield what is no file of the checkpoint; of a folder that has no business there its name."""
+    states = {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
     for entry in os.scandir(folder):
         name = above + entry.name
         mode = entry.stat(follow_symlinks=False).st_mode
         if stat.S_ISREG(mode):
-            if not _is_expected(name, listed):
+            is_shard = _SHARD.fullmatch(entry.name) is not None
+            if above.removesuffix("/") in states:
+                is_expected = is_shard or entry.name in (SINGLE_NAME, INDEX_NAME)
+            elif listed is not None:
+                is_expected = name in listed
+            else:
+                is_expected = name in _PLAIN_NAMES or (is_shard and not above)
+            if not is_expected and name not in _STATE_FILES:
                 yield name
-        elif stat.S_ISDIR(mode) and _is_expected_folder(name, listed):
+        elif stat.S_ISDIR(mode) and (
+            name in {STATE_FOLDER, *states}
+            or any(file.startswith(f"{name}/") for file in listed or ())
+        ):
             yield from _strays(folder / entry.name, listed, f"{name}/")
         else:
             yield f"{name}/" if stat.S_ISDIR(mode) else name
 
 
-def _is_expected(name: str, listed: set[str] | None) -> bool:
-    if name in _STATE_FILES:
-        return True
-    folder, _, file = name.rpartition("/")
-    if folder in _state_folders():
-        return file in (SINGLE_NAME, INDEX_NAME) or _SHARD.fullmatch(file) is not None
-    if listed is not None:
-        return name in listed
-    return name in _PLAIN_NAMES or _SHARD.fullmatch(name) is not None
+# What can be known of a checkpoint folder from its file names and config.json alone
 
 
-def _is_expected_folder(name: str, listed: set[str] | None) -> bool:
-    if name == STATE_FOLDER or name in _state_folders():
-        return True
-    return any(file.startswith(f"{name}/") for file in listed or ())
+def checkpoint_place(path: str, *, key: str = "model.path") -> str:
+    """Return the absolute path of a checkpoint folder; a hub id stays as it is.
+
+    Raises:
+        RequestError: neither a folder nor the form of a hub id.
+    """
+    folder = named_path(path, key=key)
+    if folder.is_dir():
+        return str(folder.resolve())
+    if folder.exists():
+        raise refused(key, path, "it is a file; a checkpoint is a folder")
+    if not _HUB_ID.fullmatch(path):
+        near = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        reason = f"no such folder, and no hub id (owner/name).{did_you_mean(folder.name, near)}"
+        raise refused(key, path, reason.removesuffix("."))
+    return path
 
 
-def _state_folders() -> set[str]:
-    return {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
+def checkpoint_config(
+    path: str, *, key: str = "model.path", with_experts: bool = False
+) -> Config | None:
+    """Return the config.json of a checkpoint folder that can be trained on; None for a hub id.
+
+    Raises:
+        RequestError: no usable config.json, an unknown family, weights that are not in
+            safetensors, no tokenizer.json, or experts, which a training would leave behind.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+
+    try:
+        config = read_config_file(folder)
+    except TritterError as error:
+        raise refused(key, path, str(error).rstrip(".")) from error
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for kind in _PICKLES for file in folder.glob(kind))
+        reason = "it holds no safetensors"
+        if pickles:
+            reason += f", and {', '.join(pickles)} may run code when loaded; save it with "
+            reason += "save_pretrained of transformers first"
+        raise refused(key, path, reason)
+    if not (folder / "tokenizer.json").is_file():
+        reason = "it holds no tokenizer.json; save its tokenizer there with save_pretrained of "
+        raise refused(key, path, f"{reason}transformers")
+    if not with_experts:
+        refuse_experts(folder, doing="a training", key=key)
+    return config

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from tritter.checkpoint.kept_sequences import KeptSequences
-    from tritter.checkpoint.state import State
+    from tritter.checkpoint.state import KeptSequences, State
     from tritter.stock_routers import AddedExperts
 
 
@@ -180,7 +179,7 @@ class Source:
     @cached_property
     def kept(self) -> KeptSequences:
         """The sequences kept next to the model for later training."""
-        from tritter.checkpoint.kept_sequences import KeptSequences  # needs torch
+        from tritter.checkpoint.state import KeptSequences  # needs torch
 
         return KeptSequences.read(self.folder)
 

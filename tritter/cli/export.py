@@ -196,7 +196,7 @@ def export(
 
         from tritter.checkpoint.export import export_model
         from tritter.checkpoint.place import check_output
-        from tritter.loadable import check_loadable
+        from tritter.models import check_loadable
 
     sources = [named_path(name, key="--checkpoint") for name in (checkpoint, config) if name]
     check_output(output, sources=sources, overwrite=overwrite)

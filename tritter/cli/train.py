@@ -167,7 +167,7 @@ def continuation(
         RequestError: there is no such checkpoint, no new data is named, or another seed than the
             split's was typed.
     """
-    from tritter.checkpoint.usable import checkpoint_place
+    from tritter.checkpoint.place import checkpoint_place
 
     folder = checkpoint_place(checkpoint, key="--checkpoint")
     keys = _typed_keys(words)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
-from tritter.checkpoint.usable import checkpoint_config
+from tritter.checkpoint.place import checkpoint_config
 from tritter.config.components import kept_per_parameter
 from tritter.config.ladder import planned_rounds
 from tritter.config.schema import ModelConfig, RunConfig

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from tritter.checkpoint.place import checkpoint_config, checkpoint_place
 from tritter.checkpoint.record import StateHead
-from tritter.checkpoint.usable import checkpoint_config, checkpoint_place
 from tritter.config.folders import body_of, option_files
 from tritter.config.schema import (
     AdaptationConfig,

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator
 
-from tritter.checkpoint.left import digests_of, find_damage
+from tritter.checkpoint.history import digests_of, find_damage
 from tritter.checkpoint.place import is_within
 from tritter.config.components import WITHOUT_EFFECT as NO_EFFECT
 from tritter.config.folders import CONFIG_NAME, Front, composing_from, front

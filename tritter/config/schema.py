@@ -72,8 +72,8 @@ class GateConfig:
 
 
 if TYPE_CHECKING:
-    from tritter.checkpoint.kept_sequences import KeptSequences
     from tritter.checkpoint.record import LearnedDomain
+    from tritter.checkpoint.state import KeptSequences
     from tritter.data.split import SplitRule
     from tritter.expansion import ExpansionSpec
 

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from tritter.checkpoint import Lineage, read_lineage
-from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.record import LearnedDomain
+from tritter.checkpoint.state import KeptSequences
 from tritter.config.schema import (
     CheckpointModelConfig,
     DomainText,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from tritter.checkpoint.expert_files import experts_in, refuse_experts
-from tritter.checkpoint.usable import checkpoint_config, checkpoint_place
+from tritter.checkpoint.place import checkpoint_config, checkpoint_place
 from tritter.config.components import (
     BASES,
     asking_problems,

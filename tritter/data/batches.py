@@ -198,14 +198,6 @@ class ExactShare:
         return math.floor((batch_index + 1) * batch_size * self.fraction) - before
 
 
-@dataclass(frozen=True, slots=True)
-class ReplaySource:
-    """Where old sequences come from, and their share of all sequences."""
-
-    buffer: Sequences
-    share: ExactShare
-
-
 class BatchStream:
     """An endless loader of batches {"input_ids": int64 [B, T], "is_replay": bool [B]}.
 
@@ -225,7 +217,6 @@ class BatchStream:
         new: Sequences,
         *,
         batch_size: int,
-        replay: ReplaySource | None = None,
         num_batches: int = ENDLESS,
     ) -> None:
         """Batch a stream.
@@ -233,22 +224,17 @@ class BatchStream:
         Args:
             new: the new sequences.
             batch_size: sequences of a batch, new and old together.
-            replay: the old sequences.
             num_batches: the length to report, for progress bars: what the run will ask for.
 
         Raises:
-            RequestError: the batch is empty, or old sequences have another length than new ones.
+            RequestError: the batch is empty.
         """
         if batch_size < 1:
             raise RequestError(f"data.batch_size={batch_size}: must be at least 1.")
-        if replay is not None and replay.buffer.sequence_length != new.sequence_length:
-            raise RequestError(
-                f"data.sequence_length={new.sequence_length}: the replayed sequences have "
-                f"{replay.buffer.sequence_length} tokens; both must be packed alike."
-            )
         self._new = new
         self._batch_size = batch_size
-        self._replay = replay
+        self._replayed: Sequences | None = None
+        self._share = ExactShare(0.0)
         self._num_batches = num_batches
         self._batch_index = 0
 
@@ -256,17 +242,19 @@ class BatchStream:
         """Return a loader over the same stream in which a share of each batch is replayed.
 
         Raises:
-            RequestError: something is replayed already, or the share is not in [0, 1).
+            RequestError: something is replayed already, the share is not in [0, 1), or old
+                sequences have another length than new ones.
         """
-        if self._replay is not None:
+        if self._replayed is not None:
             raise RequestError("forgetting: only one method can mix old data into the batches.")
-        replay = ReplaySource(buffer, ExactShare(fraction))
-        return BatchStream(
-            self._new,
-            batch_size=self._batch_size,
-            replay=replay,
-            num_batches=self._num_batches,
-        )
+        if buffer.sequence_length != self._new.sequence_length:
+            raise RequestError(
+                f"data.sequence_length={self._new.sequence_length}: the replayed sequences have "
+                f"{buffer.sequence_length} tokens; both must be packed alike."
+            )
+        mixed = BatchStream(self._new, batch_size=self._batch_size, num_batches=self._num_batches)
+        mixed._replayed, mixed._share = buffer, ExactShare(fraction)
+        return mixed
 
     def __len__(self) -> int:
         return self._num_batches
@@ -281,13 +269,11 @@ class BatchStream:
                     f"data.batch_size={self._batch_size}: must be a multiple of trainer.devices="
                     f"{rank.count}."
                 )
-            num_replayed = 0
-            if self._replay is not None:
-                num_replayed = self._replay.share.count(self._batch_index, self._batch_size)
+            num_replayed = self._share.count(self._batch_index, self._batch_size)
             num_new = self._batch_size - num_replayed
             sequences = [self._new.next_sequences(num_new)]
-            if self._replay is not None:
-                sequences.append(self._replay.buffer.next_sequences(num_replayed))
+            if self._replayed is not None:
+                sequences.append(self._replayed.next_sequences(num_replayed))
             self._batch_index += 1
             is_replay = torch.arange(self._batch_size) >= num_new
             whole = {"input_ids": torch.cat(sequences), "is_replay": is_replay}
@@ -299,7 +285,7 @@ class BatchStream:
             "format_version": FORMAT_VERSION,
             "batch_index": self._batch_index,
             "new": self._new.state_dict(),
-            "replay": None if self._replay is None else self._replay.buffer.state_dict(),
+            "replay": None if self._replayed is None else self._replayed.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -314,12 +300,12 @@ class BatchStream:
                 f"data position has format_version={state['format_version']}; "
                 f"this version of Tritter reads {FORMAT_VERSION}."
             )
-        if (state["replay"] is None) != (self._replay is None):
+        if (state["replay"] is None) != (self._replayed is None):
             raise TritterError(
                 "data position was saved with other replay settings (with replay against "
                 "without); resume with the forgetting methods of that run."
             )
         self._new.load_state_dict(state["new"])
-        if self._replay is not None:
-            self._replay.buffer.load_state_dict(state["replay"])
+        if self._replayed is not None:
+            self._replayed.load_state_dict(state["replay"])
         self._batch_index = int(state["batch_index"])

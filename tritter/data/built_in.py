@@ -8,16 +8,16 @@ import re
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 
-from tritter.data.documents import Document, documents_of
-from tritter.data.skills import PREFIX, Question, SkillText, skills_origin
-from tritter.errors import Problem, RequestError, nearest
+from tritter.data.documents import Document, Documents, documents_of
+from tritter.data.skills import ORIGIN, PREFIX, Question, SkillText
+from tritter.errors import RequestError, nearest, refused
 
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -65,9 +65,15 @@ class _Cut:
     replacement: str
 
 
-def documented_nodes(tree: ast.Module) -> tuple[Documented, ...]:
-    """Return the module and its classes and functions that open with a docstring, in order."""
-    return tuple(_with_docstring(tree))
+def documented_nodes(node: ast.AST) -> Iterator[Documented]:
+    """Yield the module and its classes and functions that open with a docstring, in order."""
+    if isinstance(node, Documented) and _docstring_of(node):
+        yield node
+    # Statements only: expressions hold no definitions, and are most of the tree.
+    for field in ("body", "orelse", "handlers", "finalbody", "cases"):
+        children = getattr(node, field, None)
+        for child in children if isinstance(children, list) else ():
+            yield from documented_nodes(child)
 
 
 def strip_documentation(source: str, *, tree: ast.Module) -> str:
@@ -85,14 +91,17 @@ def strip_documentation(source: str, *, tree: ast.Module) -> str:
     # Not splitlines: a form feed ends a line for that, and not for the parser.
     lines = re.split(r"(?<=\n)", source)
     line_starts = [0, *accumulate(len(line) for line in lines)]
-    for node in _with_docstring(tree):
+
+    def place(line_number: int, num_bytes: int) -> int:  # the parser counts the bytes of UTF-8
+        before = lines[line_number - 1].encode()[:num_bytes].decode()
+        return line_starts[line_number - 1] + len(before)
+
+    for node in documented_nodes(tree):
         statement = _docstring_of(node)
         assert statement is not None and statement.end_lineno and statement.end_col_offset
         is_whole_body = len(node.body) == 1 and not isinstance(node, ast.Module)
-        start = line_starts[statement.lineno - 1]
-        start += _column(lines, statement.lineno, statement.col_offset)
-        end = line_starts[statement.end_lineno - 1]
-        end += _column(lines, statement.end_lineno, statement.end_col_offset)
+        start = place(statement.lineno, statement.col_offset)
+        end = place(statement.end_lineno, statement.end_col_offset)
         shares_line = source[end : end + 9].lstrip(" \t").startswith(";")
         cuts.append(_Cut(start, end, "pass" if is_whole_body or shares_line else _REMOVED))
     pieces, position = [], 0
@@ -104,27 +113,11 @@ def strip_documentation(source: str, *, tree: ast.Module) -> str:
     return stripped.strip("\n") + "\n" if stripped.strip() else ""
 
 
-def _with_docstring(node: ast.AST) -> Iterator[Documented]:
-    if isinstance(node, Documented) and _docstring_of(node):
-        yield node
-    # Statements only: expressions hold no definitions, and are most of the tree.
-    for field in ("body", "orelse", "handlers", "finalbody", "cases"):
-        children = getattr(node, field, None)
-        for child in children if isinstance(children, list) else ():
-            yield from _with_docstring(child)
-
-
 def _docstring_of(node: Documented) -> ast.Expr | None:
     first = node.body[0] if node.body else None
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
         return first if isinstance(first.value.value, str) else None
     return None
-
-
-def _column(lines: Sequence[str], line_number: int, num_bytes: int) -> int:
-    """Return the column in characters; the parser counts the bytes of UTF-8."""
-    line = lines[line_number - 1]
-    return num_bytes if line.isascii() else len(line.encode()[:num_bytes].decode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,25 +245,26 @@ def built_in_path(key: str, path: str) -> str:
     if path in BUILT_IN_TEXTS:
         return path
     reason = f"the built-in texts are {', '.join(BUILT_IN_TEXTS)} and {PREFIX}NAME"
-    raise RequestError(Problem(key, path, reason=reason, nearest=nearest(path, BUILT_IN_TEXTS)))
+    raise refused(key, path, reason, near=nearest(path, BUILT_IN_TEXTS))
 
 
 @cache
-def built_in_documents(path: str) -> Sequence[Document]:
-    """Return the documents of a built-in text, those of the library as it names them.
+def built_in_documents(path: str) -> Documents:
+    """Return the documents of a built-in text.
 
     Raises:
         RequestError: there is no such text.
     """
     if built_in_path("data", path).startswith(PREFIX):
         return documents_of(SkillText.named("data", path).texts())
-    return _library().prose if path == "stdlib:prose" else _library().code
+    found = _library().prose if path == "stdlib:prose" else _library().code
+    return documents_of(document.text for document in found)
 
 
 def built_in_origin(paths: Iterable[str]) -> str:
     """Return the words under which built-in texts are recorded; empty where there are none."""
     made = {path.startswith(PREFIX) for path in paths if is_built_in(path)}
-    origins = {False: stdlib_origin(), True: skills_origin()}
+    origins = {False: stdlib_origin(), True: ORIGIN}
     return " and ".join(origins[is_skill] for is_skill in sorted(made))
 
 

@@ -2,18 +2,23 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from tritter.data import built_in, cache
 from tritter.data.documents import (
-    Document,
+    Documents,
     documents_digest,
     documents_of,
     notes_of,
@@ -25,12 +30,20 @@ from tritter.data.split import (
     part_documents,
 )
 from tritter.data.tokens import Names, TokenisedDocuments, tokenise, train_tokenizer
-from tritter.errors import RequestError, did_you_mean
+from tritter.errors import RequestError, TritterError, did_you_mean
+from tritter.storage.atomic import atomic_folder, write_text_atomic
+from tritter.storage.hashing import file_digest
+from tritter.storage.reading import open_file
+from tritter.storage.spool import is_large, mapped, tensor_of
 
 FORMAT_VERSION = 1
 _LAYOUT = "1"  # of what is cached; folders of other names are from before the release
 _SIDES = ("train", "validation")
 _PARTS = ("tokens", "offsets", "num_bytes")
+_TENSORS, _METADATA, _TOKENIZER = "tokens.safetensors", "corpus.json", "tokenizer.json"
+_FILES = (_TENSORS, _METADATA, _TOKENIZER)
+_CHECKSUMS = "checksums.json"
+_DTYPES = {"I32": "<i4", "I64": "<i8", "U8": "u1"}  # of what is cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +93,7 @@ class _Options:
 
 
 def build_corpus(
-    domains: Mapping[str, Sequence[Document]],
+    domains: Mapping[str, Documents],
     *,
     origin: str | Mapping[str, str],
     vocab_size: int,
@@ -130,7 +143,8 @@ def build_corpus(
     }
     rule = SplitRule(seed=seed, validation_fraction=validation_fraction)
     parted = part_documents(domains, rule=rule)
-    made_from: dict[str, Any] = {"options": asdict(options), "sources": _plain_sources(sources)}
+    plain = {name: asdict(source) for name, source in sources.items()}
+    made_from: dict[str, Any] = {"options": asdict(options), "sources": plain}
     sides = sha256()  # of which document of which domain is on which side
     for name, split in parted.items():
         for side in (split.train, split.validation):
@@ -143,7 +157,7 @@ def build_corpus(
     folder = _corpora(cache_dir) / digest
     cache.require_writable(folder.parent)
     corpus = _make(parted, options=options, sources=sources, digest=digest, tokenizer=tokenizer)
-    cache.write_entry(folder, _to_entry(corpus))
+    _save(corpus, folder)
     # What is read from the cache needs no memory of its own
     return replace(_load(cache_dir, digest) or corpus, notes=notes)
 
@@ -175,9 +189,11 @@ def stdlib_corpus(
         **_tokenizer_entry(tokenizer),
     }
     note = _corpora(cache_dir) / "stdlib" / _digest(asked)
-    known = cache.read_note(note)
+    known = ""
+    with suppress(OSError, UnicodeDecodeError):
+        known = note.read_text(encoding="utf-8").strip()
     # The note is a file that anyone may have damaged: its line is a name only if it looks so.
-    if known is not None and len(known) == 64 and known.isalnum():
+    if len(known) == 64 and known.isalnum():
         cached = _load(cache_dir, known)
         if cached is not None:
             return cached
@@ -195,7 +211,9 @@ def stdlib_corpus(
         cache_dir=cache_dir,
         tokenizer=tokenizer,
     )
-    cache.write_note(note, corpus.digest)
+    with cache.write_errors(note.parent):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(note, corpus.digest + "\n")
     return corpus
 
 
@@ -260,16 +278,62 @@ def _tokenizer_entry(tokenizer: Tokenizer | None) -> dict[str, str]:
 
 
 def _load(cache_dir: Path, digest: str) -> Corpus | None:
+    """Return what the cache holds; None where it has no such entry, or a damaged one."""
     folder = _corpora(cache_dir) / digest
+    if not folder.exists():
+        return None
     try:
-        entry = cache.read_entry(folder)
-        return None if entry is None else _from_entry(entry, digest=digest)
-    except cache.BrokenEntryError as error:
-        cache.set_aside(folder, reason=str(error))
+        checksums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        for name in _FILES:
+            if checksums[name] != file_digest(folder / name):
+                raise TritterError(f"{name} does not match its checksum")
+        tensors, domains = _tensors(folder / _TENSORS), {}
+        metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+        if metadata.get("digest") != digest or metadata.get("format_version") != FORMAT_VERSION:
+            raise TritterError("it holds another corpus than its name says")
+        for name in metadata["counts"]:
+            sides = {}
+            for side in _SIDES:
+                parts = (*_PARTS, "names", "name_ends")
+                held = {part: tensors[f"{name}.{side}.{part}"] for part in parts}
+                identifiers = Names(held.pop("names"), held.pop("name_ends"))
+                sides[side] = TokenisedDocuments(**held, identifiers=identifiers)
+            domains[name] = Domain(name=name, **sides)
+        return Corpus(
+            tokenizer=Tokenizer.from_file(str(folder / _TOKENIZER)),
+            domains=domains,
+            digest=digest,
+            sources={n: SourceSummary(**source) for n, source in metadata["sources"].items()},
+            counts={n: DomainCounts(**counts) for n, counts in metadata["counts"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        cache.set_aside(folder, reason=f"{type(error).__name__}: {error}")
         return None
 
 
-def _to_entry(corpus: Corpus) -> cache.CacheEntry:
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file; pages of a large one come when they are read."""
+    if not is_large(path.stat().st_size):
+        return load(path.read_bytes())
+    found = {}
+    # safetensors' own mapping is private: it fails for a file larger than memory
+    with open_file(path) as file, safe_open(path, framework="np") as header:
+        content = mapped(file)
+        start = 8 + int.from_bytes(content[:8], "little")
+        for name in header.offset_keys():
+            part = header.get_slice(name)
+            dtype, shape = np.dtype(_DTYPES[part.get_dtype()]), part.get_shape()
+            array = np.frombuffer(content, dtype, count=prod(shape), offset=start)
+            found[name] = tensor_of(array.reshape(shape))
+            start += array.nbytes
+    return found
+
+
+def _save(corpus: Corpus, folder: Path) -> None:
+    """Write an entry of the cache whole.
+
+    When another process was first, its folder stays: both hold the same by their name.
+    """
     tensors: dict[str, Tensor] = {}
     for name, domain in corpus.domains.items():
         for side in _SIDES:
@@ -282,38 +346,17 @@ def _to_entry(corpus: Corpus) -> cache.CacheEntry:
     metadata = {
         "format_version": FORMAT_VERSION,
         "digest": corpus.digest,
-        "sources": _plain_sources(corpus.sources),
+        "sources": {name: asdict(source) for name, source in corpus.sources.items()},
         "counts": {name: asdict(counts) for name, counts in corpus.counts.items()},
     }
-    return cache.CacheEntry(tensors=tensors, metadata=metadata, tokenizer=corpus.tokenizer)
-
-
-def _from_entry(entry: cache.CacheEntry, *, digest: str) -> Corpus:
-    metadata = entry.metadata
-    if metadata.get("digest") != digest or metadata.get("format_version") != FORMAT_VERSION:
-        raise cache.BrokenEntryError("it holds another corpus than its name says")
-    domains = {}
-    for name in metadata["counts"]:
-        sides = {}
-        for side in _SIDES:
-            parts = (*_PARTS, "names", "name_ends")
-            held = {part: entry.tensors[f"{name}.{side}.{part}"] for part in parts}
-            identifiers = Names(held.pop("names"), held.pop("name_ends"))
-            sides[side] = TokenisedDocuments(**held, identifiers=identifiers)
-        domains[name] = Domain(name=name, **sides)
-    names = [field.name for field in fields(SourceSummary)]
-    sources = {
-        name: SourceSummary(**{key: source[key] for key in names})
-        for name, source in metadata["sources"].items()
-    }
-    return Corpus(
-        tokenizer=entry.tokenizer,
-        domains=domains,
-        digest=digest,
-        sources=sources,
-        counts={name: DomainCounts(**counts) for name, counts in metadata["counts"].items()},
-    )
-
-
-def _plain_sources(sources: Mapping[str, SourceSummary]) -> dict[str, dict[str, Any]]:
-    return {name: asdict(source) for name, source in sources.items()}
+    try:
+        with atomic_folder(folder) as temporary:
+            save_file(tensors, temporary / _TENSORS, metadata={"format": "pt"})
+            corpus.tokenizer.save(str(temporary / _TOKENIZER))
+            (temporary / _METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
+            checksums = {name: file_digest(temporary / name) for name in _FILES}
+            (temporary / _CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
+    except TritterError:
+        if not folder.exists():
+            with cache.write_errors(folder.parent):
+                raise

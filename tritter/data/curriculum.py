@@ -57,7 +57,13 @@ def difficulties(
         by = DIFFICULTY if is_said else LENGTH
     if isinstance(by, str):
         if by == LENGTH:
-            found: Iterable[Any] = (_length(*each, tokenizer) for each in enumerate(examples))
+            has_tokens = (tokenizer is not None or _tokens(each) is not None for each in examples)
+            found: Iterable[Any] = (
+                len(_ids(place, example, tokenizer) if is_counted else _text(place, example))
+                for (place, example), is_counted in zip(
+                    enumerate(examples), has_tokens, strict=True
+                )
+            )
         elif by == LOSS and model is not None:
             found = _losses(examples, model, tokenizer)
         else:
@@ -99,12 +105,6 @@ def _said(place: int, example: Any, key: str) -> Any:
         advice = "loss needs a model and a tokenizer" if key == LOSS else ""
         raise RequestError(Problem("difficulty", key, reason, advice, nearest=near))
     return value
-
-
-def _length(place: int, example: Any, tokenizer: Tokenizer | None) -> int:
-    if tokenizer is not None or _tokens(example) is not None:
-        return len(_ids(place, example, tokenizer))
-    return len(_text(place, example))
 
 
 def _losses(examples: Sequence[Any], model: Model, tokenizer: Tokenizer | None) -> list[float]:

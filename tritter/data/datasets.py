@@ -4,18 +4,18 @@ The `datasets` library reads them. No script of a data set is ever run.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from tritter.data.local_files import Reading, TextFileError, check_expansion
 from tritter.data.records import DEFAULT_FIELD, WrongRecordError, form_fields, shown, text_of
-from tritter.errors import Problem, RequestError, TritterError, did_you_mean, nearest
+from tritter.errors import RequestError, TritterError, did_you_mean, nearest, refused
 from tritter.storage.hub import quiet_hub
 from tritter.storage.reading import check_inside, check_tree, read_object, read_text, require_file
 
@@ -125,17 +125,18 @@ def parse_name(key: str, word: str) -> DatasetName:
     """
     body = word.removeprefix(PREFIX)
     is_on_disk = not word.startswith(PREFIX) or body.startswith(("/", "./", "../", "~"))
-    if is_on_disk and _is_there(body):
-        return DatasetName(name=_absolute(key, body))
+    if is_on_disk:
+        with suppress(OSError, ValueError, RuntimeError):  # it is no path
+            if Path(body).expanduser().exists():
+                return DatasetName(name=_absolute(key, body))
     match = (_ON_DISK if is_on_disk else _OF_HUB).fullmatch(body)
     if match is None:
         reason = f"allowed is {PLACE_FORM if is_on_disk else FORM}, FROM and TO counted in rows"
-        raise RequestError(Problem(key, word, reason=reason))
+        raise refused(key, word, reason)
     found = match.groupdict()
     start, stop = int(found["start"] or 0), int(found["stop"]) if found["stop"] else None
     if stop is not None and stop <= start:
-        reason = f"there is no row from {start} up to, but not including, {stop}"
-        raise RequestError(Problem(key, word, reason=reason))
+        raise refused(key, word, f"there is no row from {start} up to, but not including, {stop}")
     return DatasetName(
         name=_absolute(key, found["name"]) if is_on_disk else found["name"],
         revision=found.get("revision"),
@@ -174,7 +175,7 @@ def check_place(key: str, word: str, source: DatasetName) -> None:
         is_like_hub = not near and _OF_HUB.fullmatch(word)
         hub = f"; of the hub it would be {PREFIX}{word}" if is_like_hub else ""
         reason = f"there is no such file or folder{where}{hub}.{near}".removesuffix(".")
-    raise RequestError(Problem(key, word, reason=reason))
+    raise refused(key, word, reason)
 
 
 def check_folder(folder: Path) -> None:
@@ -184,7 +185,28 @@ def check_folder(folder: Path) -> None:
         TritterError: names the file, and the entry in it.
     """
     check_tree(folder)
-    for path, entry in _entries(folder):
+    named: list[tuple[Path, object]] = []  # file and what it says of data, as `datasets` reads it
+    for path in filter(Path.is_file, (folder / _CARD, folder / _CARD_ALONE)):
+        require_file(path)
+        try:
+            if path.name == _CARD:
+                card = import_module("huggingface_hub").DatasetCard.load(path).data.to_dict()
+            else:
+                card = import_module("yaml").safe_load(read_text(path))
+        except Exception as error:  # of several libraries
+            raise TritterError(f"{path} cannot be read ({type(error).__name__}).") from error
+        configs = card.get("configs") if isinstance(card, dict) else None
+        for config in configs if isinstance(configs, list) else ():
+            if isinstance(config, dict):
+                named += [(path, config.get("data_files")), (path, config.get("data_dir"))]
+    for path in folder.glob("dataset_dict.json"):
+        named.append((path, read_object(path).get("splits")))
+    for path in folder.rglob("state.json"):
+        files = read_object(path).get("_data_files")
+        for each in files if isinstance(files, list) else ():
+            if isinstance(each, dict):
+                named.append((path, each.get("filename")))
+    for path, entry in ((path, entry) for path, value in named for entry in _patterns(value)):
         if _ELSEWHERE.match(entry) or "\0" in entry:
             raise TritterError(
                 f"{path} names {entry[:200]!r}, which is not in the folder; nothing there is read. "
@@ -193,60 +215,19 @@ def check_folder(folder: Path) -> None:
         check_inside(path.parent, entry)
 
 
-def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield file and entry of the names of data in the files that `datasets` reads for them."""
-    for path in (folder / _CARD, folder / _CARD_ALONE):
-        if path.is_file():
-            require_file(path)
-            try:  # as `datasets` does, so that nothing is read differently
-                if path.name == _CARD:
-                    card = import_module("huggingface_hub").DatasetCard.load(path).data.to_dict()
-                else:
-                    card = import_module("yaml").safe_load(read_text(path))
-            except Exception as error:  # of several libraries
-                raise TritterError(f"{path} cannot be read ({type(error).__name__}).") from error
-            configs = card.get("configs") if isinstance(card, dict) else None
-            for config in configs if isinstance(configs, list) else ():
-                if isinstance(config, dict):
-                    yield from ((path, each) for each in _patterns(config.get("data_files")))
-                    yield from ((path, each) for each in _patterns(config.get("data_dir")))
-    for path in folder.glob("dataset_dict.json"):
-        yield from ((path, each) for each in _patterns(read_object(path).get("splits")))
-    for path in folder.rglob("state.json"):
-        files = read_object(path).get("_data_files")
-        for each in files if isinstance(files, list) else ():
-            if isinstance(each, dict):
-                yield from ((path, name) for name in _patterns(each.get("filename")))
-
-
 def _patterns(value: object) -> Iterator[str]:
     """Yield the patterns of a `data_files`: one, several, or those of splits."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for each in value:
-            if isinstance(each, dict):
-                paths = each.get("path")
-                yield from (str(path) for path in (paths if isinstance(paths, list) else [paths]))
-            else:
-                yield str(each)
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from (str(path) for path in (each if isinstance(each, list) else [each]))
-
-
-def _is_there(path: str) -> bool:
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        return False
+    named = list(value.values()) if isinstance(value, dict) else value
+    for each in named if isinstance(named, list) else [] if named is None else [named]:
+        paths = each.get("path") if isinstance(each, dict) else each
+        yield from (str(path) for path in (paths if isinstance(paths, list) else [paths]))
 
 
 def _absolute(key: str, path: str) -> str:
     try:
         return str(Path(path).expanduser().resolve())
     except (OSError, ValueError, RuntimeError) as error:
-        raise RequestError(Problem(key, path, reason=f"that is no path ({error})")) from error
+        raise refused(key, path, f"that is no path ({error})") from error
 
 
 class _Unreadable(Exception):
@@ -289,11 +270,21 @@ def _texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -> Itera
         rows = opened[_split(stated, opened)]
         columns = _columns(stated, rows)
         field = DEFAULT_FIELD if form_fields(columns) == columns else columns[0]
-        for number, record in _records(rows, columns, stated.rows):
-            if len(columns) == 1 and record[columns[0]] is None:
+        (start, stop), wanted = stated.rows, rows.select_columns(list(columns))
+        if hasattr(wanted, "num_rows"):
+            if start >= wanted.num_rows:
+                return
+            wanted = wanted.select(range(start, min(stop or wanted.num_rows, wanted.num_rows)))
+        else:
+            wanted = wanted.skip(start) if start else wanted
+            wanted = wanted if stop is None else wanted.take(stop - start)
+        batches = wanted.iter(batch_size=_BATCH_ROWS)  # of which one is held at a time
+        held = (zip(*(batch[name] for name in columns), strict=True) for batch in batches)
+        for number, values in enumerate(chain.from_iterable(held), start=start):
+            if len(columns) == 1 and values[0] is None:
                 continue
             try:
-                yield text_of(record, field=field)
+                yield text_of(dict(zip(columns, values, strict=True)), field=field)
             except WrongRecordError as error:
                 reading.skip(f"{source}, row {number} {error}")
 
@@ -326,9 +317,17 @@ def _library() -> Any:
 
 @contextmanager
 def _told(source: DatasetName, key: str) -> Iterator[None]:
-    """Say of whatever goes wrong with a data set which one it is."""
+    """Say of whatever goes wrong with a data set which one it is.
+
+    The library's bars and remarks are kept from the terminal, which belongs to the run's own.
+    """
+    library = _library()
+    log, was_shown = library.utils.logging, library.is_progress_bar_enabled()
+    verbosity = log.get_verbosity()
+    library.disable_progress_bars()
+    log.set_verbosity(log.CRITICAL)
     try:
-        with _quiet(), quiet_hub():
+        with quiet_hub():
             yield
     except (TritterError, GeneratorExit):
         raise
@@ -337,18 +336,6 @@ def _told(source: DatasetName, key: str) -> Iterator[None]:
     # Libraries of many formats and of the hub stand behind it, and each raises its own.
     except Exception as error:
         raise TextFileError([f"{key}: {source} {_ended(_reason(source, error))}"]) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library's bars and remarks from the terminal, which belongs to the run's own."""
-    library = _library()
-    log, was_shown = library.utils.logging, library.is_progress_bar_enabled()
-    verbosity = log.get_verbosity()
-    library.disable_progress_bars()
-    log.set_verbosity(log.CRITICAL)
-    try:
-        yield
     finally:
         log.set_verbosity(verbosity)
         if was_shown:
@@ -475,7 +462,19 @@ def _split(source: DatasetName, opened: Mapping[str | None, Any]) -> str | None:
 
 def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
     """Return the columns that hold the texts: one, or those of an instruction."""
-    kinds = _kinds(rows)
+    kinds: dict[str, str] = {}  # column → what it holds, as the data set says, or its first rows
+    if rows.features is not None:
+        dtypes = {name: str(getattr(f, "dtype", "lists")) for name, f in rows.features.items()}
+        is_text = ("string", "large_string", "string_view")
+        kinds = {n: "text" if dtype in is_text else dtype for n, dtype in dtypes.items()}
+    else:
+        found: dict[str, set[str]] = {}
+        for row in islice(rows, _LOOKED_AT_ROWS):
+            for name, value in row.items():
+                of_column = found.setdefault(name, set())
+                if value is not None:
+                    of_column.add("text" if isinstance(value, str) else type(value).__name__)
+        kinds = {name: " and ".join(sorted(held)) or "null" for name, held in found.items()}
     if not kinds:
         raise _Unreadable("holds no rows")
     texts = [name for name, kind in kinds.items() if kind == "text"]
@@ -498,41 +497,6 @@ def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
         f"has no column text, and {which}; it has {_listed(kinds)}. Name one, #COLUMN or "
         "data.text_column=COLUMN"
     )
-
-
-def _kinds(rows: Any) -> dict[str, str]:
-    """Return column → kind of what it holds: as the data set says, else as its first rows show."""
-    if rows.features is not None:
-        dtypes = {name: str(getattr(f, "dtype", "lists")) for name, f in rows.features.items()}
-        is_text = ("string", "large_string", "string_view")
-        return {n: "text" if dtype in is_text else dtype for n, dtype in dtypes.items()}
-    found: dict[str, set[str]] = {}
-    for row in islice(rows, _LOOKED_AT_ROWS):
-        for name, value in row.items():
-            kinds = found.setdefault(name, set())
-            if value is not None:
-                kinds.add("text" if isinstance(value, str) else type(value).__name__)
-    return {name: " and ".join(sorted(kinds)) or "null" for name, kinds in found.items()}
-
-
-def _records(
-    rows: Any, columns: Sequence[str], part: tuple[int, int | None]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield number and record of the rows that are meant, of which a batch is held at a time."""
-    start, stop = part
-    wanted = rows.select_columns(list(columns))
-    if hasattr(wanted, "num_rows"):
-        if start >= wanted.num_rows:
-            return
-        wanted = wanted.select(range(start, min(stop or wanted.num_rows, wanted.num_rows)))
-    else:
-        wanted = wanted.skip(start) if start else wanted
-        wanted = wanted if stop is None else wanted.take(stop - start)
-    number = start
-    for batch in wanted.iter(batch_size=_BATCH_ROWS):
-        for values in zip(*(batch[name] for name in columns), strict=True):
-            yield number, dict(zip(columns, values, strict=True))
-            number += 1
 
 
 def _listed(names: Any) -> str:

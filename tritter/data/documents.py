@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, overload
 
-from tritter.errors import RequestError
 from tritter.storage.spool import Spool
 
 if TYPE_CHECKING:
@@ -124,25 +123,9 @@ def documents_of(texts: Iterable[str]) -> Documents:
     return Documents.of(piece for text in texts for piece in pieces(text))
 
 
-def chosen(documents: Sequence[Document], indices: Sequence[int]) -> Sequence[Document]:
-    """Return some documents by their indices; spooled ones stay so."""
-    import numpy as np
-
-    if isinstance(documents, Documents):
-        return documents.chosen(np.asarray(indices, dtype=np.int64))
-    return tuple(documents[index] for index in indices)
-
-
 def notes_of(documents: Sequence[Document]) -> tuple[str, ...]:
     """Return what was skipped when documents were read, a sentence each."""
     return documents.notes if isinstance(documents, Documents) else ()
-
-
-def text_keys(documents: Sequence[Document]) -> Iterator[str]:
-    """Yield the `text_key` of each document."""
-    if isinstance(documents, Documents):
-        return documents.keys()
-    return (text_key(document.text) for document in documents)
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -206,29 +189,6 @@ def documents_digest(documents: Sequence[Document]) -> str:
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
     return digest.hexdigest()
-
-
-def distinct(documents: Sequence[Document]) -> Sequence[Document]:
-    """Return the documents that are not blank, of those with the same text the first.
-
-    Raises:
-        RequestError: two different texts share an identifier.
-    """
-    if isinstance(documents, Documents):
-        return documents
-    by_text: dict[str, Document] = {}
-    for document in documents:
-        if document.text.strip():
-            by_text.setdefault(document.text, document)
-    identifiers: set[str] = set()
-    for document in by_text.values():
-        if document.identifier in identifiers:
-            raise RequestError(
-                f"data: two documents with different texts are both called "
-                f"'{document.identifier}'; every document needs a name of its own."
-            )
-        identifiers.add(document.identifier)
-    return list(by_text.values())
 
 
 def _cut_position(text: str, start: int, end: int) -> int:

@@ -11,7 +11,7 @@ import gzip
 import json
 import os
 import zlib
-from codecs import getincrementaldecoder
+from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,7 +33,6 @@ from tritter.data.records import (
 from tritter.errors import TritterError
 from tritter.storage.reading import open_file
 
-MAX_TEXT_BYTES = 2**30  # of a file that is one text
 MAX_ARRAY_BYTES = 256 * 2**20  # of a .json, all of which is held as well as what it means
 MAX_LINE_BYTES = 32 * 2**20
 # A .gz or .parquet may decode to this many times its own size. Text never does.
@@ -51,15 +50,6 @@ _WHOLE = (".txt", ".md", ".rst")
 _PLAIN = (*_WHOLE, ".jsonl", ".json", ".csv")
 TEXT_SUFFIXES = (*_PLAIN, ".parquet", *(f"{suffix}{_PACKED}" for suffix in _PLAIN))
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_ENCODINGS = {
-    "utf-16": "UTF-16",
-    "utf-16-le": "UTF-16LE",
-    "utf-16-be": "UTF-16BE",
-    "utf-32": "UTF-32",
-    "utf-32-le": "UTF-32LE",
-    "utf-32-be": "UTF-32BE",
-}
-
 
 Columns = Callable[[Sequence[str]], list[str]]
 _Item = TypeVar("_Item")
@@ -115,7 +105,7 @@ class Reading:
         self._num_skipped = 0
 
     def texts(self, path: Path) -> Iterator[str]:
-        """Yield the texts of a file; an object that can't be read is skipped.
+        """Yield the texts of a file of records; one that can't be read is skipped.
 
         Raises:
             SpentError: `max_bytes` were read.
@@ -156,7 +146,16 @@ class Reading:
         except TritterError as error:  # of the opening, with the path in it
             problem = str(error).removesuffix(".")
         finally:
-            self._note(name, num_read)
+            if self._num_skipped and num_read and not self._is_strict:
+                total = num_read + self._num_skipped
+                self.notes.append(
+                    f"Skipped {self._num_skipped:,} of {total:,} records that can't be read; the "
+                    f"first: {self._line(self._skipped[0])}"
+                )
+            elif self._num_skipped:
+                self.problems += map(self._line, self._skipped)
+                if more := self._num_skipped - len(self._skipped):
+                    self.problems.append(self._line(f"{name} has {more} more such places"))
             self.problems += [self._line(problem)] if problem else []
 
     def skip(self, what: str) -> None:
@@ -175,49 +174,16 @@ class Reading:
         if self._max_bytes is not None and self.num_bytes > self._max_bytes:
             raise SpentError
 
-    def _note(self, name: str, num_read: int) -> None:
-        if not self._num_skipped:
-            return
-        if num_read and not self._is_strict:
-            total = num_read + self._num_skipped
-            self.notes.append(
-                f"Skipped {self._num_skipped:,} of {total:,} records that can't be read; the "
-                f"first: {self._line(self._skipped[0])}"
-            )
-            return
-        self.problems += map(self._line, self._skipped)
-        if more := self._num_skipped - len(self._skipped):
-            self.problems.append(self._line(f"{name} has {more} more such places"))
-
     def _line(self, what: str) -> str:
         return f"{self.key}: {what}{'' if what.endswith(('?', '.')) else '.'}"
-
-
-def read_texts(
-    files: Sequence[Path], *, key: str, text_field: str
-) -> tuple[tuple[Path, tuple[str, ...]], ...]:
-    """Read the texts of some files, in their order: each record is one, and a file without.
-
-    Args:
-        key: the configuration's key that named the files, for messages.
-        text_field: of records in .jsonl, .json, .csv and .parquet.
-
-    Raises:
-        TextFileError: files can't be read, decoded or parsed, or no record has the field; lists
-            all of it, with file, line and what was found. Or all are blank.
-    """
-    reading = Reading(key=key, text_field=text_field)
-    texts = tuple((path, tuple(reading.texts(path))) for path in files)
-    found = any(text.strip() for _, of_file in texts for text in of_file)
-    _check(reading, files, is_blank=not found)
-    return texts
 
 
 def text_pieces(files: Sequence[Path], reading: Reading) -> Iterator[str]:
     """Yield the texts of some files cut into their `pieces`, which is all that is held of them.
 
     Raises:
-        TextFileError: as `read_texts`, once all was read.
+        TextFileError: files can't be read, decoded or parsed, or no record has the field; lists
+            all of it, with file, line and what was found, once all was read. Or all are blank.
         SpentError: the reading's `max_bytes` were read.
     """
     is_blank = True
@@ -225,7 +191,10 @@ def text_pieces(files: Sequence[Path], reading: Reading) -> Iterator[str]:
         for piece in reading.pieces(path):
             is_blank = False
             yield piece
-    _check(reading, files, is_blank=is_blank)
+    if reading.problems:
+        raise TextFileError(reading.problems)
+    if is_blank:
+        raise TextFileError([no_text(reading.key, files)])
 
 
 def no_text(key: str, files: Sequence[Path]) -> str:
@@ -281,13 +250,6 @@ def parquet_records(
         step = batch.num_rows if _decoded_bytes(batch) < FREE_EXPANSION_BYTES else 1
         for start in range(0, batch.num_rows, max(1, step)):
             yield from batch.slice(start, step).to_pylist()
-
-
-def _check(reading: Reading, files: Sequence[Path], *, is_blank: bool) -> None:
-    if reading.problems:
-        raise TextFileError(reading.problems)
-    if is_blank:
-        raise TextFileError([no_text(reading.key, files)])
 
 
 class _Expansion:
@@ -369,9 +331,6 @@ def records(
 
 
 def _texts(path: Path, reading: Reading) -> Iterator[str]:
-    if _kind(path) in _WHOLE:
-        yield whole_text(path, reading, max_bytes=MAX_TEXT_BYTES)
-        return
     columns = partial(_columns, field=reading.text_field)
     for where, record in records(path, reading, columns=columns):
         try:
@@ -414,7 +373,10 @@ def _table(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
             row = next(rows, None)
             if row is None:
                 return
-            record = {name: row[name] and _encoded(row[name]) for name in names}
+            record = {name: row[name] for name in names}
+            for name, text in record.items():
+                if text and not text.isascii():
+                    record[name] = _decoded(text.encode(errors="surrogateescape"))
         except (csv.Error, WrongRecordError) as error:
             reading.skip(f"{where} {_short(error)}")
             continue
@@ -513,16 +475,17 @@ def _chunks(path: Path, reading: Reading) -> Iterator[str]:
     Raises:
         WrongRecordError: it is no UTF-8, or holds a byte 0.
     """
-    decoder, start = _Decoder(), 0
+    decoder, start, num_decoded = getincrementaldecoder("utf-8")(), 0, 0
     with _opened(path, reading) as stream:
         while piece := stream.piece():
             if start == 0:
                 _check_encoding(piece)
             if (position := piece.find(0)) >= 0:
                 raise WrongRecordError(f"holds a byte 0, at {start + position}; that is no text")
-            yield decoder.decode(piece if start else piece.removeprefix(_BYTE_ORDER_MARK))
-            start += len(piece)
-    yield decoder.decode(b"", is_last=True)
+            content = piece if start else piece.removeprefix(_BYTE_ORDER_MARK)
+            yield _decoded(content, decoder, start=num_decoded, is_last=False)
+            start, num_decoded = start + len(piece), num_decoded + len(content)
+    yield _decoded(b"", decoder, start=num_decoded)
 
 
 def _check_encoding(start: bytes) -> None:
@@ -531,51 +494,38 @@ def _check_encoding(start: bytes) -> None:
     Raises:
         WrongRecordError: names the encoding where it can be told.
     """
-    found = json.detect_encoding(start[:4]) if any(start[:4]) else "utf-8"
-    if found in _ENCODINGS:
+    found = json.detect_encoding(start[:4]).upper() if any(start[:4]) else "UTF-8"
+    if not found.startswith("UTF-8"):
+        name = found.replace("-LE", "LE").replace("-BE", "BE")  # as iconv has it
         raise WrongRecordError(
-            f"is no UTF-8 but {_ENCODINGS[found]}, by its first bytes; convert it, for example "
-            f"with iconv -f {_ENCODINGS[found]} -t UTF-8"
+            f"is no UTF-8 but {name}, by its first bytes; convert it, for example with iconv -f "
+            f"{name} -t UTF-8"
         )
 
 
-class _Decoder:
-    """UTF-8 into text, piece by piece; a character may stand in two of them."""
+def _decoded(
+    content: bytes,
+    decoder: IncrementalDecoder | None = None,
+    *,
+    start: int = 0,
+    is_last: bool = True,
+) -> str:
+    """Return the characters of UTF-8 bytes, or those that are whole by now.
 
-    def __init__(self) -> None:
-        self._decoder = getincrementaldecoder("utf-8")()
-        self._num_bytes = 0
-
-    def decode(self, content: bytes, *, is_last: bool = False) -> str:
-        """Return the characters that are whole by now.
-
-        Raises:
-            WrongRecordError: bytes are no UTF-8; says where, counted from the first piece.
-        """
-        waiting = len(self._decoder.getstate()[0])
-        try:
-            text = self._decoder.decode(content, is_last)
-        except UnicodeDecodeError as error:
-            place = self._num_bytes - waiting + error.start
-            raise WrongRecordError(
-                f"is no UTF-8 (byte {place} is 0x{error.object[error.start]:02x}); convert it, for "
-                "example with iconv -f ENCODING -t UTF-8"
-            ) from error
-        self._num_bytes += len(content)
-        return text
-
-
-def _decoded(content: bytes) -> str:
-    return _Decoder().decode(content, is_last=True)
-
-
-def _encoded(text: str) -> str:
-    """Return a text whose bytes that are no UTF-8 were escaped, if it has none.
-
-    Raises:
-        WrongRecordError: it has some.
+    Args:
+        decoder: of a text that comes in pieces; a character may be in two of them.
+        start: bytes of the pieces before.
     """
-    return text if text.isascii() else _decoded(text.encode("utf-8", errors="surrogateescape"))
+    decoder = decoder or getincrementaldecoder("utf-8")()
+    waiting = len(decoder.getstate()[0])
+    try:
+        return decoder.decode(content, is_last)
+    except UnicodeDecodeError as error:
+        place = start - waiting + error.start
+        raise WrongRecordError(
+            f"is no UTF-8 (byte {place} is 0x{error.object[error.start]:02x}); convert it, for "
+            "example with iconv -f ENCODING -t UTF-8"
+        ) from error
 
 
 # Parquet

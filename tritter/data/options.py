@@ -13,9 +13,10 @@ from pydantic import Field
 from tritter.data.built_in import built_in_path, is_built_in
 from tritter.data.datasets import PREFIX, check_place, parse_name
 from tritter.data.records import DEFAULT_FIELD
-from tritter.data.skills import SKILLS, skill_path
+from tritter.data.skills import PREFIX as SKILL_PREFIX
+from tritter.data.skills import SKILLS
 from tritter.data.sources import TextRequest, find_texts
-from tritter.errors import Problem, RequestError, key_name, nearest
+from tritter.errors import Problem, RequestError, key_name, nearest, refused
 from tritter.limits import MAX_COUNT
 from tritter.options import Count, Text, options
 
@@ -182,7 +183,17 @@ def text_place(key: str, path: str) -> str:
     Raises:
         RequestError: a path means no text.
     """
-    place = _absolute(key, path)
+    if path.startswith(PREFIX):
+        raise refused(key, path, "data sets are read with data=hf")
+    if is_built_in(path):
+        return built_in_path(key, path)
+    try:
+        named = Path(path).expanduser()
+        # The last name stays as it was typed: a link's own says what kind of file it is
+        is_name = named.name not in ("", "..")
+        place = str(named.parent.resolve() / named.name if is_name else named.resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise refused(key, path, f"that is no path ({error})") from error
     find_texts(key, [place])
     return place
 
@@ -195,10 +206,10 @@ def skill_place(key: str, word: str) -> str:
     """
     name = word.partition(":")[0]
     if name in SKILLS:
-        return text_place(key, skill_path(word))
+        return text_place(key, f"{SKILL_PREFIX}{word}")
     if word.isidentifier() and not Path(word).exists():
         reason = f"there is no such skill, file or folder; the skills are {', '.join(SKILLS)}"
-        raise RequestError(Problem(key, word, reason=reason, nearest=nearest(name, SKILLS)))
+        raise refused(key, word, reason, near=nearest(name, SKILLS))
     return text_place(key, word)
 
 
@@ -257,52 +268,37 @@ def read_sources(
     """
     if value is None:
         return {}
-    if default_name is None and not isinstance(value, Mapping):
-        return _each_named(key, value, problems, place_of_word, known)
-    named = value if isinstance(value, Mapping) else {default_name: value}
+
+    def places(key: str, value: object) -> list[str] | None:
+        """Return what the words mean that can be read; None where they are no list of words."""
+        words: Any = [value] if isinstance(value, str) else value
+        if not isinstance(words, Sequence) or not all(isinstance(w, str) and w for w in words):
+            reason = "allowed is a path, a list of paths, or a mapping of domain names to paths"
+            problems.append(Problem(key, value, reason=reason))
+            return None
+        if not words:
+            problems.append(Problem(key, value, reason="the list is empty; name a path"))
+            return None
+        found = []
+        for word in words:
+            try:
+                found.append(place_of_word(key, word))
+            except RequestError as error:
+                problems.extend(error.problems)
+        return found
+
     sources: TextSources = {}
+    if default_name is None and not isinstance(value, Mapping):
+        for path in places(key, value) or ():
+            sources[_name_of([path], {**known, **sources})] = [path]
+        return sources
+    named = value if isinstance(value, Mapping) else {default_name: value}
     for name, paths in named.items():
         if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
             reason = "a domain is named with letters, digits, - and _"
             problems.append(Problem(key, name, reason=reason))
-            continue
-        place = f"{key}.{name}" if isinstance(value, Mapping) else key
-        try:
-            words = _paths(place, paths)
-        except RequestError as error:
-            problems += error.problems
-            continue
-        sources[name] = []
-        for word in words:
-            try:
-                sources[name].append(place_of_word(place, word))
-            except RequestError as error:
-                problems += error.problems
-    return sources
-
-
-def _each_named(
-    key: str,
-    value: object,
-    problems: list[Problem],
-    place_of_word: Place,
-    known: Mapping[str, Sequence[str]],
-) -> TextSources:
-    """Return each word as a domain: one that is known, or named after what the word means."""
-    try:
-        words = _paths(key, value)
-    except RequestError as error:
-        problems += error.problems
-        return {}
-    taken, sources = dict(known), TextSources()
-    for word in words:
-        try:
-            paths = [place_of_word(key, word)]
-        except RequestError as error:
-            problems += error.problems
-            continue
-        name = _name_of(paths, taken)
-        sources[name] = taken[name] = paths
+        elif (own := places(f"{key}.{name}" if named is value else key, paths)) is not None:
+            sources[name] = own
     return sources
 
 
@@ -453,28 +449,3 @@ def domain_key(data: DataConfig, name: str) -> str:
     side = "old" if is_old else "new"
     sources: TextSources = data.old_sources if is_old else data.new_sources
     return f"data.{side}" if list(sources) == [side] else f"data.{side}.{name}"
-
-
-def _paths(key: str, value: object) -> list[str]:
-    paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, Sequence) or not all(isinstance(p, str) and p for p in paths):
-        reason = "allowed is a path, a list of paths, or a mapping of domain names to paths"
-        raise RequestError(Problem(key, value, reason=reason))
-    if not paths:
-        raise RequestError(Problem(key, value, reason="the list is empty; name a path"))
-    return list(paths)
-
-
-def _absolute(key: str, path: str) -> str:
-    if path.startswith(PREFIX):
-        reason = "data sets are read with data=hf"
-        raise RequestError(Problem(key, path, reason=reason))
-    if is_built_in(path):
-        return built_in_path(key, path)
-    try:
-        place = Path(path).expanduser()
-        # The last name stays as it was typed: a link's own says what kind of file it is
-        is_name = place.name not in ("", "..")
-        return str(place.parent.resolve() / place.name if is_name else place.resolve())
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RequestError(Problem(key, path, reason=f"that is no path ({error})")) from error

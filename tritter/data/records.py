@@ -46,10 +46,31 @@ def text_of(record: object, *, field: str) -> str:
         )
     if field in record:
         return _encodable(_as_text(record[field], f"data.text_field = {field}:"))
-    parts = _parts(record) if field == DEFAULT_FIELD else None
-    if parts is None:
+    if field == DEFAULT_FIELD and _MESSAGES in record:
+        messages = record[_MESSAGES]
+        if not isinstance(messages, list):
+            found = _kind(messages)
+            raise WrongRecordError(f"messages: holds {found}; allowed is a list of messages")
+        lines = []
+        for number, message in enumerate(messages, start=1):
+            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+                raise WrongRecordError(
+                    f"messages: number {number} is no message; allowed is "
+                    '{"role": "...", "content": "..."}'
+                )
+            where = f"messages: number {number},"
+            role = _as_text(message["role"], f"{where} role:")
+            lines.append(f"{role}: {_as_text(message['content'], f'{where} content:')}")
+        return _encodable(PART_BREAK.join(lines))
+    form, held = next(_forms(record), ((), [])) if field == DEFAULT_FIELD else ((), [])
+    if not held:
         raise missing_field(field, list(record))
-    return _encodable(PART_BREAK.join(part for part in parts if part))
+    parts = [
+        _as_text(record[name], f"{name}:")
+        for name, (_, is_needed) in zip(held, form, strict=True)
+        if name is not None and (is_needed or record[name] is not None)
+    ]
+    return _encodable(PART_BREAK.join(filter(None, parts)))
 
 
 def form_fields(names: Collection[str]) -> tuple[str, ...]:
@@ -122,20 +143,6 @@ def shown(name: object) -> str:
     return text if len(text) <= _MAX_NAME_LENGTH else f"{text[:_MAX_NAME_LENGTH]}..."
 
 
-def _parts(record: Mapping[str, Any]) -> list[str] | None:
-    """Return the parts of an instruction, or None where the record is none."""
-    if _MESSAGES in record:
-        return _messages(record[_MESSAGES])
-    for form, held in _forms(record):
-        return [
-            ""
-            if name is None or (record[name] is None and not is_needed)
-            else _as_text(record[name], f"{name}:")
-            for name, (_, is_needed) in zip(held, form, strict=True)
-        ]
-    return None
-
-
 def _forms(names: Collection[str]) -> Iterator[tuple[_Form, list[str | None]]]:
     """Yield each form of instructions that some names fit, and the name of each of its parts."""
     for form in _FORMS:
@@ -145,24 +152,6 @@ def _forms(names: Collection[str]) -> Iterator[tuple[_Form, list[str | None]]]:
             for name, (_, is_needed) in zip(held, form, strict=True)
         ):
             yield form, held
-
-
-def _messages(messages: object) -> list[str]:
-    if not isinstance(messages, list):
-        raise WrongRecordError(f"messages: holds {_kind(messages)}; allowed is a list of messages")
-    parts = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise WrongRecordError(
-                f"messages: number {number} is no message; allowed is "
-                '{"role": "...", "content": "..."}'
-            )
-        role, content = (
-            _as_text(message[name], f"messages: number {number}, {name}:")
-            for name in ("role", "content")
-        )
-        parts.append(f"{role}: {content}")
-    return parts
 
 
 def _as_text(value: object, where: str) -> str:

@@ -506,8 +506,21 @@ class MemoryReplayBuffer:
         self._owed += len(new) * share / (1 - share)
         count = int(self._owed)
         self._owed -= count
-        drawn = (self._examples[slot] for slot in self._slots.draw(count).tolist())
-        return [*new, *(_like(new, example) for example in drawn)]
+        for slot in self._slots.draw(count).tolist():
+            example, first = self._examples[slot], new[0]
+            known: dict[str, Any] = {"text": example.text, "loss": example.loss}
+            known |= dict.fromkeys(_PROMPTS, example.prompt)
+            known |= dict.fromkeys(_ANSWERS, example.answer)
+            if isinstance(first, str):
+                new.append(example.text)
+            elif type(first) in (tuple, list) and len(first) == 2:
+                new.append(type(first)((example.prompt, example.answer)))
+            elif isinstance(first, Mapping) and any(key in first for key in ("text", *_PROMPTS)):
+                filled = {key: known.get(key, "" if key in _BETWEEN else None) for key in first}
+                new.append(filled)
+            else:
+                new.append({"prompt": example.prompt, "answer": example.answer})
+        return new
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it, in plain containers and tensors."""
@@ -540,17 +553,3 @@ class MemoryReplayBuffer:
         parts = zip(state["prompts"], state["answers"], state["losses"], strict=True)
         self._examples = [Remembered(*each) for each in parts]
         self._owed = Fraction(*state["owed"])
-
-
-def _like(new: Sequence[Any], example: Remembered) -> Any:
-    """Return an example in the form of the new ones."""
-    first = new[0]
-    if isinstance(first, str):
-        return example.text
-    if type(first) in (tuple, list) and len(first) == 2:
-        return type(first)((example.prompt, example.answer))
-    known: dict[str, str | float] = {"text": example.text, "loss": example.loss}
-    known |= dict.fromkeys(_PROMPTS, example.prompt) | dict.fromkeys(_ANSWERS, example.answer)
-    if isinstance(first, Mapping) and any(key in first for key in ("text", *_PROMPTS)):
-        return {key: known.get(key, "" if key in _BETWEEN else None) for key in first}
-    return {"prompt": example.prompt, "answer": example.answer}

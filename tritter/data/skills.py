@@ -12,7 +12,7 @@ from hashlib import sha256
 from itertools import count, islice
 from typing import Any, TypeVar
 
-from tritter.errors import Problem, RequestError, nearest
+from tritter.errors import nearest, refused
 
 _Item = TypeVar("_Item")
 NAMES = (
@@ -53,6 +53,7 @@ SKILL_VERSION = 1  # raise it when the same name, seed and number would give ano
 DEFAULT_COUNT = 10_000
 MAX_COUNT = 10_000_000
 SEED = 0  # of all texts and questions; a lineage records it
+ORIGIN = f"generated skills, version {SKILL_VERSION}, seed {SEED}"  # as it is recorded
 _HELD_OUT = 1 / 8  # of all exercises: these are asked, and no text has them
 _MOST_IN_VAIN = 2_000  # draws without a new question, after which a skill has no more
 
@@ -333,27 +334,15 @@ class SkillText:
         if name not in SKILLS:
             near = nearest(name, SKILLS)
             reason = f"the skills are {', '.join(SKILLS)}"
-            raise RequestError(
-                Problem(key, path, reason=reason, nearest=near and f"{PREFIX}{near}")
-            )
+            raise refused(key, path, reason, near=near and f"{PREFIX}{near}")
         if not colon:
             return cls(SKILLS[name])
         is_count = number.isascii() and number.isdigit() and len(number) <= len(str(MAX_COUNT))
         if not is_count or not 1 <= int(number) <= MAX_COUNT:
             reason = f"{PREFIX}NAME:COUNT takes the number of examples, 1 to {MAX_COUNT:,}"
-            raise RequestError(Problem(key, path, reason=reason))
+            raise refused(key, path, reason)
         return cls(SKILLS[name], int(number))
 
     def texts(self) -> Iterator[str]:
         """Yield its texts."""
         return self.skill.texts(self.count)
-
-
-def skill_path(word: str) -> str:
-    """Return how text is named of which only `NAME` or `NAME:COUNT` was said."""
-    return f"{PREFIX}{word}"
-
-
-def skills_origin() -> str:
-    """Return the words under which generated text is recorded."""
-    return f"generated skills, version {SKILL_VERSION}, seed {SEED}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tritter.data.built_in import BUILT_IN_TEXTS, built_in_documents, is_built_in
 from tritter.data.datasets import PREFIX, dataset_names, dataset_texts, parse_name, resolve_dataset
-from tritter.data.documents import Document, Documents, documents_of, pieces
+from tritter.data.documents import Documents, documents_of, pieces
 from tritter.data.local_files import (
     TEXT_SUFFIXES,
     Reading,
@@ -23,20 +23,14 @@ from tritter.data.local_files import (
 )
 from tritter.data.records import shown
 from tritter.data.skills import SkillText
-from tritter.errors import Problem, RequestError, TritterError, did_you_mean
-from tritter.storage.reading import check_inside
+from tritter.errors import RequestError, TritterError, did_you_mean, refused
+from tritter.storage.reading import check_inside, kind_of
 
 _Identity = tuple[int, int]  # device and number of a folder
 _GLOB_SIGNS = set("*?[")
 MAX_RECORDED = 100_000  # files and folders that a path of a record may be searched through
 _BROKEN_LINK = "link to nothing"
 _MAX_SHOWN = 5
-_SPECIAL = {
-    stat.S_IFIFO: "pipe",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "device",
-    stat.S_IFBLK: "device",
-}
 # Of all files together, unpacked; what is beyond is looked at when it is read for the run.
 CHECKED_BYTES = 256 * 2**20
 
@@ -61,17 +55,6 @@ class FoundTexts:
         num_skipped = sum(self.skipped.values())
         read = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
         return f"{name}: {read} read; skipped {num_skipped} ({_counted(self.skipped)})"
-
-
-def find_text_files(
-    key: str, paths: Iterable[str], *, is_recorded: bool = False
-) -> tuple[Path, ...]:
-    """Return the text files that paths mean, each once, in the order of the paths, then sorted.
-
-    Raises:
-        RequestError: as `find_texts`.
-    """
-    return find_texts(key, paths, is_recorded=is_recorded).files
 
 
 def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> FoundTexts:
@@ -102,9 +85,7 @@ def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> 
             if isinstance(error, RequestError):
                 raise
             said = error.strerror if isinstance(error, OSError) else None
-            raise RequestError(
-                Problem(key, path, reason=f"it can't be looked at ({said or error})")
-            ) from error
+            raise refused(key, path, f"it can't be looked at ({said or error})") from error
         files.update(dict.fromkeys(found.files))
         skipped.update(found.skipped)
     return FoundTexts(tuple(files), skipped)
@@ -117,7 +98,7 @@ def _found(key: str, path: str, limit: int | None) -> FoundTexts:
     if os.path.lexists(place):
         if _kind(place) is None and text_suffix(place):
             return FoundTexts((place,))
-        raise RequestError(Problem(key, path, reason=_not_read([place])))
+        raise refused(key, path, _not_read([place]))
     if _GLOB_SIGNS & set(path):
         if limit is not None:
             _check_glob(key, place, limit)
@@ -129,20 +110,20 @@ def _found(key: str, path: str, limit: int | None) -> FoundTexts:
     beside = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
     where = "" if place.parent.is_dir() else f"; {place.parent} is no folder either"
     reason = f"there is no such file or folder{where}.{did_you_mean(place.name, beside)}"
-    raise RequestError(Problem(key, path, reason=reason.removesuffix(".")))
+    raise refused(key, path, reason.removesuffix("."))
 
 
 def _known(key: str, path: str, found: Sequence[Path], *, where: str) -> FoundTexts:
     named = [place for place in found if text_suffix(place)]
     broken = [place for place in named if _kind(place) == _BROKEN_LINK]
     if broken:
-        raise RequestError(Problem(key, str(broken[0]), reason="the link leads to no file"))
+        raise refused(key, str(broken[0]), "the link leads to no file")
     known = [place for place in named if _kind(place) is None]
     if known:
         taken = set(known)
         return FoundTexts(tuple(known), _kinds(place for place in found if place not in taken))
     nothing = f"{where} holds no file" if where == "the folder" else f"{where} matches no file"
-    raise RequestError(Problem(key, path, reason=_not_read(found) if found else nothing))
+    raise refused(key, path, _not_read(found) if found else nothing)
 
 
 def _check_glob(key: str, pattern: Path, limit: int) -> None:
@@ -177,7 +158,7 @@ def _too_many(key: str, place: Path, limit: int) -> RequestError:
         f"a path that a checkpoint records is searched through at most {limit:,} files and "
         "folders, and this one takes more"
     )
-    return RequestError(Problem(key, str(place), reason=reason))
+    return refused(key, str(place), reason)
 
 
 def _below(key: str, folder: Path, limit: int | None) -> list[Path]:
@@ -198,13 +179,13 @@ def _below(key: str, folder: Path, limit: int | None) -> list[Path]:
             own = status.st_dev, status.st_ino
             if own in above:
                 reason = "the link leads back to a folder that it stands in; remove it"
-                raise RequestError(Problem(key, str(place), reason=reason))
+                raise refused(key, str(place), reason)
             if own in seen:
                 continue
             entries = sorted(place.iterdir())
         except OSError as error:
             reason = f"the folder can't be listed ({error.strerror})"
-            raise RequestError(Problem(key, str(place), reason=reason)) from error
+            raise refused(key, str(place), reason) from error
         seen.add(own)
         num_entries += len(entries)
         if limit is not None and num_entries > limit:
@@ -229,7 +210,7 @@ def _check_link(key: str, folder: Path, place: Path) -> None:
         try:
             check_inside(folder, str(place.relative_to(folder)))
         except TritterError as error:
-            raise RequestError(Problem(key, str(folder), reason=str(error))) from error
+            raise refused(key, str(folder), str(error)) from error
 
 
 def _kind(place: Path) -> str | None:
@@ -240,7 +221,7 @@ def _kind(place: Path) -> str | None:
         return _BROKEN_LINK
     if stat.S_ISREG(mode):
         return None
-    return "folder" if stat.S_ISDIR(mode) else _SPECIAL.get(stat.S_IFMT(mode), "no file")
+    return kind_of(mode).removeprefix("a ")
 
 
 def _kinds(places: Iterable[Path]) -> Counter[str]:
@@ -265,7 +246,7 @@ def source_documents(
     texts: Callable[[], Iterable[str]] | None = None,
     is_streamed: bool = False,
     is_recorded: bool = False,
-) -> Sequence[Document]:
+) -> Documents:
     """Return all documents that paths, data sets and built-in texts mean.
 
     Args:
@@ -282,9 +263,8 @@ def source_documents(
     """
     if texts is not None:
         return documents_of(_own(texts, key))
-    ordered = dict.fromkeys((*(each for each in BUILT_IN_TEXTS if each in paths), *paths))
-    built_in = [each for path in filter(is_built_in, ordered) for each in built_in_documents(path)]
-    files = find_text_files(key, paths, is_recorded=is_recorded)
+    built_in = (each for path in filter(is_built_in, paths) for each in built_in_documents(path))
+    files = find_texts(key, paths, is_recorded=is_recorded).files
     reading = Reading(key=key, text_field=text_field)
     rows = _of_datasets(dataset_names(paths), reading, is_streamed=is_streamed)
     whole = chain((document.text for document in built_in), rows)
@@ -311,7 +291,7 @@ def quick_pieces(
     sources = [parse_name(key, name) for name in dataset_names(paths)]
     if set(paths) & set(BUILT_IN_TEXTS) or not all(source.is_on_disk for source in sources):
         return None
-    files = find_text_files(key, paths)
+    files = find_texts(key, paths).files
     reading = Reading(key=key, text_field=text_field, max_bytes=max_bytes)
     read = text_pieces(files, reading) if files else iter(())
     skills = (SkillText.named(key, path).texts() for path in paths if is_built_in(path))
@@ -361,7 +341,7 @@ class TextRequest:
 
     Args:
         key: that named them, for messages.
-        paths: as `find_text_files` takes them.
+        paths: as `find_texts` takes them.
         text_field: of their records.
     """
 
@@ -379,11 +359,15 @@ def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_
         RequestError: files can't be read as what they are, or hold no text; lists all of it.
     """
     requests = list(dict.fromkeys(requests))
-    asked = {request: find_text_files(request.key, request.paths) for request in requests}
+    asked = {request: find_texts(request.key, request.paths).files for request in requests}
     files = [(request, path) for request, found in asked.items() for path in found]
     problems: dict[tuple[TextRequest, Path], list[str]] = {}
     blank: set[tuple[TextRequest, Path]] = set()
-    for request, path in sorted(files, key=lambda file: _size(file[1])):
+    sizes = dict.fromkeys((path for _, path in files), 0)
+    for path in sizes:
+        with suppress(OSError):  # it is gone by now, which reading it will tell
+            sizes[path] = path.stat().st_size
+    for request, path in sorted(files, key=lambda file: sizes[file[1]]):
         reading = Reading(key=request.key, text_field=request.text_field, max_bytes=max_bytes)
         problems[request, path] = reading.problems
         try:
@@ -410,10 +394,3 @@ def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_
             found += error.problems
     if found:
         raise RequestError(str(TextFileError(found)))
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # it is gone by now, which reading it will tell
-        return 0

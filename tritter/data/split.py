@@ -8,14 +8,14 @@ never trained on.
 
 import math
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tritter.data.documents import Document, chosen, distinct, text_key, text_keys
+from tritter.data.documents import Documents, text_key
 from tritter.errors import RequestError
 from tritter.storage.records import Seed, record
 
@@ -56,8 +56,8 @@ class DomainCounts:
 class Split:
     """The two sides of a domain, each in the order in which the documents came."""
 
-    train: Sequence[Document]
-    validation: Sequence[Document]
+    train: Documents
+    validation: Documents
     counts: DomainCounts
 
 
@@ -67,9 +67,7 @@ def threshold_side(key: str, rule: SplitRule) -> Side:
     return "validation" if number / 2**256 < rule.validation_fraction else "train"
 
 
-def part_documents(
-    domains: Mapping[str, Sequence[Document]], *, rule: SplitRule
-) -> dict[str, Split]:
+def part_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dict[str, Split]:
     """Return name → the two sides of each domain of a run.
 
     Args:
@@ -83,27 +81,31 @@ def part_documents(
             f"data.validation_fraction={rule.validation_fraction}: must lie between 0 and 1 "
             f"(both excluded), for example 0.1."
         )
+    import numpy as np
+
     held_out: set[str] = set()
     parted = {}
     for name, documents in domains.items():
-        different = distinct(documents)
         train, validation, num_known = array("q"), array("q"), 0
-        for index, key in enumerate(text_keys(different)):
+        for index, key in enumerate(documents.keys()):
             if threshold_side(key, rule) == "train":
                 train.append(index)
             else:
                 validation.append(index)
                 num_known += key in held_out
         counts = DomainCounts(
-            documents=len(different),
+            documents=len(documents),
             train=len(train),
             validation=len(validation),
             held_out_before=num_known,
         )
-        parted[name] = Split(chosen(different, train), chosen(different, validation), counts)
+        train_side, held_side = (
+            documents.chosen(np.frombuffer(side, dtype="i8")) for side in (train, validation)
+        )
+        parted[name] = Split(train_side, held_side, counts)
         if (reason := _one_sided(counts, rule)) is not None:
             raise RequestError(f"data: domain {name}: {reason}.")
-        held_out.update(text_keys(parted[name].validation))
+        held_out.update(parted[name].validation.keys())
     return parted
 
 

@@ -27,9 +27,8 @@ from tritter.checkpoint.folder import (
     TokenizerFiles,
     check_tokenizer_files,
 )
-from tritter.checkpoint.kept_sequences import KEPT_FILE
 from tritter.checkpoint.place import check_output, check_replaceable
-from tritter.checkpoint.state import STATE_FOLDER, State, write_state
+from tritter.checkpoint.state import KEPT_FILE, STATE_FOLDER, State, write_state
 from tritter.errors import RequestError, TritterError
 from tritter.expand.change import PlannedExpansion
 from tritter.expansion import (
@@ -190,7 +189,7 @@ def plan_expansion(
 
 def planned(source: Source, specs: Sequence[ExpansionSpec], *, seed: int) -> PlannedExpansion:
     """Do the same for checked specs; none are allowed."""
-    from tritter.loadable import check_loadable
+    from tritter.models import check_loadable
 
     if specs:
         refuse_experts(source.folder, doing="an expansion", recorded=source.recorded_files)

@@ -1,6 +1,11 @@
 """Family tables: one data file per architecture, and what can be counted from its shapes."""
 
-from tritter.families.checks import check_config, check_size, check_values, with_live_sizes
+from tritter.families.config_file import (
+    check_config,
+    check_size,
+    check_values,
+    with_live_sizes,
+)
 from tritter.families.dimensions import Config, Dimensions, ffn_sizes, on_disk, with_ffn_sizes
 from tritter.families.family import Family
 from tritter.families.flops import (

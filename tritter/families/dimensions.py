@@ -164,21 +164,3 @@ def with_ffn_sizes(
 def on_disk(config: Config) -> Config:
     """Return the config of the padded model, which stock classes build."""
     return {key: value for key, value in config.items() if key != FFN_SIZES}
-
-
-def check_ffn_sizes(config: Config, *, layers: int, widest: int, key: str) -> None:
-    """Refuse widths that are not one for each layer, up to the widest.
-
-    Args:
-        key: what the config calls the widest.
-
-    Raises:
-        RequestError: says what is allowed.
-    """
-    sizes = ffn_sizes(config)
-    are_sizes = len(sizes) == layers and all(type(size) is int and size >= 1 for size in sizes)
-    if not are_sizes or max(sizes) != widest:
-        raise RequestError(
-            f"{FFN_SIZES} = {brief(config.get(FFN_SIZES))}; allowed is a width from 1 for each of "
-            f"the {layers} layers, the widest of them {key} = {widest}."
-        )

@@ -51,7 +51,7 @@ class Family:
     model_type: str
     architecture: str
     tensors: tuple[LogicalTensor, ...]
-    heads_divide_hidden: bool
+    heads_divide_hidden: bool = False
     sizes: Mapping[str, str] = field(default_factory=lambda: DENSE_SIZES)
     per_layer_config_keys: tuple[str, ...] = ()
     sparse_layers: Literal["none", "all", "pattern"] = "none"

@@ -194,7 +194,9 @@ def pack_all(places: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> di
     for stored in places:
         held = [part for part in stored.parts if part.tensor.name in values]
         if held:
-            packed[stored.name] = stored.pack(_or_zero(values, like=values[held[0].tensor.name]))
+            zero = values[held[0].tensor.name].new_zeros(())
+            parts = {p.tensor.name: values.get(p.tensor.name, zero) for p in stored.parts}
+            packed[stored.name] = stored.pack(parts.__getitem__)
     return packed
 
 
@@ -206,11 +208,6 @@ def unpack_all(places: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> 
         if stored.name in values
         for tensor, value in stored.unpack(values[stored.name])
     }
-
-
-def _or_zero(values: Mapping[str, Tensor], *, like: Tensor) -> Read:
-    zero = like.new_zeros(())
-    return lambda name: values.get(name, zero)
 
 
 def _some(names: list[str], limit: int = 5) -> str:

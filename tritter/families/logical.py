@@ -156,28 +156,23 @@ class LogicalTensor:
     def _filled(
         self, mark: str, *, layer: int | None, expert: int | None = None
     ) -> "LogicalTensor":
-        text = str(layer if expert is None else expert)
-        fused = self.fused
+        text, fused, axes = str(layer if expert is None else expert), self.fused, list[Axis]()
+        for axis in self.axes:
+            own = expert if axis.space.scope == "expert" else None
+            space = axis.space
+            if space.scope != "model":
+                space = replace(space, layer=layer, expert=own)
+            axes.append(Axis(space, axis.port))
         return replace(
             self,
             disk_name=self.disk_name.replace(mark, text),
             live_name=self.live_name.replace(mark, text),
             within=self.within.replace(mark, text),
-            axes=tuple(_placed(axis, layer=layer, expert=expert) for axis in self.axes),
+            axes=tuple(axes),
             fused=None if fused is None else replace(fused, name=fused.name.replace(mark, text)),
             layer=layer,
             expert=expert,
         )
-
-
-def _placed(axis: Axis, *, layer: int | None, expert: int | None) -> Axis:
-    match axis.space.scope:
-        case "model":
-            return axis
-        case "layer":
-            return Axis(replace(axis.space, layer=layer), axis.port)
-        case "expert":
-            return Axis(replace(axis.space, layer=layer, expert=expert), axis.port)
 
 
 def logical_name(kind: str, *, layer: int | None = None, expert: int | None = None) -> str:

@@ -39,23 +39,13 @@ def decoder_tensors(
     Args:
         embedding_port: how the embedding writes the residual stream.
     """
-    residual = Axis(RESIDUAL.space, embedding_port)
     return (
-        LogicalTensor(
-            kind="embed",
-            disk_name="model.embed_tokens.weight",
-            axes=(Axis(VOCABULARY, Port.READ), residual),
-        ),
+        embedding("model.embed_tokens", embedding_port),
         *layer,
         LogicalTensor(
             kind="final_norm", disk_name="model.norm.weight", axes=(Axis(HEAD_INPUT, Port.GAIN),)
         ),
-        LogicalTensor(
-            kind="head",
-            disk_name="lm_head.weight",
-            axes=(Axis(VOCABULARY, Port.WRITE), Axis(HEAD_INPUT, Port.READ)),
-            unless="tie_word_embeddings",
-        ),
+        head("lm_head"),
     )
 
 
@@ -201,23 +191,11 @@ def _dense(
     layers: Literal["all", "dense", "sparse"] = "all",
     within: str = "",
 ) -> tuple[LogicalTensor, ...]:
-    stem = _LAYER + disk_name
-    weight = LogicalTensor(
-        kind=kind,
-        disk_name=stem + ".weight",
-        axes=(output, read),
-        layers=layers,
-        within=f"{_LAYER}{within}.weight" if within else "",
+    place = _LAYER + within if within else ""
+    weight, bias = _linear(
+        kind, _LAYER + disk_name, output, read, bias_key, layers=layers, within=place
     )
-    if biases == "none":
-        return (weight,)
-    return weight, LogicalTensor(
-        kind=kind + "_bias",
-        disk_name=stem + ".bias",
-        axes=(output,),
-        layers=layers,
-        only_if=bias_key,
-    )
+    return (weight,) if biases == "none" else (weight, bias)
 
 
 def _norm(kind: str, disk_name: str, space: Space) -> LogicalTensor:
@@ -237,9 +215,9 @@ QKV = Space("qkv", "qkv_size")
 _POSITIONS = Space("positions", "max_position_embeddings", "model")
 
 
-def embedding(name: str) -> LogicalTensor:
-    """Return the embedding of tokens, called so on disk."""
-    axes = (Axis(VOCABULARY, Port.READ), RESIDUAL)
+def embedding(name: str, port: Port = Port.WRITE) -> LogicalTensor:
+    """Return the embedding of tokens, called so on disk, which writes the stream by a port."""
+    axes = (Axis(VOCABULARY, Port.READ), Axis(RESIDUAL.space, port))
     return LogicalTensor(kind="embed", disk_name=f"{name}.weight", axes=axes)
 
 
@@ -301,14 +279,14 @@ def plain_ffn(
     )
 
 
-def head(disk_name: str, live_name: str) -> LogicalTensor:
-    """Return the head, absent where it is tied."""
+def head(disk_name: str, live_name: str = "") -> LogicalTensor:
+    """Return the head, absent where it is tied; its name in memory where that is another."""
     return LogicalTensor(
         kind="head",
         disk_name=f"{disk_name}.weight",
         axes=(Axis(VOCABULARY, Port.WRITE), Axis(HEAD_INPUT, Port.READ)),
         unless="tie_word_embeddings",
-        live_name=f"{live_name}.weight",
+        live_name=f"{live_name}.weight" if live_name else "",
     )
 
 
@@ -330,33 +308,33 @@ def _linear(
     read: Axis,
     bias_key: str = "",
     *,
+    layers: LayerKind = "all",
     within: str = "",
     is_transposed: bool = False,
-) -> tuple[LogicalTensor, ...]:
-    return (
-        LogicalTensor(
-            kind=kind,
-            disk_name=f"{name}.weight",
-            axes=(output, read),
-            layers="all",
-            is_transposed=is_transposed,
-            within=f"{within}.weight" if within else "",
-        ),
-        LogicalTensor(
-            kind=f"{kind}_bias",
-            disk_name=f"{name}.bias",
-            axes=(output,),
-            layers="all",
-            only_if=bias_key,
-            within=f"{within}.bias" if within else "",
-        ),
+) -> tuple[LogicalTensor, LogicalTensor]:
+    """Return a matrix and its bias."""
+    weight = LogicalTensor(
+        kind=kind,
+        disk_name=f"{name}.weight",
+        axes=(output, read),
+        layers=layers,
+        is_transposed=is_transposed,
+        within=f"{within}.weight" if within else "",
     )
+    bias = LogicalTensor(
+        kind=f"{kind}_bias",
+        disk_name=f"{name}.bias",
+        axes=(output,),
+        layers=layers,
+        only_if=bias_key,
+        within=f"{within}.bias" if within else "",
+    )
+    return weight, bias
 
 
 SMOLLM3 = Family(
     model_type="smollm3",
     architecture="SmolLM3ForCausalLM",
-    heads_divide_hidden=False,
     tensors=decoder_tensors(
         *attention(biases="qkvo", bias_key="attention_bias"),
         ffn_norm(),
@@ -370,7 +348,6 @@ SMOLLM3 = Family(
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    heads_divide_hidden=False,
     tensors=decoder_tensors(
         *attention(query_norm="each head", biases="qkvo", bias_key="attention_bias"),
         ffn_norm(),
@@ -383,7 +360,6 @@ QWEN3 = Family(
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    heads_divide_hidden=False,
     tensors=decoder_tensors(
         *attention(query_norm="each head", biases="qkvo", bias_key="attention_bias"),
         ffn_norm(),
@@ -400,7 +376,6 @@ QWEN3_MOE = Family(
 QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    heads_divide_hidden=False,
     tensors=decoder_tensors(*attention(biases="qkv"), ffn_norm(), *dense_ffn()),
     per_layer_config_keys=("layer_types",),
     windows="layer_types",
@@ -409,7 +384,6 @@ QWEN2 = Family(
 QWEN2_MOE = Family(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
-    heads_divide_hidden=False,
     tensors=decoder_tensors(
         *attention(biases="qkv", bias_key="qkv_bias"),
         ffn_norm(),
@@ -436,7 +410,6 @@ QWEN2_MOE = Family(
 PHI3 = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
-    heads_divide_hidden=False,
     tensors=decoder_tensors(
         *attention(within="self_attn.qkv_proj"),
         ffn_norm(),
@@ -455,7 +428,6 @@ PHI3 = Family(
 OLMO2 = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
-    heads_divide_hidden=False,
     tensors=decoder_tensors(
         *attention(
             has_input_norm=False,
@@ -472,7 +444,6 @@ OLMO2 = Family(
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    heads_divide_hidden=False,
     tensors=decoder_tensors(*attention(), ffn_norm(), *dense_ffn()),
     windows="all",
 )
@@ -480,7 +451,6 @@ MISTRAL = Family(
 MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
-    heads_divide_hidden=False,
     tensors=decoder_tensors(
         *attention(),
         ffn_norm(),
@@ -558,7 +528,6 @@ def llama_config(
 GRANITE = Family(
     model_type="granite",
     architecture="GraniteForCausalLM",
-    heads_divide_hidden=False,
     tensors=decoder_tensors(
         *attention(biases="qkvo", bias_key="attention_bias"),
         ffn_norm(),
@@ -630,7 +599,7 @@ GPT2 = Family(
             is_transposed=True,
         ),
         *layer_norm("final_norm", _MODEL + "ln_f", HEAD_INPUT, layers="none"),
-        head("lm_head", "lm_head"),
+        head("lm_head"),
     ),
     sizes={
         "num_hidden_layers": "n_layer",
@@ -650,7 +619,6 @@ GPT2 = Family(
 GLM4 = Family(
     model_type="glm4",
     architecture="Glm4ForCausalLM",
-    heads_divide_hidden=False,
     tensors=decoder_tensors(
         *attention(output_norm="post_self_attn_layernorm", biases="qkv", bias_key="attention_bias"),
         ffn_norm(),

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from tritter.checkpoint import Lineage, write_checkpoint
-from tritter.checkpoint.left import checkpoint_changes
+from tritter.checkpoint.history import checkpoint_changes
 from tritter.checkpoint.record import training_record
 from tritter.checkpoint.state import copy_states, read_state
 from tritter.config.run_folder import effective_arguments, optimizer_record

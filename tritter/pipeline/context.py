@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from tritter.checkpoint import Lineage, Source, lineage_of, read_lineage
+from tritter.checkpoint.place import checkpoint_config
 from tritter.checkpoint.record import LearnedDomain
-from tritter.checkpoint.usable import checkpoint_config
 from tritter.config.memory import memory_notes
 from tritter.config.rules import KEY
 from tritter.config.schema import (
@@ -38,7 +38,7 @@ from tritter.data.built_in import built_in_origin, is_built_in, questions_of
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
 from tritter.data.datamodule import EvaluationText
 from tritter.data.datasets import dataset_names
-from tritter.data.documents import Document
+from tritter.data.documents import Documents
 from tritter.data.local_files import TextFileError
 from tritter.data.options import DatasetsConfig
 from tritter.data.packing import Apart, num_packed, packed, padding_fraction, read_apart
@@ -483,13 +483,13 @@ def run_corpus(config: RunConfig, text: RunText, *, tokenizer: Tokenizer | None)
     )
 
 
-def all_documents(domains: Iterable[DomainText]) -> dict[str, Sequence[Document]]:
+def all_documents(domains: Iterable[DomainText]) -> dict[str, Documents]:
     """Return the documents of all domains.
 
     Raises:
         TextFileError: lists what can't be read, of all domains.
     """
-    documents: dict[str, Sequence[Document]] = {}
+    documents: dict[str, Documents] = {}
     problems: list[str] = []
     for domain in domains:
         try:

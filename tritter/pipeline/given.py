@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tritter.checkpoint import Lineage, Source, write_checkpoint
 from tritter.checkpoint.folder import LinkedTensors
-from tritter.checkpoint.usable import checkpoint_config
+from tritter.checkpoint.place import checkpoint_config
 from tritter.config.memory import memory_problems
 from tritter.config.rules import given_problems
 from tritter.config.schema import CheckpointModelConfig

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tritter.checkpoint.kept_sequences import KeptSequences
-from tritter.checkpoint.state import LazyTensors, read_state, write_state
+from tritter.checkpoint.state import KeptSequences, LazyTensors, read_state, write_state
 from tritter.data.batches import drawn_equally, read_sequences, write_sequences
 from tritter.errors import RequestError
 from tritter.expand import state_stream

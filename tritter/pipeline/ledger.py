@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tritter.checkpoint.folder import EXPERTS_FOLDER
-from tritter.checkpoint.left import digests_of, find_damage
+from tritter.checkpoint.history import digests_of, find_damage
 from tritter.checkpoint.record import LedgerRecord, Lineage, StageRecord
 from tritter.errors import TritterError, brief
 from tritter.evaluation.gate import Status

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tritter.checkpoint import Lineage, Source, lineage_of, write_checkpoint
 from tritter.checkpoint.folder import Artifact, LinkedTensors, TokenizerFiles
-from tritter.checkpoint.kept_sequences import KeptSequences
-from tritter.checkpoint.left import checkpoint_changes
+from tritter.checkpoint.history import checkpoint_changes
+from tritter.checkpoint.state import KeptSequences
 from tritter.data.packing import lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.losses import sequence_losses

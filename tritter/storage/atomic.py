@@ -64,7 +64,8 @@ def atomic_folder(
         try:
             yield temporary
             temporary.chmod(0o755)
-            _sync_tree(temporary)
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
             _replace_folder(temporary, target, before=before, check=check)
         except OSError as error:
             raise TritterError(
@@ -95,9 +96,11 @@ def write_text_atomic(
         temporary.chmod(0o644)
         if check is None:
             temporary.replace(path)
-        else:
-            _replace_file(temporary, path, check)
-        _sync_folder(path.parent)
+        elif not _rename_new(temporary, path):
+            check(path)
+            if not _exchange_checked(temporary, path, check):
+                temporary.replace(path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -125,22 +128,6 @@ def copy_tree(source: Path, target: Path) -> None:
             shutil.copyfile(path, place)
 
     shutil.copytree(source, target, dirs_exist_ok=True, copy_function=copy)
-
-
-def _replace_file(new: Path, path: Path, check: Callable[[Path], None]) -> None:
-    """Put `new` at `path`; a file that is there is replaced if `check` allows it."""
-    if _rename_new(new, path):
-        return
-    check(path)
-    if not _exchange(new, path):
-        new.replace(path)
-        return
-    try:
-        check(new)  # the file that was at `path`
-    except BaseException:
-        if not _exchange(new, path):
-            new.replace(path)
-        raise
 
 
 def remove_folder(target: Path) -> None:
@@ -218,32 +205,21 @@ def _replace_folder(
             raise _exists_now(target)
     else:
         _check_old(target, target, before, check)
-        _swap(new, target, partial(_check_old, target=target, before=before, check=check))
+        check_old = partial(_check_old, target=target, before=before, check=check)
+        if not _exchange_checked(new, target, check_old):
+            old = Path(tempfile.mkdtemp(prefix=_prefix(target) + _ASIDE, dir=target.parent))
+            target.replace(old / target.name)
+            try:
+                check_old(old / target.name)
+                new.replace(target)
+            except BaseException:
+                (old / target.name).replace(target)
+                old.rmdir()
+                raise
+            _remove(old)
     if own is not None:
         _PLACED.add(own)
-    _sync_folder(target.parent)
-
-
-def _swap(new: Path, target: Path, check_old: Callable[[Path], None]) -> None:
-    """Put `new` in the place of the folder at `target`, which goes if `check_old` allows it."""
-    if _exchange(new, target):
-        try:
-            check_old(new)
-        except BaseException:
-            if not _exchange(new, target):
-                new.replace(target)
-            raise
-        return
-    old = Path(tempfile.mkdtemp(prefix=_prefix(target) + _ASIDE, dir=target.parent))
-    target.replace(old / target.name)
-    try:
-        check_old(old / target.name)
-        new.replace(target)
-    except BaseException:
-        (old / target.name).replace(target)
-        old.rmdir()
-        raise
-    _remove(old)
+    _sync(target.parent)
 
 
 def _exists_now(target: Path) -> RequestError:
@@ -289,6 +265,19 @@ def _remove(folder: Path) -> None:
 def _exchange(first: Path, second: Path) -> bool:
     """Swap two names in one step; return False where that cannot be done."""
     return _renameat2(first, second, _RENAME_EXCHANGE) == 0
+
+
+def _exchange_checked(new: Path, target: Path, check: Callable[[Path], None]) -> bool:
+    """Do the same; the names are swapped back if `check` refuses what was at `target`."""
+    if not _exchange(new, target):
+        return False
+    try:
+        check(new)
+    except BaseException:
+        if not _exchange(new, target):
+            new.replace(target)
+        raise
+    return True
 
 
 def _rename_new(first: Path, second: Path) -> bool:
@@ -350,22 +339,12 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

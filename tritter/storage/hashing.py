@@ -99,10 +99,6 @@ def header_digest(path: Path) -> str:
         return hashlib.sha256(start + file.read(length)).hexdigest()
 
 
-def _no_check() -> None:
-    """Find nothing wrong."""
-
-
 def _known(digest: str) -> Future[str]:
     found: Future[str] = Future()
     found.set_result(digest)
@@ -121,7 +117,7 @@ class DigestQueue:
         self._lock = Lock()
         self._room = BoundedSemaphore(_MAX_WAITING)
         self._are_added, self._is_over = Event(), Event()
-        self._check = _no_check
+        self._check: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, digests: Mapping[str, str]) -> DigestQueue:
@@ -131,7 +127,9 @@ class DigestQueue:
             queue._digests[name] = _known(digest)
         return queue
 
-    def begin(self, tensors: Iterable[RawTensor], *, check: Callable[[], None] = _no_check) -> None:
+    def begin(
+        self, tensors: Iterable[RawTensor], *, check: Callable[[], None] = lambda: None
+    ) -> None:
         """Hash tensors, one after the other, until the first is added or the queue is closed.
 
         What is wrong with them is found by those who add them.

@@ -26,16 +26,24 @@ def locate(checkpoint: str, *, key: str = "checkpoint") -> Path:
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         raise refused(key, checkpoint, "no such folder, and no hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import constants, errors, snapshot_download
 
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         with quiet_hub():
             return Path(snapshot_download(checkpoint, allow_patterns=patterns))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = f"no such folder, and {_reason(error)}"
-        raise refused(key, checkpoint, reason) from error
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+        if isinstance(error, errors.GatedRepoError):
+            reason = "on the hub it is gated: accept its terms there, then run `hf auth login`"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = "the hub has no such model; a private one needs `hf auth login`"
+        elif isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+            cached = constants.HF_HUB_CACHE
+            reason = f"HF_HUB_OFFLINE is set and the hub's cache lacks it ({cached})"
+        else:
+            reached = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = f"the hub cannot be reached ({reached.removeprefix('Got: ')})"
+        raise refused(key, checkpoint, f"no such folder, and {reason}") from error
 
 
 @contextmanager
@@ -48,17 +56,3 @@ def quiet_hub() -> Iterator[None]:
         yield
     finally:
         log.setLevel(before)
-
-
-def _reason(error: Exception) -> str:
-    """Say in one line why the hub's client has no such model."""
-    from huggingface_hub import constants, errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return "on the hub it is gated: accept its terms there, then run `hf auth login`"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "the hub has no such model; a private one needs `hf auth login`"
-    if isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
-        return f"HF_HUB_OFFLINE is set and the hub's cache lacks it ({constants.HF_HUB_CACHE})"
-    reached = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"the hub cannot be reached ({reached.removeprefix('Got: ')})"

@@ -12,7 +12,7 @@ import math
 import os
 import stat
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,20 @@ def parse_object(text: str, *, path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(text)
-        _check_values(content)
+        waiting: list[tuple[object, int]] = [(content, 1)]
+        while waiting:  # for values that pass as JSON and break what is done with them
+            value, depth = waiting.pop()
+            if isinstance(value, dict | list):
+                if depth > _MAX_DEPTH:
+                    raise ValueError("it is nested too deeply")
+                waiting += [(item, depth + 1) for item in value]
+                if isinstance(value, dict):
+                    waiting += [(item, depth + 1) for item in value.values()]
+            elif isinstance(value, str):
+                if not value.isascii():
+                    value.encode()  # halves of a pair of surrogates are no text
+            elif isinstance(value, int) and abs(value) > _MAX_NUMBER:
+                raise ValueError(f"it holds a number of {int(math.log10(abs(value))) + 1} digits")
     except RecursionError as error:
         raise TritterError(f"{path} cannot be read: it is nested too deeply.") from error
     except ValueError as error:
@@ -150,28 +163,6 @@ def parse_object(text: str, *, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise TritterError(f"{path} cannot be read: it holds no JSON object.")
     return content
-
-
-def _check_values(content: object) -> None:
-    """Refuse values that pass as JSON and break what is done with them.
-
-    Raises:
-        ValueError: says which.
-    """
-    waiting: list[tuple[object, int]] = [(content, 1)]
-    while waiting:
-        value, depth = waiting.pop()
-        if isinstance(value, dict | list):
-            if depth > _MAX_DEPTH:
-                raise ValueError("it is nested too deeply")
-            waiting += [(item, depth + 1) for item in value]
-            if isinstance(value, dict):
-                waiting += [(item, depth + 1) for item in value.values()]
-        elif isinstance(value, str):
-            if not value.isascii():
-                value.encode()  # halves of a pair of surrogates are no text
-        elif isinstance(value, int) and abs(value) > _MAX_NUMBER:
-            raise ValueError(f"it holds a number of {int(math.log10(abs(value))) + 1} digits")
 
 
 def _require_regular(path: Path, mode: int) -> None:
@@ -249,9 +240,14 @@ def check_links(folder: Path) -> None:
     Raises:
         TritterError: names the link and where it ends.
     """
-    for path in _entries(folder):
-        if path.is_symlink():
-            check_inside(folder, str(path.relative_to(folder)))
+    with suppress(OSError):  # no folder, or unreadable: whoever reads a file of it says so
+        for entry in os.scandir(folder):
+            paths = [Path(entry.path)]
+            if entry.name in _INNER_FOLDERS and entry.is_dir(follow_symlinks=False):
+                for above, folders, files in os.walk(entry.path):
+                    paths += [Path(above, name) for name in (*folders, *files)]
+            for path in filter(Path.is_symlink, paths):
+                check_inside(folder, str(path.relative_to(folder)))
 
 
 def check_tree(folder: Path, *, passed_over: Container[str] = ()) -> None:
@@ -286,34 +282,15 @@ def check_inside(folder: Path, name: str) -> None:
     place, end = os.path.realpath(folder), os.path.realpath(folder / name)
     if Path(end).is_symlink():  # no end was found
         raise TritterError(f"{folder}: {name} is a link that leads in a circle.")
-    roots = [place, *_blobs(Path(place))]
+    roots = [place]
+    # In the hub's cache, CACHE/models--OWNER--NAME/snapshots/REVISION links to
+    # CACHE/models--OWNER--NAME/blobs, whose entries may link to CACHE/blobs
+    for snapshots in Path(place).parents:
+        repository = snapshots.parent
+        if snapshots.name == "snapshots" and repository.name.startswith(("models--", "datasets--")):
+            roots += [str(repository / "blobs"), str(repository.parent / "blobs")]
     if not any(end == root or end.startswith(root + os.sep) for root in roots):
         raise TritterError(
             f"{folder}: {name} leads out of the folder, to {end}; nothing there is read. Put the "
             "file itself into the folder."
         )
-
-
-def _entries(folder: Path) -> Iterator[Path]:
-    try:
-        for entry in os.scandir(folder):
-            yield Path(entry.path)
-            if entry.name in _INNER_FOLDERS and entry.is_dir(follow_symlinks=False):
-                for above, folders, files in os.walk(entry.path):
-                    yield from (Path(above, name) for name in (*folders, *files))
-    except OSError:  # no folder, or one that can't be read: whoever reads a file of it says so
-        return
-
-
-def _blobs(place: Path) -> Iterator[str]:
-    """Yield where the files of a snapshot in the hub's cache lie: its own blobs, the shared ones.
-
-    CACHE/models--OWNER--NAME/snapshots/REVISION links to CACHE/models--OWNER--NAME/blobs, whose
-    entries may link to CACHE/blobs. A dataset has `datasets` for `models`.
-    """
-    for snapshots in place.parents:
-        if snapshots.name == "snapshots" and snapshots.parent.name.startswith(
-            ("models--", "datasets--")
-        ):
-            yield str(snapshots.parent / "blobs")
-            yield str(snapshots.parent.parent / "blobs")

@@ -145,21 +145,19 @@ def validated(plain: object, kind: type[Kind], *, what: str) -> Kind:
         read: Kind = _adapter(kind).validate_json(json.dumps(plain), strict=True)  # type: ignore[arg-type]
         return read
     except ValidationError as error:
-        raise TritterError(f"{what}: {_first_problem(error)}.") from error
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "[key]")[:_LONGEST_PLACE]
+        if first["type"] == "missing":
+            reason = f"{place} is missing"
+        elif first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            reason = f"{place} is unknown"
+        else:
+            reason = first["msg"].removeprefix("Value error, ").removesuffix(".")
+            reason = reason.replace("Input should be", "allowed is", 1)
+            reason = f"{place} = {brief(first['input'])}; {reason}" if place else reason
+        raise TritterError(f"{what}: {reason}.") from error
 
 
 @cache
 def _adapter(kind: Any) -> "TypeAdapter[Any]":
     return TypeAdapter(kind)
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "[key]")[:_LONGEST_PLACE]
-    if first["type"] == "missing":
-        return f"{place} is missing"
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{place} is unknown"
-    reason = first["msg"].removeprefix("Value error, ").removesuffix(".")
-    reason = reason.replace("Input should be", "allowed is", 1)
-    return f"{place} = {brief(first['input'])}; {reason}" if place else reason

@@ -20,7 +20,6 @@ from tritter.storage.reading import (
     check_links,
     open_file,
     read_object,
-    require_file,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ WRITTEN_DTYPES = {
     "bool": "BOOL",
 }
 WEIGHT_DTYPES = tuple(WRITTEN_DTYPES)[:4]
+_READ_DTYPES = {WRITTEN_DTYPES[dtype]: dtype for dtype in WEIGHT_DTYPES}
 # Causal masks and rotary frequencies that older releases of transformers saved beside the weights
 # (as on the hub in Pythia and GPT-2); it computes them and reads none, and nor is one read here
 _COMPUTED = (
@@ -138,8 +138,22 @@ class TensorFolder:
             TritterError: a file has become another one since its header was read.
         """
         for file_name in sorted(set(self.files.values())):
-            headers = {n: h for n, h in self.headers.items() if h.file == file_name}
-            yield from _raw(self.folder / file_name, headers)
+            path = self.folder / file_name
+            try:
+                with open_file(path) as file:
+                    start = 8 + int.from_bytes(file.read(8), "little")
+                    places = json.loads(file.read(min(start, MAX_HEADER_BYTES) - 8))
+                    held = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                names = (name for name, header in self.headers.items() if header.file == file_name)
+                spans = {name: places[name]["data_offsets"] for name in names}
+                for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+                    if start + end > len(held):
+                        raise EOFError("it has become shorter")
+                    header = self.headers[name]
+                    values = held[start + begin : start + end]
+                    yield RawTensor(name, header.dtype, header.shape, values)
+            except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+                raise TritterError(f"{path} has changed while it was read ({error}).") from error
 
     def check_unchanged(self) -> None:
         """Refuse files that are no longer those whose headers were read.
@@ -257,7 +271,6 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
     from safetensors import SafetensorError, safe_open
 
     path = folder / file_name
-    require_file(path, is_read_whole=False)
     headers, stamp = {}, _stamp(path)
     try:
         with safe_open(path, framework="np") as file:
@@ -266,8 +279,14 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
                 if is_computed(name):
                     continue
                 part = file.get_slice(name)
-                dtype = _dtype(path, name, str(part.get_dtype()))
-                headers[name] = Header(file_name, dtype, tuple(part.get_shape()), stamp)
+                written = str(part.get_dtype())
+                if written not in _READ_DTYPES:
+                    allowed = ", ".join(_READ_DTYPES)
+                    raise TritterError(
+                        f"{path}: {name} is of type {written}; weights are of {allowed}."
+                    )
+                shape = tuple(part.get_shape())
+                headers[name] = Header(file_name, _READ_DTYPES[written], shape, stamp)
     except (SafetensorError, OSError, MemoryError) as error:
         raise TritterError(f"{path} cannot be read ({error}).") from error
     return headers
@@ -277,28 +296,3 @@ def _stamp(path: Path) -> tuple[int, int]:
     with open_file(path) as file:
         found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
-
-
-def _raw(path: Path, headers: Mapping[str, Header]) -> Iterator[RawTensor]:
-    """Yield the tensors of one file in the order in which they lie there."""
-    try:
-        with open_file(path) as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            places = json.loads(file.read(min(start, MAX_HEADER_BYTES) - 8))
-            held = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        spans = {name: places[name]["data_offsets"] for name in headers}
-        for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
-            if start + end > len(held):
-                raise EOFError("it has become shorter")
-            dtype, shape = headers[name].dtype, headers[name].shape
-            yield RawTensor(name, dtype, shape, held[start + begin : start + end])
-    except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
-        raise TritterError(f"{path} has changed while it was read ({error}).") from error
-
-
-def _dtype(path: Path, name: str, written: str) -> str:
-    for dtype in WEIGHT_DTYPES:
-        if WRITTEN_DTYPES[dtype] == written:
-            return dtype
-    allowed = ", ".join(WRITTEN_DTYPES[dtype] for dtype in WEIGHT_DTYPES)
-    raise TritterError(f"{path}: {name} is of type {written}; weights are of {allowed}.")

@@ -124,7 +124,14 @@ def write_tensors(
     Raises:
         OSError: the disk refused a write.
     """
-    shards = _split(stream.entries, max_shard_bytes)
+    shards: list[list[TensorEntry]] = [[]]
+    size = 0
+    for entry in stream.entries:
+        if shards[-1] and size + entry.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.num_bytes
     names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [SINGLE_NAME]
@@ -135,7 +142,11 @@ def write_tensors(
             with crew.shard(folder / file_name, entries) as shard:
                 for entry in entries:
                     name, content = next(pending)
-                    _check(entry, name, content)
+                    announced: tuple[object, ...] = (entry.name, entry.dtype, entry.shape)
+                    came: tuple[object, ...] = (name, *announced[1:])  # all that pieces say yet
+                    if not isinstance(content, Pieces):
+                        came = (name, content.dtype, tuple(content.shape))
+                    assert announced == came, f"announced {announced}, came {came}"
                     digests[name] = crew.write(shard, entry, content)
                     del content
     assert next(pending, None) is None, "more tensors came than were announced"
@@ -318,31 +329,6 @@ class _Place:
             begin, count = map(ctypes.c_int64, (self._begun, self._written - self._begun))
             sync(self._file.fileno(), begin, count, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
         self._begun = self._written
-
-
-def _split(entries: Sequence[TensorEntry], max_shard_bytes: int) -> list[list[TensorEntry]]:
-    shards: list[list[TensorEntry]] = [[]]
-    size = 0
-    for entry in entries:
-        if shards[-1] and size + entry.num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry.num_bytes
-    return shards
-
-
-def _check(entry: TensorEntry, name: str, content: Tensor | Pieces) -> None:
-    """Refuse what was not announced; of pieces only the name is known yet."""
-    announced: tuple[object, ...] = (entry.name, entry.dtype, entry.shape)
-    came: tuple[object, ...] = (name, *announced[1:])
-    if not isinstance(content, Pieces):
-        came = (name, content.dtype, tuple(content.shape))
-    assert announced == came, f"announced {announced}, came {came}"
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def padded(stream: TensorStream, shapes: Mapping[str, tuple[int, ...]]) -> TensorStream:
